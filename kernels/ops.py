@@ -1,0 +1,320 @@
+"""The op list: every operation a model is made of, declared once.
+
+A backend is a subclass of `Ops`. `reference` defines each op in plain torch; `cpu` (C++) and
+`triton` (CUDA) compute the same numbers faster. A model holds an `Ops` and never names a backend.
+
+This module knows tensors. It refuses to know models, checkpoints, processes and requests.
+
+Shape legend, used as suffixes of tensor names
+    T  tokens of the flat batch (prefill chunks and decodes together)
+    S  sequences of the flat batch, in batch order; sequence s owns tokens
+       query_start[s] .. query_start[s + 1]
+    R  rows whose logits are wanted
+    H  hidden size          F  MLP columns held here     V  vocabulary rows held here
+    N  query heads here     K  key/value heads here      D  head_dim
+    B  blocks of a sequence's table                      P  slots in a block (block size)
+
+Activations between ops are float32 on CPU whatever the weights' dtype (residual stream, norms,
+softmax and accumulations stay float32; an op may round a product's *input* to the weights'
+dtype), and the weights' dtype on CUDA.
+
+**Same tokens.** Each output row depends on its own inputs only, bit for bit: the order of
+reduction may depend on the shapes of weights and on a row's own context, never on the number of
+other rows, on where prefill chunks were cut, or on the number of threads. `reference` keeps this
+to rounding only, since torch's products choose their kernels by batch size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FlatBatch:
+    """Where the tokens of one step sit. Made once a step, read by every layer.
+
+    All index tensors are int32 and live on the device.
+
+    Attributes:
+        positions_T: global position of each token in its sequence.
+        query_start_S1: shape [S + 1], first token of each sequence in the flat batch.
+        context_S: tokens of the sequence in the cache once this step's are written.
+        block_table_SB: block ids by sequence, in order; entries past the context are arbitrary.
+        slots_T: where each token's key and value go: block id * block size + offset.
+        cos_TD: shape [T, D / 2], float32; RoPE cosines at `positions_T`.
+        sin_TD: shape [T, D / 2], float32.
+        max_query: the longest query of the batch (host integer: no device sync to get it).
+        max_context: the longest context of the batch.
+    """
+
+    positions_T: Tensor
+    query_start_S1: Tensor
+    context_S: Tensor
+    block_table_SB: Tensor
+    slots_T: Tensor
+    cos_TD: Tensor
+    sin_TD: Tensor
+    max_query: int
+    max_context: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KVCacheSpec:
+    """Shape of the paged cache of the layers held here."""
+
+    num_layers: int
+    num_blocks: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: torch.dtype
+
+
+class KVCache(ABC):
+    """The paged cache of the layers held here. Its inner layout belongs to the backend."""
+
+    spec: KVCacheSpec
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes allocated, exactly."""
+
+    @abstractmethod
+    def read(self, layer: int, blocks: Sequence[int]) -> Tensor:
+        """Copy blocks out in the canonical layout [len(blocks), 2 (k, v), K, P, D]."""
+
+    @abstractmethod
+    def write(self, layer: int, blocks: Sequence[int], data: Tensor) -> None:
+        """Copy blocks in from the canonical layout."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Linear:
+    """A packed product y = x Wᵀ + b. Made by `Ops.pack_linear`; only its backend reads `packed`."""
+
+    out_features: int
+    in_features: int
+    packed: Any
+    bias: Tensor | None
+    nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Vocab:
+    """Packed vocabulary rows [first_row, first_row + num_rows): embedding, head, or both if tied."""
+
+    first_row: int
+    num_rows: int
+    hidden_size: int
+    packed: Any
+    nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenseLayer:
+    """Weights of one dense decoder layer as held by this slice.
+
+    Attributes:
+        attn_norm_H: float32.
+        qkv: rows are all query heads held here, then key heads, then value heads.
+        o: this slice's columns of the output projection (its bias on one slice only).
+        mlp_norm_H: float32.
+        gate_up: rows are the gate columns held here, then the up columns.
+        down: this slice's columns.
+        num_q_heads, num_kv_heads, head_dim: of this slice; num_q_heads % num_kv_heads == 0.
+        softmax_scale: multiplies q·k.
+        eps: of both norms.
+    """
+
+    attn_norm_H: Tensor
+    qkv: Linear
+    o: Linear
+    mlp_norm_H: Tensor
+    gate_up: Linear
+    down: Linear
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    softmax_scale: float
+    eps: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingRows:
+    """Sampling parameters of R rows, one tensor a field, on the device of the logits.
+
+    An optional field is None when no row of the batch uses it, so the common case costs nothing.
+
+    Attributes:
+        temperature_R: float32; 0 means greedy.
+        top_k_R: int32; 0 means off.
+        top_p_R: float32; 1 means off.
+        min_p_R: float32; 0 means off.
+        seed_R: int64; the draw is a pure function of (seed, position).
+        position_R: int64; position that the sampled token will take.
+        repetition_R: float32; 1 means off. HF's definition, over prompt and output tokens.
+        presence_R: float32; 0 means off. Over output tokens (OpenAI's definition).
+        frequency_R: float32; 0 means off. Over output tokens.
+        seen_RV: bool; the token occurs in the prompt or the output. Present with repetition_R.
+        counts_RV: int32; occurrences in the output. Present with presence_R or frequency_R.
+        bias: (row int64 [N], token int64 [N], value float32 [N]): added to the logits; a value of
+            -inf bans the token.
+        allowed_RV: bool; False bans the token.
+        num_logprobs: how many top log-probabilities to return; -1 for none at all, 0 for the
+            chosen token's only.
+        all_greedy: every row has temperature 0 (host knowledge, to skip the draw).
+    """
+
+    temperature_R: Tensor
+    top_k_R: Tensor
+    top_p_R: Tensor
+    min_p_R: Tensor
+    seed_R: Tensor
+    position_R: Tensor
+    repetition_R: Tensor | None = None
+    presence_R: Tensor | None = None
+    frequency_R: Tensor | None = None
+    seen_RV: Tensor | None = None
+    counts_RV: Tensor | None = None
+    bias: tuple[Tensor, Tensor, Tensor] | None = None
+    allowed_RV: Tensor | None = None
+    num_logprobs: int = -1
+    all_greedy: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampled:
+    """What a draw gave.
+
+    Attributes:
+        tokens_R: int32.
+        logprobs_R: float32, of the chosen tokens, from the raw logits (before penalties, bias and
+            temperature); None when not asked for.
+        top_tokens_RN: int32, by falling log-probability; None when not asked for.
+        top_logprobs_RN: float32.
+    """
+
+    tokens_R: Tensor
+    logprobs_R: Tensor | None = None
+    top_tokens_RN: Tensor | None = None
+    top_logprobs_RN: Tensor | None = None
+
+
+Reduce = Callable[[Tensor], Tensor]
+"""Sums a partial [T, H] over the slices of a tensor-parallel stage; may work in place."""
+
+
+class Ops(ABC):
+    """The op list. Subclasses are backends; `arriero.kernels.select.ops_for` picks one."""
+
+    name: str
+
+    # Packing: done once at load; the packed form is the only one kept.
+
+    @abstractmethod
+    def pack_linear(
+        self, weights_OI: Sequence[Tensor], bias_O: Tensor | None, dtype: torch.dtype
+    ) -> Linear:
+        """Stack matrices [out_i, in] by rows, convert to `dtype` and pack them.
+
+        The inputs may be views of mapped files; they are not kept.
+        """
+
+    @abstractmethod
+    def pack_vocab(self, weight_VH: Tensor, first_row: int, dtype: torch.dtype) -> Vocab:
+        """Pack vocabulary rows so that both `embed` and `logits` can read them."""
+
+    @abstractmethod
+    def kv_cache(self, spec: KVCacheSpec, device: torch.device) -> KVCache:
+        """Allocate a paged cache."""
+
+    # Operations.
+
+    @abstractmethod
+    def embed(self, tokens_T: Tensor, vocab: Vocab) -> Tensor:
+        """Rows of the table, [T, H]; a token whose row is held elsewhere gives zeros."""
+
+    @abstractmethod
+    def logits(self, x_RH: Tensor, norm_H: Tensor, eps: float, vocab: Vocab) -> Tensor:
+        """Final norm, then the product with the rows held here: float32 [R, V]."""
+
+    @abstractmethod
+    def linear(self, x_TI: Tensor, w: Linear) -> Tensor:
+        """The product x Wᵀ + b: [T, O]."""
+
+    @abstractmethod
+    def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+        """x / sqrt(mean(x²) + eps) in float32, times the weight (Zhang & Sennrich, 2019)."""
+
+    @abstractmethod
+    def silu_mul(self, gate_up_TF2: Tensor) -> Tensor:
+        """silu(first half) * second half: [T, 2F] to [T, F] (SwiGLU, Shazeer 2020)."""
+
+    @abstractmethod
+    def rope_write_kv(
+        self, qkv_TE: Tensor, layer: DenseLayer, kv: KVCache, kv_layer: int, batch: FlatBatch
+    ) -> Tensor:
+        """Rotate q and k by halves, write k and v to their slots; returns q [T, N, D].
+
+        Half-split layout (RoPE, Su 2021, as Hugging Face stores Llama): element i pairs with
+        i + D / 2.
+        """
+
+    @abstractmethod
+    def paged_attention(
+        self, q_TND: Tensor, scale: float, kv: KVCache, kv_layer: int, batch: FlatBatch
+    ) -> Tensor:
+        """Causal attention of each token over its own sequence's blocks: [T, N * D].
+
+        Paged attention (Kwon 2023) over a flat batch. Token at position p sees keys 0..p.
+        """
+
+    @abstractmethod
+    def sample(self, logits_RV: Tensor, rows: SamplingRows) -> Sampled:
+        """Draw one token a row. May overwrite the logits.
+
+        Order: bias and allowed sets, penalties, temperature, then the filters min-p, top-k and
+        top-p in that order, then the draw: inverse CDF, in vocabulary order, of one uniform from
+        Philox-4x32-10 (Salmon 2011) keyed by the seed with the position as counter.
+        """
+
+    # Blocks: several ops in one call. A backend overrides them where fusing pays.
+
+    def attention_block(
+        self, x_TH: Tensor, layer: DenseLayer, kv: KVCache, kv_layer: int, batch: FlatBatch
+    ) -> Tensor:
+        """Norm, qkv, RoPE, cache write, attention, output projection: a partial [T, H]."""
+        qkv_TE = self.linear(self.rms_norm(x_TH, layer.attn_norm_H, layer.eps), layer.qkv)
+        q_TND = self.rope_write_kv(qkv_TE, layer, kv, kv_layer, batch)
+        out_TE = self.paged_attention(q_TND, layer.softmax_scale, kv, kv_layer, batch)
+        return self.linear(out_TE, layer.o)
+
+    def mlp_block(self, x_TH: Tensor, layer: DenseLayer) -> Tensor:
+        """Norm, gate and up, SiLU product, down: a partial [T, H]."""
+        h_TH = self.rms_norm(x_TH, layer.mlp_norm_H, layer.eps)
+        return self.linear(self.silu_mul(self.linear(h_TH, layer.gate_up)), layer.down)
+
+    def decoder(
+        self, layers: Sequence[DenseLayer], kv: KVCache, reduce: Reduce | None
+    ) -> Callable[[Tensor, FlatBatch], Tensor]:
+        """Build the pass through a stage's layers: (x [T, H], batch) to x [T, H], maybe in place.
+
+        Built once at load, called once a step. `reduce` is None where one slice holds the stage.
+        """
+
+        def run(x_TH: Tensor, batch: FlatBatch) -> Tensor:
+            for i, layer in enumerate(layers):
+                part = self.attention_block(x_TH, layer, kv, i, batch)
+                x_TH += part if reduce is None else reduce(part)
+                part = self.mlp_block(x_TH, layer)
+                x_TH += part if reduce is None else reduce(part)
+            return x_TH
+
+        return run

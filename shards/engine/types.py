@@ -1,0 +1,135 @@
+"""What goes into the engine and what comes out: token ids only, never text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from arriero.shards.plan import StepPlan, StepResult
+from arriero.shards.sampling import SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """Limits of one group's engine.
+
+    Attributes:
+        max_model_len: most tokens of a sequence, prompt and output together.
+        block_size: tokens in a KV block.
+        num_blocks: KV blocks of the pool, the same on every slice.
+        max_sequences: most sequences in slots at once.
+        max_batch_tokens: the token budget of a step; prefill is cut into chunks to fit.
+        max_queued: most requests that wait; one more is refused with `Overloaded`.
+        prefix_cache: find and keep prefix blocks.
+        pipeline_depth: most steps in flight (2 hides the plan's making behind the step before;
+            more with pipeline stages: one micro-batch a stage).
+        vocab_size: token ids run below it.
+        eos_token_ids: the model's own end tokens.
+        cache_salt: digest of model and revision; the root of every block's key.
+    """
+
+    max_model_len: int
+    block_size: int = 16
+    num_blocks: int
+    max_sequences: int = 256
+    max_batch_tokens: int = 2048
+    max_queued: int = 4096
+    prefix_cache: bool = True
+    pipeline_depth: int = 2
+    num_stages: int = 1
+    vocab_size: int
+    eos_token_ids: tuple[int, ...] = ()
+    cache_salt: bytes = b""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineRequest:
+    """One request, checked at the edge, seed set.
+
+    Attributes:
+        request_id: unique in the engine while it runs.
+        prompt: token ids, at least one.
+        params: sampling parameters; `seed` and `max_tokens` are set.
+        priority: lower goes first; equal ones by arrival.
+        resumed: output tokens emitted elsewhere before (a resumed stream); they count as output
+            for penalties, `max_tokens`, `min_tokens` and the draw's position. Only with n = 1.
+        cache_salt: joins the keys of this request's blocks, to keep tenants' caches apart.
+    """
+
+    request_id: str
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    priority: int = 0
+    resumed: tuple[int, ...] = ()
+    cache_salt: bytes = b""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenLogprobs:
+    """Log-probability of a token and of the likeliest alternatives."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SequenceOutput:
+    """What one step gave for one sample of one request.
+
+    Attributes:
+        request_id, index: the request, and which of its n samples.
+        tokens: new output tokens, in order (a stop token is among them).
+        logprobs: one for each token, when asked for.
+        prompt_logprobs: once, on the first output of sample 0, when asked for: entry i is of
+            prompt token i + 1.
+        finish_reason: "stop" (a stop or end token), "length", "cancelled", "error", or None while
+            it runs.
+        stop_token: the token that stopped it.
+        error: words for the caller, with finish_reason "error".
+        num_cached: prompt tokens found in the prefix cache (on the first output).
+    """
+
+    request_id: str
+    index: int
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    finish_reason: str | None = None
+    stop_token: int | None = None
+    error: str | None = None
+    num_cached: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStats:
+    """A snapshot of the engine's load."""
+
+    num_waiting: int = 0
+    num_running: int = 0
+    blocks_used: int = 0
+    blocks_cached: int = 0
+    blocks_total: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    preemptions: int = 0
+    step_us: dict[str, float] = field(default_factory=dict)
+
+
+class Executor(Protocol):
+    """Runs plans on the slices of the group, in order.
+
+    `submit` returns at once; `collect` waits for the oldest result not yet collected, and raises
+    `GroupFailed` with the first cause when a slice is lost.
+    """
+
+    def submit(self, plan: StepPlan) -> None:
+        """Send a plan to every slice."""
+
+    def collect(self, timeout_s: float | None = None) -> StepResult | None:
+        """Result of the oldest plan outstanding, or None at the time limit."""
+
+    def close(self) -> None:
+        """Stop the slices; safe to call twice."""

@@ -1,0 +1,55 @@
+"""Every error that arriero raises on purpose.
+
+    ArrieroError
+    ├── InvalidRequest      the caller's request breaks a limit: field, value, limit, remedy
+    ├── NotFound            no such model, group or request
+    ├── Overloaded          a bounded queue is full; `retry_after_s` says when to try again
+    ├── Unavailable         no group can serve now (starting, draining, failed)
+    ├── CheckpointError     a file of weights is not what its config says: file, tensor, shapes
+    ├── SpecError           a deployment spec or a plan that cannot be: field, value, remedy
+    └── GroupFailed         a slice or its leader is lost: the first cause
+
+A message gives the field, the limit, the value and the remedy, in words for the one concerned.
+"""
+
+from __future__ import annotations
+
+
+class ArrieroError(Exception):
+    """Base of all of them; its text may be shown to a client."""
+
+
+class InvalidRequest(ArrieroError):
+    """A request that breaks a limit; `field` names the culprit."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class NotFound(ArrieroError):
+    """No such model, group or request."""
+
+
+class Overloaded(ArrieroError):
+    """A bounded queue is full."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Unavailable(ArrieroError):
+    """No group can serve this now."""
+
+
+class CheckpointError(ArrieroError):
+    """A file of weights is not what its config says."""
+
+
+class SpecError(ArrieroError):
+    """A deployment spec, a mesh or a plan that cannot be."""
+
+
+class GroupFailed(ArrieroError):
+    """A slice or its leader is lost; the text is the first cause."""

@@ -1,0 +1,53 @@
+"""Settings of one replica group: which model, cut how, within which limits.
+
+Knows numbers and paths; knows nothing of where the slices run (that is `cluster/`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupConfig:
+    """One replica group: `pp` stages of `tp` slices each. Rank = stage * tp + tp rank.
+
+    Attributes:
+        model_path: folder with config.json, safetensors and tokenizer.json, on every node.
+        dtype: of weights and KV cache: "float32", "bfloat16", "float16".
+        tp: slices of a stage (tensor parallel).
+        pp: pipeline stages.
+        tp_shares: relative size of each tp rank's share; None for as even as heads allow.
+        layer_split: layers of each stage; None splits by cost.
+        device: "cpu" or "cuda".
+        kernels: a backend's name; None picks the best for the device.
+        threads: CPU threads of each slice; None divides the node's cores among its slices.
+        block_size: tokens in a KV block.
+        kv_bytes: memory of the KV pool of the whole group; None asks the planner's default.
+        num_blocks: KV blocks outright, instead of `kv_bytes`.
+        max_model_len: None takes the model's own limit.
+        max_sequences, max_batch_tokens, max_queued, prefix_cache: as in `EngineConfig`.
+    """
+
+    model_path: str
+    dtype: str = "bfloat16"
+    tp: int = 1
+    pp: int = 1
+    tp_shares: tuple[float, ...] | None = None
+    layer_split: tuple[int, ...] | None = None
+    device: str = "cpu"
+    kernels: str | None = None
+    threads: int | None = None
+    block_size: int = 16
+    kv_bytes: int | None = None
+    num_blocks: int | None = None
+    max_model_len: int | None = None
+    max_sequences: int = 256
+    max_batch_tokens: int = 2048
+    max_queued: int = 4096
+    prefix_cache: bool = True
+
+    @property
+    def world_size(self) -> int:
+        """Slices of the group."""
+        return self.tp * self.pp

@@ -1,0 +1,187 @@
+"""What travels between leader and slices: step plans out, step results back.
+
+A plan holds only what changed: the slices keep each sequence's block table, sampling parameters
+and last sampled token in a *slot* (a small integer that the leader hands out). Arrays travel as
+little-endian int32 bytes inside msgpack.
+
+Knows the wire; knows nothing of how a plan is made or run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+import numpy as np
+import numpy.typing as npt
+
+Int32 = npt.NDArray[np.int32]
+
+LAST_SAMPLED = -1
+"""In `StepPlan.tokens`: the token that this slot sampled last, which the slices hold."""
+
+
+def int32(values: Any = ()) -> Int32:  # noqa: ANN401
+    """An int32 array of `values`."""
+    return np.asarray(values, dtype=np.int32)
+
+
+@dataclass(kw_only=True, slots=True)
+class NewSequence:
+    """A sequence that enters a slot (for the first time, or again after pre-emption).
+
+    Attributes:
+        slot: the slot, free until now.
+        params: `SamplingParams.to_wire()`, with `seed` always set and already this sample's own.
+        stop_tokens: the tokens banned before `min_tokens`: the request's and the model's own.
+        prompt: the prompt's tokens, and `output` what was emitted so far; both only when the
+            sampler keeps counts (penalties), else empty.
+        num_prompt: prompt tokens.
+        num_output: output tokens emitted so far (not 0 after pre-emption or a resumed stream).
+    """
+
+    slot: int
+    params: dict[str, Any]
+    stop_tokens: tuple[int, ...] = ()
+    prompt: Int32 = field(default_factory=int32)
+    output: Int32 = field(default_factory=int32)
+    num_prompt: int
+    num_output: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class StepPlan:
+    """One step. S sequences take part, in this order; T tokens in all.
+
+    Attributes:
+        step: counts up by one from 0.
+        freed: slots that are free from now on (applied first).
+        new: sequences that enter slots (applied second).
+        block_slots, block_index, block_ids: three arrays of one length: entry `block_index` of
+            the slot's block table becomes `block_ids` (applied third).
+        slots: [S] slot of each sequence.
+        starts: [S] position of its first token of this step.
+        counts: [S] how many tokens it has in this step.
+        tokens: [T] token ids; `LAST_SAMPLED` where the slices hold it.
+        samples: [S] 1 where a token is drawn after the last position, else 0.
+        prompt_rows: [S] 1 where log-probabilities of this step's prompt tokens are wanted
+            (predictions of positions starts + 1 .. starts + counts inside the prompt), else 0.
+        prompt_next: [sum of counts over prompt_rows] the prompt token that follows each row, or
+            -1 after the prompt's last one.
+    """
+
+    step: int
+    freed: Int32
+    new: list[NewSequence]
+    block_slots: Int32
+    block_index: Int32
+    block_ids: Int32
+    slots: Int32
+    starts: Int32
+    counts: Int32
+    tokens: Int32
+    samples: Int32
+    prompt_rows: Int32 = field(default_factory=int32)
+    prompt_next: Int32 = field(default_factory=int32)
+
+    def to_bytes(self) -> bytes:
+        """Pack for the wire."""
+        return _pack([_plain(self, name) for name in self.__slots__])
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> StepPlan:
+        """Undo `to_bytes`; the arrays are views of `data`."""
+        plan = cls(**dict(zip(cls.__slots__, _unpack(data), strict=True)))
+        plan.new = [
+            NewSequence(**dict(zip(NewSequence.__slots__, one, strict=True))) for one in plan.new
+        ]
+        return plan
+
+
+@dataclass(kw_only=True, slots=True)
+class Logprobs:
+    """Log-probabilities of some rows; top lists are cut to the batch's largest request.
+
+    Attributes:
+        chosen: float32 [R].
+        top_tokens: int32 [R, N], by falling log-probability.
+        top: float32 [R, N].
+    """
+
+    chosen: npt.NDArray[np.float32]
+    top_tokens: Int32
+    top: npt.NDArray[np.float32]
+
+
+@dataclass(kw_only=True, slots=True)
+class StepResult:
+    """What one step gave.
+
+    Attributes:
+        step: of the plan.
+        tokens: [R] sampled tokens, one for each 1 in the plan's `samples`, in order.
+        logprobs: of the sampled tokens; None when no row of the batch asked.
+        prompt_logprobs: one row for each entry of `prompt_next`; None when no row asked.
+        elapsed_us: time that the slice which sampled spent in the step.
+    """
+
+    step: int
+    tokens: Int32
+    logprobs: Logprobs | None = None
+    prompt_logprobs: Logprobs | None = None
+    elapsed_us: int = 0
+
+    def to_bytes(self) -> bytes:
+        """Pack for the wire."""
+        return _pack([_plain(self, name) for name in self.__slots__])
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> StepResult:
+        """Undo `to_bytes`."""
+        result = cls(**dict(zip(cls.__slots__, _unpack(data), strict=True)))
+        for name in ("logprobs", "prompt_logprobs"):
+            rows = getattr(result, name)
+            if rows is not None:
+                setattr(result, name, Logprobs(**dict(zip(Logprobs.__slots__, rows, strict=True))))
+        return result
+
+
+_INT32, _FLOAT32 = 1, 2
+
+
+def _plain(record: Any, name: str) -> Any:  # noqa: ANN401
+    value = getattr(record, name)
+    if isinstance(value, Logprobs):
+        return [_plain(value, field_name) for field_name in Logprobs.__slots__]
+    if isinstance(value, list):
+        return [[_plain(one, field_name) for field_name in one.__slots__] for one in value]
+    return value
+
+
+def _array(value: Any) -> msgpack.ExtType:  # noqa: ANN401
+    if isinstance(value, np.ndarray):
+        code = _FLOAT32 if value.dtype == np.float32 else _INT32
+        head = bytes([value.ndim]) + np.asarray(value.shape, dtype="<i4").tobytes()
+        return msgpack.ExtType(code, head + np.ascontiguousarray(value).tobytes())
+    raise TypeError(f"{type(value).__name__} does not travel in a plan")
+
+
+def _unarray(code: int, data: bytes) -> Any:  # noqa: ANN401
+    if code not in (_INT32, _FLOAT32):
+        raise ValueError(f"unknown extension {code} in a plan")
+    shape = np.frombuffer(data, dtype="<i4", count=data[0], offset=1)
+    kind = "<i4" if code == _INT32 else "<f4"
+    return np.frombuffer(data, dtype=kind, offset=1 + 4 * data[0]).reshape(shape)
+
+
+def _pack(values: list[Any]) -> bytes:
+    packed: bytes = msgpack.packb(values, default=_array)
+    return packed
+
+
+def _unpack(data: bytes) -> list[Any]:
+    values: list[Any] = msgpack.unpackb(
+        data, ext_hook=_unarray, use_list=False, strict_map_key=False
+    )
+    return values

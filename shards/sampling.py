@@ -1,0 +1,137 @@
+"""What a caller may ask of the sampler, checked once at the edge.
+
+Knows numbers and limits; knows nothing of text (stop strings are the router's) or of tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from arriero.shards.errors import InvalidRequest
+
+MAX_N = 128
+MAX_LOGPROBS = 20
+MAX_BIAS = 1024
+MAX_STOP_TOKENS = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """Sampling parameters of one request; the defaults are greedy-free OpenAI defaults.
+
+    Attributes:
+        max_tokens: most output tokens; None means as many as the context allows.
+        min_tokens: stop tokens are banned until so many are out.
+        temperature: 0 means greedy.
+        top_k: keep the k likeliest; 0 means off.
+        top_p: keep the smallest set whose mass reaches p; 1 means off.
+        min_p: drop tokens below p times the likeliest one's probability; 0 means off.
+        repetition_penalty: Hugging Face's definition, over prompt and output; 1 means off.
+        presence_penalty: subtracted once from tokens that occur in the output (OpenAI).
+        frequency_penalty: subtracted for each occurrence in the output (OpenAI).
+        logit_bias: token id to a number added to its logit.
+        allowed_token_ids: nothing else may be sampled, when given.
+        banned_token_ids: never sampled.
+        seed: 0 .. 2**63 - 1. The same seed gives the same tokens. None: the edge draws one.
+        n: samples of the same prompt; sample i draws with its own stream derived from the seed.
+        stop_token_ids: end the output; the token itself is in the output's ids.
+        ignore_eos: the model's own end tokens do not stop.
+        logprobs: None for none; else how many alternatives to give with the chosen token's own.
+        prompt_logprobs: the same for each prompt token but the first.
+    """
+
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_token_ids: tuple[int, ...] | None = None
+    banned_token_ids: tuple[int, ...] = ()
+    seed: int | None = None
+    n: int = 1
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    def check(self, *, vocab_size: int) -> None:
+        """Raise `InvalidRequest` for the first field that breaks a limit."""
+        _integer("max_tokens", self.max_tokens, 1, None, optional=True)
+        _integer("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _number("temperature", self.temperature, 0.0, 100.0)
+        _integer("top_k", self.top_k, 0, None)
+        _number("top_p", self.top_p, 0.0, 1.0, above_low=True)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above_low=True)
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _integer("seed", self.seed, 0, 2**63 - 1, optional=True)
+        _integer("n", self.n, 1, MAX_N)
+        _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True)
+        _integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS, optional=True)
+        _count("logit_bias", len(self.logit_bias), MAX_BIAS)
+        for token, value in self.logit_bias.items():
+            _number(f"logit_bias[{token}]", value, -100.0, 100.0)
+        _tokens("logit_bias", self.logit_bias, vocab_size)
+        _count("stop_token_ids", len(self.stop_token_ids), MAX_STOP_TOKENS)
+        _tokens("stop_token_ids", self.stop_token_ids, vocab_size)
+        _tokens("banned_token_ids", self.banned_token_ids, vocab_size)
+        if self.allowed_token_ids is not None:
+            _tokens("allowed_token_ids", self.allowed_token_ids, vocab_size)
+            if not set(self.allowed_token_ids) - set(self.banned_token_ids):
+                raise InvalidRequest(
+                    "allowed_token_ids",
+                    "`allowed_token_ids` leaves no token to sample once `banned_token_ids` are "
+                    "taken away; allow at least one",
+                )
+
+    def to_wire(self) -> dict[str, Any]:
+        """Only the fields that differ from the defaults, as msgpack can carry them."""
+        return {k: v for k, v in asdict(self).items() if v != _DEFAULTS[k]}
+
+    @classmethod
+    def from_wire(cls, data: Mapping[str, Any]) -> SamplingParams:
+        """Undo `to_wire`."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+
+
+_DEFAULTS = asdict(SamplingParams())
+
+
+def _number(
+    name: str, value: float, low: float, high: float, *, above_low: bool = False
+) -> None:
+    if not math.isfinite(value) or value > high or value < low or (above_low and value == low):
+        floor = f"above {low:g}" if above_low else f"at least {low:g}"
+        raise InvalidRequest(name, f"`{name}`={value} must be {floor} and at most {high:g}")
+
+
+def _integer(
+    name: str, value: int | None, low: int, high: int | None, *, optional: bool = False
+) -> None:
+    if value is None and optional:
+        return
+    if value is None or value < low or (high is not None and value > high):
+        ceiling = "" if high is None else f" and at most {high}"
+        raise InvalidRequest(name, f"`{name}`={value} must be at least {low}{ceiling}")
+
+
+def _count(name: str, count: int, limit: int) -> None:
+    if count > limit:
+        raise InvalidRequest(name, f"`{name}` has {count} entries; the most is {limit}")
+
+
+def _tokens(name: str, tokens: Any, vocab_size: int) -> None:  # noqa: ANN401
+    for token in tokens:
+        if not 0 <= token < vocab_size:
+            raise InvalidRequest(
+                name, f"`{name}` holds token id {token}; ids run from 0 to {vocab_size - 1}"
+            )
