@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 from arriero.kernels.ops import Ops
 from arriero.kernels.select import ops_for
 

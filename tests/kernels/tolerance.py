@@ -46,5 +46,5 @@ def check(actual: torch.Tensor, expected: Array, tolerance: Array | float) -> No
         worst = np.unravel_index(excess.argmax(), excess.shape)
         where = tuple(int(i) for i in worst)
         assert excess.max() <= 1.0, (
-            f"element {where}: {got[worst]} for {expected[worst]}, {excess.max():.3g} tolerances off"
+            f"element {where}: {got[worst]} for {expected[worst]}, {excess.max():.3g} tolerances"
         )
