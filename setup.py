@@ -28,7 +28,7 @@ def _extension(name: str, flags: list[str]) -> Extension:
         extra_compile_args=[
             "-std=c++20",
             "-O3",
-            "-g0",
+            "-g",
             "-ffp-contract=off",  # a product and a sum fuse where the source says so, or nowhere
             "-fno-math-errno",
             "-fvisibility=hidden",

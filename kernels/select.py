@@ -21,7 +21,8 @@ def ops_for(device: torch.device, name: str | None = None, threads: int | None =
         device: where weights and cache will live.
         name: one of `BACKENDS`; None picks: on a CPU the C++ kernels where they were built, else
             the reference, and the log says so once.
-        threads: CPU threads that the backend may use; None leaves torch's setting.
+        threads: CPU threads that the backend may use; None takes all CPUs of this process (cpu)
+            or leaves torch's setting (reference). The cpu backend sets torch's own to 1.
 
     Raises:
         ValueError: the name is unknown.
@@ -29,8 +30,6 @@ def ops_for(device: torch.device, name: str | None = None, threads: int | None =
     """
     if name not in (None, *BACKENDS):
         raise ValueError(f"kernels={name!r} is none of {', '.join(BACKENDS)}")
-    if threads is not None:
-        torch.set_num_threads(threads)
     if name == "triton":
         raise RuntimeError("kernels='triton' is not part of this build; use 'reference' or 'cpu'")
     if name == "cpu":
@@ -42,6 +41,8 @@ def ops_for(device: torch.device, name: str | None = None, threads: int | None =
             _say_once(str(error))
     from arriero.kernels.reference import ReferenceOps
 
+    if threads is not None:
+        torch.set_num_threads(threads)
     return ReferenceOps(device)
 
 

@@ -32,12 +32,13 @@ from arriero.kernels.reference import sampling
 
 
 def available_threads() -> int:
-    """CPUs that this process may run on, or torch's own setting where that is lower."""
+    """CPUs that this process may run on, or OMP_NUM_THREADS where that is lower."""
     try:
         cpus = len(os.sched_getaffinity(0))
     except AttributeError:
         cpus = os.cpu_count() or 1
-    return max(1, min(cpus, torch.get_num_threads()))
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    return min(cpus, int(limit)) if limit.isdecimal() and int(limit) > 0 else cpus
 
 
 class CpuOps(Ops):
@@ -70,6 +71,9 @@ class CpuOps(Ops):
         self.device = device
         self.library = load(variant)
         self.num_threads = available_threads() if threads is None else threads
+        # What torch still computes between calls is small, and its own threads would spin on the
+        # cores that these need.
+        torch.set_num_threads(1)
         self._machine = self.library.machine(self.num_threads, exact_inputs)
 
     # Packing.

@@ -101,18 +101,16 @@ inline void rope_write(const Batch& batch, int64_t token, const Heads& heads, fl
         const float* k = qkv + int64_t(heads.q + h) * heads.dim;
         const float* v = k + int64_t(heads.kv) * heads.dim;
         char* head = kv.head(layer, block, h);
-        if (kv.type == kBFloat16) {  // the common case, without a branch an element
-            char* key = key_element(kv, head, offset, 0);
-            for (int i = 0; i < heads.dim; ++i) {
-                bf16 x = float_to_bf16(k[i]);
-                std::memcpy(key + i / 2 * 64 + i % 2 * 2, &x, 2);
-            }
+        if (kv.type == kBFloat16) {  // the common case, sixteen elements at a time
+            alignas(64) bf16 rounded[kLanes];
             for (int i = 0; i < heads.dim; i += kLanes) {
+                const int n = std::min(kLanes, heads.dim - i);
+                char* key = key_element(kv, head, offset, i);
+                store_bf16(rounded, load_n(k + i, n));
+                for (int j = 0; j < n; j += 2) std::memcpy(key + j * 32, rounded + j, 4);
                 char* value = value_element(kv, head, offset, i);
-                for (int j = i; j < std::min(i + kLanes, heads.dim); ++j) {
-                    bf16 x = float_to_bf16(v[j]);
-                    std::memcpy(value + (j - i) * 4, &x, 2);
-                }
+                store_bf16(rounded, load_n(v + i, n));
+                for (int j = 0; j < n; ++j) std::memcpy(value + j * 4, rounded + j, 2);
             }
         } else {
             for (int i = 0; i < heads.dim; ++i) {
@@ -175,10 +173,25 @@ inline AttentionPlan plan_attention(const Batch& batch, const Cache& kv, int per
     return plan;
 }
 
-template <int32_t type, size_t... M>
+// Few rows take four vectors at a time, so that enough sums run side by side.
+inline constexpr int kFewRows = kMaxRows / 2;
+
+template <int32_t type, int V, size_t... M>
 constexpr auto score_kernels(std::index_sequence<M...>) {
-    return std::array<Kernel, 2 * sizeof...(M)>{float_kernel<type, int(M) + 1, 2, 1, false>...,
-                                                float_kernel<type, int(M) + 1, 1, 1, false>...};
+    return std::array<Kernel, sizeof...(M)>{float_kernel<type, int(M) + 1, V, 1, false>...};
+}
+
+template <int32_t type>
+inline Kernel score_kernel(int rows, int vectors) {
+    static constexpr auto one = score_kernels<type, 1>(std::make_index_sequence<kMaxRows>{});
+    static constexpr auto two = score_kernels<type, 2>(std::make_index_sequence<kMaxRows>{});
+    static constexpr auto four = score_kernels<type, 4>(std::make_index_sequence<kFewRows>{});
+    return (vectors == 4 ? four.data() : vectors == 2 ? two.data() : one.data())[rows - 1];
+}
+
+// How many vectors the next tile takes, of `left` that remain, when tiles have `rows` rows or less.
+inline int tile_vectors(int rows, int left) {
+    return left >= 4 && rows <= kFewRows ? 4 : left >= 2 ? 2 : 1;
 }
 
 // M rows of weights by V vectors of values, along the groups of a split: out [M][V * 16].
@@ -239,10 +252,19 @@ void value_kernel(const ValueTile& t) {
         for (int v = 0; v < V; ++v) store(t.out + m * t.out_stride + v * kLanes, acc[m][v]);
 }
 
-template <int32_t type, size_t... M>
+using ValueKernel = void (*)(const ValueTile&);
+
+template <int32_t type, int V, size_t... M>
 constexpr auto value_kernels(std::index_sequence<M...>) {
-    return std::array<void (*)(const ValueTile&), 2 * sizeof...(M)>{
-        value_kernel<type, int(M) + 1, 2>..., value_kernel<type, int(M) + 1, 1>...};
+    return std::array<ValueKernel, sizeof...(M)>{value_kernel<type, int(M) + 1, V>...};
+}
+
+template <int32_t type>
+inline ValueKernel value_kernel_for(int rows, int vectors) {
+    static constexpr auto one = value_kernels<type, 1>(std::make_index_sequence<kMaxRows>{});
+    static constexpr auto two = value_kernels<type, 2>(std::make_index_sequence<kMaxRows>{});
+    static constexpr auto four = value_kernels<type, 4>(std::make_index_sequence<kFewRows>{});
+    return (vectors == 4 ? four.data() : vectors == 2 ? two.data() : one.data())[rows - 1];
 }
 
 // A thread's room for one piece.
@@ -265,13 +287,13 @@ struct AttentionScratch {
         for (auto* v : {&counts, &bases}) grow(*v, width / kLanes);
     }
 
-    // A decode reads its cache from memory, once: ask for the keys two groups ahead, and for the
-    // values that the weighted sum will want next.
-    void fetch(int group, int count, int64_t key_bytes, int64_t value_bytes) const {
-        for (int g = group; g < std::min(group + 2, count); ++g)
-            for (int64_t i = 0; i < value_bytes; i += 64) prefetch(values[g] + i);
-        for (int g = group + 2; g < std::min(group + 4, count); ++g)
-            for (int64_t i = 0; i < key_bytes; i += 64) prefetch(keys[g] + i);
+    // A decode reads its cache from memory, once: ask for the keys of the next tile, and for the
+    // values that the weighted sum will want after this one's scores.
+    void fetch(int group, int taken, int count, const Cache& kv) const {
+        for (int g = group; g < group + taken; ++g)
+            for (int64_t i = 0; i < kv.value_bytes(); i += 64) prefetch(values[g] + i);
+        for (int g = group + taken; g < std::min(group + 2 * taken, count); ++g)
+            for (int64_t i = 0; i < kv.key_bytes(); i += 64) prefetch(keys[g] + i);
     }
 };
 
@@ -332,8 +354,6 @@ struct AttentionCall {
 // One piece with one key/value head.
 template <int32_t type>
 void attend(const AttentionCall& call, const Piece& piece, int head, AttentionScratch& scratch) {
-    constexpr auto score = score_kernels<type>(std::make_index_sequence<kMaxRows>{});
-    constexpr auto weigh = value_kernels<type>(std::make_index_sequence<kMaxRows>{});
     constexpr float kNone = -std::numeric_limits<float>::infinity();
     const Cache& kv = call.kv;
     const int per_kv = call.heads.per_kv(), rows = piece.tokens * per_kv, dim = call.heads.dim;
@@ -374,16 +394,15 @@ void attend(const AttentionCall& call, const Piece& piece, int head, AttentionSc
         t.a_stride = int64_t(q_width) * 4;
         t.pairs = kv.dim_pairs();
         t.c_stride = width;
-        for (int g = 0; g < count; g += 2) {
-            const bool two = g + 1 < count;
-            t.w[0] = scratch.keys[g];
-            t.w[1] = two ? scratch.keys[g + 1] : nullptr;
-            if (piece.tokens == 1) scratch.fetch(g, count, kv.key_bytes(), kv.value_bytes());
+        for (int g = 0, taken; g < count; g += taken) {
+            taken = tile_vectors(rows, count - g);
+            for (int i = 0; i < taken; ++i) t.w[i] = scratch.keys[g + i];
+            if (piece.tokens == 1) scratch.fetch(g, taken, count, kv);
             for (int tile = 0, row = 0; tile < tiles; ++tile) {
                 const int n = (rows - row) / (tiles - tile);
                 t.a = reinterpret_cast<const char*>(scratch.q.data() + int64_t(row) * q_width);
                 t.c = scratch.scores.data() + row * width + int64_t(g) * kLanes;
-                score[(two ? 0 : kMaxRows) + n - 1](t);
+                score_kernel<type>(n, taken)(t);
                 row += n;
             }
         }
@@ -423,16 +442,16 @@ void attend(const AttentionCall& call, const Piece& piece, int head, AttentionSc
         v.num_groups = count;
         v.vector_stride = kv.value_vector();
         v.out_stride = padded;
-        for (int d = 0; d < vectors; d += 2) {
-            const bool two = d + 1 < vectors;
+        for (int d = 0, taken; d < vectors; d += taken) {
+            taken = tile_vectors(rows, vectors - d);
             for (int tile = 0, row = 0; tile < tiles; ++tile) {
                 const int n = (rows - row) / (tiles - tile);
                 v.p = scratch.scores.data() + row * width;
                 v.out = part + int64_t(row) * padded + d * kLanes;
-                weigh[(two ? 0 : kMaxRows) + n - 1](v);
+                value_kernel_for<type>(n, taken)(v);
                 row += n;
             }
-            for (int g = 0; g < count; ++g) scratch.values[g] += 2 * kv.value_vector();
+            for (int g = 0; g < count; ++g) scratch.values[g] += taken * kv.value_vector();
         }
         for (int r = 0; r < rows && !first; ++r)
             merge_row(scratch.sum.data() + int64_t(r) * padded, scratch.sum_greatest[r],
