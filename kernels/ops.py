@@ -34,6 +34,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arriero.kernels.quant import QuantizedWeight
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FlatBatch:
@@ -230,6 +232,34 @@ class Ops(ABC):
     @abstractmethod
     def pack_vocab(self, weight_VH: Tensor, first_row: int, dtype: torch.dtype) -> Vocab:
         """Pack vocabulary rows so that both `embed` and `logits` can read them."""
+
+    def pack_quantized(self, weights: Sequence[QuantizedWeight], bias_O: Tensor | None) -> Linear:
+        """Stack quantized matrices by rows and pack them; `linear` takes the result.
+
+        The product is y = x Ŵᵀ + b with Ŵ exactly `QuantizedWeight.dequantize()` of the stack: x
+        may be rounded to bfloat16, Ŵ may not be rounded further (levels are exact in bfloat16, so
+        a backend multiplies levels and applies scales to float32 sums). All kinds of
+        `kernels.quant` are declared; a backend may lack some.
+
+        Raises:
+            ValueError: the matrices differ in kind, group size or columns.
+            NotImplementedError: this backend has no kernel for the kind.
+        """
+        raise NotImplementedError(
+            f"kernels={self.name!r} has no product for {weights[0].kind} weights; "
+            "load the model without quantization or use kernels='reference'"
+        )
+
+    def pack_quantized_vocab(self, weight: QuantizedWeight, first_row: int) -> Vocab:
+        """Pack quantized vocabulary rows for `embed` and `logits`; meaning as `pack_quantized`.
+
+        Raises:
+            NotImplementedError: this backend has no kernel for the kind.
+        """
+        raise NotImplementedError(
+            f"kernels={self.name!r} has no vocabulary of {weight.kind} weights; "
+            "keep the embedding unquantized or use kernels='reference'"
+        )
 
     @abstractmethod
     def kv_cache(self, spec: KVCacheSpec, device: torch.device) -> KVCache:

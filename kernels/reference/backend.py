@@ -21,6 +21,7 @@ from arriero.kernels.ops import (
     SamplingRows,
     Vocab,
 )
+from arriero.kernels.quant import QuantizedWeight
 from arriero.kernels.reference import attention, linear, sampling
 
 
@@ -41,6 +42,14 @@ class ReferenceOps(Ops):
     def pack_vocab(self, weight_VH: Tensor, first_row: int, dtype: torch.dtype) -> Vocab:
         """Keep the rows; see `Ops.pack_vocab`."""
         return linear.pack_vocab(weight_VH, first_row, dtype, self.device)
+
+    def pack_quantized(self, weights: Sequence[QuantizedWeight], bias_O: Tensor | None) -> Linear:
+        """Stack by rows, keep the stored numbers; see `Ops.pack_quantized`."""
+        return linear.pack_quantized(weights, bias_O, self.device)
+
+    def pack_quantized_vocab(self, weight: QuantizedWeight, first_row: int) -> Vocab:
+        """Keep the stored numbers; see `Ops.pack_quantized_vocab`."""
+        return linear.pack_quantized_vocab(weight, first_row, self.device)
 
     def kv_cache(self, spec: KVCacheSpec, device: torch.device) -> KVCache:
         """Allocate a paged cache of zeros."""
