@@ -21,9 +21,9 @@ FP8_MAX = 448.0
 """The greatest finite float8_e4m3fn."""
 INT4_ZERO = 8.0
 """Zero point of an int4 weight that stores none."""
-_SEARCH_STEPS = 12
-_SEARCH_ELEMENTS = 1 << 22
-"""Scale search holds a few float32 copies of so many weights at a time."""
+_SEARCH_STEPS = 8
+_SEARCH_ELEMENTS = 1 << 17
+"""Scale search works on so many weights at a time: the passes over them stay in cache."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -236,39 +236,54 @@ def _levels(w_OGC: Tensor, share_GC: Tensor, search: bool) -> tuple[Tensor, Tens
     flat_OG1 = span_OG1 <= 15 * 2.0**-24 * low_OG1.abs() + 1e-30
     scale_OG1 = torch.where(flat_OG1, _nonzero(low_OG1.abs()), span_OG1 / 15)
     q_OGC = ((w_OGC - low_OG1) / scale_OG1).round_().clamp_(0, 15)
-    best = (q_OGC, scale_OG1, low_OG1)
     if search:
-        error_OG1 = _error(w_OGC, share_GC, *best)
+        # Of the levels, a step keeps two numbers a group: their scale and offset after the fit.
+        best = (q_OGC, scale_OG1, low_OG1)
+        fit = _Fit(w_OGC, share_GC)
+        error_OG1 = fit.error_of(*best)
         for step in range(_SEARCH_STEPS):
-            shrunk_OG1 = scale_OG1 * (1.04 - 0.03 * step)
-            centre_OG1 = (low_OG1 + high_OG1) / 2 - 7.5 * shrunk_OG1
-            q_OGC = ((w_OGC - centre_OG1) / shrunk_OG1).round_().clamp_(0, 15)
-            fit = (q_OGC, *_least_squares(w_OGC, share_GC, q_OGC))
-            fit_error_OG1 = _error(w_OGC, share_GC, *fit)
+            shrunk_OG1 = scale_OG1 * (1.04 - 0.04 * step)
+            first_OG1 = (low_OG1 + high_OG1) / 2 - 7.5 * shrunk_OG1
+            q_OGC = ((w_OGC - first_OG1) / shrunk_OG1).round_().clamp_(0, 15)
+            slope_OG1, offset_OG1, fit_error_OG1 = fit.least_squares(q_OGC)
             # NaN (all levels equal: no slope to fit) compares false and is not taken.
-            better_OG1 = (fit_error_OG1 < error_OG1) & (fit[1] > 0) & ~flat_OG1
-            error_OG1 = error_OG1.where(~better_OG1, fit_error_OG1)
+            better_OG1 = (fit_error_OG1 < error_OG1) & (slope_OG1 > 0) & ~flat_OG1
+            error_OG1 = torch.where(better_OG1, fit_error_OG1, error_OG1)
             best = (
-                torch.where(better_OG1, fit[0], best[0]),
-                torch.where(better_OG1, fit[1], best[1]),
-                torch.where(better_OG1, fit[2], best[2]),
+                torch.where(better_OG1, q_OGC, best[0]),
+                torch.where(better_OG1, slope_OG1, best[1]),
+                torch.where(better_OG1, offset_OG1, best[2]),
             )
-    return best[0].to(torch.uint8), best[1][..., 0], best[2][..., 0]
+        q_OGC, scale_OG1, low_OG1 = best
+    return q_OGC.to(torch.uint8), scale_OG1[..., 0], low_OG1[..., 0]
 
 
-def _least_squares(w_OGC: Tensor, share_GC: Tensor, q_OGC: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and offset [O, G, 1] that bring q * scale + offset closest to w."""
-    total_G1 = share_GC.sum(-1, keepdim=True)
-    mean_w = (w_OGC * share_GC).sum(-1, keepdim=True) / total_G1
-    mean_q = (q_OGC * share_GC).sum(-1, keepdim=True) / total_G1
-    centred = (q_OGC - mean_q) * share_GC
-    scale = (centred * (w_OGC - mean_w)).sum(-1, keepdim=True)
-    scale = scale / (centred * (q_OGC - mean_q)).sum(-1, keepdim=True)
-    return scale, mean_w - scale * mean_q
+class _Fit:
+    """Least squares of w by q * scale + offset in each group, columns weighted by their share."""
 
+    def __init__(self, w_OGC: Tensor, share_GC: Tensor) -> None:
+        self.share_GC1 = (share_GC / share_GC.sum(-1, keepdim=True))[..., None]
+        self.mean_OG1 = self._mean(w_OGC)
+        self.w_OGC = w_OGC - self.mean_OG1
+        self.variance_OG1 = self._mean(self.w_OGC.square())
 
-def _error(w_OGC: Tensor, share_GC: Tensor, q_OGC: Tensor, scale: Tensor, low: Tensor) -> Tensor:
-    return ((q_OGC * scale + low - w_OGC).square_() * share_GC).sum(-1, keepdim=True)
+    def _mean(self, value_OGC: Tensor) -> Tensor:
+        # [O, G, C] by [G, C, 1]: the products of a batch of G.
+        return (value_OGC.transpose(0, 1) @ self.share_GC1).transpose(0, 1)
+
+    def error_of(self, q_OGC: Tensor, scale_OG1: Tensor, low_OG1: Tensor) -> Tensor:
+        """Mean squared error [O, G, 1] of given levels."""
+        off_OGC = q_OGC * scale_OG1 + (low_OG1 - self.mean_OG1) - self.w_OGC
+        return self._mean(off_OGC.square_())
+
+    def least_squares(self, q_OGC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The best scale and offset for these levels, and the mean squared error left."""
+        mean_OG1 = self._mean(q_OGC)
+        spread_OG1 = self._mean(q_OGC.square()) - mean_OG1.square()
+        shared_OG1 = self._mean(q_OGC * self.w_OGC)
+        scale_OG1 = shared_OG1 / spread_OG1
+        error_OG1 = self.variance_OG1 - scale_OG1 * shared_OG1
+        return scale_OG1, self.mean_OG1 - scale_OG1 * mean_OG1, error_OG1
 
 
 def _grouped(w_OI: Tensor, group_size: int, pad: float | None = None) -> Tensor:
