@@ -29,7 +29,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -120,6 +120,27 @@ class Vocab:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionStyle:
+    """What a layer's attention does beyond Llama 3's; the defaults are Llama 3's.
+
+    Attributes:
+        rope: halves: element i pairs with i + D / 2. pairs: element 2i pairs with 2i + 1 (Llama 4
+            as its checkpoints store it). none: positions are not encoded.
+        qk_norm: after RoPE each head of q and k is divided by its root mean square (weightless,
+            with the layer's eps).
+        query_scale: (a, f): q at position p is multiplied by 1 + a * ln(1 + floor((p + 1) / f)),
+            last of all (Llama 4's attention temperature); None for off.
+        chunk_size: C > 0: key k is visible to query q when k <= q and k // C == q // C, positions
+            counted from the sequence's start; 0: every earlier key is visible.
+    """
+
+    rope: Literal["halves", "pairs", "none"] = "halves"
+    qk_norm: bool = False
+    query_scale: tuple[float, float] | None = None
+    chunk_size: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DenseLayer:
     """Weights of one dense decoder layer as held by this slice.
 
@@ -133,6 +154,8 @@ class DenseLayer:
         num_q_heads, num_kv_heads, head_dim: of this slice; num_q_heads % num_kv_heads == 0.
         softmax_scale: multiplies q·k.
         eps: of both norms.
+        style: departures from Llama 3's attention. A backend whose fused blocks know only the
+            default must take the ops one by one for any other.
     """
 
     attn_norm_H: Tensor
@@ -146,6 +169,7 @@ class DenseLayer:
     head_dim: int
     softmax_scale: float
     eps: float
+    style: AttentionStyle = AttentionStyle()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -294,19 +318,27 @@ class Ops(ABC):
     def rope_write_kv(
         self, qkv_TE: Tensor, layer: DenseLayer, kv: KVCache, kv_layer: int, batch: FlatBatch
     ) -> Tensor:
-        """Rotate q and k by halves, write k and v to their slots; returns q [T, N, D].
+        """Rotate q and k, write k and v to their slots; returns q [T, N, D].
 
-        Half-split layout (RoPE, Su 2021, as Hugging Face stores Llama): element i pairs with
-        i + D / 2.
+        RoPE (Su 2021) by halves, as Hugging Face stores Llama: element i pairs with i + D / 2.
+        `layer.style` may ask for another layout, and for the QK norm and query scale after it.
         """
 
     @abstractmethod
     def paged_attention(
-        self, q_TND: Tensor, scale: float, kv: KVCache, kv_layer: int, batch: FlatBatch
+        self,
+        q_TND: Tensor,
+        scale: float,
+        kv: KVCache,
+        kv_layer: int,
+        batch: FlatBatch,
+        chunk_size: int = 0,
     ) -> Tensor:
         """Causal attention of each token over its own sequence's blocks: [T, N * D].
 
-        Paged attention (Kwon 2023) over a flat batch. Token at position p sees keys 0..p.
+        Paged attention (Kwon 2023) over a flat batch. Token at position p sees keys 0..p, or with
+        a chunk size C keys p // C * C..p. Blocks that lie wholly before the chunk of a sequence's
+        first query may be freed: their table entries are arbitrary and are not read.
         """
 
     @abstractmethod
@@ -340,7 +372,9 @@ class Ops(ABC):
         """Norm, qkv, RoPE, cache write, attention, output projection: a partial [T, H]."""
         qkv_TE = self.linear(self.rms_norm(x_TH, layer.attn_norm_H, layer.eps), layer.qkv)
         q_TND = self.rope_write_kv(qkv_TE, layer, kv, kv_layer, batch)
-        out_TE = self.paged_attention(q_TND, layer.softmax_scale, kv, kv_layer, batch)
+        out_TE = self.paged_attention(
+            q_TND, layer.softmax_scale, kv, kv_layer, batch, layer.style.chunk_size
+        )
         return self.linear(out_TE, layer.o)
 
     def mlp_block(self, x_TH: Tensor, layer: DenseLayer) -> Tensor:

@@ -82,10 +82,16 @@ class ReferenceOps(Ops):
         return attention.rope_write_kv(qkv_TE, layer, kv, kv_layer, batch)
 
     def paged_attention(
-        self, q_TND: Tensor, scale: float, kv: KVCache, kv_layer: int, batch: FlatBatch
+        self,
+        q_TND: Tensor,
+        scale: float,
+        kv: KVCache,
+        kv_layer: int,
+        batch: FlatBatch,
+        chunk_size: int = 0,
     ) -> Tensor:
         """Causal attention over blocks; see `Ops.paged_attention`."""
-        return attention.paged_attention(q_TND, scale, kv, kv_layer, batch)
+        return attention.paged_attention(q_TND, scale, kv, kv_layer, batch, chunk_size)
 
     def sample(self, logits_RV: Tensor, rows: SamplingRows) -> Sampled:
         """Draw one token a row; see `Ops.sample`."""
