@@ -68,7 +68,12 @@ class FlatBatch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KVCacheSpec:
-    """Shape of the paged cache of the layers held here."""
+    """Shape of the paged cache of the layers held here.
+
+    With dtype int8, each head's key and each head's value of a token is 127 levels of either
+    sign with a float32 scale of its own, the greatest magnitude / 127; stored numbers are rounded
+    half to even, and a head of zeros has scale 0.
+    """
 
     num_layers: int
     num_blocks: int
@@ -76,6 +81,14 @@ class KVCacheSpec:
     head_dim: int
     block_size: int
     dtype: torch.dtype
+
+    @property
+    def canonical_dim(self) -> int:
+        """Last dimension of the canonical layout: D; for int8 D + 4.
+
+        The four bytes after an int8 vector are its float32 scale, little-endian.
+        """
+        return self.head_dim + 4 if self.dtype == torch.int8 else self.head_dim
 
 
 class KVCache(ABC):
@@ -90,11 +103,14 @@ class KVCache(ABC):
 
     @abstractmethod
     def read(self, layer: int, blocks: Sequence[int]) -> Tensor:
-        """Copy blocks out in the canonical layout [len(blocks), 2 (k, v), K, P, D]."""
+        """Copy blocks out in the canonical layout [len(blocks), 2 (k, v), K, P, D].
+
+        In the cache's dtype; see `KVCacheSpec.canonical_dim` for int8.
+        """
 
     @abstractmethod
     def write(self, layer: int, blocks: Sequence[int], data: Tensor) -> None:
-        """Copy blocks in from the canonical layout."""
+        """Copy blocks in from the canonical layout; for int8 of that dtype, else of any float."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""The paged cache, RoPE and attention over it, in plain torch.
+"""RoPE and attention over the paged cache, in plain torch.
 
 Knows blocks and slots; refuses to know who owns them. Shape legend: kernels/ops.py, and
     G  query heads that share a key/value head      Q  queries of one sequence
@@ -7,45 +7,11 @@ Knows blocks and slots; refuses to know who owns them. Shape legend: kernels/ops
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from arriero.kernels.ops import DenseLayer, FlatBatch, KVCache, KVCacheSpec
-
-
-class ReferenceKVCache(KVCache):
-    """One tensor [layers, 2 (k, v), blocks, K, P, D]."""
-
-    def __init__(self, spec: KVCacheSpec, device: torch.device) -> None:
-        self.spec = spec
-        self.data = torch.zeros(
-            spec.num_layers,
-            2,
-            spec.num_blocks,
-            spec.num_kv_heads,
-            spec.block_size,
-            spec.head_dim,
-            dtype=spec.dtype,
-            device=device,
-        )
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated, exactly."""
-        return self.data.nbytes
-
-    def read(self, layer: int, blocks: Sequence[int]) -> Tensor:
-        """Copy blocks out in the canonical layout [len(blocks), 2 (k, v), K, P, D]."""
-        return self.data[layer][:, self._index(blocks)].transpose(0, 1).contiguous()
-
-    def write(self, layer: int, blocks: Sequence[int], data: Tensor) -> None:
-        """Copy blocks in from the canonical layout."""
-        self.data[layer][:, self._index(blocks)] = data.to(self.data).transpose(0, 1)
-
-    def _index(self, blocks: Sequence[int]) -> Tensor:
-        return torch.tensor(blocks, dtype=torch.long, device=self.data.device)
+from arriero.kernels.ops import DenseLayer, FlatBatch, KVCache
+from arriero.kernels.reference.kv import ReferenceKVCache
 
 
 def rope_write_kv(
@@ -60,7 +26,7 @@ def rope_write_kv(
         gain, floor = layer.style.query_scale
         step_T = torch.floor((batch.positions_T.float() + 1) / floor)
         q_TND = (q_TND.float() * (torch.log1p(step_T) * gain + 1)[:, None, None]).to(q_TND.dtype)
-    write_slots(kv.data[kv_layer], k_TKD, v_TKD, batch.slots_T)
+    kv.store(kv_layer, k_TKD, v_TKD, batch.slots_T)
     return q_TND
 
 
@@ -83,14 +49,6 @@ def _rotate(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor, pairs: bool) -> Tenso
     return torch.stack(turned, dim=-1).flatten(-2) if pairs else torch.cat(turned, dim=-1)
 
 
-def write_slots(data: Tensor, k_TKD: Tensor, v_TKD: Tensor, slots_T: Tensor) -> None:
-    """Store each token's key and value in a layer's cache [2, blocks, K, P, D]."""
-    size = data.shape[3]
-    block_T, offset_T = slots_T.long() // size, slots_T.long() % size
-    data[0][block_T, :, offset_T] = k_TKD.to(data.dtype)
-    data[1][block_T, :, offset_T] = v_TKD.to(data.dtype)
-
-
 def paged_attention(
     q_TND: Tensor,
     scale: float,
@@ -111,7 +69,6 @@ def paged_attention(
     groups = [[s] for s in range(len(contexts)) if starts[s + 1] - starts[s] > 1]
     if single:
         groups.append(single)
-    data = kv.data[kv_layer]
     size = kv.spec.block_size
     for group in groups:
         tokens_SQ = torch.tensor(
@@ -127,7 +84,7 @@ def paged_attention(
         held_SB &= key_B + size > first_SQ[:, :1]
         blocks_SB = batch.block_table_SB[group, :num_blocks].long().where(held_SB, 0)
         out_TND[tokens_SQ] = _attend(
-            q_TND[tokens_SQ], data[:, blocks_SB], first_SQ, position_SQ, scale
+            q_TND[tokens_SQ], kv.gather(kv_layer, blocks_SB), first_SQ, position_SQ, scale
         )
     return out_TND.flatten(1)
 
@@ -138,7 +95,7 @@ def _attend(
     """Softmax attention over keys first .. last, in float32: [S, Q, N, D] of the queries' dtype."""
     num_seqs, num_queries, num_heads, head_dim = q_SQND.shape
     num_kv_heads = kv_2SBKPD.shape[3]
-    k_SKCD, v_SKCD = kv_2SBKPD.transpose(2, 3).flatten(3, 4).float()
+    k_SKCD, v_SKCD = kv_2SBKPD.transpose(2, 3).flatten(3, 4)
     key_C = torch.arange(k_SKCD.shape[2], device=q_SQND.device)
     seen_SQC = (key_C >= first_SQ[..., None]) & (key_C <= last_SQ[..., None])
     # A slot that no query sees may hold anything, NaN too, and NaN * 0 is NaN.

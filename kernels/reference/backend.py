@@ -23,6 +23,7 @@ from arriero.kernels.ops import (
 )
 from arriero.kernels.quant import QuantizedWeight
 from arriero.kernels.reference import attention, linear, sampling
+from arriero.kernels.reference.kv import ReferenceKVCache
 
 
 class ReferenceOps(Ops):
@@ -53,7 +54,7 @@ class ReferenceOps(Ops):
 
     def kv_cache(self, spec: KVCacheSpec, device: torch.device) -> KVCache:
         """Allocate a paged cache of zeros."""
-        return attention.ReferenceKVCache(spec, device)
+        return ReferenceKVCache(spec, device)
 
     def embed(self, tokens_T: Tensor, vocab: Vocab) -> Tensor:
         """Rows of the table; see `Ops.embed`."""
