@@ -34,6 +34,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from arriero.kernels import moe
+from arriero.kernels.moe import Permutation, Routing
 from arriero.kernels.quant import QuantizedWeight
 
 
@@ -186,6 +188,27 @@ class DenseLayer:
     softmax_scale: float
     eps: float
     style: AttentionStyle = AttentionStyle()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoELayer(DenseLayer):
+    """A decoder layer with routed experts (Llama 4).
+
+    It is a dense layer whose MLP, `gate_up` and `down`, is the shared expert, and
+
+    Attributes:
+        router: rows are all the model's experts.
+        experts_gate_up: of each expert held here, gate rows and then up rows.
+        experts_down: of each expert held here.
+        first_expert: global id of the first of them; they are consecutive.
+        top_k: experts that a token is sent to.
+    """
+
+    router: Linear
+    experts_gate_up: Sequence[Linear]
+    experts_down: Sequence[Linear]
+    first_expert: int
+    top_k: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -380,6 +403,45 @@ class Ops(ABC):
           NaN) gives token -1, with log-probability -inf: nothing may be sampled.
         """
 
+    # Experts. Shape legend: kernels/moe.py. The defaults are the definition, over `linear`.
+
+    def moe_route(self, x_TH: Tensor, router: Linear, top_k: int) -> Routing:
+        """Choose each token's experts: the greatest logits, scored by their sigmoids (Llama 4)."""
+        return moe.route(self.linear(x_TH, router).float(), top_k)
+
+    def moe_permute(self, routing: Routing, first_expert: int, num_experts: int) -> Permutation:
+        """Order the (token, expert) pairs whose expert is held here by expert, then by token."""
+        return moe.permute(routing, first_expert, num_experts)
+
+    def grouped_linear(self, x_XI: Tensor, experts: Sequence[Linear], starts_E1: Tensor) -> Tensor:
+        """Rows starts[e] .. starts[e + 1] times the e-th matrix: [X, O]."""
+        counts = starts_E1.diff().tolist()
+        parts = [
+            self.linear(x, expert)
+            for x, expert in zip(torch.split(x_XI, counts), experts, strict=True)
+            if x.shape[0]
+        ]
+        return torch.cat(parts) if parts else x_XI.new_empty(0, experts[0].out_features)
+
+    def moe_combine(self, y_XH: Tensor, permutation: Permutation) -> Tensor:
+        """Undo `moe_permute`: sum each token's rows, in the order of its choices: [T, H]."""
+        return moe.combine(y_XH, permutation)
+
+    def moe_block(self, x_TH: Tensor, layer: MoELayer) -> Tensor:
+        """Norm, shared expert, and the routed experts held here: a partial [T, H].
+
+        Llama 4: the score multiplies the expert's input, before its SwiGLU, and not its output:
+        shared(h) + sum of expert(score * h), h being the normed x.
+        """
+        h_TH = self.rms_norm(x_TH, layer.mlp_norm_H, layer.eps)
+        routing = self.moe_route(h_TH, layer.router, layer.top_k)
+        order = self.moe_permute(routing, layer.first_expert, len(layer.experts_down))
+        h_XH = h_TH[order.token_X.long()] * order.score_X[:, None].to(h_TH.dtype)
+        y_XF2 = self.grouped_linear(h_XH, layer.experts_gate_up, order.starts_E1)
+        y_XH = self.grouped_linear(self.silu_mul(y_XF2), layer.experts_down, order.starts_E1)
+        shared_TH = self.linear(self.silu_mul(self.linear(h_TH, layer.gate_up)), layer.down)
+        return shared_TH + self.moe_combine(y_XH, order)
+
     # Blocks: several ops in one call. A backend overrides them where fusing pays.
 
     def attention_block(
@@ -410,7 +472,10 @@ class Ops(ABC):
             for i, layer in enumerate(layers):
                 part = self.attention_block(x_TH, layer, kv, i, batch)
                 x_TH += part if reduce is None else reduce(part)
-                part = self.mlp_block(x_TH, layer)
+                if isinstance(layer, MoELayer):
+                    part = self.moe_block(x_TH, layer)
+                else:
+                    part = self.mlp_block(x_TH, layer)
                 x_TH += part if reduce is None else reduce(part)
             return x_TH
 
