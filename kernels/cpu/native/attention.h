@@ -258,16 +258,26 @@ inline AttentionPlan plan_attention(const Batch& batch, const Cache& kv, int per
 // Few rows take four vectors at a time, so that enough sums run side by side.
 inline constexpr int kFewRows = kMaxRows / 2;
 
-template <int32_t type, int V, size_t... M>
-constexpr auto score_kernels(std::index_sequence<M...>) {
-    return std::array<Kernel, sizeof...(M)>{float_kernel<type, int(M) + 1, V, 1, false>...};
+template <int32_t type, bool kRounded, int M, int V>
+constexpr Kernel score_tile() {
+#if defined(ARRIERO_BF16)
+    if constexpr (kRounded) return pair_kernel<M, V, 1, false>;
+#endif
+    return float_kernel<type, M, V, 1, false>;
 }
 
-template <int32_t type>
+template <int32_t type, bool kRounded, int V, size_t... M>
+constexpr auto score_kernels(std::index_sequence<M...>) {
+    return std::array<Kernel, sizeof...(M)>{score_tile<type, kRounded, int(M) + 1, V>()...};
+}
+
+template <int32_t type, bool kRounded>
 inline Kernel score_kernel(int rows, int vectors) {
-    static constexpr auto one = score_kernels<type, 1>(std::make_index_sequence<kMaxRows>{});
-    static constexpr auto two = score_kernels<type, 2>(std::make_index_sequence<kMaxRows>{});
-    static constexpr auto four = score_kernels<type, 4>(std::make_index_sequence<kFewRows>{});
+    using Many = std::make_index_sequence<kMaxRows>;
+    using Few = std::make_index_sequence<kFewRows>;
+    static constexpr auto one = score_kernels<type, kRounded, 1>(Many{});
+    static constexpr auto two = score_kernels<type, kRounded, 2>(Many{});
+    static constexpr auto four = score_kernels<type, kRounded, 4>(Few{});
     return (vectors == 4 ? four.data() : vectors == 2 ? two.data() : one.data())[rows - 1];
 }
 
@@ -278,8 +288,8 @@ inline int tile_vectors(int rows, int left) {
 
 // M rows of weights by V vectors of values, along the groups of a split: out [M][V * 16].
 struct ValueTile {
-    const float* p;
-    int64_t p_stride;
+    const char* p;     // float32, or bf16 for the rounded kernel
+    int64_t p_stride;  // bytes
     const char* const* groups;  // each group's values, at the tile's first vector
     const int* counts;          // slots of each group
     int num_groups;
@@ -298,7 +308,9 @@ void value_kernel(const ValueTile& t) {
         for (int v = 0; v < V; ++v) acc[m][v] = zero();
     for (int g = 0; g < t.num_groups; ++g) {
         const char* w = t.groups[g];
-        const float* p = t.p + g * kLanes;
+        auto p = [&](int m, int slot) {
+            return set1(reinterpret_cast<const float*>(t.p + m * t.p_stride)[g * kLanes + slot]);
+        };
         const int pairs = t.counts[g] / 2;
         for (int i = 0; i < pairs; ++i) {
             F16 first[V], second[V];
@@ -307,13 +319,13 @@ void value_kernel(const ValueTile& t) {
                 expand<type>(w + v * t.vector_stride + i * step, first[v], second[v]);
 #pragma GCC unroll 16
             for (int m = 0; m < M; ++m) {
-                F16 x = set1(p[m * t.p_stride + 2 * i]);
+                F16 x = p(m, 2 * i);
 #pragma GCC unroll 4
                 for (int v = 0; v < V; ++v) acc[m][v] = fma(x, first[v], acc[m][v]);
             }
 #pragma GCC unroll 16
             for (int m = 0; m < M; ++m) {
-                F16 x = set1(p[m * t.p_stride + 2 * i + 1]);
+                F16 x = p(m, 2 * i + 1);
 #pragma GCC unroll 4
                 for (int v = 0; v < V; ++v) acc[m][v] = fma(x, second[v], acc[m][v]);
             }
@@ -324,7 +336,7 @@ void value_kernel(const ValueTile& t) {
                 expand<type>(w + v * t.vector_stride + pairs * step, first, second);
 #pragma GCC unroll 16
                 for (int m = 0; m < M; ++m)
-                    acc[m][v] = fma(set1(p[m * t.p_stride + 2 * pairs]), first, acc[m][v]);
+                    acc[m][v] = fma(p(m, 2 * pairs), first, acc[m][v]);
             }
         }
     }
@@ -334,24 +346,75 @@ void value_kernel(const ValueTile& t) {
         for (int v = 0; v < V; ++v) store(t.out + m * t.out_stride + v * kLanes, acc[m][v]);
 }
 
+#if defined(ARRIERO_BF16)
+// The same with weights rounded to bf16, two slots at once.
+template <int M, int V>
+void value_pair_kernel(const ValueTile& t) {
+    F16 acc[M][V];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) acc[m][v] = zero();
+    for (int g = 0; g < t.num_groups; ++g) {
+        const char* w = t.groups[g];
+        const int pairs = (t.counts[g] + 1) / 2;
+        // Of an odd last slot's pair, the other was never written: clear it.
+        const __m512i last = _mm512_set1_epi32(t.counts[g] % 2 ? 0xffff : -1);
+        for (int i = 0; i < pairs; ++i) {
+            __m512i values[V];
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v)
+                values[v] = _mm512_loadu_si512(w + v * t.vector_stride + i * 64);
+            if (i == pairs - 1) {
+#pragma GCC unroll 4
+                for (int v = 0; v < V; ++v) values[v] = _mm512_and_si512(values[v], last);
+            }
+#pragma GCC unroll 16
+            for (int m = 0; m < M; ++m) {
+                __m512i x = _mm512_set1_epi32(
+                    reinterpret_cast<const int*>(t.p + m * t.p_stride)[g * (kLanes / 2) + i]);
+#pragma GCC unroll 4
+                for (int v = 0; v < V; ++v)
+                    acc[m][v] = _mm512_dpbf16_ps(acc[m][v], (__m512bh)x, (__m512bh)values[v]);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) store(t.out + m * t.out_stride + v * kLanes, acc[m][v]);
+}
+#endif
+
 using ValueKernel = void (*)(const ValueTile&);
 
-template <int32_t type, int V, size_t... M>
-constexpr auto value_kernels(std::index_sequence<M...>) {
-    return std::array<ValueKernel, sizeof...(M)>{value_kernel<type, int(M) + 1, V>...};
+template <int32_t type, bool kRounded, int M, int V>
+constexpr ValueKernel value_tile() {
+#if defined(ARRIERO_BF16)
+    if constexpr (kRounded) return value_pair_kernel<M, V>;
+#endif
+    return value_kernel<type, M, V>;
 }
 
-template <int32_t type>
+template <int32_t type, bool kRounded, int V, size_t... M>
+constexpr auto value_kernels(std::index_sequence<M...>) {
+    return std::array<ValueKernel, sizeof...(M)>{value_tile<type, kRounded, int(M) + 1, V>()...};
+}
+
+template <int32_t type, bool kRounded>
 inline ValueKernel value_kernel_for(int rows, int vectors) {
-    static constexpr auto one = value_kernels<type, 1>(std::make_index_sequence<kMaxRows>{});
-    static constexpr auto two = value_kernels<type, 2>(std::make_index_sequence<kMaxRows>{});
-    static constexpr auto four = value_kernels<type, 4>(std::make_index_sequence<kFewRows>{});
+    using Many = std::make_index_sequence<kMaxRows>;
+    using Few = std::make_index_sequence<kFewRows>;
+    static constexpr auto one = value_kernels<type, kRounded, 1>(Many{});
+    static constexpr auto two = value_kernels<type, kRounded, 2>(Many{});
+    static constexpr auto four = value_kernels<type, kRounded, 4>(Few{});
     return (vectors == 4 ? four.data() : vectors == 2 ? two.data() : one.data())[rows - 1];
 }
 
 // A thread's room for one piece.
 struct AttentionScratch {
     std::vector<float> q, scores;
+    std::vector<bf16> weights;  // where they are rounded; else they take the scores' place
     std::vector<float> part, greatest, total;              // of one split
     std::vector<float> sum, sum_greatest, sum_total;       // of all splits so far
     std::vector<const char*> keys, values;
@@ -364,6 +427,7 @@ struct AttentionScratch {
         };
         grow(q, rows * q_width);
         grow(scores, rows * width);
+        grow(weights, rows * width);
         for (auto* v : {&part, &sum}) grow(*v, rows * padded);
         for (auto* v : {&greatest, &total, &sum_greatest, &sum_total}) grow(*v, rows);
         for (auto* v : {&keys, &values}) grow(*v, width / kLanes);
@@ -386,7 +450,7 @@ inline void merge_row(float* sum, float& sum_greatest, float& sum_total, const f
                       float greatest, float total, int padded) {
     if (greatest == -std::numeric_limits<float>::infinity()) return;  // the row sees none of it
     const float top = greatest > sum_greatest ? greatest : sum_greatest;
-    const F16 old_share = exp(set1(sum_greatest - top)), new_share = exp(set1(greatest - top));
+    const F16 old_share = exp2(set1(sum_greatest - top)), new_share = exp2(set1(greatest - top));
     for (int i = 0; i < padded; i += kLanes)
         store(sum + i, fma(load(sum + i), old_share, mul(load(part + i), new_share)));
     float shares[2][kLanes];
@@ -429,6 +493,7 @@ struct AttentionCall {
     int64_t q_stride;
     Rows out;
     bool rounded;     // `out` is bf16
+    bool exact;       // queries and weights stay float32
     float* partials;  // [partial][query heads][2 + padded dim]: greatest, total, sum
 
     float* partial(int64_t index, int head) const {
@@ -436,8 +501,8 @@ struct AttentionCall {
     }
 };
 
-// One piece with one key/value head.
-template <int32_t type>
+// One piece with one key/value head. kRounded: queries and weights go into their products as bf16.
+template <int32_t type, bool kRounded>
 void attend(const AttentionCall& call, const Piece& piece, int head, AttentionScratch& scratch) {
     constexpr float kNone = -std::numeric_limits<float>::infinity();
     const Cache& kv = call.kv;
@@ -448,12 +513,20 @@ void attend(const AttentionCall& call, const Piece& piece, int head, AttentionSc
     const int tiles = int(ceil_div(rows, kMaxRows));
     scratch.make_room(rows, q_width, width, padded);
 
+    const F16 scale = set1(call.scale * 1.44269504088896341f);  // scores in powers of 2, not e
     for (int r = 0; r < rows; ++r) {
         const float* from = call.q + (piece.token + r / per_kv) * call.q_stride +
                             (head * per_kv + r % per_kv) * int64_t(dim);
         float* to = scratch.q.data() + int64_t(r) * q_width;
-        for (int i = 0; i < dim; ++i) to[i] = from[i] * call.scale;
-        if (dim < q_width) to[dim] = 0.0f;
+        for (int i = 0; i < dim; i += kLanes) {
+            const int n = std::min(kLanes, dim - i);
+            F16 x = mul(load_n(from + i, n), scale);
+            if constexpr (kRounded) {
+                store_output(Rows{reinterpret_cast<char*>(to), 0}, true, 0, i, x, n);
+            } else {
+                store_n(to + i, x, n);
+            }
+        }
     }
     const int32_t* table = call.batch.block_table + piece.sequence * call.batch.table_stride;
     const int32_t* position = call.batch.positions + piece.token;
@@ -494,7 +567,7 @@ void attend(const AttentionCall& call, const Piece& piece, int head, AttentionSc
                 const int n = (rows - row) / (tiles - tile);
                 t.a = reinterpret_cast<const char*>(scratch.q.data() + int64_t(row) * q_width);
                 t.c = scratch.scores.data() + row * width + int64_t(g) * kLanes;
-                score_kernel<type>(n, taken)(t);
+                score_kernel<type, kRounded>(n, taken)(t);
                 row += n;
             }
         }
@@ -522,17 +595,22 @@ void attend(const AttentionCall& call, const Piece& piece, int head, AttentionSc
             const F16 shift = set1(greatest[r] == kNone ? 0.0f : greatest[r]);
             F16 sum = zero();
             for (int g = 0; g < count; ++g) {
-                F16 x = exp(sub(load(s + g * kLanes), shift));
+                F16 x = exp2(sub(load(s + g * kLanes), shift));
                 sum = add(sum, x);
                 // Lanes past the group's slots may become NaN here; the weighted sum skips them.
                 if constexpr (type == kInt8) x = mul(x, load(scratch.value_scales[g]));
-                store(s + g * kLanes, x);
+                if constexpr (kRounded)
+                    store_bf16(scratch.weights.data() + r * width + g * kLanes, x);
+                else
+                    store(s + g * kLanes, x);
             }
             total[r] = reduce_add(sum);
         }
         // The weighted sum of values.
         ValueTile v{};
-        v.p_stride = width;
+        const char* weights = kRounded ? reinterpret_cast<const char*>(scratch.weights.data())
+                                       : reinterpret_cast<const char*>(scratch.scores.data());
+        v.p_stride = width * (kRounded ? 2 : 4);
         v.groups = scratch.values.data();
         v.counts = scratch.counts.data();
         v.num_groups = count;
@@ -542,9 +620,9 @@ void attend(const AttentionCall& call, const Piece& piece, int head, AttentionSc
             taken = tile_vectors(rows, vectors - d);
             for (int tile = 0, row = 0; tile < tiles; ++tile) {
                 const int n = (rows - row) / (tiles - tile);
-                v.p = scratch.scores.data() + row * width;
+                v.p = weights + row * v.p_stride;
                 v.out = part + int64_t(row) * padded + d * kLanes;
-                value_kernel_for<type>(n, taken)(v);
+                value_kernel_for<type, kRounded>(n, taken)(v);
                 row += n;
             }
             for (int g = 0; g < count; ++g) scratch.values[g] += taken * kv.value_vector();
@@ -588,10 +666,17 @@ inline void attention(Worker& worker, const AttentionPlan& plan, const Attention
     worker.share(int(plan.pieces.size()) * heads, [&](int item, int) {
         const Piece& piece = plan.pieces[item / heads];
         switch (call.kv.type) {
-            case kFloat32: attend<kFloat32>(call, piece, item % heads, scratch); break;
-            case kBFloat16: attend<kBFloat16>(call, piece, item % heads, scratch); break;
-            case kInt8: attend<kInt8>(call, piece, item % heads, scratch); break;
-            default: attend<kFloat16>(call, piece, item % heads, scratch);
+            case kFloat32: attend<kFloat32, false>(call, piece, item % heads, scratch); break;
+            case kInt8: attend<kInt8, false>(call, piece, item % heads, scratch); break;
+            case kFloat16: attend<kFloat16, false>(call, piece, item % heads, scratch); break;
+            default:
+#if defined(ARRIERO_BF16)
+                if (!call.exact) {
+                    attend<kBFloat16, true>(call, piece, item % heads, scratch);
+                    break;
+                }
+#endif
+                attend<kBFloat16, false>(call, piece, item % heads, scratch);
         }
     });
     if (plan.merges.empty()) return;

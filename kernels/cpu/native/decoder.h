@@ -153,7 +153,7 @@ inline void attention_block(Machine& machine, Worker& worker, const Layer& layer
     const bool rounded = rounds_inputs(layer.o.type, machine.exact);
     const Rows mixed{machine.mixed.room(0), row_stride(layer.o.in_features)};
     const AttentionCall call{batch, heads, layer.scale, layer.style.chunk_size, kv, index, qkv,
-                             width, mixed, rounded,
+                             width, mixed, rounded, machine.exact,
                              reinterpret_cast<float*>(machine.partials.room(0))};
     attention(worker, plan, call, machine.scratch[worker.thread]);
     product(worker, layer.o, mixed, rounded, tokens, false, [&](const Block& b) {

@@ -73,11 +73,9 @@ inline F16 max(F16 a, F16 b) { return _mm512_max_ps(a, b); }
 inline F16 min(F16 a, F16 b) { return _mm512_min_ps(a, b); }
 inline F16 fma(F16 a, F16 b, F16 c) { return _mm512_fmadd_ps(a, b, c); }
 inline F16 round_even(F16 a) { return _mm512_roundscale_ps(a, 8); }
-// 2**n for whole n in [-127, 128]; -127 gives 0.
-inline F16 pow2(F16 n) {
-    __m512i bits = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 23));
-}
+// p * 2**n for whole n, p near 1; from kLowestPower down it is 0.
+inline constexpr float kLowestPower = -152.0f;
+inline F16 scale_by_power(F16 p, F16 n) { return _mm512_scalef_ps(p, n); }
 // Lanes n and up become `fill`.
 inline F16 keep(F16 a, int n, F16 fill) {
     return _mm512_mask_mov_ps(fill, __mmask16((1u << n) - 1u), a);
@@ -155,11 +153,14 @@ inline F16 fma(F16 x, F16 y, F16 z) {
     return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
 }
 inline F16 round_even(F16 x) { return {_mm256_round_ps(x.a, 8), _mm256_round_ps(x.b, 8)}; }
+inline constexpr float kLowestPower = -127.0f;
 inline __m256 pow2(__m256 n) {
     __m256i bits = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
     return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 23));
 }
-inline F16 pow2(F16 n) { return {pow2(n.a), pow2(n.b)}; }
+inline F16 scale_by_power(F16 p, F16 n) {
+    return {_mm256_mul_ps(p.a, pow2(n.a)), _mm256_mul_ps(p.b, pow2(n.b))};
+}
 inline F16 keep(F16 x, int n, F16 fill) {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     __m256i low = _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane);
@@ -245,11 +246,12 @@ inline F16 round_even(F16 a) {
     const F16 magic = set1(12582912.0f);  // 1.5 * 2**23: the sum has no fraction bits left
     return (a + magic) - magic;
 }
-inline F16 pow2(F16 n) {
+inline constexpr float kLowestPower = -127.0f;
+inline F16 scale_by_power(F16 p, F16 n) {
     I16 bits = (__builtin_convertvector(n, I16) + 127) << 23;
-    F16 out;
-    std::memcpy(&out, &bits, 64);
-    return out;
+    F16 power;
+    std::memcpy(&power, &bits, 64);
+    return p * power;
 }
 inline F16 keep(F16 a, int n, F16 fill) {
     for (int i = n < 0 ? 0 : n; i < kLanes; ++i) a[i] = fill[i];
@@ -339,13 +341,27 @@ inline float reduce_max(F16 a) {
     return v[0];
 }
 
-// e**x: exact at 0, 0 below -87.3, infinity above 88.7, 2 units in the last place between.
-// Argument reduction by ln 2 in two parts and a polynomial (Cephes, Moshier 1989).
+// 2**x for x <= 128: exact at 0, 0 from the lowest power down (so at -infinity), 2 units in the
+// last place between; NaN stays. Polynomial of Cephes' exp2f (Moshier 1989).
+inline F16 exp2(F16 x) {
+    x = max(set1(kLowestPower), x);  // of a NaN and a number, max gives its second operand
+    const F16 n = round_even(x), r = sub(x, n);
+    F16 p = set1(1.535336188319500e-4f);
+    p = fma(p, r, set1(1.339887440266574e-3f));
+    p = fma(p, r, set1(9.618437357674640e-3f));
+    p = fma(p, r, set1(5.550332471162809e-2f));
+    p = fma(p, r, set1(2.402264791363012e-1f));
+    p = fma(p, r, set1(6.931472028550421e-1f));
+    p = fma(p, r, set1(1.0f));
+    return scale_by_power(p, n);
+}
+
+// e**x, likewise; infinity above 88.4. Argument reduction by ln 2 in two parts and the polynomial
+// of Cephes' expf.
 inline F16 exp(F16 x) {
-    const F16 low = set1(-88.0f);
-    // The bounds come second: min and max hand on their second operand when one is NaN, so swap.
-    F16 y = max(low, min(set1(89.0f), x));
-    F16 n = round_even(mul(y, set1(1.44269504088896341f)));
+    // min and max hand on their second operand when one is NaN.
+    const F16 y = max(set1(kLowestPower * 0.693147f), min(set1(89.0f), x));
+    const F16 n = round_even(mul(y, set1(1.44269504088896341f)));
     F16 r = fma(n, set1(-0.693359375f), y);
     r = fma(n, set1(2.12194440e-4f), r);
     F16 p = set1(1.9875691500e-4f);
@@ -355,7 +371,7 @@ inline F16 exp(F16 x) {
     p = fma(p, r, set1(1.6666665459e-1f));
     p = fma(p, r, set1(5.0000001201e-1f));
     p = fma(p, mul(r, r), add(r, set1(1.0f)));
-    return mul(p, pow2(n));
+    return scale_by_power(p, n);
 }
 
 inline F16 silu(F16 x) { return div(x, add(set1(1.0f), exp(sub(zero(), x)))); }
