@@ -251,7 +251,7 @@ class Ops(ABC):
 
     @abstractmethod
     def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-        """x / sqrt(mean(x²) + eps) in float32, times the weight (Zhang & Sennrich, 2019)."""
+        """X / sqrt(mean(x²) + eps) in float32, times the weight (Zhang & Sennrich, 2019)."""
 
     @abstractmethod
     def silu_mul(self, gate_up_TF2: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ import random
 import time
 
 import pytest
-from support.groups import running
 
 from arriero.shards.group import GroupConfig
 from arriero.shards.sampling import SamplingParams
+from support.groups import running
 
 SHORT, FULL = (7, 8), (32, 64)  # prompts, new tokens
 

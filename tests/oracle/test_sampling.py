@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.groups import running
 
 from arriero.shards.group import GroupConfig
 from arriero.shards.sampling import SamplingParams
+from support.groups import running
 
 
 def config(model_path: str, **more) -> GroupConfig:  # noqa: ANN003
