@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from arriero.shards.errors import SpecError
 from arriero.shards.group import GroupConfig
@@ -71,7 +72,7 @@ def split(total: int, shares: Sequence[float], multiple: int = 1) -> list[Span]:
         cuts.append(min(max(ideal, cuts[-1] + 1), units - (len(shares) - i)))
     cuts.append(units)
     edges = [min(cut * multiple, total) for cut in cuts]
-    return [Span(start=a, stop=b) for a, b in zip(edges, edges[1:], strict=False)]
+    return [Span(start=a, stop=b) for a, b in pairwise(edges)]
 
 
 def split_heads(
