@@ -106,9 +106,7 @@ class SamplingParams:
 _DEFAULTS = asdict(SamplingParams())
 
 
-def _number(
-    name: str, value: float, low: float, high: float, *, above_low: bool = False
-) -> None:
+def _number(name: str, value: float, low: float, high: float, *, above_low: bool = False) -> None:
     if not math.isfinite(value) or value > high or value < low or (above_low and value == low):
         floor = f"above {low:g}" if above_low else f"at least {low:g}"
         raise InvalidRequest(name, f"`{name}`={value} must be {floor} and at most {high:g}")
