@@ -27,11 +27,13 @@ from operator import attrgetter
 
 import numpy as np
 
-from arriero.shards.engine.blocks import BlockManager, CacheListener, chain_keys, root_key
+from arriero.shards.engine.blocks import CacheListener
 from arriero.shards.engine.draft import Chunk, InFlight, PlanDraft, in_flight
 from arriero.shards.engine.limits import check_config, check_request
 from arriero.shards.engine.outputs import token_logprobs
+from arriero.shards.engine.pace import Pace
 from arriero.shards.engine.sequence import LiveRequest, Sequence
+from arriero.shards.engine.sequence_blocks import SequenceBlocks
 from arriero.shards.engine.slots import SlotTable
 from arriero.shards.engine.types import EngineConfig, EngineRequest, EngineStats, SequenceOutput
 from arriero.shards.errors import GroupFailed, InvalidRequest, Overloaded
@@ -65,10 +67,10 @@ class Scheduler:
         check_config(config)
         self.config = config
         self.depth = max(config.pipeline_depth, config.num_stages)
-        self._blocks = BlockManager(config.num_blocks, config.block_size, on_event=on_event)
+        self._blocks = SequenceBlocks(config, on_event)
         self._slots = SlotTable(config.max_sequences)
         self._draft = PlanDraft(config.max_sequences)
-        self._pace = _Pace(clock)
+        self._pace = Pace(clock)
         self._is_eos = np.zeros(config.vocab_size, dtype=np.bool_)
         self._is_eos[list(config.eos_token_ids)] = True
 
@@ -77,13 +79,11 @@ class Scheduler:
         self._prefilling: list[Sequence] = []  # by rank
         self._decoding: dict[int, None] = {}  # slots
         self._decoding_slots: Int32 | None = None  # the same as an array, while it is unchanged
-        self._anchors: dict[int, LiveRequest] = {}
         self._in_flight: deque[InFlight] = deque()
         self._blocked: tuple[int, ...] = ()
 
         self._step = 0
         self._arrivals = 0
-        self._owners = 0
         self._prompt_tokens = 0
         self._cached_tokens = 0
         self._output_tokens = 0
@@ -91,21 +91,27 @@ class Scheduler:
 
     # ---- requests ----
 
-    def check(self, request: EngineRequest, *, num_pending: int = 0) -> None:
-        """Raise unless `request` may be added now; safe from any thread.
-
-        Args:
-            request: the request.
-            num_pending: requests that were checked and are not added yet.
+    def add(self, request: EngineRequest) -> None:
+        """Check and queue a request.
 
         Raises:
-            InvalidRequest: it could never run.
+            InvalidRequest: it could never run, or its id runs already.
             Overloaded: as many requests wait as may.
         """
         check_request(self.config, request)
-        if request.request_id in self._requests:
+        self.check_load(request.request_id)
+        self.enqueue(request)
+
+    def check_load(self, request_id: str, *, num_pending: int = 0) -> None:
+        """Raise as `add` does, for reasons that lie in what runs; safe from any thread.
+
+        Args:
+            request_id: of the request that would be added.
+            num_pending: requests that passed this check and are not added yet.
+        """
+        if request_id in self._requests:
             raise InvalidRequest(
-                "request_id", f"`request_id`={request.request_id!r} runs already; choose another"
+                "request_id", f"`request_id`={request_id!r} runs already; choose another"
             )
         waiting = len(self._waiting) + num_pending
         if waiting >= self.config.max_queued:
@@ -116,13 +122,8 @@ class Scheduler:
                 retry_after_s,
             )
 
-    def add(self, request: EngineRequest) -> None:
-        """Check and queue a request; raises as `check` does."""
-        self.check(request)
-        self.enqueue(request)
-
     def enqueue(self, request: EngineRequest) -> None:
-        """Queue a request that `check` let through."""
+        """Queue a request that passed `check_request` and `check_load`."""
         live = LiveRequest(request, self._arrivals)
         self._arrivals += 1
         self._requests[request.request_id] = live
@@ -157,9 +158,9 @@ class Scheduler:
         return EngineStats(
             num_waiting=len(self._waiting),
             num_running=self._num_running,
-            blocks_used=self._blocks.num_used,
-            blocks_cached=self._blocks.num_cached,
-            blocks_total=self._blocks.num_blocks,
+            blocks_used=self._blocks.pool.num_used,
+            blocks_cached=self._blocks.pool.num_cached,
+            blocks_total=self._blocks.pool.num_blocks,
             steps=self._step,
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
@@ -228,18 +229,16 @@ class Scheduler:
         Best rank first: whoever is pre-empted goes after all that have got their block by then.
         """
         for sequence in sorted(sequences, key=_rank):
-            while sequence.slot >= 0 and not self._blocks.num_available:
+            while sequence.slot >= 0 and not self._blocks.pool.num_available:
                 self._reclaim()
             if sequence.slot >= 0:
-                index = len(self._blocks.table(sequence.owner))
-                block = self._blocks.append(sequence.owner)
-                self._draft.add_block(sequence.slot, index, block)
+                self._draft.add_block(sequence.slot, *self._blocks.grow(sequence))
                 self._slots.capacity[sequence.slot] += self.config.block_size
 
     def _reclaim(self) -> None:
         """Free some blocks: those merely kept for samples to come, else the last sequence's."""
-        if self._anchors:
-            self._drop_anchor(next(reversed(self._anchors.values())))
+        if self._blocks.num_anchors:
+            self._blocks.drop_latest_prompt()
             return
         running = self._slots.sequences[list(self._decoding)].tolist() + self._prefilling
         victim: Sequence = max(running, key=_rank)
@@ -284,29 +283,26 @@ class Scheduler:
 
     def _enter(self, sequence: Sequence) -> bool:
         """Put a waiting sequence into a slot with blocks for all its tokens, if there is room."""
-        blocks = self._blocks
-        state = (sequence.owner, blocks.num_available, self._num_running, len(self._anchors))
+        blocks, pool = self._blocks, self._blocks.pool
+        state = (sequence.owner, pool.num_available, self._num_running, blocks.num_anchors)
         if state == self._blocked:  # as when it last found no room: spare the search
             return False
-        num_blocks = -(-len(sequence.tokens) // self.config.block_size)
-        shared = self._shareable(sequence)
+        shared = blocks.find_shared(sequence)
         # Every running sequence will want a block soon: leave one for each, or the newcomer
         # would be pre-empted within a few steps.
-        if blocks.cost(num_blocks, shared) > blocks.num_available - self._num_running:
+        if pool.cost(blocks.count(sequence), shared) > pool.num_available - self._num_running:
             if self._num_running:
                 self._blocked = state
                 return False
-            while self._anchors:
-                self._drop_anchor(next(iter(self._anchors.values())))
-            shared = self._shareable(sequence)
-        blocks.allocate(sequence.owner, num_blocks, shared)
-        num_shared = len(shared) * self.config.block_size
-        capacity = num_blocks * self.config.block_size
-        self._slots.enter(sequence, scheduled=num_shared, capacity=capacity)
-        sequence.num_stored = len(shared)
-        self._draft.enter(sequence.to_new(self.config.eos_token_ids), blocks.table(sequence.owner))
+            while blocks.num_anchors:
+                blocks.drop_latest_prompt()
+            shared = blocks.find_shared(sequence)
+        table = blocks.open(sequence, shared)
+        size = self.config.block_size
+        self._slots.enter(sequence, scheduled=len(shared) * size, capacity=len(table) * size)
+        self._draft.enter(sequence.to_new(self.config.eos_token_ids), table)
         if not sequence.begun:
-            self._begin(sequence, min(num_shared, sequence.num_prompt))
+            self._begin(sequence, min(len(shared) * size, sequence.num_prompt))
         return True
 
     def _begin(self, sequence: Sequence, num_cached: int) -> None:
@@ -315,37 +311,18 @@ class Scheduler:
         live = sequence.live
         live.num_unborn -= 1
         if not live.num_unborn:
-            self._drop_anchor(live)
+            self._blocks.drop_prompt(live)
         if sequence.index == 0:  # the others share its prompt; that is no hit
             sequence.num_cached = num_cached
             self._prompt_tokens += sequence.num_prompt
             self._cached_tokens += num_cached
 
-    def _shareable(self, sequence: Sequence) -> list[int]:
-        """Blocks that hold its first tokens already; its last known token is left to compute."""
-        if sequence.wants_prompt_rows:
-            return []
-        found: list[int] = []
-        if self.config.prefix_cache:
-            most = (len(sequence.tokens) - 1) // self.config.block_size
-            self._extend_keys(sequence, most)
-            found = self._blocks.match(sequence.keys[:most])
-        anchor = sequence.live.anchor
-        if anchor is not None and len(self._blocks.table(anchor)) > len(found):
-            found = list(self._blocks.table(anchor))
-        return found
-
     def _after_chunk(self, chunk: Chunk) -> None:
         """Only plans after this one may share what it computes."""
         sequence, live = chunk.sequence, chunk.sequence.live
-        self._store(sequence, chunk.end)
-        if chunk.final and len(live.sequences) < len(live.live) and sequence.index == 0:
-            size = self.config.block_size
-            full = (sequence.num_prompt - 1) // size * size
-            if full:
-                live.anchor = self._next_owner()
-                self._anchors[live.anchor] = live
-                self._blocks.fork(sequence.owner, live.anchor, full)
+        self._blocks.store(sequence, chunk.end)
+        if chunk.final and sequence.index == 0 and len(live.sequences) < len(live.live):
+            self._blocks.keep_prompt(sequence)
             for index in range(1, live.params.n):
                 self._spawn(live, index)
 
@@ -388,7 +365,7 @@ class Scheduler:
         if self.config.prefix_cache:
             # The step computed every position but the new token's own.
             for row in np.flatnonzero((known - 1) % self.config.block_size == 0):
-                self._store(sequences[row], int(known[row]) - 1)
+                self._blocks.store(sequences[row], int(known[row]) - 1)
         for row in np.flatnonzero(table.reports[slots]):
             self._report(sequences[row], outputs[row], result, int(rows[row]))
         for row in np.flatnonzero(ended):
@@ -453,46 +430,18 @@ class Scheduler:
     def _num_running(self) -> int:
         return self.config.max_sequences - self._slots.num_free
 
-    def _next_owner(self) -> int:
-        self._owners += 1
-        return self._owners
-
     def _spawn(self, live: LiveRequest, index: int) -> None:
         """Queue a sample of a request."""
-        sequence = Sequence.of(live, index, self._next_owner())
+        sequence = Sequence.of(live, index, self._blocks.new_owner())
         live.sequences[index] = sequence
         insort(self._waiting, sequence, key=_rank)
-
-    def _extend_keys(self, sequence: Sequence, count: int) -> None:
-        """Work out the keys of its first `count` blocks, all full."""
-        keys, size = sequence.keys, self.config.block_size
-        if len(keys) < count:
-            salt = sequence.live.request.cache_salt
-            parent = keys[-1] if keys else root_key(self.config.cache_salt, salt)
-            tokens = sequence.window(len(keys) * size, count * size)
-            keys.extend(chain_keys(parent, tokens, size))
-
-    def _store(self, sequence: Sequence, num_tokens: int) -> None:
-        """Make the blocks findable that its first `num_tokens` fill."""
-        full = num_tokens // self.config.block_size
-        if self.config.prefix_cache and full > sequence.num_stored:
-            self._extend_keys(sequence, full)
-            first = sequence.num_stored
-            self._blocks.store(sequence.owner, first, sequence.keys[first:full])
-            sequence.num_stored = full
-
-    def _drop_anchor(self, live: LiveRequest) -> None:
-        if live.anchor is not None:
-            self._blocks.free(live.anchor)
-            del self._anchors[live.anchor]
-            live.anchor = None
 
     def _release(self, sequence: Sequence) -> None:
         """Take a sequence out of its slot and give back its blocks."""
         slot = sequence.slot
         self._draft.free(slot)
         self._slots.leave(sequence)
-        self._blocks.free(sequence.owner)
+        self._blocks.close(sequence)
         if slot in self._decoding:
             del self._decoding[slot]
             self._decoding_slots = None
@@ -532,26 +481,6 @@ class Scheduler:
         return outputs
 
     def _close(self, live: LiveRequest) -> None:
-        self._drop_anchor(live)
+        self._blocks.drop_prompt(live)
         del self._requests[live.request.request_id]
         self._pace.one_ended()
-
-
-class _Pace:
-    """How often requests end, as a running mean; the estimate of when a place falls free."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._last: float | None = None
-        self._mean_s = 1.0
-
-    def one_ended(self) -> None:
-        """Note the end of a request."""
-        now = self._clock()
-        if self._last is not None:
-            self._mean_s += 0.1 * (now - self._last - self._mean_s)
-        self._last = now
-
-    def seconds_for_one(self) -> float:
-        """An estimate, 0.1 to 60 s."""
-        return min(max(self._mean_s, 0.1), 60.0)

@@ -16,9 +16,7 @@ from arriero.shards.engine.sequence import Sequence
 class SlotTable:
     """Slots 0 .. size - 1 and, for each, what a decode step reads and writes.
 
-    With `known` tokens and `scheduled` positions, a sequence prefills while
-    `scheduled < known - 1` or its last known token was never fed; it waits for a sample while
-    `scheduled >= known`; `scheduled` may run ahead by the steps in flight.
+    `scheduled` runs ahead of `known`: while it is the larger or equal, a sample is in flight.
 
     Attributes:
         sequences: object [size]; the sequence in each slot, or None.

@@ -19,7 +19,8 @@ from arriero.shards.engine.types import EngineConfig, EngineRequest, SequenceOut
 from arriero.shards.errors import GroupFailed, InvalidRequest, Overloaded, SpecError
 from arriero.shards.plan import StepResult, int32
 from arriero.shards.sampling import SamplingParams
-from fake_slice import FakeExecutor, answer
+
+from .fake_slice import FakeExecutor, answer
 
 VOCAB = 50
 
@@ -178,8 +179,7 @@ def test_pool_too_small_for_all_preempts_and_ends() -> None:
     config = make_config(num_blocks=12, max_sequences=8, prefix_cache=False)
     run = Run(config)
     requests = [
-        make_request(f"r{i}", [i + 2] * 4, max_tokens=40, ignore_eos=True, seed=i)
-        for i in range(6)
+        make_request(f"r{i}", [i + 2] * 4, max_tokens=40, ignore_eos=True, seed=i) for i in range(6)
     ]
     for request in requests:
         run.scheduler.add(request)
@@ -337,9 +337,7 @@ def test_failure_ends_everything_with_the_cause() -> None:
         ({"stop_token_ids": (99,)}, "stop_token_ids", "99"),
     ],
 )
-def test_requests_that_could_never_run(
-    changes: dict[str, Any], field: str, words: str
-) -> None:
+def test_requests_that_could_never_run(changes: dict[str, Any], field: str, words: str) -> None:
     scheduler = Scheduler(make_config())
     with pytest.raises(InvalidRequest, match=words) as caught:
         scheduler.add(make_request("r", **changes))
