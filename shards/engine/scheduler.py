@@ -30,8 +30,8 @@ import numpy as np
 from arriero.shards.engine.blocks import CacheListener
 from arriero.shards.engine.draft import Chunk, InFlight, PlanDraft, in_flight
 from arriero.shards.engine.limits import check_config, check_request
-from arriero.shards.engine.outputs import token_logprobs
 from arriero.shards.engine.pace import Pace
+from arriero.shards.engine.results import Results
 from arriero.shards.engine.sequence import LiveRequest, Sequence
 from arriero.shards.engine.sequence_blocks import SequenceBlocks
 from arriero.shards.engine.slots import SlotTable
@@ -71,8 +71,7 @@ class Scheduler:
         self._slots = SlotTable(config.max_sequences)
         self._draft = PlanDraft(config.max_sequences)
         self._pace = Pace(clock)
-        self._is_eos = np.zeros(config.vocab_size, dtype=np.bool_)
-        self._is_eos[list(config.eos_token_ids)] = True
+        self._results = Results(config, self._slots, self._blocks)
 
         self._requests: dict[str, LiveRequest] = {}
         self._waiting: list[Sequence] = []  # by rank
@@ -243,7 +242,6 @@ class Scheduler:
         running = self._slots.sequences[list(self._decoding)].tolist() + self._prefilling
         victim: Sequence = max(running, key=_rank)
         self._release(victim)
-        victim.num_stored = 0
         victim.prompt_rows.clear()
         insort(self._waiting, victim, key=_rank)
         self._preemptions += 1
@@ -334,95 +332,13 @@ class Scheduler:
         Raises:
             GroupFailed: the result does not belong to that plan.
         """
-        record = self._expect(result)
-        if record.prompt_rows:
-            self._take_prompt_rows(record, result)
-        table = self._slots
-        slots, tokens = record.slots, result.tokens
-        rows = np.flatnonzero(table.generation[slots] == record.generation)
-        if len(rows) < len(slots):
-            slots, tokens = slots[rows], tokens[rows]
-
-        known = table.known[slots] + 1
-        table.known[slots] = known
-        table.last_token[slots] = tokens
-        stopped = self._is_eos[tokens] & table.heeds_eos[slots]
-        for row in np.flatnonzero(table.own_stops[slots]):
-            stopped[row] |= int(tokens[row]) in table.sequences[slots[row]].live.stop_tokens
-        stopped &= known > table.min_known[slots]
-        ended = stopped | (known >= table.limit[slots])
-
-        sequences: list[Sequence] = table.sequences[slots].tolist()
-        outputs = []
-        for sequence, token in zip(sequences, tokens.tolist(), strict=True):
-            sequence.tokens.append(token)
-            outputs.append(
-                SequenceOutput(
-                    request_id=sequence.request_id, index=sequence.index, tokens=(token,)
-                )
-            )
-        self._output_tokens += len(outputs)
-        if self.config.prefix_cache:
-            # The step computed every position but the new token's own.
-            for row in np.flatnonzero((known - 1) % self.config.block_size == 0):
-                self._blocks.store(sequences[row], int(known[row]) - 1)
-        for row in np.flatnonzero(table.reports[slots]):
-            self._report(sequences[row], outputs[row], result, int(rows[row]))
-        for row in np.flatnonzero(ended):
-            outputs[row].finish_reason = "stop" if stopped[row] else "length"
-            outputs[row].stop_token = int(tokens[row]) if stopped[row] else None
-            self._finish(sequences[row])
-        return outputs
-
-    def _expect(self, result: StepResult) -> InFlight:
         if not self._in_flight:
             raise GroupFailed(f"a result of step {result.step} came and no plan is outstanding")
-        record = self._in_flight.popleft()
-        if result.step != record.step or len(result.tokens) != len(record.slots):
-            raise GroupFailed(
-                f"a result of step {result.step} with {len(result.tokens)} tokens came where "
-                f"step {record.step} with {len(record.slots)} was due"
-            )
-        tokens = result.tokens
-        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
-            raise GroupFailed(
-                f"step {result.step} sampled a token outside 0 .. {self.config.vocab_size - 1}"
-            )
-        return record
-
-    def _take_prompt_rows(self, record: InFlight, result: StepResult) -> None:
-        rows = result.prompt_logprobs
-        if rows is None:
-            raise GroupFailed(f"the result of step {result.step} lacks its prompt_logprobs")
-        at = 0
-        for wanted in record.prompt_rows:
-            sequence = wanted.sequence
-            if self._slots.generation[wanted.slot] == wanted.generation:
-                num_top = sequence.live.params.prompt_logprobs or 0
-                sequence.prompt_rows += (
-                    token_logprobs(rows, at + i, token, num_top)
-                    for i, token in enumerate(wanted.following)
-                    if token >= 0
-                )
-            at += len(wanted.following)
-
-    def _report(
-        self, sequence: Sequence, output: SequenceOutput, result: StepResult, row: int
-    ) -> None:
-        """Add to an output what goes with its token."""
-        params = sequence.live.params
-        if params.logprobs is not None:
-            if result.logprobs is None:
-                raise GroupFailed(f"the result of step {result.step} lacks its logprobs")
-            (token,) = output.tokens
-            output.logprobs = (token_logprobs(result.logprobs, row, token, params.logprobs),)
-        if not sequence.started:
-            output.num_cached = sequence.num_cached
-            if sequence.wants_prompt_rows:
-                output.prompt_logprobs = tuple(sequence.prompt_rows)
-                sequence.prompt_rows.clear()
-            sequence.started = True
-            self._slots.reports[sequence.slot] = params.logprobs is not None
+        harvest = self._results.take(self._in_flight.popleft(), result)
+        self._output_tokens += len(harvest.outputs)
+        for sequence in harvest.ended:
+            self._finish(sequence)
+        return harvest.outputs
 
     # ---- shared by both ----
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -25,7 +26,7 @@ from .fake_slice import FakeExecutor, answer
 VOCAB = 50
 
 
-def make_config(**changes: Any) -> EngineConfig:
+def make_config(**changes: object) -> EngineConfig:
     fields: dict[str, Any] = {
         "max_model_len": 64,
         "block_size": 4,
@@ -38,7 +39,11 @@ def make_config(**changes: Any) -> EngineConfig:
     return EngineConfig(**fields | changes)
 
 
-def make_request(request_id: str, prompt: Any = (5, 6, 7), **changes: Any) -> EngineRequest:
+def make_request(
+    request_id: str,
+    prompt: Iterable[int] = (5, 6, 7),
+    **changes: Any,  # noqa: ANN401
+) -> EngineRequest:
     outer = {k: changes.pop(k) for k in ("priority", "resumed", "cache_salt") if k in changes}
     params = SamplingParams(**{"seed": 7, "max_tokens": 8} | changes)
     return EngineRequest(request_id=request_id, prompt=tuple(prompt), params=params, **outer)
