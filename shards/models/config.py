@@ -11,21 +11,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from arriero.shards.checkpoint.json_file import read_json_object
 from arriero.shards.errors import CheckpointError
 
+if TYPE_CHECKING:  # leaders and gateways read a config without loading torch
+    from torch import Tensor
+
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
 
-TORCH_DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-}
+TORCH_DTYPES = ("bfloat16", "float16", "float32")
 
 _MAX_SIZE = 2**31 - 1
 _MAX_CONFIG_BYTES = 10_000_000
@@ -84,7 +80,7 @@ class ModelConfig:
         attention_bias: q, k, v and o products carry a bias.
         mlp_bias: gate, up and down products carry a bias.
         hidden_act: "silu", the only one computed.
-        torch_dtype: dtype declared for the weights (float32 where nothing is declared).
+        torch_dtype: name of the dtype declared for the weights (float32 where nothing is declared).
         bos_token_id: begin-of-text token, if any.
         eos_token_ids: tokens that end a text; generation_config.json's, else config.json's.
         generation: sampling defaults of generation_config.json.
@@ -105,7 +101,7 @@ class ModelConfig:
     attention_bias: bool
     mlp_bias: bool
     hidden_act: str
-    torch_dtype: torch.dtype
+    torch_dtype: str
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     generation: GenerationDefaults = field(default_factory=GenerationDefaults)
@@ -215,6 +211,8 @@ class ModelConfig:
         of large positions magnify the last bit. Su et al., "RoFormer" (2021); the "llama3" rule
         is that of Meta's Llama 3.1 release.
         """
+        import torch
+
         dim = self.head_dim
         exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
         freq: Tensor = 1.0 / (self.rope.theta**exponents)
@@ -388,6 +386,6 @@ def _rope(read: _Fields, max_position_embeddings: int) -> RopeConfig:
     )
 
 
-def _torch_dtype(read: _Fields) -> torch.dtype:
+def _torch_dtype(read: _Fields) -> str:
     name = "torch_dtype" if read.get("torch_dtype") is not None else "dtype"
-    return TORCH_DTYPES[read.one_of(name, tuple(TORCH_DTYPES), "float32")]
+    return read.one_of(name, TORCH_DTYPES, "float32")
