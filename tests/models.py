@@ -44,6 +44,7 @@ def tiny_weights(config: ModelConfig, seed: int) -> dict[str, Tensor]:
     spread over several units, and an untied head keeps a token from predicting itself.
     """
     generator = torch.Generator().manual_seed(seed)
+    dtype: torch.dtype = getattr(torch, config.torch_dtype)
     weights: dict[str, Tensor] = {}
     for name, shape in expected_tensors(config).items():
         noise = torch.randn(shape, generator=generator)
@@ -60,11 +61,9 @@ def tiny_weights(config: ModelConfig, seed: int) -> dict[str, Tensor]:
         else:
             gain = 1.0 if name == HEAD else 1.5
             made = noise * gain / shape[-1] ** 0.5
-        weights[name] = made.to(config.torch_dtype)
+        weights[name] = made.to(dtype)
     if config.tie_word_embeddings:  # logits of unit rows would grow with the hidden size
-        weights[FINAL_NORM] = (weights[FINAL_NORM].float() / config.hidden_size**0.5).to(
-            config.torch_dtype
-        )
+        weights[FINAL_NORM] = (weights[FINAL_NORM].float() / config.hidden_size**0.5).to(dtype)
     return weights
 
 

@@ -87,7 +87,7 @@ def import_gguf(
         _write_json(partial / "tokenizer_config.json", tokenizer_settings)
         tokenizer.save(str(partial / "tokenizer.json"))
         with (partial / SINGLE_FILE).open("wb") as stream:
-            weights.write(stream, TORCH_DTYPES[dtype], progress)
+            weights.write(stream, getattr(torch, dtype), progress)
             stream.flush()
             os.fsync(stream.fileno())
         Checkpoint.open(partial).check(expected_tensors(config))
