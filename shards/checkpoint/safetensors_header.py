@@ -85,7 +85,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             if length > size - _LENGTH_BYTES:
                 raise CheckpointError(
                     f"{file}: truncated: header of {length} bytes, but {size - _LENGTH_BYTES} "
-                    "follow; fetch the file again"
+                    f"follow; fetch the file again{_pickle_hint(prefix)}"
                 )
             header = stream.read(length)
     except OSError as error:
