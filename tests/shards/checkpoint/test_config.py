@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from arriero.shards.checkpoint.llama_names import expected_tensors
 from arriero.shards.errors import CheckpointError
 from arriero.shards.models.config import ModelConfig, RopeConfig
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 LLAMA_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -198,6 +199,8 @@ def test_end_tokens(generation: dict[str, Any] | None, ends: tuple[int, ...]) ->
         ({"hidden_size": True}, "`hidden_size`=True"),
         ({"vocab_size": 10**30}, "`vocab_size`="),
         ({"head_dim": 63}, "even"),
+        ({"head_dim": 2**30}, "`head_dim`=1073741824 must be from 1 to 65536"),
+        ({"num_hidden_layers": 2**30}, "must be from 1 to 4096"),
         ({"hidden_size": 4097}, "a divisor of 4097"),
         ({"rms_norm_eps": float("nan")}, "finite"),
         ({"rope_theta": 10**400}, "finite"),

@@ -13,14 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from arriero.shards.checkpoint.llama_names import expected_tensors
-from arriero.shards.checkpoint.reader import Checkpoint
-from arriero.shards.checkpoint.safetensors_header import MAX_HEADER_BYTES, read_header
-from arriero.shards.errors import CheckpointError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from arriero.shards.checkpoint.llama_names import expected_tensors
+from arriero.shards.checkpoint.reader import Checkpoint
+from arriero.shards.checkpoint.safetensors_header import MAX_HEADER_BYTES, read_header
+from arriero.shards.errors import CheckpointError
 from support.models import tiny_llama, tiny_weights, write_safetensors, write_sharded
 
 
@@ -74,18 +75,18 @@ def test_views_share_memory_and_never_write_the_file(tmp_path: Path) -> None:
 def test_views_outlive_the_checkpoint_and_serve_many_threads(tmp_path: Path) -> None:
     config = tiny_llama(tmp_path, sharded=True)
     due = tiny_weights(config, 0)
-    found = Checkpoint.open(tmp_path)
     views: dict[int, dict[str, torch.Tensor]] = {}
 
-    def read(index: int) -> None:
+    def read(index: int, found: Checkpoint) -> None:
         views[index] = {name: found.tensor(name) for name in found.names}
 
-    threads = [threading.Thread(target=read, args=(i,)) for i in range(8)]
+    opened = Checkpoint.open(tmp_path)
+    threads = [threading.Thread(target=read, args=(i, opened)) for i in range(8)]
     for one in threads:
         one.start()
     for one in threads:
         one.join()
-    del found
+    del opened, threads, one
     for made in views.values():
         assert all(torch.equal(made[name], due[name]) for name in due)
 
