@@ -108,7 +108,7 @@ class Linear:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Vocab:
-    """Packed vocabulary rows [first_row, first_row + num_rows): embedding, head, or both if tied."""
+    """Packed vocabulary rows [first_row, first_row + num_rows): embedding, head, or both."""
 
     first_row: int
     num_rows: int
@@ -251,7 +251,10 @@ class Ops(ABC):
 
     @abstractmethod
     def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-        """x / sqrt(mean(x²) + eps) in float32, times the weight (Zhang & Sennrich, 2019)."""
+        """Root-mean-square norm: x / sqrt(mean(x²) + eps), float32 inside, times the weight.
+
+        Source: Zhang and Sennrich, 2019.
+        """
 
     @abstractmethod
     def silu_mul(self, gate_up_TF2: Tensor) -> Tensor:
@@ -283,6 +286,20 @@ class Ops(ABC):
         Order: bias and allowed sets, penalties, temperature, then the filters min-p, top-k and
         top-p in that order, then the draw: inverse CDF, in vocabulary order, of one uniform from
         Philox-4x32-10 (Salmon 2011) keyed by the seed with the position as counter.
+
+        The definition, so that every backend draws the same token:
+
+        * Penalties: repetition, then frequency, then presence. Greedy rows (temperature 0) take
+          the greatest logit after bias, bans and penalties; of equal ones the lowest id.
+        * A token's weight is the integer floor(exp((x - max x) / temperature) * 2**44), exp and
+          division in float64. All sums of weights are exact int64, in no particular order.
+        * min-p keeps weights >= min_p * 2**44. top-k keeps weights >= the k-th greatest. top-p
+          keeps weights >= the last one, from the greatest down, above which lies less than
+          p * (sum of the weights still kept). Tokens equal to the last one kept are kept.
+        * The draw takes the first token, by rising id, whose inclusive sum of weights exceeds
+          min(floor(u * sum), sum - 1); u * sum in float64, u of `kernels.philox.uniform`.
+        * A row whose greatest logit is not finite once banned tokens are gone (all banned, or
+          NaN) gives token -1, with log-probability -inf: nothing may be sampled.
         """
 
     # Blocks: several ops in one call. A backend overrides them where fusing pays.

@@ -100,15 +100,16 @@ class SamplingParams:
     @classmethod
     def from_wire(cls, data: Mapping[str, Any]) -> SamplingParams:
         """Undo `to_wire`."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in data.items()
+        }
+        return cls(**fields)
 
 
 _DEFAULTS = asdict(SamplingParams())
 
 
-def _number(
-    name: str, value: float, low: float, high: float, *, above_low: bool = False
-) -> None:
+def _number(name: str, value: float, low: float, high: float, *, above_low: bool = False) -> None:
     if not math.isfinite(value) or value > high or value < low or (above_low and value == low):
         floor = f"above {low:g}" if above_low else f"at least {low:g}"
         raise InvalidRequest(name, f"`{name}`={value} must be {floor} and at most {high:g}")

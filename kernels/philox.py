@@ -1,0 +1,53 @@
+"""Philox-4x32-10, the counter-based generator behind every random draw.
+
+Knows integers only. A draw is a pure function of (seed, position): nothing is advanced, so a
+stream resumed elsewhere goes on with the same numbers.
+
+Source: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+ROUNDS = 10
+_MASK = 0xFFFFFFFF
+
+Words = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def philox_4x32(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
+    """Encrypt a counter: four int64 tensors of one shape, each holding 32-bit words.
+
+    Args:
+        counter: the words c0 .. c3, 0 .. 2**32 - 1.
+        key: the words k0, k1.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(ROUNDS):
+        # 32 x 32 bits fill all 64: int64 wraps, and the masks undo the sign.
+        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            (p1 >> 32) & _MASK ^ c1 ^ k0,
+            p1 & _MASK,
+            (p0 >> 32) & _MASK ^ c3 ^ k1,
+            p0 & _MASK,
+        )
+        k0, k1 = (k0 + KEY_STEPS[0]) & _MASK, (k1 + KEY_STEPS[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def uniform(seed_R: Tensor, position_R: Tensor) -> Tensor:
+    """One float64 in [0, 1) for each (seed, position), both int64 [R].
+
+    k0, k1 are the seed's low and high word; c0, c1 the position's; c2 = c3 = 0. The value is
+    (r0 * 2**21 + (r1 >> 11)) * 2**-53 of the first two words r0, r1 that come out: 53 bits, exact.
+    """
+    zero = torch.zeros_like(position_R)
+    counter = (position_R & _MASK, (position_R >> 32) & _MASK, zero, zero)
+    r0, r1, _, _ = philox_4x32(counter, (seed_R & _MASK, (seed_R >> 32) & _MASK))
+    return ((r0 << 21) | (r1 >> 11)).double() * 2.0**-53

@@ -1,0 +1,164 @@
+"""From logits to tokens, in plain torch: the definition of `Ops.sample`.
+
+Knows rows of numbers; refuses to know text, grammars and requests. Shape legend: kernels/ops.py.
+
+A row's result has the same bits whatever rows stand beside it. Sums of floats would not give
+that, so likelihoods relative to the row's greatest become integers with `FRACTION_BITS` binary
+digits, and integer sums do not depend on their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from arriero.kernels.ops import Sampled, SamplingRows
+from arriero.kernels.philox import uniform
+
+FRACTION_BITS = 44
+MAX_VOCAB = 1 << (62 - FRACTION_BITS)
+"""So many tokens of full weight sum to 2**62: the sums stay inside int64."""
+_ONE = 2.0**FRACTION_BITS
+_TOP = 256
+"""Top-p looks at so many likeliest tokens before it sorts a whole row."""
+
+
+def sample(logits_RV: Tensor, rows: SamplingRows) -> Sampled:
+    """Draw one token a row; see `Ops.sample` for the order and the definite cases."""
+    if logits_RV.shape[1] > MAX_VOCAB:
+        raise ValueError(
+            f"sample: the vocabulary has {logits_RV.shape[1]} tokens; the most is {MAX_VOCAB}"
+        )
+    raw_RV = logits_RV.float()
+    adjusted_RV = _penalise(_restrict(raw_RV, rows), rows)
+    tokens_R = adjusted_RV.argmax(-1)
+    max_R = adjusted_RV.amax(-1)
+    if not rows.all_greedy:
+        drawn_R = _draw(adjusted_RV, max_R, rows)
+        tokens_R = tokens_R.where(rows.temperature_R == 0, drawn_R)
+    tokens_R = tokens_R.where(max_R.isfinite(), -1)
+    if rows.num_logprobs < 0:
+        return Sampled(tokens_R=tokens_R.int())
+    return _with_logprobs(raw_RV, tokens_R, rows.num_logprobs)
+
+
+def _restrict(x_RV: Tensor, rows: SamplingRows) -> Tensor:
+    """Add the biases, ban what is not allowed. Never in place: the raw logits are still wanted."""
+    if rows.bias is not None:
+        row_N, token_N, value_N = rows.bias
+        x_RV = x_RV.index_put((row_N, token_N), value_N, accumulate=True)
+    if rows.allowed_RV is not None:
+        x_RV = x_RV.masked_fill(~rows.allowed_RV, -torch.inf)
+    return x_RV
+
+
+def _penalise(x_RV: Tensor, rows: SamplingRows) -> Tensor:
+    """Repetition, then frequency, then presence."""
+    if rows.repetition_R is not None:
+        assert rows.seen_RV is not None, "repetition_R comes with seen_RV"
+        factor_R1 = rows.repetition_R[:, None]
+        x_RV = torch.where(x_RV < 0, x_RV * factor_R1, x_RV / factor_R1).where(rows.seen_RV, x_RV)
+    for penalty_R, repeated in ((rows.frequency_R, True), (rows.presence_R, False)):
+        if penalty_R is not None:
+            assert rows.counts_RV is not None, "presence_R and frequency_R come with counts_RV"
+            counts_RV = rows.counts_RV if repeated else (rows.counts_RV > 0)
+            x_RV = x_RV - penalty_R[:, None] * counts_RV
+    return x_RV
+
+
+def _weights(x_RV: Tensor, max_R: Tensor, temperature_R1: Tensor | float = 1.0) -> Tensor:
+    """floor(exp((x - max) / temperature) * 2**FRACTION_BITS), in float64: int64 [R, V]."""
+    z_RV = (x_RV.double() - max_R.double()[:, None]) / temperature_R1
+    return z_RV.exp_().mul_(_ONE).long()
+
+
+def _draw(x_RV: Tensor, max_R: Tensor, rows: SamplingRows) -> Tensor:
+    """Filter and draw every row; the caller discards the greedy ones and the non-finite ones."""
+    drawable_R = (rows.temperature_R > 0) & max_R.isfinite()
+    # Rows that will be discarded are made harmless: weight 1 for all, no division by zero.
+    x_RV = x_RV.masked_fill(~drawable_R[:, None], 0)
+    max_R = max_R.where(drawable_R, 0)
+    temperature_R = rows.temperature_R.double().where(drawable_R, 1)
+    weights_RV = _weights(x_RV, max_R, temperature_R[:, None])
+
+    floor_R = (rows.min_p_R.double() * _ONE).ceil().long()
+    weights_RV.masked_fill_(weights_RV < floor_R[:, None], 0)
+    _filter_rows(weights_RV, drawable_R & (rows.top_k_R > 0), rows.top_k_R, _top_k_floor)
+    _filter_rows(weights_RV, drawable_R & (rows.top_p_R < 1), rows.top_p_R, _top_p_floor)
+
+    cdf_RV = weights_RV.cumsum(-1)
+    total_R1 = cdf_RV[:, -1:]
+    u_R1 = uniform(rows.seed_R, rows.position_R)[:, None]
+    target_R1 = torch.minimum((u_R1 * total_R1.double()).long(), total_R1 - 1)
+    return torch.searchsorted(cdf_RV, target_R1, right=True)[:, 0]
+
+
+def _filter_rows(
+    weights_RV: Tensor,
+    uses_R: Tensor,
+    limit_R: Tensor,
+    floor_of: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    """Zero the weights under each row's floor, in place, in the rows that use the filter."""
+    used_U = uses_R.nonzero()[:, 0]
+    if used_U.numel():
+        weights_UV = weights_RV[used_U]
+        floor_U1 = floor_of(weights_UV, limit_R[used_U, None])
+        weights_RV[used_U] = weights_UV.masked_fill_(weights_UV < floor_U1, 0)
+
+
+def _top_k_floor(weights_UV: Tensor, k_U1: Tensor) -> Tensor:
+    """The k-th greatest weight."""
+    k_U1 = k_U1.long().clamp(max=weights_UV.shape[1])
+    return weights_UV.topk(int(k_U1.max()), dim=-1).values.gather(-1, k_U1 - 1)
+
+
+def _top_p_floor(weights_UV: Tensor, p_U1: Tensor) -> Tensor:
+    """The last weight, from the greatest down, with less than p of the total above it."""
+    target_U1 = p_U1.double() * weights_UV.sum(-1, keepdim=True).double()
+    width = min(_TOP, weights_UV.shape[1])
+    top_UW = weights_UV.topk(width, dim=-1).values
+    if (top_UW.sum(-1, keepdim=True).double() < target_U1).any():
+        top_UW = weights_UV.sort(dim=-1, descending=True).values
+    above_UW = top_UW.cumsum(-1) - top_UW
+    kept_U1 = (above_UW.double() < target_U1).sum(-1, keepdim=True).clamp(min=1)
+    return top_UW.gather(-1, kept_U1 - 1)
+
+
+def _with_logprobs(raw_RV: Tensor, tokens_R: Tensor, num_top: int) -> Sampled:
+    """Log-probabilities by the raw logits: x - max - log(sum of weights)."""
+    max_R = raw_RV.amax(-1)
+    finite_R = max_R.isfinite()
+    weights_RV = _weights(raw_RV.masked_fill(~finite_R[:, None], 0), max_R.where(finite_R, 0))
+    log_total_R = max_R.double() + (weights_RV.sum(-1).double() / _ONE).log()
+
+    def of(token_RN: Tensor) -> Tensor:
+        logprob_RN = raw_RV.gather(-1, token_RN).double() - log_total_R[:, None]
+        return logprob_RN.float().masked_fill(~finite_R[:, None], -torch.inf)
+
+    chosen_R = of(tokens_R.clamp(min=0)[:, None])[:, 0].where(tokens_R >= 0, -torch.inf)
+    tokens_R = tokens_R.int()
+    if num_top == 0:
+        return Sampled(tokens_R=tokens_R, logprobs_R=chosen_R)
+    top_RN = _top_tokens(raw_RV, num_top)
+    return Sampled(
+        tokens_R=tokens_R,
+        logprobs_R=chosen_R,
+        top_tokens_RN=top_RN.int(),
+        top_logprobs_RN=of(top_RN),
+    )
+
+
+def _top_tokens(x_RV: Tensor, num_top: int) -> Tensor:
+    """Ids by falling logit, ties by rising id: int64 [R, N].
+
+    `topk` leaves ties open, so each logit becomes an integer of the same order with the id below.
+    """
+    size = x_RV.shape[1]
+    bits_RV = (x_RV + 0.0).view(torch.int32).long()  # -0.0 + 0.0 is +0.0: one zero, not two
+    ordered_RV = bits_RV ^ ((bits_RV >> 31) & 0x7FFFFFFF)
+    ids_V = torch.arange(size - 1, -1, -1, device=x_RV.device)
+    keys_RN = ((ordered_RV << 32) | ids_V).topk(min(num_top, size), dim=-1).values
+    return size - 1 - (keys_RN & 0xFFFFFFFF)
