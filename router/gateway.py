@@ -131,6 +131,11 @@ class Gateway:
         if self._health_task is not None:
             self._health_task.cancel()
 
+    @property
+    def ready(self) -> bool:
+        """Whether some group can be asked now."""
+        return bool(self._groups.groups())
+
     async def set_groups(self, groups: Iterable[GroupAddress]) -> None:
         """Serve these groups and no others, from now on; calls on those that stay go on."""
         await self._groups.set_groups(groups)
