@@ -10,13 +10,17 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from arriero.cluster import local, state
 from arriero.cluster.spec import Spec
 from arriero.cluster.state import Deployment
 from arriero.shards.errors import GroupFailed, SpecError, Unavailable
+
+if TYPE_CHECKING:
+    from arriero.cluster.registry import Board
 
 Say = Callable[[str], None]
 """Told in a few words what is waited for; called again as that changes."""
@@ -62,11 +66,11 @@ def up(spec: Spec, folder: Path, say: Say) -> Deployment:
         import ray.serve
 
         if cluster is not None:
-            deployment = _with(deployment, ray_address=local.wait_address(cluster))
+            deployment = replace(deployment, ray_address=local.wait_address(cluster))
             state.write(folder, deployment)
         with connected(deployment):
             gateway = _deploy(spec, say, shared=cluster is None)
-        deployment = _with(deployment, gateway=gateway)
+        deployment = replace(deployment, gateway=gateway)
         state.write(folder, deployment)
     except BaseException:
         say("taking it down again")
@@ -98,6 +102,28 @@ def down(folder: Path, say: Say, *, drain: bool = True) -> bool:
             local.stop(cluster)
         state.clear(folder)
     return True
+
+
+def board(deployment: Deployment) -> Board:
+    """What the deployment's registry knows.
+
+    Raises:
+        Unavailable: the cluster or the registry cannot be reached.
+    """
+    import ray
+
+    from arriero.cluster import registry
+
+    cluster = _cluster(deployment)
+    if cluster is not None and not local.is_alive(cluster):
+        raise Unavailable("the local Ray cluster is gone; `arriero down` clears what is left")
+    with connected(deployment):
+        try:
+            actor = ray.get_actor(registry.NAME, namespace=registry.NAMESPACE)
+            found: Board = ray.get(actor.board.remote(), timeout=_JOIN_LIMIT_S)
+        except (ValueError, ray.exceptions.RayError) as error:
+            raise Unavailable(f"no registry at {deployment.ray_address}: {error}") from None
+        return found
 
 
 @contextmanager
@@ -157,7 +183,7 @@ def _deploy(spec: Spec, say: Say, *, shared: bool) -> str:
     wanted = sum(model.groups for model in spec.models)
     deadline_s = time.monotonic() + spec.health.start_timeout_s
     while True:
-        board: registry.Board = ray.get(directory.board.remote(), timeout=_JOIN_LIMIT_S)
+        board: Board = ray.get(directory.board.remote(), timeout=_JOIN_LIMIT_S)
         if board.failures:
             group_id, cause = board.failures[0]
             raise GroupFailed(f"group {group_id} did not start: {cause}")
@@ -175,7 +201,7 @@ def _deploy(spec: Spec, say: Say, *, shared: bool) -> str:
         time.sleep(_POLL_S)
 
 
-def _progress(board: Any, wanted: int) -> str:  # noqa: ANN401
+def _progress(board: Board, wanted: int) -> str:
     told = [f"{group_id}: {text}" for group_id, text in board.progress.items()]
     ready = f"{len(board.groups)} of {wanted} groups ready"
     return "; ".join([ready, *told]) if told else f"{ready}; starting leaders"
@@ -208,8 +234,3 @@ def _cluster(deployment: Deployment) -> local.LocalCluster | None:
         node_address=deployment.node_address or "",
     )
 
-
-def _with(deployment: Deployment, **changes: Any) -> Deployment:  # noqa: ANN401
-    from dataclasses import replace
-
-    return replace(deployment, **changes)
