@@ -219,7 +219,7 @@ class RemoteExecutor:
             return None
         identity, kind, body = self._socket.recv_multipart()
         if kind == b"T":
-            return body  # type: ignore[no-any-return]
+            return body
         rank = int.from_bytes(identity, "little")
         self._hear(rank, kind, msgpack.unpackb(body))
         return None

@@ -18,6 +18,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import Store
 
 from arriero.shards.partition import SlicePart
 
@@ -37,7 +38,7 @@ class Mesh:
         """Whether this rank draws the tokens: tp rank 0 of the last stage."""
         return self.part.last_stage and self.part.tp_rank == 0
 
-    def join(self, store: dist.Store, host: str) -> None:
+    def join(self, store: Store, host: str) -> None:
         """Join the group's other ranks through `store`; each rank of several must call it.
 
         Args:

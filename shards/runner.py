@@ -148,9 +148,8 @@ class Runner:
         next_R = torch.from_numpy(plan.prompt_next.copy()).to(x_TH.device).clamp_(min=0).long()
         top = self._table.num_prompt_logprobs(plan)
         found: list[tuple[Tensor, Tensor, Tensor]] = []
-        for x, after in zip(
-            x_RH.split(PROMPT_LOGPROB_ROWS), next_R.split(PROMPT_LOGPROB_ROWS), strict=True
-        ):
+        for start in range(0, len(x_RH), PROMPT_LOGPROB_ROWS):
+            x, after = (a[start : start + PROMPT_LOGPROB_ROWS] for a in (x_RH, next_R))
             logits_RV = self.mesh.gather_logits(self._model.logits(x), self._vocab_sizes)
             if logits_RV is not None:
                 logprobs_RV = logits_RV.log_softmax(dim=-1)
@@ -159,10 +158,8 @@ class Runner:
                 found.append((chosen, best.indices.int(), best.values))
         if not found:
             return None
-        chosen, tokens, values = (
-            torch.cat(part).cpu().numpy() for part in zip(*found, strict=True)
-        )
-        return Logprobs(chosen=chosen, top_tokens=tokens, top=values)
+        columns = [torch.cat(part).cpu().numpy() for part in zip(*found, strict=True)]
+        return Logprobs(chosen=columns[0], top_tokens=columns[1], top=columns[2])
 
 
 def _logprobs(sampled: Sampled | None) -> Logprobs | None:

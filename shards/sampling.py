@@ -100,7 +100,10 @@ class SamplingParams:
     @classmethod
     def from_wire(cls, data: Mapping[str, Any]) -> SamplingParams:
         """Undo `to_wire`."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in data.items()
+        }
+        return cls(**fields)
 
 
 _DEFAULTS = asdict(SamplingParams())

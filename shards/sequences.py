@@ -205,6 +205,7 @@ class SequenceTable:
                 repetition[row] = one.params.repetition_penalty
                 presence[row] = one.params.presence_penalty
                 frequency[row] = one.params.frequency_penalty
+                assert one.seen_V is not None and one.counts_V is not None, "kept together"
                 seen[row], counts[row] = one.seen_V, one.counts_V
             extra |= {
                 "repetition_R": self._tensor(repetition),

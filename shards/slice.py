@@ -23,7 +23,7 @@ import zmq
 from arriero.shards.group import GroupConfig
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch._C._distributed_c10d import Store
 
     from arriero.shards.runner import Runner
 
@@ -145,7 +145,7 @@ def _rendezvous(
     where: dict[str, Any], config: GroupConfig, rank: int, listening: socket.socket | None
 ) -> Store:
     """The store at which the ranks meet; rank 0 keeps it."""
-    from torch.distributed import TCPStore
+    from torch._C._distributed_c10d import TCPStore
 
     return TCPStore(
         where["host"],
