@@ -233,4 +233,3 @@ def _cluster(deployment: Deployment) -> local.LocalCluster | None:
         folder=Path(deployment.local_folder),
         node_address=deployment.node_address or "",
     )
-
