@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install $(PIP_ARGS)
 PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.13,$(shell command -v python$(v))) \
   $(shell command -v python3))
-MODEL := $(CACHE)/smollm2
+MODEL := $(CACHE)/SmolLM2-135M-Instruct
 export ARRIERO_CACHE := $(abspath $(CACHE))
 export ARRIERO_TEST_MODEL := $(abspath $(MODEL))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
@@ -53,7 +53,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(wildcard setup.py kernels/cp
 	@touch $@
 
 $(MODEL)/config.json: | $(VENV)/.installed
-	$(BIN)/arriero models import smollm2 $(MODEL)
+	$(BIN)/arriero models import smollm2
 
 demo: $(VENV)/.installed
 	@$(BIN)/arriero demo

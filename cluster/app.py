@@ -5,6 +5,8 @@ Knows how a spec becomes deployments; knows nothing of what they do.
 
 from __future__ import annotations
 
+from typing import Any
+
 from ray import serve
 from ray.serve import Application
 
@@ -34,16 +36,18 @@ def build(spec: Spec, *, num_cpus: float, num_gpus: float, shared: bool) -> Appl
     services = SERVICE_CPUS * (sum(m.groups for m in spec.models) + spec.gateway.count)
     part = 1.0 if shared else min(1.0, int((num_cpus - services) / spec.num_slices * 1e3) / 1e3)
     leaders = [_leader(model, spec, part, num_gpus) for model in spec.models]
-    gateways = serve.deployment(GatewayReplica).options(
+    # a fixed port can be bound once on a node
+    apart: dict[str, Any] = {"max_replicas_per_node": 1} if spec.gateway.port else {}
+    gateways = serve.deployment(
         name="gateway",
         num_replicas=spec.gateway.count,
         ray_actor_options={"num_cpus": SERVICE_CPUS},
-        max_replicas_per_node=1 if spec.gateway.port and spec.gateway.count > 1 else None,
         health_check_period_s=spec.health.period_s,
         health_check_timeout_s=spec.health.timeout_s,
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=spec.gateway.drain_s + _STOP_MARGIN_S,
-    )
+        **apart,
+    )(GatewayReplica)
     return gateways.bind(GatewaySettings(spec=spec.gateway), *leaders)
 
 
@@ -68,7 +72,7 @@ def _leader(model: ModelSpec, spec: Spec, part: float, num_gpus: float) -> Appli
         start_timeout_s=spec.health.start_timeout_s,
         drain_s=spec.health.drain_s,
     )
-    leaders = serve.deployment(Leader).options(
+    leaders = serve.deployment(
         name=f"group-{model.name}",
         num_replicas=model.groups,
         ray_actor_options={"num_cpus": SERVICE_CPUS},
@@ -78,5 +82,5 @@ def _leader(model: ModelSpec, spec: Spec, part: float, num_gpus: float) -> Appli
         health_check_timeout_s=spec.health.timeout_s,
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=spec.health.drain_s + _STOP_MARGIN_S,
-    )
+    )(Leader)
     return leaders.bind(settings)

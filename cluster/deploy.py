@@ -5,6 +5,7 @@ Knows the order of things; knows nothing of the terminal (progress is told to a 
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import time
@@ -61,10 +62,7 @@ def up(spec: Spec, folder: Path, say: Say) -> Deployment:
     try:
         state.write(folder, deployment)
         say("starting a local Ray cluster" if cluster else f"joining the Ray cluster at {address}")
-        # imported while the local cluster starts
-        import ray  # noqa: F401
-        import ray.serve
-
+        importlib.import_module("ray.serve")  # takes a second, while the local cluster starts
         if cluster is not None:
             deployment = replace(deployment, ray_address=local.wait_address(cluster))
             state.write(folder, deployment)
@@ -120,9 +118,10 @@ def board(deployment: Deployment) -> Board:
     with connected(deployment):
         try:
             actor = ray.get_actor(registry.NAME, namespace=registry.NAMESPACE)
-            found: Board = ray.get(actor.board.remote(), timeout=_JOIN_LIMIT_S)
+            found: Any = ray.get(actor.board.remote(), timeout=_JOIN_LIMIT_S)
         except (ValueError, ray.exceptions.RayError) as error:
             raise Unavailable(f"no registry at {deployment.ray_address}: {error}") from None
+        assert isinstance(found, registry.Board)
         return found
 
 
@@ -169,7 +168,7 @@ def _deploy(spec: Spec, say: Say, *, shared: bool) -> str:
 
     say("starting Ray Serve")
     directory = registry.connect()
-    resources = ray.cluster_resources()
+    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
     built = app.build(
         spec,
         num_cpus=resources.get("CPU", 0.0),
@@ -183,7 +182,7 @@ def _deploy(spec: Spec, say: Say, *, shared: bool) -> str:
     wanted = sum(model.groups for model in spec.models)
     deadline_s = time.monotonic() + spec.health.start_timeout_s
     while True:
-        board: Board = ray.get(directory.board.remote(), timeout=_JOIN_LIMIT_S)
+        board: Any = ray.get(directory.board.remote(), timeout=_JOIN_LIMIT_S)
         if board.failures:
             group_id, cause = board.failures[0]
             raise GroupFailed(f"group {group_id} did not start: {cause}")

@@ -37,7 +37,7 @@ class GatewayReplica:
     not go through them.
     """
 
-    async def __init__(self, settings: GatewaySettings, *leaders: Any) -> None:  # noqa: ANN401
+    async def __init__(self, settings: GatewaySettings, *leaders: Any) -> None:  # type: ignore[misc]  # noqa: ANN401
         self._id = uuid.uuid4().hex[:8]
         self._spec = settings.spec
         self._registry = registry.connect()

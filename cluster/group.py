@@ -23,7 +23,7 @@ import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from arriero.cluster import registry
-from arriero.cluster.slices import SliceActor, Whereabouts
+from arriero.cluster.slices import SliceActor, Whereabouts, node_address
 from arriero.shards.errors import GroupFailed
 from arriero.shards.group import GroupConfig
 
@@ -61,13 +61,13 @@ class GroupSettings:
     @property
     def layout(self) -> str:
         """The mesh in words."""
-        return f"TP{self.config.tp} x PP{self.config.pp} {self.config.dtype} {self.config.device}"
+        return f"tp{self.config.tp} pp{self.config.pp}"
 
 
 class Leader:
     """The Serve replica that leads one group; ready once a token came through every slice."""
 
-    async def __init__(self, settings: GroupSettings) -> None:
+    async def __init__(self, settings: GroupSettings) -> None:  # type: ignore[misc]  # Serve awaits it
         self._settings = settings
         self._group_id = f"{settings.model}-{uuid.uuid4().hex[:8]}"
         self._registry = registry.connect()
@@ -116,7 +116,6 @@ class Leader:
         where = await self._place()
         # imported only now: the slices import torch meanwhile
         from arriero.router.card import ModelCard
-        from arriero.shards.checkpoint.reader import Checkpoint
         from arriero.shards.executor import RemoteExecutor
         from arriero.shards.models.config import ModelConfig
         from arriero.shards.resolve import engine_config, resolve
@@ -124,8 +123,6 @@ class Leader:
         folder = Path(self._settings.config.model_path)
         model = ModelConfig.from_folder(folder)
         config = resolve(_with_threads(self._settings.config, where), model)
-        limits = engine_config(config, model, Checkpoint.open(folder).digest)
-        card = ModelCard.from_folder(folder, name=self._settings.model, config=limits)
         host = self._link_host(where)
         executor = self._executor = RemoteExecutor(config, host)
         executor.on_watch(lambda: self._failure, lambda: None)
@@ -134,7 +131,20 @@ class Leader:
             self._tasks.append(asyncio.create_task(self._watch(rank, at, run)))
         left_s = self._settings.start_timeout_s - (time.monotonic() - begun_s)
         await asyncio.to_thread(executor.wait_ready, left_s, self._on_loaded)
-        address = await self._lead(limits, card, host)
+        digest = await self._slices[0].digest.remote(folder)
+        limits = engine_config(config, model, digest)
+        card = ModelCard.from_folder(
+            folder,
+            model=self._settings.model,
+            group=self._group_id,
+            layout=self._settings.layout,
+            digest=digest,
+            max_model_len=limits.max_model_len,
+            vocab_size=limits.vocab_size,
+            bos_token_id=model.bos_token_id,
+            eos_token_ids=limits.eos_token_ids,
+        )
+        address = await self._lead(limits, card)
         entry = registry.GroupEntry(
             group_id=self._group_id,
             model=self._settings.model,
@@ -149,13 +159,14 @@ class Leader:
         """Start a slice in each bundle but the leader's; says where they are, by rank."""
         config = self._settings.config
         bundles = ray.util.get_current_placement_group()
+        assert bundles is not None, "a leader runs in a placement group"
         actor = ray.remote(SliceActor)
         for rank in range(config.world_size):
-            options = actor.options(  # type: ignore[attr-defined]
+            options = actor.options(
                 num_cpus=self._settings.cpus_per_slice,
                 num_gpus=1 if config.device == "cuda" else 0,
                 max_restarts=0,
-                max_concurrency=2,
+                max_concurrency=2,  # a run, and what is asked meanwhile
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     placement_group=bundles, placement_group_bundle_index=rank + 1
                 ),
@@ -168,9 +179,9 @@ class Leader:
         here = ray.get_runtime_context().get_node_id()
         if all(one.node_id == here for one in where):
             return None
-        return str(ray.util.get_node_ip_address())
+        return node_address()
 
-    async def _lead(self, limits: EngineConfig, card: ModelCard, host: str | None) -> str:
+    async def _lead(self, limits: EngineConfig, card: ModelCard) -> str:
         """Start the engine, draw a token, open the link; returns the link's address."""
         from arriero.router.link import LinkServer
         from arriero.shards.engine.engine import Engine
@@ -197,7 +208,7 @@ class Leader:
         first = await self._first
         if not first.tokens:
             raise GroupFailed(f"the first token did not come: {first.error or first.finish_reason}")
-        self._link = LinkServer(engine, card, f"tcp://{host or _own_address()}:0")
+        self._link = LinkServer(engine, card, f"tcp://{node_address()}:0")
         return str(await self._link.start())
 
     async def _watch(self, rank: int, at: Whereabouts, run: Any) -> None:  # noqa: ANN401
@@ -268,7 +279,3 @@ def _with_threads(config: GroupConfig, where: Sequence[Whereabouts]) -> GroupCon
     return replace(
         config, threads=min(max(1, one.cores // slices_on[one.node_id]) for one in where)
     )
-
-
-def _own_address() -> str:
-    return str(ray.util.get_node_ip_address())

@@ -135,14 +135,17 @@ class Registry:
 
 def connect() -> ActorHandle[Registry]:
     """The cluster's registry, made if there is none."""
-    actor = ray.remote(Registry)
-    handle: ActorHandle[Registry] = actor.options(  # type: ignore[attr-defined]
-        name=NAME,
-        namespace=NAMESPACE,
-        lifetime="detached",
-        get_if_exists=True,
-        num_cpus=0,
-        max_restarts=-1,
-        max_concurrency=1000,
-    ).remote()
+    handle: ActorHandle[Registry] = (
+        ray.remote(Registry)
+        .options(  # type: ignore[assignment]
+            name=NAME,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            num_cpus=0,
+            max_restarts=-1,
+            max_concurrency=1000,
+        )
+        .remote()
+    )
     return handle

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ray
@@ -39,10 +40,16 @@ class SliceActor:
         context = ray.get_runtime_context()
         return Whereabouts(
             node_id=context.get_node_id(),
-            address=ray.util.get_node_ip_address(),
+            address=node_address(),
             pid=os.getpid(),
             cores=len(os.sched_getaffinity(0)),
         )
+
+    def digest(self, folder: Path) -> str:
+        """The checkpoint's digest; asked here because it takes torch, which a leader spares."""
+        from arriero.shards.checkpoint.reader import Checkpoint
+
+        return Checkpoint.open(folder).digest
 
     def run(self, rank: int, ticket: Ticket, address: str) -> None:
         """Serve as `rank` of the ticket's group; returns when told to stop.
@@ -56,6 +63,11 @@ class SliceActor:
 
         self._import.join()
         run_slice(rank, ticket, host=address)  # Ray ends this process if the leader's is gone
+
+
+def node_address() -> str:
+    """This node's address, as Ray knows it."""
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
 def _import_runner() -> None:

@@ -27,27 +27,10 @@ def cache_folder() -> Path:
 
 def demo_model() -> Path:
     """The demo's model, fetched and converted if it is not there yet."""
-    folder = cache_folder() / DEMO
-    if not (folder / "config.json").is_file():
-        import_model(DEMO, folder, "bfloat16")
-    return folder
+    from arriero.shards.checkpoint.fetch import fetch_smollm2
 
-
-def import_model(source: str, out: Path, dtype: str) -> None:
-    """Convert `source`, a GGUF file or "smollm2", to the checkpoint folder `out`."""
-    from arriero.shards.checkpoint.gguf_import import import_gguf
-
-    if source == DEMO:
-        from arriero.shards.checkpoint.fetch import fetch_smollm2
-
-        with bar("fetching SmolLM2-135M-Instruct") as advance:
-            path = fetch_smollm2(cache_folder(), advance)
-    else:
-        path = Path(source)
-        if not path.is_file():
-            raise SpecError(f"{path}: no such file; give a GGUF file, or `{DEMO}`")
-    with bar(f"converting {path.name}") as advance:
-        import_gguf(path, out, dtype, advance)
+    with bar("SmolLM2-135M-Instruct: fetching, converting") as advance:
+        return fetch_smollm2(cache_folder(), advance)
 
 
 @app.command("import")
@@ -59,11 +42,23 @@ def import_(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
 ) -> None:
     """Convert a GGUF file to a checkpoint folder."""
-    folder = out or cache_folder() / Path(source).stem
-    if (folder / "config.json").exists():
-        raise SpecError(f"{folder} holds a checkpoint already; give another folder")
-    import_model(source, folder, dtype)
+    if source == DEMO:
+        if out is not None or dtype != "bfloat16":
+            raise SpecError(f"`{DEMO}` is kept in the cache, in bfloat16; see $ARRIERO_CACHE")
+        folder = demo_model()
+    else:
+        folder = out or cache_folder() / Path(source).stem
+        _import_file(Path(source), folder, dtype)
     OUT.print(str(folder), markup=False, soft_wrap=True)
+
+
+def _import_file(source: Path, folder: Path, dtype: str) -> None:
+    from arriero.shards.checkpoint.gguf_import import import_gguf
+
+    if not source.is_file():
+        raise SpecError(f"{source}: no such file; give a GGUF file, or `{DEMO}`")
+    with bar(f"converting {source.name}") as advance:
+        import_gguf(source, folder, dtype, advance)
 
 
 @app.command("list")
