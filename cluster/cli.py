@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import sys
 
-import click
 import typer
 
 from arriero.cluster.commands import bench, deployment, models, talk
@@ -33,7 +32,6 @@ _EXIT_CODES: tuple[tuple[type[ArrieroError], int], ...] = (
     (NotFound, 4),
     (CheckpointError, 5),
 )
-_INTERRUPTED = 130
 
 app = typer.Typer(
     name="arriero",
@@ -56,21 +54,16 @@ def main(args: list[str] | None = None) -> None:
 def run(args: list[str]) -> int:
     """Run a command; returns its exit code."""
     try:
-        code = app(args=args, prog_name="arriero", standalone_mode=False)
-        return code if isinstance(code, int) else 0
-    except click.exceptions.Exit as end:
-        return end.exit_code
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        _tell("interrupted")
-        return _INTERRUPTED
-    except BrokenPipeError:
-        return 1  # the reader of our output is gone, and there is nobody to tell
+        app(args=args, prog_name="arriero")
+    except SystemExit as end:  # typer ends every command so: 0, 2 for usage, 130 for Ctrl-C
+        return end.code if isinstance(end.code, int) else 0
+    except OSError as error:
+        _tell(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        return 1
     except ArrieroError as error:
         _tell(str(error))
         return next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), 1)
+    return 0
 
 
 def _tell(text: str) -> None:

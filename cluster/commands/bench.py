@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from arriero.cluster.commands.deployment import StateDir, temporary_deployment
+from arriero.cluster.commands.talk import spoken_errors
 from arriero.cluster.commands.terminal import OUT, spinner
-from arriero.shards.errors import SpecError
+from arriero.shards.errors import Unavailable
 
 if TYPE_CHECKING:
     from arriero.cluster.bench import Cell, Figures
+    from arriero.router.proto.arriero.v1.inference_pb2_grpc import InferenceAsyncStub
 
 app = typer.Typer(help="Measure: N requests at once, greedy, no stop.", no_args_is_help=True)
 
@@ -95,9 +98,9 @@ def serve(
     if model is None:
         deployment = state.read(state.state_folder(state_dir))
         if deployment is None:
-            raise SpecError("nothing is up; deploy with `arriero up`, or give --model PATH")
+            raise Unavailable("nothing is up; deploy with `arriero up`, or give --model PATH")
         with spinner() as say:
-            figures = asyncio.run(_through_grpc(deployment.gateway, None, cell, say))
+            figures = asyncio.run(_through_grpc(deployment.gateway, cell, say))
     else:
         said |= {"model": str(model), "dtype": dtype, "tp": tp, "pp": pp}
         flags = {
@@ -110,8 +113,47 @@ def serve(
             "limits": {"max_sequences": max(256, requests), "max_queued": max(4096, requests)},
         }
         with temporary_deployment(flags) as own, spinner() as say:
-            figures = asyncio.run(_through_grpc(own.gateway, None, cell, say))
+            figures = asyncio.run(_through_grpc(own.gateway, cell, say))
     _show(said, cell, figures, json_)
+
+
+async def _through_grpc(
+    gateway: str, cell: Cell, say: Callable[[str], None], timeout_s: float = 3600.0
+) -> Figures:
+    """Run the warm-up, then the cell, each request a stream of its own on one connection."""
+    import grpc
+
+    from arriero.cluster.bench import WARM_UP
+    from arriero.router.proto.arriero.v1 import inference_pb2_grpc
+
+    with spoken_errors():
+        async with grpc.aio.insecure_channel(gateway) as channel:
+            stub = inference_pb2_grpc.InferenceStub(channel)
+            say("warming up")
+            await _stream_cell(stub, WARM_UP, timeout_s)
+            say(f"{cell.requests} requests of {cell.prompt} + {cell.output} tokens")
+            return await _stream_cell(stub, cell, timeout_s)
+
+
+async def _stream_cell(stub: InferenceAsyncStub, cell: Cell, timeout_s: float) -> Figures:
+    from arriero.cluster.bench import Clock
+    from arriero.router.proto.arriero.v1 import inference_pb2 as pb
+
+    clock = Clock(cell.requests, cell.output)
+    sampling = pb.SamplingParams(temperature=0.0, max_tokens=cell.output, ignore_eos=True, seed=0)
+    options = pb.Options(include_text=False)
+
+    async def one(index: int, prompt: list[int]) -> None:
+        request = pb.GenerateRequest(
+            token_ids=pb.TokenIds(ids=prompt), sampling=sampling, options=options
+        )
+        async for answer in stub.Generate(request, timeout=timeout_s):
+            for output in answer.outputs:
+                clock.took(index, len(output.token_ids))
+
+    clock.begin()
+    await asyncio.gather(*[one(i, prompt) for i, prompt in enumerate(cell.prompts())])
+    return clock.figures()
 
 
 def _show(said: dict[str, Any], cell: Cell, figures: Figures, as_json: bool) -> None:
