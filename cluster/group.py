@@ -208,7 +208,7 @@ class Leader:
         first = await self._first
         if not first.tokens:
             raise GroupFailed(f"the first token did not come: {first.error or first.finish_reason}")
-        self._link = LinkServer(engine, card, f"tcp://{node_address()}:0")
+        self._link = LinkServer(engine, card, f"{node_address()}:0")
         return str(await self._link.start())
 
     async def _watch(self, rank: int, at: Whereabouts, run: Any) -> None:  # noqa: ANN401
