@@ -136,8 +136,6 @@ def connected(deployment: Deployment) -> Iterator[None]:
 
     from arriero.cluster import registry
 
-    for name in ("ray", "ray.serve", "ray._private.worker"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     options: dict[str, Any] = {}
     if deployment.node_address is not None:
         options["_node_ip_address"] = deployment.node_address
@@ -175,8 +173,8 @@ def _deploy(spec: Spec, say: Say, *, shared: bool) -> str:
         num_gpus=resources.get("GPU", 0.0),
         shared=shared,
     )
+    _hush_serve()
     serve.start(proxy_location=ProxyLocation.Disabled)
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     target = serve.RunTarget(target=built, name=app.NAME, route_prefix=None)
     serve.run_many([target], wait_for_applications_running=False)
     wanted = sum(model.groups for model in spec.models)
@@ -212,11 +210,17 @@ def _undeploy() -> None:
 
     from arriero.cluster import app, registry
 
+    _hush_serve()
     serve.delete(app.NAME)
     try:
         ray.kill(ray.get_actor(registry.NAME, namespace=registry.NAMESPACE))
     except ValueError:
         return  # it was gone
+
+
+def _hush_serve() -> None:
+    # importing Serve sets its logger up, so this comes after; we tell progress ourselves
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
 
 
 def _is_up(deployment: Deployment) -> bool:

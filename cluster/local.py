@@ -50,6 +50,8 @@ def start(spec: RaySpec) -> LocalCluster:
     """
     # not the state folder: Ray's socket paths below it must stay under 107 characters
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir="/tmp"))
+    temporary = folder / "tmp"
+    temporary.mkdir()
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head"),
         *("--node-ip-address", spec.node_address, "--port", "0"),
@@ -62,7 +64,7 @@ def start(spec: RaySpec) -> LocalCluster:
     ]
     environment = os.environ | {
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_SERVE_RUN_SYNC_IN_THREADPOOL": "1",
+        "TMPDIR": str(temporary),  # what a killed process leaves goes with the folder
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
     environment.pop("RAY_ADDRESS", None)

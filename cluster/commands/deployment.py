@@ -6,7 +6,6 @@ import contextlib
 import json
 import signal
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -181,7 +180,7 @@ def temporary_deployment(flags: dict[str, Any]) -> Iterator[Deployment]:
                 deployment = deploy.up(checked, folder, say)
             yield deployment
         finally:
-            with spinner() as say:
+            with spinner() as say, _uninterrupted():
                 deploy.down(folder, say)
 
 
@@ -189,9 +188,10 @@ def _stay(state_dir: Path | None) -> None:
     ERR.print("Ctrl-C takes it down", markup=False)
     with _interruptible():
         try:
-            threading.Event().wait()
+            signal.pause()
         except KeyboardInterrupt:
-            down(state_dir)
+            with _uninterrupted():
+                down(state_dir)
 
 
 @contextlib.contextmanager
@@ -201,12 +201,22 @@ def _interruptible() -> Iterator[None]:
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():
+    with _handled(interrupt, signal.SIGTERM, signal.SIGHUP):
         yield
-        return
-    old = {sign: signal.signal(sign, interrupt) for sign in (signal.SIGTERM, signal.SIGHUP)}
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Clean up in peace; it takes seconds and ends by itself."""
+    with _handled(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        yield
+
+
+@contextlib.contextmanager
+def _handled(handler: Any, *signs: signal.Signals) -> Iterator[None]:  # noqa: ANN401
+    old = {sign: signal.signal(sign, handler) for sign in signs}
     try:
         yield
     finally:
-        for sign, handler in old.items():
-            signal.signal(sign, handler)
+        for sign, before in old.items():
+            signal.signal(sign, before)
