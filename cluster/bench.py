@@ -154,7 +154,8 @@ class EngineBench:
             except BaseException:
                 self._executor.close()
                 raise
-        self._engine = Engine(limits, self._executor, self._arrived.put, self._arrived.put)
+        put = self._arrived.put
+        self._engine = Engine(limits, self._executor, put, on_failure=put)
         self._engine.start()
         self._num_requests = 0
         try:

@@ -27,6 +27,7 @@ Say = Callable[[str], None]
 """Told in a few words what is waited for; called again as that changes."""
 _POLL_S = 0.1
 _JOIN_LIMIT_S = 30.0
+_ASK_LIMIT_S = 2.0
 
 
 def up(spec: Spec, folder: Path, say: Say) -> Deployment:
@@ -184,18 +185,36 @@ def _deploy(spec: Spec, say: Say, *, shared: bool) -> str:
         if board.failures:
             group_id, cause = board.failures[0]
             raise GroupFailed(f"group {group_id} did not start: {cause}")
-        if len(board.groups) >= wanted and board.gateways:
-            return next(iter(board.gateways.values()))
+        gateway = next(iter(board.gateways.values()), None)
+        linked = _num_linked(gateway) if gateway and len(board.groups) >= wanted else 0
+        if gateway is not None and linked >= wanted:
+            return gateway
         status = serve.status().applications.get(app.NAME)
         if status is not None and status.status == "DEPLOY_FAILED":
             raise GroupFailed(f"Ray Serve could not deploy: {status.message.strip()}")
         if time.monotonic() > deadline_s:
             raise Unavailable(
-                f"{len(board.groups)} of {wanted} groups and {len(board.gateways)} gateways serve"
-                f" after health.start_timeout_s={spec.health.start_timeout_s:g}"
+                f"{len(board.groups)} of {wanted} groups and {len(board.gateways)} gateways serve,"
+                f" {linked} groups through {gateway or 'none'}, after health.start_timeout_s={spec.health.start_timeout_s:g}"
             )
         say(_progress(board, wanted))
         time.sleep(_POLL_S)
+
+
+def _num_linked(gateway: str) -> int:
+    """How many groups the gateway can pass requests to, asked as a client would."""
+    import grpc
+
+    from arriero.router.proto.arriero.v1 import inference_pb2 as pb
+    from arriero.router.proto.arriero.v1 import inference_pb2_grpc
+
+    with grpc.insecure_channel(gateway) as channel:
+        try:
+            stub = inference_pb2_grpc.InferenceStub(channel)
+            found = stub.ListModels(pb.ListModelsRequest(), timeout=_ASK_LIMIT_S)
+        except grpc.RpcError:
+            return 0
+    return sum(len(model.groups) for model in found.models)
 
 
 def _progress(board: Board, wanted: int) -> str:

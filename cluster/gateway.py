@@ -17,6 +17,7 @@ from typing import Any
 import ray
 
 from arriero.cluster import registry
+from arriero.cluster.slices import node_address
 from arriero.cluster.spec import GatewaySpec
 from arriero.router.gateway import Gateway, GatewayConfig, GroupAddress
 
@@ -41,9 +42,10 @@ class GatewayReplica:
         self._id = uuid.uuid4().hex[:8]
         self._spec = settings.spec
         self._registry = registry.connect()
-        self._gateway = Gateway(GatewayConfig(host=self._spec.host, port=self._spec.port))
+        self._gateway = Gateway(GatewayConfig(address=f"{self._spec.host}:{self._spec.port}"))
         port = await self._gateway.start()
-        self._address = f"{self._spec.host}:{port}"
+        wildcard = self._spec.host in ("0.0.0.0", "[::]")
+        self._address = f"{node_address() if wildcard else self._spec.host}:{port}"
         self._following = asyncio.create_task(self._follow())
 
     async def check_health(self) -> None:
@@ -68,7 +70,7 @@ class GatewayReplica:
                 await asyncio.sleep(RETRY_S)  # it is being restarted; the groups known serve on
                 continue
             version = board.version
-            self._gateway.set_groups(
+            await self._gateway.set_groups(
                 [
                     GroupAddress(group_id=one.group_id, model=one.model, address=one.address)
                     for one in board.groups

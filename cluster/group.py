@@ -200,7 +200,7 @@ class Leader:
         def on_failure(error: Exception) -> None:
             asyncio.run_coroutine_threadsafe(self._fail(str(error)), loop)
 
-        engine = self._engine = Engine(limits, self._executor, on_outputs, on_failure)
+        engine = self._engine = Engine(limits, self._executor, on_outputs, on_failure=on_failure)
         engine.start()
         self._say("first token")
         params = SamplingParams(max_tokens=1, temperature=0.0, seed=0, ignore_eos=True)
