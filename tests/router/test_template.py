@@ -23,9 +23,8 @@ def test_what_templates_of_checkpoints_use() -> None:
     assert render("{{ x | tojson(ensure_ascii=true) }}", x="ñ\ue000🦙") == (
         '"\\u00f1\ue000\\ud83e\\udd99"'
     )
-    assert render(
-        "{% for i in [1, 2, 3] %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}"
-    )
+    loop = "{% for i in [1, 2] %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}"
+    assert render(loop) == "1"
     assert render("{% generation %}a{% endgeneration %}b") == "ab"
     assert render("  {% if true %}\n  x\n  {% endif %}\n") == "  x\n"
     assert len(render("{{ strftime_now('%d %b %Y') }}")) == 11
@@ -41,7 +40,7 @@ def test_what_templates_of_checkpoints_use() -> None:
         "{{ ''.__class__.__base__.__subclasses__() }}",
         "{{ 'a' * 1000000000 }}",
         "{{ [0] * 1000000000 }}",
-        "{{ 9 ** 9 ** 9 }}",
+        "{{ 9 ** (9 ** 9) }}",
         "{% for i in range(1000000000) %}{% endfor %}",
         "{{ missing.field }}",
         "{{ 1 / 0 }}",

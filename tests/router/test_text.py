@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -159,7 +160,7 @@ def test_streamed_text_is_the_whole_text(llama_tokenizer: Backend, data: st.Data
     for skip in (True, False):
         stream = Detokenizer(vocabulary, skip_special=skip)
         edges = [0, *cuts, len(ids)]
-        parts = [stream.add(ids[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+        parts = [stream.add(ids[a:b]) for a, b in itertools.pairwise(edges)]
         parts.append(stream.add((), final=True))
         assert "".join(parts) == llama_tokenizer.decode(ids, skip_special_tokens=skip)
 
@@ -223,7 +224,7 @@ def test_stops_do_not_depend_on_the_cut(
     matcher = StopMatcher(stops, include=include)
     edges = sorted({0, len(text), *(min(cut, len(text)) for cut in cuts)})
     sent = ""
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         sent += matcher.add(text[start:end])
         assert expected.startswith(sent)
         held = text[:end].removeprefix(sent)
