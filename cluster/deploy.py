@@ -18,13 +18,16 @@ from typing import TYPE_CHECKING, Any
 from arriero.cluster import local, state
 from arriero.cluster.spec import Spec
 from arriero.cluster.state import Deployment
-from arriero.shards.errors import GroupFailed, SpecError, Unavailable
+from arriero.shards.errors import ArrieroError, CheckpointError, GroupFailed, SpecError, Unavailable
 
 if TYPE_CHECKING:
     from arriero.cluster.registry import Board
 
 Say = Callable[[str], None]
 """Told in a few words what is waited for; called again as that changes."""
+_FAILURES: dict[str, type[ArrieroError]] = {
+    kind.__name__: kind for kind in (CheckpointError, SpecError, GroupFailed)
+}
 _POLL_S = 0.1
 _JOIN_LIMIT_S = 30.0
 _ASK_LIMIT_S = 2.0
@@ -183,8 +186,9 @@ def _deploy(spec: Spec, say: Say, *, shared: bool) -> str:
     while True:
         board: Any = ray.get(directory.board.remote(), timeout=_JOIN_LIMIT_S)
         if board.failures:
-            group_id, cause = board.failures[0]
-            raise GroupFailed(f"group {group_id} did not start: {cause}")
+            first = board.failures[0]
+            kind = _FAILURES.get(first.kind, GroupFailed)
+            raise kind(f"{first.who} did not start: {first.cause}")
         gateway = next(iter(board.gateways.values()), None)
         linked = _num_linked(gateway) if gateway and len(board.groups) >= wanted else 0
         if gateway is not None and linked >= wanted:
@@ -195,7 +199,8 @@ def _deploy(spec: Spec, say: Say, *, shared: bool) -> str:
         if time.monotonic() > deadline_s:
             raise Unavailable(
                 f"{len(board.groups)} of {wanted} groups and {len(board.gateways)} gateways serve,"
-                f" {linked} groups through {gateway or 'none'}, after health.start_timeout_s={spec.health.start_timeout_s:g}"
+                f" and {gateway or 'no gateway'} reaches {linked} groups, after"
+                f" health.start_timeout_s={spec.health.start_timeout_s:g}"
             )
         say(_progress(board, wanted))
         time.sleep(_POLL_S)

@@ -18,6 +18,7 @@ from ray.actor import ActorHandle
 NAME = "registry"
 NAMESPACE = "arriero"
 _POLL_S = 20.0
+_KEEP_FAILURES = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,14 +43,31 @@ class GroupEntry:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """Why a group or a gateway failed: its id, the error's class, and the cause in words."""
+
+    who: str
+    kind: str
+    cause: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Board:
-    """A snapshot: `groups` serve; `progress` and `failures` are by group id, newest last."""
+    """A snapshot.
+
+    Attributes:
+        version: counts changes of `groups`.
+        groups: those that serve.
+        gateways: address of each gateway, by its id.
+        progress: how far starts are, by group id.
+        failures: the latest ones, newest last.
+    """
 
     version: int
     groups: tuple[GroupEntry, ...]
     gateways: dict[str, str]
     progress: dict[str, str]
-    failures: tuple[tuple[str, str], ...]
+    failures: tuple[Failure, ...]
 
 
 class Registry:
@@ -61,7 +79,7 @@ class Registry:
         self._expiry_s: dict[str, float] = {}
         self._gateways: dict[str, str] = {}
         self._progress: dict[str, str] = {}
-        self._failures: list[tuple[str, str]] = []
+        self._failures: list[Failure] = []
         self._moved = asyncio.Event()
 
     async def register(self, entry: GroupEntry, lease_s: float) -> None:
@@ -84,10 +102,11 @@ class Registry:
         """Say how far a group's start is."""
         self._progress[group_id] = text
 
-    async def fail(self, group_id: str, cause: str) -> None:
-        """Say why a group failed, and forget it."""
-        self._failures = [*self._failures, (group_id, cause)][-16:]
-        await self.unregister(group_id)
+    async def fail(self, failure: Failure) -> None:
+        """Say why a group or a gateway failed, and forget it."""
+        self._failures = [*self._failures, failure][-_KEEP_FAILURES:]
+        self._gateways.pop(failure.who, None)
+        await self.unregister(failure.who)
 
     async def gateway(self, gateway_id: str, address: str | None) -> None:
         """Say where a gateway listens, or with None that it no longer does."""

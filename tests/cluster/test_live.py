@@ -6,7 +6,9 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -223,6 +225,35 @@ def test_a_lost_slice_has_the_group_replaced(
         time.sleep(0.2)
     failures = status(folder)["failures"]
     assert isinstance(failures, list)
-    assert f"slice 1 (pid {pids[1]}" in failures[-1][1]
+    assert f"slice 1 (pid {pids[1]}" in failures[-1]["cause"]
     answers = stub.Chat(capital(), timeout=60, wait_for_ready=True)
     assert "Paris" in "".join(one.text for answer in answers for one in answer.outputs)
+
+
+def test_a_failed_up_says_why_and_leaves_nothing(tmp_path: Path) -> None:
+    """A checkpoint whose weights are cut off."""
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    weights = next(model.glob("*.safetensors"))
+    os.truncate(weights, weights.stat().st_size - 1000)
+    begun = time.time()
+    said = arriero(
+        *("up", "--model", str(model), "--pp", "2", "--port", "0"), folder=tmp_path, check=False
+    )
+    assert said.returncode == 5, said.stderr
+    assert weights.name in said.stderr and "Traceback" not in said.stderr
+    assert state.read(tmp_path) is None
+    assert not [one for one in Path("/tmp").glob("arriero-ray-*") if one.stat().st_ctime > begun]
+
+
+def test_a_taken_port_is_one_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = arriero(
+            *("up", "--model", MODEL, "--port", str(port), "--kv-memory", "64MiB"),
+            folder=tmp_path,
+            check=False,
+        )
+    assert said.returncode == 2, said.stderr
+    assert f"127.0.0.1:{port}" in said.stderr.splitlines()[-1]
+    assert state.read(tmp_path) is None
