@@ -18,6 +18,7 @@ from ray.actor import ActorHandle
 NAME = "registry"
 NAMESPACE = "arriero"
 _POLL_S = 20.0
+_GATEWAY_LEASE_S = 3 * _POLL_S
 _KEEP_FAILURES = 16
 
 
@@ -78,6 +79,7 @@ class Registry:
         self._groups: dict[str, GroupEntry] = {}
         self._expiry_s: dict[str, float] = {}
         self._gateways: dict[str, str] = {}
+        self._gateway_expiry_s: dict[str, float] = {}
         self._progress: dict[str, str] = {}
         self._failures: list[Failure] = []
         self._moved = asyncio.Event()
@@ -109,10 +111,10 @@ class Registry:
         await self.unregister(failure.who)
 
     async def gateway(self, gateway_id: str, address: str | None) -> None:
-        """Say where a gateway listens, or with None that it no longer does."""
-        if address is None:
-            self._gateways.pop(gateway_id, None)
-        else:
+        """Say where a gateway listens, now and then, or with None that it no longer does."""
+        self._gateways.pop(gateway_id, None)
+        self._gateway_expiry_s[gateway_id] = time.monotonic() + _GATEWAY_LEASE_S
+        if address is not None:
             self._gateways[gateway_id] = address
 
     async def changed(self, version: int) -> Board:
@@ -146,6 +148,9 @@ class Registry:
             del self._groups[group_id]
         if late:
             self._bump()
+        for gateway_id in [one for one, at_s in self._gateway_expiry_s.items() if at_s <= now_s]:
+            del self._gateway_expiry_s[gateway_id]
+            self._gateways.pop(gateway_id, None)
 
     def _bump(self) -> None:
         self._version += 1
