@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from support.frontdoor import CHATML_SPECIALS, LLAMA_SPECIALS, make_tokenizer
 from tokenizers import Tokenizer
+
+from support.frontdoor import CHATML_SPECIALS, LLAMA_SPECIALS, make_tokenizer
 
 
 @pytest.fixture(scope="session")

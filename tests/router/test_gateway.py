@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-import math
-
-import grpc
-import grpc.aio
-import pytest
 from tokenizers import Tokenizer
 
-from arriero.router.client import AsyncClient
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
-from arriero.shards.errors import InvalidRequest, NotFound, Overloaded, Unavailable
-
-from support.frontdoor import CHATML, LLAMA3, Stack, echo, endless, make_card, serve
+from support.frontdoor import LLAMA3, echo, make_card, serve
 
 
 async def collect(stream) -> tuple[str, list[int], list[pb.GenerateResponse]]:
