@@ -64,7 +64,7 @@ def engine(
         num_blocks=cell.blocks(),
     )
     with spinner() as say:
-        say("loading and warming up")
+        say("loading")
         with EngineBench(config, lambda share: say(f"loading {share:.0%}")) as bench:
             say(f"{requests} requests of {prompt} + {output} tokens")
             figures = bench.run(cell.prompts(), output)

@@ -128,8 +128,8 @@ def status(
     OUT.print(table)
     for group_id, text in board.progress.items():
         OUT.print(f"{group_id}: {text}", markup=False)
-    for group_id, cause in board.failures:
-        OUT.print(f"{group_id} failed: {cause}", markup=False, soft_wrap=True)
+    for one in board.failures:
+        OUT.print(f"{one.who} failed: {one.cause}", markup=False, soft_wrap=True)
 
 
 def demo(
