@@ -194,6 +194,32 @@ def test_pool_too_small_for_all_preempts_and_ends() -> None:
         run.check(request)
 
 
+def test_a_prompt_preempted_half_way_gives_its_logprobs_once() -> None:
+    run = Run(make_config(num_blocks=8, max_batch_tokens=2, pipeline_depth=3))
+    first = make_request("first", [4] * 4, max_tokens=28, ignore_eos=True)
+    scored = make_request("scored", range(2, 22), max_tokens=3, prompt_logprobs=1)
+    run.scheduler.add(first)
+    for _ in range(2):
+        run.submit()
+        run.collect()
+    run.scheduler.add(scored)
+    run.finish()
+    assert run.scheduler.stats.preemptions > 0
+    run.check(first)
+    run.check(scored)
+
+
+def test_end_tokens_stop_only_after_min_tokens() -> None:
+    scheduler = Scheduler(make_config(pipeline_depth=1))
+    scheduler.add(make_request("r", min_tokens=2, stop_token_ids=(9,)))
+    reasons = []
+    for step, token in enumerate((0, 9, 9)):  # a sampler that forgets to ban
+        assert scheduler.schedule() is not None
+        (output,) = scheduler.update(StepResult(step=step, tokens=int32([token])))
+        reasons.append((output.finish_reason, output.stop_token))
+    assert reasons == [(None, None), (None, None), ("stop", 9)]
+
+
 def test_a_long_prompt_is_cut_and_decodes_go_on_beside_it() -> None:
     run = Run(make_config(max_batch_tokens=8, pipeline_depth=1))
     run.scheduler.add(make_request("short", ignore_eos=True, max_tokens=30))
