@@ -310,9 +310,7 @@ class CpuOps(Ops):
         def run_reduced(x_TH: Tensor, batch: FlatBatch) -> Tensor:
             assert reduce is not None, "chosen for a stage of several slices"
             for i, layer in enumerate(layers):
-                x_TH += reduce(
-                    self._attention_block(structs[i], layer, x_TH, cache, i, batch)
-                )
+                x_TH += reduce(self._attention_block(structs[i], layer, x_TH, cache, i, batch))
                 x_TH += reduce(self._mlp_block(structs[i], layer, x_TH))
             return x_TH
 
@@ -442,7 +440,11 @@ def _batch(batch: FlatBatch, num_tokens: int, head_dim: int) -> Batch:
     )
     for name, tensor, shape in shapes:
         dtype = torch.float32 if name in ("cos_TD", "sin_TD") else torch.int32
-        if tensor.shape != shape or tensor.dtype != dtype or (shape[-1] > 1 and tensor.stride(-1) != 1):
+        if (
+            tensor.shape != shape
+            or tensor.dtype != dtype
+            or (shape[-1] > 1 and tensor.stride(-1) != 1)
+        ):
             raise ValueError(
                 f"batch.{name}: {str(tensor.dtype)[6:]} {tuple(tensor.shape)} with strides "
                 f"{tensor.stride()}; expected {str(dtype)[6:]} {shape} with unit stride"

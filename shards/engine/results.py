@@ -18,7 +18,6 @@ from arriero.shards.engine.types import EngineConfig, SequenceOutput, TokenLogpr
 from arriero.shards.errors import GroupFailed
 from arriero.shards.plan import Logprobs, StepResult
 
-
 NO_TOKEN = -1
 """Drawn where the logits left nothing to draw: all banned, or not numbers."""
 NOTHING_LEFT = (

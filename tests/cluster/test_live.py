@@ -193,8 +193,8 @@ async def test_64_streams_a_third_cancelled(gateway: str, folder: Path) -> None:
         ]
         together = await asyncio.gather(*jobs)
         kept = [i for i in range(64) if i not in cancelled]
-        for i in rng.sample(kept, 6):
-            assert together[i] == await run(stub, i, None)
+        for i in kept:
+            assert together[i] == await run(stub, i, None), f"stream {i} differs from its own alone"
     assert all(len(together[i]) == num_tokens for i in kept)
     deadline_s = time.monotonic() + 10
     while True:

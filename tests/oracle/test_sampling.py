@@ -78,10 +78,12 @@ def test_penalties_bias_and_stops(model_path, prompts) -> None:  # noqa: ANN001
     prompt = prompts[10]
     cases = [
         SamplingParams(temperature=0.0, repetition_penalty=1.3, max_tokens=24, seed=0),
-        SamplingParams(temperature=0.0, presence_penalty=1.5, frequency_penalty=0.5, max_tokens=24),
-        SamplingParams(temperature=0.0, logit_bias={100: 50.0, 101: -5.0}, max_tokens=3),
-        SamplingParams(temperature=0.0, allowed_token_ids=(5, 6, 7, 500), max_tokens=6),
-        SamplingParams(temperature=0.0, banned_token_ids=(28, 198, 216), max_tokens=12),
+        SamplingParams(
+            temperature=0.0, presence_penalty=1.5, frequency_penalty=0.5, max_tokens=24, seed=0
+        ),
+        SamplingParams(temperature=0.0, logit_bias={100: 50.0, 101: -5.0}, max_tokens=3, seed=0),
+        SamplingParams(temperature=0.0, allowed_token_ids=(5, 6, 7, 500), max_tokens=6, seed=0),
+        SamplingParams(temperature=0.0, banned_token_ids=(28, 198, 216), max_tokens=12, seed=0),
     ]
     with running(config(model_path, dtype="float32")) as group:
         answers = group.generate([prompt] * len(cases), cases)
@@ -89,7 +91,11 @@ def test_penalties_bias_and_stops(model_path, prompts) -> None:  # noqa: ANN001
         stopped = group.generate(
             [prompt],
             SamplingParams(
-                temperature=0.0, repetition_penalty=1.3, stop_token_ids=(first[5],), max_tokens=24
+                temperature=0.0,
+                repetition_penalty=1.3,
+                stop_token_ids=(first[5],),
+                max_tokens=24,
+                seed=0,
             ),
         )[0]
         assert stopped.tokens == first[: first.index(first[5]) + 1]

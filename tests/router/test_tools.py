@@ -47,7 +47,8 @@ FORMS = [
     ('<|python_tag|>{"name": "get_weather", "parameters": {"city": "Cusco"}}<|eom_id|>', [W]),
     ('{"type": "function", "name": "get_weather", "parameters": {"city": "Cusco"}}', [W]),
     (
-        '{"type": "function", "function": {"name": "get_weather", "arguments": "{\\"city\\": \\"Cusco\\"}"}}',
+        '{"type": "function", "function": {"name": "get_weather", '
+        '"arguments": "{\\"city\\": \\"Cusco\\"}"}}',
         [W],
     ),
     ('{"name": "get_weather", "parameters": {"city": "Cusco"}}; {"name": "add"}', [W, call("add")]),
