@@ -62,7 +62,10 @@ def test_llama3_1_and_3_2(name: str) -> None:
 
 
 def test_llama4() -> None:
-    tail = "<|header_start|>user<|header_end|>\n\nHi!<|eot|><|header_start|>assistant<|header_end|>\n\n"
+    tail = (
+        "<|header_start|>user<|header_end|>\n\nHi!<|eot|>"
+        "<|header_start|>assistant<|header_end|>\n\n"
+    )
     assert lay_out("llama4", TALK) == (
         "<|begin_of_text|><|header_start|>system<|header_end|>\n\nBe brief.<|eot|>" + tail
     )
