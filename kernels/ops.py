@@ -29,10 +29,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from arriero.kernels import moe
+from arriero.kernels.moe import Permutation, Routing
+from arriero.kernels.quant import QuantizedWeight
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +70,12 @@ class FlatBatch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KVCacheSpec:
-    """Shape of the paged cache of the layers held here."""
+    """Shape of the paged cache of the layers held here.
+
+    With dtype int8, each head's key and each head's value of a token is 127 levels of either
+    sign with a float32 scale of its own, the greatest magnitude / 127; stored numbers are rounded
+    half to even, and a head of zeros has scale 0.
+    """
 
     num_layers: int
     num_blocks: int
@@ -74,6 +83,14 @@ class KVCacheSpec:
     head_dim: int
     block_size: int
     dtype: torch.dtype
+
+    @property
+    def canonical_dim(self) -> int:
+        """Last dimension of the canonical layout: D; for int8 D + 4.
+
+        The four bytes after an int8 vector are its float32 scale, little-endian.
+        """
+        return self.head_dim + 4 if self.dtype == torch.int8 else self.head_dim
 
 
 class KVCache(ABC):
@@ -88,11 +105,14 @@ class KVCache(ABC):
 
     @abstractmethod
     def read(self, layer: int, blocks: Sequence[int]) -> Tensor:
-        """Copy blocks out in the canonical layout [len(blocks), 2 (k, v), K, P, D]."""
+        """Copy blocks out in the canonical layout [len(blocks), 2 (k, v), K, P, D].
+
+        In the cache's dtype; see `KVCacheSpec.canonical_dim` for int8.
+        """
 
     @abstractmethod
     def write(self, layer: int, blocks: Sequence[int], data: Tensor) -> None:
-        """Copy blocks in from the canonical layout."""
+        """Copy blocks in from the canonical layout; for int8 of that dtype, else of any float."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,6 +138,27 @@ class Vocab:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionStyle:
+    """What a layer's attention does beyond Llama 3's; the defaults are Llama 3's.
+
+    Attributes:
+        rope: halves: element i pairs with i + D / 2. pairs: element 2i pairs with 2i + 1 (Llama 4
+            as its checkpoints store it). none: positions are not encoded.
+        qk_norm: after RoPE each head of q and k is divided by its root mean square (weightless,
+            with the layer's eps).
+        query_scale: (a, f): q at position p is multiplied by 1 + a * ln(1 + floor((p + 1) / f)),
+            last of all (Llama 4's attention temperature); None for off.
+        chunk_size: C > 0: key k is visible to query q when k <= q and k // C == q // C, positions
+            counted from the sequence's start; 0: every earlier key is visible.
+    """
+
+    rope: Literal["halves", "pairs", "none"] = "halves"
+    qk_norm: bool = False
+    query_scale: tuple[float, float] | None = None
+    chunk_size: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DenseLayer:
     """Weights of one dense decoder layer as held by this slice.
 
@@ -131,6 +172,8 @@ class DenseLayer:
         num_q_heads, num_kv_heads, head_dim: of this slice; num_q_heads % num_kv_heads == 0.
         softmax_scale: multiplies q·k.
         eps: of both norms.
+        style: departures from Llama 3's attention. A backend whose fused blocks know only the
+            default must take the ops one by one for any other.
     """
 
     attn_norm_H: Tensor
@@ -144,6 +187,28 @@ class DenseLayer:
     head_dim: int
     softmax_scale: float
     eps: float
+    style: AttentionStyle = AttentionStyle()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoELayer(DenseLayer):
+    """A decoder layer with routed experts (Llama 4).
+
+    It is a dense layer whose MLP, `gate_up` and `down`, is the shared expert, and
+
+    Attributes:
+        router: rows are all the model's experts.
+        experts_gate_up: of each expert held here, gate rows and then up rows.
+        experts_down: of each expert held here.
+        first_expert: global id of the first of them; they are consecutive.
+        top_k: experts that a token is sent to.
+    """
+
+    router: Linear
+    experts_gate_up: Sequence[Linear]
+    experts_down: Sequence[Linear]
+    first_expert: int
+    top_k: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -231,6 +296,34 @@ class Ops(ABC):
     def pack_vocab(self, weight_VH: Tensor, first_row: int, dtype: torch.dtype) -> Vocab:
         """Pack vocabulary rows so that both `embed` and `logits` can read them."""
 
+    def pack_quantized(self, weights: Sequence[QuantizedWeight], bias_O: Tensor | None) -> Linear:
+        """Stack quantized matrices by rows and pack them; `linear` takes the result.
+
+        The product is y = x Ŵᵀ + b with Ŵ exactly `QuantizedWeight.dequantize()` of the stack: x
+        may be rounded to bfloat16, Ŵ may not be rounded further (levels are exact in bfloat16, so
+        a backend multiplies levels and applies scales to float32 sums). All kinds of
+        `kernels.quant` are declared; a backend may lack some.
+
+        Raises:
+            ValueError: the matrices differ in kind, group size or columns.
+            NotImplementedError: this backend has no kernel for the kind.
+        """
+        raise NotImplementedError(
+            f"kernels={self.name!r} has no product for {weights[0].kind} weights; "
+            "load the model without quantization or use kernels='reference'"
+        )
+
+    def pack_quantized_vocab(self, weight: QuantizedWeight, first_row: int) -> Vocab:
+        """Pack quantized vocabulary rows for `embed` and `logits`; meaning as `pack_quantized`.
+
+        Raises:
+            NotImplementedError: this backend has no kernel for the kind.
+        """
+        raise NotImplementedError(
+            f"kernels={self.name!r} has no vocabulary of {weight.kind} weights; "
+            "keep the embedding unquantized or use kernels='reference'"
+        )
+
     @abstractmethod
     def kv_cache(self, spec: KVCacheSpec, device: torch.device) -> KVCache:
         """Allocate a paged cache."""
@@ -264,19 +357,27 @@ class Ops(ABC):
     def rope_write_kv(
         self, qkv_TE: Tensor, layer: DenseLayer, kv: KVCache, kv_layer: int, batch: FlatBatch
     ) -> Tensor:
-        """Rotate q and k by halves, write k and v to their slots; returns q [T, N, D].
+        """Rotate q and k, write k and v to their slots; returns q [T, N, D].
 
-        Half-split layout (RoPE, Su 2021, as Hugging Face stores Llama): element i pairs with
-        i + D / 2.
+        RoPE (Su 2021) by halves, as Hugging Face stores Llama: element i pairs with i + D / 2.
+        `layer.style` may ask for another layout, and for the QK norm and query scale after it.
         """
 
     @abstractmethod
     def paged_attention(
-        self, q_TND: Tensor, scale: float, kv: KVCache, kv_layer: int, batch: FlatBatch
+        self,
+        q_TND: Tensor,
+        scale: float,
+        kv: KVCache,
+        kv_layer: int,
+        batch: FlatBatch,
+        chunk_size: int = 0,
     ) -> Tensor:
         """Causal attention of each token over its own sequence's blocks: [T, N * D].
 
-        Paged attention (Kwon 2023) over a flat batch. Token at position p sees keys 0..p.
+        Paged attention (Kwon 2023) over a flat batch. Token at position p sees keys 0..p, or with
+        a chunk size C keys p // C * C..p. Blocks that lie wholly before the chunk of a sequence's
+        first query may be freed: their table entries are arbitrary and are not read.
         """
 
     @abstractmethod
@@ -302,6 +403,45 @@ class Ops(ABC):
           NaN) gives token -1, with log-probability -inf: nothing may be sampled.
         """
 
+    # Experts. Shape legend: kernels/moe.py. The defaults are the definition, over `linear`.
+
+    def moe_route(self, x_TH: Tensor, router: Linear, top_k: int) -> Routing:
+        """Choose each token's experts: the greatest logits, scored by their sigmoids (Llama 4)."""
+        return moe.route(self.linear(x_TH, router).float(), top_k)
+
+    def moe_permute(self, routing: Routing, first_expert: int, num_experts: int) -> Permutation:
+        """Order the (token, expert) pairs whose expert is held here by expert, then by token."""
+        return moe.permute(routing, first_expert, num_experts)
+
+    def grouped_linear(self, x_XI: Tensor, experts: Sequence[Linear], starts_E1: Tensor) -> Tensor:
+        """Rows starts[e] .. starts[e + 1] times the e-th matrix: [X, O]."""
+        counts = starts_E1.diff().tolist()
+        parts = [
+            self.linear(x, expert)
+            for x, expert in zip(torch.split(x_XI, counts), experts, strict=True)
+            if x.shape[0]
+        ]
+        return torch.cat(parts) if parts else x_XI.new_empty(0, experts[0].out_features)
+
+    def moe_combine(self, y_XH: Tensor, permutation: Permutation) -> Tensor:
+        """Undo `moe_permute`: sum each token's rows, in the order of its choices: [T, H]."""
+        return moe.combine(y_XH, permutation)
+
+    def moe_block(self, x_TH: Tensor, layer: MoELayer) -> Tensor:
+        """Norm, shared expert, and the routed experts held here: a partial [T, H].
+
+        Llama 4: the score multiplies the expert's input, before its SwiGLU, and not its output:
+        shared(h) + sum of expert(score * h), h being the normed x.
+        """
+        h_TH = self.rms_norm(x_TH, layer.mlp_norm_H, layer.eps)
+        routing = self.moe_route(h_TH, layer.router, layer.top_k)
+        order = self.moe_permute(routing, layer.first_expert, len(layer.experts_down))
+        h_XH = h_TH[order.token_X.long()] * order.score_X[:, None].to(h_TH.dtype)
+        y_XF2 = self.grouped_linear(h_XH, layer.experts_gate_up, order.starts_E1)
+        y_XH = self.grouped_linear(self.silu_mul(y_XF2), layer.experts_down, order.starts_E1)
+        shared_TH = self.linear(self.silu_mul(self.linear(h_TH, layer.gate_up)), layer.down)
+        return shared_TH + self.moe_combine(y_XH, order)
+
     # Blocks: several ops in one call. A backend overrides them where fusing pays.
 
     def attention_block(
@@ -310,7 +450,9 @@ class Ops(ABC):
         """Norm, qkv, RoPE, cache write, attention, output projection: a partial [T, H]."""
         qkv_TE = self.linear(self.rms_norm(x_TH, layer.attn_norm_H, layer.eps), layer.qkv)
         q_TND = self.rope_write_kv(qkv_TE, layer, kv, kv_layer, batch)
-        out_TE = self.paged_attention(q_TND, layer.softmax_scale, kv, kv_layer, batch)
+        out_TE = self.paged_attention(
+            q_TND, layer.softmax_scale, kv, kv_layer, batch, layer.style.chunk_size
+        )
         return self.linear(out_TE, layer.o)
 
     def mlp_block(self, x_TH: Tensor, layer: DenseLayer) -> Tensor:
@@ -330,7 +472,10 @@ class Ops(ABC):
             for i, layer in enumerate(layers):
                 part = self.attention_block(x_TH, layer, kv, i, batch)
                 x_TH += part if reduce is None else reduce(part)
-                part = self.mlp_block(x_TH, layer)
+                if isinstance(layer, MoELayer):
+                    part = self.moe_block(x_TH, layer)
+                else:
+                    part = self.mlp_block(x_TH, layer)
                 x_TH += part if reduce is None else reduce(part)
             return x_TH
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgpack
 import zmq
@@ -24,6 +24,9 @@ from arriero.shards.errors import ArrieroError, CheckpointError, GroupFailed
 from arriero.shards.group import GroupConfig
 from arriero.shards.plan import StepPlan, StepResult
 from arriero.shards.slice import SliceReport, Ticket, run_slice
+
+if TYPE_CHECKING:
+    from arriero.shards.runner import Runner
 
 POLL_S = 0.1
 LoadProgress = Callable[[float], None]
@@ -36,7 +39,7 @@ class LocalExecutor:
     def __init__(self, config: GroupConfig) -> None:
         from arriero.shards.runner import Runner
 
-        self.runner = Runner(config, 0)
+        self._runner: Runner | None = Runner(config, 0)
         self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[StepResult | BaseException] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="slice", daemon=True)
@@ -57,14 +60,17 @@ class LocalExecutor:
         return got
 
     def close(self) -> None:
-        """Stop the thread; safe to call twice."""
+        """Stop the thread and give the weights back; safe to call twice."""
         self._plans.put(None)
         self._thread.join()
+        self._runner = None
 
     def _run(self) -> None:
+        runner = self._runner
+        assert runner is not None, "set before the thread starts"
         try:
             while (plan := self._plans.get()) is not None:
-                result = self.runner.step(plan)
+                result = runner.step(plan)
                 assert result is not None, "the only slice of a group samples"
                 self._results.put(result)
         except Exception as error:

@@ -93,6 +93,15 @@ class SamplingParams:
                     "taken away; allow at least one",
                 )
 
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the sampler must count this sequence's tokens."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
     def to_wire(self) -> dict[str, Any]:
         """Only the fields that differ from the defaults, as msgpack can carry them."""
         return {k: v for k, v in asdict(self).items() if v != _DEFAULTS[k]}

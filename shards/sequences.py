@@ -174,7 +174,7 @@ class SequenceTable:
         self._seed[slot] = params.seed or 0
         self._logprobs[slot] = -1 if params.logprobs is None else params.logprobs
         self._prompt_logprobs[slot] = params.prompt_logprobs or 0
-        counted = has_penalties(params)
+        counted = params.has_penalties
         biased = params.logit_bias or params.banned_token_ids or params.allowed_token_ids
         if not (counted or biased or (params.min_tokens and new.stop_tokens)):
             return
@@ -241,15 +241,6 @@ class SequenceTable:
         if not array.flags.writeable:
             array = array.copy()
         return torch.from_numpy(array).to(self._device, non_blocking=True)
-
-
-def has_penalties(params: SamplingParams) -> bool:
-    """Whether the sampler must count tokens for these parameters."""
-    return (
-        params.repetition_penalty != 1.0
-        or params.presence_penalty != 0.0
-        or params.frequency_penalty != 0.0
-    )
 
 
 def _count(one: _Unusual, token: int) -> None:

@@ -1,4 +1,4 @@
-"""The paged cache, RoPE and attention over it, in plain torch.
+"""RoPE and attention over the paged cache, in plain torch.
 
 Knows blocks and slots; refuses to know who owns them. Shape legend: kernels/ops.py, and
     G  query heads that share a key/value head      Q  queries of one sequence
@@ -7,45 +7,11 @@ Knows blocks and slots; refuses to know who owns them. Shape legend: kernels/ops
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from arriero.kernels.ops import DenseLayer, FlatBatch, KVCache, KVCacheSpec
-
-
-class ReferenceKVCache(KVCache):
-    """One tensor [layers, 2 (k, v), blocks, K, P, D]."""
-
-    def __init__(self, spec: KVCacheSpec, device: torch.device) -> None:
-        self.spec = spec
-        self.data = torch.zeros(
-            spec.num_layers,
-            2,
-            spec.num_blocks,
-            spec.num_kv_heads,
-            spec.block_size,
-            spec.head_dim,
-            dtype=spec.dtype,
-            device=device,
-        )
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated, exactly."""
-        return self.data.nbytes
-
-    def read(self, layer: int, blocks: Sequence[int]) -> Tensor:
-        """Copy blocks out in the canonical layout [len(blocks), 2 (k, v), K, P, D]."""
-        return self.data[layer][:, self._index(blocks)].transpose(0, 1).contiguous()
-
-    def write(self, layer: int, blocks: Sequence[int], data: Tensor) -> None:
-        """Copy blocks in from the canonical layout."""
-        self.data[layer][:, self._index(blocks)] = data.to(self.data).transpose(0, 1)
-
-    def _index(self, blocks: Sequence[int]) -> Tensor:
-        return torch.tensor(blocks, dtype=torch.long, device=self.data.device)
+from arriero.kernels.ops import DenseLayer, FlatBatch, KVCache
+from arriero.kernels.reference.kv import ReferenceKVCache
 
 
 def rope_write_kv(
@@ -55,30 +21,43 @@ def rope_write_kv(
     assert isinstance(kv, ReferenceKVCache), "a cache belongs to the backend that made it"
     heads = [layer.num_q_heads, layer.num_kv_heads, layer.num_kv_heads]
     q_TND, k_TKD, v_TKD = torch.split(qkv_TE.reshape(-1, sum(heads), layer.head_dim), heads, dim=1)
-    k_TKD = _rotate_halves(k_TKD, batch.cos_TD, batch.sin_TD)
-    write_slots(kv.data[kv_layer], k_TKD, v_TKD, batch.slots_T)
-    return _rotate_halves(q_TND, batch.cos_TD, batch.sin_TD)
+    q_TND, k_TKD = (_encode(x, layer, batch) for x in (q_TND, k_TKD))
+    if layer.style.query_scale is not None:
+        gain, floor = layer.style.query_scale
+        step_T = torch.floor((batch.positions_T.float() + 1) / floor)
+        q_TND = (q_TND.float() * (torch.log1p(step_T) * gain + 1)[:, None, None]).to(q_TND.dtype)
+    kv.store(kv_layer, k_TKD, v_TKD, batch.slots_T)
+    return q_TND
 
 
-def write_slots(data: Tensor, k_TKD: Tensor, v_TKD: Tensor, slots_T: Tensor) -> None:
-    """Store each token's key and value in a layer's cache [2, blocks, K, P, D]."""
-    size = data.shape[3]
-    block_T, offset_T = slots_T.long() // size, slots_T.long() % size
-    data[0][block_T, :, offset_T] = k_TKD.to(data.dtype)
-    data[1][block_T, :, offset_T] = v_TKD.to(data.dtype)
+def _encode(x_TND: Tensor, layer: DenseLayer, batch: FlatBatch) -> Tensor:
+    """RoPE, then the QK norm, float32 inside."""
+    x32_TND = x_TND.float()
+    if layer.style.rope != "none":
+        x32_TND = _rotate(x32_TND, batch.cos_TD, batch.sin_TD, layer.style.rope == "pairs")
+    if layer.style.qk_norm:
+        mean_TN1 = x32_TND.pow(2).mean(-1, keepdim=True)
+        x32_TND = x32_TND * torch.rsqrt(mean_TN1 + layer.eps)
+    return x32_TND.to(x_TND.dtype)
 
 
-def _rotate_halves(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    """Element i pairs with i + D / 2; float32 inside."""
+def _rotate(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor, pairs: bool) -> Tensor:
+    """Turn each couple of elements: (2i, 2i + 1) by pairs, else (i, i + D / 2)."""
     cos, sin = cos_TD[:, None], sin_TD[:, None]
-    a, b = x_TND.float().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x_TND.dtype)
+    a, b = (x_TND[..., ::2], x_TND[..., 1::2]) if pairs else x_TND.chunk(2, dim=-1)
+    turned = (a * cos - b * sin, b * cos + a * sin)
+    return torch.stack(turned, dim=-1).flatten(-2) if pairs else torch.cat(turned, dim=-1)
 
 
 def paged_attention(
-    q_TND: Tensor, scale: float, kv: KVCache, kv_layer: int, batch: FlatBatch
+    q_TND: Tensor,
+    scale: float,
+    kv: KVCache,
+    kv_layer: int,
+    batch: FlatBatch,
+    chunk_size: int,
 ) -> Tensor:
-    """Causal attention over each sequence's blocks: [T, N * D].
+    """Causal or chunk-local attention over each sequence's blocks: [T, N * D].
 
     Sequences with one query (decodes) go together, padded to the longest; the others one by one.
     """
@@ -90,43 +69,44 @@ def paged_attention(
     groups = [[s] for s in range(len(contexts)) if starts[s + 1] - starts[s] > 1]
     if single:
         groups.append(single)
-    data = kv.data[kv_layer]
     size = kv.spec.block_size
     for group in groups:
         tokens_SQ = torch.tensor(
             [range(starts[s], starts[s + 1]) for s in group], device=q_TND.device
         )
+        position_SQ = batch.positions_T[tokens_SQ].long()
+        first_SQ = position_SQ // chunk_size * chunk_size if chunk_size else position_SQ * 0
         num_blocks = -(-max(contexts[s] for s in group) // size)
-        blocks_SB = batch.block_table_SB[group, :num_blocks].long()
-        # Entries past a sequence's own context are arbitrary: read block 0 there, then mask.
-        own = torch.arange(num_blocks, device=q_TND.device) * size
-        context_S = batch.context_S[group].long()
-        blocks_SB = blocks_SB.where(own < context_S[:, None], 0)
+        # What lies past a sequence's context or before its first query's chunk may be anything:
+        # read block 0 in its place, and mask.
+        key_B = torch.arange(num_blocks, device=q_TND.device) * size
+        held_SB = key_B < batch.context_S[group, None]
+        held_SB &= key_B + size > first_SQ[:, :1]
+        blocks_SB = batch.block_table_SB[group, :num_blocks].long().where(held_SB, 0)
         out_TND[tokens_SQ] = _attend(
-            q_TND[tokens_SQ], data[:, blocks_SB], batch.positions_T[tokens_SQ], context_S, scale
+            q_TND[tokens_SQ], kv.gather(kv_layer, blocks_SB), first_SQ, position_SQ, scale
         )
     return out_TND.flatten(1)
 
 
 def _attend(
-    q_SQND: Tensor, kv_2SBKPD: Tensor, position_SQ: Tensor, context_S: Tensor, scale: float
+    q_SQND: Tensor, kv_2SBKPD: Tensor, first_SQ: Tensor, last_SQ: Tensor, scale: float
 ) -> Tensor:
-    """Softmax attention in float32: [S, Q, N, D] of the queries' dtype."""
+    """Softmax attention over keys first .. last, in float32: [S, Q, N, D] of the queries' dtype."""
     num_seqs, num_queries, num_heads, head_dim = q_SQND.shape
     num_kv_heads = kv_2SBKPD.shape[3]
-    k_SKCD, v_SKCD = kv_2SBKPD.transpose(2, 3).flatten(3, 4).float()
+    k_SKCD, v_SKCD = kv_2SBKPD.transpose(2, 3).flatten(3, 4)
     key_C = torch.arange(k_SKCD.shape[2], device=q_SQND.device)
-    # Slots never written may hold anything, NaN too, and NaN * 0 is NaN.
-    unwritten = (key_C >= context_S[:, None])[:, None, :, None]
-    v_SKCD = v_SKCD.masked_fill(unwritten, 0)
+    seen_SQC = (key_C >= first_SQ[..., None]) & (key_C <= last_SQ[..., None])
+    # A slot that no query sees may hold anything, NaN too, and NaN * 0 is NaN.
+    v_SKCD = v_SKCD.masked_fill(~seen_SQC.any(1)[:, None, :, None], 0)
     # The G heads of a group read the same keys: one product [G * Q, D] x [D, C] for all of them.
     q_SNQD = q_SQND.float().transpose(1, 2)
     q_SKgD = q_SNQD.reshape(num_seqs, num_kv_heads, -1, head_dim)
     scores_SNQC = (q_SKgD @ k_SKCD.transpose(-1, -2) * scale).view(
         num_seqs, num_heads, num_queries, -1
     )
-    hidden_SQC = key_C > position_SQ[:, :, None]
-    weights_SNQC = scores_SNQC.masked_fill(hidden_SQC[:, None], -torch.inf).softmax(-1)
+    weights_SNQC = scores_SNQC.masked_fill(~seen_SQC[:, None], -torch.inf).softmax(-1)
     out_SKgD = weights_SNQC.view(num_seqs, num_kv_heads, q_SKgD.shape[2], -1) @ v_SKCD
     out_SQND: Tensor = out_SKgD.view_as(q_SNQD).transpose(1, 2)
     return out_SQND.to(q_SQND.dtype)

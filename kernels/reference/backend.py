@@ -21,7 +21,9 @@ from arriero.kernels.ops import (
     SamplingRows,
     Vocab,
 )
+from arriero.kernels.quant import QuantizedWeight
 from arriero.kernels.reference import attention, linear, sampling
+from arriero.kernels.reference.kv import ReferenceKVCache
 
 
 class ReferenceOps(Ops):
@@ -42,9 +44,17 @@ class ReferenceOps(Ops):
         """Keep the rows; see `Ops.pack_vocab`."""
         return linear.pack_vocab(weight_VH, first_row, dtype, self.device)
 
+    def pack_quantized(self, weights: Sequence[QuantizedWeight], bias_O: Tensor | None) -> Linear:
+        """Stack by rows, keep the stored numbers; see `Ops.pack_quantized`."""
+        return linear.pack_quantized(weights, bias_O, self.device)
+
+    def pack_quantized_vocab(self, weight: QuantizedWeight, first_row: int) -> Vocab:
+        """Keep the stored numbers; see `Ops.pack_quantized_vocab`."""
+        return linear.pack_quantized_vocab(weight, first_row, self.device)
+
     def kv_cache(self, spec: KVCacheSpec, device: torch.device) -> KVCache:
         """Allocate a paged cache of zeros."""
-        return attention.ReferenceKVCache(spec, device)
+        return ReferenceKVCache(spec, device)
 
     def embed(self, tokens_T: Tensor, vocab: Vocab) -> Tensor:
         """Rows of the table; see `Ops.embed`."""
@@ -73,10 +83,16 @@ class ReferenceOps(Ops):
         return attention.rope_write_kv(qkv_TE, layer, kv, kv_layer, batch)
 
     def paged_attention(
-        self, q_TND: Tensor, scale: float, kv: KVCache, kv_layer: int, batch: FlatBatch
+        self,
+        q_TND: Tensor,
+        scale: float,
+        kv: KVCache,
+        kv_layer: int,
+        batch: FlatBatch,
+        chunk_size: int = 0,
     ) -> Tensor:
         """Causal attention over blocks; see `Ops.paged_attention`."""
-        return attention.paged_attention(q_TND, scale, kv, kv_layer, batch)
+        return attention.paged_attention(q_TND, scale, kv, kv_layer, batch, chunk_size)
 
     def sample(self, logits_RV: Tensor, rows: SamplingRows) -> Sampled:
         """Draw one token a row; see `Ops.sample`."""

@@ -6,12 +6,14 @@ Knows matrices; refuses to know sequences and caches. Shape legend: kernels/ops.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from arriero.kernels.ops import Linear, Vocab
+from arriero.kernels.quant import QuantizedWeight, stack
 
 _UPCAST_ELEMENTS = 1 << 24
 """At most so many weights are held in float32 at a time: a big head is not copied whole."""
@@ -53,30 +55,89 @@ def pack_vocab(
     )
 
 
-def product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+def pack_quantized(
+    weights: Sequence[QuantizedWeight], bias_O: Tensor | None, device: torch.device
+) -> Linear:
+    """`packed` is the stacked `QuantizedWeight`."""
+    packed = _on(stack(list(weights)), device)
+    bias = None if bias_O is None else bias_O.to(device, torch.float32, copy=True)
+    return Linear(
+        out_features=packed.out_features,
+        in_features=packed.in_features,
+        packed=packed,
+        bias=bias,
+        nbytes=packed.nbytes + (0 if bias is None else bias.nbytes),
+    )
+
+
+def pack_quantized_vocab(weight: QuantizedWeight, first_row: int, device: torch.device) -> Vocab:
+    """`packed` is the `QuantizedWeight`."""
+    packed = _on(stack([weight]), device)
+    return Vocab(
+        first_row=first_row,
+        num_rows=packed.out_features,
+        hidden_size=packed.in_features,
+        packed=packed,
+        nbytes=packed.nbytes,
+    )
+
+
+def _on(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
+    return replace(
+        weight,
+        data=weight.data.to(device),
+        scales=weight.scales.to(device),
+        zeros=None if weight.zeros is None else weight.zeros.to(device),
+    )
+
+
+def product(x_TI: Tensor, weight: Tensor | QuantizedWeight, bias_O: Tensor | None = None) -> Tensor:
     """The product x Wᵀ + b.
 
-    On CPU: x is rounded to the weights' dtype, sums and result are float32. On CUDA: all in the
-    weights' dtype, as the library's product accumulates.
+    On CPU: x is rounded to the weights' dtype, if they have one; sums and result are float32. On
+    CUDA: in the weights' dtype (quantized: in x's), as the library's product accumulates.
     """
-    x_TI = x_TI.to(weight_OI.dtype)
-    if weight_OI.is_cuda:
-        return F.linear(x_TI, weight_OI, None if bias_O is None else bias_O.to(weight_OI.dtype))
-    if weight_OI.dtype == torch.float32:
-        return F.linear(x_TI, weight_OI, bias_O)
-    rows = max(1, _UPCAST_ELEMENTS // max(1, weight_OI.shape[1]))
-    x_TI = x_TI.float()
-    y_TO = torch.cat([F.linear(x_TI, w.float()) for w in torch.split(weight_OI, rows)], dim=1)
-    return y_TO if bias_O is None else y_TO.add_(bias_O)
+    out_features, in_features = (
+        weight.shape
+        if isinstance(weight, Tensor)
+        else (
+            weight.out_features,
+            weight.in_features,
+        )
+    )
+    dtype = weight.dtype if isinstance(weight, Tensor) else x_TI.dtype
+    work = dtype if x_TI.is_cuda else torch.float32
+    x_TI = x_TI.to(dtype).to(work)
+    step = max(1, _UPCAST_ELEMENTS // max(1, in_features))
+    if isinstance(weight, Tensor) and weight.dtype == work:
+        step = out_features
+    parts = [
+        F.linear(x_TI, _full(weight, row, min(row + step, out_features)).to(work))
+        for row in range(0, out_features, step)
+    ]
+    y_TO = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return y_TO if bias_O is None else y_TO.add_(bias_O.to(work))
+
+
+def _full(weight: Tensor | QuantizedWeight, start: int, stop: int) -> Tensor:
+    if isinstance(weight, Tensor):
+        return weight[start:stop]
+    return weight.rows(start, stop).dequantize()
 
 
 def embed(tokens_T: Tensor, vocab: Vocab) -> Tensor:
     """Rows of the table; zeros where the token's row is not held here."""
     row_T = tokens_T.long() - vocab.first_row
     held_T = (row_T >= 0) & (row_T < vocab.num_rows)
-    x_TH: Tensor = vocab.packed[row_T.where(held_T, 0)]
-    if not x_TH.is_cuda:
-        x_TH = x_TH.float()
+    row_T = row_T.where(held_T, 0)
+    table: Tensor | QuantizedWeight = vocab.packed
+    if isinstance(table, QuantizedWeight):
+        zeros = None if table.zeros is None else table.zeros[row_T]
+        data = table.data.view(torch.uint8)[row_T].view(table.data.dtype)
+        rows = replace(table, data=data, scales=table.scales[row_T], zeros=zeros)
+        x_TH = rows.dequantize().to(torch.bfloat16 if data.is_cuda else torch.float32)
+    else:
+        x_TH = table[row_T] if table.is_cuda else table[row_T].float()
     return x_TH.masked_fill_(~held_T[:, None], 0)
 
 

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import mmap
+import os
 import sys
 import threading
 from collections.abc import Iterable, Mapping
@@ -97,7 +98,7 @@ class Checkpoint:
     def tensor(self, name: str) -> Tensor:
         """A tensor, as a view of the mapped file (a copy where the file leaves it unaligned)."""
         found = self._find(name)
-        data = self._map(found.file)[found.start : found.stop]
+        data = self.data(found.file)[found.start : found.stop]
         if found.start % found.dtype.itemsize:  # older writers did not pad the header
             data = data.clone()
         return data.view(found.dtype).view(found.shape)
@@ -122,12 +123,16 @@ class Checkpoint:
         digest = hashlib.blake2b(config.encode(), digest_size=16)
         for file in self.files:
             digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-        for one in self.stored.values():
-            place = [one.name, str(one.dtype), one.shape, one.file.name, one.start]
-            digest.update(json.dumps(place).encode())
-            middle = max(one.start, (one.start + one.stop - _SAMPLE_BYTES) // 2)
-            sample = self._map(one.file)[middle : min(one.stop, middle + _SAMPLE_BYTES)]
-            digest.update(sample.numpy().tobytes())
+            tensors = [one for one in self.stored.values() if one.file == file]
+            with file.open("rb") as stream:
+                # samples are far apart: read-ahead would fetch megabytes for each
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+                for one in tensors:
+                    place = [one.name, str(one.dtype), one.shape, one.start]
+                    digest.update(json.dumps(place).encode())
+                    middle = max(one.start, (one.start + one.stop - _SAMPLE_BYTES) // 2)
+                    length = min(one.stop - middle, _SAMPLE_BYTES)
+                    digest.update(os.pread(stream.fileno(), length, middle))
         return digest.hexdigest()
 
     def check(
@@ -148,6 +153,18 @@ class Checkpoint:
             CheckpointError: lists the first few tensors that are missing, too many, of another
                 shape or of another dtype, with file and both shapes, and counts the rest.
         """
+        problems = self.problems(expected, dtypes)
+        if problems:
+            more = len(problems) - _MAX_LISTED
+            listed = "; ".join(problems[:_MAX_LISTED]) + (f"; and {more} more" if more > 0 else "")
+            raise CheckpointError(f"{self.path}: does not hold what its config says: {listed}")
+
+    def problems(
+        self,
+        expected: Mapping[str, tuple[int, ...]],
+        dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES,
+    ) -> list[str]:
+        """All that `check` would complain of, one sentence a tensor."""
         problems: list[str] = []
         for name, shape in expected.items():
             one = self.stored.get(name)
@@ -169,10 +186,7 @@ class Checkpoint:
                     f"{one.file.name}: tensor {one.name[:200]!r} of shape {list(one.shape)} has no "
                     "place in this model"
                 )
-        if problems:
-            more = len(problems) - _MAX_LISTED
-            listed = "; ".join(problems[:_MAX_LISTED]) + (f"; and {more} more" if more > 0 else "")
-            raise CheckpointError(f"{self.path}: does not hold what its config says: {listed}")
+        return problems
 
     def _harmless(self, one: StoredTensor) -> bool:
         if one.name.endswith("rotary_emb.inv_freq"):
@@ -200,7 +214,8 @@ class Checkpoint:
             )
         return self.tensor(name).narrow(dim, start, stop - start)
 
-    def _map(self, file: Path) -> Tensor:
+    def data(self, file: Path) -> Tensor:
+        """All bytes of one of `files`, uint8, as a view of its map."""
         with self._lock:
             mapped = self._maps.get(file)
             if mapped is None:

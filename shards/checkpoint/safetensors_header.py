@@ -8,7 +8,9 @@ Knows one file's header; knows nothing of folders, of models, or of how bytes re
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -83,7 +85,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             if length > size - _LENGTH_BYTES:
                 raise CheckpointError(
                     f"{file}: truncated: header of {length} bytes, but {size - _LENGTH_BYTES} "
-                    "follow; fetch the file again"
+                    f"follow; fetch the file again{_pickle_hint(prefix)}"
                 )
             header = stream.read(length)
     except OSError as error:
@@ -146,3 +148,20 @@ def _pickle_hint(prefix: bytes) -> str:
     if prefix.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
         return "; it looks like a pickle, which could run code: convert it to safetensors"
     return ""
+
+
+def make_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
+    """Length and header of a file that holds these tensors one after another, in this order."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, (dtype, shape) in tensors.items():
+        stop = start + math.prod(shape) * dtype.itemsize
+        entries[name] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [start, stop],
+        }
+        start = stop
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % _LENGTH_BYTES)  # keeps the tensors aligned
+    return len(header).to_bytes(_LENGTH_BYTES, "little") + header

@@ -24,6 +24,8 @@ SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
 TORCH_DTYPES = ("bfloat16", "float16", "float32")
 
 _MAX_SIZE = 2**31 - 1
+_MAX_LAYERS = 4096  # these two bound what a hostile config makes us list or allocate
+_MAX_HEAD_DIM = 65536
 _MAX_CONFIG_BYTES = 10_000_000
 
 RopeScaling = Literal["none", "linear", "llama3"]
@@ -161,7 +163,7 @@ class ModelConfig:
             )
         if read.get("head_dim") is None and hidden_size % num_heads:
             raise read.wrong("num_attention_heads", num_heads, f"a divisor of {hidden_size}")
-        head_dim = read.size("head_dim", hidden_size // num_heads)
+        head_dim = read.size("head_dim", hidden_size // num_heads, _MAX_HEAD_DIM)
         if head_dim % 2:
             raise read.wrong("head_dim", head_dim, "an even number")
         max_position_embeddings = read.size("max_position_embeddings", 2048)
@@ -171,7 +173,7 @@ class ModelConfig:
             vocab_size=vocab_size,
             hidden_size=hidden_size,
             intermediate_size=read.size("intermediate_size"),
-            num_layers=read.size("num_hidden_layers"),
+            num_layers=read.size("num_hidden_layers", most=_MAX_LAYERS),
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
@@ -266,14 +268,14 @@ class _Fields:
             raise self.wrong(name, value, f"a whole number from 0 to {_MAX_SIZE}")
         return value
 
-    def size(self, name: str, default: int | None = None) -> int:
+    def size(self, name: str, default: int | None = None, most: int = _MAX_SIZE) -> int:
         value = self.optional_size(name)
         if value is None:
             value = default
         if value is None:
             raise CheckpointError(f"{self.source}: `{name}` is missing; add it as a whole number")
-        if value < 1:
-            raise self.wrong(name, value, "at least 1")
+        if not 1 <= value <= most:
+            raise self.wrong(name, value, f"from 1 to {most}")
         return value
 
     def optional_number(self, name: str) -> float | None:

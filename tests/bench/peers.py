@@ -5,7 +5,8 @@ noisy neighbour hits all alike, and figures are medians over the rounds. Rates o
 (memory reads, bf16 matrix products) are measured in each round too, and give each cell's limit:
 
     prompt tokens * operations a token (without the vocabulary) / matrix rate
-    + output steps * max(weights and KV bytes / memory rate, batch * operations a token / matrix rate)
+    + output steps * max(weights and KV bytes / memory rate,
+                         batch * operations a token / matrix rate)
 
 Usage: peers.py DIR [--rounds N] [--out FOLDER] [--model MODEL_DIR]; DIR is what setup.sh made.
 Writes bench.json, bench.md and bench.png.

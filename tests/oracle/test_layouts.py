@@ -24,7 +24,7 @@ SIZES = [
 
 
 def fp32(model_path: str, **more) -> GroupConfig:  # noqa: ANN003
-    settings = {"num_blocks": 4096, "max_model_len": 1024, "max_sequences": 64} | more
+    settings = {"num_blocks": 1024, "max_model_len": 1024, "max_sequences": 64} | more
     return GroupConfig(model_path=model_path, dtype="float32", **settings)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ def test_everything_is_held_once(kv: int, ratio: int, layers: int, tp: int, pp: 
         for name, total in (("q_heads", kv * ratio), ("columns", 1536), ("vocab", 49152)):
             spans = [getattr(p, name) for p in ranks]
             assert spans[0].start == 0 and spans[-1].stop == total
-            assert all(a.stop == b.start for a, b in zip(spans, spans[1:], strict=False))
+            assert all(a.stop == b.start for a, b in pairwise(spans))
             assert all(s.size > 0 for s in spans)
         for p in ranks:
             assert p.q_heads.size % p.kv_heads.size == 0

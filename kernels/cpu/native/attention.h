@@ -1,0 +1,506 @@
+// The paged cache's layout, RoPE into it, and causal attention over it.
+//
+// Knows blocks and slots; knows nothing of weights.
+//
+// Layout. A block holds, for each key/value head, its keys and then its values, cut into groups
+// of 16 slots (the last one padded when the block size is no multiple of 16). Both are what
+// matrix.h calls vectors: of a group's keys, 16 slots are the columns and head dimensions run in
+// pairs; of its values, 16 dimensions are the columns and slots run in pairs. So scores and the
+// weighted sum use the product kernels' pattern, with nothing copied or transposed.
+//
+// Same tokens: keys are cut into splits at fixed positions. Within a split the greatest score is
+// exact whatever the order, exponentials are summed lane by lane in rising order, and the weighted
+// sum takes the keys one by one; splits are merged in rising order. None of it depends on who
+// computes a split, or on which other queries share a tile: a key that a query may not see has
+// weight 0, and adding 0 changes nothing.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+
+#include "product.h"
+
+namespace arriero {
+
+// The C struct that Python fills.
+struct Cache {
+    char* data;
+    int64_t layer_bytes, block_bytes, head_bytes;
+    int32_t type;
+    int32_t block_size;
+    int32_t num_blocks;
+    int32_t num_heads;
+    int32_t head_dim;
+    int32_t num_layers;
+
+    int groups() const { return (block_size + kLanes - 1) / kLanes; }
+    int dim_pairs() const { return (head_dim + 1) / 2; }
+    int dim_vectors() const { return (head_dim + kLanes - 1) / kLanes; }
+    int64_t key_bytes() const { return dim_pairs() * vector_bytes(type); }  // of a group
+    int64_t value_vector() const { return kLanes / 2 * vector_bytes(type); }
+    int64_t value_bytes() const { return dim_vectors() * value_vector(); }  // of a group
+    char* head(int64_t layer, int64_t block, int64_t h) const {
+        return data + layer * layer_bytes + block * block_bytes + h * head_bytes;
+    }
+    char* keys(char* head, int group) const { return head + group * key_bytes(); }
+    char* values(char* head, int group) const {
+        return head + groups() * key_bytes() + group * value_bytes();
+    }
+};
+
+// Keys and values of one slot and head: element i of the key, of the value.
+inline char* key_element(const Cache& kv, char* head, int offset, int i) {
+    return kv.keys(head, offset / kLanes) + i / 2 * vector_bytes(kv.type) +
+           element_offset(kv.type, offset % kLanes, i % 2);
+}
+inline char* value_element(const Cache& kv, char* head, int offset, int i) {
+    return kv.values(head, offset / kLanes) + i / kLanes * kv.value_vector() +
+           offset % kLanes / 2 * vector_bytes(kv.type) +
+           element_offset(kv.type, i % kLanes, offset % 2);
+}
+
+// The C struct that Python fills.
+struct Batch {
+    int64_t tokens, sequences;
+    const int32_t* positions;
+    const int32_t* query_start;
+    const int32_t* context;
+    const int32_t* block_table;
+    int64_t table_stride;
+    int64_t table_blocks;
+    const int32_t* slots;
+    const float* cos;
+    const float* sin;
+    int64_t cos_stride, sin_stride;
+};
+
+struct Heads {
+    int q, kv, dim;
+    int per_kv() const { return q / kv; }
+    int64_t width() const { return int64_t(q + 2 * kv) * dim; }
+};
+
+// One token: rotate its queries and keys (halves) in place, write keys and values to its slot.
+inline void rope_write(const Batch& batch, int64_t token, const Heads& heads, float* qkv,
+                       const Cache& kv, int64_t layer) {
+    const int half = heads.dim / 2;
+    const float* cos = batch.cos + token * batch.cos_stride;
+    const float* sin = batch.sin + token * batch.sin_stride;
+    for (int h = 0; h < heads.q + heads.kv; ++h) {
+        float* x = qkv + int64_t(h) * heads.dim;
+        for (int i = 0; i < half; i += kLanes) {
+            const int n = std::min(kLanes, half - i);
+            F16 a = load_n(x + i, n), b = load_n(x + half + i, n);
+            F16 c = load_n(cos + i, n), s = load_n(sin + i, n);
+            store_n(x + i, sub(mul(a, c), mul(b, s)), n);
+            store_n(x + half + i, add(mul(b, c), mul(a, s)), n);
+        }
+    }
+    const int block = batch.slots[token] / kv.block_size, offset = batch.slots[token] % kv.block_size;
+    for (int h = 0; h < heads.kv; ++h) {
+        const float* k = qkv + int64_t(heads.q + h) * heads.dim;
+        const float* v = k + int64_t(heads.kv) * heads.dim;
+        char* head = kv.head(layer, block, h);
+        if (kv.type == kBFloat16) {  // the common case, sixteen elements at a time
+            alignas(64) bf16 rounded[kLanes];
+            for (int i = 0; i < heads.dim; i += kLanes) {
+                const int n = std::min(kLanes, heads.dim - i);
+                char* key = key_element(kv, head, offset, i);
+                store_bf16(rounded, load_n(k + i, n));
+                for (int j = 0; j < n; j += 2) std::memcpy(key + j * 32, rounded + j, 4);
+                char* value = value_element(kv, head, offset, i);
+                store_bf16(rounded, load_n(v + i, n));
+                for (int j = 0; j < n; ++j) std::memcpy(value + j * 4, rounded + j, 2);
+            }
+        } else {
+            for (int i = 0; i < heads.dim; ++i) {
+                store_element(kv.type, key_element(kv, head, offset, i), k[i]);
+                store_element(kv.type, value_element(kv, head, offset, i), v[i]);
+            }
+        }
+    }
+}
+
+inline constexpr int kSplitKeys = 512;
+
+// Some queries of one sequence against some of its splits, for each key/value head.
+struct Piece {
+    int32_t sequence;
+    int32_t token;      // first, in the flat batch
+    int32_t tokens;
+    int32_t split, splits;  // first split, how many
+    int32_t partial;    // where partial results go, or -1: this piece holds all of its splits
+};
+
+// Geometry that all layers of a step share.
+struct AttentionPlan {
+    std::vector<Piece> pieces;
+    std::vector<Piece> merges;  // decodes whose splits were computed apart
+    int64_t partials = 0;       // (token, split) pairs, times query heads
+};
+
+inline int split_blocks(const Cache& kv) { return std::max(1, kSplitKeys / kv.block_size); }
+
+// Queries of a tile: as many as fill a few register tiles with their group of heads.
+inline int tile_tokens(int per_kv) { return std::max(1, 4 * kMaxRows / per_kv); }
+
+inline AttentionPlan plan_attention(const Batch& batch, const Cache& kv, int per_kv,
+                                    int num_threads) {
+    AttentionPlan plan;
+    const int split_keys = split_blocks(kv) * kv.block_size;
+    // Few sequences and long contexts: give the splits of one query to several threads.
+    const bool apart = num_threads > 1 && batch.sequences * kv.num_heads < 4 * num_threads;
+    const int tile = tile_tokens(per_kv);
+    for (int64_t s = 0; s < batch.sequences; ++s) {
+        const int first = batch.query_start[s], last = batch.query_start[s + 1];
+        for (int t = first; t < last; t += tile) {
+            const int n = std::min(tile, last - t);
+            const int splits = batch.positions[t + n - 1] / split_keys + 1;
+            if (apart && n == 1 && splits > 1) {
+                Piece whole{int32_t(s), t, 1, 0, splits, int32_t(plan.partials)};
+                plan.merges.push_back(whole);
+                for (int i = 0; i < splits; ++i)
+                    plan.pieces.push_back({int32_t(s), t, 1, i, 1, int32_t(plan.partials++)});
+            } else {
+                plan.pieces.push_back({int32_t(s), t, n, 0, splits, -1});
+            }
+        }
+    }
+    // The longest first, so that the last to finish is short.
+    std::stable_sort(plan.pieces.begin(), plan.pieces.end(), [](const Piece& a, const Piece& b) {
+        return int64_t(a.tokens) * a.splits > int64_t(b.tokens) * b.splits;
+    });
+    return plan;
+}
+
+// Few rows take four vectors at a time, so that enough sums run side by side.
+inline constexpr int kFewRows = kMaxRows / 2;
+
+template <int32_t type, int V, size_t... M>
+constexpr auto score_kernels(std::index_sequence<M...>) {
+    return std::array<Kernel, sizeof...(M)>{float_kernel<type, int(M) + 1, V, 1, false>...};
+}
+
+template <int32_t type>
+inline Kernel score_kernel(int rows, int vectors) {
+    static constexpr auto one = score_kernels<type, 1>(std::make_index_sequence<kMaxRows>{});
+    static constexpr auto two = score_kernels<type, 2>(std::make_index_sequence<kMaxRows>{});
+    static constexpr auto four = score_kernels<type, 4>(std::make_index_sequence<kFewRows>{});
+    return (vectors == 4 ? four.data() : vectors == 2 ? two.data() : one.data())[rows - 1];
+}
+
+// How many vectors the next tile takes, of `left` that remain, when tiles have `rows` rows or less.
+inline int tile_vectors(int rows, int left) {
+    return left >= 4 && rows <= kFewRows ? 4 : left >= 2 ? 2 : 1;
+}
+
+// M rows of weights by V vectors of values, along the groups of a split: out [M][V * 16].
+struct ValueTile {
+    const float* p;
+    int64_t p_stride;
+    const char* const* groups;  // each group's values, at the tile's first vector
+    const int* counts;          // slots of each group
+    int num_groups;
+    int64_t vector_stride;
+    float* out;
+    int64_t out_stride;
+};
+
+template <int32_t type, int M, int V>
+void value_kernel(const ValueTile& t) {
+    constexpr int64_t step = vector_bytes(type);
+    F16 acc[M][V];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) acc[m][v] = zero();
+    for (int g = 0; g < t.num_groups; ++g) {
+        const char* w = t.groups[g];
+        const float* p = t.p + g * kLanes;
+        const int pairs = t.counts[g] / 2;
+        for (int i = 0; i < pairs; ++i) {
+            F16 first[V], second[V];
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v)
+                expand<type>(w + v * t.vector_stride + i * step, first[v], second[v]);
+#pragma GCC unroll 16
+            for (int m = 0; m < M; ++m) {
+                F16 x = set1(p[m * t.p_stride + 2 * i]);
+#pragma GCC unroll 4
+                for (int v = 0; v < V; ++v) acc[m][v] = fma(x, first[v], acc[m][v]);
+            }
+#pragma GCC unroll 16
+            for (int m = 0; m < M; ++m) {
+                F16 x = set1(p[m * t.p_stride + 2 * i + 1]);
+#pragma GCC unroll 4
+                for (int v = 0; v < V; ++v) acc[m][v] = fma(x, second[v], acc[m][v]);
+            }
+        }
+        if (t.counts[g] % 2) {  // the other slot of the pair was never written: leave it out
+            for (int v = 0; v < V; ++v) {
+                F16 first, second;
+                expand<type>(w + v * t.vector_stride + pairs * step, first, second);
+#pragma GCC unroll 16
+                for (int m = 0; m < M; ++m)
+                    acc[m][v] = fma(set1(p[m * t.p_stride + 2 * pairs]), first, acc[m][v]);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) store(t.out + m * t.out_stride + v * kLanes, acc[m][v]);
+}
+
+using ValueKernel = void (*)(const ValueTile&);
+
+template <int32_t type, int V, size_t... M>
+constexpr auto value_kernels(std::index_sequence<M...>) {
+    return std::array<ValueKernel, sizeof...(M)>{value_kernel<type, int(M) + 1, V>...};
+}
+
+template <int32_t type>
+inline ValueKernel value_kernel_for(int rows, int vectors) {
+    static constexpr auto one = value_kernels<type, 1>(std::make_index_sequence<kMaxRows>{});
+    static constexpr auto two = value_kernels<type, 2>(std::make_index_sequence<kMaxRows>{});
+    static constexpr auto four = value_kernels<type, 4>(std::make_index_sequence<kFewRows>{});
+    return (vectors == 4 ? four.data() : vectors == 2 ? two.data() : one.data())[rows - 1];
+}
+
+// A thread's room for one piece.
+struct AttentionScratch {
+    std::vector<float> q, scores;
+    std::vector<float> part, greatest, total;              // of one split
+    std::vector<float> sum, sum_greatest, sum_total;       // of all splits so far
+    std::vector<const char*> keys, values;
+    std::vector<int> counts, bases;
+
+    void make_room(int64_t rows, int64_t q_width, int64_t width, int64_t padded) {
+        auto grow = [](auto& v, int64_t n) {
+            if (int64_t(v.size()) < n) v.resize(size_t(n));
+        };
+        grow(q, rows * q_width);
+        grow(scores, rows * width);
+        for (auto* v : {&part, &sum}) grow(*v, rows * padded);
+        for (auto* v : {&greatest, &total, &sum_greatest, &sum_total}) grow(*v, rows);
+        for (auto* v : {&keys, &values}) grow(*v, width / kLanes);
+        for (auto* v : {&counts, &bases}) grow(*v, width / kLanes);
+    }
+
+    // A decode reads its cache from memory, once: ask for the keys of the next tile, and for the
+    // values that the weighted sum will want after this one's scores.
+    void fetch(int group, int taken, int count, const Cache& kv) const {
+        for (int g = group; g < group + taken; ++g)
+            for (int64_t i = 0; i < kv.value_bytes(); i += 64) prefetch(values[g] + i);
+        for (int g = group + taken; g < std::min(group + 2 * taken, count); ++g)
+            for (int64_t i = 0; i < kv.key_bytes(); i += 64) prefetch(keys[g] + i);
+    }
+};
+
+// Merge a split's row into the row of all splits before it.
+inline void merge_row(float* sum, float& sum_greatest, float& sum_total, const float* part,
+                      float greatest, float total, int padded) {
+    if (greatest == -std::numeric_limits<float>::infinity()) return;  // the row sees none of it
+    const float top = greatest > sum_greatest ? greatest : sum_greatest;
+    const F16 old_share = exp(set1(sum_greatest - top)), new_share = exp(set1(greatest - top));
+    for (int i = 0; i < padded; i += kLanes)
+        store(sum + i, fma(load(sum + i), old_share, mul(load(part + i), new_share)));
+    float shares[2][kLanes];
+    store(shares[0], old_share);
+    store(shares[1], new_share);
+    sum_total = sum_total * shares[0][0] + total * shares[1][0];
+    sum_greatest = top;
+}
+
+// Sixteen outputs, or n < 16, at any column.
+inline void store_output(const Rows& out, bool rounded, int64_t row, int64_t at, F16 x, int n) {
+    if (!rounded) {
+        store_n(out.floats(row) + at, x, n);
+    } else if (n == kLanes) {
+        store_bf16(out.halves(row) + at, x);
+    } else {
+        bf16 values[kLanes];
+        store_bf16(values, x);
+        std::memcpy(out.halves(row) + at, values, size_t(n) * 2);
+    }
+}
+
+inline void store_row(const Rows& out, bool rounded, int64_t row, int64_t at, const float* sum,
+                      float total, int dim) {
+    const F16 divisor = set1(total);
+    for (int i = 0; i < dim; i += kLanes)
+        store_output(out, rounded, row, at + i, div(load(sum + i), divisor),
+                     std::min(kLanes, dim - i));
+}
+
+// What attention reads and writes in one layer.
+struct AttentionCall {
+    const Batch& batch;
+    const Heads& heads;
+    float scale;
+    const Cache& kv;
+    int64_t layer;
+    const float* q;  // rotated queries, [T] rows of `q_stride` floats
+    int64_t q_stride;
+    Rows out;
+    bool rounded;     // `out` is bf16
+    float* partials;  // [partial][query heads][2 + padded dim]: greatest, total, sum
+
+    float* partial(int64_t index, int head) const {
+        return partials + (index * heads.q + head) * (2 + kv.dim_vectors() * kLanes);
+    }
+};
+
+// One piece with one key/value head.
+template <int32_t type>
+void attend(const AttentionCall& call, const Piece& piece, int head, AttentionScratch& scratch) {
+    constexpr float kNone = -std::numeric_limits<float>::infinity();
+    const Cache& kv = call.kv;
+    const int per_kv = call.heads.per_kv(), rows = piece.tokens * per_kv, dim = call.heads.dim;
+    const int vectors = kv.dim_vectors(), padded = vectors * kLanes, q_width = kv.dim_pairs() * 2;
+    const int per_split = split_blocks(kv), groups = kv.groups();
+    const int64_t width = int64_t(per_split * groups + 1) / 2 * 2 * kLanes;
+    const int tiles = int(ceil_div(rows, kMaxRows));
+    scratch.make_room(rows, q_width, width, padded);
+
+    for (int r = 0; r < rows; ++r) {
+        const float* from = call.q + (piece.token + r / per_kv) * call.q_stride +
+                            (head * per_kv + r % per_kv) * int64_t(dim);
+        float* to = scratch.q.data() + int64_t(r) * q_width;
+        for (int i = 0; i < dim; ++i) to[i] = from[i] * call.scale;
+        if (dim < q_width) to[dim] = 0.0f;
+    }
+    const int32_t* table = call.batch.block_table + piece.sequence * call.batch.table_stride;
+    const int32_t* position = call.batch.positions + piece.token;
+    const int last = position[piece.tokens - 1];
+    for (int split = piece.split; split < piece.split + piece.splits; ++split) {
+        // The groups of 16 slots that this split holds, as far as the last query sees.
+        int count = 0;
+        for (int b = split * per_split; b < (split + 1) * per_split; ++b) {
+            if (b * kv.block_size > last) break;
+            char* block = kv.head(call.layer, table[b], head);
+            for (int g = 0; g < groups; ++g) {
+                const int base = b * kv.block_size + g * kLanes;
+                if (base > last) break;
+                scratch.keys[count] = kv.keys(block, g);
+                scratch.values[count] = kv.values(block, g);
+                scratch.bases[count] = base;
+                scratch.counts[count++] =
+                    std::min({kLanes, kv.block_size - g * kLanes, last + 1 - base});
+            }
+        }
+        // Scores.
+        Tile t{};
+        t.a_stride = int64_t(q_width) * 4;
+        t.pairs = kv.dim_pairs();
+        t.c_stride = width;
+        for (int g = 0, taken; g < count; g += taken) {
+            taken = tile_vectors(rows, count - g);
+            for (int i = 0; i < taken; ++i) t.w[i] = scratch.keys[g + i];
+            if (piece.tokens == 1) scratch.fetch(g, taken, count, kv);
+            for (int tile = 0, row = 0; tile < tiles; ++tile) {
+                const int n = (rows - row) / (tiles - tile);
+                t.a = reinterpret_cast<const char*>(scratch.q.data() + int64_t(row) * q_width);
+                t.c = scratch.scores.data() + row * width + int64_t(g) * kLanes;
+                score_kernel<type>(n, taken)(t);
+                row += n;
+            }
+        }
+        // Weights, in place of the scores.
+        const bool first = split == piece.split;
+        float* greatest = (first ? scratch.sum_greatest : scratch.greatest).data();
+        float* total = (first ? scratch.sum_total : scratch.total).data();
+        float* part = (first ? scratch.sum : scratch.part).data();
+        for (int r = 0; r < rows; ++r) {
+            float* s = scratch.scores.data() + r * width;
+            const int limit = position[r / per_kv];
+            F16 top = set1(kNone);
+            for (int g = 0; g < count; ++g) {
+                F16 x = load(s + g * kLanes);
+                const int n = std::clamp(limit + 1 - scratch.bases[g], 0, scratch.counts[g]);
+                if (n < kLanes) {
+                    x = keep(x, n, set1(kNone));
+                    store(s + g * kLanes, x);
+                }
+                top = max(x, top);
+            }
+            greatest[r] = reduce_max(top);
+            const F16 shift = set1(greatest[r] == kNone ? 0.0f : greatest[r]);
+            F16 sum = zero();
+            for (int g = 0; g < count; ++g) {
+                F16 x = exp(sub(load(s + g * kLanes), shift));
+                store(s + g * kLanes, x);
+                sum = add(sum, x);
+            }
+            total[r] = reduce_add(sum);
+        }
+        // The weighted sum of values.
+        ValueTile v{};
+        v.p_stride = width;
+        v.groups = scratch.values.data();
+        v.counts = scratch.counts.data();
+        v.num_groups = count;
+        v.vector_stride = kv.value_vector();
+        v.out_stride = padded;
+        for (int d = 0, taken; d < vectors; d += taken) {
+            taken = tile_vectors(rows, vectors - d);
+            for (int tile = 0, row = 0; tile < tiles; ++tile) {
+                const int n = (rows - row) / (tiles - tile);
+                v.p = scratch.scores.data() + row * width;
+                v.out = part + int64_t(row) * padded + d * kLanes;
+                value_kernel_for<type>(n, taken)(v);
+                row += n;
+            }
+            for (int g = 0; g < count; ++g) scratch.values[g] += taken * kv.value_vector();
+        }
+        for (int r = 0; r < rows && !first; ++r)
+            merge_row(scratch.sum.data() + int64_t(r) * padded, scratch.sum_greatest[r],
+                      scratch.sum_total[r], part + int64_t(r) * padded, greatest[r], total[r],
+                      padded);
+    }
+    for (int r = 0; r < rows; ++r) {
+        const float* sum = scratch.sum.data() + int64_t(r) * padded;
+        const int h = head * per_kv + r % per_kv;
+        if (piece.partial >= 0) {
+            float* to = call.partial(piece.partial, h);
+            to[0] = scratch.sum_greatest[r];
+            to[1] = scratch.sum_total[r];
+            std::memcpy(to + 2, sum, size_t(padded) * 4);
+        } else {
+            store_row(call.out, call.rounded, piece.token + r / per_kv, int64_t(h) * dim, sum,
+                      scratch.sum_total[r], dim);
+        }
+    }
+}
+
+// Merge the splits of one query, for one of its heads.
+inline void merge_splits(const AttentionCall& call, const Piece& piece, int head) {
+    const int padded = call.kv.dim_vectors() * kLanes;
+    float* sum = call.partial(piece.partial, head);
+    for (int i = 1; i < piece.splits; ++i) {
+        const float* part = call.partial(piece.partial + i, head);
+        merge_row(sum + 2, sum[0], sum[1], part + 2, part[0], part[1], padded);
+    }
+    store_row(call.out, call.rounded, piece.token, int64_t(head) * call.heads.dim, sum + 2, sum[1],
+              call.heads.dim);
+}
+
+// Attention of the whole batch in one layer: one phase, or two where splits were computed apart.
+inline void attention(Worker& worker, const AttentionPlan& plan, const AttentionCall& call,
+                      AttentionScratch& scratch) {
+    const int heads = call.heads.kv;
+    worker.share(int(plan.pieces.size()) * heads, [&](int item, int) {
+        const Piece& piece = plan.pieces[item / heads];
+        switch (call.kv.type) {
+            case kFloat32: attend<kFloat32>(call, piece, item % heads, scratch); break;
+            case kBFloat16: attend<kBFloat16>(call, piece, item % heads, scratch); break;
+            default: attend<kFloat16>(call, piece, item % heads, scratch);
+        }
+    });
+    if (plan.merges.empty()) return;
+    worker.share(int(plan.merges.size()) * call.heads.q, [&](int item, int) {
+        merge_splits(call, plan.merges[item / call.heads.q], item % call.heads.q);
+    });
+}
+
+}  // namespace arriero

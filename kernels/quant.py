@@ -1,0 +1,300 @@
+"""Weights in few bits: what the stored numbers mean, and how to make them from full ones.
+
+Knows matrices. Refuses to know checkpoint formats (a reader converts AWQ, GPTQ or fbgemm tensors
+to a `QuantizedWeight`) and how a backend packs (`Ops.pack_quantized`).
+
+Shape legend: O rows (outputs), I columns (inputs), G = ceil(I / group_size) groups of columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+QuantKind = Literal["int8", "int4", "fp8"]
+
+FP8_MAX = 448.0
+"""The greatest finite float8_e4m3fn."""
+INT4_ZERO = 8.0
+"""Zero point of an int4 weight that stores none."""
+_SEARCH_STEPS = 8
+_SEARCH_ELEMENTS = 1 << 17
+"""Scale search works on so many weights at a time: the passes over them stay in cache."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantizedWeight:
+    """A matrix [O, I]: element (o, i) is (q[o, i] - zero[o, g]) * scale[o, g], g = i // group_size.
+
+    Attributes:
+        kind: int8: symmetric, -127 .. 127, one group a row. int4: 0 .. 15, groups of columns.
+            fp8: float8_e4m3fn, one group a row.
+        in_features: I. With an odd I the last byte of an int4 row is half used.
+        data: int8 [O, I]; or float8_e4m3fn [O, I]; or for int4 uint8 [O, ceil(I / 2)], the even
+            column in the low half of its byte.
+        scales: float32 [O, G].
+        zeros: float32 [O, G] for int4, need not be whole; None means 8. None for other kinds.
+        group_size: columns that share a scale; I where a row has one. The last group of a row may
+            be shorter.
+    """
+
+    kind: QuantKind
+    in_features: int
+    data: Tensor
+    scales: Tensor
+    zeros: Tensor | None = None
+    group_size: int
+
+    def __post_init__(self) -> None:
+        rows = self.data.shape[0]
+        columns = -(-self.in_features // 2) if self.kind == "int4" else self.in_features
+        dtype = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}[self.kind]
+        groups = -(-self.in_features // self.group_size)
+        if self.data.dtype != dtype or self.data.shape != (rows, columns):
+            raise ValueError(
+                f"{self.kind} data must be {dtype} {[rows, columns]}, "
+                f"not {self.data.dtype} {list(self.data.shape)}"
+            )
+        if self.kind != "int4" and (self.zeros is not None or groups != 1):
+            raise ValueError(f"{self.kind} weights have one scale a row and no zeros")
+        for name, value in (("scales", self.scales), ("zeros", self.zeros)):
+            if value is not None and (
+                value.dtype != torch.float32 or value.shape != (rows, groups)
+            ):
+                raise ValueError(
+                    f"{self.kind} {name} must be float32 {[rows, groups]}, "
+                    f"not {value.dtype} {list(value.shape)}"
+                )
+
+    @property
+    def out_features(self) -> int:
+        """O."""
+        return self.data.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data, scales and zeros."""
+        zeros = 0 if self.zeros is None else self.zeros.nbytes
+        return self.data.nbytes + self.scales.nbytes + zeros
+
+    def levels(self) -> Tensor:
+        """The stored numbers q as float32 [O, I]."""
+        if self.kind != "int4":
+            return self.data.float()
+        halves = torch.stack([self.data & 15, self.data >> 4], dim=-1)
+        return halves.flatten(1)[:, : self.in_features].float()
+
+    def dequantize(self) -> Tensor:
+        """The matrix that these numbers stand for, float32 [O, I]."""
+        q_OI = self.levels()
+        if self.kind == "int4":
+            q_OI -= INT4_ZERO if self.zeros is None else self._spread(self.zeros)
+        return q_OI.mul_(self._spread(self.scales))
+
+    def rows(self, start: int, stop: int) -> QuantizedWeight:
+        """Rows [start, stop), as views."""
+        zeros = None if self.zeros is None else self.zeros[start:stop]
+        return replace(
+            self, data=self.data[start:stop], scales=self.scales[start:stop], zeros=zeros
+        )
+
+    def columns(self, start: int, stop: int) -> QuantizedWeight:
+        """Columns [start, stop), as views.
+
+        Raises:
+            ValueError: a cut falls inside a group (int4) or between the halves of a byte.
+        """
+        if self.kind != "int4":
+            return replace(
+                self,
+                in_features=stop - start,
+                data=self.data[:, start:stop],
+                group_size=stop - start,
+            )
+        for cut in (start, stop):
+            if cut != self.in_features and (cut % self.group_size or cut % 2):
+                raise ValueError(
+                    f"columns [{start}, {stop}) cut a group of {self.group_size}; "
+                    "cut at even multiples of the group size"
+                )
+        groups = slice(start // self.group_size, -(-stop // self.group_size))
+        return replace(
+            self,
+            in_features=stop - start,
+            data=self.data[:, start // 2 : -(-stop // 2)],
+            scales=self.scales[:, groups],
+            zeros=None if self.zeros is None else self.zeros[:, groups],
+        )
+
+    def _spread(self, value_OG: Tensor) -> Tensor:
+        """A group's number for each of its columns."""
+        if value_OG.shape[1] == 1:
+            return value_OG
+        return value_OG.repeat_interleave(self.group_size, dim=1)[:, : self.in_features]
+
+
+def stack(weights: list[QuantizedWeight]) -> QuantizedWeight:
+    """One matrix of all rows, copied.
+
+    Raises:
+        ValueError: kinds, group sizes or column counts differ.
+    """
+    first = weights[0]
+    shapes = {(w.kind, w.group_size, w.in_features) for w in weights}
+    if len(shapes) > 1:
+        raise ValueError(f"weights of one product differ in kind, group or columns: {shapes}")
+    zeros = None
+    if any(w.zeros is not None for w in weights):
+        zeros = torch.cat(
+            [torch.full_like(w.scales, INT4_ZERO) if w.zeros is None else w.zeros for w in weights]
+        )
+    return replace(
+        first,
+        data=torch.cat([w.data.view(torch.uint8) for w in weights]).view(first.data.dtype),
+        scales=torch.cat([w.scales for w in weights]),
+        zeros=zeros,
+    )
+
+
+def quantize_int8(weight_OI: Tensor) -> QuantizedWeight:
+    """Round to the nearest of 255 levels, the row's greatest magnitude being level 127."""
+    w_OI = weight_OI.float()
+    scale_O1 = _nonzero(w_OI.abs().amax(1, keepdim=True) / 127)
+    data = (w_OI / scale_O1).round_().clamp_(-127, 127).to(torch.int8)
+    return QuantizedWeight(
+        kind="int8", in_features=w_OI.shape[1], data=data, scales=scale_O1, group_size=w_OI.shape[1]
+    )
+
+
+def quantize_fp8(weight_OI: Tensor) -> QuantizedWeight:
+    """Round to float8_e4m3fn, the row's greatest magnitude being 448."""
+    w_OI = weight_OI.float()
+    scale_O1 = _nonzero(w_OI.abs().amax(1, keepdim=True) / FP8_MAX)
+    data = (w_OI / scale_O1).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return QuantizedWeight(
+        kind="fp8", in_features=w_OI.shape[1], data=data, scales=scale_O1, group_size=w_OI.shape[1]
+    )
+
+
+def quantize_int4(
+    weight_OI: Tensor,
+    group_size: int = 32,
+    *,
+    search: bool = True,
+    importance_I: Tensor | None = None,
+) -> QuantizedWeight:
+    """Round each group of columns to 16 evenly spaced levels.
+
+    Without search the levels span the group's range. With it, several narrower spans are tried;
+    for each, the levels chosen give the best scale and offset by least squares, and the pair with
+    the least squared error is kept.
+
+    Args:
+        weight_OI: any floating dtype.
+        group_size: columns that share a scale and a zero.
+        search: look for better levels than the plain range's.
+        importance_I: float [I], the weight of each column in the squared error: the mean square
+            of that input over sample text makes it the error of the product; None for equal.
+
+    Raises:
+        ValueError: the group size is not positive.
+    """
+    if group_size < 1:
+        raise ValueError(f"group_size={group_size} must be at least 1")
+    num_columns = weight_OI.shape[1]
+    group_size = min(group_size, num_columns)
+    share_I = torch.ones(num_columns) if importance_I is None else importance_I.float()
+    share_GC = _grouped(share_I.to(weight_OI.device)[None], group_size, pad=0.0)[0]
+    rows = max(1, _SEARCH_ELEMENTS // num_columns)
+    parts = [
+        _levels(_grouped(part.float(), group_size), share_GC, search)
+        for part in torch.split(weight_OI, rows)
+    ]
+    q_OI, scale_OG, low_OG = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    q_OI = q_OI.flatten(1)[:, :num_columns]
+    q_OI = F.pad(q_OI, (0, num_columns % 2))
+    return QuantizedWeight(
+        kind="int4",
+        in_features=num_columns,
+        data=q_OI[:, ::2] | q_OI[:, 1::2] << 4,
+        scales=scale_OG,
+        zeros=-low_OG / scale_OG,
+        group_size=group_size,
+    )
+
+
+def _levels(w_OGC: Tensor, share_GC: Tensor, search: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Levels uint8 [O, G, C], scale and lowest value [O, G]: w is close to q * scale + low."""
+    low_OG1, high_OG1 = w_OGC.amin(2, keepdim=True), w_OGC.amax(2, keepdim=True)
+    span_OG1 = high_OG1 - low_OG1
+    # A constant group is one level away from nothing: q = 0 with low = its value is exact, but
+    # the zero point low / scale must stay finite.
+    flat_OG1 = span_OG1 <= 15 * 2.0**-24 * low_OG1.abs() + 1e-30
+    scale_OG1 = torch.where(flat_OG1, _nonzero(low_OG1.abs()), span_OG1 / 15)
+    q_OGC = ((w_OGC - low_OG1) / scale_OG1).round_().clamp_(0, 15)
+    if search:
+        # Of the levels, a step keeps two numbers a group: their scale and offset after the fit.
+        best = (q_OGC, scale_OG1, low_OG1)
+        fit = _Fit(w_OGC, share_GC)
+        error_OG1 = fit.error_of(*best)
+        for step in range(_SEARCH_STEPS):
+            shrunk_OG1 = scale_OG1 * (1.04 - 0.04 * step)
+            first_OG1 = (low_OG1 + high_OG1) / 2 - 7.5 * shrunk_OG1
+            q_OGC = ((w_OGC - first_OG1) / shrunk_OG1).round_().clamp_(0, 15)
+            slope_OG1, offset_OG1, fit_error_OG1 = fit.least_squares(q_OGC)
+            # NaN (all levels equal: no slope to fit) compares false and is not taken.
+            better_OG1 = (fit_error_OG1 < error_OG1) & (slope_OG1 > 0) & ~flat_OG1
+            error_OG1 = torch.where(better_OG1, fit_error_OG1, error_OG1)
+            best = (
+                torch.where(better_OG1, q_OGC, best[0]),
+                torch.where(better_OG1, slope_OG1, best[1]),
+                torch.where(better_OG1, offset_OG1, best[2]),
+            )
+        q_OGC, scale_OG1, low_OG1 = best
+    return q_OGC.to(torch.uint8), scale_OG1[..., 0], low_OG1[..., 0]
+
+
+class _Fit:
+    """Least squares of w by q * scale + offset in each group, columns weighted by their share."""
+
+    def __init__(self, w_OGC: Tensor, share_GC: Tensor) -> None:
+        self.share_GC1 = (share_GC / share_GC.sum(-1, keepdim=True))[..., None]
+        self.mean_OG1 = self._mean(w_OGC)
+        self.w_OGC = w_OGC - self.mean_OG1
+        self.variance_OG1 = self._mean(self.w_OGC.square())
+
+    def _mean(self, value_OGC: Tensor) -> Tensor:
+        # [O, G, C] by [G, C, 1]: the products of a batch of G.
+        return (value_OGC.transpose(0, 1) @ self.share_GC1).transpose(0, 1)
+
+    def error_of(self, q_OGC: Tensor, scale_OG1: Tensor, low_OG1: Tensor) -> Tensor:
+        """Mean squared error [O, G, 1] of given levels."""
+        off_OGC = q_OGC * scale_OG1 + (low_OG1 - self.mean_OG1) - self.w_OGC
+        return self._mean(off_OGC.square_())
+
+    def least_squares(self, q_OGC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The best scale and offset for these levels, and the mean squared error left."""
+        mean_OG1 = self._mean(q_OGC)
+        spread_OG1 = self._mean(q_OGC.square()) - mean_OG1.square()
+        shared_OG1 = self._mean(q_OGC * self.w_OGC)
+        scale_OG1 = shared_OG1 / spread_OG1
+        error_OG1 = self.variance_OG1 - scale_OG1 * shared_OG1
+        return scale_OG1, self.mean_OG1 - scale_OG1 * mean_OG1, error_OG1
+
+
+def _grouped(w_OI: Tensor, group_size: int, pad: float | None = None) -> Tensor:
+    """Columns in groups [O, G, C]; a short last group repeats its last column, or `pad`."""
+    missing = -w_OI.shape[1] % group_size
+    if missing:
+        last = w_OI[:, -1:] if pad is None else torch.full_like(w_OI[:, -1:], pad)
+        w_OI = torch.cat([w_OI, last.expand(-1, missing)], dim=1)
+    return w_OI.reshape(w_OI.shape[0], -1, group_size)
+
+
+def _nonzero(scale: Tensor) -> Tensor:
+    """A row of zeros gets scale 1: its levels are 0 and nothing divides by zero."""
+    return scale.where(scale > 0, 1.0)

@@ -1,0 +1,148 @@
+"""One row's draw by the letter of `Ops.sample`, in Python integers and floats, one row at a time.
+
+Nothing here is shared with the code under test.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import numpy as np
+import torch
+
+from arriero.kernels.ops import SamplingRows
+
+ONE = 2**44
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One request's parameters at one position."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    position: int = 0
+    repetition: float = 1.0
+    presence: float = 0.0
+    frequency: float = 0.0
+    prompt: tuple[int, ...] = ()
+    output: tuple[int, ...] = ()
+    bias: dict[int, float] = field(default_factory=dict)
+    allowed: tuple[int, ...] | None = None
+
+
+def batch_of(rows: list[Row], vocab: int, num_logprobs: int = -1) -> SamplingRows:
+    """Rows as tensors; an optional field is there when some row uses it."""
+
+    def floats(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32)
+
+    seen = torch.zeros(len(rows), vocab, dtype=torch.bool)
+    counts = torch.zeros(len(rows), vocab, dtype=torch.int32)
+    allowed = torch.ones(len(rows), vocab, dtype=torch.bool)
+    bias: list[tuple[int, int, float]] = []
+    for i, row in enumerate(rows):
+        seen[i, list(row.prompt + row.output)] = True
+        for token in row.output:
+            counts[i, token] += 1
+        if row.allowed is not None:
+            allowed[i] = False
+            allowed[i, list(row.allowed)] = True
+        bias += [(i, token, value) for token, value in row.bias.items()]
+    repeats = any(r.repetition != 1 for r in rows)
+    presence = any(r.presence != 0 for r in rows)
+    frequency = any(r.frequency != 0 for r in rows)
+    return SamplingRows(
+        temperature_R=floats([r.temperature for r in rows]),
+        top_k_R=torch.tensor([r.top_k for r in rows], dtype=torch.int32),
+        top_p_R=floats([r.top_p for r in rows]),
+        min_p_R=floats([r.min_p for r in rows]),
+        seed_R=torch.tensor([r.seed for r in rows], dtype=torch.int64),
+        position_R=torch.tensor([r.position for r in rows], dtype=torch.int64),
+        repetition_R=floats([r.repetition for r in rows]) if repeats else None,
+        presence_R=floats([r.presence for r in rows]) if presence else None,
+        frequency_R=floats([r.frequency for r in rows]) if frequency else None,
+        seen_RV=seen if repeats else None,
+        counts_RV=counts if presence or frequency else None,
+        bias=(
+            torch.tensor([b[0] for b in bias]),
+            torch.tensor([b[1] for b in bias]),
+            floats([b[2] for b in bias]),
+        )
+        if bias
+        else None,
+        allowed_RV=allowed if any(r.allowed is not None for r in rows) else None,
+        num_logprobs=num_logprobs,
+        all_greedy=all(r.temperature == 0 for r in rows),
+    )
+
+
+def philox(counter: list[int], key: list[int]) -> list[int]:
+    """Ten rounds in unbounded integers, straight from the paper."""
+    c, k = list(counter), list(key)
+    for _ in range(10):
+        high0, low0 = divmod(0xD2511F53 * c[0], 2**32)
+        high1, low1 = divmod(0xCD9E8D57 * c[2], 2**32)
+        c = [high1 ^ c[1] ^ k[0], low1, high0 ^ c[3] ^ k[1], low0]
+        k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
+    return c
+
+
+def uniform53(seed: int, position: int) -> float:
+    words = philox([position % 2**32, position // 2**32, 0, 0], [seed % 2**32, seed // 2**32])
+    return ((words[0] << 32 | words[1]) >> 11) / 2**53
+
+
+def adjusted(logits: np.ndarray, row: Row) -> np.ndarray:
+    """Bias, bans and penalties in float32."""
+    x = logits.astype(np.float32).copy()
+    for token, value in row.bias.items():
+        x[token] += np.float32(value)
+    if row.allowed is not None:
+        banned = np.ones(len(x), dtype=bool)
+        banned[list(row.allowed)] = False
+        x[banned] = -np.inf
+    for token in set(row.prompt + row.output):
+        factor = np.float32(row.repetition)
+        x[token] = x[token] * factor if x[token] < 0 else x[token] / factor
+    for token in set(row.output):
+        x[token] -= np.float32(row.frequency) * np.float32(row.output.count(token))
+        x[token] -= np.float32(row.presence)
+    return x
+
+
+def draw(logits: np.ndarray, row: Row) -> int:
+    """The token of one row."""
+    x = adjusted(logits, row)
+    if not np.isfinite(x.max()):
+        return -1
+    if row.temperature == 0:
+        return int(np.flatnonzero(x == x.max())[0])
+    z = (x.astype(np.float64) - float(x.max())) / float(np.float32(row.temperature))
+    weights = [int(w) for w in np.floor(np.exp(z) * ONE)]
+    floor = math.ceil(Fraction(float(np.float32(row.min_p))) * ONE)
+    weights = [w if w >= floor else 0 for w in weights]
+    if row.top_k:
+        floor = sorted(weights, reverse=True)[min(row.top_k, len(weights)) - 1]
+        weights = [w if w >= floor else 0 for w in weights]
+    if row.top_p < 1:
+        target = float(np.float32(row.top_p)) * float(sum(weights))
+        above, floor = 0, max(weights)
+        for w in sorted(weights, reverse=True):
+            if float(above) >= target:
+                break
+            above, floor = above + w, w
+        weights = [w if w >= floor else 0 for w in weights]
+    total = sum(weights)
+    target_weight = min(int(uniform53(row.seed, row.position) * float(total)), total - 1)
+    below = 0
+    for token, w in enumerate(weights):
+        below += w
+        if below > target_weight:
+            return token
+    raise AssertionError("the target lies under the total")
