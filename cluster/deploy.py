@@ -236,16 +236,13 @@ def _num_linked(gateway: str) -> int:
     """How many groups the gateway can pass requests to, asked as a client would."""
     import grpc
 
-    from arriero.router.proto.arriero.v1 import inference_pb2 as pb
-    from arriero.router.proto.arriero.v1 import inference_pb2_grpc
+    from arriero.router.client import Client
 
-    with grpc.insecure_channel(gateway) as channel:
+    with Client(gateway, timeout_s=_ASK_LIMIT_S) as client:
         try:
-            stub = inference_pb2_grpc.InferenceStub(channel)
-            found = stub.ListModels(pb.ListModelsRequest(), timeout=_ASK_LIMIT_S)
-        except grpc.RpcError:
+            return sum(len(model.groups) for model in client.models())
+        except (ArrieroError, grpc.RpcError):
             return 0
-    return sum(len(model.groups) for model in found.models)
 
 
 def _progress(board: Board, wanted: int) -> str:

@@ -120,3 +120,15 @@ def adjusted(row, prompt, tokens, params) -> torch.Tensor:  # noqa: ANN001
     for token in set(tokens):
         row[token] -= params.presence_penalty + params.frequency_penalty * tokens.count(token)
     return row
+
+
+def test_nothing_left_to_sample_ends_that_request_alone(model_path, prompts) -> None:  # noqa: ANN001
+    """Allowed tokens that `min_tokens` bans: an error for the one concerned, the group goes on."""
+    doomed = SamplingParams(allowed_token_ids=(2,), min_tokens=3, max_tokens=5, seed=0)
+    fine = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, seed=0)
+    with running(config(model_path, dtype="bfloat16")) as group:
+        names = [group.submit(prompts[3], doomed), group.submit(prompts[5], fine)]
+        bad, good = group.wait(names)
+        after = group.generate([prompts[5]], fine)[0]
+    assert bad.finish_reason == "error" and "no token is left" in (bad.error or "")
+    assert good.finish_reason == "length" and good.tokens == after.tokens
