@@ -250,7 +250,7 @@ class ToolCallParser:
     def _gather(self, region: _Region, events: list[Event], final: bool) -> bool:
         """Go on with a region, until its end or that of the text."""
         if region.parse is _never:
-            return self._gather_code(events, final)
+            return self._gather_code(region, events, final)
         if region.balance is None:
             body = _function_body(self._held)
             if body is None:
@@ -300,10 +300,11 @@ class ToolCallParser:
             self._region = None
             self._say(events, end)
 
-    def _gather_code(self, events: list[Event], final: bool) -> bool:
+    def _gather_code(self, region: _Region, events: list[Event], final: bool) -> bool:
         """Code after a tag, up to an end mark."""
-        ends = [at for mark in _ENDERS if (at := self._held.find(mark)) >= 0]
+        ends = [at for mark in _ENDERS if (at := self._held.find(mark, region.body)) >= 0]
         if not ends and not final:
+            region.body = max(0, len(self._held) - max(map(len, _ENDERS)))  # looked at so far
             return False
         end = min(ends, default=len(self._held))
         code = self._held[:end].strip()
