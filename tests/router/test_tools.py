@@ -47,14 +47,8 @@ FORMS = [
     ('<|python_tag|>{"name": "get_weather", "parameters": {"city": "Cusco"}}<|eom_id|>', [W]),
     ('{"type": "function", "name": "get_weather", "parameters": {"city": "Cusco"}}', [W]),
     (
-<<<<<<< HEAD
-        '{"type": "function", "function": {"name": "get_weather", '
-        '"arguments": "{\\"city\\": \\"Cusco\\"}"}}',
-        [W],
-=======
         json.dumps({"type": "function", "function": {"name": "add", "arguments": "{}"}}),
         [call("add")],
->>>>>>> router
     ),
     ('{"name": "get_weather", "parameters": {"city": "Cusco"}}; {"name": "add"}', [W, call("add")]),
     (
