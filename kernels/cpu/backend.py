@@ -14,21 +14,25 @@ import torch
 from torch import Tensor
 
 from arriero.kernels.cpu.cache import CpuKVCache
-from arriero.kernels.cpu.library import Batch, Layer, load
-from arriero.kernels.cpu.weights import Packed, pack_plain
+from arriero.kernels.cpu.library import Batch, Layer, Style, load
+from arriero.kernels.cpu.weights import Packed, pack_plain, pack_quantized
 from arriero.kernels.ops import (
     DenseLayer,
     FlatBatch,
     KVCache,
     KVCacheSpec,
     Linear,
+    MoELayer,
     Ops,
     Reduce,
     Sampled,
     SamplingRows,
     Vocab,
 )
+from arriero.kernels.quant import QuantizedWeight
 from arriero.kernels.reference import sampling
+
+_ROPE = {"halves": 0, "pairs": 1, "none": 2}
 
 
 def available_threads() -> int:
@@ -82,25 +86,20 @@ class CpuOps(Ops):
         self, weights_OI: Sequence[Tensor], bias_O: Tensor | None, dtype: torch.dtype
     ) -> Linear:
         """Stack by rows and pack; see `Ops.pack_linear`."""
-        packed = pack_plain(self.library, self._machine, weights_OI, bias_O, dtype)
-        return Linear(
-            out_features=packed.struct.out_features,
-            in_features=packed.struct.in_features,
-            packed=packed,
-            bias=None,
-            nbytes=packed.nbytes,
-        )
+        return _linear(pack_plain(self.library, self._machine, weights_OI, bias_O, dtype))
 
     def pack_vocab(self, weight_VH: Tensor, first_row: int, dtype: torch.dtype) -> Vocab:
         """Pack rows; `embed` gathers from the same panels that `logits` multiplies."""
         packed = pack_plain(self.library, self._machine, [weight_VH], None, dtype)
-        return Vocab(
-            first_row=first_row,
-            num_rows=weight_VH.shape[0],
-            hidden_size=weight_VH.shape[1],
-            packed=packed,
-            nbytes=packed.nbytes,
-        )
+        return _vocab(packed, first_row)
+
+    def pack_quantized(self, weights: Sequence[QuantizedWeight], bias_O: Tensor | None) -> Linear:
+        """Stack by rows and pack; see `Ops.pack_quantized`."""
+        return _linear(pack_quantized(self.library, self._machine, weights, bias_O))
+
+    def pack_quantized_vocab(self, weight: QuantizedWeight, first_row: int) -> Vocab:
+        """Pack rows; see `Ops.pack_quantized_vocab`."""
+        return _vocab(pack_quantized(self.library, self._machine, [weight], None), first_row)
 
     def kv_cache(self, spec: KVCacheSpec, device: torch.device) -> KVCache:
         """Allocate a paged cache of zeros."""
@@ -194,13 +193,12 @@ class CpuOps(Ops):
         width = (layer.num_q_heads + 2 * layer.num_kv_heads) * layer.head_dim
         qkv_TE = _rows("rope_write_kv", qkv_TE, width).clone(memory_format=torch.contiguous_format)
         struct = _batch(batch, qkv_TE.shape[0], layer.head_dim)
+        layer_struct = _bare_layer(layer)
         self._call(
             "rope_write",
             qkv_TE.data_ptr(),
             width,
-            layer.num_q_heads,
-            layer.num_kv_heads,
-            layer.head_dim,
+            ctypes.addressof(layer_struct),
             _cache(kv).address,
             kv_layer,
             ctypes.addressof(struct),
@@ -209,7 +207,13 @@ class CpuOps(Ops):
         return qkv_TE[:, :num_q].unflatten(1, (layer.num_q_heads, layer.head_dim))
 
     def paged_attention(
-        self, q_TND: Tensor, scale: float, kv: KVCache, kv_layer: int, batch: FlatBatch
+        self,
+        q_TND: Tensor,
+        scale: float,
+        kv: KVCache,
+        kv_layer: int,
+        batch: FlatBatch,
+        chunk_size: int = 0,
     ) -> Tensor:
         """See `Ops.paged_attention`."""
         num_tokens, num_heads, head_dim = q_TND.shape
@@ -228,12 +232,41 @@ class CpuOps(Ops):
             q_TE.stride(0),
             num_heads,
             scale,
+            chunk_size,
             _cache(kv).address,
             kv_layer,
             ctypes.addressof(struct),
             out_TE.data_ptr(),
         )
         return out_TE
+
+    def grouped_linear(self, x_XI: Tensor, experts: Sequence[Linear], starts_E1: Tensor) -> Tensor:
+        """See `Ops.grouped_linear`; the experts have one shape and type."""
+        structs = [_packed(expert.packed).struct for expert in experts]
+        shapes = {(s.out_features, s.in_features, s.type, s.group) for s in structs}
+        if len(shapes) != 1 or starts_E1.shape != (len(structs) + 1,):
+            raise ValueError(
+                f"grouped_linear: {len(structs)} experts of {len(shapes)} shapes or types with "
+                f"{starts_E1.shape[0]} starts; they need one shape, and a start each and an end"
+            )
+        x_XI = _rows("grouped_linear", x_XI, experts[0].in_features)
+        starts_E1 = starts_E1.to(torch.int32).contiguous()
+        if int(starts_E1[-1]) != x_XI.shape[0]:
+            raise ValueError(
+                f"grouped_linear: starts end at {int(starts_E1[-1])} for {x_XI.shape[0]} rows"
+            )
+        pointers = (ctypes.c_void_p * len(structs))(*(ctypes.addressof(s) for s in structs))
+        out_XO = torch.empty(x_XI.shape[0], experts[0].out_features)
+        self._call(
+            "grouped_linear",
+            ctypes.addressof(pointers),
+            starts_E1.data_ptr(),
+            len(structs),
+            x_XI.data_ptr(),
+            x_XI.stride(0),
+            out_XO.data_ptr(),
+        )
+        return out_XO
 
     def sample(self, logits_RV: Tensor, rows: SamplingRows) -> Sampled:
         """See `Ops.sample`. A greedy batch without penalties is one pass over the logits."""
@@ -277,7 +310,10 @@ class CpuOps(Ops):
     def decoder(
         self, layers: Sequence[DenseLayer], kv: KVCache, reduce: Reduce | None
     ) -> Callable[[Tensor, FlatBatch], Tensor]:
-        """See `Ops.decoder`; one call a step without `reduce`, one a block with it."""
+        """See `Ops.decoder`.
+
+        One call a step for dense layers without `reduce`; with it, or with experts, one a block.
+        """
         layers = tuple(layers)
         for layer in layers:
             _check_cache(layer, kv)
@@ -307,14 +343,19 @@ class CpuOps(Ops):
             )
             return x_TH
 
-        def run_reduced(x_TH: Tensor, batch: FlatBatch) -> Tensor:
-            assert reduce is not None, "chosen for a stage of several slices"
+        def run_blocks(x_TH: Tensor, batch: FlatBatch) -> Tensor:
             for i, layer in enumerate(layers):
-                x_TH += reduce(self._attention_block(structs[i], layer, x_TH, cache, i, batch))
-                x_TH += reduce(self._mlp_block(structs[i], layer, x_TH))
+                part = self._attention_block(structs[i], layer, x_TH, cache, i, batch)
+                x_TH += part if reduce is None else reduce(part)
+                if isinstance(layer, MoELayer):
+                    part = self.moe_block(x_TH, layer)
+                else:
+                    part = self._mlp_block(structs[i], layer, x_TH)
+                x_TH += part if reduce is None else reduce(part)
             return x_TH
 
-        chosen = run if reduce is None else run_reduced
+        dense = not any(isinstance(layer, MoELayer) for layer in layers)
+        chosen = run if reduce is None and dense else run_blocks
         chosen.kept = kept  # type: ignore[attr-defined]
         return chosen
 
@@ -410,20 +451,53 @@ def _layer(layer: DenseLayer) -> tuple[Layer, tuple[Tensor, ...]]:
         _vector("attn_norm_H", layer.attn_norm_H, layer.qkv.in_features),
         _vector("mlp_norm_H", layer.mlp_norm_H, layer.qkv.in_features),
     )
-    struct = Layer(
-        attn_norm=norms[0].data_ptr(),
-        mlp_norm=norms[1].data_ptr(),
-        qkv=_packed(layer.qkv.packed).struct,
-        o=_packed(layer.o.packed).struct,
-        gate_up=_packed(layer.gate_up.packed).struct,
-        down=_packed(layer.down.packed).struct,
+    struct = _bare_layer(layer)
+    struct.attn_norm, struct.mlp_norm = norms[0].data_ptr(), norms[1].data_ptr()
+    struct.qkv = _packed(layer.qkv.packed).struct
+    struct.o = _packed(layer.o.packed).struct
+    struct.gate_up = _packed(layer.gate_up.packed).struct
+    struct.down = _packed(layer.down.packed).struct
+    return struct, norms
+
+
+def _bare_layer(layer: DenseLayer) -> Layer:
+    """A layer's numbers, without its weights."""
+    gain, floor = layer.style.query_scale or (0.0, 1.0)
+    return Layer(
         num_q_heads=layer.num_q_heads,
         num_kv_heads=layer.num_kv_heads,
         head_dim=layer.head_dim,
         scale=layer.softmax_scale,
         eps=layer.eps,
+        style=Style(
+            rope=_ROPE[layer.style.rope],
+            qk_norm=layer.style.qk_norm,
+            eps=layer.eps,
+            query_gain=gain,
+            query_floor=floor,
+            chunk_size=layer.style.chunk_size,
+        ),
     )
-    return struct, norms
+
+
+def _linear(packed: Packed) -> Linear:
+    return Linear(
+        out_features=packed.struct.out_features,
+        in_features=packed.struct.in_features,
+        packed=packed,
+        bias=None,
+        nbytes=packed.nbytes,
+    )
+
+
+def _vocab(packed: Packed, first_row: int) -> Vocab:
+    return Vocab(
+        first_row=first_row,
+        num_rows=packed.struct.out_features,
+        hidden_size=packed.struct.in_features,
+        packed=packed,
+        nbytes=packed.nbytes,
+    )
 
 
 def _batch(batch: FlatBatch, num_tokens: int, head_dim: int) -> Batch:
@@ -440,11 +514,7 @@ def _batch(batch: FlatBatch, num_tokens: int, head_dim: int) -> Batch:
     )
     for name, tensor, shape in shapes:
         dtype = torch.float32 if name in ("cos_TD", "sin_TD") else torch.int32
-        if (
-            tensor.shape != shape
-            or tensor.dtype != dtype
-            or (shape[-1] > 1 and tensor.stride(-1) != 1)
-        ):
+        if tensor.shape != shape or tensor.dtype != dtype or (shape[-1] > 1 and tensor.stride(-1) != 1):
             raise ValueError(
                 f"batch.{name}: {str(tensor.dtype)[6:]} {tuple(tensor.shape)} with strides "
                 f"{tensor.stride()}; expected {str(dtype)[6:]} {shape} with unit stride"

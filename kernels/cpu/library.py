@@ -83,6 +83,19 @@ class Batch(ctypes.Structure):
     )
 
 
+class Style(ctypes.Structure):
+    """`struct Style` of native/attention.h."""
+
+    _fields_ = (
+        ("rope", ctypes.c_int32),
+        ("qk_norm", ctypes.c_int32),
+        ("eps", ctypes.c_float),
+        ("query_gain", ctypes.c_float),
+        ("query_floor", ctypes.c_float),
+        ("chunk_size", ctypes.c_int32),
+    )
+
+
 class Layer(ctypes.Structure):
     """`struct Layer` of native/decoder.h."""
 
@@ -98,6 +111,7 @@ class Layer(ctypes.Structure):
         ("head_dim", ctypes.c_int32),
         ("scale", ctypes.c_float),
         ("eps", ctypes.c_float),
+        ("style", Style),
     )
 
 
@@ -110,8 +124,9 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "logits": (_P, _P, _P, _F32, _P, _I64, _I64, _P),
     "rms_norm": (_P, _P, _I64, _I64, _I64, _P, _F32, _P),
     "silu_mul": (_P, _P, _I64, _I64, _I64, _P),
-    "rope_write": (_P, _P, _I64, _I32, _I32, _I32, _P, _I64, _P),
-    "paged_attention": (_P, _P, _I64, _I32, _F32, _P, _I64, _P, _P),
+    "grouped_linear": (_P, _P, _P, _I64, _P, _I64, _P),
+    "rope_write": (_P, _P, _I64, _P, _P, _I64, _P),
+    "paged_attention": (_P, _P, _I64, _I32, _F32, _I32, _P, _I64, _P, _P),
     "decoder": (_P, _P, _I64, _P, _P, _P),
     "attention_block": (_P, _P, _I64, _P, _P, _P, _P),
     "mlp_block": (_P, _P, _I64, _P, _P),

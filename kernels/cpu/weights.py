@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from arriero.kernels.cpu.library import Library, Machine, Matrix
+from arriero.kernels.quant import INT4_ZERO, QuantizedWeight
 
 PANEL = 32
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The C++ numbers of the plain types."""
+INT8, FP8, INT4 = 3, 4, 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,13 +38,6 @@ class Packed:
     def address(self) -> int:
         """Where the struct is."""
         return ctypes.addressof(self.struct)
-
-
-def pad_columns(values_O: Tensor, out_features: int) -> Tensor:
-    """Float32, padded with zeros to whole panels."""
-    padded = torch.zeros(-(-out_features // PANEL) * PANEL)
-    padded[:out_features] = values_O
-    return padded
 
 
 def large_zeros(library: Library, num_bytes: int) -> Tensor:
@@ -84,28 +79,104 @@ def pack_plain(
         data=data.data_ptr(),
         type=TYPES[dtype],
     )
-    if bias_O is not None:
-        if bias_O.shape != (out_features,):
-            raise ValueError(
-                f"bias of shape {tuple(bias_O.shape)} for {out_features} outputs; pass one each"
-            )
-        tensors.append(pad_columns(bias_O.detach(), out_features))
-        struct.bias = tensors[-1].data_ptr()
+    _set_bias(struct, tensors, bias_O)
     row = 0
     for w in weights_OI:
         w = w.detach()
         if w.dtype not in TYPES or w.device.type != "cpu":
             w = w.to("cpu", torch.float32)
-        library.call(
-            "pack",
-            machine.handle,
-            ctypes.addressof(struct),
-            row,
-            w.data_ptr(),
-            w.shape[0],
-            w.stride(0),
-            w.stride(1),
-            TYPES[w.dtype],
-        )
+        _pack_rows(library, machine, struct, row, w, TYPES[w.dtype])
         row += w.shape[0]
     return Packed(struct=struct, tensors=tuple(tensors))
+
+
+_QUANTIZED = {"int8": INT8, "fp8": FP8, "int4": INT4}
+
+
+def pack_quantized(
+    library: Library, machine: Machine, weights: Sequence[QuantizedWeight], bias_O: Tensor | None
+) -> Packed:
+    """Pack quantized matrices, stacked by rows, as the numbers they are.
+
+    Raises:
+        ValueError: they do not stack, an fp8 number is NaN, or int4 groups are of odd size.
+    """
+    if not weights:
+        raise ValueError("no weights were given; pass at least one matrix")
+    first = weights[0]
+    if any(
+        (w.kind, w.group_size, w.in_features) != (first.kind, first.group_size, first.in_features)
+        for w in weights
+    ):
+        kinds = {(w.kind, w.group_size, w.in_features) for w in weights}
+        raise ValueError(f"weights of one product differ in kind, group or columns: {kinds}")
+    num_groups = first.scales.shape[1]
+    if first.kind == "int4" and num_groups > 1 and first.group_size % 2:
+        raise ValueError(f"group_size={first.group_size} is odd; the CPU kernels need even groups")
+    out_features = sum(w.out_features for w in weights)
+    pairs = -(-first.in_features // 2)
+    panels = -(-out_features // PANEL)
+    data = large_zeros(library, panels * pairs * PANEL * (1 if first.kind == "int4" else 2))
+    scale_GO = _columns([w.scales for w in weights])
+    tensors = [data, scale_GO]
+    struct = Matrix(
+        out_features=out_features,
+        in_features=first.in_features,
+        data=data.data_ptr(),
+        scale=scale_GO.data_ptr(),
+        type=_QUANTIZED[first.kind],
+    )
+    if first.kind == "int4":
+        struct.group = first.group_size if num_groups > 1 else 2 * pairs
+        if any(w.zeros is not None for w in weights):
+            zeros = [
+                torch.full_like(w.scales, INT4_ZERO) if w.zeros is None else w.zeros
+                for w in weights
+            ]
+            tensors.append(_columns(zeros))
+            struct.zero = tensors[-1].data_ptr()
+    _set_bias(struct, tensors, bias_O)
+    row = 0
+    for w in weights:
+        levels = w.data.detach().to("cpu").view(torch.uint8)
+        if w.kind == "fp8" and bool(((levels & 0x7F) == 0x7F).any()):
+            raise ValueError("fp8 weights hold NaN; the checkpoint is damaged")
+        _pack_rows(library, machine, struct, row, levels, _QUANTIZED[w.kind])
+        row += w.out_features
+    return Packed(struct=struct, tensors=tuple(tensors))
+
+
+def _columns(values: Sequence[Tensor]) -> Tensor:
+    """Numbers [O, G] of stacked matrices as [G, O padded to whole panels]."""
+    value_GO = torch.cat([v.detach().to("cpu", torch.float32) for v in values]).t()
+    num_groups, out_features = value_GO.shape
+    padded = torch.zeros(num_groups, -(-out_features // PANEL) * PANEL)
+    padded[:, :out_features] = value_GO
+    return padded
+
+
+def _set_bias(struct: Matrix, tensors: list[Tensor], bias_O: Tensor | None) -> None:
+    if bias_O is None:
+        return
+    if bias_O.shape != (struct.out_features,):
+        raise ValueError(
+            f"bias of shape {tuple(bias_O.shape)} for {struct.out_features} outputs; pass one each"
+        )
+    tensors.append(_columns([bias_O[:, None]]))
+    struct.bias = tensors[-1].data_ptr()
+
+
+def _pack_rows(
+    library: Library, machine: Machine, struct: Matrix, row: int, source: Tensor, kind: int
+) -> None:
+    library.call(
+        "pack",
+        machine.handle,
+        ctypes.addressof(struct),
+        row,
+        source.data_ptr(),
+        source.shape[0],
+        source.stride(0),
+        source.stride(1),
+        kind,
+    )

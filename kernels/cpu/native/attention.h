@@ -22,6 +22,8 @@
 
 namespace arriero {
 
+inline constexpr int kMaxHeadDim = 1024;
+
 // The C struct that Python fills.
 struct Cache {
     char* data;
@@ -39,12 +41,17 @@ struct Cache {
     int64_t key_bytes() const { return dim_pairs() * vector_bytes(type); }  // of a group
     int64_t value_vector() const { return kLanes / 2 * vector_bytes(type); }
     int64_t value_bytes() const { return dim_vectors() * value_vector(); }  // of a group
+    int64_t scales_at() const { return groups() * (key_bytes() + value_bytes()); }
     char* head(int64_t layer, int64_t block, int64_t h) const {
         return data + layer * layer_bytes + block * block_bytes + h * head_bytes;
     }
     char* keys(char* head, int group) const { return head + group * key_bytes(); }
     char* values(char* head, int group) const {
         return head + groups() * key_bytes() + group * value_bytes();
+    }
+    // int8: one float32 a slot, for the key (0) and for the value (1).
+    float* scales(char* head, int group, int part) const {
+        return reinterpret_cast<float*>(head + scales_at()) + (part * groups() + group) * kLanes;
     }
 };
 
@@ -80,14 +87,21 @@ struct Heads {
     int64_t width() const { return int64_t(q + 2 * kv) * dim; }
 };
 
-// One token: rotate its queries and keys (halves) in place, write keys and values to its slot.
-inline void rope_write(const Batch& batch, int64_t token, const Heads& heads, float* qkv,
-                       const Cache& kv, int64_t layer) {
-    const int half = heads.dim / 2;
-    const float* cos = batch.cos + token * batch.cos_stride;
-    const float* sin = batch.sin + token * batch.sin_stride;
-    for (int h = 0; h < heads.q + heads.kv; ++h) {
-        float* x = qkv + int64_t(h) * heads.dim;
+enum Rope : int32_t { kHalves = 0, kPairs = 1, kNoRope = 2 };
+
+// What a layer's attention does beyond Llama 3's. The C struct that Python fills.
+struct Style {
+    int32_t rope;
+    int32_t qk_norm;
+    float eps;
+    float query_gain, query_floor;  // gain 0 for off
+    int32_t chunk_size;             // 0 for off
+};
+
+// Turn one head in place.
+inline void rotate(float* x, int dim, const float* cos, const float* sin, int32_t rope) {
+    const int half = dim / 2;
+    if (rope == kHalves) {
         for (int i = 0; i < half; i += kLanes) {
             const int n = std::min(kLanes, half - i);
             F16 a = load_n(x + i, n), b = load_n(x + half + i, n);
@@ -95,29 +109,89 @@ inline void rope_write(const Batch& batch, int64_t token, const Heads& heads, fl
             store_n(x + i, sub(mul(a, c), mul(b, s)), n);
             store_n(x + half + i, add(mul(b, c), mul(a, s)), n);
         }
+    } else if (rope == kPairs) {
+        for (int i = 0; i < half; ++i) {
+            const float a = x[2 * i], b = x[2 * i + 1];
+            x[2 * i] = a * cos[i] - b * sin[i];
+            x[2 * i + 1] = b * cos[i] + a * sin[i];
+        }
+    }
+}
+
+// Divide one head by its root mean square.
+inline void norm_head(float* x, int dim, float eps) {
+    F16 sum = zero();
+    for (int i = 0; i < dim; i += kLanes) {
+        F16 v = load_n(x + i, std::min(kLanes, dim - i));
+        sum = fma(v, v, sum);
+    }
+    const F16 factor = set1(1.0f / std::sqrt(reduce_add(sum) / float(dim) + eps));
+    for (int i = 0; i < dim; i += kLanes) {
+        const int n = std::min(kLanes, dim - i);
+        store_n(x + i, mul(load_n(x + i, n), factor), n);
+    }
+}
+
+// A head's vector as int8 levels of its greatest magnitude; returns the scale.
+inline float int8_levels(const float* x, int dim, int8_t* levels) {
+    F16 top = zero();
+    for (int i = 0; i < dim; i += kLanes) {
+        F16 v = load_n(x + i, std::min(kLanes, dim - i));
+        top = max(max(v, sub(zero(), v)), top);
+    }
+    const float scale = reduce_max(top) / 127.0f, divisor = scale > 0.0f ? scale : 1.0f;
+    for (int i = 0; i < dim; ++i)
+        levels[i] = int8_t(std::clamp(std::nearbyint(x[i] / divisor), -127.0f, 127.0f));
+    return scale;
+}
+
+// One token's key and value of one head into its slot.
+inline void write_slot(const Cache& kv, char* head, int offset, const float* k, const float* v) {
+    const int dim = kv.head_dim;
+    if (kv.type == kBFloat16) {  // the common case, sixteen elements at a time
+        alignas(64) bf16 rounded[kLanes];
+        for (int i = 0; i < dim; i += kLanes) {
+            const int n = std::min(kLanes, dim - i);
+            char* key = key_element(kv, head, offset, i);
+            store_bf16(rounded, load_n(k + i, n));
+            for (int j = 0; j < n; j += 2) std::memcpy(key + j * 32, rounded + j, 4);
+            char* value = value_element(kv, head, offset, i);
+            store_bf16(rounded, load_n(v + i, n));
+            for (int j = 0; j < n; ++j) std::memcpy(value + j * 4, rounded + j, 2);
+        }
+    } else if (kv.type == kInt8) {
+        int8_t levels[kMaxHeadDim];
+        kv.scales(head, offset / kLanes, 0)[offset % kLanes] = int8_levels(k, dim, levels);
+        for (int i = 0; i < dim; ++i) *key_element(kv, head, offset, i) = char(levels[i]);
+        kv.scales(head, offset / kLanes, 1)[offset % kLanes] = int8_levels(v, dim, levels);
+        for (int i = 0; i < dim; ++i) *value_element(kv, head, offset, i) = char(levels[i]);
+    } else {
+        for (int i = 0; i < dim; ++i) {
+            store_element(kv.type, key_element(kv, head, offset, i), k[i]);
+            store_element(kv.type, value_element(kv, head, offset, i), v[i]);
+        }
+    }
+}
+
+// One token: encode its queries and keys in place, write keys and values to its slot.
+inline void rope_write(const Batch& batch, int64_t token, const Heads& heads, const Style& style,
+                       float* qkv, const Cache& kv, int64_t layer) {
+    const float* cos = batch.cos + token * batch.cos_stride;
+    const float* sin = batch.sin + token * batch.sin_stride;
+    for (int h = 0; h < heads.q + heads.kv; ++h) {
+        float* x = qkv + int64_t(h) * heads.dim;
+        rotate(x, heads.dim, cos, sin, style.rope);
+        if (style.qk_norm) norm_head(x, heads.dim, style.eps);
+    }
+    if (style.query_gain != 0.0f) {
+        const float steps = std::floor(float(batch.positions[token] + 1) / style.query_floor);
+        const float factor = 1.0f + style.query_gain * std::log(1.0f + steps);
+        for (int64_t i = 0; i < int64_t(heads.q) * heads.dim; ++i) qkv[i] *= factor;
     }
     const int block = batch.slots[token] / kv.block_size, offset = batch.slots[token] % kv.block_size;
     for (int h = 0; h < heads.kv; ++h) {
         const float* k = qkv + int64_t(heads.q + h) * heads.dim;
-        const float* v = k + int64_t(heads.kv) * heads.dim;
-        char* head = kv.head(layer, block, h);
-        if (kv.type == kBFloat16) {  // the common case, sixteen elements at a time
-            alignas(64) bf16 rounded[kLanes];
-            for (int i = 0; i < heads.dim; i += kLanes) {
-                const int n = std::min(kLanes, heads.dim - i);
-                char* key = key_element(kv, head, offset, i);
-                store_bf16(rounded, load_n(k + i, n));
-                for (int j = 0; j < n; j += 2) std::memcpy(key + j * 32, rounded + j, 4);
-                char* value = value_element(kv, head, offset, i);
-                store_bf16(rounded, load_n(v + i, n));
-                for (int j = 0; j < n; ++j) std::memcpy(value + j * 4, rounded + j, 2);
-            }
-        } else {
-            for (int i = 0; i < heads.dim; ++i) {
-                store_element(kv.type, key_element(kv, head, offset, i), k[i]);
-                store_element(kv.type, value_element(kv, head, offset, i), v[i]);
-            }
-        }
+        write_slot(kv, kv.head(layer, block, h), offset, k, k + int64_t(heads.kv) * heads.dim);
     }
 }
 
@@ -141,11 +215,18 @@ struct AttentionPlan {
 
 inline int split_blocks(const Cache& kv) { return std::max(1, kSplitKeys / kv.block_size); }
 
+inline constexpr int kTileRows = 4 * kMaxRows;
+
 // Queries of a tile: as many as fill a few register tiles with their group of heads.
-inline int tile_tokens(int per_kv) { return std::max(1, 4 * kMaxRows / per_kv); }
+inline int tile_tokens(int per_kv) { return std::max(1, kTileRows / per_kv); }
+
+// The first key that a query at `position` sees.
+inline int first_key(int position, int chunk_size) {
+    return chunk_size > 0 ? position / chunk_size * chunk_size : 0;
+}
 
 inline AttentionPlan plan_attention(const Batch& batch, const Cache& kv, int per_kv,
-                                    int num_threads) {
+                                    int chunk_size, int num_threads) {
     AttentionPlan plan;
     const int split_keys = split_blocks(kv) * kv.block_size;
     // Few sequences and long contexts: give the splits of one query to several threads.
@@ -155,14 +236,15 @@ inline AttentionPlan plan_attention(const Batch& batch, const Cache& kv, int per
         const int first = batch.query_start[s], last = batch.query_start[s + 1];
         for (int t = first; t < last; t += tile) {
             const int n = std::min(tile, last - t);
-            const int splits = batch.positions[t + n - 1] / split_keys + 1;
+            const int start = first_key(batch.positions[t], chunk_size) / split_keys;
+            const int splits = batch.positions[t + n - 1] / split_keys + 1 - start;
             if (apart && n == 1 && splits > 1) {
-                Piece whole{int32_t(s), t, 1, 0, splits, int32_t(plan.partials)};
-                plan.merges.push_back(whole);
+                plan.merges.push_back({int32_t(s), t, 1, start, splits, int32_t(plan.partials)});
                 for (int i = 0; i < splits; ++i)
-                    plan.pieces.push_back({int32_t(s), t, 1, i, 1, int32_t(plan.partials++)});
+                    plan.pieces.push_back(
+                        {int32_t(s), t, 1, start + i, 1, int32_t(plan.partials++)});
             } else {
-                plan.pieces.push_back({int32_t(s), t, n, 0, splits, -1});
+                plan.pieces.push_back({int32_t(s), t, n, start, splits, -1});
             }
         }
     }
@@ -273,6 +355,7 @@ struct AttentionScratch {
     std::vector<float> part, greatest, total;              // of one split
     std::vector<float> sum, sum_greatest, sum_total;       // of all splits so far
     std::vector<const char*> keys, values;
+    std::vector<const float*> key_scales, value_scales;
     std::vector<int> counts, bases;
 
     void make_room(int64_t rows, int64_t q_width, int64_t width, int64_t padded) {
@@ -284,6 +367,7 @@ struct AttentionScratch {
         for (auto* v : {&part, &sum}) grow(*v, rows * padded);
         for (auto* v : {&greatest, &total, &sum_greatest, &sum_total}) grow(*v, rows);
         for (auto* v : {&keys, &values}) grow(*v, width / kLanes);
+        for (auto* v : {&key_scales, &value_scales}) grow(*v, width / kLanes);
         for (auto* v : {&counts, &bases}) grow(*v, width / kLanes);
     }
 
@@ -338,6 +422,7 @@ struct AttentionCall {
     const Batch& batch;
     const Heads& heads;
     float scale;
+    int chunk_size;
     const Cache& kv;
     int64_t layer;
     const float* q;  // rotated queries, [T] rows of `q_stride` floats
@@ -373,15 +458,22 @@ void attend(const AttentionCall& call, const Piece& piece, int head, AttentionSc
     const int32_t* table = call.batch.block_table + piece.sequence * call.batch.table_stride;
     const int32_t* position = call.batch.positions + piece.token;
     const int last = position[piece.tokens - 1];
+    const int earliest = first_key(position[0], call.chunk_size);
     for (int split = piece.split; split < piece.split + piece.splits; ++split) {
         // The groups of 16 slots that this split holds, as far as the last query sees.
         int count = 0;
         for (int b = split * per_split; b < (split + 1) * per_split; ++b) {
             if (b * kv.block_size > last) break;
+            if ((b + 1) * kv.block_size <= earliest) continue;  // may be freed: do not even look
             char* block = kv.head(call.layer, table[b], head);
             for (int g = 0; g < groups; ++g) {
                 const int base = b * kv.block_size + g * kLanes;
                 if (base > last) break;
+                if (base + kLanes <= earliest) continue;
+                if constexpr (type == kInt8) {
+                    scratch.key_scales[count] = kv.scales(block, g, 0);
+                    scratch.value_scales[count] = kv.scales(block, g, 1);
+                }
                 scratch.keys[count] = kv.keys(block, g);
                 scratch.values[count] = kv.values(block, g);
                 scratch.bases[count] = base;
@@ -414,14 +506,16 @@ void attend(const AttentionCall& call, const Piece& piece, int head, AttentionSc
         for (int r = 0; r < rows; ++r) {
             float* s = scratch.scores.data() + r * width;
             const int limit = position[r / per_kv];
+            const int start = first_key(limit, call.chunk_size);
             F16 top = set1(kNone);
             for (int g = 0; g < count; ++g) {
                 F16 x = load(s + g * kLanes);
-                const int n = std::clamp(limit + 1 - scratch.bases[g], 0, scratch.counts[g]);
-                if (n < kLanes) {
-                    x = keep(x, n, set1(kNone));
-                    store(s + g * kLanes, x);
-                }
+                const int base = scratch.bases[g];
+                const int n = std::clamp(limit + 1 - base, 0, scratch.counts[g]);
+                if constexpr (type == kInt8) x = mul(x, load(scratch.key_scales[g]));
+                if (n < kLanes) x = keep(x, n, set1(kNone));
+                if (start > base) x = keep(set1(kNone), std::min(start - base, kLanes), x);
+                if (type == kInt8 || n < kLanes || start > base) store(s + g * kLanes, x);
                 top = max(x, top);
             }
             greatest[r] = reduce_max(top);
@@ -429,8 +523,10 @@ void attend(const AttentionCall& call, const Piece& piece, int head, AttentionSc
             F16 sum = zero();
             for (int g = 0; g < count; ++g) {
                 F16 x = exp(sub(load(s + g * kLanes), shift));
-                store(s + g * kLanes, x);
                 sum = add(sum, x);
+                // Lanes past the group's slots may become NaN here; the weighted sum skips them.
+                if constexpr (type == kInt8) x = mul(x, load(scratch.value_scales[g]));
+                store(s + g * kLanes, x);
             }
             total[r] = reduce_add(sum);
         }
@@ -494,6 +590,7 @@ inline void attention(Worker& worker, const AttentionPlan& plan, const Attention
         switch (call.kv.type) {
             case kFloat32: attend<kFloat32>(call, piece, item % heads, scratch); break;
             case kBFloat16: attend<kBFloat16>(call, piece, item % heads, scratch); break;
+            case kInt8: attend<kInt8>(call, piece, item % heads, scratch); break;
             default: attend<kFloat16>(call, piece, item % heads, scratch);
         }
     });

@@ -17,6 +17,7 @@ struct Layer {
     int32_t num_q_heads, num_kv_heads, head_dim;
     float scale;
     float eps;
+    Style style;
 
     Heads heads() const { return {num_q_heads, num_kv_heads, head_dim}; }
 };
@@ -147,11 +148,12 @@ inline void attention_block(Machine& machine, Worker& worker, const Layer& layer
     const int64_t chunk = tokens <= 2 * kOwnRows ? 2 : 8;
     worker.share(int(ceil_div(tokens, chunk)), [&](int item, int) {
         for (int64_t t = item * chunk; t < std::min((item + 1) * chunk, tokens); ++t)
-            rope_write(batch, t, heads, qkv + t * width, kv, index);
+            rope_write(batch, t, heads, layer.style, qkv + t * width, kv, index);
     });
     const bool rounded = rounds_inputs(layer.o.type, machine.exact);
     const Rows mixed{machine.mixed.room(0), row_stride(layer.o.in_features)};
-    const AttentionCall call{batch, heads, layer.scale, kv, index, qkv, width, mixed, rounded,
+    const AttentionCall call{batch, heads, layer.scale, layer.style.chunk_size, kv, index, qkv,
+                             width, mixed, rounded,
                              reinterpret_cast<float*>(machine.partials.room(0))};
     attention(worker, plan, call, machine.scratch[worker.thread]);
     product(worker, layer.o, mixed, rounded, tokens, false, [&](const Block& b) {

@@ -19,6 +19,7 @@ namespace arriero {
 enum Type : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, kFp8 = 4, kInt4 = 5 };
 
 inline constexpr int kPanel = 32;
+inline constexpr float kInt4Zero = 8.0f;  // where a matrix has no zeros of its own
 
 #if defined(ARRIERO_AVX512)
 inline constexpr int kMaxRows = 12;  // 24 accumulators, 2 weights, the broadcast, the mask
@@ -85,8 +86,9 @@ inline float load_element(int32_t type, const char* p) {
     return type == kBFloat16 ? bf16_to_float(half) : f16_to_float(half);
 }
 
-// The C struct that Python fills. Scales: one a column, or one a column and group of inputs as
-// [groups][padded columns]; `zero` likewise, and w = (q - zero) * scale.
+// The C struct that Python fills. int8 and fp8 have one scale a column, applied to the sums; int4
+// one a column and group of inputs, [groups][padded columns], `zero` likewise or null for 8:
+// w = (q - zero) * scale.
 struct Matrix {
     int64_t out_features;
     int64_t in_features;
@@ -95,7 +97,7 @@ struct Matrix {
     const float* zero;
     const float* bias;
     int32_t type;
-    int32_t group;  // inputs that share a scale; 0 for all
+    int32_t group;  // int4: inputs that share a scale, an even number; else 0
 
     int64_t pairs() const { return (in_features + 1) / 2; }
     int64_t panels() const { return (out_features + kPanel - 1) / kPanel; }
@@ -197,7 +199,7 @@ void group_kernel(const Tile& t) {
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
             scale[v] = load(t.scale[v] + g * t.group_stride);
-            zeros[v] = load(t.zero[v] + g * t.group_stride);
+            zeros[v] = t.zero[v] ? load(t.zero[v] + g * t.group_stride) : set1(kInt4Zero);
         }
         int64_t end = start + t.group_pairs < t.pairs ? start + t.group_pairs : t.pairs;
         for (int64_t p = start; p < end; ++p) {

@@ -125,7 +125,8 @@ inline void multiply(const Matrix& m, const Rows& a, bool rounded, Block& block,
             t.w[v + half] = m.panel(panel) + half * vector_bytes(m.type);
             if (m.group) {
                 t.scale[v + half] = m.scale + panel * kPanel + half * kLanes;
-                t.zero[v + half] = m.zero + panel * kPanel + half * kLanes;
+                t.zero[v + half] =
+                    m.zero ? m.zero + panel * kPanel + half * kLanes : nullptr;
             }
         }
     };

@@ -55,11 +55,15 @@ inline F16 zero() { return _mm512_setzero_ps(); }
 inline F16 set1(float x) { return _mm512_set1_ps(x); }
 inline F16 load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, F16 a) { _mm512_storeu_ps(p, a); }
+// A masked store does not forward to the next load, so the whole vector goes without a mask.
 inline F16 load_n(const float* p, int n) {
-    return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1u), p);
+    return n == kLanes ? load(p) : _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1u), p);
 }
 inline void store_n(float* p, F16 a, int n) {
-    _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1u), a);
+    if (n == kLanes)
+        store(p, a);
+    else
+        _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1u), a);
 }
 inline F16 add(F16 a, F16 b) { return _mm512_add_ps(a, b); }
 inline F16 sub(F16 a, F16 b) { return _mm512_sub_ps(a, b); }
@@ -300,11 +304,13 @@ inline uint16_t float_to_f16(float value) {
 
 #if !defined(ARRIERO_AVX512)
 inline F16 load_n(const float* p, int n) {
+    if (n == kLanes) return load(p);
     float values[kLanes] = {};
     std::memcpy(values, p, size_t(n) * 4);
     return load(values);
 }
 inline void store_n(float* p, F16 a, int n) {
+    if (n == kLanes) return store(p, a);
     float values[kLanes];
     store(values, a);
     std::memcpy(p, values, size_t(n) * 4);
