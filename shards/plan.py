@@ -87,15 +87,13 @@ class StepPlan:
 
     def to_bytes(self) -> bytes:
         """Pack for the wire."""
-        return _pack([_plain(self, name) for name in self.__slots__])
+        return _pack([_plain(self, name) for name in _names(StepPlan)])
 
     @classmethod
     def from_bytes(cls, data: bytes) -> StepPlan:
         """Undo `to_bytes`; the arrays are views of `data`."""
-        plan = cls(**dict(zip(cls.__slots__, _unpack(data), strict=True)))
-        plan.new = [
-            NewSequence(**dict(zip(NewSequence.__slots__, one, strict=True))) for one in plan.new
-        ]
+        plan = cls(**_fields(cls, _unpack(data)))
+        plan.new = [NewSequence(**_fields(NewSequence, one)) for one in plan.new]
         return plan
 
 
@@ -134,28 +132,37 @@ class StepResult:
 
     def to_bytes(self) -> bytes:
         """Pack for the wire."""
-        return _pack([_plain(self, name) for name in self.__slots__])
+        return _pack([_plain(self, name) for name in _names(StepResult)])
 
     @classmethod
     def from_bytes(cls, data: bytes) -> StepResult:
         """Undo `to_bytes`."""
-        result = cls(**dict(zip(cls.__slots__, _unpack(data), strict=True)))
+        result = cls(**_fields(cls, _unpack(data)))
         for name in ("logprobs", "prompt_logprobs"):
             rows = getattr(result, name)
             if rows is not None:
-                setattr(result, name, Logprobs(**dict(zip(Logprobs.__slots__, rows, strict=True))))
+                setattr(result, name, Logprobs(**_fields(Logprobs, rows)))
         return result
 
 
 _INT32, _FLOAT32 = 1, 2
 
 
+def _names(record: type) -> tuple[str, ...]:
+    names: tuple[str, ...] = record.__slots__  # type: ignore[attr-defined]
+    return names
+
+
+def _fields(record: type, values: Any) -> dict[str, Any]:  # noqa: ANN401
+    return dict(zip(_names(record), values, strict=True))
+
+
 def _plain(record: Any, name: str) -> Any:  # noqa: ANN401
     value = getattr(record, name)
     if isinstance(value, Logprobs):
-        return [_plain(value, field_name) for field_name in Logprobs.__slots__]
+        return [_plain(value, name) for name in _names(Logprobs)]
     if isinstance(value, list):
-        return [[_plain(one, field_name) for field_name in one.__slots__] for one in value]
+        return [[_plain(one, name) for name in _names(type(one))] for one in value]
     return value
 
 

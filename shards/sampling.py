@@ -93,6 +93,15 @@ class SamplingParams:
                     "taken away; allow at least one",
                 )
 
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the sampler must count this sequence's tokens."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
     def to_wire(self) -> dict[str, Any]:
         """Only the fields that differ from the defaults, as msgpack can carry them."""
         return {k: v for k, v in asdict(self).items() if v != _DEFAULTS[k]}
@@ -100,15 +109,16 @@ class SamplingParams:
     @classmethod
     def from_wire(cls, data: Mapping[str, Any]) -> SamplingParams:
         """Undo `to_wire`."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in data.items()
+        }
+        return cls(**fields)
 
 
 _DEFAULTS = asdict(SamplingParams())
 
 
-def _number(
-    name: str, value: float, low: float, high: float, *, above_low: bool = False
-) -> None:
+def _number(name: str, value: float, low: float, high: float, *, above_low: bool = False) -> None:
     if not math.isfinite(value) or value > high or value < low or (above_low and value == low):
         floor = f"above {low:g}" if above_low else f"at least {low:g}"
         raise InvalidRequest(name, f"`{name}`={value} must be {floor} and at most {high:g}")

@@ -73,9 +73,11 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class SequenceOutput:
-    """What one step gave for one sample of one request.
+    """What one step gave for one sample of one request; read-only once it is out.
+
+    One is made for each token, and a frozen dataclass costs three times as much to make.
 
     Attributes:
         request_id, index: the request, and which of its n samples.

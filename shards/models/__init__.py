@@ -1,0 +1,1 @@
+"""Model families: configuration and one slice's layers of each."""

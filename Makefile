@@ -1,0 +1,87 @@
+# Two commands for a newcomer: `make demo` and `make test`. Each sets up what it needs, once.
+#
+#   PIP_ARGS   more arguments for pip: on a machine without an NVIDIA GPU, an index of PyTorch's
+#              CPU builds spares a large download
+#   TORCH      the build of torch to install
+#   CACHE      where the demo's model is kept
+
+VENV ?= .venv
+CACHE ?= models
+TORCH ?= torch==2.13.0
+PIP_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install $(PIP_ARGS)
+PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.13,$(shell command -v python$(v))) \
+  $(shell command -v python3))
+MODEL := $(CACHE)/SmolLM2-135M-Instruct
+export ARRIERO_CACHE := $(abspath $(CACHE))
+export ARRIERO_TEST_MODEL := $(abspath $(MODEL))
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: help setup demo test check unit oracle chaos gpu proto clean
+
+help:
+	@echo 'make demo    set up, fetch a small model, serve it, ask it a question'
+	@echo 'make test    set up, then everything CI runs: check, and the tests'
+	@echo 'make check   ruff, mypy, the import rules'
+	@echo 'make unit    the tests alone'
+	@echo 'make oracle  the long comparison with transformers'
+	@echo 'make chaos   the long suites that kill processes'
+	@echo 'make gpu     the tests that need a CUDA device'
+	@echo 'make proto   compile router/proto'
+	@echo 'make clean   remove what make made'
+
+setup: $(VENV)/.installed
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo 'make: Python 3.11, 3.12 or 3.13 is needed' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo 'make: $(PYTHON) is not 3.11, 3.12 or 3.13; say make PYTHON=...' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch first, and no build isolation: the C++ kernels compile against the torch that will run them
+$(VENV)/.torch: infra/constraints.txt | $(VENV)/bin/python
+	$(PIP) --upgrade pip
+	@echo 'installing $(TORCH)'
+	$(PIP) '$(TORCH)' setuptools -c infra/constraints.txt
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml $(wildcard setup.py kernels/cpu/*.cpp kernels/cpu/*.h)
+	@echo 'installing arriero and its tools'
+	$(PIP) --no-build-isolation -e '.[dev]' -c infra/constraints.txt
+	@touch $@
+
+$(MODEL)/config.json: | $(VENV)/.installed
+	$(BIN)/arriero models import smollm2
+
+demo: $(VENV)/.installed
+	@$(BIN)/arriero demo
+
+test: check unit
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: $(VENV)/.installed $(MODEL)/config.json
+	$(PYTEST) -m 'not slow and not gpu'
+
+oracle: $(VENV)/.installed $(MODEL)/config.json
+	$(PYTEST) tests/oracle --timeout 3600
+
+chaos: $(VENV)/.installed $(MODEL)/config.json
+	$(PYTEST) -m slow --ignore tests/oracle --timeout 3600
+
+gpu: $(VENV)/.installed $(MODEL)/config.json
+	$(PYTEST) -m gpu --timeout 3600
+
+proto: $(VENV)/.installed
+	cd src && ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. \
+	  --mypy_out=. --mypy_grpc_out=. $$(find -L arriero/router -name '*.proto')
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache \
+	  .hypothesis .import_linter_cache .grimp_cache

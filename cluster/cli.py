@@ -1,0 +1,74 @@
+"""The command line, `arriero`.
+
+Exit codes: 0 done; 1 it failed; 2 a wrong flag, spec or request; 3 nothing serves, or it is full;
+4 no such model; 5 a checkpoint is broken; 130 interrupted. Errors are one line on stderr.
+
+Knows how errors become exit codes; the commands are in `commands/`. Torch and Ray are imported
+inside the commands that need them, so that the rest answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from arriero.cluster.commands import bench, deployment, models, talk
+from arriero.shards.errors import (
+    ArrieroError,
+    CheckpointError,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    SpecError,
+    Unavailable,
+)
+
+_EXIT_CODES: tuple[tuple[type[ArrieroError], int], ...] = (
+    (SpecError, 2),
+    (InvalidRequest, 2),
+    (Overloaded, 3),
+    (Unavailable, 3),
+    (NotFound, 4),
+    (CheckpointError, 5),
+)
+
+app = typer.Typer(
+    name="arriero",
+    help="Serve Llama models across the machines of a Ray cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+deployment.add_to(app)
+talk.add_to(app)
+app.add_typer(models.app, name="models")
+app.add_typer(bench.app, name="bench")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run a command and exit with its code."""
+    sys.exit(run(sys.argv[1:] if args is None else args))
+
+
+def run(args: list[str]) -> int:
+    """Run a command; returns its exit code."""
+    try:
+        app(args=args, prog_name="arriero")
+    except SystemExit as end:  # typer ends every command so: 0, 2 for usage, 130 for Ctrl-C
+        return end.code if isinstance(end.code, int) else 0
+    except OSError as error:
+        _tell(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        return 1
+    except ArrieroError as error:
+        _tell(str(error))
+        return next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), 1)
+    return 0
+
+
+def _tell(text: str) -> None:
+    print(f"arriero: {' '.join(text.split())}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

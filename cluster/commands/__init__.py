@@ -1,0 +1,1 @@
+"""The commands of `arriero`, one file for each group of them."""

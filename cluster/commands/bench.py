@@ -1,0 +1,160 @@
+"""`arriero bench`: the engine in process, or a deployment through gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from arriero.cluster.commands.deployment import StateDir, temporary_deployment
+from arriero.cluster.commands.talk import status_as_error
+from arriero.cluster.commands.terminal import OUT, spinner
+from arriero.shards.errors import Unavailable
+
+if TYPE_CHECKING:
+    from arriero.cluster.bench import Cell, Figures
+    from arriero.router.client import AsyncClient
+
+app = typer.Typer(help="Measure: N requests at once, greedy, no stop.", no_args_is_help=True)
+
+_CELL_LIMIT_S = 3600.0
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Requests = Annotated[int, typer.Option(min=1, help="Requests, all at once.")]
+Prompt = Annotated[int, typer.Option(min=1, help="Prompt tokens of each.")]
+Output = Annotated[int, typer.Option(min=1, help="Output tokens of each.")]
+Tp = Annotated[int, typer.Option(min=1, help="Tensor-parallel slices of a stage.")]
+Pp = Annotated[int, typer.Option(min=1, help="Pipeline stages.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Json = Annotated[bool, typer.Option("--json", help="The last line is one JSON object.")]
+
+
+@app.command("engine")
+def engine(
+    model: Annotated[Path, typer.Option(help="Checkpoint folder.")],
+    dtype: Dtype = "bfloat16",
+    requests: Requests = 8,
+    prompt: Prompt = 128,
+    output: Output = 128,
+    tp: Tp = 1,
+    pp: Pp = 1,
+    device: Device = "cpu",
+    kernels: Annotated[str | None, typer.Option(help="Backend of the operations.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of a slice.")] = None,
+    json_: Json = False,
+) -> None:
+    """Drive the engine in this process; with --tp or --pp, its slices are child processes."""
+    from arriero.cluster.bench import Cell, EngineBench
+    from arriero.shards.group import GroupConfig
+
+    cell = Cell(requests=requests, prompt=prompt, output=output)
+    config = GroupConfig(
+        model_path=str(model),
+        dtype=dtype,
+        tp=tp,
+        pp=pp,
+        device=device,
+        kernels=kernels,
+        threads=threads,
+        prefix_cache=False,
+        max_sequences=max(256, requests),
+        max_queued=max(4096, requests),
+        num_blocks=cell.blocks(),
+    )
+    with spinner() as say:
+        say("loading")
+        with EngineBench(config, lambda share: say(f"loading {share:.0%}")) as bench:
+            say(f"{requests} requests of {prompt} + {output} tokens")
+            figures = bench.run(cell.prompts(), output)
+    said = {"tp": tp, "pp": pp, "device": device}
+    _show({"bench": "engine", "model": str(model), "dtype": dtype, **said}, cell, figures, json_)
+
+
+@app.command("serve")
+def serve(
+    model: Annotated[
+        Path | None, typer.Option(help="Deploy this checkpoint for the measurement.")
+    ] = None,
+    dtype: Dtype = "bfloat16",
+    requests: Requests = 8,
+    prompt: Prompt = 128,
+    output: Output = 128,
+    tp: Tp = 1,
+    pp: Pp = 1,
+    json_: Json = False,
+    state_dir: StateDir = None,
+) -> None:
+    """Go through gRPC: against what is up, or with --model against a deployment of its own.
+
+    What is up keeps its own prefix cache setting; a deployment of its own has none.
+    """
+    from arriero.cluster import state
+    from arriero.cluster.bench import Cell
+
+    cell = Cell(requests=requests, prompt=prompt, output=output)
+    said: dict[str, Any] = {"bench": "serve"}
+    if model is None:
+        deployment = state.read(state.state_folder(state_dir))
+        if deployment is None:
+            raise Unavailable("nothing is up; deploy with `arriero up`, or give --model PATH")
+        with spinner() as say:
+            figures = asyncio.run(_through_grpc(deployment.gateway, cell, say))
+    else:
+        said |= {"model": str(model), "dtype": dtype, "tp": tp, "pp": pp}
+        flags = {
+            "model": str(model),
+            "dtype": dtype,
+            "tp": tp,
+            "pp": pp,
+            "port": 0,
+            "kv": {"blocks": cell.blocks(), "prefix_cache": False},
+            "limits": {"max_sequences": max(256, requests), "max_queued": max(4096, requests)},
+        }
+        with temporary_deployment(flags) as own, spinner() as say:
+            figures = asyncio.run(_through_grpc(own.gateway, cell, say))
+    _show(said, cell, figures, json_)
+
+
+async def _through_grpc(gateway: str, cell: Cell, say: Callable[[str], None]) -> Figures:
+    """Run the warm-up, then the cell, each request a stream of its own on one connection."""
+    from arriero.cluster.bench import WARM_UP
+    from arriero.router.client import AsyncClient
+
+    with status_as_error():
+        async with AsyncClient(gateway, timeout_s=_CELL_LIMIT_S) as client:
+            say("warming up")
+            await _stream_cell(client, WARM_UP)
+            say(f"{cell.requests} requests of {cell.prompt} + {cell.output} tokens")
+            return await _stream_cell(client, cell)
+
+
+async def _stream_cell(client: AsyncClient, cell: Cell) -> Figures:
+    from arriero.cluster.bench import Clock
+
+    clock = Clock(cell.requests, cell.output)
+
+    async def one(index: int, prompt: list[int]) -> None:
+        fields = {"temperature": 0.0, "ignore_eos": True, "seed": 0, "include_text": False}
+        async for answer in client.generate(prompt, max_tokens=cell.output, **fields):
+            for output in answer.outputs:
+                clock.took(index, len(output.token_ids))
+
+    clock.begin()
+    await asyncio.gather(*[one(i, prompt) for i, prompt in enumerate(cell.prompts())])
+    return clock.figures()
+
+
+def _show(said: dict[str, Any], cell: Cell, figures: Figures, as_json: bool) -> None:
+    cell_is = {"requests": cell.requests, "prompt": cell.prompt, "output": cell.output}
+    if as_json:
+        print(json.dumps({**said, **cell_is, **figures.as_dict()}))
+        return
+    OUT.print(
+        f"{cell.requests} requests of {cell.prompt} + {cell.output} tokens:"
+        f" {figures.output_tok_s} output tokens/s over {figures.elapsed_s} s"
+    )
+    for name, of in (("time to first token", figures.ttft_ms), ("between tokens", figures.itl_ms)):
+        OUT.print(f"{name}: " + ", ".join(f"{p} {value} ms" for p, value in of.items()))

@@ -1,0 +1,222 @@
+"""`arriero up`, `down`, `status` and `demo`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from arriero.cluster.commands.terminal import ERR, OUT, spinner
+from arriero.shards.errors import SpecError, Unavailable
+
+if TYPE_CHECKING:
+    from arriero.cluster.state import Deployment
+
+StateDir = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="ARRIERO_STATE",
+        help="Where the deployment is noted; by default ~/.local/state/arriero.",
+        show_default=False,
+    ),
+]
+_QUESTION = "What is the capital of France?"
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands to `app`."""
+    app.command("demo")(demo)
+    app.command("up")(up)
+    app.command("down")(down)
+    app.command("status")(status)
+
+
+def up(
+    spec: Annotated[Path | None, typer.Argument(help="The deployment spec, arriero.yaml.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Checkpoint folder; no spec needed.")] = None,
+    name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    groups: Annotated[int | None, typer.Option(help="Replica groups.")] = None,
+    tp: Annotated[int | None, typer.Option(help="Tensor-parallel slices of a stage.")] = None,
+    pp: Annotated[int | None, typer.Option(help="Pipeline stages.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or auto.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of a slice.")] = None,
+    kv_memory: Annotated[str | None, typer.Option(help="KV cache of a group: 512MiB.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Most tokens of a sequence.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address of the gateway.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port of the gateway; 0: any.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to join; else $RAY_ADDRESS, else a local one.")
+    ] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds a start may take.")] = None,
+    foreground: Annotated[bool, typer.Option(help="Stay; Ctrl-C takes it down.")] = False,
+    state_dir: StateDir = None,
+) -> None:
+    """Deploy; return once a real token came out of every group, leaving it serving."""
+    flags = {
+        "model": None if model is None else str(model),
+        "name": name,
+        "dtype": dtype,
+        "groups": groups,
+        "tp": tp,
+        "pp": pp,
+        "device": device,
+        "threads": threads,
+        "kv_memory": kv_memory,
+        "max_model_len": max_model_len,
+        "host": host,
+        "port": port,
+        "address": address,
+        "start_timeout_s": timeout,
+    }
+    given = {flag: value for flag, value in flags.items() if value is not None}
+    if spec is None and model is None:
+        raise SpecError("nothing to serve: give a spec (`arriero up arriero.yaml`) or --model PATH")
+    deployment = bring_up(spec, given, state_dir)
+    OUT.print(f"serving at {deployment.gateway} (gRPC)", markup=False, soft_wrap=True)
+    if foreground:
+        _stay(state_dir)
+
+
+def down(state_dir: StateDir = None) -> None:
+    """Take down what `up` brought up, and only that."""
+    from arriero.cluster import deploy, state
+
+    with spinner() as say:
+        found = deploy.down(state.state_folder(state_dir), say)
+    OUT.print("down" if found else "nothing was up", markup=False)
+
+
+def status(
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    state_dir: StateDir = None,
+) -> None:
+    """Show what serves."""
+    from arriero.cluster import deploy, state
+
+    deployment = state.read(state.state_folder(state_dir))
+    if deployment is None:
+        raise Unavailable("nothing is up; `arriero up` deploys")
+    with spinner() as say:
+        say("asking the cluster")
+        board = deploy.board(deployment)
+    if json_:
+        print(json.dumps({"gateway": deployment.gateway, **asdict(board)}))
+        return
+    OUT.print(f"gateways: {', '.join(board.gateways.values()) or 'none'}", markup=False)
+    table = Table("group", "model", "layout", "running", "waiting", "KV blocks", "output tokens")
+    for group in board.groups:
+        stats: dict[str, Any] = group.stats
+        table.add_row(
+            group.group_id,
+            group.model,
+            group.layout,
+            str(stats["num_running"]),
+            str(stats["num_waiting"]),
+            f"{stats['blocks_used']} of {stats['blocks_total']}",
+            str(stats["output_tokens"]),
+        )
+    OUT.print(table)
+    for group_id, text in board.progress.items():
+        OUT.print(f"{group_id}: {text}", markup=False)
+    for one in board.failures:
+        OUT.print(f"{one.who} failed: {one.cause}", markup=False, soft_wrap=True)
+
+
+def demo(
+    tp: Annotated[int, typer.Option(help="Tensor-parallel slices of a stage.")] = 1,
+    pp: Annotated[int, typer.Option(help="Pipeline stages.")] = 2,
+    question: Annotated[str, typer.Option(help="What to ask.")] = _QUESTION,
+) -> None:
+    """Serve a small model from a group of slices, ask it a question, and clean up."""
+    from arriero.cluster.commands import talk
+    from arriero.cluster.commands.models import demo_model
+
+    folder = demo_model()
+    flags = {"model": str(folder), "tp": tp, "pp": pp, "port": 0}
+    begun_s = time.monotonic()
+    with temporary_deployment(flags) as deployment:
+        up_s = time.monotonic() - begun_s
+        ERR.print(f"{folder.name} served by {tp * pp} slices after {up_s:.1f} s", markup=False)
+        OUT.print(f"\n> {question}\n", markup=False)
+        answer = talk.ask(deployment.gateway, folder.name, question)
+        OUT.print(
+            f"\ntime to first token {answer.ttft_s * 1000:.0f} ms,"
+            f" {answer.tokens_per_s:.1f} tokens/s ({answer.num_tokens} tokens)",
+            markup=False,
+        )
+
+
+def bring_up(spec: Path | None, flags: dict[str, Any], state_dir: Path | None) -> Deployment:
+    """Deploy, with progress shown."""
+    from arriero.cluster import deploy, state
+    from arriero.cluster.spec import load
+
+    checked = load(spec, flags)
+    with spinner() as say, _interruptible():
+        return deploy.up(checked, state.state_folder(state_dir), say)
+
+
+@contextlib.contextmanager
+def temporary_deployment(flags: dict[str, Any]) -> Iterator[Deployment]:
+    """A deployment on a local cluster of its own, gone at the end whatever happens."""
+    from arriero.cluster import deploy
+    from arriero.cluster.spec import load
+
+    checked = load(None, flags)
+    with tempfile.TemporaryDirectory(prefix="arriero-state-") as name, _interruptible():
+        folder = Path(name)
+        try:
+            with spinner() as say:
+                deployment = deploy.up(checked, folder, say)
+            yield deployment
+        finally:
+            with spinner() as say, _uninterrupted():
+                deploy.down(folder, say)
+
+
+def _stay(state_dir: Path | None) -> None:
+    ERR.print("Ctrl-C takes it down", markup=False)
+    with _interruptible():
+        try:
+            signal.pause()
+        except KeyboardInterrupt:
+            with _uninterrupted():
+                down(state_dir)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Take SIGTERM and SIGHUP as Ctrl-C, so that they clean up too."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    with _handled(interrupt, signal.SIGTERM, signal.SIGHUP):
+        yield
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Clean up in peace; it takes seconds and ends by itself."""
+    with _handled(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        yield
+
+
+@contextlib.contextmanager
+def _handled(handler: Any, *signs: signal.Signals) -> Iterator[None]:  # noqa: ANN401
+    old = {sign: signal.signal(sign, handler) for sign in signs}
+    try:
+        yield
+    finally:
+        for sign, before in old.items():
+            signal.signal(sign, before)

@@ -1,0 +1,180 @@
+"""`arriero chat` and `arriero generate`: a gRPC client of what is up."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from arriero.cluster.commands.deployment import StateDir
+from arriero.cluster.commands.terminal import ERR
+from arriero.shards.errors import GroupFailed, Unavailable
+
+if TYPE_CHECKING:
+    from arriero.router.client import Client
+    from arriero.router.proto.arriero.v1 import inference_pb2 as pb
+
+Address = Annotated[
+    str | None, typer.Option(help="host:port of a gateway; by default what `up` brought up.")
+]
+Model = Annotated[str, typer.Option(help="Which model; may stay out when one is served.")]
+MaxTokens = Annotated[int | None, typer.Option(help="Most output tokens.")]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy.")]
+TopP = Annotated[float | None, typer.Option(help="Keep the smallest set of this mass.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same tokens.")]
+Timeout = Annotated[float, typer.Option(help="Seconds that an answer may take.")]
+
+_ASK_LIMIT_S = 600.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """An answer that has been printed: its text, and how fast it came."""
+
+    text: str
+    num_tokens: int
+    ttft_s: float
+    tokens_per_s: float
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands to `app`."""
+    app.command("chat")(chat)
+    app.command("generate")(generate)
+
+
+def chat(
+    message: Annotated[str | None, typer.Option(help="Ask this alone, and end.")] = None,
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    model: Model = "",
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    timeout: Timeout = 600.0,
+    address: Address = None,
+    state_dir: StateDir = None,
+) -> None:
+    """Talk to a model; an empty line or Ctrl-D ends it."""
+    fields = _fields(model, max_tokens, temperature, top_p, seed)
+    said = [{"role": "system", "content": system}] if system else []
+    with _client(_gateway(address, state_dir), timeout) as client:
+        while True:
+            asked = message if message is not None else _ask_for_line()
+            if not asked:
+                return
+            said.append({"role": "user", "content": asked})
+            answer = _print(client.chat(said, **fields))
+            said.append({"role": "assistant", "content": answer.text})
+            if message is not None:
+                return
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads stdin.")],
+    model: Model = "",
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End at this text.")] = None,
+    timeout: Timeout = 600.0,
+    address: Address = None,
+    state_dir: StateDir = None,
+) -> None:
+    """Continue a text."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    fields = _fields(model, max_tokens, temperature, top_p, seed)
+    with _client(_gateway(address, state_dir), timeout) as client:
+        _print(client.generate(text, stop=stop, **fields))
+
+
+def ask(gateway: str, model: str, question: str) -> Answer:
+    """Ask one question, greedily, and print the answer as it streams."""
+    messages = [{"role": "user", "content": question}]
+    with _client(gateway, _ASK_LIMIT_S) as client:
+        return _print(client.chat(messages, model=model, temperature=0.0, max_tokens=64))
+
+
+@contextmanager
+def status_as_error() -> Iterator[None]:
+    """Turn the gRPC statuses that the client passes on into errors of ours."""
+    import grpc
+
+    try:
+        yield
+    except grpc.RpcError as error:
+        assert isinstance(error, grpc.Call | grpc.aio.AioRpcError), "a failed call is a call"
+        text = error.details() or error.code().name
+        late = error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        raise (Unavailable if late else GroupFailed)(text) from None
+
+
+@contextmanager
+def _client(gateway: str, timeout_s: float) -> Iterator[Client]:
+    from arriero.router.client import Client
+
+    with status_as_error(), Client(gateway, timeout_s=timeout_s) as client:
+        yield client
+
+
+def _fields(
+    model: str,
+    max_tokens: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    seed: int | None,
+) -> dict[str, Any]:
+    return {
+        "model": model,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+    }
+
+
+def _gateway(address: str | None, state_dir: Path | None) -> str:
+    from arriero.cluster import state
+
+    if address is not None:
+        return address
+    deployment = state.read(state.state_folder(state_dir))
+    if deployment is None or not deployment.gateway:
+        raise Unavailable("nothing is up; `arriero up` deploys, or --address names a gateway")
+    return deployment.gateway
+
+
+def _print(answers: Iterator[pb.GenerateResponse]) -> Answer:
+    """Print the text as it comes; to stdout as it is, without markup."""
+    begun_s = time.perf_counter()
+    text, num_tokens, first_s = "", 0, 0.0
+    for answer in answers:
+        for output in answer.outputs:
+            if num_tokens == 0 and output.token_ids:
+                first_s = time.perf_counter()
+            num_tokens += len(output.token_ids)
+            text += output.text
+            sys.stdout.write(output.text)
+            sys.stdout.flush()
+    print()
+    decode_s = time.perf_counter() - first_s
+    return Answer(
+        text=text,
+        num_tokens=num_tokens,
+        ttft_s=first_s - begun_s,
+        tokens_per_s=(num_tokens - 1) / decode_s if num_tokens > 1 else 0.0,
+    )
+
+
+def _ask_for_line() -> str:
+    try:
+        return ERR.input("> ", markup=False).strip()
+    except EOFError:
+        return ""

@@ -1,0 +1,292 @@
+"""Bringing a deployment up and taking it down: what `up`, `down`, `demo` and `bench` share.
+
+Knows the order of things; knows nothing of the terminal (progress is told to a callback).
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arriero.cluster import local, state
+from arriero.cluster.spec import Spec
+from arriero.cluster.state import Deployment
+from arriero.shards.errors import ArrieroError, CheckpointError, GroupFailed, SpecError, Unavailable
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+    from arriero.cluster.registry import Board, Failure, Registry
+
+Say = Callable[[str], None]
+"""Told in a few words what is waited for; called again as that changes."""
+_FAILURES: dict[str, type[ArrieroError]] = {
+    kind.__name__: kind for kind in (CheckpointError, SpecError, GroupFailed)
+}
+_POLL_S = 0.1
+_JOIN_LIMIT_S = 30.0
+_ASK_LIMIT_S = 2.0
+
+
+def up(spec: Spec, folder: Path, say: Say) -> Deployment:
+    """Deploy `spec`; returns once a token came out of every group and a gateway listens.
+
+    A local cluster that was started for it is stopped again if that fails.
+
+    Args:
+        spec: the deployment.
+        folder: the state folder.
+        say: progress.
+
+    Raises:
+        SpecError: something is deployed already, or the cluster lacks what is asked for.
+        GroupFailed: a group could not start; the text is the first cause.
+        Unavailable: no Ray cluster, or not in time.
+    """
+    if (old := state.read(folder)) is not None and _is_up(old):
+        raise SpecError(
+            f"a deployment is up already (gateway {old.gateway or 'not listening yet'});"
+            " `arriero down` takes it down, or --state-dir keeps several apart"
+        )
+    address = spec.ray.address or os.environ.get("RAY_ADDRESS")
+    cluster = None
+    if address is None:
+        cluster = local.start(spec.ray)
+    deployment = Deployment(
+        ray_address=address or "",
+        node_address=cluster.node_address if cluster else _loopback(address or ""),
+        local_session=cluster.session if cluster else None,
+        local_folder=str(cluster.folder) if cluster else None,
+    )
+    try:
+        state.write(folder, deployment)
+        say("starting a local Ray cluster" if cluster else f"joining the Ray cluster at {address}")
+        importlib.import_module("ray.serve")  # takes a second, while the local cluster starts
+        if cluster is not None:
+            deployment = replace(deployment, ray_address=local.wait_address(cluster))
+            state.write(folder, deployment)
+        with connected(deployment):
+            gateway = _deploy(spec, say, shared=cluster is None)
+        deployment = replace(deployment, gateway=gateway)
+        state.write(folder, deployment)
+    except BaseException:
+        if cluster is not None:
+            say("stopping the local Ray cluster")
+            local.stop(cluster)
+        state.clear(folder)
+        raise
+    return deployment
+
+
+def down(folder: Path, say: Say) -> bool:
+    """Take down what `up` brought up, and only that; False when there was nothing.
+
+    Streams that run may end within the spec's `drain_s`.
+    """
+    deployment = state.read(folder)
+    if deployment is None:
+        return False
+    cluster = _cluster(deployment)
+    try:
+        if cluster is None or (local.is_alive(cluster) and deployment.gateway):
+            say("draining")
+            with connected(deployment):
+                _undeploy()
+    finally:
+        if cluster is not None:
+            say("stopping the local Ray cluster")
+            local.stop(cluster)
+        state.clear(folder)
+    return True
+
+
+def board(deployment: Deployment) -> Board:
+    """What the deployment's registry knows.
+
+    Raises:
+        Unavailable: the cluster or the registry cannot be reached.
+    """
+    import ray
+
+    from arriero.cluster import registry
+
+    cluster = _cluster(deployment)
+    if cluster is not None and not local.is_alive(cluster):
+        raise Unavailable("the local Ray cluster is gone; `arriero down` clears what is left")
+    with connected(deployment):
+        try:
+            actor = ray.get_actor(registry.NAME, namespace=registry.NAMESPACE)
+            found: Any = ray.get(actor.board.remote(), timeout=_JOIN_LIMIT_S)
+        except (ValueError, ray.exceptions.RayError) as error:
+            raise Unavailable(f"no registry at {deployment.ray_address}: {error}") from None
+        assert isinstance(found, registry.Board)
+        return found
+
+
+@contextmanager
+def connected(deployment: Deployment) -> Iterator[None]:
+    """This process as a driver on the deployment's cluster.
+
+    Raises:
+        Unavailable: the cluster cannot be reached.
+    """
+    import ray
+
+    from arriero.cluster import registry
+
+    options: dict[str, Any] = {}
+    if deployment.node_address is not None:
+        options["_node_ip_address"] = deployment.node_address
+    try:
+        ray.init(
+            address=deployment.ray_address,
+            namespace=registry.NAMESPACE,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **options,
+        )
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        raise Unavailable(
+            f"no Ray cluster at {deployment.ray_address}: {' '.join(str(error).split())}"
+        ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _deploy(spec: Spec, say: Say, *, shared: bool) -> str:
+    import ray
+    from ray import serve
+    from ray.serve.config import ProxyLocation
+
+    from arriero.cluster import app, registry
+
+    say("starting Ray Serve")
+    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    built = app.build(
+        spec,
+        num_cpus=resources.get("CPU", 0.0),
+        num_gpus=resources.get("GPU", 0.0),
+        shared=shared,
+    )
+    directory = registry.connect()  # starts while Serve does
+    _hush_serve()
+    serve.start(proxy_location=ProxyLocation.Disabled)
+    if app.NAME in serve.status().applications:
+        raise SpecError(
+            f"the Ray cluster serves an application `{app.NAME}` already; take it down where it"
+            " was brought up, or give another cluster"
+        )
+    before: Any = ray.get(directory.board.remote(), timeout=_JOIN_LIMIT_S)
+    try:
+        serve.run_many(
+            [serve.RunTarget(target=built, name=app.NAME, route_prefix=None)],
+            wait_for_applications_running=False,
+        )
+        return _wait(spec, directory, before.failures, say)
+    except BaseException:
+        if shared:  # a local cluster is stopped as a whole
+            say("taking it down again")
+            _undeploy()
+        raise
+
+
+def _wait(spec: Spec, directory: ActorHandle[Registry], old: tuple[Failure, ...], say: Say) -> str:
+    """Wait until all of it serves; gives a gateway's address."""
+    import ray
+    from ray import serve
+
+    from arriero.cluster import app
+
+    wanted = sum(model.groups for model in spec.models)
+    deadline_s = time.monotonic() + spec.health.start_timeout_s
+    while True:
+        board: Any = ray.get(directory.board.remote(), timeout=_JOIN_LIMIT_S)
+        new = [one for one in board.failures if one not in old]
+        if new:
+            first = new[0]
+            kind = _FAILURES.get(first.kind, GroupFailed)
+            raise kind(f"{first.who} did not start: {first.cause}")
+        gateway = next(iter(board.gateways.values()), None)
+        linked = _num_linked(gateway) if gateway and len(board.groups) >= wanted else 0
+        if gateway is not None and linked >= wanted:
+            return gateway
+        status = serve.status().applications.get(app.NAME)
+        if status is not None and status.status == "DEPLOY_FAILED":
+            raise GroupFailed(f"Ray Serve could not deploy: {status.message.strip()}")
+        if time.monotonic() > deadline_s:
+            raise Unavailable(
+                f"{len(board.groups)} of {wanted} groups and {len(board.gateways)} gateways serve,"
+                f" and {gateway or 'no gateway'} reaches {linked} groups, after"
+                f" health.start_timeout_s={spec.health.start_timeout_s:g}"
+            )
+        say(_progress(board, wanted))
+        time.sleep(_POLL_S)
+
+
+def _num_linked(gateway: str) -> int:
+    """How many groups the gateway can pass requests to, asked as a client would."""
+    import grpc
+
+    from arriero.router.client import Client
+
+    with Client(gateway, timeout_s=_ASK_LIMIT_S) as client:
+        try:
+            return sum(len(model.groups) for model in client.models())
+        except (ArrieroError, grpc.RpcError):
+            return 0
+
+
+def _progress(board: Board, wanted: int) -> str:
+    if len(board.groups) >= wanted:
+        return "linking the gateway"
+    told = [f"{group_id}: {text}" for group_id, text in board.progress.items()]
+    return "; ".join(told) or "starting leaders"
+
+
+def _undeploy() -> None:
+    import ray
+    from ray import serve
+
+    from arriero.cluster import app, registry
+
+    _hush_serve()
+    serve.delete(app.NAME)
+    try:
+        ray.kill(ray.get_actor(registry.NAME, namespace=registry.NAMESPACE))
+    except ValueError:
+        return  # it was gone
+
+
+def _hush_serve() -> None:
+    # importing Serve sets its logger up, so this comes after; we tell progress ourselves
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+
+
+def _loopback(address: str) -> str | None:
+    """The driver's own address on a cluster of this machine; Ray finds it for all others."""
+    host = address.removeprefix("ray://").rpartition(":")[0]
+    return host if host.startswith("127.") else None
+
+
+def _is_up(deployment: Deployment) -> bool:
+    cluster = _cluster(deployment)
+    return local.is_alive(cluster) if cluster is not None else True
+
+
+def _cluster(deployment: Deployment) -> local.LocalCluster | None:
+    if deployment.local_session is None or deployment.local_folder is None:
+        return None
+    return local.LocalCluster(
+        session=deployment.local_session,
+        folder=Path(deployment.local_folder),
+        node_address=deployment.node_address or "",
+    )

@@ -1,0 +1,74 @@
+"""A slice's process: a Ray actor around `arriero.shards.slice`.
+
+Knows how to be placed and found; knows nothing of what a slice computes.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import ray
+
+if TYPE_CHECKING:
+    from arriero.shards.slice import Ticket
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Whereabouts:
+    """Where a slice runs: its node's id and address, its process, and its node's cores."""
+
+    node_id: str
+    address: str
+    pid: int
+    cores: int
+
+
+class SliceActor:
+    """One slice; its leader owns it, and it dies with its leader."""
+
+    def __init__(self) -> None:
+        # torch takes seconds to import: begin while the leader still hears of its other slices
+        self._import = threading.Thread(target=_import_runner, daemon=True)
+        self._import.start()
+
+    def whereabouts(self) -> Whereabouts:
+        """Say where it runs."""
+        context = ray.get_runtime_context()
+        return Whereabouts(
+            node_id=context.get_node_id(),
+            address=node_address(),
+            pid=os.getpid(),
+            cores=len(os.sched_getaffinity(0)),
+        )
+
+    def digest(self, folder: Path) -> str:
+        """The checkpoint's digest; asked here because it takes torch, which a leader spares."""
+        from arriero.shards.checkpoint.reader import Checkpoint
+
+        return Checkpoint.open(folder).digest
+
+    def run(self, rank: int, ticket: Ticket, address: str) -> None:
+        """Serve as `rank` of the ticket's group; returns when told to stop.
+
+        Args:
+            rank: stage * tp + tp rank.
+            ticket: of the group's executor.
+            address: of this node, for the ranks' own sockets.
+        """
+        from arriero.shards.slice import run_slice
+
+        self._import.join()
+        run_slice(rank, ticket, host=address)  # Ray ends this process if the leader's is gone
+
+
+def node_address() -> str:
+    """This node's address, as Ray knows it."""
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
+def _import_runner() -> None:
+    import arriero.shards.runner  # noqa: F401

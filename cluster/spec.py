@@ -1,0 +1,396 @@
+"""The deployment spec: `arriero.yaml`, read at the edge and checked field by field.
+
+Knows what may be asked for and how each field is spelt; knows nothing of Ray, of placement, or of
+whether a checkpoint can be cut the way it is asked (the engine says so when it loads).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from arriero.shards.errors import SpecError
+from arriero.shards.group import GroupConfig
+
+DEFAULT_PORT = 50051
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_FLAG_FIELDS = {
+    "tp": ("mesh", "tp"),
+    "pp": ("mesh", "pp"),
+    "kv_memory": ("kv", "memory"),
+    "max_model_len": ("limits", "max_model_len"),
+}
+
+
+def _bytes(value: Any) -> Any:  # noqa: ANN401
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+    if found is None or found[2].lower() not in _UNITS:
+        raise ValueError("write bytes as a number with an optional unit: 200MB, 1.5GiB")
+    return int(float(found[1]) * _UNITS[found[2].lower()])
+
+
+def _name(value: str) -> str:
+    if not _NAME.fullmatch(value):
+        raise ValueError("use 1 to 128 letters, digits, dots, dashes or underscores")
+    return value
+
+
+Bytes = Annotated[int, BeforeValidator(_bytes), Field(gt=0)]
+Name = Annotated[str, AfterValidator(_name)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Mesh(_Part):
+    """How a group cuts its model.
+
+    Attributes:
+        tp: tensor-parallel slices of each stage.
+        pp: pipeline stages.
+        tp_shares: relative size of each slice's share, `tp` numbers; None for as even as it goes.
+        layer_split: layers of each stage, `pp` numbers; None splits by cost.
+    """
+
+    tp: Count = 1
+    pp: Count = 1
+    tp_shares: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] | None = None
+    layer_split: tuple[Count, ...] | None = None
+
+    @model_validator(mode="after")
+    def _lengths(self) -> Mesh:
+        for field, values, axis, size in (
+            ("tp_shares", self.tp_shares, "tp", self.tp),
+            ("layer_split", self.layer_split, "pp", self.pp),
+        ):
+            if values is not None and len(values) != size:
+                raise ValueError(
+                    f"`{field}` has {len(values)} entries for {axis}={size}; give {size} of them"
+                )
+        return self
+
+
+class Kv(_Part):
+    """The KV cache of a group.
+
+    Attributes:
+        memory: bytes of the whole group's pool ("512MiB"); None takes the default.
+        blocks: blocks outright, instead of `memory`.
+        block_size: tokens in a block.
+        prefix_cache: keep and find blocks of shared prefixes.
+    """
+
+    memory: Bytes | None = None
+    blocks: Count | None = None
+    block_size: Count = 16
+    prefix_cache: bool = True
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Kv:
+        if self.memory is not None and self.blocks is not None:
+            raise ValueError("`memory` and `blocks` both set the pool's size; keep one of them")
+        return self
+
+
+class Limits(_Part):
+    """What the scheduler takes on.
+
+    Attributes:
+        max_model_len: most tokens of a sequence; None takes the model's own limit.
+        max_sequences: most sequences running at once.
+        max_batch_tokens: most tokens of a step; longer prompts are prefilled in chunks.
+        max_queued: most requests that wait before one is refused.
+    """
+
+    max_model_len: Count | None = None
+    max_sequences: Count = 256
+    max_batch_tokens: Count = 2048
+    max_queued: Count = 4096
+
+
+class ModelSpec(_Part):
+    """One model and the groups that serve it.
+
+    Attributes:
+        name: what clients call it.
+        path: folder with config.json, weights and tokenizer.json, on every node.
+        dtype: of weights and KV cache.
+        groups: replica groups.
+        mesh, kv, limits: of each group.
+        device: "cpu", "cuda", or "auto": cuda where the cluster has a GPU for each slice.
+        kernels: backend of the operations; None picks the best for the device.
+        threads: CPU threads of a slice; None divides its node's cores among the slices on it.
+        cpus_per_slice: Ray's logical CPUs that a slice takes; None takes 1, or an equal part of
+            the machine on the local cluster that `arriero up` starts.
+    """
+
+    name: Name
+    path: Path
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    groups: Count = 1
+    mesh: Mesh = Mesh()
+    kv: Kv = Kv()
+    limits: Limits = Limits()
+    device: Literal["cpu", "cuda", "auto"] = "auto"
+    kernels: str | None = None
+    threads: Count | None = None
+    cpus_per_slice: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    def group_config(self, device: str) -> GroupConfig:
+        """What each group of this model runs with, on `device` ("cpu" or "cuda")."""
+        return GroupConfig(
+            model_path=str(self.path),
+            dtype=self.dtype,
+            tp=self.mesh.tp,
+            pp=self.mesh.pp,
+            tp_shares=self.mesh.tp_shares,
+            layer_split=self.mesh.layer_split,
+            device=device,
+            kernels=self.kernels,
+            threads=self.threads,
+            block_size=self.kv.block_size,
+            kv_bytes=self.kv.memory,
+            num_blocks=self.kv.blocks,
+            max_model_len=self.limits.max_model_len,
+            max_sequences=self.limits.max_sequences,
+            max_batch_tokens=self.limits.max_batch_tokens,
+            max_queued=self.limits.max_queued,
+            prefix_cache=self.kv.prefix_cache,
+        )
+
+
+class GatewaySpec(_Part):
+    """The front door.
+
+    Attributes:
+        host: address it listens on.
+        port: of gRPC; 0 takes any free one.
+        count: gateways; each needs a node of its own when the port is fixed.
+        drain_s: how long running streams may go on when it is told to stop.
+    """
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = DEFAULT_PORT
+    count: Count = 1
+    drain_s: Seconds = 10
+
+
+class HealthSpec(_Part):
+    """How fast a loss is noticed (Ray's own defaults, 10 s and three failures, are too slow).
+
+    Attributes:
+        period_s: time between two checks of a group or gateway.
+        timeout_s: a check that takes longer has failed.
+        start_timeout_s: a group that has not given a token by then has failed to start.
+        drain_s: how long a group's running streams may go on when it is told to stop.
+    """
+
+    period_s: Seconds = 1
+    timeout_s: Seconds = 5
+    start_timeout_s: Seconds = 600
+    drain_s: Seconds = 10
+
+
+class RaySpec(_Part):
+    """The Ray cluster.
+
+    Attributes:
+        address: of a running cluster; None starts one on this machine.
+        node_address: loopback address of the local cluster's node. Not 127.0.0.1, for which Ray
+            substitutes the host's own address.
+        num_cpus: logical CPUs of the local cluster; None takes the machine's.
+        object_store: bytes of the local cluster's object store (streams do not pass through it).
+        dashboard: start Ray's dashboard with the local cluster.
+    """
+
+    address: str | None = None
+    node_address: str = "127.0.0.2"
+    num_cpus: Count | None = None
+    object_store: Bytes = 200 * 10**6
+    dashboard: bool = False
+
+    @model_validator(mode="after")
+    def _loopback(self) -> RaySpec:
+        if self.node_address == "127.0.0.1":
+            raise ValueError("`node_address` 127.0.0.1 is replaced by Ray; use 127.0.0.2")
+        if self.object_store < 80 * 10**6:
+            raise ValueError("`object_store` is below Ray's own minimum; give 80MB or more")
+        return self
+
+
+class Spec(_Part):
+    """A whole deployment: `arriero.yaml`."""
+
+    models: Annotated[tuple[ModelSpec, ...], Field(min_length=1)]
+    gateway: GatewaySpec = GatewaySpec()
+    health: HealthSpec = HealthSpec()
+    ray: RaySpec = RaySpec()
+
+    @model_validator(mode="after")
+    def _names(self) -> Spec:
+        names = [model.name for model in self.models]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"model name `{name}` occurs twice; give each model its own")
+        return self
+
+    @property
+    def num_slices(self) -> int:
+        """Slices of all groups."""
+        return sum(m.groups * m.mesh.tp * m.mesh.pp for m in self.models)
+
+
+def load(path: Path | None, flags: Mapping[str, Any]) -> Spec:
+    """The spec in the file `path`, with the command line's flags laid over it.
+
+    Args:
+        path: a YAML file; None for flags alone (then `model` is needed).
+        flags: the flags given, without those left out: `model` (a folder), `name`, `dtype`,
+            `groups`, `device`, `threads`, `tp`, `pp`, `kv_memory` and `max_model_len` go to the
+            model; `host` and `port` to the gateway; `address` to ray; `start_timeout_s` to health.
+
+    Raises:
+        SpecError: the file cannot be read, or a field is unknown or wrong: file, line, field.
+    """
+    data: dict[str, Any] = {}
+    lines: dict[tuple[int | str, ...], int] = {}
+    if path is not None:
+        data, lines = _read(path)
+    data = _with_flags(data, flags)
+    source = str(path) if path is not None else "command line"
+    try:
+        spec = Spec.model_validate(data)
+    except ValidationError as error:
+        raise SpecError(_explain(error, source, lines)) from None
+    base = path.parent if path is not None else Path.cwd()
+    models = tuple(
+        m.model_copy(update={"path": _model_folder(m, base, source)}) for m in spec.models
+    )
+    return spec.model_copy(update={"models": models})
+
+
+def _model_folder(model: ModelSpec, base: Path, source: str) -> Path:
+    folder = Path(os.path.abspath(base / model.path.expanduser()))
+    if not (folder / "config.json").is_file():
+        raise SpecError(
+            f"{source}: model `{model.name}`: {folder} holds no config.json; give the folder of a"
+            " checkpoint (`arriero models import` makes one from a GGUF file)"
+        )
+    return folder
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[tuple[int | str, ...], int]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: {error}") from None
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SpecError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise SpecError(f"{path}: a spec is a mapping with `models:`, not {type(data).__name__}")
+    lines: dict[tuple[int | str, ...], int] = {}
+    _note_lines(root, (), lines)
+    return data, lines
+
+
+def _note_lines(
+    node: yaml.Node | None, at: tuple[int | str, ...], lines: dict[tuple[int | str, ...], int]
+) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            lines[(*at, key.value)] = key.start_mark.line + 1
+            _note_lines(value, (*at, key.value), lines)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            lines[(*at, index)] = value.start_mark.line + 1
+            _note_lines(value, (*at, index), lines)
+
+
+def _with_flags(data: dict[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    sections = {"host": "gateway", "port": "gateway", "address": "ray", "start_timeout_s": "health"}
+    model_flags = {}
+    for flag, value in flags.items():
+        if flag in sections:
+            section = data.setdefault(sections[flag], {})
+            if isinstance(section, dict):
+                section[flag] = value
+        else:
+            model_flags[flag] = value
+    if not model_flags:
+        return data
+    models = data.setdefault("models", [{}] if "model" in model_flags else [])
+    if not isinstance(models, list) or len(models) != 1 or not isinstance(models[0], dict):
+        named = ", ".join(f"--{flag.replace('_', '-')}" for flag in model_flags)
+        have = len(models) if isinstance(models, Sequence) else 0
+        raise SpecError(
+            f"{named}: such flags change the one model of a deployment, and this one has {have};"
+            " say it in the spec, or give --model PATH without a spec"
+        )
+    for flag, value in model_flags.items():
+        if flag == "model":
+            models[0]["path"] = value
+            models[0].setdefault("name", Path(os.path.abspath(value)).name)
+        elif flag in _FLAG_FIELDS:
+            section, field = _FLAG_FIELDS[flag]
+            part = models[0].setdefault(section, {})
+            if isinstance(part, dict):
+                part[field] = value
+        else:
+            models[0][flag] = value
+    return data
+
+
+def _explain(
+    error: ValidationError, source: str, lines: Mapping[tuple[int | str, ...], int]
+) -> str:
+    parts = []
+    for one in error.errors(include_url=False):
+        loc = tuple(one["loc"])
+        field = ""
+        for step in loc:
+            field += f"[{step}]" if isinstance(step, int) else f".{step}" if field else str(step)
+        at = loc
+        while at and at not in lines:
+            at = at[:-1]
+        where = f"{source}:{lines[at]}" if at else source
+        value = one.get("input")
+        given = f"={value!r}" if isinstance(value, str | int | float | bool) else ""
+        reason = one["msg"].removeprefix("Value error, ")
+        if one["type"] == "extra_forbidden":
+            reason, given = "no such field", ""
+        elif one["type"] == "missing":
+            reason, given = "is needed", ""
+        parts.append(f"{where}: `{field or 'spec'}`{given}: {reason}")
+    return "; ".join(parts)

@@ -1,0 +1,168 @@
+"""A request's answer: engine outputs (token ids) to the wire's outputs (text).
+
+Knows samples, text, stop strings and usage; knows nothing of how outputs arrive or leave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from arriero.router.conversation import TextModel
+from arriero.router.detokenizer import Detokenizer
+from arriero.router.proto.arriero.v1 import inference_pb2 as pb
+from arriero.router.requests import OutputOptions
+from arriero.router.stop import StopMatcher
+from arriero.shards.engine.types import SequenceOutput, TokenLogprobs
+from arriero.shards.errors import Unavailable
+
+_REASONS = {
+    "stop": pb.FINISH_REASON_STOP,
+    "length": pb.FINISH_REASON_LENGTH,
+    "cancelled": pb.FINISH_REASON_CANCELLED,
+}
+
+
+class Answer:
+    """The answer to one request, made message by message.
+
+    Args:
+        start: facts for the first message.
+        num_prompt: prompt tokens.
+        n: samples.
+        options: what to send.
+        text: the model's text side.
+
+    Attributes:
+        started: a message was made.
+    """
+
+    def __init__(
+        self, start: pb.Start, num_prompt: int, n: int, options: OutputOptions, text: TextModel
+    ) -> None:
+        self._start = start
+        self._options = options
+        self._samples = [_Sample(index, options, text) for index in range(n)]
+        self._num_prompt = num_prompt
+        self._num_cached = 0
+        self.started = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether every sample has ended."""
+        return all(sample.finished for sample in self._samples)
+
+    def add(self, outputs: Sequence[SequenceOutput]) -> pb.GenerateResponse | None:
+        """The message for what arrived together, or None when there is nothing to say.
+
+        Raises:
+            Unavailable: a sample ended in an error.
+        """
+        made: list[pb.Output] = []
+        prompt_logprobs: Sequence[TokenLogprobs] | None = None
+        for output in outputs:
+            if output.finish_reason == "error":
+                raise Unavailable(output.error or "the group failed while it computed this")
+            if output.num_cached:
+                self._num_cached = max(self._num_cached, output.num_cached)
+            if output.prompt_logprobs is not None:
+                prompt_logprobs = output.prompt_logprobs
+            message = self._samples[output.index].add(output)
+            if message is None:
+                continue
+            if len(outputs) > 1:  # a reader that lags gets several steps at once
+                before = next((m for m in made if m.index == message.index), None)
+                if before is not None:
+                    text = before.text + message.text
+                    before.MergeFrom(message)
+                    before.text = text
+                    continue
+            made.append(message)
+        finished = self.finished
+        if not made and not finished and prompt_logprobs is None:
+            return None
+        response = pb.GenerateResponse(outputs=made)
+        if not self.started:
+            self.started = True
+            if prompt_logprobs is not None:
+                self._start.prompt_logprobs.extend(map(_position, prompt_logprobs))
+            response.start.CopyFrom(self._start)
+        if finished:
+            response.usage.prompt_tokens = self._num_prompt
+            response.usage.cached_tokens = self._num_cached
+            response.usage.completion_tokens = sum(s.num_tokens for s in self._samples)
+        return response
+
+
+class _Sample:
+    """One of the n samples."""
+
+    __slots__ = ("_detokenizer", "_index", "_options", "_stop", "finished", "num_tokens")
+
+    def __init__(self, index: int, options: OutputOptions, text: TextModel) -> None:
+        self._index = index
+        self._options = options
+        self._detokenizer = Detokenizer(
+            text.tokenizer.vocabulary, skip_special=options.skip_special_tokens
+        )
+        self._stop = (
+            StopMatcher(options.stop, include=options.include_stop) if options.stop else None
+        )
+        self.finished = False
+        self.num_tokens = 0
+
+    def add(self, output: SequenceOutput) -> pb.Output | None:
+        """The wire's output, or None when it says nothing (or comes after a stop string)."""
+        if self.finished:
+            return None
+        tokens = output.tokens
+        reason = output.finish_reason
+        stop_string: str | None = None
+        text = ""
+        if self._options.include_text:
+            shown = tokens
+            if output.stop_token is not None and not self._options.include_stop:
+                shown = tokens[:-1]
+            if self._stop is None:
+                text = self._detokenizer.add(shown, final=reason is not None)
+            else:
+                text, taken = self._watch(self._stop, shown, final=reason is not None)
+                stop_string = self._stop.found
+                if stop_string is not None:
+                    reason = "stop"
+                    tokens = tokens[:taken]
+        self.num_tokens += len(tokens)
+        with_ids = self._options.include_token_ids
+        if not (text or reason or (tokens and (with_ids or output.logprobs))):
+            return None
+        message = pb.Output(index=self._index, text=text, token_ids=tokens if with_ids else None)
+        if output.logprobs:
+            message.logprobs.extend(map(_position, output.logprobs[: len(tokens)]))
+        if reason is not None:
+            self.finished = True
+            message.finish_reason = _REASONS[reason]
+            if stop_string is not None:
+                message.stop_string = stop_string
+            elif output.stop_token is not None:
+                message.stop_token_id = output.stop_token
+        return message
+
+    def _watch(self, stop: StopMatcher, tokens: Sequence[int], *, final: bool) -> tuple[str, int]:
+        """Text up to a stop string, and how many tokens it took to complete that.
+
+        One token at a time, so that the count does not depend on how tokens arrive.
+        """
+        text = ""
+        for taken, token in enumerate(tokens, 1):
+            text += stop.add(self._detokenizer.add((token,)))
+            if stop.found is not None:
+                return text, taken
+        if final:
+            text += stop.add(self._detokenizer.add((), final=True), final=True)
+        return text, len(tokens)
+
+
+def _position(row: TokenLogprobs) -> pb.PositionLogprobs:
+    return pb.PositionLogprobs(
+        chosen=pb.TokenLogprob(token_id=row.token, logprob=row.logprob),
+        top=[pb.TokenLogprob(token_id=token, logprob=value) for token, value in row.top],
+    )

@@ -1,0 +1,64 @@
+"""How the front door sees the groups that compute: one small protocol over token ids."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from arriero.router.card import ModelCard
+from arriero.shards.engine.types import EngineRequest, SequenceOutput
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupLoad:
+    """How busy a group is.
+
+    Attributes:
+        outstanding_tokens: prompt and expected output tokens that this gateway has given it and
+            that are not out yet.
+        num_running, num_waiting: sequences of all gateways, as the leader last said.
+    """
+
+    outstanding_tokens: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupView:
+    """A connected group at one moment.
+
+    Attributes:
+        group_id: the group.
+        model: the id under which clients ask for its model.
+        card: what its leader says of the model.
+        load: how busy it is.
+    """
+
+    group_id: str
+    model: str
+    card: ModelCard
+    load: GroupLoad
+
+
+class Backend(Protocol):
+    """The groups that can be asked now."""
+
+    def groups(self) -> Sequence[GroupView]:
+        """The connected groups."""
+
+    def generate(
+        self, group_id: str, request: EngineRequest
+    ) -> AsyncGenerator[list[SequenceOutput]]:
+        """Run a request; each item is what a step (or several, if the reader lags) gave.
+
+        Leaving the iterator early (closing it) cancels the request.
+
+        Raises:
+            InvalidRequest, Overloaded: the engine refused it.
+            Unavailable: the group is lost, draining or unknown; the text is the cause.
+        """
+
+    def cancel(self, group_id: str, request_id: str) -> None:
+        """Stop a request; does nothing when it is not running."""

@@ -1,0 +1,132 @@
+"""A conversation to token ids, by a model's own template and tokenizer.
+
+Knows how template, marks and tokenizer work together; knows nothing of requests or groups.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from arriero.router.card import ModelCard
+from arriero.router.marks import strings
+from arriero.router.template import ChatTemplate, TemplateError
+from arriero.router.tokenizer import Tokenizer
+from arriero.shards.errors import InvalidRequest
+
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "ipython"})
+INLINE_CHARS = 8192
+"""Texts up to so long are encoded on the event loop (about 2 ms); longer ones in a thread."""
+
+T = TypeVar("T")
+
+
+class TextModel:
+    """The text side of one model: built once for each tokenizer, shared by its groups.
+
+    Args:
+        card: gives tokenizer, template and special tokens' text.
+
+    Raises:
+        CheckpointError: tokenizer or template cannot be read.
+    """
+
+    def __init__(self, card: ModelCard) -> None:
+        self.tokenizer = Tokenizer(card.tokenizer_json)
+        self.template = ChatTemplate(card.chat_template) if card.chat_template else None
+        self._tokens = {"bos_token": card.bos_token, "eos_token": card.eos_token}
+        self._model = card.model
+
+    async def encode(self, text: str, *, add_special_tokens: bool, trusted: bool) -> list[int]:
+        """Token ids of a text; see `Tokenizer.encode` and `encode_trusted`."""
+        encode = self.tokenizer.encode_trusted if trusted else self.tokenizer.encode
+        if len(text) <= INLINE_CHARS:
+            return encode(text, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(encode, text, add_special_tokens=add_special_tokens)
+
+    async def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+    ) -> list[int]:
+        """Token ids of a conversation; see `layout`."""
+        size = sum(map(len, strings(list(messages))))
+        arguments = (messages, add_generation_prompt, continue_final_message)
+        if size <= INLINE_CHARS:
+            return self.layout(*arguments)
+        return await asyncio.to_thread(self.layout, *arguments)
+
+    def layout(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+    ) -> list[int]:
+        """Token ids of a conversation; only the template writes special tokens.
+
+        Args:
+            messages: mappings with `role` and `content`.
+            add_generation_prompt: open the assistant's turn at the end.
+            continue_final_message: leave the last message's turn open instead.
+
+        Raises:
+            InvalidRequest: a role or the whole is not what the template takes.
+        """
+        if self.template is None:
+            raise InvalidRequest(
+                "messages",
+                f"model {self._model!r} has no chat template; lay the prompt out yourself and call "
+                "Generate",
+            )
+        _check(messages, add_generation_prompt, continue_final_message)
+        marker = self.tokenizer.marker
+        mark = marker.choose([*strings(list(messages)), self.template.source])
+        marked = [
+            {**marker.mark_all(message, mark), "role": message["role"]} for message in messages
+        ]
+        end = mark + mark
+        tail = ""
+        if continue_final_message:
+            content = marked[-1]["content"]
+            body = content.rstrip()
+            tail = content[len(body) :]
+            marked[-1]["content"] = body + end + tail
+        variables = {
+            **self._tokens,
+            "messages": marked,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            rendered = self.template.render(variables)
+        except TemplateError as error:  # whose words may quote what was marked
+            raise TemplateError(str(error).replace(mark, "")) from None
+        if continue_final_message:
+            at = rendered.rfind(end)
+            if at < 0:
+                raise TemplateError("the chat template leaves the final message out")
+            # The spaces at the end belong to the turn when the template kept them.
+            kept = tail if rendered.startswith(tail, at + len(end)) else ""
+            rendered = rendered[:at] + kept
+        return self.tokenizer.encode_pieces(marker.split(rendered, mark))
+
+
+def _check(
+    messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, continue_final: bool
+) -> None:
+    if not messages:
+        raise InvalidRequest("messages", "`messages` is empty; give at least one")
+    for number, message in enumerate(messages):
+        if message["role"] not in ROLES:
+            raise InvalidRequest(
+                "messages",
+                f"`messages[{number}].role`={str(message['role'])[:64]!r} must be one of "
+                f"{', '.join(sorted(ROLES))}",
+            )
+    if continue_final and add_generation_prompt:
+        raise InvalidRequest(
+            "continue_final_message",
+            "`continue_final_message` and `add_generation_prompt` exclude each other; give one",
+        )

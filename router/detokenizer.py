@@ -1,0 +1,131 @@
+"""Token ids to text, one step at a time, never half a character.
+
+Every token stands for bytes, found once from `tokenizer.json`; a stream's text is the UTF-8
+reading of its tokens' bytes, so that a token costs the same however long the stream is. Knows the
+two byte encodings in use (GPT-2's byte alphabet; SentencePiece's U+2581 with <0xNN> tokens) and
+refuses others; knows nothing of stop strings or requests.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from arriero.shards.errors import CheckpointError
+
+_SPACE = "\u2581"
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """The bytes of every token.
+
+    Attributes:
+        pieces: bytes by token id; b"" for an id that no token has.
+        special: ids that plain text leaves out.
+        strip_space: the text's very first character is dropped when it is a space, which a
+            SentencePiece tokenizer puts there.
+    """
+
+    pieces: tuple[bytes, ...]
+    special: frozenset[int]
+    strip_space: bool = False
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any]) -> Vocabulary:
+        """Read it from a parsed `tokenizer.json`.
+
+        Raises:
+            CheckpointError: the decoder is of another kind.
+        """
+        kinds = _decoder_kinds(spec.get("decoder"))
+        model = spec["model"]
+        vocab: dict[str, int] = model["vocab"]
+        added: list[dict[str, Any]] = spec.get("added_tokens") or []
+        names = {token["content"]: token["id"] for token in added}
+        if "ByteLevel" in kinds:
+            alphabet = byte_alphabet()
+            table = str.maketrans({char: chr(byte) for char, byte in alphabet.items()})
+            letters = frozenset(alphabet)
+
+            def piece(token: str) -> bytes:
+                if letters.issuperset(token):
+                    return token.translate(table).encode("latin-1")
+                return token.encode()
+        elif "ByteFallback" in kinds:
+
+            def piece(token: str) -> bytes:
+                byte = _BYTE.fullmatch(token)
+                if byte:
+                    return bytes([int(byte[1], 16)])
+                return token.replace(_SPACE, " ").encode()
+        else:
+            raise CheckpointError(
+                f"tokenizer.json: decoder {sorted(kinds) or None} is not supported; ByteLevel and "
+                "ByteFallback are"
+            )
+        pieces = [b""] * (max([*vocab.values(), *names.values()], default=-1) + 1)
+        for token, index in vocab.items():
+            pieces[index] = piece(token)
+        for token, index in names.items():
+            pieces[index] = piece(token)
+        special = frozenset(token["id"] for token in added if token["special"])
+        return cls(tuple(pieces), special, "Strip" in kinds or "Metaspace" in kinds)
+
+    def join(self, tokens: Iterable[int], *, skip_special: bool) -> bytes:
+        """Bytes of `tokens`; an id beyond the vocabulary (a padded head's) has none."""
+        pieces, special = self.pieces, self.special
+        size = len(pieces)
+        return b"".join(
+            [
+                pieces[token]
+                for token in tokens
+                if 0 <= token < size and not (skip_special and token in special)
+            ]
+        )
+
+
+class Detokenizer:
+    """The text of one stream of tokens."""
+
+    __slots__ = ("_decode", "_first", "_skip_special", "_vocabulary")
+
+    def __init__(self, vocabulary: Vocabulary, *, skip_special: bool = True) -> None:
+        self._vocabulary = vocabulary
+        self._skip_special = skip_special
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._first = vocabulary.strip_space
+
+    def add(self, tokens: Iterable[int], *, final: bool = False) -> str:
+        """Text that `tokens` complete; an unfinished character waits for its other bytes.
+
+        Args:
+            tokens: the next tokens.
+            final: nothing follows; an unfinished character becomes U+FFFD.
+        """
+        text = self._decode(self._vocabulary.join(tokens, skip_special=self._skip_special), final)
+        if self._first and text:
+            self._first = False
+            text = text.removeprefix(" ")
+        return text
+
+
+def byte_alphabet() -> dict[str, int]:
+    """GPT-2's alphabet: a printable character for each byte (Radford et al., 2019)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + number): byte for number, byte in enumerate(others)
+    }
+
+
+def _decoder_kinds(decoder: Mapping[str, Any] | None) -> set[str]:
+    if decoder is None:
+        return set()
+    if decoder["type"] == "Sequence":
+        return {kind for inner in decoder["decoders"] for kind in _decoder_kinds(inner)}
+    return {decoder["type"]}

@@ -1,0 +1,196 @@
+"""The groups that a gateway is linked to, and the text side of their models.
+
+Implements `Backend` over links. A group counts as connected once its leader has said hello and
+its tokenizer is built. Knows links and cards; knows nothing of how a request looks to a client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import AsyncGenerator, Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+from arriero.router.backend import GroupView
+from arriero.router.card import ModelCard
+from arriero.router.conversation import TextModel
+from arriero.router.link_client import LinkClient
+from arriero.shards.engine.types import EngineRequest, SequenceOutput
+from arriero.shards.errors import ArrieroError, InvalidRequest, NotFound, Unavailable
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupAddress:
+    """Where a group's leader listens.
+
+    Attributes:
+        group_id: unique among the groups.
+        model: the id under which clients ask for its model.
+        address: host and port of the leader's `LinkServer`.
+    """
+
+    group_id: str
+    model: str
+    address: str
+
+
+class LinkedGroups:
+    """Links to a changing set of groups.
+
+    Args:
+        on_change: called on the event loop when a group becomes connected or stops being so.
+    """
+
+    def __init__(self, on_change: Callable[[], None]) -> None:
+        self._on_change = on_change
+        self._groups: dict[str, _Group] = {}
+        self._texts: dict[str, asyncio.Task[TextModel]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def set_groups(self, addresses: Iterable[GroupAddress]) -> None:
+        """Link to these groups and no others; those that stay keep their streams."""
+        wanted = {address.group_id: address for address in addresses}
+        gone = [
+            group_id
+            for group_id, group in self._groups.items()
+            if wanted.get(group_id) != group.address
+        ]
+        closing = [self._groups.pop(group_id) for group_id in gone]
+        for group_id, address in wanted.items():
+            if group_id not in self._groups:
+                group = _Group(address)
+                group.link = LinkClient(address.address, partial(self._changed, group))
+                self._groups[group_id] = group
+                group.link.start()
+        await asyncio.gather(*(group.link.close() for group in closing))
+        used = {group.text_key for group in self._groups.values()}
+        self._texts = {key: task for key, task in self._texts.items() if key in used}
+        self._on_change()
+
+    async def close(self) -> None:
+        """Drop every link."""
+        await self.set_groups([])
+        for task in [*self._tasks, *self._texts.values()]:
+            task.cancel()
+
+    def groups(self) -> list[GroupView]:
+        """The connected groups."""
+        return [
+            GroupView(
+                group_id=group_id,
+                model=group.address.model,
+                card=group.link.card,
+                load=group.link.load,
+            )
+            for group_id, group in self._groups.items()
+            if group.ready
+        ]
+
+    def generate(
+        self, group_id: str, request: EngineRequest
+    ) -> AsyncGenerator[list[SequenceOutput]]:
+        """Run a request; see `Backend`."""
+        group = self._groups.get(group_id)
+        if group is None:
+            raise Unavailable(f"group {group_id!r} was removed")
+        return group.link.generate(request)
+
+    def cancel(self, group_id: str, request_id: str) -> None:
+        """Stop a request; see `Backend`."""
+        group = self._groups.get(group_id)
+        if group is not None:
+            group.link.cancel(request_id)
+
+    def find(self, model: str) -> tuple[TextModel, list[GroupView]]:
+        """A model's text side and the connected groups that share it, at least one.
+
+        Args:
+            model: its id; "" means the only one.
+
+        Raises:
+            InvalidRequest: "" while several are served.
+            NotFound: no group of it is known.
+            Unavailable: none of its groups is connected.
+        """
+        known = sorted({group.address.model for group in self._groups.values()})
+        if not model:
+            if len(known) > 1:
+                raise InvalidRequest(
+                    "model", f"`model` is empty; name one of {', '.join(known)[:500]}"
+                )
+            if not known:
+                raise Unavailable("no model is served yet")
+            model = known[0]
+        if model not in known:
+            raise NotFound(
+                f"`model`={model[:128]!r} is not served; there is "
+                f"{', '.join(known)[:500] or 'none yet'}"
+            )
+        views = [view for view in self.groups() if view.model == model]
+        if not views:
+            causes = {
+                group.cause for group in self._groups.values() if group.address.model == model
+            }
+            raise Unavailable(f"no group of {model!r} is ready: {'; '.join(sorted(causes))[:500]}")
+        # While an update is under way, groups may differ in tokenizer: speak the newest's.
+        newest = max(views, key=lambda view: (view.card.created, view.group_id))
+        key = self._groups[newest.group_id].text_key
+        return (
+            self._texts[key].result(),
+            [view for view in views if self._groups[view.group_id].text_key == key],
+        )
+
+    def _changed(self, group: _Group) -> None:
+        if group.link.connected:
+            task = asyncio.create_task(self._prepare(group))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        else:
+            group.prepared = False
+            self._on_change()
+
+    async def _prepare(self, group: _Group) -> None:
+        """Build the tokenizer off the loop (a second for 200,000 tokens), once a tokenizer."""
+        card = group.link.card
+        key = group.text_key = _text_key(card)
+        if key not in self._texts:
+            self._texts[key] = asyncio.create_task(asyncio.to_thread(TextModel, card))
+        try:
+            await asyncio.shield(self._texts[key])
+        except ArrieroError as error:
+            group.fault = str(error)
+            log.error("group %s cannot be used: %s", group.address.group_id, error)
+            return
+        group.prepared = True
+        self._on_change()
+
+
+class _Group:
+    """One linked group."""
+
+    link: LinkClient
+
+    def __init__(self, address: GroupAddress) -> None:
+        self.address = address
+        self.text_key = ""
+        self.fault = ""
+        self.prepared = False
+
+    @property
+    def ready(self) -> bool:
+        return self.prepared and self.link.connected
+
+    @property
+    def cause(self) -> str:
+        return self.fault or self.link.cause
+
+
+def _text_key(card: ModelCard) -> str:
+    digest = hashlib.sha256(card.tokenizer_json)
+    for part in (card.chat_template or "", card.bos_token, card.eos_token):
+        digest.update(hashlib.sha256(part.encode()).digest())
+    return digest.hexdigest()

@@ -1,0 +1,325 @@
+"""The gateway's end of a link: one long-lived stream to one leader.
+
+Connects, and connects again with growing pauses when the leader is lost; until then the requests
+in flight end in `Unavailable` with the cause. Knows frames; knows nothing of text or of which
+group is best.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import random
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from arriero.router import frames
+from arriero.router.backend import GroupLoad
+from arriero.router.card import ModelCard
+from arriero.router.link_server import CHANNEL_OPTIONS, METHOD
+from arriero.shards.engine.types import EngineRequest, SequenceOutput
+from arriero.shards.errors import ArrieroError, InvalidRequest, Overloaded, Unavailable
+
+log = logging.getLogger(__name__)
+
+SILENCE_S = 10.0
+"""A leader that says nothing for so long is lost; it sends its load twice a second."""
+BACKOFF_S = (0.05, 2.0)
+"""First and longest pause between attempts to connect."""
+EXPECTED_OUTPUT = 512
+"""Output tokens that a request is expected to take at most, for weighing load only: without it a
+request that leaves `max_tokens` open would weigh as much as the whole context."""
+
+
+class LinkClient:
+    """A link to one leader.
+
+    Args:
+        address: host and port of its `LinkServer`.
+        on_change: called on the event loop whenever the link comes up or goes down.
+    """
+
+    def __init__(self, address: str, on_change: Callable[[], None] | None = None) -> None:
+        self.address = address
+        self._on_change = on_change
+        self._card: ModelCard | None = None
+        self._up = False
+        self._cause = "not connected yet"
+        self._stats: dict[str, Any] = {}
+        self._handles = itertools.count()
+        self._calls: dict[int, _Call] = {}
+        self._names: dict[int, str] = {}
+        self._by_name: dict[str, int] = {}
+        self._outgoing: list[list[Any]] = []
+        self._wake = asyncio.Event()
+        self._changed = asyncio.Condition()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def connected(self) -> bool:
+        """Whether requests can be sent now."""
+        return self._up and not self._stats.get("draining", False)
+
+    @property
+    def card(self) -> ModelCard:
+        """The card that the leader gave last.
+
+        Raises:
+            Unavailable: it was never reached.
+        """
+        if self._card is None:
+            raise Unavailable(f"leader at {self.address}: {self._cause}")
+        return self._card
+
+    @property
+    def cause(self) -> str:
+        """Why it is not connected."""
+        return "the group is draining" if self._up else self._cause
+
+    @property
+    def load(self) -> GroupLoad:
+        """How busy the group is."""
+        return GroupLoad(
+            outstanding_tokens=sum(call.outstanding for call in self._calls.values()),
+            num_running=self._stats.get("num_running", 0),
+            num_waiting=self._stats.get("num_waiting", 0),
+        )
+
+    async def connect(self, timeout_s: float) -> None:
+        """Start the link and wait for the leader's card.
+
+        Raises:
+            Unavailable: not within `timeout_s`; the link keeps trying.
+        """
+        self.start()
+        try:
+            async with asyncio.timeout(timeout_s), self._changed:
+                await self._changed.wait_for(lambda: self._up)
+        except TimeoutError:
+            raise Unavailable(
+                f"leader at {self.address} not reached in {timeout_s:g} s: {self._cause}"
+            ) from None
+
+    def start(self) -> None:
+        """Keep the link up from now on."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._keep_up())
+
+    async def close(self) -> None:
+        """Drop the link; requests in flight end in `Unavailable`."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+        await self._set_up(False, "the gateway has dropped the group")
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[list[SequenceOutput]]:
+        """Run a request; closing the iterator early cancels it.
+
+        Raises:
+            InvalidRequest, Overloaded: the engine refused it.
+            Unavailable: the leader is lost or draining; the text is the cause.
+        """
+        if not self.connected:
+            raise Unavailable(f"leader at {self.address}: {self.cause}")
+        handle = next(self._handles)
+        call = _Call(request)
+        self._calls[handle] = call
+        self._names[handle] = request.request_id
+        self._by_name[request.request_id] = handle
+        self._send(frames.submit_message(handle, request))
+        try:
+            while call.running:
+                outputs = await call.take()
+                yield outputs
+        finally:
+            self._calls.pop(handle, None)
+            del self._names[handle]
+            self._by_name.pop(request.request_id, None)
+            if call.running and call.error is None:
+                self._send(["cancel", handle])
+
+    def cancel(self, request_id: str) -> None:
+        """Stop a request in the engine; its iterator ends in a "cancelled" output."""
+        handle = self._by_name.get(request_id)
+        if handle is not None:
+            self._send(["cancel", handle])
+            call = self._calls[handle]
+            for index in sorted(call.unfinished):
+                call.put(
+                    SequenceOutput(request_id=request_id, index=index, finish_reason="cancelled")
+                )
+            call.wake()
+
+    def _send(self, message: list[Any]) -> None:
+        self._outgoing.append(message)
+        self._wake.set()
+
+    async def _keep_up(self) -> None:
+        pause = BACKOFF_S[0]
+        while True:
+            try:
+                async with grpc.aio.insecure_channel(
+                    self.address, options=CHANNEL_OPTIONS
+                ) as channel:
+                    await self._run(channel)
+                cause = "it closed the link"
+            except grpc.aio.AioRpcError as error:
+                cause = error.details() or error.code().name
+            except (TimeoutError, ArrieroError) as error:
+                cause = str(error) or f"silent for {SILENCE_S:g} s"
+            except Exception as error:
+                log.exception("link to %s failed", self.address)
+                cause = f"{type(error).__name__}: {error}"
+            if self._up:
+                log.warning("link to leader at %s lost: %s", self.address, cause)
+                pause = BACKOFF_S[0]
+            await self._set_up(False, cause)
+            # Spread the gateways' attempts, so that a leader that comes back is not stormed.
+            await asyncio.sleep(pause * (0.5 + random.random()))
+            pause = min(pause * 2, BACKOFF_S[1])
+
+    async def _run(self, channel: grpc.aio.Channel) -> None:
+        """One life of the stream, from hello to loss."""
+        connect: Any = channel.stream_stream  # its stubs ask for what is optional
+        stream = connect(METHOD)()
+        writer: asyncio.Task[None] | None = None
+        try:
+            while True:
+                async with asyncio.timeout(SILENCE_S):
+                    frame = await stream.read()
+                if not isinstance(frame, bytes):
+                    status = await stream.code()
+                    if status is not grpc.StatusCode.OK:
+                        raise Unavailable(await stream.details() or status.name)
+                    return
+                message = frames.unpack(frame)
+                kind = message[0]
+                if kind == "step":
+                    self._on_step(message)
+                elif kind == "stats":
+                    was = self.connected
+                    self._stats = message[1]
+                    if was != self.connected and self._on_change is not None:
+                        self._on_change()
+                elif kind == "refused":
+                    self._on_refused(*message[1:])
+                elif kind == "hello":
+                    if message[1] != frames.VERSION:
+                        raise Unavailable(
+                            f"it speaks version {message[1]} of the link, not {frames.VERSION}"
+                        )
+                    self._card = ModelCard.from_wire(message[2])
+                    self._outgoing.clear()  # of an earlier life, whose requests have ended
+                    writer = asyncio.create_task(self._write_all(stream))
+                    await self._set_up(True, "")
+                elif kind == "bye":
+                    raise Unavailable(message[1])
+        finally:
+            if writer is not None:
+                writer.cancel()
+            stream.cancel()
+
+    async def _write_all(self, stream: Any) -> None:  # noqa: ANN401
+        try:
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                if self._outgoing:
+                    messages, self._outgoing = self._outgoing, []
+                    await stream.write(frames.pack(messages))
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            stream.cancel()  # the reader sees the same end, and says why
+
+    def _on_step(self, frame: list[Any]) -> None:
+        touched = []
+        for handle, output in frames.read_step(frame, self._names):
+            call = self._calls[handle]
+            call.put(output)
+            touched.append(call)
+        for call in touched:
+            call.wake()
+
+    def _on_refused(self, handle: int, kind: str, text: str, detail: Any) -> None:  # noqa: ANN401
+        call = self._calls.get(handle)
+        if call is None:
+            return
+        if kind == "InvalidRequest":
+            call.fail(InvalidRequest(detail, text))
+        elif kind == "Overloaded":
+            call.fail(Overloaded(text, detail))
+        else:
+            call.fail(Unavailable(text))
+
+    async def _set_up(self, up: bool, cause: str) -> None:
+        changed = up != self._up
+        self._up, self._cause = up, cause
+        if not up:
+            self._stats = {}
+            for call in self._calls.values():
+                call.fail(Unavailable(f"the group's leader at {self.address} was lost: {cause}"))
+        if changed:
+            async with self._changed:
+                self._changed.notify_all()
+            if self._on_change is not None:
+                self._on_change()
+
+
+class _Call:
+    """One request's mailbox."""
+
+    __slots__ = ("_expected", "_outputs", "_prompt", "_waiter", "error", "unfinished")
+
+    def __init__(self, request: EngineRequest) -> None:
+        self.unfinished = set(range(request.params.n))
+        self.error: ArrieroError | None = None
+        self._outputs: list[SequenceOutput] = []
+        self._waiter: asyncio.Future[None] | None = None
+        self._prompt = len(request.prompt)
+        limit = min(request.params.max_tokens or EXPECTED_OUTPUT, EXPECTED_OUTPUT)
+        self._expected = limit * request.params.n
+
+    @property
+    def running(self) -> bool:
+        """Whether more will come, or waits to be taken."""
+        return bool(self.unfinished or self._outputs)
+
+    @property
+    def outstanding(self) -> int:
+        """Tokens still to compute, as far as one can expect."""
+        return self._prompt + max(self._expected, 0)
+
+    def put(self, output: SequenceOutput) -> None:
+        if output.index not in self.unfinished:
+            return  # a step that was under way when the sample was cancelled
+        self._outputs.append(output)
+        self._expected -= len(output.tokens)
+        self._prompt = 0
+        if output.finish_reason is not None:
+            self.unfinished.discard(output.index)
+
+    def fail(self, error: ArrieroError) -> None:
+        if self.error is None:
+            self.error = error
+        self.wake()
+
+    def wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def take(self) -> list[SequenceOutput]:
+        """What has come since the last time; what came before a failure is given first."""
+        while not self._outputs:
+            if self.error is not None:
+                raise self.error
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        outputs, self._outputs = self._outputs, []
+        return outputs

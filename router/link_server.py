@@ -1,0 +1,266 @@
+"""The leader's end of the links: one bidirectional stream for each gateway.
+
+Takes requests from gateways to the engine, and each step's outputs back, one frame a step and
+gateway. When a gateway's stream ends, for whatever reason, its requests are cancelled. Knows
+frames and the engine's three methods; knows nothing of text or of how the engine works.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import grpc
+import grpc.aio
+
+from arriero.router import frames
+from arriero.router.card import ModelCard
+from arriero.shards.engine.types import EngineRequest, EngineStats, SequenceOutput
+from arriero.shards.errors import ArrieroError, InvalidRequest, Overloaded, Unavailable
+
+log = logging.getLogger(__name__)
+
+METHOD = "/arriero.link.v1.Link/Connect"
+SERVICE, NAME = "arriero.link.v1.Link", "Connect"
+CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", -1),  # a prompt of ten million tokens is one frame
+    ("grpc.max_send_message_length", -1),
+    ("grpc.so_reuseport", 0),
+]
+SERVER_OPTIONS = [
+    *CHANNEL_OPTIONS,
+    # A gateway whose node is gone sends no reset; these find out within 10 s.
+    ("grpc.keepalive_time_ms", 5000),
+    ("grpc.keepalive_timeout_ms", 5000),
+]
+STATS_INTERVAL_S = 0.5
+MAX_PENDING = 200_000
+"""Outputs that may wait for a gateway that does not read; past it the gateway is let go."""
+
+
+class Engine(Protocol):
+    """What a leader's engine must have; all three return at once, and from any thread."""
+
+    def submit(self, request: EngineRequest) -> None:
+        """Take a request, or raise `InvalidRequest`, `Overloaded` or `Unavailable`."""
+
+    def cancel(self, request_id: str) -> None:
+        """Stop a request; does nothing when it is not running."""
+
+    def stats(self) -> EngineStats:
+        """The load now."""
+
+
+class LinkServer:
+    """Serves the links of one leader.
+
+    Args:
+        engine: takes the requests.
+        card: the first thing a gateway is told.
+        address: host and port; port 0 picks a free one.
+    """
+
+    def __init__(self, engine: Engine, card: ModelCard, address: str = "127.0.0.1:0") -> None:
+        self._engine = engine
+        self._card = card
+        self._address = address
+        self._links: set[_Link] = set()
+        self._owners: dict[str, tuple[_Link, int]] = {}
+        self._draining = False
+        self._server: grpc.aio.Server | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stats_task: asyncio.Task[None] | None = None
+        self._idle = asyncio.Event()
+
+    async def start(self) -> str:
+        """Listen; gives the bound address.
+
+        Raises:
+            OSError: the address cannot be bound.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        handler = grpc.stream_stream_rpc_method_handler(self._connect)
+        self._server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(SERVICE, {NAME: handler}),)
+        )
+        try:
+            port = self._server.add_insecure_port(self._address)
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {self._address}: {error}") from error
+        await self._server.start()
+        self._stats_task = asyncio.create_task(self._send_stats())
+        return f"{self._address.rpartition(':')[0]}:{port}"
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new requests, let running ones finish for `grace_s` seconds, then close."""
+        self._draining = True
+        if self._owners:
+            self._idle.clear()
+            try:
+                await asyncio.wait_for(self._idle.wait(), grace_s)
+            except TimeoutError:
+                log.warning("stopped with %d requests unfinished", len(self._owners))
+        for link in self._links:
+            link.send(["bye", "the group is stopping"])
+        if self._stats_task is not None:
+            self._stats_task.cancel()
+        if self._server is not None:
+            await self._server.stop(1.0 if self._links else None)
+
+    def on_outputs(self, outputs: Sequence[SequenceOutput]) -> None:
+        """Hand over what a step gave; called from the engine's thread, once a step."""
+        assert self._loop is not None, "on_outputs before start"
+        try:
+            self._loop.call_soon_threadsafe(self._deliver, outputs)
+        except RuntimeError:  # the loop is closed: nobody is left to tell
+            log.debug("outputs after the loop closed")
+
+    def _deliver(self, outputs: Sequence[SequenceOutput]) -> None:
+        for output in outputs:
+            owner = self._owners.get(output.request_id)
+            if owner is None:
+                continue  # cancelled while the step ran
+            link, handle = owner
+            link.add_output(handle, output)
+            if output.finish_reason is not None and link.sample_done(handle):
+                self._forget(output.request_id)
+
+    def _forget(self, request_id: str) -> None:
+        self._owners.pop(request_id, None)
+        if not self._owners:
+            self._idle.set()
+
+    async def _connect(
+        self, incoming: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]
+    ) -> None:
+        link = _Link(context)
+        self._links.add(link)
+        link.send(["hello", frames.VERSION, self._card.to_wire()])
+        link.send(self._stats_frame())
+        writer = asyncio.create_task(link.write_all())
+        reader = asyncio.create_task(self._read(link, incoming))
+        try:
+            done, _ = await asyncio.wait({writer, reader}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                if (error := task.exception()) is not None:
+                    log.warning("link with gateway %s lost: %s", context.peer(), error)
+        finally:
+            writer.cancel()
+            reader.cancel()
+            self._links.discard(link)
+            for request_id in link.requests():
+                self._forget(request_id)
+                self._engine.cancel(request_id)
+
+    async def _read(self, link: _Link, incoming: AsyncIterator[bytes]) -> None:
+        async for frame in incoming:
+            for message in frames.unpack(frame):
+                if message[0] == "submit":
+                    self._submit(link, message)
+                elif message[0] == "cancel":
+                    request_id = link.drop(message[1])
+                    if request_id is not None:
+                        self._forget(request_id)
+                        self._engine.cancel(request_id)
+
+    def _submit(self, link: _Link, message: list[Any]) -> None:
+        handle: int = message[1]
+        try:
+            request = frames.read_submit(message)
+            if self._draining:
+                raise Unavailable("the group is draining")
+            if request.request_id in self._owners:
+                raise InvalidRequest(
+                    "request_id", f"`request_id`={request.request_id!r} is running already"
+                )
+            # Before the engine has it, since outputs may come from its thread at once.
+            self._owners[request.request_id] = (link, handle)
+            link.add_request(handle, request.request_id, request.params.n)
+            try:
+                self._engine.submit(request)
+            except BaseException:
+                link.drop(handle)
+                self._forget(request.request_id)
+                raise
+        except ArrieroError as error:
+            link.send(["refused", handle, *_refusal(error)])
+        except Exception as error:
+            log.exception("submit failed")
+            link.send(["refused", handle, "Unavailable", f"the engine failed: {error}", None])
+
+    async def _send_stats(self) -> None:
+        """The load, now and then; also the sign of life that gateways watch for."""
+        while True:
+            await asyncio.sleep(STATS_INTERVAL_S)
+            frame = self._stats_frame()
+            for link in self._links:
+                link.send(frame)
+
+    def _stats_frame(self) -> list[Any]:
+        return ["stats", asdict(self._engine.stats()) | {"draining": self._draining}]
+
+
+class _Link:
+    """One gateway's stream: its requests by handle, and what waits to be written."""
+
+    def __init__(self, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        self._context = context
+        self._frames: list[list[Any]] = []
+        self._outputs: list[tuple[int, SequenceOutput]] = []
+        self._wake = asyncio.Event()
+        self._running: dict[int, list[Any]] = {}  # handle: [request id, samples still running]
+
+    def requests(self) -> list[str]:
+        return [request_id for request_id, _ in self._running.values()]
+
+    def add_request(self, handle: int, request_id: str, samples: int) -> None:
+        self._running[handle] = [request_id, samples]
+
+    def drop(self, handle: int) -> str | None:
+        entry = self._running.pop(handle, None)
+        return None if entry is None else entry[0]
+
+    def sample_done(self, handle: int) -> bool:
+        """Count one sample of the request off; whether it was the last."""
+        entry = self._running[handle]
+        entry[1] -= 1
+        if entry[1] <= 0:
+            del self._running[handle]
+            return True
+        return False
+
+    def send(self, frame: list[Any]) -> None:
+        self._frames.append(frame)
+        self._wake.set()
+
+    def add_output(self, handle: int, output: SequenceOutput) -> None:
+        self._outputs.append((handle, output))
+        self._wake.set()
+
+    async def write_all(self) -> None:
+        """Write what waits; steps that pile up behind a slow reader share a frame."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            if len(self._outputs) > MAX_PENDING:
+                raise Unavailable(f"it left {len(self._outputs)} outputs unread")
+            outputs, self._outputs = self._outputs, []
+            waiting, self._frames = self._frames, []
+            if outputs:
+                waiting.append(frames.step_frame(outputs))
+            for frame in waiting:
+                await self._context.write(frames.pack(frame))
+                if frame[0] == "bye":
+                    return
+
+
+def _refusal(error: ArrieroError) -> list[Any]:
+    if isinstance(error, InvalidRequest):
+        return ["InvalidRequest", str(error), error.field]
+    if isinstance(error, Overloaded):
+        return ["Overloaded", str(error), error.retry_after_s]
+    return ["Unavailable", str(error), None]

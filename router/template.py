@@ -1,0 +1,151 @@
+"""Chat templates: the checkpoint's own Jinja, run in a sandbox.
+
+Gives a template what Hugging Face's templates expect (`raise_exception`, `strftime_now`, `tojson`
+that keeps non-ASCII, loop controls, the `generation` block, trimmed blocks) and bounds what it may
+write and how long it may take. Knows Jinja; knows nothing of tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, LoopControlExtension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from arriero.shards.errors import CheckpointError, InvalidRequest
+
+MAX_CHARS = 64 * 1024 * 1024
+"""Most characters a template may write."""
+MAX_SECONDS = 20.0
+"""Longest a template may run; looked at each time it writes."""
+MAX_REPEAT = 1_000_000
+"""Longest string or list that `*` may make, and largest number that `**` may raise to."""
+
+_OUTSIDE_ASCII = re.compile("[^\x00-\x7f\ue000-\uf8ff]")
+
+
+class TemplateError(InvalidRequest):
+    """The template refused the conversation, or could not lay it out."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("messages", message)
+
+
+class ChatTemplate:
+    """A compiled template; safe to use from several threads at once.
+
+    Args:
+        source: Jinja source.
+
+    Raises:
+        CheckpointError: it does not compile.
+    """
+
+    def __init__(self, source: str) -> None:
+        try:
+            self._template = _environment().from_string(source)
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise CheckpointError(f"chat template does not compile: {error}") from error
+        self.source = source
+
+    def render(self, variables: Mapping[str, Any]) -> str:
+        """The conversation laid out as text.
+
+        Raises:
+            TemplateError: the template raised, or passed `MAX_CHARS` or `MAX_SECONDS`.
+        """
+        deadline = time.monotonic() + MAX_SECONDS
+        parts: list[str] = []
+        size = 0
+        try:
+            for part in self._template.generate(variables):
+                parts.append(part)
+                size += len(part)
+                if size > MAX_CHARS:
+                    raise TemplateError(
+                        f"the chat template wrote more than {MAX_CHARS} characters; shorten the "
+                        "conversation"
+                    )
+                if time.monotonic() > deadline:
+                    raise TemplateError(
+                        f"the chat template ran longer than {MAX_SECONDS:g} s; shorten the "
+                        "conversation"
+                    )
+        except InvalidRequest:
+            raise
+        except Exception as error:  # a template can raise whatever Python can
+            raise TemplateError(f"the chat template failed: {error}") from error
+        return "".join(parts)
+
+
+class _Generation(Extension):
+    """The `generation` block, which marks the assistant's words for training: passed through."""
+
+    tags = {"generation"}  # noqa: RUF012  # as the base class declares it
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """Parse to the block's own body."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """A sandbox that also bounds the two operators that make much out of little."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(
+        self,
+        context: jinja2.runtime.Context,
+        operator: str,
+        left: Any,  # noqa: ANN401
+        right: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """Refuse products and powers past `MAX_REPEAT`."""
+        for one, other in ((left, right), (right, left)):
+            if isinstance(one, str | list | tuple) and isinstance(other, int):
+                if len(one) * other > MAX_REPEAT:
+                    raise OverflowError(f"a product of more than {MAX_REPEAT} items")
+        if operator == "**" and isinstance(right, int | float) and abs(right) > 64:
+            raise OverflowError("a power above 64")
+        return super().call_binop(context, operator, left, right)
+
+
+def _environment() -> _Environment:
+    environment = _Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, _Generation]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(f"the chat template refuses this: {message}")
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _tojson(
+    value: Any,  # noqa: ANN401
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    text = json.dumps(
+        value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+    # Private-use characters stay as they are: they may be marks (see `marks`).
+    return _OUTSIDE_ASCII.sub(lambda c: json.dumps(c[0])[1:-1], text) if ensure_ascii else text

@@ -1,0 +1,152 @@
+"""GGUF metadata of a Llama model as the objects of config.json and generation_config.json.
+
+Knows the keys of GGUF's `llama` architecture; knows nothing of weights' bytes, except for the
+frequency factors, which are the only trace that Llama 3's rotary scaling leaves in a file.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from arriero.shards.checkpoint.gguf_header import GgufFile
+from arriero.shards.checkpoint.gguf_tokenizer import special_token
+from arriero.shards.errors import CheckpointError
+from arriero.shards.models.config import ModelConfig
+
+ROPE_FACTORS = "rope_freqs.weight"
+
+# Llama 3.1 to 3.3, then Llama 4 Scout's: (low, high, original positions).
+_LLAMA3_RULES = ((1.0, 4.0, 8192), (1.0, 1.0, 8192))
+_LLAMA3_ENDS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+
+
+def build_configs(file: GgufFile, dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Make the two objects.
+
+    Args:
+        file: of architecture `llama`.
+        dtype: the dtype that the weights are written in.
+
+    Raises:
+        CheckpointError: another architecture, a feature that is not computed, missing keys.
+    """
+    meta = file.metadata
+    architecture = meta.get("general.architecture")
+    if architecture != "llama":
+        raise CheckpointError(
+            f"{file.path}: general.architecture={str(architecture)[:100]!r} is not supported; "
+            "supported: llama"
+        )
+    if meta.get("split.count", 1) not in (0, 1):
+        raise CheckpointError(f"{file.path}: is one part of several; merge them first")
+    if meta.get("llama.expert_count"):
+        raise CheckpointError(f"{file.path}: llama.expert_count: experts are not imported")
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise CheckpointError(f"{file.path}: has no tensor token_embd.weight of two dimensions")
+    vocab_size = embedding.shape[0]
+    hidden_size = _size(file, "embedding_length")
+    num_heads = _size(file, "attention.head_count")
+    head_dim = _size(file, "attention.key_length", hidden_size // num_heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if _size(file, key, head_dim) != head_dim:
+            raise CheckpointError(
+                f"{file.path}: llama.{key}={_size(file, key)} differs from the head size "
+                f"{head_dim}; such a model is not computed"
+            )
+    bos = special_token(file, "bos", vocab_size)
+    ends = _end_tokens(file, vocab_size)
+    config: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": _size(file, "feed_forward_length"),
+        "num_hidden_layers": _size(file, "block_count"),
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": _size(file, "attention.head_count_kv", num_heads),
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": _number(file, "attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": _size(file, "context_length"),
+        "rope_theta": _number(file, "rope.freq_base", 10000.0),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
+        "bos_token_id": bos,
+        "eos_token_id": ends[0] if len(ends) == 1 else list(ends),
+        "pad_token_id": special_token(file, "padding", vocab_size),
+        "torch_dtype": dtype,
+    }
+    config["rope_scaling"] = _rope_scaling(file, config)
+    generation = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return config, generation
+
+
+def _end_tokens(file: GgufFile, vocab_size: int) -> tuple[int, ...]:
+    ends = [special_token(file, role, vocab_size) for role in ("eos", "eot", "eom")]
+    if file.metadata.get("tokenizer.ggml.pre") == "llama-bpe":
+        # files name one end token, but the family stops at any of three
+        tokens = file.metadata.get("tokenizer.ggml.tokens", [])
+        ends += [tokens.index(one) for one in _LLAMA3_ENDS if one in tokens]
+    return tuple(dict.fromkeys(end for end in ends if end is not None))
+
+
+def _rope_scaling(file: GgufFile, config: dict[str, Any]) -> dict[str, Any] | None:
+    kind = file.metadata.get("llama.rope.scaling.type", "none")
+    if kind not in ("none", "linear"):
+        raise CheckpointError(
+            f"{file.path}: llama.rope.scaling.type={str(kind)[:100]!r} is not computed"
+        )
+    if ROPE_FACTORS in file.tensors:
+        return _llama3_scaling(file, config)
+    if kind == "none":
+        return None
+    return {"rope_type": "linear", "factor": _number(file, "rope.scaling.factor")}
+
+
+def _llama3_scaling(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
+    """Find the rule whose frequencies are the file's: what is stored is kept / scaled."""
+    tensor = file.tensors[ROPE_FACTORS]
+    if tensor.shape != (config["head_dim"] // 2,):
+        raise CheckpointError(
+            f"{file.path}: tensor {ROPE_FACTORS!r} has shape {list(tensor.shape)}, but the head "
+            f"size makes it {[config['head_dim'] // 2]}"
+        )
+    stored = torch.from_numpy(np.array(file.rows(tensor, 0, 1)[0]))
+    plain = ModelConfig.from_dict(config, source=str(file.path)).inv_freq()
+    original = file.metadata.get("llama.rope.scaling.original_context_length")
+    for low, high, positions in _LLAMA3_RULES:
+        scaling = {
+            "rope_type": "llama3",
+            "factor": round(float(stored.max()), 4),
+            "low_freq_factor": low,
+            "high_freq_factor": high,
+            "original_max_position_embeddings": original or positions,
+        }
+        scaled = ModelConfig.from_dict(
+            config | {"rope_scaling": scaling}, source=str(file.path)
+        ).inv_freq()
+        if torch.allclose(plain / scaled, stored, rtol=1e-4):
+            return scaling
+    raise CheckpointError(
+        f"{file.path}: tensor {ROPE_FACTORS!r} holds frequency factors that no known llama3 rule "
+        "gives; convert the original checkpoint instead"
+    )
+
+
+def _size(file: GgufFile, key: str, default: int | None = None) -> int:
+    value = file.metadata.get(f"llama.{key}", default)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+        raise CheckpointError(f"{file.path}: llama.{key}={str(value)[:100]} must be a size")
+    return value
+
+
+def _number(file: GgufFile, key: str, default: float | None = None) -> float:
+    value = file.metadata.get(f"llama.{key}", default)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise CheckpointError(f"{file.path}: llama.{key}={str(value)[:100]} must be a number")
+    return float(str(np.float32(value)))  # 1e-05, not float32's 9.999999747378752e-06

@@ -1,0 +1,181 @@
+"""Import of a GGUF file as a folder in Hugging Face layout.
+
+Knows the tensor names of both sides and the order of the rows of queries and keys; leaves the
+header, the tokenizer and the config to their own modules. Weights are streamed: memory holds one
+piece of one tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from arriero.shards.checkpoint.gguf_config import ROPE_FACTORS, build_configs
+from arriero.shards.checkpoint.gguf_header import GgufFile, GgufTensor, read_gguf
+from arriero.shards.checkpoint.gguf_tokenizer import build_tokenizer
+from arriero.shards.checkpoint.llama_names import EMBEDDING, FINAL_NORM, HEAD, expected_tensors
+from arriero.shards.checkpoint.reader import SINGLE_FILE, Checkpoint
+from arriero.shards.checkpoint.safetensors_header import make_header
+from arriero.shards.errors import CheckpointError
+from arriero.shards.models.config import TORCH_DTYPES, ModelConfig
+
+Progress = Callable[[int, int, str], None]
+"""Called with bytes read so far, bytes in all, and the name of the tensor just written."""
+
+_Type = gguf.GGMLQuantizationType
+_TYPES = (_Type.F32, _Type.F16, _Type.BF16, _Type.Q4_0, _Type.Q4_1, _Type.Q8_0)
+_TOP_NAMES = {
+    "token_embd.weight": EMBEDDING,
+    "output_norm.weight": FINAL_NORM,
+    "output.weight": HEAD,
+}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_PIECE_ELEMENTS = 8 * 1024 * 1024
+
+
+def import_gguf(
+    src: Path, out: Path, dtype: str = "bfloat16", progress: Progress | None = None
+) -> None:
+    """Write `src` as config.json, generation_config.json, model.safetensors and the tokenizer.
+
+    The folder appears whole or not at all.
+
+    Args:
+        src: a GGUF file of architecture `llama` (Q4_0, Q4_1, Q8_0, F16, BF16, F32).
+        out: the folder to make; must not exist.
+        dtype: of the weights written: "bfloat16", "float16" or "float32".
+        progress: told of every tensor written.
+
+    Raises:
+        CheckpointError: a file that cannot be imported, or `out` exists.
+    """
+    if dtype not in TORCH_DTYPES:
+        raise CheckpointError(f"dtype={dtype!r} must be one of {', '.join(TORCH_DTYPES)}")
+    if out.exists():
+        raise CheckpointError(f"{out}: exists already; remove it or choose another folder")
+    file = read_gguf(src)
+    settings, generation = build_configs(file, dtype)
+    config = ModelConfig.from_dict(settings, generation, source=str(src))
+    tokenizer, tokenizer_settings = build_tokenizer(file)
+    weights = _Weights(file, config)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    try:
+        partial.chmod(0o755)
+        _write_json(partial / "config.json", settings)
+        _write_json(partial / "generation_config.json", generation)
+        _write_json(partial / "tokenizer_config.json", tokenizer_settings)
+        tokenizer.save(str(partial / "tokenizer.json"))
+        with (partial / SINGLE_FILE).open("wb") as stream:
+            weights.write(stream, getattr(torch, dtype), progress)
+            stream.flush()
+            os.fsync(stream.fileno())
+        Checkpoint.open(partial).check(expected_tensors(config))
+        partial.rename(out)
+    except OSError as error:
+        raise CheckpointError(f"{out}: cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+class _Weights:
+    """The file's tensors under their Hugging Face names, in file order, checked."""
+
+    def __init__(self, file: GgufFile, config: ModelConfig) -> None:
+        self.file = file
+        self.config = config
+        self.tensors: dict[str, GgufTensor] = {}
+        due = expected_tensors(config)
+        for tensor in file.tensors.values():
+            if tensor.name == ROPE_FACTORS:  # it became the config's rope_scaling
+                continue
+            name = _hf_name(file, tensor.name)
+            where = f"{file.path}: tensor {tensor.name[:200]!r}"
+            if due.get(name) != tensor.shape:
+                raise CheckpointError(
+                    f"{where} ({name}) has shape {list(tensor.shape)}, but the metadata makes it "
+                    f"{list(due[name]) if name in due else 'none of this model'}"
+                )
+            if tensor.type not in _TYPES:
+                raise CheckpointError(
+                    f"{where}: {tensor.type.name} is not imported; imported: "
+                    f"{', '.join(one.name for one in _TYPES)}"
+                )
+            self.tensors[name] = tensor
+        missing = [name for name in due if name not in self.tensors]
+        if missing:
+            raise CheckpointError(
+                f"{file.path}: lacks {missing[0]!r} of shape {list(due[missing[0]])}"
+                + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+            )
+
+    def write(self, stream: BinaryIO, dtype: torch.dtype, progress: Progress | None) -> None:
+        stream.write(make_header({name: (dtype, one.shape) for name, one in self.tensors.items()}))
+        total = sum(one.stop - one.start for one in self.tensors.values())
+        done = 0
+        for name, tensor in self.tensors.items():
+            for piece in self._pieces(tensor):
+                made = torch.from_numpy(np.array(piece, dtype=np.float32, order="C")).to(dtype)
+                stream.write(made.view(torch.uint8).numpy().data)
+            done += tensor.stop - tensor.start
+            if progress is not None:
+                progress(done, total, name)
+
+    def _pieces(self, tensor: GgufTensor) -> Iterator[npt.NDArray[np.float32]]:
+        heads = {".attn_q.": self.config.num_heads, ".attn_k.": self.config.num_kv_heads}
+        permuted = any(part in tensor.name for part in heads)
+        if len(tensor.shape) == 1:
+            vector = self.file.rows(tensor, 0, 1)[0]
+            yield self._unpermute(vector[:, None])[:, 0] if permuted else vector
+            return
+        num_rows, row = tensor.shape
+        head_dim = self.config.head_dim
+        step = max(1, _PIECE_ELEMENTS // (row * head_dim)) * head_dim  # whole heads
+        for start in range(0, num_rows, step):
+            piece = self.file.rows(tensor, start, min(start + step, num_rows))
+            yield self._unpermute(piece) if permuted else piece
+
+    def _unpermute(self, rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Undo GGUF's order: it interleaves the two halves of each head that rotary turns."""
+        head_dim = self.config.head_dim
+        pairs = rows.reshape(-1, head_dim // 2, 2, rows.shape[1])
+        return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _hf_name(file: GgufFile, name: str) -> str:
+    if name in _TOP_NAMES:
+        return _TOP_NAMES[name]
+    parts = name.split(".")
+    if (
+        len(parts) == 4
+        and parts[0] == "blk"
+        and parts[1].isdecimal()
+        and parts[2] in _LAYER_NAMES
+        and parts[3] in ("weight", "bias")
+    ):
+        return f"model.layers.{int(parts[1])}.{_LAYER_NAMES[parts[2]]}.{parts[3]}"
+    raise CheckpointError(f"{file.path}: tensor {name[:200]!r} has no place in a Llama model")
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,329 @@
+"""A model folder on disk: which tensors it holds, and views of their bytes.
+
+Knows safetensors files, their index and the memory map. It refuses to know how a model is cut
+into slices, and never unpickles anything.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import mmap
+import os
+import sys
+import threading
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arriero.shards.checkpoint.json_file import read_json_object
+from arriero.shards.checkpoint.llama_names import EMBEDDING, HEAD
+from arriero.shards.checkpoint.safetensors_header import StoredTensor, read_header
+from arriero.shards.errors import CheckpointError
+from arriero.shards.models.config import ModelConfig
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+_PICKLES = {".bin", ".pth", ".pt", ".ckpt", ".pkl"}
+# Linux's value: Python's mmap module does not name it before 3.13
+_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
+_SAMPLE_BYTES = 1024
+_MAX_LISTED = 5
+
+
+class Checkpoint:
+    """An open model folder. Opening reads headers only; tensors are views of mapped files.
+
+    Views stay valid for as long as they are referenced. The map is private: writing to a view
+    changes that process's copy of the page and never the file. Safe to share between threads.
+
+    Attributes:
+        path: the folder.
+        config: what its config.json says.
+        stored: where each tensor lies, by name in sorted order.
+    """
+
+    def __init__(self, path: Path, config: ModelConfig, stored: Mapping[str, StoredTensor]) -> None:
+        self.path = path
+        self.config = config
+        self.stored = dict(sorted(stored.items()))
+        self._maps: dict[Path, Tensor] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, path: Path | str) -> Checkpoint:
+        """Read config, index and headers of a folder.
+
+        Raises:
+            CheckpointError: something is missing, malformed or not what it should be; the
+                message names the file and the tensor.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: is not a folder; a model is a folder in HF layout")
+        config = ModelConfig.from_folder(folder)
+        return cls(folder, config, _stored(folder))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the tensors, sorted."""
+        return tuple(self.stored)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The safetensors files, sorted."""
+        return tuple(sorted({one.file for one in self.stored.values()}))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(one.nbytes for one in self.stored.values())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor as stored."""
+        return self._find(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor as stored."""
+        return self._find(name).dtype
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor, as a view of the mapped file (a copy where the file leaves it unaligned)."""
+        found = self._find(name)
+        data = self.data(found.file)[found.start : found.stop]
+        if found.start % found.dtype.itemsize:  # older writers did not pad the header
+            data = data.clone()
+        return data.view(found.dtype).view(found.shape)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the first dimension, as a contiguous view."""
+        return self._cut(name, 0, start, stop)
+
+    def columns(self, name: str, start: int, stop: int) -> Tensor:
+        """Columns [start, stop) of the last dimension, as a strided view."""
+        return self._cut(name, -1, start, stop)
+
+    @cached_property
+    def digest(self) -> str:
+        """Names this model: 32 hex digits of BLAKE2b.
+
+        Covers config.json (whatever its layout), every tensor's name, dtype, shape and place,
+        every file's size, and a sample from the middle of every tensor. The same for the same
+        files on any machine; it does not prove that every byte is right.
+        """
+        config = json.dumps(read_json_object(self.path / "config.json"), sort_keys=True)
+        digest = hashlib.blake2b(config.encode(), digest_size=16)
+        for file in self.files:
+            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+            tensors = [one for one in self.stored.values() if one.file == file]
+            with file.open("rb") as stream:
+                # samples are far apart: read-ahead would fetch megabytes for each
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+                for one in tensors:
+                    place = [one.name, str(one.dtype), one.shape, one.start]
+                    digest.update(json.dumps(place).encode())
+                    middle = max(one.start, (one.start + one.stop - _SAMPLE_BYTES) // 2)
+                    length = min(one.stop - middle, _SAMPLE_BYTES)
+                    digest.update(os.pread(stream.fileno(), length, middle))
+        return digest.hexdigest()
+
+    def check(
+        self,
+        expected: Mapping[str, tuple[int, ...]],
+        dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES,
+    ) -> None:
+        """Compare names, shapes and dtypes with what is due.
+
+        Rotary frequencies that old checkpoints store, and the head stored again where it is the
+        embedding, are let pass.
+
+        Args:
+            expected: shape of each tensor by name.
+            dtypes: those that a tensor may have.
+
+        Raises:
+            CheckpointError: lists the first few tensors that are missing, too many, of another
+                shape or of another dtype, with file and both shapes, and counts the rest.
+        """
+        problems = self.problems(expected, dtypes)
+        if problems:
+            more = len(problems) - _MAX_LISTED
+            listed = "; ".join(problems[:_MAX_LISTED]) + (f"; and {more} more" if more > 0 else "")
+            raise CheckpointError(f"{self.path}: does not hold what its config says: {listed}")
+
+    def problems(
+        self,
+        expected: Mapping[str, tuple[int, ...]],
+        dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES,
+    ) -> list[str]:
+        """All that `check` would complain of, one sentence a tensor."""
+        problems: list[str] = []
+        for name, shape in expected.items():
+            one = self.stored.get(name)
+            if one is None:
+                problems.append(f"tensor {name!r} of shape {list(shape)} is missing")
+            elif one.shape != tuple(shape):
+                problems.append(
+                    f"{one.file.name}: tensor {name!r} has shape {list(one.shape)}, but the "
+                    f"config makes it {list(shape)}"
+                )
+            elif one.dtype not in dtypes:
+                problems.append(
+                    f"{one.file.name}: tensor {name!r} has dtype {one.dtype}, but it must be one "
+                    f"of {', '.join(map(str, dtypes))}"
+                )
+        for one in self.stored.values():
+            if one.name not in expected and not self._harmless(one):
+                problems.append(
+                    f"{one.file.name}: tensor {one.name[:200]!r} of shape {list(one.shape)} has no "
+                    "place in this model"
+                )
+        return problems
+
+    def _harmless(self, one: StoredTensor) -> bool:
+        if one.name.endswith("rotary_emb.inv_freq"):
+            return True
+        embedding = self.stored.get(EMBEDDING)
+        return (
+            one.name == HEAD
+            and self.config.tie_word_embeddings
+            and embedding is not None
+            and one.shape == embedding.shape
+        )
+
+    def _find(self, name: str) -> StoredTensor:
+        found = self.stored.get(name)
+        if found is None:
+            raise CheckpointError(f"{self.path}: holds no tensor {name!r}")
+        return found
+
+    def _cut(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        shape = self.shape(name)
+        if not shape or not 0 <= start <= stop <= shape[dim]:
+            raise CheckpointError(
+                f"{self._find(name).file}: tensor {name!r} of shape {list(shape)} has no range "
+                f"{start}:{stop} in its {'first' if dim == 0 else 'last'} dimension"
+            )
+        return self.tensor(name).narrow(dim, start, stop - start)
+
+    def data(self, file: Path) -> Tensor:
+        """All bytes of one of `files`, uint8, as a view of its map."""
+        with self._lock:
+            mapped = self._maps.get(file)
+            if mapped is None:
+                mapped = _map_bytes(file)
+                needed = max(one.stop for one in self.stored.values() if one.file == file)
+                if mapped.numel() < needed:
+                    raise CheckpointError(f"{file}: was cut after it was opened; fetch it again")
+                self._maps[file] = mapped
+            return mapped
+
+
+def _map_bytes(file: Path) -> Tensor:
+    """A file as uint8, mapped once.
+
+    Private and without reserve: a writable view is what torch takes without a warning, a stray
+    write hits a private page rather than a protection fault, and no swap is set aside for files
+    larger than memory.
+    """
+    try:
+        with file.open("rb") as stream:
+            mapped = mmap.mmap(
+                stream.fileno(),
+                0,
+                flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            )
+    except (OSError, ValueError) as error:
+        remedy = ""
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+            remedy = "; allow more address space (`ulimit -v`, vm.overcommit_memory)"
+        raise CheckpointError(f"{file}: cannot be mapped: {error}{remedy}") from None
+    return torch.frombuffer(mapped, dtype=torch.uint8)
+
+
+def _stored(folder: Path) -> dict[str, StoredTensor]:
+    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+    if single.is_file():
+        return read_header(single)
+    if not index.is_file():
+        raise _no_weights(folder)
+    placed = _weight_map(index)
+    found: dict[str, StoredTensor] = {}
+    for file_name in sorted(set(placed.values())):
+        file = folder / file_name
+        if not file.is_file():
+            raise CheckpointError(f"{index}: names {file_name!r}, which is missing; fetch it")
+        for name, one in read_header(file).items():
+            if name in found:
+                raise CheckpointError(
+                    f"{file}: tensor {name[:200]!r} lies in {found[name].file.name} too"
+                )
+            found[name] = one
+    for name, file_name in placed.items():
+        lies_in = found[name].file.name if name in found else None
+        if lies_in != file_name:
+            raise CheckpointError(
+                f"{index}: places tensor {name[:200]!r} in {file_name}, but it "
+                + (f"lies in {lies_in}" if lies_in else "is not there")
+            )
+    return found
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    placed = read_json_object(index).get("weight_map")
+    if not isinstance(placed, dict) or not placed:
+        raise CheckpointError(f"{index}: `weight_map` must be an object from tensor to file name")
+    for name, file_name in placed.items():
+        _check_file_name(index, name, file_name)
+    return placed
+
+
+def _check_file_name(index: Path, name: str, file_name: Any) -> None:  # noqa: ANN401
+    """Only plain names: a path in an index could reach any file of the machine."""
+    plain = (
+        isinstance(file_name, str)
+        and PurePosixPath(file_name).name == file_name
+        and "\\" not in file_name
+        and "\0" not in file_name
+    )
+    if not plain:
+        raise CheckpointError(
+            f"{index}: tensor {name[:200]!r}: {str(file_name)[:200]!r} is not a plain file name"
+        )
+    suffix = PurePosixPath(file_name).suffix
+    if suffix in _PICKLES:
+        raise CheckpointError(f"{index}: tensor {name[:200]!r}: {_pickle([file_name])}")
+    if suffix != ".safetensors":
+        raise CheckpointError(
+            f"{index}: tensor {name[:200]!r}: {file_name[:200]!r} does not end in .safetensors"
+        )
+
+
+def _no_weights(folder: Path) -> CheckpointError:
+    wanted = f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}"
+    names = sorted(one.name for one in folder.iterdir())
+    pickles = [name for name in names if Path(name).suffix in _PICKLES]
+    loose = [name for name in names if Path(name).suffix in (".safetensors", ".gguf")]
+    if pickles:
+        return CheckpointError(f"{wanted}: {_pickle(pickles)}")
+    if loose:
+        return CheckpointError(f"{wanted}, only {_first(loose)}")
+    return CheckpointError(f"{wanted}; fetch the weights")
+
+
+def _pickle(names: list[str]) -> str:
+    return f"{_first(names)}: a pickle, which could run code; convert it to safetensors"
+
+
+def _first(names: Iterable[str]) -> str:
+    listed = list(names)
+    return listed[0][:200] + (f" and {len(listed) - 1} more" if len(listed) > 1 else "")

@@ -1,0 +1,167 @@
+"""The header of a safetensors file, parsed as hostile input.
+
+The format (huggingface.co/docs/safetensors): eight bytes of little-endian header length, the
+header as a JSON object from tensor name to dtype, shape and offsets, then the tensors' bytes.
+
+Knows one file's header; knows nothing of folders, of models, or of how bytes reach memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from arriero.shards.checkpoint.json_file import parse_json_object
+from arriero.shards.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000
+"""The format's own limit."""
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+_MAX_DIMS = 16
+_LENGTH_BYTES = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies: bytes [start, stop) of `file`, row-major."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored."""
+        return self.stop - self.start
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Read and check one file's header, without reading its tensors.
+
+    Raises:
+        CheckpointError: unreadable, truncated, over the header limit, or an entry whose dtype,
+            shape or offsets cannot be; the message names file and tensor.
+    """
+    try:
+        with file.open("rb") as stream:
+            size = stream.seek(0, 2)
+            stream.seek(0)
+            prefix = stream.read(_LENGTH_BYTES)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < _LENGTH_BYTES:
+                raise CheckpointError(f"{file}: {size} bytes are too few for a safetensors file")
+            if length > MAX_HEADER_BYTES:
+                raise CheckpointError(
+                    f"{file}: header of {length} bytes exceeds the limit of {MAX_HEADER_BYTES}; "
+                    f"not a safetensors file, or damaged{_pickle_hint(prefix)}"
+                )
+            if length > size - _LENGTH_BYTES:
+                raise CheckpointError(
+                    f"{file}: truncated: header of {length} bytes, but {size - _LENGTH_BYTES} "
+                    f"follow; fetch the file again{_pickle_hint(prefix)}"
+                )
+            header = stream.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
+    entries = parse_json_object(header, f"{file} (header)", unique_keys_because="tensor")
+    entries.pop("__metadata__", None)
+    data_start = _LENGTH_BYTES + length
+    tensors = {name: _entry(file, name, entry, data_start, size) for name, entry in entries.items()}
+    _refuse_overlap(file, tensors)
+    return tensors
+
+
+def _entry(file: Path, name: str, entry: Any, data_start: int, size: int) -> StoredTensor:  # noqa: ANN401
+    where = f"{file}: tensor {name[:200]!r}"
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise CheckpointError(f"{where}: its entry lacks one of dtype, shape, data_offsets")
+    label, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    dtype = DTYPES.get(label) if isinstance(label, str) else None
+    if dtype is None:
+        raise CheckpointError(
+            f"{where}: dtype {str(label)[:50]!r} is unknown; known: {', '.join(DTYPES)}"
+        )
+    if not _sizes(shape) or len(shape) > _MAX_DIMS:
+        raise CheckpointError(f"{where}: shape {str(shape)[:200]} is not a list of sizes")
+    if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise CheckpointError(f"{where}: data_offsets {str(offsets)[:200]} are not a range")
+    start, stop = data_start + offsets[0], data_start + offsets[1]
+    if stop > size:
+        raise CheckpointError(
+            f"{where}: ends at byte {stop}, but the file has {size}: truncated; fetch it again"
+        )
+    due = math.prod(shape) * dtype.itemsize
+    if stop - start != due:
+        raise CheckpointError(
+            f"{where}: shape {list(shape)} of {label} takes {due} bytes, but {stop - start} are "
+            "stored"
+        )
+    return StoredTensor(
+        name=name, file=file, dtype=dtype, shape=tuple(shape), start=start, stop=stop
+    )
+
+
+def _sizes(value: Any) -> bool:  # noqa: ANN401
+    return isinstance(value, list) and all(
+        isinstance(one, int) and not isinstance(one, bool) and 0 <= one < 2**63 for one in value
+    )
+
+
+def _refuse_overlap(file: Path, tensors: dict[str, StoredTensor]) -> None:
+    ordered = sorted((one for one in tensors.values() if one.nbytes), key=lambda one: one.start)
+    for before, after in pairwise(ordered):
+        if after.start < before.stop:
+            raise CheckpointError(
+                f"{file}: tensors {before.name[:200]!r} and {after.name[:200]!r} overlap at byte "
+                f"{after.start}"
+            )
+
+
+def _pickle_hint(prefix: bytes) -> str:
+    if prefix.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
+        return "; it looks like a pickle, which could run code: convert it to safetensors"
+    return ""
+
+
+def make_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
+    """Length and header of a file that holds these tensors one after another, in this order."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, (dtype, shape) in tensors.items():
+        stop = start + math.prod(shape) * dtype.itemsize
+        entries[name] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [start, stop],
+        }
+        start = stop
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % _LENGTH_BYTES)  # keeps the tensors aligned
+    return len(header).to_bytes(_LENGTH_BYTES, "little") + header

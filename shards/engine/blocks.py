@@ -1,0 +1,175 @@
+"""KV blocks of one pool: who holds which, and which full ones can be found again by their key.
+
+Knows block ids, reference counts and keys. Refuses to know what a block holds (that is the
+slices'), what a request is, and when anything runs: a block freed here may be handed out again at
+once, because the slices run plans in the order in which the blocks were handed out.
+
+A full block's key is a hash of its parent's key and its tokens, so equal keys mean equal prefixes,
+in every process and every run. Freed blocks that have a key stay findable, least recently used
+first to go, until their room is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+KEY_BYTES = 16
+
+CacheListener = Callable[[Literal["stored", "evicted"], bytes], None]
+"""Called with each key that becomes findable ("stored") or ceases to be ("evicted")."""
+
+
+def root_key(model_salt: bytes, request_salt: bytes = b"") -> bytes:
+    """The parent key of first blocks; each salt is hashed alone, so none can pose as another."""
+    parts = (_digest(model_salt), _digest(request_salt))
+    return _digest(b"".join(parts))
+
+
+def chain_keys(parent: bytes, tokens: npt.NDArray[np.int32], block_size: int) -> Iterator[bytes]:
+    """Keys of the full blocks that follow `parent`: blake2b-128 of (parent, tokens as <i4).
+
+    Args:
+        parent: key of the block before, or `root_key`.
+        tokens: int32 [N]; a last block that is not full gets no key.
+        block_size: tokens in a block.
+    """
+    data = np.ascontiguousarray(tokens, dtype="<i4").tobytes()
+    width = 4 * block_size
+    for start in range(0, len(data) - width + 1, width):
+        parent = _digest(parent + data[start : start + width])
+        yield parent
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=KEY_BYTES).digest()
+
+
+class BlockManager:
+    """Hands out the blocks 0 .. num_blocks - 1 to tables, one table for each owner.
+
+    An owner is any integer the caller chooses. Blocks are shared by reference count; only full
+    blocks are ever shared, so nobody writes into a block that another reads.
+
+    Attributes:
+        num_blocks: blocks of the pool.
+        block_size: tokens in a block.
+        on_event: told of every key stored and evicted, when set.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_size: int, *, on_event: CacheListener | None = None
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.on_event = on_event
+        self._tables: dict[int, list[int]] = {}
+        self._references = [0] * num_blocks
+        self._keys: list[bytes | None] = [None] * num_blocks
+        self._by_key: dict[bytes, int] = {}
+        self._blank = list(range(num_blocks - 1, -1, -1))  # free, without a key; low ids first
+        self._cached: OrderedDict[int, None] = OrderedDict()  # free, with a key; oldest first
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that can be handed out now, cached ones among them."""
+        return len(self._blank) + len(self._cached)
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks that nobody holds and that can still be found by their key."""
+        return len(self._cached)
+
+    @property
+    def num_used(self) -> int:
+        """Blocks that some table holds."""
+        return self.num_blocks - self.num_available
+
+    def table(self, owner: int) -> Sequence[int]:
+        """Block ids of an owner, in order; not to be changed, nor kept past the next call."""
+        return self._tables[owner]
+
+    def match(self, keys: Iterable[bytes]) -> list[int]:
+        """Blocks of the longest prefix of `keys` that can be found; holds none of them."""
+        blocks = []
+        for key in keys:
+            block = self._by_key.get(key)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def cost(self, num_blocks: int, shared: Sequence[int] = ()) -> int:
+        """How far `allocate` with the same arguments would lower `num_available`."""
+        references = self._references
+        return num_blocks - len(shared) + sum(not references[block] for block in shared)
+
+    def allocate(self, owner: int, num_blocks: int, shared: Sequence[int] = ()) -> None:
+        """Open a table of `num_blocks`, the first of them `shared` with others or the cache.
+
+        The caller has seen that `cost` is at most `num_available`.
+        """
+        assert owner not in self._tables, f"owner {owner} has a table already"
+        assert self.cost(num_blocks, shared) <= self.num_available, "allocation past the pool"
+        for block in shared:
+            if not self._references[block]:
+                del self._cached[block]
+            self._references[block] += 1
+        fresh = (self._take() for _ in range(num_blocks - len(shared)))
+        self._tables[owner] = [*shared, *fresh]
+
+    def fork(self, parent: int, child: int, num_tokens: int) -> None:
+        """Open `child`'s table on the blocks of `parent` that its first `num_tokens` fill."""
+        shared = self._tables[parent][: num_tokens // self.block_size]
+        self.allocate(child, len(shared), shared)
+
+    def append(self, owner: int) -> int:
+        """Add one block to a table; the caller has seen that one is available."""
+        block = self._take()
+        self._tables[owner].append(block)
+        return block
+
+    def free(self, owner: int) -> None:
+        """Close a table; its last block is the first to be evicted, should room be needed."""
+        for block in reversed(self._tables.pop(owner)):
+            self._references[block] -= 1
+            if self._references[block]:
+                continue
+            if self._keys[block] is None:
+                self._blank.append(block)
+            else:
+                self._cached[block] = None
+
+    def store(self, owner: int, first: int, keys: Iterable[bytes]) -> None:
+        """Make full blocks of a table findable, from its block `first` on.
+
+        A key that another block holds already stays with that block. The caller stores a block
+        only once every token of it is in a plan that goes before any plan that could find it.
+        """
+        table = self._tables[owner]
+        for index, key in enumerate(keys, first):
+            block = table[index]
+            if self._keys[block] is None and key not in self._by_key:
+                self._keys[block] = key
+                self._by_key[key] = block
+                if self.on_event is not None:
+                    self.on_event("stored", key)
+
+    def _take(self) -> int:
+        if self._blank:
+            block = self._blank.pop()
+        else:
+            block, _ = self._cached.popitem(last=False)
+            key = self._keys[block]
+            assert key is not None, f"block {block} is cached without a key"
+            self._keys[block] = None
+            del self._by_key[key]
+            if self.on_event is not None:
+                self.on_event("evicted", key)
+        self._references[block] = 1
+        return block

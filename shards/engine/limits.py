@@ -1,0 +1,91 @@
+"""Which configurations and requests an engine takes at all, whatever its load.
+
+Pure functions of their arguments, so any thread may call them. Knows limits; knows no load.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+import numpy as np
+
+from arriero.shards.engine.types import EngineConfig, EngineRequest
+from arriero.shards.errors import InvalidRequest, SpecError
+
+
+def check_config(config: EngineConfig) -> None:
+    """Raise `SpecError` for the first field of `config` that cannot be."""
+    for name in (
+        "max_model_len", "block_size", "num_blocks", "max_sequences", "max_batch_tokens",
+        "max_queued", "pipeline_depth", "num_stages", "vocab_size",
+    ):  # fmt: skip
+        value = getattr(config, name)
+        if value < 1:
+            raise SpecError(f"`{name}`={value} must be at least 1")
+    for token in config.eos_token_ids:
+        if not 0 <= token < config.vocab_size:
+            raise SpecError(
+                f"`eos_token_ids` holds {token}; ids run from 0 to {config.vocab_size - 1}"
+            )
+
+
+def check_request(config: EngineConfig, request: EngineRequest) -> None:
+    """Raise `InvalidRequest` when no load, however light, would let this request run."""
+    params = request.params
+    params.check(vocab_size=config.vocab_size)
+    if params.seed is None:
+        raise InvalidRequest("seed", "`seed` is not set; the edge draws one for each request")
+    if params.max_tokens is None:
+        raise InvalidRequest("max_tokens", "`max_tokens` is not set; the edge sets it")
+    if not request.prompt:
+        raise InvalidRequest("prompt", "`prompt` is empty; give at least one token")
+    _check_tokens("prompt", request.prompt, config.vocab_size)
+    _check_resumed(config, request, params.max_tokens)
+    _check_length(config, len(request.prompt), params.max_tokens)
+
+
+def _check_tokens(name: str, tokens: tuple[int, ...], vocab_size: int) -> None:
+    try:
+        ids = np.frombuffer(array("i", tokens), dtype=np.intc)
+    except (OverflowError, TypeError) as error:
+        raise InvalidRequest(name, f"`{name}` must hold token ids: {error}") from None
+    wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+    if len(wrong):
+        raise InvalidRequest(
+            name,
+            f"`{name}` holds token id {ids[wrong[0]]} at {wrong[0]}; "
+            f"ids run from 0 to {vocab_size - 1}",
+        )
+
+
+def _check_resumed(config: EngineConfig, request: EngineRequest, max_tokens: int) -> None:
+    if not request.resumed:
+        return
+    _check_tokens("resumed", request.resumed, config.vocab_size)
+    if request.params.n != 1:
+        raise InvalidRequest("n", f"`n`={request.params.n} with `resumed`; resume one sample")
+    if len(request.resumed) >= max_tokens:
+        raise InvalidRequest(
+            "resumed",
+            f"`resumed` has {len(request.resumed)} of `max_tokens`={max_tokens} tokens; "
+            "nothing is left to generate",
+        )
+
+
+def _check_length(config: EngineConfig, num_prompt: int, max_tokens: int) -> None:
+    # The last token is sampled and never fed back, so it needs no room in the pool.
+    pool = config.num_blocks * config.block_size + 1
+    limits = (("max_model_len", config.max_model_len), ("the KV pool's tokens", pool))
+    name, limit = min(limits, key=lambda pair: pair[1])
+    if num_prompt >= limit:
+        raise InvalidRequest(
+            "prompt",
+            f"`prompt` has {num_prompt} tokens; {name} = {limit} leave room for at most "
+            f"{limit - 1} and one output token; shorten it",
+        )
+    if num_prompt + max_tokens > limit:
+        raise InvalidRequest(
+            "max_tokens",
+            f"`max_tokens`={max_tokens} exceeds {limit} ({name}) - {num_prompt} prompt tokens; "
+            f"lower it to {limit - num_prompt} or less",
+        )

@@ -1,0 +1,400 @@
+"""What goes into each step, and what came of it: continuous batching, sans-I/O.
+
+Plans are made ahead of results: up to `depth` are outstanding, and the slices run them in order.
+So a plan may use whatever an earlier one computes or frees, while results that come back may be
+for a sequence that has left its slot since; those are discarded.
+
+With one stage, a decoding sequence is planned on while its last token is still in flight: the
+slices hold it. Should that token turn out to stop the sequence, what was planned past it is
+discarded. With several stages the first needs a token that the last one samples, so a sequence
+takes part in one outstanding plan at a time, and the decodes are spread over as many
+micro-batches as there are stages.
+
+A sequence whose blocks are needed by one that goes first is pre-empted: it leaves its slot, and
+later computes prompt and output again. Samples in flight for it are dropped and drawn again; a
+draw depends on nothing but tokens, parameters, seed and position, so the same token comes out.
+
+Knows tokens, blocks and slots; knows nothing of models, processes or threads.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Callable
+from operator import attrgetter
+
+import numpy as np
+
+from arriero.shards.engine.blocks import CacheListener
+from arriero.shards.engine.draft import Chunk, InFlight, PlanDraft, in_flight
+from arriero.shards.engine.limits import check_config, check_request
+from arriero.shards.engine.pace import Pace
+from arriero.shards.engine.results import Results
+from arriero.shards.engine.sequence import LiveRequest, Sequence
+from arriero.shards.engine.sequence_blocks import SequenceBlocks
+from arriero.shards.engine.slots import SlotTable
+from arriero.shards.engine.types import EngineConfig, EngineRequest, EngineStats, SequenceOutput
+from arriero.shards.errors import GroupFailed, InvalidRequest, Overloaded
+from arriero.shards.plan import Int32, StepPlan, StepResult, int32
+
+_rank = attrgetter("rank")
+
+
+class Scheduler:
+    """Requests in, plans out; results in, tokens out.
+
+    Args:
+        config: limits.
+        on_event: told of keys stored in and evicted from the prefix cache.
+        clock: seconds, monotonic; only the estimate in `Overloaded` reads it.
+
+    Raises:
+        SpecError: a field of `config` that cannot be.
+
+    Attributes:
+        depth: most plans outstanding; one for each stage at least.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        on_event: CacheListener | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        check_config(config)
+        self.config = config
+        self.depth = max(config.pipeline_depth, config.num_stages)
+        self._blocks = SequenceBlocks(config, on_event)
+        self._slots = SlotTable(config.max_sequences)
+        self._draft = PlanDraft(config.max_sequences)
+        self._pace = Pace(clock)
+        self._results = Results(config, self._slots, self._blocks)
+
+        self._requests: dict[str, LiveRequest] = {}
+        self._waiting: list[Sequence] = []  # by rank
+        self._prefilling: list[Sequence] = []  # by rank
+        self._decoding: dict[int, None] = {}  # slots
+        self._decoding_slots: Int32 | None = None  # the same as an array, while it is unchanged
+        self._in_flight: deque[InFlight] = deque()
+        self._blocked: tuple[int, ...] = ()
+
+        self._step = 0
+        self._arrivals = 0
+        self._prompt_tokens = 0
+        self._cached_tokens = 0
+        self._output_tokens = 0
+        self._preemptions = 0
+
+    # ---- requests ----
+
+    def add(self, request: EngineRequest) -> None:
+        """Check and queue a request.
+
+        Raises:
+            InvalidRequest: it could never run, or its id runs already.
+            Overloaded: as many requests wait as may.
+        """
+        check_request(self.config, request)
+        self.check_load(request.request_id)
+        self.enqueue(request)
+
+    def check_load(self, request_id: str, *, num_pending: int = 0) -> None:
+        """Raise as `add` does, for reasons that lie in what runs; safe from any thread.
+
+        Args:
+            request_id: of the request that would be added.
+            num_pending: requests that passed this check and are not added yet.
+        """
+        if request_id in self._requests:
+            raise InvalidRequest(
+                "request_id", f"`request_id`={request_id!r} runs already; choose another"
+            )
+        waiting = len(self._waiting) + num_pending
+        if waiting >= self.config.max_queued:
+            retry_after_s = self._pace.seconds_for_one()
+            raise Overloaded(
+                f"{waiting} requests wait and `max_queued` is {self.config.max_queued}; "
+                f"try again in {retry_after_s:.1f} s",
+                retry_after_s,
+            )
+
+    def enqueue(self, request: EngineRequest) -> None:
+        """Queue a request that passed `check_request` and `check_load`."""
+        live = LiveRequest(request, self._arrivals)
+        self._arrivals += 1
+        self._requests[request.request_id] = live
+        self._spawn(live, 0)
+
+    def cancel(self, request_id: str) -> list[SequenceOutput]:
+        """End a request now; its blocks are free for the next plan. Unknown ids are ignored."""
+        live = self._requests.get(request_id)
+        return [] if live is None else self._end(live, "cancelled")
+
+    def fail(self, cause: str) -> list[SequenceOutput]:
+        """End every request with finish_reason "error"; nothing is outstanding from now on."""
+        self._in_flight.clear()
+        ended = []
+        for live in list(self._requests.values()):
+            ended += self._end(live, "error", cause)
+        return ended
+
+    @property
+    def num_live(self) -> int:
+        """Requests that have not ended."""
+        return len(self._requests)
+
+    @property
+    def num_outstanding(self) -> int:
+        """Plans made whose result is not in."""
+        return len(self._in_flight)
+
+    @property
+    def stats(self) -> EngineStats:
+        """A snapshot, without `step_us`; safe from any thread."""
+        return EngineStats(
+            num_waiting=len(self._waiting),
+            num_running=self._num_running,
+            blocks_used=self._blocks.pool.num_used,
+            blocks_cached=self._blocks.pool.num_cached,
+            blocks_total=self._blocks.pool.num_blocks,
+            steps=self._step,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            output_tokens=self._output_tokens,
+            preemptions=self._preemptions,
+        )
+
+    # ---- plans ----
+
+    def schedule(self) -> StepPlan | None:
+        """The next plan, or None when nothing can run before a result is in."""
+        if len(self._in_flight) >= self.depth:
+            return None
+        slots, starts = self._take_decodes()
+        budget = self.config.max_batch_tokens - len(slots)
+        chunks = self._continue_prefills(budget)
+        self._admit(chunks, budget - sum(chunk.end - chunk.start for chunk in chunks))
+        if not len(slots) and not chunks:
+            return None
+        # One stage: the slices hold the last token, and it may not even be known here.
+        tokens = None if self.config.num_stages == 1 else self._slots.last_token[slots]
+        plan = self._draft.build(self._step, slots, starts, tokens, chunks)
+        self._in_flight.append(in_flight(plan, slots, chunks, self._slots.generation))
+        self._step += 1
+        for chunk in chunks:
+            self._after_chunk(chunk)
+        return plan
+
+    def _take_decodes(self) -> tuple[Int32, Int32]:
+        """Slots that decode in this step and their positions, all with a block to write to."""
+        table = self._slots
+        while True:
+            slots = self._ready_slots()
+            starts = table.scheduled[slots]
+            short = starts >= table.capacity[slots]
+            if not short.any():
+                break
+            self._grow(table.sequences[slots[short]].tolist())
+        table.scheduled[slots] = starts + 1
+        table.last_step[slots] = self._step
+        return slots, starts
+
+    def _ready_slots(self) -> Int32:
+        """Decoding slots that may take a step, the longest unserved first if not all fit."""
+        slots = self._decoding_slots
+        if slots is None:
+            slots = self._decoding_slots = int32(list(self._decoding))
+        table, config = self._slots, self.config
+        most = config.max_batch_tokens
+        scheduled = table.scheduled[slots]
+        ready = scheduled < table.limit[slots] - 1
+        if config.num_stages > 1:
+            most = min(most, -(-len(slots) // config.num_stages))
+            ready &= scheduled < table.known[slots]
+        if not ready.all():
+            slots = slots[ready]
+        if len(slots) > most:
+            slots = slots[np.argsort(table.last_step[slots], kind="stable")[:most]]
+        return slots
+
+    def _grow(self, sequences: list[Sequence]) -> None:
+        """Give each sequence one more block, pre-empting those that go last if need be.
+
+        Best rank first: whoever is pre-empted goes after all that have got their block by then.
+        """
+        for sequence in sorted(sequences, key=_rank):
+            while sequence.slot >= 0 and not self._blocks.pool.num_available:
+                self._reclaim()
+            if sequence.slot >= 0:
+                self._draft.add_block(sequence.slot, *self._blocks.grow(sequence))
+                self._slots.capacity[sequence.slot] += self.config.block_size
+
+    def _reclaim(self) -> None:
+        """Free some blocks: those merely kept for samples to come, else the last sequence's."""
+        if self._blocks.num_anchors:
+            self._blocks.drop_latest_prompt()
+            return
+        running = self._slots.sequences[list(self._decoding)].tolist() + self._prefilling
+        victim: Sequence = max(running, key=_rank)
+        self._release(victim)
+        victim.prompt_rows.clear()
+        insort(self._waiting, victim, key=_rank)
+        self._preemptions += 1
+
+    def _continue_prefills(self, budget: int) -> list[Chunk]:
+        chunks = []
+        for sequence in self._prefilling:
+            if budget <= 0:
+                break
+            chunks.append(self._take_chunk(sequence, budget))
+            budget -= chunks[-1].end - chunks[-1].start
+        self._prefilling = [one for one in self._prefilling if one.slot not in self._decoding]
+        return chunks
+
+    def _admit(self, chunks: list[Chunk], budget: int) -> None:
+        """Let waiting sequences in, strictly by rank, and add their first chunks."""
+        while budget > 0 and self._waiting and self._slots.num_free:
+            sequence = self._waiting[0]
+            if not self._enter(sequence):
+                break
+            del self._waiting[0]
+            chunk = self._take_chunk(sequence, budget)
+            if not chunk.final:
+                insort(self._prefilling, sequence, key=_rank)
+            chunks.append(chunk)
+            budget -= chunk.end - chunk.start
+
+    def _take_chunk(self, sequence: Sequence, budget: int) -> Chunk:
+        slot, known = sequence.slot, len(sequence.tokens)
+        start = int(self._slots.scheduled[slot])
+        end = min(known, start + budget)
+        self._slots.scheduled[slot] = end
+        if end == known:
+            self._decoding[slot] = None
+            self._decoding_slots = None
+        return Chunk(sequence, start, end, end == known)
+
+    def _enter(self, sequence: Sequence) -> bool:
+        """Put a waiting sequence into a slot with blocks for all its tokens, if there is room."""
+        blocks, pool = self._blocks, self._blocks.pool
+        state = (sequence.owner, pool.num_available, self._num_running, blocks.num_anchors)
+        if state == self._blocked:  # as when it last found no room: spare the search
+            return False
+        shared = blocks.find_shared(sequence)
+        # Every running sequence will want a block soon: leave one for each, or the newcomer
+        # would be pre-empted within a few steps.
+        if pool.cost(blocks.count(sequence), shared) > pool.num_available - self._num_running:
+            if self._num_running:
+                self._blocked = state
+                return False
+            while blocks.num_anchors:
+                blocks.drop_latest_prompt()
+            shared = blocks.find_shared(sequence)
+        table = blocks.open(sequence, shared)
+        size = self.config.block_size
+        self._slots.enter(sequence, scheduled=len(shared) * size, capacity=len(table) * size)
+        self._draft.enter(sequence.to_new(self.config.eos_token_ids), table)
+        if not sequence.begun:
+            self._begin(sequence, min(len(shared) * size, sequence.num_prompt))
+        return True
+
+    def _begin(self, sequence: Sequence, num_cached: int) -> None:
+        """Note a sequence's first entry."""
+        sequence.begun = True
+        live = sequence.live
+        live.num_unborn -= 1
+        if not live.num_unborn:
+            self._blocks.drop_prompt(live)
+        if sequence.index == 0:  # the others share its prompt; that is no hit
+            sequence.num_cached = num_cached
+            self._prompt_tokens += sequence.num_prompt
+            self._cached_tokens += num_cached
+
+    def _after_chunk(self, chunk: Chunk) -> None:
+        """Only plans after this one may share what it computes."""
+        sequence, live = chunk.sequence, chunk.sequence.live
+        self._blocks.store(sequence, chunk.end)
+        if chunk.final and sequence.index == 0 and len(live.sequences) < len(live.live):
+            self._blocks.keep_prompt(sequence)
+            for index in range(1, live.params.n):
+                self._spawn(live, index)
+
+    # ---- results ----
+
+    def update(self, result: StepResult) -> list[SequenceOutput]:
+        """Take the result of the oldest plan outstanding; gives what is new for each sequence.
+
+        Raises:
+            GroupFailed: the result does not belong to that plan.
+        """
+        if not self._in_flight:
+            raise GroupFailed(f"a result of step {result.step} came and no plan is outstanding")
+        harvest = self._results.take(self._in_flight.popleft(), result)
+        self._output_tokens += len(harvest.outputs)
+        for sequence in harvest.ended:
+            self._finish(sequence)
+        return harvest.outputs
+
+    # ---- shared by both ----
+
+    @property
+    def _num_running(self) -> int:
+        return self.config.max_sequences - self._slots.num_free
+
+    def _spawn(self, live: LiveRequest, index: int) -> None:
+        """Queue a sample of a request."""
+        sequence = Sequence.of(live, index, self._blocks.new_owner())
+        live.sequences[index] = sequence
+        insort(self._waiting, sequence, key=_rank)
+
+    def _release(self, sequence: Sequence) -> None:
+        """Take a sequence out of its slot and give back its blocks."""
+        slot = sequence.slot
+        self._draft.free(slot)
+        self._slots.leave(sequence)
+        self._blocks.close(sequence)
+        if slot in self._decoding:
+            del self._decoding[slot]
+            self._decoding_slots = None
+        else:
+            self._prefilling.remove(sequence)
+
+    def _finish(self, sequence: Sequence) -> None:
+        """Remove a sequence that has ended, and with the last one its request."""
+        if sequence.slot >= 0:
+            self._release(sequence)
+        else:
+            del self._waiting[bisect_left(self._waiting, sequence.rank, key=_rank)]
+        live = sequence.live
+        del live.sequences[sequence.index]
+        del live.live[sequence.index]
+        if not live.live:
+            self._close(live)
+
+    def _end(
+        self, live: LiveRequest, reason: str, error: str | None = None
+    ) -> list[SequenceOutput]:
+        """End what still runs of a request."""
+        outputs = [
+            SequenceOutput(
+                request_id=live.request.request_id,
+                index=index,
+                finish_reason=reason,
+                error=error,
+            )
+            for index in live.live
+        ]
+        for sequence in list(live.sequences.values()):
+            self._finish(sequence)
+        if live.live:  # samples that never came to be
+            live.live.clear()
+            self._close(live)
+        return outputs
+
+    def _close(self, live: LiveRequest) -> None:
+        self._blocks.drop_prompt(live)
+        del self._requests[live.request.request_id]
+        self._pace.one_ended()

@@ -1,0 +1,116 @@
+"""The collectives of one slice: tensor-parallel sums, pipeline hand-over, tokens.
+
+Over `torch.distributed`: gloo on CPU, NCCL on CUDA. Knows ranks and tensors; knows nothing of
+models or plans.
+
+Sums are taken in rank order, so that a row's sum does not depend on where it sits in the batch
+(a ring all-reduce adds different parts of a buffer in different orders).
+
+Shape legend: T tokens, H hidden size, R rows, V vocabulary rows held here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import Store
+
+from arriero.shards.partition import SlicePart
+
+TIMEOUT = timedelta(seconds=120)
+
+
+class Mesh:
+    """One rank's view of its group's mesh: `pp` stages of `tp` ranks."""
+
+    def __init__(self, part: SlicePart, *, tp: int, pp: int, device: torch.device) -> None:
+        self.part, self.tp, self.pp, self.device = part, tp, pp, device
+        self._tp_group: dist.ProcessGroup | None = None
+        self._sending: deque[tuple[dist.Work, Tensor]] = deque()
+
+    @property
+    def samples(self) -> bool:
+        """Whether this rank draws the tokens: tp rank 0 of the last stage."""
+        return self.part.last_stage and self.part.tp_rank == 0
+
+    def join(self, store: Store, host: str) -> None:
+        """Join the group's other ranks through `store`; each rank of several must call it.
+
+        Args:
+            store: the rendezvous.
+            host: this rank's address, which its sockets bind to when it is a loopback one.
+        """
+        if host.startswith("127."):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=self.part.rank,
+            world_size=self.tp * self.pp,
+            timeout=TIMEOUT,
+        )
+        for stage in range(self.pp):  # new_group is collective: every rank makes every group
+            ranks = list(range(stage * self.tp, (stage + 1) * self.tp))
+            group = dist.new_group(ranks, timeout=TIMEOUT)
+            if stage == self.part.stage and self.tp > 1:
+                self._tp_group = group
+
+    def leave(self) -> None:
+        """Give the process group back."""
+        self._sending.clear()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def reduce(self, x_TH: Tensor) -> Tensor:
+        """Sum over the stage's ranks, in rank order; may work in place."""
+        if self.tp == 1:
+            return x_TH
+        if self.tp == 2:  # a + b is b + a: any algorithm keeps the order
+            dist.all_reduce(x_TH, group=self._tp_group)
+            return x_TH
+        parts = torch.empty((self.tp, *x_TH.shape), dtype=x_TH.dtype, device=x_TH.device)
+        dist.all_gather(list(parts.unbind()), x_TH.contiguous(), group=self._tp_group)
+        total = parts[0]
+        for i in range(1, self.tp):
+            total += parts[i]
+        return total
+
+    def gather_logits(self, logits_RV: Tensor, sizes: list[int]) -> Tensor | None:
+        """Join the ranks' vocabulary rows on tp rank 0: [R, sum of `sizes`]; None elsewhere."""
+        if self.tp == 1:
+            return logits_RV
+        first = self.part.stage * self.tp
+        if self.part.tp_rank:
+            dist.send(logits_RV.contiguous(), first, group=self._tp_group)
+            return None
+        rows = logits_RV.shape[0]
+        parts = [logits_RV]
+        for i in range(1, self.tp):
+            part = torch.empty((rows, sizes[i]), dtype=logits_RV.dtype, device=logits_RV.device)
+            dist.recv(part, first + i, group=self._tp_group)
+            parts.append(part)
+        return torch.cat(parts, dim=1)
+
+    def share_tokens(self, tokens_R: Tensor) -> None:
+        """Give the sampled tokens (int32, in place) to the ranks of a single-stage group."""
+        if self.tp > 1 and self.pp == 1:
+            dist.broadcast(tokens_R, 0, group=self._tp_group)
+
+    def send_hidden(self, x_TH: Tensor) -> None:
+        """Hand activations to the next stage; returns at once, keeps `x_TH` until they are out."""
+        while self._sending and self._sending[0][0].is_completed():
+            self._sending.popleft()
+        work = dist.isend(x_TH, self.part.rank + self.tp)
+        if work is not None:
+            self._sending.append((work, x_TH))
+
+    def recv_hidden(self, x_TH: Tensor) -> None:
+        """Fill `x_TH` with the activations of the stage before."""
+        dist.recv(x_TH, self.part.rank - self.tp)

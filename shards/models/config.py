@@ -1,0 +1,393 @@
+"""What a model is, read from a Hugging Face folder's `config.json` and `generation_config.json`.
+
+Knows the dense Llama family's settings and the rotary frequencies that follow from them. It
+refuses whatever changes the computation in a way that we do not compute, and knows nothing of
+tensors stored, slices or engines.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from arriero.shards.checkpoint.json_file import read_json_object
+from arriero.shards.errors import CheckpointError
+
+if TYPE_CHECKING:  # leaders and gateways read a config without loading torch
+    from torch import Tensor
+
+SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
+
+TORCH_DTYPES = ("bfloat16", "float16", "float32")
+
+_MAX_SIZE = 2**31 - 1
+_MAX_LAYERS = 4096  # these two bound what a hostile config makes us list or allocate
+_MAX_HEAD_DIM = 65536
+_MAX_CONFIG_BYTES = 10_000_000
+
+RopeScaling = Literal["none", "linear", "llama3"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeConfig:
+    """Rotary position embedding.
+
+    Attributes:
+        theta: base of the frequencies.
+        scaling: "none"; "linear" (every frequency divided by `factor`); or "llama3" (long waves
+            divided, short ones kept, those between blended).
+        factor: what frequencies are divided by; at least 1.
+        low: llama3: waves longer than original_max / low are divided.
+        high: llama3: waves shorter than original_max / high are kept; may equal `low`.
+        original_max: llama3: positions that the model was first trained on.
+    """
+
+    theta: float
+    scaling: RopeScaling = "none"
+    factor: float = 1.0
+    low: float = 1.0
+    high: float = 1.0
+    original_max: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationDefaults:
+    """Sampling settings that the checkpoint recommends; None where it says nothing."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """A dense model of the Llama family.
+
+    Attributes:
+        architecture: one of `SUPPORTED_ARCHITECTURES`.
+        vocab_size: rows of the embedding and of the head.
+        hidden_size: width of the residual stream.
+        intermediate_size: columns of the MLP.
+        num_layers: decoder layers.
+        num_heads: query heads.
+        num_kv_heads: key/value heads; divides `num_heads`.
+        head_dim: width of a head; even.
+        rms_norm_eps: added to the mean square.
+        rope: rotary embedding.
+        max_position_embeddings: positions that the model was made for.
+        tie_word_embeddings: the head is the embedding.
+        attention_bias: q, k, v and o products carry a bias.
+        mlp_bias: gate, up and down products carry a bias.
+        hidden_act: "silu", the only one computed.
+        torch_dtype: name of the dtype declared for the weights (float32 where nothing is declared).
+        bos_token_id: begin-of-text token, if any.
+        eos_token_ids: tokens that end a text; generation_config.json's, else config.json's.
+        generation: sampling defaults of generation_config.json.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    attention_bias: bool
+    mlp_bias: bool
+    hidden_act: str
+    torch_dtype: str
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    generation: GenerationDefaults = field(default_factory=GenerationDefaults)
+
+    @classmethod
+    def from_folder(cls, path: Path | str) -> ModelConfig:
+        """Read config.json, and generation_config.json where there is one.
+
+        Raises:
+            CheckpointError: missing, malformed, or a model that we do not compute.
+        """
+        folder = Path(path)
+        file = folder / "config.json"
+        if not file.is_file():
+            if (folder / "adapter_config.json").is_file():
+                raise CheckpointError(
+                    f"{folder}: is a PEFT adapter, not a model; adapters are not served yet: "
+                    "merge it into its base model and save that"
+                )
+            raise CheckpointError(f"{file}: missing; a model folder holds a config.json")
+        generation_file = folder / "generation_config.json"
+        generation = None
+        if generation_file.is_file():
+            generation = read_json_object(generation_file, _MAX_CONFIG_BYTES)
+        return cls.from_dict(
+            read_json_object(file, _MAX_CONFIG_BYTES), generation, source=str(file)
+        )
+
+    @classmethod
+    def from_dict(
+        cls,
+        settings: Mapping[str, Any],
+        generation: Mapping[str, Any] | None = None,
+        *,
+        source: str = "config.json",
+    ) -> ModelConfig:
+        """Make it from the objects of config.json and generation_config.json.
+
+        Args:
+            settings: config.json's object, in the spelling of transformers 4 or 5.
+            generation: generation_config.json's object, if there is one.
+            source: what an error names.
+
+        Raises:
+            CheckpointError: a field missing or malformed, or a model that we do not compute.
+        """
+        read = _Fields(settings, source)
+        architecture = _architecture(read)
+        _refuse_uncomputed(read)
+        vocab_size = read.size("vocab_size")
+        hidden_size = read.size("hidden_size")
+        num_heads = read.size("num_attention_heads")
+        num_kv_heads = read.size("num_key_value_heads", num_heads)
+        if num_heads % num_kv_heads:
+            raise read.wrong(
+                "num_key_value_heads", num_kv_heads, f"a divisor of {num_heads} query heads"
+            )
+        if read.get("head_dim") is None and hidden_size % num_heads:
+            raise read.wrong("num_attention_heads", num_heads, f"a divisor of {hidden_size}")
+        head_dim = read.size("head_dim", hidden_size // num_heads, _MAX_HEAD_DIM)
+        if head_dim % 2:
+            raise read.wrong("head_dim", head_dim, "an even number")
+        max_position_embeddings = read.size("max_position_embeddings", 2048)
+        more = _Fields(generation or {}, source.replace("config.json", "generation_config.json"))
+        return cls(
+            architecture=architecture,
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            intermediate_size=read.size("intermediate_size"),
+            num_layers=read.size("num_hidden_layers", most=_MAX_LAYERS),
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            rms_norm_eps=read.number("rms_norm_eps", 1e-6, low=0.0),
+            rope=_rope(read, max_position_embeddings),
+            max_position_embeddings=max_position_embeddings,
+            tie_word_embeddings=read.flag("tie_word_embeddings"),
+            attention_bias=read.flag("attention_bias"),
+            mlp_bias=read.flag("mlp_bias"),
+            hidden_act=read.one_of("hidden_act", ("silu",), "silu"),
+            torch_dtype=_torch_dtype(read),
+            bos_token_id=next(iter(read.tokens("bos_token_id", vocab_size)), None),
+            eos_token_ids=(
+                more.tokens("eos_token_id", vocab_size) or read.tokens("eos_token_id", vocab_size)
+            ),
+            generation=GenerationDefaults(
+                temperature=more.optional_number("temperature"),
+                top_p=more.optional_number("top_p"),
+                top_k=more.optional_size("top_k"),
+            ),
+        )
+
+    @property
+    def q_size(self) -> int:
+        """Rows of the query product, all heads together."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Rows of the key product, all heads together; as many for the values."""
+        return self.num_kv_heads * self.head_dim
+
+    def inv_freq(self) -> Tensor:
+        """Rotary frequencies: radians a position, float32, shape [head_dim / 2].
+
+        The order of operations is that of the transformers library, bit for bit, since cosines
+        of large positions magnify the last bit. Su et al., "RoFormer" (2021); the "llama3" rule
+        is that of Meta's Llama 3.1 release.
+        """
+        import torch
+
+        dim = self.head_dim
+        exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+        freq: Tensor = 1.0 / (self.rope.theta**exponents)
+        if self.rope.scaling == "none":
+            return freq
+        if self.rope.scaling == "linear":
+            return freq / self.rope.factor
+        rope = self.rope
+        wavelength = 2 * math.pi / freq
+        longest_kept, shortest_divided = rope.original_max / rope.high, rope.original_max / rope.low
+        scaled = torch.where(wavelength > shortest_divided, freq / rope.factor, freq)
+        if rope.high == rope.low:  # nothing lies between, and the blend would divide by zero
+            return scaled
+        kept = (rope.original_max / wavelength - rope.low) / (rope.high - rope.low)
+        blend = (1 - kept) * scaled / rope.factor + kept * scaled
+        between = (wavelength >= longest_kept) & (wavelength <= shortest_divided)
+        return torch.where(between, blend, scaled)
+
+    def num_parameters(self) -> int:
+        """Weights stored, a tied head counted once."""
+        hidden, mlp = self.hidden_size, self.intermediate_size
+        attention = 2 * hidden * (self.q_size + self.kv_size)
+        if self.attention_bias:
+            attention += self.q_size + 2 * self.kv_size + hidden
+        layer = attention + 3 * hidden * mlp + 2 * hidden
+        if self.mlp_bias:
+            layer += 2 * mlp + hidden
+        vocabularies = 1 if self.tie_word_embeddings else 2
+        return vocabularies * self.vocab_size * hidden + self.num_layers * layer + hidden
+
+
+class _Fields:
+    """One JSON object's fields, each read with its kind checked."""
+
+    def __init__(self, values: Mapping[str, Any], source: str) -> None:
+        self.values = values
+        self.source = source
+
+    def get(self, name: str) -> Any:  # noqa: ANN401
+        return self.values.get(name)
+
+    def wrong(self, name: str, value: object, wanted: str) -> CheckpointError:
+        text = repr(value)
+        return CheckpointError(f"{self.source}: `{name}`={text[:200]} must be {wanted}")
+
+    def optional_size(self, name: str) -> int | None:
+        value = self.get(name)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MAX_SIZE:
+            raise self.wrong(name, value, f"a whole number from 0 to {_MAX_SIZE}")
+        return value
+
+    def size(self, name: str, default: int | None = None, most: int = _MAX_SIZE) -> int:
+        value = self.optional_size(name)
+        if value is None:
+            value = default
+        if value is None:
+            raise CheckpointError(f"{self.source}: `{name}` is missing; add it as a whole number")
+        if not 1 <= value <= most:
+            raise self.wrong(name, value, f"from 1 to {most}")
+        return value
+
+    def optional_number(self, name: str) -> float | None:
+        value = self.get(name)
+        if value is None:
+            return None
+        finite = isinstance(value, int | float) and not isinstance(value, bool)
+        # the bound keeps huge integers from overflowing float(), and refuses inf and nan
+        if not (finite and abs(value) < 1e30):
+            raise self.wrong(name, value, "a finite number")
+        return float(value)
+
+    def number(self, name: str, default: float | None, *, low: float) -> float:
+        value = self.optional_number(name)
+        if value is None:
+            value = default
+        if value is None:
+            raise CheckpointError(f"{self.source}: `{name}` is missing; add it as a number")
+        if value < low:
+            raise self.wrong(name, value, f"at least {low:g}")
+        return value
+
+    def flag(self, name: str) -> bool:
+        value = self.get(name)
+        if value is None:
+            return False
+        if not isinstance(value, bool):
+            raise self.wrong(name, value, "true or false")
+        return value
+
+    def one_of(self, name: str, allowed: tuple[str, ...], default: str) -> str:
+        value = self.get(name)
+        if value is None:
+            return default
+        if value not in allowed:
+            raise self.wrong(name, value, f"one of {', '.join(allowed)}: nothing else is computed")
+        return cast(str, value)
+
+    def tokens(self, name: str, vocab_size: int) -> tuple[int, ...]:
+        value = self.get(name)
+        if value is None:
+            return ()
+        tokens = value if isinstance(value, list) else [value]
+        for token in tokens:
+            if isinstance(token, bool) or not isinstance(token, int):
+                raise self.wrong(name, value, "a token id or a list of them")
+            if not 0 <= token < vocab_size:
+                raise self.wrong(name, value, f"below `vocab_size`={vocab_size}")
+        return tuple(tokens)
+
+
+def _architecture(read: _Fields) -> str:
+    names = read.get("architectures")
+    if names is None and read.get("model_type") == "llama":
+        return "LlamaForCausalLM"
+    found = names[0] if isinstance(names, list) and len(names) == 1 else names
+    if found not in SUPPORTED_ARCHITECTURES:
+        raise CheckpointError(
+            f"{read.source}: architecture {str(found)[:200]!r} is not supported; supported: "
+            f"{', '.join(SUPPORTED_ARCHITECTURES)}"
+        )
+    return cast(str, found)
+
+
+def _refuse_uncomputed(read: _Fields) -> None:
+    """Refuse settings under which a "Llama" is another function than the one we compute."""
+    for name in ("sliding_window", "attention_chunk_size", "quantization_config"):
+        if read.get(name) is not None:
+            raise read.wrong(name, read.get(name), "null: it is not computed by this version")
+    for name in ("use_qk_norm", "qk_norm"):
+        if read.get(name):
+            raise read.wrong(name, read.get(name), "false: it is not computed by this version")
+    layer_types = read.get("layer_types")
+    if layer_types is not None and (
+        not isinstance(layer_types, list) or any(one != "full_attention" for one in layer_types)
+    ):
+        raise read.wrong("layer_types", layer_types, "full_attention throughout")
+
+
+def _rope(read: _Fields, max_position_embeddings: int) -> RopeConfig:
+    """Read `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (4)."""
+    found = read.get("rope_scaling") or read.get("rope_parameters") or {}
+    if not isinstance(found, Mapping) or any(isinstance(one, Mapping) for one in found.values()):
+        raise read.wrong("rope_scaling", found, "one flat object for all layers")
+    rope = _Fields(found, read.source)
+    for fields in (rope, read):
+        if fields.number("partial_rotary_factor", 1.0, low=0.0) != 1.0:
+            raise fields.wrong("partial_rotary_factor", fields.get("partial_rotary_factor"), "1")
+    theta = rope.number("rope_theta", read.number("rope_theta", 10000.0, low=1.0), low=1.0)
+    kind = rope.get("rope_type")
+    if kind is None:
+        kind = rope.get("type")
+    if kind is None or kind == "default":
+        return RopeConfig(theta=theta)
+    if kind == "linear":
+        return RopeConfig(theta=theta, scaling="linear", factor=rope.number("factor", None, low=1))
+    if kind != "llama3":
+        raise rope.wrong("rope_type", kind, "default, linear or llama3: no other is computed")
+    low = rope.number("low_freq_factor", None, low=1e-6)
+    return RopeConfig(
+        theta=theta,
+        scaling="llama3",
+        factor=rope.number("factor", None, low=1),
+        low=low,
+        high=rope.number("high_freq_factor", None, low=low),
+        original_max=read.size(
+            "original_max_position_embeddings",
+            rope.size("original_max_position_embeddings", max_position_embeddings),
+        ),
+    )
+
+
+def _torch_dtype(read: _Fields) -> str:
+    name = "torch_dtype" if read.get("torch_dtype") is not None else "dtype"
+    return read.one_of(name, TORCH_DTYPES, "float32")

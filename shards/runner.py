@@ -1,0 +1,179 @@
+"""One rank's step: plan in, activations through, tokens out.
+
+The main loop of a slice reads here: take the plan in, run the stage, hand on or sample.
+Knows the slice's model, table and mesh; knows nothing of sockets or of how plans are made.
+
+Shape legend: T tokens, H hidden size, R rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arriero.kernels.ops import Sampled
+from arriero.kernels.select import ops_for
+from arriero.shards.checkpoint.llama_names import expected_tensors
+from arriero.shards.checkpoint.reader import Checkpoint
+from arriero.shards.group import GroupConfig
+from arriero.shards.mesh import Mesh
+from arriero.shards.models.llama import LlamaSlice, Progress
+from arriero.shards.partition import partition
+from arriero.shards.plan import Logprobs, StepPlan, StepResult
+from arriero.shards.sequences import Rope, SequenceTable
+
+PROMPT_LOGPROB_ROWS = 128
+"""Prompt rows whose logits are held at once: bounds their memory to a few MB a thousand tokens."""
+
+
+class Runner:
+    """One rank of a replica group. `config` is resolved (see `arriero.shards.resolve`)."""
+
+    def __init__(
+        self,
+        config: GroupConfig,
+        rank: int,
+        *,
+        progress: Progress = lambda done, total: None,
+    ) -> None:
+        torch.set_grad_enabled(False)
+        started = time.perf_counter()
+        checkpoint = Checkpoint.open(config.model_path)
+        model = checkpoint.config
+        checkpoint.check(expected_tensors(model))
+        device = torch.device(config.device)
+        parts = partition(model, config)
+        part = parts[rank]
+        self.mesh = Mesh(part, tp=config.tp, pp=config.pp, device=device)
+        self._ops = ops_for(device, config.kernels, config.threads)
+        assert config.num_blocks is not None and config.max_model_len is not None, "unresolved"
+        self._model = LlamaSlice(
+            checkpoint,
+            part,
+            self.mesh,
+            self._ops,
+            dtype=getattr(torch, config.dtype),
+            quantization=config.quantization,
+            num_blocks=config.num_blocks,
+            block_size=config.block_size,
+            progress=progress,
+        )
+        self._table = SequenceTable(
+            max_sequences=config.max_sequences,
+            max_blocks=-(-config.max_model_len // config.block_size),
+            block_size=config.block_size,
+            vocab_size=model.vocab_size,
+            rope=Rope(model.inv_freq(), config.max_model_len, device),
+            device=device,
+        )
+        stage = parts[part.stage * config.tp : (part.stage + 1) * config.tp]
+        self._vocab_sizes = [one.vocab.size for one in stage]
+        self.phase = "loaded"
+        self.load_s = time.perf_counter() - started
+        self.weights_nbytes, self.kv_nbytes = self._model.weights_nbytes, self._model.kv.nbytes
+        self.kernels = self._ops.name
+
+    def step(self, plan: StepPlan) -> StepResult | None:
+        """Run one plan; the rank that samples gives the result, the others None."""
+        started = time.perf_counter_ns()
+        self.phase = "plan"
+        self._table.apply(plan)
+        tokens_T, batch = self._table.batch(plan)
+        self.phase = "layers"
+        part = self._model.part
+        if part.first_stage:
+            x_TH = self._model.embed(tokens_T)
+        else:
+            x_TH = torch.empty(
+                (len(tokens_T), self._model.config.hidden_size),
+                dtype=self._activation_dtype,
+                device=self.mesh.device,
+            )
+            self.mesh.recv_hidden(x_TH)
+        x_TH = self._model.decoder(x_TH, batch)
+        if not part.last_stage:
+            self.mesh.send_hidden(x_TH)
+            return None
+        self.phase = "sample"
+        prompt_logprobs = self._prompt_logprobs(plan, x_TH)
+        sampled = self._sample(plan, x_TH, batch.query_start_S1)
+        if not self.mesh.samples:
+            return None
+        tokens = sampled.tokens_R.cpu().numpy() if sampled is not None else np.empty(0, np.int32)
+        return StepResult(
+            step=plan.step,
+            tokens=tokens,
+            logprobs=_logprobs(sampled),
+            prompt_logprobs=prompt_logprobs,
+            elapsed_us=(time.perf_counter_ns() - started) // 1000,
+        )
+
+    @property
+    def _activation_dtype(self) -> torch.dtype:
+        on_cpu = self.mesh.device.type == "cpu"
+        return torch.float32 if on_cpu else self._model.kv.spec.dtype
+
+    def _sample(self, plan: StepPlan, x_TH: Tensor, query_start_S1: Tensor) -> Sampled | None:
+        """Draw the step's tokens, and tell every rank that will embed them."""
+        drawn = plan.samples.astype(bool)
+        num_rows = int(drawn.sum())
+        if not num_rows:
+            return None
+        if num_rows == len(x_TH):
+            x_RH = x_TH
+        else:
+            last = query_start_S1[1:][torch.from_numpy(drawn)] - 1
+            x_RH = x_TH.index_select(0, last)
+        logits_RV = self.mesh.gather_logits(self._model.logits(x_RH), self._vocab_sizes)
+        sampled = None
+        if logits_RV is not None:
+            sampled = self._ops.sample(logits_RV, self._table.sampling_rows(plan))
+            tokens_R = sampled.tokens_R
+        elif self.mesh.pp > 1:  # the leader sends the tokens to the first stage
+            return None
+        else:
+            tokens_R = torch.empty(num_rows, dtype=torch.int32, device=self.mesh.device)
+        self.mesh.share_tokens(tokens_R)
+        self._table.record(plan, tokens_R.cpu().numpy())
+        return sampled
+
+    def _prompt_logprobs(self, plan: StepPlan, x_TH: Tensor) -> Logprobs | None:
+        """Log-probabilities of the prompt tokens that follow this step's prompt rows."""
+        if not plan.prompt_rows.any():
+            return None
+        wanted_T = torch.from_numpy(np.repeat(plan.prompt_rows.astype(bool), plan.counts))
+        x_RH = x_TH[wanted_T.to(x_TH.device)]
+        next_R = torch.from_numpy(plan.prompt_next.copy()).to(x_TH.device).clamp_(min=0).long()
+        top = self._table.num_prompt_logprobs(plan)
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        for start in range(0, len(x_RH), PROMPT_LOGPROB_ROWS):
+            x, after = (a[start : start + PROMPT_LOGPROB_ROWS] for a in (x_RH, next_R))
+            logits_RV = self.mesh.gather_logits(self._model.logits(x), self._vocab_sizes)
+            if logits_RV is not None:
+                logprobs_RV = logits_RV.log_softmax(dim=-1)
+                best = logprobs_RV.topk(top, dim=-1)
+                chosen = logprobs_RV.gather(1, after[:, None])[:, 0]
+                found.append((chosen, best.indices.int(), best.values))
+        if not found:
+            return None
+        columns = [torch.cat(part).cpu().numpy() for part in zip(*found, strict=True)]
+        return Logprobs(chosen=columns[0], top_tokens=columns[1], top=columns[2])
+
+
+def _logprobs(sampled: Sampled | None) -> Logprobs | None:
+    if sampled is None or sampled.logprobs_R is None:
+        return None
+    chosen = sampled.logprobs_R.cpu().numpy()
+    if sampled.top_tokens_RN is None or sampled.top_logprobs_RN is None:
+        none = np.empty((len(chosen), 0))
+        return Logprobs(
+            chosen=chosen, top_tokens=none.astype(np.int32), top=none.astype(np.float32)
+        )
+    return Logprobs(
+        chosen=chosen,
+        top_tokens=sampled.top_tokens_RN.cpu().numpy(),
+        top=sampled.top_logprobs_RN.cpu().numpy(),
+    )

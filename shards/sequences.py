@@ -1,0 +1,258 @@
+"""What a slice keeps of each sequence between steps, in slots, and the batch made from it.
+
+Every rank keeps block tables and last tokens; the rank that samples keeps sampling parameters and
+counts too. Arrays over slots, so that a step is a handful of gathers and no per-sequence Python;
+sequences with unusual parameters (penalties, bias, allowed sets) pay for themselves alone.
+
+Knows plans and ops' inputs; knows nothing of requests or text.
+
+Shape legend: T tokens, S sequences, B blocks of a table, R rows sampled, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from arriero.kernels.ops import FlatBatch, SamplingRows
+from arriero.shards.plan import LAST_SAMPLED, Int32, NewSequence, StepPlan
+from arriero.shards.sampling import SamplingParams
+
+ROPE_TABLE_BYTES = 64 << 20
+"""Cosines are tabled up to this size; models with longer contexts compute them each step."""
+
+
+class Rope:
+    """Cosines and sines at given positions, float32, as Hugging Face computes them."""
+
+    def __init__(self, inv_freq_D: Tensor, max_positions: int, device: torch.device) -> None:
+        self._inv_freq = inv_freq_D.to(device)
+        self._table: Tensor | None = None
+        if max_positions * len(inv_freq_D) * 8 <= ROPE_TABLE_BYTES:
+            self._table = self._compute(torch.arange(max_positions, device=device))
+
+    def at(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        """(cosines, sines), each [T, D / 2]."""
+        if self._table is not None:
+            found = self._table.index_select(1, positions_T)
+        else:
+            found = self._compute(positions_T)
+        return found[0], found[1]
+
+    def _compute(self, positions_T: Tensor) -> Tensor:
+        angles = positions_T.to(torch.float32)[:, None] * self._inv_freq
+        return torch.stack((angles.cos(), angles.sin()))
+
+
+@dataclass(slots=True)
+class _Unusual:
+    """Parameters that most sequences do not use."""
+
+    params: SamplingParams
+    stop_tokens: tuple[int, ...]
+    num_prompt: int
+    counts_V: npt.NDArray[np.int32] | None = None
+    seen_V: npt.NDArray[np.bool_] | None = None
+
+
+class SequenceTable:
+    """The slots of one slice."""
+
+    def __init__(
+        self,
+        *,
+        max_sequences: int,
+        max_blocks: int,
+        block_size: int,
+        vocab_size: int,
+        rope: Rope,
+        device: torch.device,
+    ) -> None:
+        self._block_size, self._vocab_size = block_size, vocab_size
+        self._rope, self._device = rope, device
+        self._blocks = np.zeros((max_sequences, max_blocks), np.int32)
+        self._last = np.zeros(max_sequences, np.int32)
+        self._temperature = np.zeros(max_sequences, np.float32)
+        self._top_k = np.zeros(max_sequences, np.int32)
+        self._top_p = np.ones(max_sequences, np.float32)
+        self._min_p = np.zeros(max_sequences, np.float32)
+        self._seed = np.zeros(max_sequences, np.int64)
+        self._logprobs = np.full(max_sequences, -1, np.int32)
+        self._prompt_logprobs = np.full(max_sequences, -1, np.int32)
+        self._unusual: dict[int, _Unusual] = {}
+
+    def apply(self, plan: StepPlan) -> None:
+        """Take in what the plan changes: freed slots, new sequences, new blocks."""
+        if self._unusual:
+            for slot in plan.freed.tolist():
+                self._unusual.pop(slot, None)
+        for new in plan.new:
+            self._enter(new)
+        self._blocks[plan.block_slots, plan.block_index] = plan.block_ids
+
+    def batch(self, plan: StepPlan) -> tuple[Tensor, FlatBatch]:
+        """The step's tokens, int32 [T], and where they sit."""
+        slots, starts, counts = plan.slots, plan.starts, plan.counts
+        num_sequences = len(slots)
+        contexts = starts + counts
+        query_start = np.zeros(num_sequences + 1, np.int32)
+        np.cumsum(counts, out=query_start[1:])
+        total = int(query_start[-1])
+        max_query, max_context = int(counts.max()), int(contexts.max())
+        table = self._blocks[slots, : -(-max_context // self._block_size)]
+        if max_query == 1:
+            owner, positions = np.arange(num_sequences, dtype=np.int32), starts
+        else:
+            owner = np.repeat(np.arange(num_sequences, dtype=np.int32), counts)
+            positions = np.arange(total, dtype=np.int32) + (starts - query_start[:-1])[owner]
+        block, offset = np.divmod(positions, self._block_size)
+        cache_slots = table[owner, block] * self._block_size + offset
+        tokens = plan.tokens
+        held = tokens == LAST_SAMPLED
+        if held.any():
+            tokens = np.where(held, self._last[slots[owner]], tokens)
+        positions_T = self._tensor(positions)
+        cos_TD, sin_TD = self._rope.at(positions_T)
+        return self._tensor(tokens), FlatBatch(
+            positions_T=positions_T,
+            query_start_S1=self._tensor(query_start),
+            context_S=self._tensor(contexts),
+            block_table_SB=self._tensor(table),
+            slots_T=self._tensor(cache_slots),
+            cos_TD=cos_TD,
+            sin_TD=sin_TD,
+            max_query=max_query,
+            max_context=max_context,
+        )
+
+    def sampling_rows(self, plan: StepPlan) -> SamplingRows:
+        """Sampling parameters of the sequences that draw a token in this step."""
+        drawn = plan.samples.astype(bool)
+        slots, positions = plan.slots[drawn], (plan.starts + plan.counts)[drawn]
+        temperature = self._temperature[slots]
+        extra: dict[str, Any] = {}
+        if self._unusual:
+            extra = self._unusual_rows(slots, positions)
+        return SamplingRows(
+            temperature_R=self._tensor(temperature),
+            top_k_R=self._tensor(self._top_k[slots]),
+            top_p_R=self._tensor(self._top_p[slots]),
+            min_p_R=self._tensor(self._min_p[slots]),
+            seed_R=self._tensor(self._seed[slots]),
+            position_R=self._tensor(positions.astype(np.int64)),
+            num_logprobs=int(self._logprobs[slots].max(initial=-1)),
+            all_greedy=not temperature.any(),
+            **extra,
+        )
+
+    def num_prompt_logprobs(self, plan: StepPlan) -> int:
+        """The largest count of alternatives that a prompt row of this step asks for."""
+        return int(self._prompt_logprobs[plan.slots[plan.prompt_rows.astype(bool)]].max(initial=0))
+
+    def record(self, plan: StepPlan, tokens: Int32) -> None:
+        """Keep the tokens that the step's sequences drew."""
+        slots = plan.slots[plan.samples.astype(bool)]
+        self._last[slots] = tokens
+        if self._unusual:
+            for slot, token in zip(slots.tolist(), tokens.tolist(), strict=True):
+                one = self._unusual.get(slot)
+                if one is not None:
+                    _count(one, token)
+
+    def _enter(self, new: NewSequence) -> None:
+        slot, params = new.slot, SamplingParams.from_wire(new.params)
+        self._unusual.pop(slot, None)
+        self._temperature[slot] = params.temperature
+        self._top_k[slot] = params.top_k
+        self._top_p[slot] = params.top_p
+        self._min_p[slot] = params.min_p
+        self._seed[slot] = params.seed or 0
+        self._logprobs[slot] = -1 if params.logprobs is None else params.logprobs
+        self._prompt_logprobs[slot] = params.prompt_logprobs or 0
+        counted = params.has_penalties
+        biased = params.logit_bias or params.banned_token_ids or params.allowed_token_ids
+        if not (counted or biased or (params.min_tokens and new.stop_tokens)):
+            return
+        one = _Unusual(params, tuple(new.stop_tokens), new.num_prompt)
+        if counted:
+            one.counts_V = np.zeros(self._vocab_size, np.int32)
+            one.seen_V = np.zeros(self._vocab_size, np.bool_)
+            one.seen_V[new.prompt] = True
+            for token in new.output.tolist():
+                _count(one, token)
+        self._unusual[slot] = one
+
+    def _unusual_rows(self, slots: Int32, positions: Int32) -> dict[str, Any]:
+        rows = {
+            row: self._unusual[slot]
+            for row, slot in enumerate(slots.tolist())
+            if slot in self._unusual
+        }
+        extra: dict[str, Any] = {}
+        num_rows, vocab = len(slots), self._vocab_size
+        counted = {row: one for row, one in rows.items() if one.counts_V is not None}
+        if counted:
+            repetition = np.ones(num_rows, np.float32)
+            presence, frequency = np.zeros(num_rows, np.float32), np.zeros(num_rows, np.float32)
+            seen = np.zeros((num_rows, vocab), np.bool_)
+            counts = np.zeros((num_rows, vocab), np.int32)
+            for row, one in counted.items():
+                repetition[row] = one.params.repetition_penalty
+                presence[row] = one.params.presence_penalty
+                frequency[row] = one.params.frequency_penalty
+                assert one.seen_V is not None and one.counts_V is not None, "kept together"
+                seen[row], counts[row] = one.seen_V, one.counts_V
+            extra |= {
+                "repetition_R": self._tensor(repetition),
+                "presence_R": self._tensor(presence),
+                "frequency_R": self._tensor(frequency),
+                "seen_RV": self._tensor(seen),
+                "counts_RV": self._tensor(counts),
+            }
+        allowed_rows = {r: one.params.allowed_token_ids for r, one in rows.items()}
+        if any(ids is not None for ids in allowed_rows.values()):
+            allowed = np.ones((num_rows, vocab), np.bool_)
+            for row, ids in allowed_rows.items():
+                if ids is not None:
+                    allowed[row] = False
+                    allowed[row, list(ids)] = True
+            extra["allowed_RV"] = self._tensor(allowed)
+        bias = [
+            (row, token, value)
+            for row, one in rows.items()
+            for token, value in _biases(one, int(positions[row]))
+        ]
+        if bias:
+            at, tokens, values = zip(*bias, strict=True)
+            extra["bias"] = (
+                self._tensor(np.asarray(at, np.int64)),
+                self._tensor(np.asarray(tokens, np.int64)),
+                self._tensor(np.asarray(values, np.float32)),
+            )
+        return extra
+
+    def _tensor(self, array: npt.NDArray[Any]) -> Tensor:
+        # the copy of a read-only view of the wire is a few bytes; torch refuses such views
+        if not array.flags.writeable:
+            array = array.copy()
+        return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+
+def _count(one: _Unusual, token: int) -> None:
+    if one.counts_V is not None and one.seen_V is not None:
+        one.counts_V[token] += 1
+        one.seen_V[token] = True
+
+
+def _biases(one: _Unusual, position: int) -> list[tuple[int, float]]:
+    ban = float("-inf")
+    out = [(token, value) for token, value in one.params.logit_bias.items()]
+    out += [(token, ban) for token in one.params.banned_token_ids]
+    if position - one.num_prompt < one.params.min_tokens:
+        out += [(token, ban) for token in one.stop_tokens]
+    return out

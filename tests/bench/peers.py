@@ -1,0 +1,245 @@
+"""`make bench`: ours beside vLLM-CPU, llama.cpp and transformers, on the same model, in one run.
+
+Every engine that can stays resident; rounds go through all engines and cells in turn, so that a
+noisy neighbour hits all alike, and figures are medians over the rounds. Rates of the machine
+(memory reads, bf16 matrix products) are measured in each round too, and give each cell's limit:
+
+    prompt tokens * operations a token (without the vocabulary) / matrix rate
+    + output steps * max(weights and KV bytes / memory rate,
+                         batch * operations a token / matrix rate)
+
+Usage: peers.py DIR [--rounds N] [--out FOLDER] [--model MODEL_DIR]; DIR is what setup.sh made.
+Writes bench.json, bench.md and bench.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).parent / "peers"
+CELLS = [(1, 32, 128), (8, 128, 128), (32, 128, 128), (64, 256, 128)]
+CORES = len(os.sched_getaffinity(0))
+
+
+@dataclass
+class Peer:
+    """One engine: a resident process, or a llama.cpp command a cell."""
+
+    name: str
+    kind: str
+    command: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+    cells: list[tuple[int, int, int]] = field(default_factory=lambda: list(CELLS))
+    process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        if self.kind == "llama.cpp":
+            return
+        self.process = subprocess.Popen(
+            self.command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=os.environ | self.environment,
+        )
+        self._read("ready")
+        self.measure((1, 16, 16))  # warm up
+
+    def measure(self, cell: tuple[int, int, int]) -> float:
+        requests, prompt, output = cell
+        if self.kind == "llama.cpp":
+            return self._llama(requests, prompt, output)
+        assert self.process is not None and self.process.stdin is not None
+        asked = {"requests": requests, "prompt": prompt, "output": output}
+        print(json.dumps(asked), file=self.process.stdin, flush=True)
+        return float(self._read("output_tok_s"))
+
+    def stop(self) -> None:
+        if self.process is not None:
+            assert self.process.stdin is not None
+            self.process.stdin.close()
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+
+    def _read(self, key: str) -> float:
+        assert self.process is not None and self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                found = json.loads(line)
+                if key in found:
+                    return found[key]
+        raise SystemExit(f"{self.name} ended: {' '.join(self.command)}")
+
+    def _llama(self, requests: int, prompt: int, output: int) -> float:
+        sizes = ["-npp", str(prompt), "-ntg", str(output), "-npl", str(requests)]
+        ran = subprocess.run(
+            [*self.command, *sizes], capture_output=True, text=True, check=True
+        ).stdout
+        for line in ran.splitlines():
+            cells = [c.strip() for c in line.strip().strip("|").split("|")]
+            if len(cells) == 10 and cells[0] == str(prompt) and cells[1] == str(output):
+                return requests * output / float(cells[8])  # T s: prefill and decode
+        raise SystemExit(f"{self.name} printed no row:\n{ran}")
+
+
+def peers(folder: Path, model: str) -> list[Peer]:
+    hf, vllm = str(folder / "hf/bin/python"), str(folder / "vllm/bin/python")
+    batched = [str(folder / "llamacpp/llama-batched-bench"), "-c", "16384", "-b", "2048"]
+    batched += ["-ub", "512", "-t", str(CORES), "-m"]
+    vllm_environment = {
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{CORES - 1}",
+    }
+    ours = [sys.executable, str(HERE / "peer_arriero.py"), model]
+    found = [
+        Peer("arriero bf16", "resident", ours),
+        Peer("arriero int8", "resident", [*ours, "int8"], cells=CELLS[:3]),
+        Peer(
+            "vLLM-CPU bf16", "resident", [vllm, str(HERE / "peer_vllm.py"), model], vllm_environment
+        ),
+        Peer("llama.cpp bf16", "llama.cpp", [*batched, str(folder / "model-bf16.gguf")]),
+        Peer("llama.cpp Q8_0", "llama.cpp", [*batched, str(folder / "model-q8_0.gguf")]),
+        Peer("transformers bf16", "resident", [hf, str(HERE / "peer_transformers.py"), model]),
+    ]
+    for peer in found[3:]:
+        peer.cells = CELLS[:3]
+    return found
+
+
+def machine_rates() -> tuple[float, float]:
+    """(memory reads in bytes/s, bf16 matrix products in operations/s), all cores."""
+    from arriero.kernels.bench import matrix_rate, memory_rate
+
+    return memory_rate(CORES), matrix_rate(CORES)
+
+
+def limit(
+    model: dict[str, float], cell: tuple[int, int, int], memory: float, matrix: float
+) -> float:
+    """Most output tokens/s of a cell on a machine of these rates."""
+    requests, prompt, output = cell
+    body, head = 2 * model["body"], 2 * model["head"]  # operations a token
+    seconds = requests * prompt * body / matrix
+    for step in range(output):
+        kv = requests * (prompt + step) * model["kv_bytes"]
+        read = (model["body"] + model["head"]) * model["itemsize"] + kv
+        seconds += max(read / memory, requests * (body + head) / matrix)
+    return requests * output / seconds
+
+
+def model_numbers(path: str) -> dict[str, float]:
+    from arriero.shards.models.config import ModelConfig
+
+    config = ModelConfig.from_folder(path)
+    head = config.vocab_size * config.hidden_size
+    body = config.num_parameters() - head * (1 if config.tie_word_embeddings else 2)
+    kv_bytes = config.num_layers * 2 * config.kv_size * 2
+    return {"body": body, "head": head, "kv_bytes": kv_bytes, "itemsize": 2}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="what setup.sh made")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("build/bench"))
+    parser.add_argument("--model", help="model folder; default DIR/model")
+    parser.add_argument(
+        "--only", help="comma-separated words; engines whose name holds one of them"
+    )
+    args = parser.parse_args()
+    model = args.model or str(args.folder / "model")
+    chosen = peers(args.folder, model)
+    if args.only:
+        chosen = [p for p in chosen if any(w in p.name for w in args.only.split(","))]
+    figures: dict[str, dict[str, list[float]]] = {p.name: {} for p in chosen}
+    rates: list[tuple[float, float]] = []
+    try:
+        for peer in chosen:
+            print(f"starting {peer.name}", flush=True)
+            peer.start()
+        for number in range(args.rounds):
+            rates.append(machine_rates())
+            for cell in CELLS:
+                for peer in chosen:
+                    if cell in peer.cells:
+                        figures[peer.name].setdefault(str(cell), []).append(peer.measure(cell))
+            print(f"round {number + 1} of {args.rounds} done", flush=True)
+    finally:
+        for peer in chosen:
+            peer.stop()
+    memory = statistics.median(r[0] for r in rates)
+    matrix = statistics.median(r[1] for r in rates)
+    numbers = model_numbers(model)
+    limits = {str(c): limit(numbers, c, memory, matrix) for c in CELLS}
+    medians = {n: {c: statistics.median(v) for c, v in rows.items()} for n, rows in figures.items()}
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "bench.json").write_text(
+        json.dumps(
+            {
+                "memory_gb_s": memory / 1e9,
+                "matrix_gflop_s": matrix / 1e9,
+                "limits": limits,
+                "medians": medians,
+                "all": figures,
+            },
+            indent=1,
+        )
+    )
+    table = markdown(medians, limits, memory, matrix)
+    (args.out / "bench.md").write_text(table)
+    print(table)
+    plot(medians, limits, args.out / "bench.png")
+
+
+def markdown(
+    medians: dict[str, dict[str, float]], limits: dict[str, float], memory: float, matrix: float
+) -> str:
+    """Output tokens/s by engine and cell, then ours over each peer and over the limit."""
+    cells = list(limits)
+    lines = [
+        f"Memory reads {memory / 1e9:.1f} GB/s, bf16 products {matrix / 1e9:.0f} GFLOP/s. "
+        "Output tokens/s, medians; in brackets the share of the bf16 limit.",
+        "",
+        "| engine | " + " | ".join(f"{c[1:-1]}" for c in cells) + " |",
+        "|---|" + "---|" * len(cells),
+    ]
+    for name, row in medians.items():
+        shown = [f"{row[c]:.0f} ({row[c] / limits[c]:.0%})" if c in row else "-" for c in cells]
+        lines.append(f"| {name} | " + " | ".join(shown) + " |")
+    lines.append("| limit, bf16 | " + " | ".join(f"{limits[c]:.0f}" for c in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(medians: dict[str, dict[str, float]], limits: dict[str, float], file: Path) -> None:
+    """Each engine's share of the machine's limit, a group of bars a cell."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 4.5))
+    width = 0.8 / len(medians)
+    for i, (name, row) in enumerate(medians.items()):
+        xs = [k + i * width for k, c in enumerate(limits) if c in row]
+        axes.bar(xs, [row[c] / limits[c] for c in limits if c in row], width, label=name)
+    axes.axhline(1.0, color="black", linewidth=0.8, linestyle="--")
+    axes.set_xticks([k + 0.4 for k in range(len(limits))], [c[1:-1] for c in limits])
+    axes.set_xlabel("requests, prompt tokens, output tokens")
+    axes.set_ylabel("share of the machine's bf16 limit")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

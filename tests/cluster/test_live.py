@@ -1,0 +1,300 @@
+"""A deployment from end to end: `arriero up` on a local Ray cluster, gRPC, loss, `arriero down`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+
+from arriero.cluster import local, state
+from arriero.cluster.spec import RaySpec
+from arriero.router.proto.arriero.v1 import inference_pb2 as pb
+from arriero.router.proto.arriero.v1 import inference_pb2_grpc
+
+MODEL = os.environ.get("ARRIERO_TEST_MODEL", "")
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(240),
+    pytest.mark.skipif(not MODEL, reason="ARRIERO_TEST_MODEL names no checkpoint folder"),
+]
+
+
+def arriero(*args: str, folder: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "arriero.cluster.cli", *args],
+        env=os.environ | {"ARRIERO_STATE": str(folder), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=check,
+        timeout=180,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The state folder of a deployment of two pipeline stages, which is taken down at the end."""
+    folder = tmp_path_factory.mktemp("state")
+    try:
+        arriero(
+            *("up", "--model", MODEL, "--pp", "2", "--port", "0", "--dtype", "float32"),
+            *("--name", "demo", "--kv-memory", "128MiB"),
+            folder=folder,
+        )
+        yield folder
+    finally:
+        deployment = state.read(folder)
+        arriero("down", folder=folder)
+        assert deployment is not None and deployment.local_session is not None
+        assert local.members(deployment.local_session) == []
+        assert not Path(deployment.local_folder or "/").exists()
+        assert state.read(folder) is None
+
+
+@pytest.fixture
+def gateway(folder: Path) -> str:
+    deployment = state.read(folder)
+    assert deployment is not None
+    return deployment.gateway
+
+
+@pytest.fixture
+def stub(gateway: str) -> Iterator[inference_pb2_grpc.InferenceStub]:
+    options = [("grpc.max_send_message_length", -1)]
+    with grpc.insecure_channel(gateway, options=options) as channel:
+        yield inference_pb2_grpc.InferenceStub(channel)
+
+
+def status(folder: Path) -> dict[str, object]:
+    answer: dict[str, object] = json.loads(arriero("status", "--json", folder=folder).stdout)
+    return answer
+
+
+def tokens(answers: Iterator[pb.GenerateResponse]) -> list[int]:
+    return [token for answer in answers for one in answer.outputs for token in one.token_ids]
+
+
+def capital(max_tokens: int = 24) -> pb.ChatRequest:
+    return pb.ChatRequest(
+        messages=[pb.Message(role="user", content="What is the capital of France?")],
+        sampling=pb.SamplingParams(temperature=0.0, max_tokens=max_tokens),
+    )
+
+
+def test_chat_names_paris(stub: inference_pb2_grpc.InferenceStub) -> None:
+    answers = list(stub.Chat(capital(), timeout=60))
+    text = "".join(one.text for answer in answers for one in answer.outputs)
+    assert "Paris" in text
+    assert answers[-1].usage.completion_tokens == len(tokens(iter(answers)))
+
+
+def test_chat_on_the_command_line(folder: Path) -> None:
+    asked = ("chat", "--message", "What is the capital of France?", "--temperature", "0")
+    assert "Paris" in arriero(*asked, "--max-tokens", "24", folder=folder).stdout
+    said = arriero(
+        "generate", "The capital of France is", "--max-tokens", "0", folder=folder, check=False
+    )
+    assert said.returncode == 2
+    assert "max_tokens" in said.stderr and "Traceback" not in said.stderr
+
+
+def test_a_second_up_is_refused(folder: Path) -> None:
+    said = arriero("up", "--model", MODEL, folder=folder, check=False)
+    assert said.returncode == 2 and "arriero down" in said.stderr
+
+
+NAN = float("nan")
+BAD = [
+    (pb.GenerateRequest(text=""), grpc.StatusCode.INVALID_ARGUMENT),
+    (pb.GenerateRequest(), grpc.StatusCode.INVALID_ARGUMENT),
+    (pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5] * 9000)), grpc.StatusCode.INVALID_ARGUMENT),
+    (pb.GenerateRequest(token_ids=pb.TokenIds(ids=[2**31])), grpc.StatusCode.INVALID_ARGUMENT),
+    (pb.GenerateRequest(text="a", model="none"), grpc.StatusCode.NOT_FOUND),
+    (
+        pb.GenerateRequest(text="a", sampling=pb.SamplingParams(max_tokens=0)),
+        grpc.StatusCode.INVALID_ARGUMENT,
+    ),
+    (
+        pb.GenerateRequest(text="a", sampling=pb.SamplingParams(max_tokens=-1)),
+        grpc.StatusCode.INVALID_ARGUMENT,
+    ),
+    (
+        pb.GenerateRequest(text="a", sampling=pb.SamplingParams(temperature=NAN)),
+        grpc.StatusCode.INVALID_ARGUMENT,
+    ),
+    (pb.GenerateRequest(text="a" * 100_000_000), grpc.StatusCode.RESOURCE_EXHAUSTED),
+]
+
+
+@pytest.mark.parametrize(("request_", "code"), BAD, ids=range(len(BAD)))
+def test_bad_input(
+    stub: inference_pb2_grpc.InferenceStub, request_: pb.GenerateRequest, code: grpc.StatusCode
+) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        list(stub.Generate(request_, timeout=60))
+    assert isinstance(caught.value, grpc.Call)
+    assert caught.value.code() == code
+    assert caught.value.details()
+    assert len(tokens(stub.Chat(capital(2), timeout=60))) == 2  # and it goes on
+
+
+def test_invalid_utf8(gateway: str) -> None:
+    text_field = b"\x1a\x02\xff\xfe"
+    with grpc.insecure_channel(gateway) as channel:
+        call = channel.unary_stream("/arriero.v1.Inference/Generate")
+        with pytest.raises(grpc.RpcError) as caught:
+            list(call(text_field, timeout=60))
+    assert isinstance(caught.value, grpc.Call)
+    assert caught.value.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.INTERNAL)
+
+
+async def test_64_streams_a_third_cancelled(gateway: str, folder: Path) -> None:
+    """Every other stream is complete and right, and no block stays in use."""
+    rng = random.Random(64)
+    num_tokens = 24
+
+    def request(index: int) -> pb.GenerateRequest:
+        prompt = [(7 * index + 13 * j) % 40000 + 100 for j in range(5 + index % 60)]
+        return pb.GenerateRequest(
+            token_ids=pb.TokenIds(ids=prompt),
+            sampling=pb.SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True),
+        )
+
+    async def run(
+        stub: inference_pb2_grpc.InferenceAsyncStub, index: int, cancel_after: int | None
+    ) -> list[int]:
+        got: list[int] = []
+        call = stub.Generate(request(index), timeout=200)
+        async for answer in call:
+            got += [token for one in answer.outputs for token in one.token_ids]
+            if cancel_after is not None and len(got) >= cancel_after:
+                call.cancel()
+                break
+        return got
+
+    async with grpc.aio.insecure_channel(gateway) as channel:
+        stub: inference_pb2_grpc.InferenceAsyncStub = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[assignment]
+        cancelled = set(rng.sample(range(64), 21))
+        jobs = [
+            run(stub, i, rng.randint(1, num_tokens - 1) if i in cancelled else None)
+            for i in range(64)
+        ]
+        together = await asyncio.gather(*jobs)
+        kept = [i for i in range(64) if i not in cancelled]
+        for i in kept:
+            assert together[i] == await run(stub, i, None), f"stream {i} differs from its own alone"
+    assert all(len(together[i]) == num_tokens for i in kept)
+    deadline_s = time.monotonic() + 10
+    while True:
+        groups = status(folder)["groups"]
+        assert isinstance(groups, list)
+        stats = groups[0]["stats"]
+        if (stats["num_running"], stats["num_waiting"], stats["blocks_used"]) == (0, 0, 0):
+            return
+        assert time.monotonic() < deadline_s, stats
+        await asyncio.sleep(0.5)
+
+
+def test_a_lost_slice_has_the_group_replaced(
+    stub: inference_pb2_grpc.InferenceStub, folder: Path
+) -> None:
+    def group() -> dict[str, object] | None:
+        groups = status(folder)["groups"]
+        assert isinstance(groups, list)
+        return groups[0] if groups else None
+
+    old = group()
+    assert old is not None
+    pids = old["slice_pids"]
+    assert isinstance(pids, list)
+    os.kill(pids[1], signal.SIGKILL)
+    deadline_s = time.monotonic() + 60
+    while (now := group()) is None or now["group_id"] == old["group_id"]:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.2)
+    failures = status(folder)["failures"]
+    assert isinstance(failures, list)
+    assert f"slice 1 (pid {pids[1]}" in failures[-1]["cause"]
+    answers = stub.Chat(capital(), timeout=60, wait_for_ready=True)
+    assert "Paris" in "".join(one.text for answer in answers for one in answer.outputs)
+
+
+def test_a_failed_up_says_why_and_leaves_nothing(tmp_path: Path) -> None:
+    """A checkpoint whose weights are cut off."""
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    weights = next(model.glob("*.safetensors"))
+    os.truncate(weights, weights.stat().st_size - 1000)
+    begun = time.time()
+    said = arriero(
+        *("up", "--model", str(model), "--pp", "2", "--port", "0"), folder=tmp_path, check=False
+    )
+    assert said.returncode == 5, said.stderr
+    assert weights.name in said.stderr and "Traceback" not in said.stderr
+    assert state.read(tmp_path) is None
+    assert not [one for one in Path("/tmp").glob("arriero-ray-*") if one.stat().st_ctime > begun]
+
+
+def test_a_taken_port_is_one_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = arriero(
+            *("up", "--model", MODEL, "--port", str(port), "--kv-memory", "64MiB"),
+            folder=tmp_path,
+            check=False,
+        )
+    assert said.returncode == 2, said.stderr
+    assert f"127.0.0.1:{port}" in said.stderr.splitlines()[-1]
+    assert state.read(tmp_path) is None
+
+
+def test_a_cluster_of_others_is_joined_and_left_as_it_was(tmp_path: Path) -> None:
+    cluster = local.start(RaySpec(num_cpus=8))
+    try:
+        address = local.wait_address(cluster)
+        ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+        flags = ("--model", MODEL, "--port", "0", "--address", address, "--kv-memory", "64MiB")
+        arriero("up", *flags, folder=ours)
+        said = arriero("up", *flags, folder=theirs, check=False)
+        assert said.returncode == 2 and "already" in said.stderr
+        asked = ("chat", "--message", "What is the capital of France?", "--temperature", "0")
+        assert "Paris" in arriero(*asked, "--max-tokens", "24", folder=ours).stdout
+        pids = json.loads(arriero("status", "--json", folder=ours).stdout)["groups"][0]
+        arriero("down", folder=ours)
+        assert not set(pids["slice_pids"]) & set(local.members(cluster.session))
+        assert local.is_alive(cluster)
+    finally:
+        local.stop(cluster)
+
+
+def test_an_interrupted_up_leaves_nothing(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "arriero.cluster.cli", "up", "--model", MODEL, "--port", "0"],
+        env=os.environ | {"ARRIERO_STATE": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "starting leaders" in line:
+            break
+    deployment = state.read(tmp_path)
+    assert deployment is not None and deployment.local_session is not None
+    assert local.members(deployment.local_session)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert local.members(deployment.local_session) == []
+    assert state.read(tmp_path) is None

@@ -1,0 +1,128 @@
+"""The deployment spec: what it takes, and how precisely it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from arriero.cluster.spec import Spec, load
+from arriero.shards.errors import SpecError
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "arriero.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_flags_alone(model: Path) -> None:
+    spec = load(None, {"model": str(model), "tp": 2, "pp": 3, "port": 0, "kv_memory": "1.5GiB"})
+    one = spec.models[0]
+    assert (one.name, one.path) == ("tiny", model)
+    assert (one.mesh.tp, one.mesh.pp, one.kv.memory) == (2, 3, 3 * 2**29)
+    assert spec.gateway.port == 0
+    config = one.group_config("cpu")
+    assert config.world_size == 6 and config.kv_bytes == 3 * 2**29
+
+
+def test_a_file_with_everything(tmp_path: Path, model: Path) -> None:
+    spec = load(
+        written(
+            tmp_path,
+            """
+models:
+  - name: small
+    path: tiny
+    dtype: float32
+    groups: 2
+    mesh: {tp: 2, pp: 2, tp_shares: [2, 1], layer_split: [10, 20]}
+    kv: {blocks: 100, block_size: 32, prefix_cache: false}
+    limits: {max_model_len: 512, max_sequences: 8, max_batch_tokens: 64, max_queued: 10}
+    device: cpu
+    kernels: reference
+    threads: 1
+    cpus_per_slice: 0.25
+gateway: {host: 0.0.0.0, port: 6000, count: 2, drain_s: 3}
+health: {period_s: 0.5, timeout_s: 2, start_timeout_s: 60, drain_s: 4}
+ray: {address: "10.0.0.1:6379", object_store: 1GB}
+""",
+        ),
+        {},
+    )
+    one = spec.models[0]
+    assert one.path == model
+    config = one.group_config("cpu")
+    assert config.tp_shares == (2, 1) and config.layer_split == (10, 20)
+    assert (config.num_blocks, config.block_size, config.prefix_cache) == (100, 32, False)
+    assert spec.num_slices == 8
+    assert spec.ray.object_store == 10**9
+
+
+def test_flags_lie_over_the_file(tmp_path: Path, model: Path) -> None:
+    path = written(tmp_path, "models: [{name: a, path: tiny, mesh: {tp: 2}}]\n")
+    spec = load(path, {"pp": 2, "dtype": "float16", "address": "h:1", "start_timeout_s": 9})
+    assert (spec.models[0].mesh.tp, spec.models[0].mesh.pp) == (2, 2)
+    assert spec.models[0].dtype == "float16"
+    assert (spec.ray.address, spec.health.start_timeout_s) == ("h:1", 9)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("models: []\n", "arriero.yaml:1: `models`"),
+        ("gateway: {}\n", "`models`: is needed"),
+        ("models:\n- {name: a, path: tiny, tpp: 2}\n", "yaml:2: `models[0].tpp`: no such field"),
+        ("models:\n- name: a\n  path: tiny\n  mesh:\n    tp: 0\n", "yaml:5: `models[0].mesh.tp`=0"),
+        ("models: [{name: a b, path: tiny}]\n", "`models[0].name`='a b': use 1 to 128"),
+        ("models: [{name: a, path: tiny, dtype: int3}]\n", "`models[0].dtype`='int3'"),
+        (
+            "models: [{name: a, path: tiny, mesh: {tp: 2, tp_shares: [1]}}]\n",
+            "`tp_shares` has 1 entries for tp=2; give 2",
+        ),
+        ("models: [{name: a, path: tiny, kv: {memory: 5 frogs}}]\n", "200MB, 1.5GiB"),
+        ("models: [{name: a, path: tiny, kv: {memory: 1GB, blocks: 3}}]\n", "keep one"),
+        ("models: [{name: a, path: tiny}, {name: a, path: tiny}]\n", "`a` occurs twice"),
+        ("models: [{name: a, path: nowhere}]\n", "nowhere holds no config.json"),
+        ("models: [{name: a, path: tiny}]\ngateway: {port: 70000}\n", "yaml:2: `gateway.port`"),
+        (
+            "models: [{name: a, path: tiny}]\nhealth: {period_s: .nan}\n",
+            "yaml:2: `health.period_s`",
+        ),
+        ("models: [{name: a, path: tiny}]\nray: {node_address: 127.0.0.1}\n", "use 127.0.0.2"),
+        ("models: [{name: a, path: tiny}]\nray: {object_store: 1MB}\n", "80MB or more"),
+        ("- 1\n", "a spec is a mapping"),
+        ("a: [\n", "not YAML"),
+    ],
+)
+def test_refusals(tmp_path: Path, model: Path, text: str, said: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        load(written(tmp_path, text), {})
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"nothing\.yaml"):
+        load(tmp_path / "nothing.yaml", {})
+
+
+def test_model_flags_need_one_model(tmp_path: Path, model: Path) -> None:
+    path = written(tmp_path, "models: [{name: a, path: tiny}, {name: b, path: tiny}]\n")
+    with pytest.raises(SpecError, match="--tp"):
+        load(path, {"tp": 2})
+
+
+def test_every_part_refuses_unknown_fields() -> None:
+    parts = [Spec, *(type(field.default) for field in Spec.model_fields.values())]
+    for part in parts:
+        if hasattr(part, "model_config"):
+            assert part.model_config["extra"] == "forbid"

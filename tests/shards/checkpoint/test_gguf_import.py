@@ -1,0 +1,304 @@
+"""GGUF files to folders: weights, config and tokenizer, from whole files and damaged ones."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from arriero.shards.checkpoint.gguf_header import read_gguf
+from arriero.shards.checkpoint.gguf_import import import_gguf
+from arriero.shards.checkpoint.reader import Checkpoint
+from arriero.shards.errors import CheckpointError
+from arriero.shards.models.config import ModelConfig
+from support.gguf_files import write_gguf
+
+Type = gguf.GGMLQuantizationType
+SETTINGS: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def tiny(**changes: Any) -> ModelConfig:  # noqa: ANN401
+    return ModelConfig.from_dict(SETTINGS | changes)
+
+
+@pytest.mark.parametrize("type_", [Type.F32, Type.F16, Type.BF16, Type.Q4_0, Type.Q4_1, Type.Q8_0])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_are_those_of_the_file(tmp_path: Path, type_: Type, dtype: str) -> None:
+    due = write_gguf(tmp_path / "m.gguf", tiny(), seed=4, type_=type_)
+    told: list[tuple[int, int, str]] = []
+    import_gguf(tmp_path / "m.gguf", tmp_path / "m", dtype, lambda *one: told.append(one))
+    found = Checkpoint.open(tmp_path / "m")
+    assert set(found.names) == set(due)
+    for name, weight in due.items():
+        assert torch.equal(found.tensor(name), weight.to(getattr(torch, dtype))), name
+    assert told[-1][0] == told[-1][1]
+    assert [one[0] for one in told] == sorted(one[0] for one in told)
+    assert {one[2] for one in told} == set(due)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 32},
+        {"rope_scaling": LLAMA3, "head_dim": 64},
+        {"rope_scaling": LLAMA3 | {"factor": 32.0}, "head_dim": 64},
+        {"rope_scaling": LLAMA3 | {"factor": 16.0, "high_freq_factor": 1.0}, "head_dim": 64},
+        {"attention_bias": True, "mlp_bias": True},
+    ],
+)
+def test_config_and_weights_come_back(tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = tiny(**changes)
+    due = write_gguf(tmp_path / "m.gguf", config)
+    import_gguf(tmp_path / "m.gguf", tmp_path / "m", "float32")
+    found = Checkpoint.open(tmp_path / "m")
+    assert found.config == config
+    for name, weight in due.items():
+        assert torch.equal(found.tensor(name), weight), name
+
+
+def test_transformers_reads_the_same_from_the_file_and_the_folder(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    write_gguf(tmp_path / "m.gguf", tiny(), type_=Type.Q4_1)
+    import_gguf(tmp_path / "m.gguf", tmp_path / "m", "float32")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    ours = model.state_dict()
+    theirs = load_gguf_checkpoint(tmp_path / "m.gguf", return_tensors=True, model_to_load=model)
+    assert theirs["tensors"].keys() == ours.keys()
+    for name, due in theirs["tensors"].items():
+        assert torch.equal(ours[name], torch.as_tensor(due)), name
+
+
+def test_large_tensors_are_converted_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("arriero.shards.checkpoint.gguf_import._PIECE_ELEMENTS", 64 * 16)
+    due = write_gguf(tmp_path / "m.gguf", tiny(), type_=Type.Q8_0)
+    import_gguf(tmp_path / "m.gguf", tmp_path / "m", "float32")
+    found = Checkpoint.open(tmp_path / "m")
+    assert all(torch.equal(found.tensor(name), due[name]) for name in due)
+
+
+# ----- tokenizer --------------------------------------------------------------------------------
+
+TEXTS = [
+    "",
+    "the quick brown fox",
+    "  two  spaces   and\ttabs\n\n\nlines \r\n",
+    "def f(x):\n    return x == 10 and x[1:] != 'I''ll'",
+    "I'll DON'T we've he'd",
+    "1 22 333 4444 55555 3.14159",
+    "naïve café Ångström ñandú",
+    "日本語 русский العربية हिन्दी",
+    "🙂🙃👩‍👩‍👧 e\u0301 \u200b \u00a0",
+    "<|begin_of_text|>the<|eot_id|> fox<|end_of_text|>",
+    "\x00\x01\x7f",
+]
+
+
+def imported_tokenizer(tmp_path: Path, pre: str | None, **metadata: Any) -> Tokenizer:  # noqa: ANN401
+    write_gguf(tmp_path / "m.gguf", tiny(), pre=pre, metadata=metadata)
+    import_gguf(tmp_path / "m.gguf", tmp_path / "m")
+    return Tokenizer.from_file(str(tmp_path / "m" / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("pre", [None, "gpt-2", "smollm", "llama-bpe"])
+def test_every_text_comes_back(tmp_path: Path, pre: str | None) -> None:
+    tokenizer = imported_tokenizer(tmp_path, pre)
+    for text in TEXTS:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_gpt2_splits_as_transformers(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    ours = imported_tokenizer(tmp_path, "gpt-2")
+    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    for text in TEXTS:
+        assert ours.encode(text).ids == theirs.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("pre", "text", "pieces"),
+    [
+        ("gpt-2", "a 1234  b", ["a", " 1234", " ", " b"]),
+        ("smollm", "a 1234  b", ["a", " ", "1", "2", "3", "4", " ", " b"]),
+        ("smollm", "x =   42", ["x", " =", "   ", "4", "2"]),
+        ("llama-bpe", "a 1234  b", ["a", " ", "123", "4", " ", " b"]),
+        ("llama-bpe", "I'LL go\n\n x", ["I", "'LL", " go", "\n\n", " x"]),
+        ("llama-bpe", "(foo) !!\n", ["(foo", ")", " !!\n"]),
+    ],
+)
+def test_each_family_splits_its_way(tmp_path: Path, pre: str, text: str, pieces: list[str]) -> None:
+    split = imported_tokenizer(tmp_path, pre).pre_tokenizer.pre_tokenize_str(text)
+    assert [text[start:stop] for _, (start, stop) in split] == pieces
+
+
+def test_special_tokens_are_whole_and_named(tmp_path: Path) -> None:
+    tokenizer = imported_tokenizer(tmp_path, "smollm")
+    assert tokenizer.encode("<|eot_id|>x<|begin_of_text|>").ids[::2] == [2, 0]
+    assert tokenizer.decode([2, 0]) == ""
+    made = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
+    assert made["bos_token"] == "<|begin_of_text|>"
+    assert made["eos_token"] == "<|end_of_text|>"
+    assert made["chat_template"] == "{{ messages }}"
+
+
+def test_llama3_begins_with_its_token_and_stops_at_any_end(tmp_path: Path) -> None:
+    tokenizer = imported_tokenizer(tmp_path, "llama-bpe")
+    assert tokenizer.encode("the").ids[0] == 0
+    assert tokenizer.encode("the", add_special_tokens=False).ids[0] != 0
+    assert ModelConfig.from_folder(tmp_path / "m").eos_token_ids == (1, 2)
+
+
+def test_the_file_says_whether_to_add_the_begin_and_end(tmp_path: Path) -> None:
+    flags = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": True}
+    ids = imported_tokenizer(tmp_path, "gpt-2", **flags).encode("the").ids
+    assert (ids[0], ids[-1]) == (0, 1)
+
+
+# ----- refused ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ({"llama.expert_count": 8}, "experts"),
+        ({"split.count": 3}, "one part of several"),
+        ({"llama.rope.scaling.type": "yarn"}, "'yarn' is not computed"),
+        ({"llama.attention.value_length": 8}, "llama.attention.value_length=8"),
+        ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count=8"),
+        ({"llama.block_count": 3}, "lacks 'model.layers.2."),
+        ({"llama.block_count": 1}, "but the metadata makes it none of this model"),
+        ({"llama.embedding_length": 128}, "has shape [300, 64], but the metadata makes it"),
+        ({"llama.feed_forward_length": "many"}, "llama.feed_forward_length=many"),
+        ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.model='llama'"),
+        ({"tokenizer.ggml.pre": "qwen2"}, "tokenizer.ggml.pre='qwen2'"),
+        ({"tokenizer.ggml.bos_token_id": 300}, "must be below 300"),
+    ],
+)
+def test_what_cannot_be_imported_is_refused(
+    tmp_path: Path, metadata: dict[str, Any], words: str
+) -> None:
+    write_gguf(tmp_path / "m.gguf", tiny(), metadata=metadata)
+    with pytest.raises(CheckpointError) as caught:
+        import_gguf(tmp_path / "m.gguf", tmp_path / "m")
+    assert words in str(caught.value)
+    assert "m.gguf" in str(caught.value)
+    assert [one.name for one in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_a_missing_tensor_a_type_and_a_full_folder_are_refused(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", tiny(), drop="model.norm.weight")
+    with pytest.raises(CheckpointError, match=r"lacks 'model\.norm\.weight' of shape \[64\]"):
+        import_gguf(tmp_path / "m.gguf", tmp_path / "m")
+    write_gguf(tmp_path / "n.gguf", tiny(), type_=Type.Q5_0)
+    with pytest.raises(CheckpointError, match="Q5_0 is not imported"):
+        import_gguf(tmp_path / "n.gguf", tmp_path / "m")
+    (tmp_path / "m").mkdir()
+    with pytest.raises(CheckpointError, match="exists already"):
+        import_gguf(tmp_path / "n.gguf", tmp_path / "m")
+    with pytest.raises(CheckpointError, match="dtype='int8'"):
+        import_gguf(tmp_path / "n.gguf", tmp_path / "x", "int8")
+
+
+def test_nothing_stays_when_writing_fails(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", tiny())
+
+    def fail(done: int, total: int, name: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        import_gguf(tmp_path / "m.gguf", tmp_path / "m", progress=fail)
+    assert [one.name for one in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_unknown_frequency_factors_are_refused(tmp_path: Path) -> None:
+    rule = LLAMA3 | {"low_freq_factor": 2.0}
+    write_gguf(tmp_path / "m.gguf", tiny(rope_scaling=rule, head_dim=64))
+    with pytest.raises(CheckpointError, match="no known llama3 rule"):
+        import_gguf(tmp_path / "m.gguf", tmp_path / "m")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("gguf") / "m.gguf"
+    write_gguf(path, tiny(num_hidden_layers=1))
+    return path.read_bytes()
+
+
+def test_every_truncation_is_refused(tmp_path: Path, whole: bytes) -> None:
+    path = tmp_path / "m.gguf"
+    for length in [*range(0, 200, 7), *range(200, len(whole), 3001), len(whole) - 33]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=r"m\.gguf"):
+            read_gguf(path)
+
+
+def test_counts_that_cannot_be_end_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    array = struct.pack("<Q1sIIQ", 1, b"k", 9, 4, 2**60)
+    for body in (array, struct.pack("<Q", 2**63), struct.pack("<Q1sI", 1, b"k", 99)):
+        path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60) + body)
+        with pytest.raises(CheckpointError):
+            read_gguf(path)
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 9, 0, 0))
+    with pytest.raises(CheckpointError, match="version 9"):
+        read_gguf(path)
+
+
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.lists(st.tuples(st.integers(0, 12_000), st.integers(0, 255)), min_size=1, max_size=6))
+def test_fuzzed_bytes_give_an_import_or_one_clear_error(
+    tmp_path: Path, whole: bytes, flips: list[tuple[int, int]]
+) -> None:
+    data = bytearray(whole)
+    for place, value in flips:
+        data[place] = value
+    path = tmp_path / "m.gguf"
+    path.write_bytes(data)
+    out = tmp_path / "m"
+    try:
+        import_gguf(path, out)
+    except CheckpointError:
+        return
+    for one in out.iterdir():
+        one.unlink()
+    out.rmdir()

@@ -1,0 +1,125 @@
+"""Tiny seeded model folders for any test that needs weights. Torch only, no transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arriero.shards.checkpoint.llama_names import EMBEDDING, FINAL_NORM, HEAD, expected_tensors
+from arriero.shards.checkpoint.safetensors_header import make_header
+from arriero.shards.models.config import ModelConfig
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors to one safetensors file."""
+    with path.open("wb") as stream:
+        stream.write(make_header({k: (v.dtype, tuple(v.shape)) for k, v in tensors.items()}))
+        for one in tensors.values():
+            stream.write(one.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
+def write_sharded(path: Path, tensors: Mapping[str, Tensor], num_files: int) -> None:
+    """Write tensors to several safetensors files and their index."""
+    names = list(tensors)
+    placed: dict[str, str] = {}
+    for i in range(num_files):
+        file_name = f"model-{i + 1:05d}-of-{num_files:05d}.safetensors"
+        part = names[i * len(names) // num_files : (i + 1) * len(names) // num_files]
+        write_safetensors(path / file_name, {name: tensors[name] for name in part})
+        placed |= dict.fromkeys(part, file_name)
+    total = sum(one.nbytes for one in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": placed}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def tiny_weights(config: ModelConfig, seed: int) -> dict[str, Tensor]:
+    """Seeded weights whose greedy text varies.
+
+    Products keep the size of what they are given; the final norm is scaled until the logits
+    spread over several units, and an untied head keeps a token from predicting itself.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    dtype: torch.dtype = getattr(torch, config.torch_dtype)
+    weights: dict[str, Tensor] = {}
+    for name, shape in expected_tensors(config).items():
+        noise = torch.randn(shape, generator=generator)
+        if name.endswith("norm.weight"):
+            made = 1.0 + 0.1 * noise
+            if name == FINAL_NORM:
+                # signs that flip half the channels: a tied head would else repeat its input
+                flips = torch.where(torch.rand(shape, generator=generator) < 0.5, -1.0, 1.0)
+                made = made * flips * 2.0
+        elif name.endswith(".bias"):
+            made = 0.1 * noise
+        elif name == EMBEDDING:
+            made = noise
+        else:
+            gain = 1.0 if name == HEAD else 1.5
+            made = noise * gain / shape[-1] ** 0.5
+        weights[name] = made.to(dtype)
+    if config.tie_word_embeddings:  # logits of unit rows would grow with the hidden size
+        weights[FINAL_NORM] = (weights[FINAL_NORM].float() / config.hidden_size**0.5).to(dtype)
+    return weights
+
+
+def tiny_llama(
+    path: Path,
+    *,
+    seed: int = 0,
+    layers: int = 2,
+    hidden: int = 64,
+    intermediate: int = 96,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int | None = None,
+    vocab: int = 128,
+    tied: bool = False,
+    attention_bias: bool = False,
+    mlp_bias: bool = False,
+    rope_theta: float = 10000.0,
+    rope_scaling: Mapping[str, Any] | None = None,
+    max_positions: int = 512,
+    eos: int | list[int] | None = None,
+    dtype: str = "float32",
+    sharded: bool = False,
+) -> ModelConfig:
+    """Write a folder with config.json and weights (in three files if `sharded`).
+
+    `eos` None leaves the model without an end token, so that texts run to `max_tokens`.
+    """
+    settings: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim or hidden // heads,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": rope_theta,
+        "rope_scaling": dict(rope_scaling) if rope_scaling else None,
+        "max_position_embeddings": max_positions,
+        "tie_word_embeddings": tied,
+        "attention_bias": attention_bias,
+        "mlp_bias": mlp_bias,
+        "bos_token_id": None,
+        "eos_token_id": eos,
+        "torch_dtype": dtype,
+    }
+    config = ModelConfig.from_dict(settings)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(settings, indent=2))
+    weights = tiny_weights(config, seed)
+    if sharded:
+        write_sharded(path, weights, 3)
+    else:
+        write_safetensors(path / "model.safetensors", weights)
+    return config
