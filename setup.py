@@ -10,7 +10,19 @@ import sys
 from setuptools import Extension, setup
 
 _NATIVE = "kernels/cpu/native"
-_HEADERS = ["simd.h", "matrix.h", "pool.h", "product.h", "attention.h", "decoder.h", "api.inc"]
+_HEADERS = [
+    "simd.h",
+    "matrix.h",
+    "pool.h",
+    "product.h",
+    "cache.h",
+    "attention_plan.h",
+    "attention_tiles.h",
+    "attention.h",
+    "check.h",
+    "decoder.h",
+    "api.inc",
+]
 
 _AVX512 = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 _X86_FLAGS = {

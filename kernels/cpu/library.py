@@ -10,6 +10,7 @@ import ctypes
 import functools
 import importlib.machinery
 import logging
+import os
 import platform
 import weakref
 from pathlib import Path
@@ -231,13 +232,16 @@ def find(variant: str) -> Path | None:
 def load(variant: str | None = None) -> Library:
     """Load a variant, or the best one that this machine can run.
 
+    The environment variable ARRIERO_CPU_VARIANT names one too, to compare or to rule one out.
+
     Raises:
         RuntimeError: none can be used; the message says why and what to do.
     """
+    variant = variant or os.environ.get("ARRIERO_CPU_VARIANT") or None
     if variant is not None and variant not in runnable():
         raise RuntimeError(
-            f"variant {variant!r} needs instructions that this CPU lacks; "
-            f"it can run {', '.join(runnable())}"
+            f"the variant {variant!r} of the CPU kernels does not run on this CPU; "
+            f"these do: {', '.join(runnable())}"
         )
     reasons: list[str] = []
     for name in runnable() if variant is None else [variant]:

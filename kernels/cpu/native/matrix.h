@@ -18,6 +18,8 @@ namespace arriero {
 
 enum Type : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, kFp8 = 4, kInt4 = 5 };
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 inline constexpr int kPanel = 32;
 inline constexpr float kInt4Zero = 8.0f;  // where a matrix has no zeros of its own
 
@@ -99,8 +101,8 @@ struct Matrix {
     int32_t type;
     int32_t group;  // int4: inputs that share a scale, an even number; else 0
 
-    int64_t pairs() const { return (in_features + 1) / 2; }
-    int64_t panels() const { return (out_features + kPanel - 1) / kPanel; }
+    int64_t pairs() const { return ceil_div(in_features, 2); }
+    int64_t panels() const { return ceil_div(out_features, kPanel); }
     int64_t panel_bytes() const { return pairs() * 2 * vector_bytes(type); }
     int64_t columns() const { return panels() * kPanel; }
     const char* panel(int64_t i) const { return data + i * panel_bytes(); }

@@ -102,8 +102,6 @@ inline Kernel kernel_for(int32_t type, [[maybe_unused]] bool rounded, bool thin,
     return nullptr;
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // A block of finished sums: `rows` rows from `row`, two panels side by side (`second` is -1 where
 // the matrix ends in the first), in c [rows][2 * kPanel].
 struct Block {
@@ -192,6 +190,7 @@ void product(Worker& worker, const Matrix& m, const Rows& a, bool rounded, int64
              bool paired, Finish&& finish) {
     const int64_t panels = m.panels(), steps = ceil_div(panels, 2), half = panels / 2;
     const int64_t row_blocks = ceil_div(num_rows, kRowBlock);
+    if (num_rows == 0 || panels == 0) return;
     // Enough items to even out the threads, few enough that counting them costs nothing.
     int64_t wanted = worker.num_threads * (num_rows <= kMaxRows ? 6 : 8);
     int64_t per_block = row_blocks >= wanted ? 1 : ceil_div(wanted, row_blocks);

@@ -1,0 +1,85 @@
+"""The pass through a stage's layers: one call into C++ a step, or one a block.
+
+Knows the order of blocks; refuses to know what is in them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from arriero.kernels.cpu.library import Layer
+from arriero.kernels.cpu.structs import (
+    batch_struct,
+    cache_of,
+    check_cache,
+    float_rows,
+    layer_struct,
+)
+from arriero.kernels.ops import DenseLayer, FlatBatch, KVCache, MoELayer, Reduce
+
+if TYPE_CHECKING:
+    from arriero.kernels.cpu.backend import CpuOps
+
+
+class CpuDecoder:
+    """The pass through a stage's layers, its pointers collected once."""
+
+    def __init__(
+        self, ops: CpuOps, layers: Sequence[DenseLayer], kv: KVCache, reduce: Reduce | None
+    ) -> None:
+        """Check that the layers fit the cache and each other.
+
+        Raises:
+            ValueError: they do not.
+        """
+        for layer in layers:
+            check_cache(layer, kv)
+        if len(layers) > kv.spec.num_layers:
+            raise ValueError(
+                f"{len(layers)} layers do not fit a cache of {kv.spec.num_layers} layers"
+            )
+        self._ops = ops
+        self._layers = tuple(layers)
+        self._cache = cache_of(kv)
+        self._reduce = reduce
+        self._structs = (Layer * len(self._layers))()
+        self._kept: list[tuple[Tensor, ...]] = []  # what the structs point into
+        for i, layer in enumerate(self._layers):
+            self._structs[i], tensors = layer_struct(layer)
+            self._kept.append(tensors)
+        dense = not any(isinstance(layer, MoELayer) for layer in self._layers)
+        self._in_one_call = reduce is None and dense
+
+    def __call__(self, x_TH: Tensor, batch: FlatBatch) -> Tensor:
+        """Run the layers over x [T, H]; float32 rows without gaps are changed in place."""
+        if not self._layers:
+            return x_TH
+        x_TH = float_rows("decoder", x_TH, self._layers[0].qkv.in_features).contiguous()
+        if not self._in_one_call:
+            return self._run_blocks(x_TH, batch)
+        of_batch = batch_struct(batch, x_TH.shape[0], self._layers[0].head_dim)
+        self._ops.call(
+            "decoder",
+            ctypes.addressof(self._structs),
+            len(self._layers),
+            self._cache.address,
+            ctypes.addressof(of_batch),
+            x_TH.data_ptr(),
+        )
+        return x_TH
+
+    def _run_blocks(self, x_TH: Tensor, batch: FlatBatch) -> Tensor:
+        reduce = self._reduce
+        for i, layer in enumerate(self._layers):
+            part = self._ops.run_attention(self._structs[i], layer, x_TH, self._cache, i, batch)
+            x_TH += part if reduce is None else reduce(part)
+            if isinstance(layer, MoELayer):
+                part = self._ops.moe_block(x_TH, layer)
+            else:
+                part = self._ops.run_mlp(self._structs[i], layer, x_TH)
+            x_TH += part if reduce is None else reduce(part)
+        return x_TH

@@ -1,0 +1,163 @@
+"""Checked C structs and plain tensors from what the op list passes.
+
+Knows shapes, dtypes and strides; refuses to know what is computed from them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from arriero.kernels.cpu.cache import CpuKVCache
+from arriero.kernels.cpu.library import Batch, Layer, Style
+from arriero.kernels.cpu.weights import Packed
+from arriero.kernels.ops import DenseLayer, FlatBatch, KVCache, Linear, Vocab
+
+_ROPE = {"halves": 0, "pairs": 1, "none": 2}
+
+
+def packed_of(packed: object) -> Packed:
+    """The packed matrix of a `Linear` or `Vocab`."""
+    assert isinstance(packed, Packed), "a packed matrix belongs to the backend that made it"
+    return packed
+
+
+def cache_of(kv: KVCache) -> CpuKVCache:
+    """The cache as this backend's."""
+    assert isinstance(kv, CpuKVCache), "a cache belongs to the backend that made it"
+    return kv
+
+
+def float_rows(op: str, x_TE: Tensor, size: int) -> Tensor:
+    """Float32 rows with unit stride."""
+    if x_TE.ndim != 2 or x_TE.shape[1] != size:
+        raise ValueError(f"{op}: rows of shape {tuple(x_TE.shape)}; expected [rows, {size}]")
+    if x_TE.dtype != torch.float32:
+        x_TE = x_TE.float()
+    return x_TE if x_TE.stride(1) == 1 else x_TE.contiguous()
+
+
+def float_vector(name: str, x_H: Tensor, size: int) -> Tensor:
+    """A contiguous float32 vector."""
+    if x_H.shape != (size,):
+        raise ValueError(f"{name} has shape {tuple(x_H.shape)}; expected [{size}]")
+    return x_H.detach().to("cpu", torch.float32).contiguous()
+
+
+def check_cache(layer: DenseLayer, kv: KVCache) -> None:
+    """Raise `ValueError` for a layer whose heads are not the cache's."""
+    spec = kv.spec
+    if (layer.num_kv_heads, layer.head_dim) != (spec.num_kv_heads, spec.head_dim):
+        raise ValueError(
+            f"a layer of {layer.num_kv_heads} key/value heads of {layer.head_dim} does not fit a "
+            f"cache of {spec.num_kv_heads} heads of {spec.head_dim}"
+        )
+
+
+def layer_struct(layer: DenseLayer) -> tuple[Layer, tuple[Tensor, ...]]:
+    """The struct of a layer, and the tensors it points into beyond the packed ones."""
+    width = (layer.num_q_heads + 2 * layer.num_kv_heads) * layer.head_dim
+    expected = (
+        ("qkv rows", layer.qkv.out_features, width),
+        ("o columns", layer.o.in_features, layer.num_q_heads * layer.head_dim),
+        ("o rows", layer.o.out_features, layer.qkv.in_features),
+        ("gate_up columns", layer.gate_up.in_features, layer.qkv.in_features),
+        ("gate_up rows", layer.gate_up.out_features, 2 * layer.down.in_features),
+        ("down rows", layer.down.out_features, layer.qkv.in_features),
+    )
+    for name, value, want in expected:
+        if value != want:
+            raise ValueError(f"layer: {name}={value} where the other parts need {want}")
+    norms = (
+        float_vector("attn_norm_H", layer.attn_norm_H, layer.qkv.in_features),
+        float_vector("mlp_norm_H", layer.mlp_norm_H, layer.qkv.in_features),
+    )
+    struct = bare_layer_struct(layer)
+    struct.attn_norm, struct.mlp_norm = norms[0].data_ptr(), norms[1].data_ptr()
+    struct.qkv = packed_of(layer.qkv.packed).struct
+    struct.o = packed_of(layer.o.packed).struct
+    struct.gate_up = packed_of(layer.gate_up.packed).struct
+    struct.down = packed_of(layer.down.packed).struct
+    return struct, norms
+
+
+def bare_layer_struct(layer: DenseLayer) -> Layer:
+    """A layer's numbers, without its weights."""
+    gain, floor = layer.style.query_scale or (0.0, 1.0)
+    return Layer(
+        num_q_heads=layer.num_q_heads,
+        num_kv_heads=layer.num_kv_heads,
+        head_dim=layer.head_dim,
+        scale=layer.softmax_scale,
+        eps=layer.eps,
+        style=Style(
+            rope=_ROPE[layer.style.rope],
+            qk_norm=layer.style.qk_norm,
+            eps=layer.eps,
+            query_gain=gain,
+            query_floor=floor,
+            chunk_size=layer.style.chunk_size,
+        ),
+    )
+
+
+def linear_of(packed: Packed) -> Linear:
+    """The op list's view of a packed product; its bias is in the packed form."""
+    return Linear(
+        out_features=packed.struct.out_features,
+        in_features=packed.struct.in_features,
+        packed=packed,
+        bias=None,
+        nbytes=packed.nbytes,
+    )
+
+
+def vocab_of(packed: Packed, first_row: int) -> Vocab:
+    """The op list's view of packed vocabulary rows."""
+    return Vocab(
+        first_row=first_row,
+        num_rows=packed.struct.out_features,
+        hidden_size=packed.struct.in_features,
+        packed=packed,
+        nbytes=packed.nbytes,
+    )
+
+
+def batch_struct(batch: FlatBatch, num_tokens: int, head_dim: int) -> Batch:
+    """The struct of a batch; its tensors outlive the call that it is made for."""
+    num_seqs = batch.context_S.shape[0]
+    shapes = (
+        ("positions_T", batch.positions_T, (num_tokens,)),
+        ("query_start_S1", batch.query_start_S1, (num_seqs + 1,)),
+        ("context_S", batch.context_S, (num_seqs,)),
+        ("block_table_SB", batch.block_table_SB, (num_seqs, batch.block_table_SB.shape[-1])),
+        ("slots_T", batch.slots_T, (num_tokens,)),
+        ("cos_TD", batch.cos_TD, (num_tokens, head_dim // 2)),
+        ("sin_TD", batch.sin_TD, (num_tokens, head_dim // 2)),
+    )
+    for name, tensor, shape in shapes:
+        dtype = torch.float32 if name in ("cos_TD", "sin_TD") else torch.int32
+        if (
+            tensor.shape != shape
+            or tensor.dtype != dtype
+            or (shape[-1] > 1 and tensor.stride(-1) != 1)
+        ):
+            raise ValueError(
+                f"batch.{name}: {str(tensor.dtype)[6:]} {tuple(tensor.shape)} with strides "
+                f"{tensor.stride()}; expected {str(dtype)[6:]} {shape} with unit stride"
+            )
+    return Batch(
+        tokens=num_tokens,
+        sequences=num_seqs,
+        positions=batch.positions_T.data_ptr(),
+        query_start=batch.query_start_S1.data_ptr(),
+        context=batch.context_S.data_ptr(),
+        block_table=batch.block_table_SB.data_ptr(),
+        table_stride=batch.block_table_SB.stride(0),
+        table_blocks=batch.block_table_SB.shape[1],
+        slots=batch.slots_T.data_ptr(),
+        cos=batch.cos_TD.data_ptr(),
+        sin=batch.sin_TD.data_ptr(),
+        cos_stride=batch.cos_TD.stride(0),
+        sin_stride=batch.sin_TD.stride(0),
+    )

@@ -1,0 +1,67 @@
+"""Same tokens: not a bit of a row depends on its neighbours, on chunking or on threads."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from arriero.kernels.quant import quantize_fp8, quantize_int4, quantize_int8
+
+from .small import VARIANTS, Small, cpu, tokens
+
+pytestmark = pytest.mark.skipif(not VARIANTS, reason="the CPU kernels are not built")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_chunks_batches_and_threads(variant: str, dtype: torch.dtype) -> None:
+    """A prompt whole, in chunks, beside others, and token by token, past a split of 512 keys."""
+    prompt, other = tokens(560, 0), tokens(40, 1)
+    whole = Small(cpu(1, variant), dtype).step([(0, 0, prompt)])[0]
+
+    model = Small(cpu(3, variant), dtype)
+    cuts, parts = (0, 1, 8, 21, 22, 150, 500, 505), []
+    for i, (start, stop) in enumerate(itertools.pairwise(cuts)):
+        beside = (1, 5 * i, other[5 * i : 5 * i + 5])
+        pieces = [(0, start, prompt[start:stop]), beside]
+        parts.append(model.step(pieces[:: -1 if i % 2 else 1])[i % 2])
+    # One at a time over the edge of the split, alone and so with its splits apart.
+    parts += [model.step([(0, i, prompt[i : i + 1])])[0] for i in range(505, 530)]
+    # And in a batch large enough that no split is computed apart.
+    for i in range(530, 560):
+        crowd = [(0, i, prompt[i : i + 1])] + [(1, 36 + j, other[36 + j :][:1]) for j in range(4)]
+        parts.append(model.step(crowd)[0])
+    assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "int8", "fp8", "int4"])
+def test_products(variant: str, kind: str) -> None:
+    """The rows of every batch size and thread count equal those computed one by one."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(131, 77, generator=generator)
+    x = torch.randn(230, 77, generator=generator)
+    quantizers = {"int8": quantize_int8, "fp8": quantize_fp8, "int4": quantize_int4}
+    results = []
+    for threads in (1, 2):
+        ops = cpu(threads, variant)
+        if kind in quantizers:
+            linear = ops.pack_quantized([quantizers[kind](weight)], None)
+        else:
+            linear = ops.pack_linear([weight[:100], weight[100:]], None, getattr(torch, kind))
+        results.append(torch.cat([ops.linear(row[None], linear) for row in x]))
+        for rows in (2, 3, 4, 5, 7, 11, 12, 13, 24, 25, 40, 96, 97, 230):
+            assert torch.equal(ops.linear(x[:rows], linear), results[0][:rows]), rows
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("exact", [False, True])
+def test_variants_agree_to_rounding(variant: str, exact: bool) -> None:
+    prompt = tokens(70, 2)
+    dtype = torch.bfloat16 if not exact else torch.float32
+    ours = Small(cpu(2, variant, exact), dtype).step([(0, 0, prompt)])[0]
+    other = Small(cpu(1, "portable"), torch.float32).step([(0, 0, prompt)])[0]
+    torch.testing.assert_close(ours, other, rtol=0, atol=2e-4 if exact else 0.2)
