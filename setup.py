@@ -43,7 +43,7 @@ def _extension(name: str, flags: list[str]) -> Extension:
             "-g",
             "-ffp-contract=off",  # a product and a sum fuse where the source says so, or nowhere
             "-fno-math-errno",
-            "-fvisibility=hidden",
+            "-fvisibility=hidden",  # the variants share names, and must not share code
             "-pthread",
             "-Wno-maybe-uninitialized",  # GCC 12 warns about its own AVX-512 header
             *flags,
