@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 from arriero.shards.checkpoint.formats.modules import Axis, Kind, Module, Place, llama_modules
@@ -88,11 +89,16 @@ Box = tuple[Span, ...]
 """A range in each dimension of a tensor."""
 
 
-def modules_of(model: AnyModel, scheme: QuantScheme | None) -> list[Module]:
+def modules_of(model: AnyModel, scheme: QuantScheme | None) -> tuple[Module, ...]:
     """The model's matrices and vectors, experts fused or not as the format has them."""
+    return _modules(model, scheme is None)
+
+
+@lru_cache(maxsize=8)
+def _modules(model: AnyModel, fused: bool) -> tuple[Module, ...]:
     if isinstance(model, ModelConfig):
-        return llama_modules(model)
-    return llama4_modules(model, fused=scheme is None)
+        return tuple(llama_modules(model))
+    return tuple(llama4_modules(model, fused=fused))
 
 
 def tensors_due(model: AnyModel, scheme: QuantScheme | None) -> list[TensorDue]:
