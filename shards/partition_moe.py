@@ -1,6 +1,6 @@
 """Who holds what: the cut of a Llama 4 model over stages, data- and tensor-parallel ranks, experts.
 
-A stage has `dp` × `tp` ranks. Attention, dense MLPs, shared experts, vocabulary and vision are cut
+A stage has `dp` x `tp` ranks. Attention, dense MLPs, shared experts, vocabulary and vision are cut
 over `tp` and held `dp` times; each `dp` rank serves sequences of its own. Routed experts are dealt
 to `ep` parts of the stage's ranks, and where a part has several ranks they cut each expert's
 columns. Pure functions of the model's numbers and the mesh; global indices everywhere.
@@ -20,7 +20,7 @@ _COLUMN_MULTIPLE = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoEMesh:
-    """The mesh of one group: `pp` stages of `dp` × `tp` ranks.
+    """The mesh of one group: `pp` stages of `dp` x `tp` ranks.
 
     Rank = (stage * dp + dp rank) * tp + tp rank.
 
@@ -206,7 +206,7 @@ def _check(model: Llama4Config, mesh: MoEMesh) -> None:
         raise SpecError(f"`pp`={mesh.pp} must be 1 to {model.num_layers}, the model's layers")
     rest = model.num_heads % mesh.tp
     if rest and mesh.tp_shares is None:
-        even = max((n for n in range(1, mesh.tp) if not mesh.tp % n and not model.num_heads % n))
+        even = max(n for n in range(1, mesh.tp) if not mesh.tp % n and not model.num_heads % n)
         raise SpecError(
             f"`tp`={mesh.tp}: attention cannot be cut evenly: {model.num_heads} query heads % "
             f"{mesh.tp} = {rest}; use `tp`={even} and `dp`={mesh.tp // even} (attention data-"

@@ -161,8 +161,8 @@ def _make(wish: _Wish) -> tuple[GroupPlan, list[Option]]:
         needed = layout.world_size * (wish.groups or 1)
         if needed > machines.total:
             raise SpecError(
-                f"{layout} × {wish.groups or 1} group(s) needs {needed} slices, but {machines.nodes}"
-                f" × {machines.per_node} {machines.gpu} give {machines.total}; add machines with "
+                f"{layout} x {wish.groups or 1} group(s) needs {needed} slices, but {machines.nodes}"
+                f" x {machines.per_node} {machines.gpu} give {machines.total}; add machines with "
                 "--nodes, or use a smaller layout"
             )
         weights = weights_as(config, wish.model.scheme, dtypes[0])
@@ -231,7 +231,7 @@ def _from_spec(
         machines = replace(machines, per_node=-(-spec.num_slices // machines.nodes))
     elif spec.num_slices > machines.total:
         raise SpecError(
-            f"{path}: {spec.num_slices} slices, but {machines.nodes} × {machines.per_node} "
+            f"{path}: {spec.num_slices} slices, but {machines.nodes} x {machines.per_node} "
             f"{machines.gpu} give {machines.total}; add machines with --nodes"
         )
     return [

@@ -188,7 +188,10 @@ def _llama4(experts: int, step: int, positions: int, qk_norm: bool, rope: Any) -
     }
 
 
-_LLAMA32 = {"rope_scaling": _LLAMA31_ROPE | {"factor": 32.0}, "tie_word_embeddings": True}
+_LLAMA32: dict[str, Any] = {
+    "rope_scaling": _LLAMA31_ROPE | {"factor": 32.0},
+    "tie_word_embeddings": True,
+}
 _SCOUT_ROPE = _LLAMA31_ROPE | {"factor": 16.0, "high_freq_factor": 1.0}
 MODELS: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": _llama(32, 4096, 14336, 32, 8),

@@ -18,10 +18,9 @@ from arriero.cluster.plan.products import RankWeights, Weights, rank_weights
 from arriero.shards.checkpoint.formats.stored import AnyModel, AnyPart, modules_of
 from arriero.shards.errors import SpecError
 from arriero.shards.group import GroupConfig
-from arriero.shards.models.config import ModelConfig
 from arriero.shards.models.llama4_config import Llama4Config
 from arriero.shards.partition import Span, partition
-from arriero.shards.partition_moe import MoEMesh, partition_moe
+from arriero.shards.partition_moe import MoEMesh, MoEPart, partition_moe
 
 RESERVE_SHARE = 0.03
 """Of the device's memory, left for fragmentation and for what the estimates miss."""
@@ -31,6 +30,7 @@ GRAPH_BYTES_PER_LAYER = 64 << 10
 """Of one graph: the nodes of a layer's kernels."""
 CHANNEL_BYTES = 128 << 20
 """Of one NCCL communicator: its channels' buffers."""
+_MOST_TILES = 17  # of one image: 16 and the whole
 SAMPLING_COPIES = 3
 """Logits of the sampled rows live so many times over: raw, sorted, probabilities."""
 
@@ -61,9 +61,9 @@ class Layout:
     def __str__(self) -> str:
         text = f"TP{self.tp}"
         if self.dp > 1:
-            text += f"×DP{self.dp}"
+            text += f"xDP{self.dp}"
         if self.pp > 1:
-            text += f"×PP{self.pp}"
+            text += f"xPP{self.pp}"
         if self.ep is not None:
             text += f" EP{self.ep}"
         return text
@@ -286,17 +286,18 @@ def plan_group(
         demand=demand,
         device=device,
         kernels=kernels,
-        ranks=tuple(replace(rank, kv_pool_bytes=pool) for rank, pool in zip(ranks, pools, strict=True)),
+        ranks=tuple(
+            replace(rank, kv_pool_bytes=pool) for rank, pool in zip(ranks, pools, strict=True)
+        ),
     )
 
 
 def _sizes(part: AnyPart) -> tuple[object, ...]:
     """What decides the bytes of a rank's weights."""
-    return tuple(
-        value.size if isinstance(value, Span) and name != "layers" else value
-        for name, value in ((field.name, getattr(part, field.name)) for field in fields(part))
-        if name not in ("rank", "dp_rank", "tp_rank", "ep_rank", "stage")
-    ) + (part.tp_rank == 0,)
+    ranks = ("rank", "dp_rank", "tp_rank", "ep_rank", "stage")
+    values = [getattr(part, one.name) for one in fields(part) if one.name not in ranks]
+    shares = (one.size if isinstance(one, Span) else one for one in values)
+    return (part.layers, part.tp_rank == 0, *shares)
 
 
 def cut(config: AnyModel, layout: Layout) -> Sequence[AnyPart]:
@@ -401,13 +402,11 @@ def _activations(
     tokens, hidden, d = demand.max_batch_tokens, config.hidden_size, config.head_dim
     q, kv = part.q_heads.size * d, part.kv_heads.size * d
     attention = 2 * q + 2 * kv + q  # qkv, rotated q, output
-    if isinstance(config, ModelConfig):
-        mlp = 3 * part.columns.size
-    else:
-        dense = 3 * part.columns.size
+    mlp = 3 * part.columns.size
+    if isinstance(config, Llama4Config) and isinstance(part, MoEPart):
         # every token of the stage may be routed to this rank's experts: the worst case is sized
         routed = layout.dp * config.top_k * (3 * part.expert_columns.size + 2 * hidden)
-        mlp = max(dense, 3 * part.shared_columns.size + routed)
+        mlp = max(mlp, 3 * part.shared_columns.size + routed)
     layer = tokens * (3 * hidden + max(attention, mlp)) * itemsize  # residual, normed, partial sum
     logits = 0
     if part.last_stage:
@@ -415,13 +414,13 @@ def _activations(
         logits = rows * part.vocab.size * 4 + rows * hidden * itemsize
         if part.tp_rank == 0:
             logits += SAMPLING_COPIES * rows * config.vocab_size * 4
-    tables = demand.max_sequences * -(-config.max_position_embeddings // demand.block_size) * 4
+    tables = demand.max_sequences * -(-demand.context // demand.block_size) * 4
     angles = 2 * tokens * d * 4
     vision = 0
-    if isinstance(config, Llama4Config) and config.vision is not None and part.first_stage:
-        seen = config.vision
+    seen = config.vision if isinstance(config, Llama4Config) else None
+    if seen is not None and isinstance(part, MoEPart) and part.first_stage:
         tile = 4 * seen.hidden_size + 3 * part.vision_columns.size
-        vision = 17 * seen.num_positions * tile * itemsize  # the most tiles that one image has
+        vision = _MOST_TILES * seen.num_positions * tile * itemsize
     return max(layer + logits, vision) + tables + angles
 
 

@@ -58,7 +58,8 @@ def plot(plan: GroupPlan, file: Path) -> None:
     axes.set_ylim(0, 1.08 * max(memory, *bottom))
     axes.set_title(f"{plan.model.name} {plan.weights.dtype}, {plan.layout}")
     figure.legend(loc="outside right upper", fontsize=8, reverse=True)
-    FigureCanvasAgg(figure).print_png(str(file))
+    FigureCanvasAgg(figure)
+    figure.savefig(file)
 
 
 def _pieces(rank: RankPlan) -> dict[str, int]:

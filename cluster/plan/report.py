@@ -136,7 +136,7 @@ def as_tables(
     """
     total = sum(rank.weights.total for rank in plan.ranks)
     title = (
-        f"{plan.model.name} {plan.weights.dtype}, {plan.layout} on {machines.nodes} × "
+        f"{plan.model.name} {plan.weights.dtype}, {plan.layout} on {machines.nodes} x "
         f"{machines.per_node} {machines.gpu}: {groups} group(s), weights {_gb(total)} GB a group"
     )
     parts: list[RenderableType] = [_rank_table(plan, title), _capacity_table(plan)]
@@ -155,7 +155,7 @@ def _rank_table(plan: GroupPlan, title: str) -> Table:
     rows: dict[tuple[str, ...], list[int]] = {}
     for rank in plan.ranks:
         sizes = [rank.weights.by_kind.get(kind, 0) for kind in kinds]
-        cells = [f"{rank.part.layers.start}–{rank.part.layers.stop - 1}"]
+        cells = [f"{rank.part.layers.start}-{rank.part.layers.stop - 1}"]
         cells += [_gb(one) for one in (*sizes, rank.weights.scales, rank.weights.total)]
         cells += [_gb(rank.kv_pool_bytes), f"{rank.kv_block // plan.demand.block_size:,}"]
         rest = (rank.activations, rank.graphs, rank.communication, rank.spare_experts)
@@ -196,7 +196,7 @@ def _option_table(options: Sequence[Option], limit: int) -> Table:
     if work and rest:
         table.add_section()
     for one in rest[:limit]:
-        table.add_row(str(one.layout), one.dtype, "–", "–", "–", one.why_not or "")
+        table.add_row(str(one.layout), one.dtype, "-", "-", "-", one.why_not or "")
     for name, listed in (("work", work), ("do not", rest)):
         if len(listed) > limit:
             table.caption = f"{table.caption or ''}{len(listed) - limit} more {name}. "
@@ -214,4 +214,4 @@ def _ranges(numbers: Sequence[int]) -> str:
             out[-1][1] = one
         else:
             out.append([one, one])
-    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in out)
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in out)

@@ -272,7 +272,7 @@ def _moe_layers(read: Fields, num_layers: int) -> tuple[int, ...]:
 
 
 def _rope_layers(read: Fields, num_layers: int) -> tuple[bool, ...]:
-    """`no_rope_layers` says 1 where a layer does rotate; empty or missing means every fourth not."""
+    """`no_rope_layers` says 1 where a layer rotates; empty or missing: every fourth does not."""
     listed = read.get("no_rope_layers")
     if not listed:
         every = read.size("no_rope_layer_interval", 4)

@@ -14,7 +14,15 @@ from arriero.shards.checkpoint.llama_names import EMBEDDING, FINAL_NORM, HEAD
 from arriero.shards.models.config import ModelConfig
 
 Kind = Literal[
-    "attention", "mlp", "experts", "shared_expert", "router", "embeddings", "head", "norms", "vision"
+    "attention",
+    "mlp",
+    "experts",
+    "shared_expert",
+    "router",
+    "embeddings",
+    "head",
+    "norms",
+    "vision",
 ]
 Axis = Literal[
     "q_heads",

@@ -157,4 +157,6 @@ def _check_compressed(read: Fields) -> None:
             raise read.wrong(name, found, "an object")
         for field, value in fields.items():
             if found.get(field, value) != value:
-                raise read.wrong(f"{name}.{field}", found.get(field), f"{value!r}: no other is read")
+                raise read.wrong(
+                    f"{name}.{field}", found.get(field), f"{value!r}: no other is read"
+                )

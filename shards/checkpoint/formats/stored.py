@@ -160,9 +160,7 @@ def _fused(module: Module, dtypes: tuple[str, ...]) -> TensorDue:
     return _due(module, module.suffix, dtypes, (module.experts, columns, rows), tuple(cuts))
 
 
-def _quantized(
-    module: Module, scheme: QuantScheme, plain: tuple[str, ...]
-) -> Iterator[TensorDue]:
+def _quantized(module: Module, scheme: QuantScheme, plain: tuple[str, ...]) -> Iterator[TensorDue]:
     rows, columns = module.shape
     if module.experts:
         raise CheckpointError(f"{module.name}: {scheme.method} checkpoints keep experts apart")
@@ -240,12 +238,8 @@ def reads(tensor: TensorDue, part: AnyPart) -> list[Box]:
         size = tensor.shape[cut.dim] // cut.stacked
         start = span.start * cut.per // cut.each
         stop = min(-(-span.stop * cut.per // cut.each), size)
-        pieces = [
-            Span(start=k * size + start, stop=k * size + stop) for k in range(cut.stacked)
-        ]
-        boxes = [
-            (*box[: cut.dim], piece, *box[cut.dim + 1 :]) for box in boxes for piece in pieces
-        ]
+        pieces = [Span(start=k * size + start, stop=k * size + stop) for k in range(cut.stacked)]
+        boxes = [(*box[: cut.dim], piece, *box[cut.dim + 1 :]) for box in boxes for piece in pieces]
     return boxes
 
 
