@@ -6,17 +6,15 @@ numbers; knows nothing of layouts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arriero.shards.checkpoint.formats.scheme import QuantScheme, read_scheme
+from arriero.shards.checkpoint.formats.describe import describe, read_settings
+from arriero.shards.checkpoint.formats.scheme import QuantScheme
 from arriero.shards.checkpoint.formats.stored import AnyModel
-from arriero.shards.checkpoint.json_file import read_json_object
 from arriero.shards.errors import SpecError
-from arriero.shards.models.config import ModelConfig
-from arriero.shards.models.llama4_config import LLAMA4_ARCHITECTURES, Llama4Config
+from arriero.shards.models.llama4_config import LLAMA4_ARCHITECTURES
 
 _GIB = 1 << 30
 
@@ -236,22 +234,6 @@ class NamedModel:
     scheme: QuantScheme | None = None
 
 
-def read_settings(
-    settings: Mapping[str, Any], *, source: str = "config.json"
-) -> tuple[AnyModel, QuantScheme | None]:
-    """A model's numbers and its checkpoint's form, from config.json's object.
-
-    Raises:
-        CheckpointError: malformed, or a model that we do not compute.
-    """
-    scheme = read_scheme(settings, source=source)
-    plain = {name: value for name, value in settings.items() if name != "quantization_config"}
-    names = settings.get("architectures")
-    if isinstance(names, list) and names and names[0] in LLAMA4_ARCHITECTURES:
-        return Llama4Config.from_dict(plain, source=source), scheme
-    return ModelConfig.from_dict(plain, source=source), scheme
-
-
 def find_model(name: str) -> NamedModel:
     """The model called `name` in the table, or that of the folder `name`.
 
@@ -263,11 +245,7 @@ def find_model(name: str) -> NamedModel:
     if settings is not None:
         config, scheme = read_settings(settings, source=name)
         return NamedModel(name=name.lower(), config=config, scheme=scheme)
-    file = Path(name) / "config.json"
-    if not file.is_file():
-        raise SpecError(
-            f"`model`={name!r} is neither a folder with a config.json nor one of "
-            f"{', '.join(MODELS)}"
-        )
-    config, scheme = read_settings(read_json_object(file), source=str(file))
+    if not Path(name).is_dir():
+        raise SpecError(f"`model`={name!r} is neither a folder nor one of {', '.join(MODELS)}")
+    config, scheme = describe(name)
     return NamedModel(name=Path(name).resolve().name, config=config, scheme=scheme)
