@@ -64,6 +64,19 @@ def _import_file(source: Path, folder: Path, dtype: str) -> None:
         import_gguf(source, folder, dtype, advance)
 
 
+@app.command("convert")
+def convert(
+    source: Annotated[Path, typer.Argument(help="Meta's folder: consolidated.*.pth, params.json.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+) -> None:
+    """Convert Meta's own release of a dense Llama 3 to a checkpoint folder; no pickle is run."""
+    from arriero.shards.checkpoint.formats.meta_pth import convert_meta
+
+    with bar(f"converting {source.name}") as advance:
+        convert_meta(source, out, advance)
+    OUT.print(str(out), markup=False, soft_wrap=True)
+
+
 @app.command("verify")
 def verify_(
     path: Annotated[Path, typer.Argument(help="A checkpoint folder, in any form that is read.")],
