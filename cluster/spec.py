@@ -279,7 +279,8 @@ def load(path: Path | None, flags: Mapping[str, Any]) -> Spec:
         path: a YAML file; None for flags alone (then `model` is needed).
         flags: the flags given, without those left out: `model` (a folder), `name`, `dtype`,
             `quantization`, `groups`, `device`, `threads`, `tp`, `pp`, `kv_memory` and
-            `max_model_len` go to the model; `host` and `port` to the gateway; `address` to ray; `start_timeout_s` to health.
+            `max_model_len` go to the model; `host` and `port` to the gateway; `address` to ray;
+            `start_timeout_s` to health.
 
     Raises:
         SpecError: the file cannot be read, or a field is unknown or wrong: file, line, field.
