@@ -48,7 +48,8 @@ def build(spec: Spec, *, num_cpus: float, num_gpus: float, shared: bool) -> Appl
         graceful_shutdown_timeout_s=spec.gateway.drain_s + _STOP_MARGIN_S,
         **apart,
     )(GatewayReplica)
-    return gateways.bind(GatewaySettings(spec=spec.gateway), *leaders)
+    names = tuple(model.name for model in spec.models)
+    return gateways.bind(GatewaySettings(spec=spec.gateway, models=names), *leaders)
 
 
 def _leader(model: ModelSpec, spec: Spec, part: float, num_gpus: float) -> Application:

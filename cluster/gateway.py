@@ -26,9 +26,10 @@ RETRY_S = 0.5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GatewaySettings:
-    """What a gateway needs to know: its part of the spec."""
+    """What a gateway needs to know: its part of the spec, and the names of the models."""
 
     spec: GatewaySpec
+    models: tuple[str, ...]
 
 
 class GatewayReplica:
@@ -42,7 +43,9 @@ class GatewayReplica:
         self._id = uuid.uuid4().hex[:8]
         self._spec = settings.spec
         self._registry = registry.connect()
-        self._gateway = Gateway(GatewayConfig(address=f"{self._spec.host}:{self._spec.port}"))
+        self._gateway = Gateway(
+            GatewayConfig(address=f"{self._spec.host}:{self._spec.port}", models=settings.models)
+        )
         try:
             port = await self._gateway.start()
         except OSError as error:

@@ -69,12 +69,15 @@ class GatewayConfig:
         max_message_bytes: the largest request taken.
         max_calls: most calls at once; one more is refused with RESOURCE_EXHAUSTED.
         credentials: of TLS; None listens in the clear.
+        models: ids of the deployment's models. One of them without a group is unavailable; any
+            other is not found.
     """
 
     address: str = "127.0.0.1:0"
     max_message_bytes: int = 32 * 1024 * 1024
     max_calls: int = 10_000
     credentials: grpc.ServerCredentials | None = None
+    models: tuple[str, ...] = ()
 
 
 class Gateway:
@@ -82,7 +85,7 @@ class Gateway:
 
     def __init__(self, config: GatewayConfig) -> None:
         self._config = config
-        self._groups = LinkedGroups(self._groups_changed)
+        self._groups = LinkedGroups(self._groups_changed, config.models)
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # not in the stubs
         self._health_task: asyncio.Task[None] | None = None
