@@ -37,7 +37,8 @@ def build(spec: Spec, *, num_cpus: float, num_gpus: float, shared: bool) -> Appl
     part = 1.0 if shared else min(1.0, int((num_cpus - services) / spec.num_slices * 1e3) / 1e3)
     leaders = [_leader(model, spec, part, num_gpus) for model in spec.models]
     # a fixed port can be bound once on a node
-    apart: dict[str, Any] = {"max_replicas_per_node": 1} if spec.gateway.port else {}
+    fixed = spec.gateway.port or spec.gateway.http_port
+    apart: dict[str, Any] = {"max_replicas_per_node": 1} if fixed else {}
     gateways = serve.deployment(
         name="gateway",
         num_replicas=spec.gateway.count,
@@ -47,7 +48,7 @@ def build(spec: Spec, *, num_cpus: float, num_gpus: float, shared: bool) -> Appl
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=spec.gateway.drain_s + _STOP_MARGIN_S,
         **apart,
-    )(GatewayReplica)
+    )(serve.ingress()(GatewayReplica))
     names = tuple(model.name for model in spec.models)
     return gateways.bind(GatewaySettings(spec=spec.gateway, models=names), *leaders)
 

@@ -87,10 +87,15 @@ class LinkedGroups:
                 model=group.address.model,
                 card=group.link.card,
                 load=group.link.load,
+                stats=group.link.stats,
             )
             for group_id, group in self._groups.items()
             if group.ready
         ]
+
+    def models(self) -> set[str]:
+        """Ids of the models that are deployed, or that a known group serves."""
+        return {*self._models} | {group.address.model for group in self._groups.values()}
 
     def generate(
         self, group_id: str, request: EngineRequest
@@ -118,7 +123,7 @@ class LinkedGroups:
             NotFound: it is not deployed.
             Unavailable: none of its groups is connected.
         """
-        known = sorted(self._models | {group.address.model for group in self._groups.values()})
+        known = sorted(self.models())
         if not model:
             if len(known) > 1:
                 raise InvalidRequest(

@@ -269,7 +269,7 @@ async def test_overload_carries_retry_after(echoing: Stack) -> None:
 async def test_internal_faults_show_no_traceback(
     echoing: Stack, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("arriero.router.gateway.read_options", lambda _: 1 / 0)
+    monkeypatch.setattr("arriero.router.inference.read_options", lambda _: 1 / 0)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await collect(echoing.client.generate("x", request_id="find-me"))
     assert caught.value.code() is grpc.StatusCode.INTERNAL
