@@ -64,6 +64,21 @@ def _bytes(value: Any) -> Any:  # noqa: ANN401
     return int(float(found[1]) * _UNITS[found[2].lower()])
 
 
+def parse_bytes(name: str, text: str) -> int:
+    """Bytes written as in a spec, such as "64GiB".
+
+    Raises:
+        SpecError: they are not; names `name`.
+    """
+    try:
+        found = _bytes(text)
+    except ValueError as error:
+        raise SpecError(f"`{name}`={text!r}: {error}") from None
+    if found < 1:
+        raise SpecError(f"`{name}`={text!r} must be more than nothing")
+    return int(found)
+
+
 def _name(value: str) -> str:
     if not _NAME.fullmatch(value):
         raise ValueError("use 1 to 128 letters, digits, dots, dashes or underscores")
