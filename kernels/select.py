@@ -27,4 +27,8 @@ def ops_for(device: torch.device, name: str | None = None, threads: int | None =
         raise ValueError(f"kernels={name!r} is none of {', '.join(BACKENDS)}")
     if threads is not None:
         torch.set_num_threads(threads)
+    if name == "triton" or (name is None and device.type == "cuda"):
+        from arriero.kernels.triton import triton_ops
+
+        return triton_ops(device)
     return ReferenceOps(device)
