@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from arriero.kernels.triton.launch import (
+    INTERPRETED,
     Block,
     Pointer,
     Scalar,
@@ -327,7 +328,9 @@ def grouped_product(
     """
     x = unit_stride(x)
     w = experts.first
-    out = torch.empty(num_rows, w.out_features, dtype=x.dtype, device=x.device)
+    # numpy warns of what rubbish holds; a GPU does not, and the rows past the last go unread
+    allocate = torch.zeros if INTERPRETED else torch.empty
+    out = allocate(num_rows, w.out_features, dtype=x.dtype, device=x.device)
     if not num_rows:
         return out
     typical = None if batch_independent else -(-num_rows // experts.count)

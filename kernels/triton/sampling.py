@@ -135,7 +135,7 @@ def _weigh(
     heat = tl.where(draws, heat, 1.0).to(tl.float64)[:, None]
     greatest = tl.where(draws, greatest, 0.0).to(tl.float64)[:, None]
     row64 = row.to(tl.int64)[:, None]
-    value = tl.load(x + row64 * stride + token, mask=held, other=0.0)
+    value = tl.load(x + row64 * stride + token, mask=held, other=-float("inf"))
     # rows that draw nothing are given logits that no arithmetic below minds
     value = tl.where(draws[:, None], value, -1.0).to(tl.float64)
     weight = (tl.exp((value - greatest) / heat) * _ONE).to(tl.int64)

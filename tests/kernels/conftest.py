@@ -7,12 +7,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from support import triton_interpreter
 
 from arriero.kernels.ops import Ops
 from arriero.kernels.select import ops_for
 
 # Read when Triton is first imported: here its kernels run as numpy, on CPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+triton_interpreter.install()
 
 CPU = torch.device("cpu")
 
