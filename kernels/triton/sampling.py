@@ -396,9 +396,9 @@ class _Cut:
 
 
 def _cut(num_rows: int, size: int) -> _Cut:
-    chunk = min(CHUNK, power_of_two(size))
-    rows = 1
+    chunk, rows = min(CHUNK, power_of_two(size)), 1
     if INTERPRETED:
+        chunk = chunk if size <= 2 * CHUNK else power_of_two(size) // 2
         rows = min(power_of_two(num_rows), max(1, (1 << 18) // chunk))
     return _Cut(num_rows, size, rows, chunk)
 

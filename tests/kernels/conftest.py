@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -12,8 +11,7 @@ from support import triton_interpreter
 from arriero.kernels.ops import Ops
 from arriero.kernels.select import ops_for
 
-# Read when Triton is first imported: here its kernels run as numpy, on CPU.
-os.environ.setdefault("TRITON_INTERPRET", "1")
+# Before Triton is first imported by anything: it settles then whether kernels are interpreted.
 triton_interpreter.install()
 
 CPU = torch.device("cpu")
