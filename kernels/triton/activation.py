@@ -6,13 +6,12 @@ Shape legend: T tokens, F MLP columns held here.
 from __future__ import annotations
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
+import triton.language as tl
 from arriero.kernels.triton.launch import (
+    EXACT,
     INTERPRETED,
-    Pointer,
-    Scalar,
     kernel,
     power_of_two,
     rows_a_program,
@@ -24,14 +23,14 @@ BLOCK = 1024
 
 @kernel
 def _silu_mul(
-    gate_up: Pointer,
-    out: Pointer,
-    num_rows: Scalar,
-    stride: Scalar,
-    size: Scalar,
+    gate_up: tl.tensor,
+    out: tl.tensor,
+    num_rows: tl.tensor,
+    stride: tl.tensor,
+    size: tl.tensor,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # noqa: ANN202
+) -> None:
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
     held = (row < num_rows) & (column < size)
@@ -55,6 +54,13 @@ def silu_mul(gate_up_TF2: Tensor) -> Tensor:
     rows = power_of_two(rows_a_program(block))
     if num_rows:
         _silu_mul[(-(-num_rows // rows), -(-size // block))](
-            gate_up_TF2, out_TF, num_rows, gate_up_TF2.stride(0), size, ROWS=rows, BLOCK=block
+            gate_up_TF2,
+            out_TF,
+            num_rows,
+            gate_up_TF2.stride(0),
+            size,
+            ROWS=rows,
+            BLOCK=block,
+            **EXACT,
         )
     return out_TF

@@ -122,9 +122,7 @@ class TritonOps(Ops):
         """Attention over blocks; see `Ops.paged_attention`."""
         q_TND, cache = unit_stride(q_TND), _own(kv)
         num_tokens, num_heads, dim = q_TND.shape
-        out_TND = torch.empty(
-            num_tokens, num_heads, dim, dtype=q_TND.dtype, device=q_TND.device
-        )
+        out_TND = torch.empty(num_tokens, num_heads, dim, dtype=q_TND.dtype, device=q_TND.device)
         blocks = attention_blocks(q_TND.device, dim, kv.spec.dtype)
         # a batch whose sequences all have several queries is rare; of decodes alone, the rule
         attend_decodes(q_TND, out_TND, scale, cache, kv_layer, batch, chunk_size, blocks)

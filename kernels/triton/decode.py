@@ -10,15 +10,14 @@ from __future__ import annotations
 import math
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
+import triton.language as tl
 from arriero.kernels.ops import FlatBatch
 from arriero.kernels.triton.kv import TritonKVCache
 from arriero.kernels.triton.launch import (
+    EXACT,
     INTERPRETED,
-    Pointer,
-    Scalar,
     dot_type,
     kernel,
     power_of_two,
@@ -33,21 +32,21 @@ _FOLD_HEADS = 4
 
 @kernel
 def _decode_splits(
-    q: Pointer,
-    query_start: Pointer,
-    positions: Pointer,
-    tables: Pointer,
-    cache: Pointer,
-    scales: Pointer,
-    part_m: Pointer,
-    part_l: Pointer,
-    part_acc: Pointer,
-    q_stride: Scalar,
-    q_head_stride: Scalar,
-    table_stride: Scalar,
-    scale: Scalar,
-    chunk_size: Scalar,
-    num_lanes: Scalar,
+    q: tl.tensor,
+    query_start: tl.tensor,
+    positions: tl.tensor,
+    tables: tl.tensor,
+    cache: tl.tensor,
+    scales: tl.tensor,
+    part_m: tl.tensor,
+    part_l: tl.tensor,
+    part_acc: tl.tensor,
+    q_stride: tl.tensor,
+    q_head_stride: tl.tensor,
+    table_stride: tl.tensor,
+    scale: tl.tensor,
+    chunk_size: tl.tensor,
+    num_lanes: tl.tensor,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -60,7 +59,7 @@ def _decode_splits(
     CHUNKED: tl.constexpr,
     KV_INT8: tl.constexpr,
     DOT: tl.constexpr,
-):  # noqa: ANN202
+) -> None:
     sequence = tl.program_id(0)
     kv_head = tl.program_id(1)
     token = tl.load(query_start + sequence)
@@ -119,13 +118,13 @@ def _decode_splits(
 
 @kernel
 def _decode_fold(
-    query_start: Pointer,
-    positions: Pointer,
-    part_m: Pointer,
-    part_l: Pointer,
-    part_acc: Pointer,
-    out: Pointer,
-    chunk_size: Scalar,
+    query_start: tl.tensor,
+    positions: tl.tensor,
+    part_m: tl.tensor,
+    part_l: tl.tensor,
+    part_acc: tl.tensor,
+    out: tl.tensor,
+    chunk_size: tl.tensor,
     Q_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEADS: tl.constexpr,
@@ -133,7 +132,7 @@ def _decode_fold(
     SPLIT: tl.constexpr,
     MOST: tl.constexpr,
     CHUNKED: tl.constexpr,
-):  # noqa: ANN202
+) -> None:
     sequence = tl.program_id(0)
     token = tl.load(query_start + sequence)
     if tl.load(query_start + sequence + 1) - token != 1:
@@ -213,6 +212,7 @@ def attend_decodes(
         DOT=dot_type(kv.spec.dtype),
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
+        **EXACT,
     )
     heads = power_of_two(q_heads) if INTERPRETED else _FOLD_HEADS
     _decode_fold[(num_sequences, -(-q_heads // heads))](
@@ -231,4 +231,5 @@ def attend_decodes(
         MOST=blocks.most_splits,
         CHUNKED=chunk_size > 0,
         num_warps=4,
+        **EXACT,
     )

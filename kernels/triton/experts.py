@@ -7,14 +7,13 @@ as long as they could be and the rows past the last are never read. Shape legend
 from __future__ import annotations
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
+import triton.language as tl
 from arriero.kernels.moe import Permutation, Routing
 from arriero.kernels.triton.launch import (
+    EXACT,
     INTERPRETED,
-    Pointer,
-    Scalar,
     kernel,
     power_of_two,
     rows_a_program,
@@ -26,15 +25,15 @@ BLOCK = 1024
 
 @kernel
 def _route(
-    logits: Pointer,
-    experts: Pointer,
-    scores: Pointer,
-    num_rows: Scalar,
-    num_experts: Scalar,
+    logits: tl.tensor,
+    experts: tl.tensor,
+    scores: tl.tensor,
+    num_rows: tl.tensor,
+    num_experts: tl.tensor,
     TOP_K: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # noqa: ANN202
+) -> None:
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, BLOCK)[None, :]
     held = (row < num_rows)[:, None] & (expert < num_experts)
@@ -72,25 +71,26 @@ def route(logits_TE: Tensor, top_k: int) -> Routing:
             ROWS=rows,
             BLOCK=block,
             num_warps=1,
+            **EXACT,
         )
     return Routing(experts_TA=experts_TA, scores_TA=scores_TA)
 
 
 @kernel
 def _permute(
-    experts: Pointer,
-    scores: Pointer,
-    tokens_out: Pointer,
-    scores_out: Pointer,
-    starts: Pointer,
-    rows_out: Pointer,
-    num_pairs: Scalar,
-    num_choices: Scalar,
-    first_expert: Scalar,
-    num_experts: Scalar,
+    experts: tl.tensor,
+    scores: tl.tensor,
+    tokens_out: tl.tensor,
+    scores_out: tl.tensor,
+    starts: tl.tensor,
+    rows_out: tl.tensor,
+    num_pairs: tl.tensor,
+    num_choices: tl.tensor,
+    first_expert: tl.tensor,
+    num_experts: tl.tensor,
     BLOCK: tl.constexpr,
     EXPERTS: tl.constexpr,
-):  # noqa: ANN202
+) -> None:
     """One program: count each expert's pairs, then give every pair its row."""
     held_expert = tl.arange(0, EXPERTS)
     counts = tl.zeros([EXPERTS], tl.int32)
@@ -144,23 +144,24 @@ def permute(routing: Routing, first_expert: int, num_experts: int) -> Permutatio
         BLOCK=max(16, min(BLOCK, power_of_two(max(1, pairs)), (1 << 14) // columns)),
         EXPERTS=columns,
         num_warps=8,
+        **EXACT,
     )
     return Permutation(token_X=token_X, score_X=score_X, starts_E1=starts_E1, row_TA=row_TA)
 
 
 @kernel
 def _combine(
-    y: Pointer,
-    rows: Pointer,
-    shared: Pointer,
-    out: Pointer,
-    num_tokens: Scalar,
-    size: Scalar,
+    y: tl.tensor,
+    rows: tl.tensor,
+    shared: tl.tensor,
+    out: tl.tensor,
+    num_tokens: tl.tensor,
+    size: tl.tensor,
     CHOICES: tl.constexpr,
     ADDS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # noqa: ANN202
+) -> None:
     token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     column = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
     held = (token < num_tokens) & (column < size)
@@ -195,5 +196,6 @@ def combine(y_XH: Tensor, row_TA: Tensor, shared_TH: Tensor | None = None) -> Te
             ADDS=shared_TH is not None,
             ROWS=rows,
             BLOCK=block,
+            **EXACT,
         )
     return out_TH

@@ -1,6 +1,7 @@
-"""What every Triton kernel here shares: the decorator, argument types, whether it is interpreted.
+"""What every Triton kernel here shares: the decorator, launch options, whether it is interpreted.
 
-Knows Triton's launcher; refuses to know any operation.
+Knows Triton's launcher; refuses to know any operation. Kernel arguments are annotated `tl.tensor`:
+inside a kernel addresses, numbers and blocks of them are all that.
 """
 
 from __future__ import annotations
@@ -9,16 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-Pointer = Any
-"""A kernel's tensor argument: an address inside the kernel, a `Tensor` (or None) at the call."""
-Block = Any
-"""A block of values inside a kernel."""
-Scalar = Any
-"""One number inside a kernel, known when it runs."""
+import triton
+import triton.language as tl
+
+EXACT: dict[str, Any] = {"enable_fp_fusion": False}
+"""Launch options: no product and sum become one operation, so that a row's bits do not depend on
+which kernel computed it."""
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Kernels run as numpy on CPU. Settled when Triton decorates them, so once a process."""

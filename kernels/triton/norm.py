@@ -8,12 +8,11 @@ Shape legend: T tokens, H hidden size.
 from __future__ import annotations
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
+import triton.language as tl
 from arriero.kernels.triton.launch import (
-    Pointer,
-    Scalar,
+    EXACT,
     kernel,
     power_of_two,
     rows_a_program,
@@ -23,19 +22,19 @@ from arriero.kernels.triton.launch import (
 
 @kernel
 def _rms_norm(
-    x: Pointer,
-    part: Pointer,
-    weight: Pointer,
-    out: Pointer,
-    num_rows: Scalar,
-    x_stride: Scalar,
-    part_stride: Scalar,
-    size: Scalar,
-    eps: Scalar,
+    x: tl.tensor,
+    part: tl.tensor,
+    weight: tl.tensor,
+    out: tl.tensor,
+    num_rows: tl.tensor,
+    x_stride: tl.tensor,
+    part_stride: tl.tensor,
+    size: tl.tensor,
+    eps: tl.tensor,
     ADDS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # noqa: ANN202
+) -> None:
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     held = (row < num_rows) & (column < size)
@@ -88,5 +87,6 @@ def _norm(x_TH: Tensor, part_TH: Tensor | None, weight_H: Tensor, eps: float) ->
             ROWS=power_of_two(rows),
             BLOCK=block,
             num_warps=min(16, max(1, block // 512)),
+            **EXACT,
         )
     return out_TH

@@ -10,18 +10,20 @@ from __future__ import annotations
 import math
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
+import triton.language as tl
 from arriero.kernels.ops import FlatBatch
 from arriero.kernels.triton.kv import TritonKVCache
-from arriero.kernels.triton.launch import Pointer, Scalar, dot_type, kernel, power_of_two
+from arriero.kernels.triton.launch import EXACT, dot_type, kernel, power_of_two
 from arriero.kernels.triton.softmax import attend_tile, fold, quotient, split_length
 from arriero.kernels.triton.tuning import AttentionBlocks
 
 
 @kernel
-def owner_of_tile(starts: Pointer, tile: Scalar, count: Scalar, TILE: tl.constexpr):  # noqa: ANN202
+def owner_of_tile(
+    starts: tl.tensor, tile: tl.tensor, count: tl.tensor, TILE: tl.constexpr
+) -> tl.tensor:
     """Which run of rows a tile belongs to, and the tile's number within it.
 
     Run r owns rows starts[r] .. starts[r + 1]. Giving it the tiles from starts[r] // TILE + r on
@@ -39,19 +41,19 @@ def owner_of_tile(starts: Pointer, tile: Scalar, count: Scalar, TILE: tl.constex
 
 @kernel
 def _prefill(
-    q: Pointer,
-    query_start: Pointer,
-    positions: Pointer,
-    tables: Pointer,
-    cache: Pointer,
-    scales: Pointer,
-    out: Pointer,
-    num_sequences: Scalar,
-    q_stride: Scalar,
-    q_head_stride: Scalar,
-    table_stride: Scalar,
-    scale: Scalar,
-    chunk_size: Scalar,
+    q: tl.tensor,
+    query_start: tl.tensor,
+    positions: tl.tensor,
+    tables: tl.tensor,
+    cache: tl.tensor,
+    scales: tl.tensor,
+    out: tl.tensor,
+    num_sequences: tl.tensor,
+    q_stride: tl.tensor,
+    q_head_stride: tl.tensor,
+    table_stride: tl.tensor,
+    scale: tl.tensor,
+    chunk_size: tl.tensor,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -64,7 +66,7 @@ def _prefill(
     CHUNKED: tl.constexpr,
     KV_INT8: tl.constexpr,
     DOT: tl.constexpr,
-):  # noqa: ANN202
+) -> None:
     TOKENS: tl.constexpr = BLOCK_M // GROUP
     sequence, tile = owner_of_tile(query_start, tl.program_id(0), num_sequences, TOKENS)
     kv_head = tl.program_id(1)
@@ -127,9 +129,7 @@ def _prefill(
         # rows whose own split ends here, or whose keys end in these, fold it in and begin anew
         ends_M = ((split + 1) * SPLIT % length_M == 0) | (last_M < (split + 1) * SPLIT)
         part_m_M = tl.where(ends_M, m_M, -float("inf"))
-        all_m_M, all_l_M, all_acc_MD = fold(
-            all_m_M, all_l_M, all_acc_MD, part_m_M, l_M, acc_MD
-        )
+        all_m_M, all_l_M, all_acc_MD = fold(all_m_M, all_l_M, all_acc_MD, part_m_M, l_M, acc_MD)
         m_M = tl.where(ends_M, -float("inf"), m_M)
         l_M = tl.where(ends_M, 0.0, l_M)
         acc_MD = tl.where(ends_M[:, None], 0.0, acc_MD)
@@ -182,4 +182,5 @@ def attend_prefills(
         DOT=dot_type(kv.spec.dtype),
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
+        **EXACT,
     )

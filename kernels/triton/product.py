@@ -13,14 +13,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
+import triton.language as tl
 from arriero.kernels.triton.launch import (
+    EXACT,
     INTERPRETED,
-    Block,
-    Pointer,
-    Scalar,
     dot_type,
     kernel,
     power_of_two,
@@ -36,15 +34,15 @@ SWIZZLE = 8
 
 @kernel
 def _load_x(
-    x: Pointer,
-    row_M: Block,
-    held_M: Block,
-    column_K: Block,
-    kept_K: Block,
-    score_M: Block,
+    x: tl.tensor,
+    row_M: tl.tensor,
+    held_M: tl.tensor,
+    column_K: tl.tensor,
+    kept_K: tl.tensor,
+    score_M: tl.tensor,
     SCORED: tl.constexpr,
     DOT: tl.constexpr,
-):  # noqa: ANN202
+) -> tl.tensor:
     """Inputs [M, K], each row multiplied by its score and rounded as its own dtype would."""
     value = tl.load(
         x + row_M[:, None] + column_K[None, :],
@@ -58,16 +56,16 @@ def _load_x(
 
 @kernel
 def _multiply(
-    x: Pointer,
-    row_M: Block,
-    held_M: Block,
-    score_M: Block,
-    data: Pointer,
-    scales: Pointer,
-    zeros: Pointer,
-    output_O: Block,
-    num_outputs: Scalar,
-    num_inputs: Scalar,
+    x: tl.tensor,
+    row_M: tl.tensor,
+    held_M: tl.tensor,
+    score_M: tl.tensor,
+    data: tl.tensor,
+    scales: tl.tensor,
+    zeros: tl.tensor,
+    output_O: tl.tensor,
+    num_outputs: tl.tensor,
+    num_inputs: tl.tensor,
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
@@ -76,7 +74,7 @@ def _multiply(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DOT: tl.constexpr,
-):  # noqa: ANN202
+) -> tl.tensor:
     """One tile [M, O] of x Wᵀ in float32; `row_M` are the rows' offsets in elements."""
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     kept_O = output_O < num_outputs
@@ -130,16 +128,16 @@ def _multiply(
 
 @kernel
 def _product(
-    x: Pointer,
-    data: Pointer,
-    scales: Pointer,
-    zeros: Pointer,
-    bias: Pointer,
-    out: Pointer,
-    num_rows: Scalar,
-    num_outputs: Scalar,
-    num_inputs: Scalar,
-    x_stride: Scalar,
+    x: tl.tensor,
+    data: tl.tensor,
+    scales: tl.tensor,
+    zeros: tl.tensor,
+    bias: tl.tensor,
+    out: tl.tensor,
+    num_rows: tl.tensor,
+    num_outputs: tl.tensor,
+    num_inputs: tl.tensor,
+    x_stride: tl.tensor,
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
@@ -149,7 +147,7 @@ def _product(
     BLOCK_K: tl.constexpr,
     SWIZZLE: tl.constexpr,
     DOT: tl.constexpr,
-):  # noqa: ANN202
+) -> None:
     tiles_m = tl.cdiv(num_rows, BLOCK_M)
     tiles_n = tl.cdiv(num_outputs, BLOCK_N)
     program = tl.program_id(0)
@@ -188,18 +186,18 @@ def _product(
 
 @kernel
 def _grouped_product(
-    x: Pointer,
-    starts: Pointer,
-    tokens: Pointer,
-    scores: Pointer,
-    data_table: Pointer,
-    scales_table: Pointer,
-    zeros_table: Pointer,
-    out: Pointer,
-    num_experts: Scalar,
-    num_outputs: Scalar,
-    num_inputs: Scalar,
-    x_stride: Scalar,
+    x: tl.tensor,
+    starts: tl.tensor,
+    tokens: tl.tensor,
+    scores: tl.tensor,
+    data_table: tl.tensor,
+    scales_table: tl.tensor,
+    zeros_table: tl.tensor,
+    out: tl.tensor,
+    num_experts: tl.tensor,
+    num_outputs: tl.tensor,
+    num_inputs: tl.tensor,
+    x_stride: tl.tensor,
     KIND: tl.constexpr,
     STORED: tl.constexpr,
     GROUP: tl.constexpr,
@@ -209,7 +207,7 @@ def _grouped_product(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DOT: tl.constexpr,
-):  # noqa: ANN202
+) -> None:
     expert, tile = owner_of_tile(starts, tl.program_id(1), num_experts, BLOCK_M)
     row = tl.load(starts + expert) + tile * BLOCK_M + tl.arange(0, BLOCK_M)
     stop = tl.load(starts + expert + 1)
@@ -280,6 +278,7 @@ def product(
         HAS_BIAS=w.bias is not None,
         SWIZZLE=SWIZZLE,
         **_constants(w, blocks),
+        **EXACT,
     )
     return out
 
@@ -352,6 +351,7 @@ def grouped_product(
         STORED=_STORED[w.data.dtype],
         PERMUTES=tokens_X is not None,
         **_constants(w, blocks),
+        **EXACT,
     )
     return out
 

@@ -7,17 +7,15 @@ Shape legend: kernels/ops.py.
 from __future__ import annotations
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
+import triton.language as tl
 from arriero.kernels.ops import DenseLayer, FlatBatch
 from arriero.kernels.quant import FP8_MAX
 from arriero.kernels.triton.kv import TritonKVCache
 from arriero.kernels.triton.launch import (
+    EXACT,
     INTERPRETED,
-    Block,
-    Pointer,
-    Scalar,
     kernel,
     power_of_two,
     unit_stride,
@@ -31,19 +29,19 @@ _FP8_MAX = tl.constexpr(FP8_MAX)
 
 @kernel
 def _rope_write_kv(
-    qkv: Pointer,
-    cos: Pointer,
-    sin: Pointer,
-    positions: Pointer,
-    slots: Pointer,
-    queries: Pointer,
-    cache: Pointer,
-    scales: Pointer,
-    qkv_stride: Scalar,
-    block_size: Scalar,
-    eps: Scalar,
-    gain: Scalar,
-    floor: Scalar,
+    qkv: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    positions: tl.tensor,
+    slots: tl.tensor,
+    queries: tl.tensor,
+    cache: tl.tensor,
+    scales: tl.tensor,
+    qkv_stride: tl.tensor,
+    block_size: tl.tensor,
+    eps: tl.tensor,
+    gain: tl.tensor,
+    floor: tl.tensor,
     Q_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -54,7 +52,7 @@ def _rope_write_kv(
     SCALES_QUERY: tl.constexpr,
     KV_INT8: tl.constexpr,
     KV_FP8: tl.constexpr,
-):  # noqa: ANN202
+) -> None:
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     i = tl.arange(0, HALF)[None, :]
@@ -111,7 +109,7 @@ def _rope_write_kv(
 
 
 @kernel
-def _level(x: Block, divisor: Block):  # noqa: ANN202
+def _level(x: tl.tensor, divisor: tl.tensor) -> tl.tensor:
     """The nearest of 127 levels of either sign, halves to even."""
     level = tl.div_rn(x, tl.broadcast_to(divisor, x.shape))
     # adding 1.5 * 2**23 leaves no bit for a fraction: the sum is rounded half to even
@@ -125,9 +123,7 @@ def rope_write_kv(
     """See `Ops.rope_write_kv`."""
     qkv_TE = unit_stride(qkv_TE)
     tokens, dim = qkv_TE.shape[0], layer.head_dim
-    q_TND = torch.empty(
-        tokens, layer.num_q_heads, dim, dtype=qkv_TE.dtype, device=qkv_TE.device
-    )
+    q_TND = torch.empty(tokens, layer.num_q_heads, dim, dtype=qkv_TE.dtype, device=qkv_TE.device)
     total = layer.num_q_heads + 2 * layer.num_kv_heads
     heads = power_of_two(total) if INTERPRETED else HEADS
     style = layer.style
@@ -158,5 +154,6 @@ def rope_write_kv(
             KV_INT8=kv.spec.dtype == torch.int8,
             KV_FP8=kv.spec.dtype == torch.float8_e4m3fn,
             num_warps=4,
+            **EXACT,
         )
     return q_TND

@@ -13,13 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
+import triton.language as tl
 from arriero.kernels.ops import Sampled, SamplingRows
 from arriero.kernels.philox import KEY_STEPS, MULTIPLIERS, ROUNDS
 from arriero.kernels.reference.sampling import FRACTION_BITS, MAX_VOCAB, with_logprobs
-from arriero.kernels.triton.launch import INTERPRETED, Block, Pointer, Scalar, kernel, power_of_two
+from arriero.kernels.triton.launch import EXACT, INTERPRETED, kernel, power_of_two
 
 CHUNK = 4096
 BITS = 3 if INTERPRETED else 5
@@ -36,27 +36,27 @@ _NO_TOKEN = tl.constexpr(2**31 - 1)
 
 @kernel
 def _adjust(
-    logits: Pointer,
-    allowed: Pointer,
-    seen: Pointer,
-    counts: Pointer,
-    repetition: Pointer,
-    frequency: Pointer,
-    presence: Pointer,
-    adjusted: Pointer,
-    chunk_max: Pointer,
-    chunk_best: Pointer,
-    num_rows: Scalar,
-    size: Scalar,
-    stride: Scalar,
-    num_chunks: Scalar,
+    logits: tl.tensor,
+    allowed: tl.tensor,
+    seen: tl.tensor,
+    counts: tl.tensor,
+    repetition: tl.tensor,
+    frequency: tl.tensor,
+    presence: tl.tensor,
+    adjusted: tl.tensor,
+    chunk_max: tl.tensor,
+    chunk_best: tl.tensor,
+    num_rows: tl.tensor,
+    size: tl.tensor,
+    stride: tl.tensor,
+    num_chunks: tl.tensor,
     BANS: tl.constexpr,
     REPETITION: tl.constexpr,
     FREQUENCY: tl.constexpr,
     PRESENCE: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
-):  # noqa: ANN202
+) -> None:
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     kept = row < num_rows
     token = (tl.program_id(1) * CHUNK + tl.arange(0, CHUNK))[None, :]
@@ -90,12 +90,12 @@ def _adjust(
 
 @kernel
 def _greatest(
-    chunk_max: Pointer,
-    row: Block,
-    num_rows: Scalar,
-    num_chunks: Scalar,
+    chunk_max: tl.tensor,
+    row: tl.tensor,
+    num_rows: tl.tensor,
+    num_chunks: tl.tensor,
     CHUNKS: tl.constexpr,
-):  # noqa: ANN202
+) -> tl.tensor:
     """Each row's greatest logit, and the table [R, C] it is the greatest of."""
     chunk = tl.arange(0, CHUNKS)[None, :]
     held = (row < num_rows)[:, None] & (chunk < num_chunks)
@@ -105,25 +105,25 @@ def _greatest(
 
 
 @kernel
-def _is_finite(x: Block):  # noqa: ANN202
+def _is_finite(x: tl.tensor) -> tl.tensor:
     return (x > -float("inf")) & (x < float("inf"))
 
 
 @kernel
 def _weigh(
-    x: Pointer,
-    chunk_max: Pointer,
-    temperature: Pointer,
-    min_p: Pointer,
-    weights: Pointer,
-    num_rows: Scalar,
-    size: Scalar,
-    stride: Scalar,
-    num_chunks: Scalar,
+    x: tl.tensor,
+    chunk_max: tl.tensor,
+    temperature: tl.tensor,
+    min_p: tl.tensor,
+    weights: tl.tensor,
+    num_rows: tl.tensor,
+    size: tl.tensor,
+    stride: tl.tensor,
+    num_chunks: tl.tensor,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
-):  # noqa: ANN202
+) -> None:
     """Each token's integer weight, 0 where min-p drops it and in rows that draw nothing."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     kept = row < num_rows
@@ -147,19 +147,19 @@ def _weigh(
 
 @kernel
 def _state_after(
-    bins: Pointer,
-    prefixes: Pointer,
-    aboves: Pointer,
-    limits: Pointer,
-    limit: Block,
-    row: Block,
-    num_rows: Scalar,
-    num_chunks: Scalar,
-    step: Scalar,
+    bins: tl.tensor,
+    prefixes: tl.tensor,
+    aboves: tl.tensor,
+    limits: tl.tensor,
+    limit: tl.tensor,
+    row: tl.tensor,
+    num_rows: tl.tensor,
+    num_chunks: tl.tensor,
+    step: tl.tensor,
     BY_MASS: tl.constexpr,
     BITS: tl.constexpr,
     CHUNKS: tl.constexpr,
-):  # noqa: ANN202
+) -> tl.tensor:
     """What passes 0 .. step - 1 found, from the state before the last of them and its sums.
 
     Returns the digits so far, the sum of what lies above them, and the limit it stays under.
@@ -195,27 +195,27 @@ def _state_after(
 
 @kernel
 def _narrow(
-    weights: Pointer,
-    chunk_max: Pointer,
-    temperature: Pointer,
-    wanted: Pointer,
-    floor_in: Pointer,
-    bins: Pointer,
-    prefixes: Pointer,
-    aboves: Pointer,
-    limits: Pointer,
-    floor_out: Pointer,
-    num_rows: Scalar,
-    size: Scalar,
-    num_chunks: Scalar,
-    step: Scalar,
+    weights: tl.tensor,
+    chunk_max: tl.tensor,
+    temperature: tl.tensor,
+    wanted: tl.tensor,
+    floor_in: tl.tensor,
+    bins: tl.tensor,
+    prefixes: tl.tensor,
+    aboves: tl.tensor,
+    limits: tl.tensor,
+    floor_out: tl.tensor,
+    num_rows: tl.tensor,
+    size: tl.tensor,
+    num_chunks: tl.tensor,
+    step: tl.tensor,
     BY_MASS: tl.constexpr,
     PASSES: tl.constexpr,
     BITS: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
-):  # noqa: ANN202
+) -> None:
     """Pass `step` of the search for a filter's floor; the pass after the last writes it."""
     RANGES: tl.constexpr = 1 << BITS
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -277,15 +277,15 @@ def _narrow(
 
 @kernel
 def _sum_kept(
-    weights: Pointer,
-    floors: Pointer,
-    sums: Pointer,
-    num_rows: Scalar,
-    size: Scalar,
-    num_chunks: Scalar,
+    weights: tl.tensor,
+    floors: tl.tensor,
+    sums: tl.tensor,
+    num_rows: tl.tensor,
+    size: tl.tensor,
+    num_chunks: tl.tensor,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
-):  # noqa: ANN202
+) -> None:
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     kept = row < num_rows
     token = (tl.program_id(1) * CHUNK + tl.arange(0, CHUNK))[None, :]
@@ -298,7 +298,7 @@ def _sum_kept(
 
 
 @kernel
-def uniform(seed: Block, position: Block):  # noqa: ANN202
+def uniform(seed: tl.tensor, position: tl.tensor) -> tl.tensor:
     """As `kernels.philox.uniform`: one float64 in [0, 1) for each seed and position, int64."""
     c0, c1 = position & _MASK, (position >> 32) & _MASK
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
@@ -319,23 +319,23 @@ def uniform(seed: Block, position: Block):  # noqa: ANN202
 
 @kernel
 def _pick(
-    weights: Pointer,
-    floors: Pointer,
-    sums: Pointer,
-    chunk_max: Pointer,
-    chunk_best: Pointer,
-    temperature: Pointer,
-    seeds: Pointer,
-    positions: Pointer,
-    tokens: Pointer,
-    num_rows: Scalar,
-    size: Scalar,
-    num_chunks: Scalar,
+    weights: tl.tensor,
+    floors: tl.tensor,
+    sums: tl.tensor,
+    chunk_max: tl.tensor,
+    chunk_best: tl.tensor,
+    temperature: tl.tensor,
+    seeds: tl.tensor,
+    positions: tl.tensor,
+    tokens: tl.tensor,
+    num_rows: tl.tensor,
+    size: tl.tensor,
+    num_chunks: tl.tensor,
     ALL_GREEDY: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
-):  # noqa: ANN202
+) -> None:
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     kept = row < num_rows
     row64 = row.to(tl.int64)
@@ -433,6 +433,7 @@ def sample(logits_RV: Tensor, rows: SamplingRows) -> Sampled:
             ROWS=cut.rows,
             CHUNK=cut.chunk,
             CHUNKS=cut.chunks_power,
+            **EXACT,
         )
         floor_R = torch.zeros(num_rows, dtype=torch.int64, device=device)
         for by_mass, wanted_R in ((False, rows.top_k_R), (True, rows.top_p_R)):
@@ -447,6 +448,7 @@ def sample(logits_RV: Tensor, rows: SamplingRows) -> Sampled:
             cut.chunks,
             ROWS=cut.rows,
             CHUNK=cut.chunk,
+            **EXACT,
         )
     _pick[(cut.row_programs,)](
         weights_RV,
@@ -465,15 +467,14 @@ def sample(logits_RV: Tensor, rows: SamplingRows) -> Sampled:
         ROWS=cut.rows,
         CHUNK=cut.chunk,
         CHUNKS=cut.chunks_power,
+        **EXACT,
     )
     if rows.num_logprobs < 0:
         return Sampled(tokens_R=tokens_R)
     return with_logprobs(raw_RV, tokens_R.long(), rows.num_logprobs)
 
 
-def _adjusted(
-    raw_RV: Tensor, rows: SamplingRows, cut: _Cut
-) -> tuple[Tensor, Tensor, Tensor]:
+def _adjusted(raw_RV: Tensor, rows: SamplingRows, cut: _Cut) -> tuple[Tensor, Tensor, Tensor]:
     """Logits after bias, bans and penalties; by row and chunk the greatest, and its first token."""
     start_RV = raw_RV
     if rows.bias is not None:  # few and scattered: not worth a kernel
@@ -507,7 +508,7 @@ def _adjusted(
         PRESENCE=rows.presence_R is not None,
         ROWS=cut.rows,
         CHUNK=cut.chunk,
-        enable_fp_fusion=False,  # a penalty's product is rounded before it is taken off
+        **EXACT,  # a penalty's product is rounded before it is taken off
     )
     return x_RV, chunk_max, chunk_best
 
@@ -552,5 +553,6 @@ def _floor(
             ROWS=cut.rows,
             CHUNK=cut.chunk,
             CHUNKS=cut.chunks_power,
+            **EXACT,
         )
     return floor_out_R

@@ -11,14 +11,13 @@ Shape legend: M rows of a tile (queries times heads of a group), C keys of a til
 from __future__ import annotations
 
 import triton.language as tl
-
-from arriero.kernels.triton.launch import Block, Pointer, Scalar, kernel
+from arriero.kernels.triton.launch import kernel
 
 _DOUBLINGS = tl.constexpr(16)
 
 
 @kernel
-def split_length(position: Block, SPLIT: tl.constexpr, MOST: tl.constexpr):  # noqa: ANN202
+def split_length(position: tl.tensor, SPLIT: tl.constexpr, MOST: tl.constexpr) -> tl.tensor:
     """Keys in each split of a row at `position`: at most MOST splits hold its context."""
     length = position * 0 + SPLIT
     for _ in tl.static_range(_DOUBLINGS):
@@ -28,20 +27,20 @@ def split_length(position: Block, SPLIT: tl.constexpr, MOST: tl.constexpr):  # n
 
 @kernel
 def attend_tile(
-    q_MD: Block,
-    first_M: Block,
-    last_M: Block,
-    key: Scalar,
-    lowest: Scalar,
-    highest: Scalar,
-    table: Pointer,
-    cache: Pointer,
-    scales: Pointer,
-    kv_head: Scalar,
-    scale: Scalar,
-    m_M: Block,
-    l_M: Block,
-    acc_MD: Block,
+    q_MD: tl.tensor,
+    first_M: tl.tensor,
+    last_M: tl.tensor,
+    key: tl.tensor,
+    lowest: tl.tensor,
+    highest: tl.tensor,
+    table: tl.tensor,
+    cache: tl.tensor,
+    scales: tl.tensor,
+    kv_head: tl.tensor,
+    scale: tl.tensor,
+    m_M: tl.tensor,
+    l_M: tl.tensor,
+    acc_MD: tl.tensor,
     BLOCK_SIZE: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -49,7 +48,7 @@ def attend_tile(
     BLOCK_D: tl.constexpr,
     KV_INT8: tl.constexpr,
     DOT: tl.constexpr,
-):  # noqa: ANN202
+) -> tl.tensor:
     """Take keys key .. key + BLOCK_N into the running maximum, sum and weighted values.
 
     Row r sees keys first[r] .. last[r]; only keys lowest .. highest may be read at all.
@@ -82,7 +81,14 @@ def attend_tile(
 
 
 @kernel
-def fold(m: Block, total: Block, acc: Block, m2: Block, total2: Block, acc2: Block):  # noqa: ANN202
+def fold(
+    m: tl.tensor,
+    total: tl.tensor,
+    acc: tl.tensor,
+    m2: tl.tensor,
+    total2: tl.tensor,
+    acc2: tl.tensor,
+) -> tl.tensor:
     """Join two parts of a row's softmax; an empty second part (maximum -inf) changes no bit."""
     new = tl.maximum(m, m2)
     base = tl.where(new == -float("inf"), 0.0, new)
@@ -91,6 +97,6 @@ def fold(m: Block, total: Block, acc: Block, m2: Block, total2: Block, acc2: Blo
 
 
 @kernel
-def quotient(acc: Block, total: Block):  # noqa: ANN202
+def quotient(acc: tl.tensor, total: tl.tensor) -> tl.tensor:
     """Weighted values over the sum of weights; 0 for a row that saw nothing."""
     return acc / tl.where(total > 0, total, 1.0)[:, None]

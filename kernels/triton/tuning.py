@@ -69,7 +69,8 @@ def product_blocks(
     Args:
         device: where it runs.
         kind: dense, int8, fp8 or int4.
-        out_features, in_features: of the weights.
+        out_features: of the weights.
+        in_features: of the weights.
         rows: of the input, for the fastest choice; None for one that serves any number of rows,
             so that a row's sum does not depend on the others.
     """

@@ -6,15 +6,14 @@ Shape legend: T tokens, H hidden size.
 from __future__ import annotations
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
+import triton.language as tl
 from arriero.kernels.ops import Vocab
 from arriero.kernels.quant import INT4_ZERO
 from arriero.kernels.triton.launch import (
+    EXACT,
     INTERPRETED,
-    Pointer,
-    Scalar,
     kernel,
     power_of_two,
     rows_a_program,
@@ -27,21 +26,21 @@ _INT4_ZERO = tl.constexpr(INT4_ZERO)
 
 @kernel
 def _embed(
-    tokens: Pointer,
-    data: Pointer,
-    scales: Pointer,
-    zeros: Pointer,
-    out: Pointer,
-    num_tokens: Scalar,
-    first_row: Scalar,
-    num_rows: Scalar,
-    size: Scalar,
+    tokens: tl.tensor,
+    data: tl.tensor,
+    scales: tl.tensor,
+    zeros: tl.tensor,
+    out: tl.tensor,
+    num_tokens: tl.tensor,
+    first_row: tl.tensor,
+    num_rows: tl.tensor,
+    size: tl.tensor,
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # noqa: ANN202
+) -> None:
     token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     column = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
     row = tl.load(tokens + token, mask=token < num_tokens, other=0) - first_row
@@ -94,5 +93,6 @@ def embed(tokens_T: Tensor, vocab: Vocab) -> Tensor:
             HAS_ZEROS=table.zeros is not None,
             ROWS=rows,
             BLOCK=block,
+            **EXACT,
         )
     return out_TH

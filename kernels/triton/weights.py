@@ -65,9 +65,7 @@ def pack_dense(
     for w in weights_OI:
         data[row : row + w.shape[0]].copy_(w)
         row += w.shape[0]
-    return Packed(
-        kind="dense", data=data, in_features=columns, bias=_bias(bias_O, dtype, device)
-    )
+    return Packed(kind="dense", data=data, in_features=columns, bias=_bias(bias_O, dtype, device))
 
 
 def pack_quantized(

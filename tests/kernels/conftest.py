@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from support import triton_interpreter
 
 from arriero.kernels.ops import Ops
 from arriero.kernels.select import ops_for
+from support import triton_interpreter
 
 # Before Triton is first imported by anything: it settles then whether kernels are interpreted.
 triton_interpreter.install()

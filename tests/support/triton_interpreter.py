@@ -16,6 +16,9 @@ from typing import Any
 
 import numpy as np
 
+Part = Any
+"""Something of Triton's, which has no types."""
+
 
 def install() -> None:
     """Have Triton interpret kernels in this process; nothing to do where it is not installed."""
@@ -28,9 +31,7 @@ def install() -> None:
     if interpreter.InterpreterBuilder.create_dot.__module__ == __name__:
         return
 
-    def create_dot(
-        self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any
-    ) -> Any:
+    def create_dot(builder: Part, a: Part, b: Part, d: Part, precision: Part, most: Part) -> Part:
         for operand in (a, b):
             assert operand.data.dtype in (np.float16, np.float32), "bfloat16 is held as integers"
         total = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64))
@@ -40,7 +41,7 @@ def install() -> None:
     patch, empty_scope = interpreter._patch_lang, interpreter._LangPatchScope()
     patched: list[bool] = []
 
-    def patch_once(fn: Any) -> Any:
+    def patch_once(fn: Part) -> Part:
         if not patched:
             patch(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
             patched.append(True)
