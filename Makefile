@@ -80,7 +80,7 @@ gpu: $(VENV)/.installed $(MODEL)/config.json
 
 proto: $(VENV)/.installed
 	cd src && ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. \
-	  --mypy_out=. $$(find -L arriero/router -name '*.proto')
+	  --mypy_out=. --mypy_grpc_out=. $$(find -L arriero/router -name '*.proto')
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache \

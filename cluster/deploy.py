@@ -18,13 +18,18 @@ from typing import TYPE_CHECKING, Any
 from arriero.cluster import local, state
 from arriero.cluster.spec import Spec
 from arriero.cluster.state import Deployment
-from arriero.shards.errors import GroupFailed, SpecError, Unavailable
+from arriero.shards.errors import ArrieroError, CheckpointError, GroupFailed, SpecError, Unavailable
 
 if TYPE_CHECKING:
-    from arriero.cluster.registry import Board
+    from ray.actor import ActorHandle
+
+    from arriero.cluster.registry import Board, Failure, Registry
 
 Say = Callable[[str], None]
 """Told in a few words what is waited for; called again as that changes."""
+_FAILURES: dict[str, type[ArrieroError]] = {
+    kind.__name__: kind for kind in (CheckpointError, SpecError, GroupFailed)
+}
 _POLL_S = 0.1
 _JOIN_LIMIT_S = 30.0
 _ASK_LIMIT_S = 2.0
@@ -56,7 +61,7 @@ def up(spec: Spec, folder: Path, say: Say) -> Deployment:
         cluster = local.start(spec.ray)
     deployment = Deployment(
         ray_address=address or "",
-        node_address=cluster.node_address if cluster else None,
+        node_address=cluster.node_address if cluster else _loopback(address or ""),
         local_session=cluster.session if cluster else None,
         local_folder=str(cluster.folder) if cluster else None,
     )
@@ -72,26 +77,25 @@ def up(spec: Spec, folder: Path, say: Say) -> Deployment:
         deployment = replace(deployment, gateway=gateway)
         state.write(folder, deployment)
     except BaseException:
-        say("taking it down again")
-        down(folder, say, drain=False)
+        if cluster is not None:
+            say("stopping the local Ray cluster")
+            local.stop(cluster)
+        state.clear(folder)
         raise
     return deployment
 
 
-def down(folder: Path, say: Say, *, drain: bool = True) -> bool:
+def down(folder: Path, say: Say) -> bool:
     """Take down what `up` brought up, and only that; False when there was nothing.
 
-    Args:
-        folder: the state folder.
-        say: progress.
-        drain: let running streams end (within the spec's `drain_s`), on a local cluster too.
+    Streams that run may end within the spec's `drain_s`.
     """
     deployment = state.read(folder)
     if deployment is None:
         return False
     cluster = _cluster(deployment)
     try:
-        if cluster is None or (drain and local.is_alive(cluster) and deployment.ray_address):
+        if cluster is None or (local.is_alive(cluster) and deployment.gateway):
             say("draining")
             with connected(deployment):
                 _undeploy()
@@ -166,7 +170,6 @@ def _deploy(spec: Spec, say: Say, *, shared: bool) -> str:
     from arriero.cluster import app, registry
 
     say("starting Ray Serve")
-    directory = registry.connect()
     resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
     built = app.build(
         spec,
@@ -174,17 +177,44 @@ def _deploy(spec: Spec, say: Say, *, shared: bool) -> str:
         num_gpus=resources.get("GPU", 0.0),
         shared=shared,
     )
+    directory = registry.connect()  # starts while Serve does
     _hush_serve()
     serve.start(proxy_location=ProxyLocation.Disabled)
-    target = serve.RunTarget(target=built, name=app.NAME, route_prefix=None)
-    serve.run_many([target], wait_for_applications_running=False)
+    if app.NAME in serve.status().applications:
+        raise SpecError(
+            f"the Ray cluster serves an application `{app.NAME}` already; take it down where it"
+            " was brought up, or give another cluster"
+        )
+    before: Any = ray.get(directory.board.remote(), timeout=_JOIN_LIMIT_S)
+    try:
+        serve.run_many(
+            [serve.RunTarget(target=built, name=app.NAME, route_prefix=None)],
+            wait_for_applications_running=False,
+        )
+        return _wait(spec, directory, before.failures, say)
+    except BaseException:
+        if shared:  # a local cluster is stopped as a whole
+            say("taking it down again")
+            _undeploy()
+        raise
+
+
+def _wait(spec: Spec, directory: ActorHandle[Registry], old: tuple[Failure, ...], say: Say) -> str:
+    """Wait until all of it serves; gives a gateway's address."""
+    import ray
+    from ray import serve
+
+    from arriero.cluster import app
+
     wanted = sum(model.groups for model in spec.models)
     deadline_s = time.monotonic() + spec.health.start_timeout_s
     while True:
         board: Any = ray.get(directory.board.remote(), timeout=_JOIN_LIMIT_S)
-        if board.failures:
-            group_id, cause = board.failures[0]
-            raise GroupFailed(f"group {group_id} did not start: {cause}")
+        new = [one for one in board.failures if one not in old]
+        if new:
+            first = new[0]
+            kind = _FAILURES.get(first.kind, GroupFailed)
+            raise kind(f"{first.who} did not start: {first.cause}")
         gateway = next(iter(board.gateways.values()), None)
         linked = _num_linked(gateway) if gateway and len(board.groups) >= wanted else 0
         if gateway is not None and linked >= wanted:
@@ -195,7 +225,8 @@ def _deploy(spec: Spec, say: Say, *, shared: bool) -> str:
         if time.monotonic() > deadline_s:
             raise Unavailable(
                 f"{len(board.groups)} of {wanted} groups and {len(board.gateways)} gateways serve,"
-                f" {linked} groups through {gateway or 'none'}, after health.start_timeout_s={spec.health.start_timeout_s:g}"
+                f" and {gateway or 'no gateway'} reaches {linked} groups, after"
+                f" health.start_timeout_s={spec.health.start_timeout_s:g}"
             )
         say(_progress(board, wanted))
         time.sleep(_POLL_S)
@@ -205,22 +236,20 @@ def _num_linked(gateway: str) -> int:
     """How many groups the gateway can pass requests to, asked as a client would."""
     import grpc
 
-    from arriero.router.proto.arriero.v1 import inference_pb2 as pb
-    from arriero.router.proto.arriero.v1 import inference_pb2_grpc
+    from arriero.router.client import Client
 
-    with grpc.insecure_channel(gateway) as channel:
+    with Client(gateway, timeout_s=_ASK_LIMIT_S) as client:
         try:
-            stub = inference_pb2_grpc.InferenceStub(channel)
-            found = stub.ListModels(pb.ListModelsRequest(), timeout=_ASK_LIMIT_S)
-        except grpc.RpcError:
+            return sum(len(model.groups) for model in client.models())
+        except (ArrieroError, grpc.RpcError):
             return 0
-    return sum(len(model.groups) for model in found.models)
 
 
 def _progress(board: Board, wanted: int) -> str:
+    if len(board.groups) >= wanted:
+        return "linking the gateway"
     told = [f"{group_id}: {text}" for group_id, text in board.progress.items()]
-    ready = f"{len(board.groups)} of {wanted} groups ready"
-    return "; ".join([ready, *told]) if told else f"{ready}; starting leaders"
+    return "; ".join(told) or "starting leaders"
 
 
 def _undeploy() -> None:
@@ -240,6 +269,12 @@ def _undeploy() -> None:
 def _hush_serve() -> None:
     # importing Serve sets its logger up, so this comes after; we tell progress ourselves
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
+
+
+def _loopback(address: str) -> str | None:
+    """The driver's own address on a cluster of this machine; Ray finds it for all others."""
+    host = address.removeprefix("ray://").rpartition(":")[0]
+    return host if host.startswith("127.") else None
 
 
 def _is_up(deployment: Deployment) -> bool:

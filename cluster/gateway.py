@@ -43,7 +43,12 @@ class GatewayReplica:
         self._spec = settings.spec
         self._registry = registry.connect()
         self._gateway = Gateway(GatewayConfig(address=f"{self._spec.host}:{self._spec.port}"))
-        port = await self._gateway.start()
+        try:
+            port = await self._gateway.start()
+        except OSError as error:
+            failure = registry.Failure(who="gateway", kind="SpecError", cause=str(error))
+            await self._registry.fail.remote(failure)
+            raise
         wildcard = self._spec.host in ("0.0.0.0", "[::]")
         self._address = f"{node_address() if wildcard else self._spec.host}:{port}"
         self._following = asyncio.create_task(self._follow())

@@ -87,7 +87,7 @@ class Leader:
             text = str(error) or f"{type(error).__name__} in the group's start"
             if isinstance(error, TimeoutError):
                 text = f"no token within start_timeout_s={settings.start_timeout_s:g}"
-            await self._registry.fail.remote(self._group_id, text)
+            await self._tell_failure(type(error).__name__, text)
             await self._close()
             # Serve tells this text, so it must be the cause itself; chains it would unroll
             raise GroupFailed(text) from None
@@ -229,7 +229,11 @@ class Leader:
             self._failure = cause
             if not self._first.done():
                 self._first.set_exception(GroupFailed(cause))
-            await self._registry.fail.remote(self._group_id, cause)
+            await self._tell_failure(GroupFailed.__name__, cause)
+
+    async def _tell_failure(self, kind: str, cause: str) -> None:
+        failure = registry.Failure(who=self._group_id, kind=kind, cause=cause)
+        await self._registry.fail.remote(failure)
 
     async def _keep_renewing(self, entry: registry.GroupEntry) -> None:
         while self._failure is None and not self._closing:

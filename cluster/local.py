@@ -26,6 +26,8 @@ from arriero.shards.errors import Unavailable
 START_LIMIT_S = 60.0
 _POLL_S = 0.02
 _PREFIX = "arriero-ray-"
+_started: dict[int, subprocess.Popen[bytes]] = {}
+"""Starts of this process that were not seen to end yet, by session."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +80,7 @@ def start(spec: RaySpec) -> LocalCluster:
             start_new_session=True,
             cwd=folder,
         )
+    _started[process.pid] = process
     return LocalCluster(session=process.pid, folder=folder, node_address=spec.node_address)
 
 
@@ -156,11 +159,10 @@ def _signal(pid: int, sign: signal.Signals) -> None:
         return
 
 
-def _reap(pid: int) -> None:
-    try:
-        os.waitpid(pid, os.WNOHANG)
-    except ChildProcessError:
-        return  # another command started it
+def _reap(session: int) -> None:
+    process = _started.get(session)  # none when another command started it
+    if process is not None and process.poll() is not None:
+        del _started[session]
 
 
 def _free_port(address: str) -> int:

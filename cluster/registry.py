@@ -18,6 +18,8 @@ from ray.actor import ActorHandle
 NAME = "registry"
 NAMESPACE = "arriero"
 _POLL_S = 20.0
+_GATEWAY_LEASE_S = 3 * _POLL_S
+_KEEP_FAILURES = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,14 +44,31 @@ class GroupEntry:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """Why a group or a gateway failed: its id, the error's class, and the cause in words."""
+
+    who: str
+    kind: str
+    cause: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Board:
-    """A snapshot: `groups` serve; `progress` and `failures` are by group id, newest last."""
+    """A snapshot.
+
+    Attributes:
+        version: counts changes of `groups`.
+        groups: those that serve.
+        gateways: address of each gateway, by its id.
+        progress: how far starts are, by group id.
+        failures: the latest ones, newest last.
+    """
 
     version: int
     groups: tuple[GroupEntry, ...]
     gateways: dict[str, str]
     progress: dict[str, str]
-    failures: tuple[tuple[str, str], ...]
+    failures: tuple[Failure, ...]
 
 
 class Registry:
@@ -60,8 +79,9 @@ class Registry:
         self._groups: dict[str, GroupEntry] = {}
         self._expiry_s: dict[str, float] = {}
         self._gateways: dict[str, str] = {}
+        self._gateway_expiry_s: dict[str, float] = {}
         self._progress: dict[str, str] = {}
-        self._failures: list[tuple[str, str]] = []
+        self._failures: list[Failure] = []
         self._moved = asyncio.Event()
 
     async def register(self, entry: GroupEntry, lease_s: float) -> None:
@@ -84,16 +104,17 @@ class Registry:
         """Say how far a group's start is."""
         self._progress[group_id] = text
 
-    async def fail(self, group_id: str, cause: str) -> None:
-        """Say why a group failed, and forget it."""
-        self._failures = [*self._failures, (group_id, cause)][-16:]
-        await self.unregister(group_id)
+    async def fail(self, failure: Failure) -> None:
+        """Say why a group or a gateway failed, and forget it."""
+        self._failures = [*self._failures, failure][-_KEEP_FAILURES:]
+        self._gateways.pop(failure.who, None)
+        await self.unregister(failure.who)
 
     async def gateway(self, gateway_id: str, address: str | None) -> None:
-        """Say where a gateway listens, or with None that it no longer does."""
-        if address is None:
-            self._gateways.pop(gateway_id, None)
-        else:
+        """Say where a gateway listens, now and then, or with None that it no longer does."""
+        self._gateways.pop(gateway_id, None)
+        self._gateway_expiry_s[gateway_id] = time.monotonic() + _GATEWAY_LEASE_S
+        if address is not None:
             self._gateways[gateway_id] = address
 
     async def changed(self, version: int) -> Board:
@@ -127,6 +148,9 @@ class Registry:
             del self._groups[group_id]
         if late:
             self._bump()
+        for gateway_id in [one for one, at_s in self._gateway_expiry_s.items() if at_s <= now_s]:
+            del self._gateway_expiry_s[gateway_id]
+            self._gateways.pop(gateway_id, None)
 
     def _bump(self) -> None:
         self._version += 1

@@ -144,6 +144,7 @@ class ModelSpec(_Part):
         name: what clients call it.
         path: folder with config.json, weights and tokenizer.json, on every node.
         dtype: of weights and KV cache.
+        quantization: of the weights while they load: int8, int4, fp8; None keeps them in `dtype`.
         groups: replica groups.
         mesh, kv, limits: of each group.
         device: "cpu", "cuda", or "auto": cuda where the cluster has a GPU for each slice.
@@ -156,6 +157,7 @@ class ModelSpec(_Part):
     name: Name
     path: Path
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    quantization: Literal["int8", "int4", "fp8"] | None = None
     groups: Count = 1
     mesh: Mesh = Mesh()
     kv: Kv = Kv()
@@ -170,6 +172,7 @@ class ModelSpec(_Part):
         return GroupConfig(
             model_path=str(self.path),
             dtype=self.dtype,
+            quantization=self.quantization,
             tp=self.mesh.tp,
             pp=self.mesh.pp,
             tp_shares=self.mesh.tp_shares,
@@ -275,7 +278,7 @@ def load(path: Path | None, flags: Mapping[str, Any]) -> Spec:
     Args:
         path: a YAML file; None for flags alone (then `model` is needed).
         flags: the flags given, without those left out: `model` (a folder), `name`, `dtype`,
-            `groups`, `device`, `threads`, `tp`, `pp`, `kv_memory` and `max_model_len` go to the
+            `quantization`, `groups`, `device`, `threads`, `tp`, `pp`, `kv_memory` and `max_model_len` go to the
             model; `host` and `port` to the gateway; `address` to ray; `start_timeout_s` to health.
 
     Raises:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import torch
 
 from arriero.kernels.ops import Ops
 
 BACKENDS = ("reference", "cpu", "triton")
+
+_LOG = logging.getLogger(__name__)
 
 
 def ops_for(device: torch.device, name: str | None = None, threads: int | None = None) -> Ops:
@@ -14,17 +19,28 @@ def ops_for(device: torch.device, name: str | None = None, threads: int | None =
 
     Args:
         device: where weights and cache will live.
-        name: one of `BACKENDS`; None picks.
-        threads: CPU threads that the backend may use; None leaves torch's setting.
+        name: one of `BACKENDS`; None picks: on a CPU the C++ kernels where they were built, else
+            the reference, and the log says so once.
+        threads: CPU threads that the backend may use; None takes all CPUs of this process (cpu)
+            or leaves torch's setting (reference). The cpu backend sets torch's own to 1.
 
     Raises:
         ValueError: the name is unknown.
         RuntimeError: the backend cannot run here; the message says why.
     """
-    from arriero.kernels.reference import ReferenceOps
-
     if name not in (None, *BACKENDS):
         raise ValueError(f"kernels={name!r} is none of {', '.join(BACKENDS)}")
+    if name == "triton":
+        raise RuntimeError("kernels='triton' is not part of this build; use 'reference' or 'cpu'")
+    if name == "cpu":
+        return _cpu(device, threads)
+    if name is None and device.type == "cpu":
+        try:
+            return _cpu(device, threads)
+        except RuntimeError as error:
+            _say_once(str(error))
+    from arriero.kernels.reference import ReferenceOps
+
     if threads is not None:
         torch.set_num_threads(threads)
     if name == "triton" or (name is None and device.type == "cuda"):
@@ -32,3 +48,14 @@ def ops_for(device: torch.device, name: str | None = None, threads: int | None =
 
         return triton_ops(device)
     return ReferenceOps(device)
+
+
+def _cpu(device: torch.device, threads: int | None) -> Ops:
+    from arriero.kernels.cpu import CpuOps
+
+    return CpuOps(device, threads)
+
+
+@functools.cache
+def _say_once(why: str) -> None:
+    _LOG.warning("running on the slow reference kernels: %s", why)

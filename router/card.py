@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from arriero.router import templates
 from arriero.shards.errors import CheckpointError
 
 _DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -102,7 +103,7 @@ class ModelCard:
             bos_token_id=bos_token_id,
             eos_token_ids=eos_token_ids,
             tokenizer_json=tokenizer_json,
-            chat_template=_chat_template(folder, settings),
+            chat_template=_chat_template(folder, settings) or _builtin(folder, tokenizer_json),
             bos_token=_token_text(settings.get("bos_token")),
             eos_token=_token_text(settings.get("eos_token")),
             generation_defaults=defaults,
@@ -125,6 +126,19 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     if found is not None and not isinstance(found, str):
         raise CheckpointError(f"{folder}: `chat_template` is a {type(found).__name__}, not text")
     return found
+
+
+def _builtin(folder: Path, tokenizer_json: bytes) -> str | None:
+    """A template of our own, when the special tokens are those of a Llama that we know."""
+    try:
+        added = json.loads(tokenizer_json).get("added_tokens") or []
+        specials = {token["content"] for token in added}
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / 'tokenizer.json'}: {error!r}") from error
+    config = _read_json(folder / "config.json")
+    scaling = config.get("rope_scaling") or config.get("rope_parameters")
+    factor = scaling.get("factor") if isinstance(scaling, Mapping) else None
+    return templates.find(specials, rope_factor=factor)
 
 
 def _token_text(value: Any) -> str:  # noqa: ANN401

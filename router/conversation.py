@@ -94,13 +94,15 @@ class TextModel:
             body = content.rstrip()
             tail = content[len(body) :]
             marked[-1]["content"] = body + end + tail
-        rendered = self.template.render(
-            {
-                **self._tokens,
-                "messages": marked,
-                "add_generation_prompt": add_generation_prompt,
-            }
-        )
+        variables = {
+            **self._tokens,
+            "messages": marked,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            rendered = self.template.render(variables)
+        except TemplateError as error:  # whose words may quote what was marked
+            raise TemplateError(str(error).replace(mark, "")) from None
         if continue_final_message:
             at = rendered.rfind(end)
             if at < 0:

@@ -30,6 +30,12 @@ CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", -1),
     ("grpc.so_reuseport", 0),
 ]
+SERVER_OPTIONS = [
+    *CHANNEL_OPTIONS,
+    # A gateway whose node is gone sends no reset; these find out within 10 s.
+    ("grpc.keepalive_time_ms", 5000),
+    ("grpc.keepalive_timeout_ms", 5000),
+]
 STATS_INTERVAL_S = 0.5
 MAX_PENDING = 200_000
 """Outputs that may wait for a gateway that does not read; past it the gateway is let go."""
@@ -76,7 +82,7 @@ class LinkServer:
             OSError: the address cannot be bound.
         """
         self._loop = asyncio.get_running_loop()
-        self._server = grpc.aio.server(options=CHANNEL_OPTIONS)
+        self._server = grpc.aio.server(options=SERVER_OPTIONS)
         handler = grpc.stream_stream_rpc_method_handler(self._connect)
         self._server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(SERVICE, {NAME: handler}),)

@@ -1,7 +1,7 @@
 """Text to token ids, such that no caller's text can become a special token.
 
-Two views of one `tokenizer.json`: a *plain* one, from which the special tokens are taken out, for
-text that callers wrote; and the special tokens by name, which only a chat template (or a caller
+Two views of one `tokenizer.json`: a *plain* one, to which special tokens are text, for what
+callers wrote; and the special tokens by name, which only a chat template (or a caller
 who says so) may write. Knows the file format of the `tokenizers` library and byte-level BPE;
 knows nothing of requests or of templates.
 """
@@ -41,8 +41,11 @@ class Tokenizer:
             names = {token["content"] for token in controls}
             # Truncation and padding are a training run's; a prompt is never cut in silence.
             plain = spec | {"truncation": None, "padding": None}
-            plain["added_tokens"] = [t for t in added if t["content"] not in names]
+            # Kept, since the library numbers added tokens anew when some are taken away, but told
+            # apart from text all alike.
+            plain["added_tokens"] = [t | {"special": t["content"] in names} for t in added]
             self._plain = _Backend.from_str(json.dumps(plain))
+            self._plain.encode_special_tokens = True
             self.vocabulary = Vocabulary.from_spec(spec)
         except CheckpointError:
             raise

@@ -15,6 +15,9 @@ class GroupConfig:
     Attributes:
         model_path: folder with config.json, safetensors and tokenizer.json, on every node.
         dtype: of weights and KV cache: "float32", "bfloat16", "float16".
+        quantization: of the weights while they load: "int8" (per row), "int4" (groups of 32
+            columns, the vocabulary in int8) or "fp8" (per row); None keeps them in `dtype`.
+            Activations, cache and norms are as `dtype` says either way.
         tp: slices of a stage (tensor parallel).
         pp: pipeline stages.
         tp_shares: relative size of each tp rank's share; None for as even as heads allow.
@@ -31,6 +34,7 @@ class GroupConfig:
 
     model_path: str
     dtype: str = "bfloat16"
+    quantization: str | None = None
     tp: int = 1
     pp: int = 1
     tp_shares: tuple[float, ...] | None = None

@@ -16,6 +16,7 @@ from arriero.shards.models.config import ModelConfig
 from arriero.shards.partition import SlicePart, kv_bytes_per_block, partition
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+QUANTIZATIONS = ("int8", "int4", "fp8")
 MAX_DEFAULT_KV_BYTES = 2 << 30
 """The KV pool of a CPU group that names no size: this, or a quarter of memory if that is less."""
 
@@ -28,6 +29,10 @@ def resolve(config: GroupConfig, model: ModelConfig) -> GroupConfig:
     """
     if config.dtype not in ITEMSIZE:
         raise SpecError(f"`dtype`={config.dtype!r} is none of {', '.join(ITEMSIZE)}")
+    if config.quantization not in (None, *QUANTIZATIONS):
+        raise SpecError(
+            f"`quantization`={config.quantization!r} is none of {', '.join(QUANTIZATIONS)}"
+        )
     if config.block_size < 1:
         raise SpecError(f"`block_size`={config.block_size} must be at least 1")
     limit = model.max_position_embeddings

@@ -56,6 +56,7 @@ class Runner:
             self.mesh,
             self._ops,
             dtype=getattr(torch, config.dtype),
+            quantization=config.quantization,
             num_blocks=config.num_blocks,
             block_size=config.block_size,
             progress=progress,

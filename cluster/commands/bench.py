@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from arriero.cluster.commands.deployment import StateDir, temporary_deployment
-from arriero.cluster.commands.talk import spoken_errors
+from arriero.cluster.commands.talk import status_as_error
 from arriero.cluster.commands.terminal import OUT, spinner
 from arriero.shards.errors import Unavailable
 
 if TYPE_CHECKING:
     from arriero.cluster.bench import Cell, Figures
-    from arriero.router.proto.arriero.v1.inference_pb2_grpc import InferenceAsyncStub
+    from arriero.router.client import AsyncClient
 
 app = typer.Typer(help="Measure: N requests at once, greedy, no stop.", no_args_is_help=True)
 
+_CELL_LIMIT_S = 3600.0
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Quantization = Annotated[str | None, typer.Option(help="int8, int4 or fp8 weights.")]
 Requests = Annotated[int, typer.Option(min=1, help="Requests, all at once.")]
 Prompt = Annotated[int, typer.Option(min=1, help="Prompt tokens of each.")]
 Output = Annotated[int, typer.Option(min=1, help="Output tokens of each.")]
@@ -35,6 +37,7 @@ Json = Annotated[bool, typer.Option("--json", help="The last line is one JSON ob
 def engine(
     model: Annotated[Path, typer.Option(help="Checkpoint folder.")],
     dtype: Dtype = "bfloat16",
+    quantization: Quantization = None,
     requests: Requests = 8,
     prompt: Prompt = 128,
     output: Output = 128,
@@ -53,6 +56,7 @@ def engine(
     config = GroupConfig(
         model_path=str(model),
         dtype=dtype,
+        quantization=quantization,
         tp=tp,
         pp=pp,
         device=device,
@@ -64,12 +68,12 @@ def engine(
         num_blocks=cell.blocks(),
     )
     with spinner() as say:
-        say("loading and warming up")
+        say("loading")
         with EngineBench(config, lambda share: say(f"loading {share:.0%}")) as bench:
             say(f"{requests} requests of {prompt} + {output} tokens")
             figures = bench.run(cell.prompts(), output)
-    said = {"tp": tp, "pp": pp, "device": device}
-    _show({"bench": "engine", "model": str(model), "dtype": dtype, **said}, cell, figures, json_)
+    said = {"bench": "engine", "model": str(model), "dtype": dtype, "quantization": quantization}
+    _show({**said, "tp": tp, "pp": pp, "device": device}, cell, figures, json_)
 
 
 @app.command("serve")
@@ -78,6 +82,7 @@ def serve(
         Path | None, typer.Option(help="Deploy this checkpoint for the measurement.")
     ] = None,
     dtype: Dtype = "bfloat16",
+    quantization: Quantization = None,
     requests: Requests = 8,
     prompt: Prompt = 128,
     output: Output = 128,
@@ -102,10 +107,12 @@ def serve(
         with spinner() as say:
             figures = asyncio.run(_through_grpc(deployment.gateway, cell, say))
     else:
-        said |= {"model": str(model), "dtype": dtype, "tp": tp, "pp": pp}
+        said |= {"model": str(model), "dtype": dtype, "quantization": quantization}
+        said |= {"tp": tp, "pp": pp}
         flags = {
             "model": str(model),
             "dtype": dtype,
+            "quantization": quantization,
             "tp": tp,
             "pp": pp,
             "port": 0,
@@ -117,37 +124,27 @@ def serve(
     _show(said, cell, figures, json_)
 
 
-async def _through_grpc(
-    gateway: str, cell: Cell, say: Callable[[str], None], timeout_s: float = 3600.0
-) -> Figures:
+async def _through_grpc(gateway: str, cell: Cell, say: Callable[[str], None]) -> Figures:
     """Run the warm-up, then the cell, each request a stream of its own on one connection."""
-    import grpc
-
     from arriero.cluster.bench import WARM_UP
-    from arriero.router.proto.arriero.v1 import inference_pb2_grpc
+    from arriero.router.client import AsyncClient
 
-    with spoken_errors():
-        async with grpc.aio.insecure_channel(gateway) as channel:
-            stub = inference_pb2_grpc.InferenceStub(channel)
+    with status_as_error():
+        async with AsyncClient(gateway, timeout_s=_CELL_LIMIT_S) as client:
             say("warming up")
-            await _stream_cell(stub, WARM_UP, timeout_s)
+            await _stream_cell(client, WARM_UP)
             say(f"{cell.requests} requests of {cell.prompt} + {cell.output} tokens")
-            return await _stream_cell(stub, cell, timeout_s)
+            return await _stream_cell(client, cell)
 
 
-async def _stream_cell(stub: InferenceAsyncStub, cell: Cell, timeout_s: float) -> Figures:
+async def _stream_cell(client: AsyncClient, cell: Cell) -> Figures:
     from arriero.cluster.bench import Clock
-    from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 
     clock = Clock(cell.requests, cell.output)
-    sampling = pb.SamplingParams(temperature=0.0, max_tokens=cell.output, ignore_eos=True, seed=0)
-    options = pb.Options(include_text=False)
 
     async def one(index: int, prompt: list[int]) -> None:
-        request = pb.GenerateRequest(
-            token_ids=pb.TokenIds(ids=prompt), sampling=sampling, options=options
-        )
-        async for answer in stub.Generate(request, timeout=timeout_s):
+        fields = {"temperature": 0.0, "ignore_eos": True, "seed": 0, "include_text": False}
+        async for answer in client.generate(prompt, max_tokens=cell.output, **fields):
             for output in answer.outputs:
                 clock.took(index, len(output.token_ids))
 

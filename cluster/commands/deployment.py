@@ -45,6 +45,9 @@ def up(
     model: Annotated[Path | None, typer.Option(help="Checkpoint folder; no spec needed.")] = None,
     name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="int8, int4 or fp8: weights are quantized while they load.")
+    ] = None,
     groups: Annotated[int | None, typer.Option(help="Replica groups.")] = None,
     tp: Annotated[int | None, typer.Option(help="Tensor-parallel slices of a stage.")] = None,
     pp: Annotated[int | None, typer.Option(help="Pipeline stages.")] = None,
@@ -66,6 +69,7 @@ def up(
         "model": None if model is None else str(model),
         "name": name,
         "dtype": dtype,
+        "quantization": quantization,
         "groups": groups,
         "tp": tp,
         "pp": pp,
@@ -128,8 +132,8 @@ def status(
     OUT.print(table)
     for group_id, text in board.progress.items():
         OUT.print(f"{group_id}: {text}", markup=False)
-    for group_id, cause in board.failures:
-        OUT.print(f"{group_id} failed: {cause}", markup=False, soft_wrap=True)
+    for one in board.failures:
+        OUT.print(f"{one.who} failed: {one.cause}", markup=False, soft_wrap=True)
 
 
 def demo(

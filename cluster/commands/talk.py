@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +14,10 @@ import typer
 
 from arriero.cluster.commands.deployment import StateDir
 from arriero.cluster.commands.terminal import ERR
-from arriero.shards.errors import (
-    ArrieroError,
-    GroupFailed,
-    InvalidRequest,
-    NotFound,
-    Overloaded,
-    Unavailable,
-)
+from arriero.shards.errors import GroupFailed, Unavailable
 
 if TYPE_CHECKING:
-    import grpc
-
+    from arriero.router.client import Client
     from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 
 Address = Annotated[
@@ -37,6 +29,8 @@ Temperature = Annotated[float | None, typer.Option(help="0 is greedy.")]
 TopP = Annotated[float | None, typer.Option(help="Keep the smallest set of this mass.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same tokens.")]
 Timeout = Annotated[float, typer.Option(help="Seconds that an answer may take.")]
+
+_ASK_LIMIT_S = 600.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,19 +62,16 @@ def chat(
     state_dir: StateDir = None,
 ) -> None:
     """Talk to a model; an empty line or Ctrl-D ends it."""
-    from arriero.router.proto.arriero.v1 import inference_pb2 as pb
-
-    sampling = _sampling(max_tokens, temperature, top_p, seed)
-    said = [pb.Message(role="system", content=system)] if system else []
-    with _stub(_gateway(address, state_dir)) as stub:
+    fields = _fields(model, max_tokens, temperature, top_p, seed)
+    said = [{"role": "system", "content": system}] if system else []
+    with _client(_gateway(address, state_dir), timeout) as client:
         while True:
             asked = message if message is not None else _ask_for_line()
             if not asked:
                 return
-            said.append(pb.Message(role="user", content=asked))
-            request = pb.ChatRequest(model=model, messages=said, sampling=sampling)
-            answer = _print(stub.Chat(request, timeout=timeout))
-            said.append(pb.Message(role="assistant", content=answer.text))
+            said.append({"role": "user", "content": asked})
+            answer = _print(client.chat(said, **fields))
+            said.append({"role": "assistant", "content": answer.text})
             if message is not None:
                 return
 
@@ -98,65 +89,55 @@ def generate(
     state_dir: StateDir = None,
 ) -> None:
     """Continue a text."""
-    from arriero.router.proto.arriero.v1 import inference_pb2 as pb
-
-    request = pb.GenerateRequest(
-        model=model,
-        text=sys.stdin.read() if prompt == "-" else prompt,
-        sampling=_sampling(max_tokens, temperature, top_p, seed),
-        options=pb.Options(stop=stop or []),
-    )
-    with _stub(_gateway(address, state_dir)) as stub:
-        _print(stub.Generate(request, timeout=timeout))
+    text = sys.stdin.read() if prompt == "-" else prompt
+    fields = _fields(model, max_tokens, temperature, top_p, seed)
+    with _client(_gateway(address, state_dir), timeout) as client:
+        _print(client.generate(text, stop=stop, **fields))
 
 
 def ask(gateway: str, model: str, question: str) -> Answer:
     """Ask one question, greedily, and print the answer as it streams."""
-    from arriero.router.proto.arriero.v1 import inference_pb2 as pb
-
-    request = pb.ChatRequest(
-        model=model,
-        messages=[pb.Message(role="user", content=question)],
-        sampling=pb.SamplingParams(temperature=0.0, max_tokens=64),
-    )
-    with _stub(gateway) as stub:
-        return _print(stub.Chat(request, timeout=600.0))
+    messages = [{"role": "user", "content": question}]
+    with _client(gateway, _ASK_LIMIT_S) as client:
+        return _print(client.chat(messages, model=model, temperature=0.0, max_tokens=64))
 
 
 @contextmanager
-def spoken_errors() -> Iterator[None]:
-    """Turn a gRPC status into the error it stands for."""
+def status_as_error() -> Iterator[None]:
+    """Turn the gRPC statuses that the client passes on into errors of ours."""
     import grpc
 
     try:
         yield
     except grpc.RpcError as error:
-        raise _meaning(error) from None
-
-
-def _meaning(error: grpc.RpcError) -> ArrieroError:
-    import grpc
-
-    assert isinstance(error, grpc.Call | grpc.aio.AioRpcError), "a failed call is a call"
-    text = error.details() or error.code().name
-    kinds: dict[grpc.StatusCode, Callable[[str], ArrieroError]] = {
-        grpc.StatusCode.INVALID_ARGUMENT: lambda text: InvalidRequest("", text),
-        grpc.StatusCode.NOT_FOUND: NotFound,
-        grpc.StatusCode.RESOURCE_EXHAUSTED: lambda text: Overloaded(text, 1.0),
-        grpc.StatusCode.UNAVAILABLE: Unavailable,
-        grpc.StatusCode.DEADLINE_EXCEEDED: Unavailable,
-    }
-    return kinds.get(error.code(), GroupFailed)(text)
+        assert isinstance(error, grpc.Call | grpc.aio.AioRpcError), "a failed call is a call"
+        text = error.details() or error.code().name
+        late = error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        raise (Unavailable if late else GroupFailed)(text) from None
 
 
 @contextmanager
-def _stub(gateway: str) -> Iterator[Any]:
-    import grpc
+def _client(gateway: str, timeout_s: float) -> Iterator[Client]:
+    from arriero.router.client import Client
 
-    from arriero.router.proto.arriero.v1 import inference_pb2_grpc
+    with status_as_error(), Client(gateway, timeout_s=timeout_s) as client:
+        yield client
 
-    with spoken_errors(), grpc.insecure_channel(gateway) as channel:
-        yield inference_pb2_grpc.InferenceStub(channel)
+
+def _fields(
+    model: str,
+    max_tokens: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    seed: int | None,
+) -> dict[str, Any]:
+    return {
+        "model": model,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+    }
 
 
 def _gateway(address: str | None, state_dir: Path | None) -> str:
@@ -168,14 +149,6 @@ def _gateway(address: str | None, state_dir: Path | None) -> str:
     if deployment is None or not deployment.gateway:
         raise Unavailable("nothing is up; `arriero up` deploys, or --address names a gateway")
     return deployment.gateway
-
-
-def _sampling(
-    max_tokens: int | None, temperature: float | None, top_p: float | None, seed: int | None
-) -> pb.SamplingParams:
-    from arriero.router.proto.arriero.v1 import inference_pb2 as pb
-
-    return pb.SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
 
 
 def _print(answers: Iterator[pb.GenerateResponse]) -> Answer:

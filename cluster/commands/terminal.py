@@ -5,6 +5,7 @@ Progress goes to stderr, so that stdout holds results alone.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -13,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 ERR = Console(stderr=True, highlight=False)
 OUT = Console(highlight=False)
+_PERCENT = re.compile(r" ?\d+ ?%")
 
 
 @contextmanager
@@ -22,9 +24,10 @@ def spinner() -> Iterator[Callable[[str], None]]:
         said: set[str] = set()
 
         def say_once(text: str) -> None:
-            if text not in said:
-                said.add(text)
-                ERR.print(text, markup=False, soft_wrap=True)
+            what = _PERCENT.sub("", text)
+            if what not in said:
+                said.add(what)
+                ERR.print(what, markup=False, soft_wrap=True)
 
         yield say_once
         return

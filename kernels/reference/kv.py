@@ -5,12 +5,22 @@ Knows blocks and slots; refuses to know who owns them. Shape legend: kernels/ops
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from arriero.kernels.ops import KVCache, KVCacheSpec
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on CPU pages are taken only as they are written, where torch would touch them all."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    nbytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(nbytes, np.uint8)).view(dtype).view(shape)
 
 
 class ReferenceKVCache(KVCache):
@@ -19,7 +29,7 @@ class ReferenceKVCache(KVCache):
     def __init__(self, spec: KVCacheSpec, device: torch.device) -> None:
         self.spec = spec
         shape = (spec.num_layers, 2, spec.num_blocks, spec.num_kv_heads, spec.block_size)
-        self._data = torch.zeros(*shape, spec.head_dim, dtype=spec.dtype, device=device)
+        self._data = _zeros((*shape, spec.head_dim), spec.dtype, device)
         self._scales = torch.zeros(*shape, device=device) if spec.dtype == torch.int8 else None
 
     @property

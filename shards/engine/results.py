@@ -18,6 +18,13 @@ from arriero.shards.engine.types import EngineConfig, SequenceOutput, TokenLogpr
 from arriero.shards.errors import GroupFailed
 from arriero.shards.plan import Logprobs, StepResult
 
+NO_TOKEN = -1
+"""Drawn where the logits left nothing to draw: all banned, or not numbers."""
+NOTHING_LEFT = (
+    "no token is left to sample: `allowed_token_ids`, `banned_token_ids`, `logit_bias` and "
+    "`min_tokens` together ban all of them, or the model's logits are not numbers"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Harvest:
@@ -54,11 +61,12 @@ class Results:
         known = table.known[slots] + 1
         table.known[slots] = known
         table.last_token[slots] = tokens
-        stopped = self._is_eos[tokens] & table.heeds_eos[slots]
+        stopped = self._is_eos[np.maximum(tokens, 0)] & table.heeds_eos[slots]
         for row in np.flatnonzero(table.own_stops[slots]):
             stopped[row] |= int(tokens[row]) in table.sequences[slots[row]].live.stop_tokens
         stopped &= known > table.min_known[slots]
-        ended = np.flatnonzero(stopped | (known >= table.limit[slots]))
+        void = tokens == NO_TOKEN
+        ended = np.flatnonzero(stopped | void | (known >= table.limit[slots]))
 
         sequences: list[Sequence] = table.sequences[slots].tolist()
         outputs = []
@@ -78,6 +86,9 @@ class Results:
         for row in ended:
             outputs[row].finish_reason = "stop" if stopped[row] else "length"
             outputs[row].stop_token = int(tokens[row]) if stopped[row] else None
+            if void[row]:
+                outputs[row].tokens, outputs[row].logprobs = (), None
+                outputs[row].finish_reason, outputs[row].error = "error", NOTHING_LEFT
         return Harvest(outputs, [sequences[row] for row in ended])
 
     def _check(self, record: InFlight, result: StepResult) -> None:
@@ -87,7 +98,7 @@ class Results:
                 f"a result of step {result.step} with {len(tokens)} tokens came where "
                 f"step {record.step} with {len(record.slots)} was due"
             )
-        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self._config.vocab_size:
+        if len(tokens) and not NO_TOKEN <= tokens.min() <= tokens.max() < self._config.vocab_size:
             raise GroupFailed(
                 f"step {result.step} sampled a token outside 0 .. {self._config.vocab_size - 1}"
             )

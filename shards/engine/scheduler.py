@@ -173,12 +173,10 @@ class Scheduler:
         """The next plan, or None when nothing can run before a result is in."""
         if len(self._in_flight) >= self.depth:
             return None
-        preemptions = self._preemptions
         slots, starts = self._take_decodes()
         budget = self.config.max_batch_tokens - len(slots)
         chunks = self._continue_prefills(budget)
-        if self._preemptions == preemptions:  # else the room just made would go straight back
-            self._admit(chunks, budget - sum(chunk.end - chunk.start for chunk in chunks))
+        self._admit(chunks, budget - sum(chunk.end - chunk.start for chunk in chunks))
         if not len(slots) and not chunks:
             return None
         # One stage: the slices hold the last token, and it may not even be known here.

@@ -14,9 +14,17 @@ import torch
 from torch import Tensor
 
 from arriero.kernels.ops import DenseLayer, KVCacheSpec, Linear, Ops, Vocab
+from arriero.kernels.quant import QuantizedWeight, quantize_fp8, quantize_int4, quantize_int8
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.mesh import Mesh
 from arriero.shards.partition import SlicePart
+
+QUANTIZERS: dict[str, Callable[[Tensor], QuantizedWeight]] = {
+    "int8": quantize_int8,
+    "int4": quantize_int4,
+    "fp8": quantize_fp8,
+}
+"""How weights are quantized while they load, matrix by matrix."""
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all) while weights load."""
@@ -33,12 +41,14 @@ class LlamaSlice:
         ops: Ops,
         *,
         dtype: torch.dtype,
+        quantization: str | None = None,
         num_blocks: int,
         block_size: int,
         progress: Progress = lambda done, total: None,
     ) -> None:
         self.config, self.part, self.ops, self.mesh = checkpoint.config, part, ops, mesh
         self._source, self._dtype = checkpoint, dtype
+        self._quantize = None if quantization is None else QUANTIZERS[quantization]
         config = self.config
         steps = part.layers.size + part.first_stage + part.last_stage
         layers: list[DenseLayer] = []
@@ -125,16 +135,25 @@ class LlamaSlice:
         if bias:
             pieces = [self._source.rows(f"{name}.bias", a, b) for name, a, b in parts]
             joined = torch.cat(pieces).float()
-        return self.ops.pack_linear(weights, joined, self._dtype)
+        return self._pack(weights, joined)
 
     def _columns(self, name: str, start: int, stop: int, *, bias: bool) -> Linear:
         """A product whose inputs are cut: its bias goes with tp rank 0, so that it counts once."""
         weight = self._source.columns(f"{name}.weight", start, stop)
         own = bias and self.part.tp_rank == 0
         vector = self._source.tensor(f"{name}.bias").float() if own else None
-        return self.ops.pack_linear([weight], vector, self._dtype)
+        return self._pack([weight], vector)
+
+    def _pack(self, weights: list[Tensor], bias: Tensor | None) -> Linear:
+        if self._quantize is None:
+            return self.ops.pack_linear(weights, bias, self._dtype)
+        return self.ops.pack_quantized([self._quantize(one) for one in weights], bias)
 
     def _vocab(self, name: str) -> Vocab:
         span = self.part.vocab
         rows = self._source.rows(name, span.start, span.stop)
-        return self.ops.pack_vocab(rows, span.start, self._dtype)
+        if self._quantize is None:
+            return self.ops.pack_vocab(rows, span.start, self._dtype)
+        # the head is where rounding costs most, and four bits would save least
+        quantize = quantize_int8 if self._quantize is quantize_int4 else self._quantize
+        return self.ops.pack_quantized_vocab(quantize(rows), span.start)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from arriero.kernels.ops import Ops, Sampled, SamplingRows
+from arriero.kernels.reference import sampling
 
 from .draws import Row, adjusted, batch_of, draw
 
@@ -234,3 +235,16 @@ def test_penalties_match_the_definition_of_hugging_face() -> None:
         Row(repetition=2.0, frequency=0.5, presence=0.25, prompt=(0, 1), output=(2, 2)),
     )
     assert x.tolist() == [1.0, -4.0, 0.5 - 1.0 - 0.25, 1.0]
+
+
+@pytest.mark.parametrize(("u", "token"), [(0.0, 1), (0.5 - 2**-53, 1), (0.5, 3), (1 - 2**-53, 3)])
+def test_the_ends_of_the_reference_draw(
+    monkeypatch: pytest.MonkeyPatch, u: float, token: int
+) -> None:
+    """The least and greatest uniforms, and one on the very boundary of two tokens."""
+    monkeypatch.setattr(
+        sampling, "uniform", lambda seed, position: torch.full(seed.shape, u, dtype=torch.float64)
+    )
+    logits = torch.tensor([[-torch.inf, 2.0, -torch.inf, 2.0, -torch.inf]])
+    drawn = sampling.sample(logits, batch_of([Row()], 5))
+    assert drawn.tokens_R.tolist() == [token]

@@ -78,10 +78,12 @@ def test_penalties_bias_and_stops(model_path, prompts) -> None:  # noqa: ANN001
     prompt = prompts[10]
     cases = [
         SamplingParams(temperature=0.0, repetition_penalty=1.3, max_tokens=24, seed=0),
-        SamplingParams(temperature=0.0, presence_penalty=1.5, frequency_penalty=0.5, max_tokens=24),
-        SamplingParams(temperature=0.0, logit_bias={100: 50.0, 101: -5.0}, max_tokens=3),
-        SamplingParams(temperature=0.0, allowed_token_ids=(5, 6, 7, 500), max_tokens=6),
-        SamplingParams(temperature=0.0, banned_token_ids=(28, 198, 216), max_tokens=12),
+        SamplingParams(
+            temperature=0.0, presence_penalty=1.5, frequency_penalty=0.5, max_tokens=24, seed=0
+        ),
+        SamplingParams(temperature=0.0, logit_bias={100: 50.0, 101: -5.0}, max_tokens=3, seed=0),
+        SamplingParams(temperature=0.0, allowed_token_ids=(5, 6, 7, 500), max_tokens=6, seed=0),
+        SamplingParams(temperature=0.0, banned_token_ids=(28, 198, 216), max_tokens=12, seed=0),
     ]
     with running(config(model_path, dtype="float32")) as group:
         answers = group.generate([prompt] * len(cases), cases)
@@ -89,7 +91,11 @@ def test_penalties_bias_and_stops(model_path, prompts) -> None:  # noqa: ANN001
         stopped = group.generate(
             [prompt],
             SamplingParams(
-                temperature=0.0, repetition_penalty=1.3, stop_token_ids=(first[5],), max_tokens=24
+                temperature=0.0,
+                repetition_penalty=1.3,
+                stop_token_ids=(first[5],),
+                max_tokens=24,
+                seed=0,
             ),
         )[0]
         assert stopped.tokens == first[: first.index(first[5]) + 1]
@@ -120,3 +126,15 @@ def adjusted(row, prompt, tokens, params) -> torch.Tensor:  # noqa: ANN001
     for token in set(tokens):
         row[token] -= params.presence_penalty + params.frequency_penalty * tokens.count(token)
     return row
+
+
+def test_nothing_left_to_sample_ends_that_request_alone(model_path, prompts) -> None:  # noqa: ANN001
+    """Allowed tokens that `min_tokens` bans: an error for the one concerned, the group goes on."""
+    doomed = SamplingParams(allowed_token_ids=(2,), min_tokens=3, max_tokens=5, seed=0)
+    fine = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, seed=0)
+    with running(config(model_path, dtype="bfloat16")) as group:
+        names = [group.submit(prompts[3], doomed), group.submit(prompts[5], fine)]
+        bad, good = group.wait(names)
+        after = group.generate([prompts[5]], fine)[0]
+    assert bad.finish_reason == "error" and "no token is left" in (bad.error or "")
+    assert good.finish_reason == "length" and good.tokens == after.tokens

@@ -194,6 +194,32 @@ def test_pool_too_small_for_all_preempts_and_ends() -> None:
         run.check(request)
 
 
+def test_a_prompt_preempted_half_way_gives_its_logprobs_once() -> None:
+    run = Run(make_config(num_blocks=8, max_batch_tokens=2, pipeline_depth=3))
+    first = make_request("first", [4] * 4, max_tokens=28, ignore_eos=True)
+    scored = make_request("scored", range(2, 22), max_tokens=3, prompt_logprobs=1)
+    run.scheduler.add(first)
+    for _ in range(2):
+        run.submit()
+        run.collect()
+    run.scheduler.add(scored)
+    run.finish()
+    assert run.scheduler.stats.preemptions > 0
+    run.check(first)
+    run.check(scored)
+
+
+def test_end_tokens_stop_only_after_min_tokens() -> None:
+    scheduler = Scheduler(make_config(pipeline_depth=1))
+    scheduler.add(make_request("r", min_tokens=2, stop_token_ids=(9,)))
+    reasons = []
+    for step, token in enumerate((0, 9, 9)):  # a sampler that forgets to ban
+        assert scheduler.schedule() is not None
+        (output,) = scheduler.update(StepResult(step=step, tokens=int32([token])))
+        reasons.append((output.finish_reason, output.stop_token))
+    assert reasons == [(None, None), (None, None), ("stop", 9)]
+
+
 def test_a_long_prompt_is_cut_and_decodes_go_on_beside_it() -> None:
     run = Run(make_config(max_batch_tokens=8, pipeline_depth=1))
     run.scheduler.add(make_request("short", ignore_eos=True, max_tokens=30))
@@ -383,7 +409,7 @@ def test_configurations_that_cannot_be(field: str) -> None:
         StepResult(step=1, tokens=int32([3])),
         StepResult(step=0, tokens=int32([3, 4])),
         StepResult(step=0, tokens=int32([VOCAB])),
-        StepResult(step=0, tokens=int32([-1])),
+        StepResult(step=0, tokens=int32([-2])),
     ],
 )
 def test_a_result_that_does_not_belong_is_a_failed_group(result: StepResult) -> None:
@@ -392,6 +418,18 @@ def test_a_result_that_does_not_belong_is_a_failed_group(result: StepResult) -> 
     assert scheduler.schedule() is not None
     with pytest.raises(GroupFailed, match="step"):
         scheduler.update(result)
+
+
+def test_a_draw_with_nothing_left_ends_its_sequence_alone() -> None:
+    scheduler = Scheduler(make_config())
+    scheduler.add(make_request("doomed"))
+    scheduler.add(make_request("fine"))
+    assert scheduler.schedule() is not None
+    doomed, fine = scheduler.update(StepResult(step=0, tokens=int32([-1, 3])))
+    assert (doomed.tokens, doomed.finish_reason) == ((), "error")
+    assert doomed.error is not None and "no token is left" in doomed.error
+    assert (fine.tokens, fine.finish_reason) == ((3,), None)
+    assert scheduler.stats.num_running == 1
 
 
 def test_seeds_of_samples() -> None:

@@ -1,0 +1,259 @@
+"""The compiled library: which one this machine can run, its C structs and its functions.
+
+Knows shared objects and ctypes; refuses to know what the numbers mean. The same C++ is built once
+per instruction set (setup.py); the best one that loads here is used. Calls release the GIL.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.machinery
+import logging
+import platform
+import weakref
+from pathlib import Path
+from typing import Any
+
+_LOG = logging.getLogger(__name__)
+
+_ABI = 1
+"""Must equal `arriero_abi()`: a library left over from an older build is not used."""
+
+VARIANTS = ("avx512bf16", "avx512", "avx2", "portable")
+"""Best first."""
+
+_FLAGS = {
+    "avx512bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "fma", "f16c"},
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"},
+    "avx2": {"avx2", "fma", "f16c"},
+    "portable": set[str](),
+}
+
+
+class Matrix(ctypes.Structure):
+    """`struct Matrix` of native/matrix.h."""
+
+    _fields_ = (
+        ("out_features", ctypes.c_int64),
+        ("in_features", ctypes.c_int64),
+        ("data", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("zero", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("type", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+    )
+
+
+class Cache(ctypes.Structure):
+    """`struct Cache` of native/attention.h."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("layer_bytes", ctypes.c_int64),
+        ("block_bytes", ctypes.c_int64),
+        ("head_bytes", ctypes.c_int64),
+        ("type", ctypes.c_int32),
+        ("block_size", ctypes.c_int32),
+        ("num_blocks", ctypes.c_int32),
+        ("num_heads", ctypes.c_int32),
+        ("head_dim", ctypes.c_int32),
+        ("num_layers", ctypes.c_int32),
+    )
+
+
+class Batch(ctypes.Structure):
+    """`struct Batch` of native/attention.h."""
+
+    _fields_ = (
+        ("tokens", ctypes.c_int64),
+        ("sequences", ctypes.c_int64),
+        ("positions", ctypes.c_void_p),
+        ("query_start", ctypes.c_void_p),
+        ("context", ctypes.c_void_p),
+        ("block_table", ctypes.c_void_p),
+        ("table_stride", ctypes.c_int64),
+        ("table_blocks", ctypes.c_int64),
+        ("slots", ctypes.c_void_p),
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
+        ("cos_stride", ctypes.c_int64),
+        ("sin_stride", ctypes.c_int64),
+    )
+
+
+class Style(ctypes.Structure):
+    """`struct Style` of native/attention.h."""
+
+    _fields_ = (
+        ("rope", ctypes.c_int32),
+        ("qk_norm", ctypes.c_int32),
+        ("eps", ctypes.c_float),
+        ("query_gain", ctypes.c_float),
+        ("query_floor", ctypes.c_float),
+        ("chunk_size", ctypes.c_int32),
+    )
+
+
+class Layer(ctypes.Structure):
+    """`struct Layer` of native/decoder.h."""
+
+    _fields_ = (
+        ("attn_norm", ctypes.c_void_p),
+        ("mlp_norm", ctypes.c_void_p),
+        ("qkv", Matrix),
+        ("o", Matrix),
+        ("gate_up", Matrix),
+        ("down", Matrix),
+        ("num_q_heads", ctypes.c_int32),
+        ("num_kv_heads", ctypes.c_int32),
+        ("head_dim", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("eps", ctypes.c_float),
+        ("style", Style),
+    )
+
+
+_P, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "pack": (_P, _P, _I64, _P, _I64, _I64, _I64, _I32),
+    "embed": (_P, _P, _I64, _P, _I64, _P),
+    "linear": (_P, _P, _P, _I64, _I64, _P),
+    "logits": (_P, _P, _P, _F32, _P, _I64, _I64, _P),
+    "rms_norm": (_P, _P, _I64, _I64, _I64, _P, _F32, _P),
+    "silu_mul": (_P, _P, _I64, _I64, _I64, _P),
+    "grouped_linear": (_P, _P, _P, _I64, _P, _I64, _P),
+    "rope_write": (_P, _P, _I64, _P, _P, _I64, _P),
+    "paged_attention": (_P, _P, _I64, _I32, _F32, _I32, _P, _I64, _P, _P),
+    "decoder": (_P, _P, _I64, _P, _P, _P),
+    "attention_block": (_P, _P, _I64, _P, _P, _P, _P),
+    "mlp_block": (_P, _P, _I64, _P, _P),
+    "cache_copy": (_P, _I64, _P, _I64, _P, _I32),
+    "argmax": (_P, _P, _I64, _I64, _I64, _P),
+    "read": (_P, _P, _I64, _P),
+}
+
+
+class Library:
+    """One loaded variant; its functions raise what C++ refused."""
+
+    def __init__(self, variant: str, path: Path) -> None:
+        """Load `path`.
+
+        Raises:
+            OSError: it does not load, or was built from other sources than these.
+        """
+        self.variant = variant
+        self._dll = ctypes.CDLL(str(path))
+        abi = getattr(self._dll, "arriero_abi", None)
+        if abi is None or abi() != _ABI:
+            raise OSError(f"{path.name} was built from another version; build it again")
+        self._dll.arriero_failure.restype = ctypes.c_char_p
+        self._dll.arriero_machine.restype = ctypes.c_void_p
+        self._dll.arriero_machine.argtypes = (_I32, _I32)
+        self._dll.arriero_machine_free.argtypes = (_P,)
+        self._dll.arriero_advise_large.argtypes = (_P, _I64)
+        self.rounds_inputs = bool(self._dll.arriero_rounds_inputs())
+        for name, types in _SIGNATURES.items():
+            function = getattr(self._dll, f"arriero_{name}")
+            function.argtypes = types
+            function.restype = ctypes.c_int32
+            setattr(self, f"_{name}", function)
+
+    def call(self, name: str, *arguments: Any) -> None:  # noqa: ANN401
+        """Call `arriero_<name>`.
+
+        Raises:
+            ValueError: an index or a shape that the kernels would follow out of bounds.
+        """
+        if getattr(self, f"_{name}")(*arguments):
+            why = self._dll.arriero_failure().decode()
+            raise ValueError(f"{name}: {why}")
+
+    def advise_large(self, address: int, num_bytes: int) -> None:
+        """Ask for large pages behind memory that nothing has touched yet."""
+        self._dll.arriero_advise_large(address, num_bytes)
+
+    def machine(self, num_threads: int, exact: bool) -> Machine:
+        """Start a set of threads."""
+        handle = self._dll.arriero_machine(num_threads, int(exact))
+        if not handle:
+            why = self._dll.arriero_failure().decode()
+            raise RuntimeError(f"cannot start {num_threads} threads: {why}")
+        return Machine(self._dll, handle)
+
+
+class Machine:
+    """A set of threads with its scratch memory; stopped when collected."""
+
+    def __init__(self, dll: ctypes.CDLL, handle: int) -> None:
+        self.handle = handle
+        finalizer = weakref.finalize(self, dll.arriero_machine_free, handle)
+        # At exit the threads sleep and the process takes them along; joining them could only hang.
+        finalizer.atexit = False
+
+
+def cpu_flags() -> set[str] | None:
+    """Instruction sets of this CPU by Linux's names; None where they cannot be read."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() == "flags":
+            return set(value.split())
+    return None
+
+
+def runnable() -> list[str]:
+    """The variants whose instructions this CPU has, best first."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return ["portable"]
+    flags = cpu_flags()
+    if flags is None:
+        return ["portable"]
+    return [variant for variant in VARIANTS if _FLAGS[variant] <= flags]
+
+
+def find(variant: str) -> Path | None:
+    """The shared object of a variant, where it was built."""
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = Path(__file__).parent / f"_{variant}{suffix}"
+        if path.exists():
+            return path
+    return None
+
+
+@functools.cache
+def load(variant: str | None = None) -> Library:
+    """Load a variant, or the best one that this machine can run.
+
+    Raises:
+        RuntimeError: none can be used; the message says why and what to do.
+    """
+    if variant is not None and variant not in runnable():
+        raise RuntimeError(
+            f"variant {variant!r} needs instructions that this CPU lacks; "
+            f"it can run {', '.join(runnable())}"
+        )
+    reasons: list[str] = []
+    for name in runnable() if variant is None else [variant]:
+        path = find(name)
+        if path is None:
+            reasons.append(f"{name} was not built")
+            continue
+        try:
+            library = Library(name, path)
+        except OSError as error:
+            reasons.append(f"{name}: {error}")
+            continue
+        if reasons:
+            _LOG.info("CPU kernels: using %s (%s)", name, "; ".join(reasons))
+        return library
+    raise RuntimeError(
+        f"the CPU kernels cannot be used here ({'; '.join(reasons)}); install a C++20 compiler "
+        "and run `pip install` again (or `python setup.py build_ext --inplace` in a checkout)"
+    )

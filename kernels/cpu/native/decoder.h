@@ -1,0 +1,229 @@
+// A stage's layers over one batch: norms, products, attention, residual sums.
+//
+// Knows a layer's parts and the order in which threads meet; knows nothing of Python.
+#pragma once
+
+#include <string>
+
+#include "attention.h"
+
+namespace arriero {
+
+// The C struct that Python fills.
+struct Layer {
+    const float* attn_norm;
+    const float* mlp_norm;
+    Matrix qkv, o, gate_up, down;
+    int32_t num_q_heads, num_kv_heads, head_dim;
+    float scale;
+    float eps;
+    Style style;
+
+    Heads heads() const { return {num_q_heads, num_kv_heads, head_dim}; }
+};
+
+// Root-mean-square norm of one row, handed to `put(at, sixteen values)`; tails come out as 0.
+template <class Put>
+inline void rms_norm_row(const float* x, const float* weight, float eps, int64_t size, Put&& put) {
+    // Four chains, each over every fourth vector: a fixed order, and four times the speed of one.
+    F16 sums[4] = {zero(), zero(), zero(), zero()};
+    const int64_t whole = size / kLanes * kLanes;
+    const int rest = int(size - whole);
+    for (int64_t i = 0; i < whole; i += kLanes) {
+        F16 v = load(x + i);
+        F16& sum = sums[i / kLanes % 4];
+        sum = fma(v, v, sum);
+    }
+    if (rest) {
+        F16 v = load_n(x + whole, rest);
+        sums[0] = fma(v, v, sums[0]);
+    }
+    const float total = reduce_add(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
+    const F16 factor = set1(1.0f / std::sqrt(total / float(size) + eps));
+    for (int64_t i = 0; i < whole; i += kLanes)
+        put(i, mul(mul(load(x + i), factor), load(weight + i)));
+    if (rest) put(whole, mul(mul(load_n(x + whole, rest), factor), load_n(weight + whole, rest)));
+}
+
+// Memory that grows and is kept, in whole cache lines; large pieces ask for large pages.
+class Buffer {
+  public:
+    char* room(int64_t bytes) {
+        if (bytes > size_) {
+            std::free(data_);
+            size_ = (bytes + kPage - 1) / kPage * kPage;
+            data_ = static_cast<char*>(std::aligned_alloc(kPage, size_t(size_)));
+            if (data_ == nullptr) {
+                size_ = 0;
+                throw std::bad_alloc();
+            }
+            advise_large(data_, size_);
+        }
+        return data_;
+    }
+    ~Buffer() { std::free(data_); }
+    Buffer() = default;
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+
+    static void advise_large(void* data, int64_t bytes);
+
+  private:
+    static constexpr int64_t kPage = 1 << 16;
+    char* data_ = nullptr;
+    int64_t size_ = 0;
+};
+
+// What one set of threads computes with.
+struct Machine {
+    explicit Machine(int num_threads, bool exact_inputs)
+        : pool(num_threads), exact(exact_inputs), scratch(num_threads), own(num_threads) {}
+
+    Pool pool;
+    bool exact;  // bf16 matrices take float32 inputs: slower, closer
+    Buffer normed, qkv, mixed, hidden, partials;
+    std::vector<AttentionScratch> scratch;
+    std::vector<Buffer> own;  // each thread's rows, when all threads compute all of them
+};
+
+// Below so many rows each thread norms all of them for itself: cheaper than meeting the others.
+inline constexpr int64_t kOwnRows = 8;
+
+// Norm the rows into inputs for a product with `m`.
+inline Rows norm_rows(Machine& machine, Worker& worker, const float* x, int64_t x_stride,
+                      int64_t num_rows, const float* weight, float eps, const Matrix& m,
+                      char* shared) {
+    const bool rounded = rounds_inputs(m.type, machine.exact), own = num_rows <= kOwnRows;
+    Rows rows{shared, row_stride(m.in_features)};
+    auto one = [&](int64_t row) {
+        rms_norm_row(x + row * x_stride, weight, eps, m.in_features,
+                     [&](int64_t at, F16 v) { store_inputs(rows, rounded, row, at, v); });
+    };
+    if (own) {
+        rows.data = machine.own[worker.thread].room(rows.stride * num_rows);
+        for (int64_t row = 0; row < num_rows; ++row) one(row);
+    } else {
+        const int64_t chunk = 8;
+        worker.share(int(ceil_div(num_rows, chunk)), [&](int item, int) {
+            for (int64_t r = item * chunk; r < std::min((item + 1) * chunk, num_rows); ++r) one(r);
+        });
+    }
+    return rows;
+}
+
+// Store or add a block of sums: out [row][column], columns past the matrix's left alone.
+template <bool kAdd>
+inline void put_block(const Block& block, float* out, int64_t out_stride, int64_t columns) {
+    for (int half = 0; half < (block.second < 0 ? 1 : 2); ++half) {
+        const int64_t column = (half ? block.second : block.first) * kPanel;
+        for (int v = 0; v < 2; ++v) {
+            const int64_t at = column + v * kLanes;
+            const int n = int(std::min<int64_t>(kLanes, columns - at));
+            if (n <= 0) break;
+            const float* c = block.c + half * kPanel + v * kLanes;
+            for (int row = 0; row < block.rows; ++row, c += kBlockStride) {
+                float* to = out + (block.row + row) * out_stride + at;
+                F16 x = load(c);
+                if (n == kLanes)
+                    store(to, kAdd ? add(load(to), x) : x);
+                else
+                    store_n(to, kAdd ? add(load_n(to, n), x) : x, n);
+            }
+        }
+    }
+}
+
+// Attention half of a layer: adds to `x`, or writes the partial sum to `part` when that is given.
+inline void attention_block(Machine& machine, Worker& worker, const Layer& layer, int64_t index,
+                            const Cache& kv, const Batch& batch, const AttentionPlan& plan,
+                            float* x, float* part) {
+    const int64_t tokens = batch.tokens, hidden = layer.qkv.in_features;
+    const Heads heads = layer.heads();
+    const int64_t width = ceil_div(heads.width(), kLanes) * kLanes;
+    float* qkv = reinterpret_cast<float*>(machine.qkv.room(0));
+    Rows normed = norm_rows(machine, worker, x, hidden, tokens, layer.attn_norm, layer.eps,
+                            layer.qkv, machine.normed.room(0));
+    product(worker, layer.qkv, normed, rounds_inputs(layer.qkv.type, machine.exact), tokens, false,
+            [&](const Block& b) { put_block<false>(b, qkv, width, heads.width()); });
+    const int64_t chunk = tokens <= 2 * kOwnRows ? 2 : 8;
+    worker.share(int(ceil_div(tokens, chunk)), [&](int item, int) {
+        for (int64_t t = item * chunk; t < std::min((item + 1) * chunk, tokens); ++t)
+            rope_write(batch, t, heads, layer.style, qkv + t * width, kv, index);
+    });
+    const bool rounded = rounds_inputs(layer.o.type, machine.exact);
+    const Rows mixed{machine.mixed.room(0), row_stride(layer.o.in_features)};
+    const AttentionCall call{batch, heads, layer.scale, layer.style.chunk_size, kv, index, qkv,
+                             width, mixed, rounded, machine.exact,
+                             reinterpret_cast<float*>(machine.partials.room(0))};
+    attention(worker, plan, call, machine.scratch[worker.thread]);
+    product(worker, layer.o, mixed, rounded, tokens, false, [&](const Block& b) {
+        if (part != nullptr)
+            put_block<false>(b, part, hidden, layer.o.out_features);
+        else
+            put_block<true>(b, x, hidden, layer.o.out_features);
+    });
+}
+
+// silu(gate) * up, from raw sums.
+inline void silu_mul_row(const float* gate, const float* up, int64_t size, const Rows& out,
+                         bool rounded, int64_t row) {
+    for (int64_t i = 0; i < size; i += kLanes) {
+        const int n = int(std::min<int64_t>(kLanes, size - i));
+        store_output(out, rounded, row, i, mul(silu(load_n(gate + i, n)), load_n(up + i, n)), n);
+    }
+}
+
+// MLP half of a layer.
+inline void mlp_block(Machine& machine, Worker& worker, const Layer& layer, int64_t tokens,
+                      float* x, float* part) {
+    const int64_t size = layer.down.in_features, hidden = layer.gate_up.in_features;
+    const bool rounded = rounds_inputs(layer.down.type, machine.exact);
+    const Rows mixed{machine.hidden.room(0), row_stride(size)};
+    Rows normed = norm_rows(machine, worker, x, hidden, tokens, layer.mlp_norm, layer.eps,
+                            layer.gate_up, machine.normed.room(0));
+    const bool wide = rounds_inputs(layer.gate_up.type, machine.exact);
+    if (size % kPanel == 0) {
+        product(worker, layer.gate_up, normed, wide, tokens, true, [&](const Block& b) {
+            for (int row = 0; row < b.rows; ++row) {
+                const float* c = b.c + row * kBlockStride;
+                for (int v = 0; v < kPanel; v += kLanes)
+                    store_inputs(mixed, rounded, b.row + row, b.first * kPanel + v,
+                                 mul(silu(load(c + v)), load(c + kPanel + v)));
+            }
+        });
+    } else {  // gate and up columns do not stand panel by panel: go through memory
+        float* sums = reinterpret_cast<float*>(machine.qkv.room(0));
+        product(worker, layer.gate_up, normed, wide, tokens, false,
+                [&](const Block& b) { put_block<false>(b, sums, 2 * size, 2 * size); });
+        worker.share(int(tokens), [&](int t, int) {
+            silu_mul_row(sums + t * 2 * size, sums + t * 2 * size + size, size, mixed, rounded, t);
+        });
+    }
+    product(worker, layer.down, mixed, rounded, tokens, false, [&](const Block& b) {
+        if (part != nullptr)
+            put_block<false>(b, part, hidden, layer.down.out_features);
+        else
+            put_block<true>(b, x, hidden, layer.down.out_features);
+    });
+}
+
+// Room for all that the blocks keep between phases; an odd last input must read as 0.
+inline void make_room(Machine& machine, const Layer& layer, int64_t tokens,
+                      const AttentionPlan* plan) {
+    const int64_t size = layer.down.in_features;
+    const int64_t width = ceil_div(layer.heads().width(), kLanes) * kLanes;
+    machine.normed.room(row_stride(layer.qkv.in_features) * tokens);
+    machine.qkv.room(std::max(width, size % kPanel ? 2 * size : 0) * tokens * 4);
+    char* mixed = machine.mixed.room(row_stride(layer.o.in_features) * tokens);
+    char* hidden = machine.hidden.room(row_stride(size) * tokens);
+    if (layer.o.in_features % 2) std::memset(mixed, 0, size_t(row_stride(layer.o.in_features) * tokens));
+    if (size % 2) std::memset(hidden, 0, size_t(row_stride(size) * tokens));
+    if (plan != nullptr) {
+        const int64_t padded = ceil_div(layer.head_dim, kLanes) * kLanes;
+        machine.partials.room(plan->partials * layer.num_q_heads * (2 + padded) * 4);
+    }
+}
+
+inline constexpr int kLayerPhases = 12;  // at least the `share` calls of one layer
+
+}  // namespace arriero

@@ -1,0 +1,254 @@
+// A packed matrix, and the kernels that multiply a few rows by a few of its columns.
+//
+// Knows panels and registers; knows nothing of threads or layers.
+//
+// Layout. Output columns stand in panels of 32; within a panel the input runs in pairs (2p, 2p+1),
+// and each pair holds two vectors of 16 columns. A vector holds, for its 16 columns, the weights
+// of both inputs of the pair, as the type's `expand` reads them. The tails of columns and inputs
+// are zeros. So a matrix-vector product streams a panel from end to end, and a tile of rows by a
+// panel needs one vector load for 32 weights.
+//
+// Same tokens: every output is one accumulator that takes the inputs in rising order, in each
+// kernel here, whatever its number of rows.
+#pragma once
+
+#include "simd.h"
+
+namespace arriero {
+
+enum Type : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, kFp8 = 4, kInt4 = 5 };
+
+inline constexpr int kPanel = 32;
+inline constexpr float kInt4Zero = 8.0f;  // where a matrix has no zeros of its own
+
+#if defined(ARRIERO_AVX512)
+inline constexpr int kMaxRows = 12;  // 24 accumulators, 2 weights, the broadcast, the mask
+inline constexpr int kThinRows = 4;  // up to here two panels go together, for longer chains
+#elif defined(ARRIERO_AVX2)
+inline constexpr int kMaxRows = 3;
+inline constexpr int kThinRows = 1;
+#else
+inline constexpr int kMaxRows = 2;
+inline constexpr int kThinRows = 1;
+#endif
+
+// Bytes of one vector: 16 columns of a pair of inputs.
+inline constexpr int64_t vector_bytes(int32_t type) {
+    return type == kFloat32                        ? 128
+           : type == kBFloat16 || type == kFloat16 ? 64
+           : type == kInt4                         ? 16
+                                                   : 32;
+}
+
+template <int32_t type>
+inline void expand(const void* p, F16& first, F16& second) {
+    if constexpr (type == kFloat32) {
+        first = load(static_cast<const float*>(p));
+        second = load(static_cast<const float*>(p) + kLanes);
+    } else if constexpr (type == kBFloat16) {
+        expand_bf16(p, first, second);
+    } else if constexpr (type == kFloat16) {
+        expand_f16(p, first, second);
+    } else if constexpr (type == kInt8) {
+        expand_int8(p, first, second);
+    } else if constexpr (type == kFp8) {
+        expand_fp8(p, first, second);
+    } else {
+        expand_int4(p, first, second);
+    }
+}
+
+// Where an element stands in a vector: of 16 columns, the first or second input of the pair.
+// (Two int4 elements share the byte of their column: the second is the high nibble.)
+inline constexpr int64_t element_offset(int32_t type, int column, int second) {
+    if (type == kInt4) return column;
+    if (type == kBFloat16) return column * 4 + second * 2;
+    return (second * kLanes + column) * (vector_bytes(type) / 32);
+}
+
+inline void store_element(int32_t type, char* p, float value) {
+    if (type == kFloat32) {
+        std::memcpy(p, &value, 4);
+        return;
+    }
+    uint16_t half = type == kBFloat16 ? float_to_bf16(value) : float_to_f16(value);
+    std::memcpy(p, &half, 2);
+}
+
+inline float load_element(int32_t type, const char* p) {
+    if (type == kFloat32) {
+        float value;
+        std::memcpy(&value, p, 4);
+        return value;
+    }
+    uint16_t half;
+    std::memcpy(&half, p, 2);
+    return type == kBFloat16 ? bf16_to_float(half) : f16_to_float(half);
+}
+
+// The C struct that Python fills. int8 and fp8 have one scale a column, applied to the sums; int4
+// one a column and group of inputs, [groups][padded columns], `zero` likewise or null for 8:
+// w = (q - zero) * scale.
+struct Matrix {
+    int64_t out_features;
+    int64_t in_features;
+    const char* data;
+    const float* scale;
+    const float* zero;
+    const float* bias;
+    int32_t type;
+    int32_t group;  // int4: inputs that share a scale, an even number; else 0
+
+    int64_t pairs() const { return (in_features + 1) / 2; }
+    int64_t panels() const { return (out_features + kPanel - 1) / kPanel; }
+    int64_t panel_bytes() const { return pairs() * 2 * vector_bytes(type); }
+    int64_t columns() const { return panels() * kPanel; }
+    const char* panel(int64_t i) const { return data + i * panel_bytes(); }
+    int64_t element(int64_t out, int64_t in) const {
+        return out / kPanel * panel_bytes() +
+               (in / 2 * 2 + out % kPanel / kLanes) * vector_bytes(type) +
+               element_offset(type, int(out % kLanes), int(in % 2));
+    }
+};
+
+// What one call of a kernel multiplies: M rows of `a` by V vectors at w[v], into c [M][V * 16].
+struct Tile {
+    const char* a;
+    int64_t a_stride;  // bytes
+    const char* w[4];
+    int64_t pairs;
+    float* c;
+    int64_t c_stride;  // floats
+    const char* fetch;   // walked through in `fetch_step` bytes a pair
+    int64_t fetch_step;
+    const float* scale[4];  // group-wise types: first group's
+    const float* zero[4];
+    int64_t group_stride;  // floats from one group's scales to the next
+    int64_t group_pairs;
+};
+
+using Kernel = void (*)(const Tile&);
+
+inline void prefetch(const char* p) { __builtin_prefetch(p, 0, 2); }
+
+template <int M, int V>
+inline void store_tile(const Tile& t, const F16 (&acc)[M][V]) {
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) store(t.c + m * t.c_stride + v * kLanes, acc[m][v]);
+}
+
+template <int V>
+inline void fetch_ahead(const Tile& t, int64_t pair, int64_t step_bytes) {
+    if constexpr (V == 4) {  // thin tiles run at the memory's pace: fetch along their own streams
+        prefetch(t.w[0] + pair * step_bytes + t.fetch_step);
+        prefetch(t.w[2] + pair * step_bytes + t.fetch_step);
+        if (step_bytes > 64) {
+            prefetch(t.w[0] + pair * step_bytes + t.fetch_step + 64);
+            prefetch(t.w[2] + pair * step_bytes + t.fetch_step + 64);
+        }
+    } else {
+        prefetch(t.fetch + pair * t.fetch_step);
+        prefetch(t.fetch + pair * t.fetch_step + 64);
+    }
+}
+
+// Float32 inputs; weights of any type that needs no group scale. STEP: vectors from one pair to
+// the next in memory (2 in a matrix, 1 in a cache block).
+template <int32_t type, int M, int V, int STEP, bool FETCH>
+void float_kernel(const Tile& t) {
+    constexpr int64_t step = STEP * vector_bytes(type);
+    F16 acc[M][V];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) acc[m][v] = zero();
+    for (int64_t p = 0; p < t.pairs; ++p) {
+        if constexpr (FETCH) fetch_ahead<V>(t, p, step);
+        F16 first[V], second[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) expand<type>(t.w[v] + p * step, first[v], second[v]);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+            F16 x = set1(reinterpret_cast<const float*>(t.a + m * t.a_stride)[2 * p]);
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) acc[m][v] = fma(x, first[v], acc[m][v]);
+        }
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+            F16 x = set1(reinterpret_cast<const float*>(t.a + m * t.a_stride)[2 * p + 1]);
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) acc[m][v] = fma(x, second[v], acc[m][v]);
+        }
+    }
+    store_tile<M, V>(t, acc);
+}
+
+// As above, with weights (q - zero) * scale that change from group to group of inputs.
+template <int32_t type, int M, int V>
+void group_kernel(const Tile& t) {
+    constexpr int64_t step = 2 * vector_bytes(type);
+    F16 acc[M][V];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) acc[m][v] = zero();
+    for (int64_t start = 0, g = 0; start < t.pairs; start += t.group_pairs, ++g) {
+        F16 scale[V], zeros[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+            scale[v] = load(t.scale[v] + g * t.group_stride);
+            zeros[v] = t.zero[v] ? load(t.zero[v] + g * t.group_stride) : set1(kInt4Zero);
+        }
+        int64_t end = start + t.group_pairs < t.pairs ? start + t.group_pairs : t.pairs;
+        for (int64_t p = start; p < end; ++p) {
+            fetch_ahead<V>(t, p, step);
+            F16 first[V], second[V];
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) {
+                expand<type>(t.w[v] + p * step, first[v], second[v]);
+                first[v] = mul(sub(first[v], zeros[v]), scale[v]);
+                second[v] = mul(sub(second[v], zeros[v]), scale[v]);
+            }
+#pragma GCC unroll 16
+            for (int m = 0; m < M; ++m) {
+                const float* a = reinterpret_cast<const float*>(t.a + m * t.a_stride) + 2 * p;
+                F16 x = set1(a[0]), y = set1(a[1]);
+#pragma GCC unroll 4
+                for (int v = 0; v < V; ++v)
+                    acc[m][v] = fma(y, second[v], fma(x, first[v], acc[m][v]));
+            }
+        }
+    }
+    store_tile<M, V>(t, acc);
+}
+
+#if defined(ARRIERO_BF16)
+// Inputs rounded to bf16: one instruction multiplies 16 pairs.
+template <int M, int V, int STEP, bool FETCH>
+void pair_kernel(const Tile& t) {
+    constexpr int64_t step = STEP * 64;
+    F16 acc[M][V];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) acc[m][v] = zero();
+    for (int64_t p = 0; p < t.pairs; ++p) {
+        if constexpr (FETCH) fetch_ahead<V>(t, p, step);
+        __m512i w[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) w[v] = _mm512_loadu_si512(t.w[v] + p * step);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+            __m512i x = _mm512_set1_epi32(reinterpret_cast<const int*>(t.a + m * t.a_stride)[p]);
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v)
+                acc[m][v] = _mm512_dpbf16_ps(acc[m][v], (__m512bh)x, (__m512bh)w[v]);
+        }
+    }
+    store_tile<M, V>(t, acc);
+}
+#endif
+
+}  // namespace arriero

@@ -1,0 +1,225 @@
+// The product of all rows of a batch with a packed matrix, shared out among the threads.
+//
+// Knows which kernel takes which rows and panels; knows nothing of what the result is for: each
+// finished block of columns goes to the caller's epilogue while it is still in the first cache.
+#pragma once
+
+#include <array>
+#include <utility>
+
+#include "matrix.h"
+#include "pool.h"
+
+namespace arriero {
+
+// Rows of inputs for products: float32, or bf16 where the matrix's kernels want it. Strides leave
+// room for an odd last input, which is 0.
+struct Rows {
+    char* data;
+    int64_t stride;  // bytes
+
+    float* floats(int64_t row) const { return reinterpret_cast<float*>(data + row * stride); }
+    bf16* halves(int64_t row) const { return reinterpret_cast<bf16*>(data + row * stride); }
+};
+
+// Whether inputs of a matrix of this type are rounded to bf16.
+inline bool rounds_inputs([[maybe_unused]] int32_t type, [[maybe_unused]] bool exact) {
+#if defined(ARRIERO_BF16)
+    return type == kBFloat16 && !exact;
+#else
+    return false;
+#endif
+}
+
+// Bytes between rows of `features` inputs: whole cache lines, and never a multiple of 4096, so
+// that the rows of a tile do not all fall into one set of the cache.
+inline int64_t row_stride(int64_t features) {
+    int64_t bytes = (features * 4 + 64 + 63) / 64 * 64;
+    return bytes % 4096 == 0 ? bytes + 64 : bytes;
+}
+
+// Store 16 inputs (or n < 16) at a multiple of 16, in the form the product wants.
+inline void store_inputs(const Rows& rows, bool rounded, int64_t row, int64_t at, F16 value) {
+    if (rounded)
+        store_bf16(rows.halves(row) + at, value);
+    else
+        store(rows.floats(row) + at, value);
+}
+
+inline constexpr int kRowBlock = 96;  // rows of a block: its inputs stay in the second cache
+
+template <int32_t type, size_t... M>
+constexpr auto wide_floats(std::index_sequence<M...>) {
+    return std::array<Kernel, sizeof...(M)>{float_kernel<type, int(M) + 1, 2, 2, true>...};
+}
+template <int32_t type, size_t... M>
+constexpr auto thin_floats(std::index_sequence<M...>) {
+    return std::array<Kernel, sizeof...(M)>{float_kernel<type, int(M) + 1, 4, 2, true>...};
+}
+template <int32_t type, size_t... M>
+constexpr auto wide_groups(std::index_sequence<M...>) {
+    return std::array<Kernel, sizeof...(M)>{group_kernel<type, int(M) + 1, 2>...};
+}
+template <int32_t type, size_t... M>
+constexpr auto thin_groups(std::index_sequence<M...>) {
+    return std::array<Kernel, sizeof...(M)>{group_kernel<type, int(M) + 1, 4>...};
+}
+#if defined(ARRIERO_BF16)
+template <size_t... M>
+constexpr auto wide_pairs(std::index_sequence<M...>) {
+    return std::array<Kernel, sizeof...(M)>{pair_kernel<int(M) + 1, 2, 2, true>...};
+}
+template <size_t... M>
+constexpr auto thin_pairs(std::index_sequence<M...>) {
+    return std::array<Kernel, sizeof...(M)>{pair_kernel<int(M) + 1, 4, 2, true>...};
+}
+#endif
+
+// The kernel for `rows` rows by one panel (wide) or two (thin).
+inline Kernel kernel_for(int32_t type, [[maybe_unused]] bool rounded, bool thin, int rows) {
+    using Wide = std::make_index_sequence<kMaxRows>;
+    using Thin = std::make_index_sequence<kThinRows>;
+#if defined(ARRIERO_BF16)
+    static constexpr auto wide_pair = wide_pairs(Wide{});
+    static constexpr auto thin_pair = thin_pairs(Thin{});
+    if (rounded) return thin ? thin_pair[rows - 1] : wide_pair[rows - 1];
+#endif
+#define ARRIERO_KERNELS(TYPE, FAMILY)                         \
+    case TYPE: {                                              \
+        static constexpr auto wide = wide_##FAMILY<TYPE>(Wide{}); \
+        static constexpr auto narrow = thin_##FAMILY<TYPE>(Thin{}); \
+        return thin ? narrow[rows - 1] : wide[rows - 1];      \
+    }
+    switch (type) {
+        ARRIERO_KERNELS(kFloat32, floats)
+        ARRIERO_KERNELS(kBFloat16, floats)
+        ARRIERO_KERNELS(kFloat16, floats)
+        ARRIERO_KERNELS(kInt8, floats)
+        ARRIERO_KERNELS(kFp8, floats)
+        ARRIERO_KERNELS(kInt4, groups)
+    }
+#undef ARRIERO_KERNELS
+    return nullptr;
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A block of finished sums: `rows` rows from `row`, two panels side by side (`second` is -1 where
+// the matrix ends in the first), in c [rows][2 * kPanel].
+struct Block {
+    int64_t row;
+    int rows;
+    int64_t first, second;  // panels
+    float* c;
+};
+
+inline constexpr int kBlockStride = 2 * kPanel;
+
+// Two panels by a block of rows, into c.
+inline void multiply(const Matrix& m, const Rows& a, bool rounded, Block& block,
+                     const char* fetch) {
+    const int64_t pairs = m.pairs();
+    const int64_t step = 2 * vector_bytes(m.type);
+    auto place = [&](Tile& t, int v, int64_t panel) {
+        for (int half = 0; half < 2; ++half) {
+            t.w[v + half] = m.panel(panel) + half * vector_bytes(m.type);
+            if (m.group) {
+                t.scale[v + half] = m.scale + panel * kPanel + half * kLanes;
+                t.zero[v + half] =
+                    m.zero ? m.zero + panel * kPanel + half * kLanes : nullptr;
+            }
+        }
+    };
+    Tile t{};
+    t.a_stride = a.stride;
+    t.pairs = pairs;
+    t.c_stride = kBlockStride;
+    t.group_pairs = m.group ? m.group / 2 : pairs;
+    t.group_stride = m.columns();
+    if (block.rows <= kThinRows && block.second >= 0) {
+        t.a = a.data + block.row * a.stride;
+        t.c = block.c;
+        t.fetch_step = 2048;
+        place(t, 0, block.first);
+        place(t, 2, block.second);
+        kernel_for(m.type, rounded, true, block.rows)(t);
+    } else {
+        const int tiles = int(ceil_div(block.rows, kMaxRows));
+        for (int half = 0; half < (block.second < 0 ? 1 : 2); ++half) {
+            const int64_t panel = half ? block.second : block.first;
+            const char* ahead = !half && block.second >= 0 ? m.panel(block.second) : fetch;
+            if (ahead == nullptr) ahead = m.panel(panel);
+            place(t, 0, panel);
+            t.fetch_step = ceil_div(step, tiles);
+            for (int tile = 0, row = 0; tile < tiles; ++tile) {
+                const int rows = (block.rows - row) / (tiles - tile);
+                t.a = a.data + (block.row + row) * a.stride;
+                t.c = block.c + row * kBlockStride + half * kPanel;
+                t.fetch = ahead + tile * t.fetch_step * pairs;
+                kernel_for(m.type, rounded, false, rows)(t);
+                row += rows;
+            }
+        }
+    }
+    if (m.group == 0 && m.scale != nullptr) {
+        for (int half = 0; half < (block.second < 0 ? 1 : 2); ++half) {
+            const float* scale = m.scale + (half ? block.second : block.first) * kPanel;
+            F16 low = load(scale), high = load(scale + kLanes);
+            for (int row = 0; row < block.rows; ++row) {
+                float* c = block.c + row * kBlockStride + half * kPanel;
+                store(c, mul(load(c), low));
+                store(c + kLanes, mul(load(c + kLanes), high));
+            }
+        }
+    }
+    if (m.bias != nullptr) {
+        for (int half = 0; half < (block.second < 0 ? 1 : 2); ++half) {
+            const float* bias = m.bias + (half ? block.second : block.first) * kPanel;
+            F16 low = load(bias), high = load(bias + kLanes);
+            for (int row = 0; row < block.rows; ++row) {
+                float* c = block.c + row * kBlockStride + half * kPanel;
+                store(c, add(load(c), low));
+                store(c + kLanes, add(load(c + kLanes), high));
+            }
+        }
+    }
+}
+
+// y = x Wᵀ (+ bias) for `num_rows` rows; finish(block) once for each block of sums.
+// `paired`: panels p and p + half go together (gate and up) instead of 2p and 2p + 1.
+template <class Finish>
+void product(Worker& worker, const Matrix& m, const Rows& a, bool rounded, int64_t num_rows,
+             bool paired, Finish&& finish) {
+    const int64_t panels = m.panels(), steps = ceil_div(panels, 2), half = panels / 2;
+    const int64_t row_blocks = ceil_div(num_rows, kRowBlock);
+    // Enough items to even out the threads, few enough that counting them costs nothing.
+    int64_t wanted = worker.num_threads * (num_rows <= kMaxRows ? 6 : 8);
+    int64_t per_block = row_blocks >= wanted ? 1 : ceil_div(wanted, row_blocks);
+    if (worker.num_threads == 1) per_block = 1;
+    int64_t chunk = ceil_div(steps, per_block < steps ? per_block : steps);
+    per_block = ceil_div(steps, chunk);
+    auto first_of = [&](int64_t step) { return paired ? step : 2 * step; };
+    auto second_of = [&](int64_t step) {
+        int64_t panel = paired ? step + half : 2 * step + 1;
+        return panel < panels ? panel : -1;
+    };
+    worker.share(int(row_blocks * per_block), [&](int item, int next) {
+        alignas(64) float c[kRowBlock * kBlockStride];
+        const int64_t block = item / per_block, from = item % per_block * chunk;
+        const int64_t row = num_rows * block / row_blocks;
+        const int rows = int(num_rows * (block + 1) / row_blocks - row);
+        const int64_t to = from + chunk < steps ? from + chunk : steps;
+        for (int64_t step = from; step < to; ++step) {
+            const char* fetch = nullptr;
+            if (step + 1 < to)
+                fetch = m.panel(first_of(step + 1));
+            else if (next >= 0)
+                fetch = m.panel(first_of(next % per_block * chunk));
+            Block out{row, rows, first_of(step), second_of(step), c};
+            multiply(m, a, rounded, out, fetch);
+            finish(out);
+        }
+    });
+}
+
+}  // namespace arriero

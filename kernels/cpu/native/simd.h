@@ -1,0 +1,379 @@
+// Sixteen floats at a time, on AVX-512, AVX2 + FMA, or whatever the compiler makes of plain C++.
+//
+// Knows instructions; knows nothing of matrices. Everything else in this folder is written once
+// against this file. Compiled with -ffp-contract=off: a multiply-add is fused where `fma` says so
+// and nowhere else, so that every instance of a template rounds alike.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define ARRIERO_AVX512 1
+#include <immintrin.h>
+#elif defined(__AVX2__) && defined(__FMA__)
+#define ARRIERO_AVX2 1
+#include <immintrin.h>
+#endif
+
+#if defined(ARRIERO_AVX512) && defined(__AVX512BF16__)
+#define ARRIERO_BF16 1
+#endif
+
+namespace arriero {
+
+inline constexpr int kLanes = 16;
+using bf16 = uint16_t;
+
+inline float bits_to_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline uint32_t float_to_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
+
+inline float bf16_to_float(bf16 value) { return bits_to_float(uint32_t(value) << 16); }
+
+// Round to nearest even; a NaN stays one.
+inline bf16 float_to_bf16(float value) {
+    uint32_t bits = float_to_bits(value);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return bf16((bits >> 16) | 0x40u);
+    return bf16((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+#if defined(ARRIERO_AVX512)
+
+using F16 = __m512;
+
+inline F16 zero() { return _mm512_setzero_ps(); }
+inline F16 set1(float x) { return _mm512_set1_ps(x); }
+inline F16 load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, F16 a) { _mm512_storeu_ps(p, a); }
+// A masked store does not forward to the next load, so the whole vector goes without a mask.
+inline F16 load_n(const float* p, int n) {
+    return n == kLanes ? load(p) : _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1u), p);
+}
+inline void store_n(float* p, F16 a, int n) {
+    if (n == kLanes)
+        store(p, a);
+    else
+        _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1u), a);
+}
+inline F16 add(F16 a, F16 b) { return _mm512_add_ps(a, b); }
+inline F16 sub(F16 a, F16 b) { return _mm512_sub_ps(a, b); }
+inline F16 mul(F16 a, F16 b) { return _mm512_mul_ps(a, b); }
+inline F16 div(F16 a, F16 b) { return _mm512_div_ps(a, b); }
+inline F16 max(F16 a, F16 b) { return _mm512_max_ps(a, b); }
+inline F16 min(F16 a, F16 b) { return _mm512_min_ps(a, b); }
+inline F16 fma(F16 a, F16 b, F16 c) { return _mm512_fmadd_ps(a, b, c); }
+inline F16 round_even(F16 a) { return _mm512_roundscale_ps(a, 8); }
+// p * 2**n for whole n, p near 1; from kLowestPower down it is 0.
+inline constexpr float kLowestPower = -152.0f;
+inline F16 scale_by_power(F16 p, F16 n) { return _mm512_scalef_ps(p, n); }
+// Lanes n and up become `fill`.
+inline F16 keep(F16 a, int n, F16 fill) {
+    return _mm512_mask_mov_ps(fill, __mmask16((1u << n) - 1u), a);
+}
+// Sixteen pairs of bf16: the first of each pair, the second of each pair.
+inline void expand_bf16(const void* p, F16& first, F16& second) {
+    __m512i w = _mm512_loadu_si512(p);
+    first = _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
+    second = _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(int(0xffff0000))));
+}
+inline void expand_int8(const void* p, F16& first, F16& second) {
+    const __m128i* q = static_cast<const __m128i*>(p);
+    first = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(q)));
+    second = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(q + 1)));
+}
+inline void expand_f16(const void* p, F16& first, F16& second) {
+    const __m256i* q = static_cast<const __m256i*>(p);
+    first = _mm512_cvtph_ps(_mm256_loadu_si256(q));
+    second = _mm512_cvtph_ps(_mm256_loadu_si256(q + 1));
+}
+// E4M3 without its NaNs (packing refuses them): sign, then exponent and mantissa moved under the
+// float's exponent, whose bias is 120 larger.
+inline F16 fp8_to_float(__m512i byte) {
+    __m512i sign = _mm512_slli_epi32(_mm512_and_si512(byte, _mm512_set1_epi32(0x80)), 24);
+    __m512i rest = _mm512_slli_epi32(_mm512_and_si512(byte, _mm512_set1_epi32(0x7f)), 20);
+    F16 tiny = _mm512_castsi512_ps(_mm512_or_si512(sign, rest));
+    return _mm512_mul_ps(tiny, _mm512_set1_ps(0x1p120f));
+}
+inline void expand_fp8(const void* p, F16& first, F16& second) {
+    const __m128i* q = static_cast<const __m128i*>(p);
+    first = fp8_to_float(_mm512_cvtepu8_epi32(_mm_loadu_si128(q)));
+    second = fp8_to_float(_mm512_cvtepu8_epi32(_mm_loadu_si128(q + 1)));
+}
+// Sixteen bytes: low nibbles are the first of each pair, high nibbles the second; 0 .. 15.
+inline void expand_int4(const void* p, F16& first, F16& second) {
+    const F16 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512i w = _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+    first = _mm512_permutexvar_ps(w, values);  // reads the low four bits of a lane alone
+    second = _mm512_permutexvar_ps(_mm512_srli_epi32(w, 4), values);
+}
+inline void store_bf16(bf16* p, F16 a) {
+#if defined(ARRIERO_BF16)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a));
+#else
+    __m512i bits = _mm512_castps_si512(a);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+    up = _mm512_mask_or_epi32(up, nan, bits, _mm512_set1_epi32(0x400000));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16)));
+#endif
+}
+
+#elif defined(ARRIERO_AVX2)
+
+struct F16 {
+    __m256 a, b;
+};
+
+inline F16 zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline F16 set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline F16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline void store(float* p, F16 x) {
+    _mm256_storeu_ps(p, x.a);
+    _mm256_storeu_ps(p + 8, x.b);
+}
+inline F16 add(F16 x, F16 y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+inline F16 sub(F16 x, F16 y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+inline F16 mul(F16 x, F16 y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+inline F16 div(F16 x, F16 y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+inline F16 max(F16 x, F16 y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+inline F16 min(F16 x, F16 y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+inline F16 fma(F16 x, F16 y, F16 z) {
+    return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
+inline F16 round_even(F16 x) { return {_mm256_round_ps(x.a, 8), _mm256_round_ps(x.b, 8)}; }
+inline constexpr float kLowestPower = -127.0f;
+inline __m256 pow2(__m256 n) {
+    __m256i bits = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 23));
+}
+inline F16 scale_by_power(F16 p, F16 n) {
+    return {_mm256_mul_ps(p.a, pow2(n.a)), _mm256_mul_ps(p.b, pow2(n.b))};
+}
+inline F16 keep(F16 x, int n, F16 fill) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    __m256i low = _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane);
+    __m256i high = _mm256_cmpgt_epi32(_mm256_set1_epi32(n - 8), lane);
+    return {_mm256_blendv_ps(fill.a, x.a, _mm256_castsi256_ps(low)),
+            _mm256_blendv_ps(fill.b, x.b, _mm256_castsi256_ps(high))};
+}
+inline __m256i load_8x32(const void* p) {
+    return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
+inline void expand_bf16(const void* p, F16& first, F16& second) {
+    const char* q = static_cast<const char*>(p);
+    __m256i a = load_8x32(q), b = load_8x32(q + 32);
+    const __m256i top = _mm256_set1_epi32(int(0xffff0000));
+    first = {_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)),
+             _mm256_castsi256_ps(_mm256_slli_epi32(b, 16))};
+    second = {_mm256_castsi256_ps(_mm256_and_si256(a, top)),
+              _mm256_castsi256_ps(_mm256_and_si256(b, top))};
+}
+inline __m128i load_8x8(const char* p) {
+    return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+}
+inline void expand_int8(const void* p, F16& first, F16& second) {
+    const char* q = static_cast<const char*>(p);
+    auto value = [](const char* r) {
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load_8x8(r)));
+    };
+    first = {value(q), value(q + 8)};
+    second = {value(q + 16), value(q + 24)};
+}
+inline float f16_to_float(uint16_t half);
+inline void expand_f16(const void* p, F16& first, F16& second) {
+    const uint16_t* q = static_cast<const uint16_t*>(p);
+    float values[32];
+    for (int i = 0; i < 32; ++i) values[i] = f16_to_float(q[i]);
+    first = load(values);
+    second = load(values + 16);
+}
+inline __m256 fp8_to_float(const char* p) {
+    __m256i byte = _mm256_cvtepu8_epi32(load_8x8(p));
+    __m256i sign = _mm256_slli_epi32(_mm256_and_si256(byte, _mm256_set1_epi32(0x80)), 24);
+    __m256i rest = _mm256_slli_epi32(_mm256_and_si256(byte, _mm256_set1_epi32(0x7f)), 20);
+    return _mm256_mul_ps(_mm256_castsi256_ps(_mm256_or_si256(sign, rest)),
+                         _mm256_set1_ps(0x1p120f));
+}
+inline void expand_fp8(const void* p, F16& first, F16& second) {
+    const char* q = static_cast<const char*>(p);
+    first = {fp8_to_float(q), fp8_to_float(q + 8)};
+    second = {fp8_to_float(q + 16), fp8_to_float(q + 24)};
+}
+inline void expand_int4(const void* p, F16& first, F16& second) {
+    const char* q = static_cast<const char*>(p);
+    const __m256i nibble = _mm256_set1_epi32(15);
+    __m256i a = _mm256_cvtepu8_epi32(load_8x8(q)), b = _mm256_cvtepu8_epi32(load_8x8(q + 8));
+    first = {_mm256_cvtepi32_ps(_mm256_and_si256(a, nibble)),
+             _mm256_cvtepi32_ps(_mm256_and_si256(b, nibble))};
+    second = {_mm256_cvtepi32_ps(_mm256_srli_epi32(a, 4)),
+              _mm256_cvtepi32_ps(_mm256_srli_epi32(b, 4))};
+}
+
+#else
+
+// The compiler's vector extension: four SSE or NEON registers, or scalars.
+typedef float F16 __attribute__((vector_size(64)));
+typedef int32_t I16 __attribute__((vector_size(64)));
+
+inline F16 zero() { return F16{}; }
+inline F16 set1(float x) { return F16{} + x; }
+inline F16 load(const float* p) {
+    F16 a;
+    std::memcpy(&a, p, 64);
+    return a;
+}
+inline void store(float* p, F16 a) { std::memcpy(p, &a, 64); }
+inline F16 add(F16 a, F16 b) { return a + b; }
+inline F16 sub(F16 a, F16 b) { return a - b; }
+inline F16 mul(F16 a, F16 b) { return a * b; }
+inline F16 div(F16 a, F16 b) { return a / b; }
+inline F16 max(F16 a, F16 b) { return a > b ? a : b; }
+inline F16 min(F16 a, F16 b) { return a < b ? a : b; }
+inline F16 fma(F16 a, F16 b, F16 c) { return a * b + c; }
+inline F16 round_even(F16 a) {
+    const F16 magic = set1(12582912.0f);  // 1.5 * 2**23: the sum has no fraction bits left
+    return (a + magic) - magic;
+}
+inline constexpr float kLowestPower = -127.0f;
+inline F16 scale_by_power(F16 p, F16 n) {
+    I16 bits = (__builtin_convertvector(n, I16) + 127) << 23;
+    F16 power;
+    std::memcpy(&power, &bits, 64);
+    return p * power;
+}
+inline F16 keep(F16 a, int n, F16 fill) {
+    for (int i = n < 0 ? 0 : n; i < kLanes; ++i) a[i] = fill[i];
+    return a;
+}
+inline void expand_bf16(const void* p, F16& first, F16& second) {
+    I16 w;
+    std::memcpy(&w, p, 64);
+    I16 low = w << 16, high = w & int32_t(0xffff0000);
+    std::memcpy(&first, &low, 64);
+    std::memcpy(&second, &high, 64);
+}
+inline void expand_int8(const void* p, F16& first, F16& second) {
+    const int8_t* q = static_cast<const int8_t*>(p);
+    for (int i = 0; i < kLanes; ++i) first[i] = q[i], second[i] = q[16 + i];
+}
+inline float f16_to_float(uint16_t half);
+inline void expand_f16(const void* p, F16& first, F16& second) {
+    const uint16_t* q = static_cast<const uint16_t*>(p);
+    for (int i = 0; i < kLanes; ++i) first[i] = f16_to_float(q[i]), second[i] = f16_to_float(q[16 + i]);
+}
+inline float fp8_to_float(uint8_t byte) {
+    return bits_to_float(uint32_t(byte & 0x80) << 24 | uint32_t(byte & 0x7f) << 20) * 0x1p120f;
+}
+inline void expand_fp8(const void* p, F16& first, F16& second) {
+    const uint8_t* q = static_cast<const uint8_t*>(p);
+    for (int i = 0; i < kLanes; ++i) first[i] = fp8_to_float(q[i]), second[i] = fp8_to_float(q[16 + i]);
+}
+inline void expand_int4(const void* p, F16& first, F16& second) {
+    const uint8_t* q = static_cast<const uint8_t*>(p);
+    for (int i = 0; i < kLanes; ++i) first[i] = q[i] & 15, second[i] = q[i] >> 4;
+}
+
+#endif
+
+inline float f16_to_float(uint16_t half) {
+    uint32_t sign = uint32_t(half & 0x8000) << 16, rest = half & 0x7fff;
+    if (rest >= 0x7c00) return bits_to_float(sign | 0x7f800000u | (rest & 0x3ff) << 13);
+    return bits_to_float(sign | float_to_bits(bits_to_float(rest << 13) * 0x1p112f));
+}
+
+inline uint16_t float_to_f16(float value) {
+    uint32_t bits = float_to_bits(value), sign = bits >> 16 & 0x8000u;
+    bits &= 0x7fffffffu;
+    if (bits > 0x7f800000u) return uint16_t(sign | 0x7e00u);
+    if (bits >= 0x477ff000u) return uint16_t(sign | 0x7c00u);
+    if (bits < 0x38800000u) {  // below the normals: add so that the unit of the sum is 2**-24
+        return uint16_t(sign | (float_to_bits(bits_to_float(bits) + 0.5f) - 0x3f000000u));
+    }
+    return uint16_t(sign | ((bits + 0xfffu + (bits >> 13 & 1u)) - 0x38000000u) >> 13);
+}
+
+#if !defined(ARRIERO_AVX512)
+inline F16 load_n(const float* p, int n) {
+    if (n == kLanes) return load(p);
+    float values[kLanes] = {};
+    std::memcpy(values, p, size_t(n) * 4);
+    return load(values);
+}
+inline void store_n(float* p, F16 a, int n) {
+    if (n == kLanes) return store(p, a);
+    float values[kLanes];
+    store(values, a);
+    std::memcpy(p, values, size_t(n) * 4);
+}
+inline void store_bf16(bf16* p, F16 a) {
+    float values[kLanes];
+    store(values, a);
+    for (int i = 0; i < kLanes; ++i) p[i] = float_to_bf16(values[i]);
+}
+#endif
+
+// Always the same tree.
+inline float reduce_add(F16 a) {
+    float v[kLanes];
+    store(v, a);
+    for (int width = 8; width > 0; width /= 2)
+        for (int i = 0; i < width; ++i) v[i] += v[i + width];
+    return v[0];
+}
+
+inline float reduce_max(F16 a) {
+    float v[kLanes];
+    store(v, a);
+    for (int width = 8; width > 0; width /= 2)
+        for (int i = 0; i < width; ++i) v[i] = v[i] > v[i + width] ? v[i] : v[i + width];
+    return v[0];
+}
+
+// 2**x for x <= 128: exact at 0, 0 from the lowest power down (so at -infinity), 2 units in the
+// last place between; NaN stays. Polynomial of Cephes' exp2f (Moshier 1989).
+inline F16 exp2(F16 x) {
+    x = max(set1(kLowestPower), x);  // of a NaN and a number, max gives its second operand
+    const F16 n = round_even(x), r = sub(x, n);
+    F16 p = set1(1.535336188319500e-4f);
+    p = fma(p, r, set1(1.339887440266574e-3f));
+    p = fma(p, r, set1(9.618437357674640e-3f));
+    p = fma(p, r, set1(5.550332471162809e-2f));
+    p = fma(p, r, set1(2.402264791363012e-1f));
+    p = fma(p, r, set1(6.931472028550421e-1f));
+    p = fma(p, r, set1(1.0f));
+    return scale_by_power(p, n);
+}
+
+// e**x, likewise; infinity above 88.4. Argument reduction by ln 2 in two parts and the polynomial
+// of Cephes' expf.
+inline F16 exp(F16 x) {
+    // min and max hand on their second operand when one is NaN.
+    const F16 y = max(set1(kLowestPower * 0.693147f), min(set1(89.0f), x));
+    const F16 n = round_even(mul(y, set1(1.44269504088896341f)));
+    F16 r = fma(n, set1(-0.693359375f), y);
+    r = fma(n, set1(2.12194440e-4f), r);
+    F16 p = set1(1.9875691500e-4f);
+    p = fma(p, r, set1(1.3981999507e-3f));
+    p = fma(p, r, set1(8.3334519073e-3f));
+    p = fma(p, r, set1(4.1665795894e-2f));
+    p = fma(p, r, set1(1.6666665459e-1f));
+    p = fma(p, r, set1(5.0000001201e-1f));
+    p = fma(p, mul(r, r), add(r, set1(1.0f)));
+    return scale_by_power(p, n);
+}
+
+inline F16 silu(F16 x) { return div(x, add(set1(1.0f), exp(sub(zero(), x)))); }
+
+}  // namespace arriero

@@ -1,0 +1,182 @@
+"""Packed matrices: allocation, and the structs that C++ reads them by.
+
+Knows the packed layout's sizes (native/matrix.h) and lifetimes; refuses to know layers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from arriero.kernels.cpu.library import Library, Machine, Matrix
+from arriero.kernels.quant import INT4_ZERO, QuantizedWeight
+
+PANEL = 32
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""The C++ numbers of the plain types."""
+INT8, FP8, INT4 = 3, 4, 5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Packed:
+    """A packed matrix and what keeps its memory alive."""
+
+    struct: Matrix
+    tensors: tuple[Tensor, ...] = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, padding too."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def address(self) -> int:
+        """Where the struct is."""
+        return ctypes.addressof(self.struct)
+
+
+def large_zeros(library: Library, num_bytes: int) -> Tensor:
+    """Zeroed bytes, on large pages where the system gives them."""
+    data = torch.zeros(num_bytes, dtype=torch.uint8)
+    library.advise_large(data.data_ptr(), num_bytes)
+    return data
+
+
+def pack_plain(
+    library: Library,
+    machine: Machine,
+    weights_OI: Sequence[Tensor],
+    bias_O: Tensor | None,
+    dtype: torch.dtype,
+) -> Packed:
+    """Pack matrices, stacked by rows, as `dtype`.
+
+    Raises:
+        ValueError: a dtype that has no kernels, or matrices that do not stack.
+    """
+    if dtype not in TYPES:
+        known = ", ".join(str(one)[6:] for one in TYPES)
+        raise ValueError(f"dtype={str(dtype)[6:]} has no CPU kernels; use one of {known}")
+    if not weights_OI:
+        raise ValueError("no weights were given; pass at least one matrix")
+    in_features = weights_OI[0].shape[1]
+    if any(w.ndim != 2 or w.shape[1] != in_features for w in weights_OI):
+        shapes = ", ".join(str(tuple(w.shape)) for w in weights_OI)
+        raise ValueError(f"matrices of shapes {shapes} do not stack; they need one `in` size")
+    out_features = sum(w.shape[0] for w in weights_OI)
+    panels = -(-out_features // PANEL)
+    pairs = -(-in_features // 2)
+    data = large_zeros(library, panels * pairs * 2 * PANEL * dtype.itemsize)
+    tensors = [data]
+    struct = Matrix(
+        out_features=out_features,
+        in_features=in_features,
+        data=data.data_ptr(),
+        type=TYPES[dtype],
+    )
+    _set_bias(struct, tensors, bias_O)
+    row = 0
+    for w in weights_OI:
+        w = w.detach()
+        if w.dtype not in TYPES or w.device.type != "cpu":
+            w = w.to("cpu", torch.float32)
+        _pack_rows(library, machine, struct, row, w, TYPES[w.dtype])
+        row += w.shape[0]
+    return Packed(struct=struct, tensors=tuple(tensors))
+
+
+_QUANTIZED = {"int8": INT8, "fp8": FP8, "int4": INT4}
+
+
+def pack_quantized(
+    library: Library, machine: Machine, weights: Sequence[QuantizedWeight], bias_O: Tensor | None
+) -> Packed:
+    """Pack quantized matrices, stacked by rows, as the numbers they are.
+
+    Raises:
+        ValueError: they do not stack, an fp8 number is NaN, or int4 groups are of odd size.
+    """
+    if not weights:
+        raise ValueError("no weights were given; pass at least one matrix")
+    first = weights[0]
+    if any(
+        (w.kind, w.group_size, w.in_features) != (first.kind, first.group_size, first.in_features)
+        for w in weights
+    ):
+        kinds = {(w.kind, w.group_size, w.in_features) for w in weights}
+        raise ValueError(f"weights of one product differ in kind, group or columns: {kinds}")
+    num_groups = first.scales.shape[1]
+    if first.kind == "int4" and num_groups > 1 and first.group_size % 2:
+        raise ValueError(f"group_size={first.group_size} is odd; the CPU kernels need even groups")
+    out_features = sum(w.out_features for w in weights)
+    pairs = -(-first.in_features // 2)
+    panels = -(-out_features // PANEL)
+    data = large_zeros(library, panels * pairs * PANEL * (1 if first.kind == "int4" else 2))
+    scale_GO = _columns([w.scales for w in weights])
+    tensors = [data, scale_GO]
+    struct = Matrix(
+        out_features=out_features,
+        in_features=first.in_features,
+        data=data.data_ptr(),
+        scale=scale_GO.data_ptr(),
+        type=_QUANTIZED[first.kind],
+    )
+    if first.kind == "int4":
+        struct.group = first.group_size if num_groups > 1 else 2 * pairs
+        if any(w.zeros is not None for w in weights):
+            zeros = [
+                torch.full_like(w.scales, INT4_ZERO) if w.zeros is None else w.zeros
+                for w in weights
+            ]
+            tensors.append(_columns(zeros))
+            struct.zero = tensors[-1].data_ptr()
+    _set_bias(struct, tensors, bias_O)
+    row = 0
+    for w in weights:
+        levels = w.data.detach().to("cpu").view(torch.uint8)
+        if w.kind == "fp8" and bool(((levels & 0x7F) == 0x7F).any()):
+            raise ValueError("fp8 weights hold NaN; the checkpoint is damaged")
+        _pack_rows(library, machine, struct, row, levels, _QUANTIZED[w.kind])
+        row += w.out_features
+    return Packed(struct=struct, tensors=tuple(tensors))
+
+
+def _columns(values: Sequence[Tensor]) -> Tensor:
+    """Numbers [O, G] of stacked matrices as [G, O padded to whole panels]."""
+    value_GO = torch.cat([v.detach().to("cpu", torch.float32) for v in values]).t()
+    num_groups, out_features = value_GO.shape
+    padded = torch.zeros(num_groups, -(-out_features // PANEL) * PANEL)
+    padded[:, :out_features] = value_GO
+    return padded
+
+
+def _set_bias(struct: Matrix, tensors: list[Tensor], bias_O: Tensor | None) -> None:
+    if bias_O is None:
+        return
+    if bias_O.shape != (struct.out_features,):
+        raise ValueError(
+            f"bias of shape {tuple(bias_O.shape)} for {struct.out_features} outputs; pass one each"
+        )
+    tensors.append(_columns([bias_O[:, None]]))
+    struct.bias = tensors[-1].data_ptr()
+
+
+def _pack_rows(
+    library: Library, machine: Machine, struct: Matrix, row: int, source: Tensor, kind: int
+) -> None:
+    library.call(
+        "pack",
+        machine.handle,
+        ctypes.addressof(struct),
+        row,
+        source.data_ptr(),
+        source.shape[0],
+        source.stride(0),
+        source.stride(1),
+        kind,
+    )

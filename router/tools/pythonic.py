@@ -1,0 +1,175 @@
+"""Python-like calls: `[f(a='x'), g()]` and `f.call(a="x")`.
+
+Reads literals only (strings, numbers, lists, tuples, mappings, true and None in either spelling);
+nothing is evaluated. Gentler than Python where models are: a string may hold a bare line end.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from arriero.router.tools.events import ToolCall
+
+MAX_DEPTH = 64
+
+_SPACE = re.compile(r"\s*")
+_NAME = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*")
+_NUMBER = re.compile(r"[+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
+_ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|x[0-9a-fA-F]{2}|[0-7]{1,3}|.)", re.DOTALL)
+_LETTERS = {"n": "\n", "t": "\t", "r": "\r", "a": "\a", "b": "\b", "f": "\f", "v": "\v"}
+_WORDS = {"True": True, "False": False, "None": None, "true": True, "false": False, "null": None}
+
+
+def parse_list(text: str) -> list[ToolCall]:
+    """The calls of `[f(...), g(...)]`, at least one.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    reader = _Reader(text)
+    reader.take("[")
+    calls = []
+    while not reader.at("]"):
+        calls.append(reader.call())
+        if not reader.skip(","):
+            break
+    reader.take("]")
+    reader.finish()
+    if not calls:
+        raise ValueError("no call in the list")
+    return calls
+
+
+def parse_call(text: str) -> ToolCall:
+    """The call of `f(...)`, or of `f.call(...)` as Llama 3.1 writes its built-in tools'.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    reader = _Reader(text)
+    call = reader.call()
+    reader.finish()
+    return ToolCall(call.name.removesuffix(".call"), call.arguments)
+
+
+class _Reader:
+    """A recursive-descent reader over one text."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._at = 0
+
+    def _space(self) -> None:
+        found = _SPACE.match(self._text, self._at)
+        assert found is not None, "matches the empty string"
+        self._at = found.end()
+
+    def at(self, mark: str) -> bool:
+        """Whether `mark` comes next, after spaces."""
+        self._space()
+        return self._text.startswith(mark, self._at)
+
+    def skip(self, mark: str) -> bool:
+        if self.at(mark):
+            self._at += len(mark)
+            return True
+        return False
+
+    def take(self, mark: str) -> None:
+        if not self.skip(mark):
+            raise ValueError(f"no {mark!r} at {self._at}")
+
+    def finish(self) -> None:
+        self._space()
+        if self._at != len(self._text):
+            raise ValueError(f"more text at {self._at}")
+
+    def _match(self, pattern: re.Pattern[str]) -> str:
+        self._space()
+        found = pattern.match(self._text, self._at)
+        if found is None:
+            raise ValueError(f"neither name nor value at {self._at}")
+        self._at = found.end()
+        return found[0]
+
+    def call(self) -> ToolCall:
+        name = self._match(_NAME)
+        self.take("(")
+        arguments: dict[str, Any] = {}
+        while not self.at(")"):
+            key = self._match(_NAME)
+            self.take("=")
+            if key in arguments:
+                raise ValueError(f"{key} is given twice")
+            arguments[key] = self._value(0)
+            if not self.skip(","):
+                break
+        self.take(")")
+        return ToolCall.make(name, arguments)
+
+    def _value(self, depth: int) -> Any:  # noqa: ANN401
+        if depth > MAX_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_DEPTH}")
+        if self.skip("["):
+            return self._items("]", depth)
+        if self.skip("("):
+            return self._items(")", depth)
+        if self.skip("{"):
+            return self._mapping(depth)
+        if self.at("'") or self.at('"'):
+            return self._string()
+        char = self._text[self._at : self._at + 1]
+        if char.isdecimal() or char in ("+", "-", "."):
+            number = self._match(_NUMBER).replace("_", "")
+            return float(number) if any(c in number for c in ".eE") else int(number)
+        word = self._match(_NAME)
+        if word not in _WORDS:
+            raise ValueError(f"{word} is no value")
+        return _WORDS[word]
+
+    def _items(self, closing: str, depth: int) -> list[Any]:
+        items = []
+        while not self.at(closing):
+            items.append(self._value(depth + 1))
+            if not self.skip(","):
+                break
+        self.take(closing)
+        return items
+
+    def _mapping(self, depth: int) -> dict[str, Any]:
+        items: dict[str, Any] = {}
+        while not self.at("}"):
+            key = self._value(depth + 1)
+            if not isinstance(key, str):
+                raise ValueError("a key that is no string")
+            self.take(":")
+            items[key] = self._value(depth + 1)
+            if not self.skip(","):
+                break
+        self.take("}")
+        return items
+
+    def _string(self) -> str:
+        quote = self._text[self._at]
+        mark = quote * 3 if self._text.startswith(quote * 3, self._at) else quote
+        start = at = self._at + len(mark)
+        while not self._text.startswith(mark, at):
+            if at >= len(self._text):
+                raise ValueError("a string without end")
+            at += 2 if self._text[at] == "\\" else 1
+        self._at = at + len(mark)
+        return _ESCAPE.sub(_unescape, self._text[start:at])
+
+
+def _unescape(found: re.Match[str]) -> str:
+    body = found[1]
+    if body[0] in "uUx" and len(body) > 1:
+        return chr(int(body[1:], 16))
+    if body[0] in "01234567":
+        return chr(int(body, 8))
+    if body in ("\\", "'", '"'):
+        return body
+    if body == "\n":
+        return ""
+    return _LETTERS.get(body, "\\" + body)

@@ -1,0 +1,102 @@
+"""How near bf16 comes to float32: whole greedy continuations that agree with transformers' own.
+
+44 prompts of English text and code, 32 tokens each. Weights are bf16 everywhere; transformers in
+float32 computes with them exactly, and its own bf16 is shown beside ours.
+
+Usage: fidelity.py MODEL_DIR [--weights bfloat16|int8|int4|fp8] [--peer]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pydoc_data.topics
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from arriero.cluster.bench import EngineBench
+from arriero.shards.group import GroupConfig
+
+NUM_PROMPTS, NUM_TOKENS = 44, 32
+
+
+def prompts(path: str) -> list[list[int]]:
+    """Half from Python's help topics, half from its sources, 8 to 200 tokens long."""
+    tokenizer = Tokenizer.from_file(str(Path(path) / "tokenizer.json"))
+    rng = random.Random(8)
+    topics = sorted(pydoc_data.topics.topics.items())
+    sources = sorted(Path(os.__file__).parent.glob("*.py"))
+    out: list[list[int]] = []
+    while len(out) < NUM_PROMPTS:
+        if len(out) % 2:
+            text = rng.choice(sources).read_text(errors="ignore")
+        else:
+            text = rng.choice(topics)[1]
+        length = rng.choice((8, 20, 40, 80, 120, 200))
+        start = rng.randrange(max(1, len(text) - 6 * length))
+        ids = tokenizer.encode(text[start : start + 6 * length], add_special_tokens=False).ids
+        if len(ids) >= length:
+            out.append(ids[:length])
+    return out
+
+
+def transformers_greedy(path: str, asked: list[list[int]], dtype: torch.dtype) -> list[list[int]]:
+    """Greedy tokens of transformers, one prompt at a time."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    out: list[list[int]] = []
+    for prompt in asked:
+        ids = torch.tensor([prompt])
+        tokens = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NUM_TOKENS,
+            min_new_tokens=NUM_TOKENS,
+            do_sample=False,
+        )
+        out.append(tokens[0, len(prompt) :].tolist())
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--weights", default="bfloat16")
+    parser.add_argument("--peer", action="store_true", help="transformers' own bf16 too")
+    args = parser.parse_args()
+    asked = prompts(args.model)
+    # min_new_tokens keeps the end token out, so it is out for ours too
+    exact = transformers_greedy(args.model, asked, torch.float32)
+    found: dict[str, object] = {"prompts": len(asked), "tokens": NUM_TOKENS}
+    config = GroupConfig(
+        model_path=args.model,
+        quantization=None if args.weights == "bfloat16" else args.weights,
+        prefix_cache=False,
+        max_model_len=2048,
+    )
+    with EngineBench(config) as bench:
+        ours = bench.greedy(asked, NUM_TOKENS, banned=(0, 2))
+    found[f"arriero {args.weights}"] = agreement(ours, exact)
+    if args.peer:
+        theirs = transformers_greedy(args.model, asked, torch.bfloat16)
+        found["transformers bf16"] = agreement(theirs, exact)
+    print(json.dumps(found))
+
+
+def agreement(got: list[list[int]], exact: list[list[int]]) -> dict[str, float]:
+    """Prompts whose whole continuation agrees, and the mean length of the agreeing start."""
+    same = sum(a == b for a, b in zip(got, exact, strict=True))
+    lengths = [
+        next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), NUM_TOKENS)
+        for a, b in zip(got, exact, strict=True)
+    ]
+    return {"whole": same, "share": same / len(exact), "mean_prefix": sum(lengths) / len(lengths)}
+
+
+if __name__ == "__main__":
+    main()

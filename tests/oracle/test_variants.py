@@ -1,0 +1,83 @@
+"""Configurations of the dense family, as tiny seeded models: transformers' own tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from arriero.shards.group import GroupConfig
+from arriero.shards.sampling import SamplingParams
+from support.groups import running
+from support.models import tiny_llama
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "tied": {"tied": True},
+    "multi-head": {"heads": 4, "kv_heads": 4},
+    "multi-query": {"heads": 6, "kv_heads": 1, "hidden": 96},
+    "odd heads": {"heads": 7, "kv_heads": 7, "hidden": 112, "head_dim": 16},
+    "head_dim given": {"heads": 4, "kv_heads": 2, "head_dim": 80},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "llama3 rope": {"rope_scaling": LLAMA3},
+    "linear rope": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    "sharded files": {"sharded": True},
+    "odd sizes": {"hidden": 60, "heads": 3, "kv_heads": 3, "intermediate": 97, "vocab": 131},
+}
+LAYOUTS = {"multi-head": (3, 2), "multi-query": (4, 1), "biases": (2, 2), "tied": (2, 1)}
+
+
+def greedy(path: Path, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    out = []
+    with torch.inference_mode():
+        for prompt in prompts:
+            tokens = list(prompt)
+            for _ in range(new_tokens):
+                tokens.append(int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
+            out.append(tokens[len(prompt) :])
+    return out
+
+
+def check(path: Path, **layout: int) -> None:
+    vocab = 128
+    prompts = [
+        [(7 * i + 3 * j * j) % vocab for j in range(n)] for i, n in enumerate((1, 5, 17, 90))
+    ]
+    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, seed=0)
+    config = GroupConfig(
+        model_path=str(path),
+        dtype="float32",
+        num_blocks=64,
+        max_batch_tokens=48,
+        max_sequences=8,
+        threads=1,
+        **layout,
+    )
+    with running(config) as group:
+        answers = group.generate(prompts, params)
+    assert [a.tokens for a in answers] == greedy(path, prompts, 24)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_one_slice(name: str, tmp_path: Path) -> None:
+    tiny_llama(tmp_path, seed=3, layers=3, **VARIANTS[name])
+    check(tmp_path)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_several_slices(name: str, tmp_path: Path) -> None:
+    tiny_llama(tmp_path, seed=3, layers=3, **VARIANTS[name])
+    tp, pp = LAYOUTS[name]
+    check(tmp_path, tp=tp, pp=pp)
