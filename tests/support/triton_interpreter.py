@@ -44,6 +44,8 @@ def install() -> None:
     def patch_once(fn: Part) -> Part:
         if not patched:
             patch(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+            # Triton 3.6's own does not take what newer numpy makes of a scalar
+            tl.tensor.__index__ = lambda self: int(self.handle.data.squeeze())
             patched.append(True)
         return empty_scope
 
