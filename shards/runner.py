@@ -32,6 +32,10 @@ PROMPT_LOGPROB_ROWS = 128
 class Runner:
     """One rank of a replica group. `config` is resolved (see `arriero.shards.resolve`)."""
 
+    table_type: type[SequenceTable] = SequenceTable
+    spare_blocks = 0
+    """KV blocks beyond the configured ones, for the runner's own use."""
+
     def __init__(
         self,
         config: GroupConfig,
@@ -57,11 +61,11 @@ class Runner:
             self._ops,
             dtype=getattr(torch, config.dtype),
             quantization=config.quantization,
-            num_blocks=config.num_blocks,
+            num_blocks=config.num_blocks + self.spare_blocks,
             block_size=config.block_size,
             progress=progress,
         )
-        self._table = SequenceTable(
+        self._table = self.table_type(
             max_sequences=config.max_sequences,
             max_blocks=-(-config.max_model_len // config.block_size),
             block_size=config.block_size,
@@ -80,7 +84,23 @@ class Runner:
         """Run one plan; the rank that samples gives the result, the others None."""
         started = time.perf_counter_ns()
         self.phase = "plan"
+        self.mesh.watchdog.step = plan.step
         self._table.apply(plan)
+        drawn = self._compute(plan)
+        if drawn is None:
+            return None
+        sampled, prompt_logprobs = drawn
+        tokens = sampled.tokens_R.cpu().numpy() if sampled is not None else np.empty(0, np.int32)
+        return StepResult(
+            step=plan.step,
+            tokens=tokens,
+            logprobs=_logprobs(sampled),
+            prompt_logprobs=prompt_logprobs,
+            elapsed_us=(time.perf_counter_ns() - started) // 1000,
+        )
+
+    def _compute(self, plan: StepPlan) -> tuple[Sampled | None, Logprobs | None] | None:
+        """What an applied plan's step gives, where this rank samples; else None."""
         tokens_T, batch = self._table.batch(plan)
         self.phase = "layers"
         part = self._model.part
@@ -100,16 +120,7 @@ class Runner:
         self.phase = "sample"
         prompt_logprobs = self._prompt_logprobs(plan, x_TH)
         sampled = self._sample(plan, x_TH, batch.query_start_S1)
-        if not self.mesh.samples:
-            return None
-        tokens = sampled.tokens_R.cpu().numpy() if sampled is not None else np.empty(0, np.int32)
-        return StepResult(
-            step=plan.step,
-            tokens=tokens,
-            logprobs=_logprobs(sampled),
-            prompt_logprobs=prompt_logprobs,
-            elapsed_us=(time.perf_counter_ns() - started) // 1000,
-        )
+        return (sampled, prompt_logprobs) if self.mesh.samples else None
 
     @property
     def _activation_dtype(self) -> torch.dtype:
@@ -137,8 +148,12 @@ class Runner:
         else:
             tokens_R = torch.empty(num_rows, dtype=torch.int32, device=self.mesh.device)
         self.mesh.share_tokens(tokens_R)
-        self._table.record(plan, tokens_R.cpu().numpy())
+        self._record(plan, tokens_R)
         return sampled
+
+    def _record(self, plan: StepPlan, tokens_R: Tensor) -> None:
+        """Keep the drawn tokens for the steps to come."""
+        self._table.record(plan, tokens_R.cpu().numpy())
 
     def _prompt_logprobs(self, plan: StepPlan, x_TH: Tensor) -> Logprobs | None:
         """Log-probabilities of the prompt tokens that follow this step's prompt rows."""

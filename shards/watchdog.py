@@ -32,9 +32,7 @@ class Watchdog:
     names the collective, the rank and the step.
     """
 
-    def __init__(
-        self, rank: int, limit_s: float, abort: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, rank: int, limit_s: float, abort: Callable[[], None] = lambda: None) -> None:
         """Start watching.
 
         Args:
