@@ -9,6 +9,8 @@ Shape legend: T tokens, H hidden size, R rows, V vocabulary.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,6 +29,29 @@ from arriero.shards.sequences import Rope, SequenceTable
 
 PROMPT_LOGPROB_ROWS = 128
 """Prompt rows whose logits are held at once: bounds their memory to a few MB a thousand tokens."""
+
+
+class Pending(Protocol):
+    """A step's result, which the device may still be working on."""
+
+    @property
+    def done(self) -> bool:
+        """Whether `wait` would return at once."""
+
+    def wait(self) -> StepResult:
+        """The result."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A result that is there."""
+
+    result: StepResult
+    done: bool = True
+
+    def wait(self) -> StepResult:
+        """The result."""
+        return self.result
 
 
 class Runner:
@@ -79,6 +104,11 @@ class Runner:
         self.load_s = time.perf_counter() - started
         self.weights_nbytes, self.kv_nbytes = self._model.weights_nbytes, self._model.kv.nbytes
         self.kernels = self._ops.name
+
+    def launch(self, plan: StepPlan) -> Pending | None:
+        """Begin one plan; the rank that samples gives what to wait for, the others None."""
+        result = self.step(plan)
+        return None if result is None else Done(result)
 
     def step(self, plan: StepPlan) -> StepResult | None:
         """Run one plan; the rank that samples gives the result, the others None."""
@@ -192,3 +222,14 @@ def _logprobs(sampled: Sampled | None) -> Logprobs | None:
         top_tokens=sampled.top_tokens_RN.cpu().numpy(),
         top=sampled.top_logprobs_RN.cpu().numpy(),
     )
+
+
+def runner_for(
+    config: GroupConfig, rank: int, *, progress: Progress = lambda done, total: None
+) -> Runner:
+    """The runner for the group's device; arguments as `Runner`'s."""
+    if config.device == "cpu":
+        return Runner(config, rank, progress=progress)
+    from arriero.shards.cuda.runner import CudaRunner
+
+    return CudaRunner(config, rank, progress=progress)

@@ -34,6 +34,7 @@ from arriero.kernels.triton.launch import unit_stride
 from arriero.kernels.triton.prefill import attend_prefills
 from arriero.kernels.triton.product import ExpertWeights
 from arriero.kernels.triton.tuning import attention_blocks
+from arriero.kernels.triton.upload import Upload
 from arriero.kernels.triton.weights import Packed
 
 
@@ -51,27 +52,30 @@ class TritonOps(Ops):
 
     def __init__(self, device: torch.device, *, batch_independent: bool) -> None:
         self.device, self.batch_independent = device, batch_independent
+        self._upload = Upload(device)
         self._experts: dict[tuple[int, ...], ExpertWeights] = {}
 
     def pack_linear(
         self, weights_OI: Sequence[Tensor], bias_O: Tensor | None, dtype: torch.dtype
     ) -> Linear:
         """Stack by rows on the device; see `Ops.pack_linear`."""
-        return _linear(weights.pack_dense(weights_OI, bias_O, dtype, self.device))
+        return _linear(weights.pack_dense(weights_OI, bias_O, dtype, self.device, self._upload))
 
     def pack_vocab(self, weight_VH: Tensor, first_row: int, dtype: torch.dtype) -> Vocab:
         """Keep the rows; see `Ops.pack_vocab`."""
-        return _vocab(weights.pack_dense([weight_VH], None, dtype, self.device), first_row)
+        return _vocab(
+            weights.pack_dense([weight_VH], None, dtype, self.device, self._upload), first_row
+        )
 
-    def pack_quantized(self, weights_: Sequence[QuantizedWeight], bias_O: Tensor | None) -> Linear:
+    def pack_quantized(self, parts: Sequence[QuantizedWeight], bias_O: Tensor | None) -> Linear:
         """Stack by rows; see `Ops.pack_quantized`."""
-        self._check_kind(weights_[0])
-        return _linear(weights.pack_quantized(weights_, bias_O, self.device))
+        self._check_kind(parts[0])
+        return _linear(weights.pack_quantized(parts, bias_O, self.device, self._upload))
 
     def pack_quantized_vocab(self, weight: QuantizedWeight, first_row: int) -> Vocab:
         """Keep the stored numbers; see `Ops.pack_quantized_vocab`."""
         self._check_kind(weight)
-        return _vocab(weights.pack_quantized([weight], None, self.device), first_row)
+        return _vocab(weights.pack_quantized([weight], None, self.device, self._upload), first_row)
 
     def kv_cache(self, spec: KVCacheSpec, device: torch.device) -> KVCache:
         """Allocate a paged cache of zeros."""
@@ -193,8 +197,10 @@ class TritonOps(Ops):
                 part = self._attention(h_TH, layer, kv, i, batch)
                 part = part if reduce is None else reduce(part)
                 h_TH = norm.add_rms_norm(x_TH, part, layer.mlp_norm_H, layer.eps)
-                is_moe = isinstance(layer, MoELayer)
-                part = self._moe(h_TH, layer) if is_moe else self._mlp(h_TH, layer)
+                if isinstance(layer, MoELayer):
+                    part = self._moe(h_TH, layer)
+                else:
+                    part = self._mlp(h_TH, layer)
                 part = part if reduce is None else reduce(part)
                 if i + 1 < len(layers):
                     after = layers[i + 1]

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arriero.kernels.quant import QuantizedWeight, stack
+from arriero.kernels.triton.upload import Upload
 
 Kind = Literal["dense", "int8", "fp8", "int4"]
 
@@ -55,7 +56,11 @@ class Packed:
 
 
 def pack_dense(
-    weights_OI: Sequence[Tensor], bias_O: Tensor | None, dtype: torch.dtype, device: torch.device
+    weights_OI: Sequence[Tensor],
+    bias_O: Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    upload: Upload,
 ) -> Packed:
     """Stack by rows and convert, part by part, so that no second copy of the whole is made."""
     rows = sum(w.shape[0] for w in weights_OI)
@@ -63,22 +68,27 @@ def pack_dense(
     data = torch.empty(rows, columns, dtype=dtype, device=device)
     row = 0
     for w in weights_OI:
-        data[row : row + w.shape[0]].copy_(w)
+        upload.copy(data[row : row + w.shape[0]], w)
         row += w.shape[0]
     return Packed(kind="dense", data=data, in_features=columns, bias=_bias(bias_O, dtype, device))
 
 
 def pack_quantized(
-    weights: Sequence[QuantizedWeight], bias_O: Tensor | None, device: torch.device
+    weights: Sequence[QuantizedWeight],
+    bias_O: Tensor | None,
+    device: torch.device,
+    upload: Upload,
 ) -> Packed:
     """Stack by rows; int4 changes its order of bytes."""
     whole = stack(list(weights))
     data = whole.data
     if whole.kind == "int4":
         data = _halves(whole)
+    on_device = torch.empty(data.shape, dtype=data.dtype, device=device)
+    upload.copy(on_device.view(torch.uint8), data.view(torch.uint8))
     return Packed(
         kind=whole.kind,
-        data=data.to(device),
+        data=on_device,
         in_features=whole.in_features,
         scales=whole.scales.to(device),
         zeros=None if whole.zeros is None else whole.zeros.to(device),

@@ -65,7 +65,7 @@ class CudaDevice:
     def capture(self, work: Callable[[], None]) -> Replayable:
         """See `Device.capture`."""
         # kernels compile and libraries allocate on their first run, which no capture allows
-        side = torch.cuda.Stream(self._device)
+        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             work()
@@ -81,7 +81,7 @@ class CudaDevice:
 
     def mark(self) -> Event:
         """See `Device.mark`."""
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         return event
 

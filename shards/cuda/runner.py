@@ -43,8 +43,8 @@ class _OnHost:
     top_logprobs_RN: Tensor | None
 
 
-class Pending:
-    """A step's result that the device may still be working on."""
+class Copied:
+    """A `Pending` whose copies to the host are on their way."""
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class CudaRunner(Runner):
         pending = self.launch(plan)
         return None if pending is None else pending.wait()
 
-    def launch(self, plan: StepPlan) -> Pending | None:
+    def launch(self, plan: StepPlan) -> Copied | None:
         """Queue one plan; the rank that samples gives the result to wait for, the others None."""
         started = time.perf_counter_ns()
         self.phase = "plan"
@@ -143,7 +143,7 @@ class CudaRunner(Runner):
             return None
         sampled, prompt_logprobs = drawn
         copies = None if sampled is None else self._to_host(sampled)
-        return Pending(plan.step, copies, prompt_logprobs, self._device.mark(), started)
+        return Copied(plan.step, copies, prompt_logprobs, self._device.mark(), started)
 
     def _record(self, plan: StepPlan, tokens_R: Tensor) -> None:
         self._slots.record_on_device(plan, tokens_R)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from arriero.shards.checkpoint.reader import Checkpoint
-from arriero.shards.cuda.runner import CudaRunner, Pending
+from arriero.shards.cuda.runner import Copied, CudaRunner
 from arriero.shards.engine.engine import Engine
 from arriero.shards.group import GroupConfig
 from arriero.shards.plan import StepPlan, StepResult
@@ -29,7 +29,7 @@ class LateExecutor:
 
     def __init__(self, runner: CudaRunner) -> None:
         self.runner = runner
-        self.pending: deque[Pending] = deque()
+        self.pending: deque[Copied] = deque()
         self.most_pending = 0
         self.lock = threading.Lock()
 
