@@ -128,8 +128,9 @@ class TritonOps(Ops):
         num_tokens, num_heads, dim = q_TND.shape
         out_TND = torch.empty(num_tokens, num_heads, dim, dtype=q_TND.dtype, device=q_TND.device)
         blocks = attention_blocks(q_TND.device, dim, kv.spec.dtype)
-        # a batch whose sequences all have several queries is rare; of decodes alone, the rule
-        attend_decodes(q_TND, out_TND, scale, cache, kv_layer, batch, chunk_size, blocks)
+        # each kernel leaves the other's sequences alone; only the device knows which are there
+        if batch.max_query == 1 or batch.context_S.shape[0] > 1:
+            attend_decodes(q_TND, out_TND, scale, cache, kv_layer, batch, chunk_size, blocks)
         if batch.max_query > 1:
             attend_prefills(q_TND, out_TND, scale, cache, kv_layer, batch, chunk_size, blocks)
         return out_TND.view(num_tokens, num_heads * dim)

@@ -29,8 +29,14 @@ def backend(name: str, threads: int | None = None) -> Ops:
 
 @pytest.fixture(params=["reference", "cpu", "triton"])
 def ops(request: pytest.FixtureRequest) -> Ops:
-    if request.param == "triton" and torch.bfloat16 in request.node.callspec.params.values():
-        pytest.skip("Triton's interpreter truncates to bfloat16 instead of rounding")
+    if request.param == "triton":
+        dtypes = request.node.callspec.params.values()
+        if torch.bfloat16 in dtypes:
+            pytest.skip("Triton's interpreter truncates to bfloat16 instead of rounding")
+        if torch.float16 in dtypes and (
+            "bits" in request.node.name or "not_depend" in request.node.name
+        ):
+            pytest.skip("whose bits depend on what is one question for all dtypes; this is slow")
     return backend(request.param)
 
 
