@@ -68,7 +68,7 @@ def generate_requests(body: CompletionBody) -> list[pb.GenerateRequest]:
     if isinstance(given, str):
         prompts = [given]
     elif given and isinstance(given[0], int):
-        prompts = [given]  # type: ignore[list-item]
+        prompts = [given]
     else:
         prompts = given  # type: ignore[assignment]
     if not prompts:
