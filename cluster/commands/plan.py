@@ -162,7 +162,8 @@ def _make(wish: _Wish) -> tuple[GroupPlan, list[Option]]:
         if needed > machines.total:
             raise SpecError(
                 f"{layout} x {wish.groups or 1} group(s) needs {needed} slices, but "
-                f"{machines.nodes} x {machines.per_node} {machines.gpu} give {machines.total}; add machines with "
+                f"{machines.nodes} x {machines.per_node} {machines.gpu} give {machines.total}; "
+                "add machines with "
                 "--nodes, or use a smaller layout"
             )
         weights = weights_as(config, wish.model.scheme, dtypes[0])
