@@ -64,6 +64,21 @@ def _bytes(value: Any) -> Any:  # noqa: ANN401
     return int(float(found[1]) * _UNITS[found[2].lower()])
 
 
+def parse_bytes(name: str, text: str) -> int:
+    """Bytes written as in a spec, such as "64GiB".
+
+    Raises:
+        SpecError: they are not; names `name`.
+    """
+    try:
+        found = _bytes(text)
+    except ValueError as error:
+        raise SpecError(f"`{name}`={text!r}: {error}") from None
+    if found < 1:
+        raise SpecError(f"`{name}`={text!r} must be more than nothing")
+    return int(found)
+
+
 def _name(value: str) -> str:
     if not _NAME.fullmatch(value):
         raise ValueError("use 1 to 128 letters, digits, dots, dashes or underscores")
@@ -154,6 +169,7 @@ class ModelSpec(_Part):
         name: what clients call it.
         path: folder with config.json, weights and tokenizer.json, on every node.
         dtype: of weights and KV cache.
+        quantization: of the weights while they load: int8, int4, fp8; None keeps them in `dtype`.
         groups: replica groups.
         mesh, kv, limits: of each group.
         device: "cpu", "cuda", or "auto": cuda where the cluster has a GPU for each slice.
@@ -166,6 +182,7 @@ class ModelSpec(_Part):
     name: Name
     path: Path
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    quantization: Literal["int8", "int4", "fp8"] | None = None
     groups: Count = 1
     mesh: Mesh = Mesh()
     kv: Kv = Kv()
@@ -180,6 +197,7 @@ class ModelSpec(_Part):
         return GroupConfig(
             model_path=str(self.path),
             dtype=self.dtype,
+            quantization=self.quantization,
             tp=self.mesh.tp,
             pp=self.mesh.pp,
             tp_shares=self.mesh.tp_shares,
@@ -308,9 +326,9 @@ def load(path: Path | None, flags: Mapping[str, Any]) -> Spec:
     Args:
         path: a YAML file; None for flags alone (then `model` is needed).
         flags: the flags given, without those left out: `model` (a folder), `name`, `dtype`,
-            `groups`, `device`, `threads`, `tp`, `pp`, `kv_memory` and `max_model_len` go to the
-            model; `host` and `port` to the gateway, `http_host` and `http_port` to its HTTP;
-            `address` to ray; `start_timeout_s` to health.
+            `quantization`, `groups`, `device`, `threads`, `tp`, `pp`, `kv_memory` and
+            `max_model_len` go to the model; `host` and `port` to the gateway, `http_host` and
+            `http_port` to its HTTP; `address` to ray; `start_timeout_s` to health.
 
     Raises:
         SpecError: the file cannot be read, or a field is unknown or wrong: file, line, field.

@@ -45,6 +45,9 @@ def up(
     model: Annotated[Path | None, typer.Option(help="Checkpoint folder; no spec needed.")] = None,
     name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="int8, int4 or fp8: weights are quantized while they load.")
+    ] = None,
     groups: Annotated[int | None, typer.Option(help="Replica groups.")] = None,
     tp: Annotated[int | None, typer.Option(help="Tensor-parallel slices of a stage.")] = None,
     pp: Annotated[int | None, typer.Option(help="Pipeline stages.")] = None,
@@ -68,6 +71,7 @@ def up(
         "model": None if model is None else str(model),
         "name": name,
         "dtype": dtype,
+        "quantization": quantization,
         "groups": groups,
         "tp": tp,
         "pp": pp,
