@@ -24,6 +24,8 @@ from arriero.shards.sampling import SamplingParams
 M = TypeVar("M", bound=Message)
 
 MAX_TOOLS = 128
+MAX_JSON_DEPTH = 64
+"""Deepest nesting of a tool's schema or a call's arguments."""
 _TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 _OPTIONAL = (
@@ -226,7 +228,17 @@ def _json_object(name: str, text: str) -> dict[str, Any]:
         raise InvalidRequest(name, f"`{name}` is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise InvalidRequest(name, f"`{name}` is a JSON {type(value).__name__}, not an object")
-    return value
+    level: list[Any] = [value]
+    for _ in range(MAX_JSON_DEPTH):  # what follows (marks, templates) goes down by recursion
+        level = [
+            item
+            for one in level
+            if isinstance(one, dict | list)
+            for item in (one.values() if isinstance(one, dict) else one)
+        ]
+        if not level:
+            return value
+    raise InvalidRequest(name, f"`{name}` is nested deeper than {MAX_JSON_DEPTH}; make it flatter")
 
 
 def check_tokens(name: str, tokens: Sequence[int], card: ModelCard) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from google.protobuf.message import Message
@@ -207,9 +207,17 @@ def _tools(tools: Sequence[Tool]) -> list[pb.Tool]:
         pb.Tool(
             name=_text(f"tools[{number}].function.name", tool.function.name),
             description=_text(f"tools[{number}].function.description", tool.function.description),
-            parameters=""
-            if tool.function.parameters is None
-            else json.dumps(tool.function.parameters),
+            parameters=_schema(number, tool.function.parameters),
         )
         for number, tool in enumerate(tools)
     ]
+
+
+def _schema(number: int, parameters: Mapping[str, Any] | None) -> str:
+    if parameters is None:
+        return ""
+    try:
+        return json.dumps(parameters)
+    except RecursionError:
+        field = f"tools[{number}].function.parameters"
+        raise InvalidRequest(field, f"`{field}` is nested too deep; make it flatter") from None
