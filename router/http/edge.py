@@ -76,7 +76,7 @@ class Edge:
         except ClientGone:
             log.debug("request %s: the client went away", request_id)
         except _TooLarge:
-            await _discard(receive, self._max)
+            await _discard(receive, 2 * self._max)
             words = f"the body has more than {self._max} bytes, which is the most; send less"
             await _answer(named, 413, errors.body(words, "invalid_request_error"))
         except Exception:
