@@ -204,7 +204,8 @@ class CpuOps(Ops):
             ctypes.addressof(struct),
         )
         num_q = layer.num_q_heads * layer.head_dim
-        return qkv_TE[:, :num_q].unflatten(1, (layer.num_q_heads, layer.head_dim))
+        q_TND: Tensor = qkv_TE[:, :num_q].view(-1, layer.num_q_heads, layer.head_dim)
+        return q_TND
 
     def paged_attention(
         self,
@@ -514,7 +515,8 @@ def _batch(batch: FlatBatch, num_tokens: int, head_dim: int) -> Batch:
     )
     for name, tensor, shape in shapes:
         dtype = torch.float32 if name in ("cos_TD", "sin_TD") else torch.int32
-        if tensor.shape != shape or tensor.dtype != dtype or (shape[-1] > 1 and tensor.stride(-1) != 1):
+        strided = shape[-1] > 1 and tensor.stride(-1) != 1
+        if tensor.shape != shape or tensor.dtype != dtype or strided:
             raise ValueError(
                 f"batch.{name}: {str(tensor.dtype)[6:]} {tuple(tensor.shape)} with strides "
                 f"{tensor.stride()}; expected {str(dtype)[6:]} {shape} with unit stride"
