@@ -1,16 +1,12 @@
 """From logits to tokens: bias, bans, penalties, filters and the draw, as `Ops.sample` defines.
 
 A row's vocabulary is cut into chunks that many programs take at once. Everything summed is an
-integer, so no order of summing changes a bit. The filters' floors (the k-th greatest weight, the
-last weight that top-p keeps) are found digit by digit from the highest: each pass sums what lies
-in each of 2**BITS ranges, and goes on inside the range that holds the floor.
+integer, so no order of summing changes a bit.
 
 Shape legend: R rows, V vocabulary, C chunks of a row.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,12 +15,9 @@ import triton.language as tl
 from arriero.kernels.ops import Sampled, SamplingRows
 from arriero.kernels.philox import KEY_STEPS, MULTIPLIERS, ROUNDS
 from arriero.kernels.reference.sampling import FRACTION_BITS, MAX_VOCAB, with_logprobs
-from arriero.kernels.triton.launch import EXACT, INTERPRETED, kernel, power_of_two
-
-CHUNK = 4096
-BITS = 3 if INTERPRETED else 5
-PASSES = -(-(FRACTION_BITS + 1) // BITS)
-"""Weights are 0 .. 2**FRACTION_BITS, both included."""
+from arriero.kernels.triton import filters
+from arriero.kernels.triton.cut import Cut, cut_of
+from arriero.kernels.triton.launch import EXACT, kernel
 
 _ONE = tl.constexpr(2.0**FRACTION_BITS)
 _MASK = tl.constexpr(0xFFFFFFFF)
@@ -146,136 +139,6 @@ def _weigh(
 
 
 @kernel
-def _state_after(
-    bins: tl.tensor,
-    prefixes: tl.tensor,
-    aboves: tl.tensor,
-    limits: tl.tensor,
-    limit: tl.tensor,
-    row: tl.tensor,
-    num_rows: tl.tensor,
-    num_chunks: tl.tensor,
-    step: tl.tensor,
-    BY_MASS: tl.constexpr,
-    BITS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-) -> tl.tensor:
-    """What passes 0 .. step - 1 found, from the state before the last of them and its sums.
-
-    Returns the digits so far, the sum of what lies above them, and the limit it stays under.
-    """
-    RANGES: tl.constexpr = 1 << BITS
-    kept = row < num_rows
-    prefix = tl.zeros(row.shape, tl.int64)
-    above = tl.zeros(row.shape, tl.int64)
-    if step > 0:
-        before = (step - 1) * num_rows + row
-        prefix = tl.load(prefixes + before, mask=kept, other=0)
-        above = tl.load(aboves + before, mask=kept, other=0)
-        digit = tl.arange(0, RANGES)[None, None, :]
-        chunk = tl.arange(0, CHUNKS)[None, :, None]
-        line = ((step - 1) * num_rows + row).to(tl.int64)[:, None, None] * num_chunks + chunk
-        held = kept[:, None, None] & (chunk < num_chunks) & (digit >= 0)
-        sums = tl.sum(tl.load(bins + line * RANGES + digit, mask=held, other=0), 1)
-        total = tl.sum(sums, 1)
-        if BY_MASS:
-            if step == 1:
-                limit = limit * total.to(tl.float64)
-            else:
-                limit = tl.load(limits + before, mask=kept, other=0.0)
-        over = above[:, None] + total[:, None] - tl.cumsum(sums, 1)
-        under = over.to(tl.float64) < limit[:, None]
-        digits = tl.broadcast_to(tl.arange(0, RANGES)[None, :], under.shape)
-        # the highest range has above it what the passes before found under the limit
-        found = tl.min(tl.where(under, digits, RANGES - 1), 1)
-        above = tl.sum(tl.where(digits == found[:, None], over, 0), 1)
-        prefix = prefix * RANGES + found
-    return prefix, above, limit
-
-
-@kernel
-def _narrow(
-    weights: tl.tensor,
-    chunk_max: tl.tensor,
-    temperature: tl.tensor,
-    wanted: tl.tensor,
-    floor_in: tl.tensor,
-    bins: tl.tensor,
-    prefixes: tl.tensor,
-    aboves: tl.tensor,
-    limits: tl.tensor,
-    floor_out: tl.tensor,
-    num_rows: tl.tensor,
-    size: tl.tensor,
-    num_chunks: tl.tensor,
-    step: tl.tensor,
-    BY_MASS: tl.constexpr,
-    PASSES: tl.constexpr,
-    BITS: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-) -> None:
-    """Pass `step` of the search for a filter's floor; the pass after the last writes it."""
-    RANGES: tl.constexpr = 1 << BITS
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    kept = row < num_rows
-    lower = tl.load(floor_in + row, mask=kept, other=0)
-    if BY_MASS:
-        limit = tl.load(wanted + row, mask=kept, other=1.0).to(tl.float64)
-        filters = limit < 1.0
-    else:
-        limit = tl.load(wanted + row, mask=kept, other=0).to(tl.float64)
-        filters = limit > 0
-    filters = filters & (tl.load(temperature + row, mask=kept, other=0.0) > 0)
-    last = step == PASSES
-    lead = tl.program_id(1) == 0
-    if tl.max(filters.to(tl.int32), 0) == 0:
-        if last & lead:
-            tl.store(floor_out + row, lower, mask=kept)
-        return
-    prefix, above, limit = _state_after(
-        bins,
-        prefixes,
-        aboves,
-        limits,
-        limit,
-        row,
-        num_rows,
-        num_chunks,
-        step,
-        BY_MASS,
-        BITS,
-        CHUNKS,
-    )
-    if last:
-        if lead:
-            floor = tl.where(filters, tl.maximum(prefix, lower), lower)
-            tl.store(floor_out + row, floor, mask=kept)
-        return
-    if lead:
-        tl.store(prefixes + step * num_rows + row, prefix, mask=kept)
-        tl.store(aboves + step * num_rows + row, above, mask=kept)
-        if BY_MASS:
-            tl.store(limits + step * num_rows + row, limit, mask=kept)
-    token = (tl.program_id(1) * CHUNK + tl.arange(0, CHUNK))[None, :]
-    held = kept[:, None] & (token < size)
-    at = weights + row.to(tl.int64)[:, None] * size + token
-    weight = tl.load(at, mask=held, other=0)
-    shift = (PASSES - 1 - step) * BITS
-    high = weight >> shift
-    inside = held & (weight >= lower[:, None]) & ((high >> BITS) == prefix[:, None])
-    digit = tl.where(inside, high & (RANGES - 1), -1)
-    line = (step * num_rows + row).to(tl.int64) * num_chunks + tl.program_id(1)
-    for value in tl.static_range(RANGES):
-        if BY_MASS:
-            found = tl.sum(tl.where(digit == value, weight, 0), 1)
-        else:
-            found = tl.sum((digit == value).to(tl.int64), 1)
-        tl.store(bins + line * RANGES + value, found, mask=kept)
-
-
-@kernel
 def _sum_kept(
     weights: tl.tensor,
     floors: tl.tensor,
@@ -369,40 +232,6 @@ def _pick(
     tl.store(tokens + row, token, mask=kept)
 
 
-@dataclass(frozen=True, slots=True)
-class _Cut:
-    """How rows and vocabulary are cut into programs."""
-
-    num_rows: int
-    size: int
-    rows: int
-    chunk: int
-
-    @property
-    def chunks(self) -> int:
-        return -(-self.size // self.chunk)
-
-    @property
-    def chunks_power(self) -> int:
-        return power_of_two(self.chunks)
-
-    @property
-    def row_programs(self) -> int:
-        return -(-self.num_rows // self.rows)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return self.row_programs, self.chunks
-
-
-def _cut(num_rows: int, size: int) -> _Cut:
-    chunk, rows = min(CHUNK, power_of_two(size)), 1
-    if INTERPRETED:
-        chunk = chunk if size <= 2 * CHUNK else power_of_two(size) // 2
-        rows = min(power_of_two(num_rows), max(1, (1 << 18) // chunk))
-    return _Cut(num_rows, size, rows, chunk)
-
-
 def sample(logits_RV: Tensor, rows: SamplingRows) -> Sampled:
     """Draw one token a row; see `Ops.sample`. Nothing here waits for the device."""
     num_rows, size = logits_RV.shape
@@ -415,7 +244,7 @@ def sample(logits_RV: Tensor, rows: SamplingRows) -> Sampled:
     tokens_R = torch.empty(num_rows, dtype=torch.int32, device=device)
     if not num_rows:
         return Sampled(tokens_R=tokens_R)
-    cut = _cut(num_rows, size)
+    cut = cut_of(num_rows, size)
     x_RV, chunk_max, chunk_best = _adjusted(raw_RV, rows, cut)
     weights_RV = floor_R = sums_RC = None
     if not rows.all_greedy:
@@ -437,7 +266,7 @@ def sample(logits_RV: Tensor, rows: SamplingRows) -> Sampled:
         )
         floor_R = torch.zeros(num_rows, dtype=torch.int64, device=device)
         for by_mass, wanted_R in ((False, rows.top_k_R), (True, rows.top_p_R)):
-            floor_R = _floor(weights_RV, chunk_max, rows, wanted_R, by_mass, floor_R, cut)
+            floor_R = filters.floor(weights_RV, rows, wanted_R, by_mass, floor_R, cut)
         sums_RC = torch.empty(num_rows, cut.chunks, dtype=torch.int64, device=device)
         _sum_kept[cut.grid](
             weights_RV,
@@ -474,7 +303,7 @@ def sample(logits_RV: Tensor, rows: SamplingRows) -> Sampled:
     return with_logprobs(raw_RV, tokens_R.long(), rows.num_logprobs)
 
 
-def _adjusted(raw_RV: Tensor, rows: SamplingRows, cut: _Cut) -> tuple[Tensor, Tensor, Tensor]:
+def _adjusted(raw_RV: Tensor, rows: SamplingRows, cut: Cut) -> tuple[Tensor, Tensor, Tensor]:
     """Logits after bias, bans and penalties; by row and chunk the greatest, and its first token."""
     start_RV = raw_RV
     if rows.bias is not None:  # few and scattered: not worth a kernel
@@ -511,48 +340,3 @@ def _adjusted(raw_RV: Tensor, rows: SamplingRows, cut: _Cut) -> tuple[Tensor, Te
         **EXACT,  # a penalty's product is rounded before it is taken off
     )
     return x_RV, chunk_max, chunk_best
-
-
-def _floor(
-    weights_RV: Tensor,
-    chunk_max: Tensor,
-    rows: SamplingRows,
-    wanted_R: Tensor,
-    by_mass: bool,
-    floor_R: Tensor,
-    cut: _Cut,
-) -> Tensor:
-    """The least weight that top-k (or by mass, top-p) keeps in each row, at least `floor_R`."""
-    device = weights_RV.device
-    shape = (PASSES, cut.num_rows)
-    bins = torch.empty(*shape, cut.chunks, 1 << BITS, dtype=torch.int64, device=device)
-    prefixes = torch.empty(shape, dtype=torch.int64, device=device)
-    aboves = torch.empty(shape, dtype=torch.int64, device=device)
-    limits = torch.empty(shape, dtype=torch.float64, device=device)
-    floor_out_R = torch.empty_like(floor_R)
-    for step in range(PASSES + 1):
-        last = step == PASSES
-        _narrow[(cut.row_programs, 1 if last else cut.chunks)](
-            weights_RV,
-            chunk_max,
-            rows.temperature_R,
-            wanted_R,
-            floor_R,
-            bins,
-            prefixes,
-            aboves,
-            limits,
-            floor_out_R,
-            cut.num_rows,
-            cut.size,
-            cut.chunks,
-            step,
-            BY_MASS=by_mass,
-            PASSES=PASSES,
-            BITS=BITS,
-            ROWS=cut.rows,
-            CHUNK=cut.chunk,
-            CHUNKS=cut.chunks_power,
-            **EXACT,
-        )
-    return floor_out_R

@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from arriero.shards.group import GroupConfig
 from arriero.shards.plan import StepPlan, StepResult
 from arriero.shards.resolve import engine_config, resolve
 from arriero.shards.sampling import SamplingParams
+from support import triton_interpreter
 from support.groups import Answer, Group, running
 from support.models import tiny_llama
 
@@ -157,3 +159,17 @@ def test_memory_beyond_the_plan_is_told(
     assert not caplog.records
     CudaRunner(resolved, 0, device=StubDevice(held=1 << 30))
     assert "1073741824 bytes" in caplog.text
+
+
+def test_graphs_of_triton_kernels(config: GroupConfig) -> None:
+    """The whole of it but the GPU: interpreted kernels behind stubbed graphs."""
+    triton_interpreter.install()
+    pytest.importorskip("triton")
+    params = [replace(one, max_tokens=3) for one in PLAIN[:3]]
+    prompts = PROMPTS[:3]
+    with running(config) as group:
+        expected = group.generate(prompts, params)
+    with on_stub(replace(config, kernels="triton"), StubDevice()) as (group, executor):
+        got = group.generate(prompts, params)
+        assert executor.runner.kernels == "triton"
+    assert [a.tokens for a in got] == [a.tokens for a in expected]
