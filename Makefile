@@ -4,9 +4,11 @@
 #              CPU builds spares a large download
 #   TORCH      the build of torch to install
 #   CACHE      where the demo's model is kept
+#   PEERS      where `make bench` installs the engines it compares with
 
 VENV ?= .venv
 CACHE ?= models
+PEERS ?= build/peers
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
 
@@ -19,7 +21,7 @@ export ARRIERO_CACHE := $(abspath $(CACHE))
 export ARRIERO_TEST_MODEL := $(abspath $(MODEL))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help setup demo test check unit oracle chaos gpu proto clean
+.PHONY: help setup demo test check unit oracle chaos gpu gpu-test gpu-bench bench proto clean
 
 help:
 	@echo 'make demo    set up, fetch a small model, serve it, ask it a question'
@@ -29,6 +31,8 @@ help:
 	@echo 'make oracle  the long comparison with transformers'
 	@echo 'make chaos   the long suites that kill processes'
 	@echo 'make gpu     the tests that need a CUDA device'
+	@echo 'make bench   ours beside vLLM-CPU, llama.cpp and transformers: an hour, 6 GB under PEERS'
+	@echo 'make gpu-test, gpu-bench   checks and times on a GPU; JSON; needs torch and triton alone'
 	@echo 'make proto   compile router/proto'
 	@echo 'make clean   remove what make made'
 
@@ -77,6 +81,19 @@ chaos: $(VENV)/.installed $(MODEL)/config.json
 
 gpu: $(VENV)/.installed $(MODEL)/config.json
 	$(PYTEST) -m gpu --timeout 3600
+
+bench: $(VENV)/.installed
+	tests/bench/peers/setup.sh $(PEERS)
+	$(BIN)/python tests/bench/peers.py $(PEERS) --out build/bench
+
+# on a machine with a GPU and its own torch and triton: make gpu-test GPU_PYTHON=python3
+GPU_PYTHON ?= $(BIN)/python
+
+gpu-test:
+	$(GPU_PYTHON) tests/gpu/run.py --only checks --out gpu-test.json
+
+gpu-bench:
+	$(GPU_PYTHON) tests/gpu/run.py --only benches --out gpu-bench.json
 
 proto: $(VENV)/.installed
 	cd src && ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. \

@@ -5,14 +5,17 @@ Knows how a spec becomes deployments; knows nothing of what they do.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve import Application
 
 from arriero.cluster.gateway import GatewayReplica, GatewaySettings
 from arriero.cluster.group import GroupSettings, Leader
-from arriero.cluster.spec import ModelSpec, Spec
+from arriero.cluster.spec import ModelSpec, Spec, load
 from arriero.shards.errors import SpecError
 
 NAME = "arriero"
@@ -37,7 +40,8 @@ def build(spec: Spec, *, num_cpus: float, num_gpus: float, shared: bool) -> Appl
     part = 1.0 if shared else min(1.0, int((num_cpus - services) / spec.num_slices * 1e3) / 1e3)
     leaders = [_leader(model, spec, part, num_gpus) for model in spec.models]
     # a fixed port can be bound once on a node
-    apart: dict[str, Any] = {"max_replicas_per_node": 1} if spec.gateway.port else {}
+    fixed = spec.gateway.port or spec.gateway.http_port
+    apart: dict[str, Any] = {"max_replicas_per_node": 1} if fixed else {}
     gateways = serve.deployment(
         name="gateway",
         num_replicas=spec.gateway.count,
@@ -47,8 +51,33 @@ def build(spec: Spec, *, num_cpus: float, num_gpus: float, shared: bool) -> Appl
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=spec.gateway.drain_s + _STOP_MARGIN_S,
         **apart,
-    )(GatewayReplica)
-    return gateways.bind(GatewaySettings(spec=spec.gateway), *leaders)
+    )(serve.ingress()(GatewayReplica))
+    names = tuple(model.name for model in spec.models)
+    return gateways.bind(GatewaySettings(spec=spec.gateway, models=names), *leaders)
+
+
+def application(args: Mapping[str, str]) -> Application:
+    """The application of a spec file, for Serve's own commands.
+
+    `serve run arriero.cluster.app:application spec=arriero.yaml`; Serve's proxy answers HTTP then,
+    and the gateways' own HTTP listens only where the spec gives it a port.
+
+    Raises:
+        SpecError: no such argument, a wrong spec, or the cluster has not what it asks for.
+    """
+    if set(args) != {"spec"}:
+        raise SpecError(f"arguments {sorted(args)}: give one, spec=PATH of an arriero.yaml")
+    spec = load(Path(args["spec"]), {})
+    if spec.gateway.http is not None and spec.gateway.http.port is None:
+        gateway = spec.gateway.model_copy(update={"http": None})
+        spec = spec.model_copy(update={"gateway": gateway})
+    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return build(
+        spec,
+        num_cpus=resources.get("CPU", 0.0),
+        num_gpus=resources.get("GPU", 0.0),
+        shared=True,
+    )
 
 
 def _leader(model: ModelSpec, spec: Spec, part: float, num_gpus: float) -> Application:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -181,29 +181,55 @@ class EngineBench:
         Raises:
             GroupFailed: a request or the group failed; the text is the cause.
         """
+        clock = Clock(len(prompts), output)
+        clock.begin()
+        for number, one in self._outputs(prompts, params(output)):
+            clock.took(number, len(one.tokens))
+        return clock.figures()
+
+    def greedy(
+        self, prompts: Sequence[Sequence[int]], output: int, banned: tuple[int, ...] = ()
+    ) -> list[list[int]]:
+        """Tokens of `output` greedy steps from each prompt, with `banned` ones left out."""
+        tokens: list[list[int]] = [[] for _ in prompts]
+        asked = replace(params(output), banned_token_ids=banned)
+        for number, one in self._outputs(prompts, asked):
+            tokens[number] += one.tokens
+        return tokens
+
+    def prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probability of each prompt token but the first, given those before it."""
+        scores: list[list[float]] = [[] for _ in prompts]
+        for number, one in self._outputs(prompts, replace(params(1), prompt_logprobs=0)):
+            scores[number] += [each.logprob for each in one.prompt_logprobs or ()]
+        return scores
+
+    def _outputs(
+        self, prompts: Sequence[Sequence[int]], asked: SamplingParams
+    ) -> Iterator[tuple[int, SequenceOutput]]:
+        """Submit all prompts at once; (number of the prompt, output) as they come.
+
+        Raises:
+            GroupFailed: a request or the group failed; the text is the cause.
+        """
         from arriero.shards.engine.types import EngineRequest
 
         first = self._num_requests
         self._num_requests += len(prompts)
-        requests = [
-            EngineRequest(request_id=str(first + i), prompt=tuple(prompt), params=params(output))
-            for i, prompt in enumerate(prompts)
-        ]
-        clock = Clock(len(prompts), output)
-        clock.begin()
-        for request in requests:
-            self._engine.submit(request)
-        left = len(requests)
+        for i, prompt in enumerate(prompts):
+            self._engine.submit(
+                EngineRequest(request_id=str(first + i), prompt=tuple(prompt), params=asked)
+            )
+        left = len(prompts)
         while left:
             outputs = self._arrived.get()
             if isinstance(outputs, Exception):
                 raise outputs
             for one in outputs:
-                clock.took(int(one.request_id) - first, len(one.tokens))
                 if one.finish_reason == "error":
                     raise GroupFailed(f"request {one.request_id}: {one.error}")
                 left -= one.finish_reason is not None
-        return clock.figures()
+                yield int(one.request_id) - first, one
 
     def close(self) -> None:
         """Stop the engine and its slices; safe to call twice."""

@@ -73,8 +73,8 @@ def up(spec: Spec, folder: Path, say: Say) -> Deployment:
             deployment = replace(deployment, ray_address=local.wait_address(cluster))
             state.write(folder, deployment)
         with connected(deployment):
-            gateway = _deploy(spec, say, shared=cluster is None)
-        deployment = replace(deployment, gateway=gateway)
+            gateway, http = _deploy(spec, say, shared=cluster is None)
+        deployment = replace(deployment, gateway=gateway, http=http)
         state.write(folder, deployment)
     except BaseException:
         if cluster is not None:
@@ -162,7 +162,7 @@ def connected(deployment: Deployment) -> Iterator[None]:
         ray.shutdown()
 
 
-def _deploy(spec: Spec, say: Say, *, shared: bool) -> str:
+def _deploy(spec: Spec, say: Say, *, shared: bool) -> tuple[str, str]:
     import ray
     from ray import serve
     from ray.serve.config import ProxyLocation
@@ -199,8 +199,10 @@ def _deploy(spec: Spec, say: Say, *, shared: bool) -> str:
         raise
 
 
-def _wait(spec: Spec, directory: ActorHandle[Registry], old: tuple[Failure, ...], say: Say) -> str:
-    """Wait until all of it serves; gives a gateway's address."""
+def _wait(
+    spec: Spec, directory: ActorHandle[Registry], old: tuple[Failure, ...], say: Say
+) -> tuple[str, str]:
+    """Wait until all of it serves; gives a gateway's addresses: gRPC, and HTTP or ""."""
     import ray
     from ray import serve
 
@@ -215,10 +217,10 @@ def _wait(spec: Spec, directory: ActorHandle[Registry], old: tuple[Failure, ...]
             first = new[0]
             kind = _FAILURES.get(first.kind, GroupFailed)
             raise kind(f"{first.who} did not start: {first.cause}")
-        gateway = next(iter(board.gateways.values()), None)
+        gateway_id, gateway = next(iter(board.gateways.items()), ("", None))
         linked = _num_linked(gateway) if gateway and len(board.groups) >= wanted else 0
         if gateway is not None and linked >= wanted:
-            return gateway
+            return gateway, board.http.get(gateway_id, "")
         status = serve.status().applications.get(app.NAME)
         if status is not None and status.status == "DEPLOY_FAILED":
             raise GroupFailed(f"Ray Serve could not deploy: {status.message.strip()}")

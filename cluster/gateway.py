@@ -1,7 +1,8 @@
-"""A gateway on Ray Serve: the router's own gRPC server in a replica's event loop.
+"""A gateway on Ray Serve: the router's own gRPC and HTTP servers in a replica's event loop.
 
 Follows the registry: a group that registers or is lost is known to the gateway within
-milliseconds. No request passes through Serve's own proxies.
+milliseconds. No request passes through Serve's own proxies, unless the application is run with
+Serve's own commands (`serve run`): then Serve's HTTP proxy reaches the same HTTP application.
 
 Knows the life of a gateway; knows nothing of requests.
 """
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from fastapi import FastAPI
 
 from arriero.cluster import registry
 from arriero.cluster.slices import node_address
@@ -26,9 +28,10 @@ RETRY_S = 0.5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GatewaySettings:
-    """What a gateway needs to know: its part of the spec."""
+    """What a gateway needs to know: its part of the spec, and the names of the models."""
 
     spec: GatewaySpec
+    models: tuple[str, ...]
 
 
 class GatewayReplica:
@@ -42,16 +45,28 @@ class GatewayReplica:
         self._id = uuid.uuid4().hex[:8]
         self._spec = settings.spec
         self._registry = registry.connect()
-        self._gateway = Gateway(GatewayConfig(address=f"{self._spec.host}:{self._spec.port}"))
+        http = self._spec.http
+        self._gateway = Gateway(
+            GatewayConfig(
+                address=f"{self._spec.host}:{self._spec.port}",
+                http_address=None if http is None else f"{http.host}:{self._spec.http_port}",
+                models=settings.models,
+            )
+        )
         try:
             port = await self._gateway.start()
         except OSError as error:
             failure = registry.Failure(who="gateway", kind="SpecError", cause=str(error))
             await self._registry.fail.remote(failure)
             raise
-        wildcard = self._spec.host in ("0.0.0.0", "[::]")
-        self._address = f"{node_address() if wildcard else self._spec.host}:{port}"
+        self._address = _reachable(self._spec.host, port)
+        http_port = self._gateway.http_port
+        self._http = None if http is None or not http_port else _reachable(http.host, http_port)
         self._following = asyncio.create_task(self._follow())
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Serve once: what its own HTTP proxy, if there is one, passes requests to."""
+        return self._gateway.app()
 
     async def check_health(self) -> None:
         """Called by Serve each period; raising has the replica replaced."""
@@ -69,7 +84,7 @@ class GatewayReplica:
         version = -1
         while True:
             try:
-                await self._registry.gateway.remote(self._id, self._address)
+                await self._registry.gateway.remote(self._id, self._address, self._http)
                 board = await self._registry.changed.remote(version)
             except ray.exceptions.RayError:
                 await asyncio.sleep(RETRY_S)  # it is being restarted; the groups known serve on
@@ -81,3 +96,8 @@ class GatewayReplica:
                     for one in board.groups
                 ]
             )
+
+
+def _reachable(host: str, port: int) -> str:
+    """The address that clients use; a listener on every interface is reached at its node's."""
+    return f"{node_address() if host in ('0.0.0.0', '[::]') else host}:{port}"

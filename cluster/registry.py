@@ -59,7 +59,8 @@ class Board:
     Attributes:
         version: counts changes of `groups`.
         groups: those that serve.
-        gateways: address of each gateway, by its id.
+        gateways: gRPC address of each gateway, by its id.
+        http: HTTP address of each gateway that has one, by its id.
         progress: how far starts are, by group id.
         failures: the latest ones, newest last.
     """
@@ -69,6 +70,7 @@ class Board:
     gateways: dict[str, str]
     progress: dict[str, str]
     failures: tuple[Failure, ...]
+    http: dict[str, str] = field(default_factory=dict)
 
 
 class Registry:
@@ -79,6 +81,7 @@ class Registry:
         self._groups: dict[str, GroupEntry] = {}
         self._expiry_s: dict[str, float] = {}
         self._gateways: dict[str, str] = {}
+        self._http: dict[str, str] = {}
         self._gateway_expiry_s: dict[str, float] = {}
         self._progress: dict[str, str] = {}
         self._failures: list[Failure] = []
@@ -107,15 +110,17 @@ class Registry:
     async def fail(self, failure: Failure) -> None:
         """Say why a group or a gateway failed, and forget it."""
         self._failures = [*self._failures, failure][-_KEEP_FAILURES:]
-        self._gateways.pop(failure.who, None)
+        self._forget_gateway(failure.who)
         await self.unregister(failure.who)
 
-    async def gateway(self, gateway_id: str, address: str | None) -> None:
+    async def gateway(self, gateway_id: str, address: str | None, http: str | None = None) -> None:
         """Say where a gateway listens, now and then, or with None that it no longer does."""
-        self._gateways.pop(gateway_id, None)
+        self._forget_gateway(gateway_id)
         self._gateway_expiry_s[gateway_id] = time.monotonic() + _GATEWAY_LEASE_S
         if address is not None:
             self._gateways[gateway_id] = address
+            if http is not None:
+                self._http[gateway_id] = http
 
     async def changed(self, version: int) -> Board:
         """The board as soon as its version is not `version`, or after 20 s as it is."""
@@ -138,6 +143,7 @@ class Registry:
             gateways=dict(self._gateways),
             progress=dict(self._progress),
             failures=tuple(self._failures),
+            http=dict(self._http),
         )
 
     def _expire(self) -> None:
@@ -150,7 +156,11 @@ class Registry:
             self._bump()
         for gateway_id in [one for one, at_s in self._gateway_expiry_s.items() if at_s <= now_s]:
             del self._gateway_expiry_s[gateway_id]
-            self._gateways.pop(gateway_id, None)
+            self._forget_gateway(gateway_id)
+
+    def _forget_gateway(self, gateway_id: str) -> None:
+        self._gateways.pop(gateway_id, None)
+        self._http.pop(gateway_id, None)
 
     def _bump(self) -> None:
         self._version += 1

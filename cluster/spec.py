@@ -27,6 +27,7 @@ from arriero.shards.errors import SpecError
 from arriero.shards.group import GroupConfig
 
 DEFAULT_PORT = 50051
+DEFAULT_HTTP_PORT = 8000
 _UNITS = {
     "": 1,
     "b": 1,
@@ -38,6 +39,14 @@ _UNITS = {
     "gib": 2**30,
 }
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_SECTIONS = {
+    "host": ("gateway", "host"),
+    "port": ("gateway", "port"),
+    "http_host": ("gateway", "http", "host"),
+    "http_port": ("gateway", "http", "port"),
+    "address": ("ray", "address"),
+    "start_timeout_s": ("health", "start_timeout_s"),
+}
 _FLAG_FIELDS = {
     "tp": ("mesh", "tp"),
     "pp": ("mesh", "pp"),
@@ -55,6 +64,21 @@ def _bytes(value: Any) -> Any:  # noqa: ANN401
     return int(float(found[1]) * _UNITS[found[2].lower()])
 
 
+def parse_bytes(name: str, text: str) -> int:
+    """Bytes written as in a spec, such as "64GiB".
+
+    Raises:
+        SpecError: they are not; names `name`.
+    """
+    try:
+        found = _bytes(text)
+    except ValueError as error:
+        raise SpecError(f"`{name}`={text!r}: {error}") from None
+    if found < 1:
+        raise SpecError(f"`{name}`={text!r} must be more than nothing")
+    return int(found)
+
+
 def _name(value: str) -> str:
     if not _NAME.fullmatch(value):
         raise ValueError("use 1 to 128 letters, digits, dots, dashes or underscores")
@@ -65,6 +89,7 @@ Bytes = Annotated[int, BeforeValidator(_bytes), Field(gt=0)]
 Name = Annotated[str, AfterValidator(_name)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Port = Annotated[int, Field(ge=0, le=65535)]
 
 
 class _Part(BaseModel):
@@ -144,6 +169,7 @@ class ModelSpec(_Part):
         name: what clients call it.
         path: folder with config.json, weights and tokenizer.json, on every node.
         dtype: of weights and KV cache.
+        quantization: of the weights while they load: int8, int4, fp8; None keeps them in `dtype`.
         groups: replica groups.
         mesh, kv, limits: of each group.
         device: "cpu", "cuda", or "auto": cuda where the cluster has a GPU for each slice.
@@ -156,6 +182,7 @@ class ModelSpec(_Part):
     name: Name
     path: Path
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    quantization: Literal["int8", "int4", "fp8"] | None = None
     groups: Count = 1
     mesh: Mesh = Mesh()
     kv: Kv = Kv()
@@ -170,6 +197,7 @@ class ModelSpec(_Part):
         return GroupConfig(
             model_path=str(self.path),
             dtype=self.dtype,
+            quantization=self.quantization,
             tp=self.mesh.tp,
             pp=self.mesh.pp,
             tp_shares=self.mesh.tp_shares,
@@ -188,20 +216,43 @@ class ModelSpec(_Part):
         )
 
 
+class HttpSpec(_Part):
+    """The HTTP listener of a gateway.
+
+    Attributes:
+        host: address it listens on.
+        port: 0 takes any free one; None takes 8000, or any free one where gRPC's is 0.
+    """
+
+    host: str = "127.0.0.1"
+    port: Port | None = None
+
+
 class GatewaySpec(_Part):
     """The front door.
 
     Attributes:
         host: address it listens on.
         port: of gRPC; 0 takes any free one.
-        count: gateways; each needs a node of its own when the port is fixed.
+        http: the HTTP listener; null for none.
+        count: gateways; each needs a node of its own when a port is fixed.
         drain_s: how long running streams may go on when it is told to stop.
     """
 
     host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65535)] = DEFAULT_PORT
+    port: Port = DEFAULT_PORT
+    http: HttpSpec | None = HttpSpec()
     count: Count = 1
     drain_s: Seconds = 10
+
+    @property
+    def http_port(self) -> int:
+        """The port of HTTP; 0 for any free one, or for none at all."""
+        if self.http is None:
+            return 0
+        if self.http.port is not None:
+            return self.http.port
+        return DEFAULT_HTTP_PORT if self.port else 0
 
 
 class HealthSpec(_Part):
@@ -275,8 +326,9 @@ def load(path: Path | None, flags: Mapping[str, Any]) -> Spec:
     Args:
         path: a YAML file; None for flags alone (then `model` is needed).
         flags: the flags given, without those left out: `model` (a folder), `name`, `dtype`,
-            `groups`, `device`, `threads`, `tp`, `pp`, `kv_memory` and `max_model_len` go to the
-            model; `host` and `port` to the gateway; `address` to ray; `start_timeout_s` to health.
+            `quantization`, `groups`, `device`, `threads`, `tp`, `pp`, `kv_memory` and
+            `max_model_len` go to the model; `host` and `port` to the gateway, `http_host` and
+            `http_port` to its HTTP; `address` to ray; `start_timeout_s` to health.
 
     Raises:
         SpecError: the file cannot be read, or a field is unknown or wrong: file, line, field.
@@ -339,13 +391,16 @@ def _note_lines(
 
 
 def _with_flags(data: dict[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
-    sections = {"host": "gateway", "port": "gateway", "address": "ray", "start_timeout_s": "health"}
     model_flags = {}
     for flag, value in flags.items():
-        if flag in sections:
-            section = data.setdefault(sections[flag], {})
+        if flag in _SECTIONS:
+            *path, field = _SECTIONS[flag]
+            section: Any = data
+            for name in path:  # a section of another kind is refused when the whole is checked
+                if isinstance(section, dict):
+                    section = section.setdefault(name, {})
             if isinstance(section, dict):
-                section[flag] = value
+                section[field] = value
         else:
             model_flags[flag] = value
     if not model_flags:

@@ -23,7 +23,8 @@ class Deployment:
     Attributes:
         ray_address: of the cluster's GCS, host:port; "" while a local cluster starts.
         node_address: of the driver on that cluster's network, or None for Ray's own choice.
-        gateway: host:port of a gateway for clients on this machine; "" until it listens.
+        gateway: host:port of a gateway's gRPC for clients on this machine; "" until it listens.
+        http: host:port of its HTTP; "" for none.
         local_session: session id of the processes that `up` started; None on a joined cluster.
         local_folder: their temporary folder; None on a joined cluster.
     """
@@ -33,6 +34,7 @@ class Deployment:
     gateway: str = ""
     local_session: int | None = None
     local_folder: str | None = None
+    http: str = ""
 
 
 def state_folder(given: Path | None) -> Path:

@@ -19,8 +19,8 @@ def ops_for(device: torch.device, name: str | None = None, threads: int | None =
 
     Args:
         device: where weights and cache will live.
-        name: one of `BACKENDS`; None picks: on a CPU the C++ kernels where they were built, else
-            the reference, and the log says so once.
+        name: one of `BACKENDS`; None picks: on a GPU triton; on a CPU the C++ kernels where they
+            were built, else the reference, and the log says so once.
         threads: CPU threads that the backend may use; None takes all CPUs of this process (cpu)
             or leaves torch's setting (reference). The cpu backend sets torch's own to 1.
 
@@ -30,8 +30,10 @@ def ops_for(device: torch.device, name: str | None = None, threads: int | None =
     """
     if name not in (None, *BACKENDS):
         raise ValueError(f"kernels={name!r} is none of {', '.join(BACKENDS)}")
-    if name == "triton":
-        raise RuntimeError("kernels='triton' is not part of this build; use 'reference' or 'cpu'")
+    if name == "triton" or (name is None and device.type == "cuda"):
+        from arriero.kernels.triton import triton_ops
+
+        return triton_ops(device)
     if name == "cpu":
         return _cpu(device, threads)
     if name is None and device.type == "cpu":

@@ -5,13 +5,15 @@ Knows samples, text, stop strings and usage; knows nothing of how outputs arrive
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 
 from arriero.router.conversation import TextModel
 from arriero.router.detokenizer import Detokenizer
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
-from arriero.router.requests import OutputOptions
+from arriero.router.requests import OutputOptions, ToolOffer
 from arriero.router.stop import StopMatcher
+from arriero.router.tools import Content, ToolCall, ToolCallParser
 from arriero.shards.engine.types import SequenceOutput, TokenLogprobs
 from arriero.shards.errors import Unavailable
 
@@ -31,17 +33,24 @@ class Answer:
         n: samples.
         options: what to send.
         text: the model's text side.
+        offer: the tools on offer; None leaves calls in the text.
 
     Attributes:
         started: a message was made.
     """
 
     def __init__(
-        self, start: pb.Start, num_prompt: int, n: int, options: OutputOptions, text: TextModel
+        self,
+        start: pb.Start,
+        num_prompt: int,
+        n: int,
+        options: OutputOptions,
+        text: TextModel,
+        offer: ToolOffer | None = None,
     ) -> None:
         self._start = start
         self._options = options
-        self._samples = [_Sample(index, options, text) for index in range(n)]
+        self._samples = [_Sample(index, options, text, offer) for index in range(n)]
         self._num_prompt = num_prompt
         self._num_cached = 0
         self.started = False
@@ -73,7 +82,7 @@ class Answer:
                 before = next((m for m in made if m.index == message.index), None)
                 if before is not None:
                     text = before.text + message.text
-                    before.MergeFrom(message)
+                    before.MergeFrom(message)  # joins the lists, and takes the later text
                     before.text = text
                     continue
             made.append(message)
@@ -96,13 +105,28 @@ class Answer:
 class _Sample:
     """One of the n samples."""
 
-    __slots__ = ("_detokenizer", "_index", "_options", "_stop", "finished", "num_tokens")
+    __slots__ = (
+        "_calls",
+        "_detokenizer",
+        "_index",
+        "_options",
+        "_parallel",
+        "_stop",
+        "finished",
+        "num_tokens",
+    )
 
-    def __init__(self, index: int, options: OutputOptions, text: TextModel) -> None:
+    def __init__(
+        self, index: int, options: OutputOptions, text: TextModel, offer: ToolOffer | None
+    ) -> None:
         self._index = index
         self._options = options
+        self._calls = None if offer is None else ToolCallParser(offer.names)
+        self._parallel = offer is None or offer.parallel
         self._detokenizer = Detokenizer(
-            text.tokenizer.vocabulary, skip_special=options.skip_special_tokens
+            text.tokenizer.vocabulary,
+            # some forms of calls begin with a special token
+            skip_special=options.skip_special_tokens and offer is None,
         )
         self._stop = (
             StopMatcher(options.stop, include=options.include_stop) if options.stop else None
@@ -132,9 +156,18 @@ class _Sample:
                     tokens = tokens[:taken]
         self.num_tokens += len(tokens)
         with_ids = self._options.include_token_ids
-        if not (text or reason or (tokens and (with_ids or output.logprobs))):
+        message = pb.Output(index=self._index, token_ids=tokens if with_ids else None)
+        if self._calls is None:
+            message.text = text
+        elif self._split(self._calls, text, message, final=reason is not None):
+            reason = "stop"
+        if not (
+            message.text
+            or message.tool_calls
+            or reason
+            or (tokens and (with_ids or output.logprobs))
+        ):
             return None
-        message = pb.Output(index=self._index, text=text, token_ids=tokens if with_ids else None)
         if output.logprobs:
             message.logprobs.extend(map(_position, output.logprobs[: len(tokens)]))
         if reason is not None:
@@ -142,9 +175,26 @@ class _Sample:
             message.finish_reason = _REASONS[reason]
             if stop_string is not None:
                 message.stop_string = stop_string
+            elif output.finish_reason is None:
+                return message  # ended by its first call
             elif output.stop_token is not None:
                 message.stop_token_id = output.stop_token
         return message
+
+    def _split(self, calls: ToolCallParser, text: str, message: pb.Output, *, final: bool) -> bool:
+        """Content and calls of `text`, put into `message`; whether a call ends the sample."""
+        for event in calls.add(text, final=final):
+            if isinstance(event, Content):
+                message.text += event.text
+            elif isinstance(event, ToolCall):
+                message.tool_calls.add(
+                    id=f"call_{secrets.token_hex(12)}", name=event.name, arguments=event.arguments
+                )
+                if not self._parallel:
+                    return True
+            else:
+                message.truncated_tool_call = event.text
+        return False
 
     def _watch(self, stop: StopMatcher, tokens: Sequence[int], *, final: bool) -> tuple[str, int]:
         """Text up to a stop string, and how many tokens it took to complete that.

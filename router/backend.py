@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from arriero.router.card import ModelCard
 from arriero.shards.engine.types import EngineRequest, SequenceOutput
@@ -18,11 +18,13 @@ class GroupLoad:
         outstanding_tokens: prompt and expected output tokens that this gateway has given it and
             that are not out yet.
         num_running, num_waiting: sequences of all gateways, as the leader last said.
+        stalled_s: how long its engine has had work and finished no step.
     """
 
     outstanding_tokens: int = 0
     num_running: int = 0
     num_waiting: int = 0
+    stalled_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,12 +36,14 @@ class GroupView:
         model: the id under which clients ask for its model.
         card: what its leader says of the model.
         load: how busy it is.
+        stats: `EngineStats` as the leader last sent it.
     """
 
     group_id: str
     model: str
     card: ModelCard
     load: GroupLoad
+    stats: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Backend(Protocol):

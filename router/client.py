@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from arriero.router.proto.arriero.v1.inference_pb2_grpc import InferenceAsyncStub
 
 R = TypeVar("R")
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[int]
 
 _CHANNEL_OPTIONS = [("grpc.max_receive_message_length", -1)]

@@ -51,10 +51,11 @@ class TextModel:
         *,
         add_generation_prompt: bool,
         continue_final_message: bool,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[int]:
         """Token ids of a conversation; see `layout`."""
-        size = sum(map(len, strings(list(messages))))
-        arguments = (messages, add_generation_prompt, continue_final_message)
+        size = sum(map(len, strings([*messages, *tools])))
+        arguments = (messages, add_generation_prompt, continue_final_message, tools)
         if size <= INLINE_CHARS:
             return self.layout(*arguments)
         return await asyncio.to_thread(self.layout, *arguments)
@@ -64,13 +65,15 @@ class TextModel:
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool,
         continue_final_message: bool,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[int]:
         """Token ids of a conversation; only the template writes special tokens.
 
         Args:
-            messages: mappings with `role` and `content`.
+            messages: mappings with `role` and `content`, and what else templates know.
             add_generation_prompt: open the assistant's turn at the end.
             continue_final_message: leave the last message's turn open instead.
+            tools: functions on offer, in the form {"type": "function", "function": {…}}.
 
         Raises:
             InvalidRequest: a role or the whole is not what the template takes.
@@ -82,8 +85,14 @@ class TextModel:
                 "Generate",
             )
         _check(messages, add_generation_prompt, continue_final_message)
+        if tools and not self.template.knows_tools:
+            raise InvalidRequest(
+                "tools",
+                f"the chat template of model {self._model!r} cannot show tools to the model; leave "
+                "`tools` out",
+            )
         marker = self.tokenizer.marker
-        mark = marker.choose([*strings(list(messages)), self.template.source])
+        mark = marker.choose([*strings([*messages, *tools]), self.template.source])
         marked = [
             {**marker.mark_all(message, mark), "role": message["role"]} for message in messages
         ]
@@ -99,6 +108,8 @@ class TextModel:
             "messages": marked,
             "add_generation_prompt": add_generation_prompt,
         }
+        if tools:
+            variables["tools"] = marker.mark_all(list(tools), mark)
         try:
             rendered = self.template.render(variables)
         except TemplateError as error:  # whose words may quote what was marked

@@ -1,8 +1,8 @@
-"""The gateway: the gRPC server that clients talk to.
+"""The gateway: the servers that clients talk to, gRPC here and HTTP beside it.
 
-A call's life: parse, check, tokenize, choose a group, run it there, write one message a step.
 Whatever ends a call early (the client, its deadline, a stop string, an error) closes the run's
-iterator, and that cancels it in the engine. Knows the order of these steps; each is elsewhere.
+iterator, and that cancels it in the engine. Knows connections and statuses; what a call does is
+`Inference`'s.
 """
 
 from __future__ import annotations
@@ -10,44 +10,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import grpc
 import grpc.aio
+from fastapi import FastAPI
 from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from arriero.router.answer import Answer
-from arriero.router.backend import GroupView
-from arriero.router.card import ModelCard
-from arriero.router.choose import order
-from arriero.router.conversation import TextModel
 from arriero.router.groups import GroupAddress, LinkedGroups
+from arriero.router.http.app import create_app
+from arriero.router.http.server import HttpServer
+from arriero.router.inference import Inference, Stream
+from arriero.router.metrics import Metrics
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
-from arriero.router.requests import (
-    OutputOptions,
-    check_room,
-    check_tokens,
-    defaults_to_wire,
-    engine_request,
-    parse,
-    read_messages,
-    read_options,
-    read_request_id,
-    read_sampling,
-)
-from arriero.shards.errors import (
-    ArrieroError,
-    InvalidRequest,
-    NotFound,
-    Overloaded,
-    Unavailable,
-)
-from arriero.shards.sampling import SamplingParams
+from arriero.router.requests import parse, read_request_id
+from arriero.shards.errors import ArrieroError, InvalidRequest, NotFound, Overloaded
 
 __all__ = ["Gateway", "GatewayConfig", "GroupAddress"]
 
@@ -65,16 +47,21 @@ class GatewayConfig:
     """Settings of one gateway.
 
     Attributes:
-        address: host and port to listen on; port 0 picks a free one.
+        address: host and port of gRPC to listen on; port 0 picks a free one.
+        http_address: the same for HTTP; None for no HTTP.
         max_message_bytes: the largest request taken.
         max_calls: most calls at once; one more is refused with RESOURCE_EXHAUSTED.
         credentials: of TLS; None listens in the clear.
+        models: ids of the deployment's models. One of them without a group is unavailable; any
+            other is not found.
     """
 
     address: str = "127.0.0.1:0"
+    http_address: str | None = None
     max_message_bytes: int = 32 * 1024 * 1024
     max_calls: int = 10_000
     credentials: grpc.ServerCredentials | None = None
+    models: tuple[str, ...] = ()
 
 
 class Gateway:
@@ -82,19 +69,25 @@ class Gateway:
 
     def __init__(self, config: GatewayConfig) -> None:
         self._config = config
-        self._groups = LinkedGroups(self._groups_changed)
+        self._groups = LinkedGroups(self._groups_changed, config.models)
+        self.inference = Inference(self._groups, Metrics(self._groups.groups))
         self._server: grpc.aio.Server | None = None
+        self._http: HttpServer | None = None
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # not in the stubs
         self._health_task: asyncio.Task[None] | None = None
         self._stopping = False
 
     async def start(self) -> int:
-        """Listen; gives the port.
+        """Listen; gives the port of gRPC.
 
         Raises:
-            OSError: the address cannot be bound.
+            OSError: an address cannot be bound.
         """
         config = self._config
+        if config.http_address is not None:
+            app = self.app()
+            self._http = HttpServer(app, config.http_address, max_calls=config.max_calls)
+            self._http.bind()
         server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", config.max_message_bytes),
@@ -118,18 +111,33 @@ class Gateway:
             else:
                 port = server.add_secure_port(config.address, config.credentials)
         except RuntimeError as error:
+            if self._http is not None:
+                await self._http.stop(0)
             raise OSError(f"cannot listen on {config.address}: {error}") from error
         self._server = server
         await self._tell_health()
         await server.start()
+        if self._http is not None:
+            await self._http.start()
         return port
+
+    @property
+    def http_port(self) -> int | None:
+        """The port of HTTP, once it listens."""
+        return None if self._http is None else self._http.port
+
+    def app(self) -> FastAPI:
+        """The HTTP application over this gateway, for other servers (Ray Serve's) to mount."""
+        return create_app(self.inference, max_body_bytes=self._config.max_message_bytes)
 
     async def stop(self, grace_s: float) -> None:
         """Take no more calls, let running ones finish for `grace_s` seconds, then close."""
         self._stopping = True
         await self._tell_health()
-        if self._server is not None:
-            await self._server.stop(grace_s)
+        await asyncio.gather(
+            *([] if self._server is None else [self._server.stop(grace_s)]),
+            *([] if self._http is None else [self._http.stop(grace_s)]),
+        )
         await self._groups.close()
         if self._health_task is not None:
             self._health_task.cancel()
@@ -177,99 +185,25 @@ class Gateway:
     async def _generate(self, call: _Call, raw: bytes) -> None:
         request = parse(pb.GenerateRequest, raw)
         await call.name(request.request_id)
-        text, views = self._groups.find(request.model)
-        options = read_options(request.options)
-        params = read_sampling(request.sampling, views[0].card)
-        if request.WhichOneof("prompt") == "text":
-            prompt = await _encode(text, request)
-        else:
-            prompt = list(request.token_ids.ids)
-        await self._run(call, text, views, prompt, params, options, request.options.priority)
+        await call.write(await self.inference.generate(request, call.request_id))
 
     async def _chat(self, call: _Call, raw: bytes) -> None:
         request = parse(pb.ChatRequest, raw)
         await call.name(request.request_id)
-        text, views = self._groups.find(request.model)
-        options = read_options(request.options)
-        params = read_sampling(request.sampling, views[0].card)
-        prompt = await _layout(text, request)
-        await self._run(call, text, views, prompt, params, options, request.options.priority)
-
-    async def _run(
-        self,
-        call: _Call,
-        text: TextModel,
-        views: Sequence[GroupView],
-        prompt: list[int],
-        params: SamplingParams,
-        options: OutputOptions,
-        priority: int,
-    ) -> None:
-        """Run a checked request on the best group, or on the next one while it has no output."""
-        widest = max(views, key=lambda view: view.card.max_model_len)
-        check_room(len(prompt), params.max_tokens, widest.card.max_model_len)
-        check_tokens("prompt", prompt, widest.card)
-        start = pb.Start(
-            request_id=call.request_id, model=widest.model, seed=cast(int, params.seed)
-        )
-        if options.include_prompt_token_ids:
-            start.prompt_token_ids.extend(prompt)
-        answer = Answer(start, len(prompt), params.n, options, text)
-        ordered = order(views, num_tokens=len(prompt) + (params.max_tokens or 1))
-        for attempt, view in enumerate(ordered, 1):
-            room = check_room(len(prompt), params.max_tokens, view.card.max_model_len)
-            request = engine_request(
-                request_id=call.request_id,
-                prompt=prompt,
-                params=params,
-                priority=priority,
-                room=room,
-            )
-            try:
-                async with aclosing(self._groups.generate(view.group_id, request)) as steps:
-                    async for outputs in steps:
-                        message = answer.add(outputs)
-                        if message is not None:
-                            await call.context.write(message.SerializeToString())
-                        if answer.finished:
-                            return
-                raise Unavailable("the group ended the stream before the last token")
-            except (Unavailable, Overloaded) as error:
-                if answer.started or attempt == len(ordered):
-                    raise
-                log.info("%s: group %s: %s; trying the next", call.request_id, view.group_id, error)
+        await call.write(await self.inference.chat(request, call.request_id))
 
     async def _tokenize(self, raw: bytes) -> Message:
-        request = parse(pb.TokenizeRequest, raw)
-        text, views = self._groups.find(request.model)
-        if request.WhichOneof("input") == "conversation":
-            tokens = await _layout(text, request.conversation)
-        else:
-            tokens = await _encode(text, request)
-        return pb.TokenizeResponse(
-            token_ids=tokens, max_model_len=max(view.card.max_model_len for view in views)
-        )
+        return await self.inference.tokenize(parse(pb.TokenizeRequest, raw))
 
     async def _detokenize(self, raw: bytes) -> Message:
-        request = parse(pb.DetokenizeRequest, raw)
-        text, views = self._groups.find(request.model)
-        check_tokens("token_ids", request.token_ids, views[0].card)
-        joined = text.tokenizer.decode(request.token_ids, skip_special=request.skip_special_tokens)
-        return pb.DetokenizeResponse(text=joined)
+        return await self.inference.detokenize(parse(pb.DetokenizeRequest, raw))
 
     async def _list_models(self, raw: bytes) -> Message:
         parse(pb.ListModelsRequest, raw)
-        by_model: dict[str, list[GroupView]] = {}
-        for view in self._groups.groups():
-            by_model.setdefault(view.model, []).append(view)
-        return pb.ListModelsResponse(
-            models=[_model(name, views) for name, views in sorted(by_model.items())]
-        )
+        return pb.ListModelsResponse(models=self.inference.models())
 
     async def _get_model(self, raw: bytes) -> Message:
-        request = parse(pb.GetModelRequest, raw)
-        _, views = self._groups.find(request.model)
-        return _model(views[0].model, views)
+        return self.inference.model(parse(pb.GetModelRequest, raw).model)
 
 
 class _Call:
@@ -285,6 +219,12 @@ class _Call:
         """Name the call, and tell the client the name."""
         self.request_id = read_request_id(given)
         await self.context.send_initial_metadata((("x-request-id", self.request_id),))
+
+    async def write(self, stream: Stream) -> None:
+        """Run a stream and send what it gives."""
+        async with aclosing(stream) as messages:
+            async for message in messages:
+                await self.context.write(message.SerializeToString())
 
 
 Method = Callable[[_Call, bytes], Awaitable[Any]]
@@ -331,43 +271,3 @@ def _status(
         wait = str(max(1, math.ceil(error.retry_after_s)))
         return grpc.StatusCode.RESOURCE_EXHAUSTED, details, (("retry-after", wait),)
     return grpc.StatusCode.UNAVAILABLE, details, ()
-
-
-async def _encode(text: TextModel, request: pb.GenerateRequest | pb.TokenizeRequest) -> list[int]:
-    if not request.text:
-        raise InvalidRequest("prompt", "the prompt is empty; give `text` or `token_ids`")
-    add = request.add_special_tokens if request.HasField("add_special_tokens") else True
-    return await text.encode(request.text, add_special_tokens=add, trusted=request.parse_special)
-
-
-async def _layout(text: TextModel, request: pb.ChatRequest | pb.Conversation) -> list[int]:
-    go_on = request.continue_final_message
-    given = request.HasField("add_generation_prompt")
-    return await text.encode_chat(
-        read_messages(request.messages),
-        add_generation_prompt=request.add_generation_prompt if given else not go_on,
-        continue_final_message=go_on,
-    )
-
-
-def _model(name: str, views: Sequence[GroupView]) -> pb.Model:
-    card: ModelCard = views[0].card
-    return pb.Model(
-        id=name,
-        digest=card.digest,
-        max_model_len=max(view.card.max_model_len for view in views),
-        vocab_size=card.vocab_size,
-        eos_token_ids=card.eos_token_ids,
-        has_chat_template=card.chat_template is not None,
-        created=card.created,
-        groups=[
-            pb.Group(
-                id=view.group_id,
-                layout=view.card.layout,
-                running=view.load.num_running,
-                waiting=view.load.num_waiting,
-            )
-            for view in views
-        ],
-        generation_defaults=defaults_to_wire(card.generation_defaults),
-    )

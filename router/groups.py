@@ -43,10 +43,12 @@ class LinkedGroups:
 
     Args:
         on_change: called on the event loop when a group becomes connected or stops being so.
+        models: ids of models that are known to be deployed, whether or not a group of theirs is.
     """
 
-    def __init__(self, on_change: Callable[[], None]) -> None:
+    def __init__(self, on_change: Callable[[], None], models: Iterable[str] = ()) -> None:
         self._on_change = on_change
+        self._models = frozenset(models)
         self._groups: dict[str, _Group] = {}
         self._texts: dict[str, asyncio.Task[TextModel]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -85,10 +87,15 @@ class LinkedGroups:
                 model=group.address.model,
                 card=group.link.card,
                 load=group.link.load,
+                stats=group.link.stats,
             )
             for group_id, group in self._groups.items()
             if group.ready
         ]
+
+    def models(self) -> set[str]:
+        """Ids of the models that are deployed, or that a known group serves."""
+        return {*self._models} | {group.address.model for group in self._groups.values()}
 
     def generate(
         self, group_id: str, request: EngineRequest
@@ -113,10 +120,10 @@ class LinkedGroups:
 
         Raises:
             InvalidRequest: "" while several are served.
-            NotFound: no group of it is known.
+            NotFound: it is not deployed.
             Unavailable: none of its groups is connected.
         """
-        known = sorted({group.address.model for group in self._groups.values()})
+        known = sorted(self.models())
         if not model:
             if len(known) > 1:
                 raise InvalidRequest(
@@ -135,6 +142,10 @@ class LinkedGroups:
             causes = {
                 group.cause for group in self._groups.values() if group.address.model == model
             }
+            if not causes:
+                raise Unavailable(
+                    f"model {model!r} has no group serving now: starting or being replaced"
+                )
             raise Unavailable(f"no group of {model!r} is ready: {'; '.join(sorted(causes))[:500]}")
         # While an update is under way, groups may differ in tokenizer: speak the newest's.
         newest = max(views, key=lambda view: (view.card.created, view.group_id))

@@ -11,7 +11,8 @@ import asyncio
 import itertools
 import logging
 import random
-from collections.abc import AsyncGenerator, Callable
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 import grpc
@@ -50,6 +51,7 @@ class LinkClient:
         self._up = False
         self._cause = "not connected yet"
         self._stats: dict[str, Any] = {}
+        self._moved_s = time.monotonic()
         self._handles = itertools.count()
         self._calls: dict[int, _Call] = {}
         self._names: dict[int, str] = {}
@@ -87,7 +89,13 @@ class LinkClient:
             outstanding_tokens=sum(call.outstanding for call in self._calls.values()),
             num_running=self._stats.get("num_running", 0),
             num_waiting=self._stats.get("num_waiting", 0),
+            stalled_s=time.monotonic() - self._moved_s,
         )
+
+    @property
+    def stats(self) -> Mapping[str, Any]:
+        """`EngineStats` as the leader last sent it."""
+        return self._stats
 
     async def connect(self, timeout_s: float) -> None:
         """Start the link and wait for the leader's card.
@@ -202,8 +210,11 @@ class LinkClient:
                 if kind == "step":
                     self._on_step(message)
                 elif kind == "stats":
-                    was = self.connected
+                    was, steps = self.connected, self._stats.get("steps")
                     self._stats = message[1]
+                    working = self._stats["num_running"] or self._stats["num_waiting"]
+                    if not working or self._stats["steps"] != steps:
+                        self._moved_s = time.monotonic()
                     if was != self.connected and self._on_change is not None:
                         self._on_change()
                 elif kind == "refused":

@@ -5,6 +5,7 @@ Knows the wire's messages, limits and a model's card; knows nothing of streams o
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,10 @@ from arriero.shards.sampling import SamplingParams
 
 M = TypeVar("M", bound=Message)
 
+MAX_TOOLS = 128
+MAX_JSON_DEPTH = 64
+"""Deepest nesting of a tool's schema or a call's arguments."""
+_TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 _OPTIONAL = (
     "max_tokens",
@@ -51,6 +56,24 @@ class OutputOptions:
     include_text: bool = True
     include_token_ids: bool = True
     include_prompt_token_ids: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ToolOffer:
+    """The tools that a request offers, and how calls of them are taken.
+
+    Attributes:
+        tools: as templates take them.
+        parallel: whether there may be several calls; else the first one ends the output.
+    """
+
+    tools: tuple[Mapping[str, Any], ...]
+    parallel: bool = True
+
+    @property
+    def names(self) -> list[str]:
+        """What the tools are called."""
+        return [tool["function"]["name"] for tool in self.tools]
 
 
 def parse(kind: type[M], raw: bytes) -> M:
@@ -130,9 +153,92 @@ def read_options(message: pb.Options) -> OutputOptions:
     return options
 
 
-def read_messages(messages: Sequence[pb.Message]) -> list[dict[str, str]]:
-    """A conversation as templates take it."""
-    return [{"role": message.role, "content": message.content} for message in messages]
+def read_messages(messages: Sequence[pb.Message]) -> list[dict[str, Any]]:
+    """A conversation as templates take it.
+
+    Raises:
+        InvalidRequest: a call's arguments are no JSON object.
+    """
+    read = []
+    for number, message in enumerate(messages):
+        one: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.name:
+            one["name"] = message.name
+        if message.tool_call_id:
+            one["tool_call_id"] = message.tool_call_id
+        if message.tool_calls:
+            where = f"messages[{number}].tool_calls"
+            one["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {
+                        "name": call.name,
+                        "arguments": _json_object(f"{where}[{at}].arguments", call.arguments),
+                    },
+                }
+                for at, call in enumerate(message.tool_calls)
+            ]
+        read.append(one)
+    return read
+
+
+def read_tools(tools: Sequence[pb.Tool]) -> tuple[Mapping[str, Any], ...]:
+    """Tools as templates take them.
+
+    Raises:
+        InvalidRequest: a name or a schema is not what it must be, or there are too many.
+    """
+    if len(tools) > MAX_TOOLS:
+        raise InvalidRequest("tools", f"`tools` has {len(tools)} entries; the most is {MAX_TOOLS}")
+    read: dict[str, Mapping[str, Any]] = {}
+    for number, tool in enumerate(tools):
+        if not _TOOL_NAME.fullmatch(tool.name):
+            raise InvalidRequest(
+                "tools",
+                f"`tools[{number}].name`={tool.name[:64]!r} must be 1 to 128 letters, digits, "
+                "dots, dashes or underscores",
+            )
+        if tool.name in read:
+            raise InvalidRequest(
+                "tools", f"`tools[{number}].name`={tool.name!r} occurs twice; keep one"
+            )
+        function: dict[str, Any] = {"name": tool.name, "description": tool.description}
+        given = tool.parameters or '{"type": "object", "properties": {}}'
+        function["parameters"] = _json_object(f"tools[{number}].parameters", given)
+        read[tool.name] = {"type": "function", "function": function}
+    return tuple(read.values())
+
+
+def read_offer(request: pb.ChatRequest) -> ToolOffer | None:
+    """What a conversation offers; None when that is nothing."""
+    tools = read_tools(request.tools)
+    if not tools or request.tool_choice == pb.TOOL_CHOICE_NONE:
+        return None
+    if request.tool_choice != pb.TOOL_CHOICE_UNSPECIFIED:
+        raise InvalidRequest("tool_choice", f"`tool_choice`={request.tool_choice} is none of ours")
+    given = request.HasField("parallel_tool_calls")
+    return ToolOffer(tools=tools, parallel=request.parallel_tool_calls if given else True)
+
+
+def _json_object(name: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(name, f"`{name}` is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest(name, f"`{name}` is a JSON {type(value).__name__}, not an object")
+    level: list[Any] = [value]
+    for _ in range(MAX_JSON_DEPTH):  # what follows (marks, templates) goes down by recursion
+        level = [
+            item
+            for one in level
+            if isinstance(one, dict | list)
+            for item in (one.values() if isinstance(one, dict) else one)
+        ]
+        if not level:
+            return value
+    raise InvalidRequest(name, f"`{name}` is nested deeper than {MAX_JSON_DEPTH}; make it flatter")
 
 
 def check_tokens(name: str, tokens: Sequence[int], card: ModelCard) -> None:

@@ -32,6 +32,9 @@ MAX_REPEAT = 1_000_000
 _OUTSIDE_ASCII = re.compile("[^\x00-\x7f\ue000-\uf8ff]")
 
 
+_TOOLS = re.compile(r"\btools\b")
+
+
 class TemplateError(InvalidRequest):
     """The template refused the conversation, or could not lay it out."""
 
@@ -45,6 +48,9 @@ class ChatTemplate:
     Args:
         source: Jinja source.
 
+    Attributes:
+        knows_tools: whether it speaks of tools at all.
+
     Raises:
         CheckpointError: it does not compile.
     """
@@ -55,6 +61,7 @@ class ChatTemplate:
         except (jinja2.TemplateError, RecursionError) as error:
             raise CheckpointError(f"chat template does not compile: {error}") from error
         self.source = source
+        self.knows_tools = _TOOLS.search(source) is not None
 
     def render(self, variables: Mapping[str, Any]) -> str:
         """The conversation laid out as text.

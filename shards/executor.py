@@ -26,7 +26,7 @@ from arriero.shards.plan import StepPlan, StepResult
 from arriero.shards.slice import SliceReport, Ticket, run_slice
 
 if TYPE_CHECKING:
-    from arriero.shards.runner import Runner
+    from arriero.shards.runner import Pending, Runner
 
 POLL_S = 0.1
 LoadProgress = Callable[[float], None]
@@ -37,11 +37,11 @@ class LocalExecutor:
     """Runs a single-slice group in a thread of this process."""
 
     def __init__(self, config: GroupConfig) -> None:
-        from arriero.shards.runner import Runner
+        from arriero.shards.runner import runner_for
 
-        self._runner: Runner | None = Runner(config, 0)
+        self._runner: Runner | None = runner_for(config, 0)
         self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[StepResult | BaseException] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[Pending | BaseException] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="slice", daemon=True)
         self._thread.start()
 
@@ -57,7 +57,7 @@ class LocalExecutor:
             return None
         if isinstance(got, BaseException):
             raise GroupFailed(f"slice 0 failed in a step: {type(got).__name__}: {got}") from got
-        return got
+        return got.wait()
 
     def close(self) -> None:
         """Stop the thread and give the weights back; safe to call twice."""
@@ -70,9 +70,9 @@ class LocalExecutor:
         assert runner is not None, "set before the thread starts"
         try:
             while (plan := self._plans.get()) is not None:
-                result = runner.step(plan)
-                assert result is not None, "the only slice of a group samples"
-                self._results.put(result)
+                pending = runner.launch(plan)
+                assert pending is not None, "the only slice of a group samples"
+                self._results.put(pending)
         except Exception as error:
             self._results.put(error)
 

@@ -21,15 +21,35 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 
 from arriero.shards.partition import SlicePart
+from arriero.shards.watchdog import Watchdog
 
-TIMEOUT = timedelta(seconds=120)
+TIMEOUT_S = 120.0
 
 
 class Mesh:
     """One rank's view of its group's mesh: `pp` stages of `tp` ranks."""
 
-    def __init__(self, part: SlicePart, *, tp: int, pp: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        part: SlicePart,
+        *,
+        tp: int,
+        pp: int,
+        device: torch.device,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        """Describe the mesh; `join` connects it.
+
+        Args:
+            part: what this rank holds.
+            tp: ranks of a stage.
+            pp: stages.
+            device: of the tensors.
+            timeout_s: a wait for another rank that takes longer fails the group.
+        """
         self.part, self.tp, self.pp, self.device = part, tp, pp, device
+        self.watchdog = Watchdog(part.rank, timeout_s, _abort)
+        self._timeout = timedelta(seconds=timeout_s)
         self._tp_group: dist.ProcessGroup | None = None
         self._sending: deque[tuple[dist.Work, Tensor]] = deque()
 
@@ -54,17 +74,18 @@ class Mesh:
             store=store,
             rank=self.part.rank,
             world_size=self.tp * self.pp,
-            timeout=TIMEOUT,
+            timeout=self._timeout,
         )
         for stage in range(self.pp):  # new_group is collective: every rank makes every group
             ranks = list(range(stage * self.tp, (stage + 1) * self.tp))
-            group = dist.new_group(ranks, timeout=TIMEOUT)
+            group = dist.new_group(ranks, timeout=self._timeout)
             if stage == self.part.stage and self.tp > 1:
                 self._tp_group = group
 
     def leave(self) -> None:
         """Give the process group back."""
         self._sending.clear()
+        self.watchdog.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -73,10 +94,12 @@ class Mesh:
         if self.tp == 1:
             return x_TH
         if self.tp == 2:  # a + b is b + a: any algorithm keeps the order
-            dist.all_reduce(x_TH, group=self._tp_group)
+            with self.watchdog.watch("all-reduce"):
+                dist.all_reduce(x_TH, group=self._tp_group)
             return x_TH
         parts = torch.empty((self.tp, *x_TH.shape), dtype=x_TH.dtype, device=x_TH.device)
-        dist.all_gather(list(parts.unbind()), x_TH.contiguous(), group=self._tp_group)
+        with self.watchdog.watch("all-reduce"):
+            dist.all_gather(list(parts.unbind()), x_TH.contiguous(), group=self._tp_group)
         total = parts[0]
         for i in range(1, self.tp):
             total += parts[i]
@@ -88,20 +111,23 @@ class Mesh:
             return logits_RV
         first = self.part.stage * self.tp
         if self.part.tp_rank:
-            dist.send(logits_RV.contiguous(), first, group=self._tp_group)
+            with self.watchdog.watch("send of logits"):
+                dist.send(logits_RV.contiguous(), first, group=self._tp_group)
             return None
         rows = logits_RV.shape[0]
         parts = [logits_RV]
         for i in range(1, self.tp):
             part = torch.empty((rows, sizes[i]), dtype=logits_RV.dtype, device=logits_RV.device)
-            dist.recv(part, first + i, group=self._tp_group)
+            with self.watchdog.watch(f"logits from rank {first + i}"):
+                dist.recv(part, first + i, group=self._tp_group)
             parts.append(part)
         return torch.cat(parts, dim=1)
 
     def share_tokens(self, tokens_R: Tensor) -> None:
         """Give the sampled tokens (int32, in place) to the ranks of a single-stage group."""
         if self.tp > 1 and self.pp == 1:
-            dist.broadcast(tokens_R, 0, group=self._tp_group)
+            with self.watchdog.watch("broadcast of tokens"):
+                dist.broadcast(tokens_R, 0, group=self._tp_group)
 
     def send_hidden(self, x_TH: Tensor) -> None:
         """Hand activations to the next stage; returns at once, keeps `x_TH` until they are out."""
@@ -113,4 +139,11 @@ class Mesh:
 
     def recv_hidden(self, x_TH: Tensor) -> None:
         """Fill `x_TH` with the activations of the stage before."""
-        dist.recv(x_TH, self.part.rank - self.tp)
+        with self.watchdog.watch("activations from the stage before"):
+            dist.recv(x_TH, self.part.rank - self.tp)
+
+
+def _abort() -> None:
+    """Break off every wait of this process for another rank."""
+    group = dist.distributed_c10d._get_default_group()
+    group.abort()

@@ -9,6 +9,8 @@ Shape legend: T tokens, H hidden size, R rows, V vocabulary.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -29,8 +31,35 @@ PROMPT_LOGPROB_ROWS = 128
 """Prompt rows whose logits are held at once: bounds their memory to a few MB a thousand tokens."""
 
 
+class Pending(Protocol):
+    """A step's result, which the device may still be working on."""
+
+    @property
+    def done(self) -> bool:
+        """Whether `wait` would return at once."""
+
+    def wait(self) -> StepResult:
+        """The result."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A result that is there."""
+
+    result: StepResult
+    done: bool = True
+
+    def wait(self) -> StepResult:
+        """The result."""
+        return self.result
+
+
 class Runner:
     """One rank of a replica group. `config` is resolved (see `arriero.shards.resolve`)."""
+
+    table_type: type[SequenceTable] = SequenceTable
+    spare_blocks = 0
+    """KV blocks beyond the configured ones, for the runner's own use."""
 
     def __init__(
         self,
@@ -57,11 +86,11 @@ class Runner:
             self._ops,
             dtype=getattr(torch, config.dtype),
             quantization=config.quantization,
-            num_blocks=config.num_blocks,
+            num_blocks=config.num_blocks + self.spare_blocks,
             block_size=config.block_size,
             progress=progress,
         )
-        self._table = SequenceTable(
+        self._table = self.table_type(
             max_sequences=config.max_sequences,
             max_blocks=-(-config.max_model_len // config.block_size),
             block_size=config.block_size,
@@ -76,11 +105,32 @@ class Runner:
         self.weights_nbytes, self.kv_nbytes = self._model.weights_nbytes, self._model.kv.nbytes
         self.kernels = self._ops.name
 
+    def launch(self, plan: StepPlan) -> Pending | None:
+        """Begin one plan; the rank that samples gives what to wait for, the others None."""
+        result = self.step(plan)
+        return None if result is None else Done(result)
+
     def step(self, plan: StepPlan) -> StepResult | None:
         """Run one plan; the rank that samples gives the result, the others None."""
         started = time.perf_counter_ns()
         self.phase = "plan"
+        self.mesh.watchdog.step = plan.step
         self._table.apply(plan)
+        drawn = self._compute(plan)
+        if drawn is None:
+            return None
+        sampled, prompt_logprobs = drawn
+        tokens = sampled.tokens_R.cpu().numpy() if sampled is not None else np.empty(0, np.int32)
+        return StepResult(
+            step=plan.step,
+            tokens=tokens,
+            logprobs=_logprobs(sampled),
+            prompt_logprobs=prompt_logprobs,
+            elapsed_us=(time.perf_counter_ns() - started) // 1000,
+        )
+
+    def _compute(self, plan: StepPlan) -> tuple[Sampled | None, Logprobs | None] | None:
+        """What an applied plan's step gives, where this rank samples; else None."""
         tokens_T, batch = self._table.batch(plan)
         self.phase = "layers"
         part = self._model.part
@@ -100,16 +150,7 @@ class Runner:
         self.phase = "sample"
         prompt_logprobs = self._prompt_logprobs(plan, x_TH)
         sampled = self._sample(plan, x_TH, batch.query_start_S1)
-        if not self.mesh.samples:
-            return None
-        tokens = sampled.tokens_R.cpu().numpy() if sampled is not None else np.empty(0, np.int32)
-        return StepResult(
-            step=plan.step,
-            tokens=tokens,
-            logprobs=_logprobs(sampled),
-            prompt_logprobs=prompt_logprobs,
-            elapsed_us=(time.perf_counter_ns() - started) // 1000,
-        )
+        return (sampled, prompt_logprobs) if self.mesh.samples else None
 
     @property
     def _activation_dtype(self) -> torch.dtype:
@@ -137,8 +178,12 @@ class Runner:
         else:
             tokens_R = torch.empty(num_rows, dtype=torch.int32, device=self.mesh.device)
         self.mesh.share_tokens(tokens_R)
-        self._table.record(plan, tokens_R.cpu().numpy())
+        self._record(plan, tokens_R)
         return sampled
+
+    def _record(self, plan: StepPlan, tokens_R: Tensor) -> None:
+        """Keep the drawn tokens for the steps to come."""
+        self._table.record(plan, tokens_R.cpu().numpy())
 
     def _prompt_logprobs(self, plan: StepPlan, x_TH: Tensor) -> Logprobs | None:
         """Log-probabilities of the prompt tokens that follow this step's prompt rows."""
@@ -177,3 +222,14 @@ def _logprobs(sampled: Sampled | None) -> Logprobs | None:
         top_tokens=sampled.top_tokens_RN.cpu().numpy(),
         top=sampled.top_logprobs_RN.cpu().numpy(),
     )
+
+
+def runner_for(
+    config: GroupConfig, rank: int, *, progress: Progress = lambda done, total: None
+) -> Runner:
+    """The runner for the group's device; arguments as `Runner`'s."""
+    if config.device == "cpu":
+        return Runner(config, rank, progress=progress)
+    from arriero.shards.cuda.runner import CudaRunner
+
+    return CudaRunner(config, rank, progress=progress)

@@ -13,6 +13,7 @@ import os
 import socket
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from arriero.shards.group import GroupConfig
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
-    from arriero.shards.runner import Runner
+    from arriero.shards.runner import Pending, Runner
 
 PROGRESS_PERIOD_S = 0.1
 LEADER_CHECK_S = 1.0
@@ -91,10 +92,10 @@ def run_slice(
         port = store_socket.getsockname()[1] if store_socket else 0
         link.send(b"H", {"host": host, "port": port, "pid": os.getpid()})
 
-        from arriero.shards.runner import Runner
+        from arriero.shards.runner import runner_for
 
         phase = "load"
-        runner = Runner(ticket.config, rank, progress=link.progress)
+        runner = runner_for(ticket.config, rank, progress=link.progress)
         phase = "join"
         where = link.receive(b"J")
         if where is None:
@@ -127,13 +128,19 @@ def run_slice(
 
 
 def _serve(runner: Runner, link: _Link) -> None:
-    """The loop: receive, step, reply."""
+    """The loop: receive, launch, reply; a plan that has come is launched before a result is due."""
     from arriero.shards.plan import StepPlan
 
-    while (body := link.receive(b"P")) is not None:
-        result = runner.step(StepPlan.from_bytes(body))
-        if result is not None:
-            link.send_bytes(b"T", result.to_bytes())
+    due: deque[Pending] = deque()
+    while True:
+        while due and (due[0].done or not link.waiting()):
+            link.send_bytes(b"T", due.popleft().wait().to_bytes())
+        body = link.receive(b"P")
+        if body is None:
+            return
+        pending = runner.launch(StepPlan.from_bytes(body))
+        if pending is not None:
+            due.append(pending)
 
 
 def _listen(host: str) -> socket.socket:
@@ -208,6 +215,10 @@ class _Link:
                 return None
             assert got == kind, f"message {got!r} where {kind!r} is due"
             return body
+
+    def waiting(self) -> bool:
+        """Whether a message is here to be received."""
+        return bool(self._socket.poll(0))
 
     def close(self) -> None:
         """Give the socket back, once what was sent is out."""

@@ -23,6 +23,7 @@ app = typer.Typer(help="Measure: N requests at once, greedy, no stop.", no_args_
 
 _CELL_LIMIT_S = 3600.0
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Quantization = Annotated[str | None, typer.Option(help="int8, int4 or fp8 weights.")]
 Requests = Annotated[int, typer.Option(min=1, help="Requests, all at once.")]
 Prompt = Annotated[int, typer.Option(min=1, help="Prompt tokens of each.")]
 Output = Annotated[int, typer.Option(min=1, help="Output tokens of each.")]
@@ -36,6 +37,7 @@ Json = Annotated[bool, typer.Option("--json", help="The last line is one JSON ob
 def engine(
     model: Annotated[Path, typer.Option(help="Checkpoint folder.")],
     dtype: Dtype = "bfloat16",
+    quantization: Quantization = None,
     requests: Requests = 8,
     prompt: Prompt = 128,
     output: Output = 128,
@@ -54,6 +56,7 @@ def engine(
     config = GroupConfig(
         model_path=str(model),
         dtype=dtype,
+        quantization=quantization,
         tp=tp,
         pp=pp,
         device=device,
@@ -69,8 +72,8 @@ def engine(
         with EngineBench(config, lambda share: say(f"loading {share:.0%}")) as bench:
             say(f"{requests} requests of {prompt} + {output} tokens")
             figures = bench.run(cell.prompts(), output)
-    said = {"tp": tp, "pp": pp, "device": device}
-    _show({"bench": "engine", "model": str(model), "dtype": dtype, **said}, cell, figures, json_)
+    said = {"bench": "engine", "model": str(model), "dtype": dtype, "quantization": quantization}
+    _show({**said, "tp": tp, "pp": pp, "device": device}, cell, figures, json_)
 
 
 @app.command("serve")
@@ -79,6 +82,7 @@ def serve(
         Path | None, typer.Option(help="Deploy this checkpoint for the measurement.")
     ] = None,
     dtype: Dtype = "bfloat16",
+    quantization: Quantization = None,
     requests: Requests = 8,
     prompt: Prompt = 128,
     output: Output = 128,
@@ -103,10 +107,12 @@ def serve(
         with spinner() as say:
             figures = asyncio.run(_through_grpc(deployment.gateway, cell, say))
     else:
-        said |= {"model": str(model), "dtype": dtype, "tp": tp, "pp": pp}
+        said |= {"model": str(model), "dtype": dtype, "quantization": quantization}
+        said |= {"tp": tp, "pp": pp}
         flags = {
             "model": str(model),
             "dtype": dtype,
+            "quantization": quantization,
             "tp": tp,
             "pp": pp,
             "port": 0,

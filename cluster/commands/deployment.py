@@ -45,6 +45,9 @@ def up(
     model: Annotated[Path | None, typer.Option(help="Checkpoint folder; no spec needed.")] = None,
     name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="int8, int4 or fp8: weights are quantized while they load.")
+    ] = None,
     groups: Annotated[int | None, typer.Option(help="Replica groups.")] = None,
     tp: Annotated[int | None, typer.Option(help="Tensor-parallel slices of a stage.")] = None,
     pp: Annotated[int | None, typer.Option(help="Pipeline stages.")] = None,
@@ -54,6 +57,8 @@ def up(
     max_model_len: Annotated[int | None, typer.Option(help="Most tokens of a sequence.")] = None,
     host: Annotated[str | None, typer.Option(help="Address of the gateway.")] = None,
     port: Annotated[int | None, typer.Option(help="Port of the gateway; 0: any.")] = None,
+    http_host: Annotated[str | None, typer.Option(help="Address of its HTTP.")] = None,
+    http_port: Annotated[int | None, typer.Option(help="Port of its HTTP; 0: any.")] = None,
     address: Annotated[
         str | None, typer.Option(help="Ray cluster to join; else $RAY_ADDRESS, else a local one.")
     ] = None,
@@ -66,6 +71,7 @@ def up(
         "model": None if model is None else str(model),
         "name": name,
         "dtype": dtype,
+        "quantization": quantization,
         "groups": groups,
         "tp": tp,
         "pp": pp,
@@ -75,6 +81,8 @@ def up(
         "max_model_len": max_model_len,
         "host": host,
         "port": port,
+        "http_host": http_host,
+        "http_port": http_port,
         "address": address,
         "start_timeout_s": timeout,
     }
@@ -82,7 +90,8 @@ def up(
     if spec is None and model is None:
         raise SpecError("nothing to serve: give a spec (`arriero up arriero.yaml`) or --model PATH")
     deployment = bring_up(spec, given, state_dir)
-    OUT.print(f"serving at {deployment.gateway} (gRPC)", markup=False, soft_wrap=True)
+    http = f" and http://{deployment.http} (HTTP)" if deployment.http else ""
+    OUT.print(f"serving at {deployment.gateway} (gRPC){http}", markup=False, soft_wrap=True)
     if foreground:
         _stay(state_dir)
 
@@ -113,6 +122,8 @@ def status(
         print(json.dumps({"gateway": deployment.gateway, **asdict(board)}))
         return
     OUT.print(f"gateways: {', '.join(board.gateways.values()) or 'none'}", markup=False)
+    if board.http:
+        OUT.print(f"HTTP: {', '.join(board.http.values())}", markup=False)
     table = Table("group", "model", "layout", "running", "waiting", "KV blocks", "output tokens")
     for group in board.groups:
         stats: dict[str, Any] = group.stats

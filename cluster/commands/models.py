@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -10,9 +12,10 @@ import typer
 from rich.table import Table
 
 from arriero.cluster.commands.terminal import ERR, OUT, bar
-from arriero.shards.errors import SpecError
+from arriero.shards.errors import CheckpointError, SpecError
 
 DEMO = "smollm2"
+_MOST_PROBLEMS = 20
 
 app = typer.Typer(help="Import and list checkpoints.", no_args_is_help=True)
 
@@ -59,6 +62,55 @@ def _import_file(source: Path, folder: Path, dtype: str) -> None:
         raise SpecError(f"{source}: no such file; give a GGUF file, or `{DEMO}`")
     with bar(f"converting {source.name}") as advance:
         import_gguf(source, folder, dtype, advance)
+
+
+@app.command("convert")
+def convert(
+    source: Annotated[Path, typer.Argument(help="Meta's folder: consolidated.*.pth, params.json.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+) -> None:
+    """Convert Meta's own release of a dense Llama 3 to a checkpoint folder; no pickle is run."""
+    from arriero.shards.checkpoint.formats.meta_pth import convert_meta
+
+    with bar(f"converting {source.name}") as advance:
+        convert_meta(source, out, advance)
+    OUT.print(str(out), markup=False, soft_wrap=True)
+
+
+@app.command("verify")
+def verify_(
+    path: Annotated[Path, typer.Argument(help="A checkpoint folder, in any form that is read.")],
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also read every byte: finite values, digests.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The report as JSON.")] = False,
+) -> None:
+    """Check a folder's index, headers, names, shapes, dtypes and sizes against its config."""
+    from arriero.shards.checkpoint.verify import verify
+
+    if deep:
+        with bar(f"reading {path.name}") as advance:
+            report = verify(path, deep=True, progress=advance)
+    else:
+        report = verify(path)
+    if as_json:
+        document = asdict(report) | {"path": str(path), "ok": report.ok}
+        OUT.print(json.dumps(document, indent=2), markup=False, soft_wrap=True)
+    elif report.num_tensors:
+        sizes = ", ".join(
+            f"{name} {size / 1e9:.2f} GB" for name, size in sorted(report.nbytes_by_dtype.items())
+        )
+        OUT.print(
+            f"{path}: {report.form}, {report.num_parameters:,} parameters, "
+            f"{report.num_tensors:,} tensors in {report.num_files} files, "
+            f"{report.nbytes:,} bytes ({sizes}), digest {report.digest}",
+            markup=False,
+            soft_wrap=True,
+        )
+    if not report.ok:
+        more = len(report.problems) - _MOST_PROBLEMS
+        listed = "; ".join(report.problems[:_MOST_PROBLEMS])
+        raise CheckpointError(listed + (f"; and {more} more" if more > 0 else ""))
 
 
 @app.command("list")

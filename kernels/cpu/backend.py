@@ -216,7 +216,8 @@ class CpuOps(Ops):
             ctypes.addressof(of_batch),
         )
         num_q = layer.num_q_heads * layer.head_dim
-        return qkv_TE[:, :num_q].view(-1, layer.num_q_heads, layer.head_dim)
+        q_TND: Tensor = qkv_TE[:, :num_q].view(-1, layer.num_q_heads, layer.head_dim)
+        return q_TND
 
     def paged_attention(
         self,

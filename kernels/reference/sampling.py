@@ -41,7 +41,7 @@ def sample(logits_RV: Tensor, rows: SamplingRows) -> Sampled:
     tokens_R = tokens_R.where(max_R.isfinite(), -1)
     if rows.num_logprobs < 0:
         return Sampled(tokens_R=tokens_R.int())
-    return _with_logprobs(raw_RV, tokens_R, rows.num_logprobs)
+    return with_logprobs(raw_RV, tokens_R, rows.num_logprobs)
 
 
 def _restrict(x_RV: Tensor, rows: SamplingRows) -> Tensor:
@@ -127,7 +127,7 @@ def _top_p_floor(weights_UV: Tensor, p_U1: Tensor) -> Tensor:
     return top_UW.gather(-1, kept_U1 - 1)
 
 
-def _with_logprobs(raw_RV: Tensor, tokens_R: Tensor, num_top: int) -> Sampled:
+def with_logprobs(raw_RV: Tensor, tokens_R: Tensor, num_top: int) -> Sampled:
     """Log-probabilities by the raw logits: x - max - log(sum of weights)."""
     max_R = raw_RV.amax(-1)
     finite_R = max_R.isfinite()

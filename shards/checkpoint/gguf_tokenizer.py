@@ -18,7 +18,7 @@ _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 # As Llama 3's tokenizer splits: contractions, words with one leading mark, up to three digits.
-_LLAMA3_SPLIT = (
+LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -32,7 +32,7 @@ def _split(family: str) -> pre_tokenizers.PreTokenizer | None:
         digits = pre_tokenizers.Digits(individual_digits=True)
         return pre_tokenizers.Sequence([digits, plain])
     if family == "llama-bpe":
-        words = pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), behavior="isolated", invert=False)
+        words = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated", invert=False)
         bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         return pre_tokenizers.Sequence([words, bytes_only])
     return None

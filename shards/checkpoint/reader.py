@@ -39,38 +39,32 @@ _SAMPLE_BYTES = 1024
 _MAX_LISTED = 5
 
 
-class Checkpoint:
-    """An open model folder. Opening reads headers only; tensors are views of mapped files.
+class TensorFolder:
+    """The tensors of a model folder. Headers are read at once; tensors are views of mapped files.
 
     Views stay valid for as long as they are referenced. The map is private: writing to a view
     changes that process's copy of the page and never the file. Safe to share between threads.
 
     Attributes:
         path: the folder.
-        config: what its config.json says.
         stored: where each tensor lies, by name in sorted order.
     """
 
-    def __init__(self, path: Path, config: ModelConfig, stored: Mapping[str, StoredTensor]) -> None:
+    def __init__(self, path: Path, stored: Mapping[str, StoredTensor]) -> None:
         self.path = path
-        self.config = config
         self.stored = dict(sorted(stored.items()))
         self._maps: dict[Path, Tensor] = {}
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, path: Path | str) -> Checkpoint:
-        """Read config, index and headers of a folder.
+    def of(cls, path: Path) -> TensorFolder:
+        """Read index and headers of a folder, whatever model it holds.
 
         Raises:
-            CheckpointError: something is missing, malformed or not what it should be; the
-                message names the file and the tensor.
+            CheckpointError: something is missing or malformed; the message names the file and
+                the tensor.
         """
-        folder = Path(path)
-        if not folder.is_dir():
-            raise CheckpointError(f"{folder}: is not a folder; a model is a folder in HF layout")
-        config = ModelConfig.from_folder(folder)
-        return cls(folder, config, _stored(folder))
+        return TensorFolder(path, _stored(path))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -162,12 +156,13 @@ class Checkpoint:
     def problems(
         self,
         expected: Mapping[str, tuple[int, ...]],
-        dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES,
+        dtypes: tuple[torch.dtype, ...] | Mapping[str, tuple[torch.dtype, ...]] = FLOAT_DTYPES,
     ) -> list[str]:
-        """All that `check` would complain of, one sentence a tensor."""
+        """All that `check` would complain of, one sentence a tensor; `dtypes` may be by name."""
         problems: list[str] = []
         for name, shape in expected.items():
             one = self.stored.get(name)
+            allowed = dtypes if isinstance(dtypes, tuple) else dtypes[name]
             if one is None:
                 problems.append(f"tensor {name!r} of shape {list(shape)} is missing")
             elif one.shape != tuple(shape):
@@ -175,10 +170,10 @@ class Checkpoint:
                     f"{one.file.name}: tensor {name!r} has shape {list(one.shape)}, but the "
                     f"config makes it {list(shape)}"
                 )
-            elif one.dtype not in dtypes:
+            elif one.dtype not in allowed:
                 problems.append(
                     f"{one.file.name}: tensor {name!r} has dtype {one.dtype}, but it must be one "
-                    f"of {', '.join(map(str, dtypes))}"
+                    f"of {', '.join(map(str, allowed))}"
                 )
         for one in self.stored.values():
             if one.name not in expected and not self._harmless(one):
@@ -191,13 +186,9 @@ class Checkpoint:
     def _harmless(self, one: StoredTensor) -> bool:
         if one.name.endswith("rotary_emb.inv_freq"):
             return True
+        # a head without a place is one that the config ties to the embedding
         embedding = self.stored.get(EMBEDDING)
-        return (
-            one.name == HEAD
-            and self.config.tie_word_embeddings
-            and embedding is not None
-            and one.shape == embedding.shape
-        )
+        return one.name == HEAD and embedding is not None and one.shape == embedding.shape
 
     def _find(self, name: str) -> StoredTensor:
         found = self.stored.get(name)
@@ -225,6 +216,32 @@ class Checkpoint:
                     raise CheckpointError(f"{file}: was cut after it was opened; fetch it again")
                 self._maps[file] = mapped
             return mapped
+
+
+class Checkpoint(TensorFolder):
+    """An open folder of a dense Llama with plain weights.
+
+    Attributes:
+        config: what its config.json says.
+    """
+
+    def __init__(self, path: Path, config: ModelConfig, stored: Mapping[str, StoredTensor]) -> None:
+        super().__init__(path, stored)
+        self.config = config
+
+    @classmethod
+    def open(cls, path: Path | str) -> Checkpoint:
+        """Read config, index and headers of a folder.
+
+        Raises:
+            CheckpointError: something is missing, malformed or not what it should be; the
+                message names the file and the tensor.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: is not a folder; a model is a folder in HF layout")
+        config = ModelConfig.from_folder(folder)
+        return cls(folder, config, _stored(folder))
 
 
 def _map_bytes(file: Path) -> Tensor:

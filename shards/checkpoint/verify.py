@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-from arriero.shards.checkpoint.llama_names import expected_tensors
-from arriero.shards.checkpoint.reader import Checkpoint
-from arriero.shards.checkpoint.safetensors_header import StoredTensor
+from arriero.shards.checkpoint.formats.describe import describe
+from arriero.shards.checkpoint.formats.stored import tensors_due
+from arriero.shards.checkpoint.reader import TensorFolder
+from arriero.shards.checkpoint.safetensors_header import DTYPES, StoredTensor
 from arriero.shards.errors import CheckpointError
 
 VerifyProgress = Callable[[int, int, str], None]
@@ -36,7 +37,8 @@ class Report:
         num_parameters: weights that the config calls for, a tied head counted once.
         nbytes: bytes of all tensors.
         nbytes_by_dtype: the same by dtype, such as "bfloat16".
-        digest: `Checkpoint.digest`; empty when the folder could not be opened.
+        form: "bfloat16" and the like for plain weights, or the quantization's name.
+        digest: `TensorFolder.digest`; empty when the folder could not be opened.
         file_digests: after a deep look, BLAKE2b (32 hex digits) of every byte of each file.
     """
 
@@ -47,6 +49,7 @@ class Report:
     num_parameters: int = 0
     nbytes: int = 0
     nbytes_by_dtype: dict[str, int] = field(default_factory=dict)
+    form: str = ""
     digest: str = ""
     file_digests: dict[str, str] = field(default_factory=dict)
 
@@ -69,11 +72,16 @@ def verify(path: Path | str, deep: bool = False, progress: VerifyProgress | None
     """
     folder = Path(path)
     try:
-        found = Checkpoint.open(folder)
+        model, scheme = describe(folder)
+        found = TensorFolder.of(folder)
+        due = tensors_due(model, scheme)
         digest = found.digest
     except CheckpointError as error:
         return Report(path=folder, problems=(str(error),))
-    problems = found.problems(expected_tensors(found.config))
+    problems = found.problems(
+        {one.name: one.shape for one in due},
+        {one.name: tuple(DTYPES[label] for label in one.dtypes) for one in due},
+    )
     file_digests: dict[str, str] = {}
     if deep:
         total, done = sum(found.data(file).numel() for file in found.files), 0
@@ -92,9 +100,10 @@ def verify(path: Path | str, deep: bool = False, progress: VerifyProgress | None
         problems=tuple(problems),
         num_files=len(found.files),
         num_tensors=len(found.names),
-        num_parameters=found.config.num_parameters(),
+        num_parameters=model.num_parameters(),
         nbytes=found.nbytes,
         nbytes_by_dtype=dict(by_dtype),
+        form=model.torch_dtype if scheme is None else scheme.method,
         digest=digest,
         file_digests=file_digests,
     )

@@ -150,7 +150,7 @@ class ModelConfig:
         Raises:
             CheckpointError: a field missing or malformed, or a model that we do not compute.
         """
-        read = _Fields(settings, source)
+        read = Fields(settings, source)
         architecture = _architecture(read)
         _refuse_uncomputed(read)
         vocab_size = read.size("vocab_size")
@@ -167,7 +167,7 @@ class ModelConfig:
         if head_dim % 2:
             raise read.wrong("head_dim", head_dim, "an even number")
         max_position_embeddings = read.size("max_position_embeddings", 2048)
-        more = _Fields(generation or {}, source.replace("config.json", "generation_config.json"))
+        more = Fields(generation or {}, source.replace("config.json", "generation_config.json"))
         return cls(
             architecture=architecture,
             vocab_size=vocab_size,
@@ -178,13 +178,13 @@ class ModelConfig:
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             rms_norm_eps=read.number("rms_norm_eps", 1e-6, low=0.0),
-            rope=_rope(read, max_position_embeddings),
+            rope=read_rope(read, max_position_embeddings),
             max_position_embeddings=max_position_embeddings,
             tie_word_embeddings=read.flag("tie_word_embeddings"),
             attention_bias=read.flag("attention_bias"),
             mlp_bias=read.flag("mlp_bias"),
             hidden_act=read.one_of("hidden_act", ("silu",), "silu"),
-            torch_dtype=_torch_dtype(read),
+            torch_dtype=read_torch_dtype(read),
             bos_token_id=next(iter(read.tokens("bos_token_id", vocab_size)), None),
             eos_token_ids=(
                 more.tokens("eos_token_id", vocab_size) or read.tokens("eos_token_id", vocab_size)
@@ -246,7 +246,7 @@ class ModelConfig:
         return vocabularies * self.vocab_size * hidden + self.num_layers * layer + hidden
 
 
-class _Fields:
+class Fields:
     """One JSON object's fields, each read with its kind checked."""
 
     def __init__(self, values: Mapping[str, Any], source: str) -> None:
@@ -254,13 +254,16 @@ class _Fields:
         self.source = source
 
     def get(self, name: str) -> Any:  # noqa: ANN401
+        """The value, None where the field is missing or null."""
         return self.values.get(name)
 
     def wrong(self, name: str, value: object, wanted: str) -> CheckpointError:
+        """The error that says what a field must be."""
         text = repr(value)
         return CheckpointError(f"{self.source}: `{name}`={text[:200]} must be {wanted}")
 
     def optional_size(self, name: str) -> int | None:
+        """A whole number from 0, or None."""
         value = self.get(name)
         if value is None:
             return None
@@ -269,6 +272,7 @@ class _Fields:
         return value
 
     def size(self, name: str, default: int | None = None, most: int = _MAX_SIZE) -> int:
+        """A whole number from 1."""
         value = self.optional_size(name)
         if value is None:
             value = default
@@ -279,6 +283,7 @@ class _Fields:
         return value
 
     def optional_number(self, name: str) -> float | None:
+        """A finite number, or None."""
         value = self.get(name)
         if value is None:
             return None
@@ -289,6 +294,7 @@ class _Fields:
         return float(value)
 
     def number(self, name: str, default: float | None, *, low: float) -> float:
+        """A finite number from `low`."""
         value = self.optional_number(name)
         if value is None:
             value = default
@@ -299,6 +305,7 @@ class _Fields:
         return value
 
     def flag(self, name: str) -> bool:
+        """True or false; false where the field is missing."""
         value = self.get(name)
         if value is None:
             return False
@@ -307,6 +314,7 @@ class _Fields:
         return value
 
     def one_of(self, name: str, allowed: tuple[str, ...], default: str) -> str:
+        """One of a few words."""
         value = self.get(name)
         if value is None:
             return default
@@ -315,6 +323,7 @@ class _Fields:
         return cast(str, value)
 
     def tokens(self, name: str, vocab_size: int) -> tuple[int, ...]:
+        """Token ids, given as one or as a list."""
         value = self.get(name)
         if value is None:
             return ()
@@ -327,7 +336,7 @@ class _Fields:
         return tuple(tokens)
 
 
-def _architecture(read: _Fields) -> str:
+def _architecture(read: Fields) -> str:
     names = read.get("architectures")
     if names is None and read.get("model_type") == "llama":
         return "LlamaForCausalLM"
@@ -340,7 +349,7 @@ def _architecture(read: _Fields) -> str:
     return cast(str, found)
 
 
-def _refuse_uncomputed(read: _Fields) -> None:
+def _refuse_uncomputed(read: Fields) -> None:
     """Refuse settings under which a "Llama" is another function than the one we compute."""
     for name in ("sliding_window", "attention_chunk_size", "quantization_config"):
         if read.get(name) is not None:
@@ -355,12 +364,12 @@ def _refuse_uncomputed(read: _Fields) -> None:
         raise read.wrong("layer_types", layer_types, "full_attention throughout")
 
 
-def _rope(read: _Fields, max_position_embeddings: int) -> RopeConfig:
+def read_rope(read: Fields, max_position_embeddings: int) -> RopeConfig:
     """Read `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (4)."""
     found = read.get("rope_scaling") or read.get("rope_parameters") or {}
     if not isinstance(found, Mapping) or any(isinstance(one, Mapping) for one in found.values()):
         raise read.wrong("rope_scaling", found, "one flat object for all layers")
-    rope = _Fields(found, read.source)
+    rope = Fields(found, read.source)
     for fields in (rope, read):
         if fields.number("partial_rotary_factor", 1.0, low=0.0) != 1.0:
             raise fields.wrong("partial_rotary_factor", fields.get("partial_rotary_factor"), "1")
@@ -388,6 +397,7 @@ def _rope(read: _Fields, max_position_embeddings: int) -> RopeConfig:
     )
 
 
-def _torch_dtype(read: _Fields) -> str:
+def read_torch_dtype(read: Fields) -> str:
+    """Name of the dtype declared for the weights."""
     name = "torch_dtype" if read.get("torch_dtype") is not None else "dtype"
     return read.one_of(name, TORCH_DTYPES, "float32")

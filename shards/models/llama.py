@@ -15,6 +15,7 @@ from torch import Tensor
 
 from arriero.kernels.ops import DenseLayer, KVCacheSpec, Linear, Ops, Vocab
 from arriero.kernels.quant import QuantizedWeight, quantize_fp8, quantize_int4, quantize_int8
+from arriero.shards.checkpoint.llama_names import EMBEDDING, FINAL_NORM, HEAD
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.mesh import Mesh
 from arriero.shards.partition import SlicePart
@@ -47,22 +48,20 @@ class LlamaSlice:
         progress: Progress = lambda done, total: None,
     ) -> None:
         self.config, self.part, self.ops, self.mesh = checkpoint.config, part, ops, mesh
-        self._source, self._dtype = checkpoint, dtype
-        self._quantize = None if quantization is None else QUANTIZERS[quantization]
         config = self.config
+        loader = _Loader(checkpoint, part, ops, dtype, quantization)
         steps = part.layers.size + part.first_stage + part.last_stage
-        layers: list[DenseLayer] = []
+        self._layers: list[DenseLayer] = []
         for index in range(part.layers.start, part.layers.stop):
-            layers.append(self._layer(index))
-            progress(len(layers), steps)
+            self._layers.append(loader.layer(index))
+            progress(len(self._layers), steps)
         tied = config.tie_word_embeddings
-        self.embedding = self._vocab("model.embed_tokens.weight") if part.first_stage else None
+        self.embedding = loader.vocab(EMBEDDING) if part.first_stage else None
         self.head, self.norm_H = None, None
         if part.last_stage:
             shared = self.embedding if tied else None
-            name = "model.embed_tokens.weight" if tied else "lm_head.weight"
-            self.head = shared or self._vocab(name)
-            self.norm_H = checkpoint.tensor("model.norm.weight").float().clone()
+            self.head = shared or loader.vocab(EMBEDDING if tied else HEAD)
+            self.norm_H = loader.norm(FINAL_NORM)
         progress(steps, steps)
         self.kv = ops.kv_cache(
             KVCacheSpec(
@@ -75,8 +74,7 @@ class LlamaSlice:
             ),
             mesh.device,
         )
-        self._layers = layers
-        self.decoder = ops.decoder(layers, self.kv, mesh.reduce if mesh.tp > 1 else None)
+        self.decoder = ops.decoder(self._layers, self.kv, mesh.reduce if mesh.tp > 1 else None)
 
     @property
     def weights_nbytes(self) -> int:
@@ -101,8 +99,31 @@ class LlamaSlice:
         assert self.head is not None and self.norm_H is not None, "only the last stage has a head"
         return self.ops.logits(x_RH, self.norm_H, self.config.rms_norm_eps, self.head)
 
-    def _layer(self, index: int) -> DenseLayer:
-        config, part, read = self.config, self.part, self._source
+
+class _Loader:
+    """Reads this rank's rows and columns and packs them; gone once loading is over.
+
+    With it goes the map of the files, whose pages would count as this process's memory.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        part: SlicePart,
+        ops: Ops,
+        dtype: torch.dtype,
+        quantization: str | None,
+    ) -> None:
+        self._source, self._part, self._ops, self._dtype = checkpoint, part, ops, dtype
+        self._quantize = None if quantization is None else QUANTIZERS[quantization]
+
+    def norm(self, name: str) -> Tensor:
+        """A norm's weights, float32."""
+        return self._source.tensor(name).float().clone()
+
+    def layer(self, index: int) -> DenseLayer:
+        """One decoder layer's part, by its global index."""
+        config, part = self._source.config, self._part
         name = f"model.layers.{index}."
         d = config.head_dim
         q = (part.q_heads.start * d, part.q_heads.stop * d)
@@ -110,13 +131,13 @@ class LlamaSlice:
         columns = (part.columns.start, part.columns.stop)
         attn, mlp = name + "self_attn.", name + "mlp."
         return DenseLayer(
-            attn_norm_H=read.tensor(name + "input_layernorm.weight").float().clone(),
+            attn_norm_H=self.norm(name + "input_layernorm.weight"),
             qkv=self._rows(
                 [(attn + "q_proj", *q), (attn + "k_proj", *kv), (attn + "v_proj", *kv)],
                 bias=config.attention_bias,
             ),
             o=self._columns(attn + "o_proj", *q, bias=config.attention_bias),
-            mlp_norm_H=read.tensor(name + "post_attention_layernorm.weight").float().clone(),
+            mlp_norm_H=self.norm(name + "post_attention_layernorm.weight"),
             gate_up=self._rows(
                 [(mlp + "gate_proj", *columns), (mlp + "up_proj", *columns)], bias=config.mlp_bias
             ),
@@ -140,20 +161,21 @@ class LlamaSlice:
     def _columns(self, name: str, start: int, stop: int, *, bias: bool) -> Linear:
         """A product whose inputs are cut: its bias goes with tp rank 0, so that it counts once."""
         weight = self._source.columns(f"{name}.weight", start, stop)
-        own = bias and self.part.tp_rank == 0
+        own = bias and self._part.tp_rank == 0
         vector = self._source.tensor(f"{name}.bias").float() if own else None
         return self._pack([weight], vector)
 
     def _pack(self, weights: list[Tensor], bias: Tensor | None) -> Linear:
         if self._quantize is None:
-            return self.ops.pack_linear(weights, bias, self._dtype)
-        return self.ops.pack_quantized([self._quantize(one) for one in weights], bias)
+            return self._ops.pack_linear(weights, bias, self._dtype)
+        return self._ops.pack_quantized([self._quantize(one) for one in weights], bias)
 
-    def _vocab(self, name: str) -> Vocab:
-        span = self.part.vocab
+    def vocab(self, name: str) -> Vocab:
+        """This rank's rows of the embedding or of the head."""
+        span = self._part.vocab
         rows = self._source.rows(name, span.start, span.stop)
         if self._quantize is None:
-            return self.ops.pack_vocab(rows, span.start, self._dtype)
+            return self._ops.pack_vocab(rows, span.start, self._dtype)
         # the head is where rounding costs most, and four bits would save least
         quantize = quantize_int8 if self._quantize is quantize_int4 else self._quantize
-        return self.ops.pack_quantized_vocab(quantize(rows), span.start)
+        return self._ops.pack_quantized_vocab(quantize(rows), span.start)

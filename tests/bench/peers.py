@@ -118,7 +118,7 @@ def peers(folder: Path, model: str) -> list[Peer]:
 
 def machine_rates() -> tuple[float, float]:
     """(memory reads in bytes/s, bf16 matrix products in operations/s), all cores."""
-    from arriero.kernels.bench import matrix_rate, memory_rate
+    from machine import matrix_rate, memory_rate
 
     return memory_rate(CORES), matrix_rate(CORES)
 

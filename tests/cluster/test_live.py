@@ -12,11 +12,13 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import grpc.aio
+import openai
 import pytest
 
 from arriero.cluster import local, state
@@ -98,6 +100,22 @@ def test_chat_names_paris(stub: inference_pb2_grpc.InferenceStub) -> None:
     text = "".join(one.text for answer in answers for one in answer.outputs)
     assert "Paris" in text
     assert answers[-1].usage.completion_tokens == len(tokens(iter(answers)))
+
+
+def test_http_beside_grpc(folder: Path) -> None:
+    deployment = state.read(folder)
+    assert deployment is not None
+    with openai.OpenAI(base_url=f"http://{deployment.http}/v1", api_key="none") as ask:
+        answer = ask.chat.completions.create(
+            model="demo",
+            messages=[{"role": "user", "content": "What is the capital of France?"}],
+            temperature=0,
+            max_completion_tokens=24,
+        )
+    assert "Paris" in (answer.choices[0].message.content or "")
+    with urllib.request.urlopen(f"http://{deployment.http}/health") as health:
+        assert json.load(health)["status"] == "ok"
+    assert deployment.http in arriero("status", folder=folder).stdout
 
 
 def test_chat_on_the_command_line(folder: Path) -> None:

@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tokenizers import Tokenizer
 
 from arriero.router.client import AsyncClient, Client
-from arriero.router.gateway import GatewayConfig, GroupAddress
+from arriero.router.gateway import Gateway, GatewayConfig, GroupAddress
 from arriero.router.link import LinkServer
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.shards.errors import InvalidRequest, NotFound, Overloaded, Unavailable
@@ -269,7 +269,7 @@ async def test_overload_carries_retry_after(echoing: Stack) -> None:
 async def test_internal_faults_show_no_traceback(
     echoing: Stack, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("arriero.router.gateway.read_options", lambda _: 1 / 0)
+    monkeypatch.setattr("arriero.router.inference.read_options", lambda _: 1 / 0)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await collect(echoing.client.generate("x", request_id="find-me"))
     assert caught.value.code() is grpc.StatusCode.INTERNAL
@@ -420,3 +420,16 @@ async def test_a_template_that_refuses(chatml_tokenizer: Tokenizer) -> None:
             await collect(stack.client.chat([{"role": "im_end", "content": "x"}]))
         with pytest.raises(InvalidRequest, match="`messages` is empty"):
             await collect(stack.client.chat([]))
+
+
+async def test_a_deployed_model_without_a_group_is_unavailable_not_unknown() -> None:
+    gateway = Gateway(GatewayConfig(models=("tiny",)))
+    port = await gateway.start()
+    async with AsyncClient(f"127.0.0.1:{port}", timeout_s=20) as client:
+        with pytest.raises(Unavailable, match="'tiny' has no group serving now: starting or"):
+            await collect(client.generate([60]))
+        with pytest.raises(Unavailable, match="no group serving"):
+            await client.model("tiny")
+        with pytest.raises(NotFound, match="not served; there is tiny"):
+            await client.model("other")
+    await gateway.stop(0)

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
-from arriero.shards.checkpoint.llama_names import expected_tensors
-from arriero.shards.checkpoint.safetensors_header import make_header
-from arriero.shards.models.config import ModelConfig
+from arriero.cluster.plan.catalog import MODELS
+from arriero.cluster.plan.products import shipped_fp8
+from arriero.shards.checkpoint.formats.describe import read_settings
+from arriero.shards.checkpoint.formats.stored import tensors_due
+from arriero.shards.checkpoint.safetensors_header import DTYPES, make_header
 
 LLAMA_405B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -41,21 +43,71 @@ LLAMA_405B: dict[str, Any] = {
     "torch_dtype": "bfloat16",
 }
 
+SCOUT = MODELS["llama-4-scout"]
+MAVERICK = MODELS["llama-4-maverick"]
+
+
+def _kept(settings: dict[str, Any]) -> list[str]:
+    """Products that Meta's FP8 release of the model leaves in bfloat16."""
+    model, _ = read_settings(settings)
+    return list(shipped_fp8(model).ignored)
+
+
+def llama_405b_fp8() -> dict[str, Any]:
+    quantization = {
+        "quant_method": "fbgemm_fp8",
+        "activation_scale_ub": 1200.0,
+        "modules_to_not_convert": _kept(LLAMA_405B),
+    }
+    return LLAMA_405B | {"quantization_config": quantization}
+
+
+def llama_405b_awq() -> dict[str, Any]:
+    quantization = {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": 128,
+        "version": "gemm",
+        "zero_point": True,
+        "modules_to_not_convert": None,
+    }
+    return LLAMA_405B | {"torch_dtype": "float16", "quantization_config": quantization}
+
+
+def maverick_fp8() -> dict[str, Any]:
+    shared: dict[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True}
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "kv_cache_scheme": None,
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": shared | {"strategy": "channel", "dynamic": False},
+                "input_activations": shared | {"strategy": "token", "dynamic": True},
+                "output_activations": None,
+            }
+        },
+        "ignore": _kept(MAVERICK),
+    }
+    return MAVERICK | {"quantization_config": quantization}
+
+
 Entries = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def write_sparse(path: Path, settings: Mapping[str, Any], shard_bytes: int = 5 * 10**9) -> None:
     """Write a folder in shards of at most `shard_bytes`, as Hugging Face cuts them."""
-    config = ModelConfig.from_dict(settings)
-    dtype: torch.dtype = getattr(torch, config.torch_dtype)
+    model, scheme = read_settings(settings)
     shards: list[Entries] = [{}]
     room = shard_bytes
-    for name, shape in expected_tensors(config).items():
-        nbytes = torch.Size(shape).numel() * dtype.itemsize
+    for tensor in tensors_due(model, scheme):
+        dtype, nbytes = DTYPES[tensor.dtypes[0]], tensor.nbytes
         if nbytes > room and shards[-1]:
             shards.append({})
             room = shard_bytes
-        shards[-1][name] = (dtype, shape)
+        shards[-1][tensor.name] = (dtype, tensor.shape)
         room -= nbytes
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(settings, indent=2))

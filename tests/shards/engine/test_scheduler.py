@@ -409,7 +409,7 @@ def test_configurations_that_cannot_be(field: str) -> None:
         StepResult(step=1, tokens=int32([3])),
         StepResult(step=0, tokens=int32([3, 4])),
         StepResult(step=0, tokens=int32([VOCAB])),
-        StepResult(step=0, tokens=int32([-1])),
+        StepResult(step=0, tokens=int32([-2])),
     ],
 )
 def test_a_result_that_does_not_belong_is_a_failed_group(result: StepResult) -> None:
@@ -418,6 +418,18 @@ def test_a_result_that_does_not_belong_is_a_failed_group(result: StepResult) -> 
     assert scheduler.schedule() is not None
     with pytest.raises(GroupFailed, match="step"):
         scheduler.update(result)
+
+
+def test_a_draw_with_nothing_left_ends_its_sequence_alone() -> None:
+    scheduler = Scheduler(make_config())
+    scheduler.add(make_request("doomed"))
+    scheduler.add(make_request("fine"))
+    assert scheduler.schedule() is not None
+    doomed, fine = scheduler.update(StepResult(step=0, tokens=int32([-1, 3])))
+    assert (doomed.tokens, doomed.finish_reason) == ((), "error")
+    assert doomed.error is not None and "no token is left" in doomed.error
+    assert (fine.tokens, fine.finish_reason) == ((3,), None)
+    assert scheduler.stats.num_running == 1
 
 
 def test_seeds_of_samples() -> None:

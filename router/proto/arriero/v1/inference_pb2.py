@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n/arriero/router/proto/arriero/v1/inference.proto\x12\narriero.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x8a\x06\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x12\n\x05top_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\t \x01(\x01H\x08\x88\x01\x01\x12=\n\nlogit_bias\x18\n \x03(\x0b\x32).arriero.v1.SamplingParams.LogitBiasEntry\x12/\n\x11\x61llowed_token_ids\x18\x0b \x01(\x0b\x32\x14.arriero.v1.TokenIds\x12\x18\n\x10\x62\x61nned_token_ids\x18\x0c \x03(\r\x12\x11\n\x04seed\x18\r \x01(\x03H\t\x88\x01\x01\x12\x0e\n\x01n\x18\x0e \x01(\x05H\n\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x0f \x03(\r\x12\x17\n\nignore_eos\x18\x10 \x01(\x08H\x0b\x88\x01\x01\x12\x15\n\x08logprobs\x18\x11 \x01(\x05H\x0c\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x12 \x01(\x05H\r\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\x04\n\x02_nB\r\n\x0b_ignore_eosB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\xc7\x02\n\x07Options\x12\x0c\n\x04stop\x18\x01 \x03(\t\x12\x19\n\x0cinclude_stop\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x15\n\x08priority\x18\x03 \x01(\x05H\x01\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x04 \x01(\x08H\x02\x88\x01\x01\x12\x19\n\x0cinclude_text\x18\x05 \x01(\x08H\x03\x88\x01\x01\x12\x1e\n\x11include_token_ids\x18\x06 \x01(\x08H\x04\x88\x01\x01\x12%\n\x18include_prompt_token_ids\x18\x07 \x01(\x08H\x05\x88\x01\x01\x42\x0f\n\r_include_stopB\x0b\n\t_priorityB\x16\n\x14_skip_special_tokensB\x0f\n\r_include_textB\x14\n\x12_include_token_idsB\x1b\n\x19_include_prompt_token_ids\"\xb3\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x14.arriero.v1.TokenIdsH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x05 \x01(\x08H\x01\x88\x01\x01\x12\x1a\n\rparse_special\x18\x06 \x01(\x08H\x02\x88\x01\x01\x12,\n\x08sampling\x18\x07 \x01(\x0b\x32\x1a.arriero.v1.SamplingParams\x12$\n\x07options\x18\x08 \x01(\x0b\x32\x13.arriero.v1.OptionsB\x08\n\x06promptB\x15\n\x13_add_special_tokensB\x10\n\x0e_parse_special\".\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\tJ\x04\x08\x03\x10\n\"\xaf\x02\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12%\n\x08messages\x18\x03 \x03(\x0b\x32\x13.arriero.v1.Message\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x04 \x01(\x08H\x00\x88\x01\x01\x12#\n\x16\x63ontinue_final_message\x18\x05 \x01(\x08H\x01\x88\x01\x01\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.arriero.v1.SamplingParams\x12$\n\x07options\x18\x07 \x01(\x0b\x32\x13.arriero.v1.OptionsB\x18\n\x16_add_generation_promptB\x19\n\x17_continue_final_messageJ\x04\x08\x08\x10\x10\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"c\n\x10PositionLogprobs\x12(\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x18.arriero.v1.TokenLogprob\x12%\n\x03top\x18\x02 \x03(\x0b\x32\x18.arriero.v1.TokenLogprob\"\xd7\x01\n\x06Output\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12.\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1c.arriero.v1.PositionLogprobs\x12/\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x18.arriero.v1.FinishReason\x12\x17\n\rstop_token_id\x18\x06 \x01(\rH\x00\x12\x15\n\x0bstop_string\x18\x07 \x01(\tH\x00\x42\x0c\n\nstopped_by\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\"{\n\x10GenerateResponse\x12#\n\x07outputs\x18\x01 \x03(\x0b\x32\x12.arriero.v1.Output\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.arriero.v1.Usage\x12 \n\x05start\x18\x03 \x01(\x0b\x32\x11.arriero.v1.Start\"\x89\x01\n\x05Start\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0c\n\x04seed\x18\x03 \x01(\x03\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\r\x12\x35\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32\x1c.arriero.v1.PositionLogprobs\"\xd1\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x30\n\x0c\x63onversation\x18\x03 \x01(\x0b\x32\x18.arriero.v1.ConversationH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x12\x1a\n\rparse_special\x18\x05 \x01(\x08H\x02\x88\x01\x01\x42\x07\n\x05inputB\x15\n\x13_add_special_tokensB\x10\n\x0e_parse_special\"\xb3\x01\n\x0c\x43onversation\x12%\n\x08messages\x18\x01 \x03(\x0b\x32\x13.arriero.v1.Message\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12#\n\x16\x63ontinue_final_message\x18\x03 \x01(\x08H\x01\x88\x01\x01\x42\x18\n\x16_add_generation_promptB\x19\n\x17_continue_final_message\"<\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\"o\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12 \n\x13skip_special_tokens\x18\x03 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_skip_special_tokens\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.arriero.v1.Model\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"E\n\x05Group\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06layout\x18\x02 \x01(\t\x12\x0f\n\x07running\x18\x03 \x01(\r\x12\x0f\n\x07waiting\x18\x04 \x01(\r\"\xed\x01\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\x12\x19\n\x11has_chat_template\x18\x06 \x01(\x08\x12\x0f\n\x07\x63reated\x18\x07 \x01(\x03\x12!\n\x06groups\x18\x08 \x03(\x0b\x32\x11.arriero.v1.Group\x12\x37\n\x13generation_defaults\x18\t \x01(\x0b\x32\x1a.arriero.v1.SamplingParams*|\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x32\xb2\x03\n\tInference\x12G\n\x08Generate\x12\x1b.arriero.v1.GenerateRequest\x1a\x1c.arriero.v1.GenerateResponse0\x01\x12?\n\x04\x43hat\x12\x17.arriero.v1.ChatRequest\x1a\x1c.arriero.v1.GenerateResponse0\x01\x12\x45\n\x08Tokenize\x12\x1b.arriero.v1.TokenizeRequest\x1a\x1c.arriero.v1.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.arriero.v1.DetokenizeRequest\x1a\x1e.arriero.v1.DetokenizeResponse\x12K\n\nListModels\x12\x1d.arriero.v1.ListModelsRequest\x1a\x1e.arriero.v1.ListModelsResponse\x12:\n\x08GetModel\x12\x1b.arriero.v1.GetModelRequest\x1a\x11.arriero.v1.Modelb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n/arriero/router/proto/arriero/v1/inference.proto\x12\narriero.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x8a\x06\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x12\n\x05top_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\t \x01(\x01H\x08\x88\x01\x01\x12=\n\nlogit_bias\x18\n \x03(\x0b\x32).arriero.v1.SamplingParams.LogitBiasEntry\x12/\n\x11\x61llowed_token_ids\x18\x0b \x01(\x0b\x32\x14.arriero.v1.TokenIds\x12\x18\n\x10\x62\x61nned_token_ids\x18\x0c \x03(\r\x12\x11\n\x04seed\x18\r \x01(\x03H\t\x88\x01\x01\x12\x0e\n\x01n\x18\x0e \x01(\x05H\n\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x0f \x03(\r\x12\x17\n\nignore_eos\x18\x10 \x01(\x08H\x0b\x88\x01\x01\x12\x15\n\x08logprobs\x18\x11 \x01(\x05H\x0c\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x12 \x01(\x05H\r\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\x04\n\x02_nB\r\n\x0b_ignore_eosB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\xc7\x02\n\x07Options\x12\x0c\n\x04stop\x18\x01 \x03(\t\x12\x19\n\x0cinclude_stop\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x15\n\x08priority\x18\x03 \x01(\x05H\x01\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x04 \x01(\x08H\x02\x88\x01\x01\x12\x19\n\x0cinclude_text\x18\x05 \x01(\x08H\x03\x88\x01\x01\x12\x1e\n\x11include_token_ids\x18\x06 \x01(\x08H\x04\x88\x01\x01\x12%\n\x18include_prompt_token_ids\x18\x07 \x01(\x08H\x05\x88\x01\x01\x42\x0f\n\r_include_stopB\x0b\n\t_priorityB\x16\n\x14_skip_special_tokensB\x0f\n\r_include_textB\x14\n\x12_include_token_idsB\x1b\n\x19_include_prompt_token_ids\"\xb3\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x14.arriero.v1.TokenIdsH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x05 \x01(\x08H\x01\x88\x01\x01\x12\x1a\n\rparse_special\x18\x06 \x01(\x08H\x02\x88\x01\x01\x12,\n\x08sampling\x18\x07 \x01(\x0b\x32\x1a.arriero.v1.SamplingParams\x12$\n\x07options\x18\x08 \x01(\x0b\x32\x13.arriero.v1.OptionsB\x08\n\x06promptB\x15\n\x13_add_special_tokensB\x10\n\x0e_parse_special\"|\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12(\n\ntool_calls\x18\x03 \x03(\x0b\x32\x14.arriero.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x04 \x01(\t\x12\x0c\n\x04name\x18\x05 \x01(\tJ\x04\x08\x06\x10\n\"=\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\t\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"\xb7\x03\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12%\n\x08messages\x18\x03 \x03(\x0b\x32\x13.arriero.v1.Message\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x04 \x01(\x08H\x00\x88\x01\x01\x12#\n\x16\x63ontinue_final_message\x18\x05 \x01(\x08H\x01\x88\x01\x01\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.arriero.v1.SamplingParams\x12$\n\x07options\x18\x07 \x01(\x0b\x32\x13.arriero.v1.Options\x12\x1f\n\x05tools\x18\x08 \x03(\x0b\x32\x10.arriero.v1.Tool\x12+\n\x0btool_choice\x18\t \x01(\x0e\x32\x16.arriero.v1.ToolChoice\x12 \n\x13parallel_tool_calls\x18\n \x01(\x08H\x02\x88\x01\x01\x42\x18\n\x16_add_generation_promptB\x19\n\x17_continue_final_messageB\x16\n\x14_parallel_tool_callsJ\x04\x08\x0b\x10\x10\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"c\n\x10PositionLogprobs\x12(\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x18.arriero.v1.TokenLogprob\x12%\n\x03top\x18\x02 \x03(\x0b\x32\x18.arriero.v1.TokenLogprob\"\x9e\x02\n\x06Output\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12.\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1c.arriero.v1.PositionLogprobs\x12/\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x18.arriero.v1.FinishReason\x12\x17\n\rstop_token_id\x18\x06 \x01(\rH\x00\x12\x15\n\x0bstop_string\x18\x07 \x01(\tH\x00\x12(\n\ntool_calls\x18\x08 \x03(\x0b\x32\x14.arriero.v1.ToolCall\x12\x1b\n\x13truncated_tool_call\x18\t \x01(\tB\x0c\n\nstopped_by\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\"{\n\x10GenerateResponse\x12#\n\x07outputs\x18\x01 \x03(\x0b\x32\x12.arriero.v1.Output\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.arriero.v1.Usage\x12 \n\x05start\x18\x03 \x01(\x0b\x32\x11.arriero.v1.Start\"\x89\x01\n\x05Start\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0c\n\x04seed\x18\x03 \x01(\x03\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\r\x12\x35\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32\x1c.arriero.v1.PositionLogprobs\"\xd1\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x30\n\x0c\x63onversation\x18\x03 \x01(\x0b\x32\x18.arriero.v1.ConversationH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x12\x1a\n\rparse_special\x18\x05 \x01(\x08H\x02\x88\x01\x01\x42\x07\n\x05inputB\x15\n\x13_add_special_tokensB\x10\n\x0e_parse_special\"\xd4\x01\n\x0c\x43onversation\x12%\n\x08messages\x18\x01 \x03(\x0b\x32\x13.arriero.v1.Message\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12#\n\x16\x63ontinue_final_message\x18\x03 \x01(\x08H\x01\x88\x01\x01\x12\x1f\n\x05tools\x18\x04 \x03(\x0b\x32\x10.arriero.v1.ToolB\x18\n\x16_add_generation_promptB\x19\n\x17_continue_final_message\"<\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\"o\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12 \n\x13skip_special_tokens\x18\x03 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_skip_special_tokens\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.arriero.v1.Model\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"E\n\x05Group\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06layout\x18\x02 \x01(\t\x12\x0f\n\x07running\x18\x03 \x01(\r\x12\x0f\n\x07waiting\x18\x04 \x01(\r\"\xed\x01\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\x12\x19\n\x11has_chat_template\x18\x06 \x01(\x08\x12\x0f\n\x07\x63reated\x18\x07 \x01(\x03\x12!\n\x06groups\x18\x08 \x03(\x0b\x32\x11.arriero.v1.Group\x12\x37\n\x13generation_defaults\x18\t \x01(\x0b\x32\x1a.arriero.v1.SamplingParams*?\n\nToolChoice\x12\x1b\n\x17TOOL_CHOICE_UNSPECIFIED\x10\x00\x12\x14\n\x10TOOL_CHOICE_NONE\x10\x01*|\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x32\xb2\x03\n\tInference\x12G\n\x08Generate\x12\x1b.arriero.v1.GenerateRequest\x1a\x1c.arriero.v1.GenerateResponse0\x01\x12?\n\x04\x43hat\x12\x17.arriero.v1.ChatRequest\x1a\x1c.arriero.v1.GenerateResponse0\x01\x12\x45\n\x08Tokenize\x12\x1b.arriero.v1.TokenizeRequest\x1a\x1c.arriero.v1.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.arriero.v1.DetokenizeRequest\x1a\x1e.arriero.v1.DetokenizeResponse\x12K\n\nListModels\x12\x1d.arriero.v1.ListModelsRequest\x1a\x1e.arriero.v1.ListModelsResponse\x12:\n\x08GetModel\x12\x1b.arriero.v1.GetModelRequest\x1a\x11.arriero.v1.Modelb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=3608
-  _globals['_FINISHREASON']._serialized_end=3732
+  _globals['_TOOLCHOICE']._serialized_start=4046
+  _globals['_TOOLCHOICE']._serialized_end=4109
+  _globals['_FINISHREASON']._serialized_start=4111
+  _globals['_FINISHREASON']._serialized_end=4235
   _globals['_TOKENIDS']._serialized_start=63
   _globals['_TOKENIDS']._serialized_end=86
   _globals['_SAMPLINGPARAMS']._serialized_start=89
@@ -46,41 +48,45 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEREQUEST']._serialized_start=1200
   _globals['_GENERATEREQUEST']._serialized_end=1507
   _globals['_MESSAGE']._serialized_start=1509
-  _globals['_MESSAGE']._serialized_end=1555
-  _globals['_CHATREQUEST']._serialized_start=1558
-  _globals['_CHATREQUEST']._serialized_end=1861
-  _globals['_TOKENLOGPROB']._serialized_start=1863
-  _globals['_TOKENLOGPROB']._serialized_end=1912
-  _globals['_POSITIONLOGPROBS']._serialized_start=1914
-  _globals['_POSITIONLOGPROBS']._serialized_end=2013
-  _globals['_OUTPUT']._serialized_start=2016
-  _globals['_OUTPUT']._serialized_end=2231
-  _globals['_USAGE']._serialized_start=2233
-  _globals['_USAGE']._serialized_end=2313
-  _globals['_GENERATERESPONSE']._serialized_start=2315
-  _globals['_GENERATERESPONSE']._serialized_end=2438
-  _globals['_START']._serialized_start=2441
-  _globals['_START']._serialized_end=2578
-  _globals['_TOKENIZEREQUEST']._serialized_start=2581
-  _globals['_TOKENIZEREQUEST']._serialized_end=2790
-  _globals['_CONVERSATION']._serialized_start=2793
-  _globals['_CONVERSATION']._serialized_end=2972
-  _globals['_TOKENIZERESPONSE']._serialized_start=2974
-  _globals['_TOKENIZERESPONSE']._serialized_end=3034
-  _globals['_DETOKENIZEREQUEST']._serialized_start=3036
-  _globals['_DETOKENIZEREQUEST']._serialized_end=3147
-  _globals['_DETOKENIZERESPONSE']._serialized_start=3149
-  _globals['_DETOKENIZERESPONSE']._serialized_end=3183
-  _globals['_LISTMODELSREQUEST']._serialized_start=3185
-  _globals['_LISTMODELSREQUEST']._serialized_end=3204
-  _globals['_LISTMODELSRESPONSE']._serialized_start=3206
-  _globals['_LISTMODELSRESPONSE']._serialized_end=3261
-  _globals['_GETMODELREQUEST']._serialized_start=3263
-  _globals['_GETMODELREQUEST']._serialized_end=3295
-  _globals['_GROUP']._serialized_start=3297
-  _globals['_GROUP']._serialized_end=3366
-  _globals['_MODEL']._serialized_start=3369
-  _globals['_MODEL']._serialized_end=3606
-  _globals['_INFERENCE']._serialized_start=3735
-  _globals['_INFERENCE']._serialized_end=4169
+  _globals['_MESSAGE']._serialized_end=1633
+  _globals['_TOOL']._serialized_start=1635
+  _globals['_TOOL']._serialized_end=1696
+  _globals['_TOOLCALL']._serialized_start=1698
+  _globals['_TOOLCALL']._serialized_end=1753
+  _globals['_CHATREQUEST']._serialized_start=1756
+  _globals['_CHATREQUEST']._serialized_end=2195
+  _globals['_TOKENLOGPROB']._serialized_start=2197
+  _globals['_TOKENLOGPROB']._serialized_end=2246
+  _globals['_POSITIONLOGPROBS']._serialized_start=2248
+  _globals['_POSITIONLOGPROBS']._serialized_end=2347
+  _globals['_OUTPUT']._serialized_start=2350
+  _globals['_OUTPUT']._serialized_end=2636
+  _globals['_USAGE']._serialized_start=2638
+  _globals['_USAGE']._serialized_end=2718
+  _globals['_GENERATERESPONSE']._serialized_start=2720
+  _globals['_GENERATERESPONSE']._serialized_end=2843
+  _globals['_START']._serialized_start=2846
+  _globals['_START']._serialized_end=2983
+  _globals['_TOKENIZEREQUEST']._serialized_start=2986
+  _globals['_TOKENIZEREQUEST']._serialized_end=3195
+  _globals['_CONVERSATION']._serialized_start=3198
+  _globals['_CONVERSATION']._serialized_end=3410
+  _globals['_TOKENIZERESPONSE']._serialized_start=3412
+  _globals['_TOKENIZERESPONSE']._serialized_end=3472
+  _globals['_DETOKENIZEREQUEST']._serialized_start=3474
+  _globals['_DETOKENIZEREQUEST']._serialized_end=3585
+  _globals['_DETOKENIZERESPONSE']._serialized_start=3587
+  _globals['_DETOKENIZERESPONSE']._serialized_end=3621
+  _globals['_LISTMODELSREQUEST']._serialized_start=3623
+  _globals['_LISTMODELSREQUEST']._serialized_end=3642
+  _globals['_LISTMODELSRESPONSE']._serialized_start=3644
+  _globals['_LISTMODELSRESPONSE']._serialized_end=3699
+  _globals['_GETMODELREQUEST']._serialized_start=3701
+  _globals['_GETMODELREQUEST']._serialized_end=3733
+  _globals['_GROUP']._serialized_start=3735
+  _globals['_GROUP']._serialized_end=3804
+  _globals['_MODEL']._serialized_start=3807
+  _globals['_MODEL']._serialized_end=4044
+  _globals['_INFERENCE']._serialized_start=4238
+  _globals['_INFERENCE']._serialized_end=4672
 # @@protoc_insertion_point(module_scope)

@@ -1,0 +1,1 @@
+"""The memory planner: what each rank will hold, before anything is placed."""

@@ -1,0 +1,240 @@
+"""What one rank holds of a model's weights, packed as the runner packs it.
+
+Knows how modules are stacked into products and in which precision each is kept; bytes come from
+`packing`. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+from arriero.cluster.plan.packing import Kernels, Precision, packed_nbytes
+from arriero.shards.checkpoint.formats.modules import Cut, Module
+from arriero.shards.checkpoint.formats.scheme import QuantScheme
+from arriero.shards.checkpoint.formats.stored import AnyModel, AnyPart, modules_of, span_of
+from arriero.shards.errors import SpecError
+from arriero.shards.models.config import ModelConfig
+
+Dtype = Literal[
+    "float32", "bfloat16", "float16", "fp8", "fp8-shipped", "int8", "int4", "checkpoint"
+]
+DTYPES: tuple[Dtype, ...] = (
+    "bfloat16",
+    "fp8",
+    "fp8-shipped",
+    "int8",
+    "int4",
+    "float16",
+    "float32",
+    "checkpoint",
+)
+GROUP_SIZE = 128
+
+_STACKED = re.compile(r"(.*\.)(?:([qkv])|(?:gate|up))_proj$")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weights:
+    """What a model's weights are kept as.
+
+    Attributes:
+        dtype: what was asked for.
+        base: precision of what is not quantized, and of activations on a GPU.
+        scheme: the checkpoint's own form; only products that it covers are quantized.
+        precision: of the quantized products.
+        group_size: of int4.
+        zeros: int4: whether zero points are kept.
+    """
+
+    dtype: Dtype
+    base: Precision
+    scheme: QuantScheme | None = None
+    precision: Precision | None = None
+    group_size: int = GROUP_SIZE
+    zeros: bool = True
+
+    def of(self, module: Module) -> Precision:
+        """What a module is kept as."""
+        if self.precision is None or not module.product:
+            return self.base
+        if self.scheme is not None:
+            return self.precision if self.scheme.covers(module.name, module.kind) else self.base
+        kept = module.kind in ("head", "router", "vision")
+        return self.base if kept else self.precision
+
+
+def weights_as(model: AnyModel, scheme: QuantScheme | None, dtype: Dtype) -> Weights:
+    """Decide what each product is kept as.
+
+    Args:
+        model: its numbers.
+        scheme: its checkpoint's form, None for plain weights.
+        dtype: "float32", "bfloat16", "float16": plain. "fp8", "int8", "int4": every product of
+            the decoder, quantized on load; tables, head, router and vision stay. "fp8-shipped": as
+            Meta's FP8 releases: the MLPs of all layers but the first and the last, or Llama 4's
+            experts. "checkpoint": what the checkpoint says.
+
+    Raises:
+        SpecError: an unknown dtype, or a quantized checkpoint asked for as something else.
+    """
+    if dtype == "checkpoint":
+        return _as_stored(model, scheme)
+    if dtype not in DTYPES:
+        raise SpecError(f"`dtype`={dtype!r} is none of {', '.join(DTYPES)}")
+    if dtype == "fp8-shipped":
+        return Weights(dtype=dtype, base="bfloat16", scheme=shipped_fp8(model), precision="fp8")
+    if scheme is not None:
+        raise SpecError(
+            f"`dtype`={dtype!r}: the checkpoint is quantized ({scheme.method}); leave it as it is "
+            "with `dtype`=checkpoint, or give the checkpoint of plain weights"
+        )
+    if dtype in ("fp8", "int8", "int4"):
+        return Weights(dtype=dtype, base="bfloat16", precision=dtype)
+    return Weights(dtype=dtype, base=dtype)
+
+
+def _as_stored(model: AnyModel, scheme: QuantScheme | None) -> Weights:
+    base: dict[str, Precision] = {
+        "bfloat16": "bfloat16",
+        "float16": "float16",
+        "float32": "float32",
+    }
+    plain = base[model.torch_dtype]
+    if scheme is None:
+        return Weights(dtype="checkpoint", base=plain)
+    four = scheme.method in ("awq", "gptq")
+    return Weights(
+        dtype="checkpoint",
+        base=plain,
+        scheme=scheme,
+        precision="int4" if four else "fp8",
+        group_size=scheme.group_size or GROUP_SIZE,
+    )
+
+
+def shipped_fp8(model: AnyModel) -> QuantScheme:
+    """The form of Meta's FP8 releases: Llama 3.1 405B's, or Llama 4 Maverick's."""
+    if isinstance(model, ModelConfig):
+        ends = (0, model.num_layers - 1)
+        names = ["lm_head", *(f"model.layers.{layer}.mlp" for layer in ends)]
+        names += [f"model.layers.{layer}.self_attn" for layer in range(model.num_layers)]
+        return QuantScheme(method="fbgemm_fp8", activation_bound=1200.0, ignored=tuple(names))
+    kept = [
+        module.name
+        for module in modules_of(model, QuantScheme(method="compressed-tensors"))
+        if module.product and module.kind != "experts"
+    ]
+    return QuantScheme(method="compressed-tensors", ignored=tuple(kept))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankWeights:
+    """Bytes of one rank's weights.
+
+    Attributes:
+        by_kind: without scales.
+        scales: of all kinds.
+        expert_bytes: of one routed expert as held here, scales included, over the layers of the
+            stage; 0 without experts.
+        active_bytes: what a step of one token reads: of the experts, one a layer.
+        num_expert_layers: routed layers of the stage.
+    """
+
+    by_kind: dict[str, int]
+    scales: int
+    expert_bytes: int
+    active_bytes: int
+    num_expert_layers: int
+
+    @property
+    def total(self) -> int:
+        """Bytes allocated, as a slice reports them."""
+        return sum(self.by_kind.values()) + self.scales
+
+
+def rank_weights(
+    modules: Iterable[Module], part: AnyPart, weights: Weights, kernels: Kernels
+) -> RankWeights:
+    """Bytes of what `part` holds.
+
+    Args:
+        modules: of the model, experts fused.
+        part: of one rank.
+        weights: what they are kept as.
+        kernels: the backend that packs them.
+    """
+    by_kind: Counter[str] = Counter()
+    scales, experts_total, expert_layers, expert_held = 0, 0, 0, 0
+    for stack in _stacks(_held(modules, part)):
+        first = stack[0]
+        rows = sum(_share(one, part, 0) for one in stack) * first.stacked
+        columns = _share(first, part, -1)
+        copies = span_of(part, "experts").size if first.experts else 1
+        if not _is_matrix(first):
+            by_kind[first.kind] += 4 * prod(first.shape)  # vectors are kept in float32
+            continue
+        packed = packed_nbytes(
+            kernels,
+            rows,
+            columns,
+            weights.of(first),
+            group_size=weights.group_size,
+            zeros=weights.zeros,
+            bias=first.bias and (first.columns is None or part.tp_rank == 0),
+        )
+        by_kind[first.kind] += packed.weights * copies
+        scales += packed.scales * copies
+        if first.experts:
+            experts_total += packed.total * copies
+            expert_held = copies
+            expert_layers += first.stacked == 2
+    expert_bytes = experts_total // expert_held if expert_held else 0
+    total = sum(by_kind.values()) + scales
+    return RankWeights(
+        by_kind=dict(by_kind),
+        scales=scales,
+        expert_bytes=expert_bytes,
+        active_bytes=total - experts_total + expert_bytes,
+        num_expert_layers=expert_layers,
+    )
+
+
+def _held(modules: Iterable[Module], part: AnyPart) -> Iterable[Module]:
+    for module in modules:
+        if module.layer is not None:
+            here = part.layers.start <= module.layer < part.layers.stop
+        elif module.place == "ends":
+            here = part.first_stage or part.last_stage
+        else:
+            here = part.first_stage if module.place == "first" else part.last_stage
+        if here:
+            yield module
+
+
+def _stacks(modules: Iterable[Module]) -> list[list[Module]]:
+    """Modules that the runner packs as one product: q, k and v; gate and up."""
+    stacks: dict[str, list[Module]] = {}
+    for module in modules:
+        found = None if module.experts else _STACKED.match(module.name)
+        key = f"{module.name}{module.suffix}"
+        if found is not None:
+            key = f"{found[1]}{'qkv' if found[2] else 'gate_up'}"
+        stacks.setdefault(key, []).append(module)
+    return list(stacks.values())
+
+
+def _is_matrix(module: Module) -> bool:
+    return len(module.shape) == 2
+
+
+def _share(module: Module, part: AnyPart, dim: int) -> int:
+    cut: Cut | None = module.rows if dim == 0 else module.columns
+    size = module.shape[dim] // (module.stacked if dim == 0 else 1)
+    if cut is None:
+        return size
+    return min(span_of(part, cut.axis).size * cut.per, size)

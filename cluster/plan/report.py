@@ -1,0 +1,217 @@
+"""A plan as JSON and as tables.
+
+Knows the names and units that users see; computes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from arriero.cluster.plan.layouts import Machines, Option
+from arriero.cluster.plan.memory import GroupPlan, RankPlan
+from arriero.cluster.plan.stored import stored_bytes
+
+KINDS = (
+    "attention",
+    "mlp",
+    "experts",
+    "shared_expert",
+    "router",
+    "embeddings",
+    "head",
+    "norms",
+    "vision",
+)
+CONTEXTS = (1024, 4096, 8192, 16384, 32768, 65536, 131072, 1048576, 10485760)
+
+
+def contexts(plan: GroupPlan) -> list[int]:
+    """Context lengths worth a row, up to the model's limit."""
+    limit = plan.model.config.max_position_embeddings
+    rows = {one for one in CONTEXTS if one <= limit} | {plan.demand.context}
+    return sorted(rows)
+
+
+def as_json(
+    plan: GroupPlan, groups: int, machines: Machines, options: Sequence[Option]
+) -> dict[str, Any]:
+    """All of it, bytes as whole numbers."""
+    layout, demand = plan.layout, plan.demand
+    why = plan.shortfall()
+    return {
+        "model": plan.model.name,
+        "parameters": plan.model.config.num_parameters(),
+        "dtype": plan.weights.dtype,
+        "kv_dtype": demand.kv_dtype,
+        "kernels": plan.kernels,
+        "gpu": machines.gpu,
+        "nodes": machines.nodes,
+        "gpus_per_node": machines.per_node,
+        "layout": {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp, "ep": layout.ep or 1},
+        "groups": groups,
+        "fits": why is None,
+        "why_not": why,
+        "weights_bytes": sum(rank.weights.total for rank in plan.ranks),
+        "checkpoint_bytes": stored_bytes(plan.model.config, plan.weights),
+        "kv_tokens": plan.pool_tokens,
+        "ranks": [_rank_json(plan, rank) for rank in plan.ranks],
+        "capacity": [
+            {
+                "context": context,
+                "concurrency": plan.concurrency(context),
+                "kv_bytes_per_sequence": sum(
+                    plan.sequence_bytes(rank, context)
+                    for rank in plan.ranks
+                    if getattr(rank.part, "dp_rank", 0) == 0
+                ),
+            }
+            for context in contexts(plan)
+        ],
+        "layouts": [_option_json(option) for option in options],
+    }
+
+
+def _rank_json(plan: GroupPlan, rank: RankPlan) -> dict[str, Any]:
+    part, size = rank.part, plan.demand.block_size
+    kinds = rank.weights.by_kind
+    return {
+        "rank": part.rank,
+        "stage": part.stage,
+        "tp_rank": part.tp_rank,
+        "dp_rank": getattr(part, "dp_rank", 0),
+        "layers": [part.layers.start, part.layers.stop],
+        "q_heads": part.q_heads.size,
+        "kv_heads": part.kv_heads.size,
+        "memory_bytes": rank.memory_bytes,
+        "weights_bytes": rank.weights.total,
+        "weights_by_kind": {kind: kinds[kind] for kind in KINDS if kind in kinds},
+        "scales_bytes": rank.weights.scales,
+        "kv_bytes_per_token": rank.kv_block // size,
+        "kv_global_bytes_per_token": rank.kv_global_block // size,
+        "kv_local_bytes_per_token": rank.kv_local_block // size,
+        "kv_local_tokens": plan.chunk,
+        "kv_block_bytes": rank.kv_block,
+        "kv_pool_bytes": rank.kv_pool_bytes,
+        "activations_bytes": rank.activations,
+        "cuda_graphs_bytes": rank.graphs,
+        "communication_bytes": rank.communication,
+        "spare_experts_bytes": rank.spare_experts,
+        "reserve_bytes": rank.reserve,
+        "unused_bytes": rank.unused,
+    }
+
+
+def _option_json(option: Option) -> dict[str, Any]:
+    layout = option.layout
+    return {
+        "tp": layout.tp,
+        "pp": layout.pp,
+        "dp": layout.dp,
+        "ep": layout.ep or 1,
+        "dtype": option.dtype,
+        "groups": option.groups,
+        "works": option.why_not is None,
+        "why_not": option.why_not,
+        "note": option.note,
+        "concurrency": option.concurrency,
+        "decode_tokens_per_s": round(option.tokens_per_s),
+    }
+
+
+def as_tables(
+    plan: GroupPlan, groups: int, machines: Machines, options: Sequence[Option], limit: int
+) -> RenderableType:
+    """What a person reads.
+
+    Args:
+        plan: of one group.
+        groups: how many the machines hold.
+        machines: they.
+        options: ranked.
+        limit: most options shown of those that work, and of those that do not.
+    """
+    total = sum(rank.weights.total for rank in plan.ranks)
+    title = (
+        f"{plan.model.name} {plan.weights.dtype}, {plan.layout} on {machines.nodes} x "
+        f"{machines.per_node} {machines.gpu}: {groups} group(s), weights {_gb(total)} GB a group"
+    )
+    parts: list[RenderableType] = [_rank_table(plan, title), _capacity_table(plan)]
+    if options:
+        parts.append(_option_table(options, limit))
+    return Group(*parts)
+
+
+def _rank_table(plan: GroupPlan, title: str) -> Table:
+    table = Table(title=f"{title}\nGB a rank (like ranks on one line)", title_justify="left")
+    kinds = [kind for kind in KINDS if any(kind in r.weights.by_kind for r in plan.ranks)]
+    names = ["ranks", "layers", *(one.replace("_", " ") for one in kinds), "scales", "weights"]
+    names += ["KV pool", "KV B/token", "activ.", "graphs", "comm.", "spare", "reserve", "unused"]
+    for name in names:
+        table.add_column(name, justify="right")
+    rows: dict[tuple[str, ...], list[int]] = {}
+    for rank in plan.ranks:
+        sizes = [rank.weights.by_kind.get(kind, 0) for kind in kinds]
+        cells = [f"{rank.part.layers.start}-{rank.part.layers.stop - 1}"]
+        cells += [_gb(one) for one in (*sizes, rank.weights.scales, rank.weights.total)]
+        cells += [_gb(rank.kv_pool_bytes), f"{rank.kv_block // plan.demand.block_size:,}"]
+        rest = (rank.activations, rank.graphs, rank.communication, rank.spare_experts)
+        cells += [_gb(one) for one in (*rest, rank.reserve, rank.unused)]
+        rows.setdefault(tuple(cells), []).append(rank.part.rank)
+    for row, numbers in rows.items():
+        table.add_row(_ranges(numbers), *row)
+    return table
+
+
+def _capacity_table(plan: GroupPlan) -> Table:
+    table = Table(
+        title=f"what one group holds: {plan.pool_tokens:,} tokens in all", title_justify="left"
+    )
+    for name in ("context", "sequences at once", "KV a sequence, GB on the fullest rank"):
+        table.add_column(name, justify="right")
+    for context in contexts(plan):
+        most = max(plan.sequence_bytes(rank, context) for rank in plan.ranks)
+        table.add_row(f"{context:,}", f"{plan.concurrency(context):,}", _gb(most))
+    return table
+
+
+def _option_table(options: Sequence[Option], limit: int) -> Table:
+    table = Table(title="layouts", title_justify="left")
+    for name in ("layout", "dtype", "groups", "sequences", "tokens/s", ""):
+        table.add_column(name, justify="left" if not name else "right", overflow="fold")
+    work = [one for one in options if one.why_not is None]
+    rest = [one for one in options if one.why_not is not None]
+    for one in work[:limit]:
+        table.add_row(
+            str(one.layout),
+            one.dtype,
+            str(one.groups),
+            f"{one.concurrency:,}",
+            f"{one.tokens_per_s:,.0f}",
+            one.note,
+        )
+    if work and rest:
+        table.add_section()
+    for one in rest[:limit]:
+        table.add_row(str(one.layout), one.dtype, "-", "-", "-", one.why_not or "")
+    for name, listed in (("work", work), ("do not", rest)):
+        if len(listed) > limit:
+            table.caption = f"{table.caption or ''}{len(listed) - limit} more {name}. "
+    return table
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.2f}"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    out: list[list[int]] = []
+    for one in numbers:
+        if out and out[-1][1] == one - 1:
+            out[-1][1] = one
+        else:
+            out.append([one, one])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in out)

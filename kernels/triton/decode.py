@@ -1,0 +1,235 @@
+"""Attention of sequences with one query: the context is split over programs, then folded.
+
+Splits are those of `softmax.split_length`, a function of the query's own position. A program
+takes every num_lanes-th split of one (sequence, key/value head), so the launch's size need not
+know the contexts and a captured graph serves any. Shape legend: kernels/ops.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+import triton.language as tl
+from arriero.kernels.ops import FlatBatch
+from arriero.kernels.triton.kv import TritonKVCache
+from arriero.kernels.triton.launch import (
+    EXACT,
+    INTERPRETED,
+    dot_type,
+    kernel,
+    power_of_two,
+)
+from arriero.kernels.triton.softmax import attend_tile, fold, quotient, split_length
+from arriero.kernels.triton.tuning import AttentionBlocks
+
+PROGRAMS = 1024
+"""Enough programs to fill a GPU several times over."""
+_FOLD_HEADS = 4
+
+
+@kernel
+def _decode_splits(
+    q: tl.tensor,
+    query_start: tl.tensor,
+    positions: tl.tensor,
+    tables: tl.tensor,
+    cache: tl.tensor,
+    scales: tl.tensor,
+    part_m: tl.tensor,
+    part_l: tl.tensor,
+    part_acc: tl.tensor,
+    q_stride: tl.tensor,
+    q_head_stride: tl.tensor,
+    table_stride: tl.tensor,
+    scale: tl.tensor,
+    chunk_size: tl.tensor,
+    num_lanes: tl.tensor,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLIT: tl.constexpr,
+    MOST: tl.constexpr,
+    CHUNKED: tl.constexpr,
+    KV_INT8: tl.constexpr,
+    DOT: tl.constexpr,
+) -> None:
+    sequence = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    token = tl.load(query_start + sequence)
+    if tl.load(query_start + sequence + 1) - token != 1:
+        return
+    position = tl.load(positions + token)
+    lowest = position * 0
+    if CHUNKED:
+        lowest = position // chunk_size * chunk_size
+    row = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    held_MD = (row < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
+    head = kv_head * GROUP + row
+    at_MD = q + token.to(tl.int64) * q_stride + head[:, None] * q_head_stride + d[None, :]
+    q_MD = tl.load(at_MD, mask=held_MD, other=0.0).to(DOT)
+    first_M = tl.where(row < GROUP, lowest, 1)
+    last_M = tl.where(row < GROUP, position, 0)
+    table = tables + sequence.to(tl.int64) * table_stride
+    length = split_length(position, SPLIT, MOST)
+    first_split = lowest // length
+    for split in range(first_split + tl.program_id(2), position // length + 1, num_lanes):
+        m_M = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        l_M = tl.zeros([BLOCK_M], tl.float32)
+        acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        begin = tl.maximum(split * length, lowest // BLOCK_N * BLOCK_N)
+        end = tl.minimum((split + 1) * length, position + 1)
+        for key in range(begin, end, BLOCK_N):
+            m_M, l_M, acc_MD = attend_tile(
+                q_MD,
+                first_M,
+                last_M,
+                key,
+                lowest,
+                position,
+                table,
+                cache,
+                scales,
+                kv_head,
+                scale,
+                m_M,
+                l_M,
+                acc_MD,
+                BLOCK_SIZE,
+                KV_HEADS,
+                HEAD_DIM,
+                BLOCK_N,
+                BLOCK_D,
+                KV_INT8,
+                DOT,
+            )
+        line = (sequence.to(tl.int64) * (KV_HEADS * GROUP) + head) * MOST + split - first_split
+        tl.store(part_m + line, m_M, mask=row < GROUP)
+        tl.store(part_l + line, l_M, mask=row < GROUP)
+        tl.store(part_acc + line[:, None] * HEAD_DIM + d[None, :], acc_MD, mask=held_MD)
+
+
+@kernel
+def _decode_fold(
+    query_start: tl.tensor,
+    positions: tl.tensor,
+    part_m: tl.tensor,
+    part_l: tl.tensor,
+    part_acc: tl.tensor,
+    out: tl.tensor,
+    chunk_size: tl.tensor,
+    Q_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLIT: tl.constexpr,
+    MOST: tl.constexpr,
+    CHUNKED: tl.constexpr,
+) -> None:
+    sequence = tl.program_id(0)
+    token = tl.load(query_start + sequence)
+    if tl.load(query_start + sequence + 1) - token != 1:
+        return
+    position = tl.load(positions + token)
+    length = split_length(position, SPLIT, MOST)
+    first_split = position * 0
+    if CHUNKED:
+        first_split = position // chunk_size * chunk_size // length
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    d = tl.arange(0, BLOCK_D)
+    held = head < Q_HEADS
+    held_MD = held[:, None] & (d < HEAD_DIM)[None, :]
+    m_M = tl.full([HEADS], -float("inf"), tl.float32)
+    l_M = tl.zeros([HEADS], tl.float32)
+    acc_MD = tl.zeros([HEADS, BLOCK_D], tl.float32)
+    line = (sequence.to(tl.int64) * Q_HEADS + head) * MOST
+    for split in range(first_split, position // length + 1):
+        at = line + split - first_split
+        m2_M = tl.load(part_m + at, mask=held, other=-float("inf"))
+        l2_M = tl.load(part_l + at, mask=held, other=0.0)
+        at_MD = part_acc + at[:, None] * HEAD_DIM + d[None, :]
+        acc2_MD = tl.load(at_MD, mask=held_MD, other=0.0)
+        m_M, l_M, acc_MD = fold(m_M, l_M, acc_MD, m2_M, l2_M, acc2_MD)
+    to = out + (token.to(tl.int64) * Q_HEADS + head)[:, None] * HEAD_DIM + d[None, :]
+    tl.store(to, quotient(acc_MD, l_M).to(out.dtype.element_ty), mask=held_MD)
+
+
+def attend_decodes(
+    q_TND: Tensor,
+    out_TND: Tensor,
+    scale: float,
+    kv: TritonKVCache,
+    kv_layer: int,
+    batch: FlatBatch,
+    chunk_size: int,
+    blocks: AttentionBlocks,
+) -> None:
+    """Fill the rows of `out` whose sequence has one query."""
+    num_sequences = batch.context_S.shape[0]
+    _, q_heads, dim = q_TND.shape
+    kv_heads = kv.spec.num_kv_heads
+    group = q_heads // kv_heads
+    splits = min(blocks.most_splits, -(-batch.max_context // blocks.split))
+    lanes = min(splits, max(1, PROGRAMS // (num_sequences * kv_heads)))
+    shape = (num_sequences, q_heads, blocks.most_splits)
+    part_m = torch.empty(shape, dtype=torch.float32, device=q_TND.device)
+    part_l = torch.empty_like(part_m)
+    part_acc = torch.empty(*shape, dim, dtype=torch.float32, device=q_TND.device)
+    _decode_splits[(num_sequences, kv_heads, lanes)](
+        q_TND,
+        batch.query_start_S1,
+        batch.positions_T,
+        batch.block_table_SB,
+        kv.data[kv_layer],
+        None if kv.scales is None else kv.scales[kv_layer],
+        part_m,
+        part_l,
+        part_acc,
+        q_TND.stride(0),
+        q_TND.stride(1),
+        batch.block_table_SB.stride(0),
+        scale / math.log(2),
+        chunk_size,
+        lanes,
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        HEAD_DIM=dim,
+        BLOCK_SIZE=kv.spec.block_size,
+        BLOCK_M=power_of_two(group, blocks.block_m),
+        BLOCK_N=blocks.block_n,
+        BLOCK_D=power_of_two(dim, 16),
+        SPLIT=blocks.split,
+        MOST=blocks.most_splits,
+        CHUNKED=chunk_size > 0,
+        KV_INT8=kv.spec.dtype == torch.int8,
+        DOT=dot_type(kv.spec.dtype),
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
+        **EXACT,
+    )
+    heads = power_of_two(q_heads) if INTERPRETED else _FOLD_HEADS
+    _decode_fold[(num_sequences, -(-q_heads // heads))](
+        batch.query_start_S1,
+        batch.positions_T,
+        part_m,
+        part_l,
+        part_acc,
+        out_TND,
+        chunk_size,
+        Q_HEADS=q_heads,
+        HEAD_DIM=dim,
+        HEADS=heads,
+        BLOCK_D=power_of_two(dim, 16),
+        SPLIT=blocks.split,
+        MOST=blocks.most_splits,
+        CHUNKED=chunk_size > 0,
+        num_warps=4,
+        **EXACT,
+    )

@@ -1,0 +1,63 @@
+"""The paged cache as the kernels here read it.
+
+Knows blocks and slots; refuses to know who owns them. Shape legend: kernels/ops.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from arriero.kernels.ops import KVCache, KVCacheSpec
+
+
+class TritonKVCache(KVCache):
+    """One tensor [layers, blocks, 2 (k, v), K, P, D], and for int8 the scales without D.
+
+    A head's keys of a block are contiguous, and so are its values; a block is what the canonical
+    layout says, so reading and writing blocks are plain copies.
+
+    Attributes:
+        data: as above, in the cache's dtype.
+        scales: float32 [layers, blocks, 2, K, P] for int8, else None.
+    """
+
+    def __init__(self, spec: KVCacheSpec, device: torch.device) -> None:
+        self.spec = spec
+        shape = (spec.num_layers, spec.num_blocks, 2, spec.num_kv_heads, spec.block_size)
+        self.data = torch.zeros(*shape, spec.head_dim, dtype=spec.dtype, device=device)
+        self.scales = torch.zeros(*shape, device=device) if spec.dtype == torch.int8 else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, exactly."""
+        return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    def read(self, layer: int, blocks: Sequence[int]) -> Tensor:
+        """Copy blocks out in the canonical layout; see `KVCache.read`."""
+        index = self._index(blocks)
+        # bytes, since not every device gathers every eight-bit float
+        data = _bytes(self.data[layer])[index].view(self.data.dtype)
+        if self.scales is None:
+            return data
+        return torch.cat([data, self.scales[layer, index][..., None].view(torch.int8)], dim=-1)
+
+    def write(self, layer: int, blocks: Sequence[int], data: Tensor) -> None:
+        """Copy blocks in from the canonical layout; see `KVCache.write`."""
+        index = self._index(blocks)
+        data = data.to(self.data.device)
+        head_dim = self.spec.head_dim
+        values = data[..., :head_dim].to(self.data.dtype).contiguous()
+        _bytes(self.data[layer])[index] = _bytes(values)
+        if self.scales is not None:
+            scales = data[..., head_dim:].contiguous().view(torch.float32)
+            self.scales[layer, index] = scales[..., 0]
+
+    def _index(self, blocks: Sequence[int]) -> Tensor:
+        return torch.tensor(list(blocks), dtype=torch.long, device=self.data.device)
+
+
+def _bytes(data: Tensor) -> Tensor:
+    return data.view(torch.uint8) if data.dtype.itemsize == 1 else data

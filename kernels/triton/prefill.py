@@ -1,0 +1,186 @@
+"""Attention of sequences with several queries: one program a tile of queries, over all its keys.
+
+A tile packs the query heads that share a key/value head, so each key is read once for all of
+them; tiles of keys outside the mask are skipped. Sums follow `softmax`, and so does a decode at
+the same position. After Dao, "FlashAttention-2", 2023. Shape legend: kernels/ops.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+import triton.language as tl
+from arriero.kernels.ops import FlatBatch
+from arriero.kernels.triton.kv import TritonKVCache
+from arriero.kernels.triton.launch import EXACT, dot_type, kernel, power_of_two
+from arriero.kernels.triton.softmax import attend_tile, fold, quotient, split_length
+from arriero.kernels.triton.tuning import AttentionBlocks
+
+
+@kernel
+def owner_of_tile(
+    starts: tl.tensor, tile: tl.tensor, count: tl.tensor, TILE: tl.constexpr
+) -> tl.tensor:
+    """Which run of rows a tile belongs to, and the tile's number within it.
+
+    Run r owns rows starts[r] .. starts[r + 1]. Giving it the tiles from starts[r] // TILE + r on
+    leaves it enough of them, and needs no table made beforehand.
+    """
+    low = tile * 0
+    high = low + count - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = tl.load(starts + middle) // TILE + middle <= tile
+        low = tl.where(fits, middle, low)
+        high = tl.where(fits, high, middle - 1)
+    return low, tile - (tl.load(starts + low) // TILE + low)
+
+
+@kernel
+def _prefill(
+    q: tl.tensor,
+    query_start: tl.tensor,
+    positions: tl.tensor,
+    tables: tl.tensor,
+    cache: tl.tensor,
+    scales: tl.tensor,
+    out: tl.tensor,
+    num_sequences: tl.tensor,
+    q_stride: tl.tensor,
+    q_head_stride: tl.tensor,
+    table_stride: tl.tensor,
+    scale: tl.tensor,
+    chunk_size: tl.tensor,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLIT: tl.constexpr,
+    MOST: tl.constexpr,
+    CHUNKED: tl.constexpr,
+    KV_INT8: tl.constexpr,
+    DOT: tl.constexpr,
+) -> None:
+    TOKENS: tl.constexpr = BLOCK_M // GROUP
+    sequence, tile = owner_of_tile(query_start, tl.program_id(0), num_sequences, TOKENS)
+    kv_head = tl.program_id(1)
+    start = tl.load(query_start + sequence)
+    stop = tl.load(query_start + sequence + 1)
+    token = start + tile * TOKENS
+    if (stop - start == 1) | (token >= stop):
+        return
+    row = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    token_M = token + row // GROUP
+    head_M = kv_head * GROUP + row % GROUP
+    held_M = (row < TOKENS * GROUP) & (token_M < stop)
+    held_MD = held_M[:, None] & (d < HEAD_DIM)[None, :]
+    at_MD = q + token_M.to(tl.int64)[:, None] * q_stride + head_M[:, None] * q_head_stride
+    q_MD = tl.load(at_MD + d[None, :], mask=held_MD, other=0.0).to(DOT)
+    last_M = tl.load(positions + token_M, mask=held_M, other=0)
+    length_M = split_length(last_M, SPLIT, MOST)
+    lowest = tl.load(positions + token)
+    highest = tl.load(positions + tl.minimum(token + TOKENS, stop) - 1)
+    first_M = last_M * 0
+    if CHUNKED:
+        first_M = last_M // chunk_size * chunk_size
+        lowest = lowest // chunk_size * chunk_size
+    else:
+        lowest = lowest * 0
+    last_M = tl.where(held_M, last_M, -1)
+    table = tables + sequence.to(tl.int64) * table_stride
+    m_M = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    l_M = tl.zeros([BLOCK_M], tl.float32)
+    acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    all_m_M, all_l_M, all_acc_MD = m_M, l_M, acc_MD
+    for split in range(lowest // SPLIT, highest // SPLIT + 1):
+        begin = tl.maximum(split * SPLIT, lowest // BLOCK_N * BLOCK_N)
+        end = tl.minimum((split + 1) * SPLIT, highest + 1)
+        for key in range(begin, end, BLOCK_N):
+            m_M, l_M, acc_MD = attend_tile(
+                q_MD,
+                first_M,
+                last_M,
+                key,
+                lowest,
+                highest,
+                table,
+                cache,
+                scales,
+                kv_head,
+                scale,
+                m_M,
+                l_M,
+                acc_MD,
+                BLOCK_SIZE,
+                KV_HEADS,
+                HEAD_DIM,
+                BLOCK_N,
+                BLOCK_D,
+                KV_INT8,
+                DOT,
+            )
+        # rows whose own split ends here, or whose keys end in these, fold it in and begin anew
+        ends_M = ((split + 1) * SPLIT % length_M == 0) | (last_M < (split + 1) * SPLIT)
+        part_m_M = tl.where(ends_M, m_M, -float("inf"))
+        all_m_M, all_l_M, all_acc_MD = fold(all_m_M, all_l_M, all_acc_MD, part_m_M, l_M, acc_MD)
+        m_M = tl.where(ends_M, -float("inf"), m_M)
+        l_M = tl.where(ends_M, 0.0, l_M)
+        acc_MD = tl.where(ends_M[:, None], 0.0, acc_MD)
+    to = out + (token_M.to(tl.int64) * (KV_HEADS * GROUP) + head_M)[:, None] * HEAD_DIM
+    result = quotient(all_acc_MD, all_l_M)
+    tl.store(to + d[None, :], result.to(out.dtype.element_ty), mask=held_MD)
+
+
+def attend_prefills(
+    q_TND: Tensor,
+    out_TND: Tensor,
+    scale: float,
+    kv: TritonKVCache,
+    kv_layer: int,
+    batch: FlatBatch,
+    chunk_size: int,
+    blocks: AttentionBlocks,
+) -> None:
+    """Fill the rows of `out` whose sequence has more than one query."""
+    num_sequences = batch.context_S.shape[0]
+    num_tokens, q_heads, dim = q_TND.shape
+    kv_heads = kv.spec.num_kv_heads
+    group = q_heads // kv_heads
+    block_m = power_of_two(group, blocks.block_m)
+    _prefill[(num_tokens // (block_m // group) + num_sequences, kv_heads)](
+        q_TND,
+        batch.query_start_S1,
+        batch.positions_T,
+        batch.block_table_SB,
+        kv.data[kv_layer],
+        None if kv.scales is None else kv.scales[kv_layer],
+        out_TND,
+        num_sequences,
+        q_TND.stride(0),
+        q_TND.stride(1),
+        batch.block_table_SB.stride(0),
+        scale / math.log(2),
+        chunk_size,
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        HEAD_DIM=dim,
+        BLOCK_SIZE=kv.spec.block_size,
+        BLOCK_M=block_m,
+        BLOCK_N=blocks.block_n,
+        BLOCK_D=power_of_two(dim, 16),
+        SPLIT=blocks.split,
+        MOST=blocks.most_splits,
+        CHUNKED=chunk_size > 0,
+        KV_INT8=kv.spec.dtype == torch.int8,
+        DOT=dot_type(kv.spec.dtype),
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
+        **EXACT,
+    )

@@ -1,0 +1,342 @@
+"""From logits to tokens: bias, bans, penalties, filters and the draw, as `Ops.sample` defines.
+
+A row's vocabulary is cut into chunks that many programs take at once. Everything summed is an
+integer, so no order of summing changes a bit.
+
+Shape legend: R rows, V vocabulary, C chunks of a row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import triton.language as tl
+from arriero.kernels.ops import Sampled, SamplingRows
+from arriero.kernels.philox import KEY_STEPS, MULTIPLIERS, ROUNDS
+from arriero.kernels.reference.sampling import FRACTION_BITS, MAX_VOCAB, with_logprobs
+from arriero.kernels.triton import filters
+from arriero.kernels.triton.cut import Cut, cut_of
+from arriero.kernels.triton.launch import EXACT, kernel
+
+_ONE = tl.constexpr(2.0**FRACTION_BITS)
+_MASK = tl.constexpr(0xFFFFFFFF)
+_ROUNDS = tl.constexpr(ROUNDS)
+_M0, _M1 = (tl.constexpr(m) for m in MULTIPLIERS)
+_K0, _K1 = (tl.constexpr(k) for k in KEY_STEPS)
+_NO_TOKEN = tl.constexpr(2**31 - 1)
+
+
+@kernel
+def _adjust(
+    logits: tl.tensor,
+    allowed: tl.tensor,
+    seen: tl.tensor,
+    counts: tl.tensor,
+    repetition: tl.tensor,
+    frequency: tl.tensor,
+    presence: tl.tensor,
+    adjusted: tl.tensor,
+    chunk_max: tl.tensor,
+    chunk_best: tl.tensor,
+    num_rows: tl.tensor,
+    size: tl.tensor,
+    stride: tl.tensor,
+    num_chunks: tl.tensor,
+    BANS: tl.constexpr,
+    REPETITION: tl.constexpr,
+    FREQUENCY: tl.constexpr,
+    PRESENCE: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+) -> None:
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    kept = row < num_rows
+    token = (tl.program_id(1) * CHUNK + tl.arange(0, CHUNK))[None, :]
+    held = kept[:, None] & (token < size)
+    row64 = row.to(tl.int64)[:, None]
+    at = row64 * size + token
+    x = tl.load(logits + row64 * stride + token, mask=held, other=-float("inf"))
+    if BANS:
+        x = tl.where(tl.load(allowed + at, mask=held, other=1) != 0, x, -float("inf"))
+    if REPETITION:
+        factor = tl.load(repetition + row, mask=kept, other=1.0)[:, None]
+        divisor = tl.broadcast_to(factor, x.shape)
+        changed = tl.where(x < 0, x * factor, tl.div_rn(x, divisor))
+        x = tl.where(tl.load(seen + at, mask=held, other=0) != 0, changed, x)
+    if FREQUENCY or PRESENCE:
+        count = tl.load(counts + at, mask=held, other=0)
+        if FREQUENCY:
+            x -= tl.load(frequency + row, mask=kept, other=0.0)[:, None] * count.to(tl.float32)
+        if PRESENCE:
+            occurs = (count > 0).to(tl.float32)
+            x -= tl.load(presence + row, mask=kept, other=0.0)[:, None] * occurs
+    x = tl.where(x == x, x, float("inf"))  # a NaN makes the row's greatest not finite
+    if BANS or REPETITION or FREQUENCY or PRESENCE:
+        tl.store(adjusted + at, x, mask=held)
+    greatest = tl.max(x, 1)
+    best = tl.min(tl.where((x == greatest[:, None]) & held, token, _NO_TOKEN), 1)
+    to = row64 * num_chunks + tl.program_id(1)
+    tl.store(chunk_max + to, greatest[:, None], mask=kept[:, None])
+    tl.store(chunk_best + to, best[:, None], mask=kept[:, None])
+
+
+@kernel
+def _greatest(
+    chunk_max: tl.tensor,
+    row: tl.tensor,
+    num_rows: tl.tensor,
+    num_chunks: tl.tensor,
+    CHUNKS: tl.constexpr,
+) -> tl.tensor:
+    """Each row's greatest logit, and the table [R, C] it is the greatest of."""
+    chunk = tl.arange(0, CHUNKS)[None, :]
+    held = (row < num_rows)[:, None] & (chunk < num_chunks)
+    at = chunk_max + row.to(tl.int64)[:, None] * num_chunks + chunk
+    values = tl.load(at, mask=held, other=-float("inf"))
+    return tl.max(values, 1), values
+
+
+@kernel
+def _is_finite(x: tl.tensor) -> tl.tensor:
+    return (x > -float("inf")) & (x < float("inf"))
+
+
+@kernel
+def _weigh(
+    x: tl.tensor,
+    chunk_max: tl.tensor,
+    temperature: tl.tensor,
+    min_p: tl.tensor,
+    weights: tl.tensor,
+    num_rows: tl.tensor,
+    size: tl.tensor,
+    stride: tl.tensor,
+    num_chunks: tl.tensor,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+) -> None:
+    """Each token's integer weight, 0 where min-p drops it and in rows that draw nothing."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    kept = row < num_rows
+    token = (tl.program_id(1) * CHUNK + tl.arange(0, CHUNK))[None, :]
+    held = kept[:, None] & (token < size)
+    greatest, _ = _greatest(chunk_max, row, num_rows, num_chunks, CHUNKS)
+    heat = tl.load(temperature + row, mask=kept, other=0.0)
+    draws = (heat > 0) & _is_finite(greatest)
+    heat = tl.where(draws, heat, 1.0).to(tl.float64)[:, None]
+    greatest = tl.where(draws, greatest, 0.0).to(tl.float64)[:, None]
+    row64 = row.to(tl.int64)[:, None]
+    value = tl.load(x + row64 * stride + token, mask=held, other=-float("inf"))
+    # rows that draw nothing are given logits that no arithmetic below minds
+    value = tl.where(draws[:, None], value, -1.0).to(tl.float64)
+    weight = (tl.exp((value - greatest) / heat) * _ONE).to(tl.int64)
+    least = tl.load(min_p + row, mask=kept, other=0.0).to(tl.float64)
+    least = tl.ceil(least * _ONE).to(tl.int64)[:, None]
+    weight = tl.where(held & draws[:, None] & (weight >= least), weight, 0)
+    tl.store(weights + row64 * size + token, weight, mask=held)
+
+
+@kernel
+def _sum_kept(
+    weights: tl.tensor,
+    floors: tl.tensor,
+    sums: tl.tensor,
+    num_rows: tl.tensor,
+    size: tl.tensor,
+    num_chunks: tl.tensor,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+) -> None:
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    kept = row < num_rows
+    token = (tl.program_id(1) * CHUNK + tl.arange(0, CHUNK))[None, :]
+    row64 = row.to(tl.int64)
+    at = weights + row64[:, None] * size + token
+    weight = tl.load(at, mask=kept[:, None] & (token < size), other=0)
+    floor = tl.load(floors + row, mask=kept, other=0)
+    total = tl.sum(tl.where(weight >= floor[:, None], weight, 0), 1)
+    tl.store(sums + row64 * num_chunks + tl.program_id(1), total, mask=kept)
+
+
+@kernel
+def uniform(seed: tl.tensor, position: tl.tensor) -> tl.tensor:
+    """As `kernels.philox.uniform`: one float64 in [0, 1) for each seed and position, int64."""
+    c0, c1 = position & _MASK, (position >> 32) & _MASK
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    c2, c3 = c0 * 0, c0 * 0
+    m0, m1 = c2 + _M0, c2 + _M1
+    for _ in tl.static_range(_ROUNDS):
+        # 32 x 32 bits fill all 64: int64 wraps, and the masks undo the sign
+        p0, p1 = c0 * m0, c2 * m1
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
+            p1 & _MASK,
+            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
+            p0 & _MASK,
+        )
+        k0, k1 = (k0 + _K0) & _MASK, (k1 + _K1) & _MASK
+    return ((c0 << 21) | (c1 >> 11)).to(tl.float64) * (2.0**-53)
+
+
+@kernel
+def _pick(
+    weights: tl.tensor,
+    floors: tl.tensor,
+    sums: tl.tensor,
+    chunk_max: tl.tensor,
+    chunk_best: tl.tensor,
+    temperature: tl.tensor,
+    seeds: tl.tensor,
+    positions: tl.tensor,
+    tokens: tl.tensor,
+    num_rows: tl.tensor,
+    size: tl.tensor,
+    num_chunks: tl.tensor,
+    ALL_GREEDY: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+) -> None:
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    kept = row < num_rows
+    row64 = row.to(tl.int64)
+    chunk = tl.arange(0, CHUNKS)[None, :]
+    held = kept[:, None] & (chunk < num_chunks)
+    at = row64[:, None] * num_chunks + chunk
+    greatest, by_chunk = _greatest(chunk_max, row, num_rows, num_chunks, CHUNKS)
+    best = tl.load(chunk_best + at, mask=held, other=_NO_TOKEN)
+    token = tl.min(tl.where(by_chunk == greatest[:, None], best, _NO_TOKEN), 1)
+    if not ALL_GREEDY:
+        heat = tl.load(temperature + row, mask=kept, other=0.0)
+        seed = tl.load(seeds + row, mask=kept, other=0)
+        position = tl.load(positions + row, mask=kept, other=0)
+        sums_RC = tl.load(sums + at, mask=held, other=0)
+        upto = tl.cumsum(sums_RC, 1)
+        total = tl.sum(sums_RC, 1)
+        target = (uniform(seed, position) * total.to(tl.float64)).to(tl.int64)
+        target = tl.minimum(target, total - 1)
+        before = upto <= target[:, None]
+        mine = tl.minimum(tl.sum(before.to(tl.int32), 1), num_chunks - 1)
+        target -= tl.sum(tl.where(before, sums_RC, 0), 1)
+        id_RV = mine[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+        at_RV = weights + row64[:, None] * size + id_RV
+        weight = tl.load(at_RV, mask=kept[:, None] & (id_RV < size), other=0)
+        floor = tl.load(floors + row, mask=kept, other=0)
+        weight = tl.where(weight >= floor[:, None], weight, 0)
+        passed = tl.cumsum(weight, 1) <= target[:, None]
+        drawn = mine * CHUNK + tl.sum(passed.to(tl.int32), 1)
+        token = tl.where(heat == 0, token, drawn)
+    token = tl.where(_is_finite(greatest), token, -1)
+    tl.store(tokens + row, token, mask=kept)
+
+
+def sample(logits_RV: Tensor, rows: SamplingRows) -> Sampled:
+    """Draw one token a row; see `Ops.sample`. Nothing here waits for the device."""
+    num_rows, size = logits_RV.shape
+    if size > MAX_VOCAB:
+        raise ValueError(f"sample: the vocabulary has {size} tokens; the most is {MAX_VOCAB}")
+    raw_RV = logits_RV.float()
+    if raw_RV.stride(-1) != 1:
+        raw_RV = raw_RV.contiguous()
+    device = raw_RV.device
+    tokens_R = torch.empty(num_rows, dtype=torch.int32, device=device)
+    if not num_rows:
+        return Sampled(tokens_R=tokens_R)
+    cut = cut_of(num_rows, size)
+    x_RV, chunk_max, chunk_best = _adjusted(raw_RV, rows, cut)
+    weights_RV = floor_R = sums_RC = None
+    if not rows.all_greedy:
+        weights_RV = torch.empty(num_rows, size, dtype=torch.int64, device=device)
+        _weigh[cut.grid](
+            x_RV,
+            chunk_max,
+            rows.temperature_R,
+            rows.min_p_R,
+            weights_RV,
+            num_rows,
+            size,
+            x_RV.stride(0),
+            cut.chunks,
+            ROWS=cut.rows,
+            CHUNK=cut.chunk,
+            CHUNKS=cut.chunks_power,
+            **EXACT,
+        )
+        floor_R = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        for by_mass, wanted_R in ((False, rows.top_k_R), (True, rows.top_p_R)):
+            floor_R = filters.floor(weights_RV, rows, wanted_R, by_mass, floor_R, cut)
+        sums_RC = torch.empty(num_rows, cut.chunks, dtype=torch.int64, device=device)
+        _sum_kept[cut.grid](
+            weights_RV,
+            floor_R,
+            sums_RC,
+            num_rows,
+            size,
+            cut.chunks,
+            ROWS=cut.rows,
+            CHUNK=cut.chunk,
+            **EXACT,
+        )
+    _pick[(cut.row_programs,)](
+        weights_RV,
+        floor_R,
+        sums_RC,
+        chunk_max,
+        chunk_best,
+        rows.temperature_R,
+        rows.seed_R,
+        rows.position_R,
+        tokens_R,
+        num_rows,
+        size,
+        cut.chunks,
+        ALL_GREEDY=rows.all_greedy,
+        ROWS=cut.rows,
+        CHUNK=cut.chunk,
+        CHUNKS=cut.chunks_power,
+        **EXACT,
+    )
+    if rows.num_logprobs < 0:
+        return Sampled(tokens_R=tokens_R)
+    return with_logprobs(raw_RV, tokens_R.long(), rows.num_logprobs)
+
+
+def _adjusted(raw_RV: Tensor, rows: SamplingRows, cut: Cut) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits after bias, bans and penalties; by row and chunk the greatest, and its first token."""
+    start_RV = raw_RV
+    if rows.bias is not None:  # few and scattered: not worth a kernel
+        row_N, token_N, value_N = rows.bias
+        start_RV = raw_RV.index_put((row_N, token_N), value_N, accumulate=True)
+    shape = (cut.num_rows, cut.chunks)
+    chunk_max = torch.empty(shape, dtype=torch.float32, device=raw_RV.device)
+    chunk_best = torch.empty(shape, dtype=torch.int32, device=raw_RV.device)
+    changes = (rows.allowed_RV, rows.repetition_R, rows.frequency_R, rows.presence_R)
+    x_RV = start_RV
+    if any(one is not None for one in changes):
+        x_RV = torch.empty(cut.num_rows, cut.size, dtype=torch.float32, device=raw_RV.device)
+    _adjust[cut.grid](
+        start_RV,
+        rows.allowed_RV,
+        rows.seen_RV,
+        rows.counts_RV,
+        rows.repetition_R,
+        rows.frequency_R,
+        rows.presence_R,
+        x_RV,
+        chunk_max,
+        chunk_best,
+        cut.num_rows,
+        cut.size,
+        start_RV.stride(0),
+        cut.chunks,
+        BANS=rows.allowed_RV is not None,
+        REPETITION=rows.repetition_R is not None,
+        FREQUENCY=rows.frequency_R is not None,
+        PRESENCE=rows.presence_R is not None,
+        ROWS=cut.rows,
+        CHUNK=cut.chunk,
+        **EXACT,  # a penalty's product is rounded before it is taken off
+    )
+    return x_RV, chunk_max, chunk_best

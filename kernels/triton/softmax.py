@@ -1,0 +1,102 @@
+"""The arithmetic that every attention kernel shares, so that all of them give the same bits.
+
+A row's keys are taken in tiles that begin at multiples of BLOCK_N, tiles are summed within splits
+that begin at multiples of the row's own split length, and splits are folded in order. All three
+depend on the row's position alone: not on the batch, nor on where a prompt was cut. Online
+softmax: Milakov and Gimelshein, 2018; split over keys: Dao and others, "Flash-Decoding", 2023.
+
+Shape legend: M rows of a tile (queries times heads of a group), C keys of a tile, D head_dim.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+from arriero.kernels.triton.launch import kernel
+
+_DOUBLINGS = tl.constexpr(16)
+
+
+@kernel
+def split_length(position: tl.tensor, SPLIT: tl.constexpr, MOST: tl.constexpr) -> tl.tensor:
+    """Keys in each split of a row at `position`: at most MOST splits hold its context."""
+    length = position * 0 + SPLIT
+    for _ in tl.static_range(_DOUBLINGS):
+        length = tl.where((position + MOST) // MOST > length, length * 2, length)
+    return length
+
+
+@kernel
+def attend_tile(
+    q_MD: tl.tensor,
+    first_M: tl.tensor,
+    last_M: tl.tensor,
+    key: tl.tensor,
+    lowest: tl.tensor,
+    highest: tl.tensor,
+    table: tl.tensor,
+    cache: tl.tensor,
+    scales: tl.tensor,
+    kv_head: tl.tensor,
+    scale: tl.tensor,
+    m_M: tl.tensor,
+    l_M: tl.tensor,
+    acc_MD: tl.tensor,
+    BLOCK_SIZE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    KV_INT8: tl.constexpr,
+    DOT: tl.constexpr,
+) -> tl.tensor:
+    """Take keys key .. key + BLOCK_N into the running maximum, sum and weighted values.
+
+    Row r sees keys first[r] .. last[r]; only keys lowest .. highest may be read at all.
+    `scale` holds log2(e), so that powers of two serve.
+    """
+    key_C = key + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    read_C = (key_C >= lowest) & (key_C <= highest)
+    block_C = tl.load(table + key_C // BLOCK_SIZE, mask=read_C, other=0).to(tl.int64)
+    line_C = (block_C * (2 * KV_HEADS) + kv_head) * BLOCK_SIZE + key_C % BLOCK_SIZE
+    read_CD = read_C[:, None] & (d < HEAD_DIM)[None, :]
+    at_CD = cache + line_C[:, None] * HEAD_DIM + d[None, :]
+    k_CD = tl.load(at_CD, mask=read_CD, other=0.0).to(DOT)
+    v_CD = tl.load(at_CD + KV_HEADS * BLOCK_SIZE * HEAD_DIM, mask=read_CD, other=0.0).to(DOT)
+    score_MC = tl.dot(q_MD, tl.trans(k_CD), input_precision="ieee") * scale
+    if KV_INT8:
+        score_MC *= tl.load(scales + line_C, mask=read_C, other=0.0)[None, :]
+    seen_MC = (key_C[None, :] >= first_M[:, None]) & (key_C[None, :] <= last_M[:, None])
+    score_MC = tl.where(seen_MC, score_MC, -float("inf"))
+    new_M = tl.maximum(m_M, tl.max(score_MC, 1))
+    base_M = tl.where(new_M == -float("inf"), 0.0, new_M)
+    shrink_M = tl.exp2(m_M - base_M)
+    p_MC = tl.exp2(score_MC - base_M[:, None])
+    l_M = l_M * shrink_M + tl.sum(p_MC, 1)
+    if KV_INT8:
+        line_C += KV_HEADS * BLOCK_SIZE
+        p_MC *= tl.load(scales + line_C, mask=read_C, other=0.0)[None, :]
+    acc_MD = tl.dot(p_MC.to(DOT), v_CD, acc_MD * shrink_M[:, None], input_precision="ieee")
+    return new_M, l_M, acc_MD
+
+
+@kernel
+def fold(
+    m: tl.tensor,
+    total: tl.tensor,
+    acc: tl.tensor,
+    m2: tl.tensor,
+    total2: tl.tensor,
+    acc2: tl.tensor,
+) -> tl.tensor:
+    """Join two parts of a row's softmax; an empty second part (maximum -inf) changes no bit."""
+    new = tl.maximum(m, m2)
+    base = tl.where(new == -float("inf"), 0.0, new)
+    a, b = tl.exp2(m - base), tl.exp2(m2 - base)
+    return new, total * a + total2 * b, acc * a[:, None] + acc2 * b[:, None]
+
+
+@kernel
+def quotient(acc: tl.tensor, total: tl.tensor) -> tl.tensor:
+    """Weighted values over the sum of weights; 0 for a row that saw nothing."""
+    return acc / tl.where(total > 0, total, 1.0)[:, None]

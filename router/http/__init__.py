@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP interface: JSON in, the same calls as gRPC's, JSON or events out."""

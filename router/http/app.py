@@ -1,0 +1,238 @@
+"""The HTTP application: which path does what.
+
+It can listen by itself (`HttpServer`) or be mounted by another ASGI server. Knows paths; what a
+call does is `Inference`'s, and how its JSON looks is said in `bodies` and `shapes`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.responses import JSONResponse, Response
+
+from arriero.router.http import errors, shapes, translate
+from arriero.router.http.bodies import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    Sampling,
+    TokenizeBody,
+)
+from arriero.router.http.edge import Edge
+from arriero.router.http.stream import EventStream, begun, merged, while_here
+from arriero.router.inference import Inference, Stream
+from arriero.router.metrics import CONTENT_TYPE
+from arriero.router.proto.arriero.v1 import inference_pb2 as pb
+from arriero.shards.errors import ArrieroError, InvalidRequest
+
+log = logging.getLogger(__name__)
+
+STALLED_S = 60.0
+"""A group that has work and finished no step for so long is not healthy."""
+_DONE = b"data: [DONE]\n\n"
+_EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer; with `stream`, server-sent events that end in `[DONE]`.",
+        "content": {"application/json": {}, "text/event-stream": {}},
+    }
+}
+_ERROR_SCHEMA = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"], "description": "The field at fault."},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+_REFUSALS: dict[int | str, str] = {
+    400: "A field breaks its limit, or is not known.",
+    404: "No such model.",
+    413: "The body is too large.",
+    429: "A queue is full; the header `retry-after` says when to try again, in seconds.",
+    503: "No group can serve the model now.",
+    "default": "A fault of ours; the message holds the request id under which it is logged.",
+}
+
+Shape = shapes.ChatShape | shapes.CompletionShape
+
+
+def create_app(inference: Inference, *, max_body_bytes: int) -> FastAPI:
+    """The application over `inference`.
+
+    Args:
+        inference: answers the calls.
+        max_body_bytes: the largest body taken.
+    """
+    app = FastAPI(
+        title="arriero",
+        version="1",
+        description="Chat, completions and tokens, in the shapes of the OpenAI API.",
+        docs_url=None,
+        redoc_url=None,
+        responses={
+            status: {
+                "description": words,
+                "content": {"application/json": {"schema": _ERROR_SCHEMA}},
+            }
+            for status, words in _REFUSALS.items()
+        },
+    )
+    errors.install(app)
+    app.add_middleware(Edge, max_body_bytes=max_body_bytes)
+    _add_generation(app, inference)
+    _add_tokens(app, inference)
+    _add_sight(app, inference)
+    return app
+
+
+def _add_generation(app: FastAPI, inference: Inference) -> None:
+    @app.post("/v1/chat/completions", response_class=Response, responses=_EVENTS)
+    async def chat(body: ChatBody, request: Request) -> Response:
+        """Answer a conversation."""
+        call = translate.chat_request(body)
+        text, views = inference.groups.find(call.model)
+        shape = shapes.ChatShape(views[0].model, text.tokenizer)
+        streams = [await inference.chat(call, request.state.request_id)]
+        return await _answer(request, body, shape, streams)
+
+    @app.post("/v1/completions", response_class=Response, responses=_EVENTS)
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        """Continue one prompt or several."""
+        calls = translate.generate_requests(body)
+        text, views = inference.groups.find(calls[0].model)
+        echo = [call.text for call in calls] if body.echo else None
+        shape = shapes.CompletionShape(
+            views[0].model,
+            text.tokenizer,
+            n=body.n or 1,
+            echo=echo,
+            skip_special=body.skip_special_tokens is not False,
+        )
+        streams = [await inference.generate(call, request.state.request_id) for call in calls]
+        return await _answer(request, body, shape, streams)
+
+
+async def _answer(
+    request: Request, body: Sampling, shape: Shape, streams: Sequence[Stream]
+) -> Response:
+    messages = merged(streams)
+    if body.stream:
+        with_usage = body.stream_options is not None and body.stream_options.include_usage
+        started = await while_here(request, begun(messages))
+        return EventStream(_events(started, shape, with_usage, request.state.request_id))
+    whole = await while_here(request, _gathered(messages))
+    counted = shapes.usage(*(one.usage for _, one in whole if one.HasField("usage")))
+    return JSONResponse(shape.whole(whole, counted))
+
+
+async def _gathered(
+    messages: AsyncGenerator[tuple[int, pb.GenerateResponse]],
+) -> list[tuple[int, pb.GenerateResponse]]:
+    async with aclosing(messages):
+        return [one async for one in messages]
+
+
+async def _events(
+    messages: AsyncGenerator[tuple[int, pb.GenerateResponse]],
+    shape: Shape,
+    with_usage: bool,
+    request_id: str,
+) -> AsyncGenerator[bytes]:
+    """The stream as events; an error that comes after the beginning is one of them."""
+    parts: list[pb.Usage] = []
+    try:
+        async with aclosing(messages):
+            async for number, message in messages:
+                if message.HasField("usage"):
+                    parts.append(message.usage)
+                events = shape.events(number, message)
+                if events:
+                    yield b"".join(map(_event, events))
+    except ArrieroError as error:
+        yield _event(errors.describe(error))
+        return
+    except Exception:
+        log.exception("request %s failed", request_id)
+        yield _event(errors.internal(request_id))
+        return
+    if with_usage:
+        yield _event(shape.last(shapes.usage(*parts)))
+    yield _DONE
+
+
+def _event(content: Mapping[str, Any]) -> bytes:
+    return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
+
+
+def _add_tokens(app: FastAPI, inference: Inference) -> None:
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+        """Token ids of a text or a conversation, exactly as a completion would see them."""
+        answer = await inference.tokenize(translate.tokenize_request(body))
+        tokens = list(answer.token_ids)
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": answer.max_model_len}
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeBody) -> dict[str, str]:
+        """Text of token ids; bytes that are not UTF-8 appear as U+FFFD."""
+        call = translate.detokenize_request(body.model, body.tokens, body.skip_special_tokens)
+        answer = await inference.detokenize(call)
+        return {"prompt": answer.text}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """The models that some connected group serves now."""
+        return {"object": "list", "data": [shapes.model(one) for one in inference.models()]}
+
+    @app.get("/v1/models/{model:path}")
+    async def model(model: str) -> dict[str, Any]:
+        """One of them."""
+        if not model:
+            raise InvalidRequest("model", "the path names no model")
+        return shapes.model(inference.model(model))
+
+
+def _add_sight(app: FastAPI, inference: Inference) -> None:
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        """200 while every model has a group that is idle or has finished a step lately."""
+        groups = {
+            view.group_id: {
+                "model": view.model,
+                "running": view.load.num_running,
+                "waiting": view.load.num_waiting,
+                "stalled_s": round(view.load.stalled_s, 1),
+            }
+            for view in inference.groups.groups()
+        }
+        lively = {
+            view.model for view in inference.groups.groups() if view.load.stalled_s < STALLED_S
+        }
+        missing = sorted(inference.groups.models() - lively)
+        healthy = bool(lively) and not missing
+        return JSONResponse(
+            {
+                "status": "ok" if healthy else "unavailable",
+                "models_without_a_lively_group": missing,
+                "groups": groups,
+            },
+            200 if healthy else 503,
+        )
+
+    @app.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """Counters for Prometheus."""
+        return Response(inference.metrics.export(), headers={"content-type": CONTENT_TYPE})

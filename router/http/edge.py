@@ -1,0 +1,101 @@
+"""What every HTTP request passes through first: its name, its size, and faults of ours.
+
+Knows ASGI; knows nothing of what the requests ask.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from arriero.router.http import errors
+from arriero.router.http.stream import ClientGone
+from arriero.router.requests import read_request_id
+from arriero.shards.errors import InvalidRequest
+
+log = logging.getLogger(__name__)
+
+
+class _TooLarge(Exception):
+    """The body passed the limit."""
+
+
+class Edge:
+    """Middleware: gives a request its id, bounds its body, answers what no handler answered.
+
+    Args:
+        app: the application.
+        max_body_bytes: the largest body taken.
+    """
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+        self._app = app
+        self._max = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
+        try:
+            request_id = read_request_id(given)
+        except InvalidRequest:  # a name for logs, often put there by a proxy: not worth a refusal
+            request_id = read_request_id("")
+        scope.setdefault("state", {})["request_id"] = request_id
+        begun = False
+        taken = 0
+
+        async def named(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", request_id.encode()),
+                ]
+            await send(message)
+
+        async def bounded() -> Message:
+            nonlocal taken
+            message = await receive()
+            if message["type"] == "http.request":
+                taken += len(message.get("body", b""))
+                if taken > self._max:
+                    raise _TooLarge
+            return message
+
+        length = headers.get(b"content-length", b"")
+        try:
+            if length.isdigit() and int(length) > self._max:
+                raise _TooLarge
+            await self._app(scope, bounded, named)
+        except ClientGone:
+            log.debug("request %s: the client went away", request_id)
+        except _TooLarge:
+            await _discard(receive, 2 * self._max)
+            words = f"the body has more than {self._max} bytes, which is the most; send less"
+            await _answer(named, 413, errors.body(words, "invalid_request_error"))
+        except Exception:
+            log.exception("request %s failed", request_id)
+            if begun:
+                raise
+            await _answer(named, 500, errors.internal(request_id))
+
+
+async def _discard(receive: Receive, most: int) -> None:
+    """Read on for a while: a client that is still sending may not look for an answer."""
+    while most > 0:
+        message = await receive()
+        most -= len(message.get("body", b""))
+        if not message.get("more_body", False):
+            return
+
+
+async def _answer(send: Send, status: int, content: dict[str, object]) -> None:
+    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": json.dumps(content).encode()})

@@ -1,0 +1,121 @@
+"""Errors in the shape and with the statuses that clients of the OpenAI API know."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from arriero.shards.errors import ArrieroError, InvalidRequest, NotFound, Overloaded
+
+log = logging.getLogger(__name__)
+
+UNAVAILABLE_RETRY_S = 1
+
+
+def install(app: FastAPI) -> None:
+    """Have every error of `app` answered in this shape."""
+
+    @app.exception_handler(ArrieroError)
+    async def ours(request: Request, error: ArrieroError) -> Response:
+        return respond(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(request: Request, error: RequestValidationError) -> Response:
+        return respond(_first(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def routing(request: Request, error: HTTPException) -> Response:
+        return JSONResponse(
+            body(f"{request.method} {request.url.path}: {error.detail}", "invalid_request_error"),
+            error.status_code,
+            error.headers,
+        )
+
+    @app.exception_handler(Exception)
+    async def fault(request: Request, error: Exception) -> Response:
+        return JSONResponse(internal(_request_id(request)), 500)
+
+
+def _request_id(request: Request) -> str:
+    return str(request.scope.get("state", {}).get("request_id", ""))
+
+
+def internal(request_id: str) -> dict[str, Any]:
+    """What a client is told of a fault of ours."""
+    return body(
+        f"internal error; the gateway's log has it under request {request_id}", "server_error"
+    )
+
+
+def respond(error: ArrieroError) -> JSONResponse:
+    """The answer that `error` is."""
+    status, headers = 503, {"retry-after": str(UNAVAILABLE_RETRY_S)}
+    if isinstance(error, InvalidRequest):
+        status, headers = 400, {}
+    elif isinstance(error, NotFound):
+        status, headers = 404, {}
+    elif isinstance(error, Overloaded):
+        status, headers = 429, {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
+    return JSONResponse(describe(error), status, headers)
+
+
+def describe(error: ArrieroError) -> dict[str, Any]:
+    """The JSON that `error` is."""
+    text = str(error)
+    if isinstance(error, InvalidRequest):
+        return body(text, "invalid_request_error", param=error.field or None)
+    if isinstance(error, NotFound):
+        return body(text, "invalid_request_error", param="model", code="model_not_found")
+    if isinstance(error, Overloaded):
+        return body(text, "rate_limit_error", code="rate_limit_exceeded")
+    return body(text, "service_unavailable_error", code="unavailable")
+
+
+def body(
+    message: str, kind: str, *, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """The API's own shape of an error."""
+    # Half of a surrogate pair, which JSON can spell, would not be UTF-8.
+    message = message.encode("utf-8", "replace").decode()
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _first(errors: Sequence[Mapping[str, Any]]) -> InvalidRequest:
+    """What a client is told of the fields that broke the schema: the first, by name."""
+    error = errors[0]
+    if error["type"] == "json_invalid":
+        reason = error.get("ctx", {}).get("error", error["msg"])
+        return InvalidRequest("", f"the body is not JSON: {reason}")
+    given = error.get("input")
+    if isinstance(given, bytes):
+        return InvalidRequest(
+            "", "the body is not JSON, or not said to be; send content-type: application/json"
+        )
+    field = ""
+    for part in error["loc"][1:]:
+        if isinstance(part, int):
+            field += f"[{part}]"
+        elif _is_field(part):
+            field += f".{part}" if field else part
+    field = field[:256].encode("utf-8", "replace").decode()
+    if error["type"] == "extra_forbidden":
+        return InvalidRequest(field, f"`{field}` is not supported; leave it out")
+    if error["type"] == "missing":
+        what = f"`{field}` is needed" if field else "the body is needed: a JSON object"
+        return InvalidRequest(field, what)
+    shown = f"={json.dumps(given)[:64]}" if isinstance(given, str | int | float | bool) else ""
+    reason = error["msg"].removeprefix("Value error, ")
+    return InvalidRequest(field, f"`{field or 'body'}`{shown}: {reason}")
+
+
+def _is_field(part: str) -> bool:
+    """Whether it names a field, rather than one of the types that a field may have."""
+    return part not in {"str", "int"} and "[" not in part

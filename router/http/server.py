@@ -1,0 +1,102 @@
+"""The HTTP listener: uvicorn on the gateway's own event loop.
+
+Knows sockets and the server's life; knows nothing of paths.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+_START_LIMIT_S = 30.0
+
+
+class _Server(uvicorn.Server):
+    """A server that leaves the process's signals to the process."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Take none."""
+        yield
+
+
+class HttpServer:
+    """One listener; `bind` it, `start` it, `stop` it.
+
+    Args:
+        app: the application.
+        address: host and port; port 0 picks a free one.
+        max_calls: most requests at once; one more is refused with 503.
+
+    Attributes:
+        port: once bound.
+    """
+
+    def __init__(self, app: ASGIApp, address: str, *, max_calls: int) -> None:
+        self._address = address
+        config = uvicorn.Config(
+            app,
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            limit_concurrency=max_calls,
+            timeout_keep_alive=75,
+            ws="none",
+        )
+        self._server = _Server(config)
+        self._socket: socket.socket | None = None
+        self._task: asyncio.Task[None] | None = None
+        self.port = 0
+
+    def bind(self) -> None:
+        """Take the port.
+
+        Raises:
+            OSError: the address cannot be bound.
+        """
+        host, _, port = self._address.rpartition(":")
+        host = host.strip("[]")
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.socket(family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, int(port)))
+        except OSError as error:
+            listener.close()
+            raise OSError(f"cannot listen on {self._address}: {error}") from error
+        self._socket = listener
+        self.port = listener.getsockname()[1]
+
+    async def start(self) -> None:
+        """Listen.
+
+        Raises:
+            OSError: the server did not start.
+        """
+        assert self._socket is not None, "start before bind"
+        self._task = asyncio.create_task(self._server.serve([self._socket]))
+        try:
+            async with asyncio.timeout(_START_LIMIT_S):
+                while not self._server.started:
+                    if self._task.done():
+                        raise OSError(f"the HTTP server at {self._address} did not start")
+                    await asyncio.sleep(0.005)
+        except TimeoutError:
+            raise OSError(
+                f"the HTTP server at {self._address} did not start in {_START_LIMIT_S:g} s"
+            ) from None
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no more requests, let running ones finish for `grace_s` seconds, then close."""
+        if self._task is not None:
+            self._server.config.timeout_graceful_shutdown = max(1, round(grace_s))
+            self._server.should_exit = True
+            await self._task
+        if self._socket is not None:
+            self._socket.close()

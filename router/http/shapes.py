@@ -1,0 +1,265 @@
+"""Messages of `arriero.v1.Inference` as the API's JSON, whole or event by event.
+
+Knows the API's shapes; knows nothing of how they are sent.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from arriero.router.proto.arriero.v1 import inference_pb2 as pb
+from arriero.router.tokenizer import Tokenizer
+
+Json = dict[str, Any]
+
+_REASONS = {
+    pb.FINISH_REASON_STOP: "stop",
+    pb.FINISH_REASON_LENGTH: "length",
+    pb.FINISH_REASON_CANCELLED: "cancelled",
+}
+
+
+def usage(*parts: pb.Usage) -> Json:
+    """Tokens counted, of one call or of several."""
+    prompt = sum(part.prompt_tokens for part in parts)
+    completion = sum(part.completion_tokens for part in parts)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(part.cached_tokens for part in parts)},
+    }
+
+
+class ChatShape:
+    """One chat completion.
+
+    Args:
+        model: what the answer names as its model.
+        tokenizer: spells tokens out, for log-probabilities.
+    """
+
+    def __init__(self, model: str, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._head: Json = {
+            "id": f"chatcmpl-{secrets.token_hex(12)}",
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+            "model": model,
+        }
+        self._num_calls: dict[int, int] = {}
+
+    def events(self, number: int, message: pb.GenerateResponse) -> list[Json]:
+        """Chunks of a stream: one for each sample that `message` speaks of."""
+        return [self._head | {"choices": [self._delta(output)]} for output in message.outputs]
+
+    def last(self, counted: Json) -> Json:
+        """The chunk that carries the usage."""
+        return self._head | {"choices": [], "usage": counted}
+
+    def whole(self, messages: Sequence[tuple[int, pb.GenerateResponse]], counted: Json) -> Json:
+        """The completion that the stream adds up to."""
+        choices: dict[int, Json] = {}
+        for number, message in messages:
+            for event in self.events(number, message):
+                (part,) = event["choices"]
+                choice = choices.setdefault(
+                    part["index"],
+                    {
+                        "index": part["index"],
+                        "message": {"role": "assistant", "content": None},
+                        "logprobs": None,
+                        "finish_reason": None,
+                    },
+                )
+                _add(choice, part)
+        for choice in choices.values():
+            if choice["message"]["content"] is None and "tool_calls" not in choice["message"]:
+                choice["message"]["content"] = ""
+        head = self._head | {"object": "chat.completion"}
+        return head | {"choices": [choices[i] for i in sorted(choices)], "usage": counted}
+
+    def _delta(self, output: pb.Output) -> Json:
+        delta: Json = {}
+        num_calls = self._num_calls.get(output.index)
+        if num_calls is None:
+            num_calls = self._num_calls[output.index] = 0
+            delta = {"role": "assistant", "content": ""}
+        if output.text:
+            delta["content"] = output.text
+        if output.tool_calls:
+            delta["tool_calls"] = [
+                {
+                    "index": num_calls + at,
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for at, call in enumerate(output.tool_calls)
+            ]
+            num_calls += len(output.tool_calls)
+            self._num_calls[output.index] = num_calls
+        if output.truncated_tool_call:
+            delta["truncated_tool_call"] = output.truncated_tool_call
+        reason = _REASONS.get(output.finish_reason)
+        if reason == "stop" and num_calls:
+            reason = "tool_calls"
+        logprobs = None
+        if output.logprobs:
+            logprobs = {"content": [self._position(row) for row in output.logprobs]}
+        return {
+            "index": output.index,
+            "delta": delta,
+            "logprobs": logprobs,
+            "finish_reason": reason,
+        }
+
+    def _position(self, row: pb.PositionLogprobs) -> Json:
+        top = [self._token(one) for one in row.top]
+        return self._token(row.chosen) | {"top_logprobs": top}
+
+    def _token(self, one: pb.TokenLogprob) -> Json:
+        piece = _piece(self._tokenizer, one.token_id)
+        token = piece.decode(errors="replace")
+        return {"token": token, "logprob": one.logprob, "bytes": list(piece)}
+
+
+def _add(choice: Json, part: Json) -> None:
+    """Add a chunk's part to the choice that grows from it."""
+    message, delta = choice["message"], part["delta"]
+    if delta.get("content"):
+        message["content"] = (message["content"] or "") + delta["content"]
+    for call in delta.get("tool_calls", ()):
+        whole = {name: value for name, value in call.items() if name != "index"}
+        message.setdefault("tool_calls", []).append(whole)
+    if "truncated_tool_call" in delta:
+        message["truncated_tool_call"] = delta["truncated_tool_call"]
+    if part["logprobs"] is not None:
+        if choice["logprobs"] is None:
+            choice["logprobs"] = {"content": []}
+        choice["logprobs"]["content"] += part["logprobs"]["content"]
+    choice["finish_reason"] = part["finish_reason"] or choice["finish_reason"]
+
+
+class CompletionShape:
+    """One completion, of one prompt or of several.
+
+    Args:
+        model: what the answer names as its model.
+        tokenizer: spells tokens out.
+        n: samples of each prompt; sample k of prompt p is choice p * n + k.
+        echo: the prompts' own texts to begin with ("" for one of token ids); None for no echo.
+        skip_special: leave special tokens out of prompts of token ids.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        tokenizer: Tokenizer,
+        *,
+        n: int,
+        echo: Sequence[str] | None,
+        skip_special: bool,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._n = n
+        self._echo = echo
+        self._skip_special = skip_special
+        self._starts: dict[int, pb.Start] = {}
+        self._offsets: dict[int, int] = {}
+        self._head: Json = {
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def events(self, number: int, message: pb.GenerateResponse) -> list[Json]:
+        """Chunks of a stream: one for each sample that `message` speaks of."""
+        if message.HasField("start"):
+            self._starts[number] = message.start
+        return [
+            self._head | {"choices": [self._choice(number, output)]} for output in message.outputs
+        ]
+
+    def last(self, counted: Json) -> Json:
+        """The chunk that carries the usage."""
+        return self._head | {"choices": [], "usage": counted}
+
+    def whole(self, messages: Sequence[tuple[int, pb.GenerateResponse]], counted: Json) -> Json:
+        """The completion that the stream adds up to."""
+        choices: dict[int, Json] = {}
+        for number, message in messages:
+            for event in self.events(number, message):
+                (part,) = event["choices"]
+                before = choices.setdefault(part["index"], part)
+                if before is part:
+                    continue
+                before["text"] += part["text"]
+                before["finish_reason"] = part["finish_reason"]
+                if before["logprobs"] is None:
+                    before["logprobs"] = part["logprobs"]
+                elif part["logprobs"] is not None:
+                    for name, values in part["logprobs"].items():
+                        before["logprobs"][name] += values
+        return self._head | {"choices": [choices[i] for i in sorted(choices)], "usage": counted}
+
+    def _choice(self, number: int, output: pb.Output) -> Json:
+        index = number * self._n + output.index
+        text = output.text
+        rows: list[pb.PositionLogprobs | int] = list(output.logprobs)
+        if index not in self._offsets:
+            self._offsets[index] = 0
+            if self._echo is not None:
+                start = self._starts[number]
+                text = (self._echo[number] or self._decode(start.prompt_token_ids)) + text
+                if start.prompt_logprobs or (rows and len(start.prompt_token_ids) == 1):
+                    # nothing goes before the first token, so nothing was expected of it
+                    rows = [start.prompt_token_ids[0], *start.prompt_logprobs, *rows]
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": self._logprobs(index, rows) if rows else None,
+            "finish_reason": _REASONS.get(output.finish_reason),
+        }
+
+    def _logprobs(self, index: int, rows: Sequence[pb.PositionLogprobs | int]) -> Json:
+        told: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for row in rows:
+            if isinstance(row, int):
+                token, logprob, top = self._spell(row), None, None
+            else:
+                token, logprob = self._spell(row.chosen.token_id), row.chosen.logprob
+                top = {self._spell(one.token_id): one.logprob for one in row.top}
+            told["tokens"].append(token)
+            told["token_logprobs"].append(logprob)
+            told["top_logprobs"].append(top)
+            told["text_offset"].append(self._offsets[index])
+            self._offsets[index] += len(token)
+        return told
+
+    def _spell(self, token: int) -> str:
+        return _piece(self._tokenizer, token).decode(errors="replace")
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special=self._skip_special)
+
+
+def _piece(tokenizer: Tokenizer, token: int) -> bytes:
+    """A token's bytes; none for an id past the tokenizer's (a model's vocabulary may be padded)."""
+    pieces = tokenizer.vocabulary.pieces
+    return pieces[token] if token < len(pieces) else b""
+
+
+def model(one: pb.Model) -> Json:
+    """An entry of `/v1/models`."""
+    return {
+        "id": one.id,
+        "object": "model",
+        "created": one.created,
+        "owned_by": "arriero",
+        "max_model_len": one.max_model_len,
+    }

@@ -1,0 +1,126 @@
+"""Streams of messages over one HTTP response, and what happens when its client goes away.
+
+Knows ASGI and asynchronous generators; knows nothing of what is in a message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+T = TypeVar("T")
+
+_AHEAD = 64
+"""Messages of several streams that may wait for a client that reads slowly."""
+
+
+class ClientGone(Exception):
+    """The client closed the connection before it was answered."""
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events; whatever ends the response closes `events`."""
+
+    def __init__(self, events: AsyncGenerator[bytes]) -> None:
+        super().__init__(
+            events,
+            media_type="text/event-stream",
+            headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
+        )
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._events.aclose()
+
+
+async def while_here(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client goes away.
+
+    Raises:
+        ClientGone: it did.
+    """
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        continue
+
+
+async def merged(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[tuple[int, T]]:
+    """What the streams give as it comes, with the number of the stream; closing closes them all.
+
+    Raises:
+        Exception: the first that a stream raises.
+    """
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as stream:
+            async for item in stream:
+                yield 0, item
+        return
+    waiting: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue(_AHEAD)
+
+    async def pump(number: int, stream: AsyncGenerator[T]) -> None:
+        try:
+            async with aclosing(stream):
+                async for item in stream:
+                    await waiting.put((number, item))
+        except Exception as error:  # raised where the streams are read
+            await waiting.put(error)
+        else:
+            await waiting.put(None)
+
+    tasks = [asyncio.create_task(pump(number, one)) for number, one in enumerate(streams)]
+    try:
+        ended = 0
+        while ended < len(tasks):
+            got = await waiting.get()
+            if isinstance(got, Exception):
+                raise got
+            if got is None:
+                ended += 1
+            else:
+                yield got
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for stream in streams:  # one whose task was cancelled before it began
+            await stream.aclose()
+
+
+async def begun(stream: AsyncGenerator[T]) -> AsyncGenerator[T]:
+    """`stream` with its first item here already, so that a refusal comes before any answer."""
+    try:
+        first = await anext(stream)
+    except BaseException:
+        await stream.aclose()
+        raise
+    return _after(first, stream)
+
+
+async def _after(first: T, stream: AsyncGenerator[T]) -> AsyncGenerator[T]:
+    async with aclosing(stream):
+        yield first
+        async for item in stream:
+            yield item

@@ -1,0 +1,223 @@
+"""The API's JSON to the calls of `arriero.v1.Inference`: names only, every check is the call's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from google.protobuf.message import Message
+
+from arriero.router.http.bodies import (
+    ChatBody,
+    ChatMessage,
+    CompletionBody,
+    Sampling,
+    TokenizeBody,
+    Tool,
+)
+from arriero.router.proto.arriero.v1 import inference_pb2 as pb
+from arriero.shards.errors import InvalidRequest
+
+_SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "banned_token_ids",
+    "seed",
+    "n",
+    "max_tokens",
+    "min_tokens",
+    "stop_token_ids",
+    "ignore_eos",
+)
+_OPTIONS = ("include_stop", "skip_special_tokens", "priority")
+
+
+def chat_request(body: ChatBody) -> pb.ChatRequest:
+    """The call that a chat body is.
+
+    Raises:
+        InvalidRequest: a value that the wire cannot carry, or a content part that is no text.
+    """
+    request = pb.ChatRequest(model=_text("model", body.model), messages=_messages(body.messages))
+    request.tools.extend(_tools(body.tools or ()))
+    if body.tool_choice == "none":
+        request.tool_choice = pb.TOOL_CHOICE_NONE
+    for name in ("parallel_tool_calls", "add_generation_prompt", "continue_final_message"):
+        _set(request, name, getattr(body, name))
+    _fill(request, body)
+    _set(request.sampling, "max_tokens", body.max_completion_tokens)
+    if body.logprobs:
+        request.sampling.logprobs = body.top_logprobs or 0
+    return request
+
+
+def generate_requests(body: CompletionBody) -> list[pb.GenerateRequest]:
+    """The calls that a completion body is, one for each prompt.
+
+    Raises:
+        InvalidRequest: a value that the wire cannot carry, or no prompt.
+    """
+    prompts: Sequence[str | list[int]]
+    given = body.prompt
+    if isinstance(given, str):
+        prompts = [given]
+    elif given and isinstance(given[0], int):
+        prompts = [given]
+    else:
+        prompts = given  # type: ignore[assignment]
+    if not prompts:
+        raise InvalidRequest("prompt", "`prompt` is empty; give at least one")
+    requests = []
+    for prompt in prompts:
+        request = pb.GenerateRequest(model=_text("model", body.model))
+        if isinstance(prompt, str):
+            request.text = _text("prompt", prompt)
+        else:
+            request.token_ids.SetInParent()
+            _extend(request.token_ids, "ids", prompt, "prompt")
+        _set(request, "add_special_tokens", body.add_special_tokens)
+        _fill(request, body)
+        _set(request.sampling, "logprobs", body.logprobs)
+        if body.echo:
+            request.options.include_prompt_token_ids = True
+            _set(request.sampling, "prompt_logprobs", body.logprobs)
+        requests.append(request)
+    return requests
+
+
+def tokenize_request(body: TokenizeBody) -> pb.TokenizeRequest:
+    """The call that a tokenize body is.
+
+    Raises:
+        InvalidRequest: text that is not Unicode, or a content part that is no text.
+    """
+    request = pb.TokenizeRequest(model=_text("model", body.model))
+    if body.messages is None:
+        request.text = _text("prompt", body.prompt or "")
+        _set(request, "add_special_tokens", body.add_special_tokens)
+        return request
+    talk = request.conversation
+    talk.messages.extend(_messages(body.messages))
+    talk.tools.extend(_tools(body.tools or ()))
+    for name in ("add_generation_prompt", "continue_final_message"):
+        _set(talk, name, getattr(body, name))
+    return request
+
+
+def detokenize_request(model: str, tokens: list[int], skip_special: bool) -> pb.DetokenizeRequest:
+    """The call that a detokenize body is.
+
+    Raises:
+        InvalidRequest: an id that the wire cannot carry.
+    """
+    request = pb.DetokenizeRequest(model=_text("model", model), skip_special_tokens=skip_special)
+    _extend(request, "token_ids", tokens, "tokens")
+    return request
+
+
+def _fill(request: pb.ChatRequest | pb.GenerateRequest, body: Sampling) -> None:
+    request.options.include_token_ids = False
+    for name in _SAMPLING:
+        _set(request.sampling, name, getattr(body, name))
+    for name in _OPTIONS:
+        _set(request.options, name, getattr(body, name))
+    if body.allowed_token_ids is not None:
+        request.sampling.allowed_token_ids.SetInParent()
+        allowed = request.sampling.allowed_token_ids
+        _extend(allowed, "ids", body.allowed_token_ids, "allowed_token_ids")
+    for token, value in (body.logit_bias or {}).items():
+        try:
+            request.sampling.logit_bias[int(token)] = value
+        except ValueError as error:
+            raise InvalidRequest("logit_bias", f"`logit_bias`: {error}") from None
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    request.options.stop.extend(_text("stop", one) for one in stop)
+
+
+def _set(message: Message, name: str, value: Any) -> None:  # noqa: ANN401
+    if value is None:
+        return
+    if isinstance(value, list):
+        _extend(message, name, value, name)
+        return
+    try:
+        setattr(message, name, value)
+    except ValueError as error:
+        raise InvalidRequest(name, f"`{name}`={value}: {error}") from None
+
+
+def _extend(message: Message, name: str, values: list[int], field: str) -> None:
+    try:
+        getattr(message, name).extend(values)
+    except ValueError as error:
+        raise InvalidRequest(field, f"`{field}`: {error}") from None
+
+
+def _text(field: str, text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest(
+            field, f"`{field}` holds half of a surrogate pair, which is no character"
+        ) from None
+    return text
+
+
+def _messages(messages: Sequence[ChatMessage]) -> list[pb.Message]:
+    return [_message(f"messages[{number}]", message) for number, message in enumerate(messages)]
+
+
+def _message(where: str, message: ChatMessage) -> pb.Message:
+    content = message.content or ""
+    if not isinstance(content, str):
+        texts = []
+        for number, part in enumerate(content):
+            if part.type != "text" or part.text is None or part.model_extra:
+                raise InvalidRequest(
+                    f"{where}.content[{number}]",
+                    f'`{where}.content[{number}]` of type "{part.type[:64]}" is not supported; '
+                    'give {"type": "text", "text": …}',
+                )
+            texts.append(part.text)
+        content = "".join(texts)
+    return pb.Message(
+        role=_text(f"{where}.role", message.role),
+        content=_text(f"{where}.content", content),
+        name=_text(f"{where}.name", message.name or ""),
+        tool_call_id=_text(f"{where}.tool_call_id", message.tool_call_id or ""),
+        tool_calls=[
+            pb.ToolCall(
+                id=_text(f"{where}.tool_calls", call.id),
+                name=_text(f"{where}.tool_calls", call.function.name),
+                arguments=_text(f"{where}.tool_calls", call.function.arguments),
+            )
+            for call in message.tool_calls or ()
+        ],
+    )
+
+
+def _tools(tools: Sequence[Tool]) -> list[pb.Tool]:
+    return [
+        pb.Tool(
+            name=_text(f"tools[{number}].function.name", tool.function.name),
+            description=_text(f"tools[{number}].function.description", tool.function.description),
+            parameters=_schema(number, tool.function.parameters),
+        )
+        for number, tool in enumerate(tools)
+    ]
+
+
+def _schema(number: int, parameters: Mapping[str, Any] | None) -> str:
+    if parameters is None:
+        return ""
+    try:
+        return json.dumps(parameters)
+    except RecursionError:
+        field = f"tools[{number}].function.parameters"
+        raise InvalidRequest(field, f"`{field}` is nested too deep; make it flatter") from None

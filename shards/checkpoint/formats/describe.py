@@ -1,0 +1,59 @@
+"""What a folder's config.json says it holds: which model, in which form.
+
+Needs no torch; reads no tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from arriero.shards.checkpoint.formats.scheme import QuantScheme, read_scheme
+from arriero.shards.checkpoint.formats.stored import AnyModel
+from arriero.shards.checkpoint.json_file import read_json_object
+from arriero.shards.errors import CheckpointError
+from arriero.shards.models.config import ModelConfig
+from arriero.shards.models.llama4_config import LLAMA4_ARCHITECTURES, Llama4Config
+
+_MAX_CONFIG_BYTES = 10_000_000
+
+
+def read_settings(
+    settings: Mapping[str, Any],
+    generation: Mapping[str, Any] | None = None,
+    *,
+    source: str = "config.json",
+) -> tuple[AnyModel, QuantScheme | None]:
+    """A model's numbers and its checkpoint's form, from config.json's object.
+
+    Args:
+        settings: config.json's object.
+        generation: generation_config.json's object, if there is one.
+        source: what an error names.
+
+    Raises:
+        CheckpointError: malformed, or a model or form that we do not read.
+    """
+    scheme = read_scheme(settings, source=source)
+    plain = {name: value for name, value in settings.items() if name != "quantization_config"}
+    names = settings.get("architectures")
+    if isinstance(names, list) and names and names[0] in LLAMA4_ARCHITECTURES:
+        return Llama4Config.from_dict(plain, generation, source=source), scheme
+    return ModelConfig.from_dict(plain, generation, source=source), scheme
+
+
+def describe(path: Path | str) -> tuple[AnyModel, QuantScheme | None]:
+    """The same of a folder.
+
+    Raises:
+        CheckpointError: as above, or there is no config.json.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: is not a folder; a model is a folder in HF layout")
+    file, more = folder / "config.json", folder / "generation_config.json"
+    if not file.is_file():
+        ModelConfig.from_folder(folder)  # says what the folder is instead
+    generation = read_json_object(more, _MAX_CONFIG_BYTES) if more.is_file() else None
+    return read_settings(read_json_object(file, _MAX_CONFIG_BYTES), generation, source=str(file))

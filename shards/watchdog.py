@@ -1,0 +1,112 @@
+"""A deadline around each wait for another rank: names what is stuck instead of hanging.
+
+Knows names, times and how to break off a wait; knows nothing of what is waited for.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from arriero.shards.errors import GroupFailed
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Armed:
+    name: str
+    step: int
+    since: float
+
+
+class Watchdog:
+    """Watches one thread's waits. `step` is set by whoever runs the steps.
+
+    A wait past its limit is logged and broken off by `abort`; whether that ends it, or the
+    transport's own limit does, or the peer is gone, what comes out is one `GroupFailed` that
+    names the collective, the rank and the step.
+    """
+
+    def __init__(self, rank: int, limit_s: float, abort: Callable[[], None] = lambda: None) -> None:
+        """Start watching.
+
+        Args:
+            rank: this one, for the message.
+            limit_s: a wait longer than that is stuck.
+            abort: called once from the watching thread; is to make the wait raise.
+        """
+        self.step = 0
+        self.stuck: str | None = None
+        self._rank, self._limit_s, self._abort = rank, limit_s, abort
+        self._armed: _Armed | None = None
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    @contextmanager
+    def watch(self, name: str) -> Iterator[None]:
+        """Limit the wait inside the block.
+
+        Raises:
+            GroupFailed: it took too long, or broke off.
+        """
+        armed = _Armed(name, self.step, time.monotonic())
+        self._arm(armed)
+        try:
+            yield
+        except RuntimeError as error:  # torch.distributed's errors are that
+            raise GroupFailed(f"{self._words(armed)}: {_first_line(error)}") from error
+        finally:
+            self._arm(None)
+        if self.stuck is not None:  # it went on after all, but the group was told
+            raise GroupFailed(self.stuck)
+
+    def close(self) -> None:
+        """Stop the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _arm(self, armed: _Armed | None) -> None:
+        # no notify: the thread looks again when the limit of what it saw last has passed, so a
+        # wait is found stuck after one limit and at most two, and arming costs no wake-up
+        self._armed = armed
+        if self._thread is None and armed is not None:
+            self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        with self._changed:
+            while not self._closed:
+                armed = self._armed
+                due = self._limit_s
+                if armed is not None:
+                    due = armed.since + self._limit_s - time.monotonic()
+                    if due <= 0:
+                        break
+                self._changed.wait(due)
+            else:
+                return
+        self.stuck = self._words(armed)
+        _log.error("%s", self.stuck)
+        try:
+            self._abort()
+        except RuntimeError as error:  # a transport that cannot: its own limit ends the wait
+            _log.warning("the wait cannot be broken off: %s", _first_line(error))
+
+    def _words(self, armed: _Armed) -> str:
+        waited = time.monotonic() - armed.since
+        verb = "stuck for" if waited >= self._limit_s else "broke off after"
+        return f"{armed.name}, rank {self._rank}, step {armed.step}, {verb} {waited:.1f} s"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0]

@@ -1,0 +1,113 @@
+"""Real ranks over gloo, one of which stalls: the others say so, and fail."""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+import time
+from multiprocessing.queues import Queue
+
+import pytest
+import torch
+from torch.distributed import TCPStore
+
+from arriero.shards.errors import GroupFailed
+from arriero.shards.group import GroupConfig
+from arriero.shards.mesh import Mesh
+from arriero.shards.models.config import ModelConfig
+from arriero.shards.partition import partition
+from arriero.shards.watchdog import Watchdog
+
+LIMIT_S = 2.0
+STALL_S = 20.0
+
+
+def model() -> ModelConfig:
+    return ModelConfig.from_dict(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 64,
+            "rms_norm_eps": 1e-5,
+            "torch_dtype": "float32",
+        }
+    )
+
+
+def run_rank(rank: int, tp: int, port: int, told: Queue[tuple[int, str, float]]) -> None:
+    parts = partition(model(), GroupConfig(model_path="", tp=tp))
+    mesh = Mesh(parts[rank], tp=tp, pp=1, device=torch.device("cpu"), timeout_s=LIMIT_S)
+    store = TCPStore("127.0.0.1", port, tp, is_master=rank == 0, wait_for_workers=False)
+    mesh.join(store, "127.0.0.1")
+    started = time.monotonic()
+    try:
+        for step in range(5):
+            mesh.watchdog.step = step
+            if step == 3 and rank == tp - 1:
+                started = time.monotonic()
+                time.sleep(STALL_S)
+            started = time.monotonic()
+            mesh.reduce(torch.ones(2, 32))
+    except GroupFailed as error:
+        told.put((rank, str(error), time.monotonic() - started))
+    told.close()
+    told.join_thread()
+
+
+@pytest.mark.parametrize("tp", [2, 3])
+def test_a_stalled_rank_is_named_by_the_others(tp: int) -> None:
+    context = multiprocessing.get_context("spawn")
+    told: Queue[tuple[int, str, float]] = context.Queue()
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    ranks = [context.Process(target=run_rank, args=(rank, tp, port, told)) for rank in range(tp)]
+    for one in ranks:
+        one.start()
+    try:
+        heard = [told.get(timeout=90) for _ in range(tp - 1)]
+    finally:
+        for one in ranks:
+            one.kill()
+            one.join()
+    assert {rank for rank, _, _ in heard} == set(range(tp - 1))
+    stuck = [text for _, text, _ in heard if "stuck for" in text]
+    assert stuck, heard
+    for rank, text, waited in heard:
+        assert text.startswith(f"all-reduce, rank {rank}, step 3, "), text
+        assert waited < STALL_S / 2, "the group hung for as long as the rank"
+
+
+def test_a_quick_wait_is_let_be() -> None:
+    dog = Watchdog(0, 5.0)
+    for _ in range(100):
+        with dog.watch("nothing"):
+            pass
+    dog.close()
+    assert dog.stuck is None
+
+
+def test_a_broken_wait_names_itself() -> None:
+    dog = Watchdog(3, 5.0)
+    dog.step = 7
+    with (
+        pytest.raises(GroupFailed, match=r"^gather, rank 3, step 7, broke off after 0\.0 s: gone$"),
+        dog.watch("gather"),
+    ):
+        raise RuntimeError("gone\nat 0x1")
+    dog.close()
+
+
+def test_a_wait_past_its_limit_is_aborted_once() -> None:
+    aborted: list[float] = []
+    dog = Watchdog(1, 0.1, lambda: aborted.append(time.monotonic()))
+    with pytest.raises(GroupFailed, match=r"^all-reduce, rank 1, step 0, stuck for 0\.[1-9] s"):
+        with dog.watch("all-reduce"):
+            time.sleep(0.5)
+    assert len(aborted) == 1
+    dog.close()
