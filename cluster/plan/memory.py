@@ -22,6 +22,8 @@ from arriero.shards.models.llama4_config import Llama4Config
 from arriero.shards.partition import Span, partition
 from arriero.shards.partition_moe import MoEMesh, MoEPart, partition_moe
 
+MAX_RANKS = 4096
+"""Of a group; beyond it a plan would take minutes."""
 RESERVE_SHARE = 0.03
 """Of the device's memory, left for fragmentation and for what the estimates miss."""
 SCRATCH_BLOCKS = 1
@@ -267,6 +269,8 @@ def plan_group(
             f"`dtype`={weights.dtype}: {device.name} does not multiply float8 (it needs compute "
             "capability 8.9); use int8 or int4"
         )
+    if layout.world_size > MAX_RANKS:
+        raise SpecError(f"{layout} has {layout.world_size} ranks; plan at most {MAX_RANKS}")
     parts = cut(config, layout)
     modules = modules_of(config, None)
     held = [_sizes(part) for part in parts]

@@ -440,6 +440,7 @@ def test_the_command_gives_json(capsys: pytest.CaptureFixture[str]) -> None:
         ("--model llama-3.1-8b --tp 2 --dp 2", "more groups"),
         ("--model llama-3.1-8b --memory much", "much"),
         ("--model llama-3.1-8b --nodes 0", "nodes"),
+        ("--model llama-4-scout --nodes 9000000 --tp 8 --dp 900000", "at most 4096"),
         ("--model llama-3.1-8b --max-sequences 0", "max_sequences"),
         ("", "nothing to plan"),
     ],
