@@ -17,7 +17,7 @@ from arriero.cluster.plan.catalog import DEVICES, MODELS, NamedModel, find_model
 from arriero.cluster.plan.layouts import Machines, Option, rank_layouts
 from arriero.cluster.plan.memory import Demand, GroupPlan, Layout, plan_group
 from arriero.cluster.plan.packing import KERNELS, Kernels
-from arriero.cluster.plan.products import DTYPES, Dtype, weights_as
+from arriero.cluster.plan.products import DTYPES, ON_LOAD, Dtype, weights_as
 from arriero.shards.errors import SpecError
 from arriero.shards.models.config import ModelConfig
 from arriero.shards.models.llama4_config import Llama4Config
@@ -251,7 +251,9 @@ def _wish_of(
     from arriero.shards.resolve import resolve
 
     model = find_model(str(one.path))
-    named = _dtype(one.dtype) if model.scheme is None else "checkpoint"
+    named = "checkpoint" if model.scheme is not None else _dtype(one.dtype)
+    if one.quantization is not None:
+        named = ON_LOAD[one.quantization]
     demand = replace(
         demand,
         context=demand.context or one.limits.max_model_len or 0,

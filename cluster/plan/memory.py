@@ -22,10 +22,12 @@ from arriero.shards.models.llama4_config import Llama4Config
 from arriero.shards.partition import Span, partition
 from arriero.shards.partition_moe import MoEMesh, MoEPart, partition_moe
 
+MAX_RANKS = 4096
+"""Of a group; beyond it a plan would take minutes."""
 RESERVE_SHARE = 0.03
 """Of the device's memory, left for fragmentation and for what the estimates miss."""
-GRAPH_SIZES = 32
-"""Batch sizes that a CUDA graph is captured for."""
+SCRATCH_BLOCKS = 1
+"""On a GPU a rank keeps one KV block more, where a graph's padding rows write."""
 GRAPH_BYTES_PER_LAYER = 64 << 10
 """Of one graph: the nodes of a layer's kernels."""
 CHANNEL_BYTES = 128 << 20
@@ -173,6 +175,10 @@ class GroupPlan:
         config = self.model.config
         return config.attention_chunk_size if isinstance(config, Llama4Config) else 0
 
+    def pool_bytes(self, rank: RankPlan) -> int:
+        """Bytes of a rank's pool that sequences can use."""
+        return max(0, rank.kv_pool_bytes - self._scratch(rank))
+
     def sequence_bytes(self, rank: RankPlan, context: int) -> int:
         """KV bytes that one sequence of `context` tokens takes on a rank, whole blocks."""
         size = self.demand.block_size
@@ -185,7 +191,7 @@ class GroupPlan:
     def concurrency(self, context: int) -> int:
         """Sequences of `context` tokens that the group's pool holds at once."""
         held = min(
-            max(0, rank.kv_pool_bytes) // self.sequence_bytes(rank, context) for rank in self.ranks
+            self.pool_bytes(rank) // self.sequence_bytes(rank, context) for rank in self.ranks
         )
         return held * self.layout.dp
 
@@ -195,7 +201,7 @@ class GroupPlan:
         size, chunk_blocks = self.demand.block_size, -(-self.chunk // self.demand.block_size)
         best = []
         for rank in self.ranks:
-            pool = max(0, rank.kv_pool_bytes)
+            pool = self.pool_bytes(rank)
             blocks = pool // rank.kv_block
             if self.chunk and blocks > chunk_blocks and rank.kv_global_block:
                 blocks = (pool - chunk_blocks * rank.kv_local_block) // rank.kv_global_block
@@ -225,8 +231,14 @@ class GroupPlan:
 
     def _left(self, rank: RankPlan) -> int:
         """What stays free once one sequence is in; negative where it does not fit."""
-        need = self.sequence_bytes(rank, self.demand.context)
-        return min(rank.room - need, rank.kv_pool_bytes - need, rank.unused)
+        need = self.sequence_bytes(rank, self.demand.context) + self._scratch(rank)
+        left = rank.room - need
+        if self.demand.kv_bytes is None and self.demand.num_blocks is None:
+            return left
+        return min(left, rank.kv_pool_bytes - need, rank.unused)
+
+    def _scratch(self, rank: RankPlan) -> int:
+        return SCRATCH_BLOCKS * rank.kv_block if self.device.cuda else 0
 
 
 def _gb(count: int) -> str:
@@ -257,6 +269,8 @@ def plan_group(
             f"`dtype`={weights.dtype}: {device.name} does not multiply float8 (it needs compute "
             "capability 8.9); use int8 or int4"
         )
+    if layout.world_size > MAX_RANKS:
+        raise SpecError(f"{layout} has {layout.world_size} ranks; plan at most {MAX_RANKS}")
     parts = cut(config, layout)
     modules = modules_of(config, None)
     held = [_sizes(part) for part in parts]
@@ -278,7 +292,7 @@ def plan_group(
         )
         for part, sizes in zip(parts, held, strict=True)
     ]
-    pools = _pools(ranks, demand, config)
+    pools = _pools(ranks, demand, config, device)
     return GroupPlan(
         model=model,
         weights=weights,
@@ -361,7 +375,8 @@ def _rank(
     graphs = 0
     if device.cuda:
         share = min(1.0, demand.max_sequences / demand.max_batch_tokens)
-        graphs = int(activations * share) + GRAPH_SIZES * len(layers) * GRAPH_BYTES_PER_LAYER
+        nodes = num_graphs(demand.max_sequences) * len(layers) * GRAPH_BYTES_PER_LAYER
+        graphs = int(activations * share) + nodes
     reserve = demand.reserve_bytes
     if reserve is None:
         reserve = device.context_bytes + int(device.memory_bytes * RESERVE_SHARE)
@@ -380,19 +395,30 @@ def _rank(
     )
 
 
-def _pools(ranks: Sequence[RankPlan], demand: Demand, config: AnyModel) -> list[int]:
+def _pools(
+    ranks: Sequence[RankPlan], demand: Demand, config: AnyModel, device: Device
+) -> list[int]:
     """The pool of each rank: the same number of blocks everywhere, as the leader deals them."""
-    block = sum(rank.kv_block for rank in ranks)
+    scratch = SCRATCH_BLOCKS if device.cuda else 0
     if demand.num_blocks is not None:
-        num_blocks = demand.num_blocks
+        num_blocks = demand.num_blocks + scratch
     elif demand.kv_bytes is not None:
-        num_blocks = demand.kv_bytes // block
+        num_blocks = demand.kv_bytes // sum(rank.kv_block for rank in ranks) + scratch
+    elif isinstance(config, Llama4Config):
+        # two pools, whose blocks are of different numbers: each rank gives all that is left
+        return [max(0, rank.room) for rank in ranks]
     else:
-        if isinstance(config, Llama4Config):
-            # two pools, whose blocks are of different numbers: all that is left, in whole blocks
-            return [max(0, rank.room) // rank.kv_block * rank.kv_block for rank in ranks]
         num_blocks = max(0, min(rank.room // rank.kv_block for rank in ranks))
     return [num_blocks * rank.kv_block for rank in ranks]
+
+
+def num_graphs(max_sequences: int) -> int:
+    """CUDA graphs of a rank: a batch size each, growing by 8, 16 and 64."""
+    sizes = [1, 2, 4, 8]
+    while sizes[-1] < max_sequences:
+        last = sizes[-1]
+        sizes.append(last + (8 if last < 64 else 16 if last < 256 else 64))
+    return sum(size < max_sequences for size in sizes) + 1
 
 
 def _activations(

@@ -21,7 +21,16 @@ from arriero.shards.errors import SpecError
 from arriero.shards.models.config import ModelConfig
 
 Dtype = Literal[
-    "float32", "bfloat16", "float16", "fp8", "fp8-shipped", "int8", "int4", "checkpoint"
+    "float32",
+    "bfloat16",
+    "float16",
+    "fp8",
+    "fp8-shipped",
+    "int8",
+    "int4",
+    "fp8-onload",
+    "int4-onload",
+    "checkpoint",
 ]
 DTYPES: tuple[Dtype, ...] = (
     "bfloat16",
@@ -29,11 +38,16 @@ DTYPES: tuple[Dtype, ...] = (
     "fp8-shipped",
     "int8",
     "int4",
+    "fp8-onload",
+    "int4-onload",
     "float16",
     "float32",
     "checkpoint",
 )
+ON_LOAD: dict[str, Dtype] = {"int8": "int8", "fp8": "fp8-onload", "int4": "int4-onload"}
+"""What a spec's `quantization` is called here."""
 GROUP_SIZE = 128
+ON_LOAD_GROUP_SIZE = 32
 
 _STACKED = re.compile(r"(.*\.)(?:([qkv])|(?:gate|up))_proj$")
 
@@ -49,6 +63,7 @@ class Weights:
         precision: of the quantized products.
         group_size: of int4.
         zeros: int4: whether zero points are kept.
+        tables: precision of the embedding and the head, None for `base`.
     """
 
     dtype: Dtype
@@ -57,9 +72,12 @@ class Weights:
     precision: Precision | None = None
     group_size: int = GROUP_SIZE
     zeros: bool = True
+    tables: Precision | None = None
 
     def of(self, module: Module) -> Precision:
         """What a module is kept as."""
+        if self.tables is not None and module.kind in ("embeddings", "head"):
+            return self.tables
         if self.precision is None or not module.product:
             return self.base
         if self.scheme is not None:
@@ -74,10 +92,12 @@ def weights_as(model: AnyModel, scheme: QuantScheme | None, dtype: Dtype) -> Wei
     Args:
         model: its numbers.
         scheme: its checkpoint's form, None for plain weights.
-        dtype: "float32", "bfloat16", "float16": plain. "fp8", "int8", "int4": every product of
-            the decoder, quantized on load; tables, head, router and vision stay. "fp8-shipped": as
-            Meta's FP8 releases: the MLPs of all layers but the first and the last, or Llama 4's
-            experts. "checkpoint": what the checkpoint says.
+        dtype: "float32", "bfloat16", "float16": plain. "fp8", "int4": every product of the
+            decoder, as checkpoints in those forms have them (int4 in groups of 128); tables, head,
+            router and vision stay. "fp8-shipped": as Meta's FP8 releases: the MLPs of all layers
+            but the first and the last, or Llama 4's experts. "int8", "fp8-onload", "int4-onload":
+            as slices quantize plain weights while they load: tables too (in int8 with int4, whose
+            groups are of 32). "checkpoint": what the checkpoint says.
 
     Raises:
         SpecError: an unknown dtype, or a quantized checkpoint asked for as something else.
@@ -93,7 +113,19 @@ def weights_as(model: AnyModel, scheme: QuantScheme | None, dtype: Dtype) -> Wei
             f"`dtype`={dtype!r}: the checkpoint is quantized ({scheme.method}); leave it as it is "
             "with `dtype`=checkpoint, or give the checkpoint of plain weights"
         )
-    if dtype in ("fp8", "int8", "int4"):
+    if dtype == "int8":
+        return Weights(dtype=dtype, base="bfloat16", precision="int8", tables="int8")
+    if dtype == "fp8-onload":
+        return Weights(dtype=dtype, base="bfloat16", precision="fp8", tables="fp8")
+    if dtype == "int4-onload":
+        return Weights(
+            dtype=dtype,
+            base="bfloat16",
+            precision="int4",
+            group_size=ON_LOAD_GROUP_SIZE,
+            tables="int8",
+        )
+    if dtype == "fp8" or dtype == "int4":
         return Weights(dtype=dtype, base="bfloat16", precision=dtype)
     return Weights(dtype=dtype, base=dtype)
 

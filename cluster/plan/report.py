@@ -146,13 +146,13 @@ def as_tables(
 
 
 def _rank_table(plan: GroupPlan, title: str) -> Table:
-    table = Table(title=f"{title}\nGB a rank (like ranks on one line)", title_justify="left")
+    """A column for each kind of rank, since a narrow terminal has room for a few."""
+    table = Table(title=f"{title}\nGB of each rank", title_justify="left")
     kinds = [kind for kind in KINDS if any(kind in r.weights.by_kind for r in plan.ranks)]
-    names = ["ranks", "layers", *(one.replace("_", " ") for one in kinds), "scales", "weights"]
-    names += ["KV pool", "KV B/token", "activ.", "graphs", "comm.", "spare", "reserve", "unused"]
-    for name in names:
-        table.add_column(name, justify="right")
-    rows: dict[tuple[str, ...], list[int]] = {}
+    rows = ["layers", *(one.replace("_", " ") for one in kinds), "scales", "weights, all"]
+    rows += ["KV pool", "KV bytes a token", "activations", "CUDA graphs", "communication"]
+    rows += ["spare experts", "reserve", "unused"]
+    alike: dict[tuple[str, ...], list[int]] = {}
     for rank in plan.ranks:
         sizes = [rank.weights.by_kind.get(kind, 0) for kind in kinds]
         cells = [f"{rank.part.layers.start}-{rank.part.layers.stop - 1}"]
@@ -160,9 +160,12 @@ def _rank_table(plan: GroupPlan, title: str) -> Table:
         cells += [_gb(rank.kv_pool_bytes), f"{rank.kv_block // plan.demand.block_size:,}"]
         rest = (rank.activations, rank.graphs, rank.communication, rank.spare_experts)
         cells += [_gb(one) for one in (*rest, rank.reserve, rank.unused)]
-        rows.setdefault(tuple(cells), []).append(rank.part.rank)
-    for row, numbers in rows.items():
-        table.add_row(_ranges(numbers), *row)
+        alike.setdefault(tuple(cells), []).append(rank.part.rank)
+    table.add_column("rank")
+    for numbers in alike.values():
+        table.add_column(_ranges(numbers), justify="right", overflow="fold")
+    for name, *values in zip(rows, *alike, strict=True):
+        table.add_row(name, *values)
     return table
 
 

@@ -13,20 +13,23 @@ from arriero.shards.errors import CheckpointError
 
 
 def stored_bytes(model: AnyModel, weights: Weights) -> int | None:
-    """Bytes of all tensors; None where no form holds this model so (or none is defined: int8)."""
+    """Bytes of all tensors; None where no form holds this model so.
+
+    What is quantized on load has no form of its own: its checkpoint is a plain one.
+    """
     scheme = weights.scheme
+    if weights.tables is not None:
+        return None
     if scheme is None and weights.precision is not None:
         if weights.precision == "int4":
             scheme = QuantScheme(method="awq", group_size=weights.group_size)
-        elif weights.precision == "fp8":
+        else:
             names = {
                 module.name
                 for module in modules_of(model, QuantScheme(method="compressed-tensors"))
                 if module.product and module.kind in ("head", "router", "vision")
             }
             scheme = QuantScheme(method="compressed-tensors", ignored=tuple(sorted(names)))
-        else:
-            return None
     try:
         return sum(tensor.nbytes for tensor in tensors_due(model, scheme))
     except CheckpointError:

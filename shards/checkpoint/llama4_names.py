@@ -13,8 +13,11 @@ from arriero.shards.checkpoint.formats.modules import (
     gated_mlp,
     norm,
 )
+from arriero.shards.errors import CheckpointError
 from arriero.shards.models.llama4_config import Llama4Config, VisionConfig
 
+MAX_EXPERTS = 200_000
+"""Of all layers, each with tensors of its own: bounds what a hostile config makes us list."""
 _VISION_LAYER = "vision_model.model.layers"
 
 
@@ -25,7 +28,16 @@ def llama4_modules(config: Llama4Config, *, fused: bool = True) -> list[Module]:
         config: the model's numbers.
         fused: a layer's experts are two tensors (as in bfloat16), else three of each expert's own
             (as the FP8 release has them).
+
+    Raises:
+        CheckpointError: more experts apart than can be listed.
     """
+    apart = 0 if fused else config.num_experts * len(config.moe_layers)
+    if apart > MAX_EXPERTS:
+        raise CheckpointError(
+            f"`num_local_experts`={config.num_experts} in {len(config.moe_layers)} layers exceed "
+            f"{MAX_EXPERTS} experts that are not fused"
+        )
     prefix = "" if config.vision is None else "language_model."
     hidden = config.hidden_size
     table, vocab = (config.vocab_size, hidden), Cut(axis="vocab")

@@ -277,7 +277,8 @@ def _rope_layers(read: Fields, num_layers: int) -> tuple[bool, ...]:
     if not listed:
         every = read.size("no_rope_layer_interval", 4)
         return tuple((layer + 1) % every != 0 for layer in range(num_layers))
-    if not isinstance(listed, list) or len(listed) != num_layers or not set(listed) <= {0, 1}:
+    plain = isinstance(listed, list) and all(isinstance(one, int) for one in listed)
+    if not plain or len(listed) != num_layers or not set(listed) <= {0, 1}:
         raise read.wrong("no_rope_layers", listed, f"{num_layers} numbers, each 0 or 1")
     return tuple(bool(one) for one in listed)
 
@@ -300,15 +301,18 @@ def _vision(read: Fields) -> VisionConfig:
     wide, out = read.size("projector_input_dim", 4096), read.size("projector_output_dim", 4096)
     if wide != out:
         raise read.wrong("projector_input_dim", wide, f"`projector_output_dim`={out}")
+    hidden, heads = read.size("hidden_size"), read.size("num_attention_heads")
+    if hidden % heads:
+        raise read.wrong("num_attention_heads", heads, f"a divisor of `hidden_size`={hidden}")
     rope = read.get("rope_parameters")
     theta = rope.get("rope_theta") if isinstance(rope, Mapping) else None
     source = Fields({"rope_theta": theta or read.get("rope_theta")}, read.source)
     if read.flag("multi_modal_projector_bias"):
         raise read.wrong("multi_modal_projector_bias", True, "false: it is not computed")
     return VisionConfig(
-        hidden_size=read.size("hidden_size"),
+        hidden_size=hidden,
         num_layers=read.size("num_hidden_layers", most=_MAX_LAYERS),
-        num_heads=read.size("num_attention_heads"),
+        num_heads=heads,
         intermediate_size=read.size("intermediate_size"),
         image_size=image,
         patch_size=patch,

@@ -15,9 +15,9 @@ import torch
 from arriero.cluster import cli
 from arriero.cluster.plan.catalog import DEVICES, MODELS, NamedModel, cpu, find_model
 from arriero.cluster.plan.layouts import Machines, rank_layouts
-from arriero.cluster.plan.memory import Demand, GroupPlan, Layout, plan_group
+from arriero.cluster.plan.memory import Demand, GroupPlan, Layout, num_graphs, plan_group
 from arriero.cluster.plan.packing import Kernels, Precision, kv_block_nbytes, packed_nbytes
-from arriero.cluster.plan.products import Dtype, weights_as
+from arriero.cluster.plan.products import ON_LOAD, Dtype, weights_as
 from arriero.cluster.plan.stored import stored_bytes
 from arriero.kernels.ops import KVCacheSpec, Ops
 from arriero.kernels.quant import QuantizedWeight, quantize_fp8, quantize_int4, quantize_int8
@@ -146,7 +146,8 @@ def test_405b_fp8_as_shipped_leaves_this_for_kv_on_one_machine() -> None:
         assert rank.weights.total / 1e9 == pytest.approx(60.9, rel=0.005)
         assert 15e9 < rank.kv_pool_bytes < 21e9
     assert plan.shortfall() is None
-    assert plan.pool_tokens == plan.ranks[0].kv_pool_bytes // 64_512
+    # one block more is the graphs' own
+    assert plan.pool_tokens == plan.ranks[0].kv_pool_bytes // 64_512 - 16
 
 
 @pytest.mark.parametrize(
@@ -241,6 +242,8 @@ def check_group(config: GroupConfig, kernels: Kernels, *, spawn: bool = False) -
         runners = (Runner(config, rank) for rank in range(config.world_size))
         held = [(one.weights_nbytes, one.kv_nbytes) for one in runners]
     dtype: Dtype = "float32" if config.dtype == "float32" else "bfloat16"
+    if config.quantization is not None:
+        dtype = ON_LOAD[config.quantization]
     plan = plan_group(
         NamedModel(name="it", config=model),
         weights_as(model, None, dtype),
@@ -254,12 +257,21 @@ def check_group(config: GroupConfig, kernels: Kernels, *, spawn: bool = False) -
 
 @needs_smollm2
 @pytest.mark.parametrize("kernels", ["reference", "cpu"])
+@pytest.mark.parametrize("quantization", [None, "int8"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_smollm2_allocates_what_was_planned(layout: str, kernels: Kernels) -> None:
+def test_smollm2_allocates_what_was_planned(
+    layout: str, quantization: str | None, kernels: Kernels
+) -> None:
     backend(kernels)
     tp, pp = LAYOUTS[layout]
     config = GroupConfig(
-        model_path=SMOLLM2, tp=tp, pp=pp, kernels=kernels, threads=1, kv_bytes=20_000_000
+        model_path=SMOLLM2,
+        quantization=quantization,
+        tp=tp,
+        pp=pp,
+        kernels=kernels,
+        threads=1,
+        kv_bytes=20_000_000,
     )
     check_group(config, kernels)
 
@@ -301,6 +313,31 @@ def test_a_biased_model_allocates_what_was_planned(
         ),
         kernels,
     )
+
+
+@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+@pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
+def test_quantized_on_load_allocates_what_was_planned(
+    tmp_path: Path, kernels: Kernels, quantization: str
+) -> None:
+    backend(kernels)
+    tiny_llama(tmp_path, hidden=72, intermediate=104, heads=6, kv_heads=3, vocab=131)
+    config = GroupConfig(
+        model_path=str(tmp_path),
+        quantization=quantization,
+        tp=2,
+        kernels=kernels,
+        threads=1,
+        num_blocks=7,
+    )
+    check_group(config, kernels)
+
+
+def test_graphs_are_counted_as_they_are_captured() -> None:
+    from arriero.shards.cuda.graphs import buckets_up_to
+
+    for most in (1, 2, 3, 8, 9, 64, 65, 200, 256, 1000):
+        assert num_graphs(most) == len(buckets_up_to(most))
 
 
 def backend(kernels: Kernels) -> Ops:
@@ -403,6 +440,7 @@ def test_the_command_gives_json(capsys: pytest.CaptureFixture[str]) -> None:
         ("--model llama-3.1-8b --tp 2 --dp 2", "more groups"),
         ("--model llama-3.1-8b --memory much", "much"),
         ("--model llama-3.1-8b --nodes 0", "nodes"),
+        ("--model llama-4-scout --nodes 9000000 --tp 8 --dp 900000", "at most 4096"),
         ("--model llama-3.1-8b --max-sequences 0", "max_sequences"),
         ("", "nothing to plan"),
     ],

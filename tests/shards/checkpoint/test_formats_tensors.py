@@ -179,6 +179,30 @@ def test_llama_4_configs_that_cannot_be(change: dict[str, Any], said: str) -> No
         read_settings(TINY4 | {"text_config": TINY4["text_config"] | change})
 
 
+JUNK = (None, -1, 0, 1, 2**40, 1e400, "x", [], [[]], [None], {}, True)
+
+
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+def test_no_field_of_a_llama_4_config_breaks_more_than_its_own_check(part: str) -> None:
+    for name in [*TINY4[part], "moe_layers", "rope_scaling", "rope_parameters", "head_dim"]:
+        for value in JUNK:
+            settings = TINY4 | {part: TINY4[part] | {name: value}}
+            for scheme in (None, fbgemm([])):
+                try:
+                    model, form = read_settings(settings | {"quantization_config": scheme})
+                    if model.num_parameters() < 10**7:
+                        assert tensors_due(model, form)
+                except CheckpointError:
+                    continue
+
+
+def test_experts_without_end_are_not_listed() -> None:
+    text = TINY4["text_config"] | {"num_local_experts": 65536, "num_hidden_layers": 4096}
+    model, form = read_settings(TINY4 | {"text_config": text, "quantization_config": fbgemm([])})
+    with pytest.raises(CheckpointError, match="not fused"):
+        tensors_due(model, form)
+
+
 # What a quantization_config may say.
 
 
