@@ -51,7 +51,7 @@ $(VENV)/.torch: infra/constraints.txt | $(VENV)/bin/python
 	$(PIP) '$(TORCH)' setuptools -c infra/constraints.txt
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml $(wildcard setup.py kernels/cpu/*.cpp kernels/cpu/*.h)
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml $(wildcard setup.py kernels/cpu/native/*)
 	@echo 'installing arriero and its tools'
 	$(PIP) --no-build-isolation -e '.[dev]' -c infra/constraints.txt
 	@touch $@
