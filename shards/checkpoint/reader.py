@@ -205,6 +205,14 @@ class TensorFolder:
             )
         return self.tensor(name).narrow(dim, start, stop - start)
 
+    def release(self) -> None:
+        """Give the maps back: pages that were read count as this process's memory.
+
+        Views that are still held keep theirs; what is read later is mapped again.
+        """
+        with self._lock:
+            self._maps.clear()
+
     def data(self, file: Path) -> Tensor:
         """All bytes of one of `files`, uint8, as a view of its map."""
         with self._lock:

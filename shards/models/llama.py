@@ -54,6 +54,7 @@ class LlamaSlice:
         self._layers: list[DenseLayer] = []
         for index in range(part.layers.start, part.layers.stop):
             self._layers.append(loader.layer(index))
+            checkpoint.release()
             progress(len(self._layers), steps)
         tied = config.tie_word_embeddings
         self.embedding = loader.vocab(EMBEDDING) if part.first_stage else None
@@ -62,6 +63,7 @@ class LlamaSlice:
             shared = self.embedding if tied else None
             self.head = shared or loader.vocab(EMBEDDING if tied else HEAD)
             self.norm_H = loader.norm(FINAL_NORM)
+        checkpoint.release()
         progress(steps, steps)
         self.kv = ops.kv_cache(
             KVCacheSpec(
@@ -101,10 +103,7 @@ class LlamaSlice:
 
 
 class _Loader:
-    """Reads this rank's rows and columns and packs them; gone once loading is over.
-
-    With it goes the map of the files, whose pages would count as this process's memory.
-    """
+    """Reads this rank's rows and columns and packs them; gone once loading is over."""
 
     def __init__(
         self,
