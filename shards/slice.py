@@ -9,6 +9,7 @@ T result, E error (bodies are msgpack). From the leader: J join (rendezvous), P 
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import time
@@ -114,6 +115,7 @@ def run_slice(
             load_s=runner.load_s,
         )
         link.send(b"R", asdict(report))
+        gc.freeze()  # what is loaded stays: full collections need not walk it
         phase = "step"
         _serve(runner, link)
         runner.mesh.leave()
