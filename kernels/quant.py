@@ -8,6 +8,7 @@ Shape legend: O rows (outputs), I columns (inputs), G = ceil(I / group_size) gro
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -135,6 +136,43 @@ class QuantizedWeight:
         if value_OG.shape[1] == 1:
             return value_OG
         return value_OG.repeat_interleave(self.group_size, dim=1)[:, : self.in_features]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProductInputs:
+    """What a quantized product does to its inputs before it multiplies them.
+
+    Attributes:
+        num_inputs: of the product.
+        order_I: int64 [columns of the matrix]: the input that each column multiplies (GPTQ's
+            act-order); a column of zeros may name any. None: column i multiplies input i.
+        bound: each row of inputs is rounded to float8 as `quantize_rows` says, its scale at most
+            bound / 448; inf for no bound, None for inputs that stay as they are.
+    """
+
+    num_inputs: int
+    order_I: Tensor | None = None
+    bound: float | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept beside the matrix."""
+        return 0 if self.order_I is None else self.order_I.nbytes
+
+
+def quantize_rows(x_TI: Tensor, bound: float = math.inf) -> tuple[Tensor, Tensor]:
+    """Round each row to float8_e4m3fn by a scale of its own: x is close to q * scale.
+
+    The scale is min(greatest magnitude, bound) / 448, and 1 for a row of zeros; what lies beyond
+    the bound becomes 448. This is what `fbgemm_fp8` (bound 1200) and compressed-tensors' dynamic
+    token scales (no bound) do to activations.
+
+    Returns:
+        q float8_e4m3fn [T, I], scale float32 [T, 1].
+    """
+    x_TI = x_TI.float()
+    scale_T1 = _nonzero(x_TI.abs().amax(1, keepdim=True).clamp(max=bound) / FP8_MAX)
+    return (x_TI / scale_T1).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale_T1
 
 
 def stack(weights: list[QuantizedWeight]) -> QuantizedWeight:
