@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arriero.shards.checkpoint.formats.scheme import QuantScheme, read_scheme
+from arriero.shards.checkpoint.formats.stored import tensors_due
 from arriero.shards.checkpoint.json_file import read_json_object
 from arriero.shards.checkpoint.llama_names import EMBEDDING, HEAD
-from arriero.shards.checkpoint.safetensors_header import StoredTensor, read_header
+from arriero.shards.checkpoint.safetensors_header import DTYPES, StoredTensor, read_header
 from arriero.shards.errors import CheckpointError
 from arriero.shards.models.config import ModelConfig
 
@@ -132,7 +134,7 @@ class TensorFolder:
     def check(
         self,
         expected: Mapping[str, tuple[int, ...]],
-        dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES,
+        dtypes: tuple[torch.dtype, ...] | Mapping[str, tuple[torch.dtype, ...]] = FLOAT_DTYPES,
     ) -> None:
         """Compare names, shapes and dtypes with what is due.
 
@@ -141,7 +143,7 @@ class TensorFolder:
 
         Args:
             expected: shape of each tensor by name.
-            dtypes: those that a tensor may have.
+            dtypes: those that a tensor may have, or those by its name.
 
         Raises:
             CheckpointError: lists the first few tensors that are missing, too many, of another
@@ -158,7 +160,7 @@ class TensorFolder:
         expected: Mapping[str, tuple[int, ...]],
         dtypes: tuple[torch.dtype, ...] | Mapping[str, tuple[torch.dtype, ...]] = FLOAT_DTYPES,
     ) -> list[str]:
-        """All that `check` would complain of, one sentence a tensor; `dtypes` may be by name."""
+        """All that `check` would complain of, one sentence a tensor."""
         problems: list[str] = []
         for name, shape in expected.items():
             one = self.stored.get(name)
@@ -219,15 +221,22 @@ class TensorFolder:
 
 
 class Checkpoint(TensorFolder):
-    """An open folder of a dense Llama with plain weights.
+    """An open folder of a dense Llama, its weights plain or quantized.
 
     Attributes:
-        config: what its config.json says.
+        config: what its config.json says of the model.
+        scheme: what it says of the weights' form; None for plain ones.
     """
 
-    def __init__(self, path: Path, config: ModelConfig, stored: Mapping[str, StoredTensor]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: ModelConfig,
+        stored: Mapping[str, StoredTensor],
+        scheme: QuantScheme | None = None,
+    ) -> None:
         super().__init__(path, stored)
-        self.config = config
+        self.config, self.scheme = config, scheme
 
     @classmethod
     def open(cls, path: Path | str) -> Checkpoint:
@@ -241,7 +250,17 @@ class Checkpoint(TensorFolder):
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: is not a folder; a model is a folder in HF layout")
         config = ModelConfig.from_folder(folder)
-        return cls(folder, config, _stored(folder))
+        file = folder / "config.json"
+        scheme = read_scheme(read_json_object(file), source=str(file))
+        return cls(folder, config, _stored(folder), scheme)
+
+    def check_whole(self) -> None:
+        """`check` against all that config and form call for."""
+        due = tensors_due(self.config, self.scheme)
+        self.check(
+            {one.name: one.shape for one in due},
+            {one.name: tuple(DTYPES[label] for label in one.dtypes) for one in due},
+        )
 
 
 def _map_bytes(file: Path) -> Tensor:
@@ -273,7 +292,7 @@ def _stored(folder: Path) -> dict[str, StoredTensor]:
         return read_header(single)
     if not index.is_file():
         raise _no_weights(folder)
-    placed = _weight_map(index)
+    placed = weight_map(index)
     found: dict[str, StoredTensor] = {}
     for file_name in sorted(set(placed.values())):
         file = folder / file_name
@@ -295,7 +314,8 @@ def _stored(folder: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def weight_map(index: Path) -> dict[str, str]:
+    """File name of each tensor, from an index; only plain names of safetensors files."""
     placed = read_json_object(index).get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise CheckpointError(f"{index}: `weight_map` must be an object from tensor to file name")

@@ -351,7 +351,7 @@ def _architecture(read: Fields) -> str:
 
 def _refuse_uncomputed(read: Fields) -> None:
     """Refuse settings under which a "Llama" is another function than the one we compute."""
-    for name in ("sliding_window", "attention_chunk_size", "quantization_config"):
+    for name in ("sliding_window", "attention_chunk_size"):
         if read.get(name) is not None:
             raise read.wrong(name, read.get(name), "null: it is not computed by this version")
     for name in ("use_qk_norm", "qk_norm"):

@@ -44,7 +44,7 @@ def packed(
     s = torch.tensor(random.uniform(0.001, 0.1, (rows, columns // group)), dtype=torch.bfloat16)
     each = 32 // bits
     words = [
-        [_word([int(q[o, each * w + k]) for k in range(each)], bits) for w in range(columns // each)]
+        [_word([int(one) for one in q[o, i : i + each]], bits) for i in range(0, columns, each)]
         for o in range(rows)
     ]
     tensors = {
@@ -93,13 +93,24 @@ def awq(
 
 
 def gptq(
-    name: str, rows: int, columns: int, group: int, seed: int, *, act_order: bool, version: int
+    name: str,
+    rows: int,
+    columns: int,
+    group: int,
+    seed: int,
+    *,
+    act_order: bool,
+    version: int,
+    order_seed: int | None = None,
 ) -> tuple[dict[str, Tensor], Matrix]:
-    """`qweight`, `qzeros`, `scales` and `g_idx`, and the matrix that they mean."""
+    """`qweight`, `qzeros`, `scales` and `g_idx`, and the matrix that they mean.
+
+    Products of the same inputs have one order: give them the same `order_seed`.
+    """
     q, z, s = _numbers(rows, columns, columns // group, seed)
     g_idx = np.arange(columns) // group
     if act_order:
-        g_idx = np.random.default_rng(seed).permutation(g_idx)
+        g_idx = np.random.default_rng(seed if order_seed is None else order_seed).permutation(g_idx)
     qweight = [
         [_word([int(q[8 * w + k, o]) for k in range(8)]) for o in range(rows)]
         for w in range(columns // 8)

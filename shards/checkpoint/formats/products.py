@@ -211,8 +211,12 @@ class ProductReader:
     def _groups(
         self, name: str, columns: Span | None, num_columns: int
     ) -> tuple[int, Span, Tensor]:
-        """Columns that share a scale in the slice, the stored groups it needs, and which of them
-        each of its own groups is."""
+        """What a slice's columns share scales with.
+
+        Returns:
+            Columns that share a scale in the slice, the stored groups that it needs, and which of
+            those each of its own groups is.
+        """
         assert self._scheme is not None
         own = columns or Span(start=0, stop=num_columns)
         whole_group = self._scheme.group_size or num_columns
@@ -304,9 +308,7 @@ def _by_rows(words_WO: Tensor) -> Tensor:
     return out_WNO.flatten(0, 1)
 
 
-def _four_bits(
-    levels_IO: Tensor, zeros_GO: Tensor, scales_GO: Tensor, group: int
-) -> StoredProduct:
+def _four_bits(levels_IO: Tensor, zeros_GO: Tensor, scales_GO: Tensor, group: int) -> StoredProduct:
     return StoredProduct(
         weight=QuantizedWeight(
             kind="int4",
