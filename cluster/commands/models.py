@@ -58,7 +58,9 @@ def _import_file(source: Path, folder: Path, dtype: str) -> None:
 
 @app.command("pull")
 def pull(
-    source: Annotated[str, typer.Argument(help="ORG/NAME on Hugging Face's hub, or an fsspec URL.")],
+    source: Annotated[
+        str, typer.Argument(help="ORG/NAME on Hugging Face's hub, or an fsspec URL.")
+    ],
     revision: Annotated[
         str | None, typer.Option(help="Hub: branch, tag or commit; by default the main branch.")
     ] = None,

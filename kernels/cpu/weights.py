@@ -42,8 +42,31 @@ class Packed:
 
 def large_zeros(library: Library, num_bytes: int) -> Tensor:
     """Zeroed bytes, on large pages where the system gives them."""
-    data = torch.zeros(num_bytes, dtype=torch.uint8)
+    return _large(library, num_bytes).zero_()
+
+
+def _large(library: Library, num_bytes: int) -> Tensor:
+    """Bytes as they come; nothing may touch them before large pages are asked for."""
+    data = torch.empty(num_bytes, dtype=torch.uint8)
     library.advise_large(data.data_ptr(), num_bytes)
+    return data
+
+
+def _panels(library: Library, out_features: int, in_features: int, pair_bytes: int) -> Tensor:
+    """Room for a matrix, its padding zeroed.
+
+    Args:
+        library: asks for large pages.
+        out_features: rows.
+        in_features: columns.
+        pair_bytes: of two inputs' weights for one output.
+    """
+    panel_bytes = -(-in_features // 2) * PANEL * pair_bytes
+    data = _large(library, -(-out_features // PANEL) * panel_bytes)
+    if in_features % 2:
+        return data.zero_()
+    if out_features % PANEL:
+        data[-panel_bytes:] = 0
     return data
 
 
@@ -69,9 +92,7 @@ def pack_plain(
         shapes = ", ".join(str(tuple(w.shape)) for w in weights_OI)
         raise ValueError(f"matrices of shapes {shapes} do not stack; they need one `in` size")
     out_features = sum(w.shape[0] for w in weights_OI)
-    panels = -(-out_features // PANEL)
-    pairs = -(-in_features // 2)
-    data = large_zeros(library, panels * pairs * 2 * PANEL * dtype.itemsize)
+    data = _panels(library, out_features, in_features, 2 * dtype.itemsize)
     tensors = [data]
     struct = Matrix(
         out_features=out_features,
@@ -115,8 +136,7 @@ def pack_quantized(
         raise ValueError(f"group_size={first.group_size} is odd; the CPU kernels need even groups")
     out_features = sum(w.out_features for w in weights)
     pairs = -(-first.in_features // 2)
-    panels = -(-out_features // PANEL)
-    data = large_zeros(library, panels * pairs * PANEL * (1 if first.kind == "int4" else 2))
+    data = _panels(library, out_features, first.in_features, 1 if first.kind == "int4" else 2)
     scale_GO = _columns([w.scales for w in weights])
     tensors = [data, scale_GO]
     struct = Matrix(

@@ -55,7 +55,7 @@ class TensorFolder:
     def __init__(self, path: Path, stored: Mapping[str, StoredTensor]) -> None:
         self.path = path
         self.stored = dict(sorted(stored.items()))
-        self._maps: dict[Path, Tensor] = {}
+        self._maps: dict[Path, tuple[mmap.mmap, Tensor]] = {}
         self._lock = threading.Lock()
 
     @classmethod
@@ -210,14 +210,25 @@ class TensorFolder:
     def data(self, file: Path) -> Tensor:
         """All bytes of one of `files`, uint8, as a view of its map."""
         with self._lock:
-            mapped = self._maps.get(file)
-            if mapped is None:
+            if file not in self._maps:
                 mapped = _map_bytes(file)
+                data = torch.frombuffer(mapped, dtype=torch.uint8)
                 needed = max(one.stop for one in self.stored.values() if one.file == file)
-                if mapped.numel() < needed:
+                if data.numel() < needed:
                     raise CheckpointError(f"{file}: was cut after it was opened; fetch it again")
-                self._maps[file] = mapped
-            return mapped
+                self._maps[file] = mapped, data
+            return self._maps[file][1]
+
+    def give_back(self) -> None:
+        """Let go of the maps' pages: they count as this process's memory until then.
+
+        Views stay valid, and what is read again comes from the page cache. What was written to a
+        view is lost.
+        """
+        with self._lock:
+            maps = [mapped for mapped, _ in self._maps.values()]
+        for mapped in maps:
+            mapped.madvise(mmap.MADV_DONTNEED)
 
 
 class Checkpoint(TensorFolder):
@@ -240,12 +251,16 @@ class Checkpoint(TensorFolder):
 
     @classmethod
     def open(cls, path: Path | str) -> Checkpoint:
-        """Read config, index and headers of a folder.
+        """Read config, index and headers of a folder, or of what an fsspec URL names.
 
         Raises:
             CheckpointError: something is missing, malformed or not what it should be; the
                 message names the file and the tensor.
         """
+        if isinstance(path, str) and "://" in path:
+            from arriero.shards.checkpoint.remote import local_folder
+
+            path = local_folder(path)
         folder = Path(path)
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: is not a folder; a model is a folder in HF layout")
@@ -263,8 +278,8 @@ class Checkpoint(TensorFolder):
         )
 
 
-def _map_bytes(file: Path) -> Tensor:
-    """A file as uint8, mapped once.
+def _map_bytes(file: Path) -> mmap.mmap:
+    """A file's map.
 
     Private and without reserve: a writable view is what torch takes without a warning, a stray
     write hits a private page rather than a protection fault, and no swap is set aside for files
@@ -272,7 +287,7 @@ def _map_bytes(file: Path) -> Tensor:
     """
     try:
         with file.open("rb") as stream:
-            mapped = mmap.mmap(
+            return mmap.mmap(
                 stream.fileno(),
                 0,
                 flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
@@ -283,7 +298,6 @@ def _map_bytes(file: Path) -> Tensor:
         if isinstance(error, OSError) and error.errno == errno.ENOMEM:
             remedy = "; allow more address space (`ulimit -v`, vm.overcommit_memory)"
         raise CheckpointError(f"{file}: cannot be mapped: {error}{remedy}") from None
-    return torch.frombuffer(mapped, dtype=torch.uint8)
 
 
 def _stored(folder: Path) -> dict[str, StoredTensor]:

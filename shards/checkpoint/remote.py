@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -197,7 +198,13 @@ def pull_from_hub(name: str, revision: str | None = None) -> Path:
     if not _HUB_NAME.fullmatch(name):
         raise CheckpointError(f"{name[:200]!r} is not a model's name; give it as ORG/NAME")
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_PATTERNS))
+        found = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=HUB_PATTERNS,
+            endpoint=os.environ.get("HF_ENDPOINT"),
+        )
+        return Path(found)
     except GatedRepoError:
         why = "is gated: accept its licence on the hub, and set HF_TOKEN"
     except RepositoryNotFoundError:

@@ -117,12 +117,12 @@ class ModelConfig:
         """
         folder = Path(path)
         file = folder / "config.json"
+        if (folder / "adapter_config.json").is_file():
+            raise CheckpointError(
+                f"{folder}: is a PEFT adapter, not a model; adapters are not served yet: "
+                "merge it into its base model and save that"
+            )
         if not file.is_file():
-            if (folder / "adapter_config.json").is_file():
-                raise CheckpointError(
-                    f"{folder}: is a PEFT adapter, not a model; adapters are not served yet: "
-                    "merge it into its base model and save that"
-                )
             raise CheckpointError(f"{file}: missing; a model folder holds a config.json")
         generation_file = folder / "generation_config.json"
         generation = None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from arriero.kernels.ops import DenseLayer, KVCacheSpec, Ops
+from arriero.shards.checkpoint.formats.stored import tensors_due
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.mesh import Mesh
 from arriero.shards.models.config import ModelConfig
@@ -39,20 +40,18 @@ class LlamaSlice:
     ) -> None:
         self.config, self.part, self.ops, self.mesh = checkpoint.config, part, ops, mesh
         config = self.config
-        loader = Loader(checkpoint, checkpoint.scheme, ops, dtype, quantization)
-        steps = part.layers.size + part.first_stage + part.last_stage
-        self._layers: list[DenseLayer] = []
-        for index in range(part.layers.start, part.layers.stop):
-            self._layers.append(_layer(loader, config, part, index))
-            progress(len(self._layers), steps)
-        tied = config.tie_word_embeddings
-        self.embedding = loader.vocab(EMBEDDING, part.vocab) if part.first_stage else None
-        self.head, self.norm_H = None, None
-        if part.last_stage:
-            shared = self.embedding if tied else None
-            self.head = shared or loader.vocab(EMBEDDING if tied else HEAD, part.vocab)
-            self.norm_H = loader.norm(NORM)
-        progress(steps, steps)
+        loader = Loader(
+            checkpoint,
+            checkpoint.scheme,
+            tensors_due(config, checkpoint.scheme),
+            part,
+            ops,
+            dtype=dtype,
+            quantization=quantization,
+            progress=progress,
+        )
+        with loader:
+            self._load(loader)
         self.kv = ops.kv_cache(
             KVCacheSpec(
                 num_layers=part.layers.size,
@@ -65,6 +64,21 @@ class LlamaSlice:
             mesh.device,
         )
         self.decoder = ops.decoder(self._layers, self.kv, mesh.reduce if mesh.tp > 1 else None)
+
+    def _load(self, loader: Loader) -> None:
+        config, part = self.config, self.part
+        self._layers: list[DenseLayer] = []
+        for index in range(part.layers.start, part.layers.stop):
+            self._layers.append(_layer(loader, config, part, index))
+            loader.finished(index)
+        tied = config.tie_word_embeddings
+        self.embedding = loader.vocab(EMBEDDING, part.vocab) if part.first_stage else None
+        self.head, self.norm_H = None, None
+        if part.last_stage:
+            shared = self.embedding if tied else None
+            self.head = shared or loader.vocab(EMBEDDING if tied else HEAD, part.vocab)
+            self.norm_H = loader.norm(NORM)
+        loader.finished(None)
 
     @property
     def weights_nbytes(self) -> int:

@@ -8,7 +8,9 @@ files, whose pages would count as this process's memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -24,12 +26,17 @@ from arriero.kernels.quant import (
 )
 from arriero.shards.checkpoint.formats.products import ProductReader, StoredProduct
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
+from arriero.shards.checkpoint.formats.stored import AnyPart, TensorDue, bytes_read
+from arriero.shards.checkpoint.pager import Pager, ranges_read
 from arriero.shards.checkpoint.reader import TensorFolder
 from arriero.shards.errors import CheckpointError
 from arriero.shards.partition import Span
 
 Progress = Callable[[int, int], None]
-"""Called with (steps done, steps in all) while weights load."""
+"""Called with (bytes packed, bytes in all) while a rank's weights load."""
+
+PAGED_BYTES = 64 << 20
+"""A slice of fewer bytes loads without the help of a `Pager`."""
 
 QUANTIZERS: dict[str, Callable[[Tensor], QuantizedWeight]] = {
     "int8": quantize_int8,
@@ -40,24 +47,31 @@ QUANTIZERS: dict[str, Callable[[Tensor], QuantizedWeight]] = {
 
 
 class Loader:
-    """Reads and packs the products, norms and tables of an open folder."""
+    """Reads and packs the products, norms and tables of an open folder, in a `with` block."""
 
     def __init__(
         self,
         folder: TensorFolder,
         scheme: QuantScheme | None,
+        due: Iterable[TensorDue],
+        part: AnyPart,
         ops: Ops,
+        *,
         dtype: torch.dtype,
-        quantization: str | None,
+        quantization: str | None = None,
+        progress: Progress = lambda done, total: None,
     ) -> None:
         """Prepare to load.
 
         Args:
             folder: holds the tensors.
             scheme: the form of its products; None for plain ones.
+            due: all tensors of the checkpoint.
+            part: what this rank holds.
             ops: the backend that packs.
             dtype: plain weights are packed in this.
             quantization: a name of `QUANTIZERS`, for plain weights alone; None keeps `dtype`.
+            progress: told of the bytes packed.
 
         Raises:
             CheckpointError: the weights are to be quantized, and are already.
@@ -70,6 +84,40 @@ class Loader:
         self._folder, self._ops, self._dtype = folder, ops, dtype
         self._reader = ProductReader(folder, scheme)
         self._quantize = None if quantization is None else QUANTIZERS[quantization]
+        # layer by layer, then what stands outside of them: the order in which slices load
+        ordered = sorted(due, key=lambda one: -1 if one.layer is None else -2)
+        ranges = ranges_read(folder, ordered, part)
+        self._bytes: Counter[int | None] = Counter()
+        for one in ordered:
+            self._bytes[one.layer] += bytes_read([one], part)
+        self._pager = Pager(folder, ranges) if self._total > PAGED_BYTES else None
+        self._progress, self._done = progress, 0
+
+    @property
+    def _total(self) -> int:
+        return self._bytes.total()
+
+    def __enter__(self) -> Loader:
+        if self._pager is not None:
+            self._pager.start()
+        self._progress(0, self._total)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._pager is not None:
+            self._pager.close()
+
+    def finished(self, layer: int | None) -> None:
+        """Tell that a layer is packed; None stands for all that belongs to no layer."""
+        self._done += self._bytes[layer]
+        if self._pager is not None:
+            self._pager.used(self._done)
+        self._progress(self._done, self._total)
 
     def norm(self, name: str) -> Tensor:
         """A norm's weights, float32 [H]."""
