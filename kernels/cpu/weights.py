@@ -5,7 +5,9 @@ Knows the packed layout's sizes (native/matrix.h) and lifetimes; refuses to know
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -40,34 +42,17 @@ class Packed:
         return ctypes.addressof(self.struct)
 
 
-def large_zeros(library: Library, num_bytes: int) -> Tensor:
-    """Zeroed bytes, on large pages where the system gives them."""
-    return _large(library, num_bytes).zero_()
+def large_zeros(num_bytes: int) -> Tensor:
+    """Zeroed bytes, on large pages where the system gives them.
 
-
-def _large(library: Library, num_bytes: int) -> Tensor:
-    """Bytes as they come; nothing may touch them before large pages are asked for."""
-    data = torch.empty(num_bytes, dtype=torch.uint8)
-    library.advise_large(data.data_ptr(), num_bytes)
-    return data
-
-
-def _panels(library: Library, out_features: int, in_features: int, pair_bytes: int) -> Tensor:
-    """Room for a matrix, its padding zeroed.
-
-    Args:
-        library: asks for large pages.
-        out_features: rows.
-        in_features: columns.
-        pair_bytes: of two inputs' weights for one output.
+    The advice must come before the first touch, which torch's own zeros would be; so a page costs
+    nothing until it is used, and a pool of gigabytes is there at once.
     """
-    panel_bytes = -(-in_features // 2) * PANEL * pair_bytes
-    data = _large(library, -(-out_features // PANEL) * panel_bytes)
-    if in_features % 2:
-        return data.zero_()
-    if out_features % PANEL:
-        data[-panel_bytes:] = 0
-    return data
+    buffer = mmap.mmap(-1, max(num_bytes, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without large pages
+            buffer.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(buffer, dtype=torch.uint8, count=max(num_bytes, 1))[:num_bytes]
 
 
 def pack_plain(
@@ -92,7 +77,9 @@ def pack_plain(
         shapes = ", ".join(str(tuple(w.shape)) for w in weights_OI)
         raise ValueError(f"matrices of shapes {shapes} do not stack; they need one `in` size")
     out_features = sum(w.shape[0] for w in weights_OI)
-    data = _panels(library, out_features, in_features, 2 * dtype.itemsize)
+    panels = -(-out_features // PANEL)
+    pairs = -(-in_features // 2)
+    data = large_zeros(panels * pairs * 2 * PANEL * dtype.itemsize)
     tensors = [data]
     struct = Matrix(
         out_features=out_features,
@@ -136,7 +123,8 @@ def pack_quantized(
         raise ValueError(f"group_size={first.group_size} is odd; the CPU kernels need even groups")
     out_features = sum(w.out_features for w in weights)
     pairs = -(-first.in_features // 2)
-    data = _panels(library, out_features, first.in_features, 1 if first.kind == "int4" else 2)
+    panels = -(-out_features // PANEL)
+    data = large_zeros(panels * pairs * PANEL * (1 if first.kind == "int4" else 2))
     scale_GO = _columns([w.scales for w in weights])
     tensors = [data, scale_GO]
     struct = Matrix(
