@@ -163,7 +163,7 @@ def engine(
     )
     with spinner() as say:
         say("loading")
-        with EngineBench(config, lambda share: say(f"loading {share:.0%}")) as bench:
+        with EngineBench(config, lambda loading: say(str(loading))) as bench:
             say(f"{requests} requests of {prompt} + {output} tokens")
             figures = bench.run(cell.prompts(), output)
     said = {"bench": "engine", "model": str(model), "dtype": dtype, "quantization": quantization}

@@ -24,6 +24,7 @@ from arriero.kernels.cpu.structs import (
     draws_struct,
     float_rows,
     float_vector,
+    fuses,
     layer_struct,
     linear_of,
     packed_of,
@@ -153,6 +154,8 @@ class CpuOps(Ops):
 
     def linear(self, x_TI: Tensor, w: Linear) -> Tensor:
         """The product; see `Ops.linear`."""
+        if w.inputs is not None:
+            return self.linear_of_inputs(x_TI, w)
         x_TI = float_rows("linear", x_TI, w.in_features)
         out_TO = torch.empty(x_TI.shape[0], w.out_features)
         self.call(
@@ -256,6 +259,8 @@ class CpuOps(Ops):
 
     def grouped_linear(self, x_XI: Tensor, experts: Sequence[Linear], starts_E1: Tensor) -> Tensor:
         """See `Ops.grouped_linear`; the experts have one shape and type."""
+        if experts[0].inputs is not None:
+            return self.grouped_linear_of_inputs(x_XI, experts, starts_E1)
         structs = [packed_of(expert.packed).struct for expert in experts]
         shapes = {(s.out_features, s.in_features, s.type, s.group) for s in structs}
         if len(shapes) != 1 or starts_E1.shape != (len(structs) + 1,):
@@ -307,11 +312,15 @@ class CpuOps(Ops):
     ) -> Tensor:
         """See `Ops.attention_block`."""
         check_cache(layer, kv)
+        if not fuses(layer):
+            return super().attention_block(x_TH, layer, kv, kv_layer, batch)
         struct, _kept = layer_struct(layer)
         return self.run_attention(struct, layer, x_TH, cache_of(kv), kv_layer, batch)
 
     def mlp_block(self, x_TH: Tensor, layer: DenseLayer) -> Tensor:
         """See `Ops.mlp_block`."""
+        if not fuses(layer):
+            return super().mlp_block(x_TH, layer)
         struct, _kept = layer_struct(layer)
         return self.run_mlp(struct, layer, x_TH)
 

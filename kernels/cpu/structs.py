@@ -54,6 +54,11 @@ def check_cache(layer: DenseLayer, kv: KVCache) -> None:
         )
 
 
+def fuses(layer: DenseLayer) -> bool:
+    """Whether C++ may run the layer's blocks whole: it does not touch a product's inputs."""
+    return all(one.inputs is None for one in (layer.qkv, layer.o, layer.gate_up, layer.down))
+
+
 def layer_struct(layer: DenseLayer) -> tuple[Layer, tuple[Tensor, ...]]:
     """The struct of a layer, and the tensors it points into beyond the packed ones."""
     width = (layer.num_q_heads + 2 * layer.num_kv_heads) * layer.head_dim
