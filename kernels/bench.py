@@ -115,8 +115,9 @@ class KernelBench:
         rows_VH = self._weight(s.vocab, s.hidden)
         if s.quantization is None:
             self._vocab = ops.pack_vocab(rows_VH, 0, s.dtype)
-        else:
-            self._vocab = ops.pack_quantized_vocab(_QUANTIZERS[s.quantization](rows_VH), 0)
+        else:  # slices keep eight bits there at least
+            quantize = _QUANTIZERS["int8" if s.quantization == "int4" else s.quantization]
+            self._vocab = ops.pack_quantized_vocab(quantize(rows_VH), 0)
         self._norm_H = torch.ones(s.hidden, device=device)
         self.rates = measure_rates(ops, s.dtype, device)
 

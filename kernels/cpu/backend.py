@@ -1,7 +1,7 @@
 """The CPU backend: the op list on C++ kernels, one call for all layers of a stage.
 
-Knows which C function computes which op; refuses to know models. Penalties and log-probabilities
-are the reference's.
+Knows which C function computes which op; refuses to know models. What penalties and bans do to
+logits is the reference's.
 """
 
 from __future__ import annotations
@@ -288,22 +288,23 @@ class CpuOps(Ops):
         return out_XO
 
     def sample(self, logits_RV: Tensor, rows: SamplingRows) -> Sampled:
-        """See `Ops.sample`. Penalties, bans and log-probabilities are the reference's."""
+        """See `Ops.sample`. Penalties, bans and the likeliest tokens are the reference's."""
         sampling.check_vocabulary(logits_RV)
         raw_RV = float_rows("sample", logits_RV, logits_RV.shape[1])
         x_RV = float_rows("sample", sampling.adjusted(raw_RV, rows), raw_RV.shape[1])
         tokens_R = torch.empty(x_RV.shape[0], dtype=torch.int32)
+        of_logits = (x_RV.data_ptr(), x_RV.stride(0), *x_RV.shape)
         if rows.all_greedy:
-            name, draws = "argmax", ()
+            self.call("argmax", *of_logits, tokens_R.data_ptr())
         else:
-            of_rows, _kept = draws_struct(rows, x_RV.shape[0])
-            name, draws = "sample", (ctypes.addressof(of_rows),)
-        self.call(
-            name, x_RV.data_ptr(), x_RV.stride(0), *x_RV.shape, *draws, tokens_R.data_ptr()
-        )
+            draws, _kept = draws_struct(rows, x_RV.shape[0])
+            self.call("sample", *of_logits, ctypes.addressof(draws), tokens_R.data_ptr())
         if rows.num_logprobs < 0:
             return Sampled(tokens_R=tokens_R)
-        return sampling.with_logprobs(raw_RV, tokens_R.long(), rows.num_logprobs)
+        log_total_R = torch.empty(raw_RV.shape[0], dtype=torch.float64)
+        of_raw = (raw_RV.data_ptr(), raw_RV.stride(0), *raw_RV.shape)
+        self.call("log_totals", *of_raw, log_total_R.data_ptr())
+        return sampling.with_logprobs(raw_RV, tokens_R.long(), rows.num_logprobs, log_total_R)
 
     # Blocks.
 

@@ -92,12 +92,8 @@ def main() -> None:
     args = parser.parse_args()
     asked = prompts(args.model)
     end = ModelConfig.from_folder(args.model).eos_token_ids
-    exact = kept(
-        "float32", asked, lambda: transformers_greedy(args.model, asked, torch.float32)
-    )
-    theirs = kept(
-        "bfloat16", asked, lambda: transformers_greedy(args.model, asked, torch.bfloat16)
-    )
+    exact = kept("float32", asked, lambda: transformers_greedy(args.model, asked, torch.float32))
+    theirs = kept("bfloat16", asked, lambda: transformers_greedy(args.model, asked, torch.bfloat16))
     found: dict[str, object] = {"prompts": len(asked), "tokens": NUM_TOKENS}
     found["transformers bfloat16"] = agreement(theirs, exact)
     for weights in args.weights.split(","):

@@ -22,7 +22,6 @@ from arriero.cluster.bench import EngineBench
 from arriero.shards.group import GroupConfig
 from arriero.shards.runner import Runner
 
-
 PROMPT = 64
 
 
