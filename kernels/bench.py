@@ -228,7 +228,7 @@ class KernelBench:
             torch.cuda.synchronize(self._device)
 
     def _weight(self, rows: int, columns: int) -> Tensor:
-        weight_OI = torch.randn(rows, columns) * float(columns) ** -0.5
+        weight_OI: Tensor = torch.randn(rows, columns) * float(columns) ** -0.5
         return weight_OI.to(self._shape.dtype)
 
     def _floats(self, rows: int, columns: int) -> Tensor:
