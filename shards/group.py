@@ -28,6 +28,9 @@ class GroupConfig:
         block_size: tokens in a KV block.
         kv_bytes: memory of the KV pool of the whole group; None asks the planner's default.
         num_blocks: KV blocks outright, instead of `kv_bytes`.
+        offload_layers: of each stage, the last so many layers keep their weights on disk, mapped,
+            and read them ahead of use (backend "cpu" alone).
+        offload_folder: where; None is the system's folder for temporary files.
         max_model_len: None takes the model's own limit.
         max_sequences, max_batch_tokens, max_queued, prefix_cache: as in `EngineConfig`.
     """
@@ -45,6 +48,8 @@ class GroupConfig:
     block_size: int = 16
     kv_bytes: int | None = None
     num_blocks: int | None = None
+    offload_layers: int = 0
+    offload_folder: str | None = None
     max_model_len: int | None = None
     max_sequences: int = 256
     max_batch_tokens: int = 2048

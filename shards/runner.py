@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -88,6 +89,8 @@ class Runner:
             quantization=config.quantization,
             num_blocks=config.num_blocks + self.spare_blocks,
             block_size=config.block_size,
+            offload_layers=config.offload_layers,
+            offload_folder=Path(config.offload_folder) if config.offload_folder else None,
             progress=progress,
         )
         self._table = self.table_type(

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -91,6 +93,7 @@ class CpuOps(Ops):
         # cores that these need.
         torch.set_num_threads(1)
         self._machine = self.library.machine(self.num_threads, exact_inputs)
+        self._folder: Path | None = None
 
     # Packing.
 
@@ -98,7 +101,9 @@ class CpuOps(Ops):
         self, weights_OI: Sequence[Tensor], bias_O: Tensor | None, dtype: torch.dtype
     ) -> Linear:
         """Stack by rows and pack; see `Ops.pack_linear`."""
-        return linear_of(pack_plain(self.library, self._machine, weights_OI, bias_O, dtype))
+        return linear_of(
+            pack_plain(self.library, self._machine, weights_OI, bias_O, dtype, self._folder)
+        )
 
     def pack_vocab(self, weight_VH: Tensor, first_row: int, dtype: torch.dtype) -> Vocab:
         """Pack rows; `embed` gathers from the same panels that `logits` multiplies."""
@@ -107,11 +112,20 @@ class CpuOps(Ops):
 
     def pack_quantized(self, weights: Sequence[QuantizedWeight], bias_O: Tensor | None) -> Linear:
         """Stack by rows and pack; see `Ops.pack_quantized`."""
-        return linear_of(pack_quantized(self.library, self._machine, weights, bias_O))
+        return linear_of(pack_quantized(self.library, self._machine, weights, bias_O, self._folder))
 
     def pack_quantized_vocab(self, weight: QuantizedWeight, first_row: int) -> Vocab:
         """Pack rows; see `Ops.pack_quantized_vocab`."""
         return vocab_of(pack_quantized(self.library, self._machine, [weight], None), first_row)
+
+    @contextmanager
+    def offloading(self, folder: Path) -> Iterator[None]:
+        """Weights packed within are mapped from a file in `folder`; see `Ops.offloading`."""
+        self._folder = folder
+        try:
+            yield
+        finally:
+            self._folder = None
 
     def kv_cache(self, spec: KVCacheSpec, device: torch.device) -> KVCache:
         """Allocate a paged cache of zeros."""

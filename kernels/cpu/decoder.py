@@ -19,6 +19,7 @@ from arriero.kernels.cpu.structs import (
     float_rows,
     fuses,
     layer_struct,
+    rooms_of,
 )
 from arriero.kernels.ops import DenseLayer, FlatBatch, KVCache, MoELayer, Reduce
 
@@ -54,7 +55,8 @@ class CpuDecoder:
                 self._structs[i], tensors = layer_struct(layer)
                 self._kept.append(tensors)
         whole = all(fuses(layer) and not isinstance(layer, MoELayer) for layer in self._layers)
-        self._in_one_call = reduce is None and whole
+        self._rooms = [rooms_of(layer) for layer in self._layers]
+        self._in_one_call = reduce is None and whole and not any(self._rooms)
 
     def __call__(self, x_TH: Tensor, batch: FlatBatch) -> Tensor:
         """Run the layers over x [T, H]; float32 rows without gaps are changed in place."""
@@ -76,7 +78,9 @@ class CpuDecoder:
 
     def _run_blocks(self, x_TH: Tensor, batch: FlatBatch) -> Tensor:
         ops, reduce = self._ops, self._reduce
+        self._read_ahead(0)
         for i, layer in enumerate(self._layers):
+            self._read_ahead(i + 1)
             if fuses(layer):
                 part = ops.run_attention(self._structs[i], layer, x_TH, self._cache, i, batch)
             else:
@@ -89,4 +93,11 @@ class CpuDecoder:
             else:
                 part = ops.run_mlp(self._structs[i], layer, x_TH)
             x_TH += part if reduce is None else reduce(part)
+            for room in self._rooms[i]:
+                room.behind()
         return x_TH
+
+    def _read_ahead(self, i: int) -> None:
+        """Begin to read a layer's weights, where they are on disk."""
+        for room in self._rooms[i] if i < len(self._rooms) else ():
+            room.ahead()
