@@ -7,13 +7,14 @@ leader starts fast.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 
+from arriero.shards.checkpoint.formats.stored import AnyModel, AnyPart
 from arriero.shards.engine.types import EngineConfig
 from arriero.shards.errors import SpecError
 from arriero.shards.group import GroupConfig
-from arriero.shards.models.config import ModelConfig
-from arriero.shards.partition import SlicePart, kv_bytes_per_block, partition
+from arriero.shards.layout import kv_bytes_per_block, parts_of
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 QUANTIZATIONS = ("int8", "int4", "fp8")
@@ -21,7 +22,7 @@ MAX_DEFAULT_KV_BYTES = 2 << 30
 """The KV pool of a CPU group that names no size: this, or a quarter of memory if that is less."""
 
 
-def resolve(config: GroupConfig, model: ModelConfig) -> GroupConfig:
+def resolve(config: GroupConfig, model: AnyModel) -> GroupConfig:
     """Fill in `num_blocks`, `max_model_len`, `layer_split` and `threads`.
 
     Raises:
@@ -41,7 +42,7 @@ def resolve(config: GroupConfig, model: ModelConfig) -> GroupConfig:
         raise SpecError(
             f"`max_model_len`={max_model_len} must be 1 to {limit}, the model's position limit"
         )
-    parts = partition(model, config)
+    parts = parts_of(model, config)
     block_bytes = group_block_bytes(config, model, parts)
     num_blocks = config.num_blocks
     if num_blocks is None:
@@ -60,18 +61,21 @@ def resolve(config: GroupConfig, model: ModelConfig) -> GroupConfig:
         config,
         num_blocks=num_blocks,
         max_model_len=max_model_len,
-        layer_split=tuple(part.layers.size for part in parts[:: config.tp]),
+        layer_split=tuple(part.layers.size for part in parts[:: config.tp * config.dp]),
         threads=threads,
     )
 
 
-def group_block_bytes(config: GroupConfig, model: ModelConfig, parts: list[SlicePart]) -> int:
+def group_block_bytes(config: GroupConfig, model: AnyModel, parts: Sequence[AnyPart]) -> int:
     """Bytes of one KV block over all ranks of the group."""
     itemsize = ITEMSIZE[config.dtype]
-    return sum(kv_bytes_per_block(part, model, config.block_size, itemsize) for part in parts)
+    return sum(
+        kv_bytes_per_block(part, model, part.layers.size, config.block_size, itemsize)
+        for part in parts
+    )
 
 
-def engine_config(config: GroupConfig, model: ModelConfig, digest: str) -> EngineConfig:
+def engine_config(config: GroupConfig, model: AnyModel, digest: str) -> EngineConfig:
     """Limits of the engine of a resolved group.
 
     Args:

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from arriero.kernels.ops import Sampled
 from arriero.kernels.select import ops_for
-from arriero.shards.checkpoint.llama_names import expected_tensors
+from arriero.shards.checkpoint.formats.stored import tensors_due
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.group import GroupConfig
+from arriero.shards.layout import parts_of
 from arriero.shards.mesh import Mesh
-from arriero.shards.models.llama import LlamaSlice, Progress
-from arriero.shards.partition import partition
+from arriero.shards.models.families import load_slice
+from arriero.shards.models.llama import Progress
 from arriero.shards.plan import Logprobs, StepPlan, StepResult
 from arriero.shards.sequences import Rope, SequenceTable
 
@@ -72,14 +73,14 @@ class Runner:
         started = time.perf_counter()
         checkpoint = Checkpoint.open(config.model_path)
         model = checkpoint.config
-        checkpoint.check(expected_tensors(model))
+        checkpoint.check({one.name: one.shape for one in tensors_due(model, None)})
         device = torch.device(config.device)
-        parts = partition(model, config)
+        parts = parts_of(model, config)
         part = parts[rank]
-        self.mesh = Mesh(part, tp=config.tp, pp=config.pp, device=device)
+        self.mesh = Mesh(part, tp=config.tp, pp=config.pp, dp=config.dp, device=device)
         self._ops = ops_for(device, config.kernels, config.threads)
         assert config.num_blocks is not None and config.max_model_len is not None, "unresolved"
-        self._model = LlamaSlice(
+        self._model = load_slice(
             checkpoint,
             part,
             self.mesh,
@@ -87,9 +88,11 @@ class Runner:
             dtype=getattr(torch, config.dtype),
             quantization=config.quantization,
             num_blocks=config.num_blocks + self.spare_blocks,
+            num_local_blocks=(config.num_local_blocks or 0) + self.spare_blocks,
             block_size=config.block_size,
             progress=progress,
         )
+        self._hidden_size = model.hidden_size
         self._table = self.table_type(
             max_sequences=config.max_sequences,
             max_blocks=-(-config.max_model_len // config.block_size),
@@ -98,11 +101,11 @@ class Runner:
             rope=Rope(model.inv_freq(), config.max_model_len, device),
             device=device,
         )
-        stage = parts[part.stage * config.tp : (part.stage + 1) * config.tp]
-        self._vocab_sizes = [one.vocab.size for one in stage]
+        first = rank - part.tp_rank
+        self._vocab_sizes = [one.vocab.size for one in parts[first : first + config.tp]]
         self.phase = "loaded"
         self.load_s = time.perf_counter() - started
-        self.weights_nbytes, self.kv_nbytes = self._model.weights_nbytes, self._model.kv.nbytes
+        self.weights_nbytes, self.kv_nbytes = self._model.weights_nbytes, self._model.kv_nbytes
         self.kernels = self._ops.name
 
     def launch(self, plan: StepPlan) -> Pending | None:
@@ -133,12 +136,12 @@ class Runner:
         """What an applied plan's step gives, where this rank samples; else None."""
         tokens_T, batch = self._table.batch(plan)
         self.phase = "layers"
-        part = self._model.part
+        part = self.mesh.part
         if part.first_stage:
             x_TH = self._model.embed(tokens_T)
         else:
             x_TH = torch.empty(
-                (len(tokens_T), self._model.config.hidden_size),
+                (len(tokens_T), self._hidden_size),
                 dtype=self._activation_dtype,
                 device=self.mesh.device,
             )
@@ -155,7 +158,7 @@ class Runner:
     @property
     def _activation_dtype(self) -> torch.dtype:
         on_cpu = self.mesh.device.type == "cpu"
-        return torch.float32 if on_cpu else self._model.kv.spec.dtype
+        return torch.float32 if on_cpu else self._model.dtype
 
     def _sample(self, plan: StepPlan, x_TH: Tensor, query_start_S1: Tensor) -> Sampled | None:
         """Draw the step's tokens, and tell every rank that will embed them."""

@@ -18,9 +18,10 @@ from arriero.cluster.plan.products import RankWeights, Weights, rank_weights
 from arriero.shards.checkpoint.formats.stored import AnyModel, AnyPart, modules_of
 from arriero.shards.errors import SpecError
 from arriero.shards.group import GroupConfig
+from arriero.shards.layout import attention_chunk, local_layers, parts_of
 from arriero.shards.models.llama4_config import Llama4Config
-from arriero.shards.partition import Span, partition
-from arriero.shards.partition_moe import MoEMesh, MoEPart, partition_moe
+from arriero.shards.partition import Span
+from arriero.shards.partition_moe import MoEPart
 
 MAX_RANKS = 4096
 """Of a group; beyond it a plan would take minutes."""
@@ -172,8 +173,7 @@ class GroupPlan:
     @property
     def chunk(self) -> int:
         """Tokens of an attention chunk; 0 for none."""
-        config = self.model.config
-        return config.attention_chunk_size if isinstance(config, Llama4Config) else 0
+        return attention_chunk(self.model.config)
 
     def pool_bytes(self, rank: RankPlan) -> int:
         """Bytes of a rank's pool that sequences can use."""
@@ -320,29 +320,14 @@ def cut(config: AnyModel, layout: Layout) -> Sequence[AnyPart]:
     Raises:
         SpecError: the layout does not fit the model.
     """
-    if isinstance(config, Llama4Config):
-        return partition_moe(
-            config,
-            MoEMesh(
-                tp=layout.tp,
-                pp=layout.pp,
-                dp=layout.dp,
-                ep=layout.ep,
-                tp_shares=layout.tp_shares,
-                layer_split=layout.layer_split,
-            ),
-        )
-    if layout.dp != 1 or layout.ep not in (None, 1):
-        raise SpecError(
-            f"`dp`={layout.dp}, `ep`={layout.ep}: a dense model has no experts to spread; use "
-            "more groups instead"
-        )
-    return partition(
+    return parts_of(
         config,
         GroupConfig(
             model_path="",
             tp=layout.tp,
             pp=layout.pp,
+            dp=layout.dp,
+            ep=layout.ep,
             tp_shares=layout.tp_shares,
             layer_split=layout.layer_split,
         ),
@@ -366,16 +351,13 @@ def _rank(
         block_size=demand.block_size,
         dtype=demand.kv_dtype,
     )
-    layers = range(part.layers.start, part.layers.stop)
-    local = 0
-    if isinstance(config, Llama4Config):
-        local = sum(config.rope_layers[layer] for layer in layers)
+    num_layers, local = part.layers.size, local_layers(config, part)
     itemsize = base if device.cuda else 4
     activations = _activations(config, part, layout, demand, itemsize)
     graphs = 0
     if device.cuda:
         share = min(1.0, demand.max_sequences / demand.max_batch_tokens)
-        nodes = num_graphs(demand.max_sequences) * len(layers) * GRAPH_BYTES_PER_LAYER
+        nodes = num_graphs(demand.max_sequences) * num_layers * GRAPH_BYTES_PER_LAYER
         graphs = int(activations * share) + nodes
     reserve = demand.reserve_bytes
     if reserve is None:
@@ -383,7 +365,7 @@ def _rank(
     return RankPlan(
         part=part,
         weights=weights,
-        kv_global_block=one_layer * (len(layers) - local),
+        kv_global_block=one_layer * (num_layers - local),
         kv_local_block=one_layer * local,
         kv_pool_bytes=0,
         activations=activations,

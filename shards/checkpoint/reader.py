@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arriero.shards.checkpoint.formats.describe import describe
+from arriero.shards.checkpoint.formats.stored import AnyModel
 from arriero.shards.checkpoint.json_file import read_json_object
 from arriero.shards.checkpoint.llama_names import EMBEDDING, HEAD
 from arriero.shards.checkpoint.safetensors_header import StoredTensor, read_header
 from arriero.shards.errors import CheckpointError
-from arriero.shards.models.config import ModelConfig
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -219,13 +220,13 @@ class TensorFolder:
 
 
 class Checkpoint(TensorFolder):
-    """An open folder of a dense Llama with plain weights.
+    """An open folder of a model with plain weights.
 
     Attributes:
         config: what its config.json says.
     """
 
-    def __init__(self, path: Path, config: ModelConfig, stored: Mapping[str, StoredTensor]) -> None:
+    def __init__(self, path: Path, config: AnyModel, stored: Mapping[str, StoredTensor]) -> None:
         super().__init__(path, stored)
         self.config = config
 
@@ -240,7 +241,9 @@ class Checkpoint(TensorFolder):
         folder = Path(path)
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: is not a folder; a model is a folder in HF layout")
-        config = ModelConfig.from_folder(folder)
+        config, scheme = describe(folder)
+        if scheme is not None:
+            raise CheckpointError(f"{folder}: {scheme.method} checkpoints are not served yet")
         return cls(folder, config, _stored(folder))
 
 

@@ -18,6 +18,7 @@ from arriero.kernels.quant import QuantizedWeight, quantize_fp8, quantize_int4, 
 from arriero.shards.checkpoint.llama_names import EMBEDDING, FINAL_NORM, HEAD
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.mesh import Mesh
+from arriero.shards.models.config import ModelConfig
 from arriero.shards.partition import SlicePart
 
 QUANTIZERS: dict[str, Callable[[Tensor], QuantizedWeight]] = {
@@ -47,9 +48,10 @@ class LlamaSlice:
         block_size: int,
         progress: Progress = lambda done, total: None,
     ) -> None:
-        self.config, self.part, self.ops, self.mesh = checkpoint.config, part, ops, mesh
-        config = self.config
-        loader = _Loader(checkpoint, part, ops, dtype, quantization)
+        config = checkpoint.config
+        assert isinstance(config, ModelConfig), "a checkpoint of a dense Llama"
+        self.config, self.ops, self.mesh, self.dtype = config, ops, mesh, dtype
+        loader = _Loader(checkpoint, config, part, ops, dtype, quantization)
         steps = part.layers.size + part.first_stage + part.last_stage
         self._layers: list[DenseLayer] = []
         for index in range(part.layers.start, part.layers.stop):
@@ -89,6 +91,11 @@ class LlamaSlice:
             total += self.head.nbytes
         return total + (self.norm_H.nbytes if self.norm_H is not None else 0)
 
+    @property
+    def kv_nbytes(self) -> int:
+        """Bytes of the KV cache."""
+        return self.kv.nbytes
+
     def embed(self, tokens_T: Tensor) -> Tensor:
         """Token embeddings, [T, H]: on the first stage."""
         assert self.embedding is not None, "only the first stage embeds"
@@ -109,12 +116,14 @@ class _Loader:
     def __init__(
         self,
         checkpoint: Checkpoint,
+        config: ModelConfig,
         part: SlicePart,
         ops: Ops,
         dtype: torch.dtype,
         quantization: str | None,
     ) -> None:
-        self._source, self._part, self._ops, self._dtype = checkpoint, part, ops, dtype
+        self._source, self._config = checkpoint, config
+        self._part, self._ops, self._dtype = part, ops, dtype
         self._quantize = None if quantization is None else QUANTIZERS[quantization]
 
     def norm(self, name: str) -> Tensor:
@@ -123,7 +132,7 @@ class _Loader:
 
     def layer(self, index: int) -> DenseLayer:
         """One decoder layer's part, by its global index."""
-        config, part = self._source.config, self._part
+        config, part = self._config, self._part
         name = f"model.layers.{index}."
         d = config.head_dim
         q = (part.q_heads.start * d, part.q_heads.stop * d)

@@ -1,0 +1,98 @@
+"""Every family of models that a slice can hold: one entry each.
+
+Knows which class serves which config; knows nothing of what is in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from arriero.kernels.ops import FlatBatch, Ops
+from arriero.shards.checkpoint.formats.stored import AnyPart
+from arriero.shards.checkpoint.reader import Checkpoint
+from arriero.shards.mesh import Mesh
+from arriero.shards.models.llama import LlamaSlice, Progress
+from arriero.shards.models.llama4 import Llama4Slice
+from arriero.shards.models.llama4_config import Llama4Config
+from arriero.shards.partition import SlicePart
+from arriero.shards.partition_moe import MoEPart
+
+
+class ModelSlice(Protocol):
+    """The weights and KV cache of one rank, and the pass through them."""
+
+    dtype: torch.dtype
+    decoder: Callable[[Tensor, FlatBatch], Tensor]
+
+    @property
+    def weights_nbytes(self) -> int:
+        """Bytes of all packed weights."""
+
+    @property
+    def kv_nbytes(self) -> int:
+        """Bytes of the KV cache."""
+
+    def embed(self, tokens_T: Tensor) -> Tensor:
+        """Token embeddings, [T, H]: on the first stage."""
+
+    def logits(self, x_RH: Tensor) -> Tensor:
+        """Logits of the vocabulary rows held here, float32 [R, V]: on the last stage."""
+
+
+def load_slice(
+    checkpoint: Checkpoint,
+    part: AnyPart,
+    mesh: Mesh,
+    ops: Ops,
+    *,
+    dtype: torch.dtype,
+    quantization: str | None,
+    num_blocks: int,
+    num_local_blocks: int,
+    block_size: int,
+    progress: Progress,
+) -> ModelSlice:
+    """Load what `part` holds of a checkpoint.
+
+    Args:
+        checkpoint: open, and checked to hold what its config says.
+        part: of this rank.
+        mesh: of its group.
+        ops: the kernels.
+        dtype: of weights and KV cache.
+        quantization: of the weights while they load, or None.
+        num_blocks: KV blocks of the layers that see everything.
+        num_local_blocks: of those that attend within their chunk.
+        block_size: tokens in a block.
+        progress: called while weights load.
+    """
+    if isinstance(checkpoint.config, Llama4Config):
+        assert isinstance(part, MoEPart), "cut as a Llama 4"
+        return Llama4Slice(
+            checkpoint,
+            part,
+            mesh,
+            ops,
+            dtype=dtype,
+            quantization=quantization,
+            num_blocks=num_blocks,
+            num_local_blocks=num_local_blocks,
+            block_size=block_size,
+            progress=progress,
+        )
+    assert isinstance(part, SlicePart), "cut as a dense Llama"
+    return LlamaSlice(
+        checkpoint,
+        part,
+        mesh,
+        ops,
+        dtype=dtype,
+        quantization=quantization,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        progress=progress,
+    )

@@ -1,0 +1,215 @@
+"""Llama 4's text model: one slice's layers, packed from a checkpoint.
+
+Dense and routed layers alternate as the config says; so do layers that rotate and attend within
+their chunk, and layers that do neither and see everything. Knows that structure and which heads,
+columns and experts this rank holds; each op comes from `Ops`, each sum over ranks from `Mesh`.
+Knows nothing of steps, sequences or sampling.
+
+Shape legend: T tokens, R rows whose logits are wanted, H hidden size, V vocabulary rows held here,
+E experts, F columns of an expert.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from arriero.kernels.ops import AttentionStyle, DenseLayer, KVCacheSpec, Linear, MoELayer, Ops, Vocab
+from arriero.kernels.quant import quantize_int4, quantize_int8
+from arriero.shards.checkpoint.reader import Checkpoint
+from arriero.shards.mesh import Mesh
+from arriero.shards.models.llama import QUANTIZERS, Progress
+from arriero.shards.models.llama4_config import Llama4Config
+from arriero.shards.partition_moe import MoEPart
+
+
+class Llama4Slice:
+    """The weights and KV cache of one rank, and the pass through them."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        part: MoEPart,
+        mesh: Mesh,
+        ops: Ops,
+        *,
+        dtype: torch.dtype,
+        quantization: str | None = None,
+        num_blocks: int,
+        num_local_blocks: int,
+        block_size: int,
+        progress: Progress = lambda done, total: None,
+    ) -> None:
+        config = checkpoint.config
+        assert isinstance(config, Llama4Config), "a Llama 4 checkpoint"
+        self.config, self.ops, self.mesh, self.dtype = config, ops, mesh, dtype
+        loader = _Loader(checkpoint, config, part, ops, dtype, quantization)
+        steps = part.layers.size + part.first_stage + part.last_stage
+        self._layers: list[DenseLayer] = []
+        for index in range(part.layers.start, part.layers.stop):
+            self._layers.append(loader.layer(index))
+            progress(len(self._layers), steps)
+        tied = config.tie_word_embeddings
+        self.embedding = loader.vocab("model.embed_tokens") if part.first_stage else None
+        self.head, self.norm_H = None, None
+        if part.last_stage:
+            shared = self.embedding if tied else None
+            self.head = shared or loader.vocab("model.embed_tokens" if tied else "lm_head")
+            self.norm_H = loader.norm("model.norm")
+        progress(steps, steps)
+        self.kv = ops.kv_cache(
+            KVCacheSpec(
+                num_layers=part.layers.size,
+                num_blocks=num_blocks,
+                num_kv_heads=part.kv_heads.size,
+                head_dim=config.head_dim,
+                block_size=block_size,
+                dtype=dtype,
+            ),
+            mesh.device,
+        )
+        self.decoder = ops.decoder(self._layers, self.kv, mesh.reduce if mesh.tp > 1 else None)
+
+    @property
+    def weights_nbytes(self) -> int:
+        """Bytes of all packed weights, a tied table counted once."""
+        total = sum(_layer_nbytes(layer) for layer in self._layers)
+        if self.embedding is not None:
+            total += self.embedding.nbytes
+        if self.head is not None and self.head is not self.embedding:
+            total += self.head.nbytes
+        return total + (self.norm_H.nbytes if self.norm_H is not None else 0)
+
+    @property
+    def kv_nbytes(self) -> int:
+        """Bytes of the KV cache."""
+        return self.kv.nbytes
+
+    def embed(self, tokens_T: Tensor) -> Tensor:
+        """Token embeddings, [T, H]: on the first stage."""
+        assert self.embedding is not None, "only the first stage embeds"
+        return self.mesh.reduce(self.ops.embed(tokens_T, self.embedding))
+
+    def logits(self, x_RH: Tensor) -> Tensor:
+        """Logits of the vocabulary rows held here, float32 [R, V]: on the last stage."""
+        assert self.head is not None and self.norm_H is not None, "only the last stage has a head"
+        return self.ops.logits(x_RH, self.norm_H, self.config.rms_norm_eps, self.head)
+
+
+def attention_style(config: Llama4Config, layer: int) -> AttentionStyle:
+    """What attention does in a layer, by its global index."""
+    if config.rope_layers[layer]:
+        return AttentionStyle(
+            rope="pairs", qk_norm=config.use_qk_norm, chunk_size=config.attention_chunk_size
+        )
+    scale = (config.attn_scale, config.floor_scale) if config.attn_temperature else None
+    return AttentionStyle(rope="none", query_scale=scale)
+
+
+def _layer_nbytes(layer: DenseLayer) -> int:
+    linears = [layer.qkv, layer.o, layer.gate_up, layer.down]
+    if isinstance(layer, MoELayer):
+        linears += [layer.router, *layer.experts_gate_up, *layer.experts_down]
+    norms = layer.attn_norm_H.nbytes + layer.mlp_norm_H.nbytes
+    return sum(one.nbytes for one in linears) + norms
+
+
+class _Loader:
+    """Reads this rank's rows, columns and experts and packs them; gone once loading is over."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: Llama4Config,
+        part: MoEPart,
+        ops: Ops,
+        dtype: torch.dtype,
+        quantization: str | None,
+    ) -> None:
+        self._source, self._config, self._part = checkpoint, config, part
+        self._ops, self._dtype = ops, dtype
+        self._quantize = None if quantization is None else QUANTIZERS[quantization]
+        self._prefix = "" if config.vision is None else "language_model."
+
+    def norm(self, name: str) -> Tensor:
+        """A norm's weights, float32."""
+        return self._source.tensor(f"{self._prefix}{name}.weight").float().clone()
+
+    def layer(self, index: int) -> DenseLayer:
+        """One decoder layer's part, by its global index."""
+        config, part = self._config, self._part
+        name = f"model.layers.{index}."
+        d = config.head_dim
+        q = (part.q_heads.start * d, part.q_heads.stop * d)
+        kv = (part.kv_heads.start * d, part.kv_heads.stop * d)
+        routed = config.routes(index)
+        span = part.shared_columns if routed else part.columns
+        columns = (span.start, span.stop)
+        attn, mlp = name + "self_attn.", name + "feed_forward."
+        gated = mlp + "shared_expert." if routed else mlp
+        dense = DenseLayer(
+            attn_norm_H=self.norm(name + "input_layernorm"),
+            qkv=self._rows([(attn + "q_proj", *q), (attn + "k_proj", *kv), (attn + "v_proj", *kv)]),
+            o=self._columns(attn + "o_proj", *q),
+            mlp_norm_H=self.norm(name + "post_attention_layernorm"),
+            gate_up=self._rows([(gated + "gate_proj", *columns), (gated + "up_proj", *columns)]),
+            down=self._columns(gated + "down_proj", *columns),
+            num_q_heads=part.q_heads.size,
+            num_kv_heads=part.kv_heads.size,
+            head_dim=d,
+            softmax_scale=d**-0.5,
+            eps=config.rms_norm_eps,
+            style=attention_style(config, index),
+        )
+        return self._routed(dense, mlp) if routed else dense
+
+    def _routed(self, dense: DenseLayer, mlp: str) -> MoELayer:
+        """The layer with its router, which is never quantized, and the experts held here."""
+        config, part = self._config, self._part
+        router = self._source.tensor(f"{self._prefix}{mlp}router.weight")
+        held = range(part.experts.start, part.experts.stop)
+        return MoELayer(
+            **{name: getattr(dense, name) for name in DenseLayer.__slots__},
+            router=self._ops.pack_linear([router], None, self._dtype),
+            experts_gate_up=tuple(self._expert_rows(mlp, one) for one in held),
+            experts_down=tuple(self._expert_columns(mlp, one) for one in held),
+            first_expert=part.experts.start,
+            top_k=config.top_k,
+        )
+
+    def _expert_rows(self, mlp: str, expert: int) -> Linear:
+        """An expert's gate and up: of [E, H, 2F], gate first."""
+        fused_H2F = self._source.tensor(f"{self._prefix}{mlp}experts.gate_up_proj")[expert]
+        span = self._part.expert_columns
+        halves = fused_H2F.chunk(2, dim=-1)
+        return self._pack([half[:, span.start : span.stop].T for half in halves])
+
+    def _expert_columns(self, mlp: str, expert: int) -> Linear:
+        """An expert's down: of [E, F, H]."""
+        down_FH = self._source.tensor(f"{self._prefix}{mlp}experts.down_proj")[expert]
+        span = self._part.expert_columns
+        return self._pack([down_FH[span.start : span.stop].T])
+
+    def _rows(self, parts: list[tuple[str, int, int]]) -> Linear:
+        """A product whose outputs are cut: rows of each named matrix, stacked."""
+        read = self._source.rows
+        return self._pack([read(f"{self._prefix}{name}.weight", a, b) for name, a, b in parts])
+
+    def _columns(self, name: str, start: int, stop: int) -> Linear:
+        """A product whose inputs are cut."""
+        return self._pack([self._source.columns(f"{self._prefix}{name}.weight", start, stop)])
+
+    def _pack(self, weights: list[Tensor]) -> Linear:
+        if self._quantize is None:
+            return self._ops.pack_linear(weights, None, self._dtype)
+        return self._ops.pack_quantized([self._quantize(one) for one in weights], None)
+
+    def vocab(self, name: str) -> Vocab:
+        """This rank's rows of the embedding or of the head."""
+        span = self._part.vocab
+        rows = self._source.rows(f"{self._prefix}{name}.weight", span.start, span.stop)
+        if self._quantize is None:
+            return self._ops.pack_vocab(rows, span.start, self._dtype)
+        # the head is where rounding costs most, and four bits would save least
+        quantize = quantize_int8 if self._quantize is quantize_int4 else self._quantize
+        return self._ops.pack_quantized_vocab(quantize(rows), span.start)
