@@ -12,7 +12,7 @@ import queue
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any
@@ -163,7 +163,7 @@ class RemoteExecutor:
                 first = self._slices[0].hello
                 assert first is not None
                 where = msgpack.packb({"host": first["host"], "port": first["port"]})
-                self._tell_all(b"J", where)
+                self._tell(range(len(self._identities)), b"J", where)
                 joined = True
             if time.monotonic() > deadline:
                 late = [rank for rank, one in enumerate(self._slices) if one.report is None]
@@ -173,8 +173,10 @@ class RemoteExecutor:
         return [one.report for one in self._slices if one.report is not None]
 
     def submit(self, plan: StepPlan) -> None:
-        """Send a plan to every slice."""
-        self._tell_all(b"P", plan.to_bytes())
+        """Send a plan to every slice of its lane."""
+        tp, dp = self._config.tp, self._config.dp
+        ranks = (one for one in range(len(self._identities)) if one // tp % dp == plan.lane)
+        self._tell(ranks, b"P", plan.to_bytes())
 
     def collect(self, timeout_s: float | None = None) -> StepResult | None:
         """Result of the oldest plan outstanding, or None at the time limit.
@@ -207,10 +209,10 @@ class RemoteExecutor:
         if self._folder is not None:
             self._folder.cleanup()
 
-    def _tell_all(self, kind: bytes, body: bytes) -> None:
-        for rank, identity in enumerate(self._identities):
+    def _tell(self, ranks: Iterable[int], kind: bytes, body: bytes) -> None:
+        for rank in ranks:
             try:
-                self._socket.send_multipart([identity, kind, body])
+                self._socket.send_multipart([self._identities[rank], kind, body])
             except zmq.ZMQError as error:
                 self.fail(self._watch() or f"slice {rank} cannot be reached: {error}")
                 raise self._failure or GroupFailed(str(error)) from None

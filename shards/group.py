@@ -6,6 +6,7 @@ Knows numbers and paths; knows nothing of where the slices run (that is `cluster
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +26,8 @@ class GroupConfig:
         dp: data-parallel attention (mixtures of experts only): so many times `tp` slices of a
             stage, each `tp` of them with sequences of their own.
         ep: parts that each layer's experts are dealt to; None for one to each slice of a stage.
+        expert_wire: how rows travel to experts on other ranks: "float32", "bfloat16", or "fp8"
+            (with a scale for each row; results come back in bfloat16); None: as `dtype` says.
         tp_shares: relative size of each tp rank's share; None for as even as heads allow.
         layer_split: layers of each stage; None splits by cost.
         device: "cpu" or "cuda".
@@ -46,6 +49,7 @@ class GroupConfig:
     pp: int = 1
     dp: int = 1
     ep: int | None = None
+    expert_wire: Literal["float32", "bfloat16", "fp8"] | None = None
     tp_shares: tuple[float, ...] | None = None
     layer_split: tuple[int, ...] | None = None
     device: str = "cpu"

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 
 from arriero.shards.checkpoint.formats.stored import AnyPart
+from arriero.shards.exchange import DirectExchange, Exchange, TwoLevelExchange, topology
 from arriero.shards.watchdog import Watchdog
 
 TIMEOUT_S = 120.0
@@ -54,6 +55,8 @@ class Mesh:
         self.watchdog = Watchdog(part.rank, timeout_s, _abort)
         self._timeout = timedelta(seconds=timeout_s)
         self._tp_group: dist.ProcessGroup | None = None
+        self._stage_group: dist.ProcessGroup | None = None
+        self._exchange: Exchange | None = None
         self._sending: deque[tuple[dist.Work, Tensor]] = deque()
 
     @property
@@ -90,6 +93,57 @@ class Mesh:
             group = dist.new_group(ranks, timeout=self._timeout)
             if first == self._first and self.tp > 1:
                 self._tp_group = group
+
+        if self.dp > 1:
+            self._join_stages(store, host)
+
+    def _join_stages(self, store: Store, host: str) -> None:
+        """Make the groups in which each stage's ranks exchange rows for experts."""
+        world, size = self.tp * self.dp * self.pp, self.stage_size
+        store.set(f"host/{self.part.rank}", host)
+        hosts = [store.get(f"host/{rank}").decode() for rank in range(world)]
+        for first in range(0, world, size):
+            ranks = list(range(first, first + size))
+            stage = dist.new_group(ranks, timeout=self._timeout)
+            per_node = topology(hosts[first : first + size])
+            nodes = [ranks[i : i + per_node] for i in range(0, size, per_node or size)]
+            rails = [ranks[place::per_node] for place in range(per_node)]
+            of_nodes, of_rails = (
+                [(one, dist.new_group(one, timeout=self._timeout)) for one in kind if per_node]
+                for kind in (nodes, rails)
+            )
+            if self.part.rank not in ranks:
+                continue
+            self._stage_group = stage
+            self._exchange = DirectExchange(self.stage_rank, stage)
+            if per_node:
+                node, rail = (
+                    next(group for ranks, group in kind if self.part.rank in ranks)
+                    for kind in (of_nodes, of_rails)
+                )
+                self._exchange = TwoLevelExchange(self.stage_rank, per_node, node, rail)
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks of a stage."""
+        return self.tp * self.dp
+
+    @property
+    def stage_rank(self) -> int:
+        """This rank's place in its stage."""
+        return self.part.rank % self.stage_size
+
+    @property
+    def stage_group(self) -> dist.ProcessGroup:
+        """Of the ranks of this stage."""
+        assert self._stage_group is not None, "joined, with data-parallel ranks"
+        return self._stage_group
+
+    @property
+    def exchange(self) -> Exchange:
+        """Over the ranks of this stage."""
+        assert self._exchange is not None, "joined, with data-parallel ranks"
+        return self._exchange
 
     def leave(self) -> None:
         """Give the process group back."""

@@ -21,12 +21,12 @@ from arriero.kernels.select import ops_for
 from arriero.shards.checkpoint.formats.stored import tensors_due
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.group import GroupConfig
-from arriero.shards.layout import parts_of
+from arriero.shards.layout import attention_chunk, parts_of
 from arriero.shards.mesh import Mesh
 from arriero.shards.models.families import load_slice
 from arriero.shards.models.llama import Progress
 from arriero.shards.plan import Logprobs, StepPlan, StepResult
-from arriero.shards.sequences import Rope, SequenceTable
+from arriero.shards.sequences import LocalTable, Rope, SequenceTable
 
 PROMPT_LOGPROB_ROWS = 128
 """Prompt rows whose logits are held at once: bounds their memory to a few MB a thousand tokens."""
@@ -61,6 +61,8 @@ class Runner:
     table_type: type[SequenceTable] = SequenceTable
     spare_blocks = 0
     """KV blocks beyond the configured ones, for the runner's own use."""
+    spare_slots = 0
+    """Slots beyond the configured ones, likewise."""
 
     def __init__(
         self,
@@ -82,7 +84,7 @@ class Runner:
         assert config.num_blocks is not None and config.max_model_len is not None, "unresolved"
         self._model = load_slice(
             checkpoint,
-            part,
+            parts,
             self.mesh,
             self._ops,
             dtype=getattr(torch, config.dtype),
@@ -90,6 +92,7 @@ class Runner:
             num_blocks=config.num_blocks + self.spare_blocks,
             num_local_blocks=(config.num_local_blocks or 0) + self.spare_blocks,
             block_size=config.block_size,
+            wire=config.expert_wire,
             progress=progress,
         )
         self._hidden_size = model.hidden_size
@@ -100,6 +103,7 @@ class Runner:
             vocab_size=model.vocab_size,
             rope=Rope(model.inv_freq(), config.max_model_len, device),
             device=device,
+            local=self._local_table(config, attention_chunk(model)),
         )
         first = rank - part.tp_rank
         self._vocab_sizes = [one.vocab.size for one in parts[first : first + config.tp]]
@@ -107,6 +111,16 @@ class Runner:
         self.load_s = time.perf_counter() - started
         self.weights_nbytes, self.kv_nbytes = self._model.weights_nbytes, self._model.kv_nbytes
         self.kernels = self._ops.name
+
+    def _local_table(self, config: GroupConfig, chunk: int) -> LocalTable | None:
+        if not chunk:
+            return None
+        return LocalTable(
+            max_sequences=config.max_sequences + self.spare_slots,
+            chunk=chunk,
+            max_batch_tokens=config.max_batch_tokens,
+            block_size=config.block_size,
+        )
 
     def launch(self, plan: StepPlan) -> Pending | None:
         """Begin one plan; the rank that samples gives what to wait for, the others None."""
@@ -130,10 +144,15 @@ class Runner:
             logprobs=_logprobs(sampled),
             prompt_logprobs=prompt_logprobs,
             elapsed_us=(time.perf_counter_ns() - started) // 1000,
+            lane=plan.lane,
         )
 
     def _compute(self, plan: StepPlan) -> tuple[Sampled | None, Logprobs | None] | None:
         """What an applied plan's step gives, where this rank samples; else None."""
+        if not len(plan.slots):
+            self.phase = "layers"
+            self._model.sit_out()
+            return (None, None) if self.mesh.samples else None
         tokens_T, batch = self._table.batch(plan)
         self.phase = "layers"
         part = self.mesh.part

@@ -22,6 +22,7 @@ from arriero.shards.layout import attention_chunk, local_layers, parts_of
 from arriero.shards.models.llama4_config import Llama4Config
 from arriero.shards.partition import Span
 from arriero.shards.partition_moe import MoEPart
+from arriero.shards.resolve import num_kv_blocks
 
 MAX_RANKS = 4096
 """Of a group; beyond it a plan would take minutes."""
@@ -382,16 +383,32 @@ def _pools(
 ) -> list[int]:
     """The pool of each rank: the same number of blocks everywhere, as the leader deals them."""
     scratch = SCRATCH_BLOCKS if device.cuda else 0
-    if demand.num_blocks is not None:
-        num_blocks = demand.num_blocks + scratch
+    chunk = attention_chunk(config)
+    num_local = 0
+    if chunk:
+        if demand.num_blocks is None and demand.kv_bytes is None:
+            # two pools, whose blocks are of different numbers: each rank gives all that is left
+            return [max(0, rank.room) for rank in ranks]
+        asked = GroupConfig(
+            model_path="",
+            block_size=demand.block_size,
+            kv_bytes=demand.kv_bytes,
+            num_blocks=demand.num_blocks,
+            max_sequences=demand.max_sequences,
+        )
+        full = sum(rank.kv_global_block for rank in ranks)
+        local = sum(rank.kv_local_block for rank in ranks)
+        num_blocks, num_local = num_kv_blocks(asked, chunk, demand.context, full, local)
+    elif demand.num_blocks is not None:
+        num_blocks = demand.num_blocks
     elif demand.kv_bytes is not None:
-        num_blocks = demand.kv_bytes // sum(rank.kv_block for rank in ranks) + scratch
-    elif isinstance(config, Llama4Config):
-        # two pools, whose blocks are of different numbers: each rank gives all that is left
-        return [max(0, rank.room) for rank in ranks]
+        num_blocks = demand.kv_bytes // sum(rank.kv_block for rank in ranks)
     else:
-        num_blocks = max(0, min(rank.room // rank.kv_block for rank in ranks))
-    return [num_blocks * rank.kv_block for rank in ranks]
+        num_blocks = max(0, min(rank.room // rank.kv_block for rank in ranks)) - scratch
+    return [
+        (num_blocks + scratch) * rank.kv_global_block + (num_local + scratch) * rank.kv_local_block
+        for rank in ranks
+    ]
 
 
 def num_graphs(max_sequences: int) -> int:

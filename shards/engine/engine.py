@@ -14,8 +14,8 @@ from dataclasses import replace
 from time import perf_counter_ns
 
 from arriero.shards.engine.blocks import CacheListener
+from arriero.shards.engine.lanes import Lanes
 from arriero.shards.engine.limits import check_request
-from arriero.shards.engine.scheduler import Scheduler
 from arriero.shards.engine.types import (
     EngineConfig,
     EngineRequest,
@@ -63,7 +63,7 @@ class Engine:
         self._executor = executor
         self._on_outputs = on_outputs
         self._on_failure = on_failure
-        self._scheduler = Scheduler(config, on_event=on_event)
+        self._scheduler = Lanes(config, on_event=on_event)
         self._outputs: list[SequenceOutput] = []
         self._means = _Means()
         self._thread: threading.Thread | None = None
@@ -174,8 +174,9 @@ class Engine:
 
     def _submit_plans(self) -> None:
         begun = perf_counter_ns()
-        while (plan := self._scheduler.schedule()) is not None:
-            self._executor.submit(plan)
+        while plans := self._scheduler.schedule():
+            for plan in plans:
+                self._executor.submit(plan)
         self._means.note("schedule", perf_counter_ns() - begun)
 
     def _collect_oldest(self) -> None:

@@ -16,13 +16,17 @@ class EngineConfig:
     Attributes:
         max_model_len: most tokens of a sequence, prompt and output together.
         block_size: tokens in a KV block.
-        num_blocks: KV blocks of the pool, the same on every slice.
+        num_blocks: KV blocks of the pool, the same on every slice; of each dp rank.
+        attention_chunk: tokens of a chunk, where some layers attend within theirs only and have a
+            pool of their own; 0 for none. A multiple of `block_size`.
+        num_local_blocks: KV blocks of that pool.
         max_sequences: most sequences in slots at once.
         max_batch_tokens: the token budget of a step; prefill is cut into chunks to fit.
         max_queued: most requests that wait; one more is refused with `Overloaded`.
         prefix_cache: find and keep prefix blocks.
         pipeline_depth: most steps in flight (2 hides the plan's making behind the step before;
             more with pipeline stages: one micro-batch a stage).
+        num_lanes: data-parallel ranks, each with slots, blocks and a step's tokens of its own.
         vocab_size: token ids run below it.
         eos_token_ids: the model's own end tokens.
         cache_salt: digest of model and revision; the root of every block's key.
@@ -31,12 +35,15 @@ class EngineConfig:
     max_model_len: int
     block_size: int = 16
     num_blocks: int
+    attention_chunk: int = 0
+    num_local_blocks: int = 0
     max_sequences: int = 256
     max_batch_tokens: int = 2048
     max_queued: int = 4096
     prefix_cache: bool = True
     pipeline_depth: int = 2
     num_stages: int = 1
+    num_lanes: int = 1
     vocab_size: int
     eos_token_ids: tuple[int, ...] = ()
     cache_salt: bytes = b""
@@ -112,6 +119,8 @@ class EngineStats:
     blocks_used: int = 0
     blocks_cached: int = 0
     blocks_total: int = 0
+    local_blocks_used: int = 0
+    local_blocks_total: int = 0
     steps: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -128,7 +137,7 @@ class Executor(Protocol):
     """
 
     def submit(self, plan: StepPlan) -> None:
-        """Send a plan to every slice."""
+        """Send a plan to every slice of its lane."""
 
     def collect(self, timeout_s: float | None = None) -> StepResult | None:
         """Result of the oldest plan outstanding, or None at the time limit."""

@@ -5,7 +5,7 @@ Knows which class serves which config; knows nothing of what is in them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from arriero.kernels.ops import FlatBatch, Ops
 from arriero.shards.checkpoint.formats.stored import AnyPart
 from arriero.shards.checkpoint.reader import Checkpoint
+from arriero.shards.experts import Placement, Wire
 from arriero.shards.mesh import Mesh
 from arriero.shards.models.llama import LlamaSlice, Progress
 from arriero.shards.models.llama4 import Llama4Slice
@@ -36,6 +37,9 @@ class ModelSlice(Protocol):
     def kv_nbytes(self) -> int:
         """Bytes of the KV cache."""
 
+    def sit_out(self) -> None:
+        """A step in which other data-parallel ranks have tokens, and this one has none."""
+
     def embed(self, tokens_T: Tensor) -> Tensor:
         """Token embeddings, [T, H]: on the first stage."""
 
@@ -45,7 +49,7 @@ class ModelSlice(Protocol):
 
 def load_slice(
     checkpoint: Checkpoint,
-    part: AnyPart,
+    parts: Sequence[AnyPart],
     mesh: Mesh,
     ops: Ops,
     *,
@@ -54,13 +58,14 @@ def load_slice(
     num_blocks: int,
     num_local_blocks: int,
     block_size: int,
+    wire: Wire | None,
     progress: Progress,
 ) -> ModelSlice:
     """Load what `part` holds of a checkpoint.
 
     Args:
         checkpoint: open, and checked to hold what its config says.
-        part: of this rank.
+        parts: of every rank.
         mesh: of its group.
         ops: the kernels.
         dtype: of weights and KV cache.
@@ -68,8 +73,10 @@ def load_slice(
         num_blocks: KV blocks of the layers that see everything.
         num_local_blocks: of those that attend within their chunk.
         block_size: tokens in a block.
+        wire: how rows travel to experts on other ranks; None: as the weights are.
         progress: called while weights load.
     """
+    part = mesh.part
     if isinstance(checkpoint.config, Llama4Config):
         assert isinstance(part, MoEPart), "cut as a Llama 4"
         return Llama4Slice(
@@ -82,6 +89,10 @@ def load_slice(
             num_blocks=num_blocks,
             num_local_blocks=num_local_blocks,
             block_size=block_size,
+            placement=Placement.even(
+                [one.experts.size for one in parts[: mesh.stage_size] if isinstance(one, MoEPart)]
+            ),
+            wire=wire,
             progress=progress,
         )
     assert isinstance(part, SlicePart), "cut as a dense Llama"

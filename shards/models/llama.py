@@ -96,6 +96,9 @@ class LlamaSlice:
         """Bytes of the KV cache."""
         return self.kv.nbytes
 
+    def sit_out(self) -> None:
+        """A step without tokens: nothing to do."""
+
     def embed(self, tokens_T: Tensor) -> Tensor:
         """Token embeddings, [T, H]: on the first stage."""
         assert self.embedding is not None, "only the first stage embeds"

@@ -14,9 +14,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from arriero.kernels.ops import AttentionStyle, DenseLayer, KVCacheSpec, Linear, MoELayer, Ops, Vocab
+from arriero.kernels.ops import (
+    AttentionStyle,
+    DenseLayer,
+    KVCache,
+    KVCacheSpec,
+    Linear,
+    MoELayer,
+    Ops,
+    Vocab,
+)
 from arriero.kernels.quant import quantize_int4, quantize_int8
 from arriero.shards.checkpoint.reader import Checkpoint
+from arriero.shards.experts import ExpertParallel, Placement, Wire
 from arriero.shards.mesh import Mesh
 from arriero.shards.models.llama import QUANTIZERS, Progress
 from arriero.shards.models.llama4_config import Llama4Config
@@ -38,8 +48,26 @@ class Llama4Slice:
         num_blocks: int,
         num_local_blocks: int,
         block_size: int,
+        placement: Placement,
+        wire: Wire | None = None,
         progress: Progress = lambda done, total: None,
     ) -> None:
+        """Load.
+
+        Args:
+            checkpoint: open, and checked to hold what its config says.
+            part: of this rank.
+            mesh: of its group; `join` may come later.
+            ops: the kernels.
+            dtype: of weights and KV cache.
+            quantization: of the weights while they load, or None.
+            num_blocks: KV blocks of the layers that see everything.
+            num_local_blocks: of those that attend within their chunk.
+            block_size: tokens in a block.
+            placement: of the experts over the ranks of a stage.
+            wire: how rows travel to experts on other ranks; None: as the weights are.
+            progress: called while weights load.
+        """
         config = checkpoint.config
         assert isinstance(config, Llama4Config), "a Llama 4 checkpoint"
         self.config, self.ops, self.mesh, self.dtype = config, ops, mesh, dtype
@@ -57,18 +85,33 @@ class Llama4Slice:
             self.head = shared or loader.vocab("model.embed_tokens" if tied else "lm_head")
             self.norm_H = loader.norm("model.norm")
         progress(steps, steps)
-        self.kv = ops.kv_cache(
-            KVCacheSpec(
-                num_layers=part.layers.size,
+        local = sum(layer.style.chunk_size > 0 for layer in self._layers)
+
+        def cache(num_layers: int, num_blocks: int) -> KVCache | None:
+            if not num_layers:
+                return None
+            spec = KVCacheSpec(
+                num_layers=num_layers,
                 num_blocks=num_blocks,
                 num_kv_heads=part.kv_heads.size,
                 head_dim=config.head_dim,
                 block_size=block_size,
                 dtype=dtype,
-            ),
-            mesh.device,
+            )
+            return ops.kv_cache(spec, mesh.device)
+
+        self.kv = cache(len(self._layers) - local, num_blocks)
+        self.local_kv = cache(local, num_local_blocks)
+        self._experts: ExpertParallel | None = None
+        if mesh.dp > 1:
+            self._experts = ExpertParallel(mesh, ops, placement, wire or _wire(dtype))
+        self.decoder = ops.decoder(
+            self._layers,
+            self.kv,
+            mesh.reduce if mesh.tp > 1 else None,
+            local_kv=self.local_kv,
+            experts=self._experts,
         )
-        self.decoder = ops.decoder(self._layers, self.kv, mesh.reduce if mesh.tp > 1 else None)
 
     @property
     def weights_nbytes(self) -> int:
@@ -82,8 +125,16 @@ class Llama4Slice:
 
     @property
     def kv_nbytes(self) -> int:
-        """Bytes of the KV cache."""
-        return self.kv.nbytes
+        """Bytes of the KV caches: of layers that see everything, and of those that do not."""
+        return sum(one.nbytes for one in (self.kv, self.local_kv) if one is not None)
+
+    def sit_out(self) -> None:
+        """A step without tokens: the experts held here serve the other ranks' tokens."""
+        if self._experts is not None:
+            x_TH = torch.empty(0, self.config.hidden_size, device=self.mesh.device)
+            for layer in self._layers:
+                if isinstance(layer, MoELayer):
+                    self._experts(x_TH, layer)
 
     def embed(self, tokens_T: Tensor) -> Tensor:
         """Token embeddings, [T, H]: on the first stage."""
@@ -94,6 +145,10 @@ class Llama4Slice:
         """Logits of the vocabulary rows held here, float32 [R, V]: on the last stage."""
         assert self.head is not None and self.norm_H is not None, "only the last stage has a head"
         return self.ops.logits(x_RH, self.norm_H, self.config.rms_norm_eps, self.head)
+
+
+def _wire(dtype: torch.dtype) -> Wire:
+    return "float32" if dtype == torch.float32 else "bfloat16"
 
 
 def attention_style(config: Llama4Config, layer: int) -> AttentionStyle:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,9 @@ def case(name: str, root: pytest.TempPathFactory) -> Case:
     return _MADE[name]
 
 
-def oracle(path: Path, prompts: list[list[int]]) -> tuple[list[list[int]], list[torch.Tensor]]:
+def oracle(
+    path: Path, prompts: list[list[int]], new: int = NEW
+) -> tuple[list[list[int]], list[torch.Tensor]]:
     """One unpadded sequence at a time, with transformers' own cache."""
     import transformers
 
@@ -66,7 +68,7 @@ def oracle(path: Path, prompts: list[list[int]]) -> tuple[list[list[int]], list[
     with torch.inference_mode():
         for prompt in prompts:
             ids, cache, drawn, rows = torch.tensor([prompt]), None, [], []
-            for _ in range(NEW):
+            for _ in range(new):
                 got = model(input_ids=ids, past_key_values=cache, use_cache=True)
                 cache = got.past_key_values
                 rows.append(got.logits[0, -1].log_softmax(-1))
@@ -119,13 +121,58 @@ def test_prefill_cuts(step_tokens: int, tmp_path_factory: pytest.TempPathFactory
         check(group, made)
 
 
+LAYOUTS: dict[str, dict[str, int]] = {
+    "TP2 EP2": {"tp": 2},
+    "TP2, columns of experts": {"tp": 2, "ep": 1},
+    "PP2": {"pp": 2},
+    "DP2 EP2": {"dp": 2},
+    "TP4 EP4": {"tp": 4},
+    "DP4 EP4": {"dp": 4},
+    "TP2 DP2 EP4": {"tp": 2, "dp": 2},
+    "PP2 DP2 EP2": {"pp": 2, "dp": 2},
+    "PP2 TP2 EP2": {"pp": 2, "tp": 2},
+}
+QUICK = ("TP2 EP2", "PP2", "DP2 EP2")
+
+
 @pytest.mark.parametrize(
-    "layout", [{"tp": 2}, {"pp": 2}], ids=lambda one: "-".join(f"{k}{v}" for k, v in one.items())
+    "layout",
+    [pytest.param(one, marks=() if one in QUICK else pytest.mark.slow) for one in LAYOUTS],
 )
 @pytest.mark.parametrize("name", ["scout", "maverick"])
-def test_several_slices(
-    name: str, layout: dict[str, int], tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_several_slices(name: str, layout: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     made = case(name, tmp_path_factory)
-    with running(group_config(made.path, **layout)) as group:
+    with running(group_config(made.path, **LAYOUTS[layout])) as group:
         check(group, made)
+        stats = group.engine.stats()
+        assert stats.blocks_used == 0 and stats.local_blocks_used == 0
+
+
+def test_a_prefix_is_found_inside_a_chunk(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Hits that end inside a chunk, on its boundary, and where its local blocks are gone."""
+    made = case("maverick", tmp_path_factory)
+    prompt, tokens = made.prompts[-1], made.tokens[-1]
+    params = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True, seed=0)
+    with running(group_config(made.path)) as group:
+        first = group.generate([prompt], params)[0]
+        assert first.tokens == tokens and first.num_cached == 0
+        text = prompt + tokens
+        for cut in (105, 112, 119, 128, 130, 250):
+            answer = group.generate([text[:cut]], replace(params, max_tokens=40))[0]
+            assert answer.tokens == text[cut : cut + 40]
+            assert answer.num_cached == (cut - 1) // 8 * 8
+    # 20 local blocks are ten chunks: a long text drives the early ones out
+    with running(group_config(made.path, num_local_blocks=20)) as group:
+        group.generate([prompt], params)
+        answer = group.generate([text[:60]], replace(params, max_tokens=40))[0]
+        assert answer.tokens == oracle(made.path, [text[:60]], 40)[0][0]
+        assert answer.num_cached == 48, "the chunk's boundary, where no local block is needed"
+
+
+def test_pre_emption(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Either pool too small for all: sequences leave, come back, and say the same."""
+    made = case("maverick", tmp_path_factory)
+    for small in ({"num_blocks": 60}, {"num_local_blocks": 5}):
+        with running(group_config(made.path, prefix_cache=False, **small)) as group:
+            check(group, made)
+            assert group.engine.stats().preemptions > 0

@@ -127,10 +127,8 @@ def tiny_llama(
     return config
 
 
-def tiny_llama4(
-    path: Path,
+def llama4_settings(
     *,
-    seed: int = 0,
     layers: int = 4,
     hidden: int = 64,
     intermediate: int = 48,
@@ -148,9 +146,9 @@ def tiny_llama4(
     vocab: int = 128,
     max_positions: int = 1024,
     dtype: str = "float32",
-) -> Llama4Config:
-    """Write a text-only Llama 4: Scout-like as it stands, Maverick-like with `moe_step` 2."""
-    settings: dict[str, Any] = {
+) -> dict[str, Any]:
+    """config.json of a text-only Llama 4: Scout-like; with `moe_step` 2 Maverick-like."""
+    return {
         "architectures": ["Llama4ForCausalLM"],
         "model_type": "llama4_text",
         "vocab_size": vocab,
@@ -181,9 +179,14 @@ def tiny_llama4(
         "pad_token_id": None,
         "torch_dtype": dtype,
     }
-    config = Llama4Config.from_dict(settings)
+
+
+def tiny_llama4(path: Path, *, seed: int = 0, **settings: Any) -> Llama4Config:  # noqa: ANN401
+    """Write a seeded Llama 4 of `llama4_settings`."""
+    made = llama4_settings(**settings)
+    config = Llama4Config.from_dict(made)
     path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps(settings, indent=2))
+    (path / "config.json").write_text(json.dumps(made, indent=2))
     write_safetensors(path / "model.safetensors", llama4_weights(config, seed))
     return config
 

@@ -75,6 +75,7 @@ class _Occupant:
     new: NewSequence
     params: SamplingParams
     blocks: dict[int, int] = field(default_factory=dict)
+    local: dict[int, int] = field(default_factory=dict)
     last: int | None = None
 
 
@@ -84,6 +85,7 @@ class FakeSlice:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.kv = [[NOTHING] * config.block_size for _ in range(config.num_blocks)]
+        self.local = [[NOTHING] * config.block_size for _ in range(config.num_local_blocks)]
         self.slots: dict[int, _Occupant] = {}
         self.step = 0
 
@@ -108,6 +110,13 @@ class FakeSlice:
         ):
             assert index == len(self.slots[slot].blocks), "a gap in a block table"
             self.slots[slot].blocks[index] = block
+        for slot, index, block in zip(
+            plan.local_slots.tolist(),
+            plan.local_index.tolist(),
+            plan.local_ids.tolist(),
+            strict=True,
+        ):
+            self.slots[slot].local[index] = block
 
         ends = np.cumsum(plan.counts).tolist()
         prompt_rows = plan.prompt_rows.tolist() or [0] * len(plan.slots)
@@ -127,7 +136,11 @@ class FakeSlice:
                     token = one.last
                 block, offset = divmod(position, config.block_size)
                 self.kv[one.blocks[block]][offset] = (position, token)
+                if config.attention_chunk:
+                    self.local[one.local[block]][offset] = (position, token)
             seen = self._read(one, start + count)
+            if config.attention_chunk:
+                self._read_chunks(one, start, seen)
             if prompt_rows[row]:
                 following = [
                     seen[p + 1] if p + 1 < len(seen) else None for p in range(start, start + count)
@@ -157,6 +170,14 @@ class FakeSlice:
             assert at == position, f"position {position} reads what was written for {at}"
             seen.append(token)
         return seen
+
+    def _read_chunks(self, one: _Occupant, start: int, seen: list[int]) -> None:
+        """What the tokens from `start` on see of their chunks is what was written there."""
+        chunk = self.config.attention_chunk
+        for position in range(start // chunk * chunk, len(seen)):
+            block, offset = divmod(position, self.config.block_size)
+            found = self.local[one.local[block]][offset]
+            assert found == (position, seen[position]), f"chunk-local position {position}: {found}"
 
     def _prompt_logprobs(self, plan: StepPlan, rows: dict[int, list]) -> Logprobs:  # type: ignore[type-arg]
         out = []
