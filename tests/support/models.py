@@ -131,7 +131,7 @@ def llama4_settings(
     *,
     layers: int = 4,
     hidden: int = 64,
-    intermediate: int = 48,
+    intermediate: int = 64,
     intermediate_mlp: int = 96,
     heads: int = 4,
     kv_heads: int = 2,
