@@ -50,7 +50,7 @@ class CpuKVCache(KVCache):
         head_bytes = groups * (key_bytes + value_bytes + scale_bytes)
         block_bytes = head_bytes * spec.num_kv_heads
         layer_bytes = block_bytes * spec.num_blocks
-        self._data = large_zeros(library, layer_bytes * spec.num_layers)
+        self._data = large_zeros(layer_bytes * spec.num_layers)
         self.struct = Cache(
             data=self._data.data_ptr(),
             layer_bytes=layer_bytes,

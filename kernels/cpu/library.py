@@ -155,7 +155,6 @@ class Library:
         self._dll.arriero_machine.restype = ctypes.c_void_p
         self._dll.arriero_machine.argtypes = (_I32, _I32)
         self._dll.arriero_machine_free.argtypes = (_P,)
-        self._dll.arriero_advise_large.argtypes = (_P, _I64)
         self.rounds_inputs = bool(self._dll.arriero_rounds_inputs())
         for name, types in _SIGNATURES.items():
             function = getattr(self._dll, f"arriero_{name}")
@@ -172,10 +171,6 @@ class Library:
         if getattr(self, f"_{name}")(*arguments):
             why = self._dll.arriero_failure().decode()
             raise ValueError(f"{name}: {why}")
-
-    def advise_large(self, address: int, num_bytes: int) -> None:
-        """Ask for large pages behind memory that nothing has touched yet."""
-        self._dll.arriero_advise_large(address, num_bytes)
 
     def machine(self, num_threads: int, exact: bool) -> Machine:
         """Start a set of threads."""

@@ -5,7 +5,9 @@ Knows the packed layout's sizes (native/matrix.h) and lifetimes; refuses to know
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -40,11 +42,17 @@ class Packed:
         return ctypes.addressof(self.struct)
 
 
-def large_zeros(library: Library, num_bytes: int) -> Tensor:
-    """Zeroed bytes, on large pages where the system gives them."""
-    data = torch.zeros(num_bytes, dtype=torch.uint8)
-    library.advise_large(data.data_ptr(), num_bytes)
-    return data
+def large_zeros(num_bytes: int) -> Tensor:
+    """Zeroed bytes, on large pages where the system gives them.
+
+    The advice must come before the first touch, which torch's own zeros would be; so a page costs
+    nothing until it is used, and a pool of gigabytes is there at once.
+    """
+    buffer = mmap.mmap(-1, max(num_bytes, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without large pages
+            buffer.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(buffer, dtype=torch.uint8, count=max(num_bytes, 1))[:num_bytes]
 
 
 def pack_plain(
@@ -71,7 +79,7 @@ def pack_plain(
     out_features = sum(w.shape[0] for w in weights_OI)
     panels = -(-out_features // PANEL)
     pairs = -(-in_features // 2)
-    data = large_zeros(library, panels * pairs * 2 * PANEL * dtype.itemsize)
+    data = large_zeros(panels * pairs * 2 * PANEL * dtype.itemsize)
     tensors = [data]
     struct = Matrix(
         out_features=out_features,
@@ -116,7 +124,7 @@ def pack_quantized(
     out_features = sum(w.out_features for w in weights)
     pairs = -(-first.in_features // 2)
     panels = -(-out_features // PANEL)
-    data = large_zeros(library, panels * pairs * PANEL * (1 if first.kind == "int4" else 2))
+    data = large_zeros(panels * pairs * PANEL * (1 if first.kind == "int4" else 2))
     scale_GO = _columns([w.scales for w in weights])
     tensors = [data, scale_GO]
     struct = Matrix(
