@@ -46,11 +46,13 @@ def balanced(loads_E: Loads, slots_R: Sequence[int], now: Placement | None = Non
         now: the placement in force, kept where the new one would be hardly better.
 
     Raises:
-        ValueError: fewer slots than experts.
+        ValueError: fewer slots than experts, or a rank without any.
     """
     num_experts, total = len(loads_E), sum(slots_R)
-    if total < num_experts:
-        raise ValueError(f"{num_experts} experts do not fit {total} slots")
+    if total < num_experts or min(slots_R) < 1:
+        raise ValueError(
+            f"{num_experts} experts do not fit {list(slots_R)} slots, one at least each"
+        )
     most = len(slots_R)
     copies_E = np.ones(num_experts, dtype=np.int64)
     for _ in range(total - num_experts):
