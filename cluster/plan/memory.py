@@ -84,7 +84,8 @@ class Demand:
         block_size: tokens of a KV block.
         kv_dtype: of the cache.
         kv_bytes: of the whole group's pool; None takes what is left.
-        num_blocks: outright, instead of `kv_bytes`.
+        num_blocks: outright, instead of `kv_bytes`; of each dp rank.
+        num_local_blocks: likewise, of the chunk-local pool.
         spare_experts: second copies of hot experts that a rank keeps in each routed layer.
         reserve_bytes: None takes the device's context and `RESERVE_SHARE` of its memory.
     """
@@ -96,6 +97,7 @@ class Demand:
     kv_dtype: str = "bfloat16"
     kv_bytes: int | None = None
     num_blocks: int | None = None
+    num_local_blocks: int | None = None
     spare_experts: int = 0
     reserve_bytes: int | None = None
 
@@ -394,6 +396,7 @@ def _pools(
             block_size=demand.block_size,
             kv_bytes=demand.kv_bytes,
             num_blocks=demand.num_blocks,
+            num_local_blocks=demand.num_local_blocks,
             max_sequences=demand.max_sequences,
         )
         full = sum(rank.kv_global_block for rank in ranks)
