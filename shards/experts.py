@@ -144,7 +144,8 @@ def encode(rows_XH: Tensor, wire: Wire) -> Tensor:
         rows_XH = rows_XH.float()
         scale_X1 = rows_XH.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-12) / _FP8_MAX
         levels = (rows_XH / scale_X1).to(torch.float8_e4m3fn).view(torch.uint8)
-        return torch.cat((levels, scale_X1.contiguous().view(torch.uint8)), dim=1)
+        scale_X4 = scale_X1.flatten().view(torch.uint8).view(-1, 4)
+        return torch.cat((levels, scale_X4), dim=1)
     return rows_XH.to(getattr(torch, wire)).contiguous().view(torch.uint8)
 
 

@@ -59,7 +59,8 @@ class Lanes:
     def check_load(self, request_id: str, *, num_pending: int = 0) -> None:
         """As `Scheduler.check_load`; the queue's limit is the group's."""
         waiting = sum(lane.num_waiting for lane in self._lanes)
-        for lane in self._lanes:
+        # the lane that has the id first, since it says what is wrong
+        for lane in sorted(self._lanes, key=lambda one: not one.is_live(request_id)):
             lane.check_load(request_id, num_pending=num_pending + waiting - lane.num_waiting)
 
     def enqueue(self, request: EngineRequest) -> None:

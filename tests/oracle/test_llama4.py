@@ -106,14 +106,17 @@ def check(group: Group, made: Case) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+@pytest.mark.parametrize("kernels", [pytest.param("reference", marks=pytest.mark.slow), "cpu"])
 def test_one_slice(name: str, kernels: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     made = case(name, tmp_path_factory)
     with running(group_config(made.path, kernels=kernels)) as group:
         check(group, made)
 
 
-@pytest.mark.parametrize("step_tokens", [16, 24, 40, 256])
+@pytest.mark.parametrize(
+    "step_tokens",
+    [pytest.param(16, marks=pytest.mark.slow), 24, 40, pytest.param(256, marks=pytest.mark.slow)],
+)
 def test_prefill_cuts(step_tokens: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Prefill cut on chunk boundaries, across them, and not at all."""
     made = case("maverick", tmp_path_factory)
@@ -169,10 +172,26 @@ def test_a_prefix_is_found_inside_a_chunk(tmp_path_factory: pytest.TempPathFacto
         assert answer.num_cached == 48, "the chunk's boundary, where no local block is needed"
 
 
-def test_pre_emption(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Either pool too small for all: sequences leave, come back, and say the same."""
+@pytest.mark.parametrize("small", ["num_blocks", "num_local_blocks"])
+def test_little_room(small: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Either pool too small for all: sequences wait, or leave and come back, and say the same."""
     made = case("maverick", tmp_path_factory)
-    for small in ({"num_blocks": 60}, {"num_local_blocks": 5}):
-        with running(group_config(made.path, prefix_cache=False, **small)) as group:
-            check(group, made)
-            assert group.engine.stats().preemptions > 0
+    room = {"num_blocks": 60} if small == "num_blocks" else {"num_local_blocks": 5}
+    with running(group_config(made.path, prefix_cache=False, **room)) as group:
+        check(group, made)
+        assert small != "num_blocks" or group.engine.stats().preemptions > 0
+
+
+def test_fp8_on_the_wire(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Rows in eight bits: close to the oracle, step by step along its own tokens."""
+    made = case("maverick", tmp_path_factory)
+    params = SamplingParams(temperature=0.0, max_tokens=1, seed=0, prompt_logprobs=0)
+    with running(group_config(made.path, dp=2, expert_wire="fp8")) as group:
+        text = made.prompts[-1] + made.tokens[-1]
+        answer = group.generate([text], params)[0]
+    assert answer.error is None, answer.error
+    far = [
+        abs(one.logprob - float(row[one.token]))
+        for one, row in zip(answer.prompt_logprobs[-NEW:], made.logprobs[-1], strict=True)
+    ]
+    assert TOLERANCE < sorted(far)[NEW // 2] < 0.1

@@ -94,8 +94,9 @@ class FakeSlice:
         assert plan.step == self.step
         self.step += 1
         assert len(plan.slots) == len(set(plan.slots.tolist())), "a sequence twice in a step"
-        assert 0 < plan.counts.sum() <= config.max_batch_tokens
-        assert plan.counts.min() > 0
+        assert plan.counts.sum() <= config.max_batch_tokens
+        assert plan.counts.min(initial=1) > 0
+        assert len(plan.slots) or config.num_lanes > 1, "a plan without rows"
         assert len(plan.tokens) == plan.counts.sum()
         for slot in plan.freed.tolist():
             del self.slots[slot]
@@ -160,6 +161,7 @@ class FakeSlice:
             tokens=int32([token for token, _ in chosen]),
             logprobs=_logprobs(chosen) if any_logprobs else None,
             prompt_logprobs=self._prompt_logprobs(plan, rows) if rows else None,
+            lane=plan.lane,
         )
 
     def _read(self, one: _Occupant, length: int) -> list[int]:
