@@ -108,6 +108,8 @@ class Mesh(_Part):
         ep: parts that the experts are dealt to; None for one to each slice of a stage.
         expert_wire: how rows travel to experts on other slices: float32, bfloat16 or fp8; None: as
             the model's dtype says.
+        spare_experts: slots of each slice, in each layer, for second copies of experts that are
+            asked much; with them experts are moved as the load asks. Needs `dp` > 1.
         tp_shares: relative size of each slice's share, `tp` numbers; None for as even as it goes.
         layer_split: layers of each stage, `pp` numbers; None splits by cost.
     """
@@ -117,6 +119,7 @@ class Mesh(_Part):
     dp: Count = 1
     ep: Count | None = None
     expert_wire: Literal["float32", "bfloat16", "fp8"] | None = None
+    spare_experts: Annotated[int, Field(ge=0)] = 0
     tp_shares: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] | None = None
     layer_split: tuple[Count, ...] | None = None
 
@@ -220,6 +223,7 @@ class ModelSpec(_Part):
             dp=self.mesh.dp,
             ep=self.mesh.ep,
             expert_wire=self.mesh.expert_wire,
+            spare_experts=self.mesh.spare_experts,
             tp_shares=self.mesh.tp_shares,
             layer_split=self.mesh.layer_split,
             device=device,

@@ -206,6 +206,7 @@ class MoELayer(DenseLayer):
         experts_down: of each expert held here.
         first_expert: global id of the first of them; they are consecutive.
         top_k: experts that a token is sent to.
+        index: the layer's global number, for those who route for several.
     """
 
     router: Linear
@@ -213,6 +214,7 @@ class MoELayer(DenseLayer):
     experts_down: Sequence[Linear]
     first_expert: int
     top_k: int
+    index: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from arriero.shards.experts import Placement
+from arriero.shards.placement import Placement
 
 Loads = npt.NDArray[np.float64]
 WORTH_MOVING = 0.05

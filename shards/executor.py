@@ -12,12 +12,14 @@ import queue
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any
 
 import msgpack
+import numpy as np
+import numpy.typing as npt
 import zmq
 
 from arriero.shards.errors import ArrieroError, CheckpointError, GroupFailed
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from arriero.shards.runner import Pending, Runner
 
 POLL_S = 0.1
+Loads = npt.NDArray[np.int64]
 LoadProgress = Callable[[float], None]
 """Called with the share of the group's loading that is done, 0 to 1."""
 
@@ -58,6 +61,10 @@ class LocalExecutor:
         if isinstance(got, BaseException):
             raise GroupFailed(f"slice 0 failed in a step: {type(got).__name__}: {got}") from got
         return got.wait()
+
+    def take_loads(self) -> Mapping[int, Loads]:
+        """One slice holds all experts: there is nothing to balance."""
+        return {}
 
     def close(self) -> None:
         """Stop the thread and give the weights back; safe to call twice."""
@@ -125,6 +132,7 @@ class RemoteExecutor:
         self.ticket = Ticket(address=address, config=config, **keys)
         self._identities = [rank.to_bytes(4, "little") for rank in range(config.world_size)]
         self._slices = [_SliceState() for _ in self._identities]
+        self._loads: dict[int, Loads] = {}
         self._failure: ArrieroError | None = None
         self._watch: Callable[[], str | None] = lambda: None
         self._closing: Callable[[], None] = lambda: None
@@ -193,6 +201,11 @@ class RemoteExecutor:
             if deadline is not None and time.monotonic() >= deadline:
                 return None
 
+    def take_loads(self) -> Mapping[int, Loads]:
+        """What slices have told since the last call; see `Executor.take_loads`."""
+        taken, self._loads = self._loads, {}
+        return taken
+
     def close(self) -> None:
         """Stop the slices; safe to call twice."""
         if self._closed:
@@ -238,6 +251,10 @@ class RemoteExecutor:
             state.hello = body
         elif kind == b"L":
             state.loaded = body["done"] / body["total"]
+        elif kind == b"C":
+            for layer, counts in zip(body["layers"], body["loads"], strict=True):
+                loads_E = np.asarray(counts, dtype=np.int64)
+                self._loads[layer] = self._loads.get(layer, 0) + loads_E
         elif kind == b"R":
             state.report, state.loaded = SliceReport(**body), 1.0
         elif kind == b"E":

@@ -12,7 +12,6 @@ an expert, or more where hot experts are held twice), n rows of the token's own 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -25,37 +24,31 @@ from arriero.kernels.moe import Routing
 from arriero.kernels.ops import MoELayer, Ops
 from arriero.shards.exchange import Counts
 from arriero.shards.mesh import Mesh
+from arriero.shards.placement import Placement
 
+Loads = npt.NDArray[np.int64]
+"""[E]: tokens that each expert was sent."""
 Wire = Literal["float32", "bfloat16", "fp8"]
 _FP8_MAX = 448.0
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Which slot of which rank holds which expert, in one layer.
+class _Table:
+    """A placement on the device: from experts to slots."""
 
-    Attributes:
-        expert_S: int32 [S], the expert in each slot, rank by rank.
-        start_R1: int32 [R + 1], rank r has slots start[r] .. start[r + 1].
-    """
+    def __init__(self, placement: Placement, device: torch.device) -> None:
+        slots_EA, copies_E = placement.slots_EA()
+        self.expert_S, self.num_experts = placement.expert_S, len(copies_E)
+        self._slots_EA = torch.from_numpy(slots_EA).to(device)
+        self._copies_E = torch.from_numpy(copies_E).to(device)
 
-    expert_S: npt.NDArray[np.int32]
-    start_R1: npt.NDArray[np.int32]
-
-    @classmethod
-    def even(cls, sizes: list[int]) -> Placement:
-        """Experts dealt in order, `sizes` to each rank."""
-        starts = np.concatenate(([0], np.cumsum(sizes)))
-        return cls(np.arange(starts[-1], dtype=np.int32), starts.astype(np.int32))
-
-    def slots_EA(self) -> tuple[Tensor, Tensor]:
-        """Slots of each expert, int64 [E, most copies] (repeated to fill), and copies, [E]."""
-        num_experts = int(self.expert_S.max()) + 1
-        held = [np.flatnonzero(self.expert_S == one) for one in range(num_experts)]
-        copies = [len(one) for one in held]
-        assert min(copies) > 0, "every expert has a slot"
-        table = np.stack([np.resize(one, max(copies)) for one in held])
-        return torch.from_numpy(table), torch.tensor(copies)
+    def to_slots(self, routing: Routing) -> Routing:
+        """Experts as slots; the copies of one take turns, token by token."""
+        experts_TA = routing.experts_TA.long()
+        turn_T1 = torch.arange(experts_TA.shape[0], device=experts_TA.device)[:, None]
+        copy_TA = turn_T1 % self._copies_E[experts_TA]
+        return Routing(
+            experts_TA=self._slots_EA[experts_TA, copy_TA].int(), scores_TA=routing.scores_TA
+        )
 
 
 class ExpertParallel:
@@ -70,12 +63,25 @@ class ExpertParallel:
 
     def __init__(self, mesh: Mesh, ops: Ops, placement: Placement, wire: Wire) -> None:
         self._mesh, self._ops = mesh, ops
+        self._loads: dict[int, Loads] = {}
         self._wire: Wire = wire
         self._back: Wire = "bfloat16" if wire == "fp8" else wire
         self._starts = placement.start_R1
         self._num_slots = int(placement.start_R1[-1])
-        slots_EA, copies_E = placement.slots_EA()
-        self._slots_EA, self._copies_E = slots_EA.to(mesh.device), copies_E.to(mesh.device)
+        self._first = _Table(placement, mesh.device)
+        self._tables: dict[int, _Table] = {}
+
+    def place(self, layer: int, placement: Placement) -> None:
+        """Follow another placement in one layer from the next call on; slots stay as many."""
+        self._tables[layer] = _Table(placement, self._mesh.device)
+
+    def take_loads(self) -> dict[int, Loads]:
+        """Tokens that each expert of each layer was sent since the last call, all ranks' together.
+
+        Every rank of a stage counts the same.
+        """
+        taken, self._loads = self._loads, {}
+        return taken
 
     def __call__(self, x_TH: Tensor, layer: MoELayer) -> Tensor:
         """As `Ops.moe_block`: a partial [T, H] to be summed over the tensor-parallel ranks."""
@@ -83,10 +89,12 @@ class ExpertParallel:
         h_TH = ops.rms_norm(x_TH, layer.mlp_norm_H, layer.eps)
         own = _share(h_TH.shape[0], mesh.part.tp_rank, mesh.tp)
         h_nH = h_TH[own]
-        routing = self._to_slots(ops.moe_route(h_nH, layer.router, layer.top_k))
+        table = self._tables.get(layer.index, self._first)
+        routing = table.to_slots(ops.moe_route(h_nH, layer.router, layer.top_k))
         order = ops.moe_permute(routing, 0, self._num_slots)
         rows_XH = h_nH[order.token_X.long()] * order.score_X[:, None].to(h_nH.dtype)
         counts_RS = self._gather_counts(order.starts_E1)
+        self._count(layer.index, table, counts_RS)
         counts_RR = np.add.reduceat(counts_RS, self._starts[:-1], axis=1)
         with mesh.watchdog.watch("dispatch to experts"):
             receive = mesh.exchange.begin(encode(rows_XH, self._wire), counts_RR)
@@ -100,14 +108,11 @@ class ExpertParallel:
         shared_TH[own] += ops.moe_combine(decode(back_XB, self._back, h_TH), order)
         return shared_TH
 
-    def _to_slots(self, routing: Routing) -> Routing:
-        """Experts as slots; the copies of one take turns, token by token."""
-        experts_TA = routing.experts_TA.long()
-        turn_T1 = torch.arange(experts_TA.shape[0], device=experts_TA.device)[:, None]
-        copy_TA = turn_T1 % self._copies_E[experts_TA]
-        return Routing(
-            experts_TA=self._slots_EA[experts_TA, copy_TA].int(), scores_TA=routing.scores_TA
-        )
+    def _count(self, layer: int, table: _Table, counts_RS: Counts) -> None:
+        loads_E = self._loads.get(layer)
+        if loads_E is None:
+            loads_E = self._loads[layer] = np.zeros(table.num_experts, dtype=np.int64)
+        np.add.at(loads_E, table.expert_S, counts_RS.sum(0))
 
     def _gather_counts(self, starts_S1: Tensor) -> Counts:
         """Rows of every rank for every slot, [R, S]."""

@@ -28,6 +28,8 @@ class GroupConfig:
         ep: parts that each layer's experts are dealt to; None for one to each slice of a stage.
         expert_wire: how rows travel to experts on other ranks: "float32", "bfloat16", or "fp8"
             (with a scale for each row; results come back in bfloat16); None: as `dtype` says.
+        spare_experts: slots of each slice, in each layer, for second copies of experts that are
+            asked much; with them the experts are moved as the load asks (needs `dp` > 1).
         tp_shares: relative size of each tp rank's share; None for as even as heads allow.
         layer_split: layers of each stage; None splits by cost.
         device: "cpu" or "cuda".
@@ -50,6 +52,7 @@ class GroupConfig:
     dp: int = 1
     ep: int | None = None
     expert_wire: Literal["float32", "bfloat16", "fp8"] | None = None
+    spare_experts: int = 0
     tp_shares: tuple[float, ...] | None = None
     layer_split: tuple[int, ...] | None = None
     device: str = "cpu"

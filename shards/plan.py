@@ -72,6 +72,8 @@ class StepPlan:
         local_slots, local_index, local_ids: as `block_slots` and so on, for the table of the
             layers that attend within their chunk; entries before the chunk of a sequence's first
             token of this step are not used again.
+        placement_layer, placement: before the step that layer's experts lie so: the expert in each
+            slot of the stage, rank by rank; -1 for no change.
         lane: the data-parallel rank that runs it; each has plans of its own, one a step.
     """
 
@@ -91,6 +93,8 @@ class StepPlan:
     local_slots: Int32 = field(default_factory=int32)
     local_index: Int32 = field(default_factory=int32)
     local_ids: Int32 = field(default_factory=int32)
+    placement_layer: int = -1
+    placement: Int32 = field(default_factory=int32)
     lane: int = 0
 
     def to_bytes(self) -> bytes:

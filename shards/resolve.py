@@ -15,6 +15,8 @@ from arriero.shards.engine.types import EngineConfig
 from arriero.shards.errors import SpecError
 from arriero.shards.group import GroupConfig
 from arriero.shards.layout import attention_chunk, kv_bytes_per_block, local_layers, parts_of
+from arriero.shards.partition_moe import MoEPart
+from arriero.shards.placement import Placement
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 QUANTIZATIONS = ("int8", "int4", "fp8")
@@ -52,6 +54,11 @@ def resolve(config: GroupConfig, model: AnyModel) -> GroupConfig:
         raise SpecError(
             f"`ep`={config.ep}: with `dp`={config.dp} experts are dealt to all "
             f"{config.tp * config.dp} slices of a stage; leave `ep` out"
+        )
+    if config.spare_experts < 0 or (config.spare_experts and config.dp == 1):
+        raise SpecError(
+            f"`spare_experts`={config.spare_experts} must be 0 without data-parallel attention "
+            f"(`dp`={config.dp}); else 0 or more"
         )
     num_blocks, num_local_blocks = num_kv_blocks(
         config, chunk, max_model_len, *group_block_bytes(config, model, parts)
@@ -126,6 +133,15 @@ def group_block_bytes(
     return full, local
 
 
+def first_placement(config: GroupConfig, parts: Sequence[AnyPart]) -> Placement | None:
+    """How a group's experts lie over the ranks of a stage at the start; None if not exchanged."""
+    if config.dp == 1:
+        return None
+    stage = parts[: config.tp * config.dp]
+    sizes = [one.experts.size for one in stage if isinstance(one, MoEPart)]
+    return Placement.even(sizes, config.spare_experts)
+
+
 def engine_config(config: GroupConfig, model: AnyModel, digest: str) -> EngineConfig:
     """Limits of the engine of a resolved group.
 
@@ -148,6 +164,8 @@ def engine_config(config: GroupConfig, model: AnyModel, digest: str) -> EngineCo
         pipeline_depth=max(2, config.pp),
         num_stages=config.pp,
         num_lanes=config.dp,
+        experts=first_placement(config, parts_of(model, config)),
+        move_experts=config.spare_experts > 0,
         vocab_size=model.vocab_size,
         eos_token_ids=model.eos_token_ids,
         cache_salt=digest.encode(),

@@ -20,12 +20,14 @@ from arriero.kernels.ops import Sampled
 from arriero.kernels.select import ops_for
 from arriero.shards.checkpoint.formats.stored import tensors_due
 from arriero.shards.checkpoint.reader import Checkpoint
+from arriero.shards.experts import Loads
 from arriero.shards.group import GroupConfig
 from arriero.shards.layout import attention_chunk, parts_of
 from arriero.shards.mesh import Mesh
 from arriero.shards.models.families import load_slice
 from arriero.shards.models.llama import Progress
 from arriero.shards.plan import Logprobs, StepPlan, StepResult
+from arriero.shards.resolve import first_placement
 from arriero.shards.sequences import LocalTable, Rope, SequenceTable
 
 PROMPT_LOGPROB_ROWS = 128
@@ -84,7 +86,7 @@ class Runner:
         assert config.num_blocks is not None and config.max_model_len is not None, "unresolved"
         self._model = load_slice(
             checkpoint,
-            parts,
+            part,
             self.mesh,
             self._ops,
             dtype=getattr(torch, config.dtype),
@@ -93,6 +95,7 @@ class Runner:
             num_local_blocks=(config.num_local_blocks or 0) + self.spare_blocks,
             block_size=config.block_size,
             wire=config.expert_wire,
+            placement=first_placement(config, parts),
             progress=progress,
         )
         self._hidden_size = model.hidden_size
@@ -122,6 +125,13 @@ class Runner:
             block_size=config.block_size,
         )
 
+    def take_loads(self) -> dict[int, Loads]:
+        """Tokens that each expert of this stage was sent since the last call, by layer.
+
+        Empty on all ranks of a stage but the first, since all count the same.
+        """
+        return {} if self.mesh.stage_rank else self._model.take_loads()
+
     def launch(self, plan: StepPlan) -> Pending | None:
         """Begin one plan; the rank that samples gives what to wait for, the others None."""
         result = self.step(plan)
@@ -149,6 +159,9 @@ class Runner:
 
     def _compute(self, plan: StepPlan) -> tuple[Sampled | None, Logprobs | None] | None:
         """What an applied plan's step gives, where this rank samples; else None."""
+        if plan.placement_layer >= 0:
+            self.phase = "placement of experts"
+            self._model.place_experts(plan.placement_layer, plan.placement)
         if not len(plan.slots):
             self.phase = "layers"
             self._model.sit_out()

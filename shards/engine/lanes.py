@@ -96,7 +96,8 @@ class Lanes:
         each = [lane.stats for lane in self._lanes]
         if len(each) == 1:
             return each[0]
-        names = [field.name for field in fields(EngineStats) if field.name != "step_us"]
+        apart = ("step_us", "expert_moves", "expert_imbalance", "expert_loads")
+        names = [field.name for field in fields(EngineStats) if field.name not in apart]
         total = {name: sum(getattr(one, name) for one in each) for name in names}
         return EngineStats(**total | {"steps": each[0].steps})
 

@@ -5,7 +5,7 @@ Knows which class serves which config; knows nothing of what is in them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -14,13 +14,15 @@ from torch import Tensor
 from arriero.kernels.ops import FlatBatch, Ops
 from arriero.shards.checkpoint.formats.stored import AnyPart
 from arriero.shards.checkpoint.reader import Checkpoint
-from arriero.shards.experts import Placement, Wire
+from arriero.shards.experts import Loads, Wire
 from arriero.shards.mesh import Mesh
 from arriero.shards.models.llama import LlamaSlice, Progress
 from arriero.shards.models.llama4 import Llama4Slice
 from arriero.shards.models.llama4_config import Llama4Config
 from arriero.shards.partition import SlicePart
 from arriero.shards.partition_moe import MoEPart
+from arriero.shards.placement import Placement
+from arriero.shards.plan import Int32
 
 
 class ModelSlice(Protocol):
@@ -40,6 +42,12 @@ class ModelSlice(Protocol):
     def sit_out(self) -> None:
         """A step in which other data-parallel ranks have tokens, and this one has none."""
 
+    def place_experts(self, layer: int, expert_S: Int32) -> None:
+        """Follow another placement of a layer's experts over the ranks of its stage."""
+
+    def take_loads(self) -> dict[int, Loads]:
+        """Tokens that each expert was sent since the last call, by layer."""
+
     def embed(self, tokens_T: Tensor) -> Tensor:
         """Token embeddings, [T, H]: on the first stage."""
 
@@ -49,7 +57,7 @@ class ModelSlice(Protocol):
 
 def load_slice(
     checkpoint: Checkpoint,
-    parts: Sequence[AnyPart],
+    part: AnyPart,
     mesh: Mesh,
     ops: Ops,
     *,
@@ -59,13 +67,14 @@ def load_slice(
     num_local_blocks: int,
     block_size: int,
     wire: Wire | None,
+    placement: Placement | None,
     progress: Progress,
 ) -> ModelSlice:
     """Load what `part` holds of a checkpoint.
 
     Args:
         checkpoint: open, and checked to hold what its config says.
-        parts: of every rank.
+        part: of this rank.
         mesh: of its group.
         ops: the kernels.
         dtype: of weights and KV cache.
@@ -74,9 +83,9 @@ def load_slice(
         num_local_blocks: of those that attend within their chunk.
         block_size: tokens in a block.
         wire: how rows travel to experts on other ranks; None: as the weights are.
+        placement: of the experts over the ranks of a stage; None where they are not exchanged.
         progress: called while weights load.
     """
-    part = mesh.part
     if isinstance(checkpoint.config, Llama4Config):
         assert isinstance(part, MoEPart), "cut as a Llama 4"
         return Llama4Slice(
@@ -89,9 +98,7 @@ def load_slice(
             num_blocks=num_blocks,
             num_local_blocks=num_local_blocks,
             block_size=block_size,
-            placement=Placement.even(
-                [one.experts.size for one in parts[: mesh.stage_size] if isinstance(one, MoEPart)]
-            ),
+            placement=placement,
             wire=wire,
             progress=progress,
         )

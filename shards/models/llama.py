@@ -17,9 +17,11 @@ from arriero.kernels.ops import DenseLayer, KVCacheSpec, Linear, Ops, Vocab
 from arriero.kernels.quant import QuantizedWeight, quantize_fp8, quantize_int4, quantize_int8
 from arriero.shards.checkpoint.llama_names import EMBEDDING, FINAL_NORM, HEAD
 from arriero.shards.checkpoint.reader import Checkpoint
+from arriero.shards.experts import Loads
 from arriero.shards.mesh import Mesh
 from arriero.shards.models.config import ModelConfig
 from arriero.shards.partition import SlicePart
+from arriero.shards.plan import Int32
 
 QUANTIZERS: dict[str, Callable[[Tensor], QuantizedWeight]] = {
     "int8": quantize_int8,
@@ -98,6 +100,13 @@ class LlamaSlice:
 
     def sit_out(self) -> None:
         """A step without tokens: nothing to do."""
+
+    def place_experts(self, layer: int, expert_S: Int32) -> None:
+        """There are no experts."""
+
+    def take_loads(self) -> dict[int, Loads]:
+        """There are no experts."""
+        return {}
 
     def embed(self, tokens_T: Tensor) -> Tensor:
         """Token embeddings, [T, H]: on the first stage."""

@@ -11,12 +11,16 @@ E experts, F columns of an expert.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from arriero.kernels.ops import (
     AttentionStyle,
     DenseLayer,
+    FlatBatch,
     KVCache,
     KVCacheSpec,
     Linear,
@@ -26,11 +30,13 @@ from arriero.kernels.ops import (
 )
 from arriero.kernels.quant import quantize_int4, quantize_int8
 from arriero.shards.checkpoint.reader import Checkpoint
-from arriero.shards.experts import ExpertParallel, Placement, Wire
+from arriero.shards.experts import ExpertParallel, Loads, Wire
 from arriero.shards.mesh import Mesh
 from arriero.shards.models.llama import QUANTIZERS, Progress
 from arriero.shards.models.llama4_config import Llama4Config
 from arriero.shards.partition_moe import MoEPart
+from arriero.shards.placement import Placement
+from arriero.shards.plan import Int32
 
 
 class Llama4Slice:
@@ -48,7 +54,7 @@ class Llama4Slice:
         num_blocks: int,
         num_local_blocks: int,
         block_size: int,
-        placement: Placement,
+        placement: Placement | None = None,
         wire: Wire | None = None,
         progress: Progress = lambda done, total: None,
     ) -> None:
@@ -64,18 +70,30 @@ class Llama4Slice:
             num_blocks: KV blocks of the layers that see everything.
             num_local_blocks: of those that attend within their chunk.
             block_size: tokens in a block.
-            placement: of the experts over the ranks of a stage.
+            placement: of the experts over the ranks of a stage; None where each rank serves its
+                own by the sum of all ranks' outputs.
             wire: how rows travel to experts on other ranks; None: as the weights are.
             progress: called while weights load.
         """
         config = checkpoint.config
         assert isinstance(config, Llama4Config), "a Llama 4 checkpoint"
         self.config, self.ops, self.mesh, self.dtype = config, ops, mesh, dtype
+        path = checkpoint.path  # the folder itself would keep its files mapped
+
+        def reopen() -> _Loader:
+            return _Loader(Checkpoint.open(path), config, part, ops, dtype, quantization)
+
+        self._reopen = reopen
         loader = _Loader(checkpoint, config, part, ops, dtype, quantization)
+        held = list(range(part.experts.start, part.experts.stop))
+        if placement is not None:
+            held = placement.on(mesh.stage_rank)
+        self._first_layer = part.layers.start
+        self._held: dict[int, list[int]] = {}
         steps = part.layers.size + part.first_stage + part.last_stage
         self._layers: list[DenseLayer] = []
         for index in range(part.layers.start, part.layers.stop):
-            self._layers.append(loader.layer(index))
+            self._layers.append(loader.layer(index, held))
             progress(len(self._layers), steps)
         tied = config.tie_word_embeddings
         self.embedding = loader.vocab("model.embed_tokens") if part.first_stage else None
@@ -103,15 +121,54 @@ class Llama4Slice:
         self.kv = cache(len(self._layers) - local, num_blocks)
         self.local_kv = cache(local, num_local_blocks)
         self._experts: ExpertParallel | None = None
-        if mesh.dp > 1:
+        if placement is not None:
             self._experts = ExpertParallel(mesh, ops, placement, wire or _wire(dtype))
-        self.decoder = ops.decoder(
+        self._placement = placement
+        self.decoder = self._make_decoder()
+
+    def _make_decoder(self) -> Callable[[Tensor, FlatBatch], Tensor]:
+        return self.ops.decoder(
             self._layers,
             self.kv,
-            mesh.reduce if mesh.tp > 1 else None,
+            self.mesh.reduce if self.mesh.tp > 1 else None,
             local_kv=self.local_kv,
             experts=self._experts,
         )
+
+    def place_experts(self, layer: int, expert_S: Int32) -> None:
+        """Follow another placement in a layer; what this rank lacks is read from the checkpoint.
+
+        Args:
+            layer: its global number; ignored where another stage has it.
+            expert_S: the expert in each slot of the stage, rank by rank.
+        """
+        at = layer - self._first_layer
+        if self._experts is None or self._placement is None or not 0 <= at < len(self._layers):
+            return
+        old = self._layers[at]
+        assert isinstance(old, MoELayer), "a layer with experts"
+        placement = Placement(expert_S.copy(), self._placement.start_R1)
+        held = self._held.get(layer, self._placement.on(self.mesh.stage_rank))
+        wanted = placement.on(self.mesh.stage_rank)
+        pairs = dict(
+            zip(held, zip(old.experts_gate_up, old.experts_down, strict=True), strict=True)
+        )
+        loader = self._reopen()
+        for expert in wanted:
+            if expert not in pairs:
+                pairs[expert] = loader.expert(layer, expert)
+        self._layers[at] = replace(
+            old,
+            experts_gate_up=tuple(pairs[one][0] for one in wanted),
+            experts_down=tuple(pairs[one][1] for one in wanted),
+        )
+        self._held[layer] = wanted
+        self._experts.place(layer, placement)
+        self.decoder = self._make_decoder()
+
+    def take_loads(self) -> dict[int, Loads]:
+        """Tokens that each expert was sent since the last call, by layer; empty on one rank."""
+        return {} if self._experts is None else self._experts.take_loads()
 
     @property
     def weights_nbytes(self) -> int:
@@ -190,8 +247,8 @@ class _Loader:
         """A norm's weights, float32."""
         return self._source.tensor(f"{self._prefix}{name}.weight").float().clone()
 
-    def layer(self, index: int) -> DenseLayer:
-        """One decoder layer's part, by its global index."""
+    def layer(self, index: int, experts: Sequence[int]) -> DenseLayer:
+        """One decoder layer's part, by its global index, with these of its experts."""
         config, part = self._config, self._part
         name = f"model.layers.{index}."
         d = config.head_dim
@@ -216,21 +273,25 @@ class _Loader:
             eps=config.rms_norm_eps,
             style=attention_style(config, index),
         )
-        return self._routed(dense, mlp) if routed else dense
-
-    def _routed(self, dense: DenseLayer, mlp: str) -> MoELayer:
-        """The layer with its router, which is never quantized, and the experts held here."""
-        config, part = self._config, self._part
+        if not routed:
+            return dense
         router = self._source.tensor(f"{self._prefix}{mlp}router.weight")
-        held = range(part.experts.start, part.experts.stop)
+        pairs = [self.expert(index, one) for one in experts]
         return MoELayer(
             **{name: getattr(dense, name) for name in DenseLayer.__slots__},
+            # the router is never quantized
             router=self._ops.pack_linear([router], None, self._dtype),
-            experts_gate_up=tuple(self._expert_rows(mlp, one) for one in held),
-            experts_down=tuple(self._expert_columns(mlp, one) for one in held),
+            experts_gate_up=tuple(gate_up for gate_up, _ in pairs),
+            experts_down=tuple(down for _, down in pairs),
             first_expert=part.experts.start,
             top_k=config.top_k,
+            index=index,
         )
+
+    def expert(self, layer: int, expert: int) -> tuple[Linear, Linear]:
+        """One routed expert's part: gate and up, and down."""
+        mlp = f"model.layers.{layer}.feed_forward."
+        return self._expert_rows(mlp, expert), self._expert_columns(mlp, expert)
 
     def _expert_rows(self, mlp: str, expert: int) -> Linear:
         """An expert's gate and up: of [E, H, 2F], gate first."""

@@ -195,3 +195,17 @@ def test_fp8_on_the_wire(tmp_path_factory: pytest.TempPathFactory) -> None:
         for one, row in zip(answer.prompt_logprobs[-NEW:], made.logprobs[-1], strict=True)
     ]
     assert TOLERANCE < sorted(far)[NEW // 2] < 0.1
+
+
+def test_experts_move_between_steps(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Spare slots, a skewed load: experts are moved and copied, and every token stays the same."""
+    made = case("maverick", tmp_path_factory)
+    with running(group_config(made.path, dp=2, spare_experts=2)) as group:
+        for _ in range(3):
+            check(group, made)
+        stats = group.engine.stats()
+    assert stats.expert_moves > 0
+    assert sorted(stats.expert_loads) == [1, 3, 5, 7]
+    drawn = sum(len(one) for one in made.tokens) + sum(len(one) for one in made.prompts)
+    assert max(map(sum, stats.expert_loads.values())) <= 3 * drawn
+    assert 1.0 <= stats.expert_imbalance < 2.0

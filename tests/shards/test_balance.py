@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arriero.shards.balance import balanced, imbalance, rank_loads
-from arriero.shards.experts import Placement
+from arriero.shards.placement import Placement
 
 RANKS, EXPERTS, SPARE = 8, 128, 16
 

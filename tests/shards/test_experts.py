@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from arriero.shards.experts import Placement, Wire, decode, encode
+from arriero.shards.experts import Wire, decode, encode
+from arriero.shards.placement import Placement
 
 ROWS = (
     torch.randn(9, 40, generator=torch.Generator().manual_seed(0))

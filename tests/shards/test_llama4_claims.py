@@ -20,11 +20,11 @@ from arriero.kernels.ops import Linear, Vocab
 from arriero.kernels.reference.backend import ReferenceOps
 from arriero.shards.checkpoint.formats.stored import TensorDue, reads, tensors_due
 from arriero.shards.checkpoint.reader import Checkpoint
-from arriero.shards.experts import Placement
 from arriero.shards.mesh import Mesh
 from arriero.shards.models.llama4 import Llama4Slice
 from arriero.shards.models.llama4_config import Llama4Config
 from arriero.shards.partition_moe import MoEMesh, MoEPart, partition_moe
+from arriero.shards.placement import Placement
 from support.checkpoints_sparse import MAVERICK, SCOUT
 
 META = torch.device("meta")
@@ -97,6 +97,8 @@ class Packing(ReferenceOps):
 
 def claims(config: Llama4Config, due: list[TensorDue], part: MoEPart, mesh: MoEMesh) -> Folder:
     folder = Folder(config, due)
+    even = [config.num_experts // mesh.stage_size] * mesh.stage_size
+    placement = Placement.even(even) if mesh.dp > 1 else None
     Llama4Slice(
         folder,
         part,
@@ -106,7 +108,7 @@ def claims(config: Llama4Config, due: list[TensorDue], part: MoEPart, mesh: MoEM
         num_blocks=1,
         num_local_blocks=1,
         block_size=16,
-        placement=Placement.even([config.num_experts // mesh.stage_size] * mesh.stage_size),
+        placement=placement,
     )
     return folder
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -214,6 +215,9 @@ class FakeExecutor:
 
     def collect(self, timeout_s: float | None = None) -> StepResult | None:
         return self.results.popleft() if self.results else None
+
+    def take_loads(self) -> dict[int, Any]:
+        return {}
 
     def close(self) -> None:
         self.closed = True
