@@ -18,14 +18,13 @@ from torch import Tensor
 
 from arriero.kernels.ops import Sampled
 from arriero.kernels.select import ops_for
-from arriero.shards.checkpoint.formats.stored import tensors_due
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.experts import Loads
 from arriero.shards.group import GroupConfig
 from arriero.shards.layout import attention_chunk, parts_of
 from arriero.shards.mesh import Mesh
 from arriero.shards.models.families import load_slice
-from arriero.shards.models.llama import Progress
+from arriero.shards.models.loader import Progress
 from arriero.shards.plan import Logprobs, StepPlan, StepResult
 from arriero.shards.resolve import first_placement
 from arriero.shards.sequences import LocalTable, Rope, SequenceTable
@@ -77,7 +76,7 @@ class Runner:
         started = time.perf_counter()
         checkpoint = Checkpoint.open(config.model_path)
         model = checkpoint.config
-        checkpoint.check({one.name: one.shape for one in tensors_due(model, None)})
+        checkpoint.check_whole()
         device = torch.device(config.device)
         parts = parts_of(model, config)
         part = parts[rank]

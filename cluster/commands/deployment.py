@@ -129,7 +129,10 @@ def status(
     OUT.print(f"gateways: {', '.join(board.gateways.values()) or 'none'}", markup=False)
     if board.http:
         OUT.print(f"HTTP: {', '.join(board.http.values())}", markup=False)
-    table = Table("group", "model", "layout", "running", "waiting", "KV blocks", "output tokens")
+    table = Table(
+        *("group", "model", "layout", "running", "waiting", "KV blocks", "output tokens"),
+        "expert load",
+    )
     for group in board.groups:
         stats: dict[str, Any] = group.stats
         table.add_row(
@@ -140,6 +143,7 @@ def status(
             str(stats["num_waiting"]),
             f"{stats['blocks_used']} of {stats['blocks_total']}",
             str(stats["output_tokens"]),
+            f"{stats['expert_imbalance']:.2f} of even" if stats["expert_loads"] else "",
         )
     OUT.print(table)
     for group_id, text in board.progress.items():

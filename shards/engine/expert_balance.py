@@ -75,6 +75,8 @@ class ExpertBalance:
         return float(np.mean(each)) if each else 1.0
 
     @property
-    def totals(self) -> dict[int, list[int]]:
-        """Tokens that each expert was sent since the start, by layer."""
-        return {layer: loads_E.tolist() for layer, loads_E in sorted(self._totals.copy().items())}
+    def totals(self) -> dict[str, list[int]]:
+        """Tokens that each expert was sent since the start, by layer (in words, for any wire)."""
+        return {
+            str(layer): loads_E.tolist() for layer, loads_E in sorted(self._totals.copy().items())
+        }

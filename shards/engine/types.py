@@ -143,7 +143,7 @@ class EngineStats:
     preemptions: int = 0
     expert_moves: int = 0
     expert_imbalance: float = 1.0
-    expert_loads: dict[int, list[int]] = field(default_factory=dict)
+    expert_loads: dict[str, list[int]] = field(default_factory=dict)
     step_us: dict[str, float] = field(default_factory=dict)
 
 

@@ -16,9 +16,10 @@ from arriero.shards.checkpoint.formats.stored import AnyPart
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.experts import Loads, Wire
 from arriero.shards.mesh import Mesh
-from arriero.shards.models.llama import LlamaSlice, Progress
+from arriero.shards.models.llama import LlamaSlice
 from arriero.shards.models.llama4 import Llama4Slice
 from arriero.shards.models.llama4_config import Llama4Config
+from arriero.shards.models.loader import Progress
 from arriero.shards.partition import SlicePart
 from arriero.shards.partition_moe import MoEPart
 from arriero.shards.placement import Placement

@@ -26,17 +26,20 @@ from arriero.kernels.ops import (
     Linear,
     MoELayer,
     Ops,
-    Vocab,
 )
-from arriero.kernels.quant import quantize_int4, quantize_int8
-from arriero.shards.checkpoint.reader import Checkpoint
+from arriero.shards.checkpoint.formats.stored import tensors_due
+from arriero.shards.checkpoint.reader import Checkpoint, TensorFolder
 from arriero.shards.experts import ExpertParallel, Loads, Wire
 from arriero.shards.mesh import Mesh
-from arriero.shards.models.llama import QUANTIZERS, Progress
+from arriero.shards.models.llama import EMBEDDING, HEAD, NORM
 from arriero.shards.models.llama4_config import Llama4Config
+from arriero.shards.models.loader import Loader, Progress
+from arriero.shards.partition import Span
 from arriero.shards.partition_moe import MoEPart
 from arriero.shards.placement import Placement
 from arriero.shards.plan import Int32
+
+_EXPERTS = "feed_forward.experts"
 
 
 class Llama4Slice:
@@ -78,31 +81,33 @@ class Llama4Slice:
         config = checkpoint.config
         assert isinstance(config, Llama4Config), "a Llama 4 checkpoint"
         self.config, self.ops, self.mesh, self.dtype = config, ops, mesh, dtype
-        path = checkpoint.path  # the folder itself would keep its files mapped
+        path, scheme = checkpoint.path, checkpoint.scheme  # the folder would keep its files mapped
 
-        def reopen() -> _Loader:
-            return _Loader(Checkpoint.open(path), config, part, ops, dtype, quantization)
+        def expert(layer: int, expert: int) -> tuple[Linear, Linear]:
+            loader = Loader(
+                TensorFolder.of(path), scheme, (), part, ops, dtype=dtype, quantization=quantization
+            )
+            return loader.expert(f"{self._name(layer)}{_EXPERTS}", expert, part.expert_columns)
 
-        self._reopen = reopen
-        loader = _Loader(checkpoint, config, part, ops, dtype, quantization)
+        self._read_expert = expert
+        self._prefix = "" if config.vision is None else "language_model."
+        self._first_layer = part.layers.start
+        self._held: dict[int, list[int]] = {}
         held = list(range(part.experts.start, part.experts.stop))
         if placement is not None:
             held = placement.on(mesh.stage_rank)
-        self._first_layer = part.layers.start
-        self._held: dict[int, list[int]] = {}
-        steps = part.layers.size + part.first_stage + part.last_stage
-        self._layers: list[DenseLayer] = []
-        for index in range(part.layers.start, part.layers.stop):
-            self._layers.append(loader.layer(index, held))
-            progress(len(self._layers), steps)
-        tied = config.tie_word_embeddings
-        self.embedding = loader.vocab("model.embed_tokens") if part.first_stage else None
-        self.head, self.norm_H = None, None
-        if part.last_stage:
-            shared = self.embedding if tied else None
-            self.head = shared or loader.vocab("model.embed_tokens" if tied else "lm_head")
-            self.norm_H = loader.norm("model.norm")
-        progress(steps, steps)
+        due = [one for one in tensors_due(config, scheme) if one.kind != "vision"]
+        with Loader(
+            checkpoint,
+            scheme,
+            due,
+            part,
+            ops,
+            dtype=dtype,
+            quantization=quantization,
+            progress=progress,
+        ) as loader:
+            self._load(loader, part, held)
         local = sum(layer.style.chunk_size > 0 for layer in self._layers)
 
         def cache(num_layers: int, num_blocks: int) -> KVCache | None:
@@ -125,6 +130,30 @@ class Llama4Slice:
             self._experts = ExpertParallel(mesh, ops, placement, wire or _wire(dtype))
         self._placement = placement
         self.decoder = self._make_decoder()
+
+    def _load(self, loader: Loader, part: MoEPart, experts: Sequence[int]) -> None:
+        config, prefix = self.config, self._prefix
+        self._layers: list[DenseLayer] = []
+        for index in range(part.layers.start, part.layers.stop):
+            layer = _layer(loader, config, part, index, self._name(index))
+            if config.routes(index):
+                layer = _with_experts(
+                    loader, config, part, layer, index, self._name(index), experts
+                )
+            self._layers.append(layer)
+            loader.finished(index)
+        tied, table = config.tie_word_embeddings, f"{prefix}{EMBEDDING}"
+        self.embedding = loader.vocab(table, part.vocab) if part.first_stage else None
+        self.head, self.norm_H = None, None
+        if part.last_stage:
+            shared = self.embedding if tied else None
+            self.head = shared or loader.vocab(table if tied else f"{prefix}{HEAD}", part.vocab)
+            self.norm_H = loader.norm(f"{prefix}{NORM}")
+        loader.finished(None)
+
+    def _name(self, layer: int) -> str:
+        """What the names of a layer's tensors begin with."""
+        return f"{self._prefix}model.layers.{layer}."
 
     def _make_decoder(self) -> Callable[[Tensor, FlatBatch], Tensor]:
         return self.ops.decoder(
@@ -153,10 +182,9 @@ class Llama4Slice:
         pairs = dict(
             zip(held, zip(old.experts_gate_up, old.experts_down, strict=True), strict=True)
         )
-        loader = self._reopen()
         for expert in wanted:
             if expert not in pairs:
-                pairs[expert] = loader.expert(layer, expert)
+                pairs[expert] = self._read_expert(layer, expert)
         self._layers[at] = replace(
             old,
             experts_gate_up=tuple(pairs[one][0] for one in wanted),
@@ -226,106 +254,51 @@ def _layer_nbytes(layer: DenseLayer) -> int:
     return sum(one.nbytes for one in linears) + norms
 
 
-class _Loader:
-    """Reads this rank's rows, columns and experts and packs them; gone once loading is over."""
+def _layer(
+    loader: Loader, config: Llama4Config, part: MoEPart, index: int, name: str
+) -> DenseLayer:
+    """One decoder layer's part but for its routed experts."""
+    d, routed = config.head_dim, config.routes(index)
+    q = Span(start=part.q_heads.start * d, stop=part.q_heads.stop * d)
+    kv = Span(start=part.kv_heads.start * d, stop=part.kv_heads.stop * d)
+    columns = part.shared_columns if routed else part.columns
+    attn, mlp = f"{name}self_attn.", f"{name}feed_forward."
+    if routed:
+        mlp += "shared_expert."
+    return DenseLayer(
+        attn_norm_H=loader.norm(f"{name}input_layernorm"),
+        qkv=loader.rows([(f"{attn}q_proj", q), (f"{attn}k_proj", kv), (f"{attn}v_proj", kv)]),
+        o=loader.columns(f"{attn}o_proj", q),
+        mlp_norm_H=loader.norm(f"{name}post_attention_layernorm"),
+        gate_up=loader.rows([(f"{mlp}gate_proj", columns), (f"{mlp}up_proj", columns)]),
+        down=loader.columns(f"{mlp}down_proj", columns),
+        num_q_heads=part.q_heads.size,
+        num_kv_heads=part.kv_heads.size,
+        head_dim=d,
+        softmax_scale=d**-0.5,
+        eps=config.rms_norm_eps,
+        style=attention_style(config, index),
+    )
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        config: Llama4Config,
-        part: MoEPart,
-        ops: Ops,
-        dtype: torch.dtype,
-        quantization: str | None,
-    ) -> None:
-        self._source, self._config, self._part = checkpoint, config, part
-        self._ops, self._dtype = ops, dtype
-        self._quantize = None if quantization is None else QUANTIZERS[quantization]
-        self._prefix = "" if config.vision is None else "language_model."
 
-    def norm(self, name: str) -> Tensor:
-        """A norm's weights, float32."""
-        return self._source.tensor(f"{self._prefix}{name}.weight").float().clone()
-
-    def layer(self, index: int, experts: Sequence[int]) -> DenseLayer:
-        """One decoder layer's part, by its global index, with these of its experts."""
-        config, part = self._config, self._part
-        name = f"model.layers.{index}."
-        d = config.head_dim
-        q = (part.q_heads.start * d, part.q_heads.stop * d)
-        kv = (part.kv_heads.start * d, part.kv_heads.stop * d)
-        routed = config.routes(index)
-        span = part.shared_columns if routed else part.columns
-        columns = (span.start, span.stop)
-        attn, mlp = name + "self_attn.", name + "feed_forward."
-        gated = mlp + "shared_expert." if routed else mlp
-        dense = DenseLayer(
-            attn_norm_H=self.norm(name + "input_layernorm"),
-            qkv=self._rows([(attn + "q_proj", *q), (attn + "k_proj", *kv), (attn + "v_proj", *kv)]),
-            o=self._columns(attn + "o_proj", *q),
-            mlp_norm_H=self.norm(name + "post_attention_layernorm"),
-            gate_up=self._rows([(gated + "gate_proj", *columns), (gated + "up_proj", *columns)]),
-            down=self._columns(gated + "down_proj", *columns),
-            num_q_heads=part.q_heads.size,
-            num_kv_heads=part.kv_heads.size,
-            head_dim=d,
-            softmax_scale=d**-0.5,
-            eps=config.rms_norm_eps,
-            style=attention_style(config, index),
-        )
-        if not routed:
-            return dense
-        router = self._source.tensor(f"{self._prefix}{mlp}router.weight")
-        pairs = [self.expert(index, one) for one in experts]
-        return MoELayer(
-            **{name: getattr(dense, name) for name in DenseLayer.__slots__},
-            # the router is never quantized
-            router=self._ops.pack_linear([router], None, self._dtype),
-            experts_gate_up=tuple(gate_up for gate_up, _ in pairs),
-            experts_down=tuple(down for _, down in pairs),
-            first_expert=part.experts.start,
-            top_k=config.top_k,
-            index=index,
-        )
-
-    def expert(self, layer: int, expert: int) -> tuple[Linear, Linear]:
-        """One routed expert's part: gate and up, and down."""
-        mlp = f"model.layers.{layer}.feed_forward."
-        return self._expert_rows(mlp, expert), self._expert_columns(mlp, expert)
-
-    def _expert_rows(self, mlp: str, expert: int) -> Linear:
-        """An expert's gate and up: of [E, H, 2F], gate first."""
-        fused_H2F = self._source.tensor(f"{self._prefix}{mlp}experts.gate_up_proj")[expert]
-        span = self._part.expert_columns
-        halves = fused_H2F.chunk(2, dim=-1)
-        return self._pack([half[:, span.start : span.stop].T for half in halves])
-
-    def _expert_columns(self, mlp: str, expert: int) -> Linear:
-        """An expert's down: of [E, F, H]."""
-        down_FH = self._source.tensor(f"{self._prefix}{mlp}experts.down_proj")[expert]
-        span = self._part.expert_columns
-        return self._pack([down_FH[span.start : span.stop].T])
-
-    def _rows(self, parts: list[tuple[str, int, int]]) -> Linear:
-        """A product whose outputs are cut: rows of each named matrix, stacked."""
-        read = self._source.rows
-        return self._pack([read(f"{self._prefix}{name}.weight", a, b) for name, a, b in parts])
-
-    def _columns(self, name: str, start: int, stop: int) -> Linear:
-        """A product whose inputs are cut."""
-        return self._pack([self._source.columns(f"{self._prefix}{name}.weight", start, stop)])
-
-    def _pack(self, weights: list[Tensor]) -> Linear:
-        if self._quantize is None:
-            return self._ops.pack_linear(weights, None, self._dtype)
-        return self._ops.pack_quantized([self._quantize(one) for one in weights], None)
-
-    def vocab(self, name: str) -> Vocab:
-        """This rank's rows of the embedding or of the head."""
-        span = self._part.vocab
-        rows = self._source.rows(f"{self._prefix}{name}.weight", span.start, span.stop)
-        if self._quantize is None:
-            return self._ops.pack_vocab(rows, span.start, self._dtype)
-        # the head is where rounding costs most, and four bits would save least
-        quantize = quantize_int8 if self._quantize is quantize_int4 else self._quantize
-        return self._ops.pack_quantized_vocab(quantize(rows), span.start)
+def _with_experts(
+    loader: Loader,
+    config: Llama4Config,
+    part: MoEPart,
+    layer: DenseLayer,
+    index: int,
+    name: str,
+    experts: Sequence[int],
+) -> MoELayer:
+    """The layer with its router, and these of its experts."""
+    pairs = [loader.expert(f"{name}{_EXPERTS}", one, part.expert_columns) for one in experts]
+    whole = Span(start=0, stop=config.num_experts)
+    return MoELayer(
+        **{field: getattr(layer, field) for field in DenseLayer.__slots__},
+        router=loader.rows([(f"{name}feed_forward.router", whole)], keep=True),
+        experts_gate_up=tuple(gate_up for gate_up, _ in pairs),
+        experts_down=tuple(down for _, down in pairs),
+        first_expert=part.experts.start,
+        top_k=config.top_k,
+        index=index,
+    )

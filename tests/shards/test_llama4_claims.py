@@ -20,7 +20,9 @@ from arriero.kernels.ops import Linear, Vocab
 from arriero.kernels.reference.backend import ReferenceOps
 from arriero.shards.checkpoint.formats.stored import TensorDue, reads, tensors_due
 from arriero.shards.checkpoint.reader import Checkpoint
+from arriero.shards.checkpoint.safetensors_header import StoredTensor
 from arriero.shards.mesh import Mesh
+from arriero.shards.models import loader
 from arriero.shards.models.llama4 import Llama4Slice
 from arriero.shards.models.llama4_config import Llama4Config
 from arriero.shards.partition_moe import MoEMesh, MoEPart, partition_moe
@@ -35,7 +37,18 @@ class Folder(Checkpoint):
     """A checkpoint of meta tensors, which notes the vectors and the routers that are read."""
 
     def __init__(self, config: Llama4Config, due: Sequence[TensorDue]) -> None:
-        super().__init__(Path("full-size"), config, {})
+        stored, at = {}, 0
+        for one in due:
+            stored[one.name] = StoredTensor(
+                name=one.name,
+                file=Path("full-size"),
+                dtype=torch.bfloat16,
+                shape=one.shape,
+                start=at,
+                stop=at + one.nbytes,
+            )
+            at += one.nbytes
+        super().__init__(Path("full-size"), config, stored)
         self.tensors = {one.name: torch.empty(one.shape, device=META) for one in due}
         self.name_of = {id(tensor): name for name, tensor in self.tensors.items()}
         self.claimed: dict[str, set[Box]] = defaultdict(set)
@@ -121,7 +134,10 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_maverick_is_claimed_by_the_ranks_that_should_hold_it(layout: str) -> None:
+def test_maverick_is_claimed_by_the_ranks_that_should_hold_it(
+    layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "PAGED_BYTES", 1 << 60)  # nothing is read ahead
     config, mesh = Llama4Config.from_dict(MAVERICK), LAYOUTS[layout]
     due = tensors_due(config, None)
     assert sum(prod(one.shape) for one in due) == config.num_parameters() == 401_583_781_376
