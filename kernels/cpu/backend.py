@@ -35,6 +35,7 @@ from arriero.kernels.cpu.structs import (
 from arriero.kernels.cpu.weights import TYPES, pack_plain, pack_quantized
 from arriero.kernels.ops import (
     DenseLayer,
+    Experts,
     FlatBatch,
     KVCache,
     KVCacheSpec,
@@ -340,13 +341,19 @@ class CpuOps(Ops):
         return self.run_mlp(struct, layer, x_TH)
 
     def decoder(
-        self, layers: Sequence[DenseLayer], kv: KVCache, reduce: Reduce | None
+        self,
+        layers: Sequence[DenseLayer],
+        kv: KVCache | None,
+        reduce: Reduce | None,
+        *,
+        local_kv: KVCache | None = None,
+        experts: Experts | None = None,
     ) -> Callable[[Tensor, FlatBatch], Tensor]:
         """See `Ops.decoder`.
 
         One call a step for dense layers without `reduce`; with it, or with experts, one a block.
         """
-        return CpuDecoder(self, layers, kv, reduce)
+        return CpuDecoder(self, layers, kv, reduce, local_kv, experts)
 
     def run_attention(
         self,

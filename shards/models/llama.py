@@ -18,10 +18,12 @@ from torch import Tensor
 from arriero.kernels.ops import DenseLayer, KVCacheSpec, Ops
 from arriero.shards.checkpoint.formats.stored import tensors_due
 from arriero.shards.checkpoint.reader import Checkpoint
+from arriero.shards.experts import Loads
 from arriero.shards.mesh import Mesh
 from arriero.shards.models.config import ModelConfig
 from arriero.shards.models.loader import Loader, Progress
 from arriero.shards.partition import SlicePart, Span
+from arriero.shards.plan import Int32
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
 
@@ -44,8 +46,10 @@ class LlamaSlice:
         offload_folder: Path | None = None,
         progress: Progress = lambda done, total: None,
     ) -> None:
-        self.config, self.part, self.ops, self.mesh = checkpoint.config, part, ops, mesh
-        config = self.config
+        config = checkpoint.config
+        assert isinstance(config, ModelConfig), "a checkpoint of a dense Llama"
+        self.config, self.part, self.ops, self.mesh = config, part, ops, mesh
+        self.dtype = dtype
         loader = Loader(
             checkpoint,
             checkpoint.scheme,
@@ -100,6 +104,21 @@ class LlamaSlice:
         if self.head is not None and self.head is not self.embedding:
             total += self.head.nbytes
         return total + (self.norm_H.nbytes if self.norm_H is not None else 0)
+
+    @property
+    def kv_nbytes(self) -> int:
+        """Bytes of the KV cache."""
+        return self.kv.nbytes
+
+    def sit_out(self) -> None:
+        """A step without tokens: nothing to do."""
+
+    def place_experts(self, layer: int, expert_S: Int32) -> None:
+        """There are no experts."""
+
+    def take_loads(self) -> dict[int, Loads]:
+        """There are no experts."""
+        return {}
 
     def embed(self, tokens_T: Tensor) -> Tensor:
         """Token embeddings, [T, H]: on the first stage."""
