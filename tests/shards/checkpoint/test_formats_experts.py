@@ -12,14 +12,13 @@ from torch import Tensor
 
 from arriero.kernels.moe import route
 from arriero.kernels.ops import MoELayer, Ops
-from arriero.kernels.select import ops_for
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
 from arriero.shards.checkpoint.reader import TensorFolder
 from arriero.shards.models.loader import Loader
 from arriero.shards.partition import Span
 from support.models import write_safetensors
 from support.quantized_files import fp8, packed
-from support.slices import CPU
+from support.slices import exact_ops
 
 EXPERTS, HIDDEN, INNER, TOKENS = 4, 32, 64, 9
 PREFIX = "model.layers.1.feed_forward."
@@ -145,7 +144,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_experts(tmp_path: Path, form: str, layout: str, kernels: str) -> None:
     means = written(tmp_path, form)
-    ops = ops_for(CPU, kernels, threads=1)
+    ops = exact_ops(kernels)
     x = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(5))
     parts = [
         block(tmp_path, form, ops, x, Span(start=a, stop=b), Span(start=c, stop=d))
