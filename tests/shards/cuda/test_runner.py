@@ -25,6 +25,8 @@ from support.models import tiny_llama
 
 from .stub import StubDevice
 
+triton_interpreter.install()  # before anything imports the kernels
+
 
 class LateExecutor:
     """Results are waited for only when they are asked for: always behind the launches."""
@@ -163,7 +165,6 @@ def test_memory_beyond_the_plan_is_told(
 
 def test_graphs_of_triton_kernels(config: GroupConfig) -> None:
     """The whole of it but the GPU: interpreted kernels behind stubbed graphs."""
-    triton_interpreter.install()
     pytest.importorskip("triton")
     params = [replace(one, max_tokens=3) for one in PLAIN[:3]]
     prompts = PROMPTS[:3]
