@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import time
 import uuid
 from collections import Counter
@@ -28,6 +29,7 @@ from arriero.shards.errors import GroupFailed
 from arriero.shards.group import GroupConfig
 
 if TYPE_CHECKING:
+    from arriero.cluster.spec import TlsSpec
     from arriero.router.card import ModelCard
     from arriero.router.link import LinkServer
     from arriero.shards.engine.engine import Engine
@@ -49,6 +51,7 @@ class GroupSettings:
         period_s: between two renewals of the group's entry in the registry.
         start_timeout_s: limit of the whole start.
         drain_s: how long running streams may go on at the end.
+        link_tls: of the link with gateways; None for one in the clear.
     """
 
     model: str
@@ -57,6 +60,7 @@ class GroupSettings:
     period_s: float
     start_timeout_s: float
     drain_s: float
+    link_tls: TlsSpec | None = None
 
     @property
     def layout(self) -> str:
@@ -77,6 +81,7 @@ class Leader:
         self._executor: RemoteExecutor | None = None
         self._engine: Engine | None = None
         self._link: LinkServer | None = None
+        self._link_token = secrets.token_hex(32)  # one for each life of a leader
         self._first: asyncio.Future[SequenceOutput] = asyncio.get_running_loop().create_future()
         self._loaded = -1
         self._closing = False
@@ -143,6 +148,7 @@ class Leader:
             vocab_size=limits.vocab_size,
             bos_token_id=model.bos_token_id,
             eos_token_ids=limits.eos_token_ids,
+            max_sequences=limits.max_sequences,
         )
         address = await self._lead(limits, card)
         entry = registry.GroupEntry(
@@ -151,6 +157,7 @@ class Leader:
             address=address,
             layout=self._settings.layout,
             slice_pids=tuple(one.pid for one in where),
+            link_token=self._link_token,
         )
         await self._renew(entry)
         self._tasks.append(asyncio.create_task(self._keep_renewing(entry)))
@@ -208,7 +215,14 @@ class Leader:
         first = await self._first
         if not first.tokens:
             raise GroupFailed(f"the first token did not come: {first.error or first.finish_reason}")
-        self._link = LinkServer(engine, card, f"{node_address()}:0")
+        tls = self._settings.link_tls
+        self._link = LinkServer(
+            engine,
+            card,
+            f"{node_address()}:0",
+            token=self._link_token,
+            credentials=None if tls is None else tls.files().server("link_tls"),
+        )
         return str(await self._link.start())
 
     async def _watch(self, rank: int, at: Whereabouts, run: Any) -> None:  # noqa: ANN401

@@ -8,6 +8,7 @@ frames and the engine's three methods; knows nothing of text or of how the engin
 from __future__ import annotations
 
 import asyncio
+import hmac
 import logging
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 METHOD = "/arriero.link.v1.Link/Connect"
 SERVICE, NAME = "arriero.link.v1.Link", "Connect"
+TOKEN_KEY = "arriero-link-token"
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", -1),  # a prompt of ten million tokens is one frame
     ("grpc.max_send_message_length", -1),
@@ -61,9 +63,21 @@ class LinkServer:
         engine: takes the requests.
         card: the first thing a gateway is told.
         address: host and port; port 0 picks a free one.
+        token: what a gateway must show; "" lets anyone link who can reach the address.
+        credentials: of TLS; None listens in the clear.
     """
 
-    def __init__(self, engine: Engine, card: ModelCard, address: str = "127.0.0.1:0") -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        card: ModelCard,
+        address: str = "127.0.0.1:0",
+        *,
+        token: str = "",
+        credentials: grpc.ServerCredentials | None = None,
+    ) -> None:
+        self._token = token
+        self._credentials = credentials
         self._engine = engine
         self._card = card
         self._address = address
@@ -88,7 +102,10 @@ class LinkServer:
             (grpc.method_handlers_generic_handler(SERVICE, {NAME: handler}),)
         )
         try:
-            port = self._server.add_insecure_port(self._address)
+            if self._credentials is None:
+                port = self._server.add_insecure_port(self._address)
+            else:
+                port = self._server.add_secure_port(self._address, self._credentials)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {self._address}: {error}") from error
         await self._server.start()
@@ -137,6 +154,12 @@ class LinkServer:
     async def _connect(
         self, incoming: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]
     ) -> None:
+        shown = str(dict(context.invocation_metadata() or ()).get(TOKEN_KEY, ""))
+        if not hmac.compare_digest(shown.encode(), self._token.encode()):
+            await context.abort(
+                grpc.StatusCode.UNAUTHENTICATED,
+                "the gateway showed another token than the leader's",
+            )
         link = _Link(context)
         self._links.add(link)
         link.send(["hello", frames.VERSION, self._card.to_wire()])
