@@ -53,9 +53,10 @@ def build(spec: Spec, *, num_cpus: float, num_gpus: float, shared: bool) -> Appl
         **apart,
     )(serve.ingress()(GatewayReplica))
     names = tuple(model.name for model in spec.models)
-    return gateways.bind(
-        GatewaySettings(spec=spec.gateway, models=names, link_tls=spec.link_tls), *leaders
+    settings = GatewaySettings(
+        spec=spec.gateway, models=names, link_tls=spec.link_tls, tracing=spec.tracing
     )
+    return gateways.bind(settings, *leaders)
 
 
 def application(args: Mapping[str, str]) -> Application:
@@ -103,6 +104,7 @@ def _leader(model: ModelSpec, spec: Spec, part: float, num_gpus: float) -> Appli
         start_timeout_s=spec.health.start_timeout_s,
         drain_s=spec.health.drain_s,
         link_tls=spec.link_tls,
+        tracing=spec.tracing,
     )
     leaders = serve.deployment(
         name=f"group-{model.name}",

@@ -20,7 +20,7 @@ from fastapi import FastAPI
 
 from arriero.cluster import registry
 from arriero.cluster.slices import node_address
-from arriero.cluster.spec import GatewaySpec, TlsSpec
+from arriero.cluster.spec import GatewaySpec, TlsSpec, TracingSpec
 from arriero.router.gateway import Gateway, GroupAddress
 from arriero.shards.errors import SpecError
 
@@ -34,6 +34,7 @@ class GatewaySettings:
     spec: GatewaySpec
     models: tuple[str, ...]
     link_tls: TlsSpec | None = None
+    tracing: TracingSpec | None = None
 
 
 class GatewayReplica:
@@ -49,7 +50,8 @@ class GatewayReplica:
         self._registry = registry.connect()
         http = self._spec.http
         try:
-            self._gateway = Gateway(self._spec.config(settings.models, settings.link_tls))
+            config = self._spec.config(settings.models, settings.link_tls, settings.tracing)
+            self._gateway = Gateway(config)
             port = await self._gateway.start()
         except (OSError, SpecError) as error:
             failure = registry.Failure(who="gateway", kind="SpecError", cause=str(error))

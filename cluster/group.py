@@ -29,9 +29,10 @@ from arriero.shards.errors import GroupFailed
 from arriero.shards.group import GroupConfig
 
 if TYPE_CHECKING:
-    from arriero.cluster.spec import TlsSpec
+    from arriero.cluster.spec import TlsSpec, TracingSpec
     from arriero.router.card import ModelCard
     from arriero.router.link import LinkServer
+    from arriero.router.tracing import Tracing
     from arriero.shards.engine.engine import Engine
     from arriero.shards.engine.types import EngineConfig, SequenceOutput
     from arriero.shards.executor import Loading, RemoteExecutor
@@ -52,6 +53,7 @@ class GroupSettings:
         start_timeout_s: limit of the whole start.
         drain_s: how long running streams may go on at the end.
         link_tls: of the link with gateways; None for one in the clear.
+        tracing: where spans go; None makes none.
     """
 
     model: str
@@ -61,6 +63,7 @@ class GroupSettings:
     start_timeout_s: float
     drain_s: float
     link_tls: TlsSpec | None = None
+    tracing: TracingSpec | None = None
 
     @property
     def layout(self) -> str:
@@ -81,6 +84,7 @@ class Leader:
         self._executor: RemoteExecutor | None = None
         self._engine: Engine | None = None
         self._link: LinkServer | None = None
+        self._tracing: Tracing | None = None
         self._link_token = secrets.token_hex(32)  # one for each life of a leader
         self._first: asyncio.Future[SequenceOutput] = asyncio.get_running_loop().create_future()
         self._loaded = -1
@@ -191,6 +195,7 @@ class Leader:
     async def _lead(self, limits: EngineConfig, card: ModelCard) -> str:
         """Start the engine, draw a token, open the link; returns the link's address."""
         from arriero.router.link import LinkServer
+        from arriero.router.tracing import Tracing
         from arriero.shards.engine.engine import Engine
         from arriero.shards.engine.types import EngineRequest
         from arriero.shards.sampling import SamplingParams
@@ -215,13 +220,16 @@ class Leader:
         first = await self._first
         if not first.tokens:
             raise GroupFailed(f"the first token did not come: {first.error or first.finish_reason}")
-        tls = self._settings.link_tls
+        tls, traced = self._settings.link_tls, self._settings.tracing
+        tracing = None if traced is None else traced.config()
+        self._tracing = Tracing.from_config("arriero-leader", tracing)
         self._link = LinkServer(
             engine,
             card,
             f"{node_address()}:0",
             token=self._link_token,
             credentials=None if tls is None else tls.files().server("link_tls"),
+            tracing=self._tracing,
         )
         return str(await self._link.start())
 
@@ -287,6 +295,8 @@ class Leader:
         for actor in self._slices:
             ray.kill(actor)
         self._slices = []
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
 
 
 def _with_threads(config: GroupConfig, where: Sequence[Whereabouts]) -> GroupConfig:

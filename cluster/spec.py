@@ -24,9 +24,11 @@ from pydantic import (
 )
 
 from arriero.router.gateway import GatewayConfig
+from arriero.router.request_log import RequestLogConfig
 from arriero.router.tenants.keys import read_keys
 from arriero.router.tenants.tenant import ANYONE, QueueLimits, Tenant
 from arriero.router.tls import TlsFiles
+from arriero.router.tracing import TracingConfig
 from arriero.shards.errors import SpecError
 from arriero.shards.group import GroupConfig
 
@@ -251,6 +253,24 @@ class TlsSpec(_Part):
         return TlsFiles(certificate=self.certificate, key=self.key, ca=self.ca)
 
 
+class TracingSpec(_Part):
+    """Where spans of requests go; wants `arriero[trace]`. The fields are `TracingConfig`'s."""
+
+    endpoint: str
+    sample: Annotated[float, Field(ge=0, le=1)] = 1.0
+
+    def config(self) -> TracingConfig:
+        """As the router takes it."""
+        return TracingConfig(endpoint=self.endpoint, sample=self.sample)
+
+
+class RequestLogSpec(_Part):
+    """A line of JSON for each request; the fields are `RequestLogConfig`'s."""
+
+    path: Path | None = None
+    prompts: bool = False
+
+
 class TenantSpec(_Part):
     """What one tenant may take, over all gateways; the fields are `Tenant`'s."""
 
@@ -284,6 +304,7 @@ class GatewaySpec(_Part):
         keys: file of API keys (`arriero keys`), on every node; null asks for none.
         tenants: those whose keys have limits.
         queue: what may wait.
+        request_log: a line for each request; null writes none.
     """
 
     host: str = "127.0.0.1"
@@ -295,6 +316,7 @@ class GatewaySpec(_Part):
     keys: Path | None = None
     tenants: tuple[TenantSpec, ...] = ()
     queue: QueueSpec = QueueSpec()
+    request_log: RequestLogSpec | None = None
 
     @model_validator(mode="after")
     def _tenants_have_keys(self) -> GatewaySpec:
@@ -318,8 +340,14 @@ class GatewaySpec(_Part):
             return self.http.port
         return DEFAULT_HTTP_PORT if self.port else 0
 
-    def config(self, models: tuple[str, ...], link_tls: TlsSpec | None) -> GatewayConfig:
+    def config(
+        self,
+        models: tuple[str, ...],
+        link_tls: TlsSpec | None = None,
+        tracing: TracingSpec | None = None,
+    ) -> GatewayConfig:
         """What each gateway runs with."""
+        log = None if self.request_log is None else RequestLogConfig(**dict(self.request_log))
         return GatewayConfig(
             address=f"{self.host}:{self.port}",
             http_address=None if self.http is None else f"{self.http.host}:{self.http_port}",
@@ -330,6 +358,8 @@ class GatewaySpec(_Part):
             tenants=tuple(Tenant(**dict(tenant)) for tenant in self.tenants),
             limits=QueueLimits(**dict(self.queue)),
             num_gateways=self.count,
+            tracing=None if tracing is None else tracing.config(),
+            request_log=log,
         )
 
 
@@ -383,11 +413,13 @@ class Spec(_Part):
         models, gateway, health, ray: see there.
         link_tls: of the links between gateways and leaders; its certificate must be for the name
             `arriero-link`. Null leaves them in the clear, each opened by its leader's token.
+        tracing: spans of requests; null makes none.
     """
 
     models: Annotated[tuple[ModelSpec, ...], Field(min_length=1)]
     gateway: GatewaySpec = GatewaySpec()
     link_tls: TlsSpec | None = None
+    tracing: TracingSpec | None = None
     health: HealthSpec = HealthSpec()
     ray: RaySpec = RaySpec()
 

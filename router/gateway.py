@@ -32,11 +32,14 @@ from arriero.router.http.server import HttpServer
 from arriero.router.inference import Inference, Stream
 from arriero.router.metrics import Metrics
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
+from arriero.router.request_log import RequestLog, RequestLogConfig
 from arriero.router.requests import parse, read_request_id
+from arriero.router.sight import Sight
 from arriero.router.tenants.door import Caller, Door
 from arriero.router.tenants.keys import KeyFile
 from arriero.router.tenants.tenant import QueueLimits, Tenant
 from arriero.router.tls import TlsFiles
+from arriero.router.tracing import Tracing, TracingConfig
 from arriero.shards.errors import (
     ArrieroError,
     InvalidRequest,
@@ -74,6 +77,8 @@ class GatewayConfig:
         tenants: those with limits.
         limits: of each model's queue.
         num_gateways: gateways of the deployment; each enforces its part of every limit.
+        tracing: where spans go; None makes none.
+        request_log: where each request's line goes; None writes none.
         models: ids of the deployment's models. One of them without a group is unavailable; any
             other is not found.
     """
@@ -88,17 +93,24 @@ class GatewayConfig:
     tenants: tuple[Tenant, ...] = ()
     limits: QueueLimits = field(default_factory=QueueLimits)
     num_gateways: int = 1
+    tracing: TracingConfig | None = None
+    request_log: RequestLogConfig | None = None
     models: tuple[str, ...] = ()
 
 
 class Gateway:
     """One gateway; `start` it, tell it the groups with `set_groups`, and `stop` it.
 
+    Args:
+        config: its settings.
+        tracing: makes its spans; None leaves that to `config`.
+
     Raises:
         SpecError: a file of keys or certificates cannot be used.
+        OSError: the log cannot be written.
     """
 
-    def __init__(self, config: GatewayConfig) -> None:
+    def __init__(self, config: GatewayConfig, *, tracing: Tracing | None = None) -> None:
         self._config = config
         link_tls = None if config.link_tls is None else config.link_tls.client("link_tls")
         self._groups = LinkedGroups(self._groups_changed, config.models, link_tls)
@@ -110,7 +122,10 @@ class Gateway:
             self._room,
         )
         metrics = Metrics(self._groups.groups, door.waiting)
-        self.inference = Inference(self._groups, metrics, door)
+        self._tracing = tracing or Tracing.from_config("arriero-gateway", config.tracing)
+        self._log = None if config.request_log is None else RequestLog(config.request_log)
+        sight = Sight(metrics, self._tracing, self._log)
+        self.inference = Inference(self._groups, sight, door)
         self._server: grpc.aio.Server | None = None
         self._http: HttpServer | None = None
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # not in the stubs
@@ -183,6 +198,10 @@ class Gateway:
         )
         await self._groups.close()
         self._door.stop()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
+        if self._log is not None:
+            self._log.close()
         if self._health_task is not None:
             self._health_task.cancel()
 
@@ -273,6 +292,7 @@ class _Call:
             request_id=self.request_id,
             tenant=self.tenant,
             deadline_s=None if left_s is None else time.monotonic() + left_s,
+            traceparent=str(self.metadata.get("traceparent", "")),
         )
 
     async def name(self, given: str) -> None:

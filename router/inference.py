@@ -11,6 +11,7 @@ import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 from arriero.router.answer import Answer
@@ -19,7 +20,6 @@ from arriero.router.card import ModelCard
 from arriero.router.choose import order
 from arriero.router.conversation import TextModel
 from arriero.router.groups import LinkedGroups
-from arriero.router.metrics import Metrics
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.requests import (
     OutputOptions,
@@ -34,6 +34,7 @@ from arriero.router.requests import (
     read_sampling,
     read_tools,
 )
+from arriero.router.sight import Sight
 from arriero.router.tenants.admission import Ticket
 from arriero.router.tenants.door import Caller, Door
 from arriero.shards.engine.types import SequenceOutput
@@ -65,13 +66,14 @@ class Inference:
 
     Args:
         groups: the groups that compute.
-        metrics: told of each request.
+        sight: told of each request.
         door: says whose turn it is.
     """
 
-    def __init__(self, groups: LinkedGroups, metrics: Metrics, door: Door) -> None:
+    def __init__(self, groups: LinkedGroups, sight: Sight, door: Door) -> None:
         self.groups = groups
-        self.metrics = metrics
+        self.sight = sight
+        self.metrics = sight.metrics
         self.door = door
 
     async def generate(self, request: pb.GenerateRequest, caller: Caller) -> Stream:
@@ -179,10 +181,15 @@ class Inference:
             priority=job.priority,
             deadline_s=caller.deadline_s,
         )
-        with self.metrics.request(start.model, caller.tenant.name) as watch:
+        seen_as = self.sight.request(
+            caller, start.model, len(job.prompt), partial(_prompt_text, job)
+        )
+        with seen_as as seen:
+            watch = seen.watch
             async with self.door.place(start.model, ticket) as place:
-                watch.turn()
-                async with aclosing(self._compute(job, answer, start.model)) as steps:
+                seen.turn()
+                computed = self._compute(job, answer, start.model, seen.traceparent)
+                async with aclosing(computed) as steps:
                     async for outputs in steps:
                         place.used(*watch.step(outputs))
                         message = answer.add(outputs)
@@ -193,7 +200,7 @@ class Inference:
                         if answer.finished:
                             return
 
-    async def _compute(self, job: _Job, answer: Answer, model: str) -> Steps:
+    async def _compute(self, job: _Job, answer: Answer, model: str, trace: str) -> Steps:
         """What the best group gives, or the next one while there is no output.
 
         The groups are those of this moment: there may be others than when the request came.
@@ -213,6 +220,7 @@ class Inference:
                 # Among tenants, nobody goes first for having said so.
                 priority=job.priority if self.door.open else job.caller.tenant.priority,
                 room=check_room(num_prompt, params.max_tokens, view.card.max_model_len),
+                trace=trace,
             )
             try:
                 async with aclosing(self.groups.generate(view.group_id, request)) as steps:
@@ -230,6 +238,10 @@ class Inference:
                     view.group_id,
                     error,
                 )
+
+
+def _prompt_text(job: _Job) -> str:
+    return job.text.tokenizer.decode(job.prompt, skip_special=False)
 
 
 def _widest(job: _Job) -> GroupView:

@@ -114,6 +114,7 @@ class Edge:
             request_id=request_id,
             tenant=self._door.tenant(authorization),
             deadline_s=_deadline_s(headers.get(b"x-request-timeout")),
+            traceparent=headers.get(b"traceparent", b"").decode("latin-1"),
         )
 
 

@@ -29,11 +29,13 @@ class Caller:
         request_id: the call's name in logs.
         tenant: whose it is.
         deadline_s: when the caller will be gone, on the monotonic clock; None for never.
+        traceparent: W3C name of the caller's span; "" for none.
     """
 
     request_id: str
     tenant: Tenant = field(default_factory=lambda: Tenant(name=ANYONE))
     deadline_s: float | None = None
+    traceparent: str = ""
 
 
 class Door:

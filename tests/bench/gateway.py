@@ -22,13 +22,12 @@ from pathlib import Path
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from support.frontdoor import LLAMA3, LLAMA_SPECIALS, FakeEngine, endless, make_card, make_tokenizer
-
 from arriero.router.client import AsyncClient
 from arriero.router.gateway import Gateway, GatewayConfig, GroupAddress
 from arriero.router.link import LinkClient, LinkServer
 from arriero.shards.engine.types import EngineRequest
 from arriero.shards.sampling import SamplingParams
+from support.frontdoor import LLAMA3, LLAMA_SPECIALS, FakeEngine, endless, make_card, make_tokenizer
 
 PROMPT = list(range(60, 188))
 
