@@ -35,14 +35,14 @@ def room(groups: Iterable[GroupView], *, num_gateways: int) -> int:
     """Sequences that one of `num_gateways` gateways may have in these groups at once.
 
     What is beyond it waits in the gateway, where turns are fair between tenants; the group itself
-    serves by arrival. A group whose KV pool is full holds fewer sequences than it has slots for:
-    it is given a few more than run, so that it never waits for the gateway.
+    serves by arrival. It is given a few sequences more than it can run, so that it never waits for
+    the gateway. A group whose KV pool is full runs fewer than it has slots for.
     """
     total = 0
     for group in groups:
         load, most = group.load, group.card.max_sequences
         blocks = group.stats.get("blocks_total", 0)
         if load.num_waiting and group.stats.get("blocks_used", 0) >= _FULL * blocks > 0:
-            most = min(most, load.num_running + max(1, load.num_running // 8))
-        total += most
+            most = min(most, max(1, load.num_running))
+        total += most + max(1, most // 8)
     return -(-total // num_gateways)

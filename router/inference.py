@@ -196,6 +196,7 @@ class Inference:
                         if message is not None:
                             if answer.finished:
                                 watch.finish(message.usage)
+                                place.leave()
                             yield message
                         if answer.finished:
                             return

@@ -58,7 +58,7 @@ class Sight:
         """
         trace = None
         if self.tracing is not None:
-            facts = {
+            facts: dict[str, str | int | float] = {
                 "arriero.request_id": caller.request_id,
                 "arriero.tenant": caller.tenant.name,
                 "gen_ai.request.model": model,

@@ -41,6 +41,7 @@ class Ticket:
         charged: cost that its tenant's counter was charged so far.
         begun: it has begun.
         refusal: why it was refused while it waited.
+        left: it has ended.
     """
 
     tenant: Tenant
@@ -54,6 +55,7 @@ class Ticket:
     charged: float = 0.0
     begun: bool = False
     refusal: Overloaded | None = None
+    left: bool = False
 
 
 @dataclass(slots=True)
@@ -167,7 +169,10 @@ class Admission:
             tokens.take(num_tokens, now_s)
 
     def leave(self, ticket: Ticket, now_s: float) -> None:
-        """A request ended: well, in an error, or because its caller left."""
+        """A request ended: well, in an error, or because its caller left; safe to call twice."""
+        if ticket.left:
+            return
+        ticket.left = True
         if ticket.begun:
             self._usage[ticket.tenant.name].running -= 1
             self._sequences -= ticket.num_sequences

@@ -132,10 +132,9 @@ class Door:
             self._begin(model, admission)
             if not ticket.begun:
                 await self._wait(admission, ticket)
-            yield Place(admission, ticket)
+            yield Place(self, model, admission, ticket)
         finally:
-            admission.leave(ticket, time.monotonic())
-            self._begin(model, admission)
+            self._leave(model, admission, ticket)
 
     async def _wait(self, admission: Admission, ticket: Ticket) -> None:
         waiter = self._waiters[ticket] = asyncio.get_running_loop().create_future()
@@ -151,6 +150,10 @@ class Door:
             del self._waiters[ticket]
         if ticket.refusal is not None:
             raise ticket.refusal
+
+    def _leave(self, model: str, admission: Admission, ticket: Ticket) -> None:
+        admission.leave(ticket, time.monotonic())
+        self._begin(model, admission)
 
     def _begin(self, model: str, admission: Admission) -> None:
         if admission.num_waiting:
@@ -174,12 +177,18 @@ class Door:
 class Place:
     """A request's place; tell it what comes out."""
 
-    __slots__ = ("_admission", "_ticket")
+    __slots__ = ("_admission", "_door", "_model", "_ticket")
 
-    def __init__(self, admission: Admission, ticket: Ticket) -> None:
+    def __init__(self, door: Door, model: str, admission: Admission, ticket: Ticket) -> None:
+        self._door = door
+        self._model = model
         self._admission = admission
         self._ticket = ticket
 
     def used(self, num_tokens: int, now_s: float) -> None:
         """Count output tokens."""
         self._admission.used(self._ticket, num_tokens, now_s)
+
+    def leave(self) -> None:
+        """Give it up before the block ends: the last token is out, though not yet sent."""
+        self._door._leave(self._model, self._admission, self._ticket)
