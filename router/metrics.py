@@ -86,7 +86,7 @@ class Metrics:
         )
         self._tenant = Counter(
             "arriero_tenant_tokens",
-            "Tokens of a tenant's requests; kind is prompt or output.",
+            "Tokens of a tenant's requests that ended; kind is prompt or output.",
             ["tenant", "kind"],
             registry=registry,
         )
@@ -124,7 +124,8 @@ class Metrics:
         if labelled is None:
             labelled = self._labelled[model, tenant] = _Labelled(
                 prompt=(self._prompt.labels(model), self._tenant.labels(tenant, "prompt")),
-                generation=(self._generation.labels(model), self._tenant.labels(tenant, "output")),
+                generation=self._generation.labels(model),
+                tenant_output=self._tenant.labels(tenant, "output"),
                 cached=self._cached.labels(model),
                 requests=self._finished.labels(model),
                 queue=self._queue.labels(model),
@@ -138,6 +139,8 @@ class Metrics:
             except GeneratorExit:
                 if not watch.finished:  # else the client only left before the very end
                     raise
+            finally:
+                labelled.tenant_output.inc(watch.num_tokens)
 
 
 class Watch:
@@ -182,8 +185,7 @@ class Watch:
                 self.first_s = now_s
                 labelled.first.observe(now_s - self.begun_s)
             self._last_s[output.index] = now_s
-        for counter in labelled.generation:
-            counter.inc(total)
+        labelled.generation.inc(total)
         self.num_tokens += total
         return total, now_s
 
@@ -201,7 +203,8 @@ class _Labelled:
     """The counters of one model and tenant, looked up once."""
 
     prompt: tuple[Counter, Counter]
-    generation: tuple[Counter, Counter]
+    generation: Counter
+    tenant_output: Counter
     cached: Counter
     requests: Counter
     queue: Histogram

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 STALLED_S = 60.0
 """A group that has work and finished no step for so long is not healthy."""
 _DONE = b"data: [DONE]\n\n"
+_ENCODER = json.JSONEncoder(separators=(",", ":"))  # `dumps` would make one for each event
 _EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The answer; with `stream`, server-sent events that end in `[DONE]`.",
@@ -176,7 +177,7 @@ async def _events(
 
 
 def _event(content: Mapping[str, Any]) -> bytes:
-    return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _ENCODER.encode(content).encode() + b"\n\n"
 
 
 def _add_tokens(app: FastAPI, inference: Inference) -> None:

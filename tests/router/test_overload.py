@@ -1,7 +1,8 @@
 """Five times as much as a gateway's groups can do, and a tenant that floods another.
 
 A policy paces the steps, so capacity is known: `PLACES` sequences, a token each a step. Here for
-some seconds; `ARRIERO_OVERLOAD_S=60` runs it for as long as the acceptance test asks.
+some seconds, judged by the steps' places that gave a token to a client, since a test machine's
+clock is shared; `ARRIERO_OVERLOAD_S=60` runs it at length, and judges tokens a second too.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from arriero.router.tenants.tenant import QueueLimits
 from arriero.shards.errors import Overloaded
 from support.frontdoor import LLAMA3, Stack, endless, make_card, serve
 
+LONG = "ARRIERO_OVERLOAD_S" in os.environ
 DURATION_S = float(os.environ.get("ARRIERO_OVERLOAD_S", "6"))
 PLACES, OUTPUT, STEP_S, MAX_WAIT_S = 8, 20, 0.02, 1.0
 
@@ -92,21 +94,24 @@ async def test_five_times_capacity(llama_tokenizer: Tokenizer) -> None:
         memory = psutil.Process()
         tally = Tally()
         half = DURATION_S / 2
-        begun = time.monotonic()
+        begun, steps = time.monotonic(), stack.engine.steps
         await offer(client, tally, 5 * best / OUTPUT, begun + half)
         middle = memory.memory_info().rss
         await offer(client, tally, 5 * best / OUTPUT, time.monotonic() + half)
         goodput = tally.tokens / (time.monotonic() - begun)
+        busy = tally.tokens / PLACES / (stack.engine.steps - steps)
         grown = memory.memory_info().rss - middle
         first = statistics.quantiles(tally.first_s, n=100)
         print(
             f"best {best:.0f} tokens/s, goodput {goodput:.0f} ({goodput / best:.0%}), "
+            f"{busy:.1%} of places used, "
             f"{len(tally.first_s)} accepted, {tally.refused} refused, time to first token p50 "
             f"{first[49]:.2f} s, p99 {first[98]:.2f} s, memory {grown / 2**20:+.1f} MiB"
         )
         assert not tally.others, tally.others[:3]
         assert tally.refused > len(tally.first_s)
-        assert goodput >= 0.9 * best
+        assert busy >= 0.9
+        assert goodput >= 0.9 * best or not LONG
         assert first[98] <= 2 * MAX_WAIT_S
         assert grown < 16 * 2**20
         assert not stack.engine.running
