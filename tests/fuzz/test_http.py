@@ -11,7 +11,7 @@ from schemathesis import GenerationMode
 
 from support.target import Target
 
-EXAMPLES = 30
+EXAMPLES = 10
 
 
 @pytest.mark.timeout(0)

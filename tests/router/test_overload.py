@@ -25,7 +25,7 @@ from arriero.shards.errors import Overloaded
 from support.frontdoor import LLAMA3, Stack, endless, make_card, serve
 
 LONG = "ARRIERO_OVERLOAD_S" in os.environ
-DURATION_S = float(os.environ.get("ARRIERO_OVERLOAD_S", "6"))
+DURATION_S = float(os.environ.get("ARRIERO_OVERLOAD_S", "5"))
 PLACES, OUTPUT, STEP_S, MAX_WAIT_S = 8, 20, 0.02, 1.0
 
 
