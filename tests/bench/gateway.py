@@ -27,14 +27,19 @@ from arriero.router.gateway import Gateway, GatewayConfig, GroupAddress
 from arriero.router.link import LinkClient, LinkServer
 from arriero.shards.engine.types import EngineRequest
 from arriero.shards.sampling import SamplingParams
-from support.frontdoor import LLAMA3, LLAMA_SPECIALS, FakeEngine, endless, make_card, make_tokenizer
+from support.frontdoor import LLAMA3, LLAMA_SPECIALS, FakeEngine, make_card, make_tokenizer
 
 PROMPT = list(range(60, 188))
 
 
+def letters(request: EngineRequest, index: int, position: int) -> int:
+    """Tokens of one ASCII letter each, so that every token is a message of its own."""
+    return 40 + position * 7 % 60
+
+
 def leader(pipe: Connection, step_s: float) -> None:
     async def run() -> None:
-        engine = FakeEngine(endless, step_s=step_s)
+        engine = FakeEngine(letters, step_s=step_s)
         tokenizer = make_tokenizer(LLAMA_SPECIALS, bos="<|begin_of_text|>")
         link = LinkServer(engine, make_card(tokenizer, LLAMA3, max_model_len=100_000))
         engine.on_outputs = link.on_outputs

@@ -8,6 +8,7 @@ clock is shared; `ARRIERO_OVERLOAD_S=60` runs it at length, and judges tokens a 
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import statistics
 import time
@@ -58,15 +59,19 @@ async def ask(client: AsyncClient, tally: Tally) -> None:
 
 async def offer(client: AsyncClient, tally: Tally, per_s: float, until_s: float) -> None:
     """Requests at a steady rate, whatever becomes of them."""
-    tasks = set()
+    tasks: set[asyncio.Task[None]] = set()
     begun, number = time.monotonic(), 0
-    while time.monotonic() < until_s:
-        task = asyncio.create_task(ask(client, tally))
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
-        number += 1
-        await asyncio.sleep(max(0.0, begun + number / per_s - time.monotonic()))
-    await asyncio.gather(*tasks)
+    try:
+        while time.monotonic() < until_s:
+            task = asyncio.create_task(ask(client, tally))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+            number += 1
+            await asyncio.sleep(max(0.0, begun + number / per_s - time.monotonic()))
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 async def best_rate(stack: Stack, client: AsyncClient) -> float:
@@ -123,32 +128,51 @@ async def test_a_flood_leaves_the_other_its_share(
 ) -> None:
     path = tmp_path / "keys.yaml"
     keys = {name: add_key(path, name) for name in ("flood", "quiet")}
-    limits = QueueLimits(max_queued=64, max_wait_s=10)
+    limits = QueueLimits(max_queued=64, max_wait_s=60)
     config = GatewayConfig(keys=path, limits=limits)
     card = make_card(llama_tokenizer, LLAMA3, max_sequences=PLACES)
-    async with serve(card, endless, step_s=STEP_S, config=config) as stack:
+    step_s = 2.5 * STEP_S  # so that twenty times as much is still few requests
+    async with serve(card, endless, step_s=step_s, config=config) as stack:
         stack.engine.max_running = PLACES
         clients = {name: AsyncClient(stack.address, api_key=keys[name]) for name in keys}
         tallies = {name: Tally() for name in keys}
-        capacity = PLACES / STEP_S / OUTPUT
-        until = time.monotonic() + DURATION_S
+        capacity = PLACES / step_s / OUTPUT
         # 20 to 1; the quiet one asks for more than half of what the groups can do, so both wait
         offers = [
-            asyncio.create_task(offer(clients[name], tallies[name], per_s, until))
+            asyncio.create_task(offer(clients[name], tallies[name], per_s, math.inf))
             for name, per_s in (("flood", 16 * capacity), ("quiet", 0.8 * capacity))
         ]
-        await asyncio.sleep(DURATION_S * 0.2)
-        before = {name: tally.tokens for name, tally in tallies.items()}
-        await asyncio.sleep(DURATION_S * 0.7)
-        given = {name: tally.tokens - before[name] for name, tally in tallies.items()}
-        await asyncio.gather(*offers)
-        share = given["quiet"] / sum(given.values())
+
+        backlog = asyncio.gather(
+            *(ask(clients["quiet"], tallies["quiet"]) for _ in range(2 * PLACES))
+        )
+        waiting = stack.gateway.inference.door.waiting
+        while min(waiting().get(("tiny", name), 0) for name in keys) < PLACES:
+            await asyncio.sleep(0.01)
+
+        async def given(least: int) -> dict[str, int]:
+            """Tokens so far, once both together have so many."""
+            while sum(tally.tokens for tally in tallies.values()) < least:
+                await asyncio.sleep(0.02)
+            return {name: tally.tokens for name, tally in tallies.items()}
+
+        turn = PLACES * OUTPUT  # tokens of one set of places; the first ones go to whoever is first
+        before = await given(sum(tally.tokens for tally in tallies.values()) + turn)
+        after = await given(sum(before.values()) + int(DURATION_S * turn))
+        still = {name: waiting()["tiny", name] for name in keys}
+        for task in (*offers, backlog):
+            task.cancel()
+        await asyncio.gather(*offers, backlog, return_exceptions=True)
+        gained = {name: after[name] - before[name] for name in keys}
+        share = gained["quiet"] / sum(gained.values())
+        refused = {name: tally.refused for name, tally in tallies.items()}
         print(
-            f"tokens {given}: the quiet tenant's share {share:.1%}; refused "
-            f"{ {name: tally.refused for name, tally in tallies.items()} }"
+            f"tokens {gained}: the quiet tenant's share {share:.1%}; refused {refused}, "
+            f"waiting at the end {still}"
         )
         for name, tally in tallies.items():
             assert not tally.others, (name, tally.others[:3])
+        assert refused["flood"] > 0
         assert share >= 0.45
         for client in clients.values():
             await client.close()
