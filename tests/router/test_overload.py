@@ -1,7 +1,8 @@
 """Five times as much as a gateway's groups can do, and a tenant that floods another.
 
 A policy paces the steps, so capacity is known: `PLACES` sequences, a token each a step. Here for
-some seconds, judged by tokens a step, since a test machine's clock is shared; `ARRIERO_OVERLOAD_S=60` runs it at length, and judges tokens a second too.
+some seconds, judged by tokens a step, since a test machine's clock is shared;
+`ARRIERO_OVERLOAD_S=60` runs it at length, and judges tokens a second too.
 """
 
 from __future__ import annotations
