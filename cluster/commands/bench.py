@@ -74,7 +74,12 @@ def kernels(
             timings += list(bench.run(size, max(size, context)))
     rates = bench.rates
     if json_:
-        said = {"bench": "kernels", "model": model, "dtype": dtype, "quantization": quantization}
+        said: dict[str, object] = {
+            "bench": "kernels",
+            "model": model,
+            "dtype": dtype,
+            "quantization": quantization,
+        }
         said |= {"tp": tp, "device": device, "kernels": ops.name}
         limits = {"memory_gb_s": rates.memory / 1e9, "matrix_gflop_s": rates.matrix / 1e9}
         print(json.dumps({**said, **limits, "ops": [one.as_dict() for one in timings]}))

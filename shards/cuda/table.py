@@ -18,7 +18,7 @@ from arriero.kernels.ops import FlatBatch
 from arriero.shards.cuda.graphs import DecodeBatch
 from arriero.shards.plan import LAST_SAMPLED, Int32, NewSequence, StepPlan
 from arriero.shards.sampling import SamplingParams
-from arriero.shards.sequences import Rope, SequenceTable
+from arriero.shards.sequences import LocalTable, Rope, SequenceTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,7 @@ class DeviceSequenceTable(SequenceTable):
         vocab_size: int,
         rope: Rope,
         device: torch.device,
+        local: LocalTable | None = None,
     ) -> None:
         super().__init__(
             max_sequences=max_sequences + 1,
@@ -50,6 +51,7 @@ class DeviceSequenceTable(SequenceTable):
             vocab_size=vocab_size,
             rope=rope,
             device=device,
+            local=local,
         )
         self.rope, self.scratch_slot = rope, max_sequences
         self.last_S = torch.zeros(max_sequences + 1, dtype=torch.int32, device=device)
