@@ -53,7 +53,10 @@ def build(spec: Spec, *, num_cpus: float, num_gpus: float, shared: bool) -> Appl
         **apart,
     )(serve.ingress()(GatewayReplica))
     names = tuple(model.name for model in spec.models)
-    return gateways.bind(GatewaySettings(spec=spec.gateway, models=names), *leaders)
+    settings = GatewaySettings(
+        spec=spec.gateway, models=names, link_tls=spec.link_tls, tracing=spec.tracing
+    )
+    return gateways.bind(settings, *leaders)
 
 
 def application(args: Mapping[str, str]) -> Application:
@@ -100,6 +103,8 @@ def _leader(model: ModelSpec, spec: Spec, part: float, num_gpus: float) -> Appli
         period_s=spec.health.period_s,
         start_timeout_s=spec.health.start_timeout_s,
         drain_s=spec.health.drain_s,
+        link_tls=spec.link_tls,
+        tracing=spec.tracing,
     )
     leaders = serve.deployment(
         name=f"group-{model.name}",

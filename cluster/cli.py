@@ -13,7 +13,7 @@ import sys
 
 import typer
 
-from arriero.cluster.commands import bench, deployment, models, plan, talk
+from arriero.cluster.commands import bench, deployment, keys, models, plan, talk
 from arriero.shards.errors import (
     ArrieroError,
     CheckpointError,
@@ -44,6 +44,7 @@ deployment.add_to(app)
 talk.add_to(app)
 plan.add_to(app)
 app.add_typer(models.app, name="models")
+app.add_typer(keys.app, name="keys")
 app.add_typer(bench.app, name="bench")
 
 

@@ -20,18 +20,21 @@ from fastapi import FastAPI
 
 from arriero.cluster import registry
 from arriero.cluster.slices import node_address
-from arriero.cluster.spec import GatewaySpec
-from arriero.router.gateway import Gateway, GatewayConfig, GroupAddress
+from arriero.cluster.spec import GatewaySpec, TlsSpec, TracingSpec
+from arriero.router.gateway import Gateway, GroupAddress
+from arriero.shards.errors import SpecError
 
 RETRY_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GatewaySettings:
-    """What a gateway needs to know: its part of the spec, and the names of the models."""
+    """What a gateway needs to know: its parts of the spec, and the names of the models."""
 
     spec: GatewaySpec
     models: tuple[str, ...]
+    link_tls: TlsSpec | None = None
+    tracing: TracingSpec | None = None
 
 
 class GatewayReplica:
@@ -46,16 +49,11 @@ class GatewayReplica:
         self._spec = settings.spec
         self._registry = registry.connect()
         http = self._spec.http
-        self._gateway = Gateway(
-            GatewayConfig(
-                address=f"{self._spec.host}:{self._spec.port}",
-                http_address=None if http is None else f"{http.host}:{self._spec.http_port}",
-                models=settings.models,
-            )
-        )
         try:
+            config = self._spec.config(settings.models, settings.link_tls, settings.tracing)
+            self._gateway = Gateway(config)
             port = await self._gateway.start()
-        except OSError as error:
+        except (OSError, SpecError) as error:
             failure = registry.Failure(who="gateway", kind="SpecError", cause=str(error))
             await self._registry.fail.remote(failure)
             raise
@@ -92,7 +90,7 @@ class GatewayReplica:
             version = board.version
             await self._gateway.set_groups(
                 [
-                    GroupAddress(group_id=one.group_id, model=one.model, address=one.address)
+                    GroupAddress(one.group_id, one.model, one.address, one.link_token)
                     for one in board.groups
                 ]
             )

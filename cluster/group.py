@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import time
 import uuid
 from collections import Counter
@@ -28,8 +29,10 @@ from arriero.shards.errors import GroupFailed
 from arriero.shards.group import GroupConfig
 
 if TYPE_CHECKING:
+    from arriero.cluster.spec import TlsSpec, TracingSpec
     from arriero.router.card import ModelCard
     from arriero.router.link import LinkServer
+    from arriero.router.tracing import Tracing
     from arriero.shards.engine.engine import Engine
     from arriero.shards.engine.types import EngineConfig, SequenceOutput
     from arriero.shards.executor import Loading, RemoteExecutor
@@ -49,6 +52,8 @@ class GroupSettings:
         period_s: between two renewals of the group's entry in the registry.
         start_timeout_s: limit of the whole start.
         drain_s: how long running streams may go on at the end.
+        link_tls: of the link with gateways; None for one in the clear.
+        tracing: where spans go; None makes none.
     """
 
     model: str
@@ -57,6 +62,8 @@ class GroupSettings:
     period_s: float
     start_timeout_s: float
     drain_s: float
+    link_tls: TlsSpec | None = None
+    tracing: TracingSpec | None = None
 
     @property
     def layout(self) -> str:
@@ -79,6 +86,8 @@ class Leader:
         self._executor: RemoteExecutor | None = None
         self._engine: Engine | None = None
         self._link: LinkServer | None = None
+        self._tracing: Tracing | None = None
+        self._link_token = secrets.token_hex(32)  # one for each life of a leader
         self._first: asyncio.Future[SequenceOutput] = asyncio.get_running_loop().create_future()
         self._loaded = -1
         self._closing = False
@@ -145,6 +154,7 @@ class Leader:
             vocab_size=limits.vocab_size,
             bos_token_id=model.bos_token_id,
             eos_token_ids=limits.eos_token_ids,
+            max_sequences=limits.max_sequences,
         )
         address = await self._lead(limits, card)
         entry = registry.GroupEntry(
@@ -153,6 +163,7 @@ class Leader:
             address=address,
             layout=self._settings.layout,
             slice_pids=tuple(one.pid for one in where),
+            link_token=self._link_token,
         )
         await self._renew(entry)
         self._tasks.append(asyncio.create_task(self._keep_renewing(entry)))
@@ -186,6 +197,7 @@ class Leader:
     async def _lead(self, limits: EngineConfig, card: ModelCard) -> str:
         """Start the engine, draw a token, open the link; returns the link's address."""
         from arriero.router.link import LinkServer
+        from arriero.router.tracing import Tracing
         from arriero.shards.engine.engine import Engine
         from arriero.shards.engine.types import EngineRequest
         from arriero.shards.sampling import SamplingParams
@@ -210,7 +222,17 @@ class Leader:
         first = await self._first
         if not first.tokens:
             raise GroupFailed(f"the first token did not come: {first.error or first.finish_reason}")
-        self._link = LinkServer(engine, card, f"{node_address()}:0")
+        tls, traced = self._settings.link_tls, self._settings.tracing
+        tracing = None if traced is None else traced.config()
+        self._tracing = Tracing.from_config("arriero-leader", tracing)
+        self._link = LinkServer(
+            engine,
+            card,
+            f"{node_address()}:0",
+            token=self._link_token,
+            credentials=None if tls is None else tls.files().server("link_tls"),
+            tracing=self._tracing,
+        )
         return str(await self._link.start())
 
     async def _watch(self, rank: int, at: Whereabouts, run: Any) -> None:  # noqa: ANN401
@@ -275,6 +297,8 @@ class Leader:
         for actor in self._slices:
             ray.kill(actor)
         self._slices = []
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
 
 
 def _with_threads(config: GroupConfig, where: Sequence[Whereabouts]) -> GroupConfig:

@@ -33,6 +33,7 @@ class GroupEntry:
         layout: words for people, such as "TP1 x PP2 bfloat16".
         slice_pids: processes of its slices, by rank.
         stats: the engine's counters at the last renewal.
+        link_token: what its leader asks gateways for.
     """
 
     group_id: str
@@ -41,6 +42,7 @@ class GroupEntry:
     layout: str = ""
     slice_pids: tuple[int, ...] = ()
     stats: dict[str, Any] = field(default_factory=dict)
+    link_token: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -23,6 +23,12 @@ from pydantic import (
     model_validator,
 )
 
+from arriero.router.gateway import GatewayConfig
+from arriero.router.request_log import RequestLogConfig
+from arriero.router.tenants.keys import read_keys
+from arriero.router.tenants.tenant import ANYONE, QueueLimits, Tenant
+from arriero.router.tls import TlsFiles
+from arriero.router.tracing import TracingConfig
 from arriero.shards.errors import SpecError
 from arriero.shards.group import GroupConfig
 
@@ -269,6 +275,63 @@ class HttpSpec(_Part):
     port: Port | None = None
 
 
+class TlsSpec(_Part):
+    """PEM files, on every node that uses them.
+
+    Attributes:
+        certificate: the chain, its own certificate first.
+        key: the private key.
+        ca: certificates that sign the other side's. Of a gateway: its clients must then show one
+            (mutual TLS). Of the links: both sides must.
+    """
+
+    certificate: Path
+    key: Path
+    ca: Path | None = None
+
+    def files(self) -> TlsFiles:
+        """As the router takes them."""
+        return TlsFiles(certificate=self.certificate, key=self.key, ca=self.ca)
+
+
+class TracingSpec(_Part):
+    """Where spans of requests go; wants `arriero[trace]`. The fields are `TracingConfig`'s."""
+
+    endpoint: str
+    sample: Annotated[float, Field(ge=0, le=1)] = 1.0
+
+    def config(self) -> TracingConfig:
+        """As the router takes it."""
+        return TracingConfig(endpoint=self.endpoint, sample=self.sample)
+
+
+class RequestLogSpec(_Part):
+    """A line of JSON for each request; the fields are `RequestLogConfig`'s."""
+
+    path: Path | None = None
+    prompts: bool = False
+
+
+class TenantSpec(_Part):
+    """What one tenant may take, over all gateways; the fields are `Tenant`'s."""
+
+    name: Name
+    weight: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0
+    priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
+    requests_per_minute: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    tokens_per_minute: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    max_running: Count | None = None
+    max_queued: Count | None = None
+    metrics: bool = False
+
+
+class QueueSpec(_Part):
+    """What a gateway keeps waiting, of each model; the fields are `QueueLimits`'."""
+
+    max_queued: Count = 4096
+    max_wait_s: Seconds = 60
+
+
 class GatewaySpec(_Part):
     """The front door.
 
@@ -278,6 +341,11 @@ class GatewaySpec(_Part):
         http: the HTTP listener; null for none.
         count: gateways; each needs a node of its own when a port is fixed.
         drain_s: how long running streams may go on when it is told to stop.
+        tls: of both listeners; null listens in the clear.
+        keys: file of API keys (`arriero keys`), on every node; null asks for none.
+        tenants: those whose keys have limits.
+        queue: what may wait.
+        request_log: a line for each request; null writes none.
     """
 
     host: str = "127.0.0.1"
@@ -285,6 +353,24 @@ class GatewaySpec(_Part):
     http: HttpSpec | None = HttpSpec()
     count: Count = 1
     drain_s: Seconds = 10
+    tls: TlsSpec | None = None
+    keys: Path | None = None
+    tenants: tuple[TenantSpec, ...] = ()
+    queue: QueueSpec = QueueSpec()
+    request_log: RequestLogSpec | None = None
+
+    @model_validator(mode="after")
+    def _tenants_have_keys(self) -> GatewaySpec:
+        names = [tenant.name for tenant in self.tenants]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"tenant `{name}` occurs twice; keep one")
+        if self.keys is None and any(name != ANYONE for name in names):
+            raise ValueError(
+                f"`tenants` without `keys`: nobody can tell them apart; give a key file, or limit "
+                f"all callers together as the one tenant `{ANYONE}`"
+            )
+        return self
 
     @property
     def http_port(self) -> int:
@@ -294,6 +380,28 @@ class GatewaySpec(_Part):
         if self.http.port is not None:
             return self.http.port
         return DEFAULT_HTTP_PORT if self.port else 0
+
+    def config(
+        self,
+        models: tuple[str, ...],
+        link_tls: TlsSpec | None = None,
+        tracing: TracingSpec | None = None,
+    ) -> GatewayConfig:
+        """What each gateway runs with."""
+        log = None if self.request_log is None else RequestLogConfig(**dict(self.request_log))
+        return GatewayConfig(
+            address=f"{self.host}:{self.port}",
+            http_address=None if self.http is None else f"{self.http.host}:{self.http_port}",
+            models=models,
+            tls=None if self.tls is None else self.tls.files(),
+            link_tls=None if link_tls is None else link_tls.files(),
+            keys=self.keys,
+            tenants=tuple(Tenant(**dict(tenant)) for tenant in self.tenants),
+            limits=QueueLimits(**dict(self.queue)),
+            num_gateways=self.count,
+            tracing=None if tracing is None else tracing.config(),
+            request_log=log,
+        )
 
 
 class HealthSpec(_Part):
@@ -340,10 +448,19 @@ class RaySpec(_Part):
 
 
 class Spec(_Part):
-    """A whole deployment: `arriero.yaml`."""
+    """A whole deployment: `arriero.yaml`.
+
+    Attributes:
+        models, gateway, health, ray: see there.
+        link_tls: of the links between gateways and leaders; its certificate must be for the name
+            `arriero-link`. Null leaves them in the clear, each opened by its leader's token.
+        tracing: spans of requests; null makes none.
+    """
 
     models: Annotated[tuple[ModelSpec, ...], Field(min_length=1)]
     gateway: GatewaySpec = GatewaySpec()
+    link_tls: TlsSpec | None = None
+    tracing: TracingSpec | None = None
     health: HealthSpec = HealthSpec()
     ray: RaySpec = RaySpec()
 
@@ -353,6 +470,8 @@ class Spec(_Part):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"model name `{name}` occurs twice; give each model its own")
+        if self.link_tls is not None and self.link_tls.ca is None:
+            raise ValueError("`link_tls` needs its `ca`: both ends of a link check each other")
         return self
 
     @property
@@ -388,11 +507,49 @@ def load(path: Path | None, flags: Mapping[str, Any]) -> Spec:
     models = tuple(
         m.model_copy(update={"path": _model_folder(m, base, source)}) for m in spec.models
     )
-    return spec.model_copy(update={"models": models})
+    gateway = spec.gateway.model_copy(
+        update={
+            "tls": _tls_files("gateway.tls", spec.gateway.tls, base, source),
+            "keys": _key_file(spec.gateway, base, source),
+        }
+    )
+    link_tls = _tls_files("link_tls", spec.link_tls, base, source)
+    return spec.model_copy(update={"models": models, "gateway": gateway, "link_tls": link_tls})
+
+
+def _tls_files(field: str, tls: TlsSpec | None, base: Path, source: str) -> TlsSpec | None:
+    """The files by their absolute paths, once they have proved to be a certificate and its key."""
+    if tls is None:
+        return None
+    found = TlsSpec(
+        certificate=_absolute(base, tls.certificate),
+        key=_absolute(base, tls.key),
+        ca=None if tls.ca is None else _absolute(base, tls.ca),
+    )
+    try:
+        found.files().check(field)
+    except SpecError as error:
+        raise SpecError(f"{source}: {error}") from None
+    return found
+
+
+def _key_file(gateway: GatewaySpec, base: Path, source: str) -> Path | None:
+    if gateway.keys is None:
+        return None
+    path = _absolute(base, gateway.keys)
+    try:
+        read_keys(path)
+    except SpecError as error:
+        raise SpecError(f"{source}: `gateway.keys`: {error}") from None
+    return path
+
+
+def _absolute(base: Path, path: Path) -> Path:
+    return Path(os.path.abspath(base / path.expanduser()))
 
 
 def _model_folder(model: ModelSpec, base: Path, source: str) -> Path:
-    folder = Path(os.path.abspath(base / model.path.expanduser()))
+    folder = _absolute(base, model.path)
     if not (folder / "config.json").is_file():
         raise SpecError(
             f"{source}: model `{model.name}`: {folder} holds no config.json; give the folder of a"

@@ -36,6 +36,7 @@ class ModelCard:
         bos_token, eos_token: their text, which templates ask for.
         generation_defaults: sampling fields of the checkpoint's generation_config.json.
         created: seconds since 1970.
+        max_sequences: most sequences that the group computes at once.
     """
 
     model: str
@@ -52,6 +53,7 @@ class ModelCard:
     eos_token: str = ""
     generation_defaults: Mapping[str, float] = field(default_factory=dict)
     created: int = 0
+    max_sequences: int = 256
 
     def to_wire(self) -> dict[str, Any]:
         """As msgpack can carry it."""
@@ -75,6 +77,7 @@ class ModelCard:
         vocab_size: int,
         bos_token_id: int | None,
         eos_token_ids: tuple[int, ...],
+        max_sequences: int,
     ) -> ModelCard:
         """Read tokenizer, template and defaults from a checkpoint's folder; the rest is given.
 
@@ -108,6 +111,7 @@ class ModelCard:
             eos_token=_token_text(settings.get("eos_token")),
             generation_defaults=defaults,
             created=int(time.time()),
+            max_sequences=max_sequences,
         )
 
 

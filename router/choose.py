@@ -1,10 +1,13 @@
-"""Which group a request goes to: a pure function over a snapshot."""
+"""Which group a request goes to, and whether there is room: pure functions over a snapshot."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from arriero.router.backend import GroupView
+
+_FULL = 0.9
+"""A group that has requests waiting and so much of its KV pool in use has no room for more."""
 
 
 def order(groups: Iterable[GroupView], *, num_tokens: int) -> list[GroupView]:
@@ -26,3 +29,20 @@ def order(groups: Iterable[GroupView], *, num_tokens: int) -> list[GroupView]:
             group.group_id,
         ),
     )
+
+
+def room(groups: Iterable[GroupView], *, num_gateways: int) -> int:
+    """Sequences that one of `num_gateways` gateways may have in these groups at once.
+
+    What is beyond it waits in the gateway, where turns are fair between tenants; the group itself
+    serves by arrival. It is given a few sequences more than it can run, so that it never waits for
+    the gateway. A group whose KV pool is full runs fewer than it has slots for.
+    """
+    total = 0
+    for group in groups:
+        load, most = group.load, group.card.max_sequences
+        blocks = group.stats.get("blocks_total", 0)
+        if load.num_waiting and group.stats.get("blocks_used", 0) >= _FULL * blocks > 0:
+            most = min(most, max(1, load.num_running))
+        total += most + max(1, most // 8)
+    return -(-total // num_gateways)

@@ -15,7 +15,15 @@ import grpc.aio
 
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.proto.arriero.v1.inference_pb2_grpc import InferenceStub
-from arriero.shards.errors import ArrieroError, InvalidRequest, NotFound, Overloaded, Unavailable
+from arriero.shards.errors import (
+    ArrieroError,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    PermissionDenied,
+    Unauthenticated,
+    Unavailable,
+)
 
 if TYPE_CHECKING:
     from arriero.router.proto.arriero.v1.inference_pb2_grpc import InferenceAsyncStub
@@ -72,6 +80,7 @@ class AsyncClient:
     Args:
         address: host and port of a gateway.
         credentials: of TLS; None speaks in the clear.
+        api_key: shown with each call, where the gateway asks for keys.
         timeout_s: deadline of each call; None for none.
     """
 
@@ -81,7 +90,9 @@ class AsyncClient:
         *,
         credentials: grpc.ChannelCredentials | None = None,
         timeout_s: float | None = None,
+        api_key: str | None = None,
     ) -> None:
+        self._metadata = _metadata(api_key)
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
         else:
@@ -91,7 +102,8 @@ class AsyncClient:
 
     async def generate(self, prompt: Prompt, **fields: Any) -> AsyncIterator[pb.GenerateResponse]:  # noqa: ANN401
         """Continue `prompt`; see `generate_request`. Leaving the iterator cancels the call."""
-        call = self._stub.Generate(generate_request(prompt, **fields), timeout=self._timeout_s)
+        request = generate_request(prompt, **fields)
+        call = self._stub.Generate(request, timeout=self._timeout_s, metadata=self._metadata)
         try:
             async for response in call:
                 yield response
@@ -102,7 +114,8 @@ class AsyncClient:
 
     async def chat(self, messages: Messages, **fields: Any) -> AsyncIterator[pb.GenerateResponse]:  # noqa: ANN401
         """Answer `messages`; see `chat_request`. Leaving the iterator cancels the call."""
-        call = self._stub.Chat(chat_request(messages, **fields), timeout=self._timeout_s)
+        request = chat_request(messages, **fields)
+        call = self._stub.Chat(request, timeout=self._timeout_s, metadata=self._metadata)
         try:
             async for response in call:
                 yield response
@@ -130,7 +143,7 @@ class AsyncClient:
 
     async def _unary(self, method: Callable[..., Awaitable[R]], request: object) -> R:
         try:
-            return await method(request, timeout=self._timeout_s)
+            return await method(request, timeout=self._timeout_s, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             raise _translated(error) from None
 
@@ -154,7 +167,9 @@ class Client:
         *,
         credentials: grpc.ChannelCredentials | None = None,
         timeout_s: float | None = None,
+        api_key: str | None = None,
     ) -> None:
+        self._metadata = _metadata(api_key)
         if credentials is None:
             self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
         else:
@@ -164,12 +179,14 @@ class Client:
 
     def generate(self, prompt: Prompt, **fields: Any) -> Iterator[pb.GenerateResponse]:  # noqa: ANN401
         """Continue `prompt`; see `generate_request`. Leaving the iterator cancels the call."""
-        call = self._stub.Generate(generate_request(prompt, **fields), timeout=self._timeout_s)
+        request = generate_request(prompt, **fields)
+        call = self._stub.Generate(request, timeout=self._timeout_s, metadata=self._metadata)
         yield from _stream(call)
 
     def chat(self, messages: Messages, **fields: Any) -> Iterator[pb.GenerateResponse]:  # noqa: ANN401
         """Answer `messages`; see `chat_request`. Leaving the iterator cancels the call."""
-        call = self._stub.Chat(chat_request(messages, **fields), timeout=self._timeout_s)
+        request = chat_request(messages, **fields)
+        call = self._stub.Chat(request, timeout=self._timeout_s, metadata=self._metadata)
         yield from _stream(call)
 
     def tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
@@ -190,7 +207,7 @@ class Client:
 
     def _unary(self, method: Callable[..., R], request: object) -> R:
         try:
-            return method(request, timeout=self._timeout_s)
+            return method(request, timeout=self._timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise _translated(error) from None
 
@@ -203,6 +220,10 @@ class Client:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
+    return () if api_key is None else (("authorization", f"Bearer {api_key}"),)
 
 
 def _stream(call: Any) -> Iterator[pb.GenerateResponse]:  # noqa: ANN401
@@ -249,6 +270,10 @@ def _translated(error: Any) -> Exception:  # noqa: ANN401
         found = NotFound(details)
     elif code is grpc.StatusCode.RESOURCE_EXHAUSTED and "retry-after" in trailing:
         found = Overloaded(details, float(trailing["retry-after"]))
+    elif code is grpc.StatusCode.UNAUTHENTICATED:
+        found = Unauthenticated(details)
+    elif code is grpc.StatusCode.PERMISSION_DENIED:
+        found = PermissionDenied(details)
     elif code is grpc.StatusCode.UNAVAILABLE:
         found = Unavailable(details)
     else:

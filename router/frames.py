@@ -25,7 +25,7 @@ import numpy as np
 from arriero.shards.engine.types import EngineRequest, SequenceOutput, TokenLogprobs
 from arriero.shards.sampling import SamplingParams
 
-VERSION = 1
+VERSION = 2
 """Both ends must have the same one; a leader says it in its hello."""
 
 
@@ -51,12 +51,13 @@ def submit_message(handle: int, request: EngineRequest) -> list[Any]:
         request.priority,
         _int32(request.resumed),
         request.cache_salt,
+        request.trace,
     ]
 
 
 def read_submit(message: Sequence[Any]) -> EngineRequest:
     """Undo `submit_message`, but for the handle."""
-    _, _, request_id, prompt, params, priority, resumed, cache_salt = message
+    _, _, request_id, prompt, params, priority, resumed, cache_salt, trace = message
     return EngineRequest(
         request_id=request_id,
         prompt=_tuple(prompt),
@@ -64,6 +65,7 @@ def read_submit(message: Sequence[Any]) -> EngineRequest:
         priority=priority,
         resumed=_tuple(resumed),
         cache_salt=cache_salt,
+        trace=trace,
     )
 
 

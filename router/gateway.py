@@ -10,9 +10,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import time
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -22,14 +25,29 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from arriero.router.choose import room
 from arriero.router.groups import GroupAddress, LinkedGroups
 from arriero.router.http.app import create_app
 from arriero.router.http.server import HttpServer
 from arriero.router.inference import Inference, Stream
 from arriero.router.metrics import Metrics
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
+from arriero.router.request_log import RequestLog, RequestLogConfig
 from arriero.router.requests import parse, read_request_id
-from arriero.shards.errors import ArrieroError, InvalidRequest, NotFound, Overloaded
+from arriero.router.sight import Sight
+from arriero.router.tenants.door import Caller, Door
+from arriero.router.tenants.keys import KeyFile
+from arriero.router.tenants.tenant import QueueLimits, Tenant
+from arriero.router.tls import TlsFiles
+from arriero.router.tracing import Tracing, TracingConfig
+from arriero.shards.errors import (
+    ArrieroError,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    PermissionDenied,
+    Unauthenticated,
+)
 
 __all__ = ["Gateway", "GatewayConfig", "GroupAddress"]
 
@@ -51,7 +69,16 @@ class GatewayConfig:
         http_address: the same for HTTP; None for no HTTP.
         max_message_bytes: the largest request taken.
         max_calls: most calls at once; one more is refused with RESOURCE_EXHAUSTED.
-        credentials: of TLS; None listens in the clear.
+        tls: of both listeners; with its `ca`, clients must show a certificate. None listens in
+            the clear.
+        link_tls: of the links to leaders, both ends of which show a certificate for
+            `tls.LINK_NAME`; None for links in the clear.
+        keys: file of the callers' API keys; None asks for none.
+        tenants: those with limits.
+        limits: of each model's queue.
+        num_gateways: gateways of the deployment; each enforces its part of every limit.
+        tracing: where spans go; None makes none.
+        request_log: where each request's line goes; None writes none.
         models: ids of the deployment's models. One of them without a group is unavailable; any
             other is not found.
     """
@@ -60,17 +87,45 @@ class GatewayConfig:
     http_address: str | None = None
     max_message_bytes: int = 32 * 1024 * 1024
     max_calls: int = 10_000
-    credentials: grpc.ServerCredentials | None = None
+    tls: TlsFiles | None = None
+    link_tls: TlsFiles | None = None
+    keys: Path | None = None
+    tenants: tuple[Tenant, ...] = ()
+    limits: QueueLimits = field(default_factory=QueueLimits)
+    num_gateways: int = 1
+    tracing: TracingConfig | None = None
+    request_log: RequestLogConfig | None = None
     models: tuple[str, ...] = ()
 
 
 class Gateway:
-    """One gateway; `start` it, tell it the groups with `set_groups`, and `stop` it."""
+    """One gateway; `start` it, tell it the groups with `set_groups`, and `stop` it.
 
-    def __init__(self, config: GatewayConfig) -> None:
+    Args:
+        config: its settings.
+        tracing: makes its spans; None leaves that to `config`.
+
+    Raises:
+        SpecError: a file of keys or certificates cannot be used.
+        OSError: the log cannot be written.
+    """
+
+    def __init__(self, config: GatewayConfig, *, tracing: Tracing | None = None) -> None:
         self._config = config
-        self._groups = LinkedGroups(self._groups_changed, config.models)
-        self.inference = Inference(self._groups, Metrics(self._groups.groups))
+        link_tls = None if config.link_tls is None else config.link_tls.client("link_tls")
+        self._groups = LinkedGroups(self._groups_changed, config.models, link_tls)
+        self._credentials = None if config.tls is None else config.tls.server("tls")
+        door = self._door = Door(
+            config.limits,
+            {one.name: one.share(config.num_gateways) for one in config.tenants},
+            None if config.keys is None else KeyFile(config.keys),
+            self._room,
+        )
+        metrics = Metrics(self._groups.groups, door.waiting)
+        self._tracing = tracing or Tracing.from_config("arriero-gateway", config.tracing)
+        self._log = None if config.request_log is None else RequestLog(config.request_log)
+        sight = Sight(metrics, self._tracing, self._log)
+        self.inference = Inference(self._groups, sight, door)
         self._server: grpc.aio.Server | None = None
         self._http: HttpServer | None = None
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # not in the stubs
@@ -86,7 +141,9 @@ class Gateway:
         config = self._config
         if config.http_address is not None:
             app = self.app()
-            self._http = HttpServer(app, config.http_address, max_calls=config.max_calls)
+            self._http = HttpServer(
+                app, config.http_address, max_calls=config.max_calls, tls=config.tls
+            )
             self._http.bind()
         server = grpc.aio.server(
             options=[
@@ -106,10 +163,10 @@ class Gateway:
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
         try:
-            if config.credentials is None:
+            if self._credentials is None:
                 port = server.add_insecure_port(config.address)
             else:
-                port = server.add_secure_port(config.address, config.credentials)
+                port = server.add_secure_port(config.address, self._credentials)
         except RuntimeError as error:
             if self._http is not None:
                 await self._http.stop(0)
@@ -119,6 +176,7 @@ class Gateway:
         await server.start()
         if self._http is not None:
             await self._http.start()
+        self._door.start()
         return port
 
     @property
@@ -139,6 +197,11 @@ class Gateway:
             *([] if self._http is None else [self._http.stop(grace_s)]),
         )
         await self._groups.close()
+        self._door.stop()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
+        if self._log is not None:
+            self._log.close()
         if self._health_task is not None:
             self._health_task.cancel()
 
@@ -150,6 +213,10 @@ class Gateway:
     async def set_groups(self, groups: Iterable[GroupAddress]) -> None:
         """Serve these groups and no others, from now on; calls on those that stay go on."""
         await self._groups.set_groups(groups)
+
+    def _room(self, model: str) -> int:
+        views = (view for view in self._groups.groups() if view.model == model)
+        return room(views, num_gateways=self._config.num_gateways)
 
     def _groups_changed(self) -> None:
         if self._server is not None and not self._stopping:
@@ -174,23 +241,24 @@ class Gateway:
             "ListModels": self._list_models,
             "GetModel": self._get_model,
         }
+        guarded = partial(_guarded, self._door)
         return {
-            name: grpc.unary_stream_rpc_method_handler(_guarded(method))
+            name: grpc.unary_stream_rpc_method_handler(guarded(method))
             for name, method in streams.items()
         } | {
-            name: grpc.unary_unary_rpc_method_handler(_guarded(_unary(method)))
+            name: grpc.unary_unary_rpc_method_handler(guarded(_unary(method)))
             for name, method in unaries.items()
         }
 
     async def _generate(self, call: _Call, raw: bytes) -> None:
         request = parse(pb.GenerateRequest, raw)
         await call.name(request.request_id)
-        await call.write(await self.inference.generate(request, call.request_id))
+        await call.write(await self.inference.generate(request, call.caller()))
 
     async def _chat(self, call: _Call, raw: bytes) -> None:
         request = parse(pb.ChatRequest, raw)
         await call.name(request.request_id)
-        await call.write(await self.inference.chat(request, call.request_id))
+        await call.write(await self.inference.chat(request, call.caller()))
 
     async def _tokenize(self, raw: bytes) -> Message:
         return await self.inference.tokenize(parse(pb.TokenizeRequest, raw))
@@ -207,13 +275,25 @@ class Gateway:
 
 
 class _Call:
-    """One call: its context, and the name under which it is logged."""
+    """One call: its context, whose it is, and the name under which it is logged."""
 
-    __slots__ = ("context", "request_id")
+    __slots__ = ("context", "metadata", "request_id", "tenant")
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, door: Door) -> None:
         self.context = context
         self.request_id = ""
+        self.metadata = dict(context.invocation_metadata() or ())
+        self.tenant = door.tenant(str(self.metadata.get("authorization", "")))
+
+    def caller(self) -> Caller:
+        """Who makes it."""
+        left_s = self.context.time_remaining()
+        return Caller(
+            request_id=self.request_id,
+            tenant=self.tenant,
+            deadline_s=None if left_s is None else time.monotonic() + left_s,
+            traceparent=str(self.metadata.get("traceparent", "")),
+        )
 
     async def name(self, given: str) -> None:
         """Name the call, and tell the client the name."""
@@ -238,21 +318,24 @@ def _unary(method: Callable[[bytes], Awaitable[Message]]) -> Method:
     return answer
 
 
-def _guarded(method: Method) -> Callable[[bytes, Context], Awaitable[Any]]:
+def _guarded(door: Door, method: Method) -> Callable[[bytes, Context], Awaitable[Any]]:
     """Map errors to statuses: in words when they are ours, and else without a traceback."""
 
     async def run(raw: bytes, context: Context) -> Any:  # noqa: ANN401
-        call = _Call(context)
+        request_id = ""
         try:
-            return await method(call, raw)
+            call = _Call(context, door)
+            try:
+                return await method(call, raw)
+            finally:
+                request_id = call.request_id
         except ArrieroError as error:
             code, details, trailing = _status(error)
         except Exception:
-            if not call.request_id:
-                call.request_id = read_request_id("")
-            log.exception("request %s failed", call.request_id)
+            request_id = request_id or read_request_id("")
+            log.exception("request %s failed", request_id)
             code = grpc.StatusCode.INTERNAL
-            details = f"internal error; the gateway's log has it under request {call.request_id}"
+            details = f"internal error; the gateway's log has it under request {request_id}"
             trailing = ()
         await context.abort(code, details[:MAX_DETAILS], trailing)
 
@@ -267,6 +350,10 @@ def _status(
         return grpc.StatusCode.INVALID_ARGUMENT, details, (("arriero-field", error.field),)
     if isinstance(error, NotFound):
         return grpc.StatusCode.NOT_FOUND, details, ()
+    if isinstance(error, Unauthenticated):
+        return grpc.StatusCode.UNAUTHENTICATED, details, ()
+    if isinstance(error, PermissionDenied):
+        return grpc.StatusCode.PERMISSION_DENIED, details, ()
     if isinstance(error, Overloaded):
         wait = str(max(1, math.ceil(error.retry_after_s)))
         return grpc.StatusCode.RESOURCE_EXHAUSTED, details, (("retry-after", wait),)

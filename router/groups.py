@@ -10,8 +10,10 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+
+import grpc
 
 from arriero.router.backend import GroupView
 from arriero.router.card import ModelCard
@@ -31,11 +33,13 @@ class GroupAddress:
         group_id: unique among the groups.
         model: the id under which clients ask for its model.
         address: host and port of the leader's `LinkServer`.
+        token: the leader's own, without which it takes no link; "" for one that asks for none.
     """
 
     group_id: str
     model: str
     address: str
+    token: str = field(default="", repr=False)
 
 
 class LinkedGroups:
@@ -44,10 +48,17 @@ class LinkedGroups:
     Args:
         on_change: called on the event loop when a group becomes connected or stops being so.
         models: ids of models that are known to be deployed, whether or not a group of theirs is.
+        credentials: of TLS links; None for links in the clear.
     """
 
-    def __init__(self, on_change: Callable[[], None], models: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        on_change: Callable[[], None],
+        models: Iterable[str] = (),
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
         self._on_change = on_change
+        self._credentials = credentials
         self._models = frozenset(models)
         self._groups: dict[str, _Group] = {}
         self._texts: dict[str, asyncio.Task[TextModel]] = {}
@@ -65,7 +76,12 @@ class LinkedGroups:
         for group_id, address in wanted.items():
             if group_id not in self._groups:
                 group = _Group(address)
-                group.link = LinkClient(address.address, partial(self._changed, group))
+                group.link = LinkClient(
+                    address.address,
+                    partial(self._changed, group),
+                    token=address.token,
+                    credentials=self._credentials,
+                )
                 self._groups[group_id] = group
                 group.link.start()
         await asyncio.gather(*(group.link.close() for group in closing))

@@ -11,6 +11,7 @@ import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 from arriero.router.answer import Answer
@@ -19,7 +20,6 @@ from arriero.router.card import ModelCard
 from arriero.router.choose import order
 from arriero.router.conversation import TextModel
 from arriero.router.groups import LinkedGroups
-from arriero.router.metrics import Metrics
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.requests import (
     OutputOptions,
@@ -34,19 +34,24 @@ from arriero.router.requests import (
     read_sampling,
     read_tools,
 )
+from arriero.router.sight import Sight
+from arriero.router.tenants.admission import Ticket
+from arriero.router.tenants.door import Caller, Door
+from arriero.shards.engine.types import SequenceOutput
 from arriero.shards.errors import InvalidRequest, Overloaded, Unavailable
 from arriero.shards.sampling import SamplingParams
 
 log = logging.getLogger(__name__)
 
 Stream = AsyncGenerator[pb.GenerateResponse]
+Steps = AsyncGenerator[list[SequenceOutput]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Job:
     """A checked request."""
 
-    request_id: str
+    caller: Caller
     text: TextModel
     views: Sequence[GroupView]
     prompt: list[int]
@@ -61,14 +66,17 @@ class Inference:
 
     Args:
         groups: the groups that compute.
-        metrics: told of each request.
+        sight: told of each request.
+        door: says whose turn it is.
     """
 
-    def __init__(self, groups: LinkedGroups, metrics: Metrics) -> None:
+    def __init__(self, groups: LinkedGroups, sight: Sight, door: Door) -> None:
         self.groups = groups
-        self.metrics = metrics
+        self.sight = sight
+        self.metrics = sight.metrics
+        self.door = door
 
-    async def generate(self, request: pb.GenerateRequest, request_id: str) -> Stream:
+    async def generate(self, request: pb.GenerateRequest, caller: Caller) -> Stream:
         """Check a request to continue a prompt; iterating the stream runs it.
 
         Raises:
@@ -83,7 +91,7 @@ class Inference:
             else:
                 prompt = list(request.token_ids.ids)
             job = _Job(
-                request_id=request_id,
+                caller=caller,
                 text=text,
                 views=views,
                 prompt=prompt,
@@ -93,7 +101,7 @@ class Inference:
             )
             return self._run(job, self._start(job))
 
-    async def chat(self, request: pb.ChatRequest, request_id: str) -> Stream:
+    async def chat(self, request: pb.ChatRequest, caller: Caller) -> Stream:
         """Check a conversation; iterating the stream answers it. Raises as `generate`."""
         with self.metrics.failures():
             text, views = self.groups.find(request.model)
@@ -105,7 +113,7 @@ class Inference:
                     "include_text", "`tools` need text; leave `include_text` on or `tools` out"
                 )
             job = _Job(
-                request_id=request_id,
+                caller=caller,
                 text=text,
                 views=views,
                 prompt=await _layout(text, request, offer),
@@ -150,48 +158,95 @@ class Inference:
 
     def _start(self, job: _Job) -> pb.Start:
         """The last checks, and the facts of the first message."""
-        widest = max(job.views, key=lambda view: view.card.max_model_len)
+        widest = _widest(job)
         check_room(len(job.prompt), job.params.max_tokens, widest.card.max_model_len)
         check_tokens("prompt", job.prompt, widest.card)
         start = pb.Start(
-            request_id=job.request_id, model=widest.model, seed=cast(int, job.params.seed)
+            request_id=job.caller.request_id, model=widest.model, seed=cast(int, job.params.seed)
         )
         if job.options.include_prompt_token_ids:
             start.prompt_token_ids.extend(job.prompt)
         return start
 
     async def _run(self, job: _Job, start: pb.Start) -> Stream:
-        """Run on the best group, or on the next one while it has no output."""
-        params = job.params
+        """Wait for the request's turn, then run it."""
+        caller, params = job.caller, job.params
         answer = Answer(start, len(job.prompt), params.n, job.options, job.text, job.offer)
-        ordered = order(job.views, num_tokens=len(job.prompt) + (params.max_tokens or 1))
-        with self.metrics.request(start.model) as watch:
-            for attempt, view in enumerate(ordered, 1):
-                request = engine_request(
-                    request_id=job.request_id,
-                    prompt=job.prompt,
-                    params=params,
-                    priority=job.priority,
-                    room=check_room(len(job.prompt), params.max_tokens, view.card.max_model_len),
-                )
-                try:
-                    async with aclosing(self.groups.generate(view.group_id, request)) as steps:
-                        async for outputs in steps:
-                            watch.step(outputs)
-                            message = answer.add(outputs)
-                            if message is not None:
-                                if answer.finished:
-                                    watch.finish(message.usage)
-                                yield message
+        most = params.max_tokens or _widest(job).card.max_model_len - len(job.prompt)
+        ticket = Ticket(
+            tenant=caller.tenant,
+            num_prompt=len(job.prompt),
+            max_output=most * params.n,
+            num_sequences=params.n,
+            priority=job.priority,
+            deadline_s=caller.deadline_s,
+        )
+        seen_as = self.sight.request(
+            caller, start.model, len(job.prompt), partial(_prompt_text, job)
+        )
+        with seen_as as seen:
+            watch = seen.watch
+            async with self.door.place(start.model, ticket) as place:
+                seen.turn()
+                computed = self._compute(job, answer, start.model, seen.traceparent)
+                async with aclosing(computed) as steps:
+                    async for outputs in steps:
+                        place.used(*watch.step(outputs))
+                        message = answer.add(outputs)
+                        if message is not None:
                             if answer.finished:
-                                return
-                    raise Unavailable("the group ended the stream before the last token")
-                except (Unavailable, Overloaded) as error:
-                    if answer.started or attempt == len(ordered):
-                        raise
-                    log.info(
-                        "%s: group %s: %s; trying the next", job.request_id, view.group_id, error
-                    )
+                                watch.finish(message.usage)
+                                place.leave()
+                            yield message
+                        if answer.finished:
+                            return
+
+    async def _compute(self, job: _Job, answer: Answer, model: str, trace: str) -> Steps:
+        """What the best group gives, or the next one while there is no output.
+
+        The groups are those of this moment: there may be others than when the request came.
+        """
+        params, num_prompt = job.params, len(job.prompt)
+        text, views = self.groups.find(model)
+        if text is not job.text:
+            raise Unavailable(f"model {model!r} was replaced while the request waited; try again")
+        ordered = order(views, num_tokens=num_prompt + (params.max_tokens or 1))
+        if not ordered:
+            raise Unavailable("the groups that could hold the request are gone; try again")
+        for attempt, view in enumerate(ordered, 1):
+            request = engine_request(
+                request_id=job.caller.request_id,
+                prompt=job.prompt,
+                params=params,
+                # Among tenants, nobody goes first for having said so.
+                priority=job.priority if self.door.open else job.caller.tenant.priority,
+                room=check_room(num_prompt, params.max_tokens, view.card.max_model_len),
+                trace=trace,
+            )
+            try:
+                async with aclosing(self.groups.generate(view.group_id, request)) as steps:
+                    async for outputs in steps:
+                        yield outputs
+                if answer.finished:
+                    return
+                raise Unavailable("the group ended the stream before the last token")
+            except (Unavailable, Overloaded) as error:
+                if answer.started or attempt == len(ordered):
+                    raise
+                log.info(
+                    "%s: group %s: %s; trying the next",
+                    job.caller.request_id,
+                    view.group_id,
+                    error,
+                )
+
+
+def _prompt_text(job: _Job) -> str:
+    return job.text.tokenizer.decode(job.prompt, skip_special=False)
+
+
+def _widest(job: _Job) -> GroupView:
+    return max(job.views, key=lambda view: view.card.max_model_len)
 
 
 async def _encode(text: TextModel, request: pb.GenerateRequest | pb.TokenizeRequest) -> list[int]:

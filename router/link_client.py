@@ -21,7 +21,8 @@ import grpc.aio
 from arriero.router import frames
 from arriero.router.backend import GroupLoad
 from arriero.router.card import ModelCard
-from arriero.router.link_server import CHANNEL_OPTIONS, METHOD
+from arriero.router.link_server import CHANNEL_OPTIONS, METHOD, TOKEN_KEY
+from arriero.router.tls import LINK_NAME
 from arriero.shards.engine.types import EngineRequest, SequenceOutput
 from arriero.shards.errors import ArrieroError, InvalidRequest, Overloaded, Unavailable
 
@@ -42,10 +43,21 @@ class LinkClient:
     Args:
         address: host and port of its `LinkServer`.
         on_change: called on the event loop whenever the link comes up or goes down.
+        token: the leader's, shown when the stream begins.
+        credentials: of TLS; None speaks in the clear.
     """
 
-    def __init__(self, address: str, on_change: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        on_change: Callable[[], None] | None = None,
+        *,
+        token: str = "",
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
         self.address = address
+        self._token = token
+        self._credentials = credentials
         self._on_change = on_change
         self._card: ModelCard | None = None
         self._up = False
@@ -171,9 +183,7 @@ class LinkClient:
         pause = BACKOFF_S[0]
         while True:
             try:
-                async with grpc.aio.insecure_channel(
-                    self.address, options=CHANNEL_OPTIONS
-                ) as channel:
+                async with self._channel() as channel:
                     await self._run(channel)
                 cause = "it closed the link"
             except grpc.aio.AioRpcError as error:
@@ -191,10 +201,16 @@ class LinkClient:
             await asyncio.sleep(pause * (0.5 + random.random()))
             pause = min(pause * 2, BACKOFF_S[1])
 
+    def _channel(self) -> grpc.aio.Channel:
+        if self._credentials is None:
+            return grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS)
+        options = [*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", LINK_NAME)]
+        return grpc.aio.secure_channel(self.address, self._credentials, options=options)
+
     async def _run(self, channel: grpc.aio.Channel) -> None:
         """One life of the stream, from hello to loss."""
         connect: Any = channel.stream_stream  # its stubs ask for what is optional
-        stream = connect(METHOD)()
+        stream = connect(METHOD)(metadata=((TOKEN_KEY, self._token),))
         writer: asyncio.Task[None] | None = None
         try:
             while True:

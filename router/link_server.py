@@ -8,6 +8,7 @@ frames and the engine's three methods; knows nothing of text or of how the engin
 from __future__ import annotations
 
 import asyncio
+import hmac
 import logging
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict
@@ -18,6 +19,7 @@ import grpc.aio
 
 from arriero.router import frames
 from arriero.router.card import ModelCard
+from arriero.router.tracing import Tracing
 from arriero.shards.engine.types import EngineRequest, EngineStats, SequenceOutput
 from arriero.shards.errors import ArrieroError, InvalidRequest, Overloaded, Unavailable
 
@@ -25,6 +27,7 @@ log = logging.getLogger(__name__)
 
 METHOD = "/arriero.link.v1.Link/Connect"
 SERVICE, NAME = "arriero.link.v1.Link", "Connect"
+TOKEN_KEY = "arriero-link-token"
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", -1),  # a prompt of ten million tokens is one frame
     ("grpc.max_send_message_length", -1),
@@ -61,9 +64,25 @@ class LinkServer:
         engine: takes the requests.
         card: the first thing a gateway is told.
         address: host and port; port 0 picks a free one.
+        token: what a gateway must show; "" lets anyone link who can reach the address.
+        credentials: of TLS; None listens in the clear.
+        tracing: makes a span for each request that came with its caller's; None makes none.
     """
 
-    def __init__(self, engine: Engine, card: ModelCard, address: str = "127.0.0.1:0") -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        card: ModelCard,
+        address: str = "127.0.0.1:0",
+        *,
+        token: str = "",
+        credentials: grpc.ServerCredentials | None = None,
+        tracing: Tracing | None = None,
+    ) -> None:
+        self._tracing = tracing
+        self._spans: dict[str, _Span] = {}
+        self._token = token
+        self._credentials = credentials
         self._engine = engine
         self._card = card
         self._address = address
@@ -88,7 +107,10 @@ class LinkServer:
             (grpc.method_handlers_generic_handler(SERVICE, {NAME: handler}),)
         )
         try:
-            port = self._server.add_insecure_port(self._address)
+            if self._credentials is None:
+                port = self._server.add_insecure_port(self._address)
+            else:
+                port = self._server.add_secure_port(self._address, self._credentials)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {self._address}: {error}") from error
         await self._server.start()
@@ -126,17 +148,27 @@ class LinkServer:
                 continue  # cancelled while the step ran
             link, handle = owner
             link.add_output(handle, output)
+            if self._spans and (span := self._spans.get(output.request_id)) is not None:
+                span.add(output)
             if output.finish_reason is not None and link.sample_done(handle):
                 self._forget(output.request_id)
 
     def _forget(self, request_id: str) -> None:
         self._owners.pop(request_id, None)
+        if (span := self._spans.pop(request_id, None)) is not None:
+            span.end(self._engine.stats())
         if not self._owners:
             self._idle.set()
 
     async def _connect(
         self, incoming: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]
     ) -> None:
+        shown = str(dict(context.invocation_metadata() or ()).get(TOKEN_KEY, ""))
+        if not hmac.compare_digest(shown.encode(), self._token.encode()):
+            await context.abort(
+                grpc.StatusCode.UNAUTHENTICATED,
+                "the gateway showed another token than the leader's",
+            )
         link = _Link(context)
         self._links.add(link)
         link.send(["hello", frames.VERSION, self._card.to_wire()])
@@ -180,6 +212,8 @@ class LinkServer:
             # Before the engine has it, since outputs may come from its thread at once.
             self._owners[request.request_id] = (link, handle)
             link.add_request(handle, request.request_id, request.params.n)
+            if self._tracing is not None and request.trace:
+                self._spans[request.request_id] = _Span(self._tracing, request, self._card.group)
             try:
                 self._engine.submit(request)
             except BaseException:
@@ -256,6 +290,37 @@ class _Link:
                 await self._context.write(frames.pack(frame))
                 if frame[0] == "bye":
                     return
+
+
+class _Span:
+    """A request's span in the group: when its output began, in how many steps, and how it ended.
+
+    The times of a step's phases are means over the group's last steps, which requests share.
+    """
+
+    __slots__ = ("_num_tokens", "_reason", "_steps", "_trace")
+
+    def __init__(self, tracing: Tracing, request: EngineRequest, group: str) -> None:
+        facts = {"arriero.request_id": request.request_id, "arriero.group": group}
+        self._trace = tracing.begin("group", request.trace, facts)
+        self._num_tokens = self._steps = 0
+        self._reason = "cancelled"
+
+    def add(self, output: SequenceOutput) -> None:
+        if not self._steps:
+            self._trace.event("first step", {"arriero.cached_tokens": output.num_cached})
+        self._steps += 1
+        self._num_tokens += len(output.tokens)
+        self._reason = output.finish_reason or self._reason
+
+    def end(self, stats: EngineStats) -> None:
+        facts: dict[str, str | int | float] = {
+            "arriero.steps": self._steps,
+            "gen_ai.usage.output_tokens": self._num_tokens,
+            "arriero.end": self._reason,
+        }
+        facts |= {f"arriero.step_us.{phase}": mean for phase, mean in stats.step_us.items()}
+        self._trace.end(facts)
 
 
 def _refusal(error: ArrieroError) -> list[Any]:

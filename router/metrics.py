@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -36,12 +37,18 @@ class Metrics:
 
     Args:
         groups: gives the connected groups, asked at each export.
+        waiting: gives the requests that wait in the gateway, by model and tenant.
     """
 
-    def __init__(self, groups: Callable[[], Iterable[GroupView]]) -> None:
+    def __init__(
+        self,
+        groups: Callable[[], Iterable[GroupView]],
+        waiting: Callable[[], Mapping[tuple[str, str], int]] = dict,
+    ) -> None:
         self._registry = registry = CollectorRegistry()
         registry.register(_Groups(groups))
-        self._models: dict[str, _Model] = {}
+        registry.register(_Waiting(waiting))
+        self._labelled: dict[tuple[str, str], _Labelled] = {}
         self._prompt = Counter(
             "arriero_prompt_tokens", "Prompt tokens.", ["model"], registry=registry
         )
@@ -65,9 +72,22 @@ class Metrics:
         )
         self._first = Histogram(
             "arriero_time_to_first_token_seconds",
-            "From a checked request to its first token.",
+            "From a checked request to its first token, its wait in the gateway included.",
             ["model"],
             buckets=_FIRST_TOKEN_S,
+            registry=registry,
+        )
+        self._queue = Histogram(
+            "arriero_queue_seconds",
+            "From a checked request to its turn: its wait in the gateway.",
+            ["model"],
+            buckets=_FIRST_TOKEN_S,
+            registry=registry,
+        )
+        self._tenant = Counter(
+            "arriero_tenant_tokens",
+            "Tokens of a tenant's requests that ended; kind is prompt or output.",
+            ["tenant", "kind"],
             registry=registry,
         )
         self._between = Histogram(
@@ -98,17 +118,19 @@ class Metrics:
             raise
 
     @contextmanager
-    def request(self, model: str) -> Iterator[Watch]:
-        """Watch one request; `model` must be one that is served."""
-        labelled = self._models.get(model)
+    def request(self, model: str, tenant: str) -> Iterator[Watch]:
+        """Watch one request; `model` must be one that is served, `tenant` one that has a key."""
+        labelled = self._labelled.get((model, tenant))
         if labelled is None:
-            labelled = self._models[model] = _Model(
-                self._prompt.labels(model),
-                self._generation.labels(model),
-                self._cached.labels(model),
-                self._finished.labels(model),
-                self._first.labels(model),
-                self._between.labels(model),
+            labelled = self._labelled[model, tenant] = _Labelled(
+                prompt=(self._prompt.labels(model), self._tenant.labels(tenant, "prompt")),
+                generation=self._generation.labels(model),
+                tenant_output=self._tenant.labels(tenant, "output"),
+                cached=self._cached.labels(model),
+                requests=self._finished.labels(model),
+                queue=self._queue.labels(model),
+                first=self._first.labels(model),
+                between=self._between.labels(model),
             )
         watch = Watch(labelled)
         with self.failures():
@@ -117,6 +139,8 @@ class Metrics:
             except GeneratorExit:
                 if not watch.finished:  # else the client only left before the very end
                     raise
+            finally:
+                labelled.tenant_output.inc(watch.num_tokens)
 
 
 class Watch:
@@ -124,60 +148,86 @@ class Watch:
 
     Attributes:
         finished: its last message was made.
+        begun_s, turn_s, first_s: when it came, when its turn came, and when its first token did, on
+            the monotonic clock; None for what has not been.
+        num_tokens: output tokens so far.
     """
 
-    __slots__ = ("_begun_s", "_last_s", "_model", "finished")
+    __slots__ = ("_labelled", "_last_s", "begun_s", "finished", "first_s", "num_tokens", "turn_s")
 
-    def __init__(self, model: _Model) -> None:
-        self._model = model
-        self._begun_s = time.monotonic()
+    def __init__(self, labelled: _Labelled) -> None:
+        self._labelled = labelled
+        self.begun_s = time.monotonic()
+        self.turn_s: float | None = None
+        self.first_s: float | None = None
         self._last_s: dict[int, float] = {}
+        self.num_tokens = 0
         self.finished = False
 
-    def step(self, outputs: Sequence[SequenceOutput]) -> None:
-        """Count what a step gave."""
+    def turn(self) -> None:
+        """Its turn has come."""
+        self.turn_s = time.monotonic()
+        self._labelled.queue.observe(self.turn_s - self.begun_s)
+
+    def step(self, outputs: Sequence[SequenceOutput]) -> tuple[int, float]:
+        """Count what a step gave; gives its tokens, and the time."""
         now_s = time.monotonic()
-        model = self._model
+        labelled, total = self._labelled, 0
         for output in outputs:
             num_tokens = len(output.tokens)
             if not num_tokens:
                 continue
-            model.generation.inc(num_tokens)
+            total += num_tokens
             last_s = self._last_s.get(output.index)
             if last_s is not None:
-                model.between.observe((now_s - last_s) / num_tokens)
-            elif not self._last_s:
-                model.first.observe(now_s - self._begun_s)
+                labelled.between.observe((now_s - last_s) / num_tokens)
+            elif self.first_s is None:
+                self.first_s = now_s
+                labelled.first.observe(now_s - self.begun_s)
             self._last_s[output.index] = now_s
+        labelled.generation.inc(total)
+        self.num_tokens += total
+        return total, now_s
 
     def finish(self, usage: pb.Usage) -> None:
         """Count a whole answer."""
         self.finished = True
-        self._model.prompt.inc(usage.prompt_tokens)
-        self._model.cached.inc(usage.cached_tokens)
-        self._model.requests.inc()
+        for counter in self._labelled.prompt:
+            counter.inc(usage.prompt_tokens)
+        self._labelled.cached.inc(usage.cached_tokens)
+        self._labelled.requests.inc()
 
 
-class _Model:
-    """One model's counters, looked up once."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Labelled:
+    """The counters of one model and tenant, looked up once."""
 
-    __slots__ = ("between", "cached", "first", "generation", "prompt", "requests")
+    prompt: tuple[Counter, Counter]
+    generation: Counter
+    tenant_output: Counter
+    cached: Counter
+    requests: Counter
+    queue: Histogram
+    first: Histogram
+    between: Histogram
 
-    def __init__(
-        self,
-        prompt: Counter,
-        generation: Counter,
-        cached: Counter,
-        requests: Counter,
-        first: Histogram,
-        between: Histogram,
-    ) -> None:
-        self.prompt = prompt
-        self.generation = generation
-        self.cached = cached
-        self.requests = requests
-        self.first = first
-        self.between = between
+
+class _Waiting(Collector):
+    """The gateway's own queues."""
+
+    def __init__(self, waiting: Callable[[], Mapping[tuple[str, str], int]]) -> None:
+        self._waiting = waiting
+
+    def collect(self) -> Iterator[Metric]:
+        """Read at each export."""
+        family = GaugeMetricFamily(
+            "arriero_gateway_requests_waiting",
+            "Requests that wait for their turn in this gateway.",
+            labels=["model", "tenant"],
+        )
+        for labels, waiting in self._waiting().items():
+            family.add_metric(labels, waiting)
+        yield family
 
 
 class _Groups(Collector):

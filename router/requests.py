@@ -279,7 +279,13 @@ def check_room(num_prompt: int, max_tokens: int | None, max_model_len: int) -> i
 
 
 def engine_request(
-    *, request_id: str, prompt: Sequence[int], params: SamplingParams, priority: int, room: int
+    *,
+    request_id: str,
+    prompt: Sequence[int],
+    params: SamplingParams,
+    priority: int,
+    room: int,
+    trace: str = "",
 ) -> EngineRequest:
     """What the engine is asked. The id gets a tail, since callers may use theirs twice."""
     return EngineRequest(
@@ -287,6 +293,7 @@ def engine_request(
         prompt=tuple(prompt),
         params=replace(params, max_tokens=room),
         priority=priority,
+        trace=trace,
     )
 
 

@@ -3,6 +3,8 @@
     ArrieroError
     ├── InvalidRequest      the caller's request breaks a limit: field, value, limit, remedy
     ├── NotFound            no such model, group or request
+    ├── Unauthenticated     no API key, or one that is not known
+    ├── PermissionDenied    the key's tenant may not do this
     ├── Overloaded          a bounded queue is full; `retry_after_s` says when to try again
     ├── Unavailable         no group can serve now (starting, draining, failed)
     ├── CheckpointError     a file of weights is not what its config says: file, tensor, shapes
@@ -31,8 +33,16 @@ class NotFound(ArrieroError):
     """No such model, group or request."""
 
 
+class Unauthenticated(ArrieroError):
+    """The caller gave no API key, or one that is not known."""
+
+
+class PermissionDenied(ArrieroError):
+    """The caller is known and may not do this."""
+
+
 class Overloaded(ArrieroError):
-    """A bounded queue is full."""
+    """A bounded queue is full, or a tenant has used up what it may take."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)

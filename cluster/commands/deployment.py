@@ -124,7 +124,10 @@ def status(
         say("asking the cluster")
         board = deploy.board(deployment)
     if json_:
-        print(json.dumps({"gateway": deployment.gateway, **asdict(board)}))
+        shown = {"gateway": deployment.gateway, **asdict(board)}
+        for group in shown["groups"]:
+            del group["link_token"]
+        print(json.dumps(shown))
         return
     OUT.print(f"gateways: {', '.join(board.gateways.values()) or 'none'}", markup=False)
     if board.http:

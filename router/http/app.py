@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 STALLED_S = 60.0
 """A group that has work and finished no step for so long is not healthy."""
 _DONE = b"data: [DONE]\n\n"
+_ENCODER = json.JSONEncoder(separators=(",", ":"))  # `dumps` would make one for each event
 _EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The answer; with `stream`, server-sent events that end in `[DONE]`.",
@@ -59,9 +60,11 @@ _ERROR_SCHEMA = {
 }
 _REFUSALS: dict[int | str, str] = {
     400: "A field breaks its limit, or is not known.",
+    401: "An API key is needed: `authorization: Bearer …`.",
+    403: "The key's tenant may not do this.",
     404: "No such model.",
     413: "The body is too large.",
-    429: "A queue is full; the header `retry-after` says when to try again, in seconds.",
+    429: "A queue is full, or a tenant's limit reached; `retry-after` says when to come back.",
     503: "No group can serve the model now.",
     "default": "A fault of ours; the message holds the request id under which it is logged.",
 }
@@ -91,7 +94,7 @@ def create_app(inference: Inference, *, max_body_bytes: int) -> FastAPI:
         },
     )
     errors.install(app)
-    app.add_middleware(Edge, max_body_bytes=max_body_bytes)
+    app.add_middleware(Edge, max_body_bytes=max_body_bytes, door=inference.door)
     _add_generation(app, inference)
     _add_tokens(app, inference)
     _add_sight(app, inference)
@@ -105,7 +108,7 @@ def _add_generation(app: FastAPI, inference: Inference) -> None:
         call = translate.chat_request(body)
         text, views = inference.groups.find(call.model)
         shape = shapes.ChatShape(views[0].model, text.tokenizer)
-        streams = [await inference.chat(call, request.state.request_id)]
+        streams = [await inference.chat(call, request.state.caller)]
         return await _answer(request, body, shape, streams)
 
     @app.post("/v1/completions", response_class=Response, responses=_EVENTS)
@@ -121,7 +124,7 @@ def _add_generation(app: FastAPI, inference: Inference) -> None:
             echo=echo,
             skip_special=body.skip_special_tokens is not False,
         )
-        streams = [await inference.generate(call, request.state.request_id) for call in calls]
+        streams = [await inference.generate(call, request.state.caller) for call in calls]
         return await _answer(request, body, shape, streams)
 
 
@@ -174,7 +177,7 @@ async def _events(
 
 
 def _event(content: Mapping[str, Any]) -> bytes:
-    return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _ENCODER.encode(content).encode() + b"\n\n"
 
 
 def _add_tokens(app: FastAPI, inference: Inference) -> None:

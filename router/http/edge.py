@@ -1,4 +1,4 @@
-"""What every HTTP request passes through first: its name, its size, and faults of ours.
+"""What every HTTP request passes through first: its name, its caller, its size, faults of ours.
 
 Knows ASGI; knows nothing of what the requests ask.
 """
@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from arriero.router.http import errors
 from arriero.router.http.stream import ClientGone
 from arriero.router.requests import read_request_id
-from arriero.shards.errors import InvalidRequest
+from arriero.router.tenants.door import Caller, Door
+from arriero.shards.errors import ArrieroError, InvalidRequest
 
 log = logging.getLogger(__name__)
+
+_OPEN = frozenset({"/health", "/openapi.json"})
+"""Paths that need no key: what they tell concerns no tenant."""
 
 
 class _TooLarge(Exception):
@@ -23,16 +29,18 @@ class _TooLarge(Exception):
 
 
 class Edge:
-    """Middleware: gives a request its id, bounds its body, answers what no handler answered.
+    """Middleware: gives a request its id and caller, bounds its body, answers what nobody answered.
 
     Args:
         app: the application.
         max_body_bytes: the largest body taken.
+        door: knows the callers.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, door: Door) -> None:
         self._app = app
         self._max = max_body_bytes
+        self._door = door
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -70,11 +78,14 @@ class Edge:
 
         length = headers.get(b"content-length", b"")
         try:
+            scope["state"]["caller"] = self._caller(scope, headers, request_id)
             if length.isdigit() and int(length) > self._max:
                 raise _TooLarge
             await self._app(scope, bounded, named)
         except ClientGone:
             log.debug("request %s: the client went away", request_id)
+        except ArrieroError as error:  # of the caller; what handlers raise is answered within
+            await errors.respond(error)(scope, receive, named)
         except _TooLarge:
             await _discard(receive, 2 * self._max)
             words = f"the body has more than {self._max} bytes, which is the most; send less"
@@ -84,6 +95,42 @@ class Edge:
             if begun:
                 raise
             await _answer(named, 500, errors.internal(request_id))
+
+    def _caller(self, scope: Scope, headers: dict[bytes, bytes], request_id: str) -> Caller | None:
+        """Who asks; None where nobody need say so.
+
+        Raises:
+            Unauthenticated, PermissionDenied: as the door says.
+            InvalidRequest: the header `x-request-timeout` is no time.
+        """
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if path in _OPEN:
+            return None
+        authorization = headers.get(b"authorization", b"").decode("latin-1")
+        if path == "/metrics":
+            self._door.check_metrics(authorization)
+            return None
+        return Caller(
+            request_id=request_id,
+            tenant=self._door.tenant(authorization),
+            deadline_s=_deadline_s(headers.get(b"x-request-timeout")),
+            traceparent=headers.get(b"traceparent", b"").decode("latin-1"),
+        )
+
+
+def _deadline_s(given: bytes | None) -> float | None:
+    if given is None:
+        return None
+    try:
+        timeout_s = float(given)
+    except ValueError:
+        timeout_s = math.nan
+    if not 0 < timeout_s < math.inf:
+        shown = given.decode("latin-1")[:64]
+        raise InvalidRequest(
+            "x-request-timeout", f"the header `x-request-timeout`={shown!r} must be seconds above 0"
+        )
+    return time.monotonic() + timeout_s
 
 
 async def _discard(receive: Receive, most: int) -> None:

@@ -13,7 +13,14 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from arriero.shards.errors import ArrieroError, InvalidRequest, NotFound, Overloaded
+from arriero.shards.errors import (
+    ArrieroError,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    PermissionDenied,
+    Unauthenticated,
+)
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +69,10 @@ def respond(error: ArrieroError) -> JSONResponse:
         status, headers = 400, {}
     elif isinstance(error, NotFound):
         status, headers = 404, {}
+    elif isinstance(error, Unauthenticated):
+        status, headers = 401, {"www-authenticate": "Bearer"}
+    elif isinstance(error, PermissionDenied):
+        status, headers = 403, {}
     elif isinstance(error, Overloaded):
         status, headers = 429, {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
     return JSONResponse(describe(error), status, headers)
@@ -74,6 +85,10 @@ def describe(error: ArrieroError) -> dict[str, Any]:
         return body(text, "invalid_request_error", param=error.field or None)
     if isinstance(error, NotFound):
         return body(text, "invalid_request_error", param="model", code="model_not_found")
+    if isinstance(error, Unauthenticated):
+        return body(text, "authentication_error", code="invalid_api_key")
+    if isinstance(error, PermissionDenied):
+        return body(text, "permission_error", code="permission_denied")
     if isinstance(error, Overloaded):
         return body(text, "rate_limit_error", code="rate_limit_exceeded")
     return body(text, "service_unavailable_error", code="unavailable")

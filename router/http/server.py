@@ -8,10 +8,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import Iterator
 
 import uvicorn
 from starlette.types import ASGIApp
+
+from arriero.router.tls import TlsFiles
 
 _START_LIMIT_S = 30.0
 
@@ -32,12 +35,15 @@ class HttpServer:
         app: the application.
         address: host and port; port 0 picks a free one.
         max_calls: most requests at once; one more is refused with 503.
+        tls: certificate and key, checked; with a `ca`, clients must show a certificate too.
 
     Attributes:
         port: once bound.
     """
 
-    def __init__(self, app: ASGIApp, address: str, *, max_calls: int) -> None:
+    def __init__(
+        self, app: ASGIApp, address: str, *, max_calls: int, tls: TlsFiles | None = None
+    ) -> None:
         self._address = address
         config = uvicorn.Config(
             app,
@@ -48,6 +54,10 @@ class HttpServer:
             limit_concurrency=max_calls,
             timeout_keep_alive=75,
             ws="none",
+            ssl_certfile=None if tls is None else tls.certificate,
+            ssl_keyfile=None if tls is None else str(tls.key),
+            ssl_ca_certs=None if tls is None or tls.ca is None else str(tls.ca),
+            ssl_cert_reqs=ssl.CERT_NONE if tls is None or tls.ca is None else ssl.CERT_REQUIRED,
         )
         self._server = _Server(config)
         self._socket: socket.socket | None = None
@@ -63,7 +73,8 @@ class HttpServer:
         host, _, port = self._address.rpartition(":")
         host = host.strip("[]")
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.socket(family)
+        # Named, since asyncio turns Nagle's algorithm off only for a socket that says it is TCP.
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, int(port)))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from arriero.cluster.cli import run
 from arriero.cluster.spec import Spec, load
+from arriero.router.tenants.keys import add_key
 from arriero.shards.errors import SpecError
 
 
@@ -126,3 +129,57 @@ def test_every_part_refuses_unknown_fields() -> None:
     for part in parts:
         if hasattr(part, "model_config"):
             assert part.model_config["extra"] == "forbid"
+
+
+def test_tenants_keys_and_certificates(tmp_path: Path, model: Path) -> None:
+    add_key(tmp_path / "keys.yaml", "acme")
+    text = """
+models: [{name: small, path: tiny}]
+gateway:
+  count: 2
+  keys: keys.yaml
+  tenants: [{name: acme, weight: 2, tokens_per_minute: 1000, max_running: 3}]
+  queue: {max_queued: 100, max_wait_s: 5}
+"""
+    spec = load(written(tmp_path, text), {})
+    config = spec.gateway.config(("small",), None)
+    assert config.keys == tmp_path / "keys.yaml"
+    (tenant,) = config.tenants
+    assert (tenant.weight, tenant.tokens_per_minute, config.limits.max_wait_s) == (2, 1000, 5)
+    share = tenant.share(config.num_gateways)
+    assert (share.tokens_per_minute, share.max_running) == (500, 2)
+
+
+@pytest.mark.parametrize(
+    ("gateway", "words"),
+    [
+        ("{tenants: [{name: a}]}", "`tenants` without `keys`"),
+        ("{keys: none.yaml}", "`arriero keys add` makes the file"),
+        ("{keys: k.yaml, tenants: [{name: a}, {name: a}]}", "tenant `a` occurs twice"),
+        ("{tenants: [{name: anyone, weight: 0}]}", "greater than 0"),
+        ("{tenants: [{name: anyone, burst: 3}]}", "no such field"),
+        ("{tls: {certificate: c.pem, key: k.pem}}", "`gateway.tls`: .*c.pem"),
+    ],
+)
+def test_front_door_fields_are_refused_precisely(
+    tmp_path: Path, model: Path, gateway: str, words: str
+) -> None:
+    path = written(tmp_path, f"models: [{{name: small, path: tiny}}]\ngateway: {gateway}\n")
+    with pytest.raises(SpecError, match=words):
+        load(path, {})
+
+
+def test_keys_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = ["--file", str(tmp_path / "keys.yaml")]
+    assert run(["keys", "add", "acme", *file, "--note", "for tests"]) == 0
+    key = capsys.readouterr().out.strip()
+    assert run(["keys", "list", "--json", *file]) == 0
+    (entry,) = json.loads(capsys.readouterr().out)
+    assert (entry["tenant"], entry["note"]) == ("acme", "for tests")
+    assert entry["id"] == key.split("-")[1]
+    assert run(["keys", "revoke", "0" * 12, *file]) == 4
+    assert run(["keys", "revoke", entry["id"], *file]) == 0
+    assert run(["keys", "add", "a b", *file]) == 2
+    capsys.readouterr()
+    assert run(["keys", "list", "--json", *file]) == 0
+    assert json.loads(capsys.readouterr().out) == []

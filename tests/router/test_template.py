@@ -77,6 +77,7 @@ def card(folder: Path) -> ModelCard:
         vocab_size=20,
         bos_token_id=None,
         eos_token_ids=(1, 2),
+        max_sequences=8,
     )
 
 

@@ -112,5 +112,6 @@ def test_a_checkpoint_without_a_template_gets_its_own(
         vocab_size=1,
         bos_token_id=None,
         eos_token_ids=(),
+        max_sequences=8,
     )
     assert card.chat_template == (templates.read(name) if name else None)

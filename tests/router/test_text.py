@@ -261,6 +261,7 @@ def test_a_real_checkpoint_against_transformers() -> None:
         vocab_size=1,
         bos_token_id=None,
         eos_token_ids=(),
+        max_sequences=8,
     )
     model = TextModel(card)
     talk = [

@@ -42,6 +42,7 @@ async def test_the_gateway_says_what_the_engine_says(
         vocab_size=limits.vocab_size,
         bos_token_id=1,
         eos_token_ids=limits.eos_token_ids,
+        max_sequences=8,
     )
     talk = [{"role": "user", "content": "Name three animals of the Andes."}]
     link = LinkServer(engine, card)

@@ -111,6 +111,7 @@ class FakeEngine:
         self.eos = eos
         self.step_s = step_s
         self.max_queued = 1000
+        self.max_running: int | None = None
         self.running: dict[str, EngineRequest] = {}
         self.cancelled: list[str] = []
         self.submitted: list[EngineRequest] = []
@@ -155,7 +156,7 @@ class FakeEngine:
                     self._lock.wait()
                 if self._stopped:
                     return
-                outputs = [self._step(*key) for key in list(self._positions)]
+                outputs = [self._step(*key) for key in list(self._positions)[: self.max_running]]
                 self.steps += 1
             self.on_outputs(outputs)
             time.sleep(self.step_s)

@@ -1,0 +1,275 @@
+"""Which requests begin, wait or are refused: a policy, sans-I/O, for one model of one gateway.
+
+A request that comes is checked against its tenant's rates, against the room in the queue and
+against the time it would wait, and is refused at once, with the time to come back, if it cannot
+be served. Else it waits its turn in a `FairQueue`, and begins as soon as the model's groups have
+room for it. A full queue makes room by refusing the last request of whoever waits most, so that a
+tenant that floods is refused for its own requests, not others for theirs.
+
+Knows tenants, costs and a clock that is passed in; knows nothing of sockets, tasks or groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from arriero.router.tenants.bucket import Bucket
+from arriero.router.tenants.fair_queue import OUTPUT_COST, PROMPT_COST, FairQueue
+from arriero.router.tenants.tenant import QueueLimits, Tenant
+from arriero.shards.errors import Overloaded
+
+FIRST_GUESS_OUTPUT = 128
+"""Output tokens that a sample is expected to give, before any has ended."""
+_SERVED_HALF_LIFE_S = 5.0
+_RATE_KNOWN_S = 0.5
+"""Service must have been watched for so long before waits are estimated from it."""
+
+
+@dataclass(eq=False, slots=True)
+class Ticket:
+    """A request at the door.
+
+    Attributes:
+        tenant: whose it is.
+        num_prompt: prompt tokens.
+        max_output: most output tokens, of all samples together.
+        num_sequences: samples; each takes a place in a group.
+        priority: among the tenant's own, lower goes first.
+        deadline_s: when the caller will be gone, on the clock; None for never.
+        cost: what it is expected to take.
+        arrived_s: when it came.
+        charged: cost that its tenant's counter was charged so far.
+        begun: it has begun.
+        refusal: why it was refused while it waited.
+        left: it has ended.
+    """
+
+    tenant: Tenant
+    num_prompt: int
+    max_output: int
+    num_sequences: int = 1
+    priority: int = 0
+    deadline_s: float | None = None
+    cost: float = 0.0
+    arrived_s: float = 0.0
+    charged: float = 0.0
+    begun: bool = False
+    refusal: Overloaded | None = None
+    left: bool = False
+
+
+@dataclass(slots=True)
+class _Usage:
+    """What a tenant takes now."""
+
+    running: int = 0
+    requests: Bucket | None = None
+    tokens: Bucket | None = None
+
+
+class Admission:
+    """The door of one model.
+
+    `offer` a request, ask `turns` for those that may begin (after every call that may free a
+    place), tell `used` what they give, and `leave` when they end, however they end.
+
+    Args:
+        limits: of the queue.
+    """
+
+    def __init__(self, limits: QueueLimits) -> None:
+        self._limits = limits
+        self._queue: FairQueue[Ticket] = FairQueue()
+        self._usage: dict[str, _Usage] = {}
+        self._served = _Rate()
+        self._sequences = 0
+        self._mean_output = float(FIRST_GUESS_OUTPUT)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait."""
+        return len(self._queue)
+
+    @property
+    def num_sequences(self) -> int:
+        """Samples of requests that have begun."""
+        return self._sequences
+
+    def waiting_by_tenant(self) -> dict[str, int]:
+        """Requests that wait, of each tenant that was ever here."""
+        return dict(self._queue.sizes())
+
+    def offer(self, ticket: Ticket, now_s: float) -> Ticket | None:
+        """Take a request into the queue; gives one that was pushed out for it, if any.
+
+        Raises:
+            Overloaded: it is refused, and why, and when to come back.
+        """
+        tenant, limits = ticket.tenant, self._limits
+        usage = self._usage_of(tenant, now_s)
+        self._check_rates(tenant, usage, ticket, now_s)
+        ticket.arrived_s = now_s
+        expected = min(float(ticket.max_output), self._mean_output * ticket.num_sequences)
+        ticket.cost = PROMPT_COST * ticket.num_prompt + OUTPUT_COST * expected
+        if tenant.max_queued is not None and self._queue.waiting(tenant.name) >= tenant.max_queued:
+            raise Overloaded(
+                f"tenant {tenant.name!r} has {tenant.max_queued} requests waiting, which is its "
+                "`max_queued`; send fewer at once",
+                self._wait_s(ticket.cost),
+            )
+        self._check_wait(ticket, now_s)
+        self._queue.push(tenant, ticket, cost=ticket.cost, priority=ticket.priority)
+        if usage.requests is not None:
+            usage.requests.take(1, now_s)
+        if usage.tokens is not None:
+            usage.tokens.take(ticket.num_prompt, now_s)
+        if len(self._queue) <= limits.max_queued:
+            return None
+        pushed_out = self._queue.push_out()
+        pushed_out.refusal = Overloaded(
+            f"{limits.max_queued} requests wait, which is the most, and tenant "
+            f"{pushed_out.tenant.name!r} has most of them; send fewer at once",
+            self._wait_s(pushed_out.cost),
+        )
+        self._give_back(pushed_out, now_s)
+        if pushed_out is ticket:
+            raise pushed_out.refusal
+        return pushed_out
+
+    def turns(self, room: int, now_s: float) -> list[Ticket]:
+        """Requests that begin now.
+
+        Args:
+            room: samples that the model's groups take from this gateway at once, those that have
+                begun included. A request with more samples than that begins alone.
+            now_s: the time.
+        """
+
+        def may_go(name: str, ticket: Ticket) -> bool:
+            most = ticket.tenant.max_running
+            return most is None or self._usage[name].running < most
+
+        begun = []
+        while len(self._queue) and self._sequences < room:
+            ticket = self._queue.pop(may_go)
+            if ticket is None:
+                break
+            ticket.begun = True
+            self._usage[ticket.tenant.name].running += 1
+            self._sequences += ticket.num_sequences
+            self._charge(ticket, PROMPT_COST * ticket.num_prompt, now_s)
+            begun.append(ticket)
+        return begun
+
+    def used(self, ticket: Ticket, num_tokens: int, now_s: float) -> None:
+        """Count output tokens of a request that has begun."""
+        self._charge(ticket, OUTPUT_COST * num_tokens, now_s)
+        tokens = self._usage[ticket.tenant.name].tokens
+        if tokens is not None:
+            tokens.take(num_tokens, now_s)
+
+    def leave(self, ticket: Ticket, now_s: float) -> None:
+        """A request ended: well, in an error, or because its caller left; safe to call twice."""
+        if ticket.left:
+            return
+        ticket.left = True
+        if ticket.begun:
+            self._usage[ticket.tenant.name].running -= 1
+            self._sequences -= ticket.num_sequences
+            if not self._sequences and not len(self._queue):
+                self._served.pause(now_s)
+            output = (ticket.charged - PROMPT_COST * ticket.num_prompt) / OUTPUT_COST
+            self._mean_output += 0.05 * (output / ticket.num_sequences - self._mean_output)
+        elif ticket.refusal is None:
+            self._queue.remove(ticket.tenant.name, ticket)
+            self._give_back(ticket, now_s)
+
+    def late(self, ticket: Ticket, now_s: float) -> Overloaded:
+        """What a request is told that has waited as long as it may."""
+        return Overloaded(
+            f"it waited {now_s - ticket.arrived_s:.1f} s, which is the most, and was not begun",
+            self._wait_s(self._queue.cost_before(ticket.tenant)),
+        )
+
+    def _usage_of(self, tenant: Tenant, now_s: float) -> _Usage:
+        usage = self._usage.get(tenant.name)
+        if usage is None:
+            requests, tokens = tenant.requests_per_minute, tenant.tokens_per_minute
+            usage = self._usage[tenant.name] = _Usage(
+                requests=None if requests is None else Bucket(requests, now_s),
+                tokens=None if tokens is None else Bucket(tokens, now_s),
+            )
+        return usage
+
+    def _check_rates(self, tenant: Tenant, usage: _Usage, ticket: Ticket, now_s: float) -> None:
+        for name, bucket, amount, limit in (
+            ("requests_per_minute", usage.requests, 1, tenant.requests_per_minute),
+            ("tokens_per_minute", usage.tokens, ticket.num_prompt, tenant.tokens_per_minute),
+        ):
+            if bucket is not None and (wait_s := bucket.wait_s(amount, now_s)):
+                raise Overloaded(
+                    f"tenant {tenant.name!r} has used up `{name}`={limit:g}; "
+                    f"come back in {wait_s:.1f} s",
+                    wait_s,
+                )
+
+    def _check_wait(self, ticket: Ticket, now_s: float) -> None:
+        if not len(self._queue):
+            return  # it may have to wait for a place, but for nobody's turn
+        wait_s = self._wait_s(self._queue.cost_before(ticket.tenant))
+        if wait_s > self._limits.max_wait_s:
+            raise Overloaded(
+                f"it would wait about {wait_s:.0f} s for others; the most is "
+                f"{self._limits.max_wait_s:g} s",
+                wait_s - self._limits.max_wait_s,
+            )
+        if ticket.deadline_s is not None and now_s + wait_s > ticket.deadline_s:
+            raise Overloaded(
+                f"it would wait about {wait_s:.1f} s for others, and its deadline is in "
+                f"{max(0.0, ticket.deadline_s - now_s):.1f} s; give it longer, or come back",
+                wait_s,
+            )
+
+    def _wait_s(self, cost: float) -> float:
+        return cost / rate if (rate := self._served.per_s()) else 0.0
+
+    def _charge(self, ticket: Ticket, cost: float, now_s: float) -> None:
+        ticket.charged += cost
+        self._queue.charge(ticket.tenant, cost)
+        self._served.add(cost, now_s)
+
+    def _give_back(self, ticket: Ticket, now_s: float) -> None:
+        usage = self._usage[ticket.tenant.name]
+        if usage.tokens is not None:
+            usage.tokens.take(-ticket.num_prompt, now_s)
+
+
+@dataclass(slots=True)
+class _Rate:
+    """Cost served a second while there was something to serve; older seconds count less."""
+
+    amount: float = 0.0
+    elapsed_s: float = 0.0
+    at_s: float | None = field(default=None)
+
+    def add(self, amount: float, now_s: float) -> None:
+        if self.at_s is None:
+            self.at_s = now_s
+        elapsed_s = now_s - self.at_s
+        if elapsed_s > 0.05:  # not for each token
+            keep = 0.5 ** (elapsed_s / _SERVED_HALF_LIFE_S)
+            self.amount *= keep
+            self.elapsed_s = self.elapsed_s * keep + elapsed_s
+            self.at_s = now_s
+        self.amount += amount
+
+    def pause(self, now_s: float) -> None:
+        """Nothing is left to serve; the time until the next `add` does not count."""
+        self.add(0.0, now_s)
+        self.at_s = None
+
+    def per_s(self) -> float | None:
+        """The rate, or None while it is not known."""
+        if self.elapsed_s < _RATE_KNOWN_S:
+            return None
+        return self.amount / self.elapsed_s
