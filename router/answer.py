@@ -60,6 +60,11 @@ class Answer:
         """Whether every sample has ended."""
         return all(sample.finished for sample in self._samples)
 
+    @property
+    def ended(self) -> list[int]:
+        """Samples that have ended."""
+        return [index for index, sample in enumerate(self._samples) if sample.finished]
+
     def add(self, outputs: Sequence[SequenceOutput]) -> pb.GenerateResponse | None:
         """The message for what arrived together, or None when there is nothing to say.
 

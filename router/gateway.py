@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Container, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,7 @@ from grpc_reflection.v1alpha import reflection
 from arriero.router.groups import GroupAddress, LinkedGroups
 from arriero.router.http.app import create_app
 from arriero.router.http.server import HttpServer
-from arriero.router.inference import Inference, Stream
+from arriero.router.inference import LOST_S, Inference, Stream
 from arriero.router.metrics import Metrics
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.requests import parse, read_request_id
@@ -54,6 +54,7 @@ class GatewayConfig:
         credentials: of TLS; None listens in the clear.
         models: ids of the deployment's models. One of them without a group is unavailable; any
             other is not found.
+        lost_s: how long a request whose group was lost waits for another.
     """
 
     address: str = "127.0.0.1:0"
@@ -62,15 +63,25 @@ class GatewayConfig:
     max_calls: int = 10_000
     credentials: grpc.ServerCredentials | None = None
     models: tuple[str, ...] = ()
+    lost_s: float = LOST_S
 
 
 class Gateway:
-    """One gateway; `start` it, tell it the groups with `set_groups`, and `stop` it."""
+    """One gateway; `start` it, tell it the groups with `set_groups`, and `stop` it.
 
-    def __init__(self, config: GatewayConfig) -> None:
+    Args:
+        config: settings.
+        on_lost: called on the event loop when a group is lost: its id, and the cause.
+    """
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        on_lost: Callable[[str, str], None] = lambda group_id, cause: None,
+    ) -> None:
         self._config = config
-        self._groups = LinkedGroups(self._groups_changed, config.models)
-        self.inference = Inference(self._groups, Metrics(self._groups.groups))
+        self._groups = LinkedGroups(self._groups_changed, config.models, on_lost)
+        self.inference = Inference(self._groups, Metrics(self._groups.groups), lost_s=config.lost_s)
         self._server: grpc.aio.Server | None = None
         self._http: HttpServer | None = None
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # not in the stubs
@@ -147,9 +158,11 @@ class Gateway:
         """Whether some group can be asked now."""
         return bool(self._groups.groups())
 
-    async def set_groups(self, groups: Iterable[GroupAddress]) -> None:
-        """Serve these groups and no others, from now on; calls on those that stay go on."""
-        await self._groups.set_groups(groups)
+    async def set_groups(
+        self, groups: Iterable[GroupAddress], *, fenced: Container[str] | None = None
+    ) -> None:
+        """Serve these groups from now on; see `LinkedGroups.set_groups`."""
+        await self._groups.set_groups(groups, fenced=fenced)
 
     def _groups_changed(self) -> None:
         if self._server is not None and not self._stopping:

@@ -7,17 +7,17 @@ knows nothing of connections, statuses or JSON.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import cast
 
+from arriero.router import relay
 from arriero.router.answer import Answer
 from arriero.router.backend import GroupView
 from arriero.router.card import ModelCard
-from arriero.router.choose import order
 from arriero.router.conversation import TextModel
+from arriero.router.course import Course
 from arriero.router.groups import LinkedGroups
 from arriero.router.metrics import Metrics
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
@@ -27,17 +27,17 @@ from arriero.router.requests import (
     check_room,
     check_tokens,
     defaults_to_wire,
-    engine_request,
     read_messages,
     read_offer,
     read_options,
     read_sampling,
     read_tools,
 )
-from arriero.shards.errors import InvalidRequest, Overloaded, Unavailable
+from arriero.shards.engine.types import EngineRequest
+from arriero.shards.errors import InvalidRequest
 from arriero.shards.sampling import SamplingParams
 
-log = logging.getLogger(__name__)
+LOST_S = 120.0
 
 Stream = AsyncGenerator[pb.GenerateResponse]
 
@@ -62,11 +62,13 @@ class Inference:
     Args:
         groups: the groups that compute.
         metrics: told of each request.
+        lost_s: how long a request whose group was lost waits for another.
     """
 
-    def __init__(self, groups: LinkedGroups, metrics: Metrics) -> None:
+    def __init__(self, groups: LinkedGroups, metrics: Metrics, *, lost_s: float = LOST_S) -> None:
         self.groups = groups
         self.metrics = metrics
+        self._lost_s = lost_s
 
     async def generate(self, request: pb.GenerateRequest, request_id: str) -> Stream:
         """Check a request to continue a prompt; iterating the stream runs it.
@@ -161,37 +163,33 @@ class Inference:
         return start
 
     async def _run(self, job: _Job, start: pb.Start) -> Stream:
-        """Run on the best group, or on the next one while it has no output."""
-        params = job.params
-        answer = Answer(start, len(job.prompt), params.n, job.options, job.text, job.offer)
-        ordered = order(job.views, num_tokens=len(job.prompt) + (params.max_tokens or 1))
+        """Run to the end, in whichever groups that takes."""
+        answer = Answer(start, len(job.prompt), job.params.n, job.options, job.text, job.offer)
+        request = EngineRequest(
+            request_id=job.request_id,
+            prompt=tuple(job.prompt),
+            params=job.params,
+            priority=job.priority,
+        )
+        course = Course(request)
+
+        def candidates() -> Sequence[GroupView]:
+            return self.groups.sharing(start.model, job.text)
+
         with self.metrics.request(start.model) as watch:
-            for attempt, view in enumerate(ordered, 1):
-                request = engine_request(
-                    request_id=job.request_id,
-                    prompt=job.prompt,
-                    params=params,
-                    priority=job.priority,
-                    room=check_room(len(job.prompt), params.max_tokens, view.card.max_model_len),
-                )
-                try:
-                    async with aclosing(self.groups.generate(view.group_id, request)) as steps:
-                        async for outputs in steps:
-                            watch.step(outputs)
-                            message = answer.add(outputs)
-                            if message is not None:
-                                if answer.finished:
-                                    watch.finish(message.usage)
-                                yield message
-                            if answer.finished:
-                                return
-                    raise Unavailable("the group ended the stream before the last token")
-                except (Unavailable, Overloaded) as error:
-                    if answer.started or attempt == len(ordered):
-                        raise
-                    log.info(
-                        "%s: group %s: %s; trying the next", job.request_id, view.group_id, error
-                    )
+            steps = relay.run(self.groups, course, candidates, self._lost_s)
+            async with aclosing(steps):
+                async for outputs in steps:
+                    watch.step(outputs)
+                    message = answer.add(outputs)
+                    if message is not None:
+                        if answer.finished:
+                            watch.finish(message.usage)
+                        yield message
+                    if answer.finished:
+                        return
+                    for index in answer.ended:
+                        course.end(index)
 
 
 async def _encode(text: TextModel, request: pb.GenerateRequest | pb.TokenizeRequest) -> list[int]:

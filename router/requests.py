@@ -17,7 +17,6 @@ from google.protobuf.message import DecodeError, Message
 from arriero.router.card import ModelCard
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.stop import check_stops
-from arriero.shards.engine.types import EngineRequest
 from arriero.shards.errors import InvalidRequest
 from arriero.shards.sampling import SamplingParams
 
@@ -276,18 +275,6 @@ def check_room(num_prompt: int, max_tokens: int | None, max_model_len: int) -> i
             f"lower it to {room} or less",
         )
     return max_tokens
-
-
-def engine_request(
-    *, request_id: str, prompt: Sequence[int], params: SamplingParams, priority: int, room: int
-) -> EngineRequest:
-    """What the engine is asked. The id gets a tail, since callers may use theirs twice."""
-    return EngineRequest(
-        request_id=f"{request_id}/{secrets.token_hex(4)}",
-        prompt=tuple(prompt),
-        params=replace(params, max_tokens=room),
-        priority=priority,
-    )
 
 
 def _default(message: pb.Options, name: str, default: bool) -> bool:

@@ -1,22 +1,19 @@
-"""`arriero up`, `down`, `status` and `demo`."""
+"""`arriero up`, `down` and `demo`."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from arriero.cluster.commands.terminal import ERR, OUT, spinner
-from arriero.shards.errors import SpecError, Unavailable
+from arriero.shards.errors import SpecError
 
 if TYPE_CHECKING:
     from arriero.cluster.state import Deployment
@@ -37,7 +34,6 @@ def add_to(app: typer.Typer) -> None:
     app.command("demo")(demo)
     app.command("up")(up)
     app.command("down")(down)
-    app.command("status")(status)
 
 
 def up(
@@ -103,44 +99,6 @@ def down(state_dir: StateDir = None) -> None:
     with spinner() as say:
         found = deploy.down(state.state_folder(state_dir), say)
     OUT.print("down" if found else "nothing was up", markup=False)
-
-
-def status(
-    json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-    state_dir: StateDir = None,
-) -> None:
-    """Show what serves."""
-    from arriero.cluster import deploy, state
-
-    deployment = state.read(state.state_folder(state_dir))
-    if deployment is None:
-        raise Unavailable("nothing is up; `arriero up` deploys")
-    with spinner() as say:
-        say("asking the cluster")
-        board = deploy.board(deployment)
-    if json_:
-        print(json.dumps({"gateway": deployment.gateway, **asdict(board)}))
-        return
-    OUT.print(f"gateways: {', '.join(board.gateways.values()) or 'none'}", markup=False)
-    if board.http:
-        OUT.print(f"HTTP: {', '.join(board.http.values())}", markup=False)
-    table = Table("group", "model", "layout", "running", "waiting", "KV blocks", "output tokens")
-    for group in board.groups:
-        stats: dict[str, Any] = group.stats
-        table.add_row(
-            group.group_id,
-            group.model,
-            group.layout,
-            str(stats["num_running"]),
-            str(stats["num_waiting"]),
-            f"{stats['blocks_used']} of {stats['blocks_total']}",
-            str(stats["output_tokens"]),
-        )
-    OUT.print(table)
-    for group_id, text in board.progress.items():
-        OUT.print(f"{group_id}: {text}", markup=False)
-    for one in board.failures:
-        OUT.print(f"{one.who} failed: {one.cause}", markup=False, soft_wrap=True)
 
 
 def demo(

@@ -1,0 +1,103 @@
+"""What can be done to the nodes of the cluster: see whether one is there, end a process on it.
+
+Knows Ray's nodes, processes and sockets; knows nothing of groups.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import glob
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+ASK_S = 3.0
+_PROBE_S = 1.0
+
+
+async def answers(address: str, limit_s: float) -> bool:
+    """Whether something accepts connections at host:port; a process that is stopped still does."""
+    host, _, port = address.rpartition(":")
+    try:
+        _, writer = await asyncio.wait_for(asyncio.open_connection(host, int(port)), limit_s)
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    return True
+
+
+def is_gone(node_id: str) -> bool:
+    """Whether a node's raylet no longer answers: seconds before Ray itself gives the node up."""
+    for node in ray.nodes():  # type: ignore[no-untyped-call]
+        if node["NodeID"] == node_id:
+            if not node["Alive"]:
+                return True
+            where = (node["NodeManagerAddress"], node["NodeManagerPort"])
+            try:
+                socket.create_connection(where, _PROBE_S).close()
+            except OSError:
+                return True
+            return False
+    return True
+
+
+async def kill_all(places: Iterable[tuple[str, int]]) -> None:
+    """Kill processes, (node id, pid), also stopped ones; those that are gone are no matter."""
+    by_node: dict[str, list[int]] = {}
+    for node_id, pid in places:
+        if pid:
+            by_node.setdefault(node_id, []).append(pid)
+    here = ray.get_runtime_context().get_node_id()
+    waiting = []
+    for node_id, pids in by_node.items():
+        if node_id == here:
+            _kill(pids)
+        else:
+            waiting.append(_on(node_id, _kill, pids))
+    if waiting:
+        with contextlib.suppress(TimeoutError, ray.exceptions.RayError):
+            await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), ASK_S)
+
+
+async def log_tail(node_id: str, pid: int, count: int) -> list[str]:
+    """The last lines that a worker process wrote to its own log files; [] if they are away."""
+    if node_id == ray.get_runtime_context().get_node_id():
+        return await asyncio.to_thread(_tail, pid, count)
+    with contextlib.suppress(TimeoutError, ray.exceptions.RayError):
+        lines: list[str] = await asyncio.wait_for(_on(node_id, _tail, pid, count), ASK_S)
+        return lines
+    return []
+
+
+def _on(node_id: str, work: Callable[..., Any], *args: object) -> asyncio.Future[Any]:
+    task: Any = ray.remote(work)
+    placed = task.options(
+        num_cpus=0,
+        max_retries=0,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node_id, soft=False),
+    )
+    return asyncio.wrap_future(placed.remote(*args).future())
+
+
+def _kill(pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            # numbers of processes are used again in time: only a worker of Ray's is killed
+            if Path("/proc", str(pid), "cmdline").read_bytes().startswith(b"ray::"):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _tail(pid: int, count: int) -> list[str]:
+    folder: str = ray._private.worker._global_node.get_logs_dir_path()  # type: ignore[attr-defined]
+    lines: list[str] = []
+    for name in sorted(glob.glob(f"{glob.escape(folder)}/worker-*-{pid}.err")):
+        text = Path(name).read_text(errors="replace")
+        lines += [line[:300] for line in text.splitlines() if line.strip()]
+    return lines[-count:]
