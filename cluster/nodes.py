@@ -22,6 +22,17 @@ ASK_S = 3.0
 _PROBE_S = 1.0
 
 
+def on_head() -> NodeAffinitySchedulingStrategy:
+    """Placement on the cluster's head, without which the cluster is lost anyway."""
+    heads = [
+        node["NodeID"]
+        for node in ray.nodes()  # type: ignore[no-untyped-call]
+        if node["Alive"] and "node:__internal_head__" in node["Resources"]
+    ]
+    here = ray.get_runtime_context().get_node_id()
+    return NodeAffinitySchedulingStrategy(node_id=(heads or [here])[0], soft=True)
+
+
 async def answers(address: str, limit_s: float) -> bool:
     """Whether something accepts connections at host:port; a process that is stopped still does."""
     host, _, port = address.rpartition(":")
@@ -99,5 +110,6 @@ def _tail(pid: int, count: int) -> list[str]:
     lines: list[str] = []
     for name in sorted(glob.glob(f"{glob.escape(folder)}/worker-*-{pid}.err")):
         text = Path(name).read_text(errors="replace")
-        lines += [line[:300] for line in text.splitlines() if line.strip()]
+        # a line that begins with a colon is Ray's own mark
+        lines += [one[:300] for one in text.splitlines() if one.strip() and one[0] != ":"]
     return lines[-count:]

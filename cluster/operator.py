@@ -21,7 +21,7 @@ import ray
 from ray import serve
 from ray.actor import ActorHandle
 
-from arriero.cluster import app, registry, store
+from arriero.cluster import app, nodes, registry, store
 from arriero.cluster.changes import Phase, Slot, Start, Stop, Wish, decide, settled
 from arriero.cluster.spec import ModelSpec, Spec
 from arriero.shards.errors import ArrieroError, NotFound, SpecError
@@ -76,6 +76,7 @@ class Kept:
     spec: dict[str, Any]
     shared: bool
     token: str
+    admin_port: int = 0
     models: dict[str, Managed] = field(default_factory=dict)
     places: dict[str, Place] = field(default_factory=dict)
 
@@ -105,7 +106,13 @@ class Operator:
         from arriero.cluster.admin import AdminServer
 
         self._admin = AdminServer(self, self._registry, self._kept.token)
-        self._address = await self._admin.start(self._spec.admin.host, self._spec.admin.port)
+        host = self._spec.admin.host
+        try:  # where it was before a restart: the command line knows that port
+            port = self._spec.admin.port or self._kept.admin_port
+            self._address = await self._admin.start(host, port)
+        except OSError:
+            self._address = await self._admin.start(host, self._spec.admin.port)
+        self._kept.admin_port = int(self._address.rpartition(":")[2])
         if not self._kept.models:
             for model in self._spec.models:
                 first = Revision(1, model.model_dump(mode="json"), await self._digest(model))
@@ -345,6 +352,7 @@ def connect(spec: Spec, *, shared: bool, token: str) -> ActorHandle[Operator]:
             lifetime="detached",
             get_if_exists=True,
             num_cpus=0,
+            scheduling_strategy=nodes.on_head(),
             max_restarts=-1,
             max_concurrency=100,
         )

@@ -313,6 +313,7 @@ def connect() -> ActorHandle[Registry]:
             lifetime="detached",
             get_if_exists=True,
             num_cpus=0,
+            scheduling_strategy=nodes.on_head(),
             max_restarts=-1,
             max_task_retries=3,
             max_concurrency=1000,

@@ -149,6 +149,7 @@ class Gateway:
             *([] if self._server is None else [self._server.stop(grace_s)]),
             *([] if self._http is None else [self._http.stop(grace_s)]),
         )
+        await self.inference.close()
         await self._groups.close()
         if self._health_task is not None:
             self._health_task.cancel()
@@ -180,7 +181,7 @@ class Gateway:
 
     # Requests are taken as bytes and parsed here, so that malformed ones get an answer in words.
     def _handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
-        streams = {"Generate": self._generate, "Chat": self._chat}
+        streams = {"Generate": self._generate, "Chat": self._chat, "Resume": self._resume}
         unaries = {
             "Tokenize": self._tokenize,
             "Detokenize": self._detokenize,
@@ -204,6 +205,11 @@ class Gateway:
         request = parse(pb.ChatRequest, raw)
         await call.name(request.request_id)
         await call.write(await self.inference.chat(request, call.request_id))
+
+    async def _resume(self, call: _Call, raw: bytes) -> None:
+        request = parse(pb.ResumeRequest, raw)
+        await call.name(request.request_id)
+        await call.write(self.inference.resume(request))
 
     async def _tokenize(self, raw: bytes) -> Message:
         return await self.inference.tokenize(parse(pb.TokenizeRequest, raw))

@@ -7,9 +7,9 @@ knows nothing of connections, statuses or JSON.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 from arriero.router import relay
@@ -19,6 +19,7 @@ from arriero.router.card import ModelCard
 from arriero.router.conversation import TextModel
 from arriero.router.course import Course
 from arriero.router.groups import LinkedGroups
+from arriero.router.kept import KeptStreams
 from arriero.router.metrics import Metrics
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.requests import (
@@ -30,6 +31,7 @@ from arriero.router.requests import (
     read_messages,
     read_offer,
     read_options,
+    read_resumed,
     read_sampling,
     read_tools,
 )
@@ -54,6 +56,8 @@ class _Job:
     options: OutputOptions
     priority: int
     offer: ToolOffer | None = None
+    weights: str = ""
+    received: Mapping[int, tuple[list[int], bool]] = field(default_factory=dict)
 
 
 class Inference:
@@ -69,6 +73,7 @@ class Inference:
         self.groups = groups
         self.metrics = metrics
         self._lost_s = lost_s
+        self._kept = KeptStreams()
 
     async def generate(self, request: pb.GenerateRequest, request_id: str) -> Stream:
         """Check a request to continue a prompt; iterating the stream runs it.
@@ -84,7 +89,10 @@ class Inference:
                 prompt = await _encode(text, request)
             else:
                 prompt = list(request.token_ids.ids)
+            weights, received = _resumed(request, params, views[0].card)
             job = _Job(
+                weights=weights,
+                received=received,
                 request_id=request_id,
                 text=text,
                 views=views,
@@ -93,7 +101,7 @@ class Inference:
                 options=options,
                 priority=request.options.priority,
             )
-            return self._run(job, self._start(job))
+            return self._begin(job)
 
     async def chat(self, request: pb.ChatRequest, request_id: str) -> Stream:
         """Check a conversation; iterating the stream answers it. Raises as `generate`."""
@@ -106,7 +114,10 @@ class Inference:
                 raise InvalidRequest(
                     "include_text", "`tools` need text; leave `include_text` on or `tools` out"
                 )
+            weights, received = _resumed(request, params, views[0].card)
             job = _Job(
+                weights=weights,
+                received=received,
                 request_id=request_id,
                 text=text,
                 views=views,
@@ -116,7 +127,7 @@ class Inference:
                 priority=request.options.priority,
                 offer=offer,
             )
-            return self._run(job, self._start(job))
+            return self._begin(job)
 
     async def tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
         """Token ids as `generate` and `chat` would see them."""
@@ -162,6 +173,24 @@ class Inference:
             start.prompt_token_ids.extend(job.prompt)
         return start
 
+    def resume(self, request: pb.ResumeRequest) -> Stream:
+        """The messages of a kept call from an offset on.
+
+        Raises:
+            NotFound: no such call is kept.
+        """
+        return self._kept.attach(request.request_id, request.received)
+
+    def _begin(self, job: _Job) -> Stream:
+        stream = self._run(job, self._start(job))
+        if not job.options.resumable_s:
+            return stream
+        return self._kept.keep(job.request_id, stream, job.options.resumable_s)
+
+    async def close(self) -> None:
+        """Drop what is kept."""
+        await self._kept.close()
+
     async def _run(self, job: _Job, start: pb.Start) -> Stream:
         """Run to the end, in whichever groups that takes."""
         answer = Answer(start, len(job.prompt), job.params.n, job.options, job.text, job.offer)
@@ -172,6 +201,10 @@ class Inference:
             priority=job.priority,
         )
         course = Course(request)
+        course.digest = job.weights or None
+        for index, (tokens, ended) in job.received.items():
+            course.given(index, tokens, finished=ended)
+            answer.replay(index, tokens, finished=ended)
 
         def candidates() -> Sequence[GroupView]:
             return self.groups.sharing(start.model, job.text)
@@ -181,6 +214,7 @@ class Inference:
             async with aclosing(steps):
                 async for outputs in steps:
                     watch.step(outputs)
+                    start.weights = course.digest or ""
                     message = answer.add(outputs)
                     if message is not None:
                         if answer.finished:
@@ -190,6 +224,14 @@ class Inference:
                         return
                     for index in answer.ended:
                         course.end(index)
+
+
+def _resumed(
+    request: pb.GenerateRequest | pb.ChatRequest, params: SamplingParams, card: ModelCard
+) -> tuple[str, Mapping[int, tuple[list[int], bool]]]:
+    if not request.HasField("resumed"):
+        return "", {}
+    return read_resumed(request.resumed, request.sampling, params, card)
 
 
 async def _encode(text: TextModel, request: pb.GenerateRequest | pb.TokenizeRequest) -> list[int]:

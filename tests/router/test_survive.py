@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
+import grpc
+import grpc.aio
 import pytest
 
 from arriero.router.client import AsyncClient
@@ -247,3 +249,93 @@ async def test_another_group_at_the_same_address_is_not_heard() -> None:
         await stack.gateway.set_groups([other])
         await asyncio.sleep(0.3)
         assert not stack.gateway.ready
+
+
+async def test_a_client_takes_its_stream_up_at_another_gateway() -> None:
+    """The first gateway goes; tokens, text and end are as they would have been."""
+    fields = {**FIELDS, "n": 2, "stop": ["qzx"]}
+    whole = await undisturbed("the quick brown", 2, **{k: v for k, v in fields.items() if k != "n"})
+    async with serving(Group("a")) as stack:
+        other = Gateway(GatewayConfig())
+        port = await other.start()
+        await other.set_groups(stack.addresses)
+        addresses = [stack.client._addresses[0], f"127.0.0.1:{port}"]
+        client = AsyncClient(addresses, timeout_s=60, resume_s=20)
+        try:
+            read = Read(2)
+            async for message in client.generate("the quick brown", **fields):
+                read.add(message)
+                if len(read.messages) == 20:
+                    await stack.gateway.stop(0)
+        finally:
+            await client.close()
+            await other.stop(0)
+    assert read == whole
+    assert read.messages[-1].usage.completion_tokens == 240
+    assert sum(message.HasField("start") for message in read.messages) == 2
+
+
+async def test_resumed_is_checked() -> None:
+    async with serving(Group("a")) as stack:
+        resumed = pb.Resumed(weights="d ", samples=[pb.ResumedSample(index=0, token_ids=[70])])
+        for wrong, match in (
+            ({}, "`resumed` needs `seed`"),
+            ({"seed": 1, "n": 1, "samples": [(5, [1])]}, "must be below `n`=1"),
+            ({"seed": 1, "samples": [(0, [2**20])]}, "no token of the model"),
+            ({"seed": 1, "samples": [(0, [70] * 5)]}, "`max_tokens` is 4"),
+            ({"seed": 1, "samples": [(0, [70] * 4)]}, "nothing is left"),
+        ):
+            given = pb.Resumed()
+            given.CopyFrom(resumed)
+            if "samples" in wrong:
+                del given.samples[:]
+                for index, tokens in wrong["samples"]:
+                    given.samples.add(index=index, token_ids=tokens)
+            request = pb.GenerateRequest(text="a", resumed=given)
+            request.sampling.max_tokens = 4
+            if "seed" in wrong:
+                request.sampling.seed = 1
+            with pytest.raises(grpc.aio.AioRpcError, match=match):
+                async for _ in stack.client._stub.Generate(request, timeout=20):
+                    pass
+
+
+async def test_a_kept_call_is_taken_up_by_its_id() -> None:
+    whole = await undisturbed("the quick brown", 1, **FIELDS)
+    async with serving(Group("a")) as stack:
+        read = Read()
+        fields = {**FIELDS, "request_id": "mine", "resumable_s": 5}
+        async for message in stack.client.generate("the quick brown", **fields):
+            read.add(message)
+            if len(read.messages) == 10:
+                break
+        await asyncio.sleep(0.2)  # it runs on meanwhile
+        again = pb.ResumeRequest(request_id="mine", received=10)
+        async for message in stack.client._stub.Resume(again, timeout=20):
+            read.add(message)
+        assert read == whole
+        late = Read()  # and once more, after its end
+        again = pb.ResumeRequest(request_id="mine", received=0)
+        async for message in stack.client._stub.Resume(again, timeout=20):
+            late.add(message)
+        assert late == whole
+        for wrong in (
+            pb.ResumeRequest(request_id="other"),
+            pb.ResumeRequest(request_id="mine", received=1000),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError):
+                async for _ in stack.client._stub.Resume(wrong, timeout=20):
+                    pass
+
+
+async def test_a_kept_call_that_nobody_takes_up_is_cancelled() -> None:
+    async with serving(Group("a")) as stack:
+        fields = {**FIELDS, "max_tokens": 400, "request_id": "mine", "resumable_s": 1}
+        async for _ in stack.client.generate("the quick brown", **fields):
+            break
+        async with asyncio.timeout(5):
+            while not stack.groups[0].engine.cancelled:
+                await asyncio.sleep(0.05)
+        with pytest.raises(grpc.aio.AioRpcError, match="no call 'mine' is kept"):
+            async for _ in stack.client._stub.Resume(pb.ResumeRequest(request_id="mine")):
+                pass
