@@ -214,7 +214,7 @@ def _nccl() -> str:
 
     if not torch.cuda.is_available():
         return ""
-    return ".".join(map(str, torch.cuda.nccl.version()))
+    return ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
 
 
 def _bindable(port: int) -> str:

@@ -7,8 +7,8 @@ knows nothing of connections, statuses or JSON.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -191,6 +191,13 @@ class Inference:
         """Drop what is kept."""
         await self._kept.close()
 
+    @contextmanager
+    def _moves_counted(self, model: str, course: Course) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self.metrics.moved(model, course.moves)
+
     async def _run(self, job: _Job, start: pb.Start) -> Stream:
         """Run to the end, in whichever groups that takes."""
         answer = Answer(start, len(job.prompt), job.params.n, job.options, job.text, job.offer)
@@ -209,7 +216,7 @@ class Inference:
         def candidates() -> Sequence[GroupView]:
             return self.groups.sharing(start.model, job.text)
 
-        with self.metrics.request(start.model) as watch:
+        with self.metrics.request(start.model) as watch, self._moves_counted(start.model, course):
             steps = relay.run(self.groups, course, candidates, self._lost_s)
             async with aclosing(steps):
                 async for outputs in steps:

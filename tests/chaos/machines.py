@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 
@@ -35,13 +34,14 @@ class Machines:
             *("--disable-usage-stats", "--include-log-monitor", "false"),
         ]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        log = (self._head.folder / f"node-{address}.log").open("w")
-        self._nodes[address] = subprocess.Popen(
-            command, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
+        path = self._head.folder / f"node-{address}.log"
+        with path.open("w") as log:
+            self._nodes[address] = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
         deadline_s = time.monotonic() + 60
         while not self.raylets(address):
-            assert time.monotonic() < deadline_s, Path(log.name).read_text()
+            assert time.monotonic() < deadline_s, path.read_text()
             time.sleep(0.1)
         return address
 
