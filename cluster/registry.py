@@ -117,23 +117,32 @@ class Registry:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def claim(self, slot: str) -> int:
-        """A new epoch for a slot; whoever has an older one is fenced."""
+        """A new epoch for a slot."""
         epoch = self._epochs[slot] = self._epochs.get(slot, 0) + 1
         store.put("epochs", self._epochs)
-        for entry in list(self._groups.values()):
-            if entry.slot == slot and entry.epoch < epoch:
-                self._fence(entry)
         return epoch
 
     async def register(self, entry: GroupEntry, lease_s: float) -> bool:
         """Add or renew a group; it is dropped when not renewed within `lease_s` seconds.
 
+        A group that serves takes the place of an older one in its slot, which is fenced unless it
+        drains.
+
         Returns:
             False when it is fenced: it must end.
         """
-        if entry.group_id in self._fenced or entry.epoch < self._epochs.get(entry.slot, 0):
+        if entry.group_id in self._fenced:
             return False
         known = self._groups.get(entry.group_id)
+        serving = [
+            one
+            for one in self._groups.values()
+            if one.slot == entry.slot and one.phase == "serving"
+        ]
+        if entry.phase == "serving" and any(one.epoch > entry.epoch for one in serving):
+            return False
+        for older in [one for one in serving if one.epoch < entry.epoch]:
+            self._fence(older)
         self._groups[entry.group_id] = entry
         now_s = time.monotonic()
         self._expiry_s[entry.group_id] = now_s + lease_s
