@@ -12,7 +12,9 @@ from setuptools import Extension, setup
 _NATIVE = "kernels/cpu/native"
 _HEADERS = [
     "simd.h",
+    "buffer.h",
     "matrix.h",
+    "pairs.h",
     "pool.h",
     "product.h",
     "cache.h",
@@ -21,6 +23,8 @@ _HEADERS = [
     "attention.h",
     "check.h",
     "decoder.h",
+    "limits.h",
+    "sampling.h",
     "api.inc",
 ]
 

@@ -21,7 +21,7 @@ from arriero.shards.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from arriero.shards.engine.types import SequenceOutput
-    from arriero.shards.executor import LocalExecutor, RemoteExecutor
+    from arriero.shards.executor import Loading, LocalExecutor, RemoteExecutor
     from arriero.shards.group import GroupConfig
 
 START_LIMIT_S = 600.0
@@ -124,13 +124,13 @@ class EngineBench:
     """
 
     def __init__(
-        self, config: GroupConfig, on_loaded: Callable[[float], None] = lambda share: None
+        self, config: GroupConfig, on_loaded: Callable[[Loading], None] = lambda loading: None
     ) -> None:
         """Load the model and draw the warm-up's tokens.
 
         Args:
             config: of the group.
-            on_loaded: told the share of the loading that is done, 0 to 1.
+            on_loaded: told how far loading is.
         """
         from arriero.shards.checkpoint.reader import Checkpoint
         from arriero.shards.engine.engine import Engine

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from arriero.router.link import LinkServer
     from arriero.shards.engine.engine import Engine
     from arriero.shards.engine.types import EngineConfig, SequenceOutput
-    from arriero.shards.executor import RemoteExecutor
+    from arriero.shards.executor import Loading, RemoteExecutor
 
 LEASE_PERIODS = 5
 STOP_LIMIT_S = 3.0
@@ -348,11 +348,11 @@ class Leader:
     def _say(self, text: str) -> None:
         self._registry.report.remote(self._group_id, text)
 
-    def _on_loaded(self, share: float) -> None:
-        percent = int(share * 100)
+    def _on_loaded(self, loading: Loading) -> None:
+        percent = int(loading.share * 100)
         if percent != self._loaded:
             self._loaded = percent
-            self._say(f"loading {percent} %")
+            self._say(str(loading))
 
     async def _close(self) -> None:
         """Drain, stop engine and slices, and let their processes go."""

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -36,7 +36,7 @@ from torch import Tensor
 
 from arriero.kernels import moe
 from arriero.kernels.moe import Permutation, Routing
-from arriero.kernels.quant import QuantizedWeight
+from arriero.kernels.quant import ProductInputs, QuantizedWeight, quantize_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,13 +117,17 @@ class KVCache(ABC):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Linear:
-    """A packed product y = x Wᵀ + b. Made by `Ops.pack_linear`; only its backend reads `packed`."""
+    """A packed product y = x Wᵀ + b. Made by `Ops.pack_linear`; only its backend reads `packed`.
+
+    With `inputs`, W multiplies x as those say; see `Ops.pack_product`.
+    """
 
     out_features: int
     in_features: int
     packed: Any
     bias: Tensor | None
     nbytes: int
+    inputs: ProductInputs | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -280,6 +284,7 @@ class Ops(ABC):
     """The op list. Subclasses are backends; `arriero.kernels.select.ops_for` picks one."""
 
     name: str
+    device: torch.device
 
     # Packing: done once at load; the packed form is the only one kept.
 
@@ -313,6 +318,31 @@ class Ops(ABC):
             "load the model without quantization or use kernels='reference'"
         )
 
+    def pack_product(
+        self, weights: Sequence[QuantizedWeight], bias_O: Tensor | None, inputs: ProductInputs
+    ) -> Linear:
+        """`pack_quantized` for a product that reorders or rounds its inputs.
+
+        `linear` and `grouped_linear` take the result. With a bound the product is
+        y = scale_T * (q_TI Qᵀ) * scale_O + b of the float8 numbers q of `quantize_rows` and Q
+        stored. Products of float8 numbers are exact in float32, and sums of up to 2**17 of them
+        in float64, which is how `reference` defines their sum; the others sum in float32.
+
+        Raises:
+            ValueError, NotImplementedError: as `pack_quantized`.
+        """
+        plain = self.pack_quantized(weights, None)
+        bias = None if bias_O is None else bias_O.to(self.device, torch.float32, copy=True)
+        if inputs.order_I is not None:
+            inputs = replace(inputs, order_I=inputs.order_I.to(self.device))
+        return replace(
+            plain,
+            in_features=inputs.num_inputs,
+            bias=bias,
+            nbytes=plain.nbytes + inputs.nbytes + (0 if bias is None else bias.nbytes),
+            inputs=inputs,
+        )
+
     def pack_quantized_vocab(self, weight: QuantizedWeight, first_row: int) -> Vocab:
         """Pack quantized vocabulary rows for `embed` and `logits`; meaning as `pack_quantized`.
 
@@ -341,6 +371,37 @@ class Ops(ABC):
     @abstractmethod
     def linear(self, x_TI: Tensor, w: Linear) -> Tensor:
         """The product x Wᵀ + b: [T, O]."""
+
+    def quantize_rows(self, x_TI: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+        """Round rows to float8: q float8_e4m3fn [T, I] and scale float32 [T, 1].
+
+        The definition is `kernels.quant.quantize_rows`.
+        """
+        return quantize_rows(x_TI, bound)
+
+    def linear_of_inputs(self, x_TI: Tensor, w: Linear) -> Tensor:
+        """`linear` of a product with `inputs`, by way of one without."""
+        assert w.inputs is not None, "made by pack_product"
+        x_TI = x_TI if w.inputs.order_I is None else x_TI.index_select(1, w.inputs.order_I)
+        plain = replace(w, in_features=x_TI.shape[1], inputs=None, bias=None)
+        if w.inputs.bound is None:
+            y_TO = self.linear(x_TI, plain)
+        else:
+            q_TI, scale_T1 = self.quantize_rows(x_TI, w.inputs.bound)
+            y_TO = self.linear(q_TI.float(), plain).mul_(scale_T1)
+        return (y_TO if w.bias is None else y_TO.add_(w.bias)).to(x_TI.dtype)
+
+    def grouped_linear_of_inputs(
+        self, x_XI: Tensor, experts: Sequence[Linear], starts_E1: Tensor
+    ) -> Tensor:
+        """`grouped_linear` of products that round their inputs, by way of ones that do not."""
+        inputs = experts[0].inputs
+        if inputs is None or inputs.bound is None or any(one.inputs != inputs for one in experts):
+            raise ValueError("grouped_linear: experts of one layer round their inputs alike")
+        q_XI, scale_X1 = self.quantize_rows(x_XI, inputs.bound)
+        plain = [replace(one, inputs=None) for one in experts]
+        y_XO = self.grouped_linear(q_XI.float(), plain, starts_E1)
+        return y_XO.mul_(scale_X1).to(x_XI.dtype)
 
     @abstractmethod
     def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
@@ -414,7 +475,10 @@ class Ops(ABC):
         return moe.permute(routing, first_expert, num_experts)
 
     def grouped_linear(self, x_XI: Tensor, experts: Sequence[Linear], starts_E1: Tensor) -> Tensor:
-        """Rows starts[e] .. starts[e + 1] times the e-th matrix: [X, O]."""
+        """Rows starts[e] .. starts[e + 1] times the e-th matrix: [X, O].
+
+        All experts do the same to their inputs.
+        """
         counts = starts_E1.diff().tolist()
         parts = [
             self.linear(x, expert)

@@ -8,6 +8,8 @@ Shape legend: O rows (outputs), I columns (inputs), G = ceil(I / group_size) gro
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -137,6 +139,43 @@ class QuantizedWeight:
         return value_OG.repeat_interleave(self.group_size, dim=1)[:, : self.in_features]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProductInputs:
+    """What a quantized product does to its inputs before it multiplies them.
+
+    Attributes:
+        num_inputs: of the product.
+        order_I: int64 [columns of the matrix]: the input that each column multiplies (GPTQ's
+            act-order); a column of zeros may name any. None: column i multiplies input i.
+        bound: each row of inputs is rounded to float8 as `quantize_rows` says, its scale at most
+            bound / 448; inf for no bound, None for inputs that stay as they are.
+    """
+
+    num_inputs: int
+    order_I: Tensor | None = None
+    bound: float | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept beside the matrix."""
+        return 0 if self.order_I is None else self.order_I.nbytes
+
+
+def quantize_rows(x_TI: Tensor, bound: float = math.inf) -> tuple[Tensor, Tensor]:
+    """Round each row to float8_e4m3fn by a scale of its own: x is close to q * scale.
+
+    The scale is min(greatest magnitude, bound) / 448, and 1 for a row of zeros; what lies beyond
+    the bound becomes 448. This is what `fbgemm_fp8` (bound 1200) and compressed-tensors' dynamic
+    token scales (no bound) do to activations.
+
+    Returns:
+        q float8_e4m3fn [T, I], scale float32 [T, 1].
+    """
+    x_TI = x_TI.float()
+    scale_T1 = _nonzero(x_TI.abs().amax(1, keepdim=True).clamp(max=bound) / FP8_MAX)
+    return (x_TI / scale_T1).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale_T1
+
+
 def stack(weights: list[QuantizedWeight]) -> QuantizedWeight:
     """One matrix of all rows, copied.
 
@@ -160,10 +199,17 @@ def stack(weights: list[QuantizedWeight]) -> QuantizedWeight:
     )
 
 
-def quantize_int8(weight_OI: Tensor) -> QuantizedWeight:
-    """Round to the nearest of 255 levels, the row's greatest magnitude being level 127."""
+def quantize_int8(
+    weight_OI: Tensor, *, scale_dtype: torch.dtype = torch.float32
+) -> QuantizedWeight:
+    """Round to the nearest of 255 levels, the row's greatest magnitude being level 127.
+
+    Args:
+        weight_OI: any floating dtype.
+        scale_dtype: scales are rounded to it before levels are chosen.
+    """
     w_OI = weight_OI.float()
-    scale_O1 = _nonzero(w_OI.abs().amax(1, keepdim=True) / 127)
+    scale_O1 = _nonzero((w_OI.abs().amax(1, keepdim=True) / 127).to(scale_dtype).float())
     data = (w_OI / scale_O1).round_().clamp_(-127, 127).to(torch.int8)
     return QuantizedWeight(
         kind="int8", in_features=w_OI.shape[1], data=data, scales=scale_O1, group_size=w_OI.shape[1]
@@ -225,6 +271,80 @@ def quantize_int4(
         zeros=-low_OG / scale_OG,
         group_size=group_size,
     )
+
+
+def quantize_int4_whole(
+    weight_OI: Tensor, group_size: int = 32, *, scale_dtype: torch.dtype = torch.bfloat16
+) -> QuantizedWeight:
+    """Int4 as checkpoints store it: zero points are whole levels, scales are of `scale_dtype`.
+
+    Several spans are tried for each group; for each, the zero point is rounded and the scale is
+    the best by least squares for the levels that follow, rounded to its dtype. The pair with the
+    least squared error is kept.
+
+    Raises:
+        ValueError: the group size is not positive, or does not divide the columns.
+    """
+    num_columns = weight_OI.shape[1]
+    if group_size < 1 or num_columns % group_size:
+        raise ValueError(f"group_size={group_size} must divide {num_columns} columns")
+    rows = max(1, _SEARCH_ELEMENTS // num_columns)
+    parts = [
+        _whole_levels(_grouped(part.float(), group_size), scale_dtype)
+        for part in torch.split(weight_OI, rows)
+    ]
+    q_OGC, scale_OG, zero_OG = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    q_OI = F.pad(q_OGC.flatten(1), (0, num_columns % 2))
+    return QuantizedWeight(
+        kind="int4",
+        in_features=num_columns,
+        data=q_OI[:, ::2] | q_OI[:, 1::2] << 4,
+        scales=scale_OG,
+        zeros=zero_OG,
+        group_size=group_size,
+    )
+
+
+def _whole_levels(w_OGC: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Levels uint8 [O, G, C], scales and whole zero points float32 [O, G]."""
+    # the range takes in 0, so that its zero point is one of the levels
+    low_OG1 = w_OGC.amin(2, keepdim=True).clamp(max=0)
+    high_OG1 = w_OGC.amax(2, keepdim=True).clamp(min=0)
+    span_OG1 = _nonzero((high_OG1 - low_OG1) / 15)
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    best_error_OG1 = torch.full_like(span_OG1, math.inf)
+    for step in range(_SEARCH_STEPS + 2):
+        try_OG1 = span_OG1 * (1.04 - 0.04 * step)
+        zero_OG1 = (-low_OG1 / span_OG1).round_().clamp_(0, 15)
+        centred_OGC = ((w_OGC / try_OG1).round_() + zero_OG1).clamp_(0, 15) - zero_OG1
+        scale_OG1 = (w_OGC * centred_OGC).sum(2, keepdim=True) / centred_OGC.square().sum(
+            2, keepdim=True
+        )
+        scale_OG1 = scale_OG1.where(scale_OG1 > 0, try_OG1).to(scale_dtype).float()
+        scale_OG1 = _nonzero(scale_OG1)
+        error_OG1 = (centred_OGC * scale_OG1 - w_OGC).square_().sum(2, keepdim=True)
+        better_OG1 = error_OG1 < best_error_OG1
+        found = (centred_OGC + zero_OG1, scale_OG1, zero_OG1)
+        if best is None:
+            best = found
+        else:
+            q, scale, zero = (
+                torch.where(better_OG1, new, old) for new, old in zip(found, best, strict=True)
+            )
+            best = (q, scale, zero)
+        best_error_OG1 = torch.minimum(error_OG1, best_error_OG1)
+    assert best is not None, "at least one step"
+    q_OGC, scale_OG1, zero_OG1 = best
+    return q_OGC.to(torch.uint8), scale_OG1[..., 0], zero_OG1[..., 0]
+
+
+def in_pieces(
+    quantize: Callable[[Tensor], QuantizedWeight], weight_OI: Tensor, elements: int = 1 << 23
+) -> QuantizedWeight:
+    """`quantize` some rows at a time: a big matrix is never held in float32 as a whole."""
+    rows = max(1, elements // weight_OI.shape[1])
+    parts = [quantize(part) for part in torch.split(weight_OI, rows)]
+    return parts[0] if len(parts) == 1 else stack(parts)
 
 
 def _levels(w_OGC: Tensor, share_GC: Tensor, search: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -33,8 +33,37 @@ if TYPE_CHECKING:
     from arriero.shards.runner import Pending, Runner
 
 POLL_S = 0.1
-LoadProgress = Callable[[float], None]
-"""Called with the share of the group's loading that is done, 0 to 1."""
+LoadProgress = Callable[["Loading"], None]
+"""Told how far the group's loading is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """How far a group's loading is: the bytes of all its slices.
+
+    Attributes:
+        done: bytes packed.
+        total: bytes that slices are known to read; 0 before the first has said so.
+        elapsed_s: since the group was started.
+    """
+
+    done: int
+    total: int
+    elapsed_s: float
+
+    @property
+    def share(self) -> float:
+        """Of the whole, 0 to 1."""
+        return self.done / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        if not self.done:
+            return "loading 0 %"
+        rate = self.done / max(self.elapsed_s, 1e-3)
+        return (
+            f"loading {self.share:.0%}: {self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB, "
+            f"{rate / 1e9:.2f} GB/s, {(self.total - self.done) / rate:.0f} s left"
+        )
 
 
 class LocalExecutor:
@@ -86,7 +115,8 @@ class _SliceState:
     """What the leader has heard of one slice."""
 
     hello: dict[str, Any] | None = None
-    loaded: float = 0.0
+    loaded: int = 0
+    to_load: int = 0
     report: SliceReport | None = None
 
 
@@ -191,12 +221,15 @@ class RemoteExecutor:
             CheckpointError: the weights are not what their config says.
             GroupFailed: a slice is lost, or the time is up.
         """
-        deadline = time.monotonic() + timeout_s
+        begun_s = time.monotonic()
+        deadline = begun_s + timeout_s
         joined = False
         while any(one.report is None for one in self._slices):
             self._pump(POLL_S)
             if progress is not None:
-                progress(sum(one.loaded for one in self._slices) / len(self._slices))
+                done = sum(one.loaded for one in self._slices)
+                total = sum(one.to_load for one in self._slices)
+                progress(Loading(done, total, time.monotonic() - begun_s))
             if not joined and all(one.hello is not None for one in self._slices):
                 first = self._slices[0].hello
                 assert first is not None
@@ -281,9 +314,9 @@ class RemoteExecutor:
             state.hello = body
             self._monitor.name(rank, f"slice {rank} (pid {body['pid']} on {body['host']})", body)
         elif kind == b"L":
-            state.loaded = body["done"] / body["total"]
+            state.loaded, state.to_load = body["done"], body["total"]
         elif kind == b"R":
-            state.report, state.loaded = SliceReport(**body), 1.0
+            state.report, state.loaded = SliceReport(**body), state.to_load
         elif kind == b"E":
             if self._failure is None and body["error"].startswith("CheckpointError: "):
                 self._failure = CheckpointError(body["error"].removeprefix("CheckpointError: "))

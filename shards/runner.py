@@ -18,11 +18,11 @@ from torch import Tensor
 
 from arriero.kernels.ops import Sampled
 from arriero.kernels.select import ops_for
-from arriero.shards.checkpoint.llama_names import expected_tensors
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.group import GroupConfig
 from arriero.shards.mesh import Mesh
-from arriero.shards.models.llama import LlamaSlice, Progress
+from arriero.shards.models.llama import LlamaSlice
+from arriero.shards.models.loader import Progress
 from arriero.shards.partition import partition
 from arriero.shards.plan import Logprobs, StepPlan, StepResult
 from arriero.shards.sequences import Rope, SequenceTable
@@ -72,7 +72,7 @@ class Runner:
         started = time.perf_counter()
         checkpoint = Checkpoint.open(config.model_path)
         model = checkpoint.config
-        checkpoint.check(expected_tensors(model))
+        checkpoint.check_whole()
         device = torch.device(config.device)
         parts = partition(model, config)
         part = parts[rank]

@@ -1,4 +1,4 @@
-"""`arriero bench`: the engine in process, or a deployment through gRPC."""
+"""`arriero bench`: the operations, the engine in process, or a deployment through gRPC."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 
 from arriero.cluster.commands.deployment import StateDir, temporary_deployment
 from arriero.cluster.commands.talk import status_as_error
 from arriero.cluster.commands.terminal import OUT, spinner
-from arriero.shards.errors import Unavailable
+from arriero.shards.errors import SpecError, Unavailable
 
 if TYPE_CHECKING:
     from arriero.cluster.bench import Cell, Figures
+    from arriero.kernels.bench import Shape
     from arriero.router.client import AsyncClient
 
-app = typer.Typer(help="Measure: N requests at once, greedy, no stop.", no_args_is_help=True)
+app = typer.Typer(help="Measure operations, or N requests at once: greedy, no stop.", no_args_is_help=True)
 
 _CELL_LIMIT_S = 3600.0
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
@@ -31,6 +33,98 @@ Tp = Annotated[int, typer.Option(min=1, help="Tensor-parallel slices of a stage.
 Pp = Annotated[int, typer.Option(min=1, help="Pipeline stages.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Json = Annotated[bool, typer.Option("--json", help="The last line is one JSON object.")]
+
+
+@app.command("kernels")
+def kernels(
+    model: Annotated[
+        str, typer.Option(help="A checkpoint folder, or a name that `arriero plan` knows.")
+    ] = "smollm2-135m",
+    dtype: Dtype = "bfloat16",
+    quantization: Quantization = None,
+    tokens: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8,32,256",
+    context: Annotated[int, typer.Option(min=1, help="Tokens that a decode attends to.")] = 512,
+    seconds: Annotated[float, typer.Option(help="How long each operation is measured.")] = 0.2,
+    tp: Tp = 1,
+    device: Device = "cpu",
+    backend: Annotated[
+        str | None, typer.Option("--kernels", help="Backend of the operations.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads.")] = None,
+    json_: Json = False,
+) -> None:
+    """Time each operation at one layer's sizes, and say its share of the machine's limit."""
+    import torch
+
+    from arriero.kernels.bench import KernelBench
+    from arriero.kernels.select import ops_for
+
+    shape = _shape(model, dtype, quantization, tp)
+    sizes = _sizes(tokens)
+    with spinner() as say:
+        say("packing weights")
+        of = torch.device(device)
+        ops = ops_for(of, backend, threads)
+        bench = KernelBench(ops, shape, of, seconds)
+        timings = []
+        for size in sizes:
+            say(f"batch of {size}")
+            timings += list(bench.run(size, max(size, context)))
+    rates = bench.rates
+    if json_:
+        said = {"bench": "kernels", "model": model, "dtype": dtype, "quantization": quantization}
+        said |= {"tp": tp, "device": device, "kernels": ops.name}
+        limits = {"memory_gb_s": rates.memory / 1e9, "matrix_gflop_s": rates.matrix / 1e9}
+        print(json.dumps({**said, **limits, "ops": [one.as_dict() for one in timings]}))
+        return
+    OUT.print(
+        f"kernels {ops.name}: memory {rates.memory / 1e9:.1f} GB/s, products "
+        f"{rates.matrix / 1e9:.0f} GFLOP/s; time, and share of the limit that these set.\n"
+        f"Decodes attend to {context} tokens, a prefill chunk to itself."
+    )
+    table = Table("operation", *(f"T={size}" for size in sizes))
+    for op in dict.fromkeys(one.op for one in timings):
+        found = {one.tokens: f"{one.us:.0f} us {one.share:.0%}" for one in timings if one.op == op}
+        table.add_row(op, *(found.get(size, "-") for size in sizes))
+    OUT.print(table)
+
+
+def _sizes(tokens: str) -> list[int]:
+    sizes = [int(one) if one.strip().isdecimal() else 0 for one in tokens.split(",")]
+    if min(sizes) < 1:
+        raise SpecError(f"`--tokens`={tokens!r} must be whole numbers from 1 up, such as 1,8,32")
+    return sizes
+
+
+def _shape(model: str, dtype: str, quantization: str | None, tp: int) -> Shape:
+    """One layer's sizes as tensor-parallel rank 0 holds it."""
+    import torch
+
+    from arriero.cluster.plan.catalog import find_model
+    from arriero.kernels.bench import Shape
+    from arriero.shards.group import GroupConfig
+    from arriero.shards.models.config import ModelConfig
+    from arriero.shards.partition import partition
+    from arriero.shards.resolve import ITEMSIZE, QUANTIZATIONS
+
+    if dtype not in ITEMSIZE:
+        raise SpecError(f"`--dtype`={dtype!r} is none of {', '.join(ITEMSIZE)}")
+    if quantization not in (None, *QUANTIZATIONS):
+        raise SpecError(f"`--quantization`={quantization!r} is none of {', '.join(QUANTIZATIONS)}")
+    config = find_model(model).config
+    if not isinstance(config, ModelConfig):
+        raise SpecError(f"`--model`={model!r} has experts; give a dense model")
+    part = partition(config, GroupConfig(model_path="", tp=tp))[0]
+    return Shape(
+        hidden=config.hidden_size,
+        columns=part.columns.size,
+        q_heads=part.q_heads.size,
+        kv_heads=part.kv_heads.size,
+        head_dim=config.head_dim,
+        vocab=part.vocab.size,
+        dtype=getattr(torch, dtype),
+        quantization=quantization,
+    )
 
 
 @app.command("engine")
@@ -69,7 +163,7 @@ def engine(
     )
     with spinner() as say:
         say("loading")
-        with EngineBench(config, lambda share: say(f"loading {share:.0%}")) as bench:
+        with EngineBench(config, lambda loading: say(str(loading))) as bench:
             say(f"{requests} requests of {prompt} + {output} tokens")
             figures = bench.run(cell.prompts(), output)
     said = {"bench": "engine", "model": str(model), "dtype": dtype, "quantization": quantization}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -12,20 +11,13 @@ import typer
 from rich.table import Table
 
 from arriero.cluster.commands.terminal import ERR, OUT, bar
+from arriero.shards.checkpoint.cache import cache_folder
 from arriero.shards.errors import CheckpointError, SpecError
 
 DEMO = "smollm2"
 _MOST_PROBLEMS = 20
 
 app = typer.Typer(help="Import and list checkpoints.", no_args_is_help=True)
-
-
-def cache_folder() -> Path:
-    """Where imported models are: $ARRIERO_CACHE, or arriero/ in $XDG_CACHE_HOME or ~/.cache."""
-    if named := os.environ.get("ARRIERO_CACHE"):
-        return Path(named).absolute()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "arriero"
 
 
 def demo_model() -> Path:
@@ -64,6 +56,30 @@ def _import_file(source: Path, folder: Path, dtype: str) -> None:
         import_gguf(source, folder, dtype, advance)
 
 
+@app.command("pull")
+def pull(
+    source: Annotated[
+        str, typer.Argument(help="ORG/NAME on Hugging Face's hub, or an fsspec URL.")
+    ],
+    revision: Annotated[
+        str | None, typer.Option(help="Hub: branch, tag or commit; by default the main branch.")
+    ] = None,
+) -> None:
+    """Download a checkpoint into the cache, going on where an earlier download stopped."""
+    from arriero.shards.checkpoint.remote import is_url, local_folder, pull_from_hub
+    from arriero.shards.checkpoint.verify import verify
+
+    if is_url(source):
+        with bar(f"copying {source}") as advance:
+            folder = local_folder(source, advance)
+    else:
+        folder = pull_from_hub(source, revision)
+    report = verify(folder)
+    if not report.ok:
+        raise CheckpointError("; ".join(report.problems[:_MOST_PROBLEMS]))
+    OUT.print(str(folder), markup=False, soft_wrap=True)
+
+
 @app.command("convert")
 def convert(
     source: Annotated[Path, typer.Argument(help="Meta's folder: consolidated.*.pth, params.json.")],
@@ -74,6 +90,24 @@ def convert(
 
     with bar(f"converting {source.name}") as advance:
         convert_meta(source, out, advance)
+    OUT.print(str(out), markup=False, soft_wrap=True)
+
+
+@app.command("quantize")
+def quantize(
+    source: Annotated[Path, typer.Argument(help="A checkpoint folder of plain weights.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    to: Annotated[str, typer.Option(help="int8, int4 or fp8.")],
+    group_size: Annotated[int, typer.Option(help="int4: columns that share a scale.")] = 32,
+) -> None:
+    """Quantize a checkpoint's products, matrix by matrix, into compressed-tensors' layout."""
+    from arriero.shards.checkpoint.quantize import TO, quantize_checkpoint
+
+    wanted = next((one for one in TO if one == to), None)
+    if wanted is None:
+        raise SpecError(f"`--to`={to} is none of {', '.join(TO)}")
+    with bar(f"quantizing {source.name} to {to}") as advance:
+        quantize_checkpoint(source, out, wanted, group_size=group_size, progress=advance)
     OUT.print(str(out), markup=False, soft_wrap=True)
 
 

@@ -16,8 +16,8 @@ from arriero.cluster.commands.terminal import OUT
 from arriero.cluster.plan.catalog import DEVICES, MODELS, NamedModel, find_model
 from arriero.cluster.plan.layouts import Machines, Option, rank_layouts
 from arriero.cluster.plan.memory import Demand, GroupPlan, Layout, plan_group
-from arriero.cluster.plan.packing import KERNELS, Kernels
 from arriero.cluster.plan.products import DTYPES, ON_LOAD, Dtype, weights_as
+from arriero.kernels.packing import KERNELS, Kernels
 from arriero.shards.errors import SpecError
 from arriero.shards.models.config import ModelConfig
 from arriero.shards.models.llama4_config import Llama4Config

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 ERR = Console(stderr=True, highlight=False)
 OUT = Console(highlight=False)
-_PERCENT = re.compile(r" ?\d+ ?%")
+_PERCENT = re.compile(r" ?\d+ ?%.*")  # and what follows it: bytes, rate, time left
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from arriero.cluster.plan.catalog import Device, NamedModel, device
 from arriero.cluster.plan.memory import Demand, GroupPlan, Layout, plan_group
-from arriero.cluster.plan.packing import Kernels
 from arriero.cluster.plan.products import Dtype, weights_as
+from arriero.kernels.packing import Kernels
 from arriero.shards.errors import SpecError
 from arriero.shards.models.llama4_config import Llama4Config
 

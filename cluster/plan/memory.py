@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from arriero.cluster.plan.catalog import Device, NamedModel
-from arriero.cluster.plan.packing import PLAIN, Kernels, kv_block_nbytes
 from arriero.cluster.plan.products import RankWeights, Weights, rank_weights
+from arriero.kernels.packing import KV_ITEMSIZE, PLAIN, Kernels, kv_block_nbytes
 from arriero.shards.checkpoint.formats.stored import AnyModel, AnyPart, modules_of
 from arriero.shards.errors import SpecError
 from arriero.shards.group import GroupConfig
@@ -359,6 +359,8 @@ def _rank(
     kernels: Kernels,
     base: int,
 ) -> RankPlan:
+    if demand.kv_dtype not in KV_ITEMSIZE:
+        raise SpecError(f"`kv_dtype`={demand.kv_dtype!r} is none of {', '.join(KV_ITEMSIZE)}")
     one_layer = kv_block_nbytes(
         kernels,
         kv_heads=part.kv_heads.size,

@@ -13,12 +13,19 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-from arriero.cluster.plan.packing import Kernels, Precision, packed_nbytes
+from arriero.kernels.packing import Kernels, Precision, packed_nbytes
 from arriero.shards.checkpoint.formats.modules import Cut, Module
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
-from arriero.shards.checkpoint.formats.stored import AnyModel, AnyPart, modules_of, span_of
+from arriero.shards.checkpoint.formats.stored import (
+    AnyModel,
+    AnyPart,
+    cut_group,
+    modules_of,
+    span_of,
+)
 from arriero.shards.errors import SpecError
 from arriero.shards.models.config import ModelConfig
+from arriero.shards.partition import Span
 
 Dtype = Literal[
     "float32",
@@ -48,6 +55,8 @@ ON_LOAD: dict[str, Dtype] = {"int8": "int8", "fp8": "fp8-onload", "int4": "int4-
 """What a spec's `quantization` is called here."""
 GROUP_SIZE = 128
 ON_LOAD_GROUP_SIZE = 32
+WHOLE_ROW = 1 << 30
+"""A group size that no row reaches: one scale a row."""
 
 _STACKED = re.compile(r"(.*\.)(?:([qkv])|(?:gate|up))_proj$")
 
@@ -139,13 +148,13 @@ def _as_stored(model: AnyModel, scheme: QuantScheme | None) -> Weights:
     plain = base[model.torch_dtype]
     if scheme is None:
         return Weights(dtype="checkpoint", base=plain)
-    four = scheme.method in ("awq", "gptq")
     return Weights(
         dtype="checkpoint",
         base=plain,
         scheme=scheme,
-        precision="int4" if four else "fp8",
-        group_size=scheme.group_size or GROUP_SIZE,
+        precision=scheme.kind,
+        group_size=scheme.group_size or WHOLE_ROW,
+        zeros=scheme.method != "pack-quantized" or not scheme.symmetric,
     )
 
 
@@ -215,7 +224,7 @@ def rank_weights(
             rows,
             columns,
             weights.of(first),
-            group_size=weights.group_size,
+            group_size=_group(first, part, weights),
             zeros=weights.zeros,
             bias=first.bias and (first.columns is None or part.tp_rank == 0),
         )
@@ -262,6 +271,19 @@ def _stacks(modules: Iterable[Module]) -> list[list[Module]]:
 
 def _is_matrix(module: Module) -> bool:
     return len(module.shape) == 2
+
+
+def _group(module: Module, part: AnyPart, weights: Weights) -> int:
+    """Columns that share a scale on this rank: a cut inside a stored group makes smaller ones.
+
+    What is quantized on load is cut first and grouped then.
+    """
+    cut, size, group = module.columns, module.shape[-1], weights.group_size
+    if cut is None or group >= WHOLE_ROW or weights.tables is not None:
+        return group
+    span = span_of(part, cut.axis)
+    own = Span(start=span.start * cut.per, stop=min(span.stop * cut.per, size))
+    return cut_group(own, size, group)
 
 
 def _share(module: Module, part: AnyPart, dim: int) -> int:

@@ -1,7 +1,7 @@
 """The CPU backend: the op list on C++ kernels, one call for all layers of a stage.
 
-Knows which C function computes which op; refuses to know models. What it draws from logits beyond
-the greatest one is the reference's, by definition the same.
+Knows which C function computes which op; refuses to know models. Penalties and log-probabilities
+are the reference's.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from arriero.kernels.cpu.structs import (
     batch_struct,
     cache_of,
     check_cache,
+    draws_struct,
     float_rows,
     float_vector,
+    fuses,
     layer_struct,
     linear_of,
     packed_of,
     vocab_of,
 )
-from arriero.kernels.cpu.weights import pack_plain, pack_quantized
+from arriero.kernels.cpu.weights import TYPES, pack_plain, pack_quantized
 from arriero.kernels.ops import (
     DenseLayer,
     FlatBatch,
@@ -152,6 +154,8 @@ class CpuOps(Ops):
 
     def linear(self, x_TI: Tensor, w: Linear) -> Tensor:
         """The product; see `Ops.linear`."""
+        if w.inputs is not None:
+            return self.linear_of_inputs(x_TI, w)
         x_TI = float_rows("linear", x_TI, w.in_features)
         out_TO = torch.empty(x_TI.shape[0], w.out_features)
         self.call(
@@ -255,6 +259,8 @@ class CpuOps(Ops):
 
     def grouped_linear(self, x_XI: Tensor, experts: Sequence[Linear], starts_E1: Tensor) -> Tensor:
         """See `Ops.grouped_linear`; the experts have one shape and type."""
+        if experts[0].inputs is not None:
+            return self.grouped_linear_of_inputs(x_XI, experts, starts_E1)
         structs = [packed_of(expert.packed).struct for expert in experts]
         shapes = {(s.out_features, s.in_features, s.type, s.group) for s in structs}
         if len(shapes) != 1 or starts_E1.shape != (len(structs) + 1,):
@@ -282,28 +288,22 @@ class CpuOps(Ops):
         return out_XO
 
     def sample(self, logits_RV: Tensor, rows: SamplingRows) -> Sampled:
-        """See `Ops.sample`. A greedy batch without penalties is one pass over the logits."""
-        plain = (
-            rows.all_greedy
-            and rows.num_logprobs < 0
-            and rows.bias is None
-            and rows.allowed_RV is None
-            and rows.repetition_R is None
-            and rows.presence_R is None
-            and rows.frequency_R is None
-        )
-        if not plain:
-            return sampling.sample(logits_RV, rows)
-        logits_RV = float_rows("sample", logits_RV, logits_RV.shape[1])
-        tokens_R = torch.empty(logits_RV.shape[0], dtype=torch.int32)
+        """See `Ops.sample`. Penalties, bans and log-probabilities are the reference's."""
+        sampling.check_vocabulary(logits_RV)
+        raw_RV = float_rows("sample", logits_RV, logits_RV.shape[1])
+        x_RV = float_rows("sample", sampling.adjusted(raw_RV, rows), raw_RV.shape[1])
+        tokens_R = torch.empty(x_RV.shape[0], dtype=torch.int32)
+        if rows.all_greedy:
+            name, draws = "argmax", ()
+        else:
+            of_rows, _kept = draws_struct(rows, x_RV.shape[0])
+            name, draws = "sample", (ctypes.addressof(of_rows),)
         self.call(
-            "argmax",
-            logits_RV.data_ptr(),
-            logits_RV.stride(0),
-            *logits_RV.shape,
-            tokens_R.data_ptr(),
+            name, x_RV.data_ptr(), x_RV.stride(0), *x_RV.shape, *draws, tokens_R.data_ptr()
         )
-        return Sampled(tokens_R=tokens_R)
+        if rows.num_logprobs < 0:
+            return Sampled(tokens_R=tokens_R)
+        return sampling.with_logprobs(raw_RV, tokens_R.long(), rows.num_logprobs)
 
     # Blocks.
 
@@ -312,11 +312,15 @@ class CpuOps(Ops):
     ) -> Tensor:
         """See `Ops.attention_block`."""
         check_cache(layer, kv)
+        if not fuses(layer):
+            return super().attention_block(x_TH, layer, kv, kv_layer, batch)
         struct, _kept = layer_struct(layer)
         return self.run_attention(struct, layer, x_TH, cache_of(kv), kv_layer, batch)
 
     def mlp_block(self, x_TH: Tensor, layer: DenseLayer) -> Tensor:
         """See `Ops.mlp_block`."""
+        if not fuses(layer):
+            return super().mlp_block(x_TH, layer)
         struct, _kept = layer_struct(layer)
         return self.run_mlp(struct, layer, x_TH)
 
@@ -365,6 +369,19 @@ class CpuOps(Ops):
             part_TH.data_ptr(),
         )
         return part_TH
+
+    # Limits, for benchmarks.
+
+    def read_bytes(self, data: Tensor) -> None:
+        """Read every byte once on all threads: the memory rate, where no cache holds them."""
+        found = ctypes.c_float()
+        self.call("read", data.data_ptr(), data.nbytes, ctypes.addressof(found))
+
+    def multiply_only(self, rounds: int, dtype: torch.dtype) -> float:
+        """Multiply and add in registers alone; how many operations that were, 2 a product."""
+        operations = ctypes.c_double()
+        self.call("multiply", rounds, TYPES[dtype], ctypes.addressof(operations))
+        return operations.value
 
     def call(self, name: str, *arguments: object) -> None:
         """Call `arriero_<name>` on this backend's threads."""

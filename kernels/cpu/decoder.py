@@ -17,6 +17,7 @@ from arriero.kernels.cpu.structs import (
     cache_of,
     check_cache,
     float_rows,
+    fuses,
     layer_struct,
 )
 from arriero.kernels.ops import DenseLayer, FlatBatch, KVCache, MoELayer, Reduce
@@ -49,10 +50,11 @@ class CpuDecoder:
         self._structs = (Layer * len(self._layers))()
         self._kept: list[tuple[Tensor, ...]] = []  # what the structs point into
         for i, layer in enumerate(self._layers):
-            self._structs[i], tensors = layer_struct(layer)
-            self._kept.append(tensors)
-        dense = not any(isinstance(layer, MoELayer) for layer in self._layers)
-        self._in_one_call = reduce is None and dense
+            if fuses(layer):
+                self._structs[i], tensors = layer_struct(layer)
+                self._kept.append(tensors)
+        whole = all(fuses(layer) and not isinstance(layer, MoELayer) for layer in self._layers)
+        self._in_one_call = reduce is None and whole
 
     def __call__(self, x_TH: Tensor, batch: FlatBatch) -> Tensor:
         """Run the layers over x [T, H]; float32 rows without gaps are changed in place."""
@@ -73,13 +75,18 @@ class CpuDecoder:
         return x_TH
 
     def _run_blocks(self, x_TH: Tensor, batch: FlatBatch) -> Tensor:
-        reduce = self._reduce
+        ops, reduce = self._ops, self._reduce
         for i, layer in enumerate(self._layers):
-            part = self._ops.run_attention(self._structs[i], layer, x_TH, self._cache, i, batch)
+            if fuses(layer):
+                part = ops.run_attention(self._structs[i], layer, x_TH, self._cache, i, batch)
+            else:
+                part = ops.attention_block(x_TH, layer, self._cache, i, batch)
             x_TH += part if reduce is None else reduce(part)
             if isinstance(layer, MoELayer):
-                part = self._ops.moe_block(x_TH, layer)
+                part = ops.moe_block(x_TH, layer)
+            elif not fuses(layer):
+                part = ops.mlp_block(x_TH, layer)
             else:
-                part = self._ops.run_mlp(self._structs[i], layer, x_TH)
+                part = ops.run_mlp(self._structs[i], layer, x_TH)
             x_TH += part if reduce is None else reduce(part)
         return x_TH

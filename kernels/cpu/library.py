@@ -18,7 +18,7 @@ from typing import Any
 
 _LOG = logging.getLogger(__name__)
 
-_ABI = 1
+_ABI = 2
 """Must equal `arriero_abi()`: a library left over from an older build is not used."""
 
 VARIANTS = ("avx512bf16", "avx512", "avx2", "portable")
@@ -44,6 +44,7 @@ class Matrix(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("type", ctypes.c_int32),
         ("group", ctypes.c_int32),
+        ("whole", ctypes.c_int32),
     )
 
 
@@ -116,6 +117,19 @@ class Layer(ctypes.Structure):
     )
 
 
+class Draws(ctypes.Structure):
+    """`struct Draws` of native/sampling.h."""
+
+    _fields_ = (
+        ("temperature", ctypes.c_void_p),
+        ("top_k", ctypes.c_void_p),
+        ("top_p", ctypes.c_void_p),
+        ("min_p", ctypes.c_void_p),
+        ("seed", ctypes.c_void_p),
+        ("position", ctypes.c_void_p),
+    )
+
+
 _P, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
@@ -133,7 +147,9 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "mlp_block": (_P, _P, _I64, _P, _P),
     "cache_copy": (_P, _I64, _P, _I64, _P, _I32),
     "argmax": (_P, _P, _I64, _I64, _I64, _P),
+    "sample": (_P, _P, _I64, _I64, _I64, _P, _P),
     "read": (_P, _P, _I64, _P),
+    "multiply": (_P, _I64, _I32, _P),
 }
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from arriero.kernels.cpu.cache import CpuKVCache
-from arriero.kernels.cpu.library import Batch, Layer, Style
+from arriero.kernels.cpu.library import Batch, Draws, Layer, Style
 from arriero.kernels.cpu.weights import Packed
-from arriero.kernels.ops import DenseLayer, FlatBatch, KVCache, Linear, Vocab
+from arriero.kernels.ops import DenseLayer, FlatBatch, KVCache, Linear, SamplingRows, Vocab
 
 _ROPE = {"halves": 0, "pairs": 1, "none": 2}
 
@@ -52,6 +52,11 @@ def check_cache(layer: DenseLayer, kv: KVCache) -> None:
             f"a layer of {layer.num_kv_heads} key/value heads of {layer.head_dim} does not fit a "
             f"cache of {spec.num_kv_heads} heads of {spec.head_dim}"
         )
+
+
+def fuses(layer: DenseLayer) -> bool:
+    """Whether C++ may run the layer's blocks whole: it does not touch a product's inputs."""
+    return all(one.inputs is None for one in (layer.qkv, layer.o, layer.gate_up, layer.down))
 
 
 def layer_struct(layer: DenseLayer) -> tuple[Layer, tuple[Tensor, ...]]:
@@ -161,3 +166,23 @@ def batch_struct(batch: FlatBatch, num_tokens: int, head_dim: int) -> Batch:
         cos_stride=batch.cos_TD.stride(0),
         sin_stride=batch.sin_TD.stride(0),
     )
+
+
+def draws_struct(rows: SamplingRows, num_rows: int) -> tuple[Draws, tuple[Tensor, ...]]:
+    """The struct of sampling parameters, and the tensors it points into."""
+    kept: list[Tensor] = []
+    for name, dtype in (
+        ("temperature_R", torch.float32),
+        ("top_k_R", torch.int32),
+        ("top_p_R", torch.float32),
+        ("min_p_R", torch.float32),
+        ("seed_R", torch.int64),
+        ("position_R", torch.int64),
+    ):
+        values_R: Tensor = getattr(rows, name)
+        if values_R.shape != (num_rows,):
+            raise ValueError(
+                f"sample: {name} has shape {tuple(values_R.shape)} for {num_rows} rows of logits"
+            )
+        kept.append(values_R.to("cpu", dtype).contiguous())
+    return Draws(*(values_R.data_ptr() for values_R in kept)), tuple(kept)

@@ -22,6 +22,7 @@ PANEL = 32
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The C++ numbers of the plain types."""
 INT8, FP8, INT4 = 3, 4, 5
+_MAX_WHOLE_ZERO = 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,6 +144,7 @@ def pack_quantized(
             ]
             tensors.append(_columns(zeros))
             struct.zero = tensors[-1].data_ptr()
+            struct.whole = all(_whole(zero) for zero in zeros)
     _set_bias(struct, tensors, bias_O)
     row = 0
     for w in weights:
@@ -161,6 +163,11 @@ def _columns(values: Sequence[Tensor]) -> Tensor:
     padded = torch.zeros(num_groups, -(-out_features // PANEL) * PANEL)
     padded[:, :out_features] = value_GO
     return padded
+
+
+def _whole(zeros: Tensor) -> bool:
+    """Whether an int4 level less its zero point always has the few bits that bf16 keeps."""
+    return bool(((zeros == zeros.round()) & (zeros.abs() <= _MAX_WHOLE_ZERO)).all())
 
 
 def _set_bias(struct: Matrix, tensors: list[Tensor], bias_O: Tensor | None) -> None:

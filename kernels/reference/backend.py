@@ -66,6 +66,8 @@ class ReferenceOps(Ops):
 
     def linear(self, x_TI: Tensor, w: Linear) -> Tensor:
         """The product x Wᵀ + b."""
+        if w.inputs is not None:
+            return linear.product_of_inputs(x_TI, w)
         return linear.product(x_TI, w.packed, w.bias)
 
     def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arriero.kernels.ops import Linear, Vocab
-from arriero.kernels.quant import QuantizedWeight, stack
+from arriero.kernels.quant import QuantizedWeight, quantize_rows, stack
 
 _UPCAST_ELEMENTS = 1 << 24
 """At most so many weights are held in float32 at a time: a big head is not copied whole."""
@@ -117,6 +117,25 @@ def product(x_TI: Tensor, weight: Tensor | QuantizedWeight, bias_O: Tensor | Non
     ]
     y_TO = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     return y_TO if bias_O is None else y_TO.add_(bias_O.to(work))
+
+
+def product_of_inputs(x_TI: Tensor, w: Linear) -> Tensor:
+    """The product of a `Linear` with inputs; see `Ops.pack_product`. Rounded inputs sum exactly."""
+    inputs, weight = w.inputs, w.packed
+    assert inputs is not None and isinstance(weight, QuantizedWeight), "made by pack_product"
+    x = x_TI if inputs.order_I is None else x_TI.index_select(1, inputs.order_I)
+    if inputs.bound is None:
+        y_TO = product(x, weight)
+    else:
+        q_TI, scale_T1 = quantize_rows(x, inputs.bound)
+        wide_TI = q_TI.double()
+        step = max(1, _UPCAST_ELEMENTS // weight.in_features)
+        sums = [
+            (wide_TI @ weight.rows(row, row + step).levels().double().T).float()
+            for row in range(0, weight.out_features, step)
+        ]
+        y_TO = torch.cat(sums, dim=1).mul_(scale_T1).mul_(weight.scales[:, 0])
+    return (y_TO if w.bias is None else y_TO.add_(w.bias)).to(x_TI.dtype)
 
 
 def _full(weight: Tensor | QuantizedWeight, start: int, stop: int) -> Tensor:

@@ -27,12 +27,9 @@ _TOP = 256
 
 def sample(logits_RV: Tensor, rows: SamplingRows) -> Sampled:
     """Draw one token a row; see `Ops.sample` for the order and the definite cases."""
-    if logits_RV.shape[1] > MAX_VOCAB:
-        raise ValueError(
-            f"sample: the vocabulary has {logits_RV.shape[1]} tokens; the most is {MAX_VOCAB}"
-        )
+    check_vocabulary(logits_RV)
     raw_RV = logits_RV.float()
-    adjusted_RV = _penalise(_restrict(raw_RV, rows), rows)
+    adjusted_RV = adjusted(raw_RV, rows)
     tokens_R = adjusted_RV.argmax(-1)
     max_R = adjusted_RV.amax(-1)
     if not rows.all_greedy:
@@ -42,6 +39,19 @@ def sample(logits_RV: Tensor, rows: SamplingRows) -> Sampled:
     if rows.num_logprobs < 0:
         return Sampled(tokens_R=tokens_R.int())
     return with_logprobs(raw_RV, tokens_R, rows.num_logprobs)
+
+
+def check_vocabulary(logits_RV: Tensor) -> None:
+    """Raise `ValueError` for more tokens than the sums of weights have room for."""
+    if logits_RV.shape[1] > MAX_VOCAB:
+        raise ValueError(
+            f"sample: the vocabulary has {logits_RV.shape[1]} tokens; the most is {MAX_VOCAB}"
+        )
+
+
+def adjusted(raw_RV: Tensor, rows: SamplingRows) -> Tensor:
+    """The logits after bias, bans and penalties; the same tensor where no row has any."""
+    return _penalise(_restrict(raw_RV, rows), rows)
 
 
 def _restrict(x_RV: Tensor, rows: SamplingRows) -> Tensor:

@@ -98,6 +98,8 @@ class TritonOps(Ops):
 
     def linear(self, x_TI: Tensor, w: Linear) -> Tensor:
         """The product x Wᵀ + b."""
+        if w.inputs is not None:
+            return self.linear_of_inputs(x_TI, w)
         return self._product(x_TI, w.packed)
 
     def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
@@ -156,6 +158,8 @@ class TritonOps(Ops):
 
     def grouped_linear(self, x_XI: Tensor, experts: Sequence[Linear], starts_E1: Tensor) -> Tensor:
         """Each expert's rows times its matrix, in one launch."""
+        if experts[0].inputs is not None:
+            return self.grouped_linear_of_inputs(x_XI, experts, starts_E1)
         return product.grouped_product(
             self._input(x_XI, experts[0].packed),
             self._table(experts),
@@ -226,6 +230,8 @@ class TritonOps(Ops):
 
     def _moe(self, h_TH: Tensor, layer: MoELayer) -> Tensor:
         routing = self.moe_route(h_TH, layer.router, layer.top_k)
+        if layer.experts_down[0].inputs is not None:
+            return self._moe_of_inputs(h_TH, layer, routing)
         order = experts.permute(routing, layer.first_expert, len(layer.experts_down))
         rows = routing.experts_TA.numel()
         gate_up, down = self._table(layer.experts_gate_up), self._table(layer.experts_down)
@@ -245,6 +251,16 @@ class TritonOps(Ops):
             rows,
             batch_independent=self.batch_independent,
         )
+        return experts.combine(y_XH, order.row_TA, self._mlp(h_TH, layer))
+
+    def _moe_of_inputs(self, h_TH: Tensor, layer: MoELayer, routing: Routing) -> Tensor:
+        """As `_moe` for experts that round their inputs; the permutation is made, not folded in."""
+        order = experts.permute(routing, layer.first_expert, len(layer.experts_down))
+        # the tail of token_X means nothing, but must stay within the rows
+        token_X = order.token_X.long().clamp_(0, h_TH.shape[0] - 1)
+        h_XH = h_TH[token_X] * order.score_X[:, None].to(h_TH.dtype)
+        y_XF2 = self.grouped_linear(h_XH, layer.experts_gate_up, order.starts_E1)
+        y_XH = self.grouped_linear(silu_mul(y_XF2), layer.experts_down, order.starts_E1)
         return experts.combine(y_XH, order.row_TA, self._mlp(h_TH, layer))
 
     def _product(self, x_TI: Tensor, w: Packed, out_dtype: torch.dtype | None = None) -> Tensor:

@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arriero.shards.checkpoint.formats.scheme import QuantScheme, read_scheme
+from arriero.shards.checkpoint.formats.stored import tensors_due
 from arriero.shards.checkpoint.json_file import read_json_object
 from arriero.shards.checkpoint.llama_names import EMBEDDING, HEAD
-from arriero.shards.checkpoint.safetensors_header import StoredTensor, read_header
+from arriero.shards.checkpoint.safetensors_header import DTYPES, StoredTensor, read_header
 from arriero.shards.errors import CheckpointError
 from arriero.shards.models.config import ModelConfig
 
@@ -53,7 +55,7 @@ class TensorFolder:
     def __init__(self, path: Path, stored: Mapping[str, StoredTensor]) -> None:
         self.path = path
         self.stored = dict(sorted(stored.items()))
-        self._maps: dict[Path, Tensor] = {}
+        self._maps: dict[Path, tuple[mmap.mmap, Tensor]] = {}
         self._lock = threading.Lock()
 
     @classmethod
@@ -132,7 +134,7 @@ class TensorFolder:
     def check(
         self,
         expected: Mapping[str, tuple[int, ...]],
-        dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES,
+        dtypes: tuple[torch.dtype, ...] | Mapping[str, tuple[torch.dtype, ...]] = FLOAT_DTYPES,
     ) -> None:
         """Compare names, shapes and dtypes with what is due.
 
@@ -141,7 +143,7 @@ class TensorFolder:
 
         Args:
             expected: shape of each tensor by name.
-            dtypes: those that a tensor may have.
+            dtypes: those that a tensor may have, or those by its name.
 
         Raises:
             CheckpointError: lists the first few tensors that are missing, too many, of another
@@ -158,7 +160,7 @@ class TensorFolder:
         expected: Mapping[str, tuple[int, ...]],
         dtypes: tuple[torch.dtype, ...] | Mapping[str, tuple[torch.dtype, ...]] = FLOAT_DTYPES,
     ) -> list[str]:
-        """All that `check` would complain of, one sentence a tensor; `dtypes` may be by name."""
+        """All that `check` would complain of, one sentence a tensor."""
         problems: list[str] = []
         for name, shape in expected.items():
             one = self.stored.get(name)
@@ -208,44 +210,76 @@ class TensorFolder:
     def data(self, file: Path) -> Tensor:
         """All bytes of one of `files`, uint8, as a view of its map."""
         with self._lock:
-            mapped = self._maps.get(file)
-            if mapped is None:
+            if file not in self._maps:
                 mapped = _map_bytes(file)
+                data = torch.frombuffer(mapped, dtype=torch.uint8)
                 needed = max(one.stop for one in self.stored.values() if one.file == file)
-                if mapped.numel() < needed:
+                if data.numel() < needed:
                     raise CheckpointError(f"{file}: was cut after it was opened; fetch it again")
-                self._maps[file] = mapped
-            return mapped
+                self._maps[file] = mapped, data
+            return self._maps[file][1]
+
+    def give_back(self) -> None:
+        """Let go of the maps' pages: they count as this process's memory until then.
+
+        Views stay valid, and what is read again comes from the page cache. What was written to a
+        view is lost.
+        """
+        with self._lock:
+            maps = [mapped for mapped, _ in self._maps.values()]
+        for mapped in maps:
+            mapped.madvise(mmap.MADV_DONTNEED)
 
 
 class Checkpoint(TensorFolder):
-    """An open folder of a dense Llama with plain weights.
+    """An open folder of a dense Llama, its weights plain or quantized.
 
     Attributes:
-        config: what its config.json says.
+        config: what its config.json says of the model.
+        scheme: what it says of the weights' form; None for plain ones.
     """
 
-    def __init__(self, path: Path, config: ModelConfig, stored: Mapping[str, StoredTensor]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: ModelConfig,
+        stored: Mapping[str, StoredTensor],
+        scheme: QuantScheme | None = None,
+    ) -> None:
         super().__init__(path, stored)
-        self.config = config
+        self.config, self.scheme = config, scheme
 
     @classmethod
     def open(cls, path: Path | str) -> Checkpoint:
-        """Read config, index and headers of a folder.
+        """Read config, index and headers of a folder, or of what an fsspec URL names.
 
         Raises:
             CheckpointError: something is missing, malformed or not what it should be; the
                 message names the file and the tensor.
         """
+        if isinstance(path, str) and "://" in path:
+            from arriero.shards.checkpoint.remote import local_folder
+
+            path = local_folder(path)
         folder = Path(path)
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: is not a folder; a model is a folder in HF layout")
         config = ModelConfig.from_folder(folder)
-        return cls(folder, config, _stored(folder))
+        file = folder / "config.json"
+        scheme = read_scheme(read_json_object(file), source=str(file))
+        return cls(folder, config, _stored(folder), scheme)
+
+    def check_whole(self) -> None:
+        """`check` against all that config and form call for."""
+        due = tensors_due(self.config, self.scheme)
+        self.check(
+            {one.name: one.shape for one in due},
+            {one.name: tuple(DTYPES[label] for label in one.dtypes) for one in due},
+        )
 
 
-def _map_bytes(file: Path) -> Tensor:
-    """A file as uint8, mapped once.
+def _map_bytes(file: Path) -> mmap.mmap:
+    """A file's map.
 
     Private and without reserve: a writable view is what torch takes without a warning, a stray
     write hits a private page rather than a protection fault, and no swap is set aside for files
@@ -253,7 +287,7 @@ def _map_bytes(file: Path) -> Tensor:
     """
     try:
         with file.open("rb") as stream:
-            mapped = mmap.mmap(
+            return mmap.mmap(
                 stream.fileno(),
                 0,
                 flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
@@ -264,7 +298,6 @@ def _map_bytes(file: Path) -> Tensor:
         if isinstance(error, OSError) and error.errno == errno.ENOMEM:
             remedy = "; allow more address space (`ulimit -v`, vm.overcommit_memory)"
         raise CheckpointError(f"{file}: cannot be mapped: {error}{remedy}") from None
-    return torch.frombuffer(mapped, dtype=torch.uint8)
 
 
 def _stored(folder: Path) -> dict[str, StoredTensor]:
@@ -273,7 +306,7 @@ def _stored(folder: Path) -> dict[str, StoredTensor]:
         return read_header(single)
     if not index.is_file():
         raise _no_weights(folder)
-    placed = _weight_map(index)
+    placed = weight_map(index)
     found: dict[str, StoredTensor] = {}
     for file_name in sorted(set(placed.values())):
         file = folder / file_name
@@ -295,7 +328,8 @@ def _stored(folder: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def weight_map(index: Path) -> dict[str, str]:
+    """File name of each tensor, from an index; only plain names of safetensors files."""
     placed = read_json_object(index).get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise CheckpointError(f"{index}: `weight_map` must be an object from tensor to file name")

@@ -24,7 +24,7 @@ from arriero.shards.cuda.device import CudaDevice, Device, Event
 from arriero.shards.cuda.graphs import DecodeInputs, GraphRunner, buckets_up_to
 from arriero.shards.cuda.table import DeviceSequenceTable
 from arriero.shards.group import GroupConfig
-from arriero.shards.models.llama import Progress
+from arriero.shards.models.loader import Progress
 from arriero.shards.plan import Logprobs, StepPlan, StepResult
 from arriero.shards.runner import Runner
 

@@ -117,12 +117,12 @@ class ModelConfig:
         """
         folder = Path(path)
         file = folder / "config.json"
+        if (folder / "adapter_config.json").is_file():
+            raise CheckpointError(
+                f"{folder}: is a PEFT adapter, not a model; adapters are not served yet: "
+                "merge it into its base model and save that"
+            )
         if not file.is_file():
-            if (folder / "adapter_config.json").is_file():
-                raise CheckpointError(
-                    f"{folder}: is a PEFT adapter, not a model; adapters are not served yet: "
-                    "merge it into its base model and save that"
-                )
             raise CheckpointError(f"{file}: missing; a model folder holds a config.json")
         generation_file = folder / "generation_config.json"
         generation = None
@@ -351,7 +351,7 @@ def _architecture(read: Fields) -> str:
 
 def _refuse_uncomputed(read: Fields) -> None:
     """Refuse settings under which a "Llama" is another function than the one we compute."""
-    for name in ("sliding_window", "attention_chunk_size", "quantization_config"):
+    for name in ("sliding_window", "attention_chunk_size"):
         if read.get(name) is not None:
             raise read.wrong(name, read.get(name), "null: it is not computed by this version")
     for name in ("use_qk_norm", "qk_norm"):

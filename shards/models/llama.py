@@ -8,27 +8,18 @@ Shape legend: T tokens, R rows whose logits are wanted, H hidden size, V vocabul
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from arriero.kernels.ops import DenseLayer, KVCacheSpec, Linear, Ops, Vocab
-from arriero.kernels.quant import QuantizedWeight, quantize_fp8, quantize_int4, quantize_int8
-from arriero.shards.checkpoint.llama_names import EMBEDDING, FINAL_NORM, HEAD
+from arriero.kernels.ops import DenseLayer, KVCacheSpec, Ops
+from arriero.shards.checkpoint.formats.stored import tensors_due
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.mesh import Mesh
-from arriero.shards.partition import SlicePart
+from arriero.shards.models.config import ModelConfig
+from arriero.shards.models.loader import Loader, Progress
+from arriero.shards.partition import SlicePart, Span
 
-QUANTIZERS: dict[str, Callable[[Tensor], QuantizedWeight]] = {
-    "int8": quantize_int8,
-    "int4": quantize_int4,
-    "fp8": quantize_fp8,
-}
-"""How weights are quantized while they load, matrix by matrix."""
-
-Progress = Callable[[int, int], None]
-"""Called with (steps done, steps in all) while weights load."""
+EMBEDDING, NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
 
 
 class LlamaSlice:
@@ -49,20 +40,18 @@ class LlamaSlice:
     ) -> None:
         self.config, self.part, self.ops, self.mesh = checkpoint.config, part, ops, mesh
         config = self.config
-        loader = _Loader(checkpoint, part, ops, dtype, quantization)
-        steps = part.layers.size + part.first_stage + part.last_stage
-        self._layers: list[DenseLayer] = []
-        for index in range(part.layers.start, part.layers.stop):
-            self._layers.append(loader.layer(index))
-            progress(len(self._layers), steps)
-        tied = config.tie_word_embeddings
-        self.embedding = loader.vocab(EMBEDDING) if part.first_stage else None
-        self.head, self.norm_H = None, None
-        if part.last_stage:
-            shared = self.embedding if tied else None
-            self.head = shared or loader.vocab(EMBEDDING if tied else HEAD)
-            self.norm_H = loader.norm(FINAL_NORM)
-        progress(steps, steps)
+        loader = Loader(
+            checkpoint,
+            checkpoint.scheme,
+            tensors_due(config, checkpoint.scheme),
+            part,
+            ops,
+            dtype=dtype,
+            quantization=quantization,
+            progress=progress,
+        )
+        with loader:
+            self._load(loader)
         self.kv = ops.kv_cache(
             KVCacheSpec(
                 num_layers=part.layers.size,
@@ -75,6 +64,21 @@ class LlamaSlice:
             mesh.device,
         )
         self.decoder = ops.decoder(self._layers, self.kv, mesh.reduce if mesh.tp > 1 else None)
+
+    def _load(self, loader: Loader) -> None:
+        config, part = self.config, self.part
+        self._layers: list[DenseLayer] = []
+        for index in range(part.layers.start, part.layers.stop):
+            self._layers.append(_layer(loader, config, part, index))
+            loader.finished(index)
+        tied = config.tie_word_embeddings
+        self.embedding = loader.vocab(EMBEDDING, part.vocab) if part.first_stage else None
+        self.head, self.norm_H = None, None
+        if part.last_stage:
+            shared = self.embedding if tied else None
+            self.head = shared or loader.vocab(EMBEDDING if tied else HEAD, part.vocab)
+            self.norm_H = loader.norm(NORM)
+        loader.finished(None)
 
     @property
     def weights_nbytes(self) -> int:
@@ -100,82 +104,29 @@ class LlamaSlice:
         return self.ops.logits(x_RH, self.norm_H, self.config.rms_norm_eps, self.head)
 
 
-class _Loader:
-    """Reads this rank's rows and columns and packs them; gone once loading is over.
-
-    With it goes the map of the files, whose pages would count as this process's memory.
-    """
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        part: SlicePart,
-        ops: Ops,
-        dtype: torch.dtype,
-        quantization: str | None,
-    ) -> None:
-        self._source, self._part, self._ops, self._dtype = checkpoint, part, ops, dtype
-        self._quantize = None if quantization is None else QUANTIZERS[quantization]
-
-    def norm(self, name: str) -> Tensor:
-        """A norm's weights, float32."""
-        return self._source.tensor(name).float().clone()
-
-    def layer(self, index: int) -> DenseLayer:
-        """One decoder layer's part, by its global index."""
-        config, part = self._source.config, self._part
-        name = f"model.layers.{index}."
-        d = config.head_dim
-        q = (part.q_heads.start * d, part.q_heads.stop * d)
-        kv = (part.kv_heads.start * d, part.kv_heads.stop * d)
-        columns = (part.columns.start, part.columns.stop)
-        attn, mlp = name + "self_attn.", name + "mlp."
-        return DenseLayer(
-            attn_norm_H=self.norm(name + "input_layernorm.weight"),
-            qkv=self._rows(
-                [(attn + "q_proj", *q), (attn + "k_proj", *kv), (attn + "v_proj", *kv)],
-                bias=config.attention_bias,
-            ),
-            o=self._columns(attn + "o_proj", *q, bias=config.attention_bias),
-            mlp_norm_H=self.norm(name + "post_attention_layernorm.weight"),
-            gate_up=self._rows(
-                [(mlp + "gate_proj", *columns), (mlp + "up_proj", *columns)], bias=config.mlp_bias
-            ),
-            down=self._columns(mlp + "down_proj", *columns, bias=config.mlp_bias),
-            num_q_heads=part.q_heads.size,
-            num_kv_heads=part.kv_heads.size,
-            head_dim=d,
-            softmax_scale=d**-0.5,
-            eps=config.rms_norm_eps,
-        )
-
-    def _rows(self, parts: list[tuple[str, int, int]], *, bias: bool) -> Linear:
-        """A product whose outputs are cut: rows of each named matrix, stacked."""
-        weights = [self._source.rows(f"{name}.weight", a, b) for name, a, b in parts]
-        joined = None
-        if bias:
-            pieces = [self._source.rows(f"{name}.bias", a, b) for name, a, b in parts]
-            joined = torch.cat(pieces).float()
-        return self._pack(weights, joined)
-
-    def _columns(self, name: str, start: int, stop: int, *, bias: bool) -> Linear:
-        """A product whose inputs are cut: its bias goes with tp rank 0, so that it counts once."""
-        weight = self._source.columns(f"{name}.weight", start, stop)
-        own = bias and self._part.tp_rank == 0
-        vector = self._source.tensor(f"{name}.bias").float() if own else None
-        return self._pack([weight], vector)
-
-    def _pack(self, weights: list[Tensor], bias: Tensor | None) -> Linear:
-        if self._quantize is None:
-            return self._ops.pack_linear(weights, bias, self._dtype)
-        return self._ops.pack_quantized([self._quantize(one) for one in weights], bias)
-
-    def vocab(self, name: str) -> Vocab:
-        """This rank's rows of the embedding or of the head."""
-        span = self._part.vocab
-        rows = self._source.rows(name, span.start, span.stop)
-        if self._quantize is None:
-            return self._ops.pack_vocab(rows, span.start, self._dtype)
-        # the head is where rounding costs most, and four bits would save least
-        quantize = quantize_int8 if self._quantize is quantize_int4 else self._quantize
-        return self._ops.pack_quantized_vocab(quantize(rows), span.start)
+def _layer(loader: Loader, config: ModelConfig, part: SlicePart, index: int) -> DenseLayer:
+    """One decoder layer's part, by its global index."""
+    name, d = f"model.layers.{index}.", config.head_dim
+    q = Span(start=part.q_heads.start * d, stop=part.q_heads.stop * d)
+    kv = Span(start=part.kv_heads.start * d, stop=part.kv_heads.stop * d)
+    attn, mlp = name + "self_attn.", name + "mlp."
+    first = part.tp_rank == 0  # a bias that every rank would add goes with one of them
+    return DenseLayer(
+        attn_norm_H=loader.norm(name + "input_layernorm"),
+        qkv=loader.rows(
+            [(attn + "q_proj", q), (attn + "k_proj", kv), (attn + "v_proj", kv)],
+            bias=config.attention_bias,
+        ),
+        o=loader.columns(attn + "o_proj", q, bias=config.attention_bias and first),
+        mlp_norm_H=loader.norm(name + "post_attention_layernorm"),
+        gate_up=loader.rows(
+            [(mlp + "gate_proj", part.columns), (mlp + "up_proj", part.columns)],
+            bias=config.mlp_bias,
+        ),
+        down=loader.columns(mlp + "down_proj", part.columns, bias=config.mlp_bias and first),
+        num_q_heads=part.q_heads.size,
+        num_kv_heads=part.kv_heads.size,
+        head_dim=d,
+        softmax_scale=d**-0.5,
+        eps=config.rms_norm_eps,
+    )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from arriero.cluster.bench import Cell, Clock
+from arriero.cluster.cli import run
 
 
 def test_prompts_are_the_ones_agreed_on() -> None:
@@ -35,3 +38,24 @@ def test_a_missing_token_is_an_error() -> None:
     clock.took(0, 1)
     with pytest.raises(AssertionError, match="did not give 2 tokens"):
         clock.figures()
+
+
+def test_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--tokens", "1,5", "--context", "40", "--seconds", "0.001", "--json"]
+    assert run(["bench", "kernels", *flags]) == 0
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert said["memory_gb_s"] > 0 and said["matrix_gflop_s"] > 0
+    found = {(one["op"], one["tokens"], one["context"]) for one in said["ops"]}
+    assert ("linear gate_up", 5, 0) in found
+    assert {("paged_attention, decode", 1, 40), ("paged_attention, prefill", 5, 5)} <= found
+    assert all(one["us"] > 0 and 0 < one["share"] < 2 for one in said["ops"]), said["ops"]
+
+
+def test_kernels_refuses_what_it_cannot_measure(capsys: pytest.CaptureFixture[str]) -> None:
+    for flags, why in (
+        (["--tokens", "1,x"], "whole numbers from 1 up"),
+        (["--dtype", "int3"], "none of float32, bfloat16, float16"),
+        (["--model", "llama-4-scout"], "has experts"),
+    ):
+        assert run(["bench", "kernels", *flags]) == 2
+        assert why in capsys.readouterr().err

@@ -16,12 +16,13 @@ from arriero.cluster import cli
 from arriero.cluster.plan.catalog import DEVICES, MODELS, NamedModel, cpu, find_model
 from arriero.cluster.plan.layouts import Machines, rank_layouts
 from arriero.cluster.plan.memory import Demand, GroupPlan, Layout, num_graphs, plan_group
-from arriero.cluster.plan.packing import Kernels, Precision, kv_block_nbytes, packed_nbytes
 from arriero.cluster.plan.products import ON_LOAD, Dtype, weights_as
 from arriero.cluster.plan.stored import stored_bytes
 from arriero.kernels.ops import KVCacheSpec, Ops
+from arriero.kernels.packing import Kernels, Precision, kv_block_nbytes, packed_nbytes
 from arriero.kernels.quant import QuantizedWeight, quantize_fp8, quantize_int4, quantize_int8
 from arriero.kernels.select import ops_for
+from arriero.shards.checkpoint.formats.describe import describe
 from arriero.shards.errors import ArrieroError, SpecError
 from arriero.shards.executor import spawn_group
 from arriero.shards.group import GroupConfig
@@ -29,6 +30,7 @@ from arriero.shards.models.config import ModelConfig
 from arriero.shards.resolve import resolve
 from arriero.shards.runner import Runner
 from support.models import tiny_llama
+from support.quantized_models import quantized_llama
 
 H100 = DEVICES["h100-80g"]
 SMOLLM2 = os.environ.get("ARRIERO_TEST_MODEL", "")
@@ -242,11 +244,14 @@ def check_group(config: GroupConfig, kernels: Kernels, *, spawn: bool = False) -
         runners = (Runner(config, rank) for rank in range(config.world_size))
         held = [(one.weights_nbytes, one.kv_nbytes) for one in runners]
     dtype: Dtype = "float32" if config.dtype == "float32" else "bfloat16"
+    _, scheme = describe(config.model_path)
     if config.quantization is not None:
         dtype = ON_LOAD[config.quantization]
+    elif scheme is not None:
+        dtype = "checkpoint"
     plan = plan_group(
-        NamedModel(name="it", config=model),
-        weights_as(model, None, dtype),
+        NamedModel(name="it", config=model, scheme=scheme),
+        weights_as(model, scheme, dtype),
         Layout(tp=config.tp, pp=config.pp),
         Demand(context=1, kv_dtype=config.dtype, num_blocks=config.num_blocks),
         cpu(1 << 36, config.world_size),
@@ -282,6 +287,29 @@ def test_slices_report_what_was_planned() -> None:
         model_path=SMOLLM2, pp=2, kernels="reference", threads=1, kv_bytes=20_000_000
     )
     check_group(config, "reference", spawn=True)
+
+
+@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+@pytest.mark.parametrize("tp", [1, 2, 3])
+@pytest.mark.parametrize(
+    "form",
+    ["awq", "gptq", "packed-4", "packed-4-zeros", "packed-8", "compressed-fp8", "fbgemm_fp8"],
+)
+def test_a_quantized_folder_allocates_what_was_planned(
+    tmp_path: Path, form: str, tp: int, kernels: Kernels
+) -> None:
+    backend(kernels)
+    quantized_llama(tmp_path, form, layers=1)
+    config = GroupConfig(
+        model_path=str(tmp_path),
+        dtype="float32",
+        tp=tp,
+        kernels=kernels,
+        threads=1,
+        num_blocks=4,
+        max_model_len=64,
+    )
+    check_group(config, kernels)
 
 
 @pytest.mark.parametrize("kernels", ["reference", "cpu"])

@@ -15,8 +15,8 @@ AWQ_COLUMN_OF_NIBBLE = [0, 2, 4, 6, 1, 3, 5, 7]
 Matrix = npt.NDArray[np.float64]
 
 
-def _word(nibbles: list[int]) -> int:
-    value = sum(one << (4 * i) for i, one in enumerate(nibbles))
+def _word(numbers: list[int], bits: int = 4) -> int:
+    value = sum(one << (bits * i) for i, one in enumerate(numbers))
     return value - (1 << 32) if value >= 1 << 31 else value
 
 
@@ -32,6 +32,40 @@ def fp8(
         for i in range(columns):
             full[o, i] = float(data[o, i]) * float(scale[o, 0])
     return {f"{name}.weight": data, f"{name}.weight_scale": scale}, full
+
+
+def packed(
+    name: str, rows: int, columns: int, group: int, seed: int, bits: int, zeros: bool
+) -> tuple[dict[str, Tensor], Matrix]:
+    """compressed-tensors' `weight_packed` and its fellows, and the matrix that they mean."""
+    random = np.random.default_rng(seed)
+    q = random.integers(0, 1 << bits, (rows, columns))
+    z = random.integers(0, 16, (rows, columns // group)) if zeros else None
+    s = torch.tensor(random.uniform(0.001, 0.1, (rows, columns // group)), dtype=torch.bfloat16)
+    each = 32 // bits
+    words = [
+        [_word([int(one) for one in q[o, i : i + each]], bits) for i in range(0, columns, each)]
+        for o in range(rows)
+    ]
+    tensors = {
+        f"{name}.weight_packed": torch.tensor(words, dtype=torch.int32),
+        f"{name}.weight_scale": s,
+        f"{name}.weight_shape": torch.tensor([rows, columns]),
+    }
+    if z is not None:
+        tensors[f"{name}.weight_zero_point"] = torch.tensor(
+            [
+                [_word([int(z[8 * w + k, g]) for k in range(8)]) for g in range(z.shape[1])]
+                for w in range(rows // 8)
+            ],
+            dtype=torch.int32,
+        )
+    full = np.zeros((rows, columns))
+    for o in range(rows):
+        for i in range(columns):
+            middle = (1 << bits - 1) if z is None else z[o, i // group]
+            full[o, i] = (q[o, i] - middle) * float(s[o, i // group])
+    return tensors, full
 
 
 def awq(
@@ -59,13 +93,24 @@ def awq(
 
 
 def gptq(
-    name: str, rows: int, columns: int, group: int, seed: int, *, act_order: bool, version: int
+    name: str,
+    rows: int,
+    columns: int,
+    group: int,
+    seed: int,
+    *,
+    act_order: bool,
+    version: int,
+    order_seed: int | None = None,
 ) -> tuple[dict[str, Tensor], Matrix]:
-    """`qweight`, `qzeros`, `scales` and `g_idx`, and the matrix that they mean."""
+    """`qweight`, `qzeros`, `scales` and `g_idx`, and the matrix that they mean.
+
+    Products of the same inputs have one order: give them the same `order_seed`.
+    """
     q, z, s = _numbers(rows, columns, columns // group, seed)
     g_idx = np.arange(columns) // group
     if act_order:
-        g_idx = np.random.default_rng(seed).permutation(g_idx)
+        g_idx = np.random.default_rng(seed if order_seed is None else order_seed).permutation(g_idx)
     qweight = [
         [_word([int(q[8 * w + k, o]) for k in range(8)]) for o in range(rows)]
         for w in range(columns // 8)

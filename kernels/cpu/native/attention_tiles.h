@@ -6,7 +6,7 @@
 #include <array>
 #include <utility>
 
-#include "matrix.h"
+#include "pairs.h"
 
 namespace arriero {
 
@@ -16,7 +16,7 @@ inline constexpr int kFewRows = kMaxRows / 2;
 template <int32_t type, bool kRounded, int M, int V>
 constexpr Kernel score_tile() {
 #if defined(ARRIERO_BF16)
-    if constexpr (kRounded) return pair_kernel<M, V, 1, false>;
+    if constexpr (kRounded) return pair_kernel<kBFloat16, M, V, 1, false, false>;
 #endif
     return float_kernel<type, M, V, 1, false>;
 }

@@ -45,35 +45,6 @@ inline void rms_norm_row(const float* x, const float* weight, float eps, int64_t
     if (rest) put(whole, mul(mul(load_n(x + whole, rest), factor), load_n(weight + whole, rest)));
 }
 
-// Memory that grows and is kept, in whole cache lines; large pieces ask for large pages.
-class Buffer {
-  public:
-    char* room(int64_t bytes) {
-        if (bytes > size_) {
-            std::free(data_);
-            size_ = (bytes + kPage - 1) / kPage * kPage;
-            data_ = static_cast<char*>(std::aligned_alloc(kPage, size_t(size_)));
-            if (data_ == nullptr) {
-                size_ = 0;
-                throw std::bad_alloc();
-            }
-            advise_large(data_, size_);
-        }
-        return data_;
-    }
-    ~Buffer() { std::free(data_); }
-    Buffer() = default;
-    Buffer(const Buffer&) = delete;
-    Buffer& operator=(const Buffer&) = delete;
-
-    static void advise_large(void* data, int64_t bytes);
-
-  private:
-    static constexpr int64_t kPage = 1 << 16;
-    char* data_ = nullptr;
-    int64_t size_ = 0;
-};
-
 // What one set of threads computes with.
 struct Machine {
     explicit Machine(int num_threads, bool exact_inputs)
@@ -93,7 +64,7 @@ inline constexpr int64_t kOwnRows = 8;
 inline Rows norm_rows(Machine& machine, Worker& worker, const float* x, int64_t x_stride,
                       int64_t num_rows, const float* weight, float eps, const Matrix& m,
                       char* shared) {
-    const bool rounded = rounds_inputs(m.type, machine.exact), own = num_rows <= kOwnRows;
+    const bool rounded = rounds_inputs(m, machine.exact), own = num_rows <= kOwnRows;
     Rows rows{shared, row_stride(m.in_features)};
     auto one = [&](int64_t row) {
         rms_norm_row(x + row * x_stride, weight, eps, m.in_features,
@@ -143,14 +114,14 @@ inline void attention_block(Machine& machine, Worker& worker, const Layer& layer
     float* qkv = reinterpret_cast<float*>(machine.qkv.room(0));
     Rows normed = norm_rows(machine, worker, x, hidden, tokens, layer.attn_norm, layer.eps,
                             layer.qkv, machine.normed.room(0));
-    product(worker, layer.qkv, normed, rounds_inputs(layer.qkv.type, machine.exact), tokens, false,
+    product(worker, layer.qkv, normed, rounds_inputs(layer.qkv, machine.exact), tokens, false,
             [&](const Block& b) { put_block<false>(b, qkv, width, heads.width()); });
     const int64_t chunk = tokens <= 2 * kOwnRows ? 2 : 8;
     worker.share(int(ceil_div(tokens, chunk)), [&](int item, int) {
         for (int64_t t = item * chunk; t < std::min((item + 1) * chunk, tokens); ++t)
             rope_write(batch, t, heads, layer.style, qkv + t * width, kv, index);
     });
-    const bool rounded = rounds_inputs(layer.o.type, machine.exact);
+    const bool rounded = rounds_inputs(layer.o, machine.exact);
     const Rows mixed{machine.mixed.room(0), row_stride(layer.o.in_features)};
     const AttentionCall call{batch, heads, layer.scale, layer.style.chunk_size, kv, index, qkv,
                              width, mixed, rounded, machine.exact,
@@ -177,11 +148,11 @@ inline void silu_mul_row(const float* gate, const float* up, int64_t size, const
 inline void mlp_block(Machine& machine, Worker& worker, const Layer& layer, int64_t tokens,
                       float* x, float* part) {
     const int64_t size = layer.down.in_features, hidden = layer.gate_up.in_features;
-    const bool rounded = rounds_inputs(layer.down.type, machine.exact);
+    const bool rounded = rounds_inputs(layer.down, machine.exact);
     const Rows mixed{machine.hidden.room(0), row_stride(size)};
     Rows normed = norm_rows(machine, worker, x, hidden, tokens, layer.mlp_norm, layer.eps,
                             layer.gate_up, machine.normed.room(0));
-    const bool wide = rounds_inputs(layer.gate_up.type, machine.exact);
+    const bool wide = rounds_inputs(layer.gate_up, machine.exact);
     if (size % kPanel == 0) {
         product(worker, layer.gate_up, normed, wide, tokens, true, [&](const Block& b) {
             for (int row = 0; row < b.rows; ++row) {

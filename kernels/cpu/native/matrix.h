@@ -100,6 +100,7 @@ struct Matrix {
     const float* bias;
     int32_t type;
     int32_t group;  // int4: inputs that share a scale, an even number; else 0
+    int32_t whole;  // every `zero` is a small whole number, so that q - zero is one too
 
     int64_t pairs() const { return ceil_div(in_features, 2); }
     int64_t panels() const { return ceil_div(out_features, kPanel); }
@@ -127,6 +128,7 @@ struct Tile {
     const float* zero[4];
     int64_t group_stride;  // floats from one group's scales to the next
     int64_t group_pairs;
+    char* kept;  // where a kernel leaves the pairs of bf16 that it made of the weights
 };
 
 using Kernel = void (*)(const Tile&);
@@ -225,32 +227,5 @@ void group_kernel(const Tile& t) {
     }
     store_tile<M, V>(t, acc);
 }
-
-#if defined(ARRIERO_BF16)
-// Inputs rounded to bf16: one instruction multiplies 16 pairs.
-template <int M, int V, int STEP, bool FETCH>
-void pair_kernel(const Tile& t) {
-    constexpr int64_t step = STEP * 64;
-    F16 acc[M][V];
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) acc[m][v] = zero();
-    for (int64_t p = 0; p < t.pairs; ++p) {
-        if constexpr (FETCH) fetch_ahead<V>(t, p, step);
-        __m512i w[V];
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) w[v] = _mm512_loadu_si512(t.w[v] + p * step);
-#pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) {
-            __m512i x = _mm512_set1_epi32(reinterpret_cast<const int*>(t.a + m * t.a_stride)[p]);
-#pragma GCC unroll 4
-            for (int v = 0; v < V; ++v)
-                acc[m][v] = _mm512_dpbf16_ps(acc[m][v], (__m512bh)x, (__m512bh)w[v]);
-        }
-    }
-    store_tile<M, V>(t, acc);
-}
-#endif
 
 }  // namespace arriero

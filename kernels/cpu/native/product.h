@@ -7,7 +7,8 @@
 #include <array>
 #include <utility>
 
-#include "matrix.h"
+#include "buffer.h"
+#include "pairs.h"
 #include "pool.h"
 
 namespace arriero {
@@ -22,10 +23,12 @@ struct Rows {
     bf16* halves(int64_t row) const { return reinterpret_cast<bf16*>(data + row * stride); }
 };
 
-// Whether inputs of a matrix of this type are rounded to bf16.
-inline bool rounds_inputs([[maybe_unused]] int32_t type, [[maybe_unused]] bool exact) {
+// Whether inputs of this matrix are rounded to bf16: its weights are then multiplied as bf16 too.
+inline bool rounds_inputs([[maybe_unused]] const Matrix& m, [[maybe_unused]] bool exact) {
 #if defined(ARRIERO_BF16)
-    return type == kBFloat16 && !exact;
+    const bool fits = m.type == kBFloat16 || m.type == kInt8 || m.type == kFp8 ||
+                      (m.type == kInt4 && (m.zero == nullptr || m.whole));
+    return fits && !exact;
 #else
     return false;
 #endif
@@ -65,25 +68,44 @@ constexpr auto thin_groups(std::index_sequence<M...>) {
     return std::array<Kernel, sizeof...(M)>{group_kernel<type, int(M) + 1, 4>...};
 }
 #if defined(ARRIERO_BF16)
-template <size_t... M>
-constexpr auto wide_pairs(std::index_sequence<M...>) {
-    return std::array<Kernel, sizeof...(M)>{pair_kernel<int(M) + 1, 2, 2, true>...};
+template <int32_t type, bool kGroups, int M, int V, bool KEEP>
+constexpr Kernel pair_kernel_for() {
+    if constexpr (kGroups)
+        return pair_group_kernel<type, M, V, KEEP>;
+    else
+        return pair_kernel<type, M, V, 2, true, KEEP>;
 }
-template <size_t... M>
-constexpr auto thin_pairs(std::index_sequence<M...>) {
-    return std::array<Kernel, sizeof...(M)>{pair_kernel<int(M) + 1, 4, 2, true>...};
+template <int32_t type, bool kGroups, int V, bool KEEP, size_t... M>
+constexpr auto pair_kernels(std::index_sequence<M...>) {
+    return std::array<Kernel, sizeof...(M)>{
+        pair_kernel_for<type, kGroups, int(M) + 1, V, KEEP>()...};
+}
+
+// The kernel over pairs of bf16 for `rows` rows by one panel (wide) or two (thin).
+inline Kernel pair_kernel_of(int32_t type, bool groups, bool thin, int rows) {
+    using Wide = std::make_index_sequence<kMaxRows>;
+    using Thin = std::make_index_sequence<kThinRows>;
+#define ARRIERO_KERNELS(TYPE, GROUPS)                                                          \
+    {                                                                                        \
+        static constexpr auto wide = pair_kernels<TYPE, GROUPS, 2, TYPE != kBFloat16>(Wide{}); \
+        static constexpr auto narrow = pair_kernels<TYPE, GROUPS, 4, false>(Thin{});         \
+        return thin ? narrow[rows - 1] : wide[rows - 1];                                     \
+    }
+    switch (type) {
+        case kInt8: ARRIERO_KERNELS(kInt8, false)
+        case kFp8: ARRIERO_KERNELS(kFp8, false)
+        case kInt4: ARRIERO_KERNELS(kInt4, true)
+    }
+    if (groups) ARRIERO_KERNELS(kBFloat16, true)
+    ARRIERO_KERNELS(kBFloat16, false)
+#undef ARRIERO_KERNELS
 }
 #endif
 
-// The kernel for `rows` rows by one panel (wide) or two (thin).
-inline Kernel kernel_for(int32_t type, [[maybe_unused]] bool rounded, bool thin, int rows) {
+// The kernel over float32 inputs for `rows` rows by one panel (wide) or two (thin).
+inline Kernel float_kernel_of(int32_t type, bool thin, int rows) {
     using Wide = std::make_index_sequence<kMaxRows>;
     using Thin = std::make_index_sequence<kThinRows>;
-#if defined(ARRIERO_BF16)
-    static constexpr auto wide_pair = wide_pairs(Wide{});
-    static constexpr auto thin_pair = thin_pairs(Thin{});
-    if (rounded) return thin ? thin_pair[rows - 1] : wide_pair[rows - 1];
-#endif
 #define ARRIERO_KERNELS(TYPE, FAMILY)                         \
     case TYPE: {                                              \
         static constexpr auto wide = wide_##FAMILY<TYPE>(Wide{}); \
@@ -101,6 +123,17 @@ inline Kernel kernel_for(int32_t type, [[maybe_unused]] bool rounded, bool thin,
 #undef ARRIERO_KERNELS
     return nullptr;
 }
+
+inline Kernel kernel_of(int32_t type, [[maybe_unused]] bool groups, [[maybe_unused]] bool rounded,
+                        bool thin, int rows) {
+#if defined(ARRIERO_BF16)
+    if (rounded) return pair_kernel_of(type, groups, thin, rows);
+#endif
+    return float_kernel_of(type, thin, rows);
+}
+
+// A thread's panel of weights as pairs of bf16, made by the first tile of a block of rows.
+inline thread_local Buffer expanded;
 
 // A block of finished sums: `rows` rows from `row`, two panels side by side (`second` is -1 where
 // the matrix ends in the first), in c [rows][2 * kPanel].
@@ -140,13 +173,16 @@ inline void multiply(const Matrix& m, const Rows& a, bool rounded, Block& block,
         t.fetch_step = 2048;
         place(t, 0, block.first);
         place(t, 2, block.second);
-        kernel_for(m.type, rounded, true, block.rows)(t);
+        kernel_of(m.type, m.group != 0, rounded, true, block.rows)(t);
     } else {
         const int tiles = int(ceil_div(block.rows, kMaxRows));
+        const bool expands = rounded && m.type != kBFloat16;
+        if (expands) t.kept = expanded.room(pairs * 2 * vector_bytes(kBFloat16));
         for (int half = 0; half < (block.second < 0 ? 1 : 2); ++half) {
             const int64_t panel = half ? block.second : block.first;
             const char* ahead = !half && block.second >= 0 ? m.panel(block.second) : fetch;
             if (ahead == nullptr) ahead = m.panel(panel);
+            int32_t type = m.type;
             place(t, 0, panel);
             t.fetch_step = ceil_div(step, tiles);
             for (int tile = 0, row = 0; tile < tiles; ++tile) {
@@ -154,8 +190,13 @@ inline void multiply(const Matrix& m, const Rows& a, bool rounded, Block& block,
                 t.a = a.data + (block.row + row) * a.stride;
                 t.c = block.c + row * kBlockStride + half * kPanel;
                 t.fetch = ahead + tile * t.fetch_step * pairs;
-                kernel_for(m.type, rounded, false, rows)(t);
+                kernel_of(type, m.group != 0, rounded, false, rows)(t);
                 row += rows;
+                if (expands && tile == 0) {  // the others find the panel expanded
+                    type = kBFloat16;
+                    t.w[0] = t.kept;
+                    t.w[1] = t.kept + vector_bytes(kBFloat16);
+                }
             }
         }
     }

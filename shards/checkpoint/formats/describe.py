@@ -53,7 +53,7 @@ def describe(path: Path | str) -> tuple[AnyModel, QuantScheme | None]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: is not a folder; a model is a folder in HF layout")
     file, more = folder / "config.json", folder / "generation_config.json"
-    if not file.is_file():
+    if not file.is_file() or (folder / "adapter_config.json").is_file():
         ModelConfig.from_folder(folder)  # says what the folder is instead
     generation = read_json_object(more, _MAX_CONFIG_BYTES) if more.is_file() else None
     return read_settings(read_json_object(file, _MAX_CONFIG_BYTES), generation, source=str(file))

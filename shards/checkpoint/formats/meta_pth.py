@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +19,10 @@ from torch import Tensor
 from arriero.shards.checkpoint.formats.meta_tokenizer import convert_tokenizer
 from arriero.shards.checkpoint.json_file import read_json_object
 from arriero.shards.checkpoint.llama_names import EMBEDDING, FINAL_NORM, HEAD, expected_tensors
-from arriero.shards.checkpoint.reader import INDEX_FILE, Checkpoint
-from arriero.shards.checkpoint.safetensors_header import make_header
+from arriero.shards.checkpoint.reader import Checkpoint
+from arriero.shards.checkpoint.writer import Progress, new_folder, write_shards
 from arriero.shards.errors import CheckpointError
 from arriero.shards.models.config import Fields, ModelConfig
-
-Progress = Callable[[int, int, str], None]
-"""Called with tensors written so far, tensors in all, and the name of the last."""
-
-SHARD_BYTES = 5 * 10**9
 
 _TOP = {EMBEDDING: "tok_embeddings.weight", FINAL_NORM: "norm.weight", HEAD: "output.weight"}
 _LAYER = {
@@ -61,25 +54,18 @@ def convert_meta(source: Path, out: Path, progress: Progress | None = None) -> N
         CheckpointError: something is missing, not what params.json says, or not plain tensors;
             or `out` exists.
     """
-    if out.exists():
-        raise CheckpointError(f"{out}: exists already; remove it or choose another folder")
-    shards = [_load(file) for file in _files(source)]
-    settings = _settings(source, shards)
-    config = ModelConfig.from_dict(settings, source=str(source / "params.json"))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    try:
-        partial.chmod(0o755)
+    with new_folder(out) as partial:
+        shards = [_load(file) for file in _files(source)]
+        settings = _settings(source, shards)
+        config = ModelConfig.from_dict(settings, source=str(source / "params.json"))
         (partial / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         if (source / "tokenizer.model").is_file():
             convert_tokenizer(source / "tokenizer.model", partial)
-        _write(partial, _Source(source, shards, config), progress)
-        Checkpoint.open(partial).check(expected_tensors(config))
-        partial.rename(out)
-    except OSError as error:
-        raise CheckpointError(f"{out}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        meta = _Source(source, shards, config)
+        dtype: torch.dtype = getattr(torch, config.torch_dtype)
+        entries = {name: (dtype, shape) for name, shape in meta.due.items()}
+        write_shards(partial, entries, lambda name: meta.tensor(name).to(dtype), progress)
+        Checkpoint.open(partial).check_whole()
 
 
 def _files(source: Path) -> list[Path]:
@@ -230,29 +216,3 @@ def _meta_name(name: str) -> str:
     found = _HF_NAME.fullmatch(name)
     assert found is not None, f"{name} is not a name of ours"
     return f"layers.{found[1]}.{_LAYER[found[2]]}.weight"
-
-
-def _write(out: Path, source: _Source, progress: Progress | None) -> None:
-    """Shards of at most `SHARD_BYTES` and their index."""
-    dtype: torch.dtype = getattr(torch, source.config.torch_dtype)
-    shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
-    room = SHARD_BYTES
-    for name, shape in source.due.items():
-        nbytes = torch.Size(shape).numel() * dtype.itemsize
-        if nbytes > room and shards[-1]:
-            shards.append({})
-            room = SHARD_BYTES
-        shards[-1][name] = (dtype, shape)
-        room -= nbytes
-    placed: dict[str, str] = {}
-    for i, entries in enumerate(shards):
-        file_name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        with (out / file_name).open("wb") as stream:
-            stream.write(make_header(entries))
-            for name in entries:
-                made = source.tensor(name).to(dtype).contiguous()
-                stream.write(made.view(-1).view(torch.uint8).numpy().data)
-                placed[name] = file_name
-                if progress is not None:
-                    progress(len(placed), len(source.due), name)
-    (out / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": placed}, indent=1))

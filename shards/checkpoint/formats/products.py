@@ -1,11 +1,15 @@
 """A checkpoint's matrices, whatever form they are stored in, by slice.
 
 Gives plain matrices as views of the file, quantized ones as `QuantizedWeight` with the very
-numbers stored: nothing is dequantized. Knows the layouts of `fbgemm_fp8`, compressed-tensors FP8,
+numbers stored: nothing is dequantized. Knows the layouts of `fbgemm_fp8`, compressed-tensors,
 AWQ and GPTQ, and Llama 4's experts, fused or not; refuses to know how a backend packs.
 
+Columns may be cut inside a group that shares a scale: the slice then has smaller groups, and the
+scale several times.
+
 Sources of the layouts: fbgemm's and compressed-tensors' checkpoints as published (`weight` float8
-[out, in], `weight_scale` [out, 1]); AWQ (Lin et al., 2023), "gemm" packing; GPTQ (Frantar et al.,
+[out, in], `weight_scale` [out, 1]; or `weight_packed` int32 [out, in / 8], low nibble first, and
+`weight_scale` [out, groups]); AWQ (Lin et al., 2023), "gemm" packing; GPTQ (Frantar et al.,
 2022), versions 1 and 2 of its checkpoints.
 
 Shape legend: O rows (outputs), I columns (inputs), G groups of columns, W words of eight numbers.
@@ -18,9 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from arriero.kernels.quant import QuantizedWeight
+from arriero.kernels.quant import ProductInputs, QuantizedWeight
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
-from arriero.shards.checkpoint.formats.stored import NIBBLES
+from arriero.shards.checkpoint.formats.stored import NIBBLES, cut_group
 from arriero.shards.checkpoint.reader import TensorFolder
 from arriero.shards.errors import CheckpointError
 from arriero.shards.partition import Span
@@ -31,28 +35,27 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredProduct:
-    """One matrix, or a slice of it: y = W x, or y = W x[input_order].
+    """One matrix, or a slice of it, and what the format does to its inputs.
 
     Attributes:
         weight: a plain matrix [O, I] (a view of the file), or the quantized one.
-        input_order: int64 [W's columns]: which input of the slice each column takes. Only where
-            columns had to be sorted by group (GPTQ with act-order); then a column may stand for no
-            input: it names input 0 and its element is exactly zero.
+        inputs: None where column i multiplies input i as it is. Where columns had to be sorted by
+            group (GPTQ with act-order) a column may stand for no input: it names input 0 and its
+            element is exactly zero.
     """
 
     weight: Tensor | QuantizedWeight
-    input_order: Tensor | None = None
+    inputs: ProductInputs | None = None
 
     def dense(self) -> Tensor:
         """The matrix in its usual order, float32 [O, inputs]: to look at, not to compute with."""
         if isinstance(self.weight, Tensor):
             return self.weight.float()
         full_OI = self.weight.dequantize()
-        if self.input_order is None:
+        if self.inputs is None or self.inputs.order_I is None:
             return full_OI
-        num_inputs = int(self.input_order.max()) + 1
-        out_OI = torch.zeros(full_OI.shape[0], num_inputs)
-        return out_OI.index_add_(1, self.input_order, full_OI)
+        out_OI = torch.zeros(full_OI.shape[0], self.inputs.num_inputs)
+        return out_OI.index_add_(1, self.inputs.order_I, full_OI)
 
 
 class ProductReader:
@@ -67,11 +70,13 @@ class ProductReader:
         """The matrix `name` (without `.weight`), or the rows and columns asked for.
 
         Raises:
-            CheckpointError: it is not there, its scales are not finite, or a cut falls inside a
-                group of columns that share a scale.
+            CheckpointError: it is not there, its scales are not finite, or a cut leaves groups of
+                columns that no kernel takes.
         """
         if self._scheme is None or f"{name}.weight" in self._folder.stored:
             return self._eight_bits_or_plain(name, rows, columns)
+        if self._scheme.method == "pack-quantized":
+            return self._packed(name, rows, columns)
         if self._scheme.method == "awq":
             return self._awq(name, rows, columns)
         return self._gptq(name, rows, columns)
@@ -114,9 +119,9 @@ class ProductReader:
         weight_OI = self._cut(f"{name}.weight", rows, columns)
         if weight_OI.dtype != torch.float8_e4m3fn:
             return StoredProduct(weight=weight_OI)
-        scales_O1 = self._cut(f"{name}.weight_scale", rows, None).float()
-        self._check_finite(f"{name}.weight_scale", scales_O1)
+        scales_O1 = self._finite(f"{name}.weight_scale", rows, None)
         num_columns = weight_OI.shape[1]
+        bound = None if self._scheme is None else self._scheme.activation_bound
         return StoredProduct(
             weight=QuantizedWeight(
                 kind="fp8",
@@ -124,66 +129,106 @@ class ProductReader:
                 data=weight_OI,
                 scales=scales_O1,
                 group_size=num_columns,
+            ),
+            inputs=None if bound is None else ProductInputs(num_inputs=num_columns, bound=bound),
+        )
+
+    def _packed(self, name: str, rows: Span | None, columns: Span | None) -> StoredProduct:
+        assert self._scheme is not None
+        shape = self._folder.tensor(f"{name}.weight_shape").tolist()
+        words_OW = self._cut(f"{name}.weight_packed", rows, None)
+        num_columns = words_OW.shape[1] * 32 // self._scheme.bits
+        if shape != [self._folder.shape(f"{name}.weight_packed")[0], num_columns]:
+            raise CheckpointError(
+                f"tensor {name + '.weight_shape'!r} says {shape}, but {num_columns} columns are "
+                "packed"
+            )
+        own = columns or Span(start=0, stop=num_columns)
+        bytes_OB = words_OW.view(torch.uint8)
+        if self._scheme.bits == 8:
+            scales_O1 = self._finite(f"{name}.weight_scale", rows, None)
+            levels_OI = bytes_OB[:, own.start : own.stop] ^ 0x80  # stored plus 128
+            return StoredProduct(
+                weight=QuantizedWeight(
+                    kind="int8",
+                    in_features=own.size,
+                    data=levels_OI.view(torch.int8),
+                    scales=scales_O1,
+                    group_size=own.size,
+                )
+            )
+        group, needed, index_G = self._groups(name, columns, num_columns)
+        if own.start % 2:
+            raise CheckpointError(f"{name}: columns {own.start}:{own.stop} begin inside a byte")
+        zeros_OG = None
+        if not self._scheme.symmetric:
+            packed_WG = self._cut(f"{name}.weight_zero_point", _in_words(rows), needed)
+            zeros_GO = _trim(_by_rows(packed_WG).t(), rows)
+            zeros_OG = zeros_GO[:, : words_OW.shape[0]].t()[:, index_G].float()
+        return StoredProduct(
+            weight=QuantizedWeight(
+                kind="int4",
+                in_features=own.size,
+                data=bytes_OB[:, own.start // 2 : -(-own.stop // 2)],
+                scales=self._finite(f"{name}.weight_scale", rows, needed)[:, index_G],
+                zeros=zeros_OG,
+                group_size=group,
             )
         )
 
     def _awq(self, name: str, rows: Span | None, columns: Span | None) -> StoredProduct:
         num_inputs = self._folder.shape(f"{name}.qweight")[0]
-        groups = self._groups(name, columns, num_inputs)
+        group, needed, index_G = self._groups(name, columns, num_inputs)
         levels_IO = _by_columns(self._words(f"{name}.qweight", columns, rows), AWQ_ORDER)
-        zeros_GO = _by_columns(self._words(f"{name}.qzeros", groups, rows), AWQ_ORDER)
-        return self._four_bits(
-            name, _trim(levels_IO, rows), _trim(zeros_GO, rows), self._scales(name, groups, rows)
-        )
+        zeros_GO = _by_columns(self._words(f"{name}.qzeros", needed, rows), AWQ_ORDER)
+        zeros_GO = _trim(zeros_GO, rows)
+        scales_GO = self._finite(f"{name}.scales", needed, rows)
+        return _four_bits(_trim(levels_IO, rows), zeros_GO[index_G], scales_GO[index_G], group)
 
     def _gptq(self, name: str, rows: Span | None, columns: Span | None) -> StoredProduct:
         assert self._scheme is not None
-        group = self._scheme.group_size
         group_of_I = self._folder.tensor(f"{name}.g_idx").long()
-        own = columns or Span(start=0, stop=len(group_of_I))
+        num_inputs = len(group_of_I)
+        own = columns or Span(start=0, stop=num_inputs)
         words = Span(start=own.start // NIBBLES, stop=-(-own.stop // NIBBLES))
         levels_IO = _by_rows(self._cut(f"{name}.qweight", words, rows))
         first = own.start - words.start * NIBBLES
         levels_IO = levels_IO[first : first + own.size]
-        in_order = torch.equal(group_of_I, torch.arange(len(group_of_I)) // group)
-        groups = self._groups(name, columns, len(group_of_I)) if in_order else None
-        zeros_GO = _by_columns(self._words(f"{name}.qzeros", groups, rows), range(NIBBLES))
+        whole_group = self._scheme.group_size or num_inputs
+        group, needed, index_G = 0, None, None
+        if torch.equal(group_of_I, torch.arange(num_inputs) // whole_group):
+            group, needed, index_G = self._groups(name, columns, num_inputs)
+        zeros_GO = _by_columns(self._words(f"{name}.qzeros", needed, rows), range(NIBBLES))
         zeros_GO = _trim(zeros_GO, rows) + self._scheme.zero_offset & 15
-        scales_GO = self._scales(name, groups, rows)
-        if in_order:
-            return self._four_bits(name, levels_IO, zeros_GO, scales_GO)
+        scales_GO = self._finite(f"{name}.scales", needed, rows)
+        if index_G is not None:
+            return _four_bits(levels_IO, zeros_GO[index_G], scales_GO[index_G], group)
         own_I = group_of_I[own.start : own.stop]
         if int(group_of_I.min()) < 0 or int(group_of_I.max()) >= len(scales_GO):
             raise CheckpointError(f"tensor {name + '.g_idx'!r} names groups beyond its scales")
         return self._sorted(levels_IO, zeros_GO, scales_GO, own_I)
 
-    def _groups(self, name: str, columns: Span | None, num_inputs: int) -> Span | None:
-        assert self._scheme is not None
-        group = self._scheme.group_size
-        if columns is None:
-            return None
-        for at in (columns.start, columns.stop):
-            if at % group and at != num_inputs:
-                raise CheckpointError(
-                    f"{name}: columns {columns.start}:{columns.stop} cut a group of {group} that "
-                    "shares a scale; use a tp (or tp_shares) that divides the groups"
-                )
-        return Span(start=columns.start // group, stop=-(-columns.stop // group))
+    def _groups(
+        self, name: str, columns: Span | None, num_columns: int
+    ) -> tuple[int, Span, Tensor]:
+        """What a slice's columns share scales with.
 
-    def _four_bits(
-        self, name: str, levels_IO: Tensor, zeros_GO: Tensor, scales_GO: Tensor
-    ) -> StoredProduct:
+        Returns:
+            Columns that share a scale in the slice, the stored groups that it needs, and which of
+            those each of its own groups is.
+        """
         assert self._scheme is not None
-        return StoredProduct(
-            weight=QuantizedWeight(
-                kind="int4",
-                in_features=levels_IO.shape[0],
-                data=_pack(levels_IO),
-                scales=scales_GO.t().contiguous(),
-                zeros=zeros_GO.t().float().contiguous(),
-                group_size=min(self._scheme.group_size, levels_IO.shape[0]),
+        own = columns or Span(start=0, stop=num_columns)
+        whole_group = self._scheme.group_size or num_columns
+        group = cut_group(own, num_columns, whole_group)
+        if group % 2 and group < own.size:
+            raise CheckpointError(
+                f"{name}: columns {own.start}:{own.stop} cut a group of {whole_group} that shares "
+                f"a scale into groups of {group}; use a tp (or tp_shares) that cuts at even columns"
             )
-        )
+        needed = Span(start=own.start // whole_group, stop=-(-own.stop // whole_group))
+        index_G = torch.arange(own.start, own.stop, group) // whole_group - needed.start
+        return group, needed, index_G
 
     def _sorted(
         self, levels_IO: Tensor, zeros_GO: Tensor, scales_GO: Tensor, group_of_I: Tensor
@@ -205,28 +250,19 @@ class ProductReader:
         filled_IO = zeros_GO.repeat_interleave(width, dim=0)  # level = zero point: exactly zero
         filled_IO[place_I] = levels_IO[order_I]
         return StoredProduct(
-            weight=QuantizedWeight(
-                kind="int4",
-                in_features=num_groups * width,
-                data=_pack(filled_IO),
-                scales=scales_GO.t().contiguous(),
-                zeros=zeros_GO.t().float().contiguous(),
-                group_size=width,
-            ),
-            input_order=input_order,
+            weight=_four_bits(filled_IO, zeros_GO, scales_GO, width).weight,
+            inputs=ProductInputs(num_inputs=len(order_I), order_I=input_order),
         )
 
-    def _scales(self, name: str, groups: Span | None, rows: Span | None) -> Tensor:
-        scales_GO = self._cut(f"{name}.scales", groups, rows).float()
-        self._check_finite(f"{name}.scales", scales_GO)
-        return scales_GO
+    def _finite(self, name: str, first: Span | None, last: Span | None) -> Tensor:
+        """Scales, float32."""
+        scales = self._cut(name, first, last).float()
+        self._check_finite(name, scales)
+        return scales
 
     def _words(self, name: str, first: Span | None, rows: Span | None) -> Tensor:
-        """Words of eight rows each that hold `rows`, which `_trim` cuts to measure."""
-        words = None
-        if rows is not None:
-            words = Span(start=rows.start // NIBBLES, stop=-(-rows.stop // NIBBLES))
-        return self._cut(name, first, words)
+        """Words along the last dimension that hold `rows`, which `_trim` cuts to measure."""
+        return self._cut(name, first, _in_words(rows))
 
     def _cut(self, name: str, first: Span | None, last: Span | None) -> Tensor:
         found = self._folder.tensor(name)
@@ -250,6 +286,12 @@ class ProductReader:
             )
 
 
+def _in_words(rows: Span | None) -> Span | None:
+    if rows is None:
+        return None
+    return Span(start=rows.start // NIBBLES, stop=-(-rows.stop // NIBBLES))
+
+
 def _by_columns(words_IW: Tensor, order: tuple[int, ...] | range) -> Tensor:
     """Numbers uint8 [I, 8 W] of words along the last dimension; `order` names nibbles' columns."""
     out_IWN = torch.empty(*words_IW.shape, NIBBLES, dtype=torch.uint8)
@@ -264,6 +306,19 @@ def _by_rows(words_WO: Tensor) -> Tensor:
     for nibble in range(NIBBLES):
         out_WNO[:, nibble] = (words_WO >> 4 * nibble & 15).to(torch.uint8)
     return out_WNO.flatten(0, 1)
+
+
+def _four_bits(levels_IO: Tensor, zeros_GO: Tensor, scales_GO: Tensor, group: int) -> StoredProduct:
+    return StoredProduct(
+        weight=QuantizedWeight(
+            kind="int4",
+            in_features=levels_IO.shape[0],
+            data=_pack(levels_IO),
+            scales=scales_GO.t().contiguous(),
+            zeros=zeros_GO.t().float().contiguous(),
+            group_size=group,
+        )
+    )
 
 
 def _trim(value_IO: Tensor, rows: Span | None) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
+from math import gcd, prod
 
 from arriero.shards.checkpoint.formats.modules import Axis, Kind, Module, Place, llama_modules
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
@@ -23,12 +23,12 @@ from arriero.shards.partition_moe import MoEPart
 AnyModel = ModelConfig | Llama4Config
 AnyPart = SlicePart | MoEPart
 
-ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "I32": 4}
+ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "I32": 4, "I64": 8}
 """Bytes of the safetensors dtypes that occur here."""
 FLOATS = ("BF16", "F16", "F32")
 LABELS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 NIBBLES = 8
-"""Four-bit numbers in a word of awq and gptq."""
+"""Four-bit numbers in a word."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,16 +169,40 @@ def _quantized(module: Module, scheme: QuantScheme, plain: tuple[str, ...]) -> I
         yield _due(module, ".weight", ("F8_E4M3",), (rows, columns), cuts)
         scales = ("F32", "BF16", "F16") if scheme.method == "fbgemm_fp8" else ("BF16", "F32", "F16")
         yield _due(module, ".weight_scale", scales, (rows, 1), _row_cut(module, 0), scale=True)
+    elif scheme.method == "pack-quantized":
+        yield from _packed(module, scheme)
     else:
         yield from _four_bits(module, scheme)
     if module.bias:
         yield _bias(module, plain)
 
 
+def _packed(module: Module, scheme: QuantScheme) -> Iterator[TensorDue]:
+    """compressed-tensors' integers: as the matrix lies, words along its columns."""
+    rows, columns = module.shape
+    group, word = scheme.group_size or columns, 32 // scheme.bits
+    if columns % word or (columns % group and scheme.bits == 4):
+        raise CheckpointError(
+            f"{module.name}: {columns} columns are no multiple of {word} and {group}, as "
+            "pack-quantized needs"
+        )
+    groups, floats = columns // group, ("BF16", "F16", "F32")
+    by_row, grouped = _row_cut(module, 0), _column_cut(module, 1, group)
+    cuts = by_row + _column_cut(module, 1, word)
+    yield _due(module, ".weight_packed", ("I32",), (rows, columns // word), cuts)
+    cuts = by_row + (grouped if groups > 1 else ())
+    yield _due(module, ".weight_scale", floats, (rows, groups), cuts, scale=True)
+    if not scheme.symmetric:
+        cuts = _row_cut(module, 0, NIBBLES) + (grouped if groups > 1 else ())
+        shape = (-(-rows // NIBBLES), groups)
+        yield _due(module, ".weight_zero_point", ("I32",), shape, cuts, scale=True)
+    yield _due(module, ".weight_shape", ("I64",), (2,), (), scale=True)
+
+
 def _four_bits(module: Module, scheme: QuantScheme) -> Iterator[TensorDue]:
     """Transposed: dimension 0 is of the columns, dimension 1 of the rows."""
     rows, columns = module.shape
-    group = scheme.group_size
+    group = scheme.group_size or columns
     for what, size, unit in (
         ("rows", rows, NIBBLES),
         ("columns", columns, NIBBLES),
@@ -241,6 +265,20 @@ def reads(tensor: TensorDue, part: AnyPart) -> list[Box]:
         pieces = [Span(start=k * size + start, stop=k * size + stop) for k in range(cut.stacked)]
         boxes = [(*box[: cut.dim], piece, *box[cut.dim + 1 :]) for box in boxes for piece in pieces]
     return boxes
+
+
+def cut_group(columns: Span, num_columns: int, group: int) -> int:
+    """Columns that share a scale in a slice: where a cut falls inside a group, fewer than `group`.
+
+    Args:
+        columns: of the slice.
+        num_columns: of the whole matrix.
+        group: columns that share a scale there.
+    """
+    found = gcd(columns.start, group)
+    if columns.stop != num_columns:
+        found = gcd(columns.stop, found)
+    return min(found, columns.size)
 
 
 def span_of(part: AnyPart, axis: Axis) -> Span:

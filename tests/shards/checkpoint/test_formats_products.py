@@ -17,11 +17,21 @@ from arriero.shards.checkpoint.reader import TensorFolder
 from arriero.shards.errors import CheckpointError
 from arriero.shards.partition import Span
 from support.models import write_safetensors
-from support.quantized_files import Matrix, awq, fp8, gptq
+from support.quantized_files import Matrix, awq, fp8, gptq, packed
 
 NAME = "model.layers.0.mlp.up_proj"
 ROWS, COLUMNS, GROUP = 40, 48, 8
-FORMS = ("fbgemm_fp8", "compressed-tensors", "awq", "gptq-v1", "gptq-v2", "gptq-act-order")
+FORMS = (
+    "fbgemm_fp8",
+    "compressed-tensors",
+    "packed-8",
+    "packed-4",
+    "packed-4-zeros",
+    "awq",
+    "gptq-v1",
+    "gptq-v2",
+    "gptq-act-order",
+)
 
 
 def written(path: Path, form: str, *, groups: int = GROUP) -> tuple[ProductReader, Matrix]:
@@ -37,13 +47,21 @@ def written(path: Path, form: str, *, groups: int = GROUP) -> tuple[ProductReade
             act_order="act" in form,
             version=2 if form.endswith("v2") else 1,
         )
+    elif form.startswith("packed"):
+        bits = int(form.split("-")[1])
+        tensors, full = packed(
+            NAME, ROWS, COLUMNS, groups if bits == 4 else COLUMNS, 4, bits, form.endswith("zeros")
+        )
     else:
         dtype = torch.float32 if form == "fbgemm_fp8" else torch.bfloat16
         tensors, full = fp8(NAME, ROWS, COLUMNS, 3, dtype)
     write_safetensors(path / "model.safetensors", tensors)
-    method: Method = "gptq" if form.startswith("gptq") else form  # type: ignore[assignment]
+    short = form.split("-v")[0].split("-act")[0]
+    method: Method = "pack-quantized" if form.startswith("packed") else short  # type: ignore[assignment]
     scheme = QuantScheme(
         method=method,
+        bits=int(form.split("-")[1]) if form.startswith("packed") else 0,
+        symmetric=not form.endswith("zeros"),
         group_size=groups,
         act_order="act" in form,
         zero_offset=0 if form.endswith("v2") else 1,
@@ -62,7 +80,8 @@ def test_a_matrix_is_what_its_numbers_say(tmp_path: Path, form: str) -> None:
     reader, full = written(tmp_path, form)
     product = reader.product(NAME)
     assert isinstance(product.weight, QuantizedWeight)
-    assert (product.input_order is not None) == (form == "gptq-act-order")
+    inputs = product.inputs
+    assert (inputs is not None and inputs.order_I is not None) == (form == "gptq-act-order")
     # one rounding of a product to float32
     np.testing.assert_allclose(dense(product, COLUMNS), full, rtol=1e-6, atol=0)
 
@@ -94,26 +113,32 @@ def test_backends_compute_with_the_numbers_stored(tmp_path: Path, form: str) -> 
     product = reader.product(NAME)
     assert isinstance(product.weight, QuantizedWeight)
     ops = ops_for(torch.device("cpu"), "reference")
-    packed = ops.pack_quantized([product.weight], None)
+    if product.inputs is None:
+        packed = ops.pack_quantized([product.weight], None)
+    else:
+        packed = ops.pack_product([product.weight], None, product.inputs)
     x_TI = torch.randn(5, COLUMNS, generator=torch.Generator().manual_seed(0))
-    given = x_TI if product.input_order is None else x_TI[:, product.input_order]
     want = x_TI.double().numpy() @ full.T
-    got = ops.linear(given, packed).double().numpy()
+    got = ops.linear(x_TI, packed).double().numpy()
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("form", ["awq", "gptq-v1"])
-def test_a_cut_inside_a_group_is_refused(tmp_path: Path, form: str) -> None:
-    reader, _ = written(tmp_path, form)
-    with pytest.raises(CheckpointError, match=r"columns 4:16 cut a group of 8"):
-        reader.product(NAME, columns=Span(start=4, stop=16))
+@pytest.mark.parametrize("form", ["awq", "gptq-v1", "packed-4", "packed-4-zeros"])
+def test_a_cut_inside_a_group_makes_smaller_groups(tmp_path: Path, form: str) -> None:
+    reader, full = written(tmp_path, form)
+    for a, b, group in ((4, 16, 4), (0, 20, 4), (16, 32, 8), (40, 48, 8), (6, 48, 2)):
+        part = reader.product(NAME, columns=Span(start=a, stop=b))
+        assert isinstance(part.weight, QuantizedWeight) and part.weight.group_size == group
+        np.testing.assert_allclose(dense(part, b - a), full[:, a:b], rtol=1e-6)
+    with pytest.raises(CheckpointError, match=r"columns 3:16 cut a group of 8"):
+        reader.product(NAME, columns=Span(start=3, stop=16))
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_scales_that_are_not_finite_are_refused(tmp_path: Path, form: str) -> None:
     reader, _ = written(tmp_path, form)
     folder = TensorFolder.of(tmp_path)
-    scales = f"{NAME}.weight_scale" if f"{NAME}.weight" in folder.stored else f"{NAME}.scales"
+    scales = next(one for one in folder.names if one.endswith("scale") or one.endswith("scales"))
     tensors = {name: folder.tensor(name).clone() for name in folder.names}
     tensors[scales][0, 0] = float("nan")
     (tmp_path / "b").mkdir()

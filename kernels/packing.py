@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from arriero.shards.errors import SpecError
-
 Kernels = Literal["reference", "cpu", "triton"]
 Precision = Literal["float32", "bfloat16", "float16", "fp8", "int8", "int4"]
 
@@ -82,11 +80,9 @@ def kv_block_nbytes(
     """What a backend allocates for one block of one layer.
 
     Raises:
-        SpecError: a dtype that no cache has.
+        KeyError: a dtype that no cache has.
     """
-    itemsize = KV_ITEMSIZE.get(dtype)
-    if itemsize is None:
-        raise SpecError(f"`kv_dtype`={dtype!r} is none of {', '.join(KV_ITEMSIZE)}")
+    itemsize = KV_ITEMSIZE[dtype]
     slots, values = block_size, head_dim
     if kernels == "cpu":
         slots = -(-block_size // _LANES) * _LANES

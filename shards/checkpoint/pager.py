@@ -1,0 +1,111 @@
+"""Pages of the files while a slice loads: read ahead of use, given back after it.
+
+Knows which bytes a rank reads and in which order; knows nothing of what they mean. Reading ahead
+keeps several requests on their way to the disk, from several files; giving back keeps what has
+been packed from counting as this process's memory. The system's page cache holds what was read,
+so that the ranks of a node read each byte from the disk once.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from arriero.shards.checkpoint.formats.stored import AnyPart, TensorDue, byte_ranges, reads
+from arriero.shards.checkpoint.reader import TensorFolder
+
+AHEAD_BYTES = 512 << 20
+"""Read ahead of what is being packed, at most; a product larger than it is read as it is used."""
+CHUNK_BYTES = 2 << 20
+READERS = 4
+_GAP = 32 << 10  # bytes: ranges nearer than this are read as one
+_GIVE_BACK_S = 0.02
+
+
+Range = tuple[Path, int, int]
+"""File, first byte, end."""
+
+
+def ranges_read(folder: TensorFolder, due: Iterable[TensorDue], part: AnyPart) -> Iterator[Range]:
+    """What a rank reads, in the order of `due`, ranges that lie near each other joined."""
+    last: Range | None = None
+    for tensor in due:
+        stored = folder.stored[tensor.name]
+        for box in reads(tensor, part):
+            for start, stop in byte_ranges(stored.shape, stored.dtype.itemsize, box, stored.start):
+                if last is not None and last[0] == stored.file and 0 <= start - last[2] < _GAP:
+                    last = (stored.file, last[1], stop)
+                    continue
+                if last is not None:
+                    yield last
+                last = (stored.file, start, stop)
+    if last is not None:
+        yield last
+
+
+class Pager:
+    """Works from `start` to `close`, in threads of its own."""
+
+    def __init__(self, folder: TensorFolder, ranges: Iterable[Range]) -> None:
+        """Prepare.
+
+        Args:
+            folder: the rank's own, whose maps are emptied now and then.
+            ranges: from `ranges_read`, in the order of use.
+        """
+        self._folder, self._ranges = folder, ranges
+        self._used = 0
+        self._closing = False
+        self._changed = threading.Condition()
+        self._threads: list[threading.Thread] = []
+
+    def used(self, num_bytes: int) -> None:
+        """Tell how many bytes have been packed so far."""
+        with self._changed:
+            self._used = num_bytes
+            self._changed.notify()
+
+    def start(self) -> None:
+        """Begin reading ahead and giving back."""
+        for work in (self._read_ahead, self._give_back):
+            thread = threading.Thread(target=work, name="pager", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def close(self) -> None:
+        """Stop; returns once its threads are gone."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _read_ahead(self) -> None:
+        files = {file: os.open(file, os.O_RDONLY) for file in self._folder.files}
+        asked = 0
+        try:
+            with ThreadPoolExecutor(READERS) as pool:
+                for file, start, stop in self._ranges:
+                    for at in range(start, stop, CHUNK_BYTES):
+                        if not self._wait_for_room(asked):
+                            return
+                        size = min(CHUNK_BYTES, stop - at)
+                        pool.submit(os.posix_fadvise, files[file], at, size, os.POSIX_FADV_WILLNEED)
+                        asked += size
+        finally:
+            for descriptor in files.values():
+                os.close(descriptor)
+
+    def _wait_for_room(self, asked: int) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing or asked - self._used < AHEAD_BYTES)
+            return not self._closing
+
+    def _give_back(self) -> None:
+        while not self._closing:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closing, _GIVE_BACK_S)
+            self._folder.give_back()

@@ -1,0 +1,111 @@
+"""A tiny model in each form that checkpoints ship in gives the logits that its numbers say."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from arriero.kernels.ops import Linear
+from arriero.kernels.quant import QuantizedWeight
+from arriero.kernels.reference import ReferenceOps
+from arriero.shards.errors import CheckpointError
+from support.models import tiny_llama
+from support.quantized_models import ROUNDING, WEIGHT_ONLY, dense_logits, quantized_llama
+from support.slices import CPU, logits_of
+
+TOKENS = [3, 99, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32, 79, 50, 28, 84]
+LAYOUTS = [
+    pytest.param(1, 1, id="TP1"),
+    pytest.param(2, 1, id="TP2"),
+    pytest.param(3, 1, id="TP3"),
+    pytest.param(1, 2, id="PP2"),
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Tensor]]:
+    """Folder of each form, and the logits in float64 of what its numbers mean."""
+    found = {}
+    for form in (*WEIGHT_ONLY, *ROUNDING):
+        path = tmp_path_factory.mktemp(form)
+        # 4 heads of 16 and 96 columns: the cuts of TP2 and TP3 fall inside groups of 32
+        config, means = quantized_llama(path, form)
+        found[form] = path, dense_logits(config, means, TOKENS)
+    return found
+
+
+@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+@pytest.mark.parametrize("form", WEIGHT_ONLY)
+def test_weight_only(
+    models: dict[str, tuple[Path, Tensor]], form: str, tp: int, pp: int, kernels: str
+) -> None:
+    path, want = models[form]
+    got = logits_of(path, TOKENS, tp=tp, pp=pp, kernels=kernels)
+    assert float((got - want).abs().max()) <= 1e-5 * float(want.abs().max())
+
+
+class ByTheBook(ReferenceOps):
+    """The reference, but for products that round their inputs: those are written out here.
+
+    Rows of activations to float8 by min(max |x|, bound) / 448, exact sums, both scales.
+    """
+
+    def linear(self, x_TI: Tensor, w: Linear) -> Tensor:
+        if w.inputs is None:
+            return super().linear(x_TI, w)
+        assert isinstance(w.packed, QuantizedWeight) and w.inputs.bound is not None
+        x, f32 = x_TI.numpy(), np.float32
+        levels = w.packed.data.double().numpy()
+        top = np.minimum(np.abs(x).max(1), f32(w.inputs.bound))
+        scale = np.where(top > 0, top / f32(448), f32(1)).astype(f32)[:, None]
+        inside = torch.from_numpy(np.clip(x / scale, f32(-448), f32(448)))
+        q = inside.to(torch.float8_e4m3fn).double().numpy()
+        sums = [[f32(math.fsum(row * out)) for out in levels] for row in q]
+        y = np.array(sums, f32) * scale * w.packed.scales[:, 0].numpy()
+        return torch.from_numpy(y)
+
+
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+@pytest.mark.parametrize("form", ROUNDING)
+def test_rounded_activations_bit_for_bit(
+    models: dict[str, tuple[Path, Tensor]], form: str, tp: int, pp: int
+) -> None:
+    path, dense = models[form]
+    got = logits_of(path, TOKENS, tp=tp, pp=pp)
+    book = logits_of(path, TOKENS, tp=tp, pp=pp, make_ops=lambda: ByTheBook(CPU))
+    assert torch.equal(got, book)
+    # and the rounding is there, and no larger than four significant bits explain
+    off = float((got - dense).norm() / dense.norm())
+    assert 1e-3 < off < 0.15
+
+
+@pytest.mark.parametrize("form", ROUNDING)
+def test_the_cpu_kernels_round_alike(models: dict[str, tuple[Path, Tensor]], form: str) -> None:
+    """A sum's last bit may turn a rounding to float8: close, not equal."""
+    path, _ = models[form]
+    want = logits_of(path, TOKENS)
+    got = logits_of(path, TOKENS, kernels="cpu")
+    assert float((got - want).norm() / want.norm()) < 0.03
+
+
+def test_quantized_weights_are_not_quantized_again(tmp_path: Path) -> None:
+    quantized_llama(tmp_path, "awq", layers=1)
+    with pytest.raises(CheckpointError, match="quantized already"):
+        logits_of(tmp_path, TOKENS, quantization="int8")
+
+
+def test_half_quantized_products_are_refused(tmp_path: Path) -> None:
+    quantized_llama(tmp_path / "a", "fbgemm_fp8", layers=1)
+    tiny_llama(tmp_path / "b", layers=1)
+    settings = json.loads((tmp_path / "a" / "config.json").read_text())
+    settings["quantization_config"]["modules_to_not_convert"] += ["model.layers.0.mlp.up_proj"]
+    (tmp_path / "a" / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=r"up_proj.* has dtype .*float8"):
+        logits_of(tmp_path / "a", TOKENS)

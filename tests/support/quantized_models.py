@@ -1,0 +1,178 @@
+"""Tiny Llama folders in the forms that checkpoints ship in, and what their numbers mean."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arriero.shards.checkpoint.llama_names import EMBEDDING, FINAL_NORM, HEAD, layer_tensors
+from arriero.shards.models.config import ModelConfig
+from support.models import tiny_llama, tiny_weights, write_safetensors
+from support.quantized_files import awq, fp8, gptq, packed
+
+WEIGHT_ONLY = (
+    "awq",
+    "gptq",
+    "gptq-v2",
+    "gptq-act-order",
+    "packed-4",
+    "packed-4-zeros",
+    "packed-8",
+    "compressed-fp8-weights",
+)
+ROUNDING = ("fbgemm_fp8", "compressed-fp8")
+
+_INPUTS = {"q": 0, "k": 0, "v": 0, "o": 1, "gate": 2, "up": 2, "down": 3}
+
+
+def quantization_config(form: str, group: int, ignored: list[str]) -> dict[str, Any]:
+    """config.json's object, as the tools that make these checkpoints write it."""
+    if form == "fbgemm_fp8":
+        return {
+            "quant_method": "fbgemm_fp8",
+            "activation_scale_ub": 1200.0,
+            "modules_to_not_convert": ignored,
+        }
+    if form == "awq":
+        return {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": group,
+            "version": "gemm",
+            "zero_point": True,
+            "modules_to_not_convert": None,
+        }
+    if form.startswith("gptq"):
+        return {
+            "quant_method": "gptq",
+            "bits": 4,
+            "group_size": group,
+            "desc_act": form == "gptq-act-order",
+            "sym": False,
+            "checkpoint_format": "gptq_v2" if form == "gptq-v2" else "gptq",
+        }
+    weights: dict[str, Any] = {"dynamic": False, "symmetric": not form.endswith("zeros")}
+    inputs: dict[str, Any] | None = None
+    if form.startswith("packed"):
+        bits = int(form.split("-")[1])
+        weights |= {"num_bits": bits, "type": "int"}
+        by_group = {"strategy": "group", "group_size": group}
+        weights |= by_group if bits == 4 else {"strategy": "channel", "group_size": None}
+    else:
+        weights |= {"num_bits": 8, "type": "float", "strategy": "channel"}
+        if form == "compressed-fp8":
+            inputs = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized" if form.startswith("packed") else "float-quantized",
+        "config_groups": {
+            "group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+        },
+        "ignore": ignored,
+    }
+
+
+def quantized_llama(
+    path: Path, form: str, *, group: int = 32, layers: int = 2
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Write a folder; returns its config and what each tensor means, float64, by plain names."""
+    config = tiny_llama(path, layers=layers)
+    weights = tiny_weights(config, 0)
+    means = {name: one.double() for name, one in weights.items()}
+    tensors = {name: weights[name] for name in (EMBEDDING, FINAL_NORM, HEAD) if name in weights}
+    ignored = ["lm_head"]
+    if form == "fbgemm_fp8":  # as Meta's release: attention is left as it was
+        ignored += [f"model.layers.{i}.self_attn" for i in range(config.num_layers)]
+    for layer in range(config.num_layers):
+        for name, shape in layer_tensors(config, layer).items():
+            module = name.removesuffix(".weight")
+            kept = len(shape) == 1 or any(module.startswith(one) for one in ignored)
+            if kept:
+                tensors[name] = weights[name]
+                continue
+            made, full = _write(module, shape, form, group, len(tensors))
+            # levels of random size: scale the product back to what the model was made for
+            scales = next(one for one in made if one.endswith(("scale", "scales")))
+            factor = 2.0 ** round(float(torch.log2(1.5 / shape[1] ** 0.5 / full.std())))
+            made[scales] = (made[scales].double() * factor).to(made[scales].dtype)
+            tensors |= made
+            means[name] = full * factor
+    write_safetensors(path / "model.safetensors", tensors)
+    settings = json.loads((path / "config.json").read_text())
+    settings["quantization_config"] = quantization_config(form, group, ignored)
+    (path / "config.json").write_text(json.dumps(settings))
+    return config, means
+
+
+def _write(
+    name: str, shape: tuple[int, ...], form: str, group: int, seed: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    rows, columns = shape
+    if form == "awq":
+        tensors, full = awq(name, rows, columns, group, seed)
+    elif form.startswith("gptq"):
+        layer = int(name.split(".")[2])
+        order = 10 * layer + _INPUTS[name.split(".")[-1].removesuffix("_proj")]
+        tensors, full = gptq(
+            name,
+            rows,
+            columns,
+            group,
+            seed,
+            act_order=form == "gptq-act-order",
+            version=2 if form == "gptq-v2" else 1,
+            order_seed=order,
+        )
+    elif form.startswith("packed"):
+        bits = int(form.split("-")[1])
+        tensors, full = packed(
+            name, rows, columns, group if bits == 4 else columns, seed, bits, form.endswith("zeros")
+        )
+    else:
+        dtype = torch.float32 if form == "fbgemm_fp8" else torch.bfloat16
+        tensors, full = fp8(name, rows, columns, seed, dtype)
+    return tensors, torch.from_numpy(full)
+
+
+def dense_logits(config: ModelConfig, means: dict[str, Tensor], tokens: list[int]) -> Tensor:
+    """Logits [T, V] of a Llama in float64, written out: nothing here shares code with the product.
+
+    Names are the plain checkpoint's; rope by halves.
+    """
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps) * means[name]
+
+    length, d = len(tokens), config.head_dim
+    angle = torch.outer(torch.arange(length).double(), config.inv_freq().double())
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+
+    def rotate(x: Tensor) -> Tensor:
+        a, b = x[..., : d // 2], x[..., d // 2 :]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    x = means[EMBEDDING][tokens]
+    mask = torch.full((length, length), -torch.inf).triu(1).double()
+    for i in range(config.num_layers):
+        at = f"model.layers.{i}."
+
+        def times(h: Tensor, name: str, at: str = at) -> Tensor:
+            return h @ means[f"{at}{name}.weight"].T
+
+        h = norm(x, at + "input_layernorm.weight")
+        q = rotate(times(h, "self_attn.q_proj").view(length, -1, d))
+        k = rotate(times(h, "self_attn.k_proj").view(length, -1, d))
+        v = times(h, "self_attn.v_proj").view(length, -1, d)
+        each = config.num_heads // config.num_kv_heads
+        k, v = (one.repeat_interleave(each, 1).transpose(0, 1) for one in (k, v))
+        scores = q.transpose(0, 1) @ k.mT * d**-0.5 + mask
+        mixed = (scores.softmax(-1) @ v).transpose(0, 1).reshape(length, -1)
+        x = x + times(mixed, "self_attn.o_proj")
+        h = norm(x, at + "post_attention_layernorm.weight")
+        gate, up = times(h, "mlp.gate_proj"), times(h, "mlp.up_proj")
+        x = x + times(gate * gate.sigmoid() * up, "mlp.down_proj")
+    return norm(x, FINAL_NORM) @ means.get(HEAD, means[EMBEDDING]).T

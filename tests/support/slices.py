@@ -1,0 +1,105 @@
+"""All slices of a group in one process, a thread each: their logits without an engine."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from arriero.kernels.ops import FlatBatch, Ops
+from arriero.kernels.select import ops_for
+from arriero.shards.checkpoint.reader import Checkpoint
+from arriero.shards.group import GroupConfig
+from arriero.shards.mesh import Mesh
+from arriero.shards.models.llama import LlamaSlice
+from arriero.shards.partition import partition
+from arriero.shards.sequences import Rope
+
+CPU = torch.device("cpu")
+BLOCK = 16
+
+
+class ThreadMesh:
+    """What a slice asks of its mesh; sums are in rank order, as `Mesh.reduce` takes them."""
+
+    def __init__(self, tp: int, tp_rank: int, parts: list[Any], barrier: threading.Barrier) -> None:
+        self.tp, self.device = tp, CPU
+        self._rank, self._parts, self._barrier = tp_rank, parts, barrier
+
+    def reduce(self, x_TH: Tensor) -> Tensor:
+        if self.tp == 1:
+            return x_TH
+        self._parts[self._rank] = x_TH.clone()
+        self._barrier.wait(60)
+        total = self._parts[0].clone()
+        for part in self._parts[1:]:
+            total += part
+        self._barrier.wait(60)
+        return cast(Tensor, total)
+
+
+def logits_of(
+    path: Path,
+    tokens: list[int],
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    kernels: str = "reference",
+    make_ops: Callable[[], Ops] | None = None,
+    quantization: str | None = None,
+) -> Tensor:
+    """Logits [T, V] of one sequence, float32 weights and activations."""
+    checkpoint = Checkpoint.open(path)
+    checkpoint.check_whole()
+    config = checkpoint.config
+    parts = partition(config, GroupConfig(model_path=str(path), tp=tp, pp=pp))
+    length = len(tokens)
+    num_blocks = -(-length // BLOCK)
+    positions = torch.arange(length, dtype=torch.int32)
+    cos, sin = Rope(config.inv_freq(), length, CPU).at(positions)
+    batch = FlatBatch(
+        positions_T=positions,
+        query_start_S1=torch.tensor([0, length], dtype=torch.int32),
+        context_S=torch.tensor([length], dtype=torch.int32),
+        block_table_SB=torch.arange(num_blocks, dtype=torch.int32)[None],
+        slots_T=positions,
+        cos_TD=cos,
+        sin_TD=sin,
+        max_query=length,
+        max_context=length,
+    )
+    x: Tensor | None = None
+    for stage in range(pp):
+        barrier, shared = threading.Barrier(tp), [None] * tp
+
+        def run(rank: int, stage: int = stage, given: Tensor | None = x) -> Tensor:
+            mesh = ThreadMesh(tp, rank, shared, barrier)  # noqa: B023
+            ops = make_ops() if make_ops else ops_for(CPU, kernels, threads=1)
+            held = LlamaSlice(
+                checkpoint,
+                parts[stage * tp + rank],
+                cast(Mesh, mesh),
+                ops,
+                dtype=torch.float32,
+                num_blocks=num_blocks,
+                block_size=BLOCK,
+                quantization=quantization,
+            )
+            if held.part.first_stage:
+                out = held.embed(torch.tensor(tokens, dtype=torch.int32))
+            else:
+                assert given is not None
+                out = given.clone()
+            out = held.decoder(out, batch)
+            return held.logits(out) if held.part.last_stage else out
+
+        with ThreadPoolExecutor(tp) as pool:
+            outs = list(pool.map(run, range(tp)))
+        x = torch.cat(outs, 1) if stage == pp - 1 else outs[0]
+    assert x is not None
+    return x
