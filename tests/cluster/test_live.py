@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -237,7 +238,14 @@ def test_a_lost_slice_has_the_group_replaced(
     assert old is not None
     pids = old["slice_pids"]
     assert isinstance(pids, list)
+    asked = capital(200)
+    asked.sampling.ignore_eos = True
+    undisturbed = tokens(stub.Chat(asked, timeout=60))
+    survivor = stub.Chat(asked, timeout=120)
+    got = tokens(itertools.islice(survivor, 20))
     os.kill(pids[1], signal.SIGKILL)
+    got += tokens(survivor)  # by another life of the group
+    assert got == undisturbed
     deadline_s = time.monotonic() + 60
     while (now := group()) is None or now["id"] == old["id"]:
         assert time.monotonic() < deadline_s
