@@ -298,7 +298,9 @@ class CpuOps(Ops):
         else:
             of_rows, _kept = draws_struct(rows, x_RV.shape[0])
             name, draws = "sample", (ctypes.addressof(of_rows),)
-        self.call(name, x_RV.data_ptr(), x_RV.stride(0), *x_RV.shape, *draws, tokens_R.data_ptr())
+        self.call(
+            name, x_RV.data_ptr(), x_RV.stride(0), *x_RV.shape, *draws, tokens_R.data_ptr()
+        )
         if rows.num_logprobs < 0:
             return Sampled(tokens_R=tokens_R)
         return sampling.with_logprobs(raw_RV, tokens_R.long(), rows.num_logprobs)
