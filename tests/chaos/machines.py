@@ -15,19 +15,21 @@ from arriero.cluster.spec import RaySpec
 
 
 class Machines:
-    """A head at 127.0.0.2, and nodes beside it."""
+    """A head at 127.0.0.2 (or where it is told), and nodes beside it."""
 
-    def __init__(self, head_cpus: int = 1) -> None:
-        self._head = local.start(RaySpec(num_cpus=head_cpus))
+    def __init__(self, head_cpus: int = 1, head: str = "127.0.0.2") -> None:
+        self._head = local.start(RaySpec(num_cpus=head_cpus, node_address=head))
         self.address = local.wait_address(self._head)
         self._next = 3
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
 
-    def add(self, num_cpus: int) -> str:
-        """Start a node; gives its address."""
-        address = f"127.0.0.{self._next}"
-        self._next += 1
+    def add(self, num_cpus: int, address: str | None = None, inside: str | None = None) -> str:
+        """Start a node, in the network namespace `inside` if one is named; gives its address."""
+        if address is None:
+            address = f"127.0.0.{self._next}"
+            self._next += 1
         command = [
+            *(() if inside is None else ("ip", "netns", "exec", inside)),
             *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block"),
             *("--address", self.address, "--node-ip-address", address),
             *("--num-cpus", str(num_cpus), "--object-store-memory", str(80 * 10**6)),
