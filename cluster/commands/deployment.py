@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import tempfile
 import time
@@ -60,6 +61,7 @@ def up(
     ] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds a start may take.")] = None,
     foreground: Annotated[bool, typer.Option(help="Stay; Ctrl-C takes it down.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The addresses as JSON.")] = False,
     state_dir: StateDir = None,
 ) -> None:
     """Deploy; return once a real token came out of every group, leaving it serving."""
@@ -87,18 +89,28 @@ def up(
         raise SpecError("nothing to serve: give a spec (`arriero up arriero.yaml`) or --model PATH")
     deployment = bring_up(spec, given, state_dir)
     http = f" and http://{deployment.http} (HTTP)" if deployment.http else ""
-    OUT.print(f"serving at {deployment.gateway} (gRPC){http}", markup=False, soft_wrap=True)
+    if as_json:
+        found = {"gateway": deployment.gateway, "http": deployment.http, "admin": deployment.admin}
+        print(json.dumps(found), flush=True)
+    else:
+        OUT.print(f"serving at {deployment.gateway} (gRPC){http}", markup=False, soft_wrap=True)
     if foreground:
         _stay(state_dir)
 
 
-def down(state_dir: StateDir = None) -> None:
+def down(
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
+    state_dir: StateDir = None,
+) -> None:
     """Take down what `up` brought up, and only that."""
     from arriero.cluster import deploy, state
 
     with spinner() as say:
         found = deploy.down(state.state_folder(state_dir), say)
-    OUT.print("down" if found else "nothing was up", markup=False)
+    if as_json:
+        print(json.dumps({"was_up": found}))
+    else:
+        OUT.print("down" if found else "nothing was up", markup=False)
 
 
 def demo(
@@ -160,7 +172,7 @@ def _stay(state_dir: Path | None) -> None:
             signal.pause()
         except KeyboardInterrupt:
             with _uninterrupted():
-                down(state_dir)
+                down(state_dir=state_dir)
 
 
 @contextlib.contextmanager

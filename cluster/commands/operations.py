@@ -63,7 +63,7 @@ def status(
         if not watch:
             found = client.status()
             if as_json:
-                print(json.dumps(_plain(found)))
+                print(json.dumps(plain(found)))
             else:
                 OUT.print(status_view(found))
             return
@@ -141,7 +141,7 @@ def events(
                     continue
                 shown = one.at
                 if as_json:
-                    print(json.dumps(_plain(one)), flush=True)
+                    print(json.dumps(plain(one)), flush=True)
                 else:
                     at = datetime.fromtimestamp(one.at).strftime("%H:%M:%S.%f")[:-3]
                     line = f"{at}  {one.kind:<9} {one.who:<24} {one.text}"
@@ -162,9 +162,9 @@ def why(
     with admin(state_dir) as client:
         found = client.why(group)
     if as_json:
-        plain = _plain(found.failure)
-        plain["record"] = json.loads(found.failure.record or "null")
-        print(json.dumps(plain))
+        told = plain(found.failure)
+        told["record"] = json.loads(found.failure.record or "null")
+        print(json.dumps(told))
         return
     for line in found.lines:
         OUT.print(line, markup=False, soft_wrap=True)
@@ -180,7 +180,7 @@ def logs(
     with admin(state_dir) as client:
         found = client.logs(group, lines)
     if as_json:
-        print(json.dumps([_plain(one) for one in found]))
+        print(json.dumps([plain(one) for one in found]))
         return
     for one in found:
         OUT.print(f"{one.who} (pid {one.pid} on {one.node})", markup=False)
@@ -224,13 +224,13 @@ def _wait(client: AdminClient, say: object) -> None:
         time.sleep(_POLL_S)
 
 
-def _plain(message: pb.Status | pb.Event | pb.Failure | pb.ProcessLog) -> dict[str, object]:
+def plain(message: pb.Status | pb.Event | pb.Failure | pb.ProcessLog) -> dict[str, object]:
     """A message as JSON can carry it, with every field and numbers as numbers."""
     found: dict[str, object] = {}
     for one in message.DESCRIPTOR.fields:
         value = getattr(message, one.name)
         if one.is_repeated:
-            value = [_plain(item) if one.message_type else item for item in value]
+            value = [plain(item) if one.message_type else item for item in value]
         elif one.has_presence and not message.HasField(one.name):  # type: ignore[arg-type]
             value = None
         found[one.name] = value

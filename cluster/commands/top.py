@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import time
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Group, RenderableType
@@ -12,9 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 from arriero.cluster.commands.deployment import StateDir
-from arriero.cluster.commands.operations import admin
+from arriero.cluster.commands.operations import AsJson, admin, plain
 from arriero.cluster.commands.terminal import OUT
 from arriero.router.proto.arriero.v1 import admin_pb2 as pb
+
+if TYPE_CHECKING:
+    from arriero.cluster.admin_client import AdminClient
 
 
 def add_to(app: typer.Typer) -> None:
@@ -25,10 +31,21 @@ def add_to(app: typer.Typer) -> None:
 def top(
     period_s: float = typer.Option(1.0, min=0.2, help="Seconds between two looks."),
     count: int = typer.Option(0, min=0, help="Looks; 0 goes on until Ctrl-C."),
+    as_json: AsJson = False,
     state_dir: StateDir = None,
 ) -> None:
     """Show groups, slices, tokens per second, KV and queues as they change."""
-    with admin(state_dir) as client, Live(console=OUT, auto_refresh=False) as live:
+    with admin(state_dir) as client:
+        if as_json:
+            for _ in itertools.repeat(None) if not count else range(count):
+                print(json.dumps({"at": time.time(), **plain(client.status())}), flush=True)
+                time.sleep(period_s)
+            return
+        _show(client, period_s, count)
+
+
+def _show(client: AdminClient, period_s: float, count: int) -> None:
+    with Live(console=OUT, auto_refresh=False) as live:
         before: tuple[float, pb.Status] | None = None
         looks = 0
         while True:

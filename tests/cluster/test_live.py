@@ -23,9 +23,11 @@ import openai
 import pytest
 
 from arriero.cluster import local, state
+from arriero.cluster.admin_client import AdminClient
 from arriero.cluster.spec import RaySpec
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.proto.arriero.v1 import inference_pb2_grpc
+from arriero.shards.errors import ArrieroError, InvalidRequest, NotFound
 
 MODEL = os.environ.get("ARRIERO_TEST_MODEL", "")
 pytestmark = [
@@ -132,6 +134,40 @@ def test_chat_on_the_command_line(folder: Path) -> None:
 def test_a_second_up_is_refused(folder: Path) -> None:
     said = arriero("up", "--model", MODEL, folder=folder, check=False)
     assert said.returncode == 2 and "arriero down" in said.stderr
+
+
+def test_admin_wants_the_token(folder: Path) -> None:
+    deployment = state.read(folder)
+    assert deployment is not None
+    assert (folder / "deployment.json").stat().st_mode & 0o077 == 0
+    for token in ("", "wrong", deployment.admin_token + "x"):
+        with AdminClient(deployment.admin, token) as client:
+            with pytest.raises(ArrieroError, match="admin token"):
+                client.status()
+    with AdminClient.of(deployment) as client:
+        with pytest.raises(NotFound, match="there is demo"):
+            client.scale("other", 1)
+        with pytest.raises(NotFound, match="there is demo-0"):
+            client.drain("demo-9")
+        with pytest.raises(InvalidRequest, match="no revision before 1"):
+            client.rollback("demo")
+        with pytest.raises(InvalidRequest, match=r"models\[0\].path"):
+            client.rollout("models: [{name: demo}]")
+        assert "as they were" in client.rollout()
+        assert client.status().models[0].settled
+
+
+def test_operators_commands(folder: Path) -> None:
+    """Each gives JSON, and a form for people."""
+    looks = arriero("top", "--count", "1", "--json", folder=folder).stdout
+    assert json.loads(looks)["groups"][0]["slot"] == "demo-0"
+    assert "tokens/s" in arriero("top", "--count", "1", folder=folder).stdout
+    logs = json.loads(arriero("logs", "demo-0", "--json", folder=folder).stdout)
+    assert [one["who"] for one in logs] == ["leader", "slice 0", "slice 1"]
+    findings = json.loads(arriero("doctor", "--json", folder=folder).stdout)
+    assert not [one for one in findings if one["grade"] == "fail"]
+    said = arriero("drain", "nothing", folder=folder, check=False)
+    assert said.returncode == 4 and said.stderr.count("\n") == 1
 
 
 NAN = float("nan")
