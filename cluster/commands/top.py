@@ -17,10 +17,10 @@ from rich.text import Text
 from arriero.cluster.commands.deployment import StateDir
 from arriero.cluster.commands.operations import AsJson, admin, plain
 from arriero.cluster.commands.terminal import OUT
-from arriero.router.proto.arriero.v1 import admin_pb2 as pb
 
 if TYPE_CHECKING:
     from arriero.cluster.admin_client import AdminClient
+    from arriero.router.proto.arriero.v1 import admin_pb2 as pb
 
 
 def add_to(app: typer.Typer) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from arriero.router.proto.arriero.v1 import admin_pb2 as pb
+if TYPE_CHECKING:
+    from arriero.router.proto.arriero.v1 import admin_pb2 as pb
 
 _STYLES = {"serving": "green", "starting": "yellow", "stopping": "yellow", "failed": "red"}
 
