@@ -215,7 +215,7 @@ async def test_a_drain_under_load(deployed: Deployed) -> None:
     await changed(deployed, "drain", "drain", now.groups[0].slot)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups", [1, 3, 1, 2])
 async def test_scaling_under_load(deployed: Deployed, groups: int) -> None:
     await changed(deployed, f"scale to {groups}", "scale", "demo", str(groups))
 
