@@ -192,9 +192,12 @@ class Leader:
         )
         if not await self._renew():
             raise GroupFailed(f"{self._group_id} was replaced while it started")
+        places = {entry.node_id: entry.address for entry in where}
+        places[self._entry.node_id] = self._entry.node
         self._keepers = [
             asyncio.create_task(self._keep_renewing()),
             asyncio.create_task(self._keep_drawing()),
+            *(asyncio.create_task(self._watch_node(*place)) for place in places.items()),
         ]
 
     async def _place(self) -> list[Whereabouts]:
@@ -267,6 +270,13 @@ class Leader:
         self._executor.report(
             Evidence(kind=kind, what=what, rank=rank, node=at.address, pid=at.pid)
         )
+
+    async def _watch_node(self, node_id: str, address: str) -> None:
+        """Wait for the end of a node that this group is on."""
+        await nodes.until_gone(node_id)
+        assert self._executor is not None, "it is there before the nodes are watched"
+        what = f"node {address} is gone: its raylet does not answer"
+        self._executor.report(Evidence(kind=Kind.CRASH, what=what, node=address))
 
     def _on_lost(self, cause: str) -> None:
         """The group is lost; called from any thread, and perhaps more than once."""

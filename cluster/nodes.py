@@ -11,7 +11,7 @@ import glob
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,15 @@ def on_head() -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(node_id=(heads or [here])[0], soft=True)
 
 
+def room_for(wanted: Mapping[str, float]) -> int:
+    """How many bundles of these resources the nodes have free, each on one node."""
+    free = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
+    return sum(
+        min(int(node.get(name, 0.0) / amount + 1e-6) for name, amount in wanted.items())
+        for node in free.values()
+    )
+
+
 async def answers(address: str, limit_s: float) -> bool:
     """Whether something accepts connections at host:port; a process that is stopped still does."""
     host, _, port = address.rpartition(":")
@@ -46,17 +55,42 @@ async def answers(address: str, limit_s: float) -> bool:
 
 def is_gone(node_id: str) -> bool:
     """Whether a node's raylet no longer answers: seconds before Ray itself gives the node up."""
+    where = _raylet(node_id)
+    if where is None:
+        return True
+    try:
+        socket.create_connection(where, _PROBE_S).close()
+    except OSError:
+        return True
+    return False
+
+
+async def until_gone(node_id: str) -> None:
+    """Wait until a node's raylet is gone, seen by a connection to it that breaks.
+
+    Its workers, which end with it, take some seconds to notice.
+    """
+    while (where := await asyncio.to_thread(_raylet, node_id)) is not None:
+        try:
+            reader, writer = await asyncio.open_connection(*where)
+        except ConnectionRefusedError:
+            return
+        except OSError:  # no way there just now; who is cut off is silent, and found so
+            await asyncio.sleep(_PROBE_S)
+            continue
+        with contextlib.suppress(OSError):
+            while await reader.read(1024):
+                continue  # it says what it speaks, and after a while ends such a connection
+        writer.close()
+        await asyncio.sleep(0.1)
+
+
+def _raylet(node_id: str) -> tuple[str, int] | None:
+    """Where a node's raylet listens; None once Ray has given the node up."""
     for node in ray.nodes():  # type: ignore[no-untyped-call]
-        if node["NodeID"] == node_id:
-            if not node["Alive"]:
-                return True
-            where = (node["NodeManagerAddress"], node["NodeManagerPort"])
-            try:
-                socket.create_connection(where, _PROBE_S).close()
-            except OSError:
-                return True
-            return False
-    return True
+        if node["NodeID"] == node_id and node["Alive"]:
+            return node["NodeManagerAddress"], node["NodeManagerPort"]
+    return None
 
 
 async def kill_all(places: Iterable[tuple[str, int]]) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,6 +35,10 @@ PREFIX = f"{app.NAME}-"
 _BUSY_S = 0.3
 _QUIET_S = 2.0
 _KEEP_REVISIONS = 8
+PLACE_S = 20.0
+"""A group beyond the wanted count that has found no place by then is given up."""
+CROWDED_S = 600.0
+"""For so long no other is tried."""
 
 
 @dataclass(slots=True)
@@ -101,7 +106,8 @@ class Operator:
         self._registry = registry.connect()
         self._wake = asyncio.Event()
         self._failed: dict[str, str] = {}
-        self._loads: dict[str, int] = {}
+        self._placing_since_s: dict[str, float] = {}
+        self._crowded_until_s: dict[str, float] = {}
         self._change = asyncio.Lock()
         from arriero.cluster.admin import AdminServer
 
@@ -134,7 +140,7 @@ class Operator:
             name: Wish(
                 revision=one.revisions[-1].number,
                 count=one.count,
-                surge=self._surge(one),
+                surge=self._surge(name),
                 drained=frozenset(one.drained),
             )
             for name, one in self._kept.models.items()
@@ -244,6 +250,7 @@ class Operator:
         if settled(wishes, self.slots(board)):
             return True
         await self._look()
+        await self._unplace(board)
         actions = decide(wishes, self.slots(board))
         for action in actions:
             if isinstance(action, Start):
@@ -297,21 +304,33 @@ class Operator:
     def _revision(self, model: str, number: int) -> Revision:
         return next(r for r in self._kept.models[model].revisions if r.number == number)
 
-    def _surge(self, managed: Managed) -> int:
+    def _surge(self, name: str) -> int:
         """A group more while others are replaced, where the cluster has room for it."""
-        model = ModelSpec.model_validate(managed.revisions[-1].settings)
+        places = [one for one in self._kept.places.values() if one.model == name]
+        if self._crowded_until_s.get(name, 0.0) > time.monotonic():
+            return 0
+        if len(places) != self._kept.models[name].count:
+            return 1  # it is there already, or is not wanted yet
+        model = self.settings(name)
         slices = model.mesh.tp * model.mesh.pp
-        free = ray.available_resources()  # type: ignore[no-untyped-call]
-        if any(one.model == model.name for one in self._kept.places.values()):
-            cpus = model.cpus_per_slice or self._room.cpus_per_slice
-            extra = len([p for p in self._kept.places.values() if p.model == model.name])
-            if extra > managed.count:
-                return 1  # it is there already
-            if free.get("CPU", 0.0) < slices * cpus + app.SERVICE_CPUS:
-                return 0
-            if model.device == "cuda" and free.get("GPU", 0.0) < slices:
-                return 0
-        return 1
+        wanted = {"CPU": model.cpus_per_slice or self._room.cpus_per_slice}
+        if model.device == "cuda" or (model.device == "auto" and self._room.num_gpus):
+            wanted["GPU"] = 1.0
+        return int(nodes.room_for(wanted) >= slices)
+
+    async def _unplace(self, board: registry.Board) -> None:
+        """Give up a surplus group that finds no place: what looked like room was not."""
+        started = {who.rpartition(".")[0] for who in board.progress}
+        now_s = time.monotonic()
+        for slot in self.slots(board):
+            if slot.phase is not Phase.STARTING or slot.name in started:
+                self._placing_since_s.pop(slot.name, None)
+                continue
+            since_s = self._placing_since_s.setdefault(slot.name, now_s)
+            surplus = sum(p.model == slot.model for p in self._kept.places.values())
+            if now_s - since_s > PLACE_S and surplus > self._kept.models[slot.model].count:
+                self._crowded_until_s[slot.model] = now_s + CROWDED_S
+                await self._stop(Stop(slot=slot.name, why="there is no room for a group more"))
 
     async def _revise(self, model: str, settings: dict[str, Any], digest: str) -> str:
         revisions = self._model(model).revisions
