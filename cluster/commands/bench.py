@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from arriero.kernels.bench import Shape
     from arriero.router.client import AsyncClient
 
-app = typer.Typer(help="Measure operations, or N requests at once: greedy, no stop.", no_args_is_help=True)
+app = typer.Typer(
+    help="Measure operations, or N requests at once: greedy, no stop.", no_args_is_help=True
+)
 
 _CELL_LIMIT_S = 3600.0
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
