@@ -21,7 +21,8 @@ export ARRIERO_CACHE := $(abspath $(CACHE))
 export ARRIERO_TEST_MODEL := $(abspath $(MODEL))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help setup demo test check unit oracle chaos fuzz sanitize gpu gpu-test gpu-bench bench proto clean
+.PHONY: help setup demo test check unit oracle chaos soak fuzz sanitize gpu gpu-test gpu-bench \
+  bench proto clean
 
 help:
 	@echo 'make demo    set up, fetch a small model, serve it, ask it a question'
@@ -29,7 +30,8 @@ help:
 	@echo 'make check   ruff, mypy, the import rules'
 	@echo 'make unit    the tests alone'
 	@echo 'make oracle  the long comparison with transformers'
-	@echo 'make chaos   the long suites that kill processes'
+	@echo 'make chaos   kill, stop, drain, update under load: 10 minutes; ROUNDS=20 for the long form'
+	@echo 'make soak    mixed traffic for MINUTES (60): nothing may grow'
 	@echo 'make fuzz    the fuzzers, ten minutes each, and the overload tests at length'
 	@echo 'make sanitize  the kernel tests over C++ built with ASan and UBSan'
 	@echo 'make gpu     the tests that need a CUDA device'
@@ -78,8 +80,14 @@ unit: $(VENV)/.installed $(MODEL)/config.json
 oracle: $(VENV)/.installed $(MODEL)/config.json
 	$(PYTEST) tests/oracle --timeout 3600
 
+ROUNDS ?= 1
+MINUTES ?= 60
+
 chaos: $(VENV)/.installed $(MODEL)/config.json
-	$(PYTEST) -m slow --ignore tests/oracle --timeout 3600
+	CHAOS_ROUNDS=$(ROUNDS) $(PYTEST) tests/chaos -m slow -s --timeout 36000
+
+soak: $(VENV)/.installed $(MODEL)/config.json
+	$(BIN)/python tests/chaos/soak.py --minutes $(MINUTES)
 
 fuzz: $(VENV)/.installed
 	$(PYTEST) tests/fuzz --minutes 10 -s

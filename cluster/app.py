@@ -5,7 +5,8 @@ Knows how a spec becomes deployments; knows nothing of what they do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from arriero.cluster.gateway import GatewayReplica, GatewaySettings
 from arriero.cluster.group import GroupSettings, Leader
 from arriero.cluster.spec import ModelSpec, Spec, load
 from arriero.shards.errors import SpecError
+from arriero.shards.health import HealthLimits
 
 NAME = "arriero"
 SERVICE_CPUS = 0.01
@@ -24,25 +26,60 @@ SERVICE_CPUS = 0.01
 _STOP_MARGIN_S = 10.0
 
 
-def build(spec: Spec, *, num_cpus: float, num_gpus: float, shared: bool) -> Application:
-    """The application of `spec`.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Room:
+    """What the cluster has for groups.
 
-    Args:
-        spec: the deployment.
-        num_cpus: logical CPUs of the cluster.
-        num_gpus: GPUs of the cluster.
-        shared: others run on this cluster too; then a slice takes a CPU of its own by default.
+    Attributes:
+        num_cpus, num_gpus: of the whole cluster.
+        cpus_per_slice: logical CPUs that a slice takes when its model does not say.
+    """
+
+    num_cpus: float
+    num_gpus: float
+    cpus_per_slice: float
+
+    @classmethod
+    def of_cluster(cls, spec: Spec, *, shared: bool) -> Room:
+        """Ask Ray.
+
+        Args:
+            spec: the deployment.
+            shared: others run on this cluster too; then a slice takes a CPU of its own by default,
+                else all slices, and one group more while an update is under way, share the CPUs.
+        """
+        resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        num_cpus = resources.get("CPU", 0.0)
+        surge = max(m.mesh.tp * m.mesh.pp for m in spec.models)
+        services = SERVICE_CPUS * (sum(m.groups for m in spec.models) + spec.gateway.count + 1)
+        part = int((num_cpus - services) / (spec.num_slices + surge) * 1e3) / 1e3
+        return cls(
+            num_cpus=num_cpus,
+            num_gpus=resources.get("GPU", 0.0),
+            cpus_per_slice=1.0 if shared else min(1.0, part),
+        )
+
+
+def build(spec: Spec, room: Room) -> Application:
+    """The whole of `spec` as one application.
 
     Raises:
         SpecError: the cluster has not what a model asks for.
     """
-    services = SERVICE_CPUS * (sum(m.groups for m in spec.models) + spec.gateway.count)
-    part = 1.0 if shared else min(1.0, int((num_cpus - services) / spec.num_slices * 1e3) / 1e3)
-    leaders = [_leader(model, spec, part, num_gpus) for model in spec.models]
+    leaders = [
+        leader(model, spec, room, slot=f"{model.name}-{index}", revision=1)
+        for model in spec.models
+        for index in range(model.groups)
+    ]
+    return gateways(spec, leaders)
+
+
+def gateways(spec: Spec, leaders: Sequence[Application] = ()) -> Application:
+    """The gateways of `spec`; `leaders` are tied into the same application."""
     # a fixed port can be bound once on a node
     fixed = spec.gateway.port or spec.gateway.http_port
     apart: dict[str, Any] = {"max_replicas_per_node": 1} if fixed else {}
-    gateways = serve.deployment(
+    deployment = serve.deployment(
         name="gateway",
         num_replicas=spec.gateway.count,
         ray_actor_options={"num_cpus": SERVICE_CPUS},
@@ -56,7 +93,7 @@ def build(spec: Spec, *, num_cpus: float, num_gpus: float, shared: bool) -> Appl
     settings = GatewaySettings(
         spec=spec.gateway, models=names, link_tls=spec.link_tls, tracing=spec.tracing
     )
-    return gateways.bind(settings, *leaders)
+    return deployment.bind(settings, *leaders)
 
 
 def application(args: Mapping[str, str]) -> Application:
@@ -74,30 +111,31 @@ def application(args: Mapping[str, str]) -> Application:
     if spec.gateway.http is not None and spec.gateway.http.port is None:
         gateway = spec.gateway.model_copy(update={"http": None})
         spec = spec.model_copy(update={"gateway": gateway})
-    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    return build(
-        spec,
-        num_cpus=resources.get("CPU", 0.0),
-        num_gpus=resources.get("GPU", 0.0),
-        shared=True,
-    )
+    return build(spec, Room.of_cluster(spec, shared=True))
 
 
-def _leader(model: ModelSpec, spec: Spec, part: float, num_gpus: float) -> Application:
+def leader(model: ModelSpec, spec: Spec, room: Room, *, slot: str, revision: int) -> Application:
+    """One group of a model, as an application or a part of one.
+
+    Raises:
+        SpecError: the cluster has not what it asks for.
+    """
     num_slices = model.mesh.num_slices
     wanted = num_slices * model.groups
     device = model.device
     if device == "auto":
-        device = "cuda" if num_gpus >= wanted else "cpu"
-    if device == "cuda" and num_gpus < wanted:
+        device = "cuda" if room.num_gpus >= wanted else "cpu"
+    if device == "cuda" and room.num_gpus < wanted:
         raise SpecError(
             f"model `{model.name}`: {wanted} slices want a GPU each, and the cluster has"
-            f" {num_gpus:g}; ask for fewer, or for `device: cpu`"
+            f" {room.num_gpus:g}; ask for fewer, or for `device: cpu`"
         )
-    cpus = model.cpus_per_slice or part
+    cpus = model.cpus_per_slice or room.cpus_per_slice
     bundle = {"CPU": cpus} | ({"GPU": 1.0} if device == "cuda" else {})
     settings = GroupSettings(
         model=model.name,
+        slot=slot,
+        revision=revision,
         config=model.group_config(device),
         cpus_per_slice=cpus,
         period_s=spec.health.period_s,
@@ -105,10 +143,16 @@ def _leader(model: ModelSpec, spec: Spec, part: float, num_gpus: float) -> Appli
         drain_s=spec.health.drain_s,
         link_tls=spec.link_tls,
         tracing=spec.tracing,
+        canary_s=spec.health.canary_s,
+        limits=HealthLimits(
+            silence_s=spec.health.silence_s,
+            hang_s=spec.health.hang_s,
+            step_s=spec.health.step_s,
+        ),
     )
-    leaders = serve.deployment(
-        name=f"group-{model.name}",
-        num_replicas=model.groups,
+    deployment = serve.deployment(
+        name=f"group-{slot}",
+        num_replicas=1,
         ray_actor_options={"num_cpus": SERVICE_CPUS},
         placement_group_bundles=[{"CPU": SERVICE_CPUS}, *[bundle] * num_slices],
         placement_group_strategy="PACK",
@@ -117,4 +161,4 @@ def _leader(model: ModelSpec, spec: Spec, part: float, num_gpus: float) -> Appli
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=spec.health.drain_s + _STOP_MARGIN_S,
     )(Leader)
-    return leaders.bind(settings)
+    return deployment.bind(settings)

@@ -226,7 +226,7 @@ class EngineBench:
             if isinstance(outputs, Exception):
                 raise outputs
             for one in outputs:
-                if one.finish_reason == "error":
+                if one.finish_reason in ("error", "lost"):
                     raise GroupFailed(f"request {one.request_id}: {one.error}")
                 left -= one.finish_reason is not None
                 yield int(one.request_id) - first, one

@@ -13,7 +13,17 @@ import sys
 
 import typer
 
-from arriero.cluster.commands import bench, deployment, keys, models, plan, talk
+from arriero.cluster.commands import (
+    bench,
+    deployment,
+    doctor,
+    keys,
+    models,
+    operations,
+    plan,
+    talk,
+    top,
+)
 from arriero.shards.errors import (
     ArrieroError,
     CheckpointError,
@@ -37,10 +47,12 @@ app = typer.Typer(
     name="arriero",
     help="Serve Llama models across the machines of a Ray cluster.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 deployment.add_to(app)
+operations.add_to(app)
+top.add_to(app)
+doctor.add_to(app)
 talk.add_to(app)
 plan.add_to(app)
 app.add_typer(models.app, name="models")

@@ -5,9 +5,11 @@ Knows the order of things; knows nothing of the terminal (progress is told to a 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +25,8 @@ from arriero.shards.errors import ArrieroError, CheckpointError, GroupFailed, Sp
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
-    from arriero.cluster.registry import Board, Failure, Registry
+    from arriero.cluster.history import Failure
+    from arriero.cluster.registry import Board, Registry
 
 Say = Callable[[str], None]
 """Told in a few words what is waited for; called again as that changes."""
@@ -64,6 +67,7 @@ def up(spec: Spec, folder: Path, say: Say) -> Deployment:
         node_address=cluster.node_address if cluster else _loopback(address or ""),
         local_session=cluster.session if cluster else None,
         local_folder=str(cluster.folder) if cluster else None,
+        admin_token=secrets.token_urlsafe(32),
     )
     try:
         state.write(folder, deployment)
@@ -73,8 +77,9 @@ def up(spec: Spec, folder: Path, say: Say) -> Deployment:
             deployment = replace(deployment, ray_address=local.wait_address(cluster))
             state.write(folder, deployment)
         with connected(deployment):
-            gateway, http = _deploy(spec, say, shared=cluster is None)
-        deployment = replace(deployment, gateway=gateway, http=http)
+            served = _deploy(spec, say, deployment.admin_token, shared=cluster is None)
+        gateway, http, admin = served
+        deployment = replace(deployment, gateway=gateway, http=http, admin=admin)
         state.write(folder, deployment)
     except BaseException:
         if cluster is not None:
@@ -162,21 +167,15 @@ def connected(deployment: Deployment) -> Iterator[None]:
         ray.shutdown()
 
 
-def _deploy(spec: Spec, say: Say, *, shared: bool) -> tuple[str, str]:
+def _deploy(spec: Spec, say: Say, token: str, *, shared: bool) -> tuple[str, str, str]:
+    """Deploy and wait; gives the addresses of gRPC, HTTP ("" for none) and Admin."""
     import ray
     from ray import serve
     from ray.serve.config import ProxyLocation
 
-    from arriero.cluster import app, registry
+    from arriero.cluster import app, operator, registry
 
     say("starting Ray Serve")
-    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    built = app.build(
-        spec,
-        num_cpus=resources.get("CPU", 0.0),
-        num_gpus=resources.get("GPU", 0.0),
-        shared=shared,
-    )
     directory = registry.connect()  # starts while Serve does
     _hush_serve()
     serve.start(proxy_location=ProxyLocation.Disabled)
@@ -187,16 +186,36 @@ def _deploy(spec: Spec, say: Say, *, shared: bool) -> tuple[str, str]:
         )
     before: Any = ray.get(directory.board.remote(), timeout=_JOIN_LIMIT_S)
     try:
-        serve.run_many(
-            [serve.RunTarget(target=built, name=app.NAME, route_prefix=None)],
-            wait_for_applications_running=False,
-        )
-        return _wait(spec, directory, before.failures, say)
+        room = app.Room.of_cluster(spec, shared=shared)
+        for model in spec.models:  # what cannot be is said before anything starts
+            app.leader(model, spec, room, slot=model.name, revision=0)
+        manager = operator.connect(spec, shared=shared, token=token)
+        try:
+            admin: Any = ray.get(manager.deploy.remote(), timeout=spec.health.start_timeout_s)
+        except ray.exceptions.RayError as error:
+            raise _cause_of(error) from None
+        gateway, http = _wait(spec, directory, before.failures, say)
+        return gateway, http, admin
     except BaseException:
         if shared:  # a local cluster is stopped as a whole
             say("taking it down again")
             _undeploy()
         raise
+
+
+def _cause_of(error: Exception) -> ArrieroError:
+    """Why the operator did not start, in words."""
+    cause = getattr(error, "cause", None)
+    while isinstance(cause, BaseException) and not isinstance(cause, ArrieroError):
+        cause = cause.__cause__
+    if isinstance(cause, ArrieroError):
+        return cause
+    last = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
+    for kind in (CheckpointError, SpecError):
+        _, mark, text = last.partition(f"{kind.__name__}: ")
+        if mark:
+            return kind(text)
+    return GroupFailed(f"the operator did not start: {last.strip()}")
 
 
 def _wait(
@@ -258,14 +277,24 @@ def _undeploy() -> None:
     import ray
     from ray import serve
 
-    from arriero.cluster import app, registry
+    from arriero.cluster import app, operator, registry, store
 
     _hush_serve()
-    serve.delete(app.NAME)
-    try:
+    with contextlib.suppress(ValueError):  # first, or it would start the groups again
+        ray.kill(ray.get_actor(operator.NAME, namespace=registry.NAMESPACE))
+    ours = [
+        name
+        for name in serve.status().applications
+        if name == app.NAME or name.startswith(operator.PREFIX)
+    ]
+    for name in ours:
+        serve.delete(name, _blocking=False)
+    while set(ours) & set(serve.status().applications):
+        time.sleep(_POLL_S)
+    with contextlib.suppress(ValueError):
         ray.kill(ray.get_actor(registry.NAME, namespace=registry.NAMESPACE))
-    except ValueError:
-        return  # it was gone
+    for kept in (operator.NAME, "epochs", "fenced", "history"):
+        store.clear(kept)
 
 
 def _hush_serve() -> None:

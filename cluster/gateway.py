@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import uuid
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ import ray
 from fastapi import FastAPI
 
 from arriero.cluster import registry
+from arriero.cluster.history import Failure
 from arriero.cluster.slices import node_address
 from arriero.cluster.spec import GatewaySpec, TlsSpec, TracingSpec
 from arriero.router.gateway import Gateway, GroupAddress
@@ -54,7 +56,7 @@ class GatewayReplica:
             self._gateway = Gateway(config)
             port = await self._gateway.start()
         except (OSError, SpecError) as error:
-            failure = registry.Failure(who="gateway", kind="SpecError", cause=str(error))
+            failure = Failure(who="gateway", kind="SpecError", cause=str(error))
             await self._registry.fail.remote(failure)
             raise
         self._address = _reachable(self._spec.host, port)
@@ -82,7 +84,9 @@ class GatewayReplica:
         version = -1
         while True:
             try:
-                await self._registry.gateway.remote(self._id, self._address, self._http)
+                await self._registry.gateway.remote(
+                    self._id, self._address, self._http, os.getpid()
+                )
                 board = await self._registry.changed.remote(version)
             except ray.exceptions.RayError:
                 await asyncio.sleep(RETRY_S)  # it is being restarted; the groups known serve on
@@ -92,8 +96,13 @@ class GatewayReplica:
                 [
                     GroupAddress(one.group_id, one.model, one.address, one.link_token)
                     for one in board.groups
-                ]
+                ],
+                fenced=board.fenced,
             )
+
+    def _on_lost(self, group_id: str, cause: str) -> None:
+        # no answer is waited for: if the registry is away just now, leases do its work
+        self._registry.suspect.remote(group_id, cause)
 
 
 def _reachable(host: str, port: int) -> str:

@@ -2,7 +2,8 @@
 
 The replica's placement group holds one bundle for the leader and one for each slice, and rank r
 is the slice in bundle r + 1: which node a bundle is on may change from start to start, so ranks
-come from bundles alone. Any loss fails the health check; Serve then replaces the whole group.
+come from bundles alone. After any loss the leader tells the first cause and ends its own process
+and its slices'; Serve sees that and replaces the whole group.
 
 Knows the life of a group; knows nothing of requests (router) or of steps (shards).
 """
@@ -11,9 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import secrets
 import time
-import uuid
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,12 +24,16 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from arriero.cluster import registry
+from arriero.cluster import nodes, registry
+from arriero.cluster.history import Failure
 from arriero.cluster.slices import SliceActor, Whereabouts, node_address
-from arriero.shards.errors import GroupFailed
+from arriero.shards.errors import ArrieroError, CollectiveFailed, GroupFailed
+from arriero.shards.failure import KEEP_LINES, Evidence, FirstCause, Kind
 from arriero.shards.group import GroupConfig
+from arriero.shards.health import HealthLimits
 
 if TYPE_CHECKING:
+    from arriero.cluster.canary import Canary
     from arriero.cluster.spec import TlsSpec, TracingSpec
     from arriero.router.card import ModelCard
     from arriero.router.link import LinkServer
@@ -39,6 +44,8 @@ if TYPE_CHECKING:
 
 LEASE_PERIODS = 5
 STOP_LIMIT_S = 3.0
+END_S = 3.0
+"""How long the registry is waited for to take a failure in."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +54,8 @@ class GroupSettings:
 
     Attributes:
         model: its name.
+        slot: its place in the deployment; each life of it has an epoch of its own.
+        revision: of the model's settings.
         config: of the group, device decided.
         cpus_per_slice: Ray's logical CPUs of each slice.
         period_s: between two renewals of the group's entry in the registry.
@@ -54,14 +63,20 @@ class GroupSettings:
         drain_s: how long running streams may go on at the end.
         link_tls: of the link with gateways; None for one in the clear.
         tracing: where spans go; None makes none.
+        canary_s: between two tokens drawn while idle.
+        limits: how long a slice may be silent, and the group stuck.
     """
 
     model: str
+    slot: str
+    revision: int
     config: GroupConfig
     cpus_per_slice: float
     period_s: float
     start_timeout_s: float
     drain_s: float
+    canary_s: float
+    limits: HealthLimits
     link_tls: TlsSpec | None = None
     tracing: TracingSpec | None = None
 
@@ -72,59 +87,70 @@ class GroupSettings:
         lanes = f" dp{config.dp}" if config.dp > 1 else ""
         return f"tp{config.tp}{lanes} pp{config.pp}"
 
+    @property
+    def arithmetic(self) -> str:
+        """What the weights are held and computed in."""
+        return " ".join(filter(None, (self.config.dtype, self.config.quantization)))
+
 
 class Leader:
     """The Serve replica that leads one group; ready once a token came through every slice."""
 
     async def __init__(self, settings: GroupSettings) -> None:  # type: ignore[misc]  # Serve awaits it
         self._settings = settings
-        self._group_id = f"{settings.model}-{uuid.uuid4().hex[:8]}"
         self._registry = registry.connect()
+        self._loop = asyncio.get_running_loop()
+        self._epoch = 0
+        self._group_id = settings.slot
         self._failure: str | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._keepers: list[asyncio.Task[None]] = []
         self._slices: list[Any] = []
+        self._where: list[Whereabouts] = []
         self._executor: RemoteExecutor | None = None
         self._engine: Engine | None = None
         self._link: LinkServer | None = None
         self._tracing: Tracing | None = None
         self._link_token = secrets.token_hex(32)  # one for each life of a leader
-        self._first: asyncio.Future[SequenceOutput] = asyncio.get_running_loop().create_future()
+        self._canary: Canary | None = None
+        self._entry: registry.GroupEntry | None = None
         self._loaded = -1
+        self._serving = False
         self._closing = False
         try:
             async with asyncio.timeout(settings.start_timeout_s):
+                self._epoch = await self._registry.claim.remote(settings.slot)
+                self._group_id = f"{settings.slot}.{self._epoch}"
                 await self._start()
         except BaseException as error:
             text = str(error) or f"{type(error).__name__} in the group's start"
             if isinstance(error, TimeoutError):
                 text = f"no token within start_timeout_s={settings.start_timeout_s:g}"
-            await self._tell_failure(type(error).__name__, text)
+            await self._tell_failure(type(error).__name__, text, await self._first_cause())
             await self._close()
             # Serve tells this text, so it must be the cause itself; chains it would unroll
             raise GroupFailed(text) from None
+        self._serving = True
 
     async def check_health(self) -> None:
         """Called by Serve each period; raising has the replica replaced.
 
         Raises:
-            GroupFailed: a slice is lost or the engine failed; the text is the first cause.
+            GroupFailed: the group is lost; the text is the first cause.
         """
-        cause = self._failure
-        if cause is None and self._engine is not None and self._engine.failure is not None:
-            cause = str(self._engine.failure)
-        if cause is not None:
-            raise GroupFailed(cause)
+        if self._failure is not None:
+            raise GroupFailed(self._failure)
 
     async def __del__(self) -> None:
-        """Called by Serve once, when the replica is told to stop."""
-        self._closing = True
-        await self._registry.unregister.remote(self._group_id)
+        """Called by Serve once, when the replica is told to stop: drains."""
         await self._close()
+        with contextlib.suppress(ray.exceptions.RayError):
+            await self._registry.unregister.remote(self._group_id)
 
     async def _start(self) -> None:
         self._say("placing slices")
         begun_s = time.monotonic()
-        where = await self._place()
+        where = self._where = await self._place()
         # imported only now: the slices import torch meanwhile
         from arriero.router.card import ModelCard
         from arriero.shards.checkpoint.formats.describe import describe
@@ -135,8 +161,9 @@ class Leader:
         model, _ = describe(folder)
         config = resolve(_with_threads(self._settings.config, where), model)
         host = self._link_host(where)
-        executor = self._executor = RemoteExecutor(config, host)
-        executor.on_watch(lambda: self._failure, lambda: None)
+        executor = self._executor = RemoteExecutor(
+            config, host, limits=self._settings.limits, on_lost=self._on_lost
+        )
         for rank, (actor, at) in enumerate(zip(self._slices, where, strict=True)):
             run = actor.run.remote(rank, executor.ticket, at.address)
             self._tasks.append(asyncio.create_task(self._watch(rank, at, run)))
@@ -155,18 +182,36 @@ class Leader:
             bos_token_id=model.bos_token_id,
             eos_token_ids=limits.eos_token_ids,
             max_sequences=limits.max_sequences,
+            arithmetic=self._settings.arithmetic,
+            epoch=self._epoch,
         )
         address = await self._lead(limits, card)
-        entry = registry.GroupEntry(
+        self._entry = registry.GroupEntry(
             group_id=self._group_id,
             model=self._settings.model,
             address=address,
+            slot=self._settings.slot,
+            epoch=self._epoch,
+            revision=self._settings.revision,
+            digest=card.weights,
             layout=self._settings.layout,
+            node=node_address(),
+            node_id=ray.get_runtime_context().get_node_id(),
+            pid=os.getpid(),
             slice_pids=tuple(one.pid for one in where),
             link_token=self._link_token,
+            slice_nodes=tuple(one.address for one in where),
+            slice_node_ids=tuple(one.node_id for one in where),
         )
-        await self._renew(entry)
-        self._tasks.append(asyncio.create_task(self._keep_renewing(entry)))
+        if not await self._renew():
+            raise GroupFailed(f"{self._group_id} was replaced while it started")
+        places = {entry.node_id: entry.address for entry in where}
+        places[self._entry.node_id] = self._entry.node
+        self._keepers = [
+            asyncio.create_task(self._keep_renewing()),
+            asyncio.create_task(self._keep_drawing()),
+            *(asyncio.create_task(self._watch_node(*place)) for place in places.items()),
+        ]
 
     async def _place(self) -> list[Whereabouts]:
         """Start a slice in each bundle but the leader's; says where they are, by rank."""
@@ -196,32 +241,26 @@ class Leader:
 
     async def _lead(self, limits: EngineConfig, card: ModelCard) -> str:
         """Start the engine, draw a token, open the link; returns the link's address."""
+        from arriero.cluster.canary import Canary
         from arriero.router.link import LinkServer
         from arriero.router.tracing import Tracing
         from arriero.shards.engine.engine import Engine
-        from arriero.shards.engine.types import EngineRequest
-        from arriero.shards.sampling import SamplingParams
 
         assert self._executor is not None
-        loop = asyncio.get_running_loop()
 
         def on_outputs(outputs: Sequence[SequenceOutput]) -> None:
+            canary.take(outputs)
             if self._link is not None:
                 self._link.on_outputs(outputs)
-            elif outputs[-1].finish_reason is not None:
-                loop.call_soon_threadsafe(self._first.set_result, outputs[-1])
 
         def on_failure(error: Exception) -> None:
-            asyncio.run_coroutine_threadsafe(self._fail(str(error)), loop)
+            self._on_lost(str(error))
 
         engine = self._engine = Engine(limits, self._executor, on_outputs, on_failure=on_failure)
+        canary = self._canary = Canary(engine)
         engine.start()
         self._say("first token")
-        params = SamplingParams(max_tokens=1, temperature=0.0, seed=0, ignore_eos=True)
-        engine.submit(EngineRequest(request_id="first-token", prompt=(0,), params=params))
-        first = await self._first
-        if not first.tokens:
-            raise GroupFailed(f"the first token did not come: {first.error or first.finish_reason}")
+        await canary.draw()
         tls, traced = self._settings.link_tls, self._settings.tracing
         tracing = None if traced is None else traced.config()
         self._tracing = Tracing.from_config("arriero-leader", tracing)
@@ -238,38 +277,107 @@ class Leader:
     async def _watch(self, rank: int, at: Whereabouts, run: Any) -> None:  # noqa: ANN401
         """Wait for the end of a slice's run, which is a failure unless we are closing."""
         which = f"slice {rank} (pid {at.pid} on {at.address})"
+        kind = Kind.CRASH
         try:
             await run
-            cause = f"{which} stopped"
-        except ray.exceptions.RayTaskError as error:
-            cause = f"{which} failed: {error.cause}"
+            what = f"{which} stopped"
+        except ray.exceptions.RayTaskError as error:  # it has told so itself, and more
+            kind = Kind.BROKE if isinstance(error.cause, CollectiveFailed) else Kind.ERROR
+            what = f"{which} failed: {error.cause}"
         except ray.exceptions.RayError:
-            cause = f"{which} died"
-        if not self._closing:
-            await self._fail(cause)
+            what = f"{which} died"
+        if self._closing:
+            return
+        if kind is Kind.CRASH and await asyncio.to_thread(nodes.is_gone, at.node_id):
+            what = f"node {at.address} is gone (its raylet does not answer), and with it {which}"
+        assert self._executor is not None, "slices run for an executor"
+        self._executor.report(
+            Evidence(kind=kind, what=what, rank=rank, node=at.address, pid=at.pid)
+        )
 
-    async def _fail(self, cause: str) -> None:
-        if self._failure is None:
-            self._failure = cause
-            if not self._first.done():
-                self._first.set_exception(GroupFailed(cause))
-            await self._tell_failure(GroupFailed.__name__, cause)
+    async def _watch_node(self, node_id: str, address: str) -> None:
+        """Wait for the end of a node that this group is on."""
+        await nodes.until_gone(node_id)
+        assert self._executor is not None, "it is there before the nodes are watched"
+        what = f"node {address} is gone: its raylet does not answer"
+        self._executor.report(Evidence(kind=Kind.CRASH, what=what, node=address))
 
-    async def _tell_failure(self, kind: str, cause: str) -> None:
-        failure = registry.Failure(who=self._group_id, kind=kind, cause=cause)
+    def _on_lost(self, cause: str) -> None:
+        """The group is lost; called from any thread, and perhaps more than once."""
+        self._loop.call_soon_threadsafe(self._begin_end, cause)
+
+    def _begin_end(self, cause: str) -> None:
+        if self._failure is not None or self._closing:
+            return
+        self._failure = cause
+        if self._canary is not None:
+            self._canary.give_up(GroupFailed(cause))
+        if self._serving:
+            self._ending = asyncio.create_task(self._end(cause))
+
+    async def _end(self, cause: str) -> None:
+        """Tell the first cause, and end this process and the slices': no zombie answers."""
+        try:
+            record = await self._first_cause()
+            if record is not None:
+                cause = record.cause.what
+            await asyncio.wait_for(self._tell_failure(GroupFailed.__name__, cause, record), END_S)
+        finally:
+            places = [(one.node_id, one.pid) for one in self._where]
+            with contextlib.suppress(Exception):  # whatever it is, this process must end
+                await nodes.kill_all(places)
+            os._exit(1)
+
+    async def _first_cause(self) -> FirstCause | None:
+        """The record, with the last lines that the process itself wrote."""
+        if self._executor is None:
+            return None
+        record = await asyncio.to_thread(self._executor.verdict)
+        if record is None or record.cause.rank is None:  # not a slice's
+            return record
+        at = self._where[record.cause.rank]
+        written = await nodes.log_tail(at.node_id, at.pid, KEEP_LINES)
+        log = tuple(dict.fromkeys((*record.cause.log, *written)))[-KEEP_LINES:]
+        return replace(record, cause=replace(record.cause, log=log))
+
+    async def _tell_failure(self, kind: str, cause: str, record: FirstCause | None = None) -> None:
+        failure = Failure(
+            who=self._group_id,
+            kind=kind,
+            cause=cause,
+            slot=self._settings.slot,
+            record=None if record is None else record.to_wire(),
+        )
         await self._registry.fail.remote(failure)
 
-    async def _keep_renewing(self, entry: registry.GroupEntry) -> None:
-        while self._failure is None and not self._closing:
+    async def _keep_renewing(self) -> None:
+        while self._failure is None:
             await asyncio.sleep(self._settings.period_s)
             # a registry that is being restarted comes back; leases outlast a few periods
             with contextlib.suppress(ray.exceptions.RayError):
-                await self._renew(entry)
+                if not await self._renew():
+                    self._on_lost("it was replaced while it was silent")
 
-    async def _renew(self, entry: registry.GroupEntry) -> None:
-        assert self._engine is not None
-        entry = replace(entry, stats=asdict(self._engine.stats()))
-        await self._registry.register.remote(entry, LEASE_PERIODS * self._settings.period_s)
+    async def _renew(self) -> bool:
+        """Renew the entry; False when this group has been replaced."""
+        assert self._engine is not None and self._entry is not None
+        phase = "draining" if self._closing else "serving"
+        entry = replace(self._entry, stats=asdict(self._engine.stats()), phase=phase)
+        lease_s = LEASE_PERIODS * self._settings.period_s
+        return bool(await self._registry.register.remote(entry, lease_s))
+
+    async def _keep_drawing(self) -> None:
+        """Draw a token whenever nothing else went through the slices for a while."""
+        assert self._engine is not None and self._canary is not None
+        while self._failure is None and not self._closing:
+            steps = self._engine.stats().steps
+            await asyncio.sleep(self._settings.canary_s)
+            if self._engine.stats().steps == steps and not self._closing:
+                try:
+                    async with asyncio.timeout(self._settings.limits.step_s):
+                        await self._canary.draw()
+                except (ArrieroError, TimeoutError) as error:
+                    self._on_lost(f"the canary token did not come: {error or 'too late'}")
 
     def _say(self, text: str) -> None:
         self._registry.report.remote(self._group_id, text)
@@ -285,7 +393,11 @@ class Leader:
         self._closing = True
         drain_s = self._settings.drain_s if self._failure is None else 0.0
         if self._link is not None:
+            with contextlib.suppress(ray.exceptions.RayError):
+                await self._renew()  # gateways send no more from here on
             await self._link.stop(drain_s)
+        for keeper in self._keepers:
+            keeper.cancel()
         if self._engine is not None:
             await asyncio.to_thread(self._engine.stop)
         if self._executor is not None:

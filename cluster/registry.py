@@ -1,25 +1,34 @@
 """Which groups serve now, for the gateways to follow: one small named actor.
 
-Knows addresses, leases and words of progress; knows nothing of models, requests or placement.
-Nothing in it outlives a restart: leaders renew their entries every health period, so a registry
-that Ray restarts fills again within one.
+Leaders renew their entries every health period, so a registry that Ray restarts fills again within
+one; epochs and history it keeps in Ray's own store. A group that is silent, or whose leader is
+gone, is *fenced*: its id is refused from then on, gateways no longer hear it, and its processes are
+killed. Knows addresses, leases and events; knows nothing of models, requests or placement.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 
+from arriero.cluster import nodes, store
+from arriero.cluster.history import Event, Failure, History
+from arriero.shards.failure import Evidence, FirstCause, Kind
+
 NAME = "registry"
 NAMESPACE = "arriero"
 _POLL_S = 20.0
 _GATEWAY_LEASE_S = 3 * _POLL_S
-_KEEP_FAILURES = 16
+_KEEP_FENCED = 64
+_SUSPECT_S = 2.5
+"""A suspected group that has not renewed for so long is taken to hang."""
+_PROBE_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,11 +36,21 @@ class GroupEntry:
     """One serving group.
 
     Attributes:
-        group_id: unique among all groups that ever were.
+        group_id: unique among all groups that ever were: slot and epoch.
         model: its name.
         address: of the leader's link.
+        slot: its place in the deployment.
+        epoch: counts the lives of the slot.
+        revision: of the model's settings.
+        digest: of its weights and arithmetic.
         layout: words for people, such as "TP1 x PP2 bfloat16".
+        phase: "serving", or "draining" once it takes no more requests.
+        node: address of the leader's node.
+        node_id: Ray's name for it.
+        pid: of the leader.
         slice_pids: processes of its slices, by rank.
+        slice_nodes: addresses of their nodes, by rank.
+        slice_node_ids: Ray's names for these.
         stats: the engine's counters at the last renewal.
         link_token: what its leader asks gateways for.
     """
@@ -39,19 +58,20 @@ class GroupEntry:
     group_id: str
     model: str
     address: str
+    slot: str = ""
+    epoch: int = 0
+    revision: int = 0
+    digest: str = ""
     layout: str = ""
+    phase: str = "serving"
+    node: str = ""
+    node_id: str = ""
+    pid: int = 0
     slice_pids: tuple[int, ...] = ()
+    slice_nodes: tuple[str, ...] = ()
+    slice_node_ids: tuple[str, ...] = ()
     stats: dict[str, Any] = field(default_factory=dict)
     link_token: str = field(default="", repr=False)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Failure:
-    """Why a group or a gateway failed: its id, the error's class, and the cause in words."""
-
-    who: str
-    kind: str
-    cause: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,12 +79,14 @@ class Board:
     """A snapshot.
 
     Attributes:
-        version: counts changes of `groups`.
-        groups: those that serve.
+        version: changes with `groups` and `fenced`.
+        groups: those that serve or drain.
         gateways: gRPC address of each gateway, by its id.
         http: HTTP address of each gateway that has one, by its id.
+        gateway_pids: process of each gateway, by its id.
         progress: how far starts are, by group id.
         failures: the latest ones, newest last.
+        fenced: the latest groups that are not to be heard any more.
     """
 
     version: int
@@ -73,36 +95,76 @@ class Board:
     progress: dict[str, str]
     failures: tuple[Failure, ...]
     http: dict[str, str] = field(default_factory=dict)
+    gateway_pids: dict[str, int] = field(default_factory=dict)
+    fenced: tuple[str, ...] = ()
 
 
 class Registry:
     """The actor behind `connect()`; every method answers at once but `changed`."""
 
     def __init__(self) -> None:
-        self._version = 0
+        self._version = time.time_ns()  # no number of an earlier life comes again
         self._groups: dict[str, GroupEntry] = {}
         self._expiry_s: dict[str, float] = {}
+        self._renewed_s: dict[str, float] = {}
         self._gateways: dict[str, str] = {}
         self._http: dict[str, str] = {}
+        self._gateway_pids: dict[str, int] = {}
         self._gateway_expiry_s: dict[str, float] = {}
         self._progress: dict[str, str] = {}
-        self._failures: list[Failure] = []
+        self._epochs: dict[str, int] = store.get("epochs") or {}
+        self._fenced: list[str] = store.get("fenced") or []
+        self._history = History(store.get("history"))
         self._moved = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
 
-    async def register(self, entry: GroupEntry, lease_s: float) -> None:
-        """Add or renew a group; it is dropped when not renewed within `lease_s` seconds."""
+    async def claim(self, slot: str) -> int:
+        """A new epoch for a slot."""
+        epoch = self._epochs[slot] = self._epochs.get(slot, 0) + 1
+        store.put("epochs", self._epochs)
+        return epoch
+
+    async def register(self, entry: GroupEntry, lease_s: float) -> bool:
+        """Add or renew a group; it is dropped when not renewed within `lease_s` seconds.
+
+        A group that serves takes the place of an older one in its slot, which is fenced unless it
+        drains.
+
+        Returns:
+            False when it is fenced: it must end.
+        """
+        if entry.group_id in self._fenced:
+            return False
         known = self._groups.get(entry.group_id)
+        serving = [
+            one
+            for one in self._groups.values()
+            if one.slot == entry.slot and one.phase == "serving"
+        ]
+        if entry.phase == "serving" and any(one.epoch > entry.epoch for one in serving):
+            return False
+        for older in [one for one in serving if one.epoch < entry.epoch]:
+            self._fence(older)
         self._groups[entry.group_id] = entry
-        self._expiry_s[entry.group_id] = time.monotonic() + lease_s
+        now_s = time.monotonic()
+        self._expiry_s[entry.group_id] = now_s + lease_s
+        self._renewed_s[entry.group_id] = now_s
         self._progress.pop(entry.group_id, None)
-        if known is None or known.address != entry.address:
+        self._epochs[entry.slot] = max(entry.epoch, self._epochs.get(entry.slot, 0))
+        if known is None:
+            self._history.serving(time.time(), entry.slot, entry.group_id)
+            self._keep()
+        if known is None or (known.address, known.phase) != (entry.address, entry.phase):
+            if entry.phase == "draining":
+                await self.note("draining", entry.group_id, "takes no more requests")
             self._bump()
+        return True
 
     async def unregister(self, group_id: str) -> None:
-        """Forget a group; safe when it is not there."""
-        self._expiry_s.pop(group_id, None)
+        """A group has ended well; safe when it is not there."""
         self._progress.pop(group_id, None)
-        if self._groups.pop(group_id, None) is not None:
+        if self._forget(group_id) is not None:
+            await self.note("gone", group_id, "ended")
             self._bump()
 
     async def report(self, group_id: str, text: str) -> None:
@@ -110,19 +172,52 @@ class Registry:
         self._progress[group_id] = text
 
     async def fail(self, failure: Failure) -> None:
-        """Say why a group or a gateway failed, and forget it."""
-        self._failures = [*self._failures, failure][-_KEEP_FAILURES:]
+        """Say why a group or a gateway failed, and forget it; the first word of it counts."""
+        failure = replace(failure, at=failure.at or time.time())
+        self._history.failed(failure)
+        self._keep()
         self._forget_gateway(failure.who)
-        await self.unregister(failure.who)
+        self._progress.pop(failure.who, None)
+        if (entry := self._groups.get(failure.who)) is not None:
+            self._fence(entry)
 
-    async def gateway(self, gateway_id: str, address: str | None, http: str | None = None) -> None:
+    async def suspect(self, group_id: str, cause: str) -> None:
+        """A gateway has lost its link to a group: see whether its leader is there."""
+        entry = self._groups.get(group_id)
+        if entry is None or entry.phase != "serving":
+            return
+        if not await nodes.answers(entry.address, _PROBE_S):
+            await self._lost(entry, Kind.CRASH, "its leader is gone", cause)
+        elif (silent_s := time.monotonic() - self._renewed_s[group_id]) > _SUSPECT_S:
+            words = f"its leader has been silent for {silent_s:.1f} s: stopped, or cut off"
+            await self._lost(entry, Kind.SILENT, words, cause, after_s=silent_s)
+
+    async def gateway(
+        self, gateway_id: str, address: str | None, http: str | None = None, pid: int = 0
+    ) -> None:
         """Say where a gateway listens, now and then, or with None that it no longer does."""
         self._forget_gateway(gateway_id)
         self._gateway_expiry_s[gateway_id] = time.monotonic() + _GATEWAY_LEASE_S
         if address is not None:
+            for other in [one for one, at in self._gateways.items() if at == address]:
+                self._forget_gateway(other)  # it listened there before it was replaced
             self._gateways[gateway_id] = address
+            self._gateway_pids[gateway_id] = pid
             if http is not None:
                 self._http[gateway_id] = http
+
+    async def note(self, kind: str, who: str, text: str) -> None:
+        """Keep an event."""
+        self._history.note(time.time(), kind, who, text)
+        self._keep()
+
+    async def events(self) -> tuple[Event, ...]:
+        """The latest events, oldest first."""
+        return self._history.events
+
+    async def why(self, name: str) -> Failure | None:
+        """The latest failure of a group, slot or model; "" for the latest of all."""
+        return self._history.why(name)
 
     async def changed(self, version: int) -> Board:
         """The board as soon as its version is not `version`, or after 20 s as it is."""
@@ -144,18 +239,63 @@ class Registry:
             groups=tuple(self._groups.values()),
             gateways=dict(self._gateways),
             progress=dict(self._progress),
-            failures=tuple(self._failures),
+            failures=self._history.failures,
             http=dict(self._http),
+            gateway_pids=dict(self._gateway_pids),
+            fenced=tuple(self._fenced),
         )
+
+    async def _lost(
+        self, entry: GroupEntry, kind: Kind, words: str, seen: str, after_s: float = 0.0
+    ) -> None:
+        """Record a group whose leader cannot speak for itself, and fence it."""
+        if entry.group_id not in self._groups:
+            return  # somebody else was first
+        if kind is Kind.CRASH and await asyncio.to_thread(nodes.is_gone, entry.node_id):
+            words = f"node {entry.node} is gone: its raylet does not answer"
+        what = f"{words} (pid {entry.pid} on {entry.node})"
+        cause = Evidence(
+            kind=kind, what=what, node=entry.node, pid=entry.pid, phase="leader", after_s=after_s
+        )
+        record = FirstCause(cause=cause, folded=(f"a gateway: {seen}",) if seen else ())
+        await self.fail(
+            Failure(
+                who=entry.group_id,
+                kind="GroupFailed",
+                cause=what,
+                slot=entry.slot,
+                record=record.to_wire(),
+            )
+        )
+
+    def _fence(self, entry: GroupEntry) -> None:
+        """Refuse a group from now on, and see that its processes end."""
+        self._forget(entry.group_id)
+        self._fenced = [*self._fenced, entry.group_id][-_KEEP_FENCED:]
+        store.put("fenced", self._fenced)
+        self._bump()
+        places = [(entry.node_id, entry.pid)]
+        places += zip(entry.slice_node_ids, entry.slice_pids, strict=True)
+        self._in_background(nodes.kill_all(places))
+
+    def _in_background(self, work: Any) -> None:  # noqa: ANN401
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _forget(self, group_id: str) -> GroupEntry | None:
+        self._expiry_s.pop(group_id, None)
+        self._renewed_s.pop(group_id, None)
+        return self._groups.pop(group_id, None)
 
     def _expire(self) -> None:
         now_s = time.monotonic()
-        late = [group for group, expiry_s in self._expiry_s.items() if expiry_s <= now_s]
-        for group_id in late:
+        for group_id in [one for one, at_s in self._expiry_s.items() if at_s <= now_s]:
+            silent_s = now_s - self._renewed_s[group_id]
             del self._expiry_s[group_id]
-            del self._groups[group_id]
-        if late:
-            self._bump()
+            words = f"its leader has not been heard for {silent_s:.1f} s"
+            entry = self._groups[group_id]
+            self._in_background(self._lost(entry, Kind.SILENT, words, "", after_s=silent_s))
         for gateway_id in [one for one, at_s in self._gateway_expiry_s.items() if at_s <= now_s]:
             del self._gateway_expiry_s[gateway_id]
             self._forget_gateway(gateway_id)
@@ -163,6 +303,11 @@ class Registry:
     def _forget_gateway(self, gateway_id: str) -> None:
         self._gateways.pop(gateway_id, None)
         self._http.pop(gateway_id, None)
+        self._gateway_pids.pop(gateway_id, None)
+
+    def _keep(self) -> None:
+        with contextlib.suppress(RuntimeError):  # Ray's store is away while its head restarts
+            store.put("history", self._history.to_wire())
 
     def _bump(self) -> None:
         self._version += 1
@@ -179,7 +324,9 @@ def connect() -> ActorHandle[Registry]:
             lifetime="detached",
             get_if_exists=True,
             num_cpus=0,
+            scheduling_strategy=nodes.on_head(),
             max_restarts=-1,
+            max_task_retries=3,
             max_concurrency=1000,
         )
         .remote()

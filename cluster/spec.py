@@ -346,6 +346,7 @@ class GatewaySpec(_Part):
         tenants: those whose keys have limits.
         queue: what may wait.
         request_log: a line for each request; null writes none.
+        lost_s: how long a stream whose group was lost waits for one that goes on with it.
     """
 
     host: str = "127.0.0.1"
@@ -371,6 +372,8 @@ class GatewaySpec(_Part):
                 f"all callers together as the one tenant `{ANYONE}`"
             )
         return self
+
+    lost_s: Seconds = 120
 
     @property
     def http_port(self) -> int:
@@ -411,13 +414,34 @@ class HealthSpec(_Part):
         period_s: time between two checks of a group or gateway.
         timeout_s: a check that takes longer has failed.
         start_timeout_s: a group that has not given a token by then has failed to start.
-        drain_s: how long a group's running streams may go on when it is told to stop.
+        drain_s: how long a group's running streams may go on when it is told to stop; what still
+            runs then moves to another group.
+        silence_s: a slice that sends no pulse for so long is lost; it sends two a second.
+        hang_s: a step in which every slice waits and nothing moves for so long is lost.
+        step_s: the longest a step may compute.
+        canary_s: an idle group draws a token so often, to see that it still can.
     """
 
     period_s: Seconds = 1
     timeout_s: Seconds = 5
+    silence_s: Seconds = 3
+    hang_s: Seconds = 4
+    step_s: Seconds = 600
+    canary_s: Seconds = 5
     start_timeout_s: Seconds = 600
     drain_s: Seconds = 10
+
+
+class AdminSpec(_Part):
+    """Where `arriero.v1.Admin` listens, for those who hold the deployment's admin token.
+
+    Attributes:
+        host: address it listens on, on the node where the operator runs.
+        port: 0 takes any free one.
+    """
+
+    host: str = "127.0.0.1"
+    port: Port = 0
 
 
 class RaySpec(_Part):
@@ -462,6 +486,7 @@ class Spec(_Part):
     link_tls: TlsSpec | None = None
     tracing: TracingSpec | None = None
     health: HealthSpec = HealthSpec()
+    admin: AdminSpec = AdminSpec()
     ray: RaySpec = RaySpec()
 
     @model_validator(mode="after")
@@ -502,7 +527,7 @@ def load(path: Path | None, flags: Mapping[str, Any]) -> Spec:
     try:
         spec = Spec.model_validate(data)
     except ValidationError as error:
-        raise SpecError(_explain(error, source, lines)) from None
+        raise SpecError(explain(error, source, lines)) from None
     base = path.parent if path is not None else Path.cwd()
     models = tuple(
         m.model_copy(update={"path": _model_folder(m, base, source)}) for m in spec.models
@@ -625,9 +650,14 @@ def _with_flags(data: dict[str, Any], flags: Mapping[str, Any]) -> dict[str, Any
     return data
 
 
-def _explain(
-    error: ValidationError, source: str, lines: Mapping[tuple[int | str, ...], int]
-) -> str:
+def explain(error: ValidationError, source: str, lines: Mapping[tuple[int | str, ...], int]) -> str:
+    """What is wrong with a spec: file, line, field, reason.
+
+    Args:
+        error: pydantic's.
+        source: what the spec was read from.
+        lines: line of each field, by its path, as far as known.
+    """
     parts = []
     for one in error.errors(include_url=False):
         loc = tuple(one["loc"])

@@ -35,6 +35,8 @@ class Deployment:
     local_session: int | None = None
     local_folder: str | None = None
     http: str = ""
+    admin: str = ""
+    admin_token: str = ""
 
 
 def state_folder(given: Path | None) -> Path:

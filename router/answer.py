@@ -60,6 +60,18 @@ class Answer:
         """Whether every sample has ended."""
         return all(sample.finished for sample in self._samples)
 
+    @property
+    def ended(self) -> list[int]:
+        """Samples that have ended."""
+        return [index for index, sample in enumerate(self._samples) if sample.finished]
+
+    def replay(self, index: int, tokens: Sequence[int], *, finished: bool) -> None:
+        """Take in tokens whose messages the client has; before the first `add`."""
+        sample = self._samples[index]
+        if tokens:
+            sample.add(SequenceOutput(request_id="", index=index, tokens=tuple(tokens)))
+        sample.finished |= finished
+
     def add(self, outputs: Sequence[SequenceOutput]) -> pb.GenerateResponse | None:
         """The message for what arrived together, or None when there is nothing to say.
 

@@ -5,6 +5,7 @@ Knows plain JSON files beside a checkpoint; knows nothing of weights.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Mapping
@@ -37,6 +38,8 @@ class ModelCard:
         generation_defaults: sampling fields of the checkpoint's generation_config.json.
         created: seconds since 1970.
         max_sequences: most sequences that the group computes at once.
+        arithmetic: what the weights are held and computed in, such as "bfloat16 int8".
+        epoch: of the group: a later life of the same place has a larger one.
     """
 
     model: str
@@ -54,6 +57,21 @@ class ModelCard:
     generation_defaults: Mapping[str, float] = field(default_factory=dict)
     created: int = 0
     max_sequences: int = 256
+    arithmetic: str = ""
+    epoch: int = 0
+
+    @property
+    def weights(self) -> str:
+        """Digest and arithmetic: where they are equal, one group may go on for another."""
+        return f"{self.digest} {self.arithmetic}"
+
+    @property
+    def text_key(self) -> str:
+        """Digest of what makes the model's text side; groups of an equal one share it."""
+        digest = hashlib.sha256(self.tokenizer_json)
+        for part in (self.chat_template or "", self.bos_token, self.eos_token):
+            digest.update(hashlib.sha256(part.encode()).digest())
+        return digest.hexdigest()
 
     def to_wire(self) -> dict[str, Any]:
         """As msgpack can carry it."""
@@ -78,6 +96,8 @@ class ModelCard:
         bos_token_id: int | None,
         eos_token_ids: tuple[int, ...],
         max_sequences: int,
+        arithmetic: str = "",
+        epoch: int = 0,
     ) -> ModelCard:
         """Read tokenizer, template and defaults from a checkpoint's folder; the rest is given.
 
@@ -112,6 +132,8 @@ class ModelCard:
             generation_defaults=defaults,
             created=int(time.time()),
             max_sequences=max_sequences,
+            arithmetic=arithmetic,
+            epoch=epoch,
         )
 
 

@@ -7,6 +7,8 @@ come back as the exceptions that the gateway raised (`InvalidRequest`, `NotFound
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -15,6 +17,7 @@ import grpc.aio
 
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.proto.arriero.v1.inference_pb2_grpc import InferenceStub
+from arriero.router.received import Received
 from arriero.shards.errors import (
     ArrieroError,
     InvalidRequest,
@@ -33,6 +36,7 @@ Messages = Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[int]
 
 _CHANNEL_OPTIONS = [("grpc.max_receive_message_length", -1)]
+_PAUSE_S = 0.1
 
 
 def generate_request(
@@ -78,51 +82,82 @@ class AsyncClient:
     """A client for asyncio.
 
     Args:
-        address: host and port of a gateway.
+        address: host and port of a gateway, or several gateways.
         credentials: of TLS; None speaks in the clear.
         api_key: shown with each call, where the gateway asks for keys.
         timeout_s: deadline of each call; None for none.
+        resume_s: how long a stream that broke off is tried to be taken up again, at each gateway
+            in turn; 0 leaves that to the caller. Needs token ids, which are sent by default.
     """
 
     def __init__(
         self,
-        address: str,
+        address: str | Sequence[str],
         *,
         credentials: grpc.ChannelCredentials | None = None,
         timeout_s: float | None = None,
         api_key: str | None = None,
+        resume_s: float = 0.0,
     ) -> None:
         self._metadata = _metadata(api_key)
-        if credentials is None:
-            self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
-        else:
-            self._channel = grpc.aio.secure_channel(address, credentials, options=_CHANNEL_OPTIONS)
+        self._addresses = [address] if isinstance(address, str) else list(address)
+        self._credentials = credentials
+        self._channel = self._open(self._addresses[0])
         self._stub: InferenceAsyncStub = InferenceStub(self._channel)
         self._timeout_s = timeout_s
+        self._resume_s = resume_s
 
     async def generate(self, prompt: Prompt, **fields: Any) -> AsyncIterator[pb.GenerateResponse]:  # noqa: ANN401
         """Continue `prompt`; see `generate_request`. Leaving the iterator cancels the call."""
-        request = generate_request(prompt, **fields)
-        call = self._stub.Generate(request, timeout=self._timeout_s, metadata=self._metadata)
-        try:
-            async for response in call:
-                yield response
-        except grpc.aio.AioRpcError as error:
-            raise _translated(error) from None
-        finally:
-            call.cancel()
+        async for response in self._stream("Generate", generate_request(prompt, **fields)):
+            yield response
 
     async def chat(self, messages: Messages, **fields: Any) -> AsyncIterator[pb.GenerateResponse]:  # noqa: ANN401
         """Answer `messages`; see `chat_request`. Leaving the iterator cancels the call."""
-        request = chat_request(messages, **fields)
-        call = self._stub.Chat(request, timeout=self._timeout_s, metadata=self._metadata)
+        async for response in self._stream("Chat", chat_request(messages, **fields)):
+            yield response
+
+    async def _stream(
+        self, method: str, request: pb.GenerateRequest | pb.ChatRequest
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        """A call, and where it breaks off, others that go on with it."""
+        received = Received()
+        address, channel = self._addresses[0], self._channel
+        deadline_s: float | None = None
         try:
-            async for response in call:
-                yield response
-        except grpc.aio.AioRpcError as error:
-            raise _translated(error) from None
+            while True:
+                call = getattr(InferenceStub(channel), method)(
+                    request, timeout=self._timeout_s, metadata=self._metadata
+                )
+                try:
+                    async for response in call:
+                        deadline_s = None
+                        yield received.take(response)
+                    return
+                except grpc.aio.AioRpcError as error:
+                    now_s = time.monotonic()
+                    deadline_s = deadline_s or now_s + self._resume_s
+                    if received.finished:
+                        return  # all but the end of the call came
+                    if now_s >= deadline_s or not _broke_off(error):
+                        raise _translated(error) from None
+                finally:
+                    call.cancel()
+                received.fill(request)
+                await asyncio.sleep(_PAUSE_S)
+                at = (self._addresses.index(address) + 1) % len(self._addresses)
+                if channel is not self._channel:
+                    await channel.close(None)
+                address = self._addresses[at]
+                channel = self._open(address)
         finally:
-            call.cancel()
+            if channel is not self._channel:
+                await channel.close(None)
+
+    def _open(self, address: str) -> grpc.aio.Channel:
+        if self._credentials is None:
+            return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        return grpc.aio.secure_channel(address, self._credentials, options=_CHANNEL_OPTIONS)
 
     async def tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
         """Token ids of a text or a conversation."""
@@ -224,6 +259,11 @@ class Client:
 
 def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
     return () if api_key is None else (("authorization", f"Bearer {api_key}"),)
+
+
+def _broke_off(error: grpc.aio.AioRpcError) -> bool:
+    """Whether a call ended for a reason that lies with the gateway or the way to it."""
+    return error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
 def _stream(call: Any) -> Iterator[pb.GenerateResponse]:  # noqa: ANN401

@@ -30,9 +30,13 @@ class TextModel:
 
     Raises:
         CheckpointError: tokenizer or template cannot be read.
+
+    Attributes:
+        key: the card's `text_key`.
     """
 
     def __init__(self, card: ModelCard) -> None:
+        self.key = card.text_key
         self.tokenizer = Tokenizer(card.tokenizer_json)
         self.template = ChatTemplate(card.chat_template) if card.chat_template else None
         self._tokens = {"bos_token": card.bos_token, "eos_token": card.eos_token}

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Container, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,7 +29,7 @@ from arriero.router.choose import room
 from arriero.router.groups import GroupAddress, LinkedGroups
 from arriero.router.http.app import create_app
 from arriero.router.http.server import HttpServer
-from arriero.router.inference import Inference, Stream
+from arriero.router.inference import LOST_S, Inference, Stream
 from arriero.router.metrics import Metrics
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.request_log import RequestLog, RequestLogConfig
@@ -81,6 +81,7 @@ class GatewayConfig:
         request_log: where each request's line goes; None writes none.
         models: ids of the deployment's models. One of them without a group is unavailable; any
             other is not found.
+        lost_s: how long a request whose group was lost waits for another.
     """
 
     address: str = "127.0.0.1:0"
@@ -96,6 +97,7 @@ class GatewayConfig:
     tracing: TracingConfig | None = None
     request_log: RequestLogConfig | None = None
     models: tuple[str, ...] = ()
+    lost_s: float = LOST_S
 
 
 class Gateway:
@@ -103,6 +105,7 @@ class Gateway:
 
     Args:
         config: its settings.
+        on_lost: called on the event loop when a group is lost: its id, and the cause.
         tracing: makes its spans; None leaves that to `config`.
 
     Raises:
@@ -110,10 +113,16 @@ class Gateway:
         OSError: the log cannot be written.
     """
 
-    def __init__(self, config: GatewayConfig, *, tracing: Tracing | None = None) -> None:
+    def __init__(
+        self,
+        config: GatewayConfig,
+        on_lost: Callable[[str, str], None] = lambda group_id, cause: None,
+        *,
+        tracing: Tracing | None = None,
+    ) -> None:
         self._config = config
         link_tls = None if config.link_tls is None else config.link_tls.client("link_tls")
-        self._groups = LinkedGroups(self._groups_changed, config.models, link_tls)
+        self._groups = LinkedGroups(self._groups_changed, config.models, link_tls, on_lost=on_lost)
         self._credentials = None if config.tls is None else config.tls.server("tls")
         door = self._door = Door(
             config.limits,
@@ -125,7 +134,7 @@ class Gateway:
         self._tracing = tracing or Tracing.from_config("arriero-gateway", config.tracing)
         self._log = None if config.request_log is None else RequestLog(config.request_log)
         sight = Sight(metrics, self._tracing, self._log)
-        self.inference = Inference(self._groups, sight, door)
+        self.inference = Inference(self._groups, sight, door, lost_s=config.lost_s)
         self._server: grpc.aio.Server | None = None
         self._http: HttpServer | None = None
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # not in the stubs
@@ -196,6 +205,7 @@ class Gateway:
             *([] if self._server is None else [self._server.stop(grace_s)]),
             *([] if self._http is None else [self._http.stop(grace_s)]),
         )
+        await self.inference.close()
         await self._groups.close()
         self._door.stop()
         if self._tracing is not None:
@@ -210,9 +220,11 @@ class Gateway:
         """Whether some group can be asked now."""
         return bool(self._groups.groups())
 
-    async def set_groups(self, groups: Iterable[GroupAddress]) -> None:
-        """Serve these groups and no others, from now on; calls on those that stay go on."""
-        await self._groups.set_groups(groups)
+    async def set_groups(
+        self, groups: Iterable[GroupAddress], *, fenced: Container[str] | None = None
+    ) -> None:
+        """Serve these groups from now on; see `LinkedGroups.set_groups`."""
+        await self._groups.set_groups(groups, fenced=fenced)
 
     def _room(self, model: str) -> int:
         views = (view for view in self._groups.groups() if view.model == model)
@@ -234,7 +246,7 @@ class Gateway:
 
     # Requests are taken as bytes and parsed here, so that malformed ones get an answer in words.
     def _handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
-        streams = {"Generate": self._generate, "Chat": self._chat}
+        streams = {"Generate": self._generate, "Chat": self._chat, "Resume": self._resume}
         unaries = {
             "Tokenize": self._tokenize,
             "Detokenize": self._detokenize,
@@ -259,6 +271,11 @@ class Gateway:
         request = parse(pb.ChatRequest, raw)
         await call.name(request.request_id)
         await call.write(await self.inference.chat(request, call.caller()))
+
+    async def _resume(self, call: _Call, raw: bytes) -> None:
+        request = parse(pb.ResumeRequest, raw)
+        await call.name(request.request_id)
+        await call.write(self.inference.resume(request, call.caller()))
 
     async def _tokenize(self, raw: bytes) -> Message:
         return await self.inference.tokenize(parse(pb.TokenizeRequest, raw))

@@ -7,16 +7,14 @@ its tokenizer is built. Knows links and cards; knows nothing of how a request lo
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Container, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
 import grpc
 
 from arriero.router.backend import GroupView
-from arriero.router.card import ModelCard
 from arriero.router.conversation import TextModel
 from arriero.router.link_client import LinkClient
 from arriero.shards.engine.types import EngineRequest, SequenceOutput
@@ -49,6 +47,7 @@ class LinkedGroups:
         on_change: called on the event loop when a group becomes connected or stops being so.
         models: ids of models that are known to be deployed, whether or not a group of theirs is.
         credentials: of TLS links; None for links in the clear.
+        on_lost: called on the event loop when the link to a group is lost: its id, and the cause.
     """
 
     def __init__(
@@ -56,21 +55,34 @@ class LinkedGroups:
         on_change: Callable[[], None],
         models: Iterable[str] = (),
         credentials: grpc.ChannelCredentials | None = None,
+        *,
+        on_lost: Callable[[str, str], None] = lambda group_id, cause: None,
     ) -> None:
         self._on_change = on_change
         self._credentials = credentials
+        self._on_lost = on_lost
         self._models = frozenset(models)
         self._groups: dict[str, _Group] = {}
         self._texts: dict[str, asyncio.Task[TextModel]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def set_groups(self, addresses: Iterable[GroupAddress]) -> None:
-        """Link to these groups and no others; those that stay keep their streams."""
+    async def set_groups(
+        self, addresses: Iterable[GroupAddress], *, fenced: Container[str] | None = None
+    ) -> None:
+        """Link to these groups; those that stay keep their streams.
+
+        Args:
+            addresses: the groups.
+            fenced: groups that are not to be heard any more. None drops all that are not in
+                `addresses`; else one that is in neither stays while its link is up, since whoever
+                keeps the list may have forgotten it in a restart.
+        """
         wanted = {address.group_id: address for address in addresses}
         gone = [
             group_id
             for group_id, group in self._groups.items()
             if wanted.get(group_id) != group.address
+            and (group_id in wanted or fenced is None or group_id in fenced or not group.link.up)
         ]
         closing = [self._groups.pop(group_id) for group_id in gone]
         for group_id, address in wanted.items():
@@ -81,6 +93,7 @@ class LinkedGroups:
                     partial(self._changed, group),
                     token=address.token,
                     credentials=self._credentials,
+                    group_id=group_id,
                 )
                 self._groups[group_id] = group
                 group.link.start()
@@ -171,6 +184,14 @@ class LinkedGroups:
             [view for view in views if self._groups[view.group_id].text_key == key],
         )
 
+    def sharing(self, model: str, text: TextModel) -> list[GroupView]:
+        """The connected groups of a model that speak `text`, which `find` gave before."""
+        return [
+            view
+            for view in self.groups()
+            if view.model == model and self._groups[view.group_id].text_key == text.key
+        ]
+
     def _changed(self, group: _Group) -> None:
         if group.link.connected:
             task = asyncio.create_task(self._prepare(group))
@@ -179,11 +200,13 @@ class LinkedGroups:
         else:
             group.prepared = False
             self._on_change()
+            if not group.link.up and group.address.group_id in self._groups:
+                self._on_lost(group.address.group_id, group.link.cause)
 
     async def _prepare(self, group: _Group) -> None:
         """Build the tokenizer off the loop (a second for 200,000 tokens), once a tokenizer."""
         card = group.link.card
-        key = group.text_key = _text_key(card)
+        key = group.text_key = card.text_key
         if key not in self._texts:
             self._texts[key] = asyncio.create_task(asyncio.to_thread(TextModel, card))
         try:
@@ -214,10 +237,3 @@ class _Group:
     @property
     def cause(self) -> str:
         return self.fault or self.link.cause
-
-
-def _text_key(card: ModelCard) -> str:
-    digest = hashlib.sha256(card.tokenizer_json)
-    for part in (card.chat_template or "", card.bos_token, card.eos_token):
-        digest.update(hashlib.sha256(part.encode()).digest())
-    return digest.hexdigest()

@@ -7,19 +7,20 @@ knows nothing of connections, statuses or JSON.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import cast
 
+from arriero.router import relay
 from arriero.router.answer import Answer
 from arriero.router.backend import GroupView
 from arriero.router.card import ModelCard
-from arriero.router.choose import order
 from arriero.router.conversation import TextModel
+from arriero.router.course import Course
 from arriero.router.groups import LinkedGroups
+from arriero.router.kept import KeptStreams
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.requests import (
     OutputOptions,
@@ -27,21 +28,21 @@ from arriero.router.requests import (
     check_room,
     check_tokens,
     defaults_to_wire,
-    engine_request,
     read_messages,
     read_offer,
     read_options,
+    read_resumed,
     read_sampling,
     read_tools,
 )
 from arriero.router.sight import Sight
 from arriero.router.tenants.admission import Ticket
 from arriero.router.tenants.door import Caller, Door
-from arriero.shards.engine.types import SequenceOutput
-from arriero.shards.errors import InvalidRequest, Overloaded, Unavailable
+from arriero.shards.engine.types import EngineRequest, SequenceOutput
+from arriero.shards.errors import InvalidRequest
 from arriero.shards.sampling import SamplingParams
 
-log = logging.getLogger(__name__)
+LOST_S = 120.0
 
 Stream = AsyncGenerator[pb.GenerateResponse]
 Steps = AsyncGenerator[list[SequenceOutput]]
@@ -59,6 +60,8 @@ class _Job:
     options: OutputOptions
     priority: int
     offer: ToolOffer | None = None
+    weights: str = ""
+    received: Mapping[int, tuple[list[int], bool]] = field(default_factory=dict)
 
 
 class Inference:
@@ -68,13 +71,18 @@ class Inference:
         groups: the groups that compute.
         sight: told of each request.
         door: says whose turn it is.
+        lost_s: how long a request whose group was lost waits for another.
     """
 
-    def __init__(self, groups: LinkedGroups, sight: Sight, door: Door) -> None:
+    def __init__(
+        self, groups: LinkedGroups, sight: Sight, door: Door, *, lost_s: float = LOST_S
+    ) -> None:
         self.groups = groups
         self.sight = sight
         self.metrics = sight.metrics
         self.door = door
+        self._lost_s = lost_s
+        self._kept = KeptStreams()
 
     async def generate(self, request: pb.GenerateRequest, caller: Caller) -> Stream:
         """Check a request to continue a prompt; iterating the stream runs it.
@@ -90,8 +98,11 @@ class Inference:
                 prompt = await _encode(text, request)
             else:
                 prompt = list(request.token_ids.ids)
+            weights, received = _resumed(request, params, views[0].card)
             job = _Job(
                 caller=caller,
+                weights=weights,
+                received=received,
                 text=text,
                 views=views,
                 prompt=prompt,
@@ -99,7 +110,7 @@ class Inference:
                 options=options,
                 priority=request.options.priority,
             )
-            return self._run(job, self._start(job))
+            return self._begin(job)
 
     async def chat(self, request: pb.ChatRequest, caller: Caller) -> Stream:
         """Check a conversation; iterating the stream answers it. Raises as `generate`."""
@@ -112,8 +123,11 @@ class Inference:
                 raise InvalidRequest(
                     "include_text", "`tools` need text; leave `include_text` on or `tools` out"
                 )
+            weights, received = _resumed(request, params, views[0].card)
             job = _Job(
                 caller=caller,
+                weights=weights,
+                received=received,
                 text=text,
                 views=views,
                 prompt=await _layout(text, request, offer),
@@ -122,7 +136,7 @@ class Inference:
                 priority=request.options.priority,
                 offer=offer,
             )
-            return self._run(job, self._start(job))
+            return self._begin(job)
 
     async def tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
         """Token ids as `generate` and `chat` would see them."""
@@ -168,8 +182,35 @@ class Inference:
             start.prompt_token_ids.extend(job.prompt)
         return start
 
+    def resume(self, request: pb.ResumeRequest, caller: Caller) -> Stream:
+        """The messages of a kept call from an offset on.
+
+        Raises:
+            NotFound: no such call is kept.
+        """
+        return self._kept.attach((caller.tenant.name, request.request_id), request.received)
+
+    def _begin(self, job: _Job) -> Stream:
+        stream = self._run(job, self._start(job))
+        if not job.options.resumable_s:
+            return stream
+        return self._kept.keep(
+            (job.caller.tenant.name, job.caller.request_id), stream, job.options.resumable_s
+        )
+
+    async def close(self) -> None:
+        """Drop what is kept."""
+        await self._kept.close()
+
+    @contextmanager
+    def _moves_counted(self, model: str, course: Course) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self.metrics.moved(model, course.moves)
+
     async def _run(self, job: _Job, start: pb.Start) -> Stream:
-        """Wait for the request's turn, then run it."""
+        """Wait for the request's turn, then run it to its end, in whichever groups that takes."""
         caller, params = job.caller, job.params
         answer = Answer(start, len(job.prompt), params.n, job.options, job.text, job.offer)
         most = params.max_tokens or _widest(job).card.max_model_len - len(job.prompt)
@@ -185,60 +226,51 @@ class Inference:
             caller, start.model, len(job.prompt), partial(_prompt_text, job)
         )
         with seen_as as seen:
-            watch = seen.watch
             async with self.door.place(start.model, ticket) as place:
                 seen.turn()
-                computed = self._compute(job, answer, start.model, seen.traceparent)
-                async with aclosing(computed) as steps:
+                course = self._course(job, answer, seen.traceparent)
+                async with aclosing(self._steps(job, course, start.model)) as steps:
                     async for outputs in steps:
-                        place.used(*watch.step(outputs))
+                        place.used(*seen.watch.step(outputs))
+                        start.weights = course.digest or ""
                         message = answer.add(outputs)
                         if message is not None:
                             if answer.finished:
-                                watch.finish(message.usage)
+                                seen.watch.finish(message.usage)
                                 place.leave()
                             yield message
                         if answer.finished:
                             return
+                        for index in answer.ended:
+                            course.end(index)
 
-    async def _compute(self, job: _Job, answer: Answer, model: str, trace: str) -> Steps:
-        """What the best group gives, or the next one while there is no output.
+    def _course(self, job: _Job, answer: Answer, trace: str) -> Course:
+        """The request's course, with what the caller has of it already."""
+        request = EngineRequest(
+            request_id=job.caller.request_id,
+            prompt=tuple(job.prompt),
+            params=job.params,
+            # Among tenants, nobody goes first for having said so.
+            priority=job.priority if self.door.open else job.caller.tenant.priority,
+            trace=trace,
+        )
+        course = Course(request)
+        course.digest = job.weights or None
+        for index, (tokens, ended) in job.received.items():
+            course.given(index, tokens, finished=ended)
+            answer.replay(index, tokens, finished=ended)
+        return course
 
-        The groups are those of this moment: there may be others than when the request came.
-        """
-        params, num_prompt = job.params, len(job.prompt)
-        text, views = self.groups.find(model)
-        if text is not job.text:
-            raise Unavailable(f"model {model!r} was replaced while the request waited; try again")
-        ordered = order(views, num_tokens=num_prompt + (params.max_tokens or 1))
-        if not ordered:
-            raise Unavailable("the groups that could hold the request are gone; try again")
-        for attempt, view in enumerate(ordered, 1):
-            request = engine_request(
-                request_id=job.caller.request_id,
-                prompt=job.prompt,
-                params=params,
-                # Among tenants, nobody goes first for having said so.
-                priority=job.priority if self.door.open else job.caller.tenant.priority,
-                room=check_room(num_prompt, params.max_tokens, view.card.max_model_len),
-                trace=trace,
-            )
-            try:
-                async with aclosing(self.groups.generate(view.group_id, request)) as steps:
-                    async for outputs in steps:
-                        yield outputs
-                if answer.finished:
-                    return
-                raise Unavailable("the group ended the stream before the last token")
-            except (Unavailable, Overloaded) as error:
-                if answer.started or attempt == len(ordered):
-                    raise
-                log.info(
-                    "%s: group %s: %s; trying the next",
-                    job.caller.request_id,
-                    view.group_id,
-                    error,
-                )
+    async def _steps(self, job: _Job, course: Course, model: str) -> Steps:
+        """What the groups of this moment give: there may be others than when the request came."""
+
+        def candidates() -> Sequence[GroupView]:
+            return self.groups.sharing(model, job.text)
+
+        with self._moves_counted(model, course):
+            async with aclosing(relay.run(self.groups, course, candidates, self._lost_s)) as steps:
+                async for outputs in steps:
+                    yield outputs
 
 
 def _prompt_text(job: _Job) -> str:
@@ -247,6 +279,14 @@ def _prompt_text(job: _Job) -> str:
 
 def _widest(job: _Job) -> GroupView:
     return max(job.views, key=lambda view: view.card.max_model_len)
+
+
+def _resumed(
+    request: pb.GenerateRequest | pb.ChatRequest, params: SamplingParams, card: ModelCard
+) -> tuple[str, Mapping[int, tuple[list[int], bool]]]:
+    if not request.HasField("resumed"):
+        return "", {}
+    return read_resumed(request.resumed, request.sampling, params, card)
 
 
 async def _encode(text: TextModel, request: pb.GenerateRequest | pb.TokenizeRequest) -> list[int]:

@@ -28,7 +28,7 @@ from arriero.shards.errors import ArrieroError, InvalidRequest, Overloaded, Unav
 
 log = logging.getLogger(__name__)
 
-SILENCE_S = 10.0
+SILENCE_S = 4.0
 """A leader that says nothing for so long is lost; it sends its load twice a second."""
 BACKOFF_S = (0.05, 2.0)
 """First and longest pause between attempts to connect."""
@@ -45,6 +45,8 @@ class LinkClient:
         on_change: called on the event loop whenever the link comes up or goes down.
         token: the leader's, shown when the stream begins.
         credentials: of TLS; None speaks in the clear.
+        group_id: of the group that is meant; a leader of another (an address is used again in
+            time) is not spoken to. None takes whoever answers.
     """
 
     def __init__(
@@ -54,10 +56,12 @@ class LinkClient:
         *,
         token: str = "",
         credentials: grpc.ChannelCredentials | None = None,
+        group_id: str | None = None,
     ) -> None:
         self.address = address
         self._token = token
         self._credentials = credentials
+        self._group_id = group_id
         self._on_change = on_change
         self._card: ModelCard | None = None
         self._up = False
@@ -77,6 +81,11 @@ class LinkClient:
     def connected(self) -> bool:
         """Whether requests can be sent now."""
         return self._up and not self._stats.get("draining", False)
+
+    @property
+    def up(self) -> bool:
+        """Whether the leader is there, draining or not."""
+        return self._up
 
     @property
     def card(self) -> ModelCard:
@@ -240,7 +249,10 @@ class LinkClient:
                         raise Unavailable(
                             f"it speaks version {message[1]} of the link, not {frames.VERSION}"
                         )
-                    self._card = ModelCard.from_wire(message[2])
+                    card = ModelCard.from_wire(message[2])
+                    if self._group_id not in (None, card.group):
+                        raise Unavailable(f"group {card.group} answers in its place")
+                    self._card = card
                     self._outgoing.clear()  # of an earlier life, whose requests have ended
                     writer = asyncio.create_task(self._write_all(stream))
                     await self._set_up(True, "")

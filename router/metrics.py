@@ -70,6 +70,12 @@ class Metrics:
             ["kind"],
             registry=registry,
         )
+        self._moves = Counter(
+            "arriero_stream_moves",
+            "Times that a request went on in another group, its own being lost, full or draining.",
+            ["model"],
+            registry=registry,
+        )
         self._first = Histogram(
             "arriero_time_to_first_token_seconds",
             "From a checked request to its first token, its wait in the gateway included.",
@@ -97,6 +103,10 @@ class Metrics:
             buckets=_BETWEEN_TOKENS_S,
             registry=registry,
         )
+
+    def moved(self, model: str, times: int) -> None:
+        """Count how often one request went on elsewhere; `model` must be one that is served."""
+        self._moves.labels(model).inc(times)
 
     def export(self) -> bytes:
         """Everything, in Prometheus' text format."""

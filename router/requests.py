@@ -17,13 +17,13 @@ from google.protobuf.message import DecodeError, Message
 from arriero.router.card import ModelCard
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.stop import check_stops
-from arriero.shards.engine.types import EngineRequest
 from arriero.shards.errors import InvalidRequest
 from arriero.shards.sampling import SamplingParams
 
 M = TypeVar("M", bound=Message)
 
 MAX_TOOLS = 128
+MAX_RESUMABLE_S = 600
 MAX_JSON_DEPTH = 64
 """Deepest nesting of a tool's schema or a call's arguments."""
 _TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
@@ -56,6 +56,7 @@ class OutputOptions:
     include_text: bool = True
     include_token_ids: bool = True
     include_prompt_token_ids: bool = False
+    resumable_s: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,13 +145,56 @@ def read_options(message: pb.Options) -> OutputOptions:
         include_text=_default(message, "include_text", True),
         include_token_ids=_default(message, "include_token_ids", True),
         include_prompt_token_ids=message.include_prompt_token_ids,
+        resumable_s=message.resumable_s,
     )
+    if options.resumable_s > MAX_RESUMABLE_S:
+        raise InvalidRequest(
+            "resumable_s",
+            f"`resumable_s`={options.resumable_s} must be at most {MAX_RESUMABLE_S}",
+        )
     check_stops(options.stop)
     if options.stop and not options.include_text:
         raise InvalidRequest(
             "include_text", "`stop` needs text; leave `include_text` on or `stop` out"
         )
     return options
+
+
+def read_resumed(
+    message: pb.Resumed, given: pb.SamplingParams, params: SamplingParams, card: ModelCard
+) -> tuple[str, dict[int, tuple[list[int], bool]]]:
+    """The weights, and by sample the tokens that the client has and whether it has ended.
+
+    Raises:
+        InvalidRequest: a field breaks its limit.
+    """
+    if not given.HasField("seed"):
+        raise InvalidRequest(
+            "seed", "`resumed` needs `seed`: the one that the first message of the call gave"
+        )
+    samples: dict[int, tuple[list[int], bool]] = {}
+    for number, one in enumerate(message.samples):
+        where = f"resumed.samples[{number}]"
+        if one.index >= params.n or one.index in samples:
+            raise InvalidRequest(
+                "resumed", f"`{where}.index`={one.index} must be below `n`={params.n}, and once"
+            )
+        check_tokens(f"{where}.token_ids", one.token_ids, card)
+        if params.max_tokens is not None and len(one.token_ids) > params.max_tokens:
+            raise InvalidRequest(
+                "resumed",
+                f"`{where}.token_ids` has {len(one.token_ids)} entries; `max_tokens` is "
+                f"{params.max_tokens}",
+            )
+        ended = one.finished or len(one.token_ids) == params.max_tokens
+        samples[one.index] = (list(one.token_ids), ended)
+    if len(samples) == params.n and all(ended for _, ended in samples.values()):
+        raise InvalidRequest("resumed", "`resumed` holds every sample's end; nothing is left")
+    if any(tokens for tokens, _ in samples.values()) and not message.weights:
+        raise InvalidRequest(
+            "resumed", "`resumed.weights` is empty; give that of the call's first message"
+        )
+    return message.weights, samples
 
 
 def read_messages(messages: Sequence[pb.Message]) -> list[dict[str, Any]]:
@@ -276,25 +320,6 @@ def check_room(num_prompt: int, max_tokens: int | None, max_model_len: int) -> i
             f"lower it to {room} or less",
         )
     return max_tokens
-
-
-def engine_request(
-    *,
-    request_id: str,
-    prompt: Sequence[int],
-    params: SamplingParams,
-    priority: int,
-    room: int,
-    trace: str = "",
-) -> EngineRequest:
-    """What the engine is asked. The id gets a tail, since callers may use theirs twice."""
-    return EngineRequest(
-        request_id=f"{request_id}/{secrets.token_hex(4)}",
-        prompt=tuple(prompt),
-        params=replace(params, max_tokens=room),
-        priority=priority,
-        trace=trace,
-    )
 
 
 def _default(message: pb.Options, name: str, default: bool) -> bool:

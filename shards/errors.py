@@ -10,6 +10,7 @@
     ├── CheckpointError     a file of weights is not what its config says: file, tensor, shapes
     ├── SpecError           a deployment spec or a plan that cannot be: field, value, remedy
     └── GroupFailed         a slice or its leader is lost: the first cause
+        └── CollectiveFailed    a wait for another rank broke off or took too long
 
 A message gives the field, the limit, the value and the remedy, in words for the one concerned.
 """
@@ -63,3 +64,12 @@ class SpecError(ArrieroError):
 
 class GroupFailed(ArrieroError):
     """A slice or its leader is lost; the text is the first cause."""
+
+
+class CollectiveFailed(GroupFailed):
+    """A wait for another rank broke off or took too long: mostly that rank's fault."""
+
+    def __init__(self, message: str, collective: str, step: int) -> None:
+        super().__init__(message)
+        self.collective = collective
+        self.step = step

@@ -6,6 +6,7 @@ in processes of their own, wherever they run; `spawn_group` starts such processe
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import queue
@@ -23,7 +24,10 @@ import numpy.typing as npt
 import zmq
 
 from arriero.shards.errors import ArrieroError, CheckpointError, GroupFailed
+from arriero.shards.failure import Evidence, FirstCause, Kind
 from arriero.shards.group import GroupConfig
+from arriero.shards.health import HealthLimits
+from arriero.shards.monitor import Monitor
 from arriero.shards.plan import StepPlan, StepResult
 from arriero.shards.slice import SliceReport, Ticket, run_slice
 
@@ -125,63 +129,97 @@ class _SliceState:
 
 
 class RemoteExecutor:
-    """Speaks to a group's slices over one ZeroMQ socket.
+    """Speaks to a group's slices over one ZeroMQ socket, and hears their pulses over another.
 
-    Not thread-safe but for `fail`: one thread at a time calls the rest.
+    Not thread-safe but for `report` and `verdict`: one thread at a time calls the rest.
     """
 
-    def __init__(self, config: GroupConfig, host: str | None = None) -> None:
-        """Open the socket.
+    def __init__(
+        self,
+        config: GroupConfig,
+        host: str | None = None,
+        *,
+        limits: HealthLimits | None = None,
+        on_lost: Callable[[str], None] = lambda cause: None,
+    ) -> None:
+        """Open the sockets.
 
         Args:
             config: of the group, resolved.
             host: address to bind to, for slices on other nodes; None is ipc on this one.
+            limits: how long a slice may be silent, and the group stuck; None takes the defaults.
+            on_lost: called once, from some thread, with what is known when the group is lost.
         """
         self._config = config
+        self._on_lost = on_lost
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         for option in (zmq.SNDHWM, zmq.RCVHWM, zmq.LINGER):
             self._socket.setsockopt(option, 0)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        pulses = self._context.socket(zmq.PULL)
+        pulses.setsockopt(zmq.LINGER, 0)
         keys: dict[str, bytes] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         if host is None:
             self._folder = tempfile.TemporaryDirectory(prefix="arriero-")
             address = f"ipc://{self._folder.name}/plans"
+            pulse_address = f"ipc://{self._folder.name}/pulses"
             self._socket.bind(address)
+            pulses.bind(pulse_address)
         else:
             # only holders of the ticket know the server's public key, without which no CURVE
             # handshake can begin
             server_key, server_secret = zmq.curve_keypair()
             public_key, secret_key = zmq.curve_keypair()
             keys = {"server_key": server_key, "public_key": public_key, "secret_key": secret_key}
-            self._socket.curve_server = True
-            self._socket.curve_secretkey = server_secret
-            self._socket.curve_publickey = server_key
-            port = self._socket.bind_to_random_port(f"tcp://{host}")
-            address = f"tcp://{host}:{port}"
-        self.ticket = Ticket(address=address, config=config, **keys)
+            for one in (self._socket, pulses):
+                one.curve_server = True
+                one.curve_secretkey = server_secret
+                one.curve_publickey = server_key
+            address = f"tcp://{host}:{self._socket.bind_to_random_port(f'tcp://{host}')}"
+            pulse_address = f"tcp://{host}:{pulses.bind_to_random_port(f'tcp://{host}')}"
+        self.ticket = Ticket(address=address, pulse_address=pulse_address, config=config, **keys)
         self._identities = [rank.to_bytes(4, "little") for rank in range(config.world_size)]
         self._slices = [_SliceState() for _ in self._identities]
         self._loads: dict[int, Loads] = {}
         self._failure: ArrieroError | None = None
-        self._watch: Callable[[], str | None] = lambda: None
+        self._lost = threading.Lock()
         self._closing: Callable[[], None] = lambda: None
         self._closed = False
+        self._monitor = Monitor(
+            pulses, config.world_size, limits or HealthLimits(), self._on_evidence
+        )
 
-    def on_watch(self, watch: Callable[[], str | None], closing: Callable[[], None]) -> None:
+    def on_watch(self, watch: Callable[[], Evidence | None], closing: Callable[[], None]) -> None:
         """Set what tells whether a slice is lost, and what stops the slices at the end.
 
         Args:
-            watch: asked while results are awaited; gives the cause in words, or None.
+            watch: asked several times a second, from a thread of its own.
             closing: called once by `close`, after the slices were told to stop.
         """
-        self._watch, self._closing = watch, closing
+        self._closing = closing
+        self._monitor.watch = watch
 
-    def fail(self, cause: str) -> None:
-        """Declare the group lost; the first cause stays. Thread-safe."""
-        if self._failure is None:
-            self._failure = GroupFailed(cause)
+    def report(self, evidence: Evidence) -> None:
+        """Take in evidence that something is wrong: the group is lost. Thread-safe."""
+        self._monitor.report(evidence)
+
+    def verdict(self) -> FirstCause | None:
+        """The first cause once all that belongs to the failure is in; None while all is well.
+
+        Waits for some tenths of a second at most. Safe from any thread, also after `close`.
+        """
+        return self._monitor.verdict()
+
+    def _on_evidence(self, evidence: Evidence) -> None:
+        """The group is lost: whoever waits for a result is told at once."""
+        with self._lost:
+            first = self._failure is None
+            if first:
+                self._failure = GroupFailed(evidence.what)
+        if first:
+            self._on_lost(evidence.what)
 
     def wait_ready(
         self, timeout_s: float, progress: LoadProgress | None = None
@@ -212,10 +250,12 @@ class RemoteExecutor:
                 raise GroupFailed(
                     f"slices {late} of {len(self._slices)} were not ready after {timeout_s:g} s"
                 )
+        self._monitor.judge()  # before, whoever loads may well be silent
         return [one.report for one in self._slices if one.report is not None]
 
     def submit(self, plan: StepPlan) -> None:
         """Send a plan to every slice of its lane."""
+        self._monitor.planned(plan.step)
         tp, dp = self._config.tp, self._config.dp
         ranks = (one for one in range(len(self._identities)) if one // tp % dp == plan.lane)
         self._tell(ranks, b"P", plan.to_bytes())
@@ -231,7 +271,9 @@ class RemoteExecutor:
             left = POLL_S if deadline is None else min(POLL_S, deadline - time.monotonic())
             result = self._pump(max(left, 0.0))
             if result is not None:
-                return StepResult.from_bytes(result)
+                step = StepResult.from_bytes(result)
+                self._monitor.answered(step.step)
+                return step
             if deadline is not None and time.monotonic() >= deadline:
                 return None
 
@@ -245,11 +287,15 @@ class RemoteExecutor:
         if self._closed:
             return
         self._closed = True
+        while self._failure is not None and self._monitor.settling:  # who else has what to say?
+            with contextlib.suppress(ArrieroError):
+                self._pump(POLL_S)
         for identity in self._identities:
             try:
                 self._socket.send_multipart([identity, b"S", b""])
             except zmq.ZMQError:
                 continue  # never connected, or gone
+        self._monitor.close()
         self._socket.close(linger=500)
         self._context.term()
         self._closing()
@@ -261,14 +307,13 @@ class RemoteExecutor:
             try:
                 self._socket.send_multipart([self._identities[rank], kind, body])
             except zmq.ZMQError as error:
-                self.fail(self._watch() or f"slice {rank} cannot be reached: {error}")
-                raise self._failure or GroupFailed(str(error)) from None
+                what = f"slice {rank} cannot be reached: {error}"
+                self._monitor.report_slice(rank, Kind.BROKE, what)
+                raise self._failure or GroupFailed(what) from None
 
     def _pump(self, wait_s: float) -> bytes | None:
         """Take in one message, if one comes in time; a result's bytes are returned."""
         if not self._socket.poll(int(wait_s * 1000)):
-            if self._failure is None and (cause := self._watch()) is not None:
-                self.fail(cause)
             if self._failure is not None:
                 raise self._failure
             return None
@@ -283,6 +328,7 @@ class RemoteExecutor:
         state = self._slices[rank]
         if kind == b"H":
             state.hello = body
+            self._monitor.name(rank, f"slice {rank} (pid {body['pid']} on {body['host']})", body)
         elif kind == b"L":
             state.loaded, state.to_load = body["done"], body["total"]
         elif kind == b"C":
@@ -292,18 +338,10 @@ class RemoteExecutor:
         elif kind == b"R":
             state.report, state.loaded = SliceReport(**body), state.to_load
         elif kind == b"E":
-            if self._failure is None:
-                self._failure = self._first_cause(rank, body)
-            raise self._failure
-
-    def _first_cause(self, rank: int, body: dict[str, Any]) -> ArrieroError:
-        """The cause behind a slice's error: a dead peer shows up as its neighbours' errors."""
-        if body["error"].startswith("CheckpointError: "):
-            return CheckpointError(body["error"].removeprefix("CheckpointError: "))
-        time.sleep(POLL_S)
-        where = f"slice {rank} failed in {body['phase']}: {body['error']}"
-        cause = self._watch()
-        return GroupFailed(f"{cause} (then {where})" if cause else where)
+            if self._failure is None and body["error"].startswith("CheckpointError: "):
+                self._failure = CheckpointError(body["error"].removeprefix("CheckpointError: "))
+            self._monitor.raised(rank, body)
+            raise self._failure or GroupFailed(body["error"])
 
 
 def spawn_group(config: GroupConfig) -> RemoteExecutor:
@@ -323,10 +361,11 @@ def spawn_group(config: GroupConfig) -> RemoteExecutor:
     for child in children:
         child.start()
 
-    def watch() -> str | None:
+    def watch() -> Evidence | None:
         for rank, child in enumerate(children):
             if child.exitcode is not None:
-                return f"slice {rank} (pid {child.pid}) ended with exit code {child.exitcode}"
+                what = f"slice {rank} (pid {child.pid}) ended with exit code {child.exitcode}"
+                return Evidence(kind=Kind.CRASH, what=what, rank=rank, pid=child.pid or 0)
         return None
 
     def closing() -> None:

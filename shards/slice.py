@@ -1,7 +1,8 @@
 """A slice's loop: join the group, load, then plan after plan until told to stop.
 
 One ZeroMQ socket to the leader carries everything: hello, join, progress, ready, plans, results,
-errors. Runs in any process: a Ray actor's thread, a spawned child, torchrun.
+errors; pulses go beside it (see `pulse`). Runs in any process: a Ray actor's thread, a spawned
+child, torchrun.
 
 Messages are two frames: a one-byte kind and a body. To the leader: H hello, L loading, R ready,
 T result, C counts of experts' tokens, E error (bodies are msgpack). From the leader: J join
@@ -23,7 +24,9 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 import zmq
 
+from arriero.shards.errors import CollectiveFailed
 from arriero.shards.group import GroupConfig
+from arriero.shards.pulse import Activity, PulseSender
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -41,15 +44,24 @@ class Ticket:
 
     Attributes:
         address: of the leader's socket, ipc or TCP.
+        pulse_address: of its socket for pulses.
         config: of the group, resolved.
         server_key, public_key, secret_key: CURVE keys (Z85), None on ipc.
     """
 
     address: str
+    pulse_address: str
     config: GroupConfig
     server_key: bytes | None = None
     public_key: bytes | None = None
     secret_key: bytes | None = None
+
+    def secure(self, connecting: zmq.Socket[bytes]) -> None:
+        """Give a socket the keys, if there are any; before it connects."""
+        if self.server_key is not None:
+            connecting.curve_serverkey = self.server_key
+            connecting.curve_publickey = self.public_key
+            connecting.curve_secretkey = self.secret_key
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +100,8 @@ def run_slice(
         leader_alive: asked now and then while no plan comes.
     """
     link = _Link(rank, ticket, leader_alive)
-    phase = "start"
+    activity = Activity()
+    pulse = PulseSender(rank, ticket, activity)
     try:
         # torch takes seconds to import: say hello first, so that the leader sees us start
         store_socket = _listen(host) if rank == 0 and ticket.config.world_size > 1 else None
@@ -97,16 +110,17 @@ def run_slice(
 
         from arriero.shards.runner import runner_for
 
-        phase = "load"
+        activity.phase = "load"
         runner = runner_for(ticket.config, rank, progress=link.progress)
-        phase = "join"
+        activity.phase = "join"
         where = link.receive(b"J")
         if where is None:
             return
         if ticket.config.world_size > 1:
             store = _rendezvous(msgpack.unpackb(where), ticket.config, rank, store_socket)
             runner.mesh.join(store, host)
-        report = SliceReport(
+        activity.runner = runner
+        loaded = SliceReport(
             rank=rank,
             host=host,
             pid=os.getpid(),
@@ -116,22 +130,29 @@ def run_slice(
             kv_bytes=runner.kv_nbytes,
             load_s=runner.load_s,
         )
-        link.send(b"R", asdict(report))
+        link.send(b"R", asdict(loaded))
         gc.freeze()  # what is loaded stays: full collections need not walk it
-        phase = "step"
-        _serve(runner, link)
+        _serve(runner, link, activity)
         runner.mesh.leave()
     except LeaderLost:
         return
     except Exception as error:
-        last = traceback.format_exc(limit=-3)
-        link.send(b"E", {"phase": phase, "error": f"{type(error).__name__}: {error}", "at": last})
+        report = {
+            "phase": activity.now().phase,
+            "step": activity.now().step,
+            "collective": error.collective if isinstance(error, CollectiveFailed) else "",
+            "error": f"{type(error).__name__}: {error}",
+            "at": traceback.format_exc(limit=-3),
+            "log": pulse.tail(),
+        }
+        link.send(b"E", report)
         raise
     finally:
+        pulse.close()
         link.close()
 
 
-def _serve(runner: Runner, link: _Link) -> None:
+def _serve(runner: Runner, link: _Link, activity: Activity) -> None:
     """The loop: receive, launch, reply; a plan that has come is launched before a result is due."""
     from arriero.shards.plan import StepPlan
 
@@ -144,8 +165,15 @@ def _serve(runner: Runner, link: _Link) -> None:
                 counts = [one.tolist() for one in loads.values()]
                 link.send(b"C", {"layers": list(loads), "loads": counts})
         while due and (due[0].done or not link.waiting()):
-            link.send_bytes(b"T", due.popleft().wait().to_bytes())
+            if due[0].done:
+                result = due.popleft().wait()
+            else:
+                with runner.mesh.watchdog.watch("the device's result"):
+                    result = due.popleft().wait()
+            link.send_bytes(b"T", result.to_bytes())
+        activity.idle = True
         body = link.receive(b"P")
+        activity.idle = False
         if body is None:
             return
         pending = runner.launch(StepPlan.from_bytes(body))
@@ -186,10 +214,7 @@ class _Link:
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.setsockopt(zmq.LINGER, 1000)
         self._socket.setsockopt(zmq.RCVTIMEO, int(LEADER_CHECK_S * 1000))
-        if ticket.server_key is not None:
-            self._socket.curve_serverkey = ticket.server_key
-            self._socket.curve_publickey = ticket.public_key
-            self._socket.curve_secretkey = ticket.secret_key
+        ticket.secure(self._socket)
         self._socket.connect(ticket.address)
         self._last_progress = 0.0
 

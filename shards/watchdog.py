@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from arriero.shards.errors import GroupFailed
+from arriero.shards.errors import CollectiveFailed
 
 _log = logging.getLogger(__name__)
 
@@ -28,8 +28,13 @@ class Watchdog:
     """Watches one thread's waits. `step` is set by whoever runs the steps.
 
     A wait past its limit is logged and broken off by `abort`; whether that ends it, or the
-    transport's own limit does, or the peer is gone, what comes out is one `GroupFailed` that
+    transport's own limit does, or the peer is gone, what comes out is one `CollectiveFailed` that
     names the collective, the rank and the step.
+
+    Attributes:
+        step: the one that runs.
+        moves: counts waits up; it stands still while a wait lasts.
+        stuck: words of the wait that took too long, or None.
     """
 
     def __init__(self, rank: int, limit_s: float, abort: Callable[[], None] = lambda: None) -> None:
@@ -41,6 +46,7 @@ class Watchdog:
             abort: called once from the watching thread; is to make the wait raise.
         """
         self.step = 0
+        self.moves = 0
         self.stuck: str | None = None
         self._rank, self._limit_s, self._abort = rank, limit_s, abort
         self._armed: _Armed | None = None
@@ -48,23 +54,31 @@ class Watchdog:
         self._closed = False
         self._thread: threading.Thread | None = None
 
+    @property
+    def waits_for(self) -> str:
+        """The collective that is waited in now; "" for none. Safe from any thread."""
+        armed = self._armed
+        return "" if armed is None else armed.name
+
     @contextmanager
     def watch(self, name: str) -> Iterator[None]:
         """Limit the wait inside the block.
 
         Raises:
-            GroupFailed: it took too long, or broke off.
+            CollectiveFailed: it took too long, or broke off.
         """
+        self.moves += 1
         armed = _Armed(name, self.step, time.monotonic())
         self._arm(armed)
         try:
             yield
         except RuntimeError as error:  # torch.distributed's errors are that
-            raise GroupFailed(f"{self._words(armed)}: {_first_line(error)}") from error
+            text = f"{self._words(armed)}: {_first_line(error)}"
+            raise CollectiveFailed(text, name, armed.step) from error
         finally:
             self._arm(None)
         if self.stuck is not None:  # it went on after all, but the group was told
-            raise GroupFailed(self.stuck)
+            raise CollectiveFailed(self.stuck, name, armed.step)
 
     def close(self) -> None:
         """Stop the thread."""

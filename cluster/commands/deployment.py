@@ -1,4 +1,4 @@
-"""`arriero up`, `down`, `status` and `demo`."""
+"""`arriero up`, `down` and `demo`."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from arriero.cluster.commands.terminal import ERR, OUT, spinner
-from arriero.shards.errors import SpecError, Unavailable
+from arriero.shards.errors import SpecError
 
 if TYPE_CHECKING:
     from arriero.cluster.state import Deployment
@@ -38,7 +36,6 @@ def add_to(app: typer.Typer) -> None:
     app.command("demo")(demo)
     app.command("up")(up)
     app.command("down")(down)
-    app.command("status")(status)
 
 
 def up(
@@ -68,6 +65,7 @@ def up(
     ] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds a start may take.")] = None,
     foreground: Annotated[bool, typer.Option(help="Stay; Ctrl-C takes it down.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The addresses as JSON.")] = False,
     state_dir: StateDir = None,
 ) -> None:
     """Deploy; return once a real token came out of every group, leaving it serving."""
@@ -96,63 +94,28 @@ def up(
         raise SpecError("nothing to serve: give a spec (`arriero up arriero.yaml`) or --model PATH")
     deployment = bring_up(spec, given, state_dir)
     http = f" and http://{deployment.http} (HTTP)" if deployment.http else ""
-    OUT.print(f"serving at {deployment.gateway} (gRPC){http}", markup=False, soft_wrap=True)
+    if as_json:
+        found = {"gateway": deployment.gateway, "http": deployment.http, "admin": deployment.admin}
+        print(json.dumps(found), flush=True)
+    else:
+        OUT.print(f"serving at {deployment.gateway} (gRPC){http}", markup=False, soft_wrap=True)
     if foreground:
         _stay(state_dir)
 
 
-def down(state_dir: StateDir = None) -> None:
+def down(
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
+    state_dir: StateDir = None,
+) -> None:
     """Take down what `up` brought up, and only that."""
     from arriero.cluster import deploy, state
 
     with spinner() as say:
         found = deploy.down(state.state_folder(state_dir), say)
-    OUT.print("down" if found else "nothing was up", markup=False)
-
-
-def status(
-    json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-    state_dir: StateDir = None,
-) -> None:
-    """Show what serves."""
-    from arriero.cluster import deploy, state
-
-    deployment = state.read(state.state_folder(state_dir))
-    if deployment is None:
-        raise Unavailable("nothing is up; `arriero up` deploys")
-    with spinner() as say:
-        say("asking the cluster")
-        board = deploy.board(deployment)
-    if json_:
-        shown = {"gateway": deployment.gateway, **asdict(board)}
-        for group in shown["groups"]:
-            del group["link_token"]
-        print(json.dumps(shown))
-        return
-    OUT.print(f"gateways: {', '.join(board.gateways.values()) or 'none'}", markup=False)
-    if board.http:
-        OUT.print(f"HTTP: {', '.join(board.http.values())}", markup=False)
-    table = Table(
-        *("group", "model", "layout", "running", "waiting", "KV blocks", "output tokens"),
-        "expert load",
-    )
-    for group in board.groups:
-        stats: dict[str, Any] = group.stats
-        table.add_row(
-            group.group_id,
-            group.model,
-            group.layout,
-            str(stats["num_running"]),
-            str(stats["num_waiting"]),
-            f"{stats['blocks_used']} of {stats['blocks_total']}",
-            str(stats["output_tokens"]),
-            f"{stats['expert_imbalance']:.2f} of even" if stats["expert_loads"] else "",
-        )
-    OUT.print(table)
-    for group_id, text in board.progress.items():
-        OUT.print(f"{group_id}: {text}", markup=False)
-    for one in board.failures:
-        OUT.print(f"{one.who} failed: {one.cause}", markup=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps({"was_up": found}))
+    else:
+        OUT.print("down" if found else "nothing was up", markup=False)
 
 
 def demo(
@@ -226,7 +189,7 @@ def _stay(state_dir: Path | None) -> None:
             signal.pause()
         except KeyboardInterrupt:
             with _uninterrupted():
-                down(state_dir)
+                down(state_dir=state_dir)
 
 
 @contextlib.contextmanager

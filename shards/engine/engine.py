@@ -87,7 +87,7 @@ class Engine:
         self._thread.start()
 
     def stop(self) -> None:
-        """End what runs with finish_reason "error" and close the executor; safe to call twice.
+        """End what runs with finish_reason "lost" and close the executor; safe to call twice.
 
         Not to be called from a callback.
         """
@@ -234,9 +234,9 @@ class Engine:
         with self._wake:
             self.failure = cause  # from here on `submit` refuses
         self._end_all(str(cause))
-        self._executor.close()
-        if self._on_failure is not None:
+        if self._on_failure is not None:  # first: slices that hang may be slow to close
             self._on_failure(cause)
+        self._executor.close()
 
     def _end_all(self, cause: str) -> None:
         """End every request, those in the inbox too."""

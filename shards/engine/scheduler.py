@@ -134,11 +134,11 @@ class Scheduler:
         return [] if live is None else self._end(live, "cancelled")
 
     def fail(self, cause: str) -> list[SequenceOutput]:
-        """End every request with finish_reason "error"; nothing is outstanding from now on."""
+        """End every request with finish_reason "lost"; nothing is outstanding from now on."""
         self._in_flight.clear()
         ended = []
         for live in list(self._requests.values()):
-            ended += self._end(live, "error", cause)
+            ended += self._end(live, "lost", cause)
         return ended
 
     @property

@@ -104,10 +104,10 @@ class SequenceOutput:
         logprobs: one for each token, when asked for.
         prompt_logprobs: once, on the first output of sample 0, when asked for: entry i is of
             prompt token i + 1.
-        finish_reason: "stop" (a stop or end token), "length", "cancelled", "error", or None while
-            it runs.
+        finish_reason: "stop" (a stop or end token), "length", "cancelled", "error" (its own),
+            "lost" (its group failed or stopped; another may go on), or None while it runs.
         stop_token: the token that stopped it.
-        error: words for the caller, with finish_reason "error".
+        error: words for the caller, with finish_reason "error" or "lost".
         num_cached: prompt tokens found in the prefix cache (on the first output).
     """
 

@@ -13,7 +13,10 @@ import pytest
 from arriero.cluster import cli, state
 from arriero.shards.errors import SpecError
 
-COMMANDS = ("demo", "up", "down", "status", "chat", "generate", "models", "bench")
+COMMANDS = (
+    *("demo", "up", "down", "status", "chat", "generate", "models", "bench", "top", "scale"),
+    *("drain", "rollout", "rollback", "events", "why", "logs", "doctor", "plan"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +52,11 @@ def test_help_of_each(command: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["up", "--tp"], 2, "--tp"),
         (["sing"], 2, "sing"),
         (["status"], 3, "nothing is up"),
+        (["why"], 3, "nothing is up"),
+        (["top"], 3, "nothing is up"),
+        (["scale", "m", "2"], 3, "nothing is up"),
+        (["scale", "m", "-1"], 2, "groups"),
+        (["rollout", "nowhere.yaml"], 2, "nowhere.yaml"),
         (["generate", "hello"], 3, "nothing is up"),
         (["chat", "--message", "hello"], 3, "nothing is up"),
         (["bench", "serve"], 3, "nothing is up"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -22,9 +23,11 @@ import openai
 import pytest
 
 from arriero.cluster import local, state
+from arriero.cluster.admin_client import AdminClient
 from arriero.cluster.spec import RaySpec
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.proto.arriero.v1 import inference_pb2_grpc
+from arriero.shards.errors import ArrieroError, InvalidRequest, NotFound
 
 MODEL = os.environ.get("ARRIERO_TEST_MODEL", "")
 pytestmark = [
@@ -133,6 +136,40 @@ def test_a_second_up_is_refused(folder: Path) -> None:
     assert said.returncode == 2 and "arriero down" in said.stderr
 
 
+def test_admin_wants_the_token(folder: Path) -> None:
+    deployment = state.read(folder)
+    assert deployment is not None
+    assert (folder / "deployment.json").stat().st_mode & 0o077 == 0
+    for token in ("", "wrong", deployment.admin_token + "x"):
+        with AdminClient(deployment.admin, token) as client:
+            with pytest.raises(ArrieroError, match="admin token"):
+                client.status()
+    with AdminClient.of(deployment) as client:
+        with pytest.raises(NotFound, match="there is demo"):
+            client.scale("other", 1)
+        with pytest.raises(NotFound, match="there is demo-0"):
+            client.drain("demo-9")
+        with pytest.raises(InvalidRequest, match="no revision before 1"):
+            client.rollback("demo")
+        with pytest.raises(InvalidRequest, match=r"models\[0\].path"):
+            client.rollout("models: [{name: demo}]")
+        assert "as they were" in client.rollout()
+        assert client.status().models[0].settled
+
+
+def test_operators_commands(folder: Path) -> None:
+    """Each gives JSON, and a form for people."""
+    looks = arriero("top", "--count", "1", "--json", folder=folder).stdout
+    assert json.loads(looks)["groups"][0]["slot"] == "demo-0"
+    assert "tokens/s" in arriero("top", "--count", "1", folder=folder).stdout
+    logs = json.loads(arriero("logs", "demo-0", "--json", folder=folder).stdout)
+    assert [one["who"] for one in logs] == ["leader", "slice 0", "slice 1"]
+    findings = json.loads(arriero("doctor", "--json", folder=folder).stdout)
+    assert not [one for one in findings if one["grade"] == "fail"]
+    said = arriero("drain", "nothing", folder=folder, check=False)
+    assert said.returncode == 4 and said.stderr.count("\n") == 1
+
+
 NAN = float("nan")
 BAD = [
     (pb.GenerateRequest(text=""), grpc.StatusCode.INVALID_ARGUMENT),
@@ -218,10 +255,10 @@ async def test_64_streams_a_third_cancelled(gateway: str, folder: Path) -> None:
     while True:
         groups = status(folder)["groups"]
         assert isinstance(groups, list)
-        stats = groups[0]["stats"]
-        if (stats["num_running"], stats["num_waiting"], stats["blocks_used"]) == (0, 0, 0):
+        load = groups[0]
+        if (load["running"], load["waiting"], load["blocks_used"]) == (0, 0, 0):
             return
-        assert time.monotonic() < deadline_s, stats
+        assert time.monotonic() < deadline_s, load
         await asyncio.sleep(0.5)
 
 
@@ -231,20 +268,30 @@ def test_a_lost_slice_has_the_group_replaced(
     def group() -> dict[str, object] | None:
         groups = status(folder)["groups"]
         assert isinstance(groups, list)
-        return groups[0] if groups else None
+        return next((one for one in groups if one["phase"] == "serving"), None)
 
     old = group()
     assert old is not None
     pids = old["slice_pids"]
     assert isinstance(pids, list)
+    asked = capital(200)
+    asked.sampling.ignore_eos = True
+    undisturbed = tokens(stub.Chat(asked, timeout=60))
+    survivor = stub.Chat(asked, timeout=120)
+    got = tokens(itertools.islice(survivor, 20))
     os.kill(pids[1], signal.SIGKILL)
+    got += tokens(survivor)  # by another life of the group
+    assert got == undisturbed
     deadline_s = time.monotonic() + 60
-    while (now := group()) is None or now["group_id"] == old["group_id"]:
+    while (now := group()) is None or now["id"] == old["id"]:
         assert time.monotonic() < deadline_s
         time.sleep(0.2)
-    failures = status(folder)["failures"]
-    assert isinstance(failures, list)
-    assert f"slice 1 (pid {pids[1]}" in failures[-1]["cause"]
+    why = arriero("why", folder=folder).stdout
+    assert f"slice 1 (pid {pids[1]}" in why and "crash" in why
+    record = json.loads(arriero("why", str(old["slot"]), "--json", folder=folder).stdout)["record"]
+    assert (record["cause"]["rank"], record["cause"]["pid"]) == (1, pids[1])
+    events = arriero("events", "--json", folder=folder).stdout.splitlines()
+    assert [json.loads(line)["kind"] for line in events][-2:] == ["lost", "serving"]
     answers = stub.Chat(capital(), timeout=60, wait_for_ready=True)
     assert "Paris" in "".join(one.text for answer in answers for one in answer.outputs)
 

@@ -388,7 +388,8 @@ async def test_the_next_group_takes_over_before_the_first_token(
     llama_tokenizer: Tokenizer,
 ) -> None:
     card = make_card(llama_tokenizer, CHATML)
-    async with serve(card, echo) as stack, serve(card, echo) as other:
+    second = make_card(llama_tokenizer, CHATML, group="g1")
+    async with serve(card, echo) as stack, serve(second, echo) as other:
         await stack.gateway.set_groups(
             [
                 GroupAddress("g0", "tiny", stack.link_address),

@@ -130,7 +130,7 @@ class FakeEngine:
             self.submitted.append(request)
             self.running[request.request_id] = request
             for index in range(request.params.n):
-                self._positions[request.request_id, index] = 0
+                self._positions[request.request_id, index] = len(request.resumed)
             self._lock.notify()
 
     def cancel(self, request_id: str) -> None:
@@ -216,7 +216,7 @@ async def serve(
     link = LinkServer(engine, card)
     engine.on_outputs = link.on_outputs
     link_address = await link.start()
-    gateway = Gateway(config or GatewayConfig())
+    gateway = Gateway(config or GatewayConfig(lost_s=0.5))
     port = await gateway.start()
     await gateway.set_groups([GroupAddress(card.group, card.model, link_address)])
     client = AsyncClient(f"127.0.0.1:{port}", timeout_s=60)

@@ -87,7 +87,7 @@ def mutate(value: Any, rng: random.Random) -> Any:  # noqa: ANN401
 async def test_mutated_bodies_never_are_our_fault(llama_tokenizer: Tokenizer, path: str) -> None:
     rng = random.Random(path)
     card = make_card(llama_tokenizer, templates.read("llama3.1"), max_model_len=2048)
-    config = GatewayConfig(http_address="127.0.0.1:0")
+    config = GatewayConfig(http_address="127.0.0.1:0", lost_s=0.5)
     async with serve(card, echo, config=config) as stack:
         base = f"http://127.0.0.1:{stack.gateway.http_port}"
         async with httpx.AsyncClient(base_url=base, timeout=20) as ask:

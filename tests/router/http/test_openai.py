@@ -19,7 +19,7 @@ from arriero.router.gateway import GatewayConfig, GroupAddress
 from arriero.shards.engine.types import EngineRequest
 from support.frontdoor import LLAMA3, Stack, echo, endless, make_card, serve
 
-CONFIG = GatewayConfig(http_address="127.0.0.1:0", models=("tiny",))
+CONFIG = GatewayConfig(http_address="127.0.0.1:0", models=("tiny",), lost_s=0.5)
 ASK = [{"role": "user", "content": "what do llamas carry?"}]
 WEATHER = {
     "type": "function",

@@ -191,7 +191,7 @@ def test_a_lost_group_ends_every_request_with_the_cause(rig: Rig) -> None:
     rig.executor.lose("slice 1: out of memory")
     rig.streams.wait(lambda s: len(s.ends) == 12)
     for end in rig.streams.ends.values():
-        assert end.finish_reason == "error"
+        assert end.finish_reason == "lost"
         assert end.error == "slice 1: out of memory"
     deadline = time.monotonic() + 5
     while not rig.failures and time.monotonic() < deadline:

@@ -373,7 +373,7 @@ def test_failure_ends_everything_with_the_cause() -> None:
         (name, index) for name in ("a", "b") for index in (0, 1)
     ]
     assert {one.error for one in ended} == {"slice 1 is lost"}
-    assert {one.finish_reason for one in ended} == {"error"}
+    assert {one.finish_reason for one in ended} == {"lost"}
     assert run.scheduler.stats.blocks_used == 0
 
 

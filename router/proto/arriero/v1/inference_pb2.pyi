@@ -20,7 +20,9 @@ Conventions
       INTERNAL            a fault of ours; the message holds the request id under which the
                           gateway has logged it
   * Every answer carries the request id in initial metadata `x-request-id`.
-  * A call that is cancelled, or whose connection drops, is cancelled in the engine within a step.
+  * A call that is cancelled, or whose connection drops, is cancelled in the engine within a step
+    (but see `Options.resumable_s`).
+  * A stream whose group is lost goes on in another, token for token; if there is none, it waits.
 """
 
 from collections import abc as _abc
@@ -299,6 +301,7 @@ class Options(_message.Message):
     INCLUDE_TEXT_FIELD_NUMBER: _builtins.int
     INCLUDE_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     INCLUDE_PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    RESUMABLE_S_FIELD_NUMBER: _builtins.int
     include_stop: _builtins.bool
     """Send the stop string (or the text of the stop token) as well. Default false."""
     priority: _builtins.int
@@ -313,6 +316,10 @@ class Options(_message.Message):
     """Send token ids. Default true."""
     include_prompt_token_ids: _builtins.bool
     """Send the prompt's token ids with the first answer. Default false."""
+    resumable_s: _builtins.int
+    """Keep the call for so many seconds, up to 600, when its connection drops and after its end: with
+    Resume the client takes it up again. Default 0: a dropped call is cancelled.
+    """
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Strings that end the output, at most 16 of at most 256 bytes each. They are found across token
@@ -329,10 +336,11 @@ class Options(_message.Message):
         include_text: _builtins.bool | None = ...,
         include_token_ids: _builtins.bool | None = ...,
         include_prompt_token_ids: _builtins.bool | None = ...,
+        resumable_s: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_include_prompt_token_ids", b"_include_prompt_token_ids", "_include_stop", b"_include_stop", "_include_text", b"_include_text", "_include_token_ids", b"_include_token_ids", "_priority", b"_priority", "_skip_special_tokens", b"_skip_special_tokens", "include_prompt_token_ids", b"include_prompt_token_ids", "include_stop", b"include_stop", "include_text", b"include_text", "include_token_ids", b"include_token_ids", "priority", b"priority", "skip_special_tokens", b"skip_special_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_include_prompt_token_ids", b"_include_prompt_token_ids", "_include_stop", b"_include_stop", "_include_text", b"_include_text", "_include_token_ids", b"_include_token_ids", "_priority", b"_priority", "_skip_special_tokens", b"_skip_special_tokens", "include_prompt_token_ids", b"include_prompt_token_ids", "include_stop", b"include_stop", "include_text", b"include_text", "include_token_ids", b"include_token_ids", "priority", b"priority", "skip_special_tokens", b"skip_special_tokens", "stop", b"stop"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_include_prompt_token_ids", b"_include_prompt_token_ids", "_include_stop", b"_include_stop", "_include_text", b"_include_text", "_include_token_ids", b"_include_token_ids", "_priority", b"_priority", "_skip_special_tokens", b"_skip_special_tokens", "include_prompt_token_ids", b"include_prompt_token_ids", "include_stop", b"include_stop", "include_text", b"include_text", "include_token_ids", b"include_token_ids", "priority", b"priority", "resumable_s", b"resumable_s", "skip_special_tokens", b"skip_special_tokens", "stop", b"stop"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__include_prompt_token_ids: _TypeAlias = _typing.Literal["include_prompt_token_ids"]  # noqa: Y015
     _WhichOneofArgType__include_prompt_token_ids: _TypeAlias = _typing.Literal["_include_prompt_token_ids", b"_include_prompt_token_ids"]  # noqa: Y015
@@ -362,6 +370,86 @@ class Options(_message.Message):
 Global___Options: _TypeAlias = Options  # noqa: Y015
 
 @_typing.final
+class Resumed(_message.Message):
+    """What a client received of a call that broke off."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WEIGHTS_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    weights: _builtins.str
+    """Of the first message; only groups of the same weights go on."""
+    @_builtins.property
+    def samples(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResumedSample]: ...
+    def __init__(
+        self,
+        *,
+        weights: _builtins.str = ...,
+        samples: _abc.Iterable[Global___ResumedSample] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["samples", b"samples", "weights", b"weights"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Resumed: _TypeAlias = Resumed  # noqa: Y015
+
+@_typing.final
+class ResumedSample(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    FINISHED_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Which of the n samples."""
+    finished: _builtins.bool
+    """Its finish was received."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """All of its tokens that were received."""
+
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        finished: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "index", b"index", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumedSample: _TypeAlias = ResumedSample  # noqa: Y015
+
+@_typing.final
+class ResumeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    RECEIVED_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Of the call."""
+    received: _builtins.int
+    """Messages that were received."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        received: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["received", b"received", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeRequest: _TypeAlias = ResumeRequest  # noqa: Y015
+
+@_typing.final
 class GenerateRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -373,6 +461,7 @@ class GenerateRequest(_message.Message):
     PARSE_SPECIAL_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
+    RESUMED_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Id of a model in ListModels. May stay empty when only one is served."""
     request_id: _builtins.str
@@ -398,6 +487,12 @@ class GenerateRequest(_message.Message):
     def sampling(self) -> Global___SamplingParams: ...
     @_builtins.property
     def options(self) -> Global___Options: ...
+    @_builtins.property
+    def resumed(self) -> Global___Resumed:
+        """Go on where an earlier call of the same request broke off; `seed` must be given, the one of its
+        first message. Answers what follows, exactly as the earlier call would have.
+        """
+
     def __init__(
         self,
         *,
@@ -409,10 +504,11 @@ class GenerateRequest(_message.Message):
         parse_special: _builtins.bool | None = ...,
         sampling: Global___SamplingParams | None = ...,
         options: Global___Options | None = ...,
+        resumed: Global___Resumed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_parse_special", b"_parse_special", "add_special_tokens", b"add_special_tokens", "options", b"options", "parse_special", b"parse_special", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_parse_special", b"_parse_special", "add_special_tokens", b"add_special_tokens", "options", b"options", "parse_special", b"parse_special", "prompt", b"prompt", "resumed", b"resumed", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_parse_special", b"_parse_special", "add_special_tokens", b"add_special_tokens", "model", b"model", "options", b"options", "parse_special", b"parse_special", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_parse_special", b"_parse_special", "add_special_tokens", b"add_special_tokens", "model", b"model", "options", b"options", "parse_special", b"parse_special", "prompt", b"prompt", "request_id", b"request_id", "resumed", b"resumed", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__add_special_tokens: _TypeAlias = _typing.Literal["add_special_tokens"]  # noqa: Y015
     _WhichOneofArgType__add_special_tokens: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens"]  # noqa: Y015
@@ -544,6 +640,7 @@ class ChatRequest(_message.Message):
     TOOLS_FIELD_NUMBER: _builtins.int
     TOOL_CHOICE_FIELD_NUMBER: _builtins.int
     PARALLEL_TOOL_CALLS_FIELD_NUMBER: _builtins.int
+    RESUMED_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """As in GenerateRequest."""
     request_id: _builtins.str
@@ -569,6 +666,10 @@ class ChatRequest(_message.Message):
     def tools(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tool]:
         """The tools on offer, at most 128; the model's template must know how to show them."""
 
+    @_builtins.property
+    def resumed(self) -> Global___Resumed:
+        """As in GenerateRequest."""
+
     def __init__(
         self,
         *,
@@ -582,10 +683,11 @@ class ChatRequest(_message.Message):
         tools: _abc.Iterable[Global___Tool] | None = ...,
         tool_choice: Global___ToolChoice.ValueType = ...,
         parallel_tool_calls: _builtins.bool | None = ...,
+        resumed: Global___Resumed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "_continue_final_message", b"_continue_final_message", "_parallel_tool_calls", b"_parallel_tool_calls", "add_generation_prompt", b"add_generation_prompt", "continue_final_message", b"continue_final_message", "options", b"options", "parallel_tool_calls", b"parallel_tool_calls", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "_continue_final_message", b"_continue_final_message", "_parallel_tool_calls", b"_parallel_tool_calls", "add_generation_prompt", b"add_generation_prompt", "continue_final_message", b"continue_final_message", "options", b"options", "parallel_tool_calls", b"parallel_tool_calls", "resumed", b"resumed", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "_continue_final_message", b"_continue_final_message", "_parallel_tool_calls", b"_parallel_tool_calls", "add_generation_prompt", b"add_generation_prompt", "continue_final_message", b"continue_final_message", "messages", b"messages", "model", b"model", "options", b"options", "parallel_tool_calls", b"parallel_tool_calls", "request_id", b"request_id", "sampling", b"sampling", "tool_choice", b"tool_choice", "tools", b"tools"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "_continue_final_message", b"_continue_final_message", "_parallel_tool_calls", b"_parallel_tool_calls", "add_generation_prompt", b"add_generation_prompt", "continue_final_message", b"continue_final_message", "messages", b"messages", "model", b"model", "options", b"options", "parallel_tool_calls", b"parallel_tool_calls", "request_id", b"request_id", "resumed", b"resumed", "sampling", b"sampling", "tool_choice", b"tool_choice", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__add_generation_prompt: _TypeAlias = _typing.Literal["add_generation_prompt"]  # noqa: Y015
     _WhichOneofArgType__add_generation_prompt: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt"]  # noqa: Y015
@@ -788,10 +890,13 @@ class Start(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
     seed: _builtins.int
     """The seed in use, given or drawn."""
+    weights: _builtins.str
+    """Names the weights, and what they are computed in; see Resumed."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """When asked for."""
@@ -808,10 +913,11 @@ class Start(_message.Message):
         seed: _builtins.int = ...,
         prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         prompt_logprobs: _abc.Iterable[Global___PositionLogprobs] | None = ...,
+        weights: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "seed", b"seed", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -59,6 +59,11 @@ class InferenceStub:
                 request_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.ListModelsRequest.SerializeToString,
                 response_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.ListModelsResponse.FromString,
                 _registered_method=True)
+        self.Resume = channel.unary_stream(
+                '/arriero.v1.Inference/Resume',
+                request_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+                _registered_method=True)
         self.GetModel = channel.unary_unary(
                 '/arriero.v1.Inference/GetModel',
                 request_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.GetModelRequest.SerializeToString,
@@ -105,6 +110,15 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Resume(self, request, context):
+        """Take up a call again that asked for `resumable_s`, at the gateway that answered it: gives the
+        messages from the offset on. NOT_FOUND when it is not kept, or no longer; then the request may
+        be sent again with what was received, as `resumed`, to any gateway.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetModel(self, request, context):
         """One model; NOT_FOUND when no connected group serves it.
         """
@@ -139,6 +153,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.ListModels,
                     request_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.ListModelsRequest.FromString,
                     response_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.ListModelsResponse.SerializeToString,
+            ),
+            'Resume': grpc.unary_stream_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.ResumeRequest.FromString,
+                    response_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
             ),
             'GetModel': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModel,
@@ -281,6 +300,33 @@ class Inference:
             '/arriero.v1.Inference/ListModels',
             arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.ListModelsRequest.SerializeToString,
             arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/arriero.v1.Inference/Resume',
+            arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.ResumeRequest.SerializeToString,
+            arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
             options,
             channel_credentials,
             insecure,

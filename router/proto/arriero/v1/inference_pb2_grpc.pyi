@@ -20,7 +20,9 @@ Conventions
       INTERNAL            a fault of ours; the message holds the request id under which the
                           gateway has logged it
   * Every answer carries the request id in initial metadata `x-request-id`.
-  * A call that is cancelled, or whose connection drops, is cancelled in the engine within a step.
+  * A call that is cancelled, or whose connection drops, is cancelled in the engine within a step
+    (but see `Options.resumable_s`).
+  * A stream whose group is lost goes on in another, token for token; if there is none, it waits.
 """
 
 from arriero.router.proto.arriero.v1 import inference_pb2 as _inference_pb2
@@ -63,6 +65,11 @@ class InferenceStub:
     """Text of token ids."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]
     """The models that some connected group serves now."""
+    Resume: _grpc.UnaryStreamMultiCallable[_inference_pb2.ResumeRequest, _inference_pb2.GenerateResponse]
+    """Take up a call again that asked for `resumable_s`, at the gateway that answered it: gives the
+    messages from the offset on. NOT_FOUND when it is not kept, or no longer; then the request may
+    be sent again with what was received, as `resumed`, to any gateway.
+    """
     GetModel: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GetModelRequest, _inference_pb2.Model]
     """One model; NOT_FOUND when no connected group serves it."""
 
@@ -81,6 +88,11 @@ class InferenceAsyncStub(InferenceStub):
     """Text of token ids."""
     ListModels: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]  # type: ignore[assignment]
     """The models that some connected group serves now."""
+    Resume: _aio.UnaryStreamMultiCallable[_inference_pb2.ResumeRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
+    """Take up a call again that asked for `resumable_s`, at the gateway that answered it: gives the
+    messages from the offset on. NOT_FOUND when it is not kept, or no longer; then the request may
+    be sent again with what was received, as `resumed`, to any gateway.
+    """
     GetModel: _aio.UnaryUnaryMultiCallable[_inference_pb2.GetModelRequest, _inference_pb2.Model]  # type: ignore[assignment]
     """One model; NOT_FOUND when no connected group serves it."""
 
@@ -126,6 +138,17 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.ListModelsResponse, _abc.Awaitable[_inference_pb2.ListModelsResponse]]:
         """The models that some connected group serves now."""
+
+    @_abc_1.abstractmethod
+    def Resume(
+        self,
+        request: _inference_pb2.ResumeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateResponse], _abc.AsyncIterator[_inference_pb2.GenerateResponse]]:
+        """Take up a call again that asked for `resumable_s`, at the gateway that answered it: gives the
+        messages from the offset on. NOT_FOUND when it is not kept, or no longer; then the request may
+        be sent again with what was received, as `resumed`, to any gateway.
+        """
 
     @_abc_1.abstractmethod
     def GetModel(

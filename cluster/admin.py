@@ -1,0 +1,233 @@
+"""`arriero.v1.Admin` on gRPC: the operator's and the registry's answers as messages.
+
+Everyone who calls must hold the deployment's token. Knows messages and statuses; what a change
+means is the operator's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import grpc
+import grpc.aio
+import yaml
+from google.protobuf.message import DecodeError, Message
+from pydantic import ValidationError
+
+from arriero.cluster import nodes
+from arriero.cluster.changes import Phase, settled
+from arriero.cluster.history import Failure
+from arriero.cluster.spec import Spec, explain
+from arriero.router.proto.arriero.v1 import admin_pb2 as pb
+from arriero.shards.errors import ArrieroError, InvalidRequest, NotFound, SpecError
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+    from arriero.cluster.operator import Operator
+    from arriero.cluster.registry import Board, GroupEntry, Registry
+
+log = logging.getLogger(__name__)
+
+SERVICE: str = pb.DESCRIPTOR.services_by_name["Admin"].full_name
+MAX_LINES = 1000
+
+M = TypeVar("M", bound=Message)
+Context = grpc.aio.ServicerContext[bytes, bytes]
+
+
+class AdminServer:
+    """Serves Admin for an operator, in its event loop.
+
+    Args:
+        operator: makes the changes.
+        board: the registry.
+        token: of those who may call.
+    """
+
+    def __init__(self, operator: Operator, board: ActorHandle[Registry], token: str) -> None:
+        self._operator, self._registry = operator, board
+        self._expected = f"Bearer {token}"
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self, host: str, port: int) -> str:
+        """Listen; gives the address.
+
+        Raises:
+            OSError: it cannot be bound.
+        """
+        server = self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        methods = {
+            "GetStatus": self._method(pb.GetStatusRequest, self._status),
+            "ListEvents": self._method(pb.ListEventsRequest, self._events),
+            "Why": self._method(pb.WhyRequest, self._why),
+            "Logs": self._method(pb.LogsRequest, self._logs),
+            "Scale": self._method(pb.ScaleRequest, self._scale),
+            "Drain": self._method(pb.DrainRequest, self._drain),
+            "Rollout": self._method(pb.RolloutRequest, self._rollout),
+            "Rollback": self._method(pb.RollbackRequest, self._rollback),
+        }
+        handlers = {name: grpc.unary_unary_rpc_method_handler(one) for name, one in methods.items()}
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        try:
+            bound = server.add_insecure_port(f"{host}:{port}")
+        except RuntimeError as error:
+            raise OSError(f"admin cannot listen on {host}:{port}: {error}") from error
+        await server.start()
+        return f"{host}:{bound}"
+
+    def _method(
+        self, kind: type[M], answer: Callable[[M], Awaitable[Message]]
+    ) -> Callable[[bytes, Context], Awaitable[bytes]]:
+        """A call: who asks, what, and errors in words."""
+
+        async def run(raw: bytes, context: Context) -> bytes:
+            given = dict(context.invocation_metadata() or ()).get("authorization", "")
+            if not hmac.compare_digest(str(given).encode(), self._expected.encode()):
+                await context.abort(
+                    grpc.StatusCode.UNAUTHENTICATED,
+                    "metadata `authorization: Bearer TOKEN` does not hold the admin token",
+                )
+            try:
+                request = kind()
+                request.ParseFromString(raw)
+                return (await answer(request)).SerializeToString()
+            except DecodeError:
+                code, text = grpc.StatusCode.INVALID_ARGUMENT, "the request cannot be read"
+            except NotFound as error:
+                code, text = grpc.StatusCode.NOT_FOUND, str(error)
+            except (InvalidRequest, SpecError) as error:
+                code, text = grpc.StatusCode.INVALID_ARGUMENT, str(error)
+            except ArrieroError as error:
+                code, text = grpc.StatusCode.FAILED_PRECONDITION, str(error)
+            except Exception:
+                log.exception("%s failed", kind.DESCRIPTOR.name)
+                code, text = grpc.StatusCode.INTERNAL, "internal error; the operator's log has it"
+            await context.abort(code, text[:2000])
+
+        return run
+
+    async def _status(self, request: pb.GetStatusRequest) -> pb.Status:
+        board = await self._registry.board.remote()
+        wishes, slots = self._operator.wishes(), self._operator.slots(board)
+        entries: dict[str, GroupEntry] = {one.slot: one for one in board.groups}
+        status = pb.Status()
+        for name, wish in wishes.items():
+            own = [slot for slot in slots if slot.model == name]
+            status.models.add(
+                model=name,
+                revision=wish.revision,
+                groups=wish.count,
+                serving=sum(slot.phase is Phase.SERVING for slot in own),
+                settled=settled({name: wish}, own),
+                path=str(self._operator.settings(name).path),
+            )
+        for slot in sorted(slots, key=lambda one: one.name):
+            group = status.groups.add(
+                slot=slot.name, model=slot.model, revision=slot.revision, phase=slot.phase.value
+            )
+            group.text = self._operator.failed(slot.name) or _progress(board, slot.name)
+            if (entry := entries.get(slot.name)) is not None:
+                _fill(group, entry)
+        for gateway_id, address in board.gateways.items():
+            status.gateways.add(
+                id=gateway_id,
+                address=address,
+                http=board.http.get(gateway_id, ""),
+                pid=board.gateway_pids.get(gateway_id, 0),
+            )
+        status.failures.extend(map(_failure, board.failures))
+        return status
+
+    async def _events(self, request: pb.ListEventsRequest) -> pb.ListEventsResponse:
+        events = (await self._registry.events.remote())[-request.limit :]
+        return pb.ListEventsResponse(
+            events=[pb.Event(at=e.at, kind=e.kind, who=e.who, text=e.text) for e in events]
+        )
+
+    async def _why(self, request: pb.WhyRequest) -> pb.WhyResponse:
+        found = await self._registry.why.remote(request.name)
+        if found is None:
+            raise NotFound(f"no failure of {request.name[:128]!r} is known")
+        return pb.WhyResponse(failure=_failure(found), lines=found.words())
+
+    async def _logs(self, request: pb.LogsRequest) -> pb.LogsResponse:
+        board = await self._registry.board.remote()
+        entry = next((e for e in board.groups if request.name in (e.group_id, e.slot)), None)
+        if entry is None:
+            there = ", ".join(one.slot for one in board.groups) or "none"
+            raise NotFound(f"no group {request.name[:128]!r} serves; there is {there}")
+        count = min(request.lines or 20, MAX_LINES)
+        processes = [("leader", entry.node, entry.node_id, entry.pid)]
+        processes += [
+            (f"slice {rank}", node, node_id, pid)
+            for rank, (node, node_id, pid) in enumerate(
+                zip(entry.slice_nodes, entry.slice_node_ids, entry.slice_pids, strict=True)
+            )
+        ]
+        tails = await asyncio.gather(
+            *(nodes.log_tail(node_id, pid, count) for _, _, node_id, pid in processes)
+        )
+        return pb.LogsResponse(
+            logs=[
+                pb.ProcessLog(who=who, node=node, pid=pid, lines=lines)
+                for (who, node, _, pid), lines in zip(processes, tails, strict=True)
+            ]
+        )
+
+    async def _scale(self, request: pb.ScaleRequest) -> pb.ChangeResponse:
+        return pb.ChangeResponse(text=await self._operator.scale(request.model, request.groups))
+
+    async def _drain(self, request: pb.DrainRequest) -> pb.ChangeResponse:
+        return pb.ChangeResponse(text=await self._operator.drain(request.name))
+
+    async def _rollout(self, request: pb.RolloutRequest) -> pb.ChangeResponse:
+        spec = _read_spec(request.spec) if request.spec else None
+        return pb.ChangeResponse(text=await self._operator.rollout(spec, force=request.force))
+
+    async def _rollback(self, request: pb.RollbackRequest) -> pb.ChangeResponse:
+        return pb.ChangeResponse(text=await self._operator.rollback(request.model))
+
+
+def _read_spec(text: str) -> Spec:
+    try:
+        return Spec.model_validate(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise SpecError(f"the spec is not YAML: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        raise SpecError(explain(error, "spec", {})) from None
+
+
+def _progress(board: Board, slot: str) -> str:
+    return next((t for who, t in board.progress.items() if who.rpartition(".")[0] == slot), "")
+
+
+def _fill(group: pb.GroupStatus, entry: GroupEntry) -> None:
+    stats: dict[str, Any] = entry.stats
+    group.id, group.layout, group.digest = entry.group_id, entry.layout, entry.digest
+    group.node, group.pid = entry.node, entry.pid
+    group.slice_pids.extend(entry.slice_pids)
+    group.slice_nodes.extend(entry.slice_nodes)
+    group.running = stats.get("num_running", 0)
+    group.waiting = stats.get("num_waiting", 0)
+    for name in (
+        "blocks_used", "blocks_cached", "blocks_total", "output_tokens", "prompt_tokens",
+        "cached_tokens", "steps", "preemptions",
+    ):  # fmt: skip
+        setattr(group, name, stats.get(name, 0))
+
+
+def _failure(one: Failure) -> pb.Failure:
+    return pb.Failure(
+        who=one.who,
+        slot=one.slot,
+        at=one.at,
+        cause=one.cause,
+        record="" if one.record is None else json.dumps(one.record),
+        recovered_s=one.recovered_s,
+    )

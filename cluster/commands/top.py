@@ -1,0 +1,99 @@
+"""`arriero top`: groups, rates, KV and queues, live."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from arriero.cluster.commands.deployment import StateDir
+from arriero.cluster.commands.operations import AsJson, admin, plain
+from arriero.cluster.commands.terminal import OUT
+
+if TYPE_CHECKING:
+    from arriero.cluster.admin_client import AdminClient
+    from arriero.router.proto.arriero.v1 import admin_pb2 as pb
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    app.command("top")(top)
+
+
+def top(
+    period_s: float = typer.Option(1.0, min=0.2, help="Seconds between two looks."),
+    count: int = typer.Option(0, min=0, help="Looks; 0 goes on until Ctrl-C."),
+    as_json: AsJson = False,
+    state_dir: StateDir = None,
+) -> None:
+    """Show groups, slices, tokens per second, KV and queues as they change."""
+    with admin(state_dir) as client:
+        if as_json:
+            for _ in itertools.repeat(None) if not count else range(count):
+                print(json.dumps({"at": time.time(), **plain(client.status())}), flush=True)
+                time.sleep(period_s)
+            return
+        _show(client, period_s, count)
+
+
+def _show(client: AdminClient, period_s: float, count: int) -> None:
+    with Live(console=OUT, auto_refresh=False) as live:
+        before: tuple[float, pb.Status] | None = None
+        looks = 0
+        while True:
+            now = time.monotonic(), client.status()
+            live.update(view(before, now), refresh=True)
+            before, looks = now, looks + 1
+            if looks == count:
+                return
+            time.sleep(period_s)
+
+
+def view(before: tuple[float, pb.Status] | None, now: tuple[float, pb.Status]) -> RenderableType:
+    """A table of the groups; rates need the look before.
+
+    Args:
+        before: a clock's seconds, and the status then; None at the first look.
+        now: the same for now.
+    """
+    elapsed_s = 0.0 if before is None else now[0] - before[0]
+    old = {} if before is None else {one.id: one for one in before[1].groups}
+    table = Table("group", "phase", "slices", "running", "waiting", "KV", "steps/s", expand=True)
+    for name in ("tokens/s", "prompt/s", "cached"):
+        table.add_column(name, justify="right")
+    total = 0.0
+    for group in now[1].groups:
+        then = old.get(group.id)
+
+        def rate(name: str, group: pb.GroupStatus = group, then: object = then) -> float:
+            if then is None or not elapsed_s:
+                return 0.0
+            return float(getattr(group, name) - getattr(then, name)) / elapsed_s
+
+        total += rate("output_tokens")
+        cached = group.cached_tokens / group.prompt_tokens if group.prompt_tokens else 0.0
+        bar = ProgressBar(total=max(group.blocks_total, 1), completed=group.blocks_used, width=12)
+        table.add_row(
+            group.id or group.slot,
+            group.phase,
+            f"{len(group.slice_pids)} ({group.layout})",
+            str(group.running),
+            str(group.waiting),
+            bar,
+            f"{rate('steps'):.1f}",
+            f"{rate('output_tokens'):.1f}",
+            f"{rate('prompt_tokens'):.1f}",
+            f"{cached:.0%}",
+        )
+    waiting = sum(one.waiting for one in now[1].groups)
+    running = sum(one.running for one in now[1].groups)
+    head = f"{total:.1f} tokens/s, {running} running, {waiting} waiting"
+    return Group(Text(head, style="bold"), table)

@@ -1,0 +1,45 @@
+"""What Admin's status looks like on a terminal. Knows messages and tables only."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from arriero.router.proto.arriero.v1 import admin_pb2 as pb
+
+_STYLES = {"serving": "green", "starting": "yellow", "stopping": "yellow", "failed": "red"}
+
+
+def status_view(status: pb.Status) -> RenderableType:
+    """Gateways, models, groups and the latest failures."""
+    addresses = ", ".join(one.address for one in status.gateways) or "none"
+    parts: list[RenderableType] = [Text(f"gateways: {addresses}")]
+    if http := [one.http for one in status.gateways if one.http]:
+        parts.append(Text(f"HTTP: {', '.join(http)}"))
+    for model in status.models:
+        state = "as wanted" if model.settled else "changing"
+        text = f"{model.model}: {model.serving} of {model.groups} groups serve, "
+        parts.append(Text(f"{text}revision {model.revision}, {state}"))
+    table = Table("group", "phase", "layout", "running", "waiting", "KV blocks", "output tokens")
+    for one in status.groups:
+        table.add_row(
+            Text(one.id or one.slot),
+            Text(one.phase, style=_STYLES.get(one.phase, "")),
+            one.layout,
+            str(one.running),
+            str(one.waiting),
+            f"{one.blocks_used} of {one.blocks_total}" if one.blocks_total else "",
+            str(one.output_tokens),
+        )
+    parts.append(table)
+    parts += [Text(f"{one.slot}: {one.text}") for one in status.groups if one.text]
+    for failure in status.failures[-3:]:
+        healed = ""
+        if failure.HasField("recovered_s"):
+            healed = f" (served again after {failure.recovered_s:.1f} s)"
+        parts.append(Text(f"{failure.who} failed: {failure.cause}{healed}"))
+    return Group(*parts)

@@ -1,0 +1,399 @@
+"""Who makes the deployment what it is wanted to be: one detached actor.
+
+Keeps what is wanted (settings by revision, counts) in Ray's store, looks at what is, and carries
+out what `changes.decide` says: each group is a Serve application of its own, so that any one can be
+started and drained by name; Serve replaces a group that dies. Serves `arriero.v1.Admin`.
+
+Knows applications and wishes; knows nothing of requests or steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.actor import ActorHandle
+
+from arriero.cluster import app, nodes, registry, store
+from arriero.cluster.changes import Phase, Slot, Start, Stop, Wish, decide, settled
+from arriero.cluster.spec import ModelSpec, Spec
+from arriero.shards.errors import ArrieroError, NotFound, SpecError
+
+log = logging.getLogger(__name__)
+
+NAME = "operator"
+PREFIX = f"{app.NAME}-"
+"""Applications of groups: the prefix, then the slot."""
+_BUSY_S = 0.3
+_QUIET_S = 2.0
+_KEEP_REVISIONS = 8
+PLACE_S = 20.0
+"""A group beyond the wanted count that has found no place by then is given up."""
+CROWDED_S = 600.0
+"""For so long no other is tried."""
+
+
+@dataclass(slots=True)
+class Revision:
+    """Settings of a model that are or were wanted.
+
+    Attributes:
+        number: counts up.
+        settings: a `ModelSpec` as JSON.
+        digest: of the weights when it began.
+    """
+
+    number: int
+    settings: dict[str, Any]
+    digest: str
+
+
+@dataclass(slots=True)
+class Managed:
+    """One model as the operator keeps it; the latest revision is the wanted one."""
+
+    count: int
+    revisions: list[Revision]
+    drained: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Place:
+    """One slot as the operator keeps it."""
+
+    model: str
+    revision: int
+    stopping: bool = False
+
+
+@dataclass(slots=True)
+class Kept:
+    """All that outlives the operator's process."""
+
+    spec: dict[str, Any]
+    shared: bool
+    token: str
+    admin_port: int = 0
+    models: dict[str, Managed] = field(default_factory=dict)
+    places: dict[str, Place] = field(default_factory=dict)
+
+    @classmethod
+    def from_wire(cls, data: Mapping[str, Any]) -> Kept:
+        """Undo `asdict`."""
+        models = {
+            name: Managed(**{**one, "revisions": [Revision(**r) for r in one["revisions"]]})
+            for name, one in data["models"].items()
+        }
+        places = {name: Place(**one) for name, one in data["places"].items()}
+        return cls(**{**data, "models": models, "places": places})
+
+
+class Operator:
+    """The actor behind `connect()`."""
+
+    async def __init__(self, spec: dict[str, Any], shared: bool, token: str) -> None:  # type: ignore[misc]  # Ray awaits it
+        kept = store.get(NAME)
+        self._kept = Kept(spec, shared, token) if kept is None else Kept.from_wire(kept)
+        self._spec = Spec.model_validate(self._kept.spec)
+        self._registry = registry.connect()
+        self._wake = asyncio.Event()
+        self._failed: dict[str, str] = {}
+        self._placing_since_s: dict[str, float] = {}
+        self._crowded_until_s: dict[str, float] = {}
+        self._change = asyncio.Lock()
+        from arriero.cluster.admin import AdminServer
+
+        self._admin = AdminServer(self, self._registry, self._kept.token)
+        host = self._spec.admin.host
+        try:  # where it was before a restart: the command line knows that port
+            port = self._spec.admin.port or self._kept.admin_port
+            self._address = await self._admin.start(host, port)
+        except OSError:
+            self._address = await self._admin.start(host, self._spec.admin.port)
+        self._kept.admin_port = int(self._address.rpartition(":")[2])
+        if not self._kept.models:
+            for model in self._spec.models:
+                first = Revision(1, model.model_dump(mode="json"), await self._digest(model))
+                self._kept.models[model.name] = Managed(model.groups, [first])
+        self._keep()
+        self._room = app.Room.of_cluster(self._spec, shared=self._kept.shared)
+        self._running = asyncio.create_task(self._run())
+
+    async def deploy(self) -> str:
+        """Deploy the gateways; the groups follow by themselves. Gives Admin's address."""
+        await asyncio.to_thread(_run_app, app.NAME, app.gateways(self._spec))
+        return self._address
+
+    # ---- what Admin asks ----
+
+    def wishes(self) -> dict[str, Wish]:
+        """What is wanted now."""
+        return {
+            name: Wish(
+                revision=one.revisions[-1].number,
+                count=one.count,
+                surge=self._surge(name),
+                drained=frozenset(one.drained),
+            )
+            for name, one in self._kept.models.items()
+        }
+
+    def slots(self, board: registry.Board) -> list[Slot]:
+        """What there is."""
+        serving = {one.slot: one for one in board.groups if one.phase == "serving"}
+        found = []
+        for name, place in self._kept.places.items():
+            if place.stopping:
+                phase = Phase.STOPPING
+            elif name in serving:
+                phase = Phase.SERVING
+            else:
+                phase = Phase.FAILED if name in self._failed else Phase.STARTING
+            load = 0 if name not in serving else serving[name].stats.get("num_running", 0)
+            found.append(
+                Slot(name=name, model=place.model, revision=place.revision, phase=phase, load=load)
+            )
+        return found
+
+    def failed(self, slot: str) -> str:
+        """Why a slot did not start; "" if it did."""
+        return self._failed.get(slot, "")
+
+    def settings(self, model: str) -> ModelSpec:
+        """The wanted settings of a model."""
+        return ModelSpec.model_validate(self._model(model).revisions[-1].settings)
+
+    async def scale(self, model: str, groups: int) -> str:
+        """Want so many groups of a model."""
+        async with self._change:
+            managed = self._model(model)
+            before, managed.count = managed.count, groups
+            return await self._begin(model, f"{model}: {before} to {groups} groups")
+
+    async def drain(self, name: str) -> str:
+        """Want a group gone; a successor comes first where there is room."""
+        async with self._change:
+            slot = name if name in self._kept.places else name.rpartition(".")[0]
+            place = self._kept.places.get(slot)
+            if place is None:
+                there = ", ".join(self._kept.places) or "none"
+                raise NotFound(f"no group or slot {name[:128]!r}; there is {there}")
+            managed = self._kept.models[place.model]
+            if slot not in managed.drained and not place.stopping:
+                managed.drained.append(slot)
+            return await self._begin(slot, f"{slot}: draining; a successor takes its place")
+
+    async def rollout(self, spec: Spec | None, *, force: bool) -> str:
+        """Want the settings of `spec`, or the same ones with the weights that are there now."""
+        async with self._change:
+            wanted = spec or self._spec
+            strange = {one.name for one in wanted.models} ^ set(self._kept.models)
+            if spec is not None and strange:
+                raise SpecError(
+                    f"models {', '.join(sorted(strange))} are in the spec or in the deployment"
+                    " alone; a rollout changes the settings of the models that are deployed"
+                )
+            told = []
+            for model in wanted.models:
+                managed = self._kept.models[model.name]
+                last = managed.revisions[-1]
+                settings = model.model_dump(mode="json") if spec is not None else last.settings
+                digest = await self._digest(ModelSpec.model_validate(settings))
+                managed.count = model.groups if spec is not None else managed.count
+                if force or (_essence(settings), digest) != (_essence(last.settings), last.digest):
+                    told.append(await self._revise(model.name, settings, digest))
+            if spec is not None:
+                self._spec = spec
+                self._kept.spec = spec.model_dump(mode="json")
+            if not told:
+                return await self._begin(app.NAME, "settings and weights are as they were")
+            return "; ".join(told)
+
+    async def rollback(self, model: str) -> str:
+        """Want the settings before the last rollout again."""
+        async with self._change:
+            revisions = self._model(model).revisions
+            if len(revisions) < 2:
+                raise SpecError(f"model `{model}` has no revision before {revisions[-1].number}")
+            before = revisions[-2]
+            return await self._revise(model, before.settings, before.digest)
+
+    # ---- the loop ----
+
+    async def _run(self) -> None:
+        while True:
+            done = False
+            try:
+                done = await self._step()
+            except ray.exceptions.RayError as error:
+                log.warning("the deployment cannot be seen now: %s", error)
+            except Exception:
+                log.exception("a step of the operator failed")
+            try:
+                await asyncio.wait_for(self._wake.wait(), _QUIET_S if done else _BUSY_S)
+            except TimeoutError:
+                continue
+            self._wake.clear()
+
+    async def _step(self) -> bool:
+        """Look, decide, act; True when all is as wanted."""
+        board = await self._registry.board.remote()
+        wishes = self.wishes()
+        if settled(wishes, self.slots(board)):
+            return True
+        await self._look()
+        await self._unplace(board)
+        actions = decide(wishes, self.slots(board))
+        for action in actions:
+            if isinstance(action, Start):
+                await self._start(action)
+            else:
+                await self._stop(action)
+        if actions:
+            self._keep()
+        return False
+
+    async def _look(self) -> None:
+        """Which applications there are, and which could not start."""
+        apps = (await asyncio.to_thread(serve.status)).applications
+        self._failed = {
+            name.removeprefix(PREFIX): one.message.strip()
+            for name, one in apps.items()
+            if name.startswith(PREFIX) and one.status == "DEPLOY_FAILED"
+        }
+        for slot in [name for name, place in self._kept.places.items() if place.stopping]:
+            if PREFIX + slot not in apps:
+                place = self._kept.places.pop(slot)
+                managed = self._kept.models[place.model]
+                managed.drained = [one for one in managed.drained if one != slot]
+                self._keep()
+
+    async def _start(self, action: Start) -> None:
+        model = ModelSpec.model_validate(self._revision(action.model, action.revision).settings)
+        built = app.leader(
+            model, self._spec, self._room, slot=action.slot, revision=action.revision
+        )
+        self._kept.places[action.slot] = Place(action.model, action.revision)
+        self._keep()
+        await self._note("starting", action.slot, f"revision {action.revision}")
+        await asyncio.to_thread(_run_app, PREFIX + action.slot, built)
+
+    async def _stop(self, action: Stop) -> None:
+        self._kept.places[action.slot].stopping = True
+        self._keep()
+        await self._note("stopping", action.slot, action.why)
+        await asyncio.to_thread(serve.delete, PREFIX + action.slot, False)
+
+    # ---- small things ----
+
+    def _model(self, name: str) -> Managed:
+        managed = self._kept.models.get(name)
+        if managed is None:
+            there = ", ".join(self._kept.models)
+            raise NotFound(f"no model {name[:128]!r}; there is {there}")
+        return managed
+
+    def _revision(self, model: str, number: int) -> Revision:
+        return next(r for r in self._kept.models[model].revisions if r.number == number)
+
+    def _surge(self, name: str) -> int:
+        """A group more while others are replaced, where the cluster has room for it."""
+        places = [one for one in self._kept.places.values() if one.model == name]
+        if self._crowded_until_s.get(name, 0.0) > time.monotonic():
+            return 0
+        if len(places) != self._kept.models[name].count:
+            return 1  # it is there already, or is not wanted yet
+        model = self.settings(name)
+        slices = model.mesh.tp * model.mesh.pp
+        wanted = {"CPU": model.cpus_per_slice or self._room.cpus_per_slice}
+        if model.device == "cuda" or (model.device == "auto" and self._room.num_gpus):
+            wanted["GPU"] = 1.0
+        return int(nodes.room_for(wanted) >= slices)
+
+    async def _unplace(self, board: registry.Board) -> None:
+        """Give up a surplus group that finds no place: what looked like room was not."""
+        started = {who.rpartition(".")[0] for who in board.progress}
+        now_s = time.monotonic()
+        for slot in self.slots(board):
+            if slot.phase is not Phase.STARTING or slot.name in started:
+                self._placing_since_s.pop(slot.name, None)
+                continue
+            since_s = self._placing_since_s.setdefault(slot.name, now_s)
+            surplus = sum(p.model == slot.model for p in self._kept.places.values())
+            if now_s - since_s > PLACE_S and surplus > self._kept.models[slot.model].count:
+                self._crowded_until_s[slot.model] = now_s + CROWDED_S
+                await self._stop(Stop(slot=slot.name, why="there is no room for a group more"))
+
+    async def _revise(self, model: str, settings: dict[str, Any], digest: str) -> str:
+        revisions = self._model(model).revisions
+        number = revisions[-1].number + 1
+        revisions.append(Revision(number, settings, digest))
+        del revisions[:-_KEEP_REVISIONS]
+        return await self._begin(model, f"{model}: revision {number}, weights {digest[:12]}")
+
+    async def _begin(self, who: str, text: str) -> str:
+        self._keep()
+        self._wake.set()
+        await self._note("change", who, text)
+        return text
+
+    async def _note(self, kind: str, who: str, text: str) -> None:
+        await self._registry.note.remote(kind, who, text)
+
+    async def _digest(self, model: ModelSpec) -> str:
+        task: Any = ray.remote(_digest_of)
+        try:
+            return str(await task.options(num_cpus=0).remote(str(model.path)))
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, ArrieroError):
+                raise error.cause from None
+            raise
+
+    def _keep(self) -> None:
+        store.put(NAME, asdict(self._kept))
+
+
+def connect(spec: Spec, *, shared: bool, token: str) -> ActorHandle[Operator]:
+    """The cluster's operator, made for `spec` if there is none."""
+    handle: ActorHandle[Operator] = (
+        ray.remote(Operator)
+        .options(  # type: ignore[assignment]
+            name=NAME,
+            namespace=registry.NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            num_cpus=0,
+            scheduling_strategy=nodes.on_head(),
+            max_restarts=-1,
+            max_concurrency=100,
+        )
+        .remote(spec.model_dump(mode="json"), shared, token)
+    )
+    return handle
+
+
+def _run_app(name: str, built: serve.Application) -> None:
+    serve.run_many(
+        [serve.RunTarget(target=built, name=name, route_prefix=None)],
+        wait_for_ingress_deployment_creation=False,
+        wait_for_applications_running=False,
+    )
+
+
+def _digest_of(folder: str) -> str:
+    from arriero.shards.checkpoint.reader import Checkpoint
+
+    return Checkpoint.open(Path(folder)).digest
+
+
+def _essence(settings: Mapping[str, Any]) -> str:
+    """What of a model's settings its groups must be replaced for."""
+    return json.dumps({k: v for k, v in settings.items() if k != "groups"}, sort_keys=True)
