@@ -184,6 +184,7 @@ def engine_config(config: GroupConfig, model: AnyModel, digest: str) -> EngineCo
         move_experts=config.spare_experts > 0,
         vocab_size=model.vocab_size,
         eos_token_ids=model.eos_token_ids,
+        image_token=model.image_token if isinstance(model, Llama4Config) else None,
         cache_salt=digest.encode(),
     )
 
