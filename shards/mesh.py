@@ -51,7 +51,6 @@ class Mesh:
             timeout_s: a wait for another rank that takes longer fails the group.
         """
         self.part, self.tp, self.pp, self.dp, self.device = part, tp, pp, dp, device
-        self.dp_rank = part.rank // tp % dp
         self.watchdog = Watchdog(part.rank, timeout_s, _abort)
         self._timeout = timedelta(seconds=timeout_s)
         self._tp_group: dist.ProcessGroup | None = None

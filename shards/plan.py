@@ -38,6 +38,8 @@ class NewSequence:
         prompt: the prompt's tokens, and `output` what was emitted so far; both only when the
             sampler keeps counts (penalties), else empty.
         num_prompt: prompt tokens.
+        images: files of images, whose features take the places `image_positions` of the prompt,
+            in order; with it the number of features of each, in `image_sizes`.
         num_output: output tokens emitted so far (not 0 after pre-emption or a resumed stream).
     """
 
@@ -48,6 +50,9 @@ class NewSequence:
     output: Int32 = field(default_factory=int32)
     num_prompt: int
     num_output: int = 0
+    images: tuple[bytes, ...] = ()
+    image_sizes: tuple[int, ...] = ()
+    image_positions: Int32 = field(default_factory=int32)
 
 
 @dataclass(kw_only=True, slots=True)

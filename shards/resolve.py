@@ -15,6 +15,7 @@ from arriero.shards.engine.types import EngineConfig
 from arriero.shards.errors import SpecError
 from arriero.shards.group import GroupConfig
 from arriero.shards.layout import attention_chunk, kv_bytes_per_block, local_layers, parts_of
+from arriero.shards.models.llama4_config import Llama4Config
 from arriero.shards.partition_moe import MoEPart
 from arriero.shards.placement import Placement
 
@@ -168,6 +169,7 @@ def engine_config(config: GroupConfig, model: AnyModel, digest: str) -> EngineCo
         move_experts=config.spare_experts > 0,
         vocab_size=model.vocab_size,
         eos_token_ids=model.eos_token_ids,
+        image_token=model.image_token if isinstance(model, Llama4Config) else None,
         cache_salt=digest.encode(),
     )
 

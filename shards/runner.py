@@ -141,7 +141,7 @@ class Runner:
         started = time.perf_counter_ns()
         self.phase = "plan"
         self.mesh.watchdog.step = plan.step
-        self._table.apply(plan)
+        self._take(plan)
         drawn = self._compute(plan)
         if drawn is None:
             return None
@@ -155,6 +155,12 @@ class Runner:
             elapsed_us=(time.perf_counter_ns() - started) // 1000,
             lane=plan.lane,
         )
+
+    def _take(self, plan: StepPlan) -> None:
+        """Take in what a plan changes."""
+        self._table.apply(plan)
+        if self._model.images is not None:
+            self._model.images.apply(plan)
 
     def _compute(self, plan: StepPlan) -> tuple[Sampled | None, Logprobs | None] | None:
         """What an applied plan's step gives, where this rank samples; else None."""
@@ -170,6 +176,8 @@ class Runner:
         part = self.mesh.part
         if part.first_stage:
             x_TH = self._model.embed(tokens_T)
+            if self._model.images is not None:
+                self._model.images.fill(plan, x_TH)
         else:
             x_TH = torch.empty(
                 (len(tokens_T), self._hidden_size),

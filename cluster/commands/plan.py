@@ -259,6 +259,7 @@ def _wish_of(
         max_sequences=one.limits.max_sequences,
         max_batch_tokens=one.limits.max_batch_tokens,
         block_size=one.kv.block_size,
+        spare_experts=one.mesh.spare_experts,
         kv_dtype=demand.kv_dtype or one.dtype,
     )
     said = one.kv.memory is not None or one.kv.blocks is not None

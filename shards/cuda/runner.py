@@ -135,7 +135,7 @@ class CudaRunner(Runner):
         started = time.perf_counter_ns()
         self.phase = "plan"
         self.mesh.watchdog.step = plan.step
-        self._slots.apply(plan)
+        self._take(plan)
         drawn: tuple[Sampled | None, Logprobs | None] | None
         if self._graphs is not None and self._slots.is_plain(plan):
             drawn = self._decode(plan, self._graphs), None

@@ -11,6 +11,7 @@ import numpy as np
 
 from arriero.shards.engine.types import EngineConfig, EngineRequest
 from arriero.shards.errors import InvalidRequest, SpecError
+from arriero.shards.images.request import check_images
 
 
 def check_config(config: EngineConfig) -> None:
@@ -55,6 +56,7 @@ def check_request(config: EngineConfig, request: EngineRequest) -> None:
     if not request.prompt:
         raise InvalidRequest("prompt", "`prompt` is empty; give at least one token")
     _check_tokens("prompt", request.prompt, config.vocab_size)
+    check_images(request.prompt, request.images, config.image_token, config.max_images)
     _check_resumed(config, request, params.max_tokens)
     _check_length(config, len(request.prompt), params.max_tokens)
 

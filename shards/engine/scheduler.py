@@ -357,7 +357,9 @@ class Scheduler:
         size = self.config.block_size
         cached = len(shared.blocks) * size
         self._slots.enter(sequence, scheduled=cached, capacity=len(table) * size)
-        self._draft.enter(sequence.to_new(self.config.eos_token_ids), table)
+        self._draft.enter(
+            sequence.to_new(self.config.eos_token_ids, self.config.image_token), table
+        )
         first = len(shared.blocks) - len(shared.local)
         self._draft.add_local(sequence.slot, enumerate(shared.local, first))
         if not sequence.begun:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from arriero.shards.engine.types import EngineRequest, TokenLogprobs
+from arriero.shards.images.request import key_tokens, placeholders
 from arriero.shards.plan import Int32, NewSequence, int32
 from arriero.shards.sampling import SamplingParams
 
@@ -57,6 +58,16 @@ class LiveRequest:
         self.sequences: dict[int, Sequence] = {}
         self.anchor: int | None = None
         self.num_unborn = request.params.n
+        self._keyed: npt.NDArray[np.int32] | None = None
+
+    def keyed(self, image_token: int | None) -> npt.NDArray[np.int32] | None:
+        """The prompt as block keys see it, where it has images; None where they see it as it is."""
+        images = self.request.images
+        if not images or image_token is None:
+            return None
+        if self._keyed is None:
+            self._keyed = key_tokens(self.request.prompt, images, image_token)
+        return self._keyed
 
     @cached_property
     def stop_tokens(self) -> frozenset[int]:
@@ -134,9 +145,12 @@ class Sequence:
         following[: len(known)] = known
         return following
 
-    def to_new(self, eos_token_ids: tuple[int, ...]) -> NewSequence:
+    def to_new(self, eos_token_ids: tuple[int, ...], image_token: int | None = None) -> NewSequence:
         """What the slices must know of it as it enters its slot."""
-        params = self.live.params
+        params, images = self.live.params, self.live.request.images
+        places = int32()
+        if images and image_token is not None:
+            places = placeholders(self.live.request.prompt, image_token)
         assert params.seed is not None, "seed is checked to be set"
         counted = (
             params.repetition_penalty != 1.0
@@ -152,4 +166,7 @@ class Sequence:
             output=self.window(self.num_prompt, len(self.tokens)) if counted else int32(),
             num_prompt=self.num_prompt,
             num_output=len(self.tokens) - self.num_prompt,
+            images=tuple(one.data for one in images),
+            image_sizes=tuple(one.num_features for one in images),
+            image_positions=places,
         )

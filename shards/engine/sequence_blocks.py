@@ -19,6 +19,7 @@ from arriero.shards.engine.blocks import BlockManager, CacheListener, chain_keys
 from arriero.shards.engine.local_blocks import LocalBlocks
 from arriero.shards.engine.sequence import LiveRequest, Sequence
 from arriero.shards.engine.types import EngineConfig, EngineRequest
+from arriero.shards.images.request import key_tokens
 from arriero.shards.plan import int32
 
 
@@ -57,6 +58,7 @@ class SequenceBlocks:
         self._chunk = config.attention_chunk
         self._prefix_cache = config.prefix_cache
         self._model_salt = config.cache_salt
+        self._image_token = config.image_token
         self._anchors: dict[int, LiveRequest] = {}
         self._owners = 0
 
@@ -94,7 +96,10 @@ class SequenceBlocks:
         if not self._prefix_cache:
             return 0.0
         root = root_key(self._model_salt, request.cache_salt)
-        keys = chain_keys(root, int32(request.prompt), self.pool.block_size)
+        tokens = int32(request.prompt)
+        if request.images and self._image_token is not None:
+            tokens = key_tokens(request.prompt, request.images, self._image_token)
+        keys = chain_keys(root, tokens, self.pool.block_size)
         return len(self.pool.match(keys)) * self.pool.block_size / len(request.prompt)
 
     def _match(self, keys: list[bytes]) -> Shared:
@@ -219,5 +224,9 @@ class SequenceBlocks:
         if len(keys) < count:
             salt = sequence.live.request.cache_salt
             parent = keys[-1] if keys else root_key(self._model_salt, salt)
-            tokens = sequence.window(len(keys) * size, count * size)
+            start, end = len(keys) * size, count * size
+            tokens = sequence.window(start, end)
+            keyed = sequence.live.keyed(self._image_token)
+            if keyed is not None:
+                tokens[: len(keyed[start:end])] = keyed[start:end]
             keys.extend(chain_keys(parent, tokens, size))

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from arriero.shards.images.request import RequestImage
 from arriero.shards.placement import Placement
 from arriero.shards.plan import StepPlan, StepResult
 from arriero.shards.sampling import SamplingParams
@@ -37,6 +38,8 @@ class EngineConfig:
         move_experts: whether the leader moves them as the load asks.
         vocab_size: token ids run below it.
         eos_token_ids: the model's own end tokens.
+        image_token: the placeholder that images' features replace; None for a text model.
+        max_images: of a request.
         cache_salt: digest of model and revision; the root of every block's key.
     """
 
@@ -56,6 +59,8 @@ class EngineConfig:
     move_experts: bool = False
     vocab_size: int
     eos_token_ids: tuple[int, ...] = ()
+    image_token: int | None = None
+    max_images: int = 8
     cache_salt: bytes = b""
 
 
@@ -71,6 +76,7 @@ class EngineRequest:
         resumed: output tokens emitted elsewhere before (a resumed stream); they count as output
             for penalties, `max_tokens`, `min_tokens` and the draw's position. Only with n = 1.
         cache_salt: joins the keys of this request's blocks, to keep tenants' caches apart.
+        images: files whose features replace the prompt's placeholders, in order.
     """
 
     request_id: str
@@ -79,6 +85,7 @@ class EngineRequest:
     priority: int = 0
     resumed: tuple[int, ...] = ()
     cache_salt: bytes = b""
+    images: tuple[RequestImage, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

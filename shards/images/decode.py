@@ -104,7 +104,12 @@ def _open(data: bytes, limits: ImageLimits, field: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow's own limits: ours are stricter or say so
             opened = Image.open(io.BytesIO(data), formats=FORMATS)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except Image.DecompressionBombError:
+        raise InvalidRequest(
+            field,
+            f"`{field}` has more than the {limits.max_pixels} pixels that are taken; scale it down",
+        ) from None
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
         raise InvalidRequest(
             field, f"`{field}` is no image that is read; send JPEG, PNG or WebP"
         ) from None

@@ -24,12 +24,20 @@ from arriero.shards.partition import SlicePart
 from arriero.shards.partition_moe import MoEPart
 from arriero.shards.placement import Placement
 from arriero.shards.plan import Int32
+from arriero.shards.vision import ImageTable
 
 
 class ModelSlice(Protocol):
-    """The weights and KV cache of one rank, and the pass through them."""
+    """The weights and KV cache of one rank, and the pass through them.
+
+    Attributes:
+        dtype: of weights and KV cache.
+        images: what turns images into features, on ranks that embed and models that see.
+        decoder: the pass through the layers.
+    """
 
     dtype: torch.dtype
+    images: ImageTable | None
     decoder: Callable[[Tensor, FlatBatch], Tensor]
 
     @property

@@ -20,6 +20,7 @@ from arriero.shards.models.config import ModelConfig
 from arriero.shards.models.loader import Loader, Progress
 from arriero.shards.partition import SlicePart, Span
 from arriero.shards.plan import Int32
+from arriero.shards.vision import ImageTable
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
 
@@ -44,6 +45,7 @@ class LlamaSlice:
         assert isinstance(config, ModelConfig), "a checkpoint of a dense Llama"
         self.config, self.part, self.ops, self.mesh = config, part, ops, mesh
         self.dtype = dtype
+        self.images: ImageTable | None = None  # it reads text alone
         loader = Loader(
             checkpoint,
             checkpoint.scheme,

@@ -33,11 +33,13 @@ from arriero.shards.experts import ExpertParallel, Loads, Wire
 from arriero.shards.mesh import Mesh
 from arriero.shards.models.llama import EMBEDDING, HEAD, NORM
 from arriero.shards.models.llama4_config import Llama4Config
+from arriero.shards.models.llama4_vision import VisionTower
 from arriero.shards.models.loader import Loader, Progress
 from arriero.shards.partition import Span
 from arriero.shards.partition_moe import MoEPart
 from arriero.shards.placement import Placement
 from arriero.shards.plan import Int32
+from arriero.shards.vision import ImageTable
 
 _EXPERTS = "feed_forward.experts"
 
@@ -96,7 +98,15 @@ class Llama4Slice:
         held = list(range(part.experts.start, part.experts.stop))
         if placement is not None:
             held = placement.on(mesh.stage_rank)
+        # each rank that embeds holds the tower whole, so it is no part of what the loader cuts
         due = [one for one in tensors_due(config, scheme) if one.kind != "vision"]
+        self.images: ImageTable | None = None
+        if config.vision is not None and part.first_stage:
+            on_cpu = mesh.device.type == "cpu"
+            tower = VisionTower(
+                checkpoint, config.vision, mesh.device, torch.float32 if on_cpu else dtype
+            )
+            self.images = ImageTable(tower)
         with Loader(
             checkpoint,
             scheme,
@@ -202,6 +212,8 @@ class Llama4Slice:
     def weights_nbytes(self) -> int:
         """Bytes of all packed weights, a tied table counted once."""
         total = sum(_layer_nbytes(layer) for layer in self._layers)
+        if self.images is not None:
+            total += self.images.nbytes
         if self.embedding is not None:
             total += self.embedding.nbytes
         if self.head is not None and self.head is not self.embedding:
@@ -216,7 +228,8 @@ class Llama4Slice:
     def sit_out(self) -> None:
         """A step without tokens: the experts held here serve the other ranks' tokens."""
         if self._experts is not None:
-            x_TH = torch.empty(0, self.config.hidden_size, device=self.mesh.device)
+            dtype = torch.float32 if self.mesh.device.type == "cpu" else self.dtype
+            x_TH = torch.empty(0, self.config.hidden_size, dtype=dtype, device=self.mesh.device)
             for layer in self._layers:
                 if isinstance(layer, MoELayer):
                     self._experts(x_TH, layer)

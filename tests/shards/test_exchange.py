@@ -44,6 +44,71 @@ def spread(kind: str, rng: random.Random) -> np.ndarray:
 KINDS = ("nothing", "all to one", "none to a rank", "a rank has none", "random", "random", "random")
 
 
+def check_experts(mesh: Any, rank: int) -> None:  # noqa: ANN401
+    """Rows of every rank through experts on all of them: what one rank with all would compute."""
+    from arriero.kernels.ops import MoELayer
+    from arriero.kernels.reference.backend import ReferenceOps
+    from arriero.shards.experts import ExpertParallel
+    from arriero.shards.placement import Placement
+
+    ops = ReferenceOps(torch.device("cpu"))
+    generator = torch.Generator().manual_seed(3)
+    hidden, columns, experts = 16, 8, 8
+
+    def matrix(rows: int, inner: int) -> Any:  # noqa: ANN401
+        weight = torch.randn(rows, inner, generator=generator) / inner**0.5
+        return ops.pack_linear([weight], None, torch.float32)
+
+    gate_up = [matrix(2 * columns, hidden) for _ in range(experts)]
+    down = [matrix(hidden, columns) for _ in range(experts)]
+    shared = matrix(2 * columns, hidden), matrix(hidden, columns)
+    routers = {
+        "random": torch.randn(experts, hidden, generator=generator),
+        # inputs are positive: the fifth expert is always the best
+        "all to one": torch.arange(experts)[:, None].eq(5).float().expand(-1, hidden),
+        "none to a rank": torch.randn(experts, hidden, generator=generator)
+        * torch.arange(experts)[:, None].ge(2).float()
+        - torch.arange(experts)[:, None].lt(2).float(),
+    }
+    twice = Placement.even([2] * RANKS, spare=1)
+    for placement in (Placement.even([2] * RANKS), twice):
+        run = ExpertParallel(mesh, ops, placement, "float32")
+        for index, (kind, router) in enumerate(routers.items()):
+            for tokens in (3 * rank, 0, 40):
+                x = torch.rand(tokens, hidden, generator=torch.Generator().manual_seed(rank))
+
+                def layer(held: list[int], router: Any = router, index: int = index) -> MoELayer:  # noqa: ANN401
+                    empty = ops.pack_linear([torch.zeros(1, 1)], None, torch.float32)
+                    return MoELayer(
+                        attn_norm_H=torch.ones(1),
+                        qkv=empty,
+                        o=empty,
+                        mlp_norm_H=torch.ones(hidden),
+                        gate_up=shared[0],
+                        down=shared[1],
+                        num_q_heads=1,
+                        num_kv_heads=1,
+                        head_dim=1,
+                        softmax_scale=1.0,
+                        eps=1e-5,
+                        router=ops.pack_linear([router], None, torch.float32),
+                        experts_gate_up=[gate_up[one] for one in held],
+                        experts_down=[down[one] for one in held],
+                        first_expert=0,
+                        top_k=2,
+                        index=index,
+                    )
+
+                got = run(x, layer(placement.on(rank)))
+                expected = ops.moe_block(x, layer(list(range(experts))))
+                assert got.shape == expected.shape
+                assert torch.allclose(got, expected, atol=1e-5), (kind, tokens)
+        loads = run.take_loads()
+        total = 2 * sum(3 * one + 40 for one in range(RANKS))
+        assert [int(loads[one].sum()) for one in range(3)] == [total] * 3
+        assert int(loads[1][5]) == total // 2 and not run.take_loads()
+
+
 def rank_main(rank: int, port: int, hosts: list[str], results: Any) -> None:  # noqa: ANN401
     """Exchange and send back, and tell the parent what went wrong, if anything did."""
     from torch._C._distributed_c10d import TCPStore
@@ -78,6 +143,7 @@ def rank_main(rank: int, port: int, hosts: list[str], results: Any) -> None:  # 
             assert got[:, :3].tolist() == heads, kind
             back = mesh.exchange.begin(got, counts.T.copy())()
             assert torch.equal(back, rows), kind
+        check_experts(mesh, rank)
         results.put((rank, None))
         mesh.leave()
     except BaseException as error:

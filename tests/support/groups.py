@@ -12,6 +12,7 @@ from arriero.shards.engine.engine import Engine
 from arriero.shards.engine.types import EngineRequest, SequenceOutput, TokenLogprobs
 from arriero.shards.executor import LocalExecutor, spawn_group
 from arriero.shards.group import GroupConfig
+from arriero.shards.images.request import RequestImage
 from arriero.shards.resolve import engine_config, resolve
 from arriero.shards.sampling import SamplingParams
 
@@ -53,13 +54,26 @@ class Group:
                     self._due[out.request_id] -= 1
             self._changed.notify_all()
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams, *, priority: int = 0) -> str:
+    def submit(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        images: tuple[RequestImage, ...] = (),
+    ) -> str:
         with self._changed:
             self._count += 1
             name = f"r{self._count}"
             self._due[name] = params.n
         self.engine.submit(
-            EngineRequest(request_id=name, prompt=tuple(prompt), params=params, priority=priority)
+            EngineRequest(
+                request_id=name,
+                prompt=tuple(prompt),
+                params=params,
+                priority=priority,
+                images=images,
+            )
         )
         return name
 

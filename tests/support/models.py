@@ -181,9 +181,45 @@ def llama4_settings(
     }
 
 
+IMAGE_TOKEN = 121
+"""The placeholder of `seeing_settings`."""
+
+
+def seeing_settings(**text: Any) -> dict[str, Any]:  # noqa: ANN401
+    """config.json of a Llama 4 that reads images: tiles of 56 pixels, 4 features each."""
+    made = llama4_settings(**text)
+    return {
+        "architectures": ["Llama4ForConditionalGeneration"],
+        "model_type": "llama4",
+        "text_config": made,
+        "vision_config": {
+            "model_type": "llama4_vision_model",
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 256,
+            "image_size": 56,
+            "patch_size": 14,
+            "num_channels": 3,
+            "pixel_shuffle_ratio": 0.5,
+            "projector_input_dim": 96,
+            "projector_output_dim": 96,
+            "vision_output_dim": 96,
+            "norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+        },
+        "image_token_index": IMAGE_TOKEN,
+        "boi_token_index": 119,
+        "eoi_token_index": 120,
+        "tie_word_embeddings": False,
+        "torch_dtype": made["torch_dtype"],
+    }
+
+
 def tiny_llama4(path: Path, *, seed: int = 0, **settings: Any) -> Llama4Config:  # noqa: ANN401
-    """Write a seeded Llama 4 of `llama4_settings`."""
-    made = llama4_settings(**settings)
+    """Write a seeded Llama 4 of `llama4_settings`, or with `sees` of `seeing_settings`."""
+    sees = settings.pop("sees", False)
+    made = seeing_settings(**settings) if sees else llama4_settings(**settings)
     config = Llama4Config.from_dict(made)
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(made, indent=2))
@@ -204,6 +240,8 @@ def llama4_weights(config: Llama4Config, seed: int) -> dict[str, Tensor]:
                 made = 2.0 * made
         elif one.kind == "embeddings":
             made = noise
+        elif one.kind == "vision" and len(one.shape) == 1:
+            made = 0.1 * noise + ("norm" in one.name and one.name.endswith("weight"))
         else:
             # experts are stored as [experts, in, out], all else as [out, in]
             fan_in = one.shape[1] if one.kind == "experts" else one.shape[-1]
