@@ -166,6 +166,19 @@ class Kv(_Part):
         return self
 
 
+class Offload(_Part):
+    """Weights that do not fit the device.
+
+    Attributes:
+        layers: of each stage, the last so many stay on disk, mapped, and are read ahead of use
+            (device cpu alone).
+        folder: where; None takes the system's folder for temporary files.
+    """
+
+    layers: Annotated[int, Field(ge=0)] = 0
+    folder: Path | None = None
+
+
 class Limits(_Part):
     """What the scheduler takes on.
 
@@ -191,7 +204,7 @@ class ModelSpec(_Part):
         dtype: of weights and KV cache.
         quantization: of the weights while they load: int8, int4, fp8; None keeps them in `dtype`.
         groups: replica groups.
-        mesh, kv, limits: of each group.
+        mesh, kv, offload, limits: of each group.
         device: "cpu", "cuda", or "auto": cuda where the cluster has a GPU for each slice.
         kernels: backend of the operations; None picks the best for the device.
         threads: CPU threads of a slice; None divides its node's cores among the slices on it.
@@ -206,6 +219,7 @@ class ModelSpec(_Part):
     groups: Count = 1
     mesh: Mesh = Mesh()
     kv: Kv = Kv()
+    offload: Offload = Offload()
     limits: Limits = Limits()
     device: Literal["cpu", "cuda", "auto"] = "auto"
     kernels: str | None = None
@@ -238,6 +252,8 @@ class ModelSpec(_Part):
             max_batch_tokens=self.limits.max_batch_tokens,
             max_queued=self.limits.max_queued,
             prefix_cache=self.kv.prefix_cache,
+            offload_layers=self.offload.layers,
+            offload_folder=None if self.offload.folder is None else str(self.offload.folder),
         )
 
 

@@ -28,7 +28,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -398,6 +400,19 @@ class Ops(ABC):
         raise NotImplementedError(
             f"kernels={self.name!r} has no vocabulary of {weight.kind} weights; "
             "keep the embedding unquantized or use kernels='reference'"
+        )
+
+    def offloading(self, folder: Path) -> AbstractContextManager[None]:
+        """Products packed within stay out of the device's memory and stream in ahead of use.
+
+        Args:
+            folder: on a disk with room for them, where memory of the host is the device's.
+
+        Raises:
+            NotImplementedError: this backend keeps all weights on its device.
+        """
+        raise NotImplementedError(
+            f"kernels={self.name!r} keeps all weights on its device; use offload_layers=0"
         )
 
     @abstractmethod

@@ -59,8 +59,9 @@ class Loading:
         if not self.done:
             return "loading 0 %"
         rate = self.done / max(self.elapsed_s, 1e-3)
+        percent = int(self.share * 100)
         return (
-            f"loading {self.share:.0%}: {self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB, "
+            f"loading {percent} %: {self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB, "
             f"{rate / 1e9:.2f} GB/s, {(self.total - self.done) / rate:.0f} s left"
         )
 

@@ -40,6 +40,9 @@ class GroupConfig:
         num_blocks: KV blocks outright, instead of `kv_bytes`; of each dp rank.
         num_local_blocks: KV blocks of the layers that attend within their chunk, which have a pool
             of their own; None shares `kv_bytes` between the pools.
+        offload_layers: of each stage, the last so many layers keep their weights on disk, mapped,
+            and read them ahead of use (backend "cpu" alone).
+        offload_folder: where; None is the system's folder for temporary files.
         max_model_len: None takes the model's own limit.
         max_sequences, max_batch_tokens, max_queued, prefix_cache: as in `EngineConfig`.
     """
@@ -62,6 +65,8 @@ class GroupConfig:
     kv_bytes: int | None = None
     num_blocks: int | None = None
     num_local_blocks: int | None = None
+    offload_layers: int = 0
+    offload_folder: str | None = None
     max_model_len: int | None = None
     max_sequences: int = 256
     max_batch_tokens: int = 2048

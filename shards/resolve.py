@@ -37,6 +37,20 @@ def resolve(config: GroupConfig, model: AnyModel) -> GroupConfig:
         raise SpecError(
             f"`quantization`={config.quantization!r} is none of {', '.join(QUANTIZATIONS)}"
         )
+    if not 0 <= config.offload_layers <= model.num_layers:
+        raise SpecError(
+            f"`offload_layers`={config.offload_layers} must be 0 to {model.num_layers}, the "
+            "model's layers"
+        )
+    if config.offload_layers and isinstance(model, Llama4Config):
+        raise SpecError(
+            f"`offload_layers`={config.offload_layers}: only dense models are offloaded; leave it 0"
+        )
+    if config.offload_layers and (config.device != "cpu" or config.kernels not in (None, "cpu")):
+        raise SpecError(
+            f"`offload_layers`={config.offload_layers} needs `device`=cpu and `kernels`=cpu; "
+            "other backends keep all weights on their device"
+        )
     if config.block_size < 1:
         raise SpecError(f"`block_size`={config.block_size} must be at least 1")
     limit = model.max_position_embeddings

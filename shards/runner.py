@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -95,6 +96,8 @@ class Runner:
             block_size=config.block_size,
             wire=config.expert_wire,
             placement=first_placement(config, parts),
+            offload_layers=config.offload_layers,
+            offload_folder=Path(config.offload_folder) if config.offload_folder else None,
             progress=progress,
         )
         self._hidden_size = model.hidden_size

@@ -10,6 +10,7 @@ T result, C counts of experts' tokens, E error (bodies are msgpack). From the le
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import time
@@ -116,6 +117,7 @@ def run_slice(
             load_s=runner.load_s,
         )
         link.send(b"R", asdict(report))
+        gc.freeze()  # what is loaded stays: full collections need not walk it
         phase = "step"
         _serve(runner, link)
         runner.mesh.leave()

@@ -19,6 +19,7 @@ from arriero.kernels.cpu.structs import (
     float_rows,
     fuses,
     layer_struct,
+    rooms_of,
 )
 from arriero.kernels.ops import (
     DenseLayer,
@@ -70,7 +71,9 @@ class CpuDecoder:
                 self._structs[i], tensors = layer_struct(layer)
                 self._kept.append(tensors)
         whole = all(fuses(layer) and not isinstance(layer, MoELayer) for layer in self._layers)
-        self._in_one_call = reduce is None and whole and local_kv is None
+        self._rooms = [rooms_of(layer) for layer in self._layers]
+        plain = local_kv is None and not any(self._rooms)
+        self._in_one_call = reduce is None and whole and plain
 
     def __call__(self, x_TH: Tensor, batch: FlatBatch) -> Tensor:
         """Run the layers over x [T, H]; float32 rows without gaps are changed in place."""
@@ -92,7 +95,9 @@ class CpuDecoder:
 
     def _run_blocks(self, x_TH: Tensor, batch: FlatBatch) -> Tensor:
         ops, reduce = self._ops, self._reduce
+        self._read_ahead(0)
         for i, (layer, place) in enumerate(zip(self._layers, self._places, strict=True)):
+            self._read_ahead(i + 1)
             cache, at, seen = self._caches[i], place.index, place.batch(batch)
             if fuses(layer):
                 part = ops.run_attention(self._structs[i], layer, x_TH, cache, at, seen)
@@ -106,4 +111,11 @@ class CpuDecoder:
             else:
                 part = ops.run_mlp(self._structs[i], layer, x_TH)
             x_TH += part if reduce is None else reduce(part)
+            for room in self._rooms[i]:
+                room.behind()
         return x_TH
+
+    def _read_ahead(self, i: int) -> None:
+        """Begin to read a layer's weights, where they are on disk."""
+        for room in self._rooms[i] if i < len(self._rooms) else ():
+            room.ahead()

@@ -7,6 +7,7 @@ slices do).
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 from collections.abc import Callable
@@ -144,6 +145,7 @@ class Engine:
     # ---- the engine's thread ----
 
     def _run(self) -> None:
+        gc.freeze()  # what is loaded stays: full collections need not walk it
         while self._wait_for_work():
             self.step()
 

@@ -6,6 +6,7 @@ Knows which class serves which config; knows nothing of what is in them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -77,6 +78,8 @@ def load_slice(
     block_size: int,
     wire: Wire | None,
     placement: Placement | None,
+    offload_layers: int,
+    offload_folder: Path | None,
     progress: Progress,
 ) -> ModelSlice:
     """Load what `part` holds of a checkpoint.
@@ -93,6 +96,8 @@ def load_slice(
         block_size: tokens in a block.
         wire: how rows travel to experts on other ranks; None: as the weights are.
         placement: of the experts over the ranks of a stage; None where they are not exchanged.
+        offload_layers: as in `GroupConfig`; of dense models alone.
+        offload_folder: likewise.
         progress: called while weights load.
     """
     if isinstance(checkpoint.config, Llama4Config):
@@ -121,5 +126,7 @@ def load_slice(
         quantization=quantization,
         num_blocks=num_blocks,
         block_size=block_size,
+        offload_layers=offload_layers,
+        offload_folder=offload_folder,
         progress=progress,
     )

@@ -8,6 +8,10 @@ Shape legend: T tokens, R rows whose logits are wanted, H hidden size, V vocabul
 
 from __future__ import annotations
 
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -39,6 +43,8 @@ class LlamaSlice:
         quantization: str | None = None,
         num_blocks: int,
         block_size: int,
+        offload_layers: int = 0,
+        offload_folder: Path | None = None,
         progress: Progress = lambda done, total: None,
     ) -> None:
         config = checkpoint.config
@@ -57,7 +63,7 @@ class LlamaSlice:
             progress=progress,
         )
         with loader:
-            self._load(loader)
+            self._load(loader, offload_layers, offload_folder or Path(tempfile.gettempdir()))
         self.kv = ops.kv_cache(
             KVCacheSpec(
                 num_layers=part.layers.size,
@@ -71,11 +77,13 @@ class LlamaSlice:
         )
         self.decoder = ops.decoder(self._layers, self.kv, mesh.reduce if mesh.tp > 1 else None)
 
-    def _load(self, loader: Loader) -> None:
+    def _load(self, loader: Loader, offload_layers: int, folder: Path) -> None:
         config, part = self.config, self.part
         self._layers: list[DenseLayer] = []
         for index in range(part.layers.start, part.layers.stop):
-            self._layers.append(_layer(loader, config, part, index))
+            out = index >= part.layers.stop - offload_layers
+            with self.ops.offloading(folder) if out else nullcontext():
+                self._layers.append(_layer(loader, config, part, index))
             loader.finished(index)
         tied = config.tie_word_embeddings
         self.embedding = loader.vocab(EMBEDDING, part.vocab) if part.first_stage else None
