@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from arriero.router.card import ModelCard
+from arriero.router.grammar import GrammarCheck
 from arriero.router.marks import strings
 from arriero.router.template import ChatTemplate, TemplateError
 from arriero.router.tokenizer import Tokenizer
@@ -37,6 +38,7 @@ class TextModel:
         self.template = ChatTemplate(card.chat_template) if card.chat_template else None
         self._tokens = {"bos_token": card.bos_token, "eos_token": card.eos_token}
         self._model = card.model
+        self.grammars = GrammarCheck(card)
 
     async def encode(self, text: str, *, add_special_tokens: bool, trusted: bool) -> list[int]:
         """Token ids of a text; see `Tokenizer.encode` and `encode_trusted`."""

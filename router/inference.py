@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from arriero.router.answer import Answer
@@ -18,6 +18,7 @@ from arriero.router.backend import GroupView
 from arriero.router.card import ModelCard
 from arriero.router.choose import order
 from arriero.router.conversation import TextModel
+from arriero.router.grammar import call_grammar, form_grammar
 from arriero.router.groups import LinkedGroups
 from arriero.router.metrics import Metrics
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
@@ -77,7 +78,7 @@ class Inference:
         with self.metrics.failures():
             text, views = self.groups.find(request.model)
             options = read_options(request.options)
-            params = read_sampling(request.sampling, views[0].card)
+            params = await _constrained(request.sampling, views[0].card, text, None)
             if request.WhichOneof("prompt") == "text":
                 prompt = await _encode(text, request)
             else:
@@ -98,8 +99,8 @@ class Inference:
         with self.metrics.failures():
             text, views = self.groups.find(request.model)
             options = read_options(request.options)
-            params = read_sampling(request.sampling, views[0].card)
             offer = read_offer(request)
+            params = await _constrained(request.sampling, views[0].card, text, offer)
             if offer is not None and not options.include_text:
                 raise InvalidRequest(
                     "include_text", "`tools` need text; leave `include_text` on or `tools` out"
@@ -192,6 +193,30 @@ class Inference:
                     log.info(
                         "%s: group %s: %s; trying the next", job.request_id, view.group_id, error
                     )
+
+
+async def _constrained(
+    message: pb.SamplingParams, card: ModelCard, text: TextModel, offer: ToolOffer | None
+) -> SamplingParams:
+    """Checked sampling parameters, with the grammar that a form or forced calls ask for."""
+    params = read_sampling(message, card)
+    grammar = form_grammar(message.structured)
+    field = message.structured.WhichOneof("form") or "tools"
+    if offer is not None:
+        if grammar:
+            raise InvalidRequest(
+                field,
+                f"`{field}` and `tools` exclude each other: a call would not fit the form; leave "
+                'one of them out, or set `tool_choice` to "none"',
+            )
+        if offer.forced:
+            grammar = call_grammar(offer.forced, parallel=offer.parallel)
+    if not grammar:
+        return params
+    params = replace(params, grammar=grammar)
+    params.check(vocab_size=card.vocab_size)
+    await text.grammars.check(field, grammar)
+    return params
 
 
 async def _encode(text: TextModel, request: pb.GenerateRequest | pb.TokenizeRequest) -> list[int]:

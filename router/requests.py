@@ -65,10 +65,12 @@ class ToolOffer:
     Attributes:
         tools: as templates take them.
         parallel: whether there may be several calls; else the first one ends the output.
+        forced: those of which one must be called, in the form of `tools`; empty leaves it open.
     """
 
     tools: tuple[Mapping[str, Any], ...]
     parallel: bool = True
+    forced: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def names(self) -> list[str]:
@@ -213,12 +215,30 @@ def read_tools(tools: Sequence[pb.Tool]) -> tuple[Mapping[str, Any], ...]:
 def read_offer(request: pb.ChatRequest) -> ToolOffer | None:
     """What a conversation offers; None when that is nothing."""
     tools = read_tools(request.tools)
-    if not tools or request.tool_choice == pb.TOOL_CHOICE_NONE:
+    choice = request.tool_choice
+    if choice not in pb.ToolChoice.values():
+        raise InvalidRequest("tool_choice", f"`tool_choice`={choice} is none of ours")
+    if request.tool_name and choice != pb.TOOL_CHOICE_NAMED:
+        raise InvalidRequest("tool_name", "`tool_name` is for TOOL_CHOICE_NAMED; leave it out")
+    if choice == pb.TOOL_CHOICE_NONE:
         return None
-    if request.tool_choice != pb.TOOL_CHOICE_UNSPECIFIED:
-        raise InvalidRequest("tool_choice", f"`tool_choice`={request.tool_choice} is none of ours")
+    must = choice in (pb.TOOL_CHOICE_REQUIRED, pb.TOOL_CHOICE_NAMED)
+    if must and not tools:
+        raise InvalidRequest("tool_choice", "`tool_choice` asks for a call; offer some `tools`")
+    if not tools:
+        return None
     given = request.HasField("parallel_tool_calls")
-    return ToolOffer(tools=tools, parallel=request.parallel_tool_calls if given else True)
+    parallel = request.parallel_tool_calls if given else True
+    forced = tools if must else ()
+    if choice == pb.TOOL_CHOICE_NAMED:
+        parallel = False
+        forced = tuple(tool for tool in tools if tool["function"]["name"] == request.tool_name)
+        if not forced:
+            raise InvalidRequest(
+                "tool_choice",
+                f"`tool_choice` names {request.tool_name[:128]!r}, which is not among `tools`",
+            )
+    return ToolOffer(tools=tools, parallel=parallel, forced=forced)
 
 
 def _json_object(name: str, text: str) -> dict[str, Any]:

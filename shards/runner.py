@@ -19,8 +19,10 @@ from torch import Tensor
 from arriero.kernels.ops import Sampled
 from arriero.kernels.select import ops_for
 from arriero.shards.checkpoint.reader import Checkpoint
+from arriero.shards.grammar import GrammarRows
 from arriero.shards.group import GroupConfig
 from arriero.shards.mesh import Mesh
+from arriero.shards.models.config import ModelConfig
 from arriero.shards.models.llama import LlamaSlice
 from arriero.shards.models.loader import Progress
 from arriero.shards.partition import partition
@@ -97,6 +99,7 @@ class Runner:
             vocab_size=model.vocab_size,
             rope=Rope(model.inv_freq(), config.max_model_len, device),
             device=device,
+            grammars=self._grammars(config.model_path, model) if self.mesh.samples else None,
         )
         stage = parts[part.stage * config.tp : (part.stage + 1) * config.tp]
         self._vocab_sizes = [one.vocab.size for one in stage]
@@ -104,6 +107,12 @@ class Runner:
         self.load_s = time.perf_counter() - started
         self.weights_nbytes, self.kv_nbytes = self._model.weights_nbytes, self._model.kv.nbytes
         self.kernels = self._ops.name
+
+    @staticmethod
+    def _grammars(model_path: str, model: ModelConfig) -> GrammarRows:
+        return GrammarRows(
+            model_path, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids
+        )
 
     def launch(self, plan: StepPlan) -> Pending | None:
         """Begin one plan; the rank that samples gives what to wait for, the others None."""
