@@ -26,6 +26,8 @@ MAX_CHOICES = 1024
 MAX_DEPTH = 64
 MAX_PROPERTIES = 4096
 """Most objects and lists of a schema."""
+MAX_LEAST = 10_000
+"""Largest `minItems`, `minLength` or `minProperties`: more would never be reached."""
 MAX_CALLS = 16
 """Most calls of an answer that must call."""
 MAX_CHECKED = 256
@@ -122,7 +124,10 @@ class GrammarCheck:
 
     def _compile(self, grammar: str) -> str:
         with self._one_at_a_time:
-            return self._compiler.matcher(grammar).get_error()
+            matcher = self._compiler.matcher(grammar)
+            if not matcher.is_error():
+                matcher.compute_bitmask()  # patterns cost their fuel here
+            return matcher.get_error()
 
 
 def _choice(texts: Sequence[str]) -> str:
@@ -150,6 +155,16 @@ def _load(field: str, text: str) -> Any:  # noqa: ANN401
         raise InvalidRequest(field, f"`{field}` is not JSON: {error}") from None
 
 
+def _check_least(field: str, level: Sequence[Any]) -> None:
+    for one in level:
+        for name in ("minItems", "minLength", "minProperties"):
+            least = one.get(name) if isinstance(one, dict) else None
+            if isinstance(least, int) and least > MAX_LEAST:
+                raise InvalidRequest(
+                    field, f"`{field}` has `{name}`={least}; the most is {MAX_LEAST}; lower it"
+                )
+
+
 def _schema(field: str, schema: Any) -> str:  # noqa: ANN401
     """A JSON Schema with our own white space, once its size and depth are looked at."""
     if not isinstance(schema, dict):
@@ -165,6 +180,7 @@ def _schema(field: str, schema: Any) -> str:  # noqa: ANN401
                 f"`{field}` is nested deeper than {MAX_DEPTH} or has more than {MAX_PROPERTIES} "
                 "objects and lists; make it simpler",
             )
+        _check_least(field, level)
         items = (one.values() if isinstance(one, dict) else one for one in level)
         level = [item for some in items for item in some if isinstance(item, dict | list)]
     if "x-guidance" in schema:
