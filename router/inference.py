@@ -29,11 +29,13 @@ from arriero.router.requests import (
     check_tokens,
     defaults_to_wire,
     engine_request,
+    read_documents,
     read_messages,
     read_offer,
     read_options,
     read_sampling,
     read_tools,
+    read_variables,
 )
 from arriero.shards.errors import InvalidRequest, Overloaded, Unavailable
 from arriero.shards.sampling import SamplingParams
@@ -236,6 +238,8 @@ async def _layout(
         add_generation_prompt=request.add_generation_prompt if given else not go_on,
         continue_final_message=go_on,
         tools=() if offer is None else offer.tools,
+        documents=read_documents(request.documents),
+        variables=read_variables(request.template_variables),
     )
 
 

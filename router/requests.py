@@ -24,6 +24,7 @@ from arriero.shards.sampling import SamplingParams
 M = TypeVar("M", bound=Message)
 
 MAX_TOOLS = 128
+MAX_DOCUMENTS = 128
 MAX_JSON_DEPTH = 64
 """Deepest nesting of a tool's schema or a call's arguments."""
 _TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
@@ -210,6 +211,28 @@ def read_tools(tools: Sequence[pb.Tool]) -> tuple[Mapping[str, Any], ...]:
         function["parameters"] = _json_object(f"tools[{number}].parameters", given)
         read[tool.name] = {"type": "function", "function": function}
     return tuple(read.values())
+
+
+def read_documents(documents: Sequence[pb.Document]) -> tuple[Mapping[str, str], ...]:
+    """Documents as templates take them.
+
+    Raises:
+        InvalidRequest: there are too many.
+    """
+    if len(documents) > MAX_DOCUMENTS:
+        raise InvalidRequest(
+            "documents", f"`documents` has {len(documents)} entries; the most is {MAX_DOCUMENTS}"
+        )
+    return tuple({"title": one.title, "text": one.text} for one in documents)
+
+
+def read_variables(text: str) -> dict[str, Any]:
+    """More variables for a template.
+
+    Raises:
+        InvalidRequest: they are no JSON object.
+    """
+    return _json_object("template_variables", text) if text else {}
 
 
 def read_offer(request: pb.ChatRequest) -> ToolOffer | None:

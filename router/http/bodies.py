@@ -202,6 +202,13 @@ class Tool(Body):
     function: Function
 
 
+class Document(Body):
+    """A text to answer from."""
+
+    title: str = Field("", description="Its name.")
+    text: str = Field(description="What it says.")
+
+
 class FunctionName(Body):
     """A function, by name."""
 
@@ -236,6 +243,12 @@ class ChatBody(Sampling):
     )
     continue_final_message: bool | None = Field(
         None, description="Go on with the last message instead of answering it."
+    )
+    documents: list[Document] | None = Field(
+        None, description="Texts to answer from, at most 128, if the model's template shows them."
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="More variables for the template, such as `date_string`."
     )
 
     @model_validator(mode="after")
@@ -288,6 +301,8 @@ class TokenizeBody(Body):
     add_special_tokens: bool | None = Field(None, description="For a text. Default true.")
     add_generation_prompt: bool | None = Field(None, description="For a conversation.")
     continue_final_message: bool | None = Field(None, description="For a conversation.")
+    documents: list[Document] | None = Field(None, description="For a conversation.")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="For a conversation.")
 
     @model_validator(mode="after")
     def _one_input(self) -> TokenizeBody:

@@ -60,6 +60,7 @@ def chat_request(body: ChatBody) -> pb.ChatRequest:
         request.tool_choice = _TOOL_CHOICES[choice]
     for name in ("parallel_tool_calls", "add_generation_prompt", "continue_final_message"):
         _set(request, name, getattr(body, name))
+    _fill_template(request, body)
     _fill(request, body)
     _set(request.sampling, "max_tokens", body.max_completion_tokens)
     if body.logprobs:
@@ -117,6 +118,7 @@ def tokenize_request(body: TokenizeBody) -> pb.TokenizeRequest:
     talk.tools.extend(_tools(body.tools or ()))
     for name in ("add_generation_prompt", "continue_final_message"):
         _set(talk, name, getattr(body, name))
+    _fill_template(talk, body)
     return request
 
 
@@ -149,6 +151,21 @@ def _fill(request: pb.ChatRequest | pb.GenerateRequest, body: Sampling) -> None:
     _fill_form(request.sampling, body)
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     request.options.stop.extend(_text("stop", one) for one in stop)
+
+
+def _fill_template(
+    request: pb.ChatRequest | pb.Conversation, body: ChatBody | TokenizeBody
+) -> None:
+    request.documents.extend(
+        pb.Document(
+            title=_text(f"documents[{number}].title", one.title),
+            text=_text(f"documents[{number}].text", one.text),
+        )
+        for number, one in enumerate(body.documents or ())
+    )
+    if body.chat_template_kwargs is not None:
+        field = "chat_template_kwargs"
+        request.template_variables = _json(field, body.chat_template_kwargs)
 
 
 def _fill_form(sampling: pb.SamplingParams, body: Sampling) -> None:
