@@ -7,14 +7,27 @@ come back as the exceptions that the gateway raised (`InvalidRequest`, `NotFound
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+import asyncio
+import time
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import grpc
 import grpc.aio
+from google.protobuf.message import Message as ProtoMessage
 
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.proto.arriero.v1.inference_pb2_grpc import InferenceStub
+from arriero.router.retry import Retry
 from arriero.shards.errors import ArrieroError, InvalidRequest, NotFound, Overloaded, Unavailable
 
 if TYPE_CHECKING:
@@ -72,7 +85,9 @@ class AsyncClient:
     Args:
         address: host and port of a gateway.
         credentials: of TLS; None speaks in the clear.
-        timeout_s: deadline of each call; None for none.
+        timeout_s: deadline of each call, retries included; None for none.
+        retries: most further attempts of a call that was refused before it began, because the
+            gateway was overloaded or no group could serve; 0 for none.
     """
 
     def __init__(
@@ -81,35 +96,30 @@ class AsyncClient:
         *,
         credentials: grpc.ChannelCredentials | None = None,
         timeout_s: float | None = None,
+        retries: int = 0,
     ) -> None:
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
         else:
             self._channel = grpc.aio.secure_channel(address, credentials, options=_CHANNEL_OPTIONS)
         self._stub: InferenceAsyncStub = InferenceStub(self._channel)
-        self._timeout_s = timeout_s
+        self._timeout_s, self._retries = timeout_s, retries
 
     async def generate(self, prompt: Prompt, **fields: Any) -> AsyncIterator[pb.GenerateResponse]:  # noqa: ANN401
         """Continue `prompt`; see `generate_request`. Leaving the iterator cancels the call."""
-        call = self._stub.Generate(generate_request(prompt, **fields), timeout=self._timeout_s)
-        try:
-            async for response in call:
+        async with aclosing(
+            self._stream(self._stub.Generate, generate_request(prompt, **fields))
+        ) as responses:
+            async for response in responses:
                 yield response
-        except grpc.aio.AioRpcError as error:
-            raise _translated(error) from None
-        finally:
-            call.cancel()
 
     async def chat(self, messages: Messages, **fields: Any) -> AsyncIterator[pb.GenerateResponse]:  # noqa: ANN401
         """Answer `messages`; see `chat_request`. Leaving the iterator cancels the call."""
-        call = self._stub.Chat(chat_request(messages, **fields), timeout=self._timeout_s)
-        try:
-            async for response in call:
+        async with aclosing(
+            self._stream(self._stub.Chat, chat_request(messages, **fields))
+        ) as responses:
+            async for response in responses:
                 yield response
-        except grpc.aio.AioRpcError as error:
-            raise _translated(error) from None
-        finally:
-            call.cancel()
 
     async def tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
         """Token ids of a text or a conversation."""
@@ -129,10 +139,39 @@ class AsyncClient:
         return await self._unary(self._stub.GetModel, pb.GetModelRequest(model=model))
 
     async def _unary(self, method: Callable[..., Awaitable[R]], request: object) -> R:
-        try:
-            return await method(request, timeout=self._timeout_s)
-        except grpc.aio.AioRpcError as error:
-            raise _translated(error) from None
+        retry = Retry(self._retries, self._timeout_s)
+        while True:
+            try:
+                return await method(request, timeout=retry.timeout_s)
+            except grpc.aio.AioRpcError as error:
+                cause = _translated(error)
+            wait_s = retry.wait_s(cause)
+            if wait_s is None:
+                raise cause
+            await asyncio.sleep(wait_s)
+
+    async def _stream(
+        self,
+        method: Callable[..., Any],
+        request: object,
+    ) -> AsyncGenerator[pb.GenerateResponse]:
+        retry = Retry(self._retries, self._timeout_s)
+        while True:
+            call = method(request, timeout=retry.timeout_s)
+            begun = False
+            try:
+                async for response in call:
+                    begun = True
+                    yield response
+                return
+            except grpc.aio.AioRpcError as error:
+                cause = _translated(error)
+            finally:
+                call.cancel()
+            wait_s = None if begun else retry.wait_s(cause)
+            if wait_s is None:
+                raise cause
+            await asyncio.sleep(wait_s)
 
     async def close(self) -> None:
         """Drop the connection."""
@@ -154,23 +193,22 @@ class Client:
         *,
         credentials: grpc.ChannelCredentials | None = None,
         timeout_s: float | None = None,
+        retries: int = 0,
     ) -> None:
         if credentials is None:
             self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
         else:
             self._channel = grpc.secure_channel(address, credentials, options=_CHANNEL_OPTIONS)
         self._stub = InferenceStub(self._channel)
-        self._timeout_s = timeout_s
+        self._timeout_s, self._retries = timeout_s, retries
 
     def generate(self, prompt: Prompt, **fields: Any) -> Iterator[pb.GenerateResponse]:  # noqa: ANN401
         """Continue `prompt`; see `generate_request`. Leaving the iterator cancels the call."""
-        call = self._stub.Generate(generate_request(prompt, **fields), timeout=self._timeout_s)
-        yield from _stream(call)
+        yield from self._stream(self._stub.Generate, generate_request(prompt, **fields))
 
     def chat(self, messages: Messages, **fields: Any) -> Iterator[pb.GenerateResponse]:  # noqa: ANN401
         """Answer `messages`; see `chat_request`. Leaving the iterator cancels the call."""
-        call = self._stub.Chat(chat_request(messages, **fields), timeout=self._timeout_s)
-        yield from _stream(call)
+        yield from self._stream(self._stub.Chat, chat_request(messages, **fields))
 
     def tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
         """Token ids of a text or a conversation."""
@@ -189,10 +227,39 @@ class Client:
         return self._unary(self._stub.GetModel, pb.GetModelRequest(model=model))
 
     def _unary(self, method: Callable[..., R], request: object) -> R:
-        try:
-            return method(request, timeout=self._timeout_s)
-        except grpc.RpcError as error:
-            raise _translated(error) from None
+        retry = Retry(self._retries, self._timeout_s)
+        while True:
+            try:
+                return method(request, timeout=retry.timeout_s)
+            except grpc.RpcError as error:
+                cause = _translated(error)
+            wait_s = retry.wait_s(cause)
+            if wait_s is None:
+                raise cause
+            time.sleep(wait_s)
+
+    def _stream(
+        self,
+        method: Callable[..., Any],
+        request: object,
+    ) -> Iterator[pb.GenerateResponse]:
+        retry = Retry(self._retries, self._timeout_s)
+        while True:
+            call = method(request, timeout=retry.timeout_s)
+            begun = False
+            try:
+                for response in call:
+                    begun = True
+                    yield response
+                return
+            except grpc.RpcError as error:
+                cause = _translated(error)
+            finally:
+                call.cancel()
+            wait_s = None if begun else retry.wait_s(cause)
+            if wait_s is None:
+                raise cause
+            time.sleep(wait_s)
 
     def close(self) -> None:
         """Drop the connection."""
@@ -203,15 +270,6 @@ class Client:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _stream(call: Any) -> Iterator[pb.GenerateResponse]:  # noqa: ANN401
-    try:
-        yield from call
-    except grpc.RpcError as error:
-        raise _translated(error) from None
-    finally:
-        call.cancel()
 
 
 def _fill(request: pb.GenerateRequest | pb.ChatRequest, fields: Mapping[str, Any]) -> None:
@@ -230,6 +288,8 @@ def _fill(request: pb.GenerateRequest | pb.ChatRequest, fields: Mapping[str, Any
         if name == "allowed_token_ids":
             target.allowed_token_ids.ids.extend(value)
             target.allowed_token_ids.SetInParent()
+        elif isinstance(value, ProtoMessage):
+            getattr(target, name).CopyFrom(value)
         elif isinstance(value, Mapping):
             getattr(target, name).update(value)
         elif isinstance(value, Sequence) and not isinstance(value, str):
