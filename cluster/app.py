@@ -81,7 +81,7 @@ def application(args: Mapping[str, str]) -> Application:
 
 
 def _leader(model: ModelSpec, spec: Spec, part: float, num_gpus: float) -> Application:
-    num_slices = model.mesh.tp * model.mesh.pp
+    num_slices = model.mesh.num_slices
     wanted = num_slices * model.groups
     device = model.device
     if device == "auto":

@@ -132,14 +132,14 @@ class EngineBench:
             config: of the group.
             on_loaded: told how far loading is.
         """
+        from arriero.shards.checkpoint.formats.describe import describe
         from arriero.shards.checkpoint.reader import Checkpoint
         from arriero.shards.engine.engine import Engine
         from arriero.shards.executor import LocalExecutor, spawn_group
-        from arriero.shards.models.config import ModelConfig
         from arriero.shards.resolve import engine_config, resolve
 
         folder = Path(config.model_path)
-        model = ModelConfig.from_folder(folder)
+        model, _ = describe(folder)
         resolved = resolve(config, model)
         limits = engine_config(resolved, model, Checkpoint.open(folder).digest)
         self._arrived: queue.SimpleQueue[Sequence[SequenceOutput] | Exception]

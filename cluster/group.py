@@ -61,7 +61,9 @@ class GroupSettings:
     @property
     def layout(self) -> str:
         """The mesh in words."""
-        return f"tp{self.config.tp} pp{self.config.pp}"
+        config = self.config
+        lanes = f" dp{config.dp}" if config.dp > 1 else ""
+        return f"tp{config.tp}{lanes} pp{config.pp}"
 
 
 class Leader:
@@ -116,12 +118,12 @@ class Leader:
         where = await self._place()
         # imported only now: the slices import torch meanwhile
         from arriero.router.card import ModelCard
+        from arriero.shards.checkpoint.formats.describe import describe
         from arriero.shards.executor import RemoteExecutor
-        from arriero.shards.models.config import ModelConfig
         from arriero.shards.resolve import engine_config, resolve
 
         folder = Path(self._settings.config.model_path)
-        model = ModelConfig.from_folder(folder)
+        model, _ = describe(folder)
         config = resolve(_with_threads(self._settings.config, where), model)
         host = self._link_host(where)
         executor = self._executor = RemoteExecutor(config, host)

@@ -50,6 +50,7 @@ _SECTIONS = {
 _FLAG_FIELDS = {
     "tp": ("mesh", "tp"),
     "pp": ("mesh", "pp"),
+    "dp": ("mesh", "dp"),
     "kv_memory": ("kv", "memory"),
     "max_model_len": ("limits", "max_model_len"),
 }
@@ -102,14 +103,30 @@ class Mesh(_Part):
     Attributes:
         tp: tensor-parallel slices of each stage.
         pp: pipeline stages.
+        dp: data-parallel attention, for mixtures of experts: so many times `tp` slices a stage,
+            each `tp` with sequences of their own; the experts are dealt to all of them.
+        ep: parts that the experts are dealt to; None for one to each slice of a stage.
+        expert_wire: how rows travel to experts on other slices: float32, bfloat16 or fp8; None: as
+            the model's dtype says.
+        spare_experts: slots of each slice, in each layer, for second copies of experts that are
+            asked much; with them experts are moved as the load asks. Needs `dp` > 1.
         tp_shares: relative size of each slice's share, `tp` numbers; None for as even as it goes.
         layer_split: layers of each stage, `pp` numbers; None splits by cost.
     """
 
     tp: Count = 1
     pp: Count = 1
+    dp: Count = 1
+    ep: Count | None = None
+    expert_wire: Literal["float32", "bfloat16", "fp8"] | None = None
+    spare_experts: Annotated[int, Field(ge=0)] = 0
     tp_shares: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] | None = None
     layer_split: tuple[Count, ...] | None = None
+
+    @property
+    def num_slices(self) -> int:
+        """Slices of a group."""
+        return self.tp * self.dp * self.pp
 
     @model_validator(mode="after")
     def _lengths(self) -> Mesh:
@@ -130,12 +147,15 @@ class Kv(_Part):
     Attributes:
         memory: bytes of the whole group's pool ("512MiB"); None takes the default.
         blocks: blocks outright, instead of `memory`.
+        local_blocks: blocks of the pool for layers that attend within a chunk (Llama 4);
+            None divides the memory for sequences of four chunks.
         block_size: tokens in a block.
         prefix_cache: keep and find blocks of shared prefixes.
     """
 
     memory: Bytes | None = None
     blocks: Count | None = None
+    local_blocks: Count | None = None
     block_size: Count = 16
     prefix_cache: bool = True
 
@@ -144,6 +164,19 @@ class Kv(_Part):
         if self.memory is not None and self.blocks is not None:
             raise ValueError("`memory` and `blocks` both set the pool's size; keep one of them")
         return self
+
+
+class Offload(_Part):
+    """Weights that do not fit the device.
+
+    Attributes:
+        layers: of each stage, the last so many stay on disk, mapped, and are read ahead of use
+            (device cpu alone).
+        folder: where; None takes the system's folder for temporary files.
+    """
+
+    layers: Annotated[int, Field(ge=0)] = 0
+    folder: Path | None = None
 
 
 class Limits(_Part):
@@ -171,7 +204,7 @@ class ModelSpec(_Part):
         dtype: of weights and KV cache.
         quantization: of the weights while they load: int8, int4, fp8; None keeps them in `dtype`.
         groups: replica groups.
-        mesh, kv, limits: of each group.
+        mesh, kv, offload, limits: of each group.
         device: "cpu", "cuda", or "auto": cuda where the cluster has a GPU for each slice.
         kernels: backend of the operations; None picks the best for the device.
         threads: CPU threads of a slice; None divides its node's cores among the slices on it.
@@ -186,6 +219,7 @@ class ModelSpec(_Part):
     groups: Count = 1
     mesh: Mesh = Mesh()
     kv: Kv = Kv()
+    offload: Offload = Offload()
     limits: Limits = Limits()
     device: Literal["cpu", "cuda", "auto"] = "auto"
     kernels: str | None = None
@@ -200,6 +234,10 @@ class ModelSpec(_Part):
             quantization=self.quantization,
             tp=self.mesh.tp,
             pp=self.mesh.pp,
+            dp=self.mesh.dp,
+            ep=self.mesh.ep,
+            expert_wire=self.mesh.expert_wire,
+            spare_experts=self.mesh.spare_experts,
             tp_shares=self.mesh.tp_shares,
             layer_split=self.mesh.layer_split,
             device=device,
@@ -208,11 +246,14 @@ class ModelSpec(_Part):
             block_size=self.kv.block_size,
             kv_bytes=self.kv.memory,
             num_blocks=self.kv.blocks,
+            num_local_blocks=self.kv.local_blocks,
             max_model_len=self.limits.max_model_len,
             max_sequences=self.limits.max_sequences,
             max_batch_tokens=self.limits.max_batch_tokens,
             max_queued=self.limits.max_queued,
             prefix_cache=self.kv.prefix_cache,
+            offload_layers=self.offload.layers,
+            offload_folder=None if self.offload.folder is None else str(self.offload.folder),
         )
 
 
@@ -317,7 +358,7 @@ class Spec(_Part):
     @property
     def num_slices(self) -> int:
         """Slices of all groups."""
-        return sum(m.groups * m.mesh.tp * m.mesh.pp for m in self.models)
+        return sum(m.groups * m.mesh.num_slices for m in self.models)
 
 
 def load(path: Path | None, flags: Mapping[str, Any]) -> Spec:

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,11 +26,15 @@ from arriero.kernels.ops import (
     Ops,
     SamplingRows,
 )
-from arriero.kernels.quant import quantize_fp8, quantize_int4, quantize_int8
+from arriero.kernels.quant import QuantizedWeight, quantize_fp8, quantize_int4, quantize_int8
 
 BLOCK_SIZE = 16
 _UNCACHED_BYTES = 96 << 20
-_QUANTIZERS = {"int8": quantize_int8, "int4": quantize_int4, "fp8": quantize_fp8}
+_QUANTIZERS: dict[str, Callable[[Tensor], QuantizedWeight]] = {
+    "int8": quantize_int8,
+    "int4": quantize_int4,
+    "fp8": quantize_fp8,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,8 +120,9 @@ class KernelBench:
         rows_VH = self._weight(s.vocab, s.hidden)
         if s.quantization is None:
             self._vocab = ops.pack_vocab(rows_VH, 0, s.dtype)
-        else:
-            self._vocab = ops.pack_quantized_vocab(_QUANTIZERS[s.quantization](rows_VH), 0)
+        else:  # slices keep eight bits there at least
+            quantize = _QUANTIZERS["int8" if s.quantization == "int4" else s.quantization]
+            self._vocab = ops.pack_quantized_vocab(quantize(rows_VH), 0)
         self._norm_H = torch.ones(s.hidden, device=device)
         self.rates = measure_rates(ops, s.dtype, device)
 
@@ -150,9 +156,7 @@ class KernelBench:
         logits_RV = self._floats(tokens, s.vocab)
         for name, temperature in (("sample, greedy", 0.0), ("sample, top-p", 0.8)):
             rows = self._sampling_rows(tokens, temperature)
-            yield self._time(
-                name, tokens, lambda rows=rows: ops.sample(logits_RV, rows), logits_RV.nbytes
-            )
+            yield self._time(name, tokens, partial(ops.sample, logits_RV, rows), logits_RV.nbytes)
 
     def _linear(self, name: str, copies: list[Linear], tokens: int) -> Timing:
         w = copies[0]
@@ -224,7 +228,8 @@ class KernelBench:
             torch.cuda.synchronize(self._device)
 
     def _weight(self, rows: int, columns: int) -> Tensor:
-        return (torch.randn(rows, columns) * columns**-0.5).to(self._shape.dtype)
+        weight_OI: Tensor = torch.randn(rows, columns) * float(columns) ** -0.5
+        return weight_OI.to(self._shape.dtype)
 
     def _floats(self, rows: int, columns: int) -> Tensor:
         on_cpu = self._device.type == "cpu"
@@ -253,7 +258,10 @@ class KernelBench:
             head_dim=s.head_dim,
             softmax_scale=s.head_dim**-0.5,
             eps=1e-5,
-            **first,
+            qkv=first["qkv"],
+            o=first["o"],
+            gate_up=first["gate_up"],
+            down=first["down"],
         )
 
     def _cache(self, queries: list[int], context: int) -> tuple[KVCache, FlatBatch]:

@@ -28,7 +28,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -55,6 +57,9 @@ class FlatBatch:
         sin_TD: shape [T, D / 2], float32.
         max_query: the longest query of the batch (host integer: no device sync to get it).
         max_context: the longest context of the batch.
+        local: the same tokens as layers with chunked attention see them, where these keep a cache
+            of their own. Positions there count from a multiple of the chunk size, sequence by
+            sequence, so that tables stay short; `cos_TD` and `sin_TD` are of global positions.
     """
 
     positions_T: Tensor
@@ -66,6 +71,7 @@ class FlatBatch:
     sin_TD: Tensor
     max_query: int
     max_context: int
+    local: FlatBatch | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -206,6 +212,7 @@ class MoELayer(DenseLayer):
         experts_down: of each expert held here.
         first_expert: global id of the first of them; they are consecutive.
         top_k: experts that a token is sent to.
+        index: the layer's global number, for those who route for several.
     """
 
     router: Linear
@@ -213,6 +220,7 @@ class MoELayer(DenseLayer):
     experts_down: Sequence[Linear]
     first_expert: int
     top_k: int
+    index: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -278,6 +286,46 @@ class Sampled:
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums a partial [T, H] over the slices of a tensor-parallel stage; may work in place."""
+
+Experts = Callable[[Tensor, "MoELayer"], Tensor]
+"""As `Ops.moe_block`, where other ranks hold some of the experts."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerCache:
+    """Where one layer of a stage keeps its keys and values.
+
+    Attributes:
+        kv: the cache.
+        index: the layer's place in it.
+        local: whether it is the chunked layers' own, which `FlatBatch.local` describes.
+    """
+
+    kv: KVCache
+    index: int
+    local: bool
+
+    def batch(self, batch: FlatBatch) -> FlatBatch:
+        """The batch as this layer sees it."""
+        if not self.local:
+            return batch
+        assert batch.local is not None, "layers with a cache of their own need their own table"
+        return batch.local
+
+
+def layer_caches(
+    layers: Sequence[DenseLayer], kv: KVCache | None, local_kv: KVCache | None
+) -> list[LayerCache]:
+    """Each layer's place: layers with chunked attention in `local_kv`, where there is one."""
+    found: list[LayerCache] = []
+    counts = {True: 0, False: 0}
+    for layer in layers:
+        local = local_kv is not None and layer.style.chunk_size > 0
+        cache = local_kv if local else kv
+        assert cache is not None, "a stage has a cache for each kind of layer that it holds"
+        found.append(LayerCache(kv=cache, index=counts[local], local=local))
+        counts[local] += 1
+    return found
 
 
 class Ops(ABC):
@@ -352,6 +400,19 @@ class Ops(ABC):
         raise NotImplementedError(
             f"kernels={self.name!r} has no vocabulary of {weight.kind} weights; "
             "keep the embedding unquantized or use kernels='reference'"
+        )
+
+    def offloading(self, folder: Path) -> AbstractContextManager[None]:
+        """Products packed within stay out of the device's memory and stream in ahead of use.
+
+        Args:
+            folder: on a disk with room for them, where memory of the host is the device's.
+
+        Raises:
+            NotImplementedError: this backend keeps all weights on its device.
+        """
+        raise NotImplementedError(
+            f"kernels={self.name!r} keeps all weights on its device; use offload_layers=0"
         )
 
     @abstractmethod
@@ -525,19 +586,34 @@ class Ops(ABC):
         return self.linear(self.silu_mul(self.linear(h_TH, layer.gate_up)), layer.down)
 
     def decoder(
-        self, layers: Sequence[DenseLayer], kv: KVCache, reduce: Reduce | None
+        self,
+        layers: Sequence[DenseLayer],
+        kv: KVCache | None,
+        reduce: Reduce | None,
+        *,
+        local_kv: KVCache | None = None,
+        experts: Experts | None = None,
     ) -> Callable[[Tensor, FlatBatch], Tensor]:
         """Build the pass through a stage's layers: (x [T, H], batch) to x [T, H], maybe in place.
 
-        Built once at load, called once a step. `reduce` is None where one slice holds the stage.
+        Built once at load, called once a step.
+
+        Args:
+            layers: of the stage, in order.
+            kv: cache of the layers, in their order; None if `local_kv` holds them all.
+            reduce: None where one slice holds the stage.
+            local_kv: cache of those with chunked attention, in their order; None: `kv` holds them.
+            experts: what runs layers with experts; None for `moe_block`.
         """
+        caches = layer_caches(layers, kv, local_kv)
+        routed = self.moe_block if experts is None else experts
 
         def run(x_TH: Tensor, batch: FlatBatch) -> Tensor:
-            for i, layer in enumerate(layers):
-                part = self.attention_block(x_TH, layer, kv, i, batch)
+            for layer, cache in zip(layers, caches, strict=True):
+                part = self.attention_block(x_TH, layer, cache.kv, cache.index, cache.batch(batch))
                 x_TH += part if reduce is None else reduce(part)
                 if isinstance(layer, MoELayer):
-                    part = self.moe_block(x_TH, layer)
+                    part = routed(x_TH, layer)
                 else:
                     part = self.mlp_block(x_TH, layer)
                 x_TH += part if reduce is None else reduce(part)

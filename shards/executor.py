@@ -12,12 +12,14 @@ import queue
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any
 
 import msgpack
+import numpy as np
+import numpy.typing as npt
 import zmq
 
 from arriero.shards.errors import ArrieroError, CheckpointError, GroupFailed
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from arriero.shards.runner import Pending, Runner
 
 POLL_S = 0.1
+Loads = npt.NDArray[np.int64]
 LoadProgress = Callable[["Loading"], None]
 """Told how far the group's loading is."""
 
@@ -56,8 +59,9 @@ class Loading:
         if not self.done:
             return "loading 0 %"
         rate = self.done / max(self.elapsed_s, 1e-3)
+        percent = int(self.share * 100)
         return (
-            f"loading {self.share:.0%}: {self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB, "
+            f"loading {percent} %: {self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB, "
             f"{rate / 1e9:.2f} GB/s, {(self.total - self.done) / rate:.0f} s left"
         )
 
@@ -87,6 +91,10 @@ class LocalExecutor:
         if isinstance(got, BaseException):
             raise GroupFailed(f"slice 0 failed in a step: {type(got).__name__}: {got}") from got
         return got.wait()
+
+    def take_loads(self) -> Mapping[int, Loads]:
+        """One slice holds all experts: there is nothing to balance."""
+        return {}
 
     def close(self) -> None:
         """Stop the thread and give the weights back; safe to call twice."""
@@ -155,6 +163,7 @@ class RemoteExecutor:
         self.ticket = Ticket(address=address, config=config, **keys)
         self._identities = [rank.to_bytes(4, "little") for rank in range(config.world_size)]
         self._slices = [_SliceState() for _ in self._identities]
+        self._loads: dict[int, Loads] = {}
         self._failure: ArrieroError | None = None
         self._watch: Callable[[], str | None] = lambda: None
         self._closing: Callable[[], None] = lambda: None
@@ -196,7 +205,7 @@ class RemoteExecutor:
                 first = self._slices[0].hello
                 assert first is not None
                 where = msgpack.packb({"host": first["host"], "port": first["port"]})
-                self._tell_all(b"J", where)
+                self._tell(range(len(self._identities)), b"J", where)
                 joined = True
             if time.monotonic() > deadline:
                 late = [rank for rank, one in enumerate(self._slices) if one.report is None]
@@ -206,8 +215,10 @@ class RemoteExecutor:
         return [one.report for one in self._slices if one.report is not None]
 
     def submit(self, plan: StepPlan) -> None:
-        """Send a plan to every slice."""
-        self._tell_all(b"P", plan.to_bytes())
+        """Send a plan to every slice of its lane."""
+        tp, dp = self._config.tp, self._config.dp
+        ranks = (one for one in range(len(self._identities)) if one // tp % dp == plan.lane)
+        self._tell(ranks, b"P", plan.to_bytes())
 
     def collect(self, timeout_s: float | None = None) -> StepResult | None:
         """Result of the oldest plan outstanding, or None at the time limit.
@@ -223,6 +234,11 @@ class RemoteExecutor:
                 return StepResult.from_bytes(result)
             if deadline is not None and time.monotonic() >= deadline:
                 return None
+
+    def take_loads(self) -> Mapping[int, Loads]:
+        """What slices have told since the last call; see `Executor.take_loads`."""
+        taken, self._loads = self._loads, {}
+        return taken
 
     def close(self) -> None:
         """Stop the slices; safe to call twice."""
@@ -240,10 +256,10 @@ class RemoteExecutor:
         if self._folder is not None:
             self._folder.cleanup()
 
-    def _tell_all(self, kind: bytes, body: bytes) -> None:
-        for rank, identity in enumerate(self._identities):
+    def _tell(self, ranks: Iterable[int], kind: bytes, body: bytes) -> None:
+        for rank in ranks:
             try:
-                self._socket.send_multipart([identity, kind, body])
+                self._socket.send_multipart([self._identities[rank], kind, body])
             except zmq.ZMQError as error:
                 self.fail(self._watch() or f"slice {rank} cannot be reached: {error}")
                 raise self._failure or GroupFailed(str(error)) from None
@@ -269,6 +285,10 @@ class RemoteExecutor:
             state.hello = body
         elif kind == b"L":
             state.loaded, state.to_load = body["done"], body["total"]
+        elif kind == b"C":
+            for layer, counts in zip(body["layers"], body["loads"], strict=True):
+                loads_E = np.asarray(counts, dtype=np.int64)
+                self._loads[layer] = self._loads.get(layer, 0) + loads_E
         elif kind == b"R":
             state.report, state.loaded = SliceReport(**body), state.to_load
         elif kind == b"E":

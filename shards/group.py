@@ -6,11 +6,14 @@ Knows numbers and paths; knows nothing of where the slices run (that is `cluster
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupConfig:
-    """One replica group: `pp` stages of `tp` slices each. Rank = stage * tp + tp rank.
+    """One replica group: `pp` stages of `dp` x `tp` slices.
+
+    Rank = (stage * dp + dp rank) * tp + tp rank.
 
     Attributes:
         model_path: folder with config.json, safetensors and tokenizer.json, on every node.
@@ -20,6 +23,13 @@ class GroupConfig:
             Activations, cache and norms are as `dtype` says either way.
         tp: slices of a stage (tensor parallel).
         pp: pipeline stages.
+        dp: data-parallel attention (mixtures of experts only): so many times `tp` slices of a
+            stage, each `tp` of them with sequences of their own.
+        ep: parts that each layer's experts are dealt to; None for one to each slice of a stage.
+        expert_wire: how rows travel to experts on other ranks: "float32", "bfloat16", or "fp8"
+            (with a scale for each row; results come back in bfloat16); None: as `dtype` says.
+        spare_experts: slots of each slice, in each layer, for second copies of experts that are
+            asked much; with them the experts are moved as the load asks (needs `dp` > 1).
         tp_shares: relative size of each tp rank's share; None for as even as heads allow.
         layer_split: layers of each stage; None splits by cost.
         device: "cpu" or "cuda".
@@ -27,7 +37,12 @@ class GroupConfig:
         threads: CPU threads of each slice; None divides the node's cores among its slices.
         block_size: tokens in a KV block.
         kv_bytes: memory of the KV pool of the whole group; None asks the planner's default.
-        num_blocks: KV blocks outright, instead of `kv_bytes`.
+        num_blocks: KV blocks outright, instead of `kv_bytes`; of each dp rank.
+        num_local_blocks: KV blocks of the layers that attend within their chunk, which have a pool
+            of their own; None shares `kv_bytes` between the pools.
+        offload_layers: of each stage, the last so many layers keep their weights on disk, mapped,
+            and read them ahead of use (backend "cpu" alone).
+        offload_folder: where; None is the system's folder for temporary files.
         max_model_len: None takes the model's own limit.
         max_sequences, max_batch_tokens, max_queued, prefix_cache: as in `EngineConfig`.
     """
@@ -37,6 +52,10 @@ class GroupConfig:
     quantization: str | None = None
     tp: int = 1
     pp: int = 1
+    dp: int = 1
+    ep: int | None = None
+    expert_wire: Literal["float32", "bfloat16", "fp8"] | None = None
+    spare_experts: int = 0
     tp_shares: tuple[float, ...] | None = None
     layer_split: tuple[int, ...] | None = None
     device: str = "cpu"
@@ -45,6 +64,9 @@ class GroupConfig:
     block_size: int = 16
     kv_bytes: int | None = None
     num_blocks: int | None = None
+    offload_layers: int = 0
+    offload_folder: str | None = None
+    num_local_blocks: int | None = None
     max_model_len: int | None = None
     max_sequences: int = 256
     max_batch_tokens: int = 2048
@@ -54,4 +76,4 @@ class GroupConfig:
     @property
     def world_size(self) -> int:
         """Slices of the group."""
-        return self.tp * self.pp
+        return self.tp * self.dp * self.pp

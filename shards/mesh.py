@@ -20,21 +20,23 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
-from arriero.shards.partition import SlicePart
+from arriero.shards.checkpoint.formats.stored import AnyPart
+from arriero.shards.exchange import DirectExchange, Exchange, TwoLevelExchange, topology
 from arriero.shards.watchdog import Watchdog
 
 TIMEOUT_S = 120.0
 
 
 class Mesh:
-    """One rank's view of its group's mesh: `pp` stages of `tp` ranks."""
+    """One rank's view of its group's mesh: `pp` stages of `dp` x `tp` ranks."""
 
     def __init__(
         self,
-        part: SlicePart,
+        part: AnyPart,
         *,
         tp: int,
         pp: int,
+        dp: int = 1,
         device: torch.device,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
@@ -42,20 +44,29 @@ class Mesh:
 
         Args:
             part: what this rank holds.
-            tp: ranks of a stage.
+            tp: ranks that share a sequence's attention in a stage.
             pp: stages.
+            dp: how many such sets a stage has, each with sequences of its own.
             device: of the tensors.
             timeout_s: a wait for another rank that takes longer fails the group.
         """
-        self.part, self.tp, self.pp, self.device = part, tp, pp, device
+        self.part, self.tp, self.pp, self.dp, self.device = part, tp, pp, dp, device
+        self.dp_rank = part.rank // tp % dp
         self.watchdog = Watchdog(part.rank, timeout_s, _abort)
         self._timeout = timedelta(seconds=timeout_s)
         self._tp_group: dist.ProcessGroup | None = None
+        self._stage_group: dist.ProcessGroup | None = None
+        self._exchange: Exchange | None = None
         self._sending: deque[tuple[dist.Work, Tensor]] = deque()
 
     @property
+    def _first(self) -> int:
+        """The rank that is tp rank 0 of this one's tensor-parallel set."""
+        return self.part.rank - self.part.tp_rank
+
+    @property
     def samples(self) -> bool:
-        """Whether this rank draws the tokens: tp rank 0 of the last stage."""
+        """Whether this rank draws its sequences' tokens: tp rank 0 of the last stage."""
         return self.part.last_stage and self.part.tp_rank == 0
 
     def join(self, store: Store, host: str) -> None:
@@ -73,14 +84,66 @@ class Mesh:
             backend,
             store=store,
             rank=self.part.rank,
-            world_size=self.tp * self.pp,
+            world_size=self.tp * self.dp * self.pp,
             timeout=self._timeout,
         )
-        for stage in range(self.pp):  # new_group is collective: every rank makes every group
-            ranks = list(range(stage * self.tp, (stage + 1) * self.tp))
+        for first in range(0, self.tp * self.dp * self.pp, self.tp):
+            # new_group is collective: every rank makes every group
+            ranks = list(range(first, first + self.tp))
             group = dist.new_group(ranks, timeout=self._timeout)
-            if stage == self.part.stage and self.tp > 1:
+            if first == self._first and self.tp > 1:
                 self._tp_group = group
+
+        if self.dp > 1:
+            self._join_stages(store, host)
+
+    def _join_stages(self, store: Store, host: str) -> None:
+        """Make the groups in which each stage's ranks exchange rows for experts."""
+        world, size = self.tp * self.dp * self.pp, self.stage_size
+        store.set(f"host/{self.part.rank}", host)
+        hosts = [store.get(f"host/{rank}").decode() for rank in range(world)]
+        for first in range(0, world, size):
+            ranks = list(range(first, first + size))
+            stage = dist.new_group(ranks, timeout=self._timeout)
+            per_node = topology(hosts[first : first + size])
+            nodes = [ranks[i : i + per_node] for i in range(0, size, per_node or size)]
+            rails = [ranks[place::per_node] for place in range(per_node)]
+            of_nodes, of_rails = (
+                [(one, dist.new_group(one, timeout=self._timeout)) for one in kind if per_node]
+                for kind in (nodes, rails)
+            )
+            if self.part.rank not in ranks:
+                continue
+            self._stage_group = stage
+            self._exchange = DirectExchange(self.stage_rank, stage)
+            if per_node:
+                node, rail = (
+                    next(group for ranks, group in kind if self.part.rank in ranks)
+                    for kind in (of_nodes, of_rails)
+                )
+                self._exchange = TwoLevelExchange(self.stage_rank, per_node, node, rail)
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks of a stage."""
+        return self.tp * self.dp
+
+    @property
+    def stage_rank(self) -> int:
+        """This rank's place in its stage."""
+        return self.part.rank % self.stage_size
+
+    @property
+    def stage_group(self) -> dist.ProcessGroup:
+        """Of the ranks of this stage."""
+        assert self._stage_group is not None, "joined, with data-parallel ranks"
+        return self._stage_group
+
+    @property
+    def exchange(self) -> Exchange:
+        """Over the ranks of this stage."""
+        assert self._exchange is not None, "joined, with data-parallel ranks"
+        return self._exchange
 
     def leave(self) -> None:
         """Give the process group back."""
@@ -90,7 +153,7 @@ class Mesh:
             dist.destroy_process_group()
 
     def reduce(self, x_TH: Tensor) -> Tensor:
-        """Sum over the stage's ranks, in rank order; may work in place."""
+        """Sum over the ranks that share attention, in rank order; may work in place."""
         if self.tp == 1:
             return x_TH
         if self.tp == 2:  # a + b is b + a: any algorithm keeps the order
@@ -109,7 +172,7 @@ class Mesh:
         """Join the ranks' vocabulary rows on tp rank 0: [R, sum of `sizes`]; None elsewhere."""
         if self.tp == 1:
             return logits_RV
-        first = self.part.stage * self.tp
+        first = self._first
         if self.part.tp_rank:
             with self.watchdog.watch("send of logits"):
                 dist.send(logits_RV.contiguous(), first, group=self._tp_group)
@@ -127,20 +190,20 @@ class Mesh:
         """Give the sampled tokens (int32, in place) to the ranks of a single-stage group."""
         if self.tp > 1 and self.pp == 1:
             with self.watchdog.watch("broadcast of tokens"):
-                dist.broadcast(tokens_R, 0, group=self._tp_group)
+                dist.broadcast(tokens_R, self._first, group=self._tp_group)
 
     def send_hidden(self, x_TH: Tensor) -> None:
         """Hand activations to the next stage; returns at once, keeps `x_TH` until they are out."""
         while self._sending and self._sending[0][0].is_completed():
             self._sending.popleft()
-        work = dist.isend(x_TH, self.part.rank + self.tp)
+        work = dist.isend(x_TH, self.part.rank + self.tp * self.dp)
         if work is not None:
             self._sending.append((work, x_TH))
 
     def recv_hidden(self, x_TH: Tensor) -> None:
         """Fill `x_TH` with the activations of the stage before."""
         with self.watchdog.watch("activations from the stage before"):
-            dist.recv(x_TH, self.part.rank - self.tp)
+            dist.recv(x_TH, self.part.rank - self.tp * self.dp)
 
 
 def _abort() -> None:

@@ -166,11 +166,6 @@ def partition(model: ModelConfig, group: GroupConfig) -> list[SlicePart]:
     ]
 
 
-def kv_bytes_per_block(part: SlicePart, model: ModelConfig, block_size: int, itemsize: int) -> int:
-    """Bytes of one KV block on one rank, over all its layers."""
-    return part.layers.size * 2 * part.kv_heads.size * block_size * model.head_dim * itemsize
-
-
 def _multiple(total: int, shares: Sequence[float]) -> int:
     """The packing multiple, or 1 where the dimension is too small to honour it."""
     return COLUMN_MULTIPLE if total >= COLUMN_MULTIPLE * len(shares) else 1

@@ -69,6 +69,12 @@ class StepPlan:
             (predictions of positions starts + 1 .. starts + counts inside the prompt), else 0.
         prompt_next: [sum of counts over prompt_rows] the prompt token that follows each row, or
             -1 after the prompt's last one.
+        local_slots, local_index, local_ids: as `block_slots` and so on, for the table of the
+            layers that attend within their chunk; entries before the chunk of a sequence's first
+            token of this step are not used again.
+        placement_layer, placement: before the step that layer's experts lie so: the expert in each
+            slot of the stage, rank by rank; -1 for no change.
+        lane: the data-parallel rank that runs it; each has plans of its own, one a step.
     """
 
     step: int
@@ -84,6 +90,12 @@ class StepPlan:
     samples: Int32
     prompt_rows: Int32 = field(default_factory=int32)
     prompt_next: Int32 = field(default_factory=int32)
+    local_slots: Int32 = field(default_factory=int32)
+    local_index: Int32 = field(default_factory=int32)
+    local_ids: Int32 = field(default_factory=int32)
+    placement_layer: int = -1
+    placement: Int32 = field(default_factory=int32)
+    lane: int = 0
 
     def to_bytes(self) -> bytes:
         """Pack for the wire."""
@@ -122,6 +134,7 @@ class StepResult:
         logprobs: of the sampled tokens; None when no row of the batch asked.
         prompt_logprobs: one row for each entry of `prompt_next`; None when no row asked.
         elapsed_us: time that the slice which sampled spent in the step.
+        lane: of the plan.
     """
 
     step: int
@@ -129,6 +142,7 @@ class StepResult:
     logprobs: Logprobs | None = None
     prompt_logprobs: Logprobs | None = None
     elapsed_us: int = 0
+    lane: int = 0
 
     def to_bytes(self) -> bytes:
         """Pack for the wire."""

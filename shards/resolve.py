@@ -7,13 +7,17 @@ leader starts fast.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 
+from arriero.shards.checkpoint.formats.stored import AnyModel, AnyPart
 from arriero.shards.engine.types import EngineConfig
 from arriero.shards.errors import SpecError
 from arriero.shards.group import GroupConfig
-from arriero.shards.models.config import ModelConfig
-from arriero.shards.partition import SlicePart, kv_bytes_per_block, partition
+from arriero.shards.layout import attention_chunk, kv_bytes_per_block, local_layers, parts_of
+from arriero.shards.models.llama4_config import Llama4Config
+from arriero.shards.partition_moe import MoEPart
+from arriero.shards.placement import Placement
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 QUANTIZATIONS = ("int8", "int4", "fp8")
@@ -21,7 +25,7 @@ MAX_DEFAULT_KV_BYTES = 2 << 30
 """The KV pool of a CPU group that names no size: this, or a quarter of memory if that is less."""
 
 
-def resolve(config: GroupConfig, model: ModelConfig) -> GroupConfig:
+def resolve(config: GroupConfig, model: AnyModel) -> GroupConfig:
     """Fill in `num_blocks`, `max_model_len`, `layer_split` and `threads`.
 
     Raises:
@@ -33,6 +37,21 @@ def resolve(config: GroupConfig, model: ModelConfig) -> GroupConfig:
         raise SpecError(
             f"`quantization`={config.quantization!r} is none of {', '.join(QUANTIZATIONS)}"
         )
+    if not 0 <= config.offload_layers <= model.num_layers:
+        raise SpecError(
+            f"`offload_layers`={config.offload_layers} must be 0 to {model.num_layers}, the "
+            "model's layers"
+        )
+    if config.offload_layers and isinstance(model, Llama4Config):
+        raise SpecError(
+            f"`offload_layers`={config.offload_layers}: layers of a mixture of experts cannot be "
+            "offloaded; leave it 0"
+        )
+    if config.offload_layers and (config.device != "cpu" or config.kernels not in (None, "cpu")):
+        raise SpecError(
+            f"`offload_layers`={config.offload_layers} needs `device`=cpu and `kernels`=cpu; "
+            "other backends keep all weights on their device"
+        )
     if config.block_size < 1:
         raise SpecError(f"`block_size`={config.block_size} must be at least 1")
     limit = model.max_position_embeddings
@@ -41,37 +60,105 @@ def resolve(config: GroupConfig, model: ModelConfig) -> GroupConfig:
         raise SpecError(
             f"`max_model_len`={max_model_len} must be 1 to {limit}, the model's position limit"
         )
-    parts = partition(model, config)
-    block_bytes = group_block_bytes(config, model, parts)
-    num_blocks = config.num_blocks
-    if num_blocks is None:
-        kv_bytes = _default_kv_bytes() if config.kv_bytes is None else config.kv_bytes
-        most = -(-max_model_len // config.block_size) * config.max_sequences
-        num_blocks = min(kv_bytes // block_bytes, most)
-    if num_blocks < 1:
+    chunk = attention_chunk(model)
+    if chunk % config.block_size:
         raise SpecError(
-            f"`kv_bytes`={config.kv_bytes} holds no block of {block_bytes} bytes; "
-            f"give at least {block_bytes}"
+            f"`block_size`={config.block_size} must divide the model's attention chunk of {chunk}"
         )
+    parts = parts_of(model, config)
+    if config.dp > 1 and config.ep not in (None, config.tp * config.dp):
+        raise SpecError(
+            f"`ep`={config.ep}: with `dp`={config.dp} experts are dealt to all "
+            f"{config.tp * config.dp} slices of a stage; leave `ep` out"
+        )
+    if config.spare_experts < 0 or (config.spare_experts and config.dp == 1):
+        raise SpecError(
+            f"`spare_experts`={config.spare_experts} must be 0 without data-parallel attention "
+            f"(`dp`={config.dp}); else 0 or more"
+        )
+    num_blocks, num_local_blocks = num_kv_blocks(
+        config, chunk, max_model_len, *group_block_bytes(config, model, parts)
+    )
     threads = config.threads
     if threads is None:
         threads = max(1, len(os.sched_getaffinity(0)) // config.world_size)
     return replace(
         config,
         num_blocks=num_blocks,
+        num_local_blocks=num_local_blocks if chunk else None,
         max_model_len=max_model_len,
-        layer_split=tuple(part.layers.size for part in parts[:: config.tp]),
+        layer_split=tuple(part.layers.size for part in parts[:: config.tp * config.dp]),
         threads=threads,
     )
 
 
-def group_block_bytes(config: GroupConfig, model: ModelConfig, parts: list[SlicePart]) -> int:
-    """Bytes of one KV block over all ranks of the group."""
+_TYPICAL_CHUNKS = 4
+"""Memory is shared between the pools for sequences of so many attention chunks."""
+
+
+def num_kv_blocks(
+    config: GroupConfig, chunk: int, max_model_len: int, full: int, local: int
+) -> tuple[int, int]:
+    """KV blocks of the pool for all tokens, and of the chunk-local one; of each dp rank.
+
+    Args:
+        config: what it asks for.
+        chunk: tokens of an attention chunk; 0 for none.
+        max_model_len: decided.
+        full: bytes of a block over all ranks, in layers that see everything.
+        local: likewise in chunk-local layers.
+
+    Raises:
+        SpecError: the memory holds no sequence.
+    """
+    size = config.block_size
+    of_sequence = -(-max_model_len // size)
+    of_chunk = -(-min(chunk, max_model_len) // size)
+    if config.num_blocks is not None:
+        most = min(config.num_blocks, config.max_sequences * of_chunk)
+        return config.num_blocks, config.num_local_blocks or most
+    kv_bytes = _default_kv_bytes() if config.kv_bytes is None else config.kv_bytes
+    num_local = config.num_local_blocks
+    if num_local is None:
+        typical = min(of_sequence, max(1, _TYPICAL_CHUNKS * of_chunk))
+        sequences = kv_bytes / (typical * full + of_chunk * local)
+        num_local = int(min(max(1.0, sequences), config.max_sequences) * of_chunk)
+    left = kv_bytes - num_local * local
+    most = of_sequence * config.max_sequences
+    num_blocks = min(left // full, most) if full else most
+    if num_blocks < 1:
+        beside = f" beside chunk-local ones of {num_local * local}" if chunk else ""
+        raise SpecError(
+            f"`kv_bytes`={config.kv_bytes} holds no block of {full} bytes{beside}; "
+            f"give at least {full + of_chunk * local}"
+        )
+    return num_blocks, num_local
+
+
+def group_block_bytes(
+    config: GroupConfig, model: AnyModel, parts: Sequence[AnyPart]
+) -> tuple[int, int]:
+    """Bytes of one KV block over all ranks: in layers that see everything, in chunk-local ones."""
     itemsize = ITEMSIZE[config.dtype]
-    return sum(kv_bytes_per_block(part, model, config.block_size, itemsize) for part in parts)
+    full, local = 0, 0
+    for part in parts:
+        num_local = local_layers(model, part)
+        rest = part.layers.size - num_local
+        full += kv_bytes_per_block(part, model, rest, config.block_size, itemsize)
+        local += kv_bytes_per_block(part, model, num_local, config.block_size, itemsize)
+    return full, local
 
 
-def engine_config(config: GroupConfig, model: ModelConfig, digest: str) -> EngineConfig:
+def first_placement(config: GroupConfig, parts: Sequence[AnyPart]) -> Placement | None:
+    """How a group's experts lie over the ranks of a stage at the start; None if not exchanged."""
+    if config.dp == 1:
+        return None
+    stage = parts[: config.tp * config.dp]
+    sizes = [one.experts.size for one in stage if isinstance(one, MoEPart)]
+    return Placement.even(sizes, config.spare_experts)
+
+
+def engine_config(config: GroupConfig, model: AnyModel, digest: str) -> EngineConfig:
     """Limits of the engine of a resolved group.
 
     Args:
@@ -84,12 +171,17 @@ def engine_config(config: GroupConfig, model: ModelConfig, digest: str) -> Engin
         max_model_len=config.max_model_len,
         block_size=config.block_size,
         num_blocks=config.num_blocks,
+        attention_chunk=attention_chunk(model),
+        num_local_blocks=config.num_local_blocks or 0,
         max_sequences=config.max_sequences,
         max_batch_tokens=config.max_batch_tokens,
         max_queued=config.max_queued,
         prefix_cache=config.prefix_cache,
         pipeline_depth=max(2, config.pp),
         num_stages=config.pp,
+        num_lanes=config.dp,
+        experts=first_placement(config, parts_of(model, config)),
+        move_experts=config.spare_experts > 0,
         vocab_size=model.vocab_size,
         eos_token_ids=model.eos_token_ids,
         cache_salt=digest.encode(),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -19,15 +20,17 @@ from torch import Tensor
 from arriero.kernels.ops import Sampled
 from arriero.kernels.select import ops_for
 from arriero.shards.checkpoint.reader import Checkpoint
+from arriero.shards.experts import Loads
 from arriero.shards.grammar import GrammarRows
 from arriero.shards.group import GroupConfig
+from arriero.shards.layout import attention_chunk, parts_of
 from arriero.shards.mesh import Mesh
 from arriero.shards.models.config import ModelConfig
-from arriero.shards.models.llama import LlamaSlice
+from arriero.shards.models.families import load_slice
 from arriero.shards.models.loader import Progress
-from arriero.shards.partition import partition
 from arriero.shards.plan import Logprobs, StepPlan, StepResult
-from arriero.shards.sequences import Rope, SequenceTable
+from arriero.shards.resolve import first_placement
+from arriero.shards.sequences import LocalTable, Rope, SequenceTable
 
 PROMPT_LOGPROB_ROWS = 128
 """Prompt rows whose logits are held at once: bounds their memory to a few MB a thousand tokens."""
@@ -62,6 +65,8 @@ class Runner:
     table_type: type[SequenceTable] = SequenceTable
     spare_blocks = 0
     """KV blocks beyond the configured ones, for the runner's own use."""
+    spare_slots = 0
+    """Slots beyond the configured ones, likewise."""
 
     def __init__(
         self,
@@ -76,12 +81,12 @@ class Runner:
         model = checkpoint.config
         checkpoint.check_whole()
         device = torch.device(config.device)
-        parts = partition(model, config)
+        parts = parts_of(model, config)
         part = parts[rank]
-        self.mesh = Mesh(part, tp=config.tp, pp=config.pp, device=device)
+        self.mesh = Mesh(part, tp=config.tp, pp=config.pp, dp=config.dp, device=device)
         self._ops = ops_for(device, config.kernels, config.threads)
         assert config.num_blocks is not None and config.max_model_len is not None, "unresolved"
-        self._model = LlamaSlice(
+        self._model = load_slice(
             checkpoint,
             part,
             self.mesh,
@@ -89,9 +94,15 @@ class Runner:
             dtype=getattr(torch, config.dtype),
             quantization=config.quantization,
             num_blocks=config.num_blocks + self.spare_blocks,
+            num_local_blocks=(config.num_local_blocks or 0) + self.spare_blocks,
             block_size=config.block_size,
+            offload_layers=config.offload_layers,
+            offload_folder=Path(config.offload_folder) if config.offload_folder else None,
+            wire=config.expert_wire,
+            placement=first_placement(config, parts),
             progress=progress,
         )
+        self._hidden_size = model.hidden_size
         self._table = self.table_type(
             max_sequences=config.max_sequences,
             max_blocks=-(-config.max_model_len // config.block_size),
@@ -100,12 +111,13 @@ class Runner:
             rope=Rope(model.inv_freq(), config.max_model_len, device),
             device=device,
             grammars=self._grammars(config.model_path, model) if self.mesh.samples else None,
+            local=self._local_table(config, attention_chunk(model)),
         )
-        stage = parts[part.stage * config.tp : (part.stage + 1) * config.tp]
-        self._vocab_sizes = [one.vocab.size for one in stage]
+        first = rank - part.tp_rank
+        self._vocab_sizes = [one.vocab.size for one in parts[first : first + config.tp]]
         self.phase = "loaded"
         self.load_s = time.perf_counter() - started
-        self.weights_nbytes, self.kv_nbytes = self._model.weights_nbytes, self._model.kv.nbytes
+        self.weights_nbytes, self.kv_nbytes = self._model.weights_nbytes, self._model.kv_nbytes
         self.kernels = self._ops.name
 
     @staticmethod
@@ -113,6 +125,23 @@ class Runner:
         return GrammarRows(
             model_path, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids
         )
+
+    def _local_table(self, config: GroupConfig, chunk: int) -> LocalTable | None:
+        if not chunk:
+            return None
+        return LocalTable(
+            max_sequences=config.max_sequences + self.spare_slots,
+            chunk=chunk,
+            max_batch_tokens=config.max_batch_tokens,
+            block_size=config.block_size,
+        )
+
+    def take_loads(self) -> dict[int, Loads]:
+        """Tokens that each expert of this stage was sent since the last call, by layer.
+
+        Empty on all ranks of a stage but the first, since all count the same.
+        """
+        return {} if self.mesh.stage_rank else self._model.take_loads()
 
     def launch(self, plan: StepPlan) -> Pending | None:
         """Begin one plan; the rank that samples gives what to wait for, the others None."""
@@ -136,18 +165,26 @@ class Runner:
             logprobs=_logprobs(sampled),
             prompt_logprobs=prompt_logprobs,
             elapsed_us=(time.perf_counter_ns() - started) // 1000,
+            lane=plan.lane,
         )
 
     def _compute(self, plan: StepPlan) -> tuple[Sampled | None, Logprobs | None] | None:
         """What an applied plan's step gives, where this rank samples; else None."""
+        if plan.placement_layer >= 0:
+            self.phase = "placement of experts"
+            self._model.place_experts(plan.placement_layer, plan.placement)
+        if not len(plan.slots):
+            self.phase = "layers"
+            self._model.sit_out()
+            return (None, None) if self.mesh.samples else None
         tokens_T, batch = self._table.batch(plan)
         self.phase = "layers"
-        part = self._model.part
+        part = self.mesh.part
         if part.first_stage:
             x_TH = self._model.embed(tokens_T)
         else:
             x_TH = torch.empty(
-                (len(tokens_T), self._model.config.hidden_size),
+                (len(tokens_T), self._hidden_size),
                 dtype=self._activation_dtype,
                 device=self.mesh.device,
             )
@@ -164,7 +201,7 @@ class Runner:
     @property
     def _activation_dtype(self) -> torch.dtype:
         on_cpu = self.mesh.device.type == "cpu"
-        return torch.float32 if on_cpu else self._model.kv.spec.dtype
+        return torch.float32 if on_cpu else self._model.dtype
 
     def _sample(self, plan: StepPlan, x_TH: Tensor, query_start_S1: Tensor) -> Sampled | None:
         """Draw the step's tokens, and tell every rank that will embed them."""

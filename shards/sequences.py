@@ -11,6 +11,7 @@ Shape legend: T tokens, S sequences, B blocks of a table, R rows sampled, V voca
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,41 @@ class _Unusual:
     seen_V: npt.NDArray[np.bool_] | None = None
 
 
+_FRAME = 4096
+"""Positions of chunk-local attention count from multiples of this and of the chunk, so that how
+kernels cut long contexts for their threads does not depend on where a prefill was cut."""
+
+
+class LocalTable:
+    """Block tables of the layers that attend within their chunk: a ring of blocks for each slot.
+
+    Args:
+        max_sequences: slots.
+        chunk: tokens of a chunk; a multiple of `block_size`.
+        max_batch_tokens: most tokens of a step: they may reach past their chunk.
+        block_size: tokens in a block.
+    """
+
+    def __init__(
+        self, *, max_sequences: int, chunk: int, max_batch_tokens: int, block_size: int
+    ) -> None:
+        self._size = block_size
+        self._frame = math.lcm(chunk, _FRAME)
+        self._ring = (chunk + max_batch_tokens) // block_size + 2
+        self._blocks = np.zeros((max_sequences, self._ring), np.int32)
+
+    def apply(self, plan: StepPlan) -> None:
+        """Take in the plan's new blocks."""
+        self._blocks[plan.local_slots, plan.local_index % self._ring] = plan.local_ids
+
+    def frame(self, slots: Int32, starts: Int32, contexts: Int32) -> tuple[Int32, Int32]:
+        """What to subtract from each sequence's positions, [S], and its table then, [S, B]."""
+        base = starts // self._frame * self._frame
+        columns = -(-int((contexts - base).max()) // self._size)
+        index = (base // self._size)[:, None] + np.arange(columns, dtype=np.int32)
+        return base, self._blocks[slots[:, None], index % self._ring]
+
+
 class SequenceTable:
     """The slots of one slice."""
 
@@ -74,7 +110,9 @@ class SequenceTable:
         rope: Rope,
         device: torch.device,
         grammars: GrammarRows | None = None,
+        local: LocalTable | None = None,
     ) -> None:
+        self._local = local
         self._block_size, self._vocab_size = block_size, vocab_size
         self._rope, self._device = rope, device
         self._blocks = np.zeros((max_sequences, max_blocks), np.int32)
@@ -97,6 +135,8 @@ class SequenceTable:
         for new in plan.new:
             self._enter(new)
         self._blocks[plan.block_slots, plan.block_index] = plan.block_ids
+        if self._local is not None:
+            self._local.apply(plan)
 
     def batch(self, plan: StepPlan) -> tuple[Tensor, FlatBatch]:
         """The step's tokens, int32 [T], and where they sit."""
@@ -113,17 +153,32 @@ class SequenceTable:
         else:
             owner = np.repeat(np.arange(num_sequences, dtype=np.int32), counts)
             positions = np.arange(total, dtype=np.int32) + (starts - query_start[:-1])[owner]
-        block, offset = np.divmod(positions, self._block_size)
-        cache_slots = table[owner, block] * self._block_size + offset
+        cache_slots = self._cache_slots(table, owner, positions)
         tokens = plan.tokens
         held = tokens == LAST_SAMPLED
         if held.any():
             tokens = np.where(held, self._last[slots[owner]], tokens)
         positions_T = self._tensor(positions)
         cos_TD, sin_TD = self._rope.at(positions_T)
+        query_start_S1 = self._tensor(query_start)
+        local = None
+        if self._local is not None:
+            base, local_table = self._local.frame(slots, starts, contexts)
+            inside = positions - base[owner]
+            local = FlatBatch(
+                positions_T=self._tensor(inside),
+                query_start_S1=query_start_S1,
+                context_S=self._tensor(contexts - base),
+                block_table_SB=self._tensor(local_table),
+                slots_T=self._tensor(self._cache_slots(local_table, owner, inside)),
+                cos_TD=cos_TD,
+                sin_TD=sin_TD,
+                max_query=max_query,
+                max_context=int((contexts - base).max()),
+            )
         return self._tensor(tokens), FlatBatch(
             positions_T=positions_T,
-            query_start_S1=self._tensor(query_start),
+            query_start_S1=query_start_S1,
             context_S=self._tensor(contexts),
             block_table_SB=self._tensor(table),
             slots_T=self._tensor(cache_slots),
@@ -131,7 +186,14 @@ class SequenceTable:
             sin_TD=sin_TD,
             max_query=max_query,
             max_context=max_context,
+            local=local,
         )
+
+    def _cache_slots(self, table: Int32, owner: Int32, positions: Int32) -> Int32:
+        """Where keys and values at `positions` of the sequences `owner` go."""
+        block, offset = np.divmod(positions, self._block_size)
+        found: Int32 = table[owner, block] * self._block_size + offset
+        return found
 
     def sampling_rows(self, plan: StepPlan) -> SamplingRows:
         """Sampling parameters of the sequences that draw a token in this step."""

@@ -4,11 +4,13 @@ One ZeroMQ socket to the leader carries everything: hello, join, progress, ready
 errors. Runs in any process: a Ray actor's thread, a spawned child, torchrun.
 
 Messages are two frames: a one-byte kind and a body. To the leader: H hello, L loading, R ready,
-T result, E error (bodies are msgpack). From the leader: J join (rendezvous), P plan, S stop.
+T result, C counts of experts' tokens, E error (bodies are msgpack). From the leader: J join
+(rendezvous), P plan, S stop.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import time
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 PROGRESS_PERIOD_S = 0.1
 LEADER_CHECK_S = 1.0
+LOADS_PERIOD_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +117,7 @@ def run_slice(
             load_s=runner.load_s,
         )
         link.send(b"R", asdict(report))
+        gc.freeze()  # what is loaded stays: full collections need not walk it
         phase = "step"
         _serve(runner, link)
         runner.mesh.leave()
@@ -132,7 +136,13 @@ def _serve(runner: Runner, link: _Link) -> None:
     from arriero.shards.plan import StepPlan
 
     due: deque[Pending] = deque()
+    told = time.monotonic()
     while True:
+        if time.monotonic() - told >= LOADS_PERIOD_S:
+            told = time.monotonic()
+            if loads := runner.take_loads():
+                counts = [one.tolist() for one in loads.values()]
+                link.send(b"C", {"layers": list(loads), "loads": counts})
         while due and (due[0].done or not link.waiting()):
             link.send_bytes(b"T", due.popleft().wait().to_bytes())
         body = link.receive(b"P")

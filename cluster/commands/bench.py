@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from arriero.kernels.bench import Shape
     from arriero.router.client import AsyncClient
 
-app = typer.Typer(help="Measure operations, or N requests at once: greedy, no stop.", no_args_is_help=True)
+app = typer.Typer(
+    help="Measure operations, or N requests at once: greedy, no stop.", no_args_is_help=True
+)
 
 _CELL_LIMIT_S = 3600.0
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
@@ -72,7 +74,12 @@ def kernels(
             timings += list(bench.run(size, max(size, context)))
     rates = bench.rates
     if json_:
-        said = {"bench": "kernels", "model": model, "dtype": dtype, "quantization": quantization}
+        said: dict[str, object] = {
+            "bench": "kernels",
+            "model": model,
+            "dtype": dtype,
+            "quantization": quantization,
+        }
         said |= {"tp": tp, "device": device, "kernels": ops.name}
         limits = {"memory_gb_s": rates.memory / 1e9, "matrix_gflop_s": rates.matrix / 1e9}
         print(json.dumps({**said, **limits, "ops": [one.as_dict() for one in timings]}))

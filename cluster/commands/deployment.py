@@ -30,6 +30,7 @@ StateDir = Annotated[
     ),
 ]
 _QUESTION = "What is the capital of France?"
+_BEGINNING = "Return a list of the"
 
 
 def add_to(app: typer.Typer) -> None:
@@ -51,6 +52,9 @@ def up(
     groups: Annotated[int | None, typer.Option(help="Replica groups.")] = None,
     tp: Annotated[int | None, typer.Option(help="Tensor-parallel slices of a stage.")] = None,
     pp: Annotated[int | None, typer.Option(help="Pipeline stages.")] = None,
+    dp: Annotated[
+        int | None, typer.Option(help="Data-parallel attention, for mixtures of experts.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or auto.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of a slice.")] = None,
     kv_memory: Annotated[str | None, typer.Option(help="KV cache of a group: 512MiB.")] = None,
@@ -75,6 +79,7 @@ def up(
         "groups": groups,
         "tp": tp,
         "pp": pp,
+        "dp": dp,
         "device": device,
         "threads": threads,
         "kv_memory": kv_memory,
@@ -124,7 +129,10 @@ def status(
     OUT.print(f"gateways: {', '.join(board.gateways.values()) or 'none'}", markup=False)
     if board.http:
         OUT.print(f"HTTP: {', '.join(board.http.values())}", markup=False)
-    table = Table("group", "model", "layout", "running", "waiting", "KV blocks", "output tokens")
+    table = Table(
+        *("group", "model", "layout", "running", "waiting", "KV blocks", "output tokens"),
+        "expert load",
+    )
     for group in board.groups:
         stats: dict[str, Any] = group.stats
         table.add_row(
@@ -135,6 +143,7 @@ def status(
             str(stats["num_waiting"]),
             f"{stats['blocks_used']} of {stats['blocks_total']}",
             str(stats["output_tokens"]),
+            f"{stats['expert_imbalance']:.2f} of even" if stats["expert_loads"] else "",
         )
     OUT.print(table)
     for group_id, text in board.progress.items():
@@ -144,22 +153,34 @@ def status(
 
 
 def demo(
+    model: Annotated[
+        str, typer.Option(help="smollm2; or tiny-maverick, a mixture of experts that continues.")
+    ] = "smollm2",
     tp: Annotated[int, typer.Option(help="Tensor-parallel slices of a stage.")] = 1,
-    pp: Annotated[int, typer.Option(help="Pipeline stages.")] = 2,
-    question: Annotated[str, typer.Option(help="What to ask.")] = _QUESTION,
+    pp: Annotated[int | None, typer.Option(help="Pipeline stages; 2 for smollm2.")] = None,
+    dp: Annotated[
+        int | None, typer.Option(help="Data-parallel attention; 2 for tiny-maverick.")
+    ] = None,
+    question: Annotated[str | None, typer.Option(help="What to ask, or to continue.")] = None,
 ) -> None:
     """Serve a small model from a group of slices, ask it a question, and clean up."""
-    from arriero.cluster.commands import talk
-    from arriero.cluster.commands.models import demo_model
+    from arriero.cluster.commands import models, talk
 
-    folder = demo_model()
-    flags = {"model": str(folder), "tp": tp, "pp": pp, "port": 0}
+    routed = model == models.TINY_MAVERICK
+    if not routed and model != models.DEMO:
+        raise SpecError(f"`model`={model!r} is none of {models.DEMO}, {models.TINY_MAVERICK}")
+    folder = models.tiny_maverick() if routed else models.demo_model()
+    stages, lanes = pp or (1 if routed else 2), dp or (2 if routed else 1)
+    flags = {"model": str(folder), "tp": tp, "pp": stages, "dp": lanes, "port": 0}
+    asked = question or (_BEGINNING if routed else _QUESTION)
     begun_s = time.monotonic()
     with temporary_deployment(flags) as deployment:
         up_s = time.monotonic() - begun_s
-        ERR.print(f"{folder.name} served by {tp * pp} slices after {up_s:.1f} s", markup=False)
-        OUT.print(f"\n> {question}\n", markup=False)
-        answer = talk.ask(deployment.gateway, folder.name, question)
+        slices = tp * stages * lanes
+        ERR.print(f"{folder.name} served by {slices} slices after {up_s:.1f} s", markup=False)
+        OUT.print(f"\n> {asked}\n", markup=False)
+        talk_on = talk.go_on if routed else talk.ask
+        answer = talk_on(deployment.gateway, folder.name, asked)
         OUT.print(
             f"\ntime to first token {answer.ttft_s * 1000:.0f} ms,"
             f" {answer.tokens_per_s:.1f} tokens/s ({answer.num_tokens} tokens)",

@@ -12,12 +12,28 @@ from rich.table import Table
 
 from arriero.cluster.commands.terminal import ERR, OUT, bar
 from arriero.shards.checkpoint.cache import cache_folder
-from arriero.shards.errors import CheckpointError, SpecError
+from arriero.shards.errors import CheckpointError, NotFound, SpecError
 
+TINY_MAVERICK = "tiny-maverick"
 DEMO = "smollm2"
 _MOST_PROBLEMS = 20
 
 app = typer.Typer(help="Import and list checkpoints.", no_args_is_help=True)
+
+
+def tiny_maverick() -> Path:
+    """The mixture of experts that the source tree holds.
+
+    Raises:
+        NotFound: this is no source tree.
+    """
+    import arriero
+
+    assert arriero.__file__ is not None, "a package with a file"
+    folder = Path(arriero.__file__).parents[2] / "tests" / "assets" / TINY_MAVERICK
+    if not folder.is_dir():
+        raise NotFound(f"{folder}: missing; {TINY_MAVERICK} comes with a checkout of the sources")
+    return folder
 
 
 def demo_model() -> Path:
@@ -150,7 +166,7 @@ def verify_(
 @app.command("list")
 def list_() -> None:
     """List the checkpoints in the cache."""
-    from arriero.shards.models.config import ModelConfig
+    from arriero.shards.checkpoint.formats.describe import describe
 
     root = cache_folder()
     folders = sorted(path.parent for path in root.glob("*/config.json"))
@@ -159,7 +175,7 @@ def list_() -> None:
         return
     table = Table("name", "layers", "hidden", "heads q/kv", "vocabulary", "positions", "size")
     for folder in folders:
-        model = ModelConfig.from_folder(folder)
+        model, _ = describe(folder)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         table.add_row(
             folder.name,

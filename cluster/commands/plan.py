@@ -19,7 +19,6 @@ from arriero.cluster.plan.memory import Demand, GroupPlan, Layout, plan_group
 from arriero.cluster.plan.products import DTYPES, ON_LOAD, Dtype, weights_as
 from arriero.kernels.packing import KERNELS, Kernels
 from arriero.shards.errors import SpecError
-from arriero.shards.models.config import ModelConfig
 from arriero.shards.models.llama4_config import Llama4Config
 
 if TYPE_CHECKING:
@@ -263,10 +262,12 @@ def _wish_of(
         kv_dtype=demand.kv_dtype or one.dtype,
     )
     said = one.kv.memory is not None or one.kv.blocks is not None
-    if (said or on_cpu) and isinstance(model.config, ModelConfig):
+    if said or on_cpu:
         # the leader's own decision, so that the pool here is the pool there
         group = resolve(one.group_config("cpu" if on_cpu else "cuda"), model.config)
-        demand = replace(demand, num_blocks=group.num_blocks)
+        demand = replace(
+            demand, num_blocks=group.num_blocks, num_local_blocks=group.num_local_blocks
+        )
     mesh = one.mesh
     return _Wish(
         model=replace(model, name=one.name),
@@ -275,7 +276,12 @@ def _wish_of(
         kernels=_kernels(kernels, on_cpu),
         dtype=dtype or named,
         layout=Layout(
-            tp=mesh.tp, pp=mesh.pp, tp_shares=mesh.tp_shares, layer_split=mesh.layer_split
+            tp=mesh.tp,
+            pp=mesh.pp,
+            dp=mesh.dp,
+            ep=mesh.ep,
+            tp_shares=mesh.tp_shares,
+            layer_split=mesh.layer_split,
         ),
         groups=one.groups,
     )

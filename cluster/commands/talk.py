@@ -102,6 +102,16 @@ def ask(gateway: str, model: str, question: str) -> Answer:
         return _print(client.chat(messages, model=model, temperature=0.0, max_tokens=64))
 
 
+def go_on(gateway: str, model: str, text: str) -> Answer:
+    """Continue a text, greedily but for repetitions, and print what comes as it streams."""
+    with _client(gateway, _ASK_LIMIT_S) as client:
+        return _print(
+            client.generate(
+                text, model=model, temperature=0.0, max_tokens=96, repetition_penalty=1.1
+            )
+        )
+
+
 @contextmanager
 def status_as_error() -> Iterator[None]:
     """Turn the gRPC statuses that the client passes on into errors of ours."""

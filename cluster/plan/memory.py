@@ -18,9 +18,11 @@ from arriero.kernels.packing import KV_ITEMSIZE, PLAIN, Kernels, kv_block_nbytes
 from arriero.shards.checkpoint.formats.stored import AnyModel, AnyPart, modules_of
 from arriero.shards.errors import SpecError
 from arriero.shards.group import GroupConfig
+from arriero.shards.layout import attention_chunk, local_layers, parts_of
 from arriero.shards.models.llama4_config import Llama4Config
-from arriero.shards.partition import Span, partition
-from arriero.shards.partition_moe import MoEMesh, MoEPart, partition_moe
+from arriero.shards.partition import Span
+from arriero.shards.partition_moe import MoEPart
+from arriero.shards.resolve import num_kv_blocks
 
 MAX_RANKS = 4096
 """Of a group; beyond it a plan would take minutes."""
@@ -82,7 +84,8 @@ class Demand:
         block_size: tokens of a KV block.
         kv_dtype: of the cache.
         kv_bytes: of the whole group's pool; None takes what is left.
-        num_blocks: outright, instead of `kv_bytes`.
+        num_blocks: outright, instead of `kv_bytes`; of each dp rank.
+        num_local_blocks: likewise, of the chunk-local pool.
         spare_experts: second copies of hot experts that a rank keeps in each routed layer.
         reserve_bytes: None takes the device's context and `RESERVE_SHARE` of its memory.
     """
@@ -94,6 +97,7 @@ class Demand:
     kv_dtype: str = "bfloat16"
     kv_bytes: int | None = None
     num_blocks: int | None = None
+    num_local_blocks: int | None = None
     spare_experts: int = 0
     reserve_bytes: int | None = None
 
@@ -172,8 +176,7 @@ class GroupPlan:
     @property
     def chunk(self) -> int:
         """Tokens of an attention chunk; 0 for none."""
-        config = self.model.config
-        return config.attention_chunk_size if isinstance(config, Llama4Config) else 0
+        return attention_chunk(self.model.config)
 
     def pool_bytes(self, rank: RankPlan) -> int:
         """Bytes of a rank's pool that sequences can use."""
@@ -320,29 +323,14 @@ def cut(config: AnyModel, layout: Layout) -> Sequence[AnyPart]:
     Raises:
         SpecError: the layout does not fit the model.
     """
-    if isinstance(config, Llama4Config):
-        return partition_moe(
-            config,
-            MoEMesh(
-                tp=layout.tp,
-                pp=layout.pp,
-                dp=layout.dp,
-                ep=layout.ep,
-                tp_shares=layout.tp_shares,
-                layer_split=layout.layer_split,
-            ),
-        )
-    if layout.dp != 1 or layout.ep not in (None, 1):
-        raise SpecError(
-            f"`dp`={layout.dp}, `ep`={layout.ep}: a dense model has no experts to spread; use "
-            "more groups instead"
-        )
-    return partition(
+    return parts_of(
         config,
         GroupConfig(
             model_path="",
             tp=layout.tp,
             pp=layout.pp,
+            dp=layout.dp,
+            ep=layout.ep,
             tp_shares=layout.tp_shares,
             layer_split=layout.layer_split,
         ),
@@ -368,16 +356,13 @@ def _rank(
         block_size=demand.block_size,
         dtype=demand.kv_dtype,
     )
-    layers = range(part.layers.start, part.layers.stop)
-    local = 0
-    if isinstance(config, Llama4Config):
-        local = sum(config.rope_layers[layer] for layer in layers)
+    num_layers, local = part.layers.size, local_layers(config, part)
     itemsize = base if device.cuda else 4
     activations = _activations(config, part, layout, demand, itemsize)
     graphs = 0
     if device.cuda:
         share = min(1.0, demand.max_sequences / demand.max_batch_tokens)
-        nodes = num_graphs(demand.max_sequences) * len(layers) * GRAPH_BYTES_PER_LAYER
+        nodes = num_graphs(demand.max_sequences) * num_layers * GRAPH_BYTES_PER_LAYER
         graphs = int(activations * share) + nodes
     reserve = demand.reserve_bytes
     if reserve is None:
@@ -385,7 +370,7 @@ def _rank(
     return RankPlan(
         part=part,
         weights=weights,
-        kv_global_block=one_layer * (len(layers) - local),
+        kv_global_block=one_layer * (num_layers - local),
         kv_local_block=one_layer * local,
         kv_pool_bytes=0,
         activations=activations,
@@ -402,16 +387,33 @@ def _pools(
 ) -> list[int]:
     """The pool of each rank: the same number of blocks everywhere, as the leader deals them."""
     scratch = SCRATCH_BLOCKS if device.cuda else 0
-    if demand.num_blocks is not None:
-        num_blocks = demand.num_blocks + scratch
+    chunk = attention_chunk(config)
+    num_local = 0
+    if chunk:
+        if demand.num_blocks is None and demand.kv_bytes is None:
+            # two pools, whose blocks are of different numbers: each rank gives all that is left
+            return [max(0, rank.room) for rank in ranks]
+        asked = GroupConfig(
+            model_path="",
+            block_size=demand.block_size,
+            kv_bytes=demand.kv_bytes,
+            num_blocks=demand.num_blocks,
+            num_local_blocks=demand.num_local_blocks,
+            max_sequences=demand.max_sequences,
+        )
+        full = sum(rank.kv_global_block for rank in ranks)
+        local = sum(rank.kv_local_block for rank in ranks)
+        num_blocks, num_local = num_kv_blocks(asked, chunk, demand.context, full, local)
+    elif demand.num_blocks is not None:
+        num_blocks = demand.num_blocks
     elif demand.kv_bytes is not None:
-        num_blocks = demand.kv_bytes // sum(rank.kv_block for rank in ranks) + scratch
-    elif isinstance(config, Llama4Config):
-        # two pools, whose blocks are of different numbers: each rank gives all that is left
-        return [max(0, rank.room) for rank in ranks]
+        num_blocks = demand.kv_bytes // sum(rank.kv_block for rank in ranks)
     else:
-        num_blocks = max(0, min(rank.room // rank.kv_block for rank in ranks))
-    return [num_blocks * rank.kv_block for rank in ranks]
+        num_blocks = max(0, min(rank.room // rank.kv_block for rank in ranks)) - scratch
+    return [
+        (num_blocks + scratch) * rank.kv_global_block + (num_local + scratch) * rank.kv_local_block
+        for rank in ranks
+    ]
 
 
 def num_graphs(max_sequences: int) -> int:

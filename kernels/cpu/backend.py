@@ -1,14 +1,16 @@
 """The CPU backend: the op list on C++ kernels, one call for all layers of a stage.
 
-Knows which C function computes which op; refuses to know models. Penalties and log-probabilities
-are the reference's.
+Knows which C function computes which op; refuses to know models. What penalties and bans do to
+logits is the reference's.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -33,6 +35,7 @@ from arriero.kernels.cpu.structs import (
 from arriero.kernels.cpu.weights import TYPES, pack_plain, pack_quantized
 from arriero.kernels.ops import (
     DenseLayer,
+    Experts,
     FlatBatch,
     KVCache,
     KVCacheSpec,
@@ -91,6 +94,7 @@ class CpuOps(Ops):
         # cores that these need.
         torch.set_num_threads(1)
         self._machine = self.library.machine(self.num_threads, exact_inputs)
+        self._folder: Path | None = None
 
     # Packing.
 
@@ -98,7 +102,9 @@ class CpuOps(Ops):
         self, weights_OI: Sequence[Tensor], bias_O: Tensor | None, dtype: torch.dtype
     ) -> Linear:
         """Stack by rows and pack; see `Ops.pack_linear`."""
-        return linear_of(pack_plain(self.library, self._machine, weights_OI, bias_O, dtype))
+        return linear_of(
+            pack_plain(self.library, self._machine, weights_OI, bias_O, dtype, self._folder)
+        )
 
     def pack_vocab(self, weight_VH: Tensor, first_row: int, dtype: torch.dtype) -> Vocab:
         """Pack rows; `embed` gathers from the same panels that `logits` multiplies."""
@@ -107,11 +113,20 @@ class CpuOps(Ops):
 
     def pack_quantized(self, weights: Sequence[QuantizedWeight], bias_O: Tensor | None) -> Linear:
         """Stack by rows and pack; see `Ops.pack_quantized`."""
-        return linear_of(pack_quantized(self.library, self._machine, weights, bias_O))
+        return linear_of(pack_quantized(self.library, self._machine, weights, bias_O, self._folder))
 
     def pack_quantized_vocab(self, weight: QuantizedWeight, first_row: int) -> Vocab:
         """Pack rows; see `Ops.pack_quantized_vocab`."""
         return vocab_of(pack_quantized(self.library, self._machine, [weight], None), first_row)
+
+    @contextmanager
+    def offloading(self, folder: Path) -> Iterator[None]:
+        """Weights packed within are mapped from a file in `folder`; see `Ops.offloading`."""
+        self._folder = folder
+        try:
+            yield
+        finally:
+            self._folder = None
 
     def kv_cache(self, spec: KVCacheSpec, device: torch.device) -> KVCache:
         """Allocate a paged cache of zeros."""
@@ -288,22 +303,23 @@ class CpuOps(Ops):
         return out_XO
 
     def sample(self, logits_RV: Tensor, rows: SamplingRows) -> Sampled:
-        """See `Ops.sample`. Penalties, bans and log-probabilities are the reference's."""
+        """See `Ops.sample`. Penalties, bans and the likeliest tokens are the reference's."""
         sampling.check_vocabulary(logits_RV)
         raw_RV = float_rows("sample", logits_RV, logits_RV.shape[1])
         x_RV = float_rows("sample", sampling.adjusted(raw_RV, rows), raw_RV.shape[1])
         tokens_R = torch.empty(x_RV.shape[0], dtype=torch.int32)
+        of_logits = (x_RV.data_ptr(), x_RV.stride(0), *x_RV.shape)
         if rows.all_greedy:
-            name, draws = "argmax", ()
+            self.call("argmax", *of_logits, tokens_R.data_ptr())
         else:
-            of_rows, _kept = draws_struct(rows, x_RV.shape[0])
-            name, draws = "sample", (ctypes.addressof(of_rows),)
-        self.call(
-            name, x_RV.data_ptr(), x_RV.stride(0), *x_RV.shape, *draws, tokens_R.data_ptr()
-        )
+            draws, _kept = draws_struct(rows, x_RV.shape[0])
+            self.call("sample", *of_logits, ctypes.addressof(draws), tokens_R.data_ptr())
         if rows.num_logprobs < 0:
             return Sampled(tokens_R=tokens_R)
-        return sampling.with_logprobs(raw_RV, tokens_R.long(), rows.num_logprobs)
+        log_total_R = torch.empty(raw_RV.shape[0], dtype=torch.float64)
+        of_raw = (raw_RV.data_ptr(), raw_RV.stride(0), *raw_RV.shape)
+        self.call("log_totals", *of_raw, log_total_R.data_ptr())
+        return sampling.with_logprobs(raw_RV, tokens_R.long(), rows.num_logprobs, log_total_R)
 
     # Blocks.
 
@@ -325,13 +341,19 @@ class CpuOps(Ops):
         return self.run_mlp(struct, layer, x_TH)
 
     def decoder(
-        self, layers: Sequence[DenseLayer], kv: KVCache, reduce: Reduce | None
+        self,
+        layers: Sequence[DenseLayer],
+        kv: KVCache | None,
+        reduce: Reduce | None,
+        *,
+        local_kv: KVCache | None = None,
+        experts: Experts | None = None,
     ) -> Callable[[Tensor, FlatBatch], Tensor]:
         """See `Ops.decoder`.
 
         One call a step for dense layers without `reduce`; with it, or with experts, one a block.
         """
-        return CpuDecoder(self, layers, kv, reduce)
+        return CpuDecoder(self, layers, kv, reduce, local_kv, experts)
 
     def run_attention(
         self,

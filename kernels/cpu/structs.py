@@ -10,8 +10,17 @@ from torch import Tensor
 
 from arriero.kernels.cpu.cache import CpuKVCache
 from arriero.kernels.cpu.library import Batch, Draws, Layer, Style
+from arriero.kernels.cpu.offload import MappedRoom
 from arriero.kernels.cpu.weights import Packed
-from arriero.kernels.ops import DenseLayer, FlatBatch, KVCache, Linear, SamplingRows, Vocab
+from arriero.kernels.ops import (
+    DenseLayer,
+    FlatBatch,
+    KVCache,
+    Linear,
+    MoELayer,
+    SamplingRows,
+    Vocab,
+)
 
 _ROPE = {"halves": 0, "pairs": 1, "none": 2}
 
@@ -57,6 +66,15 @@ def check_cache(layer: DenseLayer, kv: KVCache) -> None:
 def fuses(layer: DenseLayer) -> bool:
     """Whether C++ may run the layer's blocks whole: it does not touch a product's inputs."""
     return all(one.inputs is None for one in (layer.qkv, layer.o, layer.gate_up, layer.down))
+
+
+def rooms_of(layer: DenseLayer) -> tuple[MappedRoom, ...]:
+    """What of a layer's products is mapped from disk."""
+    linears = [layer.qkv, layer.o, layer.gate_up, layer.down]
+    if isinstance(layer, MoELayer):
+        linears += [layer.router, *layer.experts_gate_up, *layer.experts_down]
+    rooms = (packed_of(one.packed).room for one in linears)
+    return tuple(room for room in rooms if room is not None)
 
 
 def layer_struct(layer: DenseLayer) -> tuple[Layer, tuple[Tensor, ...]]:

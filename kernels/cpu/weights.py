@@ -10,11 +10,13 @@ import ctypes
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from arriero.kernels.cpu.library import Library, Machine, Matrix
+from arriero.kernels.cpu.offload import MappedRoom
 from arriero.kernels.quant import INT4_ZERO, QuantizedWeight
 
 PANEL = 32
@@ -27,10 +29,11 @@ _MAX_WHOLE_ZERO = 128
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Packed:
-    """A packed matrix and what keeps its memory alive."""
+    """A packed matrix and what keeps its memory alive; `room` where that is mapped from disk."""
 
     struct: Matrix
     tensors: tuple[Tensor, ...] = field(repr=False)
+    room: MappedRoom | None = None
 
     @property
     def nbytes(self) -> int:
@@ -56,14 +59,28 @@ def large_zeros(num_bytes: int) -> Tensor:
     return torch.frombuffer(buffer, dtype=torch.uint8, count=max(num_bytes, 1))[:num_bytes]
 
 
+def _make_room(num_bytes: int, folder: Path | None) -> tuple[Tensor, MappedRoom | None]:
+    if folder is None:
+        return large_zeros(num_bytes), None
+    room = MappedRoom(num_bytes, folder)
+    return room.data, room
+
+
+def _finished(struct: Matrix, tensors: list[Tensor], room: MappedRoom | None) -> Packed:
+    if room is not None:
+        room.written()
+    return Packed(struct=struct, tensors=tuple(tensors), room=room)
+
+
 def pack_plain(
     library: Library,
     machine: Machine,
     weights_OI: Sequence[Tensor],
     bias_O: Tensor | None,
     dtype: torch.dtype,
+    folder: Path | None = None,
 ) -> Packed:
-    """Pack matrices, stacked by rows, as `dtype`.
+    """Pack matrices, stacked by rows, as `dtype`; on disk where a folder is given.
 
     Raises:
         ValueError: a dtype that has no kernels, or matrices that do not stack.
@@ -80,7 +97,7 @@ def pack_plain(
     out_features = sum(w.shape[0] for w in weights_OI)
     panels = -(-out_features // PANEL)
     pairs = -(-in_features // 2)
-    data = large_zeros(panels * pairs * 2 * PANEL * dtype.itemsize)
+    data, room = _make_room(panels * pairs * 2 * PANEL * dtype.itemsize, folder)
     tensors = [data]
     struct = Matrix(
         out_features=out_features,
@@ -96,16 +113,20 @@ def pack_plain(
             w = w.to("cpu", torch.float32)
         _pack_rows(library, machine, struct, row, w, TYPES[w.dtype])
         row += w.shape[0]
-    return Packed(struct=struct, tensors=tuple(tensors))
+    return _finished(struct, tensors, room)
 
 
 _QUANTIZED = {"int8": INT8, "fp8": FP8, "int4": INT4}
 
 
 def pack_quantized(
-    library: Library, machine: Machine, weights: Sequence[QuantizedWeight], bias_O: Tensor | None
+    library: Library,
+    machine: Machine,
+    weights: Sequence[QuantizedWeight],
+    bias_O: Tensor | None,
+    folder: Path | None = None,
 ) -> Packed:
-    """Pack quantized matrices, stacked by rows, as the numbers they are.
+    """Pack quantized matrices, stacked by rows, as the numbers they are; see `pack_plain`.
 
     Raises:
         ValueError: they do not stack, an fp8 number is NaN, or int4 groups are of odd size.
@@ -125,7 +146,8 @@ def pack_quantized(
     out_features = sum(w.out_features for w in weights)
     pairs = -(-first.in_features // 2)
     panels = -(-out_features // PANEL)
-    data = large_zeros(panels * pairs * PANEL * (1 if first.kind == "int4" else 2))
+    size = panels * pairs * PANEL * (1 if first.kind == "int4" else 2)
+    data, room = _make_room(size, folder)
     scale_GO = _columns([w.scales for w in weights])
     tensors = [data, scale_GO]
     struct = Matrix(
@@ -153,7 +175,7 @@ def pack_quantized(
             raise ValueError("fp8 weights hold NaN; the checkpoint is damaged")
         _pack_rows(library, machine, struct, row, levels, _QUANTIZED[w.kind])
         row += w.out_features
-    return Packed(struct=struct, tensors=tuple(tensors))
+    return _finished(struct, tensors, room)
 
 
 def _columns(values: Sequence[Tensor]) -> Tensor:

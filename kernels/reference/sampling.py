@@ -137,16 +137,32 @@ def _top_p_floor(weights_UV: Tensor, p_U1: Tensor) -> Tensor:
     return top_UW.gather(-1, kept_U1 - 1)
 
 
-def with_logprobs(raw_RV: Tensor, tokens_R: Tensor, num_top: int) -> Sampled:
-    """Log-probabilities by the raw logits: x - max - log(sum of weights)."""
+def log_totals(raw_RV: Tensor) -> Tensor:
+    """log(sum of exponentials) of each row, float64 [R]; NaN where its greatest is not finite."""
     max_R = raw_RV.amax(-1)
     finite_R = max_R.isfinite()
     weights_RV = _weights(raw_RV.masked_fill(~finite_R[:, None], 0), max_R.where(finite_R, 0))
-    log_total_R = max_R.double() + (weights_RV.sum(-1).double() / _ONE).log()
+    return (max_R.double() + (weights_RV.sum(-1).double() / _ONE).log()).where(finite_R, torch.nan)
+
+
+def with_logprobs(
+    raw_RV: Tensor, tokens_R: Tensor, num_top: int, log_total_R: Tensor | None = None
+) -> Sampled:
+    """Log-probabilities by the raw logits: x - max - log(sum of weights).
+
+    Args:
+        raw_RV: before bias, bans and penalties.
+        tokens_R: the drawn tokens.
+        num_top: alternatives to give.
+        log_total_R: `log_totals(raw_RV)`, where the backend has a faster one.
+    """
+    if log_total_R is None:
+        log_total_R = log_totals(raw_RV)
+    undefined_R = log_total_R.isnan()
 
     def of(token_RN: Tensor) -> Tensor:
         logprob_RN = raw_RV.gather(-1, token_RN).double() - log_total_R[:, None]
-        return logprob_RN.float().masked_fill(~finite_R[:, None], -torch.inf)
+        return logprob_RN.float().masked_fill(undefined_R[:, None], -torch.inf)
 
     chosen_R = of(tokens_R.clamp(min=0)[:, None])[:, 0].where(tokens_R >= 0, -torch.inf)
     tokens_R = tokens_R.int()

@@ -14,6 +14,7 @@ from torch import Tensor
 from arriero.kernels.moe import Permutation, Routing
 from arriero.kernels.ops import (
     DenseLayer,
+    Experts,
     FlatBatch,
     KVCache,
     KVCacheSpec,
@@ -24,6 +25,7 @@ from arriero.kernels.ops import (
     Sampled,
     SamplingRows,
     Vocab,
+    layer_caches,
 )
 from arriero.kernels.quant import QuantizedWeight
 from arriero.kernels.triton import experts, norm, product, rope, sampling, vocabulary, weights
@@ -188,9 +190,16 @@ class TritonOps(Ops):
         return self._mlp(self.rms_norm(x_TH, layer.mlp_norm_H, layer.eps), layer)
 
     def decoder(
-        self, layers: Sequence[DenseLayer], kv: KVCache, reduce: Reduce | None
+        self,
+        layers: Sequence[DenseLayer],
+        kv: KVCache | None,
+        reduce: Reduce | None,
+        *,
+        local_kv: KVCache | None = None,
+        experts: Experts | None = None,
     ) -> Callable[[Tensor, FlatBatch], Tensor]:
         """The pass through a stage's layers, each residual sum fused with the norm after it."""
+        caches = layer_caches(layers, kv, local_kv)
         for layer in layers:
             if isinstance(layer, MoELayer):  # tables of addresses are made before any capture
                 self._table(layer.experts_gate_up)
@@ -198,14 +207,19 @@ class TritonOps(Ops):
 
         def run(x_TH: Tensor, batch: FlatBatch) -> Tensor:
             h_TH = norm.rms_norm(x_TH, layers[0].attn_norm_H, layers[0].eps)
-            for i, layer in enumerate(layers):
-                part = self._attention(h_TH, layer, kv, i, batch)
+            for i, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
+                at = cache.batch(batch)
+                part = self._attention(h_TH, layer, cache.kv, cache.index, at)
                 part = part if reduce is None else reduce(part)
-                h_TH = norm.add_rms_norm(x_TH, part, layer.mlp_norm_H, layer.eps)
-                if isinstance(layer, MoELayer):
-                    part = self._moe(h_TH, layer)
+                if isinstance(layer, MoELayer) and experts is not None:
+                    x_TH += part
+                    part = experts(x_TH, layer)
                 else:
-                    part = self._mlp(h_TH, layer)
+                    h_TH = norm.add_rms_norm(x_TH, part, layer.mlp_norm_H, layer.eps)
+                    if isinstance(layer, MoELayer):
+                        part = self._moe(h_TH, layer)
+                    else:
+                        part = self._mlp(h_TH, layer)
                 part = part if reduce is None else reduce(part)
                 if i + 1 < len(layers):
                     after = layers[i + 1]

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arriero.shards.checkpoint.formats.scheme import QuantScheme, read_scheme
-from arriero.shards.checkpoint.formats.stored import tensors_due
+from arriero.shards.checkpoint.formats.describe import describe
+from arriero.shards.checkpoint.formats.scheme import QuantScheme
+from arriero.shards.checkpoint.formats.stored import AnyModel, tensors_due
 from arriero.shards.checkpoint.json_file import read_json_object
 from arriero.shards.checkpoint.llama_names import EMBEDDING, HEAD
 from arriero.shards.checkpoint.safetensors_header import DTYPES, StoredTensor, read_header
 from arriero.shards.errors import CheckpointError
-from arriero.shards.models.config import ModelConfig
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -232,7 +232,7 @@ class TensorFolder:
 
 
 class Checkpoint(TensorFolder):
-    """An open folder of a dense Llama, its weights plain or quantized.
+    """An open folder of a model, its weights plain or quantized.
 
     Attributes:
         config: what its config.json says of the model.
@@ -242,7 +242,7 @@ class Checkpoint(TensorFolder):
     def __init__(
         self,
         path: Path,
-        config: ModelConfig,
+        config: AnyModel,
         stored: Mapping[str, StoredTensor],
         scheme: QuantScheme | None = None,
     ) -> None:
@@ -264,9 +264,7 @@ class Checkpoint(TensorFolder):
         folder = Path(path)
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: is not a folder; a model is a folder in HF layout")
-        config = ModelConfig.from_folder(folder)
-        file = folder / "config.json"
-        scheme = read_scheme(read_json_object(file), source=str(file))
+        config, scheme = describe(folder)
         return cls(folder, config, _stored(folder), scheme)
 
     def check_whole(self) -> None:

@@ -82,6 +82,7 @@ class CudaRunner(Runner):
     """One rank of a replica group on CUDA."""
 
     table_type = DeviceSequenceTable
+    spare_slots = 1
     spare_blocks = 1  # the scratch block, the last one: padding rows write there
 
     def __init__(
@@ -118,9 +119,10 @@ class CudaRunner(Runner):
             scratch_slot=self._slots.scratch_slot,
         )
         self._drawn_S = torch.zeros(config.max_sequences, dtype=torch.int32, device=where)
-        # a group of several ranks speaks between its ops, which graphs do not hold yet
+        # a group of several ranks speaks between its ops, which graphs do not hold yet; nor do
+        # they hold the tables of chunk-local layers
         self._graphs: GraphRunner | None = None
-        if config.world_size == 1:
+        if config.world_size == 1 and not config.num_local_blocks:
             self._graphs = GraphRunner(self._device, buckets_up_to(config.max_sequences))
 
     def step(self, plan: StepPlan) -> StepResult | None:

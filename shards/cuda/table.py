@@ -20,7 +20,7 @@ from arriero.shards.cuda.graphs import DecodeBatch
 from arriero.shards.grammar import GrammarRows
 from arriero.shards.plan import LAST_SAMPLED, Int32, NewSequence, StepPlan
 from arriero.shards.sampling import SamplingParams
-from arriero.shards.sequences import Rope, SequenceTable
+from arriero.shards.sequences import LocalTable, Rope, SequenceTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,7 @@ class DeviceSequenceTable(SequenceTable):
         rope: Rope,
         device: torch.device,
         grammars: GrammarRows | None = None,
+        local: LocalTable | None = None,
     ) -> None:
         super().__init__(
             max_sequences=max_sequences + 1,
@@ -54,6 +55,7 @@ class DeviceSequenceTable(SequenceTable):
             rope=rope,
             device=device,
             grammars=grammars,
+            local=local,
         )
         self.rope, self.scratch_slot = rope, max_sequences
         self.last_S = torch.zeros(max_sequences + 1, dtype=torch.int32, device=device)

@@ -136,14 +136,13 @@ class BlockManager:
 
     def free(self, owner: int) -> None:
         """Close a table; its last block is the first to be evicted, should room be needed."""
-        for block in reversed(self._tables.pop(owner)):
-            self._references[block] -= 1
-            if self._references[block]:
-                continue
-            if self._keys[block] is None:
-                self._blank.append(block)
-            else:
-                self._cached[block] = None
+        self._release(self._tables.pop(owner))
+
+    def drop_first(self, owner: int, count: int) -> None:
+        """Take the first `count` blocks out of a table, as `free` does with all of them."""
+        table = self._tables[owner]
+        self._release(table[:count])
+        del table[:count]
 
     def store(self, owner: int, first: int, keys: Iterable[bytes]) -> None:
         """Make full blocks of a table findable, from its block `first` on.
@@ -159,6 +158,16 @@ class BlockManager:
                 self._by_key[key] = block
                 if self.on_event is not None:
                     self.on_event("stored", key)
+
+    def _release(self, blocks: Sequence[int]) -> None:
+        for block in reversed(blocks):
+            self._references[block] -= 1
+            if self._references[block]:
+                continue
+            if self._keys[block] is None:
+                self._blank.append(block)
+            else:
+                self._cached[block] = None
 
     def _take(self) -> int:
         if self._blank:

@@ -5,6 +5,7 @@ Knows how a `StepPlan` is laid out: decode rows first, then prefill chunks. Deci
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
@@ -71,6 +72,9 @@ class PlanDraft:
         self._block_slots: list[int] = []
         self._block_index: list[int] = []
         self._block_ids: list[int] = []
+        self._local_slots: list[int] = []
+        self._local_index: list[int] = []
+        self._local_ids: list[int] = []
 
     def free(self, slot: int) -> None:
         """The slot is free from the next plan on."""
@@ -88,6 +92,13 @@ class PlanDraft:
         self._block_slots.append(slot)
         self._block_index.append(index)
         self._block_ids.append(block)
+
+    def add_local(self, slot: int, blocks: Iterable[tuple[int, int]]) -> None:
+        """The slot's chunk-local table gets these blocks: index and id of each."""
+        for index, block in blocks:
+            self._local_slots.append(slot)
+            self._local_index.append(index)
+            self._local_ids.append(block)
 
     def build(
         self, step: int, slots: Int32, starts: Int32, tokens: Int32 | None, chunks: list[Chunk]
@@ -114,6 +125,9 @@ class PlanDraft:
             counts=ones,
             tokens=self._last_sampled[: len(slots)] if tokens is None else tokens,
             samples=ones,
+            local_slots=_taken(self._local_slots),
+            local_index=_taken(self._local_index),
+            local_ids=_taken(self._local_ids),
         )
         self._new = []
         if chunks:

@@ -7,6 +7,7 @@ slices do).
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 from collections.abc import Callable
@@ -14,8 +15,9 @@ from dataclasses import replace
 from time import perf_counter_ns
 
 from arriero.shards.engine.blocks import CacheListener
+from arriero.shards.engine.expert_balance import ExpertBalance
+from arriero.shards.engine.lanes import Lanes
 from arriero.shards.engine.limits import check_request
-from arriero.shards.engine.scheduler import Scheduler
 from arriero.shards.engine.types import (
     EngineConfig,
     EngineRequest,
@@ -24,7 +26,7 @@ from arriero.shards.engine.types import (
     SequenceOutput,
 )
 from arriero.shards.errors import GroupFailed, InvalidRequest, Unavailable
-from arriero.shards.plan import StepResult
+from arriero.shards.plan import Int32, StepResult
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +65,10 @@ class Engine:
         self._executor = executor
         self._on_outputs = on_outputs
         self._on_failure = on_failure
-        self._scheduler = Scheduler(config, on_event=on_event)
+        self._scheduler = Lanes(config, on_event=on_event)
+        self._balance: ExpertBalance | None = None
+        if config.experts is not None:
+            self._balance = ExpertBalance(config.experts, moves=config.move_experts)
         self._outputs: list[SequenceOutput] = []
         self._means = _Means()
         self._thread: threading.Thread | None = None
@@ -127,11 +132,20 @@ class Engine:
         """A snapshot; `step_us` has running means of a step's phases, in microseconds."""
         stats = self._scheduler.stats
         waiting = stats.num_waiting + len(self._arrived)
-        return replace(stats, num_waiting=waiting, step_us=self._means.snapshot())
+        stats = replace(stats, num_waiting=waiting, step_us=self._means.snapshot())
+        if self._balance is None:
+            return stats
+        return replace(
+            stats,
+            expert_moves=self._balance.num_moves,
+            expert_imbalance=self._balance.imbalance,
+            expert_loads=self._balance.totals,
+        )
 
     # ---- the engine's thread ----
 
     def _run(self) -> None:
+        gc.freeze()  # what is loaded stays: full collections need not walk it
         while self._wait_for_work():
             self.step()
 
@@ -174,9 +188,17 @@ class Engine:
 
     def _submit_plans(self) -> None:
         begun = perf_counter_ns()
-        while (plan := self._scheduler.schedule()) is not None:
-            self._executor.submit(plan)
+        while plans := self._scheduler.schedule():
+            move = None if self._balance is None else self._next_move(self._balance)
+            for plan in plans:
+                if move is not None:
+                    plan.placement_layer, plan.placement = move
+                self._executor.submit(plan)
         self._means.note("schedule", perf_counter_ns() - begun)
+
+    def _next_move(self, balance: ExpertBalance) -> tuple[int, Int32] | None:
+        balance.note(self._executor.take_loads())
+        return balance.next_move()
 
     def _collect_oldest(self) -> None:
         if not self._scheduler.num_outstanding:

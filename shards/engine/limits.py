@@ -17,16 +17,31 @@ def check_config(config: EngineConfig) -> None:
     """Raise `SpecError` for the first field of `config` that cannot be."""
     for name in (
         "max_model_len", "block_size", "num_blocks", "max_sequences", "max_batch_tokens",
-        "max_queued", "pipeline_depth", "num_stages", "vocab_size",
+        "max_queued", "pipeline_depth", "num_stages", "num_lanes", "vocab_size",
     ):  # fmt: skip
         value = getattr(config, name)
         if value < 1:
             raise SpecError(f"`{name}`={value} must be at least 1")
+    _check_chunk(config)
     for token in config.eos_token_ids:
         if not 0 <= token < config.vocab_size:
             raise SpecError(
                 f"`eos_token_ids` holds {token}; ids run from 0 to {config.vocab_size - 1}"
             )
+
+
+def _check_chunk(config: EngineConfig) -> None:
+    chunk, size = config.attention_chunk, config.block_size
+    if not chunk:
+        return
+    if chunk < 0 or chunk % size:
+        raise SpecError(f"`attention_chunk`={chunk} must be a multiple of `block_size`={size}")
+    longest = min(chunk, config.max_model_len, config.num_blocks * size)
+    if config.num_local_blocks * size < longest:
+        raise SpecError(
+            f"`num_local_blocks`={config.num_local_blocks} blocks of {size} tokens hold less than "
+            f"a sequence's chunk; give at least {-(-longest // size)}"
+        )
 
 
 def check_request(config: EngineConfig, request: EngineRequest) -> None:

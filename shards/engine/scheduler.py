@@ -147,6 +147,19 @@ class Scheduler:
         return len(self._requests)
 
     @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for a slot."""
+        return len(self._waiting)
+
+    def is_live(self, request_id: str) -> bool:
+        """Whether a request has not ended."""
+        return request_id in self._requests
+
+    def found_share(self, request: EngineRequest) -> float:
+        """Share of a prompt, 0 to 1, that the prefix cache has now."""
+        return self._blocks.found_share(request)
+
+    @property
     def num_outstanding(self) -> int:
         """Plans made whose result is not in."""
         return len(self._in_flight)
@@ -154,12 +167,15 @@ class Scheduler:
     @property
     def stats(self) -> EngineStats:
         """A snapshot, without `step_us`; safe from any thread."""
+        local = self._blocks.local
         return EngineStats(
             num_waiting=len(self._waiting),
             num_running=self._num_running,
             blocks_used=self._blocks.pool.num_used,
             blocks_cached=self._blocks.pool.num_cached,
             blocks_total=self._blocks.pool.num_blocks,
+            local_blocks_used=local.pool.num_used if local else 0,
+            local_blocks_total=local.pool.num_blocks if local else 0,
             steps=self._step,
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
@@ -188,12 +204,20 @@ class Scheduler:
             self._after_chunk(chunk)
         return plan
 
+    def idle(self) -> StepPlan:
+        """A plan without rows, for a step in which other lanes have some and this one none."""
+        plan = self._draft.build(self._step, int32(), int32(), None, [])
+        self._in_flight.append(in_flight(plan, plan.slots, [], self._slots.generation))
+        self._step += 1
+        return plan
+
     def _take_decodes(self) -> tuple[Int32, Int32]:
         """Slots that decode in this step and their positions, all with a block to write to."""
         table = self._slots
         while True:
             slots = self._ready_slots()
             starts = table.scheduled[slots]
+            self._pass_chunks(slots, starts)
             short = starts >= table.capacity[slots]
             if not short.any():
                 break
@@ -201,6 +225,16 @@ class Scheduler:
         table.scheduled[slots] = starts + 1
         table.last_step[slots] = self._step
         return slots, starts
+
+    def _pass_chunks(self, slots: Int32, starts: Int32) -> None:
+        """Give back the chunk-local blocks of sequences that have come to a new chunk."""
+        size, table = self.config.attention_chunk, self._slots
+        if not size:
+            return
+        chunks = starts // size
+        for row in np.flatnonzero(chunks != table.chunk[slots]):
+            self._blocks.pass_to(table.sequences[slots[row]], int(starts[row]))
+        table.chunk[slots] = chunks
 
     def _ready_slots(self) -> Int32:
         """Decoding slots that may take a step, the longest unserved first if not all fit."""
@@ -226,11 +260,14 @@ class Scheduler:
         Best rank first: whoever is pre-empted goes after all that have got their block by then.
         """
         for sequence in sorted(sequences, key=_rank):
-            while sequence.slot >= 0 and not self._blocks.pool.num_available:
+            while sequence.slot >= 0 and not self._blocks.can_grow:
                 self._reclaim()
             if sequence.slot >= 0:
-                self._draft.add_block(sequence.slot, *self._blocks.grow(sequence))
-                self._slots.capacity[sequence.slot] += self.config.block_size
+                slot = sequence.slot
+                self._draft.add_block(slot, *self._blocks.grow(sequence))
+                self._slots.capacity[slot] += self.config.block_size
+                end = int(self._slots.scheduled[slot]) + 1
+                self._draft.add_local(slot, self._blocks.extend_local(sequence, end))
 
     def _reclaim(self) -> None:
         """Free some blocks: those merely kept for samples to come, else the last sequence's."""
@@ -238,7 +275,9 @@ class Scheduler:
             self._blocks.drop_latest_prompt()
             return
         running = self._slots.sequences[list(self._decoding)].tolist() + self._prefilling
-        victim: Sequence = max(running, key=_rank)
+        self._preempt(max(running, key=_rank))
+
+    def _preempt(self, victim: Sequence) -> None:
         self._release(victim)
         victim.prompt_rows.clear()
         insort(self._waiting, victim, key=_rank)
@@ -246,11 +285,16 @@ class Scheduler:
 
     def _continue_prefills(self, budget: int) -> list[Chunk]:
         chunks = []
-        for sequence in self._prefilling:
-            if budget <= 0:
+        for sequence in list(self._prefilling):
+            if budget <= 0 or sequence.slot < 0:  # pre-empted by one before it
                 break
-            chunks.append(self._take_chunk(sequence, budget))
-            budget -= chunks[-1].end - chunks[-1].start
+            slot = int32([sequence.slot])
+            self._pass_chunks(slot, self._slots.scheduled[slot])
+            chunk = self._take_chunk(sequence, budget)
+            if chunk.end == chunk.start:  # blocks will come back as others end
+                break
+            chunks.append(chunk)
+            budget -= chunk.end - chunk.start
         self._prefilling = [one for one in self._prefilling if one.slot not in self._decoding]
         return chunks
 
@@ -268,25 +312,41 @@ class Scheduler:
             budget -= chunk.end - chunk.start
 
     def _take_chunk(self, sequence: Sequence, budget: int) -> Chunk:
+        """As much of its known tokens as budget and chunk-local blocks allow; maybe nothing."""
         slot, known = sequence.slot, len(sequence.tokens)
         start = int(self._slots.scheduled[slot])
-        end = min(known, start + budget)
+        end = self._reach(sequence, start, min(known, start + budget))
+        self._draft.add_local(slot, self._blocks.extend_local(sequence, end))
         self._slots.scheduled[slot] = end
         if end == known:
             self._decoding[slot] = None
             self._decoding_slots = None
         return Chunk(sequence, start, end, end == known)
 
+    def _reach(self, sequence: Sequence, start: int, end: int) -> int:
+        """How far it may go towards `end`, pre-empting later prefills rather than not at all."""
+        blocks = self._blocks
+        while True:
+            reach = blocks.local_reach(sequence, start, end, self._num_running)
+            if reach > start:
+                return reach
+            if blocks.num_anchors:
+                blocks.drop_latest_prompt()
+            elif self._prefilling and self._prefilling[-1].rank > sequence.rank:
+                self._preempt(self._prefilling[-1])
+            else:
+                return start
+
     def _enter(self, sequence: Sequence) -> bool:
         """Put a waiting sequence into a slot with blocks for all its tokens, if there is room."""
-        blocks, pool = self._blocks, self._blocks.pool
-        state = (sequence.owner, pool.num_available, self._num_running, blocks.num_anchors)
+        blocks = self._blocks
+        state = (sequence.owner, *blocks.room(), self._num_running, blocks.num_anchors)
         if state == self._blocked:  # as when it last found no room: spare the search
             return False
         shared = blocks.find_shared(sequence)
         # Every running sequence will want a block soon: leave one for each, or the newcomer
         # would be pre-empted within a few steps.
-        if pool.cost(blocks.count(sequence), shared) > pool.num_available - self._num_running:
+        if not blocks.has_room(sequence, shared, self._num_running):
             if self._num_running:
                 self._blocked = state
                 return False
@@ -295,10 +355,13 @@ class Scheduler:
             shared = blocks.find_shared(sequence)
         table = blocks.open(sequence, shared)
         size = self.config.block_size
-        self._slots.enter(sequence, scheduled=len(shared) * size, capacity=len(table) * size)
+        cached = len(shared.blocks) * size
+        self._slots.enter(sequence, scheduled=cached, capacity=len(table) * size)
         self._draft.enter(sequence.to_new(self.config.eos_token_ids), table)
+        first = len(shared.blocks) - len(shared.local)
+        self._draft.add_local(sequence.slot, enumerate(shared.local, first))
         if not sequence.begun:
-            self._begin(sequence, min(len(shared) * size, sequence.num_prompt))
+            self._begin(sequence, min(cached, sequence.num_prompt))
         return True
 
     def _begin(self, sequence: Sequence, num_cached: int) -> None:

@@ -4,20 +4,39 @@ Samples of one request share its full prompt blocks. The first sample computes t
 then holds them until the others have begun, whatever becomes of the first meanwhile. Anchors only
 save work, so they are the first to go when blocks run out.
 
+Where some layers attend within their chunk only, their blocks are of a second pool; a sequence
+has room only if it has room in both, and a prefix is shared only as far as both can be found.
+
 Knows sequences and blocks; knows nothing of slots, steps or who goes first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from dataclasses import dataclass, field
 
 from arriero.shards.engine.blocks import BlockManager, CacheListener, chain_keys, root_key
+from arriero.shards.engine.local_blocks import LocalBlocks
 from arriero.shards.engine.sequence import LiveRequest, Sequence
-from arriero.shards.engine.types import EngineConfig
+from arriero.shards.engine.types import EngineConfig, EngineRequest
+from arriero.shards.plan import int32
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """Blocks that hold a sequence's first tokens already.
+
+    Attributes:
+        blocks: of all these tokens.
+        local: of the chunk-local pool: those of the last chunk, as far as it is cut.
+    """
+
+    blocks: list[int] = field(default_factory=list)
+    local: list[int] = field(default_factory=list)
 
 
 class SequenceBlocks:
-    """One pool's blocks, by sequence.
+    """The pools' blocks, by sequence.
 
     Args:
         config: sizes, and whether there is a prefix cache.
@@ -25,10 +44,17 @@ class SequenceBlocks:
 
     Attributes:
         pool: the blocks themselves.
+        local: those of layers that attend within their chunk; None without such layers.
     """
 
     def __init__(self, config: EngineConfig, on_event: CacheListener | None) -> None:
         self.pool = BlockManager(config.num_blocks, config.block_size, on_event=on_event)
+        self.local: LocalBlocks | None = None
+        if config.attention_chunk:
+            self.local = LocalBlocks(
+                config.num_local_blocks, config.block_size, config.attention_chunk
+            )
+        self._chunk = config.attention_chunk
         self._prefix_cache = config.prefix_cache
         self._model_salt = config.cache_salt
         self._anchors: dict[int, LiveRequest] = {}
@@ -48,34 +74,112 @@ class SequenceBlocks:
         """Blocks that hold all its known tokens."""
         return -(-len(sequence.tokens) // self.pool.block_size)
 
-    def find_shared(self, sequence: Sequence) -> list[int]:
+    def find_shared(self, sequence: Sequence) -> Shared:
         """Blocks that hold its first tokens already; at least one known token is left over."""
         if sequence.wants_prompt_rows:
-            return []  # they come of computing every prompt token
-        found: list[int] = []
+            return Shared()  # they come of computing every prompt token
+        found = Shared()
         if self._prefix_cache:
             most = (len(sequence.tokens) - 1) // self.pool.block_size
             self._extend_keys(sequence, most)
-            found = self.pool.match(sequence.keys[:most])
+            found = self._match(sequence.keys[:most])
         anchor = sequence.live.anchor
-        if anchor is not None and len(self.pool.table(anchor)) > len(found):
-            found = list(self.pool.table(anchor))
+        if anchor is not None and len(self.pool.table(anchor)) > len(found.blocks):
+            local = [] if self.local is None else list(self.local.pool.table(anchor))
+            found = Shared(list(self.pool.table(anchor)), local)
         return found
 
-    def open(self, sequence: Sequence, shared: Many[int]) -> Many[int]:
-        """Give a sequence blocks for all its known tokens, the first of them `shared`."""
-        self.pool.allocate(sequence.owner, self.count(sequence), shared)
-        sequence.num_stored = len(shared)
+    def found_share(self, request: EngineRequest) -> float:
+        """Share of a prompt, 0 to 1, that can be found now."""
+        if not self._prefix_cache:
+            return 0.0
+        root = root_key(self._model_salt, request.cache_salt)
+        keys = chain_keys(root, int32(request.prompt), self.pool.block_size)
+        return len(self.pool.match(keys)) * self.pool.block_size / len(request.prompt)
+
+    def _match(self, keys: list[bytes]) -> Shared:
+        blocks = self.pool.match(keys)
+        if self.local is None:
+            return Shared(blocks)
+        local = self.local.match(keys[: len(blocks)])
+        return Shared(blocks[: self.local.first_seen(len(blocks)) + len(local)], local)
+
+    def room(self) -> tuple[int, int]:
+        """Blocks that can be handed out now, of either pool."""
+        return self.pool.num_available, self.local.pool.num_available if self.local else 0
+
+    def has_room(self, sequence: Sequence, shared: Shared, spare: int) -> bool:
+        """Whether it may begin, `spare` blocks of each pool left over.
+
+        In the chunk-local pool it needs the rest of its first chunk; it goes on by what it, and
+        others, give back.
+        """
+        if self.pool.cost(self.count(sequence), shared.blocks) > self.pool.num_available - spare:
+            return False
+        if self.local is None:
+            return True
+        begun, size = len(shared.blocks), self.pool.block_size
+        chunk_end = (begun * size // self._chunk + 1) * self._chunk
+        end = min(len(sequence.tokens), chunk_end)
+        count = -(-end // size) - begun + len(shared.local)
+        pool = self.local.pool
+        return pool.cost(count, shared.local) <= pool.num_available - spare
+
+    def open(self, sequence: Sequence, shared: Shared) -> Many[int]:
+        """Give a sequence blocks for all its known tokens, the first of them `shared`.
+
+        Of the chunk-local pool it gets the shared ones; `extend_local` adds to them.
+        """
+        self.pool.allocate(sequence.owner, self.count(sequence), shared.blocks)
+        sequence.num_stored = len(shared.blocks)
+        if self.local is not None:
+            first = len(shared.blocks) - len(shared.local)
+            self.local.open(sequence.owner, first, shared.local)
         return self.pool.table(sequence.owner)
+
+    @property
+    def can_grow(self) -> bool:
+        """Whether a block can be handed out of each pool."""
+        return bool(
+            self.pool.num_available and (self.local is None or self.local.pool.num_available)
+        )
 
     def grow(self, sequence: Sequence) -> tuple[int, int]:
         """Add a block to a sequence's table; gives its index there and its id."""
         index = len(self.pool.table(sequence.owner))
         return index, self.pool.append(sequence.owner)
 
+    def local_reach(self, sequence: Sequence, start: int, end: int, spare: int) -> int:
+        """How far a step from `start` may go towards `end`, by what the chunk-local pool has.
+
+        Past the end of its chunk it goes only while `spare` blocks are left over.
+        """
+        if self.local is None:
+            return end
+        size, free = self.pool.block_size, self.local.pool.num_available
+        held = self.local.end(sequence.owner)
+        boundary = (start // self._chunk + 1) * self._chunk
+        within = min(boundary, (held + free) * size)
+        return min(end, max(within, (held + max(0, free - spare)) * size))
+
+    def extend_local(self, sequence: Sequence, end: int) -> list[tuple[int, int]]:
+        """Blocks for its tokens up to `end`, where it lacks them: index and id of each."""
+        if self.local is None:
+            return []
+        return self.local.extend(sequence.owner, -(-end // self.pool.block_size))
+
+    def pass_to(self, sequence: Sequence, position: int) -> None:
+        """Give back what nothing from `position` on can see; all before it is in a plan."""
+        if self.local is not None:
+            # keep findable what is given back, as far as its tokens are known
+            self.store(sequence, min(position, len(sequence.tokens)))
+            self.local.trim(sequence.owner, position // self.pool.block_size)
+
     def close(self, sequence: Sequence) -> None:
         """Take a sequence's blocks back."""
         self.pool.free(sequence.owner)
+        if self.local is not None:
+            self.local.close(sequence.owner)
 
     def store(self, sequence: Sequence, num_tokens: int) -> None:
         """Make the blocks findable that its first `num_tokens` fill, all of them in a plan."""
@@ -84,6 +188,8 @@ class SequenceBlocks:
             self._extend_keys(sequence, full)
             first = sequence.num_stored
             self.pool.store(sequence.owner, first, sequence.keys[first:full])
+            if self.local is not None:
+                self.local.store(sequence.owner, sequence.keys[:full])
             sequence.num_stored = full
 
     def keep_prompt(self, sequence: Sequence) -> None:
@@ -91,12 +197,16 @@ class SequenceBlocks:
         if sequence.num_prompt > self.pool.block_size:
             anchor = sequence.live.anchor = self.new_owner()
             self.pool.fork(sequence.owner, anchor, sequence.num_prompt - 1)
+            if self.local is not None:
+                self.local.share(sequence.owner, anchor, len(self.pool.table(anchor)))
             self._anchors[anchor] = sequence.live
 
     def drop_prompt(self, live: LiveRequest) -> None:
         """Drop a request's anchor, if it has one."""
         if live.anchor is not None:
             self.pool.free(live.anchor)
+            if self.local is not None:
+                self.local.close(live.anchor)
             del self._anchors[live.anchor]
             live.anchor = None
 

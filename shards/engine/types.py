@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
+from arriero.shards.placement import Placement
 from arriero.shards.plan import StepPlan, StepResult
 from arriero.shards.sampling import SamplingParams
 
@@ -16,13 +21,20 @@ class EngineConfig:
     Attributes:
         max_model_len: most tokens of a sequence, prompt and output together.
         block_size: tokens in a KV block.
-        num_blocks: KV blocks of the pool, the same on every slice.
+        num_blocks: KV blocks of the pool, the same on every slice; of each dp rank.
+        attention_chunk: tokens of a chunk, where some layers attend within theirs only and have a
+            pool of their own; 0 for none. A multiple of `block_size`.
+        num_local_blocks: KV blocks of that pool.
         max_sequences: most sequences in slots at once.
         max_batch_tokens: the token budget of a step; prefill is cut into chunks to fit.
         max_queued: most requests that wait; one more is refused with `Overloaded`.
         prefix_cache: find and keep prefix blocks.
         pipeline_depth: most steps in flight (2 hides the plan's making behind the step before;
             more with pipeline stages: one micro-batch a stage).
+        num_lanes: data-parallel ranks, each with slots, blocks and a step's tokens of its own.
+        experts: how the experts of each layer lie over the ranks of a stage, where they are
+            exchanged; None elsewhere.
+        move_experts: whether the leader moves them as the load asks.
         vocab_size: token ids run below it.
         eos_token_ids: the model's own end tokens.
         cache_salt: digest of model and revision; the root of every block's key.
@@ -31,12 +43,17 @@ class EngineConfig:
     max_model_len: int
     block_size: int = 16
     num_blocks: int
+    attention_chunk: int = 0
+    num_local_blocks: int = 0
     max_sequences: int = 256
     max_batch_tokens: int = 2048
     max_queued: int = 4096
     prefix_cache: bool = True
     pipeline_depth: int = 2
     num_stages: int = 1
+    num_lanes: int = 1
+    experts: Placement | None = None
+    move_experts: bool = False
     vocab_size: int
     eos_token_ids: tuple[int, ...] = ()
     cache_salt: bytes = b""
@@ -105,18 +122,28 @@ class SequenceOutput:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
-    """A snapshot of the engine's load."""
+    """A snapshot of the engine's load.
+
+    `expert_loads` has the tokens that each expert was sent since the start, by layer;
+    `expert_imbalance` is the largest rank's over the mean, 1 being even; `expert_moves` counts
+    changed placements. Only where experts are exchanged between ranks.
+    """
 
     num_waiting: int = 0
     num_running: int = 0
     blocks_used: int = 0
     blocks_cached: int = 0
     blocks_total: int = 0
+    local_blocks_used: int = 0
+    local_blocks_total: int = 0
     steps: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
     preemptions: int = 0
+    expert_moves: int = 0
+    expert_imbalance: float = 1.0
+    expert_loads: dict[str, list[int]] = field(default_factory=dict)
     step_us: dict[str, float] = field(default_factory=dict)
 
 
@@ -128,10 +155,13 @@ class Executor(Protocol):
     """
 
     def submit(self, plan: StepPlan) -> None:
-        """Send a plan to every slice."""
+        """Send a plan to every slice of its lane."""
 
     def collect(self, timeout_s: float | None = None) -> StepResult | None:
         """Result of the oldest plan outstanding, or None at the time limit."""
+
+    def take_loads(self) -> Mapping[int, npt.NDArray[np.int64]]:
+        """Tokens that each expert was sent since the last call, by layer, as far as is known."""
 
     def close(self) -> None:
         """Stop the slices; safe to call twice."""

@@ -52,6 +52,31 @@ class RopeConfig:
     high: float = 1.0
     original_max: int = 0
 
+    def inv_freq(self, dim: int) -> Tensor:
+        """Frequencies of `dim` / 2 pairs: radians a position, float32, shape [dim / 2].
+
+        The order of operations is that of the transformers library, bit for bit, since cosines
+        of large positions magnify the last bit. Su et al., "RoFormer" (2021); the "llama3" rule
+        is that of Meta's Llama 3.1 release.
+        """
+        import torch
+
+        exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+        freq: Tensor = 1.0 / (self.theta**exponents)
+        if self.scaling == "none":
+            return freq
+        if self.scaling == "linear":
+            return freq / self.factor
+        wavelength = 2 * math.pi / freq
+        longest_kept, shortest_divided = self.original_max / self.high, self.original_max / self.low
+        scaled = torch.where(wavelength > shortest_divided, freq / self.factor, freq)
+        if self.high == self.low:  # nothing lies between, and the blend would divide by zero
+            return scaled
+        kept = (self.original_max / wavelength - self.low) / (self.high - self.low)
+        blend = (1 - kept) * scaled / self.factor + kept * scaled
+        between = (wavelength >= longest_kept) & (wavelength <= shortest_divided)
+        return torch.where(between, blend, scaled)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationDefaults:
@@ -207,31 +232,8 @@ class ModelConfig:
         return self.num_kv_heads * self.head_dim
 
     def inv_freq(self) -> Tensor:
-        """Rotary frequencies: radians a position, float32, shape [head_dim / 2].
-
-        The order of operations is that of the transformers library, bit for bit, since cosines
-        of large positions magnify the last bit. Su et al., "RoFormer" (2021); the "llama3" rule
-        is that of Meta's Llama 3.1 release.
-        """
-        import torch
-
-        dim = self.head_dim
-        exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
-        freq: Tensor = 1.0 / (self.rope.theta**exponents)
-        if self.rope.scaling == "none":
-            return freq
-        if self.rope.scaling == "linear":
-            return freq / self.rope.factor
-        rope = self.rope
-        wavelength = 2 * math.pi / freq
-        longest_kept, shortest_divided = rope.original_max / rope.high, rope.original_max / rope.low
-        scaled = torch.where(wavelength > shortest_divided, freq / rope.factor, freq)
-        if rope.high == rope.low:  # nothing lies between, and the blend would divide by zero
-            return scaled
-        kept = (rope.original_max / wavelength - rope.low) / (rope.high - rope.low)
-        blend = (1 - kept) * scaled / rope.factor + kept * scaled
-        between = (wavelength >= longest_kept) & (wavelength <= shortest_divided)
-        return torch.where(between, blend, scaled)
+        """Rotary frequencies: radians a position, float32, shape [head_dim / 2]."""
+        return self.rope.inv_freq(self.head_dim)
 
     def num_parameters(self) -> int:
         """Weights stored, a tied head counted once."""

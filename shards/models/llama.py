@@ -8,16 +8,22 @@ Shape legend: T tokens, R rows whose logits are wanted, H hidden size, V vocabul
 
 from __future__ import annotations
 
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from arriero.kernels.ops import DenseLayer, KVCacheSpec, Ops
 from arriero.shards.checkpoint.formats.stored import tensors_due
 from arriero.shards.checkpoint.reader import Checkpoint
+from arriero.shards.experts import Loads
 from arriero.shards.mesh import Mesh
 from arriero.shards.models.config import ModelConfig
 from arriero.shards.models.loader import Loader, Progress
 from arriero.shards.partition import SlicePart, Span
+from arriero.shards.plan import Int32
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
 
@@ -36,10 +42,14 @@ class LlamaSlice:
         quantization: str | None = None,
         num_blocks: int,
         block_size: int,
+        offload_layers: int = 0,
+        offload_folder: Path | None = None,
         progress: Progress = lambda done, total: None,
     ) -> None:
-        self.config, self.part, self.ops, self.mesh = checkpoint.config, part, ops, mesh
-        config = self.config
+        config = checkpoint.config
+        assert isinstance(config, ModelConfig), "a checkpoint of a dense Llama"
+        self.config, self.part, self.ops, self.mesh = config, part, ops, mesh
+        self.dtype = dtype
         loader = Loader(
             checkpoint,
             checkpoint.scheme,
@@ -51,7 +61,7 @@ class LlamaSlice:
             progress=progress,
         )
         with loader:
-            self._load(loader)
+            self._load(loader, offload_layers, offload_folder or Path(tempfile.gettempdir()))
         self.kv = ops.kv_cache(
             KVCacheSpec(
                 num_layers=part.layers.size,
@@ -65,11 +75,13 @@ class LlamaSlice:
         )
         self.decoder = ops.decoder(self._layers, self.kv, mesh.reduce if mesh.tp > 1 else None)
 
-    def _load(self, loader: Loader) -> None:
+    def _load(self, loader: Loader, offload_layers: int, folder: Path) -> None:
         config, part = self.config, self.part
         self._layers: list[DenseLayer] = []
         for index in range(part.layers.start, part.layers.stop):
-            self._layers.append(_layer(loader, config, part, index))
+            out = index >= part.layers.stop - offload_layers
+            with self.ops.offloading(folder) if out else nullcontext():
+                self._layers.append(_layer(loader, config, part, index))
             loader.finished(index)
         tied = config.tie_word_embeddings
         self.embedding = loader.vocab(EMBEDDING, part.vocab) if part.first_stage else None
@@ -92,6 +104,21 @@ class LlamaSlice:
         if self.head is not None and self.head is not self.embedding:
             total += self.head.nbytes
         return total + (self.norm_H.nbytes if self.norm_H is not None else 0)
+
+    @property
+    def kv_nbytes(self) -> int:
+        """Bytes of the KV cache."""
+        return self.kv.nbytes
+
+    def sit_out(self) -> None:
+        """A step without tokens: nothing to do."""
+
+    def place_experts(self, layer: int, expert_S: Int32) -> None:
+        """There are no experts."""
+
+    def take_loads(self) -> dict[int, Loads]:
+        """There are no experts."""
+        return {}
 
     def embed(self, tokens_T: Tensor) -> Tensor:
         """Token embeddings, [T, H]: on the first stage."""

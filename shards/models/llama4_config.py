@@ -2,7 +2,7 @@
 
 Knows the text model's and the vision tower's numbers, and which layers route, rotate and attend in
 chunks. It refuses what changes the computation, and knows nothing of tensors, slices or engines.
-Needs no torch.
+Needs no torch, but for the rotary frequencies.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from arriero.shards.checkpoint.json_file import read_json_object
 from arriero.shards.models.config import (
@@ -20,6 +20,9 @@ from arriero.shards.models.config import (
     read_rope,
     read_torch_dtype,
 )
+
+if TYPE_CHECKING:  # leaders and gateways read a config without loading torch
+    from torch import Tensor
 
 LLAMA4_ARCHITECTURES = ("Llama4ForConditionalGeneration", "Llama4ForCausalLM")
 
@@ -232,6 +235,10 @@ class Llama4Config:
     def kv_size(self) -> int:
         """Rows of the key product, all heads together; as many for the values."""
         return self.num_kv_heads * self.head_dim
+
+    def inv_freq(self) -> Tensor:
+        """Rotary frequencies: radians a position, float32, shape [head_dim / 2]."""
+        return self.rope.inv_freq(self.head_dim)
 
     def routes(self, layer: int) -> bool:
         """Whether a layer has experts."""

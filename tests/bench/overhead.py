@@ -2,6 +2,7 @@
 
 One slice in this process, N sequences decoding. The period of a step less the time inside the
 ops (embed, the decoder, logits, sampling) is everything else: scheduler, plan, batch, results.
+The KV pool is as large as the sequences need, so that all of it is in memory at the end.
 
 Usage: overhead.py MODEL_DIR [--requests 32] [--steps 256] [--quantization int8]
 """
@@ -11,15 +12,25 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import resource
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from arriero.cluster.bench import EngineBench
 from arriero.shards.group import GroupConfig
 from arriero.shards.runner import Runner
+
+PROMPT = 64
+
+
+def memory_mb(field: str) -> float:
+    """A field of this process's memory status, in millions of bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return round(int(line.split()[1]) * 1024 / 1e6, 1)
+    raise SystemExit(f"/proc/self/status has no {field}")
 
 
 def main() -> None:
@@ -34,8 +45,9 @@ def main() -> None:
         quantization=args.quantization,
         prefix_cache=False,
         max_model_len=2048,
-        kv_bytes=512 << 20,
+        num_blocks=args.requests * -(-(PROMPT + args.steps) // 16) + 8,
     )
+    imported = memory_mb("VmRSS")
     inside = 0.0
     steps: list[tuple[float, float]] = []  # (end of the step, seconds inside the ops)
 
@@ -68,13 +80,14 @@ def main() -> None:
             setattr(ops, name, timed(getattr(ops, name)))
         model.decoder = timed(model.decoder)
         weights, kv = runner.weights_nbytes, runner.kv_nbytes
+        loaded = memory_mb("VmHWM")
         prompts = [
-            [(7 * i + 13 * j) % 40000 + 100 for j in range(64)] for i in range(args.requests)
+            [(7 * i + 13 * j) % 40000 + 100 for j in range(PROMPT)] for i in range(args.requests)
         ]
         bench.run(prompts, args.steps)
     periods = [b[0] - a[0] for a, b in itertools.pairwise(steps)]
     outside = [p - one[1] for p, one in zip(periods, steps[1:], strict=True)]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = memory_mb("VmHWM")
     print(
         json.dumps(
             {
@@ -84,8 +97,10 @@ def main() -> None:
                 "outside_kernels_ms": round(statistics.median(outside) * 1e3, 3),
                 "weights_mb": round(weights / 1e6, 1),
                 "kv_pool_mb": round(kv / 1e6, 1),
-                "peak_mb": round(peak / 1e6, 1),
-                "peak_less_weights_and_pool_mb": round((peak - weights - kv) / 1e6, 1),
+                "imported_mb": imported,
+                "peak_while_loading_mb": loaded,
+                "peak_mb": peak,
+                "peak_less_weights_and_pool_mb": round(peak - (weights + kv) / 1e6, 1),
             }
         )
     )

@@ -8,7 +8,8 @@ noisy neighbour hits all alike, and figures are medians over the rounds. Rates o
     + output steps * max(weights and KV bytes / memory rate,
                          batch * operations a token / matrix rate)
 
-Usage: peers.py DIR [--rounds N] [--out FOLDER] [--model MODEL_DIR]; DIR is what setup.sh made.
+Usage: peers.py DIR [--rounds N] [--only arriero,llama] [--requests 8,32] [--out FOLDER]
+[--model MODEL_DIR]; DIR is what setup.sh made.
 Writes bench.json, bench.md and bench.png.
 """
 
@@ -156,7 +157,10 @@ def main() -> None:
     parser.add_argument(
         "--only", help="comma-separated words; engines whose name holds one of them"
     )
+    parser.add_argument("--requests", help="comma-separated; cells of so many requests")
     args = parser.parse_args()
+    asked = set(args.requests.split(",")) if args.requests else {str(c[0]) for c in CELLS}
+    cells = [c for c in CELLS if str(c[0]) in asked]
     model = args.model or str(args.folder / "model")
     chosen = peers(args.folder, model)
     if args.only:
@@ -169,7 +173,7 @@ def main() -> None:
             peer.start()
         for number in range(args.rounds):
             rates.append(machine_rates())
-            for cell in CELLS:
+            for cell in cells:
                 for peer in chosen:
                     if cell in peer.cells:
                         figures[peer.name].setdefault(str(cell), []).append(peer.measure(cell))
@@ -180,7 +184,7 @@ def main() -> None:
     memory = statistics.median(r[0] for r in rates)
     matrix = statistics.median(r[1] for r in rates)
     numbers = model_numbers(model)
-    limits = {str(c): limit(numbers, c, memory, matrix) for c in CELLS}
+    limits = {str(c): limit(numbers, c, memory, matrix) for c in cells}
     medians = {n: {c: statistics.median(v) for c, v in rows.items()} for n, rows in figures.items()}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "bench.json").write_text(
@@ -190,6 +194,7 @@ def main() -> None:
                 "matrix_gflop_s": matrix / 1e9,
                 "limits": limits,
                 "medians": medians,
+                "ratios": ratios(medians),
                 "all": figures,
             },
             indent=1,
@@ -201,10 +206,28 @@ def main() -> None:
     plot(medians, limits, args.out / "bench.png")
 
 
+PAIRS = (
+    ("arriero bf16", ("vLLM-CPU bf16", "llama.cpp bf16", "transformers bf16")),
+    ("arriero int8", ("llama.cpp Q8_0",)),
+)
+"""Ours, and the peers with weights of as many bits."""
+
+
+def ratios(medians: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Ours over the best peer of its kind, by cell; cells that no peer ran are left out."""
+    found: dict[str, dict[str, float]] = {}
+    for ours, names in PAIRS:
+        for cell, rate in medians.get(ours, {}).items():
+            theirs = [medians[name][cell] for name in names if cell in medians.get(name, {})]
+            if theirs:
+                found.setdefault(f"{ours} / best peer", {})[cell] = rate / max(theirs)
+    return found
+
+
 def markdown(
     medians: dict[str, dict[str, float]], limits: dict[str, float], memory: float, matrix: float
 ) -> str:
-    """Output tokens/s by engine and cell, then ours over each peer and over the limit."""
+    """Output tokens/s by engine and cell, then ours over the best peer, and the limit."""
     cells = list(limits)
     lines = [
         f"Memory reads {memory / 1e9:.1f} GB/s, bf16 products {matrix / 1e9:.0f} GFLOP/s. "
@@ -216,27 +239,35 @@ def markdown(
     for name, row in medians.items():
         shown = [f"{row[c]:.0f} ({row[c] / limits[c]:.0%})" if c in row else "-" for c in cells]
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
+    for name, row in ratios(medians).items():
+        lines.append(
+            f"| {name} | " + " | ".join(f"{row[c]:.2f}" if c in row else "-" for c in cells) + " |"
+        )
     lines.append("| limit, bf16 | " + " | ".join(f"{limits[c]:.0f}" for c in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def plot(medians: dict[str, dict[str, float]], limits: dict[str, float], file: Path) -> None:
-    """Each engine's share of the machine's limit, a group of bars a cell."""
+    """Each engine's share of the machine's limit, and ours over the best peer, by cell."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 4.5))
-    width = 0.8 / len(medians)
-    for i, (name, row) in enumerate(medians.items()):
-        xs = [k + i * width for k, c in enumerate(limits) if c in row]
-        axes.bar(xs, [row[c] / limits[c] for c in limits if c in row], width, label=name)
-    axes.axhline(1.0, color="black", linewidth=0.8, linestyle="--")
-    axes.set_xticks([k + 0.4 for k in range(len(limits))], [c[1:-1] for c in limits])
-    axes.set_xlabel("requests, prompt tokens, output tokens")
-    axes.set_ylabel("share of the machine's bf16 limit")
-    axes.legend(fontsize=8)
+    shares = {n: {c: row[c] / limits[c] for c in row} for n, row in medians.items()}
+    figure, panels = plt.subplots(1, 2, figsize=(13, 4.5), width_ratios=(2, 1))
+    titles = ("share of the machine's bf16 limit", "ours over the best peer")
+    for axes, rows, title in zip(panels, (shares, ratios(medians)), titles, strict=True):
+        width = 0.8 / max(1, len(rows))
+        for i, (name, row) in enumerate(rows.items()):
+            xs = [k + i * width for k, c in enumerate(limits) if c in row]
+            axes.bar(xs, [row[c] for c in limits if c in row], width, label=name)
+        axes.axhline(1.0, color="black", linewidth=0.8, linestyle="--")
+        axes.set_xticks([k + 0.4 for k in range(len(limits))], [c[1:-1] for c in limits])
+        axes.set_xlabel("requests, prompt tokens, output tokens")
+        axes.set_ylabel(title)
+        if rows:
+            axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(file, dpi=120)
 

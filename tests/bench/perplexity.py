@@ -1,6 +1,9 @@
 """Perplexity of weight formats on English text: Python's help topics, as found on any machine.
 
-Usage: perplexity.py MODEL_DIR [--tokens 50000] [--weights bfloat16,int8,fp8,int4]
+Usage: perplexity.py MODEL_DIR [--tokens 50000] [--weights bfloat16,int8,fp8,int4,int4-plain]
+
+int8, fp8 and int4 are quantized while they load; int4-plain is int4 rounded to the nearest level
+without search; a form that begins with "written-" is what `arriero models quantize` writes.
 """
 
 from __future__ import annotations
@@ -9,12 +12,20 @@ import argparse
 import json
 import math
 import pydoc_data.topics
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from arriero.cluster.bench import EngineBench
+from arriero.kernels.quant import quantize_int4
+from arriero.shards.checkpoint.quantize import TO, quantize_checkpoint
 from arriero.shards.group import GroupConfig
+from arriero.shards.models import loader
 
 WINDOW = 1024
 
@@ -27,22 +38,36 @@ def windows(path: str, num_tokens: int) -> list[list[int]]:
     return [ids[i : i + WINDOW] for i in range(0, len(ids), WINDOW)]
 
 
+@contextmanager
+def prepared(model: str, weights: str) -> Iterator[GroupConfig]:
+    """The group that runs a model's weights in a form."""
+    plain = GroupConfig(model_path=model, prefix_cache=False, max_model_len=2048)
+    if weights == "bfloat16":
+        yield plain
+    elif weights == "int4-plain":
+        searched = loader.QUANTIZERS["int4"]
+        loader.QUANTIZERS["int4"] = partial(quantize_int4, search=False)
+        yield replace(plain, quantization="int4")
+        loader.QUANTIZERS["int4"] = searched
+    elif weights.startswith("written-"):
+        with tempfile.TemporaryDirectory() as work:
+            to = next(one for one in TO if one == weights.removeprefix("written-"))
+            quantize_checkpoint(Path(model), Path(work) / "model", to)
+            yield replace(plain, model_path=f"{work}/model")
+    else:
+        yield replace(plain, quantization=weights)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--tokens", type=int, default=50_000)
-    parser.add_argument("--weights", default="bfloat16,int8,fp8,int4")
+    parser.add_argument("--weights", default="bfloat16,int8,fp8,int4,int4-plain")
     args = parser.parse_args()
     asked = windows(args.model, args.tokens)
     base = None
     for weights in args.weights.split(","):
-        config = GroupConfig(
-            model_path=args.model,
-            quantization=None if weights == "bfloat16" else weights,
-            prefix_cache=False,
-            max_model_len=2048,
-        )
-        with EngineBench(config) as bench:
+        with prepared(args.model, weights) as config, EngineBench(config) as bench:
             scores = bench.prompt_logprobs(asked)
         perplexity = math.exp(-sum(map(sum, scores)) / sum(map(len, scores)))
         base = base or perplexity

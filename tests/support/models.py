@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arriero.shards.checkpoint.formats.stored import tensors_due
 from arriero.shards.checkpoint.llama_names import EMBEDDING, FINAL_NORM, HEAD, expected_tensors
 from arriero.shards.checkpoint.safetensors_header import make_header
 from arriero.shards.models.config import ModelConfig
+from arriero.shards.models.llama4_config import Llama4Config
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -123,3 +125,89 @@ def tiny_llama(
     else:
         write_safetensors(path / "model.safetensors", weights)
     return config
+
+
+def llama4_settings(
+    *,
+    layers: int = 4,
+    hidden: int = 64,
+    intermediate: int = 64,
+    intermediate_mlp: int = 96,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 16,
+    experts: int = 8,
+    top_k: int = 1,
+    moe_step: int = 1,
+    chunk: int = 16,
+    qk_norm: bool = True,
+    floor_scale: int = 16,
+    rope_scaling: Mapping[str, Any] | None = None,
+    vocab: int = 128,
+    max_positions: int = 1024,
+    dtype: str = "float32",
+) -> dict[str, Any]:
+    """config.json of a text-only Llama 4: Scout-like; with `moe_step` 2 Maverick-like."""
+    return {
+        "architectures": ["Llama4ForCausalLM"],
+        "model_type": "llama4_text",
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "intermediate_size_mlp": intermediate_mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "num_local_experts": experts,
+        "num_experts_per_tok": top_k,
+        "interleave_moe_layer_step": moe_step,
+        "use_qk_norm": qk_norm,
+        "no_rope_layers": [int((i + 1) % 4 != 0) for i in range(layers)],
+        "attention_chunk_size": chunk,
+        "attn_temperature_tuning": True,
+        "floor_scale": floor_scale,
+        "attn_scale": 0.1,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "rope_scaling": dict(rope_scaling) if rope_scaling else None,
+        "max_position_embeddings": max_positions,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "torch_dtype": dtype,
+    }
+
+
+def tiny_llama4(path: Path, *, seed: int = 0, **settings: Any) -> Llama4Config:  # noqa: ANN401
+    """Write a seeded Llama 4 of `llama4_settings`."""
+    made = llama4_settings(**settings)
+    config = Llama4Config.from_dict(made)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(made, indent=2))
+    write_safetensors(path / "model.safetensors", llama4_weights(config, seed))
+    return config
+
+
+def llama4_weights(config: Llama4Config, seed: int) -> dict[str, Tensor]:
+    """Seeded weights; a router's logits spread widely, so that no choice is a near tie."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype: torch.dtype = getattr(torch, config.torch_dtype)
+    weights: dict[str, Tensor] = {}
+    for one in tensors_due(config, None):
+        noise = torch.randn(one.shape, generator=generator)
+        if one.kind == "norms":
+            made = 1.0 + 0.1 * noise
+            if one.name.endswith("model.norm.weight"):
+                made = 2.0 * made
+        elif one.kind == "embeddings":
+            made = noise
+        else:
+            # experts are stored as [experts, in, out], all else as [out, in]
+            fan_in = one.shape[1] if one.kind == "experts" else one.shape[-1]
+            gain = {"head": 1.0, "router": 4.0}.get(one.kind, 1.5)
+            made = noise * gain / fan_in**0.5
+        weights[one.name] = made.to(dtype)
+    return weights

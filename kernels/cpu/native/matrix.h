@@ -122,7 +122,9 @@ struct Tile {
     int64_t pairs;
     float* c;
     int64_t c_stride;  // floats
-    const char* fetch;   // walked through in `fetch_step` bytes a pair
+    // What is multiplied next: walked through in `fetch_step` bytes a pair. Of thin tiles, the next
+    // two panels: `fetch_step` is how far ahead of a pair its streams are fetched, on into these.
+    const char *fetch, *fetch_second;
     int64_t fetch_step;
     const float* scale[4];  // group-wise types: first group's
     const float* zero[4];
@@ -146,11 +148,14 @@ inline void store_tile(const Tile& t, const F16 (&acc)[M][V]) {
 template <int V>
 inline void fetch_ahead(const Tile& t, int64_t pair, int64_t step_bytes) {
     if constexpr (V == 4) {  // thin tiles run at the memory's pace: fetch along their own streams
-        prefetch(t.w[0] + pair * step_bytes + t.fetch_step);
-        prefetch(t.w[2] + pair * step_bytes + t.fetch_step);
+        const int64_t at = pair * step_bytes + t.fetch_step, past = at - t.pairs * step_bytes;
+        const char* first = past < 0 ? t.w[0] + at : t.fetch + past;
+        const char* second = past < 0 ? t.w[2] + at : t.fetch_second + past;
+        prefetch(first);
+        prefetch(second);
         if (step_bytes > 64) {
-            prefetch(t.w[0] + pair * step_bytes + t.fetch_step + 64);
-            prefetch(t.w[2] + pair * step_bytes + t.fetch_step + 64);
+            prefetch(first + 64);
+            prefetch(second + 64);
         }
     } else {
         prefetch(t.fetch + pair * t.fetch_step);

@@ -146,9 +146,9 @@ struct Block {
 
 inline constexpr int kBlockStride = 2 * kPanel;
 
-// Two panels by a block of rows, into c.
+// Two panels by a block of rows, into c; `fetch`: the two that are multiplied next, or null.
 inline void multiply(const Matrix& m, const Rows& a, bool rounded, Block& block,
-                     const char* fetch) {
+                     const char* const (&fetch)[2]) {
     const int64_t pairs = m.pairs();
     const int64_t step = 2 * vector_bytes(m.type);
     auto place = [&](Tile& t, int v, int64_t panel) {
@@ -171,6 +171,8 @@ inline void multiply(const Matrix& m, const Rows& a, bool rounded, Block& block,
         t.a = a.data + block.row * a.stride;
         t.c = block.c;
         t.fetch_step = 2048;
+        t.fetch = fetch[0] ? fetch[0] : m.panel(block.first);
+        t.fetch_second = fetch[1] ? fetch[1] : m.panel(block.second);
         place(t, 0, block.first);
         place(t, 2, block.second);
         kernel_of(m.type, m.group != 0, rounded, true, block.rows)(t);
@@ -180,7 +182,7 @@ inline void multiply(const Matrix& m, const Rows& a, bool rounded, Block& block,
         if (expands) t.kept = expanded.room(pairs * 2 * vector_bytes(kBFloat16));
         for (int half = 0; half < (block.second < 0 ? 1 : 2); ++half) {
             const int64_t panel = half ? block.second : block.first;
-            const char* ahead = !half && block.second >= 0 ? m.panel(block.second) : fetch;
+            const char* ahead = !half && block.second >= 0 ? m.panel(block.second) : fetch[0];
             if (ahead == nullptr) ahead = m.panel(panel);
             int32_t type = m.type;
             place(t, 0, panel);
@@ -250,11 +252,14 @@ void product(Worker& worker, const Matrix& m, const Rows& a, bool rounded, int64
         const int rows = int(num_rows * (block + 1) / row_blocks - row);
         const int64_t to = from + chunk < steps ? from + chunk : steps;
         for (int64_t step = from; step < to; ++step) {
-            const char* fetch = nullptr;
-            if (step + 1 < to)
-                fetch = m.panel(first_of(step + 1));
-            else if (next >= 0)
-                fetch = m.panel(first_of(next % per_block * chunk));
+            const int64_t after = step + 1 < to ? step + 1
+                                  : next >= 0   ? next % per_block * chunk
+                                                : -1;
+            const char* fetch[2] = {nullptr, nullptr};
+            if (after >= 0) {
+                fetch[0] = m.panel(first_of(after));
+                if (second_of(after) >= 0) fetch[1] = m.panel(second_of(after));
+            }
             Block out{row, rows, first_of(step), second_of(step), c};
             multiply(m, a, rounded, out, fetch);
             finish(out);

@@ -136,6 +136,16 @@ inline int64_t greatest_floor(const int64_t* weights, int64_t size, int64_t low,
     return low;
 }
 
+// The logarithm of the sum of a row's exponentials, from its weights at temperature 1; NaN where
+// the greatest is not finite. `room`: for as many weights as the row has columns.
+inline double log_total(const float* x, int64_t columns, int64_t* room) {
+    const int64_t best = best_of(x, columns);
+    if (best < 0) return std::numeric_limits<double>::quiet_NaN();
+    weigh_row(x, columns, x[best], 1.0, room);
+    const double sum = double(held_from(room, columns, 1).sum) / double(kFullWeight);
+    return double(x[best]) + std::log(sum);
+}
+
 // Philox-4x32-10 (Salmon 2011) keyed by the seed, with the position as counter: 53 bits of [0, 1).
 inline double uniform(uint64_t seed, uint64_t position) {
     uint32_t c[4] = {uint32_t(position), uint32_t(position >> 32), 0, 0};

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -75,6 +76,7 @@ class _Occupant:
     new: NewSequence
     params: SamplingParams
     blocks: dict[int, int] = field(default_factory=dict)
+    local: dict[int, int] = field(default_factory=dict)
     last: int | None = None
 
 
@@ -84,6 +86,7 @@ class FakeSlice:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.kv = [[NOTHING] * config.block_size for _ in range(config.num_blocks)]
+        self.local = [[NOTHING] * config.block_size for _ in range(config.num_local_blocks)]
         self.slots: dict[int, _Occupant] = {}
         self.step = 0
 
@@ -92,8 +95,9 @@ class FakeSlice:
         assert plan.step == self.step
         self.step += 1
         assert len(plan.slots) == len(set(plan.slots.tolist())), "a sequence twice in a step"
-        assert 0 < plan.counts.sum() <= config.max_batch_tokens
-        assert plan.counts.min() > 0
+        assert plan.counts.sum() <= config.max_batch_tokens
+        assert plan.counts.min(initial=1) > 0
+        assert len(plan.slots) or config.num_lanes > 1, "a plan without rows"
         assert len(plan.tokens) == plan.counts.sum()
         for slot in plan.freed.tolist():
             del self.slots[slot]
@@ -108,6 +112,13 @@ class FakeSlice:
         ):
             assert index == len(self.slots[slot].blocks), "a gap in a block table"
             self.slots[slot].blocks[index] = block
+        for slot, index, block in zip(
+            plan.local_slots.tolist(),
+            plan.local_index.tolist(),
+            plan.local_ids.tolist(),
+            strict=True,
+        ):
+            self.slots[slot].local[index] = block
 
         ends = np.cumsum(plan.counts).tolist()
         prompt_rows = plan.prompt_rows.tolist() or [0] * len(plan.slots)
@@ -127,7 +138,11 @@ class FakeSlice:
                     token = one.last
                 block, offset = divmod(position, config.block_size)
                 self.kv[one.blocks[block]][offset] = (position, token)
+                if config.attention_chunk:
+                    self.local[one.local[block]][offset] = (position, token)
             seen = self._read(one, start + count)
+            if config.attention_chunk:
+                self._read_chunks(one, start, seen)
             if prompt_rows[row]:
                 following = [
                     seen[p + 1] if p + 1 < len(seen) else None for p in range(start, start + count)
@@ -147,6 +162,7 @@ class FakeSlice:
             tokens=int32([token for token, _ in chosen]),
             logprobs=_logprobs(chosen) if any_logprobs else None,
             prompt_logprobs=self._prompt_logprobs(plan, rows) if rows else None,
+            lane=plan.lane,
         )
 
     def _read(self, one: _Occupant, length: int) -> list[int]:
@@ -157,6 +173,14 @@ class FakeSlice:
             assert at == position, f"position {position} reads what was written for {at}"
             seen.append(token)
         return seen
+
+    def _read_chunks(self, one: _Occupant, start: int, seen: list[int]) -> None:
+        """What the tokens from `start` on see of their chunks is what was written there."""
+        chunk = self.config.attention_chunk
+        for position in range(start // chunk * chunk, len(seen)):
+            block, offset = divmod(position, self.config.block_size)
+            found = self.local[one.local[block]][offset]
+            assert found == (position, seen[position]), f"chunk-local position {position}: {found}"
 
     def _prompt_logprobs(self, plan: StepPlan, rows: dict[int, list]) -> Logprobs:  # type: ignore[type-arg]
         out = []
@@ -191,6 +215,9 @@ class FakeExecutor:
 
     def collect(self, timeout_s: float | None = None) -> StepResult | None:
         return self.results.popleft() if self.results else None
+
+    def take_loads(self) -> dict[int, Any]:
+        return {}
 
     def close(self) -> None:
         self.closed = True

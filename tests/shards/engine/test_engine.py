@@ -7,6 +7,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -54,6 +55,9 @@ class ThreadedExecutor:
 
     def lose(self, cause: str) -> None:
         self.results.put(GroupFailed(cause))
+
+    def take_loads(self) -> dict[int, Any]:
+        return {}
 
     def close(self) -> None:
         self.closed += 1

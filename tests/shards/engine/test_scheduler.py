@@ -6,6 +6,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -85,6 +86,7 @@ class Run:
         assert not self.scheduler.num_live, "stuck"
         assert not self.scheduler.num_outstanding
         assert self.scheduler.stats.blocks_used == 0
+        assert self.scheduler.stats.local_blocks_used == 0
         assert self.scheduler.stats.num_running == 0
         assert self.scheduler.stats.num_waiting == 0
 
@@ -129,9 +131,32 @@ configs = st.builds(
 )
 
 
+@st.composite
+def chunked_configs(draw: st.DrawFn) -> EngineConfig:
+    """With a chunk-local pool, from just enough for one sequence to plenty."""
+    config = draw(configs)
+    size = config.block_size
+    chunk = size * draw(st.integers(1, 4))
+    need = -(-min(chunk, config.max_model_len, config.num_blocks * size) // size)
+    return replace(
+        config, attention_chunk=chunk, num_local_blocks=need + draw(st.sampled_from([0, 1, 5, 30]))
+    )
+
+
 @settings(max_examples=300, deadline=None)
 @given(config=configs, seed=st.integers(0, 2**32))
 def test_every_request_gets_its_own_tokens(config: EngineConfig, seed: int) -> None:
+    drive(config, seed)
+
+
+@settings(max_examples=300, deadline=None)
+@given(config=chunked_configs(), seed=st.integers(0, 2**32))
+def test_and_does_with_a_chunk_local_pool(config: EngineConfig, seed: int) -> None:
+    drive(config, seed)
+
+
+def drive(config: EngineConfig, seed: int) -> None:
+    """Random requests in random order, each against what it must give."""
     rng = random.Random(seed)
     run = Run(config)
     roots = [[rng.randrange(VOCAB) for _ in range(20)] for _ in range(2)]

@@ -1,0 +1,45 @@
+"""Which rank of a stage holds which expert. Needs no torch: leaders place, slices follow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Which slot of which rank holds which expert, in one layer.
+
+    Attributes:
+        expert_S: int32 [S], the expert in each slot, rank by rank.
+        start_R1: int32 [R + 1], rank r has slots start[r] .. start[r + 1].
+    """
+
+    expert_S: npt.NDArray[np.int32]
+    start_R1: npt.NDArray[np.int32]
+
+    @classmethod
+    def even(cls, sizes: Sequence[int], spare: int = 0) -> Placement:
+        """Experts dealt in order, `sizes` to each rank, and copies of the next `spare` ones."""
+        starts = np.concatenate(([0], np.cumsum(sizes)))
+        held = [np.arange(a, b + spare) % starts[-1] for a, b in pairwise(starts)]
+        slots = starts + spare * np.arange(len(starts))
+        return cls(np.concatenate(held).astype(np.int32), slots.astype(np.int32))
+
+    def on(self, rank: int) -> list[int]:
+        """Experts of a rank's slots, in order."""
+        found: list[int] = self.expert_S[self.start_R1[rank] : self.start_R1[rank + 1]].tolist()
+        return found
+
+    def slots_EA(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Slots of each expert, [E, most copies] (repeated to fill), and copies of each, [E]."""
+        num_experts = int(self.expert_S.max()) + 1
+        held = [np.flatnonzero(self.expert_S == one) for one in range(num_experts)]
+        copies = [len(one) for one in held]
+        assert min(copies) > 0, "every expert has a slot"
+        table = np.stack([np.resize(one, max(copies)) for one in held])
+        return table.astype(np.int64), np.asarray(copies, dtype=np.int64)

@@ -1,0 +1,62 @@
+"""Layers whose weights are mapped from disk compute the same bits as layers in memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from arriero.shards.errors import SpecError
+from arriero.shards.group import GroupConfig
+from arriero.shards.models.config import ModelConfig
+from arriero.shards.resolve import resolve
+from arriero.shards.sampling import SamplingParams
+from support.groups import running
+from support.models import tiny_llama
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+def test_same_tokens_and_logprobs(tmp_path: Path, quantization: str | None) -> None:
+    tiny_llama(tmp_path / "model", layers=4)
+    config = GroupConfig(
+        model_path=str(tmp_path / "model"),
+        kernels="cpu",
+        threads=1,
+        num_blocks=32,
+        max_model_len=128,
+        quantization=quantization,
+    )
+    (tmp_path / "disk").mkdir()
+    prompts = [[1, 2, 3, 4, 5], [9, 8, 7]]
+    params = SamplingParams(temperature=0.0, max_tokens=8, logprobs=0, seed=0)
+    answers = []
+    for layers in (0, 3, 4):
+        chosen = replace(config, offload_layers=layers, offload_folder=str(tmp_path / "disk"))
+        with running(chosen) as group:
+            found = group.generate(prompts, params)
+        answers.append([(a.tokens, [one.logprob for one in a.logprobs]) for a in found])
+        assert not list((tmp_path / "disk").iterdir())  # its files have no names
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_rooms_hold_what_was_written(tmp_path: Path) -> None:
+    offload = pytest.importorskip("arriero.kernels.cpu.offload")
+    room = offload.MappedRoom(1 << 20, tmp_path)
+    assert not room.data.any()
+    room.data[:] = torch.arange(1 << 20).to(torch.uint8)
+    room.written()
+    room.ahead()
+    assert torch.equal(room.data, torch.arange(1 << 20).to(torch.uint8))
+
+
+def test_what_cannot_be_offloaded_is_refused(tmp_path: Path) -> None:
+    tiny_llama(tmp_path)
+    model = ModelConfig.from_folder(tmp_path)
+    for change, words in (
+        ({"offload_layers": 9}, "must be 0 to 2"),
+        ({"offload_layers": 1, "kernels": "reference"}, "needs `device`=cpu and `kernels`=cpu"),
+    ):
+        with pytest.raises(SpecError, match=words):
+            resolve(replace(GroupConfig(model_path=str(tmp_path)), **change), model)

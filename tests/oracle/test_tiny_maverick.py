@@ -1,0 +1,55 @@
+"""The trained mixture of experts in tests/assets: what it is, and that routing is learnt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from arriero.shards.group import GroupConfig
+from arriero.shards.sampling import SamplingParams
+from support.groups import running
+
+FOLDER = Path(__file__).parents[1] / "assets" / "tiny-maverick"
+MOST_BYTES = 12_000_000
+TEXTS = (
+    "Return a list of the",
+    "def close(self):\n    ",
+    "import os\nimport sys\n",
+    "Raise an exception if the",
+)
+
+
+def test_it_is_small() -> None:
+    assert sum(file.stat().st_size for file in FOLDER.iterdir()) <= MOST_BYTES
+
+
+@pytest.mark.parametrize("dp", [1, 2])
+def test_tokens_are_transformers_own(dp: int) -> None:
+    import transformers
+
+    tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
+    prompts = [tokenizer.encode(text).ids for text in TEXTS]
+    params = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True, seed=0)
+    config = GroupConfig(
+        model_path=str(FOLDER), dtype="float32", num_blocks=128, max_sequences=8, threads=1, dp=dp
+    )
+    with running(config) as group:
+        answers = group.generate(prompts, params)
+        loads = group.engine.stats().expert_loads
+    model = transformers.AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids, cache, expected = torch.tensor([prompt]), None, []
+        with torch.inference_mode():
+            for _ in range(100):
+                got = model(input_ids=ids, past_key_values=cache, use_cache=True)
+                cache = got.past_key_values
+                expected.append(int(got.logits[0, -1].argmax()))
+                ids = torch.tensor([[expected[-1]]])
+        assert answer.tokens == expected
+    if dp == 2:  # some experts are asked much more than others
+        for one in loads.values():
+            assert max(one) > 1.5 * np.mean(one)

@@ -1,0 +1,160 @@
+"""Routed experts in each form, at EP1 and EP2: the partial sums of the ranks are the layer's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from arriero.kernels.moe import route
+from arriero.kernels.ops import MoELayer, Ops
+from arriero.kernels.select import ops_for
+from arriero.shards.checkpoint.formats.scheme import QuantScheme
+from arriero.shards.checkpoint.reader import TensorFolder
+from arriero.shards.models.loader import Loader
+from arriero.shards.partition import Span
+from support.models import write_safetensors
+from support.quantized_files import fp8, packed
+from support.slices import CPU
+
+EXPERTS, HIDDEN, INNER, TOKENS = 4, 32, 64, 9
+PREFIX = "model.layers.1.feed_forward."
+FORMS = {
+    "fused": None,
+    "compressed-fp8": QuantScheme(method="compressed-tensors", activation_bound=float("inf")),
+    "fp8-weights": QuantScheme(method="compressed-tensors"),
+    "packed-4": QuantScheme(method="pack-quantized", bits=4, group_size=32),
+}
+
+
+def written(path: Path, form: str) -> dict[str, Tensor]:
+    """A layer's files; returns what its matrices mean, float64 [out, in]."""
+    generator = torch.Generator().manual_seed(0)
+    means: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
+    names = {"gate_proj": (INNER, HIDDEN), "up_proj": (INNER, HIDDEN), "down_proj": (HIDDEN, INNER)}
+    for e in range(EXPERTS):
+        for at, (name, (rows, columns)) in enumerate(names.items()):
+            module = f"{PREFIX}experts.{e}.{name}"
+            if form == "fused":
+                means[module] = torch.randn(rows, columns, generator=generator).double() * 0.2
+                continue
+            seed = 10 * e + at
+            if form == "packed-4":
+                made, full = packed(module, rows, columns, 32, seed, 4, False)
+            else:
+                made, full = fp8(module, rows, columns, seed, torch.bfloat16)
+                made[f"{module}.weight_scale"] *= 2.0**-8
+                full = full * 2.0**-8
+            tensors |= made
+            means[module] = torch.from_numpy(full)
+    if form == "fused":
+        means = {name: one.float().double() for name, one in means.items()}
+
+        def of(name: str) -> Tensor:
+            parts = [means[f"{PREFIX}experts.{e}.{name}"] for e in range(EXPERTS)]
+            return torch.stack(parts).mT.float()
+
+        gate_up = torch.cat([of("gate_proj"), of("up_proj")], -1).contiguous()
+        tensors[f"{PREFIX}experts.gate_up_proj"] = gate_up
+        tensors[f"{PREFIX}experts.down_proj"] = of("down_proj").contiguous()
+    for name, shape in {"router": (EXPERTS, HIDDEN)}.items():
+        tensors[f"{PREFIX}{name}.weight"] = torch.randn(shape, generator=generator)
+    for name, shape in names.items():
+        noise = torch.randn(shape, generator=generator) * 0.2
+        tensors[f"{PREFIX}shared_expert.{name}.weight"] = noise
+    means |= {k.removesuffix(".weight"): v.double() for k, v in tensors.items() if "expert." in k}
+    write_safetensors(path / "model.safetensors", tensors)
+    return means
+
+
+def block(path: Path, form: str, ops: Ops, x: Tensor, experts: Span, inner: Span) -> Tensor:
+    """A rank's partial: its experts, and (its first expert being 0) the shared one."""
+    loader = Loader(
+        TensorFolder.of(path),
+        FORMS[form],
+        [],
+        cast(Any, SimpleNamespace()),
+        ops,
+        dtype=torch.float32,
+    )
+    whole = Span(start=0, stop=INNER)
+    shared = PREFIX + "shared_expert."
+    gate_up = loader.rows([(f"{shared}gate_proj", whole), (f"{shared}up_proj", whole)])
+    down = loader.columns(f"{shared}down_proj", whole)
+    pairs = [
+        loader.expert(f"{PREFIX}experts", e, inner) for e in range(experts.start, experts.stop)
+    ]
+    layer = MoELayer(
+        attn_norm_H=torch.ones(HIDDEN),
+        qkv=down,
+        o=down,
+        mlp_norm_H=torch.ones(HIDDEN),
+        gate_up=gate_up,
+        down=down,
+        num_q_heads=1,
+        num_kv_heads=1,
+        head_dim=HIDDEN,
+        softmax_scale=1.0,
+        eps=1e-5,
+        router=loader.rows([(f"{PREFIX}router", Span(start=0, stop=EXPERTS))], keep=True),
+        experts_gate_up=tuple(one for one, _ in pairs),
+        experts_down=tuple(two for _, two in pairs),
+        first_expert=experts.start,
+        top_k=1,
+    )
+    out = ops.moe_block(x, layer)
+    if experts.start == 0 and inner.start == 0:
+        return out
+    h = ops.rms_norm(x, layer.mlp_norm_H, 1e-5)
+    return out - ops.linear(ops.silu_mul(ops.linear(h, gate_up)), down)
+
+
+def by_the_book(path: Path, means: dict[str, Tensor], x: Tensor) -> Tensor:
+    """shared(h) + expert(score * h), float64, weights as they are and inputs unrounded."""
+    h = x.double() * torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + 1e-5)
+    router = TensorFolder.of(path).tensor(f"{PREFIX}router.weight").double()
+    chosen = route((h @ router.T).float(), 1)
+
+    def gated(given: Tensor, module: str) -> Tensor:
+        gate, up = given @ means[f"{module}gate_proj"].T, given @ means[f"{module}up_proj"].T
+        return (gate * gate.sigmoid() * up) @ means[f"{module}down_proj"].T
+
+    rows = []
+    for t in range(TOKENS):
+        e, score = int(chosen.experts_TA[t, 0]), float(chosen.scores_TA[t, 0])
+        rows.append(
+            gated(h[t], f"{PREFIX}shared_expert.") + gated(score * h[t], f"{PREFIX}experts.{e}.")
+        )
+    return torch.stack(rows)
+
+
+LAYOUTS = {
+    "EP1": [(0, EXPERTS, 0, INNER)],
+    "EP2": [(0, 2, 0, INNER), (2, EXPERTS, 0, INNER)],
+    "EP2 x TP2": [(0, 2, 0, 32), (0, 2, 32, INNER), (2, EXPERTS, 0, 32), (2, EXPERTS, 32, INNER)],
+}
+
+
+@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("form", FORMS)
+def test_experts(tmp_path: Path, form: str, layout: str, kernels: str) -> None:
+    means = written(tmp_path, form)
+    ops = ops_for(CPU, kernels, threads=1)
+    x = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(5))
+    parts = [
+        block(tmp_path, form, ops, x, Span(start=a, stop=b), Span(start=c, stop=d))
+        for a, b, c, d in LAYOUTS[layout]
+    ]
+    got, want = sum(parts), by_the_book(tmp_path, means, x)
+    assert isinstance(got, Tensor)
+    off = float((got - want).abs().max() / want.abs().max())
+    if form == "compressed-fp8":  # inputs are rounded too: tests/kernels/test_inputs.py has bits
+        assert 1e-4 < off < 0.1
+    else:
+        assert off <= 1e-5
