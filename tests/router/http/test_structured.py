@@ -211,6 +211,14 @@ async def test_grpc_and_refusals() -> None:
                 )
             assert "json_schema" in str(refused.value.param), name
             assert time.process_time() - begun < 5, name
+        # taken, since each mask's work is bounded whatever the pattern
+        hard = {"type": "string", "pattern": "^((a|b|ab){1,300}c){1,300}(x.*y.*z){200}$"}
+        begun = time.process_time()
+        taken = await ask.chat.completions.create(
+            model="small", messages=ASK, max_tokens=8, extra_body={"guided_json": hard}
+        )
+        assert taken.choices[0].finish_reason == "length"
+        assert time.process_time() - begun < 5
         for fields, culprit in (
             ({"structured": pb.StructuredOutput(regex="(?=a)b")}, "regex"),
             ({"structured": pb.StructuredOutput(lark="start: nowhere")}, "lark"),
