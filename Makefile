@@ -57,7 +57,7 @@ $(VENV)/.torch: infra/constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(wildcard setup.py kernels/cpu/native/*)
 	@echo 'installing arriero and its tools'
-	$(PIP) --no-build-isolation -e '.[dev]' -c infra/constraints.txt
+	$(PIP) --no-build-isolation -e '.[dev,clients]' -c infra/constraints.txt
 	@touch $@
 
 $(MODEL)/config.json: | $(VENV)/.installed

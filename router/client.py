@@ -9,15 +9,26 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import grpc
 import grpc.aio
+from google.protobuf.message import Message as ProtoMessage
 
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.proto.arriero.v1.inference_pb2_grpc import InferenceStub
 from arriero.router.received import Received
+from arriero.router.retry import Retry
 from arriero.shards.errors import (
     ArrieroError,
     InvalidRequest,
@@ -85,7 +96,9 @@ class AsyncClient:
         address: host and port of a gateway, or several gateways.
         credentials: of TLS; None speaks in the clear.
         api_key: shown with each call, where the gateway asks for keys.
-        timeout_s: deadline of each call; None for none.
+        timeout_s: deadline of each call, retries included; None for none.
+        retries: most further attempts of a call that was refused before it began, because the
+            gateway was overloaded or no group could serve; 0 for none.
         resume_s: how long a stream that broke off is tried to be taken up again, at each gateway
             in turn; 0 leaves that to the caller. Needs token ids, which are sent by default.
     """
@@ -98,36 +111,42 @@ class AsyncClient:
         timeout_s: float | None = None,
         api_key: str | None = None,
         resume_s: float = 0.0,
+        retries: int = 0,
     ) -> None:
         self._metadata = _metadata(api_key)
         self._addresses = [address] if isinstance(address, str) else list(address)
         self._credentials = credentials
         self._channel = self._open(self._addresses[0])
         self._stub: InferenceAsyncStub = InferenceStub(self._channel)
-        self._timeout_s = timeout_s
+        self._timeout_s, self._retries = timeout_s, retries
         self._resume_s = resume_s
 
     async def generate(self, prompt: Prompt, **fields: Any) -> AsyncIterator[pb.GenerateResponse]:  # noqa: ANN401
         """Continue `prompt`; see `generate_request`. Leaving the iterator cancels the call."""
-        async for response in self._stream("Generate", generate_request(prompt, **fields)):
-            yield response
+        async with aclosing(
+            self._stream("Generate", generate_request(prompt, **fields))
+        ) as responses:
+            async for response in responses:
+                yield response
 
     async def chat(self, messages: Messages, **fields: Any) -> AsyncIterator[pb.GenerateResponse]:  # noqa: ANN401
         """Answer `messages`; see `chat_request`. Leaving the iterator cancels the call."""
-        async for response in self._stream("Chat", chat_request(messages, **fields)):
-            yield response
+        async with aclosing(self._stream("Chat", chat_request(messages, **fields))) as responses:
+            async for response in responses:
+                yield response
 
     async def _stream(
         self, method: str, request: pb.GenerateRequest | pb.ChatRequest
-    ) -> AsyncIterator[pb.GenerateResponse]:
+    ) -> AsyncGenerator[pb.GenerateResponse]:
         """A call, and where it breaks off, others that go on with it."""
         received = Received()
+        retry = Retry(self._retries, self._timeout_s)
         address, channel = self._addresses[0], self._channel
         deadline_s: float | None = None
         try:
             while True:
                 call = getattr(InferenceStub(channel), method)(
-                    request, timeout=self._timeout_s, metadata=self._metadata
+                    request, timeout=retry.timeout_s, metadata=self._metadata
                 )
                 try:
                     async for response in call:
@@ -135,14 +154,19 @@ class AsyncClient:
                         yield received.take(response)
                     return
                 except grpc.aio.AioRpcError as error:
-                    now_s = time.monotonic()
-                    deadline_s = deadline_s or now_s + self._resume_s
-                    if received.finished:
-                        return  # all but the end of the call came
-                    if now_s >= deadline_s or not _broke_off(error):
-                        raise _translated(error) from None
+                    cause, broke_off = _translated(error), _broke_off(error)
                 finally:
                     call.cancel()
+                if received.finished:
+                    return  # all but the end of the call came
+                wait_s = None if received.begun else retry.wait_s(cause)
+                if wait_s is not None:
+                    await asyncio.sleep(wait_s)
+                    continue
+                now_s = time.monotonic()
+                deadline_s = deadline_s or now_s + self._resume_s
+                if now_s >= deadline_s or not broke_off:
+                    raise cause
                 received.fill(request)
                 await asyncio.sleep(_PAUSE_S)
                 at = (self._addresses.index(address) + 1) % len(self._addresses)
@@ -177,10 +201,16 @@ class AsyncClient:
         return await self._unary(self._stub.GetModel, pb.GetModelRequest(model=model))
 
     async def _unary(self, method: Callable[..., Awaitable[R]], request: object) -> R:
-        try:
-            return await method(request, timeout=self._timeout_s, metadata=self._metadata)
-        except grpc.aio.AioRpcError as error:
-            raise _translated(error) from None
+        retry = Retry(self._retries, self._timeout_s)
+        while True:
+            try:
+                return await method(request, timeout=retry.timeout_s, metadata=self._metadata)
+            except grpc.aio.AioRpcError as error:
+                cause = _translated(error)
+            wait_s = retry.wait_s(cause)
+            if wait_s is None:
+                raise cause
+            await asyncio.sleep(wait_s)
 
     async def close(self) -> None:
         """Drop the connection."""
@@ -203,6 +233,7 @@ class Client:
         credentials: grpc.ChannelCredentials | None = None,
         timeout_s: float | None = None,
         api_key: str | None = None,
+        retries: int = 0,
     ) -> None:
         self._metadata = _metadata(api_key)
         if credentials is None:
@@ -210,19 +241,15 @@ class Client:
         else:
             self._channel = grpc.secure_channel(address, credentials, options=_CHANNEL_OPTIONS)
         self._stub = InferenceStub(self._channel)
-        self._timeout_s = timeout_s
+        self._timeout_s, self._retries = timeout_s, retries
 
     def generate(self, prompt: Prompt, **fields: Any) -> Iterator[pb.GenerateResponse]:  # noqa: ANN401
         """Continue `prompt`; see `generate_request`. Leaving the iterator cancels the call."""
-        request = generate_request(prompt, **fields)
-        call = self._stub.Generate(request, timeout=self._timeout_s, metadata=self._metadata)
-        yield from _stream(call)
+        yield from self._stream(self._stub.Generate, generate_request(prompt, **fields))
 
     def chat(self, messages: Messages, **fields: Any) -> Iterator[pb.GenerateResponse]:  # noqa: ANN401
         """Answer `messages`; see `chat_request`. Leaving the iterator cancels the call."""
-        request = chat_request(messages, **fields)
-        call = self._stub.Chat(request, timeout=self._timeout_s, metadata=self._metadata)
-        yield from _stream(call)
+        yield from self._stream(self._stub.Chat, chat_request(messages, **fields))
 
     def tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
         """Token ids of a text or a conversation."""
@@ -241,10 +268,39 @@ class Client:
         return self._unary(self._stub.GetModel, pb.GetModelRequest(model=model))
 
     def _unary(self, method: Callable[..., R], request: object) -> R:
-        try:
-            return method(request, timeout=self._timeout_s, metadata=self._metadata)
-        except grpc.RpcError as error:
-            raise _translated(error) from None
+        retry = Retry(self._retries, self._timeout_s)
+        while True:
+            try:
+                return method(request, timeout=retry.timeout_s, metadata=self._metadata)
+            except grpc.RpcError as error:
+                cause = _translated(error)
+            wait_s = retry.wait_s(cause)
+            if wait_s is None:
+                raise cause
+            time.sleep(wait_s)
+
+    def _stream(
+        self,
+        method: Callable[..., Any],
+        request: object,
+    ) -> Iterator[pb.GenerateResponse]:
+        retry = Retry(self._retries, self._timeout_s)
+        while True:
+            call = method(request, timeout=retry.timeout_s, metadata=self._metadata)
+            begun = False
+            try:
+                for response in call:
+                    begun = True
+                    yield response
+                return
+            except grpc.RpcError as error:
+                cause = _translated(error)
+            finally:
+                call.cancel()
+            wait_s = None if begun else retry.wait_s(cause)
+            if wait_s is None:
+                raise cause
+            time.sleep(wait_s)
 
     def close(self) -> None:
         """Drop the connection."""
@@ -266,15 +322,6 @@ def _broke_off(error: grpc.aio.AioRpcError) -> bool:
     return error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
-def _stream(call: Any) -> Iterator[pb.GenerateResponse]:  # noqa: ANN401
-    try:
-        yield from call
-    except grpc.RpcError as error:
-        raise _translated(error) from None
-    finally:
-        call.cancel()
-
-
 def _fill(request: pb.GenerateRequest | pb.ChatRequest, fields: Mapping[str, Any]) -> None:
     for name, value in fields.items():
         target: Any
@@ -291,6 +338,8 @@ def _fill(request: pb.GenerateRequest | pb.ChatRequest, fields: Mapping[str, Any
         if name == "allowed_token_ids":
             target.allowed_token_ids.ids.extend(value)
             target.allowed_token_ids.SetInParent()
+        elif isinstance(value, ProtoMessage):
+            getattr(target, name).CopyFrom(value)
         elif isinstance(value, Mapping):
             getattr(target, name).update(value)
         elif isinstance(value, Sequence) and not isinstance(value, str):

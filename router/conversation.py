@@ -10,12 +10,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from arriero.router.card import ModelCard
+from arriero.router.grammar import GrammarCheck
 from arriero.router.marks import strings
 from arriero.router.template import ChatTemplate, TemplateError
 from arriero.router.tokenizer import Tokenizer
 from arriero.shards.errors import InvalidRequest
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "ipython"})
+RESERVED = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"}
+)
+"""Variables of a template that have fields of their own."""
 INLINE_CHARS = 8192
 """Texts up to so long are encoded on the event loop (about 2 ms); longer ones in a thread."""
 
@@ -41,6 +46,7 @@ class TextModel:
         self.template = ChatTemplate(card.chat_template) if card.chat_template else None
         self._tokens = {"bos_token": card.bos_token, "eos_token": card.eos_token}
         self._model = card.model
+        self.grammars = GrammarCheck(card)
 
     async def encode(self, text: str, *, add_special_tokens: bool, trusted: bool) -> list[int]:
         """Token ids of a text; see `Tokenizer.encode` and `encode_trusted`."""
@@ -56,10 +62,14 @@ class TextModel:
         add_generation_prompt: bool,
         continue_final_message: bool,
         tools: Sequence[Mapping[str, Any]] = (),
+        documents: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of a conversation; see `layout`."""
-        size = sum(map(len, strings([*messages, *tools])))
-        arguments = (messages, add_generation_prompt, continue_final_message, tools)
+        size = sum(map(len, strings([*messages, *tools, *documents])))
+        arguments = (
+            messages, add_generation_prompt, continue_final_message, tools, documents, variables
+        )  # fmt: skip
         if size <= INLINE_CHARS:
             return self.layout(*arguments)
         return await asyncio.to_thread(self.layout, *arguments)
@@ -70,6 +80,8 @@ class TextModel:
         add_generation_prompt: bool,
         continue_final_message: bool,
         tools: Sequence[Mapping[str, Any]] = (),
+        documents: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of a conversation; only the template writes special tokens.
 
@@ -78,9 +90,11 @@ class TextModel:
             add_generation_prompt: open the assistant's turn at the end.
             continue_final_message: leave the last message's turn open instead.
             tools: functions on offer, in the form {"type": "function", "function": {…}}.
+            documents: texts to answer from, mappings with `title` and `text`.
+            variables: what else the template reads, such as `date_string`.
 
         Raises:
-            InvalidRequest: a role or the whole is not what the template takes.
+            InvalidRequest: a role, a variable or the whole is not what the template takes.
         """
         if self.template is None:
             raise InvalidRequest(
@@ -95,8 +109,11 @@ class TextModel:
                 f"the chat template of model {self._model!r} cannot show tools to the model; leave "
                 "`tools` out",
             )
+        more = dict(variables or {})
+        self._check_variables(self.template, more, documents)
         marker = self.tokenizer.marker
-        mark = marker.choose([*strings([*messages, *tools]), self.template.source])
+        callers = [*messages, *tools, *documents, more]
+        mark = marker.choose([*strings(callers), self.template.source])
         marked = [
             {**marker.mark_all(message, mark), "role": message["role"]} for message in messages
         ]
@@ -107,15 +124,18 @@ class TextModel:
             body = content.rstrip()
             tail = content[len(body) :]
             marked[-1]["content"] = body + end + tail
-        variables = {
+        given = {
+            **marker.mark_all(more, mark),
             **self._tokens,
             "messages": marked,
             "add_generation_prompt": add_generation_prompt,
         }
         if tools:
-            variables["tools"] = marker.mark_all(list(tools), mark)
+            given["tools"] = marker.mark_all(list(tools), mark)
+        if documents:
+            given["documents"] = marker.mark_all(list(documents), mark)
         try:
-            rendered = self.template.render(variables)
+            rendered = self.template.render(given)
         except TemplateError as error:  # whose words may quote what was marked
             raise TemplateError(str(error).replace(mark, "")) from None
         if continue_final_message:
@@ -126,6 +146,32 @@ class TextModel:
             kept = tail if rendered.startswith(tail, at + len(end)) else ""
             rendered = rendered[:at] + kept
         return self.tokenizer.encode_pieces(marker.split(rendered, mark))
+
+    def _check_variables(
+        self,
+        template: ChatTemplate,
+        variables: Mapping[str, Any],
+        documents: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Refuse what the template would ignore, and names that are given otherwise."""
+        if documents and not template.reads("documents"):
+            raise InvalidRequest(
+                "documents",
+                f"the chat template of model {self._model!r} cannot show documents to the model; "
+                "put them into a message",
+            )
+        for name in variables:
+            if name in RESERVED:
+                raise InvalidRequest(
+                    "template_variables",
+                    f"`template_variables.{name}` is given by a field of its own; use that",
+                )
+            if not template.reads(name):
+                raise InvalidRequest(
+                    "template_variables",
+                    f"the chat template of model {self._model!r} does not read "
+                    f"{name[:64]!r}; leave it out of `template_variables`",
+                )
 
 
 def _check(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import cast
 
@@ -19,6 +19,7 @@ from arriero.router.backend import GroupView
 from arriero.router.card import ModelCard
 from arriero.router.conversation import TextModel
 from arriero.router.course import Course
+from arriero.router.grammar import call_grammar, form_grammar
 from arriero.router.groups import LinkedGroups
 from arriero.router.kept import KeptStreams
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
@@ -28,12 +29,14 @@ from arriero.router.requests import (
     check_room,
     check_tokens,
     defaults_to_wire,
+    read_documents,
     read_messages,
     read_offer,
     read_options,
     read_resumed,
     read_sampling,
     read_tools,
+    read_variables,
 )
 from arriero.router.sight import Sight
 from arriero.router.tenants.admission import Ticket
@@ -93,7 +96,7 @@ class Inference:
         with self.metrics.failures():
             text, views = self.groups.find(request.model)
             options = read_options(request.options)
-            params = read_sampling(request.sampling, views[0].card)
+            params = await _constrained(request.sampling, views[0].card, text, None)
             if request.WhichOneof("prompt") == "text":
                 prompt = await _encode(text, request)
             else:
@@ -117,8 +120,8 @@ class Inference:
         with self.metrics.failures():
             text, views = self.groups.find(request.model)
             options = read_options(request.options)
-            params = read_sampling(request.sampling, views[0].card)
             offer = read_offer(request)
+            params = await _constrained(request.sampling, views[0].card, text, offer)
             if offer is not None and not options.include_text:
                 raise InvalidRequest(
                     "include_text", "`tools` need text; leave `include_text` on or `tools` out"
@@ -289,6 +292,30 @@ def _resumed(
     return read_resumed(request.resumed, request.sampling, params, card)
 
 
+async def _constrained(
+    message: pb.SamplingParams, card: ModelCard, text: TextModel, offer: ToolOffer | None
+) -> SamplingParams:
+    """Checked sampling parameters, with the grammar that a form or forced calls ask for."""
+    params = read_sampling(message, card)
+    grammar = form_grammar(message.structured)
+    field = message.structured.WhichOneof("form") or "tools"
+    if offer is not None:
+        if grammar:
+            raise InvalidRequest(
+                field,
+                f"`{field}` and `tools` exclude each other: a call would not fit the form; leave "
+                'one of them out, or set `tool_choice` to "none"',
+            )
+        if offer.forced:
+            grammar = call_grammar(offer.forced, parallel=offer.parallel)
+    if not grammar:
+        return params
+    params = replace(params, grammar=grammar)
+    params.check(vocab_size=card.vocab_size)
+    await text.grammars.check(field, grammar)
+    return params
+
+
 async def _encode(text: TextModel, request: pb.GenerateRequest | pb.TokenizeRequest) -> list[int]:
     if not request.text:
         raise InvalidRequest("prompt", "the prompt is empty; give `text` or `token_ids`")
@@ -306,6 +333,8 @@ async def _layout(
         add_generation_prompt=request.add_generation_prompt if given else not go_on,
         continue_final_message=go_on,
         tools=() if offer is None else offer.tools,
+        documents=read_documents(request.documents),
+        variables=read_variables(request.template_variables),
     )
 
 

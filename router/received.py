@@ -20,6 +20,11 @@ class Received:
         self._start: pb.Start | None = None
         self._samples: dict[int, pb.ResumedSample] = {}
 
+    @property
+    def begun(self) -> bool:
+        """Whether anything came."""
+        return self._start is not None
+
     def take(self, message: pb.GenerateResponse) -> pb.GenerateResponse:
         """Note a message; gives it back."""
         if message.HasField("start") and self._start is None:

@@ -24,6 +24,7 @@ M = TypeVar("M", bound=Message)
 
 MAX_TOOLS = 128
 MAX_RESUMABLE_S = 600
+MAX_DOCUMENTS = 128
 MAX_JSON_DEPTH = 64
 """Deepest nesting of a tool's schema or a call's arguments."""
 _TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
@@ -66,10 +67,12 @@ class ToolOffer:
     Attributes:
         tools: as templates take them.
         parallel: whether there may be several calls; else the first one ends the output.
+        forced: those of which one must be called, in the form of `tools`; empty leaves it open.
     """
 
     tools: tuple[Mapping[str, Any], ...]
     parallel: bool = True
+    forced: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def names(self) -> list[str]:
@@ -254,15 +257,55 @@ def read_tools(tools: Sequence[pb.Tool]) -> tuple[Mapping[str, Any], ...]:
     return tuple(read.values())
 
 
+def read_documents(documents: Sequence[pb.Document]) -> tuple[Mapping[str, str], ...]:
+    """Documents as templates take them.
+
+    Raises:
+        InvalidRequest: there are too many.
+    """
+    if len(documents) > MAX_DOCUMENTS:
+        raise InvalidRequest(
+            "documents", f"`documents` has {len(documents)} entries; the most is {MAX_DOCUMENTS}"
+        )
+    return tuple({"title": one.title, "text": one.text} for one in documents)
+
+
+def read_variables(text: str) -> dict[str, Any]:
+    """More variables for a template.
+
+    Raises:
+        InvalidRequest: they are no JSON object.
+    """
+    return _json_object("template_variables", text) if text else {}
+
+
 def read_offer(request: pb.ChatRequest) -> ToolOffer | None:
     """What a conversation offers; None when that is nothing."""
     tools = read_tools(request.tools)
-    if not tools or request.tool_choice == pb.TOOL_CHOICE_NONE:
+    choice = request.tool_choice
+    if choice not in pb.ToolChoice.values():
+        raise InvalidRequest("tool_choice", f"`tool_choice`={choice} is none of ours")
+    if request.tool_name and choice != pb.TOOL_CHOICE_NAMED:
+        raise InvalidRequest("tool_name", "`tool_name` is for TOOL_CHOICE_NAMED; leave it out")
+    if choice == pb.TOOL_CHOICE_NONE:
         return None
-    if request.tool_choice != pb.TOOL_CHOICE_UNSPECIFIED:
-        raise InvalidRequest("tool_choice", f"`tool_choice`={request.tool_choice} is none of ours")
+    must = choice in (pb.TOOL_CHOICE_REQUIRED, pb.TOOL_CHOICE_NAMED)
+    if must and not tools:
+        raise InvalidRequest("tool_choice", "`tool_choice` asks for a call; offer some `tools`")
+    if not tools:
+        return None
     given = request.HasField("parallel_tool_calls")
-    return ToolOffer(tools=tools, parallel=request.parallel_tool_calls if given else True)
+    parallel = request.parallel_tool_calls if given else True
+    forced = tools if must else ()
+    if choice == pb.TOOL_CHOICE_NAMED:
+        parallel = False
+        forced = tuple(tool for tool in tools if tool["function"]["name"] == request.tool_name)
+        if not forced:
+            raise InvalidRequest(
+                "tool_choice",
+                f"`tool_choice` names {request.tool_name[:128]!r}, which is not among `tools`",
+            )
+    return ToolOffer(tools=tools, parallel=parallel, forced=forced)
 
 
 def _json_object(name: str, text: str) -> dict[str, Any]:

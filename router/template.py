@@ -31,8 +31,7 @@ MAX_REPEAT = 1_000_000
 
 _OUTSIDE_ASCII = re.compile("[^\x00-\x7f\ue000-\uf8ff]")
 
-
-_TOOLS = re.compile(r"\btools\b")
+_WORD = re.compile(r"\w+")
 
 
 class TemplateError(InvalidRequest):
@@ -48,9 +47,6 @@ class ChatTemplate:
     Args:
         source: Jinja source.
 
-    Attributes:
-        knows_tools: whether it speaks of tools at all.
-
     Raises:
         CheckpointError: it does not compile.
     """
@@ -61,7 +57,16 @@ class ChatTemplate:
         except (jinja2.TemplateError, RecursionError) as error:
             raise CheckpointError(f"chat template does not compile: {error}") from error
         self.source = source
-        self.knows_tools = _TOOLS.search(source) is not None
+        self._words = frozenset(_WORD.findall(source))
+
+    def reads(self, name: str) -> bool:
+        """Whether it speaks of a variable at all."""
+        return name in self._words
+
+    @property
+    def knows_tools(self) -> bool:
+        """Whether it speaks of tools at all."""
+        return self.reads("tools")
 
     def render(self, variables: Mapping[str, Any]) -> str:
         """The conversation laid out as text.

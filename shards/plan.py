@@ -36,7 +36,7 @@ class NewSequence:
         params: `SamplingParams.to_wire()`, with `seed` always set and already this sample's own.
         stop_tokens: the tokens banned before `min_tokens`: the request's and the model's own.
         prompt: the prompt's tokens, and `output` what was emitted so far; both only when the
-            sampler keeps counts (penalties), else empty.
+            sampler keeps counts (penalties), else empty; `output` also for a grammar.
         num_prompt: prompt tokens.
         images: files of images, whose features take the places `image_positions` of the prompt,
             in order; with it the number of features of each, in `image_sizes`.

@@ -21,6 +21,7 @@ from arriero.kernels.ops import Sampled
 from arriero.kernels.select import ops_for
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.experts import Loads
+from arriero.shards.grammar import GrammarRows
 from arriero.shards.group import GroupConfig
 from arriero.shards.layout import attention_chunk, parts_of
 from arriero.shards.mesh import Mesh
@@ -108,6 +109,7 @@ class Runner:
             vocab_size=model.vocab_size,
             rope=Rope(model.inv_freq(), config.max_model_len, device),
             device=device,
+            grammars=self._grammars(config.model_path, model) if self.mesh.samples else None,
             local=self._local_table(config, attention_chunk(model)),
         )
         first = rank - part.tp_rank
@@ -116,6 +118,12 @@ class Runner:
         self.load_s = time.perf_counter() - started
         self.weights_nbytes, self.kv_nbytes = self._model.weights_nbytes, self._model.kv_nbytes
         self.kernels = self._ops.name
+
+    @staticmethod
+    def _grammars(model_path: str, model: AnyModel) -> GrammarRows:
+        return GrammarRows(
+            model_path, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids
+        )
 
     def _local_table(self, config: GroupConfig, chunk: int) -> LocalTable | None:
         if not chunk:

@@ -16,6 +16,8 @@ MAX_N = 128
 MAX_LOGPROBS = 20
 MAX_BIAS = 1024
 MAX_STOP_TOKENS = 64
+MAX_GRAMMAR_BYTES = 256 * 1024
+"""Longest grammar; a plan carries it once for each sequence that enters a slot."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +43,8 @@ class SamplingParams:
         ignore_eos: the model's own end tokens do not stop.
         logprobs: None for none; else how many alternatives to give with the chosen token's own.
         prompt_logprobs: the same for each prompt token but the first.
+        grammar: the output's text must fit it (see `shards.grammar`); "" for none. The model's
+            end tokens are drawn only where the text may end.
     """
 
     max_tokens: int | None = None
@@ -61,6 +65,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: str = ""
 
     def check(self, *, vocab_size: int) -> None:
         """Raise `InvalidRequest` for the first field that breaks a limit."""
@@ -77,6 +82,7 @@ class SamplingParams:
         _integer("n", self.n, 1, MAX_N)
         _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True)
         _integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS, optional=True)
+        self._check_grammar()
         _count("logit_bias", len(self.logit_bias), MAX_BIAS)
         for token, value in self.logit_bias.items():
             _number(f"logit_bias[{token}]", value, -100.0, 100.0)
@@ -91,6 +97,23 @@ class SamplingParams:
                     "allowed_token_ids",
                     "`allowed_token_ids` leaves no token to sample once `banned_token_ids` are "
                     "taken away; allow at least one",
+                )
+
+    def _check_grammar(self) -> None:
+        if not self.grammar:
+            return
+        size = len(self.grammar.encode())
+        if size > MAX_GRAMMAR_BYTES:
+            raise InvalidRequest(
+                "grammar",
+                f"`grammar` has {size} bytes; the most is {MAX_GRAMMAR_BYTES}; make it shorter",
+            )
+        for name in ("ignore_eos", "min_tokens"):
+            if getattr(self, name):
+                raise InvalidRequest(
+                    name,
+                    f"`{name}` and structured output exclude each other: the grammar says "
+                    "where the output ends; leave one of them out",
                 )
 
     @property

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from arriero.kernels.ops import FlatBatch, SamplingRows
+from arriero.shards.grammar import GrammarRows
 from arriero.shards.plan import LAST_SAMPLED, Int32, NewSequence, StepPlan
 from arriero.shards.sampling import SamplingParams
 
@@ -108,6 +109,7 @@ class SequenceTable:
         vocab_size: int,
         rope: Rope,
         device: torch.device,
+        grammars: GrammarRows | None = None,
         local: LocalTable | None = None,
     ) -> None:
         self._local = local
@@ -123,12 +125,13 @@ class SequenceTable:
         self._logprobs = np.full(max_sequences, -1, np.int32)
         self._prompt_logprobs = np.full(max_sequences, -1, np.int32)
         self._unusual: dict[int, _Unusual] = {}
+        self._grammars = grammars  # of the rank that samples
 
     def apply(self, plan: StepPlan) -> None:
         """Take in what the plan changes: freed slots, new sequences, new blocks."""
         if self._unusual:
             for slot in plan.freed.tolist():
-                self._unusual.pop(slot, None)
+                self._forget(slot)
         for new in plan.new:
             self._enter(new)
         self._blocks[plan.block_slots, plan.block_index] = plan.block_ids
@@ -221,6 +224,8 @@ class SequenceTable:
         slots = plan.slots[plan.samples.astype(bool)]
         self._last[slots] = tokens
         if self._unusual:
+            if self._grammars:
+                self._grammars.take(slots.tolist(), lambda: tokens)
             for slot, token in zip(slots.tolist(), tokens.tolist(), strict=True):
                 one = self._unusual.get(slot)
                 if one is not None:
@@ -228,7 +233,7 @@ class SequenceTable:
 
     def _enter(self, new: NewSequence) -> None:
         slot, params = new.slot, SamplingParams.from_wire(new.params)
-        self._unusual.pop(slot, None)
+        self._forget(slot)
         self._temperature[slot] = params.temperature
         self._top_k[slot] = params.top_k
         self._top_p[slot] = params.top_p
@@ -238,7 +243,7 @@ class SequenceTable:
         self._prompt_logprobs[slot] = params.prompt_logprobs or 0
         counted = params.has_penalties
         biased = params.logit_bias or params.banned_token_ids or params.allowed_token_ids
-        if not (counted or biased or (params.min_tokens and new.stop_tokens)):
+        if not (counted or biased or params.grammar or (params.min_tokens and new.stop_tokens)):
             return
         one = _Unusual(params, tuple(new.stop_tokens), new.num_prompt)
         if counted:
@@ -247,7 +252,14 @@ class SequenceTable:
             one.seen_V[new.prompt] = True
             for token in new.output.tolist():
                 _count(one, token)
+        if params.grammar and self._grammars is not None:
+            self._grammars.enter(slot, params.grammar, new.output.tolist())
         self._unusual[slot] = one
+
+    def _forget(self, slot: int) -> None:
+        self._unusual.pop(slot, None)
+        if self._grammars is not None:
+            self._grammars.leave(slot)
 
     def _unusual_rows(self, slots: Int32, positions: Int32) -> dict[str, Any]:
         rows = {
@@ -277,12 +289,15 @@ class SequenceTable:
                 "counts_RV": self._tensor(counts),
             }
         allowed_rows = {r: one.params.allowed_token_ids for r, one in rows.items()}
-        if any(ids is not None for ids in allowed_rows.values()):
+        governed = self._grammars is not None and any(r in self._grammars for r in slots.tolist())
+        if governed or any(ids is not None for ids in allowed_rows.values()):
             allowed = np.ones((num_rows, vocab), np.bool_)
             for row, ids in allowed_rows.items():
                 if ids is not None:
                     allowed[row] = False
                     allowed[row, list(ids)] = True
+            if governed and self._grammars is not None:
+                self._grammars.allow(slots.tolist(), allowed)
             extra["allowed_RV"] = self._tensor(allowed)
         bias = [
             (row, token, value)

@@ -35,10 +35,46 @@ class StreamOptions(Body):
     )
 
 
+class NamedSchema(Body):
+    """A JSON Schema with a name."""
+
+    name: str = Field("", description="For the caller; unused.")
+    description: str = Field("", description="For the caller; unused.")
+    json_schema: dict[str, Any] = Field(alias="schema", description="JSON Schema.")
+    strict: bool | None = Field(None, description="Output always fits the schema, as if true.")
+
+
 class ResponseFormat(Body):
     """The shape of the output."""
 
-    type: Literal["text"] = Field(description="Free text is the one format so far.")
+    type: Literal["text", "json_object", "json_schema"] = Field(
+        description="Free text, any JSON object, or JSON that fits `json_schema`."
+    )
+    json_schema: NamedSchema | None = Field(None, description='With type "json_schema".')
+
+    @model_validator(mode="after")
+    def _agree(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError('`json_schema` and type "json_schema" go together; give both')
+        return self
+
+
+class StructuredOutputs(Body):
+    """What the output must fit, in the names that vLLM's clients use; exactly one of them."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json", description="JSON Schema.")
+    json_object: Literal[True] | None = Field(None, description="Any JSON object.")
+    regex: str | None = Field(None, description="A regular expression, without look-around.")
+    choice: list[str] | None = Field(None, description="One of these texts.")
+    grammar: str | None = Field(None, description="A Lark grammar; its first rule is `start`.")
+
+    @model_validator(mode="after")
+    def _one(self) -> StructuredOutputs:
+        if len(self.model_fields_set) != 1:
+            raise ValueError(
+                "give exactly one of `json`, `json_object`, `regex`, `choice`, `grammar`"
+            )
+        return self
 
 
 class Sampling(Body):
@@ -85,7 +121,22 @@ class Sampling(Body):
     priority: int | None = Field(None, description="Lower goes first. Default 0.")
     stream: bool = Field(False, description="Answer in server-sent events.")
     stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
-    response_format: ResponseFormat | None = Field(None, description="Free text, if given.")
+    response_format: ResponseFormat | None = Field(
+        None, description="What the output is: text, a JSON object, or JSON of a schema."
+    )
+    structured_outputs: StructuredOutputs | None = Field(
+        None, description="What the output must fit; instead of `response_format`."
+    )
+    guided_json: dict[str, Any] | str | None = Field(
+        None, description="The same as `structured_outputs.json`."
+    )
+    guided_regex: str | None = Field(None, description="The same as `structured_outputs.regex`.")
+    guided_choice: list[str] | None = Field(
+        None, description="The same as `structured_outputs.choice`."
+    )
+    guided_grammar: str | None = Field(
+        None, description="The same as `structured_outputs.grammar`."
+    )
     user: str | None = Field(
         None, description="The caller's own name for its user; taken for compatibility, unused."
     )
@@ -137,8 +188,10 @@ class Function(Body):
     name: str = Field(description="1 to 128 letters, digits, dots, dashes or underscores.")
     description: str = Field("", description="What it does, for the model.")
     parameters: dict[str, Any] | None = Field(None, description="JSON Schema of its arguments.")
-    strict: Literal[False] = Field(
-        False, description="Arguments that must fit the schema are not supported yet."
+    strict: bool = Field(
+        False,
+        description="Arguments must fit the schema: only where `tool_choice` forces a call, where "
+        "they always do.",
     )
 
 
@@ -147,6 +200,26 @@ class Tool(Body):
 
     type: Literal["function"] = "function"
     function: Function
+
+
+class Document(Body):
+    """A text to answer from."""
+
+    title: str = Field("", description="Its name.")
+    text: str = Field(description="What it says.")
+
+
+class FunctionName(Body):
+    """A function, by name."""
+
+    name: str
+
+
+class NamedTool(Body):
+    """The tool that must be called."""
+
+    type: Literal["function"] = "function"
+    function: FunctionName
 
 
 class ChatBody(Sampling):
@@ -159,8 +232,8 @@ class ChatBody(Sampling):
         None, description="Alternatives at each position, 0 to 20; needs `logprobs`."
     )
     tools: list[Tool] | None = Field(None, description="What the model may call; at most 128.")
-    tool_choice: Literal["auto", "none"] | None = Field(
-        None, description='"none" hides the tools. Forced calls are not supported yet.'
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = Field(
+        None, description='"none" hides the tools; "required" or a named one forces a call.'
     )
     parallel_tool_calls: bool | None = Field(
         None, description="false ends the output with its first call. Default true."
@@ -171,6 +244,12 @@ class ChatBody(Sampling):
     continue_final_message: bool | None = Field(
         None, description="Go on with the last message instead of answering it."
     )
+    documents: list[Document] | None = Field(
+        None, description="Texts to answer from, at most 128, if the model's template shows them."
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="More variables for the template, such as `date_string`."
+    )
 
     @model_validator(mode="after")
     def _agree(self) -> ChatBody:
@@ -178,6 +257,12 @@ class ChatBody(Sampling):
             raise ValueError("`top_logprobs` needs `logprobs`; set it, or leave this out")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("`max_tokens` and `max_completion_tokens` mean the same; give one")
+        if self.tool_choice in (None, "auto"):
+            if any(tool.function.strict for tool in self.tools or ()):
+                raise ValueError(
+                    '`strict` tools need a forced call; set `tool_choice` to "required" or to a '
+                    "named tool, or leave `strict` out"
+                )
         return self
 
 
@@ -216,6 +301,8 @@ class TokenizeBody(Body):
     add_special_tokens: bool | None = Field(None, description="For a text. Default true.")
     add_generation_prompt: bool | None = Field(None, description="For a conversation.")
     continue_final_message: bool | None = Field(None, description="For a conversation.")
+    documents: list[Document] | None = Field(None, description="For a conversation.")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="For a conversation.")
 
     @model_validator(mode="after")
     def _one_input(self) -> TokenizeBody:

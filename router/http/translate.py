@@ -12,6 +12,7 @@ from arriero.router.http.bodies import (
     ChatBody,
     ChatMessage,
     CompletionBody,
+    NamedTool,
     Sampling,
     TokenizeBody,
     Tool,
@@ -35,6 +36,11 @@ _SAMPLING = (
     "stop_token_ids",
     "ignore_eos",
 )
+_TOOL_CHOICES = {
+    "auto": pb.TOOL_CHOICE_UNSPECIFIED,
+    "none": pb.TOOL_CHOICE_NONE,
+    "required": pb.TOOL_CHOICE_REQUIRED,
+}
 _OPTIONS = ("include_stop", "skip_special_tokens", "priority")
 
 
@@ -46,10 +52,15 @@ def chat_request(body: ChatBody) -> pb.ChatRequest:
     """
     request = pb.ChatRequest(model=_text("model", body.model), messages=_messages(body.messages))
     request.tools.extend(_tools(body.tools or ()))
-    if body.tool_choice == "none":
-        request.tool_choice = pb.TOOL_CHOICE_NONE
+    choice = body.tool_choice
+    if isinstance(choice, NamedTool):
+        request.tool_choice = pb.TOOL_CHOICE_NAMED
+        request.tool_name = _text("tool_choice", choice.function.name)
+    elif choice is not None:
+        request.tool_choice = _TOOL_CHOICES[choice]
     for name in ("parallel_tool_calls", "add_generation_prompt", "continue_final_message"):
         _set(request, name, getattr(body, name))
+    _fill_template(request, body)
     _fill(request, body)
     _set(request.sampling, "max_tokens", body.max_completion_tokens)
     if body.logprobs:
@@ -107,6 +118,7 @@ def tokenize_request(body: TokenizeBody) -> pb.TokenizeRequest:
     talk.tools.extend(_tools(body.tools or ()))
     for name in ("add_generation_prompt", "continue_final_message"):
         _set(talk, name, getattr(body, name))
+    _fill_template(talk, body)
     return request
 
 
@@ -136,8 +148,68 @@ def _fill(request: pb.ChatRequest | pb.GenerateRequest, body: Sampling) -> None:
             request.sampling.logit_bias[int(token)] = value
         except ValueError as error:
             raise InvalidRequest("logit_bias", f"`logit_bias`: {error}") from None
+    _fill_form(request.sampling, body)
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     request.options.stop.extend(_text("stop", one) for one in stop)
+
+
+def _fill_template(
+    request: pb.ChatRequest | pb.Conversation, body: ChatBody | TokenizeBody
+) -> None:
+    request.documents.extend(
+        pb.Document(
+            title=_text(f"documents[{number}].title", one.title),
+            text=_text(f"documents[{number}].text", one.text),
+        )
+        for number, one in enumerate(body.documents or ())
+    )
+    if body.chat_template_kwargs is not None:
+        field = "chat_template_kwargs"
+        request.template_variables = _json(field, body.chat_template_kwargs)
+
+
+def _fill_form(sampling: pb.SamplingParams, body: Sampling) -> None:
+    """What the output must fit: said once, in whichever of its names."""
+    forms: dict[str, Any] = {
+        name: given
+        for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
+        if (given := getattr(body, name)) is not None
+    }
+    if body.structured_outputs is not None:
+        (name,) = body.structured_outputs.model_fields_set
+        key = f"structured_outputs.{name.removesuffix('_')}"
+        forms[key] = getattr(body.structured_outputs, name)
+    wanted = body.response_format
+    if wanted is not None and wanted.type != "text":
+        schema = wanted.json_schema
+        key = f"response_format.{wanted.type}"
+        forms[key] = True if schema is None else schema.json_schema
+    if not forms:
+        return
+    if len(forms) > 1:
+        first, second, *_ = forms
+        raise InvalidRequest(second, f"`{first}` and `{second}` exclude each other; give one")
+    ((name, form),) = forms.items()
+    kind = name.rpartition(".")[2].removeprefix("guided_")
+    structured = sampling.structured
+    if kind in ("json", "json_schema"):
+        structured.json_schema = form if isinstance(form, str) else _json(name, form)
+    elif kind == "json_object":
+        structured.json_object = True
+    elif kind == "regex":
+        structured.regex = _text(name, form)
+    elif kind == "choice":
+        structured.choice.SetInParent()
+        structured.choice.texts.extend(_text(name, one) for one in form)
+    else:
+        structured.lark = _text(name, form)
+
+
+def _json(field: str, value: Any) -> str:  # noqa: ANN401
+    try:
+        return json.dumps(value)
+    except RecursionError:
+        raise InvalidRequest(field, f"`{field}` is nested too deep; make it flatter") from None
 
 
 def _set(message: Message, name: str, value: Any) -> None:  # noqa: ANN401
@@ -214,10 +286,4 @@ def _tools(tools: Sequence[Tool]) -> list[pb.Tool]:
 
 
 def _schema(number: int, parameters: Mapping[str, Any] | None) -> str:
-    if parameters is None:
-        return ""
-    try:
-        return json.dumps(parameters)
-    except RecursionError:
-        field = f"tools[{number}].function.parameters"
-        raise InvalidRequest(field, f"`{field}` is nested too deep; make it flatter") from None
+    return "" if parameters is None else _json(f"tools[{number}].function.parameters", parameters)

@@ -145,7 +145,9 @@ class CudaRunner(Runner):
             return None
         sampled, prompt_logprobs = drawn
         copies = None if sampled is None else self._to_host(sampled)
-        return Copied(plan.step, copies, prompt_logprobs, self._device.mark(), started)
+        copied = Copied(plan.step, copies, prompt_logprobs, self._device.mark(), started)
+        self._slots.follow(plan, lambda: copied.wait().tokens)
+        return copied
 
     def _record(self, plan: StepPlan, tokens_R: Tensor) -> None:
         self._slots.record_on_device(plan, tokens_R)

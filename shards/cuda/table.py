@@ -7,6 +7,7 @@ Shape legend: T tokens, R rows sampled, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from arriero.kernels.ops import FlatBatch
 from arriero.shards.cuda.graphs import DecodeBatch
+from arriero.shards.grammar import GrammarRows
 from arriero.shards.plan import LAST_SAMPLED, Int32, NewSequence, StepPlan
 from arriero.shards.sampling import SamplingParams
 from arriero.shards.sequences import LocalTable, Rope, SequenceTable
@@ -42,6 +44,7 @@ class DeviceSequenceTable(SequenceTable):
         vocab_size: int,
         rope: Rope,
         device: torch.device,
+        grammars: GrammarRows | None = None,
         local: LocalTable | None = None,
     ) -> None:
         super().__init__(
@@ -51,6 +54,7 @@ class DeviceSequenceTable(SequenceTable):
             vocab_size=vocab_size,
             rope=rope,
             device=device,
+            grammars=grammars,
             local=local,
         )
         self.rope, self.scratch_slot = rope, max_sequences
@@ -116,6 +120,11 @@ class DeviceSequenceTable(SequenceTable):
                 token = kept_R[row : row + 1].long()
                 one.counts_V.index_add_(0, token, torch.ones_like(one.counts_V[:1]))
                 one.seen_V.index_fill_(0, token, True)
+
+    def follow(self, plan: StepPlan, tokens: Callable[[], Int32]) -> None:
+        """Go on with the grammars of the step's sequences, once `tokens` has what they drew."""
+        if self._grammars:
+            self._grammars.take(plan.slots[plan.samples.astype(bool)].tolist(), tokens)
 
     def _enter(self, new: NewSequence) -> None:
         super()._enter(new)

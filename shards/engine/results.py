@@ -22,7 +22,8 @@ NO_TOKEN = -1
 """Drawn where the logits left nothing to draw: all banned, or not numbers."""
 NOTHING_LEFT = (
     "no token is left to sample: `allowed_token_ids`, `banned_token_ids`, `logit_bias` and "
-    "`min_tokens` together ban all of them, or the model's logits are not numbers"
+    "`min_tokens` together ban all of them, those that the grammar leaves included, or the "
+    "grammar is too complex to go on, or the model's logits are not numbers"
 )
 
 

@@ -152,18 +152,15 @@ class Sequence:
         if images and image_token is not None:
             places = placeholders(self.live.request.prompt, image_token)
         assert params.seed is not None, "seed is checked to be set"
-        counted = (
-            params.repetition_penalty != 1.0
-            or params.presence_penalty != 0.0
-            or params.frequency_penalty != 0.0
-        )
+        counted = params.has_penalties
+        replayed = counted or params.grammar
         ends = () if params.ignore_eos else eos_token_ids
         return NewSequence(
             slot=self.slot,
             params=replace(params, seed=sample_seed(params.seed, self.index)).to_wire(),
             stop_tokens=tuple(dict.fromkeys((*params.stop_token_ids, *ends))),
             prompt=self.window(0, self.num_prompt if counted else 0),
-            output=self.window(self.num_prompt, len(self.tokens)) if counted else int32(),
+            output=self.window(self.num_prompt, len(self.tokens)) if replayed else int32(),
             num_prompt=self.num_prompt,
             num_output=len(self.tokens) - self.num_prompt,
             images=tuple(one.data for one in images),

@@ -226,9 +226,12 @@ async def test_tool_options(llama_tokenizer: Tokenizer) -> None:
         )
         assert cut.choices[0].finish_reason == "length"
         assert not cut.choices[0].message.content
-        with pytest.raises(openai.BadRequestError, match="tool_choice"):
+        with pytest.raises(openai.BadRequestError, match="not among `tools`"):
             await ask.chat.completions.create(
-                model="tiny", messages=ASK, tools=[WEATHER], tool_choice="required"
+                model="tiny",
+                messages=ASK,
+                tools=[WEATHER],
+                tool_choice={"type": "function", "function": {"name": "other"}},
             )
         with pytest.raises(openai.BadRequestError, match="strict"):
             strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
@@ -335,7 +338,15 @@ BAD = [
     ({"messages": ASK, "logit_bias": {"x": 1}}, None, "logit_bias"),
     ({"messages": ASK, "logit_bias": {"99999999": 1}}, "logit_bias", "ids run from 0"),
     ({"messages": ASK, "stream_options": {}}, None, "is for streams"),
-    ({"messages": ASK, "response_format": {"type": "json_object"}}, "response_format.type", "text"),
+    ({"messages": ASK, "response_format": {"type": "xml"}}, "response_format.type", "json_object"),
+    ({"messages": ASK, "response_format": {"type": "json_schema"}}, None, "go together"),
+    (
+        {"messages": ASK, "guided_regex": "a", "guided_choice": ["a"]},
+        "guided_choice",
+        "exclude each other",
+    ),
+    ({"messages": ASK, "guided_regex": "a", "ignore_eos": True}, "ignore_eos", "exclude each"),
+    ({"messages": ASK, "tool_choice": "required"}, "tool_choice", "offer some `tools`"),
     ({"messages": [{"role": "root", "content": "x"}]}, "messages", "must be one of"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, None, "surrogate"),
     (

@@ -1,0 +1,171 @@
+"""Grammars that an output must fit: their limits, and the matchers that turn them into masks.
+
+A grammar is llguidance's text (Lark with `%json` and `%regex`), compiled by that library: Earley
+parsing over derivatives of regular expressions, so that a mask is computed, never looked up in a
+table that grows with the vocabulary. Compiling and each mask run on fuel, so neither time nor
+memory depends on what a caller writes.
+
+`GrammarRows` follows the sequences in slots from one thread of its own: compiling, replaying,
+taking a token in and making the next mask happen while the model computes. Knows tokens and masks;
+knows nothing of JSON or requests.
+
+Source: github.com/guidance-ai/llguidance; Brzozowski (1964), Earley (1970).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from arriero.shards.plan import Int32
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+MAX_COMPILED = 64
+"""Compiled grammars kept, the last used; a copy of one costs a microsecond."""
+
+
+class Compiler:
+    """Compiles grammars for one vocabulary; keeps the latest. For one thread at a time.
+
+    Args:
+        tokenizer: text of a `tokenizer.json`, or the path of one.
+        vocab_size: token ids run below it.
+        eos_token_ids: what may be drawn once the grammar is fulfilled, at least one.
+    """
+
+    def __init__(self, tokenizer: str, *, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        self._source = (tokenizer, vocab_size, list(eos_token_ids))
+        self._tokenizer: LLTokenizer | None = None
+        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+
+    def matcher(self, grammar: str) -> LLMatcher:
+        """A matcher at the start of `grammar`; one that `is_error` when that cannot be compiled."""
+        found = self._compiled.get(grammar)
+        if found is None:
+            found = self._compiled[grammar] = self._compile(grammar)
+            if len(self._compiled) > MAX_COMPILED:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(grammar)
+        return found.deep_copy()
+
+    def _compile(self, grammar: str) -> LLMatcher:
+        # imported here: an engine runs without the library until a request brings a grammar
+        from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+        if self._tokenizer is None:
+            text, vocab_size, ends = self._source
+            self._tokenizer = LLTokenizer(text, n_vocab=vocab_size, eos_token=ends)
+        limits = LLParserLimits(
+            max_grammar_size=100_000,  # symbols; about 0.2 s of compiling
+            max_lexer_states=20_000,  # 2 kB each
+            verbose_errors=False,  # which would quote the vocabulary
+        )
+        return LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
+
+
+class GrammarRows:
+    """The matchers of one slice's sequences, by slot, and their next masks.
+
+    Args:
+        model_path: folder with `tokenizer.json`.
+        vocab_size: token ids run below it.
+        eos_token_ids: the model's own end tokens.
+    """
+
+    def __init__(self, model_path: str, *, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        self._compiler = Compiler(
+            str(Path(model_path) / "tokenizer.json"),
+            vocab_size=vocab_size,
+            eos_token_ids=eos_token_ids,
+        )
+        self._vocab_size = vocab_size
+        self._followed: dict[int, _Followed] = {}
+        self._thread: ThreadPoolExecutor | None = None
+
+    def __contains__(self, slot: int) -> bool:
+        return slot in self._followed
+
+    def __bool__(self) -> bool:
+        return bool(self._followed)
+
+    def enter(self, slot: int, grammar: str, output: Sequence[int]) -> None:
+        """Follow the sequence in `slot`, which has said `output` so far."""
+        one = self._followed[slot] = _Followed(-(-self._vocab_size // 32))
+        one.mask = self._submit(partial(one.begin, self._compiler, grammar, output))
+
+    def leave(self, slot: int) -> None:
+        """Forget the sequence in `slot`, if there is one."""
+        self._followed.pop(slot, None)
+
+    def take(self, slots: Sequence[int], tokens: Callable[[], Int32]) -> None:
+        """Go on with the tokens that `slots` drew.
+
+        Args:
+            slots: of all sequences that drew; those without a grammar are left out.
+            tokens: gives the tokens; called from the thread, where it may wait for the device.
+        """
+        rows = [(row, one) for row, slot in enumerate(slots) if (one := self._followed.get(slot))]
+        if not rows:
+            return
+        drawn = self._submit(tokens)
+        for row, one in rows:
+            one.mask = self._submit(partial(one.take, drawn, row))
+
+    def allow(self, slots: Sequence[int], allowed_RV: npt.NDArray[np.bool_]) -> None:
+        """Take from each row of `allowed_RV` what the grammar of its slot does not allow.
+
+        Waits for masks that are still being made.
+        """
+        for row, slot in enumerate(slots):
+            one = self._followed.get(slot)
+            if one is not None:
+                assert one.mask is not None, "set as it entered"
+                bits = np.unpackbits(one.mask.result().view(np.uint8), bitorder="little")
+                allowed_RV[row] &= bits[: self._vocab_size].view(np.bool_)
+
+    def _submit(self, work: Callable[[], Any]) -> Future[Any]:
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        return self._thread.submit(work)
+
+
+class _Followed:
+    """One sequence's matcher, touched by the thread alone, and its next mask, when it is made."""
+
+    __slots__ = ("_matcher", "_words", "mask")
+
+    def __init__(self, num_words: int) -> None:
+        self._matcher: LLMatcher | None = None
+        self._words = num_words
+        self.mask: Future[Int32] | None = None
+
+    def begin(self, compiler: Compiler, grammar: str, output: Sequence[int]) -> Int32:
+        self._matcher = compiler.matcher(grammar)
+        if output:
+            self._matcher.consume_tokens(list(output))
+        return self._fill(self._matcher)
+
+    def take(self, drawn: Future[Int32], row: int) -> Int32:
+        token = int(drawn.result()[row])  # done: the one thread works in order
+        assert self._matcher is not None, "begun before"
+        if token >= 0:  # -1 where nothing was left to draw
+            self._matcher.consume_token(token)
+        return self._fill(self._matcher)
+
+    def _fill(self, matcher: LLMatcher) -> Int32:
+        mask = np.zeros(self._words, np.int32)
+        # Of a matcher in error the library allows the end, which would pass for a whole output.
+        if not matcher.is_error():
+            matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+            if matcher.is_error():
+                mask[:] = 0
+        return mask

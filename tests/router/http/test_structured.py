@@ -1,0 +1,258 @@
+"""Structured output on a real checkpoint: over HTTP and gRPC, through the engine's masks."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any, Literal
+
+import jsonschema
+import openai
+import pytest
+from pydantic import BaseModel
+
+from arriero.router.card import ModelCard
+from arriero.router.client import AsyncClient
+from arriero.router.gateway import Gateway, GatewayConfig, GroupAddress
+from arriero.router.link import LinkServer
+from arriero.router.proto.arriero.v1 import inference_pb2 as pb
+from arriero.shards.errors import InvalidRequest
+from arriero.shards.group import GroupConfig
+from support.groups import Group, running
+from support.schemas import BOMBS, BY_HAND, TREE, generated
+
+MODEL = os.environ.get("ARRIERO_TEST_MODEL", "")
+pytestmark = pytest.mark.skipif(not MODEL, reason="ARRIERO_TEST_MODEL names no checkpoint folder")
+
+ASK: Any = [{"role": "user", "content": "Describe a llama in JSON."}]
+TEMPLATE = (
+    "{% for t in tools or [] %}{{ t.function.name }}: {{ t.function.description }}\n{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tool(name: str, **properties: object) -> dict[str, object]:
+    return {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": f"Does {name}.",
+            "parameters": {
+                "type": "object",
+                "properties": properties,
+                "required": list(properties),
+                "additionalProperties": False,
+            },
+        },
+    }
+
+
+CITY = {"type": "string", "enum": ["La Paz", "Cusco"]}
+TOOLS: Any = [
+    tool("weather", city=CITY),
+    tool("add", a={"type": "integer", "minimum": 0, "maximum": 9}),
+]
+
+
+class Front:
+    """What a test talks to."""
+
+    def __init__(self, group: Group, client: AsyncClient, ask: openai.AsyncOpenAI) -> None:
+        self.group, self.client, self.ask = group, client, ask
+
+
+@asynccontextmanager
+async def front(config: GroupConfig) -> AsyncIterator[Front]:
+    with running(config) as group:
+        limits = group.engine.config
+        card = ModelCard.from_folder(
+            MODEL,
+            model="small",
+            group="g0",
+            layout="tp1",
+            digest="d",
+            max_model_len=limits.max_model_len,
+            vocab_size=limits.vocab_size,
+            bos_token_id=1,
+            eos_token_ids=limits.eos_token_ids,
+        )
+        link = LinkServer(group.engine, replace(card, chat_template=TEMPLATE))
+        group.take = link.on_outputs  # type: ignore[method-assign]
+        gateway = Gateway(GatewayConfig(http_address="127.0.0.1:0"))
+        port = await gateway.start()
+        await gateway.set_groups([GroupAddress("g0", "small", await link.start())])
+        url = f"http://127.0.0.1:{gateway.http_port}/v1"
+        try:
+            async with (
+                AsyncClient(f"127.0.0.1:{port}", timeout_s=240) as client,
+                openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as ask,
+            ):
+                while not gateway.ready:
+                    await asyncio.sleep(0.01)
+                yield Front(group, client, ask)
+        finally:
+            await gateway.stop(0.5)
+            await link.stop(0.5)
+
+
+CONFIG = GroupConfig(model_path=MODEL, max_model_len=1024, dtype="bfloat16")
+
+
+async def test_200_schemas() -> None:
+    schemas = [*BY_HAND, *generated(200 - len(BY_HAND), seed=9)]
+    async with front(CONFIG) as served:
+
+        async def one(number: int, schema: dict[str, Any]) -> str | None:
+            answer = await served.ask.chat.completions.create(
+                model="small",
+                messages=ASK,
+                max_tokens=300,
+                seed=number,
+                response_format={
+                    "type": "json_schema",
+                    "json_schema": {"name": "thing", "schema": schema, "strict": True},
+                },
+            )
+            (choice,) = answer.choices
+            if choice.finish_reason != "stop":
+                return f"{schema}: {choice.finish_reason}: {choice.message.content}"
+            try:
+                jsonschema.validate(json.loads(choice.message.content or ""), schema)
+            except (ValueError, jsonschema.ValidationError) as error:
+                return f"{schema}: {error}: {choice.message.content}"
+            return None
+
+        async with asyncio.timeout(280):
+            wrong = await asyncio.gather(*(one(i, schema) for i, schema in enumerate(schemas)))
+        assert not [words for words in wrong if words]
+
+
+async def test_forms_and_forced_calls() -> None:
+    async with front(CONFIG) as served:
+        ask = served.ask
+
+        async def said(**body: object) -> str:
+            answer = await ask.chat.completions.create(
+                model="small", messages=ASK, max_tokens=200, seed=3, extra_body=body
+            )
+            assert answer.choices[0].finish_reason == "stop"
+            return answer.choices[0].message.content or ""
+
+        assert re.fullmatch("[a-c]{3}-[0-9]", await said(guided_regex="[a-c]{3}-[0-9]"))
+        assert await said(guided_choice=["llama", "alpaca \u00e9"]) in ("llama", "alpaca \u00e9")
+        assert await said(structured_outputs={"grammar": 'start: "x" n\nn: /[0-9]/'}) in [
+            f"x{i}" for i in range(10)
+        ]
+        assert (await said(guided_json=json.dumps({"const": 5}))) == "5"
+
+        class Llama(BaseModel):
+            colour: Literal["brown", "white"]
+            load_kg: Literal[10, 20, 30]
+
+        parsed = await ask.chat.completions.parse(
+            model="small", messages=ASK, response_format=Llama, n=3, seed=5
+        )
+        assert all(isinstance(one.message.parsed, Llama) for one in parsed.choices)
+
+        for choice, names in (
+            ("required", {"weather", "add"}),
+            ({"type": "function", "function": {"name": "add"}}, {"add"}),
+        ):
+            called: Any = await ask.chat.completions.create(
+                model="small", messages=ASK, tools=TOOLS, tool_choice=choice, max_tokens=300, seed=1
+            )
+            calls = called.choices[0].message.tool_calls
+            assert calls and not called.choices[0].message.content
+            for call in calls:
+                assert call.function.name in names
+                schema = next(t for t in TOOLS if t["function"]["name"] == call.function.name)
+                arguments = json.loads(call.function.arguments)
+                jsonschema.validate(arguments, schema["function"]["parameters"])
+        single: Any = await ask.chat.completions.create(
+            model="small",
+            messages=ASK,
+            tools=TOOLS,
+            tool_choice="required",
+            parallel_tool_calls=False,
+        )
+        assert len(single.choices[0].message.tool_calls) == 1
+        stream: Any = await ask.chat.completions.create(
+            model="small", messages=ASK, tools=TOOLS, tool_choice="required", seed=1, stream=True
+        )
+        deltas = [chunk.choices[0].delta async for chunk in stream if chunk.choices]
+        assert any(delta.tool_calls for delta in deltas)
+        assert not "".join(delta.content or "" for delta in deltas)
+
+
+async def test_grpc_and_refusals() -> None:
+    async with front(CONFIG) as served:
+        client, ask = served.client, served.ask
+        form = pb.StructuredOutput(json_schema=json.dumps({"enum": [1, "two"]}))
+        text = "".join(
+            [
+                output.text
+                async for response in client.chat(ASK, structured=form, max_tokens=20)
+                for output in response.outputs
+            ]
+        )
+        assert json.loads(text) in (1, "two")
+        for name, schema in BOMBS.items():
+            begun = time.process_time()
+            with pytest.raises(openai.BadRequestError) as refused:
+                await ask.chat.completions.create(
+                    model="small", messages=ASK, max_tokens=1, extra_body={"guided_json": schema}
+                )
+            assert "json_schema" in str(refused.value.param), name
+            assert time.process_time() - begun < 5, name
+        # taken, since each mask's work is bounded whatever the pattern
+        hard = {"type": "string", "pattern": "^((a|b|ab){1,300}c){1,300}(x.*y.*z){200}$"}
+        begun = time.process_time()
+        taken = await ask.chat.completions.create(
+            model="small", messages=ASK, max_tokens=8, extra_body={"guided_json": hard}
+        )
+        assert taken.choices[0].finish_reason == "length"
+        assert time.process_time() - begun < 5
+        for fields, culprit in (
+            ({"structured": pb.StructuredOutput(regex="(?=a)b")}, "regex"),
+            ({"structured": pb.StructuredOutput(lark="start: nowhere")}, "lark"),
+            ({"structured": pb.StructuredOutput(choice=pb.Choice())}, "choice"),
+            ({"structured": form, "ignore_eos": True}, "ignore_eos"),
+            ({"structured": form, "min_tokens": 3}, "min_tokens"),
+            ({"tool_choice": pb.TOOL_CHOICE_REQUIRED}, "tool_choice"),
+        ):
+            with pytest.raises(InvalidRequest) as wrong:
+                async for _ in client.chat(ASK, **fields):
+                    pass
+            assert wrong.value.field == culprit
+
+
+async def test_pre_emption_and_the_prefix_cache_change_nothing() -> None:
+    form = pb.StructuredOutput(json_schema=json.dumps(TREE))
+
+    async def tokens(served: Front) -> list[list[int]]:
+        async def one(seed: int) -> list[int]:
+            return [
+                token
+                async for response in served.client.chat(
+                    ASK, structured=form, seed=seed, max_tokens=80, temperature=2.0
+                )
+                for output in response.outputs
+                for token in output.token_ids
+            ]
+
+        return await asyncio.gather(*(one(seed) for seed in range(6)))
+
+    async with front(CONFIG) as served:
+        roomy = await tokens(served)
+    # room for about three of the six
+    async with front(replace(CONFIG, num_blocks=14, max_model_len=160)) as served:
+        tight = await tokens(served)
+        assert served.group.engine.stats().preemptions > 0
+    assert tight == roomy
