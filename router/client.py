@@ -230,6 +230,8 @@ def _fill(request: pb.GenerateRequest | pb.ChatRequest, fields: Mapping[str, Any
         if name == "allowed_token_ids":
             target.allowed_token_ids.ids.extend(value)
             target.allowed_token_ids.SetInParent()
+        elif isinstance(value, pb.Grammar):
+            target.grammar.CopyFrom(value)
         elif isinstance(value, Mapping):
             getattr(target, name).update(value)
         elif isinstance(value, Sequence) and not isinstance(value, str):

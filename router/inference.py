@@ -7,10 +7,11 @@ knows nothing of connections, statuses or JSON.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from arriero.router.answer import Answer
@@ -77,7 +78,7 @@ class Inference:
         with self.metrics.failures():
             text, views = self.groups.find(request.model)
             options = read_options(request.options)
-            params = read_sampling(request.sampling, views[0].card)
+            params = await _sampling(request.sampling, views[0].card)
             if request.WhichOneof("prompt") == "text":
                 prompt = await _encode(text, request)
             else:
@@ -98,8 +99,11 @@ class Inference:
         with self.metrics.failures():
             text, views = self.groups.find(request.model)
             options = read_options(request.options)
-            params = read_sampling(request.sampling, views[0].card)
-            offer = read_offer(request)
+            params = await _sampling(request.sampling, views[0].card)
+            offer = await _offer(request)
+            if offer is not None and offer.grammar is not None:
+                params = replace(params, grammar=offer.grammar)
+                params.check(vocab_size=views[0].card.vocab_size)
             if offer is not None and not options.include_text:
                 raise InvalidRequest(
                     "include_text", "`tools` need text; leave `include_text` on or `tools` out"
@@ -192,6 +196,18 @@ class Inference:
                     log.info(
                         "%s: group %s: %s; trying the next", job.request_id, view.group_id, error
                     )
+
+
+async def _sampling(message: pb.SamplingParams, card: ModelCard) -> SamplingParams:
+    if message.HasField("grammar"):  # compiling may take half a second
+        return await asyncio.to_thread(read_sampling, message, card)
+    return read_sampling(message, card)
+
+
+async def _offer(request: pb.ChatRequest) -> ToolOffer | None:
+    if request.tool_name or request.tool_choice == pb.TOOL_CHOICE_REQUIRED:
+        return await asyncio.to_thread(read_offer, request)
+    return read_offer(request)
 
 
 async def _encode(text: TextModel, request: pb.GenerateRequest | pb.TokenizeRequest) -> list[int]:

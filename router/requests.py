@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from arriero.router.card import ModelCard
+from arriero.router.grammar import MAX_CALLS, calls_grammar, read_grammar
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.stop import check_stops
 from arriero.shards.engine.types import EngineRequest
@@ -65,10 +66,12 @@ class ToolOffer:
     Attributes:
         tools: as templates take them.
         parallel: whether there may be several calls; else the first one ends the output.
+        grammar: makes the output calls and nothing else; None lets the model decide.
     """
 
     tools: tuple[Mapping[str, Any], ...]
     parallel: bool = True
+    grammar: str | None = None
 
     @property
     def names(self) -> list[str]:
@@ -125,6 +128,8 @@ def read_sampling(message: pb.SamplingParams, card: ModelCard) -> SamplingParams
         banned_token_ids=tuple(message.banned_token_ids),
         stop_token_ids=tuple(message.stop_token_ids),
     )
+    if message.HasField("grammar"):
+        params = replace(params, grammar=read_grammar(message.grammar))
     params.check(vocab_size=card.vocab_size)
     if params.seed is None:
         params = replace(params, seed=secrets.randbits(63))
@@ -212,13 +217,29 @@ def read_tools(tools: Sequence[pb.Tool]) -> tuple[Mapping[str, Any], ...]:
 
 def read_offer(request: pb.ChatRequest) -> ToolOffer | None:
     """What a conversation offers; None when that is nothing."""
-    tools = read_tools(request.tools)
-    if not tools or request.tool_choice == pb.TOOL_CHOICE_NONE:
+    tools, choice, name = read_tools(request.tools), request.tool_choice, request.tool_name
+    if choice not in (pb.TOOL_CHOICE_UNSPECIFIED, pb.TOOL_CHOICE_NONE, pb.TOOL_CHOICE_REQUIRED):
+        raise InvalidRequest("tool_choice", f"`tool_choice`={choice} is none of ours")
+    if name and choice != pb.TOOL_CHOICE_UNSPECIFIED:
+        raise InvalidRequest("tool_name", "`tool_name` and `tool_choice` exclude each other")
+    if not tools and (name or choice == pb.TOOL_CHOICE_REQUIRED):
+        raise InvalidRequest("tool_choice", "a call is required and `tools` is empty; offer some")
+    if not tools or choice == pb.TOOL_CHOICE_NONE:
         return None
-    if request.tool_choice != pb.TOOL_CHOICE_UNSPECIFIED:
-        raise InvalidRequest("tool_choice", f"`tool_choice`={request.tool_choice} is none of ours")
     given = request.HasField("parallel_tool_calls")
-    return ToolOffer(tools=tools, parallel=request.parallel_tool_calls if given else True)
+    parallel = request.parallel_tool_calls if given else True
+    grammar = None
+    forced = [tool for tool in tools if not name or tool["function"]["name"] == name]
+    if not forced:
+        raise InvalidRequest("tool_name", f"`tool_name`={name[:128]!r} is not among `tools`")
+    if name or choice == pb.TOOL_CHOICE_REQUIRED:
+        most = 1 if name or not parallel else MAX_CALLS
+        grammar = calls_grammar(forced, most=most)
+    if request.sampling.HasField("grammar"):
+        raise InvalidRequest(
+            "grammar", "`grammar` leaves no room for calls; leave `tools` out, or choose none"
+        )
+    return ToolOffer(tools=tools, parallel=parallel, grammar=grammar)
 
 
 def _json_object(name: str, text: str) -> dict[str, Any]:

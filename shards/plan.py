@@ -35,8 +35,8 @@ class NewSequence:
         slot: the slot, free until now.
         params: `SamplingParams.to_wire()`, with `seed` always set and already this sample's own.
         stop_tokens: the tokens banned before `min_tokens`: the request's and the model's own.
-        prompt: the prompt's tokens, and `output` what was emitted so far; both only when the
-            sampler keeps counts (penalties), else empty.
+        prompt: the prompt's tokens, only when the sampler keeps counts (penalties), else empty.
+        output: what was emitted so far, only with penalties or a grammar, else empty.
         num_prompt: prompt tokens.
         num_output: output tokens emitted so far (not 0 after pre-emption or a resumed stream).
     """

@@ -19,6 +19,7 @@ from torch import Tensor
 from arriero.kernels.ops import Sampled
 from arriero.kernels.select import ops_for
 from arriero.shards.checkpoint.reader import Checkpoint
+from arriero.shards.grammar import Grammars
 from arriero.shards.group import GroupConfig
 from arriero.shards.mesh import Mesh
 from arriero.shards.models.llama import LlamaSlice
@@ -90,6 +91,9 @@ class Runner:
             block_size=config.block_size,
             progress=progress,
         )
+        grammars = None
+        if self.mesh.samples:
+            grammars = Grammars(config.model_path, model.vocab_size, model.eos_token_ids)
         self._table = self.table_type(
             max_sequences=config.max_sequences,
             max_blocks=-(-config.max_model_len // config.block_size),
@@ -97,6 +101,7 @@ class Runner:
             vocab_size=model.vocab_size,
             rope=Rope(model.inv_freq(), config.max_model_len, device),
             device=device,
+            grammars=grammars,
         )
         stage = parts[part.stage * config.tp : (part.stage + 1) * config.tp]
         self._vocab_sizes = [one.vocab.size for one in stage]

@@ -16,6 +16,7 @@ MAX_N = 128
 MAX_LOGPROBS = 20
 MAX_BIAS = 1024
 MAX_STOP_TOKENS = 64
+MAX_GRAMMAR_BYTES = 256 * 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +42,7 @@ class SamplingParams:
         ignore_eos: the model's own end tokens do not stop.
         logprobs: None for none; else how many alternatives to give with the chosen token's own.
         prompt_logprobs: the same for each prompt token but the first.
+        grammar: what the output must be, in llguidance's JSON form; see `shards.grammar`.
     """
 
     max_tokens: int | None = None
@@ -61,6 +63,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: str | None = None
 
     def check(self, *, vocab_size: int) -> None:
         """Raise `InvalidRequest` for the first field that breaks a limit."""
@@ -84,6 +87,8 @@ class SamplingParams:
         _count("stop_token_ids", len(self.stop_token_ids), MAX_STOP_TOKENS)
         _tokens("stop_token_ids", self.stop_token_ids, vocab_size)
         _tokens("banned_token_ids", self.banned_token_ids, vocab_size)
+        if self.grammar is not None:
+            self._check_grammar(self.grammar)
         if self.allowed_token_ids is not None:
             _tokens("allowed_token_ids", self.allowed_token_ids, vocab_size)
             if not set(self.allowed_token_ids) - set(self.banned_token_ids):
@@ -91,6 +96,14 @@ class SamplingParams:
                     "allowed_token_ids",
                     "`allowed_token_ids` leaves no token to sample once `banned_token_ids` are "
                     "taken away; allow at least one",
+                )
+
+    def _check_grammar(self, grammar: str) -> None:
+        _count("grammar", len(grammar.encode()), MAX_GRAMMAR_BYTES)
+        for name in ("ignore_eos", "min_tokens"):
+            if getattr(self, name):
+                raise InvalidRequest(
+                    name, f"`{name}` does not go with a grammar, which says when the output ends"
                 )
 
     @property

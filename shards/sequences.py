@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from arriero.kernels.ops import FlatBatch, SamplingRows
+from arriero.shards.grammar import Grammars, GrammarState
 from arriero.shards.plan import LAST_SAMPLED, Int32, NewSequence, StepPlan
 from arriero.shards.sampling import SamplingParams
 
@@ -58,6 +59,7 @@ class _Unusual:
     num_prompt: int
     counts_V: npt.NDArray[np.int32] | None = None
     seen_V: npt.NDArray[np.bool_] | None = None
+    grammar: GrammarState | None = None
 
 
 class SequenceTable:
@@ -72,7 +74,9 @@ class SequenceTable:
         vocab_size: int,
         rope: Rope,
         device: torch.device,
+        grammars: Grammars | None = None,
     ) -> None:
+        self._grammars = grammars
         self._block_size, self._vocab_size = block_size, vocab_size
         self._rope, self._device = rope, device
         self._blocks = np.zeros((max_sequences, max_blocks), np.int32)
@@ -163,6 +167,8 @@ class SequenceTable:
                 one = self._unusual.get(slot)
                 if one is not None:
                     _count(one, token)
+                    if one.grammar is not None:
+                        one.grammar.add(token)
 
     def _enter(self, new: NewSequence) -> None:
         slot, params = new.slot, SamplingParams.from_wire(new.params)
@@ -176,7 +182,8 @@ class SequenceTable:
         self._prompt_logprobs[slot] = params.prompt_logprobs or 0
         counted = params.has_penalties
         biased = params.logit_bias or params.banned_token_ids or params.allowed_token_ids
-        if not (counted or biased or (params.min_tokens and new.stop_tokens)):
+        parsed = params.grammar is not None and self._grammars is not None
+        if not (counted or biased or parsed or (params.min_tokens and new.stop_tokens)):
             return
         one = _Unusual(params, tuple(new.stop_tokens), new.num_prompt)
         if counted:
@@ -185,6 +192,8 @@ class SequenceTable:
             one.seen_V[new.prompt] = True
             for token in new.output.tolist():
                 _count(one, token)
+        if params.grammar is not None and self._grammars is not None:
+            one.grammar = self._grammars.begin(params.grammar, new.output.tolist())
         self._unusual[slot] = one
 
     def _unusual_rows(self, slots: Int32, positions: Int32) -> dict[str, Any]:
@@ -214,13 +223,19 @@ class SequenceTable:
                 "seen_RV": self._tensor(seen),
                 "counts_RV": self._tensor(counts),
             }
-        allowed_rows = {r: one.params.allowed_token_ids for r, one in rows.items()}
-        if any(ids is not None for ids in allowed_rows.values()):
+        limited = {
+            row: one
+            for row, one in rows.items()
+            if one.params.allowed_token_ids is not None or one.grammar is not None
+        }
+        if limited:
             allowed = np.ones((num_rows, vocab), np.bool_)
-            for row, ids in allowed_rows.items():
-                if ids is not None:
+            for row, one in limited.items():
+                if one.params.allowed_token_ids is not None:
                     allowed[row] = False
-                    allowed[row, list(ids)] = True
+                    allowed[row, list(one.params.allowed_token_ids)] = True
+                if one.grammar is not None:
+                    allowed[row] &= one.grammar.allowed()
             extra["allowed_RV"] = self._tensor(allowed)
         bias = [
             (row, token, value)

@@ -35,10 +35,44 @@ class StreamOptions(Body):
     )
 
 
+class JsonSchema(Body):
+    """A JSON schema with its name."""
+
+    name: str = Field("", description="For the caller's use.")
+    description: str = Field("", description="For the caller's use; the model does not see it.")
+    schema_: dict[str, Any] = Field(alias="schema", description="JSON Schema of the output.")
+    strict: bool = Field(True, description="Schemas are always enforced.")
+
+
 class ResponseFormat(Body):
     """The shape of the output."""
 
-    type: Literal["text"] = Field(description="Free text is the one format so far.")
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = Field(None, description='With the type "json_schema".')
+
+    @model_validator(mode="after")
+    def _with_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError('`json_schema` goes with the type "json_schema", and only with it')
+        return self
+
+
+class StructuredOutputs(Body):
+    """What the output must be, by exactly one of these."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json", description="JSON Schema.")
+    json_object: Literal[True] | None = Field(None, description="Any JSON object.")
+    regex: str | None = Field(None, description="Regular expression, without look-around.")
+    choice: list[str] | None = Field(None, description="One of these.")
+    grammar: str | None = Field(None, description="EBNF: Lark's, or GBNF.")
+
+    @model_validator(mode="after")
+    def _one(self) -> StructuredOutputs:
+        if len(self.model_fields_set) != 1:
+            raise ValueError(
+                "give exactly one of `json`, `json_object`, `regex`, `choice`, `grammar`"
+            )
+        return self
 
 
 class Sampling(Body):
@@ -85,7 +119,10 @@ class Sampling(Body):
     priority: int | None = Field(None, description="Lower goes first. Default 0.")
     stream: bool = Field(False, description="Answer in server-sent events.")
     stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
-    response_format: ResponseFormat | None = Field(None, description="Free text, if given.")
+    response_format: ResponseFormat | None = Field(None, description="Default: free text.")
+    structured_outputs: StructuredOutputs | None = Field(
+        None, description="Forms that `response_format` has no name for; not with it."
+    )
     user: str | None = Field(
         None, description="The caller's own name for its user; taken for compatibility, unused."
     )
@@ -94,6 +131,8 @@ class Sampling(Body):
     def _only_streams(self) -> Sampling:
         if self.stream_options is not None and not self.stream:
             raise ValueError("`stream_options` is for streams; set `stream`, or leave it out")
+        if self.structured_outputs is not None and self.response_format is not None:
+            raise ValueError("`structured_outputs` and `response_format` exclude each other")
         return self
 
 
@@ -137,9 +176,22 @@ class Function(Body):
     name: str = Field(description="1 to 128 letters, digits, dots, dashes or underscores.")
     description: str = Field("", description="What it does, for the model.")
     parameters: dict[str, Any] | None = Field(None, description="JSON Schema of its arguments.")
-    strict: Literal[False] = Field(
-        False, description="Arguments that must fit the schema are not supported yet."
+    strict: bool = Field(
+        False, description="Arguments must fit the schema; only with a forced `tool_choice`."
     )
+
+
+class NamedFunction(Body):
+    """A function by its name."""
+
+    name: str
+
+
+class NamedTool(Body):
+    """The one tool that must be called."""
+
+    type: Literal["function"] = "function"
+    function: NamedFunction
 
 
 class Tool(Body):
@@ -159,8 +211,8 @@ class ChatBody(Sampling):
         None, description="Alternatives at each position, 0 to 20; needs `logprobs`."
     )
     tools: list[Tool] | None = Field(None, description="What the model may call; at most 128.")
-    tool_choice: Literal["auto", "none"] | None = Field(
-        None, description='"none" hides the tools. Forced calls are not supported yet.'
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = Field(
+        None, description='"none" hides the tools; "required", or one by name, forces calls.'
     )
     parallel_tool_calls: bool | None = Field(
         None, description="false ends the output with its first call. Default true."
@@ -178,6 +230,11 @@ class ChatBody(Sampling):
             raise ValueError("`top_logprobs` needs `logprobs`; set it, or leave this out")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("`max_tokens` and `max_completion_tokens` mean the same; give one")
+        strict = any(tool.function.strict for tool in self.tools or ())
+        if strict and self.tool_choice in (None, "auto"):
+            raise ValueError(
+                "`strict` needs `tool_choice` to be required or a tool; else leave it out"
+            )
         return self
 
 

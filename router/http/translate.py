@@ -12,6 +12,7 @@ from arriero.router.http.bodies import (
     ChatBody,
     ChatMessage,
     CompletionBody,
+    NamedTool,
     Sampling,
     TokenizeBody,
     Tool,
@@ -35,6 +36,11 @@ _SAMPLING = (
     "stop_token_ids",
     "ignore_eos",
 )
+_CHOICES = {
+    "auto": pb.TOOL_CHOICE_UNSPECIFIED,
+    "none": pb.TOOL_CHOICE_NONE,
+    "required": pb.TOOL_CHOICE_REQUIRED,
+}
 _OPTIONS = ("include_stop", "skip_special_tokens", "priority")
 
 
@@ -46,8 +52,13 @@ def chat_request(body: ChatBody) -> pb.ChatRequest:
     """
     request = pb.ChatRequest(model=_text("model", body.model), messages=_messages(body.messages))
     request.tools.extend(_tools(body.tools or ()))
-    if body.tool_choice == "none":
-        request.tool_choice = pb.TOOL_CHOICE_NONE
+    choice = body.tool_choice
+    if isinstance(choice, NamedTool):
+        request.tool_name = _text("tool_choice", choice.function.name)
+        if not request.tool_name:
+            raise InvalidRequest("tool_choice", "`tool_choice.function.name` is empty")
+    elif choice is not None:
+        request.tool_choice = _CHOICES[choice]
     for name in ("parallel_tool_calls", "add_generation_prompt", "continue_final_message"):
         _set(request, name, getattr(body, name))
     _fill(request, body)
@@ -136,8 +147,42 @@ def _fill(request: pb.ChatRequest | pb.GenerateRequest, body: Sampling) -> None:
             request.sampling.logit_bias[int(token)] = value
         except ValueError as error:
             raise InvalidRequest("logit_bias", f"`logit_bias`: {error}") from None
+    _fill_grammar(request.sampling, body)
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     request.options.stop.extend(_text("stop", one) for one in stop)
+
+
+def _fill_grammar(sampling: pb.SamplingParams, body: Sampling) -> None:
+    form, other = body.response_format, body.structured_outputs
+    grammar = pb.Grammar()
+    if form is not None and form.json_schema is not None:
+        grammar.json_schema = _dumped("response_format", form.json_schema.schema_)
+    elif form is not None and form.type == "json_object":
+        grammar.json_object = True
+    elif other is None:
+        return
+    elif other.json_ is not None:
+        text = other.json_
+        where = "structured_outputs.json"
+        grammar.json_schema = _text(where, text) if isinstance(text, str) else _dumped(where, text)
+    elif other.json_object:
+        grammar.json_object = True
+    elif other.regex is not None:
+        grammar.regex = _text("structured_outputs.regex", other.regex)
+    elif other.grammar is not None:
+        grammar.ebnf = _text("structured_outputs.grammar", other.grammar)
+    else:
+        options = other.choice or []
+        grammar.choice.options.extend(_text("structured_outputs.choice", one) for one in options)
+        grammar.choice.SetInParent()
+    sampling.grammar.CopyFrom(grammar)
+
+
+def _dumped(field: str, schema: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(schema)
+    except RecursionError:
+        raise InvalidRequest(field, f"`{field}` is nested too deep; make it flatter") from None
 
 
 def _set(message: Message, name: str, value: Any) -> None:  # noqa: ANN401
@@ -216,8 +261,4 @@ def _tools(tools: Sequence[Tool]) -> list[pb.Tool]:
 def _schema(number: int, parameters: Mapping[str, Any] | None) -> str:
     if parameters is None:
         return ""
-    try:
-        return json.dumps(parameters)
-    except RecursionError:
-        field = f"tools[{number}].function.parameters"
-        raise InvalidRequest(field, f"`{field}` is nested too deep; make it flatter") from None
+    return _dumped(f"tools[{number}].function.parameters", parameters)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from arriero.kernels.ops import FlatBatch
 from arriero.shards.cuda.graphs import DecodeBatch
+from arriero.shards.grammar import Grammars
 from arriero.shards.plan import LAST_SAMPLED, Int32, NewSequence, StepPlan
 from arriero.shards.sampling import SamplingParams
 from arriero.shards.sequences import Rope, SequenceTable
@@ -42,6 +43,7 @@ class DeviceSequenceTable(SequenceTable):
         vocab_size: int,
         rope: Rope,
         device: torch.device,
+        grammars: Grammars | None = None,
     ) -> None:
         super().__init__(
             max_sequences=max_sequences + 1,
@@ -50,6 +52,7 @@ class DeviceSequenceTable(SequenceTable):
             vocab_size=vocab_size,
             rope=rope,
             device=device,
+            grammars=grammars,
         )
         self.rope, self.scratch_slot = rope, max_sequences
         self.last_S = torch.zeros(max_sequences + 1, dtype=torch.int32, device=device)
@@ -106,6 +109,7 @@ class DeviceSequenceTable(SequenceTable):
         # a row without an answer (-1) ends its group's request; the step after must not read -1
         kept_R = tokens_R.clamp(min=0)
         self.last_S.index_copy_(0, self._tensor(slots).long(), kept_R)
+        self._add_to_grammars(slots, tokens_R)
         if not self._counted:
             return
         for row, slot in enumerate(slots.tolist()):
@@ -114,6 +118,18 @@ class DeviceSequenceTable(SequenceTable):
                 token = kept_R[row : row + 1].long()
                 one.counts_V.index_add_(0, token, torch.ones_like(one.counts_V[:1]))
                 one.seen_V.index_fill_(0, token, True)
+
+    def _add_to_grammars(self, slots: Int32, tokens_R: Tensor) -> None:
+        """Waits for the device, but only in a step with a grammar in it."""
+        states = {
+            row: one.grammar
+            for row, slot in enumerate(slots.tolist())
+            if (one := self._unusual.get(slot)) is not None and one.grammar is not None
+        }
+        if states:
+            tokens = tokens_R.tolist()
+            for row, state in states.items():
+                state.add(tokens[row])
 
     def _enter(self, new: NewSequence) -> None:
         super()._enter(new)

@@ -21,8 +21,8 @@ from arriero.shards.plan import Logprobs, StepResult
 NO_TOKEN = -1
 """Drawn where the logits left nothing to draw: all banned, or not numbers."""
 NOTHING_LEFT = (
-    "no token is left to sample: `allowed_token_ids`, `banned_token_ids`, `logit_bias` and "
-    "`min_tokens` together ban all of them, or the model's logits are not numbers"
+    "no token is left to sample: `allowed_token_ids`, `banned_token_ids`, `logit_bias`, "
+    "`min_tokens` and the grammar together ban all of them, the grammar passed its limits, or the model's logits are not numbers"
 )
 
 

@@ -143,13 +143,14 @@ class Sequence:
             or params.presence_penalty != 0.0
             or params.frequency_penalty != 0.0
         )
+        replayed = counted or params.grammar is not None
         ends = () if params.ignore_eos else eos_token_ids
         return NewSequence(
             slot=self.slot,
             params=replace(params, seed=sample_seed(params.seed, self.index)).to_wire(),
             stop_tokens=tuple(dict.fromkeys((*params.stop_token_ids, *ends))),
             prompt=self.window(0, self.num_prompt if counted else 0),
-            output=self.window(self.num_prompt, len(self.tokens)) if counted else int32(),
+            output=self.window(self.num_prompt, len(self.tokens)) if replayed else int32(),
             num_prompt=self.num_prompt,
             num_output=len(self.tokens) - self.num_prompt,
         )
