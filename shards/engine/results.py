@@ -22,7 +22,8 @@ NO_TOKEN = -1
 """Drawn where the logits left nothing to draw: all banned, or not numbers."""
 NOTHING_LEFT = (
     "no token is left to sample: `allowed_token_ids`, `banned_token_ids`, `logit_bias`, "
-    "`min_tokens` and the grammar together ban all of them, the grammar passed its limits, or the model's logits are not numbers"
+    "`min_tokens` and the grammar together ban all of them, the grammar passed its limits, or the "
+    "model's logits are not numbers"
 )
 
 
