@@ -6,7 +6,7 @@ Knows the names and units that users see; computes nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -14,18 +14,9 @@ from rich.table import Table
 from arriero.cluster.plan.layouts import Machines, Option
 from arriero.cluster.plan.memory import GroupPlan, RankPlan
 from arriero.cluster.plan.stored import stored_bytes
+from arriero.shards.checkpoint.formats.modules import Kind
 
-KINDS = (
-    "attention",
-    "mlp",
-    "experts",
-    "shared_expert",
-    "router",
-    "embeddings",
-    "head",
-    "norms",
-    "vision",
-)
+KINDS: tuple[Kind, ...] = get_args(Kind)
 CONTEXTS = (1024, 4096, 8192, 16384, 32768, 65536, 131072, 1048576, 10485760)
 
 
