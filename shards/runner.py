@@ -19,6 +19,7 @@ from torch import Tensor
 
 from arriero.kernels.ops import Sampled
 from arriero.kernels.select import ops_for
+from arriero.shards.checkpoint.formats.stored import AnyModel
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.experts import Loads
 from arriero.shards.grammar import GrammarRows
