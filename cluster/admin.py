@@ -220,6 +220,12 @@ def _fill(group: pb.GroupStatus, entry: GroupEntry) -> None:
         "cached_tokens", "steps", "preemptions",
     ):  # fmt: skip
         setattr(group, name, stats.get(name, 0))
+    if loads := stats.get("expert_loads", {}):
+        group.expert_imbalance = stats["expert_imbalance"]
+        group.expert_moves = stats["expert_moves"]
+        group.expert_loads.extend(
+            pb.ExpertLoads(layer=int(layer), tokens=tokens) for layer, tokens in loads.items()
+        )
 
 
 def _failure(one: Failure) -> pb.Failure:
