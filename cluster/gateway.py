@@ -53,7 +53,7 @@ class GatewayReplica:
         http = self._spec.http
         try:
             config = self._spec.config(settings.models, settings.link_tls, settings.tracing)
-            self._gateway = Gateway(config)
+            self._gateway = Gateway(config, self._on_lost)
             port = await self._gateway.start()
         except (OSError, SpecError) as error:
             failure = Failure(who="gateway", kind="SpecError", cause=str(error))

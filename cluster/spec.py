@@ -359,6 +359,7 @@ class GatewaySpec(_Part):
     tenants: tuple[TenantSpec, ...] = ()
     queue: QueueSpec = QueueSpec()
     request_log: RequestLogSpec | None = None
+    lost_s: Seconds = 120
 
     @model_validator(mode="after")
     def _tenants_have_keys(self) -> GatewaySpec:
@@ -372,8 +373,6 @@ class GatewaySpec(_Part):
                 f"all callers together as the one tenant `{ANYONE}`"
             )
         return self
-
-    lost_s: Seconds = 120
 
     @property
     def http_port(self) -> int:
@@ -404,6 +403,7 @@ class GatewaySpec(_Part):
             num_gateways=self.count,
             tracing=None if tracing is None else tracing.config(),
             request_log=log,
+            lost_s=self.lost_s,
         )
 
 
