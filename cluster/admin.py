@@ -131,7 +131,7 @@ class AdminServer:
             group = status.groups.add(
                 slot=slot.name, model=slot.model, revision=slot.revision, phase=slot.phase.value
             )
-            group.text = self._operator.failed(slot.name) or _progress(board, slot.name)
+            group.text = self._operator.trouble(slot.name) or _progress(board, slot.name)
             if (entry := entries.get(slot.name)) is not None:
                 _fill(group, entry)
         for gateway_id, address in board.gateways.items():

@@ -36,6 +36,7 @@ PREFIX = f"{app.NAME}-"
 _BUSY_S = 0.3
 _QUIET_S = 2.0
 _KEEP_REVISIONS = 8
+_PLACE_SOON_S = 3.0
 PLACE_S = 20.0
 """A group beyond the wanted count that has found no place by then is given up."""
 CROWDED_S = 600.0
@@ -165,9 +166,19 @@ class Operator:
             )
         return found
 
-    def failed(self, slot: str) -> str:
-        """Why a slot did not start; "" if it did."""
-        return self._failed.get(slot, "")
+    def trouble(self, slot: str) -> str:
+        """Why a slot did not start, or what it waits for; "" if nothing is amiss."""
+        if slot in self._failed:
+            return self._failed[slot]
+        since_s = self._placing_since_s.get(slot)
+        if since_s is None or time.monotonic() - since_s < _PLACE_SOON_S:
+            return ""
+        each = self._bundles(self.settings(self._kept.places[slot].model))
+        wanted = ", ".join(f"{amount:g} {name}" for name, amount in each[0].items())
+        return (
+            f"waits for a place: it wants {len(each)} x ({wanted}), each on one node, and"
+            f" {nodes.room_for(each[0])} are free"
+        )
 
     def settings(self, model: str) -> ModelSpec:
         """The wanted settings of a model."""
@@ -345,12 +356,14 @@ class Operator:
             return 0
         if len(places) != self._kept.models[name].count:
             return 1  # it is there already, or is not wanted yet
-        model = self.settings(name)
-        cuda = model.device == "cuda" or (model.device == "auto" and self._room.num_gpus > 0)
-        stages = app.Stages.of(model)
-        cpus = model.cpus_per_slice or self._room.cpus_per_slice
-        wanted = stages.bundles(cpus, "cuda" if cuda else "cpu")
+        wanted = self._bundles(self.settings(name))
         return int(nodes.room_for(wanted[0]) >= len(wanted))
+
+    def _bundles(self, model: ModelSpec) -> list[dict[str, float]]:
+        """What a group of a model wants, its leader's small part aside."""
+        cuda = model.device == "cuda" or (model.device == "auto" and self._room.num_gpus > 0)
+        cpus = model.cpus_per_slice or self._room.cpus_per_slice
+        return app.Stages.of(model).bundles(cpus, "cuda" if cuda else "cpu")
 
     async def _unplace(self, board: registry.Board) -> None:
         """Give up a surplus group that finds no place: what looked like room was not."""

@@ -69,7 +69,9 @@ async def test_up_down_to_zero_and_back(tmp_path: Path) -> None:
         await client.close()
         assert got[-1].usage.output_tokens == 4
         woken_s = time.monotonic() - begun_s
-        print(f"to 2 groups after {up_s:.1f} s, to 0 after {down_s:.1f} s, woken in {woken_s:.1f} s")
+        print(
+            f"to 2 groups after {up_s:.1f} s, to 0 after {down_s:.1f} s, woken in {woken_s:.1f} s"
+        )
         admin.close()
     finally:
         await asyncio.to_thread(deploy.down, tmp_path, print)
