@@ -272,7 +272,7 @@ class Leader:
             card,
             f"{node_address()}:0",
             token=self._link_token,
-            credentials=None if tls is None else tls.files().server("link_tls"),
+            tls=None if tls is None else tls.files().link_server("link_tls"),
             tracing=self._tracing,
         )
         return str(await self._link.start())
