@@ -177,7 +177,7 @@ class Offload(_Part):
 
     Attributes:
         layers: of each stage, the last so many stay on disk, mapped, and are read ahead of use
-            (device cpu alone).
+            (device cpu alone); of a mixture of experts, these layers' routed experts.
         folder: where; None takes the system's folder for temporary files.
     """
 

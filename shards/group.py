@@ -41,7 +41,8 @@ class GroupConfig:
         num_local_blocks: KV blocks of the layers that attend within their chunk, which have a pool
             of their own; None shares `kv_bytes` between the pools.
         offload_layers: of each stage, the last so many layers keep their weights on disk, mapped,
-            and read them ahead of use (backend "cpu" alone).
+            and read them ahead of use (backend "cpu" alone). Of a mixture of experts the routed
+            experts alone: those that a step asks for are read, and the cold ones leave memory.
         offload_folder: where; None is the system's folder for temporary files.
         max_model_len: None takes the model's own limit.
         max_sequences, max_batch_tokens, max_queued, prefix_cache: as in `EngineConfig`.

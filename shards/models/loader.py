@@ -177,9 +177,9 @@ class Loader:
             return self._ops.pack_quantized_vocab(found.weight, rows.start)
         if self._quantize is None:
             return self._ops.pack_vocab(found.weight, rows.start, self._dtype)
-        # the head is where rounding costs most, and four bits would save least
-        quantize = quantize_int8 if self._quantize is quantize_int4 else self._quantize
-        return self._ops.pack_quantized_vocab(in_pieces(quantize, found.weight), rows.start)
+        # Tables are where rounding costs most (in fp8 more than all other products together), and
+        # four bits would save least.
+        return self._ops.pack_quantized_vocab(in_pieces(quantize_int8, found.weight), rows.start)
 
     def _pack(
         self, names: list[str], parts: list[StoredProduct], bias_O: Tensor | None, keep: bool
