@@ -25,6 +25,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from arriero.kernels.cpu.weights import large_zeros
 from arriero.shards.checkpoint.formats.describe import read_settings
 from arriero.shards.checkpoint.formats.stored import tensors_due
@@ -105,7 +107,7 @@ def copy_s(files: list[Path]) -> float:
         target = large_zeros(source.numel())
         half = source.numel() // 2
 
-        def copy(start: int, stop: int, to: Any = target, of: Any = source) -> None:
+        def copy(start: int, stop: int, to: Tensor = target, of: Tensor = source) -> None:
             for at in range(start, stop, PIECE):
                 to[at : min(stop, at + PIECE)].copy_(of[at : min(stop, at + PIECE)])
 
