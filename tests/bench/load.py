@@ -30,7 +30,8 @@ from torch import Tensor
 from arriero.kernels.cpu.weights import large_zeros
 from arriero.shards.checkpoint.formats.describe import read_settings
 from arriero.shards.checkpoint.formats.stored import tensors_due
-from arriero.shards.checkpoint.reader import SINGLE_FILE, Checkpoint
+from arriero.shards.checkpoint.index import SINGLE_FILE
+from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.checkpoint.safetensors_header import DTYPES, make_header
 from arriero.shards.group import GroupConfig
 from arriero.shards.resolve import resolve
