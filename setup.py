@@ -24,6 +24,7 @@ _HEADERS = [
     "check.h",
     "decoder.h",
     "limits.h",
+    "pack.h",
     "sampling.h",
     "api.inc",
 ]

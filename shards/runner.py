@@ -110,7 +110,7 @@ class Runner:
             vocab_size=model.vocab_size,
             rope=Rope(model.inv_freq(), config.max_model_len, device),
             device=device,
-            grammars=self._grammars(config.model_path, model) if self.mesh.samples else None,
+            grammars=self._grammars(str(checkpoint.path), model) if self.mesh.samples else None,
             local=self._local_table(config, attention_chunk(model)),
         )
         first = rank - part.tp_rank
