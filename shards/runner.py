@@ -84,7 +84,12 @@ class Runner:
         parts = parts_of(model, config)
         part = parts[rank]
         self.mesh = Mesh(part, tp=config.tp, pp=config.pp, dp=config.dp, device=device)
-        self._ops = ops_for(device, config.kernels, config.threads)
+        self._ops = ops_for(
+            device,
+            config.kernels,
+            config.threads,
+            batch_independent=config.batch_independent,
+        )
         assert config.num_blocks is not None and config.max_model_len is not None, "unresolved"
         self._model = load_slice(
             checkpoint,
