@@ -139,43 +139,48 @@ async def test_a_flood_leaves_the_other_its_share(
         stack.engine.max_running = PLACES
         clients = {name: AsyncClient(stack.address, api_key=keys[name]) for name in keys}
         tallies = {name: Tally() for name in keys}
-        capacity = PLACES / step_s / OUTPUT
-        # 20 to 1; the quiet one asks for more than half of what the groups can do, so both wait
-        offers = [
-            asyncio.create_task(offer(clients[name], tallies[name], per_s, math.inf))
-            for name, per_s in (("flood", 16 * capacity), ("quiet", 0.8 * capacity))
-        ]
+        # The quiet one always has two sets of places outstanding, so that it always waits, and is
+        # served half of what the groups can do; the flood sends twenty times as much.
+        half = PLACES / step_s / OUTPUT / 2
 
-        backlog = asyncio.gather(
-            *(ask(clients["quiet"], tallies["quiet"]) for _ in range(2 * PLACES))
-        )
+        async def insist() -> None:
+            while True:
+                await ask(clients["quiet"], tallies["quiet"])
+
+        flood = offer(clients["flood"], tallies["flood"], 20 * half, math.inf)
+        load = [asyncio.create_task(flood)]
+        load += [asyncio.create_task(insist()) for _ in range(2 * PLACES)]
         waiting = stack.gateway.inference.door.waiting
-        while min(waiting().get(("tiny", name), 0) for name in keys) < PLACES:
-            await asyncio.sleep(0.01)
+        least: dict[str, int] = {}
 
-        async def given(least: int) -> dict[str, int]:
+        async def given(tokens: int) -> dict[str, int]:
             """Tokens so far, once both together have so many."""
-            while sum(tally.tokens for tally in tallies.values()) < least:
+            least.update(dict.fromkeys(keys, 1000))
+            while sum(tally.tokens for tally in tallies.values()) < tokens:
                 await asyncio.sleep(0.02)
+                for name in keys:
+                    least[name] = min(least[name], waiting()["tiny", name])
             return {name: tally.tokens for name, tally in tallies.items()}
 
+        while min(waiting().get(("tiny", name), 0) for name in keys) < PLACES // 2:
+            await asyncio.sleep(0.01)
         turn = PLACES * OUTPUT  # tokens of one set of places; the first ones go to whoever is first
         before = await given(sum(tally.tokens for tally in tallies.values()) + turn)
-        after = await given(sum(before.values()) + int(DURATION_S * turn))
-        still = {name: waiting()["tiny", name] for name in keys}
-        for task in (*offers, backlog):
+        after = await given(sum(before.values()) + int(max(DURATION_S, 5) * turn))
+        for task in load:
             task.cancel()
-        await asyncio.gather(*offers, backlog, return_exceptions=True)
+        await asyncio.gather(*load, return_exceptions=True)
         gained = {name: after[name] - before[name] for name in keys}
         share = gained["quiet"] / sum(gained.values())
         refused = {name: tally.refused for name, tally in tallies.items()}
         print(
             f"tokens {gained}: the quiet tenant's share {share:.1%}; refused {refused}, "
-            f"waiting at the end {still}"
+            f"fewest that waited {least}"
         )
         for name, tally in tallies.items():
             assert not tally.others, (name, tally.others[:3])
         assert refused["flood"] > 0
+        assert min(least.values()) > 0, f"not both backlogged: {least}"
         assert share >= 0.45
         for client in clients.values():
             await client.close()
