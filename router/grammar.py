@@ -32,8 +32,8 @@ MAX_CALLS = 16
 """Most calls of an answer that must call."""
 MAX_CHECKED = 256
 
-_SPACES = r"[ \n]{1,32}"
-"""White space between JSON's signs: enough to indent by, and an end to a model that repeats it."""
+_SPACES = r"( |\n {0,16})"
+"""White space between JSON's signs: enough to indent by, and no room for a model to lose itself."""
 _REASON_CHARS = 300
 
 
