@@ -155,6 +155,7 @@ class Leader:
         from arriero.router.card import ModelCard
         from arriero.shards.checkpoint.formats.describe import describe
         from arriero.shards.executor import RemoteExecutor
+        from arriero.shards.models.llama4_config import Llama4Config
         from arriero.shards.resolve import engine_config, resolve
 
         folder = Path(self._settings.config.model_path)
@@ -171,6 +172,7 @@ class Leader:
         await asyncio.to_thread(executor.wait_ready, left_s, self._on_loaded)
         digest = await self._slices[0].digest.remote(folder)
         limits = engine_config(config, model, digest)
+        vision = model.vision if isinstance(model, Llama4Config) else None
         card = ModelCard.from_folder(
             folder,
             model=self._settings.model,
@@ -184,6 +186,8 @@ class Leader:
             max_sequences=limits.max_sequences,
             arithmetic=self._settings.arithmetic,
             epoch=self._epoch,
+            image_tile=0 if vision is None else vision.image_size,
+            image_features=0 if vision is None else vision.features_per_tile,
         )
         address = await self._lead(limits, card)
         self._entry = registry.GroupEntry(

@@ -8,8 +8,8 @@ would be given all the places that become free at once before it had paid for th
 shares would be even only over many sets of places.
 
 A tenant that comes back from having nothing waiting is lifted to the lowest counter of those that
-wait, so that idleness earns no credit: among tenants that keep waiting, service differs by a bounded
-number of tokens, whatever each sends. What was expected and did not come counts for nothing
+wait, so that idleness earns no credit: among tenants that keep waiting, service differs by a
+bounded number of tokens, whatever each sends. What was expected and did not come counts for nothing
 afterwards. Tenants of a lower priority number go first, always.
 
 Knows tenants, costs and items; knows nothing of clocks, limits or requests.

@@ -7,8 +7,7 @@ import json
 import os
 import re
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -18,13 +17,11 @@ import pytest
 from pydantic import BaseModel
 
 from arriero.router.card import ModelCard
-from arriero.router.client import AsyncClient
-from arriero.router.gateway import Gateway, GatewayConfig, GroupAddress
-from arriero.router.link import LinkServer
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
+from arriero.shards.engine.types import EngineConfig
 from arriero.shards.errors import InvalidRequest
 from arriero.shards.group import GroupConfig
-from support.groups import Group, running
+from support.fronted import Front, fronted
 from support.schemas import BOMBS, BY_HAND, TREE, generated
 
 MODEL = os.environ.get("ARRIERO_TEST_MODEL", "")
@@ -61,18 +58,9 @@ TOOLS: Any = [
 ]
 
 
-class Front:
-    """What a test talks to."""
-
-    def __init__(self, group: Group, client: AsyncClient, ask: openai.AsyncOpenAI) -> None:
-        self.group, self.client, self.ask = group, client, ask
-
-
-@asynccontextmanager
-async def front(config: GroupConfig) -> AsyncIterator[Front]:
-    with running(config) as group:
-        limits = group.engine.config
-        card = ModelCard.from_folder(
+def front(config: GroupConfig) -> AbstractAsyncContextManager[Front]:
+    def card(limits: EngineConfig) -> ModelCard:
+        read = ModelCard.from_folder(
             MODEL,
             model="small",
             group="g0",
@@ -84,23 +72,9 @@ async def front(config: GroupConfig) -> AsyncIterator[Front]:
             eos_token_ids=limits.eos_token_ids,
             max_sequences=limits.max_sequences,
         )
-        link = LinkServer(group.engine, replace(card, chat_template=TEMPLATE))
-        group.take = link.on_outputs  # type: ignore[method-assign]
-        gateway = Gateway(GatewayConfig(http_address="127.0.0.1:0"))
-        port = await gateway.start()
-        await gateway.set_groups([GroupAddress("g0", "small", await link.start())])
-        url = f"http://127.0.0.1:{gateway.http_port}/v1"
-        try:
-            async with (
-                AsyncClient(f"127.0.0.1:{port}", timeout_s=240) as client,
-                openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as ask,
-            ):
-                while not gateway.ready:
-                    await asyncio.sleep(0.01)
-                yield Front(group, client, ask)
-        finally:
-            await gateway.stop(0.5)
-            await link.stop(0.5)
+        return replace(read, chat_template=TEMPLATE)
+
+    return fronted(config, card)
 
 
 CONFIG = GroupConfig(model_path=MODEL, max_model_len=1024, dtype="bfloat16")
@@ -116,7 +90,7 @@ async def test_200_schemas() -> None:
                 messages=ASK,
                 max_tokens=300,
                 seed=number,
-                frequency_penalty=0.5,  # so small a model repeats itself, and some forms have no end
+                frequency_penalty=0.5,  # so small a model repeats itself without end
                 response_format={
                     "type": "json_schema",
                     "json_schema": {"name": "thing", "schema": schema, "strict": True},
