@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import threading
 import time
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
@@ -166,6 +167,14 @@ async def test_forms_and_forced_calls() -> None:
         deltas = [chunk.choices[0].delta async for chunk in stream if chunk.choices]
         assert any(delta.tool_calls for delta in deltas)
         assert not "".join(delta.content or "" for delta in deltas)
+
+
+async def test_the_grammar_threads_end_with_the_engine() -> None:
+    async with front(CONFIG) as served:
+        form = pb.StructuredOutput(regex="[a-z]{5}")
+        assert [m async for m in served.client.chat(ASK, structured=form, max_tokens=20)]
+        assert any(one.name.startswith("grammar") for one in threading.enumerate())
+    assert not any(one.name.startswith("grammar") for one in threading.enumerate())
 
 
 async def test_grpc_and_refusals() -> None:
