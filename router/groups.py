@@ -208,12 +208,21 @@ class LinkedGroups:
             if not group.link.up and group.address.group_id in self._groups:
                 self._on_lost(group.address.group_id, group.link.cause)
 
+    def _warm(self, built: asyncio.Task[TextModel]) -> None:
+        """Make ready for grammars, while others are served already."""
+        if built.cancelled() or built.exception() is not None:
+            return
+        warming = asyncio.create_task(asyncio.to_thread(built.result().grammars.warm))
+        self._tasks.add(warming)
+        warming.add_done_callback(self._tasks.discard)
+
     async def _prepare(self, group: _Group) -> None:
         """Build the tokenizer off the loop (a second for 200,000 tokens), once a tokenizer."""
         card = group.link.card
         key = group.text_key = card.text_key
         if key not in self._texts:
             self._texts[key] = asyncio.create_task(asyncio.to_thread(TextModel, card))
+            self._texts[key].add_done_callback(self._warm)
         try:
             await asyncio.shield(self._texts[key])
         except ArrieroError as error:

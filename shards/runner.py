@@ -127,9 +127,15 @@ class Runner:
 
     @staticmethod
     def _grammars(model_path: str, model: AnyModel) -> GrammarRows:
-        return GrammarRows(
+        grammars = GrammarRows(
             model_path, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids
         )
+        grammars.warm()
+        return grammars
+
+    def close(self) -> None:
+        """Stop what runs beside the steps; no step may follow."""
+        self._table.close()
 
     def _local_table(self, config: GroupConfig, chunk: int) -> LocalTable | None:
         if not chunk:

@@ -20,6 +20,7 @@ from arriero.kernels.ops import (
     FlatBatch,
     KVCache,
     Linear,
+    MoELayer,
     SamplingRows,
     Vocab,
 )
