@@ -91,9 +91,12 @@ class LinkServer:
         """
         self._loop = asyncio.get_running_loop()
         host, _, port = self._address.rpartition(":")
-        self._server = await self._loop.create_server(
-            lambda: _Link(self).wire, host.strip("[]"), int(port), ssl=self._tls
-        )
+        try:
+            self._server = await self._loop.create_server(
+                lambda: _Link(self).wire, host.strip("[]"), int(port), ssl=self._tls
+            )
+        except OSError as error:
+            raise OSError(f"cannot listen on {self._address}: {error.strerror}") from error
         self._stats_task = asyncio.create_task(self._send_stats())
         return f"{host}:{self._server.sockets[0].getsockname()[1]}"
 
