@@ -1,9 +1,9 @@
 """A replica group on Ray Serve: the leader's replica, which owns its slices.
 
-The replica's placement group holds one bundle for the leader and one for each slice, and rank r
-is the slice in bundle r + 1: which node a bundle is on may change from start to start, so ranks
-come from bundles alone. After any loss the leader tells the first cause and ends its own process
-and its slices'; Serve sees that and replaces the whole group.
+The replica's placement group holds one bundle for the leader, and then one for each S slices that
+must be on one node; rank r is in bundle r // S + 1. Which node a bundle is on may change from start
+to start, so ranks come from bundles alone. After any loss the leader tells the first cause and ends
+its own process and its slices'; Serve sees that and replaces the whole group.
 
 Knows the life of a group; knows nothing of requests (router) or of steps (shards).
 """
@@ -18,7 +18,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -58,6 +57,7 @@ class GroupSettings:
         revision: of the model's settings.
         config: of the group, device decided.
         cpus_per_slice: Ray's logical CPUs of each slice.
+        slices_per_bundle: slices that are on one node together.
         period_s: between two renewals of the group's entry in the registry.
         start_timeout_s: limit of the whole start.
         drain_s: how long running streams may go on at the end.
@@ -72,6 +72,7 @@ class GroupSettings:
     revision: int
     config: GroupConfig
     cpus_per_slice: float
+    slices_per_bundle: int
     period_s: float
     start_timeout_s: float
     drain_s: float
@@ -154,11 +155,13 @@ class Leader:
         # imported only now: the slices import torch meanwhile
         from arriero.router.card import ModelCard
         from arriero.shards.checkpoint.formats.describe import describe
+        from arriero.shards.checkpoint.remote import local_folder
         from arriero.shards.executor import RemoteExecutor
         from arriero.shards.models.llama4_config import Llama4Config
         from arriero.shards.resolve import engine_config, resolve
 
-        folder = Path(self._settings.config.model_path)
+        where_it_is = self._settings.config.model_path
+        folder = await asyncio.to_thread(local_folder, where_it_is, weights=False)
         model, _ = describe(folder)
         config = resolve(_with_threads(self._settings.config, where), model)
         host = self._link_host(where)
@@ -170,7 +173,7 @@ class Leader:
             self._tasks.append(asyncio.create_task(self._watch(rank, at, run)))
         left_s = self._settings.start_timeout_s - (time.monotonic() - begun_s)
         await asyncio.to_thread(executor.wait_ready, left_s, self._on_loaded)
-        digest = await self._slices[0].digest.remote(folder)
+        digest = await self._slices[0].digest.remote(where_it_is)
         limits = engine_config(config, model, digest)
         vision = model.vision if isinstance(model, Llama4Config) else None
         card = ModelCard.from_folder(
@@ -218,7 +221,7 @@ class Leader:
         ]
 
     async def _place(self) -> list[Whereabouts]:
-        """Start a slice in each bundle but the leader's; says where they are, by rank."""
+        """Start the slices in all bundles but the leader's; says where they are, by rank."""
         config = self._settings.config
         bundles = ray.util.get_current_placement_group()
         assert bundles is not None, "a leader runs in a placement group"
@@ -230,7 +233,8 @@ class Leader:
                 max_restarts=0,
                 max_concurrency=2,  # a run, and what is asked meanwhile
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    placement_group=bundles, placement_group_bundle_index=rank + 1
+                    placement_group=bundles,
+                    placement_group_bundle_index=rank // self._settings.slices_per_bundle + 1,
                 ),
             )
             self._slices.append(options.remote())
@@ -273,7 +277,7 @@ class Leader:
             card,
             f"{node_address()}:0",
             token=self._link_token,
-            credentials=None if tls is None else tls.files().server("link_tls"),
+            tls=None if tls is None else tls.files().link_server("link_tls"),
             tracing=self._tracing,
         )
         return str(await self._link.start())

@@ -36,6 +36,7 @@ _BETWEEN_TOKENS_S = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.
 _COUNTERS = {
     "steps": ("arriero_group_steps", "Steps of the group's engine."),
     "preemptions": ("arriero_group_preemptions", "Sequences that gave their blocks up for others."),
+    "expert_moves": ("arriero_group_expert_moves", "Experts' placements changed, layer by layer."),
 }
 
 
@@ -305,6 +306,16 @@ class _Groups(Collector):
             "Duration of a step's phases, lately.",
             labels=[*labels, "phase"],
         )
+        imbalance = GaugeMetricFamily(
+            "arriero_group_expert_imbalance",
+            "Tokens of the slice whose experts got most, over the mean; 1 is even.",
+            labels=labels,
+        )
+        experts = CounterMetricFamily(
+            "arriero_group_expert_tokens",
+            "Tokens that each expert was sent.",
+            labels=[*labels, "layer", "expert"],
+        )
         counters = {
             field: CounterMetricFamily(name, words, labels=labels)
             for field, (name, words) in _COUNTERS.items()
@@ -319,4 +330,9 @@ class _Groups(Collector):
                 steps.add_metric([*group, phase], duration_us / 1e6)
             for field, counter in counters.items():
                 counter.add_metric(group, view.stats.get(field, 0))
-        yield from (waiting, running, blocks, steps, *counters.values())
+            if loads := view.stats.get("expert_loads"):
+                imbalance.add_metric(group, view.stats["expert_imbalance"])
+                for layer, tokens in loads.items():
+                    for expert, count in enumerate(tokens):
+                        experts.add_metric([*group, layer, str(expert)], count)
+        yield from (waiting, running, blocks, steps, imbalance, experts, *counters.values())
