@@ -124,7 +124,9 @@ def _orientation(opened: Image.Image) -> int:
     if opened.format == "PNG":
         return 1
     try:
-        found = opened.getexif().get(0x0112, 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = opened.getexif().get(0x0112, 1)
     except Exception:  # whatever a broken EXIF block makes Pillow raise; the image may be well
         return 1
     return found if isinstance(found, int) and 1 <= found <= 8 else 1
