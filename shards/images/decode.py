@@ -50,8 +50,9 @@ def measure(data: bytes, limits: ImageLimits, field: str = "image") -> tuple[int
     Raises:
         InvalidRequest: no image of a format that is read, or too large.
     """
-    width, height = _open(data, limits, field).size
-    return height, width
+    opened = _open(data, limits, field)
+    width, height = opened.size
+    return (width, height) if _orientation(opened) >= 5 else (height, width)
 
 
 def check_decodes(data: bytes, limits: ImageLimits, field: str = "image") -> None:
@@ -94,11 +95,41 @@ def tiles_of(
 
 
 def _decoded(data: bytes, limits: ImageLimits, field: str) -> Image.Image:
+    from PIL import Image
+
+    turns = Image.Transpose
+    upright = {
+        2: turns.FLIP_LEFT_RIGHT,
+        3: turns.ROTATE_180,
+        4: turns.FLIP_TOP_BOTTOM,
+        5: turns.TRANSPOSE,
+        6: turns.ROTATE_270,
+        7: turns.TRANSVERSE,
+        8: turns.ROTATE_90,
+    }
     opened = _open(data, limits, field)
+    turn = upright.get(_orientation(opened))
     try:
-        return opened.convert("RGB")
+        image = opened.convert("RGB")
+        return image if turn is None else image.transpose(turn)
     except (OSError, ValueError, SyntaxError, MemoryError) as error:
         raise InvalidRequest(field, f"`{field}` cannot be decoded: {error}") from None
+
+
+def _orientation(opened: Image.Image) -> int:
+    """How a camera was held, as EXIF says it: 1 upright; from 5 on, height and width change places.
+
+    Of JPEG and WebP alone: to tell it of a PNG file its pixels would be decoded.
+    """
+    if opened.format == "PNG":
+        return 1
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = opened.getexif().get(0x0112, 1)
+    except Exception:  # whatever a broken EXIF block makes Pillow raise; the image may be well
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
 def _open(data: bytes, limits: ImageLimits, field: str) -> Image.Image:
