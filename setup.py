@@ -23,6 +23,7 @@ _HEADERS = [
     "attention.h",
     "check.h",
     "decoder.h",
+    "experts.h",
     "limits.h",
     "pack.h",
     "sampling.h",

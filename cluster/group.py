@@ -157,6 +157,7 @@ class Leader:
         from arriero.shards.checkpoint.formats.describe import describe
         from arriero.shards.checkpoint.remote import local_folder
         from arriero.shards.executor import RemoteExecutor
+        from arriero.shards.models.llama4_config import Llama4Config
         from arriero.shards.resolve import engine_config, resolve
 
         where_it_is = self._settings.config.model_path
@@ -174,6 +175,7 @@ class Leader:
         await asyncio.to_thread(executor.wait_ready, left_s, self._on_loaded)
         digest = await self._slices[0].digest.remote(where_it_is)
         limits = engine_config(config, model, digest)
+        vision = model.vision if isinstance(model, Llama4Config) else None
         card = ModelCard.from_folder(
             folder,
             model=self._settings.model,
@@ -187,6 +189,8 @@ class Leader:
             max_sequences=limits.max_sequences,
             arithmetic=self._settings.arithmetic,
             epoch=self._epoch,
+            image_tile=0 if vision is None else vision.image_size,
+            image_features=0 if vision is None else vision.features_per_tile,
         )
         address = await self._lead(limits, card)
         self._entry = registry.GroupEntry(
@@ -273,7 +277,7 @@ class Leader:
             card,
             f"{node_address()}:0",
             token=self._link_token,
-            credentials=None if tls is None else tls.files().server("link_tls"),
+            tls=None if tls is None else tls.files().link_server("link_tls"),
             tracing=self._tracing,
         )
         return str(await self._link.start())

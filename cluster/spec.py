@@ -272,6 +272,8 @@ class ModelSpec(_Part):
         mesh, kv, offload, limits: of each group.
         device: "cpu", "cuda", or "auto": cuda where the cluster has a GPU for each slice.
         kernels: backend of the operations; None picks the best for the device.
+        batch_independent: on GPUs, answers are the same bit for bit whatever else is served
+            beside them, at some cost in speed; on CPUs they always are.
         threads: CPU threads of a slice; None divides its node's cores among the slices on it.
         cpus_per_slice: Ray's logical CPUs that a slice takes; None takes 1, or an equal part of
             the machine on the local cluster that `arriero up` starts.
@@ -290,6 +292,7 @@ class ModelSpec(_Part):
     limits: Limits = Limits()
     device: Literal["cpu", "cuda", "auto"] = "auto"
     kernels: str | None = None
+    batch_independent: bool = False
     threads: Count | None = None
     cpus_per_slice: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
@@ -323,6 +326,7 @@ class ModelSpec(_Part):
             layer_split=self.mesh.layer_split,
             device=device,
             kernels=self.kernels,
+            batch_independent=self.batch_independent,
             threads=self.threads,
             block_size=self.kv.block_size,
             kv_bytes=self.kv.memory,

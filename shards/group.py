@@ -35,6 +35,9 @@ class GroupConfig:
         layer_split: layers of each stage; None splits by cost.
         device: "cpu" or "cuda".
         kernels: a backend's name; None picks the best for the device.
+        batch_independent: no bit of a row depends on the rows beside it, also where that costs
+            speed: backend "triton" then leaves the vendor's products, which choose their order of
+            sums by the batch. "cpu" is so at no cost; "reference" cannot be.
         threads: CPU threads of each slice; None divides the node's cores among its slices.
         block_size: tokens in a KV block.
         kv_bytes: memory of the KV pool of the whole group; None asks the planner's default.
@@ -62,6 +65,7 @@ class GroupConfig:
     layer_split: tuple[int, ...] | None = None
     device: str = "cpu"
     kernels: str | None = None
+    batch_independent: bool = False
     threads: int | None = None
     block_size: int = 16
     kv_bytes: int | None = None

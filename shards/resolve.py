@@ -47,6 +47,11 @@ def resolve(config: GroupConfig, model: AnyModel) -> GroupConfig:
             f"`offload_layers`={config.offload_layers} needs `device`=cpu and `kernels`=cpu; "
             "other backends keep all weights on their device"
         )
+    if config.batch_independent and config.kernels == "reference":
+        raise SpecError(
+            "`batch_independent`=True needs `kernels`=cpu or triton; the reference keeps it to "
+            "rounding only"
+        )
     if config.block_size < 1:
         raise SpecError(f"`block_size`={config.block_size} must be at least 1")
     limit = model.max_position_embeddings

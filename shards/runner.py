@@ -84,7 +84,12 @@ class Runner:
         parts = parts_of(model, config)
         part = parts[rank]
         self.mesh = Mesh(part, tp=config.tp, pp=config.pp, dp=config.dp, device=device)
-        self._ops = ops_for(device, config.kernels, config.threads)
+        self._ops = ops_for(
+            device,
+            config.kernels,
+            config.threads,
+            batch_independent=config.batch_independent,
+        )
         assert config.num_blocks is not None and config.max_model_len is not None, "unresolved"
         self._model = load_slice(
             checkpoint,
@@ -122,9 +127,15 @@ class Runner:
 
     @staticmethod
     def _grammars(model_path: str, model: AnyModel) -> GrammarRows:
-        return GrammarRows(
+        grammars = GrammarRows(
             model_path, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids
         )
+        grammars.warm()
+        return grammars
+
+    def close(self) -> None:
+        """Stop what runs beside the steps; no step may follow."""
+        self._table.close()
 
     def _local_table(self, config: GroupConfig, chunk: int) -> LocalTable | None:
         if not chunk:

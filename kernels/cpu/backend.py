@@ -19,6 +19,7 @@ from arriero.kernels.cpu.cache import CpuKVCache
 from arriero.kernels.cpu.decoder import CpuDecoder
 from arriero.kernels.cpu.library import Layer, load
 from arriero.kernels.cpu.structs import (
+    add_experts,
     bare_layer_struct,
     batch_struct,
     cache_of,
@@ -27,8 +28,10 @@ from arriero.kernels.cpu.structs import (
     float_rows,
     float_vector,
     fuses,
+    fuses_experts,
     layer_struct,
     linear_of,
+    mlp_struct,
     packed_of,
     vocab_of,
 )
@@ -40,6 +43,7 @@ from arriero.kernels.ops import (
     KVCache,
     KVCacheSpec,
     Linear,
+    MoELayer,
     Ops,
     Reduce,
     Sampled,
@@ -337,13 +341,22 @@ class CpuOps(Ops):
         if not fuses(layer):
             return super().attention_block(x_TH, layer, kv, kv_layer, batch)
         struct, _kept = layer_struct(layer)
-        return self.run_attention(struct, layer, x_TH, cache_of(kv), kv_layer, batch)
+        struct.index = kv_layer
+        return self.run_attention(struct, layer, x_TH, cache_of(kv), batch)
 
     def mlp_block(self, x_TH: Tensor, layer: DenseLayer) -> Tensor:
         """See `Ops.mlp_block`."""
         if not fuses(layer):
             return super().mlp_block(x_TH, layer)
-        struct, _kept = layer_struct(layer)
+        struct, _kept = mlp_struct(layer)
+        return self.run_mlp(struct, layer, x_TH)
+
+    def moe_block(self, x_TH: Tensor, layer: MoELayer) -> Tensor:
+        """See `Ops.moe_block`."""
+        if not fuses_experts(layer):
+            return super().moe_block(x_TH, layer)
+        struct, _kept = mlp_struct(layer)
+        _experts = add_experts(struct, layer)
         return self.run_mlp(struct, layer, x_TH)
 
     def decoder(
@@ -357,7 +370,7 @@ class CpuOps(Ops):
     ) -> Callable[[Tensor, FlatBatch], Tensor]:
         """See `Ops.decoder`.
 
-        One call a step for dense layers without `reduce`; with it, or with experts, one a block.
+        One call a step; with `reduce` or experts on other ranks one a block.
         """
         return CpuDecoder(self, layers, kv, reduce, local_kv, experts)
 
@@ -367,17 +380,15 @@ class CpuOps(Ops):
         layer: DenseLayer,
         x_TH: Tensor,
         cache: CpuKVCache,
-        kv_layer: int,
         batch: FlatBatch,
     ) -> Tensor:
-        """`attention_block` with the layer's struct made before."""
+        """`attention_block` with the layer's struct, `index` too, made before."""
         x_TH = float_rows("attention_block", x_TH, layer.qkv.in_features).contiguous()
         part_TH = torch.empty(x_TH.shape[0], layer.o.out_features)
         of_batch = batch_struct(batch, x_TH.shape[0], layer.head_dim)
         self.call(
             "attention_block",
             ctypes.addressof(struct),
-            kv_layer,
             cache.address,
             ctypes.addressof(of_batch),
             x_TH.data_ptr(),
@@ -386,7 +397,7 @@ class CpuOps(Ops):
         return part_TH
 
     def run_mlp(self, struct: Layer, layer: DenseLayer, x_TH: Tensor) -> Tensor:
-        """`mlp_block` with the layer's struct made before."""
+        """`mlp_block`, or `moe_block`, with the layer's struct made before."""
         x_TH = float_rows("mlp_block", x_TH, layer.gate_up.in_features).contiguous()
         part_TH = torch.empty(x_TH.shape[0], layer.down.out_features)
         self.call(

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from arriero.kernels.ops import FlatBatch, Ops
+from arriero.kernels.wire import Wire
 from arriero.shards.checkpoint.formats.stored import AnyPart
 from arriero.shards.checkpoint.reader import Checkpoint
-from arriero.shards.experts import Loads, Wire
+from arriero.shards.experts import Loads
 from arriero.shards.mesh import Mesh
 from arriero.shards.models.llama import LlamaSlice
 from arriero.shards.models.llama4 import Llama4Slice

@@ -30,9 +30,10 @@ from arriero.kernels.ops import (
     MoELayer,
     Ops,
 )
+from arriero.kernels.wire import Wire
 from arriero.shards.checkpoint.formats.stored import tensors_due
 from arriero.shards.checkpoint.reader import Checkpoint, TensorFolder
-from arriero.shards.experts import ExpertParallel, Loads, Wire
+from arriero.shards.experts import ExpertParallel, Loads
 from arriero.shards.mesh import Mesh
 from arriero.shards.models.llama import EMBEDDING, HEAD, NORM
 from arriero.shards.models.llama4_config import Llama4Config

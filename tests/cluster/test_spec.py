@@ -57,7 +57,8 @@ models:
     kv: {blocks: 100, block_size: 32, prefix_cache: false}
     limits: {max_model_len: 512, max_sequences: 8, max_batch_tokens: 64, max_queued: 10}
     device: cpu
-    kernels: reference
+    kernels: cpu
+    batch_independent: true
     threads: 1
     cpus_per_slice: 0.25
 gateway: {host: 0.0.0.0, port: 6000, count: 2, drain_s: 3}
@@ -72,6 +73,7 @@ ray: {address: "10.0.0.1:6379", object_store: 1GB}
     config = one.group_config("cpu")
     assert config.tp_shares == (2, 1) and config.layer_split == (10, 20)
     assert (config.num_blocks, config.block_size, config.prefix_cache) == (100, 32, False)
+    assert (config.kernels, config.batch_independent) == ("cpu", True)
     assert spec.num_slices == 8
     assert spec.ray.object_store == 10**9
 
