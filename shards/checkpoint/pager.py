@@ -104,7 +104,8 @@ class Pager:
     def _fill_cache(self, descriptor: int, start: int, stop: int) -> None:
         """Read a range and drop what comes.
 
-        What the system is merely advised to read it fetches in single pages, at half the rate.
+        Of what is read, Linux fills its cache in large pages; of what it is advised to read, in
+        single ones.
         """
         buffer = memoryview(bytearray(_BUFFER_BYTES))
         while start < stop and not self._closing:

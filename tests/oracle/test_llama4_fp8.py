@@ -98,7 +98,7 @@ def expected(folders: tuple[Path, Path]) -> torch.Tensor:
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
         patch.setattr(Llama4TextExperts, "forward", by_the_book)
         rows = model(input_ids=torch.tensor([TEXT])).logits[0].log_softmax(-1)
-    return rows[range(len(TEXT) - 1), TEXT[1:]]
+    return rows[torch.arange(len(TEXT) - 1), TEXT[1:]]
 
 
 @pytest.mark.parametrize(
