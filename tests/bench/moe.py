@@ -5,8 +5,9 @@
 A seeded model in the proportions of Llama 4 Scout: 12 layers of 16 experts, one a token, beside a
 shared one; hidden size 512. The floor of a step is the larger of the bytes that it must read
 (each weight that its tokens really use, once, and their keys and values) over the memory rate, and
-of its operations over the matrix rate; both rates are measured in the same run. Which experts a
-step uses is found by passing the same tokens through the same weights once more, in one chunk.
+of its operations over the matrix rate; both rates are the best measured before, between and after
+the cells. Which experts a step uses is found by passing the same tokens through the same weights
+once more, in one chunk.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 from arriero.cluster.bench import EngineBench
 from arriero.kernels.bench import Rates, measure_rates
 from arriero.kernels.cpu import CpuOps
+from arriero.kernels.cpu.backend import available_threads
 from arriero.kernels.ops import FlatBatch, Linear, MoELayer
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.group import GroupConfig
@@ -39,22 +41,30 @@ from support.models import tiny_llama4
 BLOCK = 16
 DECODES, PROMPT, OUTPUT = (1, 8, 32), 64, 64
 PREFILL = 1000
+TURNS = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Share:
-    """One cell: times are of a step."""
+class Cell:
+    """What was measured.
 
-    cell: str
+    Attributes:
+        name: of the cell.
+        ms: of a step.
+        num_bytes: that a step must read, on average.
+        operations: of a step.
+        experts: that a layer uses in a step, on average.
+    """
+
+    name: str
     ms: float
-    floor_ms: float
-    bound: str
+    num_bytes: float
+    operations: float
     experts: float
 
-    @property
-    def share(self) -> float:
-        """Of the floor."""
-        return self.floor_ms / self.ms
+    def floor_ms(self, rates: Rates) -> float:
+        """The least time of a step."""
+        return 1e3 * max(self.num_bytes / rates.memory, self.operations / rates.matrix)
 
 
 def make_model(folder: Path) -> None:
@@ -144,12 +154,11 @@ class Replay:
         return torch.stack(self._routed)
 
 
-class Floor:
-    """What a step takes at least."""
+class Costs:
+    """What a step costs at least, from the model's sizes."""
 
-    def __init__(self, replay: Replay, rates: Rates) -> None:
+    def __init__(self, replay: Replay) -> None:
         assert replay.head is not None, "one slice holds all"
-        self._rates = rates
         layers = [one for one in replay.layers if isinstance(one, MoELayer)]
         assert len(layers) == len(replay.layers), "every layer routes"
         each = layers[0]
@@ -162,65 +171,73 @@ class Floor:
         self._attention = 4.0 * len(layers) * each.num_q_heads * each.head_dim
         self._layers = len(layers)
 
-    def ms(
-        self, touched: int, tokens: int, contexts: Sequence[int], seen: int
-    ) -> tuple[float, str]:
-        """The least milliseconds, and what they are spent on.
+    def num_bytes(self, touched: int, keys: int) -> float:
+        """Bytes read, of (layer, expert) pairs that some token goes to and keys of all caches."""
+        elements = self._always + touched * self._expert + self._head + keys * self._kv_token
+        return 2.0 * elements
 
-        Args:
-            touched: (layer, expert) pairs that some token goes to.
-            tokens: of the step.
-            contexts: tokens that each sequence reads from its cache.
-            seen: (query, key) pairs.
-        """
-        rows = len(contexts)
-        elements = self._always + touched * self._expert + self._head
-        memory = 2 * (elements + sum(contexts) * self._kv_token) / self._rates.memory
-        operations = 2.0 * tokens * (self._always + self._layers * self._expert)
-        operations += 2.0 * rows * self._head + self._attention * seen
-        matrix = operations / self._rates.matrix
-        return max(memory, matrix) * 1e3, "memory" if memory > matrix else "matrix"
+    def operations(self, tokens: int, sequences: int, seen: int) -> float:
+        """Products and sums, of (query, key) pairs seen too."""
+        weights = self._always + self._layers * self._expert
+        return 2.0 * (tokens * weights + sequences * self._head) + self._attention * seen
 
 
 def _weights(linear: Linear) -> int:
     return linear.out_features * linear.in_features
 
 
-def decode(bench: EngineBench, replay: Replay, floor: Floor, batch: int) -> Share:
+def decode(bench: EngineBench, replay: Replay, costs: Costs, batch: int) -> Cell:
     """A cell of `batch` sequences that are decoded together."""
     asked = prompts(batch, PROMPT)
     given = bench.greedy(asked, OUTPUT)
     routed_BLTA = torch.stack(
         [replay.experts_LTA([*a, *b]) for a, b in zip(asked, given, strict=True)]
     )
-    floors, touched = [], []
+    touched = []
     for at in range(PROMPT, PROMPT + OUTPUT - 1):
         step_LX = routed_BLTA[:, :, at].transpose(0, 1).flatten(1)
         touched.append(sum(len(one.unique()) for one in step_LX))
-        floors.append(floor.ms(touched[-1], batch, [at + 1] * batch, batch * (at + 1)))
-    times = [bench.run(asked, OUTPUT).itl_ms["p50"] for _ in range(3)]
-    return Share(
-        cell=f"decode, batch {batch}",
+    keys = [batch * (at + 1) for at in range(PROMPT, PROMPT + OUTPUT - 1)]
+    times = [bench.run(asked, OUTPUT).itl_ms["p50"] for _ in range(TURNS)]
+    return Cell(
+        name=f"decode, batch {batch}",
         ms=statistics.median(times),
-        floor_ms=statistics.mean(ms for ms, _ in floors),
-        bound=floors[0][1],
-        experts=statistics.mean(touched) / len(routed_BLTA[0]),
+        num_bytes=statistics.mean(map(costs.num_bytes, touched, keys)),
+        operations=statistics.mean(costs.operations(batch, batch, seen) for seen in keys),
+        experts=statistics.mean(touched) / len(replay.layers),
     )
 
 
-def prefill(bench: EngineBench, replay: Replay, floor: Floor) -> Share:
+def prefill(bench: EngineBench, replay: Replay, costs: Costs) -> Cell:
     """A cell of one prompt."""
     asked = prompts(1, PREFILL)
     experts_LTA = replay.experts_LTA(asked[0])
     touched = sum(len(one.unique()) for one in experts_LTA)
-    floor_ms, bound = floor.ms(touched, PREFILL, [PREFILL], PREFILL * (PREFILL + 1) // 2)
-    times = [bench.run(asked, 1).ttft_ms["p50"] for _ in range(7)]
-    return Share(
-        cell=f"prefill, {PREFILL} tokens",
+    times = [bench.run(asked, 1).ttft_ms["p50"] for _ in range(2 * TURNS)]
+    return Cell(
+        name=f"prefill, {PREFILL} tokens",
         ms=statistics.median(times),
-        floor_ms=floor_ms,
-        bound=bound,
+        num_bytes=costs.num_bytes(touched, PREFILL),
+        operations=costs.operations(PREFILL, 1, PREFILL * (PREFILL + 1) // 2),
         experts=touched / len(experts_LTA),
+    )
+
+
+def measured(config: GroupConfig) -> tuple[list[Cell], Rates]:
+    """All cells, and the best rates seen before, between and after them."""
+    with EngineBench(config) as bench:
+        replay = Replay(Path(config.model_path), config)
+        costs = Costs(replay)
+        cells, rates = [], []
+        for batch in (*DECODES, None):
+            rates.append(measure_rates(replay.ops, torch.bfloat16, torch.device("cpu")))
+            if batch is None:
+                cells.append(prefill(bench, replay, costs))
+            else:
+                cells.append(decode(bench, replay, costs, batch))
+        rates.append(measure_rates(replay.ops, torch.bfloat16, torch.device("cpu")))
+    return cells, Rates(
+        memory=max(one.memory for one in rates), matrix=max(one.matrix for one in rates)
     )
 
 
@@ -243,25 +260,21 @@ def main() -> None:
             max_model_len=2048,
             max_sequences=max(DECODES),
         )
-        with EngineBench(config) as bench:
-            replay = Replay(folder, config)
-            rates = measure_rates(replay.ops, torch.bfloat16, torch.device("cpu"))
-            floor = Floor(replay, rates)
-            print(
-                f"{replay.ops.num_threads} threads: memory {rates.memory / 1e9:.1f} GB/s, "
-                f"products {rates.matrix / 1e9:.0f} GFLOP/s"
-            )
-            shares = [decode(bench, replay, floor, batch) for batch in DECODES]
-            shares.append(prefill(bench, replay, floor))
-    for one in shares:
+        cells, rates = measured(config)
+    print(
+        f"{available_threads()} threads: memory {rates.memory / 1e9:.1f} GB/s, "
+        f"products {rates.matrix / 1e9:.0f} GFLOP/s"
+    )
+    for one in cells:
+        floor_ms = one.floor_ms(rates)
         print(
-            f"{one.cell:22} {one.ms:8.2f} ms   floor {one.floor_ms:8.2f} ms ({one.bound})   "
-            f"experts a layer {one.experts:4.1f}   share {one.share:.0%}"
+            f"{one.name:22} {one.ms:8.2f} ms   floor {floor_ms:8.2f} ms   "
+            f"experts a layer {one.experts:4.1f}   share {floor_ms / one.ms:.0%}"
         )
     if chosen.json:
         said = {"memory_gb_s": rates.memory / 1e9, "matrix_gflop_s": rates.matrix / 1e9}
-        cells = [{**asdict(one), "share": one.share} for one in shares]
-        print(json.dumps({"bench": "moe", **said, "cells": cells}))
+        shares = [{**asdict(one), "share": one.floor_ms(rates) / one.ms} for one in cells]
+        print(json.dumps({"bench": "moe", **said, "cells": shares}))
 
 
 if __name__ == "__main__":
