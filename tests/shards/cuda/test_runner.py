@@ -15,6 +15,7 @@ import torch
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.cuda.runner import Copied, CudaRunner
 from arriero.shards.engine.engine import Engine
+from arriero.shards.errors import SpecError
 from arriero.shards.group import GroupConfig
 from arriero.shards.plan import StepPlan, StepResult
 from arriero.shards.resolve import engine_config, resolve
@@ -174,3 +175,10 @@ def test_graphs_of_triton_kernels(config: GroupConfig) -> None:
         got = group.generate(prompts, params)
         assert executor.runner.kernels == "triton"
     assert [a.tokens for a in got] == [a.tokens for a in expected]
+
+
+def test_bits_that_cannot_be_kept_are_refused(config: GroupConfig) -> None:
+    model = Checkpoint.open(config.model_path).config
+    with pytest.raises(SpecError, match="`batch_independent`=True needs `kernels`=cpu or triton"):
+        resolve(replace(config, batch_independent=True), model)
+    assert resolve(replace(config, batch_independent=True, kernels="triton"), model)
