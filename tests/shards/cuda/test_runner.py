@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from arriero.shards import sequences
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.cuda.runner import Copied, CudaRunner
 from arriero.shards.engine.engine import Engine
@@ -22,7 +23,7 @@ from arriero.shards.resolve import engine_config, resolve
 from arriero.shards.sampling import SamplingParams
 from support import triton_interpreter
 from support.groups import Answer, Group, running
-from support.models import tiny_llama
+from support.models import tiny_llama, tiny_llama4
 
 from .stub import StubDevice
 
@@ -162,6 +163,35 @@ def test_memory_beyond_the_plan_is_told(
     assert not caplog.records
     CudaRunner(resolved, 0, device=StubDevice(held=1 << 30))
     assert "1073741824 bytes" in caplog.text
+
+
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+def test_graphs_hold_the_tables_of_chunk_local_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernels: str
+) -> None:
+    """Over several chunks and several frames, whose blocks come back and are used again."""
+    monkeypatch.setattr(sequences, "_FRAME", 1)  # frames of a chunk, so that short texts cross them
+    tiny_llama4(tmp_path, seed=3, layers=4, experts=4, chunk=8)
+    config = GroupConfig(
+        model_path=str(tmp_path),
+        dtype="float32",
+        kernels="reference",
+        block_size=4,
+        num_blocks=100,
+        num_local_blocks=60,
+        max_model_len=128,
+        max_sequences=12,
+        max_batch_tokens=24,
+    )
+    few = kernels == "triton"  # interpreted, a step is slow
+    params = [replace(one, max_tokens=4 if few else one.max_tokens) for one in PLAIN]
+    with running(config) as group:
+        expected = group.generate(PROMPTS, params)
+    device = StubDevice()
+    with on_stub(replace(config, kernels=kernels), device) as (group, _):
+        got = group.generate(PROMPTS, params)
+    assert [a.tokens for a in got] == [a.tokens for a in expected]
+    assert sum(graph.replays for graph in device.graphs) > (1 if few else 20)
 
 
 def test_graphs_of_triton_kernels(config: GroupConfig) -> None:
