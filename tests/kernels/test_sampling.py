@@ -82,7 +82,7 @@ def test_draw_in_mixed_company(ops: Ops, vocab: int) -> None:
     """Every class in one batch: fields that one row uses change nothing for another."""
     rows = [
         dataclasses.replace(row, seed=5, position=position)
-        for position in range(4)
+        for position in range(1 if ops.name == "triton" else 4)  # interpreted, rows are slow
         for row in CLASSES.values()
     ]
     logits = logits_of(len(rows), vocab, seed=1)
