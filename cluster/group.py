@@ -18,7 +18,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -156,10 +155,13 @@ class Leader:
         # imported only now: the slices import torch meanwhile
         from arriero.router.card import ModelCard
         from arriero.shards.checkpoint.formats.describe import describe
+        from arriero.shards.checkpoint.remote import local_folder
         from arriero.shards.executor import RemoteExecutor
+        from arriero.shards.models.llama4_config import Llama4Config
         from arriero.shards.resolve import engine_config, resolve
 
-        folder = Path(self._settings.config.model_path)
+        where_it_is = self._settings.config.model_path
+        folder = await asyncio.to_thread(local_folder, where_it_is, weights=False)
         model, _ = describe(folder)
         config = resolve(_with_threads(self._settings.config, where), model)
         host = self._link_host(where)
@@ -171,8 +173,9 @@ class Leader:
             self._tasks.append(asyncio.create_task(self._watch(rank, at, run)))
         left_s = self._settings.start_timeout_s - (time.monotonic() - begun_s)
         await asyncio.to_thread(executor.wait_ready, left_s, self._on_loaded)
-        digest = await self._slices[0].digest.remote(folder)
+        digest = await self._slices[0].digest.remote(where_it_is)
         limits = engine_config(config, model, digest)
+        vision = model.vision if isinstance(model, Llama4Config) else None
         card = ModelCard.from_folder(
             folder,
             model=self._settings.model,
@@ -186,6 +189,8 @@ class Leader:
             max_sequences=limits.max_sequences,
             arithmetic=self._settings.arithmetic,
             epoch=self._epoch,
+            image_tile=0 if vision is None else vision.image_size,
+            image_features=0 if vision is None else vision.features_per_tile,
         )
         address = await self._lead(limits, card)
         self._entry = registry.GroupEntry(
@@ -272,7 +277,7 @@ class Leader:
             card,
             f"{node_address()}:0",
             token=self._link_token,
-            credentials=None if tls is None else tls.files().server("link_tls"),
+            tls=None if tls is None else tls.files().link_server("link_tls"),
             tracing=self._tracing,
         )
         return str(await self._link.start())

@@ -40,6 +40,8 @@ class ModelCard:
         max_sequences: most sequences that the group computes at once.
         arithmetic: what the weights are held and computed in, such as "bfloat16 int8".
         epoch: of the group: a later life of the same place has a larger one.
+        image_tile, image_features: pixels of a side of an image's tile, and the features that stand
+            for a tile; 0 where the model reads no images.
     """
 
     model: str
@@ -59,6 +61,8 @@ class ModelCard:
     max_sequences: int = 256
     arithmetic: str = ""
     epoch: int = 0
+    image_tile: int = 0
+    image_features: int = 0
 
     @property
     def weights(self) -> str:
@@ -69,7 +73,8 @@ class ModelCard:
     def text_key(self) -> str:
         """Digest of what makes the model's text side; groups of an equal one share it."""
         digest = hashlib.sha256(self.tokenizer_json)
-        for part in (self.chat_template or "", self.bos_token, self.eos_token):
+        images = f"{self.image_tile} {self.image_features}"
+        for part in (self.chat_template or "", self.bos_token, self.eos_token, images):
             digest.update(hashlib.sha256(part.encode()).digest())
         return digest.hexdigest()
 
@@ -98,6 +103,8 @@ class ModelCard:
         max_sequences: int,
         arithmetic: str = "",
         epoch: int = 0,
+        image_tile: int = 0,
+        image_features: int = 0,
     ) -> ModelCard:
         """Read tokenizer, template and defaults from a checkpoint's folder; the rest is given.
 
@@ -134,6 +141,8 @@ class ModelCard:
             max_sequences=max_sequences,
             arithmetic=arithmetic,
             epoch=epoch,
+            image_tile=image_tile,
+            image_features=image_features,
         )
 
 

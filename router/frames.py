@@ -23,9 +23,10 @@ import msgpack
 import numpy as np
 
 from arriero.shards.engine.types import EngineRequest, SequenceOutput, TokenLogprobs
+from arriero.shards.images.request import RequestImage
 from arriero.shards.sampling import SamplingParams
 
-VERSION = 2
+VERSION = 3
 """Both ends must have the same one; a leader says it in its hello."""
 
 
@@ -52,20 +53,22 @@ def submit_message(handle: int, request: EngineRequest) -> list[Any]:
         _int32(request.resumed),
         request.cache_salt,
         request.trace,
+        [(one.data, one.num_features) for one in request.images],
     ]
 
 
 def read_submit(message: Sequence[Any]) -> EngineRequest:
     """Undo `submit_message`, but for the handle."""
-    _, _, request_id, prompt, params, priority, resumed, cache_salt, trace = message
+    _, _, request_id, prompt, params, priority, resumed, salt, trace, images = message
     return EngineRequest(
         request_id=request_id,
         prompt=_tuple(prompt),
         params=SamplingParams.from_wire(params),
         priority=priority,
         resumed=_tuple(resumed),
-        cache_salt=cache_salt,
+        cache_salt=salt,
         trace=trace,
+        images=tuple(RequestImage(data=data, num_features=size) for data, size in images),
     )
 
 

@@ -16,7 +16,8 @@ class GroupConfig:
     Rank = (stage * dp + dp rank) * tp + tp rank.
 
     Attributes:
-        model_path: folder with config.json, safetensors and tokenizer.json, on every node.
+        model_path: folder with config.json, safetensors and tokenizer.json, on every node; or an
+            fsspec URL of one, which each node copies to its cache once.
         dtype: of weights and KV cache: "float32", "bfloat16", "float16".
         quantization: of the weights while they load: "int8" (per row), "int4" (groups of 32
             columns, the vocabulary in int8) or "fp8" (per row); None keeps them in `dtype`.
@@ -44,7 +45,8 @@ class GroupConfig:
         num_local_blocks: KV blocks of the layers that attend within their chunk, which have a pool
             of their own; None shares `kv_bytes` between the pools.
         offload_layers: of each stage, the last so many layers keep their weights on disk, mapped,
-            and read them ahead of use (backend "cpu" alone).
+            and read them ahead of use (backend "cpu" alone). Of a mixture of experts the routed
+            experts alone: those that a step asks for are read, and the cold ones leave memory.
         offload_folder: where; None is the system's folder for temporary files.
         max_model_len: None takes the model's own limit.
         max_sequences, max_batch_tokens, max_queued, prefix_cache: as in `EngineConfig`.

@@ -53,6 +53,8 @@ class LocalExecutor:
         """Stop the thread and give the weights back; safe to call twice."""
         self._plans.put(None)
         self._thread.join()
+        if self._runner is not None:
+            self._runner.close()
         self._runner = None
 
     def _run(self) -> None:

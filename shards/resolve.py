@@ -42,11 +42,6 @@ def resolve(config: GroupConfig, model: AnyModel) -> GroupConfig:
             f"`offload_layers`={config.offload_layers} must be 0 to {model.num_layers}, the "
             "model's layers"
         )
-    if config.offload_layers and isinstance(model, Llama4Config):
-        raise SpecError(
-            f"`offload_layers`={config.offload_layers}: layers of a mixture of experts cannot be "
-            "offloaded; leave it 0"
-        )
     if config.offload_layers and (config.device != "cpu" or config.kernels not in (None, "cpu")):
         raise SpecError(
             f"`offload_layers`={config.offload_layers} needs `device`=cpu and `kernels`=cpu; "

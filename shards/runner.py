@@ -115,7 +115,7 @@ class Runner:
             vocab_size=model.vocab_size,
             rope=Rope(model.inv_freq(), config.max_model_len, device),
             device=device,
-            grammars=self._grammars(config.model_path, model) if self.mesh.samples else None,
+            grammars=self._grammars(str(checkpoint.path), model) if self.mesh.samples else None,
             local=self._local_table(config, attention_chunk(model)),
         )
         first = rank - part.tp_rank
@@ -127,9 +127,15 @@ class Runner:
 
     @staticmethod
     def _grammars(model_path: str, model: AnyModel) -> GrammarRows:
-        return GrammarRows(
+        grammars = GrammarRows(
             model_path, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids
         )
+        grammars.warm()
+        return grammars
+
+    def close(self) -> None:
+        """Stop what runs beside the steps; no step may follow."""
+        self._table.close()
 
     def _local_table(self, config: GroupConfig, chunk: int) -> LocalTable | None:
         if not chunk:

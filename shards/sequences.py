@@ -261,6 +261,11 @@ class SequenceTable:
             self._grammars.enter(slot, params.grammar, new.output.tolist())
         self._unusual[slot] = one
 
+    def close(self) -> None:
+        """Stop the thread that follows grammars, where there is one."""
+        if self._grammars is not None:
+            self._grammars.close()
+
     def _forget(self, slot: int) -> None:
         self._unusual.pop(slot, None)
         if self._grammars is not None:

@@ -280,7 +280,8 @@ class CpuOps(Ops):
         """See `Ops.grouped_linear`; the experts have one shape and type."""
         if experts[0].inputs is not None:
             return self.grouped_linear_of_inputs(x_XI, experts, starts_E1)
-        structs = [packed_of(expert.packed).struct for expert in experts]
+        packed = [packed_of(expert.packed) for expert in experts]
+        structs = [one.struct for one in packed]
         shapes = {(s.out_features, s.in_features, s.type, s.group) for s in structs}
         if len(shapes) != 1 or starts_E1.shape != (len(structs) + 1,):
             raise ValueError(
@@ -293,6 +294,11 @@ class CpuOps(Ops):
             raise ValueError(
                 f"grouped_linear: starts end at {int(starts_E1[-1])} for {x_XI.shape[0]} rows"
             )
+        # Of experts on disk, begin to read all that are asked while the first is computed. None is
+        # let go of: those asked often stay in the system's page cache, the cold ones leave it.
+        for one, rows in zip(packed, starts_E1.diff().tolist(), strict=True):
+            if one.room is not None and rows:
+                one.room.ahead()
         pointers = (ctypes.c_void_p * len(structs))(*(ctypes.addressof(s) for s in structs))
         out_XO = torch.empty(x_XI.shape[0], experts[0].out_features)
         self.call(

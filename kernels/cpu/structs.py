@@ -86,10 +86,8 @@ def _same_kind(experts: Sequence[Linear]) -> bool:
 
 
 def rooms_of(layer: DenseLayer) -> tuple[MappedRoom, ...]:
-    """What of a layer's products is mapped from disk."""
+    """What of a layer's products is mapped from disk; not experts, of which a step uses some."""
     linears = [layer.qkv, layer.o, layer.gate_up, layer.down]
-    if isinstance(layer, MoELayer):
-        linears += [layer.router, *layer.experts_gate_up, *layer.experts_down]
     rooms = (packed_of(one.packed).room for one in linears)
     return tuple(room for room in rooms if room is not None)
 

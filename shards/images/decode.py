@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from arriero.shards.errors import InvalidRequest
 from arriero.shards.images.layout import Grid, grid_of
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 
@@ -55,6 +54,11 @@ def measure(data: bytes, limits: ImageLimits, field: str = "image") -> tuple[int
     return height, width
 
 
+def check_decodes(data: bytes, limits: ImageLimits, field: str = "image") -> None:
+    """Raise `InvalidRequest` unless an image file can be decoded to its last pixel."""
+    _decoded(data, limits, field)
+
+
 def tiles_of(
     data: bytes, tile: int, limits: ImageLimits, field: str = "image"
 ) -> tuple[Grid, Tensor]:
@@ -71,13 +75,10 @@ def tiles_of(
     Raises:
         InvalidRequest: no image of a format that is read, too large, or broken.
     """
+    import torch  # here, since a gateway only looks at files
     from PIL import Image
 
-    opened = _open(data, limits, field)
-    try:
-        image = opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError, MemoryError) as error:
-        raise InvalidRequest(field, f"`{field}` cannot be decoded: {error}") from None
+    image = _decoded(data, limits, field)
     grid = grid_of(image.height, image.width, tile)
     bilinear = Image.Resampling.BILINEAR
     canvas = np.zeros((grid.rows * tile, grid.columns * tile, 3), dtype=np.uint8)
@@ -90,6 +91,14 @@ def tiles_of(
         tiles.append(whole.transpose(2, 0, 1)[None])
     pixels = torch.from_numpy(np.concatenate(tiles)).float()
     return grid, pixels / 127.5 - 1.0
+
+
+def _decoded(data: bytes, limits: ImageLimits, field: str) -> Image.Image:
+    opened = _open(data, limits, field)
+    try:
+        return opened.convert("RGB")
+    except (OSError, ValueError, SyntaxError, MemoryError) as error:
+        raise InvalidRequest(field, f"`{field}` cannot be decoded: {error}") from None
 
 
 def _open(data: bytes, limits: ImageLimits, field: str) -> Image.Image:
