@@ -12,10 +12,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from arriero.kernels.quant import FP8_MAX
+
 Wire = Literal["float32", "bfloat16", "fp8"]
 """fp8: e4m3 levels, after them the row's float32 scale, little-endian."""
 
-FP8_MAX = 448.0
 LEAST_AMAX = 1e-12
 """A row of zeros is scaled as if this were its greatest magnitude."""
 SCALE_BYTES = 4

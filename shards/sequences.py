@@ -85,6 +85,11 @@ class LocalTable:
         self._ring = (chunk + max_batch_tokens) // block_size + 2
         self._blocks = np.zeros((max_sequences, self._ring), np.int32)
 
+    @property
+    def frame_blocks(self) -> int:
+        """Blocks of the table of one token, at most."""
+        return self._frame // self._size
+
     def apply(self, plan: StepPlan) -> None:
         """Take in the plan's new blocks."""
         self._blocks[plan.local_slots, plan.local_index % self._ring] = plan.local_ids

@@ -72,10 +72,15 @@ def fuses(layer: DenseLayer) -> bool:
 
 
 def fuses_experts(layer: MoELayer) -> bool:
-    """Whether C++ may run the block of experts whole: some are here, all alike, as `fuses`."""
+    """Whether C++ may run the block of experts whole: some are here, all alike, as `fuses`.
+
+    Experts on disk are read ahead once it is known which are asked for: between the ops.
+    """
     linears = (layer.gate_up, layer.down, layer.router)
     experts = (*layer.experts_gate_up, *layer.experts_down)
     if not experts or any(one.inputs is not None for one in (*linears, *experts)):
+        return False
+    if any(packed_of(one.packed).room is not None for one in experts):
         return False
     return all(_same_kind(each) for each in (layer.experts_gate_up, layer.experts_down))
 

@@ -30,6 +30,7 @@ from arriero.kernels.ops import (
 from arriero.kernels.quant import QuantizedWeight
 from arriero.kernels.triton import (
     experts,
+    float8,
     norm,
     product,
     rope,
@@ -113,6 +114,10 @@ class TritonOps(Ops):
         if w.inputs is not None:
             return self.linear_of_inputs(x_TI, w)
         return self._product(x_TI, w.packed)
+
+    def quantize_rows(self, x_TI: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+        """Round rows to float8 in one pass; see `Ops.quantize_rows`."""
+        return float8.quantize_rows(x_TI, bound)
 
     def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
         """Root-mean-square norm; see `Ops.rms_norm`."""

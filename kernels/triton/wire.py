@@ -1,7 +1,7 @@
 """Rows gathered, scaled and rounded into the bytes that travel between ranks, and back.
 
-The bytes are those of `kernels.wire`: numbers are rounded by arithmetic on their bits, so that the
-interpreter, which converts floats otherwise, gives the same. One pass over a row each way.
+The bytes are those of `kernels.wire`, in the interpreter too (see `float8`). One pass over a row
+each way.
 
 Shape legend: X rows sent, Y rows taken out, H hidden size, B bytes of a row.
 """
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 import triton.language as tl
+from arriero.kernels.quant import FP8_MAX
+from arriero.kernels.triton.float8 import fp8_bits, fp8_value
 from arriero.kernels.triton.launch import (
     EXACT,
     kernel,
@@ -19,37 +21,10 @@ from arriero.kernels.triton.launch import (
     rows_a_program,
     unit_stride,
 )
-from arriero.kernels.wire import FP8_MAX, LEAST_AMAX, Wire, row_bytes
+from arriero.kernels.wire import LEAST_AMAX, Wire, row_bytes
 
 _FP8_MAX = tl.constexpr(FP8_MAX)
 _LEAST_AMAX = tl.constexpr(LEAST_AMAX)
-_NAN = tl.constexpr(0x7F)
-_BIAS = tl.constexpr(120 << 3)
-"""Between the exponents of float32 and e4m3, above three bits of fraction."""
-
-
-@kernel
-def _fp8_bits(value: tl.tensor) -> tl.tensor:
-    """E4m3 of float32 numbers of magnitude 448 and less, to nearest even; of others NaN."""
-    bits = value.to(tl.int32, bitcast=True)
-    sign = (bits >> 24) & 0x80
-    magnitude = bits & 0x7FFFFFFF
-    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - _BIAS
-    # below 2**-6 levels are 2**-9 apart: adding 2**23 to their number leaves it in the last bits
-    count = magnitude.to(tl.float32, bitcast=True) * 512.0 + 8388608.0
-    small = count.to(tl.int32, bitcast=True) & 0xF
-    level = tl.where(magnitude < 0x3C800000, small, normal)
-    return sign | tl.where(level < _NAN, level, _NAN)
-
-
-@kernel
-def _fp8_value(byte: tl.tensor) -> tl.tensor:
-    """The float32 of e4m3 bits, int32."""
-    magnitude = byte & 0x7F
-    normal = ((magnitude << 20) + (120 << 23)).to(tl.float32, bitcast=True)
-    value = tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.001953125, normal)
-    value = tl.where(magnitude == _NAN, float("nan"), value)
-    return tl.where(byte >= 0x80, -value, value)
 
 
 @kernel
@@ -89,7 +64,7 @@ def _pack(
         broken = tl.max((value != value).to(tl.int32), 1) > 0
         scale = tl.div_rn(amax, tl.full([ROWS], _FP8_MAX, tl.float32))
         scale = tl.where(broken, float("nan"), scale)
-        level = _fp8_bits(tl.div_rn(value, tl.broadcast_to(scale[:, None], [ROWS, BLOCK])))
+        level = fp8_bits(tl.div_rn(value, tl.broadcast_to(scale[:, None], [ROWS, BLOCK])))
         at = out + row64 * (size + 4)
         tl.store(at + column, level.to(tl.uint8), mask=held)
         byte = tl.arange(0, 4)[None, :]
@@ -119,7 +94,7 @@ def _unpack(
     source = tl.load(rows + row, mask=kept, other=0).to(tl.int64)[:, None]
     if WIRE == "fp8":
         at = packed + source * (size + 4)
-        value = _fp8_value(tl.load(at + column, mask=held, other=0).to(tl.int32))
+        value = fp8_value(tl.load(at + column, mask=held, other=0).to(tl.int32))
         byte = tl.arange(0, 4)[None, :]
         part = tl.load(at + size + byte, mask=kept[:, None] & (byte < 4), other=0).to(tl.int32)
         scale = tl.sum(part << (8 * byte), 1).to(tl.float32, bitcast=True)

@@ -1,12 +1,12 @@
-"""How near a mixture of experts on CPU comes to its own floor, in the engine.
+"""How near a mixture of experts on CPU comes to its own floor: the model alone, and in the engine.
 
     PYTHONPATH=src:tests python tests/bench/moe.py
 
 A seeded model in the proportions of Llama 4 Scout: 12 layers of 16 experts, one a token, beside a
 shared one; hidden size 512. The floor of a step is the larger of the bytes that it must read
 (each weight that its tokens really use, once, and their keys and values) over the memory rate, and
-of its operations over the matrix rate; both rates are measured in the same run. Which experts a
-step uses is found by passing the same tokens through the same weights once more, in one chunk.
+of its operations over the matrix rate, both measured just before each turn. Which experts a step
+uses is found by passing the same tokens through the same weights once more, in one chunk.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from arriero.cluster.bench import EngineBench
 from arriero.kernels.bench import Rates, measure_rates
 from arriero.kernels.cpu import CpuOps
+from arriero.kernels.cpu.backend import available_threads
 from arriero.kernels.ops import FlatBatch, Linear, MoELayer
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.group import GroupConfig
@@ -39,22 +41,41 @@ from support.models import tiny_llama4
 BLOCK = 16
 DECODES, PROMPT, OUTPUT = (1, 8, 32), 64, 64
 PREFILL = 1000
+TURNS = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Share:
-    """One cell: times are of a step."""
+class Cell:
+    """What was measured, turn by turn; other figures are a step's, on average.
 
-    cell: str
-    ms: float
-    floor_ms: float
-    bound: str
+    Attributes:
+        name: of the cell.
+        ms: of a step.
+        rates: of the machine just before.
+        num_bytes: that a step must read.
+        operations: of a step.
+        experts: that a layer uses.
+    """
+
+    name: str
+    ms: list[float]
+    rates: list[Rates]
+    num_bytes: float
+    operations: float
     experts: float
 
-    @property
+    def floors_ms(self) -> list[float]:
+        """The least time of a step, turn by turn."""
+        return [
+            1e3 * max(self.num_bytes / one.memory, self.operations / one.matrix)
+            for one in self.rates
+        ]
+
     def share(self) -> float:
-        """Of the floor."""
-        return self.floor_ms / self.ms
+        """Of the floor; the median of the turns."""
+        return statistics.median(
+            floor / ms for floor, ms in zip(self.floors_ms(), self.ms, strict=True)
+        )
 
 
 def make_model(folder: Path) -> None:
@@ -94,7 +115,7 @@ class Replay:
         assert isinstance(part, MoEPart), "a part of a mixture of experts"
         device = torch.device("cpu")
         self.ops = CpuOps(device)
-        self.blocks = -(-(PREFILL + OUTPUT) // BLOCK)
+        self.blocks = max(DECODES) * -(-(PROMPT + OUTPUT) // BLOCK)
         self._slice = Llama4Slice(
             checkpoint,
             part,
@@ -109,12 +130,10 @@ class Replay:
         self._routed: list[Tensor] = []
         self.layers = self._slice._layers
         self.head = self._slice.head
+        kv, local_kv = self._slice.kv, self._slice.local_kv
+        self._whole = self._slice.decoder
         self._decoder = self.ops.decoder(
-            self.layers,
-            self._slice.kv,
-            None,
-            local_kv=self._slice.local_kv,
-            experts=self._route,
+            self.layers, kv, None, local_kv=local_kv, experts=self._route
         )
 
     def _route(self, x_TH: Tensor, layer: MoELayer) -> Tensor:
@@ -122,34 +141,50 @@ class Replay:
         self._routed.append(self.ops.moe_route(h_TH, layer.router, layer.top_k).experts_TA)
         return self.ops.moe_block(x_TH, layer)
 
-    def experts_LTA(self, tokens: Sequence[int]) -> Tensor:
-        """The experts of each layer, token and choice."""
-        count = len(tokens)
-        positions_T = torch.arange(count, dtype=torch.int32)
+    def experts_LTA(self, tokens: Sequence[int], batch: FlatBatch | None = None) -> Tensor:
+        """The experts of each layer, token and choice; without `batch` of one sequence, whole."""
+        if batch is None:
+            batch = self.batch(1, 0, len(tokens))
+        self._routed = []
+        self._decoder(self._slice.embed(torch.tensor(tokens, dtype=torch.int32)), batch)
+        return torch.stack(self._routed)
+
+    def batch(self, sequences: int, cached: int, new: int) -> FlatBatch:
+        """Sequences of as many tokens cached, and new ones."""
+        context = cached + new
+        blocks = -(-context // BLOCK)
+        assert sequences * blocks <= self.blocks, "the cache holds them all"
+        table_SB = torch.arange(sequences * blocks, dtype=torch.int32).view(sequences, blocks)
+        at = torch.arange(cached, context, dtype=torch.int32)
+        slots_ST = table_SB[:, at.long() // BLOCK] * BLOCK + at % BLOCK
+        positions_T = at.repeat(sequences)
         cos_TD, sin_TD = self._rope.at(positions_T)
         view = FlatBatch(
             positions_T=positions_T,
-            query_start_S1=torch.tensor([0, count], dtype=torch.int32),
-            context_S=torch.tensor([count], dtype=torch.int32),
-            block_table_SB=torch.arange(self.blocks, dtype=torch.int32)[None],
-            slots_T=positions_T,
+            query_start_S1=torch.arange(sequences + 1, dtype=torch.int32) * new,
+            context_S=torch.full((sequences,), context, dtype=torch.int32),
+            block_table_SB=table_SB,
+            slots_T=slots_ST.flatten(),
             cos_TD=cos_TD,
             sin_TD=sin_TD,
-            max_query=count,
-            max_context=count,
+            max_query=new,
+            max_context=context,
         )
-        whole = replace(view, local=view)
-        self._routed = []
-        self._decoder(self._slice.embed(torch.tensor(tokens, dtype=torch.int32)), whole)
-        return torch.stack(self._routed)
+        return replace(view, local=view)
+
+    def step(self, tokens: Sequence[int], batch: FlatBatch) -> None:
+        """One step, up to its greedy tokens."""
+        x_TH = self._slice.embed(torch.tensor(tokens, dtype=torch.int32))
+        x_TH = self._whole(x_TH, batch)
+        last_S = (batch.query_start_S1[1:] - 1).long()
+        self._slice.logits(x_TH[last_S]).argmax(1)
 
 
-class Floor:
-    """What a step takes at least."""
+class Costs:
+    """What a step costs at least, from the model's sizes."""
 
-    def __init__(self, replay: Replay, rates: Rates) -> None:
+    def __init__(self, replay: Replay) -> None:
         assert replay.head is not None, "one slice holds all"
-        self._rates = rates
         layers = [one for one in replay.layers if isinstance(one, MoELayer)]
         assert len(layers) == len(replay.layers), "every layer routes"
         each = layers[0]
@@ -162,64 +197,98 @@ class Floor:
         self._attention = 4.0 * len(layers) * each.num_q_heads * each.head_dim
         self._layers = len(layers)
 
-    def ms(
-        self, touched: int, tokens: int, contexts: Sequence[int], seen: int
-    ) -> tuple[float, str]:
-        """The least milliseconds, and what they are spent on.
+    def num_bytes(self, touched: int, keys: int) -> float:
+        """Bytes read, of (layer, expert) pairs that some token goes to and keys of all caches."""
+        elements = self._always + touched * self._expert + self._head + keys * self._kv_token
+        return 2.0 * elements
 
-        Args:
-            touched: (layer, expert) pairs that some token goes to.
-            tokens: of the step.
-            contexts: tokens that each sequence reads from its cache.
-            seen: (query, key) pairs.
-        """
-        rows = len(contexts)
-        elements = self._always + touched * self._expert + self._head
-        memory = 2 * (elements + sum(contexts) * self._kv_token) / self._rates.memory
-        operations = 2.0 * tokens * (self._always + self._layers * self._expert)
-        operations += 2.0 * rows * self._head + self._attention * seen
-        matrix = operations / self._rates.matrix
-        return max(memory, matrix) * 1e3, "memory" if memory > matrix else "matrix"
+    def operations(self, tokens: int, sequences: int, seen: int) -> float:
+        """Products and sums, of (query, key) pairs seen too."""
+        weights = self._always + self._layers * self._expert
+        return 2.0 * (tokens * weights + sequences * self._head) + self._attention * seen
 
 
 def _weights(linear: Linear) -> int:
     return linear.out_features * linear.in_features
 
 
-def decode(bench: EngineBench, replay: Replay, floor: Floor, batch: int) -> Share:
+def turns(replay: Replay, run: Callable[[], float]) -> tuple[list[float], list[Rates]]:
+    """What each run gave, and the machine's rates before it: it has faster and slower moments."""
+    ms, rates = [], []
+    for _ in range(TURNS):
+        rates.append(measure_rates(replay.ops, torch.bfloat16, torch.device("cpu")))
+        ms.append(run())
+    return ms, rates
+
+
+def alone(replay: Replay, costs: Costs, sequences: int, cached: int, new: int) -> Cell:
+    """Steps of the model alone: no scheduler, no threads of the engine beside the kernels'."""
+    generator = torch.Generator().manual_seed(sequences)
+    batch = replay.batch(sequences, cached, new)
+    touched: list[int] = []
+
+    def steps() -> float:
+        times = []
+        for _ in range(4 if new > 1 else 32):
+            shape = (sequences * new,)
+            tokens = torch.randint(100, 31000, shape, generator=generator).tolist()
+            for one in replay.experts_LTA(tokens, batch):
+                touched.append(len(one.unique()))
+            begun = time.perf_counter()
+            replay.step(tokens, batch)
+            times.append(time.perf_counter() - begun)
+        return 1e3 * statistics.median(times)
+
+    ms, rates = turns(replay, steps)
+    context = cached + new
+    seen = sequences * sum(range(cached + 1, context + 1))
+    experts = statistics.mean(touched)
+    kind = f"prefill, {new} tokens" if new > 1 else f"decode, batch {sequences}"
+    return Cell(
+        name=f"{kind}, alone",
+        ms=ms,
+        rates=rates,
+        num_bytes=costs.num_bytes(round(experts * len(replay.layers)), sequences * context),
+        operations=costs.operations(sequences * new, sequences, seen),
+        experts=experts,
+    )
+
+
+def decode(bench: EngineBench, replay: Replay, costs: Costs, batch: int) -> Cell:
     """A cell of `batch` sequences that are decoded together."""
     asked = prompts(batch, PROMPT)
     given = bench.greedy(asked, OUTPUT)
     routed_BLTA = torch.stack(
         [replay.experts_LTA([*a, *b]) for a, b in zip(asked, given, strict=True)]
     )
-    floors, touched = [], []
+    touched = []
     for at in range(PROMPT, PROMPT + OUTPUT - 1):
         step_LX = routed_BLTA[:, :, at].transpose(0, 1).flatten(1)
         touched.append(sum(len(one.unique()) for one in step_LX))
-        floors.append(floor.ms(touched[-1], batch, [at + 1] * batch, batch * (at + 1)))
-    times = [bench.run(asked, OUTPUT).itl_ms["p50"] for _ in range(3)]
-    return Share(
-        cell=f"decode, batch {batch}",
-        ms=statistics.median(times),
-        floor_ms=statistics.mean(ms for ms, _ in floors),
-        bound=floors[0][1],
-        experts=statistics.mean(touched) / len(routed_BLTA[0]),
+    keys = [batch * (at + 1) for at in range(PROMPT, PROMPT + OUTPUT - 1)]
+    ms, rates = turns(replay, lambda: bench.run(asked, OUTPUT).itl_ms["p50"])
+    return Cell(
+        name=f"decode, batch {batch}",
+        ms=ms,
+        rates=rates,
+        num_bytes=statistics.mean(map(costs.num_bytes, touched, keys)),
+        operations=statistics.mean(costs.operations(batch, batch, seen) for seen in keys),
+        experts=statistics.mean(touched) / len(replay.layers),
     )
 
 
-def prefill(bench: EngineBench, replay: Replay, floor: Floor) -> Share:
+def prefill(bench: EngineBench, replay: Replay, costs: Costs) -> Cell:
     """A cell of one prompt."""
     asked = prompts(1, PREFILL)
     experts_LTA = replay.experts_LTA(asked[0])
     touched = sum(len(one.unique()) for one in experts_LTA)
-    floor_ms, bound = floor.ms(touched, PREFILL, [PREFILL], PREFILL * (PREFILL + 1) // 2)
-    times = [bench.run(asked, 1).ttft_ms["p50"] for _ in range(7)]
-    return Share(
-        cell=f"prefill, {PREFILL} tokens",
-        ms=statistics.median(times),
-        floor_ms=floor_ms,
-        bound=bound,
+    ms, rates = turns(replay, lambda: bench.run(asked, 1).ttft_ms["p50"])
+    return Cell(
+        name=f"prefill, {PREFILL} tokens",
+        ms=ms,
+        rates=rates,
+        num_bytes=costs.num_bytes(touched, PREFILL),
+        operations=costs.operations(PREFILL, 1, PREFILL * (PREFILL + 1) // 2),
         experts=touched / len(experts_LTA),
     )
 
@@ -243,25 +312,26 @@ def main() -> None:
             max_model_len=2048,
             max_sequences=max(DECODES),
         )
+        replay = Replay(folder, config)
+        costs = Costs(replay)
+        cells = [alone(replay, costs, batch, PROMPT, 1) for batch in DECODES]
+        cells.append(alone(replay, costs, 1, 0, PREFILL))
         with EngineBench(config) as bench:
-            replay = Replay(folder, config)
-            rates = measure_rates(replay.ops, torch.bfloat16, torch.device("cpu"))
-            floor = Floor(replay, rates)
-            print(
-                f"{replay.ops.num_threads} threads: memory {rates.memory / 1e9:.1f} GB/s, "
-                f"products {rates.matrix / 1e9:.0f} GFLOP/s"
-            )
-            shares = [decode(bench, replay, floor, batch) for batch in DECODES]
-            shares.append(prefill(bench, replay, floor))
-    for one in shares:
+            cells += [decode(bench, replay, costs, batch) for batch in DECODES]
+            cells.append(prefill(bench, replay, costs))
+    print(f"{available_threads()} threads; medians of {TURNS} turns")
+    for one in cells:
+        memory = statistics.median(each.memory for each in one.rates)
+        matrix = statistics.median(each.matrix for each in one.rates)
         print(
-            f"{one.cell:22} {one.ms:8.2f} ms   floor {one.floor_ms:8.2f} ms ({one.bound})   "
-            f"experts a layer {one.experts:4.1f}   share {one.share:.0%}"
+            f"{one.name:27} {statistics.median(one.ms):7.2f} ms, floor "
+            f"{statistics.median(one.floors_ms()):7.2f} ms at {memory / 1e9:.1f} GB/s and "
+            f"{matrix / 1e9:4.0f} GFLOP/s; experts a layer {one.experts:4.1f}; "
+            f"share {one.share():.0%}"
         )
     if chosen.json:
-        said = {"memory_gb_s": rates.memory / 1e9, "matrix_gflop_s": rates.matrix / 1e9}
-        cells = [{**asdict(one), "share": one.share} for one in shares]
-        print(json.dumps({"bench": "moe", **said, "cells": cells}))
+        said = [{**asdict(one), "share": round(one.share(), 4)} for one in cells]
+        print(json.dumps({"bench": "moe", "cells": said}))
 
 
 if __name__ == "__main__":

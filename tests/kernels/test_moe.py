@@ -167,7 +167,8 @@ def test_rows_do_not_depend_on_their_neighbours(ops: Ops, dtype: torch.dtype) ->
     layer = Experts(dtype).layer(ops, top_k=2)
     x = randn(31, HIDDEN, seed=4)
     whole = ops.moe_block(x, layer)
-    for cuts in ([1] * 31, [4, 20, 7]):
+    alone = [1] * 5 + [26] if ops.name == "triton" else [1] * 31  # interpreted, a call is slow
+    for cuts in (alone, [4, 20, 7]):
         again = torch.cat([ops.moe_block(part, layer) for part in x.split(cuts)])
         if ops.name == "reference":
             limit = 1e-4 if dtype == torch.float32 else 0.05

@@ -67,7 +67,7 @@ class Runs {
     static int64_t wanted_of(int64_t count, const int32_t* starts, int num_threads) {
         int64_t busy = 0;
         for (int64_t e = 0; e < count; ++e) busy += starts[e + 1] > starts[e];
-        return num_threads == 1 ? 1 : ceil_div(12 * num_threads, std::max<int64_t>(busy, 1));
+        return num_threads == 1 ? 1 : ceil_div(24 * num_threads, std::max<int64_t>(busy, 1));
     }
     int64_t run_of(int item) const {
         return std::upper_bound(items_, items_ + count_ + 1, item) - items_ - 1;

@@ -290,7 +290,7 @@ class Product {
 
 // Enough items to even out the threads, few enough that counting them costs nothing.
 inline int64_t items_wanted(const Worker& worker, int64_t num_rows) {
-    return worker.num_threads == 1 ? 1 : worker.num_threads * (num_rows <= kMaxRows ? 6 : 8);
+    return worker.num_threads == 1 ? 1 : worker.num_threads * (num_rows <= kMaxRows ? 12 : 8);
 }
 
 // A product as a phase of its own.
