@@ -96,7 +96,7 @@ class LinkServer:
                 lambda: _Link(self).wire, host.strip("[]"), int(port), ssl=self._tls
             )
         except OSError as error:
-            raise OSError(f"cannot listen on {self._address}: {error}") from error
+            raise OSError(f"cannot listen on {self._address}: {error.strerror}") from error
         self._stats_task = asyncio.create_task(self._send_stats())
         return f"{host}:{self._server.sockets[0].getsockname()[1]}"
 
