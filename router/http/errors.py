@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 UNAVAILABLE_RETRY_S = 1
 _TYPES = frozenset({"str", "int", "NamedTool"})
 """Types among which a field has one, as pydantic puts them into a path; lists have brackets."""
-_PART = re.compile(r"(messages\[\d+\])\.parts\[(\d+)\]")
+_PART = re.compile(r"(messages\[\d+\])\.parts(\[\d+\])(\.image)?")
 
 
 def install(app: FastAPI) -> None:
@@ -101,7 +101,9 @@ def describe(error: ArrieroError) -> dict[str, Any]:
 
 def _as_sent(text: str) -> str:
     """`text` with a message's parts called as JSON calls them."""
-    return _PART.sub(r"\1.content[\2]", text).replace("].image", "].image_url")
+    return _PART.sub(
+        lambda part: f"{part[1]}.content{part[2]}{part[3] or ''}{'_url' if part[3] else ''}", text
+    )
 
 
 def body(

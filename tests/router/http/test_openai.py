@@ -363,7 +363,7 @@ BAD = [
         "messages[0].content[0]",
         '"input_audio" is not supported',
     ),
-    ({"messages": ASK, "tool_choice": {"type": "x"}}, "tool_choice", ""),
+    ({"messages": ASK, "tool_choice": {"type": "x"}}, "tool_choice.type", "function"),
 ]
 
 
