@@ -489,6 +489,30 @@ def test_tables_name_ranks_and_contexts(
         assert said in out
 
 
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (
+            "llama-3.1-405b --dtype fp8-shipped",
+            "llama-3.1-405b, fp8-shipped, on 1 x 8 h100-80g of 84.93 GB\n"
+            "TP8 works, 1 group of 8: a group's weights take 487.41 GB, the fullest rank's "
+            "60.93 GB\nKV cache of a group: 288,288 tokens, 35 sequences of 8,192 at once\n",
+        ),
+        # smaller forms are ranked, but the weights as published are what is planned
+        ("llama-3.1-8b --gpu rtx4090-24g --gpus-per-node 1", "llama-3.1-8b, bfloat16, on 1 x 1"),
+        ("llama-3.1-405b", "llama-3.1-405b, fp8-shipped, on 1 x 8"),
+        ("llama-3.1-405b --tp 8", "TP8 does not fit, as said below the tables\n"),
+        ("llama-3.1-405b --tp 8", "rank 0 lacks 22.48 GB: its weights are 101.48 of 84.93 GB"),
+    ],
+)
+def test_what_a_newcomer_reads(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, args: str, said: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
+    _, out, _ = run(capsys, "--model", *args.split())
+    assert said in out
+
+
 def test_a_spec_is_planned_as_the_leader_will_decide(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
