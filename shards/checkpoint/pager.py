@@ -95,7 +95,9 @@ class Pager:
                             return
                         size = min(CHUNK_BYTES, stop - at)
                         asked += size
-                        if not _in_memory(files[file], at, at + size):
+                        if self._folder.ranged is not None:
+                            pool.submit(self._folder.need, file, at, at + size)
+                        elif not _in_memory(files[file], at, at + size):
                             pool.submit(self._fill_cache, files[file], at, at + size)
         finally:
             for descriptor in files.values():
