@@ -92,8 +92,7 @@ class RangedFolder:
         come = self._come[file]
         for piece in range(start // PIECE_BYTES, -(-stop // PIECE_BYTES)):
             if not come[1 + piece]:
-                first = piece * PIECE_BYTES
-                self._fill(file, 1 + piece, first, min(first + PIECE_BYTES, self._sizes[file]))
+                self._fetch(file, piece)
 
     def need_headers(self) -> None:
         """Have the headers in all files, and no more of them than that.
@@ -105,27 +104,37 @@ class RangedFolder:
             list(pool.map(self._need_header, self._sizes))
 
     def _need_header(self, file: Path) -> None:
-        if self._come[file][0]:
+        come, size = self._come[file], self._sizes[file]
+        if come[0]:
             return
-        prefix = self.read(file, 0, min(8, self._sizes[file]))
-        length = int.from_bytes(prefix, "little")
-        if length > MAX_HEADER_BYTES:  # whoever parses it will say so
-            os.pwrite(self._data[file], prefix, 0)
-            return
-        self._fill(file, 0, 0, min(8 + length, self._sizes[file]))
-
-    def _fill(self, file: Path, mark: int, start: int, stop: int) -> None:
-        with self._alone(file, mark):
-            come = self._come[file]
-            if come[mark]:  # by another meanwhile
+        with self._alone(file, 0):
+            if come[0]:  # by another meanwhile
                 return
-            data = memoryview(self.read(file, start, stop))
-            try:
-                while start < stop:
-                    start += os.pwrite(self._data[file], data[start - stop :], start)
-            except OSError as error:
-                raise CheckpointError(f"{file}: cannot be written: {error.strerror}") from None
-            come[mark] = 1
+            prefix = self.read(file, 0, min(8, size))
+            length = int.from_bytes(prefix, "little")
+            rest = b""
+            if length <= MAX_HEADER_BYTES:  # else whoever parses it will say so
+                rest = self.read(file, len(prefix), min(8 + length, size))
+            self._write(file, prefix + rest, 0)
+            come[0] = 1
+
+    def _fetch(self, file: Path, piece: int) -> None:
+        come, start = self._come[file], piece * PIECE_BYTES
+        with self._alone(file, 1 + piece):
+            if come[1 + piece]:  # by another meanwhile
+                return
+            data = self.read(file, start, min(start + PIECE_BYTES, self._sizes[file]))
+            self._write(file, data, start)
+            come[1 + piece] = 1
+
+    def _write(self, file: Path, data: bytes, start: int) -> None:
+        left = memoryview(data)
+        try:
+            while left:
+                num_bytes = os.pwrite(self._data[file], left, start)
+                left, start = left[num_bytes:], start + num_bytes
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be written: {error.strerror}") from None
 
     @contextmanager
     def _alone(self, file: Path, mark: int) -> Iterator[None]:
@@ -149,6 +158,8 @@ class RangedFolder:
         Raises:
             CheckpointError: they cannot be fetched.
         """
+        if start == stop:
+            return b""
         place = f"{self._where}/{file.name}: bytes {start}:{stop}"
         for left in reversed(range(TRIES)):
             try:

@@ -187,6 +187,7 @@ class _Copy:
             return True
         try:
             with self._fs.open(f"{self._root}/{name}", cache_type="none") as stream:
+                stream.seek(8)  # from the start a whole file does for a range
                 return len(stream.read(8)) == 8
         except (OSError, ValueError):
             return False
@@ -200,8 +201,13 @@ class _Copy:
         def look(name: str) -> list[Any] | None:
             try:
                 info = self._fs.info(f"{self._root}/{name}")
-            except FileNotFoundError:
-                return None
+            except FileNotFoundError as error:  # for HTTP, whatever went wrong
+                cause = error.__cause__
+                if cause is None or isinstance(cause, FileNotFoundError):
+                    return None
+                raise CheckpointError(
+                    f"{self._where}/{name}: cannot be reached: {cause or type(cause).__name__}"
+                ) from None
             version = next((info[key] for key in _VERSIONS if info.get(key)), None)
             return [info.get("size"), str(version)]
 
