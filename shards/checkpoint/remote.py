@@ -49,6 +49,7 @@ HUB_PATTERNS = ["config.json", INDEX_FILE, "*.safetensors", "tokenizer.model", *
 _HUB_NAME = re.compile(r"[\w.\-]{1,96}/[\w.\-]{1,96}", re.ASCII)
 _STATE = ".arriero-copy.json"
 _RANGES = ".ranges"
+_NOT_THERE = (403, 404, 410)  # stores that do not list answer 403 for what is missing
 
 
 def is_url(where: str) -> bool:
@@ -203,7 +204,7 @@ class _Copy:
                 info = self._fs.info(f"{self._root}/{name}")
             except FileNotFoundError as error:  # for HTTP, whatever went wrong
                 cause = error.__cause__
-                if cause is None or isinstance(cause, FileNotFoundError):
+                if cause is None or getattr(cause, "status", None) in _NOT_THERE:
                     return None
                 raise CheckpointError(
                     f"{self._where}/{name}: cannot be reached: {cause or type(cause).__name__}"

@@ -25,14 +25,15 @@ import json
 import mmap
 import os
 import resource
+import select
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,6 @@ _POPULATE_WRITE = 23  # Python's mmap module does not name it
 STATES = ("warm", "cold")
 BALLAST_PIECE = 256 << 20
 KEPT_FREE = 1 << 30
-SETTLE_S = 60
 FIGURES = ("cat", "floor", "load")
 
 
@@ -136,19 +136,23 @@ def floor_s(files: list[Path], threads: int) -> float:
 
 
 def hold() -> None:
-    """Hold what memory is free, touched; give as it gets used and take back what is freed."""
+    """Hold what memory is free, touched, and give it as it gets used.
+
+    What was freed meanwhile is taken back for each line that comes in, which one goes out for.
+    """
     Path("/proc/self/oom_score_adj").write_text("1000")  # should memory run short, end this first
     pieces: list[mmap.mmap] = []
-    parent = os.getppid()
-    while os.getppid() == parent:
+    while True:
+        if select.select([sys.stdin], [], [], 0.003)[0]:
+            if not sys.stdin.buffer.readline():
+                return
+            while free_bytes() > KEPT_FREE + 2 * BALLAST_PIECE:
+                pieces.append(mmap.mmap(-1, BALLAST_PIECE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+                pieces[-1].madvise(mmap.MADV_HUGEPAGE)
+                pieces[-1].madvise(_POPULATE_WRITE)
+            print(len(pieces) * BALLAST_PIECE, flush=True)
         while pieces and free_bytes() < KEPT_FREE:
             pieces.pop().close()
-        if free_bytes() > KEPT_FREE + 2 * BALLAST_PIECE:
-            pieces.append(mmap.mmap(-1, BALLAST_PIECE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-            pieces[-1].madvise(mmap.MADV_HUGEPAGE)
-            pieces[-1].madvise(_POPULATE_WRITE)
-        else:
-            time.sleep(0.003)
 
 
 def free_bytes() -> int:
@@ -158,20 +162,23 @@ def free_bytes() -> int:
 
 
 @contextmanager
-def ballast() -> Iterator[None]:
-    """Have touched memory at hand within the block."""
-    with subprocess.Popen([sys.executable, __file__, "--only", "ballast"]) as held:
-        try:
-            yield
-        finally:
-            held.kill()
+def ballast(wanted: bool) -> Iterator[Callable[[], None]]:
+    """Gives what has touched memory at hand, called before each figure."""
+    if not wanted:
+        yield lambda: None
+        return
+    command = [sys.executable, __file__, "--only", "ballast"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as held:
+        asked, told = held.stdin, held.stdout
+        assert asked is not None and told is not None
 
+        def settle() -> None:
+            asked.write(b"\n")
+            asked.flush()
+            told.readline()
 
-def settle() -> None:
-    """Wait until the ballast has taken back what was freed."""
-    end = time.monotonic() + SETTLE_S
-    while free_bytes() > KEPT_FREE + 3 * BALLAST_PIECE and time.monotonic() < end:
-        time.sleep(0.02)
+        yield settle
+        asked.close()  # it ends by that
 
 
 def memory_kb(field: str) -> int:
@@ -208,15 +215,14 @@ def in_process(args: list[str]) -> dict[str, Any]:
 
 
 def measure(
-    state: str, what: str, model: str, files: list[Path], args: argparse.Namespace
+    state: str, what: str, model: str, files: list[Path], settle: Callable[[], None], threads: int
 ) -> dict[str, Any]:
     """One figure of one round: at least its seconds."""
     make_state(state, files)
-    if args.ballast:
-        settle()
+    settle()
     if what == "cat":
         return {"seconds": cat_s(files)}
-    return in_process(["--only", what, "--model", model, "--threads", str(args.threads)])
+    return in_process(["--only", what, "--model", model, "--threads", str(threads)])
 
 
 def main() -> None:
@@ -248,9 +254,11 @@ def main() -> None:
         return
     num_bytes = sum(file.stat().st_size for file in files)
     found: dict[str, list[dict[str, float]]] = {}
-    with ballast() if args.ballast else nullcontext():
+    with ballast(args.ballast) as settle:
         for at, state in product(range(args.rounds), args.state or STATES):
-            made = {what: measure(state, what, model, files, args) for what in FIGURES}
+            made = {
+                what: measure(state, what, model, files, settle, args.threads) for what in FIGURES
+            }
             line = {f"{what}_gb_s": num_bytes / made[what]["seconds"] / 1e9 for what in FIGURES}
             loaded = made["load"]
             line |= {
