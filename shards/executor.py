@@ -6,12 +6,14 @@ in processes of their own, wherever they run; `spawn_group` starts such processe
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import queue
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -22,6 +24,7 @@ import zmq
 
 from arriero.shards.errors import ArrieroError, CheckpointError, GroupFailed
 from arriero.shards.group import GroupConfig
+from arriero.shards.kv.moves import Moved, Moves
 from arriero.shards.plan import StepPlan, StepResult
 from arriero.shards.slice import SliceReport, Ticket, run_slice
 
@@ -40,7 +43,9 @@ class LocalExecutor:
         from arriero.shards.runner import runner_for
 
         self._runner: Runner | None = runner_for(config, 0)
-        self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
+        self._moved: queue.SimpleQueue[Moved] = queue.SimpleQueue()
+        self._mover = self._runner.open_tiers(self._moved.put)
+        self._plans: queue.SimpleQueue[StepPlan | Moves | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[Pending | BaseException] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="slice", daemon=True)
         self._thread.start()
@@ -59,10 +64,26 @@ class LocalExecutor:
             raise GroupFailed(f"slice 0 failed in a step: {type(got).__name__}: {got}") from got
         return got.wait()
 
+    def move(self, moves: Moves) -> None:
+        """Queue moves behind the plans."""
+        self._plans.put(moves)
+
+    def moved(self, timeout_s: float = 0.0) -> list[Moved]:
+        """What came of moves since the last call; waits for the first until the limit."""
+        found: list[Moved] = []
+        with contextlib.suppress(queue.Empty):
+            found.append(self._moved.get(timeout_s > 0, timeout_s))
+            while True:
+                found.append(self._moved.get_nowait())
+        return found
+
     def close(self) -> None:
-        """Stop the thread and give the weights back; safe to call twice."""
+        """Stop the threads and give the weights back; safe to call twice."""
         self._plans.put(None)
         self._thread.join()
+        if self._mover is not None:
+            self._mover.close()
+            self._mover = None
         self._runner = None
 
     def _run(self) -> None:
@@ -70,6 +91,10 @@ class LocalExecutor:
         assert runner is not None, "set before the thread starts"
         try:
             while (plan := self._plans.get()) is not None:
+                if isinstance(plan, Moves):
+                    if self._mover is not None:
+                        self._mover.submit(plan)
+                    continue
                 pending = runner.launch(plan)
                 assert pending is not None, "the only slice of a group samples"
                 self._results.put(pending)
@@ -125,6 +150,8 @@ class RemoteExecutor:
         self.ticket = Ticket(address=address, config=config, **keys)
         self._identities = [rank.to_bytes(4, "little") for rank in range(config.world_size)]
         self._slices = [_SliceState() for _ in self._identities]
+        self._results: deque[bytes] = deque()
+        self._moved: list[Moved] = []
         self._failure: ArrieroError | None = None
         self._watch: Callable[[], str | None] = lambda: None
         self._closing: Callable[[], None] = lambda: None
@@ -183,6 +210,8 @@ class RemoteExecutor:
             GroupFailed: a slice is lost; the text is the first cause.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        if self._results:  # they came while moves were waited for
+            return StepResult.from_bytes(self._results.popleft())
         while True:
             left = POLL_S if deadline is None else min(POLL_S, deadline - time.monotonic())
             result = self._pump(max(left, 0.0))
@@ -190,6 +219,27 @@ class RemoteExecutor:
                 return StepResult.from_bytes(result)
             if deadline is not None and time.monotonic() >= deadline:
                 return None
+
+    def move(self, moves: Moves) -> None:
+        """Send moves to every slice, behind the plans."""
+        self._tell_all(b"M", moves.to_bytes())
+
+    def moved(self, timeout_s: float = 0.0) -> list[Moved]:
+        """What slices said of moves since the last call; waits for the first until the limit.
+
+        Raises:
+            GroupFailed: a slice is lost; the text is the first cause.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not self._moved:
+            left = deadline - time.monotonic()
+            result = self._pump(max(left, 0.0))
+            if result is not None:
+                self._results.append(result)
+            if left <= 0:
+                break
+        found, self._moved = self._moved, []
+        return found
 
     def close(self) -> None:
         """Stop the slices; safe to call twice."""
@@ -226,6 +276,9 @@ class RemoteExecutor:
         identity, kind, body = self._socket.recv_multipart()
         if kind == b"T":
             return body
+        if kind == b"V":
+            self._moved.append(Moved.from_bytes(body))
+            return None
         rank = int.from_bytes(identity, "little")
         self._hear(rank, kind, msgpack.unpackb(body))
         return None

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from arriero.shards.kv.config import TierConfig
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupConfig:
@@ -29,6 +31,7 @@ class GroupConfig:
         kv_bytes: memory of the KV pool of the whole group; None asks the planner's default.
         num_blocks: KV blocks outright, instead of `kv_bytes`.
         max_model_len: None takes the model's own limit.
+        tiers: of the KV cache below the device.
         max_sequences, max_batch_tokens, max_queued, prefix_cache: as in `EngineConfig`.
     """
 
@@ -50,6 +53,7 @@ class GroupConfig:
     max_batch_tokens: int = 2048
     max_queued: int = 4096
     prefix_cache: bool = True
+    tiers: TierConfig = TierConfig()
 
     @property
     def world_size(self) -> int:

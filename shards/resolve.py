@@ -12,6 +12,7 @@ from dataclasses import replace
 from arriero.shards.engine.types import EngineConfig
 from arriero.shards.errors import SpecError
 from arriero.shards.group import GroupConfig
+from arriero.shards.kv.limits import TierLimits
 from arriero.shards.models.config import ModelConfig
 from arriero.shards.partition import SlicePart, kv_bytes_per_block, partition
 
@@ -92,7 +93,55 @@ def engine_config(config: GroupConfig, model: ModelConfig, digest: str) -> Engin
         num_stages=config.pp,
         vocab_size=model.vocab_size,
         eos_token_ids=model.eos_token_ids,
-        cache_salt=digest.encode(),
+        cache_salt=cache_salt(config, digest),
+        tiers=tier_limits(config, model),
+    )
+
+
+def cache_salt(config: GroupConfig, digest: str) -> bytes:
+    """What all keys of a group's blocks begin with: equal where blocks are worth the same.
+
+    Names the model, and how its numbers are held: other weights, other types, other keys. Layouts
+    agree to rounding, and are named only where every bit is asked for.
+    """
+    parts = [digest, config.dtype, config.quantization or ""]
+    if config.tiers.same_layout:
+        parts += [
+            str(one)
+            for one in (config.tp, config.pp, config.tp_shares, config.device, config.kernels)
+        ]
+    return "\n".join(parts).encode()
+
+
+def tier_limits(config: GroupConfig, model: ModelConfig) -> TierLimits:
+    """How many blocks the tiers of a resolved group hold.
+
+    Raises:
+        SpecError: a tier that holds no block, or blocks cannot be kept.
+    """
+    tiers = config.tiers
+    if not tiers.enabled:
+        return TierLimits()
+    if not config.prefix_cache:
+        raise SpecError("`tiers` keep prefix blocks, and `prefix_cache` is off; turn it on")
+    if not 0 < tiers.max_tenant_share <= 1:
+        raise SpecError(f"`max_tenant_share`={tiers.max_tenant_share} must be above 0, at most 1")
+    block_bytes = group_block_bytes(config, model, partition(model, config))
+    disk_bytes = tiers.disk_bytes if tiers.disk_path is not None else 0
+    counts = []
+    for name, given, wanted in (
+        ("host_bytes", tiers.host_bytes, bool(tiers.host_bytes)),
+        ("disk_bytes", disk_bytes, tiers.disk_path is not None),
+    ):
+        if wanted and given < block_bytes:
+            raise SpecError(f"`{name}`={given} holds no block of {block_bytes} bytes; give more")
+        counts.append(given // block_bytes)
+    return TierLimits(
+        host_blocks=counts[0],
+        disk_blocks=counts[1],
+        shared=tiers.shared_url is not None,
+        max_tenant_share=tiers.max_tenant_share,
+        num_ranks=config.world_size,
     )
 
 

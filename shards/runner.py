@@ -9,6 +9,7 @@ Shape legend: T tokens, H hidden size, R rows, V vocabulary.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,10 +22,14 @@ from arriero.kernels.select import ops_for
 from arriero.shards.checkpoint.llama_names import expected_tensors
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.group import GroupConfig
+from arriero.shards.kv.mover import Fence, Mover, TierSettings
+from arriero.shards.kv.moves import Moved
+from arriero.shards.kv.pieces import Piece
 from arriero.shards.mesh import Mesh
 from arriero.shards.models.llama import LlamaSlice, Progress
-from arriero.shards.partition import partition
+from arriero.shards.partition import SlicePart, partition
 from arriero.shards.plan import Logprobs, StepPlan, StepResult
+from arriero.shards.resolve import cache_salt, tier_limits
 from arriero.shards.sequences import Rope, SequenceTable
 
 PROMPT_LOGPROB_ROWS = 128
@@ -70,6 +75,7 @@ class Runner:
     ) -> None:
         torch.set_grad_enabled(False)
         started = time.perf_counter()
+        self._config = config
         checkpoint = Checkpoint.open(config.model_path)
         model = checkpoint.config
         checkpoint.check(expected_tensors(model))
@@ -104,6 +110,31 @@ class Runner:
         self.load_s = time.perf_counter() - started
         self.weights_nbytes, self.kv_nbytes = self._model.weights_nbytes, self._model.kv.nbytes
         self.kernels = self._ops.name
+
+    def open_tiers(self, on_moved: Callable[[Moved], None]) -> Mover | None:
+        """Open the tiers below the device, if there are any; for whoever runs the steps to close.
+
+        Args:
+            on_moved: told what came of moves, from a thread of the tiers' own.
+        """
+        config, part = self._config, self.mesh.part
+        if not config.tiers.enabled:
+            return None
+        checkpoint = Checkpoint.open(config.model_path)
+        others = partition(checkpoint.config, config)[: part.rank]
+        settings = TierSettings(
+            config=config.tiers,
+            salt=cache_salt(config, checkpoint.digest),
+            host_slots=tier_limits(config, checkpoint.config).host_blocks,
+            rank=part.rank,
+            piece=_piece(part),
+            writes=all(_piece(one) != _piece(part) for one in others),
+        )
+        return Mover(self._model.kv, settings, on_moved, self.fence)
+
+    def fence(self) -> Fence | None:
+        """When the device will have run what was launched; None where it has."""
+        return None
 
     def launch(self, plan: StepPlan) -> Pending | None:
         """Begin one plan; the rank that samples gives what to wait for, the others None."""
@@ -206,6 +237,11 @@ class Runner:
             return None
         columns = [torch.cat(part).cpu().numpy() for part in zip(*found, strict=True)]
         return Logprobs(chosen=columns[0], top_tokens=columns[1], top=columns[2])
+
+
+def _piece(part: SlicePart) -> Piece:
+    layers, heads = part.layers, part.kv_heads
+    return Piece((layers.start, layers.stop), (heads.start, heads.stop))
 
 
 def _logprobs(sampled: Sampled | None) -> Logprobs | None:

@@ -4,7 +4,9 @@ One ZeroMQ socket to the leader carries everything: hello, join, progress, ready
 errors. Runs in any process: a Ray actor's thread, a spawned child, torchrun.
 
 Messages are two frames: a one-byte kind and a body. To the leader: H hello, L loading, R ready,
-T result, E error (bodies are msgpack). From the leader: J join (rendezvous), P plan, S stop.
+T result, V moved, E error (bodies are msgpack). From the leader: J join (rendezvous), P plan,
+M moves of KV blocks, S stop. What came of moves is sent by the thread that makes them, through a
+socket of its own.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from arriero.shards.group import GroupConfig
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
+    from arriero.shards.kv.mover import Mover
+    from arriero.shards.kv.moves import Moved
     from arriero.shards.runner import Pending, Runner
 
 PROGRESS_PERIOD_S = 0.1
@@ -115,7 +119,12 @@ def run_slice(
         )
         link.send(b"R", asdict(report))
         phase = "step"
-        _serve(runner, link)
+        mover = runner.open_tiers(link.open_second().send)
+        try:
+            _serve(runner, link, mover)
+        finally:
+            if mover is not None:
+                mover.close()
         runner.mesh.leave()
     except LeaderLost:
         return
@@ -127,17 +136,23 @@ def run_slice(
         link.close()
 
 
-def _serve(runner: Runner, link: _Link) -> None:
+def _serve(runner: Runner, link: _Link, mover: Mover | None) -> None:
     """The loop: receive, launch, reply; a plan that has come is launched before a result is due."""
+    from arriero.shards.kv.moves import Moves
     from arriero.shards.plan import StepPlan
 
     due: deque[Pending] = deque()
     while True:
         while due and (due[0].done or not link.waiting()):
             link.send_bytes(b"T", due.popleft().wait().to_bytes())
-        body = link.receive(b"P")
-        if body is None:
+        message = link.receive_any((b"P", b"M"))
+        if message is None:
             return
+        kind, body = message
+        if kind == b"M":
+            assert mover is not None, "moves came to a slice without tiers"
+            mover.submit(Moves.from_bytes(body))
+            continue
         pending = runner.launch(StepPlan.from_bytes(body))
         if pending is not None:
             due.append(pending)
@@ -170,18 +185,16 @@ class _Link:
     def __init__(self, rank: int, ticket: Ticket, leader_alive: Callable[[], bool]) -> None:
         self._alive = leader_alive
         self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.IDENTITY, rank.to_bytes(4, "little"))
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._socket.setsockopt(zmq.LINGER, 1000)
+        self._name, self._ticket = rank.to_bytes(4, "little"), ticket
+        self._socket = _connect(self._context, self._name, ticket)
         self._socket.setsockopt(zmq.RCVTIMEO, int(LEADER_CHECK_S * 1000))
-        if ticket.server_key is not None:
-            self._socket.curve_serverkey = ticket.server_key
-            self._socket.curve_publickey = ticket.public_key
-            self._socket.curve_secretkey = ticket.secret_key
-        self._socket.connect(ticket.address)
         self._last_progress = 0.0
+        self._second: _MovedLink | None = None
+
+    def open_second(self) -> _MovedLink:
+        """A way for another thread to send; closed with the link, when that thread has ended."""
+        self._second = _MovedLink(self._context, self._name, self._ticket)
+        return self._second
 
     def send(self, kind: bytes, body: dict[str, object]) -> None:
         """Send a message whose body is a map."""
@@ -199,7 +212,12 @@ class _Link:
             self.send(b"L", {"done": done, "total": total})
 
     def receive(self, kind: bytes) -> bytes | None:
-        """Wait for a message of `kind`; None when told to stop.
+        """Wait for a message of `kind`; None when told to stop. Raises as `receive_any`."""
+        message = self.receive_any((kind,))
+        return None if message is None else message[1]
+
+    def receive_any(self, kinds: tuple[bytes, ...]) -> tuple[bytes, bytes] | None:
+        """Wait for a message of one of `kinds`: (kind, body); None when told to stop.
 
         Raises:
             LeaderLost: nothing came and the leader is gone.
@@ -213,14 +231,52 @@ class _Link:
                 continue
             if got == b"S":
                 return None
-            assert got == kind, f"message {got!r} where {kind!r} is due"
-            return body
+            assert got in kinds, f"message {got!r} where one of {kinds!r} is due"
+            return got, body
 
     def waiting(self) -> bool:
         """Whether a message is here to be received."""
         return bool(self._socket.poll(0))
 
     def close(self) -> None:
-        """Give the socket back, once what was sent is out."""
+        """Give the sockets back, once what was sent is out."""
         self._socket.close()
+        if self._second is not None:
+            self._second.close()
         self._context.term()
+
+
+class _MovedLink:
+    """A socket to the leader for what came of moves; one thread sends."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], name: bytes, ticket: Ticket) -> None:
+        self._context, self._name, self._ticket = context, name, ticket
+        self._socket: zmq.Socket[bytes] | None = None
+
+    def send(self, moved: Moved) -> None:
+        """Send; the first call decides the thread."""
+        if self._socket is None:
+            self._socket = _connect(self._context, self._name + b"moved", self._ticket)
+        self._socket.send_multipart([b"V", moved.to_bytes()])
+
+    def close(self) -> None:
+        """Give the socket back; the thread that sent has ended."""
+        if self._socket is not None:
+            self._socket.close()
+
+
+def _connect(
+    context: zmq.Context[zmq.Socket[bytes]], name: bytes, ticket: Ticket
+) -> zmq.Socket[bytes]:
+    """A socket to the leader, which knows it by `name`."""
+    made = context.socket(zmq.DEALER)
+    made.setsockopt(zmq.IDENTITY, name)
+    made.setsockopt(zmq.SNDHWM, 0)
+    made.setsockopt(zmq.RCVHWM, 0)
+    made.setsockopt(zmq.LINGER, 1000)
+    if ticket.server_key is not None:
+        made.curve_serverkey = ticket.server_key
+        made.curve_publickey = ticket.public_key
+        made.curve_secretkey = ticket.secret_key
+    made.connect(ticket.address)
+    return made

@@ -30,6 +30,8 @@ _log = logging.getLogger(__name__)
 
 _COLLECT_S = 0.25
 """How long a wait for a result lasts before `stop` is heeded."""
+_MOVED_S = 0.005
+"""How long a wait for moves of blocks lasts, when nothing else can run, before requests are."""
 
 
 class Engine:
@@ -145,7 +147,9 @@ class Engine:
     def _has_work(self) -> bool:
         scheduler = self._scheduler
         inbox = self._arrived or self._cancelled
-        return bool(inbox or scheduler.num_live or scheduler.num_outstanding)
+        return bool(
+            inbox or scheduler.num_live or scheduler.num_outstanding or scheduler.num_moving
+        )
 
     def step(self) -> bool:
         """Plan ahead, take the oldest result, hand out what it gave; True while work is left.
@@ -155,6 +159,7 @@ class Engine:
         """
         try:
             self._take_inbox()
+            self._take_moved()
             self._submit_plans()
             self._collect_oldest()
             self._deliver()
@@ -176,10 +181,20 @@ class Engine:
         begun = perf_counter_ns()
         while (plan := self._scheduler.schedule()) is not None:
             self._executor.submit(plan)
+        for moves in self._scheduler.take_moves():
+            self._executor.move(moves)
         self._means.note("schedule", perf_counter_ns() - begun)
+
+    def _take_moved(self, timeout_s: float = 0.0) -> None:
+        if self.config.tiers.enabled:
+            for moved in self._executor.moved(timeout_s):
+                self._scheduler.take_moved(moved)
 
     def _collect_oldest(self) -> None:
         if not self._scheduler.num_outstanding:
+            if self._scheduler.num_moving:
+                self._take_moved(_MOVED_S)
+                return
             # Else the loop would spin for ever without a word.
             assert not self._scheduler.num_live, "requests are live and nothing can run"
             return

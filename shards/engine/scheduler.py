@@ -37,9 +37,12 @@ from arriero.shards.engine.sequence_blocks import SequenceBlocks
 from arriero.shards.engine.slots import SlotTable
 from arriero.shards.engine.types import EngineConfig, EngineRequest, EngineStats, SequenceOutput
 from arriero.shards.errors import GroupFailed, InvalidRequest, Overloaded
+from arriero.shards.kv.moves import Moved, Moves
 from arriero.shards.plan import Int32, StepPlan, StepResult, int32
 
 _rank = attrgetter("rank")
+LOADS_AHEAD = 8
+"""Waiting sequences whose prefixes are brought up from lower tiers before their turn."""
 
 
 class Scheduler:
@@ -75,6 +78,7 @@ class Scheduler:
 
         self._requests: dict[str, LiveRequest] = {}
         self._waiting: list[Sequence] = []  # by rank
+        self._loading: dict[int, Sequence] = {}  # waiting too, by the owner of their load
         self._prefilling: list[Sequence] = []  # by rank
         self._decoding: dict[int, None] = {}  # slots
         self._decoding_slots: Int32 | None = None  # the same as an array, while it is unchanged
@@ -155,7 +159,7 @@ class Scheduler:
     def stats(self) -> EngineStats:
         """A snapshot, without `step_us`; safe from any thread."""
         return EngineStats(
-            num_waiting=len(self._waiting),
+            num_waiting=len(self._waiting) + len(self._loading),
             num_running=self._num_running,
             blocks_used=self._blocks.pool.num_used,
             blocks_cached=self._blocks.pool.num_cached,
@@ -165,6 +169,7 @@ class Scheduler:
             cached_tokens=self._cached_tokens,
             output_tokens=self._output_tokens,
             preemptions=self._preemptions,
+            tiers=self._blocks.tiers.counts() if self.config.tiers.enabled else {},
         )
 
     # ---- plans ----
@@ -176,6 +181,7 @@ class Scheduler:
         slots, starts = self._take_decodes()
         budget = self.config.max_batch_tokens - len(slots)
         chunks = self._continue_prefills(budget)
+        self._start_loads()
         self._admit(chunks, budget - sum(chunk.end - chunk.start for chunk in chunks))
         if not len(slots) and not chunks:
             return None
@@ -241,6 +247,7 @@ class Scheduler:
         victim: Sequence = max(running, key=_rank)
         self._release(victim)
         victim.prompt_rows.clear()
+        victim.searched = False
         insort(self._waiting, victim, key=_rank)
         self._preemptions += 1
 
@@ -266,6 +273,20 @@ class Scheduler:
                 insort(self._prefilling, sequence, key=_rank)
             chunks.append(chunk)
             budget -= chunk.end - chunk.start
+
+    def _start_loads(self) -> None:
+        """Have prefixes brought up from lower tiers; whoever waits for one holds up nobody."""
+        if not self._blocks.tiers.enabled:
+            return
+        for sequence in self._waiting[:LOADS_AHEAD]:
+            if sequence.searched:
+                continue
+            sequence.searched = True
+            load = self._blocks.begin_load(sequence, self._num_running)
+            if load is not None:
+                self._waiting.remove(sequence)
+                self._loading[load.owner] = sequence
+                sequence.load = load.owner
 
     def _take_chunk(self, sequence: Sequence, budget: int) -> Chunk:
         slot, known = sequence.slot, len(sequence.tokens)
@@ -293,6 +314,8 @@ class Scheduler:
             while blocks.num_anchors:
                 blocks.drop_latest_prompt()
             shared = blocks.find_shared(sequence)
+            if pool.cost(blocks.count(sequence), shared) > pool.num_available:
+                return False  # the rest is pinned while it is copied
         table = blocks.open(sequence, shared)
         size = self.config.block_size
         self._slots.enter(sequence, scheduled=len(shared) * size, capacity=len(table) * size)
@@ -338,6 +361,28 @@ class Scheduler:
             self._finish(sequence)
         return harvest.outputs
 
+    # ---- tiers ----
+
+    @property
+    def num_moving(self) -> int:
+        """Moves of blocks under way or waiting to be made."""
+        return self._blocks.tiers.num_moving
+
+    def take_moves(self) -> list[Moves]:
+        """Moves of blocks to send to the slices, after every plan made so far."""
+        return self._blocks.tiers.take_moves()
+
+    def take_moved(self, moved: Moved) -> None:
+        """Hear from a slice what came of moves."""
+        tiers = self._blocks.tiers
+        tiers.take(moved)
+        for load in tiers.loaded():
+            sequence = self._loading.pop(load.owner, None)
+            self._blocks.end_load(load, None if sequence is None else sequence.live)
+            if sequence is not None:
+                sequence.load = None
+                insort(self._waiting, sequence, key=_rank)
+
     # ---- shared by both ----
 
     @property
@@ -366,6 +411,8 @@ class Scheduler:
         """Remove a sequence that has ended, and with the last one its request."""
         if sequence.slot >= 0:
             self._release(sequence)
+        elif sequence.load is not None:
+            del self._loading[sequence.load]  # the load ends by itself
         else:
             del self._waiting[bisect_left(self._waiting, sequence.rank, key=_rank)]
         live = sequence.live

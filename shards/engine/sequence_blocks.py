@@ -2,7 +2,8 @@
 
 Samples of one request share its full prompt blocks. The first sample computes them; an *anchor*
 then holds them until the others have begun, whatever becomes of the first meanwhile. Anchors only
-save work, so they are the first to go when blocks run out.
+save work, so they are the first to go when blocks run out. Blocks that were loaded from a lower
+tier for a request are anchored in the same way until it begins.
 
 Knows sequences and blocks; knows nothing of slots, steps or who goes first.
 """
@@ -10,10 +11,12 @@ Knows sequences and blocks; knows nothing of slots, steps or who goes first.
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from typing import Literal
 
 from arriero.shards.engine.blocks import BlockManager, CacheListener, chain_keys, root_key
 from arriero.shards.engine.sequence import LiveRequest, Sequence
 from arriero.shards.engine.types import EngineConfig
+from arriero.shards.kv.leader import KvTiers, Load
 
 
 class SequenceBlocks:
@@ -25,14 +28,17 @@ class SequenceBlocks:
 
     Attributes:
         pool: the blocks themselves.
+        tiers: what is kept of them below the device.
     """
 
     def __init__(self, config: EngineConfig, on_event: CacheListener | None) -> None:
-        self.pool = BlockManager(config.num_blocks, config.block_size, on_event=on_event)
+        self._on_event = on_event
+        self.pool = BlockManager(config.num_blocks, config.block_size, on_event=self._changed)
         self._prefix_cache = config.prefix_cache
         self._model_salt = config.cache_salt
         self._anchors: dict[int, LiveRequest] = {}
         self._owners = 0
+        self.tiers = KvTiers(config.tiers, self.pool, self.new_owner)
 
     @property
     def num_anchors(self) -> int:
@@ -83,15 +89,36 @@ class SequenceBlocks:
         if self._prefix_cache and full > sequence.num_stored:
             self._extend_keys(sequence, full)
             first = sequence.num_stored
-            self.pool.store(sequence.owner, first, sequence.keys[first:full])
+            keys = sequence.keys[first:full]
+            self.pool.store(sequence.owner, first, keys)
+            self.tiers.note(keys, first, sequence.live.request.cache_salt)
             sequence.num_stored = full
+
+    def begin_load(self, sequence: Sequence, spare: int) -> Load | None:
+        """Begin to bring up what lower tiers hold of a sequence's first tokens, if they do.
+
+        Args:
+            sequence: not in a slot.
+            spare: blocks that must stay available.
+        """
+        request = sequence.live.request
+        if not self._prefix_cache or sequence.wants_prompt_rows or sequence.live.anchor is not None:
+            return None
+        most = (len(sequence.tokens) - 1) // self.pool.block_size
+        self._extend_keys(sequence, most)
+        return self.tiers.load(sequence.keys[:most], spare, request.cache_salt, request.peer)
+
+    def end_load(self, load: Load, live: LiveRequest | None) -> None:
+        """Take what was loaded over from its load; kept for the request, if it still is."""
+        if live is not None and live.anchor is None and load.num_good:
+            self._anchor(live, load.owner, load.num_good * self.pool.block_size)
+        self.pool.free(load.owner)
 
     def keep_prompt(self, sequence: Sequence) -> None:
         """Anchor the full prompt blocks of a request's first sample, but for the last token."""
         if sequence.num_prompt > self.pool.block_size:
-            anchor = sequence.live.anchor = self.new_owner()
-            self.pool.fork(sequence.owner, anchor, sequence.num_prompt - 1)
-            self._anchors[anchor] = sequence.live
+            self.drop_prompt(sequence.live)
+            self._anchor(sequence.live, sequence.owner, sequence.num_prompt - 1)
 
     def drop_prompt(self, live: LiveRequest) -> None:
         """Drop a request's anchor, if it has one."""
@@ -103,6 +130,16 @@ class SequenceBlocks:
     def drop_latest_prompt(self) -> None:
         """Drop the anchor that was made last."""
         self.drop_prompt(next(reversed(self._anchors.values())))
+
+    def _anchor(self, live: LiveRequest, owner: int, num_tokens: int) -> None:
+        anchor = live.anchor = self.new_owner()
+        self.pool.fork(owner, anchor, num_tokens)
+        self._anchors[anchor] = live
+
+    def _changed(self, kind: Literal["stored", "evicted"], key: bytes) -> None:
+        self.tiers.changed(key)
+        if self._on_event is not None:
+            self._on_event(kind, key)
 
     def _extend_keys(self, sequence: Sequence, count: int) -> None:
         keys, size = sequence.keys, self.pool.block_size

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from arriero.shards.kv.limits import PeerBlocks, TierLimits
+from arriero.shards.kv.moves import Moved, Moves
 from arriero.shards.plan import StepPlan, StepResult
 from arriero.shards.sampling import SamplingParams
 
@@ -26,6 +28,7 @@ class EngineConfig:
         vocab_size: token ids run below it.
         eos_token_ids: the model's own end tokens.
         cache_salt: digest of model and revision; the root of every block's key.
+        tiers: of the KV cache below the device.
     """
 
     max_model_len: int
@@ -40,6 +43,7 @@ class EngineConfig:
     vocab_size: int
     eos_token_ids: tuple[int, ...] = ()
     cache_salt: bytes = b""
+    tiers: TierLimits = TierLimits()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +58,7 @@ class EngineRequest:
         resumed: output tokens emitted elsewhere before (a resumed stream); they count as output
             for penalties, `max_tokens`, `min_tokens` and the draw's position. Only with n = 1.
         cache_salt: joins the keys of this request's blocks, to keep tenants' caches apart.
+        peer: blocks of its prefix that another group has, to be copied from there.
     """
 
     request_id: str
@@ -62,6 +67,7 @@ class EngineRequest:
     priority: int = 0
     resumed: tuple[int, ...] = ()
     cache_salt: bytes = b""
+    peer: PeerBlocks | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,10 +124,11 @@ class EngineStats:
     output_tokens: int = 0
     preemptions: int = 0
     step_us: dict[str, float] = field(default_factory=dict)
+    tiers: dict[str, int] = field(default_factory=dict)
 
 
 class Executor(Protocol):
-    """Runs plans on the slices of the group, in order.
+    """Runs plans on the slices of the group, in order; moves of KV blocks beside them.
 
     `submit` returns at once; `collect` waits for the oldest result not yet collected, and raises
     `GroupFailed` with the first cause when a slice is lost.
@@ -132,6 +139,12 @@ class Executor(Protocol):
 
     def collect(self, timeout_s: float | None = None) -> StepResult | None:
         """Result of the oldest plan outstanding, or None at the time limit."""
+
+    def move(self, moves: Moves) -> None:
+        """Send moves to every slice, which takes them up after the plans sent before."""
+
+    def moved(self, timeout_s: float = 0.0) -> list[Moved]:
+        """What slices said of moves since the last call; waits for the first until the limit."""
 
     def close(self) -> None:
         """Stop the slices; safe to call twice."""
