@@ -265,6 +265,16 @@ class _Groups(Collector):
             "Duration of a step's phases, lately.",
             labels=[*labels, "phase"],
         )
+        tiers = GaugeMetricFamily(
+            "arriero_kv_tier_blocks",
+            "KV blocks of the group below the device.",
+            labels=[*labels, "tier"],
+        )
+        copies = CounterMetricFamily(
+            "arriero_kv_tier_copies",
+            "Copies of KV blocks: loaded to the device, saved below it, failed.",
+            labels=[*labels, "kind"],
+        )
         counters = {
             field: CounterMetricFamily(name, words, labels=labels)
             for field, (name, words) in _COUNTERS.items()
@@ -275,8 +285,13 @@ class _Groups(Collector):
             running.add_metric(group, view.load.num_running)
             for state in ("used", "cached", "total"):
                 blocks.add_metric([*group, state], view.stats.get(f"blocks_{state}", 0))
+            below = view.stats.get("tiers", {})
+            for tier in below.keys() & {"host", "disk", "shared"}:
+                tiers.add_metric([*group, tier], below[tier])
+            for kind in below.keys() & {"loaded", "saved", "failed"}:
+                copies.add_metric([*group, kind], below[kind])
             for phase, duration_us in view.stats.get("step_us", {}).items():
                 steps.add_metric([*group, phase], duration_us / 1e6)
             for field, counter in counters.items():
                 counter.add_metric(group, view.stats.get(field, 0))
-        yield from (waiting, running, blocks, steps, *counters.values())
+        yield from (waiting, running, blocks, tiers, copies, steps, *counters.values())

@@ -13,6 +13,7 @@ import queue
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -27,6 +28,7 @@ from arriero.shards.errors import ArrieroError, CheckpointError, GroupFailed
 from arriero.shards.failure import Evidence, FirstCause, Kind
 from arriero.shards.group import GroupConfig
 from arriero.shards.health import HealthLimits
+from arriero.shards.kv.moves import Moved, Moves
 from arriero.shards.monitor import Monitor
 from arriero.shards.plan import StepPlan, StepResult
 from arriero.shards.slice import SliceReport, Ticket, run_slice
@@ -77,7 +79,9 @@ class LocalExecutor:
         from arriero.shards.runner import runner_for
 
         self._runner: Runner | None = runner_for(config, 0)
-        self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
+        self._moved: queue.SimpleQueue[Moved] = queue.SimpleQueue()
+        self._movers = self._runner.open_tiers(self._moved.put)
+        self._plans: queue.SimpleQueue[StepPlan | Moves | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[Pending | BaseException] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="slice", daemon=True)
         self._thread.start()
@@ -100,10 +104,24 @@ class LocalExecutor:
         """One slice holds all experts: there is nothing to balance."""
         return {}
 
+    def move(self, moves: Moves) -> None:
+        """Queue copies of blocks behind the plans."""
+        self._plans.put(moves)
+
+    def moved(self, timeout_s: float = 0.0) -> list[Moved]:
+        """What came of copies since the last call; waits for the first until the limit."""
+        found: list[Moved] = []
+        with contextlib.suppress(queue.Empty):
+            found.append(self._moved.get(timeout_s > 0, timeout_s))
+            while True:
+                found.append(self._moved.get_nowait())
+        return found
+
     def close(self) -> None:
-        """Stop the thread and give the weights back; safe to call twice."""
+        """Stop the threads and give the weights back; safe to call twice."""
         self._plans.put(None)
         self._thread.join()
+        self._movers.close()
         self._runner = None
 
     def _run(self) -> None:
@@ -111,6 +129,9 @@ class LocalExecutor:
         assert runner is not None, "set before the thread starts"
         try:
             while (plan := self._plans.get()) is not None:
+                if isinstance(plan, Moves):
+                    self._movers.submit(plan)
+                    continue
                 pending = runner.launch(plan)
                 assert pending is not None, "the only slice of a group samples"
                 self._results.put(pending)
@@ -183,6 +204,8 @@ class RemoteExecutor:
         self._identities = [rank.to_bytes(4, "little") for rank in range(config.world_size)]
         self._slices = [_SliceState() for _ in self._identities]
         self._loads: dict[int, Loads] = {}
+        self._results: deque[bytes] = deque()
+        self._moved: list[Moved] = []
         self._failure: ArrieroError | None = None
         self._lost = threading.Lock()
         self._closing: Callable[[], None] = lambda: None
@@ -269,7 +292,8 @@ class RemoteExecutor:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             left = POLL_S if deadline is None else min(POLL_S, deadline - time.monotonic())
-            result = self._pump(max(left, 0.0))
+            # some may have come while copies were waited for
+            result = self._results.popleft() if self._results else self._pump(max(left, 0.0))
             if result is not None:
                 step = StepResult.from_bytes(result)
                 self._monitor.answered(step.step)
@@ -281,6 +305,31 @@ class RemoteExecutor:
         """What slices have told since the last call; see `Executor.take_loads`."""
         taken, self._loads = self._loads, {}
         return taken
+
+    def move(self, moves: Moves) -> None:
+        """Send copies of blocks to every slice, behind the plans."""
+        self._tell(range(len(self._identities)), b"M", moves.to_bytes())
+
+    def moved(self, timeout_s: float = 0.0) -> list[Moved]:
+        """What slices said of copies since the last call; waits for the first until the limit.
+
+        Raises:
+            GroupFailed: a slice is lost; the text is the first cause.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left = 0.0 if self._moved else max(0.0, deadline - time.monotonic())
+            waiting = self._socket.poll(int(left * 1000))
+            if not waiting:
+                if self._failure is not None:
+                    raise self._failure
+                break
+            result = self._pump(0.0)
+            if result is not None:
+                self._results.append(result)
+                break
+        found, self._moved = self._moved, []
+        return found
 
     def close(self) -> None:
         """Stop the slices; safe to call twice."""
@@ -320,6 +369,9 @@ class RemoteExecutor:
         identity, kind, body = self._socket.recv_multipart()
         if kind == b"T":
             return body
+        if kind == b"V":
+            self._moved.append(Moved.from_bytes(body))
+            return None
         rank = int.from_bytes(identity, "little")
         self._hear(rank, kind, msgpack.unpackb(body))
         return None

@@ -125,6 +125,10 @@ class CudaRunner(Runner):
         if config.world_size == 1 and not config.num_local_blocks:
             self._graphs = GraphRunner(self._device, buckets_up_to(config.max_sequences))
 
+    def fence(self) -> Event:
+        """When the device will have run what was launched."""
+        return self._device.mark()
+
     def step(self, plan: StepPlan) -> StepResult | None:
         """Run one plan and wait for its result; see `launch`."""
         pending = self.launch(plan)

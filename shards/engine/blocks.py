@@ -123,11 +123,6 @@ class BlockManager:
         fresh = (self._take() for _ in range(num_blocks - len(shared)))
         self._tables[owner] = [*shared, *fresh]
 
-    def fork(self, parent: int, child: int, num_tokens: int) -> None:
-        """Open `child`'s table on the blocks of `parent` that its first `num_tokens` fill."""
-        shared = self._tables[parent][: num_tokens // self.block_size]
-        self.allocate(child, len(shared), shared)
-
     def append(self, owner: int) -> int:
         """Add one block to a table; the caller has seen that one is available."""
         block = self._take()

@@ -20,6 +20,7 @@ from arriero.shards.engine.limits import check_config
 from arriero.shards.engine.scheduler import Scheduler
 from arriero.shards.engine.types import EngineConfig, EngineRequest, EngineStats, SequenceOutput
 from arriero.shards.errors import GroupFailed
+from arriero.shards.kv.moves import Moved, Moves
 from arriero.shards.plan import StepPlan, StepResult
 
 _PREFIX_WORTH = 2.0
@@ -91,12 +92,25 @@ class Lanes:
         return sum(lane.num_outstanding for lane in self._lanes)
 
     @property
+    def num_moving(self) -> int:
+        """Copies of blocks under way or waiting to be made."""
+        return self._lanes[0].num_moving
+
+    def take_moves(self) -> list[Moves]:
+        """Copies of blocks to be made after every plan so far; groups of one lane have tiers."""
+        return self._lanes[0].take_moves()
+
+    def take_moved(self, moved: list[Moved]) -> None:
+        """Hear from slices what came of copies, maybe nothing."""
+        self._lanes[0].take_moved(moved)
+
+    @property
     def stats(self) -> EngineStats:
         """A snapshot of all lanes, without `step_us`; safe from any thread."""
         each = [lane.stats for lane in self._lanes]
         if len(each) == 1:
             return each[0]
-        apart = ("step_us", "expert_moves", "expert_imbalance", "expert_loads")
+        apart = ("step_us", "expert_moves", "expert_imbalance", "expert_loads", "tiers")
         names = [field.name for field in fields(EngineStats) if field.name not in apart]
         total = {name: sum(getattr(one, name) for one in each) for name in names}
         return EngineStats(**total | {"steps": each[0].steps})

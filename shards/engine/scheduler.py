@@ -20,7 +20,7 @@ Knows tokens, blocks and slots; knows nothing of models, processes or threads.
 from __future__ import annotations
 
 import time
-from bisect import bisect_left, insort
+from bisect import insort
 from collections import deque
 from collections.abc import Callable
 from operator import attrgetter
@@ -36,7 +36,9 @@ from arriero.shards.engine.sequence import LiveRequest, Sequence
 from arriero.shards.engine.sequence_blocks import SequenceBlocks
 from arriero.shards.engine.slots import SlotTable
 from arriero.shards.engine.types import EngineConfig, EngineRequest, EngineStats, SequenceOutput
+from arriero.shards.engine.waiting import Waiting
 from arriero.shards.errors import GroupFailed, InvalidRequest, Overloaded
+from arriero.shards.kv.moves import Moved, Moves
 from arriero.shards.plan import Int32, StepPlan, StepResult, int32
 
 _rank = attrgetter("rank")
@@ -48,7 +50,7 @@ class Scheduler:
     Args:
         config: limits.
         on_event: told of keys stored in and evicted from the prefix cache.
-        clock: seconds, monotonic; only the estimate in `Overloaded` reads it.
+        clock: seconds, monotonic; the estimate in `Overloaded` reads it, and the wait for tiers.
 
     Raises:
         SpecError: a field of `config` that cannot be.
@@ -74,7 +76,7 @@ class Scheduler:
         self._results = Results(config, self._slots, self._blocks)
 
         self._requests: dict[str, LiveRequest] = {}
-        self._waiting: list[Sequence] = []  # by rank
+        self._waiting = Waiting(self._blocks, clock)
         self._prefilling: list[Sequence] = []  # by rank
         self._decoding: dict[int, None] = {}  # slots
         self._decoding_slots: Int32 | None = None  # the same as an array, while it is unchanged
@@ -181,6 +183,7 @@ class Scheduler:
             cached_tokens=self._cached_tokens,
             output_tokens=self._output_tokens,
             preemptions=self._preemptions,
+            tiers=self._blocks.tiers.counts(),
         )
 
     # ---- plans ----
@@ -189,6 +192,7 @@ class Scheduler:
         """The next plan, or None when nothing can run before a result is in."""
         if len(self._in_flight) >= self.depth:
             return None
+        self._waiting.start_loads(self._num_running)
         slots, starts = self._take_decodes()
         budget = self.config.max_batch_tokens - len(slots)
         chunks = self._continue_prefills(budget)
@@ -280,7 +284,7 @@ class Scheduler:
     def _preempt(self, victim: Sequence) -> None:
         self._release(victim)
         victim.prompt_rows.clear()
-        insort(self._waiting, victim, key=_rank)
+        self._waiting.add(victim)
         self._preemptions += 1
 
     def _continue_prefills(self, budget: int) -> list[Chunk]:
@@ -300,11 +304,11 @@ class Scheduler:
 
     def _admit(self, chunks: list[Chunk], budget: int) -> None:
         """Let waiting sequences in, strictly by rank, and add their first chunks."""
-        while budget > 0 and self._waiting and self._slots.num_free:
-            sequence = self._waiting[0]
-            if not self._enter(sequence):
+        while budget > 0 and self._slots.num_free:
+            sequence = self._waiting.first
+            if sequence is None or not self._enter(sequence):
                 break
-            del self._waiting[0]
+            self._waiting.remove(sequence)
             chunk = self._take_chunk(sequence, budget)
             if not chunk.final:
                 insort(self._prefilling, sequence, key=_rank)
@@ -353,6 +357,8 @@ class Scheduler:
             while blocks.num_anchors:
                 blocks.drop_latest_prompt()
             shared = blocks.find_shared(sequence)
+            if not blocks.has_room(sequence, shared, 0):
+                return False  # the rest is pinned while it is copied
         table = blocks.open(sequence, shared)
         size = self.config.block_size
         cached = len(shared.blocks) * size
@@ -403,6 +409,23 @@ class Scheduler:
             self._finish(sequence)
         return harvest.outputs
 
+    # ---- tiers below the device ----
+
+    @property
+    def num_moving(self) -> int:
+        """Copies of blocks under way or waiting to be made."""
+        return self._blocks.tiers.num_moving
+
+    def take_moves(self) -> list[Moves]:
+        """Copies of blocks to be made after every plan so far."""
+        return self._blocks.tiers.take_moves()
+
+    def take_moved(self, moved: list[Moved]) -> None:
+        """Hear from slices what came of copies, maybe nothing."""
+        for one in moved:
+            self._blocks.tiers.take(one)
+        self._waiting.finish_loads()
+
     # ---- shared by both ----
 
     @property
@@ -413,7 +436,7 @@ class Scheduler:
         """Queue a sample of a request."""
         sequence = Sequence.of(live, index, self._blocks.new_owner())
         live.sequences[index] = sequence
-        insort(self._waiting, sequence, key=_rank)
+        self._waiting.add(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         """Take a sequence out of its slot and give back its blocks."""
@@ -432,7 +455,7 @@ class Scheduler:
         if sequence.slot >= 0:
             self._release(sequence)
         else:
-            del self._waiting[bisect_left(self._waiting, sequence.rank, key=_rank)]
+            self._waiting.remove(sequence)
         live = sequence.live
         del live.sequences[sequence.index]
         del live.live[sequence.index]

@@ -2,7 +2,8 @@
 
 Samples of one request share its full prompt blocks. The first sample computes them; an *anchor*
 then holds them until the others have begun, whatever becomes of the first meanwhile. Anchors only
-save work, so they are the first to go when blocks run out.
+save work, so they are the first to go when blocks run out. Blocks that were brought up from a
+lower tier for a request are anchored in the same way until it begins.
 
 Where some layers attend within their chunk only, their blocks are of a second pool; a sequence
 has room only if it has room in both, and a prefix is shared only as far as both can be found.
@@ -20,6 +21,8 @@ from arriero.shards.engine.local_blocks import LocalBlocks
 from arriero.shards.engine.sequence import LiveRequest, Sequence
 from arriero.shards.engine.types import EngineConfig, EngineRequest
 from arriero.shards.images.request import key_tokens
+from arriero.shards.kv.moves import Pool
+from arriero.shards.kv.tiers import PrefixLoad, Tiers
 from arriero.shards.plan import int32
 
 
@@ -46,6 +49,7 @@ class SequenceBlocks:
     Attributes:
         pool: the blocks themselves.
         local: those of layers that attend within their chunk; None without such layers.
+        tiers: what is kept of both below the device.
     """
 
     def __init__(self, config: EngineConfig, on_event: CacheListener | None) -> None:
@@ -61,6 +65,7 @@ class SequenceBlocks:
         self._image_token = config.image_token
         self._anchors: dict[int, LiveRequest] = {}
         self._owners = 0
+        self.tiers = Tiers(config.tiers, self.pool, self.local, self.new_owner)
 
     @property
     def num_anchors(self) -> int:
@@ -191,20 +196,50 @@ class SequenceBlocks:
         full = num_tokens // self.pool.block_size
         if self._prefix_cache and full > sequence.num_stored:
             self._extend_keys(sequence, full)
-            first = sequence.num_stored
-            self.pool.store(sequence.owner, first, sequence.keys[first:full])
+            first, tenant = sequence.num_stored, sequence.live.request.cache_salt
+            keys = sequence.keys[first:full]
+            self.pool.store(sequence.owner, first, keys)
+            self.tiers.note(Pool.ALL, keys, first, tenant)
             if self.local is not None:
-                self.local.store(sequence.owner, sequence.keys[:full])
+                start, new = self.local.store(sequence.owner, sequence.keys[:full])
+                self.tiers.note(Pool.LOCAL, new, start, tenant)
             sequence.num_stored = full
+
+    def begin_load(self, sequence: Sequence, spare: int) -> PrefixLoad | None:
+        """Begin to bring up what lower tiers hold of a sequence's first tokens, if they do.
+
+        Args:
+            sequence: not in a slot.
+            spare: blocks of each pool that must stay available.
+        """
+        if not self._prefix_cache or sequence.wants_prompt_rows or sequence.live.anchor is not None:
+            return None
+        most = (len(sequence.tokens) - 1) // self.pool.block_size
+        self._extend_keys(sequence, most)
+        return self.tiers.begin(sequence.keys[:most], spare, sequence.live.request.cache_salt)
+
+    def end_load(self, load: PrefixLoad, sequence: Sequence | None) -> None:
+        """Unpin what was brought up; it is kept for the sequence until that begins, if given."""
+        self.tiers.end(load)
+        if sequence is not None and sequence.live.anchor is None:
+            found = self.find_shared(sequence)
+            self._anchor(sequence.live, found)
 
     def keep_prompt(self, sequence: Sequence) -> None:
         """Anchor the full prompt blocks of a request's first sample, but for the last token."""
         if sequence.num_prompt > self.pool.block_size:
-            anchor = sequence.live.anchor = self.new_owner()
-            self.pool.fork(sequence.owner, anchor, sequence.num_prompt - 1)
-            if self.local is not None:
-                self.local.share(sequence.owner, anchor, len(self.pool.table(anchor)))
-            self._anchors[anchor] = sequence.live
+            self.drop_prompt(sequence.live)
+            count = (sequence.num_prompt - 1) // self.pool.block_size
+            blocks = list(self.pool.table(sequence.owner)[:count])
+            local = [] if self.local is None else self.local.seen(sequence.owner, count)
+            self._anchor(sequence.live, Shared(blocks, local))
+
+    def _anchor(self, live: LiveRequest, kept: Shared) -> None:
+        anchor = live.anchor = self.new_owner()
+        self.pool.allocate(anchor, len(kept.blocks), kept.blocks)
+        if self.local is not None:
+            self.local.open(anchor, len(kept.blocks) - len(kept.local), kept.local)
+        self._anchors[anchor] = live
 
     def drop_prompt(self, live: LiveRequest) -> None:
         """Drop a request's anchor, if it has one."""
