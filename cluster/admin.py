@@ -131,7 +131,7 @@ class AdminServer:
             group = status.groups.add(
                 slot=slot.name, model=slot.model, revision=slot.revision, phase=slot.phase.value
             )
-            group.text = self._operator.failed(slot.name) or _progress(board, slot.name)
+            group.text = self._operator.trouble(slot.name) or _progress(board, slot.name)
             if (entry := entries.get(slot.name)) is not None:
                 _fill(group, entry)
         for gateway_id, address in board.gateways.items():
@@ -220,6 +220,12 @@ def _fill(group: pb.GroupStatus, entry: GroupEntry) -> None:
         "cached_tokens", "steps", "preemptions",
     ):  # fmt: skip
         setattr(group, name, stats.get(name, 0))
+    if loads := stats.get("expert_loads", {}):
+        group.expert_imbalance = stats["expert_imbalance"]
+        group.expert_moves = stats["expert_moves"]
+        group.expert_loads.extend(
+            pb.ExpertLoads(layer=int(layer), tokens=tokens) for layer, tokens in loads.items()
+        )
 
 
 def _failure(one: Failure) -> pb.Failure:

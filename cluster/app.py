@@ -50,14 +50,65 @@ class Room:
         """
         resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
         num_cpus = resources.get("CPU", 0.0)
-        surge = max(m.mesh.tp * m.mesh.pp for m in spec.models)
-        services = SERVICE_CPUS * (sum(m.groups for m in spec.models) + spec.gateway.count + 1)
+        surge = max(m.mesh.num_slices for m in spec.models)
+        services = SERVICE_CPUS * (sum(m.most_groups for m in spec.models) + spec.gateway.count + 1)
         part = int((num_cpus - services) / (spec.num_slices + surge) * 1e3) / 1e3
         return cls(
             num_cpus=num_cpus,
             num_gpus=resources.get("GPU", 0.0),
             cpus_per_slice=1.0 if shared else min(1.0, part),
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stages:
+    """How a group's slices are bundled: a bundle is always on one node.
+
+    Attributes:
+        slices_each: slices in a bundle: the tensor-parallel ones of a stage, or 1 where these may
+            span nodes.
+        count: bundles.
+        accelerator: GPU type that each wants; "" for any.
+        selector: labels of the nodes.
+    """
+
+    slices_each: int
+    count: int
+    accelerator: str
+    selector: Mapping[str, str]
+
+    @classmethod
+    def of(cls, model: ModelSpec) -> Stages:
+        """As a model's mesh and placement say."""
+        each = 1 if model.placement.span else model.mesh.tp
+        return cls(
+            slices_each=each,
+            count=model.mesh.num_slices // each,
+            accelerator=model.placement.accelerator or "",
+            selector=model.placement.labels,
+        )
+
+    def bundles(self, cpus: float, device: str) -> list[dict[str, float]]:
+        """What each wants.
+
+        Args:
+            cpus: of a slice.
+            device: "cpu" or "cuda".
+        """
+        bundle = {"CPU": cpus * self.slices_each}
+        if device == "cuda":
+            bundle["GPU"] = float(self.slices_each)
+        if self.accelerator:
+            bundle[f"accelerator_type:{self.accelerator}"] = 0.001
+        return [bundle] * self.count
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """Serve's argument for the labels of each bundle's node, the leader's first."""
+        if not self.selector:
+            return {}
+        selectors = [dict(self.selector)] * (1 + self.count)
+        return {"placement_group_bundle_label_selector": selectors}
 
 
 def build(spec: Spec, room: Room) -> Application:
@@ -91,7 +142,15 @@ def gateways(spec: Spec, leaders: Sequence[Application] = ()) -> Application:
     )(serve.ingress()(GatewayReplica))
     names = tuple(model.name for model in spec.models)
     settings = GatewaySettings(
-        spec=spec.gateway, models=names, link_tls=spec.link_tls, tracing=spec.tracing
+        spec=spec.gateway,
+        models=names,
+        link_tls=spec.link_tls,
+        tracing=spec.tracing,
+        wake_s={
+            model.name: spec.health.start_timeout_s
+            for model in spec.models
+            if model.autoscale is not None and model.autoscale.min == 0
+        },
     )
     return deployment.bind(settings, *leaders)
 
@@ -131,13 +190,14 @@ def leader(model: ModelSpec, spec: Spec, room: Room, *, slot: str, revision: int
             f" {room.num_gpus:g}; ask for fewer, or for `device: cpu`"
         )
     cpus = model.cpus_per_slice or room.cpus_per_slice
-    bundle = {"CPU": cpus} | ({"GPU": 1.0} if device == "cuda" else {})
+    stages = Stages.of(model)
     settings = GroupSettings(
         model=model.name,
         slot=slot,
         revision=revision,
         config=model.group_config(device),
         cpus_per_slice=cpus,
+        slices_per_bundle=stages.slices_each,
         period_s=spec.health.period_s,
         start_timeout_s=spec.health.start_timeout_s,
         drain_s=spec.health.drain_s,
@@ -154,8 +214,9 @@ def leader(model: ModelSpec, spec: Spec, room: Room, *, slot: str, revision: int
         name=f"group-{slot}",
         num_replicas=1,
         ray_actor_options={"num_cpus": SERVICE_CPUS},
-        placement_group_bundles=[{"CPU": SERVICE_CPUS}, *[bundle] * num_slices],
-        placement_group_strategy="PACK",
+        placement_group_bundles=[{"CPU": SERVICE_CPUS}, *stages.bundles(cpus, device)],
+        placement_group_strategy="SPREAD" if model.placement.stages == "spread" else "PACK",
+        **stages.labels,
         health_check_period_s=spec.health.period_s,
         health_check_timeout_s=spec.health.timeout_s,
         graceful_shutdown_wait_loop_s=0.1,

@@ -107,6 +107,7 @@ def settled(wishes: Mapping[str, Wish], slots: Iterable[Slot]) -> bool:
         return False
     return all(
         [slot.revision for slot in slots if slot.model == model] == [wish.revision] * wish.count
+        and not any(slot.name in wish.drained for slot in slots)
         for model, wish in wishes.items()
     )
 

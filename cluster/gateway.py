@@ -13,7 +13,8 @@ import asyncio
 import contextlib
 import os
 import uuid
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -27,16 +28,24 @@ from arriero.router.gateway import Gateway, GroupAddress
 from arriero.shards.errors import SpecError
 
 RETRY_S = 0.5
+DEMAND_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GatewaySettings:
-    """What a gateway needs to know: its parts of the spec, and the names of the models."""
+    """What a gateway needs to know: its parts of the spec, and of the models.
+
+    Attributes:
+        spec, link_tls, tracing: parts of the spec.
+        models: their names.
+        wake_s: see `GatewayConfig`.
+    """
 
     spec: GatewaySpec
     models: tuple[str, ...]
     link_tls: TlsSpec | None = None
     tracing: TracingSpec | None = None
+    wake_s: Mapping[str, float] = field(default_factory=dict)
 
 
 class GatewayReplica:
@@ -52,8 +61,10 @@ class GatewayReplica:
         self._registry = registry.connect()
         http = self._spec.http
         try:
-            config = self._spec.config(settings.models, settings.link_tls, settings.tracing)
-            self._gateway = Gateway(config)
+            config = self._spec.config(
+                settings.models, settings.link_tls, settings.tracing, settings.wake_s
+            )
+            self._gateway = Gateway(config, self._on_lost)
             port = await self._gateway.start()
         except (OSError, SpecError) as error:
             failure = Failure(who="gateway", kind="SpecError", cause=str(error))
@@ -63,6 +74,7 @@ class GatewayReplica:
         http_port = self._gateway.http_port
         self._http = None if http is None or not http_port else _reachable(http.host, http_port)
         self._following = asyncio.create_task(self._follow())
+        self._telling = asyncio.create_task(self._tell_demand())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve once: what its own HTTP proxy, if there is one, passes requests to."""
@@ -76,6 +88,7 @@ class GatewayReplica:
     async def __del__(self) -> None:
         """Called by Serve once, when the replica is told to stop."""
         self._following.cancel()
+        self._telling.cancel()
         with contextlib.suppress(ray.exceptions.RayError):
             await self._registry.gateway.remote(self._id, None)
         await self._gateway.stop(self._spec.drain_s)
@@ -99,6 +112,16 @@ class GatewayReplica:
                 ],
                 fenced=board.fenced,
             )
+
+    async def _tell_demand(self) -> None:
+        """Tell what waits here, for as long as anything does."""
+        told = False
+        while True:
+            await asyncio.sleep(DEMAND_S)
+            waiting = self._gateway.demand()
+            if waiting or told:
+                self._registry.demand.remote(self._id, waiting)
+            told = bool(waiting)
 
     def _on_lost(self, group_id: str, cause: str) -> None:
         # no answer is waited for: if the registry is away just now, leases do its work

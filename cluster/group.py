@@ -1,9 +1,9 @@
 """A replica group on Ray Serve: the leader's replica, which owns its slices.
 
-The replica's placement group holds one bundle for the leader and one for each slice, and rank r
-is the slice in bundle r + 1: which node a bundle is on may change from start to start, so ranks
-come from bundles alone. After any loss the leader tells the first cause and ends its own process
-and its slices'; Serve sees that and replaces the whole group.
+The replica's placement group holds one bundle for the leader, and then one for each S slices that
+must be on one node; rank r is in bundle r // S + 1. Which node a bundle is on may change from start
+to start, so ranks come from bundles alone. After any loss the leader tells the first cause and ends
+its own process and its slices'; Serve sees that and replaces the whole group.
 
 Knows the life of a group; knows nothing of requests (router) or of steps (shards).
 """
@@ -58,6 +58,7 @@ class GroupSettings:
         revision: of the model's settings.
         config: of the group, device decided.
         cpus_per_slice: Ray's logical CPUs of each slice.
+        slices_per_bundle: slices that are on one node together.
         period_s: between two renewals of the group's entry in the registry.
         start_timeout_s: limit of the whole start.
         drain_s: how long running streams may go on at the end.
@@ -72,6 +73,7 @@ class GroupSettings:
     revision: int
     config: GroupConfig
     cpus_per_slice: float
+    slices_per_bundle: int
     period_s: float
     start_timeout_s: float
     drain_s: float
@@ -214,7 +216,7 @@ class Leader:
         ]
 
     async def _place(self) -> list[Whereabouts]:
-        """Start a slice in each bundle but the leader's; says where they are, by rank."""
+        """Start the slices in all bundles but the leader's; says where they are, by rank."""
         config = self._settings.config
         bundles = ray.util.get_current_placement_group()
         assert bundles is not None, "a leader runs in a placement group"
@@ -226,7 +228,8 @@ class Leader:
                 max_restarts=0,
                 max_concurrency=2,  # a run, and what is asked meanwhile
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    placement_group=bundles, placement_group_bundle_index=rank + 1
+                    placement_group=bundles,
+                    placement_group_bundle_index=rank // self._settings.slices_per_bundle + 1,
                 ),
             )
             self._slices.append(options.remote())

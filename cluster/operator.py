@@ -23,6 +23,7 @@ from ray import serve
 from ray.actor import ActorHandle
 
 from arriero.cluster import app, nodes, registry, store
+from arriero.cluster.autoscale import Autoscaler, Demand
 from arriero.cluster.changes import Phase, Slot, Start, Stop, Wish, decide, settled
 from arriero.cluster.spec import ModelSpec, Spec
 from arriero.shards.errors import ArrieroError, NotFound, SpecError
@@ -35,6 +36,7 @@ PREFIX = f"{app.NAME}-"
 _BUSY_S = 0.3
 _QUIET_S = 2.0
 _KEEP_REVISIONS = 8
+_PLACE_SOON_S = 3.0
 PLACE_S = 20.0
 """A group beyond the wanted count that has found no place by then is given up."""
 CROWDED_S = 600.0
@@ -108,6 +110,7 @@ class Operator:
         self._failed: dict[str, str] = {}
         self._placing_since_s: dict[str, float] = {}
         self._crowded_until_s: dict[str, float] = {}
+        self._scalers: dict[str, Autoscaler] = {}
         self._change = asyncio.Lock()
         from arriero.cluster.admin import AdminServer
 
@@ -163,9 +166,19 @@ class Operator:
             )
         return found
 
-    def failed(self, slot: str) -> str:
-        """Why a slot did not start; "" if it did."""
-        return self._failed.get(slot, "")
+    def trouble(self, slot: str) -> str:
+        """Why a slot did not start, or what it waits for; "" if nothing is amiss."""
+        if slot in self._failed:
+            return self._failed[slot]
+        since_s = self._placing_since_s.get(slot)
+        if since_s is None or time.monotonic() - since_s < _PLACE_SOON_S:
+            return ""
+        each = self._bundles(self.settings(self._kept.places[slot].model))
+        wanted = ", ".join(f"{amount:g} {name}" for name, amount in each[0].items())
+        return (
+            f"waits for a place: it wants {len(each)} x ({wanted}), each on one node, and"
+            f" {nodes.room_for(each[0])} are free"
+        )
 
     def settings(self, model: str) -> ModelSpec:
         """The wanted settings of a model."""
@@ -175,6 +188,11 @@ class Operator:
         """Want so many groups of a model."""
         async with self._change:
             managed = self._model(model)
+            if self.settings(model).autoscale is not None:
+                raise SpecError(
+                    f"model `{model}` has `autoscale`, which counts its groups; change `min` and"
+                    " `max` in the spec, and `arriero rollout` it"
+                )
             before, managed.count = managed.count, groups
             return await self._begin(model, f"{model}: {before} to {groups} groups")
 
@@ -208,6 +226,9 @@ class Operator:
                 settings = model.model_dump(mode="json") if spec is not None else last.settings
                 digest = await self._digest(ModelSpec.model_validate(settings))
                 managed.count = model.groups if spec is not None else managed.count
+                if spec is not None and _count_of(settings) != _count_of(last.settings):
+                    last.settings = {**last.settings, **_count_of(settings)}
+                    self._scalers.pop(model.name, None)
                 if force or (_essence(settings), digest) != (_essence(last.settings), last.digest):
                     told.append(await self._revise(model.name, settings, digest))
             if spec is not None:
@@ -246,6 +267,7 @@ class Operator:
     async def _step(self) -> bool:
         """Look, decide, act; True when all is as wanted."""
         board = await self._registry.board.remote()
+        await self._autoscale(board)
         wishes = self.wishes()
         if settled(wishes, self.slots(board)):
             return True
@@ -260,6 +282,29 @@ class Operator:
         if actions:
             self._keep()
         return False
+
+    async def _autoscale(self, board: registry.Board) -> None:
+        """Want as many groups as are needed, of models whose spec leaves it open."""
+        for name, managed in self._kept.models.items():
+            settings = self.settings(name)
+            if settings.autoscale is None:
+                continue
+            limits = settings.autoscale.limits()
+            scaler = self._scalers.setdefault(name, Autoscaler(limits))
+            waiting, wait_s = board.demand.get(name, (0, 0.0))
+            own = [one.stats for one in board.groups if one.model == name]
+            demand = Demand(
+                sequences=waiting
+                + sum(one.get("num_running", 0) + one.get("num_waiting", 0) for one in own),
+                capacity=settings.limits.max_sequences,
+                wait_s=wait_s,
+            )
+            count = scaler.count(demand, managed.count, time.monotonic())
+            if count != managed.count:
+                text = f"{name}: {managed.count} to {count} groups: {demand.sequences} sequences"
+                managed.count = count
+                self._keep()
+                await self._note("autoscale", name, f"{text}, {wait_s:.1f} s to wait")
 
     async def _look(self) -> None:
         """Which applications there are, and which could not start."""
@@ -311,12 +356,14 @@ class Operator:
             return 0
         if len(places) != self._kept.models[name].count:
             return 1  # it is there already, or is not wanted yet
-        model = self.settings(name)
-        slices = model.mesh.tp * model.mesh.pp
-        wanted = {"CPU": model.cpus_per_slice or self._room.cpus_per_slice}
-        if model.device == "cuda" or (model.device == "auto" and self._room.num_gpus):
-            wanted["GPU"] = 1.0
-        return int(nodes.room_for(wanted) >= slices)
+        wanted = self._bundles(self.settings(name))
+        return int(nodes.room_for(wanted[0]) >= len(wanted))
+
+    def _bundles(self, model: ModelSpec) -> list[dict[str, float]]:
+        """What a group of a model wants, its leader's small part aside."""
+        cuda = model.device == "cuda" or (model.device == "auto" and self._room.num_gpus > 0)
+        cpus = model.cpus_per_slice or self._room.cpus_per_slice
+        return app.Stages.of(model).bundles(cpus, "cuda" if cuda else "cpu")
 
     async def _unplace(self, board: registry.Board) -> None:
         """Give up a surplus group that finds no place: what looked like room was not."""
@@ -394,6 +441,14 @@ def _digest_of(folder: str) -> str:
     return Checkpoint.open(Path(folder)).digest
 
 
+_COUNTS = ("groups", "autoscale")
+
+
 def _essence(settings: Mapping[str, Any]) -> str:
     """What of a model's settings its groups must be replaced for."""
-    return json.dumps({k: v for k, v in settings.items() if k != "groups"}, sort_keys=True)
+    return json.dumps({k: v for k, v in settings.items() if k not in _COUNTS}, sort_keys=True)
+
+
+def _count_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The rest, which says how many groups there are."""
+    return {name: settings[name] for name in _COUNTS}

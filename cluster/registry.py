@@ -29,6 +29,8 @@ _KEEP_FENCED = 64
 _SUSPECT_S = 2.5
 """A suspected group that has not renewed for so long is taken to hang."""
 _PROBE_S = 1.0
+_DEMAND_S = 5.0
+"""What a gateway told of its queues is true for so long."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +89,7 @@ class Board:
         progress: how far starts are, by group id.
         failures: the latest ones, newest last.
         fenced: the latest groups that are not to be heard any more.
+        demand: by model, requests that wait in gateways and the longest predicted wait, in seconds.
     """
 
     version: int
@@ -97,6 +100,7 @@ class Board:
     http: dict[str, str] = field(default_factory=dict)
     gateway_pids: dict[str, int] = field(default_factory=dict)
     fenced: tuple[str, ...] = ()
+    demand: dict[str, tuple[int, float]] = field(default_factory=dict)
 
 
 class Registry:
@@ -111,6 +115,7 @@ class Registry:
         self._http: dict[str, str] = {}
         self._gateway_pids: dict[str, int] = {}
         self._gateway_expiry_s: dict[str, float] = {}
+        self._demand: dict[str, tuple[float, dict[str, tuple[int, float]]]] = {}
         self._progress: dict[str, str] = {}
         self._epochs: dict[str, int] = store.get("epochs") or {}
         self._fenced: list[str] = store.get("fenced") or []
@@ -206,6 +211,10 @@ class Registry:
             if http is not None:
                 self._http[gateway_id] = http
 
+    async def demand(self, gateway_id: str, waiting: dict[str, tuple[int, float]]) -> None:
+        """Say what waits in a gateway, by model, every second while anything does."""
+        self._demand[gateway_id] = time.monotonic(), waiting
+
     async def note(self, kind: str, who: str, text: str) -> None:
         """Keep an event."""
         self._history.note(time.time(), kind, who, text)
@@ -243,7 +252,21 @@ class Registry:
             http=dict(self._http),
             gateway_pids=dict(self._gateway_pids),
             fenced=tuple(self._fenced),
+            demand=self._waiting(),
         )
+
+    def _waiting(self) -> dict[str, tuple[int, float]]:
+        """What waits in all gateways that told of it lately."""
+        total: dict[str, tuple[int, float]] = {}
+        now_s = time.monotonic()
+        for gateway_id, (at_s, waiting) in list(self._demand.items()):
+            if now_s - at_s > _DEMAND_S:
+                del self._demand[gateway_id]
+                continue
+            for model, (count, wait_s) in waiting.items():
+                before = total.get(model, (0, 0.0))
+                total[model] = (before[0] + count, max(before[1], wait_s))
+        return total
 
     async def _lost(
         self, entry: GroupEntry, kind: Kind, words: str, seen: str, after_s: float = 0.0

@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from arriero.cluster.autoscale import ScaleLimits
 from arriero.router.gateway import GatewayConfig
 from arriero.router.request_log import RequestLogConfig
 from arriero.router.tenants.keys import read_keys
@@ -238,6 +239,60 @@ class Limits(_Part):
     max_queued: Count = 4096
 
 
+class Placement(_Part):
+    """Where a group's slices may be.
+
+    Attributes:
+        span: the tensor-parallel slices of a stage may be on several nodes; without it they are on
+            one, since each layer makes all of them wait for the network twice.
+        stages: "pack" puts stages close together, "spread" on different nodes where it can.
+        accelerator: Ray's name of the GPU type that slices want ("H100", "H200").
+        labels: of the nodes, as Ray's label selectors write them: {"region": "in(us-a,us-b)"}.
+    """
+
+    span: bool = False
+    stages: Literal["pack", "spread"] = "pack"
+    accelerator: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = None
+    labels: dict[str, str] = {}
+
+
+class Autoscale(_Part):
+    """How many groups there are, by what is asked; see `autoscale`.
+
+    Attributes:
+        min: groups at least; 0 lets an idle model go, and its next request wait for a start.
+        max: groups at most.
+        target: share of a group's `max_sequences` that should be taken.
+        wait_s: requests should not wait for their turn for longer.
+        up_s: how long more groups must be wanted before they come.
+        down_s: how long fewer must do before they go.
+    """
+
+    min: Annotated[int, Field(ge=0)] = 1
+    max: Count
+    target: Annotated[float, Field(gt=0, le=1)] = 0.6
+    wait_s: Seconds = 2
+    up_s: Seconds = 5
+    down_s: Seconds = 300
+
+    @model_validator(mode="after")
+    def _order(self) -> Autoscale:
+        if self.min > self.max:
+            raise ValueError(f"`min`={self.min} is more than `max`={self.max}")
+        return self
+
+    def limits(self) -> ScaleLimits:
+        """As the policy takes them."""
+        return ScaleLimits(
+            least=self.min,
+            most=self.max,
+            target=self.target,
+            wait_s=self.wait_s,
+            up_s=self.up_s,
+            down_s=self.down_s,
+        )
+
+
 class ModelSpec(_Part):
     """One model and the groups that serve it.
 
@@ -246,7 +301,9 @@ class ModelSpec(_Part):
         path: folder with config.json, weights and tokenizer.json, on every node.
         dtype: of weights and KV cache.
         quantization: of the weights while they load: int8, int4, fp8; None keeps them in `dtype`.
-        groups: replica groups.
+        groups: replica groups; with `autoscale`, those of the beginning.
+        autoscale: have as many as are needed; null keeps `groups`.
+        placement: which nodes slices go to.
         mesh, kv, offload, limits: of each group.
         device: "cpu", "cuda", or "auto": cuda where the cluster has a GPU for each slice.
         kernels: backend of the operations; None picks the best for the device.
@@ -260,6 +317,8 @@ class ModelSpec(_Part):
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     quantization: Literal["int8", "int4", "fp8"] | None = None
     groups: Count = 1
+    autoscale: Autoscale | None = None
+    placement: Placement = Placement()
     mesh: Mesh = Mesh()
     kv: Kv = Kv()
     offload: Offload = Offload()
@@ -268,6 +327,20 @@ class ModelSpec(_Part):
     kernels: str | None = None
     threads: Count | None = None
     cpus_per_slice: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    @model_validator(mode="after")
+    def _groups_within(self) -> ModelSpec:
+        scale = self.autoscale
+        if scale is not None and not scale.min <= self.groups <= scale.max:
+            raise ValueError(
+                f"`groups`={self.groups} is not within `autoscale`'s {scale.min} to {scale.max}"
+            )
+        return self
+
+    @property
+    def most_groups(self) -> int:
+        """Groups that there may be, updates aside."""
+        return self.groups if self.autoscale is None else self.autoscale.max
 
     def group_config(self, device: str) -> GroupConfig:
         """What each group of this model runs with, on `device` ("cpu" or "cuda")."""
@@ -397,6 +470,7 @@ class GatewaySpec(_Part):
     tenants: tuple[TenantSpec, ...] = ()
     queue: QueueSpec = QueueSpec()
     request_log: RequestLogSpec | None = None
+    lost_s: Seconds = 120
 
     @model_validator(mode="after")
     def _tenants_have_keys(self) -> GatewaySpec:
@@ -410,8 +484,6 @@ class GatewaySpec(_Part):
                 f"all callers together as the one tenant `{ANYONE}`"
             )
         return self
-
-    lost_s: Seconds = 120
 
     @property
     def http_port(self) -> int:
@@ -427,8 +499,9 @@ class GatewaySpec(_Part):
         models: tuple[str, ...],
         link_tls: TlsSpec | None = None,
         tracing: TracingSpec | None = None,
+        wake_s: Mapping[str, float] | None = None,
     ) -> GatewayConfig:
-        """What each gateway runs with."""
+        """What each gateway runs with; see there for the arguments."""
         log = None if self.request_log is None else RequestLogConfig(**dict(self.request_log))
         return GatewayConfig(
             address=f"{self.host}:{self.port}",
@@ -442,6 +515,8 @@ class GatewaySpec(_Part):
             num_gateways=self.count,
             tracing=None if tracing is None else tracing.config(),
             request_log=log,
+            lost_s=self.lost_s,
+            wake_s=wake_s or {},
         )
 
 
@@ -539,8 +614,8 @@ class Spec(_Part):
 
     @property
     def num_slices(self) -> int:
-        """Slices of all groups."""
-        return sum(m.groups * m.mesh.num_slices for m in self.models)
+        """Slices of all groups, as many as there may be."""
+        return sum(m.most_groups * m.mesh.num_slices for m in self.models)
 
 
 def load(path: Path | None, flags: Mapping[str, Any]) -> Spec:

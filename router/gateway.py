@@ -11,7 +11,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Container, Iterable
+from collections.abc import Awaitable, Callable, Container, Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
@@ -82,6 +82,8 @@ class GatewayConfig:
         models: ids of the deployment's models. One of them without a group is unavailable; any
             other is not found.
         lost_s: how long a request whose group was lost waits for another.
+        wake_s: models that have no group while nobody asks for them; the first request waits so
+            many seconds for one.
     """
 
     address: str = "127.0.0.1:0"
@@ -98,6 +100,7 @@ class GatewayConfig:
     request_log: RequestLogConfig | None = None
     models: tuple[str, ...] = ()
     lost_s: float = LOST_S
+    wake_s: Mapping[str, float] = field(default_factory=dict)
 
 
 class Gateway:
@@ -134,7 +137,9 @@ class Gateway:
         self._tracing = tracing or Tracing.from_config("arriero-gateway", config.tracing)
         self._log = None if config.request_log is None else RequestLog(config.request_log)
         sight = Sight(metrics, self._tracing, self._log)
-        self.inference = Inference(self._groups, sight, door, lost_s=config.lost_s)
+        self.inference = Inference(
+            self._groups, sight, door, lost_s=config.lost_s, wake_s=config.wake_s
+        )
         self._server: grpc.aio.Server | None = None
         self._http: HttpServer | None = None
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # not in the stubs
@@ -218,13 +223,21 @@ class Gateway:
     @property
     def ready(self) -> bool:
         """Whether some group can be asked now."""
-        return bool(self._groups.groups())
+        return bool(self._groups.groups() or self._config.wake_s)
 
     async def set_groups(
         self, groups: Iterable[GroupAddress], *, fenced: Container[str] | None = None
     ) -> None:
         """Serve these groups from now on; see `LinkedGroups.set_groups`."""
         await self._groups.set_groups(groups, fenced=fenced)
+
+    def demand(self) -> dict[str, tuple[int, float]]:
+        """Requests that wait, by model, and how long one that came now would; where any do."""
+        waiting = self._door.demand()
+        for model, count in self.inference.asleep().items():
+            before = waiting.get(model, (0, 0.0))
+            waiting[model] = (before[0] + count, before[1])
+        return waiting
 
     def _room(self, model: str) -> int:
         views = (view for view in self._groups.groups() if view.model == model)
@@ -235,7 +248,7 @@ class Gateway:
             self._health_task = asyncio.create_task(self._tell_health())
 
     async def _tell_health(self) -> None:
-        ready = bool(self._groups.groups()) and not self._stopping
+        ready = self.ready and not self._stopping
         status = (
             health_pb2.HealthCheckResponse.SERVING
             if ready

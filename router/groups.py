@@ -126,6 +126,12 @@ class LinkedGroups:
         """Ids of the models that are deployed, or that a known group serves."""
         return {*self._models} | {group.address.model for group in self._groups.values()}
 
+    @property
+    def only(self) -> str:
+        """The id of the only model; "" if there is none, or another."""
+        known = self.models()
+        return next(iter(known)) if len(known) == 1 else ""
+
     def generate(
         self, group_id: str, request: EngineRequest
     ) -> AsyncGenerator[list[SequenceOutput]]:

@@ -7,6 +7,9 @@ knows nothing of connections, statuses or JSON.
 
 from __future__ import annotations
 
+import asyncio
+import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -42,10 +45,11 @@ from arriero.router.sight import Sight
 from arriero.router.tenants.admission import Ticket
 from arriero.router.tenants.door import Caller, Door
 from arriero.shards.engine.types import EngineRequest, SequenceOutput
-from arriero.shards.errors import InvalidRequest
+from arriero.shards.errors import InvalidRequest, Unavailable
 from arriero.shards.sampling import SamplingParams
 
 LOST_S = 120.0
+_WAKE_POLL_S = 0.05
 
 Stream = AsyncGenerator[pb.GenerateResponse]
 Steps = AsyncGenerator[list[SequenceOutput]]
@@ -75,17 +79,55 @@ class Inference:
         sight: told of each request.
         door: says whose turn it is.
         lost_s: how long a request whose group was lost waits for another.
+        wake_s: models that have no group while nobody asks for them, and how long a request waits
+            for its first.
     """
 
     def __init__(
-        self, groups: LinkedGroups, sight: Sight, door: Door, *, lost_s: float = LOST_S
+        self,
+        groups: LinkedGroups,
+        sight: Sight,
+        door: Door,
+        *,
+        lost_s: float = LOST_S,
+        wake_s: Mapping[str, float] | None = None,
     ) -> None:
         self.groups = groups
         self.sight = sight
         self.metrics = sight.metrics
         self.door = door
         self._lost_s = lost_s
+        self._wake_s = wake_s or {}
+        self._asleep: Counter[str] = Counter()
         self._kept = KeptStreams()
+
+    async def find(self, model: str) -> tuple[TextModel, list[GroupView]]:
+        """`LinkedGroups.find`, after a wait for the first group of a model that sleeps."""
+        model = model or self.groups.only
+        wake_s = self._wake_s.get(model)
+        if wake_s is None:
+            return self.groups.find(model)
+        deadline_s = time.monotonic() + wake_s
+        self._asleep[model] += 1
+        try:
+            while True:
+                try:
+                    return self.groups.find(model)
+                except Unavailable:
+                    if time.monotonic() > deadline_s:
+                        raise
+                await asyncio.sleep(_WAKE_POLL_S)
+        finally:
+            self._asleep[model] -= 1
+
+    @property
+    def may_sleep(self) -> frozenset[str]:
+        """Models that have no group while nobody asks for them."""
+        return frozenset(self._wake_s)
+
+    def asleep(self) -> dict[str, int]:
+        """Requests that wait for the first group of their model."""
+        return {model: count for model, count in self._asleep.items() if count}
 
     async def generate(self, request: pb.GenerateRequest, caller: Caller) -> Stream:
         """Check a request to continue a prompt; iterating the stream runs it.
@@ -94,7 +136,7 @@ class Inference:
             InvalidRequest, NotFound, Unavailable: as the message's comments say.
         """
         with self.metrics.failures():
-            text, views = self.groups.find(request.model)
+            text, views = await self.find(request.model)
             options = read_options(request.options)
             params = await _constrained(request.sampling, views[0].card, text, None)
             if request.WhichOneof("prompt") == "text":
@@ -118,7 +160,7 @@ class Inference:
     async def chat(self, request: pb.ChatRequest, caller: Caller) -> Stream:
         """Check a conversation; iterating the stream answers it. Raises as `generate`."""
         with self.metrics.failures():
-            text, views = self.groups.find(request.model)
+            text, views = await self.find(request.model)
             options = read_options(request.options)
             offer = read_offer(request)
             params = await _constrained(request.sampling, views[0].card, text, offer)
@@ -143,7 +185,7 @@ class Inference:
 
     async def tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
         """Token ids as `generate` and `chat` would see them."""
-        text, views = self.groups.find(request.model)
+        text, views = await self.find(request.model)
         if request.WhichOneof("input") == "conversation":
             tools = read_tools(request.conversation.tools)
             offer = ToolOffer(tools=tools) if tools else None
@@ -156,7 +198,7 @@ class Inference:
 
     async def detokenize(self, request: pb.DetokenizeRequest) -> pb.DetokenizeResponse:
         """Text of token ids."""
-        text, views = self.groups.find(request.model)
+        text, views = await self.find(request.model)
         check_tokens("token_ids", request.token_ids, views[0].card)
         joined = text.tokenizer.decode(request.token_ids, skip_special=request.skip_special_tokens)
         return pb.DetokenizeResponse(text=joined)

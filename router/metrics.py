@@ -29,6 +29,7 @@ _BETWEEN_TOKENS_S = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.
 _COUNTERS = {
     "steps": ("arriero_group_steps", "Steps of the group's engine."),
     "preemptions": ("arriero_group_preemptions", "Sequences that gave their blocks up for others."),
+    "expert_moves": ("arriero_group_expert_moves", "Experts' placements changed, layer by layer."),
 }
 
 
@@ -47,6 +48,7 @@ class Metrics:
     ) -> None:
         self._registry = registry = CollectorRegistry()
         registry.register(_Groups(groups))
+        registry.register(_Tiers(groups))
         registry.register(_Waiting(waiting))
         self._labelled: dict[tuple[str, str], _Labelled] = {}
         self._prompt = Counter(
@@ -240,6 +242,35 @@ class _Waiting(Collector):
         yield family
 
 
+class _Tiers(Collector):
+    """What the leaders last said of their KV caches below the device."""
+
+    def __init__(self, groups: Callable[[], Iterable[GroupView]]) -> None:
+        self._groups = groups
+
+    def collect(self) -> Iterator[Metric]:
+        """Read at each export."""
+        labels = ["model", "group"]
+        blocks = GaugeMetricFamily(
+            "arriero_kv_tier_blocks",
+            "KV blocks of the group below the device.",
+            labels=[*labels, "tier"],
+        )
+        copies = CounterMetricFamily(
+            "arriero_kv_tier_copies",
+            "Copies of KV blocks: loaded to the device, saved below it, failed.",
+            labels=[*labels, "kind"],
+        )
+        for view in self._groups():
+            found = view.stats.get("tiers", {})
+            for name, count in found.items():
+                if name in ("host", "disk", "shared"):
+                    blocks.add_metric([view.model, view.group_id, name], count)
+                elif name != "moving":
+                    copies.add_metric([view.model, view.group_id, name], count)
+        yield from (blocks, copies)
+
+
 class _Groups(Collector):
     """What the leaders last said of themselves."""
 
@@ -265,15 +296,15 @@ class _Groups(Collector):
             "Duration of a step's phases, lately.",
             labels=[*labels, "phase"],
         )
-        tiers = GaugeMetricFamily(
-            "arriero_kv_tier_blocks",
-            "KV blocks of the group below the device.",
-            labels=[*labels, "tier"],
+        imbalance = GaugeMetricFamily(
+            "arriero_group_expert_imbalance",
+            "Tokens of the slice whose experts got most, over the mean; 1 is even.",
+            labels=labels,
         )
-        copies = CounterMetricFamily(
-            "arriero_kv_tier_copies",
-            "Copies of KV blocks: loaded to the device, saved below it, failed.",
-            labels=[*labels, "kind"],
+        experts = CounterMetricFamily(
+            "arriero_group_expert_tokens",
+            "Tokens that each expert was sent.",
+            labels=[*labels, "layer", "expert"],
         )
         counters = {
             field: CounterMetricFamily(name, words, labels=labels)
@@ -285,13 +316,13 @@ class _Groups(Collector):
             running.add_metric(group, view.load.num_running)
             for state in ("used", "cached", "total"):
                 blocks.add_metric([*group, state], view.stats.get(f"blocks_{state}", 0))
-            below = view.stats.get("tiers", {})
-            for tier in below.keys() & {"host", "disk", "shared"}:
-                tiers.add_metric([*group, tier], below[tier])
-            for kind in below.keys() & {"loaded", "saved", "failed"}:
-                copies.add_metric([*group, kind], below[kind])
             for phase, duration_us in view.stats.get("step_us", {}).items():
                 steps.add_metric([*group, phase], duration_us / 1e6)
             for field, counter in counters.items():
                 counter.add_metric(group, view.stats.get(field, 0))
-        yield from (waiting, running, blocks, tiers, copies, steps, *counters.values())
+            if loads := view.stats.get("expert_loads"):
+                imbalance.add_metric(group, view.stats["expert_imbalance"])
+                for layer, tokens in loads.items():
+                    for expert, count in enumerate(tokens):
+                        experts.add_metric([*group, layer, str(expert)], count)
+        yield from (waiting, running, blocks, steps, imbalance, experts, *counters.values())

@@ -278,7 +278,7 @@ class RemoteExecutor:
 
     def submit(self, plan: StepPlan) -> None:
         """Send a plan to every slice of its lane."""
-        self._monitor.planned(plan.step)
+        self._monitor.planned(plan.step, plan.lane)
         tp, dp = self._config.tp, self._config.dp
         ranks = (one for one in range(len(self._identities)) if one // tp % dp == plan.lane)
         self._tell(ranks, b"P", plan.to_bytes())
@@ -296,7 +296,7 @@ class RemoteExecutor:
             result = self._results.popleft() if self._results else self._pump(max(left, 0.0))
             if result is not None:
                 step = StepResult.from_bytes(result)
-                self._monitor.answered(step.step)
+                self._monitor.answered(step.step, step.lane)
                 return step
             if deadline is not None and time.monotonic() >= deadline:
                 return None

@@ -74,7 +74,7 @@ class GroupHealth:
         self.limits, self._names = limits, names
         self._slices = [_Seen(now_s, now_s) for _ in names]
         self._checked_s = now_s
-        self._plans: dict[int, float] = {}
+        self._plans: dict[tuple[int, int], float] = {}  # by step and lane
 
     def restart(self, now_s: float) -> None:
         """Forget how long anybody has been silent."""
@@ -96,13 +96,13 @@ class GroupHealth:
         seen.pulse = pulse
         seen.lines.extend(pulse.log)
 
-    def planned(self, step: int, now_s: float) -> None:
-        """A plan went out."""
-        self._plans[step] = now_s
+    def planned(self, step: int, now_s: float, lane: int = 0) -> None:
+        """A lane's plan went out."""
+        self._plans[step, lane] = now_s
 
-    def answered(self, step: int) -> None:
+    def answered(self, step: int, lane: int = 0) -> None:
         """A plan's result is in."""
-        self._plans.pop(step, None)
+        self._plans.pop((step, lane), None)
 
     def describe(self, rank: int, kind: Kind, what: str, now_s: float) -> Evidence:
         """Evidence about a slice, with all that its pulses told."""
@@ -116,7 +116,7 @@ class GroupHealth:
             for seen in self._slices:
                 seen.heard_s += paused_s
                 seen.moved_s += paused_s
-            self._plans = {step: at_s + paused_s for step, at_s in self._plans.items()}
+            self._plans = {plan: at_s + paused_s for plan, at_s in self._plans.items()}
         return self._silent(now_s) or self._stuck(now_s)
 
     def _silent(self, now_s: float) -> Evidence | None:
@@ -145,7 +145,7 @@ class GroupHealth:
         if pulse is not None and pulse.waits_for:
             where = f"waiting for {pulse.waits_for}"
         elif pulse is None or pulse.idle:
-            where = f"waiting for the plan of step {oldest}"
+            where = f"waiting for the plan of step {oldest[0]}"
         else:
             where = f"in {pulse.phase}"
         what = (
@@ -171,7 +171,7 @@ class GroupHealth:
             kind=kind,
             what=what,
             rank=rank,
-            step=max(pulse.step, min(self._plans, default=-1)),
+            step=max(pulse.step, min(self._plans, default=(-1, 0))[0]),
             phase=pulse.phase,
             collective=pulse.waits_for,
             log=tuple(self._slices[rank].lines),

@@ -65,15 +65,15 @@ class Monitor:
             self._health.restart(time.monotonic())
             self._judging = True
 
-    def planned(self, step: int) -> None:
-        """A plan goes out."""
+    def planned(self, step: int, lane: int) -> None:
+        """A lane's plan goes out."""
         with self._lock:
-            self._health.planned(step, time.monotonic())
+            self._health.planned(step, time.monotonic(), lane)
 
-    def answered(self, step: int) -> None:
+    def answered(self, step: int, lane: int) -> None:
         """A plan's result is in."""
         with self._lock:
-            self._health.answered(step)
+            self._health.answered(step, lane)
 
     def raised(self, rank: int, body: dict[str, Any]) -> None:
         """A slice reports its error."""

@@ -1,4 +1,4 @@
-"""`arriero status`, `scale`, `drain`, `rollout`, `rollback`, `events`, `why` and `logs`.
+"""`arriero status`, `scale`, `drain`, `rollout`, `rollback`, `experts`, `events`, `why`, `logs`.
 
 All of them speak to `arriero.v1.Admin`; none needs Ray.
 """
@@ -17,7 +17,7 @@ import typer
 
 from arriero.cluster.commands.deployment import StateDir
 from arriero.cluster.commands.terminal import ERR, OUT, spinner
-from arriero.shards.errors import GroupFailed, Unavailable
+from arriero.shards.errors import GroupFailed, NotFound, Unavailable
 
 if TYPE_CHECKING:
     from arriero.cluster.admin_client import AdminClient
@@ -30,7 +30,7 @@ _POLL_S = 0.3
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands to `app`."""
-    for command in (status, scale, drain, rollout, rollback, events, why, logs):
+    for command in (status, scale, drain, rollout, rollback, experts, events, why, logs):
         app.command(command.__name__)(command)
 
 
@@ -124,6 +124,30 @@ def rollback(
     """Go back to a model's settings before its last rollout."""
     with admin(state_dir) as client:
         _change(client, client.rollback(model), wait=wait, as_json=as_json)
+
+
+def experts(
+    group: Annotated[str, typer.Argument(help="A group, slot or model; none for all.")] = "",
+    as_json: AsJson = False,
+    state_dir: StateDir = None,
+) -> None:
+    """Show how the tokens of mixtures of experts spread over experts and slices."""
+    from arriero.cluster.commands.views import experts_view
+
+    with admin(state_dir) as client:
+        found = [
+            one
+            for one in client.status().groups
+            if group in ("", one.id, one.slot, one.model) and one.expert_loads
+        ]
+    if not found:
+        which = f"{group!r} is no group" if group else "there is none"
+        raise NotFound(f"{which} that exchanges tokens between experts (mesh dp > 1) and has begun")
+    if as_json:
+        print(json.dumps([plain(one) for one in found]))
+        return
+    for one in found:
+        OUT.print(experts_view(one))
 
 
 def events(
@@ -224,7 +248,9 @@ def _wait(client: AdminClient, say: object) -> None:
         time.sleep(_POLL_S)
 
 
-def plain(message: pb.Status | pb.Event | pb.Failure | pb.ProcessLog) -> dict[str, object]:
+def plain(
+    message: pb.Status | pb.GroupStatus | pb.Event | pb.Failure | pb.ProcessLog,
+) -> dict[str, object]:
     """A message as JSON can carry it, with every field and numbers as numbers."""
     found: dict[str, object] = {}
     for one in message.DESCRIPTOR.fields:

@@ -24,8 +24,11 @@ def status_view(status: pb.Status) -> RenderableType:
         state = "as wanted" if model.settled else "changing"
         text = f"{model.model}: {model.serving} of {model.groups} groups serve, "
         parts.append(Text(f"{text}revision {model.revision}, {state}"))
-    table = Table("group", "phase", "layout", "running", "waiting", "KV blocks", "output tokens")
+    columns = ["group", "phase", "layout", "running", "waiting", "KV blocks", "output tokens"]
+    mixtures = any(one.expert_loads for one in status.groups)
+    table = Table(*columns, *(["expert load"] if mixtures else []))
     for one in status.groups:
+        load = [f"{one.expert_imbalance:.2f} of even" if one.expert_loads else ""]
         table.add_row(
             Text(one.id or one.slot),
             Text(one.phase, style=_STYLES.get(one.phase, "")),
@@ -34,6 +37,7 @@ def status_view(status: pb.Status) -> RenderableType:
             str(one.waiting),
             f"{one.blocks_used} of {one.blocks_total}" if one.blocks_total else "",
             str(one.output_tokens),
+            *(load if mixtures else []),
         )
     parts.append(table)
     parts += [Text(f"{one.slot}: {one.text}") for one in status.groups if one.text]
@@ -43,3 +47,16 @@ def status_view(status: pb.Status) -> RenderableType:
             healed = f" (served again after {failure.recovered_s:.1f} s)"
         parts.append(Text(f"{failure.who} failed: {failure.cause}{healed}"))
     return Group(*parts)
+
+
+def experts_view(group: pb.GroupStatus) -> RenderableType:
+    """The load of a group's experts, a row a layer."""
+    table = Table("layer", "tokens", "busiest experts (share of even)", "idle experts")
+    for layer in group.expert_loads:
+        total, count = sum(layer.tokens), len(layer.tokens)
+        busiest = sorted(range(count), key=lambda e: -layer.tokens[e])[:4]
+        shares = [f"{e} ({layer.tokens[e] * count / max(total, 1):.2f})" for e in busiest]
+        idle = sum(tokens == 0 for tokens in layer.tokens)
+        table.add_row(str(layer.layer), str(total), ", ".join(shares), f"{idle} of {count}")
+    text = f"{group.id}: the busiest slice has {group.expert_imbalance:.2f} of an even share"
+    return Group(Text(f"{text}; experts were moved {group.expert_moves} times"), table)

@@ -106,7 +106,7 @@ def _add_generation(app: FastAPI, inference: Inference) -> None:
     async def chat(body: ChatBody, request: Request) -> Response:
         """Answer a conversation."""
         call = translate.chat_request(body)
-        text, views = inference.groups.find(call.model)
+        text, views = await while_here(request, inference.find(call.model))
         shape = shapes.ChatShape(views[0].model, text.tokenizer)
         streams = [await inference.chat(call, request.state.caller)]
         return await _answer(request, body, shape, streams)
@@ -115,7 +115,7 @@ def _add_generation(app: FastAPI, inference: Inference) -> None:
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue one prompt or several."""
         calls = translate.generate_requests(body)
-        text, views = inference.groups.find(calls[0].model)
+        text, views = await while_here(request, inference.find(calls[0].model))
         echo = [call.text for call in calls] if body.echo else None
         shape = shapes.CompletionShape(
             views[0].model,
@@ -211,7 +211,7 @@ def _add_tokens(app: FastAPI, inference: Inference) -> None:
 def _add_sight(app: FastAPI, inference: Inference) -> None:
     @app.get("/health")
     async def health() -> JSONResponse:
-        """200 while every model has a group that is idle or has finished a step lately."""
+        """200 while every model sleeps, or has a group that idles or finished a step lately."""
         groups = {
             view.group_id: {
                 "model": view.model,
@@ -224,8 +224,10 @@ def _add_sight(app: FastAPI, inference: Inference) -> None:
         lively = {
             view.model for view in inference.groups.groups() if view.load.stalled_s < STALLED_S
         }
-        missing = sorted(inference.groups.models() - lively)
-        healthy = bool(lively) and not missing
+        there = {view.model for view in inference.groups.groups()}
+        asleep = inference.may_sleep - there
+        missing = sorted(inference.groups.models() - lively - asleep)
+        healthy = bool(lively | asleep) and not missing
         return JSONResponse(
             {
                 "status": "ok" if healthy else "unavailable",

@@ -95,6 +95,11 @@ class Admission:
         """Samples of requests that have begun."""
         return self._sequences
 
+    @property
+    def backlog_s(self) -> float:
+        """Seconds until all that waits has been served, at the rate of late; 0 if not known."""
+        return self._wait_s(self._queue.cost)
+
     def waiting_by_tenant(self) -> dict[str, int]:
         """Requests that wait, of each tenant that was ever here."""
         return dict(self._queue.sizes())

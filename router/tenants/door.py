@@ -111,6 +111,14 @@ class Door:
             for tenant, waiting in admission.waiting_by_tenant().items()
         }
 
+    def demand(self) -> dict[str, tuple[int, float]]:
+        """Requests that wait here, by model, and the predicted wait of all of them, in seconds."""
+        return {
+            model: (admission.num_waiting, admission.backlog_s)
+            for model, admission in self._models.items()
+            if admission.num_waiting
+        }
+
     @asynccontextmanager
     async def place(self, model: str, ticket: Ticket) -> AsyncIterator[Place]:
         """A place in the model's groups, once it is the request's turn, until the block ends.

@@ -54,6 +54,11 @@ class FairQueue(Generic[T]):
     def __len__(self) -> int:
         return self._size
 
+    @property
+    def cost(self) -> float:
+        """Of all that waits."""
+        return sum(line.cost for line in self._lines.values())
+
     def push(self, tenant: Tenant, item: T, *, cost: float, priority: int = 0) -> None:
         """Add an item.
 

@@ -89,7 +89,7 @@ async def deployed(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[De
     machines = Machines()
     try:
         for _ in range(2):
-            machines.add(num_cpus=3)
+            machines.add(num_cpus=4)
         spec = folder / "arriero.yaml"
         model = {
             "name": "demo", "path": MODEL, "groups": 2, "mesh": {"pp": 2}, "threads": 1,
@@ -190,7 +190,7 @@ async def test_a_raylet_dies_under_load(deployed: Deployed) -> None:
     deployed.machines.kill_raylet(node)
     lost = await first_loss(deployed, at)
     why = await asyncio.to_thread(deployed.admin.why, lost.who)
-    await asyncio.to_thread(deployed.machines.add, 3)
+    await asyncio.to_thread(deployed.machines.add, 4)
     await deployed.whole()
     result = {
         "fault": "raylet",

@@ -101,6 +101,7 @@ def test_the_least_loaded_groups_go_first() -> None:
 def test_a_drained_group_has_a_successor_first() -> None:
     cluster = up(2)
     cluster.wish = replace(cluster.wish, drained=frozenset({"m-0"}))
+    assert not settled({"m": cluster.wish}, cluster.slots.values())
     cluster.settle()
     assert set(cluster.slots) == {"m-1", "m-2"}
     assert min(cluster.serving) == 2

@@ -122,12 +122,12 @@ def exported() -> set[str]:
     view = GroupView(
         group_id="g",
         model="m",
-        card=None,
+        card=None,  # type: ignore[arg-type]
         load=GroupLoad(),
-        stats={"step_us": {"wait": 1.0}},  # type: ignore[arg-type]
+        stats={"step_us": {"wait": 1.0}, "expert_loads": {"0": [1, 2]}, "expert_imbalance": 1.5},
     )
-    metrics = Metrics(lambda: [view])
-    with metrics.request("m"):
+    metrics = Metrics(lambda: [view], lambda: {("m", "t"): 1})
+    with metrics.request("m", "t"):
         metrics.moved("m", 1)
     with pytest.raises(Exception, match="x"), metrics.failures():
         raise RuntimeError("x")

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+arriero/router/proto/arriero/v1/admin.proto\x12\narriero.v1\"\x12\n\x10GetStatusRequest\"\x96\x03\n\x0bGroupStatus\x12\x0c\n\x04slot\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x10\n\x08revision\x18\x04 \x01(\r\x12\r\n\x05phase\x18\x05 \x01(\t\x12\x0c\n\x04text\x18\x06 \x01(\t\x12\x0e\n\x06layout\x18\x07 \x01(\t\x12\x0e\n\x06\x64igest\x18\x08 \x01(\t\x12\x0c\n\x04node\x18\t \x01(\t\x12\x0b\n\x03pid\x18\n \x01(\r\x12\x12\n\nslice_pids\x18\x0b \x03(\r\x12\x13\n\x0bslice_nodes\x18\x0c \x03(\t\x12\x0f\n\x07running\x18\r \x01(\r\x12\x0f\n\x07waiting\x18\x0e \x01(\r\x12\x13\n\x0b\x62locks_used\x18\x0f \x01(\r\x12\x15\n\rblocks_cached\x18\x10 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x11 \x01(\r\x12\x15\n\routput_tokens\x18\x12 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x13 \x01(\x04\x12\x15\n\rcached_tokens\x18\x14 \x01(\x04\x12\r\n\x05steps\x18\x15 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x16 \x01(\r\"n\n\x0bModelStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\r\x12\x0e\n\x06groups\x18\x03 \x01(\r\x12\x0f\n\x07serving\x18\x04 \x01(\r\x12\x0f\n\x07settled\x18\x05 \x01(\x08\x12\x0c\n\x04path\x18\x06 \x01(\t\"G\n\rGatewayStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0c\n\x04http\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\"\xae\x01\n\x06Status\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.arriero.v1.ModelStatus\x12\'\n\x06groups\x18\x02 \x03(\x0b\x32\x17.arriero.v1.GroupStatus\x12+\n\x08gateways\x18\x03 \x03(\x0b\x32\x19.arriero.v1.GatewayStatus\x12%\n\x08\x66\x61ilures\x18\x04 \x03(\x0b\x32\x13.arriero.v1.Failure\"\"\n\x11ListEventsRequest\x12\r\n\x05limit\x18\x01 \x01(\r\"<\n\x05\x45vent\x12\n\n\x02\x61t\x18\x01 \x01(\x01\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0b\n\x03who\x18\x03 \x01(\t\x12\x0c\n\x04text\x18\x04 \x01(\t\"7\n\x12ListEventsResponse\x12!\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x11.arriero.v1.Event\"\x1a\n\nWhyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"y\n\x07\x46\x61ilure\x12\x0b\n\x03who\x18\x01 \x01(\t\x12\x0c\n\x04slot\x18\x02 \x01(\t\x12\n\n\x02\x61t\x18\x03 \x01(\x01\x12\r\n\x05\x63\x61use\x18\x04 \x01(\t\x12\x0e\n\x06record\x18\x05 \x01(\t\x12\x18\n\x0brecovered_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x42\x0e\n\x0c_recovered_s\"B\n\x0bWhyResponse\x12$\n\x07\x66\x61ilure\x18\x01 \x01(\x0b\x32\x13.arriero.v1.Failure\x12\r\n\x05lines\x18\x02 \x03(\t\"*\n\x0bLogsRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05lines\x18\x02 \x01(\r\"4\n\x0cLogsResponse\x12$\n\x04logs\x18\x01 \x03(\x0b\x32\x16.arriero.v1.ProcessLog\"C\n\nProcessLog\x12\x0b\n\x03who\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\r\n\x05lines\x18\x04 \x03(\t\"-\n\x0cScaleRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06groups\x18\x02 \x01(\r\"\x1c\n\x0c\x44rainRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"-\n\x0eRolloutRequest\x12\x0c\n\x04spec\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\" \n\x0fRollbackRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x1e\n\x0e\x43hangeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t2\x8c\x04\n\x05\x41\x64min\x12=\n\tGetStatus\x12\x1c.arriero.v1.GetStatusRequest\x1a\x12.arriero.v1.Status\x12K\n\nListEvents\x12\x1d.arriero.v1.ListEventsRequest\x1a\x1e.arriero.v1.ListEventsResponse\x12\x36\n\x03Why\x12\x16.arriero.v1.WhyRequest\x1a\x17.arriero.v1.WhyResponse\x12\x39\n\x04Logs\x12\x17.arriero.v1.LogsRequest\x1a\x18.arriero.v1.LogsResponse\x12=\n\x05Scale\x12\x18.arriero.v1.ScaleRequest\x1a\x1a.arriero.v1.ChangeResponse\x12=\n\x05\x44rain\x12\x18.arriero.v1.DrainRequest\x1a\x1a.arriero.v1.ChangeResponse\x12\x41\n\x07Rollout\x12\x1a.arriero.v1.RolloutRequest\x1a\x1a.arriero.v1.ChangeResponse\x12\x43\n\x08Rollback\x12\x1b.arriero.v1.RollbackRequest\x1a\x1a.arriero.v1.ChangeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+arriero/router/proto/arriero/v1/admin.proto\x12\narriero.v1\"\x12\n\x10GetStatusRequest\"\xf5\x03\n\x0bGroupStatus\x12\x0c\n\x04slot\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x10\n\x08revision\x18\x04 \x01(\r\x12\r\n\x05phase\x18\x05 \x01(\t\x12\x0c\n\x04text\x18\x06 \x01(\t\x12\x0e\n\x06layout\x18\x07 \x01(\t\x12\x0e\n\x06\x64igest\x18\x08 \x01(\t\x12\x0c\n\x04node\x18\t \x01(\t\x12\x0b\n\x03pid\x18\n \x01(\r\x12\x12\n\nslice_pids\x18\x0b \x03(\r\x12\x13\n\x0bslice_nodes\x18\x0c \x03(\t\x12\x0f\n\x07running\x18\r \x01(\r\x12\x0f\n\x07waiting\x18\x0e \x01(\r\x12\x13\n\x0b\x62locks_used\x18\x0f \x01(\r\x12\x15\n\rblocks_cached\x18\x10 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x11 \x01(\r\x12\x15\n\routput_tokens\x18\x12 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x13 \x01(\x04\x12\x15\n\rcached_tokens\x18\x14 \x01(\x04\x12\r\n\x05steps\x18\x15 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x16 \x01(\r\x12\x18\n\x10\x65xpert_imbalance\x18\x17 \x01(\x01\x12\x14\n\x0c\x65xpert_moves\x18\x18 \x01(\r\x12-\n\x0c\x65xpert_loads\x18\x19 \x03(\x0b\x32\x17.arriero.v1.ExpertLoads\",\n\x0b\x45xpertLoads\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\x04\"n\n\x0bModelStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\r\x12\x0e\n\x06groups\x18\x03 \x01(\r\x12\x0f\n\x07serving\x18\x04 \x01(\r\x12\x0f\n\x07settled\x18\x05 \x01(\x08\x12\x0c\n\x04path\x18\x06 \x01(\t\"G\n\rGatewayStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0c\n\x04http\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\"\xae\x01\n\x06Status\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.arriero.v1.ModelStatus\x12\'\n\x06groups\x18\x02 \x03(\x0b\x32\x17.arriero.v1.GroupStatus\x12+\n\x08gateways\x18\x03 \x03(\x0b\x32\x19.arriero.v1.GatewayStatus\x12%\n\x08\x66\x61ilures\x18\x04 \x03(\x0b\x32\x13.arriero.v1.Failure\"\"\n\x11ListEventsRequest\x12\r\n\x05limit\x18\x01 \x01(\r\"<\n\x05\x45vent\x12\n\n\x02\x61t\x18\x01 \x01(\x01\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0b\n\x03who\x18\x03 \x01(\t\x12\x0c\n\x04text\x18\x04 \x01(\t\"7\n\x12ListEventsResponse\x12!\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x11.arriero.v1.Event\"\x1a\n\nWhyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"y\n\x07\x46\x61ilure\x12\x0b\n\x03who\x18\x01 \x01(\t\x12\x0c\n\x04slot\x18\x02 \x01(\t\x12\n\n\x02\x61t\x18\x03 \x01(\x01\x12\r\n\x05\x63\x61use\x18\x04 \x01(\t\x12\x0e\n\x06record\x18\x05 \x01(\t\x12\x18\n\x0brecovered_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x42\x0e\n\x0c_recovered_s\"B\n\x0bWhyResponse\x12$\n\x07\x66\x61ilure\x18\x01 \x01(\x0b\x32\x13.arriero.v1.Failure\x12\r\n\x05lines\x18\x02 \x03(\t\"*\n\x0bLogsRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05lines\x18\x02 \x01(\r\"4\n\x0cLogsResponse\x12$\n\x04logs\x18\x01 \x03(\x0b\x32\x16.arriero.v1.ProcessLog\"C\n\nProcessLog\x12\x0b\n\x03who\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\r\n\x05lines\x18\x04 \x03(\t\"-\n\x0cScaleRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06groups\x18\x02 \x01(\r\"\x1c\n\x0c\x44rainRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"-\n\x0eRolloutRequest\x12\x0c\n\x04spec\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\" \n\x0fRollbackRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x1e\n\x0e\x43hangeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t2\x8c\x04\n\x05\x41\x64min\x12=\n\tGetStatus\x12\x1c.arriero.v1.GetStatusRequest\x1a\x12.arriero.v1.Status\x12K\n\nListEvents\x12\x1d.arriero.v1.ListEventsRequest\x1a\x1e.arriero.v1.ListEventsResponse\x12\x36\n\x03Why\x12\x16.arriero.v1.WhyRequest\x1a\x17.arriero.v1.WhyResponse\x12\x39\n\x04Logs\x12\x17.arriero.v1.LogsRequest\x1a\x18.arriero.v1.LogsResponse\x12=\n\x05Scale\x12\x18.arriero.v1.ScaleRequest\x1a\x1a.arriero.v1.ChangeResponse\x12=\n\x05\x44rain\x12\x18.arriero.v1.DrainRequest\x1a\x1a.arriero.v1.ChangeResponse\x12\x41\n\x07Rollout\x12\x1a.arriero.v1.RolloutRequest\x1a\x1a.arriero.v1.ChangeResponse\x12\x43\n\x08Rollback\x12\x1b.arriero.v1.RollbackRequest\x1a\x1a.arriero.v1.ChangeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,41 +34,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSTATUSREQUEST']._serialized_start=59
   _globals['_GETSTATUSREQUEST']._serialized_end=77
   _globals['_GROUPSTATUS']._serialized_start=80
-  _globals['_GROUPSTATUS']._serialized_end=486
-  _globals['_MODELSTATUS']._serialized_start=488
-  _globals['_MODELSTATUS']._serialized_end=598
-  _globals['_GATEWAYSTATUS']._serialized_start=600
-  _globals['_GATEWAYSTATUS']._serialized_end=671
-  _globals['_STATUS']._serialized_start=674
-  _globals['_STATUS']._serialized_end=848
-  _globals['_LISTEVENTSREQUEST']._serialized_start=850
-  _globals['_LISTEVENTSREQUEST']._serialized_end=884
-  _globals['_EVENT']._serialized_start=886
-  _globals['_EVENT']._serialized_end=946
-  _globals['_LISTEVENTSRESPONSE']._serialized_start=948
-  _globals['_LISTEVENTSRESPONSE']._serialized_end=1003
-  _globals['_WHYREQUEST']._serialized_start=1005
-  _globals['_WHYREQUEST']._serialized_end=1031
-  _globals['_FAILURE']._serialized_start=1033
-  _globals['_FAILURE']._serialized_end=1154
-  _globals['_WHYRESPONSE']._serialized_start=1156
-  _globals['_WHYRESPONSE']._serialized_end=1222
-  _globals['_LOGSREQUEST']._serialized_start=1224
-  _globals['_LOGSREQUEST']._serialized_end=1266
-  _globals['_LOGSRESPONSE']._serialized_start=1268
-  _globals['_LOGSRESPONSE']._serialized_end=1320
-  _globals['_PROCESSLOG']._serialized_start=1322
-  _globals['_PROCESSLOG']._serialized_end=1389
-  _globals['_SCALEREQUEST']._serialized_start=1391
-  _globals['_SCALEREQUEST']._serialized_end=1436
-  _globals['_DRAINREQUEST']._serialized_start=1438
-  _globals['_DRAINREQUEST']._serialized_end=1466
-  _globals['_ROLLOUTREQUEST']._serialized_start=1468
-  _globals['_ROLLOUTREQUEST']._serialized_end=1513
-  _globals['_ROLLBACKREQUEST']._serialized_start=1515
-  _globals['_ROLLBACKREQUEST']._serialized_end=1547
-  _globals['_CHANGERESPONSE']._serialized_start=1549
-  _globals['_CHANGERESPONSE']._serialized_end=1579
-  _globals['_ADMIN']._serialized_start=1582
-  _globals['_ADMIN']._serialized_end=2106
+  _globals['_GROUPSTATUS']._serialized_end=581
+  _globals['_EXPERTLOADS']._serialized_start=583
+  _globals['_EXPERTLOADS']._serialized_end=627
+  _globals['_MODELSTATUS']._serialized_start=629
+  _globals['_MODELSTATUS']._serialized_end=739
+  _globals['_GATEWAYSTATUS']._serialized_start=741
+  _globals['_GATEWAYSTATUS']._serialized_end=812
+  _globals['_STATUS']._serialized_start=815
+  _globals['_STATUS']._serialized_end=989
+  _globals['_LISTEVENTSREQUEST']._serialized_start=991
+  _globals['_LISTEVENTSREQUEST']._serialized_end=1025
+  _globals['_EVENT']._serialized_start=1027
+  _globals['_EVENT']._serialized_end=1087
+  _globals['_LISTEVENTSRESPONSE']._serialized_start=1089
+  _globals['_LISTEVENTSRESPONSE']._serialized_end=1144
+  _globals['_WHYREQUEST']._serialized_start=1146
+  _globals['_WHYREQUEST']._serialized_end=1172
+  _globals['_FAILURE']._serialized_start=1174
+  _globals['_FAILURE']._serialized_end=1295
+  _globals['_WHYRESPONSE']._serialized_start=1297
+  _globals['_WHYRESPONSE']._serialized_end=1363
+  _globals['_LOGSREQUEST']._serialized_start=1365
+  _globals['_LOGSREQUEST']._serialized_end=1407
+  _globals['_LOGSRESPONSE']._serialized_start=1409
+  _globals['_LOGSRESPONSE']._serialized_end=1461
+  _globals['_PROCESSLOG']._serialized_start=1463
+  _globals['_PROCESSLOG']._serialized_end=1530
+  _globals['_SCALEREQUEST']._serialized_start=1532
+  _globals['_SCALEREQUEST']._serialized_end=1577
+  _globals['_DRAINREQUEST']._serialized_start=1579
+  _globals['_DRAINREQUEST']._serialized_end=1607
+  _globals['_ROLLOUTREQUEST']._serialized_start=1609
+  _globals['_ROLLOUTREQUEST']._serialized_end=1654
+  _globals['_ROLLBACKREQUEST']._serialized_start=1656
+  _globals['_ROLLBACKREQUEST']._serialized_end=1688
+  _globals['_CHANGERESPONSE']._serialized_start=1690
+  _globals['_CHANGERESPONSE']._serialized_end=1720
+  _globals['_ADMIN']._serialized_start=1723
+  _globals['_ADMIN']._serialized_end=2247
 # @@protoc_insertion_point(module_scope)

@@ -66,6 +66,9 @@ class GroupStatus(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    EXPERT_IMBALANCE_FIELD_NUMBER: _builtins.int
+    EXPERT_MOVES_FIELD_NUMBER: _builtins.int
+    EXPERT_LOADS_FIELD_NUMBER: _builtins.int
     slot: _builtins.str
     """Its place in the deployment: "smollm2-0"."""
     id: _builtins.str
@@ -90,10 +93,19 @@ class GroupStatus(_message.Message):
     cached_tokens: _builtins.int
     steps: _builtins.int
     preemptions: _builtins.int
+    expert_imbalance: _builtins.float
+    """Of groups that exchange tokens between experts on different slices: the most loaded slice's
+    tokens over the mean, 1 being even, and how often an expert was moved. 0 of other groups.
+    """
+    expert_moves: _builtins.int
     @_builtins.property
     def slice_pids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def slice_nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def expert_loads(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertLoads]:
+        """Tokens that each expert was sent since the start, by layer."""
+
     def __init__(
         self,
         *,
@@ -119,14 +131,42 @@ class GroupStatus(_message.Message):
         cached_tokens: _builtins.int = ...,
         steps: _builtins.int = ...,
         preemptions: _builtins.int = ...,
+        expert_imbalance: _builtins.float = ...,
+        expert_moves: _builtins.int = ...,
+        expert_loads: _abc.Iterable[Global___ExpertLoads] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_cached", b"blocks_cached", "blocks_total", b"blocks_total", "blocks_used", b"blocks_used", "cached_tokens", b"cached_tokens", "digest", b"digest", "id", b"id", "layout", b"layout", "model", b"model", "node", b"node", "output_tokens", b"output_tokens", "phase", b"phase", "pid", b"pid", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "revision", b"revision", "running", b"running", "slice_nodes", b"slice_nodes", "slice_pids", b"slice_pids", "slot", b"slot", "steps", b"steps", "text", b"text", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_cached", b"blocks_cached", "blocks_total", b"blocks_total", "blocks_used", b"blocks_used", "cached_tokens", b"cached_tokens", "digest", b"digest", "expert_imbalance", b"expert_imbalance", "expert_loads", b"expert_loads", "expert_moves", b"expert_moves", "id", b"id", "layout", b"layout", "model", b"model", "node", b"node", "output_tokens", b"output_tokens", "phase", b"phase", "pid", b"pid", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "revision", b"revision", "running", b"running", "slice_nodes", b"slice_nodes", "slice_pids", b"slice_pids", "slot", b"slot", "steps", b"steps", "text", b"text", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GroupStatus: _TypeAlias = GroupStatus  # noqa: Y015
+
+@_typing.final
+class ExpertLoads(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    layer: _builtins.int
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """By expert."""
+
+    def __init__(
+        self,
+        *,
+        layer: _builtins.int = ...,
+        tokens: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExpertLoads: _TypeAlias = ExpertLoads  # noqa: Y015
 
 @_typing.final
 class ModelStatus(_message.Message):
