@@ -245,6 +245,7 @@ class Leader:
     async def _lead(self, limits: EngineConfig, card: ModelCard) -> str:
         """Start the engine, draw a token, open the link; returns the link's address."""
         from arriero.cluster.canary import Canary
+        from arriero.cluster.kv_desk import KvDesk
         from arriero.router.link import LinkServer
         from arriero.router.tracing import Tracing
         from arriero.shards.engine.engine import Engine
@@ -274,6 +275,7 @@ class Leader:
             token=self._link_token,
             credentials=None if tls is None else tls.files().server("link_tls"),
             tracing=self._tracing,
+            kv=KvDesk(engine, canary, card).answer,
         )
         return str(await self._link.start())
 

@@ -25,7 +25,7 @@ import numpy as np
 from arriero.shards.engine.types import EngineRequest, SequenceOutput, TokenLogprobs
 from arriero.shards.sampling import SamplingParams
 
-VERSION = 2
+VERSION = 3
 """Both ends must have the same one; a leader says it in its hello."""
 
 
@@ -52,12 +52,13 @@ def submit_message(handle: int, request: EngineRequest) -> list[Any]:
         _int32(request.resumed),
         request.cache_salt,
         request.trace,
+        request.tenant,
     ]
 
 
 def read_submit(message: Sequence[Any]) -> EngineRequest:
     """Undo `submit_message`, but for the handle."""
-    _, _, request_id, prompt, params, priority, resumed, cache_salt, trace = message
+    _, _, request_id, prompt, params, priority, resumed, cache_salt, trace, tenant = message
     return EngineRequest(
         request_id=request_id,
         prompt=_tuple(prompt),
@@ -66,6 +67,7 @@ def read_submit(message: Sequence[Any]) -> EngineRequest:
         resumed=_tuple(resumed),
         cache_salt=cache_salt,
         trace=trace,
+        tenant=tenant,
     )
 
 

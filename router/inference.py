@@ -298,6 +298,7 @@ class Inference:
             # Among tenants, nobody goes first for having said so.
             priority=job.priority if self.door.open else job.caller.tenant.priority,
             trace=trace,
+            tenant=job.caller.tenant.name,
         )
         course = Course(request)
         course.digest = job.weights or None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -26,7 +26,8 @@ from arriero.shards.errors import ArrieroError, InvalidRequest, Overloaded, Unav
 log = logging.getLogger(__name__)
 
 METHOD = "/arriero.link.v1.Link/Connect"
-SERVICE, NAME = "arriero.link.v1.Link", "Connect"
+KV_METHOD = "/arriero.link.v1.Link/Kv"
+SERVICE, NAME, KV_NAME = "arriero.link.v1.Link", "Connect", "Kv"
 TOKEN_KEY = "arriero-link-token"
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", -1),  # a prompt of ten million tokens is one frame
@@ -57,6 +58,10 @@ class Engine(Protocol):
         """The load now."""
 
 
+KvAnswer = Callable[[str, Mapping[str, Any]], Awaitable[dict[str, Any]]]
+"""Answers what operators ask of a group's KV cache: an action and its arguments."""
+
+
 class LinkServer:
     """Serves the links of one leader.
 
@@ -67,6 +72,7 @@ class LinkServer:
         token: what a gateway must show; "" lets anyone link who can reach the address.
         credentials: of TLS; None listens in the clear.
         tracing: makes a span for each request that came with its caller's; None makes none.
+        kv: answers about the KV cache; None refuses.
     """
 
     def __init__(
@@ -78,7 +84,9 @@ class LinkServer:
         token: str = "",
         credentials: grpc.ServerCredentials | None = None,
         tracing: Tracing | None = None,
+        kv: KvAnswer | None = None,
     ) -> None:
+        self._kv = kv
         self._tracing = tracing
         self._spans: dict[str, _Span] = {}
         self._token = token
@@ -102,9 +110,12 @@ class LinkServer:
         """
         self._loop = asyncio.get_running_loop()
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
-        handler = grpc.stream_stream_rpc_method_handler(self._connect)
+        handlers = {
+            NAME: grpc.stream_stream_rpc_method_handler(self._connect),
+            KV_NAME: grpc.unary_unary_rpc_method_handler(self._answer_kv),
+        }
         self._server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(SERVICE, {NAME: handler}),)
+            (grpc.method_handlers_generic_handler(SERVICE, handlers),)
         )
         try:
             if self._credentials is None:
@@ -160,15 +171,32 @@ class LinkServer:
         if not self._owners:
             self._idle.set()
 
-    async def _connect(
-        self, incoming: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]
-    ) -> None:
+    async def _answer_kv(
+        self, raw: bytes, context: grpc.aio.ServicerContext[bytes, bytes]
+    ) -> bytes:
+        await self._check_token(context)
+        if self._kv is None:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this leader has no KV desk")
+        try:
+            action, asked = frames.unpack(raw)
+            return frames.pack(await self._kv(action, asked))
+        except InvalidRequest as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except ArrieroError as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+
+    async def _check_token(self, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         shown = str(dict(context.invocation_metadata() or ()).get(TOKEN_KEY, ""))
         if not hmac.compare_digest(shown.encode(), self._token.encode()):
             await context.abort(
                 grpc.StatusCode.UNAUTHENTICATED,
                 "the gateway showed another token than the leader's",
             )
+
+    async def _connect(
+        self, incoming: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]
+    ) -> None:
+        await self._check_token(context)
         link = _Link(context)
         self._links.add(link)
         link.send(["hello", frames.VERSION, self._card.to_wire()])

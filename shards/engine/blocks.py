@@ -154,6 +154,24 @@ class BlockManager:
                 if self.on_event is not None:
                     self.on_event("stored", key)
 
+    def flush(self) -> int:
+        """Forget the keys of blocks that nobody holds; gives how many there were."""
+        count = len(self._cached)
+        self._blank += self._cached
+        for block in self._cached:
+            self._forget(block)
+        self._cached.clear()
+        return count
+
+    def _forget(self, block: int) -> None:
+        """Make a block unfindable."""
+        key = self._keys[block]
+        assert key is not None, f"block {block} is cached without a key"
+        self._keys[block] = None
+        del self._by_key[key]
+        if self.on_event is not None:
+            self.on_event("evicted", key)
+
     def _release(self, blocks: Sequence[int]) -> None:
         for block in reversed(blocks):
             self._references[block] -= 1
@@ -169,11 +187,6 @@ class BlockManager:
             block = self._blank.pop()
         else:
             block, _ = self._cached.popitem(last=False)
-            key = self._keys[block]
-            assert key is not None, f"block {block} is cached without a key"
-            self._keys[block] = None
-            del self._by_key[key]
-            if self.on_event is not None:
-                self.on_event("evicted", key)
+            self._forget(block)
         self._references[block] = 1
         return block

@@ -16,6 +16,7 @@ from dataclasses import fields
 from typing import Literal
 
 from arriero.shards.engine.blocks import CacheListener
+from arriero.shards.engine.cache_report import CacheReport
 from arriero.shards.engine.limits import check_config
 from arriero.shards.engine.scheduler import Scheduler
 from arriero.shards.engine.types import EngineConfig, EngineRequest, EngineStats, SequenceOutput
@@ -103,6 +104,22 @@ class Lanes:
     def take_moved(self, moved: list[Moved]) -> None:
         """Hear from slices what came of copies, maybe nothing."""
         self._lanes[0].take_moved(moved)
+
+    def cache(self) -> CacheReport:
+        """What the KV cache holds, and for whom."""
+        return CacheReport.total([lane.cache() for lane in self._lanes])
+
+    def pin(self, name: str, tokens: tuple[int, ...]) -> int:
+        """Keep a prefix on the device wherever it is; the most tokens of it in one lane."""
+        return max(lane.pin(name, tokens) for lane in self._lanes)
+
+    def unpin(self, name: str) -> bool:
+        """Let go of a pin; False where there is none of this name."""
+        return any([lane.unpin(name) for lane in self._lanes])
+
+    def flush(self) -> int:
+        """Forget every block that nobody holds, on the device and below; how many."""
+        return sum(lane.flush() for lane in self._lanes)
 
     @property
     def stats(self) -> EngineStats:

@@ -21,13 +21,14 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from operator import attrgetter
 
 import numpy as np
 
 from arriero.shards.engine.blocks import CacheListener
+from arriero.shards.engine.cache_report import CacheReport, TenantUse, TierUse
 from arriero.shards.engine.draft import Chunk, InFlight, PlanDraft, in_flight
 from arriero.shards.engine.limits import check_config, check_request
 from arriero.shards.engine.pace import Pace
@@ -87,6 +88,7 @@ class Scheduler:
         self._arrivals = 0
         self._prompt_tokens = 0
         self._cached_tokens = 0
+        self._by_tenant: dict[str, TenantUse] = defaultdict(TenantUse)
         self._output_tokens = 0
         self._preemptions = 0
 
@@ -358,7 +360,10 @@ class Scheduler:
                 blocks.drop_latest_prompt()
             shared = blocks.find_shared(sequence)
             if not blocks.has_room(sequence, shared, 0):
-                return False  # the rest is pinned while it is copied
+                blocks.drop_pins()
+                shared = blocks.find_shared(sequence)
+            if not blocks.has_room(sequence, shared, 0):
+                return False  # the rest is held while it is copied
         table = blocks.open(sequence, shared)
         size = self.config.block_size
         cached = len(shared.blocks) * size
@@ -383,6 +388,9 @@ class Scheduler:
             sequence.num_cached = num_cached
             self._prompt_tokens += sequence.num_prompt
             self._cached_tokens += num_cached
+            use = self._by_tenant[live.request.tenant]
+            use.prompt_tokens += sequence.num_prompt
+            use.cached_tokens += num_cached
 
     def _after_chunk(self, chunk: Chunk) -> None:
         """Only plans after this one may share what it computes."""
@@ -425,6 +433,40 @@ class Scheduler:
         for one in moved:
             self._blocks.tiers.take(one)
         self._waiting.finish_loads()
+
+    def cache(self) -> CacheReport:
+        """What the KV cache holds, and for whom."""
+        blocks, pools = self._blocks, [self._blocks.pool]
+        if blocks.local is not None:
+            pools.append(blocks.local.pool)
+        device = TierUse(
+            sum(pool.num_used + pool.num_cached for pool in pools),
+            sum(pool.num_blocks for pool in pools),
+        )
+        counts, most = blocks.tiers.counts(), blocks.tiers.capacities()
+        below = {
+            tier: TierUse(counts.get(tier, 0), most.get(tier, 0))
+            for tier in ("host", "disk", "shared")
+            if most.get(tier) or counts.get(tier)
+        }
+        return CacheReport(
+            tiers={"device": device, **below},
+            tenants=dict(self._by_tenant),
+            held=blocks.tiers.tenants(),
+            pins=blocks.pins,
+        )
+
+    def pin(self, name: str, tokens: tuple[int, ...]) -> int:
+        """Keep a prefix on the device, as far as it is there; see `SequenceBlocks.pin`."""
+        return self._blocks.pin(name, tokens)
+
+    def unpin(self, name: str) -> bool:
+        """Let go of a pin; False where there is none of this name."""
+        return self._blocks.unpin(name)
+
+    def flush(self) -> int:
+        """Forget every block that nobody holds, on the device and below; how many."""
+        return self._blocks.flush()
 
     # ---- shared by both ----
 

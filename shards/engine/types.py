@@ -80,6 +80,7 @@ class EngineRequest:
         resumed: output tokens emitted elsewhere before (a resumed stream); they count as output
             for penalties, `max_tokens`, `min_tokens` and the draw's position. Only with n = 1.
         cache_salt: joins the keys of this request's blocks, to keep tenants' caches apart.
+        tenant: whose it is; its blocks are counted as that tenant's.
         trace: W3C `traceparent` of the caller's span, carried along; "" for none.
         images: files whose features replace the prompt's placeholders, in order.
     """
@@ -90,6 +91,7 @@ class EngineRequest:
     priority: int = 0
     resumed: tuple[int, ...] = ()
     cache_salt: bytes = b""
+    tenant: str = ""
     trace: str = ""
     images: tuple[RequestImage, ...] = ()
 

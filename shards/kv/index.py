@@ -23,7 +23,7 @@ MAX_USES = 8
 @dataclass(slots=True)
 class _Entry:
     slot: int
-    tenant: bytes
+    tenant: str
     depth: int
     priority: float = 0.0
     uses: int = 0
@@ -46,8 +46,8 @@ class TierIndex:
         self._entries: dict[bytes, _Entry] = {}
         self._free = list(range(capacity - 1, -1, -1))
         self._clock = 0.0
-        self._heaps: dict[bytes, list[tuple[float, int, bytes]]] = {}
-        self._held_by: dict[bytes, int] = {}
+        self._heaps: dict[str, list[tuple[float, int, bytes]]] = {}
+        self._held_by: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -58,7 +58,7 @@ class TierIndex:
     def __iter__(self) -> Iterator[bytes]:
         return iter(self._entries)
 
-    def tenants(self) -> dict[bytes, int]:
+    def tenants(self) -> dict[str, int]:
         """Entries of each tenant."""
         return {tenant: count for tenant, count in self._held_by.items() if count}
 
@@ -67,7 +67,7 @@ class TierIndex:
         entry = self._entries.get(key)
         return entry.slot if entry is not None and entry.ready else None
 
-    def reserve(self, key: bytes, tenant: bytes, depth: int) -> tuple[int, bytes | None] | None:
+    def reserve(self, key: bytes, tenant: str, depth: int) -> tuple[int, bytes | None] | None:
         """Take a slot for a key that is not here: (slot, the key that went for it if any).
 
         The entry is held until `commit` or `discard`. None when everything here is held.
@@ -149,7 +149,7 @@ class TierIndex:
         if len(heap) > 64 + 4 * self._held_by[entry.tenant]:
             self._rebuild(entry.tenant)
 
-    def _rebuild(self, tenant: bytes) -> None:
+    def _rebuild(self, tenant: str) -> None:
         """Leave the stale items of a heap behind."""
         heap = [
             (one.priority, -one.depth, key)
@@ -159,7 +159,7 @@ class TierIndex:
         heapq.heapify(heap)
         self._heaps[tenant] = heap
 
-    def _victim(self, tenants: list[bytes]) -> bytes | None:
+    def _victim(self, tenants: list[str]) -> bytes | None:
         """The key of lowest priority that nobody holds, of these tenants."""
         best: tuple[float, int, bytes] | None = None
         for tenant in tenants:

@@ -59,7 +59,7 @@ class _Flight:
 
     move: Move
     left: int
-    tenant: bytes
+    tenant: str
     depth: int
     failed: bool = False
     pin: int | None = None
@@ -90,8 +90,8 @@ class PoolTiers:
         self._stored: set[bytes] | None = set() if limits.shared else None
         self._ids = itertools.count()
         self._flights: dict[int, _Flight] = {}
-        self._to_save: OrderedDict[bytes, tuple[bytes, int]] = OrderedDict()
-        self._to_write: OrderedDict[tuple[Tier, bytes], tuple[bytes, int]] = OrderedDict()
+        self._to_save: OrderedDict[bytes, tuple[str, int]] = OrderedDict()
+        self._to_write: OrderedDict[tuple[Tier, bytes], tuple[str, int]] = OrderedDict()
         self._outbox: list[Moves] = []  # loads, which go first
         self._dropped: list[tuple[Tier, bytes]] = []
         self._firsts: list[Moved] = []
@@ -128,6 +128,14 @@ class PoolTiers:
             "moving": self.num_moving,
         }
 
+    def tenants(self) -> dict[Tier, dict[str, int]]:
+        """Blocks of each bounded tier by tenant; those found at the start are nobody's: ""."""
+        return {tier: index.tenants() for tier, index in self._index.items()}
+
+    def capacities(self) -> dict[Tier, int]:
+        """Most blocks of each bounded tier."""
+        return {tier: index.capacity for tier, index in self._index.items()}
+
     def host_slot(self, key: bytes) -> int | None:
         """Where host memory holds a key; safe from any thread."""
         index = self._index.get(Tier.HOST)
@@ -135,7 +143,7 @@ class PoolTiers:
 
     # ---- saving ----
 
-    def note(self, keys: Sequence[bytes], first_depth: int, tenant: bytes) -> None:
+    def note(self, keys: Sequence[bytes], first_depth: int, tenant: str) -> None:
         """Blocks of these keys are on the device, computed by a plan that is out or about to be."""
         if not (self._index or self._stored is not None):
             return
@@ -166,7 +174,7 @@ class PoolTiers:
         outbox, self._outbox = self._outbox, []
         return [*outbox, moves] if moves.moves or moves.dropped else outbox
 
-    def _save(self, moves: Moves, key: bytes, tenant: bytes, depth: int) -> None:
+    def _save(self, moves: Moves, key: bytes, tenant: str, depth: int) -> None:
         """From the device to the first tier that lacks it."""
         found = self._pool.match((key,))
         target = next((tier for tier, index in self._index.items() if key not in index), None)
@@ -188,7 +196,7 @@ class PoolTiers:
             return self._stored is not None and key not in self._stored
         return tier in self._index and key not in self._index[tier]
 
-    def _write(self, moves: Moves, tier: Tier, key: bytes, tenant: bytes, depth: int) -> None:
+    def _write(self, moves: Moves, tier: Tier, key: bytes, tenant: str, depth: int) -> None:
         """From one of our tiers to one further down; a key that is gone is left."""
         if not self._lacks(tier, key):
             return
@@ -204,7 +212,7 @@ class PoolTiers:
                 self._send(moves, _Flight(move, self._num_ranks, tenant, depth))
             return
 
-    def _reserve(self, tier: Tier, key: bytes, tenant: bytes, depth: int) -> int | None:
+    def _reserve(self, tier: Tier, key: bytes, tenant: str, depth: int) -> int | None:
         if tier is Tier.SHARED:
             return 0
         got = self._index[tier].reserve(key, tenant, depth)
@@ -242,7 +250,7 @@ class PoolTiers:
         return reach
 
     def load(
-        self, keys: Sequence[bytes], first: int, tenant: bytes, peer: PeerBlocks | None = None
+        self, keys: Sequence[bytes], first: int, tenant: str, peer: PeerBlocks | None = None
     ) -> Load:
         """Pin blocks that are on the device, and begin to bring up the others.
 
@@ -333,7 +341,7 @@ class PoolTiers:
             return
         index = self._index[tier]
         for key in known:  # oldest first, so that the newest stay
-            if key not in everywhere or self._reserve(tier, key, b"", 0) is None:
+            if key not in everywhere or self._reserve(tier, key, "", 0) is None:
                 self._dropped.append((tier, key))
                 continue
             index.commit(key)

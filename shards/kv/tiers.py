@@ -8,6 +8,7 @@ Knows both pools' tiers and where chunks begin; knows nothing of sequences, file
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -77,7 +78,22 @@ class Tiers:
         each = [one.counts() for one in self._each]
         return {name: sum(one[name] for one in each) for name in each[0]}
 
-    def note(self, pool: Pool, keys: Sequence[bytes], first: int, tenant: bytes) -> None:
+    def capacities(self) -> dict[str, int]:
+        """Most blocks of each bounded tier, of both pools together."""
+        total = Counter[str]()
+        for one in self._each:
+            total.update({tier.name.lower(): n for tier, n in one.capacities().items()})
+        return dict(total)
+
+    def tenants(self) -> dict[str, dict[str, int]]:
+        """Blocks of each bounded tier by tenant; those found at the start are nobody's: ""."""
+        total: dict[str, Counter[str]] = {}
+        for one in self._each:
+            for tier, held in one.tenants().items():
+                total.setdefault(tier.name.lower(), Counter()).update(held)
+        return {tier: dict(held) for tier, held in total.items()}
+
+    def note(self, pool: Pool, keys: Sequence[bytes], first: int, tenant: str) -> None:
         """Blocks of a pool are on the device, computed by a plan that is out or about to be.
 
         Args:
@@ -98,7 +114,7 @@ class Tiers:
         self.num_answers += 1
         self._each[moved.pool].take(moved)
 
-    def begin(self, keys: Sequence[bytes], spare: int, tenant: bytes) -> PrefixLoad | None:
+    def begin(self, keys: Sequence[bytes], spare: int, tenant: str) -> PrefixLoad | None:
         """Begin to bring a chain's blocks to the device, as far as some tier holds them.
 
         Args:

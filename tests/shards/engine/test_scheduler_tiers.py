@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
+from contextlib import suppress
 from typing import Any
 
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from arriero.shards.engine.scheduler import Scheduler
 from arriero.shards.engine.types import EngineConfig, EngineRequest, SequenceOutput
 from arriero.shards.engine.waiting import PATIENCE_S
+from arriero.shards.errors import InvalidRequest
 from arriero.shards.kv.limits import GroupTierLimits, TierLimits
 from arriero.shards.sampling import SamplingParams
 
@@ -111,18 +113,28 @@ def test_every_request_gets_its_own_tokens_whatever_tiers_do(
             prompt = shared[: rng.randrange(1, 36)]
             prompt += [rng.randrange(VOCAB) for _ in range(rng.randrange(0, 5))]
             params = SamplingParams(seed=rng.randrange(2), max_tokens=rng.randrange(1, 8))
-            salt = rng.choice([b"", b"a", b"b"])
+            tenant = rng.choice(["", "a", "b"])
             requests.append(
                 EngineRequest(
-                    request_id=f"r{i}", prompt=tuple(prompt), params=params, cache_salt=salt
+                    request_id=f"r{i}", prompt=tuple(prompt), params=params, tenant=tenant
                 )
             )
             run.scheduler.add(requests[-1])
             for _ in range(rng.randrange(4)):
                 rng.choice([run.submit, run.collect, run.world.work, run.hear])()
+            match rng.randrange(12):
+                case 0:
+                    with suppress(InvalidRequest):
+                        run.scheduler.pin(rng.choice("ab"), tuple(prompt))
+                case 1:
+                    run.scheduler.unpin("a")
+                case 2:
+                    run.scheduler.flush()
             if rng.random() < 0.1:
                 for one in run.scheduler.cancel(rng.choice(requests).request_id):
                     run.outputs[one.request_id].append(one)
+        for name in "ab":
+            run.scheduler.unpin(name)
         run.finish()
         for request in requests:
             stream = run.outputs[request.request_id]
