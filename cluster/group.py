@@ -156,6 +156,7 @@ class Leader:
         # imported only now: the slices import torch meanwhile
         from arriero.router.card import ModelCard
         from arriero.shards.checkpoint.formats.describe import describe
+        from arriero.shards.engine.blocks import root_key
         from arriero.shards.executor import RemoteExecutor
         from arriero.shards.resolve import engine_config, resolve
 
@@ -186,6 +187,8 @@ class Leader:
             max_sequences=limits.max_sequences,
             arithmetic=self._settings.arithmetic,
             epoch=self._epoch,
+            cache_root=root_key(limits.cache_salt) if limits.prefix_cache else b"",
+            block_size=limits.block_size,
         )
         address = await self._lead(limits, card)
         self._entry = registry.GroupEntry(
@@ -246,6 +249,7 @@ class Leader:
         """Start the engine, draw a token, open the link; returns the link's address."""
         from arriero.cluster.canary import Canary
         from arriero.cluster.kv_desk import KvDesk
+        from arriero.router.directory.journal import Journal
         from arriero.router.link import LinkServer
         from arriero.router.tracing import Tracing
         from arriero.shards.engine.engine import Engine
@@ -260,7 +264,10 @@ class Leader:
         def on_failure(error: Exception) -> None:
             self._on_lost(str(error))
 
-        engine = self._engine = Engine(limits, self._executor, on_outputs, on_failure=on_failure)
+        journal = Journal()
+        engine = self._engine = Engine(
+            limits, self._executor, on_outputs, on_failure=on_failure, on_event=journal.note
+        )
         canary = self._canary = Canary(engine)
         engine.start()
         self._say("first token")
@@ -276,6 +283,7 @@ class Leader:
             credentials=None if tls is None else tls.files().server("link_tls"),
             tracing=self._tracing,
             kv=KvDesk(engine, canary, card).answer,
+            listen=lambda: journal.listen(engine),
         )
         return str(await self._link.start())
 

@@ -40,6 +40,8 @@ class ModelCard:
         max_sequences: most sequences that the group computes at once.
         arithmetic: what the weights are held and computed in, such as "bfloat16 int8".
         epoch: of the group: a later life of the same place has a larger one.
+        cache_root: parent key of its KV blocks; b"" where prefixes are not kept.
+        block_size: tokens in one of them.
     """
 
     model: str
@@ -59,6 +61,8 @@ class ModelCard:
     max_sequences: int = 256
     arithmetic: str = ""
     epoch: int = 0
+    cache_root: bytes = b""
+    block_size: int = 0
 
     @property
     def weights(self) -> str:
@@ -98,6 +102,8 @@ class ModelCard:
         max_sequences: int,
         arithmetic: str = "",
         epoch: int = 0,
+        cache_root: bytes = b"",
+        block_size: int = 0,
     ) -> ModelCard:
         """Read tokenizer, template and defaults from a checkpoint's folder; the rest is given.
 
@@ -134,6 +140,8 @@ class ModelCard:
             max_sequences=max_sequences,
             arithmetic=arithmetic,
             epoch=epoch,
+            cache_root=cache_root,
+            block_size=block_size,
         )
 
 

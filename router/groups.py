@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Container, Iterable
-from dataclasses import dataclass, field
+import math
+import time
+from collections.abc import AsyncGenerator, Callable, Container, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import grpc
 
 from arriero.router.backend import GroupView
+from arriero.router.card import ModelCard
 from arriero.router.conversation import TextModel
+from arriero.router.directory import prefixes
+from arriero.router.directory.directory import Directory, Reach
+from arriero.router.directory.events import Batch, Snapshot
+from arriero.router.directory.prefixes import NOTHING, CacheRoot
 from arriero.router.link_client import LinkClient
 from arriero.shards.engine.types import EngineRequest, SequenceOutput
 from arriero.shards.errors import ArrieroError, InvalidRequest, NotFound, Unavailable
@@ -65,6 +72,8 @@ class LinkedGroups:
         self._groups: dict[str, _Group] = {}
         self._texts: dict[str, asyncio.Task[TextModel]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        # a link that is up is heard of all the time, and one that is lost gives its place up
+        self._directory = Directory(lease_s=math.inf)
 
     async def set_groups(
         self, addresses: Iterable[GroupAddress], *, fenced: Container[str] | None = None
@@ -94,10 +103,13 @@ class LinkedGroups:
                     token=address.token,
                     credentials=self._credentials,
                     group_id=group_id,
+                    on_kv=partial(self._on_kv, group_id),
                 )
                 self._groups[group_id] = group
                 group.link.start()
         await asyncio.gather(*(group.link.close() for group in closing))
+        for group_id in gone:
+            self._directory.drop(group_id)
         used = {group.text_key for group in self._groups.values()}
         self._texts = {key: task for key, task in self._texts.items() if key in used}
         self._on_change()
@@ -139,7 +151,8 @@ class LinkedGroups:
         group = self._groups.get(group_id)
         if group is None:
             raise Unavailable(f"group {group_id!r} was removed")
-        return group.link.generate(request)
+        reach = self._reach(group.link.card, request)
+        return group.link.generate(request, reach.get(group_id, NOTHING).total)
 
     def cancel(self, group_id: str, request_id: str) -> None:
         """Stop a request; see `Backend`."""
@@ -190,13 +203,39 @@ class LinkedGroups:
             [view for view in views if self._groups[view.group_id].text_key == key],
         )
 
-    def sharing(self, model: str, text: TextModel) -> list[GroupView]:
-        """The connected groups of a model that speak `text`, which `find` gave before."""
-        return [
+    def sharing(self, model: str, text: TextModel, request: EngineRequest) -> list[GroupView]:
+        """The connected groups of a model that speak `text`, which `find` gave before.
+
+        Their views say how much of the request's prompt each has already.
+        """
+        views = [
             view
             for view in self.groups()
             if view.model == model and self._groups[view.group_id].text_key == text.key
         ]
+        if len(views) < 2:
+            return views
+        roots = {view.card.cache_root: view.card for view in views}
+        reach = {root: self._reach(card, request) for root, card in roots.items()}
+        return [
+            replace(view, reach=reach[view.card.cache_root].get(view.group_id, NOTHING))
+            for view in views
+        ]
+
+    def _reach(self, card: ModelCard, request: EngineRequest) -> Mapping[str, Reach]:
+        """Tokens of a prompt that each group has; keys of images and of salts are not made here."""
+        if not card.cache_root or request.images or request.cache_salt:
+            return {}
+        root = CacheRoot(card.cache_root, card.block_size)
+        return prefixes.find(self._directory, root, request.prompt)
+
+    def _on_kv(self, group_id: str, told: Batch | Snapshot) -> None:
+        now_s = time.monotonic()
+        if isinstance(told, Snapshot):
+            self._directory.snapshot(group_id, told, now_s)
+        else:
+            self._directory.apply(group_id, told, now_s)
+        self._directory.sweep()
 
     def _changed(self, group: _Group) -> None:
         if group.link.connected:
@@ -205,6 +244,7 @@ class LinkedGroups:
             task.add_done_callback(self._tasks.discard)
         else:
             group.prepared = False
+            self._directory.drop(group.address.group_id)
             self._on_change()
             if not group.link.up and group.address.group_id in self._groups:
                 self._on_lost(group.address.group_id, group.link.cause)

@@ -311,7 +311,7 @@ class Inference:
         """What the groups of this moment give: there may be others than when the request came."""
 
         def candidates() -> Sequence[GroupView]:
-            return self.groups.sharing(model, job.text)
+            return self.groups.sharing(model, job.text, course.request)
 
         with self._moves_counted(model, course):
             async with aclosing(relay.run(self.groups, course, candidates, self._lost_s)) as steps:

@@ -21,6 +21,7 @@ import grpc.aio
 from arriero.router import frames
 from arriero.router.backend import GroupLoad
 from arriero.router.card import ModelCard
+from arriero.router.directory.events import Batch, Snapshot
 from arriero.router.link_server import CHANNEL_OPTIONS, METHOD, TOKEN_KEY
 from arriero.router.tls import LINK_NAME
 from arriero.shards.engine.types import EngineRequest, SequenceOutput
@@ -47,6 +48,7 @@ class LinkClient:
         credentials: of TLS; None speaks in the clear.
         group_id: of the group that is meant; a leader of another (an address is used again in
             time) is not spoken to. None takes whoever answers.
+        on_kv: told what becomes of the group's KV blocks.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class LinkClient:
         token: str = "",
         credentials: grpc.ChannelCredentials | None = None,
         group_id: str | None = None,
+        on_kv: Callable[[Batch | Snapshot], None] = lambda told: None,
     ) -> None:
         self.address = address
         self._token = token
@@ -64,6 +67,7 @@ class LinkClient:
         self._group_id = group_id
         self._on_change = on_change
         self._card: ModelCard | None = None
+        self._on_kv = on_kv
         self._up = False
         self._cause = "not connected yet"
         self._stats: dict[str, Any] = {}
@@ -108,6 +112,7 @@ class LinkClient:
         """How busy the group is."""
         return GroupLoad(
             outstanding_tokens=sum(call.outstanding for call in self._calls.values()),
+            prefill_tokens=sum(call.prefill for call in self._calls.values()),
             num_running=self._stats.get("num_running", 0),
             num_waiting=self._stats.get("num_waiting", 0),
             stalled_s=time.monotonic() - self._moved_s,
@@ -146,8 +151,14 @@ class LinkClient:
             self._task = None
         await self._set_up(False, "the gateway has dropped the group")
 
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[list[SequenceOutput]]:
+    async def generate(
+        self, request: EngineRequest, num_cached: int = 0
+    ) -> AsyncGenerator[list[SequenceOutput]]:
         """Run a request; closing the iterator early cancels it.
+
+        Args:
+            request: it.
+            num_cached: tokens of its prompt that the group is thought to have.
 
         Raises:
             InvalidRequest, Overloaded: the engine refused it.
@@ -156,7 +167,7 @@ class LinkClient:
         if not self.connected:
             raise Unavailable(f"leader at {self.address}: {self.cause}")
         handle = next(self._handles)
-        call = _Call(request)
+        call = _Call(request, num_cached)
         self._calls[handle] = call
         self._names[handle] = request.request_id
         self._by_name[request.request_id] = handle
@@ -242,6 +253,9 @@ class LinkClient:
                         self._moved_s = time.monotonic()
                     if was != self.connected and self._on_change is not None:
                         self._on_change()
+                elif kind in ("kv", "kv_all"):
+                    told = (Batch if kind == "kv" else Snapshot).from_wire(message[1:])
+                    self._on_kv(told)
                 elif kind == "refused":
                     self._on_refused(*message[1:])
                 elif kind == "hello":
@@ -313,12 +327,12 @@ class _Call:
 
     __slots__ = ("_expected", "_outputs", "_prompt", "_waiter", "error", "unfinished")
 
-    def __init__(self, request: EngineRequest) -> None:
+    def __init__(self, request: EngineRequest, num_cached: int) -> None:
         self.unfinished = set(range(request.params.n))
         self.error: ArrieroError | None = None
         self._outputs: list[SequenceOutput] = []
         self._waiter: asyncio.Future[None] | None = None
-        self._prompt = len(request.prompt)
+        self._prompt = max(1, len(request.prompt) + len(request.resumed) - num_cached)
         limit = min(request.params.max_tokens or EXPECTED_OUTPUT, EXPECTED_OUTPUT)
         self._expected = limit * request.params.n
 
@@ -326,6 +340,11 @@ class _Call:
     def running(self) -> bool:
         """Whether more will come, or waits to be taken."""
         return bool(self.unfinished or self._outputs)
+
+    @property
+    def prefill(self) -> int:
+        """Prompt tokens still to compute, until the first token is here."""
+        return self._prompt
 
     @property
     def outstanding(self) -> int:

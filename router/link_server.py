@@ -19,6 +19,7 @@ import grpc.aio
 
 from arriero.router import frames
 from arriero.router.card import ModelCard
+from arriero.router.directory.journal import Listener
 from arriero.router.tracing import Tracing
 from arriero.shards.engine.types import EngineRequest, EngineStats, SequenceOutput
 from arriero.shards.errors import ArrieroError, InvalidRequest, Overloaded, Unavailable
@@ -41,6 +42,8 @@ SERVER_OPTIONS = [
     ("grpc.keepalive_timeout_ms", 5000),
 ]
 STATS_INTERVAL_S = 0.5
+KV_INTERVAL_S = 0.05
+"""Between two batches of changed KV blocks."""
 MAX_PENDING = 200_000
 """Outputs that may wait for a gateway that does not read; past it the gateway is let go."""
 
@@ -73,6 +76,7 @@ class LinkServer:
         credentials: of TLS; None listens in the clear.
         tracing: makes a span for each request that came with its caller's; None makes none.
         kv: answers about the KV cache; None refuses.
+        listen: opens a listener to what becomes of the KV blocks; None tells gateways nothing.
     """
 
     def __init__(
@@ -85,8 +89,9 @@ class LinkServer:
         credentials: grpc.ServerCredentials | None = None,
         tracing: Tracing | None = None,
         kv: KvAnswer | None = None,
+        listen: Callable[[], Awaitable[Listener]] | None = None,
     ) -> None:
-        self._kv = kv
+        self._kv, self._listen = kv, listen
         self._tracing = tracing
         self._spans: dict[str, _Span] = {}
         self._token = token
@@ -203,6 +208,7 @@ class LinkServer:
         link.send(self._stats_frame())
         writer = asyncio.create_task(link.write_all())
         reader = asyncio.create_task(self._read(link, incoming))
+        teller = asyncio.create_task(self._tell_blocks(link))
         try:
             done, _ = await asyncio.wait({writer, reader}, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -211,10 +217,28 @@ class LinkServer:
         finally:
             writer.cancel()
             reader.cancel()
+            teller.cancel()
             self._links.discard(link)
             for request_id in link.requests():
                 self._forget(request_id)
                 self._engine.cancel(request_id)
+
+    async def _tell_blocks(self, link: _Link) -> None:
+        """Tell a gateway what becomes of the KV blocks, until it is cancelled."""
+        while self._listen is not None:
+            try:
+                listener = await self._listen()
+            except Unavailable:
+                return  # the engine has ended, and the link soon will
+            try:
+                link.send(["kv_all", *listener.first.to_wire()])
+                while not listener.lost:
+                    await asyncio.sleep(KV_INTERVAL_S)
+                    batch = listener.take()
+                    if batch is not None:
+                        link.send(["kv", *batch.to_wire()])
+            finally:
+                listener.close()
 
     async def _read(self, link: _Link, incoming: AsyncIterator[bytes]) -> None:
         async for frame in incoming:

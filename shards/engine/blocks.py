@@ -21,8 +21,10 @@ import numpy.typing as npt
 
 KEY_BYTES = 16
 
-CacheListener = Callable[[Literal["stored", "evicted"], bytes], None]
-"""Called with each key that becomes findable ("stored") or ceases to be ("evicted")."""
+CacheEvent = Literal["stored", "evicted", "kept", "dropped"]
+CacheListener = Callable[[CacheEvent, bytes], None]
+"""Called with each key that becomes findable ("stored") or ceases to be ("evicted") on the device,
+and of groups with tiers each that host memory or disk holds now ("kept") or no more ("dropped")."""
 
 
 def root_key(model_salt: bytes, request_salt: bytes = b"") -> bytes:
@@ -93,6 +95,10 @@ class BlockManager:
     def table(self, owner: int) -> Sequence[int]:
         """Block ids of an owner, in order; not to be changed, nor kept past the next call."""
         return self._tables[owner]
+
+    def keys(self) -> list[bytes]:
+        """Keys of all blocks that can be found."""
+        return list(self._by_key)
 
     def match(self, keys: Iterable[bytes]) -> list[int]:
         """Blocks of the longest prefix of `keys` that can be found; holds none of them."""

@@ -13,9 +13,8 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Literal
 
-from arriero.shards.engine.blocks import CacheListener
+from arriero.shards.engine.blocks import CacheEvent, CacheListener
 from arriero.shards.engine.cache_report import CacheReport
 from arriero.shards.engine.limits import check_config
 from arriero.shards.engine.scheduler import Scheduler
@@ -117,6 +116,12 @@ class Lanes:
         """Let go of a pin; False where there is none of this name."""
         return any([lane.unpin(name) for lane in self._lanes])
 
+    def held(self) -> tuple[list[bytes], list[bytes]]:
+        """Keys of blocks of all tokens that some lane has on the device, and below it."""
+        each = [lane.held() for lane in self._lanes]
+        near, far = (list(dict.fromkeys(key for one in each for key in one[i])) for i in (0, 1))
+        return near, far
+
     def flush(self) -> int:
         """Forget every block that nobody holds, on the device and below; how many."""
         return sum(lane.flush() for lane in self._lanes)
@@ -165,7 +170,7 @@ class Lanes:
                     self._lane_of.pop(output.request_id, None)
         return outputs
 
-    def _on_lane_event(self, kind: Literal["stored", "evicted"], key: bytes) -> None:
+    def _on_lane_event(self, kind: CacheEvent, key: bytes) -> None:
         assert self._on_event is not None, "set where there is a listener"
         before = self._stored[key]
         after = before + (1 if kind == "stored" else -1)

@@ -84,7 +84,7 @@ class SequenceBlocks:
         self._anchors: dict[int, LiveRequest] = {}
         self._pins: dict[str, Pin] = {}
         self._owners = 0
-        self.tiers = Tiers(config.tiers, self.pool, self.local, self.new_owner)
+        self.tiers = Tiers(config.tiers, self.pool, self.local, self.new_owner, on_event)
 
     @property
     def num_anchors(self) -> int:
@@ -309,6 +309,10 @@ class SequenceBlocks:
         """Let go of all pins."""
         for name in list(self._pins):
             self.unpin(name)
+
+    def held(self) -> tuple[list[bytes], list[bytes]]:
+        """Keys of blocks of all tokens on the device, and below it."""
+        return self.pool.keys(), self.tiers.held()
 
     def flush(self) -> int:
         """Forget every block that nobody holds, on the device and below; how many."""

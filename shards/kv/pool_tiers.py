@@ -22,7 +22,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from arriero.shards.engine.blocks import BlockManager
+from arriero.shards.engine.blocks import BlockManager, CacheEvent, CacheListener
 from arriero.shards.kv.index import TierIndex
 from arriero.shards.kv.limits import PeerBlocks, TierLimits
 from arriero.shards.kv.moves import Move, Moved, Moves, Pool, Segment, Tier
@@ -74,11 +74,19 @@ class PoolTiers:
         which: the pool.
         pool: its blocks on the device.
         new_owner: gives a number that owns no table.
+        on_event: told of keys that host memory or disk holds ("kept"), and that neither holds any
+            more ("dropped").
     """
 
     def __init__(
-        self, limits: TierLimits, which: Pool, pool: BlockManager, new_owner: Callable[[], int]
+        self,
+        limits: TierLimits,
+        which: Pool,
+        pool: BlockManager,
+        new_owner: Callable[[], int],
+        on_event: CacheListener | None = None,
     ) -> None:
+        self._on_event = on_event
         self._which, self._pool, self._new_owner = which, pool, new_owner
         self._num_ranks = limits.num_ranks
         share = limits.max_tenant_share
@@ -219,8 +227,8 @@ class PoolTiers:
         if got is None:
             return None
         slot, victim = got
-        if victim is not None and tier is Tier.DISK:
-            self._dropped.append((tier, victim))
+        if victim is not None:
+            self._gone(tier, victim)
         return slot
 
     def _send(self, moves: Moves, flight: _Flight) -> None:
@@ -266,6 +274,7 @@ class PoolTiers:
         found = self._pool.match(keys)
         for index in self._index.values():
             index.touch(keys, first)
+        self.note(keys[: len(found)], first, tenant)  # the tiers may have dropped them since
         load = Load(self._new_owner(), list(keys), first, len(found), len(keys) - len(found))
         self._pool.allocate(load.owner, len(load.keys), found)
         self._num_loading += load.left
@@ -345,6 +354,7 @@ class PoolTiers:
                 self._dropped.append((tier, key))
                 continue
             index.commit(key)
+            self._tell("kept", key)
 
     def _end(self, flight: _Flight) -> None:
         """Every rank has answered."""
@@ -373,6 +383,7 @@ class PoolTiers:
         self.num_saved += 1
         if move.target in self._index:
             self._index[move.target].commit(move.key)
+            self._tell("kept", move.key)
         elif self._stored is not None:
             self._stored.add(move.key)
         for tier in (Tier.DISK, Tier.SHARED):
@@ -400,8 +411,24 @@ class PoolTiers:
             self._stored.discard(key)
         if tier in self._index:
             self._index[tier].discard(key)
-            if tier is Tier.DISK:
-                self._dropped.append((tier, key))
+            self._gone(tier, key)
+
+    def _gone(self, tier: Tier, key: bytes) -> None:
+        """A tier has given a key up."""
+        if tier is Tier.DISK:
+            self._dropped.append((tier, key))
+        if all(index.slot(key) is None for index in self._index.values()):
+            self._tell("dropped", key)
+
+    def _tell(self, event: CacheEvent, key: bytes) -> None:
+        if self._on_event is not None:
+            self._on_event(event, key)
+
+    def held(self) -> list[bytes]:
+        """Keys that host memory or disk holds."""
+        indexes = self._index.values()
+        known = dict.fromkeys(key for index in indexes for key in index)
+        return [key for key in known if any(index.slot(key) is not None for index in indexes)]
 
     def flush(self) -> int:
         """Forget what the lower tiers of this group hold, but for what is in use; how many."""
@@ -410,8 +437,7 @@ class PoolTiers:
             for key in [key for key in index if index.idle(key)]:
                 index.discard(key)
                 count += 1
-                if tier is Tier.DISK:
-                    self._dropped.append((tier, key))
+                self._gone(tier, key)
         self._to_save.clear()
         self._to_write.clear()
         return count

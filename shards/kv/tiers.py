@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from arriero.shards.engine.blocks import BlockManager
+from arriero.shards.engine.blocks import BlockManager, CacheListener
 from arriero.shards.engine.local_blocks import LocalBlocks
 from arriero.shards.kv.limits import GroupTierLimits
 from arriero.shards.kv.moves import Moved, Moves, Pool
@@ -39,6 +39,7 @@ class Tiers:
         pool: the blocks of all tokens.
         local: the chunk-local ones, if there are any.
         new_owner: gives a number that owns no table.
+        on_event: told what becomes of blocks of all tokens below the device.
     """
 
     def __init__(
@@ -47,8 +48,9 @@ class Tiers:
         pool: BlockManager,
         local: LocalBlocks | None,
         new_owner: Callable[[], int],
+        on_event: CacheListener | None = None,
     ) -> None:
-        self._all = PoolTiers(limits.all, Pool.ALL, pool, new_owner)
+        self._all = PoolTiers(limits.all, Pool.ALL, pool, new_owner, on_event)
         self._chunks, self._local = local, None
         if local is not None:
             self._local = PoolTiers(limits.local, Pool.LOCAL, local.pool, new_owner)
@@ -146,6 +148,10 @@ class Tiers:
         """Unpin a load's blocks; those that came can be found in their pools."""
         for tiers, part in load.parts:
             tiers.end(part)
+
+    def held(self) -> list[bytes]:
+        """Keys of blocks of all tokens that host memory or disk holds."""
+        return self._all.held() if self._on else []
 
     def flush(self) -> int:
         """Forget what the tiers hold, but for what is in use; gives how many blocks."""
