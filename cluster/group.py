@@ -283,7 +283,7 @@ class Leader:
             credentials=None if tls is None else tls.files().server("link_tls"),
             tracing=self._tracing,
             kv=KvDesk(engine, canary, card).answer,
-            listen=lambda: journal.listen(engine),
+            journal=journal,
         )
         return str(await self._link.start())
 

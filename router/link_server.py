@@ -19,7 +19,7 @@ import grpc.aio
 
 from arriero.router import frames
 from arriero.router.card import ModelCard
-from arriero.router.directory.journal import Listener
+from arriero.router.directory.journal import Journal
 from arriero.router.tracing import Tracing
 from arriero.shards.engine.types import EngineRequest, EngineStats, SequenceOutput
 from arriero.shards.errors import ArrieroError, InvalidRequest, Overloaded, Unavailable
@@ -76,7 +76,7 @@ class LinkServer:
         credentials: of TLS; None listens in the clear.
         tracing: makes a span for each request that came with its caller's; None makes none.
         kv: answers about the KV cache; None refuses.
-        listen: opens a listener to what becomes of the KV blocks; None tells gateways nothing.
+        journal: of the KV blocks, for gateways to route by; None tells them nothing.
     """
 
     def __init__(
@@ -89,9 +89,9 @@ class LinkServer:
         credentials: grpc.ServerCredentials | None = None,
         tracing: Tracing | None = None,
         kv: KvAnswer | None = None,
-        listen: Callable[[], Awaitable[Listener]] | None = None,
+        journal: Journal | None = None,
     ) -> None:
-        self._kv, self._listen = kv, listen
+        self._kv, self._journal = kv, journal
         self._tracing = tracing
         self._spans: dict[str, _Span] = {}
         self._token = token
@@ -104,7 +104,7 @@ class LinkServer:
         self._draining = False
         self._server: grpc.aio.Server | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._stats_task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._idle = asyncio.Event()
 
     async def start(self) -> str:
@@ -130,7 +130,9 @@ class LinkServer:
         except RuntimeError as error:
             raise OSError(f"cannot listen on {self._address}: {error}") from error
         await self._server.start()
-        self._stats_task = asyncio.create_task(self._send_stats())
+        self._tasks = [asyncio.create_task(self._send_stats())]
+        if self._journal is not None:
+            self._tasks.append(asyncio.create_task(self._tell_blocks(self._journal)))
         return f"{self._address.rpartition(':')[0]}:{port}"
 
     async def stop(self, grace_s: float) -> None:
@@ -144,8 +146,8 @@ class LinkServer:
                 log.warning("stopped with %d requests unfinished", len(self._owners))
         for link in self._links:
             link.send(["bye", "the group is stopping"])
-        if self._stats_task is not None:
-            self._stats_task.cancel()
+        for task in self._tasks:
+            task.cancel()
         if self._server is not None:
             await self._server.stop(1.0 if self._links else None)
 
@@ -206,9 +208,10 @@ class LinkServer:
         self._links.add(link)
         link.send(["hello", frames.VERSION, self._card.to_wire()])
         link.send(self._stats_frame())
+        if self._journal is not None:
+            link.send(["kv_all", *self._journal.snapshot().to_wire()])
         writer = asyncio.create_task(link.write_all())
         reader = asyncio.create_task(self._read(link, incoming))
-        teller = asyncio.create_task(self._tell_blocks(link))
         try:
             done, _ = await asyncio.wait({writer, reader}, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -217,28 +220,20 @@ class LinkServer:
         finally:
             writer.cancel()
             reader.cancel()
-            teller.cancel()
             self._links.discard(link)
             for request_id in link.requests():
                 self._forget(request_id)
                 self._engine.cancel(request_id)
 
-    async def _tell_blocks(self, link: _Link) -> None:
-        """Tell a gateway what becomes of the KV blocks, until it is cancelled."""
-        while self._listen is not None:
-            try:
-                listener = await self._listen()
-            except Unavailable:
-                return  # the engine has ended, and the link soon will
-            try:
-                link.send(["kv_all", *listener.first.to_wire()])
-                while not listener.lost:
-                    await asyncio.sleep(KV_INTERVAL_S)
-                    batch = listener.take()
-                    if batch is not None:
-                        link.send(["kv", *batch.to_wire()])
-            finally:
-                listener.close()
+    async def _tell_blocks(self, journal: Journal) -> None:
+        """Tell all gateways what becomes of the KV blocks."""
+        while True:
+            await asyncio.sleep(KV_INTERVAL_S)
+            batch = journal.take()
+            if batch is not None:
+                frame = ["kv", *batch.to_wire()]
+                for link in self._links:
+                    link.send(frame)
 
     async def _read(self, link: _Link, incoming: AsyncIterator[bytes]) -> None:
         async for frame in incoming:

@@ -13,18 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
-from arriero.router.directory.events import Batch, Change, Kinds, Snapshot
+from arriero.router.directory.events import Batch, Snapshot, runs
 from arriero.router.directory.table import MAX_HOLDERS, Keys, KeyTable
 
 SWEEP_SLOTS = 1 << 20
 """Slots looked at in one go when a group's bits are taken out."""
 PAGE_KEYS = 512
 """Keys looked up in one go: most chains end long before theirs does."""
-_ONE = np.uint64(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +117,8 @@ class Directory:
         if holder.doubtful:
             return False
         holder.number = batch.number
-        self._change(holder.place, batch)
+        for kind, keys in runs(batch.kinds, batch.keys):
+            self._table.change(keys, holder.place, near=kind.on_device, present=kind.holds)
         return True
 
     def renew(self, group: str, now_s: float) -> None:
@@ -183,22 +182,6 @@ class Directory:
             if total.get(one.place)
         }
 
-    def _change(self, place: int, batch: Batch) -> None:
-        """Make changes in their order: of each run of one kind at once."""
-        kinds, keys = batch.kinds, batch.keys
-        edges = [0, *(np.flatnonzero(kinds[1:] != kinds[:-1]) + 1).tolist(), len(kinds)]
-        if len(edges) > 2 + len(kinds) // 8:
-            kinds, keys, edges = _by_kind(kinds, keys)
-        for start, end in pairwise(edges):
-            if start < end:
-                kind = Change(int(kinds[start]))
-                self._table.change(
-                    np.maximum(keys[start:end], _ONE),
-                    place,
-                    near=kind in (Change.ON_DEVICE, Change.OFF_DEVICE),
-                    present=kind in (Change.ON_DEVICE, Change.KEPT),
-                )
-
 
 def _follow(held: np.uint64, bits: Keys, start: int, ends: dict[int, int]) -> np.uint64:
     """Who still holds the chain after these keys; notes where the others' part of it ended."""
@@ -216,16 +199,3 @@ def _places(bits: np.uint64) -> list[int]:
         found.append(low.bit_length() - 1)
         value ^= low
     return found
-
-
-def _by_kind(kinds: Kinds, keys: Keys) -> tuple[Kinds, Keys, list[int]]:
-    """The last change of each key on the device, and below it; sorted by kind, with the edges."""
-    places = kinds >> 1  # 0 for the device, 1 for below
-    order = np.lexsort((np.arange(len(keys)), places, keys))
-    last = np.ones(len(keys), dtype=np.bool_)
-    last[:-1] = (keys[order][1:] != keys[order][:-1]) | (places[order][1:] != places[order][:-1])
-    chosen = order[last]
-    chosen = chosen[np.argsort(kinds[chosen], kind="stable")]
-    kinds, keys = kinds[chosen], keys[chosen]
-    edges = [0, *(np.flatnonzero(kinds[1:] != kinds[:-1]) + 1).tolist(), len(kinds)]
-    return kinds, keys, edges

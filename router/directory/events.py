@@ -5,8 +5,10 @@ Knows the wire; knows nothing of how either end keeps it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,16 @@ class Change(IntEnum):
     """It is in host memory or on disk."""
     DROPPED = 3
     """It is in neither any more."""
+
+    @property
+    def on_device(self) -> bool:
+        """Whether it is about the device."""
+        return self in (Change.ON_DEVICE, Change.OFF_DEVICE)
+
+    @property
+    def holds(self) -> bool:
+        """Whether the group has the block there now."""
+        return self in (Change.ON_DEVICE, Change.KEPT)
 
 
 def _none() -> Keys:
@@ -81,3 +93,24 @@ class Snapshot:
         """Undo `to_wire`."""
         number, near, far = values
         return cls(number, np.frombuffer(near, dtype="<u8"), np.frombuffer(far, dtype="<u8"))
+
+
+def runs(kinds: Kinds, keys: Keys) -> Iterator[tuple[Change, Keys]]:
+    """Changes of one kind together, such that making them in this order comes to the same."""
+    edges = _edges(kinds)
+    if len(edges) > 2 + len(kinds) // 8:  # they alternate: keep the last of each key, by kind
+        places = kinds >> 1  # 0 for the device, 1 for below
+        order = np.lexsort((np.arange(len(keys)), places, keys))
+        last = np.ones(len(keys), dtype=np.bool_)
+        last[:-1] = np.diff(keys[order]).astype(np.bool_) | np.diff(places[order]).astype(np.bool_)
+        chosen = order[last]
+        chosen = chosen[np.argsort(kinds[chosen], kind="stable")]
+        kinds, keys = kinds[chosen], keys[chosen]
+        edges = _edges(kinds)
+    for start, end in pairwise(edges):
+        if start < end:
+            yield Change(int(kinds[start])), keys[start:end]
+
+
+def _edges(kinds: Kinds) -> list[int]:
+    return [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)]

@@ -1,25 +1,22 @@
-"""A group's end of the directory: changes of its blocks, gathered for each gateway that listens.
+"""A group's end of the directory: what it holds, and what of it changed since gateways were told.
 
-Changes come from the engine's thread and are taken from the link's; a gateway that lags behind is
-given a snapshot instead of all that it missed. Knows keys and listeners; knows nothing of links.
+Changes come from the engine's thread, and are taken in pieces from the link's, which has a picture
+of its own; so a gateway that comes is given a snapshot without a word to the engine. Knows keys;
+knows nothing of links.
 """
 
 from __future__ import annotations
 
-from asyncio import wrap_future
 from collections import deque
-from collections.abc import Sequence
 
 import numpy as np
 
-from arriero.router.directory.events import Batch, Change, Snapshot
-from arriero.router.directory.table import Keys, fingerprints
+from arriero.router.directory.events import Batch, Change, Snapshot, runs
+from arriero.router.directory.table import KeyTable, fingerprints
 from arriero.shards.engine.blocks import CacheEvent
-from arriero.shards.engine.engine import Engine
-from arriero.shards.engine.lanes import Lanes
 
-MAX_BEHIND = 200_000
-"""Changes that may wait for a gateway; past it, it gets a snapshot."""
+MOST_CHANGES = 20_000
+"""Of a batch: few enough that the link's loop is not held up."""
 _CHANGES: dict[CacheEvent, Change] = {
     "stored": Change.ON_DEVICE,
     "evicted": Change.OFF_DEVICE,
@@ -32,69 +29,27 @@ class Journal:
     """The changes of one group; `note` is the engine's `on_event`."""
 
     def __init__(self) -> None:
-        self._listeners: list[Listener] = []
+        self._changes: deque[tuple[Change, bytes]] = deque()
+        self._held = KeyTable()
+        self._number = 0
 
     def note(self, event: CacheEvent, key: bytes) -> None:
         """Take a change; from the engine's thread."""
-        for listener in self._listeners:
-            listener.add(_CHANGES[event], key)
-
-    async def listen(self, engine: Engine) -> Listener:
-        """A listener that has everything from a snapshot on, which is its first word.
-
-        Raises:
-            Unavailable: the engine has ended.
-        """
-        return await wrap_future(engine.ask(self._open))
-
-    def _open(self, lanes: Lanes) -> Listener:
-        """In the engine's thread: nothing changes between the snapshot and the first change."""
-        near, far = lanes.held()
-        made = Listener(self, Snapshot(0, _fingerprints(near), _fingerprints(far)))
-        self._listeners = [*self._listeners, made]
-        return made
-
-    def leave(self, listener: Listener) -> None:
-        """Gather no more for a listener."""
-        self._listeners = [one for one in self._listeners if one is not listener]
-
-
-class Listener:
-    """What one gateway has yet to hear.
-
-    Attributes:
-        first: the snapshot.
-        lost: it lagged too far behind; another must take its place.
-    """
-
-    def __init__(self, journal: Journal, first: Snapshot) -> None:
-        self._journal = journal
-        self.first = first
-        self.lost = False
-        self._number = first.number
-        self._waiting: deque[tuple[Change, bytes]] = deque()
-
-    def add(self, change: Change, key: bytes) -> None:
-        """One more change."""
-        if len(self._waiting) >= MAX_BEHIND:
-            self.lost = True
-        if not self.lost:
-            self._waiting.append((change, key))
-
-    def close(self) -> None:
-        """Hear no more."""
-        self._journal.leave(self)
+        self._changes.append((_CHANGES[event], key))
 
     def take(self) -> Batch | None:
-        """All that waits; None when nothing does."""
-        count = len(self._waiting)
+        """The next changes, for every gateway that has had a snapshot; None when there are none."""
+        count = min(len(self._changes), MOST_CHANGES)
         if not count:
             return None
-        taken = [self._waiting.popleft() for _ in range(count)]
-        self._number += 1
+        taken = [self._changes.popleft() for _ in range(count)]
         kinds = np.asarray([change for change, _ in taken], dtype=np.uint8)
-        return Batch(self._number, kinds, _fingerprints([key for _, key in taken]))
+        keys = fingerprints(b"".join(key for _, key in taken))
+        for kind, piece in runs(kinds, keys):
+            self._held.change(piece, 0, near=kind.on_device, present=kind.holds)
+        self._number += 1
+        return Batch(self._number, kinds, keys)
 
-
-def _fingerprints(keys: Sequence[bytes]) -> Keys:
-    return fingerprints(b"".join(keys))
+    def snapshot(self) -> Snapshot:
+        """All that the group holds as of the last batch."""
+        return Snapshot(self._number, *self._held.held(0))

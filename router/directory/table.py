@@ -91,6 +91,11 @@ class KeyTable:
             at = at[self._keys[at] == keys]
             bits[at] &= ~bit
 
+    def held(self, holder: int) -> tuple[Keys, Keys]:
+        """All keys that a holder has on its device, and below it."""
+        bit = _ONE << np.uint64(holder)
+        return self._keys[(self._near & bit) != 0], self._keys[(self._far & bit) != 0]
+
     def drop(self, holder: int, start: int, most: int) -> int:
         """Take a holder out of `most` slots from `start` on; gives the next start, or 0 at the end.
 

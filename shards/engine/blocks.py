@@ -96,10 +96,6 @@ class BlockManager:
         """Block ids of an owner, in order; not to be changed, nor kept past the next call."""
         return self._tables[owner]
 
-    def keys(self) -> list[bytes]:
-        """Keys of all blocks that can be found."""
-        return list(self._by_key)
-
     def match(self, keys: Iterable[bytes]) -> list[int]:
         """Blocks of the longest prefix of `keys` that can be found; holds none of them."""
         blocks = []

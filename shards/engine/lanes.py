@@ -116,12 +116,6 @@ class Lanes:
         """Let go of a pin; False where there is none of this name."""
         return any([lane.unpin(name) for lane in self._lanes])
 
-    def held(self) -> tuple[list[bytes], list[bytes]]:
-        """Keys of blocks of all tokens that some lane has on the device, and below it."""
-        each = [lane.held() for lane in self._lanes]
-        near, far = (list(dict.fromkeys(key for one in each for key in one[i])) for i in (0, 1))
-        return near, far
-
     def flush(self) -> int:
         """Forget every block that nobody holds, on the device and below; how many."""
         return sum(lane.flush() for lane in self._lanes)

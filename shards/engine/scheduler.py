@@ -464,10 +464,6 @@ class Scheduler:
         """Let go of a pin; False where there is none of this name."""
         return self._blocks.unpin(name)
 
-    def held(self) -> tuple[list[bytes], list[bytes]]:
-        """Keys of blocks of all tokens on the device, and below it."""
-        return self._blocks.held()
-
     def flush(self) -> int:
         """Forget every block that nobody holds, on the device and below; how many."""
         return self._blocks.flush()

@@ -310,10 +310,6 @@ class SequenceBlocks:
         for name in list(self._pins):
             self.unpin(name)
 
-    def held(self) -> tuple[list[bytes], list[bytes]]:
-        """Keys of blocks of all tokens on the device, and below it."""
-        return self.pool.keys(), self.tiers.held()
-
     def flush(self) -> int:
         """Forget every block that nobody holds, on the device and below; how many."""
         pools = [self.pool] if self.local is None else [self.pool, self.local.pool]

@@ -18,7 +18,7 @@ Lifetime of a block's copy: `note` → save → `commit` → write to disk and s
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -29,6 +29,8 @@ from arriero.shards.kv.moves import Move, Moved, Moves, Pool, Segment, Tier
 
 MOST_SAVES = 256
 """Blocks pinned for saving at once, or an eighth of a pool that is small: two steps' worth."""
+MOST_FOUND = 2000
+"""Blocks found at the start that are taken between two steps: some milliseconds' worth."""
 MOST_WRITES = 32
 """Blocks on their way from a tier to one further down."""
 
@@ -103,6 +105,7 @@ class PoolTiers:
         self._outbox: list[Moves] = []  # loads, which go first
         self._dropped: list[tuple[Tier, bytes]] = []
         self._firsts: list[Moved] = []
+        self._found: deque[tuple[Tier, bytes, bool]] = deque()
         self._most_saves = max(1, min(MOST_SAVES, pool.num_blocks // 8))
         self._num_loading = self._num_saves = self._num_writes = 0
         self.num_loaded = self.num_saved = self.num_failed = 0
@@ -122,7 +125,9 @@ class PoolTiers:
 
     @property
     def _num_waiting(self) -> int:
-        return len(self._to_save) + len(self._to_write) + len(self._dropped) if self.enabled else 0
+        if not self.enabled:
+            return 0
+        return len(self._to_save) + len(self._to_write) + len(self._dropped) + len(self._found)
 
     def counts(self) -> dict[str, int]:
         """Blocks in each tier, and what was moved since the start."""
@@ -171,6 +176,7 @@ class PoolTiers:
         """What is to be sent to the slices now, after every plan made so far."""
         if not self.enabled:
             return []
+        self._take_found()
         moves = Moves(pool=self._which)
         while self._to_save and self._num_saves < self._most_saves:
             key, (tenant, depth) = self._to_save.popitem(last=False)
@@ -338,6 +344,7 @@ class PoolTiers:
                     self._stored = None
                 continue
             self._recover(tier)
+        self._take_found()
 
     def _recover(self, tier: Tier) -> None:
         whole = [{key for key, all_there in one.found[tier] if all_there} for one in self._firsts]
@@ -348,9 +355,16 @@ class PoolTiers:
         if tier is Tier.SHARED:
             self._stored = everywhere
             return
-        index = self._index[tier]
-        for key in known:  # oldest first, so that the newest stay
-            if key not in everywhere or self._reserve(tier, key, "", 0) is None:
+        self._found.extend((tier, key, key in everywhere) for key in known)
+
+    def _take_found(self) -> None:
+        """Take some of the blocks that were found at the start, oldest first so the newest stay."""
+        for _ in range(min(len(self._found), MOST_FOUND)):
+            tier, key, whole = self._found.popleft()
+            index = self._index[tier]
+            if key in index:
+                continue
+            if not whole or self._reserve(tier, key, "", 0) is None:
                 self._dropped.append((tier, key))
                 continue
             index.commit(key)
@@ -423,12 +437,6 @@ class PoolTiers:
     def _tell(self, event: CacheEvent, key: bytes) -> None:
         if self._on_event is not None:
             self._on_event(event, key)
-
-    def held(self) -> list[bytes]:
-        """Keys that host memory or disk holds."""
-        indexes = self._index.values()
-        known = dict.fromkeys(key for index in indexes for key in index)
-        return [key for key in known if any(index.slot(key) is not None for index in indexes)]
 
     def flush(self) -> int:
         """Forget what the lower tiers of this group hold, but for what is in use; how many."""

@@ -149,10 +149,6 @@ class Tiers:
         for tiers, part in load.parts:
             tiers.end(part)
 
-    def held(self) -> list[bytes]:
-        """Keys of blocks of all tokens that host memory or disk holds."""
-        return self._all.held() if self._on else []
-
     def flush(self) -> int:
         """Forget what the tiers hold, but for what is in use; gives how many blocks."""
         return sum(one.flush() for one in self._each) if self._on else 0
