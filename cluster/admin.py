@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from arriero.cluster import nodes
 from arriero.cluster.changes import Phase, settled
 from arriero.cluster.history import Failure
-from arriero.cluster.kv_client import ask_kv
+from arriero.cluster.kv_client import KV_ACTIONS, ask_kv
 from arriero.cluster.spec import Spec, explain
 from arriero.router.proto.arriero.v1 import admin_pb2 as pb
 from arriero.shards.errors import ArrieroError, InvalidRequest, NotFound, SpecError
@@ -196,6 +196,8 @@ class AdminServer:
         return pb.ChangeResponse(text=await self._operator.rollback(request.model))
 
     async def _kv(self, request: pb.KvRequest) -> pb.KvResponse:
+        if request.action not in KV_ACTIONS:
+            raise InvalidRequest("action", f"no action {request.action[:32]!r}")
         board = await self._registry.board.remote()
         name = request.name
         found = [e for e in board.groups if name in ("", e.group_id, e.slot, e.model)]

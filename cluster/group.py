@@ -158,6 +158,7 @@ class Leader:
         from arriero.shards.checkpoint.formats.describe import describe
         from arriero.shards.engine.blocks import root_key
         from arriero.shards.executor import RemoteExecutor
+        from arriero.shards.kv.machine import host_name
         from arriero.shards.resolve import engine_config, resolve
 
         folder = Path(self._settings.config.model_path)
@@ -189,6 +190,7 @@ class Leader:
             epoch=self._epoch,
             cache_root=root_key(limits.cache_salt) if limits.prefix_cache else b"",
             block_size=limits.block_size,
+            memory=host_name() if host is None and config.tiers.host_bytes else "",
         )
         address = await self._lead(limits, card)
         self._entry = registry.GroupEntry(
@@ -251,6 +253,7 @@ class Leader:
         from arriero.cluster.kv_desk import KvDesk
         from arriero.router.directory.journal import Journal
         from arriero.router.link import LinkServer
+        from arriero.router.peers import Peers
         from arriero.router.tracing import Tracing
         from arriero.shards.engine.engine import Engine
 
@@ -264,7 +267,7 @@ class Leader:
         def on_failure(error: Exception) -> None:
             self._on_lost(str(error))
 
-        journal = Journal()
+        journal = Journal(limits.num_blocks * limits.num_lanes + limits.tiers.num_blocks)
         engine = self._engine = Engine(
             limits, self._executor, on_outputs, on_failure=on_failure, on_event=journal.note
         )
@@ -284,6 +287,7 @@ class Leader:
             tracing=self._tracing,
             kv=KvDesk(engine, canary, card).answer,
             journal=journal,
+            peers=Peers(None if tls is None else tls.files().client("link_tls")),
         )
         return str(await self._link.start())
 

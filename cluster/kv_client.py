@@ -9,11 +9,10 @@ import grpc.aio
 
 from arriero.cluster.registry import GroupEntry
 from arriero.cluster.spec import TlsSpec
-from arriero.router import frames
-from arriero.router.link_server import CHANNEL_OPTIONS, KV_METHOD, TOKEN_KEY
+from arriero.router.peers import call_kv, link_channel
 from arriero.router.proto.arriero.v1 import admin_pb2 as pb
-from arriero.router.tls import LINK_NAME
 
+KV_ACTIONS = ("stats", "flush", "warm", "pin", "unpin")
 TIMEOUT_S = 25.0
 """Less than a client of Admin waits; a leader goes on with what takes longer."""
 
@@ -27,24 +26,13 @@ async def ask_kv(entry: GroupEntry, request: pb.KvRequest, tls: TlsSpec | None) 
         tls: of the links; None for one in the clear.
     """
     credentials = None if tls is None else tls.files().client("link_tls")
-    if credentials is None:
-        channel = grpc.aio.insecure_channel(entry.address, options=CHANNEL_OPTIONS)
-    else:
-        options = [*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", LINK_NAME)]
-        channel = grpc.aio.secure_channel(entry.address, credentials, options=options)
     asked = {"texts": list(request.texts), "raw": request.raw, "name": request.pin}
-    async with channel:
-        unary: Any = channel.unary_unary  # its stubs ask for what is optional
-        call = unary(KV_METHOD)
+    async with link_channel(entry.address, credentials) as channel:
         try:
-            raw = await call(
-                frames.pack([request.action, asked]),
-                metadata=((TOKEN_KEY, entry.link_token),),
-                timeout=TIMEOUT_S,
-            )
+            found = await call_kv(channel, entry.link_token, request.action, asked, TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             return pb.KvGroup(group=entry.group_id, error=error.details() or error.code().name)
-    return _message(entry.group_id, frames.unpack(raw))
+    return _message(entry.group_id, found)
 
 
 def _message(group: str, found: dict[str, Any]) -> pb.KvGroup:

@@ -13,6 +13,7 @@ from typing import Any
 from arriero.cluster.canary import Canary
 from arriero.router.card import ModelCard
 from arriero.router.conversation import TextModel
+from arriero.router.peers import split_keys
 from arriero.shards.engine.engine import Engine
 from arriero.shards.errors import InvalidRequest
 
@@ -37,7 +38,8 @@ class KvDesk:
         """Do it, and report; `changed` counts blocks flushed, or tokens warmed or pinned.
 
         Args:
-            action: "stats", "flush", "warm", "pin" or "unpin".
+            action: "stats", "flush", "warm", "pin" or "unpin"; or of another leader "shared": which
+                of the blocks `keys` it may copy.
             asked: of warm and pin `texts` and `raw` (not as system prompts, but as they are); of
                 pin and unpin `name`.
 
@@ -45,6 +47,8 @@ class KvDesk:
             InvalidRequest: there is no such action, or a text cannot be taken.
         """
         changed = 0
+        if action == "shared":
+            return await self._shared(split_keys(asked["keys"]))
         if action == "flush":
             changed = await asyncio.wrap_future(self._engine.ask(lambda lanes: lanes.flush()))
         elif action == "warm":
@@ -64,6 +68,10 @@ class KvDesk:
             "changed": changed,
             "copies": {name: stats.tiers.get(name, 0) for name in ("loaded", "saved", "failed")},
         }
+
+    async def _shared(self, keys: list[bytes]) -> dict[str, Any]:
+        found = await asyncio.wrap_future(self._engine.ask(lambda lanes: lanes.shared(keys)))
+        return {"pools": {int(pool): blocks.to_wire() for pool, blocks in found.items()}}
 
     async def _warm(self, texts: Sequence[str], *, raw: bool) -> int:
         if len(texts) > MAX_TEXTS:

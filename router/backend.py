@@ -42,6 +42,7 @@ class GroupView:
         load: how busy it is.
         stats: `EngineStats` as the leader last sent it.
         reach: tokens of the prompt at hand that it has already, where that was asked.
+        near_reach: of these and more, tokens that some group in the same node's memory has.
     """
 
     group_id: str
@@ -50,6 +51,7 @@ class GroupView:
     load: GroupLoad
     stats: Mapping[str, Any] = field(default_factory=dict)
     reach: Reach = NOTHING
+    near_reach: int = 0
 
 
 class Backend(Protocol):

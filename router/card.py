@@ -42,6 +42,7 @@ class ModelCard:
         epoch: of the group: a later life of the same place has a larger one.
         cache_root: parent key of its KV blocks; b"" where prefixes are not kept.
         block_size: tokens in one of them.
+        memory: names the node in whose host memory it keeps blocks; "" where it keeps none.
     """
 
     model: str
@@ -63,6 +64,7 @@ class ModelCard:
     epoch: int = 0
     cache_root: bytes = b""
     block_size: int = 0
+    memory: str = ""
 
     @property
     def weights(self) -> str:
@@ -104,6 +106,7 @@ class ModelCard:
         epoch: int = 0,
         cache_root: bytes = b"",
         block_size: int = 0,
+        memory: str = "",
     ) -> ModelCard:
         """Read tokenizer, template and defaults from a checkpoint's folder; the rest is given.
 
@@ -142,6 +145,7 @@ class ModelCard:
             epoch=epoch,
             cache_root=cache_root,
             block_size=block_size,
+            memory=memory,
         )
 
 

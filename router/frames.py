@@ -40,8 +40,13 @@ def unpack(frame: bytes) -> Any:  # noqa: ANN401
     return msgpack.unpackb(frame, strict_map_key=False)
 
 
-def submit_message(handle: int, request: EngineRequest) -> list[Any]:
-    """The message that submits `request` under `handle`."""
+def submit_message(
+    handle: int, request: EngineRequest, peer: tuple[str, str] | None = None
+) -> list[Any]:
+    """The message that submits `request` under `handle`.
+
+    `peer` is address and token of a leader on the same node that has more of its prefix.
+    """
     return [
         "submit",
         handle,
@@ -53,12 +58,13 @@ def submit_message(handle: int, request: EngineRequest) -> list[Any]:
         request.cache_salt,
         request.trace,
         request.tenant,
+        peer,
     ]
 
 
 def read_submit(message: Sequence[Any]) -> EngineRequest:
-    """Undo `submit_message`, but for the handle."""
-    _, _, request_id, prompt, params, priority, resumed, cache_salt, trace, tenant = message
+    """Undo `submit_message`, but for the handle and the peer."""
+    _, _, request_id, prompt, params, priority, resumed, cache_salt, trace, tenant, _ = message
     return EngineRequest(
         request_id=request_id,
         prompt=_tuple(prompt),
@@ -69,6 +75,11 @@ def read_submit(message: Sequence[Any]) -> EngineRequest:
         trace=trace,
         tenant=tenant,
     )
+
+
+def read_peer(message: Sequence[Any]) -> tuple[str, str] | None:
+    """The peer of a `submit_message`."""
+    return None if message[-1] is None else (message[-1][0], message[-1][1])
 
 
 def step_frame(outputs: Iterable[tuple[int, SequenceOutput]]) -> list[Any]:

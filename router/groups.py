@@ -29,6 +29,9 @@ from arriero.shards.errors import ArrieroError, InvalidRequest, NotFound, Unavai
 
 log = logging.getLogger(__name__)
 
+MIN_PULL_TOKENS = 64
+"""Fewer are computed sooner than they are asked for."""
+
 
 @dataclass(frozen=True, slots=True)
 class GroupAddress:
@@ -152,7 +155,12 @@ class LinkedGroups:
         if group is None:
             raise Unavailable(f"group {group_id!r} was removed")
         reach = self._reach(group.link.card, request)
-        return group.link.generate(request, reach.get(group_id, NOTHING).total)
+        mine = reach.get(group_id, NOTHING).total
+        peer = self._neighbour(group_id, reach)
+        if peer is None or reach[peer].total - mine < MIN_PULL_TOKENS:
+            return group.link.generate(request, mine)
+        address = self._groups[peer].address
+        return group.link.generate(request, reach[peer].total, (address.address, address.token))
 
     def cancel(self, group_id: str, request_id: str) -> None:
         """Stop a request; see `Backend`."""
@@ -217,10 +225,28 @@ class LinkedGroups:
             return views
         roots = {view.card.cache_root: view.card for view in views}
         reach = {root: self._reach(card, request) for root, card in roots.items()}
-        return [
-            replace(view, reach=reach[view.card.cache_root].get(view.group_id, NOTHING))
-            for view in views
+        found = []
+        for view in views:
+            known = reach[view.card.cache_root]
+            peer = self._neighbour(view.group_id, known)
+            near = 0 if peer is None else known[peer].total
+            own = known.get(view.group_id, NOTHING)
+            found.append(replace(view, reach=own, near_reach=near))
+        return found
+
+    def _neighbour(self, group_id: str, reach: Mapping[str, Reach]) -> str | None:
+        """The other group on its node that has most of a prompt; None if there is none."""
+        memory = self._groups[group_id].link.card.memory
+        able = [
+            other
+            for other in reach
+            if other != group_id
+            and (group := self._groups.get(other)) is not None
+            and group.ready
+            and memory
+            and group.link.card.memory == memory
         ]
+        return max(able, key=lambda other: (reach[other].total, other), default=None)
 
     def _reach(self, card: ModelCard, request: EngineRequest) -> Mapping[str, Reach]:
         """Tokens of a prompt that each group has; keys of images and of salts are not made here."""

@@ -22,8 +22,8 @@ from arriero.router import frames
 from arriero.router.backend import GroupLoad
 from arriero.router.card import ModelCard
 from arriero.router.directory.events import Batch, Snapshot
-from arriero.router.link_server import CHANNEL_OPTIONS, METHOD, TOKEN_KEY
-from arriero.router.tls import LINK_NAME
+from arriero.router.link_names import METHOD, TOKEN_KEY
+from arriero.router.peers import link_channel
 from arriero.shards.engine.types import EngineRequest, SequenceOutput
 from arriero.shards.errors import ArrieroError, InvalidRequest, Overloaded, Unavailable
 
@@ -152,13 +152,14 @@ class LinkClient:
         await self._set_up(False, "the gateway has dropped the group")
 
     async def generate(
-        self, request: EngineRequest, num_cached: int = 0
+        self, request: EngineRequest, num_cached: int = 0, peer: tuple[str, str] | None = None
     ) -> AsyncGenerator[list[SequenceOutput]]:
         """Run a request; closing the iterator early cancels it.
 
         Args:
             request: it.
             num_cached: tokens of its prompt that the group is thought to have.
+            peer: address and token of a leader on its node that is thought to have more.
 
         Raises:
             InvalidRequest, Overloaded: the engine refused it.
@@ -171,7 +172,7 @@ class LinkClient:
         self._calls[handle] = call
         self._names[handle] = request.request_id
         self._by_name[request.request_id] = handle
-        self._send(frames.submit_message(handle, request))
+        self._send(frames.submit_message(handle, request, peer))
         try:
             while call.running:
                 outputs = await call.take()
@@ -203,7 +204,7 @@ class LinkClient:
         pause = BACKOFF_S[0]
         while True:
             try:
-                async with self._channel() as channel:
+                async with link_channel(self.address, self._credentials) as channel:
                     await self._run(channel)
                 cause = "it closed the link"
             except grpc.aio.AioRpcError as error:
@@ -220,12 +221,6 @@ class LinkClient:
             # Spread the gateways' attempts, so that a leader that comes back is not stormed.
             await asyncio.sleep(pause * (0.5 + random.random()))
             pause = min(pause * 2, BACKOFF_S[1])
-
-    def _channel(self) -> grpc.aio.Channel:
-        if self._credentials is None:
-            return grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS)
-        options = [*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", LINK_NAME)]
-        return grpc.aio.secure_channel(self.address, self._credentials, options=options)
 
     async def _run(self, channel: grpc.aio.Channel) -> None:
         """One life of the stream, from hello to loss."""

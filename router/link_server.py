@@ -11,7 +11,7 @@ import asyncio
 import hmac
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Protocol
 
 import grpc
@@ -20,21 +20,15 @@ import grpc.aio
 from arriero.router import frames
 from arriero.router.card import ModelCard
 from arriero.router.directory.journal import Journal
+from arriero.router.directory.prefixes import CacheRoot
+from arriero.router.link_names import CHANNEL_OPTIONS, CONNECT, KV, SERVICE, TOKEN_KEY
+from arriero.router.peers import Peers
 from arriero.router.tracing import Tracing
 from arriero.shards.engine.types import EngineRequest, EngineStats, SequenceOutput
 from arriero.shards.errors import ArrieroError, InvalidRequest, Overloaded, Unavailable
 
 log = logging.getLogger(__name__)
 
-METHOD = "/arriero.link.v1.Link/Connect"
-KV_METHOD = "/arriero.link.v1.Link/Kv"
-SERVICE, NAME, KV_NAME = "arriero.link.v1.Link", "Connect", "Kv"
-TOKEN_KEY = "arriero-link-token"
-CHANNEL_OPTIONS = [
-    ("grpc.max_receive_message_length", -1),  # a prompt of ten million tokens is one frame
-    ("grpc.max_send_message_length", -1),
-    ("grpc.so_reuseport", 0),
-]
 SERVER_OPTIONS = [
     *CHANNEL_OPTIONS,
     # A gateway whose node is gone sends no reset; these find out within 10 s.
@@ -77,6 +71,7 @@ class LinkServer:
         tracing: makes a span for each request that came with its caller's; None makes none.
         kv: answers about the KV cache; None refuses.
         journal: of the KV blocks, for gateways to route by; None tells them nothing.
+        peers: other leaders of this node, to copy blocks from; None copies none.
     """
 
     def __init__(
@@ -90,8 +85,9 @@ class LinkServer:
         tracing: Tracing | None = None,
         kv: KvAnswer | None = None,
         journal: Journal | None = None,
+        peers: Peers | None = None,
     ) -> None:
-        self._kv, self._journal = kv, journal
+        self._kv, self._journal, self._peers = kv, journal, peers
         self._tracing = tracing
         self._spans: dict[str, _Span] = {}
         self._token = token
@@ -100,6 +96,7 @@ class LinkServer:
         self._card = card
         self._address = address
         self._links: set[_Link] = set()
+        self._asking: set[asyncio.Task[None]] = set()
         self._owners: dict[str, tuple[_Link, int]] = {}
         self._draining = False
         self._server: grpc.aio.Server | None = None
@@ -116,8 +113,8 @@ class LinkServer:
         self._loop = asyncio.get_running_loop()
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
         handlers = {
-            NAME: grpc.stream_stream_rpc_method_handler(self._connect),
-            KV_NAME: grpc.unary_unary_rpc_method_handler(self._answer_kv),
+            CONNECT: grpc.stream_stream_rpc_method_handler(self._connect),
+            KV: grpc.unary_unary_rpc_method_handler(self._answer_kv),
         }
         self._server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(SERVICE, handlers),)
@@ -148,6 +145,8 @@ class LinkServer:
             link.send(["bye", "the group is stopping"])
         for task in self._tasks:
             task.cancel()
+        if self._peers is not None:
+            await self._peers.close()
         if self._server is not None:
             await self._server.stop(1.0 if self._links else None)
 
@@ -259,17 +258,37 @@ class LinkServer:
             # Before the engine has it, since outputs may come from its thread at once.
             self._owners[request.request_id] = (link, handle)
             link.add_request(handle, request.request_id, request.params.n)
-            if self._tracing is not None and request.trace:
-                self._spans[request.request_id] = _Span(self._tracing, request, self._card.group)
-            try:
-                self._engine.submit(request)
-            except BaseException:
-                link.drop(handle)
-                self._forget(request.request_id)
-                raise
         except ArrieroError as error:
             link.send(["refused", handle, *_refusal(error)])
+            return
+        if self._tracing is not None and request.trace:
+            self._spans[request.request_id] = _Span(self._tracing, request, self._card.group)
+        peer = frames.read_peer(message)
+        if peer is None or self._peers is None:
+            self._hand_over(link, handle, request)
+        else:
+            task = asyncio.create_task(self._with_peer(self._peers, peer, link, handle, request))
+            self._asking.add(task)
+            task.add_done_callback(self._asking.discard)
+
+    async def _with_peer(
+        self, peers: Peers, peer: tuple[str, str], link: _Link, handle: int, request: EngineRequest
+    ) -> None:
+        """Find out what a peer has of the prompt, then hand the request over."""
+        root = CacheRoot(self._card.cache_root, self._card.block_size)
+        found = await peers.blocks(peer, root, request.prompt)
+        if self._owners.get(request.request_id) == (link, handle):  # else it was cancelled
+            self._hand_over(link, handle, replace(request, peer=found))
+
+    def _hand_over(self, link: _Link, handle: int, request: EngineRequest) -> None:
+        try:
+            self._engine.submit(request)
         except Exception as error:
+            link.drop(handle)
+            self._forget(request.request_id)
+            if isinstance(error, ArrieroError):
+                link.send(["refused", handle, *_refusal(error)])
+                return
             log.exception("submit failed")
             link.send(["refused", handle, "Unavailable", f"the engine failed: {error}", None])
 

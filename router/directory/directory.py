@@ -97,6 +97,7 @@ class Directory:
         if not self._free:
             return False
         place = self._free.pop()
+        self._table.reserve(all_.capacity)  # now, rather than in the middle of its changes
         self._table.change(all_.near, place, near=True, present=True)
         self._table.change(all_.far, place, near=False, present=True)
         self._holders[group] = _Holder(place, all_.number, now_s + self._lease_s, False)

@@ -78,21 +78,25 @@ class Snapshot:
         number: the next batch has one more.
         near: keys of blocks on its device.
         far: keys of blocks in its host memory or on its disks.
+        capacity: most keys that it can ever hold.
     """
 
     number: int
     near: Keys = field(default_factory=_none)
     far: Keys = field(default_factory=_none)
+    capacity: int = 0
 
     def to_wire(self) -> list[Any]:
         """As msgpack can carry it."""
-        return [self.number, self.near.astype("<u8").tobytes(), self.far.astype("<u8").tobytes()]
+        near, far = (one.astype("<u8").tobytes() for one in (self.near, self.far))
+        return [self.number, near, far, self.capacity]
 
     @classmethod
     def from_wire(cls, values: list[Any]) -> Snapshot:
         """Undo `to_wire`."""
-        number, near, far = values
-        return cls(number, np.frombuffer(near, dtype="<u8"), np.frombuffer(far, dtype="<u8"))
+        number, near, far, capacity = values
+        near, far = (np.frombuffer(one, dtype="<u8") for one in (near, far))
+        return cls(number, near, far, capacity)
 
 
 def runs(kinds: Kinds, keys: Keys) -> Iterator[tuple[Change, Keys]]:

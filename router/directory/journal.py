@@ -26,9 +26,14 @@ _CHANGES: dict[CacheEvent, Change] = {
 
 
 class Journal:
-    """The changes of one group; `note` is the engine's `on_event`."""
+    """The changes of one group; `note` is the engine's `on_event`.
 
-    def __init__(self) -> None:
+    Args:
+        capacity: most blocks that the group can hold.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
         self._changes: deque[tuple[Change, bytes]] = deque()
         self._held = KeyTable()
         self._number = 0
@@ -52,4 +57,4 @@ class Journal:
 
     def snapshot(self) -> Snapshot:
         """All that the group holds as of the last batch."""
-        return Snapshot(self._number, *self._held.held(0))
+        return Snapshot(self._number, *self._held.held(0), self._capacity)

@@ -2,10 +2,10 @@
 
 Open addressing with linear probing (Knuth, TAOCP 3, 6.4), every step of it done for a whole batch
 by numpy. A slot takes 24 bytes: the key's first 8 bytes, a bit for each holder that has the block
-on its device, and one for each that has it in host memory or on disk. At most 70 % of the slots are
-in use, so a key takes 34 bytes at most whoever holds it (up to twice that just after the table has
-grown). Two keys that share 8 bytes are taken for one; of 100 million keys that is one pair in 3,700
-tables, and a wrong hint costs a computed prefix, no wrong token.
+on its device, and one for each that has it in host memory or on disk. At most 70 % of the slots
+are in use, so a key takes 34 bytes whoever holds it (43 when the table has just grown). Two keys
+that share 8 bytes are taken for one; among 100 million keys a pair does so once in 3,700 tables,
+and a wrong hint costs a computed prefix, no wrong token.
 
 Knows keys and bits; knows nothing of groups, time or messages.
 """
@@ -123,10 +123,12 @@ class KeyTable:
         return at
 
     def _insert(self, keys: Keys) -> None:
-        if (self._count + len(keys)) > _LOAD * len(self._keys):
-            self._rebuild(len(keys))
         at = self._search(keys)
         new = np.flatnonzero(self._keys[at] == 0)
+        if self._count + len(new) > _LOAD * len(self._keys):
+            self.reserve(len(keys))
+            at = self._search(keys)
+            new = np.flatnonzero(self._keys[at] == 0)
         while len(new):
             # of several keys that claim a slot the last one written has it; the others look on
             self._keys[at[new]] = keys[new]
@@ -136,12 +138,17 @@ class KeyTable:
             at[lost] = self._search(keys[lost])
             new = lost[self._keys[at[lost]] == 0]
 
-    def _rebuild(self, more: int) -> None:
-        """Leave dead keys behind, and grow if the living need it."""
+    def reserve(self, more: int) -> None:
+        """Have room for so many more keys: leave dead ones behind, and grow if that is too little.
+
+        Takes some tenths of a second for a million keys.
+        """
+        if self._count + more <= _LOAD * len(self._keys):
+            return
         alive = np.flatnonzero(self._near | self._far)
         keys, near, far = self._keys[alive], self._near[alive], self._far[alive]
         needed = int((len(keys) + more) / _LOAD) + 1
-        self._make(max(len(self._keys), needed if 2 * needed < len(self._keys) else 2 * needed))
+        self._make(len(self._keys) if needed < 0.8 * len(self._keys) else needed * 5 // 4)
         self._count = 0
         self.num_rebuilds += 1
         self._insert(keys)

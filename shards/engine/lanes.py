@@ -20,7 +20,8 @@ from arriero.shards.engine.limits import check_config
 from arriero.shards.engine.scheduler import Scheduler
 from arriero.shards.engine.types import EngineConfig, EngineRequest, EngineStats, SequenceOutput
 from arriero.shards.errors import GroupFailed
-from arriero.shards.kv.moves import Moved, Moves
+from arriero.shards.kv.limits import PeerBlocks
+from arriero.shards.kv.moves import Moved, Moves, Pool
 from arriero.shards.plan import StepPlan, StepResult
 
 _PREFIX_WORTH = 2.0
@@ -115,6 +116,10 @@ class Lanes:
     def unpin(self, name: str) -> bool:
         """Let go of a pin; False where there is none of this name."""
         return any([lane.unpin(name) for lane in self._lanes])
+
+    def shared(self, keys: list[bytes]) -> dict[Pool, PeerBlocks]:
+        """What a group of this node may copy of these blocks, by pool."""
+        return self._lanes[0].shared(keys)
 
     def flush(self) -> int:
         """Forget every block that nobody holds, on the device and below; how many."""

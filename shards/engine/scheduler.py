@@ -39,7 +39,8 @@ from arriero.shards.engine.slots import SlotTable
 from arriero.shards.engine.types import EngineConfig, EngineRequest, EngineStats, SequenceOutput
 from arriero.shards.engine.waiting import Waiting
 from arriero.shards.errors import GroupFailed, InvalidRequest, Overloaded
-from arriero.shards.kv.moves import Moved, Moves
+from arriero.shards.kv.limits import PeerBlocks
+from arriero.shards.kv.moves import Moved, Moves, Pool
 from arriero.shards.plan import Int32, StepPlan, StepResult, int32
 
 _rank = attrgetter("rank")
@@ -463,6 +464,10 @@ class Scheduler:
     def unpin(self, name: str) -> bool:
         """Let go of a pin; False where there is none of this name."""
         return self._blocks.unpin(name)
+
+    def shared(self, keys: list[bytes]) -> dict[Pool, PeerBlocks]:
+        """What a group of this node may copy of these blocks, by pool."""
+        return self._blocks.tiers.shared(keys)
 
     def flush(self) -> int:
         """Forget every block that nobody holds, on the device and below; how many."""

@@ -235,7 +235,8 @@ class SequenceBlocks:
             return None
         most = (len(sequence.tokens) - 1) // self.pool.block_size
         self._extend_keys(sequence, most)
-        return self.tiers.begin(sequence.keys[:most], spare, sequence.live.request.tenant)
+        request = sequence.live.request
+        return self.tiers.begin(sequence.keys[:most], spare, request.tenant, request.peer)
 
     def end_load(self, load: PrefixLoad, sequence: Sequence | None) -> None:
         """Unpin what was brought up; it is kept for the sequence until that begins, if given."""

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from arriero.shards.images.request import RequestImage
-from arriero.shards.kv.limits import GroupTierLimits
-from arriero.shards.kv.moves import Moved, Moves
+from arriero.shards.kv.limits import GroupTierLimits, PeerBlocks
+from arriero.shards.kv.moves import Moved, Moves, Pool
 from arriero.shards.placement import Placement
 from arriero.shards.plan import StepPlan, StepResult
 from arriero.shards.sampling import SamplingParams
@@ -83,6 +83,7 @@ class EngineRequest:
         tenant: whose it is; its blocks are counted as that tenant's.
         trace: W3C `traceparent` of the caller's span, carried along; "" for none.
         images: files whose features replace the prompt's placeholders, in order.
+        peer: blocks of its prefix that another group of this node has, by pool.
     """
 
     request_id: str
@@ -94,6 +95,7 @@ class EngineRequest:
     tenant: str = ""
     trace: str = ""
     images: tuple[RequestImage, ...] = ()
+    peer: Mapping[Pool, PeerBlocks] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,7 +16,6 @@ import contextlib
 import ctypes
 import mmap
 import os
-import platform
 import uuid
 from collections.abc import Sequence
 
@@ -25,6 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from arriero.shards.kv.machine import host_name
 from arriero.shards.kv.moves import Segment
 from arriero.shards.kv.pieces import BadBlock, BlockForm, Piece
 
@@ -156,12 +156,6 @@ class PeerPool:
             with contextlib.suppress(BufferError):
                 one.close()
         self._maps.clear()
-
-
-def host_name() -> str:
-    """This node's name and the id of its boot: equal only where memory can be shared."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as stream:
-        return f"{platform.node()}/{stream.read().strip()}"
 
 
 def _attach(segment: Segment, form: BlockForm) -> mmap.mmap:

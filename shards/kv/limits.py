@@ -6,6 +6,7 @@ Knows numbers and keys; knows nothing of how blocks are moved.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from arriero.shards.kv.moves import Segment
 
@@ -50,10 +51,15 @@ class GroupTierLimits:
         """Whether there is any tier below the device."""
         return self.all.enabled
 
+    @property
+    def num_blocks(self) -> int:
+        """Most blocks of all tokens in host memory and on disk."""
+        return self.all.host_blocks + self.all.disk_blocks
+
 
 @dataclass(frozen=True, slots=True)
 class PeerBlocks:
-    """Blocks that another group of this node has in its host memory.
+    """Blocks of one pool that another group of this node has in its host memory.
 
     Attributes:
         segments: of its ranks.
@@ -62,3 +68,13 @@ class PeerBlocks:
 
     segments: tuple[Segment, ...]
     slots: dict[bytes, int]
+
+    def to_wire(self) -> list[Any]:
+        """As msgpack can carry it."""
+        return [[one.to_wire() for one in self.segments], self.slots]
+
+    @classmethod
+    def from_wire(cls, values: list[Any]) -> PeerBlocks:
+        """Undo `to_wire`."""
+        segments, slots = values
+        return cls(tuple(Segment.from_wire(one) for one in segments), slots)

@@ -32,6 +32,8 @@ from arriero.shards.kv.pieces import BadBlock, BlockForm, Piece
 
 log = logging.getLogger(__name__)
 
+MOST_PEERS = 8
+"""Other groups' memories that are kept mapped."""
 BATCH = 8
 """Blocks of one copy: few enough that one which matters more does not wait long."""
 
@@ -271,9 +273,9 @@ class Mover:
     def _getter(self, tier: Tier, peer: tuple[Segment, ...]) -> Callable[[Move, Tensor], None]:
         if tier is Tier.PEER:
             if peer not in self._peers:
-                for old in self._peers.values():
-                    old.close()
-                self._peers = {peer: PeerPool(peer, self._form, self._piece)}
+                while len(self._peers) >= MOST_PEERS:
+                    self._peers.pop(next(iter(self._peers))).close()
+                self._peers[peer] = PeerPool(peer, self._form, self._piece)
             pool = self._peers[peer]
             return lambda move, into: pool.get(move.key, move.source_at, into)
         if tier is Tier.HOST:

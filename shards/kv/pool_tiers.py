@@ -149,10 +149,13 @@ class PoolTiers:
         """Most blocks of each bounded tier."""
         return {tier: index.capacity for tier, index in self._index.items()}
 
-    def host_slot(self, key: bytes) -> int | None:
-        """Where host memory holds a key; safe from any thread."""
+    def shared(self, keys: Sequence[bytes]) -> PeerBlocks:
+        """What a group of this node may copy of these blocks; none of them is held for it."""
         index = self._index.get(Tier.HOST)
-        return None if index is None else index.slot(key)
+        if index is None or not self.segments:
+            return PeerBlocks((), {})
+        slots = ((key, index.slot(key)) for key in keys)
+        return PeerBlocks(self.segments, {key: at for key, at in slots if at is not None})
 
     # ---- saving ----
 
@@ -279,7 +282,7 @@ class PoolTiers:
         """
         found = self._pool.match(keys)
         for index in self._index.values():
-            index.touch(keys, first)
+            index.touch(keys)
         self.note(keys[: len(found)], first, tenant)  # the tiers may have dropped them since
         load = Load(self._new_owner(), list(keys), first, len(found), len(keys) - len(found))
         self._pool.allocate(load.owner, len(load.keys), found)
@@ -303,7 +306,8 @@ class PoolTiers:
         self._pool.free(load.owner)
 
     def _nearest(self, key: bytes, peer: PeerBlocks | None) -> tuple[Tier, int] | None:
-        host = self.host_slot(key)
+        index = self._index.get(Tier.HOST)
+        host = None if index is None else index.slot(key)
         if host is not None:
             return Tier.HOST, host
         if peer is not None and key in peer.slots:

@@ -9,12 +9,13 @@ Knows both pools' tiers and where chunks begin; knows nothing of sequences, file
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from arriero.shards.engine.blocks import BlockManager, CacheListener
 from arriero.shards.engine.local_blocks import LocalBlocks
-from arriero.shards.kv.limits import GroupTierLimits
+from arriero.shards.kv.limits import GroupTierLimits, PeerBlocks
 from arriero.shards.kv.moves import Moved, Moves, Pool
 from arriero.shards.kv.pool_tiers import Load, PoolTiers
 
@@ -116,13 +117,26 @@ class Tiers:
         self.num_answers += 1
         self._each[moved.pool].take(moved)
 
-    def begin(self, keys: Sequence[bytes], spare: int, tenant: str) -> PrefixLoad | None:
+    def shared(self, keys: Sequence[bytes]) -> dict[Pool, PeerBlocks]:
+        """What a group of this node may copy of these blocks, by pool."""
+        if not self.enabled:
+            return {}
+        return {Pool(i): one.shared(keys) for i, one in enumerate(self._each)}
+
+    def begin(
+        self,
+        keys: Sequence[bytes],
+        spare: int,
+        tenant: str,
+        peer: Mapping[Pool, PeerBlocks] = MappingProxyType({}),
+    ) -> PrefixLoad | None:
         """Begin to bring a chain's blocks to the device, as far as some tier holds them.
 
         Args:
             keys: of the chain, from its first block.
             spare: blocks that must stay available in each pool.
             tenant: whose they are.
+            peer: what another group of this node has of them.
 
         Returns:
             None when no tier has more than the device, or there is no room; else what is to be
@@ -130,14 +144,16 @@ class Tiers:
         """
         if not self.enabled:
             return None
-        count = self._all.reach(keys, spare)
+        full, local = peer.get(Pool.ALL), peer.get(Pool.LOCAL)
+        count = self._all.reach(keys, spare, full)
         first = count
         if self._local is not None and self._chunks is not None:
             first = self._chunks.first_seen(count)
-            count = first + self._local.reach(keys[first:count], spare)
-        parts = [(self._all, self._all.load(keys[:count], 0, tenant))]
+            count = first + self._local.reach(keys[first:count], spare, local)
+        parts = [(self._all, self._all.load(keys[:count], 0, tenant, full))]
         if self._local is not None:
-            parts.append((self._local, self._local.load(keys[first:count], first, tenant)))
+            stretch = keys[first:count]
+            parts.append((self._local, self._local.load(stretch, first, tenant, local)))
         load = PrefixLoad(parts)
         if load.left:
             return load
