@@ -9,8 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from arriero.shards.engine.blocks import chain_keys, root_key
 from arriero.shards.group import GroupConfig
 from arriero.shards.kv.config import TierConfig
+from arriero.shards.kv.limits import PeerBlocks
+from arriero.shards.kv.moves import Pool
+from arriero.shards.plan import int32
 from arriero.shards.sampling import SamplingParams
 from support.groups import Group, running
 from support.models import tiny_llama, tiny_llama4
@@ -148,6 +152,59 @@ def test_llama4_brings_up_no_more_than_the_live_chunk(
         assert stats.cached_tokens == 16 * sum(hits)
         assert counts["loaded"] == sum(hits) + sum(hit % 4 for hit in hits)
         assert not counts["failed"] and not stats.blocks_used and not stats.local_blocks_used
+
+
+def shared(group: Group, prompt: list[int]) -> dict[Pool, PeerBlocks]:
+    """What a group has of a prompt in its memory, as another group's leader is told."""
+    root = root_key(group.engine.config.cache_salt)
+    keys = list(chain_keys(root, int32(prompt), 16))
+    found = group.engine.ask(lambda lanes: lanes.shared(keys)).result(10)
+    return {pool: PeerBlocks.from_wire(one.to_wire()) for pool, one in found.items()}
+
+
+@pytest.mark.parametrize(
+    "layouts", [({"tp": 2}, {}), ({"pp": 2}, {"tp": 3}), ({}, {"pp": 2})], ids=str
+)
+def test_blocks_come_from_another_group_s_memory(
+    model: str,
+    prompts: list[list[int]],
+    expected: list[list[int]],
+    layouts: tuple[dict[str, int], ...],
+) -> None:
+    tiers = TierConfig(host_bytes=64 << 20)
+    there, here = layouts
+    hits = [(len(one) - 1) // 16 for one in prompts]
+    with running(small(model, tiers, **here)) as group:
+        with running(small(model, tiers, **there)) as other:
+            assert one_by_one_kept(other, prompts) == expected
+            told = [shared(other, prompt) for prompt in prompts]
+            for prompt, peer, tokens in zip(prompts[:4], told, expected, strict=False):
+                (answer,) = group.wait([group.submit(prompt, GREEDY, peer=peer)])
+                assert answer.tokens == tokens
+            assert settled(group)["loaded"] == sum(hits[:4])
+            # of the fifth prompt the memory has been given to others meanwhile: a miss
+            other.engine.ask(lambda lanes: lanes.flush()).result(10)
+            one_by_one_kept(other, [one[::-1] for one in prompts])
+            (answer,) = group.wait([group.submit(prompts[4], GREEDY, peer=told[4])])
+            assert answer.tokens == expected[4]
+        # and of the sixth the group has ended
+        (answer,) = group.wait([group.submit(prompts[5], GREEDY, peer=told[5])])
+        assert answer.tokens == expected[5]
+        settled(group)
+        assert group.engine.stats().blocks_used == 0
+
+
+def test_llama4_pulls_both_pools(llama4: str, prompts: list[list[int]]) -> None:
+    tiers = TierConfig(host_bytes=64 << 20)
+    pools = {"num_blocks": 24, "num_local_blocks": 12}
+    with running(small(llama4, tiers, **pools)) as there:
+        expected = one_by_one_kept(there, prompts)
+        with running(small(llama4, tiers, **pools)) as group:
+            for prompt, tokens in zip(prompts, expected, strict=True):
+                asked = group.submit(prompt, GREEDY, peer=shared(there, prompt))
+                assert group.wait([asked])[0].tokens == tokens
+            hits = [(len(one) - 1) // 16 for one in prompts]
+            assert settled(group)["loaded"] == sum(hits) + sum(hit % 4 for hit in hits)
 
 
 def test_shared_store(
