@@ -190,7 +190,7 @@ class Leader:
             epoch=self._epoch,
             cache_root=root_key(limits.cache_salt) if limits.prefix_cache else b"",
             block_size=limits.block_size,
-            memory=host_name() if host is None and config.tiers.host_bytes else "",
+            memory=host_name() if config.tiers.host_bytes else "",
         )
         address = await self._lead(limits, card)
         self._entry = registry.GroupEntry(

@@ -42,7 +42,8 @@ class GroupView:
         load: how busy it is.
         stats: `EngineStats` as the leader last sent it.
         reach: tokens of the prompt at hand that it has already, where that was asked.
-        near_reach: of these and more, tokens that some group in the same node's memory has.
+        peer_reach: likewise of a peer, from whose memory the group would copy what it lacks.
+        peer_near: whether the peer is on the same node.
     """
 
     group_id: str
@@ -51,7 +52,8 @@ class GroupView:
     load: GroupLoad
     stats: Mapping[str, Any] = field(default_factory=dict)
     reach: Reach = NOTHING
-    near_reach: int = 0
+    peer_reach: int = 0
+    peer_near: bool = False
 
 
 class Backend(Protocol):

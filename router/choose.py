@@ -15,8 +15,8 @@ DECODE_WEIGHT = 0.125
 it is decoded later, and several sequences in one step."""
 LOAD_WEIGHT = 0.05
 """Likewise of a prompt token that comes up from host memory or disk."""
-PULL_WEIGHT = 0.1
-"""Likewise of one that is copied from another group's memory on the same node."""
+NEAR_PULL_WEIGHT, FAR_PULL_WEIGHT = 0.1, 0.3
+"""Likewise of one that is copied from another group's memory, on the same node or elsewhere."""
 
 
 def order(groups: Iterable[GroupView], *, num_prompt: int, num_tokens: int) -> list[GroupView]:
@@ -45,16 +45,17 @@ def first_token_work(group: GroupView, num_prompt: int) -> float:
     """What a group does before a prompt's first token, in prefill tokens.
 
     The prompts before it, what is missing of its own, what comes up from lower tiers or over from
-    a neighbour, and the decodes beside. Groups of a model are taken to be equally fast.
+    a peer, and the decodes beside. Groups of a model are taken to be equally fast.
     """
     load, reach = group.load, group.reach
-    pulled = max(0, group.near_reach - reach.total)
+    pulled = max(0, group.peer_reach - reach.total)
+    pull_weight = NEAR_PULL_WEIGHT if group.peer_near else FAR_PULL_WEIGHT
     decode = load.outstanding_tokens - load.prefill_tokens
     return (
         load.prefill_tokens
         + (num_prompt - reach.total - pulled)
         + LOAD_WEIGHT * (reach.total - reach.near)
-        + PULL_WEIGHT * pulled
+        + pull_weight * pulled
         + DECODE_WEIGHT * decode
     )
 

@@ -45,7 +45,7 @@ def submit_message(
 ) -> list[Any]:
     """The message that submits `request` under `handle`.
 
-    `peer` is address and token of a leader on the same node that has more of its prefix.
+    `peer` is address and token of a leader whose group has more of its prefix.
     """
     return [
         "submit",

@@ -156,7 +156,7 @@ class LinkedGroups:
             raise Unavailable(f"group {group_id!r} was removed")
         reach = self._reach(group.link.card, request)
         mine = reach.get(group_id, NOTHING).total
-        peer = self._neighbour(group_id, reach)
+        peer = self._peer(group_id, reach)
         if peer is None or reach[peer].total - mine < MIN_PULL_TOKENS:
             return group.link.generate(request, mine)
         address = self._groups[peer].address
@@ -228,25 +228,25 @@ class LinkedGroups:
         found = []
         for view in views:
             known = reach[view.card.cache_root]
-            peer = self._neighbour(view.group_id, known)
-            near = 0 if peer is None else known[peer].total
-            own = known.get(view.group_id, NOTHING)
-            found.append(replace(view, reach=own, near_reach=near))
+            own, peer = known.get(view.group_id, NOTHING), self._peer(view.group_id, known)
+            view = replace(view, reach=own)
+            if peer is not None:
+                near = self._groups[peer].link.card.memory == view.card.memory
+                view = replace(view, peer_reach=known[peer].total, peer_near=near)
+            found.append(view)
         return found
 
-    def _neighbour(self, group_id: str, reach: Mapping[str, Reach]) -> str | None:
-        """The other group on its node that has most of a prompt; None if there is none."""
+    def _peer(self, group_id: str, reach: Mapping[str, Reach]) -> str | None:
+        """The group to copy a prompt's blocks from: who has most, best on the same node."""
         memory = self._groups[group_id].link.card.memory
-        able = [
-            other
-            for other in reach
-            if other != group_id
-            and (group := self._groups.get(other)) is not None
-            and group.ready
-            and memory
-            and group.link.card.memory == memory
-        ]
-        return max(able, key=lambda other: (reach[other].total, other), default=None)
+        if not memory:  # it keeps none in host memory, and so takes none from there
+            return None
+        able = {}
+        for other in reach.keys() - {group_id}:
+            group = self._groups.get(other)
+            if group is not None and group.ready and group.link.card.memory:
+                able[other] = (reach[other].total, group.link.card.memory == memory, other)
+        return max(able, key=able.__getitem__, default=None)
 
     def _reach(self, card: ModelCard, request: EngineRequest) -> Mapping[str, Reach]:
         """Tokens of a prompt that each group has; keys of images and of salts are not made here."""

@@ -159,7 +159,7 @@ class LinkClient:
         Args:
             request: it.
             num_cached: tokens of its prompt that the group is thought to have.
-            peer: address and token of a leader on its node that is thought to have more.
+            peer: address and token of a leader whose group is thought to have more.
 
         Raises:
             InvalidRequest, Overloaded: the engine refused it.

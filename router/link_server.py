@@ -71,7 +71,7 @@ class LinkServer:
         tracing: makes a span for each request that came with its caller's; None makes none.
         kv: answers about the KV cache; None refuses.
         journal: of the KV blocks, for gateways to route by; None tells them nothing.
-        peers: other leaders of this node, to copy blocks from; None copies none.
+        peers: other leaders, to copy blocks from; None copies none.
     """
 
     def __init__(
@@ -258,8 +258,8 @@ class LinkServer:
             # Before the engine has it, since outputs may come from its thread at once.
             self._owners[request.request_id] = (link, handle)
             link.add_request(handle, request.request_id, request.params.n)
-        except ArrieroError as error:
-            link.send(["refused", handle, *_refusal(error)])
+        except Exception as error:
+            _refuse(link, handle, error)
             return
         if self._tracing is not None and request.trace:
             self._spans[request.request_id] = _Span(self._tracing, request, self._card.group)
@@ -286,11 +286,7 @@ class LinkServer:
         except Exception as error:
             link.drop(handle)
             self._forget(request.request_id)
-            if isinstance(error, ArrieroError):
-                link.send(["refused", handle, *_refusal(error)])
-                return
-            log.exception("submit failed")
-            link.send(["refused", handle, "Unavailable", f"the engine failed: {error}", None])
+            _refuse(link, handle, error)
 
     async def _send_stats(self) -> None:
         """The load, now and then; also the sign of life that gateways watch for."""
@@ -387,6 +383,15 @@ class _Span:
         }
         facts |= {f"arriero.step_us.{phase}": mean for phase, mean in stats.step_us.items()}
         self._trace.end(facts)
+
+
+def _refuse(link: _Link, handle: int, error: Exception) -> None:
+    """Tell a gateway why its request is not taken."""
+    if isinstance(error, ArrieroError):
+        link.send(["refused", handle, *_refusal(error)])
+        return
+    log.error("submit failed", exc_info=error)
+    link.send(["refused", handle, "Unavailable", f"the engine failed: {error}", None])
 
 
 def _refusal(error: ArrieroError) -> list[Any]:

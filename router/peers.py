@@ -1,7 +1,7 @@
-"""A leader's question to another on its node: which blocks of a prompt may be copied from you.
+"""A leader's question to another: which blocks of a prompt may be copied from you.
 
-The answer says where they lie in the other slices' memory; slices copy them from there, and check
-each. Whoever does not answer in time has none. Knows links' addresses and keys; knows nothing of
+The answer says where they lie in the other slices' memory; slices copy them from there (see
+`shards/kv/peer`), and check each. Whoever does not answer in time has none. Knows links' addresses and keys; knows nothing of
 who decides to ask.
 """
 
@@ -55,7 +55,7 @@ async def call_kv(
 
 
 class Peers:
-    """Other leaders of this node.
+    """Other leaders.
 
     Args:
         credentials: of the links; None for links in the clear.
@@ -80,10 +80,12 @@ class Peers:
             keys = await asyncio.to_thread(_keys, root, prompt)
             channel = await self._channel(address)
             found = await call_kv(channel, token, "shared", {"keys": keys}, PATIENCE_S)
+            return {Pool(int(i)): PeerBlocks.from_wire(one) for i, one in found["pools"].items()}
         except grpc.aio.AioRpcError as error:
             log.info("peer %s: %s", address, error.details() or error.code().name)
-            return {}
-        return {Pool(int(i)): PeerBlocks.from_wire(one) for i, one in found["pools"].items()}
+        except Exception:  # whatever it answered: the request must go on without
+            log.exception("peer %s: its answer cannot be used", address)
+        return {}
 
     async def _channel(self, address: str) -> grpc.aio.Channel:
         if address not in self._channels:

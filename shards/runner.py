@@ -148,11 +148,12 @@ class Runner:
         """
         return {} if self.mesh.stage_rank else self._model.take_loads()
 
-    def open_tiers(self, on_moved: Callable[[Moved], None]) -> Movers:
+    def open_tiers(self, on_moved: Callable[[Moved], None], host: str = "127.0.0.1") -> Movers:
         """Open the tiers below the device, none if there are none; whoever runs the steps closes.
 
         Args:
             on_moved: told what came of copies, from threads of the tiers' own.
+            host: this node's address, where other nodes' ranks may read host memory.
         """
         config, part = self._config, self.mesh.part
         if not config.tiers.enabled:
@@ -173,6 +174,7 @@ class Runner:
                 rank=part.rank,
                 pool=pool,
                 piece=piece,
+                host=host,
                 writes=piece not in others,
             )
             movers[pool] = Mover(kv, settings, on_moved, self.fence)

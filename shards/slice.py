@@ -135,7 +135,7 @@ def run_slice(
         )
         link.send(b"R", asdict(loaded))
         gc.freeze()  # what is loaded stays: full collections need not walk it
-        movers = runner.open_tiers(link.moved)
+        movers = runner.open_tiers(link.moved, host)
         try:
             _serve(runner, link, activity, movers)
         finally:

@@ -118,7 +118,7 @@ class Lanes:
         return any([lane.unpin(name) for lane in self._lanes])
 
     def shared(self, keys: list[bytes]) -> dict[Pool, PeerBlocks]:
-        """What a group of this node may copy of these blocks, by pool."""
+        """What another group may copy of these blocks, by pool."""
         return self._lanes[0].shared(keys)
 
     def flush(self) -> int:

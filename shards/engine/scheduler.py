@@ -466,7 +466,7 @@ class Scheduler:
         return self._blocks.unpin(name)
 
     def shared(self, keys: list[bytes]) -> dict[Pool, PeerBlocks]:
-        """What a group of this node may copy of these blocks, by pool."""
+        """What another group may copy of these blocks, by pool."""
         return self._blocks.tiers.shared(keys)
 
     def flush(self) -> int:

@@ -83,7 +83,7 @@ class EngineRequest:
         tenant: whose it is; its blocks are counted as that tenant's.
         trace: W3C `traceparent` of the caller's span, carried along; "" for none.
         images: files whose features replace the prompt's placeholders, in order.
-        peer: blocks of its prefix that another group of this node has, by pool.
+        peer: blocks of its prefix that another group has in host memory, by pool.
     """
 
     request_id: str

@@ -2,8 +2,8 @@
 
 The memory is an anonymous file (memfd) that goes with the last process that has it, however that
 process ends. Its tail holds, for each slot, the key of the block that is whole there. A reader
-checks the key before and after it copies, so it needs no lock and no word from the owner: a slot
-that is given another block meanwhile is a miss.
+(see `peer`) checks the key before and after it copies, so it needs no lock and no word from the
+owner: a slot that is given another block meanwhile is a miss.
 
 Knows slots and bytes; which block is where is the leader's.
 
@@ -25,11 +25,8 @@ import torch
 from torch import Tensor
 
 from arriero.shards.kv.machine import host_name
-from arriero.shards.kv.moves import Segment
+from arriero.shards.kv.moves import KEY_BYTES, Segment
 from arriero.shards.kv.pieces import BadBlock, BlockForm, Piece
-
-KEY_BYTES = 16
-_NOTHING = bytes(KEY_BYTES)
 
 
 class HostPool:
@@ -57,7 +54,7 @@ class HostPool:
         except BaseException:
             os.close(self._fd)
             raise
-        self.data, self._keys = _views(self._map, form, piece, slots)
+        self.data, self._keys = views(self._map, form, piece, slots)
         self._pinned = False
         if pinned:
             cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
@@ -66,7 +63,7 @@ class HostPool:
 
     @property
     def segment(self) -> Segment:
-        """What others need to read it."""
+        """What others of this node need to read it."""
         return Segment(
             pid=os.getpid(),
             fd=self._fd,
@@ -93,9 +90,13 @@ class HostPool:
         Raises:
             BadBlock: the slot holds something else.
         """
-        if self._keys[slot].tobytes() != key:
+        if not self.holds(key, slot):
             raise BadBlock("the slot holds another block")
         into.copy_(self.data[slot])
+
+    def holds(self, key: bytes, slot: int) -> bool:
+        """Whether a slot holds a block, whole; from any thread, before and after it is read."""
+        return 0 <= slot < self._slots and self._keys[slot].tobytes() == key
 
     def close(self) -> None:
         """Give the memory back."""
@@ -107,79 +108,7 @@ class HostPool:
         os.close(self._fd)
 
 
-class PeerPool:
-    """Another group's slots on this node, of all its ranks, to read from.
-
-    Raises:
-        BadBlock: they are not to be had: another node, the process is gone, another form.
-    """
-
-    def __init__(self, segments: Sequence[Segment], form: BlockForm, piece: Piece) -> None:
-        self._piece, self._form = piece, form
-        self._parts: list[tuple[Piece, Tensor, npt.NDArray[np.uint8]]] = []
-        self._maps: list[mmap.mmap] = []
-        if not piece.covered_by(Piece(one.layers, one.heads) for one in segments):
-            raise BadBlock("the peer's ranks do not hold all of it")
-        used: list[Piece] = []
-        try:
-            for one in segments:
-                theirs = Piece(one.layers, one.heads)
-                if theirs.overlap(piece) is None or piece.covered_by(used):
-                    continue
-                used.append(theirs)
-                self._maps.append(_attach(one, form))
-                self._parts.append((theirs, *_views(self._maps[-1], form, theirs, one.slots)))
-        except BaseException:
-            self.close()
-            raise
-
-    def get(self, key: bytes, slot: int, into: Tensor) -> None:
-        """Fill our piece of a block, `into` [L, 2, K, P, D].
-
-        Raises:
-            BadBlock: the slot holds, or came to hold, something else.
-        """
-        for theirs, data, keys in self._parts:
-            part = theirs.overlap(self._piece)
-            assert part is not None, "attached for nothing"
-            ours, there = part.within(self._piece), part.within(theirs)
-            if not 0 <= slot < len(keys) or keys[slot].tobytes() != key:
-                raise BadBlock("the peer has another block there")
-            into[ours[0], :, ours[1]] = data[slot, there[0], :, there[1]]
-            if keys[slot].tobytes() != key:
-                raise BadBlock("the peer gave the slot away meanwhile")
-
-    def close(self) -> None:
-        """Let go of the memory."""
-        self._parts.clear()
-        for one in self._maps:
-            with contextlib.suppress(BufferError):
-                one.close()
-        self._maps.clear()
-
-
-def _attach(segment: Segment, form: BlockForm) -> mmap.mmap:
-    if segment.host != host_name():
-        raise BadBlock("the peer is on another node")
-    if segment.block != (form.positions, form.dim, form.dtype.itemsize):
-        raise BadBlock("the peer's blocks are of another form")
-    path = f"/proc/{segment.pid}/fd/{segment.fd}"
-    try:
-        fd = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise BadBlock(f"the peer's memory is not to be had: {error.strerror}") from None
-    try:
-        if segment.name not in os.readlink(f"/proc/self/fd/{fd}"):
-            raise BadBlock("the peer's process is gone")
-        size = segment.slots * (form.nbytes(Piece(segment.layers, segment.heads)) + KEY_BYTES)
-        if os.fstat(fd).st_size != size:
-            raise BadBlock("the peer's memory is of another size")
-        return mmap.mmap(fd, 0, prot=mmap.PROT_READ)
-    finally:
-        os.close(fd)
-
-
-def _views(
+def views(
     memory: mmap.mmap, form: BlockForm, piece: Piece, slots: int
 ) -> tuple[Tensor, npt.NDArray[np.uint8]]:
     """(blocks [slots, L, 2, K, P, D], keys [slots, 16]) of a memory."""

@@ -59,7 +59,7 @@ class GroupTierLimits:
 
 @dataclass(frozen=True, slots=True)
 class PeerBlocks:
-    """Blocks of one pool that another group of this node has in its host memory.
+    """Blocks of one pool that another group has in its host memory.
 
     Attributes:
         segments: of its ranks.

@@ -17,7 +17,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -26,9 +26,11 @@ from torch import Tensor
 from arriero.kernels.ops import KVCache
 from arriero.shards.kv.config import TierConfig
 from arriero.shards.kv.files import BlockFiles, Folder, LocalFolder, SharedFolder, empty
-from arriero.shards.kv.host import HostPool, PeerPool
+from arriero.shards.kv.host import HostPool
 from arriero.shards.kv.moves import Move, Moved, Moves, Pool, Segment, Tier
+from arriero.shards.kv.peer import PeerPool
 from arriero.shards.kv.pieces import BadBlock, BlockForm, Piece
+from arriero.shards.kv.wire import BlockServer
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ class TierSettings:
         rank: of the group.
         pool: whose blocks they are.
         piece: what the rank holds of each block.
+        host: address at which it serves its host memory to ranks on other nodes.
         writes: False where a rank before it holds the same piece, and writes the files.
     """
 
@@ -65,6 +68,7 @@ class TierSettings:
     rank: int
     pool: Pool
     piece: Piece
+    host: str
     writes: bool
 
 
@@ -113,6 +117,7 @@ class Mover:
         self._queue: queue.PriorityQueue[tuple[int, int, _Work | None]] = queue.PriorityQueue()
         self._order = itertools.count()
         self._host: HostPool | None = None
+        self._server: BlockServer | None = None
         self._files: dict[Tier, BlockFiles] = {}
         self._peers: dict[tuple[Segment, ...], PeerPool] = {}
         self._cuda_stream: Any = None
@@ -153,6 +158,8 @@ class Mover:
                     self._on_moved(said)
         for peer in self._peers.values():
             peer.close()
+        if self._server is not None:
+            self._server.close()
         if self._host is not None:
             self._host.close()
 
@@ -172,7 +179,10 @@ class Mover:
                 self._host = HostPool(
                     self._form, self._piece, settings.host_slots, pinned=self._on_cuda
                 )
-                first.segment = self._host.segment
+                self._server = BlockServer(self._host, settings.host)
+                first.segment = replace(
+                    self._host.segment, address=self._server.address, token=self._server.token
+                )
             except OSError as error:
                 log.error("no host memory for KV blocks: %s", error)
         folders: dict[Tier, Callable[[], Folder]] = {}
@@ -221,13 +231,11 @@ class Mover:
             data = self._from_device([move.source_at for move in moves])
         else:
             data = empty(self._form, self._piece, len(moves))
-            get = self._getter(source, work.peer)
-            for move, into in zip(moves, data, strict=True):
-                try:
-                    get(move, into)
-                except BadBlock as error:
-                    log.info("block %s: %s", move.key.hex(), error)
-                    failed.add(move.id)
+            if source is Tier.PEER:
+                lost = self._peer(work.peer).copy([(m.key, m.source_at) for m in moves], data)
+                failed = {moves[i].id for i in lost}
+            else:
+                failed = self._read(source, moves, data)
         good = [i for i, move in enumerate(moves) if move.id not in failed]
         if not good:
             return failed
@@ -270,20 +278,28 @@ class Mover:
                 failed.add(move.id)
         return failed
 
-    def _getter(self, tier: Tier, peer: tuple[Segment, ...]) -> Callable[[Move, Tensor], None]:
-        if tier is Tier.PEER:
-            if peer not in self._peers:
-                while len(self._peers) >= MOST_PEERS:
-                    self._peers.pop(next(iter(self._peers))).close()
-                self._peers[peer] = PeerPool(peer, self._form, self._piece)
-            pool = self._peers[peer]
-            return lambda move, into: pool.get(move.key, move.source_at, into)
-        if tier is Tier.HOST:
-            host = self._host
-            assert host is not None, "no host memory"
-            return lambda move, into: host.get(move.key, move.source_at, into)
-        files = self._files[tier]
-        return lambda move, into: files.get(move.key, into)
+    def _read(self, tier: Tier, moves: Sequence[Move], data: Tensor) -> set[int]:
+        """Fill blocks from a tier of ours; gives the ids of those that are not right there."""
+        failed = set()
+        for move, into in zip(moves, data, strict=True):
+            try:
+                if tier is Tier.HOST:
+                    assert self._host is not None, "no host memory"
+                    self._host.get(move.key, move.source_at, into)
+                else:
+                    self._files[tier].get(move.key, into)
+            except BadBlock as error:
+                log.info("block %s: %s", move.key.hex(), error)
+                failed.add(move.id)
+        return failed
+
+    def _peer(self, segments: tuple[Segment, ...]) -> PeerPool:
+        """A peer's memory; the ones used before are kept at hand."""
+        if segments not in self._peers:
+            while len(self._peers) >= MOST_PEERS:
+                self._peers.pop(next(iter(self._peers))).close()
+            self._peers[segments] = PeerPool(segments, self._form, self._piece)
+        return self._peers[segments]
 
 
 @dataclass(slots=True)

@@ -16,6 +16,9 @@ from typing import Any
 
 import msgpack
 
+KEY_BYTES = 16
+"""Of a block's key."""
+
 
 class Pool(IntEnum):
     """Which blocks: a group has a pool for each kind of attention."""
@@ -58,7 +61,7 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """The host memory of one rank of some group, for processes of the same node to read.
+    """The host memory of one rank of some group, for other groups to read.
 
     Attributes:
         pid, fd: the process that holds it, and its descriptor there.
@@ -67,6 +70,7 @@ class Segment:
         layers, heads: half-open ranges of global layers and KV heads that it holds.
         block: (block size, head dimension or int8's canonical one, bytes of an element).
         slots: how many blocks there is room for.
+        address, token: of the rank's server, for readers on other nodes; "" and b"" for none.
     """
 
     pid: int
@@ -77,18 +81,21 @@ class Segment:
     heads: tuple[int, int]
     block: tuple[int, int, int]
     slots: int
+    address: str = ""
+    token: bytes = b""
 
     @classmethod
     def from_wire(cls, values: list[Any]) -> Segment:
         """Undo what msgpack makes of `astuple`."""
-        pid, fd, name, host, layers, heads, block, slots = values
-        return cls(pid, fd, name, host, _pair(layers), _pair(heads), tuple(block), slots)
+        pid, fd, name, host, layers, heads, block, slots, address, token = values
+        where = (pid, fd, name, host, _pair(layers), _pair(heads), tuple(block))
+        return cls(*where, slots, address, token)
 
     def to_wire(self) -> list[Any]:
         """As msgpack can carry it."""
         return [
             *(self.pid, self.fd, self.name, self.host),
-            *(self.layers, self.heads, self.block, self.slots),
+            *(self.layers, self.heads, self.block, self.slots, self.address, self.token),
         ]
 
 

@@ -150,7 +150,7 @@ class PoolTiers:
         return {tier: index.capacity for tier, index in self._index.items()}
 
     def shared(self, keys: Sequence[bytes]) -> PeerBlocks:
-        """What a group of this node may copy of these blocks; none of them is held for it."""
+        """What another group may copy of these blocks; none of them is held for it."""
         index = self._index.get(Tier.HOST)
         if index is None or not self.segments:
             return PeerBlocks((), {})

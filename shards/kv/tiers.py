@@ -118,7 +118,7 @@ class Tiers:
         self._each[moved.pool].take(moved)
 
     def shared(self, keys: Sequence[bytes]) -> dict[Pool, PeerBlocks]:
-        """What a group of this node may copy of these blocks, by pool."""
+        """What another group may copy of these blocks, by pool."""
         if not self.enabled:
             return {}
         return {Pool(i): one.shared(keys) for i, one in enumerate(self._each)}
@@ -136,7 +136,7 @@ class Tiers:
             keys: of the chain, from its first block.
             spare: blocks that must stay available in each pool.
             tenant: whose they are.
-            peer: what another group of this node has of them.
+            peer: what another group has of them.
 
         Returns:
             None when no tier has more than the device, or there is no room; else what is to be
