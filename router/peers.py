@@ -1,8 +1,8 @@
 """A leader's question to another: which blocks of a prompt may be copied from you.
 
 The answer says where they lie in the other slices' memory; slices copy them from there (see
-`shards/kv/peer`), and check each. Whoever does not answer in time has none. Knows links' addresses and keys; knows nothing of
-who decides to ask.
+`shards/kv/peer`), and check each. Whoever does not answer in time has none. Knows links' addresses
+and keys; knows nothing of who decides to ask.
 """
 
 from __future__ import annotations
