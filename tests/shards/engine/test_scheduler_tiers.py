@@ -16,9 +16,8 @@ from arriero.shards.engine.waiting import PATIENCE_S
 from arriero.shards.errors import InvalidRequest
 from arriero.shards.kv.limits import GroupTierLimits, TierLimits
 from arriero.shards.sampling import SamplingParams
-
-from .fake_slice import answer
-from .fake_tiers import FaultyTiers
+from support.fake_slice import answer
+from support.fake_tiers import FaultyTiers
 
 VOCAB = 6
 

@@ -10,8 +10,7 @@ import random
 
 from arriero.shards.engine.types import EngineConfig
 from arriero.shards.kv.moves import Move, Moved, Moves, Pool, Tier
-
-from .fake_slice import FakeExecutor
+from support.fake_slice import FakeExecutor
 
 Content = list[tuple[int, int]]
 
