@@ -88,6 +88,13 @@ def parse_bytes(name: str, text: str) -> int:
     return int(found)
 
 
+def _absolute(value: Path) -> Path:
+    path = value.expanduser()
+    if not path.is_absolute():
+        raise ValueError("give an absolute path: it is the same on every node")
+    return path
+
+
 def _name(value: str) -> str:
     if not _NAME.fullmatch(value):
         raise ValueError("use 1 to 128 letters, digits, dots, dashes or underscores")
@@ -158,7 +165,7 @@ class KvDisk(_Part):
         size: most bytes that the group uses of it, over all its slices.
     """
 
-    path: Path
+    path: Annotated[Path, AfterValidator(_absolute)]
     size: Bytes
 
 
