@@ -47,10 +47,15 @@ class Folder(Protocol):
 
 
 class LocalFolder:
-    """A folder of this node."""
+    """A folder of this node, for its owner's eyes: blocks tell what prompts said.
+
+    Raises:
+        OSError: it cannot be made.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
+        self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def names(self) -> Iterator[tuple[str, int]]:
         """See `Folder`; removes what a process that died left half-written."""

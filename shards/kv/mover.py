@@ -15,6 +15,7 @@ import itertools
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 
 MOST_PEERS = 8
 """Other groups' memories that are kept mapped."""
+QUIET_S = 60.0
+"""A full disk is told of no more often."""
 BATCH = 8
 """Blocks of one copy: few enough that one which matters more does not wait long."""
 
@@ -121,6 +124,7 @@ class Mover:
         self._files: dict[Tier, BlockFiles] = {}
         self._peers: dict[tuple[Segment, ...], PeerPool] = {}
         self._cuda_stream: Any = None
+        self._quiet_until_s = 0.0
         self._thread = threading.Thread(target=self._run, name="kv-mover", daemon=True)
         self._thread.start()
 
@@ -274,8 +278,10 @@ class Mover:
             try:
                 self._files[tier].put(move.key, block)
             except Exception as error:  # disk full, store away: the block is merely not kept
-                log.warning("block %s is not kept: %s", move.key.hex(), error)
                 failed.add(move.id)
+                if time.monotonic() >= self._quiet_until_s:
+                    self._quiet_until_s = time.monotonic() + QUIET_S
+                    log.warning("KV blocks are not kept in tier %s: %s", tier.name, error)
         return failed
 
     def _read(self, tier: Tier, moves: Sequence[Move], data: Tensor) -> set[int]:
