@@ -14,7 +14,7 @@ import logging
 import mmap
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -58,7 +58,7 @@ class LocalPart:
         self._map = _attach(segment, form)
         self._data, self._keys = views(self._map, form, theirs, segment.slots)
         self._layers, self._heads = part.within(theirs)
-        self._wanted = iter(())
+        self._wanted: Iterator[tuple[bytes, int]] = iter(())
 
     def ask(self, wanted: Wanted) -> None:
         """See `Part`."""

@@ -97,7 +97,7 @@ def worlds(draw: st.DrawFn) -> EngineConfig:
     )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(config=worlds(), seed=st.integers(0, 2**32), faults=st.sampled_from([0.0, 0.1, 0.5]))
 def test_every_request_gets_its_own_tokens_whatever_tiers_do(
     config: EngineConfig, seed: int, faults: float

@@ -91,22 +91,32 @@ def test_host(model: str, prompts: list[list[int]], expected: list[list[int]]) -
         assert stats.blocks_used == 0
 
 
-@pytest.mark.parametrize("host", [0, 64 << 20])
+def slow(*values: object) -> object:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
-    "after", [{}, {"tp": 2}, {"pp": 2}, {"tp": 3}], ids=["tp1", "tp2", "pp2", "tp3"]
+    ("before", "after", "host"),
+    [
+        ({}, {}, 0),
+        ({}, {}, 64 << 20),
+        ({}, {"tp": 2}, 0),
+        slow({"tp": 2}, {"tp": 3}, 0),
+        slow({"tp": 2}, {"pp": 2}, 0),
+        slow({"pp": 2}, {}, 64 << 20),
+    ],
+    ids=str,
 )
 def test_disk_outlives_the_group(
     model: str,
     prompts: list[list[int]],
     expected: list[list[int]],
     tmp_path: Path,
+    before: dict[str, int],
     after: dict[str, int],
     host: int,
 ) -> None:
-    if host and after.get("tp", 1) != 1:
-        pytest.skip("covered by the other cases")
     tiers = TierConfig(host_bytes=host, disk_path=str(tmp_path), disk_bytes=64 << 20)
-    before = {"tp": 2} if after.get("tp") == 3 or "pp" in after else {}
     with running(small(model, tiers, **before)) as group:
         assert one_by_one_kept(group, prompts) == expected
         assert settled(group)["disk"] == sum((len(one) + 7) // 16 for one in prompts)
@@ -128,7 +138,7 @@ def llama4(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize(
-    "layouts", [({}, {"tp": 2}), ({"tp": 2}, {"pp": 2}), ({"pp": 2}, {})], ids=str
+    "layouts", [({}, {"tp": 2}), slow(({"tp": 2}, {"pp": 2})), slow(({"pp": 2}, {}))], ids=str
 )
 def test_llama4_brings_up_no_more_than_the_live_chunk(
     llama4: str, prompts: list[list[int]], tmp_path: Path, layouts: tuple[dict[str, int], ...]
@@ -171,7 +181,9 @@ def elsewhere(told: dict[Pool, PeerBlocks]) -> dict[Pool, PeerBlocks]:
 
 
 @pytest.mark.parametrize(
-    "layouts", [({"tp": 2}, {}), ({"pp": 2}, {"tp": 3}), ({}, {"pp": 2})], ids=str
+    "layouts",
+    [({"tp": 2}, {}), slow(({"pp": 2}, {"tp": 3})), slow(({}, {"pp": 2}))],
+    ids=str,
 )
 def test_blocks_come_from_another_group_s_memory(
     model: str,
