@@ -23,7 +23,9 @@ _HEADERS = [
     "attention.h",
     "check.h",
     "decoder.h",
+    "experts.h",
     "limits.h",
+    "pack.h",
     "sampling.h",
     "api.inc",
 ]

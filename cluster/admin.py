@@ -127,7 +127,7 @@ class AdminServer:
                 groups=wish.count,
                 serving=sum(slot.phase is Phase.SERVING for slot in own),
                 settled=settled({name: wish}, own),
-                path=str(self._operator.settings(name).path),
+                path=self._operator.settings(name).path,
             )
         for slot in sorted(slots, key=lambda one: one.name):
             group = status.groups.add(

@@ -21,8 +21,9 @@ from arriero.shards.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from arriero.shards.engine.types import SequenceOutput
-    from arriero.shards.executor import Loading, LocalExecutor, RemoteExecutor
+    from arriero.shards.executor import Loading, RemoteExecutor
     from arriero.shards.group import GroupConfig
+    from arriero.shards.local_executor import LocalExecutor
 
 START_LIMIT_S = 600.0
 PERCENTILES = (50, 90, 99)
@@ -135,7 +136,8 @@ class EngineBench:
         from arriero.shards.checkpoint.formats.describe import describe
         from arriero.shards.checkpoint.reader import Checkpoint
         from arriero.shards.engine.engine import Engine
-        from arriero.shards.executor import LocalExecutor, spawn_group
+        from arriero.shards.executor import spawn_group
+        from arriero.shards.local_executor import LocalExecutor
         from arriero.shards.resolve import engine_config, resolve
 
         folder = Path(config.model_path)

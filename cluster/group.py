@@ -18,7 +18,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -156,12 +155,15 @@ class Leader:
         # imported only now: the slices import torch meanwhile
         from arriero.router.card import ModelCard
         from arriero.shards.checkpoint.formats.describe import describe
+        from arriero.shards.checkpoint.remote import local_folder
         from arriero.shards.engine.blocks import root_key
         from arriero.shards.executor import RemoteExecutor
         from arriero.shards.kv.machine import host_name
+        from arriero.shards.models.llama4_config import Llama4Config
         from arriero.shards.resolve import engine_config, resolve
 
-        folder = Path(self._settings.config.model_path)
+        where_it_is = self._settings.config.model_path
+        folder = await asyncio.to_thread(local_folder, where_it_is, weights=False)
         model, _ = describe(folder)
         config = resolve(_with_threads(self._settings.config, where), model)
         host = self._link_host(where)
@@ -173,8 +175,9 @@ class Leader:
             self._tasks.append(asyncio.create_task(self._watch(rank, at, run)))
         left_s = self._settings.start_timeout_s - (time.monotonic() - begun_s)
         await asyncio.to_thread(executor.wait_ready, left_s, self._on_loaded)
-        digest = await self._slices[0].digest.remote(folder)
+        digest = await self._slices[0].digest.remote(where_it_is)
         limits = engine_config(config, model, digest)
+        vision = model.vision if isinstance(model, Llama4Config) else None
         card = ModelCard.from_folder(
             folder,
             model=self._settings.model,
@@ -191,6 +194,8 @@ class Leader:
             cache_root=root_key(limits.cache_salt) if limits.prefix_cache else b"",
             block_size=limits.block_size,
             memory=host_name() if config.tiers.host_bytes else "",
+            image_tile=0 if vision is None else vision.image_size,
+            image_features=0 if vision is None else vision.features_per_tile,
         )
         address = await self._lead(limits, card)
         self._entry = registry.GroupEntry(
@@ -283,11 +288,11 @@ class Leader:
             card,
             f"{node_address()}:0",
             token=self._link_token,
-            credentials=None if tls is None else tls.files().server("link_tls"),
+            tls=None if tls is None else tls.files().link_server("link_tls"),
             tracing=self._tracing,
             kv=KvDesk(engine, canary, card).answer,
             journal=journal,
-            peers=Peers(None if tls is None else tls.files().client("link_tls")),
+            peers=Peers(None if tls is None else tls.files().link_client("link_tls")),
         )
         return str(await self._link.start())
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import grpc
-import grpc.aio
-
 from arriero.cluster.registry import GroupEntry
 from arriero.cluster.spec import TlsSpec
-from arriero.router.peers import call_kv, link_channel
+from arriero.router.peers import ask_leader
 from arriero.router.proto.arriero.v1 import admin_pb2 as pb
+from arriero.shards.errors import ArrieroError
 
 KV_ACTIONS = ("stats", "flush", "warm", "pin", "unpin")
 TIMEOUT_S = 25.0
@@ -25,13 +23,13 @@ async def ask_kv(entry: GroupEntry, request: pb.KvRequest, tls: TlsSpec | None) 
         request: what Admin was asked.
         tls: of the links; None for one in the clear.
     """
-    credentials = None if tls is None else tls.files().client("link_tls")
+    context = None if tls is None else tls.files().link_client("link_tls")
     asked = {"texts": list(request.texts), "raw": request.raw, "name": request.pin}
-    async with link_channel(entry.address, credentials) as channel:
-        try:
-            found = await call_kv(channel, entry.link_token, request.action, asked, TIMEOUT_S)
-        except grpc.aio.AioRpcError as error:
-            return pb.KvGroup(group=entry.group_id, error=error.details() or error.code().name)
+    leader = entry.address, entry.link_token
+    try:
+        found = await ask_leader(leader, context, request.action, asked, TIMEOUT_S)
+    except ArrieroError as error:
+        return pb.KvGroup(group=entry.group_id, error=str(error))
     return _message(entry.group_id, found)
 
 

@@ -15,7 +15,6 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -403,7 +402,7 @@ class Operator:
     async def _digest(self, model: ModelSpec) -> str:
         task: Any = ray.remote(_digest_of)
         try:
-            return str(await task.options(num_cpus=0).remote(str(model.path)))
+            return str(await task.options(num_cpus=0).remote(model.path))
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, ArrieroError):
                 raise error.cause from None
@@ -443,7 +442,7 @@ def _run_app(name: str, built: serve.Application) -> None:
 def _digest_of(folder: str) -> str:
     from arriero.shards.checkpoint.reader import Checkpoint
 
-    return Checkpoint.open(Path(folder)).digest
+    return Checkpoint.open(folder).digest
 
 
 _COUNTS = ("groups", "autoscale")

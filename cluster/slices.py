@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ray
@@ -45,11 +44,11 @@ class SliceActor:
             cores=len(os.sched_getaffinity(0)),
         )
 
-    def digest(self, folder: Path) -> str:
+    def digest(self, where: str) -> str:
         """The checkpoint's digest; asked here because it takes torch, which a leader spares."""
         from arriero.shards.checkpoint.reader import Checkpoint
 
-        return Checkpoint.open(folder).digest
+        return Checkpoint.open(where).digest
 
     def run(self, rank: int, ticket: Ticket, address: str) -> None:
         """Serve as `rank` of the ticket's group; returns when told to stop.

@@ -30,6 +30,7 @@ from arriero.router.tenants.keys import read_keys
 from arriero.router.tenants.tenant import ANYONE, QueueLimits, Tenant
 from arriero.router.tls import TlsFiles
 from arriero.router.tracing import TracingConfig
+from arriero.shards.checkpoint.remote import is_url
 from arriero.shards.errors import SpecError
 from arriero.shards.group import GroupConfig
 from arriero.shards.kv.config import TierConfig
@@ -222,7 +223,7 @@ class Offload(_Part):
 
     Attributes:
         layers: of each stage, the last so many stay on disk, mapped, and are read ahead of use
-            (device cpu alone).
+            (device cpu alone); of a mixture of experts, these layers' routed experts.
         folder: where; None takes the system's folder for temporary files.
     """
 
@@ -305,7 +306,8 @@ class ModelSpec(_Part):
 
     Attributes:
         name: what clients call it.
-        path: folder with config.json, weights and tokenizer.json, on every node.
+        path: folder with config.json, weights and tokenizer.json, on every node; or its fsspec URL
+            (s3://, gs://, https://...), which each node copies to its cache once.
         dtype: of weights and KV cache.
         quantization: of the weights while they load: int8, int4, fp8; None keeps them in `dtype`.
         groups: replica groups; with `autoscale`, those of the beginning.
@@ -314,13 +316,15 @@ class ModelSpec(_Part):
         mesh, kv, offload, limits: of each group.
         device: "cpu", "cuda", or "auto": cuda where the cluster has a GPU for each slice.
         kernels: backend of the operations; None picks the best for the device.
+        batch_independent: on GPUs, answers are the same bit for bit whatever else is served
+            beside them, at some cost in speed; on CPUs they always are.
         threads: CPU threads of a slice; None divides its node's cores among the slices on it.
         cpus_per_slice: Ray's logical CPUs that a slice takes; None takes 1, or an equal part of
             the machine on the local cluster that `arriero up` starts.
     """
 
     name: Name
-    path: Path
+    path: str
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     quantization: Literal["int8", "int4", "fp8"] | None = None
     groups: Count = 1
@@ -332,6 +336,7 @@ class ModelSpec(_Part):
     limits: Limits = Limits()
     device: Literal["cpu", "cuda", "auto"] = "auto"
     kernels: str | None = None
+    batch_independent: bool = False
     threads: Count | None = None
     cpus_per_slice: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
@@ -352,7 +357,7 @@ class ModelSpec(_Part):
     def group_config(self, device: str) -> GroupConfig:
         """What each group of this model runs with, on `device` ("cpu" or "cuda")."""
         return GroupConfig(
-            model_path=str(self.path),
+            model_path=self.path,
             dtype=self.dtype,
             quantization=self.quantization,
             tp=self.mesh.tp,
@@ -365,6 +370,7 @@ class ModelSpec(_Part):
             layer_split=self.mesh.layer_split,
             device=device,
             kernels=self.kernels,
+            batch_independent=self.batch_independent,
             threads=self.threads,
             block_size=self.kv.block_size,
             kv_bytes=self.kv.memory,
@@ -693,14 +699,16 @@ def _absolute(base: Path, path: Path) -> Path:
     return Path(os.path.abspath(base / path.expanduser()))
 
 
-def _model_folder(model: ModelSpec, base: Path, source: str) -> Path:
-    folder = _absolute(base, model.path)
+def _model_folder(model: ModelSpec, base: Path, source: str) -> str:
+    if is_url(model.path):
+        return model.path  # looked at where it is needed, which may not be here
+    folder = _absolute(base, Path(model.path))
     if not (folder / "config.json").is_file():
         raise SpecError(
             f"{source}: model `{model.name}`: {folder} holds no config.json; give the folder of a"
             " checkpoint (`arriero models import` makes one from a GGUF file)"
         )
-    return folder
+    return str(folder)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[tuple[int | str, ...], int]]:

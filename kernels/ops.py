@@ -36,9 +36,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from arriero.kernels import moe
+from arriero.kernels import moe, wire
 from arriero.kernels.moe import Permutation, Routing
 from arriero.kernels.quant import ProductInputs, QuantizedWeight, quantize_rows
+from arriero.kernels.wire import Wire
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -551,6 +552,36 @@ class Ops(ABC):
     def moe_combine(self, y_XH: Tensor, permutation: Permutation) -> Tensor:
         """Undo `moe_permute`: sum each token's rows, in the order of its choices: [T, H]."""
         return moe.combine(y_XH, permutation)
+
+    def pack_rows(
+        self, x_TH: Tensor, row_X: Tensor, score_X: Tensor | None, format: Wire
+    ) -> Tensor:
+        """What is sent to the ranks that hold the experts: rows of x, as bytes.
+
+        Args:
+            x_TH: of any float type.
+            row_X: int32, which row of x each row sent is.
+            score_X: float32, what multiplies it, in float32; None for nothing.
+            format: see `kernels.wire`, which defines the bytes.
+
+        Returns:
+            uint8 [X, B].
+        """
+        rows_XH = x_TH.index_select(0, row_X)
+        if score_X is not None:
+            rows_XH = rows_XH.float() * score_X[:, None]
+        return wire.pack(rows_XH, format)
+
+    def unpack_rows(
+        self, rows_XB: Tensor, row_Y: Tensor, size: int, format: Wire, dtype: torch.dtype
+    ) -> Tensor:
+        """What `pack_rows` gave, as numbers again: [Y, size] of `dtype`, row y from rows[row_Y[y]].
+
+        Raises:
+            ValueError: rows of another size or format.
+        """
+        wire.check(rows_XB, size, format)
+        return wire.unpack(rows_XB.index_select(0, row_Y), format, dtype)
 
     def moe_block(self, x_TH: Tensor, layer: MoELayer) -> Tensor:
         """Norm, shared expert, and the routed experts held here: a partial [T, H].

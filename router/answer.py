@@ -37,6 +37,7 @@ class Answer:
 
     Attributes:
         started: a message was made.
+        ended: samples that have ended.
     """
 
     def __init__(
@@ -54,16 +55,12 @@ class Answer:
         self._num_prompt = num_prompt
         self._num_cached = 0
         self.started = False
+        self.ended: list[int] = []
 
     @property
     def finished(self) -> bool:
         """Whether every sample has ended."""
-        return all(sample.finished for sample in self._samples)
-
-    @property
-    def ended(self) -> list[int]:
-        """Samples that have ended."""
-        return [index for index, sample in enumerate(self._samples) if sample.finished]
+        return len(self.ended) == len(self._samples)
 
     def replay(self, index: int, tokens: Sequence[int], *, finished: bool) -> None:
         """Take in tokens whose messages the client has; before the first `add`."""
@@ -71,6 +68,8 @@ class Answer:
         if tokens:
             sample.add(SequenceOutput(request_id="", index=index, tokens=tuple(tokens)))
         sample.finished |= finished
+        if sample.finished:
+            self.ended.append(index)
 
     def add(self, outputs: Sequence[SequenceOutput]) -> pb.GenerateResponse | None:
         """The message for what arrived together, or None when there is nothing to say.
@@ -87,9 +86,13 @@ class Answer:
                 self._num_cached = max(self._num_cached, output.num_cached)
             if output.prompt_logprobs is not None:
                 prompt_logprobs = output.prompt_logprobs
-            message = self._samples[output.index].add(output)
+            sample = self._samples[output.index]
+            was = sample.finished
+            message = sample.add(output)
             if message is None:
                 continue
+            if sample.finished and not was:
+                self.ended.append(output.index)
             if len(outputs) > 1:  # a reader that lags gets several steps at once
                 before = next((m for m in made if m.index == message.index), None)
                 if before is not None:

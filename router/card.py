@@ -43,6 +43,8 @@ class ModelCard:
         cache_root: parent key of its KV blocks; b"" where prefixes are not kept.
         block_size: tokens in one of them.
         memory: names the node in whose host memory it keeps blocks; "" where it keeps none.
+        image_tile, image_features: pixels of a side of an image's tile, and the features that stand
+            for a tile; 0 where the model reads no images.
     """
 
     model: str
@@ -65,6 +67,8 @@ class ModelCard:
     cache_root: bytes = b""
     block_size: int = 0
     memory: str = ""
+    image_tile: int = 0
+    image_features: int = 0
 
     @property
     def weights(self) -> str:
@@ -75,7 +79,8 @@ class ModelCard:
     def text_key(self) -> str:
         """Digest of what makes the model's text side; groups of an equal one share it."""
         digest = hashlib.sha256(self.tokenizer_json)
-        for part in (self.chat_template or "", self.bos_token, self.eos_token):
+        images = f"{self.image_tile} {self.image_features}"
+        for part in (self.chat_template or "", self.bos_token, self.eos_token, images):
             digest.update(hashlib.sha256(part.encode()).digest())
         return digest.hexdigest()
 
@@ -107,6 +112,8 @@ class ModelCard:
         cache_root: bytes = b"",
         block_size: int = 0,
         memory: str = "",
+        image_tile: int = 0,
+        image_features: int = 0,
     ) -> ModelCard:
         """Read tokenizer, template and defaults from a checkpoint's folder; the rest is given.
 
@@ -146,6 +153,8 @@ class ModelCard:
             cache_root=cache_root,
             block_size=block_size,
             memory=memory,
+            image_tile=image_tile,
+            image_features=image_features,
         )
 
 

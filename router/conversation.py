@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from arriero.router.card import ModelCard
 from arriero.router.grammar import GrammarCheck
+from arriero.router.images import ImageReader, LaidImage
 from arriero.router.marks import strings
 from arriero.router.template import ChatTemplate, TemplateError
 from arriero.router.tokenizer import Tokenizer
@@ -47,6 +48,7 @@ class TextModel:
         self._tokens = {"bos_token": card.bos_token, "eos_token": card.eos_token}
         self._model = card.model
         self.grammars = GrammarCheck(card)
+        self.images = ImageReader(card, self.tokenizer.control_ids)
 
     async def encode(self, text: str, *, add_special_tokens: bool, trusted: bool) -> list[int]:
         """Token ids of a text; see `Tokenizer.encode` and `encode_trusted`."""
@@ -64,11 +66,13 @@ class TextModel:
         tools: Sequence[Mapping[str, Any]] = (),
         documents: Sequence[Mapping[str, Any]] = (),
         variables: Mapping[str, Any] | None = None,
+        images: Sequence[LaidImage] = (),
     ) -> list[int]:
         """Token ids of a conversation; see `layout`."""
         size = sum(map(len, strings([*messages, *tools, *documents])))
         arguments = (
-            messages, add_generation_prompt, continue_final_message, tools, documents, variables
+            messages, add_generation_prompt, continue_final_message, tools, documents, variables,
+            images,
         )  # fmt: skip
         if size <= INLINE_CHARS:
             return self.layout(*arguments)
@@ -82,6 +86,7 @@ class TextModel:
         tools: Sequence[Mapping[str, Any]] = (),
         documents: Sequence[Mapping[str, Any]] = (),
         variables: Mapping[str, Any] | None = None,
+        images: Sequence[LaidImage] = (),
     ) -> list[int]:
         """Token ids of a conversation; only the template writes special tokens.
 
@@ -92,6 +97,7 @@ class TextModel:
             tools: functions on offer, in the form {"type": "function", "function": {…}}.
             documents: texts to answer from, mappings with `title` and `text`.
             variables: what else the template reads, such as `date_string`.
+            images: those that the parts of the messages stand for, in order.
 
         Raises:
             InvalidRequest: a role, a variable or the whole is not what the template takes.
@@ -121,6 +127,11 @@ class TextModel:
         tail = ""
         if continue_final_message:
             content = marked[-1]["content"]
+            if not isinstance(content, str):
+                raise InvalidRequest(
+                    "continue_final_message",
+                    "`continue_final_message` goes on with text; the final message holds an image",
+                )
             body = content.rstrip()
             tail = content[len(body) :]
             marked[-1]["content"] = body + end + tail
@@ -145,7 +156,26 @@ class TextModel:
             # The spaces at the end belong to the turn when the template kept them.
             kept = tail if rendered.startswith(tail, at + len(end)) else ""
             rendered = rendered[:at] + kept
-        return self.tokenizer.encode_pieces(marker.split(rendered, mark))
+        ids = self.tokenizer.encode_pieces(marker.split(rendered, mark))
+        return self._with_images(ids, images) if images else ids
+
+    def _with_images(self, ids: Sequence[int], images: Sequence[LaidImage]) -> list[int]:
+        """`ids` with each image's tokens where the template left a place for it."""
+        place = self.images.place
+        if ids.count(place) != len(images):
+            raise InvalidRequest(
+                "messages",
+                f"the chat template of model {self._model!r} leaves {ids.count(place)} places for "
+                f"{len(images)} images; send text alone",
+            )
+        left = iter(images)
+        laid: list[int] = []
+        for token in ids:
+            if token == place:
+                laid += next(left).tokens
+            else:
+                laid.append(token)
+        return laid
 
     def _check_variables(
         self,

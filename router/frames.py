@@ -23,9 +23,10 @@ import msgpack
 import numpy as np
 
 from arriero.shards.engine.types import EngineRequest, SequenceOutput, TokenLogprobs
+from arriero.shards.images.request import RequestImage
 from arriero.shards.sampling import SamplingParams
 
-VERSION = 3
+VERSION = 4
 """Both ends must have the same one; a leader says it in its hello."""
 
 
@@ -58,22 +59,24 @@ def submit_message(
         request.cache_salt,
         request.trace,
         request.tenant,
+        [(one.data, one.num_features) for one in request.images],
         peer,
     ]
 
 
 def read_submit(message: Sequence[Any]) -> EngineRequest:
     """Undo `submit_message`, but for the handle and the peer."""
-    _, _, request_id, prompt, params, priority, resumed, cache_salt, trace, tenant, _ = message
+    _, _, request_id, prompt, params, priority, resumed, salt, trace, tenant, images, _ = message
     return EngineRequest(
         request_id=request_id,
         prompt=_tuple(prompt),
         params=SamplingParams.from_wire(params),
         priority=priority,
         resumed=_tuple(resumed),
-        cache_salt=cache_salt,
+        cache_salt=salt,
         trace=trace,
         tenant=tenant,
+        images=tuple(RequestImage(data=data, num_features=size) for data, size in images),
     )
 
 

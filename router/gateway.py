@@ -124,7 +124,7 @@ class Gateway:
         tracing: Tracing | None = None,
     ) -> None:
         self._config = config
-        link_tls = None if config.link_tls is None else config.link_tls.client("link_tls")
+        link_tls = None if config.link_tls is None else config.link_tls.link_client("link_tls")
         self._groups = LinkedGroups(self._groups_changed, config.models, link_tls, on_lost=on_lost)
         self._credentials = None if config.tls is None else config.tls.server("tls")
         door = self._door = Door(

@@ -9,12 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import ssl
 import time
 from collections.abc import AsyncGenerator, Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-
-import grpc
 
 from arriero.router.backend import GroupView
 from arriero.router.card import ModelCard
@@ -56,7 +55,7 @@ class LinkedGroups:
     Args:
         on_change: called on the event loop when a group becomes connected or stops being so.
         models: ids of models that are known to be deployed, whether or not a group of theirs is.
-        credentials: of TLS links; None for links in the clear.
+        tls: of the links; None for links in the clear.
         on_lost: called on the event loop when the link to a group is lost: its id, and the cause.
     """
 
@@ -64,12 +63,12 @@ class LinkedGroups:
         self,
         on_change: Callable[[], None],
         models: Iterable[str] = (),
-        credentials: grpc.ChannelCredentials | None = None,
+        tls: ssl.SSLContext | None = None,
         *,
         on_lost: Callable[[str, str], None] = lambda group_id, cause: None,
     ) -> None:
         self._on_change = on_change
-        self._credentials = credentials
+        self._tls = tls
         self._on_lost = on_lost
         self._models = frozenset(models)
         self._groups: dict[str, _Group] = {}
@@ -104,7 +103,7 @@ class LinkedGroups:
                     address.address,
                     partial(self._changed, group),
                     token=address.token,
-                    credentials=self._credentials,
+                    tls=self._tls,
                     group_id=group_id,
                     on_kv=partial(self._on_kv, group_id),
                 )
@@ -275,12 +274,21 @@ class LinkedGroups:
             if not group.link.up and group.address.group_id in self._groups:
                 self._on_lost(group.address.group_id, group.link.cause)
 
+    def _warm(self, built: asyncio.Task[TextModel]) -> None:
+        """Make ready for grammars, while others are served already."""
+        if built.cancelled() or built.exception() is not None:
+            return
+        warming = asyncio.create_task(asyncio.to_thread(built.result().grammars.warm))
+        self._tasks.add(warming)
+        warming.add_done_callback(self._tasks.discard)
+
     async def _prepare(self, group: _Group) -> None:
         """Build the tokenizer off the loop (a second for 200,000 tokens), once a tokenizer."""
         card = group.link.card
         key = group.text_key = card.text_key
         if key not in self._texts:
             self._texts[key] = asyncio.create_task(asyncio.to_thread(TextModel, card))
+            self._texts[key].add_done_callback(self._warm)
         try:
             await asyncio.shield(self._texts[key])
         except ArrieroError as error:

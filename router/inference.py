@@ -24,6 +24,7 @@ from arriero.router.conversation import TextModel
 from arriero.router.course import Course
 from arriero.router.grammar import call_grammar, form_grammar
 from arriero.router.groups import LinkedGroups
+from arriero.router.images import LaidImage
 from arriero.router.kept import KeptStreams
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.requests import (
@@ -44,15 +45,15 @@ from arriero.router.requests import (
 from arriero.router.sight import Sight
 from arriero.router.tenants.admission import Ticket
 from arriero.router.tenants.door import Caller, Door
-from arriero.shards.engine.types import EngineRequest, SequenceOutput
+from arriero.shards.engine.types import EngineRequest
 from arriero.shards.errors import InvalidRequest, Unavailable
+from arriero.shards.images.request import RequestImage
 from arriero.shards.sampling import SamplingParams
 
 LOST_S = 120.0
 _WAKE_POLL_S = 0.05
 
 Stream = AsyncGenerator[pb.GenerateResponse]
-Steps = AsyncGenerator[list[SequenceOutput]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +70,7 @@ class _Job:
     offer: ToolOffer | None = None
     weights: str = ""
     received: Mapping[int, tuple[list[int], bool]] = field(default_factory=dict)
+    images: tuple[RequestImage, ...] = ()
 
 
 class Inference:
@@ -169,13 +171,15 @@ class Inference:
                     "include_text", "`tools` need text; leave `include_text` on or `tools` out"
                 )
             weights, received = _resumed(request, params, views[0].card)
+            prompt, images = await _layout(text, request, offer)
             job = _Job(
                 caller=caller,
                 weights=weights,
                 received=received,
                 text=text,
                 views=views,
-                prompt=await _layout(text, request, offer),
+                prompt=prompt,
+                images=tuple(one.image for one in images),
                 params=params,
                 options=options,
                 priority=request.options.priority,
@@ -189,7 +193,7 @@ class Inference:
         if request.WhichOneof("input") == "conversation":
             tools = read_tools(request.conversation.tools)
             offer = ToolOffer(tools=tools) if tools else None
-            tokens = await _layout(text, request.conversation, offer)
+            tokens, _ = await _layout(text, request.conversation, offer)
         else:
             tokens = await _encode(text, request)
         return pb.TokenizeResponse(
@@ -274,20 +278,25 @@ class Inference:
             async with self.door.place(start.model, ticket) as place:
                 seen.turn()
                 course = self._course(job, answer, seen.traceparent)
-                async with aclosing(self._steps(job, course, start.model)) as steps:
-                    async for outputs in steps:
-                        place.used(*seen.watch.step(outputs))
-                        start.weights = course.digest or ""
-                        message = answer.add(outputs)
-                        if message is not None:
+                # there may be other groups then than when the request came
+                sharing = partial(self.groups.sharing, start.model, job.text, course.request)
+                running = relay.run(self.groups, course, sharing, self._lost_s)
+                with self._moves_counted(start.model, course):
+                    async with aclosing(running) as steps:
+                        async for outputs in steps:
+                            place.used(*seen.watch.step(outputs))
+                            if not answer.started:
+                                start.weights = course.digest or ""
+                            message = answer.add(outputs)
+                            if message is not None:
+                                if answer.finished:
+                                    seen.watch.finish(message.usage)
+                                    place.leave()
+                                yield message
                             if answer.finished:
-                                seen.watch.finish(message.usage)
-                                place.leave()
-                            yield message
-                        if answer.finished:
-                            return
-                        for index in answer.ended:
-                            course.end(index)
+                                return
+                            for index in answer.ended:
+                                course.end(index)
 
     def _course(self, job: _Job, answer: Answer, trace: str) -> Course:
         """The request's course, with what the caller has of it already."""
@@ -299,6 +308,7 @@ class Inference:
             priority=job.priority if self.door.open else job.caller.tenant.priority,
             trace=trace,
             tenant=job.caller.tenant.name,
+            images=job.images,
         )
         course = Course(request)
         course.digest = job.weights or None
@@ -306,17 +316,6 @@ class Inference:
             course.given(index, tokens, finished=ended)
             answer.replay(index, tokens, finished=ended)
         return course
-
-    async def _steps(self, job: _Job, course: Course, model: str) -> Steps:
-        """What the groups of this moment give: there may be others than when the request came."""
-
-        def candidates() -> Sequence[GroupView]:
-            return self.groups.sharing(model, job.text, course.request)
-
-        with self._moves_counted(model, course):
-            async with aclosing(relay.run(self.groups, course, candidates, self._lost_s)) as steps:
-                async for outputs in steps:
-                    yield outputs
 
 
 def _prompt_text(job: _Job) -> str:
@@ -368,17 +367,21 @@ async def _encode(text: TextModel, request: pb.GenerateRequest | pb.TokenizeRequ
 
 async def _layout(
     text: TextModel, request: pb.ChatRequest | pb.Conversation, offer: ToolOffer | None
-) -> list[int]:
+) -> tuple[list[int], list[LaidImage]]:
+    messages, given_images = read_messages(request.messages)
+    images = await text.images.lay(given_images)
     go_on = request.continue_final_message
     given = request.HasField("add_generation_prompt")
-    return await text.encode_chat(
-        read_messages(request.messages),
+    tokens = await text.encode_chat(
+        messages,
         add_generation_prompt=request.add_generation_prompt if given else not go_on,
         continue_final_message=go_on,
         tools=() if offer is None else offer.tools,
         documents=read_documents(request.documents),
         variables=read_variables(request.template_variables),
+        images=images,
     )
+    return tokens, images
 
 
 def _model(name: str, views: Sequence[GroupView]) -> pb.Model:
@@ -390,6 +393,7 @@ def _model(name: str, views: Sequence[GroupView]) -> pb.Model:
         vocab_size=card.vocab_size,
         eos_token_ids=card.eos_token_ids,
         has_chat_template=card.chat_template is not None,
+        reads_images=card.image_tile > 0,
         created=card.created,
         groups=[
             pb.Group(

@@ -1,4 +1,4 @@
-"""The gateway's end of a link: one long-lived stream to one leader.
+"""The gateway's end of a link: one long-lived connection to one leader.
 
 Connects, and connects again with growing pauses when the leader is lost; until then the requests
 in flight end in `Unavailable` with the cause. Knows frames; knows nothing of text or of which
@@ -11,19 +11,17 @@ import asyncio
 import itertools
 import logging
 import random
+import ssl
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
-
-import grpc
-import grpc.aio
 
 from arriero.router import frames
 from arriero.router.backend import GroupLoad
 from arriero.router.card import ModelCard
 from arriero.router.directory.events import Batch, Snapshot
-from arriero.router.link_names import METHOD, TOKEN_KEY
-from arriero.router.peers import link_channel
+from arriero.router.tls import LINK_NAME
+from arriero.router.wire import Wire
 from arriero.shards.engine.types import EngineRequest, SequenceOutput
 from arriero.shards.errors import ArrieroError, InvalidRequest, Overloaded, Unavailable
 
@@ -44,8 +42,8 @@ class LinkClient:
     Args:
         address: host and port of its `LinkServer`.
         on_change: called on the event loop whenever the link comes up or goes down.
-        token: the leader's, shown when the stream begins.
-        credentials: of TLS; None speaks in the clear.
+        token: the leader's, shown first of all.
+        tls: of the connection; None speaks in the clear.
         group_id: of the group that is meant; a leader of another (an address is used again in
             time) is not spoken to. None takes whoever answers.
         on_kv: told what becomes of the group's KV blocks.
@@ -57,17 +55,17 @@ class LinkClient:
         on_change: Callable[[], None] | None = None,
         *,
         token: str = "",
-        credentials: grpc.ChannelCredentials | None = None,
+        tls: ssl.SSLContext | None = None,
         group_id: str | None = None,
         on_kv: Callable[[Batch | Snapshot], None] = lambda told: None,
     ) -> None:
         self.address = address
+        self._on_kv = on_kv
         self._token = token
-        self._credentials = credentials
+        self._tls = tls
         self._group_id = group_id
         self._on_change = on_change
         self._card: ModelCard | None = None
-        self._on_kv = on_kv
         self._up = False
         self._cause = "not connected yet"
         self._stats: dict[str, Any] = {}
@@ -76,9 +74,10 @@ class LinkClient:
         self._calls: dict[int, _Call] = {}
         self._names: dict[int, str] = {}
         self._by_name: dict[str, int] = {}
-        self._outgoing: list[list[Any]] = []
-        self._wake = asyncio.Event()
-        self._changed = asyncio.Condition()
+        self._wire: Wire | None = None
+        self._heard_s = 0.0
+        self._over: asyncio.Future[str] | None = None
+        self._reached = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -131,8 +130,8 @@ class LinkClient:
         """
         self.start()
         try:
-            async with asyncio.timeout(timeout_s), self._changed:
-                await self._changed.wait_for(lambda: self._up)
+            async with asyncio.timeout(timeout_s):
+                await self._reached.wait()
         except TimeoutError:
             raise Unavailable(
                 f"leader at {self.address} not reached in {timeout_s:g} s: {self._cause}"
@@ -149,7 +148,7 @@ class LinkClient:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
-        await self._set_up(False, "the gateway has dropped the group")
+        self._tell(False, "the gateway has dropped the group")
 
     async def generate(
         self, request: EngineRequest, num_cached: int = 0, peer: tuple[str, str] | None = None
@@ -197,91 +196,97 @@ class LinkClient:
             call.wake()
 
     def _send(self, message: list[Any]) -> None:
-        self._outgoing.append(message)
-        self._wake.set()
+        if self._wire is not None:
+            self._wire.write(frames.pack([message]))
 
     async def _keep_up(self) -> None:
         pause = BACKOFF_S[0]
         while True:
             try:
-                async with link_channel(self.address, self._credentials) as channel:
-                    await self._run(channel)
-                cause = "it closed the link"
-            except grpc.aio.AioRpcError as error:
-                cause = error.details() or error.code().name
-            except (TimeoutError, ArrieroError) as error:
-                cause = str(error) or f"silent for {SILENCE_S:g} s"
+                cause = await self._run()
+            except (OSError, ssl.SSLError, TimeoutError) as error:
+                cause = str(error) or "it does not answer"
             except Exception as error:
                 log.exception("link to %s failed", self.address)
                 cause = f"{type(error).__name__}: {error}"
             if self._up:
                 log.warning("link to leader at %s lost: %s", self.address, cause)
                 pause = BACKOFF_S[0]
-            await self._set_up(False, cause)
+            self._tell(False, cause)
             # Spread the gateways' attempts, so that a leader that comes back is not stormed.
             await asyncio.sleep(pause * (0.5 + random.random()))
             pause = min(pause * 2, BACKOFF_S[1])
 
-    async def _run(self, channel: grpc.aio.Channel) -> None:
-        """One life of the stream, from hello to loss."""
-        connect: Any = channel.stream_stream  # its stubs ask for what is optional
-        stream = connect(METHOD)(metadata=((TOKEN_KEY, self._token),))
-        writer: asyncio.Task[None] | None = None
+    async def _run(self) -> str:
+        """One life of the connection, from hello to loss; gives the cause of its end."""
+        loop = asyncio.get_running_loop()
+        over: asyncio.Future[str] = loop.create_future()
+        self._over = over
+        wire = Wire(self._take, self._end)
+        host, _, port = self.address.rpartition(":")
+        name = None if self._tls is None else LINK_NAME
+        async with asyncio.timeout(SILENCE_S):
+            await loop.create_connection(
+                lambda: wire, host.strip("[]"), int(port), ssl=self._tls, server_hostname=name
+            )
+        self._wire, self._heard_s = wire, time.monotonic()
+        wire.write(frames.pack(["token", self._token]))
         try:
-            while True:
-                async with asyncio.timeout(SILENCE_S):
-                    frame = await stream.read()
-                if not isinstance(frame, bytes):
-                    status = await stream.code()
-                    if status is not grpc.StatusCode.OK:
-                        raise Unavailable(await stream.details() or status.name)
-                    return
-                message = frames.unpack(frame)
-                kind = message[0]
-                if kind == "step":
-                    self._on_step(message)
-                elif kind == "stats":
-                    was, steps = self.connected, self._stats.get("steps")
-                    self._stats = message[1]
-                    working = self._stats["num_running"] or self._stats["num_waiting"]
-                    if not working or self._stats["steps"] != steps:
-                        self._moved_s = time.monotonic()
-                    if was != self.connected and self._on_change is not None:
-                        self._on_change()
-                elif kind in ("kv", "kv_all"):
-                    told = (Batch if kind == "kv" else Snapshot).from_wire(message[1:])
-                    self._on_kv(told)
-                elif kind == "refused":
-                    self._on_refused(*message[1:])
-                elif kind == "hello":
-                    if message[1] != frames.VERSION:
-                        raise Unavailable(
-                            f"it speaks version {message[1]} of the link, not {frames.VERSION}"
-                        )
-                    card = ModelCard.from_wire(message[2])
-                    if self._group_id not in (None, card.group):
-                        raise Unavailable(f"group {card.group} answers in its place")
-                    self._card = card
-                    self._outgoing.clear()  # of an earlier life, whose requests have ended
-                    writer = asyncio.create_task(self._write_all(stream))
-                    await self._set_up(True, "")
-                elif kind == "bye":
-                    raise Unavailable(message[1])
+            while (left_s := self._heard_s + SILENCE_S - time.monotonic()) > 0:
+                done, _ = await asyncio.wait([over], timeout=left_s)
+                if done:
+                    return over.result()
+            return f"silent for {SILENCE_S:g} s"
         finally:
-            if writer is not None:
-                writer.cancel()
-            stream.cancel()
+            self._wire = None
+            wire.abort("")
 
-    async def _write_all(self, stream: Any) -> None:  # noqa: ANN401
+    def _end(self, cause: str) -> None:
+        if self._over is not None and not self._over.done():
+            self._over.set_result(cause or "it closed the link")
+
+    def _take(self, frame: bytes) -> None:
+        """Take a frame from the leader in."""
+        self._heard_s = time.monotonic()
         try:
-            while True:
-                await self._wake.wait()
-                self._wake.clear()
-                if self._outgoing:
-                    messages, self._outgoing = self._outgoing, []
-                    await stream.write(frames.pack(messages))
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            stream.cancel()  # the reader sees the same end, and says why
+            message = frames.unpack(frame)
+            kind = message[0]
+            if kind == "step":
+                self._on_step(message)
+            elif kind == "stats":
+                self._on_stats(message[1])
+            elif kind == "kv":
+                self._on_kv(Batch.from_wire(message[1:]))
+            elif kind == "kv_all":
+                self._on_kv(Snapshot.from_wire(message[1:]))
+            elif kind == "refused":
+                self._on_refused(*message[1:])
+            elif kind == "hello":
+                self._on_hello(message)
+            elif kind == "bye":
+                self._end(message[1])
+        except ArrieroError as error:
+            self._end(str(error))
+        except Exception as error:
+            log.exception("a frame of the leader at %s cannot be used", self.address)
+            self._end(f"{type(error).__name__}: {error}")
+
+    def _on_hello(self, message: list[Any]) -> None:
+        if message[1] != frames.VERSION:
+            raise Unavailable(f"it speaks version {message[1]} of the link, not {frames.VERSION}")
+        card = ModelCard.from_wire(message[2])
+        if self._group_id not in (None, card.group):
+            raise Unavailable(f"group {card.group} answers in its place")
+        self._card = card
+        self._tell(True, "")
+
+    def _on_stats(self, stats: dict[str, Any]) -> None:
+        was, steps = self.connected, self._stats.get("steps")
+        self._stats = stats
+        if not (stats["num_running"] or stats["num_waiting"]) or stats["steps"] != steps:
+            self._moved_s = time.monotonic()
+        if was != self.connected and self._on_change is not None:
+            self._on_change()
 
     def _on_step(self, frame: list[Any]) -> None:
         touched = []
@@ -303,18 +308,17 @@ class LinkClient:
         else:
             call.fail(Unavailable(text))
 
-    async def _set_up(self, up: bool, cause: str) -> None:
+    def _tell(self, up: bool, cause: str) -> None:
+        """The link came up or went down."""
         changed = up != self._up
         self._up, self._cause = up, cause
         if not up:
             self._stats = {}
             for call in self._calls.values():
                 call.fail(Unavailable(f"the group's leader at {self.address} was lost: {cause}"))
-        if changed:
-            async with self._changed:
-                self._changed.notify_all()
-            if self._on_change is not None:
-                self._on_change()
+        (self._reached.set if up else self._reached.clear)()
+        if changed and self._on_change is not None:
+            self._on_change()
 
 
 class _Call:

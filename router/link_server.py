@@ -1,7 +1,7 @@
-"""The leader's end of the links: one bidirectional stream for each gateway.
+"""The leader's end of the links: one connection for each gateway.
 
 Takes requests from gateways to the engine, and each step's outputs back, one frame a step and
-gateway. When a gateway's stream ends, for whatever reason, its requests are cancelled. Knows
+gateway. When a gateway's connection ends, for whatever reason, its requests are cancelled. Knows
 frames and the engine's three methods; knows nothing of text or of how the engine works.
 """
 
@@ -10,32 +10,28 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+import ssl
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Protocol
-
-import grpc
-import grpc.aio
 
 from arriero.router import frames
 from arriero.router.card import ModelCard
 from arriero.router.directory.journal import Journal
 from arriero.router.directory.prefixes import CacheRoot
-from arriero.router.link_names import CHANNEL_OPTIONS, CONNECT, KV, SERVICE, TOKEN_KEY
 from arriero.router.peers import Peers
 from arriero.router.tracing import Tracing
+from arriero.router.wire import FRAME_BYTES, GREETING_BYTES, Wire
 from arriero.shards.engine.types import EngineRequest, EngineStats, SequenceOutput
 from arriero.shards.errors import ArrieroError, InvalidRequest, Overloaded, Unavailable
 
 log = logging.getLogger(__name__)
 
-SERVER_OPTIONS = [
-    *CHANNEL_OPTIONS,
-    # A gateway whose node is gone sends no reset; these find out within 10 s.
-    ("grpc.keepalive_time_ms", 5000),
-    ("grpc.keepalive_timeout_ms", 5000),
-]
+GREETING_S = 5.0
+"""Who has not said by then who it is, is let go."""
 STATS_INTERVAL_S = 0.5
+CLOSE_S = 1.0
+"""How long a gateway is waited for to take the last frames."""
 KV_INTERVAL_S = 0.05
 """Between two batches of changed KV blocks."""
 MAX_PENDING = 200_000
@@ -56,18 +52,18 @@ class Engine(Protocol):
 
 
 KvAnswer = Callable[[str, Mapping[str, Any]], Awaitable[dict[str, Any]]]
-"""Answers what operators ask of a group's KV cache: an action and its arguments."""
+"""Answers what operators and other leaders ask of a group's KV cache: an action, its arguments."""
 
 
 class LinkServer:
-    """Serves the links of one leader.
+    """Serves the links of one leader, and answers questions about its KV cache (see `peers`).
 
     Args:
         engine: takes the requests.
         card: the first thing a gateway is told.
         address: host and port; port 0 picks a free one.
         token: what a gateway must show; "" lets anyone link who can reach the address.
-        credentials: of TLS; None listens in the clear.
+        tls: of the listener; None listens in the clear.
         tracing: makes a span for each request that came with its caller's; None makes none.
         kv: answers about the KV cache; None refuses.
         journal: of the KV blocks, for gateways to route by; None tells them nothing.
@@ -81,7 +77,7 @@ class LinkServer:
         address: str = "127.0.0.1:0",
         *,
         token: str = "",
-        credentials: grpc.ServerCredentials | None = None,
+        tls: ssl.SSLContext | None = None,
         tracing: Tracing | None = None,
         kv: KvAnswer | None = None,
         journal: Journal | None = None,
@@ -91,7 +87,7 @@ class LinkServer:
         self._tracing = tracing
         self._spans: dict[str, _Span] = {}
         self._token = token
-        self._credentials = credentials
+        self._tls = tls
         self._engine = engine
         self._card = card
         self._address = address
@@ -99,7 +95,7 @@ class LinkServer:
         self._asking: set[asyncio.Task[None]] = set()
         self._owners: dict[str, tuple[_Link, int]] = {}
         self._draining = False
-        self._server: grpc.aio.Server | None = None
+        self._server: asyncio.Server | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._idle = asyncio.Event()
@@ -111,26 +107,17 @@ class LinkServer:
             OSError: the address cannot be bound.
         """
         self._loop = asyncio.get_running_loop()
-        self._server = grpc.aio.server(options=SERVER_OPTIONS)
-        handlers = {
-            CONNECT: grpc.stream_stream_rpc_method_handler(self._connect),
-            KV: grpc.unary_unary_rpc_method_handler(self._answer_kv),
-        }
-        self._server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(SERVICE, handlers),)
-        )
+        host, _, port = self._address.rpartition(":")
         try:
-            if self._credentials is None:
-                port = self._server.add_insecure_port(self._address)
-            else:
-                port = self._server.add_secure_port(self._address, self._credentials)
-        except RuntimeError as error:
-            raise OSError(f"cannot listen on {self._address}: {error}") from error
-        await self._server.start()
+            self._server = await self._loop.create_server(
+                lambda: _Link(self).wire, host.strip("[]"), int(port), ssl=self._tls
+            )
+        except OSError as error:
+            raise OSError(f"cannot listen on {self._address}: {error.strerror}") from error
         self._tasks = [asyncio.create_task(self._send_stats())]
         if self._journal is not None:
             self._tasks.append(asyncio.create_task(self._tell_blocks(self._journal)))
-        return f"{self._address.rpartition(':')[0]}:{port}"
+        return f"{host}:{self._server.sockets[0].getsockname()[1]}"
 
     async def stop(self, grace_s: float) -> None:
         """Refuse new requests, let running ones finish for `grace_s` seconds, then close."""
@@ -141,14 +128,17 @@ class LinkServer:
                 await asyncio.wait_for(self._idle.wait(), grace_s)
             except TimeoutError:
                 log.warning("stopped with %d requests unfinished", len(self._owners))
-        for link in self._links:
-            link.send(["bye", "the group is stopping"])
+        if self._server is not None:
+            self._server.close()
         for task in self._tasks:
             task.cancel()
-        if self._peers is not None:
-            await self._peers.close()
-        if self._server is not None:
-            await self._server.stop(1.0 if self._links else None)
+        for link in list(self._links):
+            link.send(["bye", "the group is stopping"])
+            link.wire.close()
+        for _ in range(int(CLOSE_S / 0.01)):
+            if not self._links:
+                break
+            await asyncio.sleep(0.01)
 
     def on_outputs(self, outputs: Sequence[SequenceOutput]) -> None:
         """Hand over what a step gave; called from the engine's thread, once a step."""
@@ -159,16 +149,20 @@ class LinkServer:
             log.debug("outputs after the loop closed")
 
     def _deliver(self, outputs: Sequence[SequenceOutput]) -> None:
+        touched = set()
         for output in outputs:
             owner = self._owners.get(output.request_id)
             if owner is None:
                 continue  # cancelled while the step ran
             link, handle = owner
-            link.add_output(handle, output)
+            link.outputs.append((handle, output))
+            touched.add(link)
             if self._spans and (span := self._spans.get(output.request_id)) is not None:
                 span.add(output)
             if output.finish_reason is not None and link.sample_done(handle):
                 self._forget(output.request_id)
+        for link in touched:
+            link.flush()
 
     def _forget(self, request_id: str) -> None:
         self._owners.pop(request_id, None)
@@ -177,73 +171,62 @@ class LinkServer:
         if not self._owners:
             self._idle.set()
 
-    async def _answer_kv(
-        self, raw: bytes, context: grpc.aio.ServicerContext[bytes, bytes]
-    ) -> bytes:
-        await self._check_token(context)
-        if self._kv is None:
-            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this leader has no KV desk")
+    def admit(self, link: _Link, greeting: bytes) -> None:
+        """A gateway says who it is: it is told the card, or sent away.
+
+        Who greets with "ask" is none: it is told nothing but what it asks.
+        """
         try:
-            action, asked = frames.unpack(raw)
-            return frames.pack(await self._kv(action, asked))
-        except InvalidRequest as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        except ArrieroError as error:
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
-
-    async def _check_token(self, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
-        shown = str(dict(context.invocation_metadata() or ()).get(TOKEN_KEY, ""))
-        if not hmac.compare_digest(shown.encode(), self._token.encode()):
-            await context.abort(
-                grpc.StatusCode.UNAUTHENTICATED,
-                "the gateway showed another token than the leader's",
-            )
-
-    async def _connect(
-        self, incoming: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]
-    ) -> None:
-        await self._check_token(context)
-        link = _Link(context)
+            kind, token = frames.unpack(greeting)
+        except Exception:  # whatever it is, it is no gateway
+            link.wire.abort("it does not speak as a gateway does")
+            return
+        if kind not in ("token", "ask") or not hmac.compare_digest(
+            str(token).encode(), self._token.encode()
+        ):
+            link.send(["bye", "the gateway showed another token than the leader's"])
+            link.wire.close()
+            return
+        link.wire.limit = FRAME_BYTES
+        link.asks = kind == "ask"
+        if link.asks:
+            return
         self._links.add(link)
         link.send(["hello", frames.VERSION, self._card.to_wire()])
         link.send(self._stats_frame())
         if self._journal is not None:
             link.send(["kv_all", *self._journal.snapshot().to_wire()])
-        writer = asyncio.create_task(link.write_all())
-        reader = asyncio.create_task(self._read(link, incoming))
+
+    def take(self, link: _Link, frame: bytes) -> None:
+        """What a gateway that was let in sends."""
         try:
-            done, _ = await asyncio.wait({writer, reader}, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                if (error := task.exception()) is not None:
-                    log.warning("link with gateway %s lost: %s", context.peer(), error)
-        finally:
-            writer.cancel()
-            reader.cancel()
-            self._links.discard(link)
-            for request_id in link.requests():
-                self._forget(request_id)
-                self._engine.cancel(request_id)
-
-    async def _tell_blocks(self, journal: Journal) -> None:
-        """Tell all gateways what becomes of the KV blocks."""
-        while True:
-            await asyncio.sleep(KV_INTERVAL_S)
-            batch = journal.take()
-            if batch is not None:
-                frame = ["kv", *batch.to_wire()]
-                for link in self._links:
-                    link.send(frame)
-
-    async def _read(self, link: _Link, incoming: AsyncIterator[bytes]) -> None:
-        async for frame in incoming:
+            if link.asks:
+                self._start(self._answer(link, *frames.unpack(frame)))
+                return
             for message in frames.unpack(frame):
                 if message[0] == "submit":
                     self._submit(link, message)
                 elif message[0] == "cancel":
-                    request_id = link.drop(message[1])
-                    if request_id is not None:
-                        self._forget(request_id)
-                        self._engine.cancel(request_id)
+                    self._cancel(link, message[1])
+                else:
+                    raise ValueError(f"a message of kind {message[0]!r}")
+        except Exception as error:
+            link.wire.abort(f"it sent what cannot be read: {type(error).__name__}: {error}")
+
+    def _cancel(self, link: _Link, handle: int) -> None:
+        request_id = link.drop(handle)
+        if request_id is not None:
+            self._forget(request_id)
+            self._engine.cancel(request_id)
+
+    def lost(self, link: _Link, cause: str) -> None:
+        """A connection is over; its requests are cancelled."""
+        if cause:
+            log.warning("link with gateway %s lost: %s", link.wire.peer, cause)
+        self._links.discard(link)
+        for request_id in link.requests():
+            self._forget(request_id)
+            self._engine.cancel(request_id)
 
     def _submit(self, link: _Link, message: list[Any]) -> None:
         handle: int = message[1]
@@ -267,9 +250,7 @@ class LinkServer:
         if peer is None or self._peers is None:
             self._hand_over(link, handle, request)
         else:
-            task = asyncio.create_task(self._with_peer(self._peers, peer, link, handle, request))
-            self._asking.add(task)
-            task.add_done_callback(self._asking.discard)
+            self._start(self._with_peer(self._peers, peer, link, handle, request))
 
     async def _with_peer(
         self, peers: Peers, peer: tuple[str, str], link: _Link, handle: int, request: EngineRequest
@@ -288,6 +269,32 @@ class LinkServer:
             self._forget(request.request_id)
             _refuse(link, handle, error)
 
+    async def _answer(self, link: _Link, action: str, asked: dict[str, Any]) -> None:
+        """Answer a question about the KV cache."""
+        try:
+            if self._kv is None:
+                raise InvalidRequest("action", "this leader answers nothing about its KV cache")
+            link.send(["answer", await self._kv(action, asked)])
+        except Exception as error:
+            if not isinstance(error, ArrieroError):
+                log.exception("a question about the KV cache could not be answered")
+            link.send(["refused", str(error) or type(error).__name__])
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._asking.add(task)
+        task.add_done_callback(self._asking.discard)
+
+    async def _tell_blocks(self, journal: Journal) -> None:
+        """Tell all gateways what becomes of the KV blocks."""
+        while True:
+            await asyncio.sleep(KV_INTERVAL_S)
+            batch = journal.take()
+            if batch is not None:
+                frame = ["kv", *batch.to_wire()]
+                for link in self._links:
+                    link.send(frame)
+
     async def _send_stats(self) -> None:
         """The load, now and then; also the sign of life that gateways watch for."""
         while True:
@@ -301,14 +308,30 @@ class LinkServer:
 
 
 class _Link:
-    """One gateway's stream: its requests by handle, and what waits to be written."""
+    """One gateway's connection: its requests by handle, and outputs that wait to be written."""
 
-    def __init__(self, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
-        self._context = context
-        self._frames: list[list[Any]] = []
-        self._outputs: list[tuple[int, SequenceOutput]] = []
-        self._wake = asyncio.Event()
+    def __init__(self, server: LinkServer) -> None:
+        self.outputs: list[tuple[int, SequenceOutput]] = []
+        self.asks = False
+        self.wire = Wire(self._take, self._closed, GREETING_BYTES)
+        self.wire.on_writable = self.flush
+        self._server = server
         self._running: dict[int, list[Any]] = {}  # handle: [request id, samples still running]
+        self._admitted = False
+        loop = asyncio.get_running_loop()
+        self._late = loop.call_later(GREETING_S, self.wire.abort, "it did not say who it is")
+
+    def _take(self, frame: bytes) -> None:
+        if self._admitted:
+            self._server.take(self, frame)
+        else:
+            self._late.cancel()
+            self._admitted = True
+            self._server.admit(self, frame)
+
+    def _closed(self, cause: str) -> None:
+        self._late.cancel()
+        self._server.lost(self, cause)
 
     def requests(self) -> list[str]:
         return [request_id for request_id, _ in self._running.values()]
@@ -330,28 +353,15 @@ class _Link:
         return False
 
     def send(self, frame: list[Any]) -> None:
-        self._frames.append(frame)
-        self._wake.set()
+        self.wire.write(frames.pack(frame))
 
-    def add_output(self, handle: int, output: SequenceOutput) -> None:
-        self._outputs.append((handle, output))
-        self._wake.set()
-
-    async def write_all(self) -> None:
-        """Write what waits; steps that pile up behind a slow reader share a frame."""
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            if len(self._outputs) > MAX_PENDING:
-                raise Unavailable(f"it left {len(self._outputs)} outputs unread")
-            outputs, self._outputs = self._outputs, []
-            waiting, self._frames = self._frames, []
-            if outputs:
-                waiting.append(frames.step_frame(outputs))
-            for frame in waiting:
-                await self._context.write(frames.pack(frame))
-                if frame[0] == "bye":
-                    return
+    def flush(self) -> None:
+        """Write the outputs that wait; steps that pile up behind a slow reader share a frame."""
+        if len(self.outputs) > MAX_PENDING:
+            self.wire.abort(f"it left {len(self.outputs)} outputs unread")
+        elif self.outputs and not self.wire.full:
+            outputs, self.outputs = self.outputs, []
+            self.send(frames.step_frame(outputs))
 
 
 class _Span:

@@ -10,12 +10,19 @@ from __future__ import annotations
 
 import asyncio
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 from arriero.router.backend import GroupView
@@ -54,9 +61,8 @@ class Metrics:
         self._prompt = Counter(
             "arriero_prompt_tokens", "Prompt tokens.", ["model"], registry=registry
         )
-        self._generation = Counter(
-            "arriero_generation_tokens", "Output tokens.", ["model"], registry=registry
-        )
+        self._tokens: dict[str, _Tokens] = {}
+        registry.register(_TokenFamilies(self._tokens))
         self._cached = Counter(
             "arriero_prefix_cache_hit_tokens",
             "Prompt tokens found in the prefix cache.",
@@ -98,13 +104,6 @@ class Metrics:
             ["tenant", "kind"],
             registry=registry,
         )
-        self._between = Histogram(
-            "arriero_inter_token_latency_seconds",
-            "Between two tokens of one sample.",
-            ["model"],
-            buckets=_BETWEEN_TOKENS_S,
-            registry=registry,
-        )
 
     def moved(self, model: str, times: int) -> None:
         """Count how often one request went on elsewhere; `model` must be one that is served."""
@@ -136,13 +135,12 @@ class Metrics:
         if labelled is None:
             labelled = self._labelled[model, tenant] = _Labelled(
                 prompt=(self._prompt.labels(model), self._tenant.labels(tenant, "prompt")),
-                generation=self._generation.labels(model),
+                tokens=self._tokens.setdefault(model, _Tokens()),
                 tenant_output=self._tenant.labels(tenant, "output"),
                 cached=self._cached.labels(model),
                 requests=self._finished.labels(model),
                 queue=self._queue.labels(model),
                 first=self._first.labels(model),
-                between=self._between.labels(model),
             )
         watch = Watch(labelled)
         with self.failures():
@@ -184,7 +182,7 @@ class Watch:
     def step(self, outputs: Sequence[SequenceOutput]) -> tuple[int, float]:
         """Count what a step gave; gives its tokens, and the time."""
         now_s = time.monotonic()
-        labelled, total = self._labelled, 0
+        labelled, tokens, total = self._labelled, self._labelled.tokens, 0
         for output in outputs:
             num_tokens = len(output.tokens)
             if not num_tokens:
@@ -192,12 +190,12 @@ class Watch:
             total += num_tokens
             last_s = self._last_s.get(output.index)
             if last_s is not None:
-                labelled.between.observe((now_s - last_s) / num_tokens)
+                tokens.observe((now_s - last_s) / num_tokens)
             elif self.first_s is None:
                 self.first_s = now_s
                 labelled.first.observe(now_s - self.begun_s)
             self._last_s[output.index] = now_s
-        labelled.generation.inc(total)
+        tokens.count += total
         self.num_tokens += total
         return total, now_s
 
@@ -215,13 +213,55 @@ class _Labelled:
     """The counters of one model and tenant, looked up once."""
 
     prompt: tuple[Counter, Counter]
-    generation: Counter
+    tokens: _Tokens
     tenant_output: Counter
     cached: Counter
     requests: Counter
     queue: Histogram
     first: Histogram
-    between: Histogram
+
+
+class _Tokens:
+    """Output tokens of one model, and the times between them: plain numbers, added to each token.
+
+    The library's own counters take a lock and write several values for each; these are read out
+    where metrics are exported, on the event loop that counts.
+    """
+
+    __slots__ = ("between", "between_s", "count")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.between = [0] * (len(_BETWEEN_TOKENS_S) + 1)
+        self.between_s = 0.0
+
+    def observe(self, elapsed_s: float) -> None:
+        """A token came so long after the one before it."""
+        self.between[bisect_left(_BETWEEN_TOKENS_S, elapsed_s)] += 1
+        self.between_s += elapsed_s
+
+
+class _TokenFamilies(Collector):
+    """The tokens of all models, as Prometheus has them."""
+
+    def __init__(self, tokens: Mapping[str, _Tokens]) -> None:
+        self._tokens = tokens
+
+    def collect(self) -> Iterator[Metric]:
+        """Read at each export."""
+        count = CounterMetricFamily("arriero_generation_tokens", "Output tokens.", labels=["model"])
+        between = HistogramMetricFamily(
+            "arriero_inter_token_latency_seconds",
+            "Between two tokens of one sample.",
+            labels=["model"],
+        )
+        bounds = [*map(str, map(float, _BETWEEN_TOKENS_S)), "+Inf"]
+        for model, tokens in self._tokens.items():
+            count.add_metric([model], tokens.count)
+            rising = list(zip(bounds, accumulate(tokens.between), strict=True))
+            between.add_metric([model], rising, tokens.between_s)
+        yield count
+        yield between
 
 
 class _Waiting(Collector):

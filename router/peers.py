@@ -1,69 +1,99 @@
-"""A leader's question to another: which blocks of a prompt may be copied from you.
+"""Questions to a leader about its KV cache: an operator's, or another leader's that lacks a prefix.
 
-The answer says where they lie in the other slices' memory; slices copy them from there (see
-`shards/kv/peer`), and check each. Whoever does not answer in time has none. Knows links' addresses
-and keys; knows nothing of who decides to ask.
+A leader asks which blocks of a prompt it may copy; the answer says where they lie in the other
+slices' memory, and slices copy them from there (see `shards/kv/peer`) and check each. A peer that
+does not answer in time has none. Knows the link's greeting and keys; knows nothing of who decides
+to ask.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 from collections.abc import Mapping
 from typing import Any
 
-import grpc
-import grpc.aio
 import numpy as np
 
 from arriero.router import frames
 from arriero.router.directory.prefixes import CacheRoot
-from arriero.router.link_names import CHANNEL_OPTIONS, KV_METHOD, TOKEN_KEY
 from arriero.router.tls import LINK_NAME
+from arriero.router.wire import Wire
 from arriero.shards.engine.blocks import KEY_BYTES, chain_keys
+from arriero.shards.errors import InvalidRequest, Unavailable
 from arriero.shards.kv.limits import PeerBlocks
 from arriero.shards.kv.moves import Pool
 
 log = logging.getLogger(__name__)
 
 PATIENCE_S = 0.25
-MAX_CHANNELS = 64
 
 
-def link_channel(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
-    """A channel to a leader; None speaks in the clear."""
-    if credentials is None:
-        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-    options = [*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", LINK_NAME)]
-    return grpc.aio.secure_channel(address, credentials, options=options)
-
-
-async def call_kv(
-    channel: grpc.aio.Channel, token: str, action: str, asked: Mapping[str, Any], timeout_s: float
+async def ask_leader(
+    leader: tuple[str, str],
+    tls: ssl.SSLContext | None,
+    action: str,
+    asked: Mapping[str, Any],
+    timeout_s: float,
 ) -> dict[str, Any]:
     """Ask a leader about its KV cache.
 
+    Args:
+        leader: its address and token.
+        tls: of the links; None for links in the clear.
+        action: see `KvDesk`.
+        asked: the action's arguments.
+        timeout_s: of it all.
+
     Raises:
-        grpc.aio.AioRpcError: it refused, is gone, or took too long.
+        InvalidRequest: it refuses; the text is its own.
+        Unavailable: it is gone, or took too long.
     """
-    unary: Any = channel.unary_unary  # its stubs ask for what is optional
-    raw = await unary(KV_METHOD)(
-        frames.pack([action, asked]), metadata=((TOKEN_KEY, token),), timeout=timeout_s
-    )
-    found: dict[str, Any] = frames.unpack(raw)
-    return found
+    address, token = leader
+    loop = asyncio.get_running_loop()
+    answered: asyncio.Future[list[Any]] = loop.create_future()
+
+    def on_frame(frame: bytes) -> None:
+        if not answered.done():
+            answered.set_result(frames.unpack(frame))
+
+    def on_closed(cause: str) -> None:
+        if not answered.done():
+            answered.set_exception(Unavailable(f"leader at {address}: {cause or 'it closed'}"))
+
+    wire = Wire(on_frame, on_closed)
+    host, _, port = address.rpartition(":")
+    name = None if tls is None else LINK_NAME
+    try:
+        async with asyncio.timeout(timeout_s):
+            await loop.create_connection(
+                lambda: wire, host.strip("[]"), int(port), ssl=tls, server_hostname=name
+            )
+            wire.write(frames.pack(["ask", token]))
+            wire.write(frames.pack([action, asked]))
+            kind, found = await answered
+    except TimeoutError:
+        raise Unavailable(f"leader at {address} gave no answer in {timeout_s:g} s") from None
+    except OSError as error:
+        raise Unavailable(f"leader at {address}: {error}") from None
+    finally:
+        answered.cancel()
+        wire.abort("")
+    if kind != "answer":
+        raise InvalidRequest("action", str(found))
+    return dict(found)
 
 
 class Peers:
     """Other leaders.
 
     Args:
-        credentials: of the links; None for links in the clear.
+        tls: of the links; None for links in the clear.
     """
 
-    def __init__(self, credentials: grpc.ChannelCredentials | None = None) -> None:
-        self._credentials = credentials
-        self._channels: dict[str, grpc.aio.Channel] = {}
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        self._tls = tls
 
     async def blocks(
         self, peer: tuple[str, str], root: CacheRoot, prompt: tuple[int, ...]
@@ -75,30 +105,15 @@ class Peers:
             root: of the blocks' keys.
             prompt: token ids.
         """
-        address, token = peer
         try:
             keys = await asyncio.to_thread(_keys, root, prompt)
-            channel = await self._channel(address)
-            found = await call_kv(channel, token, "shared", {"keys": keys}, PATIENCE_S)
+            found = await ask_leader(peer, self._tls, "shared", {"keys": keys}, PATIENCE_S)
             return {Pool(int(i)): PeerBlocks.from_wire(one) for i, one in found["pools"].items()}
-        except grpc.aio.AioRpcError as error:
-            log.info("peer %s: %s", address, error.details() or error.code().name)
+        except (Unavailable, InvalidRequest) as error:
+            log.info("%s", error)
         except Exception:  # whatever it answered: the request must go on without
-            log.exception("peer %s: its answer cannot be used", address)
+            log.exception("peer %s: its answer cannot be used", peer[0])
         return {}
-
-    async def _channel(self, address: str) -> grpc.aio.Channel:
-        if address not in self._channels:
-            while len(self._channels) >= MAX_CHANNELS:
-                await self._channels.pop(next(iter(self._channels))).close(None)
-            self._channels[address] = link_channel(address, self._credentials)
-        return self._channels[address]
-
-    async def close(self) -> None:
-        """Drop the channels."""
-        for channel in self._channels.values():
-            await channel.close(None)
-        self._channels.clear()
 
 
 def split_keys(keys: bytes) -> list[bytes]:

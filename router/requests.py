@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from arriero.router.card import ModelCard
+from arriero.router.images import GivenImage, read_image
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.stop import check_stops
 from arriero.shards.errors import InvalidRequest
@@ -200,15 +201,19 @@ def read_resumed(
     return message.weights, samples
 
 
-def read_messages(messages: Sequence[pb.Message]) -> list[dict[str, Any]]:
-    """A conversation as templates take it.
+def read_messages(
+    messages: Sequence[pb.Message],
+) -> tuple[list[dict[str, Any]], list[GivenImage]]:
+    """A conversation as templates take it, and its images in order.
 
     Raises:
-        InvalidRequest: a call's arguments are no JSON object.
+        InvalidRequest: a call's arguments are no JSON object, or an image is not given as it must.
     """
     read = []
+    images: list[GivenImage] = []
     for number, message in enumerate(messages):
-        one: dict[str, Any] = {"role": message.role, "content": message.content}
+        content = _content(f"messages[{number}]", message, images)
+        one: dict[str, Any] = {"role": message.role, "content": content}
         if message.name:
             one["name"] = message.name
         if message.tool_call_id:
@@ -227,7 +232,32 @@ def read_messages(messages: Sequence[pb.Message]) -> list[dict[str, Any]]:
                 for at, call in enumerate(message.tool_calls)
             ]
         read.append(one)
-    return read
+    return read, images
+
+
+def _content(where: str, message: pb.Message, images: list[GivenImage]) -> str | list[Any]:
+    """Text, or where there are images a list of parts; the images are added to `images`."""
+    if not message.parts:
+        return message.content
+    if message.content:
+        raise InvalidRequest(
+            f"{where}.parts", f"`{where}` has `content` and `parts`; give one of them"
+        )
+    parts: list[dict[str, str]] = []
+    found = len(images)
+    for number, part in enumerate(message.parts):
+        field = f"{where}.parts[{number}]"
+        kind = part.WhichOneof("part")
+        if kind is None:
+            raise InvalidRequest(field, f"`{field}` is empty; give `text` or `image`")
+        if kind == "image":
+            images.append(read_image(f"{field}.image", part.image))
+            parts.append({"type": "image"})
+        else:
+            parts.append({"type": "text", "text": part.text})
+    if len(images) == found:
+        return "".join(part["text"] for part in parts)
+    return parts
 
 
 def read_tools(tools: Sequence[pb.Tool]) -> tuple[Mapping[str, Any], ...]:

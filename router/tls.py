@@ -38,7 +38,7 @@ class TlsFiles:
         Args:
             field: the spec's name for them.
         """
-        self._server_context(field)
+        self._context(field, ssl.PROTOCOL_TLS_SERVER)
 
     def server(self, field: str) -> grpc.ServerCredentials:
         """A gRPC listener's credentials.
@@ -54,21 +54,26 @@ class TlsFiles:
             require_client_auth=self.ca is not None,
         )
 
-    def client(self, field: str) -> grpc.ChannelCredentials:
-        """A link's credentials, which show a certificate too.
+    def link_server(self, field: str) -> ssl.SSLContext:
+        """A leader's end of a link.
 
         Raises:
             SpecError: a file is missing or wrong.
         """
-        self.check(field)
-        return grpc.ssl_channel_credentials(
-            None if self.ca is None else self.ca.read_bytes(),
-            self.key.read_bytes(),
-            self.certificate.read_bytes(),
-        )
+        context = self._context(field, ssl.PROTOCOL_TLS_SERVER)
+        context.verify_mode = ssl.CERT_NONE if self.ca is None else ssl.CERT_REQUIRED
+        return context
 
-    def _server_context(self, field: str) -> ssl.SSLContext:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    def link_client(self, field: str) -> ssl.SSLContext:
+        """A gateway's end of a link, which shows a certificate too.
+
+        Raises:
+            SpecError: a file is missing or wrong.
+        """
+        return self._context(field, ssl.PROTOCOL_TLS_CLIENT)
+
+    def _context(self, field: str, side: int) -> ssl.SSLContext:
+        context = ssl.SSLContext(side)
         try:
             context.load_cert_chain(self.certificate, self.key, password="")  # never ask for one
         except ssl.SSLError as error:

@@ -1,7 +1,7 @@
-"""Executors: how plans reach the slices of a group.
+"""How plans reach the slices of a group in processes of their own.
 
-`LocalExecutor` runs the only slice of a group in this process; `RemoteExecutor` speaks to slices
-in processes of their own, wherever they run; `spawn_group` starts such processes on this machine.
+`RemoteExecutor` speaks to them, wherever they run; `spawn_group` starts them on this machine. (A
+group of one slice needs neither: see `local_executor`.)
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import queue
 import tempfile
 import threading
 import time
@@ -17,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -32,9 +31,6 @@ from arriero.shards.kv.moves import Moved, Moves
 from arriero.shards.monitor import Monitor
 from arriero.shards.plan import StepPlan, StepResult
 from arriero.shards.slice import SliceReport, Ticket, run_slice
-
-if TYPE_CHECKING:
-    from arriero.shards.runner import Pending, Runner
 
 POLL_S = 0.1
 Loads = npt.NDArray[np.int64]
@@ -70,73 +66,6 @@ class Loading:
             f"loading {percent} %: {self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB, "
             f"{rate / 1e9:.2f} GB/s, {(self.total - self.done) / rate:.0f} s left"
         )
-
-
-class LocalExecutor:
-    """Runs a single-slice group in a thread of this process."""
-
-    def __init__(self, config: GroupConfig) -> None:
-        from arriero.shards.runner import runner_for
-
-        self._runner: Runner | None = runner_for(config, 0)
-        self._moved: queue.SimpleQueue[Moved] = queue.SimpleQueue()
-        self._movers = self._runner.open_tiers(self._moved.put)
-        self._plans: queue.SimpleQueue[StepPlan | Moves | None] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[Pending | BaseException] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="slice", daemon=True)
-        self._thread.start()
-
-    def submit(self, plan: StepPlan) -> None:
-        """Queue a plan."""
-        self._plans.put(plan)
-
-    def collect(self, timeout_s: float | None = None) -> StepResult | None:
-        """Result of the oldest plan outstanding, or None at the time limit."""
-        try:
-            got = self._results.get(timeout=timeout_s)
-        except queue.Empty:
-            return None
-        if isinstance(got, BaseException):
-            raise GroupFailed(f"slice 0 failed in a step: {type(got).__name__}: {got}") from got
-        return got.wait()
-
-    def take_loads(self) -> Mapping[int, Loads]:
-        """One slice holds all experts: there is nothing to balance."""
-        return {}
-
-    def move(self, moves: Moves) -> None:
-        """Queue copies of blocks behind the plans."""
-        self._plans.put(moves)
-
-    def moved(self, timeout_s: float = 0.0) -> list[Moved]:
-        """What came of copies since the last call; waits for the first until the limit."""
-        found: list[Moved] = []
-        with contextlib.suppress(queue.Empty):
-            found.append(self._moved.get(timeout_s > 0, timeout_s))
-            while True:
-                found.append(self._moved.get_nowait())
-        return found
-
-    def close(self) -> None:
-        """Stop the threads and give the weights back; safe to call twice."""
-        self._plans.put(None)
-        self._thread.join()
-        self._movers.close()
-        self._runner = None
-
-    def _run(self) -> None:
-        runner = self._runner
-        assert runner is not None, "set before the thread starts"
-        try:
-            while (plan := self._plans.get()) is not None:
-                if isinstance(plan, Moves):
-                    self._movers.submit(plan)
-                    continue
-                pending = runner.launch(plan)
-                assert pending is not None, "the only slice of a group samples"
-                self._results.put(pending)
-        except Exception as error:
-            self._results.put(error)
 
 
 @dataclass(slots=True)

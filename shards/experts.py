@@ -7,12 +7,11 @@ ranks that share their tokens (tensor parallelism) each sends its share of the r
 Knows routing and ranks; each op comes from `Ops`, each exchange from `Exchange`.
 
 Shape legend: kernels/moe.py, and R ranks of the stage, S slots (places for an expert on a rank; one
-an expert, or more where hot experts are held twice), n rows of the token's own share.
+an expert, or more where hot experts are held twice), n rows of the token's own share,
+Y rows received, B bytes of a row.
 """
 
 from __future__ import annotations
-
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,14 +21,13 @@ from torch import Tensor
 
 from arriero.kernels.moe import Routing
 from arriero.kernels.ops import MoELayer, Ops
+from arriero.kernels.wire import Wire
 from arriero.shards.exchange import Counts
 from arriero.shards.mesh import Mesh
 from arriero.shards.placement import Placement
 
 Loads = npt.NDArray[np.int64]
 """[E]: tokens that each expert was sent."""
-Wire = Literal["float32", "bfloat16", "fp8"]
-_FP8_MAX = 448.0
 
 
 class _Table:
@@ -92,20 +90,22 @@ class ExpertParallel:
         table = self._tables.get(layer.index, self._first)
         routing = table.to_slots(ops.moe_route(h_nH, layer.router, layer.top_k))
         order = ops.moe_permute(routing, 0, self._num_slots)
-        rows_XH = h_nH[order.token_X.long()] * order.score_X[:, None].to(h_nH.dtype)
         counts_RS = self._gather_counts(order.starts_E1)
         self._count(layer.index, table, counts_RS)
         counts_RR = np.add.reduceat(counts_RS, self._starts[:-1], axis=1)
         with mesh.watchdog.watch("dispatch to experts"):
-            receive = mesh.exchange.begin(encode(rows_XH, self._wire), counts_RR)
+            rows_XB = ops.pack_rows(h_nH, order.token_X, order.score_X, self._wire)
+            receive = mesh.exchange.begin(rows_XB, counts_RR)
         gate_up = ops.linear(h_TH, layer.gate_up)
         shared_TH = ops.linear(ops.silu_mul(gate_up), layer.down)
         with mesh.watchdog.watch("dispatch to experts"):
             got_YB = receive()
-        y_YH = self._experts(decode(got_YB, self._wire, h_TH), layer, counts_RS)
+        results_YB = self._experts(got_YB, layer, counts_RS, h_TH.dtype)
         with mesh.watchdog.watch("results of experts"):
-            back_XB = mesh.exchange.begin(encode(y_YH, self._back), counts_RR.T.copy())()
-        shared_TH[own] += ops.moe_combine(decode(back_XB, self._back, h_TH), order)
+            back_XB = mesh.exchange.begin(results_YB, counts_RR.T.copy())()
+        row_X = torch.arange(back_XB.shape[0], dtype=torch.int32, device=back_XB.device)
+        y_XH = ops.unpack_rows(back_XB, row_X, h_TH.shape[1], self._back, h_TH.dtype)
+        shared_TH[own] += ops.moe_combine(y_XH, order)
         return shared_TH
 
     def _count(self, layer: int, table: _Table, counts_RS: Counts) -> None:
@@ -122,42 +122,28 @@ class ExpertParallel:
             dist.all_gather_into_tensor(found, counts_S, group=self._mesh.stage_group)
         return found.cpu().numpy().astype(np.int64).reshape(-1, self._num_slots)
 
-    def _experts(self, x_YH: Tensor, layer: MoELayer, counts_RS: Counts) -> Tensor:
-        """The experts held here, over rows that come source by source and then slot by slot."""
-        ops, rank = self._ops, self._mesh.stage_rank
+    def _experts(
+        self, rows_YB: Tensor, layer: MoELayer, counts_RS: Counts, dtype: torch.dtype
+    ) -> Tensor:
+        """The experts held here, over rows that come source by source and then slot by slot.
+
+        Their outputs go back in the order in which the rows came.
+        """
+        ops, rank, size = self._ops, self._mesh.stage_rank, layer.gate_up.in_features
         mine_RS = counts_RS[:, self._starts[rank] : self._starts[rank + 1]]
         slot_Y = np.repeat(np.tile(np.arange(mine_RS.shape[1]), len(mine_RS)), mine_RS.reshape(-1))
-        order_Y = np.argsort(slot_Y, kind="stable")
-        to_Y = torch.from_numpy(order_Y).to(x_YH.device)
-        starts = np.concatenate(([0], np.cumsum(mine_RS.sum(0))))
-        starts_E1 = torch.from_numpy(starts.astype(np.int32)).to(x_YH.device)
-        y_YF2 = ops.grouped_linear(x_YH[to_Y], layer.experts_gate_up, starts_E1)
+        by_slot_Y = np.argsort(slot_Y, kind="stable").astype(np.int32)
+        as_came_Y = np.argsort(by_slot_Y).astype(np.int32)
+        starts = np.concatenate(([0], np.cumsum(mine_RS.sum(0)))).astype(np.int32)
+        device = rows_YB.device
+        starts_E1 = torch.from_numpy(starts).to(device)
+        by_slot, as_came = (torch.from_numpy(one).to(device) for one in (by_slot_Y, as_came_Y))
+        x_YH = ops.unpack_rows(rows_YB, by_slot, size, self._wire, dtype)
+        y_YF2 = ops.grouped_linear(x_YH, layer.experts_gate_up, starts_E1)
         y_YH = ops.grouped_linear(ops.silu_mul(y_YF2), layer.experts_down, starts_E1)
-        out_YH = torch.empty_like(y_YH)
-        out_YH[to_Y] = y_YH
-        return out_YH
+        return ops.pack_rows(y_YH, as_came, None, self._back)
 
 
 def _share(num_tokens: int, rank: int, ranks: int) -> slice:
     """The rows that one of several ranks with the same tokens sends."""
     return slice(num_tokens * rank // ranks, num_tokens * (rank + 1) // ranks)
-
-
-def encode(rows_XH: Tensor, wire: Wire) -> Tensor:
-    """Rows as bytes, uint8 [X, B]; fp8: e4m3 by a scale of each row, float32, which comes last."""
-    if wire == "fp8":
-        rows_XH = rows_XH.float()
-        scale_X1 = rows_XH.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-12) / _FP8_MAX
-        levels = (rows_XH / scale_X1).to(torch.float8_e4m3fn).view(torch.uint8)
-        scale_X4 = scale_X1.flatten().view(torch.uint8).view(-1, 4)
-        return torch.cat((levels, scale_X4), dim=1)
-    return rows_XH.to(getattr(torch, wire)).contiguous().view(torch.uint8)
-
-
-def decode(rows_XB: Tensor, wire: Wire, like: Tensor) -> Tensor:
-    """Undo `encode`: [X, H], in the dtype of `like`."""
-    if wire == "fp8":
-        levels, scale_X4 = rows_XB[:, :-4], rows_XB[:, -4:].contiguous()
-        found = levels.contiguous().view(torch.float8_e4m3fn).float() * scale_X4.view(torch.float32)
-        return found.to(like.dtype)
-    return rows_XB.view(getattr(torch, wire)).to(like.dtype)

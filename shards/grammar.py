@@ -57,6 +57,10 @@ class Compiler:
         self._compiled.move_to_end(grammar)
         return found.deep_copy()
 
+    def warm(self) -> None:
+        """Build what every grammar needs, which takes a second for 200,000 tokens."""
+        self.matcher('start: "a"')
+
     def _compile(self, grammar: str) -> LLMatcher:
         # imported here: an engine runs without the library until a request brings a grammar
         from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -90,6 +94,20 @@ class GrammarRows:
         self._vocab_size = vocab_size
         self._followed: dict[int, _Followed] = {}
         self._thread: ThreadPoolExecutor | None = None
+
+    def warm(self) -> None:
+        """Make ready in the thread, so that a first grammar holds no step up.
+
+        Where that fails (the library or the tokenizer is not here), the first grammar says why.
+        """
+        self._submit(self._compiler.warm)
+
+    def close(self) -> None:
+        """Stop the thread; what it has begun it ends."""
+        self._followed.clear()
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+            self._thread = None
 
     def __contains__(self, slot: int) -> bool:
         return slot in self._followed

@@ -18,7 +18,8 @@ class GroupConfig:
     Rank = (stage * dp + dp rank) * tp + tp rank.
 
     Attributes:
-        model_path: folder with config.json, safetensors and tokenizer.json, on every node.
+        model_path: folder with config.json, safetensors and tokenizer.json, on every node; or an
+            fsspec URL of one, which each node copies to its cache once.
         dtype: of weights and KV cache: "float32", "bfloat16", "float16".
         quantization: of the weights while they load: "int8" (per row), "int4" (groups of 32
             columns, the vocabulary in int8) or "fp8" (per row); None keeps them in `dtype`.
@@ -36,6 +37,9 @@ class GroupConfig:
         layer_split: layers of each stage; None splits by cost.
         device: "cpu" or "cuda".
         kernels: a backend's name; None picks the best for the device.
+        batch_independent: no bit of a row depends on the rows beside it, also where that costs
+            speed: backend "triton" then leaves the vendor's products, which choose their order of
+            sums by the batch. "cpu" is so at no cost; "reference" cannot be.
         threads: CPU threads of each slice; None divides the node's cores among its slices.
         block_size: tokens in a KV block.
         kv_bytes: memory of the KV pool of the whole group; None asks the planner's default.
@@ -43,7 +47,8 @@ class GroupConfig:
         num_local_blocks: KV blocks of the layers that attend within their chunk, which have a pool
             of their own; None shares `kv_bytes` between the pools.
         offload_layers: of each stage, the last so many layers keep their weights on disk, mapped,
-            and read them ahead of use (backend "cpu" alone).
+            and read them ahead of use (backend "cpu" alone). Of a mixture of experts the routed
+            experts alone: those that a step asks for are read, and the cold ones leave memory.
         offload_folder: where; None is the system's folder for temporary files.
         max_model_len: None takes the model's own limit.
         tiers: of the KV cache below the device.
@@ -63,6 +68,7 @@ class GroupConfig:
     layer_split: tuple[int, ...] | None = None
     device: str = "cpu"
     kernels: str | None = None
+    batch_independent: bool = False
     threads: int | None = None
     block_size: int = 16
     kv_bytes: int | None = None

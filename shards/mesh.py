@@ -22,7 +22,7 @@ from torch._C._distributed_c10d import Store
 
 from arriero.shards.checkpoint.formats.stored import AnyPart
 from arriero.shards.exchange import DirectExchange, Exchange, TwoLevelExchange, topology
-from arriero.shards.watchdog import Watchdog
+from arriero.shards.watchdog import Mark, Watchdog
 
 TIMEOUT_S = 120.0
 
@@ -51,7 +51,8 @@ class Mesh:
             timeout_s: a wait for another rank that takes longer fails the group.
         """
         self.part, self.tp, self.pp, self.dp, self.device = part, tp, pp, dp, device
-        self.watchdog = Watchdog(part.rank, timeout_s, _abort)
+        mark = _Marks(device) if device.type == "cuda" and tp * pp * dp > 1 else None
+        self.watchdog = Watchdog(part.rank, timeout_s, _abort, mark)
         self._timeout = timedelta(seconds=timeout_s)
         self._tp_group: dist.ProcessGroup | None = None
         self._stage_group: dist.ProcessGroup | None = None
@@ -203,6 +204,18 @@ class Mesh:
         """Fill `x_TH` with the activations of the stage before."""
         with self.watchdog.watch("activations from the stage before"):
             dist.recv(x_TH, self.part.rank - self.tp * self.dp)
+
+
+class _Marks:
+    """Marks of a CUDA device's current stream, which waits for each collective queued on it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def __call__(self) -> Mark:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
 
 def _abort() -> None:

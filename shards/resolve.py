@@ -50,15 +50,15 @@ def resolve(config: GroupConfig, model: AnyModel) -> GroupConfig:
             f"`offload_layers`={config.offload_layers} must be 0 to {model.num_layers}, the "
             "model's layers"
         )
-    if config.offload_layers and isinstance(model, Llama4Config):
-        raise SpecError(
-            f"`offload_layers`={config.offload_layers}: layers of a mixture of experts cannot be "
-            "offloaded; leave it 0"
-        )
     if config.offload_layers and (config.device != "cpu" or config.kernels not in (None, "cpu")):
         raise SpecError(
             f"`offload_layers`={config.offload_layers} needs `device`=cpu and `kernels`=cpu; "
             "other backends keep all weights on their device"
+        )
+    if config.batch_independent and config.kernels == "reference":
+        raise SpecError(
+            "`batch_independent`=True needs `kernels`=cpu or triton; the reference keeps it to "
+            "rounding only"
         )
     if config.block_size < 1:
         raise SpecError(f"`block_size`={config.block_size} must be at least 1")

@@ -89,7 +89,12 @@ class Runner:
         parts = parts_of(model, config)
         part = parts[rank]
         self.mesh = Mesh(part, tp=config.tp, pp=config.pp, dp=config.dp, device=device)
-        self._ops = ops_for(device, config.kernels, config.threads)
+        self._ops = ops_for(
+            device,
+            config.kernels,
+            config.threads,
+            batch_independent=config.batch_independent,
+        )
         assert config.num_blocks is not None and config.max_model_len is not None, "unresolved"
         self._model = load_slice(
             checkpoint,
@@ -115,7 +120,7 @@ class Runner:
             vocab_size=model.vocab_size,
             rope=Rope(model.inv_freq(), config.max_model_len, device),
             device=device,
-            grammars=self._grammars(config.model_path, model) if self.mesh.samples else None,
+            grammars=self._grammars(str(checkpoint.path), model) if self.mesh.samples else None,
             local=self._local_table(config, attention_chunk(model)),
         )
         first = rank - part.tp_rank
@@ -127,9 +132,15 @@ class Runner:
 
     @staticmethod
     def _grammars(model_path: str, model: AnyModel) -> GrammarRows:
-        return GrammarRows(
+        grammars = GrammarRows(
             model_path, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids
         )
+        grammars.warm()
+        return grammars
+
+    def close(self) -> None:
+        """Stop what runs beside the steps; no step may follow."""
+        self._table.close()
 
     def _local_table(self, config: GroupConfig, chunk: int) -> LocalTable | None:
         if not chunk:

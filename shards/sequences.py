@@ -85,6 +85,11 @@ class LocalTable:
         self._ring = (chunk + max_batch_tokens) // block_size + 2
         self._blocks = np.zeros((max_sequences, self._ring), np.int32)
 
+    @property
+    def frame_blocks(self) -> int:
+        """Blocks of the table of one token, at most."""
+        return self._frame // self._size
+
     def apply(self, plan: StepPlan) -> None:
         """Take in the plan's new blocks."""
         self._blocks[plan.local_slots, plan.local_index % self._ring] = plan.local_ids
@@ -255,6 +260,11 @@ class SequenceTable:
         if params.grammar and self._grammars is not None:
             self._grammars.enter(slot, params.grammar, new.output.tolist())
         self._unusual[slot] = one
+
+    def close(self) -> None:
+        """Stop the thread that follows grammars, where there is one."""
+        if self._grammars is not None:
+            self._grammars.close()
 
     def _forget(self, slot: int) -> None:
         self._unusual.pop(slot, None)

@@ -1,5 +1,9 @@
 """A deadline around each wait for another rank: names what is stuck instead of hanging.
 
+On a GPU a collective is queued, and the thread that queued it waits much later, for something else:
+there each one leaves a mark in the device's work, and the first mark that the device does not come
+past is the collective that is stuck.
+
 Knows names, times and how to break off a wait; knows nothing of what is waited for.
 """
 
@@ -8,13 +12,22 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 from arriero.shards.errors import CollectiveFailed
 
 _log = logging.getLogger(__name__)
+
+
+class Mark(Protocol):
+    """A point in a device's work."""
+
+    def query(self) -> bool:
+        """Whether the device is past it. Safe from any thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +50,28 @@ class Watchdog:
         stuck: words of the wait that took too long, or None.
     """
 
-    def __init__(self, rank: int, limit_s: float, abort: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        rank: int,
+        limit_s: float,
+        abort: Callable[[], None] = lambda: None,
+        mark: Callable[[], Mark] | None = None,
+    ) -> None:
         """Start watching.
 
         Args:
             rank: this one, for the message.
             limit_s: a wait longer than that is stuck.
             abort: called once from the watching thread; is to make the wait raise.
+            mark: where collectives are queued: the point after what was queued so far.
         """
         self.step = 0
         self.moves = 0
         self.stuck: str | None = None
-        self._rank, self._limit_s, self._abort = rank, limit_s, abort
+        self._rank, self._limit_s, self._abort, self._mark = rank, limit_s, abort, mark
         self._armed: _Armed | None = None
+        self._queued: deque[tuple[_Armed, Mark]] = deque()
+        self._found: _Armed | None = None
         self._changed = threading.Condition()
         self._closed = False
         self._thread: threading.Thread | None = None
@@ -58,7 +80,9 @@ class Watchdog:
     def waits_for(self) -> str:
         """The collective that is waited in now; "" for none. Safe from any thread."""
         armed = self._armed
-        return "" if armed is None else armed.name
+        if armed is None:
+            return ""
+        return (self._first_queued() or armed).name
 
     @contextmanager
     def watch(self, name: str) -> Iterator[None]:
@@ -73,12 +97,16 @@ class Watchdog:
         try:
             yield
         except RuntimeError as error:  # torch.distributed's errors are that
-            text = f"{self._words(armed)}: {_first_line(error)}"
-            raise CollectiveFailed(text, name, armed.step) from error
+            at = self._found or armed
+            text = f"{self.stuck or self._words(at)}: {_first_line(error)}"
+            raise CollectiveFailed(text, at.name, at.step) from error
         finally:
             self._arm(None)
         if self.stuck is not None:  # it went on after all, but the group was told
-            raise CollectiveFailed(self.stuck, name, armed.step)
+            at = self._found or armed
+            raise CollectiveFailed(self.stuck, at.name, at.step)
+        if self._mark is not None:
+            self._follow(armed, self._mark())
 
     def close(self) -> None:
         """Stop the thread."""
@@ -88,6 +116,23 @@ class Watchdog:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def _follow(self, armed: _Armed, mark: Mark) -> None:
+        with self._changed:
+            self._queued.append((armed, mark))
+            while self._queued and self._queued[0][1].query():
+                self._queued.popleft()
+
+    def _first_queued(self) -> _Armed | None:
+        """The first collective that the device is not past."""
+        with self._changed:
+            for armed, mark in self._queued:
+                try:
+                    if not mark.query():
+                        return armed
+                except RuntimeError:  # the device is broken: who waits for it hears that
+                    return None
+        return None
 
     def _arm(self, armed: _Armed | None) -> None:
         # no notify: the thread looks again when the limit of what it saw last has passed, so a
@@ -100,7 +145,7 @@ class Watchdog:
     def _run(self) -> None:
         with self._changed:
             while not self._closed:
-                armed = self._armed
+                armed = self._first_queued() or self._armed
                 due = self._limit_s
                 if armed is not None:
                     due = armed.since + self._limit_s - time.monotonic()
@@ -109,7 +154,7 @@ class Watchdog:
                 self._changed.wait(due)
             else:
                 return
-        self.stuck = self._words(armed)
+        self._found, self.stuck = armed, self._words(armed)
         _log.error("%s", self.stuck)
         try:
             self._abort()

@@ -40,11 +40,12 @@ def doctor(
     from arriero.cluster import checkup, state
     from arriero.cluster.spec import load
     from arriero.cluster.state import Deployment
+    from arriero.shards.checkpoint.remote import is_url
 
     models, ports = [], []
     if spec is not None:
         wanted = load(spec, {})
-        models = [str(one.path) for one in wanted.models]
+        models = [one.path for one in wanted.models if not is_url(one.path)]
         ports = [one for one in (wanted.gateway.port, wanted.gateway.http_port) if one]
     deployment = state.read(state.state_folder(state_dir))
     if address is not None:

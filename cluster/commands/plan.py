@@ -249,9 +249,11 @@ def _wish_of(
     dtype: Dtype | None,
     on_cpu: bool,
 ) -> _Wish:
+    from arriero.shards.checkpoint.remote import is_url, local_folder
     from arriero.shards.resolve import resolve, tier_limits
 
-    model = find_model(str(one.path))
+    folder = local_folder(one.path, weights=False) if is_url(one.path) else one.path
+    model = find_model(str(folder))
     named = "checkpoint" if model.scheme is not None else _dtype(one.dtype)
     if one.quantization is not None:
         named = ON_LOAD[one.quantization]

@@ -105,7 +105,7 @@ def weights_as(model: AnyModel, scheme: QuantScheme | None, dtype: Dtype) -> Wei
             decoder, as checkpoints in those forms have them (int4 in groups of 128); tables, head,
             router and vision stay. "fp8-shipped": as Meta's FP8 releases: the MLPs of all layers
             but the first and the last, or Llama 4's experts. "int8", "fp8-onload", "int4-onload":
-            as slices quantize plain weights while they load: tables too (in int8 with int4, whose
+            as slices quantize plain weights while they load: tables too, always in int8 (int4's
             groups are of 32). "checkpoint": what the checkpoint says.
 
     Raises:
@@ -125,7 +125,7 @@ def weights_as(model: AnyModel, scheme: QuantScheme | None, dtype: Dtype) -> Wei
     if dtype == "int8":
         return Weights(dtype=dtype, base="bfloat16", precision="int8", tables="int8")
     if dtype == "fp8-onload":
-        return Weights(dtype=dtype, base="bfloat16", precision="fp8", tables="fp8")
+        return Weights(dtype=dtype, base="bfloat16", precision="fp8", tables="int8")
     if dtype == "int4-onload":
         return Weights(
             dtype=dtype,

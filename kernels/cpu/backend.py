@@ -19,6 +19,7 @@ from arriero.kernels.cpu.cache import CpuKVCache
 from arriero.kernels.cpu.decoder import CpuDecoder
 from arriero.kernels.cpu.library import Layer, load
 from arriero.kernels.cpu.structs import (
+    add_experts,
     bare_layer_struct,
     batch_struct,
     cache_of,
@@ -27,8 +28,10 @@ from arriero.kernels.cpu.structs import (
     float_rows,
     float_vector,
     fuses,
+    fuses_experts,
     layer_struct,
     linear_of,
+    mlp_struct,
     packed_of,
     vocab_of,
 )
@@ -40,6 +43,7 @@ from arriero.kernels.ops import (
     KVCache,
     KVCacheSpec,
     Linear,
+    MoELayer,
     Ops,
     Reduce,
     Sampled,
@@ -276,7 +280,8 @@ class CpuOps(Ops):
         """See `Ops.grouped_linear`; the experts have one shape and type."""
         if experts[0].inputs is not None:
             return self.grouped_linear_of_inputs(x_XI, experts, starts_E1)
-        structs = [packed_of(expert.packed).struct for expert in experts]
+        packed = [packed_of(expert.packed) for expert in experts]
+        structs = [one.struct for one in packed]
         shapes = {(s.out_features, s.in_features, s.type, s.group) for s in structs}
         if len(shapes) != 1 or starts_E1.shape != (len(structs) + 1,):
             raise ValueError(
@@ -289,6 +294,11 @@ class CpuOps(Ops):
             raise ValueError(
                 f"grouped_linear: starts end at {int(starts_E1[-1])} for {x_XI.shape[0]} rows"
             )
+        # Of experts on disk, begin to read all that are asked while the first is computed. None is
+        # let go of: those asked often stay in the system's page cache, the cold ones leave it.
+        for one, rows in zip(packed, starts_E1.diff().tolist(), strict=True):
+            if one.room is not None and rows:
+                one.room.ahead()
         pointers = (ctypes.c_void_p * len(structs))(*(ctypes.addressof(s) for s in structs))
         out_XO = torch.empty(x_XI.shape[0], experts[0].out_features)
         self.call(
@@ -331,13 +341,22 @@ class CpuOps(Ops):
         if not fuses(layer):
             return super().attention_block(x_TH, layer, kv, kv_layer, batch)
         struct, _kept = layer_struct(layer)
-        return self.run_attention(struct, layer, x_TH, cache_of(kv), kv_layer, batch)
+        struct.index = kv_layer
+        return self.run_attention(struct, layer, x_TH, cache_of(kv), batch)
 
     def mlp_block(self, x_TH: Tensor, layer: DenseLayer) -> Tensor:
         """See `Ops.mlp_block`."""
         if not fuses(layer):
             return super().mlp_block(x_TH, layer)
-        struct, _kept = layer_struct(layer)
+        struct, _kept = mlp_struct(layer)
+        return self.run_mlp(struct, layer, x_TH)
+
+    def moe_block(self, x_TH: Tensor, layer: MoELayer) -> Tensor:
+        """See `Ops.moe_block`."""
+        if not fuses_experts(layer):
+            return super().moe_block(x_TH, layer)
+        struct, _kept = mlp_struct(layer)
+        _experts = add_experts(struct, layer)
         return self.run_mlp(struct, layer, x_TH)
 
     def decoder(
@@ -351,7 +370,7 @@ class CpuOps(Ops):
     ) -> Callable[[Tensor, FlatBatch], Tensor]:
         """See `Ops.decoder`.
 
-        One call a step for dense layers without `reduce`; with it, or with experts, one a block.
+        One call a step; with `reduce` or experts on other ranks one a block.
         """
         return CpuDecoder(self, layers, kv, reduce, local_kv, experts)
 
@@ -361,17 +380,15 @@ class CpuOps(Ops):
         layer: DenseLayer,
         x_TH: Tensor,
         cache: CpuKVCache,
-        kv_layer: int,
         batch: FlatBatch,
     ) -> Tensor:
-        """`attention_block` with the layer's struct made before."""
+        """`attention_block` with the layer's struct, `index` too, made before."""
         x_TH = float_rows("attention_block", x_TH, layer.qkv.in_features).contiguous()
         part_TH = torch.empty(x_TH.shape[0], layer.o.out_features)
         of_batch = batch_struct(batch, x_TH.shape[0], layer.head_dim)
         self.call(
             "attention_block",
             ctypes.addressof(struct),
-            kv_layer,
             cache.address,
             ctypes.addressof(of_batch),
             x_TH.data_ptr(),
@@ -380,7 +397,7 @@ class CpuOps(Ops):
         return part_TH
 
     def run_mlp(self, struct: Layer, layer: DenseLayer, x_TH: Tensor) -> Tensor:
-        """`mlp_block` with the layer's struct made before."""
+        """`mlp_block`, or `moe_block`, with the layer's struct made before."""
         x_TH = float_rows("mlp_block", x_TH, layer.gate_up.in_features).contiguous()
         part_TH = torch.empty(x_TH.shape[0], layer.down.out_features)
         self.call(

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from torch import Tensor
 
 from arriero.kernels.cpu.library import Layer
 from arriero.kernels.cpu.structs import (
+    Kept,
+    add_experts,
     batch_struct,
     cache_of,
     check_cache,
     float_rows,
     fuses,
+    fuses_experts,
     layer_struct,
     rooms_of,
 )
@@ -61,18 +64,30 @@ class CpuDecoder:
                 raise ValueError(
                     f"{len(layers)} layers do not fit a cache of {place.kv.spec.num_layers} layers"
                 )
-        self._caches = [cache_of(place.kv) for place in self._places]
         self._reduce = reduce
-        self._routed = ops.moe_block if experts is None else experts
+        self._experts = experts
         self._structs = (Layer * len(self._layers))()
-        self._kept: list[tuple[Tensor, ...]] = []  # what the structs point into
-        for i, layer in enumerate(self._layers):
+        self._kept: list[Kept] = []
+        for i, (layer, place) in enumerate(zip(self._layers, self._places, strict=True)):
             if fuses(layer):
-                self._structs[i], tensors = layer_struct(layer)
-                self._kept.append(tensors)
-        whole = all(fuses(layer) and not isinstance(layer, MoELayer) for layer in self._layers)
+                self._structs[i], kept = layer_struct(layer)
+                self._structs[i].local, self._structs[i].index = place.local, place.index
+                self._kept.append(kept)
+            if self._routes_here(layer):
+                self._kept.append(add_experts(self._structs[i], layer))
+        whole = all(
+            fuses(layer) and (self._routes_here(layer) or not isinstance(layer, MoELayer))
+            for layer in self._layers
+        )
         self._rooms = [rooms_of(layer) for layer in self._layers]
-        self._in_one_call = reduce is None and whole and local_kv is None and not any(self._rooms)
+        self._in_one_call = reduce is None and whole and not any(self._rooms)
+        addresses = {place.local: cache_of(place.kv).address for place in self._places}
+        self._kv, self._local_kv = addresses.get(False), addresses.get(True)
+
+    def _routes_here(self, layer: DenseLayer) -> TypeGuard[MoELayer]:
+        """Whether C++ runs the layer's experts."""
+        is_whole = isinstance(layer, MoELayer) and fuses(layer) and fuses_experts(layer)
+        return is_whole and self._experts is None
 
     def __call__(self, x_TH: Tensor, batch: FlatBatch) -> Tensor:
         """Run the layers over x [T, H]; float32 rows without gaps are changed in place."""
@@ -81,14 +96,21 @@ class CpuDecoder:
         x_TH = float_rows("decoder", x_TH, self._layers[0].qkv.in_features).contiguous()
         if not self._in_one_call:
             return self._run_blocks(x_TH, batch)
-        of_batch = batch_struct(batch, x_TH.shape[0], self._layers[0].head_dim)
+        num_tokens, head_dim = x_TH.shape[0], self._layers[0].head_dim
+        of_batch = batch_struct(batch, num_tokens, head_dim)
+        of_local = None
+        if self._local_kv is not None:
+            assert batch.local is not None, "layers with a cache of their own need their own table"
+            of_local = batch_struct(batch.local, num_tokens, head_dim)
         self._ops.call(
             "decoder",
             ctypes.addressof(self._structs),
             len(self._layers),
-            self._caches[0].address,
+            self._kv,
             ctypes.addressof(of_batch),
             x_TH.data_ptr(),
+            self._local_kv,
+            None if of_local is None else ctypes.addressof(of_local),
         )
         return x_TH
 
@@ -97,18 +119,20 @@ class CpuDecoder:
         self._read_ahead(0)
         for i, (layer, place) in enumerate(zip(self._layers, self._places, strict=True)):
             self._read_ahead(i + 1)
-            cache, at, seen = self._caches[i], place.index, place.batch(batch)
+            struct, seen = self._structs[i], place.batch(batch)
             if fuses(layer):
-                part = ops.run_attention(self._structs[i], layer, x_TH, cache, at, seen)
+                part = ops.run_attention(struct, layer, x_TH, cache_of(place.kv), seen)
             else:
-                part = ops.attention_block(x_TH, layer, cache, at, seen)
+                part = ops.attention_block(x_TH, layer, place.kv, place.index, seen)
             x_TH += part if reduce is None else reduce(part)
-            if isinstance(layer, MoELayer):
-                part = self._routed(x_TH, layer)
+            if isinstance(layer, MoELayer) and self._experts is not None:
+                part = self._experts(x_TH, layer)
+            elif isinstance(layer, MoELayer) and not self._routes_here(layer):
+                part = ops.moe_block(x_TH, layer)
             elif not fuses(layer):
                 part = ops.mlp_block(x_TH, layer)
             else:
-                part = ops.run_mlp(self._structs[i], layer, x_TH)
+                part = ops.run_mlp(struct, layer, x_TH)
             x_TH += part if reduce is None else reduce(part)
             for room in self._rooms[i]:
                 room.behind()

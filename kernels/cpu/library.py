@@ -18,7 +18,7 @@ from typing import Any
 
 _LOG = logging.getLogger(__name__)
 
-_ABI = 3
+_ABI = 4
 """Must equal `arriero_abi()`: a library left over from an older build is not used."""
 
 VARIANTS = ("avx512bf16", "avx512", "avx2", "portable")
@@ -108,12 +108,28 @@ class Layer(ctypes.Structure):
         ("o", Matrix),
         ("gate_up", Matrix),
         ("down", Matrix),
+        ("experts", ctypes.c_void_p),
         ("num_q_heads", ctypes.c_int32),
         ("num_kv_heads", ctypes.c_int32),
         ("head_dim", ctypes.c_int32),
         ("scale", ctypes.c_float),
         ("eps", ctypes.c_float),
         ("style", Style),
+        ("local", ctypes.c_int32),
+        ("index", ctypes.c_int32),
+    )
+
+
+class Experts(ctypes.Structure):
+    """`struct Experts` of native/experts.h."""
+
+    _fields_ = (
+        ("router", Matrix),
+        ("gate_up", ctypes.c_void_p),
+        ("down", ctypes.c_void_p),
+        ("first", ctypes.c_int64),
+        ("held", ctypes.c_int64),
+        ("top_k", ctypes.c_int32),
     )
 
 
@@ -142,8 +158,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "grouped_linear": (_P, _P, _P, _I64, _P, _I64, _P),
     "rope_write": (_P, _P, _I64, _P, _P, _I64, _P),
     "paged_attention": (_P, _P, _I64, _I32, _F32, _I32, _P, _I64, _P, _P),
-    "decoder": (_P, _P, _I64, _P, _P, _P),
-    "attention_block": (_P, _P, _I64, _P, _P, _P, _P),
+    "decoder": (_P, _P, _I64, _P, _P, _P, _P, _P),
+    "attention_block": (_P, _P, _P, _P, _P, _P),
     "mlp_block": (_P, _P, _I64, _P, _P),
     "cache_copy": (_P, _I64, _P, _I64, _P, _I32),
     "argmax": (_P, _P, _I64, _I64, _I64, _P),

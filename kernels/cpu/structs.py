@@ -5,11 +5,14 @@ Knows shapes, dtypes and strides; refuses to know what is computed from them.
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from arriero.kernels.cpu.cache import CpuKVCache
-from arriero.kernels.cpu.library import Batch, Draws, Layer, Style
+from arriero.kernels.cpu.library import Batch, Draws, Experts, Layer, Style
 from arriero.kernels.cpu.offload import MappedRoom
 from arriero.kernels.cpu.weights import Packed
 from arriero.kernels.ops import (
@@ -68,40 +71,103 @@ def fuses(layer: DenseLayer) -> bool:
     return all(one.inputs is None for one in (layer.qkv, layer.o, layer.gate_up, layer.down))
 
 
+def fuses_experts(layer: MoELayer) -> bool:
+    """Whether C++ may run the block of experts whole: some are here, all alike, as `fuses`.
+
+    Experts on disk are read ahead once it is known which are asked for: between the ops.
+    """
+    linears = (layer.gate_up, layer.down, layer.router)
+    experts = (*layer.experts_gate_up, *layer.experts_down)
+    if not experts or any(one.inputs is not None for one in (*linears, *experts)):
+        return False
+    if any(packed_of(one.packed).room is not None for one in experts):
+        return False
+    return all(_same_kind(each) for each in (layer.experts_gate_up, layer.experts_down))
+
+
+def _same_kind(experts: Sequence[Linear]) -> bool:
+    structs = [packed_of(one.packed).struct for one in experts]
+    return len({(s.out_features, s.in_features, s.type, s.group) for s in structs}) == 1
+
+
 def rooms_of(layer: DenseLayer) -> tuple[MappedRoom, ...]:
-    """What of a layer's products is mapped from disk."""
+    """What of a layer's products is mapped from disk; not experts, of which a step uses some."""
     linears = [layer.qkv, layer.o, layer.gate_up, layer.down]
-    if isinstance(layer, MoELayer):
-        linears += [layer.router, *layer.experts_gate_up, *layer.experts_down]
     rooms = (packed_of(one.packed).room for one in linears)
     return tuple(room for room in rooms if room is not None)
 
 
-def layer_struct(layer: DenseLayer) -> tuple[Layer, tuple[Tensor, ...]]:
-    """The struct of a layer, and the tensors it points into beyond the packed ones."""
+Kept = tuple[object, ...]
+"""What a struct points into, beyond the packed matrices."""
+
+
+def layer_struct(layer: DenseLayer) -> tuple[Layer, Kept]:
+    """The struct of a layer, but for its experts."""
     width = (layer.num_q_heads + 2 * layer.num_kv_heads) * layer.head_dim
-    expected = (
+    _agree(
         ("qkv rows", layer.qkv.out_features, width),
         ("o columns", layer.o.in_features, layer.num_q_heads * layer.head_dim),
         ("o rows", layer.o.out_features, layer.qkv.in_features),
         ("gate_up columns", layer.gate_up.in_features, layer.qkv.in_features),
-        ("gate_up rows", layer.gate_up.out_features, 2 * layer.down.in_features),
-        ("down rows", layer.down.out_features, layer.qkv.in_features),
     )
+    norm_H = float_vector("attn_norm_H", layer.attn_norm_H, layer.qkv.in_features)
+    struct, kept = mlp_struct(layer)
+    struct.attn_norm = norm_H.data_ptr()
+    struct.qkv = packed_of(layer.qkv.packed).struct
+    struct.o = packed_of(layer.o.packed).struct
+    return struct, (*kept, norm_H)
+
+
+def mlp_struct(layer: DenseLayer) -> tuple[Layer, Kept]:
+    """The struct of a layer's MLP half, but for its experts."""
+    hidden = layer.gate_up.in_features
+    _agree(
+        ("gate_up rows", layer.gate_up.out_features, 2 * layer.down.in_features),
+        ("down rows", layer.down.out_features, hidden),
+    )
+    norm_H = float_vector("mlp_norm_H", layer.mlp_norm_H, hidden)
+    struct = bare_layer_struct(layer)
+    struct.mlp_norm = norm_H.data_ptr()
+    struct.gate_up = packed_of(layer.gate_up.packed).struct
+    struct.down = packed_of(layer.down.packed).struct
+    return struct, (norm_H,)
+
+
+def add_experts(struct: Layer, layer: MoELayer) -> Kept:
+    """Complete the struct of a layer of which `fuses_experts` is true."""
+    hidden, held = layer.gate_up.in_features, len(layer.experts_down)
+    gate_up, down = layer.experts_gate_up[0], layer.experts_down[0]
+    _agree(
+        ("router columns", layer.router.in_features, hidden),
+        ("experts_gate_up", len(layer.experts_gate_up), held),
+        ("experts_gate_up columns", gate_up.in_features, hidden),
+        ("experts_gate_up rows", gate_up.out_features, 2 * down.in_features),
+        ("experts_down rows", down.out_features, hidden),
+    )
+    if not 1 <= layer.top_k <= layer.router.out_features:
+        raise ValueError(
+            f"layer: top_k={layer.top_k} is outside 1 .. {layer.router.out_features} experts"
+        )
+    pointers = [
+        (ctypes.c_void_p * held)(*(packed_of(one.packed).address for one in linears))
+        for linears in (layer.experts_gate_up, layer.experts_down)
+    ]
+    experts = Experts(
+        router=packed_of(layer.router.packed).struct,
+        gate_up=ctypes.addressof(pointers[0]),
+        down=ctypes.addressof(pointers[1]),
+        first=layer.first_expert,
+        held=held,
+        top_k=layer.top_k,
+    )
+    struct.experts = ctypes.addressof(experts)
+    return (experts, *pointers)
+
+
+def _agree(*expected: tuple[str, int, int]) -> None:
     for name, value, want in expected:
         if value != want:
             raise ValueError(f"layer: {name}={value} where the other parts need {want}")
-    norms = (
-        float_vector("attn_norm_H", layer.attn_norm_H, layer.qkv.in_features),
-        float_vector("mlp_norm_H", layer.mlp_norm_H, layer.qkv.in_features),
-    )
-    struct = bare_layer_struct(layer)
-    struct.attn_norm, struct.mlp_norm = norms[0].data_ptr(), norms[1].data_ptr()
-    struct.qkv = packed_of(layer.qkv.packed).struct
-    struct.o = packed_of(layer.o.packed).struct
-    struct.gate_up = packed_of(layer.gate_up.packed).struct
-    struct.down = packed_of(layer.down.packed).struct
-    return struct, norms
 
 
 def bare_layer_struct(layer: DenseLayer) -> Layer:

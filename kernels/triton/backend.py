@@ -28,7 +28,17 @@ from arriero.kernels.ops import (
     layer_caches,
 )
 from arriero.kernels.quant import QuantizedWeight
-from arriero.kernels.triton import experts, norm, product, rope, sampling, vocabulary, weights
+from arriero.kernels.triton import (
+    experts,
+    float8,
+    norm,
+    product,
+    rope,
+    sampling,
+    vocabulary,
+    weights,
+    wire,
+)
 from arriero.kernels.triton.activation import silu_mul
 from arriero.kernels.triton.decode import attend_decodes
 from arriero.kernels.triton.kv import TritonKVCache
@@ -38,6 +48,7 @@ from arriero.kernels.triton.product import ExpertWeights
 from arriero.kernels.triton.tuning import attention_blocks
 from arriero.kernels.triton.upload import Upload
 from arriero.kernels.triton.weights import Packed
+from arriero.kernels.wire import Wire, check
 
 
 class TritonOps(Ops):
@@ -103,6 +114,10 @@ class TritonOps(Ops):
         if w.inputs is not None:
             return self.linear_of_inputs(x_TI, w)
         return self._product(x_TI, w.packed)
+
+    def quantize_rows(self, x_TI: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+        """Round rows to float8 in one pass; see `Ops.quantize_rows`."""
+        return float8.quantize_rows(x_TI, bound)
 
     def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
         """Root-mean-square norm; see `Ops.rms_norm`."""
@@ -173,6 +188,19 @@ class TritonOps(Ops):
     def moe_combine(self, y_XH: Tensor, permutation: Permutation) -> Tensor:
         """Sum each token's rows in the order of its choices."""
         return experts.combine(y_XH, permutation.row_TA)
+
+    def pack_rows(
+        self, x_TH: Tensor, row_X: Tensor, score_X: Tensor | None, format: Wire
+    ) -> Tensor:
+        """Gather, scale and round in one pass; see `Ops.pack_rows`."""
+        return wire.pack(x_TH, row_X, score_X, format)
+
+    def unpack_rows(
+        self, rows_XB: Tensor, row_Y: Tensor, size: int, format: Wire, dtype: torch.dtype
+    ) -> Tensor:
+        """Gather and widen in one pass; see `Ops.unpack_rows`."""
+        check(rows_XB, size, format)
+        return wire.unpack(rows_XB, row_Y, size, format, dtype)
 
     def moe_block(self, x_TH: Tensor, layer: MoELayer) -> Tensor:
         """Norm, shared expert and routed experts; see `Ops.moe_block`."""

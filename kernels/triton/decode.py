@@ -18,11 +18,10 @@ from arriero.kernels.triton.kv import TritonKVCache
 from arriero.kernels.triton.launch import (
     EXACT,
     INTERPRETED,
-    dot_type,
     kernel,
     power_of_two,
 )
-from arriero.kernels.triton.softmax import attend_tile, fold, quotient, split_length
+from arriero.kernels.triton.softmax import attend_keys, fold, options, quotient, split_length
 from arriero.kernels.triton.tuning import AttentionBlocks
 
 PROGRAMS = 1024
@@ -84,32 +83,30 @@ def _decode_splits(
         m_M = tl.full([BLOCK_M], -float("inf"), tl.float32)
         l_M = tl.zeros([BLOCK_M], tl.float32)
         acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        begin = tl.maximum(split * length, lowest // BLOCK_N * BLOCK_N)
-        end = tl.minimum((split + 1) * length, position + 1)
-        for key in range(begin, end, BLOCK_N):
-            m_M, l_M, acc_MD = attend_tile(
-                q_MD,
-                first_M,
-                last_M,
-                key,
-                lowest,
-                position,
-                table,
-                cache,
-                scales,
-                kv_head,
-                scale,
-                m_M,
-                l_M,
-                acc_MD,
-                BLOCK_SIZE,
-                KV_HEADS,
-                HEAD_DIM,
-                BLOCK_N,
-                BLOCK_D,
-                KV_INT8,
-                DOT,
-            )
+        m_M, l_M, acc_MD = attend_keys(
+            q_MD,
+            first_M,
+            last_M,
+            split,
+            length,
+            lowest,
+            position,
+            table,
+            cache,
+            scales,
+            kv_head,
+            scale,
+            m_M,
+            l_M,
+            acc_MD,
+            BLOCK_SIZE,
+            KV_HEADS,
+            HEAD_DIM,
+            BLOCK_N,
+            BLOCK_D,
+            KV_INT8,
+            DOT,
+        )
         line = (sequence.to(tl.int64) * (KV_HEADS * GROUP) + head) * MOST + split - first_split
         tl.store(part_m + line, m_M, mask=row < GROUP)
         tl.store(part_l + line, l_M, mask=row < GROUP)
@@ -198,21 +195,7 @@ def attend_decodes(
         scale / math.log(2),
         chunk_size,
         lanes,
-        KV_HEADS=kv_heads,
-        GROUP=group,
-        HEAD_DIM=dim,
-        BLOCK_SIZE=kv.spec.block_size,
-        BLOCK_M=power_of_two(group, blocks.block_m),
-        BLOCK_N=blocks.block_n,
-        BLOCK_D=power_of_two(dim, 16),
-        SPLIT=blocks.split,
-        MOST=blocks.most_splits,
-        CHUNKED=chunk_size > 0,
-        KV_INT8=kv.spec.dtype == torch.int8,
-        DOT=dot_type(kv.spec.dtype),
-        num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages,
-        **EXACT,
+        **options(kv.spec, group, blocks, chunk_size),
     )
     heads = power_of_two(q_heads) if INTERPRETED else _FOLD_HEADS
     _decode_fold[(num_sequences, -(-q_heads // heads))](

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 import triton.language as tl
 from arriero.kernels.ops import FlatBatch
 from arriero.kernels.triton.kv import TritonKVCache
-from arriero.kernels.triton.launch import EXACT, dot_type, kernel, power_of_two
-from arriero.kernels.triton.softmax import attend_tile, fold, quotient, split_length
+from arriero.kernels.triton.launch import kernel, power_of_two
+from arriero.kernels.triton.softmax import attend_keys, fold, options, quotient, split_length
 from arriero.kernels.triton.tuning import AttentionBlocks
 
 
@@ -100,32 +99,30 @@ def _prefill(
     acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     all_m_M, all_l_M, all_acc_MD = m_M, l_M, acc_MD
     for split in range(lowest // SPLIT, highest // SPLIT + 1):
-        begin = tl.maximum(split * SPLIT, lowest // BLOCK_N * BLOCK_N)
-        end = tl.minimum((split + 1) * SPLIT, highest + 1)
-        for key in range(begin, end, BLOCK_N):
-            m_M, l_M, acc_MD = attend_tile(
-                q_MD,
-                first_M,
-                last_M,
-                key,
-                lowest,
-                highest,
-                table,
-                cache,
-                scales,
-                kv_head,
-                scale,
-                m_M,
-                l_M,
-                acc_MD,
-                BLOCK_SIZE,
-                KV_HEADS,
-                HEAD_DIM,
-                BLOCK_N,
-                BLOCK_D,
-                KV_INT8,
-                DOT,
-            )
+        m_M, l_M, acc_MD = attend_keys(
+            q_MD,
+            first_M,
+            last_M,
+            split,
+            SPLIT,
+            lowest,
+            highest,
+            table,
+            cache,
+            scales,
+            kv_head,
+            scale,
+            m_M,
+            l_M,
+            acc_MD,
+            BLOCK_SIZE,
+            KV_HEADS,
+            HEAD_DIM,
+            BLOCK_N,
+            BLOCK_D,
+            KV_INT8,
+            DOT,
+        )
         # rows whose own split ends here, or whose keys end in these, fold it in and begin anew
         ends_M = ((split + 1) * SPLIT % length_M == 0) | (last_M < (split + 1) * SPLIT)
         part_m_M = tl.where(ends_M, m_M, -float("inf"))
@@ -150,7 +147,7 @@ def attend_prefills(
 ) -> None:
     """Fill the rows of `out` whose sequence has more than one query."""
     num_sequences = batch.context_S.shape[0]
-    num_tokens, q_heads, dim = q_TND.shape
+    num_tokens, q_heads, _ = q_TND.shape
     kv_heads = kv.spec.num_kv_heads
     group = q_heads // kv_heads
     block_m = power_of_two(group, blocks.block_m)
@@ -168,19 +165,5 @@ def attend_prefills(
         batch.block_table_SB.stride(0),
         scale / math.log(2),
         chunk_size,
-        KV_HEADS=kv_heads,
-        GROUP=group,
-        HEAD_DIM=dim,
-        BLOCK_SIZE=kv.spec.block_size,
-        BLOCK_M=block_m,
-        BLOCK_N=blocks.block_n,
-        BLOCK_D=power_of_two(dim, 16),
-        SPLIT=blocks.split,
-        MOST=blocks.most_splits,
-        CHUNKED=chunk_size > 0,
-        KV_INT8=kv.spec.dtype == torch.int8,
-        DOT=dot_type(kv.spec.dtype),
-        num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages,
-        **EXACT,
+        **options(kv.spec, group, blocks, chunk_size),
     )

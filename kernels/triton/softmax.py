@@ -10,8 +10,14 @@ Shape legend: M rows of a tile (queries times heads of a group), C keys of a til
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+
 import triton.language as tl
-from arriero.kernels.triton.launch import kernel
+from arriero.kernels.ops import KVCacheSpec
+from arriero.kernels.triton.launch import EXACT, dot_type, kernel, power_of_two
+from arriero.kernels.triton.tuning import AttentionBlocks
 
 _DOUBLINGS = tl.constexpr(16)
 
@@ -81,6 +87,61 @@ def attend_tile(
 
 
 @kernel
+def attend_keys(
+    q_MD: tl.tensor,
+    first_M: tl.tensor,
+    last_M: tl.tensor,
+    split: tl.tensor,
+    length: tl.tensor,
+    lowest: tl.tensor,
+    highest: tl.tensor,
+    table: tl.tensor,
+    cache: tl.tensor,
+    scales: tl.tensor,
+    kv_head: tl.tensor,
+    scale: tl.tensor,
+    m_M: tl.tensor,
+    l_M: tl.tensor,
+    acc_MD: tl.tensor,
+    BLOCK_SIZE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    KV_INT8: tl.constexpr,
+    DOT: tl.constexpr,
+) -> tl.tensor:
+    """Take the keys of split number `split` of those of `length`; see `attend_tile`."""
+    begin = tl.maximum(split * length, lowest // BLOCK_N * BLOCK_N)
+    end = tl.minimum((split + 1) * length, highest + 1)
+    for key in range(begin, end, BLOCK_N):
+        m_M, l_M, acc_MD = attend_tile(
+            q_MD,
+            first_M,
+            last_M,
+            key,
+            lowest,
+            highest,
+            table,
+            cache,
+            scales,
+            kv_head,
+            scale,
+            m_M,
+            l_M,
+            acc_MD,
+            BLOCK_SIZE,
+            KV_HEADS,
+            HEAD_DIM,
+            BLOCK_N,
+            BLOCK_D,
+            KV_INT8,
+            DOT,
+        )
+    return m_M, l_M, acc_MD
+
+
+@kernel
 def fold(
     m: tl.tensor,
     total: tl.tensor,
@@ -100,3 +161,33 @@ def fold(
 def quotient(acc: tl.tensor, total: tl.tensor) -> tl.tensor:
     """Weighted values over the sum of weights; 0 for a row that saw nothing."""
     return acc / tl.where(total > 0, total, 1.0)[:, None]
+
+
+def options(
+    kv: KVCacheSpec, group: int, blocks: AttentionBlocks, chunk_size: int
+) -> dict[str, Any]:
+    """What the attention kernels are compiled and launched with, all alike.
+
+    Args:
+        kv: of the cache.
+        group: query heads that share a key/value head.
+        blocks: sizes.
+        chunk_size: of chunk-local attention; 0 for none.
+    """
+    return {
+        "KV_HEADS": kv.num_kv_heads,
+        "GROUP": group,
+        "HEAD_DIM": kv.head_dim,
+        "BLOCK_SIZE": kv.block_size,
+        "BLOCK_M": power_of_two(group, blocks.block_m),
+        "BLOCK_N": blocks.block_n,
+        "BLOCK_D": power_of_two(kv.head_dim, 16),
+        "SPLIT": blocks.split,
+        "MOST": blocks.most_splits,
+        "CHUNKED": chunk_size > 0,
+        "KV_INT8": kv.dtype == torch.int8,
+        "DOT": dot_type(kv.dtype),
+        "num_warps": blocks.num_warps,
+        "num_stages": blocks.num_stages,
+        **EXACT,
+    }

@@ -6,14 +6,14 @@ Knows numbers measured elsewhere; refuses to measure.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from arriero.kernels.triton.launch import INTERPRETED
+from arriero.kernels.triton.launch import INTERPRETED, power_of_two
 
 FILE = Path(__file__).with_name("tuned.json")
 ANY = "*"
@@ -78,9 +78,14 @@ def product_blocks(
     name = _name(device)
     found = _find(name, "product", shape)
     if rows is not None and not INTERPRETED:
-        by_rows = found | _find_by_rows(name, shape, rows)
-        return ProductBlocks(**by_rows)
-    return ProductBlocks(**found)
+        found = found | _find_by_rows(name, shape, rows)
+    blocks = ProductBlocks(**found)
+    # no wider than the weights: of a router with 16 experts, 16 outputs
+    return replace(
+        blocks,
+        block_n=min(blocks.block_n, power_of_two(out_features, 16)),
+        block_k=min(blocks.block_k, power_of_two(in_features, 32)),
+    )
 
 
 def _find_by_rows(name: str, shape: str, rows: int) -> dict[str, Any]:

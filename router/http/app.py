@@ -6,9 +6,8 @@ call does is `Inference`'s, and how its JSON looks is said in `bodies` and `shap
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -35,7 +34,6 @@ log = logging.getLogger(__name__)
 STALLED_S = 60.0
 """A group that has work and finished no step for so long is not healthy."""
 _DONE = b"data: [DONE]\n\n"
-_ENCODER = json.JSONEncoder(separators=(",", ":"))  # `dumps` would make one for each event
 _EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The answer; with `stream`, server-sent events that end in `[DONE]`.",
@@ -161,23 +159,19 @@ async def _events(
             async for number, message in messages:
                 if message.HasField("usage"):
                     parts.append(message.usage)
-                events = shape.events(number, message)
+                events = shape.encoded(number, message)
                 if events:
-                    yield b"".join(map(_event, events))
+                    yield events
     except ArrieroError as error:
-        yield _event(errors.describe(error))
+        yield shapes.event(errors.describe(error))
         return
     except Exception:
         log.exception("request %s failed", request_id)
-        yield _event(errors.internal(request_id))
+        yield shapes.event(errors.internal(request_id))
         return
     if with_usage:
-        yield _event(shape.last(shapes.usage(*parts)))
+        yield shapes.event(shape.last(shapes.usage(*parts)))
     yield _DONE
-
-
-def _event(content: Mapping[str, Any]) -> bytes:
-    return b"data: " + _ENCODER.encode(content).encode() + b"\n\n"
 
 
 def _add_tokens(app: FastAPI, inference: Inference) -> None:

@@ -148,13 +148,23 @@ class Sampling(Body):
         return self
 
 
+class ImageUrl(Body):
+    """An image, in its URL."""
+
+    url: str = Field(description="data:image/…;base64,…: JPEG, PNG or WebP. None are fetched.")
+    detail: Literal["auto", "high"] | None = Field(
+        None, description="Images are always read in full."
+    )
+
+
 class ContentPart(BaseModel):
-    """A part of a message; parts of the type "text" are taken."""
+    """A part of a message; parts of the types "text" and "image_url" are taken."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
     type: str
     text: str | None = None
+    image_url: ImageUrl | None = Field(None, description="For models that read images.")
 
 
 class FunctionCall(Body):
@@ -176,7 +186,9 @@ class ChatMessage(Body):
     """One message of a conversation."""
 
     role: str = Field(description="system, developer, user, assistant or tool.")
-    content: str | list[ContentPart] | None = Field(None, description="Text, or parts of text.")
+    content: str | list[ContentPart] | None = Field(
+        None, description="Text, or parts: text and images."
+    )
     name: str | None = Field(None, description="The speaker's or the tool's name.")
     tool_calls: list[MessageToolCall] | None = Field(None, description="Calls made by it.")
     tool_call_id: str | None = Field(None, description='The call that a "tool" message answers.')

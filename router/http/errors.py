@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from arriero.shards.errors import (
 log = logging.getLogger(__name__)
 
 UNAVAILABLE_RETRY_S = 1
+_PART = re.compile(r"(messages\[\d+\])\.parts\[(\d+)\]")
 
 
 def install(app: FastAPI) -> None:
@@ -82,7 +84,8 @@ def describe(error: ArrieroError) -> dict[str, Any]:
     """The JSON that `error` is."""
     text = str(error)
     if isinstance(error, InvalidRequest):
-        return body(text, "invalid_request_error", param=error.field or None)
+        text, field = _as_sent(text), _as_sent(error.field)
+        return body(text, "invalid_request_error", param=field or None)
     if isinstance(error, NotFound):
         return body(text, "invalid_request_error", param="model", code="model_not_found")
     if isinstance(error, Unauthenticated):
@@ -92,6 +95,11 @@ def describe(error: ArrieroError) -> dict[str, Any]:
     if isinstance(error, Overloaded):
         return body(text, "rate_limit_error", code="rate_limit_exceeded")
     return body(text, "service_unavailable_error", code="unavailable")
+
+
+def _as_sent(text: str) -> str:
+    """`text` with a message's parts called as JSON calls them."""
+    return _PART.sub(r"\1.content[\2]", text).replace("].image", "].image_url")
 
 
 def body(

@@ -5,15 +5,53 @@ Knows the API's shapes; knows nothing of how they are sent.
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from json.encoder import encode_basestring_ascii
 from typing import Any
 
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.tokenizer import Tokenizer
 
 Json = dict[str, Any]
+
+_ENCODER = json.JSONEncoder(separators=(",", ":"))  # `dumps` would make one for each event
+
+
+def event(content: Mapping[str, Any]) -> bytes:
+    """A server-sent event."""
+    return b"data: " + _ENCODER.encode(content).encode() + b"\n\n"
+
+
+def _plain(output: pb.Output) -> bool:
+    """Whether it holds nothing but text."""
+    return not (
+        output.finish_reason or output.logprobs or output.tool_calls or output.truncated_tool_call
+    )
+
+
+class _TextEvents:
+    """Events that hold nothing but a piece of one sample's text: all but the first and last.
+
+    What is the same in each is encoded once.
+
+    Args:
+        head: of the chunks.
+        before, after: the choice's JSON around its index and around its text.
+    """
+
+    def __init__(self, head: Json, before: str, after: str) -> None:
+        self._head = f'data: {_ENCODER.encode(head)[:-1]},"choices":[{{"index":'
+        self._before = before
+        self._after = after + "]}\n\n"
+
+    def make(self, index: int, text: str) -> bytes:
+        """The event of a piece."""
+        said = encode_basestring_ascii(text)
+        return f"{self._head}{index}{self._before}{said}{self._after}".encode("ascii")
+
 
 _REASONS = {
     pb.FINISH_REASON_STOP: "stop",
@@ -51,6 +89,17 @@ class ChatShape:
             "model": model,
         }
         self._num_calls: dict[int, int] = {}
+        self._text = _TextEvents(
+            self._head, ',"delta":{"content":', '},"logprobs":null,"finish_reason":null}'
+        )
+
+    def encoded(self, number: int, message: pb.GenerateResponse) -> bytes:
+        """The same as `events`, as server-sent events."""
+        if len(message.outputs) == 1:
+            output = message.outputs[0]
+            if output.index in self._num_calls and output.text and _plain(output):
+                return self._text.make(output.index, output.text)
+        return b"".join(map(event, self.events(number, message)))
 
     def events(self, number: int, message: pb.GenerateResponse) -> list[Json]:
         """Chunks of a stream: one for each sample that `message` speaks of."""
@@ -176,6 +225,16 @@ class CompletionShape:
             "created": int(time.time()),
             "model": model,
         }
+        self._text = _TextEvents(self._head, ',"text":', ',"logprobs":null,"finish_reason":null}')
+
+    def encoded(self, number: int, message: pb.GenerateResponse) -> bytes:
+        """The same as `events`, as server-sent events."""
+        if len(message.outputs) == 1:
+            output = message.outputs[0]
+            index = number * self._n + output.index
+            if index in self._offsets and _plain(output):
+                return self._text.make(index, output.text)
+        return b"".join(map(event, self.events(number, message)))
 
     def events(self, number: int, message: pb.GenerateResponse) -> list[Json]:
         """Chunks of a stream: one for each sample that `message` speaks of."""

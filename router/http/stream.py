@@ -11,7 +11,7 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 from starlette.requests import Request
-from starlette.responses import StreamingResponse
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
@@ -24,22 +24,46 @@ class ClientGone(Exception):
     """The client closed the connection before it was answered."""
 
 
-class EventStream(StreamingResponse):
-    """Server-sent events; whatever ends the response closes `events`."""
+class EventStream(Response):
+    """Server-sent events; whatever ends the response closes `events`.
+
+    Sends each item as it comes, from the request's own task: the framework's streaming response
+    goes through a task group for each.
+    """
+
+    media_type = "text/event-stream"
 
     def __init__(self, events: AsyncGenerator[bytes]) -> None:
-        super().__init__(
-            events,
-            media_type="text/event-stream",
-            headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
-        )
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events."""
+        """Send the events, until they end or the client goes away."""
+        sending = asyncio.current_task()
+        assert sending is not None, "an ASGI application runs in a task"
+        gone = False
+
+        async def watch() -> None:
+            nonlocal gone
+            while (await receive())["type"] != "http.disconnect":
+                continue
+            gone = True
+            sending.cancel()
+
+        watching = asyncio.create_task(watch())
         try:
-            await super().__call__(scope, receive, send)
+            start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+            await send(start)
+            async for event in self._events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+            watching.cancel()  # what is said after the end concerns the next request
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except asyncio.CancelledError:
+            if not gone or sending.uncancel():
+                raise
         finally:
+            watching.cancel()
             await self._events.aclose()
 
 

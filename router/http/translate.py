@@ -12,6 +12,7 @@ from arriero.router.http.bodies import (
     ChatBody,
     ChatMessage,
     CompletionBody,
+    ContentPart,
     NamedTool,
     Sampling,
     TokenizeBody,
@@ -247,20 +248,10 @@ def _messages(messages: Sequence[ChatMessage]) -> list[pb.Message]:
 
 def _message(where: str, message: ChatMessage) -> pb.Message:
     content = message.content or ""
-    if not isinstance(content, str):
-        texts = []
-        for number, part in enumerate(content):
-            if part.type != "text" or part.text is None or part.model_extra:
-                raise InvalidRequest(
-                    f"{where}.content[{number}]",
-                    f'`{where}.content[{number}]` of type "{part.type[:64]}" is not supported; '
-                    'give {"type": "text", "text": …}',
-                )
-            texts.append(part.text)
-        content = "".join(texts)
     return pb.Message(
         role=_text(f"{where}.role", message.role),
-        content=_text(f"{where}.content", content),
+        content=_text(f"{where}.content", content) if isinstance(content, str) else "",
+        parts=() if isinstance(content, str) else _parts(where, content),
         name=_text(f"{where}.name", message.name or ""),
         tool_call_id=_text(f"{where}.tool_call_id", message.tool_call_id or ""),
         tool_calls=[
@@ -272,6 +263,25 @@ def _message(where: str, message: ChatMessage) -> pb.Message:
             for call in message.tool_calls or ()
         ],
     )
+
+
+def _parts(where: str, content: Sequence[ContentPart]) -> list[pb.ContentPart]:
+    parts = []
+    for number, part in enumerate(content):
+        field = f"{where}.content[{number}]"
+        given = {name for name in ("text", "image_url") if getattr(part, name) is not None}
+        if part.type not in ("text", "image_url") or given != {part.type} or part.model_extra:
+            raise InvalidRequest(
+                field,
+                f'`{field}` of type "{part.type[:64]}" is not supported; give '
+                '{"type": "text", "text": …} or {"type": "image_url", "image_url": {"url": …}}',
+            )
+        if part.image_url is not None:
+            image = pb.Image(url=_text(f"{field}.image_url.url", part.image_url.url))
+            parts.append(pb.ContentPart(image=image))
+        else:
+            parts.append(pb.ContentPart(text=_text(field, part.text or "")))
+    return parts
 
 
 def _tools(tools: Sequence[Tool]) -> list[pb.Tool]:

@@ -20,6 +20,8 @@ from arriero.shards.errors import Overloaded
 
 FIRST_GUESS_OUTPUT = 128
 """Output tokens that a sample is expected to give, before any has ended."""
+_MEAN_WEIGHT = 0.2
+"""Of the latest request in the mean of its tenant's; a new tenant begins with everybody's."""
 _SERVED_HALF_LIFE_S = 5.0
 _RATE_KNOWN_S = 0.5
 """Service must have been watched for so long before waits are estimated from it."""
@@ -38,7 +40,8 @@ class Ticket:
         deadline_s: when the caller will be gone, on the clock; None for never.
         cost: what it is expected to take.
         arrived_s: when it came.
-        charged: cost that its tenant's counter was charged so far.
+        num_output: output tokens so far.
+        due: cost of the output that is still expected.
         begun: it has begun.
         refusal: why it was refused while it waited.
         left: it has ended.
@@ -52,7 +55,8 @@ class Ticket:
     deadline_s: float | None = None
     cost: float = 0.0
     arrived_s: float = 0.0
-    charged: float = 0.0
+    num_output: int = 0
+    due: float = 0.0
     begun: bool = False
     refusal: Overloaded | None = None
     left: bool = False
@@ -60,8 +64,9 @@ class Ticket:
 
 @dataclass(slots=True)
 class _Usage:
-    """What a tenant takes now."""
+    """What a tenant takes now, and the output tokens of a sample in its latest requests."""
 
+    mean_output: float
     running: int = 0
     requests: Bucket | None = None
     tokens: Bucket | None = None
@@ -114,8 +119,8 @@ class Admission:
         usage = self._usage_of(tenant, now_s)
         self._check_rates(tenant, usage, ticket, now_s)
         ticket.arrived_s = now_s
-        expected = min(float(ticket.max_output), self._mean_output * ticket.num_sequences)
-        ticket.cost = PROMPT_COST * ticket.num_prompt + OUTPUT_COST * expected
+        output = _expected_output(ticket, usage)
+        ticket.cost = PROMPT_COST * ticket.num_prompt + OUTPUT_COST * output
         if tenant.max_queued is not None and self._queue.waiting(tenant.name) >= tenant.max_queued:
             raise Overloaded(
                 f"tenant {tenant.name!r} has {tenant.max_queued} requests waiting, which is its "
@@ -160,15 +165,20 @@ class Admission:
             if ticket is None:
                 break
             ticket.begun = True
-            self._usage[ticket.tenant.name].running += 1
+            usage = self._usage[ticket.tenant.name]
+            usage.running += 1
             self._sequences += ticket.num_sequences
             self._charge(ticket, PROMPT_COST * ticket.num_prompt, now_s)
+            self._expect(ticket, OUTPUT_COST * _expected_output(ticket, usage))
             begun.append(ticket)
         return begun
 
     def used(self, ticket: Ticket, num_tokens: int, now_s: float) -> None:
         """Count output tokens of a request that has begun."""
-        self._charge(ticket, OUTPUT_COST * num_tokens, now_s)
+        cost = OUTPUT_COST * num_tokens
+        ticket.num_output += num_tokens
+        self._charge(ticket, cost, now_s)
+        self._expect(ticket, max(0.0, ticket.due - cost))
         tokens = self._usage[ticket.tenant.name].tokens
         if tokens is not None:
             tokens.take(num_tokens, now_s)
@@ -179,12 +189,15 @@ class Admission:
             return
         ticket.left = True
         if ticket.begun:
-            self._usage[ticket.tenant.name].running -= 1
+            usage = self._usage[ticket.tenant.name]
+            usage.running -= 1
             self._sequences -= ticket.num_sequences
             if not self._sequences and not len(self._queue):
                 self._served.pause(now_s)
-            output = (ticket.charged - PROMPT_COST * ticket.num_prompt) / OUTPUT_COST
-            self._mean_output += 0.05 * (output / ticket.num_sequences - self._mean_output)
+            self._expect(ticket, 0.0)
+            output = ticket.num_output / ticket.num_sequences
+            usage.mean_output += _MEAN_WEIGHT * (output - usage.mean_output)
+            self._mean_output += _MEAN_WEIGHT / 4 * (output - self._mean_output)
         elif ticket.refusal is None:
             self._queue.remove(ticket.tenant.name, ticket)
             self._give_back(ticket, now_s)
@@ -201,6 +214,7 @@ class Admission:
         if usage is None:
             requests, tokens = tenant.requests_per_minute, tenant.tokens_per_minute
             usage = self._usage[tenant.name] = _Usage(
+                mean_output=self._mean_output,
                 requests=None if requests is None else Bucket(requests, now_s),
                 tokens=None if tokens is None else Bucket(tokens, now_s),
             )
@@ -238,8 +252,11 @@ class Admission:
     def _wait_s(self, cost: float) -> float:
         return cost / rate if (rate := self._served.per_s()) else 0.0
 
+    def _expect(self, ticket: Ticket, due: float) -> None:
+        self._queue.expect(ticket.tenant, due - ticket.due)
+        ticket.due = due
+
     def _charge(self, ticket: Ticket, cost: float, now_s: float) -> None:
-        ticket.charged += cost
         self._queue.charge(ticket.tenant, cost)
         self._served.add(cost, now_s)
 
@@ -247,6 +264,11 @@ class Admission:
         usage = self._usage[ticket.tenant.name]
         if usage.tokens is not None:
             usage.tokens.take(-ticket.num_prompt, now_s)
+
+
+def _expected_output(ticket: Ticket, usage: _Usage) -> float:
+    """Output tokens of a request, by what its tenant's latest gave."""
+    return min(float(ticket.max_output), usage.mean_output * ticket.num_sequences)
 
 
 @dataclass(slots=True)

@@ -2,12 +2,15 @@
 
 After Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024): every tenant has a
 counter of the tokens it was served, output tokens counting more than prompt tokens, divided by its
-weight. The tenant with the lowest counter goes next. A tenant that comes back from having nothing
-waiting is lifted to the lowest counter of those that wait, so that idleness earns no credit: among
-tenants that keep waiting, service differs by a bounded number of tokens, whatever each sends.
+weight. The tenant goes next whose counter, with what its running requests are still expected to
+take, is the lowest (the paper's variant with length prediction). By the counter alone, a tenant
+would be given all the places that become free at once before it had paid for the first of them, and
+shares would be even only over many sets of places.
 
-Counters are charged as tokens come out, for nobody knows beforehand how many there will be; what
-was charged is right afterwards. Tenants of a lower priority number go first, always.
+A tenant that comes back from having nothing waiting is lifted to the lowest counter of those that
+wait, so that idleness earns no credit: among tenants that keep waiting, service differs by a
+bounded number of tokens, whatever each sends. What was expected and did not come counts for nothing
+afterwards. Tenants of a lower priority number go first, always.
 
 Knows tenants, costs and items; knows nothing of clocks, limits or requests.
 """
@@ -29,11 +32,12 @@ PROMPT_COST, OUTPUT_COST = 1.0, 2.0
 
 @dataclass(slots=True)
 class _Line(Generic[T]):
-    """A tenant's items, and its counter."""
+    """A tenant's items, its counter, and what its running requests are still expected to take."""
 
     weight: float
     priority: int
     counter: float = 0.0
+    expected: float = 0.0
     # (priority among its own, arrival, cost, item)
     items: list[tuple[int, int, float, T]] = field(default_factory=list)
     cost: float = 0.0
@@ -103,8 +107,14 @@ class FairQueue(Generic[T]):
         line = max(self._lines.values(), key=lambda line: line.cost / line.weight)
         return self._take(line, len(line.items) - 1)
 
+    def expect(self, tenant: Tenant, cost: float) -> None:
+        """Count what a tenant's running requests are expected to take; negative, when they did."""
+        line = self._lines.get(tenant.name)
+        if line is not None:
+            line.expected += cost / line.weight
+
     def charge(self, tenant: Tenant, cost: float) -> None:
-        """Count service that a tenant was given (or, when negative, was not after all)."""
+        """Count service that a tenant was given."""
         line = self._lines.get(tenant.name)
         if line is not None:
             line.counter += cost / line.weight
@@ -140,7 +150,7 @@ class FairQueue(Generic[T]):
 
     def _order(self) -> list[str]:
         waiting = [(line, name) for name, line in self._lines.items() if line.items]
-        waiting.sort(key=lambda one: (one[0].priority, one[0].counter, one[1]))
+        waiting.sort(key=lambda one: (one[0].priority, one[0].counter + one[0].expected, one[1]))
         return [name for _, name in waiting]
 
     def _lift(self, line: _Line[T]) -> None:

@@ -23,8 +23,9 @@ import torch
 from arriero.shards.checkpoint.gguf_config import ROPE_FACTORS, build_configs
 from arriero.shards.checkpoint.gguf_header import GgufFile, GgufTensor, read_gguf
 from arriero.shards.checkpoint.gguf_tokenizer import build_tokenizer
+from arriero.shards.checkpoint.index import SINGLE_FILE
 from arriero.shards.checkpoint.llama_names import EMBEDDING, FINAL_NORM, HEAD, expected_tensors
-from arriero.shards.checkpoint.reader import SINGLE_FILE, Checkpoint
+from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.checkpoint.safetensors_header import make_header
 from arriero.shards.errors import CheckpointError
 from arriero.shards.models.config import TORCH_DTYPES, ModelConfig

@@ -173,7 +173,7 @@ class _Quantizer:
         shape = torch.tensor([weight.out_features, weight.in_features])
         scales = weight.scales.to(self._dtype)
         if weight.kind == "int8":
-            levels = weight.data.view(torch.uint8) ^ 0x80  # plus 128
+            levels = (weight.data.view(torch.uint8) ^ 0x80).contiguous()  # plus 128
             return {
                 "weight_packed": levels.view(torch.int32),
                 "weight_scale": scales,

@@ -13,10 +13,9 @@ import mmap
 import os
 import sys
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,17 +23,21 @@ from torch import Tensor
 from arriero.shards.checkpoint.formats.describe import describe
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
 from arriero.shards.checkpoint.formats.stored import AnyModel, tensors_due
+from arriero.shards.checkpoint.index import (
+    INDEX_FILE,
+    PICKLES,
+    SINGLE_FILE,
+    first_of,
+    pickle_words,
+    weight_map,
+)
 from arriero.shards.checkpoint.json_file import read_json_object
 from arriero.shards.checkpoint.llama_names import EMBEDDING, HEAD
 from arriero.shards.checkpoint.safetensors_header import DTYPES, StoredTensor, read_header
 from arriero.shards.errors import CheckpointError
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-_PICKLES = {".bin", ".pth", ".pt", ".ckpt", ".pkl"}
 # Linux's value: Python's mmap module does not name it before 3.13
 _MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
 _SAMPLE_BYTES = 1024
@@ -326,53 +329,13 @@ def _stored(folder: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def weight_map(index: Path) -> dict[str, str]:
-    """File name of each tensor, from an index; only plain names of safetensors files."""
-    placed = read_json_object(index).get("weight_map")
-    if not isinstance(placed, dict) or not placed:
-        raise CheckpointError(f"{index}: `weight_map` must be an object from tensor to file name")
-    for name, file_name in placed.items():
-        _check_file_name(index, name, file_name)
-    return placed
-
-
-def _check_file_name(index: Path, name: str, file_name: Any) -> None:  # noqa: ANN401
-    """Only plain names: a path in an index could reach any file of the machine."""
-    plain = (
-        isinstance(file_name, str)
-        and PurePosixPath(file_name).name == file_name
-        and "\\" not in file_name
-        and "\0" not in file_name
-    )
-    if not plain:
-        raise CheckpointError(
-            f"{index}: tensor {name[:200]!r}: {str(file_name)[:200]!r} is not a plain file name"
-        )
-    suffix = PurePosixPath(file_name).suffix
-    if suffix in _PICKLES:
-        raise CheckpointError(f"{index}: tensor {name[:200]!r}: {_pickle([file_name])}")
-    if suffix != ".safetensors":
-        raise CheckpointError(
-            f"{index}: tensor {name[:200]!r}: {file_name[:200]!r} does not end in .safetensors"
-        )
-
-
 def _no_weights(folder: Path) -> CheckpointError:
     wanted = f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}"
     names = sorted(one.name for one in folder.iterdir())
-    pickles = [name for name in names if Path(name).suffix in _PICKLES]
+    pickles = [name for name in names if Path(name).suffix in PICKLES]
     loose = [name for name in names if Path(name).suffix in (".safetensors", ".gguf")]
     if pickles:
-        return CheckpointError(f"{wanted}: {_pickle(pickles)}")
+        return CheckpointError(f"{wanted}: {pickle_words(pickles)}")
     if loose:
-        return CheckpointError(f"{wanted}, only {_first(loose)}")
+        return CheckpointError(f"{wanted}, only {first_of(loose)}")
     return CheckpointError(f"{wanted}; fetch the weights")
-
-
-def _pickle(names: list[str]) -> str:
-    return f"{_first(names)}: a pickle, which could run code; convert it to safetensors"
-
-
-def _first(names: Iterable[str]) -> str:
-    listed = list(names)
-    return listed[0][:200] + (f" and {len(listed) - 1} more" if len(listed) > 1 else "")

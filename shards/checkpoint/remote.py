@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arriero.shards.checkpoint.cache import cache_folder
-from arriero.shards.checkpoint.reader import INDEX_FILE, SINGLE_FILE, weight_map
+from arriero.shards.checkpoint.index import INDEX_FILE, SINGLE_FILE, weight_map
 from arriero.shards.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def is_url(where: str) -> bool:
     return "://" in where
 
 
-def local_folder(where: str, progress: CopyProgress | None = None) -> Path:
+def local_folder(where: str, progress: CopyProgress | None = None, *, weights: bool = True) -> Path:
     """The folder on this machine that `where` names, copied to the cache first if it is a URL.
 
     Several processes may ask at once: one copies, the others wait.
@@ -60,6 +60,7 @@ def local_folder(where: str, progress: CopyProgress | None = None) -> Path:
     Args:
         where: a path, or a URL whose scheme fsspec knows ("file", "http", "s3", "gs"...).
         progress: told of what is copied.
+        weights: whether they are wanted; without them config, tokenizer and index come alone.
 
     Raises:
         CheckpointError: an unknown scheme, a file that is missing, or a copy that failed.
@@ -80,7 +81,7 @@ def local_folder(where: str, progress: CopyProgress | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder.with_name(f".{folder.name}.lock")):
         try:
-            _Copy(filesystem, root.rstrip("/"), folder, where, progress).run()
+            _Copy(filesystem, root.rstrip("/"), folder, where, progress).run(weights)
         except (OSError, ValueError) as error:  # what filesystems raise has no common base
             raise CheckpointError(f"{where}: cannot be copied: {error}") from None
     return folder
@@ -103,7 +104,7 @@ class _Copy:
         self._lock = threading.Lock()
         self._done = self._total = 0
 
-    def run(self) -> None:
+    def run(self, with_weights: bool) -> None:
         """Copy what is missing or has changed."""
         file = self._folder / _STATE
         if file.is_file():
@@ -112,6 +113,8 @@ class _Copy:
         if "config.json" not in small:
             raise CheckpointError(f"{self._where}/config.json: missing; a model folder holds one")
         self._fetch(small)
+        if not with_weights:
+            return
         weights = [SINGLE_FILE]
         if INDEX_FILE in small:
             weights = sorted(set(weight_map(self._folder / INDEX_FILE).values()))

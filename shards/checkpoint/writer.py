@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from arriero.shards.checkpoint.reader import INDEX_FILE
+from arriero.shards.checkpoint.index import INDEX_FILE
 from arriero.shards.checkpoint.safetensors_header import make_header
 from arriero.shards.errors import CheckpointError
 

@@ -42,12 +42,28 @@ _COLUMNS = (
     "positions",
     "contexts",
     "cache_slots",
+    "local_positions",
+    "local_contexts",
+    "local_cache_slots",
     "top_k",
     "temperature",
     "top_p",
     "min_p",
 )
 """Of four bytes each."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalDecode:
+    """The same step as chunk-local layers see it: see `FlatBatch.local`.
+
+    Attributes:
+        positions: counted from each sequence's frame, [S].
+        table: int32 [S, B], of the frame.
+    """
+
+    positions: Ints
+    table: Ints
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +78,7 @@ class DecodeBatch:
         temperature, top_p, min_p: float32.
         top_k: int32.
         seed: int64.
+        local: where chunk-local layers have a cache of their own.
     """
 
     tokens: Ints
@@ -73,6 +90,7 @@ class DecodeBatch:
     top_p: Floats
     min_p: Floats
     seed: npt.NDArray[np.int64]
+    local: LocalDecode | None = None
 
 
 class DecodeInputs:
@@ -92,6 +110,8 @@ class DecodeInputs:
         block_size: int,
         scratch_block: int,
         scratch_slot: int,
+        max_local_blocks: int = 0,
+        local_scratch_block: int = 0,
     ) -> None:
         """Allocate.
 
@@ -103,13 +123,17 @@ class DecodeInputs:
             block_size: slots in a block.
             scratch_block: the KV block that padding rows write to.
             scratch_slot: the sequence slot whose last token they overwrite.
+            max_local_blocks: of a chunk-local table; 0 where no layer has a cache of its own.
+            local_scratch_block: as `scratch_block`, in that cache.
         """
-        self.max_blocks = max_blocks
+        self.max_blocks, self.max_local_blocks = max_blocks, max_local_blocks
+        self._width = max_blocks + max_local_blocks
+        self._local_scratch_block = local_scratch_block
         self._device, self._block_size = device, block_size
         self._scratch_block, self._scratch_slot = scratch_block, scratch_slot
         self._columns = {name: i for i, name in enumerate(_COLUMNS)}
         self._most = most
-        words = self._tables + most * max_blocks
+        words = self._tables + most * self._width
         self._words = torch.zeros(words, dtype=torch.int32, device=where)
         self.starts_S1 = torch.arange(most + 1, dtype=torch.int32, device=where)
         self._host = [device.host((words,), torch.int32) for _ in range(2)]
@@ -119,17 +143,19 @@ class DecodeInputs:
     def fill_padding(self, bucket: int) -> None:
         """Queue a batch of nothing but padding: what a capture may run on, any number of times."""
         nothing, no_floats = np.empty(0, np.int32), np.empty(0, np.float32)
+        no_table = np.empty((0, 1), np.int32)
         self.fill(
             DecodeBatch(
                 tokens=nothing,
                 slots=nothing,
                 positions=nothing,
-                table=np.empty((0, 1), np.int32),
+                table=no_table,
                 temperature=no_floats,
                 top_k=nothing,
                 top_p=no_floats,
                 min_p=no_floats,
                 seed=np.empty(0, np.int64),
+                local=LocalDecode(positions=nothing, table=no_table),
             ),
             bucket,
         )
@@ -147,15 +173,13 @@ class DecodeInputs:
             copied.synchronize()
         host = self._host[self._turn]
         words = host.numpy()
-        block = batch.table[np.arange(count), batch.positions // self._block_size]
-        offset = batch.positions % self._block_size
         values: dict[str, tuple[npt.NDArray[np.generic], float]] = {
             "tokens": (batch.tokens, 0),
             "slots": (batch.slots, self._scratch_slot),
             "positions": (batch.positions, 0),
             "contexts": (batch.positions + 1, 1),
             "cache_slots": (
-                block * self._block_size + offset,
+                self._cache_slots(batch.table, batch.positions),
                 self._scratch_block * self._block_size,
             ),
             "top_k": (batch.top_k, 0),
@@ -163,6 +187,16 @@ class DecodeInputs:
             "top_p": (batch.top_p, 1),
             "min_p": (batch.min_p, 0),
         }
+        local = batch.local if self.max_local_blocks else None
+        if local is not None:
+            values |= {
+                "local_positions": (local.positions, 0),
+                "local_contexts": (local.positions + 1, 1),
+                "local_cache_slots": (
+                    self._cache_slots(local.table, local.positions),
+                    self._local_scratch_block * self._block_size,
+                ),
+            }
         for name, (array, padding) in values.items():
             first = self._columns[name] * self._most
             column = words[first : first + bucket].view(array.dtype)
@@ -172,12 +206,21 @@ class DecodeInputs:
         longs[0, :count], longs[0, count:bucket] = batch.seed, 0
         longs[1, :count], longs[1, count:bucket] = batch.positions + 1, 0
         first = self._tables
-        table = words[first : first + bucket * self.max_blocks].reshape(bucket, -1)
-        table[:count, : batch.table.shape[1]] = batch.table
-        table[count:, 0] = self._scratch_block
-        stop = first + bucket * self.max_blocks
+        stop = first + bucket * self._width
+        rows = words[first:stop].reshape(bucket, self._width)
+        rows[:count, : batch.table.shape[1]] = batch.table
+        rows[count:, 0] = self._scratch_block
+        if local is not None:
+            at = self.max_blocks
+            rows[:count, at : at + local.table.shape[1]] = local.table
+            rows[count:, at] = self._local_scratch_block
         self._words[:stop].copy_(host[:stop], non_blocking=True)
         self._copied[self._turn] = self._device.mark()
+
+    def _cache_slots(self, table: Ints, positions: Ints) -> Ints:
+        block, offset = np.divmod(positions, self._block_size)
+        found: Ints = table[np.arange(len(positions)), block] * self._block_size + offset
+        return found
 
     def ints(self, name: str, bucket: int) -> Tensor:
         """A column of the first `bucket` rows, int32 [S]."""
@@ -186,8 +229,16 @@ class DecodeInputs:
 
     def table(self, bucket: int) -> Tensor:
         """Block tables, int32 [S, B]."""
+        return self._rows(bucket)[:, : self.max_blocks]
+
+    def local_table(self, bucket: int) -> Tensor:
+        """Those of chunk-local layers."""
+        return self._rows(bucket)[:, self.max_blocks :]
+
+    def _rows(self, bucket: int) -> Tensor:
+        """Each sequence's tables, side by side."""
         first = self._tables
-        return self._words[first : first + bucket * self.max_blocks].view(bucket, -1)
+        return self._words[first : first + bucket * self._width].view(bucket, self._width)
 
     def sampling_rows(self, bucket: int, *, all_greedy: bool) -> SamplingRows:
         """Sampling parameters, with no optional field."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -106,7 +106,7 @@ class CudaRunner(Runner):
         assert isinstance(self._table, DeviceSequenceTable), "of this runner's table type"
         where = self.mesh.device
         self._slots: DeviceSequenceTable = self._table
-        self._max_context = config.max_model_len
+        self._max_context, self._block_size = config.max_model_len, config.block_size
         self._device = CudaDevice(where) if device is None else device
         self._check_memory()
         self._inputs = DecodeInputs(
@@ -117,12 +117,13 @@ class CudaRunner(Runner):
             block_size=config.block_size,
             scratch_block=config.num_blocks,
             scratch_slot=self._slots.scratch_slot,
+            max_local_blocks=self._slots.max_local_blocks,
+            local_scratch_block=config.num_local_blocks or 0,
         )
         self._drawn_S = torch.zeros(config.max_sequences, dtype=torch.int32, device=where)
-        # a group of several ranks speaks between its ops, which graphs do not hold yet; nor do
-        # they hold the tables of chunk-local layers
+        # a group of several ranks speaks between its ops, which graphs do not hold yet
         self._graphs: GraphRunner | None = None
-        if config.world_size == 1 and not config.num_local_blocks:
+        if config.world_size == 1:
             self._graphs = GraphRunner(self._device, buckets_up_to(config.max_sequences))
 
     def fence(self) -> Event:
@@ -191,6 +192,16 @@ class CudaRunner(Runner):
                 max_query=1,
                 max_context=self._max_context,
             )
+            if inputs.max_local_blocks:
+                local = replace(
+                    batch,
+                    positions_T=inputs.ints("local_positions", bucket),
+                    context_S=inputs.ints("local_contexts", bucket),
+                    block_table_SB=inputs.local_table(bucket),
+                    slots_T=inputs.ints("local_cache_slots", bucket),
+                    max_context=inputs.max_local_blocks * self._block_size,
+                )
+                batch = replace(batch, local=local)
             x_SH = model.decoder(model.embed(tokens_S), batch)
             rows = inputs.sampling_rows(bucket, all_greedy=all_greedy)
             drawn_S = self._ops.sample(model.logits(x_SH), rows).tokens_R

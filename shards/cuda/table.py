@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from arriero.kernels.ops import FlatBatch
-from arriero.shards.cuda.graphs import DecodeBatch
+from arriero.shards.cuda.graphs import DecodeBatch, LocalDecode
 from arriero.shards.grammar import GrammarRows
 from arriero.shards.plan import LAST_SAMPLED, Int32, NewSequence, StepPlan
 from arriero.shards.sampling import SamplingParams
@@ -94,6 +94,10 @@ class DeviceSequenceTable(SequenceTable):
         """A plain plan's inputs on the host."""
         slots, positions = plan.slots, plan.starts
         blocks = int(positions.max()) // self._block_size + 1
+        local = None
+        if self._local is not None:
+            base, table = self._local.frame(slots, positions, positions + 1)
+            local = LocalDecode(positions=positions - base, table=table)
         return DecodeBatch(
             tokens=plan.tokens,
             slots=slots,
@@ -104,7 +108,13 @@ class DeviceSequenceTable(SequenceTable):
             top_p=self._top_p[slots],
             min_p=self._min_p[slots],
             seed=self._seed[slots],
+            local=local,
         )
+
+    @property
+    def max_local_blocks(self) -> int:
+        """Blocks of a decode's chunk-local table at most; 0 where there is none."""
+        return 0 if self._local is None else self._local.frame_blocks
 
     def record_on_device(self, plan: StepPlan, tokens_R: Tensor) -> None:
         """Keep the tokens that the step's sequences drew, without looking at them."""

@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from arriero.shards.errors import InvalidRequest
 from arriero.shards.images.layout import Grid, grid_of
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 
@@ -51,8 +50,14 @@ def measure(data: bytes, limits: ImageLimits, field: str = "image") -> tuple[int
     Raises:
         InvalidRequest: no image of a format that is read, or too large.
     """
-    width, height = _open(data, limits, field).size
-    return height, width
+    opened = _open(data, limits, field)
+    width, height = opened.size
+    return (width, height) if _orientation(opened) >= 5 else (height, width)
+
+
+def check_decodes(data: bytes, limits: ImageLimits, field: str = "image") -> None:
+    """Raise `InvalidRequest` unless an image file can be decoded to its last pixel."""
+    _decoded(data, limits, field)
 
 
 def tiles_of(
@@ -71,13 +76,10 @@ def tiles_of(
     Raises:
         InvalidRequest: no image of a format that is read, too large, or broken.
     """
+    import torch  # here, since a gateway only looks at files
     from PIL import Image
 
-    opened = _open(data, limits, field)
-    try:
-        image = opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError, MemoryError) as error:
-        raise InvalidRequest(field, f"`{field}` cannot be decoded: {error}") from None
+    image = _decoded(data, limits, field)
     grid = grid_of(image.height, image.width, tile)
     bilinear = Image.Resampling.BILINEAR
     canvas = np.zeros((grid.rows * tile, grid.columns * tile, 3), dtype=np.uint8)
@@ -90,6 +92,44 @@ def tiles_of(
         tiles.append(whole.transpose(2, 0, 1)[None])
     pixels = torch.from_numpy(np.concatenate(tiles)).float()
     return grid, pixels / 127.5 - 1.0
+
+
+def _decoded(data: bytes, limits: ImageLimits, field: str) -> Image.Image:
+    from PIL import Image
+
+    turns = Image.Transpose
+    upright = {
+        2: turns.FLIP_LEFT_RIGHT,
+        3: turns.ROTATE_180,
+        4: turns.FLIP_TOP_BOTTOM,
+        5: turns.TRANSPOSE,
+        6: turns.ROTATE_270,
+        7: turns.TRANSVERSE,
+        8: turns.ROTATE_90,
+    }
+    opened = _open(data, limits, field)
+    turn = upright.get(_orientation(opened))
+    try:
+        image = opened.convert("RGB")
+        return image if turn is None else image.transpose(turn)
+    except (OSError, ValueError, SyntaxError, MemoryError) as error:
+        raise InvalidRequest(field, f"`{field}` cannot be decoded: {error}") from None
+
+
+def _orientation(opened: Image.Image) -> int:
+    """How a camera was held, as EXIF says it: 1 upright; from 5 on, height and width change places.
+
+    Of JPEG and WebP alone: to tell it of a PNG file its pixels would be decoded.
+    """
+    if opened.format == "PNG":
+        return 1
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = opened.getexif().get(0x0112, 1)
+    except Exception:  # whatever a broken EXIF block makes Pillow raise; the image may be well
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
 def _open(data: bytes, limits: ImageLimits, field: str) -> Image.Image:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from arriero.kernels.ops import FlatBatch, KVCache, Ops
+from arriero.kernels.wire import Wire
 from arriero.shards.checkpoint.formats.stored import AnyPart
 from arriero.shards.checkpoint.reader import Checkpoint
-from arriero.shards.experts import Loads, Wire
+from arriero.shards.experts import Loads
 from arriero.shards.kv.moves import Pool
 from arriero.shards.mesh import Mesh
 from arriero.shards.models.llama import LlamaSlice
@@ -99,7 +100,7 @@ def load_slice(
         num_blocks: KV blocks of the layers that see everything.
         num_local_blocks: of those that attend within their chunk.
         block_size: tokens in a block.
-        offload_layers: how many of the last layers stay mapped from disk; of a dense Llama.
+        offload_layers: how many of the last layers (Llama 4: their experts) stay mapped from disk.
         offload_folder: where to, or None for the system's folder for temporary files.
         wire: how rows travel to experts on other ranks; None: as the weights are.
         placement: of the experts over the ranks of a stage; None where they are not exchanged.
@@ -117,6 +118,8 @@ def load_slice(
             num_blocks=num_blocks,
             num_local_blocks=num_local_blocks,
             block_size=block_size,
+            offload_layers=offload_layers,
+            offload_folder=offload_folder,
             placement=placement,
             wire=wire,
             progress=progress,

@@ -11,8 +11,11 @@ E experts, F columns of an expert.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,9 +30,10 @@ from arriero.kernels.ops import (
     MoELayer,
     Ops,
 )
+from arriero.kernels.wire import Wire
 from arriero.shards.checkpoint.formats.stored import tensors_due
 from arriero.shards.checkpoint.reader import Checkpoint, TensorFolder
-from arriero.shards.experts import ExpertParallel, Loads, Wire
+from arriero.shards.experts import ExpertParallel, Loads
 from arriero.shards.kv.moves import Pool
 from arriero.shards.mesh import Mesh
 from arriero.shards.models.llama import EMBEDDING, HEAD, NORM
@@ -60,6 +64,8 @@ class Llama4Slice:
         num_blocks: int,
         num_local_blocks: int,
         block_size: int,
+        offload_layers: int = 0,
+        offload_folder: Path | None = None,
         placement: Placement | None = None,
         wire: Wire | None = None,
         progress: Progress = lambda done, total: None,
@@ -76,6 +82,8 @@ class Llama4Slice:
             num_blocks: KV blocks of the layers that see everything.
             num_local_blocks: of those that attend within their chunk.
             block_size: tokens in a block.
+            offload_layers: the routed experts of the last so many layers stay mapped from disk.
+            offload_folder: where; None is the system's folder for temporary files.
             placement: of the experts over the ranks of a stage; None where each rank serves its
                 own by the sum of all ranks' outputs.
             wire: how rows travel to experts on other ranks; None: as the weights are.
@@ -86,11 +94,18 @@ class Llama4Slice:
         self.config, self.ops, self.mesh, self.dtype = config, ops, mesh, dtype
         path, scheme = checkpoint.path, checkpoint.scheme  # the folder would keep its files mapped
 
+        first_out = part.layers.stop - offload_layers
+        folder = offload_folder or Path(tempfile.gettempdir())
+
+        def held_of(layer: int) -> AbstractContextManager[None]:
+            return ops.offloading(folder) if layer >= first_out else nullcontext()
+
         def expert(layer: int, expert: int) -> tuple[Linear, Linear]:
             loader = Loader(
                 TensorFolder.of(path), scheme, (), part, ops, dtype=dtype, quantization=quantization
             )
-            return loader.expert(f"{self._name(layer)}{_EXPERTS}", expert, part.expert_columns)
+            with held_of(layer):
+                return loader.expert(f"{self._name(layer)}{_EXPERTS}", expert, part.expert_columns)
 
         self._read_expert = expert
         self._prefix = "" if config.vision is None else "language_model."
@@ -118,7 +133,7 @@ class Llama4Slice:
             quantization=quantization,
             progress=progress,
         ) as loader:
-            self._load(loader, part, held)
+            self._load(loader, part, held, held_of)
         local = sum(layer.style.chunk_size > 0 for layer in self._layers)
 
         def cache(num_layers: int, num_blocks: int) -> KVCache | None:
@@ -142,15 +157,22 @@ class Llama4Slice:
         self._placement = placement
         self.decoder = self._make_decoder()
 
-    def _load(self, loader: Loader, part: MoEPart, experts: Sequence[int]) -> None:
+    def _load(
+        self,
+        loader: Loader,
+        part: MoEPart,
+        experts: Sequence[int],
+        held_of: Callable[[int], AbstractContextManager[None]],
+    ) -> None:
         config, prefix = self.config, self._prefix
         self._layers: list[DenseLayer] = []
         for index in range(part.layers.start, part.layers.stop):
             layer = _layer(loader, config, part, index, self._name(index))
             if config.routes(index):
-                layer = _with_experts(
-                    loader, config, part, layer, index, self._name(index), experts
-                )
+                name, columns = self._name(index), part.expert_columns
+                with held_of(index):
+                    pairs = [loader.expert(f"{name}{_EXPERTS}", one, columns) for one in experts]
+                layer = _with_experts(loader, config, part, layer, index, name, pairs)
             self._layers.append(layer)
             loader.finished(index)
         tied, table = config.tie_word_embeddings, f"{prefix}{EMBEDDING}"
@@ -308,10 +330,9 @@ def _with_experts(
     layer: DenseLayer,
     index: int,
     name: str,
-    experts: Sequence[int],
+    pairs: Sequence[tuple[Linear, Linear]],
 ) -> MoELayer:
-    """The layer with its router, and these of its experts."""
-    pairs = [loader.expert(f"{name}{_EXPERTS}", one, part.expert_columns) for one in experts]
+    """The layer with its router, and these of its experts: gate and up, and down."""
     whole = Span(start=0, stop=config.num_experts)
     return MoELayer(
         **{field: getattr(layer, field) for field in DenseLayer.__slots__},

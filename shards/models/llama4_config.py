@@ -65,6 +65,11 @@ class VisionConfig:
         return (self.image_size // self.patch_size) ** 2 + 1
 
     @property
+    def features_per_tile(self) -> int:
+        """Features that stand for a tile: its patches, after shuffling."""
+        return round((self.image_size // self.patch_size) * self.pixel_shuffle_ratio) ** 2
+
+    @property
     def patch_features(self) -> int:
         """Numbers in a patch."""
         return self.num_channels * self.patch_size**2

@@ -92,6 +92,7 @@ class Loader:
             self._bytes[one.layer] += bytes_read([one], part)
         self._pager = Pager(folder, ranges) if self._total > PAGED_BYTES else None
         self._progress, self._done = progress, 0
+        self._used = 0  # of the bytes not done yet: of this layer's products
 
     @property
     def _total(self) -> int:
@@ -115,6 +116,7 @@ class Loader:
     def finished(self, layer: int | None) -> None:
         """Tell that a layer is packed; None stands for all that belongs to no layer."""
         self._done += self._bytes[layer]
+        self._used = 0
         if self._pager is not None:
             self._pager.used(self._done)
         self._progress(self._done, self._total)
@@ -177,11 +179,27 @@ class Loader:
             return self._ops.pack_quantized_vocab(found.weight, rows.start)
         if self._quantize is None:
             return self._ops.pack_vocab(found.weight, rows.start, self._dtype)
-        # the head is where rounding costs most, and four bits would save least
-        quantize = quantize_int8 if self._quantize is quantize_int4 else self._quantize
-        return self._ops.pack_quantized_vocab(in_pieces(quantize, found.weight), rows.start)
+        # Tables are where rounding costs most (in fp8 more than all other products together), and
+        # four bits would save least.
+        return self._ops.pack_quantized_vocab(in_pieces(quantize_int8, found.weight), rows.start)
+
+    def _note(self, parts: Sequence[StoredProduct]) -> None:
+        """Let the pager read on; scales and what is stored wider make this a little less."""
+        self._used += sum(
+            (one.weight if isinstance(one.weight, Tensor) else one.weight.data).nbytes
+            for one in parts
+        )
+        if self._pager is not None:
+            self._pager.used(self._done + self._used)
 
     def _pack(
+        self, names: list[str], parts: list[StoredProduct], bias_O: Tensor | None, keep: bool
+    ) -> Linear:
+        packed = self._packed(names, parts, bias_O, keep)
+        self._note(parts)
+        return packed
+
+    def _packed(
         self, names: list[str], parts: list[StoredProduct], bias_O: Tensor | None, keep: bool
     ) -> Linear:
         plain = [one.weight for one in parts if isinstance(one.weight, Tensor)]

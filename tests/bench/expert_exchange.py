@@ -25,8 +25,8 @@ def rank_main(rank: int, ranks: int, hidden: int, port: int, results: Any) -> No
     """Measure on one rank; rank 0 tells."""
     from torch._C._distributed_c10d import TCPStore
 
+    from arriero.kernels.wire import Wire, pack
     from arriero.shards.exchange import DirectExchange
-    from arriero.shards.experts import Wire, encode
 
     torch.set_num_threads(1)
     store = TCPStore("127.0.0.1", port, ranks, is_master=rank == 0, wait_for_workers=False)
@@ -42,8 +42,8 @@ def rank_main(rank: int, ranks: int, hidden: int, port: int, results: Any) -> No
         rows: list[tuple[str, float, float]] = []
         for wire in wires:
             back: Wire = "bfloat16" if wire == "fp8" else wire
-            sent = encode(x_TH, wire).nbytes * (ranks - 1) / ranks
-            sent += encode(x_TH, back).nbytes * (ranks - 1) / ranks
+            sent = pack(x_TH, wire).nbytes * (ranks - 1) / ranks
+            sent += pack(x_TH, back).nbytes * (ranks - 1) / ranks
 
             def turn(
                 wire: Wire = wire,
@@ -51,9 +51,9 @@ def rank_main(rank: int, ranks: int, hidden: int, port: int, results: Any) -> No
                 counts: Any = counts,  # noqa: ANN401
                 x_TH: torch.Tensor = x_TH,
             ) -> None:
-                got = exchange.begin(encode(x_TH, wire), counts)()
+                got = exchange.begin(pack(x_TH, wire), counts)()
                 answer = torch.empty(len(got), hidden)
-                exchange.begin(encode(answer, back), counts.T.copy())()
+                exchange.begin(pack(answer, back), counts.T.copy())()
 
             rows.append((f"all-to-all, {wire}", sent, _mean_s(turn)))
         whole = torch.empty(ranks * tokens, hidden)

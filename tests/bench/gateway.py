@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import psutil
+import uvloop
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from arriero.router.client import AsyncClient
@@ -63,12 +64,12 @@ def gateway(pipe: Connection, link: str, profile: str | None) -> None:
         await one.stop(1)
 
     if profile is None:
-        asyncio.run(run())
+        uvloop.run(run())  # as in a worker of Ray
         return
     import cProfile
 
     with cProfile.Profile() as profiler:
-        asyncio.run(run())
+        uvloop.run(run())
     profiler.dump_stats(profile)
 
 

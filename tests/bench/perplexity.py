@@ -2,8 +2,10 @@
 
 Usage: perplexity.py MODEL_DIR [--tokens 50000] [--weights bfloat16,int8,fp8,int4,int4-plain]
 
-int8, fp8 and int4 are quantized while they load; int4-plain is int4 rounded to the nearest level
-without search; a form that begins with "written-" is what `arriero models quantize` writes.
+int8, fp8 and int4 are quantized while they load. Of int4, parts of a name say more: "plain" rounds
+to the nearest level without search, "g64" makes groups of 64 columns, "half" rounds scales and zero
+points to float16 and "bf16" to bfloat16. A form that begins with "written-" is what `arriero models
+quantize` writes.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from arriero.cluster.bench import EngineBench
-from arriero.kernels.quant import quantize_int4
+from arriero.kernels.quant import QuantizedWeight, quantize_int4
 from arriero.shards.checkpoint.quantize import TO, quantize_checkpoint
 from arriero.shards.group import GroupConfig
 from arriero.shards.models import loader
@@ -38,15 +42,27 @@ def windows(path: str, num_tokens: int) -> list[list[int]]:
     return [ids[i : i + WINDOW] for i in range(0, len(ids), WINDOW)]
 
 
+def int4(how: list[str], weight_OI: Tensor) -> QuantizedWeight:
+    """Int4 of a kind; see above."""
+    group = next((int(one[1:]) for one in how if one[0] == "g"), 32)
+    made = quantize_int4(weight_OI, group, search="plain" not in how)
+    for name, dtype in (("half", torch.float16), ("bf16", torch.bfloat16)):
+        if name in how:
+            assert made.zeros is not None, "these levels have zero points"
+            scales, zeros = (one.to(dtype).float() for one in (made.scales, made.zeros))
+            made = replace(made, scales=scales, zeros=zeros)
+    return made
+
+
 @contextmanager
 def prepared(model: str, weights: str) -> Iterator[GroupConfig]:
     """The group that runs a model's weights in a form."""
     plain = GroupConfig(model_path=model, prefix_cache=False, max_model_len=2048)
     if weights == "bfloat16":
         yield plain
-    elif weights == "int4-plain":
+    elif weights.startswith("int4-"):
         searched = loader.QUANTIZERS["int4"]
-        loader.QUANTIZERS["int4"] = partial(quantize_int4, search=False)
+        loader.QUANTIZERS["int4"] = partial(int4, weights.split("-")[1:])
         yield replace(plain, quantization="int4")
         loader.QUANTIZERS["int4"] = searched
     elif weights.startswith("written-"):

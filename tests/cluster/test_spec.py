@@ -31,11 +31,17 @@ def written(tmp_path: Path, text: str) -> Path:
 def test_flags_alone(model: Path) -> None:
     spec = load(None, {"model": str(model), "tp": 2, "pp": 3, "port": 0, "kv_memory": "1.5GiB"})
     one = spec.models[0]
-    assert (one.name, one.path) == ("tiny", model)
+    assert (one.name, one.path) == ("tiny", str(model))
     assert (one.mesh.tp, one.mesh.pp, one.kv.memory) == (2, 3, 3 * 2**29)
     assert spec.gateway.port == 0
     config = one.group_config("cpu")
     assert config.world_size == 6 and config.kv_bytes == 3 * 2**29
+
+
+def test_a_url_stays_one(tmp_path: Path) -> None:
+    spec = load(None, {"model": "s3://bucket/llama-8b"})
+    assert (spec.models[0].name, spec.models[0].path) == ("llama-8b", "s3://bucket/llama-8b")
+    assert spec.models[0].group_config("cpu").model_path == "s3://bucket/llama-8b"
 
 
 def test_a_file_with_everything(tmp_path: Path, model: Path) -> None:
@@ -52,7 +58,8 @@ models:
     kv: {blocks: 100, block_size: 32, prefix_cache: false}
     limits: {max_model_len: 512, max_sequences: 8, max_batch_tokens: 64, max_queued: 10}
     device: cpu
-    kernels: reference
+    kernels: cpu
+    batch_independent: true
     threads: 1
     cpus_per_slice: 0.25
 gateway: {host: 0.0.0.0, port: 6000, count: 2, drain_s: 3}
@@ -63,10 +70,11 @@ ray: {address: "10.0.0.1:6379", object_store: 1GB}
         {},
     )
     one = spec.models[0]
-    assert one.path == model
+    assert one.path == str(model)
     config = one.group_config("cpu")
     assert config.tp_shares == (2, 1) and config.layer_split == (10, 20)
     assert (config.num_blocks, config.block_size, config.prefix_cache) == (100, 32, False)
+    assert (config.kernels, config.batch_independent) == ("cpu", True)
     assert spec.num_slices == 8
     assert spec.ray.object_store == 10**9
 

@@ -1,7 +1,8 @@
 """Checks and benches of the engine on a GPU: `python tests/gpu/run.py [--out FILE]`.
 
 Needs this source tree, torch, triton, numpy and msgpack; transformers for one bench. Ends within
-its time (`--budget`): what does not fit is reported as skipped. Exits with 1 when a check fails.
+its time (`--budget`): what does not fit is reported as skipped. Exits with 1 when a check fails,
+and with 2 when nothing can run here.
 
 `--dry-run` goes through all of it in tiny shapes, interpreted on CPU; its times mean nothing.
 """
@@ -9,6 +10,7 @@ its time (`--budget`): what does not fit is reported as skipped. Exits with 1 wh
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("torch", "triton", "numpy", "msgpack")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,6 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
         from support import triton_interpreter
 
         triton_interpreter.install()
+    why = unfit(dry=chosen.dry_run)
+    if why:
+        print(f"{parser.prog}: {why}", file=sys.stderr)
+        return 2
     report = run(chosen.only, time.monotonic() + chosen.budget, dry=chosen.dry_run)
     text = json.dumps(report, indent=2)
     if chosen.out is None:
@@ -46,6 +53,26 @@ def main(arguments: list[str] | None = None) -> int:
     for name in failed:
         print(f"failed: {name}: {report['checks'][name]}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def unfit(*, dry: bool) -> str | None:
+    """Why nothing can run here, or None."""
+    missing = [name for name in PACKAGES if not _is_here(name)]
+    if missing:
+        return f"needs {', '.join(PACKAGES)}; {', '.join(missing)} cannot be imported here"
+    import torch
+
+    if not dry and not torch.cuda.is_available():
+        return "torch finds no CUDA device here; --dry-run goes through all of it on CPU"
+    return None
+
+
+def _is_here(package: str) -> bool:
+    try:
+        importlib.import_module(package)
+    except ImportError:
+        return False
+    return True
 
 
 def run(only: str | None, deadline: float, *, dry: bool) -> dict[str, Any]:

@@ -12,6 +12,38 @@ import pytest
 import torch
 
 RUN = Path(__file__).with_name("run.py")
+BARE = """
+import importlib.abc, runpy, sys
+
+ABSENT = {absent!r}
+
+class Refusal(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ABSENT:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Refusal())
+{then}
+"""
+ABSENT = {
+    "ray", "zmq", "pydantic", "grpc", "google", "fastapi", "starlette", "uvicorn", "typer", "rich",
+    "click", "transformers", "huggingface_hub", "fsspec", "yaml", "jinja2", "prometheus_client",
+    "opentelemetry", "PIL", "gguf", "httpx", "llguidance", "aiohttp", "requests",
+}  # fmt: skip
+"""Of what the product depends on, all that a typical GPU machine lacks."""
+
+
+def bare(then: str, folder: Path, absent: set[str] = ABSENT) -> subprocess.CompletedProcess[str]:
+    """Run `then` in a Python without these packages."""
+    keep = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    return subprocess.run(
+        [sys.executable, "-c", BARE.format(absent=absent, then=then)],
+        cwd=folder,
+        env=keep,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def run(*arguments: str, out: Path) -> dict[str, dict[str, dict[str, object]]]:
@@ -54,6 +86,43 @@ def test_what_does_not_fit_is_skipped(tmp_path: Path) -> None:
     report = json.loads(done.stdout)
     assert done.returncode == 1
     assert all(one == {"skipped": "out of time"} for one in report["checks"].values())
+
+
+def script(*arguments: str) -> str:
+    return (
+        f"sys.argv = [{str(RUN)!r}, *{arguments!r}]\n"
+        f"runpy.run_path({str(RUN)!r}, run_name='__main__')"
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_it_says_so_in_a_line(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    done = bare(script(), tmp_path)
+    assert done.returncode == 2 and not done.stdout
+    lines = done.stderr.strip().splitlines()
+    assert lines[-1].startswith("run.py: torch finds no CUDA device here; --dry-run"), done.stderr
+    assert len(lines) == 1, done.stderr
+
+
+def test_without_a_package_it_says_so_in_a_line(tmp_path: Path) -> None:
+    done = bare(script("--only", "checks"), tmp_path, ABSENT | {"msgpack"})
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("msgpack cannot be imported here"), done.stderr
+
+
+def test_all_of_it_runs_on_little(tmp_path: Path) -> None:
+    """Checks and benches, and the CUDA runner with the whole engine, import nothing beyond."""
+    pytest.importorskip("triton")
+    done = bare(script("--dry-run", "--only", "checks", "--budget", "0"), tmp_path)
+    assert "out of time" in done.stdout, done.stderr
+    source = RUN.resolve().parents[2] / "src"
+    modules = ("cuda.runner", "engine.engine", "local_executor", "resolve", "models.families")
+    then = f"sys.path.insert(0, {str(source)!r})\n" + "".join(
+        f"import arriero.shards.{name}\n" for name in modules
+    )
+    done = bare(then, tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.gpu

@@ -179,7 +179,9 @@ def test_rows_do_not_depend_on_their_neighbours(
     for s, (_, new) in enumerate(case.sequences):
         first = int(batch.query_start_S1[s])
         for chunk in {1, 2, 5, new}:
-            for start in range(0, new, chunk):
+            # interpreted, a call is slow: there only some of the small chunks
+            step = max(chunk, 11) if ops.name == "triton" else chunk
+            for start in range(0, new, step):
                 cut = slice(start, min(new, start + chunk))
                 tokens = slice(first + cut.start, first + cut.stop)
                 alone = ops.paged_attention(q[tokens], 0.2, kv, 1, paged.only(batch, s, cut))

@@ -181,12 +181,13 @@ def test_decoder_gives_the_same_bits_however_prompts_are_cut(
         return out
 
     whole = outcome([[(0, 0, 9), (1, 0, 1), (2, 0, 14)]])
+    small = [[(0, i, i + 1)] for i in range(9)] + [[(2, i, i + 2)] for i in range(0, 14, 2)]
+    if ops.name == "triton":  # interpreted, a step is slow
+        small = [[(0, 0, 1)], [(0, 1, 2)], [(0, 2, 9)], [(2, 0, 12)], [(2, 12, 14)]]
     for steps in (
         [[(0, 0, 9)], [(1, 0, 1)], [(2, 0, 14)]],
         [[(2, 0, 5), (0, 0, 3)], [(0, 3, 4), (2, 5, 6), (1, 0, 1)], [(2, 6, 14), (0, 4, 9)]],
-        [[(0, i, i + 1)] for i in range(9)]
-        + [[(2, i, i + 2)] for i in range(0, 14, 2)]
-        + [[(1, 0, 1)]],
+        [*small, [(1, 0, 1)]],
     ):
         again = outcome(steps)
         if ops.name == "reference":

@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from arriero.kernels.ops import Linear, Ops
-from arriero.kernels.quant import ProductInputs, QuantizedWeight, quantize_fp8, quantize_int4
+from arriero.kernels.quant import (
+    ProductInputs,
+    QuantizedWeight,
+    quantize_fp8,
+    quantize_int4,
+    quantize_rows,
+)
 
 from .test_quant import bound as weight_bound
 from .test_quant import meaning, packed, randn
@@ -63,6 +69,17 @@ def test_rounded_inputs(ops: Ops, bound: float) -> None:
         assert (np.abs(got.numpy() - want) <= 1e-6 * size + 1e-6 * np.abs(want)).all()
     alone = torch.cat([ops.linear(row, linear) for row in x.split(1)])
     assert torch.equal(alone, got)
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_rows_are_rounded_as_defined(ops: Ops, bound: float) -> None:
+    x = randn(40, 70, seed=5) * torch.logspace(-30, 30, 40)[:, None]
+    x[7] = 0
+    x[8] *= torch.logspace(-6, 0, 70)  # levels below the least normal one
+    for rows in (x, torch.cat([x, x], 1)[:, 70:]):
+        got, want = ops.quantize_rows(rows, bound), quantize_rows(rows, bound)
+        assert torch.equal(got[0].view(torch.uint8), want[0].view(torch.uint8))
+        assert torch.equal(got[1], want[1])
 
 
 def test_rows_beyond_the_bound_are_cut(ops: Ops) -> None:

@@ -135,7 +135,8 @@ def test_rows_do_not_depend_on_their_neighbours(ops: Ops, dtype: torch.dtype) ->
         ops.silu_mul,
     ):
         whole = run(x)
-        for cuts in ([1] * 67, [2, 3, 5, 7, 50], [16, 48, 3], [66, 1]):
+        alone = [1] * 5 + [62] if ops.name == "triton" else [1] * 67  # interpreted, a call is slow
+        for cuts in (alone, [2, 3, 5, 7, 50], [16, 48, 3], [66, 1]):
             again = torch.cat([run(part) for part in x.split(cuts)])
             if ops.name == "reference":
                 torch.testing.assert_close(again, whole, rtol=1e-4, atol=1e-4)

@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from arriero.kernels.cpu import CpuOps, offload
+from arriero.kernels.cpu.structs import packed_of
 from arriero.shards.errors import SpecError
 from arriero.shards.group import GroupConfig
 from arriero.shards.models.config import ModelConfig
 from arriero.shards.resolve import resolve
 from arriero.shards.sampling import SamplingParams
 from support.groups import running
-from support.models import tiny_llama
+from support.models import tiny_llama, tiny_llama4
 
 
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])
@@ -41,8 +43,45 @@ def test_same_tokens_and_logprobs(tmp_path: Path, quantization: str | None) -> N
     assert answers[0] == answers[1] == answers[2]
 
 
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_cold_experts_compute_the_same(tmp_path: Path, quantization: str | None) -> None:
+    tiny_llama4(tmp_path / "model", moe_step=2, qk_norm=False)
+    config = GroupConfig(
+        model_path=str(tmp_path / "model"),
+        kernels="cpu",
+        threads=1,
+        num_blocks=32,
+        max_model_len=128,
+        quantization=quantization,
+    )
+    (tmp_path / "disk").mkdir()
+    params = SamplingParams(temperature=0.0, max_tokens=8, logprobs=0, seed=0)
+    answers = []
+    for layers in (0, 2, 4):
+        chosen = replace(config, offload_layers=layers, offload_folder=str(tmp_path / "disk"))
+        with running(chosen) as group:
+            found = group.generate([[1, 2, 3, 4, 5], [9, 8, 7]], params)
+        answers.append([(a.tokens, [one.logprob for one in a.logprobs]) for a in found])
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_only_experts_that_are_asked_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ops = CpuOps(torch.device("cpu"), 1)
+    with ops.offloading(tmp_path):
+        experts = [ops.pack_linear([torch.randn(32, 32)], None, torch.float32) for _ in range(4)]
+    read: list[int] = []
+    rooms = [packed_of(one.packed).room for one in experts]
+    monkeypatch.setattr(offload.MappedRoom, "ahead", lambda self: read.append(rooms.index(self)))
+    starts = torch.tensor([0, 2, 2, 3, 3])
+    got = ops.grouped_linear(torch.ones(3, 32), experts, starts)
+    assert read == [0, 2]
+    for row, expert in zip(got, (0, 0, 2), strict=True):
+        assert torch.equal(row[None], ops.linear(torch.ones(1, 32), experts[expert]))
+
+
 def test_rooms_hold_what_was_written(tmp_path: Path) -> None:
-    offload = pytest.importorskip("arriero.kernels.cpu.offload")
     room = offload.MappedRoom(1 << 20, tmp_path)
     assert not room.data.any()
     room.data[:] = torch.arange(1 << 20).to(torch.uint8)

@@ -8,6 +8,7 @@ memory, and which matrix instructions it holds.
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -28,6 +29,7 @@ from arriero.kernels.quant import quantize_fp8, quantize_int4, quantize_int8
 from arriero.kernels.triton import launch
 from arriero.kernels.triton.backend import TritonOps
 from arriero.kernels.triton.norm import rms_norm
+from arriero.kernels.wire import Wire
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 SEQUENCES = [(40, 1), (0, 37)]
@@ -105,6 +107,13 @@ def launch_everything() -> None:
     layer = shapes.layer(ops, experts, BF16, CPU)
     assert isinstance(layer, MoELayer)
     ops.moe_block(x, layer)
+    every = torch.arange(38, dtype=torch.int32)
+    wires: tuple[Wire, ...] = ("float32", "bfloat16", "fp8")
+    for wire in wires:
+        sent = ops.pack_rows(x, every, torch.ones(38), wire)
+        ops.unpack_rows(sent, every, SHAPE.hidden, wire, BF16)
+    for bound in (1200.0, math.inf):
+        ops.quantize_rows(x, bound)
     vocab = ops.pack_vocab(torch.zeros(64, 512), 0, BF16)
     ops.embed(torch.zeros(4, dtype=torch.int32), vocab)
     ops.logits(x, torch.ones(512), 1e-5, vocab)

@@ -21,6 +21,7 @@ from arriero.kernels.quant import quantize_int4  # noqa: E402
 from arriero.kernels.reference import ReferenceOps  # noqa: E402
 from arriero.kernels.select import ops_for  # noqa: E402
 from arriero.kernels.triton import launch, triton_ops, tuning  # noqa: E402
+from arriero.kernels.triton.backend import TritonOps  # noqa: E402
 from arriero.kernels.triton.norm import add_rms_norm, rms_norm  # noqa: E402
 from arriero.kernels.triton.upload import Upload  # noqa: E402
 from arriero.kernels.triton.weights import pack_quantized  # noqa: E402
@@ -56,6 +57,25 @@ def test_on_a_cpu_it_runs_only_interpreted(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(launch, "INTERPRETED", False)
     with pytest.raises(RuntimeError, match="'cpu': it needs a CUDA device, or TRITON_INTERPRET=1"):
         triton_ops(CPU)
+
+
+def test_the_mode_is_chosen_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted it is on either way; on a GPU only where it is asked for."""
+    assert triton_ops(CPU).batch_independent
+    assert not triton_ops(CPU, batch_independent=False).batch_independent
+    asked: list[bool | None] = []
+
+    def noted(device: torch.device, *, batch_independent: bool | None = None) -> TritonOps:
+        asked.append(batch_independent)
+        return triton_ops(device)
+
+    monkeypatch.setattr("arriero.kernels.triton.triton_ops", noted)
+    ops_for(CPU, "triton")
+    assert ops_for(CPU, "triton", batch_independent=True).name == "triton"
+    assert asked == [None, True]
+    assert ops_for(CPU, "cpu", 1, batch_independent=True).name == "cpu"
+    with pytest.raises(ValueError, match=r"reference kernels keep it to rounding.*'cpu' or"):
+        ops_for(CPU, "reference", batch_independent=True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -250,7 +250,7 @@ async def test_a_link_needs_the_token_and_the_certificate(
     tls = files(tmp_path / "link", authority, LINK_NAME, ca=True)
     engine = FakeEngine(echo)
     card = make_card(llama_tokenizer, LLAMA3)
-    link = LinkServer(engine, card, token="right", credentials=tls.server("link_tls"))
+    link = LinkServer(engine, card, token="right", tls=tls.link_server("link_tls"))
     engine.on_outputs = link.on_outputs
     address = await link.start()
 

@@ -359,7 +359,9 @@ async def test_a_lost_leader_is_named_and_comes_back(running: Stack) -> None:
     stream = running.client.generate([60])
     await anext(stream)
     assert running.link._server is not None
-    await running.link._server.stop(None)
+    running.link._server.close()
+    for link in list(running.link._links):
+        link.wire.abort("")
     with pytest.raises(Unavailable, match="lost: "):
         await collect(stream)
     await until(lambda: not running.gateway.ready, "the gateway has seen it")

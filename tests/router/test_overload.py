@@ -40,11 +40,11 @@ class Tally:
     others: list[BaseException] = field(default_factory=list)
 
 
-async def ask(client: AsyncClient, tally: Tally) -> None:
+async def ask(client: AsyncClient, tally: Tally, output: int = OUTPUT) -> None:
     begun = time.monotonic()
     first = True
     try:
-        async for message in client.generate([60] * 16, max_tokens=OUTPUT, ignore_eos=True):
+        async for message in client.generate([60] * 16, max_tokens=output, ignore_eos=True):
             if first:
                 tally.first_s.append(time.monotonic() - begun)
                 first = False
@@ -57,13 +57,15 @@ async def ask(client: AsyncClient, tally: Tally) -> None:
         tally.others.append(error)
 
 
-async def offer(client: AsyncClient, tally: Tally, per_s: float, until_s: float) -> None:
+async def offer(
+    client: AsyncClient, tally: Tally, per_s: float, until_s: float, output: int = OUTPUT
+) -> None:
     """Requests at a steady rate, whatever becomes of them."""
     tasks: set[asyncio.Task[None]] = set()
     begun, number = time.monotonic(), 0
     try:
         while time.monotonic() < until_s:
-            task = asyncio.create_task(ask(client, tally))
+            task = asyncio.create_task(ask(client, tally, output))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
             number += 1
@@ -134,48 +136,54 @@ async def test_a_flood_leaves_the_other_its_share(
     limits = QueueLimits(max_queued=64, max_wait_s=60)
     config = GatewayConfig(keys=path, limits=limits)
     card = make_card(llama_tokenizer, LLAMA3, max_sequences=PLACES)
-    step_s = 2.5 * STEP_S  # so that twenty times as much is still few requests
+    step_s = 3 * STEP_S  # so that twenty times as much is still few requests
+    output = OUTPUT // 2  # what is under way as the count begins and ends is an error of the share
     async with serve(card, endless, step_s=step_s, config=config) as stack:
         stack.engine.max_running = PLACES
         clients = {name: AsyncClient(stack.address, api_key=keys[name]) for name in keys}
         tallies = {name: Tally() for name in keys}
-        capacity = PLACES / step_s / OUTPUT
-        # 20 to 1; the quiet one asks for more than half of what the groups can do, so both wait
-        offers = [
-            asyncio.create_task(offer(clients[name], tallies[name], per_s, math.inf))
-            for name, per_s in (("flood", 16 * capacity), ("quiet", 0.8 * capacity))
-        ]
+        # The quiet one always has two sets of places outstanding, so that it always waits, and is
+        # served half of what the groups can do; the flood sends twenty times as much.
+        half = PLACES / step_s / output / 2
 
-        backlog = asyncio.gather(
-            *(ask(clients["quiet"], tallies["quiet"]) for _ in range(2 * PLACES))
-        )
+        async def insist() -> None:
+            while True:
+                await ask(clients["quiet"], tallies["quiet"], output)
+
+        flood = offer(clients["flood"], tallies["flood"], 20 * half, math.inf, output)
+        load = [asyncio.create_task(flood)]
+        load += [asyncio.create_task(insist()) for _ in range(2 * PLACES)]
         waiting = stack.gateway.inference.door.waiting
-        while min(waiting().get(("tiny", name), 0) for name in keys) < PLACES:
-            await asyncio.sleep(0.01)
+        least: dict[str, int] = {}
 
-        async def given(least: int) -> dict[str, int]:
+        async def given(tokens: int) -> dict[str, int]:
             """Tokens so far, once both together have so many."""
-            while sum(tally.tokens for tally in tallies.values()) < least:
+            least.update(dict.fromkeys(keys, 1000))
+            while sum(tally.tokens for tally in tallies.values()) < tokens:
                 await asyncio.sleep(0.02)
+                for name in keys:
+                    least[name] = min(least[name], waiting()["tiny", name])
             return {name: tally.tokens for name, tally in tallies.items()}
 
-        turn = PLACES * OUTPUT  # tokens of one set of places; the first ones go to whoever is first
+        while min(waiting().get(("tiny", name), 0) for name in keys) < PLACES // 2:
+            await asyncio.sleep(0.01)
+        turn = PLACES * output  # tokens of one set of places; the first ones go to whoever is first
         before = await given(sum(tally.tokens for tally in tallies.values()) + turn)
-        after = await given(sum(before.values()) + int(DURATION_S * turn))
-        still = {name: waiting()["tiny", name] for name in keys}
-        for task in (*offers, backlog):
+        after = await given(sum(before.values()) + int(3 * max(DURATION_S, 5) * turn))
+        for task in load:
             task.cancel()
-        await asyncio.gather(*offers, backlog, return_exceptions=True)
+        await asyncio.gather(*load, return_exceptions=True)
         gained = {name: after[name] - before[name] for name in keys}
         share = gained["quiet"] / sum(gained.values())
         refused = {name: tally.refused for name, tally in tallies.items()}
         print(
             f"tokens {gained}: the quiet tenant's share {share:.1%}; refused {refused}, "
-            f"waiting at the end {still}"
+            f"fewest that waited {least}"
         )
         for name, tally in tallies.items():
             assert not tally.others, (name, tally.others[:3])
         assert refused["flood"] > 0
+        assert min(least.values()) > 0, f"not both backlogged: {least}"
         assert share >= 0.45
         for client in clients.values():
             await client.close()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import httpx
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from tokenizers import Tokenizer
 
@@ -14,7 +18,7 @@ from arriero.router.client import AsyncClient
 from arriero.router.gateway import Gateway, GatewayConfig, GroupAddress
 from arriero.router.link import LinkServer
 from arriero.router.request_log import RequestLogConfig
-from arriero.router.tracing import Tracing
+from arriero.router.tracing import Tracing, TracingConfig
 from support.frontdoor import LLAMA3, FakeEngine, endless, make_card, serve
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -95,3 +99,44 @@ async def test_the_request_log(llama_tokenizer: Tokenizer, tmp_path: Path) -> No
             "arriero_group_steps_total", "arriero_group_preemptions_total",
         ):  # fmt: skip
             assert f"\n{name}{{" in metrics, name
+
+
+async def test_spans_reach_a_collector(llama_tokenizer: Tokenizer) -> None:
+    """The exporter that a deployment's `tracing` makes, and a server that takes what it sends."""
+    taken: list[tuple[str, bytes]] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            if self.headers.get("content-encoding") == "gzip":
+                body = gzip.decompress(body)
+            taken.append((self.path, body))
+            self.send_response(200)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            return
+
+    with HTTPServer(("127.0.0.1", 0), Collector) as server:
+        collecting = threading.Thread(target=server.serve_forever)
+        collecting.start()
+        try:
+            endpoint = f"http://127.0.0.1:{server.server_port}/v1/traces"
+            config = GatewayConfig(tracing=TracingConfig(endpoint=endpoint))
+            async with serve(make_card(llama_tokenizer, LLAMA3), endless, config=config) as stack:
+                assert [m async for m in stack.client.generate([60], max_tokens=3)]
+        finally:
+            server.shutdown()
+            collecting.join()
+    spans = []
+    for path, body in taken:
+        assert path == "/v1/traces"
+        for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+            names = {one.key: one.value.string_value for one in resource.resource.attributes}
+            assert names["service.name"] == "arriero-gateway"
+            spans += [span for scope in resource.scope_spans for span in scope.spans]
+    (span,) = spans
+    facts = {one.key: one.value for one in span.attributes}
+    assert span.name == "request"
+    assert facts["gen_ai.usage.output_tokens"].int_value == 3

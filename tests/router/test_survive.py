@@ -46,7 +46,9 @@ class Group:
     async def die(self) -> None:
         """As a killed process: its sockets close."""
         assert self.link._server is not None
-        await self.link._server.stop(None)
+        self.link._server.close()
+        for link in list(self.link._links):
+            link.wire.abort("")
 
     async def close(self) -> None:
         await self.link.stop(0)

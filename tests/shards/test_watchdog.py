@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import socket
+import threading
 import time
 from multiprocessing.queues import Queue
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
-from arriero.shards.errors import GroupFailed
+from arriero.shards.errors import CollectiveFailed, GroupFailed
 from arriero.shards.group import GroupConfig
 from arriero.shards.mesh import Mesh
 from arriero.shards.models.config import ModelConfig
@@ -110,4 +111,51 @@ def test_a_wait_past_its_limit_is_aborted_once() -> None:
         with dog.watch("all-reduce"):
             time.sleep(0.5)
     assert len(aborted) == 1
+    dog.close()
+
+
+class Work:
+    """A device's queue: what was marked is passed once `done` reaches it."""
+
+    def __init__(self) -> None:
+        self.queued, self.done = 0, 0
+
+    def mark(self) -> Passed:
+        self.queued += 1
+        return Passed(self, self.queued)
+
+
+class Passed:
+    def __init__(self, work: Work, place: int) -> None:
+        self.work, self.place = work, place
+
+    def query(self) -> bool:
+        return self.work.done >= self.place
+
+
+def test_of_queued_collectives_the_first_unfinished_is_named() -> None:
+    work, aborted = Work(), threading.Event()
+    dog = Watchdog(2, 0.2, aborted.set, work.mark)
+    for step, name in enumerate(["all-reduce", "dispatch to experts", "results of experts"]):
+        dog.step = step
+        with dog.watch(name):
+            pass
+    work.done = 1
+    dog.step = 9
+    with pytest.raises(CollectiveFailed) as caught, dog.watch("the device's result"):
+        assert dog.waits_for == "dispatch to experts"
+        assert aborted.wait(5)
+    assert str(caught.value).startswith("dispatch to experts, rank 2, step 1, stuck for 0.")
+    assert (caught.value.collective, caught.value.step) == ("dispatch to experts", 1)
+    dog.close()
+
+
+def test_queued_collectives_that_end_are_forgotten() -> None:
+    work = Work()
+    dog = Watchdog(0, 0.2, mark=work.mark)
+    for _ in range(50):
+        with dog.watch("all-reduce"):
+            work.done += 1
+    time.sleep(0.5)
+    assert dog.stuck is None and dog.waits_for == ""
     dog.close()

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.engine.engine import Engine
 from arriero.shards.engine.types import EngineRequest, SequenceOutput, TokenLogprobs
-from arriero.shards.executor import LocalExecutor, spawn_group
+from arriero.shards.executor import spawn_group
 from arriero.shards.group import GroupConfig
 from arriero.shards.images.request import RequestImage
 from arriero.shards.kv.limits import PeerBlocks
 from arriero.shards.kv.moves import Pool
+from arriero.shards.local_executor import LocalExecutor
 from arriero.shards.resolve import engine_config, resolve
 from arriero.shards.sampling import SamplingParams
 

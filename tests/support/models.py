@@ -185,8 +185,8 @@ IMAGE_TOKEN = 121
 """The placeholder of `seeing_settings`."""
 
 
-def seeing_settings(**text: Any) -> dict[str, Any]:  # noqa: ANN401
-    """config.json of a Llama 4 that reads images: tiles of 56 pixels, 4 features each."""
+def seeing_settings(*, tile: int = 56, **text: Any) -> dict[str, Any]:  # noqa: ANN401
+    """config.json of a Llama 4 that reads images: tiles of 56 pixels have 4 features each."""
     made = llama4_settings(**text)
     return {
         "architectures": ["Llama4ForConditionalGeneration"],
@@ -198,7 +198,7 @@ def seeing_settings(**text: Any) -> dict[str, Any]:  # noqa: ANN401
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "intermediate_size": 256,
-            "image_size": 56,
+            "image_size": tile,
             "patch_size": 14,
             "num_channels": 3,
             "pixel_shuffle_ratio": 0.5,

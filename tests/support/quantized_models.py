@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from arriero.shards.checkpoint.llama_names import EMBEDDING, FINAL_NORM, HEAD, layer_tensors
+from arriero.shards.checkpoint.reader import TensorFolder
 from arriero.shards.models.config import ModelConfig
 from support.models import tiny_llama, tiny_weights, write_safetensors
 from support.quantized_files import awq, fp8, gptq, packed
@@ -176,3 +177,29 @@ def dense_logits(config: ModelConfig, means: dict[str, Tensor], tokens: list[int
         gate, up = times(h, "mlp.gate_proj"), times(h, "mlp.up_proj")
         x = x + times(gate * gate.sigmoid() * up, "mlp.down_proj")
     return norm(x, FINAL_NORM) @ means.get(HEAD, means[EMBEDDING]).T
+
+
+def _unpacked(words_OW: Tensor, bits: int) -> Tensor:
+    """Unsigned numbers of int32 words, lowest bits first: as compressed-tensors documents it."""
+    parts = [words_OW >> bits * i & (1 << bits) - 1 for i in range(32 // bits)]
+    return torch.stack(parts, -1).flatten(1)
+
+
+def meaning(folder: TensorFolder, module: str) -> Tensor:
+    """The matrix that a module's tensors stand for, float64, by the format's own words."""
+    names = {one.rpartition(".")[2] for one in folder.names if one.startswith(module + ".")}
+    scale = folder.tensor(f"{module}.weight_scale").double()
+    if names == {"weight", "weight_scale"}:
+        return folder.tensor(f"{module}.weight").double() * scale
+    rows, columns = folder.tensor(f"{module}.weight_shape").tolist()
+    words = folder.tensor(f"{module}.weight_packed")
+    bits = words.shape[1] * 32 // columns
+    zero = torch.tensor(float(1 << bits - 1)).double()
+    group = columns // scale.shape[1]
+    if "weight_zero_point" in names:
+        packed_rows = folder.tensor(f"{module}.weight_zero_point")
+        zero = _unpacked(packed_rows.t().contiguous(), 4).t()[:rows].double()
+        zero = zero.repeat_interleave(group, 1)
+    full = (_unpacked(words, bits) - zero) * scale.repeat_interleave(group, 1)
+    assert full.shape == (rows, columns)
+    return full

@@ -9,15 +9,20 @@
 
 namespace arriero {
 
+struct Experts;
+
 // The C struct that Python fills.
 struct Layer {
     const float* attn_norm;
     const float* mlp_norm;
-    Matrix qkv, o, gate_up, down;
+    Matrix qkv, o, gate_up, down;  // the last two are the shared expert's where there are experts
+    const Experts* experts;        // or null
     int32_t num_q_heads, num_kv_heads, head_dim;
     float scale;
     float eps;
     Style style;
+    int32_t local;  // whether its cache is the chunk-local layers' own
+    int32_t index;  // its place in its cache
 
     Heads heads() const { return {num_q_heads, num_kv_heads, head_dim}; }
 };
@@ -53,12 +58,22 @@ struct Machine {
     Pool pool;
     bool exact;  // bf16 matrices take float32 inputs: slower, closer
     Buffer normed, qkv, mixed, hidden, partials;
+    Buffer logits, scaled, gated, shared, routed, routes;  // of layers with experts
     std::vector<AttentionScratch> scratch;
     std::vector<Buffer> own;  // each thread's rows, when all threads compute all of them
 };
 
 // Below so many rows each thread norms all of them for itself: cheaper than meeting the others.
 inline constexpr int64_t kOwnRows = 8;
+
+// Run f(row) for each row, a few rows an item.
+template <class F>
+inline void share_rows(Worker& worker, int64_t rows, F&& f) {
+    const int64_t chunk = rows <= 2 * kOwnRows ? 2 : 8;
+    worker.share(int(ceil_div(rows, chunk)), [&](int item, int) {
+        for (int64_t row = item * chunk; row < std::min((item + 1) * chunk, rows); ++row) f(row);
+    });
+}
 
 // Norm the rows into inputs for a product with `m`.
 inline Rows norm_rows(Machine& machine, Worker& worker, const float* x, int64_t x_stride,
@@ -74,10 +89,7 @@ inline Rows norm_rows(Machine& machine, Worker& worker, const float* x, int64_t 
         rows.data = machine.own[worker.thread].room(rows.stride * num_rows);
         for (int64_t row = 0; row < num_rows; ++row) one(row);
     } else {
-        const int64_t chunk = 8;
-        worker.share(int(ceil_div(num_rows, chunk)), [&](int item, int) {
-            for (int64_t r = item * chunk; r < std::min((item + 1) * chunk, num_rows); ++r) one(r);
-        });
+        share_rows(worker, num_rows, one);
     }
     return rows;
 }
@@ -105,9 +117,8 @@ inline void put_block(const Block& block, float* out, int64_t out_stride, int64_
 }
 
 // Attention half of a layer: adds to `x`, or writes the partial sum to `part` when that is given.
-inline void attention_block(Machine& machine, Worker& worker, const Layer& layer, int64_t index,
-                            const Cache& kv, const Batch& batch, const AttentionPlan& plan,
-                            float* x, float* part) {
+inline void attention_block(Machine& machine, Worker& worker, const Layer& layer, const Cache& kv,
+                            const Batch& batch, const AttentionPlan& plan, float* x, float* part) {
     const int64_t tokens = batch.tokens, hidden = layer.qkv.in_features;
     const Heads heads = layer.heads();
     const int64_t width = ceil_div(heads.width(), kLanes) * kLanes;
@@ -116,15 +127,13 @@ inline void attention_block(Machine& machine, Worker& worker, const Layer& layer
                             layer.qkv, machine.normed.room(0));
     product(worker, layer.qkv, normed, rounds_inputs(layer.qkv, machine.exact), tokens, false,
             [&](const Block& b) { put_block<false>(b, qkv, width, heads.width()); });
-    const int64_t chunk = tokens <= 2 * kOwnRows ? 2 : 8;
-    worker.share(int(ceil_div(tokens, chunk)), [&](int item, int) {
-        for (int64_t t = item * chunk; t < std::min((item + 1) * chunk, tokens); ++t)
-            rope_write(batch, t, heads, layer.style, qkv + t * width, kv, index);
+    share_rows(worker, tokens, [&](int64_t t) {
+        rope_write(batch, t, heads, layer.style, qkv + t * width, kv, layer.index);
     });
     const bool rounded = rounds_inputs(layer.o, machine.exact);
     const Rows mixed{machine.mixed.room(0), row_stride(layer.o.in_features)};
-    const AttentionCall call{batch, heads, layer.scale, layer.style.chunk_size, kv, index, qkv,
-                             width, mixed, rounded, machine.exact,
+    const AttentionCall call{batch, heads, layer.scale, layer.style.chunk_size, kv, layer.index,
+                             qkv, width, mixed, rounded, machine.exact,
                              reinterpret_cast<float*>(machine.partials.room(0))};
     attention(worker, plan, call, machine.scratch[worker.thread]);
     product(worker, layer.o, mixed, rounded, tokens, false, [&](const Block& b) {
@@ -144,32 +153,53 @@ inline void silu_mul_row(const float* gate, const float* up, int64_t size, const
     }
 }
 
+// The sums of a gate and up product, and what becomes of them: silu(gate) * up, in `to`.
+struct GatedSums {
+    Machine& machine;
+    const Matrix& m;
+    Rows to;
+    bool rounded;
+
+    int64_t size() const { return m.out_features / 2; }
+    // Whether gate and up columns stand panel by panel; else the sums go through memory.
+    bool paired() const { return size() % kPanel == 0; }
+    float* sums() const { return reinterpret_cast<float*>(machine.qkv.room(0)); }
+
+    // Take a block whose row 0 is row `first` of `to`.
+    void put(const Block& b, int64_t first) const {
+        if (!paired()) {
+            put_block<false>(b, sums() + first * 2 * size(), 2 * size(), 2 * size());
+            return;
+        }
+        for (int row = 0; row < b.rows; ++row) {
+            const float* c = b.c + row * kBlockStride;
+            for (int v = 0; v < kPanel; v += kLanes)
+                store_inputs(to, rounded, first + b.row + row, b.first * kPanel + v,
+                             mul(silu(load(c + v)), load(c + kPanel + v)));
+        }
+    }
+    // After the last block of all rows.
+    void finish(Worker& worker, int64_t rows) const {
+        if (paired()) return;
+        share_rows(worker, rows, [&](int64_t row) {
+            const float* gate = sums() + row * 2 * size();
+            silu_mul_row(gate, gate + size(), size(), to, rounded, row);
+        });
+    }
+};
+
 // MLP half of a layer.
 inline void mlp_block(Machine& machine, Worker& worker, const Layer& layer, int64_t tokens,
                       float* x, float* part) {
-    const int64_t size = layer.down.in_features, hidden = layer.gate_up.in_features;
+    const int64_t hidden = layer.gate_up.in_features;
     const bool rounded = rounds_inputs(layer.down, machine.exact);
-    const Rows mixed{machine.hidden.room(0), row_stride(size)};
+    const Rows mixed{machine.hidden.room(0), row_stride(layer.down.in_features)};
     Rows normed = norm_rows(machine, worker, x, hidden, tokens, layer.mlp_norm, layer.eps,
                             layer.gate_up, machine.normed.room(0));
-    const bool wide = rounds_inputs(layer.gate_up, machine.exact);
-    if (size % kPanel == 0) {
-        product(worker, layer.gate_up, normed, wide, tokens, true, [&](const Block& b) {
-            for (int row = 0; row < b.rows; ++row) {
-                const float* c = b.c + row * kBlockStride;
-                for (int v = 0; v < kPanel; v += kLanes)
-                    store_inputs(mixed, rounded, b.row + row, b.first * kPanel + v,
-                                 mul(silu(load(c + v)), load(c + kPanel + v)));
-            }
-        });
-    } else {  // gate and up columns do not stand panel by panel: go through memory
-        float* sums = reinterpret_cast<float*>(machine.qkv.room(0));
-        product(worker, layer.gate_up, normed, wide, tokens, false,
-                [&](const Block& b) { put_block<false>(b, sums, 2 * size, 2 * size); });
-        worker.share(int(tokens), [&](int t, int) {
-            silu_mul_row(sums + t * 2 * size, sums + t * 2 * size + size, size, mixed, rounded, t);
-        });
-    }
+    const GatedSums gated{machine, layer.gate_up, mixed, rounded};
+    product(worker, layer.gate_up, normed, rounds_inputs(layer.gate_up, machine.exact), tokens,
+            gated.paired(), [&](const Block& b) { gated.put(b, 0); });
+    gated.finish(worker, tokens);
     product(worker, layer.down, mixed, rounded, tokens, false, [&](const Block& b) {
         if (part != nullptr)
             put_block<false>(b, part, hidden, layer.down.out_features);
@@ -178,23 +208,32 @@ inline void mlp_block(Machine& machine, Worker& worker, const Layer& layer, int6
     });
 }
 
-// Room for all that the blocks keep between phases; an odd last input must read as 0.
-inline void make_room(Machine& machine, const Layer& layer, int64_t tokens,
-                      const AttentionPlan* plan) {
-    const int64_t size = layer.down.in_features;
-    const int64_t width = ceil_div(layer.heads().width(), kLanes) * kLanes;
-    machine.normed.room(row_stride(layer.qkv.in_features) * tokens);
-    machine.qkv.room(std::max(width, size % kPanel ? 2 * size : 0) * tokens * 4);
-    char* mixed = machine.mixed.room(row_stride(layer.o.in_features) * tokens);
-    char* hidden = machine.hidden.room(row_stride(size) * tokens);
-    if (layer.o.in_features % 2) std::memset(mixed, 0, size_t(row_stride(layer.o.in_features) * tokens));
-    if (size % 2) std::memset(hidden, 0, size_t(row_stride(size) * tokens));
-    if (plan != nullptr) {
-        const int64_t padded = ceil_div(layer.head_dim, kLanes) * kLanes;
-        machine.partials.room(plan->partials * layer.num_q_heads * (2 + padded) * 4);
-    }
+// Room for `rows` rows of `size` gated columns in `to`; an odd last input must read as 0.
+inline void make_gated_room(Machine& machine, Buffer& to, int64_t size, int64_t rows) {
+    if (size % kPanel) machine.qkv.room(2 * size * rows * 4);
+    char* data = to.room(row_stride(size) * rows);
+    if (size % 2) std::memset(data, 0, size_t(row_stride(size) * rows));
 }
 
-inline constexpr int kLayerPhases = 12;  // at least the `share` calls of one layer
+// Room for all that an attention half keeps between phases; an odd last input must read as 0.
+inline void make_attention_room(Machine& machine, const Layer& layer, int64_t tokens,
+                                const AttentionPlan& plan) {
+    const int64_t width = ceil_div(layer.heads().width(), kLanes) * kLanes;
+    const int64_t padded = ceil_div(layer.head_dim, kLanes) * kLanes;
+    machine.normed.room(row_stride(layer.qkv.in_features) * tokens);
+    machine.qkv.room(width * tokens * 4);
+    char* mixed = machine.mixed.room(row_stride(layer.o.in_features) * tokens);
+    if (layer.o.in_features % 2)
+        std::memset(mixed, 0, size_t(row_stride(layer.o.in_features) * tokens));
+    machine.partials.room(plan.partials * layer.num_q_heads * (2 + padded) * 4);
+}
+
+// And an MLP half.
+inline void make_mlp_room(Machine& machine, const Layer& layer, int64_t tokens) {
+    machine.normed.room(row_stride(layer.gate_up.in_features) * tokens);
+    make_gated_room(machine, machine.hidden, layer.down.in_features, tokens);
+}
+
+inline constexpr int kLayerPhases = 16;  // at least the `share` calls of one layer
 
 }  // namespace arriero

@@ -4,6 +4,7 @@
 // finished block of columns goes to the caller's epilogue while it is still in the first cache.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <utility>
 
@@ -226,44 +227,79 @@ inline void multiply(const Matrix& m, const Rows& a, bool rounded, Block& block,
     }
 }
 
-// y = x Wᵀ (+ bias) for `num_rows` rows; finish(block) once for each block of sums.
+// What is multiplied next, to be fetched early: two panels, or null.
+struct Ahead {
+    const char *first = nullptr, *second = nullptr;
+};
+
+// y = x Wᵀ (+ bias) for `num_rows` rows, cut into items: blocks of rows by runs of two panels.
 // `paired`: panels p and p + half go together (gate and up) instead of 2p and 2p + 1.
+class Product {
+  public:
+    // `wanted`: about so many items, if the rows and panels allow.
+    Product(const Matrix& m, const Rows& a, bool rounded, int64_t num_rows, bool paired,
+            int64_t wanted)
+        : m_(m), a_(a), rounded_(rounded), num_rows_(num_rows), paired_(paired) {
+        if (num_rows == 0 || m.panels() == 0) return;
+        steps_ = ceil_div(m.panels(), 2);
+        row_blocks_ = ceil_div(num_rows, kRowBlock);
+        per_block_ = std::min(ceil_div(wanted, row_blocks_), steps_);
+        chunk_ = ceil_div(steps_, per_block_);
+        per_block_ = ceil_div(steps_, chunk_);
+    }
+
+    int items() const { return int(row_blocks_ * per_block_); }
+
+    // Where an item begins.
+    Ahead head(int item) const { return panels_of(item % per_block_ * chunk_); }
+
+    // finish(block) once for each block of sums; `after` is fetched meanwhile.
+    template <class Finish>
+    void run(int item, const Ahead& after, Finish&& finish) const {
+        alignas(64) float c[kRowBlock * kBlockStride];
+        const int64_t block = item / per_block_, from = item % per_block_ * chunk_;
+        const int64_t row = num_rows_ * block / row_blocks_;
+        const int rows = int(num_rows_ * (block + 1) / row_blocks_ - row);
+        const int64_t to = std::min(from + chunk_, steps_);
+        for (int64_t step = from; step < to; ++step) {
+            const Ahead next = step + 1 < to ? panels_of(step + 1) : after;
+            Block out{row, rows, first_of(step), second_of(step), c};
+            multiply(m_, a_, rounded_, out, {next.first, next.second});
+            finish(out);
+        }
+    }
+
+  private:
+    int64_t first_of(int64_t step) const { return paired_ ? step : 2 * step; }
+    int64_t second_of(int64_t step) const {
+        const int64_t panel = paired_ ? step + m_.panels() / 2 : 2 * step + 1;
+        return panel < m_.panels() ? panel : -1;
+    }
+    Ahead panels_of(int64_t step) const {
+        const int64_t second = second_of(step);
+        return {m_.panel(first_of(step)), second < 0 ? nullptr : m_.panel(second)};
+    }
+
+    const Matrix& m_;
+    Rows a_;
+    bool rounded_;
+    int64_t num_rows_;
+    bool paired_;
+    int64_t steps_ = 0, row_blocks_ = 0, per_block_ = 1, chunk_ = 1;
+};
+
+// Enough items to even out the threads, few enough that counting them costs nothing.
+inline int64_t items_wanted(const Worker& worker, int64_t num_rows) {
+    return worker.num_threads == 1 ? 1 : worker.num_threads * (num_rows <= kMaxRows ? 12 : 8);
+}
+
+// A product as a phase of its own.
 template <class Finish>
 void product(Worker& worker, const Matrix& m, const Rows& a, bool rounded, int64_t num_rows,
              bool paired, Finish&& finish) {
-    const int64_t panels = m.panels(), steps = ceil_div(panels, 2), half = panels / 2;
-    const int64_t row_blocks = ceil_div(num_rows, kRowBlock);
-    if (num_rows == 0 || panels == 0) return;
-    // Enough items to even out the threads, few enough that counting them costs nothing.
-    int64_t wanted = worker.num_threads * (num_rows <= kMaxRows ? 6 : 8);
-    int64_t per_block = row_blocks >= wanted ? 1 : ceil_div(wanted, row_blocks);
-    if (worker.num_threads == 1) per_block = 1;
-    int64_t chunk = ceil_div(steps, per_block < steps ? per_block : steps);
-    per_block = ceil_div(steps, chunk);
-    auto first_of = [&](int64_t step) { return paired ? step : 2 * step; };
-    auto second_of = [&](int64_t step) {
-        int64_t panel = paired ? step + half : 2 * step + 1;
-        return panel < panels ? panel : -1;
-    };
-    worker.share(int(row_blocks * per_block), [&](int item, int next) {
-        alignas(64) float c[kRowBlock * kBlockStride];
-        const int64_t block = item / per_block, from = item % per_block * chunk;
-        const int64_t row = num_rows * block / row_blocks;
-        const int rows = int(num_rows * (block + 1) / row_blocks - row);
-        const int64_t to = from + chunk < steps ? from + chunk : steps;
-        for (int64_t step = from; step < to; ++step) {
-            const int64_t after = step + 1 < to ? step + 1
-                                  : next >= 0   ? next % per_block * chunk
-                                                : -1;
-            const char* fetch[2] = {nullptr, nullptr};
-            if (after >= 0) {
-                fetch[0] = m.panel(first_of(after));
-                if (second_of(after) >= 0) fetch[1] = m.panel(second_of(after));
-            }
-            Block out{row, rows, first_of(step), second_of(step), c};
-            multiply(m, a, rounded, out, fetch);
-            finish(out);
-        }
+    const Product work(m, a, rounded, num_rows, paired, items_wanted(worker, num_rows));
+    worker.share(work.items(), [&](int item, int next) {
+        work.run(item, next < 0 ? Ahead{} : work.head(next), finish);
     });
 }
 

@@ -50,7 +50,7 @@ async def test_langchain_tool_agent(llama_tokenizer: Tokenizer) -> None:
             max_retries=0,
         ).bind_tools([get_weather])
         for streamed in (False, True):
-            talk: list[Any] = [HumanMessage("Is it sunny in La Paz?")]
+            talk: list[Any] = [HumanMessage("How is the weather in La Paz?")]
             for _ in range(4):
                 if streamed:
                     parts = [part async for part in model.astream(talk)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib import resources
@@ -16,6 +18,8 @@ from tokenizers import Tokenizer
 
 from arriero.router import templates
 from arriero.router.gateway import GatewayConfig, GroupAddress
+from arriero.router.http import app as app_module
+from arriero.router.http import bodies, translate
 from arriero.shards.engine.types import EngineRequest
 from support.frontdoor import LLAMA3, Stack, echo, endless, make_card, serve
 
@@ -483,3 +487,32 @@ async def test_both_listeners_share_the_groups(echoing: Stack) -> None:
         answer = await ask.chat.completions.create(model="tiny", messages=ASK)
     assert answer.choices[0].message.content == "".join(texts)
     await echoing.gateway.set_groups([GroupAddress("g0", "tiny", echoing.link_address)])
+
+
+@pytest.mark.parametrize("kind", ["chat", "completion"])
+async def test_every_field_of_the_api_is_honoured_or_refused_by_name(
+    echoing: Stack, kind: str
+) -> None:
+    """The fields are the SDK's own; what honours them is found in the code that reads bodies."""
+    if kind == "chat":
+        from openai.types.chat import completion_create_params as params
+
+        path, body, least = "/v1/chat/completions", bodies.ChatBody, {"messages": ASK}
+    else:
+        from openai.types import completion_create_params as params  # type: ignore[no-redef]
+
+        path, body, least = "/v1/completions", bodies.CompletionBody, {"prompt": "a"}
+    fields = set(params.CompletionCreateParamsBase.__annotations__) | {"stream"}
+    read = inspect.getsource(translate) + inspect.getsource(app_module)
+    unread = {name for name in body.model_fields if not re.search(rf"\b{name}\b", read)} - {
+        "user",
+        "best_of",
+    }  # unused, and only as much as `n`: both are said in the schema
+    assert not unread
+    refused = sorted(fields - set(body.model_fields))
+    assert refused, "the walk found no fields"
+    async with httpx.AsyncClient(base_url=url(echoing)) as ask:
+        for name in refused:
+            answer = await ask.post(path, json={**least, "max_tokens": 2, name: "x"})
+            assert answer.status_code == 400, (name, answer.text)
+            assert answer.json()["error"]["param"] == name

@@ -16,9 +16,10 @@ from arriero.shards.checkpoint.formats.scheme import QuantScheme
 from arriero.shards.checkpoint.reader import TensorFolder
 from arriero.shards.models.loader import Loader
 from arriero.shards.partition import Span
+from support.by_the_book import ByTheBook
 from support.models import write_safetensors
-from support.quantized_files import fp8, packed
-from support.slices import exact_ops
+from support.quantized_files import awq, fp8, gptq, packed
+from support.slices import CPU, exact_ops
 
 EXPERTS, HIDDEN, INNER, TOKENS = 4, 32, 64, 9
 PREFIX = "model.layers.1.feed_forward."
@@ -27,6 +28,9 @@ FORMS = {
     "compressed-fp8": QuantScheme(method="compressed-tensors", activation_bound=float("inf")),
     "fp8-weights": QuantScheme(method="compressed-tensors"),
     "packed-4": QuantScheme(method="pack-quantized", bits=4, group_size=32),
+    "packed-8": QuantScheme(method="pack-quantized", bits=8),
+    "awq": QuantScheme(method="awq", group_size=32),
+    "gptq": QuantScheme(method="gptq", group_size=32, zero_offset=1),
 }
 
 
@@ -43,8 +47,14 @@ def written(path: Path, form: str) -> dict[str, Tensor]:
                 means[module] = torch.randn(rows, columns, generator=generator).double() * 0.2
                 continue
             seed = 10 * e + at
-            if form == "packed-4":
-                made, full = packed(module, rows, columns, 32, seed, 4, False)
+            if form.startswith("packed"):
+                bits = int(form[-1])
+                group = 32 if bits == 4 else columns
+                made, full = packed(module, rows, columns, group, seed, bits, False)
+            elif form == "awq":
+                made, full = awq(module, rows, columns, 32, seed)
+            elif form == "gptq":
+                made, full = gptq(module, rows, columns, 32, seed, act_order=False, version=1)
             else:
                 made, full = fp8(module, rows, columns, seed, torch.bfloat16)
                 made[f"{module}.weight_scale"] *= 2.0**-8
@@ -153,7 +163,14 @@ def test_experts(tmp_path: Path, form: str, layout: str, kernels: str) -> None:
     got, want = sum(parts), by_the_book(tmp_path, means, x)
     assert isinstance(got, Tensor)
     off = float((got - want).abs().max() / want.abs().max())
-    if form == "compressed-fp8":  # inputs are rounded too: tests/kernels/test_inputs.py has bits
+    if form == "compressed-fp8":  # inputs are rounded too
         assert 1e-4 < off < 0.1
+        if kernels == "reference":
+            book = ByTheBook(CPU)
+            again = [
+                block(tmp_path, form, book, x, Span(start=a, stop=b), Span(start=c, stop=d))
+                for a, b, c, d in LAYOUTS[layout]
+            ]
+            assert all(torch.equal(one, two) for one, two in zip(parts, again, strict=True))
     else:
         assert off <= 1e-5

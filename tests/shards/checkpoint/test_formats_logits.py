@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from arriero.kernels.ops import Linear
-from arriero.kernels.quant import QuantizedWeight
-from arriero.kernels.reference import ReferenceOps
 from arriero.shards.errors import CheckpointError
+from support.by_the_book import ByTheBook
 from support.models import tiny_llama
 from support.quantized_models import ROUNDING, WEIGHT_ONLY, dense_logits, quantized_llama
 from support.slices import CPU, logits_of
@@ -49,27 +45,6 @@ def test_weight_only(
     path, want = models[form]
     got = logits_of(path, TOKENS, tp=tp, pp=pp, kernels=kernels)
     assert float((got - want).abs().max()) <= 1e-5 * float(want.abs().max())
-
-
-class ByTheBook(ReferenceOps):
-    """The reference, but for products that round their inputs: those are written out here.
-
-    Rows of activations to float8 by min(max |x|, bound) / 448, exact sums, both scales.
-    """
-
-    def linear(self, x_TI: Tensor, w: Linear) -> Tensor:
-        if w.inputs is None:
-            return super().linear(x_TI, w)
-        assert isinstance(w.packed, QuantizedWeight) and w.inputs.bound is not None
-        x, f32 = x_TI.numpy(), np.float32
-        levels = w.packed.data.double().numpy()
-        top = np.minimum(np.abs(x).max(1), f32(w.inputs.bound))
-        scale = np.where(top > 0, top / f32(448), f32(1)).astype(f32)[:, None]
-        inside = torch.from_numpy(np.clip(x / scale, f32(-448), f32(448)))
-        q = inside.to(torch.float8_e4m3fn).double().numpy()
-        sums = [[f32(math.fsum(row * out)) for out in levels] for row in q]
-        y = np.array(sums, f32) * scale * w.packed.scales[:, 0].numpy()
-        return torch.from_numpy(y)
 
 
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS)

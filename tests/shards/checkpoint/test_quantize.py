@@ -14,36 +14,10 @@ from arriero.shards.checkpoint.reader import Checkpoint, TensorFolder
 from arriero.shards.checkpoint.verify import verify
 from arriero.shards.errors import CheckpointError
 from support.models import tiny_llama, tiny_weights
-from support.quantized_models import dense_logits
+from support.quantized_models import dense_logits, meaning
 from support.slices import logits_of
 
 TOKENS = [3, 99, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46]
-
-
-def unpacked(words_OW: Tensor, bits: int) -> Tensor:
-    """Unsigned numbers of int32 words, lowest bits first: as compressed-tensors documents it."""
-    parts = [words_OW >> bits * i & (1 << bits) - 1 for i in range(32 // bits)]
-    return torch.stack(parts, -1).flatten(1)
-
-
-def meaning(folder: TensorFolder, module: str) -> Tensor:
-    """The matrix that a module's tensors stand for, float64, by the format's own words."""
-    names = {one.rpartition(".")[2] for one in folder.names if one.startswith(module + ".")}
-    scale = folder.tensor(f"{module}.weight_scale").double()
-    if names == {"weight", "weight_scale"}:
-        return folder.tensor(f"{module}.weight").double() * scale
-    rows, columns = folder.tensor(f"{module}.weight_shape").tolist()
-    words = folder.tensor(f"{module}.weight_packed")
-    bits = words.shape[1] * 32 // columns
-    zero = torch.tensor(float(1 << bits - 1)).double()
-    group = columns // scale.shape[1]
-    if "weight_zero_point" in names:
-        packed_rows = folder.tensor(f"{module}.weight_zero_point")
-        zero = unpacked(packed_rows.t().contiguous(), 4).t()[:rows].double()
-        zero = zero.repeat_interleave(group, 1)
-    full = (unpacked(words, bits) - zero) * scale.repeat_interleave(group, 1)
-    assert full.shape == (rows, columns)
-    return full
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -14,6 +14,9 @@ from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.checkpoint.remote import local_folder, pull_from_hub
 from arriero.shards.checkpoint.verify import verify
 from arriero.shards.errors import CheckpointError
+from arriero.shards.executor import spawn_group
+from arriero.shards.group import GroupConfig
+from arriero.shards.resolve import resolve
 from support.hub_server import Hub, hub
 from support.models import tiny_llama, write_safetensors
 
@@ -86,6 +89,36 @@ def test_a_local_url_is_no_copy(model: Path) -> None:
 def test_http(model: Path) -> None:
     with hub(NAME, model) as served:
         same(local_folder(f"{served.url}/{NAME}/resolve/main"), model)
+
+
+def test_without_weights(model: Path) -> None:
+    """What a planner and a leader need: the weights come when they are asked for."""
+    with hub(NAME, model) as served:
+        url = f"{served.url}/{NAME}/resolve/main"
+        folder = local_folder(url, weights=False)
+        names = {one.name for one in folder.iterdir() if not one.name.startswith(".")}
+        assert {"config.json", "tokenizer.json"} < names
+        assert not any(name.endswith(".safetensors") for name in names)
+        assert not any(path.endswith(".safetensors") for _, path, _ in served.asked)
+        same(local_folder(url), model)
+
+
+def test_slices_load_from_a_url(model: Path) -> None:
+    """Two processes of a node ask at once, and the files come once."""
+    with hub(NAME, model) as served:
+        url = f"{served.url}/{NAME}/resolve/main"
+        config = GroupConfig(
+            model_path=url, dtype="float32", kernels="reference", tp=2, num_blocks=16, threads=1
+        )
+        config = resolve(config, Checkpoint.open(model).config)
+        executor = spawn_group(config)
+        try:
+            executor.wait_ready(120)
+        finally:
+            executor.close()
+        bodies = [path for how, path, _ in served.asked if how == "GET"]
+    weights = [path for path in bodies if path.endswith(".safetensors")]
+    assert len(weights) == len(set(weights)) == 3
 
 
 @pytest.mark.parametrize(

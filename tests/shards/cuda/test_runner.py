@@ -12,16 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from arriero.shards import sequences
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.cuda.runner import Copied, CudaRunner
 from arriero.shards.engine.engine import Engine
+from arriero.shards.errors import SpecError
 from arriero.shards.group import GroupConfig
 from arriero.shards.plan import StepPlan, StepResult
 from arriero.shards.resolve import engine_config, resolve
 from arriero.shards.sampling import SamplingParams
 from support import triton_interpreter
 from support.groups import Answer, Group, running
-from support.models import tiny_llama
+from support.models import tiny_llama, tiny_llama4
 
 from .stub import StubDevice
 
@@ -163,6 +165,38 @@ def test_memory_beyond_the_plan_is_told(
     assert "1073741824 bytes" in caplog.text
 
 
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+def test_graphs_hold_the_tables_of_chunk_local_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernels: str
+) -> None:
+    """Over several chunks and several frames, whose blocks come back and are used again."""
+    if kernels == "triton":
+        pytest.importorskip("triton")
+    monkeypatch.setattr(sequences, "_FRAME", 1)  # frames of a chunk, so that short texts cross them
+    tiny_llama4(tmp_path, seed=3, layers=4, experts=4, chunk=8)
+    config = GroupConfig(
+        model_path=str(tmp_path),
+        dtype="float32",
+        kernels="reference",
+        block_size=4,
+        num_blocks=100,
+        num_local_blocks=60,
+        max_model_len=128,
+        max_sequences=12,
+        max_batch_tokens=24,
+    )
+    prompts, params, few = PROMPTS, PLAIN, kernels == "triton"
+    if few:  # interpreted, a step is slow
+        prompts, params = PROMPTS[:2], [replace(one, max_tokens=4) for one in PLAIN[:2]]
+    with running(config) as group:
+        expected = group.generate(prompts, params)
+    device = StubDevice()
+    with on_stub(replace(config, kernels=kernels), device) as (group, _):
+        got = group.generate(prompts, params)
+    assert [a.tokens for a in got] == [a.tokens for a in expected]
+    assert sum(graph.replays for graph in device.graphs) > (1 if few else 20)
+
+
 def test_graphs_of_triton_kernels(config: GroupConfig) -> None:
     """The whole of it but the GPU: interpreted kernels behind stubbed graphs."""
     pytest.importorskip("triton")
@@ -174,3 +208,10 @@ def test_graphs_of_triton_kernels(config: GroupConfig) -> None:
         got = group.generate(prompts, params)
         assert executor.runner.kernels == "triton"
     assert [a.tokens for a in got] == [a.tokens for a in expected]
+
+
+def test_bits_that_cannot_be_kept_are_refused(config: GroupConfig) -> None:
+    model = Checkpoint.open(config.model_path).config
+    with pytest.raises(SpecError, match="`batch_independent`=True needs `kernels`=cpu or triton"):
+        resolve(replace(config, batch_independent=True), model)
+    assert resolve(replace(config, batch_independent=True, kernels="triton"), model)

@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from arriero.shards.errors import InvalidRequest
 from arriero.shards.images.decode import ImageLimits, measure, tiles_of
@@ -94,3 +94,22 @@ def test_refusals() -> None:
     whole = encoded(200, 200, "JPEG")
     with pytest.raises(InvalidRequest, match="cannot be decoded"):
         tiles_of(whole[: len(whole) // 2], 32, LIMITS)
+
+
+@pytest.mark.parametrize("held", range(1, 9))
+def test_photographs_stand_upright(held: int) -> None:
+    """As Pillow turns them by what EXIF says; a broken block leaves them as they are."""
+    image = Image.open(io.BytesIO(encoded(64, 32, "PNG")))
+    exif = Image.Exif()
+    exif[0x0112] = held
+    out, plain = io.BytesIO(), io.BytesIO()
+    image.save(out, "WEBP", exif=exif, lossless=True)
+    ImageOps.exif_transpose(Image.open(io.BytesIO(out.getvalue()))).save(plain, "PNG")
+    turned = Image.open(plain)
+    assert measure(out.getvalue(), LIMITS) == (turned.height, turned.width)
+    assert torch.equal(
+        tiles_of(out.getvalue(), 32, LIMITS)[1], tiles_of(plain.getvalue(), 32, LIMITS)[1]
+    )
+    broken = io.BytesIO()
+    image.save(broken, "WEBP", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff", lossless=True)
+    assert measure(broken.getvalue(), LIMITS) == (32, 64)

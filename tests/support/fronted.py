@@ -1,0 +1,54 @@
+"""A real engine behind a real gateway, and clients of both kinds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import openai
+
+from arriero.router.card import ModelCard
+from arriero.router.client import AsyncClient
+from arriero.router.gateway import Gateway, GatewayConfig, GroupAddress
+from arriero.router.link import LinkServer
+from arriero.shards.engine.types import EngineConfig
+from arriero.shards.group import GroupConfig
+from support.groups import Group, running
+
+
+@dataclass
+class Front:
+    """What a test talks to."""
+
+    group: Group
+    client: AsyncClient
+    ask: openai.AsyncOpenAI
+    url: str
+
+
+@asynccontextmanager
+async def fronted(
+    config: GroupConfig, make_card: Callable[[EngineConfig], ModelCard]
+) -> AsyncIterator[Front]:
+    with running(config) as group:
+        card = make_card(group.engine.config)
+        link = LinkServer(group.engine, card)
+        group.take = link.on_outputs  # type: ignore[method-assign]
+        gateway = Gateway(GatewayConfig(http_address="127.0.0.1:0"))
+        port = await gateway.start()
+        await gateway.set_groups([GroupAddress(card.group, card.model, await link.start())])
+        url = f"http://127.0.0.1:{gateway.http_port}"
+        try:
+            async with (
+                AsyncClient(f"127.0.0.1:{port}", timeout_s=240) as client,
+                openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as ask,
+            ):
+                async with asyncio.timeout(30):
+                    while not gateway.ready:
+                        await asyncio.sleep(0.01)
+                yield Front(group, client, ask, url)
+        finally:
+            await gateway.stop(0.5)
+            await link.stop(0.5)
