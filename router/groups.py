@@ -153,6 +153,8 @@ class LinkedGroups:
         group = self._groups.get(group_id)
         if group is None:
             raise Unavailable(f"group {group_id!r} was removed")
+        if len(self._groups) < 2:  # nobody to compare with, or to copy from
+            return group.link.generate(request)
         reach = self._reach(group.link.card, request)
         mine = reach.get(group_id, NOTHING).total
         peer = self._peer(group_id, reach)

@@ -26,7 +26,7 @@ Name = Annotated[str, typer.Option("--group", help="A group, slot or model; none
 Raw = Annotated[
     bool, typer.Option("--raw", help="Text as prompts begin with it, not a system prompt.")
 ]
-WARM_BATCH = 16
+WARM_BATCH = 4
 """Prompts of one call, so that none runs into its time limit."""
 
 
