@@ -89,7 +89,7 @@ def parse_bytes(name: str, text: str) -> int:
     return int(found)
 
 
-def _absolute(value: Path) -> Path:
+def _everywhere(value: Path) -> Path:
     path = value.expanduser()
     if not path.is_absolute():
         raise ValueError("give an absolute path: it is the same on every node")
@@ -166,7 +166,7 @@ class KvDisk(_Part):
         size: most bytes that the group uses of it, over all its slices.
     """
 
-    path: Annotated[Path, AfterValidator(_absolute)]
+    path: Annotated[Path, AfterValidator(_everywhere)]
     size: Bytes
 
 

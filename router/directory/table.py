@@ -65,8 +65,8 @@ class KeyTable:
 
     def find(self, keys: Keys) -> tuple[Bits, Bits]:
         """Holders of each key, [N] and [N]: on the device, and below it; 0 where unknown."""
-        at = self._search(keys)
-        known = self._keys[at] == keys
+        at, found = self._search(keys)
+        known = found == keys
         return self._near[at] * known, self._far[at] * known
 
     def change(self, keys: Keys, holder: int, *, near: bool, present: bool) -> None:
@@ -81,14 +81,14 @@ class KeyTable:
         if not len(keys):
             return
         bit = _ONE << np.uint64(holder)
-        bits = self._near if near else self._far
         if present:
-            self._insert(keys)
-            bits = self._near if near else self._far  # they are others once the table has grown
-            bits[self._search(keys)] |= bit
+            at = self._insert(keys)
+            bits = self._near if near else self._far  # which are others once the table has grown
+            bits[at] |= bit
         else:
-            at = self._search(keys)
-            at = at[self._keys[at] == keys]
+            at, found = self._search(keys)
+            at = at[found == keys]
+            bits = self._near if near else self._far
             bits[at] &= ~bit
 
     def held(self, holder: int) -> tuple[Keys, Keys]:
@@ -111,32 +111,35 @@ class KeyTable:
         # keys are hashes, so their upper halves are even: scaled to the table's size
         return (((keys >> _HALF) * self._size) >> _HALF).astype(np.int64)
 
-    def _search(self, keys: Keys) -> npt.NDArray[np.int64]:
-        """Slot of each key, or the empty one where it would be."""
+    def _search(self, keys: Keys) -> tuple[npt.NDArray[np.int64], Keys]:
+        """Slot of each key, or the empty one where it would be; and what is in it."""
         at, size = self._home(keys), len(self._keys)
         found = self._keys[at]
         left = np.flatnonzero((found != keys) & (found != 0))
         while len(left):
-            at[left] = (at[left] + 1) % size
-            found = self._keys[at[left]]
-            left = left[(found != keys[left]) & (found != 0)]
-        return at
+            following = at[left] + 1
+            following[following == size] = 0
+            there = self._keys[following]
+            at[left], found[left] = following, there
+            left = left[(there != keys[left]) & (there != 0)]
+        return at, found
 
-    def _insert(self, keys: Keys) -> None:
-        at = self._search(keys)
-        new = np.flatnonzero(self._keys[at] == 0)
+    def _insert(self, keys: Keys) -> npt.NDArray[np.int64]:
+        """Slot of each key, which is there from now on."""
+        at, found = self._search(keys)
+        new = np.flatnonzero(found == 0)
         if self._count + len(new) > _LOAD * len(self._keys):
             self.reserve(len(keys))
-            at = self._search(keys)
-            new = np.flatnonzero(self._keys[at] == 0)
+            at, found = self._search(keys)
+            new = np.flatnonzero(found == 0)
         while len(new):
             # of several keys that claim a slot the last one written has it; the others look on
             self._keys[at[new]] = keys[new]
             lost = new[self._keys[at[new]] != keys[new]]
-            won = np.unique(at[new])
-            self._count += len(won)
-            at[lost] = self._search(keys[lost])
-            new = lost[self._keys[at[lost]] == 0]
+            self._count += len(np.unique(at[new]))
+            at[lost], found = self._search(keys[lost])
+            new = lost[found == 0]
+        return at
 
     def reserve(self, more: int) -> None:
         """Have room for so many more keys: leave dead ones behind, and grow if that is too little.
@@ -151,6 +154,5 @@ class KeyTable:
         self._make(len(self._keys) if needed < 0.8 * len(self._keys) else needed * 5 // 4)
         self._count = 0
         self.num_rebuilds += 1
-        self._insert(keys)
-        at = self._search(keys)
+        at = self._insert(keys)
         self._near[at], self._far[at] = near, far

@@ -70,7 +70,7 @@ class LocalPart:
         if not 0 <= slot < len(self._keys) or self._keys[slot].tobytes() != key:
             return False
         into.copy_(self._data[slot, self._layers, :, self._heads])
-        return self._keys[slot].tobytes() == key
+        return bool(self._keys[slot].tobytes() == key)
 
     def close(self) -> None:
         """See `Part`."""
