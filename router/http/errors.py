@@ -26,7 +26,9 @@ from arriero.shards.errors import (
 log = logging.getLogger(__name__)
 
 UNAVAILABLE_RETRY_S = 1
-_PART = re.compile(r"(messages\[\d+\])\.parts\[(\d+)\]")
+_TYPES = frozenset({"str", "int", "NamedTool"})
+"""Types among which a field has one, as pydantic puts them into a path; lists have brackets."""
+_PART = re.compile(r"(messages\[\d+\])\.parts(\[\d+\])(\.image)?")
 
 
 def install(app: FastAPI) -> None:
@@ -99,7 +101,9 @@ def describe(error: ArrieroError) -> dict[str, Any]:
 
 def _as_sent(text: str) -> str:
     """`text` with a message's parts called as JSON calls them."""
-    return _PART.sub(r"\1.content[\2]", text).replace("].image", "].image_url")
+    return _PART.sub(
+        lambda part: f"{part[1]}.content{part[2]}{part[3] or ''}{'_url' if part[3] else ''}", text
+    )
 
 
 def body(
@@ -113,7 +117,7 @@ def body(
 
 def _first(errors: Sequence[Mapping[str, Any]]) -> InvalidRequest:
     """What a client is told of the fields that broke the schema: the first, by name."""
-    error = errors[0]
+    error = _deepest(errors)
     if error["type"] == "json_invalid":
         reason = error.get("ctx", {}).get("error", error["msg"])
         return InvalidRequest("", f"the body is not JSON: {reason}")
@@ -123,10 +127,10 @@ def _first(errors: Sequence[Mapping[str, Any]]) -> InvalidRequest:
             "", "the body is not JSON, or not said to be; send content-type: application/json"
         )
     field = ""
-    for part in error["loc"][1:]:
+    for part in _path(error):
         if isinstance(part, int):
             field += f"[{part}]"
-        elif _is_field(part):
+        else:
             field += f".{part}" if field else part
     field = field[:256].encode("utf-8", "replace").decode()
     if error["type"] == "extra_forbidden":
@@ -139,6 +143,17 @@ def _first(errors: Sequence[Mapping[str, Any]]) -> InvalidRequest:
     return InvalidRequest(field, f"`{field or 'body'}`{shown}: {reason}")
 
 
-def _is_field(part: str) -> bool:
-    """Whether it names a field, rather than one of the types that a field may have."""
-    return part not in {"str", "int"} and "[" not in part
+def _deepest(errors: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The first error; of a field that may have several types, the one that came closest to fit."""
+    first = _path(errors[0])
+    same = [error for error in errors if _path(error)[: len(first)] == first]
+    return max(same, key=lambda error: len(_path(error)))
+
+
+def _path(error: Mapping[str, Any]) -> list[str | int]:
+    """Fields and positions; without the types that a field may have."""
+    return [
+        part
+        for part in error["loc"][1:]
+        if isinstance(part, int) or (part not in _TYPES and "[" not in part)
+    ]

