@@ -14,6 +14,7 @@ Source: github.com/guidance-ai/llguidance; Brzozowski (1964), Earley (1970).
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +29,8 @@ from arriero.shards.plan import Int32
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
+
+log = logging.getLogger(__name__)
 
 MAX_COMPILED = 64
 """Compiled grammars kept, the last used; a copy of one costs a microsecond."""
@@ -167,14 +170,21 @@ class _Followed:
         self.mask: Future[Int32] | None = None
 
     def begin(self, compiler: Compiler, grammar: str, output: Sequence[int]) -> Int32:
-        self._matcher = compiler.matcher(grammar)
+        try:
+            self._matcher = compiler.matcher(grammar)
+        except Exception:
+            # The library or the tokenizer is not here, though the gateway has both: the one request
+            # finds nothing to draw and ends in an error; the group's others go on.
+            log.exception("a grammar cannot be followed")
+            return np.zeros(self._words, np.int32)
         if output:
             self._matcher.consume_tokens(list(output))
         return self._fill(self._matcher)
 
     def take(self, drawn: Future[Int32], row: int) -> Int32:
         token = int(drawn.result()[row])  # done: the one thread works in order
-        assert self._matcher is not None, "begun before"
+        if self._matcher is None:
+            return np.zeros(self._words, np.int32)
         if token >= 0:  # -1 where nothing was left to draw
             self._matcher.consume_token(token)
         return self._fill(self._matcher)

@@ -44,6 +44,7 @@ def fuzz_target(folder: Path) -> Iterator[Target]:
     """A target whose model is written to `folder`."""
     tokenizer = make_tokenizer(LLAMA_SPECIALS, bos="<|begin_of_text|>")
     tiny_llama(folder, vocab=VOCAB, eos=1)
+    tokenizer.save(str(folder / "tokenizer.json"))
     config = GroupConfig(model_path=str(folder), dtype="float32", num_blocks=64, max_queued=64)
     with running(config) as group:
         limits = group.engine.config

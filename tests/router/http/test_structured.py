@@ -92,6 +92,7 @@ async def test_200_schemas() -> None:
                 messages=ASK,
                 max_tokens=300,
                 seed=number,
+                frequency_penalty=0.5 if number >= 1000 else 0.0,
                 logit_bias={str(served.group.engine.config.eos_token_ids[0]): 100}
                 if number >= 1000
                 else {},
@@ -103,7 +104,7 @@ async def test_200_schemas() -> None:
             (choice,) = answer.choices
             if choice.finish_reason == "length" and number < 1000:
                 # a form without an end (digits, recursion) that so small a model does not leave:
-                # once more, with its end token favoured wherever the form allows it
+                # once more, with repetition penalised, and its end favoured where the form has one
                 cut_off.append(schema)
                 return await one(number + 1000, schema)
             if choice.finish_reason != "stop":
