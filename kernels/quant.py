@@ -339,7 +339,7 @@ def _whole_levels(w_OGC: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tens
 
 
 def in_pieces(
-    quantize: Callable[[Tensor], QuantizedWeight], weight_OI: Tensor, elements: int = 1 << 23
+    quantize: Callable[[Tensor], QuantizedWeight], weight_OI: Tensor, elements: int = 1 << 20
 ) -> QuantizedWeight:
     """`quantize` some rows at a time: a big matrix is never held in float32 as a whole."""
     rows = max(1, elements // weight_OI.shape[1])
