@@ -19,6 +19,7 @@ from typing import Any
 from arriero.router import frames
 from arriero.router.backend import GroupLoad
 from arriero.router.card import ModelCard
+from arriero.router.directory.events import Batch, Snapshot
 from arriero.router.tls import LINK_NAME
 from arriero.router.wire import Wire
 from arriero.shards.engine.types import EngineRequest, SequenceOutput
@@ -45,6 +46,7 @@ class LinkClient:
         tls: of the connection; None speaks in the clear.
         group_id: of the group that is meant; a leader of another (an address is used again in
             time) is not spoken to. None takes whoever answers.
+        on_kv: told what becomes of the group's KV blocks.
     """
 
     def __init__(
@@ -55,8 +57,10 @@ class LinkClient:
         token: str = "",
         tls: ssl.SSLContext | None = None,
         group_id: str | None = None,
+        on_kv: Callable[[Batch | Snapshot], None] = lambda told: None,
     ) -> None:
         self.address = address
+        self._on_kv = on_kv
         self._token = token
         self._tls = tls
         self._group_id = group_id
@@ -107,6 +111,7 @@ class LinkClient:
         """How busy the group is."""
         return GroupLoad(
             outstanding_tokens=sum(call.outstanding for call in self._calls.values()),
+            prefill_tokens=sum(call.prefill for call in self._calls.values()),
             num_running=self._stats.get("num_running", 0),
             num_waiting=self._stats.get("num_waiting", 0),
             stalled_s=time.monotonic() - self._moved_s,
@@ -145,8 +150,15 @@ class LinkClient:
             self._task = None
         self._tell(False, "the gateway has dropped the group")
 
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[list[SequenceOutput]]:
+    async def generate(
+        self, request: EngineRequest, num_cached: int = 0, peer: tuple[str, str] | None = None
+    ) -> AsyncGenerator[list[SequenceOutput]]:
         """Run a request; closing the iterator early cancels it.
+
+        Args:
+            request: it.
+            num_cached: tokens of its prompt that the group is thought to have.
+            peer: address and token of a leader whose group is thought to have more.
 
         Raises:
             InvalidRequest, Overloaded: the engine refused it.
@@ -155,11 +167,11 @@ class LinkClient:
         if not self.connected:
             raise Unavailable(f"leader at {self.address}: {self.cause}")
         handle = next(self._handles)
-        call = _Call(request)
+        call = _Call(request, num_cached)
         self._calls[handle] = call
         self._names[handle] = request.request_id
         self._by_name[request.request_id] = handle
-        self._send(frames.submit_message(handle, request))
+        self._send(frames.submit_message(handle, request, peer))
         try:
             while call.running:
                 outputs = await call.take()
@@ -243,6 +255,10 @@ class LinkClient:
                 self._on_step(message)
             elif kind == "stats":
                 self._on_stats(message[1])
+            elif kind == "kv":
+                self._on_kv(Batch.from_wire(message[1:]))
+            elif kind == "kv_all":
+                self._on_kv(Snapshot.from_wire(message[1:]))
             elif kind == "refused":
                 self._on_refused(*message[1:])
             elif kind == "hello":
@@ -310,12 +326,12 @@ class _Call:
 
     __slots__ = ("_expected", "_outputs", "_prompt", "_waiter", "error", "unfinished")
 
-    def __init__(self, request: EngineRequest) -> None:
+    def __init__(self, request: EngineRequest, num_cached: int) -> None:
         self.unfinished = set(range(request.params.n))
         self.error: ArrieroError | None = None
         self._outputs: list[SequenceOutput] = []
         self._waiter: asyncio.Future[None] | None = None
-        self._prompt = len(request.prompt)
+        self._prompt = max(1, len(request.prompt) + len(request.resumed) - num_cached)
         limit = min(request.params.max_tokens or EXPECTED_OUTPUT, EXPECTED_OUTPUT)
         self._expected = limit * request.params.n
 
@@ -323,6 +339,11 @@ class _Call:
     def running(self) -> bool:
         """Whether more will come, or waits to be taken."""
         return bool(self.unfinished or self._outputs)
+
+    @property
+    def prefill(self) -> int:
+        """Prompt tokens still to compute, until the first token is here."""
+        return self._prompt
 
     @property
     def outstanding(self) -> int:

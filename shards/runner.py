@@ -26,12 +26,15 @@ from arriero.shards.experts import Loads
 from arriero.shards.grammar import GrammarRows
 from arriero.shards.group import GroupConfig
 from arriero.shards.heap import returning_large_buffers
-from arriero.shards.layout import attention_chunk, parts_of
+from arriero.shards.kv.mover import Fence, Mover, Movers, TierSettings
+from arriero.shards.kv.moves import Moved, Pool
+from arriero.shards.kv.pieces import Piece
+from arriero.shards.layout import attention_chunk, parts_of, pool_layers
 from arriero.shards.mesh import Mesh
 from arriero.shards.models.families import load_slice
 from arriero.shards.models.loader import Progress
 from arriero.shards.plan import Logprobs, StepPlan, StepResult
-from arriero.shards.resolve import first_placement
+from arriero.shards.resolve import cache_salt, first_placement, tier_limits
 from arriero.shards.sequences import LocalTable, Rope, SequenceTable
 
 PROMPT_LOGPROB_ROWS = 128
@@ -79,6 +82,7 @@ class Runner:
     ) -> None:
         torch.set_grad_enabled(False)
         started = time.perf_counter()
+        self._config = config
         checkpoint = Checkpoint.open(config.model_path)
         model = checkpoint.config
         checkpoint.check_whole()
@@ -156,6 +160,42 @@ class Runner:
         Empty on all ranks of a stage but the first, since all count the same.
         """
         return {} if self.mesh.stage_rank else self._model.take_loads()
+
+    def open_tiers(self, on_moved: Callable[[Moved], None], host: str = "127.0.0.1") -> Movers:
+        """Open the tiers below the device, none if there are none; whoever runs the steps closes.
+
+        Args:
+            on_moved: told what came of copies, from threads of the tiers' own.
+            host: this node's address, where other nodes' ranks may read host memory.
+        """
+        config, part = self._config, self.mesh.part
+        if not config.tiers.enabled:
+            return Movers({})
+        checkpoint = Checkpoint.open(config.model_path)
+        model = checkpoint.config
+        limits = tier_limits(config, model)
+        movers = {}
+        for pool, kv in self._model.kv_pools.items():
+            piece, *others = (
+                Piece(pool_layers(model, one, pool), (one.kv_heads.start, one.kv_heads.stop))
+                for one in (part, *parts_of(model, config)[: part.rank])
+            )
+            settings = TierSettings(
+                config=config.tiers,
+                salt=cache_salt(config, checkpoint.digest),
+                host_slots=(limits.all if pool is Pool.ALL else limits.local).host_blocks,
+                rank=part.rank,
+                pool=pool,
+                piece=piece,
+                host=host,
+                writes=piece not in others,
+            )
+            movers[pool] = Mover(kv, settings, on_moved, self.fence)
+        return Movers(movers)
+
+    def fence(self) -> Fence | None:
+        """When the device will have run what was launched; None where it has."""
+        return None
 
     def launch(
         self, plan: StepPlan, *, at_layers: Callable[[], None] = lambda: None

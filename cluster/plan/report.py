@@ -16,6 +16,7 @@ from arriero.cluster.plan.layouts import Machines, Option
 from arriero.cluster.plan.memory import GroupPlan, RankPlan
 from arriero.cluster.plan.stored import stored_bytes
 from arriero.shards.checkpoint.formats.modules import Kind
+from arriero.shards.kv.limits import GroupTierLimits
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 MOST_WORKING, MOST_REFUSED = 12, 6
@@ -31,7 +32,11 @@ def contexts(plan: GroupPlan) -> list[int]:
 
 
 def as_json(
-    plan: GroupPlan, groups: int, machines: Machines, options: Sequence[Option]
+    plan: GroupPlan,
+    groups: int,
+    machines: Machines,
+    options: Sequence[Option],
+    tiers: GroupTierLimits,
 ) -> dict[str, Any]:
     """All of it, bytes as whole numbers."""
     layout, demand = plan.layout, plan.demand
@@ -52,6 +57,13 @@ def as_json(
         "weights_bytes": sum(rank.weights.total for rank in plan.ranks),
         "checkpoint_bytes": stored_bytes(plan.model.config, plan.weights),
         "kv_tokens": plan.pool_tokens,
+        "kv_tiers": {
+            name: {
+                "tokens": blocks * plan.demand.block_size,
+                "bytes_by_rank": [_tier_bytes(rank, blocks, local) for rank in plan.ranks],
+            }
+            for name, blocks, local in _tiers(tiers)
+        },
         "ranks": [_rank_json(plan, rank) for rank in plan.ranks],
         "capacity": [
             {
@@ -117,7 +129,11 @@ def _option_json(option: Option) -> dict[str, Any]:
 
 
 def as_tables(
-    plan: GroupPlan, groups: int, machines: Machines, options: Sequence[Option]
+    plan: GroupPlan,
+    groups: int,
+    machines: Machines,
+    options: Sequence[Option],
+    tiers: GroupTierLimits,
 ) -> RenderableType:
     """What a person reads.
 
@@ -126,9 +142,12 @@ def as_tables(
         groups: how many the machines hold.
         machines: they.
         options: ranked.
+        tiers: of the KV cache below the device.
     """
     parts: list[RenderableType] = [Text(verdict(plan, groups, machines))]
     parts += [_rank_table(plan), _capacity_table(plan)]
+    if tiers.enabled:
+        parts.append(_tier_table(plan, tiers))
     if options:
         parts.append(_option_table(options, plan.demand.context))
     return Group(*parts)
@@ -156,6 +175,31 @@ def verdict(plan: GroupPlan, groups: int, machines: Machines) -> str:
     else:
         lines.append(f"{plan.layout} does not fit, as said below the tables")
     return "\n".join(lines)
+
+
+def _tiers(tiers: GroupTierLimits) -> list[tuple[str, int, int]]:
+    """Name of each bounded tier, its blocks of all tokens, and its chunk-local ones."""
+    each = (
+        ("host", tiers.all.host_blocks, tiers.local.host_blocks),
+        ("disk", tiers.all.disk_blocks, tiers.local.disk_blocks),
+    )
+    return [one for one in each if one[1]]
+
+
+def _tier_bytes(rank: RankPlan, blocks: int, local: int) -> int:
+    return blocks * rank.kv_global_block + local * rank.kv_local_block
+
+
+def _tier_table(plan: GroupPlan, tiers: GroupTierLimits) -> Table:
+    table = Table(title="KV cache below the device, of one group", title_justify="left")
+    for name in ("tier", "tokens", "GB of each rank"):
+        table.add_column(name, justify="right")
+    for name, blocks, local in _tiers(tiers):
+        sizes = dict.fromkeys(_gb(_tier_bytes(rank, blocks, local)) for rank in plan.ranks)
+        table.add_row(name, f"{blocks * plan.demand.block_size:,}", ", ".join(sizes))
+    if tiers.all.shared:
+        table.add_row("shared store", "not bounded", "-")
+    return table
 
 
 def _rank_table(plan: GroupPlan) -> Table:

@@ -126,6 +126,10 @@ class CudaRunner(Runner):
         if config.world_size == 1:
             self._graphs = GraphRunner(self._device, buckets_up_to(config.max_sequences))
 
+    def fence(self) -> Event:
+        """When the device will have run what was launched."""
+        return self._device.mark()
+
     def step(
         self, plan: StepPlan, *, at_layers: Callable[[], None] = lambda: None
     ) -> StepResult | None:

@@ -21,8 +21,7 @@ from arriero.shards.engine.types import EngineConfig, EngineRequest, SequenceOut
 from arriero.shards.errors import GroupFailed, InvalidRequest, Overloaded, SpecError
 from arriero.shards.plan import StepResult, int32
 from arriero.shards.sampling import SamplingParams
-
-from .fake_slice import FakeExecutor, answer
+from support.fake_slice import FakeExecutor, answer
 
 VOCAB = 50
 

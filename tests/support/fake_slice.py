@@ -16,6 +16,7 @@ import numpy as np
 
 from arriero.shards.engine.sequence import sample_seed
 from arriero.shards.engine.types import EngineConfig, EngineRequest
+from arriero.shards.kv.moves import Moved, Moves
 from arriero.shards.plan import LAST_SAMPLED, Logprobs, NewSequence, StepPlan, StepResult, int32
 from arriero.shards.sampling import SamplingParams
 
@@ -217,6 +218,7 @@ class FakeExecutor:
         self.slice = FakeSlice(config)
         self.results: deque[StepResult] = deque()
         self.closed = False
+        self.said: list[Moved] = []
 
     def submit(self, plan: StepPlan) -> None:
         result = self.slice.run(StepPlan.from_bytes(plan.to_bytes()))
@@ -227,6 +229,13 @@ class FakeExecutor:
 
     def take_loads(self) -> dict[int, Any]:
         return {}
+
+    def move(self, moves: Moves) -> None:
+        raise AssertionError("there are no tiers")
+
+    def moved(self, timeout_s: float = 0.0) -> list[Moved]:
+        said, self.said = self.said, []
+        return said
 
     def close(self) -> None:
         self.closed = True
