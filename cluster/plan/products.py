@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import prod
+from math import ceil, prod, sqrt
 from typing import Literal
 
 from arriero.kernels.packing import Kernels, Precision, packed_nbytes
@@ -56,6 +56,8 @@ ON_LOAD: dict[str, Dtype] = {"int8": "int8", "fp8": "fp8-onload", "int4": "int4-
 """What a spec's `quantization` is called here."""
 GROUP_SIZE = 128
 ON_LOAD_GROUP_SIZE = 32
+ORDER_ITEMSIZE = 8
+"""Bytes that name the input of a sorted column."""
 WHOLE_ROW = 1 << 30
 """A group size that no row reaches: one scale a row."""
 
@@ -229,19 +231,23 @@ def rank_weights(model: AnyModel, part: AnyPart, weights: Weights, kernels: Kern
         if not _is_matrix(first):
             by_kind[first.kind] += 4 * prod(first.shape) * times  # vectors are kept in float32
             continue
+        group, order = _group(first, part, weights), 0
+        if stack.precision == "int4" and weights.scheme is not None and weights.scheme.act_order:
+            columns, group = _sorted(first, columns, weights)
+            order = ORDER_ITEMSIZE * columns
         packed = packed_nbytes(
             kernels,
             rows,
             columns,
             stack.precision,
-            group_size=_group(first, part, weights),
+            group_size=group,
             zeros=weights.zeros,
             bias=first.bias and (first.columns is None or part.tp_rank == 0),
         )
         by_kind[first.kind] += packed.weights * copies * times
-        scales += packed.scales * copies * times
+        scales += (packed.scales + order) * copies * times
         if first.experts:
-            experts_total += packed.total * copies * times
+            experts_total += (packed.total + order) * copies * times
             expert_held = copies
             expert_layers += times * (first.stacked == 2)
     expert_bytes = experts_total // expert_held if expert_held else 0
@@ -323,6 +329,22 @@ def _group(module: Module, part: AnyPart, weights: Weights) -> int:
     span = span_of(part, cut.axis)
     own = Span(start=span.start * cut.per, stop=min(span.stop * cut.per, size))
     return cut_group(own, size, group)
+
+
+def _sorted(module: Module, columns: int, weights: Weights) -> tuple[int, int]:
+    """Columns of a matrix that a slice sorts by group (act-order), and of a group of them.
+
+    A slice of the columns holds a part of every group, and the largest part is the size of all.
+    Which it holds only the checkpoint's data says; an upper estimate here, except of whole ones.
+    """
+    size = module.shape[-1]
+    group = min(weights.group_size, size)
+    width, num_groups = group, -(-size // group)
+    if columns < size and not module.experts:
+        mean = group * columns / size
+        width = min(group, ceil(mean + 5 * sqrt(mean)))  # five deviations of a random choice
+    width += width % 2
+    return num_groups * width, width
 
 
 def _share(module: Module, part: AnyPart, dim: int) -> int:

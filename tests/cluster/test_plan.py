@@ -300,8 +300,12 @@ def test_a_quantized_folder_allocates_what_was_planned(
 ) -> None:
     backend(kernels)
     quantized_llama(tmp_path, form, layers=1)
-    config = GroupConfig(
-        model_path=str(tmp_path),
+    check_group(small_group(tmp_path, tp, kernels), kernels)
+
+
+def small_group(path: Path, tp: int, kernels: Kernels) -> GroupConfig:
+    return GroupConfig(
+        model_path=str(path),
         dtype="float32",
         tp=tp,
         kernels=kernels,
@@ -309,7 +313,21 @@ def test_a_quantized_folder_allocates_what_was_planned(
         num_blocks=4,
         max_model_len=64,
     )
-    check_group(config, kernels)
+
+
+@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+def test_columns_in_an_order_of_their_own_are_planned(tmp_path: Path, kernels: Kernels) -> None:
+    """Exactly where they are whole, and not too little where they are cut."""
+    backend(kernels)
+    quantized_llama(tmp_path, "gptq-act-order", layers=1)
+    check_group(small_group(tmp_path, 1, kernels), kernels)
+    model = find_model(str(tmp_path))
+    weights = weights_as(model.config, model.scheme, "checkpoint")
+    plan = plan_group(model, weights, Layout(tp=2), Demand(context=64), H100, kernels)
+    config = resolve(small_group(tmp_path, 2, kernels), model.config)
+    for rank in plan.ranks:
+        held = Runner(config, rank.part.rank).weights_nbytes
+        assert held <= rank.weights.total < 1.5 * held
 
 
 @pytest.mark.parametrize("kernels", ["reference", "cpu"])
