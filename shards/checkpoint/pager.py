@@ -1,9 +1,9 @@
 """Pages of the files while a slice loads: read ahead of use, given back after it.
 
 Knows which bytes a rank reads and in which order; knows nothing of what they mean. Reading ahead
-keeps several requests on their way to the disk (or to where the files lie), from several files; giving back keeps what has
-been packed from counting as this process's memory. The system's page cache holds what was read,
-so that the ranks of a node read each byte from the disk once.
+keeps several requests on their way to the disk (or to where the files lie), from several files;
+giving back keeps what has been packed from counting as this process's memory. The system's page
+cache holds what was read, so that the ranks of a node read each byte from the disk once.
 """
 
 from __future__ import annotations
