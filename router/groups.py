@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from collections.abc import AsyncGenerator, Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
-from arriero.router.backend import GroupView
+from arriero.router.backend import GroupView, Running
 from arriero.router.conversation import TextModel
 from arriero.router.link_client import LinkClient
-from arriero.shards.engine.types import EngineRequest, SequenceOutput
+from arriero.shards.engine.types import EngineRequest
 from arriero.shards.errors import ArrieroError, InvalidRequest, NotFound, Unavailable
 
 log = logging.getLogger(__name__)
@@ -131,9 +131,7 @@ class LinkedGroups:
         known = self.models()
         return next(iter(known)) if len(known) == 1 else ""
 
-    def generate(
-        self, group_id: str, request: EngineRequest
-    ) -> AsyncGenerator[list[SequenceOutput]]:
+    def generate(self, group_id: str, request: EngineRequest) -> Running:
         """Run a request; see `Backend`."""
         group = self._groups.get(group_id)
         if group is None:
