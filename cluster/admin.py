@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from arriero.cluster import nodes
 from arriero.cluster.changes import Phase, settled
 from arriero.cluster.history import Failure
+from arriero.cluster.kv_client import KV_ACTIONS, ask_kv
 from arriero.cluster.spec import Spec, explain
 from arriero.router.proto.arriero.v1 import admin_pb2 as pb
 from arriero.shards.errors import ArrieroError, InvalidRequest, NotFound, SpecError
@@ -71,6 +72,7 @@ class AdminServer:
             "Drain": self._method(pb.DrainRequest, self._drain),
             "Rollout": self._method(pb.RolloutRequest, self._rollout),
             "Rollback": self._method(pb.RollbackRequest, self._rollback),
+            "Kv": self._method(pb.KvRequest, self._kv),
         }
         handlers = {name: grpc.unary_unary_rpc_method_handler(one) for name, one in methods.items()}
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
@@ -192,6 +194,18 @@ class AdminServer:
 
     async def _rollback(self, request: pb.RollbackRequest) -> pb.ChangeResponse:
         return pb.ChangeResponse(text=await self._operator.rollback(request.model))
+
+    async def _kv(self, request: pb.KvRequest) -> pb.KvResponse:
+        if request.action not in KV_ACTIONS:
+            raise InvalidRequest("action", f"no action {request.action[:32]!r}")
+        board = await self._registry.board.remote()
+        name = request.name
+        found = [e for e in board.groups if name in ("", e.group_id, e.slot, e.model)]
+        if not found:
+            there = ", ".join(one.slot for one in board.groups) or "none"
+            raise NotFound(f"no group of {name[:128]!r} serves; there is {there}")
+        tls = self._operator.spec.link_tls
+        return pb.KvResponse(groups=await asyncio.gather(*(ask_kv(e, request, tls) for e in found)))
 
 
 def _read_spec(text: str) -> Spec:

@@ -75,6 +75,10 @@ class AdminClient:
         """Go back to the revision before."""
         return self._call(self._stub.Rollback, pb.RollbackRequest(model=model)).text
 
+    def kv(self, request: pb.KvRequest) -> list[pb.KvGroup]:
+        """What the KV caches of groups hold, once what is asked for is done."""
+        return list(self._call(self._stub.Kv, request).groups)
+
     def _call(self, method: Callable[..., R], request: object) -> R:
         try:
             return method(request, metadata=self._metadata, timeout=_TIMEOUT_S)

@@ -28,22 +28,25 @@ class Canary:
         self._numbers = itertools.count()
         self._due: dict[str, asyncio.Future[SequenceOutput]] = {}
 
-    async def draw(self) -> None:
-        """Wait for one token.
+    async def draw(self, prompt: tuple[int, ...] = (0,)) -> SequenceOutput:
+        """Wait for one token after a prompt.
 
         Raises:
             GroupFailed: it did not come; the text is the cause.
+            InvalidRequest: the prompt is too long.
+            Overloaded: as many requests wait as may.
             Unavailable: the engine has failed or was stopped.
         """
         name = f"{_NAME}{next(self._numbers)}"
         due = self._due[name] = self._loop.create_future()
         try:
-            self._engine.submit(EngineRequest(request_id=name, prompt=(0,), params=_PARAMS))
-            first = await due
+            self._engine.submit(EngineRequest(request_id=name, prompt=prompt, params=_PARAMS))
+            first: SequenceOutput = await due
         finally:
             del self._due[name]
         if not first.tokens:
             raise GroupFailed(f"no token came: {first.error or first.finish_reason}")
+        return first
 
     def take(self, outputs: Sequence[SequenceOutput]) -> None:
         """Look through a step's outputs; called from the engine's thread."""

@@ -18,6 +18,7 @@ from arriero.cluster.commands import (
     deployment,
     doctor,
     keys,
+    kv,
     models,
     operations,
     plan,
@@ -57,6 +58,7 @@ talk.add_to(app)
 plan.add_to(app)
 app.add_typer(models.app, name="models")
 app.add_typer(keys.app, name="keys")
+app.add_typer(kv.app, name="kv")
 app.add_typer(bench.app, name="bench")
 
 

@@ -156,7 +156,9 @@ class Leader:
         from arriero.router.card import ModelCard
         from arriero.shards.checkpoint.formats.describe import describe
         from arriero.shards.checkpoint.remote import local_folder
+        from arriero.shards.engine.blocks import root_key
         from arriero.shards.executor import RemoteExecutor
+        from arriero.shards.kv.machine import host_name
         from arriero.shards.models.llama4_config import Llama4Config
         from arriero.shards.resolve import engine_config, resolve
 
@@ -189,6 +191,9 @@ class Leader:
             max_sequences=limits.max_sequences,
             arithmetic=self._settings.arithmetic,
             epoch=self._epoch,
+            cache_root=root_key(limits.cache_salt) if limits.prefix_cache else b"",
+            block_size=limits.block_size,
+            memory=host_name() if config.tiers.host_bytes else "",
             image_tile=0 if vision is None else vision.image_size,
             image_features=0 if vision is None else vision.features_per_tile,
         )
@@ -250,7 +255,10 @@ class Leader:
     async def _lead(self, limits: EngineConfig, card: ModelCard) -> str:
         """Start the engine, draw a token, open the link; returns the link's address."""
         from arriero.cluster.canary import Canary
+        from arriero.cluster.kv_desk import KvDesk
+        from arriero.router.directory.journal import Journal
         from arriero.router.link import LinkServer
+        from arriero.router.peers import Peers
         from arriero.router.tracing import Tracing
         from arriero.shards.engine.engine import Engine
 
@@ -264,7 +272,10 @@ class Leader:
         def on_failure(error: Exception) -> None:
             self._on_lost(str(error))
 
-        engine = self._engine = Engine(limits, self._executor, on_outputs, on_failure=on_failure)
+        journal = Journal(limits.num_blocks * limits.num_lanes + limits.tiers.num_blocks)
+        engine = self._engine = Engine(
+            limits, self._executor, on_outputs, on_failure=on_failure, on_event=journal.note
+        )
         canary = self._canary = Canary(engine)
         engine.start()
         self._say("first token")
@@ -279,6 +290,9 @@ class Leader:
             token=self._link_token,
             tls=None if tls is None else tls.files().link_server("link_tls"),
             tracing=self._tracing,
+            kv=KvDesk(engine, canary, card).answer,
+            journal=journal,
+            peers=Peers(None if tls is None else tls.files().link_client("link_tls")),
         )
         return str(await self._link.start())
 

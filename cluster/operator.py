@@ -136,6 +136,11 @@ class Operator:
 
     # ---- what Admin asks ----
 
+    @property
+    def spec(self) -> Spec:
+        """The deployment's, as it was last deployed."""
+        return self._spec
+
     def wishes(self) -> dict[str, Wish]:
         """What is wanted now."""
         return {

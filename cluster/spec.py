@@ -33,6 +33,7 @@ from arriero.router.tracing import TracingConfig
 from arriero.shards.checkpoint.remote import is_url
 from arriero.shards.errors import SpecError
 from arriero.shards.group import GroupConfig
+from arriero.shards.kv.config import TierConfig
 
 DEFAULT_PORT = 50051
 DEFAULT_HTTP_PORT = 8000
@@ -86,6 +87,13 @@ def parse_bytes(name: str, text: str) -> int:
     if found < 1:
         raise SpecError(f"`{name}`={text!r} must be more than nothing")
     return int(found)
+
+
+def _everywhere(value: Path) -> Path:
+    path = value.expanduser()
+    if not path.is_absolute():
+        raise ValueError("give an absolute path: it is the same on every node")
+    return path
 
 
 def _name(value: str) -> str:
@@ -149,6 +157,19 @@ class Mesh(_Part):
         return self
 
 
+class KvDisk(_Part):
+    """Blocks kept on the disks of a group's nodes; what is there outlives the group.
+
+    Attributes:
+        path: folder on each slice's node. Groups of one model may name the same: what one wrote,
+            another finds when it starts.
+        size: most bytes that the group uses of it, over all its slices.
+    """
+
+    path: Annotated[Path, AfterValidator(_everywhere)]
+    size: Bytes
+
+
 class Kv(_Part):
     """The KV cache of a group.
 
@@ -159,6 +180,13 @@ class Kv(_Part):
             None divides the memory for sequences of four chunks.
         block_size: tokens in a block.
         prefix_cache: keep and find blocks of shared prefixes.
+        host: bytes of host memory of the whole group for blocks that leave the device.
+        disk: likewise on disk.
+        shared: folder of a store that all nodes reach, as fsspec spells it ("s3://bucket/kv"),
+            for the blocks of all groups. It is not bounded here; have the store expire objects.
+        tenant_share: the most of host memory and disk that one tenant's blocks may hold.
+        same_layout: use kept blocks only where a group of the same mesh and kernels wrote them;
+            else meshes share, and agree to rounding.
     """
 
     memory: Bytes | None = None
@@ -166,6 +194,22 @@ class Kv(_Part):
     local_blocks: Count | None = None
     block_size: Count = 16
     prefix_cache: bool = True
+    host: Bytes | None = None
+    disk: KvDisk | None = None
+    shared: str | None = None
+    tenant_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    same_layout: bool = False
+
+    def tiers(self) -> TierConfig:
+        """As a group takes them."""
+        return TierConfig(
+            host_bytes=self.host or 0,
+            disk_path=None if self.disk is None else str(self.disk.path),
+            disk_bytes=0 if self.disk is None else self.disk.size,
+            shared_url=self.shared,
+            max_tenant_share=self.tenant_share,
+            same_layout=self.same_layout,
+        )
 
     @model_validator(mode="after")
     def _one_size(self) -> Kv:
@@ -337,6 +381,7 @@ class ModelSpec(_Part):
             max_batch_tokens=self.limits.max_batch_tokens,
             max_queued=self.limits.max_queued,
             prefix_cache=self.kv.prefix_cache,
+            tiers=self.kv.tiers(),
             offload_layers=self.offload.layers,
             offload_folder=None if self.offload.folder is None else str(self.offload.folder),
         )

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
 from arriero.router.card import ModelCard
+from arriero.router.directory.directory import Reach
+from arriero.router.directory.prefixes import NOTHING
 from arriero.shards.engine.types import EngineRequest, SequenceOutput
 
 
@@ -17,11 +19,13 @@ class GroupLoad:
     Attributes:
         outstanding_tokens: prompt and expected output tokens that this gateway has given it and
             that are not out yet.
+        prefill_tokens: of these, prompt tokens that have yet to be computed.
         num_running, num_waiting: sequences of all gateways, as the leader last said.
         stalled_s: how long its engine has had work and finished no step.
     """
 
     outstanding_tokens: int = 0
+    prefill_tokens: int = 0
     num_running: int = 0
     num_waiting: int = 0
     stalled_s: float = 0.0
@@ -37,6 +41,9 @@ class GroupView:
         card: what its leader says of the model.
         load: how busy it is.
         stats: `EngineStats` as the leader last sent it.
+        reach: tokens of the prompt at hand that it has already, where that was asked.
+        peer_reach: likewise of a peer, from whose memory the group would copy what it lacks.
+        peer_near: whether the peer is on the same node.
     """
 
     group_id: str
@@ -44,6 +51,9 @@ class GroupView:
     card: ModelCard
     load: GroupLoad
     stats: Mapping[str, Any] = field(default_factory=dict)
+    reach: Reach = NOTHING
+    peer_reach: int = 0
+    peer_near: bool = False
 
 
 class Running(Protocol):

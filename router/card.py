@@ -40,6 +40,9 @@ class ModelCard:
         max_sequences: most sequences that the group computes at once.
         arithmetic: what the weights are held and computed in, such as "bfloat16 int8".
         epoch: of the group: a later life of the same place has a larger one.
+        cache_root: parent key of its KV blocks; b"" where prefixes are not kept.
+        block_size: tokens in one of them.
+        memory: names the node in whose host memory it keeps blocks; "" where it keeps none.
         image_tile, image_features: pixels of a side of an image's tile, and the features that stand
             for a tile; 0 where the model reads no images.
     """
@@ -61,6 +64,9 @@ class ModelCard:
     max_sequences: int = 256
     arithmetic: str = ""
     epoch: int = 0
+    cache_root: bytes = b""
+    block_size: int = 0
+    memory: str = ""
     image_tile: int = 0
     image_features: int = 0
 
@@ -103,6 +109,9 @@ class ModelCard:
         max_sequences: int,
         arithmetic: str = "",
         epoch: int = 0,
+        cache_root: bytes = b"",
+        block_size: int = 0,
+        memory: str = "",
         image_tile: int = 0,
         image_features: int = 0,
     ) -> ModelCard:
@@ -141,6 +150,9 @@ class ModelCard:
             max_sequences=max_sequences,
             arithmetic=arithmetic,
             epoch=epoch,
+            cache_root=cache_root,
+            block_size=block_size,
+            memory=memory,
             image_tile=image_tile,
             image_features=image_features,
         )

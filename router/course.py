@@ -63,6 +63,11 @@ class Course:
         self.moves = 0
 
     @property
+    def request(self) -> EngineRequest:
+        """As the caller asks."""
+        return self._request
+
+    @property
     def request_id(self) -> str:
         """The caller's name for it."""
         return self._request.request_id
@@ -91,7 +96,7 @@ class Course:
         """The groups that may go on with it, the best first."""
         able = [one for one in groups if self.digest in (None, one.card.weights)]
         need = len(self._request.prompt) + (self._max_tokens or 1)
-        ordered = order(able, num_tokens=need)
+        ordered = order(able, num_prompt=len(self._request.prompt), num_tokens=need)
         if self.layout:
             ordered.sort(key=lambda group: group.card.layout != self.layout)
         return ordered

@@ -26,7 +26,7 @@ from arriero.shards.engine.types import EngineRequest, SequenceOutput, TokenLogp
 from arriero.shards.images.request import RequestImage
 from arriero.shards.sampling import SamplingParams
 
-VERSION = 3
+VERSION = 4
 """Both ends must have the same one; a leader says it in its hello."""
 
 
@@ -41,8 +41,13 @@ def unpack(frame: bytes) -> Any:  # noqa: ANN401
     return msgpack.unpackb(frame, strict_map_key=False)
 
 
-def submit_message(handle: int, request: EngineRequest) -> list[Any]:
-    """The message that submits `request` under `handle`."""
+def submit_message(
+    handle: int, request: EngineRequest, peer: tuple[str, str] | None = None
+) -> list[Any]:
+    """The message that submits `request` under `handle`.
+
+    `peer` is address and token of a leader whose group has more of its prefix.
+    """
     return [
         "submit",
         handle,
@@ -53,13 +58,15 @@ def submit_message(handle: int, request: EngineRequest) -> list[Any]:
         _int32(request.resumed),
         request.cache_salt,
         request.trace,
+        request.tenant,
         [(one.data, one.num_features) for one in request.images],
+        peer,
     ]
 
 
 def read_submit(message: Sequence[Any]) -> EngineRequest:
-    """Undo `submit_message`, but for the handle."""
-    _, _, request_id, prompt, params, priority, resumed, salt, trace, images = message
+    """Undo `submit_message`, but for the handle and the peer."""
+    _, _, request_id, prompt, params, priority, resumed, salt, trace, tenant, images, _ = message
     return EngineRequest(
         request_id=request_id,
         prompt=_tuple(prompt),
@@ -68,8 +75,14 @@ def read_submit(message: Sequence[Any]) -> EngineRequest:
         resumed=_tuple(resumed),
         cache_salt=salt,
         trace=trace,
+        tenant=tenant,
         images=tuple(RequestImage(data=data, num_features=size) for data, size in images),
     )
+
+
+def read_peer(message: Sequence[Any]) -> tuple[str, str] | None:
+    """The peer of a `submit_message`."""
+    return None if message[-1] is None else (message[-1][0], message[-1][1])
 
 
 def step_frame(outputs: Iterable[tuple[int, SequenceOutput]]) -> list[Any]:

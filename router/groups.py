@@ -8,18 +8,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import ssl
-from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from arriero.router.backend import GroupView, Running
+from arriero.router.card import ModelCard
 from arriero.router.conversation import TextModel
+from arriero.router.directory import prefixes
+from arriero.router.directory.directory import Directory, Reach
+from arriero.router.directory.events import Batch, Snapshot
+from arriero.router.directory.prefixes import NOTHING, CacheRoot
 from arriero.router.link_client import LinkClient
 from arriero.shards.engine.types import EngineRequest
 from arriero.shards.errors import ArrieroError, InvalidRequest, NotFound, Unavailable
 
 log = logging.getLogger(__name__)
+
+MIN_PULL_TOKENS = 64
+"""Fewer are computed sooner than they are asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +74,8 @@ class LinkedGroups:
         self._groups: dict[str, _Group] = {}
         self._texts: dict[str, asyncio.Task[TextModel]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        # a link that is up is heard of all the time, and one that is lost gives its place up
+        self._directory = Directory(lease_s=math.inf)
 
     async def set_groups(
         self, addresses: Iterable[GroupAddress], *, fenced: Container[str] | None = None
@@ -93,10 +105,13 @@ class LinkedGroups:
                     token=address.token,
                     tls=self._tls,
                     group_id=group_id,
+                    on_kv=partial(self._on_kv, group_id),
                 )
                 self._groups[group_id] = group
                 group.link.start()
         await asyncio.gather(*(group.link.close() for group in closing))
+        for group_id in gone:
+            self._directory.drop(group_id)
         used = {group.text_key for group in self._groups.values()}
         self._texts = {key: task for key, task in self._texts.items() if key in used}
         self._on_change()
@@ -136,7 +151,15 @@ class LinkedGroups:
         group = self._groups.get(group_id)
         if group is None:
             raise Unavailable(f"group {group_id!r} was removed")
-        return group.link.generate(request)
+        if len(self._groups) < 2:  # nobody to compare with, or to copy from
+            return group.link.generate(request)
+        reach = self._reach(group.link.card, request)
+        mine = reach.get(group_id, NOTHING).total
+        peer = self._peer(group_id, reach)
+        if peer is None or reach[peer].total - mine < MIN_PULL_TOKENS:
+            return group.link.generate(request, mine)
+        address = self._groups[peer].address
+        return group.link.generate(request, reach[peer].total, (address.address, address.token))
 
     def cancel(self, group_id: str, request_id: str) -> None:
         """Stop a request; see `Backend`."""
@@ -187,13 +210,57 @@ class LinkedGroups:
             [view for view in views if self._groups[view.group_id].text_key == key],
         )
 
-    def sharing(self, model: str, text: TextModel) -> list[GroupView]:
-        """The connected groups of a model that speak `text`, which `find` gave before."""
-        return [
+    def sharing(self, model: str, text: TextModel, request: EngineRequest) -> list[GroupView]:
+        """The connected groups of a model that speak `text`, which `find` gave before.
+
+        Their views say how much of the request's prompt each has already.
+        """
+        views = [
             view
             for view in self.groups()
             if view.model == model and self._groups[view.group_id].text_key == text.key
         ]
+        if len(views) < 2:
+            return views
+        roots = {view.card.cache_root: view.card for view in views}
+        reach = {root: self._reach(card, request) for root, card in roots.items()}
+        found = []
+        for view in views:
+            known = reach[view.card.cache_root]
+            own, peer = known.get(view.group_id, NOTHING), self._peer(view.group_id, known)
+            view = replace(view, reach=own)
+            if peer is not None:
+                near = self._groups[peer].link.card.memory == view.card.memory
+                view = replace(view, peer_reach=known[peer].total, peer_near=near)
+            found.append(view)
+        return found
+
+    def _peer(self, group_id: str, reach: Mapping[str, Reach]) -> str | None:
+        """The group to copy a prompt's blocks from: who has most, best on the same node."""
+        memory = self._groups[group_id].link.card.memory
+        if not memory:  # it keeps none in host memory, and so takes none from there
+            return None
+        able = {}
+        for other in reach.keys() - {group_id}:
+            group = self._groups.get(other)
+            if group is not None and group.ready and group.link.card.memory:
+                able[other] = (reach[other].total, group.link.card.memory == memory, other)
+        return max(able, key=able.__getitem__, default=None)
+
+    def _reach(self, card: ModelCard, request: EngineRequest) -> Mapping[str, Reach]:
+        """Tokens of a prompt that each group has; keys of images and of salts are not made here."""
+        if not card.cache_root or request.images or request.cache_salt:
+            return {}
+        root = CacheRoot(card.cache_root, card.block_size)
+        return prefixes.find(self._directory, root, request.prompt)
+
+    def _on_kv(self, group_id: str, told: Batch | Snapshot) -> None:
+        now_s = time.monotonic()
+        if isinstance(told, Snapshot):
+            self._directory.snapshot(group_id, told, now_s)
+        else:
+            self._directory.apply(group_id, told, now_s)
+        self._directory.sweep()
 
     def _changed(self, group: _Group) -> None:
         if group.link.connected:
@@ -202,6 +269,7 @@ class LinkedGroups:
             task.add_done_callback(self._tasks.discard)
         else:
             group.prepared = False
+            self._directory.drop(group.address.group_id)
             self._on_change()
             if not group.link.up and group.address.group_id in self._groups:
                 self._on_lost(group.address.group_id, group.link.cause)

@@ -281,7 +281,7 @@ class Inference:
                 seen.turn()
                 course = self._course(job, answer, seen.traceparent)
                 # there may be other groups then than when the request came
-                sharing = partial(self.groups.sharing, start.model, job.text)
+                sharing = partial(self.groups.sharing, start.model, job.text, course.request)
                 running = relay.run(self.groups, course, sharing, self._lost_s)
                 with self._moves_counted(start.model, course):
                     async with aclosing(running) as steps:
@@ -309,6 +309,7 @@ class Inference:
             # Among tenants, nobody goes first for having said so.
             priority=job.priority if self.door.open else job.caller.tenant.priority,
             trace=trace,
+            tenant=job.caller.tenant.name,
             images=job.images,
         )
         course = Course(request)

@@ -20,6 +20,7 @@ from typing import Any, Self
 from arriero.router import frames
 from arriero.router.backend import GroupLoad
 from arriero.router.card import ModelCard
+from arriero.router.directory.events import Batch, Snapshot
 from arriero.router.tls import LINK_NAME
 from arriero.router.wire import Wire
 from arriero.shards.engine.types import EngineRequest, SequenceOutput
@@ -46,6 +47,7 @@ class LinkClient:
         tls: of the connection; None speaks in the clear.
         group_id: of the group that is meant; a leader of another (an address is used again in
             time) is not spoken to. None takes whoever answers.
+        on_kv: told what becomes of the group's KV blocks.
     """
 
     def __init__(
@@ -56,8 +58,10 @@ class LinkClient:
         token: str = "",
         tls: ssl.SSLContext | None = None,
         group_id: str | None = None,
+        on_kv: Callable[[Batch | Snapshot], None] = lambda told: None,
     ) -> None:
         self.address = address
+        self._on_kv = on_kv
         self._token = token
         self._tls = tls
         self._group_id = group_id
@@ -108,6 +112,7 @@ class LinkClient:
         """How busy the group is."""
         return GroupLoad(
             outstanding_tokens=sum(call.outstanding for call in self._calls.values()),
+            prefill_tokens=sum(call.prefill for call in self._calls.values()),
             num_running=self._stats.get("num_running", 0),
             num_waiting=self._stats.get("num_waiting", 0),
             stalled_s=time.monotonic() - self._moved_s,
@@ -146,11 +151,18 @@ class LinkClient:
             self._task = None
         self._tell(False, "the gateway has dropped the group")
 
-    def generate(self, request: EngineRequest) -> Call:
+    def generate(
+        self, request: EngineRequest, num_cached: int = 0, peer: tuple[str, str] | None = None
+    ) -> Call:
         """Run a request; closing what is returned early cancels it.
 
         Iterating raises `InvalidRequest` or `Overloaded` when the engine refused it, and
         `Unavailable` when the leader is lost or draining; the text is the cause.
+
+        Args:
+            request: it.
+            num_cached: tokens of its prompt that the group is thought to have.
+            peer: address and token of a leader whose group is thought to have more.
 
         Raises:
             Unavailable: the leader cannot be asked now.
@@ -158,11 +170,11 @@ class LinkClient:
         if not self.connected:
             raise Unavailable(f"leader at {self.address}: {self.cause}")
         handle = next(self._handles)
-        call = Call(request, partial(self._ended, handle))
+        call = Call(request, num_cached, partial(self._ended, handle))
         self._calls[handle] = call
         self._names[handle] = request.request_id
         self._by_name[request.request_id] = handle
-        self._send(frames.submit_message(handle, request))
+        self._send(frames.submit_message(handle, request, peer))
         return call
 
     def _ended(self, handle: int, call: Call) -> None:
@@ -245,6 +257,10 @@ class LinkClient:
                 self._on_step(message)
             elif kind == "stats":
                 self._on_stats(message[1])
+            elif kind == "kv":
+                self._on_kv(Batch.from_wire(message[1:]))
+            elif kind == "kv_all":
+                self._on_kv(Snapshot.from_wire(message[1:]))
             elif kind == "refused":
                 self._on_refused(*message[1:])
             elif kind == "hello":
@@ -312,18 +328,21 @@ class Call:
 
     Args:
         request: what is asked.
+        num_cached: tokens of its prompt that the group is thought to have.
         on_end: called once nobody reads it any more.
     """
 
     __slots__ = ("_expected", "_on_end", "_outputs", "_prompt", "_waiter", "error", "unfinished")
 
-    def __init__(self, request: EngineRequest, on_end: Callable[[Call], None]) -> None:
+    def __init__(
+        self, request: EngineRequest, num_cached: int, on_end: Callable[[Call], None]
+    ) -> None:
         self.unfinished = set(range(request.params.n))
         self.error: ArrieroError | None = None
         self._on_end = on_end
         self._outputs: list[SequenceOutput] = []
         self._waiter: asyncio.Future[None] | None = None
-        self._prompt = len(request.prompt)
+        self._prompt = max(1, len(request.prompt) + len(request.resumed) - num_cached)
         limit = min(request.params.max_tokens or EXPECTED_OUTPUT, EXPECTED_OUTPUT)
         self._expected = limit * request.params.n
 
@@ -331,6 +350,11 @@ class Call:
     def running(self) -> bool:
         """Whether more will come, or waits to be taken."""
         return bool(self.unfinished or self._outputs)
+
+    @property
+    def prefill(self) -> int:
+        """Prompt tokens still to compute, until the first token is here."""
+        return self._prompt
 
     @property
     def outstanding(self) -> int:

@@ -11,12 +11,15 @@ import asyncio
 import hmac
 import logging
 import ssl
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any, Protocol
 
 from arriero.router import frames
 from arriero.router.card import ModelCard
+from arriero.router.directory.journal import Journal
+from arriero.router.directory.prefixes import CacheRoot
+from arriero.router.peers import Peers
 from arriero.router.tracing import Tracing
 from arriero.router.wire import FRAME_BYTES, GREETING_BYTES, Wire
 from arriero.shards.engine.types import EngineRequest, EngineStats, SequenceOutput
@@ -29,6 +32,8 @@ GREETING_S = 5.0
 STATS_INTERVAL_S = 0.5
 CLOSE_S = 1.0
 """How long a gateway is waited for to take the last frames."""
+KV_INTERVAL_S = 0.05
+"""Between two batches of changed KV blocks."""
 MAX_PENDING = 200_000
 """Outputs that may wait for a gateway that does not read; past it the gateway is let go."""
 
@@ -46,8 +51,12 @@ class Engine(Protocol):
         """The load now."""
 
 
+KvAnswer = Callable[[str, Mapping[str, Any]], Awaitable[dict[str, Any]]]
+"""Answers what operators and other leaders ask of a group's KV cache: an action, its arguments."""
+
+
 class LinkServer:
-    """Serves the links of one leader.
+    """Serves the links of one leader, and answers questions about its KV cache (see `peers`).
 
     Args:
         engine: takes the requests.
@@ -56,6 +65,9 @@ class LinkServer:
         token: what a gateway must show; "" lets anyone link who can reach the address.
         tls: of the listener; None listens in the clear.
         tracing: makes a span for each request that came with its caller's; None makes none.
+        kv: answers about the KV cache; None refuses.
+        journal: of the KV blocks, for gateways to route by; None tells them nothing.
+        peers: other leaders, to copy blocks from; None copies none.
     """
 
     def __init__(
@@ -67,7 +79,11 @@ class LinkServer:
         token: str = "",
         tls: ssl.SSLContext | None = None,
         tracing: Tracing | None = None,
+        kv: KvAnswer | None = None,
+        journal: Journal | None = None,
+        peers: Peers | None = None,
     ) -> None:
+        self._kv, self._journal, self._peers = kv, journal, peers
         self._tracing = tracing
         self._spans: dict[str, _Span] = {}
         self._token = token
@@ -76,11 +92,12 @@ class LinkServer:
         self._card = card
         self._address = address
         self._links: set[_Link] = set()
+        self._asking: set[asyncio.Task[None]] = set()
         self._owners: dict[str, tuple[_Link, int]] = {}
         self._draining = False
         self._server: asyncio.Server | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._stats_task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._idle = asyncio.Event()
 
     async def start(self) -> str:
@@ -97,7 +114,9 @@ class LinkServer:
             )
         except OSError as error:
             raise OSError(f"cannot listen on {self._address}: {error.strerror}") from error
-        self._stats_task = asyncio.create_task(self._send_stats())
+        self._tasks = [asyncio.create_task(self._send_stats())]
+        if self._journal is not None:
+            self._tasks.append(asyncio.create_task(self._tell_blocks(self._journal)))
         return f"{host}:{self._server.sockets[0].getsockname()[1]}"
 
     async def stop(self, grace_s: float) -> None:
@@ -111,8 +130,8 @@ class LinkServer:
                 log.warning("stopped with %d requests unfinished", len(self._owners))
         if self._server is not None:
             self._server.close()
-        if self._stats_task is not None:
-            self._stats_task.cancel()
+        for task in self._tasks:
+            task.cancel()
         for link in list(self._links):
             link.send(["bye", "the group is stopping"])
             link.wire.close()
@@ -153,24 +172,37 @@ class LinkServer:
             self._idle.set()
 
     def admit(self, link: _Link, greeting: bytes) -> None:
-        """A gateway says who it is: it is told the card, or sent away."""
+        """A gateway says who it is: it is told the card, or sent away.
+
+        Who greets with "ask" is none: it is told nothing but what it asks.
+        """
         try:
             kind, token = frames.unpack(greeting)
         except Exception:  # whatever it is, it is no gateway
             link.wire.abort("it does not speak as a gateway does")
             return
-        if kind != "token" or not hmac.compare_digest(str(token).encode(), self._token.encode()):
+        if kind not in ("token", "ask") or not hmac.compare_digest(
+            str(token).encode(), self._token.encode()
+        ):
             link.send(["bye", "the gateway showed another token than the leader's"])
             link.wire.close()
             return
         link.wire.limit = FRAME_BYTES
+        link.asks = kind == "ask"
+        if link.asks:
+            return
         self._links.add(link)
         link.send(["hello", frames.VERSION, self._card.to_wire()])
         link.send(self._stats_frame())
+        if self._journal is not None:
+            link.send(["kv_all", *self._journal.snapshot().to_wire()])
 
     def take(self, link: _Link, frame: bytes) -> None:
         """What a gateway that was let in sends."""
         try:
+            if link.asks:
+                self._start(self._answer(link, *frames.unpack(frame)))
+                return
             for message in frames.unpack(frame):
                 if message[0] == "submit":
                     self._submit(link, message)
@@ -209,19 +241,59 @@ class LinkServer:
             # Before the engine has it, since outputs may come from its thread at once.
             self._owners[request.request_id] = (link, handle)
             link.add_request(handle, request.request_id, request.params.n)
-            if self._tracing is not None and request.trace:
-                self._spans[request.request_id] = _Span(self._tracing, request, self._card.group)
-            try:
-                self._engine.submit(request)
-            except BaseException:
-                link.drop(handle)
-                self._forget(request.request_id)
-                raise
-        except ArrieroError as error:
-            link.send(["refused", handle, *_refusal(error)])
         except Exception as error:
-            log.exception("submit failed")
-            link.send(["refused", handle, "Unavailable", f"the engine failed: {error}", None])
+            _refuse(link, handle, error)
+            return
+        if self._tracing is not None and request.trace:
+            self._spans[request.request_id] = _Span(self._tracing, request, self._card.group)
+        peer = frames.read_peer(message)
+        if peer is None or self._peers is None:
+            self._hand_over(link, handle, request)
+        else:
+            self._start(self._with_peer(self._peers, peer, link, handle, request))
+
+    async def _with_peer(
+        self, peers: Peers, peer: tuple[str, str], link: _Link, handle: int, request: EngineRequest
+    ) -> None:
+        """Find out what a peer has of the prompt, then hand the request over."""
+        root = CacheRoot(self._card.cache_root, self._card.block_size)
+        found = await peers.blocks(peer, root, request.prompt)
+        if self._owners.get(request.request_id) == (link, handle):  # else it was cancelled
+            self._hand_over(link, handle, replace(request, peer=found))
+
+    def _hand_over(self, link: _Link, handle: int, request: EngineRequest) -> None:
+        try:
+            self._engine.submit(request)
+        except Exception as error:
+            link.drop(handle)
+            self._forget(request.request_id)
+            _refuse(link, handle, error)
+
+    async def _answer(self, link: _Link, action: str, asked: dict[str, Any]) -> None:
+        """Answer a question about the KV cache."""
+        try:
+            if self._kv is None:
+                raise InvalidRequest("action", "this leader answers nothing about its KV cache")
+            link.send(["answer", await self._kv(action, asked)])
+        except Exception as error:
+            if not isinstance(error, ArrieroError):
+                log.exception("a question about the KV cache could not be answered")
+            link.send(["refused", str(error) or type(error).__name__])
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._asking.add(task)
+        task.add_done_callback(self._asking.discard)
+
+    async def _tell_blocks(self, journal: Journal) -> None:
+        """Tell all gateways what becomes of the KV blocks."""
+        while True:
+            await asyncio.sleep(KV_INTERVAL_S)
+            batch = journal.take()
+            if batch is not None:
+                frame = ["kv", *batch.to_wire()]
+                for link in self._links:
+                    link.send(frame)
 
     async def _send_stats(self) -> None:
         """The load, now and then; also the sign of life that gateways watch for."""
@@ -240,6 +312,7 @@ class _Link:
 
     def __init__(self, server: LinkServer) -> None:
         self.outputs: list[tuple[int, SequenceOutput]] = []
+        self.asks = False
         self.wire = Wire(self._take, self._closed, GREETING_BYTES)
         self.wire.on_writable = self.flush
         self._server = server
@@ -320,6 +393,15 @@ class _Span:
         }
         facts |= {f"arriero.step_us.{phase}": mean for phase, mean in stats.step_us.items()}
         self._trace.end(facts)
+
+
+def _refuse(link: _Link, handle: int, error: Exception) -> None:
+    """Tell a gateway why its request is not taken."""
+    if isinstance(error, ArrieroError):
+        link.send(["refused", handle, *_refusal(error)])
+        return
+    log.error("submit failed", exc_info=error)
+    link.send(["refused", handle, "Unavailable", f"the engine failed: {error}", None])
 
 
 def _refusal(error: ArrieroError) -> list[Any]:

@@ -55,6 +55,7 @@ class Metrics:
     ) -> None:
         self._registry = registry = CollectorRegistry()
         registry.register(_Groups(groups))
+        registry.register(_Tiers(groups))
         registry.register(_Waiting(waiting))
         self._labelled: dict[tuple[str, str], _Labelled] = {}
         self._prompt = Counter(
@@ -279,6 +280,35 @@ class _Waiting(Collector):
         for labels, waiting in self._waiting().items():
             family.add_metric(labels, waiting)
         yield family
+
+
+class _Tiers(Collector):
+    """What the leaders last said of their KV caches below the device."""
+
+    def __init__(self, groups: Callable[[], Iterable[GroupView]]) -> None:
+        self._groups = groups
+
+    def collect(self) -> Iterator[Metric]:
+        """Read at each export."""
+        labels = ["model", "group"]
+        blocks = GaugeMetricFamily(
+            "arriero_kv_tier_blocks",
+            "KV blocks of the group below the device.",
+            labels=[*labels, "tier"],
+        )
+        copies = CounterMetricFamily(
+            "arriero_kv_tier_copies",
+            "Copies of KV blocks: loaded to the device, saved below it, failed.",
+            labels=[*labels, "kind"],
+        )
+        for view in self._groups():
+            found = view.stats.get("tiers", {})
+            for name, count in found.items():
+                if name in ("host", "disk", "shared"):
+                    blocks.add_metric([view.model, view.group_id, name], count)
+                elif name != "moving":
+                    copies.add_metric([view.model, view.group_id, name], count)
+        yield from (blocks, copies)
 
 
 class _Groups(Collector):

@@ -12,6 +12,7 @@ import os
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -26,6 +27,7 @@ from arriero.shards.errors import ArrieroError, CheckpointError, GroupFailed
 from arriero.shards.failure import Evidence, FirstCause, Kind
 from arriero.shards.group import GroupConfig
 from arriero.shards.health import HealthLimits
+from arriero.shards.kv.moves import Moved, Moves
 from arriero.shards.monitor import Monitor
 from arriero.shards.plan import StepPlan, StepResult
 from arriero.shards.slice import SliceReport, Ticket, run_slice
@@ -131,6 +133,8 @@ class RemoteExecutor:
         self._identities = [rank.to_bytes(4, "little") for rank in range(config.world_size)]
         self._slices = [_SliceState() for _ in self._identities]
         self._loads: dict[int, Loads] = {}
+        self._results: deque[bytes] = deque()
+        self._moved: list[Moved] = []
         self._failure: ArrieroError | None = None
         self._lost = threading.Lock()
         self._closing: Callable[[], None] = lambda: None
@@ -217,7 +221,8 @@ class RemoteExecutor:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             left = POLL_S if deadline is None else min(POLL_S, deadline - time.monotonic())
-            result = self._pump(max(left, 0.0))
+            # some may have come while copies were waited for
+            result = self._results.popleft() if self._results else self._pump(max(left, 0.0))
             if result is not None:
                 step = StepResult.from_bytes(result)
                 self._monitor.answered(step.step, step.lane)
@@ -229,6 +234,31 @@ class RemoteExecutor:
         """What slices have told since the last call; see `Executor.take_loads`."""
         taken, self._loads = self._loads, {}
         return taken
+
+    def move(self, moves: Moves) -> None:
+        """Send copies of blocks to every slice, behind the plans."""
+        self._tell(range(len(self._identities)), b"M", moves.to_bytes())
+
+    def moved(self, timeout_s: float = 0.0) -> list[Moved]:
+        """What slices said of copies since the last call; waits for the first until the limit.
+
+        Raises:
+            GroupFailed: a slice is lost; the text is the first cause.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left = 0.0 if self._moved else max(0.0, deadline - time.monotonic())
+            waiting = self._socket.poll(int(left * 1000))
+            if not waiting:
+                if self._failure is not None:
+                    raise self._failure
+                break
+            result = self._pump(0.0)
+            if result is not None:
+                self._results.append(result)
+                break
+        found, self._moved = self._moved, []
+        return found
 
     def close(self) -> None:
         """Stop the slices; safe to call twice."""
@@ -268,6 +298,9 @@ class RemoteExecutor:
         identity, kind, body = self._socket.recv_multipart()
         if kind == b"T":
             return body
+        if kind == b"V":
+            self._moved.append(Moved.from_bytes(body))
+            return None
         rank = int.from_bytes(identity, "little")
         self._hear(rank, kind, msgpack.unpackb(body))
         return None

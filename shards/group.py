@@ -5,8 +5,10 @@ Knows numbers and paths; knows nothing of where the slices run (that is `cluster
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from arriero.shards.kv.config import TierConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +51,7 @@ class GroupConfig:
             experts alone: those that a step asks for are read, and the cold ones leave memory.
         offload_folder: where; None is the system's folder for temporary files.
         max_model_len: None takes the model's own limit.
+        tiers: of the KV cache below the device.
         max_sequences, max_batch_tokens, max_queued, prefix_cache: as in `EngineConfig`.
     """
 
@@ -78,6 +81,7 @@ class GroupConfig:
     max_batch_tokens: int = 2048
     max_queued: int = 4096
     prefix_cache: bool = True
+    tiers: TierConfig = field(default_factory=TierConfig)
 
     @property
     def world_size(self) -> int:

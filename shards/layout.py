@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from arriero.shards.checkpoint.formats.stored import AnyModel, AnyPart
 from arriero.shards.errors import SpecError
 from arriero.shards.group import GroupConfig
+from arriero.shards.kv.moves import Pool
 from arriero.shards.models.llama4_config import Llama4Config
 from arriero.shards.partition import partition
 from arriero.shards.partition_moe import MoEMesh, partition_moe
@@ -46,6 +47,13 @@ def local_layers(model: AnyModel, part: AnyPart) -> int:
     if not isinstance(model, Llama4Config):
         return 0
     return sum(model.rope_layers[part.layers.start : part.layers.stop])
+
+
+def pool_layers(model: AnyModel, part: AnyPart, pool: Pool) -> tuple[int, int]:
+    """A rank's layers of a pool, first and past the last, counted among the pool's layers alone."""
+    local = model.rope_layers if isinstance(model, Llama4Config) else (False,) * model.num_layers
+    mine = [one is (pool is Pool.LOCAL) for one in map(bool, local)]
+    return sum(mine[: part.layers.start]), sum(mine[: part.layers.stop])
 
 
 def kv_bytes_per_block(

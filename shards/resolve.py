@@ -14,7 +14,15 @@ from arriero.shards.checkpoint.formats.stored import AnyModel, AnyPart
 from arriero.shards.engine.types import EngineConfig
 from arriero.shards.errors import SpecError
 from arriero.shards.group import GroupConfig
-from arriero.shards.layout import attention_chunk, kv_bytes_per_block, local_layers, parts_of
+from arriero.shards.kv.limits import GroupTierLimits, TierLimits
+from arriero.shards.kv.moves import Pool
+from arriero.shards.layout import (
+    attention_chunk,
+    kv_bytes_per_block,
+    local_layers,
+    parts_of,
+    pool_layers,
+)
 from arriero.shards.models.llama4_config import Llama4Config
 from arriero.shards.partition_moe import MoEPart
 from arriero.shards.placement import Placement
@@ -79,6 +87,7 @@ def resolve(config: GroupConfig, model: AnyModel) -> GroupConfig:
     num_blocks, num_local_blocks = num_kv_blocks(
         config, chunk, max_model_len, *group_block_bytes(config, model, parts)
     )
+    tier_limits(config, model)  # a tier that cannot be is told before anything is placed
     threads = config.threads
     if threads is None:
         threads = max(1, len(os.sched_getaffinity(0)) // config.world_size)
@@ -185,8 +194,84 @@ def engine_config(config: GroupConfig, model: AnyModel, digest: str) -> EngineCo
         vocab_size=model.vocab_size,
         eos_token_ids=model.eos_token_ids,
         image_token=model.image_token if isinstance(model, Llama4Config) else None,
-        cache_salt=digest.encode(),
+        cache_salt=cache_salt(config, digest),
+        tiers=tier_limits(config, model),
     )
+
+
+def cache_salt(config: GroupConfig, digest: str) -> bytes:
+    """What all keys of a group's blocks begin with: equal where blocks are worth the same.
+
+    Names the model, and how its numbers are held: other weights, other types, other keys. Layouts
+    agree to rounding, and are named only where every bit is asked for.
+    """
+    parts = [digest, config.dtype, config.quantization or ""]
+    if config.tiers.same_layout:
+        layout = (config.tp, config.pp, config.tp_shares, config.device, config.kernels)
+        parts += [str(one) for one in layout]
+    return "\n".join(parts).encode()
+
+
+def tier_limits(config: GroupConfig, model: AnyModel) -> GroupTierLimits:
+    """How many blocks the tiers of a group hold.
+
+    Raises:
+        SpecError: a tier that holds no block, or blocks cannot be kept.
+    """
+    tiers = config.tiers
+    if not tiers.enabled:
+        return GroupTierLimits()
+    if not config.prefix_cache:
+        raise SpecError("tiers keep prefix blocks, and `prefix_cache` is off; turn it on")
+    if config.dp > 1:
+        raise SpecError(
+            f"`dp`={config.dp}: tiers below the device are kept by groups of one data-parallel "
+            "rank; leave `host_bytes`, `disk_path` and `shared_url` out"
+        )
+    if not 0 < tiers.max_tenant_share <= 1:
+        raise SpecError(f"`max_tenant_share`={tiers.max_tenant_share} must be above 0, at most 1")
+    if bool(tiers.disk_bytes) != (tiers.disk_path is not None):
+        raise SpecError(
+            f"`disk_path`={tiers.disk_path} and `disk_bytes`={tiers.disk_bytes}: give both or none"
+        )
+    parts = parts_of(model, config)
+    each = dict(zip(Pool, group_block_bytes(config, model, parts), strict=True))
+    if not each[Pool.ALL]:
+        raise SpecError("tiers need a model with layers that see every token")
+    counts = {pool: dict.fromkeys(("host_bytes", "disk_bytes"), 0) for pool in Pool}
+    weights = _pool_weights(config, model)
+    unit = sum(weights[pool] * each[pool] for pool in Pool)
+    for name in ("host_bytes", "disk_bytes"):
+        given = getattr(tiers, name)
+        if given and given < unit:
+            raise SpecError(
+                f"`{name}`={given} does not hold the {unit} bytes of a prefix's blocks; give more"
+            )
+        for pool in Pool:
+            counts[pool][name] = given * weights[pool] // unit
+    limits = {
+        pool: TierLimits(
+            host_blocks=counts[pool]["host_bytes"],
+            disk_blocks=counts[pool]["disk_bytes"],
+            shared=tiers.shared_url is not None,
+            max_tenant_share=tiers.max_tenant_share,
+            num_ranks=sum(len(range(*pool_layers(model, part, pool))) > 0 for part in parts),
+        )
+        for pool in Pool
+        if each[pool]
+    }
+    return GroupTierLimits(all=limits[Pool.ALL], local=limits.get(Pool.LOCAL, TierLimits()))
+
+
+def _pool_weights(config: GroupConfig, model: AnyModel) -> dict[Pool, int]:
+    """Blocks of each pool that a tier holds of a prefix: memory is shared between them so."""
+    chunk = attention_chunk(model)
+    if not chunk:
+        return {Pool.ALL: 1, Pool.LOCAL: 0}
+    longest = config.max_model_len or model.max_position_embeddings
+    size = config.block_size
+    of_sequence, of_chunk = -(-longest // size), -(-min(chunk, longest) // size)
+    return {Pool.ALL: min(of_sequence, _TYPICAL_CHUNKS * of_chunk), Pool.LOCAL: of_chunk}
 
 
 def _default_kv_bytes() -> int:

@@ -5,8 +5,8 @@ errors; pulses go beside it (see `pulse`). Runs in any process: a Ray actor's th
 child, torchrun.
 
 Messages are two frames: a one-byte kind and a body. To the leader: H hello, L loading, R ready,
-T result, C counts of experts' tokens, E error (bodies are msgpack). From the leader: J join
-(rendezvous), P plan, S stop.
+T result, V what came of copies of KV blocks, C counts of experts' tokens, E error (bodies are
+msgpack). From the leader: J join (rendezvous), P plan, M copies of KV blocks, S stop.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 import os
 import socket
+import threading
 import time
 import traceback
 from collections import deque
@@ -31,6 +32,8 @@ from arriero.shards.pulse import Activity, PulseSender
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
+    from arriero.shards.kv.mover import Movers
+    from arriero.shards.kv.moves import Moved
     from arriero.shards.runner import Pending, Runner
 
 PROGRESS_PERIOD_S = 0.1
@@ -132,7 +135,11 @@ def run_slice(
         )
         link.send(b"R", asdict(loaded))
         gc.freeze()  # what is loaded stays: full collections need not walk it
-        _serve(runner, link, activity)
+        movers = runner.open_tiers(link.moved, host)
+        try:
+            _serve(runner, link, activity, movers)
+        finally:
+            movers.close()
         runner.mesh.leave()
     except LeaderLost:
         return
@@ -152,8 +159,9 @@ def run_slice(
         link.close()
 
 
-def _serve(runner: Runner, link: _Link, activity: Activity) -> None:
+def _serve(runner: Runner, link: _Link, activity: Activity, movers: Movers) -> None:
     """The loop: receive, launch, reply; a plan that has come is launched before a result is due."""
+    from arriero.shards.kv.moves import Moves
     from arriero.shards.plan import StepPlan
 
     due: deque[Pending] = deque()
@@ -172,10 +180,14 @@ def _serve(runner: Runner, link: _Link, activity: Activity) -> None:
                     result = due.popleft().wait()
             link.send_bytes(b"T", result.to_bytes())
         activity.idle = True
-        body = link.receive(b"P")
+        message = link.receive_any(b"PM")
         activity.idle = False
-        if body is None:
+        if message is None:
             return
+        kind, body = message
+        if kind == b"M":
+            movers.submit(Moves.from_bytes(body))
+            continue
         pending = runner.launch(StepPlan.from_bytes(body))
         if pending is not None:
             due.append(pending)
@@ -208,15 +220,23 @@ class _Link:
     def __init__(self, rank: int, ticket: Ticket, leader_alive: Callable[[], bool]) -> None:
         self._alive = leader_alive
         self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.IDENTITY, rank.to_bytes(4, "little"))
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._socket.setsockopt(zmq.LINGER, 1000)
+        self._name, self._ticket = rank.to_bytes(4, "little"), ticket
+        self._socket = self._connect(self._name)
         self._socket.setsockopt(zmq.RCVTIMEO, int(LEADER_CHECK_S * 1000))
-        ticket.secure(self._socket)
-        self._socket.connect(ticket.address)
         self._last_progress = 0.0
+        self._moved_socket: zmq.Socket[bytes] | None = None
+        self._moved_lock = threading.Lock()
+
+    def _connect(self, name: bytes) -> zmq.Socket[bytes]:
+        """A socket to the leader, which knows it by `name`."""
+        made = self._context.socket(zmq.DEALER)
+        made.setsockopt(zmq.IDENTITY, name)
+        made.setsockopt(zmq.SNDHWM, 0)
+        made.setsockopt(zmq.RCVHWM, 0)
+        made.setsockopt(zmq.LINGER, 1000)
+        self._ticket.secure(made)
+        made.connect(self._ticket.address)
+        return made
 
     def send(self, kind: bytes, body: dict[str, object]) -> None:
         """Send a message whose body is a map."""
@@ -226,6 +246,13 @@ class _Link:
         """Send a message."""
         self._socket.send_multipart([kind, body])
 
+    def moved(self, moved: Moved) -> None:
+        """Tell what came of copies of blocks; from any thread, until those that copy have ended."""
+        with self._moved_lock:  # the main thread waits in its own socket, so this is another
+            if self._moved_socket is None:
+                self._moved_socket = self._connect(self._name + b"moved")
+            self._moved_socket.send_multipart([b"V", moved.to_bytes()])
+
     def progress(self, done: int, total: int) -> None:
         """Tell how far loading is, now and then."""
         now = time.monotonic()
@@ -234,11 +261,16 @@ class _Link:
             self.send(b"L", {"done": done, "total": total})
 
     def receive(self, kind: bytes) -> bytes | None:
-        """Wait for a message of `kind`; None when told to stop.
+        """Body of the next message, which is of `kind`; None when told to stop.
 
         Raises:
             LeaderLost: nothing came and the leader is gone.
         """
+        message = self.receive_any(kind)
+        return None if message is None else message[1]
+
+    def receive_any(self, kinds: bytes) -> tuple[bytes, bytes] | None:
+        """Kind and body of the next message, which is of one of `kinds`; as `receive`."""
         while True:
             try:
                 got, body = self._socket.recv_multipart()
@@ -248,8 +280,8 @@ class _Link:
                 continue
             if got == b"S":
                 return None
-            assert got == kind, f"message {got!r} where {kind!r} is due"
-            return body
+            assert got in kinds, f"message {got!r} where one of {kinds!r} is due"
+            return got, body
 
     def waiting(self) -> bool:
         """Whether a message is here to be received."""
@@ -258,4 +290,6 @@ class _Link:
     def close(self) -> None:
         """Give the socket back, once what was sent is out."""
         self._socket.close()
+        if self._moved_socket is not None:
+            self._moved_socket.close()
         self._context.term()

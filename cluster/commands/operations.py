@@ -249,7 +249,7 @@ def _wait(client: AdminClient, say: object) -> None:
 
 
 def plain(
-    message: pb.Status | pb.GroupStatus | pb.Event | pb.Failure | pb.ProcessLog,
+    message: pb.Status | pb.GroupStatus | pb.Event | pb.Failure | pb.ProcessLog | pb.KvGroup,
 ) -> dict[str, object]:
     """A message as JSON can carry it, with every field and numbers as numbers."""
     found: dict[str, object] = {}

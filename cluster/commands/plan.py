@@ -6,7 +6,7 @@ Knows flags and the spec; the arithmetic is in `cluster/plan`. Loads neither tor
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
@@ -19,6 +19,7 @@ from arriero.cluster.plan.memory import Demand, GroupPlan, Layout, plan_group
 from arriero.cluster.plan.products import DTYPES, ON_LOAD, Dtype, weights_as
 from arriero.kernels.packing import KERNELS, Kernels
 from arriero.shards.errors import SpecError
+from arriero.shards.kv.limits import GroupTierLimits
 from arriero.shards.models.llama4_config import Llama4Config
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class _Wish:
     dtype: Dtype | None
     layout: Layout | None
     groups: int | None
+    tiers: GroupTierLimits = field(default_factory=GroupTierLimits)
 
 
 def plan(
@@ -248,7 +250,7 @@ def _wish_of(
     on_cpu: bool,
 ) -> _Wish:
     from arriero.shards.checkpoint.remote import is_url, local_folder
-    from arriero.shards.resolve import resolve
+    from arriero.shards.resolve import resolve, tier_limits
 
     folder = local_folder(one.path, weights=False) if is_url(one.path) else one.path
     model = find_model(str(folder))
@@ -264,10 +266,11 @@ def _wish_of(
         spare_experts=one.mesh.spare_experts,
         kv_dtype=demand.kv_dtype or one.dtype,
     )
+    asked = one.group_config("cpu" if on_cpu else "cuda")
     said = one.kv.memory is not None or one.kv.blocks is not None
     if said or on_cpu:
         # the leader's own decision, so that the pool here is the pool there
-        group = resolve(one.group_config("cpu" if on_cpu else "cuda"), model.config)
+        group = resolve(asked, model.config)
         demand = replace(
             demand, num_blocks=group.num_blocks, num_local_blocks=group.num_local_blocks
         )
@@ -287,6 +290,7 @@ def _wish_of(
             layer_split=mesh.layer_split,
         ),
         groups=one.groups,
+        tiers=tier_limits(asked, model.config),
     )
 
 
@@ -297,9 +301,9 @@ def _show(wishes: list[_Wish], made: list[tuple[GroupPlan, list[Option]]], as_js
     for (group, options), wish in zip(made, wishes, strict=True):
         groups = wish.groups or wish.machines.total // group.layout.world_size
         if as_json:
-            documents.append(report.as_json(group, groups, wish.machines, options))
+            documents.append(report.as_json(group, groups, wish.machines, options, wish.tiers))
         else:
-            OUT.print(report.as_tables(group, groups, wish.machines, options, _SHOWN))
+            OUT.print(report.as_tables(group, groups, wish.machines, options, _SHOWN, wish.tiers))
     if as_json:
         whole = documents[0] if len(documents) == 1 else {"models": documents}
         OUT.print(json.dumps(whole, indent=2), markup=False, soft_wrap=True)

@@ -15,6 +15,7 @@ from arriero.cluster.plan.layouts import Machines, Option
 from arriero.cluster.plan.memory import GroupPlan, RankPlan
 from arriero.cluster.plan.stored import stored_bytes
 from arriero.shards.checkpoint.formats.modules import Kind
+from arriero.shards.kv.limits import GroupTierLimits
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 CONTEXTS = (1024, 4096, 8192, 16384, 32768, 65536, 131072, 1048576, 10485760)
@@ -28,7 +29,11 @@ def contexts(plan: GroupPlan) -> list[int]:
 
 
 def as_json(
-    plan: GroupPlan, groups: int, machines: Machines, options: Sequence[Option]
+    plan: GroupPlan,
+    groups: int,
+    machines: Machines,
+    options: Sequence[Option],
+    tiers: GroupTierLimits,
 ) -> dict[str, Any]:
     """All of it, bytes as whole numbers."""
     layout, demand = plan.layout, plan.demand
@@ -49,6 +54,13 @@ def as_json(
         "weights_bytes": sum(rank.weights.total for rank in plan.ranks),
         "checkpoint_bytes": stored_bytes(plan.model.config, plan.weights),
         "kv_tokens": plan.pool_tokens,
+        "kv_tiers": {
+            name: {
+                "tokens": blocks * plan.demand.block_size,
+                "bytes_by_rank": [_tier_bytes(rank, blocks, local) for rank in plan.ranks],
+            }
+            for name, blocks, local in _tiers(tiers)
+        },
         "ranks": [_rank_json(plan, rank) for rank in plan.ranks],
         "capacity": [
             {
@@ -114,7 +126,12 @@ def _option_json(option: Option) -> dict[str, Any]:
 
 
 def as_tables(
-    plan: GroupPlan, groups: int, machines: Machines, options: Sequence[Option], limit: int
+    plan: GroupPlan,
+    groups: int,
+    machines: Machines,
+    options: Sequence[Option],
+    limit: int,
+    tiers: GroupTierLimits,
 ) -> RenderableType:
     """What a person reads.
 
@@ -124,6 +141,7 @@ def as_tables(
         machines: they.
         options: ranked.
         limit: most options shown of those that work, and of those that do not.
+        tiers: of the KV cache below the device.
     """
     total = sum(rank.weights.total for rank in plan.ranks)
     title = (
@@ -131,9 +149,36 @@ def as_tables(
         f"{machines.per_node} {machines.gpu}: {groups} group(s), weights {_gb(total)} GB a group"
     )
     parts: list[RenderableType] = [_rank_table(plan, title), _capacity_table(plan)]
+    if tiers.enabled:
+        parts.append(_tier_table(plan, tiers))
     if options:
         parts.append(_option_table(options, limit))
     return Group(*parts)
+
+
+def _tiers(tiers: GroupTierLimits) -> list[tuple[str, int, int]]:
+    """Name of each bounded tier, its blocks of all tokens, and its chunk-local ones."""
+    each = (
+        ("host", tiers.all.host_blocks, tiers.local.host_blocks),
+        ("disk", tiers.all.disk_blocks, tiers.local.disk_blocks),
+    )
+    return [one for one in each if one[1]]
+
+
+def _tier_bytes(rank: RankPlan, blocks: int, local: int) -> int:
+    return blocks * rank.kv_global_block + local * rank.kv_local_block
+
+
+def _tier_table(plan: GroupPlan, tiers: GroupTierLimits) -> Table:
+    table = Table(title="KV cache below the device, of one group", title_justify="left")
+    for name in ("tier", "tokens", "GB of each rank"):
+        table.add_column(name, justify="right")
+    for name, blocks, local in _tiers(tiers):
+        sizes = dict.fromkeys(_gb(_tier_bytes(rank, blocks, local)) for rank in plan.ranks)
+        table.add_row(name, f"{blocks * plan.demand.block_size:,}", ", ".join(sizes))
+    if tiers.all.shared:
+        table.add_row("shared store", "not bounded", "-")
+    return table
 
 
 def _rank_table(plan: GroupPlan, title: str) -> Table:

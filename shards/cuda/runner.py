@@ -126,13 +126,22 @@ class CudaRunner(Runner):
         if config.world_size == 1:
             self._graphs = GraphRunner(self._device, buckets_up_to(config.max_sequences))
 
-    def step(self, plan: StepPlan) -> StepResult | None:
+    def fence(self) -> Event:
+        """When the device will have run what was launched."""
+        return self._device.mark()
+
+    def step(
+        self, plan: StepPlan, *, at_layers: Callable[[], None] = lambda: None
+    ) -> StepResult | None:
         """Run one plan and wait for its result; see `launch`."""
-        pending = self.launch(plan)
+        pending = self.launch(plan, at_layers=at_layers)
         return None if pending is None else pending.wait()
 
-    def launch(self, plan: StepPlan) -> Copied | None:
+    def launch(
+        self, plan: StepPlan, *, at_layers: Callable[[], None] = lambda: None
+    ) -> Copied | None:
         """Queue one plan; the rank that samples gives the result to wait for, the others None."""
+        at_layers()
         started = time.perf_counter_ns()
         self.phase = "plan"
         self.mesh.watchdog.step = plan.step

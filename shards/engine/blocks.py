@@ -21,8 +21,10 @@ import numpy.typing as npt
 
 KEY_BYTES = 16
 
-CacheListener = Callable[[Literal["stored", "evicted"], bytes], None]
-"""Called with each key that becomes findable ("stored") or ceases to be ("evicted")."""
+CacheEvent = Literal["stored", "evicted", "kept", "dropped"]
+CacheListener = Callable[[CacheEvent, bytes], None]
+"""Called with each key that becomes findable ("stored") or ceases to be ("evicted") on the device,
+and of groups with tiers each that host memory or disk holds now ("kept") or no more ("dropped")."""
 
 
 def root_key(model_salt: bytes, request_salt: bytes = b"") -> bytes:
@@ -123,11 +125,6 @@ class BlockManager:
         fresh = (self._take() for _ in range(num_blocks - len(shared)))
         self._tables[owner] = [*shared, *fresh]
 
-    def fork(self, parent: int, child: int, num_tokens: int) -> None:
-        """Open `child`'s table on the blocks of `parent` that its first `num_tokens` fill."""
-        shared = self._tables[parent][: num_tokens // self.block_size]
-        self.allocate(child, len(shared), shared)
-
     def append(self, owner: int) -> int:
         """Add one block to a table; the caller has seen that one is available."""
         block = self._take()
@@ -159,6 +156,24 @@ class BlockManager:
                 if self.on_event is not None:
                     self.on_event("stored", key)
 
+    def flush(self) -> int:
+        """Forget the keys of blocks that nobody holds; gives how many there were."""
+        count = len(self._cached)
+        self._blank += self._cached
+        for block in self._cached:
+            self._forget(block)
+        self._cached.clear()
+        return count
+
+    def _forget(self, block: int) -> None:
+        """Make a block unfindable."""
+        key = self._keys[block]
+        assert key is not None, f"block {block} is cached without a key"
+        self._keys[block] = None
+        del self._by_key[key]
+        if self.on_event is not None:
+            self.on_event("evicted", key)
+
     def _release(self, blocks: Sequence[int]) -> None:
         for block in reversed(blocks):
             self._references[block] -= 1
@@ -174,11 +189,6 @@ class BlockManager:
             block = self._blank.pop()
         else:
             block, _ = self._cached.popitem(last=False)
-            key = self._keys[block]
-            assert key is not None, f"block {block} is cached without a key"
-            self._keys[block] = None
-            del self._by_key[key]
-            if self.on_event is not None:
-                self.on_event("evicted", key)
+            self._forget(block)
         self._references[block] = 1
         return block

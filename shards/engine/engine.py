@@ -11,8 +11,10 @@ import gc
 import logging
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from time import perf_counter_ns
+from typing import Any, TypeVar
 
 from arriero.shards.engine.blocks import CacheListener
 from arriero.shards.engine.expert_balance import ExpertBalance
@@ -29,9 +31,12 @@ from arriero.shards.errors import GroupFailed, InvalidRequest, Unavailable
 from arriero.shards.plan import Int32, StepResult
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _COLLECT_S = 0.25
 """How long a wait for a result lasts before `stop` is heeded."""
+_MOVED_S = 0.001
+"""How long a wait for copies of blocks lasts, when nothing else can run, before requests are."""
 
 
 class Engine:
@@ -76,6 +81,7 @@ class Engine:
         # Guarded by `_wake`:
         self._arrived: dict[str, EngineRequest] = {}
         self._cancelled: list[str] = []
+        self._asked: list[tuple[Callable[[Lanes], Any], Future[Any]]] = []
         self._stopping = False
 
     # ---- any thread ----
@@ -128,6 +134,20 @@ class Engine:
             self._cancelled.append(request_id)
             self._wake.notify()
 
+    def ask(self, question: Callable[[Lanes], T]) -> Future[T]:
+        """Have the scheduler asked between two steps, in the engine's thread.
+
+        The answer is the question's; `Unavailable` if the engine ends first.
+        """
+        answer: Future[T] = Future()
+        with self._wake:
+            if self.failure is not None or self._stopping:
+                answer.set_exception(Unavailable("the group is lost or was stopped"))
+            else:
+                self._asked.append((question, answer))
+                self._wake.notify()
+        return answer
+
     def stats(self) -> EngineStats:
         """A snapshot; `step_us` has running means of a step's phases, in microseconds."""
         stats = self._scheduler.stats
@@ -158,8 +178,10 @@ class Engine:
 
     def _has_work(self) -> bool:
         scheduler = self._scheduler
-        inbox = self._arrived or self._cancelled
-        return bool(inbox or scheduler.num_live or scheduler.num_outstanding)
+        inbox = self._arrived or self._cancelled or self._asked
+        return bool(
+            inbox or scheduler.num_live or scheduler.num_outstanding or scheduler.num_moving
+        )
 
     def step(self) -> bool:
         """Plan ahead, take the oldest result, hand out what it gave; True while work is left.
@@ -169,6 +191,7 @@ class Engine:
         """
         try:
             self._take_inbox()
+            self._take_moved()
             self._submit_plans()
             self._collect_oldest()
             self._deliver()
@@ -183,8 +206,14 @@ class Engine:
                 self._scheduler.enqueue(request)
             self._arrived.clear()
             cancelled, self._cancelled = self._cancelled, []
+            asked, self._asked = self._asked, []
         for request_id in cancelled:
             self._outputs += self._scheduler.cancel(request_id)
+        for question, answer in asked:
+            try:
+                answer.set_result(question(self._scheduler))
+            except Exception as error:  # the asker's
+                answer.set_exception(error)
 
     def _submit_plans(self) -> None:
         begun = perf_counter_ns()
@@ -194,7 +223,13 @@ class Engine:
                 if move is not None:
                     plan.placement_layer, plan.placement = move
                 self._executor.submit(plan)
+        for moves in self._scheduler.take_moves():
+            self._executor.move(moves)
         self._means.note("schedule", perf_counter_ns() - begun)
+
+    def _take_moved(self, timeout_s: float = 0.0) -> None:
+        if self.config.tiers.enabled:
+            self._scheduler.take_moved(self._executor.moved(timeout_s))
 
     def _next_move(self, balance: ExpertBalance) -> tuple[int, Int32] | None:
         balance.note(self._executor.take_loads())
@@ -202,6 +237,9 @@ class Engine:
 
     def _collect_oldest(self) -> None:
         if not self._scheduler.num_outstanding:
+            if self._scheduler.num_moving:
+                self._take_moved(_MOVED_S)
+                return
             # Else the loop would spin for ever without a word.
             assert not self._scheduler.num_live, "requests are live and nothing can run"
             return

@@ -13,13 +13,15 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Literal
 
-from arriero.shards.engine.blocks import CacheListener
+from arriero.shards.engine.blocks import CacheEvent, CacheListener
+from arriero.shards.engine.cache_report import CacheReport
 from arriero.shards.engine.limits import check_config
 from arriero.shards.engine.scheduler import Scheduler
 from arriero.shards.engine.types import EngineConfig, EngineRequest, EngineStats, SequenceOutput
 from arriero.shards.errors import GroupFailed
+from arriero.shards.kv.limits import PeerBlocks
+from arriero.shards.kv.moves import Moved, Moves, Pool
 from arriero.shards.plan import StepPlan, StepResult
 
 _PREFIX_WORTH = 2.0
@@ -91,12 +93,45 @@ class Lanes:
         return sum(lane.num_outstanding for lane in self._lanes)
 
     @property
+    def num_moving(self) -> int:
+        """Copies of blocks under way or waiting to be made."""
+        return self._lanes[0].num_moving
+
+    def take_moves(self) -> list[Moves]:
+        """Copies of blocks to be made after every plan so far; groups of one lane have tiers."""
+        return self._lanes[0].take_moves()
+
+    def take_moved(self, moved: list[Moved]) -> None:
+        """Hear from slices what came of copies, maybe nothing."""
+        self._lanes[0].take_moved(moved)
+
+    def cache(self) -> CacheReport:
+        """What the KV cache holds, and for whom."""
+        return CacheReport.total([lane.cache() for lane in self._lanes])
+
+    def pin(self, name: str, tokens: tuple[int, ...]) -> int:
+        """Keep a prefix on the device wherever it is; the most tokens of it in one lane."""
+        return max(lane.pin(name, tokens) for lane in self._lanes)
+
+    def unpin(self, name: str) -> bool:
+        """Let go of a pin; False where there is none of this name."""
+        return any([lane.unpin(name) for lane in self._lanes])
+
+    def shared(self, keys: list[bytes]) -> dict[Pool, PeerBlocks]:
+        """What another group may copy of these blocks, by pool."""
+        return self._lanes[0].shared(keys)
+
+    def flush(self) -> int:
+        """Forget every block that nobody holds, on the device and below; how many."""
+        return sum(lane.flush() for lane in self._lanes)
+
+    @property
     def stats(self) -> EngineStats:
         """A snapshot of all lanes, without `step_us`; safe from any thread."""
         each = [lane.stats for lane in self._lanes]
         if len(each) == 1:
             return each[0]
-        apart = ("step_us", "expert_moves", "expert_imbalance", "expert_loads")
+        apart = ("step_us", "expert_moves", "expert_imbalance", "expert_loads", "tiers")
         names = [field.name for field in fields(EngineStats) if field.name not in apart]
         total = {name: sum(getattr(one, name) for one in each) for name in names}
         return EngineStats(**total | {"steps": each[0].steps})
@@ -134,7 +169,7 @@ class Lanes:
                     self._lane_of.pop(output.request_id, None)
         return outputs
 
-    def _on_lane_event(self, kind: Literal["stored", "evicted"], key: bytes) -> None:
+    def _on_lane_event(self, kind: CacheEvent, key: bytes) -> None:
         assert self._on_event is not None, "set where there is a listener"
         before = self._stored[key]
         after = before + (1 if kind == "stored" else -1)

@@ -67,10 +67,10 @@ class LocalBlocks:
         self.pool.allocate(owner, len(shared), shared)
         self._held[owner] = _Held(first, first + len(shared))
 
-    def share(self, parent: int, child: int, end: int) -> None:
-        """Open `child`'s table on the blocks of `parent` that a token in block `end` sees."""
-        first, start = self.first_seen(end), self._held[parent].first
-        self.open(child, first, list(self.pool.table(parent)[first - start : end - start]))
+    def seen(self, owner: int, end: int) -> list[int]:
+        """Blocks of an owner's table that a token in block number `end` sees, up to that one."""
+        first, start = self.first_seen(end), self._held[owner].first
+        return list(self.pool.table(owner)[first - start : end - start])
 
     def extend(self, owner: int, end: int) -> list[tuple[int, int]]:
         """Lengthen a table to block number `end`; gives index and id of each new block.
@@ -87,12 +87,17 @@ class LocalBlocks:
             held.first = first
             held.stored = max(held.stored, first)
 
-    def store(self, owner: int, keys: Sequence[bytes]) -> None:
-        """Make the blocks of a table findable whose keys are known; `keys` are of all blocks."""
+    def store(self, owner: int, keys: Sequence[bytes]) -> tuple[int, Sequence[bytes]]:
+        """Make the blocks of a table findable whose keys are known; `keys` are of all blocks.
+
+        Gives what was not stored before: number of the first such block, and their keys.
+        """
         held, end = self._held[owner], min(len(keys), self.end(owner))
-        if end > held.stored:
-            self.pool.store(owner, held.stored - held.first, keys[held.stored : end])
+        first, new = held.stored, keys[held.stored : end]
+        if new:
+            self.pool.store(owner, first - held.first, new)
             held.stored = end
+        return first, new
 
     def close(self, owner: int) -> None:
         """Take a table's blocks back."""

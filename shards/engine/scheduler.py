@@ -20,14 +20,15 @@ Knows tokens, blocks and slots; knows nothing of models, processes or threads.
 from __future__ import annotations
 
 import time
-from bisect import bisect_left, insort
-from collections import deque
+from bisect import insort
+from collections import defaultdict, deque
 from collections.abc import Callable
 from operator import attrgetter
 
 import numpy as np
 
 from arriero.shards.engine.blocks import CacheListener
+from arriero.shards.engine.cache_report import CacheReport, TenantUse, TierUse
 from arriero.shards.engine.draft import Chunk, InFlight, PlanDraft, in_flight
 from arriero.shards.engine.limits import check_config, check_request
 from arriero.shards.engine.pace import Pace
@@ -36,7 +37,10 @@ from arriero.shards.engine.sequence import LiveRequest, Sequence
 from arriero.shards.engine.sequence_blocks import SequenceBlocks
 from arriero.shards.engine.slots import SlotTable
 from arriero.shards.engine.types import EngineConfig, EngineRequest, EngineStats, SequenceOutput
+from arriero.shards.engine.waiting import Waiting
 from arriero.shards.errors import GroupFailed, InvalidRequest, Overloaded
+from arriero.shards.kv.limits import PeerBlocks
+from arriero.shards.kv.moves import Moved, Moves, Pool
 from arriero.shards.plan import Int32, StepPlan, StepResult, int32
 
 _rank = attrgetter("rank")
@@ -48,7 +52,7 @@ class Scheduler:
     Args:
         config: limits.
         on_event: told of keys stored in and evicted from the prefix cache.
-        clock: seconds, monotonic; only the estimate in `Overloaded` reads it.
+        clock: seconds, monotonic; the estimate in `Overloaded` reads it, and the wait for tiers.
 
     Raises:
         SpecError: a field of `config` that cannot be.
@@ -74,10 +78,11 @@ class Scheduler:
         self._results = Results(config, self._slots, self._blocks)
 
         self._requests: dict[str, LiveRequest] = {}
-        self._waiting: list[Sequence] = []  # by rank
+        self._waiting = Waiting(self._blocks, clock)
         self._prefilling: list[Sequence] = []  # by rank
         self._decoding: dict[int, None] = {}  # slots
         self._decoding_slots: Int32 | None = None  # the same as an array, while it is unchanged
+        self._repeated: Int32 | None = None  # that array, where the last plan has just these rows
         self._in_flight: deque[InFlight] = deque()
         self._blocked: tuple[int, ...] = ()
 
@@ -85,6 +90,7 @@ class Scheduler:
         self._arrivals = 0
         self._prompt_tokens = 0
         self._cached_tokens = 0
+        self._by_tenant: dict[str, TenantUse] = defaultdict(TenantUse)
         self._output_tokens = 0
         self._preemptions = 0
 
@@ -181,6 +187,7 @@ class Scheduler:
             cached_tokens=self._cached_tokens,
             output_tokens=self._output_tokens,
             preemptions=self._preemptions,
+            tiers=self._blocks.tiers.counts(),
         )
 
     # ---- plans ----
@@ -189,6 +196,7 @@ class Scheduler:
         """The next plan, or None when nothing can run before a result is in."""
         if len(self._in_flight) >= self.depth:
             return None
+        self._waiting.start_loads(self._num_running)
         slots, starts = self._take_decodes()
         budget = self.config.max_batch_tokens - len(slots)
         chunks = self._continue_prefills(budget)
@@ -198,6 +206,11 @@ class Scheduler:
         # One stage: the slices hold the last token, and it may not even be known here.
         tokens = None if self.config.num_stages == 1 else self._slots.last_token[slots]
         plan = self._draft.build(self._step, slots, starts, tokens, chunks)
+        if tokens is None and not chunks:
+            plan.again = slots is self._repeated
+            self._repeated = slots
+        else:
+            self._repeated = None
         self._in_flight.append(in_flight(plan, slots, chunks, self._slots.generation))
         self._step += 1
         for chunk in chunks:
@@ -207,6 +220,7 @@ class Scheduler:
     def idle(self) -> StepPlan:
         """A plan without rows, for a step in which other lanes have some and this one none."""
         plan = self._draft.build(self._step, int32(), int32(), None, [])
+        self._repeated = None
         self._in_flight.append(in_flight(plan, plan.slots, [], self._slots.generation))
         self._step += 1
         return plan
@@ -280,7 +294,7 @@ class Scheduler:
     def _preempt(self, victim: Sequence) -> None:
         self._release(victim)
         victim.prompt_rows.clear()
-        insort(self._waiting, victim, key=_rank)
+        self._waiting.add(victim)
         self._preemptions += 1
 
     def _continue_prefills(self, budget: int) -> list[Chunk]:
@@ -300,11 +314,11 @@ class Scheduler:
 
     def _admit(self, chunks: list[Chunk], budget: int) -> None:
         """Let waiting sequences in, strictly by rank, and add their first chunks."""
-        while budget > 0 and self._waiting and self._slots.num_free:
-            sequence = self._waiting[0]
-            if not self._enter(sequence):
+        while budget > 0 and self._slots.num_free:
+            sequence = self._waiting.first
+            if sequence is None or not self._enter(sequence):
                 break
-            del self._waiting[0]
+            self._waiting.remove(sequence)
             chunk = self._take_chunk(sequence, budget)
             if not chunk.final:
                 insort(self._prefilling, sequence, key=_rank)
@@ -353,6 +367,11 @@ class Scheduler:
             while blocks.num_anchors:
                 blocks.drop_latest_prompt()
             shared = blocks.find_shared(sequence)
+            if not blocks.has_room(sequence, shared, 0):
+                blocks.drop_pins()
+                shared = blocks.find_shared(sequence)
+            if not blocks.has_room(sequence, shared, 0):
+                return False  # the rest is held while it is copied
         table = blocks.open(sequence, shared)
         size = self.config.block_size
         cached = len(shared.blocks) * size
@@ -377,6 +396,9 @@ class Scheduler:
             sequence.num_cached = num_cached
             self._prompt_tokens += sequence.num_prompt
             self._cached_tokens += num_cached
+            use = self._by_tenant[live.request.tenant]
+            use.prompt_tokens += sequence.num_prompt
+            use.cached_tokens += num_cached
 
     def _after_chunk(self, chunk: Chunk) -> None:
         """Only plans after this one may share what it computes."""
@@ -403,6 +425,61 @@ class Scheduler:
             self._finish(sequence)
         return harvest.outputs
 
+    # ---- tiers below the device ----
+
+    @property
+    def num_moving(self) -> int:
+        """Copies of blocks under way or waiting to be made."""
+        return self._blocks.tiers.num_moving
+
+    def take_moves(self) -> list[Moves]:
+        """Copies of blocks to be made after every plan so far."""
+        return self._blocks.tiers.take_moves()
+
+    def take_moved(self, moved: list[Moved]) -> None:
+        """Hear from slices what came of copies, maybe nothing."""
+        for one in moved:
+            self._blocks.tiers.take(one)
+        self._waiting.finish_loads()
+
+    def cache(self) -> CacheReport:
+        """What the KV cache holds, and for whom."""
+        blocks, pools = self._blocks, [self._blocks.pool]
+        if blocks.local is not None:
+            pools.append(blocks.local.pool)
+        device = TierUse(
+            sum(pool.num_used + pool.num_cached for pool in pools),
+            sum(pool.num_blocks for pool in pools),
+        )
+        counts, most = blocks.tiers.counts(), blocks.tiers.capacities()
+        below = {
+            tier: TierUse(counts.get(tier, 0), most.get(tier, 0))
+            for tier in ("host", "disk", "shared")
+            if most.get(tier) or counts.get(tier)
+        }
+        return CacheReport(
+            tiers={"device": device, **below},
+            tenants=dict(self._by_tenant),
+            held=blocks.tiers.tenants(),
+            pins=blocks.pins,
+        )
+
+    def pin(self, name: str, tokens: tuple[int, ...]) -> int:
+        """Keep a prefix on the device, as far as it is there; see `SequenceBlocks.pin`."""
+        return self._blocks.pin(name, tokens)
+
+    def unpin(self, name: str) -> bool:
+        """Let go of a pin; False where there is none of this name."""
+        return self._blocks.unpin(name)
+
+    def shared(self, keys: list[bytes]) -> dict[Pool, PeerBlocks]:
+        """What another group may copy of these blocks, by pool."""
+        return self._blocks.tiers.shared(keys)
+
+    def flush(self) -> int:
+        """Forget every block that nobody holds, on the device and below; how many."""
+        return self._blocks.flush()
+
     # ---- shared by both ----
 
     @property
@@ -413,7 +490,7 @@ class Scheduler:
         """Queue a sample of a request."""
         sequence = Sequence.of(live, index, self._blocks.new_owner())
         live.sequences[index] = sequence
-        insort(self._waiting, sequence, key=_rank)
+        self._waiting.add(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         """Take a sequence out of its slot and give back its blocks."""
@@ -432,7 +509,7 @@ class Scheduler:
         if sequence.slot >= 0:
             self._release(sequence)
         else:
-            del self._waiting[bisect_left(self._waiting, sequence.rank, key=_rank)]
+            self._waiting.remove(sequence)
         live = sequence.live
         del live.sequences[sequence.index]
         del live.live[sequence.index]

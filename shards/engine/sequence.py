@@ -92,6 +92,7 @@ class Sequence:
         keys: keys of its leading full blocks, as far as they were worked out.
         num_stored: how many leading blocks of its table have been offered to the cache.
         num_cached: prompt tokens found in the prefix cache when it first began.
+        searched: lower tiers were asked for its prefix since it began to wait.
         begun: it has been in a slot.
         started: its first output is out.
         prompt_rows: log-probabilities of prompt tokens gathered so far.
@@ -109,6 +110,7 @@ class Sequence:
     keys: list[bytes] = field(default_factory=list)
     num_stored: int = 0
     num_cached: int = 0
+    searched: bool = False
     begun: bool = False
     started: bool = False
     prompt_rows: list[TokenLogprobs] = field(default_factory=list)

@@ -2,7 +2,8 @@
 
 Samples of one request share its full prompt blocks. The first sample computes them; an *anchor*
 then holds them until the others have begun, whatever becomes of the first meanwhile. Anchors only
-save work, so they are the first to go when blocks run out.
+save work, so they are the first to go when blocks run out. Blocks that were brought up from a
+lower tier for a request are anchored in the same way until it begins.
 
 Where some layers attend within their chunk only, their blocks are of a second pool; a sequence
 has room only if it has room in both, and a prefix is shared only as far as both can be found.
@@ -19,7 +20,10 @@ from arriero.shards.engine.blocks import BlockManager, CacheListener, chain_keys
 from arriero.shards.engine.local_blocks import LocalBlocks
 from arriero.shards.engine.sequence import LiveRequest, Sequence
 from arriero.shards.engine.types import EngineConfig, EngineRequest
+from arriero.shards.errors import InvalidRequest
 from arriero.shards.images.request import key_tokens
+from arriero.shards.kv.moves import Pool
+from arriero.shards.kv.tiers import PrefixLoad, Tiers
 from arriero.shards.plan import int32
 
 
@@ -36,6 +40,23 @@ class Shared:
     local: list[int] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """A prefix whose blocks stay on the device.
+
+    Attributes:
+        owner: of the table that holds them.
+        num_tokens: of the prefix, as far as it was on the device when it was pinned.
+    """
+
+    owner: int
+    num_tokens: int
+
+
+MAX_PINNED = 0.25
+"""Most of a pool that pins may hold."""
+
+
 class SequenceBlocks:
     """The pools' blocks, by sequence.
 
@@ -46,6 +67,7 @@ class SequenceBlocks:
     Attributes:
         pool: the blocks themselves.
         local: those of layers that attend within their chunk; None without such layers.
+        tiers: what is kept of both below the device.
     """
 
     def __init__(self, config: EngineConfig, on_event: CacheListener | None) -> None:
@@ -60,7 +82,9 @@ class SequenceBlocks:
         self._model_salt = config.cache_salt
         self._image_token = config.image_token
         self._anchors: dict[int, LiveRequest] = {}
+        self._pins: dict[str, Pin] = {}
         self._owners = 0
+        self.tiers = Tiers(config.tiers, self.pool, self.local, self.new_owner, on_event)
 
     @property
     def num_anchors(self) -> int:
@@ -191,27 +215,111 @@ class SequenceBlocks:
         full = num_tokens // self.pool.block_size
         if self._prefix_cache and full > sequence.num_stored:
             self._extend_keys(sequence, full)
-            first = sequence.num_stored
-            self.pool.store(sequence.owner, first, sequence.keys[first:full])
+            first, tenant = sequence.num_stored, sequence.live.request.tenant
+            keys = sequence.keys[first:full]
+            self.pool.store(sequence.owner, first, keys)
+            self.tiers.note(Pool.ALL, keys, first, tenant)
             if self.local is not None:
-                self.local.store(sequence.owner, sequence.keys[:full])
+                start, new = self.local.store(sequence.owner, sequence.keys[:full])
+                self.tiers.note(Pool.LOCAL, new, start, tenant)
             sequence.num_stored = full
+
+    def begin_load(self, sequence: Sequence, spare: int) -> PrefixLoad | None:
+        """Begin to bring up what lower tiers hold of a sequence's first tokens, if they do.
+
+        Args:
+            sequence: not in a slot.
+            spare: blocks of each pool that must stay available.
+        """
+        if not self._prefix_cache or sequence.wants_prompt_rows or sequence.live.anchor is not None:
+            return None
+        most = (len(sequence.tokens) - 1) // self.pool.block_size
+        self._extend_keys(sequence, most)
+        request = sequence.live.request
+        return self.tiers.begin(sequence.keys[:most], spare, request.tenant, request.peer)
+
+    def end_load(self, load: PrefixLoad, sequence: Sequence | None) -> None:
+        """Unpin what was brought up; it is kept for the sequence until that begins, if given."""
+        self.tiers.end(load)
+        if sequence is not None and sequence.live.anchor is None:
+            found = self.find_shared(sequence)
+            self._anchor(sequence.live, found)
 
     def keep_prompt(self, sequence: Sequence) -> None:
         """Anchor the full prompt blocks of a request's first sample, but for the last token."""
         if sequence.num_prompt > self.pool.block_size:
-            anchor = sequence.live.anchor = self.new_owner()
-            self.pool.fork(sequence.owner, anchor, sequence.num_prompt - 1)
-            if self.local is not None:
-                self.local.share(sequence.owner, anchor, len(self.pool.table(anchor)))
-            self._anchors[anchor] = sequence.live
+            self.drop_prompt(sequence.live)
+            count = (sequence.num_prompt - 1) // self.pool.block_size
+            blocks = list(self.pool.table(sequence.owner)[:count])
+            local = [] if self.local is None else self.local.seen(sequence.owner, count)
+            self._anchor(sequence.live, Shared(blocks, local))
+
+    def _anchor(self, live: LiveRequest, kept: Shared) -> None:
+        live.anchor = self._hold(kept)
+        self._anchors[live.anchor] = live
+
+    def _hold(self, kept: Shared) -> int:
+        """Hold blocks by a table of their own; gives its owner."""
+        owner = self.new_owner()
+        self.pool.allocate(owner, len(kept.blocks), kept.blocks)
+        if self.local is not None:
+            self.local.open(owner, len(kept.blocks) - len(kept.local), kept.local)
+        return owner
+
+    def _let_go(self, owner: int) -> None:
+        self.pool.free(owner)
+        if self.local is not None:
+            self.local.close(owner)
+
+    @property
+    def pins(self) -> dict[str, int]:
+        """Tokens pinned, by the pin's name."""
+        return {name: pin.num_tokens for name, pin in self._pins.items()}
+
+    def pin(self, name: str, tokens: tuple[int, ...]) -> int:
+        """Keep a prefix's full blocks on the device, as far as they are there; how many tokens.
+
+        A pin of the same name is replaced. Pins go before a request that could not run beside them.
+
+        Raises:
+            InvalidRequest: pins would hold too much of a pool.
+        """
+        self.unpin(name)
+        root = root_key(self._model_salt)
+        kept = self._match(list(chain_keys(root, int32(tokens), self.pool.block_size)))
+        held = sum(pin.num_tokens for pin in self._pins.values()) // self.pool.block_size
+        most = int(MAX_PINNED * self.pool.num_blocks)
+        if held + len(kept.blocks) > most:
+            raise InvalidRequest(
+                "pin",
+                f"{len(kept.blocks)} blocks beside {held} pinned ones exceed {most}, a quarter of "
+                f"the device's {self.pool.num_blocks}; unpin others, or give the group more memory",
+            )
+        if kept.blocks:
+            self._pins[name] = Pin(self._hold(kept), len(kept.blocks) * self.pool.block_size)
+        return len(kept.blocks) * self.pool.block_size
+
+    def unpin(self, name: str) -> bool:
+        """Let go of a pin; False where there is none of this name."""
+        pin = self._pins.pop(name, None)
+        if pin is not None:
+            self._let_go(pin.owner)
+        return pin is not None
+
+    def drop_pins(self) -> None:
+        """Let go of all pins."""
+        for name in list(self._pins):
+            self.unpin(name)
+
+    def flush(self) -> int:
+        """Forget every block that nobody holds, on the device and below; how many."""
+        pools = [self.pool] if self.local is None else [self.pool, self.local.pool]
+        return sum(pool.flush() for pool in pools) + self.tiers.flush()
 
     def drop_prompt(self, live: LiveRequest) -> None:
         """Drop a request's anchor, if it has one."""
         if live.anchor is not None:
-            self.pool.free(live.anchor)
-            if self.local is not None:
-                self.local.close(live.anchor)
+            self._let_go(live.anchor)
             del self._anchors[live.anchor]
             live.anchor = None
 

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from arriero.shards.images.request import RequestImage
+from arriero.shards.kv.limits import GroupTierLimits, PeerBlocks
+from arriero.shards.kv.moves import Moved, Moves, Pool
 from arriero.shards.placement import Placement
 from arriero.shards.plan import StepPlan, StepResult
 from arriero.shards.sampling import SamplingParams
@@ -41,6 +43,7 @@ class EngineConfig:
         image_token: the placeholder that images' features replace; None for a text model.
         max_images: of a request.
         cache_salt: digest of model and revision; the root of every block's key.
+        tiers: of the KV cache below the device; for one lane only.
     """
 
     max_model_len: int
@@ -62,6 +65,7 @@ class EngineConfig:
     image_token: int | None = None
     max_images: int = 8
     cache_salt: bytes = b""
+    tiers: GroupTierLimits = field(default_factory=GroupTierLimits)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,8 +80,10 @@ class EngineRequest:
         resumed: output tokens emitted elsewhere before (a resumed stream); they count as output
             for penalties, `max_tokens`, `min_tokens` and the draw's position. Only with n = 1.
         cache_salt: joins the keys of this request's blocks, to keep tenants' caches apart.
+        tenant: whose it is; its blocks are counted as that tenant's.
         trace: W3C `traceparent` of the caller's span, carried along; "" for none.
         images: files whose features replace the prompt's placeholders, in order.
+        peer: blocks of its prefix that another group has in host memory, by pool.
     """
 
     request_id: str
@@ -86,8 +92,10 @@ class EngineRequest:
     priority: int = 0
     resumed: tuple[int, ...] = ()
     cache_salt: bytes = b""
+    tenant: str = ""
     trace: str = ""
     images: tuple[RequestImage, ...] = ()
+    peer: Mapping[Pool, PeerBlocks] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,7 +143,8 @@ class EngineStats:
 
     `expert_loads` has the tokens that each expert was sent since the start, by layer;
     `expert_imbalance` is the largest rank's over the mean, 1 being even; `expert_moves` counts
-    changed placements. Only where experts are exchanged between ranks.
+    changed placements. Only where experts are exchanged between ranks. `tiers` has blocks by tier
+    below the device, and what was moved since the start; empty without tiers.
     """
 
     num_waiting: int = 0
@@ -154,10 +163,11 @@ class EngineStats:
     expert_imbalance: float = 1.0
     expert_loads: dict[str, list[int]] = field(default_factory=dict)
     step_us: dict[str, float] = field(default_factory=dict)
+    tiers: dict[str, int] = field(default_factory=dict)
 
 
 class Executor(Protocol):
-    """Runs plans on the slices of the group, in order.
+    """Runs plans on the slices of the group, in order; copies of KV blocks beside them.
 
     `submit` returns at once; `collect` waits for the oldest result not yet collected, and raises
     `GroupFailed` with the first cause when a slice is lost.
@@ -171,6 +181,12 @@ class Executor(Protocol):
 
     def take_loads(self) -> Mapping[int, npt.NDArray[np.int64]]:
         """Tokens that each expert was sent since the last call, by layer, as far as is known."""
+
+    def move(self, moves: Moves) -> None:
+        """Send copies of blocks to every slice, which takes them up after the plans sent before."""
+
+    def moved(self, timeout_s: float = 0.0) -> list[Moved]:
+        """What slices said of copies since the last call; waits for the first until the limit."""
 
     def close(self) -> None:
         """Stop the slices; safe to call twice."""

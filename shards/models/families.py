@@ -5,18 +5,19 @@ Knows which class serves which config; knows nothing of what is in them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from arriero.kernels.ops import FlatBatch, Ops
+from arriero.kernels.ops import FlatBatch, KVCache, Ops
 from arriero.kernels.wire import Wire
 from arriero.shards.checkpoint.formats.stored import AnyPart
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.experts import Loads
+from arriero.shards.kv.moves import Pool
 from arriero.shards.mesh import Mesh
 from arriero.shards.models.llama import LlamaSlice
 from arriero.shards.models.llama4 import Llama4Slice
@@ -49,6 +50,10 @@ class ModelSlice(Protocol):
     @property
     def kv_nbytes(self) -> int:
         """Bytes of the KV cache."""
+
+    @property
+    def kv_pools(self) -> Mapping[Pool, KVCache]:
+        """The KV cache, of each pool that has layers here."""
 
     def sit_out(self) -> None:
         """A step in which other data-parallel ranks have tokens, and this one has none."""

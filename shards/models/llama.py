@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from arriero.kernels.ops import DenseLayer, KVCacheSpec, Ops
+from arriero.kernels.ops import DenseLayer, KVCache, KVCacheSpec, Ops
 from arriero.shards.checkpoint.formats.stored import tensors_due
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.experts import Loads
+from arriero.shards.kv.moves import Pool
 from arriero.shards.mesh import Mesh
 from arriero.shards.models.config import ModelConfig
 from arriero.shards.models.loader import Loader, Progress
@@ -111,6 +112,11 @@ class LlamaSlice:
     def kv_nbytes(self) -> int:
         """Bytes of the KV cache."""
         return self.kv.nbytes
+
+    @property
+    def kv_pools(self) -> dict[Pool, KVCache]:
+        """The KV cache, as the pool of all tokens."""
+        return {Pool.ALL: self.kv}
 
     def sit_out(self) -> None:
         """A step without tokens: nothing to do."""

@@ -34,6 +34,7 @@ from arriero.kernels.wire import Wire
 from arriero.shards.checkpoint.formats.stored import tensors_due
 from arriero.shards.checkpoint.reader import Checkpoint, TensorFolder
 from arriero.shards.experts import ExpertParallel, Loads
+from arriero.shards.kv.moves import Pool
 from arriero.shards.mesh import Mesh
 from arriero.shards.models.llama import EMBEDDING, HEAD, NORM
 from arriero.shards.models.llama4_config import Llama4Config
@@ -245,7 +246,13 @@ class Llama4Slice:
     @property
     def kv_nbytes(self) -> int:
         """Bytes of the KV caches: of layers that see everything, and of those that do not."""
-        return sum(one.nbytes for one in (self.kv, self.local_kv) if one is not None)
+        return sum(one.nbytes for one in self.kv_pools.values())
+
+    @property
+    def kv_pools(self) -> dict[Pool, KVCache]:
+        """The KV cache, of each pool that has layers here."""
+        pools = {Pool.ALL: self.kv, Pool.LOCAL: self.local_kv}
+        return {pool: kv for pool, kv in pools.items() if kv is not None}
 
     def sit_out(self) -> None:
         """A step without tokens: the experts held here serve the other ranks' tokens."""

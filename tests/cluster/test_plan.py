@@ -511,6 +511,29 @@ def test_a_spec_is_planned_as_the_leader_will_decide(
     assert code == 2 and "rank 0" in err
 
 
+def test_tiers_of_the_kv_cache_are_planned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_llama(tmp_path / "m", layers=3, kv_heads=2)
+    kv = f"{{memory: 1MB, host: 2MiB, disk: {{path: {tmp_path}/kv, size: 3MB}}}}"
+    text = f"models:\n- {{name: tiny, path: m, mesh: {{tp: 2}}, kv: {kv}}}\n"
+    (tmp_path / "arriero.yaml").write_text(text)
+    spec = str(tmp_path / "arriero.yaml")
+    code, out, _ = run(capsys, spec, "--gpu", "cpu", "--memory", "8GiB", "--json")
+    assert code == 0
+    got = json.loads(out)
+    block = sum(one["kv_block_bytes"] for one in got["ranks"])
+    tiers = got["kv_tiers"]
+    assert tiers["host"]["tokens"] == (2 << 20) // block * 16
+    assert tiers["disk"]["tokens"] == 3 * 10**6 // block * 16
+    assert sum(tiers["host"]["bytes_by_rank"]) == (2 << 20) // block * block
+    code, out, _ = run(capsys, spec, "--gpu", "cpu", "--memory", "8GiB")
+    assert code == 0 and "KV cache below the device" in out
+    (tmp_path / "arriero.yaml").write_text(text.replace("2MiB", "2kB"))
+    code, _, err = run(capsys, spec, "--gpu", "cpu", "--memory", "8GiB")
+    assert code == 2 and "`host_bytes`=2000" in err
+
+
 def test_planning_loads_neither_torch_nor_ray() -> None:
     code = (
         "import sys; from arriero.cluster import cli\n"

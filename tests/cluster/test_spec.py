@@ -11,6 +11,7 @@ from arriero.cluster.cli import run
 from arriero.cluster.spec import Spec, load
 from arriero.router.tenants.keys import add_key
 from arriero.shards.errors import SpecError
+from arriero.shards.kv.config import TierConfig
 
 
 @pytest.fixture
@@ -78,6 +79,19 @@ ray: {address: "10.0.0.1:6379", object_store: 1GB}
     assert spec.ray.object_store == 10**9
 
 
+def test_tiers_of_the_kv_cache(tmp_path: Path, model: Path) -> None:
+    kv = "{host: 1GiB, disk: {path: /var/kv, size: 2GB}, shared: 's3://b/kv', tenant_share: 0.5}"
+    spec = load(written(tmp_path, f"models: [{{name: a, path: tiny, kv: {kv}}}]\n"), {})
+    tiers = spec.models[0].group_config("cpu").tiers
+    assert tiers == TierConfig(
+        host_bytes=1 << 30,
+        disk_path="/var/kv",
+        disk_bytes=2 * 10**9,
+        shared_url="s3://b/kv",
+        max_tenant_share=0.5,
+    )
+
+
 def test_flags_lie_over_the_file(tmp_path: Path, model: Path) -> None:
     path = written(tmp_path, "models: [{name: a, path: tiny, mesh: {tp: 2}}]\n")
     spec = load(path, {"pp": 2, "dtype": "float16", "address": "h:1", "start_timeout_s": 9})
@@ -101,6 +115,10 @@ def test_flags_lie_over_the_file(tmp_path: Path, model: Path) -> None:
         ),
         ("models: [{name: a, path: tiny, kv: {memory: 5 frogs}}]\n", "200MB, 1.5GiB"),
         ("models: [{name: a, path: tiny, kv: {memory: 1GB, blocks: 3}}]\n", "keep one"),
+        (
+            "models: [{name: a, path: tiny, kv: {disk: {path: kv, size: 1GB}}}]\n",
+            "`models[0].kv.disk.path`",
+        ),
         ("models: [{name: a, path: tiny}, {name: a, path: tiny}]\n", "`a` occurs twice"),
         ("models: [{name: a, path: nowhere}]\n", "nowhere holds no config.json"),
         ("models: [{name: a, path: tiny}]\ngateway: {port: 70000}\n", "yaml:2: `gateway.port`"),

@@ -90,6 +90,6 @@ def view(group_id: str, tokens: int = 0, waiting: int = 0, length: int = 100) ->
 
 def test_the_choice() -> None:
     groups = [view("c"), view("b", tokens=5), view("a", waiting=1), view("d", length=10)]
-    assert [g.group_id for g in order(groups, num_tokens=50)] == ["c", "a", "b"]
-    assert [g.group_id for g in order(groups, num_tokens=10)] == ["c", "d", "a", "b"]
-    assert order(groups, num_tokens=101) == []
+    assert [g.group_id for g in order(groups, num_prompt=8, num_tokens=50)] == ["c", "a", "b"]
+    assert [g.group_id for g in order(groups, num_prompt=8, num_tokens=10)] == ["c", "d", "a", "b"]
+    assert order(groups, num_prompt=8, num_tokens=101) == []

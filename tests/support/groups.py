@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -13,6 +13,8 @@ from arriero.shards.engine.types import EngineRequest, SequenceOutput, TokenLogp
 from arriero.shards.executor import spawn_group
 from arriero.shards.group import GroupConfig
 from arriero.shards.images.request import RequestImage
+from arriero.shards.kv.limits import PeerBlocks
+from arriero.shards.kv.moves import Pool
 from arriero.shards.local_executor import LocalExecutor
 from arriero.shards.resolve import engine_config, resolve
 from arriero.shards.sampling import SamplingParams
@@ -62,6 +64,7 @@ class Group:
         *,
         priority: int = 0,
         images: tuple[RequestImage, ...] = (),
+        peer: Mapping[Pool, PeerBlocks] | None = None,
     ) -> str:
         with self._changed:
             self._count += 1
@@ -74,6 +77,7 @@ class Group:
                 params=params,
                 priority=priority,
                 images=images,
+                peer=peer or {},
             )
         )
         return name

@@ -76,12 +76,13 @@ class Blocks(RuleBasedStateMachine):
     @rule(data=st.data())
     def fork(self, data: st.DataObject) -> None:
         parent = data.draw(st.sampled_from(sorted(self.tokens)))
-        num_tokens = data.draw(st.integers(0, len(self.tokens[parent])))
+        shared = list(self.manager.table(parent))
+        del shared[data.draw(st.integers(0, len(shared))) :]
         self.owners += 1
         available = self.manager.num_available
-        self.manager.fork(parent, self.owners, num_tokens)
+        self.manager.allocate(self.owners, len(shared), shared)
         assert self.manager.num_available == available
-        self.tokens[self.owners] = self.tokens[parent][: num_tokens // SIZE * SIZE]
+        self.tokens[self.owners] = self.tokens[parent][: len(shared) * SIZE]
 
     @precondition(lambda self: self.tokens)
     @rule(data=st.data())

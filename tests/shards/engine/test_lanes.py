@@ -13,8 +13,8 @@ from arriero.shards.engine.lanes import Lanes
 from arriero.shards.engine.types import EngineConfig, SequenceOutput
 from arriero.shards.errors import GroupFailed, InvalidRequest, Overloaded
 from arriero.shards.plan import StepResult, int32
+from support.fake_slice import FakeExecutor, answer
 
-from .fake_slice import FakeExecutor, answer
 from .test_scheduler import VOCAB, make_config, make_request
 
 

@@ -21,8 +21,7 @@ from arriero.shards.engine.types import EngineConfig, EngineRequest, SequenceOut
 from arriero.shards.errors import GroupFailed, InvalidRequest, Overloaded, SpecError
 from arriero.shards.plan import StepResult, int32
 from arriero.shards.sampling import SamplingParams
-
-from .fake_slice import FakeExecutor, answer
+from support.fake_slice import FakeExecutor, answer
 
 VOCAB = 50
 
@@ -317,6 +316,7 @@ def test_decodes_run_ahead_of_their_results(depth: int) -> None:
     run.finish()
     assert len(run.tokens("r")) == 8
     assert run.executor.slice.step == 8, "a step past the end was planned"
+    assert run.executor.slice.repeats == 6, "all but the prefill and the first decode repeat"
 
 
 def test_stages_hold_one_micro_batch_each() -> None:

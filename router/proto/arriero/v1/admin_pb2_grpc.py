@@ -74,6 +74,11 @@ class AdminStub:
                 request_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.RollbackRequest.SerializeToString,
                 response_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.ChangeResponse.FromString,
                 _registered_method=True)
+        self.Kv = channel.unary_unary(
+                '/arriero.v1.Admin/Kv',
+                request_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.KvRequest.SerializeToString,
+                response_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.KvResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -135,6 +140,13 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Kv(self, request, context):
+        """What the KV caches of groups hold, once what is asked for is done.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -177,6 +189,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Rollback,
                     request_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.RollbackRequest.FromString,
                     response_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.ChangeResponse.SerializeToString,
+            ),
+            'Kv': grpc.unary_unary_rpc_method_handler(
+                    servicer.Kv,
+                    request_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.KvRequest.FromString,
+                    response_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.KvResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -395,6 +412,33 @@ class Admin:
             '/arriero.v1.Admin/Rollback',
             arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.RollbackRequest.SerializeToString,
             arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.ChangeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Kv(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/arriero.v1.Admin/Kv',
+            arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.KvRequest.SerializeToString,
+            arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.KvResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -52,6 +52,8 @@ class AdminStub:
     """Replace the groups of every model whose settings or weights have changed, one at a time."""
     Rollback: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RollbackRequest, _admin_pb2.ChangeResponse]
     """Go back to the settings before the last rollout of a model."""
+    Kv: _grpc.UnaryUnaryMultiCallable[_admin_pb2.KvRequest, _admin_pb2.KvResponse]
+    """What the KV caches of groups hold, once what is asked for is done."""
 
 @_typing.type_check_only
 class AdminAsyncStub(AdminStub):
@@ -72,6 +74,8 @@ class AdminAsyncStub(AdminStub):
     """Replace the groups of every model whose settings or weights have changed, one at a time."""
     Rollback: _aio.UnaryUnaryMultiCallable[_admin_pb2.RollbackRequest, _admin_pb2.ChangeResponse]  # type: ignore[assignment]
     """Go back to the settings before the last rollout of a model."""
+    Kv: _aio.UnaryUnaryMultiCallable[_admin_pb2.KvRequest, _admin_pb2.KvResponse]  # type: ignore[assignment]
+    """What the KV caches of groups hold, once what is asked for is done."""
 
 class AdminServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -137,5 +141,13 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.ChangeResponse, _abc.Awaitable[_admin_pb2.ChangeResponse]]:
         """Go back to the settings before the last rollout of a model."""
+
+    @_abc_1.abstractmethod
+    def Kv(
+        self,
+        request: _admin_pb2.KvRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.KvResponse, _abc.Awaitable[_admin_pb2.KvResponse]]:
+        """What the KV caches of groups hold, once what is asked for is done."""
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

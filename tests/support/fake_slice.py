@@ -16,6 +16,7 @@ import numpy as np
 
 from arriero.shards.engine.sequence import sample_seed
 from arriero.shards.engine.types import EngineConfig, EngineRequest
+from arriero.shards.kv.moves import Moved, Moves
 from arriero.shards.plan import LAST_SAMPLED, Logprobs, NewSequence, StepPlan, StepResult, int32
 from arriero.shards.sampling import SamplingParams
 
@@ -89,6 +90,8 @@ class FakeSlice:
         self.local = [[NOTHING] * config.block_size for _ in range(config.num_local_blocks)]
         self.slots: dict[int, _Occupant] = {}
         self.step = 0
+        self.repeats = 0
+        self._next_rows: list[tuple[int, int]] = []
 
     def run(self, plan: StepPlan) -> StepResult:
         config = self.config
@@ -99,6 +102,13 @@ class FakeSlice:
         assert plan.counts.min(initial=1) > 0
         assert len(plan.slots) or config.num_lanes > 1, "a plan without rows"
         assert len(plan.tokens) == plan.counts.sum()
+        if plan.again:
+            self.repeats += 1
+            rows_now = list(zip(plan.slots.tolist(), plan.starts.tolist(), strict=True))
+            assert rows_now == self._next_rows and not len(plan.freed) and not plan.new
+            assert (plan.tokens == LAST_SAMPLED).all() and plan.samples.all()
+        ended = (plan.starts + plan.counts).tolist()
+        self._next_rows = list(zip(plan.slots.tolist(), ended, strict=True))
         for slot in plan.freed.tolist():
             del self.slots[slot]
         for new in plan.new:
@@ -208,6 +218,7 @@ class FakeExecutor:
         self.slice = FakeSlice(config)
         self.results: deque[StepResult] = deque()
         self.closed = False
+        self.said: list[Moved] = []
 
     def submit(self, plan: StepPlan) -> None:
         result = self.slice.run(StepPlan.from_bytes(plan.to_bytes()))
@@ -218,6 +229,13 @@ class FakeExecutor:
 
     def take_loads(self) -> dict[int, Any]:
         return {}
+
+    def move(self, moves: Moves) -> None:
+        raise AssertionError("there are no tiers")
+
+    def moved(self, timeout_s: float = 0.0) -> list[Moved]:
+        said, self.said = self.said, []
+        return said
 
     def close(self) -> None:
         self.closed = True

@@ -1,0 +1,1 @@
+"""The KV cache past the device: tiers, their bytes, and copies between them."""

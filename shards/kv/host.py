@@ -1,0 +1,121 @@
+"""Blocks in host memory: one rank's slots, which processes of the same node may read.
+
+The memory is an anonymous file (memfd) that goes with the last process that has it, however that
+process ends. Its tail holds, for each slot, the key of the block that is whole there. A reader
+(see `peer`) checks the key before and after it copies, so it needs no lock and no word from the
+owner: a slot that is given another block meanwhile is a miss.
+
+Knows slots and bytes; which block is where is the leader's.
+
+Shape legend: L layers, K KV heads, P positions of a block, D head dimension (canonical).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import uuid
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from arriero.shards.kv.machine import host_name
+from arriero.shards.kv.moves import KEY_BYTES, Segment
+from arriero.shards.kv.pieces import BadBlock, BlockForm, Piece
+
+
+class HostPool:
+    """Slots of one rank.
+
+    Attributes:
+        data: [slots, L, 2, K, P, D].
+    """
+
+    def __init__(self, form: BlockForm, piece: Piece, slots: int, *, pinned: bool) -> None:
+        """Reserve the memory; pages are taken as slots are first written.
+
+        Args:
+            form: of blocks.
+            piece: what this rank holds of each.
+            slots: how many blocks.
+            pinned: lock the pages and tell CUDA, so that copies run beside the device's work.
+        """
+        self._form, self._piece, self._slots = form, piece, slots
+        self._name = f"arriero-kv-{uuid.uuid4().hex}"
+        self._fd = os.memfd_create(self._name, os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(self._fd, slots * (form.nbytes(piece) + KEY_BYTES))
+            self._map = mmap.mmap(self._fd, 0)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self.data, self._keys = views(self._map, form, piece, slots)
+        self._pinned = False
+        if pinned:
+            cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            status = cudart.cudaHostRegister(self.data.data_ptr(), self.data.nbytes, 0)
+            self._pinned = int(status) == 0
+
+    @property
+    def segment(self) -> Segment:
+        """What others of this node need to read it."""
+        return Segment(
+            pid=os.getpid(),
+            fd=self._fd,
+            name=self._name,
+            host=host_name(),
+            layers=self._piece.layers,
+            heads=self._piece.heads,
+            block=(self._form.positions, self._form.dim, self._form.dtype.itemsize),
+            slots=self._slots,
+        )
+
+    def begin(self, slots: Sequence[int]) -> None:
+        """The slots' blocks are about to change."""
+        self._keys[list(slots)] = 0
+
+    def end(self, slots: Sequence[int], keys: Sequence[bytes]) -> None:
+        """The slots hold these blocks, whole."""
+        for slot, key in zip(slots, keys, strict=True):
+            self._keys[slot] = np.frombuffer(key, dtype=np.uint8)
+
+    def get(self, key: bytes, slot: int, into: Tensor) -> None:
+        """Copy a block, `into` [L, 2, K, P, D].
+
+        Raises:
+            BadBlock: the slot holds something else.
+        """
+        if not self.holds(key, slot):
+            raise BadBlock("the slot holds another block")
+        into.copy_(self.data[slot])
+
+    def holds(self, key: bytes, slot: int) -> bool:
+        """Whether a slot holds a block, whole; from any thread, before and after it is read."""
+        return 0 <= slot < self._slots and self._keys[slot].tobytes() == key
+
+    def close(self) -> None:
+        """Give the memory back."""
+        if self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(self.data.data_ptr())  # type: ignore[no-untyped-call]
+        del self.data, self._keys
+        with contextlib.suppress(BufferError):  # someone looks at it still: it goes with them
+            self._map.close()
+        os.close(self._fd)
+
+
+def views(
+    memory: mmap.mmap, form: BlockForm, piece: Piece, slots: int
+) -> tuple[Tensor, npt.NDArray[np.uint8]]:
+    """(blocks [slots, L, 2, K, P, D], keys [slots, 16]) of a memory."""
+    nbytes = slots * form.nbytes(piece)
+    whole = np.frombuffer(memory, dtype=np.uint8)
+    keys = whole[nbytes:].reshape(slots, KEY_BYTES)
+    # torch has no read-only tensors and would warn; readers never write
+    address = int(whole.ctypes.data)
+    data = torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), dtype=form.dtype)
+    return data.reshape(slots, *form.shape(piece)), keys

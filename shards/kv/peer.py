@@ -1,0 +1,159 @@
+"""Another group's host memory, to copy blocks from: each of its ranks' part by the way there is.
+
+Ranks of the peer may hold other layers and heads than we do: our piece of a block is put together
+from all that overlap it. A rank on this node is read in its memory, one on another node over TCP
+(see `wire`). Whatever is wrong is a missing block.
+
+Knows pieces and parts; which block is where is the leaders'.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from arriero.shards.kv.host import views
+from arriero.shards.kv.machine import host_name
+from arriero.shards.kv.moves import KEY_BYTES, Segment
+from arriero.shards.kv.pieces import BadBlock, BlockForm, Piece
+from arriero.shards.kv.wire import RemotePart
+
+log = logging.getLogger(__name__)
+
+LOST_S = 5.0
+"""A peer that was lost is not asked again for so long: each time might be a second's wait."""
+Wanted = Sequence[tuple[bytes, int]]
+"""Blocks by key and slot."""
+
+
+class Part(Protocol):
+    """One rank's memory, of which we want a part of each block."""
+
+    def ask(self, wanted: Wanted) -> None:
+        """Say which blocks `get` is to give, in this order; may raise `BadBlock`."""
+
+    def get(self, into: Tensor) -> bool:
+        """Copy the next one, [l, 2, h, P, D]; False when it is not there; may raise `BadBlock`."""
+
+    def close(self) -> None:
+        """Let go."""
+
+
+class LocalPart:
+    """A rank of this node.
+
+    Raises:
+        BadBlock: its memory is not to be had.
+    """
+
+    def __init__(self, segment: Segment, form: BlockForm, part: Piece) -> None:
+        theirs = Piece(segment.layers, segment.heads)
+        self._map = _attach(segment, form)
+        self._data, self._keys = views(self._map, form, theirs, segment.slots)
+        self._layers, self._heads = part.within(theirs)
+        self._wanted: Iterator[tuple[bytes, int]] = iter(())
+
+    def ask(self, wanted: Wanted) -> None:
+        """See `Part`."""
+        self._wanted = iter(wanted)
+
+    def get(self, into: Tensor) -> bool:
+        """See `Part`."""
+        key, slot = next(self._wanted)
+        if not 0 <= slot < len(self._keys) or self._keys[slot].tobytes() != key:
+            return False
+        into.copy_(self._data[slot, self._layers, :, self._heads])
+        return bool(self._keys[slot].tobytes() == key)
+
+    def close(self) -> None:
+        """See `Part`."""
+        del self._data, self._keys
+        with contextlib.suppress(BufferError):
+            self._map.close()
+
+
+class PeerPool:
+    """All ranks of a peer that hold something of our piece.
+
+    Raises:
+        BadBlock: they are not to be had, or do not hold all of it.
+    """
+
+    def __init__(self, segments: Sequence[Segment], form: BlockForm, piece: Piece) -> None:
+        self._parts: list[tuple[tuple[slice, slice], Part]] = []
+        self._lost_until_s = 0.0
+        if not piece.covered_by(Piece(one.layers, one.heads) for one in segments):
+            raise BadBlock("the peer's ranks do not hold all of it")
+        used: list[Piece] = []
+        try:
+            for one in segments:
+                theirs = Piece(one.layers, one.heads)
+                part = theirs.overlap(piece)
+                if part is not None and not piece.covered_by(used):
+                    used.append(theirs)
+                    self._parts.append((part.within(piece), _part(one, form, part)))
+        except BaseException:
+            self.close()
+            raise
+
+    def copy(self, wanted: Wanted, into: Tensor) -> set[int]:
+        """Fill our piece of blocks, `into` [N, L, 2, K, P, D]; gives those that are not there."""
+        failed: set[int] = set()
+        if time.monotonic() < self._lost_until_s:
+            return set(range(len(wanted)))
+        try:
+            for _, part in self._parts:
+                part.ask(wanted)
+            for i, block in enumerate(into):
+                for (layers, heads), part in self._parts:
+                    if not part.get(block[layers, :, heads]):
+                        failed.add(i)
+        except BadBlock as error:
+            log.warning("a peer's blocks are computed instead: %s", error)
+            self._lost_until_s = time.monotonic() + LOST_S
+            return set(range(len(wanted)))
+        return failed
+
+    def close(self) -> None:
+        """Let go of the ranks."""
+        for _, part in self._parts:
+            part.close()
+        self._parts.clear()
+
+
+def _part(segment: Segment, form: BlockForm, part: Piece) -> Part:
+    if segment.block != (form.positions, form.dim, form.dtype.itemsize):
+        raise BadBlock("the peer's blocks are of another form")
+    if segment.host == host_name():
+        try:
+            return LocalPart(segment, form, part)
+        except BadBlock:
+            if not segment.address:  # it may be in another container
+                raise
+    if not segment.address:
+        raise BadBlock("the peer is on another node and serves nobody there")
+    return RemotePart(segment, form, part)
+
+
+def _attach(segment: Segment, form: BlockForm) -> mmap.mmap:
+    path = f"/proc/{segment.pid}/fd/{segment.fd}"
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise BadBlock(f"the peer's memory is not to be had: {error.strerror}") from None
+    try:
+        if segment.name not in os.readlink(f"/proc/self/fd/{fd}"):
+            raise BadBlock("the peer's process is gone")
+        size = segment.slots * (form.nbytes(Piece(segment.layers, segment.heads)) + KEY_BYTES)
+        if os.fstat(fd).st_size != size:
+            raise BadBlock("the peer's memory is of another size")
+        return mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+    finally:
+        os.close(fd)

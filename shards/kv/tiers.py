@@ -1,0 +1,170 @@
+"""The tiers of a group: of the pool for all tokens, and of the chunk-local one where there is one.
+
+A prefix that is brought up needs its blocks of all tokens, and of the chunk-local ones those of
+the chunk that it cuts, no others: a prefix that ends on a chunk's boundary needs none.
+
+Knows both pools' tiers and where chunks begin; knows nothing of sequences, files or time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from arriero.shards.engine.blocks import BlockManager, CacheListener
+from arriero.shards.engine.local_blocks import LocalBlocks
+from arriero.shards.kv.limits import GroupTierLimits, PeerBlocks
+from arriero.shards.kv.moves import Moved, Moves, Pool
+from arriero.shards.kv.pool_tiers import Load, PoolTiers
+
+
+@dataclass(slots=True)
+class PrefixLoad:
+    """A prefix on its way to the device: a load of each pool."""
+
+    parts: list[tuple[PoolTiers, Load]]
+
+    @property
+    def left(self) -> int:
+        """Copies under way."""
+        return sum(load.left for _, load in self.parts)
+
+
+class Tiers:
+    """What one group keeps below the device.
+
+    Args:
+        limits: of both pools' tiers.
+        pool: the blocks of all tokens.
+        local: the chunk-local ones, if there are any.
+        new_owner: gives a number that owns no table.
+        on_event: told what becomes of blocks of all tokens below the device.
+    """
+
+    def __init__(
+        self,
+        limits: GroupTierLimits,
+        pool: BlockManager,
+        local: LocalBlocks | None,
+        new_owner: Callable[[], int],
+        on_event: CacheListener | None = None,
+    ) -> None:
+        self._all = PoolTiers(limits.all, Pool.ALL, pool, new_owner, on_event)
+        self._chunks, self._local = local, None
+        if local is not None:
+            self._local = PoolTiers(limits.local, Pool.LOCAL, local.pool, new_owner)
+        self._each = [self._all] if self._local is None else [self._all, self._local]
+        self._on = limits.enabled
+        self.num_answers = 0
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there are tiers, and every rank has opened its own."""
+        return self._on and all(one.enabled for one in self._each)
+
+    @property
+    def num_moving(self) -> int:
+        """Moves under way or waiting to be made; the tiers' opening counts as one."""
+        if not self._on:
+            return 0
+        return sum(one.num_moving for one in self._each) + (not self.enabled)
+
+    def counts(self) -> dict[str, int]:
+        """Blocks in each tier, and what was moved since the start; of both pools together.
+
+        Empty until the tiers are open.
+        """
+        if not self.enabled:
+            return {}
+        each = [one.counts() for one in self._each]
+        return {name: sum(one[name] for one in each) for name in each[0]}
+
+    def capacities(self) -> dict[str, int]:
+        """Most blocks of each bounded tier, of both pools together."""
+        total = Counter[str]()
+        for one in self._each:
+            total.update({tier.name.lower(): n for tier, n in one.capacities().items()})
+        return dict(total)
+
+    def tenants(self) -> dict[str, dict[str, int]]:
+        """Blocks of each bounded tier by tenant; those found at the start are nobody's: ""."""
+        total: dict[str, Counter[str]] = {}
+        for one in self._each:
+            for tier, held in one.tenants().items():
+                total.setdefault(tier.name.lower(), Counter()).update(held)
+        return {tier: dict(held) for tier, held in total.items()}
+
+    def note(self, pool: Pool, keys: Sequence[bytes], first: int, tenant: str) -> None:
+        """Blocks of a pool are on the device, computed by a plan that is out or about to be.
+
+        Args:
+            pool: which.
+            keys: of the blocks.
+            first: which block of its chain the first one is.
+            tenant: whose they are.
+        """
+        if self._on:
+            self._each[pool].note(keys, first, tenant)
+
+    def take_moves(self) -> list[Moves]:
+        """What is to be sent to the slices now, after every plan made so far."""
+        return [moves for one in self._each for moves in one.take_moves()] if self._on else []
+
+    def take(self, moved: Moved) -> None:
+        """Hear from a rank."""
+        self.num_answers += 1
+        self._each[moved.pool].take(moved)
+
+    def shared(self, keys: Sequence[bytes]) -> dict[Pool, PeerBlocks]:
+        """What another group may copy of these blocks, by pool."""
+        if not self.enabled:
+            return {}
+        return {Pool(i): one.shared(keys) for i, one in enumerate(self._each)}
+
+    def begin(
+        self,
+        keys: Sequence[bytes],
+        spare: int,
+        tenant: str,
+        peer: Mapping[Pool, PeerBlocks] = MappingProxyType({}),
+    ) -> PrefixLoad | None:
+        """Begin to bring a chain's blocks to the device, as far as some tier holds them.
+
+        Args:
+            keys: of the chain, from its first block.
+            spare: blocks that must stay available in each pool.
+            tenant: whose they are.
+            peer: what another group has of them.
+
+        Returns:
+            None when no tier has more than the device, or there is no room; else what is to be
+            given back to `end`, once its `left` is 0.
+        """
+        if not self.enabled:
+            return None
+        full, local = peer.get(Pool.ALL), peer.get(Pool.LOCAL)
+        count = self._all.reach(keys, spare, full)
+        first = count
+        if self._local is not None and self._chunks is not None:
+            first = self._chunks.first_seen(count)
+            count = first + self._local.reach(keys[first:count], spare, local)
+        parts = [(self._all, self._all.load(keys[:count], 0, tenant, full))]
+        if self._local is not None:
+            stretch = keys[first:count]
+            parts.append((self._local, self._local.load(stretch, first, tenant, local)))
+        load = PrefixLoad(parts)
+        if load.left:
+            return load
+        self.end(load)
+        return None
+
+    def end(self, load: PrefixLoad) -> None:
+        """Unpin a load's blocks; those that came can be found in their pools."""
+        for tiers, part in load.parts:
+            tiers.end(part)
+
+    def flush(self) -> int:
+        """Forget what the tiers hold, but for what is in use; gives how many blocks."""
+        return sum(one.flush() for one in self._each) if self._on else 0

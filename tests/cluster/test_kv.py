@@ -1,0 +1,107 @@
+"""The KV cache of a deployment: kept on disk over a restart, looked into and changed by command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from arriero.cluster import state
+
+MODEL = os.environ.get("ARRIERO_TEST_MODEL", "")
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(240),
+    pytest.mark.skipif(not MODEL, reason="ARRIERO_TEST_MODEL names no checkpoint folder"),
+]
+SYSTEM = "You are a guide to the towns of the Andes, and answer in few words. " * 12
+
+
+def arriero(folder: Path, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "arriero.cluster.cli", *args],
+        env=os.environ | {"ARRIERO_STATE": str(folder), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=check,
+        timeout=180,
+    )
+
+
+@contextmanager
+def deployed(folder: Path, mesh: str) -> Iterator[Path]:
+    spec = folder / "arriero.yaml"
+    spec.write_text(
+        f"models:\n- name: demo\n  path: {MODEL}\n  dtype: float32\n  mesh: {mesh}\n"
+        "  limits: {max_model_len: 1024}\n"
+        f"  kv: {{memory: 128MiB, host: 64MiB, disk: {{path: {folder}/kv, size: 256MiB}}}}\n"
+        "gateway: {port: 0}\n"
+    )
+    try:
+        arriero(folder, "up", str(spec))
+        yield folder
+    finally:
+        arriero(folder, "down")
+
+
+def kv(folder: Path, *args: str) -> dict[str, Any]:
+    """The only group's answer."""
+    (answer,) = json.loads(arriero(folder, "kv", *args, "--json").stdout)
+    found: dict[str, Any] = answer
+    return found
+
+
+def ask(folder: Path) -> tuple[str, int]:
+    """An answer's text, and how many tokens of its prompt a cache had."""
+    deployment = state.read(folder)
+    assert deployment is not None
+    with openai.OpenAI(base_url=f"http://{deployment.http}/v1", api_key="none") as client:
+        answer = client.chat.completions.create(
+            model="demo",
+            messages=[
+                {"role": "system", "content": SYSTEM},
+                {"role": "user", "content": "Where is Cusco?"},
+            ],
+            temperature=0,
+            max_completion_tokens=16,
+        )
+    assert answer.usage is not None and answer.usage.prompt_tokens_details is not None
+    return answer.choices[0].message.content or "", (
+        answer.usage.prompt_tokens_details.cached_tokens or 0
+    )
+
+
+def test_a_cache_outlives_its_group_and_its_layout(tmp_path: Path) -> None:
+    with deployed(tmp_path, "{pp: 1}"):
+        text, cached = ask(tmp_path)
+        assert cached == 0
+        assert ask(tmp_path) == (text, cached := ask(tmp_path)[1])
+        assert cached > 150
+        pinned = kv(tmp_path, "pin", SYSTEM, "--name", "guide")
+        assert pinned["pins"] == [{"name": "guide", "tokens": pinned["changed"]}]
+        assert kv(tmp_path, "flush")["changed"] > 0
+        assert 150 < ask(tmp_path)[1] <= cached  # what is pinned stayed
+        assert not kv(tmp_path, "unpin", "guide")["pins"]
+        wrong = arriero(tmp_path, "kv", "unpin", "guide", check=False)
+        assert wrong.returncode == 1 and "nothing is pinned" in wrong.stderr
+        prompts = tmp_path / "prompts.txt"
+        prompts.write_text(f"{SYSTEM}\n" + json.dumps("two\nlines of another system prompt") + "\n")
+        assert kv(tmp_path, "warm", str(prompts))["changed"] > 200
+        found = kv(tmp_path, "stats")
+        tiers = {one["tier"]: one for one in found["tiers"]}
+        assert tiers["disk"]["used"] > 10 and tiers["device"]["used"] > 10
+        (tenant,) = [one for one in found["tenants"] if one["tenant"]]
+        assert tenant["cached_tokens"] >= 3 * 150
+        assert "tenant" in arriero(tmp_path, "kv", "stats").stdout
+        assert "down/s" in arriero(tmp_path, "kv", "top", "--count", "1").stdout
+    with deployed(tmp_path, "{pp: 2}"):
+        again, hit = ask(tmp_path)
+        assert again == text and hit > 150
