@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -160,8 +161,8 @@ def bring_up(spec: Path | None, flags: dict[str, Any], state_dir: Path | None) -
     from arriero.cluster.spec import load
 
     checked = load(spec, flags)
-    with spinner() as say, _interruptible():
-        return deploy.up(checked, state.state_folder(state_dir), say)
+    with spinner() as say, _interruptible() as heed:
+        return deploy.up(checked, state.state_folder(state_dir), _after(heed, say))
 
 
 @contextlib.contextmanager
@@ -171,11 +172,11 @@ def temporary_deployment(flags: dict[str, Any]) -> Iterator[Deployment]:
     from arriero.cluster.spec import load
 
     checked = load(None, flags)
-    with tempfile.TemporaryDirectory(prefix="arriero-state-") as name, _interruptible():
+    with tempfile.TemporaryDirectory(prefix="arriero-state-") as name, _interruptible() as heed:
         folder = Path(name)
         try:
             with spinner() as say:
-                deployment = deploy.up(checked, folder, say)
+                deployment = deploy.up(checked, folder, _after(heed, say))
             yield deployment
         finally:
             with spinner() as say, _uninterrupted():
@@ -193,14 +194,35 @@ def _stay(state_dir: Path | None) -> None:
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Take SIGTERM and SIGHUP as Ctrl-C, so that they clean up too."""
+def _interruptible() -> Iterator[Callable[[], None]]:
+    """Take SIGTERM and SIGHUP as Ctrl-C, so that they clean up too.
+
+    Gives what raises an interrupt again that some library's callback has swallowed; it does
+    nothing while an exception is on its way, whose cleaning up must not be cut short.
+    """
+    came = False
 
     def interrupt(number: int, frame: object) -> None:
+        nonlocal came
+        came = True
         raise KeyboardInterrupt
 
-    with _handled(interrupt, signal.SIGTERM, signal.SIGHUP):
-        yield
+    def heed() -> None:
+        if came and sys.exc_info()[0] is None:
+            raise KeyboardInterrupt
+
+    with _handled(interrupt, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        yield heed
+
+
+def _after(heed: Callable[[], None], say: Callable[[str], None]) -> Callable[[str], None]:
+    """`say`, which is called again and again while there is something to wait for, made to heed."""
+
+    def told(text: str) -> None:
+        heed()
+        say(text)
+
+    return told
 
 
 @contextlib.contextmanager

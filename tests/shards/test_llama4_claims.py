@@ -53,11 +53,11 @@ class Folder(Checkpoint):
         self.name_of = {id(tensor): name for name, tensor in self.tensors.items()}
         self.claimed: dict[str, set[Box]] = defaultdict(set)
 
-    def tensor(self, name: str) -> Tensor:
-        found = self.tensors[name]
-        if found.ndim == 1:
-            self.claim(found)
-        return found
+    def _view(self, found: StoredTensor) -> Tensor:
+        tensor = self.tensors[found.name]
+        if tensor.ndim == 1:
+            self.claim(tensor)
+        return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.tensors[name].shape)
