@@ -59,11 +59,13 @@ async def run(
             continue
         group = fresh[0]
         try:
-            async with aclosing(_attempt(groups, course, group)) as steps:
+            asks = course.asks(group, able)
+            async with aclosing(_attempt(groups, course, group, asks)) as steps:
                 async for outputs in steps:
                     lost = None
                     yield outputs
-            if not course.finished:
+            handed_over = course.started and any(ask.hands_over for ask in asks)
+            if not course.finished and not handed_over:
                 raise Unavailable("the group ended the stream before its last token")
         except (Unavailable, Overloaded) as error:
             now_s = time.monotonic()
@@ -77,12 +79,12 @@ async def run(
 
 
 async def _attempt(
-    groups: Backend, course: Course, group: GroupView
+    groups: Backend, course: Course, group: GroupView, asks: Sequence[Ask]
 ) -> AsyncGenerator[list[SequenceOutput]]:
-    """What one group gives for the course, until it has given all or is lost."""
-    asks = course.asks(group)
+    """What one group gives for the course, until it has given all that it was asked or is lost."""
+    source = course.source
     if len(asks) == 1:
-        async with aclosing(groups.generate(group.group_id, asks[0].request)) as steps:
+        async with aclosing(groups.generate(group.group_id, asks[0].request, source)) as steps:
             async for outputs in steps:
                 yield course.take(asks[0], group, outputs)
         return
@@ -90,7 +92,7 @@ async def _attempt(
 
     async def pump(ask: Ask) -> None:
         try:
-            async with aclosing(groups.generate(group.group_id, ask.request)) as steps:
+            async with aclosing(groups.generate(group.group_id, ask.request, source)) as steps:
                 async for outputs in steps:
                     arrived.put_nowait((ask, outputs))
         except Exception as error:
