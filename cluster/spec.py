@@ -185,6 +185,9 @@ class Kv(_Part):
         shared: folder of a store that all nodes reach, as fsspec spells it ("s3://bucket/kv"),
             for the blocks of all groups. It is not bounded here; have the store expire objects.
         tenant_share: the most of host memory and disk that one tenant's blocks may hold.
+        tier_dtype: "int8" holds blocks below the device in about half of bfloat16's bytes; answers
+            whose prefix comes up from there are close to the others, and no more the same. null
+            holds them as the device does.
         same_layout: use kept blocks only where a group of the same mesh and kernels wrote them;
             else meshes share, and agree to rounding.
     """
@@ -198,6 +201,7 @@ class Kv(_Part):
     disk: KvDisk | None = None
     shared: str | None = None
     tenant_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    tier_dtype: Literal["int8"] | None = None
     same_layout: bool = False
 
     def tiers(self) -> TierConfig:
@@ -208,6 +212,7 @@ class Kv(_Part):
             disk_bytes=0 if self.disk is None else self.disk.size,
             shared_url=self.shared,
             max_tenant_share=self.tenant_share,
+            dtype=self.tier_dtype,
             same_layout=self.same_layout,
         )
 
