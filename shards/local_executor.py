@@ -78,13 +78,24 @@ class LocalExecutor:
     def _run(self) -> None:
         runner = self._runner
         assert runner is not None, "set before the thread starts"
+        held: list[Pending] = []
+
+        def hand_on() -> None:
+            while held:
+                self._results.put(held.pop())
+
         try:
             while (plan := self._plans.get()) is not None:
                 if isinstance(plan, Moves):
                     self._movers.submit(plan)
-                    continue
-                pending = runner.launch(plan)
-                assert pending is not None, "the only slice of a group samples"
-                self._results.put(pending)
+                else:
+                    # The engine's thread wants the interpreter as soon as it has a result: where
+                    # another plan waits, it gets it when that one's layers run without it.
+                    pending = runner.launch(plan, at_layers=hand_on)
+                    assert pending is not None, "the only slice of a group samples"
+                    held.append(pending)
+                if self._plans.empty():
+                    hand_on()
         except Exception as error:
+            hand_on()
             self._results.put(error)

@@ -80,6 +80,7 @@ class StepPlan:
         placement_layer, placement: before the step that layer's experts lie so: the expert in each
             slot of the stage, rank by rank; -1 for no change.
         lane: the data-parallel rank that runs it; each has plans of its own, one a step.
+        again: the rows are those of the lane's plan before, all decodes, each one token further.
     """
 
     step: int
@@ -101,6 +102,7 @@ class StepPlan:
     placement_layer: int = -1
     placement: Int32 = field(default_factory=int32)
     lane: int = 0
+    again: bool = False
 
     def to_bytes(self) -> bytes:
         """Pack for the wire."""

@@ -25,6 +25,7 @@ from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.experts import Loads
 from arriero.shards.grammar import GrammarRows
 from arriero.shards.group import GroupConfig
+from arriero.shards.heap import returning_large_buffers
 from arriero.shards.kv.mover import Fence, Mover, Movers, TierSettings
 from arriero.shards.kv.moves import Moved, Pool
 from arriero.shards.kv.pieces import Piece
@@ -96,22 +97,23 @@ class Runner:
             batch_independent=config.batch_independent,
         )
         assert config.num_blocks is not None and config.max_model_len is not None, "unresolved"
-        self._model = load_slice(
-            checkpoint,
-            part,
-            self.mesh,
-            self._ops,
-            dtype=getattr(torch, config.dtype),
-            quantization=config.quantization,
-            num_blocks=config.num_blocks + self.spare_blocks,
-            num_local_blocks=(config.num_local_blocks or 0) + self.spare_blocks,
-            block_size=config.block_size,
-            offload_layers=config.offload_layers,
-            offload_folder=Path(config.offload_folder) if config.offload_folder else None,
-            wire=config.expert_wire,
-            placement=first_placement(config, parts),
-            progress=progress,
-        )
+        with returning_large_buffers():
+            self._model = load_slice(
+                checkpoint,
+                part,
+                self.mesh,
+                self._ops,
+                dtype=getattr(torch, config.dtype),
+                quantization=config.quantization,
+                num_blocks=config.num_blocks + self.spare_blocks,
+                num_local_blocks=(config.num_local_blocks or 0) + self.spare_blocks,
+                block_size=config.block_size,
+                offload_layers=config.offload_layers,
+                offload_folder=Path(config.offload_folder) if config.offload_folder else None,
+                wire=config.expert_wire,
+                placement=first_placement(config, parts),
+                progress=progress,
+            )
         self._hidden_size = model.hidden_size
         self._table = self.table_type(
             max_sequences=config.max_sequences,
@@ -195,18 +197,27 @@ class Runner:
         """When the device will have run what was launched; None where it has."""
         return None
 
-    def launch(self, plan: StepPlan) -> Pending | None:
-        """Begin one plan; the rank that samples gives what to wait for, the others None."""
-        result = self.step(plan)
+    def launch(
+        self, plan: StepPlan, *, at_layers: Callable[[], None] = lambda: None
+    ) -> Pending | None:
+        """Begin one plan; the rank that samples gives what to wait for, the others None.
+
+        Args:
+            plan: the plan.
+            at_layers: called once, when what is left needs little of the interpreter.
+        """
+        result = self.step(plan, at_layers=at_layers)
         return None if result is None else Done(result)
 
-    def step(self, plan: StepPlan) -> StepResult | None:
-        """Run one plan; the rank that samples gives the result, the others None."""
+    def step(
+        self, plan: StepPlan, *, at_layers: Callable[[], None] = lambda: None
+    ) -> StepResult | None:
+        """Run one plan; the rank that samples gives the result, the others None. See `launch`."""
         started = time.perf_counter_ns()
         self.phase = "plan"
         self.mesh.watchdog.step = plan.step
         self._take(plan)
-        drawn = self._compute(plan)
+        drawn = self._compute(plan, at_layers)
         if drawn is None:
             return None
         sampled, prompt_logprobs = drawn
@@ -226,13 +237,16 @@ class Runner:
         if self._model.images is not None:
             self._model.images.apply(plan)
 
-    def _compute(self, plan: StepPlan) -> tuple[Sampled | None, Logprobs | None] | None:
+    def _compute(
+        self, plan: StepPlan, at_layers: Callable[[], None] = lambda: None
+    ) -> tuple[Sampled | None, Logprobs | None] | None:
         """What an applied plan's step gives, where this rank samples; else None."""
         if plan.placement_layer >= 0:
             self.phase = "placement of experts"
             self._model.place_experts(plan.placement_layer, plan.placement)
         if not len(plan.slots):
             self.phase = "layers"
+            at_layers()
             self._model.sit_out()
             return (None, None) if self.mesh.samples else None
         tokens_T, batch = self._table.batch(plan)
@@ -249,6 +263,7 @@ class Runner:
                 device=self.mesh.device,
             )
             self.mesh.recv_hidden(x_TH)
+        at_layers()
         x_TH = self._model.decoder(x_TH, batch)
         if not part.last_stage:
             self.mesh.send_hidden(x_TH)
@@ -265,15 +280,15 @@ class Runner:
 
     def _sample(self, plan: StepPlan, x_TH: Tensor, query_start_S1: Tensor) -> Sampled | None:
         """Draw the step's tokens, and tell every rank that will embed them."""
-        drawn = plan.samples.astype(bool)
-        num_rows = int(drawn.sum())
-        if not num_rows:
-            return None
-        if num_rows == len(x_TH):
-            x_RH = x_TH
-        else:
-            last = query_start_S1[1:][torch.from_numpy(drawn)] - 1
-            x_RH = x_TH.index_select(0, last)
+        x_RH, num_rows = x_TH, len(x_TH)
+        if not plan.again:
+            drawn = plan.samples.astype(bool)
+            num_rows = int(drawn.sum())
+            if not num_rows:
+                return None
+            if num_rows < len(x_TH):
+                last = query_start_S1[1:][torch.from_numpy(drawn)] - 1
+                x_RH = x_TH.index_select(0, last)
         logits_RV = self.mesh.gather_logits(self._model.logits(x_RH), self._vocab_sizes)
         sampled = None
         if logits_RV is not None:

@@ -24,6 +24,7 @@ from arriero.kernels.ops import FlatBatch, SamplingRows
 from arriero.shards.grammar import GrammarRows
 from arriero.shards.plan import LAST_SAMPLED, Int32, NewSequence, StepPlan
 from arriero.shards.sampling import SamplingParams
+from arriero.shards.standing import StandingBatch
 
 ROPE_TABLE_BYTES = 64 << 20
 """Cosines are tabled up to this size; models with longer contexts compute them each step."""
@@ -40,11 +41,15 @@ class Rope:
 
     def at(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
         """(cosines, sines), each [T, D / 2]."""
-        if self._table is not None:
-            found = self._table.index_select(1, positions_T)
-        else:
-            found = self._compute(positions_T)
+        found = self.both_at(positions_T)
         return found[0], found[1]
+
+    def both_at(self, positions_T: Tensor, out: Tensor | None = None) -> Tensor:
+        """Cosines and sines in one tensor [2, T, D / 2]: in `out`, where it is given."""
+        if self._table is not None:
+            return torch.index_select(self._table, 1, positions_T, out=out)
+        found = self._compute(positions_T)
+        return found if out is None else out.copy_(found)
 
     def _compute(self, positions_T: Tensor) -> Tensor:
         angles = positions_T.to(torch.float32)[:, None] * self._inv_freq
@@ -105,6 +110,9 @@ class LocalTable:
 class SequenceTable:
     """The slots of one slice."""
 
+    repeats_in_place = True
+    """A step is over before the next one's batch is made, so that one may write over the other."""
+
     def __init__(
         self,
         *,
@@ -131,6 +139,7 @@ class SequenceTable:
         self._prompt_logprobs = np.full(max_sequences, -1, np.int32)
         self._unusual: dict[int, _Unusual] = {}
         self._grammars = grammars  # of the rank that samples
+        self._standing: StandingBatch | None = None
 
     def apply(self, plan: StepPlan) -> None:
         """Take in what the plan changes: freed slots, new sequences, new blocks."""
@@ -144,7 +153,22 @@ class SequenceTable:
             self._local.apply(plan)
 
     def batch(self, plan: StepPlan) -> tuple[Tensor, FlatBatch]:
-        """The step's tokens, int32 [T], and where they sit."""
+        """The step's tokens, int32 [T], and where they sit; void once the next plan is applied."""
+        standing = self._standing
+        if plan.again and standing is not None:
+            standing.advance(self._blocks, changed=len(plan.block_ids) > 0)
+            return standing.tokens_T, standing.batch
+        if standing is not None:
+            self._last[standing.slots] = standing.tokens
+            self._standing = None
+        tokens_T, batch = self._new_batch(plan)
+        if plan.again and self.repeats_in_place and batch.local is None:
+            self._standing = StandingBatch(
+                plan.slots, tokens_T, batch, self._block_size, self._rope
+            )
+        return tokens_T, batch
+
+    def _new_batch(self, plan: StepPlan) -> tuple[Tensor, FlatBatch]:
         slots, starts, counts = plan.slots, plan.starts, plan.counts
         num_sequences = len(slots)
         contexts = starts + counts
@@ -154,7 +178,7 @@ class SequenceTable:
         max_query, max_context = int(counts.max()), int(contexts.max())
         table = self._blocks[slots, : -(-max_context // self._block_size)]
         if max_query == 1:
-            owner, positions = np.arange(num_sequences, dtype=np.int32), starts
+            owner, positions = np.arange(num_sequences, dtype=np.int32), starts.copy()
         else:
             owner = np.repeat(np.arange(num_sequences, dtype=np.int32), counts)
             positions = np.arange(total, dtype=np.int32) + (starts - query_start[:-1])[owner]
@@ -202,13 +226,16 @@ class SequenceTable:
 
     def sampling_rows(self, plan: StepPlan) -> SamplingRows:
         """Sampling parameters of the sequences that draw a token in this step."""
+        standing = self._standing
+        if standing is not None and standing.rows is not None:
+            return standing.rows
         drawn = plan.samples.astype(bool)
         slots, positions = plan.slots[drawn], (plan.starts + plan.counts)[drawn]
         temperature = self._temperature[slots]
         extra: dict[str, Any] = {}
         if self._unusual:
             extra = self._unusual_rows(slots, positions)
-        return SamplingRows(
+        rows = SamplingRows(
             temperature_R=self._tensor(temperature),
             top_k_R=self._tensor(self._top_k[slots]),
             top_p_R=self._tensor(self._top_p[slots]),
@@ -219,6 +246,9 @@ class SequenceTable:
             all_greedy=not temperature.any(),
             **extra,
         )
+        if standing is not None and not self._unusual:
+            standing.rows = rows
+        return rows
 
     def num_prompt_logprobs(self, plan: StepPlan) -> int:
         """The largest count of alternatives that a prompt row of this step asks for."""
@@ -226,8 +256,12 @@ class SequenceTable:
 
     def record(self, plan: StepPlan, tokens: Int32) -> None:
         """Keep the tokens that the step's sequences drew."""
-        slots = plan.slots[plan.samples.astype(bool)]
-        self._last[slots] = tokens
+        slots = plan.slots
+        if self._standing is None:
+            slots = slots[plan.samples.astype(bool)]
+            self._last[slots] = tokens
+        else:
+            self._standing.tokens[:] = tokens
         if self._unusual:
             if self._grammars:
                 self._grammars.take(slots.tolist(), lambda: tokens)

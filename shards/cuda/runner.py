@@ -130,13 +130,18 @@ class CudaRunner(Runner):
         """When the device will have run what was launched."""
         return self._device.mark()
 
-    def step(self, plan: StepPlan) -> StepResult | None:
+    def step(
+        self, plan: StepPlan, *, at_layers: Callable[[], None] = lambda: None
+    ) -> StepResult | None:
         """Run one plan and wait for its result; see `launch`."""
-        pending = self.launch(plan)
+        pending = self.launch(plan, at_layers=at_layers)
         return None if pending is None else pending.wait()
 
-    def launch(self, plan: StepPlan) -> Copied | None:
+    def launch(
+        self, plan: StepPlan, *, at_layers: Callable[[], None] = lambda: None
+    ) -> Copied | None:
         """Queue one plan; the rank that samples gives the result to wait for, the others None."""
+        at_layers()
         started = time.perf_counter_ns()
         self.phase = "plan"
         self.mesh.watchdog.step = plan.step

@@ -35,6 +35,8 @@ class _Counted:
 class DeviceSequenceTable(SequenceTable):
     """The slots of one slice, on CUDA. One slot more than asked for is the padding rows'."""
 
+    repeats_in_place = False
+
     def __init__(
         self,
         *,

@@ -82,6 +82,7 @@ class Scheduler:
         self._prefilling: list[Sequence] = []  # by rank
         self._decoding: dict[int, None] = {}  # slots
         self._decoding_slots: Int32 | None = None  # the same as an array, while it is unchanged
+        self._repeated: Int32 | None = None  # that array, where the last plan has just these rows
         self._in_flight: deque[InFlight] = deque()
         self._blocked: tuple[int, ...] = ()
 
@@ -205,6 +206,11 @@ class Scheduler:
         # One stage: the slices hold the last token, and it may not even be known here.
         tokens = None if self.config.num_stages == 1 else self._slots.last_token[slots]
         plan = self._draft.build(self._step, slots, starts, tokens, chunks)
+        if tokens is None and not chunks:
+            plan.again = slots is self._repeated
+            self._repeated = slots
+        else:
+            self._repeated = None
         self._in_flight.append(in_flight(plan, slots, chunks, self._slots.generation))
         self._step += 1
         for chunk in chunks:
@@ -214,6 +220,7 @@ class Scheduler:
     def idle(self) -> StepPlan:
         """A plan without rows, for a step in which other lanes have some and this one none."""
         plan = self._draft.build(self._step, int32(), int32(), None, [])
+        self._repeated = None
         self._in_flight.append(in_flight(plan, plan.slots, [], self._slots.generation))
         self._step += 1
         return plan

@@ -63,10 +63,10 @@ def main() -> None:
 
     plain = Runner.step
 
-    def step(self: Runner, plan: Any) -> Any:  # noqa: ANN401
+    def step(self: Runner, plan: Any, **named: Any) -> Any:  # noqa: ANN401
         nonlocal inside
         inside = 0.0
-        result = plain(self, plan)
+        result = plain(self, plan, **named)
         if len(plan.slots) == args.requests == len(plan.tokens):
             steps.append((time.perf_counter(), inside))
         return result

@@ -26,6 +26,7 @@ pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
     pytest.mark.timeout(900),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of Serve's own models
     pytest.mark.skipif(not MODEL, reason="ARRIERO_TEST_MODEL names no checkpoint folder"),
 ]
 
@@ -67,7 +68,7 @@ async def test_up_down_to_zero_and_back(tmp_path: Path) -> None:
         begun_s = time.monotonic()
         got = [m async for m in client.generate([1, 2, 3], max_tokens=4, ignore_eos=True)]
         await client.close()
-        assert got[-1].usage.output_tokens == 4
+        assert got[-1].usage.completion_tokens == 4
         woken_s = time.monotonic() - begun_s
         print(
             f"to 2 groups after {up_s:.1f} s, to 0 after {down_s:.1f} s, woken in {woken_s:.1f} s"

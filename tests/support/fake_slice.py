@@ -90,6 +90,8 @@ class FakeSlice:
         self.local = [[NOTHING] * config.block_size for _ in range(config.num_local_blocks)]
         self.slots: dict[int, _Occupant] = {}
         self.step = 0
+        self.repeats = 0
+        self._next_rows: list[tuple[int, int]] = []
 
     def run(self, plan: StepPlan) -> StepResult:
         config = self.config
@@ -100,6 +102,13 @@ class FakeSlice:
         assert plan.counts.min(initial=1) > 0
         assert len(plan.slots) or config.num_lanes > 1, "a plan without rows"
         assert len(plan.tokens) == plan.counts.sum()
+        if plan.again:
+            self.repeats += 1
+            rows_now = list(zip(plan.slots.tolist(), plan.starts.tolist(), strict=True))
+            assert rows_now == self._next_rows and not len(plan.freed) and not plan.new
+            assert (plan.tokens == LAST_SAMPLED).all() and plan.samples.all()
+        ended = (plan.starts + plan.counts).tolist()
+        self._next_rows = list(zip(plan.slots.tolist(), ended, strict=True))
         for slot in plan.freed.tolist():
             del self.slots[slot]
         for new in plan.new:

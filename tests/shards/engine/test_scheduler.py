@@ -316,6 +316,7 @@ def test_decodes_run_ahead_of_their_results(depth: int) -> None:
     run.finish()
     assert len(run.tokens("r")) == 8
     assert run.executor.slice.step == 8, "a step past the end was planned"
+    assert run.executor.slice.repeats == 6, "all but the prefill and the first decode repeat"
 
 
 def test_stages_hold_one_micro_batch_each() -> None:
