@@ -35,7 +35,7 @@ LAYOUTS = (
 
 
 def key_of(number: int) -> bytes:
-    return number.to_bytes(16, "little")
+    return (number + 1).to_bytes(16, "little")  # all zeros is no key
 
 
 def content(number: int, piece: Piece = WHOLE) -> torch.Tensor:
