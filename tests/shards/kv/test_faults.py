@@ -77,9 +77,10 @@ class FaultyFolder:
 
     def decay(self) -> None:
         """Something happens to a file."""
-        if not self.files:
+        left = [name for name, data in self.files.items() if data]
+        if not left:
             return
-        name = self.rng.choice(list(self.files))
+        name = self.rng.choice(left)
         data = self.files[name]
         match self.rng.randrange(4):
             case 0:
