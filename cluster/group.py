@@ -124,6 +124,8 @@ class Leader:
                 self._group_id = f"{settings.slot}.{self._epoch}"
                 await self._start()
         except BaseException as error:
+            if self._closing:  # what follows from that is no failure
+                raise GroupFailed("told to stop while it started") from None
             text = str(error) or f"{type(error).__name__} in the group's start"
             if isinstance(error, TimeoutError):
                 text = f"no token within start_timeout_s={settings.start_timeout_s:g}"

@@ -302,11 +302,14 @@ class Operator:
             limits = settings.autoscale.limits()
             scaler = self._scalers.setdefault(name, Autoscaler(limits))
             waiting, wait_s = board.demand.get(name, (0, 0.0))
-            own = [one.stats for one in board.groups if one.model == name]
+            own = [one for one in board.groups if one.model == name]
             demand = Demand(
                 sequences=waiting
-                + sum(one.get("num_running", 0) + one.get("num_waiting", 0) for one in own),
+                + sum(
+                    one.stats.get("num_running", 0) + one.stats.get("num_waiting", 0) for one in own
+                ),
                 capacity=settings.limits.max_sequences,
+                serving=sum(one.phase == "serving" for one in own),
                 wait_s=wait_s,
             )
             count = scaler.count(demand, managed.count, time.monotonic())

@@ -456,14 +456,27 @@ class Ops(ABC):
     def grouped_linear_of_inputs(
         self, x_XI: Tensor, experts: Sequence[Linear], starts_E1: Tensor
     ) -> Tensor:
-        """`grouped_linear` of products that round their inputs, by way of ones that do not."""
-        inputs = experts[0].inputs
-        if inputs is None or inputs.bound is None or any(one.inputs != inputs for one in experts):
-            raise ValueError("grouped_linear: experts of one layer round their inputs alike")
-        q_XI, scale_X1 = self.quantize_rows(x_XI, inputs.bound)
-        plain = [replace(one, inputs=None) for one in experts]
+        """`grouped_linear` of products that reorder or round their inputs, by way of ones without.
+
+        Raises:
+            ValueError: they do not all round alike, or some reorder and some do not.
+        """
+        inputs = [one.inputs for one in experts if one.inputs is not None]
+        kinds = {(one.bound, one.order_I is None) for one in inputs}
+        if len(inputs) != len(experts) or len(kinds) != 1:
+            raise ValueError("grouped_linear: experts of one layer reorder or round inputs alike")
+        dtype, bound = x_XI.dtype, inputs[0].bound
+        orders = [one.order_I for one in inputs if one.order_I is not None]
+        if orders:  # each row as its own expert wants it
+            row_X = torch.arange(len(x_XI), device=x_XI.device)
+            expert_X = torch.bucketize(row_X, starts_E1[1:-1].long(), right=True)
+            x_XI = x_XI.gather(1, torch.stack(orders)[expert_X])
+        plain = [replace(one, in_features=x_XI.shape[1], inputs=None) for one in experts]
+        if bound is None:
+            return self.grouped_linear(x_XI, plain, starts_E1)
+        q_XI, scale_X1 = self.quantize_rows(x_XI, bound)
         y_XO = self.grouped_linear(q_XI.float(), plain, starts_E1)
-        return y_XO.mul_(scale_X1).to(x_XI.dtype)
+        return y_XO.mul_(scale_X1).to(dtype)
 
     @abstractmethod
     def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:

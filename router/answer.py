@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from arriero.router.conversation import TextModel
 from arriero.router.detokenizer import Detokenizer
@@ -22,6 +23,28 @@ _REASONS = {
     "length": pb.FINISH_REASON_LENGTH,
     "cancelled": pb.FINISH_REASON_CANCELLED,
 }
+
+
+@dataclass(slots=True)
+class Piece:
+    """A message that says nothing but a piece of one sample's text: all but the first and last.
+
+    There is one for each token, and the wire's own messages cost several times as much to make
+    and to read. Read-only once it is out.
+    """
+
+    index: int
+    token_ids: tuple[int, ...]
+    text: str
+
+    def to_wire(self) -> pb.GenerateResponse:
+        """The wire's form of it."""
+        message = pb.GenerateResponse()
+        message.outputs.add(index=self.index, token_ids=self.token_ids, text=self.text)
+        return message
+
+
+Message = pb.GenerateResponse | Piece
 
 
 class Answer:
@@ -71,12 +94,16 @@ class Answer:
         if sample.finished:
             self.ended.append(index)
 
-    def add(self, outputs: Sequence[SequenceOutput]) -> pb.GenerateResponse | None:
+    def add(self, outputs: Sequence[SequenceOutput]) -> Message | None:
         """The message for what arrived together, or None when there is nothing to say.
 
         Raises:
             Unavailable: a sample ended in an error.
         """
+        if self.started and len(outputs) == 1:
+            sample = self._samples[outputs[0].index]
+            if sample.plain and _runs_on(outputs[0]):
+                return sample.piece(outputs[0].tokens)
         made: list[pb.Output] = []
         prompt_logprobs: Sequence[TokenLogprobs] | None = None
         for output in outputs:
@@ -129,6 +156,7 @@ class _Sample:
         "_stop",
         "finished",
         "num_tokens",
+        "plain",
     )
 
     def __init__(
@@ -148,6 +176,18 @@ class _Sample:
         )
         self.finished = False
         self.num_tokens = 0
+        self.plain = self._calls is None and self._stop is None
+
+    def piece(self, tokens: tuple[int, ...]) -> Piece | None:
+        """As `add`, of a plain sample that runs on."""
+        if self.finished:
+            return None
+        self.num_tokens += len(tokens)
+        options = self._options
+        text = self._detokenizer.add(tokens) if options.include_text else ""
+        if options.include_token_ids and tokens:
+            return Piece(self._index, tokens, text)
+        return Piece(self._index, (), text) if text else None
 
     def add(self, output: SequenceOutput) -> pb.Output | None:
         """The wire's output, or None when it says nothing (or comes after a stop string)."""
@@ -224,6 +264,16 @@ class _Sample:
         if final:
             text += stop.add(self._detokenizer.add((), final=True), final=True)
         return text, len(tokens)
+
+
+def _runs_on(output: SequenceOutput) -> bool:
+    """Whether it holds nothing but tokens."""
+    return (
+        output.finish_reason is None
+        and output.logprobs is None
+        and output.prompt_logprobs is None
+        and not output.num_cached
+    )
 
 
 def _position(row: TokenLogprobs) -> pb.PositionLogprobs:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from arriero.router.card import ModelCard
 from arriero.router.directory.directory import Reach
@@ -58,18 +58,27 @@ class GroupView:
     role: str = "both"
 
 
+class Running(Protocol):
+    """A request in a group: iterating gives what each step gave, or several if the reader lags."""
+
+    def __aiter__(self) -> Self:
+        """Itself."""
+
+    async def __anext__(self) -> list[SequenceOutput]:
+        """What has come since the last time, once something has."""
+
+    async def aclose(self) -> None:
+        """Want no more of it; cancels the request, unless all of it is out."""
+
+
 class Backend(Protocol):
     """The groups that can be asked now."""
 
     def groups(self) -> Sequence[GroupView]:
         """The connected groups."""
 
-    def generate(
-        self, group_id: str, request: EngineRequest, source: str = ""
-    ) -> AsyncGenerator[list[SequenceOutput]]:
-        """Run a request; each item is what a step (or several, if the reader lags) gave.
-
-        Leaving the iterator early (closing it) cancels the request.
+    def generate(self, group_id: str, request: EngineRequest, source: str = "") -> Running:
+        """Run a request, which goes on until it has ended or is closed.
 
         Args:
             group_id: who runs it.

@@ -68,6 +68,7 @@ class Course:
         self._samples = [_Sample() for _ in range(request.params.n)]
         self._max_tokens = request.params.max_tokens
         self._told_prompt = False
+        self._group: GroupView | None = None  # that gave the last token
         self.digest: str | None = None
         self.layout = ""
         self.moves = 0
@@ -179,7 +180,8 @@ class Course:
             sample = self._samples[output.index]
             sample.tokens += output.tokens
             sample.finished = output.finish_reason is not None
-            if output.tokens:
+            if group is not self._group and output.tokens:
+                self._group = group
                 self._max_tokens = ask.max_tokens
                 self.digest, self.layout = group.card.weights, group.card.layout
             if output.prompt_logprobs is not None:

@@ -92,12 +92,12 @@ class Vocabulary:
 class Detokenizer:
     """The text of one stream of tokens."""
 
-    __slots__ = ("_decode", "_first", "_skip_special", "_vocabulary")
+    __slots__ = ("_first", "_pending", "_skip_special", "_vocabulary")
 
     def __init__(self, vocabulary: Vocabulary, *, skip_special: bool = True) -> None:
         self._vocabulary = vocabulary
         self._skip_special = skip_special
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._pending = b""  # bytes of an unfinished character
         self._first = vocabulary.strip_space
 
     def add(self, tokens: Iterable[int], *, final: bool = False) -> str:
@@ -107,7 +107,9 @@ class Detokenizer:
             tokens: the next tokens.
             final: nothing follows; an unfinished character becomes U+FFFD.
         """
-        text = self._decode(self._vocabulary.join(tokens, skip_special=self._skip_special), final)
+        joined = self._pending + self._vocabulary.join(tokens, skip_special=self._skip_special)
+        text, used = codecs.utf_8_decode(joined, "replace", final)
+        self._pending = joined[used:]
         if self._first and text:
             self._first = False
             text = text.removeprefix(" ")

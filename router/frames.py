@@ -117,7 +117,7 @@ def read_step(frame: Sequence[Any], names: dict[int, str]) -> list[tuple[int, Se
         names: request ids by handle.
     """
     _, handles, indexes, counts, packed, ends, extras = frame
-    tokens = array("i", packed).tolist()
+    tokens = tuple(array("i", packed))
     found = []
     at = 0
     for position, (handle, index, count) in enumerate(zip(handles, indexes, counts, strict=True)):
@@ -125,12 +125,16 @@ def read_step(frame: Sequence[Any], names: dict[int, str]) -> list[tuple[int, Se
         start, at = at, at + count
         if name is None:
             continue
+        if position not in ends and position not in extras:  # nearly all
+            output = SequenceOutput(request_id=name, index=index, tokens=tokens[start:at])
+            found.append((handle, output))
+            continue
         reason, stop_token, error = ends.get(position, _RUNNING)
         num_cached, logprobs, prompt_logprobs = extras.get(position, _PLAIN)
         output = SequenceOutput(
             request_id=name,
             index=index,
-            tokens=tuple(tokens[start:at]),
+            tokens=tokens[start:at],
             logprobs=_logprobs_in(logprobs),
             prompt_logprobs=_logprobs_in(prompt_logprobs),
             finish_reason=reason,

@@ -25,6 +25,7 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from arriero.router.answer import Piece
 from arriero.router.choose import room
 from arriero.router.groups import GroupAddress, LinkedGroups
 from arriero.router.http.app import create_app
@@ -334,7 +335,8 @@ class _Call:
         """Run a stream and send what it gives."""
         async with aclosing(stream) as messages:
             async for message in messages:
-                await self.context.write(message.SerializeToString())
+                wired = message.to_wire() if isinstance(message, Piece) else message
+                await self.context.write(wired.SerializeToString())
 
 
 Method = Callable[[_Call, bytes], Awaitable[Any]]
@@ -352,6 +354,12 @@ def _guarded(door: Door, method: Method) -> Callable[[bytes, Context], Awaitable
     """Map errors to statuses: in words when they are ours, and else without a traceback."""
 
     async def run(raw: bytes, context: Context) -> Any:  # noqa: ANN401
+        try:
+            return await answer(raw, context)
+        except grpc.aio.InternalError:  # of whatever was being sent: the client is gone
+            raise asyncio.CancelledError from None
+
+    async def answer(raw: bytes, context: Context) -> Any:  # noqa: ANN401
         request_id = ""
         try:
             call = _Call(context, door)
@@ -361,6 +369,8 @@ def _guarded(door: Door, method: Method) -> Callable[[bytes, Context], Awaitable
                 request_id = call.request_id
         except ArrieroError as error:
             code, details, trailing = _status(error)
+        except grpc.aio.InternalError:
+            raise
         except Exception:
             request_id = request_id or read_request_id("")
             log.exception("request %s failed", request_id)

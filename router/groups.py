@@ -11,11 +11,11 @@ import logging
 import math
 import ssl
 import time
-from collections.abc import AsyncGenerator, Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from arriero.router.backend import GroupView
+from arriero.router.backend import GroupView, Running
 from arriero.router.card import ModelCard
 from arriero.router.conversation import TextModel
 from arriero.router.directory import prefixes
@@ -23,7 +23,7 @@ from arriero.router.directory.directory import Directory, Reach
 from arriero.router.directory.events import Batch, Snapshot
 from arriero.router.directory.prefixes import NOTHING, CacheRoot
 from arriero.router.link_client import LinkClient
-from arriero.shards.engine.types import EngineRequest, SequenceOutput
+from arriero.shards.engine.types import EngineRequest
 from arriero.shards.errors import ArrieroError, InvalidRequest, NotFound, Unavailable
 
 log = logging.getLogger(__name__)
@@ -147,9 +147,7 @@ class LinkedGroups:
         known = self.models()
         return next(iter(known)) if len(known) == 1 else ""
 
-    def generate(
-        self, group_id: str, request: EngineRequest, source: str = ""
-    ) -> AsyncGenerator[list[SequenceOutput]]:
+    def generate(self, group_id: str, request: EngineRequest, source: str = "") -> Running:
         """Run a request; see `Backend`."""
         group = self._groups.get(group_id)
         if group is None:

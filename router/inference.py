@@ -1,8 +1,8 @@
 """What the front door can do, whatever the client speaks: the gRPC servicer and HTTP share it.
 
-A call's life: check, tokenize, choose a group, run it there, give one message a step. Leaving a
-stream early cancels it in the engine. Knows the order of these steps, each of which is elsewhere;
-knows nothing of connections, statuses or JSON.
+A call's life: refuse it if it has no chance, check, tokenize, wait its turn, choose a group, run
+it there, give one message a step. Leaving a stream early cancels it in the engine. Knows the order
+of these steps, each of which is elsewhere; knows nothing of connections, statuses or JSON.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from functools import partial
 from typing import cast
 
 from arriero.router import relay
-from arriero.router.answer import Answer
+from arriero.router.answer import Answer, Message, Piece
 from arriero.router.backend import GroupView
 from arriero.router.card import ModelCard
 from arriero.router.conversation import TextModel
@@ -53,7 +53,7 @@ from arriero.shards.sampling import SamplingParams
 LOST_S = 120.0
 _WAKE_POLL_S = 0.05
 
-Stream = AsyncGenerator[pb.GenerateResponse]
+Stream = AsyncGenerator[Message]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,6 +139,7 @@ class Inference:
         """
         with self.metrics.failures():
             text, views = await self.find(request.model)
+            self.door.refuse_early(views[0].model, caller, request.options.priority)
             options = read_options(request.options)
             params = await _constrained(request.sampling, views[0].card, text, None)
             if request.WhichOneof("prompt") == "text":
@@ -163,6 +164,7 @@ class Inference:
         """Check a conversation; iterating the stream answers it. Raises as `generate`."""
         with self.metrics.failures():
             text, views = await self.find(request.model)
+            self.door.refuse_early(views[0].model, caller, request.options.priority)
             options = read_options(request.options)
             offer = read_offer(request)
             params = await _constrained(request.sampling, views[0].card, text, offer)
@@ -289,7 +291,7 @@ class Inference:
                                 start.weights = course.digest or ""
                             message = answer.add(outputs)
                             if message is not None:
-                                if answer.finished:
+                                if not isinstance(message, Piece) and answer.finished:
                                     seen.watch.finish(message.usage)
                                     place.leave()
                                 yield message

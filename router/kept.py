@@ -11,13 +11,13 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
-from arriero.router.proto.arriero.v1 import inference_pb2 as pb
+from arriero.router.answer import Message
 from arriero.shards.errors import InvalidRequest, NotFound, Overloaded, Unavailable
 
 MAX_KEPT = 10_000
 """Most streams kept at once by one gateway."""
 
-Stream = AsyncGenerator[pb.GenerateResponse]
+Stream = AsyncGenerator[Message]
 Key = tuple[str, str]
 """Whose it is, and its request id: a tenant finds its own alone."""
 
@@ -102,7 +102,7 @@ class _Kept:
     """One stream, its messages so far, and who waits for more."""
 
     def __init__(self, stream: Stream, keep_s: float) -> None:
-        self.messages: list[pb.GenerateResponse] = []
+        self.messages: list[Message] = []
         self.readers = 0
         self.keep_s = keep_s
         self.task = asyncio.create_task(self._run(stream))

@@ -13,8 +13,9 @@ import logging
 import random
 import ssl
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Self
 
 from arriero.router import frames
 from arriero.router.backend import GroupLoad
@@ -71,7 +72,7 @@ class LinkClient:
         self._stats: dict[str, Any] = {}
         self._moved_s = time.monotonic()
         self._handles = itertools.count()
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int, Call] = {}
         self._names: dict[int, str] = {}
         self._by_name: dict[str, int] = {}
         self._wire: Wire | None = None
@@ -155,10 +156,13 @@ class LinkClient:
             self._task = None
         self._tell(False, "the gateway has dropped the group")
 
-    async def generate(
+    def generate(
         self, request: EngineRequest, num_cached: int = 0, peer: tuple[str, str] | None = None
-    ) -> AsyncGenerator[list[SequenceOutput]]:
-        """Run a request; closing the iterator early cancels it.
+    ) -> Call:
+        """Run a request; closing what is returned early cancels it.
+
+        Iterating raises `InvalidRequest` or `Overloaded` when the engine refused it, and
+        `Unavailable` when the leader is lost or draining; the text is the cause.
 
         Args:
             request: it.
@@ -166,27 +170,25 @@ class LinkClient:
             peer: address and token of a leader whose group is thought to have more.
 
         Raises:
-            InvalidRequest, Overloaded: the engine refused it.
-            Unavailable: the leader is lost or draining; the text is the cause.
+            Unavailable: the leader cannot be asked now.
         """
         if not self.connected:
             raise Unavailable(f"leader at {self.address}: {self.cause}")
         handle = next(self._handles)
-        call = _Call(request, num_cached)
+        call = Call(request, num_cached, partial(self._ended, handle))
         self._calls[handle] = call
         self._names[handle] = request.request_id
         self._by_name[request.request_id] = handle
         self._send(frames.submit_message(handle, request, peer))
-        try:
-            while call.running:
-                outputs = await call.take()
-                yield outputs
-        finally:
-            self._calls.pop(handle, None)
-            del self._names[handle]
-            self._by_name.pop(request.request_id, None)
-            if call.running and call.error is None:
-                self._send(["cancel", handle])
+        return call
+
+    def _ended(self, handle: int, call: Call) -> None:
+        """Nobody reads a call any more."""
+        if self._calls.pop(handle, None) is None:
+            return
+        self._by_name.pop(self._names.pop(handle), None)
+        if call.running and call.error is None:
+            self._send(["cancel", handle])
 
     def cancel(self, request_id: str) -> None:
         """Stop a request in the engine; its iterator ends in a "cancelled" output."""
@@ -326,14 +328,23 @@ class LinkClient:
             self._on_change()
 
 
-class _Call:
-    """One request's mailbox."""
+class Call:
+    """One request in the group, which is read by iterating it; see `Running`.
 
-    __slots__ = ("_expected", "_outputs", "_prompt", "_waiter", "error", "unfinished")
+    Args:
+        request: what is asked.
+        num_cached: tokens of its prompt that the group is thought to have.
+        on_end: called once nobody reads it any more.
+    """
 
-    def __init__(self, request: EngineRequest, num_cached: int) -> None:
+    __slots__ = ("_expected", "_on_end", "_outputs", "_prompt", "_waiter", "error", "unfinished")
+
+    def __init__(
+        self, request: EngineRequest, num_cached: int, on_end: Callable[[Call], None]
+    ) -> None:
         self.unfinished = set(range(request.params.n))
         self.error: ArrieroError | None = None
+        self._on_end = on_end
         self._outputs: list[SequenceOutput] = []
         self._waiter: asyncio.Future[None] | None = None
         self._prompt = max(1, len(request.prompt) + len(request.resumed) - num_cached)
@@ -356,6 +367,7 @@ class _Call:
         return self._prompt + max(self._expected, 0)
 
     def put(self, output: SequenceOutput) -> None:
+        """Take one in; `wake` tells the reader."""
         if output.index not in self.unfinished:
             return  # a step that was under way when the sample was cancelled
         self._outputs.append(output)
@@ -365,18 +377,28 @@ class _Call:
             self.unfinished.discard(output.index)
 
     def fail(self, error: ArrieroError) -> None:
+        """End it in an error, after what has come."""
         if self.error is None:
             self.error = error
         self.wake()
 
     def wake(self) -> None:
+        """Let the reader look."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    async def take(self) -> list[SequenceOutput]:
+    def __aiter__(self) -> Self:
+        """Itself."""
+        return self
+
+    async def __anext__(self) -> list[SequenceOutput]:
         """What has come since the last time; what came before a failure is given first."""
         while not self._outputs:
+            if not self.unfinished:
+                self._on_end(self)
+                raise StopAsyncIteration
             if self.error is not None:
+                self._on_end(self)
                 raise self.error
             self._waiter = asyncio.get_running_loop().create_future()
             try:
@@ -385,3 +407,7 @@ class _Call:
                 self._waiter = None
         outputs, self._outputs = self._outputs, []
         return outputs
+
+    async def aclose(self) -> None:
+        """Want no more of it."""
+        self._on_end(self)

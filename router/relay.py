@@ -50,7 +50,12 @@ async def run(
         fresh = [one for one in able if now_s - failed_s.get(one.group_id, -RETRY_S) >= RETRY_S]
         if not fresh:
             if lost is None:
-                raise Unavailable("no group can hold this request now")
+                raise Unavailable(
+                    "no group can hold this request now"
+                    if course.digest is None
+                    else "no group of the weights that gave the tokens in `resumed` serves now; "
+                    "come back, or ask anew without `resumed`"
+                )
             if isinstance(lost, Overloaded) and not course.started:
                 raise lost
             if now_s >= deadline_s:
@@ -59,11 +64,18 @@ async def run(
             continue
         group = fresh[0]
         try:
-            asks = course.asks(group, able)
-            async with aclosing(_attempt(groups, course, group, asks)) as steps:
-                async for outputs in steps:
-                    lost = None
-                    yield outputs
+            asks, source = course.asks(group, able), course.source
+            if len(asks) == 1:
+                ask = asks[0]
+                async with aclosing(groups.generate(group.group_id, ask.request, source)) as steps:
+                    async for outputs in steps:
+                        lost = None
+                        yield course.take(ask, group, outputs)
+            else:
+                async with aclosing(_all(groups, asks, group, source)) as arrivals:
+                    async for ask, outputs in arrivals:
+                        lost = None
+                        yield course.take(ask, group, outputs)
             handed_over = course.started and any(ask.hands_over for ask in asks)
             if not course.finished and not handed_over:
                 raise Unavailable("the group ended the stream before its last token")
@@ -78,16 +90,10 @@ async def run(
             log.info("%s: group %s: %s; going on", course.request_id, group.group_id, error)
 
 
-async def _attempt(
-    groups: Backend, course: Course, group: GroupView, asks: Sequence[Ask]
-) -> AsyncGenerator[list[SequenceOutput]]:
-    """What one group gives for the course, until it has given all that it was asked or is lost."""
-    source = course.source
-    if len(asks) == 1:
-        async with aclosing(groups.generate(group.group_id, asks[0].request, source)) as steps:
-            async for outputs in steps:
-                yield course.take(asks[0], group, outputs)
-        return
+async def _all(
+    groups: Backend, asks: Sequence[Ask], group: GroupView, source: str
+) -> AsyncGenerator[tuple[Ask, list[SequenceOutput]]]:
+    """What a group gives for several asks, as it comes, until it has given all or is lost."""
     arrived: asyncio.Queue[tuple[Ask, list[SequenceOutput] | Exception | None]] = asyncio.Queue()
 
     async def pump(ask: Ask) -> None:
@@ -110,7 +116,7 @@ async def _attempt(
             if got is None:
                 running -= 1
             else:
-                yield course.take(ask, group, got)
+                yield ask, got
     finally:
         for one in pumps:
             one.cancel()

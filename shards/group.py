@@ -19,7 +19,7 @@ class GroupConfig:
 
     Attributes:
         model_path: folder with config.json, safetensors and tokenizer.json, on every node; or an
-            fsspec URL of one, which each node copies to its cache once.
+            fsspec URL of one, of which each node fetches what its ranks read, once.
         dtype: of weights and KV cache: "float32", "bfloat16", "float16".
         quantization: of the weights while they load: "int8" (per row), "int4" (groups of 32
             columns, the vocabulary in int8) or "fp8" (per row); None keeps them in `dtype`.

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from arriero.cluster.spec import ModelSpec
 
 DEFAULT_CONTEXT = 8192
-_SHOWN = 12
 
 
 def add_to(app: typer.Typer) -> None:
@@ -171,19 +170,20 @@ def _make(wish: _Wish) -> tuple[GroupPlan, list[Option]]:
         free = replace(demand, kv_bytes=None, num_blocks=None)
         return group, rank_layouts(wish.model, machines, free, wish.kernels, dtypes)
     options = rank_layouts(wish.model, machines, demand, wish.kernels, dtypes)
-    best = options[0]
+    # the form nearest to the published weights that fits, and of its layouts the fastest
+    best = min(options, key=lambda one: (one.why_not is not None, dtypes.index(one.dtype)))
     if best.plan is None:
         raise SpecError(f"{wish.model.name}: no layout works: {best.layout}: {best.why_not}")
     return best.plan, options
 
 
 def _dtypes(model: NamedModel, on_cpu: bool) -> list[Dtype]:
-    """What is worth ranking where no dtype was named."""
+    """What is worth ranking where no dtype was named, the nearest to plain weights first."""
     if model.scheme is not None:
         return ["checkpoint"]
-    found: list[Dtype] = ["bfloat16", "fp8", "int8", "int4"]
     large = isinstance(model.config, Llama4Config) or model.config.num_layers == 126
-    return found if on_cpu or not large else [*found, "fp8-shipped"]
+    shipped: list[Dtype] = ["fp8-shipped"] if large and not on_cpu else []
+    return ["bfloat16", *shipped, "fp8", "int8", "int4"]
 
 
 def _dtype(name: str | None) -> Dtype | None:
@@ -303,7 +303,7 @@ def _show(wishes: list[_Wish], made: list[tuple[GroupPlan, list[Option]]], as_js
         if as_json:
             documents.append(report.as_json(group, groups, wish.machines, options, wish.tiers))
         else:
-            OUT.print(report.as_tables(group, groups, wish.machines, options, _SHOWN, wish.tiers))
+            OUT.print(report.as_tables(group, groups, wish.machines, options, wish.tiers))
     if as_json:
         whole = documents[0] if len(documents) == 1 else {"models": documents}
         OUT.print(json.dumps(whole, indent=2), markup=False, soft_wrap=True)

@@ -208,6 +208,8 @@ def _note(plan: GroupPlan, machines: Machines) -> str:
     if len(heads) > 1:
         notes.append(f"uneven: ranks hold {min(heads)} to {max(heads)} query heads")
     config = plan.model.config
+    if layout.dp > 1:
+        notes.append(f"attention's weights are held {layout.dp} times")
     if layout.tp > config.num_kv_heads:
         notes.append(f"each KV head is held {layout.tp // config.num_kv_heads} times")
     if layout.tp * layout.dp > machines.per_node:

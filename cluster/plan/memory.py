@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 from arriero.cluster.plan.catalog import Device, NamedModel
 from arriero.cluster.plan.products import RankWeights, Weights, rank_weights
 from arriero.kernels.packing import KV_ITEMSIZE, PLAIN, Kernels, kv_block_nbytes
-from arriero.shards.checkpoint.formats.stored import AnyModel, AnyPart, modules_of
+from arriero.shards.checkpoint.formats.stored import AnyModel, AnyPart
 from arriero.shards.errors import SpecError
 from arriero.shards.group import GroupConfig
 from arriero.shards.layout import attention_chunk, local_layers, parts_of
@@ -218,7 +218,7 @@ class GroupPlan:
         lacking = self.lacking()
         if not lacking:
             return None
-        worst = min(self.ranks, key=self._left)
+        worst = self.fullest
         need = self.sequence_bytes(worst, self.demand.context)
         return (
             f"rank {worst.part.rank} (stage {worst.part.stage}) is {_gb(lacking)} short: weights "
@@ -227,6 +227,11 @@ class GroupPlan:
             f"of {self.demand.context} tokens {_gb(need)} exceed the "
             f"{_gb(worst.memory_bytes)} of {self.device.name}"
         )
+
+    @property
+    def fullest(self) -> RankPlan:
+        """The rank that has least left once one sequence is in."""
+        return min(self.ranks, key=self._left)
 
     def lacking(self) -> int:
         """Bytes that the fullest rank is short of; 0 where it fits."""
@@ -275,11 +280,10 @@ def plan_group(
     if layout.world_size > MAX_RANKS:
         raise SpecError(f"{layout} has {layout.world_size} ranks; plan at most {MAX_RANKS}")
     parts = cut(config, layout)
-    modules = modules_of(config, None)
     held = [_sizes(part) for part in parts]
     # ranks that hold like shares take like bytes: a group of 64 has a handful of kinds
     alike = {
-        sizes: rank_weights(modules, part, weights, kernels)
+        sizes: rank_weights(config, part, weights, kernels)
         for sizes, part in dict(zip(held, parts, strict=True)).items()
     }
     ranks = [

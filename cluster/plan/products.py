@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import ceil, prod, sqrt
 from typing import Literal
 
 from arriero.kernels.packing import Kernels, Precision, packed_nbytes
-from arriero.shards.checkpoint.formats.modules import Cut, Module
+from arriero.shards.checkpoint.formats.modules import Cut, Module, Place
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
 from arriero.shards.checkpoint.formats.stored import (
     AnyModel,
@@ -55,6 +56,8 @@ ON_LOAD: dict[str, Dtype] = {"int8": "int8", "fp8": "fp8-onload", "int4": "int4-
 """What a spec's `quantization` is called here."""
 GROUP_SIZE = 128
 ON_LOAD_GROUP_SIZE = 32
+ORDER_ITEMSIZE = 8
+"""Bytes that name the input of a sorted column."""
 WHOLE_ROW = 1 << 30
 """A group size that no row reaches: one scale a row."""
 
@@ -198,42 +201,55 @@ class RankWeights:
         return sum(self.by_kind.values()) + self.scales
 
 
-def rank_weights(
-    modules: Iterable[Module], part: AnyPart, weights: Weights, kernels: Kernels
-) -> RankWeights:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Stack:
+    """Modules that the runner packs as one product (q, k and v; gate and up), or one vector.
+
+    Their names are left out: layers whose stacks are equal take equal bytes.
+    """
+
+    modules: tuple[Module, ...]
+    precision: Precision
+
+
+def rank_weights(model: AnyModel, part: AnyPart, weights: Weights, kernels: Kernels) -> RankWeights:
     """Bytes of what `part` holds.
 
     Args:
-        modules: of the model, experts fused.
+        model: its numbers.
         part: of one rank.
         weights: what they are kept as.
         kernels: the backend that packs them.
     """
     by_kind: Counter[str] = Counter()
     scales, experts_total, expert_layers, expert_held = 0, 0, 0, 0
-    for stack in _stacks(_held(modules, part)):
-        first = stack[0]
-        rows = sum(_share(one, part, 0) for one in stack) * first.stacked
+    for stack, times in _held(model, part, weights):
+        first = stack.modules[0]
+        rows = sum(_share(one, part, 0) for one in stack.modules) * first.stacked
         columns = _share(first, part, -1)
         copies = span_of(part, "experts").size if first.experts else 1
         if not _is_matrix(first):
-            by_kind[first.kind] += 4 * prod(first.shape)  # vectors are kept in float32
+            by_kind[first.kind] += 4 * prod(first.shape) * times  # vectors are kept in float32
             continue
+        group, order = _group(first, part, weights), 0
+        if stack.precision == "int4" and weights.scheme is not None and weights.scheme.act_order:
+            columns, group = _sorted(first, columns, weights)
+            order = ORDER_ITEMSIZE * columns
         packed = packed_nbytes(
             kernels,
             rows,
             columns,
-            weights.of(first),
-            group_size=_group(first, part, weights),
+            stack.precision,
+            group_size=group,
             zeros=weights.zeros,
             bias=first.bias and (first.columns is None or part.tp_rank == 0),
         )
-        by_kind[first.kind] += packed.weights * copies
-        scales += packed.scales * copies
+        by_kind[first.kind] += packed.weights * copies * times
+        scales += (packed.scales + order) * copies * times
         if first.experts:
-            experts_total += packed.total * copies
+            experts_total += (packed.total + order) * copies * times
             expert_held = copies
-            expert_layers += first.stacked == 2
+            expert_layers += times * (first.stacked == 2)
     expert_bytes = experts_total // expert_held if expert_held else 0
     total = sum(by_kind.values()) + scales
     return RankWeights(
@@ -245,28 +261,57 @@ def rank_weights(
     )
 
 
-def _held(modules: Iterable[Module], part: AnyPart) -> Iterable[Module]:
-    for module in modules:
-        if module.layer is not None:
-            here = part.layers.start <= module.layer < part.layers.stop
-        elif module.place == "ends":
-            here = part.first_stage or part.last_stage
-        else:
-            here = part.first_stage if module.place == "first" else part.last_stage
-        if here:
-            yield module
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Stacks:
+    """Those of a whole model, layers that are alike listed once.
+
+    Attributes:
+        lists: stacks and how many there are of each: a list for each kind of layer, and for each
+            place outside of the layers.
+        of: which of the lists a layer, or a place, is made of.
+    """
+
+    lists: tuple[tuple[tuple[_Stack, int], ...], ...]
+    of: dict[int | Place, int]
 
 
-def _stacks(modules: Iterable[Module]) -> list[list[Module]]:
-    """Modules that the runner packs as one product: q, k and v; gate and up."""
-    stacks: dict[str, list[Module]] = {}
-    for module in modules:
-        found = None if module.experts else _STACKED.match(module.name)
+@lru_cache(maxsize=16)
+def _stacks(model: AnyModel, weights: Weights) -> _Stacks:
+    found: dict[int | Place, dict[str, list[Module]]] = {}
+    for module in modules_of(model, None):
+        matched = None if module.experts else _STACKED.match(module.name)
         key = f"{module.name}{module.suffix}"
-        if found is not None:
-            key = f"{found[1]}{'qkv' if found[2] else 'gate_up'}"
-        stacks.setdefault(key, []).append(module)
-    return list(stacks.values())
+        if matched is not None:
+            key = f"{matched[1]}{'qkv' if matched[2] else 'gate_up'}"
+        where = module.place if module.layer is None else module.layer
+        found.setdefault(where, {}).setdefault(key, []).append(module)
+    lists: dict[tuple[tuple[_Stack, int], ...], int] = {}
+    of: dict[int | Place, int] = {}
+    for where, stacks in found.items():
+        made = Counter(
+            _Stack(
+                modules=tuple(replace(one, name="", layer=None) for one in modules),
+                precision=weights.of(modules[0]),
+            )
+            for modules in stacks.values()
+        )
+        of[where] = lists.setdefault(tuple(made.items()), len(lists))
+    return _Stacks(lists=tuple(lists), of=of)
+
+
+def _held(model: AnyModel, part: AnyPart, weights: Weights) -> Iterator[tuple[_Stack, int]]:
+    """The stacks of a rank's stage, and how many there are of each."""
+    whole = _stacks(model, weights)
+    ends: dict[Place, bool] = {
+        "first": part.first_stage,
+        "last": part.last_stage,
+        "ends": part.first_stage or part.last_stage,
+    }
+    here: list[int | Place] = list(range(part.layers.start, part.layers.stop))
+    here += [place for place, held in ends.items() if held and place in whole.of]
+    for index, times in Counter(whole.of[where] for where in here).items():
+        for stack, in_one in whole.lists[index]:
+            yield stack, in_one * times
 
 
 def _is_matrix(module: Module) -> bool:
@@ -284,6 +329,22 @@ def _group(module: Module, part: AnyPart, weights: Weights) -> int:
     span = span_of(part, cut.axis)
     own = Span(start=span.start * cut.per, stop=min(span.stop * cut.per, size))
     return cut_group(own, size, group)
+
+
+def _sorted(module: Module, columns: int, weights: Weights) -> tuple[int, int]:
+    """Columns of a matrix that a slice sorts by group (act-order), and of a group of them.
+
+    A slice of the columns holds a part of every group, and the largest part is the size of all.
+    Which it holds only the checkpoint's data says; an upper estimate here, except of whole ones.
+    """
+    size = module.shape[-1]
+    group = min(weights.group_size, size)
+    width, num_groups = group, -(-size // group)
+    if columns < size and not module.experts:
+        mean = group * columns / size
+        width = min(group, ceil(mean + 5 * sqrt(mean)))  # five deviations of a random choice
+    width += width % 2
+    return num_groups * width, width
 
 
 def _share(module: Module, part: AnyPart, dim: int) -> int:

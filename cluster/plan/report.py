@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from arriero.cluster.plan.layouts import Machines, Option
 from arriero.cluster.plan.memory import GroupPlan, RankPlan
@@ -19,6 +20,8 @@ from arriero.shards.checkpoint.formats.modules import Kind
 from arriero.shards.kv.limits import GroupTierLimits
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
+MOST_WORKING, MOST_REFUSED = 12, 6
+"""Layouts that a table lists."""
 CONTEXTS = (1024, 4096, 8192, 16384, 32768, 65536, 131072, 1048576, 10485760)
 
 
@@ -133,7 +136,6 @@ def as_tables(
     groups: int,
     machines: Machines,
     options: Sequence[Option],
-    limit: int,
     tiers: GroupTierLimits,
 ) -> RenderableType:
     """What a person reads.
@@ -143,20 +145,39 @@ def as_tables(
         groups: how many the machines hold.
         machines: they.
         options: ranked.
-        limit: most options shown of those that work, and of those that do not.
         tiers: of the KV cache below the device.
     """
-    total = sum(rank.weights.total for rank in plan.ranks)
-    title = (
-        f"{plan.model.name} {plan.weights.dtype}, {plan.layout} on {machines.nodes} x "
-        f"{machines.per_node} {machines.gpu}: {groups} group(s), weights {_gb(total)} GB a group"
-    )
-    parts: list[RenderableType] = [_rank_table(plan, title), _capacity_table(plan)]
+    parts: list[RenderableType] = [Text(verdict(plan, groups, machines))]
+    parts += [_rank_table(plan), _capacity_table(plan)]
     if tiers.enabled:
         parts.append(_tier_table(plan, tiers))
     if options:
-        parts.append(_option_table(options, limit))
+        parts.append(_option_table(options, plan.demand.context))
     return Group(*parts)
+
+
+def verdict(plan: GroupPlan, groups: int, machines: Machines) -> str:
+    """The answer in a few lines."""
+    total = sum(rank.weights.total for rank in plan.ranks)
+    fullest = max(plan.ranks, key=lambda rank: rank.fixed)
+    context = plan.demand.context
+    lines = [
+        f"{plan.model.name}, {plan.weights.dtype}, on {machines.nodes} x {machines.per_node} "
+        f"{machines.gpu} of {_gb(plan.ranks[0].memory_bytes)} GB",
+    ]
+    if plan.shortfall() is None:
+        lines.append(
+            f"{plan.layout} works, {groups} group{'s' if groups > 1 else ''} of "
+            f"{plan.layout.world_size}: a group's weights take {_gb(total)} GB, the fullest "
+            f"rank's {_gb(fullest.weights.total)} GB"
+        )
+        lines.append(
+            f"KV cache of a group: {plan.pool_tokens:,} tokens, "
+            f"{plan.concurrency(context):,} sequences of {context:,} at once"
+        )
+    else:
+        lines.append(f"{plan.layout} does not fit, as said below the tables")
+    return "\n".join(lines)
 
 
 def _tiers(tiers: GroupTierLimits) -> list[tuple[str, int, int]]:
@@ -186,35 +207,43 @@ def _tier_table(plan: GroupPlan, tiers: GroupTierLimits) -> Table:
     return table
 
 
-def _rank_table(plan: GroupPlan, title: str) -> Table:
+def _rank_table(plan: GroupPlan) -> Table:
     """A column for each kind of rank, since a narrow terminal has room for a few."""
-    table = Table(title=f"{title}\nGB of each rank", title_justify="left")
     kinds = [kind for kind in KINDS if any(kind in r.weights.by_kind for r in plan.ranks)]
-    rows = ["layers", *(one.replace("_", " ") for one in kinds), "scales", "weights, all"]
-    rows += ["KV pool", "KV bytes a token", "activations", "CUDA graphs", "communication"]
-    rows += ["spare experts", "reserve", "unused"]
+    sizes: dict[str, list[int]] = {
+        kind.replace("_", " "): [rank.weights.by_kind.get(kind, 0) for rank in plan.ranks]
+        for kind in kinds
+    }
+    sizes["scales"] = [rank.weights.scales for rank in plan.ranks]
+    sizes["all weights"] = [rank.weights.total for rank in plan.ranks]
+    sizes["KV cache"] = [rank.kv_pool_bytes for rank in plan.ranks]
+    sizes["activations"] = [rank.activations for rank in plan.ranks]
+    sizes["CUDA graphs"] = [rank.graphs for rank in plan.ranks]
+    sizes["communication"] = [rank.communication for rank in plan.ranks]
+    sizes["spare experts"] = [rank.spare_experts for rank in plan.ranks]
+    sizes["kept free"] = [rank.reserve for rank in plan.ranks]
+    sizes["left over" if plan.shortfall() is None else "left over (-: short)"] = [
+        rank.unused for rank in plan.ranks
+    ]
+    sizes["device memory"] = [rank.memory_bytes for rank in plan.ranks]
+    sections = {"layers", "all weights", list(sizes)[-2]}
+    rows = {name: [_gb(one) for one in of] for name, of in sizes.items() if any(of)}
+    layers = [f"{one.part.layers.start}-{one.part.layers.stop - 1}" for one in plan.ranks]
     alike: dict[tuple[str, ...], list[int]] = {}
-    for rank in plan.ranks:
-        sizes = [rank.weights.by_kind.get(kind, 0) for kind in kinds]
-        cells = [f"{rank.part.layers.start}-{rank.part.layers.stop - 1}"]
-        cells += [_gb(one) for one in (*sizes, rank.weights.scales, rank.weights.total)]
-        cells += [_gb(rank.kv_pool_bytes), f"{rank.kv_block // plan.demand.block_size:,}"]
-        rest = (rank.activations, rank.graphs, rank.communication, rank.spare_experts)
-        cells += [_gb(one) for one in (*rest, rank.reserve, rank.unused)]
-        alike.setdefault(tuple(cells), []).append(rank.part.rank)
+    for rank, *cells in zip(plan.ranks, layers, *rows.values(), strict=True):
+        alike.setdefault(tuple(map(str, cells)), []).append(rank.part.rank)
+    table = Table(title="GB of each rank", title_justify="left")
     table.add_column("rank")
     for numbers in alike.values():
         table.add_column(_ranges(numbers), justify="right", overflow="fold")
-    for name, *values in zip(rows, *alike, strict=True):
-        table.add_row(name, *values)
+    for name, *values in zip(("layers", *rows), *alike, strict=True):
+        table.add_row(name, *values, end_section=name in sections)
     return table
 
 
 def _capacity_table(plan: GroupPlan) -> Table:
-    table = Table(
-        title=f"what one group holds: {plan.pool_tokens:,} tokens in all", title_justify="left"
-    )
-    for name in ("context", "sequences at once", "KV a sequence, GB on the fullest rank"):
+    table = Table(title="what one group's KV cache holds", title_justify="left")
+    for name in ("context", "sequences at once", "GB a sequence on the fullest rank"):
         table.add_column(name, justify="right")
     for context in contexts(plan):
         most = max(plan.sequence_bytes(rank, context) for rank in plan.ranks)
@@ -222,13 +251,16 @@ def _capacity_table(plan: GroupPlan) -> Table:
     return table
 
 
-def _option_table(options: Sequence[Option], limit: int) -> Table:
-    table = Table(title="layouts", title_justify="left")
-    for name in ("layout", "dtype", "groups", "sequences", "tokens/s", ""):
-        table.add_column(name, justify="left" if not name else "right", overflow="fold")
+def _option_table(options: Sequence[Option], context: int) -> Table:
     work = [one for one in options if one.why_not is None]
     rest = [one for one in options if one.why_not is not None]
-    for one in work[:limit]:
+    table = Table(
+        title=f"layouts, fastest first; sequences are of {context:,} tokens", title_justify="left"
+    )
+    for name in ("layout", "dtype", "groups", "sequences", "tokens/s", "what to know"):
+        left = name == "what to know"
+        table.add_column(name, justify="left" if left else "right", overflow="fold")
+    for one in work[:MOST_WORKING]:
         table.add_row(
             str(one.layout),
             one.dtype,
@@ -239,12 +271,26 @@ def _option_table(options: Sequence[Option], limit: int) -> Table:
         )
     if work and rest:
         table.add_section()
-    for one in rest[:limit]:
-        table.add_row(str(one.layout), one.dtype, "-", "-", "-", one.why_not or "")
-    for name, listed in (("work", work), ("do not", rest)):
-        if len(listed) > limit:
-            table.caption = f"{table.caption or ''}{len(listed) - limit} more {name}. "
+    for one in rest[:MOST_REFUSED]:
+        table.add_row(str(one.layout), one.dtype, "-", "-", "-", _in_short(one))
+    said = ["tokens/s of all groups: what the memory's bandwidth allows, to compare layouts by"]
+    for many, limit, what in ((work, MOST_WORKING, "work"), (rest, MOST_REFUSED, "do not")):
+        if len(many) > limit:
+            said.append(f"{len(many) - limit} more {what}")
+    table.caption = "; ".join(said) + ("; --json lists all" if len(said) > 1 else "")
+    table.caption_justify = "left"
     return table
+
+
+def _in_short(option: Option) -> str:
+    """Why it does not work: one that does not fit lacks bytes, another cannot cut the model."""
+    if option.plan is None:
+        return option.why_not or ""
+    rank = option.plan.fullest
+    return (
+        f"rank {rank.part.rank} lacks {_gb(option.plan.lacking())} GB: its weights are "
+        f"{_gb(rank.weights.total)} of {_gb(rank.memory_bytes)} GB"
+    )
 
 
 def _gb(count: int) -> str:

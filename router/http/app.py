@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
+from arriero.router.answer import Message, Piece
 from arriero.router.http import errors, shapes, translate
 from arriero.router.http.bodies import (
     ChatBody,
@@ -23,7 +24,7 @@ from arriero.router.http.bodies import (
     TokenizeBody,
 )
 from arriero.router.http.edge import Edge
-from arriero.router.http.stream import EventStream, begun, merged, while_here
+from arriero.router.http.stream import EventStream, begin, merged, while_here
 from arriero.router.inference import Inference, Stream
 from arriero.router.metrics import CONTENT_TYPE
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
@@ -132,22 +133,26 @@ async def _answer(
     messages = merged(streams)
     if body.stream:
         with_usage = body.stream_options is not None and body.stream_options.include_usage
-        started = await while_here(request, begun(messages))
-        return EventStream(_events(started, shape, with_usage, request.state.request_id))
+        first = await while_here(request, begin(messages))
+        return EventStream(_events(first, messages, shape, with_usage, request.state.request_id))
     whole = await while_here(request, _gathered(messages))
     counted = shapes.usage(*(one.usage for _, one in whole if one.HasField("usage")))
     return JSONResponse(shape.whole(whole, counted))
 
 
 async def _gathered(
-    messages: AsyncGenerator[tuple[int, pb.GenerateResponse]],
+    messages: AsyncGenerator[tuple[int, Message]],
 ) -> list[tuple[int, pb.GenerateResponse]]:
     async with aclosing(messages):
-        return [one async for one in messages]
+        return [
+            (number, one.to_wire() if isinstance(one, Piece) else one)
+            async for number, one in messages
+        ]
 
 
 async def _events(
-    messages: AsyncGenerator[tuple[int, pb.GenerateResponse]],
+    first: tuple[int, Message],
+    messages: AsyncGenerator[tuple[int, Message]],
     shape: Shape,
     with_usage: bool,
     request_id: str,
@@ -156,12 +161,16 @@ async def _events(
     parts: list[pb.Usage] = []
     try:
         async with aclosing(messages):
-            async for number, message in messages:
-                if message.HasField("usage"):
+            number, message = first
+            while True:
+                if not isinstance(message, Piece) and message.HasField("usage"):
                     parts.append(message.usage)
                 events = shape.encoded(number, message)
                 if events:
                     yield events
+                number, message = await anext(messages)
+    except StopAsyncIteration:
+        pass
     except ArrieroError as error:
         yield shapes.event(errors.describe(error))
         return

@@ -13,7 +13,7 @@ import time
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from arriero.router.http import errors
-from arriero.router.http.stream import ClientGone
+from arriero.router.http.stream import OUTERMOST, ClientGone
 from arriero.router.requests import read_request_id
 from arriero.router.tenants.door import Caller, Door
 from arriero.shards.errors import ArrieroError, InvalidRequest
@@ -53,7 +53,7 @@ class Edge:
             request_id = read_request_id(given)
         except InvalidRequest:  # a name for logs, often put there by a proxy: not worth a refusal
             request_id = read_request_id("")
-        scope.setdefault("state", {})["request_id"] = request_id
+        scope.setdefault("state", {}).update({"request_id": request_id, OUTERMOST: send})
         begun = False
         taken = 0
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from json.encoder import encode_basestring_ascii
 from typing import Any
 
+from arriero.router.answer import Message, Piece
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.tokenizer import Tokenizer
 
@@ -23,13 +24,6 @@ _ENCODER = json.JSONEncoder(separators=(",", ":"))  # `dumps` would make one for
 def event(content: Mapping[str, Any]) -> bytes:
     """A server-sent event."""
     return b"data: " + _ENCODER.encode(content).encode() + b"\n\n"
-
-
-def _plain(output: pb.Output) -> bool:
-    """Whether it holds nothing but text."""
-    return not (
-        output.finish_reason or output.logprobs or output.tool_calls or output.truncated_tool_call
-    )
 
 
 class _TextEvents:
@@ -93,12 +87,12 @@ class ChatShape:
             self._head, ',"delta":{"content":', '},"logprobs":null,"finish_reason":null}'
         )
 
-    def encoded(self, number: int, message: pb.GenerateResponse) -> bytes:
+    def encoded(self, number: int, message: Message) -> bytes:
         """The same as `events`, as server-sent events."""
-        if len(message.outputs) == 1:
-            output = message.outputs[0]
-            if output.index in self._num_calls and output.text and _plain(output):
-                return self._text.make(output.index, output.text)
+        if isinstance(message, Piece):
+            if message.index in self._num_calls and message.text:
+                return self._text.make(message.index, message.text)
+            message = message.to_wire()
         return b"".join(map(event, self.events(number, message)))
 
     def events(self, number: int, message: pb.GenerateResponse) -> list[Json]:
@@ -227,13 +221,13 @@ class CompletionShape:
         }
         self._text = _TextEvents(self._head, ',"text":', ',"logprobs":null,"finish_reason":null}')
 
-    def encoded(self, number: int, message: pb.GenerateResponse) -> bytes:
+    def encoded(self, number: int, message: Message) -> bytes:
         """The same as `events`, as server-sent events."""
-        if len(message.outputs) == 1:
-            output = message.outputs[0]
-            index = number * self._n + output.index
-            if index in self._offsets and _plain(output):
-                return self._text.make(index, output.text)
+        if isinstance(message, Piece):
+            index = number * self._n + message.index
+            if index in self._offsets:
+                return self._text.make(index, message.text)
+            message = message.to_wire()
         return b"".join(map(event, self.events(number, message)))
 
     def events(self, number: int, message: pb.GenerateResponse) -> list[Json]:

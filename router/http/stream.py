@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
 
+OUTERMOST = "outermost_send"
 _AHEAD = 64
 """Messages of several streams that may wait for a client that reads slowly."""
 
@@ -28,7 +29,8 @@ class EventStream(Response):
     """Server-sent events; whatever ends the response closes `events`.
 
     Sends each item as it comes, from the request's own task: the framework's streaming response
-    goes through a task group for each.
+    goes through a task group for each. Past the start of the response, middleware has nothing more
+    to see, so events go round it, to `scope["state"][OUTERMOST]` where that is set.
     """
 
     media_type = "text/event-stream"
@@ -55,6 +57,7 @@ class EventStream(Response):
         try:
             start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
             await send(start)
+            send = scope.get("state", {}).get(OUTERMOST, send)
             async for event in self._events:
                 await send({"type": "http.response.body", "body": event, "more_body": True})
             watching.cancel()  # what is said after the end concerns the next request
@@ -133,18 +136,10 @@ async def merged(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[tuple[i
             await stream.aclose()
 
 
-async def begun(stream: AsyncGenerator[T]) -> AsyncGenerator[T]:
-    """`stream` with its first item here already, so that a refusal comes before any answer."""
+async def begin(stream: AsyncGenerator[T]) -> T:
+    """A stream's first item, so that a refusal comes before any answer; closes it on that."""
     try:
-        first = await anext(stream)
+        return await anext(stream)
     except BaseException:
         await stream.aclose()
         raise
-    return _after(first, stream)
-
-
-async def _after(first: T, stream: AsyncGenerator[T]) -> AsyncGenerator[T]:
-    async with aclosing(stream):
-        yield first
-        async for item in stream:
-            yield item

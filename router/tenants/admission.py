@@ -117,17 +117,10 @@ class Admission:
         """
         tenant, limits = ticket.tenant, self._limits
         usage = self._usage_of(tenant, now_s)
-        self._check_rates(tenant, usage, ticket, now_s)
-        ticket.arrived_s = now_s
         output = _expected_output(ticket, usage)
         ticket.cost = PROMPT_COST * ticket.num_prompt + OUTPUT_COST * output
-        if tenant.max_queued is not None and self._queue.waiting(tenant.name) >= tenant.max_queued:
-            raise Overloaded(
-                f"tenant {tenant.name!r} has {tenant.max_queued} requests waiting, which is its "
-                "`max_queued`; send fewer at once",
-                self._wait_s(ticket.cost),
-            )
-        self._check_wait(ticket, now_s)
+        self._check(tenant, ticket.num_prompt, ticket.cost, ticket.deadline_s, now_s)
+        ticket.arrived_s = now_s
         self._queue.push(tenant, ticket, cost=ticket.cost, priority=ticket.priority)
         if usage.requests is not None:
             usage.requests.take(1, now_s)
@@ -136,15 +129,31 @@ class Admission:
         if len(self._queue) <= limits.max_queued:
             return None
         pushed_out = self._queue.push_out()
-        pushed_out.refusal = Overloaded(
-            f"{limits.max_queued} requests wait, which is the most, and tenant "
-            f"{pushed_out.tenant.name!r} has most of them; send fewer at once",
-            self._wait_s(pushed_out.cost),
-        )
+        pushed_out.refusal = self._full(pushed_out.tenant, pushed_out.cost)
         self._give_back(pushed_out, now_s)
         if pushed_out is ticket:
             raise pushed_out.refusal
         return pushed_out
+
+    def refuse_early(
+        self, tenant: Tenant, priority: int, deadline_s: float | None, now_s: float
+    ) -> None:
+        """Refuse a request before work is spent on it, if `offer` would however short it is.
+
+        Args:
+            tenant: whose it is.
+            priority: among the tenant's own.
+            deadline_s: when the caller will be gone, on the clock; None for never.
+            now_s: the time.
+
+        Raises:
+            Overloaded: as `offer`.
+        """
+        least = PROMPT_COST + OUTPUT_COST
+        self._check(tenant, 1, least, deadline_s, now_s)
+        full = len(self._queue) >= self._limits.max_queued
+        if full and self._queue.would_push_out(tenant, priority):
+            raise self._full(tenant, least)
 
     def turns(self, room: int, now_s: float) -> list[Ticket]:
         """Requests that begin now.
@@ -220,10 +229,19 @@ class Admission:
             )
         return usage
 
-    def _check_rates(self, tenant: Tenant, usage: _Usage, ticket: Ticket, now_s: float) -> None:
+    def _check(
+        self,
+        tenant: Tenant,
+        num_prompt: int,
+        cost: float,
+        deadline_s: float | None,
+        now_s: float,
+    ) -> None:
+        """Raise what speaks against a request before it stands in the queue."""
+        usage = self._usage_of(tenant, now_s)
         for name, bucket, amount, limit in (
             ("requests_per_minute", usage.requests, 1, tenant.requests_per_minute),
-            ("tokens_per_minute", usage.tokens, ticket.num_prompt, tenant.tokens_per_minute),
+            ("tokens_per_minute", usage.tokens, num_prompt, tenant.tokens_per_minute),
         ):
             if bucket is not None and (wait_s := bucket.wait_s(amount, now_s)):
                 raise Overloaded(
@@ -231,23 +249,34 @@ class Admission:
                     f"come back in {wait_s:.1f} s",
                     wait_s,
                 )
-
-    def _check_wait(self, ticket: Ticket, now_s: float) -> None:
+        if tenant.max_queued is not None and self._queue.waiting(tenant.name) >= tenant.max_queued:
+            raise Overloaded(
+                f"tenant {tenant.name!r} has {tenant.max_queued} requests waiting, which is its "
+                "`max_queued`; send fewer at once",
+                self._wait_s(cost),
+            )
         if not len(self._queue):
             return  # it may have to wait for a place, but for nobody's turn
-        wait_s = self._wait_s(self._queue.cost_before(ticket.tenant))
+        wait_s = self._wait_s(self._queue.cost_before(tenant))
         if wait_s > self._limits.max_wait_s:
             raise Overloaded(
                 f"it would wait about {wait_s:.0f} s for others; the most is "
                 f"{self._limits.max_wait_s:g} s",
                 wait_s - self._limits.max_wait_s,
             )
-        if ticket.deadline_s is not None and now_s + wait_s > ticket.deadline_s:
+        if deadline_s is not None and now_s + wait_s > deadline_s:
             raise Overloaded(
                 f"it would wait about {wait_s:.1f} s for others, and its deadline is in "
-                f"{max(0.0, ticket.deadline_s - now_s):.1f} s; give it longer, or come back",
+                f"{max(0.0, deadline_s - now_s):.1f} s; give it longer, or come back",
                 wait_s,
             )
+
+    def _full(self, tenant: Tenant, cost: float) -> Overloaded:
+        return Overloaded(
+            f"{self._limits.max_queued} requests wait, which is the most, and tenant "
+            f"{tenant.name!r} has most of them; send fewer at once",
+            self._wait_s(cost),
+        )
 
     def _wait_s(self, cost: float) -> float:
         return cost / rate if (rate := self._served.per_s()) else 0.0

@@ -119,6 +119,22 @@ class Door:
             if admission.num_waiting
         }
 
+    def refuse_early(self, model: str, caller: Caller, priority: int) -> None:
+        """Refuse a request before work is spent on it, if it has no chance.
+
+        Args:
+            model: one that is served.
+            caller: whose it is.
+            priority: among its tenant's own.
+
+        Raises:
+            Overloaded: it has none.
+        """
+        admission = self._models.get(model)
+        if admission is not None:
+            now_s = time.monotonic()
+            admission.refuse_early(caller.tenant, priority, caller.deadline_s, now_s)
+
     @asynccontextmanager
     async def place(self, model: str, ticket: Ticket) -> AsyncIterator[Place]:
         """A place in the model's groups, once it is the request's turn, until the block ends.

@@ -103,9 +103,13 @@ class FairQueue(Generic[T]):
 
     def push_out(self) -> T:
         """Take the last item of the tenant with the most waiting, by cost over weight."""
-        assert self._size, "nothing waits"
-        line = max(self._lines.values(), key=lambda line: line.cost / line.weight)
+        line = self._longest()
         return self._take(line, len(line.items) - 1)
+
+    def would_push_out(self, tenant: Tenant, priority: int) -> bool:
+        """Whether an item that a tenant added now would be the one that `push_out` takes."""
+        line = self._longest()
+        return line is self._lines.get(tenant.name) and priority >= line.items[-1][0]
 
     def expect(self, tenant: Tenant, cost: float) -> None:
         """Count what a tenant's running requests are expected to take; negative, when they did."""
@@ -147,6 +151,10 @@ class FairQueue(Generic[T]):
                 turn = max(own_cost, first * tenant.weight / line.weight)
                 total += min(line.cost, turn * line.weight / tenant.weight)
         return total
+
+    def _longest(self) -> _Line[T]:
+        assert self._size, "nothing waits"
+        return max(self._lines.values(), key=lambda line: line.cost / line.weight)
 
     def _order(self) -> list[str]:
         waiting = [(line, name) for name, line in self._lines.items() if line.items]

@@ -1,9 +1,9 @@
 """Pages of the files while a slice loads: read ahead of use, given back after it.
 
 Knows which bytes a rank reads and in which order; knows nothing of what they mean. Reading ahead
-keeps several requests on their way to the disk, from several files; giving back keeps what has
-been packed from counting as this process's memory. The system's page cache holds what was read,
-so that the ranks of a node read each byte from the disk once.
+keeps several requests on their way to the disk (or to where the files lie), from several files;
+giving back keeps what has been packed from counting as this process's memory. The system's page
+cache holds what was read, so that the ranks of a node read each byte from the disk once.
 """
 
 from __future__ import annotations
@@ -95,11 +95,18 @@ class Pager:
                             return
                         size = min(CHUNK_BYTES, stop - at)
                         asked += size
-                        if not _in_memory(files[file], at, at + size):
+                        if self._folder.ranged is not None:
+                            pool.submit(self._fetch, file, at, at + size)
+                        elif not _in_memory(files[file], at, at + size):
                             pool.submit(self._fill_cache, files[file], at, at + size)
         finally:
             for descriptor in files.values():
                 os.close(descriptor)
+
+    def _fetch(self, file: Path, start: int, stop: int) -> None:
+        """Of files that lie elsewhere; what fails here fails again for whoever packs it."""
+        if not self._closing:
+            self._folder.need(file, start, stop)
 
     def _fill_cache(self, descriptor: int, start: int, stop: int) -> None:
         """Read a range and drop what comes.

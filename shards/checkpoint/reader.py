@@ -13,7 +13,8 @@ import mmap
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from arriero.shards.checkpoint.index import (
 )
 from arriero.shards.checkpoint.json_file import read_json_object
 from arriero.shards.checkpoint.llama_names import EMBEDDING, HEAD
+from arriero.shards.checkpoint.ranges import REQUESTS_AT_ONCE, RangedFolder
 from arriero.shards.checkpoint.safetensors_header import DTYPES, StoredTensor, read_header
 from arriero.shards.errors import CheckpointError
 
@@ -53,10 +55,16 @@ class TensorFolder:
     Attributes:
         path: the folder.
         stored: where each tensor lies, by name in sorted order.
+        ranged: what fetches the files' bytes as they are read; None where they are all here.
     """
 
-    def __init__(self, path: Path, stored: Mapping[str, StoredTensor]) -> None:
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        stored: Mapping[str, StoredTensor],
+        ranged: RangedFolder | None = None,
+    ) -> None:
+        self.path, self.ranged = path, ranged
         self.stored = dict(sorted(stored.items()))
         self._maps: dict[Path, tuple[mmap.mmap, Tensor]] = {}
         self._lock = threading.Lock()
@@ -70,6 +78,19 @@ class TensorFolder:
                 the tensor.
         """
         return TensorFolder(path, _stored(path))
+
+    def unmapped(self) -> TensorFolder:
+        """The same folder with maps of its own, which are gone when it is."""
+        return TensorFolder(self.path, self.stored, self.ranged)
+
+    def need(self, file: Path, start: int, stop: int) -> None:
+        """Have bytes [start, stop) of one of `files` on this machine.
+
+        Raises:
+            CheckpointError: they cannot be fetched.
+        """
+        if self.ranged is not None:
+            self.ranged.need(file, start, stop)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -97,6 +118,10 @@ class TensorFolder:
     def tensor(self, name: str) -> Tensor:
         """A tensor, as a view of the mapped file (a copy where the file leaves it unaligned)."""
         found = self._find(name)
+        self.need(found.file, found.start, found.stop)
+        return self._view(found)
+
+    def _view(self, found: StoredTensor) -> Tensor:
         data = self.data(found.file)[found.start : found.stop]
         if found.start % found.dtype.itemsize:  # older writers did not pad the header
             data = data.clone()
@@ -123,16 +148,28 @@ class TensorFolder:
         for file in self.files:
             digest.update(f"{file.name} {file.stat().st_size}\n".encode())
             tensors = [one for one in self.stored.values() if one.file == file]
-            with file.open("rb") as stream:
-                # samples are far apart: read-ahead would fetch megabytes for each
-                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-                for one in tensors:
-                    place = [one.name, str(one.dtype), one.shape, one.start]
-                    digest.update(json.dumps(place).encode())
-                    middle = max(one.start, (one.start + one.stop - _SAMPLE_BYTES) // 2)
-                    length = min(one.stop - middle, _SAMPLE_BYTES)
-                    digest.update(os.pread(stream.fileno(), length, middle))
+            for one, sample in zip(tensors, self._samples(file, tensors), strict=True):
+                place = [one.name, str(one.dtype), one.shape, one.start]
+                digest.update(json.dumps(place).encode())
+                digest.update(sample)
         return digest.hexdigest()
+
+    def _samples(self, file: Path, tensors: Sequence[StoredTensor]) -> list[bytes]:
+        """Bytes from the middle of each of a file's tensors."""
+
+        def bounds(one: StoredTensor) -> tuple[int, int]:
+            middle = max(one.start, (one.start + one.stop - _SAMPLE_BYTES) // 2)
+            return middle, min(one.stop, middle + _SAMPLE_BYTES)
+
+        ranged = self.ranged
+        if ranged is not None:  # no more of them than that
+            with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+                return list(pool.map(lambda one: ranged.read(file, *bounds(one)), tensors))
+        with file.open("rb") as stream:
+            # samples are far apart: read-ahead would fetch megabytes for each
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            pairs = [bounds(one) for one in tensors]
+            return [os.pread(stream.fileno(), stop - start, start) for start, stop in pairs]
 
     def check(
         self,
@@ -202,13 +239,19 @@ class TensorFolder:
         return found
 
     def _cut(self, name: str, dim: int, start: int, stop: int) -> Tensor:
-        shape = self.shape(name)
+        found = self._find(name)
+        shape = found.shape
         if not shape or not 0 <= start <= stop <= shape[dim]:
             raise CheckpointError(
-                f"{self._find(name).file}: tensor {name!r} of shape {list(shape)} has no range "
+                f"{found.file}: tensor {name!r} of shape {list(shape)} has no range "
                 f"{start}:{stop} in its {'first' if dim == 0 else 'last'} dimension"
             )
-        return self.tensor(name).narrow(dim, start, stop - start)
+        if dim == 0 and shape[0]:
+            row = found.nbytes // shape[0]
+            self.need(found.file, found.start + start * row, found.start + stop * row)
+        else:
+            self.need(found.file, found.start, found.stop)
+        return self._view(found).narrow(dim, start, stop - start)
 
     def data(self, file: Path) -> Tensor:
         """All bytes of one of `files`, uint8, as a view of its map."""
@@ -248,27 +291,31 @@ class Checkpoint(TensorFolder):
         config: AnyModel,
         stored: Mapping[str, StoredTensor],
         scheme: QuantScheme | None = None,
+        ranged: RangedFolder | None = None,
     ) -> None:
-        super().__init__(path, stored)
+        super().__init__(path, stored, ranged)
         self.config, self.scheme = config, scheme
 
     @classmethod
     def open(cls, path: Path | str) -> Checkpoint:
         """Read config, index and headers of a folder, or of what an fsspec URL names.
 
+        Of a URL's weights no more is fetched than is read.
+
         Raises:
             CheckpointError: something is missing, malformed or not what it should be; the
                 message names the file and the tensor.
         """
         if isinstance(path, str) and "://" in path:
-            from arriero.shards.checkpoint.remote import local_folder
+            from arriero.shards.checkpoint.remote import ranged_folder
 
-            path = local_folder(path)
-        folder = Path(path)
+            folder, ranged = ranged_folder(path)
+        else:
+            folder, ranged = Path(path), None
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: is not a folder; a model is a folder in HF layout")
         config, scheme = describe(folder)
-        return cls(folder, config, _stored(folder), scheme)
+        return cls(folder, config, _stored(folder, ranged), scheme, ranged)
 
     def check_whole(self) -> None:
         """`check` against all that config and form call for."""
@@ -301,8 +348,12 @@ def _map_bytes(file: Path) -> mmap.mmap:
         raise CheckpointError(f"{file}: cannot be mapped: {error}{remedy}") from None
 
 
-def _stored(folder: Path) -> dict[str, StoredTensor]:
-    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+def _stored(folder: Path, ranged: RangedFolder | None = None) -> dict[str, StoredTensor]:
+    files: dict[str, Path] = {}
+    if ranged is not None:
+        ranged.need_headers()
+        files = ranged.files
+    single, index = files.get(SINGLE_FILE, folder / SINGLE_FILE), folder / INDEX_FILE
     if single.is_file():
         return read_header(single)
     if not index.is_file():
@@ -310,7 +361,7 @@ def _stored(folder: Path) -> dict[str, StoredTensor]:
     placed = weight_map(index)
     found: dict[str, StoredTensor] = {}
     for file_name in sorted(set(placed.values())):
-        file = folder / file_name
+        file = files.get(file_name, folder / file_name)
         if not file.is_file():
             raise CheckpointError(f"{index}: names {file_name!r}, which is missing; fetch it")
         for name, one in read_header(file).items():

@@ -1,8 +1,9 @@
 """Checkpoints that are not on this machine yet: any fsspec URL, and Hugging Face's hub.
 
 A folder is copied to this node once, whole files at a time and several at once; a copy that was
-broken off goes on where it stopped. Knows names of files; refuses to know what is in them beyond
-the index, and never fetches a pickle.
+broken off goes on where it stopped. To load slices no weights are copied, but what the slices read
+(see `ranges`). Knows names of files; refuses to know what is in them beyond the index, and never
+fetches a pickle.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from arriero.shards.checkpoint.cache import cache_folder
 from arriero.shards.checkpoint.index import INDEX_FILE, SINGLE_FILE, weight_map
+from arriero.shards.checkpoint.ranges import RangedFolder
 from arriero.shards.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -45,6 +48,8 @@ HUB_PATTERNS = ["config.json", INDEX_FILE, "*.safetensors", "tokenizer.model", *
 
 _HUB_NAME = re.compile(r"[\w.\-]{1,96}/[\w.\-]{1,96}", re.ASCII)
 _STATE = ".arriero-copy.json"
+_RANGES = ".ranges"
+_NOT_THERE = (403, 404, 410)  # stores that do not list answer 403 for what is missing
 
 
 def is_url(where: str) -> bool:
@@ -67,6 +72,32 @@ def local_folder(where: str, progress: CopyProgress | None = None, *, weights: b
     """
     if not is_url(where):
         return Path(where)
+    with _copy_of(where, progress) as copy:
+        if isinstance(copy, Path):
+            return copy
+        copy.run(weights)
+        return copy.folder
+
+
+def ranged_folder(where: str) -> tuple[Path, RangedFolder | None]:
+    """The folder on this machine that a URL names, and what fetches its weights as they are read.
+
+    Returns:
+        The folder, with config, tokenizer and index; and where its weights are, None where they
+        all lie in it.
+
+    Raises:
+        CheckpointError: as `local_folder`.
+    """
+    with _copy_of(where, None) as copy:
+        if isinstance(copy, Path):
+            return copy, None
+        return copy.folder, copy.ranged()
+
+
+@contextmanager
+def _copy_of(where: str, progress: CopyProgress | None) -> Iterator[_Copy | Path]:
+    """What copies the URL's folder, alone on this node; or the folder, where it is local."""
     import fsspec
 
     try:
@@ -74,17 +105,17 @@ def local_folder(where: str, progress: CopyProgress | None = None, *, weights: b
     except (ValueError, ImportError) as error:
         raise CheckpointError(f"{where}: cannot be opened: {error}") from None
     if "local" in filesystem.protocol:
-        return Path(root)
+        yield Path(root)
+        return
     digest = hashlib.blake2b(where.rstrip("/").encode(), digest_size=6).hexdigest()
     name = re.sub(r"[^\w.\-]", "_", where.rstrip("/").rpartition("/")[2])[:80]
     folder = cache_folder() / "remote" / f"{name}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder.with_name(f".{folder.name}.lock")):
         try:
-            _Copy(filesystem, root.rstrip("/"), folder, where, progress).run(weights)
+            yield _Copy(filesystem, root.rstrip("/"), folder, where, progress)
         except (OSError, ValueError) as error:  # what filesystems raise has no common base
             raise CheckpointError(f"{where}: cannot be copied: {error}") from None
-    return folder
 
 
 class _Copy:
@@ -101,27 +132,69 @@ class _Copy:
         self._fs, self._root, self._folder, self._where = filesystem, root, folder, where
         self._progress = progress
         self._state: dict[str, list[Any]] = {}
+        self._has_index = False
         self._lock = threading.Lock()
         self._done = self._total = 0
 
+    @property
+    def folder(self) -> Path:
+        """Where the copy is."""
+        return self._folder
+
     def run(self, with_weights: bool) -> None:
         """Copy what is missing or has changed."""
+        self._fetch_small()
+        if with_weights:
+            self._fetch(self._weights())
+            shutil.rmtree(self._folder / _RANGES, ignore_errors=True)
+
+    def ranged(self) -> RangedFolder | None:
+        """Copy what is small; what fetches the weights, None where they are all here.
+
+        They are where they were copied whole before, and where the server knows no ranges.
+        """
+        self._fetch_small()
+        found = self._weights()
+        if all(self._is_here(name, one) for name, one in found.items()):
+            return None
+        if any(not size for size, _ in found.values()) or not self._serves_ranges(min(found)):
+            self._fetch(found)
+            return None
+        return RangedFolder(self._fs, self._root, self._folder / _RANGES, found, self._where)
+
+    def _fetch_small(self) -> None:
         file = self._folder / _STATE
         if file.is_file():
             self._state = json.loads(file.read_text())
         small = self._known(["config.json", *SMALL_FILES, INDEX_FILE])
         if "config.json" not in small:
             raise CheckpointError(f"{self._where}/config.json: missing; a model folder holds one")
+        self._has_index = INDEX_FILE in small
         self._fetch(small)
-        if not with_weights:
-            return
+
+    def _weights(self) -> dict[str, list[Any]]:
+        """Size and version of each file of weights."""
         weights = [SINGLE_FILE]
-        if INDEX_FILE in small:
+        if self._has_index:
             weights = sorted(set(weight_map(self._folder / INDEX_FILE).values()))
         found = self._known(weights)
         if missing := [name for name in weights if name not in found]:
             raise CheckpointError(f"{self._where}: holds no {missing[0]}")
-        self._fetch(found)
+        return found
+
+    def _serves_ranges(self, name: str) -> bool:
+        """Plain web servers may send the whole file instead, which this breaks off."""
+        if "http" not in self._fs.protocol:
+            return True
+        try:
+            with self._fs.open(f"{self._root}/{name}", cache_type="none") as stream:
+                stream.seek(8)  # from the start a whole file does for a range
+                return len(stream.read(8)) == 8
+        except (OSError, ValueError):
+            return False
+
+    def _is_here(self, name: str, known: list[Any]) -> bool:
+        return self._state.get(name) == known and (self._folder / name).is_file()
 
     def _known(self, names: list[str]) -> dict[str, list[Any]]:
         """Size and version of each file that exists."""
@@ -129,8 +202,13 @@ class _Copy:
         def look(name: str) -> list[Any] | None:
             try:
                 info = self._fs.info(f"{self._root}/{name}")
-            except FileNotFoundError:
-                return None
+            except FileNotFoundError as error:  # for HTTP, whatever went wrong
+                cause = error.__cause__
+                if cause is None or getattr(cause, "status", None) in _NOT_THERE:
+                    return None
+                raise CheckpointError(
+                    f"{self._where}/{name}: cannot be reached: {cause or type(cause).__name__}"
+                ) from None
             version = next((info[key] for key in _VERSIONS if info.get(key)), None)
             return [info.get("size"), str(version)]
 
@@ -139,11 +217,7 @@ class _Copy:
             return {name: one for name, one in looked if one is not None}
 
     def _fetch(self, known: dict[str, list[Any]]) -> None:
-        due = {
-            name: one
-            for name, one in known.items()
-            if self._state.get(name) != one or not (self._folder / name).is_file()
-        }
+        due = {name: one for name, one in known.items() if not self._is_here(name, one)}
         with self._lock:
             self._total += sum(one[0] or 0 for one in due.values())
         with ThreadPoolExecutor(FILES_AT_ONCE) as pool:

@@ -32,7 +32,7 @@ from arriero.kernels.ops import (
 )
 from arriero.kernels.wire import Wire
 from arriero.shards.checkpoint.formats.stored import tensors_due
-from arriero.shards.checkpoint.reader import Checkpoint, TensorFolder
+from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.experts import ExpertParallel, Loads
 from arriero.shards.kv.moves import Pool
 from arriero.shards.mesh import Mesh
@@ -92,7 +92,8 @@ class Llama4Slice:
         config = checkpoint.config
         assert isinstance(config, Llama4Config), "a Llama 4 checkpoint"
         self.config, self.ops, self.mesh, self.dtype = config, ops, mesh, dtype
-        path, scheme = checkpoint.path, checkpoint.scheme  # the folder would keep its files mapped
+        scheme = checkpoint.scheme
+        later = checkpoint.unmapped()  # the folder itself would keep its files mapped
 
         first_out = part.layers.stop - offload_layers
         folder = offload_folder or Path(tempfile.gettempdir())
@@ -102,7 +103,7 @@ class Llama4Slice:
 
         def expert(layer: int, expert: int) -> tuple[Linear, Linear]:
             loader = Loader(
-                TensorFolder.of(path), scheme, (), part, ops, dtype=dtype, quantization=quantization
+                later.unmapped(), scheme, (), part, ops, dtype=dtype, quantization=quantization
             )
             with held_of(layer):
                 return loader.expert(f"{self._name(layer)}{_EXPERTS}", expert, part.expert_columns)

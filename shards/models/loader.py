@@ -36,7 +36,7 @@ Progress = Callable[[int, int], None]
 """Called with (bytes packed, bytes in all) while a rank's weights load."""
 
 PAGED_BYTES = 64 << 20
-"""A slice of fewer bytes loads without the help of a `Pager`."""
+"""A slice of fewer bytes that are all here loads without the help of a `Pager`."""
 
 QUANTIZERS: dict[str, Callable[[Tensor], QuantizedWeight]] = {
     "int8": quantize_int8,
@@ -90,7 +90,8 @@ class Loader:
         self._bytes: Counter[int | None] = Counter()
         for one in ordered:
             self._bytes[one.layer] += bytes_read([one], part)
-        self._pager = Pager(folder, ranges) if self._total > PAGED_BYTES else None
+        paged = self._total > PAGED_BYTES or folder.ranged is not None
+        self._pager = Pager(folder, ranges) if paged else None
         self._progress, self._done = progress, 0
         self._used = 0  # of the bytes not done yet: of this layer's products
 

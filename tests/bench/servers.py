@@ -126,7 +126,17 @@ def measure(args: argparse.Namespace, url: str, streams: int, folder: Path) -> d
     return {name: found[name] for name in FIGURES}
 
 
+def row(name: str, streams: int, found: dict[str, float]) -> str:
+    return f"{name:8}{streams:8}" + "".join(f"{found[figure]:20.2f}" for figure in FIGURES)
+
+
+def stop(*_: object) -> None:
+    """Leave by the way out, so that the servers end too."""
+    raise SystemExit("stopped")
+
+
 def main() -> None:
+    signal.signal(signal.SIGTERM, stop)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("dir", type=Path, help="what tests/bench/peers/setup.sh made")
     parser.add_argument("--model", type=Path, help="a checkpoint; by default DIR/model")
@@ -142,6 +152,7 @@ def main() -> None:
     args.dir = args.dir.absolute()
     args.model = (args.model or args.dir / "model").absolute()
     names = [args.only] if args.only else list(SERVERS)
+    print(f"{'server':8}{'streams':>8}" + "".join(f"{words:>20}" for words in FIGURES.values()))
     cells: dict[str, dict[int, list[dict[str, float]]]] = {
         name: {streams: [] for streams in args.streams} for name in names
     }
@@ -151,7 +162,9 @@ def main() -> None:
                 folder = Path(made)
                 with SERVERS[name](args, folder) as url:
                     for streams in args.streams:
-                        cells[name][streams].append(measure(args, url, streams, folder))
+                        found = measure(args, url, streams, folder)
+                        print(row(name, streams, found), flush=True)
+                        cells[name][streams].append(found)
     table = {
         name: {
             streams: {figure: statistics.median(r[figure] for r in rounds) for figure in FIGURES}
@@ -159,10 +172,11 @@ def main() -> None:
         }
         for name, by_streams in cells.items()
     }
-    print(f"{'server':8}{'streams':>8}" + "".join(f"{words:>20}" for words in FIGURES.values()))
-    for name, by_streams in table.items():
-        for streams, found in by_streams.items():
-            print(f"{name:8}{streams:8}" + "".join(f"{found[f]:20.2f}" for f in FIGURES))
+    if args.rounds > 1:
+        print("medians")
+        for name, by_streams in table.items():
+            for streams, found in by_streams.items():
+                print(row(name, streams, found))
     if args.out is not None:
         args.out.write_text(json.dumps(table, indent=2))
 

@@ -20,9 +20,12 @@ class Model:
         self.groups = groups
         self.now_s = 0.0
 
-    def run(self, seconds: int, sequences: int, wait_s: float = 0.0) -> int:
+    def run(
+        self, seconds: int, sequences: int, wait_s: float = 0.0, serving: int | None = None
+    ) -> int:
         for _ in range(seconds):
-            demand = Demand(sequences=sequences, capacity=32, wait_s=wait_s)
+            serve = self.groups if serving is None else serving
+            demand = Demand(sequences=sequences, capacity=32, serving=serve, wait_s=wait_s)
             self.groups = self.policy.count(demand, self.groups, self.now_s)
             self.now_s += 1.0
         return self.groups
@@ -62,6 +65,13 @@ def test_to_zero_and_back() -> None:
     assert model.run(30, 1) == 1
 
 
+def test_a_group_on_its_way_is_wanted_until_it_serves() -> None:
+    model = Model(replace(LIMITS, least=0))
+    assert model.run(300, 0, serving=0) == 1
+    assert model.run(59, 0) == 1
+    assert model.run(5, 0) == 0
+
+
 @given(
     st.integers(0, 3),
     st.integers(1, 6),
@@ -74,7 +84,7 @@ def test_the_count_stays_within_its_limits(
     policy, groups, now_s = Autoscaler(limits), max(1, least), 0.0
     for sequences, wait_s, pause_s in asked:
         now_s += pause_s
-        demand = Demand(sequences=sequences, capacity=16, wait_s=wait_s)
+        demand = Demand(sequences=sequences, capacity=16, serving=groups, wait_s=wait_s)
         groups = policy.count(demand, groups, now_s)
         assert limits.least <= groups <= limits.most
         assert groups or not sequences, "whoever asks is served"

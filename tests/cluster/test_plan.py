@@ -300,8 +300,12 @@ def test_a_quantized_folder_allocates_what_was_planned(
 ) -> None:
     backend(kernels)
     quantized_llama(tmp_path, form, layers=1)
-    config = GroupConfig(
-        model_path=str(tmp_path),
+    check_group(small_group(tmp_path, tp, kernels), kernels)
+
+
+def small_group(path: Path, tp: int, kernels: Kernels) -> GroupConfig:
+    return GroupConfig(
+        model_path=str(path),
         dtype="float32",
         tp=tp,
         kernels=kernels,
@@ -309,7 +313,21 @@ def test_a_quantized_folder_allocates_what_was_planned(
         num_blocks=4,
         max_model_len=64,
     )
-    check_group(config, kernels)
+
+
+@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+def test_columns_in_an_order_of_their_own_are_planned(tmp_path: Path, kernels: Kernels) -> None:
+    """Exactly where they are whole, and not too little where they are cut."""
+    backend(kernels)
+    quantized_llama(tmp_path, "gptq-act-order", layers=1)
+    check_group(small_group(tmp_path, 1, kernels), kernels)
+    model = find_model(str(tmp_path))
+    weights = weights_as(model.config, model.scheme, "checkpoint")
+    plan = plan_group(model, weights, Layout(tp=2), Demand(context=64), H100, kernels)
+    config = resolve(small_group(tmp_path, 2, kernels), model.config)
+    for rank in plan.ranks:
+        held = Runner(config, rank.part.rank).weights_nbytes
+        assert held <= rank.weights.total < 1.5 * held
 
 
 @pytest.mark.parametrize("kernels", ["reference", "cpu"])
@@ -487,6 +505,30 @@ def test_tables_name_ranks_and_contexts(
     assert code == 0
     for said in ("shared expert", "1,048,576", "TP8 EP8", "48.32"):
         assert said in out
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (
+            "llama-3.1-405b --dtype fp8-shipped",
+            "llama-3.1-405b, fp8-shipped, on 1 x 8 h100-80g of 84.93 GB\n"
+            "TP8 works, 1 group of 8: a group's weights take 487.41 GB, the fullest rank's "
+            "60.93 GB\nKV cache of a group: 288,288 tokens, 35 sequences of 8,192 at once\n",
+        ),
+        # smaller forms are ranked, but the weights as published are what is planned
+        ("llama-3.1-8b --gpu rtx4090-24g --gpus-per-node 1", "llama-3.1-8b, bfloat16, on 1 x 1"),
+        ("llama-3.1-405b", "llama-3.1-405b, fp8-shipped, on 1 x 8"),
+        ("llama-3.1-405b --tp 8", "TP8 does not fit, as said below the tables\n"),
+        ("llama-3.1-405b --tp 8", "rank 0 lacks 22.48 GB: its weights are 101.48 of 84.93 GB"),
+    ],
+)
+def test_what_a_newcomer_reads(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, args: str, said: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
+    _, out, _ = run(capsys, "--model", *args.split())
+    assert said in out
 
 
 def test_a_spec_is_planned_as_the_leader_will_decide(

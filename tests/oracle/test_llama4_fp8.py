@@ -21,7 +21,7 @@ from support.groups import running
 from support.models import llama4_settings, llama4_weights, tiny_llama4, write_safetensors
 
 TEXT = [(7 + 3 * j * j) % 128 for j in range(80)]
-SETTINGS = {"moe_step": 2, "qk_norm": False, "experts": 4}
+SETTINGS = {"moe_step": 2, "qk_norm": False, "experts": 4, "heads": 6, "kv_heads": 3}
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,9 @@ def expected(folders: tuple[Path, Path]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "layout", [{}, {"tp": 2}, {"dp": 2, "spare_experts": 1}, {"pp": 2}, {"dp": 2}], ids=str
+    "layout",
+    [{}, {"tp": 2}, {"tp": 3}, {"dp": 2, "spare_experts": 1}, {"pp": 2}, {"dp": 2}],
+    ids=str,
 )
 def test_eight_bits(
     folders: tuple[Path, Path], expected: torch.Tensor, layout: dict[str, int]

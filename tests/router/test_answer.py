@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tokenizers import Tokenizer
 
-from arriero.router.answer import Answer
+from arriero.router.answer import Answer, Piece
 from arriero.router.conversation import TextModel
 from arriero.router.gateway import Gateway, GatewayConfig
 from arriero.router.link import LinkServer
@@ -33,12 +33,32 @@ def steps(tokens: list[int], index: int = 0, stop_token: int | None = None) -> l
     return [*made, last]
 
 
+def add(made: Answer, outputs: list[SequenceOutput]) -> pb.GenerateResponse:
+    """A message that must come, in the wire's form."""
+    message = made.add(outputs)
+    assert message is not None
+    return message.to_wire() if isinstance(message, Piece) else message
+
+
+@pytest.mark.parametrize("options", [{}, {"include_token_ids": False}, {"include_text": False}])
+def test_a_piece_says_what_a_whole_message_would(
+    llama_tokenizer: Tokenizer, options: dict[str, object]
+) -> None:
+    ids = llama_tokenizer.encode("¿qué? 日本 🦙 sí", add_special_tokens=False).ids
+    plain = answer(llama_tokenizer, **options)
+    watched = answer(llama_tokenizer, stop=("never",), **options)
+    said = [(plain.add([one]), watched.add([one])) for one in steps(ids)]
+    assert any(isinstance(piece, Piece) for piece, _ in said)
+    for piece, message in said:
+        assert not isinstance(message, Piece)
+        assert (piece.to_wire() if isinstance(piece, Piece) else piece) == message
+
+
 def test_steps_that_arrive_together_make_one_output_a_sample(llama_tokenizer: Tokenizer) -> None:
     ids = llama_tokenizer.encode("el arriero 🦙 sube", add_special_tokens=False).ids
     made = answer(llama_tokenizer, n=2)
     both = [o for pair in zip(steps(ids), steps(ids, 1), strict=True) for o in pair]
-    message = made.add(both)
-    assert message is not None
+    message = add(made, both)
     assert [(o.index, o.text, list(o.token_ids)) for o in message.outputs] == [
         (0, "el arriero 🦙 sube", ids),
         (1, "el arriero 🦙 sube", ids),
@@ -52,11 +72,11 @@ def test_one_sample_may_stop_before_the_other(llama_tokenizer: Tokenizer) -> Non
     ids = llama_tokenizer.encode("uno STOP dos", add_special_tokens=False).ids
     made = answer(llama_tokenizer, n=2, stop=("STOP",))
     first = [made.add([o]) for o in steps(ids)]
-    assert "".join(o.text for m in first if m for o in m.outputs) == "uno "
+    assert not any(isinstance(m, Piece) for m in first)
+    assert "".join(o.text for m in first if m for o in m.outputs) == "uno "  # type: ignore[union-attr]
     assert not made.finished
-    last = made.add(steps([ids[0]], index=1))
+    last = add(made, steps([ids[0]], index=1))
     assert made.finished
-    assert last is not None
     assert last.HasField("usage")
 
 
@@ -66,8 +86,7 @@ def test_the_stop_tokens_text_is_sent_only_when_asked_for(
 ) -> None:
     ids = llama_tokenizer.encode("hola", add_special_tokens=False).ids
     made = answer(llama_tokenizer, include_stop=include)
-    message = made.add(steps(ids, stop_token=ids[-1]))
-    assert message is not None
+    message = add(made, steps(ids, stop_token=ids[-1]))
     (output,) = message.outputs
     assert list(output.token_ids) == ids
     shown = ids if include else ids[:-1]

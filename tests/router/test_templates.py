@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,8 @@ def test_llama3_1_and_3_2(name: str) -> None:
     )
     assert lay_out(name, TALK) == head + "Be brief." + tail
     assert lay_out(name, TALK[1:]) == head + tail
-    assert len(lay_out(name, TALK, date_string=None)) == len(head + "Be brief." + tail)
+    day = "26 Jul 2024" if name == "llama3.1" else datetime.now().strftime("%d %b %Y")
+    assert f"Today Date: {day}\n" in lay_out(name, TALK, date_string=None)
 
 
 def test_llama4() -> None:
@@ -84,6 +86,70 @@ def test_calls_that_a_template_writes_are_calls_to_the_parser(name: str) -> None
         ToolCall("now", "{}"),
     ]
     assert '{"rain": true}' in text
+
+
+MARKS = {
+    "llama3.1": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "llama3.2": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "llama4": ("<|header_start|>", "<|header_end|>", "<|eot|>"),
+}
+
+
+@pytest.mark.parametrize("name", MARKS)
+def test_functions_stand_in_the_first_turn_of_the_user(name: str) -> None:
+    start, end, over = MARKS[name]
+    shown = json.dumps(TOOLS[0], indent=4) + "\n\n"
+    turns = lay_out(name, TALK, tools=TOOLS).split(start)
+    assert [turn.split(end)[0] for turn in turns[1:]] == ["system", "user", "assistant"]
+    assert turns[1].startswith(f"system{end}\n\nEnvironment: ipython\n")
+    assert turns[1].endswith(f"Be brief.{over}") and "weather" not in turns[1]
+    assert turns[2].startswith(f"user{end}\n\nThese functions")
+    assert turns[2].endswith(f"{shown}Hi!{over}")
+    turns = lay_out(name, TALK, tools=TOOLS, tools_in_user_message=False).split(start)
+    assert turns[1].endswith(f"{shown}Be brief.{over}")
+    assert turns[2] == f"user{end}\n\nHi!{over}"
+    # without words of the user to put them before, they need the system turn
+    greeted = [{"role": "assistant", "content": "Hello."}]
+    turns = lay_out(name, greeted, tools=TOOLS).split(start)
+    assert turns[1].endswith(f"{shown}{over}")
+    assert turns[2] == f"assistant{end}\n\nHello.{over}"
+
+
+@pytest.mark.parametrize("name", MARKS)
+def test_results_of_tools_are_json(name: str) -> None:
+    start, end, over = MARKS[name]
+    for result, written in (
+        ("wet", '"wet"'),
+        ('{"a": 1}', '"{\\"a\\": 1}"'),
+        ({"a": 1}, '{"a": 1}'),
+    ):
+        text = lay_out(name, [*CALLED[:2], {"role": "tool", "content": result}], tools=TOOLS)
+        assert f"{over}{start}ipython{end}\n\n{written}{over}" in text
+
+
+def test_builtin_tools_of_llama3_1() -> None:
+    arguments = {"query": "rain in Puno"}
+    search = {"function": {"name": "brave_search", "arguments": arguments}}
+    called = [CALLED[0], {"role": "assistant", "content": "", "tool_calls": [search]}]
+    builtin = ["code_interpreter", "brave_search", "wolfram_alpha"]
+    text = lay_out("llama3.1", called, builtin_tools=builtin)
+    assert text.startswith(
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nEnvironment: ipython\n"
+        "Tools: brave_search, wolfram_alpha\n\nCutting Knowledge Date: December 2023\n"
+    )
+    call = '<|python_tag|>brave_search.call(query="rain in Puno")'
+    assert f"assistant<|end_header_id|>\n\n{call}<|eom_id|>" in text
+    parser = ToolCallParser(["brave_search"])
+    assert parser.add(call, final=True) == [ToolCall("brave_search", json.dumps(arguments))]
+
+
+def test_llama4_keeps_words_and_images_as_they_are() -> None:
+    parts = [{"type": "image"}, {"type": "text", "text": " What? "}]
+    text = lay_out("llama4", [{"role": "user", "content": parts}], tools=TOOLS)
+    assert "\n\n<|image|> What? <|eot|>" in text
+    said = {**CALLED[1], "content": "Let me see."}
+    text = lay_out("llama4", [CALLED[0], said], tools=TOOLS)
+    assert '<|python_start|>Let me see.<|python_end|>{"name": "weather", "parameters": {' in text
 
 
 @pytest.mark.parametrize(

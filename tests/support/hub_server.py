@@ -80,9 +80,11 @@ def hub(name: str, folder: Path) -> Iterator[Hub]:
             }
             status, asked = 200, self.headers.get("Range")
             if asked:
-                first = int(asked.removeprefix("bytes=").split("-")[0])
-                headers["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
-                status, data = 206, data[first:]
+                first, _, last = asked.removeprefix("bytes=").partition("-")
+                piece = data[int(first) : int(last) + 1 if last else len(data)]
+                end = int(first) + len(piece) - 1
+                headers["Content-Range"] = f"bytes {first}-{end}/{len(data)}"
+                status, data = 206, piece
             self.send_response(status)
             for key, value in (headers | {"Content-Length": str(len(data))}).items():
                 self.send_header(key, value)

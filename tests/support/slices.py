@@ -57,7 +57,7 @@ def exact_ops(kernels: str) -> Ops:
 
 
 def logits_of(
-    path: Path,
+    path: Path | str,
     tokens: list[int],
     *,
     tp: int = 1,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from arriero.router.card import ModelCard
 from arriero.router.gateway import Gateway, GatewayConfig, GroupAddress
 from arriero.router.link import LinkServer
 from arriero.router.tenants.tenant import QueueLimits
+from arriero.shards.engine.types import EngineStats
 from arriero.shards.group import GroupConfig
 from support.frontdoor import LLAMA3, LLAMA_SPECIALS, make_card, make_tokenizer
 from support.groups import Group, running
@@ -30,13 +33,64 @@ class Target:
     http: str
     group: Group
 
-    def check_nothing_is_left(self) -> None:
-        """Every block is free again soon after the last call, and the engine lives."""
+    def left(self) -> EngineStats:
+        """What the engine still holds a while after the last call."""
         deadline = time.monotonic() + 10
         while (stats := self.group.engine.stats()).blocks_used and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert (stats.num_running, stats.num_waiting, stats.blocks_used) == (0, 0, 0), stats
-        assert self.group.engine.failure is None
+        return stats
+
+
+class Findings:
+    """What a fuzzer saw, from several threads; `close` says it in a line, and fails on faults.
+
+    Args:
+        kind: of the fuzzer, for that line.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+        self._lock = threading.Lock()
+        self.statuses: Counter[str] = Counter()
+        self._unstated: list[str] = []
+        self._tracebacks: list[str] = []
+
+    def see(self, status: str, case: object, words: str, *, stated: bool) -> None:
+        """Take an answer in.
+
+        Args:
+            status: its status.
+            case: what was asked.
+            words: what the client was told.
+            stated: the status is one that the API states for such a case.
+        """
+        shown = f"{status}: {words[:500]}: {case}"
+        with self._lock:
+            self.statuses[status] += 1
+            if not stated:
+                self._unstated.append(shown)
+            if "Traceback" in words or 'File "' in words:
+                self._tracebacks.append(shown)
+
+    def close(self, target: Target, records: Sequence[logging.LogRecord]) -> None:
+        """Say what was seen, and raise if anything was wrong."""
+        left = target.left()
+        logged = [
+            record.getMessage()
+            for record in records
+            if record.exc_info is not None and record.name.startswith("arriero")
+        ]
+        print(
+            f"\n{self._kind}: {self.statuses.total()} cases, {dict(self.statuses)}; "
+            f"{len(self._unstated)} answers that are not stated, "
+            f"{len(self._tracebacks)} tracebacks to clients, {len(logged)} in the log, "
+            f"{left.blocks_used} blocks leaked, {left.num_running + left.num_waiting} requests left"
+        )
+        assert not self._unstated, self._unstated[:5]
+        assert not self._tracebacks, self._tracebacks[:5]
+        assert not logged, logged[:5]
+        assert (left.num_running, left.num_waiting, left.blocks_used) == (0, 0, 0), left
+        assert target.group.engine.failure is None
 
 
 @contextmanager

@@ -65,9 +65,21 @@ class ProductReader:
         self._folder, self._scheme = folder, scheme
 
     def product(
-        self, name: str, rows: Span | None = None, columns: Span | None = None
+        self,
+        name: str,
+        rows: Span | None = None,
+        columns: Span | None = None,
+        *,
+        alike: bool = False,
     ) -> StoredProduct:
         """The matrix `name` (without `.weight`), or the rows and columns asked for.
+
+        Args:
+            name: of the module.
+            rows: None for all.
+            columns: None for all.
+            alike: equal cuts of equal matrices must give equal shapes, as one launch over many
+                experts wants: columns sorted by group fill up every group.
 
         Raises:
             CheckpointError: it is not there, its scales are not finite, or a cut leaves groups of
@@ -79,7 +91,7 @@ class ProductReader:
             return self._packed(name, rows, columns)
         if self._scheme.method == "awq":
             return self._awq(name, rows, columns)
-        return self._gptq(name, rows, columns)
+        return self._gptq(name, rows, columns, alike)
 
     def expert(
         self, prefix: str, expert: int, columns: Span | None = None
@@ -95,9 +107,9 @@ class ProductReader:
         if fused not in self._folder.stored:
             name = f"{prefix}.{expert}."
             return (
-                self.product(f"{name}gate_proj", rows=columns),
-                self.product(f"{name}up_proj", rows=columns),
-                self.product(f"{name}down_proj", columns=columns),
+                self.product(f"{name}gate_proj", rows=columns, alike=True),
+                self.product(f"{name}up_proj", rows=columns, alike=True),
+                self.product(f"{name}down_proj", columns=columns, alike=True),
             )
         gate_up_IO = self._one(fused, expert)
         down_IO = self._one(f"{prefix}.down_proj", expert)
@@ -108,10 +120,10 @@ class ProductReader:
         return StoredProduct(weight=gate), StoredProduct(weight=up), StoredProduct(weight=down)
 
     def _one(self, name: str, expert: int) -> Tensor:
-        whole = self._folder.tensor(name)
-        if not 0 <= expert < whole.shape[0]:
-            raise CheckpointError(f"tensor {name!r} holds {whole.shape[0]} experts, not {expert}")
-        return whole[expert]
+        held = self._folder.shape(name)[0]
+        if not 0 <= expert < held:
+            raise CheckpointError(f"tensor {name!r} holds {held} experts, not {expert}")
+        return self._folder.rows(name, expert, expert + 1)[0]
 
     def _eight_bits_or_plain(
         self, name: str, rows: Span | None, columns: Span | None
@@ -185,7 +197,9 @@ class ProductReader:
         scales_GO = self._finite(f"{name}.scales", needed, rows)
         return _four_bits(_trim(levels_IO, rows), zeros_GO[index_G], scales_GO[index_G], group)
 
-    def _gptq(self, name: str, rows: Span | None, columns: Span | None) -> StoredProduct:
+    def _gptq(
+        self, name: str, rows: Span | None, columns: Span | None, alike: bool
+    ) -> StoredProduct:
         assert self._scheme is not None
         group_of_I = self._folder.tensor(f"{name}.g_idx").long()
         num_inputs = len(group_of_I)
@@ -206,7 +220,13 @@ class ProductReader:
         own_I = group_of_I[own.start : own.stop]
         if int(group_of_I.min()) < 0 or int(group_of_I.max()) >= len(scales_GO):
             raise CheckpointError(f"tensor {name + '.g_idx'!r} names groups beyond its scales")
-        return self._sorted(levels_IO, zeros_GO, scales_GO, own_I)
+        most = int(torch.bincount(group_of_I).max())
+        if alike and most > whole_group:
+            raise CheckpointError(
+                f"tensor {name + '.g_idx'!r} gives a group {most} columns; the group size is "
+                f"{whole_group}"
+            )
+        return self._sorted(levels_IO, zeros_GO, scales_GO, own_I, whole_group if alike else 0)
 
     def _groups(
         self, name: str, columns: Span | None, num_columns: int
@@ -231,15 +251,21 @@ class ProductReader:
         return group, needed, index_G
 
     def _sorted(
-        self, levels_IO: Tensor, zeros_GO: Tensor, scales_GO: Tensor, group_of_I: Tensor
+        self,
+        levels_IO: Tensor,
+        zeros_GO: Tensor,
+        scales_GO: Tensor,
+        group_of_I: Tensor,
+        width: int,
     ) -> StoredProduct:
-        """Sort columns by group; groups of fewer members are filled with zero elements.
+        """Sort columns by group; groups of fewer than `width` are filled with zero elements.
 
-        A slice of the columns holds a part of every group, so that its groups differ in size.
+        A slice of the columns holds a part of every group, so that its groups differ in size; the
+        largest gives the width where it exceeds the one asked for.
         """
         num_groups = scales_GO.shape[0]
         counts_G = torch.bincount(group_of_I, minlength=num_groups)
-        width = int(counts_G.max())
+        width = max(width, int(counts_G.max()))
         width += width % 2  # whole bytes
         order_I = torch.argsort(group_of_I, stable=True)
         starts_G = torch.cumsum(counts_G, 0) - counts_G
@@ -265,17 +291,18 @@ class ProductReader:
         return self._cut(name, first, _in_words(rows))
 
     def _cut(self, name: str, first: Span | None, last: Span | None) -> Tensor:
-        found = self._folder.tensor(name)
-        for dim, span in ((0, first), (found.ndim - 1, last)):
-            if span is None:
-                continue
-            if not 0 <= span.start <= span.stop <= found.shape[dim]:
-                raise CheckpointError(
-                    f"tensor {name!r} of shape {list(found.shape)} has no {span.start}:{span.stop} "
-                    f"in dimension {dim}"
-                )
-            found = found.narrow(dim, span.start, span.size)
-        return found
+        if first is None:
+            found = self._folder.tensor(name)
+        else:
+            found = self._folder.rows(name, first.start, first.stop)
+        if last is None:
+            return found
+        if not 0 <= last.start <= last.stop <= found.shape[-1]:
+            raise CheckpointError(
+                f"tensor {name!r} of shape {list(found.shape)} has no {last.start}:{last.stop} in "
+                "its last dimension"
+            )
+        return found.narrow(-1, last.start, last.size)
 
     def _check_finite(self, name: str, scales: Tensor) -> None:
         num_unfit = int(scales.numel() - torch.isfinite(scales).sum())

@@ -96,6 +96,63 @@ def test_a_full_queue_refuses_whoever_fills_it() -> None:
     assert door.waiting_by_tenant() == {"flood": 9, "quiet": 1}
 
 
+def test_what_has_no_chance_is_refused_before_work_is_spent_on_it() -> None:
+    door = Admission(QueueLimits(max_queued=10))
+    flood, quiet = Tenant(name="flood"), Tenant(name="quiet")
+    door.refuse_early(flood, 0, None, 0.0)
+    for _ in range(10):
+        door.refuse_early(flood, 0, None, 0.0)
+        door.offer(ticket(flood), 0.0)
+    with pytest.raises(Overloaded, match="'flood' has most"):
+        door.refuse_early(flood, 0, None, 0.0)
+    door.refuse_early(flood, -1, None, 0.0)  # pushes out another of its own
+    door.refuse_early(quiet, 0, None, 0.0)
+    assert door.num_waiting == 10
+    narrow = Tenant(name="narrow", max_queued=1, requests_per_minute=6)
+    door.offer(ticket(narrow), 0.0)
+    with pytest.raises(Overloaded, match="`max_queued`"):
+        door.refuse_early(narrow, 0, None, 0.0)
+    busy, tenant = busy_door(QueueLimits())
+    with pytest.raises(Overloaded, match="deadline"):
+        busy.refuse_early(tenant, 0, 20.0 + 5, 20.0)
+
+
+@given(st.integers(0, 2**32))
+@settings(max_examples=60, deadline=None)
+def test_whatever_is_refused_early_would_have_been_refused(seed: int) -> None:
+    rng = random.Random(seed)
+    door = Admission(QueueLimits(max_queued=6, max_wait_s=3))
+    tenants = [
+        Tenant(name="a", requests_per_minute=30),
+        Tenant(name="b", tokens_per_minute=300, weight=2),
+        Tenant(name="c", max_queued=2),
+        Tenant(name="d"),
+    ]
+    running: list[Ticket] = []
+    now_s = 0.0
+    for _ in range(300):
+        now_s += rng.uniform(0, 0.2)
+        tenant, priority = rng.choice(tenants), rng.choice([0, 0, 0, -1, 1])
+        deadline_s = rng.choice([None, now_s + rng.uniform(0, 5)])
+        try:
+            door.refuse_early(tenant, priority, deadline_s, now_s)
+            hopeless = False
+        except Overloaded:
+            hopeless = True
+        one = ticket(tenant, rng.randint(1, 20), 10, priority=priority, deadline_s=deadline_s)
+        try:
+            door.offer(one, now_s)
+            assert not hopeless
+        except Overloaded:
+            pass
+        running += door.turns(2, now_s)
+        for each in list(running):
+            door.used(each, 1, now_s)
+            if rng.random() < 0.1:
+                running.remove(each)
+                door.leave(each, now_s)
+
+
 def busy_door(limits: QueueLimits, rate: float = 100.0) -> tuple[Admission, Tenant]:
     """A door that has served `rate` of cost a second for a while, and has 1000 waiting."""
     door = Admission(limits)

@@ -28,9 +28,13 @@ FORMS = {
     "compressed-fp8": QuantScheme(method="compressed-tensors", activation_bound=float("inf")),
     "fp8-weights": QuantScheme(method="compressed-tensors"),
     "packed-4": QuantScheme(method="pack-quantized", bits=4, group_size=32),
+    "packed-4-zeros": QuantScheme(method="pack-quantized", bits=4, group_size=32, symmetric=False),
     "packed-8": QuantScheme(method="pack-quantized", bits=8),
     "awq": QuantScheme(method="awq", group_size=32),
     "gptq": QuantScheme(method="gptq", group_size=32, zero_offset=1),
+    "gptq-v2": QuantScheme(method="gptq", group_size=32),
+    "gptq-act-order": QuantScheme(method="gptq", group_size=16, zero_offset=1, act_order=True),
+    "gptq-v2-act-order": QuantScheme(method="gptq", group_size=16, act_order=True),
 }
 
 
@@ -48,13 +52,24 @@ def written(path: Path, form: str) -> dict[str, Tensor]:
                 continue
             seed = 10 * e + at
             if form.startswith("packed"):
-                bits = int(form[-1])
+                bits = 8 if "8" in form else 4
                 group = 32 if bits == 4 else columns
-                made, full = packed(module, rows, columns, group, seed, bits, False)
+                zeros = form.endswith("zeros")
+                made, full = packed(module, rows, columns, group, seed, bits, zeros)
             elif form == "awq":
                 made, full = awq(module, rows, columns, 32, seed)
-            elif form == "gptq":
-                made, full = gptq(module, rows, columns, 32, seed, act_order=False, version=1)
+            elif form.startswith("gptq"):
+                ordered = "act-order" in form
+                made, full = gptq(
+                    module,
+                    rows,
+                    columns,
+                    16 if ordered else 32,
+                    seed,
+                    act_order=ordered,
+                    version=2 if "v2" in form else 1,
+                    order_seed=2 * e + (name == "down_proj"),  # gate and up have one order
+                )
             else:
                 made, full = fp8(module, rows, columns, seed, torch.bfloat16)
                 made[f"{module}.weight_scale"] *= 2.0**-8
@@ -145,6 +160,7 @@ def by_the_book(path: Path, means: dict[str, Tensor], x: Tensor) -> Tensor:
 LAYOUTS = {
     "EP1": [(0, EXPERTS, 0, INNER)],
     "EP2": [(0, 2, 0, INNER), (2, EXPERTS, 0, INNER)],
+    "TP3": [(0, EXPERTS, 0, 24), (0, EXPERTS, 24, 48), (0, EXPERTS, 48, INNER)],
     "EP2 x TP2": [(0, 2, 0, 32), (0, 2, 32, INNER), (2, EXPERTS, 0, 32), (2, EXPERTS, 32, INNER)],
 }
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -10,15 +14,22 @@ import huggingface_hub.constants
 import pytest
 import torch
 
+from arriero.shards.checkpoint import ranges
+from arriero.shards.checkpoint.formats.products import ProductReader
+from arriero.shards.checkpoint.formats.stored import bytes_read, tensors_due
+from arriero.shards.checkpoint.pager import ranges_read
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.checkpoint.remote import local_folder, pull_from_hub
 from arriero.shards.checkpoint.verify import verify
 from arriero.shards.errors import CheckpointError
 from arriero.shards.executor import spawn_group
 from arriero.shards.group import GroupConfig
+from arriero.shards.partition import partition
 from arriero.shards.resolve import resolve
 from support.hub_server import Hub, hub
-from support.models import tiny_llama, write_safetensors
+from support.models import tiny_llama, tiny_llama4, write_safetensors
+from support.quantized_models import quantized_llama
+from support.slices import logits_of
 
 NAME = "some-org/Tiny-Llama"
 
@@ -104,7 +115,7 @@ def test_without_weights(model: Path) -> None:
 
 
 def test_slices_load_from_a_url(model: Path) -> None:
-    """Two processes of a node ask at once, and the files come once."""
+    """Two processes of a node ask at once, and each piece comes once; the rest does not come."""
     with hub(NAME, model) as served:
         url = f"{served.url}/{NAME}/resolve/main"
         config = GroupConfig(
@@ -116,9 +127,125 @@ def test_slices_load_from_a_url(model: Path) -> None:
             executor.wait_ready(120)
         finally:
             executor.close()
-        bodies = [path for how, path, _ in served.asked if how == "GET"]
-    weights = [path for path in bodies if path.endswith(".safetensors")]
-    assert len(weights) == len(set(weights)) == 3
+        asked = [(path, part) for how, path, part in served.asked if how == "GET"]
+    # each process asks first, by bytes 8 to 15, whether ranges are served
+    pieces = [one for one in asked if one[0].endswith(".safetensors") and one[1] != "bytes=8-15"]
+    assert len(pieces) == len(set(pieces)) and all(part for _, part in pieces)
+
+
+def bytes_of_weights(served: Hub) -> int:
+    """Asked for in ranges."""
+    parts = [part for how, path, part in served.asked if how == "GET" and "safetensors" in path]
+    bounds = [part.removeprefix("bytes=").split("-") for part in parts if part]
+    assert len(bounds) == len([part for part in parts if part is not None])
+    return sum(int(last) - int(first) + 1 for first, last in bounds)
+
+
+TOKENS = [3, 99, 14, 15, 92, 65, 35, 89]
+
+
+@pytest.mark.parametrize("form", ["plain", "gptq-act-order"])
+def test_a_stage_fetches_its_own_bytes(
+    tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its numbers are those of the whole model, and a stage's node fetches that stage."""
+    monkeypatch.setattr(ranges, "PIECE_BYTES", 1 << 10)
+    folder = tmp_path / "src"
+    if form == "plain":
+        tiny_llama(folder, layers=4, sharded=True)
+    else:
+        quantized_llama(folder, form)
+    whole = Checkpoint.open(folder)
+    config = GroupConfig(model_path="", pp=2)
+    part = partition(whole.config, config)[0]
+    due = list(tensors_due(whole.config, whole.scheme))
+    own = bytes_read(due, part)
+    with hub(NAME, folder) as served:
+        url = f"{served.url}/{NAME}/resolve/main"
+        checkpoint = Checkpoint.open(url)
+        assert checkpoint.ranged is not None
+        checkpoint.check_whole()
+        assert checkpoint.digest == whole.digest
+        headers = bytes_of_weights(served)
+        for file, start, stop in ranges_read(checkpoint, due, part):
+            checkpoint.need(file, start, stop)
+        fetched = bytes_of_weights(served) - headers
+        # a piece at each end of each of some ranges, and those near each other are one
+        assert own <= fetched < own + 2 * len(due) * ranges.PIECE_BYTES
+        assert fetched < 0.75 * whole.nbytes
+        want = logits_of(folder, TOKENS, tp=2, pp=2)
+        assert torch.equal(logits_of(url, TOKENS, tp=2, pp=2), want)
+        (problem,) = verify(checkpoint.path).problems  # its folder is never taken for a whole one
+        assert "holds neither" in problem or "which is missing" in problem
+        same_files = {name: (folder / name).read_bytes() for name in checkpoint.ranged.files}
+        local_folder(url)  # what was begun in ranges is copied whole when that is asked for
+        copied = {name: (checkpoint.path / name).read_bytes() for name in same_files}
+        assert copied == same_files
+        assert Checkpoint.open(url).ranged is None
+
+
+def test_a_server_without_ranges_is_copied_whole(model: Path) -> None:
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=model)) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            checkpoint = Checkpoint.open(f"http://127.0.0.1:{server.server_port}")
+        finally:
+            server.shutdown()
+            thread.join()
+    assert checkpoint.ranged is None
+    same(checkpoint.path, model)
+
+
+def test_experts_that_move_are_fetched_then(tmp_path: Path) -> None:
+    tiny_llama4(tmp_path / "src", experts=4)
+    name = "model.layers.1.feed_forward.experts"
+    with hub(NAME, tmp_path / "src") as served:
+        remote = Checkpoint.open(f"{served.url}/{NAME}/resolve/main")
+        local = Checkpoint.open(tmp_path / "src")
+        for expert in (3, 0):
+            pairs = (
+                ProductReader(one.unmapped(), None).expert(name, expert) for one in (remote, local)
+            )
+            for ours, theirs in zip(*pairs, strict=True):
+                assert torch.equal(ours.dense(), theirs.dense())
+
+
+def test_a_range_that_breaks_off_is_asked_for_again(model: Path) -> None:
+    with hub(NAME, model) as served:
+        url = f"{served.url}/{NAME}/resolve/main"
+        checkpoint = Checkpoint.open(url)
+        file = checkpoint.files[0]
+        served.break_after = {file.name: 100}
+        for one in checkpoint.names:
+            assert torch.equal(checkpoint.tensor(one), Checkpoint.open(model).tensor(one))
+        assert not served.break_after
+
+
+def test_a_server_that_is_not_there() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(CheckpointError, match="cannot be reached"):
+        Checkpoint.open(f"http://127.0.0.1:{port}/model")
+
+
+def test_a_file_that_changed_meanwhile(model: Path) -> None:
+    url = to_memory(model)
+    checkpoint = Checkpoint.open(url)
+    memory = fsspec.filesystem("memory")
+    name = checkpoint.files[0].name
+    memory.pipe_file(f"/models/tiny/{name}", b"short")
+    with pytest.raises(CheckpointError, match="the file was changed"):
+        for one in checkpoint.names:
+            checkpoint.tensor(one)
+    memory.rm_file(f"/models/tiny/{name}")
+    with pytest.raises(CheckpointError, match=r"bytes 0:\d+ cannot be fetched"):
+        for one in checkpoint.names:
+            checkpoint.tensor(one)
 
 
 @pytest.mark.parametrize(
