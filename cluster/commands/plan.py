@@ -14,7 +14,7 @@ import typer
 
 from arriero.cluster.commands.terminal import OUT
 from arriero.cluster.plan.catalog import DEVICES, MODELS, NamedModel, find_model
-from arriero.cluster.plan.layouts import Machines, Option, rank_layouts
+from arriero.cluster.plan.layouts import Machines, Option, best_of, enough, rank_layouts
 from arriero.cluster.plan.memory import Demand, GroupPlan, Layout, plan_group
 from arriero.cluster.plan.products import DTYPES, ON_LOAD, Dtype, weights_as
 from arriero.kernels.packing import KERNELS, Kernels
@@ -140,7 +140,23 @@ def plan(
         if why is not None:
             raise SpecError(
                 f"{wish.model.name} {group.weights.dtype}, {group.layout} does not fit: {why}"
+                f"{_remedy(wish, group)}"
             )
+
+
+def _remedy(wish: _Wish, group: GroupPlan) -> str:
+    """More of the same devices, where it was not said how to use those that there are."""
+    if wish.layout is not None or wish.machines.gpu == "cpu":
+        return ""
+    dtypes = [wish.dtype] if wish.dtype else _dtypes(wish.model, on_cpu=False)
+    found = enough(wish.model, wish.machines, group.demand, wish.kernels, dtypes)
+    if found is None:
+        return ""
+    machines, best = found
+    return (
+        f"; {machines.nodes} x {machines.per_node} {machines.gpu} hold it, as {best.dtype} in "
+        f"{best.layout}"
+    )
 
 
 def _make(wish: _Wish) -> tuple[GroupPlan, list[Option]]:
@@ -170,8 +186,7 @@ def _make(wish: _Wish) -> tuple[GroupPlan, list[Option]]:
         free = replace(demand, kv_bytes=None, num_blocks=None)
         return group, rank_layouts(wish.model, machines, free, wish.kernels, dtypes)
     options = rank_layouts(wish.model, machines, demand, wish.kernels, dtypes)
-    # the form nearest to the published weights that fits, and of its layouts the fastest
-    best = min(options, key=lambda one: (one.why_not is not None, dtypes.index(one.dtype)))
+    best = best_of(options, dtypes)
     if best.plan is None:
         raise SpecError(f"{wish.model.name}: no layout works: {best.layout}: {best.why_not}")
     return best.plan, options

@@ -10,7 +10,7 @@ Knows plans of groups; knows nothing of how they are shown.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from arriero.cluster.plan.catalog import Device, NamedModel, device
 from arriero.cluster.plan.memory import Demand, GroupPlan, Layout, plan_group
@@ -25,6 +25,7 @@ NETWORK_SUM_S = 60e-6
 """The same across machines."""
 _SIZES = (1, 2, 4, 8, 16, 32, 64)
 _MOST_STAGES = 16
+_MOST_NODES, _USUAL_PER_NODE = 16, 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,6 +112,42 @@ def rank_layouts(
                 said.add(option.why_not)
             options.append(option)
     return sorted(options, key=_order)
+
+
+def best_of(options: Sequence[Option], dtypes: Sequence[Dtype]) -> Option:
+    """The form nearest to the published weights that works, and of its layouts the fastest.
+
+    Args:
+        options: ranked.
+        dtypes: the nearest first.
+
+    Returns:
+        Where none works, the option that lacks least.
+    """
+    works = [one for one in options if one.why_not is None]
+    return min(works, key=lambda one: dtypes.index(one.dtype)) if works else options[0]
+
+
+def enough(
+    model: NamedModel,
+    machines: Machines,
+    demand: Demand,
+    kernels: Kernels,
+    dtypes: Sequence[Dtype],
+) -> tuple[Machines, Option] | None:
+    """How many of the same devices hold a model that these do not, and how; None for too many.
+
+    Doubled until they do: first the devices of a single machine, then the machines.
+    """
+    while machines.nodes < _MOST_NODES:
+        if machines.nodes == 1 and machines.per_node < _USUAL_PER_NODE:
+            machines = replace(machines, per_node=2 * machines.per_node)
+        else:
+            machines = replace(machines, nodes=2 * machines.nodes)
+        best = best_of(rank_layouts(model, machines, demand, kernels, dtypes), dtypes)
+        if best.why_not is None:
+            return machines, best
+    return None
 
 
 def _order(option: Option) -> tuple[bool, bool, float, int, str]:

@@ -148,7 +148,9 @@ def as_tables(
         tiers: of the KV cache below the device.
     """
     parts: list[RenderableType] = [Text(verdict(plan, groups, machines))]
-    parts += [_rank_table(plan), _capacity_table(plan)]
+    parts.append(_rank_table(plan))
+    if plan.shortfall() is None:
+        parts.append(_capacity_table(plan))
     if tiers.enabled:
         parts.append(_tier_table(plan, tiers))
     if options:

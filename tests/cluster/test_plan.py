@@ -531,6 +531,15 @@ def test_what_a_newcomer_reads(
     assert said in out
 
 
+def test_what_does_not_fit_is_told_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+    args = "--model llama-3.1-70b --gpu rtx4090-24g --gpus-per-node 1"
+    code, out, err = run(capsys, *args.split())
+    assert code == 2
+    assert "llama-3.1-70b, int4, on 1 x 1" in out  # what lacks least
+    assert "sequences at once" not in out
+    assert err.endswith("; 1 x 4 rtx4090-24g hold it, as fp8 in TP4\n")
+
+
 def test_a_spec_is_planned_as_the_leader_will_decide(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,11 +7,15 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 from arriero.router import templates
 from arriero.router.card import ModelCard
+from arriero.router.conversation import TextModel
 from arriero.router.template import ChatTemplate
 from arriero.router.tools import ToolCall, ToolCallParser
+from arriero.shards.errors import InvalidRequest
+from support.frontdoor import make_card
 
 TALK = [
     {"role": "system", "content": " Be brief. "},
@@ -141,6 +145,21 @@ def test_builtin_tools_of_llama3_1() -> None:
     assert f"assistant<|end_header_id|>\n\n{call}<|eom_id|>" in text
     parser = ToolCallParser(["brave_search"])
     assert parser.add(call, final=True) == [ToolCall("brave_search", json.dumps(arguments))]
+
+
+@pytest.mark.parametrize("name", ["llama3", *MARKS])
+def test_the_final_turn_can_be_left_open_and_documents_are_refused(
+    name: str, llama_tokenizer: Tokenizer
+) -> None:
+    text = TextModel(make_card(llama_tokenizer, templates.read(name)))
+    talk = [TALK[1], {"role": "assistant", "content": "It is "}]
+    ids = text.layout(talk, False, True)
+    said = "It is " if name == "llama4" else "It is"  # the others trim what is said
+    assert llama_tokenizer.decode(ids, skip_special_tokens=False).endswith(f"|>\n\n{said}")
+    closed = llama_tokenizer.decode(text.layout(talk, False, False), skip_special_tokens=False)
+    assert closed.endswith("|>") and "It is" in closed
+    with pytest.raises(InvalidRequest, match="cannot show documents"):
+        text.layout(TALK, True, False, documents=[{"title": "a", "text": "b"}])
 
 
 def test_llama4_keeps_words_and_images_as_they_are() -> None:
