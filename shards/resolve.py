@@ -15,9 +15,9 @@ from arriero.shards.checkpoint.formats.stored import AnyModel, AnyPart
 from arriero.shards.engine.types import EngineConfig
 from arriero.shards.errors import SpecError
 from arriero.shards.group import GroupConfig
+from arriero.shards.kv.config import SCALE_BYTES
 from arriero.shards.kv.limits import GroupTierLimits, TierLimits
 from arriero.shards.kv.moves import Pool
-from arriero.shards.kv.rows import SCALE_BYTES
 from arriero.shards.layout import (
     attention_chunk,
     kv_bytes_per_block,

@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+SCALE_BYTES = 4
+"""Of a row that is held in int8: its float32 scale, behind the levels."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TierConfig:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from arriero.kernels.ops import KVCacheSpec
-from arriero.shards.kv.rows import SCALE_BYTES
+from arriero.shards.kv.config import SCALE_BYTES
 
 _HEADER = struct.Struct("<8s8sIIIIQI20x")
 _MAGIC = b"ARRIERO1"

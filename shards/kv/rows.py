@@ -14,7 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SCALE_BYTES = 4
+from arriero.shards.kv.config import SCALE_BYTES
+
 _LEVELS = 127
 
 

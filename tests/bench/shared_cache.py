@@ -30,7 +30,7 @@ from arriero.router.groups import GroupAddress, LinkedGroups
 from arriero.router.link_server import LinkServer
 from arriero.router.peers import Peers, tell_shared
 from arriero.shards.checkpoint.reader import Checkpoint
-from arriero.shards.engine.blocks import root_key
+from arriero.shards.engine.blocks import model_root
 from arriero.shards.engine.engine import Engine
 from arriero.shards.engine.types import EngineRequest, SequenceOutput
 from arriero.shards.executor import spawn_group
@@ -79,7 +79,7 @@ class Group:
             bos_token_id=None,
             eos_token_ids=limits.eos_token_ids,
             max_sequences=limits.max_sequences,
-            cache_root=root_key(limits.cache_salt),
+            cache_root=model_root(limits.cache_salt),
             block_size=limits.block_size,
             memory=host_name() if shares else "",
         )

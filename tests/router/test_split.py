@@ -19,7 +19,7 @@ from arriero.router.link_server import LinkServer
 from arriero.router.peers import Peers, ask_leader, tell_shared
 from arriero.router.roles import Role, assign
 from arriero.shards.checkpoint.reader import Checkpoint
-from arriero.shards.engine.blocks import root_key
+from arriero.shards.engine.blocks import model_root
 from arriero.shards.engine.engine import Engine
 from arriero.shards.engine.types import EngineRequest, SequenceOutput
 from arriero.shards.errors import InvalidRequest
@@ -66,7 +66,7 @@ class Group:
             None,
             group=name,
             layout=str(layout),
-            cache_root=root_key(limits.cache_salt),
+            cache_root=model_root(limits.cache_salt),
             block_size=limits.block_size,
             memory=host_name(),
         )

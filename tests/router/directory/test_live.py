@@ -13,7 +13,7 @@ from arriero.router.directory.directory import Reach
 from arriero.router.directory.journal import Journal
 from arriero.router.groups import GroupAddress, LinkedGroups
 from arriero.router.link_server import LinkServer
-from arriero.shards.engine.blocks import root_key
+from arriero.shards.engine.blocks import model_root
 from arriero.shards.engine.engine import Engine
 from arriero.shards.engine.types import EngineConfig, EngineRequest, SequenceOutput
 from arriero.shards.sampling import SamplingParams
@@ -37,7 +37,7 @@ class Group:
             tokenizer,
             None,
             group=name,
-            cache_root=root_key(CONFIG.cache_salt),
+            cache_root=model_root(CONFIG.cache_salt),
             block_size=CONFIG.block_size,
             max_model_len=CONFIG.max_model_len,
         )
