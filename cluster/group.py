@@ -158,7 +158,7 @@ class Leader:
         from arriero.router.card import ModelCard
         from arriero.shards.checkpoint.formats.describe import describe
         from arriero.shards.checkpoint.remote import local_folder
-        from arriero.shards.engine.blocks import root_key
+        from arriero.shards.engine.blocks import model_root
         from arriero.shards.executor import RemoteExecutor
         from arriero.shards.kv.machine import host_name
         from arriero.shards.models.llama4_config import Llama4Config
@@ -193,7 +193,7 @@ class Leader:
             max_sequences=limits.max_sequences,
             arithmetic=self._settings.arithmetic,
             epoch=self._epoch,
-            cache_root=root_key(limits.cache_salt) if limits.prefix_cache else b"",
+            cache_root=model_root(limits.cache_salt) if limits.prefix_cache else b"",
             block_size=limits.block_size,
             memory=host_name() if config.tiers.host_bytes else "",
             image_tile=0 if vision is None else vision.image_size,

@@ -13,7 +13,7 @@ from typing import Any
 from arriero.cluster.canary import Canary
 from arriero.router.card import ModelCard
 from arriero.router.conversation import TextModel
-from arriero.router.peers import split_keys
+from arriero.router.peers import tell_shared
 from arriero.shards.engine.engine import Engine
 from arriero.shards.errors import InvalidRequest
 
@@ -48,7 +48,7 @@ class KvDesk:
         """
         changed = 0
         if action == "shared":
-            return await self._shared(split_keys(asked["keys"]))
+            return await tell_shared(self._engine, asked)
         if action == "flush":
             changed = await asyncio.wrap_future(self._engine.ask(lambda lanes: lanes.flush()))
         elif action == "warm":
@@ -68,10 +68,6 @@ class KvDesk:
             "changed": changed,
             "copies": {name: stats.tiers.get(name, 0) for name in ("loaded", "saved", "failed")},
         }
-
-    async def _shared(self, keys: list[bytes]) -> dict[str, Any]:
-        found = await asyncio.wrap_future(self._engine.ask(lambda lanes: lanes.shared(keys)))
-        return {"pools": {int(pool): blocks.to_wire() for pool, blocks in found.items()}}
 
     async def _warm(self, texts: Sequence[str], *, raw: bool) -> int:
         if len(texts) > MAX_TEXTS:

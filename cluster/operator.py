@@ -25,6 +25,8 @@ from arriero.cluster import app, nodes, registry, store
 from arriero.cluster.autoscale import Autoscaler, Demand
 from arriero.cluster.changes import Phase, Slot, Start, Stop, Wish, decide, settled
 from arriero.cluster.spec import ModelSpec, Spec
+from arriero.router.peers import ask_leader
+from arriero.router.roles import Role, assign
 from arriero.shards.errors import ArrieroError, NotFound, SpecError
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,8 @@ _KEEP_REVISIONS = 8
 _PLACE_SOON_S = 3.0
 PLACE_S = 20.0
 """A group beyond the wanted count that has found no place by then is given up."""
+ROLE_S = 2.0
+"""A leader that takes no role within this time is told again."""
 CROWDED_S = 600.0
 """For so long no other is tried."""
 
@@ -109,6 +113,7 @@ class Operator:
         self._failed: dict[str, str] = {}
         self._placing_since_s: dict[str, float] = {}
         self._crowded_until_s: dict[str, float] = {}
+        self._roles: dict[str, Role] = {}  # told, by group; all begin as "both"
         self._scalers: dict[str, Autoscaler] = {}
         self._change = asyncio.Lock()
         from arriero.cluster.admin import AdminServer
@@ -272,6 +277,7 @@ class Operator:
         """Look, decide, act; True when all is as wanted."""
         board = await self._registry.board.remote()
         await self._autoscale(board)
+        await self._assign_roles(board)
         wishes = self.wishes()
         if settled(wishes, self.slots(board)):
             return True
@@ -312,6 +318,36 @@ class Operator:
                 managed.count = count
                 self._keep()
                 await self._note("autoscale", name, f"{text}, {wait_s:.1f} s to wait")
+
+    async def _assign_roles(self, board: registry.Board) -> None:
+        """Tell leaders which part of requests they are for, where that has changed."""
+        for name in self._kept.models:
+            groups = {
+                one.group_id: one
+                for one in board.groups
+                if one.model == name
+                and one.phase == "serving"
+                and not self._kept.places.get(one.slot, Place(name, 0)).stopping
+            }
+            now = {one: self._roles.get(one, "both") for one in groups}
+            for group_id, role in assign(now, self.settings(name).prefill_groups).items():
+                if role != now[group_id]:
+                    await self._tell_role(groups[group_id], role)
+        live = {one.group_id for one in board.groups}
+        self._roles = {one: role for one, role in self._roles.items() if one in live}
+
+    async def _tell_role(self, entry: registry.GroupEntry, role: Role) -> None:
+        """Tell one leader; one that does not hear is told again."""
+        tls = self._spec.link_tls
+        context = None if tls is None else tls.files().link_client("link_tls")
+        leader = entry.address, entry.link_token
+        try:
+            await ask_leader(leader, context, "role", {"role": role}, ROLE_S)
+        except ArrieroError as error:
+            log.warning("group %s is not told its role: %s", entry.group_id, error)
+            return
+        self._roles[entry.group_id] = role
+        await self._note("role", entry.group_id, f"for {role}")
 
     async def _look(self) -> None:
         """Which applications there are, and which could not start."""
@@ -448,7 +484,7 @@ def _digest_of(folder: str) -> str:
     return Checkpoint.open(folder).digest
 
 
-_COUNTS = ("groups", "autoscale")
+_COUNTS = ("groups", "autoscale", "prefill_groups")
 
 
 def _essence(settings: Mapping[str, Any]) -> str:
@@ -458,4 +494,4 @@ def _essence(settings: Mapping[str, Any]) -> str:
 
 def _count_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The rest, which says how many groups there are."""
-    return {name: settings[name] for name in _COUNTS}
+    return {name: settings[name] for name in _COUNTS if name in settings}

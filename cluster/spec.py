@@ -185,6 +185,9 @@ class Kv(_Part):
         shared: folder of a store that all nodes reach, as fsspec spells it ("s3://bucket/kv"),
             for the blocks of all groups. It is not bounded here; have the store expire objects.
         tenant_share: the most of host memory and disk that one tenant's blocks may hold.
+        tier_dtype: "int8" holds blocks below the device in about half of bfloat16's bytes; answers
+            whose prefix comes up from there are close to the others, and no more the same. null
+            holds them as the device does.
         same_layout: use kept blocks only where a group of the same mesh and kernels wrote them;
             else meshes share, and agree to rounding.
     """
@@ -198,6 +201,7 @@ class Kv(_Part):
     disk: KvDisk | None = None
     shared: str | None = None
     tenant_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    tier_dtype: Literal["int8"] | None = None
     same_layout: bool = False
 
     def tiers(self) -> TierConfig:
@@ -208,6 +212,7 @@ class Kv(_Part):
             disk_bytes=0 if self.disk is None else self.disk.size,
             shared_url=self.shared,
             max_tenant_share=self.tenant_share,
+            dtype=self.tier_dtype,
             same_layout=self.same_layout,
         )
 
@@ -312,6 +317,8 @@ class ModelSpec(_Part):
         quantization: of the weights while they load: int8, int4, fp8; None keeps them in `dtype`.
         groups: replica groups; with `autoscale`, those of the beginning.
         autoscale: have as many as are needed; null keeps `groups`.
+        prefill_groups: so many of them compute prompts and hand over, through host memory, to the
+            others, which go on; 0 has each do both. Changed by a rollout without any restart.
         placement: which nodes slices go to.
         mesh, kv, offload, limits: of each group.
         device: "cpu", "cuda", or "auto": cuda where the cluster has a GPU for each slice.
@@ -329,6 +336,7 @@ class ModelSpec(_Part):
     quantization: Literal["int8", "int4", "fp8"] | None = None
     groups: Count = 1
     autoscale: Autoscale | None = None
+    prefill_groups: Annotated[int, Field(ge=0)] = 0
     placement: Placement = Placement()
     mesh: Mesh = Mesh()
     kv: Kv = Kv()
@@ -346,6 +354,22 @@ class ModelSpec(_Part):
         if scale is not None and not scale.min <= self.groups <= scale.max:
             raise ValueError(
                 f"`groups`={self.groups} is not within `autoscale`'s {scale.min} to {scale.max}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _prefill_groups_hand_over(self) -> ModelSpec:
+        if not self.prefill_groups:
+            return self
+        if self.prefill_groups >= self.most_groups:
+            raise ValueError(
+                f"`prefill_groups`={self.prefill_groups} of {self.most_groups} groups leaves none "
+                "to go on with prompts; have more `groups`, or fewer for prompts"
+            )
+        if not self.kv.host or not self.kv.prefix_cache:
+            raise ValueError(
+                f"`prefill_groups`={self.prefill_groups} hands blocks over through host memory; "
+                "give `kv.host` a size, and leave `kv.prefix_cache` on"
             )
         return self
 
@@ -447,6 +471,7 @@ class TenantSpec(_Part):
     max_running: Count | None = None
     max_queued: Count | None = None
     metrics: bool = False
+    private_cache: bool = False
 
 
 class QueueSpec(_Part):

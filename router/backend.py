@@ -44,6 +44,7 @@ class GroupView:
         reach: tokens of the prompt at hand that it has already, where that was asked.
         peer_reach: likewise of a peer, from whose memory the group would copy what it lacks.
         peer_near: whether the peer is on the same node.
+        role: part of a request that it is for; see `roles`.
     """
 
     group_id: str
@@ -54,6 +55,7 @@ class GroupView:
     reach: Reach = NOTHING
     peer_reach: int = 0
     peer_near: bool = False
+    role: str = "both"
 
 
 class Running(Protocol):
@@ -75,8 +77,13 @@ class Backend(Protocol):
     def groups(self) -> Sequence[GroupView]:
         """The connected groups."""
 
-    def generate(self, group_id: str, request: EngineRequest) -> Running:
+    def generate(self, group_id: str, request: EngineRequest, source: str = "") -> Running:
         """Run a request, which goes on until it has ended or is closed.
+
+        Args:
+            group_id: who runs it.
+            request: it.
+            source: a group that has just computed its prompt, to copy it from; "" for none.
 
         Raises:
             InvalidRequest, Overloaded: the engine refused it.

@@ -40,7 +40,7 @@ class ModelCard:
         max_sequences: most sequences that the group computes at once.
         arithmetic: what the weights are held and computed in, such as "bfloat16 int8".
         epoch: of the group: a later life of the same place has a larger one.
-        cache_root: parent key of its KV blocks; b"" where prefixes are not kept.
+        cache_root: the model's part of its KV blocks' keys; b"" where prefixes are not kept.
         block_size: tokens in one of them.
         memory: names the node in whose host memory it keeps blocks; "" where it keeps none.
         image_tile, image_features: pixels of a side of an image's tile, and the features that stand

@@ -15,9 +15,11 @@ from dataclasses import dataclass, field, replace
 from arriero.router.backend import GroupView
 from arriero.router.choose import order
 from arriero.router.requests import check_room
+from arriero.router.roles import hands_over, suits
 from arriero.shards.engine.sequence import sample_seed
 from arriero.shards.engine.types import EngineRequest, SequenceOutput
 from arriero.shards.errors import Unavailable
+from arriero.shards.sampling import SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,10 +29,18 @@ class Ask:
     Attributes:
         request: what the engine is asked.
         index: the sample that its sample 0 is, or None when its samples are the course's own.
+        max_tokens: of each sample, in all groups together; where the group is asked for fewer, it
+            hands over to another.
     """
 
     request: EngineRequest
     index: int | None = None
+    max_tokens: int
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether another group is to go on with what this one leaves unfinished."""
+        return self.request.params.max_tokens != self.max_tokens
 
 
 @dataclass(slots=True)
@@ -49,7 +59,8 @@ class Course:
         digest: of the weights and how they are computed in, once a token is out: only groups of
             the same one may go on.
         layout: of the group that gave the last token; the same one sums in the same order.
-        moves: how often it went on in another group.
+        moves: how often it went on in another group because one was lost.
+        source: a group that computed the prompt and handed over; "" for none.
     """
 
     def __init__(self, request: EngineRequest) -> None:
@@ -61,6 +72,7 @@ class Course:
         self.digest: str | None = None
         self.layout = ""
         self.moves = 0
+        self.source = ""
 
     @property
     def request(self) -> EngineRequest:
@@ -97,12 +109,20 @@ class Course:
         able = [one for one in groups if self.digest in (None, one.card.weights)]
         need = len(self._request.prompt) + (self._max_tokens or 1)
         ordered = order(able, num_prompt=len(self._request.prompt), num_tokens=need)
-        if self.layout:
-            ordered.sort(key=lambda group: group.card.layout != self.layout)
-        return ordered
+        return sorted(
+            ordered,
+            key=lambda group: (
+                not suits(group, started=self.started),
+                self.layout not in ("", group.card.layout),
+            ),
+        )
 
-    def asks(self, group: GroupView) -> list[Ask]:
+    def asks(self, group: GroupView, groups: Sequence[GroupView] = ()) -> list[Ask]:
         """What to ask a group; names are new, since an engine may still know the old ones.
+
+        Args:
+            group: who is asked.
+            groups: those that could go on where its role is to begin only.
 
         Raises:
             InvalidRequest: prompt and `max_tokens` exceed its context.
@@ -111,7 +131,10 @@ class Course:
         room = check_room(len(base.prompt), self._max_tokens, group.card.max_model_len)
         base = replace(base, params=replace(base.params, max_tokens=room))
         if not self.started:
-            return [Ask(request=replace(base, request_id=_tailed(base.request_id)))]
+            base = replace(base, request_id=_tailed(base.request_id))
+            if hands_over(group, groups):
+                base = replace(base, params=_first_token(base.params))
+            return [Ask(request=base, max_tokens=room)]
         asks = []
         for index, sample in enumerate(self._samples):
             if sample.finished:
@@ -129,7 +152,7 @@ class Course:
                 params=params,
                 resumed=tuple(sample.tokens),
             )
-            asks.append(Ask(request=request, index=index))
+            asks.append(Ask(request=request, index=index, max_tokens=room))
         return asks
 
     def take(
@@ -148,19 +171,27 @@ class Course:
                 raise Unavailable(output.error or "the group was lost")
             if ask.index is not None:
                 output.index = ask.index
-                if self.moves:  # the prompt's own hits were told by the first group
+                if self.moves or self.source:  # the first group told the prompt's own hits
                     output.num_cached = 0
+            if ask.hands_over:
+                self.source = group.group_id
+                if output.finish_reason == "length":
+                    output.finish_reason = None
             sample = self._samples[output.index]
             sample.tokens += output.tokens
             sample.finished = output.finish_reason is not None
             if group is not self._group and output.tokens:
                 self._group = group
-                self._max_tokens = ask.request.params.max_tokens
+                self._max_tokens = ask.max_tokens
                 self.digest, self.layout = group.card.weights, group.card.layout
             if output.prompt_logprobs is not None:
                 self._told_prompt = True
             taken.append(output)
         return taken
+
+
+def _first_token(params: SamplingParams) -> SamplingParams:
+    return replace(params, max_tokens=1, min_tokens=min(params.min_tokens, 1))
 
 
 def _tailed(request_id: str) -> str:

@@ -131,6 +131,7 @@ class LinkedGroups:
                 card=group.link.card,
                 load=group.link.load,
                 stats=group.link.stats,
+                role=group.link.role,
             )
             for group_id, group in self._groups.items()
             if group.ready
@@ -146,7 +147,7 @@ class LinkedGroups:
         known = self.models()
         return next(iter(known)) if len(known) == 1 else ""
 
-    def generate(self, group_id: str, request: EngineRequest) -> Running:
+    def generate(self, group_id: str, request: EngineRequest, source: str = "") -> Running:
         """Run a request; see `Backend`."""
         group = self._groups.get(group_id)
         if group is None:
@@ -155,6 +156,9 @@ class LinkedGroups:
             return group.link.generate(request)
         reach = self._reach(group.link.card, request)
         mine = reach.get(group_id, NOTHING).total
+        if source not in ("", group_id) and CacheRoot.of(group.link.card, request) is not None:
+            # the directory may not have heard yet of what was computed a moment ago
+            reach = {**reach, source: Reach(0, len(request.prompt))}
         peer = self._peer(group_id, reach)
         if peer is None or reach[peer].total - mine < MIN_PULL_TOKENS:
             return group.link.generate(request, mine)
@@ -248,11 +252,9 @@ class LinkedGroups:
         return max(able, key=able.__getitem__, default=None)
 
     def _reach(self, card: ModelCard, request: EngineRequest) -> Mapping[str, Reach]:
-        """Tokens of a prompt that each group has; keys of images and of salts are not made here."""
-        if not card.cache_root or request.images or request.cache_salt:
-            return {}
-        root = CacheRoot(card.cache_root, card.block_size)
-        return prefixes.find(self._directory, root, request.prompt)
+        """Tokens of a prompt that each group has."""
+        root = CacheRoot.of(card, request)
+        return {} if root is None else prefixes.find(self._directory, root, request.prompt)
 
     def _on_kv(self, group_id: str, told: Batch | Snapshot) -> None:
         now_s = time.monotonic()

@@ -310,6 +310,7 @@ class Inference:
             priority=job.priority if self.door.open else job.caller.tenant.priority,
             trace=trace,
             tenant=job.caller.tenant.name,
+            cache_salt=job.caller.tenant.cache_salt,
             images=job.images,
         )
         course = Course(request)

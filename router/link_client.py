@@ -119,6 +119,11 @@ class LinkClient:
         )
 
     @property
+    def role(self) -> str:
+        """Part of a request that the group is for, as the leader last said."""
+        return str(self._stats.get("role", "both"))
+
+    @property
     def stats(self) -> Mapping[str, Any]:
         """`EngineStats` as the leader last sent it."""
         return self._stats

@@ -15,11 +15,12 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Protocol
 
-from arriero.router import frames
+from arriero.router import frames, roles
 from arriero.router.card import ModelCard
 from arriero.router.directory.journal import Journal
 from arriero.router.directory.prefixes import CacheRoot
-from arriero.router.peers import Peers
+from arriero.router.peers import HAND_OVER_S, PATIENCE_S, Peers
+from arriero.router.roles import Role
 from arriero.router.tracing import Tracing
 from arriero.router.wire import FRAME_BYTES, GREETING_BYTES, Wire
 from arriero.shards.engine.types import EngineRequest, EngineStats, SequenceOutput
@@ -68,6 +69,10 @@ class LinkServer:
         kv: answers about the KV cache; None refuses.
         journal: of the KV blocks, for gateways to route by; None tells them nothing.
         peers: other leaders, to copy blocks from; None copies none.
+
+    Attributes:
+        role: part of a request that the group is for, as gateways are told with the load; it may be
+            changed at any time.
     """
 
     def __init__(
@@ -83,6 +88,7 @@ class LinkServer:
         journal: Journal | None = None,
         peers: Peers | None = None,
     ) -> None:
+        self.role: Role = "both"
         self._kv, self._journal, self._peers = kv, journal, peers
         self._tracing = tracing
         self._spans: dict[str, _Span] = {}
@@ -256,10 +262,14 @@ class LinkServer:
         self, peers: Peers, peer: tuple[str, str], link: _Link, handle: int, request: EngineRequest
     ) -> None:
         """Find out what a peer has of the prompt, then hand the request over."""
-        root = CacheRoot(self._card.cache_root, self._card.block_size)
-        found = await peers.blocks(peer, root, request.prompt)
+        root = CacheRoot.of(self._card, request)
+        if root is not None:
+            patience_s = HAND_OVER_S if request.resumed else PATIENCE_S
+            tokens = request.prompt + request.resumed
+            found = await peers.blocks(peer, root, tokens, patience_s)
+            request = replace(request, peer=found)
         if self._owners.get(request.request_id) == (link, handle):  # else it was cancelled
-            self._hand_over(link, handle, replace(request, peer=found))
+            self._hand_over(link, handle, request)
 
     def _hand_over(self, link: _Link, handle: int, request: EngineRequest) -> None:
         try:
@@ -270,8 +280,14 @@ class LinkServer:
             _refuse(link, handle, error)
 
     async def _answer(self, link: _Link, action: str, asked: dict[str, Any]) -> None:
-        """Answer a question about the KV cache."""
+        """Answer a question about the KV cache, or take a role."""
         try:
+            if action == "role":
+                self.role = roles.read(asked.get("role"))
+                for gateway in self._links:
+                    gateway.send(self._stats_frame())
+                link.send(["answer", {"role": self.role}])
+                return
             if self._kv is None:
                 raise InvalidRequest("action", "this leader answers nothing about its KV cache")
             link.send(["answer", await self._kv(action, asked)])
@@ -304,7 +320,8 @@ class LinkServer:
                 link.send(frame)
 
     def _stats_frame(self) -> list[Any]:
-        return ["stats", asdict(self._engine.stats()) | {"draining": self._draining}]
+        more = {"draining": self._draining, "role": self.role}
+        return ["stats", asdict(self._engine.stats()) | more]
 
 
 class _Link:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
+import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -28,6 +29,10 @@ from arriero.shards.kv.moves import Pool
 log = logging.getLogger(__name__)
 
 PATIENCE_S = 0.25
+"""Who does not answer in this time has nothing."""
+HAND_OVER_S = 2.0
+"""Likewise where it has just computed the prompt: it is there, or on its way to host memory."""
+POLL_S = 0.005
 
 
 async def ask_leader(
@@ -96,7 +101,11 @@ class Peers:
         self._tls = tls
 
     async def blocks(
-        self, peer: tuple[str, str], root: CacheRoot, prompt: tuple[int, ...]
+        self,
+        peer: tuple[str, str],
+        root: CacheRoot,
+        prompt: tuple[int, ...],
+        patience_s: float = PATIENCE_S,
     ) -> Mapping[Pool, PeerBlocks]:
         """What a peer has of a prompt's blocks, by pool; nothing if it does not say so in time.
 
@@ -104,16 +113,36 @@ class Peers:
             peer: address and token of its leader.
             root: of the blocks' keys.
             prompt: token ids.
+            patience_s: how long its answer may take.
         """
         try:
             keys = await asyncio.to_thread(_keys, root, prompt)
-            found = await ask_leader(peer, self._tls, "shared", {"keys": keys}, PATIENCE_S)
+            asked = {"keys": keys, "patience_s": patience_s}
+            found = await ask_leader(peer, self._tls, "shared", asked, patience_s)
             return {Pool(int(i)): PeerBlocks.from_wire(one) for i, one in found["pools"].items()}
         except (Unavailable, InvalidRequest) as error:
             log.info("%s", error)
         except Exception:  # whatever it answered: the request must go on without
             log.exception("peer %s: its answer cannot be used", peer[0])
         return {}
+
+
+class Shares(Protocol):
+    """What a leader's engine must have for others to copy from it."""
+
+    def shared(self, keys: list[bytes]) -> tuple[Mapping[Pool, PeerBlocks], bool]:
+        """What may be copied of blocks, and whether more is on its way; from any thread."""
+
+
+async def tell_shared(engine: Shares, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Answer a leader that asks what of `keys` it may copy, once nothing more is on its way."""
+    keys, patience_s = split_keys(asked["keys"]), min(float(asked["patience_s"]), HAND_OVER_S)
+    deadline_s = time.monotonic() + patience_s / 2
+    while True:
+        found, more = engine.shared(keys)
+        if not more or time.monotonic() > deadline_s:
+            return {"pools": {int(pool): blocks.to_wire() for pool, blocks in found.items()}}
+        await asyncio.sleep(POLL_S)
 
 
 def split_keys(keys: bytes) -> list[bytes]:

@@ -64,19 +64,20 @@ async def run(
             continue
         group = fresh[0]
         try:
-            asks = course.asks(group)
+            asks, source = course.asks(group, able), course.source
             if len(asks) == 1:
                 ask = asks[0]
-                async with aclosing(groups.generate(group.group_id, ask.request)) as steps:
+                async with aclosing(groups.generate(group.group_id, ask.request, source)) as steps:
                     async for outputs in steps:
                         lost = None
                         yield course.take(ask, group, outputs)
             else:
-                async with aclosing(_all(groups, asks, group)) as arrivals:
+                async with aclosing(_all(groups, asks, group, source)) as arrivals:
                     async for ask, outputs in arrivals:
                         lost = None
                         yield course.take(ask, group, outputs)
-            if not course.finished:
+            handed_over = course.started and any(ask.hands_over for ask in asks)
+            if not course.finished and not handed_over:
                 raise Unavailable("the group ended the stream before its last token")
         except (Unavailable, Overloaded) as error:
             now_s = time.monotonic()
@@ -90,14 +91,14 @@ async def run(
 
 
 async def _all(
-    groups: Backend, asks: Sequence[Ask], group: GroupView
+    groups: Backend, asks: Sequence[Ask], group: GroupView, source: str
 ) -> AsyncGenerator[tuple[Ask, list[SequenceOutput]]]:
     """What a group gives for several asks, as it comes, until it has given all or is lost."""
     arrived: asyncio.Queue[tuple[Ask, list[SequenceOutput] | Exception | None]] = asyncio.Queue()
 
     async def pump(ask: Ask) -> None:
         try:
-            async with aclosing(groups.generate(group.group_id, ask.request)) as steps:
+            async with aclosing(groups.generate(group.group_id, ask.request, source)) as steps:
                 async for outputs in steps:
                     arrived.put_nowait((ask, outputs))
         except Exception as error:

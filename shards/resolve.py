@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
 
 from arriero.shards.checkpoint.formats.stored import AnyModel, AnyPart
 from arriero.shards.engine.types import EngineConfig
 from arriero.shards.errors import SpecError
 from arriero.shards.group import GroupConfig
+from arriero.shards.kv.config import SCALE_BYTES
 from arriero.shards.kv.limits import GroupTierLimits, TierLimits
 from arriero.shards.kv.moves import Pool
 from arriero.shards.layout import (
@@ -206,6 +208,8 @@ def cache_salt(config: GroupConfig, digest: str) -> bytes:
     agree to rounding, and are named only where every bit is asked for.
     """
     parts = [digest, config.dtype, config.quantization or ""]
+    if config.tiers.dtype is not None:
+        parts.append(f"tiers {config.tiers.dtype}")
     if config.tiers.same_layout:
         layout = (config.tp, config.pp, config.tp_shares, config.device, config.kernels)
         parts += [str(one) for one in layout]
@@ -235,7 +239,11 @@ def tier_limits(config: GroupConfig, model: AnyModel) -> GroupTierLimits:
             f"`disk_path`={tiers.disk_path} and `disk_bytes`={tiers.disk_bytes}: give both or none"
         )
     parts = parts_of(model, config)
-    each = dict(zip(Pool, group_block_bytes(config, model, parts), strict=True))
+    share = Fraction(1)
+    if tiers.dtype is not None:
+        share = Fraction(model.head_dim + SCALE_BYTES, model.head_dim * ITEMSIZE[config.dtype])
+    sizes = group_block_bytes(config, model, parts)
+    each = {pool: int(size * share) for pool, size in zip(Pool, sizes, strict=True)}
     if not each[Pool.ALL]:
         raise SpecError("tiers need a model with layers that see every token")
     counts = {pool: dict.fromkeys(("host_bytes", "disk_bytes"), 0) for pool in Pool}
@@ -260,7 +268,9 @@ def tier_limits(config: GroupConfig, model: AnyModel) -> GroupTierLimits:
         for pool in Pool
         if each[pool]
     }
-    return GroupTierLimits(all=limits[Pool.ALL], local=limits.get(Pool.LOCAL, TierLimits()))
+    return GroupTierLimits(
+        all=limits[Pool.ALL], local=limits.get(Pool.LOCAL, TierLimits()), bytes_share=share
+    )
 
 
 def _pool_weights(config: GroupConfig, model: AnyModel) -> dict[Pool, int]:

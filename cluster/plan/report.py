@@ -6,6 +6,7 @@ Knows the names and units that users see; computes nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any, get_args
 
 from rich.console import Group, RenderableType
@@ -60,7 +61,9 @@ def as_json(
         "kv_tiers": {
             name: {
                 "tokens": blocks * plan.demand.block_size,
-                "bytes_by_rank": [_tier_bytes(rank, blocks, local) for rank in plan.ranks],
+                "bytes_by_rank": [
+                    _tier_bytes(rank, blocks, local, tiers.bytes_share) for rank in plan.ranks
+                ],
             }
             for name, blocks, local in _tiers(tiers)
         },
@@ -188,8 +191,8 @@ def _tiers(tiers: GroupTierLimits) -> list[tuple[str, int, int]]:
     return [one for one in each if one[1]]
 
 
-def _tier_bytes(rank: RankPlan, blocks: int, local: int) -> int:
-    return blocks * rank.kv_global_block + local * rank.kv_local_block
+def _tier_bytes(rank: RankPlan, blocks: int, local: int, share: Fraction) -> int:
+    return int((blocks * rank.kv_global_block + local * rank.kv_local_block) * share)
 
 
 def _tier_table(plan: GroupPlan, tiers: GroupTierLimits) -> Table:
@@ -197,7 +200,9 @@ def _tier_table(plan: GroupPlan, tiers: GroupTierLimits) -> Table:
     for name in ("tier", "tokens", "GB of each rank"):
         table.add_column(name, justify="right")
     for name, blocks, local in _tiers(tiers):
-        sizes = dict.fromkeys(_gb(_tier_bytes(rank, blocks, local)) for rank in plan.ranks)
+        sizes = dict.fromkeys(
+            _gb(_tier_bytes(rank, blocks, local, tiers.bytes_share)) for rank in plan.ranks
+        )
         table.add_row(name, f"{blocks * plan.demand.block_size:,}", ", ".join(sizes))
     if tiers.all.shared:
         table.add_row("shared store", "not bounded", "-")

@@ -5,16 +5,14 @@ Knows the wire; knows nothing of how either end keeps it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from arriero.router.directory.table import Keys
+from arriero.router.directory.table import Keys, Mask
 
 Kinds = npt.NDArray[np.uint8]
 """Of `Change`."""
@@ -29,16 +27,6 @@ class Change(IntEnum):
     """It is in host memory or on disk."""
     DROPPED = 3
     """It is in neither any more."""
-
-    @property
-    def on_device(self) -> bool:
-        """Whether it is about the device."""
-        return self in (Change.ON_DEVICE, Change.OFF_DEVICE)
-
-    @property
-    def holds(self) -> bool:
-        """Whether the group has the block there now."""
-        return self in (Change.ON_DEVICE, Change.KEPT)
 
 
 def _none() -> Keys:
@@ -59,15 +47,33 @@ class Batch:
     kinds: Kinds
     keys: Keys
 
+    @property
+    def near(self) -> Mask:
+        """[N] which changes are about the device."""
+        return self.kinds <= np.uint8(Change.OFF_DEVICE)
+
+    @property
+    def present(self) -> Mask:
+        """[N] after which changes the group has the block there."""
+        return np.isin(self.kinds, (Change.ON_DEVICE, Change.KEPT))
+
     def to_wire(self) -> list[Any]:
         """As msgpack can carry it."""
         return [self.number, self.kinds.tobytes(), self.keys.astype("<u8").tobytes()]
 
     @classmethod
     def from_wire(cls, values: list[Any]) -> Batch:
-        """Undo `to_wire`."""
-        number, kinds, keys = values
-        return cls(number, np.frombuffer(kinds, dtype=np.uint8), np.frombuffer(keys, dtype="<u8"))
+        """Undo `to_wire`.
+
+        Raises:
+            ValueError: it is not one.
+        """
+        number, packed, listed = values
+        kinds = np.frombuffer(packed, dtype=np.uint8)
+        keys = np.frombuffer(listed, dtype="<u8")
+        if len(kinds) != len(keys) or (kinds > max(Change)).any():
+            raise ValueError(f"{len(kinds)} changes of {len(keys)} blocks, or an unknown one")
+        return cls(number, kinds, keys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,24 +103,3 @@ class Snapshot:
         number, near, far, capacity = values
         near, far = (np.frombuffer(one, dtype="<u8") for one in (near, far))
         return cls(number, near, far, capacity)
-
-
-def runs(kinds: Kinds, keys: Keys) -> Iterator[tuple[Change, Keys]]:
-    """Changes of one kind together, such that making them in this order comes to the same."""
-    edges = _edges(kinds)
-    if len(edges) > 2 + len(kinds) // 8:  # they alternate: keep the last of each key, by kind
-        places = kinds >> 1  # 0 for the device, 1 for below
-        order = np.lexsort((np.arange(len(keys)), places, keys))
-        last = np.ones(len(keys), dtype=np.bool_)
-        last[:-1] = np.diff(keys[order]).astype(np.bool_) | np.diff(places[order]).astype(np.bool_)
-        chosen = order[last]
-        chosen = chosen[np.argsort(kinds[chosen], kind="stable")]
-        kinds, keys = kinds[chosen], keys[chosen]
-        edges = _edges(kinds)
-    for start, end in pairwise(edges):
-        if start < end:
-            yield Change(int(kinds[start])), keys[start:end]
-
-
-def _edges(kinds: Kinds) -> list[int]:
-    return [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)]

@@ -11,7 +11,7 @@ from collections import deque
 
 import numpy as np
 
-from arriero.router.directory.events import Batch, Change, Snapshot, runs
+from arriero.router.directory.events import Batch, Change, Snapshot
 from arriero.router.directory.table import KeyTable, fingerprints
 from arriero.shards.engine.blocks import CacheEvent
 
@@ -50,10 +50,10 @@ class Journal:
         taken = [self._changes.popleft() for _ in range(count)]
         kinds = np.asarray([change for change, _ in taken], dtype=np.uint8)
         keys = fingerprints(b"".join(key for _, key in taken))
-        for kind, piece in runs(kinds, keys):
-            self._held.change(piece, 0, near=kind.on_device, present=kind.holds)
         self._number += 1
-        return Batch(self._number, kinds, keys)
+        batch = Batch(self._number, kinds, keys)
+        self._held.change(keys, 0, near=batch.near, present=batch.present)
+        return batch
 
     def snapshot(self) -> Snapshot:
         """All that the group holds as of the last batch."""

@@ -11,12 +11,15 @@ from itertools import islice
 
 import numpy as np
 
+from arriero.router.card import ModelCard
 from arriero.router.directory.directory import Directory, Reach
 from arriero.router.directory.table import fingerprints
-from arriero.shards.engine.blocks import KEY_BYTES, chain_keys
+from arriero.shards.engine.blocks import KEY_BYTES, chain_keys, salted_root
+from arriero.shards.engine.types import EngineRequest
 
 PAGE_BLOCKS = 128
-"""Keys made in one go: hashing stops soon after the last group's part of the chain has ended."""
+"""Keys made in one go at first, then each time twice as many: hashing stops soon after the last
+group's part of the chain has ended."""
 NOTHING = Reach(0, 0)
 
 
@@ -32,6 +35,16 @@ class CacheRoot:
     key: bytes
     block_size: int
 
+    @classmethod
+    def of(cls, card: ModelCard, request: EngineRequest) -> CacheRoot | None:
+        """Of a request's blocks in a group; None where their keys are not to be made here.
+
+        Those of images are not: they are of what the images hold.
+        """
+        if not card.cache_root or request.images:
+            return None
+        return cls(salted_root(card.cache_root, request.cache_salt), card.block_size)
+
 
 def find(directory: Directory, root: CacheRoot, prompt: Sequence[int]) -> Mapping[str, Reach]:
     """Tokens of a prompt that each group has, in blocks that are full; groups of any root.
@@ -44,8 +57,8 @@ def find(directory: Directory, root: CacheRoot, prompt: Sequence[int]) -> Mappin
     size = root.block_size
     keys = chain_keys(root.key, np.asarray(prompt[:-1], dtype=np.int32), size)
     found: dict[str, Reach] = {}
-    start = 0
-    while page := b"".join(islice(keys, PAGE_BLOCKS)):
+    start, most = 0, PAGE_BLOCKS
+    while page := b"".join(islice(keys, most)):
         blocks = len(page) // KEY_BYTES
         furthest = 0
         for group, reach in directory.lookup(fingerprints(page, KEY_BYTES)).items():
@@ -55,7 +68,7 @@ def find(directory: Directory, root: CacheRoot, prompt: Sequence[int]) -> Mappin
             near = reach.near if before.near == before.total else 0
             found[group] = Reach(before.near + near * size, before.total + reach.total * size)
             furthest = max(furthest, reach.total)
-        start += blocks
+        start, most = start + blocks, 2 * most
         if furthest < blocks:
             break
     return found

@@ -26,6 +26,8 @@ class Tenant:
         max_running: most of its requests that compute at once; others wait. None for any number.
         max_queued: most of its requests that wait; None leaves it to the gateway's limit.
         metrics: its keys may read `/metrics`.
+        private_cache: its prompts' KV blocks are found by its own requests alone, so that no other
+            tenant can tell from the time of an answer what it has asked.
     """
 
     name: str
@@ -36,6 +38,12 @@ class Tenant:
     max_running: int | None = None
     max_queued: int | None = None
     metrics: bool = False
+    private_cache: bool = False
+
+    @property
+    def cache_salt(self) -> bytes:
+        """What the keys of its blocks are kept apart by; b"" where they are not."""
+        return b"tenant " + self.name.encode() if self.private_cache else b""
 
     def share(self, num_gateways: int) -> Tenant:
         """The part of these limits that one of `num_gateways` gateways enforces."""

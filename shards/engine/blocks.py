@@ -29,8 +29,17 @@ and of groups with tiers each that host memory or disk holds now ("kept") or no 
 
 def root_key(model_salt: bytes, request_salt: bytes = b"") -> bytes:
     """The parent key of first blocks; each salt is hashed alone, so none can pose as another."""
-    parts = (_digest(model_salt), _digest(request_salt))
-    return _digest(b"".join(parts))
+    return salted_root(model_root(model_salt), request_salt)
+
+
+def model_root(model_salt: bytes) -> bytes:
+    """The model's part of a parent key."""
+    return _digest(model_salt)
+
+
+def salted_root(root: bytes, request_salt: bytes) -> bytes:
+    """The parent key of first blocks, from the model's part and a request's salt."""
+    return _digest(root + _digest(request_salt))
 
 
 def chain_keys(parent: bytes, tokens: npt.NDArray[np.int32], block_size: int) -> Iterator[bytes]:

@@ -28,6 +28,8 @@ from arriero.shards.engine.types import (
     SequenceOutput,
 )
 from arriero.shards.errors import GroupFailed, InvalidRequest, Unavailable
+from arriero.shards.kv.limits import PeerBlocks
+from arriero.shards.kv.moves import Pool
 from arriero.shards.plan import Int32, StepResult
 
 _log = logging.getLogger(__name__)
@@ -147,6 +149,14 @@ class Engine:
                 self._asked.append((question, answer))
                 self._wake.notify()
         return answer
+
+    def shared(self, keys: list[bytes]) -> tuple[dict[Pool, PeerBlocks], bool]:
+        """What another group may copy of these blocks, and whether more of them is on its way.
+
+        At once, whatever the engine is at: it may have changed by the time it is heard, which
+        those who copy check.
+        """
+        return self._scheduler.shared(keys), self._scheduler.keeping(keys)
 
     def stats(self) -> EngineStats:
         """A snapshot; `step_us` has running means of a step's phases, in microseconds."""

@@ -117,8 +117,12 @@ class Lanes:
         """Let go of a pin; False where there is none of this name."""
         return any([lane.unpin(name) for lane in self._lanes])
 
+    def keeping(self, keys: list[bytes]) -> bool:
+        """Whether some of these blocks are on their way to host memory; from any thread."""
+        return self._lanes[0].keeping(keys)
+
     def shared(self, keys: list[bytes]) -> dict[Pool, PeerBlocks]:
-        """What another group may copy of these blocks, by pool."""
+        """What another group may copy of these blocks, by pool; from any thread."""
         return self._lanes[0].shared(keys)
 
     def flush(self) -> int:

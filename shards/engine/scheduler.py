@@ -472,8 +472,12 @@ class Scheduler:
         """Let go of a pin; False where there is none of this name."""
         return self._blocks.unpin(name)
 
+    def keeping(self, keys: list[bytes]) -> bool:
+        """Whether some of these blocks are on their way to host memory; from any thread."""
+        return self._blocks.tiers.keeping(keys)
+
     def shared(self, keys: list[bytes]) -> dict[Pool, PeerBlocks]:
-        """What another group may copy of these blocks, by pool."""
+        """What another group may copy of these blocks, by pool; from any thread."""
         return self._blocks.tiers.shared(keys)
 
     def flush(self) -> int:

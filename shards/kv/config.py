@@ -6,6 +6,10 @@ Knows numbers and paths; knows nothing of blocks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+SCALE_BYTES = 4
+"""Of a row that is held in int8: its float32 scale, behind the levels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,6 +22,9 @@ class TierConfig:
         disk_bytes: most bytes of it that the group uses, over all its slices.
         shared_url: folder of a store that all nodes reach, as fsspec spells it.
         max_tenant_share: the most of a tier that one tenant's blocks may hold, 0 to 1.
+        dtype: "int8" holds blocks below the device in about half of bfloat16's bytes, with a scale
+            for each head's key and value of a token (see `rows`): what comes up from there is close
+            to what was computed, and no more the same. None holds them as the device does.
         same_layout: use only blocks that a group of the same layout and kernels' dtype wrote,
             for those who need every bit; else layouts share, and agree to rounding.
     """
@@ -27,6 +34,7 @@ class TierConfig:
     disk_bytes: int = 0
     shared_url: str | None = None
     max_tenant_share: float = 1.0
+    dtype: Literal["int8"] | None = None
     same_layout: bool = False
 
     @property

@@ -1,9 +1,10 @@
 """Blocks in host memory: one rank's slots, which processes of the same node may read.
 
 The memory is an anonymous file (memfd) that goes with the last process that has it, however that
-process ends. Its tail holds, for each slot, the key of the block that is whole there. A reader
-(see `peer`) checks the key before and after it copies, so it needs no lock and no word from the
-owner: a slot that is given another block meanwhile is a miss.
+process ends. Its tail holds a stamp for each slot: the key of the block that is whole there, and
+how often the slot was written. A reader (see `peer`) looks at it before and after it copies, so it
+needs no lock and no word from the owner: a slot that was given another block meanwhile is a miss,
+also when the first one is there again by then.
 
 Knows slots and bytes; which block is where is the leader's.
 
@@ -28,6 +29,9 @@ from arriero.shards.kv.machine import host_name
 from arriero.shards.kv.moves import KEY_BYTES, Segment
 from arriero.shards.kv.pieces import BadBlock, BlockForm, Piece
 
+STAMP = np.dtype([("key", np.uint8, KEY_BYTES), ("times", "<u8")])
+Stamps = npt.NDArray[np.void]
+
 
 class HostPool:
     """Slots of one rank.
@@ -49,12 +53,12 @@ class HostPool:
         self._name = f"arriero-kv-{uuid.uuid4().hex}"
         self._fd = os.memfd_create(self._name, os.MFD_CLOEXEC)
         try:
-            os.ftruncate(self._fd, slots * (form.nbytes(piece) + KEY_BYTES))
+            os.ftruncate(self._fd, slots * (form.nbytes(piece) + STAMP.itemsize))
             self._map = mmap.mmap(self._fd, 0)
         except BaseException:
             os.close(self._fd)
             raise
-        self.data, self._keys = views(self._map, form, piece, slots)
+        self.data, self._stamps = views(self._map, form, piece, slots)
         self._pinned = False
         if pinned:
             cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
@@ -77,12 +81,13 @@ class HostPool:
 
     def begin(self, slots: Sequence[int]) -> None:
         """The slots' blocks are about to change."""
-        self._keys[list(slots)] = 0
+        self._stamps["key"][list(slots)] = 0
+        self._stamps["times"][list(slots)] += 1
 
     def end(self, slots: Sequence[int], keys: Sequence[bytes]) -> None:
         """The slots hold these blocks, whole."""
         for slot, key in zip(slots, keys, strict=True):
-            self._keys[slot] = np.frombuffer(key, dtype=np.uint8)
+            self._stamps["key"][slot] = np.frombuffer(key, dtype=np.uint8)
 
     def get(self, key: bytes, slot: int, into: Tensor) -> None:
         """Copy a block, `into` [L, 2, K, P, D].
@@ -90,32 +95,38 @@ class HostPool:
         Raises:
             BadBlock: the slot holds something else.
         """
-        if not self.holds(key, slot):
+        if self.stamp(key, slot) is None:
             raise BadBlock("the slot holds another block")
         into.copy_(self.data[slot])
 
-    def holds(self, key: bytes, slot: int) -> bool:
-        """Whether a slot holds a block, whole; from any thread, before and after it is read."""
-        return 0 <= slot < self._slots and self._keys[slot].tobytes() == key
+    def stamp(self, key: bytes, slot: int) -> bytes | None:
+        """See `stamp`; from any thread, before and after a block is read."""
+        return stamp(self._stamps, key, slot)
 
     def close(self) -> None:
         """Give the memory back."""
         if self._pinned:
             torch.cuda.cudart().cudaHostUnregister(self.data.data_ptr())  # type: ignore[no-untyped-call]
-        del self.data, self._keys
+        del self.data, self._stamps
         with contextlib.suppress(BufferError):  # someone looks at it still: it goes with them
             self._map.close()
         os.close(self._fd)
 
 
-def views(
-    memory: mmap.mmap, form: BlockForm, piece: Piece, slots: int
-) -> tuple[Tensor, npt.NDArray[np.uint8]]:
-    """(blocks [slots, L, 2, K, P, D], keys [slots, 16]) of a memory."""
+def stamp(stamps: Stamps, key: bytes, slot: int) -> bytes | None:
+    """The slot's stamp if it holds a block, whole; as long as it is the same, so is the block."""
+    if not 0 <= slot < len(stamps):
+        return None
+    found: bytes = stamps[slot].tobytes()
+    return found if found.startswith(key) else None
+
+
+def views(memory: mmap.mmap, form: BlockForm, piece: Piece, slots: int) -> tuple[Tensor, Stamps]:
+    """(blocks [slots, L, 2, K, P, D], stamps [slots]) of a memory."""
     nbytes = slots * form.nbytes(piece)
     whole = np.frombuffer(memory, dtype=np.uint8)
-    keys = whole[nbytes:].reshape(slots, KEY_BYTES)
+    stamps = whole[nbytes:].view(STAMP)
     # torch has no read-only tensors and would warn; readers never write
     address = int(whole.ctypes.data)
     data = torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), dtype=form.dtype)
-    return data.reshape(slots, *form.shape(piece)), keys
+    return data.reshape(slots, *form.shape(piece)), stamps

@@ -6,6 +6,7 @@ Knows numbers and keys; knows nothing of how blocks are moved.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from arriero.shards.kv.moves import Segment
@@ -41,10 +42,12 @@ class GroupTierLimits:
     Attributes:
         all: of the pool for layers that see every token.
         local: of the pool for layers that attend within their chunk.
+        bytes_share: of a block below the device, over its bytes on it.
     """
 
     all: TierLimits = field(default_factory=TierLimits)
     local: TierLimits = field(default_factory=TierLimits)
+    bytes_share: Fraction = Fraction(1)
 
     @property
     def enabled(self) -> bool:

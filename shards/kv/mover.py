@@ -31,6 +31,7 @@ from arriero.shards.kv.host import HostPool
 from arriero.shards.kv.moves import Move, Moved, Moves, Pool, Segment, Tier
 from arriero.shards.kv.peer import PeerPool
 from arriero.shards.kv.pieces import BadBlock, BlockForm, Piece
+from arriero.shards.kv.rows import pack, unpack
 from arriero.shards.kv.wire import BlockServer
 
 log = logging.getLogger(__name__)
@@ -113,7 +114,8 @@ class Mover:
         fence: Callable[[], Fence | None] = lambda: None,
     ) -> None:
         self._kv, self._settings, self._on_moved, self._fence = kv, settings, on_moved, fence
-        self._form = BlockForm.of(kv.spec)
+        self._packs = settings.config.dtype is not None
+        self._form = BlockForm.of(kv.spec, packed=self._packs)
         self._on_cuda = kv.read(0, [0]).is_cuda
         self._piece = settings.piece
         self._layers = range(self._piece.layers[1] - self._piece.layers[0])
@@ -256,12 +258,14 @@ class Mover:
     def _from_device(self, blocks: Sequence[int]) -> Tensor:
         data = empty(self._form, self._piece, len(blocks))
         for layer in self._layers:
-            data[:, layer].copy_(self._kv.read(layer, blocks))
+            rows = self._kv.read(layer, blocks)
+            data[:, layer].copy_(pack(rows) if self._packs else rows)
         return data
 
     def _to_device(self, blocks: Sequence[int], data: Tensor) -> None:
         for layer in self._layers:
-            self._kv.write(layer, blocks, data[:, layer])
+            rows = data[:, layer]
+            self._kv.write(layer, blocks, unpack(rows) if self._packs else rows)
         if self._cuda_stream is not None:
             self._cuda_stream.synchronize()
 

@@ -19,9 +19,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from arriero.shards.kv.host import views
+from arriero.shards.kv.host import STAMP, stamp, views
 from arriero.shards.kv.machine import host_name
-from arriero.shards.kv.moves import KEY_BYTES, Segment
+from arriero.shards.kv.moves import Segment
 from arriero.shards.kv.pieces import BadBlock, BlockForm, Piece
 from arriero.shards.kv.wire import RemotePart
 
@@ -56,7 +56,7 @@ class LocalPart:
     def __init__(self, segment: Segment, form: BlockForm, part: Piece) -> None:
         theirs = Piece(segment.layers, segment.heads)
         self._map = _attach(segment, form)
-        self._data, self._keys = views(self._map, form, theirs, segment.slots)
+        self._data, self._stamps = views(self._map, form, theirs, segment.slots)
         self._layers, self._heads = part.within(theirs)
         self._wanted: Iterator[tuple[bytes, int]] = iter(())
 
@@ -67,14 +67,15 @@ class LocalPart:
     def get(self, into: Tensor) -> bool:
         """See `Part`."""
         key, slot = next(self._wanted)
-        if not 0 <= slot < len(self._keys) or self._keys[slot].tobytes() != key:
+        before = stamp(self._stamps, key, slot)
+        if before is None:
             return False
         into.copy_(self._data[slot, self._layers, :, self._heads])
-        return bool(self._keys[slot].tobytes() == key)
+        return stamp(self._stamps, key, slot) == before
 
     def close(self) -> None:
         """See `Part`."""
-        del self._data, self._keys
+        del self._data, self._stamps
         with contextlib.suppress(BufferError):
             self._map.close()
 
@@ -151,7 +152,7 @@ def _attach(segment: Segment, form: BlockForm) -> mmap.mmap:
     try:
         if segment.name not in os.readlink(f"/proc/self/fd/{fd}"):
             raise BadBlock("the peer's process is gone")
-        size = segment.slots * (form.nbytes(Piece(segment.layers, segment.heads)) + KEY_BYTES)
+        size = segment.slots * (form.nbytes(Piece(segment.layers, segment.heads)) + STAMP.itemsize)
         if os.fstat(fd).st_size != size:
             raise BadBlock("the peer's memory is of another size")
         return mmap.mmap(fd, 0, prot=mmap.PROT_READ)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from arriero.kernels.ops import KVCacheSpec
+from arriero.shards.kv.config import SCALE_BYTES
 
 _HEADER = struct.Struct("<8s8sIIIIQI20x")
 _MAGIC = b"ARRIERO1"
@@ -93,8 +94,10 @@ class BlockForm:
     dim: int
 
     @classmethod
-    def of(cls, spec: KVCacheSpec) -> BlockForm:
-        """As a cache's canonical layout has it."""
+    def of(cls, spec: KVCacheSpec, *, packed: bool = False) -> BlockForm:
+        """As a cache's canonical layout has it, or as `rows` packs that."""
+        if packed:
+            return cls(torch.int8, spec.block_size, spec.canonical_dim + SCALE_BYTES)
         return cls(spec.dtype, spec.block_size, spec.canonical_dim)
 
     def shape(self, piece: Piece) -> tuple[int, int, int, int, int]:

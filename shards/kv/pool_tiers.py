@@ -150,12 +150,25 @@ class PoolTiers:
         return {tier: index.capacity for tier, index in self._index.items()}
 
     def shared(self, keys: Sequence[bytes]) -> PeerBlocks:
-        """What another group may copy of these blocks; none of them is held for it."""
+        """What another group may copy of these blocks; none of them is held for it.
+
+        From any thread, as `keeping`: both look at single entries, and what they find may be
+        outdated at once.
+        """
         index = self._index.get(Tier.HOST)
         if index is None or not self.segments:
             return PeerBlocks((), {})
         slots = ((key, index.slot(key)) for key in keys)
         return PeerBlocks(self.segments, {key: at for key, at in slots if at is not None})
+
+    def keeping(self, keys: Sequence[bytes]) -> bool:
+        """Whether some of these blocks are on their way to host memory."""
+        index = self._index.get(Tier.HOST)
+        if index is None:
+            return False
+        return any(
+            key in self._to_save or (key in index and index.slot(key) is None) for key in keys
+        )
 
     # ---- saving ----
 

@@ -118,10 +118,14 @@ class Tiers:
         self._each[moved.pool].take(moved)
 
     def shared(self, keys: Sequence[bytes]) -> dict[Pool, PeerBlocks]:
-        """What another group may copy of these blocks, by pool."""
+        """What another group may copy of these blocks, by pool; from any thread."""
         if not self.enabled:
             return {}
         return {Pool(i): one.shared(keys) for i, one in enumerate(self._each)}
+
+    def keeping(self, keys: Sequence[bytes]) -> bool:
+        """Whether some of these blocks are on their way to host memory; from any thread."""
+        return self.enabled and any(one.keeping(keys) for one in self._each)
 
     def begin(
         self,

@@ -112,13 +112,14 @@ class BlockServer:
             raise ValueError(f"{count} blocks asked for at once")
         asked = _receive(reader, count * _BLOCK.size)
         for key, slot in _BLOCK.iter_unpack(asked):
-            if not self._pool.holds(key, slot):
+            before = self._pool.stamp(key, slot)
+            if before is None:
                 reader.sendall(_NO)
                 continue
             reader.sendall(_YES)
             data = self._pool.data[slot, l0:l1, :, h0:h1]
             reader.sendall(data.reshape(-1).view(torch.uint8).numpy().data)
-            reader.sendall(_YES if self._pool.holds(key, slot) else _NO)
+            reader.sendall(_YES if self._pool.stamp(key, slot) == before else _NO)
 
 
 class RemotePart:

@@ -288,7 +288,8 @@ def main() -> None:
     print(json.dumps({"trace": about}))
     for name, policy in POLICIES.items():
         print(json.dumps({"policy": name} | simulate(requests, policy, args)), flush=True)
-    for blocks, host in ((2000, 0), (8000, 0), (2000, 8000)):
+    for sizes in ((2000, 0), (8000, 0), (2000, 8000)):
+        blocks, host = (round(8 * args.scale * size) for size in sizes)
         best = ideal(requests, max(blocks, host))
         found = ours(requests, blocks, host)
         row = {"device": blocks, "host": host, "hit_rate": round(found, 4), "ideal": round(best, 4)}

@@ -1,10 +1,11 @@
-"""Two live groups behind the product's routing against the same two behind round-robin.
+"""Two live groups with one cache and the product's routing, against the same two on their own.
 
     ARRIERO_TEST_MODEL=… python tests/bench/shared_cache.py
 
 Engines, slices (a process each), links, directory and choice are the product's; requests are a
-Mooncake-shaped trace of conversations, scaled to the machine. Prints a JSON line for each way, and
-the ratios.
+Mooncake-shaped trace of conversations, scaled to the machine. Only in the product's way do groups
+copy from each other; round-robin, least-loaded and prefix-affinity choose among isolated ones.
+Prints a JSON line for each way, and the product's ratios to it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -27,23 +28,35 @@ from arriero.router.course import Course
 from arriero.router.directory.journal import Journal
 from arriero.router.groups import GroupAddress, LinkedGroups
 from arriero.router.link_server import LinkServer
+from arriero.router.peers import Peers, tell_shared
 from arriero.shards.checkpoint.reader import Checkpoint
-from arriero.shards.engine.blocks import root_key
+from arriero.shards.engine.blocks import model_root
 from arriero.shards.engine.engine import Engine
 from arriero.shards.engine.types import EngineRequest, SequenceOutput
 from arriero.shards.executor import spawn_group
 from arriero.shards.group import GroupConfig
 from arriero.shards.kv.config import TierConfig
+from arriero.shards.kv.machine import host_name
 from arriero.shards.resolve import engine_config, resolve
 from arriero.shards.sampling import SamplingParams
 
 from traces import Request, Shape, trace  # isort: skip
 
 
+OURS = "directory"
+WAYS: dict[str, Callable[[Sequence[GroupView], int], GroupView]] = {
+    "round-robin": lambda views, number: views[number % len(views)],
+    "least-loaded": lambda views, number: min(views, key=lambda v: v.load.outstanding_tokens),
+    "prefix-affinity": lambda views, number: min(
+        views, key=lambda v: (-v.reach.total, v.load.outstanding_tokens)
+    ),
+}
+
+
 class Group:
     """An engine, its slice in a process of its own, and its link."""
 
-    async def start(self, name: str, config: GroupConfig) -> GroupAddress:
+    async def start(self, name: str, config: GroupConfig, *, shares: bool) -> GroupAddress:
         checkpoint = Checkpoint.open(config.model_path)
         config = resolve(config, checkpoint.config)
         executor = spawn_group(config)
@@ -66,13 +79,19 @@ class Group:
             bos_token_id=None,
             eos_token_ids=limits.eos_token_ids,
             max_sequences=limits.max_sequences,
-            cache_root=root_key(limits.cache_salt),
+            cache_root=model_root(limits.cache_salt),
             block_size=limits.block_size,
+            memory=host_name() if shares else "",
         )
-        self.link = LinkServer(self.engine, card, journal=journal)
+        peers = Peers() if shares else None
+        self.link = LinkServer(self.engine, card, kv=self.answer, journal=journal, peers=peers)
         address = await self.link.start()
         self.engine.start()
         return GroupAddress(name, "m", address)
+
+    async def answer(self, action: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+        assert action == "shared"
+        return await tell_shared(self.engine, asked)
 
     async def stop(self) -> None:
         await self.link.stop(0.0)
@@ -90,7 +109,9 @@ async def run(way: str, requests: list[Request], args: argparse.Namespace) -> di
         tiers=TierConfig(host_bytes=args.host_mb << 20),
     )
     groups = [Group(), Group()]
-    addresses = await asyncio.gather(*(one.start(f"g{i}", config) for i, one in enumerate(groups)))
+    addresses = await asyncio.gather(
+        *(one.start(f"g{i}", config, shares=way == OURS) for i, one in enumerate(groups))
+    )
     linked = LinkedGroups(lambda: None)
     await linked.set_groups(addresses)
     while len(linked.groups()) < len(groups):
@@ -111,9 +132,7 @@ async def run(way: str, requests: list[Request], args: argparse.Namespace) -> di
 
         def candidates() -> Sequence[GroupView]:
             views = linked.sharing("m", text, asked)
-            if way == "round-robin":
-                return [one for one in views if one.group_id == f"g{number % len(groups)}"]
-            return views
+            return [WAYS[way](views, number)] if way in WAYS else views
 
         came = time.monotonic()
         async with aclosing(relay.run(linked, Course(asked), candidates, 10.0)) as steps:
@@ -133,6 +152,7 @@ async def run(way: str, requests: list[Request], args: argparse.Namespace) -> di
         "requests": len(requests),
         "prompt_tokens": sum(one.prompt_tokens for one in stats),
         "computed_tokens": sum(one.prompt_tokens - one.cached_tokens for one in stats),
+        "copied_blocks": sum(one.tiers.get("loaded", 0) for one in stats),
         "first_token_p50_ms": round(float(np.median(first_s)) * 1e3),
         "first_token_p90_ms": round(float(np.quantile(first_s, 0.9)) * 1e3),
         "took_s": round(time.monotonic() - begun, 1),
@@ -146,6 +166,7 @@ def main() -> None:
     parser.add_argument("--sessions-per-s", type=float, default=0.5)
     parser.add_argument("--blocks", type=int, default=1500)
     parser.add_argument("--host-mb", type=int, default=512)
+    parser.add_argument("--ways", default=",".join([OURS, *WAYS]))
     args = parser.parse_args()
     shape = Shape(
         sessions_per_s=args.sessions_per_s,
@@ -159,15 +180,16 @@ def main() -> None:
         max_prompt=1600,
     )
     requests = list(trace(shape, seed=1))
-    made = [asyncio.run(run(way, requests, args)) for way in ("round-robin", "directory")]
-    for one in made:
-        print(json.dumps(one), flush=True)
-    apart, shared = made
-    ratios = {
-        f"{name}_ratio": round(shared[name] / apart[name], 3)
-        for name in ("computed_tokens", "first_token_p50_ms", "first_token_p90_ms")
-    }
-    print(json.dumps(ratios))
+    made: dict[str, dict[str, Any]] = {}
+    for way in args.ways.split(","):
+        made[way] = asyncio.run(run(way, requests, args))
+        print(json.dumps(made[way]), flush=True)
+    for way in made.keys() - {OURS} if OURS in made else ():
+        ratios = {
+            name: round(made[OURS][name] / made[way][name], 3)
+            for name in ("computed_tokens", "first_token_p50_ms", "first_token_p90_ms")
+        }
+        print(json.dumps({f"{OURS} to {way}": ratios}))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,3 +106,54 @@ def test_a_cache_outlives_its_group_and_its_layout(tmp_path: Path) -> None:
     with deployed(tmp_path, "{pp: 2}"):
         again, hit = ask(tmp_path)
         assert again == text and hit > 150
+
+
+def split(folder: Path, prefill_groups: int) -> Path:
+    """A spec of two groups."""
+    spec = folder / "arriero.yaml"
+    spec.write_text(
+        f"models:\n- name: demo\n  path: {MODEL}\n  dtype: float32\n"
+        f"  groups: 2\n  prefill_groups: {prefill_groups}\n"
+        "  limits: {max_model_len: 1024}\n"
+        "  kv: {memory: 128MiB, host: 64MiB}\n"
+        "gateway: {port: 0}\n"
+    )
+    return spec
+
+
+def groups(folder: Path) -> dict[str, dict[str, Any]]:
+    """What each group has done so far."""
+    answers = json.loads(arriero(folder, "kv", "stats", "--json").stdout)
+    return {one["group"]: one for one in answers}
+
+
+def prompt_tokens(one: dict[str, Any]) -> int:
+    return sum(int(tenant.get("prompt_tokens", 0)) for tenant in one.get("tenants", ()))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_roles_come_from_the_spec_and_change_without_a_restart(tmp_path: Path) -> None:
+    try:
+        arriero(tmp_path, "up", str(split(tmp_path, 0)))
+        arriero(tmp_path, "kv", "flush")
+        text, _ = ask(tmp_path)
+        arriero(tmp_path, "kv", "flush")
+        before = groups(tmp_path)
+        assert len(before) == 2
+        arriero(tmp_path, "rollout", str(split(tmp_path, 1)))
+        deadline = time.monotonic() + 60
+        while True:  # roles are told within seconds
+            begun = groups(tmp_path)
+            assert ask(tmp_path)[0] == text
+            done = groups(tmp_path)
+            grown = [prompt_tokens(done[one]) - prompt_tokens(begun[one]) for one in done]
+            # the second group lays the prompt in again, out of the first one's memory
+            if min(grown) > 150:
+                break
+            arriero(tmp_path, "kv", "flush")
+            assert time.monotonic() < deadline, "the prompt stays with one group"
+        assert done.keys() == before.keys()  # and none of them restarted
+        assert sum(int(one.get("loaded", 0)) for one in done.values()) > 0
+    finally:
+        arriero(tmp_path, "down")

@@ -119,6 +119,14 @@ def test_flags_lie_over_the_file(tmp_path: Path, model: Path) -> None:
             "models: [{name: a, path: tiny, kv: {disk: {path: kv, size: 1GB}}}]\n",
             "`models[0].kv.disk.path`",
         ),
+        (
+            "models: [{name: a, path: tiny, groups: 2, prefill_groups: 2, kv: {host: 1GB}}]\n",
+            "leaves none",
+        ),
+        (
+            "models: [{name: a, path: tiny, groups: 2, prefill_groups: 1}]\n",
+            "give `kv.host` a size",
+        ),
         ("models: [{name: a, path: tiny}, {name: a, path: tiny}]\n", "`a` occurs twice"),
         ("models: [{name: a, path: nowhere}]\n", "nowhere holds no config.json"),
         ("models: [{name: a, path: tiny}]\ngateway: {port: 70000}\n", "yaml:2: `gateway.port`"),

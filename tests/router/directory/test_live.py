@@ -13,7 +13,7 @@ from arriero.router.directory.directory import Reach
 from arriero.router.directory.journal import Journal
 from arriero.router.groups import GroupAddress, LinkedGroups
 from arriero.router.link_server import LinkServer
-from arriero.shards.engine.blocks import root_key
+from arriero.shards.engine.blocks import model_root
 from arriero.shards.engine.engine import Engine
 from arriero.shards.engine.types import EngineConfig, EngineRequest, SequenceOutput
 from arriero.shards.sampling import SamplingParams
@@ -37,7 +37,7 @@ class Group:
             tokenizer,
             None,
             group=name,
-            cache_root=root_key(CONFIG.cache_salt),
+            cache_root=model_root(CONFIG.cache_salt),
             block_size=CONFIG.block_size,
             max_model_len=CONFIG.max_model_len,
         )
@@ -64,8 +64,10 @@ async def linked_to(addresses: list[GroupAddress]) -> LinkedGroups:
     return linked
 
 
-async def run(linked: LinkedGroups, name: str, prompt: tuple[int, ...]) -> list[int]:
-    request = EngineRequest(request_id=name, prompt=prompt, params=PARAMS)
+async def run(
+    linked: LinkedGroups, name: str, prompt: tuple[int, ...], salt: bytes = b""
+) -> list[int]:
+    request = EngineRequest(request_id=name, prompt=prompt, params=PARAMS, cache_salt=salt)
     text, _ = linked.find("m")
     tokens: list[int] = []
     steps = relay.run(linked, Course(request), lambda: linked.sharing("m", text, request), 5.0)
@@ -75,8 +77,8 @@ async def run(linked: LinkedGroups, name: str, prompt: tuple[int, ...]) -> list[
     return tokens
 
 
-def reach(linked: LinkedGroups, prompt: tuple[int, ...]) -> dict[str, Reach]:
-    request = EngineRequest(request_id="r", prompt=prompt, params=PARAMS)
+def reach(linked: LinkedGroups, prompt: tuple[int, ...], salt: bytes = b"") -> dict[str, Reach]:
+    request = EngineRequest(request_id="r", prompt=prompt, params=PARAMS, cache_salt=salt)
     text, _ = linked.find("m")
     return {view.group_id: view.reach for view in linked.sharing("m", text, request)}
 
@@ -94,6 +96,16 @@ async def test_requests_go_where_their_prefix_is(llama_tokenizer: Tokenizer) -> 
         assert [one.prompt_tokens for one in stats] == [4 * 39, 0]
         assert stats[0].cached_tokens == 3 * 36
         assert reach(linked, (*system, 2, 3)) == {"g0": Reach(36, 36), "g1": Reach(0, 0)}
+        # a tenant that keeps its cache apart finds its own prompts alone, and nobody else does
+        private = tuple(range(40, 2, -1))
+        for number, cached in enumerate((0, 36)):
+            before = groups[0].engine.stats().cached_tokens
+            await run(linked, f"p{number}", (*private, 9), b"tenant a")
+            assert groups[0].engine.stats().cached_tokens - before == cached
+            await asyncio.sleep(0.15)
+        assert reach(linked, (*private, 9), b"tenant a")["g0"] == Reach(36, 36)
+        for salt in (b"", b"tenant b"):
+            assert not reach(linked, (*private, 9), salt)["g0"].total
         # a gateway that comes later is told all
         late = await linked_to(addresses)
         async with asyncio.timeout(5):

@@ -8,12 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from arriero.shards.engine.blocks import chain_keys, root_key
 from arriero.shards.group import GroupConfig
 from arriero.shards.kv.config import TierConfig
 from arriero.shards.kv.limits import PeerBlocks
 from arriero.shards.kv.moves import Pool
+from arriero.shards.kv.rows import pack, unpack
 from arriero.shards.plan import int32
 from arriero.shards.sampling import SamplingParams
 from support.groups import Group, running
@@ -240,6 +242,41 @@ def test_shared_store(
         opened(group)
         assert one_by_one(group, prompts) == expected
         assert settled(group)["loaded"] == sum((len(one) - 1) // 16 for one in prompts)
+
+
+def test_blocks_in_int8_are_the_same_whoever_reads_them(
+    model: str, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    """What came up is saved again as it was, and every layout reads the same numbers."""
+    tiers = TierConfig(disk_path=str(tmp_path), disk_bytes=64 << 20, dtype="int8")
+    with running(small(model, tiers)) as group:
+        one_by_one_kept(group, prompts)
+        assert not settled(group)["failed"]
+    files = {path.name: path.read_bytes() for path in tmp_path.rglob("*.kv")}
+    assert {len(data) for data in files.values()} == {64 + 4 * 2 * 3 * 16 * (16 + 4)}
+    answers = []
+    for layout in ({}, {"tp": 2}):
+        with running(small(model, tiers, **layout)) as group:
+            opened(group)
+            answers.append(one_by_one(group, prompts))
+            assert settled(group)["loaded"] == sum((len(one) - 1) // 16 for one in prompts)
+    assert answers[0] == answers[1]
+    exact = TierConfig(disk_path=str(tmp_path), disk_bytes=64 << 20)
+    with running(small(model, exact)) as group:  # they are not for a group that keeps every bit
+        opened(group)
+        assert not settled(group)["disk"]
+    assert {p.name: p.read_bytes() for p in tmp_path.rglob("*.kv") if p.name in files} == files
+
+
+def test_rows_in_int8() -> None:
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(5, 2, 3, 16, 64, generator=generator) * 10
+    data[0, 0, 0, 0] = 0.0
+    packed = pack(data)
+    assert packed.dtype == torch.int8 and packed.shape == (5, 2, 3, 16, 68)
+    found = unpack(packed)
+    assert ((found - data).abs() <= data.abs().amax(-1, keepdim=True) / 127 * 0.5001).all()
+    torch.testing.assert_close(unpack(pack(found)), found)
 
 
 def test_spoilt_files_are_computed_again(

@@ -1,0 +1,250 @@
+"""Disks that fill, forget and flip bits; peers that die, stall and reuse their slots meanwhile."""
+
+from __future__ import annotations
+
+import errno
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from arriero.shards.kv import wire
+from arriero.shards.kv.files import BlockFiles
+from arriero.shards.kv.host import HostPool
+from arriero.shards.kv.moves import Segment
+from arriero.shards.kv.peer import PeerPool
+from arriero.shards.kv.pieces import BadBlock, BlockForm, Bytes, Piece
+from arriero.shards.kv.wire import BlockServer
+
+FORM = BlockForm(torch.float32, 4, 8)
+WHOLE = Piece((0, 4), (0, 3))
+LAYOUTS = (
+    [WHOLE],
+    [Piece((0, 4), (0, 2)), Piece((0, 4), (2, 3))],
+    [Piece((0, 1), (0, 3)), Piece((1, 4), (0, 3))],
+)
+
+
+def key_of(number: int) -> bytes:
+    return (number + 1).to_bytes(16, "little")  # all zeros is no key
+
+
+def content(number: int, piece: Piece = WHOLE) -> torch.Tensor:
+    """A block's numbers: each says which block, layer, head and so on it is of."""
+    whole = torch.arange(FORM.nbytes(WHOLE) // 4, dtype=torch.float32).reshape(FORM.shape(WHOLE))
+    layers, heads = piece.within(WHOLE)
+    return (whole + 10_000 * number)[layers, :, heads]
+
+
+class FaultyFolder:
+    """A folder that does all that a disk may do."""
+
+    def __init__(self, rng: random.Random, faults: float) -> None:
+        self.rng, self.faults = rng, faults
+        self.files: dict[str, bytearray] = {}
+
+    def fails(self) -> bool:
+        return self.rng.random() < self.faults
+
+    def names(self) -> Iterator[tuple[str, int]]:
+        yield from [(name, len(data)) for name, data in self.files.items()]
+
+    def write(self, name: str, parts: list[memoryview]) -> None:
+        if self.fails():
+            raise OSError(errno.ENOSPC, "no space left on device")
+        self.files[name] = bytearray(b"".join(parts))
+
+    def read(self, name: str) -> Bytes:
+        if self.fails():
+            raise OSError(errno.EIO, "input/output error")
+        if name not in self.files:
+            raise FileNotFoundError(name)
+        return np.frombuffer(bytearray(self.files[name]), dtype=np.uint8)
+
+    def remove(self, name: str) -> None:
+        if self.fails():
+            raise OSError(errno.EROFS, "read-only file system")
+        self.files.pop(name, None)
+
+    def decay(self) -> None:
+        """Something happens to a file."""
+        left = [name for name, data in self.files.items() if data]
+        if not left:
+            return
+        name = self.rng.choice(left)
+        data = self.files[name]
+        match self.rng.randrange(4):
+            case 0:
+                data[self.rng.randrange(len(data))] ^= 1 << self.rng.randrange(8)
+            case 1:
+                del data[self.rng.randrange(len(data)) :]
+            case 2:
+                del self.files[name]
+            case 3:  # another block's bytes under its name
+                self.files[name] = bytearray(self.rng.choice(list(self.files.values())))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32), faults=st.sampled_from([0.0, 0.2]))
+def test_a_file_gives_its_block_or_none(seed: int, faults: float) -> None:
+    rng = random.Random(seed)
+    folder = FaultyFolder(rng, faults)
+    for _ in range(3):  # groups of other layouts, one after the other, on the same disk
+        pieces = rng.choice(LAYOUTS)
+        ranks = [BlockFiles(folder, FORM, piece, writes=True) for piece in pieces]
+        for one in ranks:
+            one.scan()
+        for _ in range(20):
+            number = rng.randrange(6)
+            match rng.randrange(4):
+                case 0:
+                    for rank, piece in zip(ranks, pieces, strict=True):
+                        with suppress(OSError):
+                            rank.put(key_of(number), content(number, piece))
+                case 1:
+                    for rank in ranks:
+                        rank.drop(key_of(number))
+                case 2:
+                    folder.decay()
+            for rank, piece in zip(ranks, pieces, strict=True):
+                into = torch.full(FORM.shape(piece), -1.0)
+                with suppress(BadBlock):
+                    rank.get(key_of(number), into)
+                    assert torch.equal(into, content(number, piece))
+
+
+@contextmanager
+def server(piece: Piece, count: int) -> Iterator[tuple[HostPool, Segment]]:
+    """A rank that holds the first `count` blocks, for readers over TCP."""
+    pool = HostPool(FORM, piece, count, pinned=False)
+    for slot in range(count):
+        pool.begin([slot])
+        pool.data[slot] = content(slot, piece)
+        pool.end([slot], [key_of(slot)])
+    served = BlockServer(pool, "127.0.0.1")
+    try:
+        yield pool, replace(pool.segment, host="", address=served.address, token=served.token)
+    finally:
+        served.close()
+        pool.close()
+
+
+@contextmanager
+def cut_after(address: str, num_bytes: int, *, stall: bool) -> Iterator[str]:
+    """The way to a rank, which ends after so many bytes of its answers, or gives none further."""
+    host, _, port = address.rpartition(":")
+    listening = socket.create_server(("127.0.0.1", 0))
+    opened: list[socket.socket] = [listening]
+
+    def pass_on(source: socket.socket, target: socket.socket, most: int) -> None:
+        with suppress(OSError):
+            while most > 0 and (data := source.recv(min(4096, most))):
+                target.sendall(data)
+                most -= len(data)
+            if not stall or most > 0:
+                target.shutdown(socket.SHUT_WR)
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                reader, _ = listening.accept()
+                rank = socket.create_connection((host, int(port)))
+                opened.extend((reader, rank))
+                for one in ((reader, rank, 1 << 30), (rank, reader, num_bytes)):
+                    threading.Thread(target=pass_on, args=one, daemon=True).start()
+
+    accepting = threading.Thread(target=accept, daemon=True)
+    accepting.start()
+    try:
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        for one in opened:
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+        accepting.join()
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_a_peer_that_dies_gives_whole_blocks_or_none(seed: int) -> None:
+    rng, count = random.Random(seed), 8
+    theirs, ours = rng.choice(LAYOUTS), rng.choice(rng.choice(LAYOUTS))
+    with ExitStack() as ranks:
+        segments = [ranks.enter_context(server(piece, count))[1] for piece in theirs]
+        dying = rng.randrange(len(segments))
+        after = rng.randrange(1, count * FORM.nbytes(theirs[dying]))
+        with cut_after(segments[dying].address, after, stall=False) as way:
+            segments[dying] = replace(segments[dying], address=way)
+            peer = PeerPool(segments, FORM, ours)
+            # some are asked for where another block is now
+            slots = [rng.choice([slot, slot, (slot + 1) % count]) for slot in range(count)]
+            wanted = [(key_of(number), slot) for number, slot in enumerate(slots)]
+            into = torch.full((count, *FORM.shape(ours)), -1.0)
+            failed = peer.copy(wanted, into)
+            for i, (key, slot) in enumerate(wanted):
+                if key != key_of(slot):
+                    assert i in failed
+                if i not in failed:
+                    assert torch.equal(into[i], content(i, ours))
+            peer.close()
+
+
+def test_a_peer_that_stalls_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "SILENCE_S", 0.3)
+    with server(WHOLE, 4) as (_, segment), cut_after(segment.address, 5000, stall=True) as way:
+        peer = PeerPool([replace(segment, address=way)], FORM, WHOLE)
+        into = torch.empty(4, *FORM.shape(WHOLE))
+        begun = time.monotonic()
+        wanted = [(key_of(slot), slot) for slot in range(4)]
+        assert peer.copy(wanted, into) == {0, 1, 2, 3}
+        assert 0.2 < time.monotonic() - begun < 3
+        begun = time.monotonic()
+        assert peer.copy(wanted, into) == {0, 1, 2, 3}  # and not waited for again so soon
+        assert time.monotonic() - begun < 0.1
+        peer.close()
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_slots_that_are_used_again_meanwhile(remote: bool) -> None:
+    """The owner writes other blocks into its slots while they are read: each copy is whole."""
+    count = 16
+    with server(WHOLE, count) as (pool, segment):
+        told = segment if remote else pool.segment
+        peer = PeerPool([told], FORM, WHOLE)
+        ended = threading.Event()
+
+        def reuse() -> None:
+            rng = random.Random(0)
+            while not ended.is_set():
+                slot, number = rng.randrange(count), rng.randrange(3 * count)
+                pool.begin([slot])
+                pool.data[slot] = content(number)
+                pool.end([slot], [key_of(number)])
+
+        owner = threading.Thread(target=reuse)
+        owner.start()
+        try:
+            whole = 0
+            for _ in range(500):
+                numbers = [slot + count * random.randrange(3) for slot in range(count)]
+                into = torch.full((count, *FORM.shape(WHOLE)), -1.0)
+                asked = [(key_of(n), slot) for slot, n in enumerate(numbers)]
+                failed = peer.copy(asked, into)
+                for slot in set(range(count)) - failed:
+                    whole += 1
+                    assert torch.equal(into[slot], content(numbers[slot]))
+            assert whole or remote
+        finally:
+            ended.set()
+            owner.join()
+            peer.close()
