@@ -31,7 +31,8 @@ class SamplingParams:
         top_k: keep the k likeliest; 0 means off.
         top_p: keep the smallest set whose mass reaches p; 1 means off.
         min_p: drop tokens below p times the likeliest one's probability; 0 means off.
-        repetition_penalty: Hugging Face's definition, over prompt and output; 1 means off.
+        repetition_penalty: Hugging Face's definition, over prompt and output; 1 means off;
+            0.01 to 100, so that what it divides stays a float32.
         presence_penalty: subtracted once from tokens that occur in the output (OpenAI).
         frequency_penalty: subtracted for each occurrence in the output (OpenAI).
         logit_bias: token id to a number added to its logit.
@@ -75,7 +76,7 @@ class SamplingParams:
         _integer("top_k", self.top_k, 0, None)
         _number("top_p", self.top_p, 0.0, 1.0, above_low=True)
         _number("min_p", self.min_p, 0.0, 1.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above_low=True)
+        _number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _integer("seed", self.seed, 0, 2**63 - 1, optional=True)

@@ -86,7 +86,7 @@ class Sampling(Body):
     top_k: int | None = Field(None, description="The k likeliest tokens; 0 is off.")
     min_p: float | None = Field(None, description="Drop tokens below this part of the likeliest.")
     repetition_penalty: float | None = Field(
-        None, description="Divides the logits of tokens seen in prompt and output; 1 is off."
+        None, description="Divides logits of tokens seen in prompt and output; 0.01 to 100."
     )
     presence_penalty: float | None = Field(
         None, description="Subtracted once from tokens in the output; -2 to 2."

@@ -177,7 +177,9 @@ class SamplingParams(_message.Message):
     min_p: _builtins.float
     """Drop tokens below p times the likeliest one's probability; 0 is off. Default 0."""
     repetition_penalty: _builtins.float
-    """Divides (or multiplies, below 0) the logits of tokens seen in prompt and output. Default 1: off."""
+    """Divides (or multiplies, below 0) the logits of tokens seen in prompt and output. 0.01 to 100.
+    Default 1: off.
+    """
     presence_penalty: _builtins.float
     """Subtracted once from the logits of tokens in the output. -2 to 2. Default 0."""
     frequency_penalty: _builtins.float
