@@ -22,6 +22,7 @@ from torch import Tensor
 
 from arriero.kernels.ops import FlatBatch, SamplingRows
 from arriero.shards.grammar import GrammarRows
+from arriero.shards.paging import cache_slots
 from arriero.shards.plan import LAST_SAMPLED, Int32, NewSequence, StepPlan
 from arriero.shards.sampling import SamplingParams
 from arriero.shards.standing import StandingBatch
@@ -182,7 +183,6 @@ class SequenceTable:
         else:
             owner = np.repeat(np.arange(num_sequences, dtype=np.int32), counts)
             positions = np.arange(total, dtype=np.int32) + (starts - query_start[:-1])[owner]
-        cache_slots = self._cache_slots(table, owner, positions)
         tokens = plan.tokens
         held = tokens == LAST_SAMPLED
         if held.any():
@@ -199,7 +199,7 @@ class SequenceTable:
                 query_start_S1=query_start_S1,
                 context_S=self._tensor(contexts - base),
                 block_table_SB=self._tensor(local_table),
-                slots_T=self._tensor(self._cache_slots(local_table, owner, inside)),
+                slots_T=self._tensor(cache_slots(local_table, owner, inside, self._block_size)),
                 cos_TD=cos_TD,
                 sin_TD=sin_TD,
                 max_query=max_query,
@@ -210,19 +210,13 @@ class SequenceTable:
             query_start_S1=query_start_S1,
             context_S=self._tensor(contexts),
             block_table_SB=self._tensor(table),
-            slots_T=self._tensor(cache_slots),
+            slots_T=self._tensor(cache_slots(table, owner, positions, self._block_size)),
             cos_TD=cos_TD,
             sin_TD=sin_TD,
             max_query=max_query,
             max_context=max_context,
             local=local,
         )
-
-    def _cache_slots(self, table: Int32, owner: Int32, positions: Int32) -> Int32:
-        """Where keys and values at `positions` of the sequences `owner` go."""
-        block, offset = np.divmod(positions, self._block_size)
-        found: Int32 = table[owner, block] * self._block_size + offset
-        return found
 
     def sampling_rows(self, plan: StepPlan) -> SamplingRows:
         """Sampling parameters of the sequences that draw a token in this step."""

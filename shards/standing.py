@@ -4,7 +4,7 @@ Building a batch anew takes some thirty small array operations, whose code and d
 have pushed out of the CPU's caches since the step before; here only what differs is written, in
 place.
 
-Knows where tokens sit; knows nothing of slots.
+Knows where tokens sit; knows nothing of who is in a slot, nor of how tokens are drawn.
 
 Shape legend: T tokens (one of each sequence), S sequences, B blocks of a table, D head dimension.
 """
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from arriero.kernels.ops import FlatBatch, SamplingRows
+from arriero.shards.paging import cache_slots
 from arriero.shards.plan import Int32
 
 if TYPE_CHECKING:
@@ -55,12 +56,12 @@ class StandingBatch:
         self._block_size, self._rope = block_size, rope
         self._positions: Int32 = batch.positions_T.numpy()
         self._contexts: Int32 = batch.context_S.numpy()
-        self._slots: Int32 = batch.slots_T.numpy()
+        self._cache_slots: Int32 = batch.slots_T.numpy()
         self._table: Int32 = batch.block_table_SB.numpy()
         self._table_SB = batch.block_table_SB
         self._rope_2TD = rope.both_at(batch.positions_T)
         self._cos_TD, self._sin_TD = self._rope_2TD
-        self._index = np.arange(len(self._positions))
+        self._owner = np.arange(len(self._positions), dtype=np.int32)
         self._until_block = 0  # steps in which no sequence enters a block
 
     def advance(self, blocks: Int32, *, changed: bool) -> None:
@@ -79,13 +80,14 @@ class StandingBatch:
         self._positions += 1
         self._contexts += 1
         if self._until_block:
-            self._slots += 1
+            self._cache_slots += 1
             self._until_block -= 1
         else:
-            block, offset = np.divmod(self._positions, self._block_size)
-            np.multiply(self._table[self._index, block], self._block_size, out=self._slots)
-            self._slots += offset
-            self._until_block = self._block_size - 1 - int(offset.max())
+            self._cache_slots[:] = cache_slots(
+                self._table, self._owner, self._positions, self._block_size
+            )
+            last = int((self._positions % self._block_size).max())
+            self._until_block = self._block_size - 1 - last
         before = self.batch
         self._rope.both_at(before.positions_T, out=self._rope_2TD)
         self.batch = FlatBatch(

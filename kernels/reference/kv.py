@@ -23,6 +23,13 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.from_numpy(np.zeros(nbytes, np.uint8)).view(dtype).view(shape)
 
 
+def int8_levels(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Levels, float32 of the shape [..., D] of x, and their scales [...]; see `KVCacheSpec`."""
+    x = x.float()
+    scale = x.abs().amax(-1) / 127
+    return (x / scale.where(scale > 0, 1.0)[..., None]).round_().clamp_(-127, 127), scale
+
+
 class ReferenceKVCache(KVCache):
     """One tensor [layers, 2 (k, v), blocks, K, P, D], and for int8 the scales without D."""
 
@@ -62,11 +69,8 @@ class ReferenceKVCache(KVCache):
         block_T, offset_T = slots_T.long() // size, slots_T.long() % size
         for part, x_TKD in enumerate((k_TKD, v_TKD)):
             if self._scales is not None:
-                x_TKD = x_TKD.float()
-                scale_TK = x_TKD.abs().amax(-1) / 127
+                x_TKD, scale_TK = int8_levels(x_TKD)
                 self._scales[layer, part][block_T, :, offset_T] = scale_TK
-                x_TKD = x_TKD / scale_TK.where(scale_TK > 0, 1.0)[..., None]
-                x_TKD = x_TKD.round().clamp(-127, 127)
             self._data[layer, part][block_T, :, offset_T] = x_TKD.to(self._data.dtype)
 
     def gather(self, layer: int, blocks_SB: Tensor) -> Tensor:

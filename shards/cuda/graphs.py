@@ -22,6 +22,7 @@ from torch import Tensor
 
 from arriero.kernels.ops import SamplingRows
 from arriero.shards.cuda.device import Device, Event, Replayable
+from arriero.shards.paging import cache_slots
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
@@ -173,13 +174,14 @@ class DecodeInputs:
             copied.synchronize()
         host = self._host[self._turn]
         words = host.numpy()
+        owner = np.arange(len(batch.positions), dtype=np.int32)
         values: dict[str, tuple[npt.NDArray[np.generic], float]] = {
             "tokens": (batch.tokens, 0),
             "slots": (batch.slots, self._scratch_slot),
             "positions": (batch.positions, 0),
             "contexts": (batch.positions + 1, 1),
             "cache_slots": (
-                self._cache_slots(batch.table, batch.positions),
+                cache_slots(batch.table, owner, batch.positions, self._block_size),
                 self._scratch_block * self._block_size,
             ),
             "top_k": (batch.top_k, 0),
@@ -193,7 +195,7 @@ class DecodeInputs:
                 "local_positions": (local.positions, 0),
                 "local_contexts": (local.positions + 1, 1),
                 "local_cache_slots": (
-                    self._cache_slots(local.table, local.positions),
+                    cache_slots(local.table, owner, local.positions, self._block_size),
                     self._local_scratch_block * self._block_size,
                 ),
             }
@@ -216,11 +218,6 @@ class DecodeInputs:
             rows[count:, at] = self._local_scratch_block
         self._words[:stop].copy_(host[:stop], non_blocking=True)
         self._copied[self._turn] = self._device.mark()
-
-    def _cache_slots(self, table: Ints, positions: Ints) -> Ints:
-        block, offset = np.divmod(positions, self._block_size)
-        found: Ints = table[np.arange(len(positions)), block] * self._block_size + offset
-        return found
 
     def ints(self, name: str, bucket: int) -> Tensor:
         """A column of the first `bucket` rows, int32 [S]."""

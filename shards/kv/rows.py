@@ -14,9 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from arriero.kernels.reference.kv import int8_levels
 from arriero.shards.kv.config import SCALE_BYTES
-
-_LEVELS = 127
 
 
 def pack(data: Tensor) -> Tensor:
@@ -28,10 +27,8 @@ def pack(data: Tensor) -> Tensor:
     Returns:
         int8 [..., D + 4].
     """
-    rows = data.float()
-    scale = rows.abs().amax(-1, keepdim=True) / _LEVELS
-    levels = torch.where(scale > 0, rows / scale, 0.0).round_()
-    return torch.cat([levels.to(torch.int8), scale.view(torch.int8)], dim=-1)
+    levels, scale = int8_levels(data)
+    return torch.cat([levels.to(torch.int8), scale[..., None].view(torch.int8)], dim=-1)
 
 
 def unpack(packed: Tensor) -> Tensor:
