@@ -23,7 +23,8 @@ from arriero.cluster import nodes
 from arriero.cluster.changes import Phase, settled
 from arriero.cluster.history import Failure
 from arriero.cluster.kv_client import KV_ACTIONS, ask_kv
-from arriero.cluster.spec import Spec, explain
+from arriero.cluster.spec import Spec
+from arriero.cluster.spec_file import explain
 from arriero.router.proto.arriero.v1 import admin_pb2 as pb
 from arriero.shards.errors import ArrieroError, InvalidRequest, NotFound, SpecError
 

@@ -16,7 +16,8 @@ from ray.serve import Application
 
 from arriero.cluster.gateway import GatewayReplica, GatewaySettings
 from arriero.cluster.group import GroupSettings, Leader
-from arriero.cluster.spec import ModelSpec, Spec, load
+from arriero.cluster.spec import ModelSpec, Spec
+from arriero.cluster.spec_file import load
 from arriero.shards.errors import SpecError
 from arriero.shards.health import HealthLimits
 

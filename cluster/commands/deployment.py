@@ -158,7 +158,7 @@ def demo(
 def bring_up(spec: Path | None, flags: dict[str, Any], state_dir: Path | None) -> Deployment:
     """Deploy, with progress shown."""
     from arriero.cluster import deploy, state
-    from arriero.cluster.spec import load
+    from arriero.cluster.spec_file import load
 
     checked = load(spec, flags)
     with spinner() as say, _interruptible() as heed:
@@ -169,7 +169,7 @@ def bring_up(spec: Path | None, flags: dict[str, Any], state_dir: Path | None) -
 def temporary_deployment(flags: dict[str, Any]) -> Iterator[Deployment]:
     """A deployment on a local cluster of its own, gone at the end whatever happens."""
     from arriero.cluster import deploy
-    from arriero.cluster.spec import load
+    from arriero.cluster.spec_file import load
 
     checked = load(None, flags)
     with tempfile.TemporaryDirectory(prefix="arriero-state-") as name, _interruptible() as heed:

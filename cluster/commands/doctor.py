@@ -38,7 +38,7 @@ def doctor(
 ) -> None:
     """Check versions, drivers, NCCL, clocks, disks, limits and ports; exit 1 if one fails."""
     from arriero.cluster import checkup, state
-    from arriero.cluster.spec import load
+    from arriero.cluster.spec_file import load
     from arriero.cluster.state import Deployment
     from arriero.shards.checkpoint.remote import is_url
 

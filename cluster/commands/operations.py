@@ -108,7 +108,7 @@ def rollout(
     state_dir: StateDir = None,
 ) -> None:
     """Replace, one at a time, the groups whose settings or weights have changed."""
-    from arriero.cluster.spec import load
+    from arriero.cluster.spec_file import load
 
     text = "" if spec is None else load(spec, {}).model_dump_json()
     with admin(state_dir) as client:

@@ -237,7 +237,7 @@ def _from_spec(
     dtype: Dtype | None,
     layout: Layout | None,
 ) -> list[_Wish]:
-    from arriero.cluster.spec import load
+    from arriero.cluster.spec_file import load
 
     if layout is not None:
         raise SpecError("the spec says the layout; give --tp, --pp, --dp, --ep with --model")

@@ -14,7 +14,7 @@ import yaml
 
 from arriero.cluster import deploy, state
 from arriero.cluster.admin_client import AdminClient
-from arriero.cluster.spec import load
+from arriero.cluster.spec_file import load
 from arriero.router.client import AsyncClient
 from arriero.router.proto.arriero.v1 import admin_pb2 as pb
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from arriero.cluster.cli import run
-from arriero.cluster.spec import Spec, load
+from arriero.cluster.spec import Spec
+from arriero.cluster.spec_file import load
 from arriero.router.tenants.keys import add_key
 from arriero.shards.errors import SpecError
 from arriero.shards.kv.config import TierConfig
