@@ -39,6 +39,7 @@ from torch import Tensor
 from arriero.kernels import moe, wire
 from arriero.kernels.moe import Permutation, Routing
 from arriero.kernels.quant import ProductInputs, QuantizedWeight, quantize_rows
+from arriero.kernels.visible import EVERYTHING, Visible
 from arriero.kernels.wire import Wire
 
 
@@ -159,14 +160,13 @@ class AttentionStyle:
             with the layer's eps).
         query_scale: (a, f): q at position p is multiplied by 1 + a * ln(1 + floor((p + 1) / f)),
             last of all (Llama 4's attention temperature); None for off.
-        chunk_size: C > 0: key k is visible to query q when k <= q and k // C == q // C, positions
-            counted from the sequence's start; 0: every earlier key is visible.
+        visible: which earlier keys a query sees.
     """
 
     rope: Literal["halves", "pairs", "none"] = "halves"
     qk_norm: bool = False
     query_scale: tuple[float, float] | None = None
-    chunk_size: int = 0
+    visible: Visible = EVERYTHING
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -321,7 +321,7 @@ def layer_caches(
     found: list[LayerCache] = []
     counts = {True: 0, False: 0}
     for layer in layers:
-        local = local_kv is not None and layer.style.chunk_size > 0
+        local = local_kv is not None and layer.style.visible.chunk_size > 0
         cache = local_kv if local else kv
         assert cache is not None, "a stage has a cache for each kind of layer that it holds"
         found.append(LayerCache(kv=cache, index=counts[local], local=local))
@@ -507,13 +507,13 @@ class Ops(ABC):
         kv: KVCache,
         kv_layer: int,
         batch: FlatBatch,
-        chunk_size: int = 0,
+        visible: Visible = EVERYTHING,
     ) -> Tensor:
         """Causal attention of each token over its own sequence's blocks: [T, N * D].
 
-        Paged attention (Kwon 2023) over a flat batch. Token at position p sees keys 0..p, or with
-        a chunk size C keys p // C * C..p. Blocks that lie wholly before the chunk of a sequence's
-        first query may be freed: their table entries are arbitrary and are not read.
+        Paged attention (Kwon 2023) over a flat batch. Token at position p sees keys 0..p, or what
+        `visible` leaves of them. Blocks of a sequence that hold none of its first query's keys
+        may be freed, but for those of `sinks`: their table entries are arbitrary and are not read.
         """
 
     @abstractmethod
@@ -620,7 +620,7 @@ class Ops(ABC):
         qkv_TE = self.linear(self.rms_norm(x_TH, layer.attn_norm_H, layer.eps), layer.qkv)
         q_TND = self.rope_write_kv(qkv_TE, layer, kv, kv_layer, batch)
         out_TE = self.paged_attention(
-            q_TND, layer.softmax_scale, kv, kv_layer, batch, layer.style.chunk_size
+            q_TND, layer.softmax_scale, kv, kv_layer, batch, layer.style.visible
         )
         return self.linear(out_TE, layer.o)
 

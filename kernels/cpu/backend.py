@@ -33,6 +33,7 @@ from arriero.kernels.cpu.structs import (
     linear_of,
     mlp_struct,
     packed_of,
+    visible_struct,
     vocab_of,
 )
 from arriero.kernels.cpu.weights import TYPES, pack_plain, pack_quantized
@@ -52,6 +53,7 @@ from arriero.kernels.ops import (
 )
 from arriero.kernels.quant import QuantizedWeight
 from arriero.kernels.reference import sampling
+from arriero.kernels.visible import EVERYTHING, Visible
 
 
 def available_threads() -> int:
@@ -249,7 +251,7 @@ class CpuOps(Ops):
         kv: KVCache,
         kv_layer: int,
         batch: FlatBatch,
-        chunk_size: int = 0,
+        visible: Visible = EVERYTHING,
     ) -> Tensor:
         """See `Ops.paged_attention`."""
         num_tokens, num_heads, head_dim = q_TND.shape
@@ -261,14 +263,14 @@ class CpuOps(Ops):
             )
         q_TE = float_rows("paged_attention", q_TND.flatten(1), num_heads * head_dim)
         out_TE = torch.empty(num_tokens, num_heads * head_dim)
-        of_batch = batch_struct(batch, num_tokens, head_dim)
+        of_batch, of_visible = batch_struct(batch, num_tokens, head_dim), visible_struct(visible)
         self.call(
             "paged_attention",
             q_TE.data_ptr(),
             q_TE.stride(0),
             num_heads,
             scale,
-            chunk_size,
+            ctypes.addressof(of_visible),
             cache_of(kv).address,
             kv_layer,
             ctypes.addressof(of_batch),

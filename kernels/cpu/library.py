@@ -18,7 +18,7 @@ from typing import Any
 
 _LOG = logging.getLogger(__name__)
 
-_ABI = 4
+_ABI = 5
 """Must equal `arriero_abi()`: a library left over from an older build is not used."""
 
 VARIANTS = ("avx512bf16", "avx512", "avx2", "portable")
@@ -85,6 +85,16 @@ class Batch(ctypes.Structure):
     )
 
 
+class Visible(ctypes.Structure):
+    """`struct Visible` of native/cache.h."""
+
+    _fields_ = (
+        ("chunk_size", ctypes.c_int32),
+        ("window", ctypes.c_int32),
+        ("sinks", ctypes.c_int32),
+    )
+
+
 class Style(ctypes.Structure):
     """`struct Style` of native/attention.h."""
 
@@ -94,7 +104,7 @@ class Style(ctypes.Structure):
         ("eps", ctypes.c_float),
         ("query_gain", ctypes.c_float),
         ("query_floor", ctypes.c_float),
-        ("chunk_size", ctypes.c_int32),
+        ("visible", Visible),
     )
 
 
@@ -157,7 +167,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "silu_mul": (_P, _P, _I64, _I64, _I64, _P),
     "grouped_linear": (_P, _P, _P, _I64, _P, _I64, _P),
     "rope_write": (_P, _P, _I64, _P, _P, _I64, _P),
-    "paged_attention": (_P, _P, _I64, _I32, _F32, _I32, _P, _I64, _P, _P),
+    "paged_attention": (_P, _P, _I64, _I32, _F32, _P, _P, _I64, _P, _P),
     "decoder": (_P, _P, _I64, _P, _P, _P, _P, _P),
     "attention_block": (_P, _P, _P, _P, _P, _P),
     "mlp_block": (_P, _P, _I64, _P, _P),

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from arriero.kernels.cpu import library
 from arriero.kernels.cpu.cache import CpuKVCache
 from arriero.kernels.cpu.library import Batch, Draws, Experts, Layer, Style
 from arriero.kernels.cpu.offload import MappedRoom
@@ -24,6 +25,7 @@ from arriero.kernels.ops import (
     SamplingRows,
     Vocab,
 )
+from arriero.kernels.visible import Visible
 
 _ROPE = {"halves": 0, "pairs": 1, "none": 2}
 
@@ -170,6 +172,13 @@ def _agree(*expected: tuple[str, int, int]) -> None:
             raise ValueError(f"layer: {name}={value} where the other parts need {want}")
 
 
+def visible_struct(visible: Visible) -> library.Visible:
+    """The struct of what a query sees."""
+    return library.Visible(
+        chunk_size=visible.chunk_size, window=visible.window, sinks=visible.sinks
+    )
+
+
 def bare_layer_struct(layer: DenseLayer) -> Layer:
     """A layer's numbers, without its weights."""
     gain, floor = layer.style.query_scale or (0.0, 1.0)
@@ -185,7 +194,7 @@ def bare_layer_struct(layer: DenseLayer) -> Layer:
             eps=layer.eps,
             query_gain=gain,
             query_floor=floor,
-            chunk_size=layer.style.chunk_size,
+            visible=visible_struct(layer.style.visible),
         ),
     )
 

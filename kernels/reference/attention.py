@@ -12,6 +12,7 @@ from torch import Tensor
 
 from arriero.kernels.ops import DenseLayer, FlatBatch, KVCache
 from arriero.kernels.reference.kv import ReferenceKVCache
+from arriero.kernels.visible import Visible
 
 
 def rope_write_kv(
@@ -55,9 +56,9 @@ def paged_attention(
     kv: KVCache,
     kv_layer: int,
     batch: FlatBatch,
-    chunk_size: int,
+    visible: Visible,
 ) -> Tensor:
-    """Causal or chunk-local attention over each sequence's blocks: [T, N * D].
+    """Causal attention to what is visible over each sequence's blocks: [T, N * D].
 
     Sequences with one query (decodes) go together, padded to the longest; the others one by one.
     """
@@ -75,29 +76,52 @@ def paged_attention(
             [range(starts[s], starts[s + 1]) for s in group], device=q_TND.device
         )
         position_SQ = batch.positions_T[tokens_SQ].long()
-        first_SQ = position_SQ // chunk_size * chunk_size if chunk_size else position_SQ * 0
+        first_SQ = _first(position_SQ, visible)
         num_blocks = -(-max(contexts[s] for s in group) // size)
-        # What lies past a sequence's context or before its first query's chunk may be anything:
-        # read block 0 in its place, and mask.
+        # What lies past a sequence's context, or before what its first query sees, may be
+        # anything: read block 0 in its place, and mask.
         key_B = torch.arange(num_blocks, device=q_TND.device) * size
         held_SB = key_B < batch.context_S[group, None]
-        held_SB &= key_B + size > first_SQ[:, :1]
+        held_SB &= (key_B + size > first_SQ[:, :1]) | (key_B < visible.sinks)
         blocks_SB = batch.block_table_SB[group, :num_blocks].long().where(held_SB, 0)
         out_TND[tokens_SQ] = _attend(
-            q_TND[tokens_SQ], kv.gather(kv_layer, blocks_SB), first_SQ, position_SQ, scale
+            q_TND[tokens_SQ],
+            kv.gather(kv_layer, blocks_SB),
+            first_SQ,
+            position_SQ,
+            visible.sinks,
+            scale,
         )
     return out_TND.flatten(1)
 
 
+def _first(position_SQ: Tensor, visible: Visible) -> Tensor:
+    """`Visible.first` of each position."""
+    if visible.chunk_size:
+        return position_SQ // visible.chunk_size * visible.chunk_size
+    if visible.window:
+        return (position_SQ - visible.window + 1).clamp(min=0)
+    return position_SQ * 0
+
+
 def _attend(
-    q_SQND: Tensor, kv_2SBKPD: Tensor, first_SQ: Tensor, last_SQ: Tensor, scale: float
+    q_SQND: Tensor,
+    kv_2SBKPD: Tensor,
+    first_SQ: Tensor,
+    last_SQ: Tensor,
+    sinks: int,
+    scale: float,
 ) -> Tensor:
-    """Softmax attention over keys first .. last, in float32: [S, Q, N, D] of the queries' dtype."""
+    """Softmax attention in float32: [S, Q, N, D] of the queries' dtype.
+
+    Query q sees keys first[q] .. last[q], and those of the first `sinks` that are not after it.
+    """
     num_seqs, num_queries, num_heads, head_dim = q_SQND.shape
     num_kv_heads = kv_2SBKPD.shape[3]
     k_SKCD, v_SKCD = kv_2SBKPD.transpose(2, 3).flatten(3, 4)
     key_C = torch.arange(k_SKCD.shape[2], device=q_SQND.device)
-    seen_SQC = (key_C >= first_SQ[..., None]) & (key_C <= last_SQ[..., None])
+    seen_SQC = (key_C >= first_SQ[..., None]) | (key_C < sinks)
+    seen_SQC &= key_C <= last_SQ[..., None]
     # A slot that no query sees may hold anything, NaN too, and NaN * 0 is NaN.
     v_SKCD = v_SKCD.masked_fill(~seen_SQC.any(1)[:, None, :, None], 0)
     # The G heads of a group read the same keys: one product [G * Q, D] x [D, C] for all of them.

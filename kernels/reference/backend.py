@@ -24,6 +24,7 @@ from arriero.kernels.ops import (
 from arriero.kernels.quant import QuantizedWeight
 from arriero.kernels.reference import attention, linear, sampling
 from arriero.kernels.reference.kv import ReferenceKVCache
+from arriero.kernels.visible import EVERYTHING, Visible
 
 
 class ReferenceOps(Ops):
@@ -91,10 +92,10 @@ class ReferenceOps(Ops):
         kv: KVCache,
         kv_layer: int,
         batch: FlatBatch,
-        chunk_size: int = 0,
+        visible: Visible = EVERYTHING,
     ) -> Tensor:
         """Causal attention over blocks; see `Ops.paged_attention`."""
-        return attention.paged_attention(q_TND, scale, kv, kv_layer, batch, chunk_size)
+        return attention.paged_attention(q_TND, scale, kv, kv_layer, batch, visible)
 
     def sample(self, logits_RV: Tensor, rows: SamplingRows) -> Sampled:
         """Draw one token a row; see `Ops.sample`."""

@@ -48,6 +48,7 @@ from arriero.kernels.triton.product import ExpertWeights
 from arriero.kernels.triton.tuning import attention_blocks
 from arriero.kernels.triton.upload import Upload
 from arriero.kernels.triton.weights import Packed
+from arriero.kernels.visible import EVERYTHING, Visible
 from arriero.kernels.wire import Wire, check
 
 
@@ -140,7 +141,7 @@ class TritonOps(Ops):
         kv: KVCache,
         kv_layer: int,
         batch: FlatBatch,
-        chunk_size: int = 0,
+        visible: Visible = EVERYTHING,
     ) -> Tensor:
         """Attention over blocks; see `Ops.paged_attention`."""
         q_TND, cache = unit_stride(q_TND), _own(kv)
@@ -149,9 +150,9 @@ class TritonOps(Ops):
         blocks = attention_blocks(q_TND.device, dim, kv.spec.dtype)
         # each kernel leaves the other's sequences alone; only the device knows which are there
         if batch.max_query == 1 or batch.context_S.shape[0] > 1:
-            attend_decodes(q_TND, out_TND, scale, cache, kv_layer, batch, chunk_size, blocks)
+            attend_decodes(q_TND, out_TND, scale, cache, kv_layer, batch, visible, blocks)
         if batch.max_query > 1:
-            attend_prefills(q_TND, out_TND, scale, cache, kv_layer, batch, chunk_size, blocks)
+            attend_prefills(q_TND, out_TND, scale, cache, kv_layer, batch, visible, blocks)
         return out_TND.view(num_tokens, num_heads * dim)
 
     def sample(self, logits_RV: Tensor, rows: SamplingRows) -> Sampled:
@@ -263,7 +264,7 @@ class TritonOps(Ops):
     ) -> Tensor:
         q_TND = self.rope_write_kv(self.linear(h_TH, layer.qkv), layer, kv, kv_layer, batch)
         out_TE = self.paged_attention(
-            q_TND, layer.softmax_scale, kv, kv_layer, batch, layer.style.chunk_size
+            q_TND, layer.softmax_scale, kv, kv_layer, batch, layer.style.visible
         )
         return self.linear(out_TE, layer.o)
 

@@ -21,8 +21,19 @@ from arriero.kernels.triton.launch import (
     kernel,
     power_of_two,
 )
-from arriero.kernels.triton.softmax import attend_keys, fold, options, quotient, split_length
+from arriero.kernels.triton.softmax import (
+    attend_keys,
+    first_seen,
+    fold,
+    leading_splits,
+    options,
+    quotient,
+    sight,
+    span_of,
+    split_length,
+)
 from arriero.kernels.triton.tuning import AttentionBlocks
+from arriero.kernels.visible import Visible
 
 PROGRAMS = 1024
 """Enough programs to fill a GPU several times over."""
@@ -44,7 +55,8 @@ def _decode_splits(
     q_head_stride: tl.tensor,
     table_stride: tl.tensor,
     scale: tl.tensor,
-    chunk_size: tl.tensor,
+    span: tl.tensor,
+    sinks: tl.tensor,
     num_lanes: tl.tensor,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -56,6 +68,8 @@ def _decode_splits(
     SPLIT: tl.constexpr,
     MOST: tl.constexpr,
     CHUNKED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SINKS: tl.constexpr,
     KV_INT8: tl.constexpr,
     DOT: tl.constexpr,
 ) -> None:
@@ -65,9 +79,7 @@ def _decode_splits(
     if tl.load(query_start + sequence + 1) - token != 1:
         return
     position = tl.load(positions + token)
-    lowest = position * 0
-    if CHUNKED:
-        lowest = position // chunk_size * chunk_size
+    lowest = first_seen(position, span, CHUNKED, WINDOWED)
     row = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     held_MD = (row < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
@@ -79,7 +91,12 @@ def _decode_splits(
     table = tables + sequence.to(tl.int64) * table_stride
     length = split_length(position, SPLIT, MOST)
     first_split = lowest // length
-    for split in range(first_split + tl.program_id(2), position // length + 1, num_lanes):
+    leading = leading_splits(first_split, length, sinks, SINKS)
+    count = leading + position // length + 1 - first_split
+    for i in range(tl.program_id(2), count, num_lanes):
+        split = first_split + i
+        if SINKS:
+            split = tl.where(i < leading, i, split - leading)
         m_M = tl.full([BLOCK_M], -float("inf"), tl.float32)
         l_M = tl.zeros([BLOCK_M], tl.float32)
         acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -91,6 +108,7 @@ def _decode_splits(
             length,
             lowest,
             position,
+            sinks,
             table,
             cache,
             scales,
@@ -104,10 +122,11 @@ def _decode_splits(
             HEAD_DIM,
             BLOCK_N,
             BLOCK_D,
+            SINKS,
             KV_INT8,
             DOT,
         )
-        line = (sequence.to(tl.int64) * (KV_HEADS * GROUP) + head) * MOST + split - first_split
+        line = (sequence.to(tl.int64) * (KV_HEADS * GROUP) + head) * MOST + i
         tl.store(part_m + line, m_M, mask=row < GROUP)
         tl.store(part_l + line, l_M, mask=row < GROUP)
         tl.store(part_acc + line[:, None] * HEAD_DIM + d[None, :], acc_MD, mask=held_MD)
@@ -121,7 +140,8 @@ def _decode_fold(
     part_l: tl.tensor,
     part_acc: tl.tensor,
     out: tl.tensor,
-    chunk_size: tl.tensor,
+    span: tl.tensor,
+    sinks: tl.tensor,
     Q_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEADS: tl.constexpr,
@@ -129,6 +149,8 @@ def _decode_fold(
     SPLIT: tl.constexpr,
     MOST: tl.constexpr,
     CHUNKED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SINKS: tl.constexpr,
 ) -> None:
     sequence = tl.program_id(0)
     token = tl.load(query_start + sequence)
@@ -136,9 +158,9 @@ def _decode_fold(
         return
     position = tl.load(positions + token)
     length = split_length(position, SPLIT, MOST)
-    first_split = position * 0
-    if CHUNKED:
-        first_split = position // chunk_size * chunk_size // length
+    first_split = first_seen(position, span, CHUNKED, WINDOWED) // length
+    count = position // length + 1 - first_split
+    count += leading_splits(first_split, length, sinks, SINKS)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     d = tl.arange(0, BLOCK_D)
     held = head < Q_HEADS
@@ -147,8 +169,8 @@ def _decode_fold(
     l_M = tl.zeros([HEADS], tl.float32)
     acc_MD = tl.zeros([HEADS, BLOCK_D], tl.float32)
     line = (sequence.to(tl.int64) * Q_HEADS + head) * MOST
-    for split in range(first_split, position // length + 1):
-        at = line + split - first_split
+    for i in range(0, count):
+        at = line + i
         m2_M = tl.load(part_m + at, mask=held, other=-float("inf"))
         l2_M = tl.load(part_l + at, mask=held, other=0.0)
         at_MD = part_acc + at[:, None] * HEAD_DIM + d[None, :]
@@ -165,7 +187,7 @@ def attend_decodes(
     kv: TritonKVCache,
     kv_layer: int,
     batch: FlatBatch,
-    chunk_size: int,
+    visible: Visible,
     blocks: AttentionBlocks,
 ) -> None:
     """Fill the rows of `out` whose sequence has one query."""
@@ -193,9 +215,10 @@ def attend_decodes(
         q_TND.stride(1),
         batch.block_table_SB.stride(0),
         scale / math.log(2),
-        chunk_size,
+        span_of(visible),
+        visible.sinks,
         lanes,
-        **options(kv.spec, group, blocks, chunk_size),
+        **options(kv.spec, group, blocks, visible),
     )
     heads = power_of_two(q_heads) if INTERPRETED else _FOLD_HEADS
     _decode_fold[(num_sequences, -(-q_heads // heads))](
@@ -205,14 +228,15 @@ def attend_decodes(
         part_l,
         part_acc,
         out_TND,
-        chunk_size,
+        span_of(visible),
+        visible.sinks,
         Q_HEADS=q_heads,
         HEAD_DIM=dim,
         HEADS=heads,
         BLOCK_D=power_of_two(dim, 16),
         SPLIT=blocks.split,
         MOST=blocks.most_splits,
-        CHUNKED=chunk_size > 0,
+        **sight(visible),
         num_warps=4,
         **EXACT,
     )

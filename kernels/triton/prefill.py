@@ -15,8 +15,18 @@ import triton.language as tl
 from arriero.kernels.ops import FlatBatch
 from arriero.kernels.triton.kv import TritonKVCache
 from arriero.kernels.triton.launch import kernel, power_of_two
-from arriero.kernels.triton.softmax import attend_keys, fold, options, quotient, split_length
+from arriero.kernels.triton.softmax import (
+    attend_keys,
+    first_seen,
+    fold,
+    leading_splits,
+    options,
+    quotient,
+    span_of,
+    split_length,
+)
 from arriero.kernels.triton.tuning import AttentionBlocks
+from arriero.kernels.visible import Visible
 
 
 @kernel
@@ -52,7 +62,8 @@ def _prefill(
     q_head_stride: tl.tensor,
     table_stride: tl.tensor,
     scale: tl.tensor,
-    chunk_size: tl.tensor,
+    span: tl.tensor,
+    sinks: tl.tensor,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -63,6 +74,8 @@ def _prefill(
     SPLIT: tl.constexpr,
     MOST: tl.constexpr,
     CHUNKED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SINKS: tl.constexpr,
     KV_INT8: tl.constexpr,
     DOT: tl.constexpr,
 ) -> None:
@@ -84,21 +97,23 @@ def _prefill(
     q_MD = tl.load(at_MD + d[None, :], mask=held_MD, other=0.0).to(DOT)
     last_M = tl.load(positions + token_M, mask=held_M, other=0)
     length_M = split_length(last_M, SPLIT, MOST)
-    lowest = tl.load(positions + token)
+    lowest = first_seen(tl.load(positions + token), span, CHUNKED, WINDOWED)
     highest = tl.load(positions + tl.minimum(token + TOKENS, stop) - 1)
-    first_M = last_M * 0
-    if CHUNKED:
-        first_M = last_M // chunk_size * chunk_size
-        lowest = lowest // chunk_size * chunk_size
-    else:
-        lowest = lowest * 0
+    first_M = first_seen(last_M, span, CHUNKED, WINDOWED)
     last_M = tl.where(held_M, last_M, -1)
     table = tables + sequence.to(tl.int64) * table_stride
     m_M = tl.full([BLOCK_M], -float("inf"), tl.float32)
     l_M = tl.zeros([BLOCK_M], tl.float32)
     acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     all_m_M, all_l_M, all_acc_MD = m_M, l_M, acc_MD
-    for split in range(lowest // SPLIT, highest // SPLIT + 1):
+    first_split = lowest // SPLIT
+    leading = leading_splits(first_split, SPLIT, sinks, SINKS)
+    for i in range(0, leading + highest // SPLIT + 1 - first_split):
+        split = first_split + i
+        after = split + 1
+        if SINKS:
+            split = tl.where(i < leading, i, split - leading)
+            after = tl.where(i + 1 < leading, i + 1, first_split + i + 1 - leading)
         m_M, l_M, acc_MD = attend_keys(
             q_MD,
             first_M,
@@ -107,6 +122,7 @@ def _prefill(
             SPLIT,
             lowest,
             highest,
+            sinks,
             table,
             cache,
             scales,
@@ -120,11 +136,13 @@ def _prefill(
             HEAD_DIM,
             BLOCK_N,
             BLOCK_D,
+            SINKS,
             KV_INT8,
             DOT,
         )
         # rows whose own split ends here, or whose keys end in these, fold it in and begin anew
-        ends_M = ((split + 1) * SPLIT % length_M == 0) | (last_M < (split + 1) * SPLIT)
+        ends_M = after * SPLIT // length_M != split * SPLIT // length_M
+        ends_M |= last_M < (split + 1) * SPLIT
         part_m_M = tl.where(ends_M, m_M, -float("inf"))
         all_m_M, all_l_M, all_acc_MD = fold(all_m_M, all_l_M, all_acc_MD, part_m_M, l_M, acc_MD)
         m_M = tl.where(ends_M, -float("inf"), m_M)
@@ -142,7 +160,7 @@ def attend_prefills(
     kv: TritonKVCache,
     kv_layer: int,
     batch: FlatBatch,
-    chunk_size: int,
+    visible: Visible,
     blocks: AttentionBlocks,
 ) -> None:
     """Fill the rows of `out` whose sequence has more than one query."""
@@ -164,6 +182,7 @@ def attend_prefills(
         q_TND.stride(1),
         batch.block_table_SB.stride(0),
         scale / math.log(2),
-        chunk_size,
-        **options(kv.spec, group, blocks, chunk_size),
+        span_of(visible),
+        visible.sinks,
+        **options(kv.spec, group, blocks, visible),
     )

@@ -18,6 +18,7 @@ import triton.language as tl
 from arriero.kernels.ops import KVCacheSpec
 from arriero.kernels.triton.launch import EXACT, dot_type, kernel, power_of_two
 from arriero.kernels.triton.tuning import AttentionBlocks
+from arriero.kernels.visible import Visible
 
 _DOUBLINGS = tl.constexpr(16)
 
@@ -32,6 +33,30 @@ def split_length(position: tl.tensor, SPLIT: tl.constexpr, MOST: tl.constexpr) -
 
 
 @kernel
+def first_seen(
+    position: tl.tensor, span: tl.tensor, CHUNKED: tl.constexpr, WINDOWED: tl.constexpr
+) -> tl.tensor:
+    """The first key that a row at `position` sees, sinks aside; `span` of `span_of`."""
+    first = position * 0
+    if CHUNKED:
+        first = position // span * span
+    if WINDOWED:
+        first = tl.maximum(position - span + 1, 0)
+    return first
+
+
+@kernel
+def leading_splits(
+    first_split: tl.tensor, length: tl.tensor, sinks: tl.tensor, SINKS: tl.constexpr
+) -> tl.tensor:
+    """Splits before `first_split` that hold some of the first `sinks` keys: 0, 1 and so on."""
+    leading = first_split * 0
+    if SINKS:
+        leading = tl.minimum(first_split, (sinks + length - 1) // length)
+    return leading
+
+
+@kernel
 def attend_tile(
     q_MD: tl.tensor,
     first_M: tl.tensor,
@@ -39,6 +64,7 @@ def attend_tile(
     key: tl.tensor,
     lowest: tl.tensor,
     highest: tl.tensor,
+    sinks: tl.tensor,
     table: tl.tensor,
     cache: tl.tensor,
     scales: tl.tensor,
@@ -52,17 +78,21 @@ def attend_tile(
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SINKS: tl.constexpr,
     KV_INT8: tl.constexpr,
     DOT: tl.constexpr,
 ) -> tl.tensor:
     """Take keys key .. key + BLOCK_N into the running maximum, sum and weighted values.
 
-    Row r sees keys first[r] .. last[r]; only keys lowest .. highest may be read at all.
+    Row r sees keys first[r] .. last[r]; only keys lowest .. highest may be read at all. With SINKS
+    the first `sinks` keys are seen and read too, those not after the row's last and `highest`.
     `scale` holds log2(e), so that powers of two serve.
     """
     key_C = key + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     read_C = (key_C >= lowest) & (key_C <= highest)
+    if SINKS:
+        read_C |= (key_C < sinks) & (key_C <= highest)
     block_C = tl.load(table + key_C // BLOCK_SIZE, mask=read_C, other=0).to(tl.int64)
     line_C = (block_C * (2 * KV_HEADS) + kv_head) * BLOCK_SIZE + key_C % BLOCK_SIZE
     read_CD = read_C[:, None] & (d < HEAD_DIM)[None, :]
@@ -73,6 +103,8 @@ def attend_tile(
     if KV_INT8:
         score_MC *= tl.load(scales + line_C, mask=read_C, other=0.0)[None, :]
     seen_MC = (key_C[None, :] >= first_M[:, None]) & (key_C[None, :] <= last_M[:, None])
+    if SINKS:
+        seen_MC |= (key_C[None, :] < sinks) & (key_C[None, :] <= last_M[:, None])
     score_MC = tl.where(seen_MC, score_MC, -float("inf"))
     new_M = tl.maximum(m_M, tl.max(score_MC, 1))
     base_M = tl.where(new_M == -float("inf"), 0.0, new_M)
@@ -95,6 +127,7 @@ def attend_keys(
     length: tl.tensor,
     lowest: tl.tensor,
     highest: tl.tensor,
+    sinks: tl.tensor,
     table: tl.tensor,
     cache: tl.tensor,
     scales: tl.tensor,
@@ -108,12 +141,40 @@ def attend_keys(
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SINKS: tl.constexpr,
     KV_INT8: tl.constexpr,
     DOT: tl.constexpr,
 ) -> tl.tensor:
     """Take the keys of split number `split` of those of `length`; see `attend_tile`."""
     begin = tl.maximum(split * length, lowest // BLOCK_N * BLOCK_N)
     end = tl.minimum((split + 1) * length, highest + 1)
+    if SINKS:  # tiles before the others that hold some of the first keys
+        for key in range(split * length, tl.minimum(tl.minimum(begin, end), sinks), BLOCK_N):
+            m_M, l_M, acc_MD = attend_tile(
+                q_MD,
+                first_M,
+                last_M,
+                key,
+                lowest,
+                highest,
+                sinks,
+                table,
+                cache,
+                scales,
+                kv_head,
+                scale,
+                m_M,
+                l_M,
+                acc_MD,
+                BLOCK_SIZE,
+                KV_HEADS,
+                HEAD_DIM,
+                BLOCK_N,
+                BLOCK_D,
+                SINKS,
+                KV_INT8,
+                DOT,
+            )
     for key in range(begin, end, BLOCK_N):
         m_M, l_M, acc_MD = attend_tile(
             q_MD,
@@ -122,6 +183,7 @@ def attend_keys(
             key,
             lowest,
             highest,
+            sinks,
             table,
             cache,
             scales,
@@ -135,6 +197,7 @@ def attend_keys(
             HEAD_DIM,
             BLOCK_N,
             BLOCK_D,
+            SINKS,
             KV_INT8,
             DOT,
         )
@@ -163,8 +226,22 @@ def quotient(acc: tl.tensor, total: tl.tensor) -> tl.tensor:
     return acc / tl.where(total > 0, total, 1.0)[:, None]
 
 
+def span_of(visible: Visible) -> int:
+    """The one number that says how far back a row sees: of a chunk, or of a window."""
+    return visible.window or visible.chunk_size
+
+
+def sight(visible: Visible) -> dict[str, bool]:
+    """What kernels are compiled for, of which keys a row sees."""
+    return {
+        "CHUNKED": visible.chunk_size > 0,
+        "WINDOWED": visible.window > 0,
+        "SINKS": visible.sinks > 0,
+    }
+
+
 def options(
-    kv: KVCacheSpec, group: int, blocks: AttentionBlocks, chunk_size: int
+    kv: KVCacheSpec, group: int, blocks: AttentionBlocks, visible: Visible
 ) -> dict[str, Any]:
     """What the attention kernels are compiled and launched with, all alike.
 
@@ -172,7 +249,7 @@ def options(
         kv: of the cache.
         group: query heads that share a key/value head.
         blocks: sizes.
-        chunk_size: of chunk-local attention; 0 for none.
+        visible: which keys a row sees.
     """
     return {
         "KV_HEADS": kv.num_kv_heads,
@@ -184,7 +261,7 @@ def options(
         "BLOCK_D": power_of_two(kv.head_dim, 16),
         "SPLIT": blocks.split,
         "MOST": blocks.most_splits,
-        "CHUNKED": chunk_size > 0,
+        **sight(visible),
         "KV_INT8": kv.dtype == torch.int8,
         "DOT": dot_type(kv.dtype),
         "num_warps": blocks.num_warps,

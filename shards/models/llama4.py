@@ -30,6 +30,7 @@ from arriero.kernels.ops import (
     MoELayer,
     Ops,
 )
+from arriero.kernels.visible import Visible
 from arriero.kernels.wire import Wire
 from arriero.shards.checkpoint.formats.stored import tensors_due
 from arriero.shards.checkpoint.reader import Checkpoint
@@ -135,7 +136,7 @@ class Llama4Slice:
             progress=progress,
         ) as loader:
             self._load(loader, part, held, held_of)
-        local = sum(layer.style.chunk_size > 0 for layer in self._layers)
+        local = sum(layer.style.visible.chunk_size > 0 for layer in self._layers)
 
         def cache(num_layers: int, num_blocks: int) -> KVCache | None:
             if not num_layers:
@@ -283,7 +284,9 @@ def attention_style(config: Llama4Config, layer: int) -> AttentionStyle:
     """What attention does in a layer, by its global index."""
     if config.rope_layers[layer]:
         return AttentionStyle(
-            rope="pairs", qk_norm=config.use_qk_norm, chunk_size=config.attention_chunk_size
+            rope="pairs",
+            qk_norm=config.use_qk_norm,
+            visible=Visible(chunk_size=config.attention_chunk_size),
         )
     scale = (config.attn_scale, config.floor_scale) if config.attn_temperature else None
     return AttentionStyle(rope="none", query_scale=scale)

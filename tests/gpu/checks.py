@@ -14,6 +14,7 @@ from arriero.kernels.ops import AttentionStyle, Linear, Ops, SamplingRows
 from arriero.kernels.quant import quantize_fp8, quantize_int4, quantize_int8
 from arriero.kernels.reference import ReferenceOps
 from arriero.kernels.triton.backend import TritonOps
+from arriero.kernels.visible import EVERYTHING, Visible
 
 DENSE = Shape(name="dense", hidden=512, mlp=384, q_heads=8, kv_heads=2, head_dim=128)
 EXPERTS = replace(DENSE, name="experts", experts=8, expert_mlp=256)
@@ -94,7 +95,9 @@ def rope(at: Where) -> float:
     return worst
 
 
-def attention(kv_dtype: torch.dtype | None, chunk: int) -> Callable[[Where], float]:
+def attention(
+    kv_dtype: torch.dtype | None, visible: Visible = EVERYTHING
+) -> Callable[[Where], float]:
     def check(at: Where) -> float:
         dtype = kv_dtype or at.dtype
         batch = shapes.batch(at.mixed, at.sizes.head_dim, at.device)
@@ -114,8 +117,8 @@ def attention(kv_dtype: torch.dtype | None, chunk: int) -> Callable[[Where], flo
         whole = replace(kv.spec, dtype=torch.float32)
         reference = at.reference.kv_cache(whole, at.device)
         reference.write(0, blocks, dequantized(data, dtype))
-        got = ours.paged_attention(q, 0.1, kv, 0, batch, chunk)
-        return error(got, at.reference.paged_attention(q, 0.1, reference, 0, batch, chunk))
+        got = ours.paged_attention(q, 0.1, kv, 0, batch, visible)
+        return error(got, at.reference.paged_attention(q, 0.1, reference, 0, batch, visible))
 
     return check
 
@@ -253,10 +256,12 @@ NEAR: dict[str, Check] = {
     "rms_norm": norm,
     "silu_mul": silu,
     "rope_write_kv": rope,
-    "attention": attention(None, 0),
-    "attention, chunk-local": attention(None, 8),
-    "attention, int8 cache": attention(torch.int8, 0),
-    "attention, fp8 cache": attention(torch.float8_e4m3fn, 0),
+    "attention": attention(None),
+    "attention, chunk-local": attention(None, Visible(chunk_size=8)),
+    "attention, window": attention(None, Visible(window=37)),
+    "attention, window and sinks": attention(None, Visible(window=37, sinks=5)),
+    "attention, int8 cache": attention(torch.int8),
+    "attention, fp8 cache": attention(torch.float8_e4m3fn),
     **{
         f"product, {kind}": product(kind)
         for kind in ("dense", "int8", "fp8", "int4", "int4_symmetric")

@@ -11,6 +11,7 @@ import torch
 from arriero.kernels.moe import Routing
 from arriero.kernels.ops import AttentionStyle, DenseLayer, Linear, MoELayer, Ops
 from arriero.kernels.quant import quantize_int4
+from arriero.kernels.visible import Visible
 
 from . import paged, tolerance
 from .paged import Case
@@ -256,7 +257,8 @@ def test_one_call_for_all_layers_is_block_by_block(
     """Layers with and without a cache of their own, with and without experts."""
     case = Case(3, 1, 32, [(0, 30), (9, 1), (0, 2), (40, 1)])
     whole = paged.spec(case, dtype)
-    styles = [AttentionStyle(rope="pairs", chunk_size=8), AttentionStyle(rope="none")] * 2
+    local = AttentionStyle(rope="pairs", visible=Visible(chunk_size=8))
+    styles = [local, AttentionStyle(rope="none")] * 2
     for ops in ops_by_threads:
         layers: list[DenseLayer] = [
             wide_layer(ops, dtype, style=style, seed=40 * i) for i, style in enumerate(styles)

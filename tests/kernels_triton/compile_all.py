@@ -29,6 +29,7 @@ from arriero.kernels.quant import quantize_fp8, quantize_int4, quantize_int8
 from arriero.kernels.triton import launch
 from arriero.kernels.triton.backend import TritonOps
 from arriero.kernels.triton.norm import rms_norm
+from arriero.kernels.visible import Visible
 from arriero.kernels.wire import Wire
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
@@ -36,7 +37,9 @@ SEQUENCES = [(40, 1), (0, 37)]
 SHAPE = shapes.Shape(name="small", hidden=512, mlp=1024, q_heads=32, kv_heads=8)
 STYLES = (
     AttentionStyle(),
-    AttentionStyle(rope="pairs", qk_norm=True, chunk_size=64),
+    AttentionStyle(rope="pairs", qk_norm=True, visible=Visible(chunk_size=64)),
+    AttentionStyle(visible=Visible(window=48)),
+    AttentionStyle(visible=Visible(window=48, sinks=4)),
     AttentionStyle(rope="none", query_scale=(0.1, 8192)),
 )
 

@@ -94,7 +94,7 @@ struct AttentionCall {
     const Batch& batch;
     const Heads& heads;
     float scale;
-    int chunk_size;
+    Visible visible;
     const Cache& kv;
     int64_t layer;
     const float* q;  // rotated queries, [T] rows of `q_stride` floats
@@ -131,12 +131,12 @@ class Attending {
 
     void run() {
         load_queries();
-        for (int split = piece_.split; split < piece_.split + piece_.splits; ++split) {
-            const bool first = split == piece_.split;
+        for (int i = 0; i < piece_.splits; ++i) {
+            const bool first = i == 0;
             float* greatest = (first ? scratch_.sum_greatest : scratch_.greatest).data();
             float* total = (first ? scratch_.sum_total : scratch_.total).data();
             float* part = (first ? scratch_.sum : scratch_.part).data();
-            find_groups(split);
+            find_groups(piece_.split_at(i));
             score();
             for (int r = 0; r < rows_; ++r) weigh(r, greatest[r], total[r]);
             sum_values(part);
@@ -175,23 +175,23 @@ class Attending {
         }
     }
 
-    // The groups of 16 slots that this split holds, from the first key that a query sees to the
-    // last. Blocks before it may be freed: not even their table entries are looked at.
+    // The groups of 16 slots that this split holds: of sinks, and from the first key that a query
+    // sees to the last. Other blocks may be freed: not even their table entries are looked at.
     void find_groups(int split) {
         const int32_t* table =
             call_.batch.block_table + piece_.sequence * call_.batch.table_stride;
         const int last = position_[piece_.tokens - 1];
-        const int earliest = first_key(position_[0], call_.chunk_size);
+        const int earliest = call_.visible.first(position_[0]), sinks = call_.visible.sinks;
         const int per_split = split_blocks(kv_);
         count_ = 0;
         for (int b = split * per_split; b < (split + 1) * per_split; ++b) {
             if (b * kv_.block_size > last) break;
-            if ((b + 1) * kv_.block_size <= earliest) continue;
+            if ((b + 1) * kv_.block_size <= earliest && b * kv_.block_size >= sinks) continue;
             char* block = kv_.head(call_.layer, table[b], head_);
             for (int g = 0; g < kv_.groups(); ++g) {
                 const int base = b * kv_.block_size + g * kLanes;
                 if (base > last) break;
-                if (base + kLanes <= earliest) continue;
+                if (base + kLanes <= earliest && base >= sinks) continue;
                 if constexpr (type == kInt8) {
                     scratch_.key_scales[count_] = kv_.scales(block, g, 0);
                     scratch_.value_scales[count_] = kv_.scales(block, g, 1);
@@ -226,7 +226,7 @@ class Attending {
     void weigh(int row, float& greatest, float& total) {
         float* s = scratch_.scores.data() + row * width_;
         const int limit = position_[row / per_kv_];
-        const int start = first_key(limit, call_.chunk_size);
+        const int start = call_.visible.first(limit), sinks = call_.visible.sinks;
         F16 top = set1(kNone);
         for (int g = 0; g < count_; ++g) {
             F16 x = load(s + g * kLanes);
@@ -234,7 +234,10 @@ class Attending {
             const int n = std::clamp(limit + 1 - base, 0, scratch_.counts[g]);
             if constexpr (type == kInt8) x = mul(x, load(scratch_.key_scales[g]));
             if (n < kLanes) x = keep(x, n, set1(kNone));
-            if (start > base) x = keep(set1(kNone), std::min(start - base, kLanes), x);
+            if (start > base) {
+                const F16 hidden = keep(set1(kNone), std::min(start - base, kLanes), x);
+                x = sinks > base ? keep(x, std::min(sinks - base, kLanes), hidden) : hidden;
+            }
             if (type == kInt8 || n < kLanes || start > base) store(s + g * kLanes, x);
             top = max(x, top);
         }

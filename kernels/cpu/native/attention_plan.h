@@ -18,7 +18,10 @@ struct Piece {
     int32_t token;      // first, in the flat batch
     int32_t tokens;
     int32_t split, splits;  // first split, how many
+    int32_t leading;        // so many of these are 0, 1, ... instead: those of the first keys
     int32_t partial;    // where partial results go, or -1: this piece holds all of its splits
+
+    int split_at(int i) const { return i < leading ? i : split + i - leading; }
 };
 
 // Geometry that all layers of a step share.
@@ -35,13 +38,8 @@ inline constexpr int kTileRows = 4 * kMaxRows;
 // Queries of a tile: as many as fill a few register tiles with their group of heads.
 inline int tile_tokens(int per_kv) { return std::max(1, kTileRows / per_kv); }
 
-// The first key that a query at `position` sees.
-inline int first_key(int position, int chunk_size) {
-    return chunk_size > 0 ? position / chunk_size * chunk_size : 0;
-}
-
 inline AttentionPlan plan_attention(const Batch& batch, const Cache& kv, int per_kv,
-                                    int chunk_size, int num_threads) {
+                                    const Visible& visible, int num_threads) {
     AttentionPlan plan;
     const int split_keys = split_blocks(kv) * kv.block_size;
     // Few sequences and long contexts: give the splits of one query to several threads.
@@ -51,15 +49,18 @@ inline AttentionPlan plan_attention(const Batch& batch, const Cache& kv, int per
         const int first = batch.query_start[s], last = batch.query_start[s + 1];
         for (int t = first; t < last; t += tile) {
             const int n = std::min(tile, last - t);
-            const int start = first_key(batch.positions[t], chunk_size) / split_keys;
-            const int splits = batch.positions[t + n - 1] / split_keys + 1 - start;
+            const int start = visible.first(batch.positions[t]) / split_keys;
+            const int leading = std::min(start, int(ceil_div(visible.sinks, split_keys)));
+            const int splits = batch.positions[t + n - 1] / split_keys + 1 - start + leading;
+            const Piece whole{int32_t(s), t, n, start, splits, leading, -1};
             if (apart && n == 1 && splits > 1) {
-                plan.merges.push_back({int32_t(s), t, 1, start, splits, int32_t(plan.partials)});
+                plan.merges.push_back(whole);
+                plan.merges.back().partial = int32_t(plan.partials);
                 for (int i = 0; i < splits; ++i)
-                    plan.pieces.push_back(
-                        {int32_t(s), t, 1, start + i, 1, int32_t(plan.partials++)});
+                    plan.pieces.push_back({int32_t(s), t, 1, whole.split_at(i), 1, 0,
+                                           int32_t(plan.partials++)});
             } else {
-                plan.pieces.push_back({int32_t(s), t, n, start, splits, -1});
+                plan.pieces.push_back(whole);
             }
         }
     }

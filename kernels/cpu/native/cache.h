@@ -82,13 +82,27 @@ struct Heads {
 
 enum Rope : int32_t { kHalves = 0, kPairs = 1, kNoRope = 2 };
 
+// Which earlier keys a query sees; all 0: every one. The C struct that Python fills.
+struct Visible {
+    int32_t chunk_size;  // those of its own chunk of so many
+    int32_t window;      // the last so many, its own among them
+    int32_t sinks;       // and, beside a window, the first so many
+
+    // The first key that a query at `position` sees, sinks aside.
+    int first(int position) const {
+        if (chunk_size > 0) return position / chunk_size * chunk_size;
+        return window > 0 ? std::max(0, position - window + 1) : 0;
+    }
+    bool operator==(const Visible&) const = default;
+};
+
 // What a layer's attention does beyond Llama 3's. The C struct that Python fills.
 struct Style {
     int32_t rope;
     int32_t qk_norm;
     float eps;
     float query_gain, query_floor;  // gain 0 for off
-    int32_t chunk_size;             // 0 for off
+    Visible visible;
 };
 
 // Turn one head in place.

@@ -3,6 +3,7 @@
 // Knows indices and their bounds; knows nothing of what is computed.
 #pragma once
 
+#include <algorithm>
 #include <exception>
 #include <string>
 
@@ -40,7 +41,7 @@ inline void within(const char* field, int64_t index, int64_t value, int64_t low,
 }
 
 // Every index that the kernels will follow.
-inline void check(const Batch& batch, const Cache& kv, int chunk_size) {
+inline void check(const Batch& batch, const Cache& kv, const Visible& visible) {
     const int64_t slots = int64_t(kv.num_blocks) * kv.block_size;
     within("query_start", 0, batch.query_start[0], 0, 0);
     for (int64_t s = 0; s < batch.sequences; ++s) {
@@ -51,10 +52,12 @@ inline void check(const Batch& batch, const Cache& kv, int chunk_size) {
         for (int64_t t = first; t < last; ++t)
             within("positions", t, batch.positions[t], context - count + (t - first),
                    context - count + (t - first));
-        const int64_t seen = first_key(int(context - count), chunk_size) / kv.block_size;
-        for (int64_t b = seen; b < ceil_div(context, kv.block_size) && count > 0; ++b)
+        const int64_t seen = visible.first(int(context - count)) / kv.block_size;
+        for (int64_t b = 0; b < ceil_div(context, kv.block_size) && count > 0; ++b) {
+            if (b * kv.block_size >= visible.sinks) b = std::max(b, seen);
             within("block_table", s * batch.table_stride + b,
                    batch.block_table[s * batch.table_stride + b], 0, kv.num_blocks - 1);
+        }
     }
     within("query_start", batch.sequences, batch.query_start[batch.sequences], batch.tokens,
            batch.tokens);

@@ -132,7 +132,7 @@ inline void attention_block(Machine& machine, Worker& worker, const Layer& layer
     });
     const bool rounded = rounds_inputs(layer.o, machine.exact);
     const Rows mixed{machine.mixed.room(0), row_stride(layer.o.in_features)};
-    const AttentionCall call{batch, heads, layer.scale, layer.style.chunk_size, kv, layer.index,
+    const AttentionCall call{batch, heads, layer.scale, layer.style.visible, kv, layer.index,
                              qkv, width, mixed, rounded, machine.exact,
                              reinterpret_cast<float*>(machine.partials.room(0))};
     attention(worker, plan, call, machine.scratch[worker.thread]);
