@@ -90,8 +90,9 @@ class GroupSettings:
 
     @property
     def arithmetic(self) -> str:
-        """What the weights are held and computed in."""
-        return " ".join(filter(None, (self.config.dtype, self.config.quantization)))
+        """What the weights are held and computed in, and what tokens see."""
+        config = self.config
+        return " ".join(filter(None, (config.dtype, config.quantization, config.window_words)))
 
 
 class Leader:

@@ -203,6 +203,32 @@ class Kv(_Part):
         return self
 
 
+class Attention(_Part):
+    """Attention within bounded memory, for dense models.
+
+    Attributes:
+        sliding_window: a token sees the last so many tokens alone, itself among them, and a
+            sequence's KV cache holds no more of them; None for the model's own attention.
+        attention_sinks: the first so many tokens are seen and kept besides.
+        changes_answers: the window is wanted although the model was not trained with it, so that
+            its answers to longer texts become others; without this word such a window is refused.
+    """
+
+    sliding_window: Count | None = None
+    attention_sinks: Annotated[int, Field(ge=0)] = 0
+    changes_answers: bool = False
+
+    @model_validator(mode="after")
+    def _sinks_beside_a_window(self) -> Attention:
+        if self.sliding_window is None and (self.attention_sinks or self.changes_answers):
+            raise ValueError(
+                f"`attention_sinks`={self.attention_sinks} and `changes_answers`="
+                f"{self.changes_answers} mean nothing without `sliding_window`; give it, or leave "
+                "them out"
+            )
+        return self
+
+
 class Offload(_Part):
     """Weights that do not fit the device.
 
@@ -300,7 +326,7 @@ class ModelSpec(_Part):
         prefill_groups: so many of them compute prompts and hand over, through host memory, to the
             others, which go on; 0 has each do both. Changed by a rollout without any restart.
         placement: which nodes slices go to.
-        mesh, kv, offload, limits: of each group.
+        mesh, kv, attention, offload, limits: of each group.
         device: "cpu", "cuda", or "auto": cuda where the cluster has a GPU for each slice.
         kernels: backend of the operations; None picks the best for the device.
         batch_independent: on GPUs, answers are the same bit for bit whatever else is served
@@ -320,6 +346,7 @@ class ModelSpec(_Part):
     placement: Placement = Placement()
     mesh: Mesh = Mesh()
     kv: Kv = Kv()
+    attention: Attention = Attention()
     offload: Offload = Offload()
     limits: Limits = Limits()
     device: Literal["cpu", "cuda", "auto"] = "auto"
@@ -386,6 +413,9 @@ class ModelSpec(_Part):
             max_queued=self.limits.max_queued,
             prefix_cache=self.kv.prefix_cache,
             tiers=self.kv.tiers(),
+            sliding_window=self.attention.sliding_window,
+            attention_sinks=self.attention.attention_sinks,
+            changes_answers=self.attention.changes_answers,
             offload_layers=self.offload.layers,
             offload_folder=None if self.offload.folder is None else str(self.offload.folder),
         )

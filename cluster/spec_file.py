@@ -32,6 +32,9 @@ _FLAG_FIELDS = {
     "dp": ("mesh", "dp"),
     "kv_memory": ("kv", "memory"),
     "max_model_len": ("limits", "max_model_len"),
+    "sliding_window": ("attention", "sliding_window"),
+    "attention_sinks": ("attention", "attention_sinks"),
+    "changes_answers": ("attention", "changes_answers"),
 }
 
 
@@ -41,8 +44,9 @@ def load(path: Path | None, flags: Mapping[str, Any]) -> Spec:
     Args:
         path: a YAML file; None for flags alone (then `model` is needed).
         flags: the flags given, without those left out: `model` (a folder), `name`, `dtype`,
-            `quantization`, `groups`, `device`, `threads`, `tp`, `pp`, `kv_memory` and
-            `max_model_len` go to the model; `host` and `port` to the gateway, `http_host` and
+            `quantization`, `groups`, `device`, `threads`, `tp`, `pp`, `kv_memory`,
+            `max_model_len`, `sliding_window`, `attention_sinks` and `changes_answers` go to the
+            model; `host` and `port` to the gateway, `http_host` and
             `http_port` to its HTTP; `address` to ray; `start_timeout_s` to health.
 
     Raises:

@@ -52,6 +52,10 @@ class GroupConfig:
         offload_folder: where; None is the system's folder for temporary files.
         max_model_len: None takes the model's own limit.
         tiers: of the KV cache below the device.
+        sliding_window: a token sees the last so many tokens alone, itself among them, and its KV
+            cache holds no more; None for the model's own attention. See `layout.visible_keys`.
+        attention_sinks: first tokens that it sees besides.
+        changes_answers: a window is wanted although the model was not trained with it.
         max_sequences, max_batch_tokens, max_queued, prefix_cache: as in `EngineConfig`.
     """
 
@@ -82,8 +86,18 @@ class GroupConfig:
     max_queued: int = 4096
     prefix_cache: bool = True
     tiers: TierConfig = field(default_factory=TierConfig)
+    sliding_window: int | None = None
+    attention_sinks: int = 0
+    changes_answers: bool = False
 
     @property
     def world_size(self) -> int:
         """Slices of the group."""
         return self.tp * self.dp * self.pp
+
+    @property
+    def window_words(self) -> str:
+        """The window in words, since another one gives other tokens; "" for none."""
+        if self.sliding_window is None:
+            return ""
+        return f"window {self.sliding_window} sinks {self.attention_sinks}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from arriero.kernels.visible import EVERYTHING, Visible
 from arriero.shards.checkpoint.formats.stored import AnyModel, AnyPart
 from arriero.shards.errors import SpecError
 from arriero.shards.group import GroupConfig
@@ -61,6 +62,53 @@ def kv_bytes_per_block(
 ) -> int:
     """Bytes of one KV block on one rank, over `layers` of its layers."""
     return layers * 2 * part.kv_heads.size * block_size * model.head_dim * itemsize
+
+
+def visible_keys(model: AnyModel, config: GroupConfig) -> Visible:
+    """What tokens see in layers that do not see everything: chunks, or the window asked for.
+
+    Raises:
+        SpecError: a window that the model cannot have, or that would change its answers without
+            the word that this is meant; or none where the model was trained with one.
+    """
+    window, sinks = config.sliding_window, config.attention_sinks
+    if isinstance(model, Llama4Config):
+        if window is not None or sinks:
+            raise SpecError(
+                f"`sliding_window`={window}, `attention_sinks`={sinks}: Llama 4 cannot have them. "
+                f"Three layers of four see chunks of {model.attention_chunk_size} tokens already, "
+                "and the others are without positions and carry the whole context, images "
+                "included; leave both out"
+            )
+        return Visible(chunk_size=model.attention_chunk_size)
+    trained, limit = model.sliding_window, model.max_position_embeddings
+    if window is None:
+        if sinks:
+            raise SpecError(
+                f"`attention_sinks`={sinks} needs `sliding_window`; without one all tokens are kept"
+            )
+        if trained is not None:
+            raise SpecError(
+                f"`sliding_window` is not set, and the model's config.json says {trained}: every "
+                f"layer was trained with that window; set `sliding_window` to {trained}"
+            )
+        return EVERYTHING
+    if not 1 <= window <= limit:
+        raise SpecError(
+            f"`sliding_window`={window} must be 1 to {limit}, the model's position limit"
+        )
+    if not 0 <= sinks <= limit:
+        raise SpecError(
+            f"`attention_sinks`={sinks} must be 0 to {limit}, the model's position limit"
+        )
+    if (window, sinks) != (trained, 0) and not config.changes_answers:
+        was = "full attention" if trained is None else f"a window of {trained} and no sinks"
+        raise SpecError(
+            f"`sliding_window`={window} with `attention_sinks`={sinks} changes this model's "
+            f"answers: it was trained with {was}, and tokens outside the window are forgotten; "
+            "set `changes_answers` to true if that is meant, or leave the window out"
+        )
+    return Visible(window=window, sinks=sinks)
 
 
 def attention_chunk(model: AnyModel) -> int:

@@ -24,8 +24,10 @@ from arriero.shards.layout import (
     local_layers,
     parts_of,
     pool_layers,
+    visible_keys,
 )
 from arriero.shards.models.llama4_config import Llama4Config
+from arriero.shards.paging import SeenBlocks
 from arriero.shards.partition_moe import MoEPart
 from arriero.shards.placement import Placement
 
@@ -70,7 +72,8 @@ def resolve(config: GroupConfig, model: AnyModel) -> GroupConfig:
         raise SpecError(
             f"`max_model_len`={max_model_len} must be 1 to {limit}, the model's position limit"
         )
-    chunk = attention_chunk(model)
+    visible = visible_keys(model, config)
+    chunk = visible.chunk_size
     if chunk % config.block_size:
         raise SpecError(
             f"`block_size`={config.block_size} must divide the model's attention chunk of {chunk}"
@@ -89,6 +92,13 @@ def resolve(config: GroupConfig, model: AnyModel) -> GroupConfig:
     num_blocks, num_local_blocks = num_kv_blocks(
         config, chunk, max_model_len, *group_block_bytes(config, model, parts)
     )
+    seen = SeenBlocks(visible, config.block_size)
+    if visible.window and num_blocks < seen.most(max_model_len):
+        raise SpecError(
+            f"a KV pool of {num_blocks} blocks of {config.block_size} tokens holds less than one "
+            f"sequence's `sliding_window`={visible.window} and `attention_sinks`={visible.sinks}; "
+            f"give memory for at least {seen.most(max_model_len)} blocks"
+        )
     tier_limits(config, model)  # a tier that cannot be is told before anything is placed
     threads = config.threads
     if threads is None:
@@ -178,12 +188,15 @@ def engine_config(config: GroupConfig, model: AnyModel, digest: str) -> EngineCo
         digest: the checkpoint's; the root of every block's key.
     """
     assert config.num_blocks is not None and config.max_model_len is not None, "unresolved"
+    visible = visible_keys(model, config)
     return EngineConfig(
         max_model_len=config.max_model_len,
         block_size=config.block_size,
         num_blocks=config.num_blocks,
-        attention_chunk=attention_chunk(model),
+        attention_chunk=visible.chunk_size,
         num_local_blocks=config.num_local_blocks or 0,
+        attention_window=visible.window,
+        attention_sinks=visible.sinks,
         max_sequences=config.max_sequences,
         max_batch_tokens=config.max_batch_tokens,
         max_queued=config.max_queued,
@@ -208,6 +221,8 @@ def cache_salt(config: GroupConfig, digest: str) -> bytes:
     agree to rounding, and are named only where every bit is asked for.
     """
     parts = [digest, config.dtype, config.quantization or ""]
+    if config.window_words:  # deeper layers' keys and values come of what was seen
+        parts.append(config.window_words)
     if config.tiers.dtype is not None:
         parts.append(f"tiers {config.tiers.dtype}")
     if config.tiers.same_layout:

@@ -29,7 +29,7 @@ from arriero.shards.heap import returning_large_buffers
 from arriero.shards.kv.mover import Fence, Mover, Movers, TierSettings
 from arriero.shards.kv.moves import Moved, Pool
 from arriero.shards.kv.pieces import Piece
-from arriero.shards.layout import attention_chunk, parts_of, pool_layers
+from arriero.shards.layout import attention_chunk, parts_of, pool_layers, visible_keys
 from arriero.shards.mesh import Mesh
 from arriero.shards.models.families import load_slice
 from arriero.shards.models.loader import Progress
@@ -112,6 +112,7 @@ class Runner:
                 offload_folder=Path(config.offload_folder) if config.offload_folder else None,
                 wire=config.expert_wire,
                 placement=first_placement(config, parts),
+                visible=visible_keys(model, config),
                 progress=progress,
             )
         self._hidden_size = model.hidden_size

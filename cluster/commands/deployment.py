@@ -57,6 +57,15 @@ def up(
     threads: Annotated[int | None, typer.Option(help="CPU threads of a slice.")] = None,
     kv_memory: Annotated[str | None, typer.Option(help="KV cache of a group: 512MiB.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Most tokens of a sequence.")] = None,
+    sliding_window: Annotated[
+        int | None, typer.Option(help="Tokens see the last so many alone (dense models).")
+    ] = None,
+    attention_sinks: Annotated[
+        int | None, typer.Option(help="First tokens seen beside a window.")
+    ] = None,
+    changes_answers: Annotated[
+        bool | None, typer.Option(help="A window that the model was not trained with is meant.")
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address of the gateway.")] = None,
     port: Annotated[int | None, typer.Option(help="Port of the gateway; 0: any.")] = None,
     http_host: Annotated[str | None, typer.Option(help="Address of its HTTP.")] = None,
@@ -83,6 +92,9 @@ def up(
         "threads": threads,
         "kv_memory": kv_memory,
         "max_model_len": max_model_len,
+        "sliding_window": sliding_window,
+        "attention_sinks": attention_sinks,
+        "changes_answers": changes_answers,
         "host": host,
         "port": port,
         "http_host": http_host,

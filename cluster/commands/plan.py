@@ -265,6 +265,7 @@ def _wish_of(
     on_cpu: bool,
 ) -> _Wish:
     from arriero.shards.checkpoint.remote import is_url, local_folder
+    from arriero.shards.layout import visible_keys
     from arriero.shards.resolve import resolve, tier_limits
 
     folder = local_folder(one.path, weights=False) if is_url(one.path) else one.path
@@ -279,9 +280,12 @@ def _wish_of(
         max_batch_tokens=one.limits.max_batch_tokens,
         block_size=one.kv.block_size,
         spare_experts=one.mesh.spare_experts,
+        sliding_window=one.attention.sliding_window,
+        attention_sinks=one.attention.attention_sinks,
         kv_dtype=demand.kv_dtype or one.dtype,
     )
     asked = one.group_config("cpu" if on_cpu else "cuda")
+    visible_keys(model.config, asked)  # a window that the model cannot have is told here
     said = one.kv.memory is not None or one.kv.blocks is not None
     if said or on_cpu:
         # the leader's own decision, so that the pool here is the pool there

@@ -15,11 +15,13 @@ from dataclasses import dataclass, fields, replace
 from arriero.cluster.plan.catalog import Device, NamedModel
 from arriero.cluster.plan.products import RankWeights, Weights, rank_weights
 from arriero.kernels.packing import KV_ITEMSIZE, PLAIN, Kernels, kv_block_nbytes
+from arriero.kernels.visible import Visible
 from arriero.shards.checkpoint.formats.stored import AnyModel, AnyPart
 from arriero.shards.errors import SpecError
 from arriero.shards.group import GroupConfig
 from arriero.shards.layout import attention_chunk, local_layers, parts_of
 from arriero.shards.models.llama4_config import Llama4Config
+from arriero.shards.paging import SeenBlocks
 from arriero.shards.partition import Span
 from arriero.shards.partition_moe import MoEPart
 from arriero.shards.resolve import num_kv_blocks
@@ -87,6 +89,8 @@ class Demand:
         num_blocks: outright, instead of `kv_bytes`; of each dp rank.
         num_local_blocks: likewise, of the chunk-local pool.
         spare_experts: second copies of hot experts that a rank keeps in each routed layer.
+        sliding_window, attention_sinks: as in `GroupConfig`; whether the model may have them is
+            the leader's to say.
         reserve_bytes: None takes the device's context and `RESERVE_SHARE` of its memory.
     """
 
@@ -99,6 +103,8 @@ class Demand:
     num_blocks: int | None = None
     num_local_blocks: int | None = None
     spare_experts: int = 0
+    sliding_window: int | None = None
+    attention_sinks: int = 0
     reserve_bytes: int | None = None
 
 
@@ -182,21 +188,42 @@ class GroupPlan:
         """Bytes of a rank's pool that sequences can use."""
         return max(0, rank.kv_pool_bytes - self._scratch(rank))
 
+    @property
+    def seen(self) -> SeenBlocks:
+        """Which blocks a sequence holds in layers that see a part; the engine's own rule."""
+        window, sinks = self.demand.sliding_window or 0, self.demand.attention_sinks
+        visible = Visible(chunk_size=self.chunk, window=window, sinks=sinks)
+        return SeenBlocks(visible, self.demand.block_size)
+
     def sequence_bytes(self, rank: RankPlan, context: int) -> int:
         """KV bytes that one sequence of `context` tokens takes on a rank, whole blocks."""
-        size = self.demand.block_size
-        blocks = -(-context // size)
+        some = self.seen.most(context)
         if not self.chunk:
-            return blocks * rank.kv_block
-        local = min(blocks, -(-self.chunk // size))
-        return blocks * rank.kv_global_block + local * rank.kv_local_block
+            return some * rank.kv_block
+        blocks = -(-context // self.demand.block_size)
+        return blocks * rank.kv_global_block + some * rank.kv_local_block
 
     def concurrency(self, context: int) -> int:
         """Sequences of `context` tokens that the group's pool holds at once."""
         held = min(
-            self.pool_bytes(rank) // self.sequence_bytes(rank, context) for rank in self.ranks
+            (self.pool_bytes(rank) - self._step_bytes(rank, context))
+            // self.sequence_bytes(rank, context)
+            for rank in self.ranks
         )
-        return held * self.layout.dp
+        return max(held, self._holds_one(context)) * self.layout.dp
+
+    def _step_bytes(self, rank: RankPlan, context: int) -> int:
+        """What the tokens of a step take beside windows, until they have passed through them."""
+        if self.demand.sliding_window is None:
+            return 0
+        step = min(self.demand.max_batch_tokens, context)
+        return (self.seen.most(context, step) - self.seen.most(context)) * rank.kv_block
+
+    def _holds_one(self, context: int) -> bool:
+        """Whether one sequence has room, in steps as short as that takes."""
+        return all(
+            self.pool_bytes(rank) >= self.sequence_bytes(rank, context) for rank in self.ranks
+        )
 
     @property
     def pool_tokens(self) -> int:

@@ -105,6 +105,10 @@ class BlockManager:
         """Block ids of an owner, in order; not to be changed, nor kept past the next call."""
         return self._tables[owner]
 
+    def holds(self, key: bytes) -> bool:
+        """Whether a block of this key can be found."""
+        return key in self._by_key
+
     def match(self, keys: Iterable[bytes]) -> list[int]:
         """Blocks of the longest prefix of `keys` that can be found; holds none of them."""
         blocks = []
@@ -144,11 +148,11 @@ class BlockManager:
         """Close a table; its last block is the first to be evicted, should room be needed."""
         self._release(self._tables.pop(owner))
 
-    def drop_first(self, owner: int, count: int) -> None:
-        """Take the first `count` blocks out of a table, as `free` does with all of them."""
+    def drop(self, owner: int, start: int, stop: int) -> None:
+        """Take blocks start .. stop - 1 out of a table, as `free` does with all of them."""
         table = self._tables[owner]
-        self._release(table[:count])
-        del table[:count]
+        self._release(table[start:stop])
+        del table[start:stop]
 
     def store(self, owner: int, first: int, keys: Iterable[bytes]) -> None:
         """Make full blocks of a table findable, from its block `first` on.

@@ -87,14 +87,15 @@ class PlanDraft:
         self._block_index.extend(range(len(blocks)))
         self._block_ids.extend(blocks)
 
-    def add_block(self, slot: int, index: int, block: int) -> None:
-        """The slot's table grows by a block."""
-        self._block_slots.append(slot)
-        self._block_index.append(index)
-        self._block_ids.append(block)
+    def add_blocks(self, slot: int, blocks: Iterable[tuple[int, int]]) -> None:
+        """The slot's table gets these blocks: index and id of each."""
+        for index, block in blocks:
+            self._block_slots.append(slot)
+            self._block_index.append(index)
+            self._block_ids.append(block)
 
     def add_local(self, slot: int, blocks: Iterable[tuple[int, int]]) -> None:
-        """The slot's chunk-local table gets these blocks: index and id of each."""
+        """The slot's chunk-local table gets these blocks, likewise."""
         for index, block in blocks:
             self._local_slots.append(slot)
             self._local_index.append(index)

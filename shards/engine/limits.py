@@ -24,6 +24,7 @@ def check_config(config: EngineConfig) -> None:
         if value < 1:
             raise SpecError(f"`{name}`={value} must be at least 1")
     _check_chunk(config)
+    _check_window(config)
     for token in config.eos_token_ids:
         if not 0 <= token < config.vocab_size:
             raise SpecError(
@@ -42,6 +43,24 @@ def _check_chunk(config: EngineConfig) -> None:
         raise SpecError(
             f"`num_local_blocks`={config.num_local_blocks} blocks of {size} tokens hold less than "
             f"a sequence's chunk; give at least {-(-longest // size)}"
+        )
+
+
+def _check_window(config: EngineConfig) -> None:
+    window, sinks = config.attention_window, config.attention_sinks
+    if min(window, sinks) < 0 or (sinks and not window) or (window and config.attention_chunk):
+        raise SpecError(
+            f"`attention_window`={window} and `attention_sinks`={sinks} (with `attention_chunk`="
+            f"{config.attention_chunk}) must be 0 or more; sinks need a window, and a window "
+            "cannot be beside chunks"
+        )
+    if not window:
+        return
+    least = config.seen_blocks.most(config.max_model_len)
+    if config.num_blocks < least:
+        raise SpecError(
+            f"`num_blocks`={config.num_blocks} blocks of {config.block_size} tokens hold less than "
+            f"one sequence's window of {window} and {sinks} sinks; give at least {least}"
         )
 
 
@@ -90,9 +109,10 @@ def _check_resumed(config: EngineConfig, request: EngineRequest, max_tokens: int
 
 
 def _check_length(config: EngineConfig, num_prompt: int, max_tokens: int) -> None:
-    # The last token is sampled and never fed back, so it needs no room in the pool.
-    pool = config.num_blocks * config.block_size + 1
-    limits = (("max_model_len", config.max_model_len), ("the KV pool's tokens", pool))
+    limits = [("max_model_len", config.max_model_len)]
+    if not config.attention_window:
+        # The last token is sampled and never fed back, so it needs no room in the pool.
+        limits.append(("the KV pool's tokens", config.num_blocks * config.block_size + 1))
     name, limit = min(limits, key=lambda pair: pair[1])
     if num_prompt >= limit:
         raise InvalidRequest(

@@ -74,6 +74,10 @@ class Scheduler:
         self._blocks = SequenceBlocks(config, on_event)
         self._slots = SlotTable(config.max_sequences)
         self._draft = PlanDraft(config.max_sequences)
+        # A window is every layer's: its blocks are the slices' only ones.
+        windowed = config.attention_window > 0
+        self._add_local = self._draft.add_blocks if windowed else self._draft.add_local
+        self._pass_every = config.block_size if windowed else config.attention_chunk
         self._pace = Pace(clock)
         self._results = Results(config, self._slots, self._blocks)
 
@@ -173,15 +177,16 @@ class Scheduler:
     @property
     def stats(self) -> EngineStats:
         """A snapshot, without `step_us`; safe from any thread."""
-        local = self._blocks.local
+        pool, local = (self._blocks.pools.get(one) for one in Pool)
+        assert pool is not None, "every engine has it"
         return EngineStats(
             num_waiting=len(self._waiting),
             num_running=self._num_running,
-            blocks_used=self._blocks.pool.num_used,
-            blocks_cached=self._blocks.pool.num_cached,
-            blocks_total=self._blocks.pool.num_blocks,
-            local_blocks_used=local.pool.num_used if local else 0,
-            local_blocks_total=local.pool.num_blocks if local else 0,
+            blocks_used=pool.num_used,
+            blocks_cached=pool.num_cached,
+            blocks_total=pool.num_blocks,
+            local_blocks_used=local.num_used if local else 0,
+            local_blocks_total=local.num_blocks if local else 0,
             steps=self._step,
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
@@ -231,7 +236,7 @@ class Scheduler:
         while True:
             slots = self._ready_slots()
             starts = table.scheduled[slots]
-            self._pass_chunks(slots, starts)
+            self._pass_blocks(slots, starts)
             short = starts >= table.capacity[slots]
             if not short.any():
                 break
@@ -240,15 +245,15 @@ class Scheduler:
         table.last_step[slots] = self._step
         return slots, starts
 
-    def _pass_chunks(self, slots: Int32, starts: Int32) -> None:
-        """Give back the chunk-local blocks of sequences that have come to a new chunk."""
-        size, table = self.config.attention_chunk, self._slots
+    def _pass_blocks(self, slots: Int32, starts: Int32) -> None:
+        """Give back what sequences have come too far to see: past a chunk, or a window's block."""
+        size, table = self._pass_every, self._slots
         if not size:
             return
-        chunks = starts // size
-        for row in np.flatnonzero(chunks != table.chunk[slots]):
+        passed = starts // size
+        for row in np.flatnonzero(passed != table.passed[slots]):
             self._blocks.pass_to(table.sequences[slots[row]], int(starts[row]))
-        table.chunk[slots] = chunks
+        table.passed[slots] = passed
 
     def _ready_slots(self) -> Int32:
         """Decoding slots that may take a step, the longest unserved first if not all fit."""
@@ -278,10 +283,10 @@ class Scheduler:
                 self._reclaim()
             if sequence.slot >= 0:
                 slot = sequence.slot
-                self._draft.add_block(slot, *self._blocks.grow(sequence))
+                self._draft.add_blocks(slot, self._blocks.grow(sequence))
                 self._slots.capacity[slot] += self.config.block_size
                 end = int(self._slots.scheduled[slot]) + 1
-                self._draft.add_local(slot, self._blocks.extend_local(sequence, end))
+                self._add_local(slot, self._blocks.extend_local(sequence, end))
 
     def _reclaim(self) -> None:
         """Free some blocks: those merely kept for samples to come, else the last sequence's."""
@@ -303,7 +308,7 @@ class Scheduler:
             if budget <= 0 or sequence.slot < 0:  # pre-empted by one before it
                 break
             slot = int32([sequence.slot])
-            self._pass_chunks(slot, self._slots.scheduled[slot])
+            self._pass_blocks(slot, self._slots.scheduled[slot])
             chunk = self._take_chunk(sequence, budget)
             if chunk.end == chunk.start:  # blocks will come back as others end
                 break
@@ -330,7 +335,7 @@ class Scheduler:
         slot, known = sequence.slot, len(sequence.tokens)
         start = int(self._slots.scheduled[slot])
         end = self._reach(sequence, start, min(known, start + budget))
-        self._draft.add_local(slot, self._blocks.extend_local(sequence, end))
+        self._add_local(slot, self._blocks.extend_local(sequence, end))
         self._slots.scheduled[slot] = end
         if end == known:
             self._decoding[slot] = None
@@ -375,12 +380,12 @@ class Scheduler:
         table = blocks.open(sequence, shared)
         size = self.config.block_size
         cached = len(shared.blocks) * size
-        self._slots.enter(sequence, scheduled=cached, capacity=len(table) * size)
+        capacity = blocks.count(sequence) * size
+        self._slots.enter(sequence, scheduled=cached, capacity=capacity)
         self._draft.enter(
             sequence.to_new(self.config.eos_token_ids, self.config.image_token), table
         )
-        first = len(shared.blocks) - len(shared.local)
-        self._draft.add_local(sequence.slot, enumerate(shared.local, first))
+        self._add_local(sequence.slot, blocks.numbered(shared))
         if not sequence.begun:
             self._begin(sequence, min(cached, sequence.num_prompt))
         return True
@@ -444,9 +449,7 @@ class Scheduler:
 
     def cache(self) -> CacheReport:
         """What the KV cache holds, and for whom."""
-        blocks, pools = self._blocks, [self._blocks.pool]
-        if blocks.local is not None:
-            pools.append(blocks.local.pool)
+        blocks, pools = self._blocks, self._blocks.pools.values()
         device = TierUse(
             sum(pool.num_used + pool.num_cached for pool in pools),
             sum(pool.num_blocks for pool in pools),

@@ -7,6 +7,7 @@ lower tier for a request are anchored in the same way until it begins.
 
 Where some layers attend within their chunk only, their blocks are of a second pool; a sequence
 has room only if it has room in both, and a prefix is shared only as far as both can be found.
+Where all layers have a window, their blocks are managed like those, and are all there is.
 
 Knows sequences and blocks; knows nothing of slots, steps or who goes first.
 """
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 
 from arriero.shards.engine.blocks import BlockManager, CacheListener, chain_keys, root_key
 from arriero.shards.engine.local_blocks import LocalBlocks
+from arriero.shards.engine.no_pool import NoPool
 from arriero.shards.engine.sequence import LiveRequest, Sequence
 from arriero.shards.engine.types import EngineConfig, EngineRequest
 from arriero.shards.errors import InvalidRequest
@@ -33,7 +35,7 @@ class Shared:
 
     Attributes:
         blocks: of all these tokens.
-        local: of the chunk-local pool: those of the last chunk, as far as it is cut.
+        local: of layers that see a part: those that the next token sees.
     """
 
     blocks: list[int] = field(default_factory=list)
@@ -65,26 +67,35 @@ class SequenceBlocks:
         on_event: told of keys stored in and evicted from the prefix cache.
 
     Attributes:
-        pool: the blocks themselves.
-        local: those of layers that attend within their chunk; None without such layers.
-        tiers: what is kept of both below the device.
+        pool: the blocks of layers that see everything.
+        local: those of layers that see their chunk or a window; None without such layers.
+        pools: what there is of both, as the slices know it: `Pool.LOCAL` is beside `Pool.ALL`.
+        tiers: what is kept of them below the device.
     """
 
     def __init__(self, config: EngineConfig, on_event: CacheListener | None) -> None:
-        self.pool = BlockManager(config.num_blocks, config.block_size, on_event=on_event)
+        seen = config.seen_blocks
+        self.pool: BlockManager
         self.local: LocalBlocks | None = None
-        if config.attention_chunk:
-            self.local = LocalBlocks(
-                config.num_local_blocks, config.block_size, config.attention_chunk
-            )
-        self._chunk = config.attention_chunk
+        if config.attention_window:
+            self.pool = NoPool(config.block_size)
+            self.local = LocalBlocks(config.num_blocks, seen, on_event)
+            self.pools = {Pool.ALL: self.local.pool}
+        else:
+            self.pool = BlockManager(config.num_blocks, config.block_size, on_event=on_event)
+            self.pools = {Pool.ALL: self.pool}
+            if config.attention_chunk:
+                self.local = LocalBlocks(config.num_local_blocks, seen)
+                self.pools[Pool.LOCAL] = self.local.pool
+        self._sees_all = not config.attention_window  # some layers do
+        self._local_pool = Pool.LOCAL if self._sees_all else Pool.ALL
         self._prefix_cache = config.prefix_cache
         self._model_salt = config.cache_salt
         self._image_token = config.image_token
         self._anchors: dict[int, LiveRequest] = {}
         self._pins: dict[str, Pin] = {}
         self._owners = 0
-        self.tiers = Tiers(config.tiers, self.pool, self.local, self.new_owner, on_event)
+        self.tiers = Tiers(config.tiers, self.pools, self.local, self.new_owner, on_event)
 
     @property
     def num_anchors(self) -> int:
@@ -124,14 +135,18 @@ class SequenceBlocks:
         if request.images and self._image_token is not None:
             tokens = key_tokens(request.prompt, request.images, self._image_token)
         keys = chain_keys(root, tokens, self.pool.block_size)
-        return len(self.pool.match(keys)) * self.pool.block_size / len(request.prompt)
+        if self._sees_all:
+            found = len(self.pool.match(keys))
+        else:
+            found = len(self._match(list(keys)).blocks)
+        return found * self.pool.block_size / len(request.prompt)
 
     def _match(self, keys: list[bytes]) -> Shared:
         blocks = self.pool.match(keys)
         if self.local is None:
             return Shared(blocks)
-        local = self.local.match(keys[: len(blocks)])
-        return Shared(blocks[: self.local.first_seen(len(blocks)) + len(local)], local)
+        end, local = self.local.match(keys[: len(blocks)])
+        return Shared(blocks[:end], local)
 
     def room(self) -> tuple[int, int]:
         """Blocks that can be handed out now, of either pool."""
@@ -140,31 +155,35 @@ class SequenceBlocks:
     def has_room(self, sequence: Sequence, shared: Shared, spare: int) -> bool:
         """Whether it may begin, `spare` blocks of each pool left over.
 
-        In the chunk-local pool it needs the rest of its first chunk; it goes on by what it, and
-        others, give back.
+        Of layers that see a part it needs what its first tokens see, up to the end of their chunk
+        or window; it goes on by what it, and others, give back.
         """
         if self.pool.cost(self.count(sequence), shared.blocks) > self.pool.num_available - spare:
             return False
         if self.local is None:
             return True
-        begun, size = len(shared.blocks), self.pool.block_size
-        chunk_end = (begun * size // self._chunk + 1) * self._chunk
-        end = min(len(sequence.tokens), chunk_end)
-        count = -(-end // size) - begun + len(shared.local)
+        rest = self.count(sequence) - len(shared.blocks)
+        count = min(rest + len(shared.local), self.local.most)
         pool = self.local.pool
         return pool.cost(count, shared.local) <= pool.num_available - spare
 
     def open(self, sequence: Sequence, shared: Shared) -> Many[int]:
         """Give a sequence blocks for all its known tokens, the first of them `shared`.
 
-        Of the chunk-local pool it gets the shared ones; `extend_local` adds to them.
+        Of layers that see a part it gets the shared ones; `extend_local` adds to them. Gives the
+        blocks of the others.
         """
         self.pool.allocate(sequence.owner, self.count(sequence), shared.blocks)
         sequence.num_stored = len(shared.blocks)
         if self.local is not None:
-            first = len(shared.blocks) - len(shared.local)
-            self.local.open(sequence.owner, first, shared.local)
-        return self.pool.table(sequence.owner)
+            self.local.open(sequence.owner, len(shared.blocks), shared.local)
+        return self.pool.table(sequence.owner) if self._sees_all else ()
+
+    def numbered(self, shared: Shared) -> list[tuple[int, int]]:
+        """Shared blocks of layers that see a part: index and id of each."""
+        if self.local is None:
+            return []
+        return list(zip(self.local.seen.numbers(len(shared.blocks)), shared.local, strict=True))
 
     @property
     def can_grow(self) -> bool:
@@ -173,21 +192,22 @@ class SequenceBlocks:
             self.pool.num_available and (self.local is None or self.local.pool.num_available)
         )
 
-    def grow(self, sequence: Sequence) -> tuple[int, int]:
-        """Add a block to a sequence's table; gives its index there and its id."""
+    def grow(self, sequence: Sequence) -> list[tuple[int, int]]:
+        """Add a block to a sequence's table; gives its index there and its id, where it has one."""
         index = len(self.pool.table(sequence.owner))
-        return index, self.pool.append(sequence.owner)
+        block = self.pool.append(sequence.owner)
+        return [(index, block)] if self._sees_all else []
 
     def local_reach(self, sequence: Sequence, start: int, end: int, spare: int) -> int:
-        """How far a step from `start` may go towards `end`, by what the chunk-local pool has.
+        """How far a step from `start` may go towards `end`, by what the pool of `local` has.
 
-        Past the end of its chunk it goes only while `spare` blocks are left over.
+        Past its chunk or window it goes only while `spare` blocks are left over.
         """
         if self.local is None:
             return end
         size, free = self.pool.block_size, self.local.pool.num_available
         held = self.local.end(sequence.owner)
-        boundary = (start // self._chunk + 1) * self._chunk
+        boundary = self.local.due(start // size) * size
         within = min(boundary, (held + free) * size)
         return min(end, max(within, (held + max(0, free - spare)) * size))
 
@@ -218,10 +238,11 @@ class SequenceBlocks:
             first, tenant = sequence.num_stored, sequence.live.request.tenant
             keys = sequence.keys[first:full]
             self.pool.store(sequence.owner, first, keys)
-            self.tiers.note(Pool.ALL, keys, first, tenant)
+            if self._sees_all:
+                self.tiers.note(Pool.ALL, keys, first, tenant)
             if self.local is not None:
                 start, new = self.local.store(sequence.owner, sequence.keys[:full])
-                self.tiers.note(Pool.LOCAL, new, start, tenant)
+                self.tiers.note(self._local_pool, new, start, tenant)
             sequence.num_stored = full
 
     def begin_load(self, sequence: Sequence, spare: int) -> PrefixLoad | None:
@@ -251,7 +272,7 @@ class SequenceBlocks:
             self.drop_prompt(sequence.live)
             count = (sequence.num_prompt - 1) // self.pool.block_size
             blocks = list(self.pool.table(sequence.owner)[:count])
-            local = [] if self.local is None else self.local.seen(sequence.owner, count)
+            local = [] if self.local is None else self.local.seen_of(sequence.owner, count)
             self._anchor(sequence.live, Shared(blocks, local))
 
     def _anchor(self, live: LiveRequest, kept: Shared) -> None:
@@ -263,7 +284,7 @@ class SequenceBlocks:
         owner = self.new_owner()
         self.pool.allocate(owner, len(kept.blocks), kept.blocks)
         if self.local is not None:
-            self.local.open(owner, len(kept.blocks) - len(kept.local), kept.local)
+            self.local.open(owner, len(kept.blocks), kept.local)
         return owner
 
     def _let_go(self, owner: int) -> None:
@@ -287,13 +308,15 @@ class SequenceBlocks:
         self.unpin(name)
         root = root_key(self._model_salt)
         kept = self._match(list(chain_keys(root, int32(tokens), self.pool.block_size)))
-        held = sum(pin.num_tokens for pin in self._pins.values()) // self.pool.block_size
-        most = int(MAX_PINNED * self.pool.num_blocks)
-        if held + len(kept.blocks) > most:
+        pool = self.pools[Pool.ALL]
+        held = sum(len(pool.table(pin.owner)) for pin in self._pins.values())
+        count = len(kept.blocks if self._sees_all else kept.local)
+        most = int(MAX_PINNED * pool.num_blocks)
+        if held + count > most:
             raise InvalidRequest(
                 "pin",
-                f"{len(kept.blocks)} blocks beside {held} pinned ones exceed {most}, a quarter of "
-                f"the device's {self.pool.num_blocks}; unpin others, or give the group more memory",
+                f"{count} blocks beside {held} pinned ones exceed {most}, a quarter of "
+                f"the device's {pool.num_blocks}; unpin others, or give the group more memory",
             )
         if kept.blocks:
             self._pins[name] = Pin(self._hold(kept), len(kept.blocks) * self.pool.block_size)
@@ -313,8 +336,7 @@ class SequenceBlocks:
 
     def flush(self) -> int:
         """Forget every block that nobody holds, on the device and below; how many."""
-        pools = [self.pool] if self.local is None else [self.pool, self.local.pool]
-        return sum(pool.flush() for pool in pools) + self.tiers.flush()
+        return sum(pool.flush() for pool in self.pools.values()) + self.tiers.flush()
 
     def drop_prompt(self, live: LiveRequest) -> None:
         """Drop a request's anchor, if it has one."""

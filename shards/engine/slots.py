@@ -29,7 +29,8 @@ class SlotTable:
         heeds_eos: the model's own end tokens stop it.
         own_stops: it has stop tokens of its own.
         reports: its outputs hold more than a token (the first one; log-probabilities).
-        chunk: the attention chunk to which the slot's chunk-local blocks were cut down last.
+        passed: how many chunks, or blocks of a window, the slot had passed when what it can no
+            longer see was given back last.
         last_token: the token known last.
         last_step: the step that took it up last.
     """
@@ -45,7 +46,7 @@ class SlotTable:
         self.heeds_eos = np.zeros(size, dtype=np.bool_)
         self.own_stops = np.zeros(size, dtype=np.bool_)
         self.reports = np.zeros(size, dtype=np.bool_)
-        self.chunk = np.zeros(size, dtype=np.int32)
+        self.passed = np.zeros(size, dtype=np.int32)
         self.last_token = np.zeros(size, dtype=np.int32)
         self.last_step = np.zeros(size, dtype=np.int64)
         self._free = list(range(size - 1, -1, -1))
@@ -68,7 +69,7 @@ class SlotTable:
         self.heeds_eos[slot] = not params.ignore_eos
         self.own_stops[slot] = bool(sequence.live.stop_tokens)
         self.reports[slot] = not sequence.started or params.logprobs is not None
-        self.chunk[slot] = -1
+        self.passed[slot] = -1
         self.last_step[slot] = -1
         return slot
 

@@ -9,9 +9,11 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from arriero.kernels.visible import Visible
 from arriero.shards.images.request import RequestImage
 from arriero.shards.kv.limits import GroupTierLimits, PeerBlocks
 from arriero.shards.kv.moves import Moved, Moves, Pool
+from arriero.shards.paging import SeenBlocks
 from arriero.shards.placement import Placement
 from arriero.shards.plan import StepPlan, StepResult
 from arriero.shards.sampling import SamplingParams
@@ -28,6 +30,9 @@ class EngineConfig:
         attention_chunk: tokens of a chunk, where some layers attend within theirs only and have a
             pool of their own; 0 for none. A multiple of `block_size`.
         num_local_blocks: KV blocks of that pool.
+        attention_window: last tokens that a token sees, itself among them, where all layers have
+            such a window: sequences then hold blocks of these alone; 0 for none.
+        attention_sinks: first tokens that it sees besides.
         max_sequences: most sequences in slots at once.
         max_batch_tokens: the token budget of a step; prefill is cut into chunks to fit.
         max_queued: most requests that wait; one more is refused with `Overloaded`.
@@ -51,6 +56,8 @@ class EngineConfig:
     num_blocks: int
     attention_chunk: int = 0
     num_local_blocks: int = 0
+    attention_window: int = 0
+    attention_sinks: int = 0
     max_sequences: int = 256
     max_batch_tokens: int = 2048
     max_queued: int = 4096
@@ -66,6 +73,16 @@ class EngineConfig:
     max_images: int = 8
     cache_salt: bytes = b""
     tiers: GroupTierLimits = field(default_factory=GroupTierLimits)
+
+    @property
+    def seen_blocks(self) -> SeenBlocks:
+        """Which blocks a token sees in layers that do not see everything, where there are any."""
+        visible = Visible(
+            chunk_size=self.attention_chunk,
+            window=self.attention_window,
+            sinks=self.attention_sinks,
+        )
+        return SeenBlocks(visible, self.block_size)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

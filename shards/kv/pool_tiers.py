@@ -259,6 +259,10 @@ class PoolTiers:
 
     # ---- loading ----
 
+    def has(self, key: bytes, peer: PeerBlocks | None = None) -> bool:
+        """Whether a block is on the device, or can be brought there."""
+        return self._pool.holds(key) or self._nearest(key, peer) is not None
+
     def reach(self, keys: Sequence[bytes], spare: int, peer: PeerBlocks | None = None) -> int:
         """How many of a chain's leading blocks are on the device or can be brought there now.
 

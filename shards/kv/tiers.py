@@ -1,9 +1,10 @@
 """The tiers of a group: of the pool for all tokens, and of the chunk-local one where there is one.
 
-A prefix that is brought up needs its blocks of all tokens, and of the chunk-local ones those of
-the chunk that it cuts, no others: a prefix that ends on a chunk's boundary needs none.
+A prefix that is brought up needs its blocks of all tokens, and of layers that see a part those
+that its next token sees, no others: of the chunk that it cuts, or of the window and the sinks.
+With windows the only pool is of such layers.
 
-Knows both pools' tiers and where chunks begin; knows nothing of sequences, files or time.
+Knows the pools' tiers and which blocks are seen; knows nothing of sequences, files or time.
 """
 
 from __future__ import annotations
@@ -37,25 +38,25 @@ class Tiers:
 
     Args:
         limits: of both pools' tiers.
-        pool: the blocks of all tokens.
-        local: the chunk-local ones, if there are any.
+        pools: the blocks on the device; `Pool.LOCAL` is beside `Pool.ALL`, if at all.
+        local: how the last of these is held, where its layers see a part.
         new_owner: gives a number that owns no table.
-        on_event: told what becomes of blocks of all tokens below the device.
+        on_event: told what becomes of blocks of `Pool.ALL` below the device.
     """
 
     def __init__(
         self,
         limits: GroupTierLimits,
-        pool: BlockManager,
+        pools: Mapping[Pool, BlockManager],
         local: LocalBlocks | None,
         new_owner: Callable[[], int],
         on_event: CacheListener | None = None,
     ) -> None:
-        self._all = PoolTiers(limits.all, Pool.ALL, pool, new_owner, on_event)
-        self._chunks, self._local = local, None
-        if local is not None:
-            self._local = PoolTiers(limits.local, Pool.LOCAL, local.pool, new_owner)
-        self._each = [self._all] if self._local is None else [self._all, self._local]
+        self._each = [PoolTiers(limits.all, Pool.ALL, pools[Pool.ALL], new_owner, on_event)]
+        if Pool.LOCAL in pools:
+            self._each.append(PoolTiers(limits.local, Pool.LOCAL, pools[Pool.LOCAL], new_owner))
+        self._local = local
+        self._sees_all = local is None or len(pools) > 1  # some layers do
         self._on = limits.enabled
         self.num_answers = 0
 
@@ -148,21 +149,42 @@ class Tiers:
         """
         if not self.enabled:
             return None
-        full, local = peer.get(Pool.ALL), peer.get(Pool.LOCAL)
-        count = self._all.reach(keys, spare, full)
-        first = count
-        if self._local is not None and self._chunks is not None:
-            first = self._chunks.first_seen(count)
-            count = first + self._local.reach(keys[first:count], spare, local)
-        parts = [(self._all, self._all.load(keys[:count], 0, tenant, full))]
+        full, count = self._each[0], len(keys)
+        stretches: list[tuple[int, int]] = []
+        if self._sees_all:
+            count = full.reach(keys, spare, peer.get(Pool.ALL))
+        pool = Pool(len(self._each) - 1)
+        seen, offer = self._each[pool], peer.get(pool)
         if self._local is not None:
-            stretch = keys[first:count]
-            parts.append((self._local, self._local.load(stretch, first, tenant, local)))
+            count = self._local.longest(keys[:count], lambda key: seen.has(key, offer))
+            count, stretches = self._stretches(keys, count, spare, offer)
+        parts = []
+        if self._sees_all:
+            parts.append((full, full.load(keys[:count], 0, tenant, peer.get(Pool.ALL))))
+        for first, end in stretches:
+            parts.append((seen, seen.load(keys[first:end], first, tenant, offer)))
         load = PrefixLoad(parts)
         if load.left:
             return load
         self.end(load)
         return None
+
+    def _stretches(
+        self, keys: Sequence[bytes], count: int, spare: int, offer: PeerBlocks | None
+    ) -> tuple[int, list[tuple[int, int]]]:
+        """How much of a prefix of `count` blocks can come, and which of its blocks that takes.
+
+        Where room lacks, a chunk may be cut short; a window may not, since it would reach back
+        further.
+        """
+        assert self._local is not None, "asked of layers that see a part"
+        seen, tiers = self._local.seen, self._each[-1]
+        first = seen.first(count)
+        sinks = min(seen.sinks, first)
+        end = first + tiers.reach(keys[first:count], spare + sinks, offer)
+        if seen.visible.window and (end < count or tiers.reach(keys[:sinks], spare, offer) < sinks):
+            return 0, []
+        return end, [one for one in ((0, sinks), (first, end)) if one[0] < one[1]]
 
     def end(self, load: PrefixLoad) -> None:
         """Unpin a load's blocks; those that came can be found in their pools."""

@@ -111,6 +111,7 @@ class ModelConfig:
         bos_token_id: begin-of-text token, if any.
         eos_token_ids: tokens that end a text; generation_config.json's, else config.json's.
         generation: sampling defaults of generation_config.json.
+        sliding_window: tokens of the window that every layer was trained with; None for none.
     """
 
     architecture: str
@@ -132,6 +133,7 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     generation: GenerationDefaults = field(default_factory=GenerationDefaults)
+    sliding_window: int | None = None
 
     @classmethod
     def from_folder(cls, path: Path | str) -> ModelConfig:
@@ -219,6 +221,7 @@ class ModelConfig:
                 top_p=more.optional_number("top_p"),
                 top_k=more.optional_size("top_k"),
             ),
+            sliding_window=_sliding_window(read),
         )
 
     @property
@@ -353,17 +356,32 @@ def _architecture(read: Fields) -> str:
 
 def _refuse_uncomputed(read: Fields) -> None:
     """Refuse settings under which a "Llama" is another function than the one we compute."""
-    for name in ("sliding_window", "attention_chunk_size"):
-        if read.get(name) is not None:
-            raise read.wrong(name, read.get(name), "null: it is not computed by this version")
+    chunk = read.get("attention_chunk_size")
+    if chunk is not None:
+        raise read.wrong("attention_chunk_size", chunk, "null: it is not computed by this version")
     for name in ("use_qk_norm", "qk_norm"):
         if read.get(name):
             raise read.wrong(name, read.get(name), "false: it is not computed by this version")
+
+
+def _sliding_window(read: Fields) -> int | None:
+    """The window of all layers, if they have one; some with and some without are refused."""
+    used = read.get("use_sliding_window") is None or read.flag("use_sliding_window")
+    window = read.size("sliding_window") if read.get("sliding_window") is not None else None
+    window = window if used else None
+    kind = "full_attention" if window is None else "sliding_attention"
     layer_types = read.get("layer_types")
     if layer_types is not None and (
-        not isinstance(layer_types, list) or any(one != "full_attention" for one in layer_types)
+        not isinstance(layer_types, list) or any(one != kind for one in layer_types)
     ):
-        raise read.wrong("layer_types", layer_types, "full_attention throughout")
+        raise read.wrong("layer_types", layer_types, f"{kind} throughout")
+    if window is not None and layer_types is None and read.optional_size("max_window_layers"):
+        raise read.wrong(
+            "max_window_layers",
+            read.get("max_window_layers"),
+            "0 beside `sliding_window`: layers with and without a window are not computed",
+        )
+    return window
 
 
 def read_rope(read: Fields, max_position_embeddings: int) -> RopeConfig:

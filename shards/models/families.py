@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from arriero.kernels.ops import FlatBatch, KVCache, Ops
+from arriero.kernels.visible import Visible
 from arriero.kernels.wire import Wire
 from arriero.shards.checkpoint.formats.stored import AnyPart
 from arriero.shards.checkpoint.reader import Checkpoint
@@ -86,6 +87,7 @@ def load_slice(
     offload_folder: Path | None,
     wire: Wire | None,
     placement: Placement | None,
+    visible: Visible,
     progress: Progress,
 ) -> ModelSlice:
     """Load what `part` holds of a checkpoint.
@@ -104,6 +106,7 @@ def load_slice(
         offload_folder: where to, or None for the system's folder for temporary files.
         wire: how rows travel to experts on other ranks; None: as the weights are.
         placement: of the experts over the ranks of a stage; None where they are not exchanged.
+        visible: which keys a token sees in layers that do not see everything.
         progress: called while weights load.
     """
     if isinstance(checkpoint.config, Llama4Config):
@@ -136,5 +139,6 @@ def load_slice(
         block_size=block_size,
         offload_layers=offload_layers,
         offload_folder=offload_folder,
+        visible=visible,
         progress=progress,
     )

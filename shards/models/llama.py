@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from arriero.kernels.ops import DenseLayer, KVCache, KVCacheSpec, Ops
+from arriero.kernels.ops import AttentionStyle, DenseLayer, KVCache, KVCacheSpec, Ops
+from arriero.kernels.visible import EVERYTHING, Visible
 from arriero.shards.checkpoint.formats.stored import tensors_due
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.experts import Loads
@@ -46,12 +47,14 @@ class LlamaSlice:
         block_size: int,
         offload_layers: int = 0,
         offload_folder: Path | None = None,
+        visible: Visible = EVERYTHING,
         progress: Progress = lambda done, total: None,
     ) -> None:
         config = checkpoint.config
         assert isinstance(config, ModelConfig), "a checkpoint of a dense Llama"
         self.config, self.part, self.ops, self.mesh = config, part, ops, mesh
         self.dtype = dtype
+        self._style = AttentionStyle(visible=visible)
         self.images: ImageTable | None = None  # it reads text alone
         loader = Loader(
             checkpoint,
@@ -84,7 +87,7 @@ class LlamaSlice:
         for index in range(part.layers.start, part.layers.stop):
             out = index >= part.layers.stop - offload_layers
             with self.ops.offloading(folder) if out else nullcontext():
-                self._layers.append(_layer(loader, config, part, index))
+                self._layers.append(_layer(loader, config, part, index, self._style))
             loader.finished(index)
         tied = config.tie_word_embeddings
         self.embedding = loader.vocab(EMBEDDING, part.vocab) if part.first_stage else None
@@ -139,7 +142,9 @@ class LlamaSlice:
         return self.ops.logits(x_RH, self.norm_H, self.config.rms_norm_eps, self.head)
 
 
-def _layer(loader: Loader, config: ModelConfig, part: SlicePart, index: int) -> DenseLayer:
+def _layer(
+    loader: Loader, config: ModelConfig, part: SlicePart, index: int, style: AttentionStyle
+) -> DenseLayer:
     """One decoder layer's part, by its global index."""
     name, d = f"model.layers.{index}.", config.head_dim
     q = Span(start=part.q_heads.start * d, stop=part.q_heads.stop * d)
@@ -164,4 +169,5 @@ def _layer(loader: Loader, config: ModelConfig, part: SlicePart, index: int) -> 
         head_dim=d,
         softmax_scale=d**-0.5,
         eps=config.rms_norm_eps,
+        style=style,
     )

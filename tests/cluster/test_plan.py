@@ -133,6 +133,21 @@ def test_kv_of_llama_4_is_part_global_and_part_capped() -> None:
     assert 8192 * 147_456 == 1.125 * 2**30
 
 
+def test_a_window_caps_what_a_sequence_takes() -> None:
+    full = group("llama-3.1-8b", "bfloat16", context=131072)
+    window = {"sliding_window": 4096, "attention_sinks": 4}
+    capped = group("llama-3.1-8b", "bfloat16", context=131072, **window)
+    rank = capped.ranks[0]
+    # the window of 256 blocks lies over 257, and the sinks take one
+    assert capped.sequence_bytes(rank, 131072) == 258 * rank.kv_block
+    assert capped.sequence_bytes(rank, 1000) == full.sequence_bytes(full.ranks[0], 1000)
+    blocks = capped.pool_bytes(rank) // rank.kv_block
+    assert full.concurrency(131072) == blocks // 8192
+    assert capped.concurrency(131072) == (blocks - 128) // 258  # a step's 2048 tokens aside
+    assert capped.concurrency(1000) == full.concurrency(1000)
+    assert capped.ranks == full.ranks
+
+
 def test_405b_over_two_machines() -> None:
     plan = group("llama-3.1-405b", "bfloat16", Layout(tp=8, pp=2))
     assert len(plan.ranks) == 16
@@ -560,6 +575,26 @@ def test_a_spec_is_planned_as_the_leader_will_decide(
     assert code == 2 and "4 slices" in err
     code, _, err = run(capsys, spec, "--gpu", "cpu", "--memory", "200MB")
     assert code == 2 and "rank 0" in err
+
+
+def test_a_window_in_a_spec_is_planned_or_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_llama(tmp_path / "m", max_positions=2048)
+    attention = "{sliding_window: 64, attention_sinks: 4}"
+    text = f"models:\n- {{name: tiny, path: m, kv: {{blocks: 100}}, attention: {attention}}}\n"
+    (tmp_path / "arriero.yaml").write_text(text)
+    asked = (str(tmp_path / "arriero.yaml"), "--gpu", "cpu", "--memory", "8GiB", "--json")
+    code, _, err = run(capsys, *asked)
+    assert code == 2 and "changes this model's answers" in err and "`changes_answers`" in err
+    text = text.replace("sinks: 4", "sinks: 4, changes_answers: true").replace("}}\n", "}, ")
+    text += "limits: {max_batch_tokens: 160}}\n"
+    (tmp_path / "arriero.yaml").write_text(text)
+    code, out, _ = run(capsys, *asked)
+    assert code == 0
+    at = {one["context"]: one["concurrency"] for one in json.loads(out)["capacity"]}
+    # 1 block of sinks, 4 of the window and 1 that it begins; 10 for a step
+    assert at[1024] == at[2048] == (100 - 10) // 6
 
 
 def test_tiers_of_the_kv_cache_are_planned(

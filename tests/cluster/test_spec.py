@@ -93,6 +93,19 @@ def test_tiers_of_the_kv_cache(tmp_path: Path, model: Path) -> None:
     )
 
 
+def test_windows(tmp_path: Path, model: Path) -> None:
+    attention = "{sliding_window: 64, attention_sinks: 4, changes_answers: true}"
+    path = written(tmp_path, f"models: [{{name: a, path: tiny, attention: {attention}}}]\n")
+    config = load(path, {}).models[0].group_config("cpu")
+    assert (config.sliding_window, config.attention_sinks, config.changes_answers) == (64, 4, True)
+    flags = {"sliding_window": 128, "attention_sinks": 0, "changes_answers": False}
+    config = load(path, flags).models[0].group_config("cpu")
+    assert config.sliding_window == 128 and config.window_words == "window 128 sinks 0"
+    path = written(tmp_path, "models: [{name: a, path: tiny, attention: {attention_sinks: 4}}]\n")
+    with pytest.raises(SpecError, match=r"`attention_sinks`=4.*without `sliding_window`"):
+        load(path, {})
+
+
 def test_flags_lie_over_the_file(tmp_path: Path, model: Path) -> None:
     path = written(tmp_path, "models: [{name: a, path: tiny, mesh: {tp: 2}}]\n")
     spec = load(path, {"pp": 2, "dtype": "float16", "address": "h:1", "start_timeout_s": 9})

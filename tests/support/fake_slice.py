@@ -23,6 +23,15 @@ from arriero.shards.sampling import SamplingParams
 NOTHING = (-1, -1)
 
 
+def sight(config: EngineConfig, tokens: list[int]) -> list[int]:
+    """The tokens that the last of them sees."""
+    window, sinks = config.attention_window, config.attention_sinks
+    if not window:
+        return tokens
+    first = max(0, len(tokens) - window)
+    return tokens[: min(sinks, first)] + tokens[first:]
+
+
 def draw(tokens: list[int], seed: int, banned: tuple[int, ...], vocab_size: int) -> int:
     """The token after `tokens`."""
     data = b"".join(token.to_bytes(4, "little") for token in tokens) + seed.to_bytes(8, "little")
@@ -59,8 +68,9 @@ def answer(config: EngineConfig, request: EngineRequest, index: int) -> Answer:
     while True:
         banned = stops if len(output) < params.min_tokens else ()
         so_far = prompt + output
-        token = draw(so_far, seed, banned, config.vocab_size)
-        logprobs.append(logprob(so_far, token))
+        seen = sight(config, so_far)
+        token = draw(seen, seed, banned, config.vocab_size)
+        logprobs.append(logprob(seen, token))
         output.append(token)
         if token in stops:
             reason = "stop"
@@ -68,7 +78,7 @@ def answer(config: EngineConfig, request: EngineRequest, index: int) -> Answer:
             reason = "length"
         else:
             continue
-        rows = [logprob(prompt[:i], prompt[i]) for i in range(1, len(prompt))]
+        rows = [logprob(sight(config, prompt[:i]), prompt[i]) for i in range(1, len(prompt))]
         return Answer(output[len(request.resumed) :], reason, logprobs, rows)
 
 
@@ -120,7 +130,8 @@ class FakeSlice:
             plan.block_ids.tolist(),
             strict=True,
         ):
-            assert index == len(self.slots[slot].blocks), "a gap in a block table"
+            gapless = index == len(self.slots[slot].blocks)
+            assert gapless or config.attention_window, "a gap in a block table"
             self.slots[slot].blocks[index] = block
         for slot, index, block in zip(
             plan.local_slots.tolist(),
@@ -150,7 +161,7 @@ class FakeSlice:
                 self.kv[one.blocks[block]][offset] = (position, token)
                 if config.attention_chunk:
                     self.local[one.local[block]][offset] = (position, token)
-            seen = self._read(one, start + count)
+            seen = self._read(one, start, start + count)
             if config.attention_chunk:
                 self._read_chunks(one, start, seen)
             if prompt_rows[row]:
@@ -163,8 +174,9 @@ class FakeSlice:
                 assert num_output >= one.new.num_output
                 banned = one.new.stop_tokens if num_output < one.params.min_tokens else ()
                 assert one.params.seed is not None
-                one.last = draw(seen, one.params.seed, banned, config.vocab_size)
-                tokens[row] = (one.last, logprob(seen, one.last))
+                last = sight(config, seen)
+                one.last = draw(last, one.params.seed, banned, config.vocab_size)
+                tokens[row] = (one.last, logprob(last, one.last))
                 any_logprobs |= one.params.logprobs is not None
         chosen = [tokens[row] for row in sorted(tokens)]
         return StepResult(
@@ -175,13 +187,14 @@ class FakeSlice:
             lane=plan.lane,
         )
 
-    def _read(self, one: _Occupant, length: int) -> list[int]:
-        seen = []
-        for position in range(length):
+    def _read(self, one: _Occupant, start: int, length: int) -> list[int]:
+        """The tokens up to `length`, as far as those from `start` on see them; else -1."""
+        seen = [-1] * length
+        for position in sight(self.config, list(range(start + 1))) + list(range(start + 1, length)):
             block, offset = divmod(position, self.config.block_size)
             at, token = self.kv[one.blocks[block]][offset]
             assert at == position, f"position {position} reads what was written for {at}"
-            seen.append(token)
+            seen[position] = token
         return seen
 
     def _read_chunks(self, one: _Occupant, start: int, seen: list[int]) -> None:
@@ -200,7 +213,8 @@ class FakeSlice:
             for i in range(count):
                 token = next(following)
                 assert inside[i] is None or token in (-1, inside[i])
-                out.append((token, 0.0 if token < 0 else logprob(seen[: start + i + 1], token)))
+                last = sight(self.config, seen[: start + i + 1])
+                out.append((token, 0.0 if token < 0 else logprob(last, token)))
         assert next(following, None) is None
         return _logprobs(out)
 

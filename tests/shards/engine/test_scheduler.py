@@ -142,6 +142,19 @@ def chunked_configs(draw: st.DrawFn) -> EngineConfig:
     )
 
 
+@st.composite
+def windowed_configs(draw: st.DrawFn) -> EngineConfig:
+    """With a window and sinks, from a pool just enough for one sequence to plenty."""
+    config = draw(configs)
+    config = replace(
+        config,
+        attention_window=draw(st.integers(1, 24)),
+        attention_sinks=draw(st.sampled_from([0, 0, 1, 4, 9])),
+    )
+    need = config.seen_blocks.most(config.max_model_len)
+    return replace(config, num_blocks=need + draw(st.sampled_from([0, 1, 5, 30])))
+
+
 @settings(max_examples=300, deadline=None)
 @given(config=configs, seed=st.integers(0, 2**32))
 def test_every_request_gets_its_own_tokens(config: EngineConfig, seed: int) -> None:
@@ -154,6 +167,12 @@ def test_and_does_with_a_chunk_local_pool(config: EngineConfig, seed: int) -> No
     drive(config, seed)
 
 
+@settings(max_examples=300, deadline=None)
+@given(config=windowed_configs(), seed=st.integers(0, 2**32))
+def test_and_does_with_a_window(config: EngineConfig, seed: int) -> None:
+    drive(config, seed)
+
+
 def drive(config: EngineConfig, seed: int) -> None:
     """Random requests in random order, each against what it must give."""
     rng = random.Random(seed)
@@ -163,7 +182,9 @@ def drive(config: EngineConfig, seed: int) -> None:
     for number in range(rng.randint(1, 12)):
         head = rng.choice(roots)[: rng.randrange(20)]
         prompt = head + [rng.randrange(VOCAB) for _ in range(rng.randrange(6))] or [3]
-        room = min(config.max_model_len, config.num_blocks * config.block_size + 1)
+        room = config.max_model_len
+        if not config.attention_window:
+            room = min(room, config.num_blocks * config.block_size + 1)
         prompt = prompt[: room - 1]
         most = min(rng.randint(1, 24), room - len(prompt))
         samples = rng.choice([1, 1, 1, 2, 3])

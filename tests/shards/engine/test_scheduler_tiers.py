@@ -74,6 +74,7 @@ class Run:
 def worlds(draw: st.DrawFn) -> EngineConfig:
     size = draw(st.sampled_from([2, 4]))
     chunk = size * draw(st.sampled_from([0, 0, 1, 3]))
+    window = 0 if chunk else draw(st.sampled_from([0, 1, 5, 12]))
     num_blocks = draw(st.integers(48 // size, 64 // size))
     ranks = draw(st.integers(1, 3))
     limits = st.builds(
@@ -89,6 +90,8 @@ def worlds(draw: st.DrawFn) -> EngineConfig:
         num_blocks=num_blocks,
         attention_chunk=chunk,
         num_local_blocks=draw(st.integers(chunk // size, 3 * chunk // size)) if chunk else 0,
+        attention_window=window,
+        attention_sinks=draw(st.sampled_from([0, 3])) if window else 0,
         max_sequences=draw(st.integers(1, 4)),
         max_batch_tokens=draw(st.integers(3, 24)),
         vocab_size=VOCAB,
