@@ -7,6 +7,7 @@ has all faults, in an order of its own.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -80,7 +81,8 @@ class Deployed:
         deadline_s = time.monotonic() + limit_s
         while True:
             now = await self.status()
-            if now is not None and len(now.gateways) == 2 and all(m.settled for m in now.models):
+            gateways = [] if now is None else [g for g in now.gateways if psutil.pid_exists(g.pid)]
+            if now is not None and len(gateways) == 2 and all(m.settled for m in now.models):
                 self.load.addresses = [one.address for one in now.gateways]
                 return now
             assert time.monotonic() < deadline_s, now
@@ -146,7 +148,7 @@ def actor(name: str) -> int:
     for one in psutil.process_iter(["cmdline"]):
         if any(part.startswith(f"ray::{name}") for part in one.info["cmdline"] or ()):
             return one.pid
-    raise AssertionError(f"no process of actor {name}")
+    raise LookupError(f"no process of actor {name}")
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,7 @@ async def test_a_fault_under_load(deployed: Deployed, name: str) -> None:
         why = await asyncio.to_thread(deployed.admin.why, lost.who)
         result["why"] = why.failure.cause
     else:
-        await asyncio.sleep(2)
+        await replaced(deployed, fault, pid)
     if fault.node:
         await asyncio.to_thread(deployed.machines.add, 4)
     await deployed.whole()
@@ -261,6 +263,18 @@ async def changed(deployed: Deployed, name: str, *command: str) -> None:
     print(json.dumps(result), flush=True)
     report = deployed.load.report
     assert (report.lost[begun[0] :], report.wrong[begun[1] :]) == ([], [])
+
+
+async def replaced(deployed: Deployed, fault: Fault, pid: int) -> None:
+    """Another process is there for the one that was killed."""
+    deadline_s = time.monotonic() + 60
+    while True:
+        now = await deployed.status()
+        with contextlib.suppress(LookupError):
+            if now is not None and fault.find(deployed, now)[0] != pid:
+                return
+        assert time.monotonic() < deadline_s, f"nobody came for process {pid}: {now}"
+        await asyncio.sleep(0.2)
 
 
 async def first_loss(deployed: Deployed, since: float) -> pb.Event:
