@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -23,7 +24,9 @@ from pathlib import Path
 import psutil
 import pytest
 import pytest_asyncio
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from arriero.cluster import state
 from arriero.cluster.admin_client import AdminClient
@@ -96,9 +99,10 @@ async def deployed(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[De
     try:
         for _ in range(2):
             machines.add(num_cpus=4)
-        spec = folder / "arriero.yaml"
+        spec, weights = folder / "arriero.yaml", folder / "model"
+        weights.symlink_to(Path(MODEL).resolve())
         model = {
-            "name": "demo", "path": MODEL, "groups": 2, "mesh": {"pp": 2}, "threads": 1,
+            "name": "demo", "path": str(weights), "groups": 2, "mesh": {"pp": 2}, "threads": 1,
             "kv": {"memory": "192MiB"},
         }  # fmt: skip
         text = {
@@ -238,8 +242,29 @@ async def test_a_fault_under_load(deployed: Deployed, name: str) -> None:
         assert float(str(result["detected_s"])) <= fault.limit_s
 
 
-async def test_a_rolling_update_under_load(deployed: Deployed, tmp_path: Path) -> None:
-    await changed(deployed, "rollout", "rollout", "--force")
+async def test_a_rolling_update_of_weights_under_load(deployed: Deployed) -> None:
+    before = deployed.load.learnt
+    weights = deployed.folder / "model"
+    other_weights(weights.resolve(), deployed.folder / "other")
+    (deployed.folder / "next").symlink_to(deployed.folder / "other")
+    (deployed.folder / "next").replace(weights)
+    await changed(deployed, "rollout of other weights", "rollout")
+    await asyncio.sleep(2)
+    # every stream ran on the one or the other from its first token to its last
+    learnt = await deployed.load.learn()
+    assert learnt not in before
+    assert deployed.load.report.weights <= before | {learnt}
+    assert learnt in deployed.load.report.weights
+    assert deployed.load.report.wrong == []
+
+
+def other_weights(model: Path, other: Path) -> None:
+    """The same model, its last norm a little stronger: other answers, by another digest."""
+    shutil.copytree(model, other)
+    tensors = load_file(other / "model.safetensors")
+    norm = tensors["model.norm.weight"]
+    tensors["model.norm.weight"] = (norm.float() * torch.linspace(0.9, 1.2, norm.numel())).to(norm)
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
 
 
 async def test_a_drain_under_load(deployed: Deployed) -> None:
