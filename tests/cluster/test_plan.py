@@ -594,7 +594,7 @@ def test_a_window_in_a_spec_is_planned_or_refused(
     assert code == 0
     at = {one["context"]: one["concurrency"] for one in json.loads(out)["capacity"]}
     # 1 block of sinks, 4 of the window and 1 that it begins; 10 for a step
-    assert at[1024] == at[2048] == (100 - 10) // 6
+    assert {at[context] for context in at if context >= 1024} == {(100 - 10) // 6}
 
 
 def test_tiers_of_the_kv_cache_are_planned(

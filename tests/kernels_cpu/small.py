@@ -10,11 +10,12 @@ from torch import Tensor
 
 from arriero.kernels.cpu import CpuOps
 from arriero.kernels.cpu.library import find, runnable
-from arriero.kernels.ops import DenseLayer, FlatBatch, KVCacheSpec, Ops
+from arriero.kernels.ops import AttentionStyle, DenseLayer, FlatBatch, KVCacheSpec, Ops
 
 HIDDEN, FFN, Q_HEADS, KV_HEADS, HEAD_DIM, VOCAB, LAYERS, BLOCK = 80, 96, 6, 2, 20, 101, 3, 16
 MAX_CONTEXT = 1200
 CPU = torch.device("cpu")
+PLAIN = AttentionStyle()
 VARIANTS = [name for name in runnable() if find(name) is not None]
 
 
@@ -24,6 +25,7 @@ class Small:
 
     ops: Ops
     dtype: torch.dtype
+    style: AttentionStyle = PLAIN
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -47,6 +49,7 @@ class Small:
                 head_dim=HEAD_DIM,
                 softmax_scale=HEAD_DIM**-0.5,
                 eps=1e-5,
+                style=self.style,
             )
             for _ in range(LAYERS)
         ]

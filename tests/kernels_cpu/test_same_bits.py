@@ -7,7 +7,9 @@ import itertools
 import pytest
 import torch
 
+from arriero.kernels.ops import AttentionStyle
 from arriero.kernels.quant import quantize_fp8, quantize_int4, quantize_int8
+from arriero.kernels.visible import EVERYTHING, Visible
 
 from .small import VARIANTS, Small, cpu, tokens
 
@@ -16,12 +18,14 @@ pytestmark = pytest.mark.skipif(not VARIANTS, reason="the CPU kernels are not bu
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_chunks_batches_and_threads(variant: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("visible", [EVERYTHING, Visible(window=10, sinks=3)], ids=["all", "10+3"])
+def test_chunks_batches_and_threads(variant: str, dtype: torch.dtype, visible: Visible) -> None:
     """A prompt whole, in chunks, beside others, and token by token, past a split of 512 keys."""
+    style = AttentionStyle(visible=visible)
     prompt, other = tokens(560, 0), tokens(40, 1)
-    whole = Small(cpu(1, variant), dtype).step([(0, 0, prompt)])[0]
+    whole = Small(cpu(1, variant), dtype, style).step([(0, 0, prompt)])[0]
 
-    model = Small(cpu(3, variant), dtype)
+    model = Small(cpu(3, variant), dtype, style)
     cuts, parts = (0, 1, 8, 21, 22, 150, 500, 505), []
     for i, (start, stop) in enumerate(itertools.pairwise(cuts)):
         beside = (1, 5 * i, other[5 * i : 5 * i + 5])
