@@ -182,7 +182,7 @@ def test_end_tokens(generation: dict[str, Any] | None, ends: tuple[int, ...]) ->
         ({"architectures": []}, "supported: LlamaForCausalLM"),
         ({"architectures": None}, "supported: LlamaForCausalLM"),
         ({"hidden_act": "gelu"}, "`hidden_act`='gelu'"),
-        ({"sliding_window": 4096}, "`sliding_window`=4096"),
+        ({"sliding_window": 0}, "`sliding_window`=0"),
         ({"layer_types": ["sliding_attention"]}, "`layer_types`"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "`rope_type`='yarn'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "`rope_type`='dynamic'"),
