@@ -167,7 +167,7 @@ def test_and_does_with_a_chunk_local_pool(config: EngineConfig, seed: int) -> No
     drive(config, seed)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(config=windowed_configs(), seed=st.integers(0, 2**32))
 def test_and_does_with_a_window(config: EngineConfig, seed: int) -> None:
     drive(config, seed)
