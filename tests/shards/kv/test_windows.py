@@ -57,7 +57,7 @@ def test_windows_come_from_another_group_s_memory(
     model: str, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
     tiers = TierConfig(host_bytes=64 << 20)
-    with running(small(model, tiers, tp=2)) as other, running(small(model, tiers)) as group:
+    with running(small(model, tiers)) as other, running(small(model, tiers)) as group:
         assert one_by_one_kept(other, prompts) == expected
         for prompt, tokens in zip(prompts, expected, strict=True):
             asked = group.submit(prompt, GREEDY, peer=told_of(other, prompt))
