@@ -71,6 +71,7 @@ class Segment:
         block: (block size, head dimension or int8's canonical one, bytes of an element).
         slots: how many blocks there is room for.
         address, token: of the rank's server, for readers on other nodes; "" and b"" for none.
+        nixl: what readers must know to fetch from it through NIXL; b"" where it has none.
     """
 
     pid: int
@@ -83,19 +84,21 @@ class Segment:
     slots: int
     address: str = ""
     token: bytes = b""
+    nixl: bytes = b""
 
     @classmethod
     def from_wire(cls, values: list[Any]) -> Segment:
         """Undo what msgpack makes of `astuple`."""
-        pid, fd, name, host, layers, heads, block, slots, address, token = values
+        pid, fd, name, host, layers, heads, block, slots, *served = values
         where = (pid, fd, name, host, _pair(layers), _pair(heads), tuple(block))
-        return cls(*where, slots, address, token)
+        return cls(*where, slots, *served)
 
     def to_wire(self) -> list[Any]:
         """As msgpack can carry it."""
         return [
             *(self.pid, self.fd, self.name, self.host),
-            *(self.layers, self.heads, self.block, self.slots, self.address, self.token),
+            *(self.layers, self.heads, self.block, self.slots),
+            *(self.address, self.token, self.nixl),
         ]
 
 
