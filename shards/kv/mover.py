@@ -62,9 +62,10 @@ class TierSettings:
         host_slots: blocks of host memory, the same on every rank.
         rank: of the group.
         pool: whose blocks they are.
+        lane: the rank's data-parallel rank.
         piece: what the rank holds of each block.
         host: address at which it serves its host memory to ranks on other nodes.
-        writes: False where a rank before it holds the same piece, and writes the files.
+        writes: False where a rank before it in its lane holds the same piece, and writes the files.
     """
 
     config: TierConfig
@@ -72,6 +73,7 @@ class TierSettings:
     host_slots: int
     rank: int
     pool: Pool
+    lane: int
     piece: Piece
     host: str
     writes: bool
@@ -183,7 +185,7 @@ class Mover:
     def _open(self) -> Moved:
         """Open the tiers; what they hold already is the rank's first word."""
         settings, config = self._settings, self._settings.config
-        first = Moved(settings.rank, settings.pool, ready=True)
+        first = Moved(settings.rank, settings.pool, ready=True, lane=settings.lane)
         if settings.host_slots:
             try:
                 self._host = HostPool(
@@ -241,7 +243,7 @@ class Mover:
             failed = {move.id for move in work.moves}
         if not work.moves:
             return None
-        said = Moved(self._settings.rank, self._settings.pool)
+        said = Moved(self._settings.rank, self._settings.pool, lane=self._settings.lane)
         for move in work.moves:
             (said.failed if move.id in failed else said.done).append(move.id)
         return said

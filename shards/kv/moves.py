@@ -116,12 +116,14 @@ class Moves:
         moves: to be made.
         dropped: (tier, key) of files that are to go.
         peer: where the blocks of PEER moves are, one segment for each rank of the peer.
+        lane: data-parallel rank whose slices are to make them.
     """
 
     pool: Pool = Pool.ALL
     moves: list[Move] = field(default_factory=list)
     dropped: list[tuple[Tier, bytes]] = field(default_factory=list)
     peer: tuple[Segment, ...] = ()
+    lane: int = 0
 
     def to_bytes(self) -> bytes:
         """Pack for the wire."""
@@ -131,14 +133,14 @@ class Moves:
         ]
         dropped = [(int(tier), key) for tier, key in self.dropped]
         packed: bytes = msgpack.packb(
-            [int(self.pool), moves, dropped, [one.to_wire() for one in self.peer]]
+            [int(self.pool), moves, dropped, [one.to_wire() for one in self.peer], self.lane]
         )
         return packed
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Moves:
         """Undo `to_bytes`."""
-        pool, moves, dropped, peer = msgpack.unpackb(data)
+        pool, moves, dropped, peer, lane = msgpack.unpackb(data)
         return cls(
             Pool(pool),
             [
@@ -147,6 +149,7 @@ class Moves:
             ],
             [(Tier(tier), key) for tier, key in dropped],
             tuple(Segment.from_wire(one) for one in peer),
+            lane,
         )
 
 
@@ -163,6 +166,7 @@ class Moved:
             byte that the rank needs of it is there. Empty but in a rank's first word.
         ready: the rank's tiers are open: its first word.
         segment: its host memory, in its first word, if it has any.
+        lane: the rank's data-parallel rank.
     """
 
     rank: int
@@ -172,6 +176,7 @@ class Moved:
     found: dict[Tier, list[tuple[bytes, bool]]] = field(default_factory=dict)
     ready: bool = False
     segment: Segment | None = None
+    lane: int = 0
 
     def to_bytes(self) -> bytes:
         """Pack for the wire."""
@@ -181,14 +186,17 @@ class Moved:
         }
         segment = None if self.segment is None else self.segment.to_wire()
         packed: bytes = msgpack.packb(
-            [self.rank, int(self.pool), self.done, self.failed, found, self.ready, segment]
+            [
+                *(self.rank, int(self.pool), self.done, self.failed),
+                *(found, self.ready, segment, self.lane),
+            ]
         )
         return packed
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Moved:
         """Undo `to_bytes`."""
-        rank, pool, done, failed, found, ready, segment = msgpack.unpackb(
+        rank, pool, done, failed, found, ready, segment, lane = msgpack.unpackb(
             data, strict_map_key=False
         )
         listed = {
@@ -203,4 +211,5 @@ class Moved:
             listed,
             ready,
             None if segment is None else Segment.from_wire(segment),
+            lane,
         )

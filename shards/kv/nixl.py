@@ -51,9 +51,8 @@ def wanted(transfer: Literal["auto", "tcp", "nixl"]) -> bool:
     """
     if transfer == "tcp" or (transfer == "auto" and not any(_CARDS.glob("*"))):
         return False
-    os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")  # else it tells every agent on stdout
     try:
-        import nixl._api  # noqa: F401
+        _nixl()
     except ImportError as error:
         asked = logging.WARNING if transfer == "nixl" else logging.INFO
         log.log(asked, "KV blocks travel over TCP: no NIXL (%s); install arriero[nixl]", error)
@@ -61,11 +60,18 @@ def wanted(transfer: Literal["auto", "tcp", "nixl"]) -> bool:
     return True
 
 
-def _agent() -> Any:  # noqa: ANN401
-    from nixl._api import nixl_agent, nixl_agent_config
+def _nixl() -> Any:  # noqa: ANN401
+    os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")  # else it tells of every agent on stdout
+    os.environ.setdefault("UCX_LOG_LEVEL", "error")  # and of what a peer that died left undone
+    import nixl._api
 
-    config = nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
-    return nixl_agent(f"arriero-{uuid.uuid4().hex}", config)
+    return nixl._api
+
+
+def _agent() -> Any:  # noqa: ANN401
+    api = _nixl()
+    config = api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
+    return api.nixl_agent(f"arriero-{uuid.uuid4().hex}", config)
 
 
 class NixlServer:

@@ -41,8 +41,9 @@ def block_sums(data: Tensor) -> Tensor:
     nbytes = flat.shape[-1] * flat.itemsize
     words = flat.view(_WORDS[math.gcd(nbytes, 8)])
     rows = math.gcd(words.shape[-1], _MOST_ROWS)
-    added = words.unflatten(-1, (rows, -1)).sum(-1, dtype=torch.int64)
-    return (added * _weights(rows)).sum((-3, -1))
+    added = words.reshape(*words.shape[:-1], rows, -1).sum(-1, dtype=torch.int64)
+    total: Tensor = (added * _weights(rows)).sum((-3, -1))
+    return total
 
 
 @functools.cache

@@ -27,9 +27,9 @@ TYPES: tuple[RowType | None, ...] = (None, "int8", "fp8")
 
 
 def texts(path: str, count: int, length: int) -> list[list[int]]:
-    """Prompts out of Python's help topics, the longest first."""
+    """Prompts out of Python's longest help topics, no two of them alike."""
     tokenizer = Tokenizer.from_file(f"{path}/tokenizer.json")
-    topics = sorted(pydoc_data.topics.topics.values(), key=len)[-count:]
+    topics = sorted(set(pydoc_data.topics.topics.values()), key=len)[-count:]
     return [tokenizer.encode(one, add_special_tokens=False).ids[:length] for one in topics]
 
 

@@ -277,6 +277,37 @@ def test_llama4_pulls_both_pools(
             assert settled(group)["loaded"] == sum(hits) + sum(hit % 4 for hit in hits)
 
 
+def test_each_data_parallel_rank_has_tiers(
+    llama4: str, prompts: list[list[int]], expected4: list[list[int]], tmp_path: Path
+) -> None:
+    tiers = TierConfig(host_bytes=64 << 20, disk_path=str(tmp_path), disk_bytes=64 << 20)
+
+    def in_pairs(group: Group) -> list[list[int]]:
+        tokens = []
+        for pair in (prompts[:2], prompts[2:4], prompts[4:]):  # one for each rank
+            tokens += [one.tokens for one in group.generate(pair, GREEDY)]
+            settled(group)
+        return tokens
+
+    with running(small(llama4, tiers, **POOLS, dp=2)) as group:
+        opened(group)
+        assert in_pairs(group) == expected4
+        assert in_pairs(group) == expected4
+        report = group.engine.ask(lambda lanes: lanes.cache()).result(10)
+        assert report.tiers["host"].used == sum(report.held["host"].values()) > 0
+        with running(small(llama4, TierConfig(host_bytes=64 << 20), **POOLS)) as other:
+            for prompt, tokens in zip(prompts, expected4, strict=True):
+                told = shared(group, prompt)
+                assert other.wait([other.submit(prompt, GREEDY, peer=told)])[0].tokens == tokens
+            counts = settled(other)
+            assert counts["loaded"] and not counts["failed"]
+    with running(small(llama4, tiers, **POOLS, dp=2)) as group:
+        opened(group)
+        assert in_pairs(group) == expected4
+        counts = settled(group)
+        assert counts["loaded"] and not counts["failed"]
+
+
 @pytest.mark.parametrize(
     "layouts", [({}, {}), slow(({"tp": 2}, {"tp": 3})), slow(({"pp": 2}, {"tp": 2}))], ids=str
 )
