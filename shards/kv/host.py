@@ -111,7 +111,7 @@ class HostPool:
         return stamp(self._stamps, key, slot)
 
     def sums(self, stamp: bytes) -> npt.NDArray[np.int64]:
-        """The checksums [L, K] in a stamp."""
+        """The checksums [L, 2, K] in a stamp."""
         return sums(stamp, self._piece)
 
     def close(self) -> None:
@@ -126,12 +126,12 @@ class HostPool:
 
 def stamp_type(piece: Piece) -> np.dtype[np.void]:
     """Of a slot's stamp: see `block_sums` for its checksums."""
-    shape = (piece.layers[1] - piece.layers[0], piece.heads[1] - piece.heads[0])
+    shape = (piece.layers[1] - piece.layers[0], 2, piece.heads[1] - piece.heads[0])
     return np.dtype([("key", np.uint8, KEY_BYTES), ("times", "<u8"), ("sums", "<i8", shape)])
 
 
 def sums(stamp: bytes, piece: Piece) -> npt.NDArray[np.int64]:
-    """The checksums [L, K] in a stamp."""
+    """The checksums [L, 2, K] in a stamp."""
     found: npt.NDArray[np.int64] = np.frombuffer(stamp, dtype=stamp_type(piece))["sums"][0]
     return found
 

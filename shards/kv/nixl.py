@@ -213,7 +213,7 @@ class NixlPart:
         stamp, block = found
         into.copy_(block)
         layers, heads = self._part.within(self._theirs)
-        return sums(stamp, self._theirs)[layers, heads]
+        return sums(stamp, self._theirs)[layers, :, heads]
 
     def close(self) -> None:
         """See `peer.Part`."""

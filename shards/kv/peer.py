@@ -37,7 +37,7 @@ LOST_S = 5.0
 Wanted = Sequence[tuple[bytes, int]]
 """Blocks by key and slot."""
 Sums = npt.NDArray[np.int64]
-"""Checksums [l, h] of a part of a block."""
+"""Checksums [l, 2, h] of a part of a block."""
 
 
 class Part(Protocol):
@@ -84,7 +84,7 @@ class LocalPart:
         into.copy_(self._data[slot, self._layers, :, self._heads])
         if stamp(self._stamps, key, slot) != before:
             return None
-        return sums(before, self._theirs)[self._layers, self._heads]
+        return sums(before, self._theirs)[self._layers, :, self._heads]
 
     def close(self) -> None:
         """See `Part`."""

@@ -124,7 +124,7 @@ class BlockServer:
             data = self._pool.data[slot, l0:l1, :, h0:h1]
             reader.sendall(data.reshape(-1).view(torch.uint8).numpy().data)
             whole = _YES if self._pool.stamp(key, slot) == before else _NO
-            reader.sendall(whole + self._pool.sums(before)[l0:l1, h0:h1].tobytes())
+            reader.sendall(whole + self._pool.sums(before)[l0:l1, :, h0:h1].tobytes())
 
 
 class RemotePart:
@@ -141,7 +141,7 @@ class RemotePart:
         layers, heads = part.within(Piece(segment.layers, segment.heads))
         self._range = (layers.start, layers.stop, heads.start, heads.stop)
         self._block = torch.empty(form.shape(part), dtype=form.dtype)
-        self._sums_shape = (layers.stop - layers.start, heads.stop - heads.start)
+        self._sums_shape = (layers.stop - layers.start, 2, heads.stop - heads.start)
         self._socket: socket.socket | None = None
 
     def ask(self, wanted: Sequence[tuple[bytes, int]]) -> None:

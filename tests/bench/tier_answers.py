@@ -3,7 +3,7 @@
     PYTHONPATH=src:tests ARRIERO_TEST_MODEL=… python tests/bench/tier_answers.py
 
 Greedy continuations of prompts of English text, first computed, then again with the prompt's blocks
-brought up from host memory; the device's pool holds one prompt only, so each comes from there. A
+brought up from host memory; the device's pool holds two of them only, so each comes from there. A
 JSON line for each type: the share of tokens equal up to where an answer first goes another way,
 of tokens that are equal at their place, and of answers equal whole.
 """
@@ -49,7 +49,7 @@ def measure(dtype: RowType | None, prompts: list[list[int]], args: argparse.Name
     config = GroupConfig(
         model_path=args.model,
         threads=1,
-        num_blocks=-(-(args.length + args.tokens) // 16) + 4,
+        num_blocks=2 * -(-(args.length + args.tokens) // 16),  # half of it may be on its way
         max_model_len=args.length + args.tokens,
         max_sequences=1,
         tiers=TierConfig(host_bytes=1 << 30, dtype=dtype),
