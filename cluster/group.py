@@ -276,7 +276,7 @@ class Leader:
         def on_failure(error: Exception) -> None:
             self._on_lost(str(error))
 
-        journal = Journal(limits.num_blocks * limits.num_lanes + limits.tiers.num_blocks)
+        journal = Journal((limits.num_blocks + limits.tiers.num_blocks) * limits.num_lanes)
         engine = self._engine = Engine(
             limits, self._executor, on_outputs, on_failure=on_failure, on_event=journal.note
         )

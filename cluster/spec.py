@@ -28,7 +28,7 @@ from arriero.router.tls import TlsFiles
 from arriero.router.tracing import TracingConfig
 from arriero.shards.errors import SpecError
 from arriero.shards.group import GroupConfig
-from arriero.shards.kv.config import TierConfig
+from arriero.shards.kv.config import RowType, TierConfig
 
 DEFAULT_PORT = 50051
 DEFAULT_HTTP_PORT = 8000
@@ -165,9 +165,12 @@ class Kv(_Part):
         shared: folder of a store that all nodes reach, as fsspec spells it ("s3://bucket/kv"),
             for the blocks of all groups. It is not bounded here; have the store expire objects.
         tenant_share: the most of host memory and disk that one tenant's blocks may hold.
-        tier_dtype: "int8" holds blocks below the device in about half of bfloat16's bytes; answers
-            whose prefix comes up from there are close to the others, and no more the same. null
-            holds them as the device does.
+        tier_dtype: "int8" and "fp8" hold blocks below the device in about half of bfloat16's bytes;
+            answers whose prefix comes up from there are close to the others, and no more the same.
+            null holds them as the device does.
+        transfer: how blocks come from a group on another node: "tcp"; "nixl", where both ends have
+            NIXL installed (`pip install 'arriero[nixl]'`), else TCP; "auto" for NIXL where there
+            are network cards with RDMA too. Groups of one node read each other's memory.
         same_layout: use kept blocks only where a group of the same mesh and kernels wrote them;
             else meshes share, and agree to rounding.
     """
@@ -181,7 +184,8 @@ class Kv(_Part):
     disk: KvDisk | None = None
     shared: str | None = None
     tenant_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    tier_dtype: Literal["int8"] | None = None
+    tier_dtype: RowType | None = None
+    transfer: Literal["auto", "tcp", "nixl"] = "auto"
     same_layout: bool = False
 
     def tiers(self) -> TierConfig:
@@ -193,6 +197,7 @@ class Kv(_Part):
             shared_url=self.shared,
             max_tenant_share=self.tenant_share,
             dtype=self.tier_dtype,
+            transfer=self.transfer,
             same_layout=self.same_layout,
         )
 
