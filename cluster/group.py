@@ -25,6 +25,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from arriero.cluster import nodes, registry
 from arriero.cluster.history import Failure
+from arriero.cluster.live import Live
+from arriero.cluster.log_level import set_log_level
 from arriero.cluster.slices import SliceActor, Whereabouts, node_address
 from arriero.shards.errors import ArrieroError, CollectiveFailed, GroupFailed
 from arriero.shards.failure import KEEP_LINES, Evidence, FirstCause, Kind
@@ -65,6 +67,7 @@ class GroupSettings:
         tracing: where spans go; None makes none.
         canary_s: between two tokens drawn while idle.
         limits: how long a slice may be silent, and the group stuck.
+        log_level: see the spec.
     """
 
     model: str
@@ -78,6 +81,7 @@ class GroupSettings:
     drain_s: float
     canary_s: float
     limits: HealthLimits
+    log_level: str = "warning"
     link_tls: TlsSpec | None = None
     tracing: TracingSpec | None = None
 
@@ -98,7 +102,9 @@ class Leader:
     """The Serve replica that leads one group; ready once a token came through every slice."""
 
     async def __init__(self, settings: GroupSettings) -> None:  # type: ignore[misc]  # Serve awaits it
+        set_log_level(settings.log_level)
         self._settings = settings
+        self._live_version = 0
         self._registry = registry.connect()
         self._loop = asyncio.get_running_loop()
         self._epoch = 0
@@ -217,7 +223,7 @@ class Leader:
             slice_nodes=tuple(one.address for one in where),
             slice_node_ids=tuple(one.node_id for one in where),
         )
-        if not await self._renew():
+        if await self._renew() is None:
             raise GroupFailed(f"{self._group_id} was replaced while it started")
         places = {entry.node_id: entry.address for entry in where}
         places[self._entry.node_id] = self._entry.node
@@ -244,7 +250,7 @@ class Leader:
                     placement_group_bundle_index=rank // self._settings.slices_per_bundle + 1,
                 ),
             )
-            self._slices.append(options.remote())
+            self._slices.append(options.remote(self._settings.log_level))
         return list(await asyncio.gather(*[one.whereabouts.remote() for one in self._slices]))
 
     def _link_host(self, where: Sequence[Whereabouts]) -> str | None:
@@ -379,16 +385,32 @@ class Leader:
             await asyncio.sleep(self._settings.period_s)
             # a registry that is being restarted comes back; leases outlast a few periods
             with contextlib.suppress(ray.exceptions.RayError):
-                if not await self._renew():
+                version = await self._renew()
+                if version is None:
                     self._on_lost("it was replaced while it was silent")
+                elif version != self._live_version:
+                    self._take(await self._registry.live.remote())
 
-    async def _renew(self) -> bool:
-        """Renew the entry; False when this group has been replaced."""
+    def _take(self, live: Live | None) -> None:
+        """Take settings that were changed while this group runs."""
+        if live is None:
+            return
+        self._live_version = live.version
+        self._settings = replace(self._settings, limits=live.health, canary_s=live.canary_s)
+        if self._executor is not None:
+            self._executor.set_limits(live.health)
+        set_log_level(live.log_level)
+        for actor in self._slices:
+            actor.set_log_level.remote(live.log_level)
+
+    async def _renew(self) -> int | None:
+        """Renew the entry; gives the live settings' version, None when it has been replaced."""
         assert self._engine is not None and self._entry is not None
         phase = "draining" if self._closing else "serving"
         entry = replace(self._entry, stats=asdict(self._engine.stats()), phase=phase)
         lease_s = LEASE_PERIODS * self._settings.period_s
-        return bool(await self._registry.register.remote(entry, lease_s))
+        version: int | None = await self._registry.register.remote(entry, lease_s)
+        return version
 
     async def _keep_drawing(self) -> None:
         """Draw a token whenever nothing else went through the slices for a while."""

@@ -12,8 +12,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ from ray.actor import ActorHandle
 from arriero.cluster import app, nodes, registry, store
 from arriero.cluster.autoscale import Autoscaler, Demand
 from arriero.cluster.changes import Phase, Slot, Start, Stop, Wish, decide, settled
+from arriero.cluster.differences import Change, changes, live_settings, refuse
 from arriero.cluster.spec import ModelSpec, Spec
 from arriero.router.peers import ask_leader
 from arriero.router.roles import Role, assign
@@ -87,6 +89,9 @@ class Kept:
     shared: bool
     token: str
     admin_port: int = 0
+    token_before: str = ""
+    token_before_until: float = 0.0
+    live_version: int = 0
     models: dict[str, Managed] = field(default_factory=dict)
     places: dict[str, Place] = field(default_factory=dict)
 
@@ -116,15 +121,17 @@ class Operator:
         self._roles: dict[str, Role] = {}  # told, by group; all begin as "both"
         self._scalers: dict[str, Autoscaler] = {}
         self._change = asyncio.Lock()
+        self._gateways_change = False  # until Serve has replaced them
         from arriero.cluster.admin import AdminServer
 
-        self._admin = AdminServer(self, self._registry, self._kept.token)
-        host = self._spec.admin.host
+        self._admin = AdminServer(self, self._registry)
+        at = self._spec.admin
+        tls = None if at.tls is None else at.tls.files()
         try:  # where it was before a restart: the command line knows that port
-            port = self._spec.admin.port or self._kept.admin_port
-            self._address = await self._admin.start(host, port)
+            port = at.port or self._kept.admin_port
+            self._address = await self._admin.start(at.host, port, tls)
         except OSError:
-            self._address = await self._admin.start(host, self._spec.admin.port)
+            self._address = await self._admin.start(at.host, at.port, tls)
         self._kept.admin_port = int(self._address.rpartition(":")[2])
         if not self._kept.models:
             for model in self._spec.models:
@@ -145,6 +152,17 @@ class Operator:
     def spec(self) -> Spec:
         """The deployment's, as it was last deployed."""
         return self._spec
+
+    def tokens(self) -> list[str]:
+        """The tokens that Admin takes now."""
+        kept = self._kept
+        before = [kept.token_before] if time.time() < kept.token_before_until else []
+        return [kept.token, *before]
+
+    @property
+    def gateways_settled(self) -> bool:
+        """Whether the gateways are those of the wanted spec."""
+        return not self._gateways_change
 
     def wishes(self) -> dict[str, Wish]:
         """What is wanted now."""
@@ -222,12 +240,11 @@ class Operator:
         """Want the settings of `spec`, or the same ones with the weights that are there now."""
         async with self._change:
             wanted = spec or self._spec
-            strange = {one.name for one in wanted.models} ^ set(self._kept.models)
-            if spec is not None and strange:
-                raise SpecError(
-                    f"models {', '.join(sorted(strange))} are in the spec or in the deployment"
-                    " alone; a rollout changes the settings of the models that are deployed"
-                )
+            differing = changes(self._spec, wanted)
+            refuse(differing, "rollout")
+            rolled = [one.field for one in differing if one.price == "rollout"]
+            # what each group's leader was started with
+            force = force or any(_part(one) in ("health", "tracing") for one in rolled)
             told = []
             for model in wanted.models:
                 managed = self._kept.models[model.name]
@@ -241,11 +258,48 @@ class Operator:
                 if force or (_essence(settings), digest) != (_essence(last.settings), last.digest):
                     told.append(await self._revise(model.name, settings, digest))
             if spec is not None:
-                self._spec = spec
-                self._kept.spec = spec.model_dump(mode="json")
+                await self._publish(spec, differing)
+            if any(_part(one) in ("gateway", "health", "tracing") for one in rolled):
+                told.append("gateways: new settings")
+                self._gateways_change = True
+                await asyncio.to_thread(_run_app, app.NAME, app.gateways(self._spec))
             if not told:
                 return await self._begin(app.NAME, "settings and weights are as they were")
             return "; ".join(told)
+
+    async def reload(self, spec: Spec) -> str:
+        """Take what of a spec can be changed while everything runs.
+
+        Raises:
+            SpecError: something else differs; nothing is changed then.
+        """
+        async with self._change:
+            differing = changes(self._spec, spec)
+            refuse(differing, "reload")
+            if not differing:
+                return "settings are as they were"
+            for model in spec.models:
+                last = self._kept.models[model.name].revisions[-1]
+                before = next(one for one in self._spec.models if one.name == model.name)
+                wanted = _count_of(model.model_dump(mode="json"))
+                if wanted != _count_of(before.model_dump(mode="json")):
+                    last.settings = {**last.settings, **wanted}
+                    self._scalers.pop(model.name, None)
+                if model.groups != before.groups:
+                    self._kept.models[model.name].count = model.groups
+            await self._publish(spec, differing)
+            return await self._begin(app.NAME, f"reloaded {', '.join(c.field for c in differing)}")
+
+    async def rotate_token(self, overlap_s: float) -> str:
+        """Have Admin ask for another token, and take this one for a while."""
+        async with self._change:
+            kept = self._kept
+            kept.token_before, kept.token = kept.token, secrets.token_urlsafe(32)
+            kept.token_before_until = time.time() + overlap_s
+            self._keep()
+            text = f"Admin's token was replaced; the one before is taken for {overlap_s:g} s"
+            await self._note("keys", app.NAME, text)
+            return kept.token
 
     async def rollback(self, model: str) -> str:
         """Want the settings before the last rollout again."""
@@ -255,6 +309,14 @@ class Operator:
                 raise SpecError(f"model `{model}` has no revision before {revisions[-1].number}")
             before = revisions[-2]
             return await self._revise(model, before.settings, before.digest)
+
+    async def _publish(self, spec: Spec, differing: Sequence[Change]) -> None:
+        """Want a spec, and have gateways and leaders take what they can while they run."""
+        self._spec = spec
+        self._kept.spec = spec.model_dump(mode="json")
+        if any(one.price == "reload" for one in differing):
+            self._kept.live_version += 1
+            await self._registry.reload.remote(live_settings(spec, self._kept.live_version))
 
     # ---- the loop ----
 
@@ -279,7 +341,7 @@ class Operator:
         await self._autoscale(board)
         await self._assign_roles(board)
         wishes = self.wishes()
-        if settled(wishes, self.slots(board)):
+        if settled(wishes, self.slots(board)) and self.gateways_settled:
             return True
         await self._look()
         await self._unplace(board)
@@ -352,6 +414,8 @@ class Operator:
     async def _look(self) -> None:
         """Which applications there are, and which could not start."""
         apps = (await asyncio.to_thread(serve.status)).applications
+        if app.NAME in apps and apps[app.NAME].status == "RUNNING":
+            self._gateways_change = False
         self._failed = {
             name.removeprefix(PREFIX): one.message.strip()
             for name, one in apps.items()
@@ -482,6 +546,11 @@ def _digest_of(folder: str) -> str:
     from arriero.shards.checkpoint.reader import Checkpoint
 
     return Checkpoint.open(folder).digest
+
+
+def _part(field: str) -> str:
+    """The section of the spec that a field is of."""
+    return field.partition(".")[0]
 
 
 _COUNTS = ("groups", "autoscale", "prefill_groups")

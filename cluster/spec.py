@@ -28,6 +28,7 @@ from arriero.router.tls import TlsFiles
 from arriero.router.tracing import TracingConfig
 from arriero.shards.errors import SpecError
 from arriero.shards.group import GroupConfig
+from arriero.shards.health import HealthLimits
 from arriero.shards.kv.config import TierConfig
 
 DEFAULT_PORT = 50051
@@ -87,6 +88,7 @@ Name = Annotated[str, AfterValidator(_name)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 class _Part(BaseModel):
@@ -512,6 +514,10 @@ class GatewaySpec(_Part):
             return self.http.port
         return DEFAULT_HTTP_PORT if self.port else 0
 
+    def shares(self) -> tuple[Tenant, ...]:
+        """The tenants, as gateways take them."""
+        return tuple(Tenant(**dict(tenant)) for tenant in self.tenants)
+
     def config(
         self,
         models: tuple[str, ...],
@@ -528,7 +534,7 @@ class GatewaySpec(_Part):
             tls=None if self.tls is None else self.tls.files(),
             link_tls=None if link_tls is None else link_tls.files(),
             keys=self.keys,
-            tenants=tuple(Tenant(**dict(tenant)) for tenant in self.tenants),
+            tenants=self.shares(),
             limits=QueueLimits(**dict(self.queue)),
             num_gateways=self.count,
             tracing=None if tracing is None else tracing.config(),
@@ -562,6 +568,31 @@ class HealthSpec(_Part):
     start_timeout_s: Seconds = 600
     drain_s: Seconds = 10
 
+    def limits(self) -> HealthLimits:
+        """As a group takes them."""
+        return HealthLimits(silence_s=self.silence_s, hang_s=self.hang_s, step_s=self.step_s)
+
+
+class AdminTlsSpec(_Part):
+    """PEM files of Admin, on the nodes where the operator may run: the head before others.
+
+    Attributes:
+        certificate: the chain, its own certificate first.
+        key: the private key.
+        ca: certificates of the authority that signed it. `up` notes them in its state file, and
+            the command line believes no other; callers show the token, not a certificate.
+        name: that the certificate is for; null: the address that Admin is reached at.
+    """
+
+    certificate: Path
+    key: Path
+    ca: Path
+    name: Annotated[str, Field(min_length=1, max_length=253)] | None = None
+
+    def files(self) -> TlsFiles:
+        """As a listener takes them."""
+        return TlsFiles(certificate=self.certificate, key=self.key)
+
 
 class AdminSpec(_Part):
     """Where `arriero.v1.Admin` listens, for those who hold the deployment's admin token.
@@ -569,10 +600,12 @@ class AdminSpec(_Part):
     Attributes:
         host: address it listens on, on the node where the operator runs.
         port: 0 takes any free one.
+        tls: null listens in the clear, token included: for loopback and networks of one's own.
     """
 
     host: str = "127.0.0.1"
     port: Port = 0
+    tls: AdminTlsSpec | None = None
 
 
 class RaySpec(_Part):
@@ -610,6 +643,7 @@ class Spec(_Part):
         link_tls: of the links between gateways and leaders; its certificate must be for the name
             `arriero-link`. Null leaves them in the clear, each opened by its leader's token.
         tracing: spans of requests; null makes none.
+        log_level: of what leaders, slices and gateways log; `arriero logs` shows it.
     """
 
     models: Annotated[tuple[ModelSpec, ...], Field(min_length=1)]
@@ -619,6 +653,7 @@ class Spec(_Part):
     health: HealthSpec = HealthSpec()
     admin: AdminSpec = AdminSpec()
     ray: RaySpec = RaySpec()
+    log_level: LogLevel = "warning"
 
     @model_validator(mode="after")
     def _names(self) -> Spec:
@@ -629,6 +664,15 @@ class Spec(_Part):
         if self.link_tls is not None and self.link_tls.ca is None:
             raise ValueError("`link_tls` needs its `ca`: both ends of a link check each other")
         return self
+
+    @property
+    def wake_s(self) -> dict[str, float]:
+        """Models that have no group while nobody asks, and how long their first request waits."""
+        return {
+            model.name: self.health.start_timeout_s
+            for model in self.models
+            if model.autoscale is not None and model.autoscale.min == 0
+        }
 
     @property
     def num_slices(self) -> int:

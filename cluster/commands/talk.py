@@ -17,6 +17,8 @@ from arriero.cluster.commands.terminal import ERR
 from arriero.shards.errors import GroupFailed, Unavailable
 
 if TYPE_CHECKING:
+    import grpc
+
     from arriero.router.client import Client
     from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 
@@ -28,6 +30,14 @@ MaxTokens = Annotated[int | None, typer.Option(help="Most output tokens.")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy.")]
 TopP = Annotated[float | None, typer.Option(help="Keep the smallest set of this mass.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same tokens.")]
+Ca = Annotated[
+    Path | None,
+    typer.Option(help="Certificates in PEM that the gateway's is from; then it speaks TLS."),
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(envvar="ARRIERO_API_KEY", help="Where the gateway asks for keys."),
+]
 Timeout = Annotated[float, typer.Option(help="Seconds that an answer may take.")]
 
 _ASK_LIMIT_S = 600.0
@@ -59,12 +69,14 @@ def chat(
     seed: Seed = None,
     timeout: Timeout = 600.0,
     address: Address = None,
+    ca: Ca = None,
+    api_key: ApiKey = None,
     state_dir: StateDir = None,
 ) -> None:
     """Talk to a model; an empty line or Ctrl-D ends it."""
     fields = _fields(model, max_tokens, temperature, top_p, seed)
     said = [{"role": "system", "content": system}] if system else []
-    with _client(_gateway(address, state_dir), timeout) as client:
+    with _client(_gateway(address, state_dir), timeout, ca, api_key) as client:
         while True:
             asked = message if message is not None else _ask_for_line()
             if not asked:
@@ -86,12 +98,14 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End at this text.")] = None,
     timeout: Timeout = 600.0,
     address: Address = None,
+    ca: Ca = None,
+    api_key: ApiKey = None,
     state_dir: StateDir = None,
 ) -> None:
     """Continue a text."""
     text = sys.stdin.read() if prompt == "-" else prompt
     fields = _fields(model, max_tokens, temperature, top_p, seed)
-    with _client(_gateway(address, state_dir), timeout) as client:
+    with _client(_gateway(address, state_dir), timeout, ca, api_key) as client:
         _print(client.generate(text, stop=stop, **fields))
 
 
@@ -126,11 +140,24 @@ def status_as_error() -> Iterator[None]:
         raise (Unavailable if late else GroupFailed)(text) from None
 
 
+def credentials(ca: Path | None) -> grpc.ChannelCredentials | None:
+    """Of a client that believes those authorities; None speaks in the clear."""
+    import grpc
+
+    return None if ca is None else grpc.ssl_channel_credentials(ca.read_bytes())
+
+
 @contextmanager
-def _client(gateway: str, timeout_s: float) -> Iterator[Client]:
+def _client(
+    gateway: str, timeout_s: float, ca: Path | None = None, api_key: str | None = None
+) -> Iterator[Client]:
     from arriero.router.client import Client
 
-    with status_as_error(), Client(gateway, timeout_s=timeout_s) as client:
+    tls = credentials(ca)
+    with (
+        status_as_error(),
+        Client(gateway, credentials=tls, api_key=api_key, timeout_s=timeout_s) as client,
+    ):
         yield client
 
 
