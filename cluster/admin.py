@@ -10,11 +10,13 @@ import asyncio
 import hmac
 import json
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 import grpc.aio
+import ray
 import yaml
 from google.protobuf.message import DecodeError, Message
 from pydantic import ValidationError
@@ -24,7 +26,7 @@ from arriero.cluster.changes import Phase, settled
 from arriero.cluster.history import Failure
 from arriero.cluster.key_ring import KeyRing, check_overlap
 from arriero.cluster.kv_client import KV_ACTIONS, ask_kv
-from arriero.cluster.slices import reachable
+from arriero.cluster.slices import node_address, reachable
 from arriero.cluster.spec import Spec, TenantSpec
 from arriero.cluster.spec_file import explain
 from arriero.router.proto.arriero.v1 import admin_pb2 as pb
@@ -145,6 +147,10 @@ class AdminServer:
                 serving=sum(slot.phase is Phase.SERVING for slot in own),
                 settled=settled({name: wish}, own) and self._operator.gateways_settled,
                 path=self._operator.settings(name).path,
+                spares=wish.spares,
+                standing_by=sum(slot.phase is Phase.STANDBY for slot in own),
+                queued=board.demand.get(name, (0, 0.0))[0],
+                wait_s=board.demand.get(name, (0, 0.0))[1],
             )
         for slot in sorted(slots, key=lambda one: one.name):
             group = status.groups.add(
@@ -171,19 +177,8 @@ class AdminServer:
         return pb.WhyResponse(failure=_failure(found), lines=found.words())
 
     async def _logs(self, request: pb.LogsRequest) -> pb.LogsResponse:
-        board = await self._registry.board.remote()
-        entry = next((e for e in board.groups if request.name in (e.group_id, e.slot)), None)
-        if entry is None:
-            there = ", ".join(one.slot for one in board.groups) or "none"
-            raise NotFound(f"no group {request.name[:128]!r} serves; there is {there}")
+        processes = _processes(await self._registry.board.remote(), request.name)
         count = min(request.lines or 20, MAX_LINES)
-        processes = [("leader", entry.node, entry.node_id, entry.pid)]
-        processes += [
-            (f"slice {rank}", node, node_id, pid)
-            for rank, (node, node_id, pid) in enumerate(
-                zip(entry.slice_nodes, entry.slice_node_ids, entry.slice_pids, strict=True)
-            )
-        ]
         tails = await asyncio.gather(
             *(nodes.log_tail(node_id, pid, count) for _, _, node_id, pid in processes)
         )
@@ -243,6 +238,31 @@ class AdminServer:
             raise NotFound(f"no group of {name[:128]!r} serves; there is {there}")
         tls = self._operator.spec.link_tls
         return pb.KvResponse(groups=await asyncio.gather(*(ask_kv(e, request, tls) for e in found)))
+
+
+def _processes(board: Board, name: str) -> list[tuple[str, str, str, int]]:
+    """The processes of a group, or others by name: what each is, its node, that one's id, a pid.
+
+    Raises:
+        NotFound: there is no such one.
+    """
+    if name == "operator":
+        return [(name, node_address(), ray.get_runtime_context().get_node_id(), os.getpid())]
+    gateways = [one for one in board.gateways if name in ("gateways", one.id)]
+    if gateways:
+        return [
+            (f"gateway {one.id}", one.address.rpartition(":")[0], one.node_id, one.pid)
+            for one in gateways
+        ]
+    entry = next((e for e in board.groups if name in (e.group_id, e.slot)), None)
+    if entry is None:
+        there = ", ".join([one.slot for one in board.groups] + ["gateways", "operator"])
+        raise NotFound(f"nothing called {name[:128]!r} serves; there is {there}")
+    slices = zip(entry.slice_nodes, entry.slice_node_ids, entry.slice_pids, strict=True)
+    return [
+        ("leader", entry.node, entry.node_id, entry.pid),
+        *((f"slice {rank}", *place) for rank, place in enumerate(slices)),
+    ]
 
 
 def _check_tenant(name: str) -> None:

@@ -51,7 +51,7 @@ class Room:
         resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
         num_cpus = resources.get("CPU", 0.0)
         surge = max(m.mesh.num_slices for m in spec.models)
-        services = SERVICE_CPUS * (sum(m.most_groups for m in spec.models) + spec.gateway.count + 1)
+        services = SERVICE_CPUS * (sum(m.most_places for m in spec.models) + spec.gateway.count + 1)
         part = int((num_cpus - services) / (spec.num_slices + surge) * 1e3) / 1e3
         return cls(
             num_cpus=num_cpus,
@@ -177,7 +177,7 @@ def leader(model: ModelSpec, spec: Spec, room: Room, *, slot: str, revision: int
         SpecError: the cluster has not what it asks for.
     """
     num_slices = model.mesh.num_slices
-    wanted = num_slices * model.groups
+    wanted = num_slices * (model.groups + model.spares)
     device = model.device
     if device == "auto":
         device = "cuda" if room.num_gpus >= wanted else "cpu"

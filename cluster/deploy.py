@@ -310,7 +310,7 @@ def _undeploy() -> None:
         time.sleep(_POLL_S)
     with contextlib.suppress(ValueError):
         ray.kill(ray.get_actor(registry.NAME, namespace=registry.NAMESPACE))
-    for kept in (operator.NAME, "epochs", "fenced", "history", "live"):
+    for kept in (operator.NAME, "epochs", "fenced", "history", "live", "spares"):
         store.clear(kept)
 
 

@@ -24,7 +24,17 @@ from ray.actor import ActorHandle
 
 from arriero.cluster import app, nodes, registry, store
 from arriero.cluster.autoscale import Autoscaler, Demand
-from arriero.cluster.changes import Phase, Slot, Start, Stop, Wish, decide, settled
+from arriero.cluster.changes import (
+    Phase,
+    Promote,
+    Slot,
+    Start,
+    Stop,
+    Wish,
+    decide,
+    settled,
+    spares_settled,
+)
 from arriero.cluster.differences import Change, changes, live_settings, refuse
 from arriero.cluster.spec import ModelSpec, Spec
 from arriero.router.peers import ask_leader
@@ -122,6 +132,7 @@ class Operator:
         self._scalers: dict[str, Autoscaler] = {}
         self._change = asyncio.Lock()
         self._gateways_change = False  # until Serve has replaced them
+        self._spares: frozenset[str] = frozenset()  # slots that stand by, as last seen
         from arriero.cluster.admin import AdminServer
 
         self._admin = AdminServer(self, self._registry)
@@ -172,12 +183,14 @@ class Operator:
                 count=one.count,
                 surge=self._surge(name),
                 drained=frozenset(one.drained),
+                spares=self.settings(name).spares,
             )
             for name, one in self._kept.models.items()
         }
 
     def slots(self, board: registry.Board) -> list[Slot]:
         """What there is."""
+        self._spares = frozenset(board.spares)
         serving = {one.slot: one for one in board.groups if one.phase == "serving"}
         found = []
         for name, place in self._kept.places.items():
@@ -185,11 +198,20 @@ class Operator:
                 phase = Phase.STOPPING
             elif name in serving:
                 phase = Phase.SERVING
+            elif name in board.standby:
+                phase = Phase.STANDBY
             else:
                 phase = Phase.FAILED if name in self._failed else Phase.STARTING
             load = 0 if name not in serving else serving[name].stats.get("num_running", 0)
             found.append(
-                Slot(name=name, model=place.model, revision=place.revision, phase=phase, load=load)
+                Slot(
+                    name=name,
+                    model=place.model,
+                    revision=place.revision,
+                    phase=phase,
+                    load=load,
+                    spare=name in self._spares,
+                )
             )
         return found
 
@@ -341,7 +363,8 @@ class Operator:
         await self._autoscale(board)
         await self._assign_roles(board)
         wishes = self.wishes()
-        if settled(wishes, self.slots(board)) and self.gateways_settled:
+        slots = self.slots(board)
+        if settled(wishes, slots) and spares_settled(wishes, slots) and self.gateways_settled:
             return True
         await self._look()
         await self._unplace(board)
@@ -349,6 +372,8 @@ class Operator:
         for action in actions:
             if isinstance(action, Start):
                 await self._start(action)
+            elif isinstance(action, Promote):
+                await self._registry.promote.remote(action.slot)
             else:
                 await self._stop(action)
         if actions:
@@ -424,6 +449,7 @@ class Operator:
         for slot in [name for name, place in self._kept.places.items() if place.stopping]:
             if PREFIX + slot not in apps:
                 place = self._kept.places.pop(slot)
+                await self._registry.promote.remote(slot)  # whoever comes there next is no spare
                 managed = self._kept.models[place.model]
                 managed.drained = [one for one in managed.drained if one != slot]
                 self._keep()
@@ -435,7 +461,10 @@ class Operator:
         )
         self._kept.places[action.slot] = Place(action.model, action.revision)
         self._keep()
-        await self._note("starting", action.slot, f"revision {action.revision}")
+        if action.spare:
+            await self._registry.spare.remote(action.slot, action.model, action.revision)
+        what = " as a spare" if action.spare else ""
+        await self._note("starting", action.slot, f"revision {action.revision}{what}")
         await asyncio.to_thread(_run_app, PREFIX + action.slot, built)
 
     async def _stop(self, action: Stop) -> None:
@@ -458,7 +487,11 @@ class Operator:
 
     def _surge(self, name: str) -> int:
         """A group more while others are replaced, where the cluster has room for it."""
-        places = [one for one in self._kept.places.values() if one.model == name]
+        places = [
+            slot
+            for slot, one in self._kept.places.items()
+            if one.model == name and slot not in self._spares
+        ]
         if self._crowded_until_s.get(name, 0.0) > time.monotonic():
             return 0
         if len(places) != self._kept.models[name].count:
@@ -481,7 +514,12 @@ class Operator:
                 self._placing_since_s.pop(slot.name, None)
                 continue
             since_s = self._placing_since_s.setdefault(slot.name, now_s)
-            surplus = sum(p.model == slot.model for p in self._kept.places.values())
+            surplus = sum(
+                one.model == slot.model and name not in self._spares
+                for name, one in self._kept.places.items()
+            )
+            if slot.spare:
+                continue  # it waits for room as long as it takes
             if now_s - since_s > PLACE_S and surplus > self._kept.models[slot.model].count:
                 self._crowded_until_s[slot.model] = now_s + CROWDED_S
                 await self._stop(Stop(slot=slot.name, why="there is no room for a group more"))
@@ -553,7 +591,7 @@ def _part(field: str) -> str:
     return field.partition(".")[0]
 
 
-_COUNTS = ("groups", "autoscale", "prefill_groups")
+_COUNTS = ("groups", "autoscale", "prefill_groups", "spares")
 
 
 def _essence(settings: Mapping[str, Any]) -> str:

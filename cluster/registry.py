@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,6 +26,8 @@ from arriero.shards.failure import Evidence, FirstCause, Kind
 NAME = "registry"
 NAMESPACE = "arriero"
 _POLL_S = 20.0
+TURN_S = 2.0
+"""So often a group that stands by asks whether it is its turn, if it is not told sooner."""
 _GATEWAY_LEASE_S = 3 * _POLL_S
 _KEEP_FENCED = 64
 _SUSPECT_S = 2.5
@@ -111,6 +114,8 @@ class Board:
         fenced: the latest groups that are not to be heard any more.
         demand: by model, requests that wait in gateways and the longest predicted wait, in seconds.
         live: settings that were changed while everything runs; None for none.
+        spares: slots whose groups are to stand by.
+        standby: those of them that do.
     """
 
     version: int
@@ -121,6 +126,8 @@ class Board:
     fenced: tuple[str, ...] = ()
     demand: dict[str, tuple[int, float]] = field(default_factory=dict)
     live: Live | None = None
+    spares: tuple[str, ...] = ()
+    standby: tuple[str, ...] = ()
 
 
 class Registry:
@@ -140,6 +147,10 @@ class Registry:
         self._history = History(store.get("history"))
         live = store.get("live")
         self._live = None if live is None else Live.from_wire(live)
+        # slots of spare groups, each with its model and revision; and when each last asked its turn
+        self._spares: dict[str, list[Any]] = store.get("spares") or {}
+        self._asked_s: dict[str, float] = {}
+        self._stands_in: dict[str, str] = {}  # promoted slots, and for whom, until they serve
         self._moved = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -148,6 +159,30 @@ class Registry:
         epoch = self._epochs[slot] = self._epochs.get(slot, 0) + 1
         store.put("epochs", self._epochs)
         return epoch
+
+    async def spare(self, slot: str, model: str, revision: int) -> None:
+        """Have the group that starts in a slot stand by, for one of its model that is lost."""
+        self._spares[slot] = [model, revision]
+        store.put("spares", self._spares)
+
+    async def promote(self, slot: str) -> None:
+        """Have a slot's group serve; safe for one that is no spare."""
+        self._asked_s.pop(slot, None)
+        if self._spares.pop(slot, None) is not None:
+            store.put("spares", self._spares)
+            self._moved.set()
+
+    async def turn(self, slot: str, limit_s: float) -> bool:
+        """Whether a group that has started is to serve: at once, or within `limit_s` seconds."""
+        deadline_s = time.monotonic() + limit_s
+        while slot in self._spares:
+            self._asked_s[slot] = time.monotonic()
+            if (left_s := deadline_s - time.monotonic()) <= 0:
+                return False
+            self._moved.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._moved.wait(), left_s)
+        return True
 
     async def reload(self, live: Live) -> None:
         """Have gateways and leaders take other settings, those that start later too."""
@@ -187,7 +222,8 @@ class Registry:
         self._progress.pop(entry.group_id, None)
         self._epochs[entry.slot] = max(entry.epoch, self._epochs.get(entry.slot, 0))
         if known is None:
-            self._history.serving(time.time(), entry.slot, entry.group_id)
+            lost = self._stands_in.pop(entry.slot, entry.slot)
+            self._history.serving(time.time(), lost, entry.group_id)
             self._keep()
         if known is None or (known.address, known.phase) != (entry.address, entry.phase):
             if entry.phase == "draining":
@@ -214,6 +250,8 @@ class Registry:
         self._gateways.pop(failure.who, None)
         self._progress.pop(failure.who, None)
         if (entry := self._groups.get(failure.who)) is not None:
+            if entry.phase == "serving":
+                await self._replace(entry)
             self._fence(entry)
 
     async def suspect(self, group_id: str, cause: str) -> None:
@@ -279,6 +317,8 @@ class Registry:
             fenced=tuple(self._fenced),
             demand=self._waiting(),
             live=self._live,
+            spares=tuple(self._spares),
+            standby=tuple(one for one in self._spares if self._stands_by(one)),
         )
 
     def _waiting(self) -> dict[str, tuple[int, float]]:
@@ -316,6 +356,20 @@ class Registry:
                 record=record.to_wire(),
             )
         )
+
+    def _stands_by(self, slot: str) -> bool:
+        return time.monotonic() - self._asked_s.get(slot, -math.inf) < 2 * TURN_S
+
+    async def _replace(self, lost: GroupEntry) -> None:
+        """Have a spare group take a lost one's place, whose slot becomes the spare's."""
+        wanted = [lost.model, lost.revision]
+        ready = [s for s, of in self._spares.items() if of == wanted and self._stands_by(s)]
+        if not ready:
+            return
+        self._spares[lost.slot] = wanted
+        self._stands_in[ready[0]] = lost.slot
+        await self.promote(ready[0])
+        await self.note("spare", ready[0], f"takes the place of {lost.slot}")
 
     def _fence(self, entry: GroupEntry) -> None:
         """Refuse a group from now on, and see that its processes end."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ray
@@ -56,6 +57,13 @@ class SliceActor:
         from arriero.shards.checkpoint.reader import Checkpoint
 
         return Checkpoint.open(where).digest
+
+    def warm(self, where: str) -> int:
+        """Load this slice's code, and a checkpoint into the node's page cache; gives its bytes."""
+        from arriero.shards.checkpoint import page_cache, remote
+
+        self._import.join()
+        return 0 if remote.is_url(where) else page_cache.warm(Path(where))
 
     def run(self, rank: int, ticket: Ticket, address: str) -> None:
         """Serve as `rank` of the ticket's group; returns when told to stop.

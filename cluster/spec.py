@@ -299,6 +299,10 @@ class ModelSpec(_Part):
         quantization: of the weights while they load: int8, int4, fp8; None keeps them in `dtype`.
         groups: replica groups; with `autoscale`, those of the beginning.
         autoscale: have as many as are needed; null keeps `groups`.
+        spares: groups kept started beside those that serve: placed, their slices' code loaded and
+            the weights in their nodes' page cache, as far as memory is free. One takes the place of
+            a group that is lost, whose own place then becomes the spare's. Each takes a group's
+            CPUs and GPUs, and none of their memory.
         prefill_groups: so many of them compute prompts and hand over, through host memory, to the
             others, which go on; 0 has each do both. Changed by a rollout without any restart.
         placement: which nodes slices go to.
@@ -318,6 +322,7 @@ class ModelSpec(_Part):
     quantization: Literal["int8", "int4", "fp8"] | None = None
     groups: Count = 1
     autoscale: Autoscale | None = None
+    spares: Annotated[int, Field(ge=0)] = 0
     prefill_groups: Annotated[int, Field(ge=0)] = 0
     placement: Placement = Placement()
     mesh: Mesh = Mesh()
@@ -359,6 +364,11 @@ class ModelSpec(_Part):
     def most_groups(self) -> int:
         """Groups that there may be, updates aside."""
         return self.groups if self.autoscale is None else self.autoscale.max
+
+    @property
+    def most_places(self) -> int:
+        """Groups that there may be, with the spare ones, updates aside."""
+        return self.most_groups + self.spares
 
     def group_config(self, device: str) -> GroupConfig:
         """What each group of this model runs with, on `device` ("cpu" or "cuda")."""
@@ -676,5 +686,5 @@ class Spec(_Part):
 
     @property
     def num_slices(self) -> int:
-        """Slices of all groups, as many as there may be."""
-        return sum(m.most_groups * m.mesh.num_slices for m in self.models)
+        """Slices of all groups, as many as there may be, with the spare ones."""
+        return sum(m.most_places * m.mesh.num_slices for m in self.models)

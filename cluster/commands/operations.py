@@ -72,6 +72,10 @@ def status(
             else:
                 OUT.print(status_view(found))
             return
+        if as_json:
+            while True:
+                print(json.dumps(plain(client.status())), flush=True)
+                time.sleep(1)
         from rich.live import Live
 
         with Live(console=OUT, auto_refresh=False) as live:
@@ -218,12 +222,14 @@ def why(
 
 
 def logs(
-    group: Annotated[str, typer.Argument(help="A group or its slot.")],
+    group: Annotated[
+        str, typer.Argument(help="A group or its slot; `gateways`, or one's id; `operator`.")
+    ],
     lines: Annotated[int, typer.Option(min=1, max=1000, help="Of each process.")] = 20,
     as_json: AsJson = False,
     state_dir: StateDir = None,
 ) -> None:
-    """Show the last lines that a group's leader and slices wrote."""
+    """Show the last lines that a group's leader and slices wrote, or gateways, or the operator."""
     with admin(state_dir) as client:
         found = client.logs(group, lines)
     if as_json:

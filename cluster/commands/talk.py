@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,6 +38,9 @@ Ca = Annotated[
 ApiKey = Annotated[
     str | None,
     typer.Option(envvar="ARRIERO_API_KEY", help="Where the gateway asks for keys."),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Each answer as a line of JSON, once it is whole.")
 ]
 Timeout = Annotated[float, typer.Option(help="Seconds that an answer may take.")]
 
@@ -71,6 +75,7 @@ def chat(
     address: Address = None,
     ca: Ca = None,
     api_key: ApiKey = None,
+    as_json: AsJson = False,
     state_dir: StateDir = None,
 ) -> None:
     """Talk to a model; an empty line or Ctrl-D ends it."""
@@ -82,7 +87,7 @@ def chat(
             if not asked:
                 return
             said.append({"role": "user", "content": asked})
-            answer = _print(client.chat(said, **fields))
+            answer = _print(client.chat(said, **fields), as_json=as_json)
             said.append({"role": "assistant", "content": answer.text})
             if message is not None:
                 return
@@ -100,30 +105,31 @@ def generate(
     address: Address = None,
     ca: Ca = None,
     api_key: ApiKey = None,
+    as_json: AsJson = False,
     state_dir: StateDir = None,
 ) -> None:
     """Continue a text."""
     text = sys.stdin.read() if prompt == "-" else prompt
     fields = _fields(model, max_tokens, temperature, top_p, seed)
     with _client(_gateway(address, state_dir), timeout, ca, api_key) as client:
-        _print(client.generate(text, stop=stop, **fields))
+        _print(client.generate(text, stop=stop, **fields), as_json=as_json)
 
 
-def ask(gateway: str, model: str, question: str) -> Answer:
+def ask(gateway: str, model: str, question: str, *, as_json: bool = False) -> Answer:
     """Ask one question, greedily, and print the answer as it streams."""
     messages = [{"role": "user", "content": question}]
     with _client(gateway, _ASK_LIMIT_S) as client:
-        return _print(client.chat(messages, model=model, temperature=0.0, max_tokens=64))
+        answers = client.chat(messages, model=model, temperature=0.0, max_tokens=64)
+        return _print(answers, as_json=as_json)
 
 
-def go_on(gateway: str, model: str, text: str) -> Answer:
+def go_on(gateway: str, model: str, text: str, *, as_json: bool = False) -> Answer:
     """Continue a text, greedily but for repetitions, and print what comes as it streams."""
     with _client(gateway, _ASK_LIMIT_S) as client:
-        return _print(
-            client.generate(
-                text, model=model, temperature=0.0, max_tokens=96, repetition_penalty=1.1
-            )
+        answers = client.generate(
+            text, model=model, temperature=0.0, max_tokens=96, repetition_penalty=1.1
         )
+        return _print(answers, as_json=as_json)
 
 
 @contextmanager
@@ -188,8 +194,8 @@ def _gateway(address: str | None, state_dir: Path | None) -> str:
     return deployment.gateway
 
 
-def _print(answers: Iterator[pb.GenerateResponse]) -> Answer:
-    """Print the text as it comes; to stdout as it is, without markup."""
+def _print(answers: Iterator[pb.GenerateResponse], *, as_json: bool = False) -> Answer:
+    """Print the text as it comes, to stdout as it is; or once it is whole, a line of JSON."""
     begun_s = time.perf_counter()
     text, num_tokens, first_s = "", 0, 0.0
     for answer in answers:
@@ -198,16 +204,18 @@ def _print(answers: Iterator[pb.GenerateResponse]) -> Answer:
                 first_s = time.perf_counter()
             num_tokens += len(output.token_ids)
             text += output.text
-            sys.stdout.write(output.text)
-            sys.stdout.flush()
-    print()
+            if not as_json:
+                sys.stdout.write(output.text)
+                sys.stdout.flush()
     decode_s = time.perf_counter() - first_s
-    return Answer(
+    answer = Answer(
         text=text,
         num_tokens=num_tokens,
         ttft_s=first_s - begun_s,
         tokens_per_s=(num_tokens - 1) / decode_s if num_tokens > 1 else 0.0,
     )
+    print(json.dumps(asdict(answer)) if as_json else "", flush=True)
+    return answer
 
 
 def _ask_for_line() -> str:

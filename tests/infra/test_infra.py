@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import os
 import re
 import shutil
 import ssl
@@ -21,6 +23,7 @@ from arriero.cluster.plan.memory import GroupPlan
 from arriero.cluster.spec import Spec
 from arriero.router.backend import GroupLoad, GroupView
 from arriero.router.metrics import Metrics
+from arriero.router.tls import LINK_NAME, TlsFiles
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
@@ -231,6 +234,25 @@ def test_certificates_are_believed(tmp_path: Path) -> None:
     )  # fmt: skip
     assert checked.returncode == 0, checked.stderr
     assert (tmp_path / "gateway.key").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl")
+def test_a_links_certificate_is_believed_at_both_ends(tmp_path: Path) -> None:
+    script = str(INFRA / "tls/make-certs.sh")
+    environment = os.environ | {"FILE": "link"}
+    subprocess.run([script, str(tmp_path), LINK_NAME], env=environment, check=True,
+                   capture_output=True)  # fmt: skip
+    files = TlsFiles(
+        certificate=tmp_path / "link.pem", key=tmp_path / "link.key", ca=tmp_path / "ca.pem"
+    )
+    ours, theirs = ssl.MemoryBIO(), ssl.MemoryBIO()
+    server = files.link_server("link_tls").wrap_bio(ours, theirs, server_side=True)
+    client = files.link_client("link_tls").wrap_bio(theirs, ours, server_hostname=LINK_NAME)
+    for _ in range(4):
+        for end in (client, server):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+    assert client.getpeercert() and server.getpeercert()
 
 
 def test_the_dockerfile_copies_what_exists() -> None:

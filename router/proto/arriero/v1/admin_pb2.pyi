@@ -76,7 +76,7 @@ class GroupStatus(_message.Message):
     model: _builtins.str
     revision: _builtins.int
     phase: _builtins.str
-    """"starting", "serving", "stopping" or "failed"."""
+    """"starting", "serving", "standby" (a spare that has started), "stopping" or "failed"."""
     text: _builtins.str
     """How far a start is, or why it failed."""
     layout: _builtins.str
@@ -180,6 +180,10 @@ class ModelStatus(_message.Message):
     SERVING_FIELD_NUMBER: _builtins.int
     SETTLED_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
+    SPARES_FIELD_NUMBER: _builtins.int
+    STANDING_BY_FIELD_NUMBER: _builtins.int
+    QUEUED_FIELD_NUMBER: _builtins.int
+    WAIT_S_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     revision: _builtins.int
     groups: _builtins.int
@@ -188,6 +192,12 @@ class ModelStatus(_message.Message):
     settled: _builtins.bool
     """Whether all is as wanted."""
     path: _builtins.str
+    spares: _builtins.int
+    """Groups that are to stand by, and those that do."""
+    standing_by: _builtins.int
+    queued: _builtins.int
+    """Requests that wait in gateways for a group to have room, and how long a new one would."""
+    wait_s: _builtins.float
     def __init__(
         self,
         *,
@@ -197,10 +207,14 @@ class ModelStatus(_message.Message):
         serving: _builtins.int = ...,
         settled: _builtins.bool = ...,
         path: _builtins.str = ...,
+        spares: _builtins.int = ...,
+        standing_by: _builtins.int = ...,
+        queued: _builtins.int = ...,
+        wait_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups", "model", b"model", "path", b"path", "revision", b"revision", "serving", b"serving", "settled", b"settled"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups", "model", b"model", "path", b"path", "queued", b"queued", "revision", b"revision", "serving", b"serving", "settled", b"settled", "spares", b"spares", "standing_by", b"standing_by", "wait_s", b"wait_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -426,7 +440,7 @@ class LogsRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     LINES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """A group or a slot."""
+    """A group, a slot, a gateway's id, "gateways" for all of them, or "operator"."""
     lines: _builtins.int
     """Lines of each process."""
     def __init__(
@@ -472,7 +486,7 @@ class ProcessLog(_message.Message):
     PID_FIELD_NUMBER: _builtins.int
     LINES_FIELD_NUMBER: _builtins.int
     who: _builtins.str
-    """"leader" or "slice 3"."""
+    """"leader", "slice 3", "gateway 5f0c32aa" or "operator"."""
     node: _builtins.str
     pid: _builtins.int
     @_builtins.property
