@@ -152,7 +152,7 @@ class AdminServer:
                 queued=board.demand.get(name, (0, 0.0))[0],
                 wait_s=board.demand.get(name, (0, 0.0))[1],
             )
-        for slot in sorted(slots, key=lambda one: one.name):
+        for slot in sorted(slots, key=lambda one: (one.spare, one.name)):
             group = status.groups.add(
                 slot=slot.name, model=slot.model, revision=slot.revision, phase=slot.phase.value
             )

@@ -1,6 +1,7 @@
 """Everything is killed, stopped and changed under running streams; no token may be lost.
 
 `CHAOS_ROUNDS` says how often each fault is injected: 1 by default; 20 is the long form.
+`CHAOS_SPARES` has so many groups stand by for those that are lost.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from machines import Machines
 
 MODEL = os.environ.get("ARRIERO_TEST_MODEL", "")
 ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "1"))
+SPARES = int(os.environ.get("CHAOS_SPARES", "0"))
 NUM_STREAMS = 32
 NUM_TOKENS = 40
 CRASH_S, HANG_S = 2.0, 5.0
@@ -93,7 +95,7 @@ async def deployed(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[De
         spec = folder / "arriero.yaml"
         model = {
             "name": "demo", "path": MODEL, "groups": 2, "mesh": {"pp": 2}, "threads": 1,
-            "kv": {"memory": "192MiB"},
+            "kv": {"memory": "192MiB"}, "spares": SPARES,
         }  # fmt: skip
         text = {
             "models": [model],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import contextlib
 import importlib.util
 import json
@@ -261,3 +262,32 @@ def test_the_dockerfile_copies_what_exists() -> None:
         assert (ROOT / line).exists()
     stages = re.findall(r"^FROM \S+ AS (\w+)$", text, re.MULTILINE)
     assert stages == ["build", "cpu", "cuda"]
+
+
+def test_every_network_setting_has_a_value_and_a_reason() -> None:
+    rows = re.findall(
+        r"^\| `(.+?)` \| (.+?) \| (.+?) \|$",
+        (INFRA / "nccl/README.md").read_text(),
+        re.MULTILINE,
+    )
+    assert len(rows) >= 8
+    for names, value, why in rows:
+        assert all(re.fullmatch(r"[A-Z][A-Z0-9_]+", one) for one in names.split("`, `")), names
+        assert value and len(why.split()) > 5, names
+    told = {one for names, _, _ in rows for one in names.split("`, `")}
+    used = set()
+    for file in [*(INFRA / "kuberay").glob("*.yaml"), *(INFRA / "metal").glob("*.sh")]:
+        used |= set(re.findall(r"\b((?:NCCL|GLOO|TORCH_NCCL)_[A-Z_]+)\b", file.read_text()))
+    assert used and used <= told, used - told
+
+
+def test_units_say_what_a_node_needs() -> None:
+    for unit in (INFRA / "metal").glob("*.service"):
+        found = configparser.ConfigParser(strict=False, interpolation=None)
+        found.optionxform = str  # type: ignore[assignment,method-assign]
+        found.read_string(unit.read_text())
+        service = found["Service"]
+        assert service["Restart"] == "always" and service["LimitMEMLOCK"] == "infinity"
+        assert int(service["LimitNOFILE"]) >= 65_536
+        # longer than groups drain, or systemd kills what still hands over
+        assert int(service["TimeoutStopSec"]) > 300
