@@ -77,7 +77,7 @@ async def until_gone(node_id: str) -> None:
     """
     while (where := await asyncio.to_thread(_raylet, node_id)) is not None:
         try:
-            reader, writer = await asyncio.open_connection(*where)
+            reader, writer = await asyncio.wait_for(asyncio.open_connection(*where), _PROBE_S)
         except ConnectionRefusedError:
             return
         except OSError:  # no way there just now; who is cut off is silent, and found so

@@ -33,6 +33,8 @@ _KEEP_FENCED = 64
 _SUSPECT_S = 2.5
 """A suspected group that has not renewed for so long is taken to hang."""
 _PROBE_S = 1.0
+_LEASES_S = 0.5
+"""Between two looks at the leases."""
 _DEMAND_S = 5.0
 """What a gateway told of its queues is true for so long."""
 
@@ -153,6 +155,8 @@ class Registry:
         self._stands_in: dict[str, str] = {}  # promoted slots, and for whom, until they serve
         self._moved = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._watched: set[str] = set()
+        self._counting = False
 
     async def claim(self, slot: str) -> int:
         """A new epoch for a slot."""
@@ -219,6 +223,7 @@ class Registry:
         now_s = time.monotonic()
         self._expiry_s[entry.group_id] = now_s + lease_s
         self._renewed_s[entry.group_id] = now_s
+        self._watch(entry)
         self._progress.pop(entry.group_id, None)
         self._epochs[entry.slot] = max(entry.epoch, self._epochs.get(entry.slot, 0))
         if known is None:
@@ -333,6 +338,32 @@ class Registry:
                 before = total.get(model, (0, 0.0))
                 total[model] = (before[0] + count, max(before[1], wait_s))
         return total
+
+    def _watch(self, entry: GroupEntry) -> None:
+        """See to it that the end of a group is found by this actor alone.
+
+        A node that is lost may take the leader and every gateway that could tell of it along.
+        """
+        if not self._counting:
+            self._counting = True
+            self._in_background(self._count_leases())
+        if entry.node_id and entry.node_id not in self._watched:
+            self._watched.add(entry.node_id)
+            self._in_background(self._watch_node(entry.node_id))
+
+    async def _count_leases(self) -> None:
+        while self._groups:
+            await asyncio.sleep(_LEASES_S)
+            self._expire()
+        self._counting = False
+
+    async def _watch_node(self, node_id: str) -> None:
+        try:
+            await nodes.until_gone(node_id)
+        finally:
+            self._watched.discard(node_id)  # the next renewal begins another watch
+        for entry in [one for one in self._groups.values() if one.node_id == node_id]:
+            await self._lost(entry, Kind.CRASH, "its leader is gone", "")
 
     async def _lost(
         self, entry: GroupEntry, kind: Kind, words: str, seen: str, after_s: float = 0.0

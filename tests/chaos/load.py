@@ -84,17 +84,28 @@ class Load:
         self._num_streams = num_streams
         self._kinds = kinds(num_tokens)
         self._right: dict[str, list[Got]] = {}
+        self._unlearnt: dict[str, list[tuple[int, Got]]] = {}
         self._stopping = False
         self._tasks: list[asyncio.Task[None]] = []
 
     async def learn(self) -> str:
-        """Run each request alone, undisturbed; gives the weights that they ran on."""
+        """Run each request by itself; gives the weights that they ran on.
+
+        What ran on these weights before is compared now.
+        """
         client = AsyncClient(self.addresses, timeout_s=120)
         right = [await ask(client, kind) for kind in self._kinds]
         await client.close()
         (weights,) = {one for got in right for one in got.weights}
         self._right[weights] = right
+        for which, got in self._unlearnt.pop(weights, []):
+            self._compare(which, got, right[which])
         return weights
+
+    @property
+    def learnt(self) -> set[str]:
+        """The weights whose answers are known."""
+        return set(self._right)
 
     def start(self) -> None:
         """Begin."""
@@ -104,6 +115,8 @@ class Load:
         """Let what runs end, and no more begin."""
         self._stopping = True
         await asyncio.gather(*self._tasks)
+        for weights, left in self._unlearnt.items():
+            self.report.wrong.append(f"{len(left)} requests ran on {weights}, which nobody knows")
         return self.report
 
     async def _stream(self, number: int) -> None:
@@ -133,17 +146,20 @@ class Load:
         if len(got.weights) != 1:
             self.report.wrong.append(f"request {which} ran on {sorted(got.weights)}")
             return
-        right = self._right.get(next(iter(got.weights)))
-        if right is None:
-            return  # weights that were not learnt: compared by the caller
-        expected = right[which]
+        (weights,) = got.weights
+        if weights not in self._right:
+            self._unlearnt.setdefault(weights, []).append((which, got))
+            return
+        self._compare(which, got, self._right[weights][which])
+
+    def _compare(self, which: int, got: Got, due: Got) -> None:
         if (got.tokens, got.text, got.reasons, got.done) != (
-            expected.tokens,
-            expected.text,
-            expected.reasons,
+            due.tokens,
+            due.text,
+            due.reasons,
             True,
         ):
             self.report.wrong.append(
                 f"request {which}: {got.tokens} {got.reasons} where"
-                f" {expected.tokens} {expected.reasons} was due"
+                f" {due.tokens} {due.reasons} was due"
             )

@@ -58,12 +58,6 @@ class Machines:
                 continue
         return found
 
-    def kill_raylet(self, address: str) -> int:
-        """Kill a node's raylet; gives its pid. Its workers end by themselves."""
-        (raylet,) = self.raylets(address)
-        os.kill(raylet.pid, signal.SIGKILL)
-        return raylet.pid
-
     def close(self) -> None:
         """End all of them, and what they started."""
         for node in self._nodes.values():

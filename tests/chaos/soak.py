@@ -2,10 +2,11 @@
 
     ARRIERO_TEST_MODEL=models/SmolLM2-135M-Instruct python tests/chaos/soak.py --minutes 60
 
-A third of the load streams text (greedy and seeded, penalties, stop strings, several samples), a
-third is cancelled half-way, and a third are conversations. After the warm-up, resident
-memory, open files and threads of every process of the deployment are sampled; at the end no KV
-block may be in use. Prints one JSON object; exits 1 if a bar is broken.
+A quarter of the load streams text (greedy and seeded, penalties, stop strings, several samples), a
+quarter is cancelled half-way, a quarter calls a tool and answers from its result, and a quarter are
+conversations over HTTP. After the warm-up, resident memory, open files and threads of every process
+of the deployment are sampled; at the end no KV block may be in use. Prints one JSON object; exits 1
+if a bar is broken.
 """
 
 from __future__ import annotations
@@ -24,28 +25,52 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import openai
 import psutil
 
 from arriero.cluster import local, state
 from arriero.cluster.admin_client import AdminClient
 from arriero.router.client import AsyncClient
+from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 
 MAX_GROWTH = 0.03
 CITIES = ("Lima", "Cusco", "La Paz", "Quito", "Salta")
+WEATHER = {
+    "name": "weather",
+    "description": "The weather in a city.",
+    "parameters": json.dumps(
+        {
+            "type": "object",
+            "properties": {"city": {"enum": list(CITIES)}, "days": {"type": "integer"}},
+            "required": ["city"],
+            "additionalProperties": False,
+        }
+    ),
+}
+# SmolLM2's own template shows no tools
+TEMPLATE = (
+    "{% for t in tools or [] %}{{ t.function.name }}: {{ t.function.description }}\n{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 class Traffic:
     """So many callers at once, each asking again and again."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, http: str) -> None:
         self.client = AsyncClient(address, timeout_s=120)
-        self.counts = {"generate": 0, "cancelled": 0, "chat": 0}
+        self.http = openai.AsyncOpenAI(base_url=f"http://{http}/v1", api_key="none", timeout=120)
+        self.counts = {"generate": 0, "cancelled": 0, "tool calls": 0, "chat over HTTP": 0}
         self.errors: list[str] = []
 
     async def run(self, number: int, until_s: float) -> None:
         """One caller."""
         rng = random.Random(number)
-        kinds: list[Callable[[random.Random], Any]] = [self._generate, self._cancel, self._chat]
+        kinds: list[Callable[[random.Random], Any]] = [
+            self._generate, self._cancel, self._call, self._chat,
+        ]  # fmt: skip
         while time.monotonic() < until_s:
             try:
                 await rng.choice(kinds)(rng)
@@ -73,12 +98,36 @@ class Traffic:
                 break
         self.counts["cancelled"] += 1
 
+    async def _call(self, rng: random.Random) -> None:
+        question = f"How is the weather in {rng.choice(CITIES)}?"
+        asked: list[dict[str, Any]] = [{"role": "user", "content": question}]
+        calls: list[pb.ToolCall] = []
+        fields = {"max_tokens": 200, "seed": rng.randrange(99), "tools": [pb.Tool(**WEATHER)]}
+        fields |= {"tool_choice": pb.TOOL_CHOICE_REQUIRED, "parallel_tool_calls": False}
+        async for response in self.client.chat(asked, **fields):
+            calls.extend(call for output in response.outputs for call in output.tool_calls)
+        (call,) = calls
+        city = json.loads(call.arguments)["city"]
+        asked += [
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": f"{city}: sunny, 21 degrees", "tool_call_id": call.id},
+        ]
+        async for _ in self.client.chat(asked, max_tokens=16, temperature=0):
+            pass
+        self.counts["tool calls"] += 1
+
     async def _chat(self, rng: random.Random) -> None:
         question = f"How is the weather in {rng.choice(CITIES)}?"
-        asked = [{"role": "user", "content": question}]
-        async for _ in self.client.chat(asked, max_tokens=24, temperature=0):
+        stream = await self.http.chat.completions.create(
+            model="demo",
+            messages=[{"role": "user", "content": question}],
+            max_tokens=24,
+            temperature=0,
+            stream=True,
+        )
+        async for _ in stream:
             pass
-        self.counts["chat"] += 1
+        self.counts["chat over HTTP"] += 1
 
 
 def look(session: int) -> dict[str, dict[str, float]]:
@@ -114,12 +163,12 @@ def growth(samples: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, fl
 
 
 async def soak(
-    admin: AdminClient, gateway: str, session: int, minutes: float, callers: int
+    admin: AdminClient, noted: state.Deployment, session: int, minutes: float, callers: int
 ) -> dict[str, object]:
     """Run the traffic and watch; gives the report."""
     begun_s = time.monotonic()
     until_s = begun_s + minutes * 60
-    traffic = Traffic(gateway)
+    traffic = Traffic(noted.gateway, noted.http)
     tasks = [asyncio.create_task(traffic.run(number, until_s)) for number in range(callers)]
     warm_s = begun_s + minutes * 60 / 4
     await asyncio.sleep(warm_s - time.monotonic())
@@ -129,6 +178,7 @@ async def soak(
         await asyncio.sleep(max(1.0, minutes * 60 / 120))
     await asyncio.gather(*tasks)
     await traffic.client.close()
+    await traffic.http.close()
     blocks = -1
     for _ in range(40):
         groups = (await asyncio.to_thread(admin.status)).groups
@@ -177,15 +227,19 @@ def main() -> int:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="arriero-soak-") as name:
         folder = Path(name)
-        model = os.environ["ARRIERO_TEST_MODEL"]
+        model = folder / "model"
+        model.mkdir()
+        for one in Path(os.environ["ARRIERO_TEST_MODEL"]).resolve().iterdir():
+            (model / one.name).symlink_to(one)
+        (model / "chat_template.jinja").write_text(TEMPLATE)
         flags = ("--pp", "2", "--port", "0", "--http-port", "0", "--kv-memory", "128MiB")
         try:
-            arriero(folder, "up", "--model", model, "--name", "demo", *flags)
+            arriero(folder, "up", "--model", str(model), "--name", "demo", *flags)
             noted = state.read(folder)
             assert noted is not None and noted.local_session is not None
             with AdminClient.of(noted) as admin:
                 report = asyncio.run(
-                    soak(admin, noted.gateway, noted.local_session, given.minutes, given.callers)
+                    soak(admin, noted, noted.local_session, given.minutes, given.callers)
                 )
         finally:
             arriero(folder, "down")
