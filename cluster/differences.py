@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from arriero.cluster.live import Live
 from arriero.cluster.spec import RaySpec, Spec
+from arriero.cluster.wanted import COUNTS
 from arriero.router.tenants.tenant import QueueLimits
 from arriero.shards.errors import SpecError
 
@@ -28,7 +29,6 @@ LIVE = (
     "health.step_s",
     "health.canary_s",
 )
-LIVE_OF_MODEL = ("autoscale", "groups", "prefill_groups", "spares")
 FIXED = ("ray", "admin", "link_tls")
 _DEFAULTS = {"ray": RaySpec().model_dump(mode="json")}
 _WHOLE = ("tenants", "autoscale", "tls", "http", "request_log", "queue")
@@ -67,7 +67,7 @@ def changes(old: Spec, new: Spec) -> list[Change]:
             found.append(Change(field=f"models[{name}]", price="up"))
             continue
         for field in _differ(models[0][name], models[1][name], ""):
-            price = "reload" if _within(field, LIVE_OF_MODEL) else "rollout"
+            price = "reload" if _within(field, COUNTS) else "rollout"
             found.append(Change(field=f"models[{name}].{field}", price=price))
     return found
 

@@ -66,6 +66,7 @@ class GatewayReplica:
         self._spec = settings.spec
         self._registry = registry.connect()
         self._entry: registry.GatewayEntry | None = None
+        self._leaving = False
         http = self._spec.http
         try:
             config = self._spec.config(
@@ -99,6 +100,7 @@ class GatewayReplica:
 
     async def __del__(self) -> None:
         """Called by Serve once, when the replica is told to stop."""
+        self._leaving = True
         self._following.cancel()
         self._telling.cancel()
         with contextlib.suppress(ray.exceptions.RayError):
@@ -146,7 +148,9 @@ class GatewayReplica:
 
     def _on_change(self) -> None:
         linked = self._gateway.linked()
-        if self._entry is not None and linked != self._entry.linked:
+        if self._entry is None or self._leaving:
+            return
+        if linked != self._entry.linked:
             self._entry = replace(self._entry, linked=linked)
             self._registry.gateway.remote(self._entry)
 

@@ -10,12 +10,11 @@ Knows applications and wishes; knows nothing of requests or steps.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import secrets
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -37,6 +36,7 @@ from arriero.cluster.changes import (
 )
 from arriero.cluster.differences import Change, changes, live_settings, refuse
 from arriero.cluster.spec import ModelSpec, Spec
+from arriero.cluster.wanted import Kept, Managed, Place, Revision, count_of, essence
 from arriero.router.peers import ask_leader
 from arriero.router.roles import Role, assign
 from arriero.shards.errors import ArrieroError, NotFound, SpecError
@@ -56,64 +56,6 @@ ROLE_S = 2.0
 """A leader that takes no role within this time is told again."""
 CROWDED_S = 600.0
 """For so long no other is tried."""
-
-
-@dataclass(slots=True)
-class Revision:
-    """Settings of a model that are or were wanted.
-
-    Attributes:
-        number: counts up.
-        settings: a `ModelSpec` as JSON.
-        digest: of the weights when it began.
-    """
-
-    number: int
-    settings: dict[str, Any]
-    digest: str
-
-
-@dataclass(slots=True)
-class Managed:
-    """One model as the operator keeps it; the latest revision is the wanted one."""
-
-    count: int
-    revisions: list[Revision]
-    drained: list[str] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class Place:
-    """One slot as the operator keeps it."""
-
-    model: str
-    revision: int
-    stopping: bool = False
-
-
-@dataclass(slots=True)
-class Kept:
-    """All that outlives the operator's process."""
-
-    spec: dict[str, Any]
-    shared: bool
-    token: str
-    admin_port: int = 0
-    token_before: str = ""
-    token_before_until: float = 0.0
-    live_version: int = 0
-    models: dict[str, Managed] = field(default_factory=dict)
-    places: dict[str, Place] = field(default_factory=dict)
-
-    @classmethod
-    def from_wire(cls, data: Mapping[str, Any]) -> Kept:
-        """Undo `asdict`."""
-        models = {
-            name: Managed(**{**one, "revisions": [Revision(**r) for r in one["revisions"]]})
-            for name, one in data["models"].items()
-        }
-        places = {name: Place(**one) for name, one in data["places"].items()}
-        return cls(**{**data, "models": models, "places": places})
 
 
 class Operator:
@@ -267,20 +209,25 @@ class Operator:
             rolled = [one.field for one in differing if one.price == "rollout"]
             # what each group's leader was started with
             force = force or any(_part(one) in ("health", "tracing") for one in rolled)
+            looked = {}
+            for model in wanted.models:  # what cannot be read is said before anything is changed
+                last = self._kept.models[model.name].revisions[-1]
+                settings = model.model_dump(mode="json") if spec is not None else last.settings
+                digest = await self._digest(ModelSpec.model_validate(settings))
+                looked[model.name] = settings, digest
+            if spec is not None:
+                await self._publish(spec, differing)
             told = []
             for model in wanted.models:
                 managed = self._kept.models[model.name]
                 last = managed.revisions[-1]
-                settings = model.model_dump(mode="json") if spec is not None else last.settings
-                digest = await self._digest(ModelSpec.model_validate(settings))
+                settings, digest = looked[model.name]
                 managed.count = model.groups if spec is not None else managed.count
-                if spec is not None and _count_of(settings) != _count_of(last.settings):
-                    last.settings = {**last.settings, **_count_of(settings)}
+                if spec is not None and count_of(settings) != count_of(last.settings):
+                    last.settings = {**last.settings, **count_of(settings)}
                     self._scalers.pop(model.name, None)
-                if force or (_essence(settings), digest) != (_essence(last.settings), last.digest):
+                if force or (essence(settings), digest) != (essence(last.settings), last.digest):
                     told.append(await self._revise(model.name, settings, digest))
-            if spec is not None:
-                await self._publish(spec, differing)
             if any(_part(one) in ("gateway", "health", "tracing") for one in rolled):
                 told.append("gateways: new settings")
                 self._gateways_change = True
@@ -303,8 +250,8 @@ class Operator:
             for model in spec.models:
                 last = self._kept.models[model.name].revisions[-1]
                 before = next(one for one in self._spec.models if one.name == model.name)
-                wanted = _count_of(model.model_dump(mode="json"))
-                if wanted != _count_of(before.model_dump(mode="json")):
+                wanted = count_of(model.model_dump(mode="json"))
+                if wanted != count_of(before.model_dump(mode="json")):
                     last.settings = {**last.settings, **wanted}
                     self._scalers.pop(model.name, None)
                 if model.groups != before.groups:
@@ -336,6 +283,7 @@ class Operator:
         """Want a spec, and have gateways and leaders take what they can while they run."""
         self._spec = spec
         self._kept.spec = spec.model_dump(mode="json")
+        self._room = app.Room.of_cluster(spec, shared=self._kept.shared)
         if any(one.price == "reload" for one in differing):
             self._kept.live_version += 1
             await self._registry.reload.remote(live_settings(spec, self._kept.live_version))
@@ -589,16 +537,3 @@ def _digest_of(folder: str) -> str:
 def _part(field: str) -> str:
     """The section of the spec that a field is of."""
     return field.partition(".")[0]
-
-
-_COUNTS = ("groups", "autoscale", "prefill_groups", "spares")
-
-
-def _essence(settings: Mapping[str, Any]) -> str:
-    """What of a model's settings its groups must be replaced for."""
-    return json.dumps({k: v for k, v in settings.items() if k not in _COUNTS}, sort_keys=True)
-
-
-def _count_of(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The rest, which says how many groups there are."""
-    return {name: settings[name] for name in _COUNTS if name in settings}

@@ -209,3 +209,22 @@ def test_a_reload_takes_effect_at_once_or_is_refused_by_name(secured: Secured) -
         assert said.returncode == 2 and "`admin.port`" in said.stderr and "down" in said.stderr
     with AdminClient.of(secured.noted) as admin:
         assert {one.id for one in admin.status().groups} == lives
+
+
+def test_a_rollout_replaces_gateways_where_only_they_change(secured: Secured) -> None:
+    text = yaml.safe_load(secured.spec.read_text())
+    text["admin"].pop("port", None)
+    text["gateway"]["drain_s"] = 2
+    text["gateway"]["tenants"] = []
+    secured.spec.write_text(yaml.safe_dump(text))
+    with AdminClient.of(secured.noted) as admin:
+        before = admin.status()
+        secured.arriero("rollout", str(secured.spec))
+        after = admin.status()
+        assert len(after.gateways) == 1 and after.gateways[0].pid != before.gateways[0].pid
+        assert [one.id for one in after.groups] == [one.id for one in before.groups]
+        assert secured.noted.gateway == after.gateways[0].address
+        (log,) = admin.logs("gateways", 5)
+        assert log.pid == after.gateways[0].pid
+    with secured.client(secured.key) as client:
+        assert client.models()
