@@ -208,14 +208,14 @@ def _print(answers: Iterator[pb.GenerateResponse], *, as_json: bool = False) -> 
                 sys.stdout.write(output.text)
                 sys.stdout.flush()
     decode_s = time.perf_counter() - first_s
-    answer = Answer(
+    whole = Answer(
         text=text,
         num_tokens=num_tokens,
         ttft_s=first_s - begun_s,
         tokens_per_s=(num_tokens - 1) / decode_s if num_tokens > 1 else 0.0,
     )
-    print(json.dumps(asdict(answer)) if as_json else "", flush=True)
-    return answer
+    print(json.dumps(asdict(whole)) if as_json else "", flush=True)
+    return whole
 
 
 def _ask_for_line() -> str:
