@@ -35,6 +35,7 @@ from arriero.cluster.changes import (
     spares_settled,
 )
 from arriero.cluster.differences import Change, changes, live_settings, refuse
+from arriero.cluster.log_level import set_log_level
 from arriero.cluster.spec import ModelSpec, Spec
 from arriero.cluster.wanted import Kept, Managed, Place, Revision, count_of, essence
 from arriero.router.peers import ask_leader
@@ -65,6 +66,7 @@ class Operator:
         kept = store.get(NAME)
         self._kept = Kept(spec, shared, token) if kept is None else Kept.from_wire(kept)
         self._spec = Spec.model_validate(self._kept.spec)
+        set_log_level(self._spec.log_level)
         self._registry = registry.connect()
         self._wake = asyncio.Event()
         self._failed: dict[str, str] = {}
@@ -284,6 +286,7 @@ class Operator:
         self._spec = spec
         self._kept.spec = spec.model_dump(mode="json")
         self._room = app.Room.of_cluster(spec, shared=self._kept.shared)
+        set_log_level(spec.log_level)
         if any(one.price == "reload" for one in differing):
             self._kept.live_version += 1
             await self._registry.reload.remote(live_settings(spec, self._kept.live_version))
