@@ -284,6 +284,7 @@ class Leader:
                 num_cpus=self._settings.cpus_per_slice,
                 num_gpus=1 if config.device == "cuda" else 0,
                 max_restarts=0,
+                enable_task_events=False,
                 max_concurrency=2,  # a run, and what is asked meanwhile
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     placement_group=bundles,

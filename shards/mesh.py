@@ -25,6 +25,8 @@ from arriero.shards.exchange import DirectExchange, Exchange, TwoLevelExchange, 
 from arriero.shards.watchdog import Mark, Watchdog
 
 TIMEOUT_S = 120.0
+MOST_SENDING = 8
+"""Steps that the next stage may be behind with taking activations in."""
 
 
 class Mesh:
@@ -193,9 +195,15 @@ class Mesh:
                 dist.broadcast(tokens_R, self._first, group=self._tp_group)
 
     def send_hidden(self, x_TH: Tensor) -> None:
-        """Hand activations to the next stage; returns at once, keeps `x_TH` until they are out."""
+        """Hand activations to the next stage; keeps `x_TH` until they are out.
+
+        Returns at once unless the next stage is `MOST_SENDING` steps behind.
+        """
         while self._sending and self._sending[0][0].is_completed():
             self._sending.popleft()
+        while len(self._sending) >= MOST_SENDING:  # gloo says "completed" of what was waited for
+            with self.watchdog.watch("send of activations to the next stage"):
+                self._sending.popleft()[0].wait()
         work = dist.isend(x_TH, self.part.rank + self.tp * self.dp)
         if work is not None:
             self._sending.append((work, x_TH))
