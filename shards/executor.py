@@ -154,6 +154,10 @@ class RemoteExecutor:
         self._closing = closing
         self._monitor.watch = watch
 
+    def set_limits(self, limits: HealthLimits) -> None:
+        """Judge the slices by other limits from now on. Thread-safe."""
+        self._monitor.set_limits(limits)
+
     def report(self, evidence: Evidence) -> None:
         """Take in evidence that something is wrong: the group is lost. Thread-safe."""
         self._monitor.report(evidence)
