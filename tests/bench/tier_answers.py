@@ -23,7 +23,7 @@ from arriero.shards.kv.config import RowType, TierConfig
 from arriero.shards.sampling import SamplingParams
 from support.groups import Group, running
 
-TYPES: tuple[RowType | None, ...] = (None, "int8", "fp8")
+TYPES: dict[str, RowType | None] = {"computed": None, "int8": "int8", "fp8": "fp8"}
 
 
 def texts(path: str, count: int, length: int) -> list[list[int]]:
@@ -77,13 +77,14 @@ def measure(dtype: RowType | None, prompts: list[list[int]], args: argparse.Name
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=os.environ.get("ARRIERO_TEST_MODEL"))
+    parser.add_argument("--types", default=",".join(TYPES))
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=64)
     args = parser.parse_args()
     prompts = texts(args.model, args.prompts, args.length)
-    for dtype in TYPES:
-        measure(dtype, prompts, args)
+    for name in args.types.split(","):
+        measure(TYPES[name], prompts, args)
 
 
 if __name__ == "__main__":
