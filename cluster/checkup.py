@@ -90,6 +90,10 @@ class Ear:
         port: int = self._socket.getsockname()[1]
         return port
 
+    def close(self) -> None:
+        """Be reached no more."""
+        self._socket.close()
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Questions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 
 from arriero.cluster import checkup
@@ -63,14 +64,14 @@ def test_nodes_that_differ() -> None:
 
 
 def test_this_machine_can_be_looked_at() -> None:
-    ear = checkup.Ear("127.0.0.1")
-    asked = checkup.Questions(
-        models=("/nowhere",),
-        ports=(0,),
-        disks={"/nowhere/at/all": 1 << 60},
-        peers=(("127.0.0.1", ear.port()), ("127.0.0.2", 1)),
-    )
-    facts = checkup.look(asked)
+    with closing(checkup.Ear("127.0.0.1")) as ear:
+        asked = checkup.Questions(
+            models=("/nowhere",),
+            ports=(0,),
+            disks={"/nowhere/at/all": 1 << 60},
+            peers=(("127.0.0.1", ear.port()), ("127.0.0.2", 1)),
+        )
+        facts = checkup.look(asked)
     assert facts.cores >= 1 and facts.packages["ray"] and facts.models == {"/nowhere": False}
     assert facts.ports == {0: ""}
     assert facts.peers == {"127.0.0.1": "", "127.0.0.2": "Connection refused"}
