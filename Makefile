@@ -21,7 +21,7 @@ export ARRIERO_CACHE := $(abspath $(CACHE))
 export ARRIERO_TEST_MODEL := $(abspath $(MODEL))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help setup demo test check unit oracle chaos soak fuzz sanitize gpu gpu-test gpu-bench \
+.PHONY: help setup demo test check unit oracle chaos soak idle fuzz sanitize gpu gpu-test gpu-bench \
   bench proto clean
 
 help:
@@ -32,6 +32,7 @@ help:
 	@echo 'make oracle  the long comparison with transformers'
 	@echo 'make chaos   kill, stop, drain, update under load: 10 minutes; ROUNDS=20 for the long form'
 	@echo 'make soak    mixed traffic for MINUTES (60): nothing may grow'
+	@echo 'make idle    CPU of an idle deployment beside bare Ray and Serve, and how long `up` takes'
 	@echo 'make fuzz    both fuzzers for FUZZ_MINUTES (10) each, then overload for OVERLOAD_S (60)'
 	@echo 'make sanitize  the kernel tests over C++ built with ASan and UBSan'
 	@echo 'make gpu     the tests that need a CUDA device'
@@ -90,6 +91,9 @@ chaos: $(VENV)/.installed $(MODEL)/config.json
 
 soak: $(VENV)/.installed $(MODEL)/config.json
 	$(BIN)/python tests/chaos/soak.py --minutes $(MINUTES)
+
+idle: $(VENV)/.installed $(MODEL)/config.json
+	$(BIN)/python tests/bench/idle.py $(MODEL)
 
 fuzz: $(VENV)/.installed
 	$(PYTEST) tests/fuzz --minutes $(FUZZ_MINUTES) -s

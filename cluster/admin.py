@@ -10,22 +10,28 @@ import asyncio
 import hmac
 import json
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 import grpc.aio
+import ray
 import yaml
 from google.protobuf.message import DecodeError, Message
 from pydantic import ValidationError
 
-from arriero.cluster import nodes
+from arriero.cluster import app, nodes
 from arriero.cluster.changes import Phase, settled
 from arriero.cluster.history import Failure
+from arriero.cluster.key_ring import KeyRing, check_overlap
 from arriero.cluster.kv_client import KV_ACTIONS, ask_kv
-from arriero.cluster.spec import Spec
+from arriero.cluster.slices import node_address, reachable
+from arriero.cluster.spec import Spec, TenantSpec
 from arriero.cluster.spec_file import explain
 from arriero.router.proto.arriero.v1 import admin_pb2 as pb
+from arriero.router.tenants.keys import KeyEntry
+from arriero.router.tls import TlsFiles
 from arriero.shards.errors import ArrieroError, InvalidRequest, NotFound, SpecError
 
 if TYPE_CHECKING:
@@ -47,22 +53,27 @@ class AdminServer:
     """Serves Admin for an operator, in its event loop.
 
     Args:
-        operator: makes the changes.
+        operator: makes the changes, and knows the tokens of those who may call.
         board: the registry.
-        token: of those who may call.
     """
 
-    def __init__(self, operator: Operator, board: ActorHandle[Registry], token: str) -> None:
+    def __init__(self, operator: Operator, board: ActorHandle[Registry]) -> None:
         self._operator, self._registry = operator, board
-        self._expected = f"Bearer {token}"
         self._server: grpc.aio.Server | None = None
 
-    async def start(self, host: str, port: int) -> str:
-        """Listen; gives the address.
+    async def start(self, host: str, port: int, tls: TlsFiles | None) -> str:
+        """Listen; gives the address as others reach it.
+
+        Args:
+            host: to listen on.
+            port: 0 takes any free one.
+            tls: certificate and key; None listens in the clear.
 
         Raises:
             OSError: it cannot be bound.
+            SpecError: a file of `tls` is missing or wrong.
         """
+        credentials = None if tls is None else tls.server("admin.tls")
         server = self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         methods = {
             "GetStatus": self._method(pb.GetStatusRequest, self._status),
@@ -73,16 +84,22 @@ class AdminServer:
             "Drain": self._method(pb.DrainRequest, self._drain),
             "Rollout": self._method(pb.RolloutRequest, self._rollout),
             "Rollback": self._method(pb.RollbackRequest, self._rollback),
+            "Reload": self._method(pb.ReloadRequest, self._reload),
+            "Keys": self._method(pb.KeysRequest, self._keys),
+            "RotateToken": self._method(pb.RotateTokenRequest, self._rotate_token),
             "Kv": self._method(pb.KvRequest, self._kv),
         }
         handlers = {name: grpc.unary_unary_rpc_method_handler(one) for name, one in methods.items()}
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         try:
-            bound = server.add_insecure_port(f"{host}:{port}")
+            if credentials is None:
+                bound = server.add_insecure_port(f"{host}:{port}")
+            else:
+                bound = server.add_secure_port(f"{host}:{port}", credentials)
         except RuntimeError as error:
             raise OSError(f"admin cannot listen on {host}:{port}: {error}") from error
         await server.start()
-        return f"{host}:{bound}"
+        return reachable(host, bound)
 
     def _method(
         self, kind: type[M], answer: Callable[[M], Awaitable[Message]]
@@ -90,8 +107,9 @@ class AdminServer:
         """A call: who asks, what, and errors in words."""
 
         async def run(raw: bytes, context: Context) -> bytes:
-            given = dict(context.invocation_metadata() or ()).get("authorization", "")
-            if not hmac.compare_digest(str(given).encode(), self._expected.encode()):
+            given = str(dict(context.invocation_metadata() or ()).get("authorization", ""))
+            expected = [f"Bearer {token}".encode() for token in self._operator.tokens()]
+            if not any([hmac.compare_digest(given.encode(), one) for one in expected]):
                 await context.abort(
                     grpc.StatusCode.UNAUTHENTICATED,
                     "metadata `authorization: Bearer TOKEN` does not hold the admin token",
@@ -127,23 +145,22 @@ class AdminServer:
                 revision=wish.revision,
                 groups=wish.count,
                 serving=sum(slot.phase is Phase.SERVING for slot in own),
-                settled=settled({name: wish}, own),
+                settled=settled({name: wish}, own) and self._operator.gateways_settled,
                 path=self._operator.settings(name).path,
+                spares=wish.spares,
+                standing_by=sum(slot.phase is Phase.STANDBY for slot in own),
+                queued=board.demand.get(name, (0, 0.0))[0],
+                wait_s=board.demand.get(name, (0, 0.0))[1],
             )
-        for slot in sorted(slots, key=lambda one: one.name):
+        for slot in sorted(slots, key=lambda one: (one.spare, one.name)):
             group = status.groups.add(
                 slot=slot.name, model=slot.model, revision=slot.revision, phase=slot.phase.value
             )
             group.text = self._operator.trouble(slot.name) or _progress(board, slot.name)
             if (entry := entries.get(slot.name)) is not None:
                 _fill(group, entry)
-        for gateway_id, address in board.gateways.items():
-            status.gateways.add(
-                id=gateway_id,
-                address=address,
-                http=board.http.get(gateway_id, ""),
-                pid=board.gateway_pids.get(gateway_id, 0),
-            )
+        for one in board.gateways:
+            status.gateways.add(id=one.id, address=one.address, http=one.http, pid=one.pid)
         status.failures.extend(map(_failure, board.failures))
         return status
 
@@ -160,19 +177,8 @@ class AdminServer:
         return pb.WhyResponse(failure=_failure(found), lines=found.words())
 
     async def _logs(self, request: pb.LogsRequest) -> pb.LogsResponse:
-        board = await self._registry.board.remote()
-        entry = next((e for e in board.groups if request.name in (e.group_id, e.slot)), None)
-        if entry is None:
-            there = ", ".join(one.slot for one in board.groups) or "none"
-            raise NotFound(f"no group {request.name[:128]!r} serves; there is {there}")
+        processes = _processes(await self._registry.board.remote(), request.name)
         count = min(request.lines or 20, MAX_LINES)
-        processes = [("leader", entry.node, entry.node_id, entry.pid)]
-        processes += [
-            (f"slice {rank}", node, node_id, pid)
-            for rank, (node, node_id, pid) in enumerate(
-                zip(entry.slice_nodes, entry.slice_node_ids, entry.slice_pids, strict=True)
-            )
-        ]
         tails = await asyncio.gather(
             *(nodes.log_tail(node_id, pid, count) for _, _, node_id, pid in processes)
         )
@@ -196,6 +202,31 @@ class AdminServer:
     async def _rollback(self, request: pb.RollbackRequest) -> pb.ChangeResponse:
         return pb.ChangeResponse(text=await self._operator.rollback(request.model))
 
+    async def _reload(self, request: pb.ReloadRequest) -> pb.ChangeResponse:
+        return pb.ChangeResponse(text=await self._operator.reload(_read_spec(request.spec)))
+
+    async def _keys(self, request: pb.KeysRequest) -> pb.KeysResponse:
+        board = await self._registry.board.remote()
+        ring = KeyRing(self._operator.spec.gateway.keys, [one.node_id for one in board.gateways])
+        if request.action == "list":
+            return pb.KeysResponse(keys=map(_api_key, (await ring.entries()).values()))
+        if request.action == "add":
+            _check_tenant(request.tenant)
+            done = await ring.add(request.tenant, request.note)
+        elif request.action == "rotate":
+            done = await ring.rotate(request.id, check_overlap(request.overlap_s))
+        elif request.action == "revoke":
+            done = await ring.revoke(request.id)
+        else:
+            raise InvalidRequest("action", f"no action {request.action[:32]!r}")
+        what = f"key {done.entry.id} of {done.entry.tenant}: {request.action}"
+        await self._registry.note.remote("keys", app.NAME, what)
+        return pb.KeysResponse(keys=[_api_key(done.entry)], key=done.key)
+
+    async def _rotate_token(self, request: pb.RotateTokenRequest) -> pb.RotateTokenResponse:
+        token = await self._operator.rotate_token(check_overlap(request.overlap_s))
+        return pb.RotateTokenResponse(token=token)
+
     async def _kv(self, request: pb.KvRequest) -> pb.KvResponse:
         if request.action not in KV_ACTIONS:
             raise InvalidRequest("action", f"no action {request.action[:32]!r}")
@@ -207,6 +238,51 @@ class AdminServer:
             raise NotFound(f"no group of {name[:128]!r} serves; there is {there}")
         tls = self._operator.spec.link_tls
         return pb.KvResponse(groups=await asyncio.gather(*(ask_kv(e, request, tls) for e in found)))
+
+
+def _processes(board: Board, name: str) -> list[tuple[str, str, str, int]]:
+    """The processes of a group, or others by name: what each is, its node, that one's id, a pid.
+
+    Raises:
+        NotFound: there is no such one.
+    """
+    if name == "operator":
+        return [(name, node_address(), ray.get_runtime_context().get_node_id(), os.getpid())]
+    gateways = [one for one in board.gateways if name in ("gateways", one.id)]
+    if gateways:
+        return [
+            (f"gateway {one.id}", one.address.rpartition(":")[0], one.node_id, one.pid)
+            for one in gateways
+        ]
+    entry = next((e for e in board.groups if name in (e.group_id, e.slot)), None)
+    if entry is None:
+        there = ", ".join([one.slot for one in board.groups] + ["gateways", "operator"])
+        raise NotFound(f"nothing called {name[:128]!r} serves; there is {there}")
+    slices = zip(entry.slice_nodes, entry.slice_node_ids, entry.slice_pids, strict=True)
+    return [
+        ("leader", entry.node, entry.node_id, entry.pid),
+        *((f"slice {rank}", *place) for rank, place in enumerate(slices)),
+    ]
+
+
+def _check_tenant(name: str) -> None:
+    try:
+        TenantSpec(name=name)
+    except ValidationError:
+        raise InvalidRequest(
+            "tenant",
+            f"`tenant`={name[:128]!r}: use 1 to 128 letters, digits, dots, dashes or underscores",
+        ) from None
+
+
+def _api_key(entry: KeyEntry) -> pb.ApiKey:
+    return pb.ApiKey(
+        id=entry.id,
+        tenant=entry.tenant,
+        created=entry.created,
+        note=entry.note,
+        expires=entry.expires,
+    )
 
 
 def _read_spec(text: str) -> Spec:

@@ -24,10 +24,22 @@ _ERRORS: dict[grpc.StatusCode, type[ArrieroError]] = {
 
 
 class AdminClient:
-    """Calls Admin at `address` with `token`; errors come back as arriero's own."""
+    """Calls Admin; errors come back as arriero's own.
 
-    def __init__(self, address: str, token: str) -> None:
-        self._channel = grpc.insecure_channel(address)
+    Args:
+        address: host and port.
+        token: the deployment's.
+        ca: PEM of the authorities that Admin's certificate may be from; "" speaks in the clear.
+        name: that its certificate must be for; "" for the address's own.
+    """
+
+    def __init__(self, address: str, token: str, *, ca: str = "", name: str = "") -> None:
+        if ca:
+            options = [("grpc.ssl_target_name_override", name)] if name else []
+            credentials = grpc.ssl_channel_credentials(ca.encode())
+            self._channel = grpc.secure_channel(address, credentials, options=options)
+        else:
+            self._channel = grpc.insecure_channel(address)
         self._stub = AdminStub(self._channel)
         self._metadata = (("authorization", f"Bearer {token}"),)
 
@@ -40,7 +52,12 @@ class AdminClient:
         """
         if not deployment.admin:
             raise Unavailable("the deployment is still starting; try again")
-        return cls(deployment.admin, deployment.admin_token)
+        return cls(
+            deployment.admin,
+            deployment.admin_token,
+            ca=deployment.admin_ca,
+            name=deployment.admin_name,
+        )
 
     def status(self) -> pb.Status:
         """What there is and what is wanted."""
@@ -74,6 +91,19 @@ class AdminClient:
     def rollback(self, model: str) -> str:
         """Go back to the revision before."""
         return self._call(self._stub.Rollback, pb.RollbackRequest(model=model)).text
+
+    def reload(self, spec: str) -> str:
+        """Take the settings of a spec that can be changed while everything runs."""
+        return self._call(self._stub.Reload, pb.ReloadRequest(spec=spec)).text
+
+    def keys(self, action: str, **fields: str | float) -> pb.KeysResponse:
+        """List, make, replace or take out API keys; the fields are those of `KeysRequest`."""
+        return self._call(self._stub.Keys, pb.KeysRequest(action=action, **fields))  # type: ignore[arg-type]
+
+    def rotate_token(self, overlap_s: float) -> str:
+        """Replace Admin's token; gives the new one."""
+        request = pb.RotateTokenRequest(overlap_s=overlap_s)
+        return self._call(self._stub.RotateToken, request).token
 
     def kv(self, request: pb.KvRequest) -> list[pb.KvGroup]:
         """What the KV caches of groups hold, once what is asked for is done."""

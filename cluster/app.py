@@ -19,7 +19,6 @@ from arriero.cluster.group import GroupSettings, Leader
 from arriero.cluster.spec import ModelSpec, Spec
 from arriero.cluster.spec_file import load
 from arriero.shards.errors import SpecError
-from arriero.shards.health import HealthLimits
 
 NAME = "arriero"
 SERVICE_CPUS = 0.01
@@ -52,7 +51,7 @@ class Room:
         resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
         num_cpus = resources.get("CPU", 0.0)
         surge = max(m.mesh.num_slices for m in spec.models)
-        services = SERVICE_CPUS * (sum(m.most_groups for m in spec.models) + spec.gateway.count + 1)
+        services = SERVICE_CPUS * (sum(m.most_places for m in spec.models) + spec.gateway.count + 1)
         part = int((num_cpus - services) / (spec.num_slices + surge) * 1e3) / 1e3
         return cls(
             num_cpus=num_cpus,
@@ -147,11 +146,8 @@ def gateways(spec: Spec, leaders: Sequence[Application] = ()) -> Application:
         models=names,
         link_tls=spec.link_tls,
         tracing=spec.tracing,
-        wake_s={
-            model.name: spec.health.start_timeout_s
-            for model in spec.models
-            if model.autoscale is not None and model.autoscale.min == 0
-        },
+        wake_s=spec.wake_s,
+        log_level=spec.log_level,
     )
     return deployment.bind(settings, *leaders)
 
@@ -181,7 +177,7 @@ def leader(model: ModelSpec, spec: Spec, room: Room, *, slot: str, revision: int
         SpecError: the cluster has not what it asks for.
     """
     num_slices = model.mesh.num_slices
-    wanted = num_slices * model.groups
+    wanted = num_slices * (model.groups + model.spares)
     device = model.device
     if device == "auto":
         device = "cuda" if room.num_gpus >= wanted else "cpu"
@@ -205,11 +201,8 @@ def leader(model: ModelSpec, spec: Spec, room: Room, *, slot: str, revision: int
         link_tls=spec.link_tls,
         tracing=spec.tracing,
         canary_s=spec.health.canary_s,
-        limits=HealthLimits(
-            silence_s=spec.health.silence_s,
-            hang_s=spec.health.hang_s,
-            step_s=spec.health.step_s,
-        ),
+        limits=spec.health.limits(),
+        log_level=spec.log_level,
     )
     deployment = serve.deployment(
         name=f"group-{slot}",

@@ -6,9 +6,11 @@ actions. Sans-I/O: it is asked again whenever something has changed, and an acti
 seen in the slots the next time.
 
 A slot's phases:  starting ─▶ serving ─▶ stopping ─▶ (gone)
-                     └── failed ────────────┘
+                     ├── failed ────────────┤
+                     └── standby (a spare) ─┘
 
-Stopping includes draining: its streams end or move before its processes do.
+Stopping includes draining: its streams end or move before its processes do. A spare is started as
+far as it goes without weights in its devices' memory; promoted, it starts to serve.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ class Phase(StrEnum):
     SERVING = "serving"
     STOPPING = "stopping"
     FAILED = "failed"
+    STANDBY = "standby"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,11 +41,13 @@ class Wish:
             is stopped before its successor starts.
         drained: slots that are to stop whatever their revision.
         paused: start nothing more: the revision does not start.
+        spares: groups that stand by, beside `count`.
     """
 
     revision: int
     count: int
     surge: int = 1
+    spares: int = 0
     drained: frozenset[str] = frozenset()
     paused: bool = False
 
@@ -57,6 +62,7 @@ class Slot:
         revision: its settings'.
         phase: where it is.
         load: requests it runs; the least loaded one goes first.
+        spare: it is to stand by.
     """
 
     name: str
@@ -64,15 +70,24 @@ class Slot:
     revision: int
     phase: Phase
     load: int = 0
+    spare: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Start:
-    """Start a group of a revision in a new slot."""
+    """Start a group of a revision in a new slot; a spare one goes no further than standby."""
 
     slot: str
     model: str
     revision: int
+    spare: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Promote:
+    """Have the spare group of a slot serve."""
+
+    slot: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +98,7 @@ class Stop:
     why: str
 
 
-Action = Start | Stop
+Action = Start | Promote | Stop
 
 
 def decide(wishes: Mapping[str, Wish], slots: Iterable[Slot]) -> list[Action]:
@@ -101,8 +116,8 @@ def decide(wishes: Mapping[str, Wish], slots: Iterable[Slot]) -> list[Action]:
 
 
 def settled(wishes: Mapping[str, Wish], slots: Iterable[Slot]) -> bool:
-    """Whether everything is as wanted."""
-    slots = list(slots)
+    """Whether everything is as wanted, spares aside."""
+    slots = [slot for slot in slots if not slot.spare]
     if any(slot.phase is not Phase.SERVING or slot.model not in wishes for slot in slots):
         return False
     return all(
@@ -112,7 +127,50 @@ def settled(wishes: Mapping[str, Wish], slots: Iterable[Slot]) -> bool:
     )
 
 
+def spares_settled(wishes: Mapping[str, Wish], slots: Iterable[Slot]) -> bool:
+    """Whether all the spares there should be stand by."""
+    spares = [slot for slot in slots if slot.spare]
+    return all(
+        [(one.revision, one.phase) for one in spares if one.model == model]
+        == [(wish.revision, Phase.STANDBY)] * wish.spares
+        for model, wish in wishes.items()
+    )
+
+
 def _decide(model: str, wish: Wish, slots: list[Slot]) -> list[Action]:
+    spares = [slot for slot in slots if slot.spare]
+    useless = [
+        one
+        for one in spares
+        if one.phase is Phase.FAILED or one.revision != wish.revision or _doomed(one, wish)
+    ]
+    # no loss to anybody, and room for others; one that is stopping is seen to already
+    if going := [one for one in useless if one.phase is not Phase.STOPPING]:
+        return [Stop(slot=one.name, why="a spare group that is of no use") for one in going]
+    ready = [one for one in spares if one.phase is Phase.STANDBY and one not in useless]
+    taken = {slot.name for slot in slots}
+    mains = [slot for slot in slots if not slot.spare]
+    if actions := _decide_serving(model, wish, mains, ready, taken):
+        return actions
+    if any(one.phase is not Phase.SERVING or one.revision != wish.revision for one in mains):
+        return []  # first those that serve
+    alive = [one for one in spares if one.phase is not Phase.STOPPING]
+    if surplus := len(alive) - wish.spares:
+        if surplus > 0:
+            why = "fewer spare groups are wanted"
+            return [Stop(slot=one.name, why=why) for one in alive[:surplus]]
+        if not wish.paused:
+            return [
+                Start(slot=name, model=model, revision=wish.revision, spare=True)
+                for name in _free_names(model, taken, -surplus)
+            ]
+    return []
+
+
+def _decide_serving(
+    model: str, wish: Wish, slots: list[Slot], ready: list[Slot], taken: set[str]
+) -> list[Action]:
+    """What to do for the groups that serve; `ready` are spares that can be had at once."""
     alive = [slot for slot in slots if slot.phase is not Phase.STOPPING]
     current = [one for one in alive if one.revision == wish.revision and not _doomed(one, wish)]
     outdated = [one for one in alive if one not in current]
@@ -130,6 +188,8 @@ def _decide(model: str, wish: Wish, slots: list[Slot]) -> list[Action]:
         return [Stop(slot=one.name, why="it was replaced") for one in failed]
 
     missing = wish.count - len(current)
+    if missing > 0 and ready:
+        return [Promote(slot=one.name) for one in ready[:missing]]
     if missing > 0 and not wish.paused:
         room = wish.count + wish.surge - len(slots)
         starting = sum(one.phase is Phase.STARTING for one in current)
@@ -138,7 +198,7 @@ def _decide(model: str, wish: Wish, slots: list[Slot]) -> list[Action]:
         if most > 0:
             return [
                 Start(slot=name, model=model, revision=wish.revision)
-                for name in _free_names(model, slots, most)
+                for name in _free_names(model, taken, most)
             ]
 
     # one outdated group at a time, and only while the others carry the load without it
@@ -157,8 +217,7 @@ def _doomed(slot: Slot, wish: Wish) -> bool:
     return slot.name in wish.drained
 
 
-def _free_names(model: str, slots: list[Slot], count: int) -> list[str]:
-    taken = {slot.name for slot in slots}
+def _free_names(model: str, taken: set[str], count: int) -> list[str]:
     names: list[str] = []
     index = 0
     while len(names) < count:

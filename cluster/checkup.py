@@ -14,7 +14,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -25,6 +25,7 @@ _MIN_SHM_BYTES = 1 << 30
 _MIN_DISK_SHARE = 0.05
 _MAX_SKEW_S = 0.5
 _TOOL_S = 10.0
+_REACH_S = 3.0
 
 Grade = Literal["ok", "warn", "fail"]
 
@@ -46,6 +47,8 @@ class Facts:
         gpus: their names.
         nccl: its version as torch has it; "" for none.
         ports: whether each port of the spec can be bound, or why not.
+        peers: by the address of each other node, why it cannot be reached; "" if it can.
+        wanted: bytes that the spec wants on disk, by folder.
     """
 
     host: str
@@ -62,6 +65,8 @@ class Facts:
     gpus: tuple[str, ...] = ()
     nccl: str = ""
     ports: dict[int, str] = field(default_factory=dict)
+    peers: dict[str, str] = field(default_factory=dict)
+    wanted: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,16 +79,46 @@ class Finding:
     remedy: str = ""
 
 
-def look(models: Sequence[str] = (), ports: Sequence[int] = ()) -> Facts:
-    """The facts of this node.
+class Ear:
+    """A port on a node, for others to see whether they can reach it."""
 
-    Args:
+    def __init__(self, address: str) -> None:
+        self._socket = socket.create_server((address, 0), backlog=1024)
+
+    def port(self) -> int:
+        """Its number. Nobody need accept: the kernel does as far as a connection goes."""
+        port: int = self._socket.getsockname()[1]
+        return port
+
+    def close(self) -> None:
+        """Be reached no more."""
+        self._socket.close()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Questions:
+    """What a deployment wants of each node.
+
+    Attributes:
         models: folders that should be here.
         ports: that should be free.
+        disks: folders for blocks or weights, and the bytes that they may come to.
+        peers: other nodes' ears: address and port.
     """
+
+    models: tuple[str, ...] = ()
+    ports: tuple[int, ...] = ()
+    disks: Mapping[str, int] = field(default_factory=dict)
+    peers: tuple[tuple[str, int], ...] = ()
+
+
+def look(asked: Questions) -> Facts:
+    """The facts of this node."""
+    models, ports = asked.models, asked.ports
     shm = Path("/dev/shm")
     driver, gpus = _nvidia()
-    folders = {"/", "/tmp", *(model for model in models if Path(model).is_dir())}
+    wanted = {_there(folder): size for folder, size in asked.disks.items()}
+    folders = {"/", "/tmp", *wanted, *(model for model in models if Path(model).is_dir())}
     return Facts(
         host=socket.gethostname(),
         python=platform.python_version(),
@@ -99,6 +134,8 @@ def look(models: Sequence[str] = (), ports: Sequence[int] = ()) -> Facts:
         gpus=gpus,
         nccl=_nccl() if gpus else "",
         ports={port: _bindable(port) for port in ports},
+        peers={address: _reaches(address, port) for address, port in asked.peers},
+        wanted=wanted,
     )
 
 
@@ -168,11 +205,20 @@ def _judge_one(name: str, facts: Facts) -> list[Finding]:
         what = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free in {folder}"
         good = free >= _MIN_DISK_SHARE * total
         findings.append(found(good, what, "make room: Ray stops placing at 95 %", "warn"))
+        if (size := facts.wanted.get(folder, 0)) > free:
+            what = f"{folder} may come to {size / 2**30:.1f} GiB"
+            findings.append(found(False, what, "make room, or lower `kv.disk.size`", "warn"))
     for model, there in facts.models.items():
         what = f"model {model}"
         findings.append(found(there, what, "copy it here, or mount it: each node reads its own"))
     for port, why in facts.ports.items():
         findings.append(found(not why, f"port {port} {why or 'free'}", "choose another", "warn"))
+    for peer, why in facts.peers.items():
+        what = f"reaches {peer}" if not why else f"cannot reach {peer}: {why}"
+        remedy = (
+            "open the network between nodes: slices and links take ports of the system's choice"
+        )
+        findings.append(found(not why, what, remedy))
     if facts.gpus:
         what = f"driver {facts.driver}, {len(facts.gpus)} of {facts.gpus[0]}"
         same = len(set(facts.gpus)) == 1
@@ -190,6 +236,22 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def _there(folder: str) -> str:
+    """The folder, or what there is of its path."""
+    path = Path(folder)
+    while not path.is_dir():
+        path = path.parent
+    return str(path)
+
+
+def _reaches(address: str, port: int) -> str:
+    try:
+        socket.create_connection((address, port), _REACH_S).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def _space(folder: str) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """The command line, `arriero`.
 
 Exit codes: 0 done; 1 it failed; 2 a wrong flag, spec or request; 3 nothing serves, or it is full;
-4 no such model; 5 a checkpoint is broken; 130 interrupted. Errors are one line on stderr.
+4 no such model, group or key; 5 a checkpoint is broken; 130 interrupted. Errors are one line on
+stderr.
 
 Knows how errors become exit codes; the commands are in `commands/`. Torch and Ray are imported
 inside the commands that need them, so that the rest answers at once.
@@ -47,6 +48,8 @@ _EXIT_CODES: tuple[tuple[type[ArrieroError], int], ...] = (
 app = typer.Typer(
     name="arriero",
     help="Serve Llama models across the machines of a Ray cluster.",
+    epilog="Exit codes: 0 done; 1 failed; 2 wrong flag, spec or request; 3 nothing serves, or it is"
+    " full; 4 no such model, group or key; 5 a broken checkpoint; 130 interrupted.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )

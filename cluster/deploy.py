@@ -35,7 +35,6 @@ _FAILURES: dict[str, type[ArrieroError]] = {
 }
 _POLL_S = 0.1
 _JOIN_LIMIT_S = 30.0
-_ASK_LIMIT_S = 2.0
 
 
 def up(spec: Spec, folder: Path, say: Say) -> Deployment:
@@ -80,6 +79,8 @@ def up(spec: Spec, folder: Path, say: Say) -> Deployment:
             served = _deploy(spec, say, deployment.admin_token, shared=cluster is None)
         gateway, http, admin = served
         deployment = replace(deployment, gateway=gateway, http=http, admin=admin)
+        ca, name = _admin_trust(spec)
+        deployment = replace(deployment, admin_ca=ca, admin_name=name)
         state.write(folder, deployment)
     except BaseException:
         if cluster is not None:
@@ -194,6 +195,7 @@ def _deploy(spec: Spec, say: Say, token: str, *, shared: bool) -> tuple[str, str
             admin: Any = ray.get(manager.deploy.remote(), timeout=spec.health.start_timeout_s)
         except ray.exceptions.RayError as error:
             raise _cause_of(error) from None
+        _check_admin(spec, admin, token)
         gateway, http = _wait(spec, directory, before.failures, say)
         return gateway, http, admin
     except BaseException:
@@ -201,6 +203,34 @@ def _deploy(spec: Spec, say: Say, token: str, *, shared: bool) -> tuple[str, str
             say("taking it down again")
             _undeploy()
         raise
+
+
+def _admin_trust(spec: Spec) -> tuple[str, str]:
+    """What the command line checks Admin's certificate by: authorities in PEM, and a name."""
+    if spec.admin.tls is None:
+        return "", ""
+    return spec.admin.tls.ca.read_text(encoding="utf-8"), spec.admin.tls.name or ""
+
+
+def _check_admin(spec: Spec, address: str, token: str) -> None:
+    """Ask Admin once over TLS, so that a certificate that nobody believes is found now.
+
+    Raises:
+        SpecError: it does not answer so.
+    """
+    from arriero.cluster.admin_client import AdminClient
+
+    if spec.admin.tls is None:
+        return
+    ca, name = _admin_trust(spec)
+    with AdminClient(address, token, ca=ca, name=name) as client:
+        try:
+            client.events(1)
+        except Unavailable as error:
+            raise SpecError(
+                f"`admin.tls`: its certificate is not believed at {address}: it must be from `ca`,"
+                f" and for `name`={name or address.rpartition(':')[0]!r}: {error}"
+            ) from None
 
 
 def _cause_of(error: Exception) -> ArrieroError:
@@ -236,34 +266,21 @@ def _wait(
             first = new[0]
             kind = _FAILURES.get(first.kind, GroupFailed)
             raise kind(f"{first.who} did not start: {first.cause}")
-        gateway_id, gateway = next(iter(board.gateways.items()), ("", None))
-        linked = _num_linked(gateway) if gateway and len(board.groups) >= wanted else 0
-        if gateway is not None and linked >= wanted:
-            return gateway, board.http.get(gateway_id, "")
+        gateway = max(board.gateways, key=lambda one: len(one.linked), default=None)
+        if gateway is not None and len(gateway.linked) >= wanted:
+            return gateway.address, gateway.http
         status = serve.status().applications.get(app.NAME)
         if status is not None and status.status == "DEPLOY_FAILED":
             raise GroupFailed(f"Ray Serve could not deploy: {status.message.strip()}")
         if time.monotonic() > deadline_s:
             raise Unavailable(
                 f"{len(board.groups)} of {wanted} groups and {len(board.gateways)} gateways serve,"
-                f" and {gateway or 'no gateway'} reaches {linked} groups, after"
+                f" and {'none' if gateway is None else gateway.address} reaches"
+                f" {0 if gateway is None else len(gateway.linked)} groups, after"
                 f" health.start_timeout_s={spec.health.start_timeout_s:g}"
             )
         say(_progress(board, wanted))
         time.sleep(_POLL_S)
-
-
-def _num_linked(gateway: str) -> int:
-    """How many groups the gateway can pass requests to, asked as a client would."""
-    import grpc
-
-    from arriero.router.client import Client
-
-    with Client(gateway, timeout_s=_ASK_LIMIT_S) as client:
-        try:
-            return sum(len(model.groups) for model in client.models())
-        except (ArrieroError, grpc.RpcError):
-            return 0
 
 
 def _progress(board: Board, wanted: int) -> str:
@@ -293,7 +310,7 @@ def _undeploy() -> None:
         time.sleep(_POLL_S)
     with contextlib.suppress(ValueError):
         ray.kill(ray.get_actor(registry.NAME, namespace=registry.NAMESPACE))
-    for kept in (operator.NAME, "epochs", "fenced", "history"):
+    for kept in (operator.NAME, "epochs", "fenced", "history", "live", "spares"):
         store.clear(kept)
 
 

@@ -14,7 +14,7 @@ import contextlib
 import os
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -22,7 +22,9 @@ from fastapi import FastAPI
 
 from arriero.cluster import registry
 from arriero.cluster.history import Failure
-from arriero.cluster.slices import node_address
+from arriero.cluster.live import Live
+from arriero.cluster.log_level import set_log_level
+from arriero.cluster.slices import reachable
 from arriero.cluster.spec import GatewaySpec, TlsSpec, TracingSpec
 from arriero.router.gateway import Gateway, GroupAddress
 from arriero.shards.errors import SpecError
@@ -39,6 +41,7 @@ class GatewaySettings:
         spec, link_tls, tracing: parts of the spec.
         models: their names.
         wake_s: see `GatewayConfig`.
+        log_level: see the spec.
     """
 
     spec: GatewaySpec
@@ -46,6 +49,7 @@ class GatewaySettings:
     link_tls: TlsSpec | None = None
     tracing: TracingSpec | None = None
     wake_s: Mapping[str, float] = field(default_factory=dict)
+    log_level: str = "warning"
 
 
 class GatewayReplica:
@@ -56,23 +60,32 @@ class GatewayReplica:
     """
 
     async def __init__(self, settings: GatewaySettings, *leaders: Any) -> None:  # type: ignore[misc]  # noqa: ANN401
+        set_log_level(settings.log_level)
+        self._live_version = 0
         self._id = uuid.uuid4().hex[:8]
         self._spec = settings.spec
         self._registry = registry.connect()
+        self._entry: registry.GatewayEntry | None = None
+        self._leaving = False
         http = self._spec.http
         try:
             config = self._spec.config(
                 settings.models, settings.link_tls, settings.tracing, settings.wake_s
             )
-            self._gateway = Gateway(config, self._on_lost)
+            self._gateway = Gateway(config, self._on_lost, on_change=self._on_change)
             port = await self._gateway.start()
         except (OSError, SpecError) as error:
             failure = Failure(who="gateway", kind="SpecError", cause=str(error))
             await self._registry.fail.remote(failure)
             raise
-        self._address = _reachable(self._spec.host, port)
         http_port = self._gateway.http_port
-        self._http = None if http is None or not http_port else _reachable(http.host, http_port)
+        self._entry = registry.GatewayEntry(
+            id=self._id,
+            address=reachable(self._spec.host, port),
+            http="" if http is None or not http_port else reachable(http.host, http_port),
+            pid=os.getpid(),
+            node_id=ray.get_runtime_context().get_node_id(),
+        )
         self._following = asyncio.create_task(self._follow())
         self._telling = asyncio.create_task(self._tell_demand())
 
@@ -87,24 +100,24 @@ class GatewayReplica:
 
     async def __del__(self) -> None:
         """Called by Serve once, when the replica is told to stop."""
+        self._leaving = True
         self._following.cancel()
         self._telling.cancel()
         with contextlib.suppress(ray.exceptions.RayError):
-            await self._registry.gateway.remote(self._id, None)
+            await self._registry.gateway_gone.remote(self._id)
         await self._gateway.stop(self._spec.drain_s)
 
     async def _follow(self) -> None:
         version = -1
         while True:
             try:
-                await self._registry.gateway.remote(
-                    self._id, self._address, self._http, os.getpid()
-                )
+                await self._registry.gateway.remote(self._entry)
                 board = await self._registry.changed.remote(version)
             except ray.exceptions.RayError:
                 await asyncio.sleep(RETRY_S)  # it is being restarted; the groups known serve on
                 continue
             version = board.version
+            self._take(board.live)
             await self._gateway.set_groups(
                 [
                     GroupAddress(one.group_id, one.model, one.address, one.link_token)
@@ -112,6 +125,16 @@ class GatewayReplica:
                 ],
                 fenced=board.fenced,
             )
+
+    def _take(self, live: Live | None) -> None:
+        """Take settings that were changed while this gateway runs."""
+        if live is None or live.version == self._live_version:
+            return
+        self._live_version = live.version
+        set_log_level(live.log_level)
+        self._gateway.reload(
+            tenants=live.tenants, limits=live.queue, lost_s=live.lost_s, wake_s=live.wake_s
+        )
 
     async def _tell_demand(self) -> None:
         """Tell what waits here, for as long as anything does."""
@@ -123,11 +146,14 @@ class GatewayReplica:
                 self._registry.demand.remote(self._id, waiting)
             told = bool(waiting)
 
+    def _on_change(self) -> None:
+        linked = self._gateway.linked()
+        if self._entry is None or self._leaving:
+            return
+        if linked != self._entry.linked:
+            self._entry = replace(self._entry, linked=linked)
+            self._registry.gateway.remote(self._entry)
+
     def _on_lost(self, group_id: str, cause: str) -> None:
         # no answer is waited for: if the registry is away just now, leases do its work
         self._registry.suspect.remote(group_id, cause)
-
-
-def _reachable(host: str, port: int) -> str:
-    """The address that clients use; a listener on every interface is reached at its node's."""
-    return f"{node_address() if host in ('0.0.0.0', '[::]') else host}:{port}"

@@ -25,6 +25,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from arriero.cluster import nodes, registry
 from arriero.cluster.history import Failure
+from arriero.cluster.live import Live
+from arriero.cluster.log_level import set_log_level
 from arriero.cluster.slices import SliceActor, Whereabouts, node_address
 from arriero.shards.errors import ArrieroError, CollectiveFailed, GroupFailed
 from arriero.shards.failure import KEEP_LINES, Evidence, FirstCause, Kind
@@ -65,6 +67,7 @@ class GroupSettings:
         tracing: where spans go; None makes none.
         canary_s: between two tokens drawn while idle.
         limits: how long a slice may be silent, and the group stuck.
+        log_level: see the spec.
     """
 
     model: str
@@ -78,6 +81,7 @@ class GroupSettings:
     drain_s: float
     canary_s: float
     limits: HealthLimits
+    log_level: str = "warning"
     link_tls: TlsSpec | None = None
     tracing: TracingSpec | None = None
 
@@ -99,7 +103,9 @@ class Leader:
     """The Serve replica that leads one group; ready once a token came through every slice."""
 
     async def __init__(self, settings: GroupSettings) -> None:  # type: ignore[misc]  # Serve awaits it
+        set_log_level(settings.log_level)
         self._settings = settings
+        self._live_version = 0
         self._registry = registry.connect()
         self._loop = asyncio.get_running_loop()
         self._epoch = 0
@@ -116,6 +122,7 @@ class Leader:
         self._link_token = secrets.token_hex(32)  # one for each life of a leader
         self._canary: Canary | None = None
         self._entry: registry.GroupEntry | None = None
+        self._standing: asyncio.Task[None] | None = None
         self._loaded = -1
         self._serving = False
         self._closing = False
@@ -123,13 +130,16 @@ class Leader:
             async with asyncio.timeout(settings.start_timeout_s):
                 self._epoch = await self._registry.claim.remote(settings.slot)
                 self._group_id = f"{settings.slot}.{self._epoch}"
+                self._say("placing slices")
+                self._where = await self._place()
+                if not await self._registry.turn.remote(settings.slot, 0.0):
+                    self._standing = asyncio.create_task(self._stand_by())
+                    return
                 await self._start()
         except BaseException as error:
             if self._closing:  # what follows from that is no failure
                 raise GroupFailed("told to stop while it started") from None
-            text = str(error) or f"{type(error).__name__} in the group's start"
-            if isinstance(error, TimeoutError):
-                text = f"no token within start_timeout_s={settings.start_timeout_s:g}"
+            text = self._why_not_started(error)
             await self._tell_failure(type(error).__name__, text, await self._first_cause())
             await self._close()
             # Serve tells this text, so it must be the cause itself; chains it would unroll
@@ -151,10 +161,46 @@ class Leader:
         with contextlib.suppress(ray.exceptions.RayError):
             await self._registry.unregister.remote(self._group_id)
 
+    def _why_not_started(self, error: BaseException) -> str:
+        if isinstance(error, TimeoutError):
+            return f"no token within start_timeout_s={self._settings.start_timeout_s:g}"
+        return str(error) or f"{type(error).__name__} in the group's start"
+
+    async def _stand_by(self) -> None:
+        """Be a spare: go as far as takes no memory of the devices, and on when it is our turn."""
+        slot, path = self._settings.slot, self._settings.config.model_path
+        try:
+            self._say("standing by")
+            await asyncio.gather(
+                asyncio.to_thread(_load_code), *(one.warm.remote(path) for one in self._slices)
+            )
+            while not await self._turn(slot):
+                await self._see_slices()
+            async with asyncio.timeout(self._settings.start_timeout_s):
+                await self._start()
+        except Exception as error:  # whatever it is, this group is of no use
+            self._failure = self._why_not_started(error)
+            await self._end(self._failure, type(error).__name__)
+        self._serving = True
+
+    async def _see_slices(self) -> None:
+        """A slice that is gone or stopped is found now, not when it is needed."""
+        try:
+            async with asyncio.timeout(self._settings.limits.silence_s):
+                await asyncio.gather(*[one.whereabouts.remote() for one in self._slices])
+        except (TimeoutError, ray.exceptions.RayError):
+            raise GroupFailed("a slice that stood by is gone, or does not answer") from None
+
+    async def _turn(self, slot: str) -> bool:
+        try:
+            return bool(await self._registry.turn.remote(slot, registry.TURN_S))
+        except ray.exceptions.RayError:  # it is being restarted, and knows the spares again then
+            await asyncio.sleep(registry.TURN_S)
+            return False
+
     async def _start(self) -> None:
-        self._say("placing slices")
         begun_s = time.monotonic()
-        where = self._where = await self._place()
+        where = self._where
         # imported only now: the slices import torch meanwhile
         from arriero.router.card import ModelCard
         from arriero.shards.checkpoint.formats.describe import describe
@@ -218,7 +264,7 @@ class Leader:
             slice_nodes=tuple(one.address for one in where),
             slice_node_ids=tuple(one.node_id for one in where),
         )
-        if not await self._renew():
+        if await self._renew() is None:
             raise GroupFailed(f"{self._group_id} was replaced while it started")
         places = {entry.node_id: entry.address for entry in where}
         places[self._entry.node_id] = self._entry.node
@@ -246,7 +292,7 @@ class Leader:
                     placement_group_bundle_index=rank // self._settings.slices_per_bundle + 1,
                 ),
             )
-            self._slices.append(options.remote())
+            self._slices.append(options.remote(self._settings.log_level))
         return list(await asyncio.gather(*[one.whereabouts.remote() for one in self._slices]))
 
     def _link_host(self, where: Sequence[Whereabouts]) -> str | None:
@@ -276,7 +322,7 @@ class Leader:
         def on_failure(error: Exception) -> None:
             self._on_lost(str(error))
 
-        journal = Journal(limits.num_blocks * limits.num_lanes + limits.tiers.num_blocks)
+        journal = Journal((limits.num_blocks + limits.tiers.num_blocks) * limits.num_lanes)
         engine = self._engine = Engine(
             limits, self._executor, on_outputs, on_failure=on_failure, on_event=journal.note
         )
@@ -341,13 +387,13 @@ class Leader:
         if self._serving:
             self._ending = asyncio.create_task(self._end(cause))
 
-    async def _end(self, cause: str) -> None:
+    async def _end(self, cause: str, kind: str = GroupFailed.__name__) -> None:
         """Tell the first cause, and end this process and the slices': no zombie answers."""
         try:
             record = await self._first_cause()
             if record is not None:
                 cause = record.cause.what
-            await asyncio.wait_for(self._tell_failure(GroupFailed.__name__, cause, record), END_S)
+            await asyncio.wait_for(self._tell_failure(kind, cause, record), END_S)
         finally:
             places = [(one.node_id, one.pid) for one in self._where]
             with contextlib.suppress(Exception):  # whatever it is, this process must end
@@ -381,16 +427,32 @@ class Leader:
             await asyncio.sleep(self._settings.period_s)
             # a registry that is being restarted comes back; leases outlast a few periods
             with contextlib.suppress(ray.exceptions.RayError):
-                if not await self._renew():
+                version = await self._renew()
+                if version is None:
                     self._on_lost("it was replaced while it was silent")
+                elif version != self._live_version:
+                    self._take(await self._registry.live.remote())
 
-    async def _renew(self) -> bool:
-        """Renew the entry; False when this group has been replaced."""
+    def _take(self, live: Live | None) -> None:
+        """Take settings that were changed while this group runs."""
+        if live is None:
+            return
+        self._live_version = live.version
+        self._settings = replace(self._settings, limits=live.health, canary_s=live.canary_s)
+        if self._executor is not None:
+            self._executor.set_limits(live.health)
+        set_log_level(live.log_level)
+        for actor in self._slices:
+            actor.set_log_level.remote(live.log_level)
+
+    async def _renew(self) -> int | None:
+        """Renew the entry; gives the live settings' version, None when it has been replaced."""
         assert self._engine is not None and self._entry is not None
         phase = "draining" if self._closing else "serving"
         entry = replace(self._entry, stats=asdict(self._engine.stats()), phase=phase)
         lease_s = LEASE_PERIODS * self._settings.period_s
-        return bool(await self._registry.register.remote(entry, lease_s))
+        version: int | None = await self._registry.register.remote(entry, lease_s)
+        return version
 
     async def _keep_drawing(self) -> None:
         """Draw a token whenever nothing else went through the slices for a while."""
@@ -417,6 +479,8 @@ class Leader:
     async def _close(self) -> None:
         """Drain, stop engine and slices, and let their processes go."""
         self._closing = True
+        if self._standing is not None:
+            self._standing.cancel()
         drain_s = self._settings.drain_s if self._failure is None else 0.0
         if self._link is not None:
             with contextlib.suppress(ray.exceptions.RayError):
@@ -437,6 +501,17 @@ class Leader:
         self._slices = []
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
+
+
+def _load_code() -> None:
+    """Import what a start takes, so that it need not wait for that."""
+    import arriero.cluster.canary
+    import arriero.cluster.kv_desk
+    import arriero.router.link
+    import arriero.shards.checkpoint.formats.describe
+    import arriero.shards.executor
+    import arriero.shards.models.llama4_config
+    import arriero.shards.resolve  # noqa: F401
 
 
 def _with_threads(config: GroupConfig, where: Sequence[Whereabouts]) -> GroupConfig:

@@ -13,12 +13,17 @@ import signal
 import socket
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from arriero.shards.errors import ArrieroError, Unavailable
+
 ASK_S = 3.0
+WORK_S = 20.0
+"""A node that has no worker to spare starts one for what it is asked."""
+R = TypeVar("R")
 _PROBE_S = 1.0
 
 
@@ -119,6 +124,24 @@ async def log_tail(node_id: str, pid: int, count: int) -> list[str]:
         lines: list[str] = await asyncio.wait_for(_on(node_id, _tail, pid, count), ASK_S)
         return lines
     return []
+
+
+async def ask(node_id: str, work: Callable[..., R], *args: object) -> R:
+    """What `work(*args)` gives on a node.
+
+    Raises:
+        ArrieroError: `work` raised it.
+        Unavailable: the node does not answer in time.
+    """
+    try:
+        found: R = await asyncio.wait_for(_on(node_id, work, *args), WORK_S)
+        return found
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ArrieroError):
+            raise error.cause from None
+        raise Unavailable(str(error.cause)) from None
+    except (TimeoutError, ray.exceptions.RayError) as error:
+        raise Unavailable(f"the node does not answer: {error or 'too late'}") from None
 
 
 def _on(node_id: str, work: Callable[..., Any], *args: object) -> asyncio.Future[Any]:

@@ -10,11 +10,11 @@ Knows applications and wishes; knows nothing of requests or steps.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
+import secrets
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -23,8 +23,21 @@ from ray.actor import ActorHandle
 
 from arriero.cluster import app, nodes, registry, store
 from arriero.cluster.autoscale import Autoscaler, Demand
-from arriero.cluster.changes import Phase, Slot, Start, Stop, Wish, decide, settled
+from arriero.cluster.changes import (
+    Phase,
+    Promote,
+    Slot,
+    Start,
+    Stop,
+    Wish,
+    decide,
+    settled,
+    spares_settled,
+)
+from arriero.cluster.differences import Change, changes, live_settings, refuse
+from arriero.cluster.log_level import set_log_level
 from arriero.cluster.spec import ModelSpec, Spec
+from arriero.cluster.wanted import Kept, Managed, Place, Revision, count_of, essence
 from arriero.router.peers import ask_leader
 from arriero.router.roles import Role, assign
 from arriero.shards.errors import ArrieroError, NotFound, SpecError
@@ -46,61 +59,6 @@ CROWDED_S = 600.0
 """For so long no other is tried."""
 
 
-@dataclass(slots=True)
-class Revision:
-    """Settings of a model that are or were wanted.
-
-    Attributes:
-        number: counts up.
-        settings: a `ModelSpec` as JSON.
-        digest: of the weights when it began.
-    """
-
-    number: int
-    settings: dict[str, Any]
-    digest: str
-
-
-@dataclass(slots=True)
-class Managed:
-    """One model as the operator keeps it; the latest revision is the wanted one."""
-
-    count: int
-    revisions: list[Revision]
-    drained: list[str] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class Place:
-    """One slot as the operator keeps it."""
-
-    model: str
-    revision: int
-    stopping: bool = False
-
-
-@dataclass(slots=True)
-class Kept:
-    """All that outlives the operator's process."""
-
-    spec: dict[str, Any]
-    shared: bool
-    token: str
-    admin_port: int = 0
-    models: dict[str, Managed] = field(default_factory=dict)
-    places: dict[str, Place] = field(default_factory=dict)
-
-    @classmethod
-    def from_wire(cls, data: Mapping[str, Any]) -> Kept:
-        """Undo `asdict`."""
-        models = {
-            name: Managed(**{**one, "revisions": [Revision(**r) for r in one["revisions"]]})
-            for name, one in data["models"].items()
-        }
-        places = {name: Place(**one) for name, one in data["places"].items()}
-        return cls(**{**data, "models": models, "places": places})
-
-
 class Operator:
     """The actor behind `connect()`."""
 
@@ -108,6 +66,7 @@ class Operator:
         kept = store.get(NAME)
         self._kept = Kept(spec, shared, token) if kept is None else Kept.from_wire(kept)
         self._spec = Spec.model_validate(self._kept.spec)
+        set_log_level(self._spec.log_level)
         self._registry = registry.connect()
         self._wake = asyncio.Event()
         self._failed: dict[str, str] = {}
@@ -116,15 +75,18 @@ class Operator:
         self._roles: dict[str, Role] = {}  # told, by group; all begin as "both"
         self._scalers: dict[str, Autoscaler] = {}
         self._change = asyncio.Lock()
+        self._gateways_change = False  # until Serve has replaced them
+        self._spares: frozenset[str] = frozenset()  # slots that stand by, as last seen
         from arriero.cluster.admin import AdminServer
 
-        self._admin = AdminServer(self, self._registry, self._kept.token)
-        host = self._spec.admin.host
+        self._admin = AdminServer(self, self._registry)
+        at = self._spec.admin
+        tls = None if at.tls is None else at.tls.files()
         try:  # where it was before a restart: the command line knows that port
-            port = self._spec.admin.port or self._kept.admin_port
-            self._address = await self._admin.start(host, port)
+            port = at.port or self._kept.admin_port
+            self._address = await self._admin.start(at.host, port, tls)
         except OSError:
-            self._address = await self._admin.start(host, self._spec.admin.port)
+            self._address = await self._admin.start(at.host, at.port, tls)
         self._kept.admin_port = int(self._address.rpartition(":")[2])
         if not self._kept.models:
             for model in self._spec.models:
@@ -146,6 +108,17 @@ class Operator:
         """The deployment's, as it was last deployed."""
         return self._spec
 
+    def tokens(self) -> list[str]:
+        """The tokens that Admin takes now."""
+        kept = self._kept
+        before = [kept.token_before] if time.time() < kept.token_before_until else []
+        return [kept.token, *before]
+
+    @property
+    def gateways_settled(self) -> bool:
+        """Whether the gateways are those of the wanted spec."""
+        return not self._gateways_change
+
     def wishes(self) -> dict[str, Wish]:
         """What is wanted now."""
         return {
@@ -154,12 +127,14 @@ class Operator:
                 count=one.count,
                 surge=self._surge(name),
                 drained=frozenset(one.drained),
+                spares=self.settings(name).spares,
             )
             for name, one in self._kept.models.items()
         }
 
     def slots(self, board: registry.Board) -> list[Slot]:
         """What there is."""
+        self._spares = frozenset(board.spares)
         serving = {one.slot: one for one in board.groups if one.phase == "serving"}
         found = []
         for name, place in self._kept.places.items():
@@ -167,11 +142,20 @@ class Operator:
                 phase = Phase.STOPPING
             elif name in serving:
                 phase = Phase.SERVING
+            elif name in board.standby:
+                phase = Phase.STANDBY
             else:
                 phase = Phase.FAILED if name in self._failed else Phase.STARTING
             load = 0 if name not in serving else serving[name].stats.get("num_running", 0)
             found.append(
-                Slot(name=name, model=place.model, revision=place.revision, phase=phase, load=load)
+                Slot(
+                    name=name,
+                    model=place.model,
+                    revision=place.revision,
+                    phase=phase,
+                    load=load,
+                    spare=name in self._spares,
+                )
             )
         return found
 
@@ -222,30 +206,71 @@ class Operator:
         """Want the settings of `spec`, or the same ones with the weights that are there now."""
         async with self._change:
             wanted = spec or self._spec
-            strange = {one.name for one in wanted.models} ^ set(self._kept.models)
-            if spec is not None and strange:
-                raise SpecError(
-                    f"models {', '.join(sorted(strange))} are in the spec or in the deployment"
-                    " alone; a rollout changes the settings of the models that are deployed"
-                )
+            differing = changes(self._spec, wanted)
+            refuse(differing, "rollout")
+            rolled = [one.field for one in differing if one.price == "rollout"]
+            # what each group's leader was started with
+            force = force or any(_part(one) in ("health", "tracing") for one in rolled)
+            looked = {}
+            for model in wanted.models:  # what cannot be read is said before anything is changed
+                last = self._kept.models[model.name].revisions[-1]
+                settings = model.model_dump(mode="json") if spec is not None else last.settings
+                digest = await self._digest(ModelSpec.model_validate(settings))
+                looked[model.name] = settings, digest
+            if spec is not None:
+                await self._publish(spec, differing)
             told = []
             for model in wanted.models:
                 managed = self._kept.models[model.name]
                 last = managed.revisions[-1]
-                settings = model.model_dump(mode="json") if spec is not None else last.settings
-                digest = await self._digest(ModelSpec.model_validate(settings))
+                settings, digest = looked[model.name]
                 managed.count = model.groups if spec is not None else managed.count
-                if spec is not None and _count_of(settings) != _count_of(last.settings):
-                    last.settings = {**last.settings, **_count_of(settings)}
+                if spec is not None and count_of(settings) != count_of(last.settings):
+                    last.settings = {**last.settings, **count_of(settings)}
                     self._scalers.pop(model.name, None)
-                if force or (_essence(settings), digest) != (_essence(last.settings), last.digest):
+                if force or (essence(settings), digest) != (essence(last.settings), last.digest):
                     told.append(await self._revise(model.name, settings, digest))
-            if spec is not None:
-                self._spec = spec
-                self._kept.spec = spec.model_dump(mode="json")
+            if any(_part(one) in ("gateway", "health", "tracing") for one in rolled):
+                told.append("gateways: new settings")
+                self._gateways_change = True
+                await asyncio.to_thread(_run_app, app.NAME, app.gateways(self._spec))
             if not told:
                 return await self._begin(app.NAME, "settings and weights are as they were")
             return "; ".join(told)
+
+    async def reload(self, spec: Spec) -> str:
+        """Take what of a spec can be changed while everything runs.
+
+        Raises:
+            SpecError: something else differs; nothing is changed then.
+        """
+        async with self._change:
+            differing = changes(self._spec, spec)
+            refuse(differing, "reload")
+            if not differing:
+                return "settings are as they were"
+            for model in spec.models:
+                last = self._kept.models[model.name].revisions[-1]
+                before = next(one for one in self._spec.models if one.name == model.name)
+                wanted = count_of(model.model_dump(mode="json"))
+                if wanted != count_of(before.model_dump(mode="json")):
+                    last.settings = {**last.settings, **wanted}
+                    self._scalers.pop(model.name, None)
+                if model.groups != before.groups:
+                    self._kept.models[model.name].count = model.groups
+            await self._publish(spec, differing)
+            return await self._begin(app.NAME, f"reloaded {', '.join(c.field for c in differing)}")
+
+    async def rotate_token(self, overlap_s: float) -> str:
+        """Have Admin ask for another token, and take this one for a while."""
+        async with self._change:
+            kept = self._kept
+            kept.token_before, kept.token = kept.token, secrets.token_urlsafe(32)
+            kept.token_before_until = time.time() + overlap_s
+            self._keep()
+            text = f"Admin's token was replaced; the one before is taken for {overlap_s:g} s"
+            await self._note("keys", app.NAME, text)
+            return kept.token
 
     async def rollback(self, model: str) -> str:
         """Want the settings before the last rollout again."""
@@ -255,6 +280,16 @@ class Operator:
                 raise SpecError(f"model `{model}` has no revision before {revisions[-1].number}")
             before = revisions[-2]
             return await self._revise(model, before.settings, before.digest)
+
+    async def _publish(self, spec: Spec, differing: Sequence[Change]) -> None:
+        """Want a spec, and have gateways and leaders take what they can while they run."""
+        self._spec = spec
+        self._kept.spec = spec.model_dump(mode="json")
+        self._room = app.Room.of_cluster(spec, shared=self._kept.shared)
+        set_log_level(spec.log_level)
+        if any(one.price == "reload" for one in differing):
+            self._kept.live_version += 1
+            await self._registry.reload.remote(live_settings(spec, self._kept.live_version))
 
     # ---- the loop ----
 
@@ -279,7 +314,8 @@ class Operator:
         await self._autoscale(board)
         await self._assign_roles(board)
         wishes = self.wishes()
-        if settled(wishes, self.slots(board)):
+        slots = self.slots(board)
+        if settled(wishes, slots) and spares_settled(wishes, slots) and self.gateways_settled:
             return True
         await self._look()
         await self._unplace(board)
@@ -287,6 +323,8 @@ class Operator:
         for action in actions:
             if isinstance(action, Start):
                 await self._start(action)
+            elif isinstance(action, Promote):
+                await self._registry.promote.remote(action.slot)
             else:
                 await self._stop(action)
         if actions:
@@ -352,6 +390,8 @@ class Operator:
     async def _look(self) -> None:
         """Which applications there are, and which could not start."""
         apps = (await asyncio.to_thread(serve.status)).applications
+        if app.NAME in apps and apps[app.NAME].status == "RUNNING":
+            self._gateways_change = False
         self._failed = {
             name.removeprefix(PREFIX): one.message.strip()
             for name, one in apps.items()
@@ -360,6 +400,7 @@ class Operator:
         for slot in [name for name, place in self._kept.places.items() if place.stopping]:
             if PREFIX + slot not in apps:
                 place = self._kept.places.pop(slot)
+                await self._registry.promote.remote(slot)  # whoever comes there next is no spare
                 managed = self._kept.models[place.model]
                 managed.drained = [one for one in managed.drained if one != slot]
                 self._keep()
@@ -371,7 +412,10 @@ class Operator:
         )
         self._kept.places[action.slot] = Place(action.model, action.revision)
         self._keep()
-        await self._note("starting", action.slot, f"revision {action.revision}")
+        if action.spare:
+            await self._registry.spare.remote(action.slot, action.model, action.revision)
+        what = " as a spare" if action.spare else ""
+        await self._note("starting", action.slot, f"revision {action.revision}{what}")
         await asyncio.to_thread(_run_app, PREFIX + action.slot, built)
 
     async def _stop(self, action: Stop) -> None:
@@ -394,7 +438,11 @@ class Operator:
 
     def _surge(self, name: str) -> int:
         """A group more while others are replaced, where the cluster has room for it."""
-        places = [one for one in self._kept.places.values() if one.model == name]
+        places = [
+            slot
+            for slot, one in self._kept.places.items()
+            if one.model == name and slot not in self._spares
+        ]
         if self._crowded_until_s.get(name, 0.0) > time.monotonic():
             return 0
         if len(places) != self._kept.models[name].count:
@@ -417,7 +465,12 @@ class Operator:
                 self._placing_since_s.pop(slot.name, None)
                 continue
             since_s = self._placing_since_s.setdefault(slot.name, now_s)
-            surplus = sum(p.model == slot.model for p in self._kept.places.values())
+            surplus = sum(
+                one.model == slot.model and name not in self._spares
+                for name, one in self._kept.places.items()
+            )
+            if slot.spare:
+                continue  # it waits for room as long as it takes
             if now_s - since_s > PLACE_S and surplus > self._kept.models[slot.model].count:
                 self._crowded_until_s[slot.model] = now_s + CROWDED_S
                 await self._stop(Stop(slot=slot.name, why="there is no room for a group more"))
@@ -485,14 +538,6 @@ def _digest_of(folder: str) -> str:
     return Checkpoint.open(folder).digest
 
 
-_COUNTS = ("groups", "autoscale", "prefill_groups")
-
-
-def _essence(settings: Mapping[str, Any]) -> str:
-    """What of a model's settings its groups must be replaced for."""
-    return json.dumps({k: v for k, v in settings.items() if k not in _COUNTS}, sort_keys=True)
-
-
-def _count_of(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The rest, which says how many groups there are."""
-    return {name: settings[name] for name in _COUNTS if name in settings}
+def _part(field: str) -> str:
+    """The section of the spec that a field is of."""
+    return field.partition(".")[0]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,11 +20,14 @@ from ray.actor import ActorHandle
 
 from arriero.cluster import nodes, store
 from arriero.cluster.history import Event, Failure, History
+from arriero.cluster.live import Live
 from arriero.shards.failure import Evidence, FirstCause, Kind
 
 NAME = "registry"
 NAMESPACE = "arriero"
 _POLL_S = 20.0
+TURN_S = 2.0
+"""So often a group that stands by asks whether it is its turn, if it is not told sooner."""
 _GATEWAY_LEASE_S = 3 * _POLL_S
 _KEEP_FENCED = 64
 _SUSPECT_S = 2.5
@@ -79,30 +83,53 @@ class GroupEntry:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GatewayEntry:
+    """One gateway.
+
+    Attributes:
+        id: unique among the gateways that ever were.
+        address: of gRPC, as clients reach it.
+        http: of HTTP; "" for none.
+        pid: its process.
+        node_id: Ray's name for its node.
+        linked: groups that it can pass requests to.
+    """
+
+    id: str
+    address: str
+    http: str = ""
+    pid: int = 0
+    node_id: str = ""
+    linked: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Board:
     """A snapshot.
 
     Attributes:
-        version: changes with `groups` and `fenced`.
+        version: changes with `groups`, `fenced` and `live`.
         groups: those that serve or drain.
-        gateways: gRPC address of each gateway, by its id.
-        http: HTTP address of each gateway that has one, by its id.
-        gateway_pids: process of each gateway, by its id.
+        gateways: those that listen.
         progress: how far starts are, by group id.
         failures: the latest ones, newest last.
         fenced: the latest groups that are not to be heard any more.
         demand: by model, requests that wait in gateways and the longest predicted wait, in seconds.
+        live: settings that were changed while everything runs; None for none.
+        spares: slots whose groups are to stand by.
+        standby: those of them that do.
     """
 
     version: int
     groups: tuple[GroupEntry, ...]
-    gateways: dict[str, str]
+    gateways: tuple[GatewayEntry, ...]
     progress: dict[str, str]
     failures: tuple[Failure, ...]
-    http: dict[str, str] = field(default_factory=dict)
-    gateway_pids: dict[str, int] = field(default_factory=dict)
     fenced: tuple[str, ...] = ()
     demand: dict[str, tuple[int, float]] = field(default_factory=dict)
+    live: Live | None = None
+    spares: tuple[str, ...] = ()
+    standby: tuple[str, ...] = ()
 
 
 class Registry:
@@ -113,15 +140,19 @@ class Registry:
         self._groups: dict[str, GroupEntry] = {}
         self._expiry_s: dict[str, float] = {}
         self._renewed_s: dict[str, float] = {}
-        self._gateways: dict[str, str] = {}
-        self._http: dict[str, str] = {}
-        self._gateway_pids: dict[str, int] = {}
+        self._gateways: dict[str, GatewayEntry] = {}
         self._gateway_expiry_s: dict[str, float] = {}
         self._demand: dict[str, tuple[float, dict[str, tuple[int, float]]]] = {}
         self._progress: dict[str, str] = {}
         self._epochs: dict[str, int] = store.get("epochs") or {}
         self._fenced: list[str] = store.get("fenced") or []
         self._history = History(store.get("history"))
+        live = store.get("live")
+        self._live = None if live is None else Live.from_wire(live)
+        # slots of spare groups, each with its model and revision; and when each last asked its turn
+        self._spares: dict[str, list[Any]] = store.get("spares") or {}
+        self._asked_s: dict[str, float] = {}
+        self._stands_in: dict[str, str] = {}  # promoted slots, and for whom, until they serve
         self._moved = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._watched: set[str] = set()
@@ -133,17 +164,51 @@ class Registry:
         store.put("epochs", self._epochs)
         return epoch
 
-    async def register(self, entry: GroupEntry, lease_s: float) -> bool:
+    async def spare(self, slot: str, model: str, revision: int) -> None:
+        """Have the group that starts in a slot stand by, for one of its model that is lost."""
+        self._spares[slot] = [model, revision]
+        store.put("spares", self._spares)
+
+    async def promote(self, slot: str) -> None:
+        """Have a slot's group serve; safe for one that is no spare."""
+        self._asked_s.pop(slot, None)
+        if self._spares.pop(slot, None) is not None:
+            store.put("spares", self._spares)
+            self._moved.set()
+
+    async def turn(self, slot: str, limit_s: float) -> bool:
+        """Whether a group that has started is to serve: at once, or within `limit_s` seconds."""
+        deadline_s = time.monotonic() + limit_s
+        while slot in self._spares:
+            self._asked_s[slot] = time.monotonic()
+            if (left_s := deadline_s - time.monotonic()) <= 0:
+                return False
+            self._moved.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._moved.wait(), left_s)
+        return True
+
+    async def reload(self, live: Live) -> None:
+        """Have gateways and leaders take other settings, those that start later too."""
+        store.put("live", live.to_wire())
+        self._live = live
+        self._bump()
+
+    async def live(self) -> Live | None:
+        """The settings that were changed since the deployment, or None."""
+        return self._live
+
+    async def register(self, entry: GroupEntry, lease_s: float) -> int | None:
         """Add or renew a group; it is dropped when not renewed within `lease_s` seconds.
 
         A group that serves takes the place of an older one in its slot, which is fenced unless it
         drains.
 
         Returns:
-            False when it is fenced: it must end.
+            None when it is fenced: it must end; else the version of the live settings.
         """
         if entry.group_id in self._fenced:
-            return False
+            return None
         known = self._groups.get(entry.group_id)
         serving = [
             one
@@ -151,7 +216,7 @@ class Registry:
             if one.slot == entry.slot and one.phase == "serving"
         ]
         if entry.phase == "serving" and any(one.epoch > entry.epoch for one in serving):
-            return False
+            return None
         for older in [one for one in serving if one.epoch < entry.epoch]:
             self._fence(older)
         self._groups[entry.group_id] = entry
@@ -162,13 +227,14 @@ class Registry:
         self._progress.pop(entry.group_id, None)
         self._epochs[entry.slot] = max(entry.epoch, self._epochs.get(entry.slot, 0))
         if known is None:
-            self._history.serving(time.time(), entry.slot, entry.group_id)
+            lost = self._stands_in.pop(entry.slot, entry.slot)
+            self._history.serving(time.time(), lost, entry.group_id)
             self._keep()
         if known is None or (known.address, known.phase) != (entry.address, entry.phase):
             if entry.phase == "draining":
                 await self.note("draining", entry.group_id, "takes no more requests")
             self._bump()
-        return True
+        return 0 if self._live is None else self._live.version
 
     async def unregister(self, group_id: str) -> None:
         """A group has ended well; safe when it is not there."""
@@ -186,9 +252,11 @@ class Registry:
         failure = replace(failure, at=failure.at or time.time())
         self._history.failed(failure)
         self._keep()
-        self._forget_gateway(failure.who)
+        self._gateways.pop(failure.who, None)
         self._progress.pop(failure.who, None)
         if (entry := self._groups.get(failure.who)) is not None:
+            if entry.phase == "serving":
+                await self._replace(entry)
             self._fence(entry)
 
     async def suspect(self, group_id: str, cause: str) -> None:
@@ -202,19 +270,16 @@ class Registry:
             words = f"its leader has been silent for {silent_s:.1f} s: stopped, or cut off"
             await self._lost(entry, Kind.SILENT, words, cause, after_s=silent_s)
 
-    async def gateway(
-        self, gateway_id: str, address: str | None, http: str | None = None, pid: int = 0
-    ) -> None:
-        """Say where a gateway listens, now and then, or with None that it no longer does."""
-        self._forget_gateway(gateway_id)
-        self._gateway_expiry_s[gateway_id] = time.monotonic() + _GATEWAY_LEASE_S
-        if address is not None:
-            for other in [one for one, at in self._gateways.items() if at == address]:
-                self._forget_gateway(other)  # it listened there before it was replaced
-            self._gateways[gateway_id] = address
-            self._gateway_pids[gateway_id] = pid
-            if http is not None:
-                self._http[gateway_id] = http
+    async def gateway(self, entry: GatewayEntry) -> None:
+        """Say where a gateway listens: now and then, and when its links change."""
+        for other in [one.id for one in self._gateways.values() if one.address == entry.address]:
+            del self._gateways[other]  # it listened there before it was replaced
+        self._gateways[entry.id] = entry
+        self._gateway_expiry_s[entry.id] = time.monotonic() + _GATEWAY_LEASE_S
+
+    async def gateway_gone(self, gateway_id: str) -> None:
+        """A gateway no longer listens; safe when it is not there."""
+        self._gateways.pop(gateway_id, None)
 
     async def demand(self, gateway_id: str, waiting: dict[str, tuple[int, float]]) -> None:
         """Say what waits in a gateway, by model, every second while anything does."""
@@ -251,13 +316,14 @@ class Registry:
         return Board(
             version=self._version,
             groups=tuple(self._groups.values()),
-            gateways=dict(self._gateways),
+            gateways=tuple(self._gateways.values()),
             progress=dict(self._progress),
             failures=self._history.failures,
-            http=dict(self._http),
-            gateway_pids=dict(self._gateway_pids),
             fenced=tuple(self._fenced),
             demand=self._waiting(),
+            live=self._live,
+            spares=tuple(self._spares),
+            standby=tuple(one for one in self._spares if self._stands_by(one)),
         )
 
     def _waiting(self) -> dict[str, tuple[int, float]]:
@@ -322,6 +388,20 @@ class Registry:
             )
         )
 
+    def _stands_by(self, slot: str) -> bool:
+        return time.monotonic() - self._asked_s.get(slot, -math.inf) < 2 * TURN_S
+
+    async def _replace(self, lost: GroupEntry) -> None:
+        """Have a spare group take a lost one's place, whose slot becomes the spare's."""
+        wanted = [lost.model, lost.revision]
+        ready = [s for s, of in self._spares.items() if of == wanted and self._stands_by(s)]
+        if not ready:
+            return
+        self._spares[lost.slot] = wanted
+        self._stands_in[ready[0]] = lost.slot
+        await self.promote(ready[0])
+        await self.note("spare", ready[0], f"takes the place of {lost.slot}")
+
     def _fence(self, entry: GroupEntry) -> None:
         """Refuse a group from now on, and see that its processes end."""
         self._forget(entry.group_id)
@@ -352,12 +432,7 @@ class Registry:
             self._in_background(self._lost(entry, Kind.SILENT, words, "", after_s=silent_s))
         for gateway_id in [one for one, at_s in self._gateway_expiry_s.items() if at_s <= now_s]:
             del self._gateway_expiry_s[gateway_id]
-            self._forget_gateway(gateway_id)
-
-    def _forget_gateway(self, gateway_id: str) -> None:
-        self._gateways.pop(gateway_id, None)
-        self._http.pop(gateway_id, None)
-        self._gateway_pids.pop(gateway_id, None)
+            self._gateways.pop(gateway_id, None)
 
     def _keep(self) -> None:
         with contextlib.suppress(RuntimeError):  # Ray's store is away while its head restarts

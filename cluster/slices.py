@@ -8,9 +8,12 @@ from __future__ import annotations
 import os
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ray
+
+from arriero.cluster.log_level import set_log_level
 
 if TYPE_CHECKING:
     from arriero.shards.slice import Ticket
@@ -29,7 +32,8 @@ class Whereabouts:
 class SliceActor:
     """One slice; its leader owns it, and it dies with its leader."""
 
-    def __init__(self) -> None:
+    def __init__(self, log_level: str) -> None:
+        set_log_level(log_level)
         # torch takes seconds to import: begin while the leader still hears of its other slices
         self._import = threading.Thread(target=_import_runner, daemon=True)
         self._import.start()
@@ -44,11 +48,22 @@ class SliceActor:
             cores=len(os.sched_getaffinity(0)),
         )
 
+    def set_log_level(self, level: str) -> None:
+        """Log what is of this level or above; may be called while it serves."""
+        set_log_level(level)
+
     def digest(self, where: str) -> str:
         """The checkpoint's digest; asked here because it takes torch, which a leader spares."""
         from arriero.shards.checkpoint.reader import Checkpoint
 
         return Checkpoint.open(where).digest
+
+    def warm(self, where: str) -> int:
+        """Load this slice's code, and a checkpoint into the node's page cache; gives its bytes."""
+        from arriero.shards.checkpoint import page_cache, remote
+
+        self._import.join()
+        return 0 if remote.is_url(where) else page_cache.warm(Path(where))
 
     def run(self, rank: int, ticket: Ticket, address: str) -> None:
         """Serve as `rank` of the ticket's group; returns when told to stop.
@@ -67,6 +82,11 @@ class SliceActor:
 def node_address() -> str:
     """This node's address, as Ray knows it."""
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
+def reachable(host: str, port: int) -> str:
+    """The address that others use; a listener on every interface is reached at its node's."""
+    return f"{node_address() if host in ('0.0.0.0', '[::]') else host}:{port}"
 
 
 def _import_runner() -> None:

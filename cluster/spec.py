@@ -28,7 +28,8 @@ from arriero.router.tls import TlsFiles
 from arriero.router.tracing import TracingConfig
 from arriero.shards.errors import SpecError
 from arriero.shards.group import GroupConfig
-from arriero.shards.kv.config import TierConfig
+from arriero.shards.health import HealthLimits
+from arriero.shards.kv.config import RowType, TierConfig
 
 DEFAULT_PORT = 50051
 DEFAULT_HTTP_PORT = 8000
@@ -87,6 +88,7 @@ Name = Annotated[str, AfterValidator(_name)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 class _Part(BaseModel):
@@ -165,9 +167,12 @@ class Kv(_Part):
         shared: folder of a store that all nodes reach, as fsspec spells it ("s3://bucket/kv"),
             for the blocks of all groups. It is not bounded here; have the store expire objects.
         tenant_share: the most of host memory and disk that one tenant's blocks may hold.
-        tier_dtype: "int8" holds blocks below the device in about half of bfloat16's bytes; answers
-            whose prefix comes up from there are close to the others, and no more the same. null
-            holds them as the device does.
+        tier_dtype: "int8" and "fp8" hold blocks below the device in about half of bfloat16's bytes;
+            answers whose prefix comes up from there are close to the others, and no more the same.
+            null holds them as the device does.
+        transfer: how blocks come from a group on another node: "tcp"; "nixl", where both ends have
+            NIXL installed (`pip install 'arriero[nixl]'`), else TCP; "auto" for NIXL where there
+            are network cards with RDMA too. Groups of one node read each other's memory.
         same_layout: use kept blocks only where a group of the same mesh and kernels wrote them;
             else meshes share, and agree to rounding.
     """
@@ -181,7 +186,8 @@ class Kv(_Part):
     disk: KvDisk | None = None
     shared: str | None = None
     tenant_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    tier_dtype: Literal["int8"] | None = None
+    tier_dtype: RowType | None = None
+    transfer: Literal["auto", "tcp", "nixl"] = "auto"
     same_layout: bool = False
 
     def tiers(self) -> TierConfig:
@@ -193,6 +199,7 @@ class Kv(_Part):
             shared_url=self.shared,
             max_tenant_share=self.tenant_share,
             dtype=self.tier_dtype,
+            transfer=self.transfer,
             same_layout=self.same_layout,
         )
 
@@ -323,6 +330,10 @@ class ModelSpec(_Part):
         quantization: of the weights while they load: int8, int4, fp8; None keeps them in `dtype`.
         groups: replica groups; with `autoscale`, those of the beginning.
         autoscale: have as many as are needed; null keeps `groups`.
+        spares: groups kept started beside those that serve: placed, their slices' code loaded and
+            the weights in their nodes' page cache, as far as memory is free. One takes the place of
+            a group that is lost, whose own place then becomes the spare's. Each takes a group's
+            CPUs and GPUs, and none of their memory.
         prefill_groups: so many of them compute prompts and hand over, through host memory, to the
             others, which go on; 0 has each do both. Changed by a rollout without any restart.
         placement: which nodes slices go to.
@@ -342,6 +353,7 @@ class ModelSpec(_Part):
     quantization: Literal["int8", "int4", "fp8"] | None = None
     groups: Count = 1
     autoscale: Autoscale | None = None
+    spares: Annotated[int, Field(ge=0)] = 0
     prefill_groups: Annotated[int, Field(ge=0)] = 0
     placement: Placement = Placement()
     mesh: Mesh = Mesh()
@@ -384,6 +396,11 @@ class ModelSpec(_Part):
     def most_groups(self) -> int:
         """Groups that there may be, updates aside."""
         return self.groups if self.autoscale is None else self.autoscale.max
+
+    @property
+    def most_places(self) -> int:
+        """Groups that there may be, with the spare ones, updates aside."""
+        return self.most_groups + self.spares
 
     def group_config(self, device: str) -> GroupConfig:
         """What each group of this model runs with, on `device` ("cpu" or "cuda")."""
@@ -542,6 +559,10 @@ class GatewaySpec(_Part):
             return self.http.port
         return DEFAULT_HTTP_PORT if self.port else 0
 
+    def shares(self) -> tuple[Tenant, ...]:
+        """The tenants, as gateways take them."""
+        return tuple(Tenant(**dict(tenant)) for tenant in self.tenants)
+
     def config(
         self,
         models: tuple[str, ...],
@@ -558,7 +579,7 @@ class GatewaySpec(_Part):
             tls=None if self.tls is None else self.tls.files(),
             link_tls=None if link_tls is None else link_tls.files(),
             keys=self.keys,
-            tenants=tuple(Tenant(**dict(tenant)) for tenant in self.tenants),
+            tenants=self.shares(),
             limits=QueueLimits(**dict(self.queue)),
             num_gateways=self.count,
             tracing=None if tracing is None else tracing.config(),
@@ -592,6 +613,31 @@ class HealthSpec(_Part):
     start_timeout_s: Seconds = 600
     drain_s: Seconds = 10
 
+    def limits(self) -> HealthLimits:
+        """As a group takes them."""
+        return HealthLimits(silence_s=self.silence_s, hang_s=self.hang_s, step_s=self.step_s)
+
+
+class AdminTlsSpec(_Part):
+    """PEM files of Admin, on the nodes where the operator may run: the head before others.
+
+    Attributes:
+        certificate: the chain, its own certificate first.
+        key: the private key.
+        ca: certificates of the authority that signed it. `up` notes them in its state file, and
+            the command line believes no other; callers show the token, not a certificate.
+        name: that the certificate is for; null: the address that Admin is reached at.
+    """
+
+    certificate: Path
+    key: Path
+    ca: Path
+    name: Annotated[str, Field(min_length=1, max_length=253)] | None = None
+
+    def files(self) -> TlsFiles:
+        """As a listener takes them."""
+        return TlsFiles(certificate=self.certificate, key=self.key)
+
 
 class AdminSpec(_Part):
     """Where `arriero.v1.Admin` listens, for those who hold the deployment's admin token.
@@ -599,10 +645,12 @@ class AdminSpec(_Part):
     Attributes:
         host: address it listens on, on the node where the operator runs.
         port: 0 takes any free one.
+        tls: null listens in the clear, token included: for loopback and networks of one's own.
     """
 
     host: str = "127.0.0.1"
     port: Port = 0
+    tls: AdminTlsSpec | None = None
 
 
 class RaySpec(_Part):
@@ -640,6 +688,7 @@ class Spec(_Part):
         link_tls: of the links between gateways and leaders; its certificate must be for the name
             `arriero-link`. Null leaves them in the clear, each opened by its leader's token.
         tracing: spans of requests; null makes none.
+        log_level: of what leaders, slices and gateways log; `arriero logs` shows it.
     """
 
     models: Annotated[tuple[ModelSpec, ...], Field(min_length=1)]
@@ -649,6 +698,7 @@ class Spec(_Part):
     health: HealthSpec = HealthSpec()
     admin: AdminSpec = AdminSpec()
     ray: RaySpec = RaySpec()
+    log_level: LogLevel = "warning"
 
     @model_validator(mode="after")
     def _names(self) -> Spec:
@@ -661,6 +711,15 @@ class Spec(_Part):
         return self
 
     @property
+    def wake_s(self) -> dict[str, float]:
+        """Models that have no group while nobody asks, and how long their first request waits."""
+        return {
+            model.name: self.health.start_timeout_s
+            for model in self.models
+            if model.autoscale is not None and model.autoscale.min == 0
+        }
+
+    @property
     def num_slices(self) -> int:
-        """Slices of all groups, as many as there may be."""
-        return sum(m.most_groups * m.mesh.num_slices for m in self.models)
+        """Slices of all groups, as many as there may be, with the spare ones."""
+        return sum(m.most_places * m.mesh.num_slices for m in self.models)

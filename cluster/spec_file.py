@@ -13,8 +13,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from arriero.cluster.spec import GatewaySpec, ModelSpec, Spec, TlsSpec
+from arriero.cluster.spec import AdminTlsSpec, GatewaySpec, ModelSpec, Spec, TlsSpec
 from arriero.router.tenants.keys import read_keys
+from arriero.router.tls import TlsFiles
 from arriero.shards.checkpoint.remote import is_url
 from arriero.shards.errors import SpecError
 
@@ -73,7 +74,9 @@ def load(path: Path | None, flags: Mapping[str, Any]) -> Spec:
         }
     )
     link_tls = _tls_files("link_tls", spec.link_tls, base, source)
-    return spec.model_copy(update={"models": models, "gateway": gateway, "link_tls": link_tls})
+    admin = spec.admin.model_copy(update={"tls": _admin_files(spec.admin.tls, base, source)})
+    parts = {"models": models, "gateway": gateway, "link_tls": link_tls, "admin": admin}
+    return spec.model_copy(update=parts)
 
 
 def _tls_files(field: str, tls: TlsSpec | None, base: Path, source: str) -> TlsSpec | None:
@@ -85,11 +88,23 @@ def _tls_files(field: str, tls: TlsSpec | None, base: Path, source: str) -> TlsS
         key=_absolute(base, tls.key),
         ca=None if tls.ca is None else _absolute(base, tls.ca),
     )
+    _check(found.files(), field, source)
+    return found
+
+
+def _admin_files(tls: AdminTlsSpec | None, base: Path, source: str) -> AdminTlsSpec | None:
+    if tls is None:
+        return None
+    paths = {name: _absolute(base, getattr(tls, name)) for name in ("certificate", "key", "ca")}
+    _check(TlsFiles(**paths), "admin.tls", source)
+    return tls.model_copy(update=paths)
+
+
+def _check(files: TlsFiles, field: str, source: str) -> None:
     try:
-        found.files().check(field)
+        files.check(field)
     except SpecError as error:
         raise SpecError(f"{source}: {error}") from None
-    return found
 
 
 def _key_file(gateway: GatewaySpec, base: Path, source: str) -> Path | None:

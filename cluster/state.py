@@ -25,6 +25,10 @@ class Deployment:
         node_address: of the driver on that cluster's network, or None for Ray's own choice.
         gateway: host:port of a gateway's gRPC for clients on this machine; "" until it listens.
         http: host:port of its HTTP; "" for none.
+        admin: host:port of Admin; "" until it listens.
+        admin_token: what it asks for.
+        admin_ca: PEM of the authorities that its certificate is from; "" where it has none.
+        admin_name: that its certificate is for; "" for the address's own.
         local_session: session id of the processes that `up` started; None on a joined cluster.
         local_folder: their temporary folder; None on a joined cluster.
     """
@@ -37,6 +41,8 @@ class Deployment:
     http: str = ""
     admin: str = ""
     admin_token: str = ""
+    admin_ca: str = ""
+    admin_name: str = ""
 
 
 def state_folder(given: Path | None) -> Path:

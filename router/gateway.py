@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Container, Iterable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,7 @@ class Gateway:
     Args:
         config: its settings.
         on_lost: called on the event loop when a group is lost: its id, and the cause.
+        on_change: called on the event loop when `linked` may have changed.
         tracing: makes its spans; None leaves that to `config`.
 
     Raises:
@@ -122,9 +123,11 @@ class Gateway:
         config: GatewayConfig,
         on_lost: Callable[[str, str], None] = lambda group_id, cause: None,
         *,
+        on_change: Callable[[], None] = lambda: None,
         tracing: Tracing | None = None,
     ) -> None:
         self._config = config
+        self._on_change = on_change
         link_tls = None if config.link_tls is None else config.link_tls.link_client("link_tls")
         self._groups = LinkedGroups(self._groups_changed, config.models, link_tls, on_lost=on_lost)
         self._credentials = None if config.tls is None else config.tls.server("tls")
@@ -232,6 +235,24 @@ class Gateway:
         """Serve these groups from now on; see `LinkedGroups.set_groups`."""
         await self._groups.set_groups(groups, fenced=fenced)
 
+    def linked(self) -> tuple[str, ...]:
+        """Ids of the groups that requests can be passed to now."""
+        return tuple(view.group_id for view in self._groups.groups())
+
+    def reload(
+        self,
+        *,
+        tenants: Iterable[Tenant],
+        limits: QueueLimits,
+        lost_s: float,
+        wake_s: Mapping[str, float],
+    ) -> None:
+        """Take other settings, from the next request on; see `GatewayConfig`."""
+        shares = {one.name: one.share(self._config.num_gateways) for one in tenants}
+        self._door.reload(limits, shares)
+        self._config = replace(self._config, wake_s=wake_s)
+        self.inference.reload(lost_s=lost_s, wake_s=wake_s)
+
     def demand(self) -> dict[str, tuple[int, float]]:
         """Requests that wait, by model, and how long one that came now would; where any do."""
         waiting = self._door.demand()
@@ -245,6 +266,7 @@ class Gateway:
         return room(views, num_gateways=self._config.num_gateways)
 
     def _groups_changed(self) -> None:
+        self._on_change()
         if self._server is not None and not self._stopping:
             self._health_task = asyncio.create_task(self._tell_health())
 

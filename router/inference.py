@@ -99,7 +99,7 @@ class Inference:
         self.metrics = sight.metrics
         self.door = door
         self._lost_s = lost_s
-        self._wake_s = wake_s or {}
+        self._wake_s: Mapping[str, float] = wake_s or {}
         self._asleep: Counter[str] = Counter()
         self._kept = KeptStreams()
 
@@ -121,6 +121,10 @@ class Inference:
                 await asyncio.sleep(_WAKE_POLL_S)
         finally:
             self._asleep[model] -= 1
+
+    def reload(self, *, lost_s: float, wake_s: Mapping[str, float]) -> None:
+        """Take other settings, from the next request on; see the class."""
+        self._lost_s, self._wake_s = lost_s, wake_s
 
     @property
     def may_sleep(self) -> frozenset[str]:

@@ -8,6 +8,7 @@ frames and the engine's three methods; knows nothing of text or of how the engin
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import ssl
@@ -35,6 +36,9 @@ CLOSE_S = 1.0
 """How long a gateway is waited for to take the last frames."""
 KV_INTERVAL_S = 0.05
 """Between two batches of changed KV blocks."""
+KV_QUIET_S = 0.5
+"""Likewise once nothing has changed for `KV_CALM_S`, until the next output."""
+KV_CALM_S = 5.0
 MAX_PENDING = 200_000
 """Outputs that may wait for a gateway that does not read; past it the gateway is let go."""
 
@@ -105,6 +109,7 @@ class LinkServer:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._idle = asyncio.Event()
+        self._stirred = asyncio.Event()
 
     async def start(self) -> str:
         """Listen; gives the bound address.
@@ -169,6 +174,8 @@ class LinkServer:
                 self._forget(output.request_id)
         for link in touched:
             link.flush()
+        if touched:
+            self._stirred.set()
 
     def _forget(self, request_id: str) -> None:
         self._owners.pop(request_id, None)
@@ -303,9 +310,18 @@ class LinkServer:
 
     async def _tell_blocks(self, journal: Journal) -> None:
         """Tell all gateways what becomes of the KV blocks."""
+        calm_s = 0.0
         while True:
-            await asyncio.sleep(KV_INTERVAL_S)
+            self._stirred.clear()
+            if calm_s < KV_CALM_S:
+                await asyncio.sleep(KV_INTERVAL_S)
+            else:  # an idle leader looks up less often
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stirred.wait(), KV_QUIET_S)
             batch = journal.take()
+            calm_s += KV_INTERVAL_S
+            if batch is not None or self._stirred.is_set():
+                calm_s = 0.0
             if batch is not None:
                 frame = ["kv", *batch.to_wire()]
                 for link in self._links:

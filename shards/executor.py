@@ -28,6 +28,7 @@ from arriero.shards.failure import Evidence, FirstCause, Kind
 from arriero.shards.group import GroupConfig
 from arriero.shards.health import HealthLimits
 from arriero.shards.kv.moves import Moved, Moves
+from arriero.shards.layout import lane_of
 from arriero.shards.monitor import Monitor
 from arriero.shards.plan import StepPlan, StepResult
 from arriero.shards.slice import SliceReport, Ticket, run_slice
@@ -153,6 +154,10 @@ class RemoteExecutor:
         self._closing = closing
         self._monitor.watch = watch
 
+    def set_limits(self, limits: HealthLimits) -> None:
+        """Judge the slices by other limits from now on. Thread-safe."""
+        self._monitor.set_limits(limits)
+
     def report(self, evidence: Evidence) -> None:
         """Take in evidence that something is wrong: the group is lost. Thread-safe."""
         self._monitor.report(evidence)
@@ -208,9 +213,11 @@ class RemoteExecutor:
     def submit(self, plan: StepPlan) -> None:
         """Send a plan to every slice of its lane."""
         self._monitor.planned(plan.step, plan.lane)
-        tp, dp = self._config.tp, self._config.dp
-        ranks = (one for one in range(len(self._identities)) if one // tp % dp == plan.lane)
-        self._tell(ranks, b"P", plan.to_bytes())
+        self._tell(self._lane(plan.lane), b"P", plan.to_bytes())
+
+    def _lane(self, lane: int) -> list[int]:
+        ranks = range(len(self._identities))
+        return [rank for rank in ranks if lane_of(self._config, rank) == lane]
 
     def collect(self, timeout_s: float | None = None) -> StepResult | None:
         """Result of the oldest plan outstanding, or None at the time limit.
@@ -236,8 +243,8 @@ class RemoteExecutor:
         return taken
 
     def move(self, moves: Moves) -> None:
-        """Send copies of blocks to every slice, behind the plans."""
-        self._tell(range(len(self._identities)), b"M", moves.to_bytes())
+        """Send copies of blocks to every slice of their lane, behind the plans."""
+        self._tell(self._lane(moves.lane), b"M", moves.to_bytes())
 
     def moved(self, timeout_s: float = 0.0) -> list[Moved]:
         """What slices said of copies since the last call; waits for the first until the limit.

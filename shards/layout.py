@@ -43,6 +43,11 @@ def parts_of(model: AnyModel, config: GroupConfig) -> Sequence[AnyPart]:
     return partition(model, config)
 
 
+def lane_of(config: GroupConfig, rank: int) -> int:
+    """The data-parallel rank that a rank is of."""
+    return rank // config.tp % config.dp
+
+
 def local_layers(model: AnyModel, part: AnyPart) -> int:
     """How many of a rank's layers attend within their chunk only."""
     if not isinstance(model, Llama4Config):

@@ -59,6 +59,11 @@ class Monitor:
         with self._lock:
             self._names[rank], self._places[rank] = words, hello
 
+    def set_limits(self, limits: HealthLimits) -> None:
+        """Judge by other limits from now on."""
+        with self._lock:
+            self._health.limits = limits
+
     def judge(self) -> None:
         """Judge silence from now on: every slice has loaded."""
         with self._lock:

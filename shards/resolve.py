@@ -21,6 +21,7 @@ from arriero.shards.kv.moves import Pool
 from arriero.shards.layout import (
     attention_chunk,
     kv_bytes_per_block,
+    lane_of,
     local_layers,
     parts_of,
     pool_layers,
@@ -232,7 +233,7 @@ def cache_salt(config: GroupConfig, digest: str) -> bytes:
 
 
 def tier_limits(config: GroupConfig, model: AnyModel) -> GroupTierLimits:
-    """How many blocks the tiers of a group hold.
+    """How many blocks the tiers of a group hold, for each of its data-parallel ranks.
 
     Raises:
         SpecError: a tier that holds no block, or blocks cannot be kept.
@@ -242,11 +243,6 @@ def tier_limits(config: GroupConfig, model: AnyModel) -> GroupTierLimits:
         return GroupTierLimits()
     if not config.prefix_cache:
         raise SpecError("tiers keep prefix blocks, and `prefix_cache` is off; turn it on")
-    if config.dp > 1:
-        raise SpecError(
-            f"`dp`={config.dp}: tiers below the device are kept by groups of one data-parallel "
-            "rank; leave `host_bytes`, `disk_path` and `shared_url` out"
-        )
     if not 0 < tiers.max_tenant_share <= 1:
         raise SpecError(f"`max_tenant_share`={tiers.max_tenant_share} must be above 0, at most 1")
     if bool(tiers.disk_bytes) != (tiers.disk_path is not None):
@@ -272,13 +268,14 @@ def tier_limits(config: GroupConfig, model: AnyModel) -> GroupTierLimits:
             )
         for pool in Pool:
             counts[pool][name] = given * weights[pool] // unit
+    lane = [part for part in parts if lane_of(config, part.rank) == 0]
     limits = {
         pool: TierLimits(
             host_blocks=counts[pool]["host_bytes"],
             disk_blocks=counts[pool]["disk_bytes"],
             shared=tiers.shared_url is not None,
             max_tenant_share=tiers.max_tenant_share,
-            num_ranks=sum(len(range(*pool_layers(model, part, pool))) > 0 for part in parts),
+            num_ranks=sum(len(range(*pool_layers(model, part, pool))) > 0 for part in lane),
         )
         for pool in Pool
         if each[pool]

@@ -29,7 +29,7 @@ from arriero.shards.heap import returning_large_buffers
 from arriero.shards.kv.mover import Fence, Mover, Movers, TierSettings
 from arriero.shards.kv.moves import Moved, Pool
 from arriero.shards.kv.pieces import Piece
-from arriero.shards.layout import attention_chunk, parts_of, pool_layers, visible_keys
+from arriero.shards.layout import attention_chunk, lane_of, parts_of, pool_layers, visible_keys
 from arriero.shards.mesh import Mesh
 from arriero.shards.models.families import load_slice
 from arriero.shards.models.loader import Progress
@@ -176,10 +176,12 @@ class Runner:
         model = checkpoint.config
         limits = tier_limits(config, model)
         movers = {}
+        lane, parts = lane_of(config, part.rank), parts_of(model, config)
+        before = [one for one in parts[: part.rank] if lane_of(config, one.rank) == lane]
         for pool, kv in self._model.kv_pools.items():
             piece, *others = (
                 Piece(pool_layers(model, one, pool), (one.kv_heads.start, one.kv_heads.stop))
-                for one in (part, *parts_of(model, config)[: part.rank])
+                for one in (part, *before)
             )
             settings = TierSettings(
                 config=config.tiers,
@@ -187,6 +189,7 @@ class Runner:
                 host_slots=(limits.all if pool is Pool.ALL else limits.local).host_blocks,
                 rank=part.rank,
                 pool=pool,
+                lane=lane,
                 piece=piece,
                 host=host,
                 writes=piece not in others,

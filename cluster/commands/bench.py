@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from arriero.cluster.commands.deployment import StateDir, temporary_deployment
-from arriero.cluster.commands.talk import status_as_error
+from arriero.cluster.commands.talk import ApiKey, Ca, credentials, status_as_error
 from arriero.cluster.commands.terminal import OUT, spinner
 from arriero.shards.errors import SpecError, Unavailable
 
@@ -190,6 +190,8 @@ def serve(
     tp: Tp = 1,
     pp: Pp = 1,
     json_: Json = False,
+    ca: Ca = None,
+    api_key: ApiKey = None,
     state_dir: StateDir = None,
 ) -> None:
     """Go through gRPC: against what is up, or with --model against a deployment of its own.
@@ -206,7 +208,7 @@ def serve(
         if deployment is None:
             raise Unavailable("nothing is up; deploy with `arriero up`, or give --model PATH")
         with spinner() as say:
-            figures = asyncio.run(_through_grpc(deployment.gateway, cell, say))
+            figures = asyncio.run(_through_grpc(deployment.gateway, cell, say, ca, api_key))
     else:
         said |= {"model": str(model), "dtype": dtype, "quantization": quantization}
         said |= {"tp": tp, "pp": pp}
@@ -225,13 +227,22 @@ def serve(
     _show(said, cell, figures, json_)
 
 
-async def _through_grpc(gateway: str, cell: Cell, say: Callable[[str], None]) -> Figures:
+async def _through_grpc(
+    gateway: str,
+    cell: Cell,
+    say: Callable[[str], None],
+    ca: Path | None = None,
+    api_key: str | None = None,
+) -> Figures:
     """Run the warm-up, then the cell, each request a stream of its own on one connection."""
     from arriero.cluster.bench import WARM_UP
     from arriero.router.client import AsyncClient
 
+    tls = credentials(ca)
     with status_as_error():
-        async with AsyncClient(gateway, timeout_s=_CELL_LIMIT_S) as client:
+        async with AsyncClient(
+            gateway, credentials=tls, api_key=api_key, timeout_s=_CELL_LIMIT_S
+        ) as client:
             say("warming up")
             await _stream_cell(client, WARM_UP)
             say(f"{cell.requests} requests of {cell.prompt} + {cell.output} tokens")

@@ -141,6 +141,7 @@ def demo(
         int | None, typer.Option(help="Data-parallel attention; 2 for tiny-maverick.")
     ] = None,
     question: Annotated[str | None, typer.Option(help="What to ask, or to continue.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The answer and times as JSON.")] = False,
 ) -> None:
     """Serve a small model from a group of slices, ask it a question, and clean up."""
     from arriero.cluster.commands import models, talk
@@ -157,9 +158,12 @@ def demo(
         up_s = time.monotonic() - begun_s
         slices = tp * stages * lanes
         ERR.print(f"{folder.name} served by {slices} slices after {up_s:.1f} s", markup=False)
-        OUT.print(f"\n> {asked}\n", markup=False)
+        if not as_json:
+            OUT.print(f"\n> {asked}\n", markup=False)
         talk_on = talk.go_on if routed else talk.ask
-        answer = talk_on(deployment.gateway, folder.name, asked)
+        answer = talk_on(deployment.gateway, folder.name, asked, as_json=as_json)
+        if as_json:
+            return
         OUT.print(
             f"\ntime to first token {answer.ttft_s * 1000:.0f} ms,"
             f" {answer.tokens_per_s:.1f} tokens/s ({answer.num_tokens} tokens)",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +15,9 @@ from arriero.cluster.commands.deployment import StateDir
 from arriero.cluster.commands.terminal import OUT, spinner
 
 if TYPE_CHECKING:
-    from arriero.cluster.checkup import Facts
+    from arriero.cluster.checkup import Facts, Questions
+    from arriero.cluster.spec import Spec
+    from arriero.cluster.state import Deployment
 
 _MARKS = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}
 
@@ -36,26 +38,23 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
     state_dir: StateDir = None,
 ) -> None:
-    """Check versions, drivers, NCCL, clocks, disks, limits and ports; exit 1 if one fails."""
+    """Check versions, drivers, NCCL, clocks, disks, limits, ports and ways; exit 1 if one fails."""
     from arriero.cluster import checkup, state
     from arriero.cluster.spec_file import load
     from arriero.cluster.state import Deployment
-    from arriero.shards.checkpoint.remote import is_url
 
-    models, ports = [], []
-    if spec is not None:
-        wanted = load(spec, {})
-        models = [one.path for one in wanted.models if not is_url(one.path)]
-        ports = [one for one in (wanted.gateway.port, wanted.gateway.http_port) if one]
     deployment = state.read(state.state_folder(state_dir))
+    asked = checkup.Questions()
+    if spec is not None:
+        asked = _questions(load(spec, {}), deployment)
     if address is not None:
         deployment = Deployment(ray_address=address)
     with spinner() as say:
         say("looking at this machine" if deployment is None else "looking at the nodes")
         if deployment is None:
-            facts, skews_s = {"here": checkup.look(models, ports)}, {"here": 0.0}
+            facts, skews_s = {"here": checkup.look(asked)}, {"here": 0.0}
         else:
-            facts, skews_s = _look_everywhere(deployment, models, ports)
+            facts, skews_s = _look_everywhere(deployment, asked)
     findings = checkup.judge(facts, skews_s)
     if as_json:
         print(json.dumps([asdict(one) for one in findings]))
@@ -68,10 +67,24 @@ def doctor(
         raise typer.Exit(1)
 
 
+def _questions(spec: Spec, deployment: Deployment | None) -> Questions:
+    """What a spec wants of each node; ports that its own deployment has taken are no matter."""
+    from arriero.cluster.checkup import Questions
+    from arriero.shards.checkpoint.remote import is_url
+
+    ours = [] if deployment is None else [deployment.gateway, deployment.http, deployment.admin]
+    taken = {at.rpartition(":")[2] for at in ours}
+    ports = (spec.gateway.port, spec.gateway.http_port, spec.admin.port)
+    disks = {str(m.kv.disk.path): m.kv.disk.size for m in spec.models if m.kv.disk is not None}
+    return Questions(
+        models=tuple(one.path for one in spec.models if not is_url(one.path)),
+        ports=tuple(one for one in ports if one and str(one) not in taken),
+        disks=disks,
+    )
+
+
 def _look_everywhere(
-    deployment: Any,  # noqa: ANN401
-    models: list[str],
-    ports: list[int],
+    deployment: Deployment, asked: Questions
 ) -> tuple[dict[str, Facts], dict[str, float]]:
     """Facts and clock skews of every node that is alive."""
     import ray
@@ -84,15 +97,25 @@ def _look_everywhere(
     skews_s: dict[str, float] = {}
     with connected(deployment):
         task: Any = ray.remote(checkup.look)
-        for node in ray.nodes():  # type: ignore[no-untyped-call]
-            if not node["Alive"]:
-                continue
-            at = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
-            placed = task.options(num_cpus=0, scheduling_strategy=at)
-            ray.get(placed.remote(models, ports))  # the worker has started by the second call
+        ear: Any = ray.remote(checkup.Ear)
+        alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+        places = {
+            node["NodeManagerAddress"]: {
+                "num_cpus": 0,
+                "scheduling_strategy": NodeAffinitySchedulingStrategy(
+                    node_id=node["NodeID"], soft=False
+                ),
+            }
+            for node in alive
+        }
+        ears = {name: ear.options(**place).remote(name) for name, place in places.items()}
+        heard = {name: ray.get(one.port.remote()) for name, one in ears.items()}
+        for name, place in places.items():
+            placed = task.options(**place)
+            peers = tuple((other, port) for other, port in heard.items() if other != name)
+            ray.get(placed.remote(asked))  # the worker has started by the second call
             asked_s = time.time()
-            found: Facts = ray.get(placed.remote(models, ports))
-            name = node["NodeManagerAddress"]
+            found: Facts = ray.get(placed.remote(replace(asked, peers=peers)))
             facts[name] = found
             middle_s = (asked_s + time.time()) / 2
             skews_s[name] = max(0.0, abs(found.clock_s - middle_s) - (time.time() - asked_s) / 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -42,11 +43,19 @@ def top(
     name: Name = "",
     period_s: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 1.0,
     count: Annotated[int, typer.Option(min=0, help="Looks; 0 goes on until Ctrl-C.")] = 0,
+    as_json: AsJson = False,
     state_dir: StateDir = None,
 ) -> None:
     """Show hits, tiers and copies per second as they change."""
     from rich.live import Live
 
+    if as_json:
+        with admin(state_dir) as client:
+            for _ in itertools.repeat(None) if not count else range(count):
+                groups = [plain(one) for one in _ask(client, name, "stats")]
+                print(json.dumps({"at": time.time(), "groups": groups}), flush=True)
+                time.sleep(period_s)
+        return
     with admin(state_dir) as client, Live(console=OUT, auto_refresh=False) as live:
         before: dict[str, pb.KvGroup] = {}
         looks, then = 0, time.monotonic()

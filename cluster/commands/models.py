@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -14,10 +14,14 @@ from arriero.cluster.commands.terminal import ERR, OUT, bar
 from arriero.shards.checkpoint.cache import cache_folder
 from arriero.shards.errors import CheckpointError, NotFound, SpecError
 
+if TYPE_CHECKING:
+    from arriero.shards.checkpoint.formats.stored import AnyModel
+
 TINY_MAVERICK = "tiny-maverick"
 DEMO = "smollm2"
 _MOST_PROBLEMS = 20
 
+AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
 app = typer.Typer(help="Import and list checkpoints.", no_args_is_help=True)
 
 
@@ -51,6 +55,7 @@ def import_(
         Path | None, typer.Argument(help="Folder to make; by default one in the cache.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    as_json: AsJson = False,
 ) -> None:
     """Convert a GGUF file to a checkpoint folder."""
     if source == DEMO:
@@ -60,7 +65,7 @@ def import_(
     else:
         folder = out or cache_folder() / Path(source).stem
         _import_file(Path(source), folder, dtype)
-    OUT.print(str(folder), markup=False, soft_wrap=True)
+    _made(folder, as_json)
 
 
 def _import_file(source: Path, folder: Path, dtype: str) -> None:
@@ -80,6 +85,7 @@ def pull(
     revision: Annotated[
         str | None, typer.Option(help="Hub: branch, tag or commit; by default the main branch.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Download a checkpoint into the cache, going on where an earlier download stopped."""
     from arriero.shards.checkpoint.remote import is_url, local_folder, pull_from_hub
@@ -93,20 +99,21 @@ def pull(
     report = verify(folder)
     if not report.ok:
         raise CheckpointError("; ".join(report.problems[:_MOST_PROBLEMS]))
-    OUT.print(str(folder), markup=False, soft_wrap=True)
+    _made(folder, as_json)
 
 
 @app.command("convert")
 def convert(
     source: Annotated[Path, typer.Argument(help="Meta's folder: consolidated.*.pth, params.json.")],
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    as_json: AsJson = False,
 ) -> None:
     """Convert Meta's own release of a dense Llama 3 to a checkpoint folder; no pickle is run."""
     from arriero.shards.checkpoint.formats.meta_pth import convert_meta
 
     with bar(f"converting {source.name}") as advance:
         convert_meta(source, out, advance)
-    OUT.print(str(out), markup=False, soft_wrap=True)
+    _made(out, as_json)
 
 
 @app.command("quantize")
@@ -115,6 +122,7 @@ def quantize(
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
     to: Annotated[str, typer.Option(help="int8, int4 or fp8.")],
     group_size: Annotated[int, typer.Option(help="int4: columns that share a scale.")] = 32,
+    as_json: AsJson = False,
 ) -> None:
     """Quantize a checkpoint's products, matrix by matrix, into compressed-tensors' layout."""
     from arriero.shards.checkpoint.quantize import TO, quantize_checkpoint
@@ -124,7 +132,7 @@ def quantize(
         raise SpecError(f"`--to`={to} is none of {', '.join(TO)}")
     with bar(f"quantizing {source.name} to {to}") as advance:
         quantize_checkpoint(source, out, wanted, group_size=group_size, progress=advance)
-    OUT.print(str(out), markup=False, soft_wrap=True)
+    _made(out, as_json)
 
 
 @app.command("verify")
@@ -133,7 +141,7 @@ def verify_(
     deep: Annotated[
         bool, typer.Option("--deep", help="Also read every byte: finite values, digests.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="The report as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check a folder's index, headers, names, shapes, dtypes and sizes against its config."""
     from arriero.shards.checkpoint.verify import verify
@@ -164,26 +172,50 @@ def verify_(
 
 
 @app.command("list")
-def list_() -> None:
+def list_(as_json: AsJson = False) -> None:
     """List the checkpoints in the cache."""
     from arriero.shards.checkpoint.formats.describe import describe
 
     root = cache_folder()
     folders = sorted(path.parent for path in root.glob("*/config.json"))
-    if not folders:
+    rows = [_row(folder, describe(folder)[0]) for folder in folders]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    if not rows:
         ERR.print(f"no models in {root}; `arriero models import {DEMO}` gets one", markup=False)
         return
     table = Table("name", "layers", "hidden", "heads q/kv", "vocabulary", "positions", "size")
-    for folder in folders:
-        model, _ = describe(folder)
-        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    for row in rows:
         table.add_row(
-            folder.name,
-            str(model.num_layers),
-            str(model.hidden_size),
-            f"{model.num_heads}/{model.num_kv_heads}",
-            str(model.vocab_size),
-            str(model.max_position_embeddings),
-            f"{size / 1e6:.0f} MB",
+            str(row["name"]),
+            str(row["layers"]),
+            str(row["hidden"]),
+            f"{row['heads']}/{row['kv_heads']}",
+            str(row["vocabulary"]),
+            str(row["positions"]),
+            f"{int(row['bytes']) / 1e6:.0f} MB",
         )
     OUT.print(table)
+
+
+def _row(folder: Path, model: AnyModel) -> dict[str, str | int]:
+    return {
+        "name": folder.name,
+        "path": str(folder),
+        "layers": model.num_layers,
+        "hidden": model.hidden_size,
+        "heads": model.num_heads,
+        "kv_heads": model.num_kv_heads,
+        "vocabulary": model.vocab_size,
+        "positions": model.max_position_embeddings,
+        "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+    }
+
+
+def _made(folder: Path, as_json: bool) -> None:
+    """Say where a checkpoint is now."""
+    if as_json:
+        print(json.dumps({"path": str(folder)}))
+    else:
+        OUT.print(str(folder), markup=False, soft_wrap=True)

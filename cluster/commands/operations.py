@@ -1,4 +1,4 @@
-"""`arriero status`, `scale`, `drain`, `rollout`, `rollback`, `experts`, `events`, `why`, `logs`.
+"""What an operator looks at and changes: `arriero status`, `scale`, `rollout`, `events`, `why`, ….
 
 All of them speak to `arriero.v1.Admin`; none needs Ray.
 """
@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,8 +21,9 @@ from arriero.cluster.commands.terminal import ERR, OUT, spinner
 from arriero.shards.errors import GroupFailed, NotFound, Unavailable
 
 if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
     from arriero.cluster.admin_client import AdminClient
-    from arriero.router.proto.arriero.v1 import admin_pb2 as pb
 
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
 Wait = Annotated[bool, typer.Option(help="Return once it is done.")]
@@ -30,7 +32,10 @@ _POLL_S = 0.3
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands to `app`."""
-    for command in (status, scale, drain, rollout, rollback, experts, events, why, logs):
+    for command in (
+        *(status, scale, drain, rollout, rollback, reload),
+        *(experts, events, why, logs),
+    ):
         app.command(command.__name__)(command)
 
 
@@ -67,6 +72,10 @@ def status(
             else:
                 OUT.print(status_view(found))
             return
+        if as_json:
+            while True:
+                print(json.dumps(plain(client.status())), flush=True)
+                time.sleep(1)
         from rich.live import Live
 
         with Live(console=OUT, auto_refresh=False) as live:
@@ -113,6 +122,7 @@ def rollout(
     text = "" if spec is None else load(spec, {}).model_dump_json()
     with admin(state_dir) as client:
         _change(client, client.rollout(text, force=force), wait=wait, as_json=as_json)
+        _note_gateway(client, state_dir)
 
 
 def rollback(
@@ -124,6 +134,23 @@ def rollback(
     """Go back to a model's settings before its last rollout."""
     with admin(state_dir) as client:
         _change(client, client.rollback(model), wait=wait, as_json=as_json)
+
+
+def reload(
+    spec: Annotated[Path, typer.Argument(help="The spec, changed.")],
+    as_json: AsJson = False,
+    state_dir: StateDir = None,
+) -> None:
+    """Take what of a spec can be changed at once, without a restart; refuse the rest by name.
+
+    That is tenants, queue and lost_s of the gateway; the limits of health; autoscale, groups,
+    prefill_groups and spares of models; log_level. Streams run on.
+    """
+    from arriero.cluster.spec_file import load
+
+    text = load(spec, {}).model_dump_json()
+    with admin(state_dir) as client:
+        _change(client, client.reload(text), wait=True, as_json=as_json)
 
 
 def experts(
@@ -195,12 +222,14 @@ def why(
 
 
 def logs(
-    group: Annotated[str, typer.Argument(help="A group or its slot.")],
+    group: Annotated[
+        str, typer.Argument(help="A group or its slot; `gateways`, or one's id; `operator`.")
+    ],
     lines: Annotated[int, typer.Option(min=1, max=1000, help="Of each process.")] = 20,
     as_json: AsJson = False,
     state_dir: StateDir = None,
 ) -> None:
-    """Show the last lines that a group's leader and slices wrote."""
+    """Show the last lines that a group's leader and slices wrote, or gateways, or the operator."""
     with admin(state_dir) as client:
         found = client.logs(group, lines)
     if as_json:
@@ -210,6 +239,19 @@ def logs(
         OUT.print(f"{one.who} (pid {one.pid} on {one.node})", markup=False)
         for line in one.lines:
             OUT.print(f"  {line}", markup=False, soft_wrap=True)
+
+
+def _note_gateway(client: AdminClient, state_dir: Path | None) -> None:
+    """Gateways that were replaced may listen elsewhere."""
+    from arriero.cluster import state
+
+    folder = state.state_folder(state_dir)
+    deployment, gateways = state.read(folder), client.status().gateways
+    if deployment is None or not gateways:
+        return
+    if deployment.gateway not in {one.address for one in gateways}:
+        first = gateways[0]
+        state.write(folder, replace(deployment, gateway=first.address, http=first.http))
 
 
 def _change(client: AdminClient, text: str, *, wait: bool, as_json: bool) -> None:
@@ -249,7 +291,7 @@ def _wait(client: AdminClient, say: object) -> None:
 
 
 def plain(
-    message: pb.Status | pb.GroupStatus | pb.Event | pb.Failure | pb.ProcessLog | pb.KvGroup,
+    message: Message,
 ) -> dict[str, object]:
     """A message as JSON can carry it, with every field and numbers as numbers."""
     found: dict[str, object] = {}
@@ -257,7 +299,7 @@ def plain(
         value = getattr(message, one.name)
         if one.is_repeated:
             value = [plain(item) if one.message_type else item for item in value]
-        elif one.has_presence and not message.HasField(one.name):  # type: ignore[arg-type]
+        elif one.has_presence and not message.HasField(one.name):
             value = None
         found[one.name] = value
     return found

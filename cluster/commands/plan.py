@@ -44,6 +44,7 @@ class _Wish:
     dtype: Dtype | None
     layout: Layout | None
     groups: int | None
+    spares: int
     tiers: GroupTierLimits = field(default_factory=GroupTierLimits)
 
 
@@ -124,6 +125,7 @@ def plan(
                 dtype=_dtype(dtype),
                 layout=layout,
                 groups=None,
+                spares=0,
             )
         ]
     else:
@@ -174,10 +176,11 @@ def _make(wish: _Wish) -> tuple[GroupPlan, list[Option]]:
         layout = replace(layout, ep=layout.tp * layout.dp)
     dtypes = [wish.dtype] if wish.dtype else _dtypes(wish.model, wish.machines.gpu == "cpu")
     if layout is not None:
-        needed = layout.world_size * (wish.groups or 1)
+        needed = layout.world_size * ((wish.groups or 1) + wish.spares)
         if needed > machines.total:
+            spare = f" and {wish.spares} spare" if wish.spares else ""
             raise SpecError(
-                f"{layout} x {wish.groups or 1} group(s) needs {needed} slices, but "
+                f"{layout} x {wish.groups or 1} group(s){spare} needs {needed} slices, but "
                 f"{machines.nodes} x {machines.per_node} {machines.gpu} give {machines.total}; "
                 "add machines with --nodes, or use a smaller layout"
             )
@@ -309,6 +312,7 @@ def _wish_of(
             layer_split=mesh.layer_split,
         ),
         groups=one.groups,
+        spares=one.spares,
         tiers=tier_limits(asked, model.config),
     )
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,8 @@ from arriero.cluster.commands.terminal import ERR
 from arriero.shards.errors import GroupFailed, Unavailable
 
 if TYPE_CHECKING:
+    import grpc
+
     from arriero.router.client import Client
     from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 
@@ -28,6 +31,17 @@ MaxTokens = Annotated[int | None, typer.Option(help="Most output tokens.")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy.")]
 TopP = Annotated[float | None, typer.Option(help="Keep the smallest set of this mass.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same tokens.")]
+Ca = Annotated[
+    Path | None,
+    typer.Option(help="Certificates in PEM that the gateway's is from; then it speaks TLS."),
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(envvar="ARRIERO_API_KEY", help="Where the gateway asks for keys."),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Each answer as a line of JSON, once it is whole.")
+]
 Timeout = Annotated[float, typer.Option(help="Seconds that an answer may take.")]
 
 _ASK_LIMIT_S = 600.0
@@ -59,18 +73,21 @@ def chat(
     seed: Seed = None,
     timeout: Timeout = 600.0,
     address: Address = None,
+    ca: Ca = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
     state_dir: StateDir = None,
 ) -> None:
     """Talk to a model; an empty line or Ctrl-D ends it."""
     fields = _fields(model, max_tokens, temperature, top_p, seed)
     said = [{"role": "system", "content": system}] if system else []
-    with _client(_gateway(address, state_dir), timeout) as client:
+    with _client(_gateway(address, state_dir), timeout, ca, api_key) as client:
         while True:
             asked = message if message is not None else _ask_for_line()
             if not asked:
                 return
             said.append({"role": "user", "content": asked})
-            answer = _print(client.chat(said, **fields))
+            answer = _print(client.chat(said, **fields), as_json=as_json)
             said.append({"role": "assistant", "content": answer.text})
             if message is not None:
                 return
@@ -86,30 +103,33 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End at this text.")] = None,
     timeout: Timeout = 600.0,
     address: Address = None,
+    ca: Ca = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
     state_dir: StateDir = None,
 ) -> None:
     """Continue a text."""
     text = sys.stdin.read() if prompt == "-" else prompt
     fields = _fields(model, max_tokens, temperature, top_p, seed)
-    with _client(_gateway(address, state_dir), timeout) as client:
-        _print(client.generate(text, stop=stop, **fields))
+    with _client(_gateway(address, state_dir), timeout, ca, api_key) as client:
+        _print(client.generate(text, stop=stop, **fields), as_json=as_json)
 
 
-def ask(gateway: str, model: str, question: str) -> Answer:
+def ask(gateway: str, model: str, question: str, *, as_json: bool = False) -> Answer:
     """Ask one question, greedily, and print the answer as it streams."""
     messages = [{"role": "user", "content": question}]
     with _client(gateway, _ASK_LIMIT_S) as client:
-        return _print(client.chat(messages, model=model, temperature=0.0, max_tokens=64))
+        answers = client.chat(messages, model=model, temperature=0.0, max_tokens=64)
+        return _print(answers, as_json=as_json)
 
 
-def go_on(gateway: str, model: str, text: str) -> Answer:
+def go_on(gateway: str, model: str, text: str, *, as_json: bool = False) -> Answer:
     """Continue a text, greedily but for repetitions, and print what comes as it streams."""
     with _client(gateway, _ASK_LIMIT_S) as client:
-        return _print(
-            client.generate(
-                text, model=model, temperature=0.0, max_tokens=96, repetition_penalty=1.1
-            )
+        answers = client.generate(
+            text, model=model, temperature=0.0, max_tokens=96, repetition_penalty=1.1
         )
+        return _print(answers, as_json=as_json)
 
 
 @contextmanager
@@ -126,11 +146,24 @@ def status_as_error() -> Iterator[None]:
         raise (Unavailable if late else GroupFailed)(text) from None
 
 
+def credentials(ca: Path | None) -> grpc.ChannelCredentials | None:
+    """Of a client that believes those authorities; None speaks in the clear."""
+    import grpc
+
+    return None if ca is None else grpc.ssl_channel_credentials(ca.read_bytes())
+
+
 @contextmanager
-def _client(gateway: str, timeout_s: float) -> Iterator[Client]:
+def _client(
+    gateway: str, timeout_s: float, ca: Path | None = None, api_key: str | None = None
+) -> Iterator[Client]:
     from arriero.router.client import Client
 
-    with status_as_error(), Client(gateway, timeout_s=timeout_s) as client:
+    tls = credentials(ca)
+    with (
+        status_as_error(),
+        Client(gateway, credentials=tls, api_key=api_key, timeout_s=timeout_s) as client,
+    ):
         yield client
 
 
@@ -161,8 +194,8 @@ def _gateway(address: str | None, state_dir: Path | None) -> str:
     return deployment.gateway
 
 
-def _print(answers: Iterator[pb.GenerateResponse]) -> Answer:
-    """Print the text as it comes; to stdout as it is, without markup."""
+def _print(answers: Iterator[pb.GenerateResponse], *, as_json: bool = False) -> Answer:
+    """Print the text as it comes, to stdout as it is; or once it is whole, a line of JSON."""
     begun_s = time.perf_counter()
     text, num_tokens, first_s = "", 0, 0.0
     for answer in answers:
@@ -171,16 +204,18 @@ def _print(answers: Iterator[pb.GenerateResponse]) -> Answer:
                 first_s = time.perf_counter()
             num_tokens += len(output.token_ids)
             text += output.text
-            sys.stdout.write(output.text)
-            sys.stdout.flush()
-    print()
+            if not as_json:
+                sys.stdout.write(output.text)
+                sys.stdout.flush()
     decode_s = time.perf_counter() - first_s
-    return Answer(
+    whole = Answer(
         text=text,
         num_tokens=num_tokens,
         ttft_s=first_s - begun_s,
         tokens_per_s=(num_tokens - 1) / decode_s if num_tokens > 1 else 0.0,
     )
+    print(json.dumps(asdict(whole)) if as_json else "", flush=True)
+    return whole
 
 
 def _ask_for_line() -> str:

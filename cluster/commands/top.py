@@ -17,6 +17,7 @@ from rich.text import Text
 from arriero.cluster.commands.deployment import StateDir
 from arriero.cluster.commands.operations import AsJson, admin, plain
 from arriero.cluster.commands.terminal import OUT
+from arriero.cluster.commands.views import queue
 
 if TYPE_CHECKING:
     from arriero.cluster.admin_client import AdminClient
@@ -96,4 +97,5 @@ def view(before: tuple[float, pb.Status] | None, now: tuple[float, pb.Status]) -
     waiting = sum(one.waiting for one in now[1].groups)
     running = sum(one.running for one in now[1].groups)
     head = f"{total:.1f} tokens/s, {running} running, {waiting} waiting"
+    head += "".join(f"; {one.model}: {queue(one)[2:]}" for one in now[1].models if one.queued)
     return Group(Text(head, style="bold"), table)

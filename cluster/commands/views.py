@@ -11,7 +11,13 @@ from rich.text import Text
 if TYPE_CHECKING:
     from arriero.router.proto.arriero.v1 import admin_pb2 as pb
 
-_STYLES = {"serving": "green", "starting": "yellow", "stopping": "yellow", "failed": "red"}
+_STYLES = {
+    "serving": "green",
+    "starting": "yellow",
+    "stopping": "yellow",
+    "standby": "cyan",
+    "failed": "red",
+}
 
 
 def status_view(status: pb.Status) -> RenderableType:
@@ -23,7 +29,9 @@ def status_view(status: pb.Status) -> RenderableType:
     for model in status.models:
         state = "as wanted" if model.settled else "changing"
         text = f"{model.model}: {model.serving} of {model.groups} groups serve, "
-        parts.append(Text(f"{text}revision {model.revision}, {state}"))
+        if model.spares:
+            text += f"{model.standing_by} of {model.spares} spares stand by, "
+        parts.append(Text(f"{text}revision {model.revision}, {state}{queue(model)}"))
     columns = ["group", "phase", "layout", "running", "waiting", "KV blocks", "output tokens"]
     mixtures = any(one.expert_loads for one in status.groups)
     table = Table(*columns, *(["expert load"] if mixtures else []))
@@ -47,6 +55,13 @@ def status_view(status: pb.Status) -> RenderableType:
             healed = f" (served again after {failure.recovered_s:.1f} s)"
         parts.append(Text(f"{failure.who} failed: {failure.cause}{healed}"))
     return Group(*parts)
+
+
+def queue(model: pb.ModelStatus) -> str:
+    """What waits in the gateways, in words; "" for nothing."""
+    if not model.queued:
+        return ""
+    return f"; {model.queued} wait in gateways, {model.wait_s:.1f} s"
 
 
 def experts_view(group: pb.GroupStatus) -> RenderableType:

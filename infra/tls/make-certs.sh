@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
-# A certificate authority and a gateway's certificate, for trials and for private networks.
+# A certificate authority and certificates from it, for trials and for private networks.
 #
 #   infra/tls/make-certs.sh FOLDER NAME [NAME...]
+#   FILE=link  infra/tls/make-certs.sh FOLDER arriero-link     (links of gateways and leaders)
+#   FILE=admin infra/tls/make-certs.sh FOLDER NAME [NAME...]   (Admin)
 #
-# NAMEs are the host names or addresses that clients use. Writes ca.pem, ca.key, gateway.pem and
-# gateway.key; an authority that is there already is kept, so that a certificate can be renewed.
+# NAMEs are the host names or addresses that clients use. Writes ca.pem, ca.key, and FILE.pem and
+# FILE.key (gateway by default); an authority that is there already is kept, so that a certificate
+# can be renewed: gateways and Admin take it from their next connection on.
 set -euo pipefail
-[ $# -ge 2 ] || { sed -n '2,7p' "$0" | sed 's/^# \{0,1\}//' >&2; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,10p' "$0" | sed 's/^# \{0,1\}//' >&2; exit 2; }
 folder=$1; shift
+file=${FILE:-gateway}
 mkdir -p "$folder"
 umask 077
 cd "$folder"
@@ -25,11 +29,14 @@ for name in "$@"; do
   esac
   names="$names${names:+,}$kind:$name"
 done
-openssl ecparam -name prime256v1 -genkey -noout -out gateway.key
-openssl req -new -key gateway.key -subj "/CN=$1" -out gateway.csr
-printf '%s\n' "subjectAltName=$names" "extendedKeyUsage=serverAuth" "basicConstraints=CA:FALSE" \
-  > gateway.ext
-openssl x509 -req -in gateway.csr -CA ca.pem -CAkey ca.key -CAcreateserial -sha256 -days 365 \
-  -extfile gateway.ext -out gateway.pem
-rm -f gateway.csr gateway.ext
-chmod 644 ca.pem gateway.pem
+# both ends of a link show their certificate
+openssl ecparam -name prime256v1 -genkey -noout -out "$file.key.new"
+openssl req -new -key "$file.key.new" -subj "/CN=$1" -out "$file.csr"
+printf '%s\n' "subjectAltName=$names" "extendedKeyUsage=serverAuth,clientAuth" \
+  "basicConstraints=CA:FALSE" > "$file.ext"
+openssl x509 -req -in "$file.csr" -CA ca.pem -CAkey ca.key -CAcreateserial -sha256 -days 365 \
+  -extfile "$file.ext" -out "$file.pem.new"
+mv "$file.key.new" "$file.key"
+mv "$file.pem.new" "$file.pem"
+rm -f "$file.csr" "$file.ext"
+chmod 644 ca.pem "$file.pem"

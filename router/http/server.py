@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 import ssl
 from collections.abc import Iterator
@@ -15,8 +16,12 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from arriero.router.tls import TlsFiles
+from arriero.shards.errors import SpecError
+
+log = logging.getLogger(__name__)
 
 _START_LIMIT_S = 30.0
+_RENEW_S = 1.0
 
 
 class _Server(uvicorn.Server):
@@ -35,7 +40,8 @@ class HttpServer:
         app: the application.
         address: host and port; port 0 picks a free one.
         max_calls: most requests at once; one more is refused with 503.
-        tls: certificate and key, checked; with a `ca`, clients must show a certificate too.
+        tls: certificate and key, checked; with a `ca`, clients must show a certificate too. A
+            certificate and key that are renewed are taken within a second.
 
     Attributes:
         port: once bound.
@@ -44,7 +50,7 @@ class HttpServer:
     def __init__(
         self, app: ASGIApp, address: str, *, max_calls: int, tls: TlsFiles | None = None
     ) -> None:
-        self._address = address
+        self._address, self._tls = address, tls
         config = uvicorn.Config(
             app,
             lifespan="off",
@@ -62,6 +68,7 @@ class HttpServer:
         self._server = _Server(config)
         self._socket: socket.socket | None = None
         self._task: asyncio.Task[None] | None = None
+        self._renewing: asyncio.Task[None] | None = None
         self.port = 0
 
     def bind(self) -> None:
@@ -102,12 +109,32 @@ class HttpServer:
             raise OSError(
                 f"the HTTP server at {self._address} did not start in {_START_LIMIT_S:g} s"
             ) from None
+        if self._tls is not None:
+            self._renewing = asyncio.create_task(self._renew(self._tls))
 
     async def stop(self, grace_s: float) -> None:
         """Take no more requests, let running ones finish for `grace_s` seconds, then close."""
+        if self._renewing is not None:
+            self._renewing.cancel()
         if self._task is not None:
             self._server.config.timeout_graceful_shutdown = max(1, round(grace_s))
             self._server.should_exit = True
             await self._task
         if self._socket is not None:
             self._socket.close()
+
+    async def _renew(self, tls: TlsFiles) -> None:
+        """Take a certificate and key that have changed, for the handshakes from then on."""
+        context, seen = self._server.config.ssl, tls.stamps("tls")
+        assert context is not None, "a server that listens with TLS has its context"
+        while True:
+            await asyncio.sleep(_RENEW_S)
+            try:
+                stamps = tls.stamps("tls")
+                if stamps == seen:
+                    continue
+                seen = stamps
+                tls.check("tls")
+                context.load_cert_chain(tls.certificate, tls.key)
+            except (SpecError, OSError) as error:
+                log.error("the certificates stay as they were: %s", error)

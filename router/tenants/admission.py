@@ -80,10 +80,13 @@ class Admission:
 
     Args:
         limits: of the queue.
+
+    Attributes:
+        limits: the same; others may be set at any time. A tenant's count from its next request on.
     """
 
     def __init__(self, limits: QueueLimits) -> None:
-        self._limits = limits
+        self.limits = limits
         self._queue: FairQueue[Ticket] = FairQueue()
         self._usage: dict[str, _Usage] = {}
         self._served = _Rate()
@@ -115,7 +118,7 @@ class Admission:
         Raises:
             Overloaded: it is refused, and why, and when to come back.
         """
-        tenant, limits = ticket.tenant, self._limits
+        tenant, limits = ticket.tenant, self.limits
         usage = self._usage_of(tenant, now_s)
         output = _expected_output(ticket, usage)
         ticket.cost = PROMPT_COST * ticket.num_prompt + OUTPUT_COST * output
@@ -151,7 +154,7 @@ class Admission:
         """
         least = PROMPT_COST + OUTPUT_COST
         self._check(tenant, 1, least, deadline_s, now_s)
-        full = len(self._queue) >= self._limits.max_queued
+        full = len(self._queue) >= self.limits.max_queued
         if full and self._queue.would_push_out(tenant, priority):
             raise self._full(tenant, least)
 
@@ -221,12 +224,9 @@ class Admission:
     def _usage_of(self, tenant: Tenant, now_s: float) -> _Usage:
         usage = self._usage.get(tenant.name)
         if usage is None:
-            requests, tokens = tenant.requests_per_minute, tenant.tokens_per_minute
-            usage = self._usage[tenant.name] = _Usage(
-                mean_output=self._mean_output,
-                requests=None if requests is None else Bucket(requests, now_s),
-                tokens=None if tokens is None else Bucket(tokens, now_s),
-            )
+            usage = self._usage[tenant.name] = _Usage(mean_output=self._mean_output)
+        usage.requests = _bucket(usage.requests, tenant.requests_per_minute, now_s)
+        usage.tokens = _bucket(usage.tokens, tenant.tokens_per_minute, now_s)
         return usage
 
     def _check(
@@ -258,11 +258,11 @@ class Admission:
         if not len(self._queue):
             return  # it may have to wait for a place, but for nobody's turn
         wait_s = self._wait_s(self._queue.cost_before(tenant))
-        if wait_s > self._limits.max_wait_s:
+        if wait_s > self.limits.max_wait_s:
             raise Overloaded(
                 f"it would wait about {wait_s:.0f} s for others; the most is "
-                f"{self._limits.max_wait_s:g} s",
-                wait_s - self._limits.max_wait_s,
+                f"{self.limits.max_wait_s:g} s",
+                wait_s - self.limits.max_wait_s,
             )
         if deadline_s is not None and now_s + wait_s > deadline_s:
             raise Overloaded(
@@ -273,7 +273,7 @@ class Admission:
 
     def _full(self, tenant: Tenant, cost: float) -> Overloaded:
         return Overloaded(
-            f"{self._limits.max_queued} requests wait, which is the most, and tenant "
+            f"{self.limits.max_queued} requests wait, which is the most, and tenant "
             f"{tenant.name!r} has most of them; send fewer at once",
             self._wait_s(cost),
         )
@@ -293,6 +293,16 @@ class Admission:
         usage = self._usage[ticket.tenant.name]
         if usage.tokens is not None:
             usage.tokens.take(-ticket.num_prompt, now_s)
+
+
+def _bucket(bucket: Bucket | None, per_minute: float | None, now_s: float) -> Bucket | None:
+    """The bucket of a limit, which may have been changed."""
+    if per_minute is None:
+        return None
+    if bucket is None:
+        return Bucket(per_minute, now_s)
+    bucket.change(per_minute, now_s)
+    return bucket
 
 
 def _expected_output(ticket: Ticket, usage: _Usage) -> float:

@@ -22,6 +22,13 @@ class Bucket:
         self._level = per_minute
         self._at_s = now_s
 
+    def change(self, per_minute: float, now_s: float) -> None:
+        """Fill at another rate from now on; what is in it, or owed, stays."""
+        if per_minute != self._most:
+            self._fill(now_s)
+            self._most, self._per_s = per_minute, per_minute / 60.0
+            self._level = min(self._level, per_minute)
+
     def wait_s(self, amount: float, now_s: float) -> float:
         """Seconds until `amount` can be taken; 0 when it can now.
 

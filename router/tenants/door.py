@@ -78,6 +78,12 @@ class Door:
         if self._ticking is not None:
             self._ticking.cancel()
 
+    def reload(self, limits: QueueLimits, tenants: Mapping[str, Tenant]) -> None:
+        """Take other limits, for requests that come from now on; see the class."""
+        self._limits, self._tenants = limits, dict(tenants)
+        for admission in self._models.values():
+            admission.limits = limits
+
     def tenant(self, authorization: str) -> Tenant:
         """Who says so.
 

@@ -75,6 +75,7 @@ class FairQueue(Generic[T]):
         line = self._lines.get(tenant.name)
         if line is None:
             line = self._lines[tenant.name] = _Line(tenant.weight, tenant.priority)
+        line.expected *= line.weight / tenant.weight  # it may have been changed
         line.weight, line.priority = tenant.weight, tenant.priority
         if not line.items:
             self._lift(line)

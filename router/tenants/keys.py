@@ -14,13 +14,14 @@ import fcntl
 import hashlib
 import hmac
 import logging
+import math
 import os
 import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 
 _KEY = re.compile(r"arr-([0-9a-f]{12})-([0-9a-f]{64})")
 _FIELDS = {"id": str, "tenant": str, "salt": str, "hash": str, "created": int, "note": str}
+_FIELDS |= {"expires": int}
+_MAY_LACK = ("note", "expires")
 _HINT = "send `authorization: Bearer arr-…`; `arriero keys add` makes a key"
 
 
@@ -45,6 +48,7 @@ class KeyEntry:
         salt, hash: hexadecimal; HMAC-SHA-256 of the secret under the salt.
         created: seconds since 1970.
         note: words for people.
+        expires: seconds since 1970 from when it is refused; 0 for never.
     """
 
     id: str
@@ -53,6 +57,7 @@ class KeyEntry:
     hash: str
     created: int
     note: str = ""
+    expires: int = 0
 
 
 def make_key(tenant: str, note: str = "") -> tuple[str, KeyEntry]:
@@ -67,6 +72,23 @@ def make_key(tenant: str, note: str = "") -> tuple[str, KeyEntry]:
         note=note,
     )
     return f"arr-{key_id}-{secret}", entry
+
+
+def rotated(old: KeyEntry, overlap_s: float) -> tuple[str, KeyEntry, KeyEntry | None]:
+    """A key in place of another.
+
+    Args:
+        old: the key from before.
+        overlap_s: how long that one is still taken.
+
+    Returns:
+        The new key; its entry; and what is left of the old one's, None where nothing is.
+    """
+    key, entry = make_key(old.tenant, old.note)
+    if not overlap_s:
+        return key, entry, None
+    until = math.ceil(time.time() + overlap_s)
+    return key, entry, replace(old, expires=min(until, old.expires or until))
 
 
 class Keys:
@@ -95,6 +117,8 @@ class Keys:
         entry = self._entries.get(found[1], self._nobody)
         if not hmac.compare_digest(_hash(found[2], entry.salt), entry.hash):
             raise Unauthenticated("the API key is not known, or was revoked")
+        if entry.expires and time.time() >= entry.expires:
+            raise Unauthenticated("the API key was replaced, and its time is over")
         return entry.tenant
 
 
@@ -160,9 +184,8 @@ def add_key(path: Path, tenant: str, note: str = "") -> str:
     Raises:
         SpecError: the file cannot be read.
     """
-    with _changing(path) as entries:
-        key, entry = make_key(tenant, note)
-        entries[entry.id] = entry
+    key, entry = make_key(tenant, note)
+    change_keys(path, [entry], [])
     return key
 
 
@@ -173,10 +196,45 @@ def revoke_key(path: Path, key_id: str) -> KeyEntry:
         SpecError: the file cannot be read.
         NotFound: no key has the id.
     """
+    entry = _one(path, key_id)
+    change_keys(path, [], [key_id])
+    return entry
+
+
+def rotate_key(path: Path, key_id: str, overlap_s: float) -> tuple[str, KeyEntry]:
+    """Put a key in the place of another; gives it, and its entry. See `rotated`.
+
+    Raises:
+        SpecError: the file cannot be read.
+        NotFound: no key has the id.
+    """
+    key, entry, old = rotated(_one(path, key_id), overlap_s)
+    put = [entry] if old is None else [entry, old]
+    change_keys(path, put, [key_id] if old is None else [])
+    return key, entry
+
+
+def change_keys(path: Path, put: Iterable[KeyEntry], drop: Iterable[str]) -> None:
+    """Put entries into the file, in place of those with their ids, and take others out.
+
+    Those whose time is over go too. Safe to do twice.
+
+    Raises:
+        SpecError: the file cannot be read.
+    """
     with _changing(path) as entries:
-        if key_id not in entries:
-            raise NotFound(f"{path} holds no key {key_id!r}; `arriero keys list` shows them")
-        return entries.pop(key_id)
+        entries |= {one.id: one for one in put}
+        now_s = time.time()
+        over = [one.id for one in entries.values() if one.expires and one.expires < now_s]
+        for key_id in (*drop, *over):
+            entries.pop(key_id, None)
+
+
+def _one(path: Path, key_id: str) -> KeyEntry:
+    entries = read_keys(path)
+    if key_id not in entries:
+        raise NotFound(f"{path} holds no key {key_id!r}; `arriero keys list` shows them")
+    return entries[key_id]
 
 
 @contextmanager
@@ -203,7 +261,7 @@ def _entry(path: str, at: str, given: Any) -> KeyEntry:  # noqa: ANN401
         if name not in _FIELDS:
             raise SpecError(f"{path}: `{at}.{str(name)[:64]}`: no such field")
     for name, kind in _FIELDS.items():
-        if name not in given and name != "note":
+        if name not in given and name not in _MAY_LACK:
             raise SpecError(f"{path}: `{at}.{name}` is needed")
         if name in given and not isinstance(given[name], kind):
             raise SpecError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 
@@ -44,11 +45,12 @@ class CacheReport:
 
     @staticmethod
     def total(reports: list[CacheReport]) -> CacheReport:
-        """The sum over lanes, of which those with tiers have one."""
+        """The sum over lanes."""
         if len(reports) == 1:
             return reports[0]
         tiers: dict[str, TierUse] = {}
         tenants: dict[str, TenantUse] = {}
+        held: dict[str, Counter[str]] = {}
         for one in reports:
             for name, use in one.tiers.items():
                 so_far = tiers.get(name, TierUse(0, 0))
@@ -57,5 +59,7 @@ class CacheReport:
                 sums = tenants.setdefault(name, TenantUse())
                 sums.prompt_tokens += asked.prompt_tokens
                 sums.cached_tokens += asked.cached_tokens
+            for name, blocks in one.held.items():
+                held.setdefault(name, Counter()).update(blocks)
         pins = {name: count for one in reports for name, count in one.pins.items()}
-        return CacheReport(tiers, tenants, {}, pins)
+        return CacheReport(tiers, tenants, {name: dict(of) for name, of in held.items()}, pins)

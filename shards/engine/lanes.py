@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 
 from arriero.shards.engine.blocks import CacheEvent, CacheListener
 from arriero.shards.engine.cache_report import CacheReport
@@ -51,10 +52,10 @@ class Lanes:
         self.config = config
         self._on_event = on_event
         self._stored: Counter[bytes] = Counter()
-        one = config.num_lanes == 1
-        listener = on_event if one or on_event is None else self._on_lane_event
+        self._kept: list[set[bytes]] = [set() for _ in range(config.num_lanes)]
         self._lanes = [
-            Scheduler(config, on_event=listener, clock=clock) for _ in range(config.num_lanes)
+            Scheduler(config, on_event=self._listener(number), clock=clock)
+            for number in range(config.num_lanes)
         ]
         self._lane_of: dict[str, Scheduler] = {}
 
@@ -95,15 +96,21 @@ class Lanes:
     @property
     def num_moving(self) -> int:
         """Copies of blocks under way or waiting to be made."""
-        return self._lanes[0].num_moving
+        return sum(lane.num_moving for lane in self._lanes)
 
     def take_moves(self) -> list[Moves]:
-        """Copies of blocks to be made after every plan so far; groups of one lane have tiers."""
-        return self._lanes[0].take_moves()
+        """Copies of blocks to be made after every plan so far."""
+        taken = []
+        for number, lane in enumerate(self._lanes):
+            for moves in lane.take_moves():
+                moves.lane = number
+                taken.append(moves)
+        return taken
 
     def take_moved(self, moved: list[Moved]) -> None:
         """Hear from slices what came of copies, maybe nothing."""
-        self._lanes[0].take_moved(moved)
+        for number, lane in enumerate(self._lanes):
+            lane.take_moved([one for one in moved if one.lane == number])
 
     def cache(self) -> CacheReport:
         """What the KV cache holds, and for whom."""
@@ -119,11 +126,15 @@ class Lanes:
 
     def keeping(self, keys: list[bytes]) -> bool:
         """Whether some of these blocks are on their way to host memory; from any thread."""
-        return self._lanes[0].keeping(keys)
+        return any(lane.keeping(keys) for lane in self._lanes)
 
     def shared(self, keys: list[bytes]) -> dict[Pool, PeerBlocks]:
-        """What another group may copy of these blocks, by pool; from any thread."""
-        return self._lanes[0].shared(keys)
+        """What another group may copy of these blocks, by pool: of the lane that has most of them.
+
+        From any thread.
+        """
+        each = [lane.shared(keys) for lane in self._lanes]
+        return max(each, key=lambda one: len(one[Pool.ALL].slots) if one else 0)
 
     def flush(self) -> int:
         """Forget every block that nobody holds, on the device and below; how many."""
@@ -138,7 +149,11 @@ class Lanes:
         apart = ("step_us", "expert_moves", "expert_imbalance", "expert_loads", "tiers")
         names = [field.name for field in fields(EngineStats) if field.name not in apart]
         total = {name: sum(getattr(one, name) for one in each) for name in names}
-        return EngineStats(**total | {"steps": each[0].steps})
+        tiers = Counter[str]()
+        if all(one.tiers for one in each):  # else some are still to open
+            for one in each:
+                tiers.update(one.tiers)
+        return EngineStats(**total | {"steps": each[0].steps, "tiers": dict(tiers)})
 
     def schedule(self) -> list[StepPlan]:
         """The next step's plans, one for each lane; none when nothing can run."""
@@ -173,15 +188,23 @@ class Lanes:
                     self._lane_of.pop(output.request_id, None)
         return outputs
 
-    def _on_lane_event(self, kind: CacheEvent, key: bytes) -> None:
+    def _listener(self, lane: int) -> CacheListener | None:
+        if self._on_event is None or self.config.num_lanes == 1:
+            return self._on_event
+        return partial(self._on_lane_event, lane)
+
+    def _on_lane_event(self, lane: int, kind: CacheEvent, key: bytes) -> None:
         assert self._on_event is not None, "set where there is a listener"
-        before = self._stored[key]
-        after = before + (1 if kind == "stored" else -1)
-        if after:
-            self._stored[key] = after
-        else:
-            del self._stored[key]
-        if not before or not after:
+        if kind in ("stored", "evicted"):
+            before = self._stored[key]
+            self._stored[key] += 1 if kind == "stored" else -1
+            if not self._stored[key]:
+                del self._stored[key]
+            elsewhere = before > (kind == "evicted")
+        else:  # a tier of its own tells "kept" for itself, the last one "dropped" for all
+            elsewhere = any(key in one for i, one in enumerate(self._kept) if i != lane)
+            (self._kept[lane].add if kind == "kept" else self._kept[lane].discard)(key)
+        if not elsewhere:
             self._on_event(kind, key)
 
 

@@ -212,7 +212,8 @@ class Scheduler:
         tokens = None if self.config.num_stages == 1 else self._slots.last_token[slots]
         plan = self._draft.build(self._step, slots, starts, tokens, chunks)
         if tokens is None and not chunks:
-            plan.again = slots is self._repeated
+            # a prompt that was at work may have lost its slot meanwhile
+            plan.again = slots is self._repeated and not len(plan.freed)
             self._repeated = slots
         else:
             self._repeated = None

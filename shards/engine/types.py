@@ -48,7 +48,7 @@ class EngineConfig:
         image_token: the placeholder that images' features replace; None for a text model.
         max_images: of a request.
         cache_salt: digest of model and revision; the root of every block's key.
-        tiers: of the KV cache below the device; for one lane only.
+        tiers: of the KV cache below the device; each lane's own.
     """
 
     max_model_len: int

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from arriero.kernels.ops import KVCache
+from arriero.shards.kv import nixl
 from arriero.shards.kv.config import TierConfig
 from arriero.shards.kv.files import BlockFiles, Folder, LocalFolder, SharedFolder, empty
 from arriero.shards.kv.host import HostPool
@@ -61,9 +62,10 @@ class TierSettings:
         host_slots: blocks of host memory, the same on every rank.
         rank: of the group.
         pool: whose blocks they are.
+        lane: the rank's data-parallel rank.
         piece: what the rank holds of each block.
         host: address at which it serves its host memory to ranks on other nodes.
-        writes: False where a rank before it holds the same piece, and writes the files.
+        writes: False where a rank before it in its lane holds the same piece, and writes the files.
     """
 
     config: TierConfig
@@ -71,6 +73,7 @@ class TierSettings:
     host_slots: int
     rank: int
     pool: Pool
+    lane: int
     piece: Piece
     host: str
     writes: bool
@@ -114,8 +117,8 @@ class Mover:
         fence: Callable[[], Fence | None] = lambda: None,
     ) -> None:
         self._kv, self._settings, self._on_moved, self._fence = kv, settings, on_moved, fence
-        self._packs = settings.config.dtype is not None
-        self._form = BlockForm.of(kv.spec, packed=self._packs)
+        self._row_type = settings.config.dtype
+        self._form = BlockForm.of(kv.spec, packed=self._row_type is not None)
         self._on_cuda = kv.read(0, [0]).is_cuda
         self._piece = settings.piece
         self._layers = range(self._piece.layers[1] - self._piece.layers[0])
@@ -123,6 +126,8 @@ class Mover:
         self._order = itertools.count()
         self._host: HostPool | None = None
         self._server: BlockServer | None = None
+        self._nixl_server: nixl.NixlServer | None = None
+        self._nixl: nixl.NixlReader | None = None
         self._files: dict[Tier, BlockFiles] = {}
         self._peers: dict[tuple[Segment, ...], PeerPool] = {}
         self._cuda_stream: Any = None
@@ -164,8 +169,9 @@ class Mover:
                     self._on_moved(said)
         for peer in self._peers.values():
             peer.close()
-        if self._server is not None:
-            self._server.close()
+        for server in (self._server, self._nixl_server):
+            if server is not None:
+                server.close()
         if self._host is not None:
             self._host.close()
 
@@ -179,7 +185,7 @@ class Mover:
     def _open(self) -> Moved:
         """Open the tiers; what they hold already is the rank's first word."""
         settings, config = self._settings, self._settings.config
-        first = Moved(settings.rank, settings.pool, ready=True)
+        first = Moved(settings.rank, settings.pool, ready=True, lane=settings.lane)
         if settings.host_slots:
             try:
                 self._host = HostPool(
@@ -187,7 +193,10 @@ class Mover:
                 )
                 self._server = BlockServer(self._host, settings.host)
                 first.segment = replace(
-                    self._host.segment, address=self._server.address, token=self._server.token
+                    self._host.segment,
+                    address=self._server.address,
+                    token=self._server.token,
+                    nixl=self._open_nixl(self._host),
                 )
             except OSError as error:
                 log.error("no host memory for KV blocks: %s", error)
@@ -207,6 +216,18 @@ class Mover:
                 log.error("the tier %s of KV blocks cannot be used: %s", tier.name, error)
         return first
 
+    def _open_nixl(self, host: HostPool) -> bytes:
+        """Read and be read through NIXL if that is the way; what readers must know then."""
+        if not nixl.wanted(self._settings.config.transfer):
+            return b""
+        try:
+            self._nixl_server = nixl.NixlServer(host)
+            self._nixl = nixl.NixlReader()
+        except Exception as error:  # NIXL's own kinds, of drivers and cards
+            log.warning("KV blocks travel over TCP: NIXL cannot be used here: %s", error)
+            return b""
+        return self._nixl_server.told
+
     def _do(self, work: _Work) -> Moved | None:
         """Do a piece of work, whatever it meets; gives what is to be told of it."""
         failed: set[int] = set()
@@ -222,7 +243,7 @@ class Mover:
             failed = {move.id for move in work.moves}
         if not work.moves:
             return None
-        said = Moved(self._settings.rank, self._settings.pool)
+        said = Moved(self._settings.rank, self._settings.pool, lane=self._settings.lane)
         for move in work.moves:
             (said.failed if move.id in failed else said.done).append(move.id)
         return said
@@ -259,22 +280,21 @@ class Mover:
         data = empty(self._form, self._piece, len(blocks))
         for layer in self._layers:
             rows = self._kv.read(layer, blocks)
-            data[:, layer].copy_(pack(rows) if self._packs else rows)
+            data[:, layer].copy_(rows if self._row_type is None else pack(rows, self._row_type))
         return data
 
     def _to_device(self, blocks: Sequence[int], data: Tensor) -> None:
         for layer in self._layers:
             rows = data[:, layer]
-            self._kv.write(layer, blocks, unpack(rows) if self._packs else rows)
+            if self._row_type is not None:
+                rows = unpack(rows, self._row_type)
+            self._kv.write(layer, blocks, rows)
         if self._cuda_stream is not None:
             self._cuda_stream.synchronize()
 
     def _to_host(self, moves: Sequence[Move], data: Tensor) -> None:
         assert self._host is not None, "no host memory"
-        slots = [move.target_at for move in moves]
-        self._host.begin(slots)
-        self._host.data[slots] = data
-        self._host.end(slots, [move.key for move in moves])
+        self._host.put([move.target_at for move in moves], [move.key for move in moves], data)
 
     def _to_files(self, tier: Tier, moves: Sequence[Move], data: Tensor) -> set[int]:
         failed = set()
@@ -308,7 +328,7 @@ class Mover:
         if segments not in self._peers:
             while len(self._peers) >= MOST_PEERS:
                 self._peers.pop(next(iter(self._peers))).close()
-            self._peers[segments] = PeerPool(segments, self._form, self._piece)
+            self._peers[segments] = PeerPool(segments, self._form, self._piece, self._nixl)
         return self._peers[segments]
 
 

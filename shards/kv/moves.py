@@ -71,6 +71,7 @@ class Segment:
         block: (block size, head dimension or int8's canonical one, bytes of an element).
         slots: how many blocks there is room for.
         address, token: of the rank's server, for readers on other nodes; "" and b"" for none.
+        nixl: what readers must know to fetch from it through NIXL; b"" where it has none.
     """
 
     pid: int
@@ -83,19 +84,21 @@ class Segment:
     slots: int
     address: str = ""
     token: bytes = b""
+    nixl: bytes = b""
 
     @classmethod
     def from_wire(cls, values: list[Any]) -> Segment:
         """Undo what msgpack makes of `astuple`."""
-        pid, fd, name, host, layers, heads, block, slots, address, token = values
+        pid, fd, name, host, layers, heads, block, slots, *served = values
         where = (pid, fd, name, host, _pair(layers), _pair(heads), tuple(block))
-        return cls(*where, slots, address, token)
+        return cls(*where, slots, *served)
 
     def to_wire(self) -> list[Any]:
         """As msgpack can carry it."""
         return [
             *(self.pid, self.fd, self.name, self.host),
-            *(self.layers, self.heads, self.block, self.slots, self.address, self.token),
+            *(self.layers, self.heads, self.block, self.slots),
+            *(self.address, self.token, self.nixl),
         ]
 
 
@@ -113,12 +116,14 @@ class Moves:
         moves: to be made.
         dropped: (tier, key) of files that are to go.
         peer: where the blocks of PEER moves are, one segment for each rank of the peer.
+        lane: data-parallel rank whose slices are to make them.
     """
 
     pool: Pool = Pool.ALL
     moves: list[Move] = field(default_factory=list)
     dropped: list[tuple[Tier, bytes]] = field(default_factory=list)
     peer: tuple[Segment, ...] = ()
+    lane: int = 0
 
     def to_bytes(self) -> bytes:
         """Pack for the wire."""
@@ -128,14 +133,14 @@ class Moves:
         ]
         dropped = [(int(tier), key) for tier, key in self.dropped]
         packed: bytes = msgpack.packb(
-            [int(self.pool), moves, dropped, [one.to_wire() for one in self.peer]]
+            [int(self.pool), moves, dropped, [one.to_wire() for one in self.peer], self.lane]
         )
         return packed
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Moves:
         """Undo `to_bytes`."""
-        pool, moves, dropped, peer = msgpack.unpackb(data)
+        pool, moves, dropped, peer, lane = msgpack.unpackb(data)
         return cls(
             Pool(pool),
             [
@@ -144,6 +149,7 @@ class Moves:
             ],
             [(Tier(tier), key) for tier, key in dropped],
             tuple(Segment.from_wire(one) for one in peer),
+            lane,
         )
 
 
@@ -160,6 +166,7 @@ class Moved:
             byte that the rank needs of it is there. Empty but in a rank's first word.
         ready: the rank's tiers are open: its first word.
         segment: its host memory, in its first word, if it has any.
+        lane: the rank's data-parallel rank.
     """
 
     rank: int
@@ -169,6 +176,7 @@ class Moved:
     found: dict[Tier, list[tuple[bytes, bool]]] = field(default_factory=dict)
     ready: bool = False
     segment: Segment | None = None
+    lane: int = 0
 
     def to_bytes(self) -> bytes:
         """Pack for the wire."""
@@ -178,14 +186,17 @@ class Moved:
         }
         segment = None if self.segment is None else self.segment.to_wire()
         packed: bytes = msgpack.packb(
-            [self.rank, int(self.pool), self.done, self.failed, found, self.ready, segment]
+            [
+                *(self.rank, int(self.pool), self.done, self.failed),
+                *(found, self.ready, segment, self.lane),
+            ]
         )
         return packed
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Moved:
         """Undo `to_bytes`."""
-        rank, pool, done, failed, found, ready, segment = msgpack.unpackb(
+        rank, pool, done, failed, found, ready, segment, lane = msgpack.unpackb(
             data, strict_map_key=False
         )
         listed = {
@@ -200,4 +211,5 @@ class Moved:
             listed,
             ready,
             None if segment is None else Segment.from_wire(segment),
+            lane,
         )

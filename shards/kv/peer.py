@@ -1,8 +1,9 @@
 """Another group's host memory, to copy blocks from: each of its ranks' part by the way there is.
 
 Ranks of the peer may hold other layers and heads than we do: our piece of a block is put together
-from all that overlap it. A rank on this node is read in its memory, one on another node over TCP
-(see `wire`). Whatever is wrong is a missing block.
+from all that overlap it. A rank on this node is read in its memory; one on another node through
+NIXL where both have it (see `nixl`), else over TCP (see `wire`). Whatever is wrong, a checksum too,
+is a missing block.
 
 Knows pieces and parts; which block is where is the leaders'.
 """
@@ -17,12 +18,16 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
-from arriero.shards.kv.host import STAMP, stamp, views
+from arriero.shards.kv.host import memory_bytes, stamp, sums, views
 from arriero.shards.kv.machine import host_name
 from arriero.shards.kv.moves import Segment
+from arriero.shards.kv.nixl import NixlPart, NixlReader
 from arriero.shards.kv.pieces import BadBlock, BlockForm, Piece
+from arriero.shards.kv.sums import block_sums
 from arriero.shards.kv.wire import RemotePart
 
 log = logging.getLogger(__name__)
@@ -31,6 +36,8 @@ LOST_S = 5.0
 """A peer that was lost is not asked again for so long: each time might be a second's wait."""
 Wanted = Sequence[tuple[bytes, int]]
 """Blocks by key and slot."""
+Sums = npt.NDArray[np.int64]
+"""Checksums [l, 2, h] of a part of a block."""
 
 
 class Part(Protocol):
@@ -39,8 +46,12 @@ class Part(Protocol):
     def ask(self, wanted: Wanted) -> None:
         """Say which blocks `get` is to give, in this order; may raise `BadBlock`."""
 
-    def get(self, into: Tensor) -> bool:
-        """Copy the next one, [l, 2, h, P, D]; False when it is not there; may raise `BadBlock`."""
+    def get(self, into: Tensor) -> Sums | None:
+        """Copy the next one, [l, 2, h, P, D]; may raise `BadBlock`.
+
+        Returns:
+            The checksums that it had when it was written; None when it is not there.
+        """
 
     def close(self) -> None:
         """Let go."""
@@ -54,24 +65,26 @@ class LocalPart:
     """
 
     def __init__(self, segment: Segment, form: BlockForm, part: Piece) -> None:
-        theirs = Piece(segment.layers, segment.heads)
+        self._theirs = Piece(segment.layers, segment.heads)
         self._map = _attach(segment, form)
-        self._data, self._stamps = views(self._map, form, theirs, segment.slots)
-        self._layers, self._heads = part.within(theirs)
+        self._data, self._stamps = views(self._map, form, self._theirs, segment.slots)
+        self._layers, self._heads = part.within(self._theirs)
         self._wanted: Iterator[tuple[bytes, int]] = iter(())
 
     def ask(self, wanted: Wanted) -> None:
         """See `Part`."""
         self._wanted = iter(wanted)
 
-    def get(self, into: Tensor) -> bool:
+    def get(self, into: Tensor) -> Sums | None:
         """See `Part`."""
         key, slot = next(self._wanted)
         before = stamp(self._stamps, key, slot)
         if before is None:
-            return False
+            return None
         into.copy_(self._data[slot, self._layers, :, self._heads])
-        return stamp(self._stamps, key, slot) == before
+        if stamp(self._stamps, key, slot) != before:
+            return None
+        return sums(before, self._theirs)[self._layers, :, self._heads]
 
     def close(self) -> None:
         """See `Part`."""
@@ -83,11 +96,23 @@ class LocalPart:
 class PeerPool:
     """All ranks of a peer that hold something of our piece.
 
+    Args:
+        segments: of the ranks.
+        form: of blocks.
+        piece: what we hold of each.
+        nixl: reads through NIXL, if this rank does; of the thread that copies.
+
     Raises:
         BadBlock: they are not to be had, or do not hold all of it.
     """
 
-    def __init__(self, segments: Sequence[Segment], form: BlockForm, piece: Piece) -> None:
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        form: BlockForm,
+        piece: Piece,
+        nixl: NixlReader | None = None,
+    ) -> None:
         self._parts: list[tuple[tuple[slice, slice], Part]] = []
         self._lost_until_s = 0.0
         if not piece.covered_by(Piece(one.layers, one.heads) for one in segments):
@@ -99,7 +124,7 @@ class PeerPool:
                 part = theirs.overlap(piece)
                 if part is not None and not piece.covered_by(used):
                     used.append(theirs)
-                    self._parts.append((part.within(piece), _part(one, form, part)))
+                    self._parts.append((part.within(piece), _part(one, form, part, nixl)))
         except BaseException:
             self.close()
             raise
@@ -114,7 +139,12 @@ class PeerPool:
                 part.ask(wanted)
             for i, block in enumerate(into):
                 for (layers, heads), part in self._parts:
-                    if not part.get(block[layers, :, heads]):
+                    ours = block[layers, :, heads]
+                    due = part.get(ours)
+                    if due is None:
+                        failed.add(i)
+                    elif not np.array_equal(block_sums(ours).numpy(), due):
+                        log.warning("a peer's block %s came spoilt", wanted[i][0].hex())
                         failed.add(i)
         except BadBlock as error:
             log.warning("a peer's blocks are computed instead: %s", error)
@@ -129,7 +159,7 @@ class PeerPool:
         self._parts.clear()
 
 
-def _part(segment: Segment, form: BlockForm, part: Piece) -> Part:
+def _part(segment: Segment, form: BlockForm, part: Piece, nixl: NixlReader | None) -> Part:
     if segment.block != (form.positions, form.dim, form.dtype.itemsize):
         raise BadBlock("the peer's blocks are of another form")
     if segment.host == host_name():
@@ -138,6 +168,8 @@ def _part(segment: Segment, form: BlockForm, part: Piece) -> Part:
         except BadBlock:
             if not segment.address:  # it may be in another container
                 raise
+    if nixl is not None and segment.nixl:
+        return NixlPart(nixl, segment, form, part)
     if not segment.address:
         raise BadBlock("the peer is on another node and serves nobody there")
     return RemotePart(segment, form, part)
@@ -152,8 +184,8 @@ def _attach(segment: Segment, form: BlockForm) -> mmap.mmap:
     try:
         if segment.name not in os.readlink(f"/proc/self/fd/{fd}"):
             raise BadBlock("the peer's process is gone")
-        size = segment.slots * (form.nbytes(Piece(segment.layers, segment.heads)) + STAMP.itemsize)
-        if os.fstat(fd).st_size != size:
+        theirs = Piece(segment.layers, segment.heads)
+        if os.fstat(fd).st_size != memory_bytes(form, theirs, segment.slots):
             raise BadBlock("the peer's memory is of another size")
         return mmap.mmap(fd, 0, prot=mmap.PROT_READ)
     finally:

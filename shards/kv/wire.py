@@ -2,8 +2,8 @@
 
 A reader shows the server's token, then asks for blocks by slot and key, of the layers and heads
 that it needs; each comes after a byte that says whether it is there, and before one that says
-whether it was there to the end. Requests of a batch go out before the first block is read. Whatever
-goes wrong is a missing block.
+whether it was there to the end, with its checksums. Requests of a batch go out before the first
+block is read. Whatever goes wrong is a missing block.
 
 In the clear, as the ranks' other traffic is: keys and tokens travel over the links. Knows sockets
 and bytes; what is where is the leaders'.
@@ -14,18 +14,22 @@ from __future__ import annotations
 import contextlib
 import hmac
 import logging
+import math
 import secrets
 import socket
 import struct
 import threading
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from arriero.shards.kv.host import HostPool
 from arriero.shards.kv.moves import KEY_BYTES, Segment
 from arriero.shards.kv.pieces import BadBlock, BlockForm, Piece
+from arriero.shards.kv.sums import SUM_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +123,8 @@ class BlockServer:
             reader.sendall(_YES)
             data = self._pool.data[slot, l0:l1, :, h0:h1]
             reader.sendall(data.reshape(-1).view(torch.uint8).numpy().data)
-            reader.sendall(_YES if self._pool.stamp(key, slot) == before else _NO)
+            whole = _YES if self._pool.stamp(key, slot) == before else _NO
+            reader.sendall(whole + self._pool.sums(before)[l0:l1, :, h0:h1].tobytes())
 
 
 class RemotePart:
@@ -136,6 +141,7 @@ class RemotePart:
         layers, heads = part.within(Piece(segment.layers, segment.heads))
         self._range = (layers.start, layers.stop, heads.start, heads.stop)
         self._block = torch.empty(form.shape(part), dtype=form.dtype)
+        self._sums_shape = (layers.stop - layers.start, 2, heads.stop - heads.start)
         self._socket: socket.socket | None = None
 
     def ask(self, wanted: Sequence[tuple[bytes, int]]) -> None:
@@ -158,8 +164,8 @@ class RemotePart:
             self.close()
             raise BadBlock(f"rank at {self._segment.address}: {error}") from None
 
-    def get(self, into: Tensor) -> bool:
-        """Copy the next block, [l, 2, h, P, D]; False when the rank has it not.
+    def get(self, into: Tensor) -> npt.NDArray[np.int64] | None:
+        """Copy the next block, [l, 2, h, P, D]; gives its checksums, None when it is not there.
 
         Raises:
             BadBlock: the rank is lost; nothing more comes of what was asked.
@@ -167,18 +173,22 @@ class RemotePart:
         if self._socket is None:
             raise BadBlock(f"rank at {self._segment.address} is lost")
         try:
-            if _receive(self._socket, 1) == _NO:
-                return False
+            there = _receive(self._socket, 1)
+            if there != _YES:
+                if there == _NO:
+                    return None
+                raise ConnectionError("it answers what is no answer")
             target = into if into.is_contiguous() else self._block
             view = memoryview(target.reshape(-1).view(torch.uint8).numpy().data)
             _receive_into(self._socket, view)
             whole = _receive(self._socket, 1) == _YES
+            sums = _receive(self._socket, SUM_BYTES * math.prod(self._sums_shape))
         except OSError as error:
             self.close()
             raise BadBlock(f"rank at {self._segment.address}: {error}") from None
         if target is not into:
             into.copy_(target)
-        return whole
+        return np.frombuffer(sums, dtype="<i8").reshape(self._sums_shape) if whole else None
 
     def close(self) -> None:
         """Drop the connection."""

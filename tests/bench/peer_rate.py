@@ -3,8 +3,9 @@
     python tests/bench/peer_rate.py --megabytes 64
 
 The other slice is a process of its own. Prints a JSON line, in GB/s: plain copies; blocks out of
-shared memory, whole and put together from two ranks' halves; blocks over TCP on the loopback,
-beside `torch.distributed`'s (gloo) plain send and receive of as many bytes in the same run.
+shared memory, whole and put together from two ranks' halves; blocks through NIXL, if it is
+installed; blocks over TCP on the loopback, beside `torch.distributed`'s (gloo) plain send and
+receive of as many bytes in the same run. All blocks' checksums are compared.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from arriero.shards.kv.host import HostPool
+from arriero.shards.kv.nixl import NixlReader, NixlServer, wanted
 from arriero.shards.kv.peer import PeerPool
 from arriero.shards.kv.pieces import BlockForm, Piece
 from arriero.shards.kv.wire import BlockServer
@@ -53,16 +55,19 @@ def serve(pipe: Connection, keys: list[bytes], store: str) -> None:
     count, pools = len(keys), []
     for piece in (WHOLE, *HALVES):
         pool = HostPool(FORM, piece, count, pinned=False)
-        pool.begin(list(range(count)))
-        pool.data.normal_()
-        pool.end(list(range(count)), keys)
+        data = torch.empty((count, *FORM.shape(piece)), dtype=FORM.dtype).normal_()
+        pool.put(range(count), keys, data)
         pools.append(pool)
     server = BlockServer(pools[0], "127.0.0.1")
-    pipe.send([one.segment for one in pools] + [(server.address, server.token)])
+    readers = NixlServer(pools[0]) if wanted("nixl") else None
+    told = server.address, server.token, b"" if readers is None else readers.told
+    pipe.send([one.segment for one in pools] + [told])
     join(1, store)
     while pipe.recv() == "send":
         dist.send(pools[0].data, 0)
     server.close()
+    if readers is not None:
+        readers.close()
 
 
 def main() -> None:
@@ -77,20 +82,23 @@ def main() -> None:
     pipe, theirs = context.Pipe()
     child = context.Process(target=serve, args=(theirs, keys, store))
     child.start()
-    whole, left, right, (address, token) = pipe.recv()
+    whole, left, right, (address, token, nixl) = pipe.recv()
     join(0, store)
     into = torch.empty((count, *FORM.shape(WHOLE)), dtype=FORM.dtype)
     source = torch.empty_like(into).normal_()
     nbytes = count * FORM.nbytes(WHOLE)
-    wanted = [(key, slot) for slot, key in enumerate(keys)]
+    blocks = [(key, slot) for slot, key in enumerate(keys)]
     found = {"megabytes": args.megabytes, "memcpy": rate(lambda: into.copy_(source), nbytes)}
     away = replace(whole, host="elsewhere", address=address, token=token)
-    for name, segments in (("shared", [whole]), ("shared_halves", [left, right]), ("tcp", [away])):
-        peer = PeerPool(segments, FORM, WHOLE)
+    ways = {"shared": [whole], "shared_halves": [left, right], "tcp": [away]}
+    if nixl:
+        ways["nixl"] = [replace(away, nixl=nixl)]
+    for name, segments in ways.items():
+        peer = PeerPool(segments, FORM, WHOLE, NixlReader() if name == "nixl" else None)
 
         def pull(peer: PeerPool = peer) -> None:
             for start in range(0, count, 8):  # as a mover's batches
-                assert not peer.copy(wanted[start : start + 8], into[start : start + 8])
+                assert not peer.copy(blocks[start : start + 8], into[start : start + 8])
 
         found[name] = rate(pull, nbytes)
         peer.close()
@@ -104,6 +112,8 @@ def main() -> None:
     child.join()
     dist.destroy_process_group()
     found["shared_of_memcpy"] = round(found["shared"] / found["memcpy"], 2)
+    if nixl:
+        found["nixl_of_memcpy"] = round(found["nixl"] / found["memcpy"], 2)
     found["tcp_of_gloo"] = round(found["tcp"] / found["gloo"], 2)
     print(json.dumps(found))
 

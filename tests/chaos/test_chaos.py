@@ -1,7 +1,7 @@
 """Everything is killed, stopped and changed under running streams; no token may be lost.
 
 `CHAOS_ROUNDS` says how often each fault is injected: 1 by default; 20 is the long form. Each round
-has all faults, in an order of its own.
+has all faults, in an order of its own. `CHAOS_SPARES` has so many groups stand by for lost ones.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from load import Load
 from machines import Machines
 
 MODEL = os.environ.get("ARRIERO_TEST_MODEL", "")
+SPARES = int(os.environ.get("CHAOS_SPARES", "0"))
 ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "1"))
 NUM_STREAMS = 32
 NUM_TOKENS = 40
@@ -103,7 +104,7 @@ async def deployed(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[De
         weights.symlink_to(Path(MODEL).resolve())
         model = {
             "name": "demo", "path": str(weights), "groups": 2, "mesh": {"pp": 2}, "threads": 1,
-            "kv": {"memory": "192MiB"},
+            "kv": {"memory": "192MiB"}, "spares": SPARES,
         }  # fmt: skip
         text = {
             "models": [model],

@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arriero.cluster.changes import Phase, Slot, Start, Stop, Wish, decide, settled
+from arriero.cluster.changes import (
+    Phase,
+    Promote,
+    Slot,
+    Start,
+    Stop,
+    Wish,
+    decide,
+    settled,
+    spares_settled,
+)
 
 
 class Cluster:
@@ -142,3 +152,52 @@ def test_any_changes_settle(wishes: list[tuple[int, int, bool, int]]) -> None:
         for _ in range(turns):
             cluster.turn()
     cluster.settle()
+
+
+def spare(name: str, phase: Phase = Phase.STANDBY, revision: int = 1) -> Slot:
+    return Slot(name=name, model="m", revision=revision, phase=phase, spare=True)
+
+
+def main(name: str, phase: Phase = Phase.SERVING, revision: int = 1) -> Slot:
+    return Slot(name=name, model="m", revision=revision, phase=phase)
+
+
+WISH = Wish(revision=1, count=1, spares=1)
+
+
+def test_a_spare_comes_once_all_groups_serve() -> None:
+    assert decide({"m": WISH}, []) == [Start(slot="m-0", model="m", revision=1)]
+    assert decide({"m": WISH}, [main("m-0", Phase.STARTING)]) == []
+    begun = Start(slot="m-1", model="m", revision=1, spare=True)
+    assert decide({"m": WISH}, [main("m-0")]) == [begun]
+    for phase, done in ((Phase.STARTING, False), (Phase.STANDBY, True)):
+        slots = [main("m-0"), spare("m-1", phase)]
+        assert decide({"m": WISH}, slots) == []
+        assert settled({"m": WISH}, slots)  # spares are not waited for
+        assert spares_settled({"m": WISH}, slots) == done
+
+
+def test_a_spare_serves_when_more_groups_are_wanted() -> None:
+    more = replace(WISH, count=2)
+    assert decide({"m": more}, [main("m-0"), spare("m-1")]) == [Promote(slot="m-1")]
+    started = decide({"m": more}, [main("m-0"), spare("m-1", Phase.STARTING)])
+    assert started == [Start(slot="m-2", model="m", revision=1)]
+
+
+def test_spares_that_are_of_no_use_go_first() -> None:
+    """Of an old revision, failed, drained or too many; what serves is replaced after them."""
+    newer = replace(WISH, revision=2)
+    (stop,) = decide({"m": newer}, [main("m-0"), spare("m-1")])
+    assert isinstance(stop, Stop) and stop.slot == "m-1"
+    (start,) = decide({"m": newer}, [main("m-0"), spare("m-1", Phase.STOPPING)])
+    assert start == Start(slot="m-2", model="m", revision=2)
+    for wish, slot in (
+        (WISH, spare("m-1", Phase.FAILED)),
+        (replace(WISH, drained=frozenset({"m-1"})), spare("m-1")),
+        (replace(WISH, spares=0), spare("m-1")),
+    ):
+        (stop,) = decide({"m": wish}, [main("m-0"), slot])
+        assert isinstance(stop, Stop) and stop.slot == "m-1"
+        stopping = replace(slot, phase=Phase.STOPPING)
+        begun = decide({"m": wish}, [main("m-0"), stopping])
+        assert all(isinstance(one, Start) and one.spare for one in begun)

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+import typer
 
 from arriero.cluster import cli, state
 from arriero.shards.errors import SpecError
 
+if TYPE_CHECKING:
+    from click import Command
+
 COMMANDS = (
     *("demo", "up", "down", "status", "chat", "generate", "models", "bench", "top", "scale"),
-    *("drain", "rollout", "rollback", "events", "why", "logs", "doctor", "plan"),
+    *("drain", "rollout", "rollback", "reload", "events", "why", "logs", "doctor", "plan"),
+    "keys",
 )
 
 
@@ -71,6 +79,45 @@ def test_refusals(
     told = capsys.readouterr()
     assert said in told.err
     assert "Traceback" not in told.err
+
+
+def test_help_tells_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--help"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    for code, words in ((2, "wrong flag"), (3, "nothing serves"), (4, "no such model")):
+        assert f"{code} {words}" in told
+
+
+def leaves(command: Command, path: tuple[str, ...]) -> Iterator[tuple[str, Command]]:
+    inner: dict[str, Command] = getattr(command, "commands", {})
+    if not inner:
+        yield " ".join(path), command
+    for name, one in inner.items():
+        yield from leaves(one, (*path, name))
+
+
+def test_every_command_gives_json() -> None:
+    root = typer.main.get_command(cli.app)
+    without = [
+        name
+        for name, one in leaves(root, ())
+        if not any("--json" in getattr(parameter, "opts", ()) for parameter in one.params)
+    ]
+    assert without == []
+
+
+def test_the_shell_completes_commands_and_flags() -> None:
+    """What a shell asks of the program, after `arriero --install-completion`."""
+    for line, offered in (("arriero ro", "rollout"), ("arriero keys ro", "rotate-admin")):
+        words = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
+        said = subprocess.run(
+            [sys.executable, "-c", "from arriero.cluster import cli; cli.main()"],
+            env=os.environ | words | {"_ARRIERO_COMPLETE": "complete_bash"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert offered in said.stdout.split(), said.stderr
 
 
 def test_down_with_nothing_up(capsys: pytest.CaptureFixture[str]) -> None:

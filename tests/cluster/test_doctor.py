@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 
 from arriero.cluster import checkup
@@ -43,6 +44,8 @@ def test_each_fault_has_a_remedy() -> None:
         "gpus": ("H100", "A100"),
         "nccl": "",
         "ports": {50051: "cannot be bound: Address already in use"},
+        "peers": {"10.0.0.2": "No route to host"},
+        "wanted": {"/": 1 << 42},
         "packages": {**WELL.packages, "torch": ""},
     }
     for name, value in ill.items():
@@ -61,6 +64,16 @@ def test_nodes_that_differ() -> None:
 
 
 def test_this_machine_can_be_looked_at() -> None:
-    facts = checkup.look(models=("/nowhere",), ports=(0,))
+    with closing(checkup.Ear("127.0.0.1")) as ear:
+        asked = checkup.Questions(
+            models=("/nowhere",),
+            ports=(0,),
+            disks={"/nowhere/at/all": 1 << 60},
+            peers=(("127.0.0.1", ear.port()), ("127.0.0.2", 1)),
+        )
+        facts = checkup.look(asked)
     assert facts.cores >= 1 and facts.packages["ray"] and facts.models == {"/nowhere": False}
     assert facts.ports == {0: ""}
+    assert facts.peers == {"127.0.0.1": "", "127.0.0.2": "Connection refused"}
+    assert facts.wanted == {"/": 1 << 60}
+    assert any("may come to" in one.what for one in judge({"n": facts}, {}))

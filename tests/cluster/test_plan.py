@@ -575,6 +575,10 @@ def test_a_spec_is_planned_as_the_leader_will_decide(
     assert code == 2 and "4 slices" in err
     code, _, err = run(capsys, spec, "--gpu", "cpu", "--memory", "200MB")
     assert code == 2 and "rank 0" in err
+    (tmp_path / "arriero.yaml").write_text(text.replace("groups: 2", "groups: 1, spares: 1"))
+    assert run(capsys, spec, "--gpus-per-node", "4")[0] == 0
+    code, _, err = run(capsys, spec, "--gpus-per-node", "2")
+    assert code == 2 and "4 slices" in err  # a spare group takes a place too
 
 
 def test_a_window_in_a_spec_is_planned_or_refused(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import configparser
+import contextlib
 import importlib.util
 import json
+import os
 import re
 import shutil
 import ssl
@@ -21,6 +24,7 @@ from arriero.cluster.plan.memory import GroupPlan
 from arriero.cluster.spec import Spec
 from arriero.router.backend import GroupLoad, GroupView
 from arriero.router.metrics import Metrics
+from arriero.router.tls import LINK_NAME, TlsFiles
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
@@ -233,9 +237,57 @@ def test_certificates_are_believed(tmp_path: Path) -> None:
     assert (tmp_path / "gateway.key").stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl")
+def test_a_links_certificate_is_believed_at_both_ends(tmp_path: Path) -> None:
+    script = str(INFRA / "tls/make-certs.sh")
+    environment = os.environ | {"FILE": "link"}
+    subprocess.run([script, str(tmp_path), LINK_NAME], env=environment, check=True,
+                   capture_output=True)  # fmt: skip
+    files = TlsFiles(
+        certificate=tmp_path / "link.pem", key=tmp_path / "link.key", ca=tmp_path / "ca.pem"
+    )
+    ours, theirs = ssl.MemoryBIO(), ssl.MemoryBIO()
+    server = files.link_server("link_tls").wrap_bio(ours, theirs, server_side=True)
+    client = files.link_client("link_tls").wrap_bio(theirs, ours, server_hostname=LINK_NAME)
+    for _ in range(4):
+        for end in (client, server):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+    assert client.getpeercert() and server.getpeercert()
+
+
 def test_the_dockerfile_copies_what_exists() -> None:
     text = (INFRA / "Dockerfile").read_text()
     for line in re.findall(r"^COPY (?!--from)(\S+) ", text, re.MULTILINE):
         assert (ROOT / line).exists()
     stages = re.findall(r"^FROM \S+ AS (\w+)$", text, re.MULTILINE)
     assert stages == ["build", "cpu", "cuda"]
+
+
+def test_every_network_setting_has_a_value_and_a_reason() -> None:
+    rows = re.findall(
+        r"^\| `(.+?)` \| (.+?) \| (.+?) \|$",
+        (INFRA / "nccl/README.md").read_text(),
+        re.MULTILINE,
+    )
+    assert len(rows) >= 8
+    for names, value, why in rows:
+        assert all(re.fullmatch(r"[A-Z][A-Z0-9_]+", one) for one in names.split("`, `")), names
+        assert value and len(why.split()) > 5, names
+    told = {one for names, _, _ in rows for one in names.split("`, `")}
+    used = set()
+    for file in [*(INFRA / "kuberay").glob("*.yaml"), *(INFRA / "metal").glob("*.sh")]:
+        used |= set(re.findall(r"\b((?:NCCL|GLOO|TORCH_NCCL)_[A-Z_]+)\b", file.read_text()))
+    assert used and used <= told, used - told
+
+
+def test_units_say_what_a_node_needs() -> None:
+    for unit in (INFRA / "metal").glob("*.service"):
+        found = configparser.ConfigParser(strict=False, interpolation=None)
+        found.optionxform = str  # type: ignore[assignment,method-assign]
+        found.read_string(unit.read_text())
+        service = found["Service"]
+        assert service["Restart"] == "always" and service["LimitMEMLOCK"] == "infinity"
+        assert int(service["LimitNOFILE"]) >= 65_536
+        # longer than groups drain, or systemd kills what still hands over
+        assert int(service["TimeoutStopSec"]) > 300

@@ -232,6 +232,48 @@ async def test_tls_on_both_listeners(
             assert (await ask.post("/v1/chat/completions", json=ASK)).status_code == 200
 
 
+async def test_renewed_certificates_need_no_restart(
+    llama_tokenizer: Tokenizer, tmp_path: Path, authority: trustme.CA
+) -> None:
+    """Both listeners take them for new connections; files that do not fit are not taken."""
+    tls = files(tmp_path / "server", authority, "localhost", ca=False)
+    config = GatewayConfig(http_address="127.0.0.1:0", tls=tls)
+    later = trustme.CA()
+    renewed = files(tmp_path / "renewed", later, "localhost", ca=False)
+    roots = tmp_path / "later.pem"
+    later.cert_pem.write_to_path(roots)
+    async with serve(make_card(llama_tokenizer, LLAMA3), endless, config=config) as stack:
+
+        async def asked(ca: Path) -> tuple[bool, bool]:
+            """Whether gRPC and HTTP show certificates of that authority."""
+            credentials = grpc.ssl_channel_credentials(ca.read_bytes())
+            named = f"localhost:{stack.port}"
+            grpc_too = http_too = True
+            async with AsyncClient(named, credentials=credentials, timeout_s=5) as client:
+                try:
+                    await tokens(client)
+                except Exception:
+                    grpc_too = False
+            base = f"https://localhost:{stack.gateway.http_port}"
+            context = ssl.create_default_context(cafile=str(ca))
+            async with httpx.AsyncClient(base_url=base, verify=context) as ask:
+                try:
+                    await ask.get("/health")
+                except httpx.HTTPError:
+                    http_too = False
+            return grpc_too, http_too
+
+        first = tmp_path / "server" / "ca.pem"
+        assert await asked(first) == (True, True)
+        tls.key.write_bytes(renewed.key.read_bytes())  # half of a pair: not taken
+        await asyncio.sleep(1.2)
+        assert await asked(first) == (True, True)
+        tls.certificate.write_bytes(renewed.certificate.read_bytes())
+        await asyncio.sleep(1.2)
+        assert await asked(roots) == (True, True)
+        assert await asked(first) == (False, False)
+
+
 def test_wrong_certificates_are_refused_by_name(tmp_path: Path, authority: trustme.CA) -> None:
     good = files(tmp_path / "a", authority, "localhost", ca=True)
     other = files(tmp_path / "b", authority, "localhost", ca=True)

@@ -31,7 +31,7 @@ from arriero.shards.local_executor import LocalExecutor
 from arriero.shards.resolve import engine_config, resolve
 from arriero.shards.sampling import SamplingParams
 from support.frontdoor import make_card
-from support.models import tiny_llama
+from support.models import tiny_llama, tiny_llama4
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, seed=0)
 DRAWN = SamplingParams(temperature=1.0, max_tokens=9, min_tokens=3, seed=7, n=2, top_p=0.9)
@@ -103,6 +103,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def chunked(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("chunked")
+    tiny_llama4(path, layers=8, heads=6, kv_heads=3, chunk=64, max_positions=256)
+    return str(path)
+
+
 @asynccontextmanager
 async def linked(groups: Sequence[Group]) -> AsyncIterator[LinkedGroups]:
     for group in groups:
@@ -124,6 +131,10 @@ async def told(links: LinkedGroups, roles: Mapping[str, str]) -> None:
     async with asyncio.timeout(5):
         while {one.group_id: one.role for one in links.groups()} != roles:
             await asyncio.sleep(0.01)
+
+
+def slow(*values: object) -> object:
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def prompts(seed: int, count: int) -> list[tuple[int, ...]]:
@@ -155,13 +166,26 @@ async def ask(
 
 
 @pytest.mark.parametrize(
-    ("begins", "goes_on"),
-    [({}, {}), pytest.param({}, {"tp": 2}, marks=pytest.mark.slow)],
+    ("model", "begins", "goes_on"),
+    [
+        ("folder", {}, {}),
+        ("chunked", {}, {}),
+        slow("folder", {}, {"tp": 2}),
+        slow("folder", {"tp": 2}, {"tp": 3}),
+        slow("folder", {"pp": 2}, {"tp": 2}),
+        slow("chunked", {}, {"tp": 2}),
+        slow("chunked", {"tp": 3}, {"pp": 2}),
+    ],
     ids=str,
 )
 async def test_one_group_begins_and_the_other_goes_on(
-    folder: str, llama_tokenizer: Tokenizer, begins: dict[str, int], goes_on: dict[str, int]
+    request: pytest.FixtureRequest,
+    llama_tokenizer: Tokenizer,
+    model: str,
+    begins: dict[str, int],
+    goes_on: dict[str, int],
 ) -> None:
+    folder: str = request.getfixturevalue(model)
     first = Group("first", folder, llama_tokenizer, **begins)
     other = Group("other", folder, llama_tokenizer, **goes_on)
     whole = Group("whole", folder, llama_tokenizer)
@@ -181,7 +205,10 @@ async def test_one_group_begins_and_the_other_goes_on(
         assert [one.output_tokens for one in stats] == [4, 4 * (GREEDY.max_tokens - 1)]
         # every full block of a prompt came over
         assert stats[1].cached_tokens == sum(len(one) // 16 * 16 for one in asked)
-        if not goes_on:  # another layout may round another way, and draw another token
+        hits = [len(one) // 16 for one in asked]
+        live = sum(hit % 4 for hit in hits) if model == "chunked" else 0
+        assert stats[1].tiers["loaded"] == sum(hits) + live
+        if not (begins or goes_on):  # another layout may round another way, and draw another token
             for prompt, each in zip(asked, drawn, strict=True):
                 assert (await ask(links, prompt, DRAWN))[0] == each
         one_token = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, seed=0)

@@ -66,6 +66,26 @@ def test_tokens_are_charged_as_they_come() -> None:
     door.offer(ticket(thrifty, prompt=40), 10.01)
 
 
+def test_limits_may_change_at_any_time() -> None:
+    """What was used up stays so; the new rate counts from the tenant's next request on."""
+    door = Admission(QueueLimits())
+    slow, fast = Tenant(name="a", requests_per_minute=6), Tenant(name="a", requests_per_minute=60)
+    for _ in range(6):
+        door.offer(ticket(slow), 0.0)
+    with pytest.raises(Overloaded, match="`requests_per_minute`=60") as refused:
+        door.offer(ticket(fast), 0.0)
+    assert refused.value.retry_after_s == pytest.approx(1)
+    door.offer(ticket(fast), 1.001)
+    door.offer(ticket(Tenant(name="a", weight=5)), 1.001)  # no limit any more
+    door.limits = QueueLimits(max_queued=8)
+    with pytest.raises(Overloaded, match="8 requests wait"):
+        door.offer(ticket(Tenant(name="a")), 1.001)
+    door.turns(99, 2.0)
+    with pytest.raises(Overloaded, match="`requests_per_minute`=1;"):
+        for _ in range(3):  # a new limit begins full
+            door.offer(ticket(Tenant(name="a", requests_per_minute=1)), 2.0)
+
+
 def test_max_running_keeps_a_tenant_waiting_and_lets_others_pass() -> None:
     door = Admission(QueueLimits())
     narrow, other = Tenant(name="narrow", max_running=1, max_queued=2), Tenant(name="other")

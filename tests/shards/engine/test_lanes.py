@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from arriero.shards.engine.lanes import Lanes
 from arriero.shards.engine.types import EngineConfig, SequenceOutput
 from arriero.shards.errors import GroupFailed, InvalidRequest, Overloaded
+from arriero.shards.kv.limits import GroupTierLimits, TierLimits
+from arriero.shards.kv.moves import Moved, Pool, Segment
 from arriero.shards.plan import StepResult, int32
 from support.fake_slice import FakeExecutor, answer
 
@@ -145,3 +147,33 @@ def test_events_are_told_once() -> None:
         run.lanes.enqueue(make_request(f"r{i}", [7] * 12, seed=1))
     run.finish()
     assert told and set(told.values()) == {1}
+
+
+def test_what_lanes_keep_below_is_told_once() -> None:
+    told = Counter[tuple[str, bytes]]()
+
+    def listen(kind: str, key: bytes) -> None:
+        told[kind, key] += 1
+
+    tiers = GroupTierLimits(all=TierLimits(host_blocks=8))
+    config = make_config(num_lanes=2, max_sequences=1, tiers=tiers)
+    run = Run(config, random.Random(1))
+    run.lanes = Lanes(config, on_event=listen)
+    memory = Segment(0, 0, "", "", (0, 1), (0, 1), (4, 1, 1), 8)
+    run.lanes.take_moved([Moved(0, ready=True, segment=memory, lane=lane) for lane in (0, 1)])
+    for i in range(2):  # both lanes compute the same prompt
+        run.lanes.enqueue(make_request(f"r{i}", [7] * 12, seed=1))
+    run.finish()
+    saved = Counter[int]()
+    while taken := run.lanes.take_moves():
+        for moves in taken:
+            saved[moves.lane] += len(moves.moves)
+            done = [move.id for move in moves.moves]
+            run.lanes.take_moved([Moved(0, done=done, lane=moves.lane)])
+    assert saved[0] == saved[1] > 0
+    kept = [key for kind, key in told if kind == "kept"]
+    assert len(kept) == saved[0] and run.lanes.stats.tiers["host"] == 2 * saved[0]
+    assert run.lanes.shared(kept)[Pool.ALL].slots.keys() == set(kept)
+    run.lanes.flush()
+    assert set(told.values()) == {1}
+    assert {key for kind, key in told if kind == "dropped"} == set(kept)

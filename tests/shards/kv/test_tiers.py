@@ -12,7 +12,7 @@ import torch
 
 from arriero.shards.engine.blocks import chain_keys, root_key
 from arriero.shards.group import GroupConfig
-from arriero.shards.kv.config import TierConfig
+from arriero.shards.kv.config import RowType, TierConfig
 from arriero.shards.kv.limits import PeerBlocks
 from arriero.shards.kv.moves import Pool
 from arriero.shards.kv.rows import pack, unpack
@@ -104,7 +104,9 @@ def slow(*values: object) -> object:
         ({}, {}, 64 << 20),
         ({}, {"tp": 2}, 0),
         slow({"tp": 2}, {"tp": 3}, 0),
+        slow({"tp": 3}, {"tp": 2}, 0),
         slow({"tp": 2}, {"pp": 2}, 0),
+        slow({}, {"pp": 2}, 0),
         slow({"pp": 2}, {}, 64 << 20),
     ],
     ids=str,
@@ -135,29 +137,47 @@ def test_disk_outlives_the_group(
 @pytest.fixture(scope="module")
 def llama4(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("llama4")
-    tiny_llama4(path, layers=8, chunk=64, max_positions=256)
+    tiny_llama4(path, layers=8, heads=6, kv_heads=3, chunk=64, max_positions=256)
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def expected4(llama4: str, prompts: list[list[int]]) -> list[list[int]]:
+    with running(small(llama4, TierConfig(), num_blocks=256, prefix_cache=False)) as group:
+        return one_by_one(group, prompts)
+
+
+POOLS = {"num_blocks": 24, "num_local_blocks": 12}
+"""Of a small group with layers that attend within their chunk."""
+
+
 @pytest.mark.parametrize(
-    "layouts", [({}, {"tp": 2}), slow(({"tp": 2}, {"pp": 2})), slow(({"pp": 2}, {}))], ids=str
+    "layouts",
+    [
+        ({}, {"tp": 2}),
+        slow(({"tp": 2}, {"tp": 3})),
+        slow(({"tp": 2}, {"pp": 2})),
+        slow(({"pp": 2}, {})),
+    ],
+    ids=str,
 )
 def test_llama4_brings_up_no_more_than_the_live_chunk(
-    llama4: str, prompts: list[list[int]], tmp_path: Path, layouts: tuple[dict[str, int], ...]
+    llama4: str,
+    prompts: list[list[int]],
+    expected4: list[list[int]],
+    tmp_path: Path,
+    layouts: tuple[dict[str, int], ...],
 ) -> None:
     """Both pools go through the tiers; of chunk-local layers only what can still be seen."""
-    with running(small(llama4, TierConfig(), num_blocks=256, prefix_cache=False)) as group:
-        expected = one_by_one(group, prompts)
     tiers = TierConfig(host_bytes=64 << 20, disk_path=str(tmp_path), disk_bytes=64 << 20)
-    pools = {"num_blocks": 24, "num_local_blocks": 12}
     before, after = layouts
-    with running(small(llama4, tiers, **pools, **before)) as group:
-        assert one_by_one_kept(group, prompts) == expected
+    with running(small(llama4, tiers, **POOLS, **before)) as group:
+        assert one_by_one_kept(group, prompts) == expected4
         assert not settled(group)["failed"]
-        assert one_by_one(group, prompts) == expected  # from host memory
-    with running(small(llama4, tiers, **pools, **after)) as group:
+        assert one_by_one(group, prompts) == expected4  # from host memory
+    with running(small(llama4, tiers, **POOLS, **after)) as group:
         opened(group)
-        assert one_by_one(group, prompts) == expected
+        assert one_by_one(group, prompts) == expected4
         counts = settled(group)
         stats = group.engine.stats()
         hits = [(len(one) - 1) // 16 for one in prompts]
@@ -184,7 +204,15 @@ def elsewhere(told: dict[Pool, PeerBlocks]) -> dict[Pool, PeerBlocks]:
 
 @pytest.mark.parametrize(
     "layouts",
-    [({"tp": 2}, {}), slow(({"pp": 2}, {"tp": 3})), slow(({}, {"pp": 2}))],
+    [
+        ({"tp": 2}, {}),
+        slow(({}, {"tp": 3})),
+        slow(({"tp": 2}, {"tp": 3})),
+        slow(({"tp": 3}, {"tp": 2})),
+        slow(({"pp": 2}, {"tp": 3})),
+        slow(({}, {"pp": 2})),
+        slow(({"pp": 2}, {})),
+    ],
     ids=str,
 )
 def test_blocks_come_from_another_group_s_memory(
@@ -217,13 +245,30 @@ def test_blocks_come_from_another_group_s_memory(
         assert group.engine.stats().blocks_used == 0
 
 
-def test_llama4_pulls_both_pools(llama4: str, prompts: list[list[int]]) -> None:
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        ({}, {}),
+        slow(({}, {"tp": 2})),
+        slow(({"tp": 2}, {"tp": 3})),
+        slow(({"tp": 3}, {})),
+        slow(({}, {"pp": 2})),
+        slow(({"pp": 2}, {"tp": 2})),
+    ],
+    ids=str,
+)
+def test_llama4_pulls_both_pools(
+    llama4: str,
+    prompts: list[list[int]],
+    expected4: list[list[int]],
+    layouts: tuple[dict[str, int], ...],
+) -> None:
     tiers = TierConfig(host_bytes=64 << 20)
-    pools = {"num_blocks": 24, "num_local_blocks": 12}
-    with running(small(llama4, tiers, **pools)) as there:
-        expected = one_by_one_kept(there, prompts)
-        with running(small(llama4, tiers, **pools)) as group:
-            for prompt, tokens in zip(prompts, expected, strict=True):
+    before, after = layouts
+    with running(small(llama4, tiers, **POOLS, **before)) as there:
+        assert one_by_one_kept(there, prompts) == expected4
+        with running(small(llama4, tiers, **POOLS, **after)) as group:
+            for prompt, tokens in zip(prompts, expected4, strict=True):
                 told = shared(there, prompt)
                 told = elsewhere(told) if len(prompt) % 40 else told
                 asked = group.submit(prompt, GREEDY, peer=told)
@@ -232,23 +277,68 @@ def test_llama4_pulls_both_pools(llama4: str, prompts: list[list[int]]) -> None:
             assert settled(group)["loaded"] == sum(hits) + sum(hit % 4 for hit in hits)
 
 
-def test_shared_store(
-    model: str, prompts: list[list[int]], expected: list[list[int]], tmp_path: Path
+def test_each_data_parallel_rank_has_tiers(
+    llama4: str, prompts: list[list[int]], expected4: list[list[int]], tmp_path: Path
 ) -> None:
-    tiers = TierConfig(shared_url=f"file://{tmp_path}/store")
-    with running(small(model, tiers)) as group:
+    tiers = TierConfig(host_bytes=64 << 20, disk_path=str(tmp_path), disk_bytes=64 << 20)
+
+    def in_pairs(group: Group) -> list[list[int]]:
+        tokens = []
+        for pair in (prompts[:2], prompts[2:4], prompts[4:]):  # one for each rank
+            tokens += [one.tokens for one in group.generate(pair, GREEDY)]
+            settled(group)
+        return tokens
+
+    with running(small(llama4, tiers, **POOLS, dp=2)) as group:
+        opened(group)
+        assert in_pairs(group) == expected4
+        assert in_pairs(group) == expected4
+        report = group.engine.ask(lambda lanes: lanes.cache()).result(10)
+        assert report.tiers["host"].used == sum(report.held["host"].values()) > 0
+        with running(small(llama4, TierConfig(host_bytes=64 << 20), **POOLS)) as other:
+            for prompt, tokens in zip(prompts, expected4, strict=True):
+                told = shared(group, prompt)
+                assert other.wait([other.submit(prompt, GREEDY, peer=told)])[0].tokens == tokens
+            counts = settled(other)
+            assert counts["loaded"] and not counts["failed"]
+    with running(small(llama4, tiers, **POOLS, dp=2)) as group:
+        opened(group)
+        assert in_pairs(group) == expected4
+        counts = settled(group)
+        assert counts["loaded"] and not counts["failed"]
+
+
+@pytest.mark.parametrize(
+    "layouts", [({}, {}), slow(({"tp": 2}, {"tp": 3})), slow(({"pp": 2}, {"tp": 2}))], ids=str
+)
+@pytest.mark.parametrize("chunked", [False, True], ids=["llama", "llama4"])
+def test_shared_store(
+    request: pytest.FixtureRequest,
+    prompts: list[list[int]],
+    tmp_path: Path,
+    chunked: bool,
+    layouts: tuple[dict[str, int], ...],
+) -> None:
+    model: str = request.getfixturevalue("llama4" if chunked else "model")
+    expected = request.getfixturevalue("expected4" if chunked else "expected")
+    tiers, pools = TierConfig(shared_url=f"file://{tmp_path}/store"), POOLS if chunked else {}
+    before, after = layouts
+    with running(small(model, tiers, **pools, **before)) as group:
         assert one_by_one_kept(group, prompts) == expected
-    with running(small(model, tiers)) as group:
+    with running(small(model, tiers, **pools, **after)) as group:
         opened(group)
         assert one_by_one(group, prompts) == expected
-        assert settled(group)["loaded"] == sum((len(one) - 1) // 16 for one in prompts)
+        hits = [(len(one) - 1) // 16 for one in prompts]
+        live = sum(hit % 4 for hit in hits) if chunked else 0
+        assert settled(group)["loaded"] == sum(hits) + live
 
 
-def test_blocks_in_int8_are_the_same_whoever_reads_them(
-    model: str, prompts: list[list[int]], tmp_path: Path
+@pytest.mark.parametrize("dtype", ["int8", slow("fp8")])
+def test_blocks_in_a_byte_a_number_are_the_same_whoever_reads_them(
+    model: str, prompts: list[list[int]], tmp_path: Path, dtype: RowType
 ) -> None:
     """What came up is saved again as it was, and every layout reads the same numbers."""
-    tiers = TierConfig(disk_path=str(tmp_path), disk_bytes=64 << 20, dtype="int8")
+    tiers = TierConfig(disk_path=str(tmp_path), disk_bytes=64 << 20, dtype=dtype)
     with running(small(model, tiers)) as group:
         one_by_one_kept(group, prompts)
         assert not settled(group)["failed"]
@@ -268,15 +358,21 @@ def test_blocks_in_int8_are_the_same_whoever_reads_them(
     assert {p.name: p.read_bytes() for p in tmp_path.rglob("*.kv") if p.name in files} == files
 
 
-def test_rows_in_int8() -> None:
+@pytest.mark.parametrize(("dtype", "most"), [("int8", 0.5001 / 127), ("fp8", 0.5001 / 14)])
+def test_rows_in_a_byte_a_number(dtype: RowType, most: float) -> None:
+    """Off by half a level at most: of fp8's 448, the levels near the greatest are 32 apart."""
     generator = torch.Generator().manual_seed(0)
     data = torch.randn(5, 2, 3, 16, 64, generator=generator) * 10
     data[0, 0, 0, 0] = 0.0
-    packed = pack(data)
+    packed = pack(data, dtype)
     assert packed.dtype == torch.int8 and packed.shape == (5, 2, 3, 16, 68)
-    found = unpack(packed)
-    assert ((found - data).abs() <= data.abs().amax(-1, keepdim=True) / 127 * 0.5001).all()
-    torch.testing.assert_close(unpack(pack(found)), found)
+    found = unpack(packed, dtype)
+    assert ((found - data).abs() <= data.abs().amax(-1, keepdim=True) * most).all()
+    if dtype == "fp8":  # and each number by a sixteenth of itself, but for the very small
+        normal = data.abs() > data.abs().amax(-1, keepdim=True) / 2**14
+        assert ((found - data).abs()[normal] <= data.abs()[normal] * 0.0626).all()
+    torch.testing.assert_close(unpack(pack(found, dtype), dtype), found)
+    assert torch.equal(pack(found, dtype)[..., :-4], packed[..., :-4])
 
 
 def test_spoilt_files_are_computed_again(

@@ -76,7 +76,7 @@ class GroupStatus(_message.Message):
     model: _builtins.str
     revision: _builtins.int
     phase: _builtins.str
-    """"starting", "serving", "stopping" or "failed"."""
+    """"starting", "serving", "standby" (a spare that has started), "stopping" or "failed"."""
     text: _builtins.str
     """How far a start is, or why it failed."""
     layout: _builtins.str
@@ -180,6 +180,10 @@ class ModelStatus(_message.Message):
     SERVING_FIELD_NUMBER: _builtins.int
     SETTLED_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
+    SPARES_FIELD_NUMBER: _builtins.int
+    STANDING_BY_FIELD_NUMBER: _builtins.int
+    QUEUED_FIELD_NUMBER: _builtins.int
+    WAIT_S_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     revision: _builtins.int
     groups: _builtins.int
@@ -188,6 +192,12 @@ class ModelStatus(_message.Message):
     settled: _builtins.bool
     """Whether all is as wanted."""
     path: _builtins.str
+    spares: _builtins.int
+    """Groups that are to stand by, and those that do."""
+    standing_by: _builtins.int
+    queued: _builtins.int
+    """Requests that wait in gateways for a group to have room, and how long a new one would."""
+    wait_s: _builtins.float
     def __init__(
         self,
         *,
@@ -197,10 +207,14 @@ class ModelStatus(_message.Message):
         serving: _builtins.int = ...,
         settled: _builtins.bool = ...,
         path: _builtins.str = ...,
+        spares: _builtins.int = ...,
+        standing_by: _builtins.int = ...,
+        queued: _builtins.int = ...,
+        wait_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups", "model", b"model", "path", b"path", "revision", b"revision", "serving", b"serving", "settled", b"settled"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups", "model", b"model", "path", b"path", "queued", b"queued", "revision", b"revision", "serving", b"serving", "settled", b"settled", "spares", b"spares", "standing_by", b"standing_by", "wait_s", b"wait_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -426,7 +440,7 @@ class LogsRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     LINES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """A group or a slot."""
+    """A group, a slot, a gateway's id, "gateways" for all of them, or "operator"."""
     lines: _builtins.int
     """Lines of each process."""
     def __init__(
@@ -472,7 +486,7 @@ class ProcessLog(_message.Message):
     PID_FIELD_NUMBER: _builtins.int
     LINES_FIELD_NUMBER: _builtins.int
     who: _builtins.str
-    """"leader" or "slice 3"."""
+    """"leader", "slice 3", "gateway 5f0c32aa" or "operator"."""
     node: _builtins.str
     pid: _builtins.int
     @_builtins.property
@@ -558,6 +572,161 @@ class RolloutRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RolloutRequest: _TypeAlias = RolloutRequest  # noqa: Y015
+
+@_typing.final
+class ReloadRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPEC_FIELD_NUMBER: _builtins.int
+    spec: _builtins.str
+    """The deployment spec, as YAML; paths in it are absolute."""
+    def __init__(
+        self,
+        *,
+        spec: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReloadRequest: _TypeAlias = ReloadRequest  # noqa: Y015
+
+@_typing.final
+class KeysRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACTION_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    OVERLAP_S_FIELD_NUMBER: _builtins.int
+    action: _builtins.str
+    """"list", "add", "rotate" or "revoke"."""
+    tenant: _builtins.str
+    """Whose key it is, and words for people; of add."""
+    note: _builtins.str
+    id: _builtins.str
+    """The key to rotate or revoke."""
+    overlap_s: _builtins.float
+    """Of rotate: how long the old key is still taken. 0 refuses it at once."""
+    def __init__(
+        self,
+        *,
+        action: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        note: _builtins.str = ...,
+        id: _builtins.str = ...,
+        overlap_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "id", b"id", "note", b"note", "overlap_s", b"overlap_s", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeysRequest: _TypeAlias = KeysRequest  # noqa: Y015
+
+@_typing.final
+class ApiKey(_message.Message):
+    """A key, by what may be told of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    CREATED_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
+    EXPIRES_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    tenant: _builtins.str
+    created: _builtins.int
+    """Seconds since 1970."""
+    note: _builtins.str
+    expires: _builtins.int
+    """From when it is refused; 0 for never."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        created: _builtins.int = ...,
+        note: _builtins.str = ...,
+        expires: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "expires", b"expires", "id", b"id", "note", b"note", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ApiKey: _TypeAlias = ApiKey  # noqa: Y015
+
+@_typing.final
+class KeysResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEYS_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    """Of add and rotate: what its holder sends, told this once."""
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___ApiKey]:
+        """All of them; or the one that was made or taken out."""
+
+    def __init__(
+        self,
+        *,
+        keys: _abc.Iterable[Global___ApiKey] | None = ...,
+        key: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "keys", b"keys"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeysResponse: _TypeAlias = KeysResponse  # noqa: Y015
+
+@_typing.final
+class RotateTokenRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OVERLAP_S_FIELD_NUMBER: _builtins.int
+    overlap_s: _builtins.float
+    """How long the token from before is still taken. 0 refuses it at once."""
+    def __init__(
+        self,
+        *,
+        overlap_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["overlap_s", b"overlap_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RotateTokenRequest: _TypeAlias = RotateTokenRequest  # noqa: Y015
+
+@_typing.final
+class RotateTokenResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: _builtins.int
+    token: _builtins.str
+    def __init__(
+        self,
+        *,
+        token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RotateTokenResponse: _TypeAlias = RotateTokenResponse  # noqa: Y015
 
 @_typing.final
 class RollbackRequest(_message.Message):

@@ -74,6 +74,21 @@ class AdminStub:
                 request_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.RollbackRequest.SerializeToString,
                 response_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.ChangeResponse.FromString,
                 _registered_method=True)
+        self.Reload = channel.unary_unary(
+                '/arriero.v1.Admin/Reload',
+                request_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.ReloadRequest.SerializeToString,
+                response_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.ChangeResponse.FromString,
+                _registered_method=True)
+        self.Keys = channel.unary_unary(
+                '/arriero.v1.Admin/Keys',
+                request_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.KeysRequest.SerializeToString,
+                response_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.KeysResponse.FromString,
+                _registered_method=True)
+        self.RotateToken = channel.unary_unary(
+                '/arriero.v1.Admin/RotateToken',
+                request_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.RotateTokenRequest.SerializeToString,
+                response_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.RotateTokenResponse.FromString,
+                _registered_method=True)
         self.Kv = channel.unary_unary(
                 '/arriero.v1.Admin/Kv',
                 request_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.KvRequest.SerializeToString,
@@ -140,6 +155,28 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Reload(self, request, context):
+        """Take the settings of a spec that can be changed while everything runs. FAILED_PRECONDITION
+        names those that cannot, and then nothing is changed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Keys(self, request, context):
+        """List, make, replace or take out API keys, in the key file of every node that runs a gateway.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RotateToken(self, request, context):
+        """Replace the token that this service asks for.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Kv(self, request, context):
         """What the KV caches of groups hold, once what is asked for is done.
         """
@@ -189,6 +226,21 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Rollback,
                     request_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.RollbackRequest.FromString,
                     response_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.ChangeResponse.SerializeToString,
+            ),
+            'Reload': grpc.unary_unary_rpc_method_handler(
+                    servicer.Reload,
+                    request_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.ReloadRequest.FromString,
+                    response_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.ChangeResponse.SerializeToString,
+            ),
+            'Keys': grpc.unary_unary_rpc_method_handler(
+                    servicer.Keys,
+                    request_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.KeysRequest.FromString,
+                    response_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.KeysResponse.SerializeToString,
+            ),
+            'RotateToken': grpc.unary_unary_rpc_method_handler(
+                    servicer.RotateToken,
+                    request_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.RotateTokenRequest.FromString,
+                    response_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.RotateTokenResponse.SerializeToString,
             ),
             'Kv': grpc.unary_unary_rpc_method_handler(
                     servicer.Kv,
@@ -412,6 +464,87 @@ class Admin:
             '/arriero.v1.Admin/Rollback',
             arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.RollbackRequest.SerializeToString,
             arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.ChangeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Reload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/arriero.v1.Admin/Reload',
+            arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.ReloadRequest.SerializeToString,
+            arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.ChangeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Keys(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/arriero.v1.Admin/Keys',
+            arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.KeysRequest.SerializeToString,
+            arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.KeysResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RotateToken(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/arriero.v1.Admin/RotateToken',
+            arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.RotateTokenRequest.SerializeToString,
+            arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.RotateTokenResponse.FromString,
             options,
             channel_credentials,
             insecure,

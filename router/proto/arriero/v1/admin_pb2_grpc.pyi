@@ -52,6 +52,14 @@ class AdminStub:
     """Replace the groups of every model whose settings or weights have changed, one at a time."""
     Rollback: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RollbackRequest, _admin_pb2.ChangeResponse]
     """Go back to the settings before the last rollout of a model."""
+    Reload: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ReloadRequest, _admin_pb2.ChangeResponse]
+    """Take the settings of a spec that can be changed while everything runs. FAILED_PRECONDITION
+    names those that cannot, and then nothing is changed.
+    """
+    Keys: _grpc.UnaryUnaryMultiCallable[_admin_pb2.KeysRequest, _admin_pb2.KeysResponse]
+    """List, make, replace or take out API keys, in the key file of every node that runs a gateway."""
+    RotateToken: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RotateTokenRequest, _admin_pb2.RotateTokenResponse]
+    """Replace the token that this service asks for."""
     Kv: _grpc.UnaryUnaryMultiCallable[_admin_pb2.KvRequest, _admin_pb2.KvResponse]
     """What the KV caches of groups hold, once what is asked for is done."""
 
@@ -74,6 +82,14 @@ class AdminAsyncStub(AdminStub):
     """Replace the groups of every model whose settings or weights have changed, one at a time."""
     Rollback: _aio.UnaryUnaryMultiCallable[_admin_pb2.RollbackRequest, _admin_pb2.ChangeResponse]  # type: ignore[assignment]
     """Go back to the settings before the last rollout of a model."""
+    Reload: _aio.UnaryUnaryMultiCallable[_admin_pb2.ReloadRequest, _admin_pb2.ChangeResponse]  # type: ignore[assignment]
+    """Take the settings of a spec that can be changed while everything runs. FAILED_PRECONDITION
+    names those that cannot, and then nothing is changed.
+    """
+    Keys: _aio.UnaryUnaryMultiCallable[_admin_pb2.KeysRequest, _admin_pb2.KeysResponse]  # type: ignore[assignment]
+    """List, make, replace or take out API keys, in the key file of every node that runs a gateway."""
+    RotateToken: _aio.UnaryUnaryMultiCallable[_admin_pb2.RotateTokenRequest, _admin_pb2.RotateTokenResponse]  # type: ignore[assignment]
+    """Replace the token that this service asks for."""
     Kv: _aio.UnaryUnaryMultiCallable[_admin_pb2.KvRequest, _admin_pb2.KvResponse]  # type: ignore[assignment]
     """What the KV caches of groups hold, once what is asked for is done."""
 
@@ -141,6 +157,32 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.ChangeResponse, _abc.Awaitable[_admin_pb2.ChangeResponse]]:
         """Go back to the settings before the last rollout of a model."""
+
+    @_abc_1.abstractmethod
+    def Reload(
+        self,
+        request: _admin_pb2.ReloadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ChangeResponse, _abc.Awaitable[_admin_pb2.ChangeResponse]]:
+        """Take the settings of a spec that can be changed while everything runs. FAILED_PRECONDITION
+        names those that cannot, and then nothing is changed.
+        """
+
+    @_abc_1.abstractmethod
+    def Keys(
+        self,
+        request: _admin_pb2.KeysRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.KeysResponse, _abc.Awaitable[_admin_pb2.KeysResponse]]:
+        """List, make, replace or take out API keys, in the key file of every node that runs a gateway."""
+
+    @_abc_1.abstractmethod
+    def RotateToken(
+        self,
+        request: _admin_pb2.RotateTokenRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.RotateTokenResponse, _abc.Awaitable[_admin_pb2.RotateTokenResponse]]:
+        """Replace the token that this service asks for."""
 
     @_abc_1.abstractmethod
     def Kv(

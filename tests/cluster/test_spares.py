@@ -1,0 +1,113 @@
+"""A group that stands by takes the place of one that is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from arriero.cluster import state
+from arriero.cluster.admin_client import AdminClient
+from arriero.router.client import Client
+from arriero.router.proto.arriero.v1 import admin_pb2 as pb
+
+MODEL = os.environ.get("ARRIERO_TEST_MODEL", "")
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.timeout(400),
+    pytest.mark.skipif(not MODEL, reason="ARRIERO_TEST_MODEL names no checkpoint folder"),
+]
+
+
+def until(admin: AdminClient, good: object, limit_s: float = 60.0) -> pb.Status:
+    assert callable(good)
+    deadline_s = time.monotonic() + limit_s
+    while True:
+        found = admin.status()
+        if good(found):
+            return found
+        assert time.monotonic() < deadline_s, found
+        time.sleep(0.05)
+
+
+def whole(status: pb.Status) -> bool:
+    return all(model.settled for model in status.models)
+
+
+def whole_again(admin: AdminClient, before: pb.Status) -> dict[str, float]:
+    """Kill a slice of the group that serves; seconds until each event, and until all is whole."""
+    (serving,) = [one for one in before.groups if one.phase == "serving"]
+    os.kill(serving.slice_pids[1], signal.SIGKILL)
+    begun_s = time.time()
+    until(admin, lambda now: whole(now) and serving.id not in {one.id for one in now.groups})
+    took = {one.kind: round(one.at - begun_s, 2) for one in admin.events() if one.at > begun_s}
+    return took | {"whole": round(time.time() - begun_s, 2)}
+
+
+def test_a_lost_group_comes_back_sooner_with_a_spare(tmp_path: Path) -> None:
+    def arriero(*args: str) -> str:
+        return subprocess.run(
+            [sys.executable, "-m", "arriero.cluster.cli", *args],
+            env=os.environ | {"ARRIERO_STATE": str(tmp_path), "OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True, check=True, timeout=180,
+        ).stdout  # fmt: skip
+
+    spec = tmp_path / "arriero.yaml"
+    model = {
+        "name": "demo", "path": MODEL, "mesh": {"pp": 2}, "threads": 1, "kv": {"memory": "64MiB"}
+    }  # fmt: skip
+    text = {
+        "models": [model],
+        "gateway": {"port": 0, "http": None},
+        "ray": {"num_cpus": 8},
+    }
+    spec.write_text(yaml.safe_dump(text))
+    try:
+        arriero("up", str(spec))
+        noted = state.read(tmp_path)
+        assert noted is not None
+        with AdminClient.of(noted) as admin, Client(noted.gateway, timeout_s=60) as client:
+            asked = {"max_tokens": 150, "ignore_eos": True, "temperature": 0}
+            right = [t for one in client.generate("Once", **asked) for t in tokens(one)]
+            without = whole_again(admin, until(admin, whole))
+
+            model["spares"] = 1
+            spec.write_text(yaml.safe_dump(text))
+            arriero("reload", str(spec))
+            ready = until(admin, lambda now: now.models[0].standing_by == 1)
+            assert "1 of 1 spares stand by" in arriero("status")
+            assert {one.slot: one.phase for one in ready.groups} == {
+                "demo-0": "serving", "demo-1": "standby",
+            }  # fmt: skip
+            stream = client.generate("Once", **asked)
+            got = tokens(next(stream))
+            with_spare = whole_again(admin, ready)
+            got += [t for one in stream for t in tokens(one)]
+            assert got == right
+            print(json.dumps({"seconds": {"without": without, "with a spare": with_spare}}))
+            assert with_spare["whole"] < without["whole"]
+
+            # the lost group's place is the spare's now
+            later = until(admin, lambda now: now.models[0].standing_by == 1)
+            assert {one.slot: one.phase for one in later.groups} == {
+                "demo-0": "standby", "demo-1": "serving",
+            }  # fmt: skip
+            (failure,) = [one for one in later.failures if one.slot == "demo-0"][-1:]
+            assert failure.HasField("recovered_s")
+            arriero("scale", "demo", "2")
+            assert admin.status().models[0].serving == 2
+            until(admin, lambda now: now.models[0].standing_by == 1)
+    finally:
+        arriero("down")
+
+
+def tokens(message: object) -> list[int]:
+    return [t for one in message.outputs for t in one.token_ids]  # type: ignore[attr-defined]
