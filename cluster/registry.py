@@ -35,6 +35,8 @@ _SUSPECT_S = 2.5
 _PROBE_S = 1.0
 _LEASES_S = 0.5
 """Between two looks at the leases."""
+_STAND_IN_S = 30.0
+"""The longest that a spare's start is put off for those that stand in for lost groups."""
 _DEMAND_S = 5.0
 """What a gateway told of its queues is true for so long."""
 
@@ -159,7 +161,13 @@ class Registry:
         self._counting = False
 
     async def claim(self, slot: str) -> int:
-        """A new epoch for a slot."""
+        """A new epoch for a slot.
+
+        A spare's comes once the groups that stand in for lost ones serve: they need the cores.
+        """
+        deadline_s = time.monotonic() + _STAND_IN_S
+        while slot in self._spares and self._stands_in and time.monotonic() < deadline_s:
+            await asyncio.sleep(_LEASES_S)
         epoch = self._epochs[slot] = self._epochs.get(slot, 0) + 1
         store.put("epochs", self._epochs)
         return epoch
@@ -254,6 +262,7 @@ class Registry:
         self._keep()
         self._gateways.pop(failure.who, None)
         self._progress.pop(failure.who, None)
+        self._stands_in.pop(failure.slot, None)
         if (entry := self._groups.get(failure.who)) is not None:
             if entry.phase == "serving":
                 await self._replace(entry)
