@@ -268,6 +268,7 @@ def test_llama4_pulls_both_pools(
     with running(small(llama4, tiers, **POOLS, **before)) as there:
         assert one_by_one_kept(there, prompts) == expected4
         with running(small(llama4, tiers, **POOLS, **after)) as group:
+            opened(group)
             for prompt, tokens in zip(prompts, expected4, strict=True):
                 told = shared(there, prompt)
                 told = elsewhere(told) if len(prompt) % 40 else told
