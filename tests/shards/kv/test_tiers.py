@@ -399,6 +399,7 @@ def test_spoilt_files_are_computed_again(
         assert one_by_one(group, prompts) == expected
         settled(group)
         assert one_by_one(group, prompts) == expected
+        settled(group)
         assert group.engine.stats().blocks_used == 0
 
 
