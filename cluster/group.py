@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 LEASE_PERIODS = 5
 STOP_LIMIT_S = 3.0
+LOG_S = 1.0
+"""How long a lost slice's last lines are waited for: nobody is told of the loss before."""
 END_S = 3.0
 """How long the registry is waited for to take a failure in."""
 
@@ -408,7 +410,7 @@ class Leader:
         if record is None or record.cause.rank is None:  # not a slice's
             return record
         at = self._where[record.cause.rank]
-        written = await nodes.log_tail(at.node_id, at.pid, KEEP_LINES)
+        written = await nodes.log_tail(at.node_id, at.pid, KEEP_LINES, LOG_S)
         log = tuple(dict.fromkeys((*record.cause.log, *written)))[-KEEP_LINES:]
         return replace(record, cause=replace(record.cause, log=log))
 

@@ -116,12 +116,12 @@ async def kill_all(places: Iterable[tuple[str, int]]) -> None:
             await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), ASK_S)
 
 
-async def log_tail(node_id: str, pid: int, count: int) -> list[str]:
+async def log_tail(node_id: str, pid: int, count: int, limit_s: float = ASK_S) -> list[str]:
     """The last lines that a worker process wrote to its own log files; [] if they are away."""
     if node_id == ray.get_runtime_context().get_node_id():
         return await asyncio.to_thread(_tail, pid, count)
     with contextlib.suppress(TimeoutError, ray.exceptions.RayError):
-        lines: list[str] = await asyncio.wait_for(_on(node_id, _tail, pid, count), ASK_S)
+        lines: list[str] = await asyncio.wait_for(_on(node_id, _tail, pid, count), limit_s)
         return lines
     return []
 

@@ -25,7 +25,7 @@ from arriero.shards.failure import Evidence, FirstCause, Kind
 
 NAME = "registry"
 NAMESPACE = "arriero"
-_POLL_S = 20.0
+_POLL_S = 4.0
 TURN_S = 2.0
 """So often a group that stands by asks whether it is its turn, if it is not told sooner."""
 _GATEWAY_LEASE_S = 3 * _POLL_S
@@ -308,7 +308,7 @@ class Registry:
         return self._history.why(name)
 
     async def changed(self, version: int) -> Board:
-        """The board as soon as its version is not `version`, or after 20 s as it is."""
+        """The board as soon as its version is not `version`, or after some seconds as it is."""
         deadline_s = time.monotonic() + _POLL_S
         while self._version == version and (left_s := deadline_s - time.monotonic()) > 0:
             self._moved.clear()
