@@ -34,7 +34,7 @@ _SUSPECT_S = 2.5
 """A suspected group that has not renewed for so long is taken to hang."""
 _PROBE_S = 1.0
 _LEASES_S = 0.5
-"""Between two looks at the leases."""
+"""At most between two looks at the leases."""
 _STAND_IN_S = 30.0
 """The longest that a spare's start is put off for those that stand in for lost groups."""
 _DEMAND_S = 5.0
@@ -312,11 +312,8 @@ class Registry:
         deadline_s = time.monotonic() + _POLL_S
         while self._version == version and (left_s := deadline_s - time.monotonic()) > 0:
             self._moved.clear()
-            nearest_s = min(self._expiry_s.values(), default=deadline_s) - time.monotonic()
-            try:
-                await asyncio.wait_for(self._moved.wait(), max(0.01, min(left_s, nearest_s)))
-            except TimeoutError:
-                self._expire()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._moved.wait(), left_s)
         return await self.board()
 
     async def board(self) -> Board:
@@ -362,7 +359,8 @@ class Registry:
 
     async def _count_leases(self) -> None:
         while self._groups:
-            await asyncio.sleep(_LEASES_S)
+            nearest_s = min(self._expiry_s.values(), default=math.inf) - time.monotonic()
+            await asyncio.sleep(max(0.01, min(_LEASES_S, nearest_s)))
             self._expire()
         self._counting = False
 

@@ -148,34 +148,15 @@ def attend_keys(
     """Take the keys of split number `split` of those of `length`; see `attend_tile`."""
     begin = tl.maximum(split * length, lowest // BLOCK_N * BLOCK_N)
     end = tl.minimum((split + 1) * length, highest + 1)
+    start = begin
     if SINKS:  # tiles before the others that hold some of the first keys
-        for key in range(split * length, tl.minimum(tl.minimum(begin, end), sinks), BLOCK_N):
-            m_M, l_M, acc_MD = attend_tile(
-                q_MD,
-                first_M,
-                last_M,
-                key,
-                lowest,
-                highest,
-                sinks,
-                table,
-                cache,
-                scales,
-                kv_head,
-                scale,
-                m_M,
-                l_M,
-                acc_MD,
-                BLOCK_SIZE,
-                KV_HEADS,
-                HEAD_DIM,
-                BLOCK_N,
-                BLOCK_D,
-                SINKS,
-                KV_INT8,
-                DOT,
-            )
-    for key in range(begin, end, BLOCK_N):
+        begin = tl.minimum(begin, end)
+        held = tl.maximum(tl.minimum(begin, sinks) - split * length, 0)
+        start = begin - (held + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    for at in range(start, end, BLOCK_N):
+        key = at
+        if SINKS:
+            key = tl.where(at < begin, at - start + split * length, at)
         m_M, l_M, acc_MD = attend_tile(
             q_MD,
             first_M,
