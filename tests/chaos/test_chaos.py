@@ -32,6 +32,7 @@ from arriero.cluster import state
 from arriero.cluster.admin_client import AdminClient
 from arriero.router.proto.arriero.v1 import admin_pb2 as pb
 from arriero.shards.errors import ArrieroError
+from support.command import arriero
 
 sys.path.insert(0, str(Path(__file__).parent))
 from load import Load
@@ -65,14 +66,7 @@ class Deployed:
     rng: random.Random = field(default_factory=lambda: random.Random(6))
 
     def arriero(self, *args: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "arriero.cluster.cli", *args],
-            env=os.environ | {"ARRIERO_STATE": str(self.folder), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=240,
-        )
+        return arriero(*args, folder=self.folder, timeout_s=240)
 
     async def status(self) -> pb.Status | None:
         try:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +14,7 @@ import openai
 import pytest
 
 from arriero.cluster import state
+from support.command import arriero
 
 MODEL = os.environ.get("ARRIERO_TEST_MODEL", "")
 pytestmark = [
@@ -24,17 +23,6 @@ pytestmark = [
     pytest.mark.skipif(not MODEL, reason="ARRIERO_TEST_MODEL names no checkpoint folder"),
 ]
 SYSTEM = "You are a guide to the towns of the Andes, and answer in few words. " * 12
-
-
-def arriero(folder: Path, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "arriero.cluster.cli", *args],
-        env=os.environ | {"ARRIERO_STATE": str(folder), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=check,
-        timeout=180,
-    )
 
 
 @contextmanager
@@ -47,15 +35,15 @@ def deployed(folder: Path, mesh: str) -> Iterator[Path]:
         "gateway: {port: 0}\n"
     )
     try:
-        arriero(folder, "up", str(spec))
+        arriero("up", str(spec), folder=folder)
         yield folder
     finally:
-        arriero(folder, "down")
+        arriero("down", folder=folder)
 
 
 def kv(folder: Path, *args: str) -> dict[str, Any]:
     """The only group's answer."""
-    (answer,) = json.loads(arriero(folder, "kv", *args, "--json").stdout)
+    (answer,) = json.loads(arriero("kv", *args, "--json", folder=folder).stdout)
     found: dict[str, Any] = answer
     return found
 
@@ -91,7 +79,7 @@ def test_a_cache_outlives_its_group_and_its_layout(tmp_path: Path) -> None:
         assert kv(tmp_path, "flush")["changed"] > 0
         assert 150 < ask(tmp_path)[1] <= cached  # what is pinned stayed
         assert not kv(tmp_path, "unpin", "guide")["pins"]
-        wrong = arriero(tmp_path, "kv", "unpin", "guide", check=False)
+        wrong = arriero("kv", "unpin", "guide", check=False, folder=tmp_path)
         assert wrong.returncode == 1 and "nothing is pinned" in wrong.stderr
         prompts = tmp_path / "prompts.txt"
         prompts.write_text(f"{SYSTEM}\n" + json.dumps("two\nlines of another system prompt") + "\n")
@@ -101,8 +89,8 @@ def test_a_cache_outlives_its_group_and_its_layout(tmp_path: Path) -> None:
         assert tiers["disk"]["used"] > 10 and tiers["device"]["used"] > 10
         (tenant,) = [one for one in found["tenants"] if one["tenant"]]
         assert tenant["cached_tokens"] >= 3 * 150
-        assert "tenant" in arriero(tmp_path, "kv", "stats").stdout
-        assert "down/s" in arriero(tmp_path, "kv", "top", "--count", "1").stdout
+        assert "tenant" in arriero("kv", "stats", folder=tmp_path).stdout
+        assert "down/s" in arriero("kv", "top", "--count", "1", folder=tmp_path).stdout
     with deployed(tmp_path, "{pp: 2}"):
         again, hit = ask(tmp_path)
         assert again == text and hit > 150
@@ -123,7 +111,7 @@ def split(folder: Path, prefill_groups: int) -> Path:
 
 def groups(folder: Path) -> dict[str, dict[str, Any]]:
     """What each group has done so far."""
-    answers = json.loads(arriero(folder, "kv", "stats", "--json").stdout)
+    answers = json.loads(arriero("kv", "stats", "--json", folder=folder).stdout)
     return {one["group"]: one for one in answers}
 
 
@@ -135,13 +123,13 @@ def prompt_tokens(one: dict[str, Any]) -> int:
 @pytest.mark.timeout(300)
 def test_roles_come_from_the_spec_and_change_without_a_restart(tmp_path: Path) -> None:
     try:
-        arriero(tmp_path, "up", str(split(tmp_path, 0)))
-        arriero(tmp_path, "kv", "flush")
+        arriero("up", str(split(tmp_path, 0)), folder=tmp_path)
+        arriero("kv", "flush", folder=tmp_path)
         text, _ = ask(tmp_path)
-        arriero(tmp_path, "kv", "flush")
+        arriero("kv", "flush", folder=tmp_path)
         before = groups(tmp_path)
         assert len(before) == 2
-        arriero(tmp_path, "rollout", str(split(tmp_path, 1)))
+        arriero("rollout", str(split(tmp_path, 1)), folder=tmp_path)
         deadline = time.monotonic() + 60
         while True:  # roles are told within seconds
             begun = groups(tmp_path)
@@ -151,9 +139,9 @@ def test_roles_come_from_the_spec_and_change_without_a_restart(tmp_path: Path) -
             # the second group lays the prompt in again, out of the first one's memory
             if min(grown) > 150:
                 break
-            arriero(tmp_path, "kv", "flush")
+            arriero("kv", "flush", folder=tmp_path)
             assert time.monotonic() < deadline, "the prompt stays with one group"
         assert done.keys() == before.keys()  # and none of them restarted
         assert sum(int(one.get("loaded", 0)) for one in done.values()) > 0
     finally:
-        arriero(tmp_path, "down")
+        arriero("down", folder=tmp_path)

@@ -28,6 +28,7 @@ from arriero.cluster.spec import RaySpec
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.proto.arriero.v1 import inference_pb2_grpc
 from arriero.shards.errors import ArrieroError, InvalidRequest, NotFound
+from support.command import arriero
 
 MODEL = os.environ.get("ARRIERO_TEST_MODEL", "")
 pytestmark = [
@@ -35,17 +36,6 @@ pytestmark = [
     pytest.mark.timeout(240),
     pytest.mark.skipif(not MODEL, reason="ARRIERO_TEST_MODEL names no checkpoint folder"),
 ]
-
-
-def arriero(*args: str, folder: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "arriero.cluster.cli", *args],
-        env=os.environ | {"ARRIERO_STATE": str(folder), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=check,
-        timeout=180,
-    )
 
 
 @pytest.fixture(scope="module")

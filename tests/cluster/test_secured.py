@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from arriero.router.client import Client
 from arriero.router.tenants.keys import add_key, read_keys
 from arriero.router.tls import LINK_NAME
 from arriero.shards.errors import ArrieroError, Overloaded, Unauthenticated, Unavailable
+from support.command import arriero
 
 MODEL = os.environ.get("ARRIERO_TEST_MODEL", "")
 pytestmark = [
@@ -29,17 +29,6 @@ pytestmark = [
     pytest.mark.timeout(240),
     pytest.mark.skipif(not MODEL, reason="ARRIERO_TEST_MODEL names no checkpoint folder"),
 ]
-
-
-def arriero(*args: str, folder: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "arriero.cluster.cli", *args],
-        env=os.environ | {"ARRIERO_STATE": str(folder), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=check,
-        timeout=180,
-    )
 
 
 @dataclass

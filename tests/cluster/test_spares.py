@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from arriero.cluster import state
 from arriero.cluster.admin_client import AdminClient
 from arriero.router.client import Client
 from arriero.router.proto.arriero.v1 import admin_pb2 as pb
+from support.command import arriero
 
 MODEL = os.environ.get("ARRIERO_TEST_MODEL", "")
 pytestmark = [
@@ -53,13 +52,6 @@ def whole_again(admin: AdminClient, before: pb.Status) -> dict[str, float]:
 
 
 def test_a_lost_group_comes_back_sooner_with_a_spare(tmp_path: Path) -> None:
-    def arriero(*args: str) -> str:
-        return subprocess.run(
-            [sys.executable, "-m", "arriero.cluster.cli", *args],
-            env=os.environ | {"ARRIERO_STATE": str(tmp_path), "OMP_NUM_THREADS": "1"},
-            capture_output=True, text=True, check=True, timeout=180,
-        ).stdout  # fmt: skip
-
     spec = tmp_path / "arriero.yaml"
     model = {
         "name": "demo", "path": MODEL, "mesh": {"pp": 2}, "threads": 1, "kv": {"memory": "64MiB"}
@@ -71,7 +63,7 @@ def test_a_lost_group_comes_back_sooner_with_a_spare(tmp_path: Path) -> None:
     }
     spec.write_text(yaml.safe_dump(text))
     try:
-        arriero("up", str(spec))
+        arriero("up", str(spec), folder=tmp_path)
         noted = state.read(tmp_path)
         assert noted is not None
         with AdminClient.of(noted) as admin, Client(noted.gateway, timeout_s=60) as client:
@@ -81,9 +73,9 @@ def test_a_lost_group_comes_back_sooner_with_a_spare(tmp_path: Path) -> None:
 
             model["spares"] = 1
             spec.write_text(yaml.safe_dump(text))
-            arriero("reload", str(spec))
+            arriero("reload", str(spec), folder=tmp_path)
             ready = until(admin, lambda now: now.models[0].standing_by == 1)
-            assert "1 of 1 spares stand by" in arriero("status")
+            assert "1 of 1 spares stand by" in arriero("status", folder=tmp_path).stdout
             assert {one.slot: one.phase for one in ready.groups} == {
                 "demo-0": "serving", "demo-1": "standby",
             }  # fmt: skip
@@ -102,11 +94,11 @@ def test_a_lost_group_comes_back_sooner_with_a_spare(tmp_path: Path) -> None:
             }  # fmt: skip
             (failure,) = [one for one in later.failures if one.slot == "demo-0"][-1:]
             assert failure.HasField("recovered_s")
-            arriero("scale", "demo", "2")
+            arriero("scale", "demo", "2", folder=tmp_path)
             assert admin.status().models[0].serving == 2
             until(admin, lambda now: now.models[0].standing_by == 1)
     finally:
-        arriero("down")
+        arriero("down", folder=tmp_path)
 
 
 def tokens(message: object) -> list[int]:

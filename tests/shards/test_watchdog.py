@@ -2,50 +2,23 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import socket
 import threading
 import time
 from multiprocessing.queues import Queue
 
 import pytest
 import torch
-from torch.distributed import TCPStore
 
 from arriero.shards.errors import CollectiveFailed, GroupFailed
-from arriero.shards.group import GroupConfig
-from arriero.shards.mesh import Mesh
-from arriero.shards.models.config import ModelConfig
-from arriero.shards.partition import partition
 from arriero.shards.watchdog import Watchdog
+from support.ranks import joined, ranks, tell
 
 LIMIT_S = 2.0
 STALL_S = 20.0
 
 
-def model() -> ModelConfig:
-    return ModelConfig.from_dict(
-        {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "vocab_size": 64,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 64,
-            "rms_norm_eps": 1e-5,
-            "torch_dtype": "float32",
-        }
-    )
-
-
-def run_rank(rank: int, tp: int, port: int, told: Queue[tuple[int, str, float]]) -> None:
-    parts = partition(model(), GroupConfig(model_path="", tp=tp))
-    mesh = Mesh(parts[rank], tp=tp, pp=1, device=torch.device("cpu"), timeout_s=LIMIT_S)
-    store = TCPStore("127.0.0.1", port, tp, is_master=rank == 0, wait_for_workers=False)
-    mesh.join(store, "127.0.0.1")
+def run_rank(rank: int, port: int, told: Queue[tuple[int, str, float]], tp: int) -> None:
+    mesh = joined(rank, port, tp=tp, timeout_s=LIMIT_S)
     started = time.monotonic()
     try:
         for step in range(5):
@@ -56,26 +29,13 @@ def run_rank(rank: int, tp: int, port: int, told: Queue[tuple[int, str, float]])
             started = time.monotonic()
             mesh.reduce(torch.ones(2, 32))
     except GroupFailed as error:
-        told.put((rank, str(error), time.monotonic() - started))
-    told.close()
-    told.join_thread()
+        tell(told, (rank, str(error), time.monotonic() - started))
 
 
 @pytest.mark.parametrize("tp", [2, 3])
 def test_a_stalled_rank_is_named_by_the_others(tp: int) -> None:
-    context = multiprocessing.get_context("spawn")
-    told: Queue[tuple[int, str, float]] = context.Queue()
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    ranks = [context.Process(target=run_rank, args=(rank, tp, port, told)) for rank in range(tp)]
-    for one in ranks:
-        one.start()
-    try:
+    with ranks(tp, run_rank, tp) as told:
         heard = [told.get(timeout=90) for _ in range(tp - 1)]
-    finally:
-        for one in ranks:
-            one.kill()
-            one.join()
     assert {rank for rank, _, _ in heard} == set(range(tp - 1))
     stuck = [text for _, text, _ in heard if "stuck for" in text]
     assert stuck, heard

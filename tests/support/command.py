@@ -1,0 +1,22 @@
+"""The command line on a deployment of a test's own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def arriero(
+    *args: str, folder: Path, check: bool = True, timeout_s: float = 180
+) -> subprocess.CompletedProcess[str]:
+    """Run `arriero`, its state in `folder`."""
+    return subprocess.run(
+        [sys.executable, "-m", "arriero.cluster.cli", *args],
+        env=os.environ | {"ARRIERO_STATE": str(folder), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=check,
+        timeout=timeout_s,
+    )
