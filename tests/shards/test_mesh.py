@@ -6,6 +6,7 @@ import weakref
 from multiprocessing.queues import Queue
 
 import torch
+import torch.distributed as dist
 
 from arriero.shards.mesh import MOST_SENDING
 from support.ranks import joined, ranks, tell
@@ -30,6 +31,7 @@ def run_rank(rank: int, port: int, told: Queue[tuple[int, float]]) -> None:
             mesh.recv_hidden(x_TH)
             total += float(x_TH[0, 0])
         tell(told, (-1, total))
+    dist.barrier()  # a rank that leaves with sends still on their way breaks them off
 
 
 def test_activations_are_let_go_once_they_are_out() -> None:
