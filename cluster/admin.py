@@ -27,8 +27,9 @@ from arriero.cluster.history import Failure
 from arriero.cluster.key_ring import KeyRing, check_overlap
 from arriero.cluster.kv_client import KV_ACTIONS, ask_kv
 from arriero.cluster.slices import node_address, reachable
-from arriero.cluster.spec import Spec, TenantSpec
+from arriero.cluster.spec import Spec
 from arriero.cluster.spec_file import explain
+from arriero.cluster.spec_gateway import TenantSpec
 from arriero.router.proto.arriero.v1 import admin_pb2 as pb
 from arriero.router.tenants.keys import KeyEntry
 from arriero.router.tls import TlsFiles
@@ -37,8 +38,9 @@ from arriero.shards.errors import ArrieroError, InvalidRequest, NotFound, SpecEr
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
+    from arriero.cluster.board import Board, GroupEntry
     from arriero.cluster.operator import Operator
-    from arriero.cluster.registry import Board, GroupEntry, Registry
+    from arriero.cluster.registry import Registry
 
 log = logging.getLogger(__name__)
 

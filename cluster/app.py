@@ -16,8 +16,9 @@ from ray.serve import Application
 
 from arriero.cluster.gateway import GatewayReplica, GatewaySettings
 from arriero.cluster.group import GroupSettings, Leader
-from arriero.cluster.spec import ModelSpec, Spec
+from arriero.cluster.spec import Spec
 from arriero.cluster.spec_file import load
+from arriero.cluster.spec_model import ModelSpec
 from arriero.shards.errors import SpecError
 
 NAME = "arriero"

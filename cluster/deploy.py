@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arriero.cluster import local, state
+from arriero.cluster.board import Board
 from arriero.cluster.spec import Spec
 from arriero.cluster.state import Deployment
 from arriero.shards.errors import ArrieroError, CheckpointError, GroupFailed, SpecError, Unavailable
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
     from arriero.cluster.history import Failure
-    from arriero.cluster.registry import Board, Registry
+    from arriero.cluster.registry import Registry
 
 Say = Callable[[str], None]
 """Told in a few words what is waited for; called again as that changes."""
@@ -132,7 +133,7 @@ def board(deployment: Deployment) -> Board:
             found: Any = ray.get(actor.board.remote(), timeout=_JOIN_LIMIT_S)
         except (ValueError, ray.exceptions.RayError) as error:
             raise Unavailable(f"no registry at {deployment.ray_address}: {error}") from None
-        assert isinstance(found, registry.Board)
+        assert isinstance(found, Board)
         return found
 
 

@@ -21,11 +21,12 @@ import ray
 from fastapi import FastAPI
 
 from arriero.cluster import registry
+from arriero.cluster.board import GatewayEntry
 from arriero.cluster.history import Failure
 from arriero.cluster.live import Live
 from arriero.cluster.log_level import set_log_level
 from arriero.cluster.slices import reachable
-from arriero.cluster.spec import GatewaySpec, TlsSpec, TracingSpec
+from arriero.cluster.spec_gateway import GatewaySpec, TlsSpec, TracingSpec
 from arriero.router.gateway import Gateway, GroupAddress
 from arriero.shards.errors import SpecError
 
@@ -65,7 +66,7 @@ class GatewayReplica:
         self._id = uuid.uuid4().hex[:8]
         self._spec = settings.spec
         self._registry = registry.connect()
-        self._entry: registry.GatewayEntry | None = None
+        self._entry: GatewayEntry | None = None
         self._leaving = False
         http = self._spec.http
         try:
@@ -79,7 +80,7 @@ class GatewayReplica:
             await self._registry.fail.remote(failure)
             raise
         http_port = self._gateway.http_port
-        self._entry = registry.GatewayEntry(
+        self._entry = GatewayEntry(
             id=self._id,
             address=reachable(self._spec.host, port),
             http="" if http is None or not http_port else reachable(http.host, http_port),

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from arriero.cluster import nodes, registry
+from arriero.cluster import nodes, registry, standby
+from arriero.cluster.board import GroupEntry
 from arriero.cluster.history import Failure
 from arriero.cluster.live import Live
 from arriero.cluster.log_level import set_log_level
@@ -35,7 +36,7 @@ from arriero.shards.health import HealthLimits
 
 if TYPE_CHECKING:
     from arriero.cluster.canary import Canary
-    from arriero.cluster.spec import TlsSpec, TracingSpec
+    from arriero.cluster.spec_gateway import TlsSpec, TracingSpec
     from arriero.router.card import ModelCard
     from arriero.router.link import LinkServer
     from arriero.router.tracing import Tracing
@@ -123,7 +124,7 @@ class Leader:
         self._tracing: Tracing | None = None
         self._link_token = secrets.token_hex(32)  # one for each life of a leader
         self._canary: Canary | None = None
-        self._entry: registry.GroupEntry | None = None
+        self._entry: GroupEntry | None = None
         self._standing: asyncio.Task[None] | None = None
         self._loaded = -1
         self._serving = False
@@ -170,35 +171,22 @@ class Leader:
 
     async def _stand_by(self) -> None:
         """Be a spare: go as far as takes no memory of the devices, and on when it is our turn."""
-        slot, path = self._settings.slot, self._settings.config.model_path
+        settings = self._settings
         try:
             self._say("standing by")
-            await asyncio.gather(
-                asyncio.to_thread(_load_code), *(one.warm.remote(path) for one in self._slices)
+            await standby.until_turn(
+                self._registry,
+                settings.slot,
+                self._slices,
+                settings.config.model_path,
+                settings.limits.silence_s,
             )
-            while not await self._turn(slot):
-                await self._see_slices()
-            async with asyncio.timeout(self._settings.start_timeout_s):
+            async with asyncio.timeout(settings.start_timeout_s):
                 await self._start()
         except Exception as error:  # whatever it is, this group is of no use
             self._failure = self._why_not_started(error)
             await self._end(self._failure, type(error).__name__)
         self._serving = True
-
-    async def _see_slices(self) -> None:
-        """A slice that is gone or stopped is found now, not when it is needed."""
-        try:
-            async with asyncio.timeout(self._settings.limits.silence_s):
-                await asyncio.gather(*[one.whereabouts.remote() for one in self._slices])
-        except (TimeoutError, ray.exceptions.RayError):
-            raise GroupFailed("a slice that stood by is gone, or does not answer") from None
-
-    async def _turn(self, slot: str) -> bool:
-        try:
-            return bool(await self._registry.turn.remote(slot, registry.TURN_S))
-        except ray.exceptions.RayError:  # it is being restarted, and knows the spares again then
-            await asyncio.sleep(registry.TURN_S)
-            return False
 
     async def _start(self) -> None:
         begun_s = time.monotonic()
@@ -249,7 +237,7 @@ class Leader:
             image_features=0 if vision is None else vision.features_per_tile,
         )
         address = await self._lead(limits, card)
-        self._entry = registry.GroupEntry(
+        self._entry = GroupEntry(
             group_id=self._group_id,
             model=self._settings.model,
             address=address,
@@ -503,17 +491,6 @@ class Leader:
         self._slices = []
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
-
-
-def _load_code() -> None:
-    """Import what a start takes, so that it need not wait for that."""
-    import arriero.cluster.canary
-    import arriero.cluster.kv_desk
-    import arriero.router.link
-    import arriero.shards.checkpoint.formats.describe
-    import arriero.shards.executor
-    import arriero.shards.models.llama4_config
-    import arriero.shards.resolve  # noqa: F401
 
 
 def _with_threads(config: GroupConfig, where: Sequence[Whereabouts]) -> GroupConfig:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from arriero.cluster.registry import GroupEntry
-from arriero.cluster.spec import TlsSpec
+from arriero.cluster.board import GroupEntry
+from arriero.cluster.spec_gateway import TlsSpec
 from arriero.router.peers import ask_leader
 from arriero.router.proto.arriero.v1 import admin_pb2 as pb
 from arriero.shards.errors import ArrieroError

@@ -23,6 +23,7 @@ from ray.actor import ActorHandle
 
 from arriero.cluster import app, nodes, registry, store
 from arriero.cluster.autoscale import Autoscaler, Demand
+from arriero.cluster.board import Board
 from arriero.cluster.changes import (
     Phase,
     Promote,
@@ -36,10 +37,10 @@ from arriero.cluster.changes import (
 )
 from arriero.cluster.differences import Change, changes, live_settings, refuse
 from arriero.cluster.log_level import set_log_level
-from arriero.cluster.spec import ModelSpec, Spec
+from arriero.cluster.role_change import Roles
+from arriero.cluster.spec import Spec
+from arriero.cluster.spec_model import ModelSpec
 from arriero.cluster.wanted import Kept, Managed, Place, Revision, count_of, essence
-from arriero.router.peers import ask_leader
-from arriero.router.roles import Role, assign
 from arriero.shards.errors import ArrieroError, NotFound, SpecError
 
 log = logging.getLogger(__name__)
@@ -53,8 +54,6 @@ _KEEP_REVISIONS = 8
 _PLACE_SOON_S = 3.0
 PLACE_S = 20.0
 """A group beyond the wanted count that has found no place by then is given up."""
-ROLE_S = 2.0
-"""A leader that takes no role within this time is told again."""
 CROWDED_S = 600.0
 """For so long no other is tried."""
 
@@ -72,7 +71,7 @@ class Operator:
         self._failed: dict[str, str] = {}
         self._placing_since_s: dict[str, float] = {}
         self._crowded_until_s: dict[str, float] = {}
-        self._roles: dict[str, Role] = {}  # told, by group; all begin as "both"
+        self._roles = Roles()
         self._scalers: dict[str, Autoscaler] = {}
         self._change = asyncio.Lock()
         self._gateways_change = False  # until Serve has replaced them
@@ -132,7 +131,7 @@ class Operator:
             for name, one in self._kept.models.items()
         }
 
-    def slots(self, board: registry.Board) -> list[Slot]:
+    def slots(self, board: Board) -> list[Slot]:
         """What there is."""
         self._spares = frozenset(board.spares)
         serving = {one.slot: one for one in board.groups if one.phase == "serving"}
@@ -331,7 +330,7 @@ class Operator:
             self._keep()
         return False
 
-    async def _autoscale(self, board: registry.Board) -> None:
+    async def _autoscale(self, board: Board) -> None:
         """Want as many groups as are needed, of models whose spec leaves it open."""
         for name, managed in self._kept.models.items():
             settings = self.settings(name)
@@ -357,35 +356,22 @@ class Operator:
                 self._keep()
                 await self._note("autoscale", name, f"{text}, {wait_s:.1f} s to wait")
 
-    async def _assign_roles(self, board: registry.Board) -> None:
+    async def _assign_roles(self, board: Board) -> None:
         """Tell leaders which part of requests they are for, where that has changed."""
+        tls = self._spec.link_tls
+        context = None if tls is None else tls.files().link_client("link_tls")
+        self._roles.forget_but({one.group_id for one in board.groups})
         for name in self._kept.models:
-            groups = {
-                one.group_id: one
+            groups = [
+                one
                 for one in board.groups
                 if one.model == name
                 and one.phase == "serving"
                 and not self._kept.places.get(one.slot, Place(name, 0)).stopping
-            }
-            now = {one: self._roles.get(one, "both") for one in groups}
-            for group_id, role in assign(now, self.settings(name).prefill_groups).items():
-                if role != now[group_id]:
-                    await self._tell_role(groups[group_id], role)
-        live = {one.group_id for one in board.groups}
-        self._roles = {one: role for one, role in self._roles.items() if one in live}
-
-    async def _tell_role(self, entry: registry.GroupEntry, role: Role) -> None:
-        """Tell one leader; one that does not hear is told again."""
-        tls = self._spec.link_tls
-        context = None if tls is None else tls.files().link_client("link_tls")
-        leader = entry.address, entry.link_token
-        try:
-            await ask_leader(leader, context, "role", {"role": role}, ROLE_S)
-        except ArrieroError as error:
-            log.warning("group %s is not told its role: %s", entry.group_id, error)
-            return
-        self._roles[entry.group_id] = role
-        await self._note("role", entry.group_id, f"for {role}")
+            ]
+            wanted = self.settings(name).prefill_groups
+            for group_id, role in await self._roles.tell(groups, wanted, context):
+                await self._note("role", group_id, f"for {role}")
 
     async def _look(self) -> None:
         """Which applications there are, and which could not start."""
@@ -456,7 +442,7 @@ class Operator:
         cpus = model.cpus_per_slice or self._room.cpus_per_slice
         return app.Stages.of(model).bundles(cpus, "cuda" if cuda else "cpu")
 
-    async def _unplace(self, board: registry.Board) -> None:
+    async def _unplace(self, board: Board) -> None:
         """Give up a surplus group that finds no place: what looked like room was not."""
         started = {who.rpartition(".")[0] for who in board.progress}
         now_s = time.monotonic()

@@ -13,7 +13,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from arriero.cluster.spec import AdminTlsSpec, GatewaySpec, ModelSpec, Spec, TlsSpec
+from arriero.cluster.spec import AdminTlsSpec, Spec
+from arriero.cluster.spec_gateway import GatewaySpec, TlsSpec
+from arriero.cluster.spec_model import ModelSpec
 from arriero.router.tenants.keys import read_keys
 from arriero.router.tls import TlsFiles
 from arriero.shards.checkpoint.remote import is_url

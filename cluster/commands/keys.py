@@ -49,7 +49,7 @@ def add(
     state_dir: StateDir = None,
 ) -> None:
     """Make a key and print it, this once: the files hold only its hash."""
-    from arriero.cluster.spec import TenantSpec
+    from arriero.cluster.spec_gateway import TenantSpec
 
     try:
         TenantSpec(name=tenant)

@@ -23,7 +23,7 @@ from arriero.shards.kv.limits import GroupTierLimits
 from arriero.shards.models.llama4_config import Llama4Config
 
 if TYPE_CHECKING:
-    from arriero.cluster.spec import ModelSpec
+    from arriero.cluster.spec_model import ModelSpec
 
 DEFAULT_CONTEXT = 8192
 
@@ -227,7 +227,7 @@ def _cpu_slices(layout: Layout | None, nodes: int) -> int:
 
 
 def _size(name: str, text: str) -> int:
-    from arriero.cluster.spec import parse_bytes
+    from arriero.cluster.spec_fields import parse_bytes
 
     return parse_bytes(name, text)
 

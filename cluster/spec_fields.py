@@ -1,0 +1,78 @@
+"""What fields of a spec may hold: bytes, names, counts, times.
+
+Knows how they are written; knows nothing of what they are for.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from arriero.shards.errors import SpecError
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def _bytes(value: Any) -> Any:  # noqa: ANN401
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+    if found is None or found[2].lower() not in _UNITS:
+        raise ValueError("write bytes as a number with an optional unit: 200MB, 1.5GiB")
+    return int(float(found[1]) * _UNITS[found[2].lower()])
+
+
+def parse_bytes(name: str, text: str) -> int:
+    """Bytes written as in a spec, such as "64GiB".
+
+    Raises:
+        SpecError: they are not; names `name`.
+    """
+    try:
+        found = _bytes(text)
+    except ValueError as error:
+        raise SpecError(f"`{name}`={text!r}: {error}") from None
+    if found < 1:
+        raise SpecError(f"`{name}`={text!r} must be more than nothing")
+    return int(found)
+
+
+def _everywhere(value: Path) -> Path:
+    path = value.expanduser()
+    if not path.is_absolute():
+        raise ValueError("give an absolute path: it is the same on every node")
+    return path
+
+
+def _name(value: str) -> str:
+    if not _NAME.fullmatch(value):
+        raise ValueError("use 1 to 128 letters, digits, dots, dashes or underscores")
+    return value
+
+
+Bytes = Annotated[int, BeforeValidator(_bytes), Field(gt=0)]
+EverywherePath = Annotated[Path, AfterValidator(_everywhere)]
+Name = Annotated[str, AfterValidator(_name)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+class Part(BaseModel):
+    """A section: immutable, and with no field but its own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
