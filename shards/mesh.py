@@ -82,19 +82,21 @@ class Mesh:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
         backend = "nccl" if self.device.type == "cuda" else "gloo"
+        world = self.tp * self.dp * self.pp
         dist.init_process_group(
             backend,
             store=store,
             rank=self.part.rank,
-            world_size=self.tp * self.dp * self.pp,
+            world_size=world,
             timeout=self._timeout,
         )
-        for first in range(0, self.tp * self.dp * self.pp, self.tp):
-            # new_group is collective: every rank makes every group
-            ranks = list(range(first, first + self.tp))
-            group = dist.new_group(ranks, timeout=self._timeout)
-            if first == self._first and self.tp > 1:
-                self._tp_group = group
+        if 1 < self.tp < world:  # each group of gloo's has a thread that looks 100 times a second
+            for first in range(0, world, self.tp):
+                # new_group is collective: every rank makes every group
+                ranks = list(range(first, first + self.tp))
+                group = dist.new_group(ranks, timeout=self._timeout)
+                if first == self._first:
+                    self._tp_group = group
 
         if self.dp > 1:
             self._join_stages(store, host)
