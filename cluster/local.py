@@ -69,6 +69,9 @@ def start(spec: RaySpec) -> LocalCluster:
         "TMPDIR": str(temporary),  # what a killed process leaves goes with the folder
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
+    if not spec.dashboard:
+        # nobody reads Ray's own metrics then, and its raylet grows by them for hours
+        environment.setdefault("RAY_enable_metrics_collection", "0")
     environment.pop("RAY_ADDRESS", None)
     with (folder / "start.log").open("w") as log:
         process = subprocess.Popen(

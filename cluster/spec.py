@@ -91,7 +91,7 @@ class RaySpec(Part):
             substitutes the host's own address.
         num_cpus: logical CPUs of the local cluster; None takes the machine's.
         object_store: bytes of the local cluster's object store (streams do not pass through it).
-        dashboard: start Ray's dashboard with the local cluster.
+        dashboard: start Ray's dashboard and its metrics' collection with the local cluster.
     """
 
     address: str | None = None

@@ -59,7 +59,8 @@ TEMPLATE = (
 class Traffic:
     """So many callers at once, each asking again and again."""
 
-    def __init__(self, address: str, http: str) -> None:
+    def __init__(self, address: str, http: str, pause_s: float) -> None:
+        self.pause_s = pause_s
         self.client = AsyncClient(address, timeout_s=120)
         self.http = openai.AsyncOpenAI(base_url=f"http://{http}/v1", api_key="none", timeout=120)
         self.counts = {"generate": 0, "cancelled": 0, "tool calls": 0, "chat over HTTP": 0}
@@ -77,6 +78,7 @@ class Traffic:
             except Exception as error:
                 self.errors.append(repr(error)[:200])
                 await asyncio.sleep(1)
+            await asyncio.sleep(self.pause_s)
 
     async def _generate(self, rng: random.Random) -> None:
         fields: dict[str, object] = {"max_tokens": rng.randrange(4, 40), "seed": rng.randrange(99)}
@@ -163,12 +165,17 @@ def growth(samples: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, fl
 
 
 async def soak(
-    admin: AdminClient, noted: state.Deployment, session: int, minutes: float, callers: int
+    admin: AdminClient,
+    noted: state.Deployment,
+    session: int,
+    minutes: float,
+    callers: int,
+    pause_s: float,
 ) -> dict[str, object]:
     """Run the traffic and watch; gives the report."""
     begun_s = time.monotonic()
     until_s = begun_s + minutes * 60
-    traffic = Traffic(noted.gateway, noted.http)
+    traffic = Traffic(noted.gateway, noted.http, pause_s)
     tasks = [asyncio.create_task(traffic.run(number, until_s)) for number in range(callers)]
     warm_s = begun_s + minutes * 60 / 4
     await asyncio.sleep(warm_s - time.monotonic())
@@ -224,6 +231,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--callers", type=int, default=8)
+    parser.add_argument(
+        "--pause", type=float, default=0.0, help="seconds between two requests of a caller"
+    )
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="arriero-soak-") as name:
         folder = Path(name)
@@ -239,7 +249,14 @@ def main() -> int:
             assert noted is not None and noted.local_session is not None
             with AdminClient.of(noted) as admin:
                 report = asyncio.run(
-                    soak(admin, noted, noted.local_session, given.minutes, given.callers)
+                    soak(
+                        admin,
+                        noted,
+                        noted.local_session,
+                        given.minutes,
+                        given.callers,
+                        given.pause,
+                    )
                 )
         finally:
             arriero(folder, "down")
