@@ -34,6 +34,8 @@ _KEEP_FENCED = 64
 _SUSPECT_S = 2.5
 """A suspected group that has not renewed for so long is taken to hang."""
 _PROBE_S = 1.0
+_AGAIN_S = 0.2
+"""Between two looks at a suspected group."""
 _LEASES_S = 0.5
 """At most between two looks at the leases."""
 _STAND_IN_S = 30.0
@@ -177,15 +179,23 @@ class Registry:
             self._fence(entry)
 
     async def suspect(self, group_id: str, cause: str) -> None:
-        """A gateway has lost its link to a group: see whether its leader is there."""
-        entry = self._groups.get(group_id)
-        if entry is None or entry.phase != "serving":
-            return
-        if not await nodes.answers(entry.address, _PROBE_S):
-            await self._lost(entry, Kind.CRASH, "its leader is gone", cause)
-        elif (silent_s := time.monotonic() - self._renewed_s[group_id]) > _SUSPECT_S:
-            words = f"its leader has been silent for {silent_s:.1f} s: stopped, or cut off"
-            await self._lost(entry, Kind.SILENT, words, cause, after_s=silent_s)
+        """A gateway has lost its link to a group: see whether its leader is there.
+
+        It is asked again for a while: a process that ends may listen longer than its links last.
+        """
+        until_s = time.monotonic() + _SUSPECT_S
+        while time.monotonic() < until_s:
+            entry = self._groups.get(group_id)
+            if entry is None or entry.phase != "serving":
+                return
+            if not await nodes.answers(entry.address, _PROBE_S):
+                await self._lost(entry, Kind.CRASH, "its leader is gone", cause)
+                return
+            if (silent_s := time.monotonic() - self._renewed_s[group_id]) > _SUSPECT_S:
+                words = f"its leader has been silent for {silent_s:.1f} s: stopped, or cut off"
+                await self._lost(entry, Kind.SILENT, words, cause, after_s=silent_s)
+                return
+            await asyncio.sleep(_AGAIN_S)
 
     async def gateway(self, entry: GatewayEntry) -> None:
         """Say where a gateway listens: now and then, and when its links change."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -56,6 +57,15 @@ class Machines:
                     found.append(one)
             except psutil.NoSuchProcess:
                 continue
+        return found
+
+    def processes(self) -> list[psutil.Process]:
+        """All processes of all nodes."""
+        found = []
+        for session in (self._head.session, *(one.pid for one in self._nodes.values())):
+            for pid in local.members(session):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    found.append(psutil.Process(pid))
         return found
 
     def close(self) -> None:

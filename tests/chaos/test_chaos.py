@@ -146,12 +146,17 @@ def summary(results: list[dict[str, object]]) -> dict[str, object]:
     return found
 
 
-def actor(name: str) -> int:
+def actor(name: str) -> Callable[[Deployed, pb.Status], tuple[int, str]]:
     """The process of a named actor of the deployment's own."""
-    for one in psutil.process_iter(["cmdline"]):
-        if any(part.startswith(f"ray::{name}") for part in one.info["cmdline"] or ()):
-            return one.pid
-    raise LookupError(f"no process of actor {name}")
+
+    def find(deployed: Deployed, _: pb.Status) -> tuple[int, str]:
+        for one in deployed.machines.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if any(part.startswith(f"ray::{name}") for part in one.cmdline()):
+                    return one.pid, ""
+        raise LookupError(f"no process of actor {name}")
+
+    return find
 
 
 @dataclass(frozen=True)
@@ -197,9 +202,9 @@ FAULTS = {
     "leader hangs": Fault(plain(lambda s: s.groups[0].pid, "silent"), signal.SIGSTOP, HANG_S),
     "raylet": Fault(raylet, limit_s=CRASH_S, node=True),
     "gateway": Fault(plain(lambda s: living(s)[0])),
-    "registry": Fault(plain(lambda s: actor("Registry"))),
-    "operator": Fault(plain(lambda s: actor("Operator"))),
-    "controller": Fault(plain(lambda s: actor("ServeController"))),
+    "registry": Fault(actor("Registry")),
+    "operator": Fault(actor("Operator")),
+    "controller": Fault(actor("ServeController")),
 }
 
 
