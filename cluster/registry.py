@@ -379,7 +379,7 @@ def connect() -> ActorHandle[Registry]:
             get_if_exists=True,
             num_cpus=0,
             enable_task_events=False,  # as Serve's own: calls by the second, kept by the head
-            scheduling_strategy=nodes.on_head(),
+            resources=nodes.ON_HEAD,
             max_restarts=-1,
             max_task_retries=3,
             max_concurrency=1000,
