@@ -93,7 +93,8 @@ class AsyncClient:
     """A client for asyncio.
 
     Args:
-        address: host and port of a gateway, or several gateways.
+        address: host and port of a gateway, or several gateways; or a function that tells which
+            there are, asked again whenever a stream looks for another one.
         credentials: of TLS; None speaks in the clear.
         api_key: shown with each call, where the gateway asks for keys.
         timeout_s: deadline of each call, retries included; None for none.
@@ -105,7 +106,7 @@ class AsyncClient:
 
     def __init__(
         self,
-        address: str | Sequence[str],
+        address: str | Sequence[str] | Callable[[], Sequence[str]],
         *,
         credentials: grpc.ChannelCredentials | None = None,
         timeout_s: float | None = None,
@@ -114,9 +115,10 @@ class AsyncClient:
         retries: int = 0,
     ) -> None:
         self._metadata = _metadata(api_key)
-        self._addresses = [address] if isinstance(address, str) else list(address)
+        self._there = _discovery(address)
         self._credentials = credentials
-        self._channel = self._open(self._addresses[0])
+        self._address = self._there()[0]
+        self._channel = self._open(self._address)
         self._stub: InferenceAsyncStub = InferenceStub(self._channel)
         self._timeout_s, self._retries = timeout_s, retries
         self._resume_s = resume_s
@@ -141,7 +143,7 @@ class AsyncClient:
         """A call, and where it breaks off, others that go on with it."""
         received = Received()
         retry = Retry(self._retries, self._timeout_s)
-        address, channel = self._addresses[0], self._channel
+        address, channel = self._address, self._channel
         deadline_s: float | None = None
         try:
             while True:
@@ -169,10 +171,11 @@ class AsyncClient:
                     raise cause
                 received.fill(request)
                 await asyncio.sleep(_PAUSE_S)
-                at = (self._addresses.index(address) + 1) % len(self._addresses)
+                there = self._there() or [address]
+                at = (there.index(address) + 1) % len(there) if address in there else 0
                 if channel is not self._channel:
                     await channel.close(None)
-                address = self._addresses[at]
+                address = there[at]
                 channel = self._open(address)
         finally:
             if channel is not self._channel:
@@ -311,6 +314,16 @@ class Client:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _discovery(
+    address: str | Sequence[str] | Callable[[], Sequence[str]],
+) -> Callable[[], Sequence[str]]:
+    """What tells the gateways there are."""
+    if callable(address):
+        return address
+    fixed = [address] if isinstance(address, str) else list(address)
+    return lambda: fixed
 
 
 def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:

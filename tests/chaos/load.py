@@ -124,9 +124,7 @@ class Load:
         client: AsyncClient | None = None
         while not self._stopping:
             which = rng.randrange(len(self._kinds))
-            # half of the clients begin at each gateway
-            turned = self.addresses[number % 2 :] + self.addresses[: number % 2]
-            client = AsyncClient(turned, timeout_s=180, resume_s=60)
+            client = AsyncClient(lambda: self._turned(number), timeout_s=180, resume_s=60)
             try:
                 got = await ask(client, self._kinds[which])
             except (ArrieroError, OSError) as error:
@@ -139,6 +137,10 @@ class Load:
             finally:
                 await client.close()
             self._check(which, got)
+
+    def _turned(self, number: int) -> list[str]:
+        """The gateways that a stream knows of: half of the streams begin at each."""
+        return self.addresses[number % 2 :] + self.addresses[: number % 2]
 
     def _check(self, which: int, got: Got) -> None:
         self.report.finished += 1

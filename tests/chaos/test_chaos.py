@@ -69,10 +69,14 @@ class Deployed:
         return arriero(*args, folder=self.folder, timeout_s=240)
 
     async def status(self) -> pb.Status | None:
+        """How it stands now; what it says of gateways, the callers hear too."""
         try:
-            return await asyncio.to_thread(self.admin.status)
+            now = await asyncio.to_thread(self.admin.status)
         except ArrieroError:
             return None
+        if now.gateways:
+            self.load.addresses = [one.address for one in now.gateways]
+        return now
 
     async def whole(self, limit_s: float = 120.0) -> pb.Status:
         """Wait for full capacity."""
@@ -80,7 +84,6 @@ class Deployed:
         while True:
             now = await self.status()
             if now is not None and len(living(now)) == 2 and all(m.settled for m in now.models):
-                self.load.addresses = [one.address for one in now.gateways]
                 return now
             assert time.monotonic() < deadline_s, now
             await asyncio.sleep(0.2)

@@ -253,21 +253,28 @@ async def test_another_group_at_the_same_address_is_not_heard() -> None:
         assert not stack.gateway.ready
 
 
-async def test_a_client_takes_its_stream_up_at_another_gateway() -> None:
-    """The first gateway goes; tokens, text and end are as they would have been."""
+@pytest.mark.parametrize("discovered", [False, True])
+async def test_a_client_takes_its_stream_up_at_another_gateway(discovered: bool) -> None:
+    """The first gateway goes; tokens, text and end are as they would have been.
+
+    The other one is known from the start, or there only once the first is gone.
+    """
     fields = {**FIELDS, "n": 2, "stop": ["qzx"]}
     whole = await undisturbed("the quick brown", 2, **{k: v for k, v in fields.items() if k != "n"})
     async with serving(Group("a")) as stack:
         other = Gateway(GatewayConfig())
         port = await other.start()
         await other.set_groups(stack.addresses)
-        addresses = [stack.client._addresses[0], f"127.0.0.1:{port}"]
-        client = AsyncClient(addresses, timeout_s=60, resume_s=20)
+        there = [stack.client._address]
+        if not discovered:
+            there.append(f"127.0.0.1:{port}")
+        client = AsyncClient((lambda: there) if discovered else there, timeout_s=60, resume_s=20)
         try:
             read = Read(2)
             async for message in client.generate("the quick brown", **fields):
                 read.add(message)
                 if len(read.messages) == 20:
+                    there[:] = [f"127.0.0.1:{port}"] if discovered else there
                     await stack.gateway.stop(0)
         finally:
             await client.close()
