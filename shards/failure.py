@@ -14,6 +14,8 @@ from typing import Any
 
 SETTLE_S = 0.6
 """How long after the first piece of evidence the others are waited for."""
+CAUSE_S = 0.9
+"""As long, while all there is may follow from what has not been told yet."""
 KEEP_FOLDED = 32
 KEEP_LINES = 20
 """Log lines of a slice that are kept for the record."""
@@ -129,13 +131,28 @@ class Inquest:
 
     def settled(self, now_s: float) -> bool:
         """Whether what belongs to the failure has had time to come in."""
-        return self.begun and now_s - self._found[0][0] >= SETTLE_S
+        if not self.begun:
+            return False
+        limit_s = SETTLE_S if any(self._is_first_hand(one) for one in self._found) else CAUSE_S
+        return now_s - self._found[0][0] >= limit_s
+
+    def _is_first_hand(self, found: tuple[float, Evidence]) -> bool:
+        """Whether it does not follow from something else: a wait for another that broke off."""
+        at_s, one = found
+        return one.kind is not Kind.BROKE and not any(
+            other.kind is Kind.BROKE and other.rank == one.rank and before_s < at_s
+            for before_s, other in self._found
+        )
 
     def verdict(self) -> FirstCause:
         """The first cause as far as the evidence goes; there must be some."""
         assert self._found, "a verdict without evidence"
-        # Errors of one's own and ended processes by time, before what follows from them.
-        order = sorted(self._found, key=lambda found: (_PLACE[found[1].kind], found[0]))
+        # Errors of one's own and ended processes by time, before what follows from them: also the
+        # end of a slice whose wait for another broke off before.
+        order = sorted(
+            self._found,
+            key=lambda found: (_PLACE[found[1].kind], not self._is_first_hand(found), found[0]),
+        )
         cause = order[0][1]
         folded = tuple(one.what for _, one in self._found if one is not cause)
         same = [one for _, one in self._found if one.rank == cause.rank and one is not cause]

@@ -14,7 +14,7 @@ from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.engine.engine import Engine
 from arriero.shards.engine.types import EngineRequest, SequenceOutput
 from arriero.shards.executor import RemoteExecutor, spawn_group
-from arriero.shards.failure import SETTLE_S, Evidence, FirstCause, Inquest, Kind
+from arriero.shards.failure import CAUSE_S, SETTLE_S, Evidence, FirstCause, Inquest, Kind
 from arriero.shards.group import GroupConfig
 from arriero.shards.health import GroupHealth, HealthLimits, Pulse
 from arriero.shards.resolve import engine_config, resolve
@@ -116,6 +116,16 @@ def test_the_first_cause_is_not_the_first_to_be_heard() -> None:
     assert found.folded == (broke.what, silent.what)
     assert FirstCause.from_wire(found.to_wire()) == found
     assert found.words()[0].endswith("slice 1 (pid 5) died")
+
+
+def test_the_end_of_whoever_waited_for_another_is_not_the_first_cause() -> None:
+    inquest = Inquest()
+    inquest.add(Evidence(kind=Kind.BROKE, what="slice 1 failed: broke off", rank=1), 0.0)
+    inquest.add(Evidence(kind=Kind.CRASH, what="slice 1 died", rank=1), 0.3)
+    assert not inquest.settled(SETTLE_S) and inquest.settled(CAUSE_S)
+    inquest.add(Evidence(kind=Kind.CRASH, what="slice 0 died", rank=0), 0.7)
+    assert inquest.settled(0.7)
+    assert inquest.verdict().cause.what == "slice 0 died"
 
 
 def test_an_error_of_ones_own_comes_before_the_end_of_the_process() -> None:
