@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from arriero.cluster.spec_fields import Bytes, Count, LogLevel, Part, Port, Seconds
+from arriero.cluster.spec_fields import Bytes, Count, LogLevel, Part, Port, Seconds, refuse_twice
 from arriero.cluster.spec_gateway import GatewaySpec, TlsSpec, TracingSpec
 from arriero.cluster.spec_model import ModelSpec
 from arriero.router.tls import TlsFiles
@@ -132,9 +132,7 @@ class Spec(Part):
     @model_validator(mode="after")
     def _names(self) -> Spec:
         names = [model.name for model in self.models]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"model name `{name}` occurs twice; give each model its own")
+        refuse_twice(names, "model name", "give each model its own")
         if self.link_tls is not None and self.link_tls.ca is None:
             raise ValueError("`link_tls` needs its `ca`: both ends of a link check each other")
         return self

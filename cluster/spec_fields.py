@@ -6,6 +6,7 @@ Knows how they are written; knows nothing of what they are for.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -70,6 +71,17 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+def refuse_twice(names: Sequence[str], what: str, remedy: str) -> None:
+    """Check that each of `names` is there once.
+
+    Raises:
+        ValueError: one is not; says what it is, and the remedy.
+    """
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{what} `{name}` occurs twice; {remedy}")
 
 
 class Part(BaseModel):

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from arriero.cluster.spec_fields import Count, Name, Part, Port, Seconds
+from arriero.cluster.spec_fields import Count, Name, Part, Port, Seconds, refuse_twice
 from arriero.router.gateway import GatewayConfig
 from arriero.router.request_log import RequestLogConfig
 from arriero.router.tenants.tenant import ANYONE, QueueLimits, Tenant
@@ -124,9 +124,7 @@ class GatewaySpec(Part):
     @model_validator(mode="after")
     def _tenants_have_keys(self) -> GatewaySpec:
         names = [tenant.name for tenant in self.tenants]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"tenant `{name}` occurs twice; keep one")
+        refuse_twice(names, "tenant", "keep one")
         if self.keys is None and any(name != ANYONE for name in names):
             raise ValueError(
                 f"`tenants` without `keys`: nobody can tell them apart; give a key file, or limit "

@@ -274,7 +274,8 @@ async def test_a_client_takes_its_stream_up_at_another_gateway(discovered: bool)
             async for message in client.generate("the quick brown", **fields):
                 read.add(message)
                 if len(read.messages) == 20:
-                    there[:] = [f"127.0.0.1:{port}"] if discovered else there
+                    if discovered:
+                        there[:] = [f"127.0.0.1:{port}"]
                     await stack.gateway.stop(0)
         finally:
             await client.close()
