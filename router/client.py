@@ -94,7 +94,8 @@ class AsyncClient:
 
     Args:
         address: host and port of a gateway, or several gateways; or a function that tells which
-            there are, asked again whenever a stream looks for another one.
+            there are, asked again whenever a stream looks for another one; one that names none
+            at first raises Unavailable.
         credentials: of TLS; None speaks in the clear.
         api_key: shown with each call, where the gateway asks for keys.
         timeout_s: deadline of each call, retries included; None for none.
@@ -117,7 +118,10 @@ class AsyncClient:
         self._metadata = _metadata(api_key)
         self._there = _discovery(address)
         self._credentials = credentials
-        self._address = self._there()[0]
+        there = self._there()
+        if not there:
+            raise Unavailable("no gateway is known: `address` names none; give HOST:PORT of one")
+        self._address = there[0]
         self._channel = self._open(self._address)
         self._stub: InferenceAsyncStub = InferenceStub(self._channel)
         self._timeout_s, self._retries = timeout_s, retries

@@ -3,11 +3,13 @@
 Each slice sends a pulse twice a second from a thread of its own, which says what its main thread
 does. Three things are told apart: a process that is silent (stopped, cut off), a group in which
 everybody waits and nothing moves (a lost message, a deadlock), and a slice that computes (a long
-prefill), which is let be. Sans-I/O: takes pulses, plans and a clock; gives evidence.
+prefill), which is let be. A pulse counts from when it was sent, so that a link which delivers each
+of them, but late, is silence too. Sans-I/O: takes pulses, plans and a clock; gives evidence.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -15,6 +17,8 @@ from arriero.shards.failure import KEEP_LINES, Evidence, Kind
 
 PULSE_S = 0.5
 """Between two pulses of a slice."""
+_CLOCK_DRIFT = 1e-3
+"""Seconds a second by which two machines' clocks part at most."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +26,7 @@ class HealthLimits:
     """How long is too long.
 
     Attributes:
-        silence_s: without a pulse of a slice.
+        silence_s: without a pulse of a slice, or with pulses that are that late.
         hang_s: with a plan outstanding, every slice waiting, and nothing moving.
         step_s: with a plan outstanding and some slice computing all the while.
     """
@@ -42,6 +46,7 @@ class Pulse:
         waits_for: the collective it waits in; "" when it computes.
         idle: it waits for a plan.
         moves: counts its waits and steps up; an unchanged number means that it got no further.
+        at_s: when it was sent, on the slice's own clock.
         log: lines that it logged since the pulse before.
     """
 
@@ -50,13 +55,16 @@ class Pulse:
     waits_for: str = ""
     idle: bool = False
     moves: int = 0
+    at_s: float = 0.0
     log: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
 class _Seen:
-    heard_s: float
+    heard_s: float  # when the last pulse was sent
     moved_s: float
+    arrived_s: float  # when the last pulse came
+    ahead_s: float = math.inf  # our clock is of the slice's, and the quickest way takes
     pulse: Pulse | None = None
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=KEEP_LINES))
 
@@ -72,7 +80,7 @@ class GroupHealth:
 
     def __init__(self, limits: HealthLimits, names: list[str], now_s: float) -> None:
         self.limits, self._names = limits, names
-        self._slices = [_Seen(now_s, now_s) for _ in names]
+        self._slices = [_Seen(now_s, now_s, now_s) for _ in names]
         self._checked_s = now_s
         self._plans: dict[tuple[int, int], float] = {}  # by step and lane
 
@@ -80,19 +88,24 @@ class GroupHealth:
         """Forget how long anybody has been silent."""
         self._checked_s = now_s
         for seen in self._slices:
-            seen.heard_s = seen.moved_s = now_s
+            seen.heard_s = seen.moved_s = seen.arrived_s = now_s
+            seen.ahead_s = math.inf
 
     def beat(self, rank: int, pulse: Pulse, now_s: float) -> None:
         """Take in a pulse."""
         seen = self._slices[rank]
-        seen.heard_s = now_s
+        drift_s = (now_s - seen.arrived_s) * _CLOCK_DRIFT
+        seen.ahead_s = min(seen.ahead_s + drift_s, now_s - pulse.at_s)
+        seen.arrived_s = now_s
+        sent_s = pulse.at_s + seen.ahead_s
+        seen.heard_s = max(seen.heard_s, sent_s)
         before = seen.pulse
         if before is None or (before.step, before.moves, before.phase) != (
             pulse.step,
             pulse.moves,
             pulse.phase,
         ):
-            seen.moved_s = now_s
+            seen.moved_s = max(seen.moved_s, sent_s)
         seen.pulse = pulse
         seen.lines.extend(pulse.log)
 
@@ -116,6 +129,7 @@ class GroupHealth:
             for seen in self._slices:
                 seen.heard_s += paused_s
                 seen.moved_s += paused_s
+                seen.ahead_s += paused_s  # what came meanwhile is late through us
             self._plans = {plan: at_s + paused_s for plan, at_s in self._plans.items()}
         return self._silent(now_s) or self._stuck(now_s)
 
@@ -124,7 +138,12 @@ class GroupHealth:
         silent_s = now_s - self._slices[rank].heard_s
         if silent_s < self.limits.silence_s:
             return None
-        what = f"{self._names[rank]} has been silent for {silent_s:.1f} s: stopped, or cut off"
+        late_s = silent_s - (now_s - self._slices[rank].arrived_s)
+        if late_s > PULSE_S:
+            told = f"pulses come {late_s:.1f} s late: a link that loses or delays packets"
+            what = f"{self._names[rank]} has been silent for {silent_s:.1f} s; its {told}"
+        else:
+            what = f"{self._names[rank]} has been silent for {silent_s:.1f} s: stopped, or cut off"
         return self._evidence(Kind.SILENT, rank, what, silent_s)
 
     def _stuck(self, now_s: float) -> Evidence | None:

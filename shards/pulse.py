@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 import msgpack
@@ -44,7 +45,7 @@ class Activity:
     def now(self, log: tuple[str, ...] = ()) -> Pulse:
         """As a pulse says it."""
         if self.runner is None:
-            return Pulse(step=-1, phase=self.phase, log=log)
+            return Pulse(step=-1, phase=self.phase, at_s=time.monotonic(), log=log)
         watchdog = self.runner.mesh.watchdog
         return Pulse(
             step=watchdog.step,
@@ -52,6 +53,7 @@ class Activity:
             waits_for=watchdog.waits_for,
             idle=self.idle,
             moves=watchdog.moves,
+            at_s=time.monotonic(),
             log=log,
         )
 
@@ -107,16 +109,21 @@ class PulseSender:
 
 def pack(rank: int, pulse: Pulse) -> bytes:
     """A pulse's bytes."""
-    fields = (pulse.step, pulse.phase, pulse.waits_for, pulse.idle, pulse.moves, pulse.log)
-    packed: bytes = msgpack.packb((rank, *fields))
+    packed: bytes = msgpack.packb((rank, astuple(pulse)))
     return packed
 
 
 def unpack(packed: bytes) -> tuple[int, Pulse]:
     """Undo `pack`: the rank and its pulse."""
-    rank, step, phase, waits_for, idle, moves, log = msgpack.unpackb(packed)
+    rank, (step, phase, waits_for, idle, moves, at_s, log) = msgpack.unpackb(packed)
     return rank, Pulse(
-        step=step, phase=phase, waits_for=waits_for, idle=idle, moves=moves, log=tuple(log)
+        step=step,
+        phase=phase,
+        waits_for=waits_for,
+        idle=idle,
+        moves=moves,
+        at_s=at_s,
+        log=tuple(log),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable, Sequence
 
 import pytest
 from tokenizers import Tokenizer
@@ -61,3 +62,11 @@ async def test_both_clients_come_back(llama_tokenizer: Tokenizer) -> None:
             with pytest.raises(Overloaded):
                 [one async for one in client.generate("llama")]
         assert time.monotonic() - begun < 2
+
+
+@pytest.mark.parametrize("address", [lambda: [], []], ids=["function", "list"])
+async def test_a_client_that_knows_no_gateway_says_so(
+    address: Sequence[str] | Callable[[], Sequence[str]],
+) -> None:
+    with pytest.raises(Unavailable, match="no gateway is known: `address` names none"):
+        AsyncClient(address)

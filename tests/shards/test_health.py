@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -40,7 +41,8 @@ class Watched:
             self.now_s += 0.5
             for rank, pulse in enumerate(pulses):
                 if pulse is not None:
-                    self.health.beat(rank, pulse, self.now_s)
+                    sent = replace(pulse, at_s=self.now_s + 50 * rank)  # clocks differ
+                    self.health.beat(rank, sent, self.now_s)
             if (found := self.health.check(self.now_s)) is not None:
                 return found
         return None
@@ -100,6 +102,45 @@ def test_whoever_was_stopped_itself_accuses_nobody() -> None:
     group.now_s += 60
     assert group.health.check(group.now_s) is None
     assert group.run(2, IDLE, IDLE) is None
+
+
+def test_pulses_that_come_but_late_are_silence() -> None:
+    """A link that loses packets delivers all in order, ever later: what they tell is long over."""
+    group = Watched()
+    group.run(2, IDLE, IDLE)
+    now_s, found = group.now_s, None
+    for beat in range(1, 40):  # sent twice a second; each comes 0.3 s later than the one before
+        sent_s, now_s = group.now_s + beat * 0.5, group.now_s + beat * 0.8
+        group.health.beat(0, replace(IDLE, at_s=now_s), now_s)
+        group.health.beat(1, replace(WAITS, at_s=sent_s + 50, moves=beat), now_s)
+        if (found := group.health.check(now_s)) is not None:
+            break
+    assert found is not None
+    assert (found.kind, found.rank) == (Kind.SILENT, 1)
+    assert 3.0 <= found.after_s <= 3.5
+    assert "s late: a link that loses or delays" in found.what
+
+
+def test_what_piled_up_while_we_were_stopped_is_not_late() -> None:
+    group = Watched()
+    group.run(2, IDLE, IDLE)
+    before_s = group.now_s
+    group.now_s += 60
+    assert group.health.check(group.now_s) is None
+    for beat in range(120):
+        group.health.beat(1, replace(IDLE, at_s=before_s + beat * 0.5 + 50), group.now_s)
+        assert group.health.check(group.now_s) is None
+    assert group.run(2, IDLE, IDLE) is None
+
+
+def test_clocks_may_drift_apart() -> None:
+    group = Watched()
+    for beat in range(100_000):
+        group.now_s += 0.5
+        for rank in range(2):
+            sent = replace(IDLE, at_s=beat * 0.5 * (1 - 5e-4 * rank))
+            group.health.beat(rank, sent, group.now_s)
+        assert group.health.check(group.now_s) is None
 
 
 def test_the_first_cause_is_not_the_first_to_be_heard() -> None:
