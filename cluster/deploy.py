@@ -17,11 +17,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arriero.cluster import local, state
+from arriero.cluster import local, ray_access, state
 from arriero.cluster.board import Board
 from arriero.cluster.spec import Spec
 from arriero.cluster.state import Deployment
-from arriero.shards.errors import ArrieroError, CheckpointError, GroupFailed, SpecError, Unavailable
+from arriero.shards.errors import (
+    ArrieroError,
+    CheckpointError,
+    GroupFailed,
+    SpecError,
+    Unauthenticated,
+    Unavailable,
+)
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -50,6 +57,7 @@ def up(spec: Spec, folder: Path, say: Say) -> Deployment:
 
     Raises:
         SpecError: something is deployed already, or the cluster lacks what is asked for.
+        Unauthenticated: the cluster to join asks for a token that the user does not have.
         GroupFailed: a group could not start; the text is the first cause.
         Unavailable: no Ray cluster, or not in time.
     """
@@ -58,7 +66,9 @@ def up(spec: Spec, folder: Path, say: Say) -> Deployment:
             f"a deployment is up already (gateway {old.gateway or 'not listening yet'});"
             " `arriero down` takes it down, or --state-dir keeps several apart"
         )
-    address = spec.ray.address or os.environ.get("RAY_ADDRESS")
+    address = spec.ray.address or os.environ.get("RAY_ADDRESS") or None
+    if address == "local":  # Ray's own word for none of those that run
+        address = None
     cluster = None
     if address is None:
         cluster = local.start(spec.ray)
@@ -68,6 +78,7 @@ def up(spec: Spec, folder: Path, say: Say) -> Deployment:
         local_session=cluster.session if cluster else None,
         local_folder=str(cluster.folder) if cluster else None,
         admin_token=secrets.token_urlsafe(32),
+        ray_token=cluster.token if cluster else "",
     )
     try:
         state.write(folder, deployment)
@@ -96,21 +107,30 @@ def down(folder: Path, say: Say) -> bool:
     """Take down what `up` brought up, and only that; False when there was nothing.
 
     Streams that run may end within the spec's `drain_s`.
+
+    Raises:
+        Unauthenticated: a joined cluster asks for a token that is not here; all stays as it was.
+        Unavailable: the cluster cannot be reached; the deployment is forgotten.
     """
     deployment = state.read(folder)
     if deployment is None:
         return False
     cluster = _cluster(deployment)
+    forget = True
     try:
         if cluster is None or (local.is_alive(cluster) and deployment.gateway):
             say("draining")
             with connected(deployment):
                 _undeploy()
+    except Unauthenticated:  # another try, with the joined cluster's token, can take it down
+        forget = False
+        raise
     finally:
         if cluster is not None:
             say("stopping the local Ray cluster")
             local.stop(cluster)
-        state.clear(folder)
+        if forget:
+            state.clear(folder)
     return True
 
 
@@ -142,31 +162,40 @@ def connected(deployment: Deployment) -> Iterator[None]:
     """This process as a driver on the deployment's cluster.
 
     Raises:
+        Unauthenticated: a joined cluster asks for a token that the user does not have.
         Unavailable: the cluster cannot be reached.
     """
     import ray
 
     from arriero.cluster import registry
 
+    cluster = _cluster(deployment)
+    joined = deployment.ray_address
+    access = cluster.access if cluster is not None else ray_access.joined_cluster(joined)
     options: dict[str, Any] = {}
     if deployment.node_address is not None:
         options["_node_ip_address"] = deployment.node_address
-    try:
-        ray.init(
-            address=deployment.ray_address,
-            namespace=registry.NAMESPACE,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            **options,
-        )
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        raise Unavailable(
-            f"no Ray cluster at {deployment.ray_address}: {' '.join(str(error).split())}"
-        ) from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with ray_access.applied(access):
+        try:
+            ray.init(
+                address=deployment.ray_address,
+                namespace=registry.NAMESPACE,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **options,
+            )
+        except ray.exceptions.AuthenticationError as error:
+            raise Unauthenticated(
+                f"the Ray cluster at {deployment.ray_address}: {error.message}"
+            ) from None
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+            raise Unavailable(
+                f"no Ray cluster at {deployment.ray_address}: {' '.join(str(error).split())}"
+            ) from None
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def _deploy(spec: Spec, say: Say, token: str, *, shared: bool) -> tuple[str, str, str]:
@@ -338,4 +367,5 @@ def _cluster(deployment: Deployment) -> local.LocalCluster | None:
         session=deployment.local_session,
         folder=Path(deployment.local_folder),
         node_address=deployment.node_address or "",
+        token=deployment.ray_token,
     )

@@ -10,6 +10,7 @@ Knows processes; knows nothing of what runs on the cluster.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -17,9 +18,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from arriero.cluster import ray_access
 from arriero.cluster.spec import RaySpec
 from arriero.shards.errors import Unavailable
 
@@ -38,18 +40,28 @@ class LocalCluster:
         session: process session id of all its processes.
         folder: Ray's temporary folder: sockets, logs, and `start.log` of the start itself.
         node_address: its node's loopback address.
+        token: what its processes ask each other and every driver for; "" for nothing.
     """
 
     session: int
     folder: Path
     node_address: str
+    token: str = field(default="", repr=False)
+
+    @property
+    def access(self) -> ray_access.Changes:
+        """The environment that its drivers, and nodes that join it, need."""
+        return ray_access.own_cluster(self.token, self.node_address)
 
 
 def start(spec: RaySpec) -> LocalCluster:
     """Begin to start a cluster; `wait_address` tells when it is up.
 
-    Only loopback addresses are bound.
+    It has a token of its own, whatever Ray's settings and files of the user say. With the default
+    `node_address` no process listens elsewhere than on loopback; with another one Ray's processes
+    listen on every interface, and the token alone keeps others out.
     """
+    token = secrets.token_hex(32)
     # not the state folder: Ray's socket paths below it must stay under 107 characters
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir="/tmp"))
     temporary = folder / "tmp"
@@ -64,7 +76,8 @@ def start(spec: RaySpec) -> LocalCluster:
         *("--include-dashboard", str(spec.dashboard).lower(), "--dashboard-host", "127.0.0.1"),
         *("--disable-usage-stats", "--no-monitor", "--include-log-monitor", "false"),
     ]
-    environment = os.environ | {
+    access = ray_access.own_cluster(token, spec.node_address)
+    environment = ray_access.changed(os.environ, access) | {
         "RAY_USAGE_STATS_ENABLED": "0",
         "TMPDIR": str(temporary),  # what a killed process leaves goes with the folder
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
@@ -84,7 +97,9 @@ def start(spec: RaySpec) -> LocalCluster:
             cwd=folder,
         )
     _started[process.pid] = process
-    return LocalCluster(session=process.pid, folder=folder, node_address=spec.node_address)
+    return LocalCluster(
+        session=process.pid, folder=folder, node_address=spec.node_address, token=token
+    )
 
 
 def wait_address(cluster: LocalCluster) -> str:

@@ -87,23 +87,22 @@ class RaySpec(Part):
 
     Attributes:
         address: of a running cluster; None starts one on this machine.
-        node_address: loopback address of the local cluster's node. Not 127.0.0.1, for which Ray
-            substitutes the host's own address.
+        node_address: loopback address of the local cluster's node. At 127.0.0.1 Ray binds to
+            loopback alone; at any other (127.0.0.2) it binds to every interface, and other nodes
+            can join. Either asks for the cluster's own token.
         num_cpus: logical CPUs of the local cluster; None takes the machine's.
         object_store: bytes of the local cluster's object store (streams do not pass through it).
         dashboard: start Ray's dashboard and its metrics' collection with the local cluster.
     """
 
     address: str | None = None
-    node_address: str = "127.0.0.2"
+    node_address: str = "127.0.0.1"
     num_cpus: Count | None = None
     object_store: Bytes = 200 * 10**6
     dashboard: bool = False
 
     @model_validator(mode="after")
-    def _loopback(self) -> RaySpec:
-        if self.node_address == "127.0.0.1":
-            raise ValueError("`node_address` 127.0.0.1 is replaced by Ray; use 127.0.0.2")
+    def _least_store(self) -> RaySpec:
         if self.object_store < 80 * 10**6:
             raise ValueError("`object_store` is below Ray's own minimum; give 80MB or more")
         return self

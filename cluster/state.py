@@ -31,6 +31,7 @@ class Deployment:
         admin_name: that its certificate is for; "" for the address's own.
         local_session: session id of the processes that `up` started; None on a joined cluster.
         local_folder: their temporary folder; None on a joined cluster.
+        ray_token: what that cluster asks drivers for; "" on a joined one, where it is the user's.
     """
 
     ray_address: str
@@ -43,6 +44,7 @@ class Deployment:
     admin_token: str = ""
     admin_ca: str = ""
     admin_name: str = ""
+    ray_token: str = ""
 
 
 def state_folder(given: Path | None) -> Path:
@@ -71,8 +73,8 @@ def read(folder: Path) -> Deployment | None:
 
 
 def write(folder: Path, deployment: Deployment) -> None:
-    """Note `deployment` in `folder`, in one move."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Note `deployment`, its tokens included, in `folder`: in one move, for its owner alone."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=folder, prefix=".deployment-")
     with os.fdopen(handle, "w") as file:
         json.dump(asdict(deployment), file)

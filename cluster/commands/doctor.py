@@ -47,7 +47,7 @@ def doctor(
     asked = checkup.Questions()
     if spec is not None:
         asked = _questions(load(spec, {}), deployment)
-    if address is not None:
+    if address is not None and (deployment is None or deployment.ray_address != address):
         deployment = Deployment(ray_address=address)
     with spinner() as say:
         say("looking at this machine" if deployment is None else "looking at the nodes")

@@ -21,7 +21,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from arriero.cluster import local, state
+from arriero.cluster import local, ray_access, state
 from arriero.cluster.spec import RaySpec
 
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -88,7 +88,9 @@ def bare(count: int, settle_s: float, seconds: float) -> dict[str, float]:
     try:
         address = local.wait_address(cluster)
         arguments = [address, cluster.node_address, str(count)]
-        subprocess.run([sys.executable, "-c", BARE, *arguments], check=True, timeout=120)
+        environment = ray_access.changed(os.environ, cluster.access)
+        command = [sys.executable, "-c", BARE, *arguments]
+        subprocess.run(command, env=environment, check=True, timeout=120)
         return watch(cluster.session, settle_s, seconds)
     finally:
         local.stop(cluster)

@@ -11,7 +11,7 @@ import time
 
 import psutil
 
-from arriero.cluster import local
+from arriero.cluster import local, ray_access
 from arriero.cluster.spec import RaySpec
 
 
@@ -21,6 +21,7 @@ class Machines:
     def __init__(self, head_cpus: int = 1, head: str = "127.0.0.2") -> None:
         self._head = local.start(RaySpec(num_cpus=head_cpus, node_address=head))
         self.address = local.wait_address(self._head)
+        self.environment = {"RAY_AUTH_TOKEN": self._head.token}  # of those who join the cluster
         self._next = 3
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -36,7 +37,8 @@ class Machines:
             *("--num-cpus", str(num_cpus), "--object-store-memory", str(80 * 10**6)),
             *("--disable-usage-stats", "--include-log-monitor", "false"),
         ]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        environment = ray_access.changed(os.environ, self._head.access)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         path = self._head.folder / f"node-{address}.log"
         with path.open("w") as log:
             self._nodes[address] = subprocess.Popen(

@@ -54,6 +54,7 @@ async def test_a_bad_link_under_load(tmp_path: Path, monkeypatch: pytest.MonkeyP
     }  # fmt: skip
     link = BadLink()
     machines = Machines(head_cpus=3, head=HERE)
+    environment |= machines.environment
     try:
         gateway = {"port": 0, "http": None}
         text = {"models": [model], "gateway": gateway, "ray": {"address": machines.address}}

@@ -66,7 +66,8 @@ class Deployed:
     rng: random.Random = field(default_factory=lambda: random.Random(6))
 
     def arriero(self, *args: str) -> subprocess.CompletedProcess[str]:
-        return arriero(*args, folder=self.folder, timeout_s=240)
+        environment = self.machines.environment
+        return arriero(*args, folder=self.folder, timeout_s=240, environment=environment)
 
     async def status(self) -> pb.Status | None:
         """How it stands now; what it says of gateways, the callers hear too."""

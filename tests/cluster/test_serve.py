@@ -13,7 +13,7 @@ import openai
 import pytest
 import yaml
 
-from arriero.cluster import local
+from arriero.cluster import local, ray_access
 from arriero.cluster.spec import RaySpec
 
 MODEL = os.environ.get("ARRIERO_TEST_MODEL", "")
@@ -52,6 +52,7 @@ def test_serve_run_answers_through_serves_own_proxy(tmp_path: Path) -> None:
         address = local.wait_address(cluster)
         with subprocess.Popen(
             [sys.executable, "-c", RUN, address, cluster.node_address, port, str(spec)],
+            env=ray_access.changed(os.environ, cluster.access),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -148,7 +148,6 @@ def test_flags_lie_over_the_file(tmp_path: Path, model: Path) -> None:
             "models: [{name: a, path: tiny}]\nhealth: {period_s: .nan}\n",
             "yaml:2: `health.period_s`",
         ),
-        ("models: [{name: a, path: tiny}]\nray: {node_address: 127.0.0.1}\n", "use 127.0.0.2"),
         ("models: [{name: a, path: tiny}]\nray: {object_store: 1MB}\n", "80MB or more"),
         ("- 1\n", "a spec is a mapping"),
         ("a: [\n", "not YAML"),
