@@ -33,7 +33,13 @@ from arriero.cluster.spec_gateway import TenantSpec
 from arriero.router.proto.arriero.v1 import admin_pb2 as pb
 from arriero.router.tenants.keys import KeyEntry
 from arriero.router.tls import TlsFiles
-from arriero.shards.errors import ArrieroError, InvalidRequest, NotFound, SpecError
+from arriero.shards.errors import (
+    ArrieroError,
+    CheckpointError,
+    InvalidRequest,
+    NotFound,
+    SpecError,
+)
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -126,6 +132,8 @@ class AdminServer:
                 code, text = grpc.StatusCode.NOT_FOUND, str(error)
             except (InvalidRequest, SpecError) as error:
                 code, text = grpc.StatusCode.INVALID_ARGUMENT, str(error)
+            except CheckpointError as error:
+                code, text = grpc.StatusCode.DATA_LOSS, str(error)
             except ArrieroError as error:
                 code, text = grpc.StatusCode.FAILED_PRECONDITION, str(error)
             except Exception:

@@ -10,7 +10,14 @@ import grpc
 from arriero.cluster.state import Deployment
 from arriero.router.proto.arriero.v1 import admin_pb2 as pb
 from arriero.router.proto.arriero.v1.admin_pb2_grpc import AdminStub
-from arriero.shards.errors import ArrieroError, InvalidRequest, NotFound, SpecError, Unavailable
+from arriero.shards.errors import (
+    ArrieroError,
+    CheckpointError,
+    InvalidRequest,
+    NotFound,
+    SpecError,
+    Unavailable,
+)
 
 R = TypeVar("R")
 
@@ -20,6 +27,7 @@ _ERRORS: dict[grpc.StatusCode, type[ArrieroError]] = {
     grpc.StatusCode.FAILED_PRECONDITION: SpecError,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: Unavailable,
+    grpc.StatusCode.DATA_LOSS: CheckpointError,
 }
 
 

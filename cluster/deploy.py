@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arriero.cluster import local, ray_access, state
+from arriero.cluster import local, model_check, ray_access, state
 from arriero.cluster.board import Board
 from arriero.cluster.spec import Spec
 from arriero.cluster.state import Deployment
@@ -48,7 +48,8 @@ _JOIN_LIMIT_S = 30.0
 def up(spec: Spec, folder: Path, say: Say) -> Deployment:
     """Deploy `spec`; returns once a token came out of every group and a gateway listens.
 
-    A local cluster that was started for it is stopped again if that fails.
+    Model folders are checked before anything is started. A local cluster that was started for it
+    is stopped again if that fails.
 
     Args:
         spec: the deployment.
@@ -57,6 +58,7 @@ def up(spec: Spec, folder: Path, say: Say) -> Deployment:
 
     Raises:
         SpecError: something is deployed already, or the cluster lacks what is asked for.
+        CheckpointError: a model folder is not what it should be.
         Unauthenticated: the cluster to join asks for a token that the user does not have.
         GroupFailed: a group could not start; the text is the first cause.
         Unavailable: no Ray cluster, or not in time.
@@ -66,6 +68,8 @@ def up(spec: Spec, folder: Path, say: Say) -> Deployment:
             f"a deployment is up already (gateway {old.gateway or 'not listening yet'});"
             " `arriero down` takes it down, or --state-dir keeps several apart"
         )
+    say("checking the models' files")
+    model_check.check_models(spec.models)
     address = spec.ray.address or os.environ.get("RAY_ADDRESS") or None
     if address == "local":  # Ray's own word for none of those that run
         address = None
@@ -285,7 +289,7 @@ def _wait(
     import ray
     from ray import serve
 
-    from arriero.cluster import app
+    from arriero.cluster import app, operator
 
     wanted = sum(model.groups for model in spec.models)
     deadline_s = time.monotonic() + spec.health.start_timeout_s
@@ -295,13 +299,14 @@ def _wait(
         if new:
             first = new[0]
             kind = _FAILURES.get(first.kind, GroupFailed)
-            raise kind(f"{first.who} did not start: {first.cause}")
+            raise kind(f"{first.who} cannot serve: {first.cause}")
         gateway = max(board.gateways, key=lambda one: len(one.linked), default=None)
         if gateway is not None and len(gateway.linked) >= wanted:
             return gateway.address, gateway.http
-        status = serve.status().applications.get(app.NAME)
-        if status is not None and status.status == "DEPLOY_FAILED":
-            raise GroupFailed(f"Ray Serve could not deploy: {status.message.strip()}")
+        for name, status in serve.status().applications.items():
+            ours = name == app.NAME or name.startswith(operator.PREFIX)
+            if ours and status.status == "DEPLOY_FAILED":
+                raise GroupFailed(f"Ray Serve could not deploy {name}: {status.message.strip()}")
         if time.monotonic() > deadline_s:
             raise Unavailable(
                 f"{len(board.groups)} of {wanted} groups and {len(board.gateways)} gateways serve,"

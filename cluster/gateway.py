@@ -28,7 +28,7 @@ from arriero.cluster.log_level import set_log_level
 from arriero.cluster.slices import reachable
 from arriero.cluster.spec_gateway import GatewaySpec, TlsSpec, TracingSpec
 from arriero.router.gateway import Gateway, GroupAddress
-from arriero.shards.errors import SpecError
+from arriero.shards.errors import CheckpointError, SpecError
 
 RETRY_S = 0.5
 DEMAND_S = 0.5
@@ -67,6 +67,8 @@ class GatewayReplica:
         self._spec = settings.spec
         self._registry = registry.connect()
         self._entry: GatewayEntry | None = None
+        self._slots: dict[str, str] = {}  # by group
+        self._told_faults: set[str] = set()
         self._leaving = False
         http = self._spec.http
         try:
@@ -119,6 +121,7 @@ class GatewayReplica:
                 continue
             version = board.version
             self._take(board.live)
+            self._slots = {one.group_id: one.slot for one in board.groups}
             await self._gateway.set_groups(
                 [
                     GroupAddress(one.group_id, one.model, one.address, one.link_token)
@@ -138,14 +141,29 @@ class GatewayReplica:
         )
 
     async def _tell_demand(self) -> None:
-        """Tell what waits here, for as long as anything does."""
+        """Tell what waits here, for as long as anything does, and groups that cannot be used."""
         told = False
         while True:
             await asyncio.sleep(DEMAND_S)
+            self._tell_faults()
             waiting = self._gateway.demand()
             if waiting or told:
                 self._registry.demand.remote(self._id, waiting)
             told = bool(waiting)
+
+    def _tell_faults(self) -> None:
+        """Tell once of each group that serves but that no request can reach through here."""
+        for group_id, cause in self._gateway.faults().items():
+            if group_id in self._told_faults:
+                continue
+            self._told_faults.add(group_id)
+            failure = Failure(
+                who=f"{group_id} at gateway {self._id}",
+                kind=CheckpointError.__name__,
+                cause=cause,
+                slot=self._slots.get(group_id, ""),
+            )
+            self._registry.fail.remote(failure)
 
     def _on_change(self) -> None:
         linked = self._gateway.linked()

@@ -38,7 +38,7 @@ class Failure:
     """Why a group or a gateway failed.
 
     Attributes:
-        who: its id.
+        who: its id; "m-0.1 at gateway 1a2b3c4d" is a group that one gateway cannot use.
         kind: the error's class.
         cause: in words.
         at: seconds since 1970.
@@ -121,6 +121,7 @@ class History:
     def why(self, name: str) -> Failure | None:
         """The latest failure of a group, a slot, a model or a gateway."""
         for one in reversed(self._failures):
-            if name in ("", one.who, one.slot, one.slot.rpartition("-")[0]):
+            group = one.who.partition(" ")[0]  # "m-0.1 at gateway 1a2b3c4d" is of m-0.1
+            if name in ("", one.who, group, one.slot, one.slot.rpartition("-")[0]):
                 return one
         return None

@@ -41,6 +41,7 @@ from arriero.cluster.role_change import Roles
 from arriero.cluster.spec import Spec
 from arriero.cluster.spec_model import ModelSpec
 from arriero.cluster.wanted import Kept, Managed, Place, Revision, count_of, essence
+from arriero.shards.checkpoint.remote import is_url
 from arriero.shards.errors import ArrieroError, NotFound, SpecError
 
 log = logging.getLogger(__name__)
@@ -89,7 +90,9 @@ class Operator:
         self._kept.admin_port = int(self._address.rpartition(":")[2])
         if not self._kept.models:
             for model in self._spec.models:
-                first = Revision(1, model.model_dump(mode="json"), await self._digest(model))
+                # `up` has checked the folders; what is fetched is seen here for the first time
+                digest = await self._digest(model, check=is_url(model.path))
+                first = Revision(1, model.model_dump(mode="json"), digest)
                 self._kept.models[model.name] = Managed(model.groups, [first])
         self._keep()
         self._room = app.Room.of_cluster(self._spec, shared=self._kept.shared)
@@ -477,10 +480,18 @@ class Operator:
     async def _note(self, kind: str, who: str, text: str) -> None:
         await self._registry.note.remote(kind, who, text)
 
-    async def _digest(self, model: ModelSpec) -> str:
+    async def _digest(self, model: ModelSpec, *, check: bool = True) -> str:
+        """The digest of a model's weights.
+
+        Raises:
+            CheckpointError: the weights cannot be read; with `check`, a group or a gateway could
+                not use the folder.
+            SpecError: with `check`, the settings do not fit the model.
+        """
         task: Any = ray.remote(_digest_of)
         try:
-            return str(await task.options(num_cpus=0).remote(model.path))
+            wire = model.model_dump(mode="json") if check else None
+            return str(await task.options(num_cpus=0).remote(model.path, wire))
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, ArrieroError):
                 raise error.cause from None
@@ -518,10 +529,15 @@ def _run_app(name: str, built: serve.Application) -> None:
     )
 
 
-def _digest_of(folder: str) -> str:
+def _digest_of(where: str, settings: dict[str, Any] | None) -> str:
+    """Digest of a folder's or a URL's weights; with a model's settings, a check of both first."""
+    from arriero.cluster.model_check import check_opened
     from arriero.shards.checkpoint.reader import Checkpoint
 
-    return Checkpoint.open(folder).digest
+    opened = Checkpoint.open(where)
+    if settings is not None:
+        check_opened(opened, ModelSpec.model_validate(settings))
+    return opened.digest
 
 
 def _part(field: str) -> str:

@@ -19,7 +19,7 @@ from arriero.cluster.spec_model import ModelSpec
 from arriero.router.tenants.keys import read_keys
 from arriero.router.tls import TlsFiles
 from arriero.shards.checkpoint.remote import is_url
-from arriero.shards.errors import SpecError
+from arriero.shards.errors import CheckpointError, SpecError
 
 _SECTIONS = {
     "host": ("gateway", "host"),
@@ -54,6 +54,7 @@ def load(path: Path | None, flags: Mapping[str, Any]) -> Spec:
 
     Raises:
         SpecError: the file cannot be read, or a field is unknown or wrong: file, line, field.
+        CheckpointError: a model's folder is none.
     """
     data: dict[str, Any] = {}
     lines: dict[tuple[int | str, ...], int] = {}
@@ -129,7 +130,8 @@ def _model_folder(model: ModelSpec, base: Path, source: str) -> str:
         return model.path  # looked at where it is needed, which may not be here
     folder = _absolute(base, Path(model.path))
     if not (folder / "config.json").is_file():
-        raise SpecError(
+        wrong = CheckpointError if folder.is_dir() else SpecError
+        raise wrong(
             f"{source}: model `{model.name}`: {folder} holds no config.json; give the folder of a"
             " checkpoint (`arriero models import` makes one from a GGUF file)"
         )

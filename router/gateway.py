@@ -239,6 +239,10 @@ class Gateway:
         """Ids of the groups that requests can be passed to now."""
         return tuple(view.group_id for view in self._groups.groups())
 
+    def faults(self) -> dict[str, str]:
+        """By group, why this gateway cannot speak for its model."""
+        return self._groups.faults()
+
     def reload(
         self,
         *,

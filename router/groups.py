@@ -137,6 +137,10 @@ class LinkedGroups:
             if group.ready
         ]
 
+    def faults(self) -> dict[str, str]:
+        """By group, why it cannot be used although its link is up."""
+        return {name: group.fault for name, group in self._groups.items() if group.fault}
+
     def models(self) -> set[str]:
         """Ids of the models that are deployed, or that a known group serves."""
         return {*self._models} | {group.address.model for group in self._groups.values()}

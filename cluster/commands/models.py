@@ -12,14 +12,13 @@ from rich.table import Table
 
 from arriero.cluster.commands.terminal import ERR, OUT, bar
 from arriero.shards.checkpoint.cache import cache_folder
-from arriero.shards.errors import CheckpointError, NotFound, SpecError
+from arriero.shards.errors import NotFound, SpecError
 
 if TYPE_CHECKING:
     from arriero.shards.checkpoint.formats.stored import AnyModel
 
 TINY_MAVERICK = "tiny-maverick"
 DEMO = "smollm2"
-_MOST_PROBLEMS = 20
 
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
 app = typer.Typer(help="Import and list checkpoints.", no_args_is_help=True)
@@ -88,17 +87,15 @@ def pull(
     as_json: AsJson = False,
 ) -> None:
     """Download a checkpoint into the cache, going on where an earlier download stopped."""
+    from arriero.cluster.model_check import check_folder, refuse
     from arriero.shards.checkpoint.remote import is_url, local_folder, pull_from_hub
-    from arriero.shards.checkpoint.verify import verify
 
     if is_url(source):
         with bar(f"copying {source}") as advance:
             folder = local_folder(source, advance)
     else:
         folder = pull_from_hub(source, revision)
-    report = verify(folder)
-    if not report.ok:
-        raise CheckpointError("; ".join(report.problems[:_MOST_PROBLEMS]))
+    refuse(check_folder(folder))
     _made(folder, as_json)
 
 
@@ -143,14 +140,14 @@ def verify_(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check a folder's index, headers, names, shapes, dtypes and sizes against its config."""
-    from arriero.shards.checkpoint.verify import verify
+    """Check a folder as `up` does: weights' headers, config, tokenizer and chat template."""
+    from arriero.cluster.model_check import check_folder, refuse
 
     if deep:
         with bar(f"reading {path.name}") as advance:
-            report = verify(path, deep=True, progress=advance)
+            report = check_folder(path, deep=True, progress=advance)
     else:
-        report = verify(path)
+        report = check_folder(path)
     if as_json:
         document = asdict(report) | {"path": str(path), "ok": report.ok}
         OUT.print(json.dumps(document, indent=2), markup=False, soft_wrap=True)
@@ -165,10 +162,7 @@ def verify_(
             markup=False,
             soft_wrap=True,
         )
-    if not report.ok:
-        more = len(report.problems) - _MOST_PROBLEMS
-        listed = "; ".join(report.problems[:_MOST_PROBLEMS])
-        raise CheckpointError(listed + (f"; and {more} more" if more > 0 else ""))
+    refuse(report)
 
 
 @app.command("list")

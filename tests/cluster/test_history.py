@@ -44,6 +44,17 @@ def test_why_takes_groups_slots_and_models() -> None:
     assert history.why("other") is None
 
 
+def test_a_group_that_a_gateway_cannot_use_may_yet_be_lost() -> None:
+    history = History()
+    assert history.failed(failure("m-0.1 at gateway 1a2b", cause="the template is broken"))
+    for name in ("m-0.1", "m-0", "m"):
+        found = history.why(name)
+        assert found is not None and found.cause == "the template is broken"
+    assert history.failed(failure("m-0.1"))
+    found = history.why("m-0.1")
+    assert found is not None and found.cause == "slice 1 died"
+
+
 def test_it_outlives_a_restart_and_stays_small() -> None:
     history = History()
     for number in range(2 * KEEP_EVENTS):

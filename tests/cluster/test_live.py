@@ -20,6 +20,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import openai
+import psutil
 import pytest
 
 from arriero.cluster import local, state
@@ -31,11 +32,24 @@ from arriero.shards.errors import ArrieroError, InvalidRequest, NotFound
 from support.command import arriero
 
 MODEL = os.environ.get("ARRIERO_TEST_MODEL", "")
+SERVE = "/ray.serve.ASGIService/HandleRequest"
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.timeout(240),
     pytest.mark.skipif(not MODEL, reason="ARRIERO_TEST_MODEL names no checkpoint folder"),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home_with_a_token(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The home of a user who has used Ray before: `ray.init()` leaves a token there."""
+    home = tmp_path_factory.mktemp("home")
+    (home / ".ray").mkdir()
+    (home / ".ray" / "auth_token").write_text("f" * 64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(home))
+        patch.delenv("RAY_AUTH_MODE", raising=False)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +133,32 @@ def test_chat_on_the_command_line(folder: Path) -> None:
     )
     assert said.returncode == 2
     assert "max_tokens" in said.stderr and "Traceback" not in said.stderr
+
+
+def test_nobody_without_the_token_is_answered(folder: Path) -> None:
+    """Ray's own processes on loopback, and Serve's on every interface, all want the token."""
+    deployment = state.read(folder)
+    assert deployment is not None and deployment.local_session is not None
+    assert (folder / "deployment.json").stat().st_mode & 0o077 == 0
+    listeners = [
+        one.laddr
+        for pid in local.members(deployment.local_session)
+        for one in psutil.Process(pid).net_connections("tcp")
+        if one.status == psutil.CONN_LISTEN
+    ]
+    gcs = int(deployment.ray_address.rpartition(":")[2])
+    assert gcs in {at.port for at in listeners if at.ip.endswith("127.0.0.1")}
+    asked = {gcs: "/ray.rpc.NodeInfoGcsService/CheckAlive"}
+    # Serve binds the server of each replica to every interface
+    asked |= {at.port: SERVE for at in listeners if not at.ip.endswith("127.0.0.1")}
+    assert len(asked) == 3
+    for port, method in asked.items():
+        for metadata in ((), (("authorization", "Bearer " + "f" * 64),)):
+            with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+                with pytest.raises(grpc.RpcError) as caught:
+                    channel.unary_unary(method)(b"", metadata=metadata, timeout=20)
+            assert isinstance(caught.value, grpc.Call)
+            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 def test_a_second_up_is_refused(folder: Path) -> None:
@@ -287,17 +327,16 @@ def test_a_lost_slice_has_the_group_replaced(
 
 
 def test_a_failed_up_says_why_and_leaves_nothing(tmp_path: Path) -> None:
-    """A checkpoint whose weights are cut off."""
+    """A checkpoint at a URL, which is seen on the cluster alone, whose template is broken."""
     model = tmp_path / "model"
     shutil.copytree(MODEL, model)
-    weights = next(model.glob("*.safetensors"))
-    os.truncate(weights, weights.stat().st_size - 1000)
+    (model / "chat_template.jinja").write_text("{% if %}")
+    spec = tmp_path / "arriero.yaml"
+    spec.write_text(f"models: [{{name: m, path: 'file://{model}'}}]\ngateway: {{port: 0}}\n")
     begun = time.time()
-    said = arriero(
-        *("up", "--model", str(model), "--pp", "2", "--port", "0"), folder=tmp_path, check=False
-    )
+    said = arriero("up", str(spec), folder=tmp_path, check=False)
     assert said.returncode == 5, said.stderr
-    assert weights.name in said.stderr and "Traceback" not in said.stderr
+    assert "template" in said.stderr.splitlines()[-1] and "Traceback" not in said.stderr
     assert state.read(tmp_path) is None
     assert not [one for one in Path("/tmp").glob("arriero-ray-*") if one.stat().st_ctime > begun]
 
@@ -316,18 +355,25 @@ def test_a_taken_port_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_cluster_of_others_is_joined_and_left_as_it_was(tmp_path: Path) -> None:
+    """With the token that it asks for, and not with another one, which lies in the home."""
     cluster = local.start(RaySpec(num_cpus=8))
     try:
         address = local.wait_address(cluster)
         ours, theirs = tmp_path / "ours", tmp_path / "theirs"
         flags = ("--model", MODEL, "--port", "0", "--address", address, "--kv-memory", "64MiB")
-        arriero("up", *flags, folder=ours)
-        said = arriero("up", *flags, folder=theirs, check=False)
+        said = arriero("up", *flags, folder=ours, check=False)
+        assert said.returncode == 1 and "another token than that in ~/.ray" in said.stderr
+        assert state.read(ours) is None
+        with_token = {"RAY_AUTH_TOKEN": cluster.token}
+        arriero("up", *flags, folder=ours, environment=with_token)
+        said = arriero("up", *flags, folder=theirs, check=False, environment=with_token)
         assert said.returncode == 2 and "already" in said.stderr
         asked = ("chat", "--message", "What is the capital of France?", "--temperature", "0")
         assert "Paris" in arriero(*asked, "--max-tokens", "24", folder=ours).stdout
         pids = json.loads(arriero("status", "--json", folder=ours).stdout)["groups"][0]
-        arriero("down", folder=ours)
+        said = arriero("down", folder=ours, check=False)
+        assert said.returncode == 1 and "RAY_AUTH_TOKEN" in said.stderr
+        arriero("down", folder=ours, environment=with_token)
         assert not set(pids["slice_pids"]) & set(local.members(cluster.session))
         assert local.is_alive(cluster)
     finally:

@@ -376,6 +376,29 @@ async def test_a_lost_leader_is_named_and_comes_back(running: Stack) -> None:
     await again.stop(0.1)
 
 
+async def test_a_model_that_cannot_be_spoken_for_is_told_of(
+    running: Stack, llama_tokenizer: Tokenizer
+) -> None:
+    """Its group serves, and no request can reach it; the other model goes on."""
+    card = make_card(llama_tokenizer, "{% if %}", model="broken", group="b0")
+    link = LinkServer(running.engine, card)
+    gateway = running.gateway
+    addresses = [
+        GroupAddress("g0", "tiny", running.link_address),
+        GroupAddress("b0", "broken", await link.start()),
+    ]
+    await gateway.set_groups(addresses)
+    await until(lambda: "b0" in gateway.faults(), "the gateway has tried")
+    assert list(gateway.faults()) == ["b0"] and "template" in gateway.faults()["b0"]
+    with pytest.raises(Unavailable, match="template"):
+        await collect(running.client.generate([60], model="broken"))
+    _, ids, _ = await collect(running.client.generate([60], max_tokens=3, model="tiny"))
+    assert len(ids) == 3
+    await gateway.set_groups(addresses[:1])
+    assert gateway.faults() == {}
+    await link.stop(0.1)
+
+
 async def test_a_lost_gateway_frees_its_requests(running: Stack) -> None:
     stream = running.client.generate([60])
     await anext(stream)
