@@ -107,9 +107,7 @@ async def test_what_an_assistant_said_is_shown(
     stack: Stack, llama_tokenizer: Tokenizer, message: dict[str, Any]
 ) -> None:
     prompt = await shown(stack, llama_tokenizer, message, USER)
-    plain = await shown(
-        stack, llama_tokenizer, {"role": "assistant", "content": "I cannot."}, USER
-    )
+    plain = await shown(stack, llama_tokenizer, {"role": "assistant", "content": "I cannot."}, USER)
     assert prompt == plain and "I cannot." in prompt
 
 
