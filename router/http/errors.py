@@ -33,6 +33,13 @@ _OF_TYPE = re.compile(r".*_(type|parsing|from_float)|finite_number")
 """pydantic's kinds of errors that say a value is of another type."""
 _PART = re.compile(r"(messages\[\d+\])\.parts(\[\d+\])(\.image)?")
 
+_NAMES = (
+    (re.compile(r"\btemplate_variables\b"), "chat_template_kwargs"),
+    (re.compile(r"(\btools\[\d+\])\.(name|parameters)\b"), r"\1.function.\2"),
+    (re.compile(r"(\btool_calls\[\d+\])\.(name|arguments)\b"), r"\1.function.\2"),
+)
+"""Fields of the wire that have other names in JSON."""
+
 
 def install(app: FastAPI) -> None:
     """Have every error of `app` answered in this shape."""
@@ -103,7 +110,9 @@ def describe(error: ArrieroError) -> dict[str, Any]:
 
 
 def _as_sent(text: str) -> str:
-    """`text` with a message's parts called as JSON calls them."""
+    """`text` with fields called as JSON calls them."""
+    for pattern, words in _NAMES:
+        text = pattern.sub(words, text)
     return _PART.sub(
         lambda part: f"{part[1]}.content{part[2]}{part[3] or ''}{'_url' if part[3] else ''}", text
     )

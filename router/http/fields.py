@@ -149,6 +149,14 @@ GENERATION: Mapping[str, Rule] = {
     "trace": hint("the caller's own notes."),
     "tags": hint("the caller's own notes."),
     "client_metadata": hint("the caller's own notes."),
+    "conversation_id": hint("the caller's own notes."),
+    "chat_id": hint("the caller's own notes."),
+    "thread_id": hint("the caller's own notes."),
+    "headers": hint("meant for the client's own library."),
+    "extra_headers": hint("meant for the client's own library."),
+    "extra_query": hint("meant for the client's own library."),
+    "intent": hint("the editor's own notes."),
+    "snippy": hint("the editor's own notes."),
     # how a service would run it
     "service_tier": hint("there is one tier."),
     "provider": hint("there is one provider."),
@@ -277,7 +285,8 @@ MESSAGE: Mapping[str, Rule] = {
             *("id", "index", "created", "created_at", "createdAt", "timestamp", "model", "status"),
             *("finish_reason", "stop_reason", "logprobs", "usage", "usage_metadata", "metadata"),
             *("content_filter_results", "token_ids", "matched_stop", "hidden_states", "tool_name"),
-            *("is_error", "artifact", "cache_control", "prompt_cache_breakpoint"),
+            *("is_error", "artifact", "cache_control", "copilot_cache_control"),
+            *("prompt_cache_breakpoint", "opts", "cycle", "visible", "_meta", "tag", "session_id"),
         ),
         hint(_KEPT),
     ),
@@ -300,6 +309,7 @@ CALL: Mapping[str, Rule] = dict.fromkeys(
 PART: Mapping[str, Rule] = dict.fromkeys(
     (
         *("cache_control", "prompt_cache_breakpoint", "annotations", "citations", "logprobs"),
+        *("copilot_cache_control", "_meta"),
         *("id", "index", "uuid", "provider_specific_fields", "providerOptions", "signature"),
         *("extra_content", "thought_signature", "metadata", "status", "detail"),
     ),
@@ -314,7 +324,10 @@ IMAGE: Mapping[str, Rule] = {
 }
 
 TOOL: Mapping[str, Rule] = dict.fromkeys(
-    ("cache_control", "defer_loading", "eager_input_streaming", "allowed_callers", "metadata"),
+    (
+        *("cache_control", "copilot_cache_control", "defer_loading", "eager_input_streaming"),
+        *("allowed_callers", "metadata"),
+    ),
     hint("how a service would show or store the tool; the model sees all tools at once."),
 )
 """A tool, and its function."""
