@@ -31,6 +31,7 @@ from arriero.router.received import Received
 from arriero.router.retry import Retry
 from arriero.shards.errors import (
     ArrieroError,
+    ContextTooLong,
     InvalidRequest,
     NotFound,
     Overloaded,
@@ -365,13 +366,20 @@ def _fill(request: pb.GenerateRequest | pb.ChatRequest, fields: Mapping[str, Any
             setattr(target, name, value)
 
 
+def _invalid(trailing: Mapping[str, str], details: str) -> InvalidRequest:
+    field, code = trailing.get("arriero-field", ""), trailing.get("arriero-code", "invalid_value")
+    if code == ContextTooLong.CODE:
+        return ContextTooLong(field, details)
+    return InvalidRequest(field, details, code)
+
+
 def _translated(error: Any) -> Exception:  # noqa: ANN401
     """The gateway's own exception again, where the status tells it."""
     code, details = error.code(), error.details() or ""
     trailing = dict(error.trailing_metadata() or ())
     found: ArrieroError
     if code is grpc.StatusCode.INVALID_ARGUMENT:
-        found = InvalidRequest(trailing.get("arriero-field", ""), details)
+        found = _invalid(trailing, details)
     elif code is grpc.StatusCode.NOT_FOUND:
         found = NotFound(details)
     elif code is grpc.StatusCode.RESOURCE_EXHAUSTED and "retry-after" in trailing:

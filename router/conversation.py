@@ -22,6 +22,10 @@ RESERVED = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"}
 )
 """Variables of a template that have fields of their own."""
+REASONING = frozenset({"enable_thinking", "thinking", "thinking_budget", "reasoning_effort"})
+"""Variables that clients send to every model: where a template does not read them, the model does
+not reason, and the conversation is the same without them."""
+CALL_TAGS = ("<|python_tag|>", "<|python_start|>", "<|python_end|>")
 INLINE_CHARS = 8192
 """Texts up to so long are encoded on the event loop (about 2 ms); longer ones in a thread."""
 
@@ -49,6 +53,11 @@ class TextModel:
         self._model = card.model
         self.grammars = GrammarCheck(card)
         self.images = ImageReader(card, self.tokenizer.control_ids)
+
+    @property
+    def call_tags(self) -> list[str]:
+        """The special tokens beside which calls stand, of those that the tokenizer has."""
+        return [tag for tag in CALL_TAGS if tag in self.tokenizer.control_ids]
 
     async def encode(self, text: str, *, add_special_tokens: bool, trusted: bool) -> list[int]:
         """Token ids of a text; see `Tokenizer.encode` and `encode_trusted`."""
@@ -146,7 +155,7 @@ class TextModel:
         if documents:
             given["documents"] = marker.mark_all(list(documents), mark)
         try:
-            rendered = self.template.render(given)
+            rendered = _render(self.template, given)
         except TemplateError as error:  # whose words may quote what was marked
             raise TemplateError(str(error).replace(mark, "")) from None
         if continue_final_message:
@@ -196,12 +205,40 @@ class TextModel:
                     "template_variables",
                     f"`template_variables.{name}` is given by a field of its own; use that",
                 )
-            if not template.reads(name):
+            if not template.reads(name) and name not in REASONING:
                 raise InvalidRequest(
                     "template_variables",
                     f"the chat template of model {self._model!r} does not read "
                     f"{name[:64]!r}; leave it out of `template_variables`",
                 )
+
+
+def _render(template: ChatTemplate, given: Mapping[str, Any]) -> str:
+    """The conversation as text, also where a call's arguments are no JSON object.
+
+    Most templates print the arguments; those that go through their names are shown them as one
+    argument, rather than that a model's slip ends the conversation.
+    """
+    try:
+        return template.render(given)
+    except TemplateError:
+        messages = [_with_objects(message) for message in given["messages"]]
+        if messages == given["messages"]:
+            raise
+        return template.render({**given, "messages": messages})
+
+
+def _with_objects(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    calls = message.get("tool_calls", ())
+    if not any(isinstance(call["function"]["arguments"], str) for call in calls):
+        return message
+    mended = []
+    for call in calls:
+        function = call["function"]
+        if isinstance(function["arguments"], str):
+            function = {**function, "arguments": {"arguments": function["arguments"]}}
+        mended.append({**call, "function": function})
+    return {**message, "tool_calls": mended}
 
 
 def _check(

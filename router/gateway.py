@@ -413,7 +413,8 @@ def _status(
 ) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:
     details = str(error)
     if isinstance(error, InvalidRequest):
-        return grpc.StatusCode.INVALID_ARGUMENT, details, (("arriero-field", error.field),)
+        trailing = (("arriero-field", error.field), ("arriero-code", error.code))
+        return grpc.StatusCode.INVALID_ARGUMENT, details, trailing
     if isinstance(error, NotFound):
         return grpc.StatusCode.NOT_FOUND, details, ()
     if isinstance(error, Unauthenticated):

@@ -74,19 +74,78 @@ def call_grammar(tools: Sequence[Mapping[str, Any]], *, parallel: bool) -> str:
         InvalidRequest: the parameters of a tool break a limit.
     """
     several = f' ("; " call){{0,{MAX_CALLS - 1}}}' if parallel else ""
-    lines = [f"start: call{several}", "call: " + " | ".join(f"call{i}" for i in range(len(tools)))]
+    return "\n".join([f"start: call{several}", *call_rules(tools)]) + "\n"
+
+
+def call_rules(tools: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The rules of `call`, one call of any of `tools`.
+
+    Raises:
+        InvalidRequest: the parameters of a tool break a limit.
+    """
+    lines = ["call: " + " | ".join(f"call{i}" for i in range(len(tools)))]
     for number, tool in enumerate(tools):
-        function = tool["function"]
-        head = f'{{"name": {json.dumps(function["name"])}, "parameters": '
-        schema = function["parameters"]
-        if "type" not in schema and not ("$ref" in schema or "anyOf" in schema):
-            schema = {**schema, "type": "object"}
-        parameters = _schema(f"tools[{number}].parameters", schema)
+        head = f'{{"name": {json.dumps(tool["function"]["name"])}, "parameters": '
         lines += [
             f'call{number}: {json.dumps(head)} parameters{number} "}}"',
-            f"parameters{number}: %json {parameters}",
+            parameters_rule(number, tool),
         ]
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def parameters_rule(number: int, tool: Mapping[str, Any]) -> str:
+    """The rule of the arguments of `tool`, the number-th.
+
+    Raises:
+        InvalidRequest: they break a limit.
+    """
+    schema = _schema(f"tools[{number}].parameters", _parameters(tool))
+    return f"parameters{number}: %json {schema}"
+
+
+def object_rules(tools: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The same rules as `call_rules`, each call as a JSON Schema of its own.
+
+    Beside another JSON Schema only these are told apart sign by sign: the library's lexer takes
+    the longest word, and a call's beginning as one word would swallow the other's.
+
+    Raises:
+        InvalidRequest: the parameters of a tool break a limit.
+    """
+    lines = ["call: " + " | ".join(f"call{i}" for i in range(len(tools)))]
+    for number, tool in enumerate(tools):
+        schema = {
+            "type": "object",
+            "properties": {
+                "name": {"const": tool["function"]["name"]},
+                "parameters": _moved(_parameters(tool), "#/properties/parameters"),
+            },
+            "required": ["name", "parameters"],
+            "additionalProperties": False,
+        }
+        lines.append(f"call{number}: %json {_schema(f'tools[{number}].parameters', schema)}")
+    return lines
+
+
+def _parameters(tool: Mapping[str, Any]) -> dict[str, Any]:
+    schema: dict[str, Any] = tool["function"]["parameters"]
+    if "type" not in schema and not ("$ref" in schema or "anyOf" in schema):
+        return {**schema, "type": "object"}
+    return schema
+
+
+def _moved(schema: Any, root: str) -> Any:  # noqa: ANN401
+    """A schema that stands at `root` of another, with its references to itself."""
+    if isinstance(schema, list):
+        return [_moved(item, root) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: root + item[1:]
+        if key == "$ref" and isinstance(item, str) and item.startswith("#")
+        else _moved(item, root)
+        for key, item in schema.items()
+    }
 
 
 class GrammarCheck:

@@ -8,6 +8,7 @@ of these steps, each of which is elsewhere; knows nothing of connections, status
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from typing import cast
 from arriero.router import relay
 from arriero.router.answer import Answer, Message, Piece
 from arriero.router.backend import GroupView
+from arriero.router.call_grammar import calls_or_form, strict_grammar
 from arriero.router.card import ModelCard
 from arriero.router.conversation import TextModel
 from arriero.router.course import Course
@@ -45,6 +47,7 @@ from arriero.router.requests import (
 from arriero.router.sight import Sight
 from arriero.router.tenants.admission import Ticket
 from arriero.router.tenants.door import Caller, Door
+from arriero.router.tenants.tenant import Tenant
 from arriero.shards.engine.types import EngineRequest
 from arriero.shards.errors import InvalidRequest, Unavailable
 from arriero.shards.images.request import RequestImage
@@ -68,6 +71,7 @@ class _Job:
     options: OutputOptions
     priority: int
     offer: ToolOffer | None = None
+    prompt_field: str = "prompt"
     weights: str = ""
     received: Mapping[int, tuple[list[int], bool]] = field(default_factory=dict)
     images: tuple[RequestImage, ...] = ()
@@ -190,6 +194,7 @@ class Inference:
                 options=options,
                 priority=request.options.priority,
                 offer=offer,
+                prompt_field="messages",
             )
             return self._begin(job)
 
@@ -228,7 +233,8 @@ class Inference:
     def _start(self, job: _Job) -> pb.Start:
         """The last checks, and the facts of the first message."""
         widest = _widest(job)
-        check_room(len(job.prompt), job.params.max_tokens, widest.card.max_model_len)
+        most = job.params.max_tokens
+        check_room(len(job.prompt), most, widest.card.max_model_len, field=job.prompt_field)
         check_tokens("prompt", job.prompt, widest.card)
         start = pb.Start(
             request_id=job.caller.request_id, model=widest.model, seed=cast(int, job.params.seed)
@@ -314,7 +320,7 @@ class Inference:
             priority=job.priority if self.door.open else job.caller.tenant.priority,
             trace=trace,
             tenant=job.caller.tenant.name,
-            cache_salt=job.caller.tenant.cache_salt,
+            cache_salt=_salt(job.caller.tenant, job.options.cache_salt),
             images=job.images,
         )
         course = Course(request)
@@ -323,6 +329,13 @@ class Inference:
             course.given(index, tokens, finished=ended)
             answer.replay(index, tokens, finished=ended)
         return course
+
+
+def _salt(tenant: Tenant, given: str) -> bytes:
+    """What keeps the request's blocks apart: its tenant, and what it asks for itself."""
+    if not given:
+        return tenant.cache_salt
+    return hashlib.sha256(tenant.cache_salt + b"\0" + given.encode()).digest()
 
 
 def _prompt_text(job: _Job) -> str:
@@ -349,14 +362,18 @@ async def _constrained(
     grammar = form_grammar(message.structured)
     field = message.structured.WhichOneof("form") or "tools"
     if offer is not None:
-        if grammar:
-            raise InvalidRequest(
-                field,
-                f"`{field}` and `tools` exclude each other: a call would not fit the form; leave "
-                'one of them out, or set `tool_choice` to "none"',
-            )
         if offer.forced:
+            if grammar and not field.startswith("json"):  # a form for what is no call
+                raise InvalidRequest(
+                    field,
+                    f"`{field}` and a `tool_choice` that forces a call exclude each other: a call "
+                    "would not fit the form; leave one of them out",
+                )
             grammar = call_grammar(offer.forced, parallel=offer.parallel)
+        elif grammar:
+            grammar = calls_or_form(offer.tools, grammar, parallel=offer.parallel)
+        elif offer.strict:
+            grammar = strict_grammar(offer.strict, tags=text.call_tags)
     if not grammar:
         return params
     params = replace(params, grammar=grammar)

@@ -24,7 +24,13 @@ from arriero.router.directory.events import Batch, Snapshot
 from arriero.router.tls import LINK_NAME
 from arriero.router.wire import Wire
 from arriero.shards.engine.types import EngineRequest, SequenceOutput
-from arriero.shards.errors import ArrieroError, InvalidRequest, Overloaded, Unavailable
+from arriero.shards.errors import (
+    ArrieroError,
+    ContextTooLong,
+    InvalidRequest,
+    Overloaded,
+    Unavailable,
+)
 
 log = logging.getLogger(__name__)
 
@@ -310,6 +316,8 @@ class LinkClient:
             return
         if kind == "InvalidRequest":
             call.fail(InvalidRequest(detail, text))
+        elif kind == "ContextTooLong":
+            call.fail(ContextTooLong(detail, text))
         elif kind == "Overloaded":
             call.fail(Overloaded(text, detail))
         else:

@@ -25,7 +25,13 @@ from arriero.router.roles import Role
 from arriero.router.tracing import Tracing
 from arriero.router.wire import FRAME_BYTES, GREETING_BYTES, Wire
 from arriero.shards.engine.types import EngineRequest, EngineStats, SequenceOutput
-from arriero.shards.errors import ArrieroError, InvalidRequest, Overloaded, Unavailable
+from arriero.shards.errors import (
+    ArrieroError,
+    ContextTooLong,
+    InvalidRequest,
+    Overloaded,
+    Unavailable,
+)
 
 log = logging.getLogger(__name__)
 
@@ -439,7 +445,8 @@ def _refuse(link: _Link, handle: int, error: Exception) -> None:
 
 def _refusal(error: ArrieroError) -> list[Any]:
     if isinstance(error, InvalidRequest):
-        return ["InvalidRequest", str(error), error.field]
+        kind = "ContextTooLong" if isinstance(error, ContextTooLong) else "InvalidRequest"
+        return [kind, str(error), error.field]
     if isinstance(error, Overloaded):
         return ["Overloaded", str(error), error.retry_after_s]
     return ["Unavailable", str(error), None]

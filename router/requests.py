@@ -18,7 +18,7 @@ from arriero.router.card import ModelCard
 from arriero.router.images import GivenImage, read_image
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.stop import check_stops
-from arriero.shards.errors import InvalidRequest
+from arriero.shards.errors import ContextTooLong, InvalidRequest
 from arriero.shards.sampling import SamplingParams
 
 M = TypeVar("M", bound=Message)
@@ -26,6 +26,7 @@ M = TypeVar("M", bound=Message)
 MAX_TOOLS = 128
 MAX_RESUMABLE_S = 600
 MAX_DOCUMENTS = 128
+MAX_SALT_BYTES = 256
 MAX_JSON_DEPTH = 64
 """Deepest nesting of a tool's schema or a call's arguments."""
 _TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
@@ -59,6 +60,7 @@ class OutputOptions:
     include_token_ids: bool = True
     include_prompt_token_ids: bool = False
     resumable_s: int = 0
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,11 +71,13 @@ class ToolOffer:
         tools: as templates take them.
         parallel: whether there may be several calls; else the first one ends the output.
         forced: those of which one must be called, in the form of `tools`; empty leaves it open.
+        strict: those whose arguments must fit their schema, in the form of `tools`.
     """
 
     tools: tuple[Mapping[str, Any], ...]
     parallel: bool = True
     forced: tuple[Mapping[str, Any], ...] = ()
+    strict: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def names(self) -> list[str]:
@@ -122,6 +126,7 @@ def read_sampling(message: pb.SamplingParams, card: ModelCard) -> SamplingParams
     for name in _OPTIONAL:
         if message.HasField(name):  # type: ignore[arg-type]  # the stubs want a literal
             fields[name] = getattr(message, name)
+    _read_usual(fields)
     if message.HasField("allowed_token_ids"):
         fields["allowed_token_ids"] = tuple(message.allowed_token_ids.ids)
     params = SamplingParams(
@@ -134,6 +139,17 @@ def read_sampling(message: pb.SamplingParams, card: ModelCard) -> SamplingParams
     if params.seed is None:
         params = replace(params, seed=secrets.randbits(63))
     return params
+
+
+def _read_usual(fields: dict[str, Any]) -> None:
+    """Values that mean "off" or "any" to the servers and clients in use, in our own words."""
+    for name, own in (("max_tokens", None), ("top_k", 0), ("seed", None)):
+        if fields.get(name) == -1:
+            fields[name] = own
+    if fields.get("seed") is not None:
+        fields["seed"] %= 2**63
+    if fields.get("top_p") == 0:  # the smallest set of tokens is the likeliest one
+        fields["top_p"], fields["top_k"] = 1.0, 1
 
 
 def read_options(message: pb.Options) -> OutputOptions:
@@ -150,7 +166,14 @@ def read_options(message: pb.Options) -> OutputOptions:
         include_token_ids=_default(message, "include_token_ids", True),
         include_prompt_token_ids=message.include_prompt_token_ids,
         resumable_s=message.resumable_s,
+        cache_salt=message.cache_salt,
     )
+    salt_bytes = len(options.cache_salt.encode())
+    if salt_bytes > MAX_SALT_BYTES:
+        raise InvalidRequest(
+            "cache_salt",
+            f"`cache_salt` has {salt_bytes} bytes; the most is {MAX_SALT_BYTES}; make it shorter",
+        )
     if options.resumable_s > MAX_RESUMABLE_S:
         raise InvalidRequest(
             "resumable_s",
@@ -172,7 +195,7 @@ def read_resumed(
     Raises:
         InvalidRequest: a field breaks its limit.
     """
-    if not given.HasField("seed"):
+    if not given.HasField("seed") or given.seed == -1:
         raise InvalidRequest(
             "seed", "`resumed` needs `seed`: the one that the first message of the call gave"
         )
@@ -207,7 +230,7 @@ def read_messages(
     """A conversation as templates take it, and its images in order.
 
     Raises:
-        InvalidRequest: a call's arguments are no JSON object, or an image is not given as it must.
+        InvalidRequest: a call's arguments are nested too deep, or an image is not given as it must.
     """
     read = []
     images: list[GivenImage] = []
@@ -226,13 +249,28 @@ def read_messages(
                     "type": "function",
                     "function": {
                         "name": call.name,
-                        "arguments": _json_object(f"{where}[{at}].arguments", call.arguments),
+                        "arguments": _arguments(f"{where}[{at}].arguments", call.arguments),
                     },
                 }
                 for at, call in enumerate(message.tool_calls)
             ]
         read.append(one)
     return read, images
+
+
+def _arguments(name: str, text: str) -> dict[str, Any] | str:
+    """A call's arguments, as templates take them.
+
+    Tools without parameters are called with none at all by some clients and models. What a model
+    wrote that is no JSON object is shown to it as it stands, so that it can mend its call.
+    """
+    if text.strip() in ("", "null"):
+        return {}
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return _json_object(name, text) if isinstance(value, dict) else text
 
 
 def _content(where: str, message: pb.Message, images: list[GivenImage]) -> str | list[Any]:
@@ -335,7 +373,8 @@ def read_offer(request: pb.ChatRequest) -> ToolOffer | None:
                 "tool_choice",
                 f"`tool_choice` names {request.tool_name[:128]!r}, which is not among `tools`",
             )
-    return ToolOffer(tools=tools, parallel=parallel, forced=forced)
+    strict = tuple(tool for tool, given in zip(tools, request.tools, strict=True) if given.strict)
+    return ToolOffer(tools=tools, parallel=parallel, forced=forced, strict=strict)
 
 
 def _json_object(name: str, text: str) -> dict[str, Any]:
@@ -369,28 +408,40 @@ def check_tokens(name: str, tokens: Sequence[int], card: ModelCard) -> None:
         )
 
 
-def check_room(num_prompt: int, max_tokens: int | None, max_model_len: int) -> int:
+def check_room(
+    num_prompt: int, max_tokens: int | None, max_model_len: int, *, field: str = "prompt"
+) -> int:
     """Output tokens that the request may take.
 
+    Args:
+        num_prompt: tokens of the prompt.
+        max_tokens: most output tokens; None for as many as there is room for.
+        max_model_len: most tokens of prompt and output together.
+        field: what the client calls the prompt.
+
     Raises:
-        InvalidRequest: the prompt, or prompt and `max_tokens`, exceed the context.
+        ContextTooLong: the prompt, or prompt and `max_tokens`, exceed the context.
+        InvalidRequest: the prompt is empty.
     """
     if num_prompt < 1:
-        raise InvalidRequest("prompt", "the prompt is empty; give at least one token")
+        raise InvalidRequest(field, "the prompt is empty; give at least one token")
     room = max_model_len - num_prompt
+    # The first words are those of the OpenAI API: clients look for them, shorten and ask again.
+    context = f"This model's maximum context length is {max_model_len} tokens"
     if room < 1:
-        raise InvalidRequest(
-            "prompt",
-            f"the prompt has {num_prompt} tokens and the context {max_model_len}, one of which the "
-            f"output needs; shorten the prompt to {max_model_len - 1} or less",
+        raise ContextTooLong(
+            field,
+            f"{context}, one of which the output needs; the prompt has {num_prompt} tokens. Please "
+            f"reduce the length of the messages: shorten the prompt to {max_model_len - 1} or less",
         )
     if max_tokens is None:
         return room
     if max_tokens > room:
-        raise InvalidRequest(
+        raise ContextTooLong(
             "max_tokens",
-            f"`max_tokens`={max_tokens} exceeds {max_model_len} \u2212 {num_prompt} prompt tokens; "
-            f"lower it to {room} or less",
+            f"{context}; {num_prompt + max_tokens} are asked for: {num_prompt} prompt tokens and "
+            f"`max_tokens`={max_tokens}. Please reduce the length of the messages, or lower "
+            f"`max_tokens`: lower it to {room} or less",
         )
     return max_tokens
 

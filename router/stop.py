@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from arriero.shards.errors import InvalidRequest
 
-MAX_STOPS = 16
+MAX_STOPS = 64
 MAX_STOP_BYTES = 256
 
 

@@ -2,6 +2,7 @@
 
     ArrieroError
     ├── InvalidRequest      the caller's request breaks a limit: field, value, limit, remedy
+    │   └── ContextTooLong      prompt and output exceed the model's context
     ├── NotFound            no such model, group or request
     ├── Unauthenticated     no API key, or one that is not known
     ├── PermissionDenied    the key's tenant may not do this
@@ -23,11 +24,26 @@ class ArrieroError(Exception):
 
 
 class InvalidRequest(ArrieroError):
-    """A request that breaks a limit; `field` names the culprit."""
+    """A request that breaks a limit.
 
-    def __init__(self, field: str, message: str) -> None:
+    Attributes:
+        field: the culprit.
+        code: the kind of fault in one word, for programs; the words are the OpenAI API's.
+    """
+
+    def __init__(self, field: str, message: str, code: str = "invalid_value") -> None:
         super().__init__(message)
         self.field = field
+        self.code = code
+
+
+class ContextTooLong(InvalidRequest):
+    """Prompt and output together exceed the model's context: clients shorten, and ask again."""
+
+    CODE = "context_length_exceeded"
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(field, message, self.CODE)
 
 
 class NotFound(ArrieroError):

@@ -122,6 +122,7 @@ def _add_generation(app: FastAPI, inference: Inference) -> None:
             n=body.n or 1,
             echo=echo,
             skip_special=body.skip_special_tokens is not False,
+            prompt_only=body.prompt_only,
         )
         streams = [await inference.generate(call, request.state.caller) for call in calls]
         return await _answer(request, body, shape, streams)

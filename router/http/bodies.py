@@ -1,35 +1,28 @@
-"""The JSON that clients send: every field with its limits and meaning, and no other taken.
+"""The JSON that clients send: every honoured field with its limits and meaning.
 
-Sampling fields carry the API's own names where it has one, and the engine's where it has none. A
-field given as null is one not given. Knows JSON; what a value means to the model is checked where
-gRPC's is.
+The fields that are taken without effect, and those refused, are listed in `fields`; the parts of
+conversations are in `messages`. Sampling fields carry the API's own names where it has one, and
+the engine's where it has none. A field given as null is one not given. Knows JSON; what a value
+means to the model is checked where gRPC's is.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+
+from arriero.router.http import fields
+from arriero.router.http.fields import Body, Int, invalid
+from arriero.router.http.messages import ChatMessage, Document, Tool, ToolChoice
 
 MAX_PROMPTS = 128
-
-
-class Body(BaseModel):
-    """A JSON object of known fields."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, data: Any) -> Any:  # noqa: ANN401
-        if isinstance(data, dict):
-            return {name: value for name, value in data.items() if value is not None}
-        return data
 
 
 class StreamOptions(Body):
     """What a stream carries besides text."""
 
+    others: ClassVar = fields.STREAM_OPTIONS
     include_usage: bool = Field(
         False, description="Send one more event before the end: no choices, but the usage."
     )
@@ -38,10 +31,8 @@ class StreamOptions(Body):
 class NamedSchema(Body):
     """A JSON Schema with a name."""
 
-    name: str = Field("", description="For the caller; unused.")
-    description: str = Field("", description="For the caller; unused.")
+    others: ClassVar = fields.SCHEMA
     json_schema: dict[str, Any] = Field(alias="schema", description="JSON Schema.")
-    strict: bool | None = Field(None, description="Output always fits the schema, as if true.")
 
 
 class ResponseFormat(Body):
@@ -52,27 +43,50 @@ class ResponseFormat(Body):
     )
     json_schema: NamedSchema | None = Field(None, description='With type "json_schema".')
 
+    @model_validator(mode="before")
+    @classmethod
+    def _usual(cls, data: Any) -> Any:  # noqa: ANN401
+        """A bare `schema` beside `type`, as several servers take it, in this API's own words."""
+        if not isinstance(data, dict) or data.get("json_schema") is not None:
+            return data
+        if data.get("type") not in ("json_object", "json_schema") or data.get("schema") is None:
+            return data
+        left = {name: value for name, value in data.items() if name != "schema"}
+        return {**left, "type": "json_schema", "json_schema": {"schema": data["schema"]}}
+
     @model_validator(mode="after")
     def _agree(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError('`json_schema` and type "json_schema" go together; give both')
+            raise invalid(
+                "json_schema", '`json_schema` and type "json_schema" go together; give both'
+            )
         return self
 
 
 class StructuredOutputs(Body):
     """What the output must fit, in the names that vLLM's clients use; exactly one of them."""
 
+    others: ClassVar = fields.STRUCTURED
     json_: dict[str, Any] | str | None = Field(None, alias="json", description="JSON Schema.")
     json_object: Literal[True] | None = Field(None, description="Any JSON object.")
     regex: str | None = Field(None, description="A regular expression, without look-around.")
     choice: list[str] | None = Field(None, description="One of these texts.")
     grammar: str | None = Field(None, description="A Lark grammar; its first rule is `start`.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _asked_for(cls, data: Any) -> Any:  # noqa: ANN401
+        if isinstance(data, dict) and data.get("json_object") is False:
+            return {name: value for name, value in data.items() if name != "json_object"}
+        return data
+
     @model_validator(mode="after")
     def _one(self) -> StructuredOutputs:
         if len(self.model_fields_set) != 1:
-            raise ValueError(
-                "give exactly one of `json`, `json_object`, `regex`, `choice`, `grammar`"
+            given = sorted(name.removesuffix("_") for name in self.model_fields_set)
+            raise invalid(
+                given[-1] if given else "",
+                "give exactly one of `json`, `json_object`, `regex`, `choice`, `grammar`",
             )
         return self
 
@@ -80,10 +94,13 @@ class StructuredOutputs(Body):
 class Sampling(Body):
     """What `/v1/chat/completions` and `/v1/completions` share."""
 
+    others: ClassVar = fields.GENERATION
     model: str = Field("", description="Id of a model; may stay empty when only one is served.")
     temperature: float | None = Field(None, description="0 is greedy; up to 100. Default 1.")
-    top_p: float | None = Field(None, description="Smallest set of tokens of this mass.")
-    top_k: int | None = Field(None, description="The k likeliest tokens; 0 is off.")
+    top_p: float | None = Field(
+        None, description="Smallest set of tokens of this mass; 0 is one token."
+    )
+    top_k: Int | None = Field(None, description="The k likeliest tokens; 0 and -1 are off.")
     min_p: float | None = Field(None, description="Drop tokens below this part of the likeliest.")
     repetition_penalty: float | None = Field(
         None, description="Divides logits of tokens seen in prompt and output; 0.01 to 100."
@@ -97,30 +114,40 @@ class Sampling(Body):
     logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,10}$")], float] | None = Field(
         None, description="Token id to a number added to its logit, -100 to 100."
     )
-    allowed_token_ids: list[int] | None = Field(None, description="Nothing else may be drawn.")
-    banned_token_ids: list[int] | None = Field(None, description="Never drawn.")
-    seed: int | None = Field(
-        None, description="0 to 2^63 - 1. The same seed gives the same tokens. Default: drawn."
+    allowed_token_ids: list[Int] | None = Field(None, description="Nothing else may be drawn.")
+    banned_token_ids: list[Int] | None = Field(None, description="Never drawn.")
+    seed: Int | None = Field(
+        None,
+        description="The same seed gives the same tokens; it is taken modulo 2^63. Default, and "
+        "-1: drawn.",
     )
-    n: int | None = Field(None, description="Samples of the same prompt, 1 to 128. Default 1.")
-    max_tokens: int | None = Field(
-        None, description="Most output tokens. Default: what the context has room for."
+    n: Int | None = Field(None, description="Samples of the same prompt, 1 to 128. Default 1.")
+    max_tokens: Int | None = Field(
+        None,
+        description="Most output tokens. Default, and -1: what the context has room for.",
     )
-    min_tokens: int | None = Field(
+    min_tokens: Int | None = Field(
         None, description="Stop tokens are banned until so many tokens are out."
     )
     stop: str | list[str] | None = Field(
-        None, description="Strings that end the output, at most 16; no part of one is sent."
+        None, description="Strings that end the output, at most 64; no part of one is sent."
     )
     include_stop: bool | None = Field(None, description="Send the stop string as well.")
-    stop_token_ids: list[int] | None = Field(None, description="Tokens that end the output.")
+    include_stop_str_in_output: bool | None = Field(None, description="The same, in vLLM's name.")
+    stop_token_ids: list[Int] | None = Field(None, description="Tokens that end the output.")
     ignore_eos: bool | None = Field(None, description="The model's end tokens do not end it.")
     skip_special_tokens: bool | None = Field(
         None, description="Leave special tokens out of the text. Default true."
     )
-    priority: int | None = Field(None, description="Lower goes first. Default 0.")
+    priority: Int | None = Field(None, description="Lower goes first. Default 0.")
     stream: bool = Field(False, description="Answer in server-sent events.")
-    stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
+    stream_options: StreamOptions | None = Field(
+        None, description="What a stream carries; an answer without `stream` always has its usage."
+    )
+    cache_salt: str | None = Field(
+        None,
+        description="Prompts share the cache only with those of the same salt, at most 256 bytes.",
+    )
     response_format: ResponseFormat | None = Field(
         None, description="What the output is: text, a JSON object, or JSON of a schema."
     )
@@ -137,114 +164,30 @@ class Sampling(Body):
     guided_grammar: str | None = Field(
         None, description="The same as `structured_outputs.grammar`."
     )
-    user: str | None = Field(
-        None, description="The caller's own name for its user; taken for compatibility, unused."
-    )
 
     @model_validator(mode="after")
-    def _only_streams(self) -> Sampling:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("`stream_options` is for streams; set `stream`, or leave it out")
+    def _one_name(self) -> Sampling:
+        if self.include_stop_str_in_output not in (None, self.include_stop):
+            if self.include_stop is not None:
+                raise invalid(
+                    "include_stop_str_in_output",
+                    "`include_stop` and `include_stop_str_in_output` mean the same; give one",
+                )
         return self
-
-
-class ImageUrl(Body):
-    """An image, in its URL."""
-
-    url: str = Field(description="data:image/…;base64,…: JPEG, PNG or WebP. None are fetched.")
-    detail: Literal["auto", "high"] | None = Field(
-        None, description="Images are always read in full."
-    )
-
-
-class ContentPart(BaseModel):
-    """A part of a message; parts of the types "text" and "image_url" are taken."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    type: str
-    text: str | None = None
-    image_url: ImageUrl | None = Field(None, description="For models that read images.")
-
-
-class FunctionCall(Body):
-    """The function of a tool call."""
-
-    name: str
-    arguments: str = Field(description="A JSON object, as text.")
-
-
-class MessageToolCall(Body):
-    """A call that an earlier answer made."""
-
-    id: str
-    type: Literal["function"] = "function"
-    function: FunctionCall
-
-
-class ChatMessage(Body):
-    """One message of a conversation."""
-
-    role: str = Field(description="system, developer, user, assistant or tool.")
-    content: str | list[ContentPart] | None = Field(
-        None, description="Text, or parts: text and images."
-    )
-    name: str | None = Field(None, description="The speaker's or the tool's name.")
-    tool_calls: list[MessageToolCall] | None = Field(None, description="Calls made by it.")
-    tool_call_id: str | None = Field(None, description='The call that a "tool" message answers.')
-
-
-class Function(Body):
-    """A function on offer."""
-
-    name: str = Field(description="1 to 128 letters, digits, dots, dashes or underscores.")
-    description: str = Field("", description="What it does, for the model.")
-    parameters: dict[str, Any] | None = Field(None, description="JSON Schema of its arguments.")
-    strict: bool = Field(
-        False,
-        description="Arguments must fit the schema: only where `tool_choice` forces a call, where "
-        "they always do.",
-    )
-
-
-class Tool(Body):
-    """A tool on offer."""
-
-    type: Literal["function"] = "function"
-    function: Function
-
-
-class Document(Body):
-    """A text to answer from."""
-
-    title: str = Field("", description="Its name.")
-    text: str = Field(description="What it says.")
-
-
-class FunctionName(Body):
-    """A function, by name."""
-
-    name: str
-
-
-class NamedTool(Body):
-    """The tool that must be called."""
-
-    type: Literal["function"] = "function"
-    function: FunctionName
 
 
 class ChatBody(Sampling):
     """`/v1/chat/completions`."""
 
+    others: ClassVar = fields.CHAT
     messages: list[ChatMessage] = Field(description="At least one.")
-    max_completion_tokens: int | None = Field(None, description="The same as `max_tokens`.")
+    max_completion_tokens: Int | None = Field(None, description="The same as `max_tokens`.")
     logprobs: bool = Field(False, description="Give each output token's log-probability.")
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
-        None, description="Alternatives at each position, 0 to 20; needs `logprobs`."
+    top_logprobs: Annotated[Int, Field(ge=0, le=20)] | None = Field(
+        None, description="Alternatives at each position, 0 to 20; but for 0 needs `logprobs`."
     )
     tools: list[Tool] | None = Field(None, description="What the model may call; at most 128.")
-    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = Field(
+    tool_choice: ToolChoice | None = Field(
         None, description='"none" hides the tools; "required" or a named one forces a call.'
     )
     parallel_tool_calls: bool | None = Field(
@@ -265,47 +208,65 @@ class ChatBody(Sampling):
 
     @model_validator(mode="after")
     def _agree(self) -> ChatBody:
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("`top_logprobs` needs `logprobs`; set it, or leave this out")
+        if self.top_logprobs and not self.logprobs:
+            raise invalid(
+                "top_logprobs", "`top_logprobs` needs `logprobs`; set it, or leave this out"
+            )
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise ValueError("`max_tokens` and `max_completion_tokens` mean the same; give one")
-        if self.tool_choice in (None, "auto"):
-            if any(tool.function.strict for tool in self.tools or ()):
-                raise ValueError(
-                    '`strict` tools need a forced call; set `tool_choice` to "required" or to a '
-                    "named tool, or leave `strict` out"
+            if self.max_tokens != self.max_completion_tokens:
+                raise invalid(
+                    "max_tokens",
+                    "`max_tokens` and `max_completion_tokens` mean the same and differ; give one",
                 )
         return self
+
+
+def _count(value: Any) -> Any:  # noqa: ANN401
+    return None if value is False else value
 
 
 class CompletionBody(Sampling):
     """`/v1/completions`."""
 
-    prompt: str | list[int] | list[str] | list[list[int]] = Field(
+    others: ClassVar = fields.COMPLETION
+    prompt: str | list[Int] | list[str] | list[list[Int]] = Field(
         description=f"Text or token ids, or a list of either: at most {MAX_PROMPTS} prompts."
     )
-    echo: bool = Field(False, description="Give the prompt back before the output.")
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
+    echo: bool = Field(
+        False,
+        description="Give the prompt back before the output; with `max_tokens` 0, nothing else.",
+    )
+    logprobs: Annotated[Annotated[Int, Field(ge=0, le=20)] | None, BeforeValidator(_count)] = Field(
         None, description="Log-probabilities of tokens and of so many alternatives, 0 to 20."
     )
     add_special_tokens: bool | None = Field(
         None, description="Begin text prompts as the tokenizer does by itself. Default true."
     )
-    best_of: int | None = Field(None, description="Only as much as `n`.")
+    best_of: Int | None = Field(None, description="Only as much as `n`.")
+
+    @property
+    def prompt_only(self) -> bool:
+        """Whether nothing but the prompt, and what was expected of it, is asked for."""
+        return self.echo and self.max_tokens == 0
 
     @model_validator(mode="after")
     def _prompts(self) -> CompletionBody:
         if self.best_of not in (None, self.n or 1):
-            raise ValueError("`best_of` is not supported unless it equals `n`; leave it out")
+            raise invalid(
+                "best_of",
+                "`best_of` is not supported unless it equals `n`; leave it out",
+                "unsupported_parameter",
+            )
         if isinstance(self.prompt, list) and len(self.prompt) > MAX_PROMPTS:
             if not isinstance(self.prompt[0], int):
-                raise ValueError(f"`prompt` has more than {MAX_PROMPTS} entries; send fewer")
+                raise invalid("prompt", f"`prompt` has more than {MAX_PROMPTS} entries; send fewer")
         return self
 
 
 class TokenizeBody(Body):
     """`/tokenize`: a text, or a conversation."""
 
+    others: ClassVar = fields.TOKENIZE
     model: str = Field("", description="Id of a model; may stay empty when only one is served.")
     prompt: str | None = Field(None, description="A text; or else `messages`.")
     messages: list[ChatMessage] | None = Field(None, description="A conversation.")
@@ -319,7 +280,17 @@ class TokenizeBody(Body):
     @model_validator(mode="after")
     def _one_input(self) -> TokenizeBody:
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either `prompt` or `messages`")
+            raise invalid(
+                "prompt",
+                "give either `prompt` or `messages`",
+                "missing_required_parameter" if self.prompt is None else "invalid_value",
+            )
+        if self.messages is not None and self.add_special_tokens:
+            raise invalid(
+                "add_special_tokens",
+                "`add_special_tokens` is for `prompt`: the chat template writes those of "
+                "`messages`; leave it out",
+            )
         return self
 
 
@@ -327,5 +298,5 @@ class DetokenizeBody(Body):
     """`/detokenize`."""
 
     model: str = Field("", description="Id of a model; may stay empty when only one is served.")
-    tokens: list[int] = Field(description="Token ids.")
+    tokens: list[Int] = Field(description="Token ids.")
     skip_special_tokens: bool = Field(False, description="Leave special tokens out.")

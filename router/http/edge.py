@@ -89,7 +89,8 @@ class Edge:
         except _TooLarge:
             await _discard(receive, 2 * self._max)
             words = f"the body has more than {self._max} bytes, which is the most; send less"
-            await _answer(named, 413, errors.body(words, "invalid_request_error"))
+            content = errors.body(words, "invalid_request_error", code="request_too_large")
+            await _answer(named, 413, content)
         except Exception:
             log.exception("request %s failed", request_id)
             if begun:

@@ -26,9 +26,19 @@ from arriero.shards.errors import (
 log = logging.getLogger(__name__)
 
 UNAVAILABLE_RETRY_S = 1
-_TYPES = frozenset({"str", "int", "NamedTool"})
+_TYPES = frozenset({"str", "int", "bool", "nullable", "NamedTool", "AllowedTools"})
 """Types among which a field has one, as pydantic puts them into a path; lists have brackets."""
+_ROUTING = {404: "unknown_url", 405: "method_not_allowed"}
+_OF_TYPE = re.compile(r".*_(type|parsing|from_float)|finite_number")
+"""pydantic's kinds of errors that say a value is of another type."""
 _PART = re.compile(r"(messages\[\d+\])\.parts(\[\d+\])(\.image)?")
+
+_NAMES = (
+    (re.compile(r"\btemplate_variables\b"), "chat_template_kwargs"),
+    (re.compile(r"(\btools\[\d+\])\.(name|parameters)\b"), r"\1.function.\2"),
+    (re.compile(r"(\btool_calls\[\d+\])\.(name|arguments)\b"), r"\1.function.\2"),
+)
+"""Fields of the wire that have other names in JSON."""
 
 
 def install(app: FastAPI) -> None:
@@ -44,11 +54,9 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def routing(request: Request, error: HTTPException) -> Response:
-        return JSONResponse(
-            body(f"{request.method} {request.url.path}: {error.detail}", "invalid_request_error"),
-            error.status_code,
-            error.headers,
-        )
+        words = f"{request.method} {request.url.path}: {error.detail}"
+        content = body(words, "invalid_request_error", code=_ROUTING.get(error.status_code))
+        return JSONResponse(content, error.status_code, error.headers)
 
     @app.exception_handler(Exception)
     async def fault(request: Request, error: Exception) -> Response:
@@ -62,7 +70,9 @@ def _request_id(request: Request) -> str:
 def internal(request_id: str) -> dict[str, Any]:
     """What a client is told of a fault of ours."""
     return body(
-        f"internal error; the gateway's log has it under request {request_id}", "server_error"
+        f"internal error; the gateway's log has it under request {request_id}",
+        "server_error",
+        code="internal_error",
     )
 
 
@@ -87,7 +97,7 @@ def describe(error: ArrieroError) -> dict[str, Any]:
     text = str(error)
     if isinstance(error, InvalidRequest):
         text, field = _as_sent(text), _as_sent(error.field)
-        return body(text, "invalid_request_error", param=field or None)
+        return body(text, "invalid_request_error", param=field or None, code=error.code)
     if isinstance(error, NotFound):
         return body(text, "invalid_request_error", param="model", code="model_not_found")
     if isinstance(error, Unauthenticated):
@@ -100,7 +110,9 @@ def describe(error: ArrieroError) -> dict[str, Any]:
 
 
 def _as_sent(text: str) -> str:
-    """`text` with a message's parts called as JSON calls them."""
+    """`text` with fields called as JSON calls them."""
+    for pattern, words in _NAMES:
+        text = pattern.sub(words, text)
     return _PART.sub(
         lambda part: f"{part[1]}.content{part[2]}{part[3] or ''}{'_url' if part[3] else ''}", text
     )
@@ -118,29 +130,46 @@ def body(
 def _first(errors: Sequence[Mapping[str, Any]]) -> InvalidRequest:
     """What a client is told of the fields that broke the schema: the first, by name."""
     error = _deepest(errors)
-    if error["type"] == "json_invalid":
-        reason = error.get("ctx", {}).get("error", error["msg"])
-        return InvalidRequest("", f"the body is not JSON: {reason}")
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "json_invalid":
+        reason = context.get("error", error["msg"])
+        return InvalidRequest("", f"the body is not JSON: {reason}", "invalid_json")
     given = error.get("input")
     if isinstance(given, bytes):
         return InvalidRequest(
-            "", "the body is not JSON, or not said to be; send content-type: application/json"
+            "",
+            "the body is not JSON, or not said to be; send content-type: application/json",
+            "invalid_json",
         )
+    field = _name([*_path(error), *([context["param"]] if context.get("param") else [])])
+    if kind == "field":  # of our own validators, which look at several fields
+        inside = field.removesuffix(context["param"])
+        words = str(context["words"])
+        # the words name the field as its object does; the client sees it from the body
+        words = words.replace(f"`{context['param']}`", f"`{field}`", 1) if inside else words
+        return InvalidRequest(field, words, context["code"])
+    if kind == "extra_forbidden":
+        return InvalidRequest(
+            field, f"`{field}` is not supported; leave it out", "unsupported_parameter"
+        )
+    if kind == "missing":
+        what = f"`{field}` is needed" if field else "the body is needed: a JSON object"
+        return InvalidRequest(field, what, "missing_required_parameter")
+    shown = f"={json.dumps(given)[:64]}" if isinstance(given, str | int | float | bool) else ""
+    reason = error["msg"].removeprefix("Value error, ")
+    code = "invalid_type" if _OF_TYPE.fullmatch(kind) else "invalid_value"
+    return InvalidRequest(field, f"`{field or 'body'}`{shown}: {reason}", code)
+
+
+def _name(path: Sequence[str | int]) -> str:
+    """A field as the messages call it: `messages[0].content`."""
     field = ""
-    for part in _path(error):
+    for part in path:
         if isinstance(part, int):
             field += f"[{part}]"
         else:
             field += f".{part}" if field else part
-    field = field[:256].encode("utf-8", "replace").decode()
-    if error["type"] == "extra_forbidden":
-        return InvalidRequest(field, f"`{field}` is not supported; leave it out")
-    if error["type"] == "missing":
-        what = f"`{field}` is needed" if field else "the body is needed: a JSON object"
-        return InvalidRequest(field, what)
-    shown = f"={json.dumps(given)[:64]}" if isinstance(given, str | int | float | bool) else ""
-    reason = error["msg"].removeprefix("Value error, ")
-    return InvalidRequest(field, f"`{field or 'body'}`{shown}: {reason}")
+    return field[:256].encode("utf-8", "replace").decode()
 
 
 def _deepest(errors: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -155,5 +184,5 @@ def _path(error: Mapping[str, Any]) -> list[str | int]:
     return [
         part
         for part in error["loc"][1:]
-        if isinstance(part, int) or (part not in _TYPES and "[" not in part)
+        if isinstance(part, int) or (part not in _TYPES and "[" not in part and "(" not in part)
     ]

@@ -196,6 +196,7 @@ class CompletionShape:
         n: samples of each prompt; sample k of prompt p is choice p * n + k.
         echo: the prompts' own texts to begin with ("" for one of token ids); None for no echo.
         skip_special: leave special tokens out of prompts of token ids.
+        prompt_only: give no output, only what `echo` adds.
     """
 
     def __init__(
@@ -206,9 +207,11 @@ class CompletionShape:
         n: int,
         echo: Sequence[str] | None,
         skip_special: bool,
+        prompt_only: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._n = n
+        self._prompt_only = prompt_only
         self._echo = echo
         self._skip_special = skip_special
         self._starts: dict[int, pb.Start] = {}
@@ -240,7 +243,7 @@ class CompletionShape:
 
     def last(self, counted: Json) -> Json:
         """The chunk that carries the usage."""
-        return self._head | {"choices": [], "usage": counted}
+        return self._head | {"choices": [], "usage": self._shown(counted)}
 
     def whole(self, messages: Sequence[tuple[int, pb.GenerateResponse]], counted: Json) -> Json:
         """The completion that the stream adds up to."""
@@ -258,25 +261,33 @@ class CompletionShape:
                 elif part["logprobs"] is not None:
                     for name, values in part["logprobs"].items():
                         before["logprobs"][name] += values
-        return self._head | {"choices": [choices[i] for i in sorted(choices)], "usage": counted}
+        told = [choices[i] for i in sorted(choices)]
+        return self._head | {"choices": told, "usage": self._shown(counted)}
+
+    def _shown(self, counted: Json) -> Json:
+        if not self._prompt_only:
+            return counted
+        return counted | {"completion_tokens": 0, "total_tokens": counted["prompt_tokens"]}
 
     def _choice(self, number: int, output: pb.Output) -> Json:
         index = number * self._n + output.index
-        text = output.text
-        rows: list[pb.PositionLogprobs | int] = list(output.logprobs)
+        text = "" if self._prompt_only else output.text
+        rows: list[pb.PositionLogprobs | int] = [] if self._prompt_only else list(output.logprobs)
+        reason = _REASONS.get(output.finish_reason)
         if index not in self._offsets:
             self._offsets[index] = 0
             if self._echo is not None:
                 start = self._starts[number]
                 text = (self._echo[number] or self._decode(start.prompt_token_ids)) + text
-                if start.prompt_logprobs or (rows and len(start.prompt_token_ids) == 1):
+                alone = len(start.prompt_token_ids) == 1 and bool(output.logprobs)
+                if start.prompt_logprobs or alone:
                     # nothing goes before the first token, so nothing was expected of it
                     rows = [start.prompt_token_ids[0], *start.prompt_logprobs, *rows]
         return {
             "index": index,
             "text": text,
             "logprobs": self._logprobs(index, rows) if rows else None,
-            "finish_reason": _REASONS.get(output.finish_reason),
+            "finish_reason": "length" if self._prompt_only and reason else reason,
         }
 
     def _logprobs(self, index: int, rows: Sequence[pb.PositionLogprobs | int]) -> Json:

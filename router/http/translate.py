@@ -8,14 +8,14 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from arriero.router.http.bodies import (
-    ChatBody,
+from arriero.router.http.bodies import ChatBody, CompletionBody, Sampling, TokenizeBody
+from arriero.router.http.messages import (
+    THOUGHT_PARTS,
+    AllowedTools,
     ChatMessage,
-    CompletionBody,
     ContentPart,
+    FunctionCall,
     NamedTool,
-    Sampling,
-    TokenizeBody,
     Tool,
 )
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
@@ -30,9 +30,7 @@ _SAMPLING = (
     "presence_penalty",
     "frequency_penalty",
     "banned_token_ids",
-    "seed",
     "n",
-    "max_tokens",
     "min_tokens",
     "stop_token_ids",
     "ignore_eos",
@@ -42,7 +40,9 @@ _TOOL_CHOICES = {
     "none": pb.TOOL_CHOICE_NONE,
     "required": pb.TOOL_CHOICE_REQUIRED,
 }
-_OPTIONS = ("include_stop", "skip_special_tokens", "priority")
+_OPTIONS = ("include_stop", "skip_special_tokens", "priority", "cache_salt")
+_MOST = 2**31 - 1
+"""Largest `max_tokens` and `top_k` that the wire carries: past every context and vocabulary."""
 
 
 def chat_request(body: ChatBody) -> pb.ChatRequest:
@@ -52,8 +52,12 @@ def chat_request(body: ChatBody) -> pb.ChatRequest:
         InvalidRequest: a value that the wire cannot carry, or a content part that is no text.
     """
     request = pb.ChatRequest(model=_text("model", body.model), messages=_messages(body.messages))
-    request.tools.extend(_tools(body.tools or ()))
+    tools = body.tools or []
     choice = body.tool_choice
+    if isinstance(choice, AllowedTools):
+        tools = _allowed(tools, choice)
+        choice = choice.allowed_tools.mode
+    request.tools.extend(_tools(tools))
     if isinstance(choice, NamedTool):
         request.tool_choice = pb.TOOL_CHOICE_NAMED
         request.tool_name = _text("tool_choice", choice.function.name)
@@ -63,7 +67,6 @@ def chat_request(body: ChatBody) -> pb.ChatRequest:
         _set(request, name, getattr(body, name))
     _fill_template(request, body)
     _fill(request, body)
-    _set(request.sampling, "max_tokens", body.max_completion_tokens)
     if body.logprobs:
         request.sampling.logprobs = body.top_logprobs or 0
     return request
@@ -137,9 +140,20 @@ def detokenize_request(model: str, tokens: list[int], skip_special: bool) -> pb.
 def _fill(request: pb.ChatRequest | pb.GenerateRequest, body: Sampling) -> None:
     request.options.include_token_ids = False
     for name in _SAMPLING:
-        _set(request.sampling, name, getattr(body, name))
+        value = getattr(body, name)
+        _set(request.sampling, name, min(value, _MOST) if name == "top_k" and value else value)
+    most = body.max_tokens
+    if most is None and isinstance(body, ChatBody):
+        most = body.max_completion_tokens
+    if isinstance(body, CompletionBody) and body.prompt_only:
+        most = 1  # an engine computes a token at least; it is not shown
+    _set(request.sampling, "max_tokens", None if most is None else min(most, _MOST))
+    if body.seed is not None:
+        request.sampling.seed = body.seed if body.seed == -1 else body.seed % 2**63
     for name in _OPTIONS:
         _set(request.options, name, getattr(body, name))
+    if body.include_stop is None:
+        _set(request.options, "include_stop", body.include_stop_str_in_output)
     if body.allowed_token_ids is not None:
         request.sampling.allowed_token_ids.SetInParent()
         allowed = request.sampling.allowed_token_ids
@@ -151,7 +165,7 @@ def _fill(request: pb.ChatRequest | pb.GenerateRequest, body: Sampling) -> None:
             raise InvalidRequest("logit_bias", f"`logit_bias`: {error}") from None
     _fill_form(request.sampling, body)
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    request.options.stop.extend(_text("stop", one) for one in stop)
+    request.options.stop.extend(_text("stop", text) for text in stop if text)
 
 
 def _fill_template(
@@ -219,6 +233,8 @@ def _set(message: Message, name: str, value: Any) -> None:  # noqa: ANN401
     if isinstance(value, list):
         _extend(message, name, value, name)
         return
+    if isinstance(value, str):
+        value = _text(name, value)
     try:
         setattr(message, name, value)
     except ValueError as error:
@@ -247,27 +263,39 @@ def _messages(messages: Sequence[ChatMessage]) -> list[pb.Message]:
 
 
 def _message(where: str, message: ChatMessage) -> pb.Message:
-    content = message.content or ""
+    content = message.content or message.refusal or ""
+    calls = [(call.id, call.function) for call in message.tool_calls or ()]
+    if message.function_call is not None and not calls:
+        calls = [("", message.function_call)]
+    # the API's older form of calls named results by the function alone
+    role = "tool" if message.role == "function" else message.role
     return pb.Message(
-        role=_text(f"{where}.role", message.role),
+        role=_text(f"{where}.role", role),
         content=_text(f"{where}.content", content) if isinstance(content, str) else "",
         parts=() if isinstance(content, str) else _parts(where, content),
         name=_text(f"{where}.name", message.name or ""),
         tool_call_id=_text(f"{where}.tool_call_id", message.tool_call_id or ""),
         tool_calls=[
-            pb.ToolCall(
-                id=_text(f"{where}.tool_calls", call.id),
-                name=_text(f"{where}.tool_calls", call.function.name),
-                arguments=_text(f"{where}.tool_calls", call.function.arguments),
-            )
-            for call in message.tool_calls or ()
+            _call(f"{where}.tool_calls[{number}]", call_id, function)
+            for number, (call_id, function) in enumerate(calls)
         ],
+    )
+
+
+def _call(where: str, call_id: str, function: FunctionCall) -> pb.ToolCall:
+    given, field = function.arguments, f"{where}.function.arguments"
+    return pb.ToolCall(
+        id=_text(f"{where}.id", call_id),
+        name=_text(f"{where}.function.name", function.name),
+        arguments=_text(field, given if isinstance(given, str) else _json(field, given)),
     )
 
 
 def _parts(where: str, content: Sequence[ContentPart]) -> list[pb.ContentPart]:
     parts = []
     for number, part in enumerate(content):
+        if part.type in THOUGHT_PARTS:
+            continue
         field = f"{where}.content[{number}]"
         given = {name for name in ("text", "image_url") if getattr(part, name) is not None}
         if part.type not in ("text", "image_url") or given != {part.type} or part.model_extra:
@@ -275,6 +303,7 @@ def _parts(where: str, content: Sequence[ContentPart]) -> list[pb.ContentPart]:
                 field,
                 f'`{field}` of type "{part.type[:64]}" is not supported; give '
                 '{"type": "text", "text": …} or {"type": "image_url", "image_url": {"url": …}}',
+                "unsupported_parameter",
             )
         if part.image_url is not None:
             image = pb.Image(url=_text(f"{field}.image_url.url", part.image_url.url))
@@ -284,12 +313,24 @@ def _parts(where: str, content: Sequence[ContentPart]) -> list[pb.ContentPart]:
     return parts
 
 
+def _allowed(tools: Sequence[Tool], choice: AllowedTools) -> list[Tool]:
+    """The tools that a choice leaves: the model is not shown the others."""
+    names = {tool.function.name for tool in choice.allowed_tools.tools}
+    unknown = sorted(names - {tool.function.name for tool in tools})
+    if unknown or not names:
+        words = f"names {unknown[0][:128]!r}, which is not among `tools`" if unknown else "is empty"
+        field = "tool_choice.allowed_tools.tools"
+        raise InvalidRequest(field, f"`{field}` {words}")
+    return [tool for tool in tools if tool.function.name in names]
+
+
 def _tools(tools: Sequence[Tool]) -> list[pb.Tool]:
     return [
         pb.Tool(
             name=_text(f"tools[{number}].function.name", tool.function.name),
             description=_text(f"tools[{number}].function.description", tool.function.description),
             parameters=_schema(number, tool.function.parameters),
+            strict=tool.function.strict,
         )
         for number, tool in enumerate(tools)
     ]

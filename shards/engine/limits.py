@@ -10,7 +10,7 @@ from array import array
 import numpy as np
 
 from arriero.shards.engine.types import EngineConfig, EngineRequest
-from arriero.shards.errors import InvalidRequest, SpecError
+from arriero.shards.errors import ContextTooLong, InvalidRequest, SpecError
 from arriero.shards.images.request import check_images
 
 
@@ -115,13 +115,13 @@ def _check_length(config: EngineConfig, num_prompt: int, max_tokens: int) -> Non
         limits.append(("the KV pool's tokens", config.num_blocks * config.block_size + 1))
     name, limit = min(limits, key=lambda pair: pair[1])
     if num_prompt >= limit:
-        raise InvalidRequest(
+        raise ContextTooLong(
             "prompt",
             f"`prompt` has {num_prompt} tokens; {name} = {limit} leave room for at most "
             f"{limit - 1} and one output token; shorten it",
         )
     if num_prompt + max_tokens > limit:
-        raise InvalidRequest(
+        raise ContextTooLong(
             "max_tokens",
             f"`max_tokens`={max_tokens} exceeds {limit} ({name}) - {num_prompt} prompt tokens; "
             f"lower it to {limit - num_prompt} or less",

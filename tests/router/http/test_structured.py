@@ -180,6 +180,40 @@ async def test_forms_and_forced_calls() -> None:
         assert not "".join(delta.content or "" for delta in deltas)
 
 
+async def test_open_choices_hold_strict_tools_and_forms() -> None:
+    """A small model that is shown calls that do not fit writes ones that do."""
+    shown = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": '{"name": "weather", "parameters": {"city": "Rome"}}'},
+    ] * 3
+    talk: Any = [*shown, {"role": "user", "content": "Weather?"}]
+    strict: Any = [
+        {"type": "function", "function": {**tool["function"], "strict": True}} for tool in TOOLS
+    ]
+    form: Any = {
+        "type": "json_schema",
+        "json_schema": {"name": "x", "schema": {"type": "object", "properties": {"name": CITY}}},
+    }
+    async with front(CONFIG) as served:
+        num_calls = 0
+        for more in ({}, {"response_format": form}):
+            answer: Any = await served.ask.chat.completions.create(
+                model="small", messages=talk, tools=strict, n=8, seed=3, max_tokens=120, **more
+            )
+            for choice in answer.choices:
+                calls = choice.message.tool_calls or ()
+                for call in calls:
+                    schema = next(t for t in TOOLS if t["function"]["name"] == call.function.name)
+                    arguments = json.loads(call.function.arguments)
+                    jsonschema.validate(arguments, schema["function"]["parameters"])
+                if more and not calls and choice.finish_reason == "stop":
+                    jsonschema.validate(
+                        json.loads(choice.message.content), form["json_schema"]["schema"]
+                    )
+                num_calls += len(calls)
+        assert num_calls >= 8
+
+
 async def test_the_grammar_threads_end_with_the_engine() -> None:
     async with front(CONFIG) as served:
         form = pb.StructuredOutput(regex="[a-z]{5}")

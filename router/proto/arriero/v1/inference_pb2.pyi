@@ -12,6 +12,8 @@ Conventions
     `GenerateRequest.parse_special`.
   * Errors are gRPC statuses whose message names the field, the limit, the value and the remedy:
       INVALID_ARGUMENT    the request breaks a limit; trailing metadata `arriero-field` names it
+                          and `arriero-code` the kind of fault, as HTTP's `code` does:
+                          `context_length_exceeded` where prompt and output exceed the context
       NOT_FOUND           no such model
       RESOURCE_EXHAUSTED  a queue is full (trailing metadata `retry-after`, in seconds), or the
                           message is larger than this gateway takes
@@ -165,15 +167,17 @@ class SamplingParams(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     STRUCTURED_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
-    """Most output tokens, at least 1. Not given: as many as the context has room for."""
+    """Most output tokens, at least 1. Not given, or -1: as many as the context has room for."""
     min_tokens: _builtins.int
     """Stop tokens are banned until so many tokens are out. Default 0."""
     temperature: _builtins.float
     """0 is greedy. Up to 100. Default 1."""
     top_k: _builtins.int
-    """Keep the k likeliest tokens; 0 is off. Default 0."""
+    """Keep the k likeliest tokens; 0 and -1 are off. Default 0."""
     top_p: _builtins.float
-    """Keep the smallest set of tokens whose mass reaches p; above 0, 1 is off. Default 1."""
+    """Keep the smallest set of tokens whose mass reaches p: at least one token, so that 0 is greedy;
+    1 is off. Default 1.
+    """
     min_p: _builtins.float
     """Drop tokens below p times the likeliest one's probability; 0 is off. Default 0."""
     repetition_penalty: _builtins.float
@@ -185,8 +189,8 @@ class SamplingParams(_message.Message):
     frequency_penalty: _builtins.float
     """Subtracted for each occurrence in the output. -2 to 2. Default 0."""
     seed: _builtins.int
-    """0 to 2^63 - 1. The same seed gives the same tokens. Not given: the gateway draws one, and says
-    it in the first answer.
+    """The same seed gives the same tokens. Not given, or -1: the gateway draws one, and says it in
+    the first answer. Others below 0 are taken modulo 2^63.
     """
     n: _builtins.int
     """Samples of the same prompt, 1 to 128. Default 1."""
@@ -384,6 +388,7 @@ class Options(_message.Message):
     INCLUDE_TEXT_FIELD_NUMBER: _builtins.int
     INCLUDE_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     INCLUDE_PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
     RESUMABLE_S_FIELD_NUMBER: _builtins.int
     include_stop: _builtins.bool
     """Send the stop string (or the text of the stop token) as well. Default false."""
@@ -399,13 +404,17 @@ class Options(_message.Message):
     """Send token ids. Default true."""
     include_prompt_token_ids: _builtins.bool
     """Send the prompt's token ids with the first answer. Default false."""
+    cache_salt: _builtins.str
+    """Prompts share the prefix cache only with those of the same salt; at most 256 bytes. Default
+    empty.
+    """
     resumable_s: _builtins.int
     """Keep the call for so many seconds, up to 600, when its connection drops and after its end: with
     Resume the client takes it up again. Default 0: a dropped call is cancelled.
     """
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Strings that end the output, at most 16 of at most 256 bytes each. They are found across token
+        """Strings that end the output, at most 64 of at most 256 bytes each. They are found across token
         and character boundaries; no part of one is ever sent. Of several, the one complete first wins.
         """
 
@@ -419,11 +428,12 @@ class Options(_message.Message):
         include_text: _builtins.bool | None = ...,
         include_token_ids: _builtins.bool | None = ...,
         include_prompt_token_ids: _builtins.bool | None = ...,
+        cache_salt: _builtins.str = ...,
         resumable_s: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_include_prompt_token_ids", b"_include_prompt_token_ids", "_include_stop", b"_include_stop", "_include_text", b"_include_text", "_include_token_ids", b"_include_token_ids", "_priority", b"_priority", "_skip_special_tokens", b"_skip_special_tokens", "include_prompt_token_ids", b"include_prompt_token_ids", "include_stop", b"include_stop", "include_text", b"include_text", "include_token_ids", b"include_token_ids", "priority", b"priority", "skip_special_tokens", b"skip_special_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_include_prompt_token_ids", b"_include_prompt_token_ids", "_include_stop", b"_include_stop", "_include_text", b"_include_text", "_include_token_ids", b"_include_token_ids", "_priority", b"_priority", "_skip_special_tokens", b"_skip_special_tokens", "include_prompt_token_ids", b"include_prompt_token_ids", "include_stop", b"include_stop", "include_text", b"include_text", "include_token_ids", b"include_token_ids", "priority", b"priority", "resumable_s", b"resumable_s", "skip_special_tokens", b"skip_special_tokens", "stop", b"stop"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_include_prompt_token_ids", b"_include_prompt_token_ids", "_include_stop", b"_include_stop", "_include_text", b"_include_text", "_include_token_ids", b"_include_token_ids", "_priority", b"_priority", "_skip_special_tokens", b"_skip_special_tokens", "cache_salt", b"cache_salt", "include_prompt_token_ids", b"include_prompt_token_ids", "include_stop", b"include_stop", "include_text", b"include_text", "include_token_ids", b"include_token_ids", "priority", b"priority", "resumable_s", b"resumable_s", "skip_special_tokens", b"skip_special_tokens", "stop", b"stop"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__include_prompt_token_ids: _TypeAlias = _typing.Literal["include_prompt_token_ids"]  # noqa: Y015
     _WhichOneofArgType__include_prompt_token_ids: _TypeAlias = _typing.Literal["_include_prompt_token_ids", b"_include_prompt_token_ids"]  # noqa: Y015
@@ -722,22 +732,28 @@ class Tool(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
+    STRICT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Letters, digits, dots, dashes and underscores; at most 128."""
     description: _builtins.str
     """What it does, in words for the model."""
     parameters: _builtins.str
     """JSON Schema of its arguments, as JSON text; empty for none."""
+    strict: _builtins.bool
+    """Arguments fit the schema, from the moment that the model begins a call of it. Where
+    `tool_choice` forces a call they always do. Default false.
+    """
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         description: _builtins.str = ...,
         parameters: _builtins.str = ...,
+        strict: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "name", b"name", "parameters", b"parameters"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "name", b"name", "parameters", b"parameters", "strict", b"strict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -756,7 +772,9 @@ class ToolCall(_message.Message):
     """Unique; a result's `tool_call_id` names it."""
     name: _builtins.str
     arguments: _builtins.str
-    """A JSON object, as text."""
+    """A JSON object, as text. In a conversation that is sent, empty text and "null" are {}, and what
+    is no JSON object is shown to the model as it is.
+    """
     def __init__(
         self,
         *,

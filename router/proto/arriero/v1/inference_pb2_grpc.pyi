@@ -12,6 +12,8 @@ Conventions
     `GenerateRequest.parse_special`.
   * Errors are gRPC statuses whose message names the field, the limit, the value and the remedy:
       INVALID_ARGUMENT    the request breaks a limit; trailing metadata `arriero-field` names it
+                          and `arriero-code` the kind of fault, as HTTP's `code` does:
+                          `context_length_exceeded` where prompt and output exceed the context
       NOT_FOUND           no such model
       RESOURCE_EXHAUSTED  a queue is full (trailing metadata `retry-after`, in seconds), or the
                           message is larger than this gateway takes
