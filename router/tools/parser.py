@@ -269,7 +269,8 @@ class ToolCallParser:
         start = region.start
         sure = region.tagged or start.sure or self._tools is None
         if sure or (set(_WORD.findall(self._held)) & (self._tools or set())):
-            calls, rest = [], self._held
+            calls: list[ToolCall] = []
+            rest = self._held
             if not start.named:
                 calls, rest = complete_calls(self._held[start.body :])
             self._call(events, calls)
