@@ -30,6 +30,7 @@ from arriero.cluster.slices import node_address, reachable
 from arriero.cluster.spec import Spec
 from arriero.cluster.spec_file import explain
 from arriero.cluster.spec_gateway import TenantSpec
+from arriero.router.grpc_options import SERVER_OPTIONS
 from arriero.router.proto.arriero.v1 import admin_pb2 as pb
 from arriero.router.tenants.keys import KeyEntry
 from arriero.router.tls import TlsFiles
@@ -82,7 +83,7 @@ class AdminServer:
             SpecError: a file of `tls` is missing or wrong.
         """
         credentials = None if tls is None else tls.server("admin.tls")
-        server = self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        server = self._server = grpc.aio.server(options=SERVER_OPTIONS)
         methods = {
             "GetStatus": self._method(pb.GetStatusRequest, self._status),
             "ListEvents": self._method(pb.ListEventsRequest, self._events),

@@ -8,6 +8,7 @@ from typing import Self, TypeVar
 import grpc
 
 from arriero.cluster.state import Deployment
+from arriero.router.grpc_options import CLIENT_OPTIONS
 from arriero.router.proto.arriero.v1 import admin_pb2 as pb
 from arriero.router.proto.arriero.v1.admin_pb2_grpc import AdminStub
 from arriero.shards.errors import (
@@ -43,11 +44,12 @@ class AdminClient:
 
     def __init__(self, address: str, token: str, *, ca: str = "", name: str = "") -> None:
         if ca:
-            options = [("grpc.ssl_target_name_override", name)] if name else []
+            override = (("grpc.ssl_target_name_override", name),) if name else ()
+            options = (*CLIENT_OPTIONS, *override)
             credentials = grpc.ssl_channel_credentials(ca.encode())
             self._channel = grpc.secure_channel(address, credentials, options=options)
         else:
-            self._channel = grpc.insecure_channel(address)
+            self._channel = grpc.insecure_channel(address, options=CLIENT_OPTIONS)
         self._stub = AdminStub(self._channel)
         self._metadata = (("authorization", f"Bearer {token}"),)
 

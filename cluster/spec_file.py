@@ -26,6 +26,7 @@ _SECTIONS = {
     "port": ("gateway", "port"),
     "http_host": ("gateway", "http", "host"),
     "http_port": ("gateway", "http", "port"),
+    "cors": ("gateway", "http", "cors"),
     "address": ("ray", "address"),
     "start_timeout_s": ("health", "start_timeout_s"),
 }
@@ -49,8 +50,8 @@ def load(path: Path | None, flags: Mapping[str, Any]) -> Spec:
         flags: the flags given, without those left out: `model` (a folder), `name`, `dtype`,
             `quantization`, `groups`, `device`, `threads`, `tp`, `pp`, `kv_memory`,
             `max_model_len`, `sliding_window`, `attention_sinks` and `changes_answers` go to the
-            model; `host` and `port` to the gateway, `http_host` and
-            `http_port` to its HTTP; `address` to ray; `start_timeout_s` to health.
+            model; `host` and `port` to the gateway, `http_host`,
+            `http_port` and `cors` to its HTTP; `address` to ray; `start_timeout_s` to health.
 
     Raises:
         SpecError: the file cannot be read, or a field is unknown or wrong: file, line, field.

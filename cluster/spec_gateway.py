@@ -5,11 +5,12 @@ Knows listeners, tenants and where things are written; knows nothing of models.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from arriero.cluster.spec_fields import Count, Name, Part, Port, Seconds, refuse_twice
 from arriero.router.gateway import GatewayConfig
@@ -18,6 +19,7 @@ from arriero.router.tenants.tenant import ANYONE, QueueLimits, Tenant
 from arriero.router.tls import TlsFiles
 from arriero.router.tracing import TracingConfig
 
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s?#]+", re.IGNORECASE)
 DEFAULT_PORT = 50051
 DEFAULT_HTTP_PORT = 8000
 
@@ -28,10 +30,32 @@ class HttpSpec(Part):
     Attributes:
         host: address it listens on.
         port: 0 takes any free one; None takes 8000, or any free one where gRPC's is 0.
+        cors: origins of the web pages that may call it from a browser, such as
+            http://localhost:5173; "*" for any. None by default: browsers then refuse such calls.
     """
 
     host: str = "127.0.0.1"
     port: Port | None = None
+    cors: tuple[str, ...] = ()
+
+    @field_validator("cors", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:  # noqa: ANN401
+        if isinstance(value, str):
+            return tuple(origin.strip() for origin in value.split(",") if origin.strip())
+        return value
+
+    @field_validator("cors")
+    @classmethod
+    def _origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        origins = tuple(origin.rstrip("/") for origin in value)
+        for origin in origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"{origin!r} is no origin; write scheme, host and port of the page, such as "
+                    'http://localhost:5173, or "*" for any page'
+                )
+        return origins
 
 
 class TlsSpec(Part):
@@ -157,6 +181,7 @@ class GatewaySpec(Part):
         return GatewayConfig(
             address=f"{self.host}:{self.port}",
             http_address=None if self.http is None else f"{self.http.host}:{self.http_port}",
+            cors=() if self.http is None else self.http.cors,
             models=models,
             tls=None if self.tls is None else self.tls.files(),
             link_tls=None if link_tls is None else link_tls.files(),

@@ -214,7 +214,7 @@ class _Sample:
         message = pb.Output(index=self._index, token_ids=tokens if with_ids else None)
         if self._calls is None:
             message.text = text
-        elif self._split(self._calls, text, message, final=reason is not None):
+        elif self._split(self._calls, text, message, reason):
             reason = "stop"
         if not (
             message.text
@@ -236,9 +236,12 @@ class _Sample:
                 message.stop_token_id = output.stop_token
         return message
 
-    def _split(self, calls: ToolCallParser, text: str, message: pb.Output, *, final: bool) -> bool:
+    def _split(
+        self, calls: ToolCallParser, text: str, message: pb.Output, reason: str | None
+    ) -> bool:
         """Content and calls of `text`, put into `message`; whether a call ends the sample."""
-        for event in calls.add(text, final=final):
+        cut = reason not in (None, "stop")
+        for event in calls.add(text, final=reason is not None, cut=cut):
             if isinstance(event, Content):
                 message.text += event.text
             elif isinstance(event, ToolCall):

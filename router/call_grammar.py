@@ -18,7 +18,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from arriero.router.grammar import MAX_CALLS, object_rules, parameters_rule
+from arriero.router.grammar import MAX_CALLS, Form, form_of_schemas, parameter_schemas
 
 _WORD = re.compile(r"[A-Za-z0-9_-]")
 _JSON = "start: %json"
@@ -26,8 +26,8 @@ _JSON = "start: %json"
 _KEYS = "type|function|parameters|arguments"
 
 
-def strict_grammar(tools: Sequence[Mapping[str, Any]], *, tags: Sequence[str] = ()) -> str:
-    """The grammar of free text in which every call of `tools` fits its schema.
+def strict_form(tools: Sequence[Mapping[str, Any]], *, tags: Sequence[str] = ()) -> Form:
+    """The form of free text in which every call of `tools` fits its schema.
 
     Args:
         tools: the strict ones, as templates take them.
@@ -53,31 +53,80 @@ def strict_grammar(tools: Sequence[Mapping[str, Any]], *, tags: Sequence[str] = 
             rf"parameters{number} /\s*\}}/",
             rf"tag{number}[lazy]: TEXT /<function=\s*{name}\s*>\s*/",
             rf'tagged{number}: tag{number} parameters{number} /\s*/ "</function>"',
-            parameters_rule(number, tool),
         ]
-    return "\n".join(lines) + "\n"
+    return form_of_schemas("tools", parameter_schemas(tools), lines)
 
 
-def calls_or_form(tools: Sequence[Mapping[str, Any]], form: str, *, parallel: bool) -> str:
-    """The grammar of an answer that is calls of `tools`, or else fits a form.
+def calls_or_form(tools: Sequence[Mapping[str, Any]], form: Form, *, parallel: bool) -> Form:
+    """The form of an answer that is calls of `tools`, or else fits another form.
+
+    Each call is a JSON Schema of its own. Beside another JSON Schema only such rules are told apart
+    sign by sign: the library's lexer takes the longest word, and a call's beginning as one word
+    would swallow the other's.
 
     Args:
         tools: as templates take them.
-        form: the form's grammar. An object that fits it and looks like a call is taken for a call.
+        form: of an answer without calls. An object that fits it and looks like a call is taken for
+            a call.
         parallel: whether there may be several calls.
 
     Raises:
         InvalidRequest: the parameters of a tool break a limit.
     """
     several = f' ("; " call){{0,{MAX_CALLS - 1}}}' if parallel else ""
-    rules = ["start: calls | form", f"calls: call{several}", *object_rules(tools)]
+    choices = " | ".join(f"call{number}" for number in range(len(tools)))
+    lines = ["start: calls | form", f"calls: call{several}", f"call: {choices}"]
+    schemas = [
+        (f"call{number}", field, schema)
+        for number, (_, field, schema) in enumerate(parameter_schemas(tools))
+    ]
+
+    def wrap(number: int, parameters: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "type": "object",
+            "properties": {
+                "name": {"const": tools[number]["function"]["name"]},
+                "parameters": _moved(parameters, "#/properties/parameters"),
+            },
+            "required": ["name", "parameters"],
+            "additionalProperties": False,
+        }
+
+    calls = form_of_schemas("tools", schemas, lines, wrap)
+    loose = ""
+    if calls.loose or form.loose:
+        loose = _joined(calls.loose or calls.grammar, form.loose or form.grammar)
+    return Form(
+        field=form.field,
+        grammar=_joined(calls.grammar, form.grammar),
+        loose=loose,
+        not_enforced=(*form.not_enforced, *calls.not_enforced),
+    )
+
+
+def _joined(calls: str, form: str) -> str:
+    """The grammar of `calls`, whose rule `form` is missing, with that rule."""
     if form.startswith(_JSON):
-        return "\n".join([*rules, "form: %json" + form.removeprefix(_JSON)])
+        return calls + "form: %json" + form.removeprefix(_JSON)
     grammars = [
-        {"name": "answer", "lark_grammar": "\n".join([*rules, "form: @own", ""])},
+        {"name": "answer", "lark_grammar": f"{calls}form: @own\n"},
         {"name": "own", "lark_grammar": _lark(form)},
     ]
     return json.dumps({"grammars": grammars})
+
+
+def _moved(schema: Any, root: str) -> Any:  # noqa: ANN401
+    """A schema that stands at `root` of another, with its references to itself."""
+    if isinstance(schema, list):
+        return [_moved(item, root) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: root + item[1:]
+        if key == "$ref" and isinstance(item, str) and item.startswith("#")
+        else _moved(item, root)
+        for key, item in schema.items()
+    }
 
 
 def _lark(form: str) -> str:

@@ -25,6 +25,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import Message as ProtoMessage
 
+from arriero.router.grpc_options import CLIENT_OPTIONS
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.proto.arriero.v1.inference_pb2_grpc import InferenceStub
 from arriero.router.received import Received
@@ -47,7 +48,6 @@ R = TypeVar("R")
 Messages = Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[int]
 
-_CHANNEL_OPTIONS = [("grpc.max_receive_message_length", -1)]
 _PAUSE_S = 0.1
 
 
@@ -188,8 +188,8 @@ class AsyncClient:
 
     def _open(self, address: str) -> grpc.aio.Channel:
         if self._credentials is None:
-            return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
-        return grpc.aio.secure_channel(address, self._credentials, options=_CHANNEL_OPTIONS)
+            return grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS)
+        return grpc.aio.secure_channel(address, self._credentials, options=CLIENT_OPTIONS)
 
     async def tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
         """Token ids of a text or a conversation."""
@@ -245,9 +245,9 @@ class Client:
     ) -> None:
         self._metadata = _metadata(api_key)
         if credentials is None:
-            self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+            self._channel = grpc.insecure_channel(address, options=CLIENT_OPTIONS)
         else:
-            self._channel = grpc.secure_channel(address, credentials, options=_CHANNEL_OPTIONS)
+            self._channel = grpc.secure_channel(address, credentials, options=CLIENT_OPTIONS)
         self._stub = InferenceStub(self._channel)
         self._timeout_s, self._retries = timeout_s, retries
 

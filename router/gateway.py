@@ -27,16 +27,18 @@ from grpc_reflection.v1alpha import reflection
 
 from arriero.router.answer import Piece
 from arriero.router.choose import room
+from arriero.router.grammar import described
 from arriero.router.groups import GroupAddress, LinkedGroups
+from arriero.router.grpc_options import SERVER_OPTIONS
 from arriero.router.http.app import create_app
 from arriero.router.http.server import HttpServer
-from arriero.router.inference import LOST_S, Inference, Stream
+from arriero.router.inference import LOST_S, Aside, Inference, Stream
 from arriero.router.metrics import Metrics
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.request_log import RequestLog, RequestLogConfig
 from arriero.router.requests import parse, read_request_id
 from arriero.router.sight import Sight
-from arriero.router.tenants.door import Caller, Door
+from arriero.router.tenants.door import Caller, Door, is_set
 from arriero.router.tenants.keys import KeyFile
 from arriero.router.tenants.tenant import QueueLimits, Tenant
 from arriero.router.tls import TlsFiles
@@ -68,6 +70,7 @@ class GatewayConfig:
     Attributes:
         address: host and port of gRPC to listen on; port 0 picks a free one.
         http_address: the same for HTTP; None for no HTTP.
+        cors: origins of the web pages that may call HTTP from a browser; "*" for any.
         max_message_bytes: the largest request taken.
         max_calls: most calls at once; one more is refused with RESOURCE_EXHAUSTED.
         tls: of both listeners; with its `ca`, clients must show a certificate. None listens in
@@ -89,6 +92,7 @@ class GatewayConfig:
 
     address: str = "127.0.0.1:0"
     http_address: str | None = None
+    cors: tuple[str, ...] = ()
     max_message_bytes: int = 32 * 1024 * 1024
     max_calls: int = 10_000
     tls: TlsFiles | None = None
@@ -167,10 +171,7 @@ class Gateway:
             options=[
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_send_message_length", -1),
-                ("grpc.so_reuseport", 0),
-                # A client whose machine is gone sends no reset; these find out within 40 s.
-                ("grpc.keepalive_time_ms", 20_000),
-                ("grpc.keepalive_timeout_ms", 20_000),
+                *SERVER_OPTIONS,
             ],
             maximum_concurrent_rpcs=config.max_calls,
         )
@@ -204,7 +205,11 @@ class Gateway:
 
     def app(self) -> FastAPI:
         """The HTTP application over this gateway, for other servers (Ray Serve's) to mount."""
-        return create_app(self.inference, max_body_bytes=self._config.max_message_bytes)
+        return create_app(
+            self.inference,
+            max_body_bytes=self._config.max_message_bytes,
+            cors=self._config.cors,
+        )
 
     async def stop(self, grace_s: float) -> None:
         """Take no more calls, let running ones finish for `grace_s` seconds, then close."""
@@ -305,12 +310,18 @@ class Gateway:
     async def _generate(self, call: _Call, raw: bytes) -> None:
         request = parse(pb.GenerateRequest, raw)
         await call.name(request.request_id)
-        await call.write(await self.inference.generate(request, call.caller()))
+        aside = Aside()
+        stream = await self.inference.generate(request, call.caller(), aside)
+        call.note(aside)
+        await call.write(stream)
 
     async def _chat(self, call: _Call, raw: bytes) -> None:
         request = parse(pb.ChatRequest, raw)
         await call.name(request.request_id)
-        await call.write(await self.inference.chat(request, call.caller()))
+        aside = Aside()
+        stream = await self.inference.chat(request, call.caller(), aside)
+        call.note(aside)
+        await call.write(stream)
 
     async def _resume(self, call: _Call, raw: bytes) -> None:
         request = parse(pb.ResumeRequest, raw)
@@ -350,12 +361,19 @@ class _Call:
             tenant=self.tenant,
             deadline_s=None if left_s is None else time.monotonic() + left_s,
             traceparent=str(self.metadata.get("traceparent", "")),
+            strict_schema=is_set(str(self.metadata.get("x-strict-schema", ""))),
         )
 
     async def name(self, given: str) -> None:
         """Name the call, and tell the client the name."""
         self.request_id = read_request_id(given)
         await self.context.send_initial_metadata((("x-request-id", self.request_id),))
+
+    def note(self, aside: Aside) -> None:
+        """Tell the client what of its schema is not enforced."""
+        if aside.not_enforced:
+            entry = ("x-schema-not-enforced", described(aside.not_enforced))
+            self.context.set_trailing_metadata((entry,))
 
     async def write(self, stream: Stream) -> None:
         """Run a stream and send what it gives."""

@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,11 +20,11 @@ from typing import cast
 from arriero.router import relay
 from arriero.router.answer import Answer, Message, Piece
 from arriero.router.backend import GroupView
-from arriero.router.call_grammar import calls_or_form, strict_grammar
+from arriero.router.call_grammar import calls_or_form, strict_form
 from arriero.router.card import ModelCard
 from arriero.router.conversation import TextModel
 from arriero.router.course import Course
-from arriero.router.grammar import call_grammar, form_grammar
+from arriero.router.grammar import Form, call_form, read_form
 from arriero.router.groups import LinkedGroups
 from arriero.router.images import LaidImage
 from arriero.router.kept import KeptStreams
@@ -59,6 +59,27 @@ _WAKE_POLL_S = 0.05
 Stream = AsyncGenerator[Message]
 
 
+@dataclass(slots=True)
+class Aside:
+    """What is told of one request beside its messages; of several calls, of all together.
+
+    Attributes:
+        num_calls: calls that have not had their turn yet.
+        accepted: set once each call's turn has come: a group computes it now.
+        not_enforced: what of a JSON Schema no mask can hold, each with its place.
+    """
+
+    num_calls: int = 1
+    accepted: asyncio.Event = field(default_factory=asyncio.Event)
+    not_enforced: list[str] = field(default_factory=list)
+
+    def turn(self) -> None:
+        """A call's turn has come."""
+        self.num_calls -= 1
+        if self.num_calls <= 0:
+            self.accepted.set()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Job:
     """A checked request."""
@@ -75,6 +96,7 @@ class _Job:
     weights: str = ""
     received: Mapping[int, tuple[list[int], bool]] = field(default_factory=dict)
     images: tuple[RequestImage, ...] = ()
+    aside: Aside
 
 
 class Inference:
@@ -139,8 +161,15 @@ class Inference:
         """Requests that wait for the first group of their model."""
         return {model: count for model, count in self._asleep.items() if count}
 
-    async def generate(self, request: pb.GenerateRequest, caller: Caller) -> Stream:
+    async def generate(
+        self, request: pb.GenerateRequest, caller: Caller, aside: Aside | None = None
+    ) -> Stream:
         """Check a request to continue a prompt; iterating the stream runs it.
+
+        Args:
+            request: of the wire.
+            caller: who asks.
+            aside: is told what the messages do not tell.
 
         Raises:
             InvalidRequest, NotFound, Unavailable: as the message's comments say.
@@ -149,7 +178,9 @@ class Inference:
             text, views = await self.find(request.model)
             self.door.refuse_early(views[0].model, caller, request.options.priority)
             options = read_options(request.options)
-            params = await _constrained(request.sampling, views[0].card, text, None)
+            aside = aside or Aside()
+            params, form = await _constrained(request.sampling, views[0].card, text, None)
+            _note(aside, form, caller)
             if request.WhichOneof("prompt") == "text":
                 prompt = await _encode(text, request)
             else:
@@ -165,17 +196,22 @@ class Inference:
                 params=params,
                 options=options,
                 priority=request.options.priority,
+                aside=aside,
             )
             return self._begin(job)
 
-    async def chat(self, request: pb.ChatRequest, caller: Caller) -> Stream:
+    async def chat(
+        self, request: pb.ChatRequest, caller: Caller, aside: Aside | None = None
+    ) -> Stream:
         """Check a conversation; iterating the stream answers it. Raises as `generate`."""
         with self.metrics.failures():
             text, views = await self.find(request.model)
             self.door.refuse_early(views[0].model, caller, request.options.priority)
             options = read_options(request.options)
             offer = read_offer(request)
-            params = await _constrained(request.sampling, views[0].card, text, offer)
+            aside = aside or Aside()
+            params, form = await _constrained(request.sampling, views[0].card, text, offer)
+            _note(aside, form, caller)
             if offer is not None and not options.include_text:
                 raise InvalidRequest(
                     "include_text", "`tools` need text; leave `include_text` on or `tools` out"
@@ -195,6 +231,7 @@ class Inference:
                 priority=request.options.priority,
                 offer=offer,
                 prompt_field="messages",
+                aside=aside,
             )
             return self._begin(job)
 
@@ -289,6 +326,7 @@ class Inference:
         with seen_as as seen:
             async with self.door.place(start.model, ticket) as place:
                 seen.turn()
+                job.aside.turn()
                 course = self._course(job, answer, seen.traceparent)
                 # there may be other groups then than when the request came
                 sharing = partial(self.groups.sharing, start.model, job.text, course.request)
@@ -356,30 +394,52 @@ def _resumed(
 
 async def _constrained(
     message: pb.SamplingParams, card: ModelCard, text: TextModel, offer: ToolOffer | None
-) -> SamplingParams:
+) -> tuple[SamplingParams, Form | None]:
     """Checked sampling parameters, with the grammar that a form or forced calls ask for."""
     params = read_sampling(message, card)
-    grammar = form_grammar(message.structured)
+    if '"pattern' in message.structured.json_schema:  # each is compiled to see whether it can be
+        form = await asyncio.to_thread(read_form, message.structured)
+    else:
+        form = read_form(message.structured)
     field = message.structured.WhichOneof("form") or "tools"
     if offer is not None:
+        make: Callable[[], Form] | None = None
         if offer.forced:
-            if grammar and not field.startswith("json"):  # a form for what is no call
+            if form is not None and not field.startswith("json"):  # a form for what is no call
                 raise InvalidRequest(
                     field,
                     f"`{field}` and a `tool_choice` that forces a call exclude each other: a call "
                     "would not fit the form; leave one of them out",
                 )
-            grammar = call_grammar(offer.forced, parallel=offer.parallel)
-        elif grammar:
-            grammar = calls_or_form(offer.tools, grammar, parallel=offer.parallel)
+            make = partial(call_form, offer.forced, parallel=offer.parallel)
+        elif form is not None:
+            make = partial(calls_or_form, offer.tools, form, parallel=offer.parallel)
         elif offer.strict:
-            grammar = strict_grammar(offer.strict, tags=text.call_tags)
-    if not grammar:
-        return params
-    params = replace(params, grammar=grammar)
-    params.check(vocab_size=card.vocab_size)
-    await text.grammars.check(field, grammar)
-    return params
+            make = partial(strict_form, offer.strict, tags=text.call_tags)
+        if make is not None:
+            form = await asyncio.to_thread(make)
+    if form is None:
+        return params, None
+    replace(params, grammar=form.grammar).check(vocab_size=card.vocab_size)
+    form = await text.grammars.check(field, form)
+    return replace(params, grammar=form.grammar), form
+
+
+def _note(aside: Aside, form: Form | None, caller: Caller) -> None:
+    """Tell what of a form is not enforced.
+
+    Raises:
+        InvalidRequest: the caller wants it enforced to the last word.
+    """
+    if form is None or not form.not_enforced:
+        return
+    if caller.strict_schema:
+        raise InvalidRequest(
+            form.field,
+            f"`{form.field}` cannot be enforced at {'; '.join(form.not_enforced)[:1000]}; leave "
+            "these words out, or the header `x-strict-schema`",
+        )
+    aside.not_enforced += form.not_enforced
 
 
 async def _encode(text: TextModel, request: pb.GenerateRequest | pb.TokenizeRequest) -> list[int]:

@@ -70,6 +70,10 @@ def up(
     port: Annotated[int | None, typer.Option(help="Port of the gateway; 0: any.")] = None,
     http_host: Annotated[str | None, typer.Option(help="Address of its HTTP.")] = None,
     http_port: Annotated[int | None, typer.Option(help="Port of its HTTP; 0: any.")] = None,
+    cors: Annotated[
+        str | None,
+        typer.Option(help="Origins of web pages that may call its HTTP, by commas; '*': any."),
+    ] = None,
     address: Annotated[
         str | None, typer.Option(help="Ray cluster to join; else $RAY_ADDRESS, else a local one.")
     ] = None,
@@ -99,6 +103,7 @@ def up(
         "port": port,
         "http_host": http_host,
         "http_port": http_port,
+        "cors": cors,
         "address": address,
         "start_timeout_s": timeout,
     }

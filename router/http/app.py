@@ -6,15 +6,18 @@ call does is `Inference`'s, and how its JSON looks is said in `bodies` and `shap
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
 from fastapi import FastAPI, Request
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from arriero.router.answer import Message, Piece
+from arriero.router.grammar import described
 from arriero.router.http import errors, shapes, translate
 from arriero.router.http.bodies import (
     ChatBody,
@@ -25,7 +28,7 @@ from arriero.router.http.bodies import (
 )
 from arriero.router.http.edge import Edge
 from arriero.router.http.stream import EventStream, begin, merged, while_here
-from arriero.router.inference import Inference, Stream
+from arriero.router.inference import Aside, Inference, Stream
 from arriero.router.metrics import CONTENT_TYPE
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.shards.errors import ArrieroError, InvalidRequest
@@ -34,6 +37,8 @@ log = logging.getLogger(__name__)
 
 STALLED_S = 60.0
 """A group that has work and finished no step for so long is not healthy."""
+_EXPOSED = ("x-request-id", "retry-after", "x-schema-not-enforced")
+"""Headers of answers that pages may read."""
 _DONE = b"data: [DONE]\n\n"
 _EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
@@ -71,12 +76,13 @@ _REFUSALS: dict[int | str, str] = {
 Shape = shapes.ChatShape | shapes.CompletionShape
 
 
-def create_app(inference: Inference, *, max_body_bytes: int) -> FastAPI:
+def create_app(inference: Inference, *, max_body_bytes: int, cors: Sequence[str] = ()) -> FastAPI:
     """The application over `inference`.
 
     Args:
         inference: answers the calls.
         max_body_bytes: the largest body taken.
+        cors: origins of the web pages that may call it from a browser; "*" for any.
     """
     app = FastAPI(
         title="arriero",
@@ -84,6 +90,7 @@ def create_app(inference: Inference, *, max_body_bytes: int) -> FastAPI:
         description="Chat, completions and tokens, in the shapes of the OpenAI API.",
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # a client that follows may lose the body; the edge takes both
         responses={
             status: {
                 "description": words,
@@ -94,6 +101,17 @@ def create_app(inference: Inference, *, max_body_bytes: int) -> FastAPI:
     )
     errors.install(app)
     app.add_middleware(Edge, max_body_bytes=max_body_bytes, door=inference.door)
+    if cors:
+        # Outside of the edge: a browser asks first without a key, and may read errors as well.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=cors,
+            allow_methods=("*",),
+            allow_headers=("*",),
+            allow_credentials="*" not in cors,
+            allow_private_network=True,
+            expose_headers=_EXPOSED,
+        )
     _add_generation(app, inference)
     _add_tokens(app, inference)
     _add_sight(app, inference)
@@ -107,8 +125,9 @@ def _add_generation(app: FastAPI, inference: Inference) -> None:
         call = translate.chat_request(body)
         text, views = await while_here(request, inference.find(call.model))
         shape = shapes.ChatShape(views[0].model, text.tokenizer)
-        streams = [await inference.chat(call, request.state.caller)]
-        return await _answer(request, body, shape, streams)
+        aside = Aside()
+        streams = [await inference.chat(call, request.state.caller, aside)]
+        return await _answer(request, body, shape, streams, aside)
 
     @app.post("/v1/completions", response_class=Response, responses=_EVENTS)
     async def completions(body: CompletionBody, request: Request) -> Response:
@@ -124,21 +143,26 @@ def _add_generation(app: FastAPI, inference: Inference) -> None:
             skip_special=body.skip_special_tokens is not False,
             prompt_only=body.prompt_only,
         )
-        streams = [await inference.generate(call, request.state.caller) for call in calls]
-        return await _answer(request, body, shape, streams)
+        aside = Aside(num_calls=len(calls))
+        streams = [await inference.generate(call, request.state.caller, aside) for call in calls]
+        return await _answer(request, body, shape, streams, aside)
 
 
 async def _answer(
-    request: Request, body: Sampling, shape: Shape, streams: Sequence[Stream]
+    request: Request, body: Sampling, shape: Shape, streams: Sequence[Stream], aside: Aside
 ) -> Response:
     messages = merged(streams)
+    headers = {}
+    if aside.not_enforced:
+        headers["x-schema-not-enforced"] = described(aside.not_enforced)
     if body.stream:
         with_usage = body.stream_options is not None and body.stream_options.include_usage
-        first = await while_here(request, begin(messages))
-        return EventStream(_events(first, messages, shape, with_usage, request.state.request_id))
+        first = await while_here(request, begin(messages, aside.accepted))
+        events = _events(first, messages, shape, with_usage, request.state.request_id)
+        return EventStream(events, first, messages, headers)
     whole = await while_here(request, _gathered(messages))
     counted = shapes.usage(*(one.usage for _, one in whole if one.HasField("usage")))
-    return JSONResponse(shape.whole(whole, counted))
+    return JSONResponse(shape.whole(whole, counted), headers=headers)
 
 
 async def _gathered(
@@ -152,7 +176,7 @@ async def _gathered(
 
 
 async def _events(
-    first: tuple[int, Message],
+    first: asyncio.Task[tuple[int, Message]],
     messages: AsyncGenerator[tuple[int, Message]],
     shape: Shape,
     with_usage: bool,
@@ -162,7 +186,7 @@ async def _events(
     parts: list[pb.Usage] = []
     try:
         async with aclosing(messages):
-            number, message = first
+            number, message = await first
             while True:
                 if not isinstance(message, Piece) and message.HasField("usage"):
                     parts.append(message.usage)

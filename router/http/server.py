@@ -14,6 +14,8 @@ from collections.abc import Iterator
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn._types import ASGISendEvent
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from arriero.router.tls import TlsFiles
 from arriero.shards.errors import SpecError
@@ -22,6 +24,34 @@ log = logging.getLogger(__name__)
 
 _START_LIMIT_S = 30.0
 _RENEW_S = 1.0
+
+
+class _UntilClose(RequestResponseCycle):
+    """The answer to a client of HTTP/1.0, which knows no chunks: the connection's end ends it."""
+
+    async def send(self, message: ASGISendEvent) -> None:
+        """Send a part of the answer."""
+        if message["type"] == "http.response.start":
+            names = {name.lower() for name, _ in message.get("headers", [])}
+            if b"content-length" not in names:
+                self.chunked_encoding = False
+        elif message["type"] == "http.response.body" and not self._sized:
+            self.expected_content_length = len(message.get("body", b""))
+        await super().send(message)
+
+    @property
+    def _sized(self) -> bool:
+        return bool(self.expected_content_length)
+
+
+class _Protocol(HttpToolsProtocol):
+    """The library's, which would answer HTTP/1.0 in chunks."""
+
+    def on_headers_complete(self) -> None:
+        """A request's head is whole."""
+        super().on_headers_complete()
+        if self.scope["http_version"] == "1.0" and self.cycle is not None:
+            self.cycle.__class__ = _UntilClose
 
 
 class _Server(uvicorn.Server):
@@ -53,6 +83,7 @@ class HttpServer:
         self._address, self._tls = address, tls
         config = uvicorn.Config(
             app,
+            http=_Protocol,
             lifespan="off",
             log_config=None,
             access_log=False,

@@ -13,8 +13,10 @@ from json.encoder import encode_basestring_ascii
 from typing import Any
 
 from arriero.router.answer import Message, Piece
+from arriero.router.http.spelling import TextOffsets, spell, spell_apart, token_bytes
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.tokenizer import Tokenizer
+from arriero.router.tools import ToolCall, partial_call
 
 Json = dict[str, Any]
 
@@ -133,20 +135,19 @@ class ChatShape:
             delta = {"role": "assistant", "content": ""}
         if output.text:
             delta["content"] = output.text
-        if output.tool_calls:
-            delta["tool_calls"] = [
-                {
-                    "index": num_calls + at,
-                    "id": call.id,
-                    "type": "function",
-                    "function": {"name": call.name, "arguments": call.arguments},
-                }
-                for at, call in enumerate(output.tool_calls)
-            ]
-            num_calls += len(output.tool_calls)
-            self._num_calls[output.index] = num_calls
+        calls = [_call(call.id, call) for call in output.tool_calls]
         if output.truncated_tool_call:
-            delta["truncated_tool_call"] = output.truncated_tool_call
+            part = partial_call(output.truncated_tool_call)
+            if part is None:  # without a name it is no call yet
+                delta["content"] = output.text + output.truncated_tool_call
+            else:
+                calls.append(_call(f"call_{secrets.token_hex(12)}", part))
+        if calls:
+            delta["tool_calls"] = [
+                {"index": number} | call for number, call in enumerate(calls, num_calls)
+            ]
+            num_calls += len(calls)
+            self._num_calls[output.index] = num_calls
         reason = _REASONS.get(output.finish_reason)
         if reason == "stop" and num_calls:
             reason = "tool_calls"
@@ -165,9 +166,20 @@ class ChatShape:
         return self._token(row.chosen) | {"top_logprobs": top}
 
     def _token(self, one: pb.TokenLogprob) -> Json:
-        piece = _piece(self._tokenizer, one.token_id)
-        token = piece.decode(errors="replace")
-        return {"token": token, "logprob": one.logprob, "bytes": list(piece)}
+        vocabulary = self._tokenizer.vocabulary
+        return {
+            "token": spell(vocabulary, one.token_id),
+            "logprob": one.logprob,
+            "bytes": list(token_bytes(vocabulary, one.token_id)),
+        }
+
+
+def _call(call_id: str, call: pb.ToolCall | ToolCall) -> Json:
+    return {
+        "id": call_id,
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments},
+    }
 
 
 def _add(choice: Json, part: Json) -> None:
@@ -178,8 +190,6 @@ def _add(choice: Json, part: Json) -> None:
     for call in delta.get("tool_calls", ()):
         whole = {name: value for name, value in call.items() if name != "index"}
         message.setdefault("tool_calls", []).append(whole)
-    if "truncated_tool_call" in delta:
-        message["truncated_tool_call"] = delta["truncated_tool_call"]
     if part["logprobs"] is not None:
         if choice["logprobs"] is None:
             choice["logprobs"] = {"content": []}
@@ -215,7 +225,7 @@ class CompletionShape:
         self._echo = echo
         self._skip_special = skip_special
         self._starts: dict[int, pb.Start] = {}
-        self._offsets: dict[int, int] = {}
+        self._offsets: dict[int, TextOffsets] = {}
         self._head: Json = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
@@ -272,50 +282,79 @@ class CompletionShape:
     def _choice(self, number: int, output: pb.Output) -> Json:
         index = number * self._n + output.index
         text = "" if self._prompt_only else output.text
-        rows: list[pb.PositionLogprobs | int] = [] if self._prompt_only else list(output.logprobs)
+        rows = [] if self._prompt_only else list(output.logprobs)
         reason = _REASONS.get(output.finish_reason)
+        prompt_columns = None
         if index not in self._offsets:
-            self._offsets[index] = 0
+            prompt_text = ""
             if self._echo is not None:
                 start = self._starts[number]
-                text = (self._echo[number] or self._decode(start.prompt_token_ids)) + text
+                prompt_text = self._echo[number] or self._decode(start.prompt_token_ids)
                 alone = len(start.prompt_token_ids) == 1 and bool(output.logprobs)
                 if start.prompt_logprobs or alone:
-                    # nothing goes before the first token, so nothing was expected of it
-                    rows = [start.prompt_token_ids[0], *start.prompt_logprobs, *rows]
+                    prompt_columns = self._prompt_logprobs(number, start)
+            text = prompt_text + text
+            self._offsets[index] = self._text_offsets(self._skip_special, len(prompt_text))
+        columns = self._logprobs(rows, self._offsets[index]) if rows else None
+        if prompt_columns is not None:
+            columns = {
+                name: values + (columns or {}).get(name, [])
+                for name, values in prompt_columns.items()
+            }
         return {
             "index": index,
             "text": text,
-            "logprobs": self._logprobs(index, rows) if rows else None,
+            "logprobs": columns,
             "finish_reason": "length" if self._prompt_only and reason else reason,
         }
 
-    def _logprobs(self, index: int, rows: Sequence[pb.PositionLogprobs | int]) -> Json:
-        told: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for row in rows:
-            if isinstance(row, int):
-                token, logprob, top = self._spell(row), None, None
-            else:
-                token, logprob = self._spell(row.chosen.token_id), row.chosen.logprob
-                top = {self._spell(one.token_id): one.logprob for one in row.top}
-            told["tokens"].append(token)
-            told["token_logprobs"].append(logprob)
-            told["top_logprobs"].append(top)
-            told["text_offset"].append(self._offsets[index])
-            self._offsets[index] += len(token)
-        return told
+    def _prompt_logprobs(self, number: int, start: pb.Start) -> dict[str, list[Any]]:
+        # A text is given back as it was, without the tokens that were put around it.
+        skip_special = self._skip_special or bool(self._echo and self._echo[number])
+        offsets = self._text_offsets(skip_special)
+        first = start.prompt_token_ids[0]
+        return self._logprobs(start.prompt_logprobs, offsets, first)
 
-    def _spell(self, token: int) -> str:
-        return _piece(self._tokenizer, token).decode(errors="replace")
+    def _logprobs(
+        self,
+        rows: Sequence[pb.PositionLogprobs],
+        offsets: TextOffsets,
+        first: int | None = None,
+    ) -> dict[str, list[Any]]:
+        """The columns of a choice's `logprobs`.
+
+        Args:
+            rows: of its tokens, in order.
+            offsets: continued with them.
+            first: a token before them, of which nothing was expected since nothing goes before it.
+        """
+        vocabulary = self._tokenizer.vocabulary
+        columns: dict[str, list[Any]] = {
+            "tokens": [],
+            "token_logprobs": [],
+            "top_logprobs": [],
+            "text_offset": [],
+        }
+
+        def add(token: int, logprob: float | None, top: Json | None) -> None:
+            columns["tokens"].append(spell(vocabulary, token))
+            columns["token_logprobs"].append(logprob)
+            columns["top_logprobs"].append(top)
+            columns["text_offset"].append(offsets.add(token))
+
+        if first is not None:
+            add(first, None, None)
+        for row in rows:
+            names = spell_apart(vocabulary, [entry.token_id for entry in row.top])
+            values = (entry.logprob for entry in row.top)
+            add(row.chosen.token_id, row.chosen.logprob, dict(zip(names, values, strict=True)))
+        return columns
+
+    def _text_offsets(self, skip_special: bool, begun: int = 0) -> TextOffsets:
+        return TextOffsets(self._tokenizer.vocabulary, skip_special=skip_special, begun=begun)
 
     def _decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special=self._skip_special)
-
-
-def _piece(tokenizer: Tokenizer, token: int) -> bytes:
-    """A token's bytes; none for an id past the tokenizer's (a model's vocabulary may be padded)."""
-    pieces = tokenizer.vocabulary.pieces
-    return pieces[token] if token < len(pieces) else b""
 
 
 def model(one: pb.Model) -> Json:

@@ -30,12 +30,19 @@ class Caller:
         tenant: whose it is.
         deadline_s: when the caller will be gone, on the monotonic clock; None for never.
         traceparent: W3C name of the caller's span; "" for none.
+        strict_schema: a JSON Schema that cannot be enforced to its last word is refused.
     """
 
     request_id: str
     tenant: Tenant = field(default_factory=lambda: Tenant(name=ANYONE))
     deadline_s: float | None = None
     traceparent: str = ""
+    strict_schema: bool = False
+
+
+def is_set(header: str) -> bool:
+    """Whether a header that is a switch is on; any value but an off word turns it on."""
+    return header.strip().lower() not in ("", "0", "false", "no", "off")
 
 
 class Door:

@@ -1,14 +1,18 @@
-"""JSON calls: `{"name": …, "parameters": {…}}` in the spellings that Llama models use."""
+"""JSON calls: `{"name": …, "parameters": {…}}` in the spellings that models use."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from arriero.router.tools.events import ToolCall
 
-KEYS = ("name", "type", "function", "parameters", "arguments")
+NAMES = ("name", "tool_name", "tool", "function_name")
+ARGUMENTS = ("parameters", "arguments", "args", "input", "tool_input", "tool_arguments")
+KEYS = ("type", "function", "id", *NAMES, *ARGUMENTS)
 """A call's object begins with one of these; any other object is content from its first key on."""
+TYPES = ("function", "tool_use", "tool_call", "function_call")
 
 
 def parse_object(text: str) -> ToolCall:
@@ -44,22 +48,29 @@ def parse_arguments(text: str) -> dict[str, Any]:
     return found
 
 
+def first_of(item: Mapping[str, Any], keys: tuple[str, ...]) -> Any:  # noqa: ANN401
+    """The value of the first of `keys` that `item` has; None without any."""
+    return next((item[key] for key in keys if key in item), None)
+
+
 def _call(item: Any) -> ToolCall:  # noqa: ANN401
     if not isinstance(item, dict):
         raise ValueError("no object")
-    if item.get("type", "function") != "function":
+    if item.get("type", "function") not in TYPES:
         raise ValueError("an object of another type")
     inner = item.get("function")
     if isinstance(inner, dict):
         item = inner
-    name = item.get("name", inner if isinstance(inner, str) else None)
+    name = first_of(item, NAMES)
+    if name is None and isinstance(inner, str):
+        name = inner
     if not isinstance(name, str) or not name:
         raise ValueError("no name")
-    arguments = item.get("parameters", item.get("arguments"))
-    if arguments is None and item.keys() <= {"name", "type", "function"}:
+    arguments = first_of(item, ARGUMENTS)
+    if arguments is None and item.keys() <= {*NAMES, "type", "function", "id", *ARGUMENTS}:
         arguments = {}
     if isinstance(arguments, str):
-        arguments = parse_arguments(arguments)
+        arguments = parse_arguments(arguments or "{}")
     if not isinstance(arguments, dict):
         raise ValueError("arguments that are no object")
     return ToolCall.make(name, arguments)

@@ -53,6 +53,38 @@ def parse_call(text: str) -> ToolCall:
     return ToolCall(call.name.removesuffix(".call"), call.arguments)
 
 
+def complete_calls(text: str) -> tuple[list[ToolCall], str]:
+    """The whole calls of a list that was cut off, and the text from the next one on."""
+    reader = _Reader(text)
+    reader.take("[")
+    calls: list[ToolCall] = []
+    while True:
+        rest = reader.rest()
+        try:
+            calls.append(reader.call())
+        except ValueError:
+            return calls, rest
+        if not reader.skip(","):
+            return calls, reader.rest()
+
+
+def partial_call(text: str) -> ToolCall | None:
+    """The call that `text` is the beginning of, with its whole arguments; None without a name."""
+    reader = _Reader(text)
+    arguments: dict[str, Any] = {}
+    try:
+        name = reader.name()
+        reader.take("(")
+    except ValueError:
+        return None
+    try:
+        reader.arguments(arguments)
+    except ValueError:
+        pass  # at the cut
+    written = ToolCall.make(name.removesuffix(".call"), arguments)
+    return ToolCall(written.name, written.arguments[:-1] if arguments else "")
+
+
 class _Reader:
     """A recursive-descent reader over one text."""
 
@@ -93,10 +125,22 @@ class _Reader:
         self._at = found.end()
         return found[0]
 
+    def rest(self) -> str:
+        self._space()
+        return self._text[self._at :]
+
+    def name(self) -> str:
+        return self._match(_NAME)
+
     def call(self) -> ToolCall:
-        name = self._match(_NAME)
+        name = self.name()
         self.take("(")
         arguments: dict[str, Any] = {}
+        self.arguments(arguments)
+        return ToolCall.make(name, arguments)
+
+    def arguments(self, arguments: dict[str, Any]) -> None:
+        """Read into `arguments` up to the closing bracket; those before an error stay."""
         while not self.at(")"):
             key = self._match(_NAME)
             self.take("=")
@@ -106,7 +150,6 @@ class _Reader:
             if not self.skip(","):
                 break
         self.take(")")
-        return ToolCall.make(name, arguments)
 
     def _value(self, depth: int) -> Any:  # noqa: ANN401
         if depth > MAX_DEPTH:

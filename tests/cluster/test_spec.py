@@ -197,6 +197,19 @@ gateway:
     assert (share.tokens_per_minute, share.max_running) == (500, 2)
 
 
+def test_pages_that_may_call(tmp_path: Path, model: Path) -> None:
+    flags: list[tuple[str | None, tuple[str, ...]]] = [
+        (None, ()),
+        ("*", ("*",)),
+        ("http://a:5173, https://b.example/", ("http://a:5173", "https://b.example")),
+    ]
+    for flag, origins in flags:
+        spec = load(None, {"model": str(model)} | ({} if flag is None else {"cors": flag}))
+        assert spec.gateway.config(("tiny",)).cors == origins
+    text = "models: [{name: small, path: tiny}]\ngateway: {http: {cors: ['http://a:1', '*']}}\n"
+    assert load(written(tmp_path, text), {}).gateway.config(("small",)).cors == ("http://a:1", "*")
+
+
 @pytest.mark.parametrize(
     ("gateway", "words"),
     [
@@ -206,6 +219,8 @@ gateway:
         ("{tenants: [{name: anyone, weight: 0}]}", "greater than 0"),
         ("{tenants: [{name: anyone, burst: 3}]}", "no such field"),
         ("{tls: {certificate: c.pem, key: k.pem}}", "`gateway.tls`: .*c.pem"),
+        ("{http: {cors: [localhost]}}", "no origin; write scheme, host and port"),
+        ("{http: {cors: ['http://a/b']}}", "no origin"),
     ],
 )
 def test_front_door_fields_are_refused_precisely(

@@ -8,8 +8,8 @@ import pytest
 from llguidance import LLMatcher
 from tokenizers import Tokenizer
 
-from arriero.router.call_grammar import calls_or_form, strict_grammar
-from arriero.router.grammar import form_grammar
+from arriero.router.call_grammar import calls_or_form, strict_form
+from arriero.router.grammar import read_form
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.tools import ToolCall, ToolCallParser
 from arriero.shards.grammar import Compiler
@@ -62,7 +62,7 @@ class Follower:
 
 @pytest.fixture
 def strict(llama_tokenizer: Tokenizer) -> Follower:
-    return Follower(llama_tokenizer, strict_grammar(TOOLS, tags=["<|python_tag|>"]))
+    return Follower(llama_tokenizer, strict_form(TOOLS, tags=["<|python_tag|>"]).grammar)
 
 
 @pytest.mark.parametrize(
@@ -137,10 +137,12 @@ PERSON = {
 def test_a_call_or_an_answer_of_the_form(
     llama_tokenizer: Tokenizer, form: pb.StructuredOutput, answers: list[str], wrong: list[str]
 ) -> None:
-    both = Follower(llama_tokenizer, calls_or_form(TOOLS, form_grammar(form), parallel=True))
+    own = read_form(form)
+    assert own is not None
+    both = Follower(llama_tokenizer, calls_or_form(TOOLS, own, parallel=True).grammar)
     for text in (*answers, GOOD, f"{GOOD}; {TREE}"):
         assert both.takes(text), text
     for text in (*wrong, f"well {GOOD}"):
         assert not both.takes(text), text
-    single = Follower(llama_tokenizer, calls_or_form(TOOLS, form_grammar(form), parallel=False))
+    single = Follower(llama_tokenizer, calls_or_form(TOOLS, own, parallel=False).grammar)
     assert single.takes(GOOD) and not single.takes(f"{GOOD}; {GOOD}")

@@ -461,3 +461,19 @@ async def test_a_deployed_model_without_a_group_is_unavailable_not_unknown() -> 
         with pytest.raises(NotFound, match="not served; there is tiny"):
             await client.model("other")
     await gateway.stop(0)
+
+
+async def test_pings_of_a_quiet_client_are_let_be(echoing: Stack) -> None:
+    # Two in five minutes is what a server takes by default; the third strike ends the connection.
+    options = [
+        ("grpc.keepalive_time_ms", 1000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+    async with grpc.aio.insecure_channel(echoing.address, options=options) as channel:
+        await channel.channel_ready()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(6):
+                await channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
+        assert channel.get_state() is grpc.ChannelConnectivity.READY

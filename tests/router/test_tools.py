@@ -10,20 +10,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arriero.router.tools import Content, Event, ToolCall, ToolCallParser, Truncated
+from arriero.router.tools import Content, Event, ToolCall, ToolCallParser, Truncated, partial_call
 from arriero.router.tools.balance import Balance
 
 TOOLS = ("get_weather", "add", "brave_search", "maps.route", "code_interpreter")
 
 
-def parse(text: str, cuts: list[int] | None = None, tools: object = TOOLS) -> list[Event]:
-    """Events of `text` cut at `cuts`, adjacent content joined."""
+def parse(
+    text: str, cuts: list[int] | None = None, tools: object = TOOLS, *, cut: bool = False
+) -> list[Event]:
+    """Events of `text` cut at `cuts`, adjacent content joined; `cut` off by a limit, or ended."""
     parser = ToolCallParser(tools)  # type: ignore[arg-type]
     edges = sorted({0, len(text), *(min(cut, len(text)) for cut in cuts or [])})
     events: list[Event] = []
     for start, end in itertools.pairwise(edges):
         events += parser.add(text[start:end])
-    events += parser.add("", final=True)
+    events += parser.add("", final=True, cut=cut)
     joined: list[Event] = []
     for event in events:
         if isinstance(event, Content) and joined and isinstance(joined[-1], Content):
@@ -37,6 +39,8 @@ def call(name: str, **arguments: object) -> ToolCall:
 
 
 W = call("get_weather", city="Cusco")
+JSON_W = '{"name": "get_weather", "arguments": {"city": "Cusco"}}'
+JSON_ADD = '{"name": "add", "parameters": {}}'
 FORMS = [
     (
         '<|python_tag|>brave_search.call(query="llamas")<|eom_id|>',
@@ -103,9 +107,86 @@ FORMS = [
     ),
     ("<function=>nothing", [Content("<function=>nothing")]),
     ("  \n", [Content("  \n")]),
-    ('{"name": "get_weather", "para', [Truncated('{"name": "get_weather", "para')]),
     ('{"name": "Bob", "ag', [Content('{"name": "Bob", "ag')]),
-    ("[add(x=1", [Truncated("[add(x=1")]),
+    # marks of other fine-tunes
+    (f"<tool_call>\n{JSON_W}\n</tool_call>", [W]),
+    (f"<tool_call>{JSON_W}</tool_call>\n<tool_call>{JSON_ADD}</tool_call>", [W, call("add")]),
+    (f"<tool_call>\n{JSON_W}\n{JSON_ADD}\n</tool_call>", [W, call("add")]),
+    (f"<tool_call>{JSON_W}", [W]),
+    (f"<tool_call>[{JSON_W}, {JSON_ADD}]</tool_call>", [W, call("add")]),
+    (
+        '<tool_call>\n{"id": 0, "name": "get_weather", "arguments": {"city": "Cusco"}}\n'
+        "</tool_call>",
+        [W],
+    ),
+    ('<tool_call>{"other": 1}</tool_call>', [Content('<tool_call>{"other": 1}</tool_call>')]),
+    (
+        '<tool_call><function=get_weather>{"city": "Cusco"}</function></tool_call>',
+        [W],
+    ),
+    ("<tool_call>get_weather(city='Cusco')</tool_call>", [W]),
+    ("<|tool_call_start|>[get_weather(city='Cusco')]<|tool_call_end|>", [W]),
+    (f"<|tool_call|>[{JSON_W}]<|/tool_call|>", [W]),
+    (f"<|tool_call|>{JSON_W}", [W]),
+    (f"[TOOL_CALLS] [{JSON_W}]", [W]),
+    ('[TOOL_CALLS]get_weather[ARGS]{"city": "Cusco"}', [W]),
+    ('[TOOL_CALLS]get_weather{"city": "Cusco"}[TOOL_CALLS]add{}', [W, call("add")]),
+    (f"functools[{JSON_W}, {JSON_ADD}]", [W, call("add")]),
+    ("functools is a module", [Content("functools is a module")]),
+    (f"Here:\n```json\n{JSON_W}\n```", [Content("Here:\n"), W]),
+    (f"```\n[{JSON_W}]\n```\nDone.", [W, Content("\nDone.")]),
+    (f"```tool_call\n{JSON_W}\n{JSON_ADD}\n```", [W, call("add")]),
+    ("```python\n[get_weather(city='Cusco')]\n```", [W]),
+    (
+        "```python\nget_weather(city='Cusco')\n```",
+        [Content("```python\nget_weather(city='Cusco')\n```")],
+    ),
+    (
+        '```json\n{"name": "Bob", "parameters": {}}\n```',
+        [Content('```json\n{"name": "Bob", "parameters": {}}\n```')],
+    ),
+    ("a `code` and ```\nx = 1\n```", [Content("a `code` and ```\nx = 1\n```")]),
+    ('<function=get_weather{"city": "Cusco"}</function>', [W]),
+    # spellings of the fields
+    ('{"name": "get_weather", "args": {"city": "Cusco"}}', [W]),
+    ('{"tool": "get_weather", "input": {"city": "Cusco"}}', [W]),
+    ('{"tool_name": "get_weather", "tool_input": {"city": "Cusco"}}', [W]),
+    (
+        '{"type": "tool_use", "id": "t", "name": "get_weather", "input": {"city": "Cusco"}}',
+        [W],
+    ),
+    ('{"function": "get_weather", "arguments": "{\\"city\\": \\"Cusco\\"}"}', [W]),
+    ('{"name": "add", "arguments": null}', [call("add")]),
+    (f"{JSON_W}\n{JSON_ADD}", [W, call("add")]),
+    # a call that lacks its last brackets when the model ends is whole
+    ('{"name": "get_weather", "parameters": {"city": "Cusco"}', [W]),
+    ('{"name": "get_weather", "parameters": {"city": "Cusco"', [W]),
+    ('<tool_call>{"name": "get_weather", "arguments": {"city": "Cusco"}\n', [W]),
+    ('<function=get_weather>{"city": "Cusco"', [W]),
+    ("[get_weather(city='Cusco')", [W]),
+    ("[get_weather(city='Cusco'", [W]),
+    (f"[{JSON_W}", [W]),
+    ('<|python_tag|>{"name": "get_weather", "parameters": {"city": "Cusco"}<|eom_id|>', [W]),
+    ('<tool_call>{"name": "get_weather", "arguments": {"city": "Cusco"}\n</tool_call>', [W]),
+    (
+        '<tool_call>{"name": "get_weather", "arguments": {"city": "Cusco"}</tool_call>'
+        f"<tool_call>{JSON_ADD}</tool_call>",
+        [W, call("add")],
+    ),
+    ('<function=get_weather>{"city": "Cusco"</function> so', [W, Content(" so")]),
+    ('```json\n{"name": "get_weather", "parameters": {"city": "Cusco"}\n```', [W]),
+    (
+        '<tool_call>{"name": "get_weather", "arguments": {"city": "</tool_call>"}}</tool_call>',
+        [call("get_weather", city="</tool_call>")],
+    ),
+    ('brave_search.call(query="llamas"', [call("brave_search", query="llamas")]),
+    # what it said in full is not known: its words are content
+    ('{"name": "get_weather", "para', [Content('{"name": "get_weather", "para')]),
+    (
+        '{"name": "get_weather", "parameters": {"city": "Cus',
+        [Content('{"name": "get_weather", "parameters": {"city": "Cus')],
+    ),
+    ('<tool_call>{"name": "get_wea', [Content('<tool_call>{"name": "get_wea')]),
 ]
 
 
@@ -117,6 +198,62 @@ def test_every_form(text: str, expected: list[Event] | None) -> None:
     for cut in range(len(text)):
         assert parse(text, [cut]) == whole, cut
     assert parse(text, list(range(len(text)))) == whole
+
+
+# what max_tokens cut off: the words that are given, and what a client of HTTP gets of them
+CUT_OFF = [
+    ('{"name": "get_weather", "para', ("get_weather", "")),
+    ('{"name": "get_weather", "parameters": {"city": "Cus', ("get_weather", '{"city": "Cus')),
+    (
+        '{"name": "get_weather", "parameters": {"city": "Cusco"}',
+        ("get_weather", '{"city": "Cusco"}'),
+    ),
+    (
+        '{"parameters": {"city": "Cusco"}, "name": "get_weather"',
+        ("get_weather", '{"city": "Cusco"}'),
+    ),
+    ('{"function": {"name": "add", "arguments": {"a": 1', ("add", '{"a": 1')),
+    ('{"name": "add", "arguments": "{\\"a\\": \\"x', ("add", '{"a": "x')),
+    ('{"name": "add", "arguments": "{\\"a\\": \\"x\\', ("add", '{"a": "x')),
+    ('{"name": "add", "arguments": "{\\"a\\": \\"x\\u00', ("add", '{"a": "x')),
+    ('<tool_call>{"name": "get_weather", "arguments": {"ci', ("get_weather", '{"ci')),
+    ('<function=get_weather>{"city": "C', ("get_weather", '{"city": "C')),
+    ('[TOOL_CALLS]get_weather{"city"', ("get_weather", '{"city"')),
+    ("[add(x=1", ("add", '{"x": 1')),
+    ("[add(x=1, y='t", ("add", '{"x": 1')),
+    ("[add(", ("add", "")),
+    ('brave_search.call(query="lla', ("brave_search", "")),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), CUT_OFF, ids=[str(n) for n in range(len(CUT_OFF))])
+def test_a_call_that_was_cut_off(text: str, expected: tuple[str, str]) -> None:
+    (event,) = whole = parse(text, cut=True)
+    assert isinstance(event, Truncated)
+    assert text.endswith(event.text)
+    assert partial_call(event.text) == ToolCall(*expected)
+    for at in range(len(text)):
+        assert parse(text, [at], cut=True) == whole, at
+
+
+def test_of_a_list_that_was_cut_off_the_whole_calls_are_given() -> None:
+    for text, rest in (
+        (f"[{JSON_W}, {JSON_W[:20]}", JSON_W[:20]),
+        ("[get_weather(city='Cusco'), add(x", "add(x"),
+    ):
+        assert parse(text, cut=True) == [W, Truncated(rest)]
+    (named,) = parse('<tool_call>{"na', cut=True)
+    assert isinstance(named, Truncated) and partial_call(named.text) is None
+    assert parse('{"name": "Bob", "parameters": {"a', cut=True) == [
+        Content('{"name": "Bob", "parameters": {"a')
+    ]
+
+
+@given(text=st.text(alphabet="aé\\u0041\"'{}[]():,=1 ", max_size=30))
+def test_any_cut_off_text_is_read(text: str) -> None:
+    for begun in ('{"name": "add", "arguments": ', '{"name": "add", "arguments": "{', "add(", text):
+        found = partial_call(begun + text)
+        assert found is None or not found.arguments or found.arguments[0] == "{"
 
 
 PIECES = st.sampled_from(
@@ -145,6 +282,14 @@ PIECES = st.sampled_from(
         "x = [1]",
         "add.call(",
         '"""',
+        "```",
+        "```json\n",
+        "<tool_call>",
+        "</tool_call>",
+        "[TOOL_CALLS]",
+        "functools",
+        "</function>",
+        '{"name": "add"',
     ]
 )
 
@@ -154,8 +299,10 @@ PIECES = st.sampled_from(
 def test_streamed_is_whole(pieces: list[str], data: st.DataObject) -> None:
     text = "".join(pieces)
     cuts = data.draw(st.lists(st.integers(0, len(text)), max_size=12))
-    assert parse(text, cuts) == parse(text)
-    assert parse(text, list(range(len(text)))) == parse(text)
+    for cut in (False, True):
+        whole = parse(text, cut=cut)
+        assert parse(text, cuts, cut=cut) == whole
+        assert parse(text, list(range(len(text))), cut=cut) == whole
 
 
 JSON = st.recursive(
@@ -192,7 +339,15 @@ def as_functions(calls: list[tuple[str, dict[str, object]]]) -> str:
     calls=CALLS,
     before=WORDS,
     form=st.sampled_from([pythonic, as_json, as_functions]),
-    wrap=st.sampled_from([("", ""), ("", "<|eot|>"), ("<|python_start|>", "<|python_end|>")]),
+    wrap=st.sampled_from(
+        [
+            ("", ""),
+            ("", "<|eot|>"),
+            ("<|python_start|>", "<|python_end|>"),
+            ("<tool_call>\n", "\n</tool_call>"),
+            ("```json\n", "\n```"),
+        ]
+    ),
     data=st.data(),
 )
 def test_calls_round_trip_through_every_form(calls, before, form, wrap, data) -> None:  # noqa: ANN001

@@ -311,8 +311,10 @@ Global___SamplingParams: _TypeAlias = SamplingParams  # noqa: Y015
 @_typing.final
 class StructuredOutput(_message.Message):
     """A form that the output's text fits from its first character to its last, unless max_tokens or a
-    stop string cuts it off. Each is at most 64 KiB. One that is too complex, or uses what is not
-    supported (a schema's `not`, a pattern's look-around), is refused by INVALID_ARGUMENT.
+    stop string cuts it off. Each is at most 64 KiB. One that is too complex, or a regular expression
+    with look-around, is refused by INVALID_ARGUMENT. Words of a JSON Schema that cannot be enforced
+    (`uniqueItems`, `not`) are left out and named in trailing metadata `x-schema-not-enforced`; with
+    metadata `x-strict-schema: 1` such a schema is refused.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -984,7 +986,9 @@ class Output(_message.Message):
     stop_token_id: _builtins.int
     stop_string: _builtins.str
     truncated_tool_call: _builtins.str
-    """What there is of a call that the output's end cut off."""
+    """What there is of a call that max_tokens cut off. One that lacks only its last brackets when
+    the model ends is complete; any other that it leaves unfinished is in `text`.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """New tokens, a stop token among them."""
