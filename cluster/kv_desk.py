@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from arriero.cluster.canary import Canary
@@ -93,7 +94,7 @@ class KvDesk:
     async def _tokens(self, text: str, *, raw: bool) -> tuple[int, ...]:
         """A text as requests have it in front: as a system prompt, or as it is."""
         if self._text is None:
-            self._text = await asyncio.to_thread(TextModel, self._card)
+            self._text = await asyncio.to_thread(partial(TextModel, self._card, warm=False))
         model = self._text
         if raw:
             found = await model.encode(text, add_special_tokens=True, trusted=False)

@@ -6,18 +6,14 @@ Knows plain JSON files beside a checkpoint; knows nothing of weights.
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from arriero.router import templates
-from arriero.shards.errors import CheckpointError
-
-_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-"""Fields of generation_config.json that stand in for what a request leaves out."""
+from arriero.router.text_files import TextFiles
+from arriero.router.turn_ends import turn_ends
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,10 +27,14 @@ class ModelCard:
         digest: of weights and revision; groups of one digest give the same tokens.
         max_model_len: most tokens of prompt and output together.
         vocab_size: token ids run below it.
-        bos_token_id, eos_token_ids: the model's own begin and end tokens.
+        bos_token_id, eos_token_ids: the model's own begin and end tokens, `turn_ends` among them.
+        turn_ends: end tokens that the chat template alone tells of; the engine does not know them,
+            so each request names them.
         tokenizer_json: the file's bytes.
-        chat_template: Jinja source, or None.
+        chat_template: Jinja source of the default one, or None.
+        named_templates: further ones, by name ("tool_use", "rag").
         bos_token, eos_token: their text, which templates ask for.
+        special_tokens: text of further ones that templates may ask for, by the field's name.
         generation_defaults: sampling fields of the checkpoint's generation_config.json.
         created: seconds since 1970.
         max_sequences: most sequences that the group computes at once.
@@ -45,6 +45,7 @@ class ModelCard:
         memory: names the node in whose host memory it keeps blocks; "" where it keeps none.
         image_tile, image_features: pixels of a side of an image's tile, and the features that stand
             for a tile; 0 where the model reads no images.
+        warnings: what the checkpoint's text files say that is not taken, in words.
     """
 
     model: str
@@ -69,6 +70,10 @@ class ModelCard:
     memory: str = ""
     image_tile: int = 0
     image_features: int = 0
+    turn_ends: tuple[int, ...] = ()
+    named_templates: Mapping[str, str] = field(default_factory=dict)
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
     def weights(self) -> str:
@@ -79,10 +84,20 @@ class ModelCard:
     def text_key(self) -> str:
         """Digest of what makes the model's text side; groups of an equal one share it."""
         digest = hashlib.sha256(self.tokenizer_json)
-        images = f"{self.image_tile} {self.image_features}"
-        for part in (self.chat_template or "", self.bos_token, self.eos_token, images):
-            digest.update(hashlib.sha256(part.encode()).digest())
+        texts = (
+            self.chat_template,
+            sorted(self.named_templates.items()),
+            self.template_tokens,
+            (self.image_tile, self.image_features),
+            (self.vocab_size, self.eos_token_ids),
+        )
+        digest.update(repr(texts).encode())
         return digest.hexdigest()
+
+    @property
+    def template_tokens(self) -> dict[str, str]:
+        """The special tokens' text that templates ask for, by variable."""
+        return {**self.special_tokens, "bos_token": self.bos_token, "eos_token": self.eos_token}
 
     def to_wire(self) -> dict[str, Any]:
         """As msgpack can carry it."""
@@ -91,7 +106,8 @@ class ModelCard:
     @classmethod
     def from_wire(cls, data: Mapping[str, Any]) -> ModelCard:
         """Undo `to_wire`."""
-        return cls(**{**data, "eos_token_ids": tuple(data["eos_token_ids"])})
+        lists = ("eos_token_ids", "turn_ends", "warnings")
+        return cls(**{**data, **{name: tuple(data.get(name, ())) for name in lists}})
 
     @classmethod
     def from_folder(
@@ -118,20 +134,14 @@ class ModelCard:
         """Read tokenizer, template and defaults from a checkpoint's folder; the rest is given.
 
         Raises:
-            CheckpointError: tokenizer.json is missing, or a file is not JSON.
+            CheckpointError: tokenizer.json is missing, or a file is not what it must be.
         """
-        folder = Path(path)
-        try:
-            tokenizer_json = (folder / "tokenizer.json").read_bytes()
-        except OSError as error:
-            raise CheckpointError(f"{folder / 'tokenizer.json'}: {error.strerror}") from error
-        settings = _read_json(folder / "tokenizer_config.json")
-        generation = _read_json(folder / "generation_config.json")
-        defaults = {
-            name: generation[name]
-            for name in _DEFAULTS
-            if isinstance(generation.get(name), int | float)
-        }
+        files = TextFiles.read(Path(path))
+        specials = dict(files.special_tokens)
+        ends = turn_ends(
+            [files.chat_template, *files.named_templates.values()], specials, files.tokenizer_json
+        )
+        more = tuple(token for token in ends if token < vocab_size and token not in eos_token_ids)
         return cls(
             model=model,
             group=group,
@@ -140,12 +150,16 @@ class ModelCard:
             max_model_len=max_model_len,
             vocab_size=vocab_size,
             bos_token_id=bos_token_id,
-            eos_token_ids=eos_token_ids,
-            tokenizer_json=tokenizer_json,
-            chat_template=_chat_template(folder, settings) or _builtin(folder, tokenizer_json),
-            bos_token=_token_text(settings.get("bos_token")),
-            eos_token=_token_text(settings.get("eos_token")),
-            generation_defaults=defaults,
+            eos_token_ids=(*eos_token_ids, *more),
+            turn_ends=more,
+            tokenizer_json=files.tokenizer_json,
+            chat_template=files.chat_template,
+            named_templates=files.named_templates,
+            bos_token=specials.pop("bos_token", ""),
+            eos_token=specials.pop("eos_token", ""),
+            special_tokens=specials,
+            generation_defaults=files.generation_defaults,
+            warnings=files.warnings,
             created=int(time.time()),
             max_sequences=max_sequences,
             arithmetic=arithmetic,
@@ -156,53 +170,3 @@ class ModelCard:
             image_tile=image_tile,
             image_features=image_features,
         )
-
-
-def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """The template, from its own file, from the settings, or from a list of named ones."""
-    for name in ("chat_template.jinja", "chat_template.json"):
-        file = folder / name
-        if file.exists() and name.endswith(".jinja"):
-            return file.read_text(encoding="utf-8")
-        if file.exists():
-            settings = {**settings, **_read_json(file)}
-    found = settings.get("chat_template")
-    if isinstance(found, list):
-        named = {entry["name"]: entry["template"] for entry in found}
-        found = named.get("default") or next(iter(named.values()), None)
-    if found is not None and not isinstance(found, str):
-        raise CheckpointError(f"{folder}: `chat_template` is a {type(found).__name__}, not text")
-    return found
-
-
-def _builtin(folder: Path, tokenizer_json: bytes) -> str | None:
-    """A template of our own, when the special tokens are those of a Llama that we know."""
-    try:
-        added = json.loads(tokenizer_json).get("added_tokens") or []
-        specials = {token["content"] for token in added}
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / 'tokenizer.json'}: {error!r}") from error
-    config = _read_json(folder / "config.json")
-    scaling = config.get("rope_scaling") or config.get("rope_parameters")
-    factor = scaling.get("factor") if isinstance(scaling, Mapping) else None
-    return templates.find(specials, rope_factor=factor)
-
-
-def _token_text(value: Any) -> str:  # noqa: ANN401
-    """A token's text, written plainly or as an added-token object."""
-    if isinstance(value, Mapping):
-        value = value.get("content")
-    return value if isinstance(value, str) else ""
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, empty when there is no such file."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: holds a {type(data).__name__}, not an object")
-    return data

@@ -6,10 +6,13 @@ Knows how template, marks and tokenizer work together; knows nothing of requests
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
+from arriero.router.agreement import check_tokens_agree
 from arriero.router.card import ModelCard
+from arriero.router.chat_templates import ChatTemplates, ProbedTemplate
 from arriero.router.grammar import GrammarCheck
 from arriero.router.images import ImageReader, LaidImage
 from arriero.router.marks import strings
@@ -29,30 +32,46 @@ CALL_TAGS = ("<|python_tag|>", "<|python_start|>", "<|python_end|>")
 INLINE_CHARS = 8192
 """Texts up to so long are encoded on the event loop (about 2 ms); longer ones in a thread."""
 
-T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class TextModel:
     """The text side of one model: built once for each tokenizer, shared by its groups.
 
+    Building it checks the checkpoint's text files against each other.
+
     Args:
-        card: gives tokenizer, template and special tokens' text.
+        card: gives tokenizer, templates and special tokens' text.
+        warm: make ready for grammars as well, which takes a second for 200,000 tokens; else
+            `grammars.warm` does, later.
 
     Raises:
-        CheckpointError: tokenizer or template cannot be read.
+        CheckpointError: tokenizer or template cannot be read, or they do not agree with each other
+            or with the model's vocabulary.
 
     Attributes:
         key: the card's `text_key`.
+        warnings: what the text files say that is odd or is not taken, in words.
     """
 
-    def __init__(self, card: ModelCard) -> None:
+    def __init__(self, card: ModelCard, *, warm: bool = True) -> None:
         self.key = card.text_key
         self.tokenizer = Tokenizer(card.tokenizer_json)
-        self.template = ChatTemplate(card.chat_template) if card.chat_template else None
-        self._tokens = {"bos_token": card.bos_token, "eos_token": card.eos_token}
+        self._templates = ChatTemplates(card, self.tokenizer)
+        self._tokens = card.template_tokens
         self._model = card.model
+        self._vocab_size = card.vocab_size
         self.grammars = GrammarCheck(card)
         self.images = ImageReader(card, self.tokenizer.control_ids)
+        self.warnings = (
+            *card.warnings,
+            *check_tokens_agree(card, self.tokenizer),
+            *self._templates.warnings,
+        )
+        for words in self.warnings:
+            log.warning("model %s: %s", card.model, words)
+        if warm:
+            self.grammars.warm()
 
     @property
     def call_tags(self) -> list[str]:
@@ -63,8 +82,10 @@ class TextModel:
         """Token ids of a text; see `Tokenizer.encode` and `encode_trusted`."""
         encode = self.tokenizer.encode_trusted if trusted else self.tokenizer.encode
         if len(text) <= INLINE_CHARS:
-            return encode(text, add_special_tokens=add_special_tokens)
-        return await asyncio.to_thread(encode, text, add_special_tokens=add_special_tokens)
+            ids = encode(text, add_special_tokens=add_special_tokens)
+        else:
+            ids = await asyncio.to_thread(encode, text, add_special_tokens=add_special_tokens)
+        return self._with_rows("prompt", ids)
 
     async def encode_chat(
         self,
@@ -111,24 +132,20 @@ class TextModel:
         Raises:
             InvalidRequest: a role, a variable or the whole is not what the template takes.
         """
-        if self.template is None:
+        if not self._templates:
             raise InvalidRequest(
                 "messages",
                 f"model {self._model!r} has no chat template; lay the prompt out yourself and call "
                 "Generate",
             )
         _check(messages, add_generation_prompt, continue_final_message)
-        if tools and not self.template.knows_tools:
-            raise InvalidRequest(
-                "tools",
-                f"the chat template of model {self._model!r} cannot show tools to the model; leave "
-                "`tools` out",
-            )
+        chosen = self._templates.choose(messages, tools=bool(tools), documents=bool(documents))
+        self._check_shown(chosen, messages, tools)
         more = dict(variables or {})
-        self._check_variables(self.template, more, documents)
+        self._check_variables(chosen.template, more, documents)
         marker = self.tokenizer.marker
         callers = [*messages, *tools, *documents, more]
-        mark = marker.choose([*strings(callers), self.template.source])
+        mark = marker.choose([*strings(callers), chosen.template.source])
         marked = [
             {**marker.mark_all(message, mark), "role": message["role"]} for message in messages
         ]
@@ -147,7 +164,8 @@ class TextModel:
         given = {
             **marker.mark_all(more, mark),
             **self._tokens,
-            "messages": marked,
+            **chosen.forms.absent,
+            "messages": [chosen.forms.lay(message) for message in marked],
             "add_generation_prompt": add_generation_prompt,
         }
         if tools:
@@ -155,9 +173,10 @@ class TextModel:
         if documents:
             given["documents"] = marker.mark_all(list(documents), mark)
         try:
-            rendered = _render(self.template, given)
+            rendered = _render(chosen.template, given)
         except TemplateError as error:  # whose words may quote what was marked
             raise TemplateError(str(error).replace(mark, "")) from None
+        chosen.check_words(given, rendered, self._model)
         if continue_final_message:
             at = rendered.rfind(end)
             if at < 0:
@@ -166,7 +185,48 @@ class TextModel:
             kept = tail if rendered.startswith(tail, at + len(end)) else ""
             rendered = rendered[:at] + kept
         ids = self.tokenizer.encode_pieces(marker.split(rendered, mark))
+        self._with_rows("messages", ids)
         return self._with_images(ids, images) if images else ids
+
+    def _with_rows(self, field: str, ids: list[int]) -> list[int]:
+        """`ids`, each of which the model has a row for: a tokenizer may have more tokens.
+
+        Raises:
+            InvalidRequest: one has none.
+        """
+        if self.tokenizer.size > self._vocab_size and max(ids, default=0) >= self._vocab_size:
+            token = next(one for one in ids if one >= self._vocab_size)
+            text = self.tokenizer.decode([token], skip_special=False)
+            raise InvalidRequest(
+                field,
+                f"`{field}` holds {text[:64]!r}, token {token} of the tokenizer; model "
+                f"{self._model!r} has rows for 0 to {self._vocab_size - 1} alone; leave it out",
+            )
+        return ids
+
+    def _check_shown(
+        self,
+        chosen: ProbedTemplate,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Refuse functions and calls that the template would leave out."""
+        if tools and not chosen.forms.shows_tools:
+            raise InvalidRequest(
+                "tools",
+                f"the chat template of model {self._model!r} cannot show tools to the model; leave "
+                "`tools` out",
+            )
+        if chosen.forms.shows_calls:
+            return
+        for number, message in enumerate(messages):
+            if message.get("tool_calls"):
+                raise InvalidRequest(
+                    "messages",
+                    f"the chat template of model {self._model!r} cannot show "
+                    f"`messages[{number}].tool_calls` to the model; say in `content` what was "
+                    "called",
+                )
 
     def _with_images(self, ids: Sequence[int], images: Sequence[LaidImage]) -> list[int]:
         """`ids` with each image's tokens where the template left a place for it."""

@@ -217,10 +217,13 @@ class GrammarCheck:
         self._one_at_a_time = threading.Lock()
 
     def warm(self) -> None:
-        """Make the first check as fast as any; may be called from any thread."""
+        """Make the first check as fast as any; may be called from any thread.
+
+        Raises:
+            CheckpointError: the tokenizer cannot be used for grammars.
+        """
         with self._one_at_a_time:
-            if self._ends:
-                self._compiler.warm()
+            self._compiler.warm()
 
     async def check(self, field: str, form: Form) -> Form:
         """The form as it can be followed.

@@ -284,16 +284,28 @@ class LinkedGroups:
         """Make ready for grammars, while others are served already."""
         if built.cancelled() or built.exception() is not None:
             return
-        warming = asyncio.create_task(asyncio.to_thread(built.result().grammars.warm))
+        warming = asyncio.create_task(self._warm_grammars(built.result()))
         self._tasks.add(warming)
         warming.add_done_callback(self._tasks.discard)
+
+    async def _warm_grammars(self, text: TextModel) -> None:
+        """A model that could follow no grammar is not served at all."""
+        try:
+            await asyncio.to_thread(text.grammars.warm)
+        except ArrieroError as error:
+            for group_id, group in self._groups.items():
+                if group.text_key == text.key:
+                    group.fault, group.prepared = str(error), False
+                    log.error("group %s cannot be used: %s", group_id, error)
+            self._on_change()
 
     async def _prepare(self, group: _Group) -> None:
         """Build the tokenizer off the loop (a second for 200,000 tokens), once a tokenizer."""
         card = group.link.card
         key = group.text_key = card.text_key
         if key not in self._texts:
-            self._texts[key] = asyncio.create_task(asyncio.to_thread(TextModel, card))
+            build = partial(TextModel, card, warm=False)
+            self._texts[key] = asyncio.create_task(asyncio.to_thread(build))
             self._texts[key].add_done_callback(self._warm)
         try:
             await asyncio.shield(self._texts[key])

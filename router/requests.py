@@ -122,7 +122,7 @@ def read_sampling(message: pb.SamplingParams, card: ModelCard) -> SamplingParams
     """
     fields: dict[str, Any] = {}
     for name, value in card.generation_defaults.items():
-        fields[name] = max(int(value), 0) if name == "top_k" else float(value)
+        fields[name] = int(value) if name == "top_k" else float(value)
     for name in _OPTIONAL:
         if message.HasField(name):  # type: ignore[arg-type]  # the stubs want a literal
             fields[name] = getattr(message, name)
@@ -136,6 +136,9 @@ def read_sampling(message: pb.SamplingParams, card: ModelCard) -> SamplingParams
         stop_token_ids=tuple(message.stop_token_ids),
     )
     params.check(vocab_size=card.vocab_size)
+    if card.turn_ends and not params.ignore_eos:
+        stops = dict.fromkeys((*params.stop_token_ids, *card.turn_ends))
+        params = replace(params, stop_token_ids=tuple(stops))
     if params.seed is None:
         params = replace(params, seed=secrets.randbits(63))
     return params
@@ -455,5 +458,5 @@ def defaults_to_wire(defaults: Mapping[str, float]) -> pb.SamplingParams:
     """A checkpoint's generation defaults as the wire says them."""
     message = pb.SamplingParams()
     for name, value in defaults.items():
-        setattr(message, name, max(int(value), 0) if name == "top_k" else float(value))
+        setattr(message, name, int(value) if name == "top_k" else float(value))
     return message

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer as _Backend
@@ -37,7 +37,7 @@ class Tokenizer:
         try:
             spec: dict[str, Any] = json.loads(tokenizer_json)
             added = [token for token in spec.get("added_tokens") or [] if token["content"]]
-            controls = [t for t in added if t["special"] or _MARKUP.fullmatch(t["content"])]
+            controls = control_tokens(added)
             names = {token["content"] for token in controls}
             # Truncation and padding are a training run's; a prompt is never cut in silence.
             plain = spec | {"truncation": None, "padding": None}
@@ -54,14 +54,19 @@ class Tokenizer:
         self.control_ids: dict[str, int] = {t["content"]: t["id"] for t in controls}
         self._forbidden = frozenset(self.control_ids.values())
         self._prefix, self._suffix = _around(self._plain)
-        self._strip_left = {t["content"] for t in controls if t["lstrip"]}
-        self._strip_right = {t["content"] for t in controls if t["rstrip"]}
+        self._strip_left = {t["content"] for t in controls if t.get("lstrip")}
+        self._strip_right = {t["content"] for t in controls if t.get("rstrip")}
         self.marker = Marker(self.control_ids)
 
     @property
     def size(self) -> int:
         """One more than the highest token id."""
         return len(self.vocabulary.pieces)
+
+    def token_id(self, text: str) -> int | None:
+        """Id of the token that is just `text`."""
+        found: int | None = self._plain.token_to_id(text)
+        return found
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Ids of a caller's text, in which special tokens are plain text.
@@ -116,6 +121,15 @@ class Tokenizer:
     def decode(self, tokens: Iterable[int], *, skip_special: bool) -> str:
         """Text of `tokens`; bytes that are not UTF-8 appear as U+FFFD."""
         return Detokenizer(self.vocabulary, skip_special=skip_special).add(tokens, final=True)
+
+
+def control_tokens(added: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Of the entries in `added_tokens`, those that steer the model."""
+    return [
+        token
+        for token in added
+        if token["content"] and (token["special"] or _MARKUP.fullmatch(token["content"]))
+    ]
 
 
 def _around(backend: _Backend) -> tuple[list[int], list[int]]:

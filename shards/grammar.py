@@ -9,14 +9,18 @@ memory depends on what a caller writes.
 taking a token in and making the next mask happen while the model computes. Knows tokens and masks;
 knows nothing of JSON or requests.
 
+A tokenizer may have more tokens than the model has rows (an added [PAD]), or fewer (a padded
+vocabulary): grammars are followed over the larger number, and masks cut to the model's rows.
+
 Source: github.com/guidance-ai/llguidance; Brzozowski (1964), Earley (1970).
 """
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -25,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from arriero.shards.errors import CheckpointError
 from arriero.shards.plan import Int32
 
 if TYPE_CHECKING:
@@ -32,8 +37,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_STAND_IN = {
+    "content": "<|arriero: no end|>",
+    "special": True,
+    "single_word": False,
+    "lstrip": False,
+    "rstrip": False,
+    "normalized": False,
+}
 MAX_COMPILED = 64
 """Compiled grammars kept, the last used; a copy of one costs a microsecond."""
+
+
+class _NoTokenizer(CheckpointError):
+    """The file that should hold a tokenizer holds none."""
 
 
 class Compiler:
@@ -42,12 +59,18 @@ class Compiler:
     Args:
         tokenizer: text of a `tokenizer.json`, or the path of one.
         vocab_size: token ids run below it.
-        eos_token_ids: what may be drawn once the grammar is fulfilled, at least one.
+        eos_token_ids: what may be drawn once the grammar is fulfilled.
+
+    Attributes:
+        stand_in: id that the library has for an end where the model has none with a text.
     """
 
-    def __init__(self, tokenizer: str, *, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self, tokenizer: str | Path, *, vocab_size: int, eos_token_ids: Sequence[int]
+    ) -> None:
         self._source = (tokenizer, vocab_size, list(eos_token_ids))
         self._tokenizer: LLTokenizer | None = None
+        self.stand_in: int | None = None
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
 
     def matcher(self, grammar: str) -> LLMatcher:
@@ -61,22 +84,63 @@ class Compiler:
         return found.deep_copy()
 
     def warm(self) -> None:
-        """Build what every grammar needs, which takes a second for 200,000 tokens."""
-        self.matcher('start: "a"')
+        """Build what every grammar needs, which takes a second for 200,000 tokens.
+
+        Raises:
+            CheckpointError: the library cannot take the tokenizer.
+            ImportError, OSError: the library or the tokenizer's file is not here.
+        """
+        try:
+            matcher = self.matcher('start: "a"')
+        except (ImportError, OSError, CheckpointError):
+            raise
+        except Exception as error:  # the library raises what its parts raise
+            raise CheckpointError(f"tokenizer.json: grammars cannot use it: {error}") from error
+        if matcher.is_error():
+            raise CheckpointError(f"tokenizer.json: grammars cannot use it: {matcher.get_error()}")
+
+    @property
+    def num_mask_words(self) -> int:
+        """32-bit words of a mask, once a grammar was compiled."""
+        assert self._tokenizer is not None, "compile a grammar first"
+        return -(-self._tokenizer.vocab_size // 32)
 
     def _compile(self, grammar: str) -> LLMatcher:
         # imported here: an engine runs without the library until a request brings a grammar
-        from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+        from llguidance import LLMatcher, LLParserLimits
 
         if self._tokenizer is None:
-            text, vocab_size, ends = self._source
-            self._tokenizer = LLTokenizer(text, n_vocab=vocab_size, eos_token=ends)
+            self._tokenizer = self._build()
         limits = LLParserLimits(
             max_grammar_size=100_000,  # symbols; about 0.2 s of compiling
             max_lexer_states=20_000,  # 2 kB each
             verbose_errors=False,  # which would quote the vocabulary
         )
         return LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
+
+    def _build(self) -> LLTokenizer:
+        from llguidance import LLTokenizer
+
+        source, vocab_size, ends = self._source
+        text = source.read_text(encoding="utf-8-sig") if isinstance(source, Path) else source
+        try:
+            spec = json.loads(text)
+            size = _num_tokens(spec)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise _NoTokenizer(f"tokenizer.json: holds no tokenizer: {error!r}") from error
+        ends = [token for token in ends if token < size]  # the library takes no end without text
+        if not ends:  # and wants one: a token of our own, which masks leave out
+            self.stand_in, ends = size, [size]
+            spec["added_tokens"] = [*(spec.get("added_tokens") or []), _STAND_IN | {"id": size}]
+            text, size = json.dumps(spec), size + 1
+        return LLTokenizer(text, n_vocab=max(vocab_size, size), eos_token=ends)
+
+
+def _num_tokens(spec: Mapping[str, Any]) -> int:
+    """One more than the highest id of a parsed `tokenizer.json`."""
+    vocabulary = spec["model"]["vocab"]
+    ids = vocabulary.values() if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
+    return 1 + max([*ids, *(token["id"] for token in spec.get("added_tokens") or [])], default=-1)
 
 
 class GrammarRows:
@@ -90,20 +154,34 @@ class GrammarRows:
 
     def __init__(self, model_path: str, *, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         self._compiler = Compiler(
-            str(Path(model_path) / "tokenizer.json"),
+            Path(model_path) / "tokenizer.json",
             vocab_size=vocab_size,
             eos_token_ids=eos_token_ids,
         )
         self._vocab_size = vocab_size
         self._followed: dict[int, _Followed] = {}
         self._thread: ThreadPoolExecutor | None = None
+        self._warming: Future[None] | None = None
 
     def warm(self) -> None:
-        """Make ready in the thread, so that a first grammar holds no step up.
+        """Make ready in the thread, so that a first grammar holds no step up."""
+        self._warming = self._submit(self._compiler.warm)
 
-        Where that fails (the library or the tokenizer is not here), the first grammar says why.
+    def check_warm(self) -> None:
+        """Wait for `warm`; a slice that could follow no grammar does not start.
+
+        Where the library or a tokenizer is not here, the first grammar says so: tokens are served
+        all the same.
+
+        Raises:
+            CheckpointError: the tokenizer is here, and the library cannot take it.
         """
-        self._submit(self._compiler.warm)
+        if self._warming is None:
+            return
+        try:
+            self._warming.result()
+        except (ImportError, OSError, _NoTokenizer) as error:
+            log.warning("no grammar can be followed: %s", error)
 
     def close(self) -> None:
         """Stop the thread; what it has begun it ends."""
@@ -118,9 +196,19 @@ class GrammarRows:
     def __bool__(self) -> bool:
         return bool(self._followed)
 
-    def enter(self, slot: int, grammar: str, output: Sequence[int]) -> None:
-        """Follow the sequence in `slot`, which has said `output` so far."""
-        one = self._followed[slot] = _Followed(-(-self._vocab_size // 32))
+    def enter(
+        self, slot: int, grammar: str, output: Sequence[int], ends: Sequence[int] = ()
+    ) -> None:
+        """Follow the sequence in `slot`, which has said `output` so far.
+
+        Args:
+            slot: where it is.
+            grammar: what its output must fit.
+            output: its tokens so far.
+            ends: tokens that end this sequence, beside the model's own: they may be drawn where
+                the output may end.
+        """
+        one = self._followed[slot] = _Followed(-(-self._vocab_size // 32), ends)
         one.mask = self._submit(partial(one.begin, self._compiler, grammar, output))
 
     def leave(self, slot: int) -> None:
@@ -162,16 +250,19 @@ class GrammarRows:
 class _Followed:
     """One sequence's matcher, touched by the thread alone, and its next mask, when it is made."""
 
-    __slots__ = ("_matcher", "_words", "mask")
+    __slots__ = ("_ends", "_matcher", "_stand_in", "_words", "mask")
 
-    def __init__(self, num_words: int) -> None:
+    def __init__(self, num_words: int, ends: Sequence[int]) -> None:
         self._matcher: LLMatcher | None = None
         self._words = num_words
+        self._ends = np.asarray(ends, dtype=np.int64)
+        self._stand_in: int | None = None
         self.mask: Future[Int32] | None = None
 
     def begin(self, compiler: Compiler, grammar: str, output: Sequence[int]) -> Int32:
         try:
             self._matcher = compiler.matcher(grammar)
+            self._words, self._stand_in = compiler.num_mask_words, compiler.stand_in
         except Exception:
             # The library or the tokenizer is not here, though the gateway has both: the one request
             # finds nothing to draw and ends in an error; the group's others go on.
@@ -196,4 +287,14 @@ class _Followed:
             matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
             if matcher.is_error():
                 mask[:] = 0
+            else:
+                self._set_ends(mask.view(np.uint32), matcher)
         return mask
+
+    def _set_ends(self, mask: npt.NDArray[np.uint32], matcher: LLMatcher) -> None:
+        """Allow the sequence's own ends where the library allows the model's."""
+        if self._stand_in is not None:
+            mask[self._stand_in >> 5] &= ~np.uint32(1 << (self._stand_in & 31))
+        if len(self._ends) and matcher.is_accepting():
+            bits = np.uint32(1) << (self._ends & 31).astype(np.uint32)
+            np.bitwise_or.at(mask, self._ends >> 5, bits)

@@ -126,6 +126,7 @@ class Runner:
             grammars=self._grammars(str(checkpoint.path), model) if self.mesh.samples else None,
             local=self._local_table(config, attention_chunk(model)),
         )
+        self._table.check_ready()
         first = rank - part.tp_rank
         self._vocab_sizes = [one.vocab.size for one in parts[first : first + config.tp]]
         self.phase = "loaded"

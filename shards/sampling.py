@@ -40,7 +40,8 @@ class SamplingParams:
         banned_token_ids: never sampled.
         seed: 0 .. 2**63 - 1. The same seed gives the same tokens. None: the edge draws one.
         n: samples of the same prompt; sample i draws with its own stream derived from the seed.
-        stop_token_ids: end the output; the token itself is in the output's ids.
+        stop_token_ids: end the output; the token itself is in the output's ids. With a grammar,
+            they may be drawn where the output may end.
         ignore_eos: the model's own end tokens do not stop.
         logprobs: None for none; else how many alternatives to give with the chosen token's own.
         prompt_logprobs: the same for each prompt token but the first.

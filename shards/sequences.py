@@ -286,8 +286,17 @@ class SequenceTable:
             for token in new.output.tolist():
                 _count(one, token)
         if params.grammar and self._grammars is not None:
-            self._grammars.enter(slot, params.grammar, new.output.tolist())
+            self._grammars.enter(slot, params.grammar, new.output.tolist(), new.stop_tokens)
         self._unusual[slot] = one
+
+    def check_ready(self) -> None:
+        """Wait until grammars can be followed.
+
+        Raises:
+            CheckpointError: the checkpoint's tokenizer does not allow it.
+        """
+        if self._grammars is not None:
+            self._grammars.check_warm()
 
     def close(self) -> None:
         """Stop the thread that follows grammars, where there is one."""

@@ -62,7 +62,8 @@ def parse_json_object(
 
         pairs = unique
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=pairs)
+        # a byte order mark, which editors of some systems write, changes nothing
+        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=pairs)
     except (ValueError, RecursionError) as error:  # both decoders raise kinds of ValueError
         raise CheckpointError(f"{source}: is not valid JSON: {error}") from None
     if not isinstance(value, dict):

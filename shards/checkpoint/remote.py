@@ -40,6 +40,8 @@ SMALL_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/tool_use.jinja",
+    "additional_chat_templates/rag.jinja",
     "processor_config.json",
     "preprocessor_config.json",
 )
@@ -224,12 +226,14 @@ class _Copy:
             list(pool.map(lambda name: self._fetch_one(name, due[name]), due))
 
     def _fetch_one(self, name: str, known: list[Any]) -> None:
-        partial = self._folder / f".{name}.partial"
+        file = self._folder / name
+        file.parent.mkdir(exist_ok=True)
+        partial = file.with_name(f".{file.name}.partial")
         self._fs.get_file(f"{self._root}/{name}", str(partial))
         size = partial.stat().st_size
         if known[0] is not None and size != known[0]:
             raise CheckpointError(f"{self._where}/{name}: {size} bytes came instead of {known[0]}")
-        partial.rename(self._folder / name)
+        partial.rename(file)
         with self._lock:
             self._state[name] = known
             (self._folder / _STATE).write_text(json.dumps(self._state))

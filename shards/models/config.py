@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from arriero.shards.checkpoint.json_file import read_json_object
 from arriero.shards.errors import CheckpointError
+from arriero.shards.models.end_tokens import with_tokenizer_ends
 
 if TYPE_CHECKING:  # leaders and gateways read a config without loading torch
     from torch import Tensor
@@ -79,15 +80,6 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GenerationDefaults:
-    """Sampling settings that the checkpoint recommends; None where it says nothing."""
-
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """A dense model of the Llama family.
 
@@ -109,8 +101,8 @@ class ModelConfig:
         hidden_act: "silu", the only one computed.
         torch_dtype: name of the dtype declared for the weights (float32 where nothing is declared).
         bos_token_id: begin-of-text token, if any.
-        eos_token_ids: tokens that end a text; generation_config.json's, else config.json's.
-        generation: sampling defaults of generation_config.json.
+        eos_token_ids: tokens that end a text: generation_config.json's, config.json's and, where
+            a folder is read, the tokenizer's.
         sliding_window: tokens of the window that every layer was trained with; None for none.
     """
 
@@ -132,12 +124,11 @@ class ModelConfig:
     torch_dtype: str
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
-    generation: GenerationDefaults = field(default_factory=GenerationDefaults)
     sliding_window: int | None = None
 
     @classmethod
     def from_folder(cls, path: Path | str) -> ModelConfig:
-        """Read config.json, and generation_config.json where there is one.
+        """Read config.json, generation_config.json and the tokenizer's end token.
 
         Raises:
             CheckpointError: missing, malformed, or a model that we do not compute.
@@ -155,9 +146,10 @@ class ModelConfig:
         generation = None
         if generation_file.is_file():
             generation = read_json_object(generation_file, _MAX_CONFIG_BYTES)
-        return cls.from_dict(
+        model = cls.from_dict(
             read_json_object(file, _MAX_CONFIG_BYTES), generation, source=str(file)
         )
+        return with_tokenizer_ends(model, folder)
 
     @classmethod
     def from_dict(
@@ -213,14 +205,7 @@ class ModelConfig:
             hidden_act=read.one_of("hidden_act", ("silu",), "silu"),
             torch_dtype=read_torch_dtype(read),
             bos_token_id=next(iter(read.tokens("bos_token_id", vocab_size)), None),
-            eos_token_ids=(
-                more.tokens("eos_token_id", vocab_size) or read.tokens("eos_token_id", vocab_size)
-            ),
-            generation=GenerationDefaults(
-                temperature=more.optional_number("temperature"),
-                top_p=more.optional_number("top_p"),
-                top_k=more.optional_size("top_k"),
-            ),
+            eos_token_ids=end_tokens(more, read, vocab_size),
             sliding_window=_sliding_window(read),
         )
 
@@ -328,17 +313,39 @@ class Fields:
         return cast(str, value)
 
     def tokens(self, name: str, vocab_size: int) -> tuple[int, ...]:
-        """Token ids, given as one or as a list."""
+        """Token ids, given as one or as a list; -1 stands for none, as in old Llama configs."""
         value = self.get(name)
         if value is None:
             return ()
-        tokens = value if isinstance(value, list) else [value]
-        for token in tokens:
-            if isinstance(token, bool) or not isinstance(token, int):
+        tokens = []
+        for given in value if isinstance(value, list) else [value]:
+            token = _token_id(given)
+            if token is None:
                 raise self.wrong(name, value, "a token id or a list of them")
-            if not 0 <= token < vocab_size:
+            if not -1 <= token < vocab_size:
                 raise self.wrong(name, value, f"below `vocab_size`={vocab_size}")
-        return tuple(tokens)
+            if token >= 0:
+                tokens.append(token)
+        return tuple(dict.fromkeys(tokens))
+
+
+def end_tokens(generation: Fields, config: Fields, vocab_size: int) -> tuple[int, ...]:
+    """Tokens that generation_config.json and config.json end a text with, the former's first.
+
+    Raises:
+        CheckpointError: one is no id below `vocab_size`.
+    """
+    each = [file.tokens("eos_token_id", vocab_size) for file in (generation, config)]
+    return tuple(dict.fromkeys(each[0] + each[1]))
+
+
+def _token_id(value: object) -> int | None:
+    """A whole number, also written as 2.0 or "2"; None for anything else."""
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10:
+        return int(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _architecture(read: Fields) -> str:

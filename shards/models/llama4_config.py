@@ -8,18 +8,19 @@ Needs no torch, but for the rotary frequencies.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arriero.shards.checkpoint.json_file import read_json_object
 from arriero.shards.models.config import (
     Fields,
-    GenerationDefaults,
     RopeConfig,
+    end_tokens,
     read_rope,
     read_torch_dtype,
 )
+from arriero.shards.models.end_tokens import with_tokenizer_ends
 
 if TYPE_CHECKING:  # leaders and gateways read a config without loading torch
     from torch import Tensor
@@ -92,7 +93,7 @@ class Llama4Config:
         architecture: one of `LLAMA4_ARCHITECTURES`.
         vocab_size, hidden_size, num_layers, num_heads, num_kv_heads, head_dim, rms_norm_eps,
             rope, max_position_embeddings, tie_word_embeddings, torch_dtype, bos_token_id,
-            eos_token_ids, generation: as in `ModelConfig`.
+            eos_token_ids: as in `ModelConfig`.
         intermediate_size: columns of each routed and shared expert.
         intermediate_size_mlp: columns of a dense layer's MLP.
         num_experts: routed experts of a layer.
@@ -134,11 +135,10 @@ class Llama4Config:
     eos_token_ids: tuple[int, ...]
     vision: VisionConfig | None = None
     image_token: int | None = None
-    generation: GenerationDefaults = field(default_factory=GenerationDefaults)
 
     @classmethod
     def from_folder(cls, path: Path | str) -> Llama4Config:
-        """Read config.json, and generation_config.json where there is one.
+        """Read config.json, generation_config.json and the tokenizer's end token.
 
         Raises:
             CheckpointError: missing, malformed, or a model that we do not compute.
@@ -146,9 +146,10 @@ class Llama4Config:
         folder = Path(path)
         file, more = folder / "config.json", folder / "generation_config.json"
         generation = read_json_object(more, _MAX_CONFIG_BYTES) if more.is_file() else None
-        return cls.from_dict(
+        model = cls.from_dict(
             read_json_object(file, _MAX_CONFIG_BYTES), generation, source=str(file)
         )
+        return with_tokenizer_ends(model, folder)
 
     @classmethod
     def from_dict(
@@ -219,16 +220,9 @@ class Llama4Config:
             or read.flag("tie_word_embeddings"),
             torch_dtype=read_torch_dtype(dtypes),
             bos_token_id=next(iter(read.tokens("bos_token_id", vocab_size)), None),
-            eos_token_ids=(
-                more.tokens("eos_token_id", vocab_size) or read.tokens("eos_token_id", vocab_size)
-            ),
+            eos_token_ids=end_tokens(more, read, vocab_size),
             vision=vision,
             image_token=None if vision is None else whole.optional_size("image_token_index"),
-            generation=GenerationDefaults(
-                temperature=more.optional_number("temperature"),
-                top_p=more.optional_number("top_p"),
-                top_k=more.optional_size("top_k"),
-            ),
         )
 
     @property

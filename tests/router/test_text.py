@@ -248,9 +248,11 @@ def test_a_real_checkpoint_against_transformers() -> None:
     from transformers import AutoTokenizer
 
     from arriero.router.card import ModelCard
+    from arriero.shards.checkpoint.formats.describe import describe
 
     assert MODEL is not None
     oracle = AutoTokenizer.from_pretrained(MODEL)
+    config, _ = describe(MODEL)
     card = ModelCard.from_folder(
         Path(MODEL),
         model="m",
@@ -258,12 +260,13 @@ def test_a_real_checkpoint_against_transformers() -> None:
         layout="",
         digest="",
         max_model_len=1,
-        vocab_size=1,
+        vocab_size=config.vocab_size,  # the text side is checked against the model's
         bos_token_id=None,
-        eos_token_ids=(),
+        eos_token_ids=config.eos_token_ids,
         max_sequences=8,
     )
     model = TextModel(card)
+    assert not model.warnings
     talk = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": " ¿Qué es un arriero? 🦙 "},

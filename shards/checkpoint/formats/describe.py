@@ -14,6 +14,7 @@ from arriero.shards.checkpoint.formats.stored import AnyModel
 from arriero.shards.checkpoint.json_file import read_json_object
 from arriero.shards.errors import CheckpointError
 from arriero.shards.models.config import ModelConfig
+from arriero.shards.models.end_tokens import with_tokenizer_ends
 from arriero.shards.models.llama4_config import LLAMA4_ARCHITECTURES, Llama4Config
 
 _MAX_CONFIG_BYTES = 10_000_000
@@ -44,7 +45,7 @@ def read_settings(
 
 
 def describe(path: Path | str) -> tuple[AnyModel, QuantScheme | None]:
-    """The same of a folder.
+    """The same of a folder; the tokenizer's end token is among the model's.
 
     Raises:
         CheckpointError: as above, or there is no config.json.
@@ -56,4 +57,6 @@ def describe(path: Path | str) -> tuple[AnyModel, QuantScheme | None]:
     if not file.is_file() or (folder / "adapter_config.json").is_file():
         ModelConfig.from_folder(folder)  # says what the folder is instead
     generation = read_json_object(more, _MAX_CONFIG_BYTES) if more.is_file() else None
-    return read_settings(read_json_object(file, _MAX_CONFIG_BYTES), generation, source=str(file))
+    settings = read_json_object(file, _MAX_CONFIG_BYTES)
+    model, scheme = read_settings(settings, generation, source=str(file))
+    return with_tokenizer_ends(model, folder), scheme

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from arriero.shards.checkpoint.formats.describe import describe
 from arriero.shards.checkpoint.llama_names import expected_tensors
 from arriero.shards.errors import CheckpointError
 from arriero.shards.models.config import ModelConfig, RopeConfig
@@ -155,10 +156,7 @@ def test_what_transformers_saves_is_read_back(tmp_path: Path) -> None:
         theta=7e5, scaling="llama3", factor=8, low=1, high=4, original_max=8192
     )
     assert (config.num_kv_heads, config.head_dim, config.torch_dtype) == (4, 16, "bfloat16")
-    assert config.eos_token_ids == (5, 6)
-    assert config.generation.temperature == 0.6
-    assert config.generation.top_p == 0.9
-    assert config.generation.top_k == 20
+    assert config.eos_token_ids == (5, 6, 2)  # LlamaConfig's own default is 2
 
 
 @pytest.mark.parametrize(
@@ -167,12 +165,64 @@ def test_what_transformers_saves_is_read_back(tmp_path: Path) -> None:
         (None, (128001, 128008, 128009)),
         ({}, (128001, 128008, 128009)),
         ({"eos_token_id": None}, (128001, 128008, 128009)),
-        ({"eos_token_id": 7}, (7,)),
-        ({"eos_token_id": [7, 8]}, (7, 8)),
+        # a text ends at either file's: fine-tunes leave the base model's in one of them
+        ({"eos_token_id": 7}, (7, 128001, 128008, 128009)),
+        ({"eos_token_id": [7, 128009]}, (7, 128009, 128001, 128008)),
+        ({"eos_token_id": 7.0}, (7, 128001, 128008, 128009)),
+        ({"eos_token_id": "7"}, (7, 128001, 128008, 128009)),
+        ({"eos_token_id": -1}, (128001, 128008, 128009)),
     ],
 )
 def test_end_tokens(generation: dict[str, Any] | None, ends: tuple[int, ...]) -> None:
     assert ModelConfig.from_dict(LLAMA_8B, generation).eos_token_ids == ends
+
+
+def token(text: str) -> dict[str, Any]:
+    return {"content": text, "special": True}
+
+
+@pytest.mark.parametrize(
+    ("files", "ends"),
+    [
+        ({}, (2,)),
+        ({"tokenizer_config.json": {"eos_token": "<end>"}}, (2, 5)),
+        ({"tokenizer_config.json": {"eos_token": token("<end>")}}, (2, 5)),
+        ({"tokenizer_config.json": {"eos_token": "</s>"}}, (2, 3)),  # of the vocabulary itself
+        ({"tokenizer_config.json": {"eos_token": "<two>"}}, (2,)),
+        ({"tokenizer_config.json": {"eos_token": None}}, (2,)),
+        ({"tokenizer_config.json": {"eos_token": ""}}, (2,)),
+        ({"tokenizer_config.json": {"eos_token": "<nowhere>"}}, (2,)),
+        ({"tokenizer_config.json": {"eos_token": "<past>"}}, (2,)),  # it has no row
+        ({"special_tokens_map.json": {"eos_token": token("<end>")}}, (2, 5)),
+        (
+            {
+                "tokenizer_config.json": {
+                    "eos_token": "<six>",
+                    "added_tokens_decoder": {"6": token("<six>")},
+                },
+                "special_tokens_map.json": {"eos_token": "<end>"},
+            },
+            (2, 5, 6),
+        ),
+    ],
+)
+@pytest.mark.parametrize("head", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte order mark"])
+def test_the_tokenizers_end_token(
+    tmp_path: Path, files: dict[str, Any], ends: tuple[int, ...], head: bytes
+) -> None:
+    settings = LLAMA_8B | {"vocab_size": 9, "bos_token_id": None, "eos_token_id": 2}
+    tokenizer = {
+        "model": {"vocab": {"a": 0, "</s>": 3}},
+        "added_tokens": [
+            {"content": "<two>", "id": 2},
+            {"content": "<end>", "id": 5},
+            {"content": "<past>", "id": 9},
+        ],
+    }
+    for name, data in ({"config.json": settings, "tokenizer.json": tokenizer} | files).items():
+        (tmp_path / name).write_bytes(head + json.dumps(data).encode())
+    assert ModelConfig.from_folder(tmp_path).eos_token_ids == ends
+    assert describe(tmp_path)[0].eos_token_ids == ends
 
 
 @pytest.mark.parametrize(
