@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from arriero.router import templates
+from arriero.shards.checkpoint.bad_file import HEAD_BYTES, explain_error, explain_head
 from arriero.shards.errors import CheckpointError
 
 _DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -121,10 +122,14 @@ class ModelCard:
             CheckpointError: tokenizer.json is missing, or a file is not JSON.
         """
         folder = Path(path)
+        file = folder / "tokenizer.json"
         try:
-            tokenizer_json = (folder / "tokenizer.json").read_bytes()
+            tokenizer_json = file.read_bytes()
         except OSError as error:
-            raise CheckpointError(f"{folder / 'tokenizer.json'}: {error.strerror}") from error
+            raise CheckpointError(f"{file}: {explain_error(file, error)}") from error
+        because = explain_head(tokenizer_json[:HEAD_BYTES], len(tokenizer_json))
+        if because is not None:
+            raise CheckpointError(f"{file}: {because}")
         settings = _read_json(folder / "tokenizer_config.json")
         generation = _read_json(folder / "generation_config.json")
         defaults = {

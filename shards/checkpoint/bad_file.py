@@ -117,8 +117,8 @@ def explain_error(file: Path, error: OSError) -> str:
             )
         unfinished = unfinished_of(file)
         if unfinished is not None:
-            return f"is missing, and {unfinished} is a download that was not finished; {_FETCH}"
-        return f"is missing (no such file); {_FETCH}"
+            return f"No such file, but {unfinished}: a download that was not finished; {_FETCH}"
+        return f"No such file; {_FETCH}"
     if error.errno == errno.EISDIR or (error.errno == errno.ENODEV and file.is_dir()):
         return "is a folder, not a file: move the file of this name out of it, or fetch it again"
     if error.errno in (errno.EACCES, errno.EPERM):

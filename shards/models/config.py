@@ -30,6 +30,7 @@ _MAX_LAYERS = 4096  # these two bound what a hostile config makes us list or all
 _MAX_HEAD_DIM = 65536
 _MAX_CONFIG_BYTES = 10_000_000
 
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationDefaults:
     """Sampling settings that the checkpoint recommends; None where it says nothing."""

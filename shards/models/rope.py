@@ -93,7 +93,8 @@ def yarn_attention_factor(
 
     Args:
         factor: what long waves are divided by.
-        scale, all_dims: `mscale` and `mscale_all_dim`; only both together count.
+        scale: `mscale`; counts only together with `all_dims`.
+        all_dims: `mscale_all_dim`.
     """
 
     def scaled(by: float) -> float:
