@@ -7,6 +7,7 @@ nothing of what the texts mean (see `agreement`).
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from arriero.router import templates
 from arriero.router.defaults import read_defaults
+from arriero.shards.checkpoint.bad_file import HEAD_BYTES, explain_error, explain_head
 from arriero.shards.errors import CheckpointError
 from arriero.shards.models.end_tokens import SETTINGS, SPECIALS, token_text
 
@@ -78,18 +80,22 @@ class TextFiles:
 def _tokenizer(folder: Path) -> bytes:
     file = folder / "tokenizer.json"
     try:
-        return file.read_bytes().removeprefix(_BOM)
+        data = file.read_bytes()
     except OSError as error:
-        words = f"{file}: {error.strerror}"
+        words = f"{file}: {explain_error(file, error)}"
         if (folder / "tokenizer.model").is_file():
             words += (
                 "; the folder holds tokenizer.model alone, which is not read: have transformers "
                 "write a tokenizer.json, by AutoTokenizer.from_pretrained(FOLDER)"
                 ".save_pretrained(FOLDER)"
             )
-        else:
+        elif not os.path.lexists(file):
             words += "; copy it from the model that this one was made from"
         raise CheckpointError(words) from error
+    because = explain_head(data[:HEAD_BYTES], len(data))
+    if because is not None:
+        raise CheckpointError(f"{file}: {because}")
+    return data.removeprefix(_BOM)
 
 
 def _named_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:

@@ -157,7 +157,7 @@ def _as_stored(model: AnyModel, scheme: QuantScheme | None) -> Weights:
         scheme=scheme,
         precision=scheme.kind,
         group_size=scheme.group_size or WHOLE_ROW,
-        zeros=scheme.method != "pack-quantized" or not scheme.symmetric,
+        zeros=scheme.method != "pack-quantized" or not scheme.symmetric or scheme.act_order,
     )
 
 

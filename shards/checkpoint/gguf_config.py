@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from arriero.shards.checkpoint.gguf_header import GgufFile
-from arriero.shards.checkpoint.gguf_tokenizer import special_token
+from arriero.shards.checkpoint.gguf_tokenizer import LLAMA3_FAMILIES, family_of, special_token
 from arriero.shards.errors import CheckpointError
 from arriero.shards.models.config import ModelConfig
 
@@ -40,8 +40,6 @@ def build_configs(file: GgufFile, dtype: str) -> tuple[dict[str, Any], dict[str,
             f"{file.path}: general.architecture={str(architecture)[:100]!r} is not supported; "
             "supported: llama"
         )
-    if meta.get("split.count", 1) not in (0, 1):
-        raise CheckpointError(f"{file.path}: is one part of several; merge them first")
     if meta.get("llama.expert_count"):
         raise CheckpointError(f"{file.path}: llama.expert_count: experts are not imported")
     embedding = file.tensors.get("token_embd.weight")
@@ -88,7 +86,7 @@ def build_configs(file: GgufFile, dtype: str) -> tuple[dict[str, Any], dict[str,
 
 def _end_tokens(file: GgufFile, vocab_size: int) -> tuple[int, ...]:
     ends = [special_token(file, role, vocab_size) for role in ("eos", "eot", "eom")]
-    if file.metadata.get("tokenizer.ggml.pre") == "llama-bpe":
+    if family_of(file) in LLAMA3_FAMILIES:
         # files name one end token, but the family stops at any of three
         tokens = file.metadata.get("tokenizer.ggml.tokens", [])
         ends += [tokens.index(one) for one in _LLAMA3_ENDS if one in tokens]
@@ -97,9 +95,13 @@ def _end_tokens(file: GgufFile, vocab_size: int) -> tuple[int, ...]:
 
 def _rope_scaling(file: GgufFile, config: dict[str, Any]) -> dict[str, Any] | None:
     kind = file.metadata.get("llama.rope.scaling.type", "none")
+    old = file.metadata.get("llama.rope.scale_linear")  # files of 2023
+    if kind == "none" and old is not None and old != 1:
+        return {"rope_type": "linear", "factor": _number(file, "rope.scale_linear")}
     if kind not in ("none", "linear"):
         raise CheckpointError(
-            f"{file.path}: llama.rope.scaling.type={str(kind)[:100]!r} is not computed"
+            f"{file.path}: llama.rope.scaling.type={str(kind)[:100]!r} is not computed; computed: "
+            "none, linear and llama3 (by its tensor rope_freqs.weight)"
         )
     if ROPE_FACTORS in file.tensors:
         return _llama3_scaling(file, config)
@@ -140,6 +142,8 @@ def _llama3_scaling(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
 
 def _size(file: GgufFile, key: str, default: int | None = None) -> int:
     value = file.metadata.get(f"llama.{key}", default)
+    if isinstance(value, list) and value and all(one == value[0] for one in value):
+        value = value[0]  # one for each layer, all alike
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
         raise CheckpointError(f"{file.path}: llama.{key}={str(value)[:100]} must be a size")
     return value

@@ -1,8 +1,9 @@
 """The header of a GGUF file, parsed as hostile input.
 
 The format (github.com/ggml-org/ggml, docs/gguf.md), versions 2 and 3, little-endian: magic,
-version, counts, typed key-value pairs, tensor infos, then the tensors' bytes, aligned. The gguf
-package's own reader loops without end on some truncated files, so only its tables and its
+version, counts, typed key-value pairs, tensor infos, then the tensors' bytes, aligned. A model in
+several files has a header in each, names `…-00001-of-00003.gguf`, and its metadata in the first.
+The gguf package's own reader loops without end on some truncated files, so only its tables and its
 dequantization are used.
 
 Knows bytes and block sizes; knows nothing of what keys and names mean.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
+from arriero.shards.checkpoint.bad_file import explain_binary, explain_error, head_of
 from arriero.shards.errors import CheckpointError
 
 MAX_METADATA_BYTES = 256 * 1024 * 1024
@@ -41,6 +44,8 @@ _SCALARS = {
 }
 _STRING, _ARRAY = 8, 9
 _MAX_DIMS = 4
+_MAX_FILES = 9999
+_SPLIT_NAME = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,51 +57,98 @@ class GgufTensor:
     shape: tuple[int, ...]
     start: int
     stop: int
+    data: npt.NDArray[np.uint8]
+    """All bytes of its file, mapped read-only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GgufFile:
-    """A parsed file.
+    """A parsed file, or all files of one model.
 
     Attributes:
-        path: the file.
+        path: the file; of several the first.
         metadata: values by key; arrays are lists.
         tensors: by name, in file order.
-        data: the file's bytes, mapped read-only.
     """
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
-    data: npt.NDArray[np.uint8]
 
     def rows(self, tensor: GgufTensor, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Rows [start, stop) dequantized, shape [stop - start, in] (a vector counts as one row)."""
         block, block_bytes = gguf.GGML_QUANT_SIZES[tensor.type]
         row_bytes = tensor.shape[-1] // block * block_bytes
         first = tensor.start + start * row_bytes
-        stored = self.data[first : tensor.start + stop * row_bytes].reshape(-1, row_bytes)
+        stored = tensor.data[first : tensor.start + stop * row_bytes].reshape(-1, row_bytes)
         made: npt.NDArray[np.float32] = gguf.dequantize(stored, tensor.type)
         return made
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Parse and check a file's header and map its bytes.
+    """Parse and check the header of a file, or of all files of a model, and map the bytes.
+
+    Args:
+        path: the file; of a model in several files any of them, the others lying beside it.
 
     Raises:
-        CheckpointError: not GGUF, truncated, or an entry that cannot be.
+        CheckpointError: not GGUF, truncated, an entry that cannot be, or a file of several missing.
     """
+    first = _read_one(path)
+    count = first.metadata.get("split.count", 1)
+    if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= _MAX_FILES:
+        raise CheckpointError(f"{path}: split.count={str(count)[:100]} is not a number of files")
+    if count <= 1:
+        return first
+    named = _SPLIT_NAME.fullmatch(path.name)
+    if named is None or int(named["count"]) != count:
+        raise CheckpointError(
+            f"{path}: is one part of several (split.count={count}): the names of its files must "
+            f"end in -00001-of-{count:05d}.gguf and so on, in one folder"
+        )
+    files = [
+        path.with_name(f"{named['stem']}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)
+    ]
+    parts = [first if file == path else _read_one(file) for file in files]
+    tensors: dict[str, GgufTensor] = {}
+    for part in parts:
+        for name, tensor in part.tensors.items():
+            if name in tensors:
+                raise CheckpointError(f"{part.path}: tensor {name[:200]!r} lies in two files")
+            tensors[name] = tensor
+    stated = parts[0].metadata.get("split.tensors.count", len(tensors))
+    if stated != len(tensors):
+        raise CheckpointError(
+            f"{files[0]}: split.tensors.count={stated}, but its {count} files hold {len(tensors)} "
+            "tensors; fetch them again"
+        )
+    return GgufFile(path=files[0], metadata=parts[0].metadata, tensors=tensors)
+
+
+def _read_one(path: Path) -> GgufFile:
     try:
+        head, size = head_of(path)
+        if not head.startswith(b"GGUF"):
+            because = explain_binary(head, size)
+            if because is None and head[4:8] == b"\0\0\0\0":
+                because = "is not a GGUF file; it may be a safetensors file, which needs no import"
+            raise CheckpointError(
+                f"{path}: {because or 'is not a GGUF file (it does not begin with GGUF)'}"
+            )
         with path.open("rb") as stream:
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {explain_error(path, error)}") from None
     cursor = _Cursor(path, mapped)
-    if cursor.take(4) != b"GGUF":
-        raise CheckpointError(f"{path}: is not a GGUF file (it does not begin with GGUF)")
+    cursor.take(4)
     version = cursor.scalar("I")
     if version not in (2, 3):
-        raise CheckpointError(f"{path}: GGUF version {version} is not supported; supported: 2, 3")
+        big = version in (2 << 24, 3 << 24)
+        raise CheckpointError(
+            f"{path}: "
+            + ("is big-endian; " if big else f"GGUF version {version} is not supported; ")
+            + "supported: 2, 3, little-endian"
+        )
     num_tensors, num_values = cursor.scalar("Q"), cursor.scalar("Q")
     metadata: dict[str, Any] = {}
     for _ in range(num_values):
@@ -109,13 +161,13 @@ def read_gguf(path: Path) -> GgufFile:
     if not isinstance(alignment, int) or not 1 <= alignment <= 2**20:
         raise CheckpointError(f"{path}: general.alignment={alignment!r} is not a number of bytes")
     data_start = -(-cursor.position // alignment) * alignment
+    data = np.frombuffer(mapped, dtype=np.uint8)
     tensors: dict[str, GgufTensor] = {}
     for name, shape, kind, offset in infos:
         if name in tensors:
             raise CheckpointError(f"{path}: tensor {name[:200]!r} is there twice")
-        tensors[name] = _tensor(path, name, shape, kind, data_start + offset, len(mapped))
-    data = np.frombuffer(mapped, dtype=np.uint8)
-    return GgufFile(path=path, metadata=metadata, tensors=tensors, data=data)
+        tensors[name] = _tensor(path, name, shape, kind, data_start + offset, data)
+    return GgufFile(path=path, metadata=metadata, tensors=tensors)
 
 
 def _info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
@@ -130,7 +182,12 @@ def _info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def _tensor(
-    path: Path, name: str, shape: tuple[int, ...], kind: int, start: int, size: int
+    path: Path,
+    name: str,
+    shape: tuple[int, ...],
+    kind: int,
+    start: int,
+    data: npt.NDArray[np.uint8],
 ) -> GgufTensor:
     where = f"{path}: tensor {name[:200]!r}"
     try:
@@ -143,12 +200,12 @@ def _tensor(
             f"{where}: shape {list(shape)} does not divide into {type_.name} blocks of {block}"
         )
     stop = start + math.prod(shape) // block * block_bytes
-    if stop > size:
+    if stop > data.size:
         raise CheckpointError(
-            f"{where}: {type_.name} {list(shape)} ends at byte {stop}, but the file has {size}: "
-            "truncated; fetch it again"
+            f"{where}: {type_.name} {list(shape)} ends at byte {stop:,}, but the file has "
+            f"{data.size:,}: truncated; fetch it again"
         )
-    return GgufTensor(name=name, type=type_, shape=shape, start=start, stop=stop)
+    return GgufTensor(name=name, type=type_, shape=shape, start=start, stop=stop, data=data)
 
 
 class _Cursor:

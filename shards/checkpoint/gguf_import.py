@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,8 +34,6 @@ from arriero.shards.models.config import TORCH_DTYPES, ModelConfig
 Progress = Callable[[int, int, str], None]
 """Called with bytes read so far, bytes in all, and the name of the tensor just written."""
 
-_Type = gguf.GGMLQuantizationType
-_TYPES = (_Type.F32, _Type.F16, _Type.BF16, _Type.Q4_0, _Type.Q4_1, _Type.Q8_0)
 _TOP_NAMES = {
     "token_embd.weight": EMBEDDING,
     "output_norm.weight": FINAL_NORM,
@@ -54,6 +53,17 @@ _LAYER_NAMES = {
 _PIECE_ELEMENTS = 8 * 1024 * 1024
 
 
+@cache
+def is_imported(type_: gguf.GGMLQuantizationType) -> bool:
+    """Whether the gguf package turns blocks of this type into numbers."""
+    _, block_bytes = gguf.GGML_QUANT_SIZES[type_]
+    try:
+        gguf.dequantize(np.zeros((1, block_bytes), dtype=np.uint8), type_)
+    except NotImplementedError:
+        return False
+    return True
+
+
 def import_gguf(
     src: Path, out: Path, dtype: str = "bfloat16", progress: Progress | None = None
 ) -> None:
@@ -62,7 +72,8 @@ def import_gguf(
     The folder appears whole or not at all.
 
     Args:
-        src: a GGUF file of architecture `llama` (Q4_0, Q4_1, Q8_0, F16, BF16, F32).
+        src: a GGUF file of architecture `llama`, in any type that the gguf package dequantizes;
+            of a model in several files any of them.
         out: the folder to make; must not exist.
         dtype: of the weights written: "bfloat16", "float16" or "float32".
         progress: told of every tensor written.
@@ -117,10 +128,10 @@ class _Weights:
                     f"{where} ({name}) has shape {list(tensor.shape)}, but the metadata makes it "
                     f"{list(due[name]) if name in due else 'none of this model'}"
                 )
-            if tensor.type not in _TYPES:
+            if not is_imported(tensor.type):
+                known = [one.name for one in gguf.GGMLQuantizationType if is_imported(one)]
                 raise CheckpointError(
-                    f"{where}: {tensor.type.name} is not imported; imported: "
-                    f"{', '.join(one.name for one in _TYPES)}"
+                    f"{where}: {tensor.type.name} is not imported; imported: {', '.join(known)}"
                 )
             self.tensors[name] = tensor
         missing = [name for name in due if name not in self.tensors]

@@ -15,6 +15,7 @@ from arriero.shards.checkpoint.gguf_header import GgufFile
 from arriero.shards.errors import CheckpointError
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
+_TEMPLATE = "tokenizer.chat_template"
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 # As Llama 3's tokenizer splits: contractions, words with one leading mark, up to three digits.
@@ -24,15 +25,63 @@ LLAMA3_SPLIT = (
 )
 
 
+# As GPT-4o's and Llama 4's: words change at capitals, contractions stay with their word.
+GPT4O_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# Names under which converters write one and the same split (llama.cpp, src/llama-vocab.cpp).
+_WHOLE_WORDS = (
+    "llama-bpe",
+    "llama3",
+    "llama-v3",
+    "falcon3",
+    "falcon-h1",
+    "pixtral",
+    "midm-2.0",
+    "lfm2",
+    "jina-v5-nano",
+)
+"""Llama 3's split, and a word that is a token is that token, whatever the merges give."""
+LLAMA3_FAMILIES = (*_WHOLE_WORDS, "smaug-bpe", "dbrx")
+"""Llama 3's split."""
+_GPT2_FAMILIES = (
+    "default",
+    "gpt-2",
+    "phi-2",
+    "jina-es",
+    "jina-de",
+    "jina-v2-es",
+    "jina-v2-de",
+    "gigachat",
+    "a.x-4.0",
+    "mellum",
+    "modern-bert",
+    "exaone4",
+)
+_GPT4O_FAMILIES = ("gpt-4o", "llama4", "kanana2")
+FAMILIES = (*LLAMA3_FAMILIES, *_GPT2_FAMILIES, *_GPT4O_FAMILIES, "smollm")
+
+
+def family_of(file: GgufFile) -> str:
+    """Name of the split that the file states."""
+    return str(file.metadata.get("tokenizer.ggml.pre", "default"))
+
+
 def _split(family: str) -> pre_tokenizers.PreTokenizer | None:
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    if family in ("gpt-2", "default"):
+    if family in _GPT2_FAMILIES:
         return plain
     if family == "smollm":
         digits = pre_tokenizers.Digits(individual_digits=True)
         return pre_tokenizers.Sequence([digits, plain])
-    if family == "llama-bpe":
-        words = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated", invert=False)
+    if family in LLAMA3_FAMILIES or family in _GPT4O_FAMILIES:
+        pattern = LLAMA3_SPLIT if family in LLAMA3_FAMILIES else GPT4O_SPLIT
+        words = pre_tokenizers.Split(Regex(pattern), behavior="isolated", invert=False)
         bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         return pre_tokenizers.Sequence([words, bytes_only])
     return None
@@ -48,15 +97,16 @@ def build_tokenizer(file: GgufFile) -> tuple[Tokenizer, dict[str, Any]]:
     model = meta.get("tokenizer.ggml.model")
     if model != "gpt2":
         raise CheckpointError(
-            f"{file.path}: tokenizer.ggml.model={model!r} is not supported; supported: gpt2 "
-            "(byte-level BPE)"
+            f"{file.path}: tokenizer.ggml.model={str(model)[:100]!r} is not supported; supported: "
+            "gpt2 (byte-level BPE); convert the original checkpoint, whose tokenizer.json is read"
         )
-    family = meta.get("tokenizer.ggml.pre", "default")
+    family = family_of(file)
     split = _split(family)
     if split is None:
         raise CheckpointError(
-            f"{file.path}: tokenizer.ggml.pre={str(family)[:100]!r} is not supported; supported: "
-            "default, gpt-2, llama-bpe, smollm"
+            f"{file.path}: tokenizer.ggml.pre={family[:100]!r} is not supported (another split of "
+            f"text gives other tokens); supported: {', '.join(FAMILIES)}; convert the original "
+            "checkpoint, whose tokenizer.json is read"
         )
     tokens = _strings(file, "tokenizer.ggml.tokens")
     kinds = meta.get("tokenizer.ggml.token_type", [1] * len(tokens))
@@ -68,7 +118,7 @@ def build_tokenizer(file: GgufFile) -> tuple[Tokenizer, dict[str, Any]]:
     if len(vocab) != len(tokens):
         raise CheckpointError(f"{file.path}: tokenizer.ggml.tokens holds a token twice")
     tokenizer = Tokenizer(
-        models.BPE(vocab=vocab, merges=_merges(file, vocab), ignore_merges=family == "llama-bpe")
+        models.BPE(vocab=vocab, merges=_merges(file, vocab), ignore_merges=family in _WHOLE_WORDS)
     )
     tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.ByteLevel()
@@ -77,7 +127,10 @@ def build_tokenizer(file: GgufFile) -> tuple[Tokenizer, dict[str, Any]]:
     tokenizer.add_special_tokens([AddedToken(one, normalized=False) for one in special])
     tokenizer.add_tokens([AddedToken(one, normalized=False) for one in user])
     settings = _settings(file, tokens)
-    _add_template(file, tokenizer, settings, vocab, add_bos_by_default=family == "llama-bpe")
+    begins = family in _WHOLE_WORDS or (
+        family in LLAMA3_FAMILIES and settings.get("bos_token") == "<|begin_of_text|>"
+    )
+    _add_template(file, tokenizer, settings, vocab, add_bos_by_default=begins)
     return tokenizer, settings
 
 
@@ -87,6 +140,8 @@ def special_token(file: GgufFile, role: str, num_tokens: int) -> int | None:
     index = file.metadata.get(key)
     if index is None or (isinstance(index, int) and 0 <= index < num_tokens):
         return index
+    if role in ("padding", "unknown") and index in (-1, 2**32 - 1):
+        return None  # "none", as some converters write it
     raise CheckpointError(f"{file.path}: {key}={index!r} must be below {num_tokens} tokens")
 
 
@@ -102,10 +157,26 @@ def _settings(file: GgufFile, tokens: list[str]) -> dict[str, Any]:
     length = file.metadata.get("llama.context_length")
     if isinstance(length, int):
         settings["model_max_length"] = length
-    template = file.metadata.get("tokenizer.chat_template")
-    if isinstance(template, str):
-        settings["chat_template"] = template
+    templates = _templates(file)
+    if list(templates) == ["default"]:
+        settings["chat_template"] = templates["default"]
+    elif templates:
+        settings["chat_template"] = [
+            {"name": name, "template": template} for name, template in templates.items()
+        ]
     return settings
+
+
+def _templates(file: GgufFile) -> dict[str, str]:
+    """Chat templates by name; the one without a name is "default"."""
+    found = {}
+    for key, value in file.metadata.items():
+        if key.startswith(_TEMPLATE) and key[len(_TEMPLATE) :][:1] in ("", ".") and value:
+            name = key[len(_TEMPLATE) + 1 :] or "default"
+            if not isinstance(value, str):
+                raise CheckpointError(f"{file.path}: {key}: must be a string")
+            found[name] = value
+    return found
 
 
 def _add_template(

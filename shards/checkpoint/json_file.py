@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from arriero.shards.checkpoint.bad_file import HEAD_BYTES, explain_error, explain_head
 from arriero.shards.errors import CheckpointError
 
 MAX_JSON_BYTES = 100_000_000
@@ -29,7 +30,7 @@ def read_json_object(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
         with path.open("rb") as file:
             data = file.read(limit + 1)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+        raise CheckpointError(f"{path}: {explain_error(path, error)}") from None
     if len(data) > limit:
         raise CheckpointError(f"{path}: more than {limit} bytes; a file of this kind is smaller")
     return parse_json_object(data, str(path))
@@ -65,6 +66,9 @@ def parse_json_object(
         # a byte order mark, which editors of some systems write, changes nothing
         value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=pairs)
     except (ValueError, RecursionError) as error:  # both decoders raise kinds of ValueError
+        because = explain_head(data[:HEAD_BYTES], len(data))
+        if because is not None:
+            raise CheckpointError(f"{source}: is not valid JSON: it {because}") from None
         raise CheckpointError(f"{source}: is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{source}: holds a JSON {type(value).__name__}, not an object")

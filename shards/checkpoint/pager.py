@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from pathlib import Path
 
 from arriero.shards.checkpoint.formats.stored import AnyPart, TensorDue, byte_ranges, reads
@@ -34,17 +35,27 @@ def ranges_read(folder: TensorFolder, due: Iterable[TensorDue], part: AnyPart) -
     """What a rank reads, in the order of `due`, ranges that lie near each other joined."""
     last: Range | None = None
     for tensor in due:
-        stored = folder.stored[tensor.name]
+        stored = folder.stored.get(tensor.name)
+        if stored is None:
+            assert tensor.optional, f"{tensor.name}: the folder was checked to hold it"
+            continue
+        if prod(stored.shape) == 1:  # a scale of a whole matrix, of any number of dimensions
+            last = yield from _joined(last, stored.file, stored.start, stored.stop)
+            continue
         for box in reads(tensor, part):
             for start, stop in byte_ranges(stored.shape, stored.dtype.itemsize, box, stored.start):
-                if last is not None and last[0] == stored.file and 0 <= start - last[2] < _GAP:
-                    last = (stored.file, last[1], stop)
-                    continue
-                if last is not None:
-                    yield last
-                last = (stored.file, start, stop)
+                last = yield from _joined(last, stored.file, start, stop)
     if last is not None:
         yield last
+
+
+def _joined(last: Range | None, file: Path, start: int, stop: int) -> Generator[Range, None, Range]:
+    """The range to go on with: the last one made longer, or a new one, the last being given out."""
+    if last is not None and last[0] == file and 0 <= start - last[2] < _GAP:
+        return file, last[1], stop
+    if last is not None:
+        yield last
+    return file, start, stop
 
 
 class Pager:

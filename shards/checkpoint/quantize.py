@@ -40,7 +40,7 @@ from arriero.shards.checkpoint.formats.stored import (
     tensors_due,
 )
 from arriero.shards.checkpoint.json_file import read_json_object
-from arriero.shards.checkpoint.reader import TensorFolder
+from arriero.shards.checkpoint.reader import Checkpoint, TensorFolder
 from arriero.shards.checkpoint.safetensors_header import DTYPES
 from arriero.shards.checkpoint.verify import verify
 from arriero.shards.checkpoint.writer import Progress, new_folder, write_shards
@@ -94,7 +94,7 @@ def quantize_checkpoint(
     with new_folder(out) as partial:
         (partial / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         _copy_rest(source, partial)
-        made = _Quantizer(TensorFolder.of(source), model, target, to)
+        made = _Quantizer(Checkpoint.open(source), model, target, to)
         entries = {one.name: (made.dtype(one), one.shape) for one in made.due}
         write_shards(partial, entries, made.tensor, progress)
 

@@ -15,27 +15,25 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from arriero.shards.checkpoint.formats.describe import describe
+from arriero.shards.checkpoint.bad_file import explain_error
+from arriero.shards.checkpoint.fit import Wanted, misfits
+from arriero.shards.checkpoint.form_fit import form_problems
+from arriero.shards.checkpoint.formats.describe import describe, side_file
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
-from arriero.shards.checkpoint.formats.stored import AnyModel, tensors_due
-from arriero.shards.checkpoint.index import (
-    INDEX_FILE,
-    PICKLES,
-    SINGLE_FILE,
-    first_of,
-    pickle_words,
-    weight_map,
-)
+from arriero.shards.checkpoint.formats.stored import AnyModel, tensors_due, text_prefix
 from arriero.shards.checkpoint.json_file import read_json_object
-from arriero.shards.checkpoint.llama_names import EMBEDDING, HEAD
 from arriero.shards.checkpoint.ranges import REQUESTS_AT_ONCE, RangedFolder
-from arriero.shards.checkpoint.safetensors_header import DTYPES, StoredTensor, read_header
+from arriero.shards.checkpoint.safetensors_header import DTYPES, StoredTensor
+from arriero.shards.checkpoint.shard_files import find_tensors
+from arriero.shards.checkpoint.wrapped_names import unwrapped
 from arriero.shards.errors import CheckpointError
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -77,7 +75,7 @@ class TensorFolder:
             CheckpointError: something is missing or malformed; the message names the file and
                 the tensor.
         """
-        return TensorFolder(path, _stored(path))
+        return TensorFolder(path, find_tensors(path))
 
     def unmapped(self) -> TensorFolder:
         """The same folder with maps of its own, which are gone when it is."""
@@ -143,8 +141,11 @@ class TensorFolder:
         every file's size, and a sample from the middle of every tensor. The same for the same
         files on any machine; it does not prove that every byte is right.
         """
-        config = json.dumps(read_json_object(self.path / "config.json"), sort_keys=True)
-        digest = hashlib.blake2b(config.encode(), digest_size=16)
+        settings = read_json_object(self.path / "config.json")
+        digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16)
+        beside = side_file(self.path)
+        if beside is not None and settings.get("quantization_config") is None:
+            digest.update(json.dumps(read_json_object(beside), sort_keys=True).encode())
         for file in self.files:
             digest.update(f"{file.name} {file.stat().st_size}\n".encode())
             tensors = [one for one in self.stored.values() if one.file == file]
@@ -178,8 +179,7 @@ class TensorFolder:
     ) -> None:
         """Compare names, shapes and dtypes with what is due.
 
-        Rotary frequencies that old checkpoints store, and the head stored again where it is the
-        embedding, are let pass.
+        What nothing reads is let pass, where it cannot change an answer (see `fit`).
 
         Args:
             expected: shape of each tensor by name.
@@ -189,7 +189,9 @@ class TensorFolder:
             CheckpointError: lists the first few tensors that are missing, too many, of another
                 shape or of another dtype, with file and both shapes, and counts the rest.
         """
-        problems = self.problems(expected, dtypes)
+        self._refuse(self.problems(expected, dtypes))
+
+    def _refuse(self, problems: Sequence[str]) -> None:
         if problems:
             more = len(problems) - _MAX_LISTED
             listed = "; ".join(problems[:_MAX_LISTED]) + (f"; and {more} more" if more > 0 else "")
@@ -201,36 +203,15 @@ class TensorFolder:
         dtypes: tuple[torch.dtype, ...] | Mapping[str, tuple[torch.dtype, ...]] = FLOAT_DTYPES,
     ) -> list[str]:
         """All that `check` would complain of, one sentence a tensor."""
-        problems: list[str] = []
-        for name, shape in expected.items():
-            one = self.stored.get(name)
-            allowed = dtypes if isinstance(dtypes, tuple) else dtypes[name]
-            if one is None:
-                problems.append(f"tensor {name!r} of shape {list(shape)} is missing")
-            elif one.shape != tuple(shape):
-                problems.append(
-                    f"{one.file.name}: tensor {name!r} has shape {list(one.shape)}, but the "
-                    f"config makes it {list(shape)}"
+        return misfits(
+            self,
+            {
+                name: Wanted(
+                    shape=tuple(shape), dtypes=dtypes if isinstance(dtypes, tuple) else dtypes[name]
                 )
-            elif one.dtype not in allowed:
-                problems.append(
-                    f"{one.file.name}: tensor {name!r} has dtype {one.dtype}, but it must be one "
-                    f"of {', '.join(map(str, allowed))}"
-                )
-        for one in self.stored.values():
-            if one.name not in expected and not self._harmless(one):
-                problems.append(
-                    f"{one.file.name}: tensor {one.name[:200]!r} of shape {list(one.shape)} has no "
-                    "place in this model"
-                )
-        return problems
-
-    def _harmless(self, one: StoredTensor) -> bool:
-        if one.name.endswith("rotary_emb.inv_freq"):
-            return True
-        # a head without a place is one that the config ties to the embedding
-        embedding = self.stored.get(EMBEDDING)
-        return one.name == HEAD and embedding is not None and one.shape == embedding.shape
+                for name, shape in expected.items()
+            },
+        )
 
     def _find(self, name: str) -> StoredTensor:
         found = self.stored.get(name)
@@ -315,15 +296,56 @@ class Checkpoint(TensorFolder):
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: is not a folder; a model is a folder in HF layout")
         config, scheme = describe(folder)
-        return cls(folder, config, _stored(folder, ranged), scheme, ranged)
+        stored = unwrapped(find_tensors(folder, ranged), text_prefix(config))
+        if scheme is not None and scheme.method == "fp8":
+            stored, scheme = _fp8_names(stored, scheme)
+        return cls(folder, config, stored, scheme, ranged)
 
     def check_whole(self) -> None:
-        """`check` against all that config and form call for."""
-        due = tensors_due(self.config, self.scheme)
-        self.check(
-            {one.name: one.shape for one in due},
-            {one.name: tuple(DTYPES[label] for label in one.dtypes) for one in due},
-        )
+        """Compare with all that config and form call for.
+
+        Raises:
+            CheckpointError: lists the first few problems, as `check`.
+        """
+        self._refuse(self.misfits())
+
+    @cached_property
+    def wanted(self) -> dict[str, Wanted]:
+        """All tensors that config and form call for."""
+        return {
+            one.name: Wanted(
+                shape=one.shape,
+                dtypes=tuple(DTYPES[label] for label in one.dtypes),
+                optional=one.optional,
+                longer=one.kind in ("embeddings", "head") and not one.scale,
+            )
+            for one in tensors_due(self.config, self.scheme)
+        }
+
+    def misfits(self) -> list[str]:
+        """All that keeps the folder from being loaded, whatever the layout, one sentence each.
+
+        Raises:
+            CheckpointError: a matrix that the form cannot hold.
+        """
+        problems = misfits(self, self.wanted)
+        if self.scheme is None or problems:
+            return problems
+        if self.ranged is not None:  # a rank fetches what it reads, and finds the same in that
+            return []
+        return form_problems(self, self.config, self.scheme)
+
+
+def _fp8_names(
+    stored: Mapping[str, StoredTensor], scheme: QuantScheme
+) -> tuple[dict[str, StoredTensor], QuantScheme]:
+    """Scales under one name (tools write two); whether they are of matrices or of rows."""
+    found = {}
+    for name, one in stored.items():
+        new = name.removesuffix("_inv") if name.endswith(".weight_scale_inv") else name
+        found[new] = replace(one, name=new)
+    scales = [prod(one.shape) for name, one in found.items() if name.endswith(".weight_scale")]
+    return found, replace(scheme, per_tensor=max(scales, default=1) == 1)
 
 
 def _map_bytes(file: Path) -> mmap.mmap:
@@ -341,52 +363,13 @@ def _map_bytes(file: Path) -> mmap.mmap:
                 flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
                 prot=mmap.PROT_READ | mmap.PROT_WRITE,
             )
-    except (OSError, ValueError) as error:
-        remedy = ""
-        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-            remedy = "; allow more address space (`ulimit -v`, vm.overcommit_memory)"
-        raise CheckpointError(f"{file}: cannot be mapped: {error}{remedy}") from None
-
-
-def _stored(folder: Path, ranged: RangedFolder | None = None) -> dict[str, StoredTensor]:
-    files: dict[str, Path] = {}
-    if ranged is not None:
-        ranged.need_headers()
-        files = ranged.files
-    single, index = files.get(SINGLE_FILE, folder / SINGLE_FILE), folder / INDEX_FILE
-    if single.is_file():
-        return read_header(single)
-    if not index.is_file():
-        raise _no_weights(folder)
-    placed = weight_map(index)
-    found: dict[str, StoredTensor] = {}
-    for file_name in sorted(set(placed.values())):
-        file = files.get(file_name, folder / file_name)
-        if not file.is_file():
-            raise CheckpointError(f"{index}: names {file_name!r}, which is missing; fetch it")
-        for name, one in read_header(file).items():
-            if name in found:
-                raise CheckpointError(
-                    f"{file}: tensor {name[:200]!r} lies in {found[name].file.name} too"
-                )
-            found[name] = one
-    for name, file_name in placed.items():
-        lies_in = found[name].file.name if name in found else None
-        if lies_in != file_name:
-            raise CheckpointError(
-                f"{index}: places tensor {name[:200]!r} in {file_name}, but it "
-                + (f"lies in {lies_in}" if lies_in else "is not there")
+    except OSError as error:
+        because = explain_error(file, error)
+        if error.errno == errno.ENOMEM:
+            because = (
+                f"cannot be mapped: {error}; allow more address space (`ulimit -v`, "
+                "vm.overcommit_memory)"
             )
-    return found
-
-
-def _no_weights(folder: Path) -> CheckpointError:
-    wanted = f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}"
-    names = sorted(one.name for one in folder.iterdir())
-    pickles = [name for name in names if Path(name).suffix in PICKLES]
-    loose = [name for name in names if Path(name).suffix in (".safetensors", ".gguf")]
-    if pickles:
-        return CheckpointError(f"{wanted}: {pickle_words(pickles)}")
-    if loose:
-        return CheckpointError(f"{wanted}, only {first_of(loose)}")
-    return CheckpointError(f"{wanted}; fetch the weights")
+        raise CheckpointError(f"{file}: {because}") from None
+    except ValueError as error:  # an empty file
+        raise CheckpointError(f"{file}: cannot be mapped: {error}") from None

@@ -35,6 +35,8 @@ CopyProgress = Callable[[int, int, str], None]
 FILES_AT_ONCE = 4
 SMALL_FILES = (
     "generation_config.json",
+    "quantize_config.json",
+    "quant_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from arriero.shards.checkpoint.bad_file import explain_binary, explain_error, head_of
 from arriero.shards.checkpoint.json_file import parse_json_object
 from arriero.shards.errors import CheckpointError
 
@@ -43,6 +44,8 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _MAX_DIMS = 16
 _LENGTH_BYTES = 8
+_AGAIN = "fetch the file again"
+_NO_HEADER = f"its header is empty: not a safetensors file, or damaged; {_AGAIN}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,32 +73,60 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             shape or offsets cannot be; the message names file and tensor.
     """
     try:
+        head, size = head_of(file)
+        length = int.from_bytes(head[:_LENGTH_BYTES], "little")
+        _check_length(file, head, size, length)
         with file.open("rb") as stream:
-            size = stream.seek(0, 2)
-            stream.seek(0)
-            prefix = stream.read(_LENGTH_BYTES)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < _LENGTH_BYTES:
-                raise CheckpointError(f"{file}: {size} bytes are too few for a safetensors file")
-            if length > MAX_HEADER_BYTES:
-                raise CheckpointError(
-                    f"{file}: header of {length} bytes exceeds the limit of {MAX_HEADER_BYTES}; "
-                    f"not a safetensors file, or damaged{_pickle_hint(prefix)}"
-                )
-            if length > size - _LENGTH_BYTES:
-                raise CheckpointError(
-                    f"{file}: truncated: header of {length} bytes, but {size - _LENGTH_BYTES} "
-                    f"follow; fetch the file again{_pickle_hint(prefix)}"
-                )
+            stream.seek(_LENGTH_BYTES)
             header = stream.read(length)
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
+        raise CheckpointError(f"{file}: {explain_error(file, error)}") from None
+    if length == 0:
+        raise CheckpointError(f"{file}: {explain_binary(head, size) or _NO_HEADER}")
     entries = parse_json_object(header, f"{file} (header)", unique_keys_because="tensor")
     entries.pop("__metadata__", None)
     data_start = _LENGTH_BYTES + length
+    _refuse_truncated(file, entries, data_start, size)
     tensors = {name: _entry(file, name, entry, data_start, size) for name, entry in entries.items()}
     _refuse_overlap(file, tensors)
     return tensors
+
+
+def _check_length(file: Path, head: bytes, size: int, length: int) -> None:
+    """Refuse what cannot be a header's length; the head often tells what the file is instead."""
+    because = explain_binary(head, size)
+    hint = f"; it {because}" if because else ""
+    if size < _LENGTH_BYTES:
+        raise CheckpointError(f"{file}: {size} bytes are too few for a safetensors file{hint}")
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{file}: {because}"
+            if because
+            else f"{file}: header of {length} bytes exceeds the limit of {MAX_HEADER_BYTES}; "
+            f"not a safetensors file, or damaged: {_AGAIN}"
+        )
+    if length > size - _LENGTH_BYTES:
+        raise CheckpointError(
+            f"{file}: truncated: header of {length} bytes, but {size - _LENGTH_BYTES} "
+            f"follow; {_AGAIN}{hint}"
+        )
+
+
+def _refuse_truncated(file: Path, entries: dict[str, Any], data_start: int, size: int) -> None:
+    """Compare the file's size with what the header calls for, before any tensor is looked at."""
+    ends = [
+        entry["data_offsets"][1]
+        for entry in entries.values()
+        if isinstance(entry, dict)
+        and _sizes(entry.get("data_offsets"))
+        and len(entry["data_offsets"]) == 2
+    ]
+    due = data_start + max(ends, default=0)
+    if due > size:
+        raise CheckpointError(
+            f"{file}: truncated: the file has {size:,} bytes, its header calls for {due:,} "
+            f"({due - size:,} are missing); {_AGAIN}"
+        )
 
 
 def _entry(file: Path, name: str, entry: Any, data_start: int, size: int) -> StoredTensor:  # noqa: ANN401
@@ -113,10 +144,7 @@ def _entry(file: Path, name: str, entry: Any, data_start: int, size: int) -> Sto
     if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"{where}: data_offsets {str(offsets)[:200]} are not a range")
     start, stop = data_start + offsets[0], data_start + offsets[1]
-    if stop > size:
-        raise CheckpointError(
-            f"{where}: ends at byte {stop}, but the file has {size}: truncated; fetch it again"
-        )
+    assert stop <= size, "refused as truncated"
     due = math.prod(shape) * dtype.itemsize
     if stop - start != due:
         raise CheckpointError(
@@ -142,12 +170,6 @@ def _refuse_overlap(file: Path, tensors: dict[str, StoredTensor]) -> None:
                 f"{file}: tensors {before.name[:200]!r} and {after.name[:200]!r} overlap at byte "
                 f"{after.start}"
             )
-
-
-def _pickle_hint(prefix: bytes) -> str:
-    if prefix.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
-        return "; it looks like a pickle, which could run code: convert it to safetensors"
-    return ""
 
 
 def make_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:

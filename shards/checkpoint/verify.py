@@ -6,6 +6,7 @@ Knows checkpoints as stored; knows nothing of slices, engines or how a report is
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,16 +14,20 @@ from pathlib import Path
 
 import torch
 
-from arriero.shards.checkpoint.formats.describe import describe
-from arriero.shards.checkpoint.formats.stored import tensors_due
-from arriero.shards.checkpoint.reader import TensorFolder
-from arriero.shards.checkpoint.safetensors_header import DTYPES, StoredTensor
+from arriero.shards.checkpoint.fit import not_read
+from arriero.shards.checkpoint.form_fit import unfit_scales
+from arriero.shards.checkpoint.json_file import read_json_object
+from arriero.shards.checkpoint.reader import Checkpoint
+from arriero.shards.checkpoint.safetensors_header import StoredTensor
 from arriero.shards.errors import CheckpointError
 
 VerifyProgress = Callable[[int, int, str], None]
 """Called with bytes read so far, bytes in all, and the name of the file being read."""
 
 _PIECE_BYTES = 16 * 1024 * 1024
+_MOST_SCALES = 256 * 1024 * 1024
+"""Bytes of scales that are read without `deep`; more take longer than headers do."""
+_TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +44,7 @@ class Report:
         nbytes_by_dtype: the same by dtype, such as "bfloat16".
         form: "bfloat16" and the like for plain weights, or the quantization's name.
         digest: `TensorFolder.digest`; empty when the folder could not be opened.
+        notes: what was accepted and is not followed or not read, one sentence each.
         file_digests: after a deep look, BLAKE2b (32 hex digits) of every byte of each file.
     """
 
@@ -51,6 +57,7 @@ class Report:
     nbytes_by_dtype: dict[str, int] = field(default_factory=dict)
     form: str = ""
     digest: str = ""
+    notes: tuple[str, ...] = ()
     file_digests: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -72,16 +79,19 @@ def verify(path: Path | str, deep: bool = False, progress: VerifyProgress | None
     """
     folder = Path(path)
     try:
-        model, scheme = describe(folder)
-        found = TensorFolder.of(folder)
-        due = tensors_due(model, scheme)
+        found = Checkpoint.open(folder)
+        problems = [*found.misfits(), *_tokenizer_problems(folder)]
         digest = found.digest
+        scales_read = deep
+        if not deep and not problems and found.scheme is not None:
+            unfit, scales_read = unfit_scales(found, _MOST_SCALES)
+            problems += unfit
     except CheckpointError as error:
         return Report(path=folder, problems=(str(error),))
-    problems = found.problems(
-        {one.name: one.shape for one in due},
-        {one.name: tuple(DTYPES[label] for label in one.dtypes) for one in due},
-    )
+    model, scheme = found.config, found.scheme
+    notes = _notes(found)
+    if scheme is not None and not scales_read:
+        notes.append("scales were not looked at: a deep look reads every byte")
     file_digests: dict[str, str] = {}
     if deep:
         total, done = sum(found.data(file).numel() for file in found.files), 0
@@ -105,8 +115,30 @@ def verify(path: Path | str, deep: bool = False, progress: VerifyProgress | None
         nbytes_by_dtype=dict(by_dtype),
         form=model.torch_dtype if scheme is None else scheme.method,
         digest=digest,
+        notes=tuple(notes),
         file_digests=file_digests,
     )
+
+
+def _tokenizer_problems(folder: Path) -> list[str]:
+    """A tokenizer.json that no gateway could read; whether there must be one is not said here."""
+    file = folder / _TOKENIZER
+    if not os.path.lexists(file):
+        return []
+    try:
+        read_json_object(file)
+    except CheckpointError as error:
+        return [str(error)]
+    return []
+
+
+def _notes(found: Checkpoint) -> list[str]:
+    notes = [] if found.scheme is None else list(found.scheme.notes)
+    extra = not_read(found, found.wanted)
+    if extra:
+        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+        notes.append(f"not read: {extra[0][:200]}{more}")
+    return notes
 
 
 def _read_all(data: torch.Tensor, tensors: list[StoredTensor]) -> tuple[str, list[str]]:

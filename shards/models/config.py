@@ -7,20 +7,22 @@ tensors stored, slices or engines.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from arriero.shards.checkpoint.json_file import read_json_object
 from arriero.shards.errors import CheckpointError
 from arriero.shards.models.end_tokens import with_tokenizer_ends
+from arriero.shards.models.rope import RopeConfig, yarn_attention_factor
 
 if TYPE_CHECKING:  # leaders and gateways read a config without loading torch
     from torch import Tensor
 
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
+SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM")
+"""Names under which configs call the dense family: Llama, its spelling of 2023, and Mistral, whose
+layers are the same but for the window that its config states."""
 
 TORCH_DTYPES = ("bfloat16", "float16", "float32")
 
@@ -28,55 +30,6 @@ _MAX_SIZE = 2**31 - 1
 _MAX_LAYERS = 4096  # these two bound what a hostile config makes us list or allocate
 _MAX_HEAD_DIM = 65536
 _MAX_CONFIG_BYTES = 10_000_000
-
-RopeScaling = Literal["none", "linear", "llama3"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RopeConfig:
-    """Rotary position embedding.
-
-    Attributes:
-        theta: base of the frequencies.
-        scaling: "none"; "linear" (every frequency divided by `factor`); or "llama3" (long waves
-            divided, short ones kept, those between blended).
-        factor: what frequencies are divided by; at least 1.
-        low: llama3: waves longer than original_max / low are divided.
-        high: llama3: waves shorter than original_max / high are kept; may equal `low`.
-        original_max: llama3: positions that the model was first trained on.
-    """
-
-    theta: float
-    scaling: RopeScaling = "none"
-    factor: float = 1.0
-    low: float = 1.0
-    high: float = 1.0
-    original_max: int = 0
-
-    def inv_freq(self, dim: int) -> Tensor:
-        """Frequencies of `dim` / 2 pairs: radians a position, float32, shape [dim / 2].
-
-        The order of operations is that of the transformers library, bit for bit, since cosines
-        of large positions magnify the last bit. Su et al., "RoFormer" (2021); the "llama3" rule
-        is that of Meta's Llama 3.1 release.
-        """
-        import torch
-
-        exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
-        freq: Tensor = 1.0 / (self.theta**exponents)
-        if self.scaling == "none":
-            return freq
-        if self.scaling == "linear":
-            return freq / self.factor
-        wavelength = 2 * math.pi / freq
-        longest_kept, shortest_divided = self.original_max / self.high, self.original_max / self.low
-        scaled = torch.where(wavelength > shortest_divided, freq / self.factor, freq)
-        if self.high == self.low:  # nothing lies between, and the blend would divide by zero
-            return scaled
-        kept = (self.original_max / wavelength - self.low) / (self.high - self.low)
-        blend = (1 - kept) * scaled / self.factor + kept * scaled
-        between = (wavelength >= longest_kept) & (wavelength <= shortest_divided)
-        return torch.where(between, blend, scaled)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,7 +155,7 @@ class ModelConfig:
             tie_word_embeddings=read.flag("tie_word_embeddings"),
             attention_bias=read.flag("attention_bias"),
             mlp_bias=read.flag("mlp_bias"),
-            hidden_act=read.one_of("hidden_act", ("silu",), "silu"),
+            hidden_act=read_activation(read),
             torch_dtype=read_torch_dtype(read),
             bos_token_id=next(iter(read.tokens("bos_token_id", vocab_size)), None),
             eos_token_ids=end_tokens(more, read, vocab_size),
@@ -257,6 +210,8 @@ class Fields:
         value = self.get(name)
         if value is None:
             return None
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # some tools write every number as a float
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MAX_SIZE:
             raise self.wrong(name, value, f"a whole number from 0 to {_MAX_SIZE}")
         return value
@@ -299,9 +254,9 @@ class Fields:
         value = self.get(name)
         if value is None:
             return False
-        if not isinstance(value, bool):
+        if not isinstance(value, bool | int) or value not in (0, 1):
             raise self.wrong(name, value, "true or false")
-        return value
+        return bool(value)
 
     def one_of(self, name: str, allowed: tuple[str, ...], default: str) -> str:
         """One of a few words."""
@@ -363,6 +318,14 @@ def _architecture(read: Fields) -> str:
 
 def _refuse_uncomputed(read: Fields) -> None:
     """Refuse settings under which a "Llama" is another function than the one we compute."""
+    if read.get("architectures") == ["MistralForCausalLM"]:
+        # their defaults are Mistral 7B's, not a Llama's
+        for name in ("num_key_value_heads", "sliding_window"):
+            if name not in read.values:
+                raise CheckpointError(
+                    f"{read.source}: `{name}` is missing, which a Mistral's config must state; "
+                    "add it (`sliding_window` may be null)"
+                )
     chunk = read.get("attention_chunk_size")
     if chunk is not None:
         raise read.wrong("attention_chunk_size", chunk, "null: it is not computed by this version")
@@ -391,6 +354,9 @@ def _sliding_window(read: Fields) -> int | None:
     return window
 
 
+_ROPES = "default, linear, dynamic, llama3 or yarn: no other is computed"
+
+
 def read_rope(read: Fields, max_position_embeddings: int) -> RopeConfig:
     """Read `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (4)."""
     found = read.get("rope_scaling") or read.get("rope_parameters") or {}
@@ -404,12 +370,17 @@ def read_rope(read: Fields, max_position_embeddings: int) -> RopeConfig:
     kind = rope.get("rope_type")
     if kind is None:
         kind = rope.get("type")
+    if kind == "dynamic":  # changes nothing up to `max_position_embeddings`, the limit here
+        rope.number("factor", None, low=1)
+        kind = "default"
     if kind is None or kind == "default":
         return RopeConfig(theta=theta)
     if kind == "linear":
         return RopeConfig(theta=theta, scaling="linear", factor=rope.number("factor", None, low=1))
+    if kind == "yarn":
+        return _read_yarn(read, rope, theta, max_position_embeddings)
     if kind != "llama3":
-        raise rope.wrong("rope_type", kind, "default, linear or llama3: no other is computed")
+        raise rope.wrong("rope_type", kind, _ROPES)
     low = rope.number("low_freq_factor", None, low=1e-6)
     return RopeConfig(
         theta=theta,
@@ -424,7 +395,40 @@ def read_rope(read: Fields, max_position_embeddings: int) -> RopeConfig:
     )
 
 
+def _read_yarn(read: Fields, rope: Fields, theta: float, max_positions: int) -> RopeConfig:
+    """YaRN's numbers, with the defaults of transformers where the config says nothing."""
+    original = rope.size(
+        "original_max_position_embeddings",
+        read.size("original_max_position_embeddings", max_positions),
+    )
+    factor = rope.number("factor", max_positions / original, low=1)
+    scale, all_dims = (rope.optional_number(name) for name in ("mscale", "mscale_all_dim"))
+    usual = yarn_attention_factor(factor, scale, all_dims)
+    if rope.get("truncate") is not None and not rope.flag("truncate"):
+        raise rope.wrong("truncate", False, "true: no other rule is computed")
+    if theta <= 1:
+        raise rope.wrong("rope_theta", theta, "above 1")
+    return RopeConfig(
+        theta=theta,
+        scaling="yarn",
+        factor=factor,
+        low=rope.number("beta_slow", 1.0, low=1e-6),
+        high=rope.number("beta_fast", 32.0, low=1e-6),
+        original_max=original,
+        attention_factor=rope.number("attention_factor", usual, low=1e-6),
+    )
+
+
+def read_activation(read: Fields) -> str:
+    """The MLP's activation: "silu", which "swish" is another name of."""
+    read.one_of("hidden_act", ("silu", "swish"), "silu")
+    return "silu"
+
+
 def read_torch_dtype(read: Fields) -> str:
     """Name of the dtype declared for the weights."""
     name = "torch_dtype" if read.get("torch_dtype") is not None else "dtype"
+    value = read.get(name)
+    if isinstance(value, str) and value.startswith("torch."):
+        read = Fields({name: value.removeprefix("torch.")}, read.source)
     return read.one_of(name, TORCH_DTYPES, "float32")

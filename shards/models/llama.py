@@ -167,7 +167,7 @@ def _layer(
         num_q_heads=part.q_heads.size,
         num_kv_heads=part.kv_heads.size,
         head_dim=d,
-        softmax_scale=d**-0.5,
+        softmax_scale=d**-0.5 * config.rope.attention_factor**2,
         eps=config.rms_norm_eps,
         style=style,
     )

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 from arriero.shards.checkpoint.json_file import read_json_object
 from arriero.shards.models.config import (
     Fields,
-    RopeConfig,
     end_tokens,
+    read_activation,
     read_rope,
     read_torch_dtype,
 )
 from arriero.shards.models.end_tokens import with_tokenizer_ends
+from arriero.shards.models.rope import RopeConfig
 
 if TYPE_CHECKING:  # leaders and gateways read a config without loading torch
     from torch import Tensor
@@ -104,7 +105,7 @@ class Llama4Config:
         attention_chunk_size: tokens of a chunk.
         attn_temperature: whether q is scaled by position on layers that do not rotate.
         floor_scale, attn_scale: of that scaling.
-        vision: None for a text-only checkpoint.
+        vision: None for a text-only checkpoint, or one whose config has no `vision_config`.
         image_token: placeholder that image features replace; None without vision.
     """
 
@@ -177,9 +178,9 @@ class Llama4Config:
             raise whole.wrong("architectures", names, f"one of {', '.join(LLAMA4_ARCHITECTURES)}")
         read = whole if whole.get("text_config") is None else _part(whole, "text_config")
         vision = None
-        if architecture == LLAMA4_ARCHITECTURES[0]:
+        if architecture == LLAMA4_ARCHITECTURES[0] and whole.get("vision_config") is not None:
             vision = _vision(_part(whole, "vision_config"))
-        read.one_of("hidden_act", ("silu",), "silu")
+        read_activation(read)
         if read.flag("attention_bias"):
             raise read.wrong("attention_bias", True, "false: it is not computed by this version")
         vocab_size = read.size("vocab_size")
@@ -214,7 +215,7 @@ class Llama4Config:
             floor_scale=read.number("floor_scale", 8192, low=1),
             attn_scale=read.number("attn_scale", 0.1, low=0),
             rms_norm_eps=read.number("rms_norm_eps", 1e-5, low=0),
-            rope=read_rope(read, max_positions),
+            rope=_rope(read, max_positions),
             max_position_embeddings=max_positions,
             tie_word_embeddings=whole.flag("tie_word_embeddings")
             or read.flag("tie_word_embeddings"),
@@ -264,6 +265,13 @@ def _part(whole: Fields, name: str) -> Fields:
     if not isinstance(found, Mapping):
         raise whole.wrong(name, found, "an object")
     return Fields(found, f"{whole.source}, {name}")
+
+
+def _rope(read: Fields, max_positions: int) -> RopeConfig:
+    rope = read_rope(read, max_positions)
+    if rope.scaling == "yarn":
+        raise read.wrong("rope_type", "yarn", "default, linear or llama3: Llama 4 has no other")
+    return rope
 
 
 def _moe_layers(read: Fields, num_layers: int) -> tuple[int, ...]:

@@ -308,7 +308,18 @@ def test_slices_report_what_was_planned() -> None:
 @pytest.mark.parametrize("tp", [1, 2, 3])
 @pytest.mark.parametrize(
     "form",
-    ["awq", "gptq", "packed-4", "packed-4-zeros", "packed-8", "compressed-fp8", "fbgemm_fp8"],
+    [
+        "awq",
+        "gptq",
+        "packed-4",
+        "packed-4-zeros",
+        "packed-8",
+        "compressed-fp8",
+        "compressed-fp8-tensor",
+        "fp8-tensor",
+        "int8-tensor",
+        "fbgemm_fp8",
+    ],
 )
 def test_a_quantized_folder_allocates_what_was_planned(
     tmp_path: Path, form: str, tp: int, kernels: Kernels
@@ -330,11 +341,14 @@ def small_group(path: Path, tp: int, kernels: Kernels) -> GroupConfig:
     )
 
 
+@pytest.mark.parametrize("form", ["gptq-act-order", "packed-4-group"])
 @pytest.mark.parametrize("kernels", ["reference", "cpu"])
-def test_columns_in_an_order_of_their_own_are_planned(tmp_path: Path, kernels: Kernels) -> None:
+def test_columns_in_an_order_of_their_own_are_planned(
+    tmp_path: Path, kernels: Kernels, form: str
+) -> None:
     """Exactly where they are whole, and not too little where they are cut."""
     backend(kernels)
-    quantized_llama(tmp_path, "gptq-act-order", layers=1)
+    quantized_llama(tmp_path, form, layers=1)
     check_group(small_group(tmp_path, 1, kernels), kernels)
     model = find_model(str(tmp_path))
     weights = weights_as(model.config, model.scheme, "checkpoint")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "tied": {"tied": True},
@@ -29,11 +31,51 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "head_dim given": {"heads": 4, "kv_heads": 2, "head_dim": 80},
     "biases": {"attention_bias": True, "mlp_bias": True},
     "llama3 rope": {"rope_scaling": LLAMA3},
+    "yarn rope": {"rope_scaling": YARN, "max_positions": 256},
+    "yarn rope, all numbers": {
+        "rope_scaling": YARN
+        | {"type": "yarn", "beta_fast": 16, "beta_slow": 2, "mscale": 1.2, "mscale_all_dim": 0.8},
+        "max_positions": 256,
+    },
+    "dynamic rope": {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
     "linear rope": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     "sharded files": {"sharded": True},
     "odd sizes": {"hidden": 60, "heads": 3, "kv_heads": 3, "intermediate": 97, "vocab": 131},
 }
-LAYOUTS = {"multi-head": (3, 2), "multi-query": (4, 1), "biases": (2, 2), "tied": (2, 1)}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama of 2023": {
+        "architectures": ["LLaMAForCausalLM"],
+        "hidden_act": "swish",
+        "pretraining_tp": 2,
+        "torch_dtype": "torch.float32",
+        "num_hidden_layers": 3.0,
+        "rope_scaling": None,
+        "_name_or_path": "somewhere",
+    },
+    "transformers 5": {
+        "dtype": "float32",
+        "torch_dtype": None,
+        "rope_scaling": None,
+        "rope_parameters": {"rope_theta": 20000.0, "rope_type": "default"},
+    },
+    "Mistral without a window": {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "sliding_window": None,
+    },
+    "Mistral with its window": {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "sliding_window": 24,
+    },
+}
+LAYOUTS = {
+    "yarn rope": (2, 1),
+    "multi-head": (3, 2),
+    "multi-query": (4, 1),
+    "biases": (2, 2),
+    "tied": (2, 1),
+}
 
 
 def greedy(path: Path, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
@@ -50,7 +92,7 @@ def greedy(path: Path, prompts: list[list[int]], new_tokens: int) -> list[list[i
     return out
 
 
-def check(path: Path, **layout: int) -> None:
+def check(path: Path, oracle: Path | None = None, **layout: int) -> None:
     vocab = 128
     prompts = [
         [(7 * i + 3 * j * j) % vocab for j in range(n)] for i, n in enumerate((1, 5, 17, 90))
@@ -67,7 +109,7 @@ def check(path: Path, **layout: int) -> None:
     )
     with running(config) as group:
         answers = group.generate(prompts, params)
-    assert [a.tokens for a in answers] == greedy(path, prompts, 24)
+    assert [a.tokens for a in answers] == greedy(oracle or path, prompts, 24)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -81,3 +123,23 @@ def test_several_slices(name: str, tmp_path: Path) -> None:
     tiny_llama(tmp_path, seed=3, layers=3, **VARIANTS[name])
     tp, pp = LAYOUTS[name]
     check(tmp_path, tp=tp, pp=pp)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_other_spellings_of_the_same_computation(name: str, tmp_path: Path) -> None:
+    tiny_llama(tmp_path, seed=3, layers=3)
+    file = tmp_path / "config.json"
+    settings = json.loads(file.read_text()) | CONFIGS[name]
+    if name == "transformers 5":
+        del settings["rope_theta"]
+    file.write_text(json.dumps(settings))
+    config = {"sliding_window": settings.get("sliding_window"), "attention_sinks": 0}
+    # transformers spells numbers and names in one way only
+    theirs = settings | {"num_hidden_layers": 3, "torch_dtype": "float32"}
+    if name == "llama of 2023":
+        theirs["architectures"] = ["LlamaForCausalLM"]
+    other = tmp_path / "theirs"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps(theirs))
+    (other / "model.safetensors").symlink_to(tmp_path / "model.safetensors")
+    check(tmp_path, oracle=other, **{k: v for k, v in config.items() if v})

@@ -69,6 +69,7 @@ def write_gguf(
     pre: str | None = "smollm",
     metadata: Mapping[str, Any] | None = None,
     drop: str | None = None,
+    max_tensors: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Write a file; return the weights that an import must give (float32).
 
@@ -76,12 +77,14 @@ def write_gguf(
         path: the file.
         config: vocab of at least 260 tokens; sizes that divide into blocks of 32.
         seed: of the weights.
-        type_: of every product; vectors stay F32.
+        type_: of every product; vectors stay F32. Types that the gguf package cannot make are
+            filled with random small bytes.
         pre: tokenizer.ggml.pre; None leaves it out.
         metadata: strings, integers or floats that are added or replace what would be written.
         drop: a tensor that is left out.
+        max_tensors: of each file, where the model is written in several.
     """
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, "llama", split_max_tensors=max_tensors)
     tokens, merges = trained_bpe(config.vocab_size)
     values: dict[str, Any] = {
         "llama.block_count": config.num_layers,
@@ -150,8 +153,28 @@ def _stored(
     rows = interleave(weight, head_dim) if turned else weight
     if weight.ndim == 1:
         return rows, torch.from_numpy(weight)
-    stored = gguf.quantize(rows, type_)
+    try:
+        stored = gguf.quantize(rows, type_)
+    except NotImplementedError:
+        return _random_blocks(name, weight.shape, head_dim if turned else 0, type_)
     # blocks run along a row, so quantizing commutes with the order of the rows
     return stored, torch.from_numpy(
         np.array(gguf.dequantize(gguf.quantize(weight, type_), type_), dtype=np.float32)
     )
+
+
+def _random_blocks(
+    name: str, shape: tuple[int, ...], head_dim: int, type_: gguf.GGMLQuantizationType
+) -> tuple[np.ndarray, torch.Tensor]:
+    """Blocks of bytes below 64, whose float16 fields are all finite, and what they mean.
+
+    Of types that the package does not know, nothing.
+    """
+    block, block_bytes = gguf.GGML_QUANT_SIZES[type_]
+    random = np.random.default_rng(sum(name.encode()))
+    stored = random.integers(0, 64, (shape[0], shape[1] // block * block_bytes), dtype=np.uint8)
+    try:
+        means = torch.from_numpy(np.array(gguf.dequantize(stored, type_), dtype=np.float32))
+    except NotImplementedError:
+        means = torch.zeros(shape)
+    return interleave(stored, head_dim) if head_dim else stored, means

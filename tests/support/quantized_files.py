@@ -34,14 +34,44 @@ def fp8(
     return {f"{name}.weight": data, f"{name}.weight_scale": scale}, full
 
 
-def packed(
-    name: str, rows: int, columns: int, group: int, seed: int, bits: int, zeros: bool
+def eight_bits(
+    name: str, rows: int, columns: int, seed: int, *, float8: bool, per_tensor: bool, scale: str
 ) -> tuple[dict[str, Tensor], Matrix]:
-    """compressed-tensors' `weight_packed` and its fellows, and the matrix that they mean."""
+    """`weight` in 8 bits with one scale a row or a matrix, and the matrix that they mean."""
+    generator = torch.Generator().manual_seed(seed)
+    if float8:
+        data = (torch.randn(rows, columns, generator=generator) * 100).to(torch.float8_e4m3fn)
+    else:
+        data = torch.randint(-127, 128, (rows, columns), generator=generator, dtype=torch.int8)
+    scales = torch.rand(1 if per_tensor else rows, 1, generator=generator) + 0.01
+    full = np.zeros((rows, columns))
+    for o in range(rows):
+        for i in range(columns):
+            full[o, i] = float(data[o, i]) * float(scales[0 if per_tensor else o, 0])
+    return {f"{name}.weight": data, f"{name}.{scale}": scales[0] if per_tensor else scales}, full
+
+
+def packed(
+    name: str,
+    rows: int,
+    columns: int,
+    group: int,
+    seed: int,
+    bits: int,
+    zeros: bool,
+    order_seed: int | None = None,
+) -> tuple[dict[str, Tensor], Matrix]:
+    """compressed-tensors' `weight_packed` and its fellows, and the matrix that they mean.
+
+    With an `order_seed` columns are in groups by chance, and `weight_g_idx` says in which.
+    """
     random = np.random.default_rng(seed)
     q = random.integers(0, 1 << bits, (rows, columns))
     z = random.integers(0, 16, (rows, columns // group)) if zeros else None
     s = torch.tensor(random.uniform(0.001, 0.1, (rows, columns // group)), dtype=torch.bfloat16)
+    g_idx = np.arange(columns) // group
+    if order_seed is not None:
+        g_idx = np.random.default_rng(order_seed).permutation(g_idx)
     each = 32 // bits
     words = [
         [_word([int(one) for one in q[o, i : i + each]], bits) for i in range(0, columns, each)]
@@ -52,6 +82,8 @@ def packed(
         f"{name}.weight_scale": s,
         f"{name}.weight_shape": torch.tensor([rows, columns]),
     }
+    if order_seed is not None:
+        tensors[f"{name}.weight_g_idx"] = torch.tensor(g_idx, dtype=torch.int32)
     if z is not None:
         tensors[f"{name}.weight_zero_point"] = torch.tensor(
             [
@@ -63,8 +95,8 @@ def packed(
     full = np.zeros((rows, columns))
     for o in range(rows):
         for i in range(columns):
-            middle = (1 << bits - 1) if z is None else z[o, i // group]
-            full[o, i] = (q[o, i] - middle) * float(s[o, i // group])
+            middle = (1 << bits - 1) if z is None else z[o, g_idx[i]]
+            full[o, i] = (q[o, i] - middle) * float(s[o, g_idx[i]])
     return tensors, full
 
 

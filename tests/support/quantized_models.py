@@ -13,7 +13,7 @@ from arriero.shards.checkpoint.llama_names import EMBEDDING, FINAL_NORM, HEAD, l
 from arriero.shards.checkpoint.reader import TensorFolder
 from arriero.shards.models.config import ModelConfig
 from support.models import tiny_llama, tiny_weights, write_safetensors
-from support.quantized_files import awq, fp8, gptq, packed
+from support.quantized_files import awq, eight_bits, fp8, gptq, packed
 
 WEIGHT_ONLY = (
     "awq",
@@ -23,9 +23,22 @@ WEIGHT_ONLY = (
     "packed-4",
     "packed-4-zeros",
     "packed-8",
+    "packed-4-group",
+    "packed-4-group-zeros",
+    "gptq-no-index",
     "compressed-fp8-weights",
+    "compressed-fp8-tensor-weights",
+    "int8-channel",
+    "int8-tensor",
 )
-ROUNDING = ("fbgemm_fp8", "compressed-fp8")
+ROUNDING = (
+    "fbgemm_fp8",
+    "compressed-fp8",
+    "compressed-fp8-tensor",
+    "fp8-tensor",
+    "fp8-tensor-inv",
+    "fp8-channel",
+)
 
 _INPUTS = {"q": 0, "k": 0, "v": 0, "o": 1, "gate": 2, "up": 2, "down": 3}
 
@@ -37,6 +50,13 @@ def quantization_config(form: str, group: int, ignored: list[str]) -> dict[str, 
             "quant_method": "fbgemm_fp8",
             "activation_scale_ub": 1200.0,
             "modules_to_not_convert": ignored,
+        }
+    if form.startswith("fp8"):
+        return {
+            "quant_method": "fp8",
+            "activation_scheme": "dynamic",
+            "weight_block_size": None,
+            "ignored_layers": ignored,
         }
     if form == "awq":
         return {
@@ -63,13 +83,19 @@ def quantization_config(form: str, group: int, ignored: list[str]) -> dict[str, 
         weights |= {"num_bits": bits, "type": "int"}
         by_group = {"strategy": "group", "group_size": group}
         weights |= by_group if bits == 4 else {"strategy": "channel", "group_size": None}
+        weights |= {"actorder": "group"} if "group" in form else {}
     else:
-        weights |= {"num_bits": 8, "type": "float", "strategy": "channel"}
-        if form == "compressed-fp8":
+        kind, strategy = "int" if form.startswith("int8") else "float", "channel"
+        if "tensor" in form:
+            strategy = "tensor"
+        weights |= {"num_bits": 8, "type": kind, "strategy": strategy}
+        if form in ROUNDING:
             inputs = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized" if form.startswith("packed") else "float-quantized",
+        "format": {"packed": "pack-quantized", "int8": "int-quantized"}.get(
+            form.split("-")[0], "float-quantized"
+        ),
         "config_groups": {
             "group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
         },
@@ -97,7 +123,7 @@ def quantized_llama(
                 continue
             made, full = _write(module, shape, form, group, len(tensors))
             # levels of random size: scale the product back to what the model was made for
-            scales = next(one for one in made if one.endswith(("scale", "scales")))
+            scales = next(one for one in made if one.endswith(("scale", "scales", "scale_inv")))
             factor = 2.0 ** round(float(torch.log2(1.5 / shape[1] ** 0.5 / full.std())))
             made[scales] = (made[scales].double() * factor).to(made[scales].dtype)
             tensors |= made
@@ -113,11 +139,11 @@ def _write(
     name: str, shape: tuple[int, ...], form: str, group: int, seed: int
 ) -> tuple[dict[str, Tensor], Tensor]:
     rows, columns = shape
+    layer = int(name.split(".")[2])
+    order = 10 * layer + _INPUTS[name.split(".")[-1].removesuffix("_proj")]
     if form == "awq":
         tensors, full = awq(name, rows, columns, group, seed)
     elif form.startswith("gptq"):
-        layer = int(name.split(".")[2])
-        order = 10 * layer + _INPUTS[name.split(".")[-1].removesuffix("_proj")]
         tensors, full = gptq(
             name,
             rows,
@@ -128,10 +154,29 @@ def _write(
             version=2 if form == "gptq-v2" else 1,
             order_seed=order,
         )
+        if form == "gptq-no-index":
+            del tensors[f"{name}.g_idx"]
     elif form.startswith("packed"):
         bits = int(form.split("-")[1])
         tensors, full = packed(
-            name, rows, columns, group if bits == 4 else columns, seed, bits, form.endswith("zeros")
+            name,
+            rows,
+            columns,
+            group if bits == 4 else columns,
+            seed,
+            bits,
+            form.endswith("zeros"),
+            order if "group" in form else None,
+        )
+    elif form.startswith(("int8", "fp8")) or "tensor" in form:
+        tensors, full = eight_bits(
+            name,
+            rows,
+            columns,
+            seed,
+            float8=not form.startswith("int8"),
+            per_tensor="tensor" in form,
+            scale="weight_scale_inv" if form.endswith("inv") else "weight_scale",
         )
     else:
         dtype = torch.float32 if form == "fbgemm_fp8" else torch.bfloat16

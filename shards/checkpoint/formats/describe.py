@@ -5,15 +5,18 @@ Needs no torch; reads no tensor.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from arriero.shards.checkpoint.formats.scheme import QuantScheme, read_scheme
+from arriero.shards.checkpoint.bad_file import explain_error
+from arriero.shards.checkpoint.formats.quant_config import SIDE_FILES, read_scheme, scheme_of
+from arriero.shards.checkpoint.formats.scheme import QuantScheme
 from arriero.shards.checkpoint.formats.stored import AnyModel
 from arriero.shards.checkpoint.json_file import read_json_object
 from arriero.shards.errors import CheckpointError
-from arriero.shards.models.config import ModelConfig
+from arriero.shards.models.config import Fields, ModelConfig
 from arriero.shards.models.end_tokens import with_tokenizer_ends
 from arriero.shards.models.llama4_config import LLAMA4_ARCHITECTURES, Llama4Config
 
@@ -51,12 +54,35 @@ def describe(path: Path | str) -> tuple[AnyModel, QuantScheme | None]:
         CheckpointError: as above, or there is no config.json.
     """
     folder = Path(path)
+    try:
+        return _describe(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: {explain_error(folder, error)}") from None
+
+
+def _describe(folder: Path) -> tuple[AnyModel, QuantScheme | None]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: is not a folder; a model is a folder in HF layout")
     file, more = folder / "config.json", folder / "generation_config.json"
-    if not file.is_file() or (folder / "adapter_config.json").is_file():
+    if not os.path.lexists(file) or (folder / "adapter_config.json").is_file():
         ModelConfig.from_folder(folder)  # says what the folder is instead
-    generation = read_json_object(more, _MAX_CONFIG_BYTES) if more.is_file() else None
+    generation = read_json_object(more, _MAX_CONFIG_BYTES) if os.path.lexists(more) else None
     settings = read_json_object(file, _MAX_CONFIG_BYTES)
     model, scheme = read_settings(settings, generation, source=str(file))
+    if scheme is None and settings.get("quantization_config") is None:
+        scheme = _beside(folder)
     return with_tokenizer_ends(model, folder), scheme
+
+
+def side_file(folder: Path) -> Path | None:
+    """The file beside config.json that says how weights are quantized, as old tools wrote it."""
+    return next((folder / one for one in SIDE_FILES if (folder / one).is_file()), None)
+
+
+def _beside(folder: Path) -> QuantScheme | None:
+    file = side_file(folder)
+    if file is None:
+        return None
+    return scheme_of(
+        Fields(read_json_object(file, _MAX_CONFIG_BYTES), str(file)), SIDE_FILES[file.name]
+    )

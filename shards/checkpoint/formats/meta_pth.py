@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arriero.shards.checkpoint.bad_file import explain_error, explain_head, head_of
 from arriero.shards.checkpoint.formats.meta_tokenizer import convert_tokenizer
 from arriero.shards.checkpoint.json_file import read_json_object
 from arriero.shards.checkpoint.llama_names import EMBEDDING, FINAL_NORM, HEAD, expected_tensors
@@ -82,12 +83,12 @@ def _load(file: Path) -> Mapping[str, Tensor]:
     try:
         found = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
-        first = " ".join(str(error).split())[:200]
+        first = explain_head(*head_of(file)) or " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"{file}: is not a file of plain tensors, and nothing else is read: {first}"
         ) from None
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
+        raise CheckpointError(f"{file}: {explain_error(file, error)}") from None
     if not isinstance(found, dict) or not all(isinstance(one, Tensor) for one in found.values()):
         raise CheckpointError(f"{file}: is not a mapping from names to tensors")
     return found

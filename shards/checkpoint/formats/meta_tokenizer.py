@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from arriero.shards.checkpoint.bad_file import HEAD_BYTES, explain_head
 from arriero.shards.checkpoint.gguf_tokenizer import LLAMA3_SPLIT
 from arriero.shards.errors import CheckpointError
 
@@ -75,6 +76,9 @@ def _ranks(source: Path) -> dict[bytes, int]:
     data = source.read_bytes()
     if len(data) > _MAX_BYTES:
         raise CheckpointError(f"{source}: more than {_MAX_BYTES} bytes; a tokenizer is smaller")
+    because = explain_head(data[:HEAD_BYTES], len(data))
+    if because is not None:
+        raise CheckpointError(f"{source}: {because}")
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(data.splitlines()):
         encoded, _, rank = line.partition(b" ")

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from arriero.kernels.quant import ProductInputs, QuantizedWeight
+from arriero.kernels.quant import INT4_ZERO, ProductInputs, QuantizedWeight
+from arriero.shards.checkpoint.form_fit import in_order, index_problem
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
 from arriero.shards.checkpoint.formats.stored import NIBBLES, cut_group
 from arriero.shards.checkpoint.reader import TensorFolder
@@ -88,7 +89,7 @@ class ProductReader:
         if self._scheme is None or f"{name}.weight" in self._folder.stored:
             return self._eight_bits_or_plain(name, rows, columns)
         if self._scheme.method == "pack-quantized":
-            return self._packed(name, rows, columns)
+            return self._packed(name, rows, columns, alike)
         if self._scheme.method == "awq":
             return self._awq(name, rows, columns)
         return self._gptq(name, rows, columns, alike)
@@ -129,14 +130,14 @@ class ProductReader:
         self, name: str, rows: Span | None, columns: Span | None
     ) -> StoredProduct:
         weight_OI = self._cut(f"{name}.weight", rows, columns)
-        if weight_OI.dtype != torch.float8_e4m3fn:
+        if weight_OI.dtype not in (torch.float8_e4m3fn, torch.int8):
             return StoredProduct(weight=weight_OI)
-        scales_O1 = self._finite(f"{name}.weight_scale", rows, None)
+        scales_O1 = self._row_scales(f"{name}.weight_scale", rows, weight_OI.shape[0])
         num_columns = weight_OI.shape[1]
         bound = None if self._scheme is None else self._scheme.activation_bound
         return StoredProduct(
             weight=QuantizedWeight(
-                kind="fp8",
+                kind="int8" if weight_OI.dtype == torch.int8 else "fp8",
                 in_features=num_columns,
                 data=weight_OI,
                 scales=scales_O1,
@@ -145,7 +146,9 @@ class ProductReader:
             inputs=None if bound is None else ProductInputs(num_inputs=num_columns, bound=bound),
         )
 
-    def _packed(self, name: str, rows: Span | None, columns: Span | None) -> StoredProduct:
+    def _packed(
+        self, name: str, rows: Span | None, columns: Span | None, alike: bool
+    ) -> StoredProduct:
         assert self._scheme is not None
         shape = self._folder.tensor(f"{name}.weight_shape").tolist()
         words_OW = self._cut(f"{name}.weight_packed", rows, None)
@@ -169,14 +172,15 @@ class ProductReader:
                     group_size=own.size,
                 )
             )
+        ordered = not self._scheme.act_order
+        group_of_I = None if ordered else self._group_of(name, "weight_g_idx", num_columns)
+        if group_of_I is not None:
+            return self._packed_by_index(name, words_OW, rows, own, group_of_I, alike)
         group, needed, index_G = self._groups(name, columns, num_columns)
         if own.start % 2:
             raise CheckpointError(f"{name}: columns {own.start}:{own.stop} begin inside a byte")
-        zeros_OG = None
-        if not self._scheme.symmetric:
-            packed_WG = self._cut(f"{name}.weight_zero_point", _in_words(rows), needed)
-            zeros_GO = _trim(_by_rows(packed_WG).t(), rows)
-            zeros_OG = zeros_GO[:, : words_OW.shape[0]].t()[:, index_G].float()
+        zeros_GO = self._packed_zeros(name, rows, needed, words_OW.shape[0])
+        zeros_OG = None if zeros_GO is None else zeros_GO.t()[:, index_G].float()
         return StoredProduct(
             weight=QuantizedWeight(
                 kind="int4",
@@ -187,6 +191,70 @@ class ProductReader:
                 group_size=group,
             )
         )
+
+    def _packed_zeros(
+        self, name: str, rows: Span | None, groups: Span | None, num_rows: int
+    ) -> Tensor | None:
+        """Zero points uint8 [G, O] of some groups; None where all are the middle level."""
+        assert self._scheme is not None
+        if self._scheme.symmetric:
+            return None
+        packed_WG = self._cut(f"{name}.weight_zero_point", _in_words(rows), groups)
+        return _trim(_by_rows(packed_WG).t(), rows)[:, :num_rows]
+
+    def _packed_by_index(
+        self,
+        name: str,
+        words_OW: Tensor,
+        rows: Span | None,
+        own: Span,
+        group_of_I: Tensor,
+        alike: bool,
+    ) -> StoredProduct:
+        """Columns whose groups `weight_g_idx` names (act-order)."""
+        levels_IO = _by_columns(words_OW, range(NIBBLES))[:, own.start : own.stop].t()
+        scales_GO = self._finite(f"{name}.weight_scale", rows, None).t()
+        zeros_GO = self._packed_zeros(name, rows, None, words_OW.shape[0])
+        if zeros_GO is None:
+            zeros_GO = torch.full(scales_GO.shape, int(INT4_ZERO), dtype=torch.uint8)
+        return self._by_index(
+            f"{name}.weight_g_idx", levels_IO, zeros_GO, scales_GO, group_of_I, own, alike
+        )
+
+    def _group_of(self, name: str, what: str, num_columns: int) -> Tensor | None:
+        """The group of each column; None where groups are runs of columns in their order."""
+        assert self._scheme is not None
+        if f"{name}.{what}" not in self._folder.stored:
+            return None
+        group_of_I = self._folder.tensor(f"{name}.{what}").long()
+        whole_group = self._scheme.group_size or num_columns
+        if in_order(group_of_I, whole_group):
+            return None
+        return group_of_I
+
+    def _by_index(
+        self,
+        index: str,
+        levels_IO: Tensor,
+        zeros_GO: Tensor,
+        scales_GO: Tensor,
+        group_of_I: Tensor,
+        own: Span,
+        alike: bool,
+    ) -> StoredProduct:
+        """Sort the columns `own` by the groups that the tensor `index` names."""
+        assert self._scheme is not None
+        problem = index_problem(index, group_of_I, len(scales_GO))
+        if problem is not None:
+            raise CheckpointError(problem)
+        whole_group = self._scheme.group_size or len(group_of_I)
+        most = int(torch.bincount(group_of_I).max())
+        if alike and most > whole_group:
+            raise CheckpointError(
+                f"tensor {index!r} gives a group {most} columns; the group size is {whole_group}"
+            )
+        own_I = group_of_I[own.start : own.stop]
+        return self._sorted(levels_IO, zeros_GO, scales_GO, own_I, whole_group if alike else 0)
 
     def _awq(self, name: str, rows: Span | None, columns: Span | None) -> StoredProduct:
         num_inputs = self._folder.shape(f"{name}.qweight")[0]
@@ -201,32 +269,25 @@ class ProductReader:
         self, name: str, rows: Span | None, columns: Span | None, alike: bool
     ) -> StoredProduct:
         assert self._scheme is not None
-        group_of_I = self._folder.tensor(f"{name}.g_idx").long()
-        num_inputs = len(group_of_I)
+        num_inputs = self._folder.shape(f"{name}.qweight")[0] * NIBBLES
         own = columns or Span(start=0, stop=num_inputs)
         words = Span(start=own.start // NIBBLES, stop=-(-own.stop // NIBBLES))
         levels_IO = _by_rows(self._cut(f"{name}.qweight", words, rows))
         first = own.start - words.start * NIBBLES
         levels_IO = levels_IO[first : first + own.size]
-        whole_group = self._scheme.group_size or num_inputs
+        group_of_I = self._group_of(name, "g_idx", num_inputs)
         group, needed, index_G = 0, None, None
-        if torch.equal(group_of_I, torch.arange(num_inputs) // whole_group):
+        if group_of_I is None:
             group, needed, index_G = self._groups(name, columns, num_inputs)
         zeros_GO = _by_columns(self._words(f"{name}.qzeros", needed, rows), range(NIBBLES))
         zeros_GO = _trim(zeros_GO, rows) + self._scheme.zero_offset & 15
         scales_GO = self._finite(f"{name}.scales", needed, rows)
         if index_G is not None:
             return _four_bits(levels_IO, zeros_GO[index_G], scales_GO[index_G], group)
-        own_I = group_of_I[own.start : own.stop]
-        if int(group_of_I.min()) < 0 or int(group_of_I.max()) >= len(scales_GO):
-            raise CheckpointError(f"tensor {name + '.g_idx'!r} names groups beyond its scales")
-        most = int(torch.bincount(group_of_I).max())
-        if alike and most > whole_group:
-            raise CheckpointError(
-                f"tensor {name + '.g_idx'!r} gives a group {most} columns; the group size is "
-                f"{whole_group}"
-            )
-        return self._sorted(levels_IO, zeros_GO, scales_GO, own_I, whole_group if alike else 0)
+        assert group_of_I is not None, "no order, so an index"
+        return self._by_index(
+            f"{name}.g_idx", levels_IO, zeros_GO, scales_GO, group_of_I, own, alike
+        )
 
     def _groups(
         self, name: str, columns: Span | None, num_columns: int
@@ -285,6 +346,14 @@ class ProductReader:
         scales = self._cut(name, first, last).float()
         self._check_finite(name, scales)
         return scales
+
+    def _row_scales(self, name: str, rows: Span | None, num_rows: int) -> Tensor:
+        """Scales float32 [O, 1]; one that is of the whole matrix stands for each of its rows."""
+        if self._scheme is None or not self._scheme.per_tensor:
+            return self._finite(name, rows, None)
+        scale = self._folder.tensor(name).float().reshape(1, 1)
+        self._check_finite(name, scale)
+        return scale.expand(num_rows, 1).contiguous()
 
     def _words(self, name: str, first: Span | None, rows: Span | None) -> Tensor:
         """Words along the last dimension that hold `rows`, which `_trim` cuts to measure."""

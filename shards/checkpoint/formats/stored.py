@@ -7,12 +7,12 @@ torch; knows nothing of files.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import gcd, prod
 
 from arriero.shards.checkpoint.formats.modules import Axis, Kind, Module, Place, llama_modules
-from arriero.shards.checkpoint.formats.scheme import QuantScheme
+from arriero.shards.checkpoint.formats.scheme import FLOAT8, QuantScheme
 from arriero.shards.checkpoint.llama4_names import llama4_modules
 from arriero.shards.errors import CheckpointError
 from arriero.shards.models.config import ModelConfig
@@ -23,7 +23,7 @@ from arriero.shards.partition_moe import MoEPart
 AnyModel = ModelConfig | Llama4Config
 AnyPart = SlicePart | MoEPart
 
-ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "I32": 4, "I64": 8}
+ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "I8": 1, "I32": 4, "I64": 8}
 """Bytes of the safetensors dtypes that occur here."""
 FLOATS = ("BF16", "F16", "F32")
 LABELS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -62,6 +62,7 @@ class TensorDue:
         layer, place: which stage reads it.
         cuts: how its ranks share it; none means that each reads it whole.
         expert: of which expert it is, where each has tensors of its own.
+        optional: a checkpoint may leave it out.
     """
 
     name: str
@@ -73,6 +74,7 @@ class TensorDue:
     place: Place = "layer"
     cuts: tuple[DimCut, ...] = ()
     expert: int | None = None
+    optional: bool = False
 
     @property
     def itemsize(self) -> int:
@@ -87,6 +89,12 @@ class TensorDue:
 
 Box = tuple[Span, ...]
 """A range in each dimension of a tensor."""
+
+
+def text_prefix(model: AnyModel) -> str:
+    """What the names of the text model's tensors begin with."""
+    sees = isinstance(model, Llama4Config) and model.vision is not None
+    return "language_model." if sees else ""
 
 
 def modules_of(model: AnyModel, scheme: QuantScheme | None) -> tuple[Module, ...]:
@@ -164,11 +172,16 @@ def _quantized(module: Module, scheme: QuantScheme, plain: tuple[str, ...]) -> I
     rows, columns = module.shape
     if module.experts:
         raise CheckpointError(f"{module.name}: {scheme.method} checkpoints keep experts apart")
-    if scheme.method in ("fbgemm_fp8", "compressed-tensors"):
+    if scheme.method in FLOAT8 or scheme.method == "int-quantized":
         cuts = _row_cut(module, 0) + _column_cut(module, 1)
-        yield _due(module, ".weight", ("F8_E4M3",), (rows, columns), cuts)
-        scales = ("F32", "BF16", "F16") if scheme.method == "fbgemm_fp8" else ("BF16", "F32", "F16")
-        yield _due(module, ".weight_scale", scales, (rows, 1), _row_cut(module, 0), scale=True)
+        numbers = "F8_E4M3" if scheme.method in FLOAT8 else "I8"
+        yield _due(module, ".weight", (numbers,), (rows, columns), cuts)
+        full = scheme.method in ("fbgemm_fp8", "fp8")
+        scales = ("F32", "BF16", "F16") if full else ("BF16", "F32", "F16")
+        if scheme.per_tensor:
+            yield _due(module, ".weight_scale", scales, (1,), (), scale=True)
+        else:
+            yield _due(module, ".weight_scale", scales, (rows, 1), _row_cut(module, 0), scale=True)
     elif scheme.method == "pack-quantized":
         yield from _packed(module, scheme)
     else:
@@ -187,7 +200,8 @@ def _packed(module: Module, scheme: QuantScheme) -> Iterator[TensorDue]:
             "pack-quantized needs"
         )
     groups, floats = columns // group, ("BF16", "F16", "F32")
-    by_row, grouped = _row_cut(module, 0), _column_cut(module, 1, group)
+    by_row = _row_cut(module, 0)
+    grouped = () if scheme.act_order else _column_cut(module, 1, group)
     cuts = by_row + _column_cut(module, 1, word)
     yield _due(module, ".weight_packed", ("I32",), (rows, columns // word), cuts)
     cuts = by_row + (grouped if groups > 1 else ())
@@ -196,6 +210,9 @@ def _packed(module: Module, scheme: QuantScheme) -> Iterator[TensorDue]:
         cuts = _row_cut(module, 0, NIBBLES) + (grouped if groups > 1 else ())
         shape = (-(-rows // NIBBLES), groups)
         yield _due(module, ".weight_zero_point", ("I32",), shape, cuts, scale=True)
+    if scheme.act_order:
+        cuts = _column_cut(module, 0)
+        yield _due(module, ".weight_g_idx", ("I32",), (columns,), cuts, scale=True)
     yield _due(module, ".weight_shape", ("I64",), (2,), (), scale=True)
 
 
@@ -221,7 +238,8 @@ def _four_bits(module: Module, scheme: QuantScheme) -> Iterator[TensorDue]:
     else:
         cuts = _column_cut(module, 0, NIBBLES) + by_row
         yield _due(module, ".qweight", ("I32",), (columns // NIBBLES, rows), cuts)
-        yield _due(module, ".g_idx", ("I32",), (columns,), _column_cut(module, 0), scale=True)
+        index = _due(module, ".g_idx", ("I32",), (columns,), _column_cut(module, 0), scale=True)
+        yield replace(index, optional=not scheme.act_order)
     shape = (columns // group, rows // NIBBLES)
     yield _due(module, ".qzeros", ("I32",), shape, grouped + by_word, scale=True)
     shape = (columns // group, rows)

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from arriero.shards.checkpoint.formats.describe import describe
 from arriero.shards.checkpoint.llama_names import expected_tensors
 from arriero.shards.errors import CheckpointError
-from arriero.shards.models.config import ModelConfig, RopeConfig
+from arriero.shards.models.config import ModelConfig
+from arriero.shards.models.rope import RopeConfig
 
 LLAMA_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -98,6 +99,15 @@ def test_parameters_are_those_of_the_expected_tensors(
         {"rope_type": "linear", "factor": 2},
         LLAMA3,
         LLAMA3 | {"factor": 32.0},
+        {"type": "dynamic", "factor": 1.3},
+        {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 8192},
+        {
+            "type": "yarn",
+            "factor": 8,
+            "original_max_position_embeddings": 4096,
+            "beta_fast": 20.0,
+            "beta_slow": 2,
+        },
     ],
 )
 @pytest.mark.parametrize("spelling", ["transformers 4", "transformers 5"])
@@ -113,8 +123,11 @@ def test_frequencies_are_those_of_transformers_bit_for_bit(
     else:
         del found["rope_theta"]
         found["rope_parameters"] = {"rope_theta": theta} | (scaling or {"rope_type": "default"})
-    due = LlamaRotaryEmbedding(LlamaConfig(**json.loads(json.dumps(found)))).inv_freq
-    freq = ModelConfig.from_dict(found).inv_freq()
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**json.loads(json.dumps(found))))
+    due = theirs.inv_freq
+    config = ModelConfig.from_dict(found)
+    freq = config.inv_freq()
+    assert config.rope.attention_factor == theirs.attention_scaling
     assert freq.dtype == torch.float32
     assert freq.shape == (head_dim // 2,)
     assert torch.equal(freq, due)
@@ -228,14 +241,18 @@ def test_the_tokenizers_end_token(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"architectures": ["MistralForCausalLM"]}, "supported: LlamaForCausalLM"),
+        ({"architectures": ["QwenForCausalLM"]}, "supported: LlamaForCausalLM"),
+        ({"architectures": ["MistralForCausalLM"]}, "`sliding_window` is missing"),
         ({"architectures": []}, "supported: LlamaForCausalLM"),
         ({"architectures": None}, "supported: LlamaForCausalLM"),
         ({"hidden_act": "gelu"}, "`hidden_act`='gelu'"),
         ({"sliding_window": 0}, "`sliding_window`=0"),
         ({"layer_types": ["sliding_attention"]}, "`layer_types`"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "`rope_type`='yarn'"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "`rope_type`='dynamic'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 0.5}}, "`factor`=0.5"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4, "truncate": False}}, "`truncate`"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}, "rope_theta": 1}, "`rope_theta`"),
+        ({"rope_scaling": {"type": "dynamic"}}, "`factor` is missing"),
+        ({"rope_scaling": {"rope_type": "proportional"}}, "`rope_type`='proportional'"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "`rope_type`='longrope'"),
         ({"rope_scaling": {"type": "linear"}}, "`factor` is missing"),
         ({"rope_scaling": LLAMA3 | {"high_freq_factor": 0.5}}, "`high_freq_factor`=0.5"),
@@ -264,6 +281,32 @@ def test_what_is_not_computed_is_refused(change: dict[str, Any], words: str) -> 
         ModelConfig.from_dict(LLAMA_8B | change, source="somewhere/config.json")
     assert words in str(caught.value)
     assert "somewhere/config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vocab_size": 128256.0, "hidden_size": 4096.0, "bos_token_id": 128000.0},
+        {"eos_token_id": [128001.0, 128008, 128009]},
+        {"head_dim": None, "rope_scaling": None, "attention_bias": None, "sliding_window": None},
+        {"tie_word_embeddings": 0, "attention_bias": 0, "mlp_bias": None},
+        {"hidden_act": "swish"},
+        {"torch_dtype": "torch.bfloat16"},
+        {"torch_dtype": None, "dtype": "bfloat16"},
+        {"pretraining_tp": 4, "_name_or_path": "x", "use_cache": True, "anything": [1]},
+        {"rope_scaling": {"type": "default"}},
+        {"rope_scaling": {}},
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}},
+        {"architectures": None, "model_type": "llama"},
+    ],
+)
+def test_spellings_that_change_nothing(change: dict[str, Any]) -> None:
+    assert ModelConfig.from_dict(LLAMA_8B | change) == ModelConfig.from_dict(LLAMA_8B)
+
+
+def test_key_value_heads_that_are_not_given_are_the_query_heads() -> None:
+    given = {name: value for name, value in LLAMA_8B.items() if name != "num_key_value_heads"}
+    assert ModelConfig.from_dict(given).num_kv_heads == 32
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from arriero.cluster import cli
 from arriero.cluster.plan.catalog import MODELS
 from arriero.shards.checkpoint.formats.describe import read_settings
-from arriero.shards.checkpoint.formats.scheme import read_scheme
+from arriero.shards.checkpoint.formats.quant_config import read_scheme
 from arriero.shards.checkpoint.formats.stored import (
     AnyPart,
     Box,

@@ -67,6 +67,52 @@ def test_weights_are_those_of_the_file(tmp_path: Path, type_: Type, dtype: str) 
     assert {one[2] for one in told} == set(due)
 
 
+BLOCKS_OF_256 = [
+    Type.Q2_K,
+    Type.Q3_K,
+    Type.Q4_K,
+    Type.Q5_K,
+    Type.Q6_K,
+    Type.IQ1_S,
+    Type.IQ1_M,
+    Type.IQ2_XXS,
+    Type.IQ2_XS,
+    Type.IQ2_S,
+    Type.IQ3_XXS,
+    Type.IQ3_S,
+    Type.IQ4_XS,
+]
+
+
+@pytest.mark.parametrize("type_", [*BLOCKS_OF_256, Type.Q5_0, Type.Q5_1, Type.IQ4_NL])
+def test_every_type_that_the_package_dequantizes_is_imported(tmp_path: Path, type_: Type) -> None:
+    config = tiny(hidden_size=256, head_dim=64, intermediate_size=256, num_hidden_layers=1)
+    due = write_gguf(tmp_path / "m.gguf", config, type_=type_)
+    import_gguf(tmp_path / "m.gguf", tmp_path / "m", "float32")
+    found = Checkpoint.open(tmp_path / "m")
+    for name, weight in due.items():
+        assert torch.isfinite(weight).all()
+        assert torch.equal(found.tensor(name), weight), name
+
+
+@pytest.mark.parametrize("given", [1, 2, 3])
+def test_a_model_in_several_files_is_imported_from_any_of_them(tmp_path: Path, given: int) -> None:
+    config = tiny(tie_word_embeddings=True)
+    due = write_gguf(tmp_path / "m.gguf", config, max_tensors=7)
+    files = [tmp_path / f"m-{i + 1:05d}-of-00003.gguf" for i in range(3)]
+    assert sorted(tmp_path.iterdir()) == files
+    import_gguf(files[given - 1], tmp_path / "m", "float32")
+    found = Checkpoint.open(tmp_path / "m")
+    assert found.config == config
+    assert all(torch.equal(found.tensor(name), weight) for name, weight in due.items())
+    files[1].rename(tmp_path / "gone")
+    with pytest.raises(CheckpointError, match=r"m-00002-of-00003\.gguf: No such file"):
+        import_gguf(files[0], tmp_path / "n")
+    files[0].rename(tmp_path / "renamed.gguf")
+    with pytest.raises(CheckpointError, match=r"one part of several \(split\.count=3\)"):
+        import_gguf(tmp_path / "renamed.gguf", tmp_path / "n")
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -162,6 +208,14 @@ def test_gpt2_splits_as_transformers(tmp_path: Path) -> None:
         ("llama-bpe", "a 1234  b", ["a", " ", "123", "4", " ", " b"]),
         ("llama-bpe", "I'LL go\n\n x", ["I", "'LL", " go", "\n\n", " x"]),
         ("llama-bpe", "(foo) !!\n", ["(foo", ")", " !!\n"]),
+        ("llama3", "a 1234  b", ["a", " ", "123", "4", " ", " b"]),
+        ("llama-v3", "I'LL go\n\n x", ["I", "'LL", " go", "\n\n", " x"]),
+        ("smaug-bpe", "a 1234  b", ["a", " ", "123", "4", " ", " b"]),
+        ("dbrx", "I'LL go\n\n x", ["I", "'LL", " go", "\n\n", " x"]),
+        ("pixtral", "(foo) !!\n", ["(foo", ")", " !!\n"]),
+        ("phi-2", "a 1234  b", ["a", " 1234", " ", " b"]),
+        ("llama4", "I'll goThere/ 1234", ["I'll", " go", "There", "/", " ", "123", "4"]),
+        ("gpt-4o", "(foo) !!/\n", ["(foo", ")", " !!/\n"]),
     ],
 )
 def test_each_family_splits_its_way(tmp_path: Path, pre: str, text: str, pieces: list[str]) -> None:
@@ -186,6 +240,39 @@ def test_llama3_begins_with_its_token_and_stops_at_any_end(tmp_path: Path) -> No
     assert ModelConfig.from_folder(tmp_path / "m").eos_token_ids == (1, 2)
 
 
+@pytest.mark.parametrize("pre", ["llama3", "llama-v3", "smaug-bpe", "dbrx", "lfm2"])
+def test_other_names_of_llama_3_s_split_begin_and_end_alike(tmp_path: Path, pre: str) -> None:
+    tokenizer = imported_tokenizer(tmp_path, pre)
+    assert tokenizer.encode("the").ids[0] == 0
+    assert ModelConfig.from_folder(tmp_path / "m").eos_token_ids == (1, 2)
+
+
+def test_words_that_are_tokens_are_whole_only_where_the_family_says_so(tmp_path: Path) -> None:
+    """llama.cpp looks a word up before it merges for Llama 3's own names, not for Smaug's."""
+    for pre, whole in (("llama-v3", True), ("smaug-bpe", False)):
+        imported_tokenizer(tmp_path, pre)
+        made = json.loads((tmp_path / "m" / "tokenizer.json").read_text())
+        assert made["model"]["ignore_merges"] is whole
+        for file in (tmp_path / "m").iterdir():
+            file.unlink()
+        (tmp_path / "m").rmdir()
+
+
+def test_every_chat_template_is_kept(tmp_path: Path) -> None:
+    imported_tokenizer(tmp_path, "llama3", **{"tokenizer.chat_template.tool_use": "{{ tools }}"})
+    made = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
+    assert made["chat_template"] == [
+        {"name": "default", "template": "{{ messages }}"},
+        {"name": "tool_use", "template": "{{ tools }}"},
+    ]
+
+
+def test_end_tokens_of_a_turn_and_of_a_message_end_texts(tmp_path: Path) -> None:
+    ids = {"tokenizer.ggml.eot_token_id": 2, "tokenizer.ggml.eom_token_id": 3}
+    imported_tokenizer(tmp_path, "smollm", **ids, **{"tokenizer.ggml.padding_token_id": 2**32 - 1})
+    assert ModelConfig.from_folder(tmp_path / "m").eos_token_ids == (1, 2, 3)
+
+
 def test_the_file_says_whether_to_add_the_begin_and_end(tmp_path: Path) -> None:
     flags = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": True}
     ids = imported_tokenizer(tmp_path, "gpt-2", **flags).encode("the").ids
@@ -200,6 +287,7 @@ def test_the_file_says_whether_to_add_the_begin_and_end(tmp_path: Path) -> None:
     [
         ({"llama.expert_count": 8}, "experts"),
         ({"split.count": 3}, "one part of several"),
+        ({"split.count": -1.0}, "split.count=-1.0 is not a number of files"),
         ({"llama.rope.scaling.type": "yarn"}, "'yarn' is not computed"),
         ({"llama.attention.value_length": 8}, "llama.attention.value_length=8"),
         ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count=8"),
@@ -209,6 +297,8 @@ def test_the_file_says_whether_to_add_the_begin_and_end(tmp_path: Path) -> None:
         ({"llama.feed_forward_length": "many"}, "llama.feed_forward_length=many"),
         ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.model='llama'"),
         ({"tokenizer.ggml.pre": "qwen2"}, "tokenizer.ggml.pre='qwen2'"),
+        ({"tokenizer.ggml.pre": "qwen2"}, "supported: llama-bpe, llama3, llama-v3, falcon3"),
+        ({"tokenizer.ggml.pre": 7}, "tokenizer.ggml.pre='7'"),
         ({"tokenizer.ggml.bos_token_id": 300}, "must be below 300"),
     ],
 )
@@ -227,8 +317,8 @@ def test_a_missing_tensor_a_type_and_a_full_folder_are_refused(tmp_path: Path) -
     write_gguf(tmp_path / "m.gguf", tiny(), drop="model.norm.weight")
     with pytest.raises(CheckpointError, match=r"lacks 'model\.norm\.weight' of shape \[64\]"):
         import_gguf(tmp_path / "m.gguf", tmp_path / "m")
-    write_gguf(tmp_path / "n.gguf", tiny(), type_=Type.Q5_0)
-    with pytest.raises(CheckpointError, match="Q5_0 is not imported"):
+    write_gguf(tmp_path / "n.gguf", tiny(), type_=Type.Q8_1)
+    with pytest.raises(CheckpointError, match="Q8_1 is not imported; imported: F32, F16, Q4_0"):
         import_gguf(tmp_path / "n.gguf", tmp_path / "m")
     (tmp_path / "m").mkdir()
     with pytest.raises(CheckpointError, match="exists already"):

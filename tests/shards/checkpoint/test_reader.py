@@ -155,7 +155,10 @@ NAME = "model.layers.0.mlp.up_proj.weight"
             lambda w: w.update({NAME: torch.zeros(95, 64)}),
             ["model.safetensors", NAME, "[95, 64]", "[96, 64]"],
         ),
-        (lambda w: w.update({"stray": torch.zeros(3)}), ["stray", "[3]", "no place"]),
+        (
+            lambda w: w.update({"model.layers.0.mlp.stray": torch.zeros(3)}),
+            ["mlp.stray", "[3]", "no place"],
+        ),
         (
             lambda w: w.update({NAME: torch.zeros(96, 64, dtype=torch.int8)}),
             [NAME, "torch.int8", "torch.bfloat16"],

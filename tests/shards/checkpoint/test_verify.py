@@ -63,7 +63,7 @@ def test_all_problems_are_listed(tmp_path: Path) -> None:
     weights = tiny_weights(config, 0)
     for name in list(weights)[:9]:
         del weights[name]
-    weights["stray"] = torch.zeros(2)
+    weights["model.layers.2.mlp.up_proj.weight"] = torch.zeros(2)
     write_sharded(tmp_path, weights, 2)
     (tmp_path / "model.safetensors").unlink()
     report = verify(tmp_path)
