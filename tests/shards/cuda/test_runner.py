@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from arriero.kernels.reference import ReferenceOps
 from arriero.shards import sequences
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.cuda.runner import Copied, CudaRunner
@@ -28,6 +29,12 @@ from support.models import tiny_llama, tiny_llama4
 from .stub import StubDevice
 
 triton_interpreter.install()  # before anything imports the kernels
+
+
+@pytest.fixture(autouse=True)
+def captures_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stub's graphs are functions called again, which the reference's waits do not disturb."""
+    monkeypatch.setattr(ReferenceOps, "capturable", True)
 
 
 class LateExecutor:
