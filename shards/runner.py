@@ -141,6 +141,12 @@ class Runner:
         grammars.warm()
         return grammars
 
+    def warm_up(self) -> None:
+        """Do what would hold up a step, before the first and before tiers open; on a CPU nothing.
+
+        All ranks have joined by then.
+        """
+
     def close(self) -> None:
         """Stop what runs beside the steps; no step may follow."""
         self._table.close()

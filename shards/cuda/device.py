@@ -73,7 +73,8 @@ class CudaDevice:
             work()
         torch.cuda.current_stream(self._device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # "global" would forbid other threads of this process what the tiers' threads do meanwhile
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             work()
         return _Graph(graph, work)
 

@@ -170,14 +170,30 @@ class CudaRunner(Runner):
         bucket = graphs.bucket(len(batch.tokens))
         all_greedy = not batch.temperature.any()
         key = (bucket, all_greedy)
-        if not graphs.has(key):
-            self.phase = "capture"
-            self._inputs.fill_padding(bucket)
-            graphs.capture(key, self._decode_work(bucket, all_greedy))
+        self._capture(graphs, bucket, all_greedy)
         self.phase = "layers"
         self._inputs.fill(batch, bucket)
         graphs.replay(key)
         return Sampled(tokens_R=self._drawn_S[: len(batch.tokens)])
+
+    def warm_up(self) -> None:
+        """Capture the graphs of all batch sizes, greedy and drawing, which also compiles them.
+
+        The largest first: memory that it takes serves the others.
+        """
+        if self._graphs is None:
+            return
+        for bucket in reversed(self._graphs.buckets):
+            for all_greedy in (False, True):
+                self._capture(self._graphs, bucket, all_greedy)
+        self.phase = "loaded"
+
+    def _capture(self, graphs: GraphRunner, bucket: int, all_greedy: bool) -> None:
+        if graphs.has((bucket, all_greedy)):
+            return
+        self.phase = "capture"
+        self._inputs.fill_padding(bucket)
+        graphs.capture((bucket, all_greedy), self._decode_work(bucket, all_greedy))
 
     def _decode_work(self, bucket: int, all_greedy: bool) -> Callable[[], None]:
         """A whole decode step from `_inputs` to the slots' last tokens and `_drawn_S`."""

@@ -124,9 +124,7 @@ class Loader:
 
     def norm(self, name: str) -> Tensor:
         """A norm's weights, float32 [H], where the backend computes."""
-        return self._folder.tensor(f"{name}.weight").to(
-            self._ops.device, torch.float32, copy=True
-        )
+        return self._folder.tensor(f"{name}.weight").to(self._ops.device, torch.float32, copy=True)
 
     def rows(
         self, parts: Sequence[tuple[str, Span]], *, bias: bool = False, keep: bool = False

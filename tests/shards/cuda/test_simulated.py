@@ -61,7 +61,7 @@ def config_of(path: Path, **more: Any) -> GroupConfig:  # noqa: ANN401
         "num_blocks": 100,
         "num_local_blocks": 60,
         "max_model_len": 64,
-        "max_sequences": 4,
+        "max_sequences": 2,
         "max_batch_tokens": 24,
     }
     return GroupConfig(model_path=str(path), **settings | more)
@@ -86,12 +86,15 @@ def test_tokens_are_the_references(tmp_path: Path, family: str) -> None:
     prompts, params = (PROMPTS, PARAMS) if family == "llama" else (PROMPTS[1:], [GREEDY] * 2)
     expected = tokens(config, prompts, params)
     with simulated() as device, running(on_cuda(config)) as group:
+        ready = device.captures
+        assert ready == 2 * 2, "batches of 1 and 2, greedy and drawing, before the first request"
+        assert device.capture_modes == {"thread_local"}, "tiers' threads use the device meanwhile"
         device.clear()
         answers = group.generate(prompts, params)
         assert [one.error for one in answers] == [None] * len(answers)
         assert [one.tokens for one in answers] == expected
         assert not device.waits, "a step waits for the device"
-        assert device.captures > 0, "decode steps were replayed"
+        assert device.captures == ready, "serving captures nothing"
         assert device.launches["_decode_splits"] > 0
 
 

@@ -13,7 +13,8 @@ processes of a group.
 """
 
 from support.fake_cuda.ledger import Ledger
+from support.fake_cuda.ranks import simulated_slices
 from support.fake_cuda.runtime import simulated
 from support.fake_cuda.tensors import DeviceTensor
 
-__all__ = ["DeviceTensor", "Ledger", "simulated"]
+__all__ = ["DeviceTensor", "Ledger", "simulated", "simulated_slices"]

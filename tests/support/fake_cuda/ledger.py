@@ -48,8 +48,9 @@ class Ledger:
             result's shape or value the host needs.
         events: of the host for an event or a stream, likewise; those are asked for by name.
         pageable: copies from or to memory that is not pinned.
-        captures: graphs captured.
+        captures: graphs captured, in `capture_modes`.
         launches: Triton kernels, by name; replayed ones too.
+        collectives: by name and ranks.
         free_bytes: what `torch.cuda.mem_get_info` gives as free, before tensors.
     """
 
@@ -58,7 +59,9 @@ class Ledger:
         self.events: Counter[str] = Counter()
         self.pageable: Counter[str] = Counter()
         self.launches: Counter[str] = Counter()
+        self.collectives: Counter[tuple[str, tuple[int, ...]]] = Counter()
         self.captures = 0
+        self.capture_modes: set[str] = set()
         self.free_bytes = 80 << 30
         self.capture: Capture | None = None
         self._lock = threading.Lock()
@@ -75,6 +78,7 @@ class Ledger:
             assert self.capture is None, "one capture at a time"
             self.capture = Capture(threading.current_thread(), mode, recorded)
         self.captures += 1
+        self.capture_modes.add(mode)
         try:
             yield
         finally:

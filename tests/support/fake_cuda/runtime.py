@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from support.fake_cuda.launches import checked_launches
 from support.fake_cuda.ledger import Ledger, Recorded
+from support.fake_cuda.ranks import gloo_for_nccl
 from support.fake_cuda.tensors import (
     DEVICE,
     Simulation,
@@ -201,6 +202,7 @@ def simulated(*, vendor_products: bool = True) -> Iterator[Ledger]:
         stack.enter_context(mock.patch.object(Simulation, "current", simulation))
         stack.enter_context(device_guard())
         stack.enter_context(checked_launches(kept))
+        stack.enter_context(gloo_for_nccl(kept))
         if vendor_products:
             stack.enter_context(_vendor_products())
         stack.enter_context(simulation)
