@@ -133,15 +133,19 @@ class EngineBench:
             config: of the group.
             on_loaded: told how far loading is.
         """
+        from arriero.cluster.plan.room import needs_room, sized
         from arriero.shards.checkpoint.formats.describe import describe
         from arriero.shards.checkpoint.reader import Checkpoint
+        from arriero.shards.cuda.device import free_bytes_of
         from arriero.shards.engine.engine import Engine
         from arriero.shards.executor import spawn_group
         from arriero.shards.local_executor import LocalExecutor
         from arriero.shards.resolve import engine_config, resolve
 
         folder = Path(config.model_path)
-        model, _ = describe(folder)
+        model, scheme = describe(folder)
+        if needs_room(config):
+            config = sized(config, model, scheme, free_bytes_of(config.world_size))
         resolved = resolve(config, model)
         limits = engine_config(resolved, model, Checkpoint.open(folder).digest)
         self._arrived: queue.SimpleQueue[Sequence[SequenceOutput] | Exception]

@@ -192,6 +192,7 @@ class Leader:
         begun_s = time.monotonic()
         where = self._where
         # imported only now: the slices import torch meanwhile
+        from arriero.cluster.plan.room import needs_room, sized
         from arriero.router.card import ModelCard
         from arriero.shards.checkpoint.formats.describe import describe
         from arriero.shards.checkpoint.remote import local_folder
@@ -203,8 +204,13 @@ class Leader:
 
         where_it_is = self._settings.config.model_path
         folder = await asyncio.to_thread(local_folder, where_it_is, weights=False)
-        model, _ = describe(folder)
-        config = resolve(_with_threads(self._settings.config, where), model)
+        model, scheme = describe(folder)
+        config = _with_threads(self._settings.config, where)
+        if needs_room(config):
+            self._say("asking the GPUs for their memory")
+            free = await asyncio.gather(*[one.free_bytes.remote() for one in self._slices])
+            config = sized(config, model, scheme, free)
+        config = resolve(config, model)
         host = self._link_host(where)
         executor = self._executor = RemoteExecutor(
             config, host, limits=self._settings.limits, on_lost=self._on_lost

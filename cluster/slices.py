@@ -65,6 +65,13 @@ class SliceActor:
         self._import.join()
         return 0 if remote.is_url(where) else page_cache.warm(Path(where))
 
+    def free_bytes(self) -> int:
+        """Bytes of this slice's GPU that nobody holds, its own context aside."""
+        from arriero.shards.cuda.device import free_bytes
+
+        self._import.join()
+        return free_bytes()
+
     def run(self, rank: int, ticket: Ticket, address: str) -> None:
         """Serve as `rank` of the ticket's group; returns when told to stop.
 

@@ -78,7 +78,8 @@ class Kv(Part):
     """The KV cache of a group.
 
     Attributes:
-        memory: bytes of the whole group's pool ("512MiB"); None takes the default.
+        memory: bytes of the whole group's pool ("512MiB"); None takes what the GPUs leave beside
+            weights, graphs and a step; on CPUs 2 GiB, a quarter of memory at most.
         blocks: blocks outright, instead of `memory`.
         local_blocks: blocks of the pool for layers that attend within a chunk (Llama 4);
             None divides the memory for sequences of four chunks.

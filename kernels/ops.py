@@ -334,6 +334,8 @@ class Ops(ABC):
 
     name: str
     device: torch.device
+    capturable: bool = False
+    """Whether a decode step may be captured in a CUDA graph: no op of one waits for the device."""
 
     # Packing: done once at load; the packed form is the only one kept.
 
@@ -561,6 +563,9 @@ class Ops(ABC):
             if x.shape[0]
         ]
         return torch.cat(parts) if parts else x_XI.new_empty(0, experts[0].out_features)
+
+    def forget_experts(self, layer: MoELayer) -> None:  # noqa: B027
+        """Give back what is kept of a layer's experts, whose place others have taken."""
 
     def moe_combine(self, y_XH: Tensor, permutation: Permutation) -> Tensor:
         """Undo `moe_permute`: sum each token's rows, in the order of its choices: [T, H]."""

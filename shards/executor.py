@@ -337,7 +337,13 @@ def spawn_group(config: GroupConfig) -> RemoteExecutor:
 
     Args:
         config: of the group, resolved.
+
+    Raises:
+        GroupFailed: fewer GPUs are visible than there are slices.
     """
+    if config.device == "cuda":
+        for rank in range(config.world_size):
+            device_of(rank)  # what is missing is told before anything starts
     executor = RemoteExecutor(config)
     context = multiprocessing.get_context("spawn")
     children: list[BaseProcess] = [
@@ -367,8 +373,28 @@ def spawn_group(config: GroupConfig) -> RemoteExecutor:
     return executor
 
 
+def device_of(rank: int) -> str:
+    """The GPU of a rank on this machine: of those that this process may see, or of all.
+
+    Raises:
+        GroupFailed: this process may not see that many.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return str(rank)
+    devices = [one.strip() for one in visible.split(",") if one.strip()]
+    if rank >= len(devices):
+        raise GroupFailed(
+            f"slice {rank} has no GPU: CUDA_VISIBLE_DEVICES={visible!r} names {len(devices)}; "
+            "name one for each slice, or use fewer slices"
+        )
+    return devices[rank]
+
+
 def _child(rank: int, ticket: Ticket, parent: int) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(ticket.config.threads or 1))
+    if ticket.config.device == "cuda":  # each rank its own; NCCL refuses two on one
+        os.environ["CUDA_VISIBLE_DEVICES"] = device_of(rank)
     try:
         run_slice(rank, ticket, leader_alive=lambda: os.getppid() == parent)
     except Exception:

@@ -42,7 +42,8 @@ class GroupConfig:
             sums by the batch. "cpu" is so at no cost; "reference" cannot be.
         threads: CPU threads of each slice; None divides the node's cores among its slices.
         block_size: tokens in a KV block.
-        kv_bytes: memory of the KV pool of the whole group; None asks the planner's default.
+        kv_bytes: memory of the KV pool of the whole group; None takes what GPUs leave beside
+            weights, graphs and a step, or on CPUs 2 GiB, a quarter of memory at most.
         num_blocks: KV blocks outright, instead of `kv_bytes`; of each dp rank.
         num_local_blocks: KV blocks of the layers that attend within their chunk, which have a pool
             of their own; None shares `kv_bytes` between the pools.

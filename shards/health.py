@@ -28,7 +28,7 @@ class HealthLimits:
     Attributes:
         silence_s: without a pulse of a slice, or with pulses that are that late.
         hang_s: with a plan outstanding, every slice waiting, and nothing moving.
-        step_s: with a plan outstanding and some slice computing all the while.
+        step_s: with a plan outstanding and some slice, or its device, computing all the while.
     """
 
     silence_s: float = 3.0
@@ -48,6 +48,7 @@ class Pulse:
         moves: counts its waits and steps up; an unchanged number means that it got no further.
         at_s: when it was sent, on the slice's own clock.
         log: lines that it logged since the pulse before.
+        on_device: what it waits for is queued on its device, which may compute for long.
     """
 
     step: int
@@ -57,6 +58,12 @@ class Pulse:
     moves: int = 0
     at_s: float = 0.0
     log: tuple[str, ...] = ()
+    on_device: bool = False
+
+    @property
+    def computes(self) -> bool:
+        """Whether the slice, or its device, may be at work on a long step."""
+        return self.on_device or not (self.waits_for or self.idle)
 
 
 @dataclass(slots=True)
@@ -152,10 +159,7 @@ class GroupHealth:
         oldest = min(self._plans)
         age_s = now_s - self._plans[oldest]
         still_s = min(age_s, now_s - max(self._moved_s(one) for one in self._slices))
-        computing = any(
-            seen.pulse is not None and not seen.pulse.waits_for and not seen.pulse.idle
-            for seen in self._slices
-        )
+        computing = any(seen.pulse is not None and seen.pulse.computes for seen in self._slices)
         if still_s < (self.limits.step_s if computing else self.limits.hang_s):
             return None
         # whoever got least far holds up the others

@@ -29,6 +29,7 @@ class LocalExecutor:
 
         self._runner: Runner | None = runner_for(config, 0)
         self._moved: queue.SimpleQueue[Moved] = queue.SimpleQueue()
+        self._runner.warm_up()
         self._movers = self._runner.open_tiers(self._moved.put)
         self._plans: queue.SimpleQueue[StepPlan | Moves | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[Pending | BaseException] = queue.SimpleQueue()

@@ -59,6 +59,7 @@ class Mesh:
         self._tp_group: dist.ProcessGroup | None = None
         self._stage_group: dist.ProcessGroup | None = None
         self._exchange: Exchange | None = None
+        self._exchange_groups: list[dist.ProcessGroup] = []
         self._sending: deque[tuple[dist.Work, Tensor]] = deque()
 
     @property
@@ -89,6 +90,7 @@ class Mesh:
             rank=self.part.rank,
             world_size=world,
             timeout=self._timeout,
+            device_id=self._own_device(),
         )
         if 1 < self.tp < world:  # each group of gloo's has a thread that looks 100 times a second
             for first in range(0, world, self.tp):
@@ -100,6 +102,36 @@ class Mesh:
 
         if self.dp > 1:
             self._join_stages(store, host)
+        if self.device.type == "cuda":
+            self._connect()
+
+    def _own_device(self) -> torch.device | None:
+        """The device that NCCL is to make its communicators on at once; None for gloo."""
+        if self.device.type != "cuda":
+            return None
+        return torch.device("cuda", torch.cuda.current_device())
+
+    def _connect(self) -> None:
+        """Use each group and each pair of ranks once, so that no step waits for a communicator.
+
+        NCCL makes them at their first use, which over many GPUs takes longer than a hang may.
+        """
+        word = torch.zeros(1, device=self.device)
+        dist.all_reduce(word)
+        for group in (self._tp_group, *self._exchange_groups):
+            if group is not None:
+                dist.all_reduce(word, group=group)
+        if self.tp > 1:  # logits go to tp rank 0
+            if self.part.tp_rank:
+                dist.send(word, self._first, group=self._tp_group)
+            else:
+                for other in range(1, self.tp):
+                    dist.recv(word, self._first + other, group=self._tp_group)
+        if not self.part.first_stage:
+            dist.recv(word, self.part.rank - self.stage_size)
+        if not self.part.last_stage:
+            dist.send(word, self.part.rank + self.stage_size)
+        torch.cuda.synchronize(self.device)
 
     def _join_stages(self, store: Store, host: str) -> None:
         """Make the groups in which each stage's ranks exchange rows for experts."""
@@ -120,12 +152,14 @@ class Mesh:
                 continue
             self._stage_group = stage
             self._exchange = DirectExchange(self.stage_rank, stage)
+            self._exchange_groups = [stage]
             if per_node:
                 node, rail = (
                     next(group for ranks, group in kind if self.part.rank in ranks)
                     for kind in (of_nodes, of_rails)
                 )
                 self._exchange = TwoLevelExchange(self.stage_rank, per_node, node, rail)
+                self._exchange_groups += [node, rail]
 
     @property
     def stage_size(self) -> int:

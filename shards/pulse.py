@@ -55,6 +55,7 @@ class Activity:
             moves=watchdog.moves,
             at_s=time.monotonic(),
             log=log,
+            on_device=watchdog.on_device,
         )
 
 
@@ -115,7 +116,7 @@ def pack(rank: int, pulse: Pulse) -> bytes:
 
 def unpack(packed: bytes) -> tuple[int, Pulse]:
     """Undo `pack`: the rank and its pulse."""
-    rank, (step, phase, waits_for, idle, moves, at_s, log) = msgpack.unpackb(packed)
+    rank, (step, phase, waits_for, idle, moves, at_s, log, on_device) = msgpack.unpackb(packed)
     return rank, Pulse(
         step=step,
         phase=phase,
@@ -124,6 +125,7 @@ def unpack(packed: bytes) -> tuple[int, Pulse]:
         moves=moves,
         at_s=at_s,
         log=tuple(log),
+        on_device=on_device,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from arriero.shards.checkpoint.formats.stored import AnyModel, AnyPart
@@ -38,8 +38,25 @@ MAX_DEFAULT_KV_BYTES = 2 << 30
 """The KV pool of a CPU group that names no size: this, or a quarter of memory if that is less."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KvRoom:
+    """Memory for KV pools: of one device, or of a whole group's together.
+
+    Attributes:
+        nbytes: that there are.
+        full: bytes of a block there, in layers that see everything.
+        local: likewise in chunk-local layers.
+    """
+
+    nbytes: int
+    full: int
+    local: int
+
+
 def resolve(config: GroupConfig, model: AnyModel) -> GroupConfig:
     """Fill in `num_blocks`, `max_model_len`, `layer_split` and `threads`.
+
+    A group on GPUs whose KV pool has no size is given one before: what its devices leave.
 
     Raises:
         SpecError: a field that cannot be; names field, value, limit and remedy.
@@ -90,9 +107,9 @@ def resolve(config: GroupConfig, model: AnyModel) -> GroupConfig:
             f"`spare_experts`={config.spare_experts} must be 0 without data-parallel attention "
             f"(`dp`={config.dp}); else 0 or more"
         )
-    num_blocks, num_local_blocks = num_kv_blocks(
-        config, chunk, max_model_len, *group_block_bytes(config, model, parts)
-    )
+    full, local = group_block_bytes(config, model, parts)
+    room = KvRoom(nbytes=_kv_bytes(config), full=full, local=local)
+    num_blocks, num_local_blocks = num_kv_blocks(config, chunk, max_model_len, [room])
     seen = SeenBlocks(visible, config.block_size)
     if visible.window and num_blocks < seen.most(max_model_len):
         raise SpecError(
@@ -119,7 +136,12 @@ _TYPICAL_CHUNKS = 4
 
 
 def num_kv_blocks(
-    config: GroupConfig, chunk: int, max_model_len: int, full: int, local: int
+    config: GroupConfig,
+    chunk: int,
+    max_model_len: int,
+    rooms: Sequence[KvRoom],
+    *,
+    whole: bool = False,
 ) -> tuple[int, int]:
     """KV blocks of the pool for all tokens, and of the chunk-local one; of each dp rank.
 
@@ -127,8 +149,9 @@ def num_kv_blocks(
         config: what it asks for.
         chunk: tokens of an attention chunk; 0 for none.
         max_model_len: decided.
-        full: bytes of a block over all ranks, in layers that see everything.
-        local: likewise in chunk-local layers.
+        rooms: memory that the blocks must fit, each of them; where no number is asked for.
+        whole: take all of it, also where that is more than the sequences running at once can
+            hold: what is left keeps prefixes.
 
     Raises:
         SpecError: the memory holds no sequence.
@@ -139,22 +162,27 @@ def num_kv_blocks(
     if config.num_blocks is not None:
         most = min(config.num_blocks, config.max_sequences * of_chunk)
         return config.num_blocks, config.num_local_blocks or most
-    kv_bytes = _default_kv_bytes() if config.kv_bytes is None else config.kv_bytes
     num_local = config.num_local_blocks
     if num_local is None:
         typical = min(of_sequence, max(1, _TYPICAL_CHUNKS * of_chunk))
-        sequences = kv_bytes / (typical * full + of_chunk * local)
-        num_local = int(min(max(1.0, sequences), config.max_sequences) * of_chunk)
-    left = kv_bytes - num_local * local
-    most = of_sequence * config.max_sequences
-    num_blocks = min(left // full, most) if full else most
-    if num_blocks < 1:
-        beside = f" beside chunk-local ones of {num_local * local}" if chunk else ""
-        raise SpecError(
-            f"`kv_bytes`={config.kv_bytes} holds no block of {full} bytes{beside}; "
-            f"give at least {full + of_chunk * local}"
+        sequences = min(
+            room.nbytes / (typical * room.full + of_chunk * room.local) for room in rooms
         )
-    return num_blocks, num_local
+        num_local = int(min(max(1.0, sequences), config.max_sequences) * of_chunk)
+    fits = []
+    for room in rooms:
+        left = room.nbytes - num_local * room.local
+        if left < room.full:
+            beside = f" beside chunk-local ones of {num_local * room.local}" if chunk else ""
+            raise SpecError(
+                f"`kv_bytes`={room.nbytes} holds no block of {room.full} bytes{beside}; "
+                f"give at least {room.full + of_chunk * room.local}"
+            )
+        if room.full:
+            fits.append(left // room.full)
+    if not whole or not fits:
+        fits.append(of_sequence * config.max_sequences)
+    return min(fits), num_local
 
 
 def group_block_bytes(
@@ -296,6 +324,18 @@ def _pool_weights(config: GroupConfig, model: AnyModel) -> dict[Pool, int]:
     return {Pool.ALL: min(of_sequence, _TYPICAL_CHUNKS * of_chunk), Pool.LOCAL: of_chunk}
 
 
-def _default_kv_bytes() -> int:
+def _kv_bytes(config: GroupConfig) -> int:
+    """Memory of the whole group's pools, where it is said in bytes, or by nothing.
+
+    Raises:
+        SpecError: nothing is said for a group on GPUs; only their memory can say.
+    """
+    if config.kv_bytes is not None:
+        return config.kv_bytes
+    if config.device == "cuda" and config.num_blocks is None:
+        raise SpecError(
+            "`kv_bytes` and `num_blocks` are not set, and the memory that the group's GPUs leave "
+            "was not asked for; set one of them"
+        )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min(MAX_DEFAULT_KV_BYTES, memory // 4)

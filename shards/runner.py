@@ -142,6 +142,12 @@ class Runner:
         grammars.warm()
         return grammars
 
+    def warm_up(self) -> None:
+        """Do what would hold up a step, before the first and before tiers open; on a CPU nothing.
+
+        All ranks have joined by then.
+        """
+
     def close(self) -> None:
         """Stop what runs beside the steps; no step may follow."""
         self._table.close()
@@ -275,7 +281,7 @@ class Runner:
             return None
         self.phase = "sample"
         prompt_logprobs = self._prompt_logprobs(plan, x_TH)
-        sampled = self._sample(plan, x_TH, batch.query_start_S1)
+        sampled = self._sample(plan, x_TH)
         return (sampled, prompt_logprobs) if self.mesh.samples else None
 
     @property
@@ -283,7 +289,7 @@ class Runner:
         on_cpu = self.mesh.device.type == "cpu"
         return torch.float32 if on_cpu else self._model.dtype
 
-    def _sample(self, plan: StepPlan, x_TH: Tensor, query_start_S1: Tensor) -> Sampled | None:
+    def _sample(self, plan: StepPlan, x_TH: Tensor) -> Sampled | None:
         """Draw the step's tokens, and tell every rank that will embed them."""
         x_RH, num_rows = x_TH, len(x_TH)
         if not plan.again:
@@ -291,9 +297,9 @@ class Runner:
             num_rows = int(drawn.sum())
             if not num_rows:
                 return None
-            if num_rows < len(x_TH):
-                last = query_start_S1[1:][torch.from_numpy(drawn)] - 1
-                x_RH = x_TH.index_select(0, last)
+            if num_rows < len(x_TH):  # chosen on the host: a mask on the device is waited for
+                last_R = np.cumsum(plan.counts, dtype=np.int32)[drawn] - 1
+                x_RH = x_TH.index_select(0, self._table.on_device(last_R))
         logits_RV = self.mesh.gather_logits(self._model.logits(x_RH), self._vocab_sizes)
         sampled = None
         if logits_RV is not None:
@@ -315,9 +321,9 @@ class Runner:
         """Log-probabilities of the prompt tokens that follow this step's prompt rows."""
         if not plan.prompt_rows.any():
             return None
-        wanted_T = torch.from_numpy(np.repeat(plan.prompt_rows.astype(bool), plan.counts))
-        x_RH = x_TH[wanted_T.to(x_TH.device)]
-        next_R = torch.from_numpy(plan.prompt_next.copy()).to(x_TH.device).clamp_(min=0).long()
+        wanted_R = np.flatnonzero(np.repeat(plan.prompt_rows.astype(bool), plan.counts))
+        x_RH = x_TH.index_select(0, self._table.on_device(wanted_R))
+        next_R = self._table.on_device(plan.prompt_next.clip(min=0)).long()
         top = self._table.num_prompt_logprobs(plan)
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         for start in range(0, len(x_RH), PROMPT_LOGPROB_ROWS):

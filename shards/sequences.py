@@ -187,30 +187,30 @@ class SequenceTable:
         held = tokens == LAST_SAMPLED
         if held.any():
             tokens = np.where(held, self._last[slots[owner]], tokens)
-        positions_T = self._tensor(positions)
+        positions_T = self.on_device(positions)
         cos_TD, sin_TD = self._rope.at(positions_T)
-        query_start_S1 = self._tensor(query_start)
+        query_start_S1 = self.on_device(query_start)
         local = None
         if self._local is not None:
             base, local_table = self._local.frame(slots, starts, contexts)
             inside = positions - base[owner]
             local = FlatBatch(
-                positions_T=self._tensor(inside),
+                positions_T=self.on_device(inside),
                 query_start_S1=query_start_S1,
-                context_S=self._tensor(contexts - base),
-                block_table_SB=self._tensor(local_table),
-                slots_T=self._tensor(cache_slots(local_table, owner, inside, self._block_size)),
+                context_S=self.on_device(contexts - base),
+                block_table_SB=self.on_device(local_table),
+                slots_T=self.on_device(cache_slots(local_table, owner, inside, self._block_size)),
                 cos_TD=cos_TD,
                 sin_TD=sin_TD,
                 max_query=max_query,
                 max_context=int((contexts - base).max()),
             )
-        return self._tensor(tokens), FlatBatch(
+        return self.on_device(tokens), FlatBatch(
             positions_T=positions_T,
             query_start_S1=query_start_S1,
-            context_S=self._tensor(contexts),
-            block_table_SB=self._tensor(table),
-            slots_T=self._tensor(cache_slots(table, owner, positions, self._block_size)),
+            context_S=self.on_device(contexts),
+            block_table_SB=self.on_device(table),
+            slots_T=self.on_device(cache_slots(table, owner, positions, self._block_size)),
             cos_TD=cos_TD,
             sin_TD=sin_TD,
             max_query=max_query,
@@ -230,12 +230,12 @@ class SequenceTable:
         if self._unusual:
             extra = self._unusual_rows(slots, positions)
         rows = SamplingRows(
-            temperature_R=self._tensor(temperature),
-            top_k_R=self._tensor(self._top_k[slots]),
-            top_p_R=self._tensor(self._top_p[slots]),
-            min_p_R=self._tensor(self._min_p[slots]),
-            seed_R=self._tensor(self._seed[slots]),
-            position_R=self._tensor(positions.astype(np.int64)),
+            temperature_R=self.on_device(temperature),
+            top_k_R=self.on_device(self._top_k[slots]),
+            top_p_R=self.on_device(self._top_p[slots]),
+            min_p_R=self.on_device(self._min_p[slots]),
+            seed_R=self.on_device(self._seed[slots]),
+            position_R=self.on_device(positions.astype(np.int64)),
             num_logprobs=int(self._logprobs[slots].max(initial=-1)),
             all_greedy=not temperature.any(),
             **extra,
@@ -329,11 +329,11 @@ class SequenceTable:
                 assert one.seen_V is not None and one.counts_V is not None, "kept together"
                 seen[row], counts[row] = one.seen_V, one.counts_V
             extra |= {
-                "repetition_R": self._tensor(repetition),
-                "presence_R": self._tensor(presence),
-                "frequency_R": self._tensor(frequency),
-                "seen_RV": self._tensor(seen),
-                "counts_RV": self._tensor(counts),
+                "repetition_R": self.on_device(repetition),
+                "presence_R": self.on_device(presence),
+                "frequency_R": self.on_device(frequency),
+                "seen_RV": self.on_device(seen),
+                "counts_RV": self.on_device(counts),
             }
         allowed_rows = {r: one.params.allowed_token_ids for r, one in rows.items()}
         governed = self._grammars is not None and any(r in self._grammars for r in slots.tolist())
@@ -345,7 +345,7 @@ class SequenceTable:
                     allowed[row, list(ids)] = True
             if governed and self._grammars is not None:
                 self._grammars.allow(slots.tolist(), allowed)
-            extra["allowed_RV"] = self._tensor(allowed)
+            extra["allowed_RV"] = self.on_device(allowed)
         bias = [
             (row, token, value)
             for row, one in rows.items()
@@ -354,13 +354,14 @@ class SequenceTable:
         if bias:
             at, tokens, values = zip(*bias, strict=True)
             extra["bias"] = (
-                self._tensor(np.asarray(at, np.int64)),
-                self._tensor(np.asarray(tokens, np.int64)),
-                self._tensor(np.asarray(values, np.float32)),
+                self.on_device(np.asarray(at, np.int64)),
+                self.on_device(np.asarray(tokens, np.int64)),
+                self.on_device(np.asarray(values, np.float32)),
             )
         return extra
 
-    def _tensor(self, array: npt.NDArray[Any]) -> Tensor:
+    def on_device(self, array: npt.NDArray[Any]) -> Tensor:
+        """A copy of the host's numbers where the slice computes; nothing waits for it."""
         # the copy of a read-only view of the wire is a few bytes; torch refuses such views
         if not array.flags.writeable:
             array = array.copy()

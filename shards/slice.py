@@ -122,6 +122,8 @@ def run_slice(
         if ticket.config.world_size > 1:
             store = _rendezvous(msgpack.unpackb(where), ticket.config, rank, store_socket)
             runner.mesh.join(store, host)
+        activity.phase = "warm up"
+        runner.warm_up()
         activity.runner = runner
         loaded = SliceReport(
             rank=rank,

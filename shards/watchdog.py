@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from arriero.shards.errors import CollectiveFailed
@@ -46,7 +46,8 @@ class Watchdog:
 
     Attributes:
         step: the one that runs.
-        moves: counts waits up; it stands still while a wait lasts.
+        moves: counts waits up, and collectives that the device has passed; it stands still while
+            neither gets on.
         stuck: words of the wait that took too long, or None.
     """
 
@@ -71,6 +72,7 @@ class Watchdog:
         self._rank, self._limit_s, self._abort, self._mark = rank, limit_s, abort, mark
         self._armed: _Armed | None = None
         self._queued: deque[tuple[_Armed, Mark]] = deque()
+        self._passed_at = 0.0  # when the device was last found past a mark
         self._found: _Armed | None = None
         self._changed = threading.Condition()
         self._closed = False
@@ -83,6 +85,11 @@ class Watchdog:
         if armed is None:
             return ""
         return (self._first_queued() or armed).name
+
+    @property
+    def on_device(self) -> bool:
+        """Whether what is waited for is on the device's queue, where steps may compute for long."""
+        return self._mark is not None and self._armed is not None
 
     @contextmanager
     def watch(self, name: str) -> Iterator[None]:
@@ -120,19 +127,28 @@ class Watchdog:
     def _follow(self, armed: _Armed, mark: Mark) -> None:
         with self._changed:
             self._queued.append((armed, mark))
-            while self._queued and self._queued[0][1].query():
-                self._queued.popleft()
+            self._forget_passed()
+
+    def _forget_passed(self) -> None:
+        while self._queued and self._queued[0][1].query():
+            self._queued.popleft()
+            self.moves += 1
+            self._passed_at = time.monotonic()
 
     def _first_queued(self) -> _Armed | None:
-        """The first collective that the device is not past."""
+        """The first collective that the device is not past; it is waited for since the one before.
+
+        The host queues far ahead of the device.
+        """
         with self._changed:
-            for armed, mark in self._queued:
-                try:
-                    if not mark.query():
-                        return armed
-                except RuntimeError:  # the device is broken: who waits for it hears that
-                    return None
-        return None
+            try:
+                self._forget_passed()
+            except RuntimeError:  # the device is broken: who waits for it hears that
+                return None
+            if not self._queued:
+                return None
+            first = self._queued[0][0]
+            return replace(first, since=max(first.since, self._passed_at))
 
     def _arm(self, armed: _Armed | None) -> None:
         # no notify: the thread looks again when the limit of what it saw last has passed, so a

@@ -16,7 +16,8 @@ from arriero.cluster.commands.terminal import OUT
 from arriero.cluster.plan.catalog import DEVICES, MODELS, NamedModel, find_model
 from arriero.cluster.plan.layouts import Machines, Option, best_of, enough, rank_layouts
 from arriero.cluster.plan.memory import Demand, GroupPlan, Layout, plan_group
-from arriero.cluster.plan.products import DTYPES, ON_LOAD, Dtype, weights_as
+from arriero.cluster.plan.products import DTYPES, Dtype, weights_as
+from arriero.cluster.plan.room import stored_as
 from arriero.kernels.packing import KERNELS, Kernels
 from arriero.shards.errors import SpecError
 from arriero.shards.kv.limits import GroupTierLimits
@@ -273,9 +274,7 @@ def _wish_of(
 
     folder = local_folder(one.path, weights=False) if is_url(one.path) else one.path
     model = find_model(str(folder))
-    named = "checkpoint" if model.scheme is not None else _dtype(one.dtype)
-    if one.quantization is not None:
-        named = ON_LOAD[one.quantization]
+    named = stored_as(one.dtype, one.quantization, model.scheme)
     demand = replace(
         demand,
         context=demand.context or one.limits.max_model_len or 0,

@@ -24,7 +24,7 @@ from arriero.shards.models.llama4_config import Llama4Config
 from arriero.shards.paging import SeenBlocks
 from arriero.shards.partition import Span
 from arriero.shards.partition_moe import MoEPart
-from arriero.shards.resolve import num_kv_blocks
+from arriero.shards.resolve import KvRoom, num_kv_blocks
 
 MAX_RANKS = 4096
 """Of a group; beyond it a plan would take minutes."""
@@ -187,6 +187,36 @@ class GroupPlan:
     def pool_bytes(self, rank: RankPlan) -> int:
         """Bytes of a rank's pool that sequences can use."""
         return max(0, rank.kv_pool_bytes - self._scratch(rank))
+
+    def kv_room(self, rank: RankPlan) -> KvRoom:
+        """What a rank's device leaves for the blocks that sequences use."""
+        return KvRoom(
+            nbytes=max(0, rank.room - self._scratch(rank)),
+            full=rank.kv_global_block,
+            local=rank.kv_local_block,
+        )
+
+    def kv_blocks(self, rooms: Sequence[KvRoom] | None = None) -> tuple[int, int]:
+        """Blocks of both pools, as the engine divides what the devices leave.
+
+        Args:
+            rooms: by rank; None for the plan's own.
+
+        Returns:
+            Of the pool for all tokens, and of the chunk-local one; of each dp rank.
+
+        Raises:
+            SpecError: a device leaves no room for a block.
+        """
+        demand = self.demand
+        asked = GroupConfig(
+            model_path="",
+            block_size=demand.block_size,
+            num_local_blocks=demand.num_local_blocks,
+            max_sequences=demand.max_sequences,
+        )
+        rooms = [self.kv_room(rank) for rank in self.ranks] if rooms is None else rooms
+        return num_kv_blocks(asked, self.chunk, demand.context, rooms, whole=True)
 
     @property
     def seen(self) -> SeenBlocks:
@@ -432,9 +462,12 @@ def _pools(
             num_local_blocks=demand.num_local_blocks,
             max_sequences=demand.max_sequences,
         )
-        full = sum(rank.kv_global_block for rank in ranks)
-        local = sum(rank.kv_local_block for rank in ranks)
-        num_blocks, num_local = num_kv_blocks(asked, chunk, demand.context, full, local)
+        whole = KvRoom(
+            nbytes=demand.kv_bytes or 0,
+            full=sum(rank.kv_global_block for rank in ranks),
+            local=sum(rank.kv_local_block for rank in ranks),
+        )
+        num_blocks, num_local = num_kv_blocks(asked, chunk, demand.context, [whole])
     elif demand.num_blocks is not None:
         num_blocks = demand.num_blocks
     elif demand.kv_bytes is not None:

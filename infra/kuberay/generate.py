@@ -99,6 +99,12 @@ def plan(deployment: Deployment) -> GroupPlan:
     return made
 
 
+def pools(made: GroupPlan) -> dict[str, int]:
+    """Sizes of the KV pools, as the engine divides what the weights leave."""
+    blocks, local_blocks = made.kv_blocks()
+    return {"blocks": blocks} | ({"local_blocks": local_blocks} if made.chunk else {})
+
+
 def pod_memory_gib(made: GroupPlan, nodes: int) -> int:
     """Memory of a worker's pod: its node's share of the weights stays in the page cache."""
     per_node = len(made.ranks) // nodes
@@ -117,7 +123,7 @@ def spec(deployment: Deployment, made: GroupPlan) -> dict[str, Any]:
         "dtype": "bfloat16",
         "device": "cuda",
         "mesh": {"tp": deployment.layout.tp, "pp": deployment.layout.pp},
-        "kv": {"blocks": made.pool_tokens // made.demand.block_size},
+        "kv": pools(made),
         "limits": {"max_model_len": CONTEXT},
         "cpus_per_slice": CPUS_PER_GPU - 1,
     }

@@ -63,6 +63,7 @@ class TritonOps(Ops):
     """
 
     name = "triton"
+    capturable = True
 
     def __init__(self, device: torch.device, *, batch_independent: bool) -> None:
         self.device, self.batch_independent = device, batch_independent
@@ -185,6 +186,11 @@ class TritonOps(Ops):
             x_XI.shape[0],
             batch_independent=self.batch_independent,
         )
+
+    def forget_experts(self, layer: MoELayer) -> None:
+        """Drop the tables of a layer's experts, which keep their weights alive."""
+        for linears in (layer.experts_gate_up, layer.experts_down):
+            self._experts.pop(_key(linears), None)
 
     def moe_combine(self, y_XH: Tensor, permutation: Permutation) -> Tensor:
         """Sum each token's rows in the order of its choices."""
@@ -318,9 +324,9 @@ class TritonOps(Ops):
         return x.to(w.data.dtype) if x.is_cuda and w.kind == "dense" else x
 
     def _table(self, linears: Sequence[Linear]) -> ExpertWeights:
-        key = tuple(id(one.packed) for one in linears)
+        key = _key(linears)
         found = self._experts.get(key)
-        if found is None:  # it keeps the weights alive, so an id is never another's
+        if found is None:
             found = self._experts[key] = ExpertWeights([one.packed for one in linears])
         return found
 
@@ -333,6 +339,11 @@ class TritonOps(Ops):
                 f"fp8 weights need a GPU of compute capability 8.9 or more; this one has "
                 f"{capability[0]}.{capability[1]}; use int8"
             )
+
+
+def _key(experts: Sequence[Linear]) -> tuple[int, ...]:
+    """What names a table of these experts; a table keeps them alive, so no id is another's."""
+    return tuple(id(one.packed) for one in experts)
 
 
 def _own(kv: KVCache) -> TritonKVCache:

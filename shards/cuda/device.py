@@ -5,7 +5,9 @@ Knows streams, graphs and pinned memory; knows nothing of models.
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Protocol
 
 import torch
@@ -71,7 +73,8 @@ class CudaDevice:
             work()
         torch.cuda.current_stream(self._device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # "global" would forbid other threads of this process what the tiers' threads do meanwhile
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             work()
         return _Graph(graph, work)
 
@@ -88,3 +91,20 @@ class CudaDevice:
     def allocated(self) -> int:
         """See `Device.allocated`."""
         return torch.cuda.memory_allocated(self._device)
+
+
+def free_bytes(index: int = 0) -> int:
+    """Bytes of a device that nobody holds; makes this process's context on it, and leaves it."""
+    return torch.cuda.mem_get_info(index)[0]
+
+
+def free_bytes_of(slices: int) -> list[int]:
+    """Bytes that nobody holds on the devices of a group whose slices all run on this machine.
+
+    Asked in a process that ends, so that its contexts take nothing of what the slices will have.
+    """
+    if slices == 1:
+        return [free_bytes()]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return list(pool.map(free_bytes, range(slices)))

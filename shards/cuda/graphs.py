@@ -267,7 +267,7 @@ class DecodeInputs:
 
 
 class GraphRunner:
-    """Graphs by key, captured the first time each is wanted."""
+    """Graphs by key."""
 
     def __init__(self, device: Device, buckets: tuple[int, ...]) -> None:
         self.buckets = buckets

@@ -1,8 +1,8 @@
 """One rank's step on CUDA: nothing in it waits for the device.
 
-A step of plain decodes replays a graph; any other runs op by op. Sampled tokens stay on the device
-for the steps to come, and are copied to the host meanwhile: `launch` gives a `Pending`, which is
-waited for when the step after is on its way.
+A step of plain decodes replays a graph, where the backend can be captured; any other runs op by op.
+Sampled tokens stay on the device for the steps to come, and are copied to the host meanwhile:
+`launch` gives a `Pending`, which is waited for when the step after is on its way.
 
 What still waits: log-probabilities of prompt tokens (asked for by few), and on more than one rank
 whatever its transport waits for.
@@ -48,13 +48,14 @@ class Copied:
 
     def __init__(
         self,
-        step: int,
+        plan: StepPlan,
         copies: _OnHost | None,
         prompt_logprobs: Logprobs | None,
         copied: Event,
         started_ns: int,
     ) -> None:
-        self._step, self._copies, self._prompt_logprobs = step, copies, prompt_logprobs
+        self._step, self._lane = plan.step, plan.lane
+        self._copies, self._prompt_logprobs = copies, prompt_logprobs
         self._copied, self._started_ns = copied, started_ns
 
     @property
@@ -75,6 +76,7 @@ class Copied:
             logprobs=logprobs,
             prompt_logprobs=self._prompt_logprobs,
             elapsed_us=(time.perf_counter_ns() - self._started_ns) // 1000,
+            lane=self._lane,
         )
 
 
@@ -123,7 +125,7 @@ class CudaRunner(Runner):
         self._drawn_S = torch.zeros(config.max_sequences, dtype=torch.int32, device=where)
         # a group of several ranks speaks between its ops, which graphs do not hold yet
         self._graphs: GraphRunner | None = None
-        if config.world_size == 1:
+        if config.world_size == 1 and self._ops.capturable:
             self._graphs = GraphRunner(self._device, buckets_up_to(config.max_sequences))
 
     def fence(self) -> Event:
@@ -155,7 +157,7 @@ class CudaRunner(Runner):
             return None
         sampled, prompt_logprobs = drawn
         copies = None if sampled is None else self._to_host(sampled)
-        copied = Copied(plan.step, copies, prompt_logprobs, self._device.mark(), started)
+        copied = Copied(plan, copies, prompt_logprobs, self._device.mark(), started)
         self._slots.follow(plan, lambda: copied.wait().tokens)
         return copied
 
@@ -168,14 +170,30 @@ class CudaRunner(Runner):
         bucket = graphs.bucket(len(batch.tokens))
         all_greedy = not batch.temperature.any()
         key = (bucket, all_greedy)
-        if not graphs.has(key):
-            self.phase = "capture"
-            self._inputs.fill_padding(bucket)
-            graphs.capture(key, self._decode_work(bucket, all_greedy))
+        self._capture(graphs, bucket, all_greedy)
         self.phase = "layers"
         self._inputs.fill(batch, bucket)
         graphs.replay(key)
         return Sampled(tokens_R=self._drawn_S[: len(batch.tokens)])
+
+    def warm_up(self) -> None:
+        """Capture the graphs of all batch sizes, greedy and drawing, which also compiles them.
+
+        The largest first: memory that it takes serves the others.
+        """
+        if self._graphs is None:
+            return
+        for bucket in reversed(self._graphs.buckets):
+            for all_greedy in (False, True):
+                self._capture(self._graphs, bucket, all_greedy)
+        self.phase = "loaded"
+
+    def _capture(self, graphs: GraphRunner, bucket: int, all_greedy: bool) -> None:
+        if graphs.has((bucket, all_greedy)):
+            return
+        self.phase = "capture"
+        self._inputs.fill_padding(bucket)
+        graphs.capture((bucket, all_greedy), self._decode_work(bucket, all_greedy))
 
     def _decode_work(self, bucket: int, all_greedy: bool) -> Callable[[], None]:
         """A whole decode step from `_inputs` to the slots' last tokens and `_drawn_S`."""

@@ -73,8 +73,8 @@ class DeviceSequenceTable(SequenceTable):
         """As `SequenceTable.batch`, with tokens that only the device holds."""
         tokens_T, batch = super().batch(plan)
         if (plan.tokens == LAST_SAMPLED).any():
-            slot_T = self._tensor(np.repeat(plan.slots, plan.counts))
-            tokens_T = self.resolve(self._tensor(plan.tokens), slot_T)
+            slot_T = self.on_device(np.repeat(plan.slots, plan.counts))
+            tokens_T = self.resolve(self.on_device(plan.tokens), slot_T)
         return tokens_T, batch
 
     def resolve(self, tokens_T: Tensor, slot_T: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class DeviceSequenceTable(SequenceTable):
         slots = plan.slots[plan.samples.astype(bool)]
         # a row without an answer (-1) ends its group's request; the step after must not read -1
         kept_R = tokens_R.clamp(min=0)
-        self.last_S.index_copy_(0, self._tensor(slots).long(), kept_R)
+        self.last_S.index_copy_(0, self.on_device(slots).long(), kept_R)
         if not self._counted:
             return
         for row, slot in enumerate(slots.tolist()):
@@ -144,7 +144,7 @@ class DeviceSequenceTable(SequenceTable):
         one = self._unusual.get(new.slot)
         if one is not None and one.counts_V is not None and one.seen_V is not None:
             self._counted[new.slot] = _Counted(
-                one.params, self._tensor(one.counts_V), self._tensor(one.seen_V)
+                one.params, self.on_device(one.counts_V), self.on_device(one.seen_V)
             )
             one.counts_V = one.seen_V = None
 
@@ -170,7 +170,7 @@ class DeviceSequenceTable(SequenceTable):
                 params.frequency_penalty,
             )
             counts[row], seen[row] = one.counts_V, one.seen_V
-        repetition, presence, frequency = self._tensor(penalties)
+        repetition, presence, frequency = self.on_device(penalties)
         return extra | {
             "repetition_R": repetition,
             "presence_R": presence,

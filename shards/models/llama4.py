@@ -225,6 +225,7 @@ class Llama4Slice:
             experts_gate_up=tuple(pairs[one][0] for one in wanted),
             experts_down=tuple(pairs[one][1] for one in wanted),
         )
+        self.ops.forget_experts(old)  # else what is replaced would stay in memory
         self._held[layer] = wanted
         self._experts.place(layer, placement)
         self.decoder = self._make_decoder()

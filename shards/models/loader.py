@@ -123,8 +123,8 @@ class Loader:
         self._progress(self._done, self._total)
 
     def norm(self, name: str) -> Tensor:
-        """A norm's weights, float32 [H]."""
-        return self._folder.tensor(f"{name}.weight").float().clone()
+        """A norm's weights, float32 [H], where the backend computes."""
+        return self._folder.tensor(f"{name}.weight").to(self._ops.device, torch.float32, copy=True)
 
     def rows(
         self, parts: Sequence[tuple[str, Span]], *, bias: bool = False, keep: bool = False

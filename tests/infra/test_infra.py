@@ -13,6 +13,7 @@ import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,11 +21,13 @@ from typing import Any
 import pytest
 import yaml
 
-from arriero.cluster.plan.memory import GroupPlan
+from arriero.cluster.plan.memory import GroupPlan, plan_group
 from arriero.cluster.spec import Spec
 from arriero.router.backend import GroupLoad, GroupView
 from arriero.router.metrics import Metrics
 from arriero.router.tls import LINK_NAME, TlsFiles
+from arriero.shards.group import GroupConfig
+from arriero.shards.resolve import resolve
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
@@ -86,7 +89,7 @@ def test_a_manifest_is_the_planners(deployment: Any) -> None:  # noqa: ANN401
     spec = Spec.model_validate(yaml.safe_load(config["data"]["arriero.yaml"]))
     (model,) = spec.models
     assert model.mesh.tp * model.mesh.pp * model.groups == gpus
-    assert model.kv.blocks == plan.pool_tokens // plan.demand.block_size
+    assert (model.kv.blocks, model.kv.local_blocks or 0) == plan.kv_blocks()
     assert model.cpus_per_slice is not None
     assert model.cpus_per_slice * per_pod < float(resources["cpu"])
     serve = yaml.safe_load(service["spec"]["serveConfigV2"])
@@ -103,9 +106,46 @@ def test_a_manifest_is_the_planners(deployment: Any) -> None:  # noqa: ANN401
     assert front["spec"]["selector"].items() <= workers["template"]["metadata"]["labels"].items()
 
 
-def test_a_deployment_that_does_not_fit_is_refused() -> None:
-    from dataclasses import replace
+def as_served(plan: GroupPlan, group: GroupConfig) -> GroupPlan:
+    """The plan of what the engine will allocate, once it has resolved the spec."""
+    group = resolve(group, plan.model.config)
+    demand = replace(
+        plan.demand,
+        num_blocks=group.num_blocks,
+        num_local_blocks=group.num_local_blocks,
+        max_sequences=group.max_sequences,
+        max_batch_tokens=group.max_batch_tokens,
+    )
+    return plan_group(plan.model, plan.weights, plan.layout, demand, plan.device, plan.kernels)
 
+
+def spec_of(deployment: Any) -> Spec:  # noqa: ANN401
+    config, *_ = yaml.safe_load_all((INFRA / f"kuberay/{deployment.name}.yaml").read_text())
+    return Spec.model_validate(yaml.safe_load(config["data"]["arriero.yaml"]))
+
+
+@pytest.mark.parametrize("deployment", GENERATE.DEPLOYMENTS, ids=lambda one: one.name)
+def test_what_a_manifest_asks_for_fits_every_rank(deployment: Any) -> None:  # noqa: ANN401
+    plan: GroupPlan = GENERATE.plan(deployment)
+    group = spec_of(deployment).models[0].group_config("cuda")
+    served = as_served(plan, group)
+    assert served.shortfall() is None
+    unused = min(rank.unused for rank in served.ranks)
+    assert 0 <= unused < 1 << 20, "the fullest rank's memory is all for KV blocks"
+
+
+@pytest.mark.parametrize("name", ["maverick-fp8-8xh200", "maverick-bf16-16xh100"])
+def test_one_pool_of_all_memory_leaves_none_for_the_other(name: str) -> None:
+    """All memory as `blocks`: the engine adds blocks for chunk-local layers, and runs out."""
+    (deployment,) = (one for one in GENERATE.DEPLOYMENTS if one.name == name)
+    plan: GroupPlan = GENERATE.plan(deployment)
+    group = spec_of(deployment).models[0].group_config("cuda")
+    all_of_it = plan.pool_tokens // plan.demand.block_size
+    served = as_served(plan, replace(group, num_blocks=all_of_it, num_local_blocks=None))
+    assert served.lacking() > 19e9
+
+
+def test_a_deployment_that_does_not_fit_is_refused() -> None:
     small = replace(GENERATE.DEPLOYMENTS[0], nodes=1, layout=GENERATE.Layout(tp=8, pp=1))
     with pytest.raises(ValueError, match="does not fit"):
         GENERATE.plan(small)

@@ -52,6 +52,20 @@ def test_an_idle_group_is_well() -> None:
     assert Watched().run(3600, IDLE, IDLE) is None
 
 
+def test_a_long_step_of_a_device_is_no_hang() -> None:
+    """The rank that samples waits for its device, the others for plans: the limit is a step's."""
+    waits = replace(WAITS, waits_for="the device's result", on_device=True)
+    group = Watched()
+    group.health.planned(7, group.now_s)
+    assert group.run(LIMITS.step_s - 2, waits, IDLE) is None
+    found = group.run(4, waits, IDLE)
+    assert found is not None and found.kind is Kind.STUCK
+    moving = Watched()
+    moving.health.planned(7, moving.now_s)
+    for moves in range(3):
+        assert moving.run(LIMITS.step_s - 2, replace(waits, moves=moves), IDLE) is None
+
+
 def test_a_silent_slice_is_named_with_what_it_did() -> None:
     group = Watched()
     group.run(2, BUSY, WAITS)

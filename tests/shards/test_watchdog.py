@@ -119,3 +119,22 @@ def test_queued_collectives_that_end_are_forgotten() -> None:
     time.sleep(0.5)
     assert dog.stuck is None and dog.waits_for == ""
     dog.close()
+
+
+def test_what_the_device_passes_is_progress() -> None:
+    """While the host waits for a long step, and a collective is stuck only since the one before."""
+    work = Work()
+    dog = Watchdog(0, 0.4, mark=work.mark)
+    for _ in range(4):
+        with dog.watch("all-reduce"):
+            pass
+    with dog.watch("the device's result"):
+        assert dog.on_device
+        for passed in range(1, 5):
+            before = dog.moves
+            time.sleep(0.25)
+            work.done = passed
+            assert dog.waits_for and dog.moves == before + 1
+    assert dog.stuck is None, "four steps of 0.25 s are not one wait of a second"
+    assert not dog.on_device
+    dog.close()

@@ -18,7 +18,9 @@ from arriero.shards.models.config import ModelConfig
 from arriero.shards.partition import partition
 
 
-def joined(rank: int, port: int, *, tp: int = 1, pp: int = 1, timeout_s: float) -> Mesh:
+def joined(
+    rank: int, port: int, *, tp: int = 1, pp: int = 1, device: str = "cpu", timeout_s: float
+) -> Mesh:
     """A rank's mesh, once all ranks are there."""
     model = ModelConfig.from_dict(
         {
@@ -36,7 +38,7 @@ def joined(rank: int, port: int, *, tp: int = 1, pp: int = 1, timeout_s: float) 
         }
     )
     part = partition(model, GroupConfig(model_path="", tp=tp, pp=pp))[rank]
-    mesh = Mesh(part, tp=tp, pp=pp, device=torch.device("cpu"), timeout_s=timeout_s)
+    mesh = Mesh(part, tp=tp, pp=pp, device=torch.device(device), timeout_s=timeout_s)
     store = TCPStore("127.0.0.1", port, tp * pp, is_master=rank == 0, wait_for_workers=False)
     mesh.join(store, "127.0.0.1")
     return mesh

@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from arriero.kernels.reference import ReferenceOps
 from arriero.shards import sequences
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.cuda.runner import Copied, CudaRunner
@@ -25,9 +27,15 @@ from support import triton_interpreter
 from support.groups import Answer, Group, running
 from support.models import tiny_llama, tiny_llama4
 
-from .stub import StubDevice
+from .stub import StubDevice, StubEvent
 
 triton_interpreter.install()  # before anything imports the kernels
+
+
+@pytest.fixture(autouse=True)
+def captures_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stub's graphs are functions called again, which the reference's waits do not disturb."""
+    monkeypatch.setattr(ReferenceOps, "capturable", True)
 
 
 class LateExecutor:
@@ -215,3 +223,13 @@ def test_bits_that_cannot_be_kept_are_refused(config: GroupConfig) -> None:
     with pytest.raises(SpecError, match="`batch_independent`=True needs `kernels`=cpu or triton"):
         resolve(replace(config, batch_independent=True), model)
     assert resolve(replace(config, batch_independent=True, kernels="triton"), model)
+
+
+def test_a_result_keeps_its_lane() -> None:
+    """Data-parallel lanes count their steps alike: without it a result is taken for another's."""
+    none = np.empty(0, np.int32)
+    arrays = ("freed", "block_slots", "block_index", "block_ids", "slots", "starts", "counts")
+    plan = StepPlan(step=3, lane=1, new=[], **dict.fromkeys((*arrays, "tokens", "samples"), none))
+    copied = Copied(plan, None, None, StubEvent([]), 0)
+    result = copied.wait()
+    assert (result.step, result.lane) == (3, 1)
