@@ -7,7 +7,6 @@ nothing of what the texts mean (see `agreement`).
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,8 +88,6 @@ def _tokenizer(folder: Path) -> bytes:
                 "write a tokenizer.json, by AutoTokenizer.from_pretrained(FOLDER)"
                 ".save_pretrained(FOLDER)"
             )
-        elif not os.path.lexists(file):
-            words += "; copy it from the model that this one was made from"
         raise CheckpointError(words) from error
     because = explain_head(data[:HEAD_BYTES], len(data))
     if because is not None:
