@@ -14,11 +14,11 @@ import ray
 from ray import serve
 from ray.serve import Application
 
-from arriero.cluster.gateway import GatewayReplica, GatewaySettings
-from arriero.cluster.group import GroupSettings, Leader
-from arriero.cluster.spec import Spec
-from arriero.cluster.spec_file import load
-from arriero.cluster.spec_model import ModelSpec
+from arriero.cluster.replica.gateway import GatewayReplica, GatewaySettings
+from arriero.cluster.replica.leader import GroupSettings, Leader
+from arriero.cluster.spec.deployment import Spec
+from arriero.cluster.spec.load import load
+from arriero.cluster.spec.model import ModelSpec
 from arriero.shards.errors import SpecError
 
 NAME = "arriero"

@@ -17,10 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arriero.cluster import local, model_check, ray_access, state
-from arriero.cluster.board import Board
-from arriero.cluster.spec import Spec
-from arriero.cluster.state import Deployment
+from arriero.cluster import deployment_file as state
+from arriero.cluster.deployment_file import Deployment
+from arriero.cluster.hosts import local_cluster as local
+from arriero.cluster.hosts import ray_access
+from arriero.cluster.planner import model_check
+from arriero.cluster.registry.snapshot import Board
+from arriero.cluster.spec.deployment import Spec
 from arriero.shards.errors import (
     ArrieroError,
     CheckpointError,
@@ -33,8 +36,8 @@ from arriero.shards.errors import (
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
-    from arriero.cluster.history import Failure
-    from arriero.cluster.registry import Registry
+    from arriero.cluster.registry.history import Failure
+    from arriero.cluster.registry.registry import Registry
 
 Say = Callable[[str], None]
 """Told in a few words what is waited for; called again as that changes."""
@@ -146,7 +149,7 @@ def board(deployment: Deployment) -> Board:
     """
     import ray
 
-    from arriero.cluster import registry
+    from arriero.cluster.registry import registry
 
     cluster = _cluster(deployment)
     if cluster is not None and not local.is_alive(cluster):
@@ -171,7 +174,7 @@ def connected(deployment: Deployment) -> Iterator[None]:
     """
     import ray
 
-    from arriero.cluster import registry
+    from arriero.cluster.registry import registry
 
     cluster = _cluster(deployment)
     joined = deployment.ray_address
@@ -208,7 +211,9 @@ def _deploy(spec: Spec, say: Say, token: str, *, shared: bool) -> tuple[str, str
     from ray import serve
     from ray.serve.config import ProxyLocation
 
-    from arriero.cluster import app, operator, registry
+    from arriero.cluster import app
+    from arriero.cluster.control import operator
+    from arriero.cluster.registry import registry
 
     say("starting Ray Serve")
     directory = registry.connect()  # starts while Serve does
@@ -252,7 +257,7 @@ def _check_admin(spec: Spec, address: str, token: str) -> None:
     Raises:
         SpecError: it does not answer so.
     """
-    from arriero.cluster.admin_client import AdminClient
+    from arriero.cluster.control.admin_client import AdminClient
 
     if spec.admin.tls is None:
         return
@@ -289,7 +294,8 @@ def _wait(
     import ray
     from ray import serve
 
-    from arriero.cluster import app, operator
+    from arriero.cluster import app
+    from arriero.cluster.control import operator
 
     wanted = sum(model.groups for model in spec.models)
     deadline_s = time.monotonic() + spec.health.start_timeout_s
@@ -329,7 +335,10 @@ def _undeploy() -> None:
     import ray
     from ray import serve
 
-    from arriero.cluster import app, operator, registry, store
+    from arriero.cluster import app
+    from arriero.cluster.control import operator
+    from arriero.cluster.hosts import kv_store as store
+    from arriero.cluster.registry import registry
 
     _hush_serve()
     with contextlib.suppress(ValueError):  # first, or it would start the groups again

@@ -36,11 +36,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from arriero.kernels import moe, wire
+from arriero.kernels import expert_rows as wire
+from arriero.kernels import moe
+from arriero.kernels.attention_mask import EVERYTHING, Visible
+from arriero.kernels.expert_rows import Wire
 from arriero.kernels.moe import Permutation, Routing
 from arriero.kernels.quant import ProductInputs, QuantizedWeight, quantize_rows
-from arriero.kernels.visible import EVERYTHING, Visible
-from arriero.kernels.wire import Wire
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

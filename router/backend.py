@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
-from arriero.router.card import ModelCard
 from arriero.router.directory.directory import Reach
 from arriero.router.directory.prefixes import NOTHING
+from arriero.router.text.model_card import ModelCard
 from arriero.shards.engine.types import EngineRequest, SequenceOutput
 
 

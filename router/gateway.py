@@ -25,24 +25,24 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from arriero.router.answer import Piece
-from arriero.router.choose import room
-from arriero.router.grammar import described
-from arriero.router.groups import GroupAddress, LinkedGroups
 from arriero.router.grpc_options import SERVER_OPTIONS
 from arriero.router.http.app import create_app
 from arriero.router.http.server import HttpServer
 from arriero.router.inference import LOST_S, Aside, Inference, Stream
-from arriero.router.metrics import Metrics
+from arriero.router.observability.metrics import Metrics
+from arriero.router.observability.observer import Sight
+from arriero.router.observability.request_log import RequestLog, RequestLogConfig
+from arriero.router.observability.tracing import Tracing, TracingConfig
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
-from arriero.router.request_log import RequestLog, RequestLogConfig
 from arriero.router.requests import parse, read_request_id
-from arriero.router.sight import Sight
-from arriero.router.tenants.door import Caller, Door, is_set
+from arriero.router.response import Piece
+from arriero.router.routing.choose import room
+from arriero.router.routing.linked_groups import GroupAddress, LinkedGroups
+from arriero.router.tenants.admission_controller import Caller, Door, is_set
 from arriero.router.tenants.keys import KeyFile
 from arriero.router.tenants.tenant import QueueLimits, Tenant
+from arriero.router.text.constraints import described
 from arriero.router.tls import TlsFiles
-from arriero.router.tracing import Tracing, TracingConfig
 from arriero.shards.errors import (
     ArrieroError,
     InvalidRequest,

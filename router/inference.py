@@ -17,17 +17,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import cast
 
-from arriero.router import relay
-from arriero.router.answer import Answer, Message, Piece
 from arriero.router.backend import GroupView
-from arriero.router.call_grammar import calls_or_form, strict_form
-from arriero.router.card import ModelCard
-from arriero.router.conversation import TextModel
-from arriero.router.course import Course
-from arriero.router.grammar import Form, call_form, read_form
-from arriero.router.groups import LinkedGroups
-from arriero.router.images import LaidImage
-from arriero.router.kept import KeptStreams
+from arriero.router.observability.observer import Sight
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.requests import (
     OutputOptions,
@@ -44,14 +35,23 @@ from arriero.router.requests import (
     read_tools,
     read_variables,
 )
-from arriero.router.sight import Sight
-from arriero.router.tenants.admission import Ticket
-from arriero.router.tenants.door import Caller, Door
+from arriero.router.response import Answer, Message, Piece
+from arriero.router.resumable_streams import KeptStreams
+from arriero.router.routing import migration as relay
+from arriero.router.routing.linked_groups import LinkedGroups
+from arriero.router.routing.request_progress import Course
+from arriero.router.tenants.admission_controller import Caller, Door
+from arriero.router.tenants.admission_policy import Ticket
 from arriero.router.tenants.tenant import Tenant
+from arriero.router.text.call_grammar import calls_or_form, strict_form
+from arriero.router.text.constraints import Form, call_form, read_form
+from arriero.router.text.images import LaidImage
+from arriero.router.text.model_card import ModelCard
+from arriero.router.text.text_model import TextModel
+from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.engine.types import EngineRequest
 from arriero.shards.errors import InvalidRequest, Unavailable
 from arriero.shards.images.request import RequestImage
-from arriero.shards.sampling import SamplingParams
 
 LOST_S = 120.0
 _WAKE_POLL_S = 0.05

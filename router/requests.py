@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from arriero.router.card import ModelCard
-from arriero.router.images import GivenImage, read_image
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
-from arriero.router.stop import check_stops
+from arriero.router.text.images import GivenImage, read_image
+from arriero.router.text.model_card import ModelCard
+from arriero.router.text.stop_strings import check_stops
+from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.errors import ContextTooLong, InvalidRequest
-from arriero.shards.sampling import SamplingParams
 
 M = TypeVar("M", bound=Message)
 

@@ -17,9 +17,9 @@ from arriero.cluster.commands.terminal import OUT, spinner
 from arriero.shards.errors import SpecError, Unavailable
 
 if TYPE_CHECKING:
-    from arriero.cluster.bench import Cell, Figures
+    from arriero.cluster.engine_bench import Cell, Figures
     from arriero.kernels.bench import Shape
-    from arriero.router.client import AsyncClient
+    from arriero.router.client.client import AsyncClient
 
 app = typer.Typer(
     help="Measure operations, or N requests at once: greedy, no stop.", no_args_is_help=True
@@ -107,12 +107,12 @@ def _shape(model: str, dtype: str, quantization: str | None, tp: int) -> Shape:
     """One layer's sizes as tensor-parallel rank 0 holds it."""
     import torch
 
-    from arriero.cluster.plan.catalog import find_model
+    from arriero.cluster.planner.catalog import find_model
     from arriero.kernels.bench import Shape
-    from arriero.shards.group import GroupConfig
-    from arriero.shards.models.config import ModelConfig
-    from arriero.shards.partition import partition
-    from arriero.shards.resolve import ITEMSIZE, QUANTIZATIONS
+    from arriero.shards.config.group import GroupConfig
+    from arriero.shards.layout.dense import partition
+    from arriero.shards.layout.resolve import ITEMSIZE, QUANTIZATIONS
+    from arriero.shards.model_config.dense import ModelConfig
 
     if dtype not in ITEMSIZE:
         raise SpecError(f"`--dtype`={dtype!r} is none of {', '.join(ITEMSIZE)}")
@@ -150,8 +150,8 @@ def engine(
     json_: Json = False,
 ) -> None:
     """Drive the engine in this process; with --tp or --pp, its slices are child processes."""
-    from arriero.cluster.bench import Cell, EngineBench
-    from arriero.shards.group import GroupConfig
+    from arriero.cluster.engine_bench import Cell, EngineBench
+    from arriero.shards.config.group import GroupConfig
 
     cell = Cell(requests=requests, prompt=prompt, output=output)
     config = GroupConfig(
@@ -198,8 +198,8 @@ def serve(
 
     What is up keeps its own prefix cache setting; a deployment of its own has none.
     """
-    from arriero.cluster import state
-    from arriero.cluster.bench import Cell
+    from arriero.cluster import deployment_file as state
+    from arriero.cluster.engine_bench import Cell
 
     cell = Cell(requests=requests, prompt=prompt, output=output)
     said: dict[str, Any] = {"bench": "serve"}
@@ -235,8 +235,8 @@ async def _through_grpc(
     api_key: str | None = None,
 ) -> Figures:
     """Run the warm-up, then the cell, each request a stream of its own on one connection."""
-    from arriero.cluster.bench import WARM_UP
-    from arriero.router.client import AsyncClient
+    from arriero.cluster.engine_bench import WARM_UP
+    from arriero.router.client.client import AsyncClient
 
     tls = credentials(ca)
     with status_as_error():
@@ -250,7 +250,7 @@ async def _through_grpc(
 
 
 async def _stream_cell(client: AsyncClient, cell: Cell) -> Figures:
-    from arriero.cluster.bench import Clock
+    from arriero.cluster.engine_bench import Clock
 
     clock = Clock(cell.requests, cell.output)
 

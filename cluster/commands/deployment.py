@@ -18,7 +18,7 @@ from arriero.cluster.commands.terminal import ERR, OUT, spinner
 from arriero.shards.errors import SpecError
 
 if TYPE_CHECKING:
-    from arriero.cluster.state import Deployment
+    from arriero.cluster.deployment_file import Deployment
 
 StateDir = Annotated[
     Path | None,
@@ -126,7 +126,8 @@ def down(
     state_dir: StateDir = None,
 ) -> None:
     """Take down what `up` brought up, and only that."""
-    from arriero.cluster import deploy, state
+    from arriero.cluster import deploy
+    from arriero.cluster import deployment_file as state
 
     with spinner() as say:
         found = deploy.down(state.state_folder(state_dir), say)
@@ -178,8 +179,9 @@ def demo(
 
 def bring_up(spec: Path | None, flags: dict[str, Any], state_dir: Path | None) -> Deployment:
     """Deploy, with progress shown."""
-    from arriero.cluster import deploy, state
-    from arriero.cluster.spec_file import load
+    from arriero.cluster import deploy
+    from arriero.cluster import deployment_file as state
+    from arriero.cluster.spec.load import load
 
     checked = load(spec, flags)
     with spinner() as say, _interruptible() as heed:
@@ -190,7 +192,7 @@ def bring_up(spec: Path | None, flags: dict[str, Any], state_dir: Path | None) -
 def temporary_deployment(flags: dict[str, Any]) -> Iterator[Deployment]:
     """A deployment on a local cluster of its own, gone at the end whatever happens."""
     from arriero.cluster import deploy
-    from arriero.cluster.spec_file import load
+    from arriero.cluster.spec.load import load
 
     checked = load(None, flags)
     with tempfile.TemporaryDirectory(prefix="arriero-state-") as name, _interruptible() as heed:

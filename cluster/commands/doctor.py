@@ -15,9 +15,9 @@ from arriero.cluster.commands.deployment import StateDir
 from arriero.cluster.commands.terminal import OUT, spinner
 
 if TYPE_CHECKING:
-    from arriero.cluster.checkup import Facts, Questions
-    from arriero.cluster.spec import Spec
-    from arriero.cluster.state import Deployment
+    from arriero.cluster.deployment_file import Deployment
+    from arriero.cluster.hosts.doctor import Facts, Questions
+    from arriero.cluster.spec.deployment import Spec
 
 _MARKS = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}
 
@@ -39,9 +39,10 @@ def doctor(
     state_dir: StateDir = None,
 ) -> None:
     """Check versions, drivers, NCCL, clocks, disks, limits, ports and ways; exit 1 if one fails."""
-    from arriero.cluster import checkup, state
-    from arriero.cluster.spec_file import load
-    from arriero.cluster.state import Deployment
+    from arriero.cluster import deployment_file as state
+    from arriero.cluster.deployment_file import Deployment
+    from arriero.cluster.hosts import doctor as checkup
+    from arriero.cluster.spec.load import load
 
     deployment = state.read(state.state_folder(state_dir))
     asked = checkup.Questions()
@@ -69,7 +70,7 @@ def doctor(
 
 def _questions(spec: Spec, deployment: Deployment | None) -> Questions:
     """What a spec wants of each node; ports that its own deployment has taken are no matter."""
-    from arriero.cluster.checkup import Questions
+    from arriero.cluster.hosts.doctor import Questions
     from arriero.shards.checkpoint.remote import is_url
 
     ours = [] if deployment is None else [deployment.gateway, deployment.http, deployment.admin]
@@ -90,8 +91,8 @@ def _look_everywhere(
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from arriero.cluster import checkup
     from arriero.cluster.deploy import connected
+    from arriero.cluster.hosts import doctor as checkup
 
     facts: dict[str, Facts] = {}
     skews_s: dict[str, float] = {}

@@ -49,7 +49,7 @@ def add(
     state_dir: StateDir = None,
 ) -> None:
     """Make a key and print it, this once: the files hold only its hash."""
-    from arriero.cluster.spec_gateway import TenantSpec
+    from arriero.cluster.spec.gateway import TenantSpec
 
     try:
         TenantSpec(name=tenant)
@@ -115,7 +115,7 @@ def rotate_admin(
     overlap_s: Overlap = MINUTE_S, as_json: AsJson = False, state_dir: StateDir = None
 ) -> None:
     """Replace the token of Admin, here and in the state file; the old one is good for a minute."""
-    from arriero.cluster import state
+    from arriero.cluster import deployment_file as state
 
     folder = state.state_folder(state_dir)
     with admin(state_dir) as client:

@@ -19,7 +19,7 @@ from arriero.cluster.commands.terminal import OUT
 from arriero.shards.errors import GroupFailed, InvalidRequest
 
 if TYPE_CHECKING:
-    from arriero.cluster.admin_client import AdminClient
+    from arriero.cluster.control.admin_client import AdminClient
     from arriero.router.proto.arriero.v1 import admin_pb2 as pb
 
 app = typer.Typer(help="Look into the KV caches, and change what they hold.", no_args_is_help=True)

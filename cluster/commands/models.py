@@ -87,7 +87,7 @@ def pull(
     as_json: AsJson = False,
 ) -> None:
     """Download a checkpoint into the cache, going on where an earlier download stopped."""
-    from arriero.cluster.model_check import check_folder, refuse
+    from arriero.cluster.planner.model_check import check_folder, refuse
     from arriero.shards.checkpoint.remote import is_url, local_folder, pull_from_hub
 
     if is_url(source):
@@ -106,7 +106,7 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Convert Meta's own release of a dense Llama 3 to a checkpoint folder; no pickle is run."""
-    from arriero.shards.checkpoint.formats.meta_pth import convert_meta
+    from arriero.shards.checkpoint.meta_pth import convert_meta
 
     with bar(f"converting {source.name}") as advance:
         convert_meta(source, out, advance)
@@ -141,7 +141,7 @@ def verify_(
     as_json: AsJson = False,
 ) -> None:
     """Check a folder as `up` does: weights' headers, config, tokenizer and chat template."""
-    from arriero.cluster.model_check import check_folder, refuse
+    from arriero.cluster.planner.model_check import check_folder, refuse
 
     if deep:
         with bar(f"reading {path.name}") as advance:

@@ -23,7 +23,7 @@ from arriero.shards.errors import GroupFailed, NotFound, Unavailable
 if TYPE_CHECKING:
     from google.protobuf.message import Message
 
-    from arriero.cluster.admin_client import AdminClient
+    from arriero.cluster.control.admin_client import AdminClient
 
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
 Wait = Annotated[bool, typer.Option(help="Return once it is done.")]
@@ -46,8 +46,8 @@ def admin(state_dir: Path | None) -> Iterator[AdminClient]:
     Raises:
         Unavailable: nothing is up.
     """
-    from arriero.cluster import state
-    from arriero.cluster.admin_client import AdminClient
+    from arriero.cluster import deployment_file as state
+    from arriero.cluster.control.admin_client import AdminClient
 
     deployment = state.read(state.state_folder(state_dir))
     if deployment is None:
@@ -117,7 +117,7 @@ def rollout(
     state_dir: StateDir = None,
 ) -> None:
     """Replace, one at a time, the groups whose settings or weights have changed."""
-    from arriero.cluster.spec_file import load
+    from arriero.cluster.spec.load import load
 
     text = "" if spec is None else load(spec, {}).model_dump_json()
     with admin(state_dir) as client:
@@ -146,7 +146,7 @@ def reload(
     That is tenants, queue and lost_s of the gateway; the limits of health; autoscale, groups,
     prefill_groups and spares of models; log_level. Streams run on.
     """
-    from arriero.cluster.spec_file import load
+    from arriero.cluster.spec.load import load
 
     text = load(spec, {}).model_dump_json()
     with admin(state_dir) as client:
@@ -243,7 +243,7 @@ def logs(
 
 def _note_gateway(client: AdminClient, state_dir: Path | None) -> None:
     """Gateways that were replaced may listen elsewhere."""
-    from arriero.cluster import state
+    from arriero.cluster import deployment_file as state
 
     folder = state.state_folder(state_dir)
     deployment, gateways = state.read(folder), client.status().gateways

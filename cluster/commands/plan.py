@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import typer
 
 from arriero.cluster.commands.terminal import OUT
-from arriero.cluster.plan.catalog import DEVICES, MODELS, NamedModel, find_model
-from arriero.cluster.plan.layouts import Machines, Option, best_of, enough, rank_layouts
-from arriero.cluster.plan.memory import Demand, GroupPlan, Layout, plan_group
-from arriero.cluster.plan.products import DTYPES, Dtype, weights_as
-from arriero.cluster.plan.room import stored_as
+from arriero.cluster.planner.catalog import DEVICES, MODELS, NamedModel, find_model
+from arriero.cluster.planner.kv_room import stored_as
+from arriero.cluster.planner.layouts import Machines, Option, best_of, enough, rank_layouts
+from arriero.cluster.planner.memory import Demand, GroupPlan, Layout, plan_group
+from arriero.cluster.planner.rank_weights import DTYPES, Dtype, weights_as
 from arriero.kernels.packing import KERNELS, Kernels
 from arriero.shards.errors import SpecError
 from arriero.shards.kv.limits import GroupTierLimits
-from arriero.shards.models.llama4_config import Llama4Config
+from arriero.shards.model_config.llama4 import Llama4Config
 
 if TYPE_CHECKING:
-    from arriero.cluster.spec_model import ModelSpec
+    from arriero.cluster.spec.model import ModelSpec
 
 DEFAULT_CONTEXT = 8192
 
@@ -135,7 +135,7 @@ def plan(
     made = [_make(wish) for wish in wishes]
     _show(wishes, made, as_json)
     if plot is not None:
-        from arriero.cluster.plan.plot import plot as draw
+        from arriero.cluster.planner.plot import plot as draw
 
         draw(made[0][0], plot)
     for (group, _), wish in zip(made, wishes, strict=True):
@@ -228,7 +228,7 @@ def _cpu_slices(layout: Layout | None, nodes: int) -> int:
 
 
 def _size(name: str, text: str) -> int:
-    from arriero.cluster.spec_fields import parse_bytes
+    from arriero.cluster.spec.fields import parse_bytes
 
     return parse_bytes(name, text)
 
@@ -241,7 +241,7 @@ def _from_spec(
     dtype: Dtype | None,
     layout: Layout | None,
 ) -> list[_Wish]:
-    from arriero.cluster.spec_file import load
+    from arriero.cluster.spec.load import load
 
     if layout is not None:
         raise SpecError("the spec says the layout; give --tp, --pp, --dp, --ep with --model")
@@ -269,8 +269,8 @@ def _wish_of(
     on_cpu: bool,
 ) -> _Wish:
     from arriero.shards.checkpoint.remote import is_url, local_folder
-    from arriero.shards.layout import visible_keys
-    from arriero.shards.resolve import resolve, tier_limits
+    from arriero.shards.layout.families import visible_keys
+    from arriero.shards.layout.resolve import resolve, tier_limits
 
     folder = local_folder(one.path, weights=False) if is_url(one.path) else one.path
     model = find_model(str(folder))
@@ -317,7 +317,7 @@ def _wish_of(
 
 
 def _show(wishes: list[_Wish], made: list[tuple[GroupPlan, list[Option]]], as_json: bool) -> None:
-    from arriero.cluster.plan import report
+    from arriero.cluster.planner import report
 
     documents = []
     for (group, options), wish in zip(made, wishes, strict=True):

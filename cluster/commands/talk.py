@@ -20,7 +20,7 @@ from arriero.shards.errors import GroupFailed, Unavailable
 if TYPE_CHECKING:
     import grpc
 
-    from arriero.router.client import Client
+    from arriero.router.client.client import Client
     from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 
 Address = Annotated[
@@ -157,7 +157,7 @@ def credentials(ca: Path | None) -> grpc.ChannelCredentials | None:
 def _client(
     gateway: str, timeout_s: float, ca: Path | None = None, api_key: str | None = None
 ) -> Iterator[Client]:
-    from arriero.router.client import Client
+    from arriero.router.client.client import Client
 
     tls = credentials(ca)
     with (
@@ -184,7 +184,7 @@ def _fields(
 
 
 def _gateway(address: str | None, state_dir: Path | None) -> str:
-    from arriero.cluster import state
+    from arriero.cluster import deployment_file as state
 
     if address is not None:
         return address

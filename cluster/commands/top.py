@@ -20,7 +20,7 @@ from arriero.cluster.commands.terminal import OUT
 from arriero.cluster.commands.views import queue
 
 if TYPE_CHECKING:
-    from arriero.cluster.admin_client import AdminClient
+    from arriero.cluster.control.admin_client import AdminClient
     from arriero.router.proto.arriero.v1 import admin_pb2 as pb
 
 

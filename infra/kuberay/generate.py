@@ -17,10 +17,10 @@ from typing import Any
 
 import yaml
 
-from arriero.cluster.plan.catalog import find_model
-from arriero.cluster.plan.layouts import Machines
-from arriero.cluster.plan.memory import Demand, GroupPlan, Layout, plan_group
-from arriero.cluster.plan.products import Dtype, weights_as
+from arriero.cluster.planner.catalog import find_model
+from arriero.cluster.planner.layouts import Machines
+from arriero.cluster.planner.memory import Demand, GroupPlan, Layout, plan_group
+from arriero.cluster.planner.rank_weights import Dtype, weights_as
 
 HERE = Path(__file__).parent
 IMAGE = "arriero:cuda"

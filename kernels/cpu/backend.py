@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from arriero.kernels.attention_mask import EVERYTHING, Visible
 from arriero.kernels.cpu.cache import CpuKVCache
 from arriero.kernels.cpu.decoder import CpuDecoder
 from arriero.kernels.cpu.library import Layer, load
@@ -53,7 +54,6 @@ from arriero.kernels.ops import (
 )
 from arriero.kernels.quant import QuantizedWeight
 from arriero.kernels.reference import sampling
-from arriero.kernels.visible import EVERYTHING, Visible
 
 
 def available_threads() -> int:

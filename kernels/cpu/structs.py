@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from arriero.kernels.attention_mask import Visible
 from arriero.kernels.cpu import library
 from arriero.kernels.cpu.cache import CpuKVCache
 from arriero.kernels.cpu.library import Batch, Draws, Experts, Layer, Style
@@ -25,7 +26,6 @@ from arriero.kernels.ops import (
     SamplingRows,
     Vocab,
 )
-from arriero.kernels.visible import Visible
 
 _ROPE = {"halves": 0, "pairs": 1, "none": 2}
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from arriero.kernels.attention_mask import Visible
 from arriero.kernels.ops import DenseLayer, FlatBatch, KVCache
 from arriero.kernels.reference.kv import ReferenceKVCache
-from arriero.kernels.visible import Visible
 
 
 def rope_write_kv(

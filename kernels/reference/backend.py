@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from arriero.kernels.attention_mask import EVERYTHING, Visible
 from arriero.kernels.ops import (
     DenseLayer,
     FlatBatch,
@@ -24,7 +25,6 @@ from arriero.kernels.ops import (
 from arriero.kernels.quant import QuantizedWeight
 from arriero.kernels.reference import attention, linear, sampling
 from arriero.kernels.reference.kv import ReferenceKVCache
-from arriero.kernels.visible import EVERYTHING, Visible
 
 
 class ReferenceOps(Ops):

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from arriero.kernels.attention_mask import EVERYTHING, Visible
+from arriero.kernels.expert_rows import Wire, check
 from arriero.kernels.moe import Permutation, Routing
 from arriero.kernels.ops import (
     DenseLayer,
@@ -28,28 +30,19 @@ from arriero.kernels.ops import (
     layer_caches,
 )
 from arriero.kernels.quant import QuantizedWeight
-from arriero.kernels.triton import (
-    experts,
-    float8,
-    norm,
-    product,
-    rope,
-    sampling,
-    vocabulary,
-    weights,
-    wire,
-)
+from arriero.kernels.triton import embedding as vocabulary
+from arriero.kernels.triton import expert_rows as wire
+from arriero.kernels.triton import experts, float8, norm, rope, sampling, weights
+from arriero.kernels.triton import matmul as product
 from arriero.kernels.triton.activation import silu_mul
 from arriero.kernels.triton.decode import attend_decodes
 from arriero.kernels.triton.kv import TritonKVCache
 from arriero.kernels.triton.launch import unit_stride
+from arriero.kernels.triton.matmul import ExpertWeights
 from arriero.kernels.triton.prefill import attend_prefills
-from arriero.kernels.triton.product import ExpertWeights
 from arriero.kernels.triton.tuning import attention_blocks
 from arriero.kernels.triton.upload import Upload
 from arriero.kernels.triton.weights import Packed
-from arriero.kernels.visible import EVERYTHING, Visible
-from arriero.kernels.wire import Wire, check
 
 
 class TritonOps(Ops):

@@ -13,14 +13,10 @@ import torch
 from torch import Tensor
 
 import triton.language as tl
+from arriero.kernels.attention_mask import Visible
 from arriero.kernels.ops import FlatBatch
 from arriero.kernels.triton.kv import TritonKVCache
-from arriero.kernels.triton.launch import (
-    EXACT,
-    INTERPRETED,
-    kernel,
-    power_of_two,
-)
+from arriero.kernels.triton.launch import EXACT, INTERPRETED, kernel, power_of_two
 from arriero.kernels.triton.softmax import (
     attend_keys,
     first_seen,
@@ -33,7 +29,6 @@ from arriero.kernels.triton.softmax import (
     split_length,
 )
 from arriero.kernels.triton.tuning import AttentionBlocks
-from arriero.kernels.visible import Visible
 
 PROGRAMS = 1024
 """Enough programs to fill a GPU several times over."""

@@ -16,8 +16,8 @@ from torch import Tensor
 import triton.language as tl
 from arriero.kernels.ops import SamplingRows
 from arriero.kernels.reference.sampling import FRACTION_BITS
-from arriero.kernels.triton.cut import Cut
 from arriero.kernels.triton.launch import EXACT, INTERPRETED, kernel
+from arriero.kernels.triton.logit_tiles import Cut
 
 BITS = 3 if INTERPRETED else 5
 PASSES = -(-(FRACTION_BITS + 1) // BITS)

@@ -13,13 +13,7 @@ from torch import Tensor
 
 import triton.language as tl
 from arriero.kernels.quant import FP8_MAX
-from arriero.kernels.triton.launch import (
-    EXACT,
-    kernel,
-    power_of_two,
-    rows_a_program,
-    unit_stride,
-)
+from arriero.kernels.triton.launch import EXACT, kernel, power_of_two, rows_a_program, unit_stride
 
 _FP8_MAX = tl.constexpr(FP8_MAX)
 _NAN = tl.constexpr(0x7F)

@@ -11,13 +11,7 @@ import torch
 from torch import Tensor
 
 import triton.language as tl
-from arriero.kernels.triton.launch import (
-    EXACT,
-    kernel,
-    power_of_two,
-    rows_a_program,
-    unit_stride,
-)
+from arriero.kernels.triton.launch import EXACT, kernel, power_of_two, rows_a_program, unit_stride
 
 
 @kernel

@@ -12,6 +12,7 @@ import math
 from torch import Tensor
 
 import triton.language as tl
+from arriero.kernels.attention_mask import Visible
 from arriero.kernels.ops import FlatBatch
 from arriero.kernels.triton.kv import TritonKVCache
 from arriero.kernels.triton.launch import kernel, power_of_two
@@ -26,7 +27,6 @@ from arriero.kernels.triton.softmax import (
     split_length,
 )
 from arriero.kernels.triton.tuning import AttentionBlocks
-from arriero.kernels.visible import Visible
 
 
 @kernel

@@ -13,13 +13,7 @@ import triton.language as tl
 from arriero.kernels.ops import DenseLayer, FlatBatch
 from arriero.kernels.quant import FP8_MAX
 from arriero.kernels.triton.kv import TritonKVCache
-from arriero.kernels.triton.launch import (
-    EXACT,
-    INTERPRETED,
-    kernel,
-    power_of_two,
-    unit_stride,
-)
+from arriero.kernels.triton.launch import EXACT, INTERPRETED, kernel, power_of_two, unit_stride
 
 HEADS = 8
 """Heads of a token that a program takes."""

@@ -16,8 +16,8 @@ from arriero.kernels.ops import Sampled, SamplingRows
 from arriero.kernels.philox import KEY_STEPS, MULTIPLIERS, ROUNDS
 from arriero.kernels.reference.sampling import FRACTION_BITS, MAX_VOCAB, with_logprobs
 from arriero.kernels.triton import filters
-from arriero.kernels.triton.cut import Cut, cut_of
 from arriero.kernels.triton.launch import EXACT, kernel
+from arriero.kernels.triton.logit_tiles import Cut, cut_of
 
 _ONE = tl.constexpr(2.0**FRACTION_BITS)
 _MASK = tl.constexpr(0xFFFFFFFF)

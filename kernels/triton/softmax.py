@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 import triton.language as tl
+from arriero.kernels.attention_mask import Visible
 from arriero.kernels.ops import KVCacheSpec
 from arriero.kernels.triton.launch import EXACT, dot_type, kernel, power_of_two
 from arriero.kernels.triton.tuning import AttentionBlocks
-from arriero.kernels.visible import Visible
 
 _DOUBLINGS = tl.constexpr(16)
 

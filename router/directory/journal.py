@@ -13,7 +13,7 @@ import numpy as np
 
 from arriero.router.directory.events import Batch, Change, Snapshot
 from arriero.router.directory.table import KeyTable, fingerprints
-from arriero.shards.engine.blocks import CacheEvent
+from arriero.shards.kv.blocks import CacheEvent
 
 MOST_CHANGES = 20_000
 """Of a batch: few enough that the link's loop is not held up."""

@@ -11,11 +11,11 @@ from itertools import islice
 
 import numpy as np
 
-from arriero.router.card import ModelCard
 from arriero.router.directory.directory import Directory, Reach
 from arriero.router.directory.table import fingerprints
-from arriero.shards.engine.blocks import KEY_BYTES, chain_keys, salted_root
+from arriero.router.text.model_card import ModelCard
 from arriero.shards.engine.types import EngineRequest
+from arriero.shards.kv.blocks import KEY_BYTES, chain_keys, salted_root
 
 PAGE_BLOCKS = 128
 """Keys made in one go at first, then each time twice as many: hashing stops soon after the last

@@ -16,21 +16,22 @@ from fastapi import FastAPI, Request
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
-from arriero.router.answer import Message, Piece
-from arriero.router.grammar import described
-from arriero.router.http import errors, shapes, translate
-from arriero.router.http.bodies import (
+from arriero.router.http import errors, translate
+from arriero.router.http import responses as shapes
+from arriero.router.http.middleware import Edge
+from arriero.router.http.request_schemas import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
     Sampling,
     TokenizeBody,
 )
-from arriero.router.http.edge import Edge
 from arriero.router.http.stream import EventStream, begin, merged, while_here
 from arriero.router.inference import Aside, Inference, Stream
-from arriero.router.metrics import CONTENT_TYPE
+from arriero.router.observability.metrics import CONTENT_TYPE
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
+from arriero.router.response import Message, Piece
+from arriero.router.text.constraints import described
 from arriero.shards.errors import ArrieroError, InvalidRequest
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 
-from arriero.router.detokenizer import Detokenizer, Vocabulary
+from arriero.router.text.detokenizer import Detokenizer, Vocabulary
 
 
 def token_bytes(vocabulary: Vocabulary, token: int) -> bytes:

@@ -8,7 +8,6 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from arriero.router.http.bodies import ChatBody, CompletionBody, Sampling, TokenizeBody
 from arriero.router.http.messages import (
     THOUGHT_PARTS,
     AllowedTools,
@@ -18,6 +17,7 @@ from arriero.router.http.messages import (
     NamedTool,
     Tool,
 )
+from arriero.router.http.request_schemas import ChatBody, CompletionBody, Sampling, TokenizeBody
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.shards.errors import InvalidRequest
 

@@ -14,7 +14,7 @@ import torch
 from arriero.shards.checkpoint.gguf_header import GgufFile
 from arriero.shards.checkpoint.gguf_tokenizer import LLAMA3_FAMILIES, family_of, special_token
 from arriero.shards.errors import CheckpointError
-from arriero.shards.models.config import ModelConfig
+from arriero.shards.model_config.dense import ModelConfig
 
 ROPE_FACTORS = "rope_freqs.weight"
 

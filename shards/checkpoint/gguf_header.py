@@ -23,8 +23,8 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from arriero.shards.checkpoint.bad_file import explain_binary, explain_error, head_of
 from arriero.shards.errors import CheckpointError
+from arriero.shards.files.bad_file import explain_binary, explain_error, head_of
 
 MAX_METADATA_BYTES = 256 * 1024 * 1024
 """All keys, values and tensor infos; the largest vocabularies take some ten megabytes."""

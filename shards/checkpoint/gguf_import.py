@@ -29,7 +29,7 @@ from arriero.shards.checkpoint.llama_names import EMBEDDING, FINAL_NORM, HEAD, e
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.checkpoint.safetensors_header import make_header
 from arriero.shards.errors import CheckpointError
-from arriero.shards.models.config import TORCH_DTYPES, ModelConfig
+from arriero.shards.model_config.dense import TORCH_DTYPES, ModelConfig
 
 Progress = Callable[[int, int, str], None]
 """Called with bytes read so far, bytes in all, and the name of the tensor just written."""

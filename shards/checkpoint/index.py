@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from arriero.shards.checkpoint.json_file import read_json_object
 from arriero.shards.errors import CheckpointError
+from arriero.shards.files.json_file import read_json_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -5,7 +5,7 @@ Knows names and shapes; knows nothing of files.
 
 from __future__ import annotations
 
-from arriero.shards.models.config import ModelConfig
+from arriero.shards.model_config.dense import ModelConfig
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"

@@ -39,12 +39,12 @@ from arriero.shards.checkpoint.formats.stored import (
     modules_of,
     tensors_due,
 )
-from arriero.shards.checkpoint.json_file import read_json_object
 from arriero.shards.checkpoint.reader import Checkpoint, TensorFolder
 from arriero.shards.checkpoint.safetensors_header import DTYPES
 from arriero.shards.checkpoint.verify import verify
 from arriero.shards.checkpoint.writer import Progress, new_folder, write_shards
 from arriero.shards.errors import CheckpointError
+from arriero.shards.files.json_file import read_json_object
 
 To = Literal["int8", "int4", "fp8"]
 TO: tuple[To, ...] = ("int8", "int4", "fp8")

@@ -23,18 +23,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from arriero.shards.checkpoint.bad_file import explain_error
 from arriero.shards.checkpoint.fit import Wanted, misfits
-from arriero.shards.checkpoint.form_fit import form_problems
 from arriero.shards.checkpoint.formats.describe import describe, side_file
+from arriero.shards.checkpoint.formats.form_fit import form_problems
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
 from arriero.shards.checkpoint.formats.stored import AnyModel, tensors_due, text_prefix
-from arriero.shards.checkpoint.json_file import read_json_object
 from arriero.shards.checkpoint.ranges import REQUESTS_AT_ONCE, RangedFolder
 from arriero.shards.checkpoint.safetensors_header import DTYPES, StoredTensor
 from arriero.shards.checkpoint.shard_files import find_tensors
 from arriero.shards.checkpoint.wrapped_names import unwrapped
 from arriero.shards.errors import CheckpointError
+from arriero.shards.files.bad_file import explain_error
+from arriero.shards.files.json_file import read_json_object
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from arriero.shards.checkpoint.bad_file import explain_binary, explain_error, head_of
-from arriero.shards.checkpoint.json_file import parse_json_object
 from arriero.shards.errors import CheckpointError
+from arriero.shards.files.bad_file import explain_binary, explain_error, head_of
+from arriero.shards.files.json_file import parse_json_object
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""

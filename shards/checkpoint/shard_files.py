@@ -10,7 +10,6 @@ import os
 import re
 from pathlib import Path
 
-from arriero.shards.checkpoint.bad_file import UNFINISHED, explain_error, unfinished_of
 from arriero.shards.checkpoint.index import (
     INDEX_FILE,
     PICKLES,
@@ -22,6 +21,7 @@ from arriero.shards.checkpoint.index import (
 from arriero.shards.checkpoint.ranges import RangedFolder
 from arriero.shards.checkpoint.safetensors_header import StoredTensor, read_header
 from arriero.shards.errors import CheckpointError
+from arriero.shards.files.bad_file import UNFINISHED, explain_error, unfinished_of
 
 _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 _PULL = "fetch it with `arriero models pull`"

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from arriero.shards.checkpoint.fit import not_read
-from arriero.shards.checkpoint.form_fit import unfit_scales
-from arriero.shards.checkpoint.json_file import read_json_object
+from arriero.shards.checkpoint.formats.form_fit import unfit_scales
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.checkpoint.safetensors_header import StoredTensor
 from arriero.shards.errors import CheckpointError
+from arriero.shards.files.json_file import read_json_object
 
 VerifyProgress = Callable[[int, int, str], None]
 """Called with bytes read so far, bytes in all, and the name of the file being read."""

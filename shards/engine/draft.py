@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from arriero.shards.engine.sequence import Sequence
-from arriero.shards.plan import LAST_SAMPLED, Int32, NewSequence, StepPlan, int32
+from arriero.shards.protocol.step_plan import LAST_SAMPLED, Int32, NewSequence, StepPlan, int32
 
 _EMPTY = int32()
 

@@ -16,9 +16,8 @@ from dataclasses import replace
 from time import perf_counter_ns
 from typing import Any, TypeVar
 
-from arriero.shards.engine.blocks import CacheListener
+from arriero.shards.engine.dp_scheduler import Lanes
 from arriero.shards.engine.expert_balance import ExpertBalance
-from arriero.shards.engine.lanes import Lanes
 from arriero.shards.engine.limits import check_request
 from arriero.shards.engine.types import (
     EngineConfig,
@@ -28,9 +27,10 @@ from arriero.shards.engine.types import (
     SequenceOutput,
 )
 from arriero.shards.errors import GroupFailed, InvalidRequest, Unavailable
+from arriero.shards.kv.blocks import CacheListener
 from arriero.shards.kv.limits import PeerBlocks
-from arriero.shards.kv.moves import Pool
-from arriero.shards.plan import Int32, StepResult
+from arriero.shards.kv.transfers import Pool
+from arriero.shards.protocol.step_plan import Int32, StepResult
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")

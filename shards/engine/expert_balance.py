@@ -13,9 +13,9 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from arriero.shards.balance import balanced, imbalance
-from arriero.shards.placement import Placement
-from arriero.shards.plan import Int32
+from arriero.shards.layout.expert_balancer import balanced, imbalance
+from arriero.shards.layout.expert_placement import Placement
+from arriero.shards.protocol.step_plan import Int32
 
 WINDOW_TOKENS_PER_EXPERT = 64
 """A layer is looked at again after so many tokens for each of its experts."""

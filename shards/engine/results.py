@@ -16,7 +16,7 @@ from arriero.shards.engine.sequence_blocks import SequenceBlocks
 from arriero.shards.engine.slots import SlotTable
 from arriero.shards.engine.types import EngineConfig, SequenceOutput, TokenLogprobs
 from arriero.shards.errors import GroupFailed
-from arriero.shards.plan import Logprobs, StepResult
+from arriero.shards.protocol.step_plan import Logprobs, StepResult
 
 NO_TOKEN = -1
 """Drawn where the logits left nothing to draw: all banned, or not numbers."""

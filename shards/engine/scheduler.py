@@ -27,11 +27,10 @@ from operator import attrgetter
 
 import numpy as np
 
-from arriero.shards.engine.blocks import CacheListener
 from arriero.shards.engine.cache_report import CacheReport, TenantUse, TierUse
+from arriero.shards.engine.completion_rate import Pace
 from arriero.shards.engine.draft import Chunk, InFlight, PlanDraft, in_flight
 from arriero.shards.engine.limits import check_config, check_request
-from arriero.shards.engine.pace import Pace
 from arriero.shards.engine.results import Results
 from arriero.shards.engine.sequence import LiveRequest, Sequence
 from arriero.shards.engine.sequence_blocks import SequenceBlocks
@@ -39,9 +38,10 @@ from arriero.shards.engine.slots import SlotTable
 from arriero.shards.engine.types import EngineConfig, EngineRequest, EngineStats, SequenceOutput
 from arriero.shards.engine.waiting import Waiting
 from arriero.shards.errors import GroupFailed, InvalidRequest, Overloaded
+from arriero.shards.kv.blocks import CacheListener
 from arriero.shards.kv.limits import PeerBlocks
-from arriero.shards.kv.moves import Moved, Moves, Pool
-from arriero.shards.plan import Int32, StepPlan, StepResult, int32
+from arriero.shards.kv.transfers import Moved, Moves, Pool
+from arriero.shards.protocol.step_plan import Int32, StepPlan, StepResult, int32
 
 _rank = attrgetter("rank")
 

@@ -12,10 +12,10 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.engine.types import EngineRequest, TokenLogprobs
 from arriero.shards.images.request import key_tokens, placeholders
-from arriero.shards.plan import Int32, NewSequence, int32
-from arriero.shards.sampling import SamplingParams
+from arriero.shards.protocol.step_plan import Int32, NewSequence, int32
 
 _MASK64 = 2**64 - 1
 

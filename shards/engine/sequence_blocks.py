@@ -17,16 +17,16 @@ from __future__ import annotations
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
-from arriero.shards.engine.blocks import BlockManager, CacheListener, chain_keys, root_key
-from arriero.shards.engine.local_blocks import LocalBlocks
-from arriero.shards.engine.no_pool import NoPool
+from arriero.shards.engine.null_pool import NoPool
 from arriero.shards.engine.sequence import LiveRequest, Sequence
 from arriero.shards.engine.types import EngineConfig, EngineRequest
 from arriero.shards.errors import InvalidRequest
 from arriero.shards.images.request import key_tokens
-from arriero.shards.kv.moves import Pool
+from arriero.shards.kv.blocks import BlockManager, CacheListener, chain_keys, root_key
+from arriero.shards.kv.local_blocks import LocalBlocks
 from arriero.shards.kv.tiers import PrefixLoad, Tiers
-from arriero.shards.plan import int32
+from arriero.shards.kv.transfers import Pool
+from arriero.shards.protocol.step_plan import int32
 
 
 @dataclass(frozen=True, slots=True)

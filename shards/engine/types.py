@@ -9,14 +9,14 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from arriero.kernels.visible import Visible
+from arriero.kernels.attention_mask import Visible
+from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.images.request import RequestImage
 from arriero.shards.kv.limits import GroupTierLimits, PeerBlocks
-from arriero.shards.kv.moves import Moved, Moves, Pool
-from arriero.shards.paging import SeenBlocks
-from arriero.shards.placement import Placement
-from arriero.shards.plan import StepPlan, StepResult
-from arriero.shards.sampling import SamplingParams
+from arriero.shards.kv.paging import SeenBlocks
+from arriero.shards.kv.transfers import Moved, Moves, Pool
+from arriero.shards.layout.expert_placement import Placement
+from arriero.shards.protocol.step_plan import StepPlan, StepResult
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

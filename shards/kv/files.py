@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arriero.shards.kv.pieces import BadBlock, BlockForm, Bytes, Piece, parse_name
+from arriero.shards.kv.block_shards import BadBlock, BlockForm, Bytes, Piece, parse_name
 
 log = logging.getLogger(__name__)
 

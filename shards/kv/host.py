@@ -25,10 +25,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from arriero.shards.kv.machine import host_name
-from arriero.shards.kv.moves import KEY_BYTES, Segment
-from arriero.shards.kv.pieces import BadBlock, BlockForm, Piece
-from arriero.shards.kv.sums import block_sums
+from arriero.shards.kv.block_shards import BadBlock, BlockForm, Piece
+from arriero.shards.kv.checksums import block_sums
+from arriero.shards.kv.host_id import host_name
+from arriero.shards.kv.transfers import KEY_BYTES, Segment
 
 Stamps = npt.NDArray[np.void]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from arriero.shards.kv.moves import Segment
+from arriero.shards.kv.transfers import Segment
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -26,9 +26,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from arriero.shards.kv.block_shards import BadBlock, BlockForm, Piece
 from arriero.shards.kv.host import HostPool, stamp_type, sums
-from arriero.shards.kv.moves import Segment
-from arriero.shards.kv.pieces import BadBlock, BlockForm, Piece
+from arriero.shards.kv.transfers import Segment
 
 log = logging.getLogger(__name__)
 

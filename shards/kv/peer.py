@@ -22,13 +22,13 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from arriero.shards.kv.block_shards import BadBlock, BlockForm, Piece
+from arriero.shards.kv.checksums import block_sums
 from arriero.shards.kv.host import memory_bytes, stamp, sums, views
-from arriero.shards.kv.machine import host_name
-from arriero.shards.kv.moves import Segment
+from arriero.shards.kv.host_id import host_name
 from arriero.shards.kv.nixl import NixlPart, NixlReader
-from arriero.shards.kv.pieces import BadBlock, BlockForm, Piece
-from arriero.shards.kv.sums import block_sums
-from arriero.shards.kv.wire import RemotePart
+from arriero.shards.kv.tcp import RemotePart
+from arriero.shards.kv.transfers import Segment
 
 log = logging.getLogger(__name__)
 

@@ -22,10 +22,10 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from arriero.shards.engine.blocks import BlockManager, CacheEvent, CacheListener
+from arriero.shards.kv.blocks import BlockManager, CacheEvent, CacheListener
 from arriero.shards.kv.index import TierIndex
 from arriero.shards.kv.limits import PeerBlocks, TierLimits
-from arriero.shards.kv.moves import Move, Moved, Moves, Pool, Segment, Tier
+from arriero.shards.kv.transfers import Move, Moved, Moves, Pool, Segment, Tier
 
 MOST_SAVES = 256
 """Blocks pinned for saving at once, or an eighth of a pool that is small: two steps' worth."""

@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from arriero.shards.engine.blocks import BlockManager, CacheListener
-from arriero.shards.engine.local_blocks import LocalBlocks
+from arriero.shards.kv.blocks import BlockManager, CacheListener
 from arriero.shards.kv.limits import GroupTierLimits, PeerBlocks
-from arriero.shards.kv.moves import Moved, Moves, Pool
+from arriero.shards.kv.local_blocks import LocalBlocks
 from arriero.shards.kv.pool_tiers import Load, PoolTiers
+from arriero.shards.kv.transfers import Moved, Moves, Pool
 
 
 @dataclass(slots=True)

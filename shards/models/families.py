@@ -12,23 +12,23 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from arriero.kernels.attention_mask import Visible
+from arriero.kernels.expert_rows import Wire
 from arriero.kernels.ops import FlatBatch, KVCache, Ops
-from arriero.kernels.visible import Visible
-from arriero.kernels.wire import Wire
 from arriero.shards.checkpoint.formats.stored import AnyPart
 from arriero.shards.checkpoint.reader import Checkpoint
-from arriero.shards.experts import Loads
-from arriero.shards.kv.moves import Pool
-from arriero.shards.mesh import Mesh
+from arriero.shards.collectives.expert_parallel import Loads
+from arriero.shards.collectives.mesh import Mesh
+from arriero.shards.kv.transfers import Pool
+from arriero.shards.layout.dense import SlicePart
+from arriero.shards.layout.expert_placement import Placement
+from arriero.shards.layout.moe import MoEPart
+from arriero.shards.model_config.llama4 import Llama4Config
+from arriero.shards.models.image_table import ImageTable
 from arriero.shards.models.llama import LlamaSlice
 from arriero.shards.models.llama4 import Llama4Slice
-from arriero.shards.models.llama4_config import Llama4Config
 from arriero.shards.models.loader import Progress
-from arriero.shards.partition import SlicePart
-from arriero.shards.partition_moe import MoEPart
-from arriero.shards.placement import Placement
-from arriero.shards.plan import Int32
-from arriero.shards.vision import ImageTable
+from arriero.shards.protocol.step_plan import Int32
 
 
 class ModelSlice(Protocol):

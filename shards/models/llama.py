@@ -15,18 +15,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from arriero.kernels.attention_mask import EVERYTHING, Visible
 from arriero.kernels.ops import AttentionStyle, DenseLayer, KVCache, KVCacheSpec, Ops
-from arriero.kernels.visible import EVERYTHING, Visible
 from arriero.shards.checkpoint.formats.stored import tensors_due
 from arriero.shards.checkpoint.reader import Checkpoint
-from arriero.shards.experts import Loads
-from arriero.shards.kv.moves import Pool
-from arriero.shards.mesh import Mesh
-from arriero.shards.models.config import ModelConfig
+from arriero.shards.collectives.expert_parallel import Loads
+from arriero.shards.collectives.mesh import Mesh
+from arriero.shards.kv.transfers import Pool
+from arriero.shards.layout.dense import SlicePart, Span
+from arriero.shards.model_config.dense import ModelConfig
+from arriero.shards.models.image_table import ImageTable
 from arriero.shards.models.loader import Loader, Progress
-from arriero.shards.partition import SlicePart, Span
-from arriero.shards.plan import Int32
-from arriero.shards.vision import ImageTable
+from arriero.shards.protocol.step_plan import Int32
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arriero.shards.checkpoint.reader import TensorFolder
-from arriero.shards.models.llama4_config import VisionConfig
+from arriero.shards.model_config.llama4 import VisionConfig
 
 _TILES_AT_ONCE = 4
 """Bounds what the activations take; each tile is computed by itself either way."""

@@ -30,7 +30,7 @@ from arriero.shards.checkpoint.formats.stored import AnyPart, TensorDue, bytes_r
 from arriero.shards.checkpoint.pager import Pager, ranges_read
 from arriero.shards.checkpoint.reader import TensorFolder
 from arriero.shards.errors import CheckpointError
-from arriero.shards.partition import Span
+from arriero.shards.layout.dense import Span
 
 Progress = Callable[[int, int], None]
 """Called with (bytes packed, bytes in all) while a rank's weights load."""

@@ -25,8 +25,8 @@ def rank_main(rank: int, ranks: int, hidden: int, port: int, results: Any) -> No
     """Measure on one rank; rank 0 tells."""
     from torch._C._distributed_c10d import TCPStore
 
-    from arriero.kernels.wire import Wire, pack
-    from arriero.shards.exchange import DirectExchange
+    from arriero.kernels.expert_rows import Wire, pack
+    from arriero.shards.collectives.all_to_all import DirectExchange
 
     torch.set_num_threads(1)
     store = TCPStore("127.0.0.1", port, ranks, is_master=rank == 0, wait_for_workers=False)

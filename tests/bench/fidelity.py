@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from arriero.cluster.bench import EngineBench
-from arriero.shards.group import GroupConfig
-from arriero.shards.models.config import ModelConfig
+from arriero.cluster.engine_bench import EngineBench
+from arriero.shards.config.group import GroupConfig
+from arriero.shards.model_config.dense import ModelConfig
 
 NUM_PROMPTS, NUM_TOKENS = 44, 32
 KEPT = Path("build/fidelity.json")

@@ -23,11 +23,12 @@ import psutil
 import uvloop
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from arriero.router.client import AsyncClient
+from arriero.router.client.client import AsyncClient
 from arriero.router.gateway import Gateway, GatewayConfig, GroupAddress
-from arriero.router.link import LinkClient, LinkServer
+from arriero.router.link.client import LinkClient
+from arriero.router.link.server import LinkServer
+from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.engine.types import EngineRequest
-from arriero.shards.sampling import SamplingParams
 from support.frontdoor import LLAMA3, LLAMA_SPECIALS, FakeEngine, make_card, make_tokenizer
 
 PROMPT = list(range(60, 188))

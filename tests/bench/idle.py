@@ -21,8 +21,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from arriero.cluster import local, ray_access, state
-from arriero.cluster.spec import RaySpec
+from arriero.cluster import deployment_file as state
+from arriero.cluster.hosts import local_cluster as local
+from arriero.cluster.hosts import ray_access
+from arriero.cluster.spec.deployment import RaySpec
 
 TICKS = os.sysconf("SC_CLK_TCK")
 LIMIT = 5.0

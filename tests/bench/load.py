@@ -44,9 +44,9 @@ from arriero.shards.checkpoint.formats.stored import tensors_due
 from arriero.shards.checkpoint.index import SINGLE_FILE
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.checkpoint.safetensors_header import DTYPES, make_header
-from arriero.shards.group import GroupConfig
-from arriero.shards.resolve import resolve
-from arriero.shards.runner import runner_for
+from arriero.shards.config.group import GroupConfig
+from arriero.shards.layout.resolve import resolve
+from arriero.shards.worker.runner import runner_for
 
 PIECE = 32 << 20
 _POPULATE_WRITE = 23  # Python's mmap module does not name it

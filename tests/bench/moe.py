@@ -23,19 +23,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from arriero.cluster.bench import EngineBench
+from arriero.cluster.engine_bench import EngineBench
 from arriero.kernels.bench import Rates, measure_rates
 from arriero.kernels.cpu import CpuOps
 from arriero.kernels.cpu.backend import available_threads
 from arriero.kernels.ops import FlatBatch, Linear, MoELayer
 from arriero.shards.checkpoint.reader import Checkpoint
-from arriero.shards.group import GroupConfig
-from arriero.shards.layout import parts_of
-from arriero.shards.mesh import Mesh
+from arriero.shards.collectives.mesh import Mesh
+from arriero.shards.config.group import GroupConfig
+from arriero.shards.layout.families import parts_of
+from arriero.shards.layout.moe import MoEPart
+from arriero.shards.model_config.llama4 import Llama4Config
 from arriero.shards.models.llama4 import Llama4Slice
-from arriero.shards.models.llama4_config import Llama4Config
-from arriero.shards.partition_moe import MoEPart
-from arriero.shards.sequences import Rope
+from arriero.shards.worker.sequence_table import Rope
 from support.models import tiny_llama4
 
 BLOCK = 16

@@ -18,9 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from arriero.cluster.bench import EngineBench
-from arriero.shards.group import GroupConfig
-from arriero.shards.runner import Runner
+from arriero.cluster.engine_bench import EngineBench
+from arriero.shards.config.group import GroupConfig
+from arriero.shards.worker.runner import Runner
 
 PROMPT = 64
 

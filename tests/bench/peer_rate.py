@@ -23,11 +23,11 @@ from multiprocessing.connection import Connection
 import torch
 import torch.distributed as dist
 
+from arriero.shards.kv.block_shards import BlockForm, Piece
 from arriero.shards.kv.host import HostPool
 from arriero.shards.kv.nixl import NixlReader, NixlServer, wanted
 from arriero.shards.kv.peer import PeerPool
-from arriero.shards.kv.pieces import BlockForm, Piece
-from arriero.shards.kv.wire import BlockServer
+from arriero.shards.kv.tcp import BlockServer
 
 
 def rate(work: Callable[[], object], nbytes: int, repeats: int = 9) -> float:

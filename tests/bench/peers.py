@@ -139,7 +139,7 @@ def limit(
 
 
 def model_numbers(path: str) -> dict[str, float]:
-    from arriero.shards.models.config import ModelConfig
+    from arriero.shards.model_config.dense import ModelConfig
 
     config = ModelConfig.from_folder(path)
     head = config.vocab_size * config.hidden_size

@@ -25,10 +25,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from arriero.cluster.bench import EngineBench
+from arriero.cluster.engine_bench import EngineBench
 from arriero.kernels.quant import QuantizedWeight, quantize_int4
 from arriero.shards.checkpoint.quantize import TO, quantize_checkpoint
-from arriero.shards.group import GroupConfig
+from arriero.shards.config.group import GroupConfig
 from arriero.shards.models import loader
 
 WINDOW = 1024

@@ -22,17 +22,17 @@ from typing import Any
 import numpy as np
 
 from arriero.router.backend import GroupLoad, GroupView
-from arriero.router.card import ModelCard
-from arriero.router.choose import order
 from arriero.router.directory import prefixes
 from arriero.router.directory.directory import Directory, Reach
 from arriero.router.directory.events import Batch, Change, Snapshot
 from arriero.router.directory.prefixes import NOTHING, CacheRoot
 from arriero.router.directory.table import fingerprints
-from arriero.shards.engine.blocks import BlockManager, CacheEvent, chain_keys, root_key
+from arriero.router.routing.choose import order
+from arriero.router.text.model_card import ModelCard
+from arriero.shards.kv.blocks import BlockManager, CacheEvent, chain_keys, root_key
 from arriero.shards.kv.limits import TierLimits
-from arriero.shards.kv.moves import Moved, Pool, Segment
 from arriero.shards.kv.pool_tiers import PoolTiers
+from arriero.shards.kv.transfers import Moved, Pool, Segment
 
 from traces import Request, Shape, trace  # isort: skip
 

@@ -21,24 +21,24 @@ from typing import Any
 
 import numpy as np
 
-from arriero.router import relay
 from arriero.router.backend import GroupView
-from arriero.router.card import ModelCard
-from arriero.router.course import Course
 from arriero.router.directory.journal import Journal
-from arriero.router.groups import GroupAddress, LinkedGroups
-from arriero.router.link_server import LinkServer
-from arriero.router.peers import Peers, tell_shared
+from arriero.router.link.leader_rpc import Peers, tell_shared
+from arriero.router.link.server import LinkServer
+from arriero.router.routing import migration as relay
+from arriero.router.routing.linked_groups import GroupAddress, LinkedGroups
+from arriero.router.routing.request_progress import Course
+from arriero.router.text.model_card import ModelCard
 from arriero.shards.checkpoint.reader import Checkpoint
-from arriero.shards.engine.blocks import model_root
+from arriero.shards.config.group import GroupConfig
+from arriero.shards.config.kv_tiers import TierConfig
+from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.engine.engine import Engine
 from arriero.shards.engine.types import EngineRequest, SequenceOutput
-from arriero.shards.executor import spawn_group
-from arriero.shards.group import GroupConfig
-from arriero.shards.kv.config import TierConfig
-from arriero.shards.kv.machine import host_name
-from arriero.shards.resolve import engine_config, resolve
-from arriero.shards.sampling import SamplingParams
+from arriero.shards.kv.blocks import model_root
+from arriero.shards.kv.host_id import host_name
+from arriero.shards.layout.resolve import engine_config, resolve
+from arriero.shards.leader.remote_executor import spawn_group
 
 from traces import Request, Shape, trace  # isort: skip
 

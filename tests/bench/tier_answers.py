@@ -18,9 +18,9 @@ import time
 
 from tokenizers import Tokenizer
 
-from arriero.shards.group import GroupConfig
-from arriero.shards.kv.config import RowType, TierConfig
-from arriero.shards.sampling import SamplingParams
+from arriero.shards.config.group import GroupConfig
+from arriero.shards.config.kv_tiers import RowType, TierConfig
+from arriero.shards.config.sampling_params import SamplingParams
 from support.groups import Group, running
 
 TYPES: dict[str, RowType | None] = {"computed": None, "int8": "int8", "fp8": "fp8"}

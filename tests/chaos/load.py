@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from arriero.router.client import AsyncClient
+from arriero.router.client.client import AsyncClient
 from arriero.shards.errors import ArrieroError
 
 NUM_KINDS = 12

@@ -11,8 +11,9 @@ import time
 
 import psutil
 
-from arriero.cluster import local, ray_access
-from arriero.cluster.spec import RaySpec
+from arriero.cluster.hosts import local_cluster as local
+from arriero.cluster.hosts import ray_access
+from arriero.cluster.spec.deployment import RaySpec
 
 
 class Machines:

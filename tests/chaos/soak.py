@@ -28,9 +28,10 @@ from typing import Any
 import openai
 import psutil
 
-from arriero.cluster import local, state
-from arriero.cluster.admin_client import AdminClient
-from arriero.router.client import AsyncClient
+from arriero.cluster import deployment_file as state
+from arriero.cluster.control.admin_client import AdminClient
+from arriero.cluster.hosts import local_cluster as local
+from arriero.router.client.client import AsyncClient
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 
 MAX_GROWTH = 0.03

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from arriero.cluster import deploy, state
-from arriero.cluster.admin_client import AdminClient
-from arriero.cluster.spec_file import load
-from arriero.router.client import AsyncClient
+from arriero.cluster import deploy
+from arriero.cluster import deployment_file as state
+from arriero.cluster.control.admin_client import AdminClient
+from arriero.cluster.spec.load import load
+from arriero.router.client.client import AsyncClient
 from arriero.router.proto.arriero.v1 import admin_pb2 as pb
 
 sys.path.insert(0, str(Path(__file__).parent))

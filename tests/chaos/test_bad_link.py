@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from arriero.cluster import state
-from arriero.cluster.admin_client import AdminClient
+from arriero.cluster import deployment_file as state
+from arriero.cluster.control.admin_client import AdminClient
 from arriero.shards.errors import ArrieroError
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -28,8 +28,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from arriero.cluster import state
-from arriero.cluster.admin_client import AdminClient
+from arriero.cluster import deployment_file as state
+from arriero.cluster.control.admin_client import AdminClient
 from arriero.router.proto.arriero.v1 import admin_pb2 as pb
 from arriero.shards.errors import ArrieroError
 from support.command import arriero

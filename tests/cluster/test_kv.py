@@ -13,7 +13,7 @@ from typing import Any
 import openai
 import pytest
 
-from arriero.cluster import state
+from arriero.cluster import deployment_file as state
 from support.command import arriero
 
 MODEL = os.environ.get("ARRIERO_TEST_MODEL", "")

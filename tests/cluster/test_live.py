@@ -23,9 +23,10 @@ import openai
 import psutil
 import pytest
 
-from arriero.cluster import local, state
-from arriero.cluster.admin_client import AdminClient
-from arriero.cluster.spec import RaySpec
+from arriero.cluster import deployment_file as state
+from arriero.cluster.control.admin_client import AdminClient
+from arriero.cluster.hosts import local_cluster as local
+from arriero.cluster.spec.deployment import RaySpec
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.proto.arriero.v1 import inference_pb2_grpc
 from arriero.shards.errors import ArrieroError, InvalidRequest, NotFound

@@ -15,9 +15,9 @@ import pytest
 import trustme
 import yaml
 
-from arriero.cluster import state
-from arriero.cluster.admin_client import AdminClient
-from arriero.router.client import Client
+from arriero.cluster import deployment_file as state
+from arriero.cluster.control.admin_client import AdminClient
+from arriero.router.client.client import Client
 from arriero.router.tenants.keys import add_key, read_keys
 from arriero.router.tls import LINK_NAME
 from arriero.shards.errors import ArrieroError, Overloaded, Unauthenticated, Unavailable

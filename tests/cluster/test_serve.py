@@ -13,8 +13,9 @@ import openai
 import pytest
 import yaml
 
-from arriero.cluster import local, ray_access
-from arriero.cluster.spec import RaySpec
+from arriero.cluster.hosts import local_cluster as local
+from arriero.cluster.hosts import ray_access
+from arriero.cluster.spec.deployment import RaySpec
 
 MODEL = os.environ.get("ARRIERO_TEST_MODEL", "")
 pytestmark = [
@@ -29,7 +30,7 @@ import sys
 from ray import serve
 from arriero.cluster.app import application
 from arriero.cluster.deploy import connected
-from arriero.cluster.state import Deployment
+from arriero.cluster.deployment_file import Deployment
 ray_address, node_address, port, spec = sys.argv[1:]
 with connected(Deployment(ray_address=ray_address, node_address=node_address)):
     serve.start(http_options={"host": "127.0.0.1", "port": int(port)})

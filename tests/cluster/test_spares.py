@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from arriero.cluster import state
-from arriero.cluster.admin_client import AdminClient
-from arriero.router.client import Client
+from arriero.cluster import deployment_file as state
+from arriero.cluster.control.admin_client import AdminClient
+from arriero.router.client.client import Client
 from arriero.router.proto.arriero.v1 import admin_pb2 as pb
 from support.command import arriero
 

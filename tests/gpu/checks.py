@@ -10,11 +10,11 @@ from gpu import shapes
 from gpu.shapes import Shape
 from torch import Tensor
 
+from arriero.kernels.attention_mask import EVERYTHING, Visible
 from arriero.kernels.ops import AttentionStyle, Linear, Ops, SamplingRows
 from arriero.kernels.quant import quantize_fp8, quantize_int4, quantize_int8
 from arriero.kernels.reference import ReferenceOps
 from arriero.kernels.triton.backend import TritonOps
-from arriero.kernels.visible import EVERYTHING, Visible
 
 DENSE = Shape(name="dense", hidden=512, mlp=384, q_heads=8, kv_heads=2, head_dim=128)
 EXPERTS = replace(DENSE, name="experts", experts=8, expert_mlp=256)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from arriero.kernels.attention_mask import Visible
 from arriero.kernels.ops import (
     AttentionStyle,
     DenseLayer,
@@ -17,7 +18,6 @@ from arriero.kernels.ops import (
     MoELayer,
     Ops,
 )
-from arriero.kernels.visible import Visible
 
 
 @dataclass(frozen=True, kw_only=True)

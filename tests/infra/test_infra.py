@@ -21,13 +21,13 @@ from typing import Any
 import pytest
 import yaml
 
-from arriero.cluster.plan.memory import GroupPlan, plan_group
-from arriero.cluster.spec import Spec
+from arriero.cluster.planner.memory import GroupPlan, plan_group
+from arriero.cluster.spec.deployment import Spec
 from arriero.router.backend import GroupLoad, GroupView
-from arriero.router.metrics import Metrics
+from arriero.router.observability.metrics import Metrics
 from arriero.router.tls import LINK_NAME, TlsFiles
-from arriero.shards.group import GroupConfig
-from arriero.shards.resolve import resolve
+from arriero.shards.config.group import GroupConfig
+from arriero.shards.layout.resolve import resolve
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from arriero.kernels.attention_mask import Visible
 from arriero.kernels.ops import AttentionStyle, DenseLayer, KVCacheSpec, Linear, MoELayer, Ops
-from arriero.kernels.visible import Visible
 
 from . import paged
 

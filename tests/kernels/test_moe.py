@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from arriero.kernels.attention_mask import Visible
 from arriero.kernels.moe import Routing
 from arriero.kernels.ops import AttentionStyle, DenseLayer, Linear, MoELayer, Ops
 from arriero.kernels.quant import quantize_int4
-from arriero.kernels.visible import Visible
 
 from . import paged, tolerance
 from .paged import Case

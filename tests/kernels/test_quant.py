@@ -9,13 +9,7 @@ import pytest
 import torch
 
 from arriero.kernels.ops import Linear, Ops, Vocab
-from arriero.kernels.quant import (
-    QuantizedWeight,
-    quantize_fp8,
-    quantize_int4,
-    quantize_int8,
-    stack,
-)
+from arriero.kernels.quant import QuantizedWeight, quantize_fp8, quantize_int4, quantize_int8, stack
 
 from . import tolerance
 from .tolerance import Array

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from arriero.kernels.attention_mask import Visible
 from arriero.kernels.ops import AttentionStyle, Ops
-from arriero.kernels.visible import Visible
 
 from . import paged, tolerance
 from .paged import BLOCK, Case

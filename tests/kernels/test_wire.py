@@ -7,9 +7,9 @@ import struct
 import pytest
 import torch
 
-from arriero.kernels import wire
+from arriero.kernels import expert_rows as wire
+from arriero.kernels.expert_rows import Wire
 from arriero.kernels.ops import Ops
-from arriero.kernels.wire import Wire
 
 HIDDEN = 40
 ROWS = (

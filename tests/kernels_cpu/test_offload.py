@@ -10,11 +10,11 @@ import torch
 
 from arriero.kernels.cpu import CpuOps, offload
 from arriero.kernels.cpu.structs import packed_of
+from arriero.shards.config.group import GroupConfig
+from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.errors import SpecError
-from arriero.shards.group import GroupConfig
-from arriero.shards.models.config import ModelConfig
-from arriero.shards.resolve import resolve
-from arriero.shards.sampling import SamplingParams
+from arriero.shards.layout.resolve import resolve
+from arriero.shards.model_config.dense import ModelConfig
 from support.groups import running
 from support.models import tiny_llama, tiny_llama4
 

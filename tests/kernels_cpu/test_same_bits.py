@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 
+from arriero.kernels.attention_mask import EVERYTHING, Visible
 from arriero.kernels.ops import AttentionStyle
 from arriero.kernels.quant import quantize_fp8, quantize_int4, quantize_int8
-from arriero.kernels.visible import EVERYTHING, Visible
 
 from .small import VARIANTS, Small, cpu, tokens
 

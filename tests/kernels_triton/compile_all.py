@@ -24,13 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from gpu import shapes
 from kernels.draws import Row, batch_of
 
+from arriero.kernels.attention_mask import Visible
+from arriero.kernels.expert_rows import Wire
 from arriero.kernels.ops import AttentionStyle, MoELayer
 from arriero.kernels.quant import quantize_fp8, quantize_int4, quantize_int8
 from arriero.kernels.triton import launch
 from arriero.kernels.triton.backend import TritonOps
 from arriero.kernels.triton.norm import rms_norm
-from arriero.kernels.visible import Visible
-from arriero.kernels.wire import Wire
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 SEQUENCES = [(40, 1), (0, 37)]

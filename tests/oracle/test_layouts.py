@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from arriero.shards.group import GroupConfig
-from arriero.shards.sampling import SamplingParams
+from arriero.shards.config.group import GroupConfig
+from arriero.shards.config.sampling_params import SamplingParams
 from support.groups import running
 
 SHORT, FULL = (7, 8), (32, 64)  # prompts, new tokens

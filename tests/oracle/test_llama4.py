@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from arriero.shards.group import GroupConfig
-from arriero.shards.sampling import SamplingParams
+from arriero.shards.config.group import GroupConfig
+from arriero.shards.config.sampling_params import SamplingParams
 from support.groups import Group, running
 from support.models import tiny_llama4
 

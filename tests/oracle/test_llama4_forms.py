@@ -17,8 +17,8 @@ from torch import Tensor
 from arriero.kernels.quant import QuantizedWeight, quantize_fp8, quantize_int4, quantize_int8
 from arriero.shards.checkpoint.quantize import TO, quantize_checkpoint
 from arriero.shards.checkpoint.reader import TensorFolder
-from arriero.shards.group import GroupConfig
-from arriero.shards.sampling import SamplingParams
+from arriero.shards.config.group import GroupConfig
+from arriero.shards.config.sampling_params import SamplingParams
 from support.groups import running
 from support.models import tiny_llama4, write_safetensors
 from support.quantized_models import meaning

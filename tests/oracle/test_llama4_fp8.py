@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from arriero.cluster.plan.products import shipped_fp8
+from arriero.cluster.planner.rank_weights import shipped_fp8
 from arriero.kernels.quant import quantize_fp8
-from arriero.shards.group import GroupConfig
-from arriero.shards.sampling import SamplingParams
+from arriero.shards.config.group import GroupConfig
+from arriero.shards.config.sampling_params import SamplingParams
 from support.groups import running
 from support.models import llama4_settings, llama4_weights, tiny_llama4, write_safetensors
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+from arriero.shards.config.group import GroupConfig
+from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.errors import InvalidRequest
-from arriero.shards.group import GroupConfig
 from arriero.shards.images.decode import ImageLimits, tiles_of
 from arriero.shards.images.layout import ImageTokens, grid_of, image_tokens
 from arriero.shards.images.request import RequestImage
-from arriero.shards.sampling import SamplingParams
 from support.groups import Group, running
 from support.models import IMAGE_TOKEN, tiny_llama4
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from arriero.shards.checkpoint.reader import TensorFolder
-from arriero.shards.models.llama4_config import VisionConfig
+from arriero.shards.model_config.llama4 import VisionConfig
 from arriero.shards.models.llama4_vision import VisionTower
 from support.models import write_safetensors
 

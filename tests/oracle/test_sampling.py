@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from arriero.shards.group import GroupConfig
-from arriero.shards.sampling import SamplingParams
+from arriero.shards.config.group import GroupConfig
+from arriero.shards.config.sampling_params import SamplingParams
 from support.groups import running
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from arriero.shards.group import GroupConfig
-from arriero.shards.sampling import SamplingParams
+from arriero.shards.config.group import GroupConfig
+from arriero.shards.config.sampling_params import SamplingParams
 from support.groups import running
 
 FOLDER = Path(__file__).parents[1] / "assets" / "tiny-maverick"

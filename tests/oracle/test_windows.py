@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from arriero.kernels.visible import Visible
+from arriero.kernels.attention_mask import Visible
+from arriero.shards.config.group import GroupConfig
 from arriero.shards.errors import SpecError
-from arriero.shards.group import GroupConfig
-from arriero.shards.paging import SeenBlocks
-from arriero.shards.resolve import cache_salt
+from arriero.shards.kv.paging import SeenBlocks
+from arriero.shards.layout.resolve import cache_salt
 from support.groups import running
 
 from .test_layouts import assert_same, fp32, greedy

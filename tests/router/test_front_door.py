@@ -13,9 +13,9 @@ import pytest
 import trustme
 from tokenizers import Tokenizer
 
-from arriero.router.client import AsyncClient
+from arriero.router.client.client import AsyncClient
 from arriero.router.gateway import Gateway, GatewayConfig, GroupAddress
-from arriero.router.link import LinkServer
+from arriero.router.link.server import LinkServer
 from arriero.router.tenants.keys import add_key, read_keys, revoke_key
 from arriero.router.tenants.tenant import QueueLimits, Tenant
 from arriero.router.tls import LINK_NAME, TlsFiles

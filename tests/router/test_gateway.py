@@ -13,9 +13,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tokenizers import Tokenizer
 
-from arriero.router.client import AsyncClient, Client
+from arriero.router.client.client import AsyncClient, Client
 from arriero.router.gateway import Gateway, GatewayConfig, GroupAddress
-from arriero.router.link import LinkServer
+from arriero.router.link.server import LinkServer
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.shards.errors import InvalidRequest, NotFound, Overloaded, Unavailable
 from support.frontdoor import CHATML, LLAMA3, Stack, echo, endless, make_card, serve

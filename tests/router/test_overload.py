@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 from tokenizers import Tokenizer
 
-from arriero.router.client import AsyncClient
+from arriero.router.client.client import AsyncClient
 from arriero.router.gateway import GatewayConfig
 from arriero.router.tenants.keys import add_key
 from arriero.router.tenants.tenant import QueueLimits

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from arriero.router.card import ModelCard
-from arriero.router.client import AsyncClient
+from arriero.router.client.client import AsyncClient
 from arriero.router.gateway import Gateway, GatewayConfig, GroupAddress
-from arriero.router.link import LinkServer
+from arriero.router.link.server import LinkServer
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
-from arriero.shards.group import GroupConfig
-from arriero.shards.sampling import SamplingParams
+from arriero.router.text.model_card import ModelCard
+from arriero.shards.config.group import GroupConfig
+from arriero.shards.config.sampling_params import SamplingParams
 from support.groups import Group, running
 
 MODEL = os.environ.get("ARRIERO_TEST_MODEL", "")

@@ -14,11 +14,18 @@ from typing import Any
 
 import numpy as np
 
+from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.engine.sequence import sample_seed
 from arriero.shards.engine.types import EngineConfig, EngineRequest
-from arriero.shards.kv.moves import Moved, Moves
-from arriero.shards.plan import LAST_SAMPLED, Logprobs, NewSequence, StepPlan, StepResult, int32
-from arriero.shards.sampling import SamplingParams
+from arriero.shards.kv.transfers import Moved, Moves
+from arriero.shards.protocol.step_plan import (
+    LAST_SAMPLED,
+    Logprobs,
+    NewSequence,
+    StepPlan,
+    StepResult,
+    int32,
+)
 
 NOTHING = (-1, -1)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 
 from arriero.shards.engine.types import EngineConfig
-from arriero.shards.kv.moves import Move, Moved, Moves, Pool, Tier
+from arriero.shards.kv.transfers import Move, Moved, Moves, Pool, Tier
 from support.fake_slice import FakeExecutor
 
 Content = list[tuple[int, int]]

@@ -12,16 +12,11 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from arriero.router.card import ModelCard
-from arriero.router.client import AsyncClient
+from arriero.router.client.client import AsyncClient
 from arriero.router.gateway import Gateway, GatewayConfig, GroupAddress
-from arriero.router.link import LinkServer
-from arriero.shards.engine.types import (
-    EngineRequest,
-    EngineStats,
-    SequenceOutput,
-    TokenLogprobs,
-)
+from arriero.router.link.server import LinkServer
+from arriero.router.text.model_card import ModelCard
+from arriero.shards.engine.types import EngineRequest, EngineStats, SequenceOutput, TokenLogprobs
 from arriero.shards.errors import Overloaded
 
 LLAMA_SPECIALS = [

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import openai
 
-from arriero.router.card import ModelCard
-from arriero.router.client import AsyncClient
+from arriero.router.client.client import AsyncClient
 from arriero.router.gateway import Gateway, GatewayConfig, GroupAddress
-from arriero.router.link import LinkServer
+from arriero.router.link.server import LinkServer
+from arriero.router.text.model_card import ModelCard
+from arriero.shards.config.group import GroupConfig
 from arriero.shards.engine.types import EngineConfig
-from arriero.shards.group import GroupConfig
 from support.groups import Group, running
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from arriero.shards.models.config import ModelConfig
+from arriero.shards.model_config.dense import ModelConfig
 from support.models import tiny_weights
 
 GGUF_NAMES = {

@@ -8,16 +8,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from arriero.shards.checkpoint.reader import Checkpoint
+from arriero.shards.config.group import GroupConfig
+from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.engine.engine import Engine
 from arriero.shards.engine.types import EngineRequest, SequenceOutput, TokenLogprobs
-from arriero.shards.executor import spawn_group
-from arriero.shards.group import GroupConfig
 from arriero.shards.images.request import RequestImage
 from arriero.shards.kv.limits import PeerBlocks
-from arriero.shards.kv.moves import Pool
-from arriero.shards.local_executor import LocalExecutor
-from arriero.shards.resolve import engine_config, resolve
-from arriero.shards.sampling import SamplingParams
+from arriero.shards.kv.transfers import Pool
+from arriero.shards.layout.resolve import engine_config, resolve
+from arriero.shards.leader.local_executor import LocalExecutor
+from arriero.shards.leader.remote_executor import spawn_group
 
 
 @dataclass

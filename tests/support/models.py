@@ -13,8 +13,8 @@ from torch import Tensor
 from arriero.shards.checkpoint.formats.stored import tensors_due
 from arriero.shards.checkpoint.llama_names import EMBEDDING, FINAL_NORM, HEAD, expected_tensors
 from arriero.shards.checkpoint.safetensors_header import make_header
-from arriero.shards.models.config import ModelConfig
-from arriero.shards.models.llama4_config import Llama4Config
+from arriero.shards.model_config.dense import ModelConfig
+from arriero.shards.model_config.llama4 import Llama4Config
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

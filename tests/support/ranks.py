@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
-from arriero.shards.group import GroupConfig
-from arriero.shards.mesh import Mesh
-from arriero.shards.models.config import ModelConfig
-from arriero.shards.partition import partition
+from arriero.shards.collectives.mesh import Mesh
+from arriero.shards.config.group import GroupConfig
+from arriero.shards.layout.dense import partition
+from arriero.shards.model_config.dense import ModelConfig
 
 
 def joined(

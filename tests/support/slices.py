@@ -15,11 +15,11 @@ from torch import Tensor
 from arriero.kernels.ops import FlatBatch, Ops
 from arriero.kernels.select import ops_for
 from arriero.shards.checkpoint.reader import Checkpoint
-from arriero.shards.group import GroupConfig
-from arriero.shards.mesh import Mesh
+from arriero.shards.collectives.mesh import Mesh
+from arriero.shards.config.group import GroupConfig
+from arriero.shards.layout.dense import partition
 from arriero.shards.models.llama import LlamaSlice
-from arriero.shards.partition import partition
-from arriero.shards.sequences import Rope
+from arriero.shards.worker.sequence_table import Rope
 
 CPU = torch.device("cpu")
 BLOCK = 16

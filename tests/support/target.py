@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from arriero.router.card import ModelCard
 from arriero.router.gateway import Gateway, GatewayConfig, GroupAddress
-from arriero.router.link import LinkServer
+from arriero.router.link.server import LinkServer
 from arriero.router.tenants.tenant import QueueLimits
+from arriero.router.text.model_card import ModelCard
+from arriero.shards.config.group import GroupConfig
 from arriero.shards.engine.types import EngineStats
-from arriero.shards.group import GroupConfig
 from support.frontdoor import LLAMA3, LLAMA_SPECIALS, make_card, make_tokenizer
 from support.groups import Group, running
 from support.models import tiny_llama

@@ -14,7 +14,7 @@ from typing import Any
 
 from arriero.shards.checkpoint.formats.names import read_names
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
-from arriero.shards.models.config import Fields
+from arriero.shards.model_config.dense import Fields
 
 FORMATS = ("float-quantized", "int-quantized", "pack-quantized")
 _REMEDY = "take the plain checkpoint and set `quantization`, or one in a form that is read"

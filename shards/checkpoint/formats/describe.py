@@ -10,15 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from arriero.shards.checkpoint.bad_file import explain_error
 from arriero.shards.checkpoint.formats.quant_config import SIDE_FILES, read_scheme, scheme_of
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
 from arriero.shards.checkpoint.formats.stored import AnyModel
-from arriero.shards.checkpoint.json_file import read_json_object
 from arriero.shards.errors import CheckpointError
-from arriero.shards.models.config import Fields, ModelConfig
-from arriero.shards.models.end_tokens import with_tokenizer_ends
-from arriero.shards.models.llama4_config import LLAMA4_ARCHITECTURES, Llama4Config
+from arriero.shards.files.bad_file import explain_error
+from arriero.shards.files.json_file import read_json_object
+from arriero.shards.model_config.dense import Fields, ModelConfig
+from arriero.shards.model_config.end_tokens import with_tokenizer_ends
+from arriero.shards.model_config.llama4 import LLAMA4_ARCHITECTURES, Llama4Config
 
 _MAX_CONFIG_BYTES = 10_000_000
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from arriero.shards.checkpoint.llama_names import EMBEDDING, FINAL_NORM, HEAD
-from arriero.shards.models.config import ModelConfig
+from arriero.shards.model_config.dense import ModelConfig
 
 Kind = Literal[
     "attention",

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from arriero.shards.models.config import Fields
+from arriero.shards.model_config.dense import Fields
 
 PATTERN = "re:"
 """What a pattern begins with, among names."""

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from arriero.kernels.quant import INT4_ZERO, ProductInputs, QuantizedWeight
-from arriero.shards.checkpoint.form_fit import in_order, index_problem
+from arriero.shards.checkpoint.formats.form_fit import in_order, index_problem
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
 from arriero.shards.checkpoint.formats.stored import NIBBLES, cut_group
 from arriero.shards.checkpoint.reader import TensorFolder
 from arriero.shards.errors import CheckpointError
-from arriero.shards.partition import Span
+from arriero.shards.layout.dense import Span
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Nibble i of an AWQ word holds this one of its eight columns."""

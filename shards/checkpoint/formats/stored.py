@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import gcd, prod
 
+from arriero.shards.checkpoint.formats.llama4_names import llama4_modules
 from arriero.shards.checkpoint.formats.modules import Axis, Kind, Module, Place, llama_modules
 from arriero.shards.checkpoint.formats.scheme import FLOAT8, QuantScheme
-from arriero.shards.checkpoint.llama4_names import llama4_modules
 from arriero.shards.errors import CheckpointError
-from arriero.shards.models.config import ModelConfig
-from arriero.shards.models.llama4_config import Llama4Config
-from arriero.shards.partition import SlicePart, Span
-from arriero.shards.partition_moe import MoEPart
+from arriero.shards.layout.dense import SlicePart, Span
+from arriero.shards.layout.moe import MoEPart
+from arriero.shards.model_config.dense import ModelConfig
+from arriero.shards.model_config.llama4 import Llama4Config
 
 AnyModel = ModelConfig | Llama4Config
 AnyPart = SlicePart | MoEPart

@@ -7,8 +7,8 @@ import sys
 
 from cells import answer_cells
 
-from arriero.cluster.bench import EngineBench
-from arriero.shards.group import GroupConfig
+from arriero.cluster.engine_bench import EngineBench
+from arriero.shards.config.group import GroupConfig
 
 weights = sys.argv[2] if len(sys.argv) > 2 else "bfloat16"
 quantization = None if weights == "bfloat16" else weights

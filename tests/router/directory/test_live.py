@@ -7,16 +7,16 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-from arriero.router import relay
-from arriero.router.course import Course
 from arriero.router.directory.directory import Reach
 from arriero.router.directory.journal import Journal
-from arriero.router.groups import GroupAddress, LinkedGroups
-from arriero.router.link_server import LinkServer
-from arriero.shards.engine.blocks import model_root
+from arriero.router.link.server import LinkServer
+from arriero.router.routing import migration as relay
+from arriero.router.routing.linked_groups import GroupAddress, LinkedGroups
+from arriero.router.routing.request_progress import Course
+from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.engine.engine import Engine
 from arriero.shards.engine.types import EngineConfig, EngineRequest, SequenceOutput
-from arriero.shards.sampling import SamplingParams
+from arriero.shards.kv.blocks import model_root
 from support.fake_slice import FakeExecutor, answer
 from support.frontdoor import make_card
 

@@ -19,7 +19,8 @@ from tokenizers import Tokenizer
 from arriero.router import templates
 from arriero.router.gateway import GatewayConfig, GroupAddress
 from arriero.router.http import app as app_module
-from arriero.router.http import bodies, translate
+from arriero.router.http import request_schemas as bodies
+from arriero.router.http import translate
 from arriero.shards.engine.types import EngineRequest
 from support.frontdoor import LLAMA3, Stack, echo, endless, make_card, serve
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from arriero.router.answer import Answer
-from arriero.router.conversation import TextModel
-from arriero.router.http.shapes import ChatShape, CompletionShape, usage
+from arriero.router.http.responses import ChatShape, CompletionShape, usage
 from arriero.router.http.spelling import TextOffsets, spell, spell_apart
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.requests import OutputOptions
+from arriero.router.response import Answer
+from arriero.router.text.text_model import TextModel
 from arriero.shards.engine.types import SequenceOutput, TokenLogprobs
 from support.frontdoor import CHATML_SPECIALS, make_card, make_tokenizer
 

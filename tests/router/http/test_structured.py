@@ -17,11 +17,11 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from arriero.router.card import ModelCard
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
+from arriero.router.text.model_card import ModelCard
+from arriero.shards.config.group import GroupConfig
 from arriero.shards.engine.types import EngineConfig
 from arriero.shards.errors import InvalidRequest
-from arriero.shards.group import GroupConfig
 from support.fronted import Front, fronted
 from support.schemas import BOMBS, BY_HAND, TREE, generated
 

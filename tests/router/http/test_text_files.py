@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from arriero.router.card import ModelCard
+from arriero.router.text.model_card import ModelCard
+from arriero.shards.config.group import GroupConfig
 from arriero.shards.engine.types import EngineConfig
-from arriero.shards.group import GroupConfig
 from support.fronted import fronted
 
 MODEL = Path(os.environ.get("ARRIERO_TEST_MODEL", ""))

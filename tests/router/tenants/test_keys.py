@@ -7,13 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from arriero.router.tenants.keys import (
-    Keys,
-    add_key,
-    change_keys,
-    read_keys,
-    rotate_key,
-)
+from arriero.router.tenants.keys import Keys, add_key, change_keys, read_keys, rotate_key
 from arriero.shards.errors import NotFound, SpecError, Unauthenticated
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from arriero.shards.checkpoint import bad_file
 from arriero.shards.checkpoint.gguf_import import import_gguf
 from arriero.shards.checkpoint.verify import verify
 from arriero.shards.errors import CheckpointError
+from arriero.shards.files import bad_file
 from support.models import tiny_llama
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:%064d\nsize 269060552\n" % 0

@@ -14,8 +14,8 @@ from arriero.kernels.moe import route
 from arriero.kernels.ops import MoELayer, Ops
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
 from arriero.shards.checkpoint.reader import TensorFolder
+from arriero.shards.layout.dense import Span
 from arriero.shards.models.loader import Loader
-from arriero.shards.partition import Span
 from support.by_the_book import ByTheBook
 from support.models import write_safetensors
 from support.quantized_files import awq, fp8, gptq, packed

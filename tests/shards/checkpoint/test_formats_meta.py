@@ -12,11 +12,11 @@ import torch
 from tokenizers import Tokenizer
 
 from arriero.cluster import cli
-from arriero.shards.checkpoint.formats.meta_pth import convert_meta
-from arriero.shards.checkpoint.formats.meta_tokenizer import convert_tokenizer, special_tokens
+from arriero.shards.checkpoint.meta_pth import convert_meta
+from arriero.shards.checkpoint.meta_tokenizer import convert_tokenizer, special_tokens
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.errors import CheckpointError
-from arriero.shards.models.config import ModelConfig
+from arriero.shards.model_config.dense import ModelConfig
 from support.models import tiny_llama
 
 META = {

@@ -15,7 +15,7 @@ from arriero.shards.checkpoint.formats.products import ProductReader, StoredProd
 from arriero.shards.checkpoint.formats.scheme import Method, QuantScheme
 from arriero.shards.checkpoint.reader import TensorFolder
 from arriero.shards.errors import CheckpointError
-from arriero.shards.partition import Span
+from arriero.shards.layout.dense import Span
 from support.models import write_safetensors
 from support.quantized_files import Matrix, awq, fp8, gptq, packed
 

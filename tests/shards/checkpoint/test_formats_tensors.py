@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arriero.cluster import cli
-from arriero.cluster.plan.catalog import MODELS
+from arriero.cluster.planner.catalog import MODELS
 from arriero.shards.checkpoint.formats.describe import read_settings
 from arriero.shards.checkpoint.formats.quant_config import read_scheme
 from arriero.shards.checkpoint.formats.stored import (
@@ -30,12 +30,12 @@ from arriero.shards.checkpoint.formats.stored import (
     tensors_due,
 )
 from arriero.shards.checkpoint.verify import verify
+from arriero.shards.config.group import GroupConfig
 from arriero.shards.errors import CheckpointError
-from arriero.shards.group import GroupConfig
-from arriero.shards.models.config import ModelConfig
-from arriero.shards.models.llama4_config import Llama4Config
-from arriero.shards.partition import Span, partition
-from arriero.shards.partition_moe import MoEMesh, partition_moe
+from arriero.shards.layout.dense import Span, partition
+from arriero.shards.layout.moe import MoEMesh, partition_moe
+from arriero.shards.model_config.dense import ModelConfig
+from arriero.shards.model_config.llama4 import Llama4Config
 from support.checkpoints_sparse import (
     LLAMA_405B,
     MAVERICK,

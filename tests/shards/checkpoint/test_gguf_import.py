@@ -18,7 +18,7 @@ from arriero.shards.checkpoint.gguf_header import read_gguf
 from arriero.shards.checkpoint.gguf_import import import_gguf
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.errors import CheckpointError
-from arriero.shards.models.config import ModelConfig
+from arriero.shards.model_config.dense import ModelConfig
 from support.gguf_files import write_gguf
 
 Type = gguf.GGMLQuantizationType

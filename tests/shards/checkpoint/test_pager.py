@@ -14,11 +14,11 @@ from arriero.kernels.reference import ReferenceOps
 from arriero.shards.checkpoint.formats.stored import byte_ranges, reads, tensors_due
 from arriero.shards.checkpoint.pager import Pager, ranges_read
 from arriero.shards.checkpoint.reader import Checkpoint
-from arriero.shards.executor import Loading
-from arriero.shards.group import GroupConfig
+from arriero.shards.config.group import GroupConfig
+from arriero.shards.layout.dense import partition
+from arriero.shards.leader.remote_executor import Loading
 from arriero.shards.models import loader
 from arriero.shards.models.loader import Loader
-from arriero.shards.partition import partition
 from support.models import tiny_llama
 
 

@@ -21,11 +21,11 @@ from arriero.shards.checkpoint.pager import ranges_read
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.checkpoint.remote import local_folder, pull_from_hub
 from arriero.shards.checkpoint.verify import verify
+from arriero.shards.config.group import GroupConfig
 from arriero.shards.errors import CheckpointError
-from arriero.shards.executor import spawn_group
-from arriero.shards.group import GroupConfig
-from arriero.shards.partition import partition
-from arriero.shards.resolve import resolve
+from arriero.shards.layout.dense import partition
+from arriero.shards.layout.resolve import resolve
+from arriero.shards.leader.remote_executor import spawn_group
 from support.hub_server import Hub, hub
 from support.models import tiny_llama, tiny_llama4, write_safetensors
 from support.quantized_models import quantized_llama

@@ -14,7 +14,7 @@ import pytest
 from arriero.shards.engine.engine import Engine
 from arriero.shards.engine.types import EngineConfig, SequenceOutput
 from arriero.shards.errors import GroupFailed, InvalidRequest, Overloaded, Unavailable
-from arriero.shards.plan import StepPlan, StepResult
+from arriero.shards.protocol.step_plan import StepPlan, StepResult
 from support.fake_slice import FakeSlice, answer
 
 from .test_scheduler import make_config, make_request

@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.engine.scheduler import Scheduler
 from arriero.shards.engine.sequence import sample_seed
 from arriero.shards.engine.types import EngineConfig, EngineRequest, SequenceOutput
 from arriero.shards.errors import GroupFailed, InvalidRequest, Overloaded, SpecError
-from arriero.shards.plan import StepResult, int32
-from arriero.shards.sampling import SamplingParams
+from arriero.shards.protocol.step_plan import StepResult, int32
 from support.fake_slice import FakeExecutor, answer
 
 VOCAB = 50

@@ -10,12 +10,12 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.engine.scheduler import Scheduler
 from arriero.shards.engine.types import EngineConfig, EngineRequest, SequenceOutput
 from arriero.shards.engine.waiting import PATIENCE_S
 from arriero.shards.errors import InvalidRequest
 from arriero.shards.kv.limits import GroupTierLimits, TierLimits
-from arriero.shards.sampling import SamplingParams
 from support.fake_slice import answer
 from support.fake_tiers import FaultyTiers
 

@@ -19,14 +19,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arriero.shards.kv import nixl, wire
+from arriero.shards.kv import nixl
+from arriero.shards.kv import tcp as wire
+from arriero.shards.kv.block_shards import BadBlock, BlockForm, Bytes, Piece
+from arriero.shards.kv.checksums import block_sums
 from arriero.shards.kv.files import BlockFiles
 from arriero.shards.kv.host import HostPool
-from arriero.shards.kv.moves import Segment
 from arriero.shards.kv.peer import PeerPool
-from arriero.shards.kv.pieces import BadBlock, BlockForm, Bytes, Piece
-from arriero.shards.kv.sums import block_sums
-from arriero.shards.kv.wire import BlockServer
+from arriero.shards.kv.tcp import BlockServer
+from arriero.shards.kv.transfers import Segment
 
 FORM = BlockForm(torch.float32, 4, 8)
 WHOLE = Piece((0, 4), (0, 3))

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from arriero.shards.engine.blocks import chain_keys, root_key
-from arriero.shards.group import GroupConfig
-from arriero.shards.kv.config import RowType, TierConfig
+from arriero.shards.config.group import GroupConfig
+from arriero.shards.config.kv_tiers import RowType, TierConfig
+from arriero.shards.config.sampling_params import SamplingParams
+from arriero.shards.kv.blocks import chain_keys, root_key
 from arriero.shards.kv.limits import PeerBlocks
-from arriero.shards.kv.moves import Pool
-from arriero.shards.kv.rows import pack, unpack
-from arriero.shards.plan import int32
-from arriero.shards.sampling import SamplingParams
+from arriero.shards.kv.packed_rows import pack, unpack
+from arriero.shards.kv.transfers import Pool
+from arriero.shards.protocol.step_plan import int32
 from support.groups import Group, running
 from support.models import tiny_llama, tiny_llama4
 

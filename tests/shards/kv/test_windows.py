@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from arriero.kernels.visible import Visible
-from arriero.shards.group import GroupConfig
-from arriero.shards.kv.config import TierConfig
-from arriero.shards.paging import SeenBlocks
+from arriero.kernels.attention_mask import Visible
+from arriero.shards.config.group import GroupConfig
+from arriero.shards.config.kv_tiers import TierConfig
+from arriero.shards.kv.paging import SeenBlocks
 from support.groups import running
 
 from .test_tiers import GREEDY, model, one_by_one, one_by_one_kept, opened, prompts, settled

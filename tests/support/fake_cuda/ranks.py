@@ -65,7 +65,7 @@ def gloo_for_nccl(ledger: Ledger) -> Iterator[None]:
 @contextmanager
 def simulated_slices() -> Iterator[None]:
     """Slices that `spawn_group` starts meanwhile run on a simulated device each."""
-    from arriero.shards import executor
+    from arriero.shards.leader import remote_executor as executor
 
     with mock.patch.object(executor, "_child", child):
         yield
@@ -79,6 +79,6 @@ def child(rank: int, ticket: Any, parent: int) -> None:  # noqa: ANN401
     from support.fake_cuda.runtime import simulated
 
     with simulated():
-        from arriero.shards import executor
+        from arriero.shards.leader import remote_executor as executor
 
         executor._child(rank, ticket, parent)

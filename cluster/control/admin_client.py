@@ -1,0 +1,140 @@
+"""A small client of `arriero.v1.Admin`, for the command line and for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self, TypeVar
+
+import grpc
+
+from arriero.cluster.deployment_file import Deployment
+from arriero.router.grpc_options import CLIENT_OPTIONS
+from arriero.router.proto.arriero.v1 import admin_pb2 as pb
+from arriero.router.proto.arriero.v1.admin_pb2_grpc import AdminStub
+from arriero.shards.errors import (
+    ArrieroError,
+    CheckpointError,
+    InvalidRequest,
+    NotFound,
+    SpecError,
+    Unavailable,
+)
+
+R = TypeVar("R")
+
+_TIMEOUT_S = 30.0
+_ERRORS: dict[grpc.StatusCode, type[ArrieroError]] = {
+    grpc.StatusCode.NOT_FOUND: NotFound,
+    grpc.StatusCode.FAILED_PRECONDITION: SpecError,
+    grpc.StatusCode.UNAVAILABLE: Unavailable,
+    grpc.StatusCode.DEADLINE_EXCEEDED: Unavailable,
+    grpc.StatusCode.DATA_LOSS: CheckpointError,
+}
+
+
+class AdminClient:
+    """Calls Admin; errors come back as arriero's own.
+
+    Args:
+        address: host and port.
+        token: the deployment's.
+        ca: PEM of the authorities that Admin's certificate may be from; "" speaks in the clear.
+        name: that its certificate must be for; "" for the address's own.
+    """
+
+    def __init__(self, address: str, token: str, *, ca: str = "", name: str = "") -> None:
+        if ca:
+            override = (("grpc.ssl_target_name_override", name),) if name else ()
+            options = (*CLIENT_OPTIONS, *override)
+            credentials = grpc.ssl_channel_credentials(ca.encode())
+            self._channel = grpc.secure_channel(address, credentials, options=options)
+        else:
+            self._channel = grpc.insecure_channel(address, options=CLIENT_OPTIONS)
+        self._stub = AdminStub(self._channel)
+        self._metadata = (("authorization", f"Bearer {token}"),)
+
+    @classmethod
+    def of(cls, deployment: Deployment) -> AdminClient:
+        """The client of a deployment.
+
+        Raises:
+            Unavailable: it does not serve Admin (yet).
+        """
+        if not deployment.admin:
+            raise Unavailable("the deployment is still starting; try again")
+        return cls(
+            deployment.admin,
+            deployment.admin_token,
+            ca=deployment.admin_ca,
+            name=deployment.admin_name,
+        )
+
+    def status(self) -> pb.Status:
+        """What there is and what is wanted."""
+        return self._call(self._stub.GetStatus, pb.GetStatusRequest())
+
+    def events(self, limit: int = 0) -> list[pb.Event]:
+        """The latest events, oldest first."""
+        return list(self._call(self._stub.ListEvents, pb.ListEventsRequest(limit=limit)).events)
+
+    def why(self, name: str = "") -> pb.WhyResponse:
+        """The first cause of the latest failure of a group, slot or model."""
+        return self._call(self._stub.Why, pb.WhyRequest(name=name))
+
+    def logs(self, name: str, lines: int) -> list[pb.ProcessLog]:
+        """The last lines of a group's processes."""
+        return list(self._call(self._stub.Logs, pb.LogsRequest(name=name, lines=lines)).logs)
+
+    def scale(self, model: str, groups: int) -> str:
+        """Have so many groups."""
+        return self._call(self._stub.Scale, pb.ScaleRequest(model=model, groups=groups)).text
+
+    def drain(self, name: str) -> str:
+        """End a group."""
+        return self._call(self._stub.Drain, pb.DrainRequest(name=name)).text
+
+    def rollout(self, spec: str = "", *, force: bool = False) -> str:
+        """Replace the groups whose settings or weights have changed."""
+        request = pb.RolloutRequest(spec=spec, force=force)
+        return self._call(self._stub.Rollout, request).text
+
+    def rollback(self, model: str) -> str:
+        """Go back to the revision before."""
+        return self._call(self._stub.Rollback, pb.RollbackRequest(model=model)).text
+
+    def reload(self, spec: str) -> str:
+        """Take the settings of a spec that can be changed while everything runs."""
+        return self._call(self._stub.Reload, pb.ReloadRequest(spec=spec)).text
+
+    def keys(self, action: str, **fields: str | float) -> pb.KeysResponse:
+        """List, make, replace or take out API keys; the fields are those of `KeysRequest`."""
+        return self._call(self._stub.Keys, pb.KeysRequest(action=action, **fields))  # type: ignore[arg-type]
+
+    def rotate_token(self, overlap_s: float) -> str:
+        """Replace Admin's token; gives the new one."""
+        request = pb.RotateTokenRequest(overlap_s=overlap_s)
+        return self._call(self._stub.RotateToken, request).token
+
+    def kv(self, request: pb.KvRequest) -> list[pb.KvGroup]:
+        """What the KV caches of groups hold, once what is asked for is done."""
+        return list(self._call(self._stub.Kv, request).groups)
+
+    def _call(self, method: Callable[..., R], request: object) -> R:
+        try:
+            return method(request, metadata=self._metadata, timeout=_TIMEOUT_S)
+        except grpc.RpcError as error:
+            assert isinstance(error, grpc.Call), "a call's error says how it ended"
+            code, details = error.code(), error.details() or ""
+            if code is grpc.StatusCode.INVALID_ARGUMENT:
+                raise InvalidRequest("", details) from None
+            raise _ERRORS.get(code, ArrieroError)(details) from None
+
+    def close(self) -> None:
+        """Drop the connection."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

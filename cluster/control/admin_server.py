@@ -1,0 +1,336 @@
+"""`arriero.v1.Admin` on gRPC: the operator's and the registry's answers as messages.
+
+Everyone who calls must hold the deployment's token. Knows messages and statuses; what a change
+means is the operator's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import grpc
+import grpc.aio
+import ray
+import yaml
+from google.protobuf.message import DecodeError, Message
+from pydantic import ValidationError
+
+from arriero.cluster import app
+from arriero.cluster.control.api_keys import KeyRing, check_overlap
+from arriero.cluster.control.kv_admin_client import KV_ACTIONS, ask_kv
+from arriero.cluster.control.reconcile import Phase, settled
+from arriero.cluster.hosts import nodes
+from arriero.cluster.registry.history import Failure
+from arriero.cluster.replica.slice_actor import node_address, reachable
+from arriero.cluster.spec.deployment import Spec
+from arriero.cluster.spec.gateway import TenantSpec
+from arriero.cluster.spec.load import explain
+from arriero.router.grpc_options import SERVER_OPTIONS
+from arriero.router.proto.arriero.v1 import admin_pb2 as pb
+from arriero.router.tenants.keys import KeyEntry
+from arriero.router.tls import TlsFiles
+from arriero.shards.errors import ArrieroError, CheckpointError, InvalidRequest, NotFound, SpecError
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+    from arriero.cluster.control.operator import Operator
+    from arriero.cluster.registry.registry import Registry
+    from arriero.cluster.registry.snapshot import Board, GroupEntry
+
+log = logging.getLogger(__name__)
+
+SERVICE: str = pb.DESCRIPTOR.services_by_name["Admin"].full_name
+MAX_LINES = 1000
+
+M = TypeVar("M", bound=Message)
+Context = grpc.aio.ServicerContext[bytes, bytes]
+
+
+class AdminServer:
+    """Serves Admin for an operator, in its event loop.
+
+    Args:
+        operator: makes the changes, and knows the tokens of those who may call.
+        board: the registry.
+    """
+
+    def __init__(self, operator: Operator, board: ActorHandle[Registry]) -> None:
+        self._operator, self._registry = operator, board
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self, host: str, port: int, tls: TlsFiles | None) -> str:
+        """Listen; gives the address as others reach it.
+
+        Args:
+            host: to listen on.
+            port: 0 takes any free one.
+            tls: certificate and key; None listens in the clear.
+
+        Raises:
+            OSError: it cannot be bound.
+            SpecError: a file of `tls` is missing or wrong.
+        """
+        credentials = None if tls is None else tls.server("admin.tls")
+        server = self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        methods = {
+            "GetStatus": self._method(pb.GetStatusRequest, self._status),
+            "ListEvents": self._method(pb.ListEventsRequest, self._events),
+            "Why": self._method(pb.WhyRequest, self._why),
+            "Logs": self._method(pb.LogsRequest, self._logs),
+            "Scale": self._method(pb.ScaleRequest, self._scale),
+            "Drain": self._method(pb.DrainRequest, self._drain),
+            "Rollout": self._method(pb.RolloutRequest, self._rollout),
+            "Rollback": self._method(pb.RollbackRequest, self._rollback),
+            "Reload": self._method(pb.ReloadRequest, self._reload),
+            "Keys": self._method(pb.KeysRequest, self._keys),
+            "RotateToken": self._method(pb.RotateTokenRequest, self._rotate_token),
+            "Kv": self._method(pb.KvRequest, self._kv),
+        }
+        handlers = {name: grpc.unary_unary_rpc_method_handler(one) for name, one in methods.items()}
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        try:
+            if credentials is None:
+                bound = server.add_insecure_port(f"{host}:{port}")
+            else:
+                bound = server.add_secure_port(f"{host}:{port}", credentials)
+        except RuntimeError as error:
+            raise OSError(f"admin cannot listen on {host}:{port}: {error}") from error
+        await server.start()
+        return reachable(host, bound)
+
+    def _method(
+        self, kind: type[M], answer: Callable[[M], Awaitable[Message]]
+    ) -> Callable[[bytes, Context], Awaitable[bytes]]:
+        """A call: who asks, what, and errors in words."""
+
+        async def run(raw: bytes, context: Context) -> bytes:
+            given = str(dict(context.invocation_metadata() or ()).get("authorization", ""))
+            expected = [f"Bearer {token}".encode() for token in self._operator.tokens()]
+            if not any([hmac.compare_digest(given.encode(), one) for one in expected]):
+                await context.abort(
+                    grpc.StatusCode.UNAUTHENTICATED,
+                    "metadata `authorization: Bearer TOKEN` does not hold the admin token",
+                )
+            try:
+                request = kind()
+                request.ParseFromString(raw)
+                return (await answer(request)).SerializeToString()
+            except DecodeError:
+                code, text = grpc.StatusCode.INVALID_ARGUMENT, "the request cannot be read"
+            except NotFound as error:
+                code, text = grpc.StatusCode.NOT_FOUND, str(error)
+            except (InvalidRequest, SpecError) as error:
+                code, text = grpc.StatusCode.INVALID_ARGUMENT, str(error)
+            except CheckpointError as error:
+                code, text = grpc.StatusCode.DATA_LOSS, str(error)
+            except ArrieroError as error:
+                code, text = grpc.StatusCode.FAILED_PRECONDITION, str(error)
+            except Exception:
+                log.exception("%s failed", kind.DESCRIPTOR.name)
+                code, text = grpc.StatusCode.INTERNAL, "internal error; the operator's log has it"
+            await context.abort(code, text[:2000])
+
+        return run
+
+    async def _status(self, request: pb.GetStatusRequest) -> pb.Status:
+        board = await self._registry.board.remote()
+        wishes, slots = self._operator.wishes(), self._operator.slots(board)
+        entries: dict[str, GroupEntry] = {one.slot: one for one in board.groups}
+        status = pb.Status()
+        for name, wish in wishes.items():
+            own = [slot for slot in slots if slot.model == name]
+            status.models.add(
+                model=name,
+                revision=wish.revision,
+                groups=wish.count,
+                serving=sum(slot.phase is Phase.SERVING for slot in own),
+                settled=settled({name: wish}, own) and self._operator.gateways_settled,
+                path=self._operator.settings(name).path,
+                spares=wish.spares,
+                standing_by=sum(slot.phase is Phase.STANDBY for slot in own),
+                queued=board.demand.get(name, (0, 0.0))[0],
+                wait_s=board.demand.get(name, (0, 0.0))[1],
+            )
+        for slot in sorted(slots, key=lambda one: (one.spare, one.name)):
+            group = status.groups.add(
+                slot=slot.name, model=slot.model, revision=slot.revision, phase=slot.phase.value
+            )
+            group.text = self._operator.trouble(slot.name) or _progress(board, slot.name)
+            if (entry := entries.get(slot.name)) is not None:
+                _fill(group, entry)
+        for one in board.gateways:
+            status.gateways.add(id=one.id, address=one.address, http=one.http, pid=one.pid)
+        status.failures.extend(map(_failure, board.failures))
+        return status
+
+    async def _events(self, request: pb.ListEventsRequest) -> pb.ListEventsResponse:
+        events = (await self._registry.events.remote())[-request.limit :]
+        return pb.ListEventsResponse(
+            events=[pb.Event(at=e.at, kind=e.kind, who=e.who, text=e.text) for e in events]
+        )
+
+    async def _why(self, request: pb.WhyRequest) -> pb.WhyResponse:
+        found = await self._registry.why.remote(request.name)
+        if found is None:
+            raise NotFound(f"no failure of {request.name[:128]!r} is known")
+        return pb.WhyResponse(failure=_failure(found), lines=found.words())
+
+    async def _logs(self, request: pb.LogsRequest) -> pb.LogsResponse:
+        processes = _processes(await self._registry.board.remote(), request.name)
+        count = min(request.lines or 20, MAX_LINES)
+        tails = await asyncio.gather(
+            *(nodes.log_tail(node_id, pid, count) for _, _, node_id, pid in processes)
+        )
+        return pb.LogsResponse(
+            logs=[
+                pb.ProcessLog(who=who, node=node, pid=pid, lines=lines)
+                for (who, node, _, pid), lines in zip(processes, tails, strict=True)
+            ]
+        )
+
+    async def _scale(self, request: pb.ScaleRequest) -> pb.ChangeResponse:
+        return pb.ChangeResponse(text=await self._operator.scale(request.model, request.groups))
+
+    async def _drain(self, request: pb.DrainRequest) -> pb.ChangeResponse:
+        return pb.ChangeResponse(text=await self._operator.drain(request.name))
+
+    async def _rollout(self, request: pb.RolloutRequest) -> pb.ChangeResponse:
+        spec = _read_spec(request.spec) if request.spec else None
+        return pb.ChangeResponse(text=await self._operator.rollout(spec, force=request.force))
+
+    async def _rollback(self, request: pb.RollbackRequest) -> pb.ChangeResponse:
+        return pb.ChangeResponse(text=await self._operator.rollback(request.model))
+
+    async def _reload(self, request: pb.ReloadRequest) -> pb.ChangeResponse:
+        return pb.ChangeResponse(text=await self._operator.reload(_read_spec(request.spec)))
+
+    async def _keys(self, request: pb.KeysRequest) -> pb.KeysResponse:
+        board = await self._registry.board.remote()
+        ring = KeyRing(self._operator.spec.gateway.keys, [one.node_id for one in board.gateways])
+        if request.action == "list":
+            return pb.KeysResponse(keys=map(_api_key, (await ring.entries()).values()))
+        if request.action == "add":
+            _check_tenant(request.tenant)
+            done = await ring.add(request.tenant, request.note)
+        elif request.action == "rotate":
+            done = await ring.rotate(request.id, check_overlap(request.overlap_s))
+        elif request.action == "revoke":
+            done = await ring.revoke(request.id)
+        else:
+            raise InvalidRequest("action", f"no action {request.action[:32]!r}")
+        what = f"key {done.entry.id} of {done.entry.tenant}: {request.action}"
+        await self._registry.note.remote("keys", app.NAME, what)
+        return pb.KeysResponse(keys=[_api_key(done.entry)], key=done.key)
+
+    async def _rotate_token(self, request: pb.RotateTokenRequest) -> pb.RotateTokenResponse:
+        token = await self._operator.rotate_token(check_overlap(request.overlap_s))
+        return pb.RotateTokenResponse(token=token)
+
+    async def _kv(self, request: pb.KvRequest) -> pb.KvResponse:
+        if request.action not in KV_ACTIONS:
+            raise InvalidRequest("action", f"no action {request.action[:32]!r}")
+        board = await self._registry.board.remote()
+        name = request.name
+        found = [e for e in board.groups if name in ("", e.group_id, e.slot, e.model)]
+        if not found:
+            there = ", ".join(one.slot for one in board.groups) or "none"
+            raise NotFound(f"no group of {name[:128]!r} serves; there is {there}")
+        tls = self._operator.spec.link_tls
+        return pb.KvResponse(groups=await asyncio.gather(*(ask_kv(e, request, tls) for e in found)))
+
+
+def _processes(board: Board, name: str) -> list[tuple[str, str, str, int]]:
+    """The processes of a group, or others by name: what each is, its node, that one's id, a pid.
+
+    Raises:
+        NotFound: there is no such one.
+    """
+    if name == "operator":
+        return [(name, node_address(), ray.get_runtime_context().get_node_id(), os.getpid())]
+    gateways = [one for one in board.gateways if name in ("gateways", one.id)]
+    if gateways:
+        return [
+            (f"gateway {one.id}", one.address.rpartition(":")[0], one.node_id, one.pid)
+            for one in gateways
+        ]
+    entry = next((e for e in board.groups if name in (e.group_id, e.slot)), None)
+    if entry is None:
+        there = ", ".join([one.slot for one in board.groups] + ["gateways", "operator"])
+        raise NotFound(f"nothing called {name[:128]!r} serves; there is {there}")
+    slices = zip(entry.slice_nodes, entry.slice_node_ids, entry.slice_pids, strict=True)
+    return [
+        ("leader", entry.node, entry.node_id, entry.pid),
+        *((f"slice {rank}", *place) for rank, place in enumerate(slices)),
+    ]
+
+
+def _check_tenant(name: str) -> None:
+    try:
+        TenantSpec(name=name)
+    except ValidationError:
+        raise InvalidRequest(
+            "tenant",
+            f"`tenant`={name[:128]!r}: use 1 to 128 letters, digits, dots, dashes or underscores",
+        ) from None
+
+
+def _api_key(entry: KeyEntry) -> pb.ApiKey:
+    return pb.ApiKey(
+        id=entry.id,
+        tenant=entry.tenant,
+        created=entry.created,
+        note=entry.note,
+        expires=entry.expires,
+    )
+
+
+def _read_spec(text: str) -> Spec:
+    try:
+        return Spec.model_validate(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise SpecError(f"the spec is not YAML: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        raise SpecError(explain(error, "spec", {})) from None
+
+
+def _progress(board: Board, slot: str) -> str:
+    return next((t for who, t in board.progress.items() if who.rpartition(".")[0] == slot), "")
+
+
+def _fill(group: pb.GroupStatus, entry: GroupEntry) -> None:
+    stats: dict[str, Any] = entry.stats
+    group.id, group.layout, group.digest = entry.group_id, entry.layout, entry.digest
+    group.node, group.pid = entry.node, entry.pid
+    group.slice_pids.extend(entry.slice_pids)
+    group.slice_nodes.extend(entry.slice_nodes)
+    group.running = stats.get("num_running", 0)
+    group.waiting = stats.get("num_waiting", 0)
+    for name in (
+        "blocks_used", "blocks_cached", "blocks_total", "output_tokens", "prompt_tokens",
+        "cached_tokens", "steps", "preemptions",
+    ):  # fmt: skip
+        setattr(group, name, stats.get(name, 0))
+    if loads := stats.get("expert_loads", {}):
+        group.expert_imbalance = stats["expert_imbalance"]
+        group.expert_moves = stats["expert_moves"]
+        group.expert_loads.extend(
+            pb.ExpertLoads(layer=int(layer), tokens=tokens) for layer, tokens in loads.items()
+        )
+
+
+def _failure(one: Failure) -> pb.Failure:
+    return pb.Failure(
+        who=one.who,
+        slot=one.slot,
+        at=one.at,
+        cause=one.cause,
+        record="" if one.record is None else json.dumps(one.record),
+        recovered_s=one.recovered_s,
+    )

@@ -1,0 +1,243 @@
+"""Measured cells: N requests at once, P prompt tokens and O output tokens each.
+
+Knows the cell's definition, its clock and its figures, and how to drive an engine in this
+process; knows nothing of the terminal.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from arriero.shards.config.sampling_params import SamplingParams
+from arriero.shards.errors import GroupFailed
+
+if TYPE_CHECKING:
+    from arriero.shards.config.group import GroupConfig
+    from arriero.shards.engine.types import SequenceOutput
+    from arriero.shards.leader.local_executor import LocalExecutor
+    from arriero.shards.leader.remote_executor import Loading, RemoteExecutor
+
+START_LIMIT_S = 600.0
+PERCENTILES = (50, 90, 99)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """What is asked for."""
+
+    requests: int
+    prompt: int
+    output: int
+
+    def prompts(self) -> list[list[int]]:
+        """The token ids of each prompt; no two prompts share a prefix."""
+        return [
+            [(7 * i + 13 * j) % 40000 + 100 for j in range(self.prompt)]
+            for i in range(self.requests)
+        ]
+
+    def blocks(self, block_size: int = 16) -> int:
+        """KV blocks that hold the whole cell at once."""
+        each = -(-(self.prompt + self.output + 1) // block_size)
+        return max(64, self.requests * (each + 1))
+
+
+WARM_UP = Cell(requests=1, prompt=16, output=16)
+"""Runs first, unmeasured."""
+
+
+def params(output: int) -> SamplingParams:
+    """Sampling parameters of a request for `output` tokens: greedy, and nothing stops it."""
+    return SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True, seed=0)
+
+
+class Clock:
+    """When each token of each request came; call `begin`, then `took` as they come."""
+
+    def __init__(self, requests: int, output: int) -> None:
+        self._output = output
+        self._arrivals: list[list[float]] = [[] for _ in range(requests)]
+        self._begun = 0.0
+
+    def begin(self) -> None:
+        """Start the clock, just before the first request is handed over."""
+        self._begun = time.perf_counter()
+
+    def took(self, request: int, num_tokens: int) -> None:
+        """Note that `num_tokens` of request number `request` are there now."""
+        now = time.perf_counter()
+        self._arrivals[request].extend([now] * num_tokens)
+
+    def figures(self) -> Figures:
+        """The cell's figures, once every token has come."""
+        short = [i for i, one in enumerate(self._arrivals) if len(one) != self._output]
+        assert not short, f"requests {short} did not give {self._output} tokens"
+        elapsed_s = max(one[-1] for one in self._arrivals) - self._begun
+        first = [one[0] - self._begun for one in self._arrivals]
+        gaps = [gap for one in self._arrivals for gap in np.diff(one)]
+        return Figures(
+            elapsed_s=round(elapsed_s, 3),
+            output_tok_s=round(len(first) * self._output / elapsed_s, 1),
+            ttft_ms=_percentiles(first),
+            itl_ms=_percentiles(gaps),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figures:
+    """What a cell gave.
+
+    Attributes:
+        elapsed_s: from the first request's hand-over to the last token.
+        output_tok_s: output tokens per second over the whole cell, prefill included.
+        ttft_ms: time to first token, percentiles over requests.
+        itl_ms: time between tokens, percentiles over all gaps; empty for one output token.
+    """
+
+    elapsed_s: float
+    output_tok_s: float
+    ttft_ms: dict[str, float]
+    itl_ms: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    if not seconds:
+        return {}
+    return {f"p{p}": round(float(np.percentile(seconds, p)) * 1000, 2) for p in PERCENTILES}
+
+
+class EngineBench:
+    """An engine in this process, ready to be measured; a context manager.
+
+    One slice runs in a thread of this process, several as child processes of it.
+    """
+
+    def __init__(
+        self, config: GroupConfig, on_loaded: Callable[[Loading], None] = lambda loading: None
+    ) -> None:
+        """Load the model and draw the warm-up's tokens.
+
+        Args:
+            config: of the group.
+            on_loaded: told how far loading is.
+        """
+        from arriero.cluster.planner.kv_room import needs_room, sized
+        from arriero.shards.checkpoint.formats.describe import describe
+        from arriero.shards.checkpoint.reader import Checkpoint
+        from arriero.shards.engine.engine import Engine
+        from arriero.shards.layout.resolve import engine_config, resolve
+        from arriero.shards.leader.local_executor import LocalExecutor
+        from arriero.shards.leader.remote_executor import spawn_group
+        from arriero.shards.worker.cuda.device import free_bytes_of
+
+        folder = Path(config.model_path)
+        model, scheme = describe(folder)
+        if needs_room(config):
+            config = sized(config, model, scheme, free_bytes_of(config.world_size))
+        resolved = resolve(config, model)
+        limits = engine_config(resolved, model, Checkpoint.open(folder).digest)
+        self._arrived: queue.SimpleQueue[Sequence[SequenceOutput] | Exception]
+        self._arrived = queue.SimpleQueue()
+        self._executor: LocalExecutor | RemoteExecutor
+        if resolved.world_size == 1:
+            self._executor = LocalExecutor(resolved)
+        else:
+            self._executor = spawn_group(resolved)
+            try:
+                self._executor.wait_ready(START_LIMIT_S, on_loaded)
+            except BaseException:
+                self._executor.close()
+                raise
+        put = self._arrived.put
+        self._engine = Engine(limits, self._executor, put, on_failure=put)
+        self._engine.start()
+        self._num_requests = 0
+        try:
+            self.run(WARM_UP.prompts(), WARM_UP.output)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> EngineBench:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def run(self, prompts: Sequence[Sequence[int]], output: int) -> Figures:
+        """Generate `output` tokens for each prompt, all at once, greedily.
+
+        Raises:
+            GroupFailed: a request or the group failed; the text is the cause.
+        """
+        clock = Clock(len(prompts), output)
+        clock.begin()
+        for number, one in self._outputs(prompts, params(output)):
+            clock.took(number, len(one.tokens))
+        return clock.figures()
+
+    def greedy(
+        self, prompts: Sequence[Sequence[int]], output: int, banned: tuple[int, ...] = ()
+    ) -> list[list[int]]:
+        """Tokens of `output` greedy steps from each prompt, with `banned` ones left out."""
+        tokens: list[list[int]] = [[] for _ in prompts]
+        asked = replace(params(output), banned_token_ids=banned)
+        for number, one in self._outputs(prompts, asked):
+            tokens[number] += one.tokens
+        return tokens
+
+    def prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probability of each prompt token but the first, given those before it."""
+        scores: list[list[float]] = [[] for _ in prompts]
+        for number, one in self._outputs(prompts, replace(params(1), prompt_logprobs=0)):
+            scores[number] += [each.logprob for each in one.prompt_logprobs or ()]
+        return scores
+
+    def _outputs(
+        self, prompts: Sequence[Sequence[int]], asked: SamplingParams
+    ) -> Iterator[tuple[int, SequenceOutput]]:
+        """Submit all prompts at once; (number of the prompt, output) as they come.
+
+        Raises:
+            GroupFailed: a request or the group failed; the text is the cause.
+        """
+        from arriero.shards.engine.types import EngineRequest
+
+        first = self._num_requests
+        self._num_requests += len(prompts)
+        for i, prompt in enumerate(prompts):
+            self._engine.submit(
+                EngineRequest(request_id=str(first + i), prompt=tuple(prompt), params=asked)
+            )
+        left = len(prompts)
+        while left:
+            outputs = self._arrived.get()
+            if isinstance(outputs, Exception):
+                raise outputs
+            for one in outputs:
+                if one.finish_reason in ("error", "lost"):
+                    raise GroupFailed(f"request {one.request_id}: {one.error}")
+                left -= one.finish_reason is not None
+                yield int(one.request_id) - first, one
+
+    def close(self) -> None:
+        """Stop the engine and its slices; safe to call twice."""
+        self._engine.stop()
+        self._executor.close()

@@ -1,0 +1,191 @@
+"""A Ray cluster on this machine that outlives the command which started it.
+
+All of its processes are in one process session of their own, and a process's session survives its
+leader: that is how `stop` finds everything the cluster started, workers and orphans included, and
+nothing else. (Signals to Ray's own supervisor will not do: it waits up to 30 s to drain.)
+
+Knows processes; knows nothing of what runs on the cluster.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from arriero.cluster.hosts import ray_access
+from arriero.cluster.spec.deployment import RaySpec
+from arriero.shards.errors import Unavailable
+
+START_LIMIT_S = 60.0
+_POLL_S = 0.02
+_PREFIX = "arriero-ray-"
+_started: dict[int, subprocess.Popen[bytes]] = {}
+"""Starts of this process that were not seen to end yet, by session."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalCluster:
+    """A local cluster that is starting or up.
+
+    Attributes:
+        session: process session id of all its processes.
+        folder: Ray's temporary folder: sockets, logs, and `start.log` of the start itself.
+        node_address: its node's loopback address.
+        token: what its processes ask each other and every driver for; "" for nothing.
+    """
+
+    session: int
+    folder: Path
+    node_address: str
+    token: str = field(default="", repr=False)
+
+    @property
+    def access(self) -> ray_access.Changes:
+        """The environment that its drivers, and nodes that join it, need."""
+        return ray_access.own_cluster(self.token, self.node_address)
+
+
+def start(spec: RaySpec) -> LocalCluster:
+    """Begin to start a cluster; `wait_address` tells when it is up.
+
+    It has a token of its own, whatever Ray's settings and files of the user say. With the default
+    `node_address` no process listens elsewhere than on loopback; with another one Ray's processes
+    listen on every interface, and the token alone keeps others out.
+    """
+    token = secrets.token_hex(32)
+    # not the state folder: Ray's socket paths below it must stay under 107 characters
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir="/tmp"))
+    temporary = folder / "tmp"
+    temporary.mkdir()
+    command = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head"),
+        *("--node-ip-address", spec.node_address, "--port", "0"),
+        *("--ray-client-server-port", str(_free_port(spec.node_address))),
+        *("--num-cpus", str(spec.num_cpus or len(os.sched_getaffinity(0)))),
+        *("--object-store-memory", str(spec.object_store)),
+        *("--temp-dir", str(folder)),
+        *("--include-dashboard", str(spec.dashboard).lower(), "--dashboard-host", "127.0.0.1"),
+        *("--disable-usage-stats", "--no-monitor", "--include-log-monitor", "false"),
+    ]
+    access = ray_access.own_cluster(token, spec.node_address)
+    environment = ray_access.changed(os.environ, access) | {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "TMPDIR": str(temporary),  # what a killed process leaves goes with the folder
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    if not spec.dashboard:
+        # nobody reads Ray's own metrics then, and its raylet grows by them for hours
+        environment.setdefault("RAY_enable_metrics_collection", "0")
+    environment.pop("RAY_ADDRESS", None)
+    with (folder / "start.log").open("w") as log:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            cwd=folder,
+        )
+    _started[process.pid] = process
+    return LocalCluster(
+        session=process.pid, folder=folder, node_address=spec.node_address, token=token
+    )
+
+
+def wait_address(cluster: LocalCluster) -> str:
+    """The GCS address, host:port, as soon as the cluster is up.
+
+    Raises:
+        Unavailable: it did not come up; the text has the end of the start's log.
+    """
+    deadline_s = time.monotonic() + START_LIMIT_S
+    noted = cluster.folder / "ray_current_cluster"
+    while time.monotonic() < deadline_s:
+        if noted.exists() and (address := noted.read_text().strip()):
+            return address
+        _reap(cluster.session)
+        if not members(cluster.session):
+            break
+        time.sleep(_POLL_S)
+    log = (cluster.folder / "start.log").read_text(errors="replace").strip().splitlines()
+    raise Unavailable(
+        f"the local Ray cluster did not start within {START_LIMIT_S:g} s;"
+        f" {cluster.folder / 'start.log'} ends in: {log[-1] if log else '(nothing)'}"
+    )
+
+
+def stop(cluster: LocalCluster, grace_s: float = 1.0) -> None:
+    """End every process of the cluster and remove its folder; safe when they are gone."""
+    if not is_alive(cluster):
+        shutil.rmtree(cluster.folder, ignore_errors=True)
+        return
+    for sign, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 10.0)):
+        deadline_s = time.monotonic() + wait_s
+        sent: set[int] = set()
+        while (pids := members(cluster.session)) and time.monotonic() < deadline_s:
+            for pid in pids:
+                if pid not in sent:
+                    sent.add(pid)
+                    _signal(pid, sign)
+            _reap(cluster.session)
+            time.sleep(_POLL_S)
+    shutil.rmtree(cluster.folder, ignore_errors=True)
+
+
+def is_alive(cluster: LocalCluster) -> bool:
+    """Whether processes of this very cluster run (session ids are used again in time)."""
+    folder = os.fsencode(cluster.folder)
+    return any(folder in _command(pid) for pid in members(cluster.session))
+
+
+def members(session: int) -> list[int]:
+    """Processes of a process session, without those that have ended but were not waited for."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                # after the command's name, which may hold anything: state, parent, group, session
+                fields = Path("/proc", entry, "stat").read_bytes().rpartition(b")")[2].split()
+            except OSError:
+                continue  # ended since
+            if int(fields[3]) == session and fields[0] not in b"ZX":
+                found.append(int(entry))
+    return found
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path("/proc", str(pid), "cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def _signal(pid: int, sign: signal.Signals) -> None:
+    try:
+        os.kill(pid, sign)
+    except ProcessLookupError:
+        return
+
+
+def _reap(session: int) -> None:
+    process = _started.get(session)  # none when another command started it
+    if process is not None and process.poll() is not None:
+        del _started[session]
+
+
+def _free_port(address: str) -> int:
+    # Ray's client server, which is not used here, wants a port by number
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,309 @@
+"""A plan as JSON and as tables.
+
+Knows the names and units that users see; computes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any, get_args
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from arriero.cluster.planner.checkpoint_bytes import stored_bytes
+from arriero.cluster.planner.layouts import Machines, Option
+from arriero.cluster.planner.memory import GroupPlan, RankPlan
+from arriero.shards.checkpoint.formats.modules import Kind
+from arriero.shards.kv.limits import GroupTierLimits
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+MOST_WORKING, MOST_REFUSED = 12, 6
+"""Layouts that a table lists."""
+CONTEXTS = (1024, 4096, 8192, 16384, 32768, 65536, 131072, 1048576, 10485760)
+
+
+def contexts(plan: GroupPlan) -> list[int]:
+    """Context lengths worth a row, up to the model's limit."""
+    limit = plan.model.config.max_position_embeddings
+    rows = {one for one in CONTEXTS if one <= limit} | {plan.demand.context}
+    return sorted(rows)
+
+
+def as_json(
+    plan: GroupPlan,
+    groups: int,
+    machines: Machines,
+    options: Sequence[Option],
+    tiers: GroupTierLimits,
+) -> dict[str, Any]:
+    """All of it, bytes as whole numbers."""
+    layout, demand = plan.layout, plan.demand
+    why = plan.shortfall()
+    return {
+        "model": plan.model.name,
+        "parameters": plan.model.config.num_parameters(),
+        "dtype": plan.weights.dtype,
+        "kv_dtype": demand.kv_dtype,
+        "kernels": plan.kernels,
+        "gpu": machines.gpu,
+        "nodes": machines.nodes,
+        "gpus_per_node": machines.per_node,
+        "layout": {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp, "ep": layout.ep or 1},
+        "groups": groups,
+        "fits": why is None,
+        "why_not": why,
+        "weights_bytes": sum(rank.weights.total for rank in plan.ranks),
+        "checkpoint_bytes": stored_bytes(plan.model.config, plan.weights),
+        "kv_tokens": plan.pool_tokens,
+        "kv_tiers": {
+            name: {
+                "tokens": blocks * plan.demand.block_size,
+                "bytes_by_rank": [
+                    _tier_bytes(rank, blocks, local, tiers.bytes_share) for rank in plan.ranks
+                ],
+            }
+            for name, blocks, local in _tiers(tiers)
+        },
+        "ranks": [_rank_json(plan, rank) for rank in plan.ranks],
+        "capacity": [
+            {
+                "context": context,
+                "concurrency": plan.concurrency(context),
+                "kv_bytes_per_sequence": sum(
+                    plan.sequence_bytes(rank, context)
+                    for rank in plan.ranks
+                    if getattr(rank.part, "dp_rank", 0) == 0
+                ),
+            }
+            for context in contexts(plan)
+        ],
+        "layouts": [_option_json(option) for option in options],
+    }
+
+
+def _rank_json(plan: GroupPlan, rank: RankPlan) -> dict[str, Any]:
+    part, size = rank.part, plan.demand.block_size
+    kinds = rank.weights.by_kind
+    return {
+        "rank": part.rank,
+        "stage": part.stage,
+        "tp_rank": part.tp_rank,
+        "dp_rank": getattr(part, "dp_rank", 0),
+        "layers": [part.layers.start, part.layers.stop],
+        "q_heads": part.q_heads.size,
+        "kv_heads": part.kv_heads.size,
+        "memory_bytes": rank.memory_bytes,
+        "weights_bytes": rank.weights.total,
+        "weights_by_kind": {kind: kinds[kind] for kind in KINDS if kind in kinds},
+        "scales_bytes": rank.weights.scales,
+        "kv_bytes_per_token": rank.kv_block // size,
+        "kv_global_bytes_per_token": rank.kv_global_block // size,
+        "kv_local_bytes_per_token": rank.kv_local_block // size,
+        "kv_local_tokens": plan.chunk,
+        "kv_block_bytes": rank.kv_block,
+        "kv_pool_bytes": rank.kv_pool_bytes,
+        "activations_bytes": rank.activations,
+        "cuda_graphs_bytes": rank.graphs,
+        "communication_bytes": rank.communication,
+        "spare_experts_bytes": rank.spare_experts,
+        "reserve_bytes": rank.reserve,
+        "unused_bytes": rank.unused,
+    }
+
+
+def _option_json(option: Option) -> dict[str, Any]:
+    layout = option.layout
+    return {
+        "tp": layout.tp,
+        "pp": layout.pp,
+        "dp": layout.dp,
+        "ep": layout.ep or 1,
+        "dtype": option.dtype,
+        "groups": option.groups,
+        "works": option.why_not is None,
+        "why_not": option.why_not,
+        "note": option.note,
+        "concurrency": option.concurrency,
+        "decode_tokens_per_s": round(option.tokens_per_s),
+    }
+
+
+def as_tables(
+    plan: GroupPlan,
+    groups: int,
+    machines: Machines,
+    options: Sequence[Option],
+    tiers: GroupTierLimits,
+) -> RenderableType:
+    """What a person reads.
+
+    Args:
+        plan: of one group.
+        groups: how many the machines hold.
+        machines: they.
+        options: ranked.
+        tiers: of the KV cache below the device.
+    """
+    parts: list[RenderableType] = [Text(verdict(plan, groups, machines))]
+    parts.append(_rank_table(plan))
+    if plan.shortfall() is None:
+        parts.append(_capacity_table(plan))
+    if tiers.enabled:
+        parts.append(_tier_table(plan, tiers))
+    if options:
+        parts.append(_option_table(options, plan.demand.context))
+    return Group(*parts)
+
+
+def verdict(plan: GroupPlan, groups: int, machines: Machines) -> str:
+    """The answer in a few lines."""
+    total = sum(rank.weights.total for rank in plan.ranks)
+    fullest = max(plan.ranks, key=lambda rank: rank.fixed)
+    context = plan.demand.context
+    lines = [
+        f"{plan.model.name}, {plan.weights.dtype}, on {machines.nodes} x {machines.per_node} "
+        f"{machines.gpu} of {_gb(plan.ranks[0].memory_bytes)} GB",
+    ]
+    if plan.shortfall() is None:
+        lines.append(
+            f"{plan.layout} works, {groups} group{'s' if groups > 1 else ''} of "
+            f"{plan.layout.world_size}: a group's weights take {_gb(total)} GB, the fullest "
+            f"rank's {_gb(fullest.weights.total)} GB"
+        )
+        lines.append(
+            f"KV cache of a group: {plan.pool_tokens:,} tokens, "
+            f"{plan.concurrency(context):,} sequences of {context:,} at once"
+        )
+    else:
+        lines.append(f"{plan.layout} does not fit, as said below the tables")
+    return "\n".join(lines)
+
+
+def _tiers(tiers: GroupTierLimits) -> list[tuple[str, int, int]]:
+    """Name of each bounded tier, its blocks of all tokens, and its chunk-local ones."""
+    each = (
+        ("host", tiers.all.host_blocks, tiers.local.host_blocks),
+        ("disk", tiers.all.disk_blocks, tiers.local.disk_blocks),
+    )
+    return [one for one in each if one[1]]
+
+
+def _tier_bytes(rank: RankPlan, blocks: int, local: int, share: Fraction) -> int:
+    return int((blocks * rank.kv_global_block + local * rank.kv_local_block) * share)
+
+
+def _tier_table(plan: GroupPlan, tiers: GroupTierLimits) -> Table:
+    table = Table(title="KV cache below the device, of one group", title_justify="left")
+    for name in ("tier", "tokens", "GB of each rank"):
+        table.add_column(name, justify="right")
+    for name, blocks, local in _tiers(tiers):
+        sizes = dict.fromkeys(
+            _gb(_tier_bytes(rank, blocks, local, tiers.bytes_share)) for rank in plan.ranks
+        )
+        table.add_row(name, f"{blocks * plan.demand.block_size:,}", ", ".join(sizes))
+    if tiers.all.shared:
+        table.add_row("shared store", "not bounded", "-")
+    return table
+
+
+def _rank_table(plan: GroupPlan) -> Table:
+    """A column for each kind of rank, since a narrow terminal has room for a few."""
+    kinds = [kind for kind in KINDS if any(kind in r.weights.by_kind for r in plan.ranks)]
+    sizes: dict[str, list[int]] = {
+        kind.replace("_", " "): [rank.weights.by_kind.get(kind, 0) for rank in plan.ranks]
+        for kind in kinds
+    }
+    sizes["scales"] = [rank.weights.scales for rank in plan.ranks]
+    sizes["all weights"] = [rank.weights.total for rank in plan.ranks]
+    sizes["KV cache"] = [rank.kv_pool_bytes for rank in plan.ranks]
+    sizes["activations"] = [rank.activations for rank in plan.ranks]
+    sizes["CUDA graphs"] = [rank.graphs for rank in plan.ranks]
+    sizes["communication"] = [rank.communication for rank in plan.ranks]
+    sizes["spare experts"] = [rank.spare_experts for rank in plan.ranks]
+    sizes["kept free"] = [rank.reserve for rank in plan.ranks]
+    sizes["left over" if plan.shortfall() is None else "left over (-: short)"] = [
+        rank.unused for rank in plan.ranks
+    ]
+    sizes["device memory"] = [rank.memory_bytes for rank in plan.ranks]
+    sections = {"layers", "all weights", list(sizes)[-2]}
+    rows = {name: [_gb(one) for one in of] for name, of in sizes.items() if any(of)}
+    layers = [f"{one.part.layers.start}-{one.part.layers.stop - 1}" for one in plan.ranks]
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for rank, *cells in zip(plan.ranks, layers, *rows.values(), strict=True):
+        alike.setdefault(tuple(map(str, cells)), []).append(rank.part.rank)
+    table = Table(title="GB of each rank", title_justify="left")
+    table.add_column("rank")
+    for numbers in alike.values():
+        table.add_column(_ranges(numbers), justify="right", overflow="fold")
+    for name, *values in zip(("layers", *rows), *alike, strict=True):
+        table.add_row(name, *values, end_section=name in sections)
+    return table
+
+
+def _capacity_table(plan: GroupPlan) -> Table:
+    table = Table(title="what one group's KV cache holds", title_justify="left")
+    for name in ("context", "sequences at once", "GB a sequence on the fullest rank"):
+        table.add_column(name, justify="right")
+    for context in contexts(plan):
+        most = max(plan.sequence_bytes(rank, context) for rank in plan.ranks)
+        table.add_row(f"{context:,}", f"{plan.concurrency(context):,}", _gb(most))
+    return table
+
+
+def _option_table(options: Sequence[Option], context: int) -> Table:
+    work = [one for one in options if one.why_not is None]
+    rest = [one for one in options if one.why_not is not None]
+    table = Table(
+        title=f"layouts, fastest first; sequences are of {context:,} tokens", title_justify="left"
+    )
+    for name in ("layout", "dtype", "groups", "sequences", "tokens/s", "what to know"):
+        left = name == "what to know"
+        table.add_column(name, justify="left" if left else "right", overflow="fold")
+    for one in work[:MOST_WORKING]:
+        table.add_row(
+            str(one.layout),
+            one.dtype,
+            str(one.groups),
+            f"{one.concurrency:,}",
+            f"{one.tokens_per_s:,.0f}",
+            one.note,
+        )
+    if work and rest:
+        table.add_section()
+    for one in rest[:MOST_REFUSED]:
+        table.add_row(str(one.layout), one.dtype, "-", "-", "-", _in_short(one))
+    said = ["tokens/s of all groups: what the memory's bandwidth allows, to compare layouts by"]
+    for many, limit, what in ((work, MOST_WORKING, "work"), (rest, MOST_REFUSED, "do not")):
+        if len(many) > limit:
+            said.append(f"{len(many) - limit} more {what}")
+    table.caption = "; ".join(said) + ("; --json lists all" if len(said) > 1 else "")
+    table.caption_justify = "left"
+    return table
+
+
+def _in_short(option: Option) -> str:
+    """Why it does not work: one that does not fit lacks bytes, another cannot cut the model."""
+    if option.plan is None:
+        return option.why_not or ""
+    rank = option.plan.fullest
+    return (
+        f"rank {rank.part.rank} lacks {_gb(option.plan.lacking())} GB: its weights are "
+        f"{_gb(rank.weights.total)} of {_gb(rank.memory_bytes)} GB"
+    )
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.2f}"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    out: list[list[int]] = []
+    for one in numbers:
+        if out and out[-1][1] == one - 1:
+            out[-1][1] = one
+        else:
+            out.append([one, one])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in out)

@@ -1,0 +1,1 @@
+"""The Ray processes of a deployment: leader, slices and gateway replicas."""

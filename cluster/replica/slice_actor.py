@@ -1,0 +1,100 @@
+"""A slice's process: a Ray actor around `arriero.shards.worker.loop`.
+
+Knows how to be placed and found; knows nothing of what a slice computes.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import ray
+
+from arriero.cluster.hosts.log_level import set_log_level
+
+if TYPE_CHECKING:
+    from arriero.shards.worker.loop import Ticket
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Whereabouts:
+    """Where a slice runs: its node's id and address, its process, and its node's cores."""
+
+    node_id: str
+    address: str
+    pid: int
+    cores: int
+
+
+class SliceActor:
+    """One slice; its leader owns it, and it dies with its leader."""
+
+    def __init__(self, log_level: str) -> None:
+        set_log_level(log_level)
+        # torch takes seconds to import: begin while the leader still hears of its other slices
+        self._import = threading.Thread(target=_import_runner, daemon=True)
+        self._import.start()
+
+    def whereabouts(self) -> Whereabouts:
+        """Say where it runs."""
+        context = ray.get_runtime_context()
+        return Whereabouts(
+            node_id=context.get_node_id(),
+            address=node_address(),
+            pid=os.getpid(),
+            cores=len(os.sched_getaffinity(0)),
+        )
+
+    def set_log_level(self, level: str) -> None:
+        """Log what is of this level or above; may be called while it serves."""
+        set_log_level(level)
+
+    def digest(self, where: str) -> str:
+        """The checkpoint's digest; asked here because it takes torch, which a leader spares."""
+        from arriero.shards.checkpoint.reader import Checkpoint
+
+        return Checkpoint.open(where).digest
+
+    def warm(self, where: str) -> int:
+        """Load this slice's code, and a checkpoint into the node's page cache; gives its bytes."""
+        from arriero.shards.checkpoint import page_cache, remote
+
+        self._import.join()
+        return 0 if remote.is_url(where) else page_cache.warm(Path(where))
+
+    def free_bytes(self) -> int:
+        """Bytes of this slice's GPU that nobody holds, its own context aside."""
+        from arriero.shards.worker.cuda.device import free_bytes
+
+        self._import.join()
+        return free_bytes()
+
+    def run(self, rank: int, ticket: Ticket, address: str) -> None:
+        """Serve as `rank` of the ticket's group; returns when told to stop.
+
+        Args:
+            rank: stage * tp + tp rank.
+            ticket: of the group's executor.
+            address: of this node, for the ranks' own sockets.
+        """
+        from arriero.shards.worker.loop import run_slice
+
+        self._import.join()
+        run_slice(rank, ticket, host=address)  # Ray ends this process if the leader's is gone
+
+
+def node_address() -> str:
+    """This node's address, as Ray knows it."""
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
+def reachable(host: str, port: int) -> str:
+    """The address that others use; a listener on every interface is reached at its node's."""
+    return f"{node_address() if host in ('0.0.0.0', '[::]') else host}:{port}"
+
+
+def _import_runner() -> None:
+    import arriero.shards.worker.runner  # noqa: F401

@@ -1,0 +1,1 @@
+"""The deployment spec (`arriero.yaml`): fields, checks, and differences of two specs."""

@@ -1,0 +1,189 @@
+"""What every HTTP request passes through first: its name, caller, path and body, faults of ours.
+
+Knows ASGI; knows nothing of what the requests ask.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import time
+from collections.abc import Mapping
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from arriero.router.http import errors
+from arriero.router.http.request_body import TooLarge, Unreadable, as_json, gather, rewritten
+from arriero.router.http.stream import OUTERMOST, ClientGone
+from arriero.router.requests import read_request_id
+from arriero.router.tenants.admission_controller import Caller, Door, is_set
+from arriero.shards.errors import ArrieroError, InvalidRequest
+
+log = logging.getLogger(__name__)
+
+_OPEN = frozenset({"/health", "/openapi.json"})
+"""Paths that need no key: what they tell concerns no tenant."""
+_SLASHES = re.compile("/{2,}")
+
+
+class Edge:
+    """Middleware: gives a request its id and caller, reads its body, answers what nobody answered.
+
+    Slashes at a path's end or side by side are no difference, a body may be compressed, HEAD is
+    GET without the answer's body, and OPTIONS tells the methods.
+
+    Args:
+        app: the application.
+        max_body_bytes: the largest body taken.
+        door: knows the callers.
+    """
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int, door: Door) -> None:
+        self._app = app
+        self._max = max_body_bytes
+        self._door = door
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        is_head = scope["method"] == "HEAD"
+        path = _SLASHES.sub("/", scope["path"]).rstrip("/") or "/"
+        scope = {**scope, "path": path, "method": "GET" if is_head else scope["method"]}
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
+        try:
+            request_id = read_request_id(given)
+        except InvalidRequest:  # a name for logs, often put there by a proxy: not worth a refusal
+            request_id = read_request_id("")
+        scope.setdefault("state", {}).update({"request_id": request_id, OUTERMOST: send})
+        begun = False
+
+        async def named(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", request_id.encode()),
+                ]
+            elif is_head:
+                message = {**message, "body": b""}
+            await send(message)
+
+        length = headers.get(b"content-length", b"")
+        try:
+            if scope["method"] == "OPTIONS":
+                await _answer(named, 204, None, (b"allow", b"GET, HEAD, POST, OPTIONS"))
+                return
+            scope["state"]["caller"] = self._caller(scope, headers, request_id)
+            if length.isdigit() and int(length) > self._max:
+                raise TooLarge
+            if scope["method"] == "POST":
+                receive = await self._read(scope, receive, headers)
+            await self._app(scope, receive, named)
+        except ClientGone:
+            log.debug("request %s: the client went away", request_id)
+        except ArrieroError as error:  # of the caller; what handlers raise is answered within
+            await errors.respond(error)(scope, receive, named)
+        except Unreadable as error:
+            content = errors.body(str(error), "invalid_request_error", param=error.field or None)
+            await _answer(named, error.status, content)
+        except TooLarge as error:
+            if not error.whole:
+                await _discard(receive, 2 * self._max)
+            words = f"the body has more than {self._max} bytes, which is the most; send less"
+            content = errors.body(words, "invalid_request_error", code="request_too_large")
+            await _answer(named, 413, content)
+        except Exception:
+            log.exception("request %s failed", request_id)
+            if begun:
+                raise
+            await _answer(named, 500, errors.internal(request_id))
+
+    async def _read(
+        self, scope: Scope, receive: Receive, headers: Mapping[bytes, bytes]
+    ) -> Receive:
+        """What gives the body as the application reads it; `scope` is told of it.
+
+        Raises:
+            TooLarge, Unreadable: as `request_body` says.
+            ClientGone: it did not come to its end.
+        """
+        sent = await gather(receive, self._max)
+        if sent is None:
+            raise ClientGone
+        body: bytes | None = await as_json(sent, headers, self._max)
+        scope["headers"] = rewritten(scope["headers"], len(body or b""))
+
+        async def give() -> Message:
+            nonlocal body
+            if body is None:
+                return await receive()
+            message = {"type": "http.request", "body": body, "more_body": False}
+            body = None
+            return message
+
+        return give
+
+    def _caller(self, scope: Scope, headers: dict[bytes, bytes], request_id: str) -> Caller | None:
+        """Who asks; None where nobody need say so.
+
+        Raises:
+            Unauthenticated, PermissionDenied: as the door says.
+            InvalidRequest: the header `x-request-timeout` is no time.
+        """
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if path in _OPEN:
+            return None
+        authorization = headers.get(b"authorization", b"").decode("latin-1")
+        if path == "/metrics":
+            self._door.check_metrics(authorization)
+            return None
+        return Caller(
+            request_id=request_id,
+            tenant=self._door.tenant(authorization),
+            deadline_s=_deadline_s(headers.get(b"x-request-timeout")),
+            traceparent=headers.get(b"traceparent", b"").decode("latin-1"),
+            strict_schema=is_set(headers.get(b"x-strict-schema", b"").decode("latin-1")),
+        )
+
+
+def _deadline_s(given: bytes | None) -> float | None:
+    if given is None:
+        return None
+    try:
+        timeout_s = float(given)
+    except ValueError:
+        timeout_s = math.nan
+    if not 0 < timeout_s < math.inf:
+        shown = given.decode("latin-1")[:64]
+        raise InvalidRequest(
+            "x-request-timeout", f"the header `x-request-timeout`={shown!r} must be seconds above 0"
+        )
+    return time.monotonic() + timeout_s
+
+
+async def _discard(receive: Receive, most: int) -> None:
+    """Read on for a while: a client that is still sending may not look for an answer."""
+    while most > 0:
+        message = await receive()
+        most -= len(message.get("body", b""))
+        if not message.get("more_body", False):
+            return
+
+
+async def _answer(
+    send: Send, status: int, content: dict[str, object] | None, *headers: tuple[bytes, bytes]
+) -> None:
+    """Answer without the application, and end the connection, whose request may not be read."""
+    body = b"" if content is None else json.dumps(content).encode()
+    if content is not None:
+        length = (b"content-length", str(len(body)).encode())
+        kind = (b"content-type", b"application/json")
+        headers = (*headers, kind, length, (b"connection", b"close"))
+    await send({"type": "http.response.start", "status": status, "headers": list(headers)})
+    await send({"type": "http.response.body", "body": body})

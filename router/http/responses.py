@@ -1,0 +1,368 @@
+"""Messages of `arriero.v1.Inference` as the API's JSON, whole or event by event.
+
+Knows the API's shapes; knows nothing of how they are sent.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from json.encoder import encode_basestring_ascii
+from typing import Any
+
+from arriero.router.http.spelling import TextOffsets, spell, spell_apart, token_bytes
+from arriero.router.proto.arriero.v1 import inference_pb2 as pb
+from arriero.router.response import Message, Piece
+from arriero.router.text.tokenizer import Tokenizer
+from arriero.router.tools import ToolCall, partial_call
+
+Json = dict[str, Any]
+
+_ENCODER = json.JSONEncoder(separators=(",", ":"))  # `dumps` would make one for each event
+
+
+def event(content: Mapping[str, Any]) -> bytes:
+    """A server-sent event."""
+    return b"data: " + _ENCODER.encode(content).encode() + b"\n\n"
+
+
+class _TextEvents:
+    """Events that hold nothing but a piece of one sample's text: all but the first and last.
+
+    What is the same in each is encoded once.
+
+    Args:
+        head: of the chunks.
+        before, after: the choice's JSON around its index and around its text.
+    """
+
+    def __init__(self, head: Json, before: str, after: str) -> None:
+        self._head = f'data: {_ENCODER.encode(head)[:-1]},"choices":[{{"index":'
+        self._before = before
+        self._after = after + "]}\n\n"
+
+    def make(self, index: int, text: str) -> bytes:
+        """The event of a piece."""
+        said = encode_basestring_ascii(text)
+        return f"{self._head}{index}{self._before}{said}{self._after}".encode("ascii")
+
+
+_REASONS = {
+    pb.FINISH_REASON_STOP: "stop",
+    pb.FINISH_REASON_LENGTH: "length",
+    pb.FINISH_REASON_CANCELLED: "cancelled",
+}
+
+
+def usage(*parts: pb.Usage) -> Json:
+    """Tokens counted, of one call or of several."""
+    prompt = sum(part.prompt_tokens for part in parts)
+    completion = sum(part.completion_tokens for part in parts)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(part.cached_tokens for part in parts)},
+    }
+
+
+class ChatShape:
+    """One chat completion.
+
+    Args:
+        model: what the answer names as its model.
+        tokenizer: spells tokens out, for log-probabilities.
+    """
+
+    def __init__(self, model: str, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._head: Json = {
+            "id": f"chatcmpl-{secrets.token_hex(12)}",
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+            "model": model,
+        }
+        self._num_calls: dict[int, int] = {}
+        self._text = _TextEvents(
+            self._head, ',"delta":{"content":', '},"logprobs":null,"finish_reason":null}'
+        )
+
+    def encoded(self, number: int, message: Message) -> bytes:
+        """The same as `events`, as server-sent events."""
+        if isinstance(message, Piece):
+            if message.index in self._num_calls and message.text:
+                return self._text.make(message.index, message.text)
+            message = message.to_wire()
+        return b"".join(map(event, self.events(number, message)))
+
+    def events(self, number: int, message: pb.GenerateResponse) -> list[Json]:
+        """Chunks of a stream: one for each sample that `message` speaks of."""
+        return [self._head | {"choices": [self._delta(output)]} for output in message.outputs]
+
+    def last(self, counted: Json) -> Json:
+        """The chunk that carries the usage."""
+        return self._head | {"choices": [], "usage": counted}
+
+    def whole(self, messages: Sequence[tuple[int, pb.GenerateResponse]], counted: Json) -> Json:
+        """The completion that the stream adds up to."""
+        choices: dict[int, Json] = {}
+        for number, message in messages:
+            for event in self.events(number, message):
+                (part,) = event["choices"]
+                choice = choices.setdefault(
+                    part["index"],
+                    {
+                        "index": part["index"],
+                        "message": {"role": "assistant", "content": None},
+                        "logprobs": None,
+                        "finish_reason": None,
+                    },
+                )
+                _add(choice, part)
+        for choice in choices.values():
+            if choice["message"]["content"] is None and "tool_calls" not in choice["message"]:
+                choice["message"]["content"] = ""
+        head = self._head | {"object": "chat.completion"}
+        return head | {"choices": [choices[i] for i in sorted(choices)], "usage": counted}
+
+    def _delta(self, output: pb.Output) -> Json:
+        delta: Json = {}
+        num_calls = self._num_calls.get(output.index)
+        if num_calls is None:
+            num_calls = self._num_calls[output.index] = 0
+            delta = {"role": "assistant", "content": ""}
+        if output.text:
+            delta["content"] = output.text
+        calls = [_call(call.id, call) for call in output.tool_calls]
+        if output.truncated_tool_call:
+            part = partial_call(output.truncated_tool_call)
+            if part is None:  # without a name it is no call yet
+                delta["content"] = output.text + output.truncated_tool_call
+            else:
+                calls.append(_call(f"call_{secrets.token_hex(12)}", part))
+        if calls:
+            delta["tool_calls"] = [
+                {"index": number} | call for number, call in enumerate(calls, num_calls)
+            ]
+            num_calls += len(calls)
+            self._num_calls[output.index] = num_calls
+        reason = _REASONS.get(output.finish_reason)
+        if reason == "stop" and num_calls:
+            reason = "tool_calls"
+        logprobs = None
+        if output.logprobs:
+            logprobs = {"content": [self._position(row) for row in output.logprobs]}
+        return {
+            "index": output.index,
+            "delta": delta,
+            "logprobs": logprobs,
+            "finish_reason": reason,
+        }
+
+    def _position(self, row: pb.PositionLogprobs) -> Json:
+        top = [self._token(one) for one in row.top]
+        return self._token(row.chosen) | {"top_logprobs": top}
+
+    def _token(self, one: pb.TokenLogprob) -> Json:
+        vocabulary = self._tokenizer.vocabulary
+        return {
+            "token": spell(vocabulary, one.token_id),
+            "logprob": one.logprob,
+            "bytes": list(token_bytes(vocabulary, one.token_id)),
+        }
+
+
+def _call(call_id: str, call: pb.ToolCall | ToolCall) -> Json:
+    return {
+        "id": call_id,
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments},
+    }
+
+
+def _add(choice: Json, part: Json) -> None:
+    """Add a chunk's part to the choice that grows from it."""
+    message, delta = choice["message"], part["delta"]
+    if delta.get("content"):
+        message["content"] = (message["content"] or "") + delta["content"]
+    for call in delta.get("tool_calls", ()):
+        whole = {name: value for name, value in call.items() if name != "index"}
+        message.setdefault("tool_calls", []).append(whole)
+    if part["logprobs"] is not None:
+        if choice["logprobs"] is None:
+            choice["logprobs"] = {"content": []}
+        choice["logprobs"]["content"] += part["logprobs"]["content"]
+    choice["finish_reason"] = part["finish_reason"] or choice["finish_reason"]
+
+
+class CompletionShape:
+    """One completion, of one prompt or of several.
+
+    Args:
+        model: what the answer names as its model.
+        tokenizer: spells tokens out.
+        n: samples of each prompt; sample k of prompt p is choice p * n + k.
+        echo: the prompts' own texts to begin with ("" for one of token ids); None for no echo.
+        skip_special: leave special tokens out of prompts of token ids.
+        prompt_only: give no output, only what `echo` adds.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        tokenizer: Tokenizer,
+        *,
+        n: int,
+        echo: Sequence[str] | None,
+        skip_special: bool,
+        prompt_only: bool = False,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._n = n
+        self._prompt_only = prompt_only
+        self._echo = echo
+        self._skip_special = skip_special
+        self._starts: dict[int, pb.Start] = {}
+        self._offsets: dict[int, TextOffsets] = {}
+        self._head: Json = {
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": model,
+        }
+        self._text = _TextEvents(self._head, ',"text":', ',"logprobs":null,"finish_reason":null}')
+
+    def encoded(self, number: int, message: Message) -> bytes:
+        """The same as `events`, as server-sent events."""
+        if isinstance(message, Piece):
+            index = number * self._n + message.index
+            if index in self._offsets:
+                return self._text.make(index, message.text)
+            message = message.to_wire()
+        return b"".join(map(event, self.events(number, message)))
+
+    def events(self, number: int, message: pb.GenerateResponse) -> list[Json]:
+        """Chunks of a stream: one for each sample that `message` speaks of."""
+        if message.HasField("start"):
+            self._starts[number] = message.start
+        return [
+            self._head | {"choices": [self._choice(number, output)]} for output in message.outputs
+        ]
+
+    def last(self, counted: Json) -> Json:
+        """The chunk that carries the usage."""
+        return self._head | {"choices": [], "usage": self._shown(counted)}
+
+    def whole(self, messages: Sequence[tuple[int, pb.GenerateResponse]], counted: Json) -> Json:
+        """The completion that the stream adds up to."""
+        choices: dict[int, Json] = {}
+        for number, message in messages:
+            for event in self.events(number, message):
+                (part,) = event["choices"]
+                before = choices.setdefault(part["index"], part)
+                if before is part:
+                    continue
+                before["text"] += part["text"]
+                before["finish_reason"] = part["finish_reason"]
+                if before["logprobs"] is None:
+                    before["logprobs"] = part["logprobs"]
+                elif part["logprobs"] is not None:
+                    for name, values in part["logprobs"].items():
+                        before["logprobs"][name] += values
+        told = [choices[i] for i in sorted(choices)]
+        return self._head | {"choices": told, "usage": self._shown(counted)}
+
+    def _shown(self, counted: Json) -> Json:
+        if not self._prompt_only:
+            return counted
+        return counted | {"completion_tokens": 0, "total_tokens": counted["prompt_tokens"]}
+
+    def _choice(self, number: int, output: pb.Output) -> Json:
+        index = number * self._n + output.index
+        text = "" if self._prompt_only else output.text
+        rows = [] if self._prompt_only else list(output.logprobs)
+        reason = _REASONS.get(output.finish_reason)
+        prompt_columns = None
+        if index not in self._offsets:
+            prompt_text = ""
+            if self._echo is not None:
+                start = self._starts[number]
+                prompt_text = self._echo[number] or self._decode(start.prompt_token_ids)
+                alone = len(start.prompt_token_ids) == 1 and bool(output.logprobs)
+                if start.prompt_logprobs or alone:
+                    prompt_columns = self._prompt_logprobs(number, start)
+            text = prompt_text + text
+            self._offsets[index] = self._text_offsets(self._skip_special, len(prompt_text))
+        columns = self._logprobs(rows, self._offsets[index]) if rows else None
+        if prompt_columns is not None:
+            columns = {
+                name: values + (columns or {}).get(name, [])
+                for name, values in prompt_columns.items()
+            }
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": columns,
+            "finish_reason": "length" if self._prompt_only and reason else reason,
+        }
+
+    def _prompt_logprobs(self, number: int, start: pb.Start) -> dict[str, list[Any]]:
+        # A text is given back as it was, without the tokens that were put around it.
+        skip_special = self._skip_special or bool(self._echo and self._echo[number])
+        offsets = self._text_offsets(skip_special)
+        first = start.prompt_token_ids[0]
+        return self._logprobs(start.prompt_logprobs, offsets, first)
+
+    def _logprobs(
+        self,
+        rows: Sequence[pb.PositionLogprobs],
+        offsets: TextOffsets,
+        first: int | None = None,
+    ) -> dict[str, list[Any]]:
+        """The columns of a choice's `logprobs`.
+
+        Args:
+            rows: of its tokens, in order.
+            offsets: continued with them.
+            first: a token before them, of which nothing was expected since nothing goes before it.
+        """
+        vocabulary = self._tokenizer.vocabulary
+        columns: dict[str, list[Any]] = {
+            "tokens": [],
+            "token_logprobs": [],
+            "top_logprobs": [],
+            "text_offset": [],
+        }
+
+        def add(token: int, logprob: float | None, top: Json | None) -> None:
+            columns["tokens"].append(spell(vocabulary, token))
+            columns["token_logprobs"].append(logprob)
+            columns["top_logprobs"].append(top)
+            columns["text_offset"].append(offsets.add(token))
+
+        if first is not None:
+            add(first, None, None)
+        for row in rows:
+            names = spell_apart(vocabulary, [entry.token_id for entry in row.top])
+            values = (entry.logprob for entry in row.top)
+            add(row.chosen.token_id, row.chosen.logprob, dict(zip(names, values, strict=True)))
+        return columns
+
+    def _text_offsets(self, skip_special: bool, begun: int = 0) -> TextOffsets:
+        return TextOffsets(self._tokenizer.vocabulary, skip_special=skip_special, begun=begun)
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special=self._skip_special)
+
+
+def model(one: pb.Model) -> Json:
+    """An entry of `/v1/models`."""
+    return {
+        "id": one.id,
+        "object": "model",
+        "created": one.created,
+        "owned_by": "arriero",
+        "max_model_len": one.max_model_len,
+    }

@@ -1,0 +1,1 @@
+"""The connection between gateways and leaders: framing, messages, client end and server end."""

@@ -1,0 +1,1 @@
+"""The choice of a group for a request, and the move of a running request to another group."""

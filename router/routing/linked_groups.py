@@ -1,0 +1,337 @@
+"""The groups that a gateway is linked to, and the text side of their models.
+
+Implements `Backend` over links. A group counts as connected once its leader has said hello and
+its tokenizer is built. Knows links and cards; knows nothing of how a request looks to a client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import ssl
+import time
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from arriero.router.backend import GroupView, Running
+from arriero.router.directory import prefixes
+from arriero.router.directory.directory import Directory, Reach
+from arriero.router.directory.events import Batch, Snapshot
+from arriero.router.directory.prefixes import NOTHING, CacheRoot
+from arriero.router.link.client import LinkClient
+from arriero.router.text.model_card import ModelCard
+from arriero.router.text.text_model import TextModel
+from arriero.shards.engine.types import EngineRequest
+from arriero.shards.errors import ArrieroError, InvalidRequest, NotFound, Unavailable
+
+log = logging.getLogger(__name__)
+
+MIN_PULL_TOKENS = 64
+"""Fewer are computed sooner than they are asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupAddress:
+    """Where a group's leader listens.
+
+    Attributes:
+        group_id: unique among the groups.
+        model: the id under which clients ask for its model.
+        address: host and port of the leader's `LinkServer`.
+        token: the leader's own, without which it takes no link; "" for one that asks for none.
+    """
+
+    group_id: str
+    model: str
+    address: str
+    token: str = field(default="", repr=False)
+
+
+class LinkedGroups:
+    """Links to a changing set of groups.
+
+    Args:
+        on_change: called on the event loop when a group becomes connected or stops being so.
+        models: ids of models that are known to be deployed, whether or not a group of theirs is.
+        tls: of the links; None for links in the clear.
+        on_lost: called on the event loop when the link to a group is lost: its id, and the cause.
+    """
+
+    def __init__(
+        self,
+        on_change: Callable[[], None],
+        models: Iterable[str] = (),
+        tls: ssl.SSLContext | None = None,
+        *,
+        on_lost: Callable[[str, str], None] = lambda group_id, cause: None,
+    ) -> None:
+        self._on_change = on_change
+        self._tls = tls
+        self._on_lost = on_lost
+        self._models = frozenset(models)
+        self._groups: dict[str, _Group] = {}
+        self._texts: dict[str, asyncio.Task[TextModel]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        # a link that is up is heard of all the time, and one that is lost gives its place up
+        self._directory = Directory(lease_s=math.inf)
+
+    async def set_groups(
+        self, addresses: Iterable[GroupAddress], *, fenced: Container[str] | None = None
+    ) -> None:
+        """Link to these groups; those that stay keep their streams.
+
+        Args:
+            addresses: the groups.
+            fenced: groups that are not to be heard any more. None drops all that are not in
+                `addresses`; else one that is in neither stays while its link is up, since whoever
+                keeps the list may have forgotten it in a restart.
+        """
+        wanted = {address.group_id: address for address in addresses}
+        gone = [
+            group_id
+            for group_id, group in self._groups.items()
+            if wanted.get(group_id) != group.address
+            and (group_id in wanted or fenced is None or group_id in fenced or not group.link.up)
+        ]
+        closing = [self._groups.pop(group_id) for group_id in gone]
+        for group_id, address in wanted.items():
+            if group_id not in self._groups:
+                group = _Group(address)
+                group.link = LinkClient(
+                    address.address,
+                    partial(self._changed, group),
+                    token=address.token,
+                    tls=self._tls,
+                    group_id=group_id,
+                    on_kv=partial(self._on_kv, group_id),
+                )
+                self._groups[group_id] = group
+                group.link.start()
+        await asyncio.gather(*(group.link.close() for group in closing))
+        for group_id in gone:
+            self._directory.drop(group_id)
+        used = {group.text_key for group in self._groups.values()}
+        self._texts = {key: task for key, task in self._texts.items() if key in used}
+        self._on_change()
+
+    async def close(self) -> None:
+        """Drop every link."""
+        await self.set_groups([])
+        for task in [*self._tasks, *self._texts.values()]:
+            task.cancel()
+
+    def groups(self) -> list[GroupView]:
+        """The connected groups."""
+        return [
+            GroupView(
+                group_id=group_id,
+                model=group.address.model,
+                card=group.link.card,
+                load=group.link.load,
+                stats=group.link.stats,
+                role=group.link.role,
+            )
+            for group_id, group in self._groups.items()
+            if group.ready
+        ]
+
+    def faults(self) -> dict[str, str]:
+        """By group, why it cannot be used although its link is up."""
+        return {name: group.fault for name, group in self._groups.items() if group.fault}
+
+    def models(self) -> set[str]:
+        """Ids of the models that are deployed, or that a known group serves."""
+        return {*self._models} | {group.address.model for group in self._groups.values()}
+
+    @property
+    def only(self) -> str:
+        """The id of the only model; "" if there is none, or another."""
+        known = self.models()
+        return next(iter(known)) if len(known) == 1 else ""
+
+    def generate(self, group_id: str, request: EngineRequest, source: str = "") -> Running:
+        """Run a request; see `Backend`."""
+        group = self._groups.get(group_id)
+        if group is None:
+            raise Unavailable(f"group {group_id!r} was removed")
+        if len(self._groups) < 2:  # nobody to compare with, or to copy from
+            return group.link.generate(request)
+        reach = self._reach(group.link.card, request)
+        mine = reach.get(group_id, NOTHING).total
+        if source not in ("", group_id) and CacheRoot.of(group.link.card, request) is not None:
+            # the directory may not have heard yet of what was computed a moment ago
+            reach = {**reach, source: Reach(0, len(request.prompt))}
+        peer = self._peer(group_id, reach)
+        if peer is None or reach[peer].total - mine < MIN_PULL_TOKENS:
+            return group.link.generate(request, mine)
+        address = self._groups[peer].address
+        return group.link.generate(request, reach[peer].total, (address.address, address.token))
+
+    def cancel(self, group_id: str, request_id: str) -> None:
+        """Stop a request; see `Backend`."""
+        group = self._groups.get(group_id)
+        if group is not None:
+            group.link.cancel(request_id)
+
+    def find(self, model: str) -> tuple[TextModel, list[GroupView]]:
+        """A model's text side and the connected groups that share it, at least one.
+
+        Args:
+            model: its id; "" means the only one.
+
+        Raises:
+            InvalidRequest: "" while several are served.
+            NotFound: it is not deployed.
+            Unavailable: none of its groups is connected.
+        """
+        known = sorted(self.models())
+        if not model:
+            if len(known) > 1:
+                raise InvalidRequest(
+                    "model", f"`model` is empty; name one of {', '.join(known)[:500]}"
+                )
+            if not known:
+                raise Unavailable("no model is served yet")
+            model = known[0]
+        if model not in known:
+            raise NotFound(
+                f"`model`={model[:128]!r} is not served; there is "
+                f"{', '.join(known)[:500] or 'none yet'}"
+            )
+        views = [view for view in self.groups() if view.model == model]
+        if not views:
+            causes = {
+                group.cause for group in self._groups.values() if group.address.model == model
+            }
+            if not causes:
+                raise Unavailable(
+                    f"model {model!r} has no group serving now: starting or being replaced"
+                )
+            raise Unavailable(f"no group of {model!r} is ready: {'; '.join(sorted(causes))[:500]}")
+        # While an update is under way, groups may differ in tokenizer: speak the newest's.
+        newest = max(views, key=lambda view: (view.card.created, view.group_id))
+        key = self._groups[newest.group_id].text_key
+        return (
+            self._texts[key].result(),
+            [view for view in views if self._groups[view.group_id].text_key == key],
+        )
+
+    def sharing(self, model: str, text: TextModel, request: EngineRequest) -> list[GroupView]:
+        """The connected groups of a model that speak `text`, which `find` gave before.
+
+        Their views say how much of the request's prompt each has already.
+        """
+        views = [
+            view
+            for view in self.groups()
+            if view.model == model and self._groups[view.group_id].text_key == text.key
+        ]
+        if len(views) < 2:
+            return views
+        roots = {view.card.cache_root: view.card for view in views}
+        reach = {root: self._reach(card, request) for root, card in roots.items()}
+        found = []
+        for view in views:
+            known = reach[view.card.cache_root]
+            own, peer = known.get(view.group_id, NOTHING), self._peer(view.group_id, known)
+            view = replace(view, reach=own)
+            if peer is not None:
+                near = self._groups[peer].link.card.memory == view.card.memory
+                view = replace(view, peer_reach=known[peer].total, peer_near=near)
+            found.append(view)
+        return found
+
+    def _peer(self, group_id: str, reach: Mapping[str, Reach]) -> str | None:
+        """The group to copy a prompt's blocks from: who has most, best on the same node."""
+        memory = self._groups[group_id].link.card.memory
+        if not memory:  # it keeps none in host memory, and so takes none from there
+            return None
+        able = {}
+        for other in reach.keys() - {group_id}:
+            group = self._groups.get(other)
+            if group is not None and group.ready and group.link.card.memory:
+                able[other] = (reach[other].total, group.link.card.memory == memory, other)
+        return max(able, key=able.__getitem__, default=None)
+
+    def _reach(self, card: ModelCard, request: EngineRequest) -> Mapping[str, Reach]:
+        """Tokens of a prompt that each group has."""
+        root = CacheRoot.of(card, request)
+        return {} if root is None else prefixes.find(self._directory, root, request.prompt)
+
+    def _on_kv(self, group_id: str, told: Batch | Snapshot) -> None:
+        now_s = time.monotonic()
+        if isinstance(told, Snapshot):
+            self._directory.snapshot(group_id, told, now_s)
+        else:
+            self._directory.apply(group_id, told, now_s)
+        self._directory.sweep()
+
+    def _changed(self, group: _Group) -> None:
+        if group.link.connected:
+            task = asyncio.create_task(self._prepare(group))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        else:
+            group.prepared = False
+            self._directory.drop(group.address.group_id)
+            self._on_change()
+            if not group.link.up and group.address.group_id in self._groups:
+                self._on_lost(group.address.group_id, group.link.cause)
+
+    def _warm(self, built: asyncio.Task[TextModel]) -> None:
+        """Make ready for grammars, while others are served already."""
+        if built.cancelled() or built.exception() is not None:
+            return
+        warming = asyncio.create_task(self._warm_grammars(built.result()))
+        self._tasks.add(warming)
+        warming.add_done_callback(self._tasks.discard)
+
+    async def _warm_grammars(self, text: TextModel) -> None:
+        """A model that could follow no grammar is not served at all."""
+        try:
+            await asyncio.to_thread(text.grammars.warm)
+        except ArrieroError as error:
+            for group_id, group in self._groups.items():
+                if group.text_key == text.key:
+                    group.fault, group.prepared = str(error), False
+                    log.error("group %s cannot be used: %s", group_id, error)
+            self._on_change()
+
+    async def _prepare(self, group: _Group) -> None:
+        """Build the tokenizer off the loop (a second for 200,000 tokens), once a tokenizer."""
+        card = group.link.card
+        key = group.text_key = card.text_key
+        if key not in self._texts:
+            build = partial(TextModel, card, warm=False)
+            self._texts[key] = asyncio.create_task(asyncio.to_thread(build))
+            self._texts[key].add_done_callback(self._warm)
+        try:
+            await asyncio.shield(self._texts[key])
+        except ArrieroError as error:
+            group.fault = str(error)
+            log.error("group %s cannot be used: %s", group.address.group_id, error)
+            return
+        group.prepared = True
+        self._on_change()
+
+
+class _Group:
+    """One linked group."""
+
+    link: LinkClient
+
+    def __init__(self, address: GroupAddress) -> None:
+        self.address = address
+        self.text_key = ""
+        self.fault = ""
+        self.prepared = False
+
+    @property
+    def ready(self) -> bool:
+        return self.prepared and self.link.connected
+
+    @property
+    def cause(self) -> str:
+        return self.fault or self.link.cause

@@ -1,0 +1,1 @@
+"""Tokenizer, chat template, stop strings, images, output constraints and model card."""

@@ -1,0 +1,143 @@
+"""Grammars of answers that may call: held from the moment that a call begins.
+
+Text runs free up to the beginning of a call of a strict tool; from there on its arguments fit the
+tool's schema, and then text runs free again. With a form as well, the answer is calls or fits the
+form. Knows the spellings of calls (`tools.parser` reads them); knows nothing of requests.
+
+The beginning is a lazy lexeme of llguidance: the shortest text that ends in it wins over free text.
+Spellings whose arguments are not written as JSON, `[f(a=1)]` and `f.call(a=1)`, and objects that do
+not begin with the name, cannot be held to a schema: text may not contain them for a strict tool.
+
+Source: llguidance's syntax.md, "Lazy lexemes" and "Structural tags".
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from arriero.router.text.constraints import MAX_CALLS, Form, form_of_schemas, parameter_schemas
+
+_WORD = re.compile(r"[A-Za-z0-9_-]")
+_JSON = "start: %json"
+"""How the grammar of a form of JSON begins."""
+_KEYS = "type|function|parameters|arguments"
+
+
+def strict_form(tools: Sequence[Mapping[str, Any]], *, tags: Sequence[str] = ()) -> Form:
+    """The form of free text in which every call of `tools` fits its schema.
+
+    Args:
+        tools: the strict ones, as templates take them.
+        tags: special tokens after which a call may begin, of those that the tokenizer has.
+
+    Raises:
+        InvalidRequest: the parameters of a tool break a limit.
+    """
+    names = "|".join(_escaped(tool["function"]["name"]) for tool in tools)
+    parts = [f"json{number} | tagged{number}" for number in range(len(tools))]
+    parts += [f"TEXT? {tag}" for tag in tags]
+    lines = [
+        f"start: ({' | '.join(parts)})* TEXT",
+        r"TEXT: /(?s:.*)/ & ~LOOSE",
+        rf"LOOSE: /((?s:.*)[\n\[,;])?\s*({names})(\.call)?\s*\((?s:.*)/"
+        rf' | /(?s:.*)\{{\s*"({_KEYS})"(?s:.*)"({names})"(?s:.*)/',
+    ]
+    for number, tool in enumerate(tools):
+        name = _escaped(tool["function"]["name"])
+        lines += [
+            rf'head{number}[lazy]: TEXT /\{{\s*"name"\s*:\s*"{name}"/',
+            rf'json{number}: head{number} /\s*,\s*"(parameters|arguments)"\s*:\s*/ '
+            rf"parameters{number} /\s*\}}/",
+            rf"tag{number}[lazy]: TEXT /<function=\s*{name}\s*>\s*/",
+            rf'tagged{number}: tag{number} parameters{number} /\s*/ "</function>"',
+        ]
+    return form_of_schemas("tools", parameter_schemas(tools), lines)
+
+
+def calls_or_form(tools: Sequence[Mapping[str, Any]], form: Form, *, parallel: bool) -> Form:
+    """The form of an answer that is calls of `tools`, or else fits another form.
+
+    Each call is a JSON Schema of its own. Beside another JSON Schema only such rules are told apart
+    sign by sign: the library's lexer takes the longest word, and a call's beginning as one word
+    would swallow the other's.
+
+    Args:
+        tools: as templates take them.
+        form: of an answer without calls. An object that fits it and looks like a call is taken for
+            a call.
+        parallel: whether there may be several calls.
+
+    Raises:
+        InvalidRequest: the parameters of a tool break a limit.
+    """
+    several = f' ("; " call){{0,{MAX_CALLS - 1}}}' if parallel else ""
+    choices = " | ".join(f"call{number}" for number in range(len(tools)))
+    lines = ["start: calls | form", f"calls: call{several}", f"call: {choices}"]
+    schemas = [
+        (f"call{number}", field, schema)
+        for number, (_, field, schema) in enumerate(parameter_schemas(tools))
+    ]
+
+    def wrap(number: int, parameters: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "type": "object",
+            "properties": {
+                "name": {"const": tools[number]["function"]["name"]},
+                "parameters": _moved(parameters, "#/properties/parameters"),
+            },
+            "required": ["name", "parameters"],
+            "additionalProperties": False,
+        }
+
+    calls = form_of_schemas("tools", schemas, lines, wrap)
+    loose = ""
+    if calls.loose or form.loose:
+        loose = _joined(calls.loose or calls.grammar, form.loose or form.grammar)
+    return Form(
+        field=form.field,
+        grammar=_joined(calls.grammar, form.grammar),
+        loose=loose,
+        not_enforced=(*form.not_enforced, *calls.not_enforced),
+    )
+
+
+def _joined(calls: str, form: str) -> str:
+    """The grammar of `calls`, whose rule `form` is missing, with that rule."""
+    if form.startswith(_JSON):
+        return calls + "form: %json" + form.removeprefix(_JSON)
+    grammars = [
+        {"name": "answer", "lark_grammar": f"{calls}form: @own\n"},
+        {"name": "own", "lark_grammar": _lark(form)},
+    ]
+    return json.dumps({"grammars": grammars})
+
+
+def _moved(schema: Any, root: str) -> Any:  # noqa: ANN401
+    """A schema that stands at `root` of another, with its references to itself."""
+    if isinstance(schema, list):
+        return [_moved(item, root) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: root + item[1:]
+        if key == "$ref" and isinstance(item, str) and item.startswith("#")
+        else _moved(item, root)
+        for key, item in schema.items()
+    }
+
+
+def _lark(form: str) -> str:
+    """A form's grammar as Lark: that of a regular expression comes as JSON around it."""
+    if not form.startswith("{"):
+        return form
+    (grammar,) = json.loads(form)["grammars"]
+    lark: str = grammar["lark_grammar"]
+    return lark
+
+
+def _escaped(name: str) -> str:
+    """A tool's name in a regular expression."""
+    return "".join(char if _WORD.fullmatch(char) else f"\\{char}" for char in name)

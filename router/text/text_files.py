@@ -1,0 +1,171 @@
+"""What a checkpoint's text files say: tokenizer, chat templates, special tokens, sampling defaults.
+
+Knows the files' names, their forms over the years, and which of them has the last word; knows
+nothing of what the texts mean (see `agreement`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from arriero.router import templates
+from arriero.router.text.sampling_defaults import read_defaults
+from arriero.shards.errors import CheckpointError
+from arriero.shards.files.bad_file import HEAD_BYTES, explain_error, explain_head
+from arriero.shards.model_config.end_tokens import SETTINGS, SPECIALS, token_text
+
+TEMPLATE_FOLDER = "additional_chat_templates"
+DEFAULT = "default"
+_BOM = b"\xef\xbb\xbf"
+_SPECIAL_FIELDS = (
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextFiles:
+    """The text side of a folder.
+
+    Attributes:
+        tokenizer_json: the file's bytes, without a byte order mark.
+        chat_template: Jinja source of the default template, or None.
+        named_templates: the others, by name.
+        special_tokens: text of `bos_token`, `eos_token` and the like, by field.
+        generation_defaults: sampling fields of generation_config.json.
+        warnings: what was left out, in words.
+    """
+
+    tokenizer_json: bytes
+    chat_template: str | None
+    named_templates: Mapping[str, str]
+    special_tokens: Mapping[str, str]
+    generation_defaults: Mapping[str, float]
+    warnings: tuple[str, ...]
+
+    @classmethod
+    def read(cls, folder: Path) -> TextFiles:
+        """Read a folder.
+
+        Raises:
+            CheckpointError: there is no tokenizer.json, a file is not what its name says, or none
+                of several chat templates is the default.
+        """
+        tokenizer_json = _tokenizer(folder)
+        settings = _read_json(folder / SETTINGS)
+        named = _named_templates(folder, settings)
+        default = named.pop(DEFAULT, None) or _builtin(folder, tokenizer_json)
+        if default is None and len(named) > 1:
+            raise CheckpointError(
+                f"{folder}: has chat templates {', '.join(sorted(named))} and none named "
+                f"{DEFAULT!r}; name the one for plain conversations so"
+            )
+        if default is None and named:
+            _, default = named.popitem()
+        defaults, warnings = read_defaults(_read_json(folder / "generation_config.json"))
+        return cls(
+            tokenizer_json=tokenizer_json,
+            chat_template=default,
+            named_templates=named,
+            special_tokens=_special_tokens(folder, settings),
+            generation_defaults=defaults,
+            warnings=tuple(warnings),
+        )
+
+
+def _tokenizer(folder: Path) -> bytes:
+    file = folder / "tokenizer.json"
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        words = f"{file}: {explain_error(file, error)}"
+        if (folder / "tokenizer.model").is_file():
+            words += (
+                "; the folder holds tokenizer.model alone, which is not read: have transformers "
+                "write a tokenizer.json, by AutoTokenizer.from_pretrained(FOLDER)"
+                ".save_pretrained(FOLDER)"
+            )
+        raise CheckpointError(words) from error
+    because = explain_head(data[:HEAD_BYTES], len(data))
+    if because is not None:
+        raise CheckpointError(f"{file}: {because}")
+    return data.removeprefix(_BOM)
+
+
+def _named_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Templates by name; those in files of their own replace all that the settings hold."""
+    file = folder / "chat_template.jinja"
+    named = {DEFAULT: _read_text(file)} if file.exists() else {}
+    for extra in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja")):
+        named[extra.stem] = _read_text(extra)
+    if not named:
+        source = folder / "chat_template.json"
+        given = _read_json(source).get("chat_template")
+        if given is None:
+            source, given = folder / SETTINGS, settings.get("chat_template")
+        named = _listed_templates(source, given)
+    return {name: text for name, text in named.items() if text.strip()}
+
+
+def _listed_templates(file: Path, given: Any) -> dict[str, str]:  # noqa: ANN401
+    """One text, a list of {"name": …, "template": …}, or an object of texts by name."""
+    if given is None:
+        return {}
+    if isinstance(given, str):
+        return {DEFAULT: given}
+    pairs: list[tuple[Any, Any]] = []
+    if isinstance(given, Mapping):
+        pairs = list(given.items())
+    elif isinstance(given, list) and all(isinstance(entry, Mapping) for entry in given):
+        pairs = [(entry.get("name"), entry.get("template")) for entry in given]
+    if not pairs or not all(isinstance(part, str) for pair in pairs for part in pair):
+        raise CheckpointError(
+            f"{file}: `chat_template` is a {type(given).__name__} that holds no templates; give a "
+            'text, or a list of {"name": …, "template": …}'
+        )
+    return dict(pairs)
+
+
+def _builtin(folder: Path, tokenizer_json: bytes) -> str | None:
+    """A template of our own, when the special tokens are those of a Llama that we know."""
+    try:
+        added = json.loads(tokenizer_json).get("added_tokens") or []
+        specials = {token["content"] for token in added}
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{folder / 'tokenizer.json'}: {error!r}") from error
+    config = _read_json(folder / "config.json")
+    scaling = config.get("rope_scaling") or config.get("rope_parameters")
+    factor = scaling.get("factor") if isinstance(scaling, Mapping) else None
+    return templates.find(specials, rope_factor=factor)
+
+
+def _special_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    mapped = _read_json(folder / SPECIALS)
+    found = {
+        name: token_text(settings.get(name)) or token_text(mapped.get(name))
+        for name in _SPECIAL_FIELDS
+    }
+    return {name: text for name, text in found.items() if text}
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, empty when there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        data = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: holds a JSON {type(data).__name__}, not an object")
+    return data

@@ -1,0 +1,273 @@
+"""The collectives of one slice: tensor-parallel sums, pipeline hand-over, tokens.
+
+Over `torch.distributed`: gloo on CPU, NCCL on CUDA. Knows ranks and tensors; knows nothing of
+models or plans.
+
+Sums are taken in rank order, so that a row's sum does not depend on where it sits in the batch
+(a ring all-reduce adds different parts of a buffer in different orders).
+
+Shape legend: T tokens, H hidden size, R rows, V vocabulary rows held here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import Store
+
+from arriero.shards.checkpoint.formats.stored import AnyPart
+from arriero.shards.collectives.all_to_all import (
+    DirectExchange,
+    Exchange,
+    TwoLevelExchange,
+    topology,
+)
+from arriero.shards.collectives.watchdog import Mark, Watchdog
+
+TIMEOUT_S = 120.0
+MOST_SENDING = 8
+"""Steps that the next stage may be behind with taking activations in."""
+
+
+class Mesh:
+    """One rank's view of its group's mesh: `pp` stages of `dp` x `tp` ranks."""
+
+    def __init__(
+        self,
+        part: AnyPart,
+        *,
+        tp: int,
+        pp: int,
+        dp: int = 1,
+        device: torch.device,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        """Describe the mesh; `join` connects it.
+
+        Args:
+            part: what this rank holds.
+            tp: ranks that share a sequence's attention in a stage.
+            pp: stages.
+            dp: how many such sets a stage has, each with sequences of its own.
+            device: of the tensors.
+            timeout_s: a wait for another rank that takes longer fails the group.
+        """
+        self.part, self.tp, self.pp, self.dp, self.device = part, tp, pp, dp, device
+        mark = _Marks(device) if device.type == "cuda" and tp * pp * dp > 1 else None
+        self.watchdog = Watchdog(part.rank, timeout_s, _abort, mark)
+        self._timeout = timedelta(seconds=timeout_s)
+        self._tp_group: dist.ProcessGroup | None = None
+        self._stage_group: dist.ProcessGroup | None = None
+        self._exchange: Exchange | None = None
+        self._exchange_groups: list[dist.ProcessGroup] = []
+        self._sending: deque[tuple[dist.Work, Tensor]] = deque()
+
+    @property
+    def _first(self) -> int:
+        """The rank that is tp rank 0 of this one's tensor-parallel set."""
+        return self.part.rank - self.part.tp_rank
+
+    @property
+    def samples(self) -> bool:
+        """Whether this rank draws its sequences' tokens: tp rank 0 of the last stage."""
+        return self.part.last_stage and self.part.tp_rank == 0
+
+    def join(self, store: Store, host: str) -> None:
+        """Join the group's other ranks through `store`; each rank of several must call it.
+
+        Args:
+            store: the rendezvous.
+            host: this rank's address, which its sockets bind to when it is a loopback one.
+        """
+        if host.startswith("127."):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        world = self.tp * self.dp * self.pp
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=self.part.rank,
+            world_size=world,
+            timeout=self._timeout,
+            device_id=self._own_device(),
+        )
+        if 1 < self.tp < world:  # each group of gloo's has a thread that looks 100 times a second
+            for first in range(0, world, self.tp):
+                # new_group is collective: every rank makes every group
+                ranks = list(range(first, first + self.tp))
+                group = dist.new_group(ranks, timeout=self._timeout)
+                if first == self._first:
+                    self._tp_group = group
+
+        if self.dp > 1:
+            self._join_stages(store, host)
+        if self.device.type == "cuda":
+            self._connect()
+
+    def _own_device(self) -> torch.device | None:
+        """The device that NCCL is to make its communicators on at once; None for gloo."""
+        if self.device.type != "cuda":
+            return None
+        return torch.device("cuda", torch.cuda.current_device())
+
+    def _connect(self) -> None:
+        """Use each group and each pair of ranks once, so that no step waits for a communicator.
+
+        NCCL makes them at their first use, which over many GPUs takes longer than a hang may.
+        """
+        word = torch.zeros(1, device=self.device)
+        dist.all_reduce(word)
+        for group in (self._tp_group, *self._exchange_groups):
+            if group is not None:
+                dist.all_reduce(word, group=group)
+        if self.tp > 1:  # logits go to tp rank 0
+            if self.part.tp_rank:
+                dist.send(word, self._first, group=self._tp_group)
+            else:
+                for other in range(1, self.tp):
+                    dist.recv(word, self._first + other, group=self._tp_group)
+        if not self.part.first_stage:
+            dist.recv(word, self.part.rank - self.stage_size)
+        if not self.part.last_stage:
+            dist.send(word, self.part.rank + self.stage_size)
+        torch.cuda.synchronize(self.device)
+
+    def _join_stages(self, store: Store, host: str) -> None:
+        """Make the groups in which each stage's ranks exchange rows for experts."""
+        world, size = self.tp * self.dp * self.pp, self.stage_size
+        store.set(f"host/{self.part.rank}", host)
+        hosts = [store.get(f"host/{rank}").decode() for rank in range(world)]
+        for first in range(0, world, size):
+            ranks = list(range(first, first + size))
+            stage = dist.new_group(ranks, timeout=self._timeout)
+            per_node = topology(hosts[first : first + size])
+            nodes = [ranks[i : i + per_node] for i in range(0, size, per_node or size)]
+            rails = [ranks[place::per_node] for place in range(per_node)]
+            of_nodes, of_rails = (
+                [(one, dist.new_group(one, timeout=self._timeout)) for one in kind if per_node]
+                for kind in (nodes, rails)
+            )
+            if self.part.rank not in ranks:
+                continue
+            self._stage_group = stage
+            self._exchange = DirectExchange(self.stage_rank, stage)
+            self._exchange_groups = [stage]
+            if per_node:
+                node, rail = (
+                    next(group for ranks, group in kind if self.part.rank in ranks)
+                    for kind in (of_nodes, of_rails)
+                )
+                self._exchange = TwoLevelExchange(self.stage_rank, per_node, node, rail)
+                self._exchange_groups += [node, rail]
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks of a stage."""
+        return self.tp * self.dp
+
+    @property
+    def stage_rank(self) -> int:
+        """This rank's place in its stage."""
+        return self.part.rank % self.stage_size
+
+    @property
+    def stage_group(self) -> dist.ProcessGroup:
+        """Of the ranks of this stage."""
+        assert self._stage_group is not None, "joined, with data-parallel ranks"
+        return self._stage_group
+
+    @property
+    def exchange(self) -> Exchange:
+        """Over the ranks of this stage."""
+        assert self._exchange is not None, "joined, with data-parallel ranks"
+        return self._exchange
+
+    def leave(self) -> None:
+        """Give the process group back."""
+        self._sending.clear()
+        self.watchdog.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def reduce(self, x_TH: Tensor) -> Tensor:
+        """Sum over the ranks that share attention, in rank order; may work in place."""
+        if self.tp == 1:
+            return x_TH
+        if self.tp == 2:  # a + b is b + a: any algorithm keeps the order
+            with self.watchdog.watch("all-reduce"):
+                dist.all_reduce(x_TH, group=self._tp_group)
+            return x_TH
+        parts = torch.empty((self.tp, *x_TH.shape), dtype=x_TH.dtype, device=x_TH.device)
+        with self.watchdog.watch("all-reduce"):
+            dist.all_gather(list(parts.unbind()), x_TH.contiguous(), group=self._tp_group)
+        total = parts[0]
+        for i in range(1, self.tp):
+            total += parts[i]
+        return total
+
+    def gather_logits(self, logits_RV: Tensor, sizes: list[int]) -> Tensor | None:
+        """Join the ranks' vocabulary rows on tp rank 0: [R, sum of `sizes`]; None elsewhere."""
+        if self.tp == 1:
+            return logits_RV
+        first = self._first
+        if self.part.tp_rank:
+            with self.watchdog.watch("send of logits"):
+                dist.send(logits_RV.contiguous(), first, group=self._tp_group)
+            return None
+        rows = logits_RV.shape[0]
+        parts = [logits_RV]
+        for i in range(1, self.tp):
+            part = torch.empty((rows, sizes[i]), dtype=logits_RV.dtype, device=logits_RV.device)
+            with self.watchdog.watch(f"logits from rank {first + i}"):
+                dist.recv(part, first + i, group=self._tp_group)
+            parts.append(part)
+        return torch.cat(parts, dim=1)
+
+    def share_tokens(self, tokens_R: Tensor) -> None:
+        """Give the sampled tokens (int32, in place) to the ranks of a single-stage group."""
+        if self.tp > 1 and self.pp == 1:
+            with self.watchdog.watch("broadcast of tokens"):
+                dist.broadcast(tokens_R, self._first, group=self._tp_group)
+
+    def send_hidden(self, x_TH: Tensor) -> None:
+        """Hand activations to the next stage; keeps `x_TH` until they are out.
+
+        Returns at once unless the next stage is `MOST_SENDING` steps behind.
+        """
+        while self._sending and self._sending[0][0].is_completed():
+            self._sending.popleft()
+        while len(self._sending) >= MOST_SENDING:  # gloo says "completed" of what was waited for
+            with self.watchdog.watch("send of activations to the next stage"):
+                self._sending.popleft()[0].wait()
+        work = dist.isend(x_TH, self.part.rank + self.tp * self.dp)
+        if work is not None:
+            self._sending.append((work, x_TH))
+
+    def recv_hidden(self, x_TH: Tensor) -> None:
+        """Fill `x_TH` with the activations of the stage before."""
+        with self.watchdog.watch("activations from the stage before"):
+            dist.recv(x_TH, self.part.rank - self.tp * self.dp)
+
+
+class _Marks:
+    """Marks of a CUDA device's current stream, which waits for each collective queued on it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def __call__(self) -> Mark:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+
+def _abort() -> None:
+    """Break off every wait of this process for another rank."""
+    group = dist.distributed_c10d._get_default_group()
+    group.abort()

@@ -1,0 +1,1 @@
+"""Frozen settings of a group: layout, limits, KV tiers, sampling parameters."""

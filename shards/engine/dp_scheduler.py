@@ -1,0 +1,212 @@
+"""The lanes of a group: one scheduler for each data-parallel rank, in step with each other.
+
+Ranks of a stage meet in every layer with experts, so each step has a plan for every lane; a lane
+with nothing to run gets a plan without rows. Requests go to the lane that has least to do, a found
+prefix counting as less to do. Most groups have one lane.
+
+Knows schedulers; knows nothing of what is in a plan.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
+
+from arriero.shards.engine.cache_report import CacheReport
+from arriero.shards.engine.limits import check_config
+from arriero.shards.engine.scheduler import Scheduler
+from arriero.shards.engine.types import EngineConfig, EngineRequest, EngineStats, SequenceOutput
+from arriero.shards.errors import GroupFailed
+from arriero.shards.kv.blocks import CacheEvent, CacheListener
+from arriero.shards.kv.limits import PeerBlocks
+from arriero.shards.kv.transfers import Moved, Moves, Pool
+from arriero.shards.protocol.step_plan import StepPlan, StepResult
+
+_PREFIX_WORTH = 2.0
+"""A prompt found whole in a lane's cache is worth its being so many requests longer."""
+
+
+class Lanes:
+    """As `Scheduler`, for all lanes of a group.
+
+    Args:
+        config: limits; those of slots, blocks and tokens are each lane's own.
+        on_event: told of keys that become findable in some lane, and that cease to be in all.
+        clock: seconds, monotonic.
+
+    Raises:
+        SpecError: a field of `config` that cannot be.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        on_event: CacheListener | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        check_config(config)
+        self.config = config
+        self._on_event = on_event
+        self._stored: Counter[bytes] = Counter()
+        self._kept: list[set[bytes]] = [set() for _ in range(config.num_lanes)]
+        self._lanes = [
+            Scheduler(config, on_event=self._listener(number), clock=clock)
+            for number in range(config.num_lanes)
+        ]
+        self._lane_of: dict[str, Scheduler] = {}
+
+    def check_load(self, request_id: str, *, num_pending: int = 0) -> None:
+        """As `Scheduler.check_load`; the queue's limit is the group's."""
+        waiting = sum(lane.num_waiting for lane in self._lanes)
+        # the lane that has the id first, since it says what is wrong
+        for lane in sorted(self._lanes, key=lambda one: not one.is_live(request_id)):
+            lane.check_load(request_id, num_pending=num_pending + waiting - lane.num_waiting)
+
+    def enqueue(self, request: EngineRequest) -> None:
+        """Queue a request that was checked, in the lane that suits it best."""
+        lane = self._lanes[0]
+        if len(self._lanes) > 1:
+            lane = min(self._lanes, key=lambda one: _cost(one, request))
+            self._lane_of[request.request_id] = lane
+        lane.enqueue(request)
+
+    def cancel(self, request_id: str) -> list[SequenceOutput]:
+        """End a request now; unknown ids are ignored."""
+        return self._lane_of.pop(request_id, self._lanes[0]).cancel(request_id)
+
+    def fail(self, cause: str) -> list[SequenceOutput]:
+        """End every request with finish_reason "error"; nothing is outstanding from now on."""
+        self._lane_of.clear()
+        return [output for lane in self._lanes for output in lane.fail(cause)]
+
+    @property
+    def num_live(self) -> int:
+        """Requests that have not ended."""
+        return sum(lane.num_live for lane in self._lanes)
+
+    @property
+    def num_outstanding(self) -> int:
+        """Plans made whose result is not in."""
+        return sum(lane.num_outstanding for lane in self._lanes)
+
+    @property
+    def num_moving(self) -> int:
+        """Copies of blocks under way or waiting to be made."""
+        return sum(lane.num_moving for lane in self._lanes)
+
+    def take_moves(self) -> list[Moves]:
+        """Copies of blocks to be made after every plan so far."""
+        taken = []
+        for number, lane in enumerate(self._lanes):
+            for moves in lane.take_moves():
+                moves.lane = number
+                taken.append(moves)
+        return taken
+
+    def take_moved(self, moved: list[Moved]) -> None:
+        """Hear from slices what came of copies, maybe nothing."""
+        for number, lane in enumerate(self._lanes):
+            lane.take_moved([one for one in moved if one.lane == number])
+
+    def cache(self) -> CacheReport:
+        """What the KV cache holds, and for whom."""
+        return CacheReport.total([lane.cache() for lane in self._lanes])
+
+    def pin(self, name: str, tokens: tuple[int, ...]) -> int:
+        """Keep a prefix on the device wherever it is; the most tokens of it in one lane."""
+        return max(lane.pin(name, tokens) for lane in self._lanes)
+
+    def unpin(self, name: str) -> bool:
+        """Let go of a pin; False where there is none of this name."""
+        return any([lane.unpin(name) for lane in self._lanes])
+
+    def keeping(self, keys: list[bytes]) -> bool:
+        """Whether some of these blocks are on their way to host memory; from any thread."""
+        return any(lane.keeping(keys) for lane in self._lanes)
+
+    def shared(self, keys: list[bytes]) -> dict[Pool, PeerBlocks]:
+        """What another group may copy of these blocks, by pool: of the lane that has most of them.
+
+        From any thread.
+        """
+        each = [lane.shared(keys) for lane in self._lanes]
+        return max(each, key=lambda one: len(one[Pool.ALL].slots) if one else 0)
+
+    def flush(self) -> int:
+        """Forget every block that nobody holds, on the device and below; how many."""
+        return sum(lane.flush() for lane in self._lanes)
+
+    @property
+    def stats(self) -> EngineStats:
+        """A snapshot of all lanes, without `step_us`; safe from any thread."""
+        each = [lane.stats for lane in self._lanes]
+        if len(each) == 1:
+            return each[0]
+        apart = ("step_us", "expert_moves", "expert_imbalance", "expert_loads", "tiers")
+        names = [field.name for field in fields(EngineStats) if field.name not in apart]
+        total = {name: sum(getattr(one, name) for one in each) for name in names}
+        tiers = Counter[str]()
+        if all(one.tiers for one in each):  # else some are still to open
+            for one in each:
+                tiers.update(one.tiers)
+        return EngineStats(**total | {"steps": each[0].steps, "tiers": dict(tiers)})
+
+    def schedule(self) -> list[StepPlan]:
+        """The next step's plans, one for each lane; none when nothing can run."""
+        if len(self._lanes) == 1:
+            plan = self._lanes[0].schedule()
+            return [] if plan is None else [plan]
+        if any(lane.num_outstanding >= lane.depth for lane in self._lanes):
+            return []
+        plans = [lane.schedule() for lane in self._lanes]
+        if all(plan is None for plan in plans):
+            return []
+        step = []
+        for number, (lane, made) in enumerate(zip(self._lanes, plans, strict=True)):
+            plan = lane.idle() if made is None else made
+            plan.lane = number
+            step.append(plan)
+        return step
+
+    def update(self, result: StepResult) -> list[SequenceOutput]:
+        """Take the result of a lane's oldest plan; gives what is new for each sequence.
+
+        Raises:
+            GroupFailed: the result does not belong to that plan.
+        """
+        if not 0 <= result.lane < len(self._lanes):
+            raise GroupFailed(f"a result of lane {result.lane} came; there are {len(self._lanes)}")
+        outputs = self._lanes[result.lane].update(result)
+        if self._lane_of:
+            lane = self._lanes[result.lane]
+            for output in outputs:
+                if output.finish_reason is not None and not lane.is_live(output.request_id):
+                    self._lane_of.pop(output.request_id, None)
+        return outputs
+
+    def _listener(self, lane: int) -> CacheListener | None:
+        if self._on_event is None or self.config.num_lanes == 1:
+            return self._on_event
+        return partial(self._on_lane_event, lane)
+
+    def _on_lane_event(self, lane: int, kind: CacheEvent, key: bytes) -> None:
+        assert self._on_event is not None, "set where there is a listener"
+        if kind in ("stored", "evicted"):
+            before = self._stored[key]
+            self._stored[key] += 1 if kind == "stored" else -1
+            if not self._stored[key]:
+                del self._stored[key]
+            elsewhere = before > (kind == "evicted")
+        else:  # a tier of its own tells "kept" for itself, the last one "dropped" for all
+            elsewhere = any(key in one for i, one in enumerate(self._kept) if i != lane)
+            (self._kept[lane].add if kind == "kept" else self._kept[lane].discard)(key)
+        if not elsewhere:
+            self._on_event(kind, key)
+
+
+def _cost(lane: Scheduler, request: EngineRequest) -> float:
+    return lane.num_live - _PREFIX_WORTH * lane.found_share(request)

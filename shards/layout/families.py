@@ -1,0 +1,121 @@
+"""Who holds what of any model that is served, and where its weights and caches follow from that.
+
+One entry for each family of models. Needs no torch, so that leaders and planners start fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from arriero.kernels.attention_mask import EVERYTHING, Visible
+from arriero.shards.checkpoint.formats.stored import AnyModel, AnyPart
+from arriero.shards.config.group import GroupConfig
+from arriero.shards.errors import SpecError
+from arriero.shards.kv.transfers import Pool
+from arriero.shards.layout.dense import partition
+from arriero.shards.layout.moe import MoEMesh, partition_moe
+from arriero.shards.model_config.llama4 import Llama4Config
+
+
+def parts_of(model: AnyModel, config: GroupConfig) -> Sequence[AnyPart]:
+    """Cut `model` as `config` says; one part a rank.
+
+    Raises:
+        SpecError: the mesh does not fit the model; names the field, its value and the limit.
+    """
+    if isinstance(model, Llama4Config):
+        return partition_moe(
+            model,
+            MoEMesh(
+                tp=config.tp,
+                pp=config.pp,
+                dp=config.dp,
+                ep=config.ep,
+                tp_shares=config.tp_shares,
+                layer_split=config.layer_split,
+            ),
+        )
+    if config.dp != 1 or config.ep not in (None, 1):
+        raise SpecError(
+            f"`dp`={config.dp}, `ep`={config.ep}: a dense model has no experts to spread; use "
+            "more groups instead"
+        )
+    return partition(model, config)
+
+
+def lane_of(config: GroupConfig, rank: int) -> int:
+    """The data-parallel rank that a rank is of."""
+    return rank // config.tp % config.dp
+
+
+def local_layers(model: AnyModel, part: AnyPart) -> int:
+    """How many of a rank's layers attend within their chunk only."""
+    if not isinstance(model, Llama4Config):
+        return 0
+    return sum(model.rope_layers[part.layers.start : part.layers.stop])
+
+
+def pool_layers(model: AnyModel, part: AnyPart, pool: Pool) -> tuple[int, int]:
+    """A rank's layers of a pool, first and past the last, counted among the pool's layers alone."""
+    local = model.rope_layers if isinstance(model, Llama4Config) else (False,) * model.num_layers
+    mine = [one is (pool is Pool.LOCAL) for one in map(bool, local)]
+    return sum(mine[: part.layers.start]), sum(mine[: part.layers.stop])
+
+
+def kv_bytes_per_block(
+    part: AnyPart, model: AnyModel, layers: int, block_size: int, itemsize: int
+) -> int:
+    """Bytes of one KV block on one rank, over `layers` of its layers."""
+    return layers * 2 * part.kv_heads.size * block_size * model.head_dim * itemsize
+
+
+def visible_keys(model: AnyModel, config: GroupConfig) -> Visible:
+    """What tokens see in layers that do not see everything: chunks, or the window asked for.
+
+    Raises:
+        SpecError: a window that the model cannot have, or that would change its answers without
+            the word that this is meant; or none where the model was trained with one.
+    """
+    window, sinks = config.sliding_window, config.attention_sinks
+    if isinstance(model, Llama4Config):
+        if window is not None or sinks:
+            raise SpecError(
+                f"`sliding_window`={window}, `attention_sinks`={sinks}: Llama 4 cannot have them. "
+                f"Three layers of four see chunks of {model.attention_chunk_size} tokens already, "
+                "and the others are without positions and carry the whole context, images "
+                "included; leave both out"
+            )
+        return Visible(chunk_size=model.attention_chunk_size)
+    trained, limit = model.sliding_window, model.max_position_embeddings
+    if window is None:
+        if sinks:
+            raise SpecError(
+                f"`attention_sinks`={sinks} needs `sliding_window`; without one all tokens are kept"
+            )
+        if trained is not None:
+            raise SpecError(
+                f"`sliding_window` is not set, and the model's config.json says {trained}: every "
+                f"layer was trained with that window; set `sliding_window` to {trained}"
+            )
+        return EVERYTHING
+    if not 1 <= window <= limit:
+        raise SpecError(
+            f"`sliding_window`={window} must be 1 to {limit}, the model's position limit"
+        )
+    if not 0 <= sinks <= limit:
+        raise SpecError(
+            f"`attention_sinks`={sinks} must be 0 to {limit}, the model's position limit"
+        )
+    if (window, sinks) != (trained, 0) and not config.changes_answers:
+        was = "full attention" if trained is None else f"a window of {trained} and no sinks"
+        raise SpecError(
+            f"`sliding_window`={window} with `attention_sinks`={sinks} changes this model's "
+            f"answers: it was trained with {was}, and tokens outside the window are forgotten; "
+            "set `changes_answers` to true if that is meant, or leave the window out"
+        )
+    return Visible(window=window, sinks=sinks)
+
+
+def attention_chunk(model: AnyModel) -> int:
+    """Tokens of an attention chunk; 0 where every layer sees everything."""
+    return model.attention_chunk_size if isinstance(model, Llama4Config) else 0

@@ -1,0 +1,230 @@
+"""Who holds what: the cut of a Llama 4 model over stages, data- and tensor-parallel ranks, experts.
+
+A stage has `dp` x `tp` ranks. Attention, dense MLPs, shared experts, vocabulary and vision are cut
+over `tp` and held `dp` times; each `dp` rank serves sequences of its own. Routed experts are dealt
+to `ep` parts of the stage's ranks, and where a part has several ranks they cut each expert's
+columns. Pure functions of the model's numbers and the mesh; global indices everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from arriero.shards.errors import SpecError
+from arriero.shards.layout.dense import Span, split, split_heads
+from arriero.shards.model_config.llama4 import Llama4Config
+
+_COLUMN_MULTIPLE = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoEMesh:
+    """The mesh of one group: `pp` stages of `dp` x `tp` ranks.
+
+    Rank = (stage * dp + dp rank) * tp + tp rank.
+
+    Attributes:
+        ep: parts that the experts of a layer are dealt to; divides dp * tp; None for dp * tp.
+        tp_shares: relative size of each tp rank's share; None asks for equal ones.
+        layer_split: layers of each stage; None balances the stages' weights.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    ep: int | None = None
+    tp_shares: tuple[float, ...] | None = None
+    layer_split: tuple[int, ...] | None = None
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks of a stage."""
+        return self.tp * self.dp
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the group."""
+        return self.stage_size * self.pp
+
+    @property
+    def num_expert_parts(self) -> int:
+        """`ep`, decided."""
+        return self.stage_size if self.ep is None else self.ep
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoEPart:
+    """What one rank holds.
+
+    Attributes:
+        rank, stage, dp_rank, tp_rank, ep_rank: its places in the mesh.
+        layers: of its stage.
+        q_heads, kv_heads: of attention.
+        columns: of dense layers' MLPs.
+        shared_columns: of shared experts.
+        vocab: rows of the embedding and of the head.
+        experts: of each routed layer.
+        expert_columns: of each of them.
+        vision_heads, vision_columns, adapter_columns: of the vision tower's layers and adapter.
+        first_stage, last_stage: whether it embeds (tokens and images), whether it makes logits.
+    """
+
+    rank: int
+    stage: int
+    dp_rank: int
+    tp_rank: int
+    ep_rank: int
+    layers: Span
+    q_heads: Span
+    kv_heads: Span
+    columns: Span
+    shared_columns: Span
+    vocab: Span
+    experts: Span
+    expert_columns: Span
+    vision_heads: Span
+    vision_columns: Span
+    adapter_columns: Span
+    first_stage: bool
+    last_stage: bool
+
+
+def layer_weights(model: Llama4Config, layer: int) -> int:
+    """Weights of one layer, all ranks together."""
+    hidden = model.hidden_size
+    total = 2 * hidden * (model.q_size + model.kv_size)
+    total += 3 * hidden * model.mlp_columns(layer)
+    if model.routes(layer):
+        total += model.num_experts * hidden * (3 * model.intermediate_size + 1)
+    return total
+
+
+def balance(costs: Sequence[int], pp: int, first: int, last: int) -> tuple[int, ...]:
+    """Cut `costs` into `pp` runs so that the dearest is cheapest; ends carry `first` and `last`.
+
+    Args:
+        costs: of each layer.
+        pp: runs; at most as many as layers.
+        first: extra cost of the first run.
+        last: extra cost of the last run.
+
+    Returns:
+        Length of each run.
+    """
+    sums = [0]
+    for cost in costs:
+        sums.append(sums[-1] + cost)
+    num = len(costs)
+    # best[k][n]: the dearest of k runs over the first n layers, and where the last of them starts
+    best: list[dict[int, tuple[int, int]]] = [{0: (0, 0)}]
+    for k in range(1, pp + 1):
+        extra = (first if k == 1 else 0) + (last if k == pp else 0)
+        row: dict[int, tuple[int, int]] = {}
+        for n in range(k, num - (pp - k) + 1):
+            row[n] = min(
+                (max(before, sums[n] - sums[m] + extra), m)
+                for m, (before, _) in best[-1].items()
+                if m < n
+            )
+        best.append(row)
+    counts, stop = [], num
+    for k in range(pp, 0, -1):
+        start = best[k][stop][1]
+        counts.append(stop - start)
+        stop = start
+    return tuple(reversed(counts))
+
+
+def partition_moe(model: Llama4Config, mesh: MoEMesh) -> list[MoEPart]:
+    """Cut `model` as `mesh` says; one part a rank.
+
+    Raises:
+        SpecError: the mesh does not fit the model; names the field, its value and the limit.
+    """
+    _check(model, mesh)
+    shares = mesh.tp_shares or (1.0,) * mesh.tp
+    extra = model.vocab_size * model.hidden_size
+    vision = 0 if model.vision is None else model.vision.num_parameters(model.hidden_size)
+    counts = mesh.layer_split or balance(
+        [layer_weights(model, layer) for layer in range(model.num_layers)],
+        mesh.pp,
+        extra + vision,
+        extra,
+    )
+    expert_tp = mesh.stage_size // mesh.num_expert_parts
+    even = [1.0] * mesh.tp
+    try:
+        heads = split_heads(model.num_heads, model.num_kv_heads, shares)
+        columns = split(model.intermediate_size_mlp, shares, _COLUMN_MULTIPLE)
+        shared = split(model.intermediate_size, shares, _COLUMN_MULTIPLE)
+        vocab = split(model.vocab_size, even, _COLUMN_MULTIPLE)
+        experts = split(model.num_experts, [1.0] * mesh.num_expert_parts)
+        expert_columns = split(model.intermediate_size, [1.0] * expert_tp, _COLUMN_MULTIPLE)
+        vision_heads = [Span(start=0, stop=0)] * mesh.tp
+        vision_columns = adapter_columns = vision_heads
+        if model.vision is not None:
+            vision_heads = split(model.vision.num_heads, even)
+            vision_columns = split(model.vision.intermediate_size, even, _COLUMN_MULTIPLE)
+            adapter_columns = split(model.vision.projector_output_dim, even, _COLUMN_MULTIPLE)
+    except ValueError as error:
+        raise SpecError(f"`tp`={mesh.tp}, `ep`={mesh.num_expert_parts}: {error}") from None
+    starts = [sum(counts[:i]) for i in range(mesh.pp)]
+    return [
+        MoEPart(
+            rank=(stage * mesh.dp + dp_rank) * mesh.tp + tp_rank,
+            stage=stage,
+            dp_rank=dp_rank,
+            tp_rank=tp_rank,
+            ep_rank=(dp_rank * mesh.tp + tp_rank) // expert_tp,
+            layers=Span(start=starts[stage], stop=starts[stage] + counts[stage]),
+            q_heads=heads[tp_rank][0],
+            kv_heads=heads[tp_rank][1],
+            columns=columns[tp_rank],
+            shared_columns=shared[tp_rank],
+            vocab=vocab[tp_rank],
+            experts=experts[(dp_rank * mesh.tp + tp_rank) // expert_tp],
+            expert_columns=expert_columns[(dp_rank * mesh.tp + tp_rank) % expert_tp],
+            vision_heads=vision_heads[tp_rank],
+            vision_columns=vision_columns[tp_rank],
+            adapter_columns=adapter_columns[tp_rank],
+            first_stage=stage == 0,
+            last_stage=stage == mesh.pp - 1,
+        )
+        for stage in range(mesh.pp)
+        for dp_rank in range(mesh.dp)
+        for tp_rank in range(mesh.tp)
+    ]
+
+
+def _check(model: Llama4Config, mesh: MoEMesh) -> None:
+    if mesh.tp < 1 or mesh.tp > model.num_heads:
+        raise SpecError(f"`tp`={mesh.tp} must be 1 to {model.num_heads}, the model's query heads")
+    if mesh.dp < 1:
+        raise SpecError(f"`dp`={mesh.dp} must be at least 1")
+    if not 1 <= mesh.pp <= model.num_layers:
+        raise SpecError(f"`pp`={mesh.pp} must be 1 to {model.num_layers}, the model's layers")
+    rest = model.num_heads % mesh.tp
+    if rest and mesh.tp_shares is None:
+        even = max(n for n in range(1, mesh.tp) if not mesh.tp % n and not model.num_heads % n)
+        raise SpecError(
+            f"`tp`={mesh.tp}: attention cannot be cut evenly: {model.num_heads} query heads % "
+            f"{mesh.tp} = {rest}; use `tp`={even} and `dp`={mesh.tp // even} (attention data-"
+            "parallel, experts over all ranks), or ask for unequal slices with `tp_shares`"
+        )
+    if mesh.tp_shares is not None and (len(mesh.tp_shares) != mesh.tp or min(mesh.tp_shares) <= 0):
+        raise SpecError(f"`tp_shares`={mesh.tp_shares} must be {mesh.tp} positive numbers")
+    parts = mesh.num_expert_parts
+    if parts < 1 or mesh.stage_size % parts or parts > model.num_experts:
+        raise SpecError(
+            f"`ep`={parts} must divide the {mesh.stage_size} ranks of a stage (dp * tp) and be at "
+            f"most {model.num_experts}, the model's experts"
+        )
+    counts = mesh.layer_split
+    if counts is not None and (
+        len(counts) != mesh.pp or sum(counts) != model.num_layers or min(counts) < 1
+    ):
+        raise SpecError(
+            f"`layer_split`={counts} must be {mesh.pp} positive counts that add up to "
+            f"{model.num_layers}, the model's layers"
+        )

@@ -1,0 +1,341 @@
+"""From what a group asks for to what it gets: every open setting decided, once, by the leader.
+
+The slices are sent the resolved settings, so ranks cannot disagree. Needs no torch, so that a
+leader starts fast.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from arriero.shards.checkpoint.formats.stored import AnyModel, AnyPart
+from arriero.shards.config.group import GroupConfig
+from arriero.shards.config.kv_tiers import SCALE_BYTES
+from arriero.shards.engine.types import EngineConfig
+from arriero.shards.errors import SpecError
+from arriero.shards.kv.limits import GroupTierLimits, TierLimits
+from arriero.shards.kv.paging import SeenBlocks
+from arriero.shards.kv.transfers import Pool
+from arriero.shards.layout.expert_placement import Placement
+from arriero.shards.layout.families import (
+    attention_chunk,
+    kv_bytes_per_block,
+    lane_of,
+    local_layers,
+    parts_of,
+    pool_layers,
+    visible_keys,
+)
+from arriero.shards.layout.moe import MoEPart
+from arriero.shards.model_config.llama4 import Llama4Config
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+QUANTIZATIONS = ("int8", "int4", "fp8")
+MAX_DEFAULT_KV_BYTES = 2 << 30
+"""The KV pool of a CPU group that names no size: this, or a quarter of memory if that is less."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KvRoom:
+    """Memory for KV pools: of one device, or of a whole group's together.
+
+    Attributes:
+        nbytes: that there are.
+        full: bytes of a block there, in layers that see everything.
+        local: likewise in chunk-local layers.
+    """
+
+    nbytes: int
+    full: int
+    local: int
+
+
+def resolve(config: GroupConfig, model: AnyModel) -> GroupConfig:
+    """Fill in `num_blocks`, `max_model_len`, `layer_split` and `threads`.
+
+    A group on GPUs whose KV pool has no size is given one before: what its devices leave.
+
+    Raises:
+        SpecError: a field that cannot be; names field, value, limit and remedy.
+    """
+    if config.dtype not in ITEMSIZE:
+        raise SpecError(f"`dtype`={config.dtype!r} is none of {', '.join(ITEMSIZE)}")
+    if config.quantization not in (None, *QUANTIZATIONS):
+        raise SpecError(
+            f"`quantization`={config.quantization!r} is none of {', '.join(QUANTIZATIONS)}"
+        )
+    if not 0 <= config.offload_layers <= model.num_layers:
+        raise SpecError(
+            f"`offload_layers`={config.offload_layers} must be 0 to {model.num_layers}, the "
+            "model's layers"
+        )
+    if config.offload_layers and (config.device != "cpu" or config.kernels not in (None, "cpu")):
+        raise SpecError(
+            f"`offload_layers`={config.offload_layers} needs `device`=cpu and `kernels`=cpu; "
+            "other backends keep all weights on their device"
+        )
+    if config.batch_independent and config.kernels == "reference":
+        raise SpecError(
+            "`batch_independent`=True needs `kernels`=cpu or triton; the reference keeps it to "
+            "rounding only"
+        )
+    if config.block_size < 1:
+        raise SpecError(f"`block_size`={config.block_size} must be at least 1")
+    limit = model.max_position_embeddings
+    max_model_len = limit if config.max_model_len is None else config.max_model_len
+    if not 1 <= max_model_len <= limit:
+        raise SpecError(
+            f"`max_model_len`={max_model_len} must be 1 to {limit}, the model's position limit"
+        )
+    visible = visible_keys(model, config)
+    chunk = visible.chunk_size
+    if chunk % config.block_size:
+        raise SpecError(
+            f"`block_size`={config.block_size} must divide the model's attention chunk of {chunk}"
+        )
+    parts = parts_of(model, config)
+    if config.dp > 1 and config.ep not in (None, config.tp * config.dp):
+        raise SpecError(
+            f"`ep`={config.ep}: with `dp`={config.dp} experts are dealt to all "
+            f"{config.tp * config.dp} slices of a stage; leave `ep` out"
+        )
+    if config.spare_experts < 0 or (config.spare_experts and config.dp == 1):
+        raise SpecError(
+            f"`spare_experts`={config.spare_experts} must be 0 without data-parallel attention "
+            f"(`dp`={config.dp}); else 0 or more"
+        )
+    full, local = group_block_bytes(config, model, parts)
+    room = KvRoom(nbytes=_kv_bytes(config), full=full, local=local)
+    num_blocks, num_local_blocks = num_kv_blocks(config, chunk, max_model_len, [room])
+    seen = SeenBlocks(visible, config.block_size)
+    if visible.window and num_blocks < seen.most(max_model_len):
+        raise SpecError(
+            f"a KV pool of {num_blocks} blocks of {config.block_size} tokens holds less than one "
+            f"sequence's `sliding_window`={visible.window} and `attention_sinks`={visible.sinks}; "
+            f"give memory for at least {seen.most(max_model_len)} blocks"
+        )
+    tier_limits(config, model)  # a tier that cannot be is told before anything is placed
+    threads = config.threads
+    if threads is None:
+        threads = max(1, len(os.sched_getaffinity(0)) // config.world_size)
+    return replace(
+        config,
+        num_blocks=num_blocks,
+        num_local_blocks=num_local_blocks if chunk else None,
+        max_model_len=max_model_len,
+        layer_split=tuple(part.layers.size for part in parts[:: config.tp * config.dp]),
+        threads=threads,
+    )
+
+
+_TYPICAL_CHUNKS = 4
+"""Memory is shared between the pools for sequences of so many attention chunks."""
+
+
+def num_kv_blocks(
+    config: GroupConfig,
+    chunk: int,
+    max_model_len: int,
+    rooms: Sequence[KvRoom],
+    *,
+    whole: bool = False,
+) -> tuple[int, int]:
+    """KV blocks of the pool for all tokens, and of the chunk-local one; of each dp rank.
+
+    Args:
+        config: what it asks for.
+        chunk: tokens of an attention chunk; 0 for none.
+        max_model_len: decided.
+        rooms: memory that the blocks must fit, each of them; where no number is asked for.
+        whole: take all of it, also where that is more than the sequences running at once can
+            hold: what is left keeps prefixes.
+
+    Raises:
+        SpecError: the memory holds no sequence.
+    """
+    size = config.block_size
+    of_sequence = -(-max_model_len // size)
+    of_chunk = -(-min(chunk, max_model_len) // size)
+    if config.num_blocks is not None:
+        most = min(config.num_blocks, config.max_sequences * of_chunk)
+        return config.num_blocks, config.num_local_blocks or most
+    num_local = config.num_local_blocks
+    if num_local is None:
+        typical = min(of_sequence, max(1, _TYPICAL_CHUNKS * of_chunk))
+        sequences = min(
+            room.nbytes / (typical * room.full + of_chunk * room.local) for room in rooms
+        )
+        num_local = int(min(max(1.0, sequences), config.max_sequences) * of_chunk)
+    fits = []
+    for room in rooms:
+        left = room.nbytes - num_local * room.local
+        if left < room.full:
+            beside = f" beside chunk-local ones of {num_local * room.local}" if chunk else ""
+            raise SpecError(
+                f"`kv_bytes`={room.nbytes} holds no block of {room.full} bytes{beside}; "
+                f"give at least {room.full + of_chunk * room.local}"
+            )
+        if room.full:
+            fits.append(left // room.full)
+    if not whole or not fits:
+        fits.append(of_sequence * config.max_sequences)
+    return min(fits), num_local
+
+
+def group_block_bytes(
+    config: GroupConfig, model: AnyModel, parts: Sequence[AnyPart]
+) -> tuple[int, int]:
+    """Bytes of one KV block over all ranks: in layers that see everything, in chunk-local ones."""
+    itemsize = ITEMSIZE[config.dtype]
+    full, local = 0, 0
+    for part in parts:
+        num_local = local_layers(model, part)
+        rest = part.layers.size - num_local
+        full += kv_bytes_per_block(part, model, rest, config.block_size, itemsize)
+        local += kv_bytes_per_block(part, model, num_local, config.block_size, itemsize)
+    return full, local
+
+
+def first_placement(config: GroupConfig, parts: Sequence[AnyPart]) -> Placement | None:
+    """How a group's experts lie over the ranks of a stage at the start; None if not exchanged."""
+    if config.dp == 1:
+        return None
+    stage = parts[: config.tp * config.dp]
+    sizes = [one.experts.size for one in stage if isinstance(one, MoEPart)]
+    return Placement.even(sizes, config.spare_experts)
+
+
+def engine_config(config: GroupConfig, model: AnyModel, digest: str) -> EngineConfig:
+    """Limits of the engine of a resolved group.
+
+    Args:
+        config: resolved.
+        model: the model's numbers.
+        digest: the checkpoint's; the root of every block's key.
+    """
+    assert config.num_blocks is not None and config.max_model_len is not None, "unresolved"
+    visible = visible_keys(model, config)
+    return EngineConfig(
+        max_model_len=config.max_model_len,
+        block_size=config.block_size,
+        num_blocks=config.num_blocks,
+        attention_chunk=visible.chunk_size,
+        num_local_blocks=config.num_local_blocks or 0,
+        attention_window=visible.window,
+        attention_sinks=visible.sinks,
+        max_sequences=config.max_sequences,
+        max_batch_tokens=config.max_batch_tokens,
+        max_queued=config.max_queued,
+        prefix_cache=config.prefix_cache,
+        pipeline_depth=max(2, config.pp),
+        num_stages=config.pp,
+        num_lanes=config.dp,
+        experts=first_placement(config, parts_of(model, config)),
+        move_experts=config.spare_experts > 0,
+        vocab_size=model.vocab_size,
+        eos_token_ids=model.eos_token_ids,
+        image_token=model.image_token if isinstance(model, Llama4Config) else None,
+        cache_salt=cache_salt(config, digest),
+        tiers=tier_limits(config, model),
+    )
+
+
+def cache_salt(config: GroupConfig, digest: str) -> bytes:
+    """What all keys of a group's blocks begin with: equal where blocks are worth the same.
+
+    Names the model, and how its numbers are held: other weights, other types, other keys. Layouts
+    agree to rounding, and are named only where every bit is asked for.
+    """
+    parts = [digest, config.dtype, config.quantization or ""]
+    if config.window_words:  # deeper layers' keys and values come of what was seen
+        parts.append(config.window_words)
+    if config.tiers.dtype is not None:
+        parts.append(f"tiers {config.tiers.dtype}")
+    if config.tiers.same_layout:
+        layout = (config.tp, config.pp, config.tp_shares, config.device, config.kernels)
+        parts += [str(one) for one in layout]
+    return "\n".join(parts).encode()
+
+
+def tier_limits(config: GroupConfig, model: AnyModel) -> GroupTierLimits:
+    """How many blocks the tiers of a group hold, for each of its data-parallel ranks.
+
+    Raises:
+        SpecError: a tier that holds no block, or blocks cannot be kept.
+    """
+    tiers = config.tiers
+    if not tiers.enabled:
+        return GroupTierLimits()
+    if not config.prefix_cache:
+        raise SpecError("tiers keep prefix blocks, and `prefix_cache` is off; turn it on")
+    if not 0 < tiers.max_tenant_share <= 1:
+        raise SpecError(f"`max_tenant_share`={tiers.max_tenant_share} must be above 0, at most 1")
+    if bool(tiers.disk_bytes) != (tiers.disk_path is not None):
+        raise SpecError(
+            f"`disk_path`={tiers.disk_path} and `disk_bytes`={tiers.disk_bytes}: give both or none"
+        )
+    parts = parts_of(model, config)
+    share = Fraction(1)
+    if tiers.dtype is not None:
+        share = Fraction(model.head_dim + SCALE_BYTES, model.head_dim * ITEMSIZE[config.dtype])
+    sizes = group_block_bytes(config, model, parts)
+    each = {pool: int(size * share) for pool, size in zip(Pool, sizes, strict=True)}
+    if not each[Pool.ALL]:
+        raise SpecError("tiers need a model with layers that see every token")
+    counts = {pool: dict.fromkeys(("host_bytes", "disk_bytes"), 0) for pool in Pool}
+    weights = _pool_weights(config, model)
+    unit = sum(weights[pool] * each[pool] for pool in Pool)
+    for name in ("host_bytes", "disk_bytes"):
+        given = getattr(tiers, name)
+        if given and given < unit:
+            raise SpecError(
+                f"`{name}`={given} does not hold the {unit} bytes of a prefix's blocks; give more"
+            )
+        for pool in Pool:
+            counts[pool][name] = given * weights[pool] // unit
+    lane = [part for part in parts if lane_of(config, part.rank) == 0]
+    limits = {
+        pool: TierLimits(
+            host_blocks=counts[pool]["host_bytes"],
+            disk_blocks=counts[pool]["disk_bytes"],
+            shared=tiers.shared_url is not None,
+            max_tenant_share=tiers.max_tenant_share,
+            num_ranks=sum(len(range(*pool_layers(model, part, pool))) > 0 for part in lane),
+        )
+        for pool in Pool
+        if each[pool]
+    }
+    return GroupTierLimits(
+        all=limits[Pool.ALL], local=limits.get(Pool.LOCAL, TierLimits()), bytes_share=share
+    )
+
+
+def _pool_weights(config: GroupConfig, model: AnyModel) -> dict[Pool, int]:
+    """Blocks of each pool that a tier holds of a prefix: memory is shared between them so."""
+    chunk = attention_chunk(model)
+    if not chunk:
+        return {Pool.ALL: 1, Pool.LOCAL: 0}
+    longest = config.max_model_len or model.max_position_embeddings
+    size = config.block_size
+    of_sequence, of_chunk = -(-longest // size), -(-min(chunk, longest) // size)
+    return {Pool.ALL: min(of_sequence, _TYPICAL_CHUNKS * of_chunk), Pool.LOCAL: of_chunk}
+
+
+def _kv_bytes(config: GroupConfig) -> int:
+    """Memory of the whole group's pools, where it is said in bytes, or by nothing.
+
+    Raises:
+        SpecError: nothing is said for a group on GPUs; only their memory can say.
+    """
+    if config.kv_bytes is not None:
+        return config.kv_bytes
+    if config.device == "cuda" and config.num_blocks is None:
+        raise SpecError(
+            "`kv_bytes` and `num_blocks` are not set, and the memory that the group's GPUs leave "
+            "was not asked for; set one of them"
+        )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(MAX_DEFAULT_KV_BYTES, memory // 4)

@@ -1,0 +1,1 @@
+"""Model configurations, read from a checkpoint's config.json."""

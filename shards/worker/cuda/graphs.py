@@ -1,0 +1,298 @@
+"""Decode steps as captured graphs: which sizes exist, and the tensors that they read.
+
+A graph's launches are fixed, so a batch is padded to the next size, and everything that a step
+reads lies in tensors that stay where they are. Padding rows are sequences of one token whose only
+block is the scratch block, which no sequence owns.
+
+Knows batches and tensors; knows nothing of plans or of the model that the graph runs.
+
+Shape legend: S sequences of the bucket, B blocks of a table.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from arriero.kernels.ops import SamplingRows
+from arriero.shards.kv.paging import cache_slots
+from arriero.shards.worker.cuda.device import Device, Event, Replayable
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int32]
+
+
+def buckets_up_to(most: int) -> tuple[int, ...]:
+    """Batch sizes that graphs exist for: 1, 2, 4, 8, then by 8 to 64, 16 to 256, 64 beyond."""
+    sizes = [1, 2, 4, 8]
+    while sizes[-1] < most:
+        last = sizes[-1]
+        sizes.append(last + (8 if last < 64 else 16 if last < 256 else 64))
+    return (*(size for size in sizes if size < most), most)
+
+
+_COLUMNS = (
+    "tokens",
+    "slots",
+    "positions",
+    "contexts",
+    "cache_slots",
+    "local_positions",
+    "local_contexts",
+    "local_cache_slots",
+    "top_k",
+    "temperature",
+    "top_p",
+    "min_p",
+)
+"""Of four bytes each."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalDecode:
+    """The same step as chunk-local layers see it: see `FlatBatch.local`.
+
+    Attributes:
+        positions: counted from each sequence's frame, [S].
+        table: int32 [S, B], of the frame.
+    """
+
+    positions: Ints
+    table: Ints
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeBatch:
+    """One decode step on the host; arrays are [S] of the batch, not of the bucket.
+
+    Attributes:
+        tokens: int32; `LAST_SAMPLED` where the device holds it.
+        slots: the sequences' slots.
+        positions: of the token that goes in.
+        table: int32 [S, B].
+        temperature, top_p, min_p: float32.
+        top_k: int32.
+        seed: int64.
+        local: where chunk-local layers have a cache of their own.
+    """
+
+    tokens: Ints
+    slots: Ints
+    positions: Ints
+    table: Ints
+    temperature: Floats
+    top_k: Ints
+    top_p: Floats
+    min_p: Floats
+    seed: npt.NDArray[np.int64]
+    local: LocalDecode | None = None
+
+
+class DecodeInputs:
+    """The tensors that every decode graph reads, long enough for the largest bucket.
+
+    All lie in one buffer of int32 words, so that a step's inputs are one copy from the host.
+    Pairs of host buffers take turns: one may still be being copied while the next is filled.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        where: torch.device,
+        *,
+        most: int,
+        max_blocks: int,
+        block_size: int,
+        scratch_block: int,
+        scratch_slot: int,
+        max_local_blocks: int = 0,
+        local_scratch_block: int = 0,
+    ) -> None:
+        """Allocate.
+
+        Args:
+            device: gives host memory and events.
+            where: the device of the tensors.
+            most: the largest bucket.
+            max_blocks: of a table.
+            block_size: slots in a block.
+            scratch_block: the KV block that padding rows write to.
+            scratch_slot: the sequence slot whose last token they overwrite.
+            max_local_blocks: of a chunk-local table; 0 where no layer has a cache of its own.
+            local_scratch_block: as `scratch_block`, in that cache.
+        """
+        self.max_blocks, self.max_local_blocks = max_blocks, max_local_blocks
+        self._width = max_blocks + max_local_blocks
+        self._local_scratch_block = local_scratch_block
+        self._device, self._block_size = device, block_size
+        self._scratch_block, self._scratch_slot = scratch_block, scratch_slot
+        self._columns = {name: i for i, name in enumerate(_COLUMNS)}
+        self._most = most
+        words = self._tables + most * self._width
+        self._words = torch.zeros(words, dtype=torch.int32, device=where)
+        self.starts_S1 = torch.arange(most + 1, dtype=torch.int32, device=where)
+        self._host = [device.host((words,), torch.int32) for _ in range(2)]
+        self._copied: list[Event | None] = [None, None]
+        self._turn = 0
+
+    def fill_padding(self, bucket: int) -> None:
+        """Queue a batch of nothing but padding: what a capture may run on, any number of times."""
+        nothing, no_floats = np.empty(0, np.int32), np.empty(0, np.float32)
+        no_table = np.empty((0, 1), np.int32)
+        self.fill(
+            DecodeBatch(
+                tokens=nothing,
+                slots=nothing,
+                positions=nothing,
+                table=no_table,
+                temperature=no_floats,
+                top_k=nothing,
+                top_p=no_floats,
+                min_p=no_floats,
+                seed=np.empty(0, np.int64),
+                local=LocalDecode(positions=nothing, table=no_table),
+            ),
+            bucket,
+        )
+
+    def fill(self, batch: DecodeBatch, bucket: int) -> None:
+        """Queue the copy of a batch, padded to `bucket`; waits only for the copy before the last.
+
+        A batch's arrays are written once each; those of padding rows are constants.
+        """
+        count = len(batch.tokens)
+        assert count <= bucket <= self._most, f"{count} rows do not fit a bucket of {bucket}"
+        self._turn ^= 1
+        copied = self._copied[self._turn]
+        if copied is not None:
+            copied.synchronize()
+        host = self._host[self._turn]
+        words = host.numpy()
+        owner = np.arange(len(batch.positions), dtype=np.int32)
+        values: dict[str, tuple[npt.NDArray[np.generic], float]] = {
+            "tokens": (batch.tokens, 0),
+            "slots": (batch.slots, self._scratch_slot),
+            "positions": (batch.positions, 0),
+            "contexts": (batch.positions + 1, 1),
+            "cache_slots": (
+                cache_slots(batch.table, owner, batch.positions, self._block_size),
+                self._scratch_block * self._block_size,
+            ),
+            "top_k": (batch.top_k, 0),
+            "temperature": (batch.temperature, 0),
+            "top_p": (batch.top_p, 1),
+            "min_p": (batch.min_p, 0),
+        }
+        local = batch.local if self.max_local_blocks else None
+        if local is not None:
+            values |= {
+                "local_positions": (local.positions, 0),
+                "local_contexts": (local.positions + 1, 1),
+                "local_cache_slots": (
+                    cache_slots(local.table, owner, local.positions, self._block_size),
+                    self._local_scratch_block * self._block_size,
+                ),
+            }
+        for name, (array, padding) in values.items():
+            first = self._columns[name] * self._most
+            column = words[first : first + bucket].view(array.dtype)
+            column[:count], column[count:] = array, padding
+        longs = words[self._longs : self._longs + 4 * self._most].view(np.int64)
+        longs = longs.reshape(2, self._most)
+        longs[0, :count], longs[0, count:bucket] = batch.seed, 0
+        longs[1, :count], longs[1, count:bucket] = batch.positions + 1, 0
+        first = self._tables
+        stop = first + bucket * self._width
+        rows = words[first:stop].reshape(bucket, self._width)
+        rows[:count, : batch.table.shape[1]] = batch.table
+        rows[count:, 0] = self._scratch_block
+        if local is not None:
+            at = self.max_blocks
+            rows[:count, at : at + local.table.shape[1]] = local.table
+            rows[count:, at] = self._local_scratch_block
+        self._words[:stop].copy_(host[:stop], non_blocking=True)
+        self._copied[self._turn] = self._device.mark()
+
+    def ints(self, name: str, bucket: int) -> Tensor:
+        """A column of the first `bucket` rows, int32 [S]."""
+        first = self._columns[name] * self._most
+        return self._words[first : first + bucket]
+
+    def table(self, bucket: int) -> Tensor:
+        """Block tables, int32 [S, B]."""
+        return self._rows(bucket)[:, : self.max_blocks]
+
+    def local_table(self, bucket: int) -> Tensor:
+        """Those of chunk-local layers."""
+        return self._rows(bucket)[:, self.max_blocks :]
+
+    def _rows(self, bucket: int) -> Tensor:
+        """Each sequence's tables, side by side."""
+        first = self._tables
+        return self._words[first : first + bucket * self._width].view(bucket, self._width)
+
+    def sampling_rows(self, bucket: int, *, all_greedy: bool) -> SamplingRows:
+        """Sampling parameters, with no optional field."""
+        longs = self._words[self._longs : self._longs + 4 * self._most].view(torch.int64)
+        seed, position = longs.view(2, self._most)[:, :bucket]
+
+        def floats(name: str) -> Tensor:
+            return self.ints(name, bucket).view(torch.float32)
+
+        return SamplingRows(
+            temperature_R=floats("temperature"),
+            top_k_R=self.ints("top_k", bucket),
+            top_p_R=floats("top_p"),
+            min_p_R=floats("min_p"),
+            seed_R=seed,
+            position_R=position,
+            all_greedy=all_greedy,
+        )
+
+    @property
+    def _longs(self) -> int:
+        """Where the int64 columns begin: at an even word, as eight-byte numbers must."""
+        first = len(self._columns) * self._most
+        return first + first % 2
+
+    @property
+    def _tables(self) -> int:
+        return self._longs + 4 * self._most
+
+
+class GraphRunner:
+    """Graphs by key."""
+
+    def __init__(self, device: Device, buckets: tuple[int, ...]) -> None:
+        self.buckets = buckets
+        self._device = device
+        self._graphs: dict[Hashable, Replayable] = {}
+
+    @property
+    def num_captured(self) -> int:
+        """Graphs that exist."""
+        return len(self._graphs)
+
+    def bucket(self, count: int) -> int:
+        """The smallest batch size of a graph that holds `count` rows."""
+        at = bisect.bisect_left(self.buckets, count)
+        assert at < len(self.buckets), f"{count} rows exceed the largest bucket, {self.buckets[-1]}"
+        return self.buckets[at]
+
+    def has(self, key: Hashable) -> bool:
+        """Whether the graph of `key` was captured."""
+        return key in self._graphs
+
+    def capture(self, key: Hashable, work: Callable[[], None]) -> None:
+        """Capture the graph of `key`. `work` runs on what its tensors hold now, more than once."""
+        self._graphs[key] = self._device.capture(work)
+
+    def replay(self, key: Hashable) -> None:
+        """Queue the graph of `key` over what its tensors hold now."""
+        self._graphs[key].replay()

@@ -1,0 +1,273 @@
+"""One rank's step on CUDA: nothing in it waits for the device.
+
+A step of plain decodes replays a graph, where the backend can be captured; any other runs op by op.
+Sampled tokens stay on the device for the steps to come, and are copied to the host meanwhile:
+`launch` gives a `Pending`, which is waited for when the step after is on its way.
+
+What still waits: log-probabilities of prompt tokens (asked for by few), and on more than one rank
+whatever its transport waits for.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arriero.kernels.ops import FlatBatch, Sampled
+from arriero.shards.config.group import GroupConfig
+from arriero.shards.models.loader import Progress
+from arriero.shards.protocol.step_plan import Logprobs, StepPlan, StepResult
+from arriero.shards.worker.cuda.device import CudaDevice, Device, Event
+from arriero.shards.worker.cuda.graphs import DecodeInputs, GraphRunner, buckets_up_to
+from arriero.shards.worker.cuda.sequence_table import DeviceSequenceTable
+from arriero.shards.worker.runner import Runner
+
+_log = logging.getLogger(__name__)
+_MEMORY_SLACK = 1.02
+_MEMORY_SLACK_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class _OnHost:
+    """Copies that are on their way: of `Sampled`'s fields, in their order."""
+
+    tokens_R: Tensor
+    logprobs_R: Tensor | None
+    top_tokens_RN: Tensor | None
+    top_logprobs_RN: Tensor | None
+
+
+class Copied:
+    """A `Pending` whose copies to the host are on their way."""
+
+    def __init__(
+        self,
+        plan: StepPlan,
+        copies: _OnHost | None,
+        prompt_logprobs: Logprobs | None,
+        copied: Event,
+        started_ns: int,
+    ) -> None:
+        self._step, self._lane = plan.step, plan.lane
+        self._copies, self._prompt_logprobs = copies, prompt_logprobs
+        self._copied, self._started_ns = copied, started_ns
+
+    @property
+    def done(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self._copied.query()
+
+    def wait(self) -> StepResult:
+        """The result, once the device has it."""
+        self._copied.synchronize()
+        tokens, logprobs = np.empty(0, np.int32), None
+        if self._copies is not None:
+            tokens = self._copies.tokens_R.numpy()
+            logprobs = _logprobs(self._copies)
+        return StepResult(
+            step=self._step,
+            tokens=tokens,
+            logprobs=logprobs,
+            prompt_logprobs=self._prompt_logprobs,
+            elapsed_us=(time.perf_counter_ns() - self._started_ns) // 1000,
+            lane=self._lane,
+        )
+
+
+class CudaRunner(Runner):
+    """One rank of a replica group on CUDA."""
+
+    table_type = DeviceSequenceTable
+    spare_slots = 1
+    spare_blocks = 1  # the scratch block, the last one: padding rows write there
+
+    def __init__(
+        self,
+        config: GroupConfig,
+        rank: int,
+        *,
+        progress: Progress = lambda done, total: None,
+        device: Device | None = None,
+    ) -> None:
+        """Load.
+
+        Args:
+            config: of the group, resolved.
+            rank: stage * tp + tp rank.
+            progress: called while weights load.
+            device: None for the real one.
+        """
+        super().__init__(config, rank, progress=progress)
+        assert config.num_blocks is not None and config.max_model_len is not None, "unresolved"
+        assert isinstance(self._table, DeviceSequenceTable), "of this runner's table type"
+        where = self.mesh.device
+        self._slots: DeviceSequenceTable = self._table
+        self._max_context, self._block_size = config.max_model_len, config.block_size
+        self._device = CudaDevice(where) if device is None else device
+        self._check_memory()
+        self._inputs = DecodeInputs(
+            self._device,
+            where,
+            most=config.max_sequences,
+            max_blocks=-(-config.max_model_len // config.block_size),
+            block_size=config.block_size,
+            scratch_block=config.num_blocks,
+            scratch_slot=self._slots.scratch_slot,
+            max_local_blocks=self._slots.max_local_blocks,
+            local_scratch_block=config.num_local_blocks or 0,
+        )
+        self._drawn_S = torch.zeros(config.max_sequences, dtype=torch.int32, device=where)
+        # a group of several ranks speaks between its ops, which graphs do not hold yet
+        self._graphs: GraphRunner | None = None
+        if config.world_size == 1 and self._ops.capturable:
+            self._graphs = GraphRunner(self._device, buckets_up_to(config.max_sequences))
+
+    def fence(self) -> Event:
+        """When the device will have run what was launched."""
+        return self._device.mark()
+
+    def step(
+        self, plan: StepPlan, *, at_layers: Callable[[], None] = lambda: None
+    ) -> StepResult | None:
+        """Run one plan and wait for its result; see `launch`."""
+        pending = self.launch(plan, at_layers=at_layers)
+        return None if pending is None else pending.wait()
+
+    def launch(
+        self, plan: StepPlan, *, at_layers: Callable[[], None] = lambda: None
+    ) -> Copied | None:
+        """Queue one plan; the rank that samples gives the result to wait for, the others None."""
+        at_layers()
+        started = time.perf_counter_ns()
+        self.phase = "plan"
+        self.mesh.watchdog.step = plan.step
+        self._take(plan)
+        drawn: tuple[Sampled | None, Logprobs | None] | None
+        if self._graphs is not None and self._slots.is_plain(plan):
+            drawn = self._decode(plan, self._graphs), None
+        else:
+            drawn = self._compute(plan)
+        if drawn is None:
+            return None
+        sampled, prompt_logprobs = drawn
+        copies = None if sampled is None else self._to_host(sampled)
+        copied = Copied(plan, copies, prompt_logprobs, self._device.mark(), started)
+        self._slots.follow(plan, lambda: copied.wait().tokens)
+        return copied
+
+    def _record(self, plan: StepPlan, tokens_R: Tensor) -> None:
+        self._slots.record_on_device(plan, tokens_R)
+
+    def _decode(self, plan: StepPlan, graphs: GraphRunner) -> Sampled:
+        """Replay the graph for a plan of plain decodes."""
+        batch = self._slots.decode_batch(plan)
+        bucket = graphs.bucket(len(batch.tokens))
+        all_greedy = not batch.temperature.any()
+        key = (bucket, all_greedy)
+        self._capture(graphs, bucket, all_greedy)
+        self.phase = "layers"
+        self._inputs.fill(batch, bucket)
+        graphs.replay(key)
+        return Sampled(tokens_R=self._drawn_S[: len(batch.tokens)])
+
+    def warm_up(self) -> None:
+        """Capture the graphs of all batch sizes, greedy and drawing, which also compiles them.
+
+        The largest first: memory that it takes serves the others.
+        """
+        if self._graphs is None:
+            return
+        for bucket in reversed(self._graphs.buckets):
+            for all_greedy in (False, True):
+                self._capture(self._graphs, bucket, all_greedy)
+        self.phase = "loaded"
+
+    def _capture(self, graphs: GraphRunner, bucket: int, all_greedy: bool) -> None:
+        if graphs.has((bucket, all_greedy)):
+            return
+        self.phase = "capture"
+        self._inputs.fill_padding(bucket)
+        graphs.capture((bucket, all_greedy), self._decode_work(bucket, all_greedy))
+
+    def _decode_work(self, bucket: int, all_greedy: bool) -> Callable[[], None]:
+        """A whole decode step from `_inputs` to the slots' last tokens and `_drawn_S`."""
+        inputs, table, model = self._inputs, self._slots, self._model
+
+        def work() -> None:
+            slot_S = inputs.ints("slots", bucket)
+            positions_S = inputs.ints("positions", bucket)
+            tokens_S = table.resolve(inputs.ints("tokens", bucket), slot_S)
+            cos_SD, sin_SD = table.rope.at(positions_S)
+            batch = FlatBatch(
+                positions_T=positions_S,
+                query_start_S1=inputs.starts_S1[: bucket + 1],
+                context_S=inputs.ints("contexts", bucket),
+                block_table_SB=inputs.table(bucket),
+                slots_T=inputs.ints("cache_slots", bucket),
+                cos_TD=cos_SD,
+                sin_TD=sin_SD,
+                max_query=1,
+                max_context=self._max_context,
+            )
+            if inputs.max_local_blocks:
+                local = replace(
+                    batch,
+                    positions_T=inputs.ints("local_positions", bucket),
+                    context_S=inputs.ints("local_contexts", bucket),
+                    block_table_SB=inputs.local_table(bucket),
+                    slots_T=inputs.ints("local_cache_slots", bucket),
+                    max_context=inputs.max_local_blocks * self._block_size,
+                )
+                batch = replace(batch, local=local)
+            x_SH = model.decoder(model.embed(tokens_S), batch)
+            rows = inputs.sampling_rows(bucket, all_greedy=all_greedy)
+            drawn_S = self._ops.sample(model.logits(x_SH), rows).tokens_R
+            self._drawn_S[:bucket].copy_(drawn_S)
+            table.last_S.index_copy_(0, slot_S.long(), drawn_S.clamp(min=0))
+
+        return work
+
+    def _to_host(self, sampled: Sampled) -> _OnHost:
+        def copy(tensor: Tensor) -> Tensor:
+            host = self._device.host(tuple(tensor.shape), tensor.dtype)
+            return host.copy_(tensor, non_blocking=True)
+
+        def copy_some(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else copy(tensor)
+
+        return _OnHost(
+            copy(sampled.tokens_R),
+            copy_some(sampled.logprobs_R),
+            copy_some(sampled.top_tokens_RN),
+            copy_some(sampled.top_logprobs_RN),
+        )
+
+    def _check_memory(self) -> None:
+        """Compare what the planner counts with what the device holds, and say if it is more."""
+        planned, held = self.weights_nbytes + self.kv_nbytes, self._device.allocated()
+        if held > planned * _MEMORY_SLACK + _MEMORY_SLACK_BYTES:
+            _log.warning(
+                "the device holds %d bytes after loading; weights and KV cache are %d",
+                held,
+                planned,
+            )
+
+
+def _logprobs(copies: _OnHost) -> Logprobs | None:
+    if copies.logprobs_R is None:
+        return None
+    chosen = copies.logprobs_R.numpy()
+    if copies.top_tokens_RN is None or copies.top_logprobs_RN is None:
+        none = np.empty((len(chosen), 0))
+        return Logprobs(
+            chosen=chosen, top_tokens=none.astype(np.int32), top=none.astype(np.float32)
+        )
+    return Logprobs(
+        chosen=chosen, top_tokens=copies.top_tokens_RN.numpy(), top=copies.top_logprobs_RN.numpy()
+    )

@@ -1,0 +1,180 @@
+"""The sequence table with last tokens, and counts for penalties, kept on the device.
+
+Nothing here waits for a sampled token: where a step needs one it is gathered on the device.
+
+Shape legend: T tokens, R rows sampled, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arriero.kernels.ops import FlatBatch
+from arriero.shards.config.sampling_params import SamplingParams
+from arriero.shards.protocol.step_plan import LAST_SAMPLED, Int32, NewSequence, StepPlan
+from arriero.shards.worker.cuda.graphs import DecodeBatch, LocalDecode
+from arriero.shards.worker.grammar_masks import GrammarRows
+from arriero.shards.worker.sequence_table import LocalTable, Rope, SequenceTable
+
+
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    """A sequence with penalties: what it has said."""
+
+    params: SamplingParams
+    counts_V: Tensor
+    seen_V: Tensor
+
+
+class DeviceSequenceTable(SequenceTable):
+    """The slots of one slice, on CUDA. One slot more than asked for is the padding rows'."""
+
+    repeats_in_place = False
+
+    def __init__(
+        self,
+        *,
+        max_sequences: int,
+        max_blocks: int,
+        block_size: int,
+        vocab_size: int,
+        rope: Rope,
+        device: torch.device,
+        grammars: GrammarRows | None = None,
+        local: LocalTable | None = None,
+    ) -> None:
+        super().__init__(
+            max_sequences=max_sequences + 1,
+            max_blocks=max_blocks,
+            block_size=block_size,
+            vocab_size=vocab_size,
+            rope=rope,
+            device=device,
+            grammars=grammars,
+            local=local,
+        )
+        self.rope, self.scratch_slot = rope, max_sequences
+        self.last_S = torch.zeros(max_sequences + 1, dtype=torch.int32, device=device)
+        self._counted: dict[int, _Counted] = {}
+
+    def apply(self, plan: StepPlan) -> None:
+        """Take in what the plan changes; see `SequenceTable.apply`."""
+        for slot in plan.freed.tolist():
+            self._counted.pop(slot, None)
+        super().apply(plan)
+
+    def batch(self, plan: StepPlan) -> tuple[Tensor, FlatBatch]:
+        """As `SequenceTable.batch`, with tokens that only the device holds."""
+        tokens_T, batch = super().batch(plan)
+        if (plan.tokens == LAST_SAMPLED).any():
+            slot_T = self.on_device(np.repeat(plan.slots, plan.counts))
+            tokens_T = self.resolve(self.on_device(plan.tokens), slot_T)
+        return tokens_T, batch
+
+    def resolve(self, tokens_T: Tensor, slot_T: Tensor) -> Tensor:
+        """Put each slot's last token where `LAST_SAMPLED` stands."""
+        last_T = self.last_S.index_select(0, slot_T)
+        return torch.where(tokens_T == LAST_SAMPLED, last_T, tokens_T)
+
+    def is_plain(self, plan: StepPlan) -> bool:
+        """Whether every sequence of the plan only decodes and samples, with usual parameters."""
+        slots = plan.slots
+        if not len(slots) or plan.prompt_rows.any() or not plan.samples.all():
+            return False
+        if (plan.counts != 1).any() or (self._logprobs[slots] >= 0).any():
+            return False
+        unusual = self._unusual.keys() | self._counted.keys()
+        return not unusual or unusual.isdisjoint(slots.tolist())
+
+    def decode_batch(self, plan: StepPlan) -> DecodeBatch:
+        """A plain plan's inputs on the host."""
+        slots, positions = plan.slots, plan.starts
+        blocks = int(positions.max()) // self._block_size + 1
+        local = None
+        if self._local is not None:
+            base, table = self._local.frame(slots, positions, positions + 1)
+            local = LocalDecode(positions=positions - base, table=table)
+        return DecodeBatch(
+            tokens=plan.tokens,
+            slots=slots,
+            positions=positions,
+            table=self._blocks[slots, :blocks],
+            temperature=self._temperature[slots],
+            top_k=self._top_k[slots],
+            top_p=self._top_p[slots],
+            min_p=self._min_p[slots],
+            seed=self._seed[slots],
+            local=local,
+        )
+
+    @property
+    def max_local_blocks(self) -> int:
+        """Blocks of a decode's chunk-local table at most; 0 where there is none."""
+        return 0 if self._local is None else self._local.frame_blocks
+
+    def record_on_device(self, plan: StepPlan, tokens_R: Tensor) -> None:
+        """Keep the tokens that the step's sequences drew, without looking at them."""
+        slots = plan.slots[plan.samples.astype(bool)]
+        # a row without an answer (-1) ends its group's request; the step after must not read -1
+        kept_R = tokens_R.clamp(min=0)
+        self.last_S.index_copy_(0, self.on_device(slots).long(), kept_R)
+        if not self._counted:
+            return
+        for row, slot in enumerate(slots.tolist()):
+            one = self._counted.get(slot)
+            if one is not None:
+                token = kept_R[row : row + 1].long()
+                one.counts_V.index_add_(0, token, torch.ones_like(one.counts_V[:1]))
+                one.seen_V.index_fill_(0, token, True)
+
+    def follow(self, plan: StepPlan, tokens: Callable[[], Int32]) -> None:
+        """Go on with the grammars of the step's sequences, once `tokens` has what they drew."""
+        if self._grammars:
+            self._grammars.take(plan.slots[plan.samples.astype(bool)].tolist(), tokens)
+
+    def _enter(self, new: NewSequence) -> None:
+        super()._enter(new)
+        self._counted.pop(new.slot, None)
+        one = self._unusual.get(new.slot)
+        if one is not None and one.counts_V is not None and one.seen_V is not None:
+            self._counted[new.slot] = _Counted(
+                one.params, self.on_device(one.counts_V), self.on_device(one.seen_V)
+            )
+            one.counts_V = one.seen_V = None
+
+    def _unusual_rows(self, slots: Int32, positions: Int32) -> dict[str, Any]:
+        extra = super()._unusual_rows(slots, positions)
+        found = {
+            row: self._counted[slot]
+            for row, slot in enumerate(slots.tolist())
+            if slot in self._counted
+        }
+        if not found:
+            return extra
+        num_rows, vocab = len(slots), self._vocab_size
+        penalties = np.zeros((3, num_rows), np.float32)
+        penalties[0] = 1
+        counts = torch.zeros((num_rows, vocab), dtype=torch.int32, device=self._device)
+        seen = torch.zeros((num_rows, vocab), dtype=torch.bool, device=self._device)
+        for row, one in found.items():
+            params = one.params
+            penalties[:, row] = (
+                params.repetition_penalty,
+                params.presence_penalty,
+                params.frequency_penalty,
+            )
+            counts[row], seen[row] = one.counts_V, one.seen_V
+        repetition, presence, frequency = self.on_device(penalties)
+        return extra | {
+            "repetition_R": repetition,
+            "presence_R": presence,
+            "frequency_R": frequency,
+            "seen_RV": seen,
+            "counts_RV": counts,
+        }

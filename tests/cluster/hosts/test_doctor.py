@@ -1,0 +1,79 @@
+"""What the doctor says of nodes that are well, and of those that are not."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import replace
+
+from arriero.cluster.hosts import doctor as checkup
+from arriero.cluster.hosts.doctor import Facts, judge
+
+WELL = Facts(
+    host="a",
+    python="3.12.1",
+    packages=dict.fromkeys(checkup.PACKAGES, "1.0"),
+    clock_s=0.0,
+    cores=64,
+    memory_bytes=1 << 40,
+    shm_bytes=1 << 34,
+    files=1 << 20,
+    disks={"/": (1 << 40, 1 << 41)},
+    models={"/models/m": True},
+    driver="570.1",
+    gpus=("H100",) * 8,
+    nccl="2.27.3",
+    ports={50051: ""},
+)
+
+
+def grades(facts: Facts, skew_s: float = 0.0) -> dict[str, str]:
+    found = judge({"n": facts}, {"n": skew_s})
+    return {one.what: one.remedy for one in found if one.grade != "ok"}
+
+
+def test_a_node_that_is_well() -> None:
+    assert grades(WELL) == {}
+
+
+def test_each_fault_has_a_remedy() -> None:
+    ill = {
+        "files": 1024,
+        "shm_bytes": 1 << 20,
+        "disks": {"/": (1, 1 << 41)},
+        "models": {"/models/m": False},
+        "gpus": ("H100", "A100"),
+        "nccl": "",
+        "ports": {50051: "cannot be bound: Address already in use"},
+        "peers": {"10.0.0.2": "No route to host"},
+        "wanted": {"/": 1 << 42},
+        "packages": {**WELL.packages, "torch": ""},
+    }
+    for name, value in ill.items():
+        found = grades(replace(WELL, **{name: value}))  # type: ignore[arg-type]
+        assert len(found) == 1, name
+        assert all(found.values()), name
+    assert "synchronise" in next(iter(grades(WELL, skew_s=2.0).values()))
+
+
+def test_nodes_that_differ() -> None:
+    other = replace(WELL, packages={**WELL.packages, "ray": "2.0"}, driver="560.2")
+    said = [one.what for one in judge({"a": WELL, "b": other}, {}) if one.node == "all"]
+    assert len(said) == 2
+    assert "ray differs: 1.0 on a, 2.0 on b" in said[0]
+    assert "560.2, 570.1" in said[1]
+
+
+def test_this_machine_can_be_looked_at() -> None:
+    with closing(checkup.Ear("127.0.0.1")) as ear:
+        asked = checkup.Questions(
+            models=("/nowhere",),
+            ports=(0,),
+            disks={"/nowhere/at/all": 1 << 60},
+            peers=(("127.0.0.1", ear.port()), ("127.0.0.2", 1)),
+        )
+        facts = checkup.look(asked)
+    assert facts.cores >= 1 and facts.packages["ray"] and facts.models == {"/nowhere": False}
+    assert facts.ports == {0: ""}
+    assert facts.peers == {"127.0.0.1": "", "127.0.0.2": "Connection refused"}
+    assert facts.wanted == {"/": 1 << 60}
+    assert any("may come to" in one.what for one in judge({"n": facts}, {}))

@@ -1,0 +1,71 @@
+"""What differs between two specs, and what it takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from arriero.cluster.spec.deployment import Spec
+from arriero.cluster.spec.diff import changes, live_settings, refuse
+from arriero.cluster.spec.live_settings import Live
+from arriero.shards.errors import SpecError
+
+
+def spec(model: dict[str, Any] | None = None, **parts: Any) -> Spec:  # noqa: ANN401
+    return Spec.model_validate({"models": [{"name": "m", "path": "/m", **(model or {})}], **parts})
+
+
+OLD = spec()
+
+
+@pytest.mark.parametrize(
+    ("new", "field", "price"),
+    [
+        (spec(log_level="info"), "log_level", "reload"),
+        (spec(gateway={"tenants": [{"name": "anyone"}]}), "gateway.tenants", "reload"),
+        (spec(gateway={"queue": {"max_wait_s": 5}}), "gateway.queue", "reload"),
+        (spec(gateway={"lost_s": 5}), "gateway.lost_s", "reload"),
+        (spec(health={"hang_s": 5}), "health.hang_s", "reload"),
+        (spec({"groups": 2}), "models[m].groups", "reload"),
+        (spec({"autoscale": {"max": 3}}), "models[m].autoscale", "reload"),
+        (spec(health={"period_s": 5}), "health.period_s", "rollout"),
+        (spec(gateway={"port": 5}), "gateway.port", "rollout"),
+        (spec(gateway={"http": None}), "gateway.http", "rollout"),
+        (spec(tracing={"endpoint": "http://x"}), "tracing", "rollout"),
+        (spec({"mesh": {"tp": 2}}), "models[m].mesh.tp", "rollout"),
+        (spec({"dtype": "float32"}), "models[m].dtype", "rollout"),
+        (spec(admin={"port": 5}), "admin.port", "up"),
+        (spec(ray={"address": "h:1"}), "ray.address", "up"),
+    ],
+)
+def test_each_field_has_its_price(new: Spec, field: str, price: str) -> None:
+    (found,) = changes(OLD, new)
+    assert (found.field, found.price) == (field, price)
+    if price == "reload":
+        refuse([found], "reload")
+        return
+    with pytest.raises(SpecError, match="rollout SPEC" if price == "rollout" else "arriero down"):
+        refuse([found], "reload")
+    if price == "rollout":
+        refuse([found], "rollout")
+
+
+def test_what_is_the_same_costs_nothing() -> None:
+    assert changes(OLD, spec()) == []
+    joined = spec(ray={"address": "h:1"})
+    assert changes(joined, OLD) == []  # a flag of `up`, which the file does not hold
+
+
+def test_models_come_and_go_with_the_deployment() -> None:
+    other = Spec.model_validate({"models": [{"name": "n", "path": "/m"}]})
+    assert [one.field for one in changes(OLD, other)] == ["models[m]", "models[n]"]
+    with pytest.raises(SpecError, match="arriero down"):
+        refuse(changes(OLD, other), "rollout")
+
+
+def test_live_settings_survive_the_registrys_store() -> None:
+    wanted = spec(gateway={"tenants": [{"name": "anyone", "weight": 2}]}, health={"step_s": 7})
+    live = live_settings(wanted, 3)
+    assert Live.from_wire(live.to_wire()) == live
+    assert (live.version, live.tenants[0].weight, live.health.step_s) == (3, 2.0, 7.0)

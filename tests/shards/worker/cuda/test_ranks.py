@@ -1,0 +1,89 @@
+"""Groups of several ranks on simulated devices, a process each: the tokens of the CPU reference."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from multiprocessing.queues import Queue
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arriero.shards.config.group import GroupConfig
+from arriero.shards.config.sampling_params import SamplingParams
+from arriero.shards.errors import GroupFailed
+from arriero.shards.leader.remote_executor import device_of
+from support.fake_cuda import simulated, simulated_slices
+from support.groups import running
+from support.models import tiny_llama, tiny_llama4
+from support.ranks import joined, ranks, tell
+
+PROMPTS = [[7, 1, 9, 4, 4, 2, 8], [1, 2, 3]]
+PARAMS = [
+    SamplingParams(max_tokens=4, temperature=0, seed=0),
+    SamplingParams(max_tokens=3, temperature=1.0, seed=4, top_p=0.9),
+]
+LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "TP2": ("triton", {"tp": 2}),
+    "PP2": ("reference", {"pp": 2}),
+    "DP2xEP2": ("reference", {"dp": 2}),
+}
+
+
+def tokens(config: GroupConfig) -> list[list[int]]:
+    with running(config) as group:
+        answers = group.generate(PROMPTS, PARAMS)
+    assert [one.error for one in answers] == [None] * len(answers)
+    return [one.tokens for one in answers]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ranks_give_the_references_tokens(tmp_path: Path, layout: str) -> None:
+    kernels, mesh = LAYOUTS[layout]
+    if kernels == "triton":
+        pytest.importorskip("triton")
+    if "dp" in mesh:
+        tiny_llama4(tmp_path, seed=3, layers=4, experts=4, chunk=8)
+    else:
+        tiny_llama(tmp_path, seed=3)
+    config = GroupConfig(
+        model_path=str(tmp_path),
+        dtype="float32",
+        kernels="reference",
+        threads=1,
+        block_size=4,
+        num_blocks=100,
+        num_local_blocks=60,
+        max_model_len=64,
+        max_sequences=4,
+        max_batch_tokens=24,
+    )
+    expected = tokens(config)
+    with simulated_slices():
+        assert tokens(replace(config, device="cuda", kernels=kernels, **mesh)) == expected
+
+
+def test_each_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [device_of(rank) for rank in range(3)] == ["0", "1", "2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, GPU-7f")
+    assert [device_of(rank) for rank in range(2)] == ["4", "GPU-7f"]
+    with pytest.raises(GroupFailed, match="slice 2 has no GPU"):
+        device_of(2)
+
+
+def connected(rank: int, port: int, told: Queue[Any], mesh: dict[str, int]) -> None:
+    with simulated() as device:
+        made = joined(rank, port, **mesh, device="cuda", timeout_s=60)
+        tell(told, dict(device.collectives))
+        made.leave()
+
+
+@pytest.mark.parametrize("mesh", [{"tp": 2}, {"pp": 2}])
+def test_every_communicator_is_made_before_a_step(mesh: dict[str, int]) -> None:
+    """Of NCCL, which makes each at its first use: a slow start would be judged a hang."""
+    with ranks(2, connected, mesh) as told:
+        used = sum((Counter(told.get(timeout=120)) for _ in range(2)), Counter())
+    assert used["all_reduce", (0, 1)] >= 2
+    assert used["send", (0, 1)] == used["recv", (0, 1)] == 1

@@ -1,0 +1,181 @@
+"""The real CUDA runner, engine and kernels on a simulated device, which refuses what a GPU would.
+
+Tokens equal those of the CPU reference; weights are float32, since Triton's interpreter rounds
+bfloat16 in another way than a device does.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from arriero.shards.checkpoint.reader import Checkpoint, TensorFolder
+from arriero.shards.config.group import GroupConfig
+from arriero.shards.config.sampling_params import SamplingParams
+from arriero.shards.layout.resolve import resolve
+from arriero.shards.models.llama4 import Llama4Slice
+from arriero.shards.worker.cuda.runner import CudaRunner
+from support import triton_interpreter
+from support.fake_cuda import DeviceTensor, simulated
+from support.groups import running
+from support.models import tiny_llama, tiny_llama4
+from support.quantized_models import quantized_llama
+
+triton_interpreter.install()  # before anything imports the kernels
+pytest.importorskip("triton")
+
+PROMPTS = [[7, 1, 9, 4, 4, 2, 8], [1, 2, 3], [5] * 30]
+GREEDY = SamplingParams(max_tokens=3, temperature=0, seed=0)
+PARAMS = [
+    GREEDY,
+    SamplingParams(max_tokens=3, temperature=1.0, seed=4, top_p=0.9),
+    SamplingParams(max_tokens=3, temperature=0.8, seed=5, top_k=20),
+]
+
+
+def make(path: Path, family: str) -> None:
+    """A tiny folder: of a family ("vision" is a Llama 4 that sees), or of a quantized form."""
+    if family == "llama":
+        tiny_llama(path, seed=3, attention_bias=True, mlp_bias=True)
+    elif family == "llama4":
+        tiny_llama4(path, seed=3, layers=4, experts=4, chunk=8)
+    elif family == "vision":
+        tiny_llama4(path, seed=3, layers=2, experts=4, chunk=8, sees=True)
+    else:
+        quantized_llama(path, family, layers=2)
+
+
+def config_of(path: Path, **more: Any) -> GroupConfig:  # noqa: ANN401
+    settings: dict[str, Any] = {
+        "dtype": "float32",
+        "kernels": "reference",
+        "block_size": 4,
+        "num_blocks": 100,
+        "num_local_blocks": 60,
+        "max_model_len": 64,
+        "max_sequences": 2,
+        "max_batch_tokens": 24,
+    }
+    return GroupConfig(model_path=str(path), **settings | more)
+
+
+def on_cuda(config: GroupConfig, kernels: str = "triton") -> GroupConfig:
+    return replace(config, device="cuda", kernels=kernels)
+
+
+def tokens(config: GroupConfig, prompts: list[list[int]], params: list[SamplingParams]) -> Any:  # noqa: ANN401
+    with running(config) as group:
+        answers = group.generate(prompts, params)
+    assert [one.error for one in answers] == [None] * len(answers)
+    return [one.tokens for one in answers]
+
+
+@pytest.mark.parametrize("family", ["llama", "llama4"])
+def test_tokens_are_the_references(tmp_path: Path, family: str) -> None:
+    """Greedy and drawn, prompts in pieces beside decodes, eager steps and replayed ones."""
+    make(tmp_path, family)
+    config = config_of(tmp_path)
+    prompts, params = (PROMPTS, PARAMS) if family == "llama" else (PROMPTS[1:], [GREEDY] * 2)
+    expected = tokens(config, prompts, params)
+    with simulated() as device, running(on_cuda(config)) as group:
+        ready = device.captures
+        assert ready == 2 * 2, "batches of 1 and 2, greedy and drawing, before the first request"
+        assert device.capture_modes == {"thread_local"}, "tiers' threads use the device meanwhile"
+        device.clear()
+        answers = group.generate(prompts, params)
+        assert [one.error for one in answers] == [None] * len(answers)
+        assert [one.tokens for one in answers] == expected
+        assert not device.waits, "a step waits for the device"
+        assert device.captures == ready, "serving captures nothing"
+        assert device.launches["_decode_splits"] > 0
+
+
+def test_the_reference_serves_on_a_gpu(tmp_path: Path) -> None:
+    """Its ops wait for the device, which no capture allows: its decodes run one by one."""
+    make(tmp_path, "llama")
+    config = config_of(tmp_path)
+    expected = tokens(config, PROMPTS, PARAMS)
+    with simulated() as device:
+        assert tokens(on_cuda(config, "reference"), PROMPTS, PARAMS) == expected
+        assert device.captures == 0
+
+
+LOADED = [
+    *((form, None) for form in ("llama", "llama4", "vision")),
+    *((form, None) for form in ("awq", "gptq-act-order", "packed-8", "fbgemm_fp8")),
+    *(("llama", form) for form in ("int8", "int4", "fp8")),
+    ("llama4", "int8"),
+]
+
+
+@pytest.mark.parametrize(("form", "quantization"), LOADED)
+def test_all_that_a_slice_loads_is_on_its_device(
+    tmp_path: Path, form: str, quantization: str | None
+) -> None:
+    """Weights, biases, norms, scales, orders, tables of angles, experts' addresses, vision."""
+    make(tmp_path, form)
+    config = on_cuda(config_of(tmp_path, quantization=quantization))
+    with simulated():
+        runner = loaded(config)
+        for part in (runner._model, runner._table, runner._inputs):
+            strays = [name for name, one in tensors_of(part) if not on_device_or_pinned(one)]
+            assert not strays, f"on the host: {', '.join(strays)}"
+
+
+def loaded(config: GroupConfig, rank: int = 0) -> CudaRunner:
+    return CudaRunner(resolve(config, Checkpoint.open(config.model_path).config), rank)
+
+
+def on_device_or_pinned(one: Tensor) -> bool:
+    return isinstance(one, DeviceTensor) or one.is_pinned()
+
+
+def tensors_of(root: object) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that `root` holds, closures of its functions included, with the way to it."""
+    seen: set[int] = set()
+    left: list[tuple[str, Any]] = [(type(root).__name__, root)]
+    while left:
+        name, one = left.pop()
+        if id(one) in seen or isinstance(one, (TensorFolder, type)):
+            continue
+        seen.add(id(one))
+        if isinstance(one, Tensor):
+            yield name, one
+        elif isinstance(one, dict):
+            left += [(f"{name}[{key!r}]", value) for key, value in one.items()]
+        elif isinstance(one, (list, tuple, set)):
+            left += [(f"{name}[{at}]", value) for at, value in enumerate(one)]
+        elif isinstance(one, types.FunctionType):
+            left += [(f"{name}()", cell.cell_contents) for cell in one.__closure__ or ()]
+        elif isinstance(one, types.MethodType):
+            left.append((name, one.__self__))
+        elif type(one).__module__.startswith("arriero."):
+            fields = dict(getattr(one, "__dict__", {}))
+            slots = [slot for kind in type(one).__mro__ for slot in getattr(kind, "__slots__", ())]
+            fields |= {slot: getattr(one, slot) for slot in slots if hasattr(one, slot)}
+            left += [(f"{name}.{field}", value) for field, value in fields.items()]
+
+
+def test_replaced_experts_leave_memory(tmp_path: Path) -> None:
+    """Of a layer whose experts are moved, only those that are held take memory."""
+    tiny_llama4(tmp_path, seed=3, layers=2, experts=8, chunk=8)
+    with simulated():
+        runner = loaded(on_cuda(config_of(tmp_path, dp=2)))
+        model = runner._model
+        assert isinstance(model, Llama4Slice)
+        turned = np.arange(8, dtype=np.int32)
+        held = []
+        for _ in range(4):
+            turned = np.roll(turned, 4)
+            for layer in range(2):
+                model.place_experts(layer, turned)
+            held.append(torch.cuda.memory_allocated())
+        assert len(set(held)) == 1, f"bytes after each move: {held}"
