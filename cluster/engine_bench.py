@@ -136,8 +136,9 @@ class EngineBench:
         from arriero.cluster.planner.kv_room import needs_room, sized
         from arriero.shards.checkpoint.formats.describe import describe
         from arriero.shards.checkpoint.reader import Checkpoint
+        from arriero.shards.engine.config import engine_config
         from arriero.shards.engine.engine import Engine
-        from arriero.shards.layout.resolve import engine_config, resolve
+        from arriero.shards.layout.resolve import resolve
         from arriero.shards.leader.local_executor import LocalExecutor
         from arriero.shards.leader.remote_executor import spawn_group
         from arriero.shards.worker.cuda.device import free_bytes_of

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from arriero.cluster.commands.deployment import StateDir, temporary_deployment
+from arriero.cluster.commands.deployment import temporary_deployment
+from arriero.cluster.commands.options import StateDir
 from arriero.cluster.commands.talk import ApiKey, Ca, credentials, status_as_error
 from arriero.cluster.commands.terminal import OUT, spinner
 from arriero.shards.errors import SpecError, Unavailable

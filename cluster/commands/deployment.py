@@ -14,20 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from arriero.cluster.commands.options import StateDir
 from arriero.cluster.commands.terminal import ERR, OUT, spinner
 from arriero.shards.errors import SpecError
 
 if TYPE_CHECKING:
     from arriero.cluster.deployment_file import Deployment
 
-StateDir = Annotated[
-    Path | None,
-    typer.Option(
-        envvar="ARRIERO_STATE",
-        help="Where the deployment is noted; by default ~/.local/state/arriero.",
-        show_default=False,
-    ),
-]
 _QUESTION = "What is the capital of France?"
 _BEGINNING = "Return a list of the"
 

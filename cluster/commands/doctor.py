@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from arriero.cluster.commands.deployment import StateDir
+from arriero.cluster.commands.options import StateDir
 from arriero.cluster.commands.terminal import OUT, spinner
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from arriero.cluster.commands.deployment import StateDir
 from arriero.cluster.commands.operations import AsJson, admin
+from arriero.cluster.commands.options import StateDir
 from arriero.cluster.commands.terminal import ERR, OUT
 from arriero.router.tenants.keys import KeyEntry, add_key, read_keys, revoke_key, rotate_key
 from arriero.shards.errors import SpecError

@@ -13,8 +13,8 @@ import typer
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from arriero.cluster.commands.deployment import StateDir
 from arriero.cluster.commands.operations import AsJson, admin, plain
+from arriero.cluster.commands.options import StateDir
 from arriero.cluster.commands.terminal import OUT
 from arriero.shards.errors import GroupFailed, InvalidRequest
 

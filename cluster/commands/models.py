@@ -15,7 +15,7 @@ from arriero.shards.checkpoint.cache import cache_folder
 from arriero.shards.errors import NotFound, SpecError
 
 if TYPE_CHECKING:
-    from arriero.shards.checkpoint.formats.stored import AnyModel
+    from arriero.shards.layout.parts import AnyModel
 
 TINY_MAVERICK = "tiny-maverick"
 DEMO = "smollm2"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from arriero.cluster.commands.deployment import StateDir
+from arriero.cluster.commands.options import StateDir
 from arriero.cluster.commands.terminal import ERR, OUT, spinner
 from arriero.shards.errors import GroupFailed, NotFound, Unavailable
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from arriero.cluster.commands.deployment import StateDir
+from arriero.cluster.commands.options import StateDir
 from arriero.cluster.commands.terminal import ERR
 from arriero.shards.errors import GroupFailed, Unavailable
 

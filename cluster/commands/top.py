@@ -14,8 +14,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from arriero.cluster.commands.deployment import StateDir
 from arriero.cluster.commands.operations import AsJson, admin, plain
+from arriero.cluster.commands.options import StateDir
 from arriero.cluster.commands.terminal import OUT
 from arriero.cluster.commands.views import queue
 

@@ -26,8 +26,8 @@ from arriero.cluster.control.api_keys import KeyRing, check_overlap
 from arriero.cluster.control.kv_admin_client import KV_ACTIONS, ask_kv
 from arriero.cluster.control.reconcile import Phase, settled
 from arriero.cluster.hosts import nodes
+from arriero.cluster.hosts.nodes import node_address, reachable
 from arriero.cluster.registry.history import Failure
-from arriero.cluster.replica.slice_actor import node_address, reachable
 from arriero.cluster.spec.deployment import Spec
 from arriero.cluster.spec.gateway import TenantSpec
 from arriero.cluster.spec.load import explain

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from arriero.cluster.spec.model import COUNTS
+
 
 @dataclass(slots=True)
 class Revision:
@@ -67,9 +69,6 @@ class Kept:
         }
         places = {name: Place(**one) for name, one in data["places"].items()}
         return cls(**{**data, "models": models, "places": places})
-
-
-COUNTS = ("groups", "autoscale", "prefill_groups", "spares")
 
 
 def essence(settings: Mapping[str, Any]) -> str:

@@ -5,17 +5,22 @@ Knows Ray's nodes, processes and sockets; knows nothing of groups.
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import ray
+
+if TYPE_CHECKING:
+    pass
 import asyncio
 import contextlib
 import glob
-import os
 import signal
 import socket
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
-import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from arriero.shards.errors import ArrieroError, Unavailable
@@ -164,3 +169,13 @@ def _tail(pid: int, count: int) -> list[str]:
         # a line that begins with a colon is Ray's own mark
         lines += [one[:300] for one in text.splitlines() if one.strip() and one[0] != ":"]
     return lines[-count:]
+
+
+def node_address() -> str:
+    """This node's address, as Ray knows it."""
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
+def reachable(host: str, port: int) -> str:
+    """The address that others use; a listener on every interface is reached at its node's."""
+    return f"{node_address() if host in ('0.0.0.0', '[::]') else host}:{port}"

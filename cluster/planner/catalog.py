@@ -12,8 +12,8 @@ from typing import Any
 
 from arriero.shards.checkpoint.formats.describe import describe, read_settings
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
-from arriero.shards.checkpoint.formats.stored import AnyModel
 from arriero.shards.errors import SpecError
+from arriero.shards.layout.parts import AnyModel
 from arriero.shards.model_config.llama4 import LLAMA4_ARCHITECTURES
 
 _GIB = 1 << 30

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from arriero.cluster.planner.rank_weights import Weights
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
-from arriero.shards.checkpoint.formats.stored import AnyModel, modules_of, tensors_due
+from arriero.shards.checkpoint.formats.stored import modules_of, tensors_due
 from arriero.shards.errors import CheckpointError
+from arriero.shards.layout.parts import AnyModel
 
 
 def stored_bytes(model: AnyModel, weights: Weights) -> int | None:

@@ -13,9 +13,9 @@ from arriero.cluster.planner.memory import Demand, GroupPlan, Layout, plan_group
 from arriero.cluster.planner.rank_weights import DTYPES, ON_LOAD, Dtype, weights_as
 from arriero.kernels.packing import KERNELS, Kernels
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
-from arriero.shards.checkpoint.formats.stored import AnyModel
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.errors import SpecError
+from arriero.shards.layout.parts import AnyModel
 
 
 def needs_room(config: GroupConfig) -> bool:

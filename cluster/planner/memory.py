@@ -16,13 +16,13 @@ from arriero.cluster.planner.catalog import Device, NamedModel
 from arriero.cluster.planner.rank_weights import RankWeights, Weights, rank_weights
 from arriero.kernels.attention_mask import Visible
 from arriero.kernels.packing import KV_ITEMSIZE, PLAIN, Kernels, kv_block_nbytes
-from arriero.shards.checkpoint.formats.stored import AnyModel, AnyPart
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.errors import SpecError
 from arriero.shards.kv.paging import SeenBlocks
 from arriero.shards.layout.dense import Span
 from arriero.shards.layout.families import attention_chunk, local_layers, parts_of
 from arriero.shards.layout.moe import MoEPart
+from arriero.shards.layout.parts import AnyModel, AnyPart
 from arriero.shards.layout.resolve import KvRoom, num_kv_blocks
 from arriero.shards.model_config.llama4 import Llama4Config
 

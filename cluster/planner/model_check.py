@@ -18,9 +18,9 @@ from arriero.shards.errors import ArrieroError, CheckpointError, SpecError
 if TYPE_CHECKING:
     from arriero.cluster.spec.model import ModelSpec
     from arriero.router.text.model_card import ModelCard
-    from arriero.shards.checkpoint.formats.stored import AnyModel
     from arriero.shards.checkpoint.reader import Checkpoint
     from arriero.shards.checkpoint.verify import Report, VerifyProgress
+    from arriero.shards.layout.parts import AnyModel
 
 MOST_PROBLEMS = 20
 """Told of one folder; the rest is counted."""

@@ -17,15 +17,10 @@ from typing import Literal
 from arriero.kernels.packing import Kernels, Precision, packed_nbytes
 from arriero.shards.checkpoint.formats.modules import Cut, Module, Place
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
-from arriero.shards.checkpoint.formats.stored import (
-    AnyModel,
-    AnyPart,
-    cut_group,
-    modules_of,
-    span_of,
-)
+from arriero.shards.checkpoint.formats.stored import cut_group, modules_of, span_of
 from arriero.shards.errors import SpecError
 from arriero.shards.layout.dense import Span
+from arriero.shards.layout.parts import AnyModel, AnyPart
 from arriero.shards.model_config.dense import ModelConfig
 
 Dtype = Literal[

@@ -21,10 +21,10 @@ import ray
 from fastapi import FastAPI
 
 from arriero.cluster.hosts.log_level import set_log_level
+from arriero.cluster.hosts.nodes import reachable
 from arriero.cluster.registry import registry
 from arriero.cluster.registry.history import Failure
 from arriero.cluster.registry.snapshot import GatewayEntry
-from arriero.cluster.replica.slice_actor import reachable
 from arriero.cluster.spec.gateway import GatewaySpec, TlsSpec, TracingSpec
 from arriero.cluster.spec.live_settings import Live
 from arriero.router.gateway import Gateway, GroupAddress

@@ -25,11 +25,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from arriero.cluster.hosts import nodes
 from arriero.cluster.hosts.log_level import set_log_level
+from arriero.cluster.hosts.nodes import node_address
 from arriero.cluster.registry import registry
 from arriero.cluster.registry.history import Failure
 from arriero.cluster.registry.snapshot import GroupEntry
 from arriero.cluster.replica import standby
-from arriero.cluster.replica.slice_actor import SliceActor, Whereabouts, node_address
+from arriero.cluster.replica.slice_actor import SliceActor, Whereabouts
 from arriero.cluster.spec.live_settings import Live
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.errors import ArrieroError, CollectiveFailed, GroupFailed
@@ -198,9 +199,10 @@ class Leader:
         from arriero.router.text.model_card import ModelCard
         from arriero.shards.checkpoint.formats.describe import describe
         from arriero.shards.checkpoint.remote import local_folder
+        from arriero.shards.engine.config import engine_config
         from arriero.shards.kv.blocks import model_root
         from arriero.shards.kv.host_id import host_name
-        from arriero.shards.layout.resolve import engine_config, resolve
+        from arriero.shards.layout.resolve import resolve
         from arriero.shards.leader.remote_executor import RemoteExecutor
         from arriero.shards.model_config.llama4 import Llama4Config
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import ray
 
 from arriero.cluster.hosts.log_level import set_log_level
+from arriero.cluster.hosts.nodes import node_address
 
 if TYPE_CHECKING:
-    from arriero.shards.worker.loop import Ticket
+    from arriero.shards.protocol.rendezvous import Ticket
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,16 +85,6 @@ class SliceActor:
 
         self._import.join()
         run_slice(rank, ticket, host=address)  # Ray ends this process if the leader's is gone
-
-
-def node_address() -> str:
-    """This node's address, as Ray knows it."""
-    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
-
-
-def reachable(host: str, port: int) -> str:
-    """The address that others use; a listener on every interface is reached at its node's."""
-    return f"{node_address() if host in ('0.0.0.0', '[::]') else host}:{port}"
 
 
 def _import_runner() -> None:

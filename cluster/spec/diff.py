@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from arriero.cluster.control.desired_state import COUNTS
 from arriero.cluster.spec.deployment import RaySpec, Spec
 from arriero.cluster.spec.live_settings import Live
+from arriero.cluster.spec.model import COUNTS
 from arriero.router.tenants.tenant import QueueLimits
 from arriero.shards.errors import SpecError
 

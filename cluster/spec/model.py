@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from arriero.cluster.control.autoscale import ScaleLimits
 from arriero.cluster.spec.fields import Bytes, Count, EverywherePath, Name, Part, Seconds
+from arriero.cluster.spec.scale_limits import ScaleLimits
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.kv_tiers import RowType, TierConfig
 
@@ -359,3 +359,6 @@ class ModelSpec(Part):
             offload_layers=self.offload.layers,
             offload_folder=None if self.offload.folder is None else str(self.offload.folder),
         )
+
+
+COUNTS = ("groups", "autoscale", "prefill_groups", "spares")

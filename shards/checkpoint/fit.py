@@ -19,7 +19,7 @@ from arriero.shards.checkpoint.llama_names import EMBEDDING, HEAD
 from arriero.shards.checkpoint.safetensors_header import StoredTensor
 
 if TYPE_CHECKING:
-    from arriero.shards.checkpoint.reader import TensorFolder
+    from arriero.shards.checkpoint.tensor_folder import TensorFolder
 
 NEVER_READ = (
     ".rotary_emb.inv_freq",

@@ -15,8 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 
-from arriero.shards.checkpoint.formats.stored import AnyPart, TensorDue, byte_ranges, reads
-from arriero.shards.checkpoint.reader import TensorFolder
+from arriero.shards.checkpoint.formats.stored import TensorDue, byte_ranges, reads
+from arriero.shards.checkpoint.tensor_folder import TensorFolder
+from arriero.shards.layout.parts import AnyPart
 
 AHEAD_BYTES = 512 << 20
 """Read ahead of what is being packed, at most; a product larger than it is read as it is used."""

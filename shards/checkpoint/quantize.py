@@ -32,19 +32,15 @@ from arriero.shards.checkpoint.formats.describe import describe, read_settings
 from arriero.shards.checkpoint.formats.modules import Module
 from arriero.shards.checkpoint.formats.products import ProductReader
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
-from arriero.shards.checkpoint.formats.stored import (
-    NIBBLES,
-    AnyModel,
-    TensorDue,
-    modules_of,
-    tensors_due,
-)
-from arriero.shards.checkpoint.reader import Checkpoint, TensorFolder
+from arriero.shards.checkpoint.formats.stored import NIBBLES, TensorDue, modules_of, tensors_due
+from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.checkpoint.safetensors_header import DTYPES
+from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.checkpoint.verify import verify
 from arriero.shards.checkpoint.writer import Progress, new_folder, write_shards
 from arriero.shards.errors import CheckpointError
 from arriero.shards.files.json_file import read_json_object
+from arriero.shards.layout.parts import AnyModel
 
 To = Literal["int8", "int4", "fp8"]
 TO: tuple[To, ...] = ("int8", "int4", "fp8")

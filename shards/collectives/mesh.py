@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
-from arriero.shards.checkpoint.formats.stored import AnyPart
 from arriero.shards.collectives.all_to_all import (
     DirectExchange,
     Exchange,
@@ -28,6 +27,7 @@ from arriero.shards.collectives.all_to_all import (
     topology,
 )
 from arriero.shards.collectives.watchdog import Mark, Watchdog
+from arriero.shards.layout.parts import AnyPart
 
 TIMEOUT_S = 120.0
 MOST_SENDING = 8

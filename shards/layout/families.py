@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from arriero.kernels.attention_mask import EVERYTHING, Visible
-from arriero.shards.checkpoint.formats.stored import AnyModel, AnyPart
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.errors import SpecError
 from arriero.shards.kv.transfers import Pool
 from arriero.shards.layout.dense import partition
 from arriero.shards.layout.moe import MoEMesh, partition_moe
+from arriero.shards.layout.parts import AnyModel, AnyPart
 from arriero.shards.model_config.llama4 import Llama4Config
 
 

@@ -11,10 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from arriero.shards.checkpoint.formats.stored import AnyModel, AnyPart
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.kv_tiers import SCALE_BYTES
-from arriero.shards.engine.types import EngineConfig
 from arriero.shards.errors import SpecError
 from arriero.shards.kv.limits import GroupTierLimits, TierLimits
 from arriero.shards.kv.paging import SeenBlocks
@@ -30,7 +28,7 @@ from arriero.shards.layout.families import (
     visible_keys,
 )
 from arriero.shards.layout.moe import MoEPart
-from arriero.shards.model_config.llama4 import Llama4Config
+from arriero.shards.layout.parts import AnyModel, AnyPart
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 QUANTIZATIONS = ("int8", "int4", "fp8")
@@ -206,41 +204,6 @@ def first_placement(config: GroupConfig, parts: Sequence[AnyPart]) -> Placement 
     stage = parts[: config.tp * config.dp]
     sizes = [one.experts.size for one in stage if isinstance(one, MoEPart)]
     return Placement.even(sizes, config.spare_experts)
-
-
-def engine_config(config: GroupConfig, model: AnyModel, digest: str) -> EngineConfig:
-    """Limits of the engine of a resolved group.
-
-    Args:
-        config: resolved.
-        model: the model's numbers.
-        digest: the checkpoint's; the root of every block's key.
-    """
-    assert config.num_blocks is not None and config.max_model_len is not None, "unresolved"
-    visible = visible_keys(model, config)
-    return EngineConfig(
-        max_model_len=config.max_model_len,
-        block_size=config.block_size,
-        num_blocks=config.num_blocks,
-        attention_chunk=visible.chunk_size,
-        num_local_blocks=config.num_local_blocks or 0,
-        attention_window=visible.window,
-        attention_sinks=visible.sinks,
-        max_sequences=config.max_sequences,
-        max_batch_tokens=config.max_batch_tokens,
-        max_queued=config.max_queued,
-        prefix_cache=config.prefix_cache,
-        pipeline_depth=max(2, config.pp),
-        num_stages=config.pp,
-        num_lanes=config.dp,
-        experts=first_placement(config, parts_of(model, config)),
-        move_experts=config.spare_experts > 0,
-        vocab_size=model.vocab_size,
-        eos_token_ids=model.eos_token_ids,
-        image_token=model.image_token if isinstance(model, Llama4Config) else None,
-        cache_salt=cache_salt(config, digest),
-        tiers=tier_limits(config, model),
-    )
 
 
 def cache_salt(config: GroupConfig, digest: str) -> bytes:

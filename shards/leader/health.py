@@ -14,9 +14,8 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from arriero.shards.protocol.failure import KEEP_LINES, Evidence, Kind
+from arriero.shards.protocol.heartbeat import PULSE_S, Pulse
 
-PULSE_S = 0.5
-"""Between two pulses of a slice."""
 _CLOCK_DRIFT = 1e-3
 """Seconds a second by which two machines' clocks part at most."""
 
@@ -34,36 +33,6 @@ class HealthLimits:
     silence_s: float = 3.0
     hang_s: float = 4.0
     step_s: float = 600.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Pulse:
-    """What a slice's main thread does.
-
-    Attributes:
-        step: it works on, or worked on last.
-        phase: of the step.
-        waits_for: the collective it waits in; "" when it computes.
-        idle: it waits for a plan.
-        moves: counts its waits and steps up; an unchanged number means that it got no further.
-        at_s: when it was sent, on the slice's own clock.
-        log: lines that it logged since the pulse before.
-        on_device: what it waits for is queued on its device, which may compute for long.
-    """
-
-    step: int
-    phase: str
-    waits_for: str = ""
-    idle: bool = False
-    moves: int = 0
-    at_s: float = 0.0
-    log: tuple[str, ...] = ()
-    on_device: bool = False
-
-    @property
-    def computes(self) -> bool:
-        """Whether the slice, or its device, may be at work on a long step."""
-        return self.on_device or not (self.waits_for or self.idle)
 
 
 @dataclass(slots=True)

@@ -25,7 +25,7 @@ class LocalExecutor:
     """Runs a single-slice group in a thread of this process."""
 
     def __init__(self, config: GroupConfig) -> None:
-        from arriero.shards.worker.runner import runner_for
+        from arriero.shards.worker.select import runner_for
 
         self._runner: Runner | None = runner_for(config, 0)
         self._moved: queue.SimpleQueue[Moved] = queue.SimpleQueue()

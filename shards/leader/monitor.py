@@ -15,8 +15,8 @@ from typing import Any
 import zmq
 
 from arriero.shards.leader.health import GroupHealth, HealthLimits
+from arriero.shards.protocol import heartbeat as pulse
 from arriero.shards.protocol.failure import Evidence, FirstCause, Inquest, Kind
-from arriero.shards.worker import heartbeat as pulse
 
 CHECK_S = 0.2
 

@@ -30,8 +30,9 @@ from arriero.shards.layout.families import lane_of
 from arriero.shards.leader.health import HealthLimits
 from arriero.shards.leader.monitor import Monitor
 from arriero.shards.protocol.failure import Evidence, FirstCause, Kind
+from arriero.shards.protocol.rendezvous import SliceReport, Ticket
 from arriero.shards.protocol.step_plan import StepPlan, StepResult
-from arriero.shards.worker.loop import SliceReport, Ticket, run_slice
+from arriero.shards.worker.loop import run_slice
 
 POLL_S = 0.1
 Loads = npt.NDArray[np.int64]

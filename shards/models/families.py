@@ -15,7 +15,6 @@ from torch import Tensor
 from arriero.kernels.attention_mask import Visible
 from arriero.kernels.expert_rows import Wire
 from arriero.kernels.ops import FlatBatch, KVCache, Ops
-from arriero.shards.checkpoint.formats.stored import AnyPart
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.collectives.expert_parallel import Loads
 from arriero.shards.collectives.mesh import Mesh
@@ -23,6 +22,7 @@ from arriero.shards.kv.transfers import Pool
 from arriero.shards.layout.dense import SlicePart
 from arriero.shards.layout.expert_placement import Placement
 from arriero.shards.layout.moe import MoEPart
+from arriero.shards.layout.parts import AnyPart
 from arriero.shards.model_config.llama4 import Llama4Config
 from arriero.shards.models.image_table import ImageTable
 from arriero.shards.models.llama import LlamaSlice

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arriero.shards.checkpoint.reader import TensorFolder
+from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.model_config.llama4 import VisionConfig
 
 _TILES_AT_ONCE = 4

@@ -26,11 +26,12 @@ from arriero.kernels.quant import (
 )
 from arriero.shards.checkpoint.formats.products import ProductReader, StoredProduct
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
-from arriero.shards.checkpoint.formats.stored import AnyPart, TensorDue, bytes_read
+from arriero.shards.checkpoint.formats.stored import TensorDue, bytes_read
 from arriero.shards.checkpoint.pager import Pager, ranges_read
-from arriero.shards.checkpoint.reader import TensorFolder
+from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.errors import CheckpointError
 from arriero.shards.layout.dense import Span
+from arriero.shards.layout.parts import AnyPart
 
 Progress = Callable[[int, int], None]
 """Called with (bytes packed, bytes in all) while a rank's weights load."""

@@ -12,17 +12,16 @@ import logging
 import threading
 import time
 from collections import deque
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import msgpack
 import zmq
 
-from arriero.shards.leader.health import PULSE_S, Pulse
 from arriero.shards.protocol.failure import KEEP_LINES
+from arriero.shards.protocol.heartbeat import PULSE_S, Pulse, pack
 
 if TYPE_CHECKING:
-    from arriero.shards.worker.loop import Ticket
+    from arriero.shards.protocol.rendezvous import Ticket
     from arriero.shards.worker.runner import Runner
 
 MAX_LINE = 300
@@ -106,27 +105,6 @@ class PulseSender:
         finally:
             sender.close()
             context.term()
-
-
-def pack(rank: int, pulse: Pulse) -> bytes:
-    """A pulse's bytes."""
-    packed: bytes = msgpack.packb((rank, astuple(pulse)))
-    return packed
-
-
-def unpack(packed: bytes) -> tuple[int, Pulse]:
-    """Undo `pack`: the rank and its pulse."""
-    rank, (step, phase, waits_for, idle, moves, at_s, log, on_device) = msgpack.unpackb(packed)
-    return rank, Pulse(
-        step=step,
-        phase=phase,
-        waits_for=waits_for,
-        idle=idle,
-        moves=moves,
-        at_s=at_s,
-        log=tuple(log),
-        on_device=on_device,
-    )
 
 
 class _Lines(logging.Handler):

@@ -19,7 +19,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import msgpack
@@ -27,6 +27,7 @@ import zmq
 
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.errors import CollectiveFailed
+from arriero.shards.protocol.rendezvous import SliceReport, Ticket
 from arriero.shards.worker.heartbeat import Activity, PulseSender
 
 if TYPE_CHECKING:
@@ -39,46 +40,6 @@ if TYPE_CHECKING:
 PROGRESS_PERIOD_S = 0.1
 LEADER_CHECK_S = 1.0
 LOADS_PERIOD_S = 0.5
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ticket:
-    """What a slice needs to find its leader. Keep it secret: it holds the group's keys.
-
-    Attributes:
-        address: of the leader's socket, ipc or TCP.
-        pulse_address: of its socket for pulses.
-        config: of the group, resolved.
-        server_key, public_key, secret_key: CURVE keys (Z85), None on ipc.
-    """
-
-    address: str
-    pulse_address: str
-    config: GroupConfig
-    server_key: bytes | None = None
-    public_key: bytes | None = None
-    secret_key: bytes | None = None
-
-    def secure(self, connecting: zmq.Socket[bytes]) -> None:
-        """Give a socket the keys, if there are any; before it connects."""
-        if self.server_key is not None:
-            connecting.curve_serverkey = self.server_key
-            connecting.curve_publickey = self.public_key
-            connecting.curve_secretkey = self.secret_key
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SliceReport:
-    """What a slice holds once it is loaded. Bytes are those really allocated."""
-
-    rank: int
-    host: str
-    pid: int
-    kernels: str
-    threads: int
-    weights_bytes: int
-    kv_bytes: int
-    load_s: float
 
 
 class LeaderLost(Exception):
@@ -111,7 +72,7 @@ def run_slice(
         port = store_socket.getsockname()[1] if store_socket else 0
         link.send(b"H", {"host": host, "port": port, "pid": os.getpid()})
 
-        from arriero.shards.worker.runner import runner_for
+        from arriero.shards.worker.select import runner_for
 
         activity.phase = "load"
         runner = runner_for(ticket.config, rank, progress=link.progress)

@@ -22,7 +22,7 @@ from arriero.shards.kv.paging import cache_slots
 from arriero.shards.protocol.step_plan import Int32
 
 if TYPE_CHECKING:
-    from arriero.shards.worker.sequence_table import Rope
+    from arriero.shards.worker.rope_table import Rope
 
 
 _SPARE_COLUMNS = 8

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from arriero.kernels.ops import Sampled
 from arriero.kernels.select import ops_for
-from arriero.shards.checkpoint.formats.stored import AnyModel
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.collectives.expert_parallel import Loads
 from arriero.shards.collectives.mesh import Mesh
@@ -35,13 +34,15 @@ from arriero.shards.layout.families import (
     pool_layers,
     visible_keys,
 )
+from arriero.shards.layout.parts import AnyModel
 from arriero.shards.layout.resolve import cache_salt, first_placement, tier_limits
 from arriero.shards.models.families import load_slice
 from arriero.shards.models.loader import Progress
 from arriero.shards.protocol.step_plan import Logprobs, StepPlan, StepResult
 from arriero.shards.worker.grammar_masks import GrammarRows
 from arriero.shards.worker.malloc import returning_large_buffers
-from arriero.shards.worker.sequence_table import LocalTable, Rope, SequenceTable
+from arriero.shards.worker.rope_table import Rope
+from arriero.shards.worker.sequence_table import LocalTable, SequenceTable
 
 PROMPT_LOGPROB_ROWS = 128
 """Prompt rows whose logits are held at once: bounds their memory to a few MB a thousand tokens."""
@@ -360,14 +361,3 @@ def _logprobs(sampled: Sampled | None) -> Logprobs | None:
         top_tokens=sampled.top_tokens_RN.cpu().numpy(),
         top=sampled.top_logprobs_RN.cpu().numpy(),
     )
-
-
-def runner_for(
-    config: GroupConfig, rank: int, *, progress: Progress = lambda done, total: None
-) -> Runner:
-    """The runner for the group's device; arguments as `Runner`'s."""
-    if config.device == "cpu":
-        return Runner(config, rank, progress=progress)
-    from arriero.shards.worker.cuda.runner import CudaRunner
-
-    return CudaRunner(config, rank, progress=progress)

@@ -46,7 +46,7 @@ from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.checkpoint.safetensors_header import DTYPES, make_header
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.layout.resolve import resolve
-from arriero.shards.worker.runner import runner_for
+from arriero.shards.worker.select import runner_for
 
 PIECE = 32 << 20
 _POPULATE_WRITE = 23  # Python's mmap module does not name it

@@ -35,7 +35,7 @@ from arriero.shards.layout.families import parts_of
 from arriero.shards.layout.moe import MoEPart
 from arriero.shards.model_config.llama4 import Llama4Config
 from arriero.shards.models.llama4 import Llama4Slice
-from arriero.shards.worker.sequence_table import Rope
+from arriero.shards.worker.rope_table import Rope
 from support.models import tiny_llama4
 
 BLOCK = 16

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from arriero.kernels.quant import QuantizedWeight, quantize_fp8, quantize_int4, quantize_int8
 from arriero.shards.checkpoint.quantize import TO, quantize_checkpoint
-from arriero.shards.checkpoint.reader import TensorFolder
+from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.sampling_params import SamplingParams
 from support.groups import running

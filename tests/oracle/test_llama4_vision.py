@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from arriero.shards.checkpoint.reader import TensorFolder
+from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.model_config.llama4 import VisionConfig
 from arriero.shards.models.llama4_vision import VisionTower
 from support.models import write_safetensors

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.sampling_params import SamplingParams
+from arriero.shards.engine.config import engine_config
 from arriero.shards.engine.engine import Engine
 from arriero.shards.engine.types import EngineRequest, SequenceOutput, TokenLogprobs
 from arriero.shards.images.request import RequestImage
 from arriero.shards.kv.limits import PeerBlocks
 from arriero.shards.kv.transfers import Pool
-from arriero.shards.layout.resolve import engine_config, resolve
+from arriero.shards.layout.resolve import resolve
 from arriero.shards.leader.local_executor import LocalExecutor
 from arriero.shards.leader.remote_executor import spawn_group
 

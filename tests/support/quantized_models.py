@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from arriero.shards.checkpoint.llama_names import EMBEDDING, FINAL_NORM, HEAD, layer_tensors
-from arriero.shards.checkpoint.reader import TensorFolder
+from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.model_config.dense import ModelConfig
 from support.models import tiny_llama, tiny_weights, write_safetensors
 from support.quantized_files import awq, eight_bits, fp8, gptq, packed

@@ -19,7 +19,7 @@ from arriero.shards.collectives.mesh import Mesh
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.layout.dense import partition
 from arriero.shards.models.llama import LlamaSlice
-from arriero.shards.worker.sequence_table import Rope
+from arriero.shards.worker.rope_table import Rope
 
 CPU = torch.device("cpu")
 BLOCK = 16

@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from arriero.shards.checkpoint.formats.quant_config import SIDE_FILES, read_scheme, scheme_of
+from arriero.shards.checkpoint.formats.quant_config import read_scheme, scheme_of
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
-from arriero.shards.checkpoint.formats.stored import AnyModel
+from arriero.shards.checkpoint.side_files import SIDE_FILES, side_file
 from arriero.shards.errors import CheckpointError
 from arriero.shards.files.bad_file import explain_error
 from arriero.shards.files.json_file import read_json_object
+from arriero.shards.layout.parts import AnyModel
 from arriero.shards.model_config.dense import Fields, ModelConfig
 from arriero.shards.model_config.end_tokens import with_tokenizer_ends
 from arriero.shards.model_config.llama4 import LLAMA4_ARCHITECTURES, Llama4Config
@@ -72,11 +73,6 @@ def _describe(folder: Path) -> tuple[AnyModel, QuantScheme | None]:
     if scheme is None and settings.get("quantization_config") is None:
         scheme = _beside(folder)
     return with_tokenizer_ends(model, folder), scheme
-
-
-def side_file(folder: Path) -> Path | None:
-    """The file beside config.json that says how weights are quantized, as old tools wrote it."""
-    return next((folder / one for one in SIDE_FILES if (folder / one).is_file()), None)
 
 
 def _beside(folder: Path) -> QuantScheme | None:

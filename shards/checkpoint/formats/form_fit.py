@@ -14,10 +14,11 @@ from torch import Tensor
 
 from arriero.shards.checkpoint.formats.modules import Module
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
-from arriero.shards.checkpoint.formats.stored import AnyModel, modules_of
+from arriero.shards.checkpoint.formats.stored import modules_of
+from arriero.shards.layout.parts import AnyModel
 
 if TYPE_CHECKING:
-    from arriero.shards.checkpoint.reader import TensorFolder
+    from arriero.shards.checkpoint.tensor_folder import TensorFolder
 
 _STACKED = re.compile(r"(.*\.)(?:([qkv])|(gate|up))_proj$")
 _SCALES = (".weight_scale", ".scales")

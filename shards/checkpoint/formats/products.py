@@ -26,7 +26,7 @@ from arriero.kernels.quant import INT4_ZERO, ProductInputs, QuantizedWeight
 from arriero.shards.checkpoint.formats.form_fit import in_order, index_problem
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
 from arriero.shards.checkpoint.formats.stored import NIBBLES, cut_group
-from arriero.shards.checkpoint.reader import TensorFolder
+from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.errors import CheckpointError
 from arriero.shards.layout.dense import Span
 

@@ -18,8 +18,6 @@ from arriero.shards.model_config.dense import Fields
 
 METHODS = ("fbgemm_fp8", "fp8", "compressed-tensors", "awq", "gptq")
 """Values of `quant_method`."""
-SIDE_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
-"""Files in which AutoGPTQ and AutoAWQ once wrote what config.json holds now."""
 
 _KEPT = ("modules_to_not_convert", "ignored_layers")
 _REMEDY = "take the plain checkpoint and set `quantization`, or one in a form that is read"

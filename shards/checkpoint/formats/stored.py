@@ -15,13 +15,10 @@ from arriero.shards.checkpoint.formats.llama4_names import llama4_modules
 from arriero.shards.checkpoint.formats.modules import Axis, Kind, Module, Place, llama_modules
 from arriero.shards.checkpoint.formats.scheme import FLOAT8, QuantScheme
 from arriero.shards.errors import CheckpointError
-from arriero.shards.layout.dense import SlicePart, Span
-from arriero.shards.layout.moe import MoEPart
+from arriero.shards.layout.dense import Span
+from arriero.shards.layout.parts import AnyModel, AnyPart
 from arriero.shards.model_config.dense import ModelConfig
 from arriero.shards.model_config.llama4 import Llama4Config
-
-AnyModel = ModelConfig | Llama4Config
-AnyPart = SlicePart | MoEPart
 
 ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "I8": 1, "I32": 4, "I64": 8}
 """Bytes of the safetensors dtypes that occur here."""

@@ -20,7 +20,8 @@ from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.protocol.step_plan import LAST_SAMPLED, Int32, NewSequence, StepPlan
 from arriero.shards.worker.cuda.graphs import DecodeBatch, LocalDecode
 from arriero.shards.worker.grammar_masks import GrammarRows
-from arriero.shards.worker.sequence_table import LocalTable, Rope, SequenceTable
+from arriero.shards.worker.rope_table import Rope
+from arriero.shards.worker.sequence_table import LocalTable, SequenceTable
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arriero.cluster.control.autoscale import Autoscaler, Demand, ScaleLimits
+from arriero.cluster.control.autoscale import Autoscaler, Demand
+from arriero.cluster.spec.scale_limits import ScaleLimits
 
 LIMITS = ScaleLimits(least=1, most=4, target=0.5, wait_s=2.0, up_s=5.0, down_s=60.0)
 

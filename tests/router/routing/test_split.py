@@ -22,12 +22,13 @@ from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.kv_tiers import TierConfig
 from arriero.shards.config.sampling_params import SamplingParams
+from arriero.shards.engine.config import engine_config
 from arriero.shards.engine.engine import Engine
 from arriero.shards.engine.types import EngineRequest, SequenceOutput
 from arriero.shards.errors import InvalidRequest
 from arriero.shards.kv.blocks import model_root
 from arriero.shards.kv.host_id import host_name
-from arriero.shards.layout.resolve import engine_config, resolve
+from arriero.shards.layout.resolve import resolve
 from arriero.shards.leader.local_executor import LocalExecutor
 from arriero.shards.leader.remote_executor import spawn_group
 from support.frontdoor import make_card

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from arriero.shards.checkpoint.reader import Checkpoint, TensorFolder
+from arriero.shards.checkpoint.reader import Checkpoint
+from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.checkpoint.verify import verify
 from arriero.shards.errors import CheckpointError
 from support.models import tiny_llama, tiny_llama4, tiny_weights, write_safetensors, write_sharded

@@ -13,7 +13,7 @@ from torch import Tensor
 from arriero.kernels.moe import route
 from arriero.kernels.ops import MoELayer, Ops
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
-from arriero.shards.checkpoint.reader import TensorFolder
+from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.layout.dense import Span
 from arriero.shards.models.loader import Loader
 from support.by_the_book import ByTheBook

@@ -13,7 +13,7 @@ from arriero.kernels.quant import QuantizedWeight
 from arriero.kernels.select import ops_for
 from arriero.shards.checkpoint.formats.products import ProductReader, StoredProduct
 from arriero.shards.checkpoint.formats.scheme import Method, QuantScheme
-from arriero.shards.checkpoint.reader import TensorFolder
+from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.errors import CheckpointError
 from arriero.shards.layout.dense import Span
 from support.models import write_safetensors

@@ -20,7 +20,6 @@ from arriero.cluster.planner.catalog import MODELS
 from arriero.shards.checkpoint.formats.describe import read_settings
 from arriero.shards.checkpoint.formats.quant_config import read_scheme
 from arriero.shards.checkpoint.formats.stored import (
-    AnyPart,
     Box,
     TensorDue,
     box_elements,
@@ -34,6 +33,7 @@ from arriero.shards.config.group import GroupConfig
 from arriero.shards.errors import CheckpointError
 from arriero.shards.layout.dense import Span, partition
 from arriero.shards.layout.moe import MoEMesh, partition_moe
+from arriero.shards.layout.parts import AnyPart
 from arriero.shards.model_config.dense import ModelConfig
 from arriero.shards.model_config.llama4 import Llama4Config
 from support.checkpoints_sparse import (

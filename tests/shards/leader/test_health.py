@@ -14,12 +14,14 @@ import pytest
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.sampling_params import SamplingParams
+from arriero.shards.engine.config import engine_config
 from arriero.shards.engine.engine import Engine
 from arriero.shards.engine.types import EngineRequest, SequenceOutput
-from arriero.shards.layout.resolve import engine_config, resolve
-from arriero.shards.leader.health import GroupHealth, HealthLimits, Pulse
+from arriero.shards.layout.resolve import resolve
+from arriero.shards.leader.health import GroupHealth, HealthLimits
 from arriero.shards.leader.remote_executor import RemoteExecutor, spawn_group
 from arriero.shards.protocol.failure import CAUSE_S, SETTLE_S, Evidence, FirstCause, Inquest, Kind
+from arriero.shards.protocol.heartbeat import Pulse
 
 MODEL = os.environ.get("ARRIERO_TEST_MODEL", "")
 LIMITS = HealthLimits(silence_s=3.0, hang_s=4.0, step_s=60.0)

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from arriero.kernels.attention_mask import EVERYTHING, Visible
-from arriero.shards.checkpoint.formats.stored import AnyModel
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.errors import CheckpointError, SpecError
 from arriero.shards.kv.paging import SeenBlocks
 from arriero.shards.layout.families import visible_keys
+from arriero.shards.layout.parts import AnyModel
 from arriero.shards.layout.resolve import resolve
 from arriero.shards.model_config.dense import ModelConfig
 from arriero.shards.model_config.llama4 import Llama4Config

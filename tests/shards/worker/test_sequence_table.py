@@ -12,7 +12,8 @@ import torch
 from arriero.kernels.ops import FlatBatch, SamplingRows
 from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.protocol.step_plan import LAST_SAMPLED, NewSequence, StepPlan, int32
-from arriero.shards.worker.sequence_table import Rope, SequenceTable
+from arriero.shards.worker.rope_table import Rope
+from arriero.shards.worker.sequence_table import SequenceTable
 
 BLOCK = 4
 STARTS = (5, 8, 3, 7)

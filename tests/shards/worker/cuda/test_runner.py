@@ -17,9 +17,10 @@ from arriero.kernels.reference import ReferenceOps
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.sampling_params import SamplingParams
+from arriero.shards.engine.config import engine_config
 from arriero.shards.engine.engine import Engine
 from arriero.shards.errors import SpecError
-from arriero.shards.layout.resolve import engine_config, resolve
+from arriero.shards.layout.resolve import resolve
 from arriero.shards.protocol.step_plan import StepPlan, StepResult
 from arriero.shards.worker import sequence_table as sequences
 from arriero.shards.worker.cuda.runner import Copied, CudaRunner

@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from arriero.shards.checkpoint.reader import Checkpoint, TensorFolder
+from arriero.shards.checkpoint.reader import Checkpoint
+from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.layout.resolve import resolve

@@ -1,0 +1,48 @@
+"""The engine's limits, from a group's resolved settings."""
+
+from __future__ import annotations
+
+from arriero.shards.config.group import GroupConfig
+from arriero.shards.engine.types import EngineConfig
+from arriero.shards.layout.families import (
+    parts_of,
+    visible_keys,
+)
+from arriero.shards.layout.parts import AnyModel
+from arriero.shards.layout.resolve import cache_salt, first_placement, tier_limits
+from arriero.shards.model_config.llama4 import Llama4Config
+
+
+def engine_config(config: GroupConfig, model: AnyModel, digest: str) -> EngineConfig:
+    """Limits of the engine of a resolved group.
+
+    Args:
+        config: resolved.
+        model: the model's numbers.
+        digest: the checkpoint's; the root of every block's key.
+    """
+    assert config.num_blocks is not None and config.max_model_len is not None, "unresolved"
+    visible = visible_keys(model, config)
+    return EngineConfig(
+        max_model_len=config.max_model_len,
+        block_size=config.block_size,
+        num_blocks=config.num_blocks,
+        attention_chunk=visible.chunk_size,
+        num_local_blocks=config.num_local_blocks or 0,
+        attention_window=visible.window,
+        attention_sinks=visible.sinks,
+        max_sequences=config.max_sequences,
+        max_batch_tokens=config.max_batch_tokens,
+        max_queued=config.max_queued,
+        prefix_cache=config.prefix_cache,
+        pipeline_depth=max(2, config.pp),
+        num_stages=config.pp,
+        num_lanes=config.dp,
+        experts=first_placement(config, parts_of(model, config)),
+        move_experts=config.spare_experts > 0,
+        vocab_size=model.vocab_size,
+        eos_token_ids=model.eos_token_ids,
+        image_token=model.image_token if isinstance(model, Llama4Config) else None,
+        cache_salt=cache_salt(config, digest),
+        tiers=tier_limits(config, model),
+    )
