@@ -16,7 +16,7 @@ from ray.serve import Application
 
 from arriero.cluster.replica.gateway import GatewayReplica, GatewaySettings
 from arriero.cluster.replica.leader import GroupSettings, Leader
-from arriero.cluster.spec.deployment import Spec
+from arriero.cluster.spec.deployment import DeploymentSpec
 from arriero.cluster.spec.load import load
 from arriero.cluster.spec.model import ModelSpec
 from arriero.shards.errors import SpecError
@@ -28,7 +28,7 @@ _STOP_MARGIN_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Room:
+class ClusterCapacity:
     """What the cluster has for groups.
 
     Attributes:
@@ -41,7 +41,7 @@ class Room:
     cpus_per_slice: float
 
     @classmethod
-    def of_cluster(cls, spec: Spec, *, shared: bool) -> Room:
+    def of_cluster(cls, spec: DeploymentSpec, *, shared: bool) -> ClusterCapacity:
         """Ask Ray.
 
         Args:
@@ -62,7 +62,7 @@ class Room:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Stages:
+class PlacementBundles:
     """How a group's slices are bundled: a bundle is always on one node.
 
     Attributes:
@@ -79,7 +79,7 @@ class Stages:
     selector: Mapping[str, str]
 
     @classmethod
-    def of(cls, model: ModelSpec) -> Stages:
+    def of(cls, model: ModelSpec) -> PlacementBundles:
         """As a model's mesh and placement say."""
         each = 1 if model.placement.span else model.mesh.tp
         return cls(
@@ -112,7 +112,7 @@ class Stages:
         return {"placement_group_bundle_label_selector": selectors}
 
 
-def build(spec: Spec, room: Room) -> Application:
+def build(spec: DeploymentSpec, room: ClusterCapacity) -> Application:
     """The whole of `spec` as one application.
 
     Raises:
@@ -126,7 +126,7 @@ def build(spec: Spec, room: Room) -> Application:
     return gateways(spec, leaders)
 
 
-def gateways(spec: Spec, leaders: Sequence[Application] = ()) -> Application:
+def gateways(spec: DeploymentSpec, leaders: Sequence[Application] = ()) -> Application:
     """The gateways of `spec`; `leaders` are tied into the same application."""
     # a fixed port can be bound once on a node
     fixed = spec.gateway.port or spec.gateway.http_port
@@ -168,10 +168,12 @@ def application(args: Mapping[str, str]) -> Application:
     if spec.gateway.http is not None and spec.gateway.http.port is None:
         gateway = spec.gateway.model_copy(update={"http": None})
         spec = spec.model_copy(update={"gateway": gateway})
-    return build(spec, Room.of_cluster(spec, shared=True))
+    return build(spec, ClusterCapacity.of_cluster(spec, shared=True))
 
 
-def leader(model: ModelSpec, spec: Spec, room: Room, *, slot: str, revision: int) -> Application:
+def leader(
+    model: ModelSpec, spec: DeploymentSpec, room: ClusterCapacity, *, slot: str, revision: int
+) -> Application:
     """One group of a model, as an application or a part of one.
 
     Raises:
@@ -188,7 +190,7 @@ def leader(model: ModelSpec, spec: Spec, room: Room, *, slot: str, revision: int
             f" {room.num_gpus:g}; ask for fewer, or for `device: cpu`"
         )
     cpus = model.cpus_per_slice or room.cpus_per_slice
-    stages = Stages.of(model)
+    stages = PlacementBundles.of(model)
     settings = GroupSettings(
         model=model.name,
         slot=slot,

@@ -22,8 +22,8 @@ from arriero.cluster.deployment_file import Deployment
 from arriero.cluster.hosts import local_cluster as local
 from arriero.cluster.hosts import ray_access
 from arriero.cluster.planner import model_check
-from arriero.cluster.registry.snapshot import Board
-from arriero.cluster.spec.deployment import Spec
+from arriero.cluster.registry.snapshot import RegistrySnapshot
+from arriero.cluster.spec.deployment import DeploymentSpec
 from arriero.shards.errors import (
     ArrieroError,
     CheckpointError,
@@ -48,7 +48,7 @@ _POLL_S = 0.1
 _JOIN_LIMIT_S = 30.0
 
 
-def up(spec: Spec, folder: Path, say: Say) -> Deployment:
+def up(spec: DeploymentSpec, folder: Path, say: Say) -> Deployment:
     """Deploy `spec`; returns once a token came out of every group and a gateway listens.
 
     Model folders are checked before anything is started. A local cluster that was started for it
@@ -141,7 +141,7 @@ def down(folder: Path, say: Say) -> bool:
     return True
 
 
-def board(deployment: Deployment) -> Board:
+def board(deployment: Deployment) -> RegistrySnapshot:
     """What the deployment's registry knows.
 
     Raises:
@@ -160,7 +160,7 @@ def board(deployment: Deployment) -> Board:
             found: Any = ray.get(actor.board.remote(), timeout=_JOIN_LIMIT_S)
         except (ValueError, ray.exceptions.RayError) as error:
             raise Unavailable(f"no registry at {deployment.ray_address}: {error}") from None
-        assert isinstance(found, Board)
+        assert isinstance(found, RegistrySnapshot)
         return found
 
 
@@ -205,7 +205,7 @@ def connected(deployment: Deployment) -> Iterator[None]:
             ray.shutdown()
 
 
-def _deploy(spec: Spec, say: Say, token: str, *, shared: bool) -> tuple[str, str, str]:
+def _deploy(spec: DeploymentSpec, say: Say, token: str, *, shared: bool) -> tuple[str, str, str]:
     """Deploy and wait; gives the addresses of gRPC, HTTP ("" for none) and Admin."""
     import ray
     from ray import serve
@@ -226,7 +226,7 @@ def _deploy(spec: Spec, say: Say, token: str, *, shared: bool) -> tuple[str, str
         )
     before: Any = ray.get(directory.board.remote(), timeout=_JOIN_LIMIT_S)
     try:
-        room = app.Room.of_cluster(spec, shared=shared)
+        room = app.ClusterCapacity.of_cluster(spec, shared=shared)
         for model in spec.models:  # what cannot be is said before anything starts
             app.leader(model, spec, room, slot=model.name, revision=0)
         manager = operator.connect(spec, shared=shared, token=token)
@@ -244,14 +244,14 @@ def _deploy(spec: Spec, say: Say, token: str, *, shared: bool) -> tuple[str, str
         raise
 
 
-def _admin_trust(spec: Spec) -> tuple[str, str]:
+def _admin_trust(spec: DeploymentSpec) -> tuple[str, str]:
     """What the command line checks Admin's certificate by: authorities in PEM, and a name."""
     if spec.admin.tls is None:
         return "", ""
     return spec.admin.tls.ca.read_text(encoding="utf-8"), spec.admin.tls.name or ""
 
 
-def _check_admin(spec: Spec, address: str, token: str) -> None:
+def _check_admin(spec: DeploymentSpec, address: str, token: str) -> None:
     """Ask Admin once over TLS, so that a certificate that nobody believes is found now.
 
     Raises:
@@ -288,7 +288,7 @@ def _cause_of(error: Exception) -> ArrieroError:
 
 
 def _wait(
-    spec: Spec, directory: ActorHandle[Registry], old: tuple[Failure, ...], say: Say
+    spec: DeploymentSpec, directory: ActorHandle[Registry], old: tuple[Failure, ...], say: Say
 ) -> tuple[str, str]:
     """Wait until all of it serves; gives a gateway's addresses: gRPC, and HTTP or ""."""
     import ray
@@ -324,7 +324,7 @@ def _wait(
         time.sleep(_POLL_S)
 
 
-def _progress(board: Board, wanted: int) -> str:
+def _progress(board: RegistrySnapshot, wanted: int) -> str:
     if len(board.groups) >= wanted:
         return "linking the gateway"
     told = [f"{group_id}: {text}" for group_id, text in board.progress.items()]

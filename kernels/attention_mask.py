@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Visible:
+class AttentionMaskSpec:
     """The query at position p sees keys `first(p)` to p, and keys below `sinks`.
 
     Positions count from the sequence's start and are never renumbered, neither in the mask nor in
@@ -46,4 +46,4 @@ class Visible:
         return max(0, position - self.window + 1) if self.window else 0
 
 
-EVERYTHING = Visible()
+FULL_ATTENTION = AttentionMaskSpec()

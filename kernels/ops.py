@@ -38,7 +38,7 @@ from torch import Tensor
 
 from arriero.kernels import expert_rows as wire
 from arriero.kernels import moe
-from arriero.kernels.attention_mask import EVERYTHING, Visible
+from arriero.kernels.attention_mask import FULL_ATTENTION, AttentionMaskSpec
 from arriero.kernels.expert_rows import Wire
 from arriero.kernels.moe import Permutation, Routing
 from arriero.kernels.quant import ProductInputs, QuantizedWeight, quantize_rows
@@ -167,7 +167,7 @@ class AttentionStyle:
     rope: Literal["halves", "pairs", "none"] = "halves"
     qk_norm: bool = False
     query_scale: tuple[float, float] | None = None
-    visible: Visible = EVERYTHING
+    visible: AttentionMaskSpec = FULL_ATTENTION
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -510,7 +510,7 @@ class Ops(ABC):
         kv: KVCache,
         kv_layer: int,
         batch: FlatBatch,
-        visible: Visible = EVERYTHING,
+        visible: AttentionMaskSpec = FULL_ATTENTION,
     ) -> Tensor:
         """Causal attention of each token over its own sequence's blocks: [T, N * D].
 

@@ -30,15 +30,15 @@ from arriero.router.http.app import create_app
 from arriero.router.http.server import HttpServer
 from arriero.router.inference import LOST_S, Aside, Inference, Stream
 from arriero.router.observability.metrics import Metrics
-from arriero.router.observability.observer import Sight
+from arriero.router.observability.observer import RequestObserver
 from arriero.router.observability.request_log import RequestLog, RequestLogConfig
 from arriero.router.observability.tracing import Tracing, TracingConfig
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.requests import parse, read_request_id
-from arriero.router.response import Piece
+from arriero.router.response import TextDelta
 from arriero.router.routing.choose import room
 from arriero.router.routing.linked_groups import GroupAddress, LinkedGroups
-from arriero.router.tenants.admission_controller import Caller, Door, is_set
+from arriero.router.tenants.admission_controller import AdmissionController, Caller, is_set
 from arriero.router.tenants.keys import KeyFile
 from arriero.router.tenants.tenant import QueueLimits, Tenant
 from arriero.router.text.constraints import described
@@ -135,7 +135,7 @@ class Gateway:
         link_tls = None if config.link_tls is None else config.link_tls.link_client("link_tls")
         self._groups = LinkedGroups(self._groups_changed, config.models, link_tls, on_lost=on_lost)
         self._credentials = None if config.tls is None else config.tls.server("tls")
-        door = self._door = Door(
+        door = self._door = AdmissionController(
             config.limits,
             {one.name: one.share(config.num_gateways) for one in config.tenants},
             None if config.keys is None else KeyFile(config.keys),
@@ -144,7 +144,7 @@ class Gateway:
         metrics = Metrics(self._groups.groups, door.waiting)
         self._tracing = tracing or Tracing.from_config("arriero-gateway", config.tracing)
         self._log = None if config.request_log is None else RequestLog(config.request_log)
-        sight = Sight(metrics, self._tracing, self._log)
+        sight = RequestObserver(metrics, self._tracing, self._log)
         self.inference = Inference(
             self._groups, sight, door, lost_s=config.lost_s, wake_s=config.wake_s
         )
@@ -347,7 +347,7 @@ class _Call:
 
     __slots__ = ("context", "metadata", "request_id", "tenant")
 
-    def __init__(self, context: Context, door: Door) -> None:
+    def __init__(self, context: Context, door: AdmissionController) -> None:
         self.context = context
         self.request_id = ""
         self.metadata = dict(context.invocation_metadata() or ())
@@ -379,7 +379,7 @@ class _Call:
         """Run a stream and send what it gives."""
         async with aclosing(stream) as messages:
             async for message in messages:
-                wired = message.to_wire() if isinstance(message, Piece) else message
+                wired = message.to_wire() if isinstance(message, TextDelta) else message
                 await self.context.write(wired.SerializeToString())
 
 
@@ -394,7 +394,9 @@ def _unary(method: Callable[[bytes], Awaitable[Message]]) -> Method:
     return answer
 
 
-def _guarded(door: Door, method: Method) -> Callable[[bytes, Context], Awaitable[Any]]:
+def _guarded(
+    door: AdmissionController, method: Method
+) -> Callable[[bytes, Context], Awaitable[Any]]:
     """Map errors to statuses: in words when they are ours, and else without a traceback."""
 
     async def run(raw: bytes, context: Context) -> Any:  # noqa: ANN401

@@ -18,7 +18,7 @@ from functools import partial
 from typing import cast
 
 from arriero.router.backend import GroupView
-from arriero.router.observability.observer import Sight
+from arriero.router.observability.observer import RequestObserver
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.requests import (
     OutputOptions,
@@ -35,13 +35,13 @@ from arriero.router.requests import (
     read_tools,
     read_variables,
 )
-from arriero.router.response import Answer, Message, Piece
-from arriero.router.resumable_streams import KeptStreams
+from arriero.router.response import Answer, Message, TextDelta
+from arriero.router.resumable_streams import ResumableStreams
 from arriero.router.routing import migration as relay
 from arriero.router.routing.linked_groups import LinkedGroups
-from arriero.router.routing.request_progress import Course
-from arriero.router.tenants.admission_controller import Caller, Door
-from arriero.router.tenants.admission_policy import Ticket
+from arriero.router.routing.request_progress import RequestProgress
+from arriero.router.tenants.admission_controller import AdmissionController, Caller
+from arriero.router.tenants.admission_policy import QueuedRequest
 from arriero.router.tenants.tenant import Tenant
 from arriero.router.text.call_grammar import calls_or_form, strict_form
 from arriero.router.text.constraints import Form, call_form, read_form
@@ -114,8 +114,8 @@ class Inference:
     def __init__(
         self,
         groups: LinkedGroups,
-        sight: Sight,
-        door: Door,
+        sight: RequestObserver,
+        door: AdmissionController,
         *,
         lost_s: float = LOST_S,
         wake_s: Mapping[str, float] | None = None,
@@ -127,7 +127,7 @@ class Inference:
         self._lost_s = lost_s
         self._wake_s: Mapping[str, float] = wake_s or {}
         self._asleep: Counter[str] = Counter()
-        self._kept = KeptStreams()
+        self._kept = ResumableStreams()
 
     async def find(self, model: str) -> tuple[TextModel, list[GroupView]]:
         """`LinkedGroups.find`, after a wait for the first group of a model that sleeps."""
@@ -301,7 +301,7 @@ class Inference:
         await self._kept.close()
 
     @contextmanager
-    def _moves_counted(self, model: str, course: Course) -> Iterator[None]:
+    def _moves_counted(self, model: str, course: RequestProgress) -> Iterator[None]:
         try:
             yield
         finally:
@@ -312,7 +312,7 @@ class Inference:
         caller, params = job.caller, job.params
         answer = Answer(start, len(job.prompt), params.n, job.options, job.text, job.offer)
         most = params.max_tokens or _widest(job).card.max_model_len - len(job.prompt)
-        ticket = Ticket(
+        ticket = QueuedRequest(
             tenant=caller.tenant,
             num_prompt=len(job.prompt),
             max_output=most * params.n,
@@ -339,7 +339,7 @@ class Inference:
                                 start.weights = course.digest or ""
                             message = answer.add(outputs)
                             if message is not None:
-                                if not isinstance(message, Piece) and answer.finished:
+                                if not isinstance(message, TextDelta) and answer.finished:
                                     seen.watch.finish(message.usage)
                                     place.leave()
                                 yield message
@@ -348,7 +348,7 @@ class Inference:
                             for index in answer.ended:
                                 course.end(index)
 
-    def _course(self, job: _Job, answer: Answer, trace: str) -> Course:
+    def _course(self, job: _Job, answer: Answer, trace: str) -> RequestProgress:
         """The request's course, with what the caller has of it already."""
         request = EngineRequest(
             request_id=job.caller.request_id,
@@ -361,7 +361,7 @@ class Inference:
             cache_salt=_salt(job.caller.tenant, job.options.cache_salt),
             images=job.images,
         )
-        course = Course(request)
+        course = RequestProgress(request)
         course.digest = job.weights or None
         for index, (tokens, ended) in job.received.items():
             course.given(index, tokens, finished=ended)

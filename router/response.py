@@ -26,7 +26,7 @@ _REASONS = {
 
 
 @dataclass(slots=True)
-class Piece:
+class TextDelta:
     """A message that says nothing but a piece of one sample's text: all but the first and last.
 
     There is one for each token, and the wire's own messages cost several times as much to make
@@ -44,7 +44,7 @@ class Piece:
         return message
 
 
-Message = pb.GenerateResponse | Piece
+Message = pb.GenerateResponse | TextDelta
 
 
 class Answer:
@@ -178,7 +178,7 @@ class _Sample:
         self.num_tokens = 0
         self.plain = self._calls is None and self._stop is None
 
-    def piece(self, tokens: tuple[int, ...]) -> Piece | None:
+    def piece(self, tokens: tuple[int, ...]) -> TextDelta | None:
         """As `add`, of a plain sample that runs on."""
         if self.finished:
             return None
@@ -186,8 +186,8 @@ class _Sample:
         options = self._options
         text = self._detokenizer.add(tokens) if options.include_text else ""
         if options.include_token_ids and tokens:
-            return Piece(self._index, tokens, text)
-        return Piece(self._index, (), text) if text else None
+            return TextDelta(self._index, tokens, text)
+        return TextDelta(self._index, (), text) if text else None
 
     def add(self, output: SequenceOutput) -> pb.Output | None:
         """The wire's output, or None when it says nothing (or comes after a stop string)."""

@@ -22,11 +22,11 @@ Key = tuple[str, str]
 """Whose it is, and its request id: a tenant finds its own alone."""
 
 
-class KeptStreams:
+class ResumableStreams:
     """The kept streams of one gateway, by tenant and request id."""
 
     def __init__(self) -> None:
-        self._streams: dict[Key, _Kept] = {}
+        self._streams: dict[Key, _ResumableStream] = {}
 
     def keep(self, key: Key, stream: Stream, keep_s: float) -> Stream:
         """Run a stream on its own; gives its messages from the first on.
@@ -41,7 +41,7 @@ class KeptStreams:
             )
         if len(self._streams) >= MAX_KEPT:
             raise Overloaded(f"{MAX_KEPT} calls are kept already; leave `resumable_s` out", 1.0)
-        kept = self._streams[key] = _Kept(stream, keep_s)
+        kept = self._streams[key] = _ResumableStream(stream, keep_s)
         kept.task.add_done_callback(lambda task: self._schedule(key, kept))
         self._schedule(key, kept)  # until somebody reads it
         return self._read(key, kept, 0)
@@ -69,7 +69,7 @@ class KeptStreams:
             kept.cancel()
         await asyncio.gather(*(kept.task for kept in streams.values()), return_exceptions=True)
 
-    async def _read(self, key: Key, kept: _Kept, at: int) -> Stream:
+    async def _read(self, key: Key, kept: _ResumableStream, at: int) -> Stream:
         kept.readers += 1
         kept.unschedule()
         try:
@@ -87,18 +87,18 @@ class KeptStreams:
             kept.readers -= 1
             self._schedule(key, kept)
 
-    def _schedule(self, key: Key, kept: _Kept) -> None:
+    def _schedule(self, key: Key, kept: _ResumableStream) -> None:
         """Start to count its time once nobody reads it."""
         if self._streams.get(key) is kept and not kept.readers:
             kept.schedule(lambda: self._drop(key, kept))
 
-    def _drop(self, key: Key, kept: _Kept) -> None:
+    def _drop(self, key: Key, kept: _ResumableStream) -> None:
         if self._streams.get(key) is kept:
             del self._streams[key]
             kept.cancel()
 
 
-class _Kept:
+class _ResumableStream:
     """One stream, its messages so far, and who waits for more."""
 
     def __init__(self, stream: Stream, keep_s: float) -> None:

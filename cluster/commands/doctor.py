@@ -17,7 +17,7 @@ from arriero.cluster.commands.terminal import OUT, spinner
 if TYPE_CHECKING:
     from arriero.cluster.deployment_file import Deployment
     from arriero.cluster.hosts.doctor import Facts, Questions
-    from arriero.cluster.spec.deployment import Spec
+    from arriero.cluster.spec.deployment import DeploymentSpec
 
 _MARKS = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}
 
@@ -68,7 +68,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _questions(spec: Spec, deployment: Deployment | None) -> Questions:
+def _questions(spec: DeploymentSpec, deployment: Deployment | None) -> Questions:
     """What a spec wants of each node; ports that its own deployment has taken are no matter."""
     from arriero.cluster.hosts.doctor import Questions
     from arriero.shards.checkpoint.remote import is_url
@@ -98,7 +98,7 @@ def _look_everywhere(
     skews_s: dict[str, float] = {}
     with connected(deployment):
         task: Any = ray.remote(checkup.look)
-        ear: Any = ray.remote(checkup.Ear)
+        ear: Any = ray.remote(checkup.ProbeListener)
         alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
         places = {
             node["NodeManagerAddress"]: {

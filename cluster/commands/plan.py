@@ -16,7 +16,7 @@ from arriero.cluster.commands.terminal import OUT
 from arriero.cluster.planner.catalog import DEVICES, MODELS, NamedModel, find_model
 from arriero.cluster.planner.kv_room import stored_as
 from arriero.cluster.planner.layouts import Machines, Option, best_of, enough, rank_layouts
-from arriero.cluster.planner.memory import Demand, GroupPlan, Layout, plan_group
+from arriero.cluster.planner.memory import GroupPlan, KvDemand, Layout, plan_group
 from arriero.cluster.planner.rank_weights import DTYPES, Dtype, weights_as
 from arriero.kernels.packing import KERNELS, Kernels
 from arriero.shards.errors import SpecError
@@ -40,7 +40,7 @@ class _Wish:
 
     model: NamedModel
     machines: Machines
-    demand: Demand
+    demand: KvDemand
     kernels: Kernels
     dtype: Dtype | None
     layout: Layout | None
@@ -87,7 +87,7 @@ def plan(
     """Say what each rank will hold, what then fits, and which layouts work."""
     if (spec is None) == (model is None):
         raise SpecError("nothing to plan: give a spec, or --model NAME (not both)")
-    demand = Demand(
+    demand = KvDemand(
         context=context or 0,
         max_sequences=max_sequences or 256,
         max_batch_tokens=max_batch_tokens or 2048,
@@ -236,7 +236,7 @@ def _size(name: str, text: str) -> int:
 def _from_spec(
     path: Path,
     machines: Machines,
-    demand: Demand,
+    demand: KvDemand,
     kernels: str | None,
     dtype: Dtype | None,
     layout: Layout | None,
@@ -263,7 +263,7 @@ def _from_spec(
 def _wish_of(
     one: ModelSpec,
     machines: Machines,
-    demand: Demand,
+    demand: KvDemand,
     kernels: str | None,
     dtype: Dtype | None,
     on_cpu: bool,

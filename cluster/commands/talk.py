@@ -48,7 +48,7 @@ _ASK_LIMIT_S = 600.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
+class ChatAnswer:
     """An answer that has been printed: its text, and how fast it came."""
 
     text: str
@@ -115,7 +115,7 @@ def generate(
         _print(client.generate(text, stop=stop, **fields), as_json=as_json)
 
 
-def ask(gateway: str, model: str, question: str, *, as_json: bool = False) -> Answer:
+def ask(gateway: str, model: str, question: str, *, as_json: bool = False) -> ChatAnswer:
     """Ask one question, greedily, and print the answer as it streams."""
     messages = [{"role": "user", "content": question}]
     with _client(gateway, _ASK_LIMIT_S) as client:
@@ -123,7 +123,7 @@ def ask(gateway: str, model: str, question: str, *, as_json: bool = False) -> An
         return _print(answers, as_json=as_json)
 
 
-def go_on(gateway: str, model: str, text: str, *, as_json: bool = False) -> Answer:
+def go_on(gateway: str, model: str, text: str, *, as_json: bool = False) -> ChatAnswer:
     """Continue a text, greedily but for repetitions, and print what comes as it streams."""
     with _client(gateway, _ASK_LIMIT_S) as client:
         answers = client.generate(
@@ -194,7 +194,7 @@ def _gateway(address: str | None, state_dir: Path | None) -> str:
     return deployment.gateway
 
 
-def _print(answers: Iterator[pb.GenerateResponse], *, as_json: bool = False) -> Answer:
+def _print(answers: Iterator[pb.GenerateResponse], *, as_json: bool = False) -> ChatAnswer:
     """Print the text as it comes, to stdout as it is; or once it is whole, a line of JSON."""
     begun_s = time.perf_counter()
     text, num_tokens, first_s = "", 0, 0.0
@@ -208,7 +208,7 @@ def _print(answers: Iterator[pb.GenerateResponse], *, as_json: bool = False) -> 
                 sys.stdout.write(output.text)
                 sys.stdout.flush()
     decode_s = time.perf_counter() - first_s
-    whole = Answer(
+    whole = ChatAnswer(
         text=text,
         num_tokens=num_tokens,
         ttft_s=first_s - begun_s,

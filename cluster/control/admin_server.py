@@ -22,13 +22,13 @@ from google.protobuf.message import DecodeError, Message
 from pydantic import ValidationError
 
 from arriero.cluster import app
-from arriero.cluster.control.api_keys import KeyRing, check_overlap
+from arriero.cluster.control.api_keys import ApiKeyStore, check_overlap
 from arriero.cluster.control.kv_admin_client import KV_ACTIONS, ask_kv
 from arriero.cluster.control.reconcile import Phase, settled
 from arriero.cluster.hosts import nodes
 from arriero.cluster.hosts.nodes import node_address, reachable
 from arriero.cluster.registry.history import Failure
-from arriero.cluster.spec.deployment import Spec
+from arriero.cluster.spec.deployment import DeploymentSpec
 from arriero.cluster.spec.gateway import TenantSpec
 from arriero.cluster.spec.load import explain
 from arriero.router.grpc_options import SERVER_OPTIONS
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from arriero.cluster.control.operator import Operator
     from arriero.cluster.registry.registry import Registry
-    from arriero.cluster.registry.snapshot import Board, GroupEntry
+    from arriero.cluster.registry.snapshot import GroupEntry, RegistrySnapshot
 
 log = logging.getLogger(__name__)
 
@@ -213,7 +213,9 @@ class AdminServer:
 
     async def _keys(self, request: pb.KeysRequest) -> pb.KeysResponse:
         board = await self._registry.board.remote()
-        ring = KeyRing(self._operator.spec.gateway.keys, [one.node_id for one in board.gateways])
+        ring = ApiKeyStore(
+            self._operator.spec.gateway.keys, [one.node_id for one in board.gateways]
+        )
         if request.action == "list":
             return pb.KeysResponse(keys=map(_api_key, (await ring.entries()).values()))
         if request.action == "add":
@@ -246,7 +248,7 @@ class AdminServer:
         return pb.KvResponse(groups=await asyncio.gather(*(ask_kv(e, request, tls) for e in found)))
 
 
-def _processes(board: Board, name: str) -> list[tuple[str, str, str, int]]:
+def _processes(board: RegistrySnapshot, name: str) -> list[tuple[str, str, str, int]]:
     """The processes of a group, or others by name: what each is, its node, that one's id, a pid.
 
     Raises:
@@ -291,16 +293,16 @@ def _api_key(entry: KeyEntry) -> pb.ApiKey:
     )
 
 
-def _read_spec(text: str) -> Spec:
+def _read_spec(text: str) -> DeploymentSpec:
     try:
-        return Spec.model_validate(yaml.safe_load(text))
+        return DeploymentSpec.model_validate(yaml.safe_load(text))
     except yaml.YAMLError as error:
         raise SpecError(f"the spec is not YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         raise SpecError(explain(error, "spec", {})) from None
 
 
-def _progress(board: Board, slot: str) -> str:
+def _progress(board: RegistrySnapshot, slot: str) -> str:
     return next((t for who, t in board.progress.items() if who.rpartition(".")[0] == slot), "")
 
 

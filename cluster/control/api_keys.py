@@ -31,7 +31,7 @@ class Changed:
     key: str = ""
 
 
-class KeyRing:
+class ApiKeyStore:
     """The keys in `path` on some nodes.
 
     Args:

@@ -19,7 +19,7 @@ from arriero.cluster.spec.scale_limits import ScaleLimits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Demand:
+class ModelLoad:
     """What is asked of one model now.
 
     Attributes:
@@ -42,7 +42,7 @@ class Autoscaler:
         self.limits = limits
         self._raw: deque[tuple[float, int]] = deque()
 
-    def count(self, demand: Demand, now: int, now_s: float) -> int:
+    def count(self, demand: ModelLoad, now: int, now_s: float) -> int:
         """Groups to have from now on.
 
         Args:
@@ -63,7 +63,7 @@ class Autoscaler:
             return down
         return min(max(now, self.limits.least), self.limits.most)
 
-    def _wanted(self, demand: Demand, now: int) -> int:
+    def _wanted(self, demand: ModelLoad, now: int) -> int:
         wanted = math.ceil(demand.sequences / (self.limits.target * demand.capacity))
         if demand.wait_s > self.limits.wait_s:
             wanted = max(wanted, now + 1)

@@ -29,7 +29,7 @@ class Revision:
 
 
 @dataclass(slots=True)
-class Managed:
+class ModelState:
     """One model as the operator keeps it; the latest revision is the wanted one."""
 
     count: int
@@ -38,7 +38,7 @@ class Managed:
 
 
 @dataclass(slots=True)
-class Place:
+class SeatState:
     """One slot as the operator keeps it."""
 
     model: str
@@ -47,7 +47,7 @@ class Place:
 
 
 @dataclass(slots=True)
-class Kept:
+class OperatorState:
     """All that outlives the operator's process."""
 
     spec: dict[str, Any]
@@ -57,17 +57,17 @@ class Kept:
     token_before: str = ""
     token_before_until: float = 0.0
     live_version: int = 0
-    models: dict[str, Managed] = field(default_factory=dict)
-    places: dict[str, Place] = field(default_factory=dict)
+    models: dict[str, ModelState] = field(default_factory=dict)
+    places: dict[str, SeatState] = field(default_factory=dict)
 
     @classmethod
-    def from_wire(cls, data: Mapping[str, Any]) -> Kept:
+    def from_wire(cls, data: Mapping[str, Any]) -> OperatorState:
         """Undo `asdict`."""
         models = {
-            name: Managed(**{**one, "revisions": [Revision(**r) for r in one["revisions"]]})
+            name: ModelState(**{**one, "revisions": [Revision(**r) for r in one["revisions"]]})
             for name, one in data["models"].items()
         }
-        places = {name: Place(**one) for name, one in data["places"].items()}
+        places = {name: SeatState(**one) for name, one in data["places"].items()}
         return cls(**{**data, "models": models, "places": places})
 
 

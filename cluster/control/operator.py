@@ -1,7 +1,7 @@
 """Who makes the deployment what it is wanted to be: one detached actor.
 
 Keeps what is wanted (settings by revision, counts) in Ray's store, looks at what is, and carries
-out what `changes.decide` says: each group is a Serve application of its own, so that any one can be
+out what `diff.reconcile` says: each group is a Serve application of its own, so that any one can be
 started and drained by name; Serve replaces a group that dies. Serves `arriero.v1.Admin`.
 
 Knows applications and wishes; knows nothing of requests or steps.
@@ -22,16 +22,23 @@ from ray import serve
 from ray.actor import ActorHandle
 
 from arriero.cluster import app
-from arriero.cluster.control.autoscale import Autoscaler, Demand
-from arriero.cluster.control.desired_state import Kept, Managed, Place, Revision, count_of, essence
+from arriero.cluster.control.autoscale import Autoscaler, ModelLoad
+from arriero.cluster.control.desired_state import (
+    ModelState,
+    OperatorState,
+    Revision,
+    SeatState,
+    count_of,
+    essence,
+)
 from arriero.cluster.control.reconcile import (
+    DesiredModel,
+    GroupSeat,
     Phase,
     Promote,
-    Slot,
     Start,
     Stop,
-    Wish,
-    decide,
+    reconcile,
     settled,
     spares_settled,
 )
@@ -40,9 +47,9 @@ from arriero.cluster.hosts import kv_store as store
 from arriero.cluster.hosts import nodes
 from arriero.cluster.hosts.log_level import set_log_level
 from arriero.cluster.registry import registry
-from arriero.cluster.registry.snapshot import Board
-from arriero.cluster.spec.deployment import Spec
-from arriero.cluster.spec.diff import Change, changes, live_settings, refuse
+from arriero.cluster.registry.snapshot import RegistrySnapshot
+from arriero.cluster.spec.deployment import DeploymentSpec
+from arriero.cluster.spec.diff import FieldChange, diff, live_settings, refuse
 from arriero.cluster.spec.model import ModelSpec
 from arriero.shards.checkpoint.remote import is_url
 from arriero.shards.errors import ArrieroError, NotFound, SpecError
@@ -67,8 +74,10 @@ class Operator:
 
     async def __init__(self, spec: dict[str, Any], shared: bool, token: str) -> None:  # type: ignore[misc]  # Ray awaits it
         kept = store.get(NAME)
-        self._kept = Kept(spec, shared, token) if kept is None else Kept.from_wire(kept)
-        self._spec = Spec.model_validate(self._kept.spec)
+        self._kept = (
+            OperatorState(spec, shared, token) if kept is None else OperatorState.from_wire(kept)
+        )
+        self._spec = DeploymentSpec.model_validate(self._kept.spec)
         set_log_level(self._spec.log_level)
         self._registry = registry.connect()
         self._wake = asyncio.Event()
@@ -96,9 +105,9 @@ class Operator:
                 # `up` has checked the folders; what is fetched is seen here for the first time
                 digest = await self._digest(model, check=is_url(model.path))
                 first = Revision(1, model.model_dump(mode="json"), digest)
-                self._kept.models[model.name] = Managed(model.groups, [first])
+                self._kept.models[model.name] = ModelState(model.groups, [first])
         self._keep()
-        self._room = app.Room.of_cluster(self._spec, shared=self._kept.shared)
+        self._room = app.ClusterCapacity.of_cluster(self._spec, shared=self._kept.shared)
         self._running = asyncio.create_task(self._run())
 
     async def deploy(self) -> str:
@@ -109,7 +118,7 @@ class Operator:
     # ---- what Admin asks ----
 
     @property
-    def spec(self) -> Spec:
+    def spec(self) -> DeploymentSpec:
         """The deployment's, as it was last deployed."""
         return self._spec
 
@@ -124,10 +133,10 @@ class Operator:
         """Whether the gateways are those of the wanted spec."""
         return not self._gateways_change
 
-    def wishes(self) -> dict[str, Wish]:
+    def wishes(self) -> dict[str, DesiredModel]:
         """What is wanted now."""
         return {
-            name: Wish(
+            name: DesiredModel(
                 revision=one.revisions[-1].number,
                 count=one.count,
                 surge=self._surge(name),
@@ -137,7 +146,7 @@ class Operator:
             for name, one in self._kept.models.items()
         }
 
-    def slots(self, board: Board) -> list[Slot]:
+    def slots(self, board: RegistrySnapshot) -> list[GroupSeat]:
         """What there is."""
         self._spares = frozenset(board.spares)
         serving = {one.slot: one for one in board.groups if one.phase == "serving"}
@@ -153,7 +162,7 @@ class Operator:
                 phase = Phase.FAILED if name in self._failed else Phase.STARTING
             load = 0 if name not in serving else serving[name].stats.get("num_running", 0)
             found.append(
-                Slot(
+                GroupSeat(
                     name=name,
                     model=place.model,
                     revision=place.revision,
@@ -207,11 +216,11 @@ class Operator:
                 managed.drained.append(slot)
             return await self._begin(slot, f"{slot}: draining; a successor takes its place")
 
-    async def rollout(self, spec: Spec | None, *, force: bool) -> str:
+    async def rollout(self, spec: DeploymentSpec | None, *, force: bool) -> str:
         """Want the settings of `spec`, or the same ones with the weights that are there now."""
         async with self._change:
             wanted = spec or self._spec
-            differing = changes(self._spec, wanted)
+            differing = diff(self._spec, wanted)
             refuse(differing, "rollout")
             rolled = [one.field for one in differing if one.price == "rollout"]
             # what each group's leader was started with
@@ -243,14 +252,14 @@ class Operator:
                 return await self._begin(app.NAME, "settings and weights are as they were")
             return "; ".join(told)
 
-    async def reload(self, spec: Spec) -> str:
+    async def reload(self, spec: DeploymentSpec) -> str:
         """Take what of a spec can be changed while everything runs.
 
         Raises:
             SpecError: something else differs; nothing is changed then.
         """
         async with self._change:
-            differing = changes(self._spec, spec)
+            differing = diff(self._spec, spec)
             refuse(differing, "reload")
             if not differing:
                 return "settings are as they were"
@@ -286,11 +295,11 @@ class Operator:
             before = revisions[-2]
             return await self._revise(model, before.settings, before.digest)
 
-    async def _publish(self, spec: Spec, differing: Sequence[Change]) -> None:
+    async def _publish(self, spec: DeploymentSpec, differing: Sequence[FieldChange]) -> None:
         """Want a spec, and have gateways and leaders take what they can while they run."""
         self._spec = spec
         self._kept.spec = spec.model_dump(mode="json")
-        self._room = app.Room.of_cluster(spec, shared=self._kept.shared)
+        self._room = app.ClusterCapacity.of_cluster(spec, shared=self._kept.shared)
         set_log_level(spec.log_level)
         if any(one.price == "reload" for one in differing):
             self._kept.live_version += 1
@@ -324,7 +333,7 @@ class Operator:
             return True
         await self._look()
         await self._unplace(board)
-        actions = decide(wishes, self.slots(board))
+        actions = reconcile(wishes, self.slots(board))
         for action in actions:
             if isinstance(action, Start):
                 await self._start(action)
@@ -336,7 +345,7 @@ class Operator:
             self._keep()
         return False
 
-    async def _autoscale(self, board: Board) -> None:
+    async def _autoscale(self, board: RegistrySnapshot) -> None:
         """Want as many groups as are needed, of models whose spec leaves it open."""
         for name, managed in self._kept.models.items():
             settings = self.settings(name)
@@ -346,7 +355,7 @@ class Operator:
             scaler = self._scalers.setdefault(name, Autoscaler(limits))
             waiting, wait_s = board.demand.get(name, (0, 0.0))
             own = [one for one in board.groups if one.model == name]
-            demand = Demand(
+            demand = ModelLoad(
                 sequences=waiting
                 + sum(
                     one.stats.get("num_running", 0) + one.stats.get("num_waiting", 0) for one in own
@@ -362,7 +371,7 @@ class Operator:
                 self._keep()
                 await self._note("autoscale", name, f"{text}, {wait_s:.1f} s to wait")
 
-    async def _assign_roles(self, board: Board) -> None:
+    async def _assign_roles(self, board: RegistrySnapshot) -> None:
         """Tell leaders which part of requests they are for, where that has changed."""
         tls = self._spec.link_tls
         context = None if tls is None else tls.files().link_client("link_tls")
@@ -373,7 +382,7 @@ class Operator:
                 for one in board.groups
                 if one.model == name
                 and one.phase == "serving"
-                and not self._kept.places.get(one.slot, Place(name, 0)).stopping
+                and not self._kept.places.get(one.slot, SeatState(name, 0)).stopping
             ]
             wanted = self.settings(name).prefill_groups
             for group_id, role in await self._roles.tell(groups, wanted, context):
@@ -402,7 +411,7 @@ class Operator:
         built = app.leader(
             model, self._spec, self._room, slot=action.slot, revision=action.revision
         )
-        self._kept.places[action.slot] = Place(action.model, action.revision)
+        self._kept.places[action.slot] = SeatState(action.model, action.revision)
         self._keep()
         if action.spare:
             await self._registry.spare.remote(action.slot, action.model, action.revision)
@@ -418,7 +427,7 @@ class Operator:
 
     # ---- small things ----
 
-    def _model(self, name: str) -> Managed:
+    def _model(self, name: str) -> ModelState:
         managed = self._kept.models.get(name)
         if managed is None:
             there = ", ".join(self._kept.models)
@@ -446,9 +455,9 @@ class Operator:
         """What a group of a model wants, its leader's small part aside."""
         cuda = model.device == "cuda" or (model.device == "auto" and self._room.num_gpus > 0)
         cpus = model.cpus_per_slice or self._room.cpus_per_slice
-        return app.Stages.of(model).bundles(cpus, "cuda" if cuda else "cpu")
+        return app.PlacementBundles.of(model).bundles(cpus, "cuda" if cuda else "cpu")
 
-    async def _unplace(self, board: Board) -> None:
+    async def _unplace(self, board: RegistrySnapshot) -> None:
         """Give up a surplus group that finds no place: what looked like room was not."""
         started = {who.rpartition(".")[0] for who in board.progress}
         now_s = time.monotonic()
@@ -504,7 +513,7 @@ class Operator:
         store.put(NAME, asdict(self._kept))
 
 
-def connect(spec: Spec, *, shared: bool, token: str) -> ActorHandle[Operator]:
+def connect(spec: DeploymentSpec, *, shared: bool, token: str) -> ActorHandle[Operator]:
     """The cluster's operator, made for `spec` if there is none."""
     handle: ActorHandle[Operator] = (
         ray.remote(Operator)

@@ -31,7 +31,7 @@ class Phase(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Wish:
+class DesiredModel:
     """What is wanted of one model.
 
     Attributes:
@@ -53,7 +53,7 @@ class Wish:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Slot:
+class GroupSeat:
     """The place of one group.
 
     Attributes:
@@ -101,9 +101,9 @@ class Stop:
 Action = Start | Promote | Stop
 
 
-def decide(wishes: Mapping[str, Wish], slots: Iterable[Slot]) -> list[Action]:
+def reconcile(wishes: Mapping[str, DesiredModel], slots: Iterable[GroupSeat]) -> list[Action]:
     """The next actions; none when all is as wanted or something must be waited for."""
-    by_model: dict[str, list[Slot]] = {model: [] for model in wishes}
+    by_model: dict[str, list[GroupSeat]] = {model: [] for model in wishes}
     actions: list[Action] = []
     for slot in slots:
         if slot.model in wishes:
@@ -115,7 +115,7 @@ def decide(wishes: Mapping[str, Wish], slots: Iterable[Slot]) -> list[Action]:
     return actions
 
 
-def settled(wishes: Mapping[str, Wish], slots: Iterable[Slot]) -> bool:
+def settled(wishes: Mapping[str, DesiredModel], slots: Iterable[GroupSeat]) -> bool:
     """Whether everything is as wanted, spares aside."""
     slots = [slot for slot in slots if not slot.spare]
     if any(slot.phase is not Phase.SERVING or slot.model not in wishes for slot in slots):
@@ -127,7 +127,7 @@ def settled(wishes: Mapping[str, Wish], slots: Iterable[Slot]) -> bool:
     )
 
 
-def spares_settled(wishes: Mapping[str, Wish], slots: Iterable[Slot]) -> bool:
+def spares_settled(wishes: Mapping[str, DesiredModel], slots: Iterable[GroupSeat]) -> bool:
     """Whether all the spares there should be stand by."""
     spares = [slot for slot in slots if slot.spare]
     return all(
@@ -137,7 +137,7 @@ def spares_settled(wishes: Mapping[str, Wish], slots: Iterable[Slot]) -> bool:
     )
 
 
-def _decide(model: str, wish: Wish, slots: list[Slot]) -> list[Action]:
+def _decide(model: str, wish: DesiredModel, slots: list[GroupSeat]) -> list[Action]:
     spares = [slot for slot in slots if slot.spare]
     useless = [
         one
@@ -168,7 +168,7 @@ def _decide(model: str, wish: Wish, slots: list[Slot]) -> list[Action]:
 
 
 def _decide_serving(
-    model: str, wish: Wish, slots: list[Slot], ready: list[Slot], taken: set[str]
+    model: str, wish: DesiredModel, slots: list[GroupSeat], ready: list[GroupSeat], taken: set[str]
 ) -> list[Action]:
     """What to do for the groups that serve; `ready` are spares that can be had at once."""
     alive = [slot for slot in slots if slot.phase is not Phase.STOPPING]
@@ -213,7 +213,7 @@ def _decide_serving(
     return []
 
 
-def _doomed(slot: Slot, wish: Wish) -> bool:
+def _doomed(slot: GroupSeat, wish: DesiredModel) -> bool:
     return slot.name in wish.drained
 
 

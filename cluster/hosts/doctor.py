@@ -79,7 +79,7 @@ class Finding:
     remedy: str = ""
 
 
-class Ear:
+class ProbeListener:
     """A port on a node, for others to see whether they can reach it."""
 
     def __init__(self, address: str) -> None:

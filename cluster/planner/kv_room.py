@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from arriero.cluster.planner.catalog import Device, NamedModel
-from arriero.cluster.planner.memory import Demand, GroupPlan, Layout, plan_group
+from arriero.cluster.planner.memory import GroupPlan, KvDemand, Layout, plan_group
 from arriero.cluster.planner.rank_weights import DTYPES, ON_LOAD, Dtype, weights_as
 from arriero.kernels.packing import KERNELS, Kernels
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
@@ -78,7 +78,7 @@ def _plan(
         tp_shares=config.tp_shares,
         layer_split=config.layer_split,
     )
-    demand = Demand(
+    demand = KvDemand(
         context=config.max_model_len or model.max_position_embeddings,
         max_sequences=config.max_sequences,
         max_batch_tokens=config.max_batch_tokens,

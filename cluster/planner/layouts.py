@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from arriero.cluster.planner.catalog import Device, NamedModel, device
-from arriero.cluster.planner.memory import Demand, GroupPlan, Layout, plan_group
+from arriero.cluster.planner.memory import GroupPlan, KvDemand, Layout, plan_group
 from arriero.cluster.planner.rank_weights import Dtype, weights_as
 from arriero.kernels.packing import Kernels
 from arriero.shards.errors import SpecError
@@ -88,7 +88,7 @@ class Option:
 def rank_layouts(
     model: NamedModel,
     machines: Machines,
-    demand: Demand,
+    demand: KvDemand,
     kernels: Kernels,
     dtypes: Sequence[Dtype],
 ) -> list[Option]:
@@ -131,7 +131,7 @@ def best_of(options: Sequence[Option], dtypes: Sequence[Dtype]) -> Option:
 def enough(
     model: NamedModel,
     machines: Machines,
-    demand: Demand,
+    demand: KvDemand,
     kernels: Kernels,
     dtypes: Sequence[Dtype],
 ) -> tuple[Machines, Option] | None:
@@ -175,7 +175,7 @@ def layouts(model: NamedModel, machines: Machines) -> Iterator[Layout]:
 def _option(
     model: NamedModel,
     machines: Machines,
-    demand: Demand,
+    demand: KvDemand,
     kernels: Kernels,
     dtype: Dtype,
     layout: Layout,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 
 from arriero.cluster.planner.catalog import Device, NamedModel
 from arriero.cluster.planner.rank_weights import RankWeights, Weights, rank_weights
-from arriero.kernels.attention_mask import Visible
+from arriero.kernels.attention_mask import AttentionMaskSpec
 from arriero.kernels.packing import KV_ITEMSIZE, PLAIN, Kernels, kv_block_nbytes
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.errors import SpecError
@@ -76,7 +76,7 @@ class Layout:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Demand:
+class KvDemand:
     """What the group is to serve.
 
     Attributes:
@@ -174,7 +174,7 @@ class GroupPlan:
     model: NamedModel
     weights: Weights
     layout: Layout
-    demand: Demand
+    demand: KvDemand
     device: Device
     kernels: Kernels
     ranks: tuple[RankPlan, ...]
@@ -222,7 +222,7 @@ class GroupPlan:
     def seen(self) -> SeenBlocks:
         """Which blocks a sequence holds in layers that see a part; the engine's own rule."""
         window, sinks = self.demand.sliding_window or 0, self.demand.attention_sinks
-        visible = Visible(chunk_size=self.chunk, window=window, sinks=sinks)
+        visible = AttentionMaskSpec(chunk_size=self.chunk, window=window, sinks=sinks)
         return SeenBlocks(visible, self.demand.block_size)
 
     def sequence_bytes(self, rank: RankPlan, context: int) -> int:
@@ -314,7 +314,7 @@ def plan_group(
     model: NamedModel,
     weights: Weights,
     layout: Layout,
-    demand: Demand,
+    demand: KvDemand,
     device: Device,
     kernels: Kernels,
 ) -> GroupPlan:
@@ -403,7 +403,7 @@ def _rank(
     part: AnyPart,
     weights: RankWeights,
     layout: Layout,
-    demand: Demand,
+    demand: KvDemand,
     device: Device,
     kernels: Kernels,
     base: int,
@@ -444,7 +444,7 @@ def _rank(
 
 
 def _pools(
-    ranks: Sequence[RankPlan], demand: Demand, config: AnyModel, device: Device
+    ranks: Sequence[RankPlan], demand: KvDemand, config: AnyModel, device: Device
 ) -> list[int]:
     """The pool of each rank: the same number of blocks everywhere, as the leader deals them."""
     scratch = SCRATCH_BLOCKS if device.cuda else 0
@@ -490,7 +490,7 @@ def num_graphs(max_sequences: int) -> int:
 
 
 def _activations(
-    config: AnyModel, part: AnyPart, layout: Layout, demand: Demand, itemsize: int
+    config: AnyModel, part: AnyPart, layout: Layout, demand: KvDemand, itemsize: int
 ) -> int:
     """The most that one step holds at once: a layer's tensors, then the logits."""
     tokens, hidden, d = demand.max_batch_tokens, config.hidden_size, config.head_dim
@@ -519,7 +519,7 @@ def _activations(
 
 
 def _communication(
-    config: AnyModel, part: AnyPart, layout: Layout, demand: Demand, itemsize: int, device: Device
+    config: AnyModel, part: AnyPart, layout: Layout, demand: KvDemand, itemsize: int, device: Device
 ) -> int:
     """Buffers of sums, hand-over and exchange, and the library's own channels."""
     row = demand.max_batch_tokens * config.hidden_size * itemsize

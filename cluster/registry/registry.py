@@ -21,8 +21,8 @@ from ray.actor import ActorHandle
 from arriero.cluster.hosts import kv_store as store
 from arriero.cluster.hosts import nodes
 from arriero.cluster.registry.history import Event, Failure, History
-from arriero.cluster.registry.snapshot import Board, GatewayEntry, GroupEntry
-from arriero.cluster.spec.live_settings import Live
+from arriero.cluster.registry.snapshot import GatewayEntry, GroupEntry, RegistrySnapshot
+from arriero.cluster.spec.live_settings import LiveSettings
 from arriero.shards.protocol.failure import Evidence, FirstCause, Kind
 
 NAME = "registry"
@@ -61,7 +61,7 @@ class Registry:
         self._fenced: list[str] = store.get("fenced") or []
         self._history = History(store.get("history"))
         live = store.get("live")
-        self._live = None if live is None else Live.from_wire(live)
+        self._live = None if live is None else LiveSettings.from_wire(live)
         # slots of spare groups, each with its model and revision; and when each last asked its turn
         self._spares: dict[str, list[Any]] = store.get("spares") or {}
         self._asked_s: dict[str, float] = {}
@@ -107,13 +107,13 @@ class Registry:
                 await asyncio.wait_for(self._moved.wait(), left_s)
         return True
 
-    async def reload(self, live: Live) -> None:
+    async def reload(self, live: LiveSettings) -> None:
         """Have gateways and leaders take other settings, those that start later too."""
         store.put("live", live.to_wire())
         self._live = live
         self._bump()
 
-    async def live(self) -> Live | None:
+    async def live(self) -> LiveSettings | None:
         """The settings that were changed since the deployment, or None."""
         return self._live
 
@@ -226,7 +226,7 @@ class Registry:
         """The latest failure of a group, slot or model; "" for the latest of all."""
         return self._history.why(name)
 
-    async def changed(self, version: int) -> Board:
+    async def changed(self, version: int) -> RegistrySnapshot:
         """The board as soon as its version is not `version`, or after some seconds as it is."""
         deadline_s = time.monotonic() + _POLL_S
         while self._version == version and (left_s := deadline_s - time.monotonic()) > 0:
@@ -235,10 +235,10 @@ class Registry:
                 await asyncio.wait_for(self._moved.wait(), left_s)
         return await self.board()
 
-    async def board(self) -> Board:
+    async def board(self) -> RegistrySnapshot:
         """The board now."""
         self._expire()
-        return Board(
+        return RegistrySnapshot(
             version=self._version,
             groups=tuple(self._groups.values()),
             gateways=tuple(self._gateways.values()),

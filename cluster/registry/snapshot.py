@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from arriero.cluster.registry.history import Failure
-from arriero.cluster.spec.live_settings import Live
+from arriero.cluster.spec.live_settings import LiveSettings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +77,7 @@ class GatewayEntry:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Board:
+class RegistrySnapshot:
     """A snapshot.
 
     Attributes:
@@ -100,6 +100,6 @@ class Board:
     failures: tuple[Failure, ...]
     fenced: tuple[str, ...] = ()
     demand: dict[str, tuple[int, float]] = field(default_factory=dict)
-    live: Live | None = None
+    live: LiveSettings | None = None
     spares: tuple[str, ...] = ()
     standby: tuple[str, ...] = ()

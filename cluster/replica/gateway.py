@@ -26,7 +26,7 @@ from arriero.cluster.registry import registry
 from arriero.cluster.registry.history import Failure
 from arriero.cluster.registry.snapshot import GatewayEntry
 from arriero.cluster.spec.gateway import GatewaySpec, TlsSpec, TracingSpec
-from arriero.cluster.spec.live_settings import Live
+from arriero.cluster.spec.live_settings import LiveSettings
 from arriero.router.gateway import Gateway, GroupAddress
 from arriero.shards.errors import CheckpointError, SpecError
 
@@ -130,7 +130,7 @@ class GatewayReplica:
                 fenced=board.fenced,
             )
 
-    def _take(self, live: Live | None) -> None:
+    def _take(self, live: LiveSettings | None) -> None:
         """Take settings that were changed while this gateway runs."""
         if live is None or live.version == self._live_version:
             return

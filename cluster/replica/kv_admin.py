@@ -22,7 +22,7 @@ WARM_AT_ONCE = 4
 MAX_TEXTS = 10_000
 
 
-class KvDesk:
+class KvAdminHandler:
     """Answers about one group.
 
     Args:

@@ -30,8 +30,8 @@ from arriero.cluster.registry import registry
 from arriero.cluster.registry.history import Failure
 from arriero.cluster.registry.snapshot import GroupEntry
 from arriero.cluster.replica import standby
-from arriero.cluster.replica.slice_actor import SliceActor, Whereabouts
-from arriero.cluster.spec.live_settings import Live
+from arriero.cluster.replica.slice_actor import SliceActor, SliceLocation
+from arriero.cluster.spec.live_settings import LiveSettings
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.errors import ArrieroError, CollectiveFailed, GroupFailed
 from arriero.shards.leader.health import HealthLimits
@@ -99,7 +99,7 @@ class GroupSettings:
         return f"tp{config.tp}{lanes} pp{config.pp}"
 
     @property
-    def arithmetic(self) -> str:
+    def numerics(self) -> str:
         """What the weights are held and computed in, and what tokens see."""
         config = self.config
         return " ".join(filter(None, (config.dtype, config.quantization, config.window_words)))
@@ -120,7 +120,7 @@ class Leader:
         self._tasks: list[asyncio.Task[None]] = []
         self._keepers: list[asyncio.Task[None]] = []
         self._slices: list[Any] = []
-        self._where: list[Whereabouts] = []
+        self._where: list[SliceLocation] = []
         self._executor: RemoteExecutor | None = None
         self._engine: Engine | None = None
         self._link: LinkServer | None = None
@@ -238,7 +238,7 @@ class Leader:
             bos_token_id=model.bos_token_id,
             eos_token_ids=limits.eos_token_ids,
             max_sequences=limits.max_sequences,
-            arithmetic=self._settings.arithmetic,
+            numerics=self._settings.numerics,
             epoch=self._epoch,
             cache_root=model_root(limits.cache_salt) if limits.prefix_cache else b"",
             block_size=limits.block_size,
@@ -274,7 +274,7 @@ class Leader:
             *(asyncio.create_task(self._watch_node(*place)) for place in places.items()),
         ]
 
-    async def _place(self) -> list[Whereabouts]:
+    async def _place(self) -> list[SliceLocation]:
         """Start the slices in all bundles but the leader's; says where they are, by rank."""
         config = self._settings.config
         bundles = ray.util.get_current_placement_group()
@@ -293,9 +293,9 @@ class Leader:
                 ),
             )
             self._slices.append(options.remote(self._settings.log_level))
-        return list(await asyncio.gather(*[one.whereabouts.remote() for one in self._slices]))
+        return list(await asyncio.gather(*[one.location.remote() for one in self._slices]))
 
-    def _link_host(self, where: Sequence[Whereabouts]) -> str | None:
+    def _link_host(self, where: Sequence[SliceLocation]) -> str | None:
         """None while every slice is on the leader's node, else the address to bind to."""
         here = ray.get_runtime_context().get_node_id()
         if all(one.node_id == here for one in where):
@@ -305,9 +305,9 @@ class Leader:
     async def _lead(self, limits: EngineConfig, card: ModelCard) -> str:
         """Start the engine, draw a token, open the link; returns the link's address."""
         from arriero.cluster.replica.canary import Canary
-        from arriero.cluster.replica.kv_admin import KvDesk
+        from arriero.cluster.replica.kv_admin import KvAdminHandler
         from arriero.router.directory.journal import Journal
-        from arriero.router.link.leader_rpc import Peers
+        from arriero.router.link.leader_rpc import PeerGroups
         from arriero.router.link.server import LinkServer
         from arriero.router.observability.tracing import Tracing
         from arriero.shards.engine.engine import Engine
@@ -340,13 +340,13 @@ class Leader:
             token=self._link_token,
             tls=None if tls is None else tls.files().link_server("link_tls"),
             tracing=self._tracing,
-            kv=KvDesk(engine, canary, card).answer,
+            kv=KvAdminHandler(engine, canary, card).answer,
             journal=journal,
-            peers=Peers(None if tls is None else tls.files().link_client("link_tls")),
+            peers=PeerGroups(None if tls is None else tls.files().link_client("link_tls")),
         )
         return str(await self._link.start())
 
-    async def _watch(self, rank: int, at: Whereabouts, run: Any) -> None:  # noqa: ANN401
+    async def _watch(self, rank: int, at: SliceLocation, run: Any) -> None:  # noqa: ANN401
         """Wait for the end of a slice's run, which is a failure unless we are closing."""
         which = f"slice {rank} (pid {at.pid} on {at.address})"
         kind = Kind.CRASH
@@ -354,7 +354,7 @@ class Leader:
             await run
             what = f"{which} stopped"
         except ray.exceptions.RayTaskError as error:  # it has told so itself, and more
-            kind = Kind.BROKE if isinstance(error.cause, CollectiveFailed) else Kind.ERROR
+            kind = Kind.ABORTED if isinstance(error.cause, CollectiveFailed) else Kind.ERROR
             what = f"{which} failed: {error.cause}"
         except ray.exceptions.RayError:
             what = f"{which} died"
@@ -433,7 +433,7 @@ class Leader:
                 elif version != self._live_version:
                     self._take(await self._registry.live.remote())
 
-    def _take(self, live: Live | None) -> None:
+    def _take(self, live: LiveSettings | None) -> None:
         """Take settings that were changed while this group runs."""
         if live is None:
             return
@@ -503,7 +503,7 @@ class Leader:
             await asyncio.to_thread(self._tracing.close)
 
 
-def _with_threads(config: GroupConfig, where: Sequence[Whereabouts]) -> GroupConfig:
+def _with_threads(config: GroupConfig, where: Sequence[SliceLocation]) -> GroupConfig:
     """Divide each node's cores among the slices that are on it."""
     if config.threads is not None:
         return config

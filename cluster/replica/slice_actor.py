@@ -17,11 +17,11 @@ from arriero.cluster.hosts.log_level import set_log_level
 from arriero.cluster.hosts.nodes import node_address
 
 if TYPE_CHECKING:
-    from arriero.shards.protocol.rendezvous import Ticket
+    from arriero.shards.protocol.rendezvous import LeaderEndpoint
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Whereabouts:
+class SliceLocation:
     """Where a slice runs: its node's id and address, its process, and its node's cores."""
 
     node_id: str
@@ -39,10 +39,10 @@ class SliceActor:
         self._import = threading.Thread(target=_import_runner, daemon=True)
         self._import.start()
 
-    def whereabouts(self) -> Whereabouts:
+    def location(self) -> SliceLocation:
         """Say where it runs."""
         context = ray.get_runtime_context()
-        return Whereabouts(
+        return SliceLocation(
             node_id=context.get_node_id(),
             address=node_address(),
             pid=os.getpid(),
@@ -73,7 +73,7 @@ class SliceActor:
         self._import.join()
         return free_bytes()
 
-    def run(self, rank: int, ticket: Ticket, address: str) -> None:
+    def run(self, rank: int, ticket: LeaderEndpoint, address: str) -> None:
         """Serve as `rank` of the ticket's group; returns when told to stop.
 
         Args:

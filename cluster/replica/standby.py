@@ -54,7 +54,7 @@ async def _see(slices: Sequence[Any], silence_s: float) -> None:
     """A slice that is gone or stopped is found now, not when it is needed."""
     try:
         async with asyncio.timeout(silence_s):
-            await asyncio.gather(*[one.whereabouts.remote() for one in slices])
+            await asyncio.gather(*[one.location.remote() for one in slices])
     except (TimeoutError, ray.exceptions.RayError):
         raise GroupFailed("a slice that stood by is gone, or does not answer") from None
 

@@ -11,14 +11,22 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from arriero.cluster.spec.fields import Bytes, Count, LogLevel, Part, Port, Seconds, refuse_twice
+from arriero.cluster.spec.fields import (
+    Bytes,
+    Count,
+    LogLevel,
+    Port,
+    Seconds,
+    SpecSection,
+    refuse_twice,
+)
 from arriero.cluster.spec.gateway import GatewaySpec, TlsSpec, TracingSpec
 from arriero.cluster.spec.model import ModelSpec
 from arriero.router.tls import TlsFiles
 from arriero.shards.leader.health import HealthLimits
 
 
-class HealthSpec(Part):
+class HealthSpec(SpecSection):
     """How fast a loss is noticed (Ray's own defaults, 10 s and three failures, are too slow).
 
     Attributes:
@@ -47,7 +55,7 @@ class HealthSpec(Part):
         return HealthLimits(silence_s=self.silence_s, hang_s=self.hang_s, step_s=self.step_s)
 
 
-class AdminTlsSpec(Part):
+class AdminTlsSpec(SpecSection):
     """PEM files of Admin, on the nodes where the operator may run: the head before others.
 
     Attributes:
@@ -68,7 +76,7 @@ class AdminTlsSpec(Part):
         return TlsFiles(certificate=self.certificate, key=self.key)
 
 
-class AdminSpec(Part):
+class AdminSpec(SpecSection):
     """Where `arriero.v1.Admin` listens, for those who hold the deployment's admin token.
 
     Attributes:
@@ -82,7 +90,7 @@ class AdminSpec(Part):
     tls: AdminTlsSpec | None = None
 
 
-class RaySpec(Part):
+class RaySpec(SpecSection):
     """The Ray cluster.
 
     Attributes:
@@ -108,7 +116,7 @@ class RaySpec(Part):
         return self
 
 
-class Spec(Part):
+class DeploymentSpec(SpecSection):
     """A whole deployment: `arriero.yaml`.
 
     Attributes:
@@ -129,7 +137,7 @@ class Spec(Part):
     log_level: LogLevel = "warning"
 
     @model_validator(mode="after")
-    def _names(self) -> Spec:
+    def _names(self) -> DeploymentSpec:
         names = [model.name for model in self.models]
         refuse_twice(names, "model name", "give each model its own")
         if self.link_tls is not None and self.link_tls.ca is None:

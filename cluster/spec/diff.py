@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from arriero.cluster.spec.deployment import RaySpec, Spec
-from arriero.cluster.spec.live_settings import Live
+from arriero.cluster.spec.deployment import DeploymentSpec, RaySpec
+from arriero.cluster.spec.live_settings import LiveSettings
 from arriero.cluster.spec.model import COUNTS
 from arriero.router.tenants.tenant import QueueLimits
 from arriero.shards.errors import SpecError
@@ -36,7 +36,7 @@ _WHOLE = ("tenants", "autoscale", "tls", "http", "request_log", "queue")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Change:
+class FieldChange:
     """A field that differs.
 
     Attributes:
@@ -48,7 +48,7 @@ class Change:
     price: Price
 
 
-def changes(old: Spec, new: Spec) -> list[Change]:
+def diff(old: DeploymentSpec, new: DeploymentSpec) -> list[FieldChange]:
     """What differs between two specs, and what each difference takes."""
     found = []
     before, after = (one.model_dump(mode="json", exclude={"models"}) for one in (old, new))
@@ -60,19 +60,19 @@ def changes(old: Spec, new: Spec) -> list[Change]:
             price = "reload"
         elif _within(field, FIXED):
             price = "up"
-        found.append(Change(field=field, price=price))
+        found.append(FieldChange(field=field, price=price))
     models = [{model.name: model.model_dump(mode="json") for model in s.models} for s in (old, new)]
     for name in {**models[0], **models[1]}:
         if name not in models[0] or name not in models[1]:
-            found.append(Change(field=f"models[{name}]", price="up"))
+            found.append(FieldChange(field=f"models[{name}]", price="up"))
             continue
         for field in _differ(models[0][name], models[1][name], ""):
             price = "reload" if _within(field, COUNTS) else "rollout"
-            found.append(Change(field=f"models[{name}].{field}", price=price))
+            found.append(FieldChange(field=f"models[{name}].{field}", price=price))
     return found
 
 
-def refuse(found: Iterable[Change], most: Price) -> None:
+def refuse(found: Iterable[FieldChange], most: Price) -> None:
     """Raise unless each change costs no more than `most`.
 
     Raises:
@@ -93,9 +93,9 @@ def refuse(found: Iterable[Change], most: Price) -> None:
         )
 
 
-def live_settings(spec: Spec, version: int) -> Live:
+def live_settings(spec: DeploymentSpec, version: int) -> LiveSettings:
     """What of a spec gateways and leaders take while they run."""
-    return Live(
+    return LiveSettings(
         version=version,
         log_level=spec.log_level,
         tenants=spec.gateway.shares(),

@@ -84,7 +84,7 @@ def refuse_twice(names: Sequence[str], what: str, remedy: str) -> None:
             raise ValueError(f"{what} `{name}` occurs twice; {remedy}")
 
 
-class Part(BaseModel):
+class SpecSection(BaseModel):
     """A section: immutable, and with no field but its own."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from arriero.cluster.spec.fields import Count, Name, Part, Port, Seconds, refuse_twice
+from arriero.cluster.spec.fields import Count, Name, Port, Seconds, SpecSection, refuse_twice
 from arriero.router.gateway import GatewayConfig
 from arriero.router.observability.request_log import RequestLogConfig
 from arriero.router.observability.tracing import TracingConfig
@@ -24,7 +24,7 @@ DEFAULT_PORT = 50051
 DEFAULT_HTTP_PORT = 8000
 
 
-class HttpSpec(Part):
+class HttpSpec(SpecSection):
     """The HTTP listener of a gateway.
 
     Attributes:
@@ -58,7 +58,7 @@ class HttpSpec(Part):
         return origins
 
 
-class TlsSpec(Part):
+class TlsSpec(SpecSection):
     """PEM files, on every node that uses them.
 
     Attributes:
@@ -77,7 +77,7 @@ class TlsSpec(Part):
         return TlsFiles(certificate=self.certificate, key=self.key, ca=self.ca)
 
 
-class TracingSpec(Part):
+class TracingSpec(SpecSection):
     """Where spans of requests go; wants `arriero[trace]`. The fields are `TracingConfig`'s."""
 
     endpoint: str
@@ -88,14 +88,14 @@ class TracingSpec(Part):
         return TracingConfig(endpoint=self.endpoint, sample=self.sample)
 
 
-class RequestLogSpec(Part):
+class RequestLogSpec(SpecSection):
     """A line of JSON for each request; the fields are `RequestLogConfig`'s."""
 
     path: Path | None = None
     prompts: bool = False
 
 
-class TenantSpec(Part):
+class TenantSpec(SpecSection):
     """What one tenant may take, over all gateways; the fields are `Tenant`'s."""
 
     name: Name
@@ -109,14 +109,14 @@ class TenantSpec(Part):
     private_cache: bool = False
 
 
-class QueueSpec(Part):
+class QueueSpec(SpecSection):
     """What a gateway keeps waiting, of each model; the fields are `QueueLimits`'."""
 
     max_queued: Count = 4096
     max_wait_s: Seconds = 60
 
 
-class GatewaySpec(Part):
+class GatewaySpec(SpecSection):
     """The front door.
 
     Attributes:

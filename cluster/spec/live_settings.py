@@ -15,7 +15,7 @@ from arriero.shards.leader.health import HealthLimits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Live:
+class LiveSettings:
     """Settings that were changed since the deployment was brought up.
 
     Attributes:
@@ -40,7 +40,7 @@ class Live:
         return asdict(self)
 
     @classmethod
-    def from_wire(cls, data: Mapping[str, Any]) -> Live:
+    def from_wire(cls, data: Mapping[str, Any]) -> LiveSettings:
         """Undo `to_wire`."""
         return cls(
             **{

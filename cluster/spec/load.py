@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from arriero.cluster.spec.deployment import AdminTlsSpec, Spec
+from arriero.cluster.spec.deployment import AdminTlsSpec, DeploymentSpec
 from arriero.cluster.spec.gateway import GatewaySpec, TlsSpec
 from arriero.cluster.spec.model import ModelSpec
 from arriero.router.tenants.keys import read_keys
@@ -42,7 +42,7 @@ _FLAG_FIELDS = {
 }
 
 
-def load(path: Path | None, flags: Mapping[str, Any]) -> Spec:
+def load(path: Path | None, flags: Mapping[str, Any]) -> DeploymentSpec:
     """The spec in the file `path`, with the command line's flags laid over it.
 
     Args:
@@ -64,7 +64,7 @@ def load(path: Path | None, flags: Mapping[str, Any]) -> Spec:
     data = _with_flags(data, flags)
     source = str(path) if path is not None else "command line"
     try:
-        spec = Spec.model_validate(data)
+        spec = DeploymentSpec.model_validate(data)
     except ValidationError as error:
         raise SpecError(explain(error, source, lines)) from None
     base = path.parent if path is not None else Path.cwd()

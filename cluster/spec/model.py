@@ -11,13 +11,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from arriero.cluster.spec.fields import Bytes, Count, EverywherePath, Name, Part, Seconds
+from arriero.cluster.spec.fields import Bytes, Count, EverywherePath, Name, Seconds, SpecSection
 from arriero.cluster.spec.scale_limits import ScaleLimits
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.kv_tiers import RowType, TierConfig
 
 
-class Mesh(Part):
+class MeshSpec(SpecSection):
     """How a group cuts its model.
 
     Attributes:
@@ -49,7 +49,7 @@ class Mesh(Part):
         return self.tp * self.dp * self.pp
 
     @model_validator(mode="after")
-    def _lengths(self) -> Mesh:
+    def _lengths(self) -> MeshSpec:
         for field, values, axis, size in (
             ("tp_shares", self.tp_shares, "tp", self.tp),
             ("layer_split", self.layer_split, "pp", self.pp),
@@ -61,7 +61,7 @@ class Mesh(Part):
         return self
 
 
-class KvDisk(Part):
+class KvDiskSpec(SpecSection):
     """Blocks kept on the disks of a group's nodes; what is there outlives the group.
 
     Attributes:
@@ -74,7 +74,7 @@ class KvDisk(Part):
     size: Bytes
 
 
-class Kv(Part):
+class KvSpec(SpecSection):
     """The KV cache of a group.
 
     Attributes:
@@ -106,7 +106,7 @@ class Kv(Part):
     block_size: Count = 16
     prefix_cache: bool = True
     host: Bytes | None = None
-    disk: KvDisk | None = None
+    disk: KvDiskSpec | None = None
     shared: str | None = None
     tenant_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     tier_dtype: RowType | None = None
@@ -127,13 +127,13 @@ class Kv(Part):
         )
 
     @model_validator(mode="after")
-    def _one_size(self) -> Kv:
+    def _one_size(self) -> KvSpec:
         if self.memory is not None and self.blocks is not None:
             raise ValueError("`memory` and `blocks` both set the pool's size; keep one of them")
         return self
 
 
-class Attention(Part):
+class AttentionSpec(SpecSection):
     """Attention within bounded memory, for dense models.
 
     Attributes:
@@ -149,7 +149,7 @@ class Attention(Part):
     changes_answers: bool = False
 
     @model_validator(mode="after")
-    def _sinks_beside_a_window(self) -> Attention:
+    def _sinks_beside_a_window(self) -> AttentionSpec:
         if self.sliding_window is None and (self.attention_sinks or self.changes_answers):
             raise ValueError(
                 f"`attention_sinks`={self.attention_sinks} and `changes_answers`="
@@ -159,7 +159,7 @@ class Attention(Part):
         return self
 
 
-class Offload(Part):
+class OffloadSpec(SpecSection):
     """Weights that do not fit the device.
 
     Attributes:
@@ -172,7 +172,7 @@ class Offload(Part):
     folder: Path | None = None
 
 
-class Limits(Part):
+class LimitsSpec(SpecSection):
     """What the scheduler takes on.
 
     Attributes:
@@ -188,7 +188,7 @@ class Limits(Part):
     max_queued: Count = 4096
 
 
-class Placement(Part):
+class PlacementSpec(SpecSection):
     """Where a group's slices may be.
 
     Attributes:
@@ -205,7 +205,7 @@ class Placement(Part):
     labels: dict[str, str] = Field(default_factory=dict)
 
 
-class Autoscale(Part):
+class AutoscaleSpec(SpecSection):
     """How many groups there are, by what is asked; see `autoscale`.
 
     Attributes:
@@ -225,7 +225,7 @@ class Autoscale(Part):
     down_s: Seconds = 300
 
     @model_validator(mode="after")
-    def _order(self) -> Autoscale:
+    def _order(self) -> AutoscaleSpec:
         if self.min > self.max:
             raise ValueError(f"`min`={self.min} is more than `max`={self.max}")
         return self
@@ -242,7 +242,7 @@ class Autoscale(Part):
         )
 
 
-class ModelSpec(Part):
+class ModelSpec(SpecSection):
     """One model and the groups that serve it.
 
     Attributes:
@@ -275,15 +275,15 @@ class ModelSpec(Part):
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     quantization: Literal["int8", "int4", "fp8"] | None = None
     groups: Count = 1
-    autoscale: Autoscale | None = None
+    autoscale: AutoscaleSpec | None = None
     spares: Annotated[int, Field(ge=0)] = 0
     prefill_groups: Annotated[int, Field(ge=0)] = 0
-    placement: Placement = Placement()
-    mesh: Mesh = Mesh()
-    kv: Kv = Kv()
-    attention: Attention = Attention()
-    offload: Offload = Offload()
-    limits: Limits = Limits()
+    placement: PlacementSpec = PlacementSpec()
+    mesh: MeshSpec = MeshSpec()
+    kv: KvSpec = KvSpec()
+    attention: AttentionSpec = AttentionSpec()
+    offload: OffloadSpec = OffloadSpec()
+    limits: LimitsSpec = LimitsSpec()
     device: Literal["cpu", "cuda", "auto"] = "auto"
     kernels: str | None = None
     batch_independent: bool = False

@@ -19,7 +19,7 @@ import yaml
 
 from arriero.cluster.planner.catalog import find_model
 from arriero.cluster.planner.layouts import Machines
-from arriero.cluster.planner.memory import Demand, GroupPlan, Layout, plan_group
+from arriero.cluster.planner.memory import GroupPlan, KvDemand, Layout, plan_group
 from arriero.cluster.planner.rank_weights import Dtype, weights_as
 
 HERE = Path(__file__).parent
@@ -92,7 +92,7 @@ def plan(deployment: Deployment) -> GroupPlan:
     model = find_model(deployment.model)
     weights = weights_as(model.config, model.scheme, deployment.dtype)
     machines = Machines(gpu=deployment.gpu, nodes=deployment.nodes, per_node=8, memory_bytes=None)
-    demand = Demand(context=CONTEXT, kv_dtype="bfloat16")
+    demand = KvDemand(context=CONTEXT, kv_dtype="bfloat16")
     made = plan_group(model, weights, deployment.layout, demand, machines.device(), "triton")
     if (why := made.shortfall()) is not None:
         raise ValueError(f"{deployment.name} does not fit: {why}")

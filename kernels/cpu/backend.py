@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from arriero.kernels.attention_mask import EVERYTHING, Visible
+from arriero.kernels.attention_mask import FULL_ATTENTION, AttentionMaskSpec
 from arriero.kernels.cpu.cache import CpuKVCache
 from arriero.kernels.cpu.decoder import CpuDecoder
 from arriero.kernels.cpu.library import Layer, load
@@ -251,7 +251,7 @@ class CpuOps(Ops):
         kv: KVCache,
         kv_layer: int,
         batch: FlatBatch,
-        visible: Visible = EVERYTHING,
+        visible: AttentionMaskSpec = FULL_ATTENTION,
     ) -> Tensor:
         """See `Ops.paged_attention`."""
         num_tokens, num_heads, head_dim = q_TND.shape

@@ -85,8 +85,8 @@ class Batch(ctypes.Structure):
     )
 
 
-class Visible(ctypes.Structure):
-    """`struct Visible` of native/cache.h."""
+class AttentionMask(ctypes.Structure):
+    """`struct AttentionMask` of native/cache.h."""
 
     _fields_ = (
         ("chunk_size", ctypes.c_int32),
@@ -104,7 +104,7 @@ class Style(ctypes.Structure):
         ("eps", ctypes.c_float),
         ("query_gain", ctypes.c_float),
         ("query_floor", ctypes.c_float),
-        ("visible", Visible),
+        ("visible", AttentionMask),
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from arriero.kernels.attention_mask import Visible
+from arriero.kernels.attention_mask import AttentionMaskSpec
 from arriero.kernels.cpu import library
 from arriero.kernels.cpu.cache import CpuKVCache
 from arriero.kernels.cpu.library import Batch, Draws, Experts, Layer, Style
@@ -172,9 +172,9 @@ def _agree(*expected: tuple[str, int, int]) -> None:
             raise ValueError(f"layer: {name}={value} where the other parts need {want}")
 
 
-def visible_struct(visible: Visible) -> library.Visible:
+def visible_struct(visible: AttentionMaskSpec) -> library.AttentionMask:
     """The struct of what a query sees."""
-    return library.Visible(
+    return library.AttentionMask(
         chunk_size=visible.chunk_size, window=visible.window, sinks=visible.sinks
     )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from arriero.kernels.attention_mask import Visible
+from arriero.kernels.attention_mask import AttentionMaskSpec
 from arriero.kernels.ops import DenseLayer, FlatBatch, KVCache
 from arriero.kernels.reference.kv import ReferenceKVCache
 
@@ -56,7 +56,7 @@ def paged_attention(
     kv: KVCache,
     kv_layer: int,
     batch: FlatBatch,
-    visible: Visible,
+    visible: AttentionMaskSpec,
 ) -> Tensor:
     """Causal attention to what is visible over each sequence's blocks: [T, N * D].
 
@@ -95,8 +95,8 @@ def paged_attention(
     return out_TND.flatten(1)
 
 
-def _first(position_SQ: Tensor, visible: Visible) -> Tensor:
-    """`Visible.first` of each position."""
+def _first(position_SQ: Tensor, visible: AttentionMaskSpec) -> Tensor:
+    """`AttentionMaskSpec.first` of each position."""
     if visible.chunk_size:
         return position_SQ // visible.chunk_size * visible.chunk_size
     if visible.window:

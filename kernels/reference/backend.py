@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from arriero.kernels.attention_mask import EVERYTHING, Visible
+from arriero.kernels.attention_mask import FULL_ATTENTION, AttentionMaskSpec
 from arriero.kernels.ops import (
     DenseLayer,
     FlatBatch,
@@ -92,7 +92,7 @@ class ReferenceOps(Ops):
         kv: KVCache,
         kv_layer: int,
         batch: FlatBatch,
-        visible: Visible = EVERYTHING,
+        visible: AttentionMaskSpec = FULL_ATTENTION,
     ) -> Tensor:
         """Causal attention over blocks; see `Ops.paged_attention`."""
         return attention.paged_attention(q_TND, scale, kv, kv_layer, batch, visible)

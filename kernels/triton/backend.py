@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arriero.kernels.attention_mask import EVERYTHING, Visible
+from arriero.kernels.attention_mask import FULL_ATTENTION, AttentionMaskSpec
 from arriero.kernels.expert_rows import Wire, check
 from arriero.kernels.moe import Permutation, Routing
 from arriero.kernels.ops import (
@@ -135,7 +135,7 @@ class TritonOps(Ops):
         kv: KVCache,
         kv_layer: int,
         batch: FlatBatch,
-        visible: Visible = EVERYTHING,
+        visible: AttentionMaskSpec = FULL_ATTENTION,
     ) -> Tensor:
         """Attention over blocks; see `Ops.paged_attention`."""
         q_TND, cache = unit_stride(q_TND), _own(kv)
@@ -308,7 +308,7 @@ class TritonOps(Ops):
     def _product(self, x_TI: Tensor, w: Packed, out_dtype: torch.dtype | None = None) -> Tensor:
         if w.kind == "dense" and not self.batch_independent and x_TI.is_cuda:
             return F.linear(x_TI.to(w.data.dtype), w.data, w.bias)
-        return product.product(
+        return product.matmul(
             self._input(x_TI, w), w, batch_independent=self.batch_independent, out_dtype=out_dtype
         )
 

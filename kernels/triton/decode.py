@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import triton.language as tl
-from arriero.kernels.attention_mask import Visible
+from arriero.kernels.attention_mask import AttentionMaskSpec
 from arriero.kernels.ops import FlatBatch
 from arriero.kernels.triton.kv import TritonKVCache
 from arriero.kernels.triton.launch import EXACT, INTERPRETED, kernel, power_of_two
@@ -182,7 +182,7 @@ def attend_decodes(
     kv: TritonKVCache,
     kv_layer: int,
     batch: FlatBatch,
-    visible: Visible,
+    visible: AttentionMaskSpec,
     blocks: AttentionBlocks,
 ) -> None:
     """Fill the rows of `out` whose sequence has one query."""

@@ -17,7 +17,7 @@ import triton.language as tl
 from arriero.kernels.ops import SamplingRows
 from arriero.kernels.reference.sampling import FRACTION_BITS
 from arriero.kernels.triton.launch import EXACT, INTERPRETED, kernel
-from arriero.kernels.triton.logit_tiles import Cut
+from arriero.kernels.triton.logit_tiles import LogitTiles
 
 BITS = 3 if INTERPRETED else 5
 PASSES = -(-(FRACTION_BITS + 1) // BITS)
@@ -159,7 +159,7 @@ def floor(
     wanted_R: Tensor,
     by_mass: bool,
     floor_R: Tensor,
-    cut: Cut,
+    cut: LogitTiles,
 ) -> Tensor:
     """The least weight that top-k (or by mass, top-p) keeps in each row, at least `floor_R`."""
     device = weights_RV.device

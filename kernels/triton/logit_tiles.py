@@ -10,7 +10,7 @@ CHUNK = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class LogitTiles:
     """How rows and vocabulary are cut into programs."""
 
     num_rows: int
@@ -39,10 +39,10 @@ class Cut:
         return self.row_programs, self.chunks
 
 
-def cut_of(num_rows: int, size: int) -> Cut:
+def cut_of(num_rows: int, size: int) -> LogitTiles:
     """The cut of [num_rows, size] logits."""
     chunk, rows = min(CHUNK, power_of_two(size)), 1
     if INTERPRETED:
         chunk = chunk if size <= 2 * CHUNK else power_of_two(size) // 2
         rows = min(power_of_two(num_rows), max(1, (1 << 18) // chunk))
-    return Cut(num_rows, size, rows, chunk)
+    return LogitTiles(num_rows, size, rows, chunk)

@@ -252,7 +252,7 @@ def _grouped_product(
     tl.store(to, acc.to(out.dtype.element_ty), mask=kept)
 
 
-def product(
+def matmul(
     x_MI: Tensor, w: Packed, *, batch_independent: bool, out_dtype: torch.dtype | None = None
 ) -> Tensor:
     """The product x Wᵀ + b: [M, O], in x's dtype unless `out_dtype` says another."""

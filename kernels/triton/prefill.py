@@ -12,7 +12,7 @@ import math
 from torch import Tensor
 
 import triton.language as tl
-from arriero.kernels.attention_mask import Visible
+from arriero.kernels.attention_mask import AttentionMaskSpec
 from arriero.kernels.ops import FlatBatch
 from arriero.kernels.triton.kv import TritonKVCache
 from arriero.kernels.triton.launch import kernel, power_of_two
@@ -160,7 +160,7 @@ def attend_prefills(
     kv: TritonKVCache,
     kv_layer: int,
     batch: FlatBatch,
-    visible: Visible,
+    visible: AttentionMaskSpec,
     blocks: AttentionBlocks,
 ) -> None:
     """Fill the rows of `out` whose sequence has more than one query."""

@@ -17,7 +17,7 @@ from arriero.kernels.philox import KEY_STEPS, MULTIPLIERS, ROUNDS
 from arriero.kernels.reference.sampling import FRACTION_BITS, MAX_VOCAB, with_logprobs
 from arriero.kernels.triton import filters
 from arriero.kernels.triton.launch import EXACT, kernel
-from arriero.kernels.triton.logit_tiles import Cut, cut_of
+from arriero.kernels.triton.logit_tiles import LogitTiles, cut_of
 
 _ONE = tl.constexpr(2.0**FRACTION_BITS)
 _MASK = tl.constexpr(0xFFFFFFFF)
@@ -303,7 +303,7 @@ def sample(logits_RV: Tensor, rows: SamplingRows) -> Sampled:
     return with_logprobs(raw_RV, tokens_R.long(), rows.num_logprobs)
 
 
-def _adjusted(raw_RV: Tensor, rows: SamplingRows, cut: Cut) -> tuple[Tensor, Tensor, Tensor]:
+def _adjusted(raw_RV: Tensor, rows: SamplingRows, cut: LogitTiles) -> tuple[Tensor, Tensor, Tensor]:
     """Logits after bias, bans and penalties; by row and chunk the greatest, and its first token."""
     start_RV = raw_RV
     if rows.bias is not None:  # few and scattered: not worth a kernel

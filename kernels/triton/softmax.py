@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import triton.language as tl
-from arriero.kernels.attention_mask import Visible
+from arriero.kernels.attention_mask import AttentionMaskSpec
 from arriero.kernels.ops import KVCacheSpec
 from arriero.kernels.triton.launch import EXACT, dot_type, kernel, power_of_two
 from arriero.kernels.triton.tuning import AttentionBlocks
@@ -207,12 +207,12 @@ def quotient(acc: tl.tensor, total: tl.tensor) -> tl.tensor:
     return acc / tl.where(total > 0, total, 1.0)[:, None]
 
 
-def span_of(visible: Visible) -> int:
+def span_of(visible: AttentionMaskSpec) -> int:
     """The one number that says how far back a row sees: of a chunk, or of a window."""
     return visible.window or visible.chunk_size
 
 
-def sight(visible: Visible) -> dict[str, bool]:
+def sight(visible: AttentionMaskSpec) -> dict[str, bool]:
     """What kernels are compiled for, of which keys a row sees."""
     return {
         "CHUNKED": visible.chunk_size > 0,
@@ -222,7 +222,7 @@ def sight(visible: Visible) -> dict[str, bool]:
 
 
 def options(
-    kv: KVCacheSpec, group: int, blocks: AttentionBlocks, visible: Visible
+    kv: KVCacheSpec, group: int, blocks: AttentionBlocks, visible: AttentionMaskSpec
 ) -> dict[str, Any]:
     """What the attention kernels are compiled and launched with, all alike.
 

@@ -25,7 +25,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import Message as ProtoMessage
 
-from arriero.router.client.resume_state import Received
+from arriero.router.client.resume_state import ResumeState
 from arriero.router.client.retry import Retry
 from arriero.router.grpc_options import CLIENT_OPTIONS
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
@@ -146,7 +146,7 @@ class AsyncClient:
         self, method: str, request: pb.GenerateRequest | pb.ChatRequest
     ) -> AsyncGenerator[pb.GenerateResponse]:
         """A call, and where it breaks off, others that go on with it."""
-        received = Received()
+        received = ResumeState()
         retry = Retry(self._retries, self._timeout_s)
         address, channel = self._address, self._channel
         deadline_s: float | None = None

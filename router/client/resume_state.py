@@ -8,7 +8,7 @@ from __future__ import annotations
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 
 
-class Received:
+class ResumeState:
     """Takes in a call's messages.
 
     Attributes:

@@ -15,10 +15,10 @@ import numpy.typing as npt
 from arriero.router.directory.table import Keys, Mask
 
 Kinds = npt.NDArray[np.uint8]
-"""Of `Change`."""
+"""Of `CacheChange`."""
 
 
-class Change(IntEnum):
+class CacheChange(IntEnum):
     """What became of a block in a group."""
 
     ON_DEVICE = 0
@@ -39,7 +39,7 @@ class Batch:
 
     Attributes:
         number: counts a group's batches up from its last snapshot, whose own number is one less.
-        kinds: [N] uint8, of `Change`.
+        kinds: [N] uint8, of `CacheChange`.
         keys: [N] first 8 bytes of the blocks' keys.
     """
 
@@ -50,12 +50,12 @@ class Batch:
     @property
     def near(self) -> Mask:
         """[N] which changes are about the device."""
-        return self.kinds <= np.uint8(Change.OFF_DEVICE)
+        return self.kinds <= np.uint8(CacheChange.OFF_DEVICE)
 
     @property
     def present(self) -> Mask:
         """[N] after which changes the group has the block there."""
-        return np.isin(self.kinds, (Change.ON_DEVICE, Change.KEPT))
+        return np.isin(self.kinds, (CacheChange.ON_DEVICE, CacheChange.KEPT))
 
     def to_wire(self) -> list[Any]:
         """As msgpack can carry it."""
@@ -71,7 +71,7 @@ class Batch:
         number, packed, listed = values
         kinds = np.frombuffer(packed, dtype=np.uint8)
         keys = np.frombuffer(listed, dtype="<u8")
-        if len(kinds) != len(keys) or (kinds > max(Change)).any():
+        if len(kinds) != len(keys) or (kinds > max(CacheChange)).any():
             raise ValueError(f"{len(kinds)} changes of {len(keys)} blocks, or an unknown one")
         return cls(number, kinds, keys)
 

@@ -11,17 +11,17 @@ from collections import deque
 
 import numpy as np
 
-from arriero.router.directory.events import Batch, Change, Snapshot
+from arriero.router.directory.events import Batch, CacheChange, Snapshot
 from arriero.router.directory.table import KeyTable, fingerprints
 from arriero.shards.kv.blocks import CacheEvent
 
 MOST_CHANGES = 20_000
 """Of a batch: few enough that the link's loop is not held up."""
-_CHANGES: dict[CacheEvent, Change] = {
-    "stored": Change.ON_DEVICE,
-    "evicted": Change.OFF_DEVICE,
-    "kept": Change.KEPT,
-    "dropped": Change.DROPPED,
+_CHANGES: dict[CacheEvent, CacheChange] = {
+    "stored": CacheChange.ON_DEVICE,
+    "evicted": CacheChange.OFF_DEVICE,
+    "kept": CacheChange.KEPT,
+    "dropped": CacheChange.DROPPED,
 }
 
 
@@ -34,7 +34,7 @@ class Journal:
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._changes: deque[tuple[Change, bytes]] = deque()
+        self._changes: deque[tuple[CacheChange, bytes]] = deque()
         self._held = KeyTable()
         self._number = 0
 

@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 
 from arriero.router.http import errors, translate
 from arriero.router.http import responses as shapes
-from arriero.router.http.middleware import Edge
+from arriero.router.http.middleware import RequestMiddleware
 from arriero.router.http.request_schemas import (
     ChatBody,
     CompletionBody,
@@ -30,7 +30,7 @@ from arriero.router.http.stream import EventStream, begin, merged, while_here
 from arriero.router.inference import Aside, Inference, Stream
 from arriero.router.observability.metrics import CONTENT_TYPE
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
-from arriero.router.response import Message, Piece
+from arriero.router.response import Message, TextDelta
 from arriero.router.text.constraints import described
 from arriero.shards.errors import ArrieroError, InvalidRequest
 
@@ -101,7 +101,7 @@ def create_app(inference: Inference, *, max_body_bytes: int, cors: Sequence[str]
         },
     )
     errors.install(app)
-    app.add_middleware(Edge, max_body_bytes=max_body_bytes, door=inference.door)
+    app.add_middleware(RequestMiddleware, max_body_bytes=max_body_bytes, door=inference.door)
     if cors:
         # Outside of the edge: a browser asks first without a key, and may read errors as well.
         app.add_middleware(
@@ -171,7 +171,7 @@ async def _gathered(
 ) -> list[tuple[int, pb.GenerateResponse]]:
     async with aclosing(messages):
         return [
-            (number, one.to_wire() if isinstance(one, Piece) else one)
+            (number, one.to_wire() if isinstance(one, TextDelta) else one)
             async for number, one in messages
         ]
 
@@ -189,7 +189,7 @@ async def _events(
         async with aclosing(messages):
             number, message = await first
             while True:
-                if not isinstance(message, Piece) and message.HasField("usage"):
+                if not isinstance(message, TextDelta) and message.HasField("usage"):
                     parts.append(message.usage)
                 events = shape.encoded(number, message)
                 if events:

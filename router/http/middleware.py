@@ -18,7 +18,7 @@ from arriero.router.http import errors
 from arriero.router.http.request_body import TooLarge, Unreadable, as_json, gather, rewritten
 from arriero.router.http.stream import OUTERMOST, ClientGone
 from arriero.router.requests import read_request_id
-from arriero.router.tenants.admission_controller import Caller, Door, is_set
+from arriero.router.tenants.admission_controller import AdmissionController, Caller, is_set
 from arriero.shards.errors import ArrieroError, InvalidRequest
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ _OPEN = frozenset({"/health", "/openapi.json"})
 _SLASHES = re.compile("/{2,}")
 
 
-class Edge:
+class RequestMiddleware:
     """Middleware: gives a request its id and caller, reads its body, answers what nobody answered.
 
     Slashes at a path's end or side by side are no difference, a body may be compressed, HEAD is
@@ -40,7 +40,7 @@ class Edge:
         door: knows the callers.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, door: Door) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, door: AdmissionController) -> None:
         self._app = app
         self._max = max_body_bytes
         self._door = door

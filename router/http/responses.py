@@ -14,7 +14,7 @@ from typing import Any
 
 from arriero.router.http.spelling import TextOffsets, spell, spell_apart, token_bytes
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
-from arriero.router.response import Message, Piece
+from arriero.router.response import Message, TextDelta
 from arriero.router.text.tokenizer import Tokenizer
 from arriero.router.tools import ToolCall, partial_call
 
@@ -91,7 +91,7 @@ class ChatShape:
 
     def encoded(self, number: int, message: Message) -> bytes:
         """The same as `events`, as server-sent events."""
-        if isinstance(message, Piece):
+        if isinstance(message, TextDelta):
             if message.index in self._num_calls and message.text:
                 return self._text.make(message.index, message.text)
             message = message.to_wire()
@@ -236,7 +236,7 @@ class CompletionShape:
 
     def encoded(self, number: int, message: Message) -> bytes:
         """The same as `events`, as server-sent events."""
-        if isinstance(message, Piece):
+        if isinstance(message, TextDelta):
             index = number * self._n + message.index
             if index in self._offsets:
                 return self._text.make(index, message.text)

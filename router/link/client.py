@@ -20,7 +20,7 @@ from typing import Any, Self
 from arriero.router.backend import GroupLoad
 from arriero.router.directory.events import Batch, Snapshot
 from arriero.router.link import messages as frames
-from arriero.router.link.framing import Wire
+from arriero.router.link.framing import FramedConnection
 from arriero.router.text.model_card import ModelCard
 from arriero.router.tls import LINK_NAME
 from arriero.shards.engine.types import EngineRequest, SequenceOutput
@@ -81,7 +81,7 @@ class LinkClient:
         self._calls: dict[int, Call] = {}
         self._names: dict[int, str] = {}
         self._by_name: dict[str, int] = {}
-        self._wire: Wire | None = None
+        self._wire: FramedConnection | None = None
         self._heard_s = 0.0
         self._over: asyncio.Future[str] | None = None
         self._reached = asyncio.Event()
@@ -235,7 +235,7 @@ class LinkClient:
         loop = asyncio.get_running_loop()
         over: asyncio.Future[str] = loop.create_future()
         self._over = over
-        wire = Wire(self._take, self._end)
+        wire = FramedConnection(self._take, self._end)
         host, _, port = self.address.rpartition(":")
         name = None if self._tls is None else LINK_NAME
         async with asyncio.timeout(SILENCE_S):

@@ -20,7 +20,7 @@ FRAME_BYTES = 1 << 30
 _KEEPALIVE = (socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 2), (socket.TCP_KEEPCNT, 3)
 
 
-class Wire(asyncio.Protocol):
+class FramedConnection(asyncio.Protocol):
     """One end of a connection.
 
     Args:

@@ -19,7 +19,7 @@ import numpy as np
 
 from arriero.router.directory.prefixes import CacheRoot
 from arriero.router.link import messages as frames
-from arriero.router.link.framing import Wire
+from arriero.router.link.framing import FramedConnection
 from arriero.router.tls import LINK_NAME
 from arriero.shards.errors import InvalidRequest, Unavailable
 from arriero.shards.kv.blocks import KEY_BYTES, chain_keys
@@ -67,7 +67,7 @@ async def ask_leader(
         if not answered.done():
             answered.set_exception(Unavailable(f"leader at {address}: {cause or 'it closed'}"))
 
-    wire = Wire(on_frame, on_closed)
+    wire = FramedConnection(on_frame, on_closed)
     host, _, port = address.rpartition(":")
     name = None if tls is None else LINK_NAME
     try:
@@ -90,7 +90,7 @@ async def ask_leader(
     return dict(found)
 
 
-class Peers:
+class PeerGroups:
     """Other leaders.
 
     Args:

@@ -20,8 +20,8 @@ from arriero.router import roles
 from arriero.router.directory.journal import Journal
 from arriero.router.directory.prefixes import CacheRoot
 from arriero.router.link import messages as frames
-from arriero.router.link.framing import FRAME_BYTES, GREETING_BYTES, Wire
-from arriero.router.link.leader_rpc import HAND_OVER_S, PATIENCE_S, Peers
+from arriero.router.link.framing import FRAME_BYTES, GREETING_BYTES, FramedConnection
+from arriero.router.link.leader_rpc import HAND_OVER_S, PATIENCE_S, PeerGroups
 from arriero.router.observability.tracing import Tracing
 from arriero.router.roles import Role
 from arriero.router.text.model_card import ModelCard
@@ -97,7 +97,7 @@ class LinkServer:
         tracing: Tracing | None = None,
         kv: KvAnswer | None = None,
         journal: Journal | None = None,
-        peers: Peers | None = None,
+        peers: PeerGroups | None = None,
     ) -> None:
         self.role: Role = "both"
         self._kv, self._journal, self._peers = kv, journal, peers
@@ -273,7 +273,12 @@ class LinkServer:
             self._start(self._with_peer(self._peers, peer, link, handle, request))
 
     async def _with_peer(
-        self, peers: Peers, peer: tuple[str, str], link: _Link, handle: int, request: EngineRequest
+        self,
+        peers: PeerGroups,
+        peer: tuple[str, str],
+        link: _Link,
+        handle: int,
+        request: EngineRequest,
     ) -> None:
         """Find out what a peer has of the prompt, then hand the request over."""
         root = CacheRoot.of(self._card, request)
@@ -353,7 +358,7 @@ class _Link:
     def __init__(self, server: LinkServer) -> None:
         self.outputs: list[tuple[int, SequenceOutput]] = []
         self.asks = False
-        self.wire = Wire(self._take, self._closed, GREETING_BYTES)
+        self.wire = FramedConnection(self._take, self._closed, GREETING_BYTES)
         self.wire.on_writable = self.flush
         self._server = server
         self._running: dict[int, list[Any]] = {}  # handle: [request id, samples still running]

@@ -129,7 +129,7 @@ class Metrics:
             raise
 
     @contextmanager
-    def request(self, model: str, tenant: str) -> Iterator[Watch]:
+    def request(self, model: str, tenant: str) -> Iterator[RequestTimer]:
         """Watch one request; `model` must be one that is served, `tenant` one that has a key."""
         labelled = self._labelled.get((model, tenant))
         if labelled is None:
@@ -142,7 +142,7 @@ class Metrics:
                 queue=self._queue.labels(model),
                 first=self._first.labels(model),
             )
-        watch = Watch(labelled)
+        watch = RequestTimer(labelled)
         with self.failures():
             try:
                 yield watch
@@ -153,7 +153,7 @@ class Metrics:
                 labelled.tenant_output.inc(watch.num_tokens)
 
 
-class Watch:
+class RequestTimer:
     """One request's times and tokens.
 
     Attributes:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from arriero.router.observability.metrics import Metrics, Watch
+from arriero.router.observability.metrics import Metrics, RequestTimer
 from arriero.router.observability.request_log import RequestLog
 from arriero.router.observability.tracing import Trace, Tracing
 from arriero.router.tenants.admission_controller import Caller
@@ -18,10 +18,10 @@ from arriero.shards.errors import ArrieroError
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class ObservedRequest:
     """One request's watch, and its span if there is one."""
 
-    watch: Watch
+    watch: RequestTimer
     trace: Trace | None
 
     def turn(self) -> None:
@@ -37,7 +37,7 @@ class Seen:
 
 
 @dataclass(frozen=True, slots=True)
-class Sight:
+class RequestObserver:
     """What is on."""
 
     metrics: Metrics
@@ -47,7 +47,7 @@ class Sight:
     @contextmanager
     def request(
         self, caller: Caller, model: str, num_prompt: int, prompt: Callable[[], str]
-    ) -> Iterator[Seen]:
+    ) -> Iterator[ObservedRequest]:
         """See one request, from its checks to its end.
 
         Args:
@@ -68,7 +68,7 @@ class Sight:
         end, error, watch = "finished", "", None
         try:
             with self.metrics.request(model, caller.tenant.name) as watch:
-                yield Seen(watch, trace)
+                yield ObservedRequest(watch, trace)
         except (GeneratorExit, asyncio.CancelledError):
             end = "cancelled"
             raise

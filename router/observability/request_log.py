@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from arriero.router.observability.metrics import Watch
+from arriero.router.observability.metrics import RequestTimer
 from arriero.router.tenants.admission_controller import Caller
 
 
@@ -52,7 +52,7 @@ class RequestLog:
         caller: Caller,
         model: str,
         num_prompt: int,
-        watch: Watch,
+        watch: RequestTimer,
         end: str,
         prompt: Callable[[], str],
     ) -> None:

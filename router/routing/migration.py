@@ -1,4 +1,4 @@
-"""A request run to its end over groups that come and go: the driver of a `Course`.
+"""A request run to its end over groups that come and go: the driver of a `RequestProgress`.
 
 When the group that computes it is lost, drains or ends the stream early, the request goes on in
 another group of the same weights, or waits until there is one. Knows times and iterators; which
@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
 from arriero.router.backend import Backend, GroupView
-from arriero.router.routing.request_progress import Ask, Course
+from arriero.router.routing.request_progress import RequestProgress, SubRequest
 from arriero.shards.engine.types import SequenceOutput
 from arriero.shards.errors import ArrieroError, Overloaded, Unavailable
 
@@ -26,7 +26,10 @@ RETRY_S = 1.0
 
 
 async def run(
-    groups: Backend, course: Course, candidates: Callable[[], Sequence[GroupView]], lost_s: float
+    groups: Backend,
+    course: RequestProgress,
+    candidates: Callable[[], Sequence[GroupView]],
+    lost_s: float,
 ) -> AsyncGenerator[list[SequenceOutput]]:
     """Run a course to its end; closing the iterator cancels it.
 
@@ -91,12 +94,14 @@ async def run(
 
 
 async def _all(
-    groups: Backend, asks: Sequence[Ask], group: GroupView, source: str
-) -> AsyncGenerator[tuple[Ask, list[SequenceOutput]]]:
+    groups: Backend, asks: Sequence[SubRequest], group: GroupView, source: str
+) -> AsyncGenerator[tuple[SubRequest, list[SequenceOutput]]]:
     """What a group gives for several asks, as it comes, until it has given all or is lost."""
-    arrived: asyncio.Queue[tuple[Ask, list[SequenceOutput] | Exception | None]] = asyncio.Queue()
+    arrived: asyncio.Queue[tuple[SubRequest, list[SequenceOutput] | Exception | None]] = (
+        asyncio.Queue()
+    )
 
-    async def pump(ask: Ask) -> None:
+    async def pump(ask: SubRequest) -> None:
         try:
             async with aclosing(groups.generate(group.group_id, ask.request, source)) as steps:
                 async for outputs in steps:

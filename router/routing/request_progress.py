@@ -23,7 +23,7 @@ from arriero.shards.errors import Unavailable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ask:
+class SubRequest:
     """One request to a group.
 
     Attributes:
@@ -49,7 +49,7 @@ class _Sample:
     finished: bool = False
 
 
-class Course:
+class RequestProgress:
     """One request from its first token to its last, wherever they are computed.
 
     Args:
@@ -117,7 +117,7 @@ class Course:
             ),
         )
 
-    def asks(self, group: GroupView, groups: Sequence[GroupView] = ()) -> list[Ask]:
+    def asks(self, group: GroupView, groups: Sequence[GroupView] = ()) -> list[SubRequest]:
         """What to ask a group; names are new, since an engine may still know the old ones.
 
         Args:
@@ -134,7 +134,7 @@ class Course:
             base = replace(base, request_id=_tailed(base.request_id))
             if hands_over(group, groups):
                 base = replace(base, params=_first_token(base.params))
-            return [Ask(request=base, max_tokens=room)]
+            return [SubRequest(request=base, max_tokens=room)]
         asks = []
         for index, sample in enumerate(self._samples):
             if sample.finished:
@@ -152,11 +152,11 @@ class Course:
                 params=params,
                 resumed=tuple(sample.tokens),
             )
-            asks.append(Ask(request=request, index=index, max_tokens=room))
+            asks.append(SubRequest(request=request, index=index, max_tokens=room))
         return asks
 
     def take(
-        self, ask: Ask, group: GroupView, outputs: Sequence[SequenceOutput]
+        self, ask: SubRequest, group: GroupView, outputs: Sequence[SequenceOutput]
     ) -> list[SequenceOutput]:
         """What a group gave for an ask, as outputs of the course.
 

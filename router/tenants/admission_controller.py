@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from arriero.router.tenants.admission_policy import Admission, Ticket
+from arriero.router.tenants.admission_policy import AdmissionPolicy, QueuedRequest
 from arriero.router.tenants.keys import KeyFile
 from arriero.router.tenants.tenant import ANYONE, QueueLimits, Tenant
 from arriero.shards.errors import PermissionDenied
@@ -45,7 +45,7 @@ def is_set(header: str) -> bool:
     return header.strip().lower() not in ("", "0", "false", "no", "off")
 
 
-class Door:
+class AdmissionController:
     """Every tenant's way in.
 
     Args:
@@ -67,8 +67,8 @@ class Door:
         self._tenants = dict(tenants)
         self._keys = keys
         self._room = room
-        self._models: dict[str, Admission] = {}
-        self._waiters: dict[Ticket, asyncio.Future[None]] = {}
+        self._models: dict[str, AdmissionPolicy] = {}
+        self._waiters: dict[QueuedRequest, asyncio.Future[None]] = {}
         self._ticking: asyncio.Task[None] | None = None
 
     @property
@@ -149,7 +149,7 @@ class Door:
             admission.refuse_early(caller.tenant, priority, caller.deadline_s, now_s)
 
     @asynccontextmanager
-    async def place(self, model: str, ticket: Ticket) -> AsyncIterator[Place]:
+    async def place(self, model: str, ticket: QueuedRequest) -> AsyncIterator[Admitted]:
         """A place in the model's groups, once it is the request's turn, until the block ends.
 
         Args:
@@ -161,7 +161,7 @@ class Door:
         """
         admission = self._models.get(model)
         if admission is None:
-            admission = self._models[model] = Admission(self._limits)
+            admission = self._models[model] = AdmissionPolicy(self._limits)
         pushed_out = admission.offer(ticket, time.monotonic())
         if pushed_out is not None:
             self._wake(pushed_out)
@@ -169,11 +169,11 @@ class Door:
             self._begin(model, admission)
             if not ticket.begun:
                 await self._wait(admission, ticket)
-            yield Place(self, model, admission, ticket)
+            yield Admitted(self, model, admission, ticket)
         finally:
             self._leave(model, admission, ticket)
 
-    async def _wait(self, admission: Admission, ticket: Ticket) -> None:
+    async def _wait(self, admission: AdmissionPolicy, ticket: QueuedRequest) -> None:
         waiter = self._waiters[ticket] = asyncio.get_running_loop().create_future()
         most_s = self._limits.max_wait_s
         if ticket.deadline_s is not None:
@@ -188,16 +188,16 @@ class Door:
         if ticket.refusal is not None:
             raise ticket.refusal
 
-    def _leave(self, model: str, admission: Admission, ticket: Ticket) -> None:
+    def _leave(self, model: str, admission: AdmissionPolicy, ticket: QueuedRequest) -> None:
         admission.leave(ticket, time.monotonic())
         self._begin(model, admission)
 
-    def _begin(self, model: str, admission: Admission) -> None:
+    def _begin(self, model: str, admission: AdmissionPolicy) -> None:
         if admission.num_waiting:
             for ticket in admission.turns(self._room(model), time.monotonic()):
                 self._wake(ticket)
 
-    def _wake(self, ticket: Ticket) -> None:
+    def _wake(self, ticket: QueuedRequest) -> None:
         waiter = self._waiters.get(ticket)
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
@@ -211,12 +211,18 @@ class Door:
                 self._begin(model, admission)
 
 
-class Place:
+class Admitted:
     """A request's place; tell it what comes out."""
 
     __slots__ = ("_admission", "_door", "_model", "_ticket")
 
-    def __init__(self, door: Door, model: str, admission: Admission, ticket: Ticket) -> None:
+    def __init__(
+        self,
+        door: AdmissionController,
+        model: str,
+        admission: AdmissionPolicy,
+        ticket: QueuedRequest,
+    ) -> None:
         self._door = door
         self._model = model
         self._admission = admission

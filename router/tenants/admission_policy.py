@@ -28,7 +28,7 @@ _RATE_KNOWN_S = 0.5
 
 
 @dataclass(eq=False, slots=True)
-class Ticket:
+class QueuedRequest:
     """A request at the door.
 
     Attributes:
@@ -72,7 +72,7 @@ class _Usage:
     tokens: Bucket | None = None
 
 
-class Admission:
+class AdmissionPolicy:
     """The door of one model.
 
     `offer` a request, ask `turns` for those that may begin (after every call that may free a
@@ -87,7 +87,7 @@ class Admission:
 
     def __init__(self, limits: QueueLimits) -> None:
         self.limits = limits
-        self._queue: FairQueue[Ticket] = FairQueue()
+        self._queue: FairQueue[QueuedRequest] = FairQueue()
         self._usage: dict[str, _Usage] = {}
         self._served = _Rate()
         self._sequences = 0
@@ -112,7 +112,7 @@ class Admission:
         """Requests that wait, of each tenant that was ever here."""
         return dict(self._queue.sizes())
 
-    def offer(self, ticket: Ticket, now_s: float) -> Ticket | None:
+    def offer(self, ticket: QueuedRequest, now_s: float) -> QueuedRequest | None:
         """Take a request into the queue; gives one that was pushed out for it, if any.
 
         Raises:
@@ -158,7 +158,7 @@ class Admission:
         if full and self._queue.would_push_out(tenant, priority):
             raise self._full(tenant, least)
 
-    def turns(self, room: int, now_s: float) -> list[Ticket]:
+    def turns(self, room: int, now_s: float) -> list[QueuedRequest]:
         """Requests that begin now.
 
         Args:
@@ -167,7 +167,7 @@ class Admission:
             now_s: the time.
         """
 
-        def may_go(name: str, ticket: Ticket) -> bool:
+        def may_go(name: str, ticket: QueuedRequest) -> bool:
             most = ticket.tenant.max_running
             return most is None or self._usage[name].running < most
 
@@ -185,7 +185,7 @@ class Admission:
             begun.append(ticket)
         return begun
 
-    def used(self, ticket: Ticket, num_tokens: int, now_s: float) -> None:
+    def used(self, ticket: QueuedRequest, num_tokens: int, now_s: float) -> None:
         """Count output tokens of a request that has begun."""
         cost = OUTPUT_COST * num_tokens
         ticket.num_output += num_tokens
@@ -195,7 +195,7 @@ class Admission:
         if tokens is not None:
             tokens.take(num_tokens, now_s)
 
-    def leave(self, ticket: Ticket, now_s: float) -> None:
+    def leave(self, ticket: QueuedRequest, now_s: float) -> None:
         """A request ended: well, in an error, or because its caller left; safe to call twice."""
         if ticket.left:
             return
@@ -214,7 +214,7 @@ class Admission:
             self._queue.remove(ticket.tenant.name, ticket)
             self._give_back(ticket, now_s)
 
-    def late(self, ticket: Ticket, now_s: float) -> Overloaded:
+    def late(self, ticket: QueuedRequest, now_s: float) -> Overloaded:
         """What a request is told that has waited as long as it may."""
         return Overloaded(
             f"it waited {now_s - ticket.arrived_s:.1f} s, which is the most, and was not begun",
@@ -281,15 +281,15 @@ class Admission:
     def _wait_s(self, cost: float) -> float:
         return cost / rate if (rate := self._served.per_s()) else 0.0
 
-    def _expect(self, ticket: Ticket, due: float) -> None:
+    def _expect(self, ticket: QueuedRequest, due: float) -> None:
         self._queue.expect(ticket.tenant, due - ticket.due)
         ticket.due = due
 
-    def _charge(self, ticket: Ticket, cost: float, now_s: float) -> None:
+    def _charge(self, ticket: QueuedRequest, cost: float, now_s: float) -> None:
         self._queue.charge(ticket.tenant, cost)
         self._served.add(cost, now_s)
 
-    def _give_back(self, ticket: Ticket, now_s: float) -> None:
+    def _give_back(self, ticket: QueuedRequest, now_s: float) -> None:
         usage = self._usage[ticket.tenant.name]
         if usage.tokens is not None:
             usage.tokens.take(-ticket.num_prompt, now_s)
@@ -305,7 +305,7 @@ def _bucket(bucket: Bucket | None, per_minute: float | None, now_s: float) -> Bu
     return bucket
 
 
-def _expected_output(ticket: Ticket, usage: _Usage) -> float:
+def _expected_output(ticket: QueuedRequest, usage: _Usage) -> float:
     """Output tokens of a request, by what its tenant's latest gave."""
     return min(float(ticket.max_output), usage.mean_output * ticket.num_sequences)
 

@@ -63,7 +63,7 @@ class ModelCard:
     generation_defaults: Mapping[str, float] = field(default_factory=dict)
     created: int = 0
     max_sequences: int = 256
-    arithmetic: str = ""
+    numerics: str = ""
     epoch: int = 0
     cache_root: bytes = b""
     block_size: int = 0
@@ -78,7 +78,7 @@ class ModelCard:
     @property
     def weights(self) -> str:
         """Digest and arithmetic: where they are equal, one group may go on for another."""
-        return f"{self.digest} {self.arithmetic}"
+        return f"{self.digest} {self.numerics}"
 
     @property
     def text_key(self) -> str:
@@ -123,7 +123,7 @@ class ModelCard:
         bos_token_id: int | None,
         eos_token_ids: tuple[int, ...],
         max_sequences: int,
-        arithmetic: str = "",
+        numerics: str = "",
         epoch: int = 0,
         cache_root: bytes = b"",
         block_size: int = 0,
@@ -162,7 +162,7 @@ class ModelCard:
             warnings=files.warnings,
             created=int(time.time()),
             max_sequences=max_sequences,
-            arithmetic=arithmetic,
+            numerics=numerics,
             epoch=epoch,
             cache_root=cache_root,
             block_size=block_size,

@@ -24,7 +24,7 @@ _CANDIDATES = range(0xE000, 0xF900)
 """The private-use area of Unicode's basic plane, whose characters have no meaning of their own."""
 
 
-class Marker:
+class SpecialTokenGuard:
     """Marks text against a set of special tokens.
 
     Args:

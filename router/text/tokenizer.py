@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer as _Backend
 
 from arriero.router.text.detokenizer import Detokenizer, Vocabulary
-from arriero.router.text.special_token_guard import Marker
+from arriero.router.text.special_token_guard import SpecialTokenGuard
 from arriero.shards.errors import CheckpointError, InvalidRequest
 
 _MARKUP = re.compile(r"<.*>|\[/?[A-Z_]+\]", re.DOTALL)
@@ -56,7 +56,7 @@ class Tokenizer:
         self._prefix, self._suffix = _around(self._plain)
         self._strip_left = {t["content"] for t in controls if t.get("lstrip")}
         self._strip_right = {t["content"] for t in controls if t.get("rstrip")}
-        self.marker = Marker(self.control_ids)
+        self.marker = SpecialTokenGuard(self.control_ids)
 
     @property
     def size(self) -> int:
@@ -94,7 +94,7 @@ class Tokenizer:
         return [*self._prefix, *ids, *self._suffix]
 
     def encode_pieces(self, pieces: Iterable[tuple[str, bool]]) -> list[int]:
-        """Ids of (text, is it a special token) pieces, as `Marker.split` gives them."""
+        """Ids of (text, is it a special token) pieces, as `SpecialTokenGuard.split` gives them."""
         ids: list[int] = []
         strip_left = False
         listed = list(pieces)

@@ -24,7 +24,7 @@ from arriero.kernels.moe import Routing
 from arriero.kernels.ops import MoELayer, Ops
 from arriero.shards.collectives.all_to_all import Counts
 from arriero.shards.collectives.mesh import Mesh
-from arriero.shards.layout.expert_placement import Placement
+from arriero.shards.layout.expert_placement import ExpertPlacement
 
 Loads = npt.NDArray[np.int64]
 """[E]: tokens that each expert was sent."""
@@ -33,7 +33,7 @@ Loads = npt.NDArray[np.int64]
 class _Table:
     """A placement on the device: from experts to slots."""
 
-    def __init__(self, placement: Placement, device: torch.device) -> None:
+    def __init__(self, placement: ExpertPlacement, device: torch.device) -> None:
         slots_EA, copies_E = placement.slots_EA()
         self.expert_S, self.num_experts = placement.expert_S, len(copies_E)
         self._slots_EA = torch.from_numpy(slots_EA).to(device)
@@ -59,7 +59,7 @@ class ExpertParallel:
         wire: how rows travel; outputs of experts go back in bfloat16 where rows go in fp8.
     """
 
-    def __init__(self, mesh: Mesh, ops: Ops, placement: Placement, wire: Wire) -> None:
+    def __init__(self, mesh: Mesh, ops: Ops, placement: ExpertPlacement, wire: Wire) -> None:
         self._mesh, self._ops = mesh, ops
         self._loads: dict[int, Loads] = {}
         self._wire: Wire = wire
@@ -69,7 +69,7 @@ class ExpertParallel:
         self._first = _Table(placement, mesh.device)
         self._tables: dict[int, _Table] = {}
 
-    def place(self, layer: int, placement: Placement) -> None:
+    def place(self, layer: int, placement: ExpertPlacement) -> None:
         """Follow another placement in one layer from the next call on; slots stay as many."""
         self._tables[layer] = _Table(placement, self._mesh.device)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 
-class Pace:
+class CompletionRate:
     """A running mean of the time between two ends; one second until the first two are seen.
 
     Args:

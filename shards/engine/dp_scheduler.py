@@ -22,14 +22,14 @@ from arriero.shards.engine.types import EngineConfig, EngineRequest, EngineStats
 from arriero.shards.errors import GroupFailed
 from arriero.shards.kv.blocks import CacheEvent, CacheListener
 from arriero.shards.kv.limits import PeerBlocks
-from arriero.shards.kv.transfers import Moved, Moves, Pool
+from arriero.shards.kv.transfers import Pool, TransferBatch, TransferResult
 from arriero.shards.protocol.step_plan import StepPlan, StepResult
 
 _PREFIX_WORTH = 2.0
 """A prompt found whole in a lane's cache is worth its being so many requests longer."""
 
 
-class Lanes:
+class DataParallelScheduler:
     """As `Scheduler`, for all lanes of a group.
 
     Args:
@@ -61,18 +61,18 @@ class Lanes:
 
     def check_load(self, request_id: str, *, num_pending: int = 0) -> None:
         """As `Scheduler.check_load`; the queue's limit is the group's."""
-        waiting = sum(lane.num_waiting for lane in self._lanes)
+        waiting = sum(dp_rank.num_waiting for dp_rank in self._lanes)
         # the lane that has the id first, since it says what is wrong
-        for lane in sorted(self._lanes, key=lambda one: not one.is_live(request_id)):
-            lane.check_load(request_id, num_pending=num_pending + waiting - lane.num_waiting)
+        for dp_rank in sorted(self._lanes, key=lambda one: not one.is_live(request_id)):
+            dp_rank.check_load(request_id, num_pending=num_pending + waiting - dp_rank.num_waiting)
 
     def enqueue(self, request: EngineRequest) -> None:
         """Queue a request that was checked, in the lane that suits it best."""
-        lane = self._lanes[0]
+        dp_rank = self._lanes[0]
         if len(self._lanes) > 1:
-            lane = min(self._lanes, key=lambda one: _cost(one, request))
-            self._lane_of[request.request_id] = lane
-        lane.enqueue(request)
+            dp_rank = min(self._lanes, key=lambda one: _cost(one, request))
+            self._lane_of[request.request_id] = dp_rank
+        dp_rank.enqueue(request)
 
     def cancel(self, request_id: str) -> list[SequenceOutput]:
         """End a request now; unknown ids are ignored."""
@@ -81,69 +81,69 @@ class Lanes:
     def fail(self, cause: str) -> list[SequenceOutput]:
         """End every request with finish_reason "error"; nothing is outstanding from now on."""
         self._lane_of.clear()
-        return [output for lane in self._lanes for output in lane.fail(cause)]
+        return [output for dp_rank in self._lanes for output in dp_rank.fail(cause)]
 
     @property
     def num_live(self) -> int:
         """Requests that have not ended."""
-        return sum(lane.num_live for lane in self._lanes)
+        return sum(dp_rank.num_live for dp_rank in self._lanes)
 
     @property
     def num_outstanding(self) -> int:
         """Plans made whose result is not in."""
-        return sum(lane.num_outstanding for lane in self._lanes)
+        return sum(dp_rank.num_outstanding for dp_rank in self._lanes)
 
     @property
     def num_moving(self) -> int:
         """Copies of blocks under way or waiting to be made."""
-        return sum(lane.num_moving for lane in self._lanes)
+        return sum(dp_rank.num_moving for dp_rank in self._lanes)
 
-    def take_moves(self) -> list[Moves]:
+    def take_moves(self) -> list[TransferBatch]:
         """Copies of blocks to be made after every plan so far."""
         taken = []
-        for number, lane in enumerate(self._lanes):
-            for moves in lane.take_moves():
-                moves.lane = number
+        for number, dp_rank in enumerate(self._lanes):
+            for moves in dp_rank.take_moves():
+                moves.dp_rank = number
                 taken.append(moves)
         return taken
 
-    def take_moved(self, moved: list[Moved]) -> None:
+    def take_moved(self, moved: list[TransferResult]) -> None:
         """Hear from slices what came of copies, maybe nothing."""
-        for number, lane in enumerate(self._lanes):
-            lane.take_moved([one for one in moved if one.lane == number])
+        for number, dp_rank in enumerate(self._lanes):
+            dp_rank.take_moved([one for one in moved if one.dp_rank == number])
 
     def cache(self) -> CacheReport:
         """What the KV cache holds, and for whom."""
-        return CacheReport.total([lane.cache() for lane in self._lanes])
+        return CacheReport.total([dp_rank.cache() for dp_rank in self._lanes])
 
     def pin(self, name: str, tokens: tuple[int, ...]) -> int:
         """Keep a prefix on the device wherever it is; the most tokens of it in one lane."""
-        return max(lane.pin(name, tokens) for lane in self._lanes)
+        return max(dp_rank.pin(name, tokens) for dp_rank in self._lanes)
 
     def unpin(self, name: str) -> bool:
         """Let go of a pin; False where there is none of this name."""
-        return any([lane.unpin(name) for lane in self._lanes])
+        return any([dp_rank.unpin(name) for dp_rank in self._lanes])
 
     def keeping(self, keys: list[bytes]) -> bool:
         """Whether some of these blocks are on their way to host memory; from any thread."""
-        return any(lane.keeping(keys) for lane in self._lanes)
+        return any(dp_rank.keeping(keys) for dp_rank in self._lanes)
 
     def shared(self, keys: list[bytes]) -> dict[Pool, PeerBlocks]:
         """What another group may copy of these blocks, by pool: of the lane that has most of them.
 
         From any thread.
         """
-        each = [lane.shared(keys) for lane in self._lanes]
+        each = [dp_rank.shared(keys) for dp_rank in self._lanes]
         return max(each, key=lambda one: len(one[Pool.ALL].slots) if one else 0)
 
     def flush(self) -> int:
         """Forget every block that nobody holds, on the device and below; how many."""
-        return sum(lane.flush() for lane in self._lanes)
+        return sum(dp_rank.flush() for dp_rank in self._lanes)
 
     @property
     def stats(self) -> EngineStats:
         """A snapshot of all lanes, without `step_us`; safe from any thread."""
-        each = [lane.stats for lane in self._lanes]
+        each = [dp_rank.stats for dp_rank in self._lanes]
         if len(each) == 1:
             return each[0]
         apart = ("step_us", "expert_moves", "expert_imbalance", "expert_loads", "tiers")
@@ -160,15 +160,15 @@ class Lanes:
         if len(self._lanes) == 1:
             plan = self._lanes[0].schedule()
             return [] if plan is None else [plan]
-        if any(lane.num_outstanding >= lane.depth for lane in self._lanes):
+        if any(dp_rank.num_outstanding >= dp_rank.depth for dp_rank in self._lanes):
             return []
-        plans = [lane.schedule() for lane in self._lanes]
+        plans = [dp_rank.schedule() for dp_rank in self._lanes]
         if all(plan is None for plan in plans):
             return []
         step = []
-        for number, (lane, made) in enumerate(zip(self._lanes, plans, strict=True)):
-            plan = lane.idle() if made is None else made
-            plan.lane = number
+        for number, (dp_rank, made) in enumerate(zip(self._lanes, plans, strict=True)):
+            plan = dp_rank.idle() if made is None else made
+            plan.dp_rank = number
             step.append(plan)
         return step
 
@@ -178,22 +178,24 @@ class Lanes:
         Raises:
             GroupFailed: the result does not belong to that plan.
         """
-        if not 0 <= result.lane < len(self._lanes):
-            raise GroupFailed(f"a result of lane {result.lane} came; there are {len(self._lanes)}")
-        outputs = self._lanes[result.lane].update(result)
+        if not 0 <= result.dp_rank < len(self._lanes):
+            raise GroupFailed(
+                f"a result of lane {result.dp_rank} came; there are {len(self._lanes)}"
+            )
+        outputs = self._lanes[result.dp_rank].update(result)
         if self._lane_of:
-            lane = self._lanes[result.lane]
+            dp_rank = self._lanes[result.dp_rank]
             for output in outputs:
-                if output.finish_reason is not None and not lane.is_live(output.request_id):
+                if output.finish_reason is not None and not dp_rank.is_live(output.request_id):
                     self._lane_of.pop(output.request_id, None)
         return outputs
 
-    def _listener(self, lane: int) -> CacheListener | None:
+    def _listener(self, dp_rank: int) -> CacheListener | None:
         if self._on_event is None or self.config.num_lanes == 1:
             return self._on_event
-        return partial(self._on_lane_event, lane)
+        return partial(self._on_lane_event, dp_rank)
 
-    def _on_lane_event(self, lane: int, kind: CacheEvent, key: bytes) -> None:
+    def _on_lane_event(self, dp_rank: int, kind: CacheEvent, key: bytes) -> None:
         assert self._on_event is not None, "set where there is a listener"
         if kind in ("stored", "evicted"):
             before = self._stored[key]
@@ -202,11 +204,11 @@ class Lanes:
                 del self._stored[key]
             elsewhere = before > (kind == "evicted")
         else:  # a tier of its own tells "kept" for itself, the last one "dropped" for all
-            elsewhere = any(key in one for i, one in enumerate(self._kept) if i != lane)
-            (self._kept[lane].add if kind == "kept" else self._kept[lane].discard)(key)
+            elsewhere = any(key in one for i, one in enumerate(self._kept) if i != dp_rank)
+            (self._kept[dp_rank].add if kind == "kept" else self._kept[dp_rank].discard)(key)
         if not elsewhere:
             self._on_event(kind, key)
 
 
-def _cost(lane: Scheduler, request: EngineRequest) -> float:
-    return lane.num_live - _PREFIX_WORTH * lane.found_share(request)
+def _cost(dp_rank: Scheduler, request: EngineRequest) -> float:
+    return dp_rank.num_live - _PREFIX_WORTH * dp_rank.found_share(request)

@@ -16,7 +16,7 @@ from dataclasses import replace
 from time import perf_counter_ns
 from typing import Any, TypeVar
 
-from arriero.shards.engine.dp_scheduler import Lanes
+from arriero.shards.engine.dp_scheduler import DataParallelScheduler
 from arriero.shards.engine.expert_balance import ExpertBalance
 from arriero.shards.engine.limits import check_request
 from arriero.shards.engine.types import (
@@ -72,7 +72,7 @@ class Engine:
         self._executor = executor
         self._on_outputs = on_outputs
         self._on_failure = on_failure
-        self._scheduler = Lanes(config, on_event=on_event)
+        self._scheduler = DataParallelScheduler(config, on_event=on_event)
         self._balance: ExpertBalance | None = None
         if config.experts is not None:
             self._balance = ExpertBalance(config.experts, moves=config.move_experts)
@@ -83,7 +83,7 @@ class Engine:
         # Guarded by `_wake`:
         self._arrived: dict[str, EngineRequest] = {}
         self._cancelled: list[str] = []
-        self._asked: list[tuple[Callable[[Lanes], Any], Future[Any]]] = []
+        self._asked: list[tuple[Callable[[DataParallelScheduler], Any], Future[Any]]] = []
         self._stopping = False
 
     # ---- any thread ----
@@ -136,7 +136,7 @@ class Engine:
             self._cancelled.append(request_id)
             self._wake.notify()
 
-    def ask(self, question: Callable[[Lanes], T]) -> Future[T]:
+    def ask(self, question: Callable[[DataParallelScheduler], T]) -> Future[T]:
         """Have the scheduler asked between two steps, in the engine's thread.
 
         The answer is the question's; `Unavailable` if the engine ends first.

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from arriero.shards.layout.expert_balancer import balanced, imbalance
-from arriero.shards.layout.expert_placement import Placement
+from arriero.shards.layout.expert_placement import ExpertPlacement
 from arriero.shards.protocol.step_plan import Int32
 
 WINDOW_TOKENS_PER_EXPERT = 64
@@ -32,12 +32,12 @@ class ExpertBalance:
         num_moves: placements that were changed.
     """
 
-    def __init__(self, initial: Placement, *, moves: bool) -> None:
+    def __init__(self, initial: ExpertPlacement, *, moves: bool) -> None:
         self._initial, self._moves = initial, moves
         self.num_moves = 0
         self._num_experts = int(initial.expert_S.max()) + 1
         self._slots = np.diff(initial.start_R1).tolist()
-        self._placements: dict[int, Placement] = {}
+        self._placements: dict[int, ExpertPlacement] = {}
         self._window: dict[int, npt.NDArray[np.int64]] = {}
         self._totals: dict[int, npt.NDArray[np.int64]] = {}
 

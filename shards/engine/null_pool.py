@@ -13,7 +13,7 @@ from arriero.shards.kv.blocks import BlockManager
 _PLENTY = 2**31 - 1
 
 
-class NoPool(BlockManager):
+class NullBlockPool(BlockManager):
     """A `BlockManager` of no blocks, whose tables are as long as they are asked to be."""
 
     def __init__(self, block_size: int) -> None:

@@ -28,7 +28,7 @@ from operator import attrgetter
 import numpy as np
 
 from arriero.shards.engine.cache_report import CacheReport, TenantUse, TierUse
-from arriero.shards.engine.completion_rate import Pace
+from arriero.shards.engine.completion_rate import CompletionRate
 from arriero.shards.engine.draft import Chunk, InFlight, PlanDraft, in_flight
 from arriero.shards.engine.limits import check_config, check_request
 from arriero.shards.engine.results import Results
@@ -40,7 +40,7 @@ from arriero.shards.engine.waiting import Waiting
 from arriero.shards.errors import GroupFailed, InvalidRequest, Overloaded
 from arriero.shards.kv.blocks import CacheListener
 from arriero.shards.kv.limits import PeerBlocks
-from arriero.shards.kv.transfers import Moved, Moves, Pool
+from arriero.shards.kv.transfers import Pool, TransferBatch, TransferResult
 from arriero.shards.protocol.step_plan import Int32, StepPlan, StepResult, int32
 
 _rank = attrgetter("rank")
@@ -78,7 +78,7 @@ class Scheduler:
         windowed = config.attention_window > 0
         self._add_local = self._draft.add_blocks if windowed else self._draft.add_local
         self._pass_every = config.block_size if windowed else config.attention_chunk
-        self._pace = Pace(clock)
+        self._pace = CompletionRate(clock)
         self._results = Results(config, self._slots, self._blocks)
 
         self._requests: dict[str, LiveRequest] = {}
@@ -438,11 +438,11 @@ class Scheduler:
         """Copies of blocks under way or waiting to be made."""
         return self._blocks.tiers.num_moving
 
-    def take_moves(self) -> list[Moves]:
+    def take_moves(self) -> list[TransferBatch]:
         """Copies of blocks to be made after every plan so far."""
         return self._blocks.tiers.take_moves()
 
-    def take_moved(self, moved: list[Moved]) -> None:
+    def take_moved(self, moved: list[TransferResult]) -> None:
         """Hear from slices what came of copies, maybe nothing."""
         for one in moved:
             self._blocks.tiers.take(one)

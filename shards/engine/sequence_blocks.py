@@ -17,14 +17,14 @@ from __future__ import annotations
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
-from arriero.shards.engine.null_pool import NoPool
+from arriero.shards.engine.null_pool import NullBlockPool
 from arriero.shards.engine.sequence import LiveRequest, Sequence
 from arriero.shards.engine.types import EngineConfig, EngineRequest
 from arriero.shards.errors import InvalidRequest
 from arriero.shards.images.request import key_tokens
 from arriero.shards.kv.blocks import BlockManager, CacheListener, chain_keys, root_key
 from arriero.shards.kv.local_blocks import LocalBlocks
-from arriero.shards.kv.tiers import PrefixLoad, Tiers
+from arriero.shards.kv.tiers import OffloadManager, PrefixLoad
 from arriero.shards.kv.transfers import Pool
 from arriero.shards.protocol.step_plan import int32
 
@@ -78,7 +78,7 @@ class SequenceBlocks:
         self.pool: BlockManager
         self.local: LocalBlocks | None = None
         if config.attention_window:
-            self.pool = NoPool(config.block_size)
+            self.pool = NullBlockPool(config.block_size)
             self.local = LocalBlocks(config.num_blocks, seen, on_event)
             self.pools = {Pool.ALL: self.local.pool}
         else:
@@ -95,7 +95,7 @@ class SequenceBlocks:
         self._anchors: dict[int, LiveRequest] = {}
         self._pins: dict[str, Pin] = {}
         self._owners = 0
-        self.tiers = Tiers(config.tiers, self.pools, self.local, self.new_owner, on_event)
+        self.tiers = OffloadManager(config.tiers, self.pools, self.local, self.new_owner, on_event)
 
     @property
     def num_anchors(self) -> int:

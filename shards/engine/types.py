@@ -9,13 +9,13 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from arriero.kernels.attention_mask import Visible
+from arriero.kernels.attention_mask import AttentionMaskSpec
 from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.images.request import RequestImage
 from arriero.shards.kv.limits import GroupTierLimits, PeerBlocks
 from arriero.shards.kv.paging import SeenBlocks
-from arriero.shards.kv.transfers import Moved, Moves, Pool
-from arriero.shards.layout.expert_placement import Placement
+from arriero.shards.kv.transfers import Pool, TransferBatch, TransferResult
+from arriero.shards.layout.expert_placement import ExpertPlacement
 from arriero.shards.protocol.step_plan import StepPlan, StepResult
 
 
@@ -65,7 +65,7 @@ class EngineConfig:
     pipeline_depth: int = 2
     num_stages: int = 1
     num_lanes: int = 1
-    experts: Placement | None = None
+    experts: ExpertPlacement | None = None
     move_experts: bool = False
     vocab_size: int
     eos_token_ids: tuple[int, ...] = ()
@@ -77,7 +77,7 @@ class EngineConfig:
     @property
     def seen_blocks(self) -> SeenBlocks:
         """Which blocks a token sees in layers that do not see everything, where there are any."""
-        visible = Visible(
+        visible = AttentionMaskSpec(
             chunk_size=self.attention_chunk,
             window=self.attention_window,
             sinks=self.attention_sinks,
@@ -199,10 +199,10 @@ class Executor(Protocol):
     def take_loads(self) -> Mapping[int, npt.NDArray[np.int64]]:
         """Tokens that each expert was sent since the last call, by layer, as far as is known."""
 
-    def move(self, moves: Moves) -> None:
+    def move(self, moves: TransferBatch) -> None:
         """Send copies of blocks to every slice, which takes them up after the plans sent before."""
 
-    def moved(self, timeout_s: float = 0.0) -> list[Moved]:
+    def moved(self, timeout_s: float = 0.0) -> list[TransferResult]:
         """What slices said of copies since the last call; waits for the first until the limit."""
 
     def close(self) -> None:

@@ -37,21 +37,21 @@ class BadBlock(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class BlockShard:
     """Half-open ranges of global layers and KV heads."""
 
     layers: tuple[int, int]
     heads: tuple[int, int]
 
-    def overlap(self, other: Piece) -> Piece | None:
+    def overlap(self, other: BlockShard) -> BlockShard | None:
         """What both hold."""
         layers = (max(self.layers[0], other.layers[0]), min(self.layers[1], other.layers[1]))
         heads = (max(self.heads[0], other.heads[0]), min(self.heads[1], other.heads[1]))
         if layers[0] >= layers[1] or heads[0] >= heads[1]:
             return None
-        return Piece(layers, heads)
+        return BlockShard(layers, heads)
 
-    def within(self, outer: Piece) -> tuple[slice, slice]:
+    def within(self, outer: BlockShard) -> tuple[slice, slice]:
         """Where it lies in an array of `outer`: (layers, heads)."""
         first_layer, first_head = outer.layers[0], outer.heads[0]
         return (
@@ -59,7 +59,7 @@ class Piece:
             slice(self.heads[0] - first_head, self.heads[1] - first_head),
         )
 
-    def covered_by(self, pieces: Iterable[Piece]) -> bool:
+    def covered_by(self, pieces: Iterable[BlockShard]) -> bool:
         """Whether the pieces together hold all of it."""
         left = np.ones(
             (self.layers[1] - self.layers[0], self.heads[1] - self.heads[0]), dtype=np.bool_
@@ -76,13 +76,13 @@ class Piece:
         return f"{key.hex()}-{l0}.{l1}-{h0}.{h1}.kv"
 
 
-def parse_name(name: str) -> tuple[bytes, Piece] | None:
+def parse_name(name: str) -> tuple[bytes, BlockShard] | None:
     """Undo `file_name`; None for other files."""
     found = _NAME.fullmatch(name)
     if found is None:
         return None
     l0, l1, h0, h1 = (int(one) for one in found.groups()[1:])
-    return bytes.fromhex(found[1]), Piece((l0, l1), (h0, h1))
+    return bytes.fromhex(found[1]), BlockShard((l0, l1), (h0, h1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,27 +100,27 @@ class BlockForm:
             return cls(torch.int8, spec.block_size, spec.canonical_dim + SCALE_BYTES)
         return cls(spec.dtype, spec.block_size, spec.canonical_dim)
 
-    def shape(self, piece: Piece) -> tuple[int, int, int, int, int]:
+    def shape(self, piece: BlockShard) -> tuple[int, int, int, int, int]:
         """Of a piece's array."""
         num_layers = piece.layers[1] - piece.layers[0]
         num_heads = piece.heads[1] - piece.heads[0]
         return (num_layers, 2, num_heads, self.positions, self.dim)
 
-    def nbytes(self, piece: Piece) -> int:
+    def nbytes(self, piece: BlockShard) -> int:
         """Of a piece's array."""
         return int(np.prod(self.shape(piece))) * self.dtype.itemsize
 
-    def file_bytes(self, piece: Piece) -> int:
+    def file_bytes(self, piece: BlockShard) -> int:
         """Of a piece's file."""
         return _HEADER.size + self.nbytes(piece)
 
-    def pack(self, key: bytes, piece: Piece, data: Tensor) -> list[memoryview]:
+    def pack(self, key: bytes, piece: BlockShard, data: Tensor) -> list[memoryview]:
         """The file's contents: a header with the key and a checksum, and the bytes."""
         payload: Bytes = data.contiguous().reshape(-1).view(torch.uint8).numpy()
         check = zlib.crc32(payload.data, zlib.crc32(key))
         return [memoryview(self.header(piece, check)), payload.data]
 
-    def unpack(self, key: bytes, piece: Piece, data: Bytes) -> Tensor:
+    def unpack(self, key: bytes, piece: BlockShard, data: Bytes) -> Tensor:
         """Undo `pack`; the array is a view of `data`.
 
         Raises:
@@ -134,7 +134,7 @@ class BlockForm:
             raise BadBlock("the header or the checksum is not this block's")
         return torch.from_numpy(payload).view(self.dtype).reshape(self.shape(piece))
 
-    def header(self, piece: Piece, check: int) -> bytes:
+    def header(self, piece: BlockShard, check: int) -> bytes:
         """The header of a piece's file, given the checksum of key and bytes."""
         layers, _, heads, _, _ = self.shape(piece)
         dtype = str(self.dtype).removeprefix("torch.").encode()[:8]

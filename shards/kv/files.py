@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arriero.shards.kv.block_shards import BadBlock, BlockForm, Bytes, Piece, parse_name
+from arriero.shards.kv.block_shards import BadBlock, BlockForm, BlockShard, Bytes, parse_name
 
 log = logging.getLogger(__name__)
 
@@ -154,13 +154,13 @@ class BlockFiles:
         writes: False where another rank holds the same piece and writes it.
     """
 
-    def __init__(self, folder: Folder, form: BlockForm, piece: Piece, *, writes: bool) -> None:
+    def __init__(self, folder: Folder, form: BlockForm, piece: BlockShard, *, writes: bool) -> None:
         self._folder, self._form, self._piece, self._writes = folder, form, piece, writes
-        self._pieces: dict[bytes, list[Piece]] = {}
+        self._pieces: dict[bytes, list[BlockShard]] = {}
 
     def scan(self) -> list[tuple[bytes, bool]]:
         """Keys that there are files of, oldest first; each with whether our piece is there."""
-        found: dict[bytes, list[Piece]] = {}
+        found: dict[bytes, list[BlockShard]] = {}
         for path, size in self._folder.names():
             parsed = parse_name(path.rsplit("/", 1)[-1])
             if parsed is None:
@@ -171,7 +171,7 @@ class BlockFiles:
                 pieces.append(piece)
             found[key] = pieces
         self._pieces |= found
-        covers: dict[tuple[Piece, ...], bool] = {}
+        covers: dict[tuple[BlockShard, ...], bool] = {}
         listed = []
         for key, pieces in found.items():
             kind = tuple(pieces)
@@ -199,7 +199,7 @@ class BlockFiles:
         Raises:
             BadBlock: not every byte of it is there and right; what is wrong is removed.
         """
-        used: list[Piece] = []
+        used: list[BlockShard] = []
         for piece in self._pieces.get(key, [self._piece]):
             if self._piece.covered_by(used):
                 break
@@ -229,11 +229,11 @@ class BlockFiles:
                 self._folder.remove(_path(key, piece))
 
 
-def _path(key: bytes, piece: Piece) -> str:
+def _path(key: bytes, piece: BlockShard) -> str:
     name = piece.file_name(key)
     return f"{name[:_FAN]}/{name}"
 
 
-def empty(form: BlockForm, piece: Piece, count: int) -> Tensor:
+def empty(form: BlockForm, piece: BlockShard, count: int) -> Tensor:
     """Room for a piece of `count` blocks, [count, L, 2, K, P, D]."""
     return torch.empty((count, *form.shape(piece)), dtype=form.dtype)

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from arriero.shards.kv.block_shards import BadBlock, BlockForm, Piece
+from arriero.shards.kv.block_shards import BadBlock, BlockForm, BlockShard
 from arriero.shards.kv.checksums import block_sums
 from arriero.shards.kv.host_id import host_name
 from arriero.shards.kv.transfers import KEY_BYTES, Segment
@@ -40,7 +40,7 @@ class HostPool:
         data: [slots, L, 2, K, P, D].
     """
 
-    def __init__(self, form: BlockForm, piece: Piece, slots: int, *, pinned: bool) -> None:
+    def __init__(self, form: BlockForm, piece: BlockShard, slots: int, *, pinned: bool) -> None:
         """Reserve the memory; pages are taken as slots are first written.
 
         Args:
@@ -124,19 +124,19 @@ class HostPool:
         os.close(self._fd)
 
 
-def stamp_type(piece: Piece) -> np.dtype[np.void]:
+def stamp_type(piece: BlockShard) -> np.dtype[np.void]:
     """Of a slot's stamp: see `block_sums` for its checksums."""
     shape = (piece.layers[1] - piece.layers[0], 2, piece.heads[1] - piece.heads[0])
     return np.dtype([("key", np.uint8, KEY_BYTES), ("times", "<u8"), ("sums", "<i8", shape)])
 
 
-def sums(stamp: bytes, piece: Piece) -> npt.NDArray[np.int64]:
+def sums(stamp: bytes, piece: BlockShard) -> npt.NDArray[np.int64]:
     """The checksums [L, 2, K] in a stamp."""
     found: npt.NDArray[np.int64] = np.frombuffer(stamp, dtype=stamp_type(piece))["sums"][0]
     return found
 
 
-def memory_bytes(form: BlockForm, piece: Piece, slots: int) -> int:
+def memory_bytes(form: BlockForm, piece: BlockShard, slots: int) -> int:
     """Of a pool's memory, stamps and all."""
     return slots * (form.nbytes(piece) + stamp_type(piece).itemsize)
 
@@ -149,7 +149,9 @@ def stamp(stamps: Stamps, key: bytes, slot: int) -> bytes | None:
     return found if found.startswith(key) else None
 
 
-def views(memory: mmap.mmap, form: BlockForm, piece: Piece, slots: int) -> tuple[Tensor, Stamps]:
+def views(
+    memory: mmap.mmap, form: BlockForm, piece: BlockShard, slots: int
+) -> tuple[Tensor, Stamps]:
     """(blocks [slots, L, 2, K, P, D], stamps [slots]) of a memory."""
     nbytes = slots * form.nbytes(piece)
     whole = np.frombuffer(memory, dtype=np.uint8)

@@ -26,7 +26,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from arriero.shards.kv.block_shards import BadBlock, BlockForm, Piece
+from arriero.shards.kv.block_shards import BadBlock, BlockForm, BlockShard
 from arriero.shards.kv.host import HostPool, stamp_type, sums
 from arriero.shards.kv.transfers import Segment
 
@@ -180,9 +180,11 @@ class NixlPart:
         BadBlock: what the segment says of its agent cannot be used.
     """
 
-    def __init__(self, reader: NixlReader, segment: Segment, form: BlockForm, part: Piece) -> None:
+    def __init__(
+        self, reader: NixlReader, segment: Segment, form: BlockForm, part: BlockShard
+    ) -> None:
         self._reader, self._form, self._part = reader, form, part
-        self._theirs = Piece(segment.layers, segment.heads)
+        self._theirs = BlockShard(segment.layers, segment.heads)
         self._slots = segment.slots
         try:
             self._metadata, self._base = msgpack.unpackb(segment.nixl)
@@ -283,7 +285,7 @@ class NixlPart:
         return memory[:nbytes]
 
 
-def _runs(form: BlockForm, theirs: Piece, part: Piece) -> Addresses:
+def _runs(form: BlockForm, theirs: BlockShard, part: BlockShard) -> Addresses:
     """Where a part's bytes lie in a block of `theirs`: [N, 2] of offset and length."""
     (layers, heads), shape = part.within(theirs), form.shape(theirs)
     row, num_heads = form.positions * form.dim * form.dtype.itemsize, shape[2]

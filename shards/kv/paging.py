@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from arriero.kernels.attention_mask import Visible
+from arriero.kernels.attention_mask import AttentionMaskSpec
 from arriero.shards.protocol.step_plan import Int32
 
 
@@ -42,7 +42,7 @@ class SeenBlocks:
         block_size: tokens in a block.
     """
 
-    visible: Visible
+    visible: AttentionMaskSpec
     block_size: int
 
     @property

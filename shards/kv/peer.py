@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from arriero.shards.kv.block_shards import BadBlock, BlockForm, Piece
+from arriero.shards.kv.block_shards import BadBlock, BlockForm, BlockShard
 from arriero.shards.kv.checksums import block_sums
 from arriero.shards.kv.host import memory_bytes, stamp, sums, views
 from arriero.shards.kv.host_id import host_name
@@ -40,7 +40,7 @@ Sums = npt.NDArray[np.int64]
 """Checksums [l, 2, h] of a part of a block."""
 
 
-class Part(Protocol):
+class PeerPart(Protocol):
     """One rank's memory, of which we want a part of each block."""
 
     def ask(self, wanted: Wanted) -> None:
@@ -64,19 +64,19 @@ class LocalPart:
         BadBlock: its memory is not to be had.
     """
 
-    def __init__(self, segment: Segment, form: BlockForm, part: Piece) -> None:
-        self._theirs = Piece(segment.layers, segment.heads)
+    def __init__(self, segment: Segment, form: BlockForm, part: BlockShard) -> None:
+        self._theirs = BlockShard(segment.layers, segment.heads)
         self._map = _attach(segment, form)
         self._data, self._stamps = views(self._map, form, self._theirs, segment.slots)
         self._layers, self._heads = part.within(self._theirs)
         self._wanted: Iterator[tuple[bytes, int]] = iter(())
 
     def ask(self, wanted: Wanted) -> None:
-        """See `Part`."""
+        """See `PeerPart`."""
         self._wanted = iter(wanted)
 
     def get(self, into: Tensor) -> Sums | None:
-        """See `Part`."""
+        """See `PeerPart`."""
         key, slot = next(self._wanted)
         before = stamp(self._stamps, key, slot)
         if before is None:
@@ -87,7 +87,7 @@ class LocalPart:
         return sums(before, self._theirs)[self._layers, :, self._heads]
 
     def close(self) -> None:
-        """See `Part`."""
+        """See `PeerPart`."""
         del self._data, self._stamps
         with contextlib.suppress(BufferError):
             self._map.close()
@@ -110,17 +110,17 @@ class PeerPool:
         self,
         segments: Sequence[Segment],
         form: BlockForm,
-        piece: Piece,
+        piece: BlockShard,
         nixl: NixlReader | None = None,
     ) -> None:
-        self._parts: list[tuple[tuple[slice, slice], Part]] = []
+        self._parts: list[tuple[tuple[slice, slice], PeerPart]] = []
         self._lost_until_s = 0.0
-        if not piece.covered_by(Piece(one.layers, one.heads) for one in segments):
+        if not piece.covered_by(BlockShard(one.layers, one.heads) for one in segments):
             raise BadBlock("the peer's ranks do not hold all of it")
-        used: list[Piece] = []
+        used: list[BlockShard] = []
         try:
             for one in segments:
-                theirs = Piece(one.layers, one.heads)
+                theirs = BlockShard(one.layers, one.heads)
                 part = theirs.overlap(piece)
                 if part is not None and not piece.covered_by(used):
                     used.append(theirs)
@@ -159,7 +159,7 @@ class PeerPool:
         self._parts.clear()
 
 
-def _part(segment: Segment, form: BlockForm, part: Piece, nixl: NixlReader | None) -> Part:
+def _part(segment: Segment, form: BlockForm, part: BlockShard, nixl: NixlReader | None) -> PeerPart:
     if segment.block != (form.positions, form.dim, form.dtype.itemsize):
         raise BadBlock("the peer's blocks are of another form")
     if segment.host == host_name():
@@ -184,7 +184,7 @@ def _attach(segment: Segment, form: BlockForm) -> mmap.mmap:
     try:
         if segment.name not in os.readlink(f"/proc/self/fd/{fd}"):
             raise BadBlock("the peer's process is gone")
-        theirs = Piece(segment.layers, segment.heads)
+        theirs = BlockShard(segment.layers, segment.heads)
         if os.fstat(fd).st_size != memory_bytes(form, theirs, segment.slots):
             raise BadBlock("the peer's memory is of another size")
         return mmap.mmap(fd, 0, prot=mmap.PROT_READ)

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from arriero.shards.kv.blocks import BlockManager, CacheEvent, CacheListener
 from arriero.shards.kv.index import TierIndex
 from arriero.shards.kv.limits import PeerBlocks, TierLimits
-from arriero.shards.kv.transfers import Move, Moved, Moves, Pool, Segment, Tier
+from arriero.shards.kv.transfers import Pool, Segment, Tier, Transfer, TransferBatch, TransferResult
 
 MOST_SAVES = 256
 """Blocks pinned for saving at once, or an eighth of a pool that is small: two steps' worth."""
@@ -59,7 +59,7 @@ class Load:
 class _Flight:
     """A move under way."""
 
-    move: Move
+    move: Transfer
     left: int
     tenant: str
     depth: int
@@ -68,7 +68,7 @@ class _Flight:
     load: Load | None = None
 
 
-class PoolTiers:
+class PoolOffloadManager:
     """The tiers below one pool of a group.
 
     Args:
@@ -102,9 +102,9 @@ class PoolTiers:
         self._flights: dict[int, _Flight] = {}
         self._to_save: OrderedDict[bytes, tuple[str, int]] = OrderedDict()
         self._to_write: OrderedDict[tuple[Tier, bytes], tuple[str, int]] = OrderedDict()
-        self._outbox: list[Moves] = []  # loads, which go first
+        self._outbox: list[TransferBatch] = []  # loads, which go first
         self._dropped: list[tuple[Tier, bytes]] = []
-        self._firsts: list[Moved] = []
+        self._firsts: list[TransferResult] = []
         self._found: deque[tuple[Tier, bytes, bool]] = deque()
         self._most_saves = max(1, min(MOST_SAVES, pool.num_blocks // 8))
         self._num_loading = self._num_saves = self._num_writes = 0
@@ -188,12 +188,12 @@ class PoolTiers:
             return True
         return self._stored is not None and key not in self._stored
 
-    def take_moves(self) -> list[Moves]:
+    def take_moves(self) -> list[TransferBatch]:
         """What is to be sent to the slices now, after every plan made so far."""
         if not self.enabled:
             return []
         self._take_found()
-        moves = Moves(pool=self._which)
+        moves = TransferBatch(pool=self._which)
         while self._to_save and self._num_saves < self._most_saves:
             key, (tenant, depth) = self._to_save.popitem(last=False)
             self._save(moves, key, tenant, depth)
@@ -204,7 +204,7 @@ class PoolTiers:
         outbox, self._outbox = self._outbox, []
         return [*outbox, moves] if moves.moves or moves.dropped else outbox
 
-    def _save(self, moves: Moves, key: bytes, tenant: str, depth: int) -> None:
+    def _save(self, moves: TransferBatch, key: bytes, tenant: str, depth: int) -> None:
         """From the device to the first tier that lacks it."""
         found = self._pool.match((key,))
         target = next((tier for tier, index in self._index.items() if key not in index), None)
@@ -218,7 +218,7 @@ class PoolTiers:
         pin = self._new_owner()
         self._pool.allocate(pin, 1, found)
         self._num_saves += 1
-        move = Move(next(self._ids), key, Tier.DEVICE, found[0], target, at)
+        move = Transfer(next(self._ids), key, Tier.DEVICE, found[0], target, at)
         self._send(moves, _Flight(move, self._num_ranks, tenant, depth, pin=pin))
 
     def _lacks(self, tier: Tier, key: bytes) -> bool:
@@ -226,7 +226,7 @@ class PoolTiers:
             return self._stored is not None and key not in self._stored
         return tier in self._index and key not in self._index[tier]
 
-    def _write(self, moves: Moves, tier: Tier, key: bytes, tenant: str, depth: int) -> None:
+    def _write(self, moves: TransferBatch, tier: Tier, key: bytes, tenant: str, depth: int) -> None:
         """From one of our tiers to one further down; a key that is gone is left."""
         if not self._lacks(tier, key):
             return
@@ -238,7 +238,7 @@ class PoolTiers:
             if at is not None:
                 index.hold((key,))
                 self._num_writes += 1
-                move = Move(next(self._ids), key, source, slot, tier, at)
+                move = Transfer(next(self._ids), key, source, slot, tier, at)
                 self._send(moves, _Flight(move, self._num_ranks, tenant, depth))
             return
 
@@ -253,7 +253,7 @@ class PoolTiers:
             self._gone(tier, victim)
         return slot
 
-    def _send(self, moves: Moves, flight: _Flight) -> None:
+    def _send(self, moves: TransferBatch, flight: _Flight) -> None:
         self._flights[flight.move.id] = flight
         moves.moves.append(flight.move)
 
@@ -304,7 +304,7 @@ class PoolTiers:
         load = Load(self._new_owner(), list(keys), first, len(found), len(keys) - len(found))
         self._pool.allocate(load.owner, len(load.keys), found)
         self._num_loading += load.left
-        moves = Moves(pool=self._which, peer=() if peer is None else peer.segments)
+        moves = TransferBatch(pool=self._which, peer=() if peer is None else peer.segments)
         table = self._pool.table(load.owner)
         for place in range(len(found), len(keys)):
             key, where = keys[place], self._nearest(keys[place], peer)
@@ -312,7 +312,7 @@ class PoolTiers:
             tier, at = where
             if tier in self._index:
                 self._index[tier].hold((key,))
-            move = Move(next(self._ids), key, tier, at, Tier.DEVICE, table[place])
+            move = Transfer(next(self._ids), key, tier, at, Tier.DEVICE, table[place])
             self._send(moves, _Flight(move, self._num_ranks, tenant, first + place, load=load))
         if moves.moves:
             self._outbox.append(moves)
@@ -336,7 +336,7 @@ class PoolTiers:
 
     # ---- what came of it ----
 
-    def take(self, moved: Moved) -> None:
+    def take(self, moved: TransferResult) -> None:
         """Hear from a rank."""
         if moved.ready:
             self._firsts.append(moved)

@@ -26,7 +26,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from arriero.shards.kv.block_shards import BadBlock, BlockForm, Piece
+from arriero.shards.kv.block_shards import BadBlock, BlockForm, BlockShard
 from arriero.shards.kv.checksums import SUM_BYTES
 from arriero.shards.kv.host import HostPool
 from arriero.shards.kv.transfers import KEY_BYTES, Segment
@@ -136,9 +136,9 @@ class RemotePart:
         part: what is wanted of each block: a part of the segment's own piece.
     """
 
-    def __init__(self, segment: Segment, form: BlockForm, part: Piece) -> None:
+    def __init__(self, segment: Segment, form: BlockForm, part: BlockShard) -> None:
         self._segment = segment
-        layers, heads = part.within(Piece(segment.layers, segment.heads))
+        layers, heads = part.within(BlockShard(segment.layers, segment.heads))
         self._range = (layers.start, layers.stop, heads.start, heads.stop)
         self._block = torch.empty(form.shape(part), dtype=form.dtype)
         self._sums_shape = (layers.stop - layers.start, 2, heads.stop - heads.start)

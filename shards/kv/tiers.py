@@ -17,15 +17,15 @@ from types import MappingProxyType
 from arriero.shards.kv.blocks import BlockManager, CacheListener
 from arriero.shards.kv.limits import GroupTierLimits, PeerBlocks
 from arriero.shards.kv.local_blocks import LocalBlocks
-from arriero.shards.kv.pool_tiers import Load, PoolTiers
-from arriero.shards.kv.transfers import Moved, Moves, Pool
+from arriero.shards.kv.pool_tiers import Load, PoolOffloadManager
+from arriero.shards.kv.transfers import Pool, TransferBatch, TransferResult
 
 
 @dataclass(slots=True)
 class PrefixLoad:
     """A prefix on its way to the device: a load of each pool."""
 
-    parts: list[tuple[PoolTiers, Load]]
+    parts: list[tuple[PoolOffloadManager, Load]]
 
     @property
     def left(self) -> int:
@@ -33,7 +33,7 @@ class PrefixLoad:
         return sum(load.left for _, load in self.parts)
 
 
-class Tiers:
+class OffloadManager:
     """What one group keeps below the device.
 
     Args:
@@ -52,9 +52,13 @@ class Tiers:
         new_owner: Callable[[], int],
         on_event: CacheListener | None = None,
     ) -> None:
-        self._each = [PoolTiers(limits.all, Pool.ALL, pools[Pool.ALL], new_owner, on_event)]
+        self._each = [
+            PoolOffloadManager(limits.all, Pool.ALL, pools[Pool.ALL], new_owner, on_event)
+        ]
         if Pool.LOCAL in pools:
-            self._each.append(PoolTiers(limits.local, Pool.LOCAL, pools[Pool.LOCAL], new_owner))
+            self._each.append(
+                PoolOffloadManager(limits.local, Pool.LOCAL, pools[Pool.LOCAL], new_owner)
+            )
         self._local = local
         self._sees_all = local is None or len(pools) > 1  # some layers do
         self._on = limits.enabled
@@ -109,11 +113,11 @@ class Tiers:
         if self._on:
             self._each[pool].note(keys, first, tenant)
 
-    def take_moves(self) -> list[Moves]:
+    def take_moves(self) -> list[TransferBatch]:
         """What is to be sent to the slices now, after every plan made so far."""
         return [moves for one in self._each for moves in one.take_moves()] if self._on else []
 
-    def take(self, moved: Moved) -> None:
+    def take(self, moved: TransferResult) -> None:
         """Hear from a rank."""
         self.num_answers += 1
         self._each[moved.pool].take(moved)

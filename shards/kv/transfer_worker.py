@@ -27,13 +27,13 @@ from torch import Tensor
 from arriero.kernels.ops import KVCache
 from arriero.shards.config.kv_tiers import TierConfig
 from arriero.shards.kv import nixl
-from arriero.shards.kv.block_shards import BadBlock, BlockForm, Piece
+from arriero.shards.kv.block_shards import BadBlock, BlockForm, BlockShard
 from arriero.shards.kv.files import BlockFiles, Folder, LocalFolder, SharedFolder, empty
 from arriero.shards.kv.host import HostPool
 from arriero.shards.kv.packed_rows import pack, unpack
 from arriero.shards.kv.peer import PeerPool
 from arriero.shards.kv.tcp import BlockServer
-from arriero.shards.kv.transfers import Move, Moved, Moves, Pool, Segment, Tier
+from arriero.shards.kv.transfers import Pool, Segment, Tier, Transfer, TransferBatch, TransferResult
 
 log = logging.getLogger(__name__)
 
@@ -73,19 +73,19 @@ class TierSettings:
     host_slots: int
     rank: int
     pool: Pool
-    lane: int
-    piece: Piece
+    dp_rank: int
+    piece: BlockShard
     host: str
     writes: bool
 
 
-class Movers:
+class TransferWorkers:
     """The tiers of one rank: a mover for each pool that has layers there."""
 
-    def __init__(self, movers: dict[Pool, Mover]) -> None:
+    def __init__(self, movers: dict[Pool, TransferWorker]) -> None:
         self._movers = movers
 
-    def submit(self, moves: Moves) -> None:
+    def submit(self, moves: TransferBatch) -> None:
         """Take moves up; from the slice's own thread, in the order of the plans."""
         mover = self._movers.get(moves.pool)
         if mover is not None:
@@ -98,7 +98,7 @@ class Movers:
         self._movers = {}
 
 
-class Mover:
+class TransferWorker:
     """One pool's tiers of one rank, and the thread that copies.
 
     Args:
@@ -113,7 +113,7 @@ class Mover:
         self,
         kv: KVCache,
         settings: TierSettings,
-        on_moved: Callable[[Moved], None],
+        on_moved: Callable[[TransferResult], None],
         fence: Callable[[], Fence | None] = lambda: None,
     ) -> None:
         self._kv, self._settings, self._on_moved, self._fence = kv, settings, on_moved, fence
@@ -135,12 +135,12 @@ class Mover:
         self._thread = threading.Thread(target=self._run, name="kv-mover", daemon=True)
         self._thread.start()
 
-    def submit(self, moves: Moves) -> None:
+    def submit(self, moves: TransferBatch) -> None:
         """Take moves up; from the slice's own thread, in the order of the plans."""
         fence = self._fence()
         for tier, key in moves.dropped:  # before any later write of the same key
             self._put(1, _Work([], dropped=(tier, key)))
-        kinds: dict[tuple[Tier, Tier], list[Move]] = {}
+        kinds: dict[tuple[Tier, Tier], list[Transfer]] = {}
         for move in moves.moves:
             kinds.setdefault((move.source, move.target), []).append(move)
         for (source, target), several in kinds.items():
@@ -182,10 +182,10 @@ class Mover:
         self._cuda_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         return torch.cuda.stream(self._cuda_stream)
 
-    def _open(self) -> Moved:
+    def _open(self) -> TransferResult:
         """Open the tiers; what they hold already is the rank's first word."""
         settings, config = self._settings, self._settings.config
-        first = Moved(settings.rank, settings.pool, ready=True, lane=settings.lane)
+        first = TransferResult(settings.rank, settings.pool, ready=True, dp_rank=settings.dp_rank)
         if settings.host_slots:
             try:
                 self._host = HostPool(
@@ -228,7 +228,7 @@ class Mover:
             return b""
         return self._nixl_server.told
 
-    def _do(self, work: _Work) -> Moved | None:
+    def _do(self, work: _Work) -> TransferResult | None:
         """Do a piece of work, whatever it meets; gives what is to be told of it."""
         failed: set[int] = set()
         try:
@@ -243,7 +243,9 @@ class Mover:
             failed = {move.id for move in work.moves}
         if not work.moves:
             return None
-        said = Moved(self._settings.rank, self._settings.pool, lane=self._settings.lane)
+        said = TransferResult(
+            self._settings.rank, self._settings.pool, dp_rank=self._settings.dp_rank
+        )
         for move in work.moves:
             (said.failed if move.id in failed else said.done).append(move.id)
         return said
@@ -292,11 +294,11 @@ class Mover:
         if self._cuda_stream is not None:
             self._cuda_stream.synchronize()
 
-    def _to_host(self, moves: Sequence[Move], data: Tensor) -> None:
+    def _to_host(self, moves: Sequence[Transfer], data: Tensor) -> None:
         assert self._host is not None, "no host memory"
         self._host.put([move.target_at for move in moves], [move.key for move in moves], data)
 
-    def _to_files(self, tier: Tier, moves: Sequence[Move], data: Tensor) -> set[int]:
+    def _to_files(self, tier: Tier, moves: Sequence[Transfer], data: Tensor) -> set[int]:
         failed = set()
         for move, block in zip(moves, data, strict=True):
             try:
@@ -308,7 +310,7 @@ class Mover:
                     log.warning("KV blocks are not kept in tier %s: %s", tier.name, error)
         return failed
 
-    def _read(self, tier: Tier, moves: Sequence[Move], data: Tensor) -> set[int]:
+    def _read(self, tier: Tier, moves: Sequence[Transfer], data: Tensor) -> set[int]:
         """Fill blocks from a tier of ours; gives the ids of those that are not right there."""
         failed = set()
         for move, into in zip(moves, data, strict=True):
@@ -336,7 +338,7 @@ class Mover:
 class _Work:
     """A batch of moves of one kind, or a file to be dropped."""
 
-    moves: list[Move]
+    moves: list[Transfer]
     fence: Fence | None = None
     peer: tuple[Segment, ...] = ()
     dropped: tuple[Tier, bytes] | None = None

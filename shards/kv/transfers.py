@@ -40,7 +40,7 @@ class Tier(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
+class Transfer:
     """Copy a block.
 
     Attributes:
@@ -108,7 +108,7 @@ def _pair(values: list[int]) -> tuple[int, int]:
 
 
 @dataclass(slots=True)
-class Moves:
+class TransferBatch:
     """Moves of one message.
 
     Attributes:
@@ -120,10 +120,10 @@ class Moves:
     """
 
     pool: Pool = Pool.ALL
-    moves: list[Move] = field(default_factory=list)
+    moves: list[Transfer] = field(default_factory=list)
     dropped: list[tuple[Tier, bytes]] = field(default_factory=list)
     peer: tuple[Segment, ...] = ()
-    lane: int = 0
+    dp_rank: int = 0
 
     def to_bytes(self) -> bytes:
         """Pack for the wire."""
@@ -133,28 +133,28 @@ class Moves:
         ]
         dropped = [(int(tier), key) for tier, key in self.dropped]
         packed: bytes = msgpack.packb(
-            [int(self.pool), moves, dropped, [one.to_wire() for one in self.peer], self.lane]
+            [int(self.pool), moves, dropped, [one.to_wire() for one in self.peer], self.dp_rank]
         )
         return packed
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Moves:
+    def from_bytes(cls, data: bytes) -> TransferBatch:
         """Undo `to_bytes`."""
-        pool, moves, dropped, peer, lane = msgpack.unpackb(data)
+        pool, moves, dropped, peer, dp_rank = msgpack.unpackb(data)
         return cls(
             Pool(pool),
             [
-                Move(move_id, key, Tier(source), source_at, Tier(target), target_at)
+                Transfer(move_id, key, Tier(source), source_at, Tier(target), target_at)
                 for move_id, key, source, source_at, target, target_at in moves
             ],
             [(Tier(tier), key) for tier, key in dropped],
             tuple(Segment.from_wire(one) for one in peer),
-            lane,
+            dp_rank,
         )
 
 
 @dataclass(slots=True)
-class Moved:
+class TransferResult:
     """What one rank has to say.
 
     Attributes:
@@ -176,7 +176,7 @@ class Moved:
     found: dict[Tier, list[tuple[bytes, bool]]] = field(default_factory=dict)
     ready: bool = False
     segment: Segment | None = None
-    lane: int = 0
+    dp_rank: int = 0
 
     def to_bytes(self) -> bytes:
         """Pack for the wire."""
@@ -188,15 +188,15 @@ class Moved:
         packed: bytes = msgpack.packb(
             [
                 *(self.rank, int(self.pool), self.done, self.failed),
-                *(found, self.ready, segment, self.lane),
+                *(found, self.ready, segment, self.dp_rank),
             ]
         )
         return packed
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Moved:
+    def from_bytes(cls, data: bytes) -> TransferResult:
         """Undo `to_bytes`."""
-        rank, pool, done, failed, found, ready, segment, lane = msgpack.unpackb(
+        rank, pool, done, failed, found, ready, segment, dp_rank = msgpack.unpackb(
             data, strict_map_key=False
         )
         listed = {
@@ -211,5 +211,5 @@ class Moved:
             listed,
             ready,
             None if segment is None else Segment.from_wire(segment),
-            lane,
+            dp_rank,
         )

@@ -16,28 +16,30 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from arriero.shards.layout.expert_placement import Placement
+from arriero.shards.layout.expert_placement import ExpertPlacement
 
 Loads = npt.NDArray[np.float64]
 WORTH_MOVING = 0.05
 """A placement is changed for a largest load that is smaller by at least this share of the mean."""
 
 
-def rank_loads(loads_E: Loads, placement: Placement) -> Loads:
+def rank_loads(loads_E: Loads, placement: ExpertPlacement) -> Loads:
     """Load of each rank, [R], where the copies of an expert share its load evenly."""
     copies_E = np.bincount(placement.expert_S, minlength=len(loads_E))
     share_S = (loads_E / np.maximum(copies_E, 1))[placement.expert_S]
     return np.add.reduceat(share_S, placement.start_R1[:-1])
 
 
-def imbalance(loads_E: Loads, placement: Placement) -> float:
+def imbalance(loads_E: Loads, placement: ExpertPlacement) -> float:
     """Largest rank load over the mean; 1 where nothing is asked."""
     loads_R = rank_loads(loads_E, placement)
     mean = float(loads_R.mean())
     return float(loads_R.max()) / mean if mean else 1.0
 
 
-def balanced(loads_E: Loads, slots_R: Sequence[int], now: Placement | None = None) -> Placement:
+def balanced(
+    loads_E: Loads, slots_R: Sequence[int], now: ExpertPlacement | None = None
+) -> ExpertPlacement:
     """A placement of all experts over ranks with so many slots each.
 
     Args:
@@ -71,7 +73,7 @@ def balanced(loads_E: Loads, slots_R: Sequence[int], now: Placement | None = Non
         sums[rank] += share_E[expert]
     _swap(held, sums, share_E)
     starts = np.concatenate(([0], np.cumsum(slots_R))).astype(np.int32)
-    found = Placement(np.asarray([e for one in held for e in one], dtype=np.int32), starts)
+    found = ExpertPlacement(np.asarray([e for one in held for e in one], dtype=np.int32), starts)
     if now is None:
         return found
     gain = imbalance(loads_E, now) - imbalance(loads_E, found)
@@ -102,7 +104,7 @@ def _swap(held: list[list[int]], sums: Loads, share_E: Loads) -> None:
         sums[low] += moved
 
 
-def _in_place(found: Placement, now: Placement) -> Placement:
+def _in_place(found: ExpertPlacement, now: ExpertPlacement) -> ExpertPlacement:
     """The same experts on each rank, those that were there already in their old slots."""
     expert_S = np.full_like(found.expert_S, -1)
     for start, stop in zip(found.start_R1[:-1], found.start_R1[1:], strict=True):
@@ -114,4 +116,4 @@ def _in_place(found: Placement, now: Placement) -> Placement:
         for slot in range(start, stop):
             if expert_S[slot] < 0:
                 expert_S[slot] = wanted.pop(0)
-    return Placement(expert_S, found.start_R1)
+    return ExpertPlacement(expert_S, found.start_R1)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
+class ExpertPlacement:
     """Which slot of which rank holds which expert, in one layer.
 
     Attributes:
@@ -23,7 +23,7 @@ class Placement:
     start_R1: npt.NDArray[np.int32]
 
     @classmethod
-    def even(cls, sizes: Sequence[int], spare: int = 0) -> Placement:
+    def even(cls, sizes: Sequence[int], spare: int = 0) -> ExpertPlacement:
         """Experts dealt in order, `sizes` to each rank, and copies of the next `spare` ones."""
         starts = np.concatenate(([0], np.cumsum(sizes)))
         held = [np.arange(a, b + spare) % starts[-1] for a, b in pairwise(starts)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from arriero.kernels.attention_mask import EVERYTHING, Visible
+from arriero.kernels.attention_mask import FULL_ATTENTION, AttentionMaskSpec
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.errors import SpecError
 from arriero.shards.kv.transfers import Pool
@@ -43,7 +43,7 @@ def parts_of(model: AnyModel, config: GroupConfig) -> Sequence[AnyPart]:
     return partition(model, config)
 
 
-def lane_of(config: GroupConfig, rank: int) -> int:
+def dp_rank_of(config: GroupConfig, rank: int) -> int:
     """The data-parallel rank that a rank is of."""
     return rank // config.tp % config.dp
 
@@ -69,7 +69,7 @@ def kv_bytes_per_block(
     return layers * 2 * part.kv_heads.size * block_size * model.head_dim * itemsize
 
 
-def visible_keys(model: AnyModel, config: GroupConfig) -> Visible:
+def visible_keys(model: AnyModel, config: GroupConfig) -> AttentionMaskSpec:
     """What tokens see in layers that do not see everything: chunks, or the window asked for.
 
     Raises:
@@ -85,7 +85,7 @@ def visible_keys(model: AnyModel, config: GroupConfig) -> Visible:
                 "and the others are without positions and carry the whole context, images "
                 "included; leave both out"
             )
-        return Visible(chunk_size=model.attention_chunk_size)
+        return AttentionMaskSpec(chunk_size=model.attention_chunk_size)
     trained, limit = model.sliding_window, model.max_position_embeddings
     if window is None:
         if sinks:
@@ -97,7 +97,7 @@ def visible_keys(model: AnyModel, config: GroupConfig) -> Visible:
                 f"`sliding_window` is not set, and the model's config.json says {trained}: every "
                 f"layer was trained with that window; set `sliding_window` to {trained}"
             )
-        return EVERYTHING
+        return FULL_ATTENTION
     if not 1 <= window <= limit:
         raise SpecError(
             f"`sliding_window`={window} must be 1 to {limit}, the model's position limit"
@@ -113,7 +113,7 @@ def visible_keys(model: AnyModel, config: GroupConfig) -> Visible:
             f"answers: it was trained with {was}, and tokens outside the window are forgotten; "
             "set `changes_answers` to true if that is meant, or leave the window out"
         )
-    return Visible(window=window, sinks=sinks)
+    return AttentionMaskSpec(window=window, sinks=sinks)
 
 
 def attention_chunk(model: AnyModel) -> int:

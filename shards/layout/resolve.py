@@ -17,11 +17,11 @@ from arriero.shards.errors import SpecError
 from arriero.shards.kv.limits import GroupTierLimits, TierLimits
 from arriero.shards.kv.paging import SeenBlocks
 from arriero.shards.kv.transfers import Pool
-from arriero.shards.layout.expert_placement import Placement
+from arriero.shards.layout.expert_placement import ExpertPlacement
 from arriero.shards.layout.families import (
     attention_chunk,
+    dp_rank_of,
     kv_bytes_per_block,
-    lane_of,
     local_layers,
     parts_of,
     pool_layers,
@@ -197,13 +197,13 @@ def group_block_bytes(
     return full, local
 
 
-def first_placement(config: GroupConfig, parts: Sequence[AnyPart]) -> Placement | None:
+def first_placement(config: GroupConfig, parts: Sequence[AnyPart]) -> ExpertPlacement | None:
     """How a group's experts lie over the ranks of a stage at the start; None if not exchanged."""
     if config.dp == 1:
         return None
     stage = parts[: config.tp * config.dp]
     sizes = [one.experts.size for one in stage if isinstance(one, MoEPart)]
-    return Placement.even(sizes, config.spare_experts)
+    return ExpertPlacement.even(sizes, config.spare_experts)
 
 
 def cache_salt(config: GroupConfig, digest: str) -> bytes:
@@ -259,14 +259,14 @@ def tier_limits(config: GroupConfig, model: AnyModel) -> GroupTierLimits:
             )
         for pool in Pool:
             counts[pool][name] = given * weights[pool] // unit
-    lane = [part for part in parts if lane_of(config, part.rank) == 0]
+    dp_rank = [part for part in parts if dp_rank_of(config, part.rank) == 0]
     limits = {
         pool: TierLimits(
             host_blocks=counts[pool]["host_bytes"],
             disk_blocks=counts[pool]["disk_bytes"],
             shared=tiers.shared_url is not None,
             max_tenant_share=tiers.max_tenant_share,
-            num_ranks=sum(len(range(*pool_layers(model, part, pool))) > 0 for part in lane),
+            num_ranks=sum(len(range(*pool_layers(model, part, pool))) > 0 for part in dp_rank),
         )
         for pool in Pool
         if each[pool]

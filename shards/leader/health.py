@@ -14,7 +14,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from arriero.shards.protocol.failure import KEEP_LINES, Evidence, Kind
-from arriero.shards.protocol.heartbeat import PULSE_S, Pulse
+from arriero.shards.protocol.heartbeat import HEARTBEAT_PERIOD_S, Heartbeat
 
 _CLOCK_DRIFT = 1e-3
 """Seconds a second by which two machines' clocks part at most."""
@@ -41,7 +41,7 @@ class _Seen:
     moved_s: float
     arrived_s: float  # when the last pulse came
     ahead_s: float = math.inf  # our clock is of the slice's, and the quickest way takes
-    pulse: Pulse | None = None
+    pulse: Heartbeat | None = None
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=KEEP_LINES))
 
 
@@ -67,7 +67,7 @@ class GroupHealth:
             seen.heard_s = seen.moved_s = seen.arrived_s = now_s
             seen.ahead_s = math.inf
 
-    def beat(self, rank: int, pulse: Pulse, now_s: float) -> None:
+    def beat(self, rank: int, pulse: Heartbeat, now_s: float) -> None:
         """Take in a pulse."""
         seen = self._slices[rank]
         drift_s = (now_s - seen.arrived_s) * _CLOCK_DRIFT
@@ -85,13 +85,13 @@ class GroupHealth:
         seen.pulse = pulse
         seen.lines.extend(pulse.log)
 
-    def planned(self, step: int, now_s: float, lane: int = 0) -> None:
+    def planned(self, step: int, now_s: float, dp_rank: int = 0) -> None:
         """A lane's plan went out."""
-        self._plans[step, lane] = now_s
+        self._plans[step, dp_rank] = now_s
 
-    def answered(self, step: int, lane: int = 0) -> None:
+    def answered(self, step: int, dp_rank: int = 0) -> None:
         """A plan's result is in."""
-        self._plans.pop((step, lane), None)
+        self._plans.pop((step, dp_rank), None)
 
     def describe(self, rank: int, kind: Kind, what: str, now_s: float) -> Evidence:
         """Evidence about a slice, with all that its pulses told."""
@@ -99,7 +99,7 @@ class GroupHealth:
 
     def check(self, now_s: float) -> Evidence | None:
         """What is wrong, if anything is; to be asked several times a second."""
-        paused_s = now_s - self._checked_s - 2 * PULSE_S
+        paused_s = now_s - self._checked_s - 2 * HEARTBEAT_PERIOD_S
         self._checked_s = now_s
         if paused_s > 0:  # we were stopped ourselves: nobody was silent, we did not listen
             for seen in self._slices:
@@ -115,7 +115,7 @@ class GroupHealth:
         if silent_s < self.limits.silence_s:
             return None
         late_s = silent_s - (now_s - self._slices[rank].arrived_s)
-        if late_s > PULSE_S:
+        if late_s > HEARTBEAT_PERIOD_S:
             told = f"pulses come {late_s:.1f} s late: a link that loses or delays packets"
             what = f"{self._names[rank]} has been silent for {silent_s:.1f} s; its {told}"
         else:
@@ -158,7 +158,7 @@ class GroupHealth:
     def _evidence(self, kind: Kind, rank: int, what: str, after_s: float) -> Evidence:
         pulse = self._slices[rank].pulse
         if pulse is None or pulse.step < 0:  # it said nothing since it was loaded
-            pulse = Pulse(step=-1, phase="")
+            pulse = Heartbeat(step=-1, phase="")
         return Evidence(
             kind=kind,
             what=what,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from arriero.shards.collectives.expert_parallel import Loads
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.errors import GroupFailed
-from arriero.shards.kv.transfers import Moved, Moves
+from arriero.shards.kv.transfers import TransferBatch, TransferResult
 from arriero.shards.protocol.step_plan import StepPlan, StepResult
 
 if TYPE_CHECKING:
@@ -28,10 +28,10 @@ class LocalExecutor:
         from arriero.shards.worker.select import runner_for
 
         self._runner: Runner | None = runner_for(config, 0)
-        self._moved: queue.SimpleQueue[Moved] = queue.SimpleQueue()
+        self._moved: queue.SimpleQueue[TransferResult] = queue.SimpleQueue()
         self._runner.warm_up()
         self._movers = self._runner.open_tiers(self._moved.put)
-        self._plans: queue.SimpleQueue[StepPlan | Moves | None] = queue.SimpleQueue()
+        self._plans: queue.SimpleQueue[StepPlan | TransferBatch | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[Pending | BaseException] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="slice", daemon=True)
         self._thread.start()
@@ -54,13 +54,13 @@ class LocalExecutor:
         """One slice holds all experts: there is nothing to balance."""
         return {}
 
-    def move(self, moves: Moves) -> None:
+    def move(self, moves: TransferBatch) -> None:
         """Queue copies of blocks behind the plans."""
         self._plans.put(moves)
 
-    def moved(self, timeout_s: float = 0.0) -> list[Moved]:
+    def moved(self, timeout_s: float = 0.0) -> list[TransferResult]:
         """What came of copies since the last call; waits for the first until the limit."""
-        found: list[Moved] = []
+        found: list[TransferResult] = []
         with contextlib.suppress(queue.Empty):
             found.append(self._moved.get(timeout_s > 0, timeout_s))
             while True:
@@ -87,7 +87,7 @@ class LocalExecutor:
 
         try:
             while (plan := self._plans.get()) is not None:
-                if isinstance(plan, Moves):
+                if isinstance(plan, TransferBatch):
                     self._movers.submit(plan)
                 else:
                     # The engine's thread wants the interpreter as soon as it has a result: where

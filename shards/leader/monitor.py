@@ -16,7 +16,7 @@ import zmq
 
 from arriero.shards.leader.health import GroupHealth, HealthLimits
 from arriero.shards.protocol import heartbeat as pulse
-from arriero.shards.protocol.failure import Evidence, FirstCause, Inquest, Kind
+from arriero.shards.protocol.failure import Evidence, FirstCause, Kind, RootCauseCollector
 
 CHECK_S = 0.2
 
@@ -48,7 +48,7 @@ class Monitor:
         self._names = [f"slice {rank}" for rank in range(num_slices)]
         self._places: list[dict[str, Any]] = [{} for _ in self._names]
         self._health = GroupHealth(limits, self._names, time.monotonic())
-        self._inquest = Inquest()
+        self._inquest = RootCauseCollector()
         self._judging = False
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
@@ -70,21 +70,21 @@ class Monitor:
             self._health.restart(time.monotonic())
             self._judging = True
 
-    def planned(self, step: int, lane: int) -> None:
+    def planned(self, step: int, dp_rank: int) -> None:
         """A lane's plan goes out."""
         with self._lock:
-            self._health.planned(step, time.monotonic(), lane)
+            self._health.planned(step, time.monotonic(), dp_rank)
 
-    def answered(self, step: int, lane: int) -> None:
+    def answered(self, step: int, dp_rank: int) -> None:
         """A plan's result is in."""
         with self._lock:
-            self._health.answered(step, lane)
+            self._health.answered(step, dp_rank)
 
     def raised(self, rank: int, body: dict[str, Any]) -> None:
         """A slice reports its error."""
         collective = body["collective"]
         evidence = Evidence(
-            kind=Kind.BROKE if collective else Kind.ERROR,
+            kind=Kind.ABORTED if collective else Kind.ERROR,
             what=f"slice {rank} failed in {body['phase']}: {body['error']}",
             rank=rank,
             step=body["step"],

@@ -25,12 +25,12 @@ import zmq
 
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.errors import ArrieroError, CheckpointError, GroupFailed
-from arriero.shards.kv.transfers import Moved, Moves
-from arriero.shards.layout.families import lane_of
+from arriero.shards.kv.transfers import TransferBatch, TransferResult
+from arriero.shards.layout.families import dp_rank_of
 from arriero.shards.leader.health import HealthLimits
 from arriero.shards.leader.monitor import Monitor
 from arriero.shards.protocol.failure import Evidence, FirstCause, Kind
-from arriero.shards.protocol.rendezvous import SliceReport, Ticket
+from arriero.shards.protocol.rendezvous import LeaderEndpoint, SliceReport
 from arriero.shards.protocol.step_plan import StepPlan, StepResult
 from arriero.shards.worker.loop import run_slice
 
@@ -131,12 +131,14 @@ class RemoteExecutor:
                 one.curve_publickey = server_key
             address = f"tcp://{host}:{self._socket.bind_to_random_port(f'tcp://{host}')}"
             pulse_address = f"tcp://{host}:{pulses.bind_to_random_port(f'tcp://{host}')}"
-        self.ticket = Ticket(address=address, pulse_address=pulse_address, config=config, **keys)
+        self.ticket = LeaderEndpoint(
+            address=address, pulse_address=pulse_address, config=config, **keys
+        )
         self._identities = [rank.to_bytes(4, "little") for rank in range(config.world_size)]
         self._slices = [_SliceState() for _ in self._identities]
         self._loads: dict[int, Loads] = {}
         self._results: deque[bytes] = deque()
-        self._moved: list[Moved] = []
+        self._moved: list[TransferResult] = []
         self._failure: ArrieroError | None = None
         self._lost = threading.Lock()
         self._closing: Callable[[], None] = lambda: None
@@ -213,12 +215,12 @@ class RemoteExecutor:
 
     def submit(self, plan: StepPlan) -> None:
         """Send a plan to every slice of its lane."""
-        self._monitor.planned(plan.step, plan.lane)
-        self._tell(self._lane(plan.lane), b"P", plan.to_bytes())
+        self._monitor.planned(plan.step, plan.dp_rank)
+        self._tell(self._lane(plan.dp_rank), b"P", plan.to_bytes())
 
-    def _lane(self, lane: int) -> list[int]:
+    def _lane(self, dp_rank: int) -> list[int]:
         ranks = range(len(self._identities))
-        return [rank for rank in ranks if lane_of(self._config, rank) == lane]
+        return [rank for rank in ranks if dp_rank_of(self._config, rank) == dp_rank]
 
     def collect(self, timeout_s: float | None = None) -> StepResult | None:
         """Result of the oldest plan outstanding, or None at the time limit.
@@ -233,7 +235,7 @@ class RemoteExecutor:
             result = self._results.popleft() if self._results else self._pump(max(left, 0.0))
             if result is not None:
                 step = StepResult.from_bytes(result)
-                self._monitor.answered(step.step, step.lane)
+                self._monitor.answered(step.step, step.dp_rank)
                 return step
             if deadline is not None and time.monotonic() >= deadline:
                 return None
@@ -243,11 +245,11 @@ class RemoteExecutor:
         taken, self._loads = self._loads, {}
         return taken
 
-    def move(self, moves: Moves) -> None:
+    def move(self, moves: TransferBatch) -> None:
         """Send copies of blocks to every slice of their lane, behind the plans."""
-        self._tell(self._lane(moves.lane), b"M", moves.to_bytes())
+        self._tell(self._lane(moves.dp_rank), b"M", moves.to_bytes())
 
-    def moved(self, timeout_s: float = 0.0) -> list[Moved]:
+    def moved(self, timeout_s: float = 0.0) -> list[TransferResult]:
         """What slices said of copies since the last call; waits for the first until the limit.
 
         Raises:
@@ -294,7 +296,7 @@ class RemoteExecutor:
                 self._socket.send_multipart([self._identities[rank], kind, body])
             except zmq.ZMQError as error:
                 what = f"slice {rank} cannot be reached: {error}"
-                self._monitor.report_slice(rank, Kind.BROKE, what)
+                self._monitor.report_slice(rank, Kind.ABORTED, what)
                 raise self._failure or GroupFailed(what) from None
 
     def _pump(self, wait_s: float) -> bytes | None:
@@ -307,7 +309,7 @@ class RemoteExecutor:
         if kind == b"T":
             return body
         if kind == b"V":
-            self._moved.append(Moved.from_bytes(body))
+            self._moved.append(TransferResult.from_bytes(body))
             return None
         rank = int.from_bytes(identity, "little")
         self._hear(rank, kind, msgpack.unpackb(body))
@@ -392,7 +394,7 @@ def device_of(rank: int) -> str:
     return devices[rank]
 
 
-def _child(rank: int, ticket: Ticket, parent: int) -> None:
+def _child(rank: int, ticket: LeaderEndpoint, parent: int) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(ticket.config.threads or 1))
     if ticket.config.device == "cuda":  # each rank its own; NCCL refuses two on one
         os.environ["CUDA_VISIBLE_DEVICES"] = device_of(rank)

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from arriero.kernels.attention_mask import Visible
+from arriero.kernels.attention_mask import AttentionMaskSpec
 from arriero.kernels.expert_rows import Wire
 from arriero.kernels.ops import FlatBatch, KVCache, Ops
 from arriero.shards.checkpoint.reader import Checkpoint
@@ -20,7 +20,7 @@ from arriero.shards.collectives.expert_parallel import Loads
 from arriero.shards.collectives.mesh import Mesh
 from arriero.shards.kv.transfers import Pool
 from arriero.shards.layout.dense import SlicePart
-from arriero.shards.layout.expert_placement import Placement
+from arriero.shards.layout.expert_placement import ExpertPlacement
 from arriero.shards.layout.moe import MoEPart
 from arriero.shards.layout.parts import AnyPart
 from arriero.shards.model_config.llama4 import Llama4Config
@@ -86,8 +86,8 @@ def load_slice(
     offload_layers: int,
     offload_folder: Path | None,
     wire: Wire | None,
-    placement: Placement | None,
-    visible: Visible,
+    placement: ExpertPlacement | None,
+    visible: AttentionMaskSpec,
     progress: Progress,
 ) -> ModelSlice:
     """Load what `part` holds of a checkpoint.

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from arriero.kernels.attention_mask import EVERYTHING, Visible
+from arriero.kernels.attention_mask import FULL_ATTENTION, AttentionMaskSpec
 from arriero.kernels.ops import AttentionStyle, DenseLayer, KVCache, KVCacheSpec, Ops
 from arriero.shards.checkpoint.formats.stored import tensors_due
 from arriero.shards.checkpoint.reader import Checkpoint
@@ -47,7 +47,7 @@ class LlamaSlice:
         block_size: int,
         offload_layers: int = 0,
         offload_folder: Path | None = None,
-        visible: Visible = EVERYTHING,
+        visible: AttentionMaskSpec = FULL_ATTENTION,
         progress: Progress = lambda done, total: None,
     ) -> None:
         config = checkpoint.config

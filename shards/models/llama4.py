@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from arriero.kernels.attention_mask import Visible
+from arriero.kernels.attention_mask import AttentionMaskSpec
 from arriero.kernels.expert_rows import Wire
 from arriero.kernels.ops import (
     AttentionStyle,
@@ -38,7 +38,7 @@ from arriero.shards.collectives.expert_parallel import ExpertParallel, Loads
 from arriero.shards.collectives.mesh import Mesh
 from arriero.shards.kv.transfers import Pool
 from arriero.shards.layout.dense import Span
-from arriero.shards.layout.expert_placement import Placement
+from arriero.shards.layout.expert_placement import ExpertPlacement
 from arriero.shards.layout.moe import MoEPart
 from arriero.shards.model_config.llama4 import Llama4Config
 from arriero.shards.models.image_table import ImageTable
@@ -67,7 +67,7 @@ class Llama4Slice:
         block_size: int,
         offload_layers: int = 0,
         offload_folder: Path | None = None,
-        placement: Placement | None = None,
+        placement: ExpertPlacement | None = None,
         wire: Wire | None = None,
         progress: Progress = lambda done, total: None,
     ) -> None:
@@ -211,7 +211,7 @@ class Llama4Slice:
             return
         old = self._layers[at]
         assert isinstance(old, MoELayer), "a layer with experts"
-        placement = Placement(expert_S.copy(), self._placement.start_R1)
+        placement = ExpertPlacement(expert_S.copy(), self._placement.start_R1)
         held = self._held.get(layer, self._placement.on(self.mesh.stage_rank))
         wanted = placement.on(self.mesh.stage_rank)
         pairs = dict(
@@ -287,7 +287,7 @@ def attention_style(config: Llama4Config, layer: int) -> AttentionStyle:
         return AttentionStyle(
             rope="pairs",
             qk_norm=config.use_qk_norm,
-            visible=Visible(chunk_size=config.attention_chunk_size),
+            visible=AttentionMaskSpec(chunk_size=config.attention_chunk_size),
         )
     scale = (config.attn_scale, config.floor_scale) if config.attn_temperature else None
     return AttentionStyle(rope="none", query_scale=scale)

@@ -1,7 +1,7 @@
 """Why a group was lost: evidence from many places, and the one piece of it that came first.
 
 A dead slice shows up as its neighbours' broken collectives, its process's end, its silence and the
-leader's unanswered plan, in any order. `Inquest` takes all of it in and names the first cause; the
+leader's unanswered plan, in any order. `RootCauseCollector` takes all of it in and names the first cause; the
 rest is folded under it. Knows evidence and times; knows nothing of processes or sockets.
 """
 
@@ -32,10 +32,10 @@ class Kind(IntEnum):
     ERROR = 1  # a slice raised an error of its own
     SILENT = 2  # a process says nothing any more: stopped, or cut off
     STUCK = 3  # every slice waits, and nothing moves
-    BROKE = 4  # a wait for another rank broke off
+    ABORTED = 4  # a wait for another rank broke off
 
 
-_PLACE = {Kind.CRASH: 0, Kind.ERROR: 0, Kind.SILENT: 1, Kind.STUCK: 2, Kind.BROKE: 3}
+_PLACE = {Kind.CRASH: 0, Kind.ERROR: 0, Kind.SILENT: 1, Kind.STUCK: 2, Kind.ABORTED: 3}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +112,7 @@ class FirstCause:
         return lines
 
 
-class Inquest:
+class RootCauseCollector:
     """Gathers evidence until it has settled."""
 
     def __init__(self) -> None:
@@ -139,8 +139,8 @@ class Inquest:
     def _is_first_hand(self, found: tuple[float, Evidence]) -> bool:
         """Whether it does not follow from something else: a wait for another that broke off."""
         at_s, one = found
-        return one.kind is not Kind.BROKE and not any(
-            other.kind is Kind.BROKE and other.rank == one.rank and before_s < at_s
+        return one.kind is not Kind.ABORTED and not any(
+            other.kind is Kind.ABORTED and other.rank == one.rank and before_s < at_s
             for before_s, other in self._found
         )
 

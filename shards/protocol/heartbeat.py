@@ -13,12 +13,12 @@ import msgpack
 if TYPE_CHECKING:
     pass
 
-PULSE_S = 0.5
+HEARTBEAT_PERIOD_S = 0.5
 """Between two pulses of a slice."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pulse:
+class Heartbeat:
     """What a slice's main thread does.
 
     Attributes:
@@ -47,16 +47,16 @@ class Pulse:
         return self.on_device or not (self.waits_for or self.idle)
 
 
-def pack(rank: int, pulse: Pulse) -> bytes:
+def pack(rank: int, pulse: Heartbeat) -> bytes:
     """A pulse's bytes."""
     packed: bytes = msgpack.packb((rank, astuple(pulse)))
     return packed
 
 
-def unpack(packed: bytes) -> tuple[int, Pulse]:
+def unpack(packed: bytes) -> tuple[int, Heartbeat]:
     """Undo `pack`: the rank and its pulse."""
     rank, (step, phase, waits_for, idle, moves, at_s, log, on_device) = msgpack.unpackb(packed)
-    return rank, Pulse(
+    return rank, Heartbeat(
         step=step,
         phase=phase,
         waits_for=waits_for,

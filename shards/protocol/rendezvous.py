@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ticket:
+class LeaderEndpoint:
     """What a slice needs to find its leader. Keep it secret: it holds the group's keys.
 
     Attributes:

@@ -101,7 +101,7 @@ class StepPlan:
     local_ids: Int32 = field(default_factory=int32)
     placement_layer: int = -1
     placement: Int32 = field(default_factory=int32)
-    lane: int = 0
+    dp_rank: int = 0
     again: bool = False
 
     def to_bytes(self) -> bytes:
@@ -149,7 +149,7 @@ class StepResult:
     logprobs: Logprobs | None = None
     prompt_logprobs: Logprobs | None = None
     elapsed_us: int = 0
-    lane: int = 0
+    dp_rank: int = 0
 
     def to_bytes(self) -> bytes:
         """Pack for the wire."""

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 import zmq
 
 from arriero.shards.protocol.failure import KEEP_LINES
-from arriero.shards.protocol.heartbeat import PULSE_S, Pulse, pack
+from arriero.shards.protocol.heartbeat import HEARTBEAT_PERIOD_S, Heartbeat, pack
 
 if TYPE_CHECKING:
-    from arriero.shards.protocol.rendezvous import Ticket
+    from arriero.shards.protocol.rendezvous import LeaderEndpoint
     from arriero.shards.worker.runner import Runner
 
 MAX_LINE = 300
@@ -41,12 +41,12 @@ class Activity:
     runner: Runner | None = None
     idle: bool = False
 
-    def now(self, log: tuple[str, ...] = ()) -> Pulse:
+    def now(self, log: tuple[str, ...] = ()) -> Heartbeat:
         """As a pulse says it."""
         if self.runner is None:
-            return Pulse(step=-1, phase=self.phase, at_s=time.monotonic(), log=log)
+            return Heartbeat(step=-1, phase=self.phase, at_s=time.monotonic(), log=log)
         watchdog = self.runner.mesh.watchdog
-        return Pulse(
+        return Heartbeat(
             step=watchdog.step,
             phase=self.runner.phase,
             waits_for=watchdog.waits_for,
@@ -58,7 +58,7 @@ class Activity:
         )
 
 
-class PulseSender:
+class HeartbeatSender:
     """Sends pulses until closed.
 
     Args:
@@ -67,7 +67,7 @@ class PulseSender:
         activity: of the main thread.
     """
 
-    def __init__(self, rank: int, ticket: Ticket, activity: Activity) -> None:
+    def __init__(self, rank: int, ticket: LeaderEndpoint, activity: Activity) -> None:
         self._rank, self._ticket, self._activity = rank, ticket, activity
         self._lines = _Lines()
         logging.getLogger().addHandler(self._lines)
@@ -100,7 +100,7 @@ class PulseSender:
                     sender.send(
                         pack(self._rank, self._activity.now(self._lines.fresh())), zmq.NOBLOCK
                     )
-                if self._closed.wait(PULSE_S):
+                if self._closed.wait(HEARTBEAT_PERIOD_S):
                     return
         finally:
             sender.close()

@@ -27,14 +27,14 @@ import zmq
 
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.errors import CollectiveFailed
-from arriero.shards.protocol.rendezvous import SliceReport, Ticket
-from arriero.shards.worker.heartbeat import Activity, PulseSender
+from arriero.shards.protocol.rendezvous import LeaderEndpoint, SliceReport
+from arriero.shards.worker.heartbeat import Activity, HeartbeatSender
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
-    from arriero.shards.kv.transfer_worker import Movers
-    from arriero.shards.kv.transfers import Moved
+    from arriero.shards.kv.transfer_worker import TransferWorkers
+    from arriero.shards.kv.transfers import TransferResult
     from arriero.shards.worker.runner import Pending, Runner
 
 PROGRESS_PERIOD_S = 0.1
@@ -48,7 +48,7 @@ class LeaderLost(Exception):
 
 def run_slice(
     rank: int,
-    ticket: Ticket,
+    ticket: LeaderEndpoint,
     *,
     host: str = "127.0.0.1",
     leader_alive: Callable[[], bool] = lambda: True,
@@ -65,7 +65,7 @@ def run_slice(
     """
     link = _Link(rank, ticket, leader_alive)
     activity = Activity()
-    pulse = PulseSender(rank, ticket, activity)
+    pulse = HeartbeatSender(rank, ticket, activity)
     try:
         # torch takes seconds to import: say hello first, so that the leader sees us start
         store_socket = _listen(host) if rank == 0 and ticket.config.world_size > 1 else None
@@ -122,9 +122,9 @@ def run_slice(
         link.close()
 
 
-def _serve(runner: Runner, link: _Link, activity: Activity, movers: Movers) -> None:
+def _serve(runner: Runner, link: _Link, activity: Activity, movers: TransferWorkers) -> None:
     """The loop: receive, launch, reply; a plan that has come is launched before a result is due."""
-    from arriero.shards.kv.transfers import Moves
+    from arriero.shards.kv.transfers import TransferBatch
     from arriero.shards.protocol.step_plan import StepPlan
 
     due: deque[Pending] = deque()
@@ -149,7 +149,7 @@ def _serve(runner: Runner, link: _Link, activity: Activity, movers: Movers) -> N
             return
         kind, body = message
         if kind == b"M":
-            movers.submit(Moves.from_bytes(body))
+            movers.submit(TransferBatch.from_bytes(body))
             continue
         pending = runner.launch(StepPlan.from_bytes(body))
         if pending is not None:
@@ -180,7 +180,7 @@ def _rendezvous(
 class _Link:
     """The socket to the leader."""
 
-    def __init__(self, rank: int, ticket: Ticket, leader_alive: Callable[[], bool]) -> None:
+    def __init__(self, rank: int, ticket: LeaderEndpoint, leader_alive: Callable[[], bool]) -> None:
         self._alive = leader_alive
         self._context = zmq.Context()
         self._name, self._ticket = rank.to_bytes(4, "little"), ticket
@@ -209,7 +209,7 @@ class _Link:
         """Send a message."""
         self._socket.send_multipart([kind, body])
 
-    def moved(self, moved: Moved) -> None:
+    def moved(self, moved: TransferResult) -> None:
         """Tell what came of copies of blocks; from any thread, until those that copy have ended."""
         with self._moved_lock:  # the main thread waits in its own socket, so this is another
             if self._moved_socket is None:

@@ -29,7 +29,7 @@ _SPARE_COLUMNS = 8
 """Columns of the block table beyond those needed, so that it is seldom gathered for want of one."""
 
 
-class StandingBatch:
+class RepeatBatch:
     """One token of each sequence, and where it sits.
 
     Args:

@@ -24,12 +24,12 @@ from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.collectives.expert_parallel import Loads
 from arriero.shards.collectives.mesh import Mesh
 from arriero.shards.config.group import GroupConfig
-from arriero.shards.kv.block_shards import Piece
-from arriero.shards.kv.transfer_worker import Fence, Mover, Movers, TierSettings
-from arriero.shards.kv.transfers import Moved, Pool
+from arriero.shards.kv.block_shards import BlockShard
+from arriero.shards.kv.transfer_worker import Fence, TierSettings, TransferWorker, TransferWorkers
+from arriero.shards.kv.transfers import Pool, TransferResult
 from arriero.shards.layout.families import (
     attention_chunk,
-    lane_of,
+    dp_rank_of,
     parts_of,
     pool_layers,
     visible_keys,
@@ -176,7 +176,9 @@ class Runner:
         """
         return {} if self.mesh.stage_rank else self._model.take_loads()
 
-    def open_tiers(self, on_moved: Callable[[Moved], None], host: str = "127.0.0.1") -> Movers:
+    def open_tiers(
+        self, on_moved: Callable[[TransferResult], None], host: str = "127.0.0.1"
+    ) -> TransferWorkers:
         """Open the tiers below the device, none if there are none; whoever runs the steps closes.
 
         Args:
@@ -185,16 +187,16 @@ class Runner:
         """
         config, part = self._config, self.mesh.part
         if not config.tiers.enabled:
-            return Movers({})
+            return TransferWorkers({})
         checkpoint = Checkpoint.open(config.model_path)
         model = checkpoint.config
         limits = tier_limits(config, model)
         movers = {}
-        lane, parts = lane_of(config, part.rank), parts_of(model, config)
-        before = [one for one in parts[: part.rank] if lane_of(config, one.rank) == lane]
+        dp_rank, parts = dp_rank_of(config, part.rank), parts_of(model, config)
+        before = [one for one in parts[: part.rank] if dp_rank_of(config, one.rank) == dp_rank]
         for pool, kv in self._model.kv_pools.items():
             piece, *others = (
-                Piece(pool_layers(model, one, pool), (one.kv_heads.start, one.kv_heads.stop))
+                BlockShard(pool_layers(model, one, pool), (one.kv_heads.start, one.kv_heads.stop))
                 for one in (part, *before)
             )
             settings = TierSettings(
@@ -203,13 +205,13 @@ class Runner:
                 host_slots=(limits.all if pool is Pool.ALL else limits.local).host_blocks,
                 rank=part.rank,
                 pool=pool,
-                lane=lane,
+                dp_rank=dp_rank,
                 piece=piece,
                 host=host,
                 writes=piece not in others,
             )
-            movers[pool] = Mover(kv, settings, on_moved, self.fence)
-        return Movers(movers)
+            movers[pool] = TransferWorker(kv, settings, on_moved, self.fence)
+        return TransferWorkers(movers)
 
     def fence(self) -> Fence | None:
         """When the device will have run what was launched; None where it has."""
@@ -246,7 +248,7 @@ class Runner:
             logprobs=_logprobs(sampled),
             prompt_logprobs=prompt_logprobs,
             elapsed_us=(time.perf_counter_ns() - started) // 1000,
-            lane=plan.lane,
+            dp_rank=plan.dp_rank,
         )
 
     def _take(self, plan: StepPlan) -> None:

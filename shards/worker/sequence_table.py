@@ -25,7 +25,7 @@ from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.kv.paging import cache_slots
 from arriero.shards.protocol.step_plan import LAST_SAMPLED, Int32, NewSequence, StepPlan
 from arriero.shards.worker.grammar_masks import GrammarRows
-from arriero.shards.worker.repeat_batch import StandingBatch
+from arriero.shards.worker.repeat_batch import RepeatBatch
 from arriero.shards.worker.rope_table import Rope
 
 
@@ -112,7 +112,7 @@ class SequenceTable:
         self._prompt_logprobs = np.full(max_sequences, -1, np.int32)
         self._unusual: dict[int, _Unusual] = {}
         self._grammars = grammars  # of the rank that samples
-        self._standing: StandingBatch | None = None
+        self._standing: RepeatBatch | None = None
 
     def apply(self, plan: StepPlan) -> None:
         """Take in what the plan changes: freed slots, new sequences, new blocks."""
@@ -136,9 +136,7 @@ class SequenceTable:
             self._standing = None
         tokens_T, batch = self._new_batch(plan)
         if plan.again and self.repeats_in_place and batch.local is None:
-            self._standing = StandingBatch(
-                plan.slots, tokens_T, batch, self._block_size, self._rope
-            )
+            self._standing = RepeatBatch(plan.slots, tokens_T, batch, self._block_size, self._rope)
         return tokens_T, batch
 
     def _new_batch(self, plan: StepPlan) -> tuple[Tensor, FlatBatch]:

@@ -15,7 +15,7 @@ import time
 import numpy as np
 
 from arriero.router.directory.directory import Directory
-from arriero.router.directory.events import Batch, Change, Snapshot
+from arriero.router.directory.events import Batch, CacheChange, Snapshot
 from arriero.router.directory.table import Keys
 
 PIECE = 1_000_000
@@ -49,7 +49,7 @@ def main() -> None:
         for start, count in spans:
             for at in range(start, start + count, PIECE):
                 piece = made(at, min(PIECE, start + count - at))
-                kinds = np.full(len(piece), Change.ON_DEVICE, dtype=np.uint8)
+                kinds = np.full(len(piece), CacheChange.ON_DEVICE, dtype=np.uint8)
                 numbers[group] += 1
                 assert directory.apply(f"g{group}", Batch(numbers[group], kinds, piece), 0.0)
     fill_s = time.perf_counter() - begun

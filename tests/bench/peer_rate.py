@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection
 import torch
 import torch.distributed as dist
 
-from arriero.shards.kv.block_shards import BlockForm, Piece
+from arriero.shards.kv.block_shards import BlockForm, BlockShard
 from arriero.shards.kv.host import HostPool
 from arriero.shards.kv.nixl import NixlReader, NixlServer, wanted
 from arriero.shards.kv.peer import PeerPool
@@ -41,8 +41,8 @@ def rate(work: Callable[[], object], nbytes: int, repeats: int = 9) -> float:
 
 
 FORM = BlockForm(torch.bfloat16, 16, 128)
-WHOLE = Piece((0, 32), (0, 8))  # of Llama 3.1 8B: 2 MiB a block
-HALVES = (Piece((0, 32), (0, 4)), Piece((0, 32), (4, 8)))
+WHOLE = BlockShard((0, 32), (0, 8))  # of Llama 3.1 8B: 2 MiB a block
+HALVES = (BlockShard((0, 32), (0, 4)), BlockShard((0, 32), (4, 8)))
 
 
 def join(rank: int, store: str) -> None:

@@ -24,15 +24,15 @@ import numpy as np
 from arriero.router.backend import GroupLoad, GroupView
 from arriero.router.directory import prefixes
 from arriero.router.directory.directory import Directory, Reach
-from arriero.router.directory.events import Batch, Change, Snapshot
+from arriero.router.directory.events import Batch, CacheChange, Snapshot
 from arriero.router.directory.prefixes import NOTHING, CacheRoot
 from arriero.router.directory.table import fingerprints
 from arriero.router.routing.choose import order
 from arriero.router.text.model_card import ModelCard
 from arriero.shards.kv.blocks import BlockManager, CacheEvent, chain_keys, root_key
 from arriero.shards.kv.limits import TierLimits
-from arriero.shards.kv.pool_tiers import PoolTiers
-from arriero.shards.kv.transfers import Moved, Pool, Segment
+from arriero.shards.kv.pool_tiers import PoolOffloadManager
+from arriero.shards.kv.transfers import Pool, Segment, TransferResult
 
 from traces import Request, Shape, trace  # isort: skip
 
@@ -56,10 +56,12 @@ class Cache:
     def __post_init__(self) -> None:
         self.pool = BlockManager(self.num_blocks, BLOCK, on_event=self.listen)
         limits = TierLimits(host_blocks=self.host_blocks)
-        self.tiers = PoolTiers(limits, Pool.ALL, self.pool, lambda: next(self.owners), self.listen)
+        self.tiers = PoolOffloadManager(
+            limits, Pool.ALL, self.pool, lambda: next(self.owners), self.listen
+        )
         if self.host_blocks:
             memory = Segment(0, 0, "", "", (0, 1), (0, 1), (BLOCK, 1, 1), self.host_blocks)
-            self.tiers.take(Moved(0, ready=True, segment=memory))
+            self.tiers.take(TransferResult(0, ready=True, segment=memory))
 
     def begin(self, keys: list[bytes], num_blocks: int) -> tuple[int, int, int]:
         """Give a request its blocks: (owner, blocks on the device, blocks that came up)."""
@@ -83,7 +85,7 @@ class Cache:
     def _copy(self) -> None:
         while messages := self.tiers.take_moves():
             for moves in messages:
-                self.tiers.take(Moved(0, done=[move.id for move in moves.moves]))
+                self.tiers.take(TransferResult(0, done=[move.id for move in moves.moves]))
 
 
 @dataclass
@@ -96,7 +98,7 @@ class Group:
     free_s: float = 0.0
     waiting: deque[tuple[float, int]] = field(default_factory=deque)
     decoding: dict[int, int] = field(default_factory=dict)
-    events: list[tuple[Change, bytes]] = field(default_factory=list)
+    events: list[tuple[CacheChange, bytes]] = field(default_factory=list)
     number: int = 0
     computed: int = 0
 
@@ -132,11 +134,11 @@ def first_token(views: list[GroupView], request: Request, number: int) -> GroupV
 POLICIES: dict[str, Policy] = {
     one.__name__: one for one in (round_robin, least_loaded, prefix_affinity, first_token)
 }
-CHANGES: dict[CacheEvent, Change] = {
-    "stored": Change.ON_DEVICE,
-    "evicted": Change.OFF_DEVICE,
-    "kept": Change.KEPT,
-    "dropped": Change.DROPPED,
+CHANGES: dict[CacheEvent, CacheChange] = {
+    "stored": CacheChange.ON_DEVICE,
+    "evicted": CacheChange.OFF_DEVICE,
+    "kept": CacheChange.KEPT,
+    "dropped": CacheChange.DROPPED,
 }
 
 

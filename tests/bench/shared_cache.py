@@ -23,11 +23,11 @@ import numpy as np
 
 from arriero.router.backend import GroupView
 from arriero.router.directory.journal import Journal
-from arriero.router.link.leader_rpc import Peers, tell_shared
+from arriero.router.link.leader_rpc import PeerGroups, tell_shared
 from arriero.router.link.server import LinkServer
 from arriero.router.routing import migration as relay
 from arriero.router.routing.linked_groups import GroupAddress, LinkedGroups
-from arriero.router.routing.request_progress import Course
+from arriero.router.routing.request_progress import RequestProgress
 from arriero.router.text.model_card import ModelCard
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.config.group import GroupConfig
@@ -84,7 +84,7 @@ class Group:
             block_size=limits.block_size,
             memory=host_name() if shares else "",
         )
-        peers = Peers() if shares else None
+        peers = PeerGroups() if shares else None
         self.link = LinkServer(self.engine, card, kv=self.answer, journal=journal, peers=peers)
         address = await self.link.start()
         self.engine.start()
@@ -136,7 +136,7 @@ async def run(way: str, requests: list[Request], args: argparse.Namespace) -> di
             return [WAYS[way](views, number)] if way in WAYS else views
 
         came = time.monotonic()
-        async with aclosing(relay.run(linked, Course(asked), candidates, 10.0)) as steps:
+        async with aclosing(relay.run(linked, RequestProgress(asked), candidates, 10.0)) as steps:
             first = True
             async for _ in steps:
                 if first:

@@ -10,7 +10,7 @@ from gpu import shapes
 from gpu.shapes import Shape
 from torch import Tensor
 
-from arriero.kernels.attention_mask import EVERYTHING, Visible
+from arriero.kernels.attention_mask import FULL_ATTENTION, AttentionMaskSpec
 from arriero.kernels.ops import AttentionStyle, Linear, Ops, SamplingRows
 from arriero.kernels.quant import quantize_fp8, quantize_int4, quantize_int8
 from arriero.kernels.reference import ReferenceOps
@@ -96,7 +96,7 @@ def rope(at: Where) -> float:
 
 
 def attention(
-    kv_dtype: torch.dtype | None, visible: Visible = EVERYTHING
+    kv_dtype: torch.dtype | None, visible: AttentionMaskSpec = FULL_ATTENTION
 ) -> Callable[[Where], float]:
     def check(at: Where) -> float:
         dtype = kv_dtype or at.dtype
@@ -257,9 +257,9 @@ NEAR: dict[str, Check] = {
     "silu_mul": silu,
     "rope_write_kv": rope,
     "attention": attention(None),
-    "attention, chunk-local": attention(None, Visible(chunk_size=8)),
-    "attention, window": attention(None, Visible(window=37)),
-    "attention, window and sinks": attention(None, Visible(window=37, sinks=5)),
+    "attention, chunk-local": attention(None, AttentionMaskSpec(chunk_size=8)),
+    "attention, window": attention(None, AttentionMaskSpec(window=37)),
+    "attention, window and sinks": attention(None, AttentionMaskSpec(window=37, sinks=5)),
     "attention, int8 cache": attention(torch.int8),
     "attention, fp8 cache": attention(torch.float8_e4m3fn),
     **{

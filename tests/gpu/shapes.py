@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from arriero.kernels.attention_mask import Visible
+from arriero.kernels.attention_mask import AttentionMaskSpec
 from arriero.kernels.ops import (
     AttentionStyle,
     DenseLayer,
@@ -122,7 +122,7 @@ def layer(ops: Ops, shape: Shape, dtype: torch.dtype, device: torch.device) -> D
         head_dim=shape.head_dim,
         softmax_scale=shape.head_dim**-0.5,
         eps=1e-5,
-        style=AttentionStyle(visible=Visible(chunk_size=shape.chunk_size)),
+        style=AttentionStyle(visible=AttentionMaskSpec(chunk_size=shape.chunk_size)),
     )
     if not shape.experts:
         return dense

@@ -22,7 +22,7 @@ import pytest
 import yaml
 
 from arriero.cluster.planner.memory import GroupPlan, plan_group
-from arriero.cluster.spec.deployment import Spec
+from arriero.cluster.spec.deployment import DeploymentSpec
 from arriero.router.backend import GroupLoad, GroupView
 from arriero.router.observability.metrics import Metrics
 from arriero.router.tls import LINK_NAME, TlsFiles
@@ -86,7 +86,7 @@ def test_a_manifest_is_the_planners(deployment: Any) -> None:  # noqa: ANN401
     product = workers["template"]["spec"]["nodeSelector"]["nvidia.com/gpu.product"]
     assert deployment.gpu.split("-")[0].upper() in product
 
-    spec = Spec.model_validate(yaml.safe_load(config["data"]["arriero.yaml"]))
+    spec = DeploymentSpec.model_validate(yaml.safe_load(config["data"]["arriero.yaml"]))
     (model,) = spec.models
     assert model.mesh.tp * model.mesh.pp * model.groups == gpus
     assert (model.kv.blocks, model.kv.local_blocks or 0) == plan.kv_blocks()
@@ -119,9 +119,9 @@ def as_served(plan: GroupPlan, group: GroupConfig) -> GroupPlan:
     return plan_group(plan.model, plan.weights, plan.layout, demand, plan.device, plan.kernels)
 
 
-def spec_of(deployment: Any) -> Spec:  # noqa: ANN401
+def spec_of(deployment: Any) -> DeploymentSpec:  # noqa: ANN401
     config, *_ = yaml.safe_load_all((INFRA / f"kuberay/{deployment.name}.yaml").read_text())
-    return Spec.model_validate(yaml.safe_load(config["data"]["arriero.yaml"]))
+    return DeploymentSpec.model_validate(yaml.safe_load(config["data"]["arriero.yaml"]))
 
 
 @pytest.mark.parametrize("deployment", GENERATE.DEPLOYMENTS, ids=lambda one: one.name)

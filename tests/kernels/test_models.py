@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from arriero.kernels.attention_mask import Visible
+from arriero.kernels.attention_mask import AttentionMaskSpec
 from arriero.kernels.ops import AttentionStyle, DenseLayer, KVCacheSpec, Linear, MoELayer, Ops
 
 from . import paged
@@ -79,7 +79,9 @@ def layers_of(ops: Ops, model: Any, llama4: bool) -> list[DenseLayer]:  # noqa: 
         mlp = block.feed_forward if llama4 else block.mlp
         style = AttentionStyle()
         if llama4 and model.config.no_rope_layers[i]:
-            style = AttentionStyle(rope="pairs", qk_norm=True, visible=Visible(chunk_size=8))
+            style = AttentionStyle(
+                rope="pairs", qk_norm=True, visible=AttentionMaskSpec(chunk_size=8)
+            )
         elif llama4:
             style = AttentionStyle(rope="none", query_scale=(0.1, 8.0))
         routed = hasattr(mlp, "router")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from arriero.kernels.attention_mask import Visible
+from arriero.kernels.attention_mask import AttentionMaskSpec
 from arriero.kernels.ops import AttentionStyle, Ops
 
 from . import paged, tolerance
@@ -21,7 +21,7 @@ STYLES = {
     "pairs": AttentionStyle(rope="pairs"),
     "none": AttentionStyle(rope="none"),
     "norm": AttentionStyle(qk_norm=True),
-    "scout": AttentionStyle(rope="pairs", qk_norm=True, visible=Visible(chunk_size=8)),
+    "scout": AttentionStyle(rope="pairs", qk_norm=True, visible=AttentionMaskSpec(chunk_size=8)),
     "global": AttentionStyle(rope="none", query_scale=(0.1, 8)),
     "all": AttentionStyle(rope="halves", qk_norm=True, query_scale=(0.5, 3)),
 }
@@ -103,7 +103,7 @@ def test_chunk_local_attention(ops: Ops, case: Case, chunk: int) -> None:
             nan = torch.full((freed, 2, case.kv_heads, BLOCK, case.head_dim), torch.nan)
             kv.write(1, blocks[s][:freed], nan)
     held = replace(whole, block_table_SB=table)
-    out = ops.paged_attention(q, 0.3, kv, 1, held, Visible(chunk_size=chunk))
+    out = ops.paged_attention(q, 0.3, kv, 1, held, AttentionMaskSpec(chunk_size=chunk))
     tol = np.concatenate([e[1] for e in expected])
     tolerance.check(out.view(q.shape), np.concatenate([e[0] for e in expected]), tol)
 
@@ -114,6 +114,6 @@ def test_a_chunk_longer_than_the_context_changes_nothing(ops: Ops) -> None:
     batch = paged.batch(case.sequences, blocks, case.head_dim)
     q = queries(case)
     assert torch.equal(
-        ops.paged_attention(q, 0.3, kv, 1, batch, Visible(chunk_size=8192)),
+        ops.paged_attention(q, 0.3, kv, 1, batch, AttentionMaskSpec(chunk_size=8192)),
         ops.paged_attention(q, 0.3, kv, 1, batch),
     )

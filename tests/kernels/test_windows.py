@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from arriero.kernels.attention_mask import Visible
+from arriero.kernels.attention_mask import AttentionMaskSpec
 from arriero.kernels.ops import FlatBatch, KVCache, KVCacheSpec, Ops
 
 from . import paged, tolerance
@@ -25,14 +25,17 @@ SHORT = [
 ]
 LONG = Case(4, 2, 16, [(700, 1), (1180, 1), (560, 37), (3, 1)])
 """Past the splits of every backend, so that those between sinks and window are left out."""
-SIGHTS = [Visible(window=w, sinks=s) for w, s in ((1, 0), (1, 1), (6, 0), (6, 3), (9, 4), (64, 5))]
+SIGHTS = [
+    AttentionMaskSpec(window=w, sinks=s)
+    for w, s in ((1, 0), (1, 1), (6, 0), (6, 3), (9, 4), (64, 5))
+]
 
 
-def name(visible: Visible) -> str:
+def name(visible: AttentionMaskSpec) -> str:
     return f"{visible.window}+{visible.sinks}"
 
 
-def visible_keys(visible: Visible, position: int) -> Array:
+def visible_keys(visible: AttentionMaskSpec, position: int) -> Array:
     """Positions that a query sees, as the contract says it."""
     keys = np.arange(position + 1)
     seen: Array = keys[(position - keys < visible.window) | (keys < visible.sinks)]
@@ -40,7 +43,7 @@ def visible_keys(visible: Visible, position: int) -> Array:
 
 
 def expected(
-    q: Array, position: Array, k: Array, v: Array, visible: Visible, unit: float
+    q: Array, position: Array, k: Array, v: Array, visible: AttentionMaskSpec, unit: float
 ) -> tuple[Array, Array]:
     """Each query alone, over just the keys that it sees."""
     parts = []
@@ -52,7 +55,7 @@ def expected(
 
 
 def freed(
-    kv: KVCache, case: Case, blocks: list[list[int]], batch: FlatBatch, visible: Visible
+    kv: KVCache, case: Case, blocks: list[list[int]], batch: FlatBatch, visible: AttentionMaskSpec
 ) -> FlatBatch:
     """The batch once the engine gave back what it may: WILD table entries, blocks of NaN."""
     table = batch.block_table_SB.clone()
@@ -68,20 +71,26 @@ def freed(
 
 @pytest.mark.parametrize("visible", SIGHTS, ids=name)
 @pytest.mark.parametrize("case", SHORT, ids=str)
-def test_windows(ops: Ops, kv_dtype: torch.dtype, case: Case, visible: Visible) -> None:
+def test_windows(ops: Ops, kv_dtype: torch.dtype, case: Case, visible: AttentionMaskSpec) -> None:
     check(ops, kv_dtype, case, visible)
 
 
 @pytest.mark.parametrize(
     "visible",
-    [Visible(window=40), Visible(window=130, sinks=4), Visible(window=75, sinks=600)],
+    [
+        AttentionMaskSpec(window=40),
+        AttentionMaskSpec(window=130, sinks=4),
+        AttentionMaskSpec(window=75, sinks=600),
+    ],
     ids=name,
 )
-def test_windows_far_from_the_start(ops: Ops, kv_dtype: torch.dtype, visible: Visible) -> None:
+def test_windows_far_from_the_start(
+    ops: Ops, kv_dtype: torch.dtype, visible: AttentionMaskSpec
+) -> None:
     check(ops, kv_dtype, LONG, visible)
 
 
-def check(ops: Ops, dtype: torch.dtype, case: Case, visible: Visible) -> None:
+def check(ops: Ops, dtype: torch.dtype, case: Case, visible: AttentionMaskSpec) -> None:
     kv, blocks = filled(ops, case, dtype)
     batch = paged.batch(case.sequences, blocks, case.head_dim)
     q = queries(case)
@@ -100,7 +109,7 @@ def check(ops: Ops, dtype: torch.dtype, case: Case, visible: Visible) -> None:
 
 def test_an_int8_cache(ops: Ops) -> None:
     """The same numbers as where the reference reads the levels, one query at a time."""
-    visible, case = Visible(window=37, sinks=5), Case(6, 2, 32, [(100, 1), (60, 7)])
+    visible, case = AttentionMaskSpec(window=37, sinks=5), Case(6, 2, 32, [(100, 1), (60, 7)])
     spec = replace(paged.spec(case, torch.float32), dtype=torch.int8)
     kv = ops.kv_cache(spec, torch.device("cpu"))
     blocks = paged.tables(case, spec.num_blocks)
@@ -136,9 +145,11 @@ def int8_blocks(
     return slots[:, 0], slots[:, 1], at
 
 
-@pytest.mark.parametrize("visible", [Visible(window=66), Visible(window=66, sinks=5)], ids=name)
+@pytest.mark.parametrize(
+    "visible", [AttentionMaskSpec(window=66), AttentionMaskSpec(window=66, sinks=5)], ids=name
+)
 def test_rows_do_not_depend_on_their_neighbours(
-    ops: Ops, kv_dtype: torch.dtype, visible: Visible
+    ops: Ops, kv_dtype: torch.dtype, visible: AttentionMaskSpec
 ) -> None:
     """Alone, in the batch, or in other chunks: the same bits (the reference: to rounding)."""
     case = Case(6, 2, 32, [(600, 1), (0, 70), (530, 45), (100, 1)])
@@ -167,7 +178,7 @@ def test_windows_do_not_depend_on_threads(ops_by_threads: tuple[Ops, Ops]) -> No
     for ops in ops_by_threads:
         kv, blocks = filled(ops, LONG, torch.bfloat16)
         batch = paged.batch(LONG.sequences[:2], blocks[:2], LONG.head_dim)
-        sight = Visible(window=600, sinks=4)
+        sight = AttentionMaskSpec(window=600, sinks=4)
         results.append(ops.paged_attention(queries(LONG)[:2], 0.2, kv, 1, batch, sight))
     assert torch.equal(*results)
 
@@ -178,7 +189,7 @@ def test_a_window_longer_than_the_context_changes_nothing(ops: Ops) -> None:
     batch = paged.batch(case.sequences, blocks, case.head_dim)
     q = queries(case)
     plain = ops.paged_attention(q, SCALE, kv, 1, batch)
-    for visible in (Visible(window=8192), Visible(window=20, sinks=4)):
+    for visible in (AttentionMaskSpec(window=8192), AttentionMaskSpec(window=20, sinks=4)):
         assert torch.equal(ops.paged_attention(q, SCALE, kv, 1, batch, visible), plain)
 
 
@@ -189,4 +200,4 @@ def test_what_a_query_sees_is_refused_where_it_means_nothing() -> None:
         ({"sinks": 4}, "beside a `window`"),
     ):
         with pytest.raises(ValueError, match=why):
-            Visible(**wrong)
+            AttentionMaskSpec(**wrong)

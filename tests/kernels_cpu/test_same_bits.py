@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from arriero.kernels.attention_mask import EVERYTHING, Visible
+from arriero.kernels.attention_mask import FULL_ATTENTION, AttentionMaskSpec
 from arriero.kernels.ops import AttentionStyle
 from arriero.kernels.quant import quantize_fp8, quantize_int4, quantize_int8
 
@@ -18,8 +18,12 @@ pytestmark = pytest.mark.skipif(not VARIANTS, reason="the CPU kernels are not bu
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("visible", [EVERYTHING, Visible(window=10, sinks=3)], ids=["all", "10+3"])
-def test_chunks_batches_and_threads(variant: str, dtype: torch.dtype, visible: Visible) -> None:
+@pytest.mark.parametrize(
+    "visible", [FULL_ATTENTION, AttentionMaskSpec(window=10, sinks=3)], ids=["all", "10+3"]
+)
+def test_chunks_batches_and_threads(
+    variant: str, dtype: torch.dtype, visible: AttentionMaskSpec
+) -> None:
     """A prompt whole, in chunks, beside others, and token by token, past a split of 512 keys."""
     style = AttentionStyle(visible=visible)
     prompt, other = tokens(560, 0), tokens(40, 1)

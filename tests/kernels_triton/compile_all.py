@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from gpu import shapes
 from kernels.draws import Row, batch_of
 
-from arriero.kernels.attention_mask import Visible
+from arriero.kernels.attention_mask import AttentionMaskSpec
 from arriero.kernels.expert_rows import Wire
 from arriero.kernels.ops import AttentionStyle, MoELayer
 from arriero.kernels.quant import quantize_fp8, quantize_int4, quantize_int8
@@ -37,9 +37,9 @@ SEQUENCES = [(40, 1), (0, 37)]
 SHAPE = shapes.Shape(name="small", hidden=512, mlp=1024, q_heads=32, kv_heads=8)
 STYLES = (
     AttentionStyle(),
-    AttentionStyle(rope="pairs", qk_norm=True, visible=Visible(chunk_size=64)),
-    AttentionStyle(visible=Visible(window=48)),
-    AttentionStyle(visible=Visible(window=48, sinks=4)),
+    AttentionStyle(rope="pairs", qk_norm=True, visible=AttentionMaskSpec(chunk_size=64)),
+    AttentionStyle(visible=AttentionMaskSpec(window=48)),
+    AttentionStyle(visible=AttentionMaskSpec(window=48, sinks=4)),
     AttentionStyle(rope="none", query_scale=(0.1, 8192)),
 )
 

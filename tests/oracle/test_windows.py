@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from arriero.kernels.attention_mask import Visible
+from arriero.kernels.attention_mask import AttentionMaskSpec
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.errors import SpecError
 from arriero.shards.kv.paging import SeenBlocks
@@ -116,7 +116,7 @@ def test_layouts(model_path, chosen, expected, tp, pp) -> None:  # noqa: ANN001
 
 def test_the_least_pool(model_path, chosen, expected) -> None:  # noqa: ANN001
     """Blocks for one window: every prompt runs, one after the other or computed again."""
-    seen = SeenBlocks(Visible(window=WINDOW, sinks=SINKS), 16)
+    seen = SeenBlocks(AttentionMaskSpec(window=WINDOW, sinks=SINKS), 16)
     config = windowed(model_path, num_blocks=seen.most(1024), max_batch_tokens=32)
     assert config.num_blocks == 1 + 5 + 1
     with running(config) as group:

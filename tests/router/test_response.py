@@ -9,7 +9,7 @@ from arriero.router.gateway import Gateway, GatewayConfig
 from arriero.router.link.server import LinkServer
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.requests import OutputOptions
-from arriero.router.response import Answer, Piece
+from arriero.router.response import Answer, TextDelta
 from arriero.router.text.text_model import TextModel
 from arriero.shards.engine.types import SequenceOutput
 from arriero.shards.errors import Unavailable
@@ -37,7 +37,7 @@ def add(made: Answer, outputs: list[SequenceOutput]) -> pb.GenerateResponse:
     """A message that must come, in the wire's form."""
     message = made.add(outputs)
     assert message is not None
-    return message.to_wire() if isinstance(message, Piece) else message
+    return message.to_wire() if isinstance(message, TextDelta) else message
 
 
 @pytest.mark.parametrize("options", [{}, {"include_token_ids": False}, {"include_text": False}])
@@ -48,10 +48,10 @@ def test_a_piece_says_what_a_whole_message_would(
     plain = answer(llama_tokenizer, **options)
     watched = answer(llama_tokenizer, stop=("never",), **options)
     said = [(plain.add([one]), watched.add([one])) for one in steps(ids)]
-    assert any(isinstance(piece, Piece) for piece, _ in said)
+    assert any(isinstance(piece, TextDelta) for piece, _ in said)
     for piece, message in said:
-        assert not isinstance(message, Piece)
-        assert (piece.to_wire() if isinstance(piece, Piece) else piece) == message
+        assert not isinstance(message, TextDelta)
+        assert (piece.to_wire() if isinstance(piece, TextDelta) else piece) == message
 
 
 def test_steps_that_arrive_together_make_one_output_a_sample(llama_tokenizer: Tokenizer) -> None:
@@ -72,7 +72,7 @@ def test_one_sample_may_stop_before_the_other(llama_tokenizer: Tokenizer) -> Non
     ids = llama_tokenizer.encode("uno STOP dos", add_special_tokens=False).ids
     made = answer(llama_tokenizer, n=2, stop=("STOP",))
     first = [made.add([o]) for o in steps(ids)]
-    assert not any(isinstance(m, Piece) for m in first)
+    assert not any(isinstance(m, TextDelta) for m in first)
     assert "".join(o.text for m in first if m for o in m.outputs) == "uno "  # type: ignore[union-attr]
     assert not made.finished
     last = add(made, steps([ids[0]], index=1))

@@ -17,7 +17,7 @@ import numpy as np
 from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.engine.sequence import sample_seed
 from arriero.shards.engine.types import EngineConfig, EngineRequest
-from arriero.shards.kv.transfers import Moved, Moves
+from arriero.shards.kv.transfers import TransferBatch, TransferResult
 from arriero.shards.protocol.step_plan import (
     LAST_SAMPLED,
     Logprobs,
@@ -191,7 +191,7 @@ class FakeSlice:
             tokens=int32([token for token, _ in chosen]),
             logprobs=_logprobs(chosen) if any_logprobs else None,
             prompt_logprobs=self._prompt_logprobs(plan, rows) if rows else None,
-            lane=plan.lane,
+            dp_rank=plan.dp_rank,
         )
 
     def _read(self, one: _Occupant, start: int, length: int) -> list[int]:
@@ -239,7 +239,7 @@ class FakeExecutor:
         self.slice = FakeSlice(config)
         self.results: deque[StepResult] = deque()
         self.closed = False
-        self.said: list[Moved] = []
+        self.said: list[TransferResult] = []
 
     def submit(self, plan: StepPlan) -> None:
         result = self.slice.run(StepPlan.from_bytes(plan.to_bytes()))
@@ -251,10 +251,10 @@ class FakeExecutor:
     def take_loads(self) -> dict[int, Any]:
         return {}
 
-    def move(self, moves: Moves) -> None:
+    def move(self, moves: TransferBatch) -> None:
         raise AssertionError("there are no tiers")
 
-    def moved(self, timeout_s: float = 0.0) -> list[Moved]:
+    def moved(self, timeout_s: float = 0.0) -> list[TransferResult]:
         said, self.said = self.said, []
         return said
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 
 from arriero.shards.engine.types import EngineConfig
-from arriero.shards.kv.transfers import Move, Moved, Moves, Pool, Tier
+from arriero.shards.kv.transfers import Pool, Tier, Transfer, TransferBatch, TransferResult
 from support.fake_slice import FakeExecutor
 
 Content = list[tuple[int, int]]
@@ -36,7 +36,7 @@ class FaultyTiers(FakeExecutor):
         self.rng, self.faults = rng, faults
         self.disk = {} if disk is None else disk
         self.host: dict[tuple[Pool, int], tuple[bytes, Content]] = {}
-        self.due: dict[Pool, list[Move]] = {pool: [] for pool in Pool}
+        self.due: dict[Pool, list[Transfer]] = {pool: [] for pool in Pool}
         self.ranks = {
             Pool.ALL: config.tiers.all.num_ranks,
             Pool.LOCAL: config.tiers.local.num_ranks,
@@ -47,10 +47,10 @@ class FaultyTiers(FakeExecutor):
             found = [key for of, key in self.disk if of is pool]
             for rank in range(self.ranks[pool]):
                 listed = [(key, rng.random() >= faults) for key in found]
-                self.said.append(Moved(rank, pool, ready=True, found={Tier.DISK: listed}))
+                self.said.append(TransferResult(rank, pool, ready=True, found={Tier.DISK: listed}))
 
-    def move(self, moves: Moves) -> None:
-        moves = Moves.from_bytes(moves.to_bytes())
+    def move(self, moves: TransferBatch) -> None:
+        moves = TransferBatch.from_bytes(moves.to_bytes())
         for tier, key in moves.dropped:
             assert tier is Tier.DISK
             self.disk.pop((moves.pool, key), None)
@@ -61,7 +61,7 @@ class FaultyTiers(FakeExecutor):
             self.due[moves.pool].append(move)
 
     @staticmethod
-    def _places(pool: Pool, move: Move) -> list[tuple[Pool, Tier, object]]:
+    def _places(pool: Pool, move: Transfer) -> list[tuple[Pool, Tier, object]]:
         at: object = move.key if move.target is Tier.DISK else move.target_at
         return [(pool, move.target, at)]
 
@@ -76,7 +76,7 @@ class FaultyTiers(FakeExecutor):
                 self._do(pool, move)
         return any(self.due.values())
 
-    def _do(self, pool: Pool, move: Move) -> None:
+    def _do(self, pool: Pool, move: Transfer) -> None:
         device = self.slice.kv if pool is Pool.ALL else self.slice.local
         failed = self.rng.random() < self.faults
         data: Content | None = None
@@ -102,5 +102,5 @@ class FaultyTiers(FakeExecutor):
                 self.disk[pool, move.key] = data
         for rank, bad in enumerate(outcomes):
             done, lost = ([], [move.id]) if bad else ([move.id], [])
-            said = Moved(rank, pool, done=done, failed=lost)
-            self.said.append(Moved.from_bytes(said.to_bytes()))
+            said = TransferResult(rank, pool, done=done, failed=lost)
+            self.said.append(TransferResult.from_bytes(said.to_bytes()))

@@ -54,7 +54,7 @@ class Copied:
         copied: Event,
         started_ns: int,
     ) -> None:
-        self._step, self._lane = plan.step, plan.lane
+        self._step, self._lane = plan.step, plan.dp_rank
         self._copies, self._prompt_logprobs = copies, prompt_logprobs
         self._copied, self._started_ns = copied, started_ns
 
@@ -76,7 +76,7 @@ class Copied:
             logprobs=logprobs,
             prompt_logprobs=self._prompt_logprobs,
             elapsed_us=(time.perf_counter_ns() - self._started_ns) // 1000,
-            lane=self._lane,
+            dp_rank=self._lane,
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arriero.cluster.control.autoscale import Autoscaler, Demand
+from arriero.cluster.control.autoscale import Autoscaler, ModelLoad
 from arriero.cluster.spec.scale_limits import ScaleLimits
 
 LIMITS = ScaleLimits(least=1, most=4, target=0.5, wait_s=2.0, up_s=5.0, down_s=60.0)
@@ -26,7 +26,7 @@ class Model:
     ) -> int:
         for _ in range(seconds):
             serve = self.groups if serving is None else serving
-            demand = Demand(sequences=sequences, capacity=32, serving=serve, wait_s=wait_s)
+            demand = ModelLoad(sequences=sequences, capacity=32, serving=serve, wait_s=wait_s)
             self.groups = self.policy.count(demand, self.groups, self.now_s)
             self.now_s += 1.0
         return self.groups
@@ -85,7 +85,7 @@ def test_the_count_stays_within_its_limits(
     policy, groups, now_s = Autoscaler(limits), max(1, least), 0.0
     for sequences, wait_s, pause_s in asked:
         now_s += pause_s
-        demand = Demand(sequences=sequences, capacity=16, serving=groups, wait_s=wait_s)
+        demand = ModelLoad(sequences=sequences, capacity=16, serving=groups, wait_s=wait_s)
         groups = policy.count(demand, groups, now_s)
         assert limits.least <= groups <= limits.most
         assert groups or not sequences, "whoever asks is served"

@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arriero.cluster.control.reconcile import (
+    DesiredModel,
+    GroupSeat,
     Phase,
     Promote,
-    Slot,
     Start,
     Stop,
-    Wish,
-    decide,
+    reconcile,
     settled,
     spares_settled,
 )
@@ -24,19 +24,19 @@ from arriero.cluster.control.reconcile import (
 class Cluster:
     """Slots that take some turns to start and to stop."""
 
-    def __init__(self, wish: Wish) -> None:
+    def __init__(self, wish: DesiredModel) -> None:
         self.wish = wish
-        self.slots: dict[str, Slot] = {}
+        self.slots: dict[str, GroupSeat] = {}
         self.due: dict[str, int] = {}
         self.bad_revisions: set[int] = set()
         self.serving: list[int] = []
         self.most = 0
 
     def turn(self) -> None:
-        for action in decide({"m": self.wish}, self.slots.values()):
+        for action in reconcile({"m": self.wish}, self.slots.values()):
             if isinstance(action, Start):
                 assert action.slot not in self.slots
-                self.slots[action.slot] = Slot(
+                self.slots[action.slot] = GroupSeat(
                     name=action.slot, model="m", revision=action.revision, phase=Phase.STARTING
                 )
             else:
@@ -71,7 +71,7 @@ class Cluster:
 
 
 def up(count: int, surge: int = 1) -> Cluster:
-    cluster = Cluster(Wish(revision=1, count=count, surge=surge))
+    cluster = Cluster(DesiredModel(revision=1, count=count, surge=surge))
     cluster.settle()
     return cluster
 
@@ -131,9 +131,9 @@ def test_a_revision_that_does_not_start_harms_nobody() -> None:
 
 
 def test_a_model_that_is_no_longer_wanted_goes() -> None:
-    slot = Slot(name="x-0", model="x", revision=1, phase=Phase.SERVING)
-    assert decide({}, [slot]) == [Stop(slot="x-0", why="its model is no longer wanted")]
-    assert decide({}, [replace(slot, phase=Phase.STOPPING)]) == []
+    slot = GroupSeat(name="x-0", model="x", revision=1, phase=Phase.SERVING)
+    assert reconcile({}, [slot]) == [Stop(slot="x-0", why="its model is no longer wanted")]
+    assert reconcile({}, [replace(slot, phase=Phase.STOPPING)]) == []
 
 
 @given(
@@ -154,50 +154,50 @@ def test_any_changes_settle(wishes: list[tuple[int, int, bool, int]]) -> None:
     cluster.settle()
 
 
-def spare(name: str, phase: Phase = Phase.STANDBY, revision: int = 1) -> Slot:
-    return Slot(name=name, model="m", revision=revision, phase=phase, spare=True)
+def spare(name: str, phase: Phase = Phase.STANDBY, revision: int = 1) -> GroupSeat:
+    return GroupSeat(name=name, model="m", revision=revision, phase=phase, spare=True)
 
 
-def main(name: str, phase: Phase = Phase.SERVING, revision: int = 1) -> Slot:
-    return Slot(name=name, model="m", revision=revision, phase=phase)
+def main(name: str, phase: Phase = Phase.SERVING, revision: int = 1) -> GroupSeat:
+    return GroupSeat(name=name, model="m", revision=revision, phase=phase)
 
 
-WISH = Wish(revision=1, count=1, spares=1)
+WISH = DesiredModel(revision=1, count=1, spares=1)
 
 
 def test_a_spare_comes_once_all_groups_serve() -> None:
-    assert decide({"m": WISH}, []) == [Start(slot="m-0", model="m", revision=1)]
-    assert decide({"m": WISH}, [main("m-0", Phase.STARTING)]) == []
+    assert reconcile({"m": WISH}, []) == [Start(slot="m-0", model="m", revision=1)]
+    assert reconcile({"m": WISH}, [main("m-0", Phase.STARTING)]) == []
     begun = Start(slot="m-1", model="m", revision=1, spare=True)
-    assert decide({"m": WISH}, [main("m-0")]) == [begun]
+    assert reconcile({"m": WISH}, [main("m-0")]) == [begun]
     for phase, done in ((Phase.STARTING, False), (Phase.STANDBY, True)):
         slots = [main("m-0"), spare("m-1", phase)]
-        assert decide({"m": WISH}, slots) == []
+        assert reconcile({"m": WISH}, slots) == []
         assert settled({"m": WISH}, slots)  # spares are not waited for
         assert spares_settled({"m": WISH}, slots) == done
 
 
 def test_a_spare_serves_when_more_groups_are_wanted() -> None:
     more = replace(WISH, count=2)
-    assert decide({"m": more}, [main("m-0"), spare("m-1")]) == [Promote(slot="m-1")]
-    started = decide({"m": more}, [main("m-0"), spare("m-1", Phase.STARTING)])
+    assert reconcile({"m": more}, [main("m-0"), spare("m-1")]) == [Promote(slot="m-1")]
+    started = reconcile({"m": more}, [main("m-0"), spare("m-1", Phase.STARTING)])
     assert started == [Start(slot="m-2", model="m", revision=1)]
 
 
 def test_spares_that_are_of_no_use_go_first() -> None:
     """Of an old revision, failed, drained or too many; what serves is replaced after them."""
     newer = replace(WISH, revision=2)
-    (stop,) = decide({"m": newer}, [main("m-0"), spare("m-1")])
+    (stop,) = reconcile({"m": newer}, [main("m-0"), spare("m-1")])
     assert isinstance(stop, Stop) and stop.slot == "m-1"
-    (start,) = decide({"m": newer}, [main("m-0"), spare("m-1", Phase.STOPPING)])
+    (start,) = reconcile({"m": newer}, [main("m-0"), spare("m-1", Phase.STOPPING)])
     assert start == Start(slot="m-2", model="m", revision=2)
     for wish, slot in (
         (WISH, spare("m-1", Phase.FAILED)),
         (replace(WISH, drained=frozenset({"m-1"})), spare("m-1")),
         (replace(WISH, spares=0), spare("m-1")),
     ):
-        (stop,) = decide({"m": wish}, [main("m-0"), slot])
+        (stop,) = reconcile({"m": wish}, [main("m-0"), slot])
         assert isinstance(stop, Stop) and stop.slot == "m-1"
         stopping = replace(slot, phase=Phase.STOPPING)
-        begun = decide({"m": wish}, [main("m-0"), stopping])
+        begun = reconcile({"m": wish}, [main("m-0"), stopping])
         assert all(isinstance(one, Start) and one.spare for one in begun)

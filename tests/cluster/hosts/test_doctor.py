@@ -64,7 +64,7 @@ def test_nodes_that_differ() -> None:
 
 
 def test_this_machine_can_be_looked_at() -> None:
-    with closing(checkup.Ear("127.0.0.1")) as ear:
+    with closing(checkup.ProbeListener("127.0.0.1")) as ear:
         asked = checkup.Questions(
             models=("/nowhere",),
             ports=(0,),

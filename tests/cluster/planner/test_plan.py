@@ -16,7 +16,7 @@ from arriero.cluster import cli
 from arriero.cluster.planner.catalog import DEVICES, MODELS, NamedModel, cpu, find_model
 from arriero.cluster.planner.checkpoint_bytes import stored_bytes
 from arriero.cluster.planner.layouts import Machines, rank_layouts
-from arriero.cluster.planner.memory import Demand, GroupPlan, Layout, num_graphs, plan_group
+from arriero.cluster.planner.memory import GroupPlan, KvDemand, Layout, num_graphs, plan_group
 from arriero.cluster.planner.rank_weights import ON_LOAD, Dtype, weights_as
 from arriero.kernels.ops import KVCacheSpec, Ops
 from arriero.kernels.packing import Kernels, Precision, kv_block_nbytes, packed_nbytes
@@ -44,7 +44,7 @@ def group(
 ) -> GroupPlan:
     model = find_model(name)
     weights = weights_as(model.config, model.scheme, dtype)
-    demand = Demand(context=context, **more)
+    demand = KvDemand(context=context, **more)
     return plan_group(model, weights, layout or Layout(), demand, H100, "triton")
 
 
@@ -214,13 +214,13 @@ def test_float8_needs_a_device_that_has_it() -> None:
     model = find_model("llama-3.1-70b")
     weights = weights_as(model.config, None, "fp8")
     with pytest.raises(SpecError, match="does not multiply float8"):
-        plan_group(model, weights, Layout(tp=8), Demand(context=1), DEVICES["a100-80g"], "triton")
+        plan_group(model, weights, Layout(tp=8), KvDemand(context=1), DEVICES["a100-80g"], "triton")
 
 
 def test_ranked_layouts_all_fit_and_the_rest_say_why() -> None:
     machines = Machines(gpu="h100-80g", nodes=2, per_node=8)
     model = find_model("llama-4-maverick")
-    options = rank_layouts(model, machines, Demand(context=8192), "triton", ["bfloat16"])
+    options = rank_layouts(model, machines, KvDemand(context=8192), "triton", ["bfloat16"])
     works = [one for one in options if one.why_not is None]
     rest = [one for one in options if one.why_not is not None]
     assert options == works + rest and works and rest
@@ -268,7 +268,7 @@ def check_group(config: GroupConfig, kernels: Kernels, *, spawn: bool = False) -
         NamedModel(name="it", config=model, scheme=scheme),
         weights_as(model, scheme, dtype),
         Layout(tp=config.tp, pp=config.pp),
-        Demand(context=1, kv_dtype=config.dtype, num_blocks=config.num_blocks),
+        KvDemand(context=1, kv_dtype=config.dtype, num_blocks=config.num_blocks),
         cpu(1 << 36, config.world_size),
         kernels,
     )
@@ -352,7 +352,7 @@ def test_columns_in_an_order_of_their_own_are_planned(
     check_group(small_group(tmp_path, 1, kernels), kernels)
     model = find_model(str(tmp_path))
     weights = weights_as(model.config, model.scheme, "checkpoint")
-    plan = plan_group(model, weights, Layout(tp=2), Demand(context=64), H100, kernels)
+    plan = plan_group(model, weights, Layout(tp=2), KvDemand(context=64), H100, kernels)
     config = resolve(small_group(tmp_path, 2, kernels), model.config)
     for rank in plan.ranks:
         held = Runner(config, rank.part.rank).weights_nbytes
@@ -671,7 +671,7 @@ def test_every_model_on_every_device_gives_an_answer(name: str, gpu: str) -> Non
     machines = Machines(gpu=gpu, nodes=1, per_node=2)
     model = find_model(name)
     try:
-        options = rank_layouts(model, machines, Demand(context=1024), "triton", ["bfloat16"])
+        options = rank_layouts(model, machines, KvDemand(context=1024), "triton", ["bfloat16"])
     except ArrieroError as error:
         pytest.fail(str(error))
     assert options

@@ -6,14 +6,16 @@ from typing import Any
 
 import pytest
 
-from arriero.cluster.spec.deployment import Spec
-from arriero.cluster.spec.diff import changes, live_settings, refuse
-from arriero.cluster.spec.live_settings import Live
+from arriero.cluster.spec.deployment import DeploymentSpec
+from arriero.cluster.spec.diff import diff, live_settings, refuse
+from arriero.cluster.spec.live_settings import LiveSettings
 from arriero.shards.errors import SpecError
 
 
-def spec(model: dict[str, Any] | None = None, **parts: Any) -> Spec:  # noqa: ANN401
-    return Spec.model_validate({"models": [{"name": "m", "path": "/m", **(model or {})}], **parts})
+def spec(model: dict[str, Any] | None = None, **parts: Any) -> DeploymentSpec:  # noqa: ANN401
+    return DeploymentSpec.model_validate(
+        {"models": [{"name": "m", "path": "/m", **(model or {})}], **parts}
+    )
 
 
 OLD = spec()
@@ -39,8 +41,8 @@ OLD = spec()
         (spec(ray={"address": "h:1"}), "ray.address", "up"),
     ],
 )
-def test_each_field_has_its_price(new: Spec, field: str, price: str) -> None:
-    (found,) = changes(OLD, new)
+def test_each_field_has_its_price(new: DeploymentSpec, field: str, price: str) -> None:
+    (found,) = diff(OLD, new)
     assert (found.field, found.price) == (field, price)
     if price == "reload":
         refuse([found], "reload")
@@ -52,20 +54,20 @@ def test_each_field_has_its_price(new: Spec, field: str, price: str) -> None:
 
 
 def test_what_is_the_same_costs_nothing() -> None:
-    assert changes(OLD, spec()) == []
+    assert diff(OLD, spec()) == []
     joined = spec(ray={"address": "h:1"})
-    assert changes(joined, OLD) == []  # a flag of `up`, which the file does not hold
+    assert diff(joined, OLD) == []  # a flag of `up`, which the file does not hold
 
 
 def test_models_come_and_go_with_the_deployment() -> None:
-    other = Spec.model_validate({"models": [{"name": "n", "path": "/m"}]})
-    assert [one.field for one in changes(OLD, other)] == ["models[m]", "models[n]"]
+    other = DeploymentSpec.model_validate({"models": [{"name": "n", "path": "/m"}]})
+    assert [one.field for one in diff(OLD, other)] == ["models[m]", "models[n]"]
     with pytest.raises(SpecError, match="arriero down"):
-        refuse(changes(OLD, other), "rollout")
+        refuse(diff(OLD, other), "rollout")
 
 
 def test_live_settings_survive_the_registrys_store() -> None:
     wanted = spec(gateway={"tenants": [{"name": "anyone", "weight": 2}]}, health={"step_s": 7})
     live = live_settings(wanted, 3)
-    assert Live.from_wire(live.to_wire()) == live
+    assert LiveSettings.from_wire(live.to_wire()) == live
     assert (live.version, live.tenants[0].weight, live.health.step_s) == (3, 2.0, 7.0)

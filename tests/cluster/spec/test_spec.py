@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from arriero.cluster.cli import run
-from arriero.cluster.spec.deployment import Spec
+from arriero.cluster.spec.deployment import DeploymentSpec
 from arriero.cluster.spec.load import load
 from arriero.router.tenants.keys import add_key
 from arriero.shards.config.kv_tiers import TierConfig
@@ -172,7 +172,10 @@ def test_model_flags_need_one_model(tmp_path: Path, model: Path) -> None:
 
 
 def test_every_part_refuses_unknown_fields() -> None:
-    parts = [Spec, *(type(field.default) for field in Spec.model_fields.values())]
+    parts = [
+        DeploymentSpec,
+        *(type(field.default) for field in DeploymentSpec.model_fields.values()),
+    ]
     for part in parts:
         if hasattr(part, "model_config"):
             assert part.model_config["extra"] == "forbid"

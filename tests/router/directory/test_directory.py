@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arriero.router.directory.directory import Directory, Reach
-from arriero.router.directory.events import Batch, Change, Snapshot
+from arriero.router.directory.events import Batch, CacheChange, Snapshot
 from arriero.router.directory.table import SLOT_BYTES, KeyTable
 
 LEASE_S = 10.0
@@ -72,9 +72,11 @@ class Group:
     def change(self, rng: random.Random, pool: list[int]) -> Batch:
         kinds, changed = [], []
         for _ in range(rng.randrange(1, 30)):
-            key, kind = rng.choice(pool), Change(rng.randrange(4))
-            held = self.near if kind in (Change.ON_DEVICE, Change.OFF_DEVICE) else self.far
-            (held.add if kind in (Change.ON_DEVICE, Change.KEPT) else held.discard)(key)
+            key, kind = rng.choice(pool), CacheChange(rng.randrange(4))
+            held = (
+                self.near if kind in (CacheChange.ON_DEVICE, CacheChange.OFF_DEVICE) else self.far
+            )
+            (held.add if kind in (CacheChange.ON_DEVICE, CacheChange.KEPT) else held.discard)(key)
             kinds.append(kind)
             changed.append(key)
         self.number += 1

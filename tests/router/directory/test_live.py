@@ -12,7 +12,7 @@ from arriero.router.directory.journal import Journal
 from arriero.router.link.server import LinkServer
 from arriero.router.routing import migration as relay
 from arriero.router.routing.linked_groups import GroupAddress, LinkedGroups
-from arriero.router.routing.request_progress import Course
+from arriero.router.routing.request_progress import RequestProgress
 from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.engine.engine import Engine
 from arriero.shards.engine.types import EngineConfig, EngineRequest, SequenceOutput
@@ -70,7 +70,9 @@ async def run(
     request = EngineRequest(request_id=name, prompt=prompt, params=PARAMS, cache_salt=salt)
     text, _ = linked.find("m")
     tokens: list[int] = []
-    steps = relay.run(linked, Course(request), lambda: linked.sharing("m", text, request), 5.0)
+    steps = relay.run(
+        linked, RequestProgress(request), lambda: linked.sharing("m", text, request), 5.0
+    )
     async for outputs in steps:
         tokens += [token for one in outputs for token in one.tokens]
     assert tokens == answer(CONFIG, request, 0).tokens

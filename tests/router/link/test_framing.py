@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from arriero.router.link import messages as frames
 from arriero.router.link import server as link_server
-from arriero.router.link.framing import GREETING_BYTES, Wire
+from arriero.router.link.framing import GREETING_BYTES, FramedConnection
 from arriero.router.link.server import LinkServer
 from support.frontdoor import LLAMA3, FakeEngine, echo, make_card
 
@@ -42,7 +42,7 @@ async def closed(writer: asyncio.StreamWriter) -> None:
 @given(st.lists(st.binary(max_size=40), max_size=12), st.data())
 def test_frames_are_whole_however_they_are_cut(sent: list[bytes], data: st.DataObject) -> None:
     got: list[bytes] = []
-    wire = Wire(got.append, lambda cause: None)
+    wire = FramedConnection(got.append, lambda cause: None)
     with socket.socket() as held:
         transport = FakeTransport(held)
         wire.connection_made(transport)

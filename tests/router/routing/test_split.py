@@ -12,12 +12,12 @@ import pytest
 from tokenizers import Tokenizer
 
 from arriero.router.directory.journal import Journal
-from arriero.router.link.leader_rpc import Peers, ask_leader, tell_shared
+from arriero.router.link.leader_rpc import PeerGroups, ask_leader, tell_shared
 from arriero.router.link.server import LinkServer
 from arriero.router.roles import Role, assign
 from arriero.router.routing import migration as relay
 from arriero.router.routing.linked_groups import GroupAddress, LinkedGroups
-from arriero.router.routing.request_progress import Course
+from arriero.router.routing.request_progress import RequestProgress
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.kv_tiers import TierConfig
@@ -72,7 +72,7 @@ class Group:
             memory=host_name(),
         )
         self.link = LinkServer(
-            self.engine, card, kv=self.answer, journal=journal, peers=Peers(), token=name
+            self.engine, card, kv=self.answer, journal=journal, peers=PeerGroups(), token=name
         )
 
     async def answer(self, action: str, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,12 +149,12 @@ async def ask(
     params: SamplingParams = GREEDY,
     *,
     after: dict[int, Any] | None = None,
-) -> tuple[list[list[int]], Course]:
+) -> tuple[list[list[int]], RequestProgress]:
     """Tokens of each sample; `after` has what to await once so many are out."""
     name = f"r{random.randrange(1 << 60)}"
     request = EngineRequest(request_id=name, prompt=prompt, params=params)
     text, _ = links.find("m")
-    course = Course(request)
+    course = RequestProgress(request)
     tokens: list[list[int]] = [[] for _ in range(params.n)]
     steps = relay.run(links, course, lambda: links.sharing("m", text, request), 10.0)
     async with asyncio.timeout(60):

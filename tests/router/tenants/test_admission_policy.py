@@ -9,18 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arriero.router.tenants.admission_policy import Admission, Ticket
+from arriero.router.tenants.admission_policy import AdmissionPolicy, QueuedRequest
 from arriero.router.tenants.fair_queue import OUTPUT_COST, PROMPT_COST
 from arriero.router.tenants.tenant import QueueLimits, Tenant
 from arriero.shards.errors import Overloaded
 
 
-def ticket(tenant: Tenant, prompt: int = 10, output: int = 10, **fields: object) -> Ticket:
-    return Ticket(tenant=tenant, num_prompt=prompt, max_output=output, **fields)  # type: ignore[arg-type]
+def ticket(tenant: Tenant, prompt: int = 10, output: int = 10, **fields: object) -> QueuedRequest:
+    return QueuedRequest(tenant=tenant, num_prompt=prompt, max_output=output, **fields)  # type: ignore[arg-type]
 
 
 def test_requests_begin_in_the_room_there_is() -> None:
-    door = Admission(QueueLimits())
+    door = AdmissionPolicy(QueueLimits())
     one = Tenant(name="one")
     tickets = [ticket(one) for _ in range(5)]
     for each in tickets:
@@ -43,7 +43,7 @@ def test_requests_begin_in_the_room_there_is() -> None:
 
 
 def test_rates_say_when_to_come_back() -> None:
-    door = Admission(QueueLimits())
+    door = AdmissionPolicy(QueueLimits())
     slow = Tenant(name="slow", requests_per_minute=6)
     for _ in range(6):
         door.offer(ticket(slow), 0.0)
@@ -54,7 +54,7 @@ def test_rates_say_when_to_come_back() -> None:
 
 
 def test_tokens_are_charged_as_they_come() -> None:
-    door = Admission(QueueLimits())
+    door = AdmissionPolicy(QueueLimits())
     thrifty = Tenant(name="thrifty", tokens_per_minute=600)
     first = ticket(thrifty, prompt=100, output=1000)
     door.offer(first, 0.0)
@@ -68,7 +68,7 @@ def test_tokens_are_charged_as_they_come() -> None:
 
 def test_limits_may_change_at_any_time() -> None:
     """What was used up stays so; the new rate counts from the tenant's next request on."""
-    door = Admission(QueueLimits())
+    door = AdmissionPolicy(QueueLimits())
     slow, fast = Tenant(name="a", requests_per_minute=6), Tenant(name="a", requests_per_minute=60)
     for _ in range(6):
         door.offer(ticket(slow), 0.0)
@@ -87,7 +87,7 @@ def test_limits_may_change_at_any_time() -> None:
 
 
 def test_max_running_keeps_a_tenant_waiting_and_lets_others_pass() -> None:
-    door = Admission(QueueLimits())
+    door = AdmissionPolicy(QueueLimits())
     narrow, other = Tenant(name="narrow", max_running=1, max_queued=2), Tenant(name="other")
     mine = [ticket(narrow) for _ in range(3)]
     door.offer(mine[0], 0.0)
@@ -103,7 +103,7 @@ def test_max_running_keeps_a_tenant_waiting_and_lets_others_pass() -> None:
 
 
 def test_a_full_queue_refuses_whoever_fills_it() -> None:
-    door = Admission(QueueLimits(max_queued=10))
+    door = AdmissionPolicy(QueueLimits(max_queued=10))
     flood, quiet = Tenant(name="flood"), Tenant(name="quiet")
     waiting = [ticket(flood) for _ in range(10)]
     for each in waiting:
@@ -117,7 +117,7 @@ def test_a_full_queue_refuses_whoever_fills_it() -> None:
 
 
 def test_what_has_no_chance_is_refused_before_work_is_spent_on_it() -> None:
-    door = Admission(QueueLimits(max_queued=10))
+    door = AdmissionPolicy(QueueLimits(max_queued=10))
     flood, quiet = Tenant(name="flood"), Tenant(name="quiet")
     door.refuse_early(flood, 0, None, 0.0)
     for _ in range(10):
@@ -141,14 +141,14 @@ def test_what_has_no_chance_is_refused_before_work_is_spent_on_it() -> None:
 @settings(max_examples=60, deadline=None)
 def test_whatever_is_refused_early_would_have_been_refused(seed: int) -> None:
     rng = random.Random(seed)
-    door = Admission(QueueLimits(max_queued=6, max_wait_s=3))
+    door = AdmissionPolicy(QueueLimits(max_queued=6, max_wait_s=3))
     tenants = [
         Tenant(name="a", requests_per_minute=30),
         Tenant(name="b", tokens_per_minute=300, weight=2),
         Tenant(name="c", max_queued=2),
         Tenant(name="d"),
     ]
-    running: list[Ticket] = []
+    running: list[QueuedRequest] = []
     now_s = 0.0
     for _ in range(300):
         now_s += rng.uniform(0, 0.2)
@@ -173,9 +173,9 @@ def test_whatever_is_refused_early_would_have_been_refused(seed: int) -> None:
                 door.leave(each, now_s)
 
 
-def busy_door(limits: QueueLimits, rate: float = 100.0) -> tuple[Admission, Tenant]:
+def busy_door(limits: QueueLimits, rate: float = 100.0) -> tuple[AdmissionPolicy, Tenant]:
     """A door that has served `rate` of cost a second for a while, and has 1000 waiting."""
-    door = Admission(limits)
+    door = AdmissionPolicy(limits)
     tenant = Tenant(name="busy")
     running = ticket(tenant, prompt=1, output=10_000)
     door.offer(running, 0.0)
@@ -221,12 +221,12 @@ def test_a_flood_takes_half(
     output than it takes. Places may become free all at once (equal outputs begin together).
     """
     rng = random.Random(seed)
-    door = Admission(QueueLimits(max_queued=64, max_wait_s=1e9))
+    door = AdmissionPolicy(QueueLimits(max_queued=64, max_wait_s=1e9))
     flood, quiet = Tenant(name="flood"), Tenant(name="quiet")
     served = {"flood": 0.0, "quiet": 0.0}
     counted_from, waves = late + outputs[1], 8
-    outputs_of: dict[Ticket, int] = {}
-    left: dict[Ticket, int] = {}  # of those that run
+    outputs_of: dict[QueuedRequest, int] = {}
+    left: dict[QueuedRequest, int] = {}  # of those that run
     for step in range(counted_from + waves * outputs[1]):
         now = step / 20
         for tenant, count in ((flood, ratio), (quiet, 1 if step >= late else 0)):
@@ -264,14 +264,16 @@ def test_a_flood_takes_half(
 def test_nothing_is_lost_and_nothing_begins_twice(seed: int) -> None:
     """Random offers, ends and departures: every ticket begins, is refused or left, once."""
     rng = random.Random(seed)
-    door = Admission(QueueLimits(max_queued=rng.randint(1, 20), max_wait_s=rng.uniform(0.5, 5)))
+    door = AdmissionPolicy(
+        QueueLimits(max_queued=rng.randint(1, 20), max_wait_s=rng.uniform(0.5, 5))
+    )
     tenants = [
         Tenant(name="a", weight=2),
         Tenant(name="b", max_running=2, max_queued=3),
         Tenant(name="c", priority=-1, requests_per_minute=30, tokens_per_minute=900),
     ]
-    waiting: set[Ticket] = set()
-    ends: list[tuple[float, int, Ticket]] = []
+    waiting: set[QueuedRequest] = set()
+    ends: list[tuple[float, int, QueuedRequest]] = []
     now, count = 0.0, 0
     for number in range(400):
         now += rng.expovariate(20)

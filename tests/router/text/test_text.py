@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders
 
 from arriero.router.text.detokenizer import Detokenizer, Vocabulary
-from arriero.router.text.special_token_guard import Marker
+from arriero.router.text.special_token_guard import SpecialTokenGuard
 from arriero.router.text.stop_strings import StopMatcher, check_stops
 from arriero.router.text.text_model import TextModel
 from arriero.router.text.tokenizer import Tokenizer
@@ -101,7 +101,7 @@ def _glue_model(backend: Backend) -> TextModel:
 
 
 def test_overlapping_tokens_are_all_marked() -> None:
-    marker = Marker(["aba", "<x>"])
+    marker = SpecialTokenGuard(["aba", "<x>"])
     marked = marker.mark("ababa", "#")
     assert [special for _, special in marker.split(marked, "#")] == [False]
     assert "".join(text for text, _ in marker.split(marked, "#")) == "ababa"

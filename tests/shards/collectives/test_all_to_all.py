@@ -49,7 +49,7 @@ def check_experts(mesh: Any, rank: int) -> None:  # noqa: ANN401
     from arriero.kernels.ops import MoELayer
     from arriero.kernels.reference.backend import ReferenceOps
     from arriero.shards.collectives.expert_parallel import ExpertParallel
-    from arriero.shards.layout.expert_placement import Placement
+    from arriero.shards.layout.expert_placement import ExpertPlacement
 
     ops = ReferenceOps(torch.device("cpu"))
     generator = torch.Generator().manual_seed(3)
@@ -70,8 +70,8 @@ def check_experts(mesh: Any, rank: int) -> None:  # noqa: ANN401
         * torch.arange(experts)[:, None].ge(2).float()
         - torch.arange(experts)[:, None].lt(2).float(),
     }
-    twice = Placement.even([2] * RANKS, spare=1)
-    for placement in (Placement.even([2] * RANKS), twice):
+    twice = ExpertPlacement.even([2] * RANKS, spare=1)
+    for placement in (ExpertPlacement.even([2] * RANKS), twice):
         run = ExpertParallel(mesh, ops, placement, "float32")
         for index, (kind, router) in enumerate(routers.items()):
             for tokens in (3 * rank, 0, 40):

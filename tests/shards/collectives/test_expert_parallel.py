@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from arriero.shards.layout.expert_placement import Placement
+from arriero.shards.layout.expert_placement import ExpertPlacement
 
 
 def test_copies_take_turns() -> None:
-    slots, copies = Placement.even([2, 1]).slots_EA()
+    slots, copies = ExpertPlacement.even([2, 1]).slots_EA()
     assert slots.tolist() == [[0], [1], [2]] and copies.tolist() == [1, 1, 1]
-    twice = Placement(
+    twice = ExpertPlacement(
         torch.tensor([0, 1, 0, 2], dtype=torch.int32).numpy(),
         torch.tensor([0, 2, 4], dtype=torch.int32).numpy(),
     )

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arriero.shards.engine.dp_scheduler import Lanes
+from arriero.shards.engine.dp_scheduler import DataParallelScheduler
 from arriero.shards.engine.types import EngineConfig, SequenceOutput
 from arriero.shards.errors import GroupFailed, InvalidRequest, Overloaded
 from arriero.shards.kv.limits import GroupTierLimits, TierLimits
-from arriero.shards.kv.transfers import Moved, Pool, Segment
+from arriero.shards.kv.transfers import Pool, Segment, TransferResult
 from arriero.shards.protocol.step_plan import StepResult, int32
 from support.fake_slice import FakeExecutor, answer
 
@@ -24,7 +24,7 @@ class Run:
     """Drives lanes, each with a slice of its own; results come back in any order of lanes."""
 
     def __init__(self, config: EngineConfig, rng: random.Random) -> None:
-        self.lanes, self.rng, self.config = Lanes(config), rng, config
+        self.lanes, self.rng, self.config = DataParallelScheduler(config), rng, config
         self.slices = [FakeExecutor(config) for _ in range(config.num_lanes)]
         self.outputs: dict[tuple[str, int], list[SequenceOutput]] = defaultdict(list)
         self.busy = Counter[int]()
@@ -34,10 +34,10 @@ class Run:
         assert len(plans) in (0, len(self.slices))
         assert len({plan.step for plan in plans}) < 2
         assert not plans or any(len(plan.slots) for plan in plans)
-        for lane, plan in enumerate(plans):
-            assert plan.lane == lane
-            self.busy[lane] += bool(len(plan.slots))
-            self.slices[lane].submit(plan)
+        for dp_rank, plan in enumerate(plans):
+            assert plan.dp_rank == dp_rank
+            self.busy[dp_rank] += bool(len(plan.slots))
+            self.slices[dp_rank].submit(plan)
         return bool(plans)
 
     def collect(self) -> bool:
@@ -118,7 +118,7 @@ def test_work_is_spread_and_prefixes_draw() -> None:
 
 
 def test_limits_are_the_group_s() -> None:
-    lanes = Lanes(make_config(num_lanes=2, max_queued=3))
+    lanes = DataParallelScheduler(make_config(num_lanes=2, max_queued=3))
     for i in range(3):
         lanes.check_load(f"r{i}")
         lanes.enqueue(make_request(f"r{i}"))
@@ -129,9 +129,9 @@ def test_limits_are_the_group_s() -> None:
 
 
 def test_a_result_of_no_lane_is_refused() -> None:
-    lanes = Lanes(make_config(num_lanes=2))
+    lanes = DataParallelScheduler(make_config(num_lanes=2))
     with pytest.raises(GroupFailed):
-        lanes.update(StepResult(step=0, tokens=int32(), lane=2))
+        lanes.update(StepResult(step=0, tokens=int32(), dp_rank=2))
 
 
 def test_events_are_told_once() -> None:
@@ -142,7 +142,7 @@ def test_events_are_told_once() -> None:
 
     config = make_config(num_lanes=2, max_sequences=1)
     run = Run(config, random.Random(1))
-    run.lanes = Lanes(config, on_event=listen)
+    run.lanes = DataParallelScheduler(config, on_event=listen)
     for i in range(4):  # both lanes compute the same prompt
         run.lanes.enqueue(make_request(f"r{i}", [7] * 12, seed=1))
     run.finish()
@@ -158,18 +158,20 @@ def test_what_lanes_keep_below_is_told_once() -> None:
     tiers = GroupTierLimits(all=TierLimits(host_blocks=8))
     config = make_config(num_lanes=2, max_sequences=1, tiers=tiers)
     run = Run(config, random.Random(1))
-    run.lanes = Lanes(config, on_event=listen)
+    run.lanes = DataParallelScheduler(config, on_event=listen)
     memory = Segment(0, 0, "", "", (0, 1), (0, 1), (4, 1, 1), 8)
-    run.lanes.take_moved([Moved(0, ready=True, segment=memory, lane=lane) for lane in (0, 1)])
+    run.lanes.take_moved(
+        [TransferResult(0, ready=True, segment=memory, dp_rank=dp_rank) for dp_rank in (0, 1)]
+    )
     for i in range(2):  # both lanes compute the same prompt
         run.lanes.enqueue(make_request(f"r{i}", [7] * 12, seed=1))
     run.finish()
     saved = Counter[int]()
     while taken := run.lanes.take_moves():
         for moves in taken:
-            saved[moves.lane] += len(moves.moves)
+            saved[moves.dp_rank] += len(moves.moves)
             done = [move.id for move in moves.moves]
-            run.lanes.take_moved([Moved(0, done=done, lane=moves.lane)])
+            run.lanes.take_moved([TransferResult(0, done=done, dp_rank=moves.dp_rank)])
     assert saved[0] == saved[1] > 0
     kept = [key for kind, key in told if kind == "kept"]
     assert len(kept) == saved[0] and run.lanes.stats.tiers["host"] == 2 * saved[0]

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from arriero.shards.kv import nixl
 from arriero.shards.kv import tcp as wire
-from arriero.shards.kv.block_shards import BadBlock, BlockForm, Bytes, Piece
+from arriero.shards.kv.block_shards import BadBlock, BlockForm, BlockShard, Bytes
 from arriero.shards.kv.checksums import block_sums
 from arriero.shards.kv.files import BlockFiles
 from arriero.shards.kv.host import HostPool
@@ -30,11 +30,11 @@ from arriero.shards.kv.tcp import BlockServer
 from arriero.shards.kv.transfers import Segment
 
 FORM = BlockForm(torch.float32, 4, 8)
-WHOLE = Piece((0, 4), (0, 3))
+WHOLE = BlockShard((0, 4), (0, 3))
 LAYOUTS = (
     [WHOLE],
-    [Piece((0, 4), (0, 2)), Piece((0, 4), (2, 3))],
-    [Piece((0, 1), (0, 3)), Piece((1, 4), (0, 3))],
+    [BlockShard((0, 4), (0, 2)), BlockShard((0, 4), (2, 3))],
+    [BlockShard((0, 1), (0, 3)), BlockShard((1, 4), (0, 3))],
 )
 
 
@@ -42,7 +42,7 @@ def key_of(number: int) -> bytes:
     return (number + 1).to_bytes(16, "little")  # all zeros is no key
 
 
-def content(number: int, piece: Piece = WHOLE) -> torch.Tensor:
+def content(number: int, piece: BlockShard = WHOLE) -> torch.Tensor:
     """A block's numbers: each says which block, layer, head and so on it is of."""
     whole = torch.arange(FORM.nbytes(WHOLE) // 4, dtype=torch.float32).reshape(FORM.shape(WHOLE))
     layers, heads = piece.within(WHOLE)
@@ -127,7 +127,7 @@ def test_a_file_gives_its_block_or_none(seed: int, faults: float) -> None:
 
 
 @contextmanager
-def server(piece: Piece, count: int) -> Iterator[tuple[HostPool, Segment]]:
+def server(piece: BlockShard, count: int) -> Iterator[tuple[HostPool, Segment]]:
     """A rank that holds the first `count` blocks, for readers over TCP."""
     pool = HostPool(FORM, piece, count, pinned=False)
     for slot in range(count):
@@ -278,7 +278,7 @@ def test_a_bit_that_flips_in_host_memory_costs_its_block(seed: int) -> None:
             peer.close()
 
 
-def hold(pieces: list[Piece], count: int, pipe: Connection) -> None:
+def hold(pieces: list[BlockShard], count: int, pipe: Connection) -> None:
     """Ranks that others read through NIXL, in a process of their own."""
     with ExitStack() as ranks:
         pools, told = [], []
@@ -294,7 +294,7 @@ def hold(pieces: list[Piece], count: int, pipe: Connection) -> None:
 
 
 @pytest.mark.parametrize("theirs", [LAYOUTS[1], pytest.param(LAYOUTS[2], marks=pytest.mark.slow)])
-def test_a_peer_is_read_through_nixl_until_it_dies(theirs: list[Piece]) -> None:
+def test_a_peer_is_read_through_nixl_until_it_dies(theirs: list[BlockShard]) -> None:
     pytest.importorskip("nixl", reason="needs the extra arriero[nixl]")
     assert nixl.wanted("nixl") and not nixl.wanted("tcp")
     count, context = 8, get_context("spawn")
@@ -305,7 +305,12 @@ def test_a_peer_is_read_through_nixl_until_it_dies(theirs: list[Piece]) -> None:
         assert pipe.poll(60)
         segments = [Segment.from_wire(one.to_wire()) for one in pipe.recv()]
         reader = nixl.NixlReader()
-        for ours in (WHOLE, Piece((0, 4), (1, 3)), Piece((1, 3), (0, 3)), Piece((1, 3), (2, 3))):
+        for ours in (
+            WHOLE,
+            BlockShard((0, 4), (1, 3)),
+            BlockShard((1, 3), (0, 3)),
+            BlockShard((1, 3), (2, 3)),
+        ):
             peer = PeerPool(segments, FORM, ours, reader)
             into = torch.full((count, *FORM.shape(ours)), -1.0)
             # the third is not where it is said to be, and the last beyond all slots
@@ -346,7 +351,7 @@ def test_a_peer_is_read_through_nixl_until_it_dies(theirs: list[Piece]) -> None:
     ids=str,
 )
 def test_sums_tell_changes_and_go_by_head(dtype: torch.dtype, positions: int, dim: int) -> None:
-    form, piece = BlockForm(dtype, positions, dim), Piece((0, 3), (0, 4))
+    form, piece = BlockForm(dtype, positions, dim), BlockShard((0, 3), (0, 4))
     generator = torch.Generator().manual_seed(0)
     nbytes = form.nbytes(piece)
     bits = torch.randint(0, 256, (5 * nbytes,), dtype=torch.uint8, generator=generator)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from arriero.kernels.attention_mask import Visible
+from arriero.kernels.attention_mask import AttentionMaskSpec
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.kv_tiers import TierConfig
 from arriero.shards.kv.paging import SeenBlocks
@@ -19,7 +19,7 @@ from .test_tiers import small as plain
 __all__ = ["model", "prompts"]  # fixtures
 
 WINDOW, SINKS = 40, 5
-SEEN = SeenBlocks(Visible(window=WINDOW, sinks=SINKS), 16)
+SEEN = SeenBlocks(AttentionMaskSpec(window=WINDOW, sinks=SINKS), 16)
 
 
 def small(model: str, tiers: TierConfig, **more: object) -> GroupConfig:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arriero.shards.layout.expert_balancer import balanced, imbalance, rank_loads
-from arriero.shards.layout.expert_placement import Placement
+from arriero.shards.layout.expert_placement import ExpertPlacement
 
 RANKS, EXPERTS, SPARE = 8, 128, 16
 
@@ -28,7 +28,7 @@ def test_zipf(seed: int) -> None:
     seen, coming = (
         np.bincount(part, minlength=EXPERTS).astype(float) for part in (trace[:half], trace[half:])
     )
-    before = Placement.even([EXPERTS // RANKS] * RANKS)
+    before = ExpertPlacement.even([EXPERTS // RANKS] * RANKS)
     after = balanced(seen, [(EXPERTS + SPARE) // RANKS] * RANKS)
     was, now = imbalance(coming, before), imbalance(coming, after)
     print(f"largest rank load / mean: {was:.3f} before, {now:.3f} after")
@@ -57,7 +57,7 @@ def test_every_expert_has_a_slot_and_every_slot_an_expert(
 
 
 def test_what_stays_keeps_its_slot() -> None:
-    now = Placement.even([4, 4])
+    now = ExpertPlacement.even([4, 4])
     loads = np.asarray([9.0, 9, 9, 1, 1, 1, 1, 1])
     after = balanced(loads, [4, 4], now)
     kept = (after.expert_S == now.expert_S).sum()

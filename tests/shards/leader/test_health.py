@@ -20,14 +20,21 @@ from arriero.shards.engine.types import EngineRequest, SequenceOutput
 from arriero.shards.layout.resolve import resolve
 from arriero.shards.leader.health import GroupHealth, HealthLimits
 from arriero.shards.leader.remote_executor import RemoteExecutor, spawn_group
-from arriero.shards.protocol.failure import CAUSE_S, SETTLE_S, Evidence, FirstCause, Inquest, Kind
-from arriero.shards.protocol.heartbeat import Pulse
+from arriero.shards.protocol.failure import (
+    CAUSE_S,
+    SETTLE_S,
+    Evidence,
+    FirstCause,
+    Kind,
+    RootCauseCollector,
+)
+from arriero.shards.protocol.heartbeat import Heartbeat
 
 MODEL = os.environ.get("ARRIERO_TEST_MODEL", "")
 LIMITS = HealthLimits(silence_s=3.0, hang_s=4.0, step_s=60.0)
-BUSY = Pulse(step=7, phase="layers")
-WAITS = Pulse(step=7, phase="layers", waits_for="all-reduce", moves=3)
-IDLE = Pulse(step=6, phase="sample", idle=True, moves=3)
+BUSY = Heartbeat(step=7, phase="layers")
+WAITS = Heartbeat(step=7, phase="layers", waits_for="all-reduce", moves=3)
+IDLE = Heartbeat(step=6, phase="sample", idle=True, moves=3)
 
 
 class Watched:
@@ -37,7 +44,7 @@ class Watched:
         self.now_s = 100.0
         self.health = GroupHealth(LIMITS, ["slice 0", "slice 1"], self.now_s)
 
-    def run(self, seconds: float, *pulses: Pulse | None) -> Evidence | None:
+    def run(self, seconds: float, *pulses: Heartbeat | None) -> Evidence | None:
         """Let time pass; a rank whose pulse is None says nothing."""
         for _ in range(int(seconds * 2)):
             self.now_s += 0.5
@@ -89,7 +96,7 @@ def test_a_long_computation_is_no_hang() -> None:
 def test_all_waiting_is_a_hang_that_names_the_one_behind() -> None:
     group = Watched()
     group.health.planned(7, group.now_s)
-    behind = Pulse(step=7, phase="layers", waits_for="activations", moves=2)
+    behind = Heartbeat(step=7, phase="layers", waits_for="activations", moves=2)
     began_s = group.now_s
     found = group.run(60, WAITS, behind)
     assert found is not None
@@ -108,7 +115,7 @@ def test_waits_that_move_on_are_no_hang() -> None:
     group = Watched()
     group.health.planned(7, group.now_s)
     for moves in range(100):
-        moving = Pulse(step=7, phase="layers", waits_for="all-reduce", moves=moves)
+        moving = Heartbeat(step=7, phase="layers", waits_for="all-reduce", moves=moves)
         assert group.run(1, moving, WAITS) is None
 
 
@@ -160,8 +167,8 @@ def test_clocks_may_drift_apart() -> None:
 
 
 def test_the_first_cause_is_not_the_first_to_be_heard() -> None:
-    inquest = Inquest()
-    broke = Evidence(kind=Kind.BROKE, what="slice 0 failed in layers: broke off", rank=0)
+    inquest = RootCauseCollector()
+    broke = Evidence(kind=Kind.ABORTED, what="slice 0 failed in layers: broke off", rank=0)
     crash = Evidence(kind=Kind.CRASH, what="slice 1 (pid 5) died", rank=1)
     silent = Evidence(kind=Kind.SILENT, what="slice 1 is silent", rank=1, step=9, phase="layers")
     for at_s, one in enumerate((broke, silent, crash, crash)):
@@ -176,8 +183,8 @@ def test_the_first_cause_is_not_the_first_to_be_heard() -> None:
 
 
 def test_the_end_of_whoever_waited_for_another_is_not_the_first_cause() -> None:
-    inquest = Inquest()
-    inquest.add(Evidence(kind=Kind.BROKE, what="slice 1 failed: broke off", rank=1), 0.0)
+    inquest = RootCauseCollector()
+    inquest.add(Evidence(kind=Kind.ABORTED, what="slice 1 failed: broke off", rank=1), 0.0)
     inquest.add(Evidence(kind=Kind.CRASH, what="slice 1 died", rank=1), 0.3)
     assert not inquest.settled(SETTLE_S) and inquest.settled(CAUSE_S)
     inquest.add(Evidence(kind=Kind.CRASH, what="slice 0 died", rank=0), 0.7)
@@ -186,7 +193,7 @@ def test_the_end_of_whoever_waited_for_another_is_not_the_first_cause() -> None:
 
 
 def test_an_error_of_ones_own_comes_before_the_end_of_the_process() -> None:
-    inquest = Inquest()
+    inquest = RootCauseCollector()
     inquest.add(Evidence(kind=Kind.ERROR, what="slice 1 failed: no memory", rank=1), 0.0)
     inquest.add(Evidence(kind=Kind.CRASH, what="slice 1 ended", rank=1), 0.1)
     assert inquest.verdict().cause.kind is Kind.ERROR

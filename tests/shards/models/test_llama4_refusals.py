@@ -22,7 +22,7 @@ from arriero.shards.checkpoint.formats.stored import TensorDue, reads, tensors_d
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.checkpoint.safetensors_header import StoredTensor
 from arriero.shards.collectives.mesh import Mesh
-from arriero.shards.layout.expert_placement import Placement
+from arriero.shards.layout.expert_placement import ExpertPlacement
 from arriero.shards.layout.moe import MoEMesh, MoEPart, partition_moe
 from arriero.shards.model_config.llama4 import Llama4Config
 from arriero.shards.models import loader
@@ -111,7 +111,7 @@ class Packing(ReferenceOps):
 def claims(config: Llama4Config, due: list[TensorDue], part: MoEPart, mesh: MoEMesh) -> Folder:
     folder = Folder(config, due)
     even = [config.num_experts // mesh.stage_size] * mesh.stage_size
-    placement = Placement.even(even) if mesh.dp > 1 else None
+    placement = ExpertPlacement.even(even) if mesh.dp > 1 else None
     Llama4Slice(
         folder,
         part,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from arriero.kernels.attention_mask import EVERYTHING, Visible
+from arriero.kernels.attention_mask import FULL_ATTENTION, AttentionMaskSpec
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.errors import CheckpointError, SpecError
 from arriero.shards.kv.paging import SeenBlocks
@@ -72,11 +72,13 @@ def test_refusals(model: AnyModel, settings: dict[str, Any], why: str) -> None:
 
 
 def test_what_is_served() -> None:
-    assert visible_keys(dense(), asked()) == EVERYTHING
-    assert visible_keys(dense(sliding_window=64), asked(sliding_window=64)) == Visible(window=64)
+    assert visible_keys(dense(), asked()) == FULL_ATTENTION
+    assert visible_keys(dense(sliding_window=64), asked(sliding_window=64)) == AttentionMaskSpec(
+        window=64
+    )
     meant = asked(sliding_window=64, attention_sinks=4, changes_answers=True)
-    assert visible_keys(dense(), meant) == Visible(window=64, sinks=4)
-    assert visible_keys(dense(sliding_window=99), meant) == Visible(window=64, sinks=4)
+    assert visible_keys(dense(), meant) == AttentionMaskSpec(window=64, sinks=4)
+    assert visible_keys(dense(sliding_window=99), meant) == AttentionMaskSpec(window=64, sinks=4)
     llama4 = Llama4Config.from_dict(llama4_settings())
     assert visible_keys(llama4, asked()).chunk_size == llama4.attention_chunk_size
 
@@ -112,7 +114,7 @@ def test_the_bound_is_what_a_sequence_may_hold_and_no_more(
     window: int, sinks: int, step: int
 ) -> None:
     """Against counting, token by token, what steps of any start see and write."""
-    size, visible = 16, Visible(window=window, sinks=sinks)
+    size, visible = 16, AttentionMaskSpec(window=window, sinks=sinks)
     seen = SeenBlocks(visible, size)
     most = 0
     for start in range(400):

@@ -230,7 +230,9 @@ def test_a_result_keeps_its_lane() -> None:
     """Data-parallel lanes count their steps alike: without it a result is taken for another's."""
     none = np.empty(0, np.int32)
     arrays = ("freed", "block_slots", "block_index", "block_ids", "slots", "starts", "counts")
-    plan = StepPlan(step=3, lane=1, new=[], **dict.fromkeys((*arrays, "tokens", "samples"), none))
+    plan = StepPlan(
+        step=3, dp_rank=1, new=[], **dict.fromkeys((*arrays, "tokens", "samples"), none)
+    )
     copied = Copied(plan, None, None, StubEvent([]), 0)
     result = copied.wait()
-    assert (result.step, result.lane) == (3, 1)
+    assert (result.step, result.dp_rank) == (3, 1)
