@@ -1,8 +1,9 @@
 """Why a group was lost: evidence from many places, and the one piece of it that came first.
 
 A dead slice shows up as its neighbours' broken collectives, its process's end, its silence and the
-leader's unanswered plan, in any order. `RootCauseCollector` takes all of it in and names the first cause; the
-rest is folded under it. Knows evidence and times; knows nothing of processes or sockets.
+leader's unanswered plan, in any order. `RootCauseCollector` takes all of the evidence and names the
+first cause; the rest is listed below the first cause. Knows evidence and times; knows nothing of
+processes or sockets.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class Done:
 
 
 class Runner:
-    """One rank of a replica group. `config` is resolved (see `arriero.shards.layout.families.resolve`)."""
+    """One rank of a replica group; `config` is resolved by `arriero.shards.layout.resolve`."""
 
     table_type: type[SequenceTable] = SequenceTable
     spare_blocks = 0
