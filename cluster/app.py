@@ -119,7 +119,7 @@ def build(spec: DeploymentSpec, room: ClusterCapacity) -> Application:
         SpecError: the cluster has not what a model asks for.
     """
     leaders = [
-        leader(model, spec, room, slot=f"{model.name}-{index}", revision=1)
+        leader(model, spec, room, seat=f"{model.name}-{index}", revision=1)
         for model in spec.models
         for index in range(model.groups)
     ]
@@ -172,7 +172,7 @@ def application(args: Mapping[str, str]) -> Application:
 
 
 def leader(
-    model: ModelSpec, spec: DeploymentSpec, room: ClusterCapacity, *, slot: str, revision: int
+    model: ModelSpec, spec: DeploymentSpec, room: ClusterCapacity, *, seat: str, revision: int
 ) -> Application:
     """One group of a model, as an application or a part of one.
 
@@ -193,7 +193,7 @@ def leader(
     stages = PlacementBundles.of(model)
     settings = GroupSettings(
         model=model.name,
-        slot=slot,
+        seat=seat,
         revision=revision,
         config=model.group_config(device),
         cpus_per_slice=cpus,
@@ -208,7 +208,7 @@ def leader(
         log_level=spec.log_level,
     )
     deployment = serve.deployment(
-        name=f"group-{slot}",
+        name=f"group-{seat}",
         num_replicas=1,
         ray_actor_options={"num_cpus": SERVICE_CPUS},
         placement_group_bundles=[{"CPU": SERVICE_CPUS}, *stages.bundles(cpus, device)],

@@ -141,7 +141,7 @@ def down(folder: Path, say: Say) -> bool:
     return True
 
 
-def board(deployment: Deployment) -> RegistrySnapshot:
+def snapshot(deployment: Deployment) -> RegistrySnapshot:
     """What the deployment's registry knows.
 
     Raises:
@@ -157,7 +157,7 @@ def board(deployment: Deployment) -> RegistrySnapshot:
     with connected(deployment):
         try:
             actor = ray.get_actor(registry.NAME, namespace=registry.NAMESPACE)
-            found: Any = ray.get(actor.board.remote(), timeout=_JOIN_LIMIT_S)
+            found: Any = ray.get(actor.snapshot.remote(), timeout=_JOIN_LIMIT_S)
         except (ValueError, ray.exceptions.RayError) as error:
             raise Unavailable(f"no registry at {deployment.ray_address}: {error}") from None
         assert isinstance(found, RegistrySnapshot)
@@ -224,11 +224,11 @@ def _deploy(spec: DeploymentSpec, say: Say, token: str, *, shared: bool) -> tupl
             f"the Ray cluster serves an application `{app.NAME}` already; take it down where it"
             " was brought up, or give another cluster"
         )
-    before: Any = ray.get(directory.board.remote(), timeout=_JOIN_LIMIT_S)
+    before: Any = ray.get(directory.snapshot.remote(), timeout=_JOIN_LIMIT_S)
     try:
         room = app.ClusterCapacity.of_cluster(spec, shared=shared)
         for model in spec.models:  # what cannot be is said before anything starts
-            app.leader(model, spec, room, slot=model.name, revision=0)
+            app.leader(model, spec, room, seat=model.name, revision=0)
         manager = operator.connect(spec, shared=shared, token=token)
         try:
             admin: Any = ray.get(manager.deploy.remote(), timeout=spec.health.start_timeout_s)
@@ -300,13 +300,13 @@ def _wait(
     wanted = sum(model.groups for model in spec.models)
     deadline_s = time.monotonic() + spec.health.start_timeout_s
     while True:
-        board: Any = ray.get(directory.board.remote(), timeout=_JOIN_LIMIT_S)
-        new = [one for one in board.failures if one not in old]
+        snapshot: Any = ray.get(directory.snapshot.remote(), timeout=_JOIN_LIMIT_S)
+        new = [one for one in snapshot.failures if one not in old]
         if new:
             first = new[0]
             kind = _FAILURES.get(first.kind, GroupFailed)
             raise kind(f"{first.who} cannot serve: {first.cause}")
-        gateway = max(board.gateways, key=lambda one: len(one.linked), default=None)
+        gateway = max(snapshot.gateways, key=lambda one: len(one.linked), default=None)
         if gateway is not None and len(gateway.linked) >= wanted:
             return gateway.address, gateway.http
         for name, status in serve.status().applications.items():
@@ -315,19 +315,19 @@ def _wait(
                 raise GroupFailed(f"Ray Serve could not deploy {name}: {status.message.strip()}")
         if time.monotonic() > deadline_s:
             raise Unavailable(
-                f"{len(board.groups)} of {wanted} groups and {len(board.gateways)} gateways serve,"
+                f"{len(snapshot.groups)} of {wanted} groups and {len(snapshot.gateways)} gateways serve,"
                 f" and {'none' if gateway is None else gateway.address} reaches"
                 f" {0 if gateway is None else len(gateway.linked)} groups, after"
                 f" health.start_timeout_s={spec.health.start_timeout_s:g}"
             )
-        say(_progress(board, wanted))
+        say(_progress(snapshot, wanted))
         time.sleep(_POLL_S)
 
 
-def _progress(board: RegistrySnapshot, wanted: int) -> str:
-    if len(board.groups) >= wanted:
+def _progress(snapshot: RegistrySnapshot, wanted: int) -> str:
+    if len(snapshot.groups) >= wanted:
         return "linking the gateway"
-    told = [f"{group_id}: {text}" for group_id, text in board.progress.items()]
+    told = [f"{group_id}: {text}" for group_id, text in snapshot.progress.items()]
     return "; ".join(told) or "starting leaders"
 
 

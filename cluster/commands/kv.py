@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from arriero.router.proto.arriero.v1 import admin_pb2 as pb
 
 app = typer.Typer(help="Look into the KV caches, and change what they hold.", no_args_is_help=True)
-Name = Annotated[str, typer.Option("--group", help="A group, slot or model; none for all groups.")]
+Name = Annotated[str, typer.Option("--group", help="A group, seat or model; none for all groups.")]
 Raw = Annotated[
     bool, typer.Option("--raw", help="Text as prompts begin with it, not a system prompt.")
 ]

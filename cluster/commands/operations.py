@@ -97,7 +97,7 @@ def scale(
 
 
 def drain(
-    name: Annotated[str, typer.Argument(help="A group or its slot, as `status` shows them.")],
+    name: Annotated[str, typer.Argument(help="A group or its seat, as `status` shows them.")],
     wait: Wait = True,
     as_json: AsJson = False,
     state_dir: StateDir = None,
@@ -154,7 +154,7 @@ def reload(
 
 
 def experts(
-    group: Annotated[str, typer.Argument(help="A group, slot or model; none for all.")] = "",
+    group: Annotated[str, typer.Argument(help="A group, seat or model; none for all.")] = "",
     as_json: AsJson = False,
     state_dir: StateDir = None,
 ) -> None:
@@ -165,7 +165,7 @@ def experts(
         found = [
             one
             for one in client.status().groups
-            if group in ("", one.id, one.slot, one.model) and one.expert_loads
+            if group in ("", one.id, one.seat, one.model) and one.expert_loads
         ]
     if not found:
         which = f"{group!r} is no group" if group else "there is none"
@@ -204,7 +204,7 @@ def events(
 
 def why(
     group: Annotated[
-        str, typer.Argument(help="A group, slot or model; none for the latest failure.")
+        str, typer.Argument(help="A group, seat or model; none for the latest failure.")
     ] = "",
     as_json: AsJson = False,
     state_dir: StateDir = None,
@@ -223,7 +223,7 @@ def why(
 
 def logs(
     group: Annotated[
-        str, typer.Argument(help="A group or its slot; `gateways`, or one's id; `operator`.")
+        str, typer.Argument(help="A group or its seat; `gateways`, or one's id; `operator`.")
     ],
     lines: Annotated[int, typer.Option(min=1, max=1000, help="Of each process.")] = 20,
     as_json: AsJson = False,
@@ -282,11 +282,11 @@ def _wait(client: AdminClient, say: object) -> None:
         for group in found.groups:
             if group.phase == "failed" and group.revision == wanted.get(group.model):
                 raise GroupFailed(
-                    f"{group.slot} does not start: {group.text}; the others serve on"
+                    f"{group.seat} does not start: {group.text}; the others serve on"
                     f" (`arriero rollback {group.model}` goes back)"
                 )
         moving = [one for one in found.groups if one.phase != "serving"]
-        say(", ".join(f"{one.slot} {one.phase}" for one in moving) or "waiting")
+        say(", ".join(f"{one.seat} {one.phase}" for one in moving) or "waiting")
         time.sleep(_POLL_S)
 
 

@@ -83,7 +83,7 @@ def view(before: tuple[float, pb.Status] | None, now: tuple[float, pb.Status]) -
         cached = group.cached_tokens / group.prompt_tokens if group.prompt_tokens else 0.0
         bar = ProgressBar(total=max(group.blocks_total, 1), completed=group.blocks_used, width=12)
         table.add_row(
-            group.id or group.slot,
+            group.id or group.seat,
             group.phase,
             f"{len(group.slice_pids)} ({group.layout})",
             str(group.running),

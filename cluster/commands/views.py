@@ -38,7 +38,7 @@ def status_view(status: pb.Status) -> RenderableType:
     for one in status.groups:
         load = [f"{one.expert_imbalance:.2f} of even" if one.expert_loads else ""]
         table.add_row(
-            Text(one.id or one.slot),
+            Text(one.id or one.seat),
             Text(one.phase, style=_STYLES.get(one.phase, "")),
             one.layout,
             str(one.running),
@@ -48,7 +48,7 @@ def status_view(status: pb.Status) -> RenderableType:
             *(load if mixtures else []),
         )
     parts.append(table)
-    parts += [Text(f"{one.slot}: {one.text}") for one in status.groups if one.text]
+    parts += [Text(f"{one.seat}: {one.text}") for one in status.groups if one.text]
     for failure in status.failures[-3:]:
         healed = ""
         if failure.HasField("recovered_s"):

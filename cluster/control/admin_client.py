@@ -78,7 +78,7 @@ class AdminClient:
         return list(self._call(self._stub.ListEvents, pb.ListEventsRequest(limit=limit)).events)
 
     def why(self, name: str = "") -> pb.WhyResponse:
-        """The first cause of the latest failure of a group, slot or model."""
+        """The first cause of the latest failure of a group, seat or model."""
         return self._call(self._stub.Why, pb.WhyRequest(name=name))
 
     def logs(self, name: str, lines: int) -> list[pb.ProcessLog]:

@@ -61,8 +61,8 @@ class AdminServer:
         board: the registry.
     """
 
-    def __init__(self, operator: Operator, board: ActorHandle[Registry]) -> None:
-        self._operator, self._registry = operator, board
+    def __init__(self, operator: Operator, snapshot: ActorHandle[Registry]) -> None:
+        self._operator, self._registry = operator, snapshot
         self._server: grpc.aio.Server | None = None
 
     async def start(self, host: str, port: int, tls: TlsFiles | None) -> str:
@@ -140,34 +140,34 @@ class AdminServer:
         return run
 
     async def _status(self, request: pb.GetStatusRequest) -> pb.Status:
-        board = await self._registry.board.remote()
-        wishes, slots = self._operator.wishes(), self._operator.slots(board)
-        entries: dict[str, GroupEntry] = {one.slot: one for one in board.groups}
+        snapshot = await self._registry.snapshot.remote()
+        desired_models, seats = self._operator.desired_models(), self._operator.seats(snapshot)
+        entries: dict[str, GroupEntry] = {one.seat: one for one in snapshot.groups}
         status = pb.Status()
-        for name, wish in wishes.items():
-            own = [slot for slot in slots if slot.model == name]
+        for name, desired in desired_models.items():
+            own = [seat for seat in seats if seat.model == name]
             status.models.add(
                 model=name,
-                revision=wish.revision,
-                groups=wish.count,
-                serving=sum(slot.phase is Phase.SERVING for slot in own),
-                settled=settled({name: wish}, own) and self._operator.gateways_settled,
+                revision=desired.revision,
+                groups=desired.count,
+                serving=sum(seat.phase is Phase.SERVING for seat in own),
+                settled=settled({name: desired}, own) and self._operator.gateways_settled,
                 path=self._operator.settings(name).path,
-                spares=wish.spares,
-                standing_by=sum(slot.phase is Phase.STANDBY for slot in own),
-                queued=board.demand.get(name, (0, 0.0))[0],
-                wait_s=board.demand.get(name, (0, 0.0))[1],
+                spares=desired.spares,
+                standing_by=sum(seat.phase is Phase.STANDBY for seat in own),
+                queued=snapshot.demand.get(name, (0, 0.0))[0],
+                wait_s=snapshot.demand.get(name, (0, 0.0))[1],
             )
-        for slot in sorted(slots, key=lambda one: (one.spare, one.name)):
+        for seat in sorted(seats, key=lambda one: (one.spare, one.name)):
             group = status.groups.add(
-                slot=slot.name, model=slot.model, revision=slot.revision, phase=slot.phase.value
+                seat=seat.name, model=seat.model, revision=seat.revision, phase=seat.phase.value
             )
-            group.text = self._operator.trouble(slot.name) or _progress(board, slot.name)
-            if (entry := entries.get(slot.name)) is not None:
+            group.text = self._operator.trouble(seat.name) or _progress(snapshot, seat.name)
+            if (entry := entries.get(seat.name)) is not None:
                 _fill(group, entry)
-        for one in board.gateways:
+        for one in snapshot.gateways:
             status.gateways.add(id=one.id, address=one.address, http=one.http, pid=one.pid)
-        status.failures.extend(map(_failure, board.failures))
+        status.failures.extend(map(_failure, snapshot.failures))
         return status
 
     async def _events(self, request: pb.ListEventsRequest) -> pb.ListEventsResponse:
@@ -183,7 +183,7 @@ class AdminServer:
         return pb.WhyResponse(failure=_failure(found), lines=found.words())
 
     async def _logs(self, request: pb.LogsRequest) -> pb.LogsResponse:
-        processes = _processes(await self._registry.board.remote(), request.name)
+        processes = _processes(await self._registry.snapshot.remote(), request.name)
         count = min(request.lines or 20, MAX_LINES)
         tails = await asyncio.gather(
             *(nodes.log_tail(node_id, pid, count) for _, _, node_id, pid in processes)
@@ -212,9 +212,9 @@ class AdminServer:
         return pb.ChangeResponse(text=await self._operator.reload(_read_spec(request.spec)))
 
     async def _keys(self, request: pb.KeysRequest) -> pb.KeysResponse:
-        board = await self._registry.board.remote()
+        snapshot = await self._registry.snapshot.remote()
         ring = ApiKeyStore(
-            self._operator.spec.gateway.keys, [one.node_id for one in board.gateways]
+            self._operator.spec.gateway.keys, [one.node_id for one in snapshot.gateways]
         )
         if request.action == "list":
             return pb.KeysResponse(keys=map(_api_key, (await ring.entries()).values()))
@@ -238,17 +238,17 @@ class AdminServer:
     async def _kv(self, request: pb.KvRequest) -> pb.KvResponse:
         if request.action not in KV_ACTIONS:
             raise InvalidRequest("action", f"no action {request.action[:32]!r}")
-        board = await self._registry.board.remote()
+        snapshot = await self._registry.snapshot.remote()
         name = request.name
-        found = [e for e in board.groups if name in ("", e.group_id, e.slot, e.model)]
+        found = [e for e in snapshot.groups if name in ("", e.group_id, e.seat, e.model)]
         if not found:
-            there = ", ".join(one.slot for one in board.groups) or "none"
+            there = ", ".join(one.seat for one in snapshot.groups) or "none"
             raise NotFound(f"no group of {name[:128]!r} serves; there is {there}")
         tls = self._operator.spec.link_tls
         return pb.KvResponse(groups=await asyncio.gather(*(ask_kv(e, request, tls) for e in found)))
 
 
-def _processes(board: RegistrySnapshot, name: str) -> list[tuple[str, str, str, int]]:
+def _processes(snapshot: RegistrySnapshot, name: str) -> list[tuple[str, str, str, int]]:
     """The processes of a group, or others by name: what each is, its node, that one's id, a pid.
 
     Raises:
@@ -256,15 +256,15 @@ def _processes(board: RegistrySnapshot, name: str) -> list[tuple[str, str, str, 
     """
     if name == "operator":
         return [(name, node_address(), ray.get_runtime_context().get_node_id(), os.getpid())]
-    gateways = [one for one in board.gateways if name in ("gateways", one.id)]
+    gateways = [one for one in snapshot.gateways if name in ("gateways", one.id)]
     if gateways:
         return [
             (f"gateway {one.id}", one.address.rpartition(":")[0], one.node_id, one.pid)
             for one in gateways
         ]
-    entry = next((e for e in board.groups if name in (e.group_id, e.slot)), None)
+    entry = next((e for e in snapshot.groups if name in (e.group_id, e.seat)), None)
     if entry is None:
-        there = ", ".join([one.slot for one in board.groups] + ["gateways", "operator"])
+        there = ", ".join([one.seat for one in snapshot.groups] + ["gateways", "operator"])
         raise NotFound(f"nothing called {name[:128]!r} serves; there is {there}")
     slices = zip(entry.slice_nodes, entry.slice_node_ids, entry.slice_pids, strict=True)
     return [
@@ -302,8 +302,8 @@ def _read_spec(text: str) -> DeploymentSpec:
         raise SpecError(explain(error, "spec", {})) from None
 
 
-def _progress(board: RegistrySnapshot, slot: str) -> str:
-    return next((t for who, t in board.progress.items() if who.rpartition(".")[0] == slot), "")
+def _progress(snapshot: RegistrySnapshot, seat: str) -> str:
+    return next((t for who, t in snapshot.progress.items() if who.rpartition(".")[0] == seat), "")
 
 
 def _fill(group: pb.GroupStatus, entry: GroupEntry) -> None:
@@ -330,7 +330,7 @@ def _fill(group: pb.GroupStatus, entry: GroupEntry) -> None:
 def _failure(one: Failure) -> pb.Failure:
     return pb.Failure(
         who=one.who,
-        slot=one.slot,
+        seat=one.seat,
         at=one.at,
         cause=one.cause,
         record="" if one.record is None else json.dumps(one.record),

@@ -1,6 +1,6 @@
 """What is wanted of a deployment, as the operator keeps it in Ray's store.
 
-Knows settings by revision, counts and slots; knows nothing of what there is.
+Knows settings by revision, counts and seats; knows nothing of what there is.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class ModelState:
 
 @dataclass(slots=True)
 class SeatState:
-    """One slot as the operator keeps it."""
+    """One seat as the operator keeps it."""
 
     model: str
     revision: int

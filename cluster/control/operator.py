@@ -58,7 +58,7 @@ log = logging.getLogger(__name__)
 
 NAME = "operator"
 PREFIX = f"{app.NAME}-"
-"""Applications of groups: the prefix, then the slot."""
+"""Applications of groups: the prefix, then the seat."""
 _BUSY_S = 0.3
 _QUIET_S = 2.0
 _KEEP_REVISIONS = 8
@@ -88,7 +88,7 @@ class Operator:
         self._scalers: dict[str, Autoscaler] = {}
         self._change = asyncio.Lock()
         self._gateways_change = False  # until Serve has replaced them
-        self._spares: frozenset[str] = frozenset()  # slots that stand by, as last seen
+        self._spares: frozenset[str] = frozenset()  # seats that stand by, as last seen
         from arriero.cluster.control.admin_server import AdminServer
 
         self._admin = AdminServer(self, self._registry)
@@ -133,7 +133,7 @@ class Operator:
         """Whether the gateways are those of the wanted spec."""
         return not self._gateways_change
 
-    def wishes(self) -> dict[str, DesiredModel]:
+    def desired_models(self) -> dict[str, DesiredModel]:
         """What is wanted now."""
         return {
             name: DesiredModel(
@@ -146,17 +146,17 @@ class Operator:
             for name, one in self._kept.models.items()
         }
 
-    def slots(self, board: RegistrySnapshot) -> list[GroupSeat]:
+    def seats(self, snapshot: RegistrySnapshot) -> list[GroupSeat]:
         """What there is."""
-        self._spares = frozenset(board.spares)
-        serving = {one.slot: one for one in board.groups if one.phase == "serving"}
+        self._spares = frozenset(snapshot.spares)
+        serving = {one.seat: one for one in snapshot.groups if one.phase == "serving"}
         found = []
         for name, place in self._kept.places.items():
             if place.stopping:
                 phase = Phase.STOPPING
             elif name in serving:
                 phase = Phase.SERVING
-            elif name in board.standby:
+            elif name in snapshot.standby:
                 phase = Phase.STANDBY
             else:
                 phase = Phase.FAILED if name in self._failed else Phase.STARTING
@@ -173,14 +173,14 @@ class Operator:
             )
         return found
 
-    def trouble(self, slot: str) -> str:
-        """Why a slot did not start, or what it waits for; "" if nothing is amiss."""
-        if slot in self._failed:
-            return self._failed[slot]
-        since_s = self._placing_since_s.get(slot)
+    def trouble(self, seat: str) -> str:
+        """Why a seat did not start, or what it waits for; "" if nothing is amiss."""
+        if seat in self._failed:
+            return self._failed[seat]
+        since_s = self._placing_since_s.get(seat)
         if since_s is None or time.monotonic() - since_s < _PLACE_SOON_S:
             return ""
-        each = self._bundles(self.settings(self._kept.places[slot].model))
+        each = self._bundles(self.settings(self._kept.places[seat].model))
         wanted = ", ".join(f"{amount:g} {name}" for name, amount in each[0].items())
         return (
             f"waits for a place: it wants {len(each)} x ({wanted}), each on one node, and"
@@ -206,15 +206,15 @@ class Operator:
     async def drain(self, name: str) -> str:
         """Want a group gone; a successor comes first where there is room."""
         async with self._change:
-            slot = name if name in self._kept.places else name.rpartition(".")[0]
-            place = self._kept.places.get(slot)
+            seat = name if name in self._kept.places else name.rpartition(".")[0]
+            place = self._kept.places.get(seat)
             if place is None:
                 there = ", ".join(self._kept.places) or "none"
-                raise NotFound(f"no group or slot {name[:128]!r}; there is {there}")
+                raise NotFound(f"no group or seat {name[:128]!r}; there is {there}")
             managed = self._kept.models[place.model]
-            if slot not in managed.drained and not place.stopping:
-                managed.drained.append(slot)
-            return await self._begin(slot, f"{slot}: draining; a successor takes its place")
+            if seat not in managed.drained and not place.stopping:
+                managed.drained.append(seat)
+            return await self._begin(seat, f"{seat}: draining; a successor takes its place")
 
     async def rollout(self, spec: DeploymentSpec | None, *, force: bool) -> str:
         """Want the settings of `spec`, or the same ones with the weights that are there now."""
@@ -222,7 +222,7 @@ class Operator:
             wanted = spec or self._spec
             differing = diff(self._spec, wanted)
             refuse(differing, "rollout")
-            rolled = [one.field for one in differing if one.price == "rollout"]
+            rolled = [one.field for one in differing if one.applied_by == "rollout"]
             # what each group's leader was started with
             force = force or any(_part(one) in ("health", "tracing") for one in rolled)
             looked = {}
@@ -301,7 +301,7 @@ class Operator:
         self._kept.spec = spec.model_dump(mode="json")
         self._room = app.ClusterCapacity.of_cluster(spec, shared=self._kept.shared)
         set_log_level(spec.log_level)
-        if any(one.price == "reload" for one in differing):
+        if any(one.applied_by == "reload" for one in differing):
             self._kept.live_version += 1
             await self._registry.reload.remote(live_settings(spec, self._kept.live_version))
 
@@ -324,28 +324,32 @@ class Operator:
 
     async def _step(self) -> bool:
         """Look, decide, act; True when all is as wanted."""
-        board = await self._registry.board.remote()
-        await self._autoscale(board)
-        await self._assign_roles(board)
-        wishes = self.wishes()
-        slots = self.slots(board)
-        if settled(wishes, slots) and spares_settled(wishes, slots) and self.gateways_settled:
+        snapshot = await self._registry.snapshot.remote()
+        await self._autoscale(snapshot)
+        await self._assign_roles(snapshot)
+        desired_models = self.desired_models()
+        seats = self.seats(snapshot)
+        if (
+            settled(desired_models, seats)
+            and spares_settled(desired_models, seats)
+            and self.gateways_settled
+        ):
             return True
         await self._look()
-        await self._unplace(board)
-        actions = reconcile(wishes, self.slots(board))
+        await self._unplace(snapshot)
+        actions = reconcile(desired_models, self.seats(snapshot))
         for action in actions:
             if isinstance(action, Start):
                 await self._start(action)
             elif isinstance(action, Promote):
-                await self._registry.promote.remote(action.slot)
+                await self._registry.promote.remote(action.seat)
             else:
                 await self._stop(action)
         if actions:
             self._keep()
         return False
 
-    async def _autoscale(self, board: RegistrySnapshot) -> None:
+    async def _autoscale(self, snapshot: RegistrySnapshot) -> None:
         """Want as many groups as are needed, of models whose spec leaves it open."""
         for name, managed in self._kept.models.items():
             settings = self.settings(name)
@@ -353,8 +357,8 @@ class Operator:
                 continue
             limits = settings.autoscale.limits()
             scaler = self._scalers.setdefault(name, Autoscaler(limits))
-            waiting, wait_s = board.demand.get(name, (0, 0.0))
-            own = [one for one in board.groups if one.model == name]
+            waiting, wait_s = snapshot.demand.get(name, (0, 0.0))
+            own = [one for one in snapshot.groups if one.model == name]
             demand = ModelLoad(
                 sequences=waiting
                 + sum(
@@ -371,18 +375,18 @@ class Operator:
                 self._keep()
                 await self._note("autoscale", name, f"{text}, {wait_s:.1f} s to wait")
 
-    async def _assign_roles(self, board: RegistrySnapshot) -> None:
+    async def _assign_roles(self, snapshot: RegistrySnapshot) -> None:
         """Tell leaders which part of requests they are for, where that has changed."""
         tls = self._spec.link_tls
         context = None if tls is None else tls.files().link_client("link_tls")
-        self._roles.forget_but({one.group_id for one in board.groups})
+        self._roles.forget_but({one.group_id for one in snapshot.groups})
         for name in self._kept.models:
             groups = [
                 one
-                for one in board.groups
+                for one in snapshot.groups
                 if one.model == name
                 and one.phase == "serving"
-                and not self._kept.places.get(one.slot, SeatState(name, 0)).stopping
+                and not self._kept.places.get(one.seat, SeatState(name, 0)).stopping
             ]
             wanted = self.settings(name).prefill_groups
             for group_id, role in await self._roles.tell(groups, wanted, context):
@@ -398,32 +402,32 @@ class Operator:
             for name, one in apps.items()
             if name.startswith(PREFIX) and one.status == "DEPLOY_FAILED"
         }
-        for slot in [name for name, place in self._kept.places.items() if place.stopping]:
-            if PREFIX + slot not in apps:
-                place = self._kept.places.pop(slot)
-                await self._registry.promote.remote(slot)  # whoever comes there next is no spare
+        for seat in [name for name, place in self._kept.places.items() if place.stopping]:
+            if PREFIX + seat not in apps:
+                place = self._kept.places.pop(seat)
+                await self._registry.promote.remote(seat)  # whoever comes there next is no spare
                 managed = self._kept.models[place.model]
-                managed.drained = [one for one in managed.drained if one != slot]
+                managed.drained = [one for one in managed.drained if one != seat]
                 self._keep()
 
     async def _start(self, action: Start) -> None:
         model = ModelSpec.model_validate(self._revision(action.model, action.revision).settings)
         built = app.leader(
-            model, self._spec, self._room, slot=action.slot, revision=action.revision
+            model, self._spec, self._room, seat=action.seat, revision=action.revision
         )
-        self._kept.places[action.slot] = SeatState(action.model, action.revision)
+        self._kept.places[action.seat] = SeatState(action.model, action.revision)
         self._keep()
         if action.spare:
-            await self._registry.spare.remote(action.slot, action.model, action.revision)
+            await self._registry.spare.remote(action.seat, action.model, action.revision)
         what = " as a spare" if action.spare else ""
-        await self._note("starting", action.slot, f"revision {action.revision}{what}")
-        await asyncio.to_thread(_run_app, PREFIX + action.slot, built)
+        await self._note("starting", action.seat, f"revision {action.revision}{what}")
+        await asyncio.to_thread(_run_app, PREFIX + action.seat, built)
 
     async def _stop(self, action: Stop) -> None:
-        self._kept.places[action.slot].stopping = True
+        self._kept.places[action.seat].stopping = True
         self._keep()
-        await self._note("stopping", action.slot, action.why)
-        await asyncio.to_thread(serve.delete, PREFIX + action.slot, False)
+        await self._note("stopping", action.seat, action.why)
+        await asyncio.to_thread(serve.delete, PREFIX + action.seat, False)
 
     # ---- small things ----
 
@@ -440,9 +444,9 @@ class Operator:
     def _surge(self, name: str) -> int:
         """A group more while others are replaced, where the cluster has room for it."""
         places = [
-            slot
-            for slot, one in self._kept.places.items()
-            if one.model == name and slot not in self._spares
+            seat
+            for seat, one in self._kept.places.items()
+            if one.model == name and seat not in self._spares
         ]
         if self._crowded_until_s.get(name, 0.0) > time.monotonic():
             return 0
@@ -457,24 +461,24 @@ class Operator:
         cpus = model.cpus_per_slice or self._room.cpus_per_slice
         return app.PlacementBundles.of(model).bundles(cpus, "cuda" if cuda else "cpu")
 
-    async def _unplace(self, board: RegistrySnapshot) -> None:
+    async def _unplace(self, snapshot: RegistrySnapshot) -> None:
         """Give up a surplus group that finds no place: what looked like room was not."""
-        started = {who.rpartition(".")[0] for who in board.progress}
+        started = {who.rpartition(".")[0] for who in snapshot.progress}
         now_s = time.monotonic()
-        for slot in self.slots(board):
-            if slot.phase is not Phase.STARTING or slot.name in started:
-                self._placing_since_s.pop(slot.name, None)
+        for seat in self.seats(snapshot):
+            if seat.phase is not Phase.STARTING or seat.name in started:
+                self._placing_since_s.pop(seat.name, None)
                 continue
-            since_s = self._placing_since_s.setdefault(slot.name, now_s)
+            since_s = self._placing_since_s.setdefault(seat.name, now_s)
             surplus = sum(
-                one.model == slot.model and name not in self._spares
+                one.model == seat.model and name not in self._spares
                 for name, one in self._kept.places.items()
             )
-            if slot.spare:
+            if seat.spare:
                 continue  # it waits for room as long as it takes
-            if now_s - since_s > PLACE_S and surplus > self._kept.models[slot.model].count:
-                self._crowded_until_s[slot.model] = now_s + CROWDED_S
-                await self._stop(Stop(slot=slot.name, why="there is no room for a group more"))
+            if now_s - since_s > PLACE_S and surplus > self._kept.models[seat.model].count:
+                self._crowded_until_s[seat.model] = now_s + CROWDED_S
+                await self._stop(Stop(seat=seat.name, why="there is no room for a group more"))
 
     async def _revise(self, model: str, settings: dict[str, Any], digest: str) -> str:
         revisions = self._model(model).revisions

@@ -1,11 +1,11 @@
 """What to do next so that the groups that are become the groups that are wanted.
 
 One state machine for up, scale, drain, rolling update, roll-back and replacement: a wish for each
-model (settings by revision, a count), the slots there are, and a pure function from both to
+model (settings by revision, a count), the seats there are, and a pure function from both to
 actions. Sans-I/O: it is asked again whenever something has changed, and an action that was taken is
-seen in the slots the next time.
+seen in the seats the next time.
 
-A slot's phases:  starting ─▶ serving ─▶ stopping ─▶ (gone)
+A seat's phases:  starting ─▶ serving ─▶ stopping ─▶ (gone)
                      ├── failed ────────────┤
                      └── standby (a spare) ─┘
 
@@ -21,7 +21,7 @@ from enum import StrEnum
 
 
 class Phase(StrEnum):
-    """Of a slot."""
+    """Of a seat."""
 
     STARTING = "starting"
     SERVING = "serving"
@@ -39,7 +39,7 @@ class DesiredModel:
         count: groups.
         surge: groups beyond `count` that may be there while others are replaced. With 0 a group
             is stopped before its successor starts.
-        drained: slots that are to stop whatever their revision.
+        drained: seats that are to stop whatever their revision.
         paused: start nothing more: the revision does not start.
         spares: groups that stand by, beside `count`.
     """
@@ -75,9 +75,9 @@ class GroupSeat:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Start:
-    """Start a group of a revision in a new slot; a spare one goes no further than standby."""
+    """Start a group of a revision in a new seat; a spare one goes no further than standby."""
 
-    slot: str
+    seat: str
     model: str
     revision: int
     spare: bool = False
@@ -85,136 +85,147 @@ class Start:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Promote:
-    """Have the spare group of a slot serve."""
+    """Have the spare group of a seat serve."""
 
-    slot: str
+    seat: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stop:
-    """Drain the group of a slot, then end it."""
+    """Drain the group of a seat, then end it."""
 
-    slot: str
+    seat: str
     why: str
 
 
 Action = Start | Promote | Stop
 
 
-def reconcile(wishes: Mapping[str, DesiredModel], slots: Iterable[GroupSeat]) -> list[Action]:
+def reconcile(
+    desired_models: Mapping[str, DesiredModel], seats: Iterable[GroupSeat]
+) -> list[Action]:
     """The next actions; none when all is as wanted or something must be waited for."""
-    by_model: dict[str, list[GroupSeat]] = {model: [] for model in wishes}
+    by_model: dict[str, list[GroupSeat]] = {model: [] for model in desired_models}
     actions: list[Action] = []
-    for slot in slots:
-        if slot.model in wishes:
-            by_model[slot.model].append(slot)
-        elif slot.phase is not Phase.STOPPING:
-            actions.append(Stop(slot=slot.name, why="its model is no longer wanted"))
-    for model, wish in wishes.items():
-        actions += _decide(model, wish, by_model[model])
+    for seat in seats:
+        if seat.model in desired_models:
+            by_model[seat.model].append(seat)
+        elif seat.phase is not Phase.STOPPING:
+            actions.append(Stop(seat=seat.name, why="its model is no longer wanted"))
+    for model, desired in desired_models.items():
+        actions += _decide(model, desired, by_model[model])
     return actions
 
 
-def settled(wishes: Mapping[str, DesiredModel], slots: Iterable[GroupSeat]) -> bool:
+def settled(desired_models: Mapping[str, DesiredModel], seats: Iterable[GroupSeat]) -> bool:
     """Whether everything is as wanted, spares aside."""
-    slots = [slot for slot in slots if not slot.spare]
-    if any(slot.phase is not Phase.SERVING or slot.model not in wishes for slot in slots):
+    seats = [seat for seat in seats if not seat.spare]
+    if any(seat.phase is not Phase.SERVING or seat.model not in desired_models for seat in seats):
         return False
     return all(
-        [slot.revision for slot in slots if slot.model == model] == [wish.revision] * wish.count
-        and not any(slot.name in wish.drained for slot in slots)
-        for model, wish in wishes.items()
+        [seat.revision for seat in seats if seat.model == model]
+        == [desired.revision] * desired.count
+        and not any(seat.name in desired.drained for seat in seats)
+        for model, desired in desired_models.items()
     )
 
 
-def spares_settled(wishes: Mapping[str, DesiredModel], slots: Iterable[GroupSeat]) -> bool:
+def spares_settled(desired_models: Mapping[str, DesiredModel], seats: Iterable[GroupSeat]) -> bool:
     """Whether all the spares there should be stand by."""
-    spares = [slot for slot in slots if slot.spare]
+    spares = [seat for seat in seats if seat.spare]
     return all(
         [(one.revision, one.phase) for one in spares if one.model == model]
-        == [(wish.revision, Phase.STANDBY)] * wish.spares
-        for model, wish in wishes.items()
+        == [(desired.revision, Phase.STANDBY)] * desired.spares
+        for model, desired in desired_models.items()
     )
 
 
-def _decide(model: str, wish: DesiredModel, slots: list[GroupSeat]) -> list[Action]:
-    spares = [slot for slot in slots if slot.spare]
+def _decide(model: str, desired: DesiredModel, seats: list[GroupSeat]) -> list[Action]:
+    spares = [seat for seat in seats if seat.spare]
     useless = [
         one
         for one in spares
-        if one.phase is Phase.FAILED or one.revision != wish.revision or _doomed(one, wish)
+        if one.phase is Phase.FAILED or one.revision != desired.revision or _doomed(one, desired)
     ]
     # no loss to anybody, and room for others; one that is stopping is seen to already
     if going := [one for one in useless if one.phase is not Phase.STOPPING]:
-        return [Stop(slot=one.name, why="a spare group that is of no use") for one in going]
+        return [Stop(seat=one.name, why="a spare group that is of no use") for one in going]
     ready = [one for one in spares if one.phase is Phase.STANDBY and one not in useless]
-    taken = {slot.name for slot in slots}
-    mains = [slot for slot in slots if not slot.spare]
-    if actions := _decide_serving(model, wish, mains, ready, taken):
+    taken = {seat.name for seat in seats}
+    mains = [seat for seat in seats if not seat.spare]
+    if actions := _decide_serving(model, desired, mains, ready, taken):
         return actions
-    if any(one.phase is not Phase.SERVING or one.revision != wish.revision for one in mains):
+    if any(one.phase is not Phase.SERVING or one.revision != desired.revision for one in mains):
         return []  # first those that serve
     alive = [one for one in spares if one.phase is not Phase.STOPPING]
-    if surplus := len(alive) - wish.spares:
+    if surplus := len(alive) - desired.spares:
         if surplus > 0:
             why = "fewer spare groups are wanted"
-            return [Stop(slot=one.name, why=why) for one in alive[:surplus]]
-        if not wish.paused:
+            return [Stop(seat=one.name, why=why) for one in alive[:surplus]]
+        if not desired.paused:
             return [
-                Start(slot=name, model=model, revision=wish.revision, spare=True)
+                Start(seat=name, model=model, revision=desired.revision, spare=True)
                 for name in _free_names(model, taken, -surplus)
             ]
     return []
 
 
 def _decide_serving(
-    model: str, wish: DesiredModel, slots: list[GroupSeat], ready: list[GroupSeat], taken: set[str]
+    model: str,
+    desired: DesiredModel,
+    seats: list[GroupSeat],
+    ready: list[GroupSeat],
+    taken: set[str],
 ) -> list[Action]:
     """What to do for the groups that serve; `ready` are spares that can be had at once."""
-    alive = [slot for slot in slots if slot.phase is not Phase.STOPPING]
-    current = [one for one in alive if one.revision == wish.revision and not _doomed(one, wish)]
+    alive = [seat for seat in seats if seat.phase is not Phase.STOPPING]
+    current = [
+        one for one in alive if one.revision == desired.revision and not _doomed(one, desired)
+    ]
     outdated = [one for one in alive if one not in current]
     serving = [one for one in alive if one.phase is Phase.SERVING]
 
     # too many of the right kind: scale down, all at once, those that start or idle first
-    surplus = len(current) - wish.count
+    surplus = len(current) - desired.count
     if surplus > 0:
         current.sort(key=lambda one: (one.phase is Phase.SERVING, one.load, one.name))
-        return [Stop(slot=one.name, why="fewer groups are wanted") for one in current[:surplus]]
+        return [Stop(seat=one.name, why="fewer groups are wanted") for one in current[:surplus]]
 
     # what never served is no loss
     failed = [one for one in outdated if one.phase is not Phase.SERVING]
     if failed:
-        return [Stop(slot=one.name, why="it was replaced") for one in failed]
+        return [Stop(seat=one.name, why="it was replaced") for one in failed]
 
-    missing = wish.count - len(current)
+    missing = desired.count - len(current)
     if missing > 0 and ready:
-        return [Promote(slot=one.name) for one in ready[:missing]]
-    if missing > 0 and not wish.paused:
-        room = wish.count + wish.surge - len(slots)
+        return [Promote(seat=one.name) for one in ready[:missing]]
+    if missing > 0 and not desired.paused:
+        room = desired.count + desired.surge - len(seats)
         starting = sum(one.phase is Phase.STARTING for one in current)
         # while there is something to replace, one group at a time; else all at once
         most = min(missing, room) if not outdated else min(missing, room, 1 - starting)
         if most > 0:
             return [
-                Start(slot=name, model=model, revision=wish.revision)
+                Start(seat=name, model=model, revision=desired.revision)
                 for name in _free_names(model, taken, most)
             ]
 
     # one outdated group at a time, and only while the others carry the load without it
-    if outdated and len(alive) == len(slots):
-        spare = len(serving) - wish.count
-        if spare >= 0 and (spare > 0 or wish.surge == 0 or wish.count == 0):
+    if outdated and len(alive) == len(seats):
+        spare = len(serving) - desired.count
+        if spare >= 0 and (spare > 0 or desired.surge == 0 or desired.count == 0):
             first = min(outdated, key=lambda one: (one.load, one.name))
             why = (
-                "it is drained" if _doomed(first, wish) else f"revision {wish.revision} replaces it"
+                "it is drained"
+                if _doomed(first, desired)
+                else f"revision {desired.revision} replaces it"
             )
-            return [Stop(slot=first.name, why=why)]
+            return [Stop(seat=first.name, why=why)]
     return []
 
 
-def _doomed(slot: GroupSeat, wish: DesiredModel) -> bool:
-    return slot.name in wish.drained
+def _doomed(seat: GroupSeat, desired: DesiredModel) -> bool:
+    return seat.name in desired.drained
 
 
 def _free_names(model: str, taken: set[str], count: int) -> list[str]:

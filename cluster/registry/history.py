@@ -1,6 +1,6 @@
 """What happened in a deployment: events, and the record of each failure with its first cause.
 
-Sans-I/O; knows groups' places by name, and times. A *slot* is the place of one group in the
+Sans-I/O; knows groups' places by name, and times. A *seat* is the place of one group in the
 deployment ("smollm2-0"); each life of it is a group with an epoch of its own ("smollm2-0.3").
 """
 
@@ -42,16 +42,16 @@ class Failure:
         kind: the error's class.
         cause: in words.
         at: seconds since 1970.
-        slot: of the group.
+        seat: of the group.
         record: the first cause and what is folded under it, as `FirstCause.to_wire`.
-        recovered_s: from the failure until the slot served again; None while it does not.
+        recovered_s: from the failure until the seat served again; None while it does not.
     """
 
     who: str
     kind: str
     cause: str
     at: float = 0.0
-    slot: str = ""
+    seat: str = ""
     record: Mapping[str, Any] | None = None
     recovered_s: float | None = None
 
@@ -62,7 +62,7 @@ class Failure:
             lines += [f"  {line}" for line in FirstCause.from_wire(self.record).words()]
         if self.recovered_s is not None:
             lines.append(
-                f"  {'recovered:':<12}{self.slot} served again after {self.recovered_s:.1f} s"
+                f"  {'recovered:':<12}{self.seat} served again after {self.recovered_s:.1f} s"
             )
         return lines
 
@@ -108,20 +108,20 @@ class History:
         self.note(failure.at, "lost", failure.who, failure.cause)
         return True
 
-    def serving(self, at: float, slot: str, group_id: str) -> None:
-        """A group serves: what its slot failed with is over."""
+    def serving(self, at: float, seat: str, group_id: str) -> None:
+        """A group serves: what its seat failed with is over."""
         self.note(at, "serving", group_id, "serves")
         self._failures = [
             replace(one, recovered_s=at - one.at)
-            if one.slot == slot and one.recovered_s is None and one.who != group_id
+            if one.seat == seat and one.recovered_s is None and one.who != group_id
             else one
             for one in self._failures
         ]
 
     def why(self, name: str) -> Failure | None:
-        """The latest failure of a group, a slot, a model or a gateway."""
+        """The latest failure of a group, a seat, a model or a gateway."""
         for one in reversed(self._failures):
             group = one.who.partition(" ")[0]  # "m-0.1 at gateway 1a2b3c4d" is of m-0.1
-            if name in ("", one.who, group, one.slot, one.slot.rpartition("-")[0]):
+            if name in ("", one.who, group, one.seat, one.seat.rpartition("-")[0]):
                 return one
         return None

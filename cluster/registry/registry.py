@@ -28,7 +28,7 @@ from arriero.shards.protocol.failure import Evidence, FirstCause, Kind
 NAME = "registry"
 NAMESPACE = "arriero"
 _POLL_S = 4.0
-TURN_S = 2.0
+PROMOTION_POLL_S = 2.0
 """So often a group that stands by asks whether it is its turn, if it is not told sooner."""
 _GATEWAY_LEASE_S = 3 * _POLL_S
 _KEEP_FENCED = 64
@@ -62,44 +62,44 @@ class Registry:
         self._history = History(store.get("history"))
         live = store.get("live")
         self._live = None if live is None else LiveSettings.from_wire(live)
-        # slots of spare groups, each with its model and revision; and when each last asked its turn
+        # seats of spare groups, each with its model and revision; and when each last asked its turn
         self._spares: dict[str, list[Any]] = store.get("spares") or {}
         self._asked_s: dict[str, float] = {}
-        self._stands_in: dict[str, str] = {}  # promoted slots, and for whom, until they serve
+        self._stands_in: dict[str, str] = {}  # promoted seats, and for whom, until they serve
         self._moved = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._watched: set[str] = set()
         self._counting = False
 
-    async def claim(self, slot: str) -> int:
-        """A new epoch for a slot.
+    async def next_epoch(self, seat: str) -> int:
+        """A new epoch for a seat.
 
         A spare's comes once the groups that stand in for lost ones serve: they need the cores.
         """
         deadline_s = time.monotonic() + _STAND_IN_S
-        while slot in self._spares and self._stands_in and time.monotonic() < deadline_s:
+        while seat in self._spares and self._stands_in and time.monotonic() < deadline_s:
             await asyncio.sleep(_LEASES_S)
-        epoch = self._epochs[slot] = self._epochs.get(slot, 0) + 1
+        epoch = self._epochs[seat] = self._epochs.get(seat, 0) + 1
         store.put("epochs", self._epochs)
         return epoch
 
-    async def spare(self, slot: str, model: str, revision: int) -> None:
-        """Have the group that starts in a slot stand by, for one of its model that is lost."""
-        self._spares[slot] = [model, revision]
+    async def spare(self, seat: str, model: str, revision: int) -> None:
+        """Have the group that starts in a seat stand by, for one of its model that is lost."""
+        self._spares[seat] = [model, revision]
         store.put("spares", self._spares)
 
-    async def promote(self, slot: str) -> None:
-        """Have a slot's group serve; safe for one that is no spare."""
-        self._asked_s.pop(slot, None)
-        if self._spares.pop(slot, None) is not None:
+    async def promote(self, seat: str) -> None:
+        """Have a seat's group serve; safe for one that is no spare."""
+        self._asked_s.pop(seat, None)
+        if self._spares.pop(seat, None) is not None:
             store.put("spares", self._spares)
             self._moved.set()
 
-    async def turn(self, slot: str, limit_s: float) -> bool:
+    async def wait_for_promotion(self, seat: str, limit_s: float) -> bool:
         """Whether a group that has started is to serve: at once, or within `limit_s` seconds."""
         deadline_s = time.monotonic() + limit_s
-        while slot in self._spares:
-            self._asked_s[slot] = time.monotonic()
+        while seat in self._spares:
+            self._asked_s[seat] = time.monotonic()
             if (left_s := deadline_s - time.monotonic()) <= 0:
                 return False
             self._moved.clear()
@@ -120,7 +120,7 @@ class Registry:
     async def register(self, entry: GroupEntry, lease_s: float) -> int | None:
         """Add or renew a group; it is dropped when not renewed within `lease_s` seconds.
 
-        A group that serves takes the place of an older one in its slot, which is fenced unless it
+        A group that serves takes the place of an older one in its seat, which is fenced unless it
         drains.
 
         Returns:
@@ -132,7 +132,7 @@ class Registry:
         serving = [
             one
             for one in self._groups.values()
-            if one.slot == entry.slot and one.phase == "serving"
+            if one.seat == entry.seat and one.phase == "serving"
         ]
         if entry.phase == "serving" and any(one.epoch > entry.epoch for one in serving):
             return None
@@ -144,9 +144,9 @@ class Registry:
         self._renewed_s[entry.group_id] = now_s
         self._watch(entry)
         self._progress.pop(entry.group_id, None)
-        self._epochs[entry.slot] = max(entry.epoch, self._epochs.get(entry.slot, 0))
+        self._epochs[entry.seat] = max(entry.epoch, self._epochs.get(entry.seat, 0))
         if known is None:
-            lost = self._stands_in.pop(entry.slot, entry.slot)
+            lost = self._stands_in.pop(entry.seat, entry.seat)
             self._history.serving(time.time(), lost, entry.group_id)
             self._keep()
         if known is None or (known.address, known.phase) != (entry.address, entry.phase):
@@ -173,7 +173,7 @@ class Registry:
         self._keep()
         self._gateways.pop(failure.who, None)
         self._progress.pop(failure.who, None)
-        self._stands_in.pop(failure.slot, None)
+        self._stands_in.pop(failure.seat, None)
         if (entry := self._groups.get(failure.who)) is not None:
             if entry.phase == "serving":
                 await self._replace(entry)
@@ -223,7 +223,7 @@ class Registry:
         return self._history.events
 
     async def why(self, name: str) -> Failure | None:
-        """The latest failure of a group, slot or model; "" for the latest of all."""
+        """The latest failure of a group, seat or model; "" for the latest of all."""
         return self._history.why(name)
 
     async def changed(self, version: int) -> RegistrySnapshot:
@@ -233,9 +233,9 @@ class Registry:
             self._moved.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._moved.wait(), left_s)
-        return await self.board()
+        return await self.snapshot()
 
-    async def board(self) -> RegistrySnapshot:
+    async def snapshot(self) -> RegistrySnapshot:
         """The board now."""
         self._expire()
         return RegistrySnapshot(
@@ -309,24 +309,24 @@ class Registry:
                 who=entry.group_id,
                 kind="GroupFailed",
                 cause=what,
-                slot=entry.slot,
+                seat=entry.seat,
                 record=record.to_wire(),
             )
         )
 
-    def _stands_by(self, slot: str) -> bool:
-        return time.monotonic() - self._asked_s.get(slot, -math.inf) < 2 * TURN_S
+    def _stands_by(self, seat: str) -> bool:
+        return time.monotonic() - self._asked_s.get(seat, -math.inf) < 2 * PROMOTION_POLL_S
 
     async def _replace(self, lost: GroupEntry) -> None:
-        """Have a spare group take a lost one's place, whose slot becomes the spare's."""
+        """Have a spare group take a lost one's place, whose seat becomes the spare's."""
         wanted = [lost.model, lost.revision]
         ready = [s for s, of in self._spares.items() if of == wanted and self._stands_by(s)]
         if not ready:
             return
-        self._spares[lost.slot] = wanted
-        self._stands_in[ready[0]] = lost.slot
+        self._spares[lost.seat] = wanted
+        self._stands_in[ready[0]] = lost.seat
         await self.promote(ready[0])
-        await self.note("spare", ready[0], f"takes the place of {lost.slot}")
+        await self.note("spare", ready[0], f"takes the place of {lost.seat}")
 
     def _fence(self, entry: GroupEntry) -> None:
         """Refuse a group from now on, and see that its processes end."""

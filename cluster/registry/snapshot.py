@@ -17,11 +17,11 @@ class GroupEntry:
     """One serving group.
 
     Attributes:
-        group_id: unique among all groups that ever were: slot and epoch.
+        group_id: unique among all groups that ever were: seat and epoch.
         model: its name.
         address: of the leader's link.
-        slot: its place in the deployment.
-        epoch: counts the lives of the slot.
+        seat: its place in the deployment.
+        epoch: counts the lives of the seat.
         revision: of the model's settings.
         digest: of its weights and arithmetic.
         layout: words for people, such as "TP1 x PP2 bfloat16".
@@ -39,7 +39,7 @@ class GroupEntry:
     group_id: str
     model: str
     address: str
-    slot: str = ""
+    seat: str = ""
     epoch: int = 0
     revision: int = 0
     digest: str = ""
@@ -89,7 +89,7 @@ class RegistrySnapshot:
         fenced: the latest groups that are not to be heard any more.
         demand: by model, requests that wait in gateways and the longest predicted wait, in seconds.
         live: settings that were changed while everything runs; None for none.
-        spares: slots whose groups are to stand by.
+        spares: seats whose groups are to stand by.
         standby: those of them that do.
     """
 

@@ -115,19 +115,19 @@ class GatewayReplica:
         while True:
             try:
                 await self._registry.gateway.remote(self._entry)
-                board = await self._registry.changed.remote(version)
+                snapshot = await self._registry.changed.remote(version)
             except ray.exceptions.RayError:
                 await asyncio.sleep(RETRY_S)  # it is being restarted; the groups known serve on
                 continue
-            version = board.version
-            self._take(board.live)
-            self._slots = {one.group_id: one.slot for one in board.groups}
+            version = snapshot.version
+            self._take(snapshot.live)
+            self._slots = {one.group_id: one.seat for one in snapshot.groups}
             await self._gateway.set_groups(
                 [
                     GroupAddress(one.group_id, one.model, one.address, one.link_token)
-                    for one in board.groups
+                    for one in snapshot.groups
                 ],
-                fenced=board.fenced,
+                fenced=snapshot.fenced,
             )
 
     def _take(self, live: LiveSettings | None) -> None:
@@ -161,7 +161,7 @@ class GatewayReplica:
                 who=f"{group_id} at gateway {self._id}",
                 kind=CheckpointError.__name__,
                 cause=cause,
-                slot=self._slots.get(group_id, ""),
+                seat=self._slots.get(group_id, ""),
             )
             self._registry.fail.remote(failure)
 

@@ -61,7 +61,7 @@ class GroupSettings:
 
     Attributes:
         model: its name.
-        slot: its place in the deployment; each life of it has an epoch of its own.
+        seat: its place in the deployment; each life of it has an epoch of its own.
         revision: of the model's settings.
         config: of the group, device decided.
         cpus_per_slice: Ray's logical CPUs of each slice.
@@ -77,7 +77,7 @@ class GroupSettings:
     """
 
     model: str
-    slot: str
+    seat: str
     revision: int
     config: GroupConfig
     cpus_per_slice: float
@@ -115,7 +115,7 @@ class Leader:
         self._registry = registry.connect()
         self._loop = asyncio.get_running_loop()
         self._epoch = 0
-        self._group_id = settings.slot
+        self._group_id = settings.seat
         self._failure: str | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._keepers: list[asyncio.Task[None]] = []
@@ -134,11 +134,11 @@ class Leader:
         self._closing = False
         try:
             async with asyncio.timeout(settings.start_timeout_s):
-                self._epoch = await self._registry.claim.remote(settings.slot)
-                self._group_id = f"{settings.slot}.{self._epoch}"
+                self._epoch = await self._registry.next_epoch.remote(settings.seat)
+                self._group_id = f"{settings.seat}.{self._epoch}"
                 self._say("placing slices")
                 self._where = await self._place()
-                if not await self._registry.turn.remote(settings.slot, 0.0):
+                if not await self._registry.wait_for_promotion.remote(settings.seat, 0.0):
                     self._standing = asyncio.create_task(self._stand_by())
                     return
                 await self._start()
@@ -179,7 +179,7 @@ class Leader:
             self._say("standing by")
             await standby.until_turn(
                 self._registry,
-                settings.slot,
+                settings.seat,
                 self._slices,
                 settings.config.model_path,
                 settings.limits.silence_s,
@@ -251,7 +251,7 @@ class Leader:
             group_id=self._group_id,
             model=self._settings.model,
             address=address,
-            slot=self._settings.slot,
+            seat=self._settings.seat,
             epoch=self._epoch,
             revision=self._settings.revision,
             digest=card.weights,
@@ -417,7 +417,7 @@ class Leader:
             who=self._group_id,
             kind=kind,
             cause=cause,
-            slot=self._settings.slot,
+            seat=self._settings.seat,
             record=None if record is None else record.to_wire(),
         )
         await self._registry.fail.remote(failure)

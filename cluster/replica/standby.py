@@ -12,22 +12,22 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from arriero.cluster.registry.registry import TURN_S, Registry
+from arriero.cluster.registry.registry import PROMOTION_POLL_S, Registry
 from arriero.shards.errors import GroupFailed
 
 
 async def until_turn(
     registry: ActorHandle[Registry],
-    slot: str,
+    seat: str,
     slices: Sequence[Any],
     model_path: str,
     silence_s: float,
 ) -> None:
-    """Warm code and page cache, and wait until the registry has the slot's group serve.
+    """Warm code and page cache, and wait until the registry has the seat's group serve.
 
     Args:
         registry: the cluster's.
-        slot: of this group.
+        seat: of this group.
         slices: handles of its `SliceActor`s, by rank.
         model_path: folder of the weights, on every node.
         silence_s: a slice that answers no sooner is lost.
@@ -38,15 +38,15 @@ async def until_turn(
     await asyncio.gather(
         asyncio.to_thread(_load_code), *(one.warm.remote(model_path) for one in slices)
     )
-    while not await _is_turn(registry, slot):
+    while not await _is_turn(registry, seat):
         await _see(slices, silence_s)
 
 
-async def _is_turn(registry: ActorHandle[Registry], slot: str) -> bool:
+async def _is_turn(registry: ActorHandle[Registry], seat: str) -> bool:
     try:
-        return bool(await registry.turn.remote(slot, TURN_S))
+        return bool(await registry.wait_for_promotion.remote(seat, PROMOTION_POLL_S))
     except ray.exceptions.RayError:  # it is being restarted, and knows the spares again then
-        await asyncio.sleep(TURN_S)
+        await asyncio.sleep(PROMOTION_POLL_S)
         return False
 
 

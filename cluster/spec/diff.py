@@ -45,7 +45,7 @@ class FieldChange:
     """
 
     field: str
-    price: Price
+    applied_by: Price
 
 
 def diff(old: DeploymentSpec, new: DeploymentSpec) -> list[FieldChange]:
@@ -55,20 +55,20 @@ def diff(old: DeploymentSpec, new: DeploymentSpec) -> list[FieldChange]:
     for field in _differ(before, after, ""):
         if field.startswith("ray.") and _at(after, field) == _at(_DEFAULTS, field):
             continue  # it may have been a flag of `up`, which no file holds
-        price: Price = "rollout"
+        applied_by: Price = "rollout"
         if _within(field, LIVE):
-            price = "reload"
+            applied_by = "reload"
         elif _within(field, FIXED):
-            price = "up"
-        found.append(FieldChange(field=field, price=price))
+            applied_by = "up"
+        found.append(FieldChange(field=field, applied_by=applied_by))
     models = [{model.name: model.model_dump(mode="json") for model in s.models} for s in (old, new)]
     for name in {**models[0], **models[1]}:
         if name not in models[0] or name not in models[1]:
-            found.append(FieldChange(field=f"models[{name}]", price="up"))
+            found.append(FieldChange(field=f"models[{name}]", applied_by="up"))
             continue
         for field in _differ(models[0][name], models[1][name], ""):
-            price = "reload" if _within(field, COUNTS) else "rollout"
-            found.append(FieldChange(field=f"models[{name}].{field}", price=price))
+            applied_by = "reload" if _within(field, COUNTS) else "rollout"
+            found.append(FieldChange(field=f"models[{name}].{field}", applied_by=applied_by))
     return found
 
 
@@ -79,13 +79,13 @@ def refuse(found: Iterable[FieldChange], most: Price) -> None:
         SpecError: names the fields, and the commands that change them.
     """
     if most == "reload":
-        dear = [one.field for one in found if one.price == "rollout"]
+        dear = [one.field for one in found if one.applied_by == "rollout"]
         if dear:
             raise SpecError(
                 f"`{'`, `'.join(dear)}` cannot be changed while everything runs;"
                 " `arriero rollout SPEC` replaces what must be, one after the other"
             )
-    fixed = [one.field for one in found if one.price == "up"]
+    fixed = [one.field for one in found if one.applied_by == "up"]
     if fixed:
         raise SpecError(
             f"`{'`, `'.join(fixed)}` cannot be changed in a deployment that is up;"

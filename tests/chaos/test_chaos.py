@@ -277,7 +277,7 @@ def other_weights(model: Path, other: Path) -> None:
 
 async def test_a_drain_under_load(deployed: Deployed) -> None:
     now = await deployed.whole()
-    await changed(deployed, "drain", "drain", now.groups[0].slot)
+    await changed(deployed, "drain", "drain", now.groups[0].seat)
 
 
 @pytest.mark.parametrize("groups", [1, 3, 1, 2])

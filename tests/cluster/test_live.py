@@ -191,7 +191,7 @@ def test_admin_wants_the_token(folder: Path) -> None:
 def test_operators_commands(folder: Path) -> None:
     """Each gives JSON, and a form for people."""
     looks = arriero("top", "--count", "1", "--json", folder=folder).stdout
-    assert json.loads(looks)["groups"][0]["slot"] == "demo-0"
+    assert json.loads(looks)["groups"][0]["seat"] == "demo-0"
     assert "tokens/s" in arriero("top", "--count", "1", folder=folder).stdout
     logs = json.loads(arriero("logs", "demo-0", "--json", folder=folder).stdout)
     assert [one["who"] for one in logs] == ["leader", "slice 0", "slice 1"]
@@ -319,7 +319,7 @@ def test_a_lost_slice_has_the_group_replaced(
         time.sleep(0.2)
     why = arriero("why", folder=folder).stdout
     assert f"slice 1 (pid {pids[1]}" in why and "crash" in why
-    record = json.loads(arriero("why", str(old["slot"]), "--json", folder=folder).stdout)["record"]
+    record = json.loads(arriero("why", str(old["seat"]), "--json", folder=folder).stdout)["record"]
     assert (record["cause"]["rank"], record["cause"]["pid"]) == (1, pids[1])
     events = arriero("events", "--json", folder=folder).stdout.splitlines()
     assert [json.loads(line)["kind"] for line in events][-2:] == ["lost", "serving"]

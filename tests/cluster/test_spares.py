@@ -76,7 +76,7 @@ def test_a_lost_group_comes_back_sooner_with_a_spare(tmp_path: Path) -> None:
             arriero("reload", str(spec), folder=tmp_path)
             ready = until(admin, lambda now: now.models[0].standing_by == 1)
             assert "1 of 1 spares stand by" in arriero("status", folder=tmp_path).stdout
-            assert {one.slot: one.phase for one in ready.groups} == {
+            assert {one.seat: one.phase for one in ready.groups} == {
                 "demo-0": "serving", "demo-1": "standby",
             }  # fmt: skip
             stream = client.generate("Once", **asked)
@@ -89,10 +89,10 @@ def test_a_lost_group_comes_back_sooner_with_a_spare(tmp_path: Path) -> None:
 
             # the lost group's place is the spare's now
             later = until(admin, lambda now: now.models[0].standing_by == 1)
-            assert {one.slot: one.phase for one in later.groups} == {
+            assert {one.seat: one.phase for one in later.groups} == {
                 "demo-0": "standby", "demo-1": "serving",
             }  # fmt: skip
-            (failure,) = [one for one in later.failures if one.slot == "demo-0"][-1:]
+            (failure,) = [one for one in later.failures if one.seat == "demo-0"][-1:]
             assert failure.HasField("recovered_s")
             arriero("scale", "demo", "2", folder=tmp_path)
             assert admin.status().models[0].serving == 2

@@ -8,10 +8,10 @@ from arriero.cluster.registry.history import KEEP_EVENTS, KEEP_FAILURES, Failure
 from arriero.shards.protocol.failure import Evidence, FirstCause, Kind
 
 
-def failure(who: str, slot: str = "m-0", cause: str = "slice 1 died") -> Failure:
+def failure(who: str, seat: str = "m-0", cause: str = "slice 1 died") -> Failure:
     evidence = Evidence(kind=Kind.CRASH, what=cause, rank=1, pid=7, log=("last words",))
     record = FirstCause(cause=evidence, folded=("slice 0 broke off",)).to_wire()
-    return Failure(who=who, kind="GroupFailed", cause=cause, at=100.0, slot=slot, record=record)
+    return Failure(who=who, kind="GroupFailed", cause=cause, at=100.0, seat=seat, record=record)
 
 
 def test_the_first_word_of_a_failure_counts() -> None:
@@ -37,7 +37,7 @@ def test_a_failure_knows_when_its_slot_served_again() -> None:
 def test_why_takes_groups_slots_and_models() -> None:
     history = History()
     history.failed(failure("m-0.1"))
-    history.failed(failure("m-1.1", slot="m-1"))
+    history.failed(failure("m-1.1", seat="m-1"))
     for name, who in (("m-0.1", "m-0.1"), ("m-0", "m-0.1"), ("m", "m-1.1"), ("", "m-1.1")):
         found = history.why(name)
         assert found is not None and found.who == who

@@ -41,15 +41,17 @@ OLD = spec()
         (spec(ray={"address": "h:1"}), "ray.address", "up"),
     ],
 )
-def test_each_field_has_its_price(new: DeploymentSpec, field: str, price: str) -> None:
+def test_each_field_has_its_price(new: DeploymentSpec, field: str, applied_by: str) -> None:
     (found,) = diff(OLD, new)
-    assert (found.field, found.price) == (field, price)
-    if price == "reload":
+    assert (found.field, found.applied_by) == (field, applied_by)
+    if applied_by == "reload":
         refuse([found], "reload")
         return
-    with pytest.raises(SpecError, match="rollout SPEC" if price == "rollout" else "arriero down"):
+    with pytest.raises(
+        SpecError, match="rollout SPEC" if applied_by == "rollout" else "arriero down"
+    ):
         refuse([found], "reload")
-    if price == "rollout":
+    if applied_by == "rollout":
         refuse([found], "rollout")
 
 

@@ -5,7 +5,8 @@ What operators do to a deployment. Served apart from inference, at an address of
 only to those who hold the deployment's admin token: metadata `authorization: Bearer TOKEN`.
 
 Errors are gRPC statuses in words: UNAUTHENTICATED, INVALID_ARGUMENT, NOT_FOUND,
-FAILED_PRECONDITION (such a change cannot be made now), UNAVAILABLE.
+FAILED_PRECONDITION (such a change cannot be made now), DATA_LOSS (a checkpoint is broken),
+UNAVAILABLE.
 """
 
 from collections import abc as _abc
@@ -44,7 +45,7 @@ class GroupStatus(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    SLOT_FIELD_NUMBER: _builtins.int
+    SEAT_FIELD_NUMBER: _builtins.int
     ID_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
@@ -69,10 +70,10 @@ class GroupStatus(_message.Message):
     EXPERT_IMBALANCE_FIELD_NUMBER: _builtins.int
     EXPERT_MOVES_FIELD_NUMBER: _builtins.int
     EXPERT_LOADS_FIELD_NUMBER: _builtins.int
-    slot: _builtins.str
+    seat: _builtins.str
     """Its place in the deployment: "smollm2-0"."""
     id: _builtins.str
-    """"smollm2-0.3", the slot's third life; empty until it is known."""
+    """"smollm2-0.3", the seat's third life; empty until it is known."""
     model: _builtins.str
     revision: _builtins.int
     phase: _builtins.str
@@ -109,7 +110,7 @@ class GroupStatus(_message.Message):
     def __init__(
         self,
         *,
-        slot: _builtins.str = ...,
+        seat: _builtins.str = ...,
         id: _builtins.str = ...,
         model: _builtins.str = ...,
         revision: _builtins.int = ...,
@@ -137,7 +138,7 @@ class GroupStatus(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_cached", b"blocks_cached", "blocks_total", b"blocks_total", "blocks_used", b"blocks_used", "cached_tokens", b"cached_tokens", "digest", b"digest", "expert_imbalance", b"expert_imbalance", "expert_loads", b"expert_loads", "expert_moves", b"expert_moves", "id", b"id", "layout", b"layout", "model", b"model", "node", b"node", "output_tokens", b"output_tokens", "phase", b"phase", "pid", b"pid", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "revision", b"revision", "running", b"running", "slice_nodes", b"slice_nodes", "slice_pids", b"slice_pids", "slot", b"slot", "steps", b"steps", "text", b"text", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_cached", b"blocks_cached", "blocks_total", b"blocks_total", "blocks_used", b"blocks_used", "cached_tokens", b"cached_tokens", "digest", b"digest", "expert_imbalance", b"expert_imbalance", "expert_loads", b"expert_loads", "expert_moves", b"expert_moves", "id", b"id", "layout", b"layout", "model", b"model", "node", b"node", "output_tokens", b"output_tokens", "phase", b"phase", "pid", b"pid", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "revision", b"revision", "running", b"running", "seat", b"seat", "slice_nodes", b"slice_nodes", "slice_pids", b"slice_pids", "steps", b"steps", "text", b"text", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -355,7 +356,7 @@ class WhyRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """A group, a slot or a model; empty for the latest failure of all."""
+    """A group, a seat or a model; empty for the latest failure of all."""
     def __init__(
         self,
         *,
@@ -374,24 +375,24 @@ class Failure(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     WHO_FIELD_NUMBER: _builtins.int
-    SLOT_FIELD_NUMBER: _builtins.int
+    SEAT_FIELD_NUMBER: _builtins.int
     AT_FIELD_NUMBER: _builtins.int
     CAUSE_FIELD_NUMBER: _builtins.int
     RECORD_FIELD_NUMBER: _builtins.int
     RECOVERED_S_FIELD_NUMBER: _builtins.int
     who: _builtins.str
-    slot: _builtins.str
+    seat: _builtins.str
     at: _builtins.float
     cause: _builtins.str
     record: _builtins.str
     """The record: first cause and what is folded under it, as JSON; empty when there is none."""
     recovered_s: _builtins.float
-    """Until the slot served again; absent while it does not."""
+    """Until the seat served again; absent while it does not."""
     def __init__(
         self,
         *,
         who: _builtins.str = ...,
-        slot: _builtins.str = ...,
+        seat: _builtins.str = ...,
         at: _builtins.float = ...,
         cause: _builtins.str = ...,
         record: _builtins.str = ...,
@@ -399,7 +400,7 @@ class Failure(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_recovered_s", b"_recovered_s", "recovered_s", b"recovered_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_recovered_s", b"_recovered_s", "at", b"at", "cause", b"cause", "record", b"record", "recovered_s", b"recovered_s", "slot", b"slot", "who", b"who"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_recovered_s", b"_recovered_s", "at", b"at", "cause", b"cause", "record", b"record", "recovered_s", b"recovered_s", "seat", b"seat", "who", b"who"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__recovered_s: _TypeAlias = _typing.Literal["recovered_s"]  # noqa: Y015
     _WhichOneofArgType__recovered_s: _TypeAlias = _typing.Literal["_recovered_s", b"_recovered_s"]  # noqa: Y015
@@ -440,7 +441,7 @@ class LogsRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     LINES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """A group, a slot, a gateway's id, "gateways" for all of them, or "operator"."""
+    """A group, a seat, a gateway's id, "gateways" for all of them, or "operator"."""
     lines: _builtins.int
     """Lines of each process."""
     def __init__(
@@ -535,7 +536,7 @@ class DrainRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """A group or a slot."""
+    """A group or a seat."""
     def __init__(
         self,
         *,
@@ -777,7 +778,7 @@ class KvRequest(_message.Message):
     RAW_FIELD_NUMBER: _builtins.int
     PIN_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """A group, a slot or a model; empty for all groups."""
+    """A group, a seat or a model; empty for all groups."""
     action: _builtins.str
     """"stats", "flush", "warm", "pin" or "unpin"."""
     raw: _builtins.bool

@@ -5,7 +5,8 @@ What operators do to a deployment. Served apart from inference, at an address of
 only to those who hold the deployment's admin token: metadata `authorization: Bearer TOKEN`.
 
 Errors are gRPC statuses in words: UNAUTHENTICATED, INVALID_ARGUMENT, NOT_FOUND,
-FAILED_PRECONDITION (such a change cannot be made now), UNAVAILABLE.
+FAILED_PRECONDITION (such a change cannot be made now), DATA_LOSS (a checkpoint is broken),
+UNAVAILABLE.
 """
 
 from arriero.router.proto.arriero.v1 import admin_pb2 as _admin_pb2
