@@ -301,7 +301,7 @@ class Registry:
             words = f"node {entry.node} is gone: its raylet does not answer"
         what = f"{words} (pid {entry.pid} on {entry.node})"
         cause = Evidence(
-            kind=kind, what=what, node=entry.node, pid=entry.pid, phase="leader", after_s=after_s
+            kind=kind, summary=what, node=entry.node, pid=entry.pid, phase="leader", after_s=after_s
         )
         record = FirstCause(cause=cause, folded=(f"a gateway: {seen}",) if seen else ())
         await self.fail(

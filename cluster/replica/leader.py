@@ -220,7 +220,7 @@ class Leader:
             config, host, limits=self._settings.limits, on_lost=self._on_lost
         )
         for rank, (actor, at) in enumerate(zip(self._slices, where, strict=True)):
-            run = actor.run.remote(rank, executor.ticket, at.address)
+            run = actor.run.remote(rank, executor.endpoint, at.address)
             self._tasks.append(asyncio.create_task(self._watch(rank, at, run)))
         left_s = self._settings.start_timeout_s - (time.monotonic() - begun_s)
         await asyncio.to_thread(executor.wait_ready, left_s, self._on_loaded)
@@ -322,7 +322,7 @@ class Leader:
         def on_failure(error: Exception) -> None:
             self._on_lost(str(error))
 
-        journal = Journal((limits.num_blocks + limits.tiers.num_blocks) * limits.num_lanes)
+        journal = Journal((limits.num_blocks + limits.tiers.num_blocks) * limits.num_dp_ranks)
         engine = self._engine = Engine(
             limits, self._executor, on_outputs, on_failure=on_failure, on_event=journal.note
         )
@@ -364,7 +364,7 @@ class Leader:
             what = f"node {at.address} is gone (its raylet does not answer), and with it {which}"
         assert self._executor is not None, "slices run for an executor"
         self._executor.report(
-            Evidence(kind=kind, what=what, rank=rank, node=at.address, pid=at.pid)
+            Evidence(kind=kind, summary=what, rank=rank, node=at.address, pid=at.pid)
         )
 
     async def _watch_node(self, node_id: str, address: str) -> None:
@@ -372,7 +372,7 @@ class Leader:
         await nodes.until_gone(node_id)
         assert self._executor is not None, "it is there before the nodes are watched"
         what = f"node {address} is gone: its raylet does not answer"
-        self._executor.report(Evidence(kind=Kind.CRASH, what=what, node=address))
+        self._executor.report(Evidence(kind=Kind.CRASH, summary=what, node=address))
 
     def _on_lost(self, cause: str) -> None:
         """The group is lost; called from any thread, and perhaps more than once."""
@@ -392,7 +392,7 @@ class Leader:
         try:
             record = await self._first_cause()
             if record is not None:
-                cause = record.cause.what
+                cause = record.cause.summary
             await asyncio.wait_for(self._tell_failure(kind, cause, record), END_S)
         finally:
             places = [(one.node_id, one.pid) for one in self._where]
@@ -404,7 +404,7 @@ class Leader:
         """The record, with the last lines that the process itself wrote."""
         if self._executor is None:
             return None
-        record = await asyncio.to_thread(self._executor.verdict)
+        record = await asyncio.to_thread(self._executor.first_cause)
         if record is None or record.cause.rank is None:  # not a slice's
             return record
         at = self._where[record.cause.rank]

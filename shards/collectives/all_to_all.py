@@ -1,11 +1,12 @@
-"""Rows of bytes between the ranks of a stage, by true counts: all-to-all, in one level or in two.
+"""All-to-all of byte rows between the ranks of a stage, by exact counts, in one or two levels.
 
-In two levels rows first gather, within each machine, on the rank that has the place on its machine
-which their destination has on its own; then each rank speaks across machines with its like only. So
-the network carries one message between two machines for each place, not one for each pair of ranks.
+With two levels rows first move within each machine, to the rank with the same local rank as their
+destination. Then each rank exchanges across machines only with ranks of the same local rank. So
+the network carries one message between two machines for each local rank, not for each pair of
+ranks.
 
-Every rank knows the whole matrix of counts, so no rank waits to be told a size. Knows bytes and
-ranks; knows nothing of experts.
+Every rank knows the whole matrix of counts, so no rank waits for a size. Knows bytes and ranks;
+knows nothing of experts.
 
 Shape legend: R ranks, X rows sent, Y rows received, B bytes of a row.
 """
@@ -25,7 +26,7 @@ Counts = npt.NDArray[np.int64]
 """[R, R]: rows from each rank to each rank."""
 
 Receive = Callable[[], Tensor]
-"""Waits for an exchange that was begun; gives uint8 [Y, B], in the order of source ranks."""
+"""Waits for a started exchange; returns uint8 [Y, B], in the order of source ranks."""
 
 
 class Exchange(ABC):
@@ -33,16 +34,16 @@ class Exchange(ABC):
 
     @abstractmethod
     def begin(self, rows_XB: Tensor, counts_RR: Counts) -> Receive:
-        """Send rows on their way.
+        """Start sending rows.
 
         Args:
             rows_XB: uint8, contiguous, in the order of destination ranks.
-            counts_RR: the same on every rank; row `rank` is of `rows_XB`.
+            counts_RR: the same on every rank; row `rank` describes `rows_XB`.
         """
 
 
 class DirectExchange(Exchange):
-    """Every rank to every rank at once."""
+    """Every rank to every rank directly."""
 
     def __init__(self, rank: int, group: dist.ProcessGroup) -> None:
         self._rank, self._group = rank, group
@@ -53,13 +54,13 @@ class DirectExchange(Exchange):
 
 
 class TwoLevelExchange(Exchange):
-    """Within each machine, then across.
+    """Within each machine, then across machines.
 
     Args:
-        rank: this one.
-        per_node: ranks of each machine; rank = machine * per_node + place.
-        node_group: of the ranks of this machine.
-        rail_group: of the ranks with this place, one of each machine.
+        rank: rank in the stage.
+        per_node: ranks of each machine; rank = machine * per_node + local rank.
+        node_group: ranks of the same machine.
+        rail_group: ranks with the same local rank, one of each machine.
     """
 
     def __init__(
@@ -69,33 +70,33 @@ class TwoLevelExchange(Exchange):
         node_group: dist.ProcessGroup,
         rail_group: dist.ProcessGroup,
     ) -> None:
-        self._node, self._place = divmod(rank, per_node)
+        self._node, self._local_rank = divmod(rank, per_node)
         self._per_node = per_node
         self._node_group, self._rail_group = node_group, rail_group
 
     def begin(self, rows_XB: Tensor, counts_RR: Counts) -> Receive:
-        """See `Exchange.begin`; the step across machines is what is left on its way."""
+        """See `Exchange.begin`; on return only the step across machines is in flight."""
         size = self._per_node
         nodes = len(counts_RR) // size
-        # [source node, source place, destination node, destination place]
+        # [source node, source local rank, destination node, destination local rank]
         counts = counts_RR.reshape(nodes, size, nodes, size)
-        own = counts[self._node, self._place]  # [destination node, destination place]
-        by_place = _regrouped(own, rows_XB)
-        here = counts[self._node]  # [source place, destination node, destination place]
+        own = counts[self._node, self._local_rank]  # [destination node, destination local rank]
+        by_local_rank = _regrouped(own, rows_XB)
+        here = counts[self._node]  # [source local rank, destination node, destination local rank]
         gathered = _all_to_all(
-            by_place, own.sum(0), here[:, :, self._place].sum(1), self._node_group
+            by_local_rank, own.sum(0), here[:, :, self._local_rank].sum(1), self._node_group
         )()
-        by_node = _regrouped(here[:, :, self._place], gathered)
+        by_node = _regrouped(here[:, :, self._local_rank], gathered)
         return _all_to_all(
             by_node,
-            here[:, :, self._place].sum(0),
-            counts[:, :, self._node, self._place].sum(1),
+            here[:, :, self._local_rank].sum(0),
+            counts[:, :, self._node, self._local_rank].sum(1),
             self._rail_group,
         )
 
 
 def _regrouped(counts_AB: Counts, rows: Tensor) -> Tensor:
-    """Rows in runs (a, b), b fastest, put into the order (b, a)."""
+    """Reorder rows in runs (a, b), b fastest, to the order (b, a)."""
     starts = np.cumsum(counts_AB) - counts_AB.reshape(-1)
     order = [
         np.arange(start, start + count)
@@ -124,14 +125,14 @@ def _all_to_all(
 
 
 def topology(nodes: Sequence[str]) -> int:
-    """Ranks of each machine where rows are to go in two levels; 0 where directly.
+    """Ranks of each machine if rows should move in two levels; 0 otherwise.
 
-    Two levels need several machines of several ranks each, as many on each, in rank order.
+    Two levels need several machines with the same number of ranks, above 1, in rank order.
 
     Args:
         nodes: name of each rank's machine.
     """
-    per_node = next((i for i, one in enumerate(nodes) if one != nodes[0]), len(nodes))
+    per_node = next((i for i, node in enumerate(nodes) if node != nodes[0]), len(nodes))
     if per_node in (1, len(nodes)) or len(nodes) % per_node:
         return 0
     runs = [set(nodes[i : i + per_node]) for i in range(0, len(nodes), per_node)]

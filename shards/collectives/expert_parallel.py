@@ -1,14 +1,14 @@
-"""A layer's routed experts where each rank of a stage holds some, and has tokens of its own.
+"""Routed experts of a layer whose experts and tokens are spread over the ranks of a stage.
 
-Each row goes, already multiplied by its score, to the rank that holds its expert, and comes back as
-that expert's output; the shared expert is computed meanwhile. Ranks without tokens take part. Of
-ranks that share their tokens (tensor parallelism) each sends its share of the rows.
+Each row goes, already multiplied by its score, to the rank of its expert, and returns as the
+expert's output; the shared expert is computed meanwhile. Ranks without tokens take part. Ranks with
+the same tokens (tensor parallelism) each send a share of the rows.
 
-Knows routing and ranks; each op comes from `Ops`, each exchange from `Exchange`.
+Knows routing and ranks; the ops come from `Ops`, the exchange from `Exchange`.
 
-Shape legend: kernels/moe.py, and R ranks of the stage, S slots (places for an expert on a rank; one
-an expert, or more where hot experts are held twice), n rows of the token's own share,
-Y rows received, B bytes of a row.
+Shape legend: kernels/moe.py, and R ranks of the stage, S expert slots on all ranks (one for each
+expert, or more with copies of hot experts), n rows of the rank's own share of the tokens, Y rows
+received, B bytes of a row.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from arriero.shards.collectives.mesh import Mesh
 from arriero.shards.layout.expert_placement import ExpertPlacement
 
 Loads = npt.NDArray[np.int64]
-"""[E]: tokens that each expert was sent."""
+"""[E]: tokens sent to each expert."""
 
 
 class _Table:
-    """A placement on the device: from experts to slots."""
+    """A placement on the device: a map from experts to slots."""
 
     def __init__(self, placement: ExpertPlacement, device: torch.device) -> None:
         slots_EA, copies_E = placement.slots_EA()
@@ -40,7 +40,7 @@ class _Table:
         self._copies_E = torch.from_numpy(copies_E).to(device)
 
     def to_slots(self, routing: Routing) -> Routing:
-        """Experts as slots; the copies of one take turns, token by token."""
+        """Replace experts by slots; the copies of an expert take turns, token by token."""
         experts_TA = routing.experts_TA.long()
         turn_T1 = torch.arange(experts_TA.shape[0], device=experts_TA.device)[:, None]
         copy_TA = turn_T1 % self._copies_E[experts_TA]
@@ -50,13 +50,13 @@ class _Table:
 
 
 class ExpertParallel:
-    """What `Ops.decoder` calls for the layers with experts.
+    """Expert block that `Ops.decoder` calls for layers with experts.
 
     Args:
-        mesh: of the group.
+        mesh: mesh of the group.
         ops: the kernels.
-        placement: of the experts.
-        wire: how rows travel; outputs of experts go back in bfloat16 where rows go in fp8.
+        placement: placement of the experts.
+        wire: format of sent rows; outputs of experts return in bfloat16 where rows go in fp8.
     """
 
     def __init__(self, mesh: Mesh, ops: Ops, placement: ExpertPlacement, wire: Wire) -> None:
@@ -70,19 +70,19 @@ class ExpertParallel:
         self._tables: dict[int, _Table] = {}
 
     def place(self, layer: int, placement: ExpertPlacement) -> None:
-        """Follow another placement in one layer from the next call on; slots stay as many."""
+        """Use another placement for a layer from the next call on; the slots stay the same."""
         self._tables[layer] = _Table(placement, self._mesh.device)
 
     def take_loads(self) -> dict[int, Loads]:
-        """Tokens that each expert of each layer was sent since the last call, all ranks' together.
+        """Tokens sent to each expert since the last call, by layer, over all ranks.
 
-        Every rank of a stage counts the same.
+        Every rank of a stage has the same counts.
         """
-        taken, self._loads = self._loads, {}
-        return taken
+        loads, self._loads = self._loads, {}
+        return loads
 
     def __call__(self, x_TH: Tensor, layer: MoELayer) -> Tensor:
-        """As `Ops.moe_block`: a partial [T, H] to be summed over the tensor-parallel ranks."""
+        """Same as `Ops.moe_block`: a partial [T, H], to be summed over tensor-parallel ranks."""
         ops, mesh = self._ops, self._mesh
         h_TH = ops.rms_norm(x_TH, layer.mlp_norm_H, layer.eps)
         own = _share(h_TH.shape[0], mesh.part.tp_rank, mesh.tp)
@@ -99,12 +99,12 @@ class ExpertParallel:
         gate_up = ops.linear(h_TH, layer.gate_up)
         shared_TH = ops.linear(ops.silu_mul(gate_up), layer.down)
         with mesh.watchdog.watch("dispatch to experts"):
-            got_YB = receive()
-        results_YB = self._experts(got_YB, layer, counts_RS, h_TH.dtype)
+            received_YB = receive()
+        results_YB = self._experts(received_YB, layer, counts_RS, h_TH.dtype)
         with mesh.watchdog.watch("results of experts"):
-            back_XB = mesh.exchange.begin(results_YB, counts_RR.T.copy())()
-        row_X = torch.arange(back_XB.shape[0], dtype=torch.int32, device=back_XB.device)
-        y_XH = ops.unpack_rows(back_XB, row_X, h_TH.shape[1], self._back, h_TH.dtype)
+            returned_XB = mesh.exchange.begin(results_YB, counts_RR.T.copy())()
+        row_X = torch.arange(returned_XB.shape[0], dtype=torch.int32, device=returned_XB.device)
+        y_XH = ops.unpack_rows(returned_XB, row_X, h_TH.shape[1], self._back, h_TH.dtype)
         shared_TH[own] += ops.moe_combine(y_XH, order)
         return shared_TH
 
@@ -115,35 +115,35 @@ class ExpertParallel:
         np.add.at(loads_E, table.expert_S, counts_RS.sum(0))
 
     def _gather_counts(self, starts_S1: Tensor) -> Counts:
-        """Rows of every rank for every slot, [R, S]."""
+        """Rows from every rank to every slot, [R, S]."""
         counts_S = starts_S1.diff().int()
-        found = counts_S.new_empty(self._mesh.stage_size * self._num_slots)
+        counts_RS = counts_S.new_empty(self._mesh.stage_size * self._num_slots)
         with self._mesh.watchdog.watch("counts of routed tokens"):
-            dist.all_gather_into_tensor(found, counts_S, group=self._mesh.stage_group)
-        return found.cpu().numpy().astype(np.int64).reshape(-1, self._num_slots)
+            dist.all_gather_into_tensor(counts_RS, counts_S, group=self._mesh.stage_group)
+        return counts_RS.cpu().numpy().astype(np.int64).reshape(-1, self._num_slots)
 
     def _experts(
         self, rows_YB: Tensor, layer: MoELayer, counts_RS: Counts, dtype: torch.dtype
     ) -> Tensor:
-        """The experts held here, over rows that come source by source and then slot by slot.
+        """Outputs of the rank's experts, for rows sorted by source and then by slot.
 
-        Their outputs go back in the order in which the rows came.
+        The outputs return in the order of the rows.
         """
         ops, rank, size = self._ops, self._mesh.stage_rank, layer.gate_up.in_features
-        mine_RS = counts_RS[:, self._starts[rank] : self._starts[rank + 1]]
-        slot_Y = np.repeat(np.tile(np.arange(mine_RS.shape[1]), len(mine_RS)), mine_RS.reshape(-1))
+        own_RS = counts_RS[:, self._starts[rank] : self._starts[rank + 1]]
+        slot_Y = np.repeat(np.tile(np.arange(own_RS.shape[1]), len(own_RS)), own_RS.reshape(-1))
         by_slot_Y = np.argsort(slot_Y, kind="stable").astype(np.int32)
-        as_came_Y = np.argsort(by_slot_Y).astype(np.int32)
-        starts = np.concatenate(([0], np.cumsum(mine_RS.sum(0)))).astype(np.int32)
+        in_order_Y = np.argsort(by_slot_Y).astype(np.int32)
+        starts = np.concatenate(([0], np.cumsum(own_RS.sum(0)))).astype(np.int32)
         device = rows_YB.device
         starts_E1 = torch.from_numpy(starts).to(device)
-        by_slot, as_came = (torch.from_numpy(one).to(device) for one in (by_slot_Y, as_came_Y))
+        by_slot, in_order = (torch.from_numpy(i_Y).to(device) for i_Y in (by_slot_Y, in_order_Y))
         x_YH = ops.unpack_rows(rows_YB, by_slot, size, self._wire, dtype)
         y_YF2 = ops.grouped_linear(x_YH, layer.experts_gate_up, starts_E1)
         y_YH = ops.grouped_linear(ops.silu_mul(y_YF2), layer.experts_down, starts_E1)
-        return ops.pack_rows(y_YH, as_came, None, self._back)
+        return ops.pack_rows(y_YH, in_order, None, self._back)
 
 
 def _share(num_tokens: int, rank: int, ranks: int) -> slice:
-    """The rows that one of several ranks with the same tokens sends."""
+    """Rows that a rank sends, of several ranks with the same tokens."""
     return slice(num_tokens * rank // ranks, num_tokens * (rank + 1) // ranks)

@@ -1,12 +1,12 @@
-"""The collectives of one slice: tensor-parallel sums, pipeline hand-over, tokens.
+"""Collectives of one slice: tensor-parallel sums, sends between pipeline stages, tokens.
 
 Over `torch.distributed`: gloo on CPU, NCCL on CUDA. Knows ranks and tensors; knows nothing of
 models or plans.
 
-Sums are taken in rank order, so that a row's sum does not depend on where it sits in the batch
+Sums are taken in rank order, so that a row's sum does not depend on its position in the batch
 (a ring all-reduce adds different parts of a buffer in different orders).
 
-Shape legend: T tokens, H hidden size, R rows, V vocabulary rows held here.
+Shape legend: T tokens, H hidden size, R rows, V vocabulary rows of the rank.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from arriero.shards.layout.parts import AnyPart
 
 TIMEOUT_S = 120.0
 MOST_SENDING = 8
-"""Steps that the next stage may be behind with taking activations in."""
+"""Most steps that the next stage may lag behind in receiving activations."""
 
 
 class Mesh:
@@ -50,12 +50,12 @@ class Mesh:
         """Describe the mesh; `join` connects it.
 
         Args:
-            part: what this rank holds.
-            tp: ranks that share a sequence's attention in a stage.
-            pp: stages.
-            dp: how many such sets a stage has, each with sequences of its own.
-            device: of the tensors.
-            timeout_s: a wait for another rank that takes longer fails the group.
+            part: part of the model on this rank.
+            tp: ranks of a stage that share a sequence's attention.
+            pp: pipeline stages.
+            dp: data-parallel ranks: sets of `tp` ranks in a stage, with sequences of their own.
+            device: device of the tensors.
+            timeout_s: longest wait for another rank, in seconds; a longer wait fails the group.
         """
         self.part, self.tp, self.pp, self.dp, self.device = part, tp, pp, dp, device
         mark = _Marks(device) if device.type == "cuda" and tp * pp * dp > 1 else None
@@ -69,20 +69,20 @@ class Mesh:
 
     @property
     def _first(self) -> int:
-        """The rank that is tp rank 0 of this one's tensor-parallel set."""
+        """Rank with tp rank 0 in this rank's tensor-parallel group."""
         return self.part.rank - self.part.tp_rank
 
     @property
     def samples(self) -> bool:
-        """Whether this rank draws its sequences' tokens: tp rank 0 of the last stage."""
+        """Whether this rank samples tokens: tp rank 0 of the last stage."""
         return self.part.last_stage and self.part.tp_rank == 0
 
     def join(self, store: Store, host: str) -> None:
-        """Join the group's other ranks through `store`; each rank of several must call it.
+        """Join the other ranks of the group through `store`; every rank must call this.
 
         Args:
-            store: the rendezvous.
-            host: this rank's address, which its sockets bind to when it is a loopback one.
+            store: store of the rendezvous.
+            host: address of this rank; a loopback address also binds the sockets to loopback.
         """
         if host.startswith("127."):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -97,9 +97,9 @@ class Mesh:
             timeout=self._timeout,
             device_id=self._own_device(),
         )
-        if 1 < self.tp < world:  # each group of gloo's has a thread that looks 100 times a second
+        if 1 < self.tp < world:  # each gloo group has a thread that polls 100 times a second
             for first in range(0, world, self.tp):
-                # new_group is collective: every rank makes every group
+                # new_group is collective: every rank creates every group
                 ranks = list(range(first, first + self.tp))
                 group = dist.new_group(ranks, timeout=self._timeout)
                 if first == self._first:
@@ -139,7 +139,7 @@ class Mesh:
         torch.cuda.synchronize(self.device)
 
     def _join_stages(self, store: Store, host: str) -> None:
-        """Make the groups in which each stage's ranks exchange rows for experts."""
+        """Create the groups in which each stage's ranks exchange rows for experts."""
         world, size = self.tp * self.dp * self.pp, self.stage_size
         store.set(f"host/{self.part.rank}", host)
         hosts = [store.get(f"host/{rank}").decode() for rank in range(world)]
@@ -148,10 +148,14 @@ class Mesh:
             stage = dist.new_group(ranks, timeout=self._timeout)
             per_node = topology(hosts[first : first + size])
             nodes = [ranks[i : i + per_node] for i in range(0, size, per_node or size)]
-            rails = [ranks[place::per_node] for place in range(per_node)]
+            rails = [ranks[local_rank::per_node] for local_rank in range(per_node)]
             of_nodes, of_rails = (
-                [(one, dist.new_group(one, timeout=self._timeout)) for one in kind if per_node]
-                for kind in (nodes, rails)
+                [
+                    (members, dist.new_group(members, timeout=self._timeout))
+                    for members in groups
+                    if per_node
+                ]
+                for groups in (nodes, rails)
             )
             if self.part.rank not in ranks:
                 continue
@@ -160,46 +164,46 @@ class Mesh:
             self._exchange_groups = [stage]
             if per_node:
                 node, rail = (
-                    next(group for ranks, group in kind if self.part.rank in ranks)
-                    for kind in (of_nodes, of_rails)
+                    next(group for ranks, group in groups if self.part.rank in ranks)
+                    for groups in (of_nodes, of_rails)
                 )
                 self._exchange = TwoLevelExchange(self.stage_rank, per_node, node, rail)
                 self._exchange_groups += [node, rail]
 
     @property
     def stage_size(self) -> int:
-        """Ranks of a stage."""
+        """Number of ranks of a stage."""
         return self.tp * self.dp
 
     @property
     def stage_rank(self) -> int:
-        """This rank's place in its stage."""
+        """Number of this rank in its stage."""
         return self.part.rank % self.stage_size
 
     @property
     def stage_group(self) -> dist.ProcessGroup:
-        """Of the ranks of this stage."""
+        """Process group of this stage."""
         assert self._stage_group is not None, "joined, with data-parallel ranks"
         return self._stage_group
 
     @property
     def exchange(self) -> Exchange:
-        """Over the ranks of this stage."""
+        """Exchange of rows over the ranks of this stage."""
         assert self._exchange is not None, "joined, with data-parallel ranks"
         return self._exchange
 
     def leave(self) -> None:
-        """Give the process group back."""
+        """Leave the process group."""
         self._sending.clear()
         self.watchdog.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
     def reduce(self, x_TH: Tensor) -> Tensor:
-        """Sum over the ranks that share attention, in rank order; may work in place."""
+        """Sum over the tensor-parallel ranks, in rank order; may work in place."""
         if self.tp == 1:
             return x_TH
-        if self.tp == 2:  # a + b is b + a: any algorithm keeps the order
+        if self.tp == 2:  # a + b equals b + a: any algorithm keeps the order
             with self.watchdog.watch("all-reduce"):
                 dist.all_reduce(x_TH, group=self._tp_group)
             return x_TH
@@ -230,19 +234,19 @@ class Mesh:
         return torch.cat(parts, dim=1)
 
     def share_tokens(self, tokens_R: Tensor) -> None:
-        """Give the sampled tokens (int32, in place) to the ranks of a single-stage group."""
+        """Broadcast the sampled tokens (int32, in place) in a single-stage group."""
         if self.tp > 1 and self.pp == 1:
             with self.watchdog.watch("broadcast of tokens"):
                 dist.broadcast(tokens_R, self._first, group=self._tp_group)
 
     def send_hidden(self, x_TH: Tensor) -> None:
-        """Hand activations to the next stage; keeps `x_TH` until they are out.
+        """Send activations to the next stage; keeps a reference to `x_TH` until sent.
 
         Returns at once unless the next stage is `MOST_SENDING` steps behind.
         """
         while self._sending and self._sending[0][0].is_completed():
             self._sending.popleft()
-        while len(self._sending) >= MOST_SENDING:  # gloo says "completed" of what was waited for
+        while len(self._sending) >= MOST_SENDING:  # gloo completes a send only in wait()
             with self.watchdog.watch("send of activations to the next stage"):
                 self._sending.popleft()[0].wait()
         work = dist.isend(x_TH, self.part.rank + self.tp * self.dp)
@@ -250,13 +254,13 @@ class Mesh:
             self._sending.append((work, x_TH))
 
     def recv_hidden(self, x_TH: Tensor) -> None:
-        """Fill `x_TH` with the activations of the stage before."""
+        """Receive the activations of the last stage into `x_TH`."""
         with self.watchdog.watch("activations from the stage before"):
             dist.recv(x_TH, self.part.rank - self.tp * self.dp)
 
 
 class _Marks:
-    """Marks of a CUDA device's current stream, which waits for each collective queued on it."""
+    """Marks in the current stream of a CUDA device, which waits for each queued collective."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -268,6 +272,6 @@ class _Marks:
 
 
 def _abort() -> None:
-    """Break off every wait of this process for another rank."""
+    """Abort every wait of this process for another rank."""
     group = dist.distributed_c10d._get_default_group()
     group.abort()

@@ -1,10 +1,10 @@
-"""A deadline around each wait for another rank: names what is stuck instead of hanging.
+"""A deadline for each wait for another rank: names the stuck collective instead of hanging.
 
-On a GPU a collective is queued, and the thread that queued it waits much later, for something else:
-there each one leaves a mark in the device's work, and the first mark that the device does not come
-past is the collective that is stuck.
+On a GPU a collective is queued, and the thread waits much later, for something else. There each
+collective leaves a mark in the device's work, and the first mark that the device does not pass
+belongs to the stuck collective.
 
-Knows names, times and how to break off a wait; knows nothing of what is waited for.
+Knows names, times and how to abort a wait; knows nothing of the collectives themselves.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Mark(Protocol):
     """A point in a device's work."""
 
     def query(self) -> bool:
-        """Whether the device is past it. Safe from any thread."""
+        """Whether the device has passed the mark. Thread-safe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,17 +38,17 @@ class _Armed:
 
 
 class Watchdog:
-    """Watches one thread's waits. `step` is set by whoever runs the steps.
+    """Watches the waits of one thread. The caller sets `step`.
 
-    A wait past its limit is logged and broken off by `abort`; whether that ends it, or the
-    transport's own limit does, or the peer is gone, what comes out is one `CollectiveFailed` that
-    names the collective, the rank and the step.
+    A wait beyond the limit is logged and ended by `abort`. Whether `abort`, the transport's own
+    limit or a lost peer ends the wait, the result is one `CollectiveFailed` with the collective,
+    the rank and the step.
 
     Attributes:
-        step: the one that runs.
-        moves: counts waits up, and collectives that the device has passed; it stands still while
-            neither gets on.
-        stuck: words of the wait that took too long, or None.
+        step: number of the current step.
+        progress: count of waits, and of collectives that the device has passed; unchanged while
+            neither host nor device makes progress.
+        stuck: description of the wait that took too long, or None.
     """
 
     def __init__(
@@ -61,26 +61,26 @@ class Watchdog:
         """Start watching.
 
         Args:
-            rank: this one, for the message.
-            limit_s: a wait longer than that is stuck.
-            abort: called once from the watching thread; is to make the wait raise.
-            mark: where collectives are queued: the point after what was queued so far.
+            rank: rank for the error text.
+            limit_s: longest wait in seconds; a longer wait is stuck.
+            abort: makes the wait raise; called once, from the watching thread.
+            mark: returns a mark after the work queued so far; only where collectives are queued.
         """
         self.step = 0
-        self.moves = 0
+        self.progress = 0
         self.stuck: str | None = None
         self._rank, self._limit_s, self._abort, self._mark = rank, limit_s, abort, mark
         self._armed: _Armed | None = None
         self._queued: deque[tuple[_Armed, Mark]] = deque()
-        self._passed_at = 0.0  # when the device was last found past a mark
-        self._found: _Armed | None = None
+        self._passed_at = 0.0  # time at which the device passed the last mark
+        self._expired: _Armed | None = None
         self._changed = threading.Condition()
         self._closed = False
         self._thread: threading.Thread | None = None
 
     @property
     def waits_for(self) -> str:
-        """The collective that is waited in now; "" for none. Safe from any thread."""
+        """The collective that blocks the thread now; "" for none. Thread-safe."""
         armed = self._armed
         if armed is None:
             return ""
@@ -96,22 +96,22 @@ class Watchdog:
         """Limit the wait inside the block.
 
         Raises:
-            CollectiveFailed: it took too long, or broke off.
+            CollectiveFailed: the wait took too long or was aborted.
         """
-        self.moves += 1
+        self.progress += 1
         armed = _Armed(name, self.step, time.monotonic())
         self._arm(armed)
         try:
             yield
-        except RuntimeError as error:  # torch.distributed's errors are that
-            at = self._found or armed
-            text = f"{self.stuck or self._words(at)}: {_first_line(error)}"
-            raise CollectiveFailed(text, at.name, at.step) from error
+        except RuntimeError as error:  # all errors of torch.distributed
+            wait = self._expired or armed
+            text = f"{self.stuck or self._words(wait)}: {_first_line(error)}"
+            raise CollectiveFailed(text, wait.name, wait.step) from error
         finally:
             self._arm(None)
-        if self.stuck is not None:  # it went on after all, but the group was told
-            at = self._found or armed
-            raise CollectiveFailed(self.stuck, at.name, at.step)
+        if self.stuck is not None:  # the wait ended after all, but the group knows it as stuck
+            wait = self._expired or armed
+            raise CollectiveFailed(self.stuck, wait.name, wait.step)
         if self._mark is not None:
             self._follow(armed, self._mark())
 
@@ -132,18 +132,19 @@ class Watchdog:
     def _forget_passed(self) -> None:
         while self._queued and self._queued[0][1].query():
             self._queued.popleft()
-            self.moves += 1
+            self.progress += 1
             self._passed_at = time.monotonic()
 
     def _first_queued(self) -> _Armed | None:
-        """The first collective that the device is not past; it is waited for since the one before.
+        """The first collective that the device has not passed.
 
-        The host queues far ahead of the device.
+        The wait counts from the passed collective before, since the host queues far ahead of the
+        device.
         """
         with self._changed:
             try:
                 self._forget_passed()
-            except RuntimeError:  # the device is broken: who waits for it hears that
+            except RuntimeError:  # the device is broken: the thread that waits gets the error
                 return None
             if not self._queued:
                 return None
@@ -151,8 +152,8 @@ class Watchdog:
             return replace(first, since=max(first.since, self._passed_at))
 
     def _arm(self, armed: _Armed | None) -> None:
-        # no notify: the thread looks again when the limit of what it saw last has passed, so a
-        # wait is found stuck after one limit and at most two, and arming costs no wake-up
+        # No notify: the thread checks again when the limit of the last wait has passed. So a stuck
+        # wait is detected after one to two limits, and arming costs no wake-up.
         self._armed = armed
         if self._thread is None and armed is not None:
             self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
@@ -162,20 +163,20 @@ class Watchdog:
         with self._changed:
             while not self._closed:
                 armed = self._first_queued() or self._armed
-                due = self._limit_s
+                left_s = self._limit_s
                 if armed is not None:
-                    due = armed.since + self._limit_s - time.monotonic()
-                    if due <= 0:
+                    left_s = armed.since + self._limit_s - time.monotonic()
+                    if left_s <= 0:
                         break
-                self._changed.wait(due)
+                self._changed.wait(left_s)
             else:
                 return
-        self._found, self.stuck = armed, self._words(armed)
+        self._expired, self.stuck = armed, self._words(armed)
         _log.error("%s", self.stuck)
         try:
             self._abort()
-        except RuntimeError as error:  # a transport that cannot: its own limit ends the wait
-            _log.warning("the wait cannot be broken off: %s", _first_line(error))
+        except RuntimeError as error:  # no abort in this transport: its own limit ends the wait
+            _log.warning("the wait cannot be aborted: %s", _first_line(error))
 
     def _words(self, armed: _Armed) -> str:
         waited = time.monotonic() - armed.since

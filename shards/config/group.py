@@ -1,6 +1,6 @@
-"""Settings of one replica group: which model, cut how, within which limits.
+"""Settings of one replica group: the model, its partition and its limits.
 
-Knows numbers and paths; knows nothing of where the slices run (that is `cluster/`).
+Knows numbers and paths; `cluster/` knows where the slices run.
 """
 
 from __future__ import annotations
@@ -19,44 +19,44 @@ class GroupConfig:
 
     Attributes:
         model_path: folder with config.json, safetensors and tokenizer.json, on every node; or an
-            fsspec URL of one, of which each node fetches what its ranks read, once.
-        dtype: of weights and KV cache: "float32", "bfloat16", "float16".
-        quantization: of the weights while they load: "int8" (per row), "int4" (groups of 32
-            columns, the vocabulary in int8) or "fp8" (per row); None keeps them in `dtype`.
-            Activations, cache and norms are as `dtype` says either way.
+            fsspec URL of such a folder: each node fetches, once, the files that its ranks read.
+        dtype: type of weights and KV cache: "float32", "bfloat16", "float16".
+        quantization: quantization of the weights on loading: "int8" (per row), "int4" (groups of
+            32 columns, the vocabulary in int8) or "fp8" (per row); None keeps `dtype`.
+            Activations, cache and norms have `dtype` in any case.
         tp: slices of a stage (tensor parallel).
         pp: pipeline stages.
-        dp: data-parallel attention (mixtures of experts only): so many times `tp` slices of a
-            stage, each `tp` of them with sequences of their own.
-        ep: parts that each layer's experts are dealt to; None for one to each slice of a stage.
-        expert_wire: how rows travel to experts on other ranks: "float32", "bfloat16", or "fp8"
-            (with a scale for each row; results come back in bfloat16); None: as `dtype` says.
-        spare_experts: slots of each slice, in each layer, for second copies of experts that are
-            asked much; with them the experts are moved as the load asks (needs `dp` > 1).
-        tp_shares: relative size of each tp rank's share; None for as even as heads allow.
+        dp: data-parallel ranks of attention (mixtures of experts only): a stage has `dp` times
+            `tp` slices, and each `tp` of the slices have sequences of their own.
+        ep: parts of each layer's experts; None means a part for each slice of a stage.
+        expert_wire: format of rows sent to experts on other ranks: "float32", "bfloat16", or "fp8"
+            (with a scale for each row; results return in bfloat16); None means `dtype`.
+        spare_experts: slots of each slice, in each layer, for second copies of experts with a high
+            load; with spare slots, experts move according to the load (needs `dp` > 1).
+        tp_shares: relative size of each tp rank's share; None is as even as the heads allow.
         layer_split: layers of each stage; None splits by cost.
         device: "cpu" or "cuda".
-        kernels: a backend's name; None picks the best for the device.
-        batch_independent: no bit of a row depends on the rows beside it, also where that costs
-            speed: backend "triton" then leaves the vendor's products, which choose their order of
-            sums by the batch. "cpu" is so at no cost; "reference" cannot be.
+        kernels: name of a backend; None picks the best for the device.
+        batch_independent: whether each row is bitwise independent of the other rows of its batch,
+            even at a cost of speed: backend "triton" then avoids the vendor's matmuls, whose order
+            of sums depends on the batch. "cpu" does so at no cost; "reference" cannot.
         threads: CPU threads of each slice; None divides the node's cores among its slices.
         block_size: tokens in a KV block.
-        kv_bytes: memory of the KV pool of the whole group; None takes what GPUs leave beside
-            weights, graphs and a step, or on CPUs 2 GiB, a quarter of memory at most.
-        num_blocks: KV blocks outright, instead of `kv_bytes`; of each dp rank.
-        num_local_blocks: KV blocks of the layers that attend within their chunk, which have a pool
-            of their own; None shares `kv_bytes` between the pools.
-        offload_layers: of each stage, the last so many layers keep their weights on disk, mapped,
-            and read them ahead of use (backend "cpu" alone). Of a mixture of experts the routed
-            experts alone: those that a step asks for are read, and the cold ones leave memory.
-        offload_folder: where; None is the system's folder for temporary files.
-        max_model_len: None takes the model's own limit.
-        tiers: of the KV cache below the device.
-        sliding_window: a token sees the last so many tokens alone, itself among them, and its KV
-            cache holds no more; None for the model's own attention. See `layout.visible_keys`.
-        attention_sinks: first tokens that it sees besides.
-        changes_answers: a window is wanted although the model was not trained with it.
+        kv_bytes: bytes of the KV pool of the whole group; None takes what GPUs leave beside
+            weights, graphs and a step, or on CPUs 2 GiB, at most a quarter of memory.
+        num_blocks: KV blocks of each dp rank, instead of `kv_bytes`.
+        num_local_blocks: KV blocks of layers with chunked attention, which have a pool of their
+            own; None divides `kv_bytes` between the pools.
+        offload_layers: last layers of each stage whose weights stay on disk, mapped, and are read
+            ahead of use (backend "cpu" alone). In a mixture of experts only the routed experts:
+            the experts that a step needs are read, and unused experts leave memory.
+        offload_folder: folder of these weights; None means the system's temporary folder.
+        max_model_len: most tokens of a sequence; None means the model's own limit.
+        tiers: KV cache tiers below the device.
+        sliding_window: number of last tokens that a token sees, itself included; the KV cache
+            keeps no more. None for the model's own attention. See `layout.visible_keys`.
+        attention_sinks: first tokens that every token sees besides the window.
+        changes_answers: allow a window although the model was trained without.
         max_sequences, max_batch_tokens, max_queued, prefix_cache: as in `EngineConfig`.
     """
 
@@ -93,12 +93,12 @@ class GroupConfig:
 
     @property
     def world_size(self) -> int:
-        """Slices of the group."""
+        """Number of slices of the group."""
         return self.tp * self.dp * self.pp
 
     @property
     def window_words(self) -> str:
-        """The window in words, since another one gives other tokens; "" for none."""
+        """Text of the window, for keys: another window gives other tokens; "" for none."""
         if self.sliding_window is None:
             return ""
         return f"window {self.sliding_window} sinks {self.attention_sinks}"

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 RowType = Literal["int8", "fp8"]
-"""How a number is held in a byte: see `rows`."""
+"""Type of a number packed into a byte: see `packed_rows`."""
 SCALE_BYTES = 4
-"""Of a row that is held so: its float32 scale, behind the numbers."""
+"""Bytes of the float32 scale behind the numbers of a packed row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,19 +19,19 @@ class TierConfig:
     """Tiers below the device; each is off at its default.
 
     Attributes:
-        host_bytes: host memory of the whole group.
-        disk_path: folder on each slice's node; what it holds outlives the group.
-        disk_bytes: most bytes of it that the group uses, over all its slices.
-        shared_url: folder of a store that all nodes reach, as fsspec spells it.
-        max_tenant_share: the most of a tier that one tenant's blocks may hold, 0 to 1.
-        dtype: "int8" and "fp8" hold blocks below the device in about half of bfloat16's bytes, with
-            a scale for each head's key and value of a token (see `rows`): what comes up from there
-            is close to what was computed, and no more the same. None holds them as the device does.
-        transfer: how blocks come from another node's host memory: "tcp"; "nixl", where both ends
-            have it installed, else TCP; "auto" for NIXL where there are also network cards that
-            read memory (RDMA).
-        same_layout: use only blocks that a group of the same layout and kernels' dtype wrote,
-            for those who need every bit; else layouts share, and agree to rounding.
+        host_bytes: bytes of host memory, over the whole group.
+        disk_path: folder on each slice's node; its blocks outlive the group.
+        disk_bytes: most bytes of disk, over all slices of the group.
+        shared_url: folder of a store reachable from all nodes, as an fsspec URL.
+        max_tenant_share: largest share of a tier for one tenant's blocks, 0 to 1.
+        dtype: "int8" and "fp8" store blocks below the device in about half of bfloat16's bytes,
+            with a scale for each head's key and value of a token (see `packed_rows`): loaded blocks
+            are close to the computed blocks, not equal. None stores blocks as on the device.
+        transfer: way of blocks from another node's host memory: "tcp"; "nixl", where both ends
+            have NIXL installed, else TCP; "auto" for NIXL only where network cards can read memory
+            (RDMA).
+        same_layout: use only blocks from groups of the same layout and kernels' dtype, for bitwise
+            equal answers; otherwise all layouts share blocks, and agree to rounding.
     """
 
     host_bytes: int = 0

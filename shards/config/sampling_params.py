@@ -1,6 +1,6 @@
-"""What a caller may ask of the sampler, checked once at the edge.
+"""Sampling parameters of a request, checked once on arrival.
 
-Knows numbers and limits; knows nothing of text (stop strings are the router's) or of tensors.
+Knows numbers and limits; knows nothing of text (the router has stop strings) or of tensors.
 """
 
 from __future__ import annotations
@@ -17,36 +17,36 @@ MAX_LOGPROBS = 20
 MAX_BIAS = 1024
 MAX_STOP_TOKENS = 64
 MAX_GRAMMAR_BYTES = 256 * 1024
-"""Longest grammar; a plan carries it once for each sequence that enters a slot."""
+"""Longest grammar; a plan has the grammar once for each sequence that enters a slot."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
-    """Sampling parameters of one request; the defaults are greedy-free OpenAI defaults.
+    """Sampling parameters of one request; the defaults are OpenAI's, which sample.
 
     Attributes:
         max_tokens: most output tokens; None means as many as the context allows.
-        min_tokens: stop tokens are banned until so many are out.
+        min_tokens: number of output tokens before which stop tokens are banned.
         temperature: 0 means greedy.
-        top_k: keep the k likeliest; 0 means off.
-        top_p: keep the smallest set whose mass reaches p; 1 means off.
-        min_p: drop tokens below p times the likeliest one's probability; 0 means off.
+        top_k: keep the k most likely tokens; 0 means off.
+        top_p: keep the smallest set of tokens with a total probability of p; 1 means off.
+        min_p: drop tokens below p times the highest probability; 0 means off.
         repetition_penalty: Hugging Face's definition, over prompt and output; 1 means off;
-            0.01 to 100, so that what it divides stays a float32.
+            0.01 to 100, so that the divided logits stay float32.
         presence_penalty: subtracted once from tokens that occur in the output (OpenAI).
         frequency_penalty: subtracted for each occurrence in the output (OpenAI).
-        logit_bias: token id to a number added to its logit.
-        allowed_token_ids: nothing else may be sampled, when given.
-        banned_token_ids: never sampled.
-        seed: 0 .. 2**63 - 1. The same seed gives the same tokens. None: the edge draws one.
-        n: samples of the same prompt; sample i draws with its own stream derived from the seed.
-        stop_token_ids: end the output; the token itself is in the output's ids. With a grammar,
-            they may be drawn where the output may end.
-        ignore_eos: the model's own end tokens do not stop.
-        logprobs: None for none; else how many alternatives to give with the chosen token's own.
-        prompt_logprobs: the same for each prompt token but the first.
-        grammar: the output's text must fit it (see `shards.grammar`); "" for none. The model's
-            end tokens are drawn only where the text may end.
+        logit_bias: number added to the logit of each token id.
+        allowed_token_ids: only tokens that may be sampled, if set.
+        banned_token_ids: tokens that are never sampled.
+        seed: 0 .. 2**63 - 1. The same seed gives the same tokens. None: the router picks a seed.
+        n: samples of the same prompt; each sample has its own stream derived from the seed.
+        stop_token_ids: tokens that end the output; the stop token is in the output's ids. With a
+            grammar, stop tokens may be sampled where the output may end.
+        ignore_eos: whether to continue after the model's own end tokens.
+        logprobs: number of alternatives besides the chosen token's log-probability; None for none.
+        prompt_logprobs: same, for each prompt token except the first.
+        grammar: grammar of the output's text (see `worker.grammar_masks`); "" for none. The
+            model's end tokens are sampled only where the text may end.
     """
 
     max_tokens: int | None = None
@@ -98,7 +98,7 @@ class SamplingParams:
                 raise InvalidRequest(
                     "allowed_token_ids",
                     "`allowed_token_ids` leaves no token to sample once `banned_token_ids` are "
-                    "taken away; allow at least one",
+                    "removed; allow at least one",
                 )
 
     def _check_grammar(self) -> None:
@@ -114,13 +114,13 @@ class SamplingParams:
             if getattr(self, name):
                 raise InvalidRequest(
                     name,
-                    f"`{name}` and structured output exclude each other: the grammar says "
-                    "where the output ends; leave one of them out",
+                    f"`{name}` and structured output exclude each other: the grammar decides "
+                    "where the output ends; leave one of the two out",
                 )
 
     @property
     def has_penalties(self) -> bool:
-        """Whether the sampler must count this sequence's tokens."""
+        """Whether the sampler must count the tokens of a sequence."""
         return (
             self.repetition_penalty != 1.0
             or self.presence_penalty != 0.0
@@ -128,7 +128,7 @@ class SamplingParams:
         )
 
     def to_wire(self) -> dict[str, Any]:
-        """Only the fields that differ from the defaults, as msgpack can carry them."""
+        """Fields that differ from the defaults, as a map for msgpack."""
         return {k: v for k, v in asdict(self).items() if v != _DEFAULTS[k]}
 
     @classmethod
@@ -161,7 +161,9 @@ def _integer(
 
 def _count(name: str, count: int, limit: int) -> None:
     if count > limit:
-        raise InvalidRequest(name, f"`{name}` has {count} entries; the most is {limit}")
+        raise InvalidRequest(
+            name, f"`{name}` has {count} entries; the limit is {limit}; remove some"
+        )
 
 
 def _tokens(name: str, tokens: Any, vocab_size: int) -> None:  # noqa: ANN401

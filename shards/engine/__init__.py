@@ -1,4 +1,4 @@
-"""The engine of one replica group: what is in a step, block by block, and what came of it.
+"""The engine of one replica group: schedules steps, assigns KV blocks and applies results.
 
 `Scheduler` and `BlockManager` are sans-I/O; `Engine` drives them against an `Executor`.
 """

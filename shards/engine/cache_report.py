@@ -1,4 +1,4 @@
-"""What a group's KV cache holds, and for whom: numbers for operators, and nothing more."""
+"""Contents of a group's KV cache, by tier and tenant: numbers for operators, and nothing more."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class TierUse:
     """Blocks of a tier.
 
     Attributes:
-        used: blocks with something in them.
-        total: most blocks; 0 for no bound.
+        used: blocks in use.
+        total: most blocks; 0 means unbounded.
     """
 
     used: int
@@ -21,7 +21,7 @@ class TierUse:
 
 @dataclass(slots=True)
 class TenantUse:
-    """Prompt tokens of a tenant's requests, and those of them that a cache had."""
+    """Prompt tokens of a tenant's requests, and the cached share of these tokens."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -29,37 +29,39 @@ class TenantUse:
 
 @dataclass(frozen=True, slots=True)
 class CacheReport:
-    """One lane's cache, or a group's.
+    """Cache of a data-parallel rank, or of a whole group.
 
     Attributes:
-        tiers: by name: device, host, disk, shared.
-        tenants: what each asked for since the start.
-        held: blocks below the device, by tier and tenant; "" for those found at the start.
+        tiers: use of each tier by name: device, host, disk, shared.
+        tenants: prompt tokens of each tenant since the start.
+        tenant_blocks: blocks below the device, by tier and tenant; tenant "" means blocks that
+            the tier had at the start.
         pins: tokens of each pinned prefix.
     """
 
     tiers: dict[str, TierUse] = field(default_factory=dict)
     tenants: dict[str, TenantUse] = field(default_factory=dict)
-    held: dict[str, dict[str, int]] = field(default_factory=dict)
+    tenant_blocks: dict[str, dict[str, int]] = field(default_factory=dict)
     pins: dict[str, int] = field(default_factory=dict)
 
     @staticmethod
     def total(reports: list[CacheReport]) -> CacheReport:
-        """The sum over lanes."""
+        """The sum over data-parallel ranks."""
         if len(reports) == 1:
             return reports[0]
         tiers: dict[str, TierUse] = {}
         tenants: dict[str, TenantUse] = {}
-        held: dict[str, Counter[str]] = {}
-        for one in reports:
-            for name, use in one.tiers.items():
-                so_far = tiers.get(name, TierUse(0, 0))
-                tiers[name] = TierUse(so_far.used + use.used, so_far.total + use.total)
-            for name, asked in one.tenants.items():
-                sums = tenants.setdefault(name, TenantUse())
-                sums.prompt_tokens += asked.prompt_tokens
-                sums.cached_tokens += asked.cached_tokens
-            for name, blocks in one.held.items():
-                held.setdefault(name, Counter()).update(blocks)
-        pins = {name: count for one in reports for name, count in one.pins.items()}
-        return CacheReport(tiers, tenants, {name: dict(of) for name, of in held.items()}, pins)
+        tenant_blocks: dict[str, Counter[str]] = {}
+        for report in reports:
+            for tier, use in report.tiers.items():
+                so_far = tiers.get(tier, TierUse(0, 0))
+                tiers[tier] = TierUse(so_far.used + use.used, so_far.total + use.total)
+            for tenant, tokens in report.tenants.items():
+                sums = tenants.setdefault(tenant, TenantUse())
+                sums.prompt_tokens += tokens.prompt_tokens
+                sums.cached_tokens += tokens.cached_tokens
+            for tier, blocks in report.tenant_blocks.items():
+                tenant_blocks.setdefault(tier, Counter()).update(blocks)
+        pins = {name: count for report in reports for name, count in report.pins.items()}
+        by_tier = {tier: dict(blocks) for tier, blocks in tenant_blocks.items()}
+        return CacheReport(tiers, tenants, by_tier, pins)

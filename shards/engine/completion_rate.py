@@ -1,4 +1,4 @@
-"""How often requests end: the estimate of when a place falls free."""
+"""Rate at which requests end: an estimate of the wait for a free slot."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 
 class CompletionRate:
-    """A running mean of the time between two ends; one second until the first two are seen.
+    """Running mean of the time between two ends; 1 s before the second end.
 
     Args:
-        clock: seconds, monotonic.
+        clock: monotonic time in seconds.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -17,13 +17,13 @@ class CompletionRate:
         self._last: float | None = None
         self._mean_s = 1.0
 
-    def one_ended(self) -> None:
+    def note_end(self) -> None:
         """Note the end of a request."""
         now = self._clock()
         if self._last is not None:
             self._mean_s += 0.1 * (now - self._last - self._mean_s)
         self._last = now
 
-    def seconds_for_one(self) -> float:
-        """An estimate, 0.1 to 60 s."""
+    def estimate_s(self) -> float:
+        """Estimated seconds until the next end, 0.1 to 60."""
         return min(max(self._mean_s, 0.1), 60.0)

@@ -1,4 +1,4 @@
-"""The engine's limits, from a group's resolved settings."""
+"""Limits of the engine, derived from a group's resolved config."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def engine_config(config: GroupConfig, model: AnyModel, digest: str) -> EngineCo
     """Limits of the engine of a resolved group.
 
     Args:
-        config: resolved.
-        model: the model's numbers.
-        digest: the checkpoint's; the root of every block's key.
+        config: resolved config of the group.
+        model: config of the model.
+        digest: digest of the checkpoint; the root of every block's key.
     """
     assert config.num_blocks is not None and config.max_model_len is not None, "unresolved"
     visible = visible_keys(model, config)
@@ -37,7 +37,7 @@ def engine_config(config: GroupConfig, model: AnyModel, digest: str) -> EngineCo
         prefix_cache=config.prefix_cache,
         pipeline_depth=max(2, config.pp),
         num_stages=config.pp,
-        num_lanes=config.dp,
+        num_dp_ranks=config.dp,
         experts=first_placement(config, parts_of(model, config)),
         move_experts=config.spare_experts > 0,
         vocab_size=model.vocab_size,

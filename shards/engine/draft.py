@@ -1,6 +1,6 @@
-"""The next plan while it is put together, and what is remembered of it until its result is in.
+"""The next plan in the making, and the record of a plan until its result arrives.
 
-Knows how a `StepPlan` is laid out: decode rows first, then prefill chunks. Decides nothing.
+Knows the layout of a `StepPlan`: decode rows first, then prefill chunks. Decides nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _EMPTY = int32()
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens start .. end - 1 of a sequence; `final` when a token is drawn after the last."""
+    """Tokens start .. end - 1 of a sequence; `final` means sampling after the last token."""
 
     sequence: Sequence
     start: int
@@ -30,7 +30,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class PromptRows:
-    """Rows of a plan whose prompt log-probabilities are wanted, for one sequence."""
+    """Rows of a plan with prompt log-probabilities, for one sequence."""
 
     sequence: Sequence
     slot: int
@@ -40,13 +40,13 @@ class PromptRows:
 
 @dataclass(frozen=True, slots=True)
 class InFlight:
-    """What the result of a plan is for.
+    """Record of a plan, to match its result to sequences.
 
     Attributes:
-        step: of the plan.
-        slots: [R] int32, where each sampled token belongs.
-        generation: [R] int64, of the slot's occupant at the time.
-        prompt_rows: whom the rows of `StepResult.prompt_logprobs` belong to, in order.
+        step: number of the step.
+        slots: [R] int32, slot of each sampled token.
+        generation: [R] int64, generation of the slot at the time of the plan.
+        prompt_rows: sequences of the rows of `StepResult.prompt_logprobs`, in order.
     """
 
     step: int
@@ -56,7 +56,7 @@ class InFlight:
 
 
 class PlanDraft:
-    """Gathers changes of slots and block tables; `build` adds the rows and starts afresh.
+    """Gathers changes of slots and block tables; `build` adds the rows and starts a new draft.
 
     Args:
         max_rows: most decode rows of a plan.
@@ -66,7 +66,7 @@ class PlanDraft:
         self._ones = np.ones(max_rows, dtype=np.int32)
         self._last_sampled = np.full(max_rows, LAST_SAMPLED, dtype=np.int32)
         for constant in (self._ones, self._last_sampled):
-            constant.flags.writeable = False  # every plan shares them
+            constant.flags.writeable = False  # shared by all plans
         self._freed: list[int] = []
         self._new: list[NewSequence] = []
         self._block_slots: list[int] = []
@@ -77,25 +77,25 @@ class PlanDraft:
         self._local_ids: list[int] = []
 
     def free(self, slot: int) -> None:
-        """The slot is free from the next plan on."""
+        """Free a slot from the next plan on."""
         self._freed.append(slot)
 
     def enter(self, new: NewSequence, blocks: Many[int]) -> None:
-        """A sequence enters a slot with these blocks."""
+        """Enter a sequence into a slot with these blocks."""
         self._new.append(new)
         self._block_slots.extend([new.slot] * len(blocks))
         self._block_index.extend(range(len(blocks)))
         self._block_ids.extend(blocks)
 
     def add_blocks(self, slot: int, blocks: Iterable[tuple[int, int]]) -> None:
-        """The slot's table gets these blocks: index and id of each."""
+        """Add blocks to a slot's table, as pairs of index and block id."""
         for index, block in blocks:
             self._block_slots.append(slot)
             self._block_index.append(index)
             self._block_ids.append(block)
 
     def add_local(self, slot: int, blocks: Iterable[tuple[int, int]]) -> None:
-        """The slot's chunk-local table gets these blocks, likewise."""
+        """Add blocks to a slot's chunk-local table, as pairs of index and block id."""
         for index, block in blocks:
             self._local_slots.append(slot)
             self._local_index.append(index)
@@ -104,31 +104,31 @@ class PlanDraft:
     def build(
         self, step: int, slots: Int32, starts: Int32, tokens: Int32 | None, chunks: list[Chunk]
     ) -> StepPlan:
-        """The plan of these rows.
+        """The plan of the given rows.
 
         Args:
-            step: its number.
+            step: number of the step.
             slots: [D] slots that decode.
-            starts: [D] position of each one's token.
-            tokens: [D] the tokens, or None where the slices hold them.
+            starts: [D] position of each slot's token.
+            tokens: [D] tokens, or None where only the slices know them.
             chunks: prefill chunks.
         """
         ones = self._ones[: len(slots)]
         plan = StepPlan(
             step=step,
-            freed=_taken(self._freed),
+            freed=_drain(self._freed),
             new=self._new,
-            block_slots=_taken(self._block_slots),
-            block_index=_taken(self._block_index),
-            block_ids=_taken(self._block_ids),
+            block_slots=_drain(self._block_slots),
+            block_index=_drain(self._block_index),
+            block_ids=_drain(self._block_ids),
             slots=slots,
             starts=starts,
             counts=ones,
             tokens=self._last_sampled[: len(slots)] if tokens is None else tokens,
             samples=ones,
-            local_slots=_taken(self._local_slots),
-            local_index=_taken(self._local_index),
-            local_ids=_taken(self._local_ids),
+            local_slots=_drain(self._local_slots),
+            local_index=_drain(self._local_index),
+            local_ids=_drain(self._local_ids),
         )
         self._new = []
         if chunks:
@@ -136,7 +136,7 @@ class PlanDraft:
         return plan
 
 
-def _taken(values: list[int]) -> Int32:
+def _drain(values: list[int]) -> Int32:
     if not values:
         return _EMPTY
     array = int32(values)
@@ -147,13 +147,13 @@ def _taken(values: list[int]) -> Int32:
 def _add_chunks(plan: StepPlan, chunks: list[Chunk]) -> None:
     counts = int32([chunk.end - chunk.start for chunk in chunks])
     windows = [chunk.sequence.window(chunk.start, chunk.end) for chunk in chunks]
-    wanted = [_wants_rows(chunk) for chunk in chunks]
-    if any(wanted):
-        plan.prompt_rows = np.concatenate((np.zeros_like(plan.slots), int32(wanted)))
+    has_prompt_rows = [_wants_prompt_rows(chunk) for chunk in chunks]
+    if any(has_prompt_rows):
+        plan.prompt_rows = np.concatenate((np.zeros_like(plan.slots), int32(has_prompt_rows)))
         plan.prompt_next = np.concatenate(
             [
                 chunk.sequence.prompt_next(chunk.start, chunk.end)
-                for chunk, rows in zip(chunks, wanted, strict=True)
+                for chunk, rows in zip(chunks, has_prompt_rows, strict=True)
                 if rows
             ]
         )
@@ -166,20 +166,20 @@ def _add_chunks(plan: StepPlan, chunks: list[Chunk]) -> None:
     plan.samples = np.concatenate((plan.samples, int32([chunk.final for chunk in chunks])))
 
 
-def _wants_rows(chunk: Chunk) -> bool:
+def _wants_prompt_rows(chunk: Chunk) -> bool:
     return chunk.sequence.wants_prompt_rows and chunk.start < chunk.sequence.num_prompt
 
 
 def in_flight(
     plan: StepPlan, decoding: Int32, chunks: list[Chunk], generation: npt.NDArray[np.int64]
 ) -> InFlight:
-    """What to remember of a plan of these decode rows and chunks.
+    """Record of a plan with these decode rows and chunks.
 
     Args:
-        plan: as built.
-        decoding: [D] slots of its decode rows.
-        chunks: its prefill chunks.
-        generation: [slots] of every slot now.
+        plan: plan as built.
+        decoding: [D] slots of the plan's decode rows.
+        chunks: prefill chunks of the plan.
+        generation: [slots] current generation of every slot.
     """
     slots = decoding
     if chunks:
@@ -193,6 +193,6 @@ def in_flight(
             chunk.sequence.prompt_next(chunk.start, chunk.end).tolist(),
         )
         for chunk in chunks
-        if _wants_rows(chunk)
+        if _wants_prompt_rows(chunk)
     ]
     return InFlight(plan.step, slots, generation[slots], rows)

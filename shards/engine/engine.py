@@ -1,8 +1,7 @@
 """The loop of one replica group: requests in, plans to the slices, tokens out.
 
 One thread owns the scheduler and the executor; callers leave requests and cancellations in an
-inbox. Knows threads and time; decides nothing (the scheduler does) and computes nothing (the
-slices do).
+inbox. Knows threads and time; the scheduler decides, and the slices compute.
 """
 
 from __future__ import annotations
@@ -36,23 +35,23 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _COLLECT_S = 0.25
-"""How long a wait for a result lasts before `stop` is heeded."""
-_MOVED_S = 0.001
-"""How long a wait for copies of blocks lasts, when nothing else can run, before requests are."""
+"""Longest wait for a result, in seconds, before the engine checks for `stop`."""
+_TRANSFER_WAIT_S = 0.001
+"""Longest wait for transfers, in seconds, before the engine reads the inbox again."""
 
 
 class Engine:
     """Serves requests on one group's slices.
 
-    `start` runs it in a thread of its own; without that, the caller may call `step` itself.
+    `start` runs the engine in a thread of its own; without `start` the caller may call `step`.
 
     Args:
         config: limits.
         executor: runs plans on the slices; closed when the engine stops or fails.
-        on_outputs: called once a step with all that the step gave, from the engine's thread. It
-            must not block: the next plan waits for it.
-        on_failure: called once, from the engine's thread, when the group is lost.
-        on_event: told of keys stored in and evicted from the prefix cache.
+        on_outputs: callback with all outputs of a step, from the engine's thread. The callback
+            must not block: the next plan waits for the return.
+        on_failure: callback when the group is lost; called once, from the engine's thread.
+        on_event: callback for keys stored in and evicted from the prefix cache.
 
     Attributes:
         failure: why the group is lost, or None.
@@ -75,7 +74,7 @@ class Engine:
         self._scheduler = DataParallelScheduler(config, on_event=on_event)
         self._balance: ExpertBalance | None = None
         if config.experts is not None:
-            self._balance = ExpertBalance(config.experts, moves=config.move_experts)
+            self._balance = ExpertBalance(config.experts, enabled=config.move_experts)
         self._outputs: list[SequenceOutput] = []
         self._means = _Means()
         self._thread: threading.Thread | None = None
@@ -83,7 +82,7 @@ class Engine:
         # Guarded by `_wake`:
         self._arrived: dict[str, EngineRequest] = {}
         self._cancelled: list[str] = []
-        self._asked: list[tuple[Callable[[DataParallelScheduler], Any], Future[Any]]] = []
+        self._calls: list[tuple[Callable[[DataParallelScheduler], Any], Future[Any]]] = []
         self._stopping = False
 
     # ---- any thread ----
@@ -95,9 +94,9 @@ class Engine:
         self._thread.start()
 
     def stop(self) -> None:
-        """End what runs with finish_reason "lost" and close the executor; safe to call twice.
+        """End all requests with finish_reason "lost" and close the executor; safe to call twice.
 
-        Not to be called from a callback.
+        Do not call from a callback.
         """
         with self._wake:
             self._stopping = True
@@ -111,8 +110,8 @@ class Engine:
         """Queue a request; its outputs come through `on_outputs`.
 
         Raises:
-            InvalidRequest: it could never run, or its id runs already.
-            Overloaded: as many requests wait as may.
+            InvalidRequest: the request could never run, or its id is in use.
+            Overloaded: the queue is full.
             Unavailable: the engine has failed or was stopped.
         """
         check_request(self.config, request)
@@ -131,32 +130,32 @@ class Engine:
             self._wake.notify()
 
     def cancel(self, request_id: str) -> None:
-        """End a request within a step; one that has ended already is left alone."""
+        """End a request within a step; ended requests are ignored."""
         with self._wake:
             self._cancelled.append(request_id)
             self._wake.notify()
 
-    def ask(self, question: Callable[[DataParallelScheduler], T]) -> Future[T]:
-        """Have the scheduler asked between two steps, in the engine's thread.
+    def ask(self, function: Callable[[DataParallelScheduler], T]) -> Future[T]:
+        """Call a function of the scheduler between two steps, in the engine's thread.
 
-        The answer is the question's; `Unavailable` if the engine ends first.
+        The future has the function's result, or `Unavailable` if the engine ends first.
         """
-        answer: Future[T] = Future()
+        future: Future[T] = Future()
         with self._wake:
             if self.failure is not None or self._stopping:
-                answer.set_exception(Unavailable("the group is lost or was stopped"))
+                future.set_exception(Unavailable("the group is lost or was stopped"))
             else:
-                self._asked.append((question, answer))
+                self._calls.append((function, future))
                 self._wake.notify()
-        return answer
+        return future
 
     def shared(self, keys: list[bytes]) -> tuple[dict[Pool, PeerBlocks], bool]:
-        """What another group may copy of these blocks, and whether more of them is on its way.
+        """Blocks of these keys that another group may copy, and whether more are being saved.
 
-        At once, whatever the engine is at: it may have changed by the time it is heard, which
-        those who copy check.
+        Returns at once, from any thread. The answer may be outdated on arrival; the reader
+        of the blocks verifies the keys.
         """
-        return self._scheduler.shared(keys), self._scheduler.keeping(keys)
+        return self._scheduler.shared(keys), self._scheduler.is_saving(keys)
 
     def stats(self) -> EngineStats:
         """A snapshot; `step_us` has running means of a step's phases, in microseconds."""
@@ -175,12 +174,12 @@ class Engine:
     # ---- the engine's thread ----
 
     def _run(self) -> None:
-        gc.freeze()  # what is loaded stays: full collections need not walk it
+        gc.freeze()  # all objects loaded so far stay: full collections may skip them
         while self._wait_for_work():
             self.step()
 
     def _wait_for_work(self) -> bool:
-        """Sleep while there is nothing to do; False when the engine is to end."""
+        """Sleep without work; False when the engine is to end."""
         with self._wake:
             while not self._stopping and self.failure is None and not self._has_work():
                 self._wake.wait()
@@ -188,20 +187,19 @@ class Engine:
 
     def _has_work(self) -> bool:
         scheduler = self._scheduler
-        inbox = self._arrived or self._cancelled or self._asked
+        inbox = self._arrived or self._cancelled or self._calls
         return bool(
-            inbox or scheduler.num_live or scheduler.num_outstanding or scheduler.num_moving
+            inbox or scheduler.num_live or scheduler.num_outstanding or scheduler.num_transfers
         )
 
     def step(self) -> bool:
-        """Plan ahead, take the oldest result, hand out what it gave; True while work is left.
+        """Schedule ahead, apply the oldest result, deliver its outputs; True while work is left.
 
-        Whatever goes wrong is the end of the group: it is told to every live request, never
-        raised here.
+        Any error ends the group: every live request gets the error; `step` never raises.
         """
         try:
             self._take_inbox()
-            self._take_moved()
+            self._collect_transfers()
             self._submit_plans()
             self._collect_oldest()
             self._deliver()
@@ -210,66 +208,66 @@ class Engine:
         return self.failure is None and self._has_work()
 
     def _take_inbox(self) -> None:
-        # Under the lock, so that an id is always either in the inbox or in the scheduler.
+        # Under the lock, so that an id is always in the inbox or in the scheduler.
         with self._wake:
             for request in self._arrived.values():
                 self._scheduler.enqueue(request)
             self._arrived.clear()
             cancelled, self._cancelled = self._cancelled, []
-            asked, self._asked = self._asked, []
+            calls, self._calls = self._calls, []
         for request_id in cancelled:
             self._outputs += self._scheduler.cancel(request_id)
-        for question, answer in asked:
+        for function, future in calls:
             try:
-                answer.set_result(question(self._scheduler))
-            except Exception as error:  # the asker's
-                answer.set_exception(error)
+                future.set_result(function(self._scheduler))
+            except Exception as error:  # the caller's function failed
+                future.set_exception(error)
 
     def _submit_plans(self) -> None:
-        begun = perf_counter_ns()
+        start_ns = perf_counter_ns()
         while plans := self._scheduler.schedule():
-            move = None if self._balance is None else self._next_move(self._balance)
+            change = None if self._balance is None else self._next_placement(self._balance)
             for plan in plans:
-                if move is not None:
-                    plan.placement_layer, plan.placement = move
+                if change is not None:
+                    plan.placement_layer, plan.placement = change
                 self._executor.submit(plan)
-        for moves in self._scheduler.take_moves():
-            self._executor.move(moves)
-        self._means.note("schedule", perf_counter_ns() - begun)
+        for batch in self._scheduler.take_transfers():
+            self._executor.transfer(batch)
+        self._means.note("schedule", perf_counter_ns() - start_ns)
 
-    def _take_moved(self, timeout_s: float = 0.0) -> None:
+    def _collect_transfers(self, timeout_s: float = 0.0) -> None:
         if self.config.tiers.enabled:
-            self._scheduler.take_moved(self._executor.moved(timeout_s))
+            self._scheduler.apply_results(self._executor.collect_transfers(timeout_s))
 
-    def _next_move(self, balance: ExpertBalance) -> tuple[int, Int32] | None:
+    def _next_placement(self, balance: ExpertBalance) -> tuple[int, Int32] | None:
         balance.note(self._executor.take_loads())
-        return balance.next_move()
+        return balance.next_placement()
 
     def _collect_oldest(self) -> None:
         if not self._scheduler.num_outstanding:
-            if self._scheduler.num_moving:
-                self._take_moved(_MOVED_S)
+            if self._scheduler.num_transfers:
+                self._collect_transfers(_TRANSFER_WAIT_S)
                 return
-            # Else the loop would spin for ever without a word.
+            # Otherwise the loop would spin forever without a message.
             assert not self._scheduler.num_live, "requests are live and nothing can run"
             return
-        begun = perf_counter_ns()
+        start_ns = perf_counter_ns()
         result: StepResult | None = None
         while result is None:
             if self._stopping:
                 return
             result = self._executor.collect(_COLLECT_S)
-        arrived = perf_counter_ns()
+        arrived_ns = perf_counter_ns()
         self._outputs += self._scheduler.update(result)
-        self._means.note("wait", arrived - begun)
-        self._means.note("update", perf_counter_ns() - arrived)
+        self._means.note("wait", arrived_ns - start_ns)
+        self._means.note("update", perf_counter_ns() - arrived_ns)
 
     def _deliver(self) -> None:
         outputs, self._outputs = self._outputs, []
         if outputs:
-            begun = perf_counter_ns()
+            start_ns = perf_counter_ns()
             self._on_outputs(outputs)
-            self._means.note("deliver", perf_counter_ns() - begun)
+            self._means.note("deliver", perf_counter_ns() - start_ns)
 
     def _fail(self, error: Exception) -> None:
         if isinstance(error, GroupFailed):
@@ -280,30 +278,30 @@ class Engine:
             cause.__cause__ = error
             _log.error("the engine failed", exc_info=error)
         with self._wake:
-            self.failure = cause  # from here on `submit` refuses
+            self.failure = cause  # from now on `submit` refuses
         self._end_all(str(cause))
-        if self._on_failure is not None:  # first: slices that hang may be slow to close
+        if self._on_failure is not None:  # before closing, which hanging slices may delay
             self._on_failure(cause)
         self._executor.close()
 
     def _end_all(self, cause: str) -> None:
-        """End every request, those in the inbox too."""
+        """End every request, including those in the inbox."""
         try:
             self._take_inbox()
             self._outputs += self._scheduler.fail(cause)
             self._deliver()
-        except Exception:  # a callback's: there is nobody left to tell
-            _log.exception("the last outputs could not be handed out")
+        except Exception:  # a callback failed: there is no other way to report
+            _log.exception("the last outputs could not be delivered")
 
 
 class _Means:
-    """Running means of the phases of a step, over the last hundred steps or so."""
+    """Running means of the phases of a step, over about the last hundred steps."""
 
     def __init__(self) -> None:
         self._mean_us: dict[str, float] = {}
 
     def note(self, phase: str, elapsed_ns: int) -> None:
-        """Count one more step's time for a phase."""
+        """Add the time of a phase."""
         elapsed_us = elapsed_ns / 1000
         mean = self._mean_us.get(phase, elapsed_us)
         self._mean_us[phase] = mean + 0.01 * (elapsed_us - mean)

@@ -1,6 +1,6 @@
-"""Which configurations and requests an engine takes at all, whatever its load.
+"""Configurations and requests that an engine accepts, whatever its load.
 
-Pure functions of their arguments, so any thread may call them. Knows limits; knows no load.
+Pure functions of their arguments, so thread-safe. Knows limits; knows no load.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from arriero.shards.images.request import check_images
 
 
 def check_config(config: EngineConfig) -> None:
-    """Raise `SpecError` for the first field of `config` that cannot be."""
+    """Raise `SpecError` for the first field of `config` out of range."""
     for name in (
         "max_model_len", "block_size", "num_blocks", "max_sequences", "max_batch_tokens",
-        "max_queued", "pipeline_depth", "num_stages", "num_lanes", "vocab_size",
+        "max_queued", "pipeline_depth", "num_stages", "num_dp_ranks", "vocab_size",
     ):  # fmt: skip
         value = getattr(config, name)
         if value < 1:
@@ -65,13 +65,15 @@ def _check_window(config: EngineConfig) -> None:
 
 
 def check_request(config: EngineConfig, request: EngineRequest) -> None:
-    """Raise `InvalidRequest` when no load, however light, would let this request run."""
+    """Raise `InvalidRequest` for a request that could never run, however light the load."""
     params = request.params
     params.check(vocab_size=config.vocab_size)
     if params.seed is None:
-        raise InvalidRequest("seed", "`seed` is not set; the edge draws one for each request")
+        raise InvalidRequest(
+            "seed", "`seed` is not set; the router must set a seed for each request"
+        )
     if params.max_tokens is None:
-        raise InvalidRequest("max_tokens", "`max_tokens` is not set; the edge sets it")
+        raise InvalidRequest("max_tokens", "`max_tokens` is not set; the router must set a limit")
     if not request.prompt:
         raise InvalidRequest("prompt", "`prompt` is empty; give at least one token")
     _check_tokens("prompt", request.prompt, config.vocab_size)

@@ -1,7 +1,7 @@
-"""The pool of layers that see everything, where no layer does: tables without blocks.
+"""The pool of full-attention layers in a model without such layers: tables without blocks.
 
-It has room for every sequence and finds every prefix, so that the pool of the other layers alone
-decides. Knows how long its tables are, and nothing else.
+The pool has room for every sequence and matches every prefix, so the pool of the other layers
+decides alone. Knows the lengths of tables and nothing else.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _PLENTY = 2**31 - 1
 
 
 class NullBlockPool(BlockManager):
-    """A `BlockManager` of no blocks, whose tables are as long as they are asked to be."""
+    """A `BlockManager` without blocks, whose tables have any requested length."""
 
     def __init__(self, block_size: int) -> None:
         super().__init__(0, block_size)
@@ -22,24 +22,24 @@ class NullBlockPool(BlockManager):
 
     @property
     def num_available(self) -> int:
-        """As many as anyone may ask for."""
+        """A number of blocks above every request."""
         return _PLENTY
 
     @property
     def num_used(self) -> int:
-        """None: nothing is held."""
+        """Always 0."""
         return 0
 
     def table(self, owner: int) -> Sequence[int]:
-        """Numbers of an owner's blocks, in order; no ids, since there are no blocks."""
+        """Indices of an owner's blocks, in order; no ids, since there are no blocks."""
         return range(self._lengths[owner])
 
     def match(self, keys: Iterable[bytes]) -> list[int]:
-        """Every prefix is found."""
+        """All of the prefix matches."""
         return [index for index, _ in enumerate(keys)]
 
     def cost(self, num_blocks: int, shared: Sequence[int] = ()) -> int:
-        """Nothing."""
+        """Always 0."""
         return 0
 
     def allocate(self, owner: int, num_blocks: int, shared: Sequence[int] = ()) -> None:
@@ -57,4 +57,4 @@ class NullBlockPool(BlockManager):
         del self._lengths[owner]
 
     def store(self, owner: int, first: int, keys: Iterable[bytes]) -> None:
-        """Nothing is kept."""
+        """Do nothing."""

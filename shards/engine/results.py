@@ -1,7 +1,7 @@
-"""From a step's result to outputs: which sequence each token is for, and whether it ends there.
+"""From a step's result to outputs: the sequence of each token, and whether the sequence ends.
 
-Knows rows, tokens and stops; writes what it learns into the slots and the prefix cache. Refuses to
-know what runs next: whoever ended is handed to the scheduler.
+Knows rows, tokens and stops; writes the new tokens into the slots and the prefix cache. Knows
+nothing of scheduling: ended sequences are returned to the scheduler.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from arriero.shards.errors import GroupFailed
 from arriero.shards.protocol.step_plan import Logprobs, StepResult
 
 NO_TOKEN = -1
-"""Drawn where the logits left nothing to draw: all banned, or not numbers."""
+"""Token id for logits without a possible token: all banned, or not numbers."""
 NOTHING_LEFT = (
     "no token is left to sample: `allowed_token_ids`, `banned_token_ids`, `logit_bias` and "
     "`min_tokens` together ban all of them, those that the grammar leaves included, or the "
@@ -28,15 +28,15 @@ NOTHING_LEFT = (
 
 
 @dataclass(frozen=True, slots=True)
-class Harvest:
-    """Outputs of a step, one for each sequence that got a token, and the sequences that ended."""
+class StepOutputs:
+    """Outputs of a step, one for each sequence with a new token, and the sequences that ended."""
 
     outputs: list[SequenceOutput]
     ended: list[Sequence]
 
 
 class Results:
-    """Takes results in, oldest first."""
+    """Applies results, oldest first."""
 
     def __init__(self, config: EngineConfig, slots: SlotTable, blocks: SequenceBlocks) -> None:
         self._config = config
@@ -45,7 +45,7 @@ class Results:
         self._is_eos = np.zeros(config.vocab_size, dtype=np.bool_)
         self._is_eos[list(config.eos_token_ids)] = True
 
-    def take(self, record: InFlight, result: StepResult) -> Harvest:
+    def take(self, record: InFlight, result: StepResult) -> StepOutputs:
         """Give each token to its sequence; tokens of sequences that left are discarded.
 
         Raises:
@@ -62,7 +62,7 @@ class Results:
         known = table.known[slots] + 1
         table.known[slots] = known
         table.last_token[slots] = tokens
-        stopped = self._is_eos[np.maximum(tokens, 0)] & table.heeds_eos[slots]
+        stopped = self._is_eos[np.maximum(tokens, 0)] & table.stops_at_eos[slots]
         for row in np.flatnonzero(table.own_stops[slots]):
             stopped[row] |= int(tokens[row]) in table.sequences[slots[row]].live.stop_tokens
         stopped &= known > table.min_known[slots]
@@ -79,7 +79,7 @@ class Results:
                 )
             )
         if self._config.prefix_cache:
-            # The step computed every position but the new token's own.
+            # The step computed every position except the new token's.
             for row in np.flatnonzero((known - 1) % self._config.block_size == 0):
                 self._blocks.store(sequences[row], int(known[row]) - 1)
         for row in np.flatnonzero(table.reports[slots]):
@@ -90,14 +90,14 @@ class Results:
             if void[row]:
                 outputs[row].tokens, outputs[row].logprobs = (), None
                 outputs[row].finish_reason, outputs[row].error = "error", NOTHING_LEFT
-        return Harvest(outputs, [sequences[row] for row in ended])
+        return StepOutputs(outputs, [sequences[row] for row in ended])
 
     def _check(self, record: InFlight, result: StepResult) -> None:
         tokens = result.tokens
         if result.step != record.step or len(tokens) != len(record.slots):
             raise GroupFailed(
                 f"a result of step {result.step} with {len(tokens)} tokens came where "
-                f"step {record.step} with {len(record.slots)} was due"
+                f"step {record.step} with {len(record.slots)} was expected"
             )
         if len(tokens) and not NO_TOKEN <= tokens.min() <= tokens.max() < self._config.vocab_size:
             raise GroupFailed(
@@ -107,44 +107,44 @@ class Results:
     def _take_prompt_rows(self, record: InFlight, result: StepResult) -> None:
         if not record.prompt_rows:
             return
-        num_rows = sum(len(wanted.following) for wanted in record.prompt_rows)
+        num_rows = sum(len(prompt_rows.following) for prompt_rows in record.prompt_rows)
         rows = _rows(result, "prompt_logprobs", num_rows)
-        at = 0
-        for wanted in record.prompt_rows:
-            sequence = wanted.sequence
-            if self._slots.generation[wanted.slot] == wanted.generation:
+        row = 0
+        for prompt_rows in record.prompt_rows:
+            sequence = prompt_rows.sequence
+            if self._slots.generation[prompt_rows.slot] == prompt_rows.generation:
                 num_top = sequence.live.params.prompt_logprobs or 0
                 sequence.prompt_rows += (
-                    _token_logprobs(rows, at + i, token, num_top)
-                    for i, token in enumerate(wanted.following)
+                    _token_logprobs(rows, row + i, token, num_top)
+                    for i, token in enumerate(prompt_rows.following)
                     if token >= 0
                 )
-            at += len(wanted.following)
+            row += len(prompt_rows.following)
 
     def _report(
         self, sequence: Sequence, output: SequenceOutput, result: StepResult, row: int
     ) -> None:
-        """Add to an output what goes with its token."""
+        """Add log-probabilities and first-output fields to an output."""
         params = sequence.live.params
         if params.logprobs is not None:
             rows = _rows(result, "logprobs", len(result.tokens))
             (token,) = output.tokens
             output.logprobs = (_token_logprobs(rows, row, token, params.logprobs),)
-        if not sequence.started:
+        if not sequence.has_output:
             output.num_cached = sequence.num_cached
             if sequence.wants_prompt_rows:
                 output.prompt_logprobs = tuple(sequence.prompt_rows)
                 sequence.prompt_rows.clear()
-            sequence.started = True
+            sequence.has_output = True
             self._slots.reports[sequence.slot] = params.logprobs is not None
 
 
 def _rows(result: StepResult, name: str, num_rows: int) -> Logprobs:
     rows: Logprobs | None = getattr(result, name)
     if rows is None or len(rows.chosen) != num_rows:
-        held = "none" if rows is None else str(len(rows.chosen))
+        num_found = "none" if rows is None else str(len(rows.chosen))
         raise GroupFailed(
-            f"the result of step {result.step} has {held} of the {num_rows} rows of `{name}` due"
+            f"the result of step {result.step} has {num_found} of the {num_rows} rows of `{name}`"
         )
     return rows
 

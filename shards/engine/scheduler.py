@@ -1,18 +1,19 @@
-"""What goes into each step, and what came of it: continuous batching, sans-I/O.
+"""Decides the rows of each step and applies step results: continuous batching, sans-I/O.
 
-Plans are made ahead of results: up to `depth` are outstanding, and the slices run them in order.
-So a plan may use whatever an earlier one computes or frees, while results that come back may be
-for a sequence that has left its slot since; those are discarded.
+Plans are made ahead of results: up to `depth` plans are outstanding, and the slices run them in
+order. So a plan may use all that an earlier plan computes or frees. A result may belong to a
+sequence that has left its slot since; such results are discarded.
 
-With one stage, a decoding sequence is planned on while its last token is still in flight: the
-slices hold it. Should that token turn out to stop the sequence, what was planned past it is
-discarded. With several stages the first needs a token that the last one samples, so a sequence
-takes part in one outstanding plan at a time, and the decodes are spread over as many
-micro-batches as there are stages.
+With one pipeline stage, a decoding sequence is scheduled while its last token is still in flight:
+the slices know the token. If that token stops the sequence, later samples are discarded. With
+several stages the first stage needs a token that the last stage samples, so a sequence takes part
+in one outstanding plan at a time, and the decodes are spread over as many micro-batches as there
+are stages.
 
-A sequence whose blocks are needed by one that goes first is pre-empted: it leaves its slot, and
-later computes prompt and output again. Samples in flight for it are dropped and drawn again; a
-draw depends on nothing but tokens, parameters, seed and position, so the same token comes out.
+A sequence is pre-empted when a sequence of higher precedence needs its blocks: the sequence leaves
+its slot, and later computes prompt and output again. Samples in flight are dropped and sampled
+again. Sampling depends on nothing but tokens, parameters, seed and position, so the same token
+comes out.
 
 Knows tokens, blocks and slots; knows nothing of models, processes or threads.
 """
@@ -29,6 +30,7 @@ import numpy as np
 
 from arriero.shards.engine.cache_report import CacheReport, TenantUse, TierUse
 from arriero.shards.engine.completion_rate import CompletionRate
+from arriero.shards.engine.decode_slots import DecodeSlots
 from arriero.shards.engine.draft import Chunk, InFlight, PlanDraft, in_flight
 from arriero.shards.engine.limits import check_config, check_request
 from arriero.shards.engine.results import Results
@@ -36,7 +38,7 @@ from arriero.shards.engine.sequence import LiveRequest, Sequence
 from arriero.shards.engine.sequence_blocks import SequenceBlocks
 from arriero.shards.engine.slots import SlotTable
 from arriero.shards.engine.types import EngineConfig, EngineRequest, EngineStats, SequenceOutput
-from arriero.shards.engine.waiting import Waiting
+from arriero.shards.engine.waiting import WaitingQueue
 from arriero.shards.errors import GroupFailed, InvalidRequest, Overloaded
 from arriero.shards.kv.blocks import CacheListener
 from arriero.shards.kv.limits import PeerBlocks
@@ -47,18 +49,18 @@ _rank = attrgetter("rank")
 
 
 class Scheduler:
-    """Requests in, plans out; results in, tokens out.
+    """Takes requests and results; returns plans and tokens.
 
     Args:
         config: limits.
-        on_event: told of keys stored in and evicted from the prefix cache.
-        clock: seconds, monotonic; the estimate in `Overloaded` reads it, and the wait for tiers.
+        on_event: callback for keys stored in and evicted from the prefix cache.
+        clock: monotonic time in seconds, for the estimate in `Overloaded` and the wait for tiers.
 
     Raises:
-        SpecError: a field of `config` that cannot be.
+        SpecError: a field of `config` is out of range.
 
     Attributes:
-        depth: most plans outstanding; one for each stage at least.
+        depth: most outstanding plans; at least the number of stages.
     """
 
     def __init__(
@@ -74,19 +76,18 @@ class Scheduler:
         self._blocks = SequenceBlocks(config, on_event)
         self._slots = SlotTable(config.max_sequences)
         self._draft = PlanDraft(config.max_sequences)
-        # A window is every layer's: its blocks are the slices' only ones.
+        # With a window, every layer has the window: its blocks are the only blocks of the slices.
         windowed = config.attention_window > 0
         self._add_local = self._draft.add_blocks if windowed else self._draft.add_local
         self._pass_every = config.block_size if windowed else config.attention_chunk
-        self._pace = CompletionRate(clock)
+        self._completion_rate = CompletionRate(clock)
         self._results = Results(config, self._slots, self._blocks)
 
         self._requests: dict[str, LiveRequest] = {}
-        self._waiting = Waiting(self._blocks, clock)
+        self._waiting = WaitingQueue(self._blocks, clock)
         self._prefilling: list[Sequence] = []  # by rank
-        self._decoding: dict[int, None] = {}  # slots
-        self._decoding_slots: Int32 | None = None  # the same as an array, while it is unchanged
-        self._repeated: Int32 | None = None  # that array, where the last plan has just these rows
+        self._decoding = DecodeSlots(config, self._slots)
+        self._repeated: Int32 | None = None  # ready slots, if the last plan has exactly these rows
         self._in_flight: deque[InFlight] = deque()
         self._blocked: tuple[int, ...] = ()
 
@@ -104,19 +105,19 @@ class Scheduler:
         """Check and queue a request.
 
         Raises:
-            InvalidRequest: it could never run, or its id runs already.
-            Overloaded: as many requests wait as may.
+            InvalidRequest: the request could never run, or its id is in use.
+            Overloaded: the queue is full.
         """
         check_request(self.config, request)
         self.check_load(request.request_id)
         self.enqueue(request)
 
     def check_load(self, request_id: str, *, num_pending: int = 0) -> None:
-        """Raise as `add` does, for reasons that lie in what runs; safe from any thread.
+        """Raise the errors of `add` that depend on the load; thread-safe.
 
         Args:
-            request_id: of the request that would be added.
-            num_pending: requests that passed this check and are not added yet.
+            request_id: id of the new request.
+            num_pending: requests that passed this check and are not queued yet.
         """
         if request_id in self._requests:
             raise InvalidRequest(
@@ -124,7 +125,7 @@ class Scheduler:
             )
         waiting = len(self._waiting) + num_pending
         if waiting >= self.config.max_queued:
-            retry_after_s = self._pace.seconds_for_one()
+            retry_after_s = self._completion_rate.estimate_s()
             raise Overloaded(
                 f"{waiting} requests wait and `max_queued` is {self.config.max_queued}; "
                 f"try again in {retry_after_s:.1f} s",
@@ -139,7 +140,7 @@ class Scheduler:
         self._spawn(live, 0)
 
     def cancel(self, request_id: str) -> list[SequenceOutput]:
-        """End a request now; its blocks are free for the next plan. Unknown ids are ignored."""
+        """End a request now; the next plan may use its blocks. Unknown ids are ignored."""
         live = self._requests.get(request_id)
         return [] if live is None else self._end(live, "cancelled")
 
@@ -165,20 +166,20 @@ class Scheduler:
         """Whether a request has not ended."""
         return request_id in self._requests
 
-    def found_share(self, request: EngineRequest) -> float:
-        """Share of a prompt, 0 to 1, that the prefix cache has now."""
-        return self._blocks.found_share(request)
+    def cached_share(self, request: EngineRequest) -> float:
+        """Share of a prompt, 0 to 1, in the prefix cache now."""
+        return self._blocks.cached_share(request)
 
     @property
     def num_outstanding(self) -> int:
-        """Plans made whose result is not in."""
+        """Plans without a result so far."""
         return len(self._in_flight)
 
     @property
     def stats(self) -> EngineStats:
-        """A snapshot, without `step_us`; safe from any thread."""
-        pool, local = (self._blocks.pools.get(one) for one in Pool)
-        assert pool is not None, "every engine has it"
+        """A snapshot, without `step_us`; thread-safe."""
+        pool, local = (self._blocks.pools.get(kind) for kind in Pool)
+        assert pool is not None, "every engine has Pool.ALL"
         return EngineStats(
             num_waiting=len(self._waiting),
             num_running=self._num_running,
@@ -198,7 +199,7 @@ class Scheduler:
     # ---- plans ----
 
     def schedule(self) -> StepPlan | None:
-        """The next plan, or None when nothing can run before a result is in."""
+        """The next plan, or None when nothing can run before the next result."""
         if len(self._in_flight) >= self.depth:
             return None
         self._waiting.start_loads(self._num_running)
@@ -208,12 +209,12 @@ class Scheduler:
         self._admit(chunks, budget - sum(chunk.end - chunk.start for chunk in chunks))
         if not len(slots) and not chunks:
             return None
-        # One stage: the slices hold the last token, and it may not even be known here.
+        # One stage: the slices know the last token, which may still be in flight.
         tokens = None if self.config.num_stages == 1 else self._slots.last_token[slots]
         plan = self._draft.build(self._step, slots, starts, tokens, chunks)
         if tokens is None and not chunks:
-            # a prompt that was at work may have lost its slot meanwhile
-            plan.again = slots is self._repeated and not len(plan.freed)
+            # a prefilling sequence may have lost its slot meanwhile
+            plan.same_rows = slots is self._repeated and not len(plan.freed)
             self._repeated = slots
         else:
             self._repeated = None
@@ -224,7 +225,7 @@ class Scheduler:
         return plan
 
     def idle(self) -> StepPlan:
-        """A plan without rows, for a step in which other lanes have some and this one none."""
+        """A plan without rows, for a step in which only other data-parallel ranks have rows."""
         plan = self._draft.build(self._step, int32(), int32(), None, [])
         self._repeated = None
         self._in_flight.append(in_flight(plan, plan.slots, [], self._slots.generation))
@@ -232,10 +233,10 @@ class Scheduler:
         return plan
 
     def _take_decodes(self) -> tuple[Int32, Int32]:
-        """Slots that decode in this step and their positions, all with a block to write to."""
+        """Slots that decode in this step and their positions; each has a block for its token."""
         table = self._slots
         while True:
-            slots = self._ready_slots()
+            slots = self._decoding.ready()
             starts = table.scheduled[slots]
             self._pass_blocks(slots, starts)
             short = starts >= table.capacity[slots]
@@ -247,7 +248,7 @@ class Scheduler:
         return slots, starts
 
     def _pass_blocks(self, slots: Int32, starts: Int32) -> None:
-        """Give back what sequences have come too far to see: past a chunk, or a window's block."""
+        """Free blocks that sequences no longer see: of a past chunk, or behind a window."""
         size, table = self._pass_every, self._slots
         if not size:
             return
@@ -256,28 +257,10 @@ class Scheduler:
             self._blocks.pass_to(table.sequences[slots[row]], int(starts[row]))
         table.passed[slots] = passed
 
-    def _ready_slots(self) -> Int32:
-        """Decoding slots that may take a step, the longest unserved first if not all fit."""
-        slots = self._decoding_slots
-        if slots is None:
-            slots = self._decoding_slots = int32(list(self._decoding))
-        table, config = self._slots, self.config
-        most = config.max_batch_tokens
-        scheduled = table.scheduled[slots]
-        ready = scheduled < table.limit[slots] - 1
-        if config.num_stages > 1:
-            most = min(most, -(-len(slots) // config.num_stages))
-            ready &= scheduled < table.known[slots]
-        if not ready.all():
-            slots = slots[ready]
-        if len(slots) > most:
-            slots = slots[np.argsort(table.last_step[slots], kind="stable")[:most]]
-        return slots
-
     def _grow(self, sequences: list[Sequence]) -> None:
-        """Give each sequence one more block, pre-empting those that go last if need be.
+        """Give each sequence a new block, pre-empting sequences of low precedence if need be.
 
-        Best rank first: whoever is pre-empted goes after all that have got their block by then.
+        In order of rank: a pre-empted sequence comes after all that have their block by then.
         """
         for sequence in sorted(sequences, key=_rank):
             while sequence.slot >= 0 and not self._blocks.can_grow:
@@ -290,11 +273,11 @@ class Scheduler:
                 self._add_local(slot, self._blocks.extend_local(sequence, end))
 
     def _reclaim(self) -> None:
-        """Free some blocks: those merely kept for samples to come, else the last sequence's."""
+        """Free some blocks: those of the newest anchor, else those of the last sequence."""
         if self._blocks.num_anchors:
             self._blocks.drop_latest_prompt()
             return
-        running = self._slots.sequences[list(self._decoding)].tolist() + self._prefilling
+        running = self._decoding.sequences + self._prefilling
         self._preempt(max(running, key=_rank))
 
     def _preempt(self, victim: Sequence) -> None:
@@ -306,20 +289,20 @@ class Scheduler:
     def _continue_prefills(self, budget: int) -> list[Chunk]:
         chunks = []
         for sequence in list(self._prefilling):
-            if budget <= 0 or sequence.slot < 0:  # pre-empted by one before it
+            if budget <= 0 or sequence.slot < 0:  # pre-empted by a sequence of higher precedence
                 break
             slot = int32([sequence.slot])
             self._pass_blocks(slot, self._slots.scheduled[slot])
             chunk = self._take_chunk(sequence, budget)
-            if chunk.end == chunk.start:  # blocks will come back as others end
+            if chunk.end == chunk.start:  # blocks come back when other sequences end
                 break
             chunks.append(chunk)
             budget -= chunk.end - chunk.start
-        self._prefilling = [one for one in self._prefilling if one.slot not in self._decoding]
+        self._prefilling = [seq for seq in self._prefilling if seq.slot not in self._decoding]
         return chunks
 
     def _admit(self, chunks: list[Chunk], budget: int) -> None:
-        """Let waiting sequences in, strictly by rank, and add their first chunks."""
+        """Give slots to waiting sequences, strictly by rank, and add their first chunks."""
         while budget > 0 and self._slots.num_free:
             sequence = self._waiting.first
             if sequence is None or not self._enter(sequence):
@@ -332,19 +315,18 @@ class Scheduler:
             budget -= chunk.end - chunk.start
 
     def _take_chunk(self, sequence: Sequence, budget: int) -> Chunk:
-        """As much of its known tokens as budget and chunk-local blocks allow; maybe nothing."""
+        """Known tokens within the budget and the chunk-local blocks; maybe none."""
         slot, known = sequence.slot, len(sequence.tokens)
         start = int(self._slots.scheduled[slot])
         end = self._reach(sequence, start, min(known, start + budget))
         self._add_local(slot, self._blocks.extend_local(sequence, end))
         self._slots.scheduled[slot] = end
         if end == known:
-            self._decoding[slot] = None
-            self._decoding_slots = None
+            self._decoding.add(slot)
         return Chunk(sequence, start, end, end == known)
 
     def _reach(self, sequence: Sequence, start: int, end: int) -> int:
-        """How far it may go towards `end`, pre-empting later prefills rather than not at all."""
+        """End of the next chunk, at most `end`; pre-empts later prefills rather than stay."""
         blocks = self._blocks
         while True:
             reach = blocks.local_reach(sequence, start, end, self._num_running)
@@ -361,11 +343,11 @@ class Scheduler:
         """Put a waiting sequence into a slot with blocks for all its tokens, if there is room."""
         blocks = self._blocks
         state = (sequence.owner, *blocks.room(), self._num_running, blocks.num_anchors)
-        if state == self._blocked:  # as when it last found no room: spare the search
+        if state == self._blocked:  # same state as at the last refusal: skip the search
             return False
         shared = blocks.find_shared(sequence)
-        # Every running sequence will want a block soon: leave one for each, or the newcomer
-        # would be pre-empted within a few steps.
+        # Every running sequence will need a block soon. Leave a block for each, or the new
+        # sequence would be pre-empted within a few steps.
         if not blocks.has_room(sequence, shared, self._num_running):
             if self._num_running:
                 self._blocked = state
@@ -377,7 +359,7 @@ class Scheduler:
                 blocks.drop_pins()
                 shared = blocks.find_shared(sequence)
             if not blocks.has_room(sequence, shared, 0):
-                return False  # the rest is held while it is copied
+                return False  # the other blocks are in use by transfers
         table = blocks.open(sequence, shared)
         size = self.config.block_size
         cached = len(shared.blocks) * size
@@ -386,19 +368,19 @@ class Scheduler:
         self._draft.enter(
             sequence.to_new(self.config.eos_token_ids, self.config.image_token), table
         )
-        self._add_local(sequence.slot, blocks.numbered(shared))
-        if not sequence.begun:
+        self._add_local(sequence.slot, blocks.indexed(shared))
+        if not sequence.has_entered:
             self._begin(sequence, min(cached, sequence.num_prompt))
         return True
 
     def _begin(self, sequence: Sequence, num_cached: int) -> None:
-        """Note a sequence's first entry."""
-        sequence.begun = True
+        """Count a sequence's first entry into a slot."""
+        sequence.has_entered = True
         live = sequence.live
-        live.num_unborn -= 1
-        if not live.num_unborn:
+        live.num_not_entered -= 1
+        if not live.num_not_entered:
             self._blocks.drop_prompt(live)
-        if sequence.index == 0:  # the others share its prompt; that is no hit
+        if sequence.index == 0:  # other samples share the prompt; sharing is no cache hit
             sequence.num_cached = num_cached
             self._prompt_tokens += sequence.num_prompt
             self._cached_tokens += num_cached
@@ -407,49 +389,49 @@ class Scheduler:
             use.cached_tokens += num_cached
 
     def _after_chunk(self, chunk: Chunk) -> None:
-        """Only plans after this one may share what it computes."""
+        """Store the chunk's blocks: only later plans may share them."""
         sequence, live = chunk.sequence, chunk.sequence.live
         self._blocks.store(sequence, chunk.end)
         if chunk.final and sequence.index == 0 and len(live.sequences) < len(live.live):
-            self._blocks.keep_prompt(sequence)
+            self._blocks.anchor_prompt(sequence)
             for index in range(1, live.params.n):
                 self._spawn(live, index)
 
     # ---- results ----
 
     def update(self, result: StepResult) -> list[SequenceOutput]:
-        """Take the result of the oldest plan outstanding; gives what is new for each sequence.
+        """Apply the result of the oldest outstanding plan; returns the new outputs.
 
         Raises:
             GroupFailed: the result does not belong to that plan.
         """
         if not self._in_flight:
             raise GroupFailed(f"a result of step {result.step} came and no plan is outstanding")
-        harvest = self._results.take(self._in_flight.popleft(), result)
-        self._output_tokens += len(harvest.outputs)
-        for sequence in harvest.ended:
+        step = self._results.take(self._in_flight.popleft(), result)
+        self._output_tokens += len(step.outputs)
+        for sequence in step.ended:
             self._finish(sequence)
-        return harvest.outputs
+        return step.outputs
 
     # ---- tiers below the device ----
 
     @property
-    def num_moving(self) -> int:
-        """Copies of blocks under way or waiting to be made."""
-        return self._blocks.tiers.num_moving
+    def num_transfers(self) -> int:
+        """Transfers of blocks in flight or waiting."""
+        return self._blocks.tiers.num_transfers
 
-    def take_moves(self) -> list[TransferBatch]:
-        """Copies of blocks to be made after every plan so far."""
-        return self._blocks.tiers.take_moves()
+    def take_transfers(self) -> list[TransferBatch]:
+        """Transfers of blocks, to be sent after all plans so far."""
+        return self._blocks.tiers.take_transfers()
 
-    def take_moved(self, moved: list[TransferResult]) -> None:
-        """Hear from slices what came of copies, maybe nothing."""
-        for one in moved:
-            self._blocks.tiers.take(one)
+    def apply_results(self, results: list[TransferResult]) -> None:
+        """Apply transfer results, maybe none."""
+        for result in results:
+            self._blocks.tiers.apply(result)
         self._waiting.finish_loads()
 
     def cache(self) -> CacheReport:
-        """What the KV cache holds, and for whom."""
+        """Contents of the KV cache by tier and tenant."""
         blocks, pools = self._blocks, self._blocks.pools.values()
         device = TierUse(
             sum(pool.num_used + pool.num_cached for pool in pools),
@@ -464,7 +446,7 @@ class Scheduler:
         return CacheReport(
             tiers={"device": device, **below},
             tenants=dict(self._by_tenant),
-            held=blocks.tiers.tenants(),
+            tenant_blocks=blocks.tiers.tenants(),
             pins=blocks.pins,
         )
 
@@ -473,22 +455,22 @@ class Scheduler:
         return self._blocks.pin(name, tokens)
 
     def unpin(self, name: str) -> bool:
-        """Let go of a pin; False where there is none of this name."""
+        """Remove a pin; False without a pin of this name."""
         return self._blocks.unpin(name)
 
-    def keeping(self, keys: list[bytes]) -> bool:
-        """Whether some of these blocks are on their way to host memory; from any thread."""
-        return self._blocks.tiers.keeping(keys)
+    def is_saving(self, keys: list[bytes]) -> bool:
+        """Whether a transfer of any of these blocks to host memory is in flight; thread-safe."""
+        return self._blocks.tiers.is_saving(keys)
 
     def shared(self, keys: list[bytes]) -> dict[Pool, PeerBlocks]:
-        """What another group may copy of these blocks, by pool; from any thread."""
+        """Blocks of these keys that another group may copy, by pool; thread-safe."""
         return self._blocks.tiers.shared(keys)
 
     def flush(self) -> int:
-        """Forget every block that nobody holds, on the device and below; how many."""
+        """Drop every unused block, on the device and below; returns the number of blocks."""
         return self._blocks.flush()
 
-    # ---- shared by both ----
+    # ---- helpers of both ----
 
     @property
     def _num_running(self) -> int:
@@ -501,19 +483,18 @@ class Scheduler:
         self._waiting.add(sequence)
 
     def _release(self, sequence: Sequence) -> None:
-        """Take a sequence out of its slot and give back its blocks."""
+        """Take a sequence out of its slot and free its blocks."""
         slot = sequence.slot
         self._draft.free(slot)
         self._slots.leave(sequence)
         self._blocks.close(sequence)
         if slot in self._decoding:
-            del self._decoding[slot]
-            self._decoding_slots = None
+            self._decoding.remove(slot)
         else:
             self._prefilling.remove(sequence)
 
     def _finish(self, sequence: Sequence) -> None:
-        """Remove a sequence that has ended, and with the last one its request."""
+        """Remove an ended sequence, and the request after its last sequence."""
         if sequence.slot >= 0:
             self._release(sequence)
         else:
@@ -527,7 +508,7 @@ class Scheduler:
     def _end(
         self, live: LiveRequest, reason: str, error: str | None = None
     ) -> list[SequenceOutput]:
-        """End what still runs of a request."""
+        """End all remaining samples of a request."""
         outputs = [
             SequenceOutput(
                 request_id=live.request.request_id,
@@ -539,7 +520,7 @@ class Scheduler:
         ]
         for sequence in list(live.sequences.values()):
             self._finish(sequence)
-        if live.live:  # samples that never came to be
+        if live.live:  # samples without a sequence so far
             live.live.clear()
             self._close(live)
         return outputs
@@ -547,4 +528,4 @@ class Scheduler:
     def _close(self, live: LiveRequest) -> None:
         self._blocks.drop_prompt(live)
         del self._requests[live.request.request_id]
-        self._pace.one_ended()
+        self._completion_rate.note_end()

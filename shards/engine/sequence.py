@@ -1,6 +1,6 @@
-"""One request and its samples, as the scheduler sees them.
+"""One request and its samples, from the scheduler's view.
 
-Knows tokens, limits and order of precedence; knows nothing of steps, slots' arrays or blocks.
+Knows tokens, limits and order of precedence; knows nothing of steps, slot arrays or blocks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Rank = tuple[int, int, int]
 
 
 def sample_seed(seed: int, index: int) -> int:
-    """Seed of sample `index`: the request's own for 0, else SplitMix64's output, its low 63 bits.
+    """Seed of sample `index`: the request's for 0, else the low 63 bits of SplitMix64's output.
 
     Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (OOPSLA 2014).
     """
@@ -40,14 +40,15 @@ class LiveRequest:
     """A request between `add` and its last output.
 
     Attributes:
-        request: as it came.
-        arrival: counts requests up.
-        params: the request's, for short.
+        request: request as received.
+        arrival: number of the request in order of arrival.
+        params: sampling parameters of the request.
         live: indices of the samples that have not ended, in order.
-        sequences: those of them that exist; samples past the first begin once its prompt is in.
-        anchor: owner of the blocks that keep the full prompt blocks alive for the samples that
-            have not begun, or None.
-        num_unborn: samples that have not entered a slot yet.
+        sequences: existing sequences of live samples; samples after the first begin once the
+            prompt is computed.
+        anchor: owner of the blocks that keep the full prompt blocks for samples that have not
+            entered a slot, or None.
+        num_not_entered: samples that have not entered a slot yet.
     """
 
     def __init__(self, request: EngineRequest, arrival: int) -> None:
@@ -57,17 +58,17 @@ class LiveRequest:
         self.live: dict[int, None] = dict.fromkeys(range(request.params.n))
         self.sequences: dict[int, Sequence] = {}
         self.anchor: int | None = None
-        self.num_unborn = request.params.n
-        self._keyed: npt.NDArray[np.int32] | None = None
+        self.num_not_entered = request.params.n
+        self._key_tokens: npt.NDArray[np.int32] | None = None
 
-    def keyed(self, image_token: int | None) -> npt.NDArray[np.int32] | None:
-        """The prompt as block keys see it, where it has images; None where they see it as it is."""
+    def key_tokens_of(self, image_token: int | None) -> npt.NDArray[np.int32] | None:
+        """The prompt as hashed into block keys, if the prompt has images; None otherwise."""
         images = self.request.images
         if not images or image_token is None:
             return None
-        if self._keyed is None:
-            self._keyed = key_tokens(self.request.prompt, images, image_token)
-        return self._keyed
+        if self._key_tokens is None:
+            self._key_tokens = key_tokens(self.request.prompt, images, image_token)
+        return self._key_tokens
 
     @cached_property
     def stop_tokens(self) -> frozenset[int]:
@@ -77,25 +78,25 @@ class LiveRequest:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One sample: its tokens so far, and where it stands.
+    """One sample: tokens so far and state.
 
     Attributes:
-        live: the request it belongs to.
-        request_id: of that request.
-        index: which of its samples.
-        owner: names its block table; a new one for every sequence.
+        live: request of the sample.
+        request_id: id of that request.
+        index: index of the sample.
+        owner: name of the sequence's block table; new for every sequence.
         rank: order of precedence.
-        tokens: prompt and output known so far (those in flight are not).
-        num_prompt: how many of them are the prompt's.
+        tokens: known prompt and output tokens (without tokens in flight).
+        num_prompt: number of prompt tokens.
         limit: most tokens, prompt and output together.
-        slot: the slot it is in, or -1 while it waits.
-        keys: keys of its leading full blocks, as far as they were worked out.
-        num_stored: how many leading blocks of its table have been offered to the cache.
-        num_cached: prompt tokens found in the prefix cache when it first began.
-        searched: lower tiers were asked for its prefix since it began to wait.
-        begun: it has been in a slot.
-        started: its first output is out.
-        prompt_rows: log-probabilities of prompt tokens gathered so far.
+        slot: slot of the sequence, or -1 while waiting.
+        keys: keys of the leading full blocks, as far as computed.
+        num_stored: leading blocks that were offered to the cache.
+        num_cached: prompt tokens in the prefix cache at the first entry into a slot.
+        searched: whether lower tiers were searched for the prefix since the wait began.
+        has_entered: whether the sequence has been in a slot.
+        has_output: whether the first output was sent.
+        prompt_rows: log-probabilities of prompt tokens so far.
     """
 
     live: LiveRequest
@@ -111,8 +112,8 @@ class Sequence:
     num_stored: int = 0
     num_cached: int = 0
     searched: bool = False
-    begun: bool = False
-    started: bool = False
+    has_entered: bool = False
+    has_output: bool = False
     prompt_rows: list[TokenLogprobs] = field(default_factory=list)
 
     @classmethod
@@ -133,8 +134,9 @@ class Sequence:
 
     @property
     def wants_prompt_rows(self) -> bool:
-        """Prompt log-probabilities are asked for, and not out yet."""
-        return self.index == 0 and self.live.params.prompt_logprobs is not None and not self.started
+        """Whether prompt log-probabilities are requested and not sent yet."""
+        requested = self.index == 0 and self.live.params.prompt_logprobs is not None
+        return requested and not self.has_output
 
     def window(self, start: int, end: int) -> npt.NDArray[np.int32]:
         """A copy of tokens start .. end - 1, int32."""
@@ -148,24 +150,24 @@ class Sequence:
         return following
 
     def to_new(self, eos_token_ids: tuple[int, ...], image_token: int | None = None) -> NewSequence:
-        """What the slices must know of it as it enters its slot."""
+        """The slices' description of the sequence, as it enters its slot."""
         params, images = self.live.params, self.live.request.images
-        places = int32()
+        positions = int32()
         if images and image_token is not None:
-            places = placeholders(self.live.request.prompt, image_token)
+            positions = placeholders(self.live.request.prompt, image_token)
         assert params.seed is not None, "seed is checked to be set"
-        counted = params.has_penalties
-        replayed = counted or params.grammar
+        has_penalties = params.has_penalties
+        needs_output = has_penalties or params.grammar
         ends = () if params.ignore_eos else eos_token_ids
         return NewSequence(
             slot=self.slot,
             params=replace(params, seed=sample_seed(params.seed, self.index)).to_wire(),
             stop_tokens=tuple(dict.fromkeys((*params.stop_token_ids, *ends))),
-            prompt=self.window(0, self.num_prompt if counted else 0),
-            output=self.window(self.num_prompt, len(self.tokens)) if replayed else int32(),
+            prompt=self.window(0, self.num_prompt if has_penalties else 0),
+            output=self.window(self.num_prompt, len(self.tokens)) if needs_output else int32(),
             num_prompt=self.num_prompt,
             num_output=len(self.tokens) - self.num_prompt,
-            images=tuple(one.data for one in images),
-            image_sizes=tuple(one.num_features for one in images),
-            image_positions=places,
+            images=tuple(image.data for image in images),
+            image_sizes=tuple(image.num_features for image in images),
+            image_positions=positions,
         )

@@ -1,15 +1,15 @@
-"""The blocks of sequences: what each shares with the prefix cache and with its own siblings.
+"""Blocks of sequences, shared with the prefix cache and with other samples of the same request.
 
-Samples of one request share its full prompt blocks. The first sample computes them; an *anchor*
-then holds them until the others have begun, whatever becomes of the first meanwhile. Anchors only
-save work, so they are the first to go when blocks run out. Blocks that were brought up from a
-lower tier for a request are anchored in the same way until it begins.
+Samples of one request share the full prompt blocks. The first sample computes these blocks; an
+*anchor* then keeps them until the other samples have entered a slot, even if the first sample ends
+before. Anchors only save work, so they are the first to go when blocks run out. Blocks that were
+loaded from a lower tier for a request are anchored in the same way until the request begins.
 
-Where some layers attend within their chunk only, their blocks are of a second pool; a sequence
-has room only if it has room in both, and a prefix is shared only as far as both can be found.
-Where all layers have a window, their blocks are managed like those, and are all there is.
+Layers with chunked attention have blocks of a second pool; a sequence needs room in both pools, and
+a prefix is shared only as far as both pools have it. If all layers have a window, the second kind
+of blocks is the only kind.
 
-Knows sequences and blocks; knows nothing of slots, steps or who goes first.
+Knows sequences and blocks; knows nothing of slots, steps or precedence.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from arriero.shards.protocol.step_plan import int32
 
 
 @dataclass(frozen=True, slots=True)
-class Shared:
-    """Blocks that hold a sequence's first tokens already.
+class SharedBlocks:
+    """Existing blocks with a sequence's first tokens.
 
     Attributes:
-        blocks: of all these tokens.
-        local: of layers that see a part: those that the next token sees.
+        blocks: blocks of all these tokens, of layers with full attention.
+        local: blocks that the next token sees, of layers with chunked or windowed attention.
     """
 
     blocks: list[int] = field(default_factory=list)
@@ -47,8 +47,8 @@ class Pin:
     """A prefix whose blocks stay on the device.
 
     Attributes:
-        owner: of the table that holds them.
-        num_tokens: of the prefix, as far as it was on the device when it was pinned.
+        owner: owner of the pin's block table.
+        num_tokens: tokens of the prefix that were on the device at the time of pinning.
     """
 
     owner: int
@@ -56,21 +56,21 @@ class Pin:
 
 
 MAX_PINNED = 0.25
-"""Most of a pool that pins may hold."""
+"""Largest share of a pool for pins."""
 
 
 class SequenceBlocks:
-    """The pools' blocks, by sequence.
+    """Blocks of the pools, by sequence.
 
     Args:
         config: sizes, and whether there is a prefix cache.
-        on_event: told of keys stored in and evicted from the prefix cache.
+        on_event: callback for keys stored in and evicted from the prefix cache.
 
     Attributes:
-        pool: the blocks of layers that see everything.
-        local: those of layers that see their chunk or a window; None without such layers.
-        pools: what there is of both, as the slices know it: `Pool.LOCAL` is beside `Pool.ALL`.
-        tiers: what is kept of them below the device.
+        pool: blocks of layers with full attention.
+        local: blocks of layers with chunked or windowed attention; None without such layers.
+        pools: both pools by `Pool`, as known to the slices.
+        tiers: manager of the blocks below the device.
     """
 
     def __init__(self, config: EngineConfig, on_event: CacheListener | None) -> None:
@@ -87,7 +87,7 @@ class SequenceBlocks:
             if config.attention_chunk:
                 self.local = LocalBlocks(config.num_local_blocks, seen)
                 self.pools[Pool.LOCAL] = self.local.pool
-        self._sees_all = not config.attention_window  # some layers do
+        self._sees_all = not config.attention_window  # whether some layers have full attention
         self._local_pool = Pool.LOCAL if self._sees_all else Pool.ALL
         self._prefix_cache = config.prefix_cache
         self._model_salt = config.cache_salt
@@ -99,35 +99,35 @@ class SequenceBlocks:
 
     @property
     def num_anchors(self) -> int:
-        """Prompts kept for samples that have not begun."""
+        """Prompts with an anchor, for samples that have not entered a slot."""
         return len(self._anchors)
 
     def new_owner(self) -> int:
-        """A number that has owned no table before."""
+        """A new owner of a block table."""
         self._owners += 1
         return self._owners
 
     def count(self, sequence: Sequence) -> int:
-        """Blocks that hold all its known tokens."""
+        """Number of blocks for all known tokens."""
         return -(-len(sequence.tokens) // self.pool.block_size)
 
-    def find_shared(self, sequence: Sequence) -> Shared:
-        """Blocks that hold its first tokens already; at least one known token is left over."""
+    def find_shared(self, sequence: Sequence) -> SharedBlocks:
+        """Existing blocks with the first tokens; at least one known token is left to compute."""
         if sequence.wants_prompt_rows:
-            return Shared()  # they come of computing every prompt token
-        found = Shared()
+            return SharedBlocks()  # prompt log-probabilities need every prompt token computed
+        shared = SharedBlocks()
         if self._prefix_cache:
             most = (len(sequence.tokens) - 1) // self.pool.block_size
             self._extend_keys(sequence, most)
-            found = self._match(sequence.keys[:most])
+            shared = self._match(sequence.keys[:most])
         anchor = sequence.live.anchor
-        if anchor is not None and len(self.pool.table(anchor)) > len(found.blocks):
+        if anchor is not None and len(self.pool.table(anchor)) > len(shared.blocks):
             local = [] if self.local is None else list(self.local.pool.table(anchor))
-            found = Shared(list(self.pool.table(anchor)), local)
-        return found
+            shared = SharedBlocks(list(self.pool.table(anchor)), local)
+        return shared
 
-    def found_share(self, request: EngineRequest) -> float:
-        """Share of a prompt, 0 to 1, that can be found now."""
+    def cached_share(self, request: EngineRequest) -> float:
+        """Share of a prompt, 0 to 1, in the prefix cache now."""
         if not self._prefix_cache:
             return 0.0
         root = root_key(self._model_salt, request.cache_salt)
@@ -136,27 +136,27 @@ class SequenceBlocks:
             tokens = key_tokens(request.prompt, request.images, self._image_token)
         keys = chain_keys(root, tokens, self.pool.block_size)
         if self._sees_all:
-            found = len(self.pool.match(keys))
+            num_shared = len(self.pool.match(keys))
         else:
-            found = len(self._match(list(keys)).blocks)
-        return found * self.pool.block_size / len(request.prompt)
+            num_shared = len(self._match(list(keys)).blocks)
+        return num_shared * self.pool.block_size / len(request.prompt)
 
-    def _match(self, keys: list[bytes]) -> Shared:
+    def _match(self, keys: list[bytes]) -> SharedBlocks:
         blocks = self.pool.match(keys)
         if self.local is None:
-            return Shared(blocks)
+            return SharedBlocks(blocks)
         end, local = self.local.match(keys[: len(blocks)])
-        return Shared(blocks[:end], local)
+        return SharedBlocks(blocks[:end], local)
 
     def room(self) -> tuple[int, int]:
-        """Blocks that can be handed out now, of either pool."""
+        """Available blocks of either pool."""
         return self.pool.num_available, self.local.pool.num_available if self.local else 0
 
-    def has_room(self, sequence: Sequence, shared: Shared, spare: int) -> bool:
-        """Whether it may begin, `spare` blocks of each pool left over.
+    def has_room(self, sequence: Sequence, shared: SharedBlocks, spare: int) -> bool:
+        """Whether a sequence may begin, with `spare` blocks of each pool left over.
 
-        Of layers that see a part it needs what its first tokens see, up to the end of their chunk
-        or window; it goes on by what it, and others, give back.
+        Layers with chunked or windowed attention need the blocks that the first tokens see, up to
+        the end of the chunk or window; later blocks come from those freed meanwhile.
         """
         if self.pool.cost(self.count(sequence), shared.blocks) > self.pool.num_available - spare:
             return False
@@ -167,11 +167,11 @@ class SequenceBlocks:
         pool = self.local.pool
         return pool.cost(count, shared.local) <= pool.num_available - spare
 
-    def open(self, sequence: Sequence, shared: Shared) -> Many[int]:
-        """Give a sequence blocks for all its known tokens, the first of them `shared`.
+    def open(self, sequence: Sequence, shared: SharedBlocks) -> Many[int]:
+        """Give a sequence blocks for all known tokens, the first of them `shared`.
 
-        Of layers that see a part it gets the shared ones; `extend_local` adds to them. Gives the
-        blocks of the others.
+        In the local pool the sequence gets the shared blocks only; `extend_local` adds more.
+        Returns the block table of the full-attention layers.
         """
         self.pool.allocate(sequence.owner, self.count(sequence), shared.blocks)
         sequence.num_stored = len(shared.blocks)
@@ -179,59 +179,59 @@ class SequenceBlocks:
             self.local.open(sequence.owner, len(shared.blocks), shared.local)
         return self.pool.table(sequence.owner) if self._sees_all else ()
 
-    def numbered(self, shared: Shared) -> list[tuple[int, int]]:
-        """Shared blocks of layers that see a part: index and id of each."""
+    def indexed(self, shared: SharedBlocks) -> list[tuple[int, int]]:
+        """Shared blocks of the local pool, as pairs of index and block id."""
         if self.local is None:
             return []
         return list(zip(self.local.seen.numbers(len(shared.blocks)), shared.local, strict=True))
 
     @property
     def can_grow(self) -> bool:
-        """Whether a block can be handed out of each pool."""
+        """Whether each pool has an available block."""
         return bool(
             self.pool.num_available and (self.local is None or self.local.pool.num_available)
         )
 
     def grow(self, sequence: Sequence) -> list[tuple[int, int]]:
-        """Add a block to a sequence's table; gives its index there and its id, where it has one."""
+        """Add a block to a sequence's table; returns its index and id, where it has an id."""
         index = len(self.pool.table(sequence.owner))
         block = self.pool.append(sequence.owner)
         return [(index, block)] if self._sees_all else []
 
     def local_reach(self, sequence: Sequence, start: int, end: int, spare: int) -> int:
-        """How far a step from `start` may go towards `end`, by what the pool of `local` has.
+        """End of a chunk from `start`, at most `end`, that the local pool has blocks for.
 
-        Past its chunk or window it goes only while `spare` blocks are left over.
+        Beyond the current chunk or window, `spare` blocks must be left over.
         """
         if self.local is None:
             return end
         size, free = self.pool.block_size, self.local.pool.num_available
-        held = self.local.end(sequence.owner)
-        boundary = self.local.due(start // size) * size
-        within = min(boundary, (held + free) * size)
-        return min(end, max(within, (held + max(0, free - spare)) * size))
+        table_end = self.local.end(sequence.owner)
+        boundary = self.local.boundary(start // size) * size
+        within = min(boundary, (table_end + free) * size)
+        return min(end, max(within, (table_end + max(0, free - spare)) * size))
 
     def extend_local(self, sequence: Sequence, end: int) -> list[tuple[int, int]]:
-        """Blocks for its tokens up to `end`, where it lacks them: index and id of each."""
+        """Allocate missing local blocks for tokens up to `end`: pairs of index and block id."""
         if self.local is None:
             return []
         return self.local.extend(sequence.owner, -(-end // self.pool.block_size))
 
     def pass_to(self, sequence: Sequence, position: int) -> None:
-        """Give back what nothing from `position` on can see; all before it is in a plan."""
+        """Free local blocks that no token from `position` on sees; all before are in a plan."""
         if self.local is not None:
-            # keep findable what is given back, as far as its tokens are known
+            # store the freed blocks in the prefix cache, as far as their tokens are known
             self.store(sequence, min(position, len(sequence.tokens)))
             self.local.trim(sequence.owner, position // self.pool.block_size)
 
     def close(self, sequence: Sequence) -> None:
-        """Take a sequence's blocks back."""
+        """Free a sequence's blocks."""
         self.pool.free(sequence.owner)
         if self.local is not None:
             self.local.close(sequence.owner)
 
     def store(self, sequence: Sequence, num_tokens: int) -> None:
-        """Make the blocks findable that its first `num_tokens` fill, all of them in a plan."""
+        """Store the blocks of the first `num_tokens` in the prefix cache; all are in a plan."""
         full = num_tokens // self.pool.block_size
         if self._prefix_cache and full > sequence.num_stored:
             self._extend_keys(sequence, full)
@@ -246,10 +246,10 @@ class SequenceBlocks:
             sequence.num_stored = full
 
     def begin_load(self, sequence: Sequence, spare: int) -> PrefixLoad | None:
-        """Begin to bring up what lower tiers hold of a sequence's first tokens, if they do.
+        """Start loading a sequence's first tokens from lower tiers, if a tier has them.
 
         Args:
-            sequence: not in a slot.
+            sequence: sequence without a slot.
             spare: blocks of each pool that must stay available.
         """
         if not self._prefix_cache or sequence.wants_prompt_rows or sequence.live.anchor is not None:
@@ -260,34 +260,34 @@ class SequenceBlocks:
         return self.tiers.begin(sequence.keys[:most], spare, request.tenant, request.peer)
 
     def end_load(self, load: PrefixLoad, sequence: Sequence | None) -> None:
-        """Unpin what was brought up; it is kept for the sequence until that begins, if given."""
+        """Unpin loaded blocks; anchor them for the sequence, if given, until it begins."""
         self.tiers.end(load)
         if sequence is not None and sequence.live.anchor is None:
-            found = self.find_shared(sequence)
-            self._anchor(sequence.live, found)
+            shared = self.find_shared(sequence)
+            self._anchor(sequence.live, shared)
 
-    def keep_prompt(self, sequence: Sequence) -> None:
-        """Anchor the full prompt blocks of a request's first sample, but for the last token."""
+    def anchor_prompt(self, sequence: Sequence) -> None:
+        """Anchor the full prompt blocks of a request's first sample, without the last token."""
         if sequence.num_prompt > self.pool.block_size:
             self.drop_prompt(sequence.live)
             count = (sequence.num_prompt - 1) // self.pool.block_size
             blocks = list(self.pool.table(sequence.owner)[:count])
             local = [] if self.local is None else self.local.seen_of(sequence.owner, count)
-            self._anchor(sequence.live, Shared(blocks, local))
+            self._anchor(sequence.live, SharedBlocks(blocks, local))
 
-    def _anchor(self, live: LiveRequest, kept: Shared) -> None:
-        live.anchor = self._hold(kept)
+    def _anchor(self, live: LiveRequest, shared: SharedBlocks) -> None:
+        live.anchor = self._allocate(shared)
         self._anchors[live.anchor] = live
 
-    def _hold(self, kept: Shared) -> int:
-        """Hold blocks by a table of their own; gives its owner."""
+    def _allocate(self, shared: SharedBlocks) -> int:
+        """Allocate a table of its own for shared blocks; returns the owner."""
         owner = self.new_owner()
-        self.pool.allocate(owner, len(kept.blocks), kept.blocks)
+        self.pool.allocate(owner, len(shared.blocks), shared.blocks)
         if self.local is not None:
-            self.local.open(owner, len(kept.blocks), kept.local)
+            self.local.open(owner, len(shared.blocks), shared.local)
         return owner
 
-    def _let_go(self, owner: int) -> None:
+    def _free(self, owner: int) -> None:
         self.pool.free(owner)
         if self.local is not None:
             self.local.close(owner)
@@ -298,55 +298,56 @@ class SequenceBlocks:
         return {name: pin.num_tokens for name, pin in self._pins.items()}
 
     def pin(self, name: str, tokens: tuple[int, ...]) -> int:
-        """Keep a prefix's full blocks on the device, as far as they are there; how many tokens.
+        """Keep a prefix's full blocks on the device, as far as they are there; number of tokens.
 
-        A pin of the same name is replaced. Pins go before a request that could not run beside them.
+        Replaces a pin of the same name. Pins are dropped for a request that needs their blocks.
 
         Raises:
-            InvalidRequest: pins would hold too much of a pool.
+            InvalidRequest: pins would exceed their share of a pool.
         """
         self.unpin(name)
         root = root_key(self._model_salt)
-        kept = self._match(list(chain_keys(root, int32(tokens), self.pool.block_size)))
+        shared = self._match(list(chain_keys(root, int32(tokens), self.pool.block_size)))
         pool = self.pools[Pool.ALL]
-        held = sum(len(pool.table(pin.owner)) for pin in self._pins.values())
-        count = len(kept.blocks if self._sees_all else kept.local)
+        num_pinned = sum(len(pool.table(pin.owner)) for pin in self._pins.values())
+        count = len(shared.blocks if self._sees_all else shared.local)
+        num_tokens = len(shared.blocks) * self.pool.block_size
         most = int(MAX_PINNED * pool.num_blocks)
-        if held + count > most:
+        if num_pinned + count > most:
             raise InvalidRequest(
                 "pin",
-                f"{count} blocks beside {held} pinned ones exceed {most}, a quarter of "
+                f"{count} blocks and {num_pinned} pinned blocks exceed {most}, a quarter of "
                 f"the device's {pool.num_blocks}; unpin others, or give the group more memory",
             )
-        if kept.blocks:
-            self._pins[name] = Pin(self._hold(kept), len(kept.blocks) * self.pool.block_size)
-        return len(kept.blocks) * self.pool.block_size
+        if shared.blocks:
+            self._pins[name] = Pin(self._allocate(shared), num_tokens)
+        return num_tokens
 
     def unpin(self, name: str) -> bool:
-        """Let go of a pin; False where there is none of this name."""
+        """Remove a pin; False without a pin of this name."""
         pin = self._pins.pop(name, None)
         if pin is not None:
-            self._let_go(pin.owner)
+            self._free(pin.owner)
         return pin is not None
 
     def drop_pins(self) -> None:
-        """Let go of all pins."""
+        """Remove all pins."""
         for name in list(self._pins):
             self.unpin(name)
 
     def flush(self) -> int:
-        """Forget every block that nobody holds, on the device and below; how many."""
+        """Drop every unused block, on the device and below; returns the number of blocks."""
         return sum(pool.flush() for pool in self.pools.values()) + self.tiers.flush()
 
     def drop_prompt(self, live: LiveRequest) -> None:
-        """Drop a request's anchor, if it has one."""
+        """Remove a request's anchor, if any."""
         if live.anchor is not None:
-            self._let_go(live.anchor)
+            self._free(live.anchor)
             del self._anchors[live.anchor]
             live.anchor = None
 
     def drop_latest_prompt(self) -> None:
-        """Drop the anchor that was made last."""
+        """Remove the newest anchor."""
         self.drop_prompt(next(reversed(self._anchors.values())))
 
     def _extend_keys(self, sequence: Sequence, count: int) -> None:
@@ -356,7 +357,7 @@ class SequenceBlocks:
             parent = keys[-1] if keys else root_key(self._model_salt, salt)
             start, end = len(keys) * size, count * size
             tokens = sequence.window(start, end)
-            keyed = sequence.live.keyed(self._image_token)
-            if keyed is not None:
-                tokens[: len(keyed[start:end])] = keyed[start:end]
+            key_tokens = sequence.live.key_tokens_of(self._image_token)
+            if key_tokens is not None:
+                tokens[: len(key_tokens[start:end])] = key_tokens[start:end]
             keys.extend(chain_keys(parent, tokens, size))

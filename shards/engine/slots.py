@@ -1,6 +1,6 @@
-"""Numbers of the sequences in slots, an array a field, so that a decode step loops over none.
+"""Arrays of per-slot numbers, so that a decode step needs no loop over sequences.
 
-Knows what a slot's numbers mean; knows nothing of what is scheduled next.
+Knows the meaning of a slot's numbers; knows nothing of what is scheduled next.
 """
 
 from __future__ import annotations
@@ -14,25 +14,24 @@ from arriero.shards.engine.sequence import Sequence
 
 
 class SlotTable:
-    """Slots 0 .. size - 1 and, for each, what a decode step reads and writes.
+    """Slots 0 .. size - 1 with the numbers that a decode step reads and writes.
 
-    `scheduled` runs ahead of `known`: while it is the larger or equal, a sample is in flight.
+    `scheduled` runs ahead of `known`: while `scheduled` >= `known`, a sample is in flight.
 
     Attributes:
         sequences: object [size]; the sequence in each slot, or None.
-        generation: counts the occupants of a slot; a result for an earlier one is discarded.
-        known: tokens known, prompt and output.
+        generation: count of sequences in the slot so far; older results are discarded.
+        known: known tokens, prompt and output.
         scheduled: positions that are computed or in flight.
-        capacity: tokens that the slot's blocks hold.
+        capacity: tokens that fit the slot's blocks.
         limit: `known` at which the sequence ends.
-        min_known: stops count only for tokens beyond so many.
-        heeds_eos: the model's own end tokens stop it.
-        own_stops: it has stop tokens of its own.
-        reports: its outputs hold more than a token (the first one; log-probabilities).
-        passed: how many chunks, or blocks of a window, the slot had passed when what it can no
-            longer see was given back last.
-        last_token: the token known last.
-        last_step: the step that took it up last.
+        min_known: number of tokens after which stops count.
+        stops_at_eos: whether the model's end tokens stop the sequence.
+        own_stops: whether the request has stop tokens of its own.
+        reports: whether outputs have more than a token (the first output; log-probabilities).
+        passed: chunks, or blocks of a window, passed when out-of-sight blocks were last freed.
+        last_token: last known token.
+        last_step: last step with this slot.
     """
 
     def __init__(self, size: int) -> None:
@@ -43,7 +42,7 @@ class SlotTable:
         self.capacity = np.zeros(size, dtype=np.int32)
         self.limit = np.zeros(size, dtype=np.int32)
         self.min_known = np.zeros(size, dtype=np.int32)
-        self.heeds_eos = np.zeros(size, dtype=np.bool_)
+        self.stops_at_eos = np.zeros(size, dtype=np.bool_)
         self.own_stops = np.zeros(size, dtype=np.bool_)
         self.reports = np.zeros(size, dtype=np.bool_)
         self.passed = np.zeros(size, dtype=np.int32)
@@ -53,11 +52,11 @@ class SlotTable:
 
     @property
     def num_free(self) -> int:
-        """Slots that nobody is in."""
+        """Empty slots."""
         return len(self._free)
 
     def enter(self, sequence: Sequence, *, scheduled: int, capacity: int) -> int:
-        """Put a sequence into a free slot, with `scheduled` positions found computed."""
+        """Put a sequence into a free slot, with `scheduled` positions already computed."""
         slot = sequence.slot = self._free.pop()
         params = sequence.live.params
         self.sequences[slot] = sequence
@@ -66,15 +65,15 @@ class SlotTable:
         self.capacity[slot] = capacity
         self.limit[slot] = sequence.limit
         self.min_known[slot] = min(sequence.num_prompt + params.min_tokens, sequence.limit)
-        self.heeds_eos[slot] = not params.ignore_eos
+        self.stops_at_eos[slot] = not params.ignore_eos
         self.own_stops[slot] = bool(sequence.live.stop_tokens)
-        self.reports[slot] = not sequence.started or params.logprobs is not None
+        self.reports[slot] = not sequence.has_output or params.logprobs is not None
         self.passed[slot] = -1
         self.last_step[slot] = -1
         return slot
 
     def leave(self, sequence: Sequence) -> None:
-        """Empty a sequence's slot; samples still in flight for it are void."""
+        """Empty a sequence's slot; samples in flight are void."""
         slot, sequence.slot = sequence.slot, -1
         self.sequences[slot] = None
         self.generation[slot] += 1

@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out: token ids only, never text."""
+"""Inputs and outputs of the engine: token ids only, never text."""
 
 from __future__ import annotations
 
@@ -26,29 +26,30 @@ class EngineConfig:
     Attributes:
         max_model_len: most tokens of a sequence, prompt and output together.
         block_size: tokens in a KV block.
-        num_blocks: KV blocks of the pool, the same on every slice; of each dp rank.
-        attention_chunk: tokens of a chunk, where some layers attend within theirs only and have a
-            pool of their own; 0 for none. A multiple of `block_size`.
+        num_blocks: KV blocks of each data-parallel rank, the same on every slice.
+        attention_chunk: tokens of an attention chunk; layers with chunked attention have a pool
+            of their own. A multiple of `block_size`; 0 for none.
         num_local_blocks: KV blocks of that pool.
-        attention_window: last tokens that a token sees, itself among them, where all layers have
-            such a window: sequences then hold blocks of these alone; 0 for none.
-        attention_sinks: first tokens that it sees besides.
-        max_sequences: most sequences in slots at once.
-        max_batch_tokens: the token budget of a step; prefill is cut into chunks to fit.
-        max_queued: most requests that wait; one more is refused with `Overloaded`.
-        prefix_cache: find and keep prefix blocks.
-        pipeline_depth: most steps in flight (2 hides the plan's making behind the step before;
+        attention_window: tokens that a token sees, itself included, if all layers have a window:
+            sequences then keep the blocks of the window alone; 0 for none.
+        attention_sinks: first tokens that every token sees besides the window.
+        max_sequences: most sequences in slots at the same time.
+        max_batch_tokens: token budget of a step; prefill is cut into chunks to fit.
+        max_queued: most waiting requests; the next request is refused with `Overloaded`.
+        prefix_cache: whether prefix blocks are cached and shared.
+        pipeline_depth: most steps in flight (2 hides the scheduling time behind the last step;
             more with pipeline stages: one micro-batch a stage).
-        num_lanes: data-parallel ranks, each with slots, blocks and a step's tokens of its own.
-        experts: how the experts of each layer lie over the ranks of a stage, where they are
-            exchanged; None elsewhere.
-        move_experts: whether the leader moves them as the load asks.
-        vocab_size: token ids run below it.
-        eos_token_ids: the model's own end tokens.
-        image_token: the placeholder that images' features replace; None for a text model.
-        max_images: of a request.
+        num_stages: pipeline stages.
+        num_dp_ranks: data-parallel ranks; slots, blocks and tokens of a step count for each rank.
+        experts: placement of each layer's experts over the ranks of a stage; None without
+            expert parallelism.
+        move_experts: whether the leader moves experts according to their load.
+        vocab_size: number of token ids.
+        eos_token_ids: end tokens of the model.
+        image_token: placeholder token of image features; None for a text model.
+        max_images: most images of a request.
         cache_salt: digest of model and revision; the root of every block's key.
-        tiers: of the KV cache below the device; each lane's own.
+        tiers: KV cache tiers below the device, for each data-parallel rank.
     """
 
     max_model_len: int
@@ -64,7 +65,7 @@ class EngineConfig:
     prefix_cache: bool = True
     pipeline_depth: int = 2
     num_stages: int = 1
-    num_lanes: int = 1
+    num_dp_ranks: int = 1
     experts: ExpertPlacement | None = None
     move_experts: bool = False
     vocab_size: int
@@ -76,7 +77,7 @@ class EngineConfig:
 
     @property
     def seen_blocks(self) -> SeenBlocks:
-        """Which blocks a token sees in layers that do not see everything, where there are any."""
+        """Blocks that a token sees in layers without full attention."""
         visible = AttentionMaskSpec(
             chunk_size=self.attention_chunk,
             window=self.attention_window,
@@ -87,20 +88,20 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineRequest:
-    """One request, checked at the edge, seed set.
+    """One request, checked by the caller, with its seed set.
 
     Attributes:
         request_id: unique in the engine while it runs.
         prompt: token ids, at least one.
         params: sampling parameters; `seed` and `max_tokens` are set.
-        priority: lower goes first; equal ones by arrival.
+        priority: lower goes first; equal priorities go by arrival.
         resumed: output tokens emitted elsewhere before (a resumed stream); they count as output
-            for penalties, `max_tokens`, `min_tokens` and the draw's position. Only with n = 1.
-        cache_salt: joins the keys of this request's blocks, to keep tenants' caches apart.
-        tenant: whose it is; its blocks are counted as that tenant's.
-        trace: W3C `traceparent` of the caller's span, carried along; "" for none.
-        images: files whose features replace the prompt's placeholders, in order.
-        peer: blocks of its prefix that another group has in host memory, by pool.
+            for penalties, `max_tokens`, `min_tokens` and the sampling position. Only with n = 1.
+        cache_salt: part of the keys of this request's blocks, to separate tenants' caches.
+        tenant: tenant of the request, for counting its blocks.
+        trace: W3C `traceparent` of the caller's span; "" for none.
+        images: image files that replace the prompt's placeholders, in order.
+        peer: blocks of the prefix in another group's host memory, by pool.
     """
 
     request_id: str
@@ -117,7 +118,7 @@ class EngineRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenLogprobs:
-    """Log-probability of a token and of the likeliest alternatives."""
+    """Log-probability of a token and of the most likely alternatives."""
 
     token: int
     logprob: float
@@ -126,21 +127,23 @@ class TokenLogprobs:
 
 @dataclass(kw_only=True, slots=True)
 class SequenceOutput:
-    """What one step gave for one sample of one request; read-only once it is out.
+    """Output of one step for one sample of one request; read-only once sent.
 
-    One is made for each token, and a frozen dataclass costs three times as much to make.
+    Not frozen: the engine makes an output for each token, and a frozen dataclass costs three times
+    as much to make.
 
     Attributes:
-        request_id, index: the request, and which of its n samples.
-        tokens: new output tokens, in order (a stop token is among them).
-        logprobs: one for each token, when asked for.
-        prompt_logprobs: once, on the first output of sample 0, when asked for: entry i is of
+        request_id, index: request, and index of the sample.
+        tokens: new output tokens, in order (a stop token included).
+        logprobs: log-probabilities of each token, if requested.
+        prompt_logprobs: on the first output of sample 0 only, if requested: entry i is of
             prompt token i + 1.
         finish_reason: "stop" (a stop or end token), "length", "cancelled", "error" (its own),
-            "lost" (its group failed or stopped; another may go on), or None while it runs.
-        stop_token: the token that stopped it.
-        error: words for the caller, with finish_reason "error" or "lost".
-        num_cached: prompt tokens found in the prefix cache (on the first output).
+            "lost" (the group failed or stopped; another group may continue), or None while the
+            sample runs.
+        stop_token: token that stopped the sample.
+        error: text for the caller, with finish_reason "error" or "lost".
+        num_cached: prompt tokens in the prefix cache (on the first output).
     """
 
     request_id: str
@@ -158,10 +161,10 @@ class SequenceOutput:
 class EngineStats:
     """A snapshot of the engine's load.
 
-    `expert_loads` has the tokens that each expert was sent since the start, by layer;
-    `expert_imbalance` is the largest rank's over the mean, 1 being even; `expert_moves` counts
-    changed placements. Only where experts are exchanged between ranks. `tiers` has blocks by tier
-    below the device, and what was moved since the start; empty without tiers.
+    `expert_loads` is the number of tokens sent to each expert since the start, by layer;
+    `expert_imbalance` is the largest rank load over the mean, 1 being even; `expert_moves` is the
+    number of changed placements. All three need expert parallelism. `tiers` has blocks by tier
+    below the device, and transfers since the start; empty without tiers.
     """
 
     num_waiting: int = 0
@@ -184,26 +187,26 @@ class EngineStats:
 
 
 class Executor(Protocol):
-    """Runs plans on the slices of the group, in order; copies of KV blocks beside them.
+    """Runs plans on the slices of the group, in order, and transfers of KV blocks beside them.
 
     `submit` returns at once; `collect` waits for the oldest result not yet collected, and raises
     `GroupFailed` with the first cause when a slice is lost.
     """
 
     def submit(self, plan: StepPlan) -> None:
-        """Send a plan to every slice of its lane."""
+        """Send a plan to every slice of the plan's data-parallel rank."""
 
     def collect(self, timeout_s: float | None = None) -> StepResult | None:
-        """Result of the oldest plan outstanding, or None at the time limit."""
+        """Result of the oldest outstanding plan, or None at the time limit."""
 
     def take_loads(self) -> Mapping[int, npt.NDArray[np.int64]]:
-        """Tokens that each expert was sent since the last call, by layer, as far as is known."""
+        """Tokens sent to each expert since the last call, by layer, as far as reported."""
 
-    def move(self, moves: TransferBatch) -> None:
-        """Send copies of blocks to every slice, which takes them up after the plans sent before."""
+    def transfer(self, batch: TransferBatch) -> None:
+        """Send transfers of blocks; every slice starts them after the plans sent before."""
 
-    def moved(self, timeout_s: float = 0.0) -> list[TransferResult]:
-        """What slices said of copies since the last call; waits for the first until the limit."""
+    def collect_transfers(self, timeout_s: float = 0.0) -> list[TransferResult]:
+        """Transfer results since the last call; waits for the first until the time limit."""
 
     def close(self) -> None:
         """Stop the slices; safe to call twice."""

@@ -1,7 +1,7 @@
-"""Sequences that wait for a slot, by rank; some of them for blocks from a lower tier first.
+"""Sequences that wait for a slot, by rank; some first wait for blocks of a lower tier.
 
-Whoever waits for blocks holds up nobody: those behind may go first. A tier that gives no sign of
-life loses its waiters, who compute what they waited for.
+A sequence that waits for blocks does not delay others: sequences behind may go first. When a tier
+stops responding, its sequences stop waiting and compute the missing blocks.
 
 Knows ranks, loads and time; knows nothing of slots or plans.
 """
@@ -17,19 +17,19 @@ from arriero.shards.engine.sequence_blocks import SequenceBlocks
 from arriero.shards.kv.tiers import PrefixLoad
 
 LOADS_AHEAD = 8
-"""The first so many have their prefixes brought up before their turn."""
+"""Sequences at the head of the queue whose prefixes are loaded before their turn."""
 PATIENCE_S = 5.0
-"""Loads are waited for while any copy has ended within this time."""
+"""Seconds without the end of any transfer after which loads are abandoned."""
 
 _rank = attrgetter("rank")
 
 
-class Waiting:
-    """The queue.
+class WaitingQueue:
+    """The queue of waiting sequences.
 
     Args:
-        blocks: of sequences, and their tiers.
-        clock: seconds, monotonic.
+        blocks: blocks and tiers of sequences.
+        clock: monotonic time in seconds.
     """
 
     def __init__(self, blocks: SequenceBlocks, clock: Callable[[], float]) -> None:
@@ -37,14 +37,14 @@ class Waiting:
         self._ready: list[Sequence] = []  # by rank
         self._loading: dict[int, tuple[Sequence, PrefixLoad]] = {}  # by the sequence's owner
         self._abandoned: list[PrefixLoad] = []
-        self._heard = (0, 0.0)  # answers of tiers, and when there were that many first
+        self._progress = (0, 0.0)  # number of transfer results, and time of the last increase
 
     def __len__(self) -> int:
         return len(self._ready) + len(self._loading)
 
     @property
     def first(self) -> Sequence | None:
-        """Who goes first of those that can."""
+        """The first sequence that can run."""
         return self._ready[0] if self._ready else None
 
     def add(self, sequence: Sequence) -> None:
@@ -53,15 +53,15 @@ class Waiting:
         insort(self._ready, sequence, key=_rank)
 
     def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out, from wherever in the queue it is."""
+        """Take a sequence out of the queue, loading or ready."""
         loading = self._loading.pop(sequence.owner, None)
         if loading is not None:
-            self._abandoned.append(loading[1])  # the blocks are pinned until the copies end
+            self._abandoned.append(loading[1])  # blocks stay pinned until the transfers end
         else:
             del self._ready[bisect_left(self._ready, sequence.rank, key=_rank)]
 
     def start_loads(self, spare: int) -> None:
-        """Have prefixes brought up from lower tiers, `spare` blocks of each pool left over."""
+        """Start loading prefixes from lower tiers, with `spare` blocks of each pool left over."""
         if not self._blocks.tiers.enabled:
             return
         for sequence in self._ready[:LOADS_AHEAD]:
@@ -73,21 +73,21 @@ class Waiting:
                     self._loading[sequence.owner] = (sequence, load)
 
     def finish_loads(self) -> None:
-        """Let go on whose blocks have come, or will not come in time."""
+        """Make sequences ready whose blocks have arrived, or will not arrive in time."""
         if not self._loading and not self._abandoned:
             return
-        now, answers = self._clock(), self._blocks.tiers.num_answers
-        if answers != self._heard[0] or not self._loading:
-            self._heard = (answers, now)
-        stalled = now - self._heard[1] > PATIENCE_S
+        now, num_results = self._clock(), self._blocks.tiers.num_results
+        if num_results != self._progress[0] or not self._loading:
+            self._progress = (num_results, now)
+        stalled = now - self._progress[1] > PATIENCE_S
         for sequence, load in list(self._loading.values()):
-            if not load.left or stalled:
+            if not load.num_left or stalled:
                 del self._loading[sequence.owner]
                 insort(self._ready, sequence, key=_rank)
-                if load.left:
+                if load.num_left:
                     self._abandoned.append(load)
                 else:
                     self._blocks.end_load(load, sequence)
-        for load in [one for one in self._abandoned if not one.left]:
+        for load in [load for load in self._abandoned if not load.num_left]:
             self._abandoned.remove(load)
             self._blocks.end_load(load, None)

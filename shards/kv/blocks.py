@@ -1,12 +1,12 @@
-"""KV blocks of one pool: who holds which, and which full ones can be found again by their key.
+"""KV blocks of one pool: the users of each block, and the prefix cache of full blocks by key.
 
-Knows block ids, reference counts and keys. Refuses to know what a block holds (that is the
-slices'), what a request is, and when anything runs: a block freed here may be handed out again at
-once, because the slices run plans in the order in which the blocks were handed out.
+Knows block ids, reference counts and keys; knows nothing of the content of a block (known to the
+slices), of requests or of time. A freed block may be allocated again at once, because the slices
+run plans in the order of the allocations.
 
 A full block's key is a hash of its parent's key and its tokens, so equal keys mean equal prefixes,
-in every process and every run. Freed blocks that have a key stay findable, least recently used
-first to go, until their room is needed.
+in every process and every run. Freed blocks with a key stay in the prefix cache until their room is
+needed; the least recently used goes first.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ KEY_BYTES = 16
 
 CacheEvent = Literal["stored", "evicted", "kept", "dropped"]
 CacheListener = Callable[[CacheEvent, bytes], None]
-"""Called with each key that becomes findable ("stored") or ceases to be ("evicted") on the device,
-and of groups with tiers each that host memory or disk holds now ("kept") or no more ("dropped")."""
+"""Callback for each key stored in the prefix cache on the device ("stored") or evicted ("evicted"),
+and for each key that host memory or disk has now ("kept") or no more ("dropped")."""
 
 
 def root_key(model_salt: bytes, request_salt: bytes = b"") -> bytes:
-    """The parent key of first blocks; each salt is hashed alone, so none can pose as another."""
+    """Parent key of first blocks; each salt is hashed alone, so no salt can imitate another."""
     return salted_root(model_root(model_salt), request_salt)
 
 
 def model_root(model_salt: bytes) -> bytes:
-    """The model's part of a parent key."""
+    """The model's part of the parent key of first blocks."""
     return _digest(model_salt)
 
 
 def salted_root(root: bytes, request_salt: bytes) -> bytes:
-    """The parent key of first blocks, from the model's part and a request's salt."""
+    """Parent key of first blocks, from the model's part and a request's salt."""
     return _digest(root + _digest(request_salt))
 
 
@@ -46,8 +46,8 @@ def chain_keys(parent: bytes, tokens: npt.NDArray[np.int32], block_size: int) ->
     """Keys of the full blocks that follow `parent`: blake2b-128 of (parent, tokens as <i4).
 
     Args:
-        parent: key of the block before, or `root_key`.
-        tokens: int32 [N]; a last block that is not full gets no key.
+        parent: key of the last block before, or `root_key`.
+        tokens: int32 [N]; a last block that is not full has no key.
         block_size: tokens in a block.
     """
     data = np.ascontiguousarray(tokens, dtype="<i4").tobytes()
@@ -62,15 +62,15 @@ def _digest(data: bytes) -> bytes:
 
 
 class BlockManager:
-    """Hands out the blocks 0 .. num_blocks - 1 to tables, one table for each owner.
+    """Allocates the blocks 0 .. num_blocks - 1 to tables, one table for each owner.
 
-    An owner is any integer the caller chooses. Blocks are shared by reference count; only full
-    blocks are ever shared, so nobody writes into a block that another reads.
+    An owner is any integer that the caller chooses. Blocks are shared by reference count; only full
+    blocks are shared, so no sequence writes into a block that another reads.
 
     Attributes:
         num_blocks: blocks of the pool.
         block_size: tokens in a block.
-        on_event: told of every key stored and evicted, when set.
+        on_event: callback for every key stored and evicted, if set.
     """
 
     def __init__(
@@ -88,29 +88,29 @@ class BlockManager:
 
     @property
     def num_available(self) -> int:
-        """Blocks that can be handed out now, cached ones among them."""
+        """Blocks that can be allocated now, cached blocks included."""
         return len(self._blank) + len(self._cached)
 
     @property
     def num_cached(self) -> int:
-        """Blocks that nobody holds and that can still be found by their key."""
+        """Unused blocks in the prefix cache."""
         return len(self._cached)
 
     @property
     def num_used(self) -> int:
-        """Blocks that some table holds."""
+        """Blocks in some table."""
         return self.num_blocks - self.num_available
 
     def table(self, owner: int) -> Sequence[int]:
-        """Block ids of an owner, in order; not to be changed, nor kept past the next call."""
+        """Block ids of an owner, in order; read-only, and valid only until the next call."""
         return self._tables[owner]
 
     def holds(self, key: bytes) -> bool:
-        """Whether a block of this key can be found."""
+        """Whether a block of this key is in the prefix cache."""
         return key in self._by_key
 
     def match(self, keys: Iterable[bytes]) -> list[int]:
-        """Blocks of the longest prefix of `keys` that can be found; holds none of them."""
+        """Blocks of the longest cached prefix of `keys`, without a reference."""
         blocks = []
         for key in keys:
             block = self._by_key.get(key)
@@ -120,14 +120,14 @@ class BlockManager:
         return blocks
 
     def cost(self, num_blocks: int, shared: Sequence[int] = ()) -> int:
-        """How far `allocate` with the same arguments would lower `num_available`."""
+        """Decrease of `num_available` by `allocate` with the same arguments."""
         references = self._references
         return num_blocks - len(shared) + sum(not references[block] for block in shared)
 
     def allocate(self, owner: int, num_blocks: int, shared: Sequence[int] = ()) -> None:
         """Open a table of `num_blocks`, the first of them `shared` with others or the cache.
 
-        The caller has seen that `cost` is at most `num_available`.
+        The caller must ensure that `cost` is at most `num_available`.
         """
         assert owner not in self._tables, f"owner {owner} has a table already"
         assert self.cost(num_blocks, shared) <= self.num_available, "allocation past the pool"
@@ -139,26 +139,26 @@ class BlockManager:
         self._tables[owner] = [*shared, *fresh]
 
     def append(self, owner: int) -> int:
-        """Add one block to a table; the caller has seen that one is available."""
+        """Add one block to a table; the caller must ensure that a block is available."""
         block = self._take()
         self._tables[owner].append(block)
         return block
 
     def free(self, owner: int) -> None:
-        """Close a table; its last block is the first to be evicted, should room be needed."""
+        """Close a table; its last block is the first to be evicted."""
         self._release(self._tables.pop(owner))
 
     def drop(self, owner: int, start: int, stop: int) -> None:
-        """Take blocks start .. stop - 1 out of a table, as `free` does with all of them."""
+        """Free blocks start .. stop - 1 of a table."""
         table = self._tables[owner]
         self._release(table[start:stop])
         del table[start:stop]
 
     def store(self, owner: int, first: int, keys: Iterable[bytes]) -> None:
-        """Make full blocks of a table findable, from its block `first` on.
+        """Put full blocks of a table into the prefix cache, from its block `first` on.
 
-        A key that another block holds already stays with that block. The caller stores a block
-        only once every token of it is in a plan that goes before any plan that could find it.
+        A key stays with the first block that has the key. Call only once every token of the block
+        is in a plan that goes before any plan that could match the key.
         """
         table = self._tables[owner]
         for index, key in enumerate(keys, first):
@@ -170,7 +170,7 @@ class BlockManager:
                     self.on_event("stored", key)
 
     def flush(self) -> int:
-        """Forget the keys of blocks that nobody holds; gives how many there were."""
+        """Remove unused blocks from the prefix cache; returns the number of blocks."""
         count = len(self._cached)
         self._blank += self._cached
         for block in self._cached:
@@ -179,7 +179,7 @@ class BlockManager:
         return count
 
     def _forget(self, block: int) -> None:
-        """Make a block unfindable."""
+        """Remove a block from the prefix cache."""
         key = self._keys[block]
         assert key is not None, f"block {block} is cached without a key"
         self._keys[block] = None

@@ -1,13 +1,12 @@
-"""Checksums of blocks in memory: what was written there is what is used, whoever reads it.
+"""Checksums of blocks in memory: every reader can check that the bytes are those written.
 
-One for each layer, keys or values, and KV head of a block, so that a reader who wants a part of it
-can check just that; they lie in the slot's stamp from the write on, and go with the bytes by
-whatever way. A changed word always shows, however many of its bits; of more words in one sum, all
-but changes that add up to nothing. They run at memory's own rate, CRC-32 (of the files) at a third
-of it.
+One checksum for each layer, keys or values, and KV head of a block, so that a reader of a part of a
+block can check just that part. The checksums are in the slot's stamp from the write on, and travel
+with the bytes on every way. A change within one word is always detected, whatever its bits. Changes
+of several words are missed only if they cancel in the sum. The sums run at the rate of memory,
+CRC-32 (used in files) at a third of that rate.
 
 Knows numbers; knows nothing of slots.
-
 Shape legend: L layers, K KV heads, P positions of a block, D head dimension (canonical).
 """
 
@@ -23,7 +22,7 @@ _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
 def block_sums(data: Tensor) -> Tensor:
-    """Sums of blocks: of a head's keys or values all words, modulo 2⁶⁴.
+    """Sums of blocks: all words of a head's keys or values, modulo 2⁶⁴.
 
     Args:
         data: [..., L, 2 (k, v), K, P, D] of any type.

@@ -1,8 +1,8 @@
-"""Blocks in files: a folder of a node's disk, or of a store that all nodes reach.
+"""Blocks in files: in a folder of a node's disk, or of a store that all nodes reach.
 
-A file appears whole or not at all, is checked when it is read, and holds one piece of one block
-(see `pieces`), so what one layout wrote another reads. What is wrong is a miss: the file is
-removed and the block computed again. Knows files; which of them there may be is the leader's.
+A file appears whole or not at all, is checked on reading, and has one shard of one block (see
+`block_shards`), so files of one layout serve another. A bad file is a miss: the file is removed and
+the block computed again. Knows files; the leader decides which files exist.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ log = logging.getLogger(__name__)
 _FAN = 2
 """Hex digits of a key that name its sub-folder."""
 _ABANDONED_S = 600.0
-"""A half-written file this old is nobody's."""
+"""Age in seconds after which a half-written file is removed."""
 
 
 class Folder(Protocol):
-    """Where files are; every method may raise OSError."""
+    """A folder of files; every method may raise OSError."""
 
     def names(self) -> Iterator[tuple[str, int]]:
         """(path inside the folder, bytes) of each file, the oldest first."""
 
     def write(self, name: str, parts: list[memoryview]) -> None:
-        """Make a file, in one move; one that is there already may stay."""
+        """Create a file atomically; an existing file may stay."""
 
     def read(self, name: str) -> Bytes:
-        """A file's bytes."""
+        """Bytes of a file."""
 
     def remove(self, name: str) -> None:
-        """Remove a file; safe when it is gone."""
+        """Remove a file; safe when there is no such file."""
 
 
 class LocalFolder:
-    """A folder of this node, for its owner's eyes: blocks tell what prompts said.
+    """A folder of this node, readable by the owner alone: blocks reveal the text of prompts.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the folder cannot be created.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -58,37 +58,37 @@ class LocalFolder:
         self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def names(self) -> Iterator[tuple[str, int]]:
-        """See `Folder`; removes what a process that died left half-written."""
-        found = []
-        for folder, _, files in os.walk(self._path):
-            for name in files:
+        """See `Folder`; removes half-written files of dead processes."""
+        listed = []
+        for folder, _, names in os.walk(self._path):
+            for name in names:
                 full = os.path.join(folder, name)
                 try:
-                    about = os.stat(full)
+                    status = os.stat(full)
                 except FileNotFoundError:
                     continue
+                path = os.path.relpath(full, self._path)
                 if name.endswith(".part"):
-                    if time.time() - about.st_mtime > _ABANDONED_S:
-                        self.remove(os.path.relpath(full, self._path))
+                    if time.time() - status.st_mtime > _ABANDONED_S:
+                        self.remove(path)
                     continue
-                found.append((about.st_mtime_ns, os.path.relpath(full, self._path), about.st_size))
-        for _, name, size in sorted(found):
-            yield name, size
+                listed.append((status.st_mtime_ns, path, status.st_size))
+        for _, path, size in sorted(listed):
+            yield path, size
 
     def write(self, name: str, parts: list[memoryview]) -> None:
         """See `Folder`."""
         path = self._path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
+        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
         try:
-            with part.open("wb", buffering=0) as stream:
-                for one in parts:
-                    view = one
+            with temporary.open("wb", buffering=0) as stream:
+                for view in parts:
                     while len(view):  # an unbuffered write may be short
                         view = view[stream.write(view) :]
-            os.replace(part, path)
+            os.replace(temporary, path)
         except BaseException:
-            part.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
 
     def read(self, name: str) -> Bytes:
@@ -101,7 +101,7 @@ class LocalFolder:
 
 
 class SharedFolder:
-    """A folder of any store that fsspec knows."""
+    """A folder in any store supported by fsspec."""
 
     def __init__(self, url: str) -> None:
         import fsspec
@@ -112,25 +112,25 @@ class SharedFolder:
     def names(self) -> Iterator[tuple[str, int]]:
         """See `Folder`; in the store's own order."""
         try:
-            found: dict[str, dict[str, Any]] = self._fs.find(self._root, detail=True)
+            files: dict[str, dict[str, Any]] = self._fs.find(self._root, detail=True)
         except FileNotFoundError:
             return
-        for path, about in found.items():
-            yield path[len(self._root) :].lstrip("/"), int(about.get("size") or 0)
+        for path, status in files.items():
+            yield path[len(self._root) :].lstrip("/"), int(status.get("size") or 0)
 
     def write(self, name: str, parts: list[memoryview]) -> None:
-        """See `Folder`; stores that cannot make a file in one move are kept safe by its checksum.
+        """See `Folder`; in stores without atomic creation the checksum protects the reader.
 
-        Where such a store has renames, the file is made under another name first.
+        In a store with renames, the file is created under another name first.
         """
         path = f"{self._root}/{name}"
-        part = f"{path}.{uuid.uuid4().hex[:8]}.part"
-        data = b"".join(one for one in parts)
+        temporary = f"{path}.{uuid.uuid4().hex[:8]}.temporary"
+        data = b"".join(parts)
         local = "file" in self._fs.protocol or self._fs.protocol == "file"
         if local:
             self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-            self._fs.pipe_file(part, data)
-            self._fs.mv(part, path)
+            self._fs.pipe_file(temporary, data)
+            self._fs.mv(temporary, path)
         else:
             self._fs.pipe_file(path, data)
 
@@ -148,92 +148,92 @@ class BlockFiles:
     """One rank's view of the blocks in a folder.
 
     Args:
-        folder: where the files are; of one model and one form of block.
-        form: of blocks.
-        piece: what this rank holds of each.
-        writes: False where another rank holds the same piece and writes it.
+        folder: folder of the files, for one model and one format of block.
+        form: format of the blocks.
+        shard: this rank's shard of each block.
+        writes: False if another rank with the same shard writes the files.
     """
 
-    def __init__(self, folder: Folder, form: BlockForm, piece: BlockShard, *, writes: bool) -> None:
-        self._folder, self._form, self._piece, self._writes = folder, form, piece, writes
-        self._pieces: dict[bytes, list[BlockShard]] = {}
+    def __init__(self, folder: Folder, form: BlockForm, shard: BlockShard, *, writes: bool) -> None:
+        self._folder, self._form, self._shard, self._writes = folder, form, shard, writes
+        self._shards: dict[bytes, list[BlockShard]] = {}
 
     def scan(self) -> list[tuple[bytes, bool]]:
-        """Keys that there are files of, oldest first; each with whether our piece is there."""
-        found: dict[bytes, list[BlockShard]] = {}
+        """Keys with files, oldest first; each with whether the rank's shard is complete."""
+        shards_of: dict[bytes, list[BlockShard]] = {}
         for path, size in self._folder.names():
             parsed = parse_name(path.rsplit("/", 1)[-1])
             if parsed is None:
                 continue
-            key, piece = parsed
-            pieces = found.pop(key, [])  # the newest file gives the key's place
-            if size == self._form.file_bytes(piece):
-                pieces.append(piece)
-            found[key] = pieces
-        self._pieces |= found
+            key, shard = parsed
+            shards = shards_of.pop(key, [])  # the newest file decides the key's position
+            if size == self._form.file_bytes(shard):
+                shards.append(shard)
+            shards_of[key] = shards
+        self._shards |= shards_of
         covers: dict[tuple[BlockShard, ...], bool] = {}
         listed = []
-        for key, pieces in found.items():
-            kind = tuple(pieces)
-            if kind not in covers:
-                covers[kind] = self._piece.covered_by(pieces)
-            listed.append((key, covers[kind]))
+        for key, shards in shards_of.items():
+            combination = tuple(shards)
+            if combination not in covers:
+                covers[combination] = self._shard.covered_by(shards)
+            listed.append((key, covers[combination]))
         return listed
 
     def put(self, key: bytes, data: Tensor) -> None:
-        """Write our piece of a block.
+        """Write the rank's shard of a block.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         if self._writes:
-            parts = self._form.pack(key, self._piece, data)
-            self._folder.write(_path(key, self._piece), parts)
-        pieces = self._pieces.setdefault(key, [])
-        if self._piece not in pieces:
-            pieces.insert(0, self._piece)
+            parts = self._form.pack(key, self._shard, data)
+            self._folder.write(_path(key, self._shard), parts)
+        shards = self._shards.setdefault(key, [])
+        if self._shard not in shards:
+            shards.insert(0, self._shard)
 
     def get(self, key: bytes, into: Tensor) -> None:
-        """Fill our piece of a block from all files that overlap it.
+        """Fill the rank's shard of a block from all files that overlap the shard.
 
         Raises:
-            BadBlock: not every byte of it is there and right; what is wrong is removed.
+            BadBlock: some bytes are missing or wrong; wrong files are removed.
         """
         used: list[BlockShard] = []
-        for piece in self._pieces.get(key, [self._piece]):
-            if self._piece.covered_by(used):
+        for shard in self._shards.get(key, [self._shard]):
+            if self._shard.covered_by(used):
                 break
-            part = piece.overlap(self._piece)
-            if part is None:
+            overlap = shard.overlap(self._shard)
+            if overlap is None:
                 continue
-            path = _path(key, piece)
+            path = _path(key, shard)
             try:
-                data = self._form.unpack(key, piece, self._folder.read(path))
+                data = self._form.unpack(key, shard, self._folder.read(path))
             except FileNotFoundError:
-                raise BadBlock(f"{path} is gone") from None
+                raise BadBlock(f"{path} is missing") from None
             except (BadBlock, OSError, ValueError) as error:
-                log.warning("block file %s: %s; it will be computed again", path, error)
+                log.warning("block file %s: %s; the block is computed again", path, error)
                 with contextlib.suppress(OSError):
                     self._folder.remove(path)
                 raise BadBlock(f"{path}: {error}") from None
-            ours, theirs = part.within(self._piece), part.within(piece)
+            ours, theirs = overlap.within(self._shard), overlap.within(shard)
             into[ours[0], :, ours[1]] = data[theirs[0], :, theirs[1]]
-            used.append(piece)
-        if not self._piece.covered_by(used):
-            raise BadBlock(f"block {key.hex()} is not here whole")
+            used.append(shard)
+        if not self._shard.covered_by(used):
+            raise BadBlock(f"block {key.hex()} is incomplete")
 
     def drop(self, key: bytes) -> None:
-        """Remove a block's files, whoever wrote them."""
-        for piece in {*self._pieces.pop(key, []), self._piece}:
+        """Remove a block's files of all ranks."""
+        for shard in {*self._shards.pop(key, []), self._shard}:
             with contextlib.suppress(OSError):
-                self._folder.remove(_path(key, piece))
+                self._folder.remove(_path(key, shard))
 
 
-def _path(key: bytes, piece: BlockShard) -> str:
-    name = piece.file_name(key)
+def _path(key: bytes, shard: BlockShard) -> str:
+    name = shard.file_name(key)
     return f"{name[:_FAN]}/{name}"
 
 
-def empty(form: BlockForm, piece: BlockShard, count: int) -> Tensor:
-    """Room for a piece of `count` blocks, [count, L, 2, K, P, D]."""
-    return torch.empty((count, *form.shape(piece)), dtype=form.dtype)
+def empty(form: BlockForm, shard: BlockShard, count: int) -> Tensor:
+    """Memory for a shard of `count` blocks, [count, L, 2, K, P, D]."""
+    return torch.empty((count, *form.shape(shard)), dtype=form.dtype)

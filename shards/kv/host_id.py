@@ -1,4 +1,4 @@
-"""The name of this machine, as it is now up."""
+"""Name of this machine since its last boot."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import platform
 
 
 def host_name() -> str:
-    """This node's name and the id of its boot: equal only where memory can be shared."""
+    """Name of this node and id of its boot: equal only where processes can share memory."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as stream:
         return f"{platform.node()}/{stream.read().strip()}"

@@ -1,7 +1,7 @@
-"""What one tier holds, and who goes when it is full: sans-I/O, the leader's.
+"""Keys of one tier, and evictions when the tier is full: sans-I/O, on the leader.
 
-The least recently used goes. A prefix is worth nothing without its beginning, so of a chain's
-blocks, which are used together, the end goes first. Weighing by cost and frequency as well
+The least recently used key is evicted. A prefix is useless without its beginning, so of a chain's
+blocks, which are used together, the last is evicted first. Weighing by cost and frequency as well
 (GreedyDual-Size-Frequency) was tried and lost 1 to 4 points of hit rate on conversation traces.
 
 Knows keys, slots and tenants; knows nothing of bytes.
@@ -21,8 +21,8 @@ class _Entry:
     depth: int
     used: int = 0
     ready: bool = False
-    doomed: bool = False
-    holds: int = 0
+    discarded: bool = False
+    num_users: int = 0
 
 
 class TierIndex:
@@ -30,7 +30,7 @@ class TierIndex:
 
     Args:
         capacity: most keys.
-        max_tenant_share: most of the capacity that one tenant's keys may take, 0 to 1.
+        max_tenant_share: largest share of the capacity for one tenant's keys, 0 to 1.
     """
 
     def __init__(self, capacity: int, max_tenant_share: float = 1.0) -> None:
@@ -40,7 +40,7 @@ class TierIndex:
         self._free = list(range(capacity - 1, -1, -1))
         self._uses = 0  # counts `touch`
         self._heaps: dict[str, list[tuple[int, int, bytes]]] = {}
-        self._held_by: dict[str, int] = {}
+        self._num_of_tenant: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -53,21 +53,21 @@ class TierIndex:
 
     def tenants(self) -> dict[str, int]:
         """Entries of each tenant."""
-        return {tenant: count for tenant, count in self._held_by.items() if count}
+        return {tenant: count for tenant, count in self._num_of_tenant.items() if count}
 
     def slot(self, key: bytes) -> int | None:
-        """Where a key's bytes are, once they are; None before and otherwise."""
+        """Slot of a key's bytes, once the bytes are there; None otherwise."""
         entry = self._entries.get(key)
         return entry.slot if entry is not None and entry.ready else None
 
     def reserve(self, key: bytes, tenant: str, depth: int) -> tuple[int, bytes | None] | None:
-        """Take a slot for a key that is not here: (slot, the key that went for it if any).
+        """Reserve a slot for a new key: (slot, evicted key if any).
 
-        The entry is held until `commit` or `discard`. None when everything here is held.
+        The entry is in use until `commit` or `discard`. None when every entry is in use.
         """
         assert key not in self._entries, "reserved twice"
         victim = None
-        if self._held_by.get(tenant, 0) >= self._most:
+        if self._num_of_tenant.get(tenant, 0) >= self._most:
             victim = self._victim([tenant])
             if victim is None:
                 return None
@@ -79,21 +79,21 @@ class TierIndex:
             self._remove(victim)
         if not self._free:
             return None
-        entry = _Entry(self._free.pop(), tenant, depth, holds=1)
+        entry = _Entry(self._free.pop(), tenant, depth, num_users=1)
         self._entries[key] = entry
-        self._held_by[tenant] = self._held_by.get(tenant, 0) + 1
+        self._num_of_tenant[tenant] = self._num_of_tenant.get(tenant, 0) + 1
         return entry.slot, victim
 
     def commit(self, key: bytes) -> None:
-        """The bytes of a reserved key are there."""
+        """Mark a reserved key as ready: its bytes are in the slot."""
         entry = self._entries[key]
         entry.ready = True
-        entry.holds -= 1
+        entry.num_users -= 1
         entry.used = self._uses
         self._push(key, entry)
 
     def touch(self, keys: Sequence[bytes]) -> None:
-        """A chain of keys was used; those that are not here are left out."""
+        """Count a use of a chain of keys; missing keys are ignored."""
         self._uses += 1
         for key in keys:
             entry = self._entries.get(key)
@@ -101,54 +101,54 @@ class TierIndex:
                 entry.used = self._uses
                 self._push(key, entry)
 
-    def hold(self, keys: Iterable[bytes]) -> None:
-        """Keep keys that are here, until as many calls of `release`."""
+    def acquire(self, keys: Iterable[bytes]) -> None:
+        """Protect keys from eviction, until as many calls of `release`."""
         for key in keys:
-            self._entries[key].holds += 1
+            self._entries[key].num_users += 1
 
     def release(self, keys: Iterable[bytes]) -> None:
-        """Undo `hold`, or a `reserve` that came to nothing."""
+        """Undo `acquire`, or a `reserve` whose transfer failed."""
         for key in keys:
             entry = self._entries[key]
-            entry.holds -= 1
-            if entry.doomed and not entry.holds:
+            entry.num_users -= 1
+            if entry.discarded and not entry.num_users:
                 self._remove(key)
             elif entry.ready:
                 self._push(key, entry)
 
-    def idle(self, key: bytes) -> bool:
-        """Whether a key's bytes are here and nobody holds them."""
+    def is_unused(self, key: bytes) -> bool:
+        """Whether a key is ready and not in use."""
         entry = self._entries[key]
-        return entry.ready and not entry.holds
+        return entry.ready and not entry.num_users
 
     def discard(self, key: bytes) -> None:
-        """Forget a key, and its slot once nobody holds it; safe when it is not here."""
+        """Remove a key; its slot is free once no longer in use. Missing keys are ignored."""
         entry = self._entries.get(key)
         if entry is None:
             return
-        if entry.holds:  # someone copies from the slot: it must not be given away
-            entry.ready, entry.doomed = False, True
+        if entry.num_users:  # a transfer uses the slot: do not free the slot yet
+            entry.ready, entry.discarded = False, True
         else:
             self._remove(key)
 
     def _push(self, key: bytes, entry: _Entry) -> None:
         heap = self._heaps.setdefault(entry.tenant, [])
         heapq.heappush(heap, (entry.used, -entry.depth, key))
-        if len(heap) > 64 + 4 * self._held_by[entry.tenant]:
+        if len(heap) > 64 + 4 * self._num_of_tenant[entry.tenant]:
             self._rebuild(entry.tenant)
 
     def _rebuild(self, tenant: str) -> None:
-        """Leave the stale items of a heap behind."""
+        """Drop the stale items of a heap."""
         heap = [
-            (one.used, -one.depth, key)
-            for key, one in self._entries.items()
-            if one.tenant == tenant and one.ready
+            (entry.used, -entry.depth, key)
+            for key, entry in self._entries.items()
+            if entry.tenant == tenant and entry.ready
         ]
         heapq.heapify(heap)
         self._heaps[tenant] = heap
 
     def _victim(self, tenants: list[str]) -> bytes | None:
-        """The key that was used least recently and that nobody holds, of these tenants."""
+        """The least recently used key of these tenants that is not in use."""
         best: tuple[int, int, bytes] | None = None
         for tenant in tenants:
             heap = self._heaps.get(tenant, [])
@@ -160,15 +160,15 @@ class TierIndex:
                     and entry.tenant == tenant
                     and entry.used == used
                     and entry.ready
-                    and not entry.holds
+                    and not entry.num_users
                 ):
                     if best is None or heap[0] < best:
                         best = heap[0]
                     break
-                heapq.heappop(heap)  # stale, or held: pushed again on release
+                heapq.heappop(heap)  # stale, or in use: pushed again on release
         return None if best is None else best[2]
 
     def _remove(self, key: bytes) -> None:
         entry = self._entries.pop(key)
         self._free.append(entry.slot)
-        self._held_by[entry.tenant] -= 1
+        self._num_of_tenant[entry.tenant] -= 1

@@ -1,6 +1,6 @@
-"""What an engine must know of its group's tiers, and of what another group has.
+"""Limits of a group's tiers, and blocks that another group offers.
 
-Knows numbers and keys; knows nothing of how blocks are moved.
+Knows numbers and keys; knows nothing of how blocks are transferred.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from arriero.shards.kv.transfers import Segment
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TierLimits:
-    """What the tiers of one pool hold.
+    """Limits of the tiers of one pool.
 
     Attributes:
         host_blocks, disk_blocks: most blocks; 0 for no such tier.
         shared: whether there is a shared store.
-        max_tenant_share: the most of a tier that one tenant's blocks may take.
-        num_ranks: how many must have made a copy: those that hold layers of the pool.
+        max_tenant_share: largest share of a tier for one tenant's blocks.
+        num_ranks: ranks with layers of the pool; a transfer is done when all have done it.
     """
 
     host_blocks: int = 0
@@ -37,12 +37,12 @@ class TierLimits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupTierLimits:
-    """What the tiers of a group hold.
+    """Limits of the tiers of a group.
 
     Attributes:
-        all: of the pool for layers that see every token.
-        local: of the pool for layers that attend within their chunk.
-        bytes_share: of a block below the device, over its bytes on it.
+        all: limits for the pool of layers with full attention.
+        local: limits for the pool of layers with chunked attention.
+        bytes_share: bytes of a block below the device, as a share of its bytes on the device.
     """
 
     all: TierLimits = field(default_factory=TierLimits)
@@ -56,28 +56,28 @@ class GroupTierLimits:
 
     @property
     def num_blocks(self) -> int:
-        """Most blocks of all tokens in host memory and on disk."""
+        """Most blocks of `Pool.ALL` in host memory and on disk."""
         return self.all.host_blocks + self.all.disk_blocks
 
 
 @dataclass(frozen=True, slots=True)
 class PeerBlocks:
-    """Blocks of one pool that another group has in its host memory.
+    """Blocks of one pool in another group's host memory.
 
     Attributes:
-        segments: of its ranks.
-        slots: by key.
+        segments: host memory of each rank.
+        slots: slot of each key.
     """
 
     segments: tuple[Segment, ...]
     slots: dict[bytes, int]
 
     def to_wire(self) -> list[Any]:
-        """As msgpack can carry it."""
-        return [[one.to_wire() for one in self.segments], self.slots]
+        """The blocks as a list for msgpack."""
+        return [[segment.to_wire() for segment in self.segments], self.slots]
 
     @classmethod
     def from_wire(cls, values: list[Any]) -> PeerBlocks:
         """Undo `to_wire`."""
         segments, slots = values
-        return cls(tuple(Segment.from_wire(one) for one in segments), slots)
+        return cls(tuple(Segment.from_wire(segment) for segment in segments), slots)

@@ -1,12 +1,12 @@
 """One-sided reads of a peer's host memory through NIXL, DRAM to DRAM.
 
-NIXL (github.com/ai-dynamo/nixl, over UCX) has the network card fetch from the peer's registered
-memory, and the peer's processor takes no part. So a reader fetches a slot's stamp, the part of the
-block that it needs, and the stamp again: what `peer` does in memory of its own node. Where there is
-no such card UCX copies by other ways, which gain nothing over our own TCP (see `wire`); so this is
-used where cards are, or where it is asked for, and both ends have NIXL installed.
+With NIXL (github.com/ai-dynamo/nixl, over UCX) the network card reads the peer's registered memory,
+without the peer's processor. So a reader fetches a slot's stamp, the needed part of the block, and
+the stamp again, as `peer` does in the memory of its own node. Without such a card UCX copies by
+other ways, which are no faster than our own TCP (see `tcp`). So NIXL is used where there are cards,
+or where the spec requires it, and both ends have NIXL installed.
 
-Knows addresses and reads; which block is where is the leaders'.
+Knows addresses and reads; the leaders know which block is in which slot.
 """
 
 from __future__ import annotations
@@ -33,36 +33,36 @@ from arriero.shards.kv.transfers import Segment
 log = logging.getLogger(__name__)
 
 SILENCE_S = 3.0
-"""A read that takes so long is given up, and its peer with it."""
+"""Seconds after which a read is given up, and its peer with it."""
 PROGRESS_S = 0.001
-"""How often an owner looks after readers that begin. NIXL's own thread would take a whole core."""
+"""Seconds between two polls for new readers. NIXL's own thread would take a whole core."""
 _CARDS = Path("/sys/class/infiniband")
 _stuck: list[object] = []
-"""Memory that a read which cannot be called back may still write to: kept for good."""
+"""Memory that a read which cannot be cancelled may still write to: never freed."""
 
 Addresses = npt.NDArray[np.uint64]
 
 
-def wanted(transfer: Literal["auto", "tcp", "nixl"]) -> bool:
-    """Whether blocks are to be read through NIXL here, where the other side has it too.
+def enabled(transfer: Literal["auto", "tcp", "nixl"]) -> bool:
+    """Whether this rank reads blocks through NIXL, where the other side has NIXL too.
 
     Args:
-        transfer: "auto" for where network cards do the reading.
+        transfer: way of transfer; "auto" means NIXL if there are network cards.
     """
     if transfer == "tcp" or (transfer == "auto" and not any(_CARDS.glob("*"))):
         return False
     try:
         _nixl()
     except ImportError as error:
-        asked = logging.WARNING if transfer == "nixl" else logging.INFO
-        log.log(asked, "KV blocks travel over TCP: no NIXL (%s); install arriero[nixl]", error)
+        level = logging.WARNING if transfer == "nixl" else logging.INFO
+        log.log(level, "KV blocks travel over TCP: no NIXL (%s); install arriero[nixl]", error)
         return False
     return True
 
 
 def _nixl() -> Any:  # noqa: ANN401
-    os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")  # else it tells of every agent on stdout
-    os.environ.setdefault("UCX_LOG_LEVEL", "error")  # and of what a peer that died left undone
+    os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")  # else NIXL prints every agent to stdout
+    os.environ.setdefault("UCX_LOG_LEVEL", "error")  # and UCX the open requests of dead peers
     import nixl._api
 
     return nixl._api
@@ -75,35 +75,35 @@ def _agent() -> Any:  # noqa: ANN401
 
 
 class NixlServer:
-    """Lets readers at one rank's host memory.
+    """Gives readers access to one rank's host memory.
 
-    Registered memory is held by the cards: all its pages are taken at once.
+    The cards lock registered memory: all its pages are allocated at once.
 
     Args:
         pool: the memory.
 
     Attributes:
-        told: what a reader must know.
+        metadata: agent and address, for readers.
 
     Raises:
-        Exception: whatever NIXL finds wrong.
+        Exception: any error of NIXL.
     """
 
     def __init__(self, pool: HostPool) -> None:
         self._agent = _agent()
         address, nbytes = pool.memory
         self._memory = self._agent.register_memory([(address, nbytes, 0, "")], "DRAM")
-        self.told: bytes = msgpack.packb([self._agent.get_agent_metadata(), address])
+        self.metadata: bytes = msgpack.packb([self._agent.get_agent_metadata(), address])
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._look_after, name="kv-nixl", daemon=True)
+        self._thread = threading.Thread(target=self._poll, name="kv-nixl", daemon=True)
         self._thread.start()
 
-    def _look_after(self) -> None:
+    def _poll(self) -> None:
         while not self._ended.wait(PROGRESS_S):
             self._agent.get_new_notifs()
 
     def close(self) -> None:
-        """End; what readers have under way fails."""
+        """Stop; reads in flight fail."""
         self._ended.set()
         self._thread.join()
         self._agent.deregister_memory(self._memory)
@@ -111,22 +111,22 @@ class NixlServer:
 
 
 class NixlReader:
-    """What one thread reads peers through."""
+    """Reads peers' memory; belongs to one thread."""
 
     def __init__(self) -> None:
         self._agent: Any = _agent()
 
     def join(self, metadata: bytes) -> bytes:
-        """Get to know a peer's agent; gives its name."""
+        """Add a peer's agent; returns its name."""
         name: bytes = self._agent.add_remote_agent(metadata)
         return name
 
     def leave(self, peer: bytes) -> None:
-        """Forget a peer's agent."""
+        """Remove a peer's agent."""
         self._agent.remove_remote_agent(peer)
 
     def register(self, memory: Tensor) -> object:
-        """Let reads write into memory, until `deregister` of what this gives."""
+        """Allow reads to write into memory, until `deregister` of the returned handle."""
         runs = [(memory.data_ptr(), memory.nbytes, 0, "")]
         registered: object = self._agent.register_memory(runs, "DRAM")
         return registered
@@ -136,17 +136,17 @@ class NixlReader:
         self._agent.deregister_memory(registered)
 
     def read(self, peer: bytes, theirs: Addresses, ours: Addresses, memory: object) -> None:
-        """Fetch runs of a peer's memory into ours, one for one.
+        """Fetch ranges of a peer's memory into local ranges, pair by pair.
 
         Args:
-            peer: its agent.
-            theirs: the runs, [N, 3] of address, bytes and device.
-            ours: likewise, in registered memory.
-            memory: kept as long as anything may write there.
+            peer: name of the peer's agent.
+            theirs: ranges of the peer, [N, 3] of address, bytes and device.
+            ours: local ranges, likewise, in registered memory.
+            memory: object kept alive as long as NIXL may write there.
 
         Raises:
-            BadBlock: nothing came for a while.
-            Exception: whatever NIXL finds wrong.
+            BadBlock: the read took too long.
+            Exception: any error of NIXL.
         """
         agent = self._agent
         into, source = (agent.get_xfer_descs(runs, "DRAM") for runs in (ours, theirs))
@@ -164,20 +164,20 @@ class NixlReader:
                 _stuck.append((agent, memory))
                 raise
         if state != "DONE":
-            raise BadBlock("it fell silent" if state == "PROC" else "the read failed")
+            raise BadBlock("the peer stopped responding" if state == "PROC" else "the read failed")
 
 
 class NixlPart:
-    """One rank's memory, of which we want a part of each block; see `peer.Part`.
+    """Memory of one peer rank, read for a part of each block; see `peer.PeerPart`.
 
     Args:
-        reader: of this thread.
+        reader: reader of this thread.
         segment: the memory.
-        form: of blocks.
-        part: what is wanted of each block: a part of the segment's own piece.
+        form: format of the blocks.
+        part: part of each block to read, within the segment's shard.
 
     Raises:
-        BadBlock: what the segment says of its agent cannot be used.
+        BadBlock: the segment's metadata is invalid.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class NixlPart:
         try:
             self._metadata, self._base = msgpack.unpackb(segment.nixl)
         except ValueError as error:
-            raise BadBlock(f"the peer's agent is not to be had: {error}") from None
+            raise BadBlock(f"the peer's NIXL metadata is invalid: {error}") from None
         self._peer: bytes | None = None
         self._memory: Tensor | None = None
         self._registered: object = None
@@ -197,53 +197,53 @@ class NixlPart:
         self._stamp_bytes = stamp_type(self._theirs).itemsize
         self._runs = _runs(form, self._theirs, part)
 
-    def ask(self, wanted: Sequence[tuple[bytes, int]]) -> None:
-        """See `peer.Part`: fetches them all."""
+    def request(self, blocks: Sequence[tuple[bytes, int]]) -> None:
+        """See `peer.PeerPart`; fetches all blocks."""
         try:
             if self._peer is None:
                 self._peer = self._reader.join(self._metadata)
-            self._answers = iter(self._fetch(wanted))
-        except Exception as error:  # NIXL's own kinds of error, of a peer that is gone or no peer
+            self._answers = iter(self._fetch(blocks))
+        except Exception as error:  # errors of NIXL, about a dead or unknown peer
             self.close()
             raise BadBlock(f"a rank's memory over NIXL: {type(error).__name__} {error}") from None
 
     def get(self, into: Tensor) -> npt.NDArray[np.int64] | None:
-        """See `peer.Part`."""
-        found = next(self._answers)
-        if found is None:
+        """See `peer.PeerPart`."""
+        answer = next(self._answers)
+        if answer is None:
             return None
-        stamp, block = found
+        stamp, block = answer
         into.copy_(block)
         layers, heads = self._part.within(self._theirs)
         return sums(stamp, self._theirs)[layers, :, heads]
 
     def close(self) -> None:
-        """See `peer.Part`."""
+        """See `peer.PeerPart`."""
         self._answers = iter(())
         try:
             if self._peer is not None:
                 self._reader.leave(self._peer)
             if self._registered is not None:
                 self._reader.deregister(self._registered)
-        except Exception as error:  # it is lost already
+        except Exception as error:  # the peer is lost already
             log.info("a peer's agent: %s", error)
         self._peer = self._memory = self._registered = None
 
-    def _fetch(self, wanted: Sequence[tuple[bytes, int]]) -> list[tuple[bytes, Tensor] | None]:
-        known = [i for i, (_, slot) in enumerate(wanted) if 0 <= slot < self._slots]
-        slots = np.array([slot for _, slot in wanted], dtype=np.uint64)
-        memory = self._room(len(known))
-        before = dict(zip(known, self._stamps(slots[known], memory), strict=True))
-        good = [i for i in known if before[i].startswith(wanted[i][0])]
-        blocks = self._blocks(slots[good], memory)
-        answers: list[tuple[bytes, Tensor] | None] = [None] * len(wanted)
-        for i, block, after in zip(good, blocks, self._stamps(slots[good], memory), strict=True):
+    def _fetch(self, blocks: Sequence[tuple[bytes, int]]) -> list[tuple[bytes, Tensor] | None]:
+        valid = [i for i, (_, slot) in enumerate(blocks) if 0 <= slot < self._slots]
+        slots = np.array([slot for _, slot in blocks], dtype=np.uint64)
+        memory = self._reserve(len(valid))
+        before = dict(zip(valid, self._stamps(slots[valid], memory), strict=True))
+        good = [i for i in valid if before[i].startswith(blocks[i][0])]
+        copies = self._blocks(slots[good], memory)
+        answers: list[tuple[bytes, Tensor] | None] = [None] * len(blocks)
+        for i, block, after in zip(good, copies, self._stamps(slots[good], memory), strict=True):
             if after == before[i]:
                 answers[i] = (after, block)
         return answers
 
-    def _room(self, count: int) -> Tensor:
-        """Registered memory: for so many stamps, and behind them as many blocks."""
+    def _reserve(self, count: int) -> Tensor:
+        """Registered memory for `count` stamps and, behind the stamps, as many blocks."""
         needed = count * (self._stamp_bytes + self._form.nbytes(self._part))
         if self._memory is None or self._memory.nbytes < needed:
             if self._registered is not None:
@@ -253,26 +253,26 @@ class NixlPart:
         return self._memory
 
     def _stamps(self, slots: Addresses, memory: Tensor) -> list[bytes]:
-        """Stamps of slots, as they are now."""
+        """Current stamps of slots."""
         size = self._stamp_bytes
         first = self._base + self._slots * self._form.nbytes(self._theirs)
-        places = np.uint64(first) + slots * np.uint64(size)
-        found = self._read(places, np.array([[0, size]], dtype=np.uint64), memory)
-        return [one.numpy().tobytes() for one in found.view(len(slots), size)]
+        addresses = np.uint64(first) + slots * np.uint64(size)
+        data = self._read(addresses, np.array([[0, size]], dtype=np.uint64), memory)
+        return [stamp.numpy().tobytes() for stamp in data.view(len(slots), size)]
 
     def _blocks(self, slots: Addresses, memory: Tensor) -> Tensor:
-        """Our part of blocks, [N, l, 2, h, P, D]."""
-        places = np.uint64(self._base) + slots * np.uint64(self._form.nbytes(self._theirs))
+        """The part of each block, [N, l, 2, h, P, D]."""
+        addresses = np.uint64(self._base) + slots * np.uint64(self._form.nbytes(self._theirs))
         behind = memory[len(memory) - len(slots) * self._form.nbytes(self._part) :]
-        found = self._read(places, self._runs, behind)
-        return found.view(self._form.dtype).view(len(slots), *self._form.shape(self._part))
+        data = self._read(addresses, self._runs, behind)
+        return data.view(self._form.dtype).view(len(slots), *self._form.shape(self._part))
 
-    def _read(self, places: Addresses, runs: Addresses, memory: Tensor) -> Tensor:
-        """Fetch the same runs behind each of some addresses; they lie one behind the other."""
-        sizes = np.tile(runs[:, 1], len(places))
+    def _read(self, addresses: Addresses, runs: Addresses, memory: Tensor) -> Tensor:
+        """Fetch the same ranges behind each address; the results lie one behind the other."""
+        sizes = np.tile(runs[:, 1], len(addresses))
         nbytes = int(sizes.sum())
         if nbytes:
-            theirs = (places[:, None] + runs[:, 0]).reshape(-1)
+            theirs = (addresses[:, None] + runs[:, 0]).reshape(-1)
             ours = np.uint64(memory.data_ptr()) + np.cumsum(sizes) - sizes
             device = np.zeros_like(sizes)
             assert self._peer is not None, "no peer"
@@ -286,7 +286,7 @@ class NixlPart:
 
 
 def _runs(form: BlockForm, theirs: BlockShard, part: BlockShard) -> Addresses:
-    """Where a part's bytes lie in a block of `theirs`: [N, 2] of offset and length."""
+    """Ranges of a part's bytes in a block of `theirs`: [N, 2] of offset and length."""
     (layers, heads), shape = part.within(theirs), form.shape(theirs)
     row, num_heads = form.positions * form.dim * form.dtype.itemsize, shape[2]
     if heads == slice(0, num_heads):

@@ -1,4 +1,4 @@
-"""Where keys and values lie in a paged cache, and which blocks of it a token sees.
+"""Positions of keys and values in a paged cache, and the blocks that a token sees.
 
 Knows block tables and positions, nothing else.
 
@@ -16,29 +16,29 @@ from arriero.shards.protocol.step_plan import Int32
 
 
 def cache_slots(table_SB: Int32, owner_T: Int32, positions_T: Int32, block_size: int) -> Int32:
-    """Where each token's key and value go: block id * block size + offset, int32 [T].
+    """Cache slot of each token's key and value: block id * block size + offset, int32 [T].
 
     Args:
         table_SB: block ids of each sequence.
-        owner_T: row of the table.
-        positions_T: in the sequence.
+        owner_T: table row of each token.
+        positions_T: position of each token in its sequence.
         block_size: tokens in a block.
     """
     block, offset = np.divmod(positions_T, block_size)
-    found: Int32 = table_SB[owner_T, block] * block_size + offset
-    return found
+    slots_T: Int32 = table_SB[owner_T, block] * block_size + offset
+    return slots_T
 
 
 @dataclass(frozen=True, slots=True)
 class SeenBlocks:
-    """Which blocks of its sequence a token sees, counted from the sequence's first.
+    """Blocks of a sequence that a token sees, by number from the sequence's first block.
 
-    Of a token in block b these are the blocks of the first keys (sinks), if there are any, and
-    those from `first(b)` on: b's first token sees as far back as any of its tokens. What lies
-    between can be given back once a sequence has come to b.
+    A token in block b sees the blocks of the sinks, if any, and the blocks from `first(b)` on: b's
+    first token sees as far back as any of its tokens. Blocks between can be freed once a sequence
+    has reached b.
 
     Attributes:
-        visible: which keys a token sees; a chunk's size is a multiple of `block_size`.
+        visible: keys that a token sees; the chunk size is a multiple of `block_size`.
         block_size: tokens in a block.
     """
 
@@ -47,31 +47,31 @@ class SeenBlocks:
 
     @property
     def sinks(self) -> int:
-        """Blocks of the first keys, which are always seen."""
+        """Blocks of the sinks, which every token sees."""
         return -(-self.visible.sinks // self.block_size)
 
     @property
     def span(self) -> int:
-        """Most blocks from `first` of a token's block to that block; 0 where there is no bound."""
+        """Most blocks from `first` of a token's block to that block; 0 for no bound."""
         if self.visible.window:
             return -(-(self.visible.window - 1) // self.block_size) + 1
         return self.visible.chunk_size // self.block_size
 
     def first(self, block: int) -> int:
-        """The first block that tokens of block number `block` see, sinks aside."""
+        """First block that tokens of block number `block` see, sinks aside."""
         return self.visible.first(block * self.block_size) // self.block_size
 
     def numbers(self, end: int) -> list[int]:
-        """Of the blocks before number `end`, those that a token in block `end` sees."""
+        """Numbers of the blocks before number `end` that a token in block `end` sees."""
         first = self.first(end)
         return [*range(min(self.sinks, first)), *range(first, end)]
 
     def most(self, num_tokens: int, step: int = 1) -> int:
-        """Most blocks that a sequence holds at once: sinks, span, and what a step adds.
+        """Most blocks of a sequence at the same time: sinks, span, and the blocks of a step.
 
         Args:
-            num_tokens: of the sequence.
-            step: tokens of it in one step, at most.
+            num_tokens: tokens of the sequence.
+            step: most tokens of the sequence in one step.
         """
         blocks = -(-num_tokens // self.block_size)
         if not self.span:

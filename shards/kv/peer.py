@@ -1,11 +1,11 @@
-"""Another group's host memory, to copy blocks from: each of its ranks' part by the way there is.
+"""Another group's host memory, for copying blocks: each rank's part by the best way.
 
-Ranks of the peer may hold other layers and heads than we do: our piece of a block is put together
-from all that overlap it. A rank on this node is read in its memory; one on another node through
-NIXL where both have it (see `nixl`), else over TCP (see `wire`). Whatever is wrong, a checksum too,
-is a missing block.
+Ranks of the peer may have other layers and heads than this rank: the rank's shard of a block is
+built from all ranks that overlap the shard. A peer rank on this node is read in shared memory; a
+rank on another node through NIXL where both have NIXL (see `nixl`), else over TCP (see `tcp`). Any
+error, a wrong checksum too, is a missing block.
 
-Knows pieces and parts; which block is where is the leaders'.
+Knows shards and their overlaps; the leaders know which block is in which slot.
 """
 
 from __future__ import annotations
@@ -33,35 +33,35 @@ from arriero.shards.kv.transfers import Segment
 log = logging.getLogger(__name__)
 
 LOST_S = 5.0
-"""A peer that was lost is not asked again for so long: each time might be a second's wait."""
-Wanted = Sequence[tuple[bytes, int]]
+"""Seconds without another try after a lost peer: each try might take a second."""
+BlockSlots = Sequence[tuple[bytes, int]]
 """Blocks by key and slot."""
 Sums = npt.NDArray[np.int64]
 """Checksums [l, 2, h] of a part of a block."""
 
 
 class PeerPart(Protocol):
-    """One rank's memory, of which we want a part of each block."""
+    """Memory of one peer rank, read for a part of each block."""
 
-    def ask(self, wanted: Wanted) -> None:
-        """Say which blocks `get` is to give, in this order; may raise `BadBlock`."""
+    def request(self, blocks: BlockSlots) -> None:
+        """Set the blocks that `get` returns, in this order; may raise `BadBlock`."""
 
     def get(self, into: Tensor) -> Sums | None:
-        """Copy the next one, [l, 2, h, P, D]; may raise `BadBlock`.
+        """Copy the next block, [l, 2, h, P, D]; may raise `BadBlock`.
 
         Returns:
-            The checksums that it had when it was written; None when it is not there.
+            The checksums from the time of writing; None when the block is missing.
         """
 
     def close(self) -> None:
-        """Let go."""
+        """Close the connection."""
 
 
 class LocalPart:
-    """A rank of this node.
+    """Memory of a peer rank on this node.
 
     Raises:
-        BadBlock: its memory is not to be had.
+        BadBlock: the memory cannot be opened.
     """
 
     def __init__(self, segment: Segment, form: BlockForm, part: BlockShard) -> None:
@@ -69,15 +69,15 @@ class LocalPart:
         self._map = _attach(segment, form)
         self._data, self._stamps = views(self._map, form, self._theirs, segment.slots)
         self._layers, self._heads = part.within(self._theirs)
-        self._wanted: Iterator[tuple[bytes, int]] = iter(())
+        self._blocks: Iterator[tuple[bytes, int]] = iter(())
 
-    def ask(self, wanted: Wanted) -> None:
+    def request(self, blocks: BlockSlots) -> None:
         """See `PeerPart`."""
-        self._wanted = iter(wanted)
+        self._blocks = iter(blocks)
 
     def get(self, into: Tensor) -> Sums | None:
         """See `PeerPart`."""
-        key, slot = next(self._wanted)
+        key, slot = next(self._blocks)
         before = stamp(self._stamps, key, slot)
         if before is None:
             return None
@@ -94,66 +94,66 @@ class LocalPart:
 
 
 class PeerPool:
-    """All ranks of a peer that hold something of our piece.
+    """Memory of all peer ranks that overlap this rank's shard.
 
     Args:
-        segments: of the ranks.
-        form: of blocks.
-        piece: what we hold of each.
-        nixl: reads through NIXL, if this rank does; of the thread that copies.
+        segments: memory of each peer rank.
+        form: format of the blocks.
+        shard: this rank's shard of each block.
+        nixl: reader through NIXL, if enabled; belongs to the copying thread.
 
     Raises:
-        BadBlock: they are not to be had, or do not hold all of it.
+        BadBlock: a memory cannot be opened, or the ranks do not cover the shard.
     """
 
     def __init__(
         self,
         segments: Sequence[Segment],
         form: BlockForm,
-        piece: BlockShard,
+        shard: BlockShard,
         nixl: NixlReader | None = None,
     ) -> None:
         self._parts: list[tuple[tuple[slice, slice], PeerPart]] = []
         self._lost_until_s = 0.0
-        if not piece.covered_by(BlockShard(one.layers, one.heads) for one in segments):
-            raise BadBlock("the peer's ranks do not hold all of it")
+        if not shard.covered_by(BlockShard(s.layers, s.heads) for s in segments):
+            raise BadBlock("the peer's ranks do not cover this rank's shard")
         used: list[BlockShard] = []
         try:
-            for one in segments:
-                theirs = BlockShard(one.layers, one.heads)
-                part = theirs.overlap(piece)
-                if part is not None and not piece.covered_by(used):
+            for segment in segments:
+                theirs = BlockShard(segment.layers, segment.heads)
+                part = theirs.overlap(shard)
+                if part is not None and not shard.covered_by(used):
                     used.append(theirs)
-                    self._parts.append((part.within(piece), _part(one, form, part, nixl)))
+                    self._parts.append((part.within(shard), _part(segment, form, part, nixl)))
         except BaseException:
             self.close()
             raise
 
-    def copy(self, wanted: Wanted, into: Tensor) -> set[int]:
-        """Fill our piece of blocks, `into` [N, L, 2, K, P, D]; gives those that are not there."""
+    def copy(self, blocks: BlockSlots, into: Tensor) -> set[int]:
+        """Fill this rank's shard of blocks, `into` [N, L, 2, K, P, D]; returns missing blocks."""
         failed: set[int] = set()
         if time.monotonic() < self._lost_until_s:
-            return set(range(len(wanted)))
+            return set(range(len(blocks)))
         try:
             for _, part in self._parts:
-                part.ask(wanted)
+                part.request(blocks)
             for i, block in enumerate(into):
                 for (layers, heads), part in self._parts:
-                    ours = block[layers, :, heads]
-                    due = part.get(ours)
-                    if due is None:
+                    view = block[layers, :, heads]
+                    sums = part.get(view)
+                    if sums is None:
                         failed.add(i)
-                    elif not np.array_equal(block_sums(ours).numpy(), due):
-                        log.warning("a peer's block %s came spoilt", wanted[i][0].hex())
+                    elif not np.array_equal(block_sums(view).numpy(), sums):
+                        log.warning("a peer's block %s has a wrong checksum", blocks[i][0].hex())
                         failed.add(i)
         except BadBlock as error:
-            log.warning("a peer's blocks are computed instead: %s", error)
+            log.warning("a peer's blocks are computed here instead: %s", error)
             self._lost_until_s = time.monotonic() + LOST_S
-            return set(range(len(wanted)))
+            return set(range(len(blocks)))
         return failed
 
     def close(self) -> None:
-        """Let go of the ranks."""
+        """Close the memory of all peer ranks."""
         for _, part in self._parts:
             part.close()
         self._parts.clear()
@@ -161,17 +161,17 @@ class PeerPool:
 
 def _part(segment: Segment, form: BlockForm, part: BlockShard, nixl: NixlReader | None) -> PeerPart:
     if segment.block != (form.positions, form.dim, form.dtype.itemsize):
-        raise BadBlock("the peer's blocks are of another form")
+        raise BadBlock("the peer's blocks have another format")
     if segment.host == host_name():
         try:
             return LocalPart(segment, form, part)
         except BadBlock:
-            if not segment.address:  # it may be in another container
+            if not segment.address:  # the process may be in another container
                 raise
     if nixl is not None and segment.nixl:
         return NixlPart(nixl, segment, form, part)
     if not segment.address:
-        raise BadBlock("the peer is on another node and serves nobody there")
+        raise BadBlock("the peer is on another node and has no server")
     return RemotePart(segment, form, part)
 
 
@@ -180,13 +180,13 @@ def _attach(segment: Segment, form: BlockForm) -> mmap.mmap:
     try:
         fd = os.open(path, os.O_RDONLY)
     except OSError as error:
-        raise BadBlock(f"the peer's memory is not to be had: {error.strerror}") from None
+        raise BadBlock(f"the peer's memory cannot be opened: {error.strerror}") from None
     try:
         if segment.name not in os.readlink(f"/proc/self/fd/{fd}"):
-            raise BadBlock("the peer's process is gone")
+            raise BadBlock("the peer's process has ended")
         theirs = BlockShard(segment.layers, segment.heads)
         if os.fstat(fd).st_size != memory_bytes(form, theirs, segment.slots):
-            raise BadBlock("the peer's memory is of another size")
+            raise BadBlock("the peer's memory has another size")
         return mmap.mmap(fd, 0, prot=mmap.PROT_READ)
     finally:
         os.close(fd)

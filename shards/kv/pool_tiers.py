@@ -1,18 +1,19 @@
-"""Which blocks of one pool go to which tier, and when: the leader's side, sans-I/O.
+"""Decides which blocks of one pool go to which tier, and when: the leader's side, sans-I/O.
 
-Each full block is saved to host memory soon after it is computed, and from there to disk and to
-the shared store; so an eviction, from whichever tier, copies nothing. A request whose prefix goes
-on in a lower tier, or in a peer's memory, has those blocks loaded before it enters a slot.
+Each full block is saved to host memory soon after the step that computes it, and from there to
+disk and to the shared store; so an eviction, from whichever tier, copies nothing. If a request's
+prefix continues in a lower tier, or in a peer's memory, those blocks are loaded before the request
+enters a slot.
 
-Copies run in the slices' movers beside the steps. While one is under way its block on the device
-is pinned (by a table of its own), and its slot and file are held. A copy has been made when every
-rank says so; one that any rank could not make is a miss on all of them, so that ranks never
+The slices' transfer workers make the transfers beside the steps. During a transfer the block on
+the device is pinned (by a table of its own), and slot and file are in use. A transfer is done when
+every rank has done its part. A failure on any rank is a miss on all ranks, so that ranks never
 disagree.
 
 Knows keys, blocks and tiers; knows nothing of sequences, of other pools, of files or time.
 
 Lifetime of a block's copy: `note` → save → `commit` → write to disk and store → evicted by
-`TierIndex`; `load` → moves → `take` → the load's `left` falls to 0 → `end`.
+`TierIndex`; `load` → transfers → `apply` → the load's `num_left` falls to 0 → `end`.
 """
 
 from __future__ import annotations
@@ -28,39 +29,40 @@ from arriero.shards.kv.limits import PeerBlocks, TierLimits
 from arriero.shards.kv.transfers import Pool, Segment, Tier, Transfer, TransferBatch, TransferResult
 
 MOST_SAVES = 256
-"""Blocks pinned for saving at once, or an eighth of a pool that is small: two steps' worth."""
-MOST_FOUND = 2000
-"""Blocks found at the start that are taken between two steps: some milliseconds' worth."""
+"""Most blocks pinned for saving (an eighth of a pool, if that is less): two steps' worth."""
+MOST_RECOVERED = 2000
+"""Blocks from before the start indexed between two steps: some milliseconds' worth."""
 MOST_WRITES = 32
-"""Blocks on their way from a tier to one further down."""
+"""Most blocks in flight from a tier to a lower tier."""
 
 
 @dataclass(slots=True)
 class Load:
-    """Blocks of a chain, on the device or on their way there, pinned by a table.
+    """Blocks of a chain, on the device or in flight to the device, pinned by a table.
 
     Attributes:
-        owner: of the table.
-        keys: of the table's blocks.
-        first: which block of its chain the table's first one is.
-        num_found: how many of them were on the device already.
-        left: copies under way.
+        owner: owner of the table.
+        keys: keys of the table's blocks.
+        first: index in the chain of the table's first block.
+        num_cached: blocks that were on the device already.
+        num_left: transfers in flight.
+        failed: positions in the table whose transfer failed.
     """
 
     owner: int
     keys: list[bytes]
     first: int
-    num_found: int
-    left: int = 0
-    bad: set[int] = field(default_factory=set)
+    num_cached: int
+    num_left: int = 0
+    failed: set[int] = field(default_factory=set)
 
 
 @dataclass(slots=True)
-class _Flight:
-    """A move under way."""
+class _InFlight:
+    """A transfer in flight; `num_left` counts the ranks without a result."""
 
-    move: Transfer
-    left: int
+    transfer: Transfer
+    num_left: int
     tenant: str
     depth: int
     failed: bool = False
@@ -69,15 +71,15 @@ class _Flight:
 
 
 class PoolOffloadManager:
-    """The tiers below one pool of a group.
+    """Manages the tiers below one pool of a group.
 
     Args:
-        limits: what they hold.
+        limits: limits of the tiers.
         which: the pool.
-        pool: its blocks on the device.
-        new_owner: gives a number that owns no table.
-        on_event: told of keys that host memory or disk holds ("kept"), and that neither holds any
-            more ("dropped").
+        pool: blocks of the pool on the device.
+        new_owner: returns a new owner of a block table.
+        on_event: callback for keys that host memory or disk has now ("kept"), and that neither has
+            any more ("dropped").
     """
 
     def __init__(
@@ -97,52 +99,52 @@ class PoolOffloadManager:
             self._index[Tier.HOST] = TierIndex(limits.host_blocks, share)
         if limits.disk_blocks:
             self._index[Tier.DISK] = TierIndex(limits.disk_blocks, share)
-        self._stored: set[bytes] | None = set() if limits.shared else None
+        self._shared_keys: set[bytes] | None = set() if limits.shared else None
         self._ids = itertools.count()
-        self._flights: dict[int, _Flight] = {}
+        self._in_flight: dict[int, _InFlight] = {}
         self._to_save: OrderedDict[bytes, tuple[str, int]] = OrderedDict()
         self._to_write: OrderedDict[tuple[Tier, bytes], tuple[str, int]] = OrderedDict()
-        self._outbox: list[TransferBatch] = []  # loads, which go first
+        self._outbox: list[TransferBatch] = []  # loads: sent first
         self._dropped: list[tuple[Tier, bytes]] = []
-        self._firsts: list[TransferResult] = []
-        self._found: deque[tuple[Tier, bytes, bool]] = deque()
+        self._opened: list[TransferResult] = []
+        self._recovered: deque[tuple[Tier, bytes, bool]] = deque()
         self._most_saves = max(1, min(MOST_SAVES, pool.num_blocks // 8))
         self._num_loading = self._num_saves = self._num_writes = 0
         self.num_loaded = self.num_saved = self.num_failed = 0
         self.segments: tuple[Segment, ...] = ()
 
-    # ---- what there is ----
+    # ---- state ----
 
     @property
     def enabled(self) -> bool:
         """Whether every rank has opened its tiers."""
-        return len(self._firsts) == self._num_ranks
+        return len(self._opened) == self._num_ranks
 
     @property
-    def num_moving(self) -> int:
-        """Moves under way or waiting to be made."""
-        return len(self._flights) + len(self._outbox) + self._num_waiting
+    def num_transfers(self) -> int:
+        """Transfers in flight or waiting."""
+        return len(self._in_flight) + len(self._outbox) + self._num_waiting
 
     @property
     def _num_waiting(self) -> int:
         if not self.enabled:
             return 0
-        return len(self._to_save) + len(self._to_write) + len(self._dropped) + len(self._found)
+        return len(self._to_save) + len(self._to_write) + len(self._dropped) + len(self._recovered)
 
     def counts(self) -> dict[str, int]:
-        """Blocks in each tier, and what was moved since the start."""
+        """Blocks in each tier, and transfers since the start."""
         return {
             "host": len(self._index.get(Tier.HOST, ())),
             "disk": len(self._index.get(Tier.DISK, ())),
-            "shared": len(self._stored or ()),
+            "shared": len(self._shared_keys or ()),
             "loaded": self.num_loaded,
             "saved": self.num_saved,
             "failed": self.num_failed,
-            "moving": self.num_moving,
+            "moving": self.num_transfers,
         }
 
     def tenants(self) -> dict[Tier, dict[str, int]]:
-        """Blocks of each bounded tier by tenant; those found at the start are nobody's: ""."""
+        """Blocks of each bounded tier by tenant; blocks from before the start have tenant ""."""
         return {tier: index.tenants() for tier, index in self._index.items()}
 
     def capacities(self) -> dict[Tier, int]:
@@ -150,19 +152,19 @@ class PoolOffloadManager:
         return {tier: index.capacity for tier, index in self._index.items()}
 
     def shared(self, keys: Sequence[bytes]) -> PeerBlocks:
-        """What another group may copy of these blocks; none of them is held for it.
+        """Blocks of these keys that another group may copy; nothing is reserved for that group.
 
-        From any thread, as `keeping`: both look at single entries, and what they find may be
-        outdated at once.
+        Thread-safe, like `is_saving`: both read single entries, and the answer may be outdated
+        at once.
         """
         index = self._index.get(Tier.HOST)
         if index is None or not self.segments:
             return PeerBlocks((), {})
         slots = ((key, index.slot(key)) for key in keys)
-        return PeerBlocks(self.segments, {key: at for key, at in slots if at is not None})
+        return PeerBlocks(self.segments, {key: slot for key, slot in slots if slot is not None})
 
-    def keeping(self, keys: Sequence[bytes]) -> bool:
-        """Whether some of these blocks are on their way to host memory."""
+    def is_saving(self, keys: Sequence[bytes]) -> bool:
+        """Whether a transfer of any of these blocks to host memory is in flight."""
         index = self._index.get(Tier.HOST)
         if index is None:
             return False
@@ -173,111 +175,111 @@ class PoolOffloadManager:
     # ---- saving ----
 
     def note(self, keys: Sequence[bytes], first_depth: int, tenant: str) -> None:
-        """Blocks of these keys are on the device, computed by a plan that is out or about to be."""
-        if not (self._index or self._stored is not None):
+        """Note that these blocks are on the device, computed by a plan sent or about to be."""
+        if not (self._index or self._shared_keys is not None):
             return
         for depth, key in enumerate(keys, first_depth):
             if self._missing(key):
                 self._to_save[key] = (tenant, depth)
-        while len(self._to_save) > self._pool.num_blocks:  # the oldest have left the device
+        while len(self._to_save) > self._pool.num_blocks:  # the oldest were evicted already
             self._to_save.popitem(last=False)
 
     def _missing(self, key: bytes) -> bool:
-        """Whether some tier that should hold a key does not."""
+        """Whether any tier lacks a key that it should have."""
         if any(key not in index for index in self._index.values()):
             return True
-        return self._stored is not None and key not in self._stored
+        return self._shared_keys is not None and key not in self._shared_keys
 
-    def take_moves(self) -> list[TransferBatch]:
-        """What is to be sent to the slices now, after every plan made so far."""
+    def take_transfers(self) -> list[TransferBatch]:
+        """Transfers to send to the slices now, after every plan made so far."""
         if not self.enabled:
             return []
-        self._take_found()
-        moves = TransferBatch(pool=self._which)
+        self._index_recovered()
+        batch = TransferBatch(pool=self._which)
         while self._to_save and self._num_saves < self._most_saves:
             key, (tenant, depth) = self._to_save.popitem(last=False)
-            self._save(moves, key, tenant, depth)
+            self._save(batch, key, tenant, depth)
         while self._to_write and self._num_writes < MOST_WRITES:
             (tier, key), (tenant, depth) = self._to_write.popitem(last=False)
-            self._write(moves, tier, key, tenant, depth)
-        moves.dropped, self._dropped = self._dropped, []
+            self._write(batch, tier, key, tenant, depth)
+        batch.dropped, self._dropped = self._dropped, []
         outbox, self._outbox = self._outbox, []
-        return [*outbox, moves] if moves.moves or moves.dropped else outbox
+        return [*outbox, batch] if batch.transfers or batch.dropped else outbox
 
-    def _save(self, moves: TransferBatch, key: bytes, tenant: str, depth: int) -> None:
-        """From the device to the first tier that lacks it."""
-        found = self._pool.match((key,))
+    def _save(self, batch: TransferBatch, key: bytes, tenant: str, depth: int) -> None:
+        """Save a block from the device to the first tier that lacks the key."""
+        blocks = self._pool.match((key,))
         target = next((tier for tier, index in self._index.items() if key not in index), None)
-        if target is None and self._stored is not None and key not in self._stored:
+        if target is None and self._shared_keys is not None and key not in self._shared_keys:
             target = Tier.SHARED
-        if not found or target is None:
+        if not blocks or target is None:
             return
-        at = self._reserve(target, key, tenant, depth)
-        if at is None:
+        slot = self._reserve(target, key, tenant, depth)
+        if slot is None:
             return
         pin = self._new_owner()
-        self._pool.allocate(pin, 1, found)
+        self._pool.allocate(pin, 1, blocks)
         self._num_saves += 1
-        move = Transfer(next(self._ids), key, Tier.DEVICE, found[0], target, at)
-        self._send(moves, _Flight(move, self._num_ranks, tenant, depth, pin=pin))
+        transfer = Transfer(next(self._ids), key, Tier.DEVICE, blocks[0], target, slot)
+        self._send(batch, _InFlight(transfer, self._num_ranks, tenant, depth, pin=pin))
 
     def _lacks(self, tier: Tier, key: bytes) -> bool:
         if tier is Tier.SHARED:
-            return self._stored is not None and key not in self._stored
+            return self._shared_keys is not None and key not in self._shared_keys
         return tier in self._index and key not in self._index[tier]
 
-    def _write(self, moves: TransferBatch, tier: Tier, key: bytes, tenant: str, depth: int) -> None:
-        """From one of our tiers to one further down; a key that is gone is left."""
+    def _write(self, batch: TransferBatch, tier: Tier, key: bytes, tenant: str, depth: int) -> None:
+        """Copy a block from one of the tiers to a lower tier, unless the key was evicted."""
         if not self._lacks(tier, key):
             return
         for source, index in self._index.items():
-            slot = index.slot(key)
-            if slot is None or source >= tier:
+            source_slot = index.slot(key)
+            if source_slot is None or source >= tier:
                 continue
-            at = self._reserve(tier, key, tenant, depth)
-            if at is not None:
-                index.hold((key,))
+            slot = self._reserve(tier, key, tenant, depth)
+            if slot is not None:
+                index.acquire((key,))
                 self._num_writes += 1
-                move = Transfer(next(self._ids), key, source, slot, tier, at)
-                self._send(moves, _Flight(move, self._num_ranks, tenant, depth))
+                transfer = Transfer(next(self._ids), key, source, source_slot, tier, slot)
+                self._send(batch, _InFlight(transfer, self._num_ranks, tenant, depth))
             return
 
     def _reserve(self, tier: Tier, key: bytes, tenant: str, depth: int) -> int | None:
         if tier is Tier.SHARED:
             return 0
-        got = self._index[tier].reserve(key, tenant, depth)
-        if got is None:
+        reserved = self._index[tier].reserve(key, tenant, depth)
+        if reserved is None:
             return None
-        slot, victim = got
+        slot, victim = reserved
         if victim is not None:
-            self._gone(tier, victim)
+            self._evicted(tier, victim)
         return slot
 
-    def _send(self, moves: TransferBatch, flight: _Flight) -> None:
-        self._flights[flight.move.id] = flight
-        moves.moves.append(flight.move)
+    def _send(self, batch: TransferBatch, flight: _InFlight) -> None:
+        self._in_flight[flight.transfer.id] = flight
+        batch.transfers.append(flight.transfer)
 
     # ---- loading ----
 
     def has(self, key: bytes, peer: PeerBlocks | None = None) -> bool:
-        """Whether a block is on the device, or can be brought there."""
+        """Whether a block is on the device, or can be loaded."""
         return self._pool.holds(key) or self._nearest(key, peer) is not None
 
     def reach(self, keys: Sequence[bytes], spare: int, peer: PeerBlocks | None = None) -> int:
-        """How many of a chain's leading blocks are on the device or can be brought there now.
+        """Number of a chain's leading blocks that are on the device or can be loaded now.
 
         Args:
-            keys: of a stretch of the chain.
+            keys: keys of a range of the chain.
             spare: blocks that must stay available.
-            peer: what another group has of it.
+            peer: blocks of the chain in another group.
         """
-        found = self._pool.match(keys)
+        blocks = self._pool.match(keys)
         room = min(
-            self._pool.num_available - spare - self._pool.cost(len(found), found),
+            self._pool.num_available - spare - self._pool.cost(len(blocks), blocks),
             self._pool.num_blocks // 2 - self._num_loading,
         )
-        reach = len(found)
-        while reach < len(keys) and reach - len(found) < room:
+        reach = len(blocks)
+        while reach < len(keys) and reach - len(blocks) < room:
             if self._nearest(keys[reach], peer) is None:
                 break
             reach += 1
@@ -286,36 +288,37 @@ class PoolOffloadManager:
     def load(
         self, keys: Sequence[bytes], first: int, tenant: str, peer: PeerBlocks | None = None
     ) -> Load:
-        """Pin blocks that are on the device, and begin to bring up the others.
+        """Pin blocks that are on the device, and start loading the others.
 
         Args:
-            keys: of a stretch of a chain, all of it within `reach`.
-            first: which block of its chain the stretch begins with.
-            tenant: whose they are.
-            peer: what another group has of it.
+            keys: keys of a range of a chain, all within `reach`.
+            first: index in the chain of the first block.
+            tenant: tenant of the blocks.
+            peer: blocks of the chain in another group.
 
         Returns:
-            What is to be given back to `end`, once its `left` is 0.
+            A load for `end`, to be called once `num_left` is 0.
         """
-        found = self._pool.match(keys)
+        blocks = self._pool.match(keys)
         for index in self._index.values():
             index.touch(keys)
-        self.note(keys[: len(found)], first, tenant)  # the tiers may have dropped them since
-        load = Load(self._new_owner(), list(keys), first, len(found), len(keys) - len(found))
-        self._pool.allocate(load.owner, len(load.keys), found)
-        self._num_loading += load.left
-        moves = TransferBatch(pool=self._which, peer=() if peer is None else peer.segments)
+        self.note(keys[: len(blocks)], first, tenant)  # the tiers may have dropped them meanwhile
+        load = Load(self._new_owner(), list(keys), first, len(blocks), len(keys) - len(blocks))
+        self._pool.allocate(load.owner, len(load.keys), blocks)
+        self._num_loading += load.num_left
+        batch = TransferBatch(pool=self._which, peer=() if peer is None else peer.segments)
         table = self._pool.table(load.owner)
-        for place in range(len(found), len(keys)):
-            key, where = keys[place], self._nearest(keys[place], peer)
-            assert where is not None, "a load past its reach"
-            tier, at = where
+        for position in range(len(blocks), len(keys)):
+            key, source = keys[position], self._nearest(keys[position], peer)
+            assert source is not None, "a load past its reach"
+            tier, slot = source
             if tier in self._index:
-                self._index[tier].hold((key,))
-            move = Transfer(next(self._ids), key, tier, at, Tier.DEVICE, table[place])
-            self._send(moves, _Flight(move, self._num_ranks, tenant, first + place, load=load))
-        if moves.moves:
-            self._outbox.append(moves)
+                self._index[tier].acquire((key,))
+            transfer = Transfer(next(self._ids), key, tier, slot, Tier.DEVICE, table[position])
+            depth = first + position
+            self._send(batch, _InFlight(transfer, self._num_ranks, tenant, depth, load=load))
+        if batch.transfers:
+            self._outbox.append(batch)
         return load
 
     def end(self, load: Load) -> None:
@@ -332,68 +335,68 @@ class PoolOffloadManager:
         disk = self._index.get(Tier.DISK)
         if disk is not None and disk.slot(key) is not None:
             return Tier.DISK, 0
-        return (Tier.SHARED, 0) if self._stored and key in self._stored else None
+        return (Tier.SHARED, 0) if self._shared_keys and key in self._shared_keys else None
 
-    # ---- what came of it ----
+    # ---- results ----
 
-    def take(self, moved: TransferResult) -> None:
-        """Hear from a rank."""
-        if moved.ready:
-            self._firsts.append(moved)
+    def apply(self, result: TransferResult) -> None:
+        """Apply a rank's transfer results."""
+        if result.ready:
+            self._opened.append(result)
             if self.enabled:
                 self._open()
-        for failed, ids in ((False, moved.done), (True, moved.failed)):
-            for move_id in ids:
-                flight = self._flights[move_id]
+        for failed, ids in ((False, result.done), (True, result.failed)):
+            for transfer_id in ids:
+                flight = self._in_flight[transfer_id]
                 flight.failed |= failed
-                flight.left -= 1
-                if not flight.left:
-                    del self._flights[move_id]
+                flight.num_left -= 1
+                if not flight.num_left:
+                    del self._in_flight[transfer_id]
                     self._end(flight)
 
     def _open(self) -> None:
-        """Every rank has said what it found: a block counts that all of them have whole."""
-        segments = [one.segment for one in sorted(self._firsts, key=lambda one: one.rank)]
-        self.segments = tuple(one for one in segments if one is not None)
+        """Start with the blocks that every rank has whole, once every rank has reported."""
+        by_rank = sorted(self._opened, key=lambda result: result.rank)
+        self.segments = tuple(r.segment for r in by_rank if r.segment is not None)
         if len(self.segments) < self._num_ranks:
             self.segments = ()
             self._index.pop(Tier.HOST, None)
         for tier in (Tier.DISK, Tier.SHARED):
-            if any(tier not in one.found for one in self._firsts):  # some rank cannot use it
+            if any(tier not in result.stored for result in self._opened):  # a rank cannot use it
                 self._index.pop(tier, None)
                 if tier is Tier.SHARED:
-                    self._stored = None
+                    self._shared_keys = None
                 continue
             self._recover(tier)
-        self._take_found()
+        self._index_recovered()
 
     def _recover(self, tier: Tier) -> None:
-        whole = [{key for key, all_there in one.found[tier] if all_there} for one in self._firsts]
-        everywhere = set.intersection(*whole)
-        known = dict.fromkeys(key for one in self._firsts for key, _ in one.found[tier])
-        for one in self._firsts:
-            one.found = {other: keys for other, keys in one.found.items() if other is not tier}
+        stored = [result.stored[tier] for result in self._opened]
+        complete = set.intersection(*({key for key, whole in keys if whole} for keys in stored))
+        known = dict.fromkeys(key for keys in stored for key, _ in keys)
+        for result in self._opened:
+            result.stored = {other: keys for other, keys in result.stored.items() if other != tier}
         if tier is Tier.SHARED:
-            self._stored = everywhere
+            self._shared_keys = complete
             return
-        self._found.extend((tier, key, key in everywhere) for key in known)
+        self._recovered.extend((tier, key, key in complete) for key in known)
 
-    def _take_found(self) -> None:
-        """Take some of the blocks that were found at the start, oldest first so the newest stay."""
-        for _ in range(min(len(self._found), MOST_FOUND)):
-            tier, key, whole = self._found.popleft()
+    def _index_recovered(self) -> None:
+        """Index some of the blocks from before the start, oldest first so the newest stay."""
+        for _ in range(min(len(self._recovered), MOST_RECOVERED)):
+            tier, key, complete = self._recovered.popleft()
             index = self._index[tier]
             if key in index:
                 continue
-            if not whole or self._reserve(tier, key, "", 0) is None:
+            if not complete or self._reserve(tier, key, "", 0) is None:
                 self._dropped.append((tier, key))
                 continue
             index.commit(key)
-            self._tell("kept", key)
+            self._emit("kept", key)
 
-    def _end(self, flight: _Flight) -> None:
-        """Every rank has answered."""
-        move = flight.move
+    def _end(self, flight: _InFlight) -> None:
+        """Finish a transfer: every rank has reported."""
+        transfer = flight.transfer
         if flight.failed:
             self.num_failed += 1
         if flight.pin is not None:
@@ -401,72 +404,72 @@ class PoolOffloadManager:
             self._pool.free(flight.pin)
         elif flight.load is None:
             self._num_writes -= 1
-        if move.source in self._index:
-            self._index[move.source].release((move.key,))
+        if transfer.source in self._index:
+            self._index[transfer.source].release((transfer.key,))
         if flight.load is not None:
             self._end_load(flight.load, flight)
         else:
             self._end_save(flight)
 
-    def _end_save(self, flight: _Flight) -> None:
-        move = flight.move
+    def _end_save(self, flight: _InFlight) -> None:
+        transfer = flight.transfer
         if flight.failed:
-            if move.target in self._index:
-                self._index[move.target].release((move.key,))
-                self._forget(move.target, move.key)
+            if transfer.target in self._index:
+                self._index[transfer.target].release((transfer.key,))
+                self._discard(transfer.target, transfer.key)
             return
         self.num_saved += 1
-        if move.target in self._index:
-            self._index[move.target].commit(move.key)
-            self._tell("kept", move.key)
-        elif self._stored is not None:
-            self._stored.add(move.key)
+        if transfer.target in self._index:
+            self._index[transfer.target].commit(transfer.key)
+            self._emit("kept", transfer.key)
+        elif self._shared_keys is not None:
+            self._shared_keys.add(transfer.key)
         for tier in (Tier.DISK, Tier.SHARED):
-            if tier > move.target and self._lacks(tier, move.key):
-                self._to_write[tier, move.key] = (flight.tenant, flight.depth)
+            if tier > transfer.target and self._lacks(tier, transfer.key):
+                self._to_write[tier, transfer.key] = (flight.tenant, flight.depth)
 
-    def _end_load(self, load: Load, flight: _Flight) -> None:
-        move, place = flight.move, flight.depth - load.first
-        load.left -= 1
+    def _end_load(self, load: Load, flight: _InFlight) -> None:
+        transfer, position = flight.transfer, flight.depth - load.first
+        load.num_left -= 1
         self._num_loading -= 1
         if flight.failed:
-            load.bad.add(place)
-            self._forget(move.source, move.key)
+            load.failed.add(position)
+            self._discard(transfer.source, transfer.key)
         else:
             self.num_loaded += 1
-        if load.left:
+        if load.num_left:
             return
-        good = load.keys[load.num_found : min(load.bad, default=len(load.keys))]
-        self._pool.store(load.owner, load.num_found, good)
-        self.note(good, load.first + load.num_found, flight.tenant)
+        good = load.keys[load.num_cached : min(load.failed, default=len(load.keys))]
+        self._pool.store(load.owner, load.num_cached, good)
+        self.note(good, load.first + load.num_cached, flight.tenant)
 
-    def _forget(self, tier: Tier, key: bytes) -> None:
-        """A tier has not what we thought."""
-        if tier is Tier.SHARED and self._stored is not None:
-            self._stored.discard(key)
+    def _discard(self, tier: Tier, key: bytes) -> None:
+        """Remove a key that a tier lacks after all."""
+        if tier is Tier.SHARED and self._shared_keys is not None:
+            self._shared_keys.discard(key)
         if tier in self._index:
             self._index[tier].discard(key)
-            self._gone(tier, key)
+            self._evicted(tier, key)
 
-    def _gone(self, tier: Tier, key: bytes) -> None:
-        """A tier has given a key up."""
+    def _evicted(self, tier: Tier, key: bytes) -> None:
+        """Report a key that a tier has removed."""
         if tier is Tier.DISK:
             self._dropped.append((tier, key))
         if all(index.slot(key) is None for index in self._index.values()):
-            self._tell("dropped", key)
+            self._emit("dropped", key)
 
-    def _tell(self, event: CacheEvent, key: bytes) -> None:
+    def _emit(self, event: CacheEvent, key: bytes) -> None:
         if self._on_event is not None:
             self._on_event(event, key)
 
     def flush(self) -> int:
-        """Forget what the lower tiers of this group hold, but for what is in use; how many."""
+        """Drop all unused blocks of the tiers of this group; returns the number of blocks."""
         count = 0
         for tier, index in self._index.items():
-            for key in [key for key in index if index.idle(key)]:
+            for key in [key for key in index if index.is_unused(key)]:
                 index.discard(key)
                 count += 1
-                self._gone(tier, key)
+                self._evicted(tier, key)
         self._to_save.clear()
         self._to_write.clear()
         return count

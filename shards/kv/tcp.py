@@ -1,12 +1,12 @@
 """Blocks of host memory over TCP, from one rank to a rank of a group on another node.
 
-A reader shows the server's token, then asks for blocks by slot and key, of the layers and heads
-that it needs; each comes after a byte that says whether it is there, and before one that says
-whether it was there to the end, with its checksums. Requests of a batch go out before the first
-block is read. Whatever goes wrong is a missing block.
+A reader sends the server's token, then requests blocks by slot and key, for some layers and heads.
+Before each block comes a byte that says whether the block is there; after the block comes a byte
+that says whether the block stayed unchanged, and the checksums. The requests of a batch go out
+before the first block is read. Any error is a missing block.
 
-In the clear, as the ranks' other traffic is: keys and tokens travel over the links. Knows sockets
-and bytes; what is where is the leaders'.
+Unencrypted, as the ranks' other traffic: keys and tokens come over the encrypted links. Knows
+sockets and bytes; the leaders know which block is in which slot.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from arriero.shards.kv.transfers import KEY_BYTES, Segment
 log = logging.getLogger(__name__)
 
 _HEAD = struct.Struct("<IHHHH")
-"""Blocks asked for, and half-open ranges of layers and heads inside the server's piece."""
+"""Number of requested blocks, and half-open ranges of layers and heads in the server's shard."""
 _BLOCK = struct.Struct(f"<{KEY_BYTES}sI")
 TOKEN_BYTES = 32
 CONNECT_S = 1.0
@@ -45,15 +45,15 @@ _BUFFER_BYTES = 4 << 20
 
 
 class BlockServer:
-    """Serves one rank's host memory; a thread for each reader.
+    """Serves one rank's host memory, with a thread for each reader.
 
     Args:
         pool: the memory.
         host: address to listen on.
 
     Attributes:
-        address: "host:port" that readers connect to.
-        token: what they must show.
+        address: "host:port" for readers.
+        token: secret that readers must send.
     """
 
     def __init__(self, pool: HostPool, host: str) -> None:
@@ -67,19 +67,19 @@ class BlockServer:
         self._start(self._accept, ())
 
     def close(self) -> None:
-        """End; readers see their connection end."""
+        """Stop; readers see a closed connection."""
         with self._lock:
-            for one in (self._listening, *self._readers):
+            for connection in (self._listening, *self._readers):
                 with contextlib.suppress(OSError):
-                    one.shutdown(socket.SHUT_RDWR)
-                one.close()
+                    connection.shutdown(socket.SHUT_RDWR)
+                connection.close()
         for thread in self._threads:
             thread.join()
 
     def _start(self, work: object, arguments: tuple[object, ...]) -> None:
         assert callable(work)
         thread = threading.Thread(target=work, args=arguments, name="kv-server", daemon=True)
-        self._threads = [one for one in self._threads if one.is_alive()] + [thread]
+        self._threads = [t for t in self._threads if t.is_alive()] + [thread]
         thread.start()
 
     def _accept(self) -> None:
@@ -104,7 +104,7 @@ class BlockServer:
             while True:
                 self._answer(reader)
         except (OSError, ValueError) as error:
-            log.info("a reader of KV blocks is gone: %s", error)
+            log.info("a reader of KV blocks disconnected: %s", error)
         finally:
             with self._lock:
                 self._readers.discard(reader)
@@ -113,9 +113,9 @@ class BlockServer:
     def _answer(self, reader: socket.socket) -> None:
         count, l0, l1, h0, h1 = _HEAD.unpack(_receive(reader, _HEAD.size))
         if count > MAX_BLOCKS:
-            raise ValueError(f"{count} blocks asked for at once")
-        asked = _receive(reader, count * _BLOCK.size)
-        for key, slot in _BLOCK.iter_unpack(asked):
+            raise ValueError(f"request for {count} blocks exceeds the limit of {MAX_BLOCKS}")
+        requests = _receive(reader, count * _BLOCK.size)
+        for key, slot in _BLOCK.iter_unpack(requests):
             before = self._pool.stamp(key, slot)
             if before is None:
                 reader.sendall(_NO)
@@ -123,17 +123,17 @@ class BlockServer:
             reader.sendall(_YES)
             data = self._pool.data[slot, l0:l1, :, h0:h1]
             reader.sendall(data.reshape(-1).view(torch.uint8).numpy().data)
-            whole = _YES if self._pool.stamp(key, slot) == before else _NO
-            reader.sendall(whole + self._pool.sums(before)[l0:l1, :, h0:h1].tobytes())
+            complete = _YES if self._pool.stamp(key, slot) == before else _NO
+            reader.sendall(complete + self._pool.sums(before)[l0:l1, :, h0:h1].tobytes())
 
 
 class RemotePart:
-    """The reader's end of one rank's memory.
+    """Reads one peer rank's memory over TCP; see `peer.PeerPart`.
 
     Args:
         segment: the memory.
-        form: of blocks.
-        part: what is wanted of each block: a part of the segment's own piece.
+        form: format of the blocks.
+        part: part of each block to read, within the segment's shard.
     """
 
     def __init__(self, segment: Segment, form: BlockForm, part: BlockShard) -> None:
@@ -144,11 +144,11 @@ class RemotePart:
         self._sums_shape = (layers.stop - layers.start, 2, heads.stop - heads.start)
         self._socket: socket.socket | None = None
 
-    def ask(self, wanted: Sequence[tuple[bytes, int]]) -> None:
-        """Send for blocks, by key and slot; each is then taken by `get`, in this order.
+    def request(self, blocks: Sequence[tuple[bytes, int]]) -> None:
+        """Request blocks by key and slot; `get` takes each block, in this order.
 
         Raises:
-            BadBlock: the rank is not there.
+            BadBlock: the peer rank cannot be reached.
         """
         try:
             if self._socket is None:
@@ -158,37 +158,37 @@ class RemotePart:
                 self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
                 self._socket.sendall(self._segment.token)
-            head = _HEAD.pack(len(wanted), *self._range)
-            self._socket.sendall(head + b"".join(_BLOCK.pack(*one) for one in wanted))
+            head = _HEAD.pack(len(blocks), *self._range)
+            self._socket.sendall(head + b"".join(_BLOCK.pack(*block) for block in blocks))
         except OSError as error:
             self.close()
             raise BadBlock(f"rank at {self._segment.address}: {error}") from None
 
     def get(self, into: Tensor) -> npt.NDArray[np.int64] | None:
-        """Copy the next block, [l, 2, h, P, D]; gives its checksums, None when it is not there.
+        """Copy the next block, [l, 2, h, P, D]; returns its checksums, None for a missing block.
 
         Raises:
-            BadBlock: the rank is lost; nothing more comes of what was asked.
+            BadBlock: the peer rank is lost, and all requested blocks with it.
         """
         if self._socket is None:
             raise BadBlock(f"rank at {self._segment.address} is lost")
         try:
-            there = _receive(self._socket, 1)
-            if there != _YES:
-                if there == _NO:
+            reply = _receive(self._socket, 1)
+            if reply != _YES:
+                if reply == _NO:
                     return None
-                raise ConnectionError("it answers what is no answer")
+                raise ConnectionError(f"invalid reply {reply!r}, expected {_YES!r} or {_NO!r}")
             target = into if into.is_contiguous() else self._block
             view = memoryview(target.reshape(-1).view(torch.uint8).numpy().data)
             _receive_into(self._socket, view)
-            whole = _receive(self._socket, 1) == _YES
+            complete = _receive(self._socket, 1) == _YES
             sums = _receive(self._socket, SUM_BYTES * math.prod(self._sums_shape))
         except OSError as error:
             self.close()
             raise BadBlock(f"rank at {self._segment.address}: {error}") from None
         if target is not into:
             into.copy_(target)
-        return np.frombuffer(sums, dtype="<i8").reshape(self._sums_shape) if whole else None
+        return np.frombuffer(sums, dtype="<i8").reshape(self._sums_shape) if complete else None
 
     def close(self) -> None:
         """Drop the connection."""
@@ -205,7 +205,7 @@ def _receive(source: socket.socket, count: int) -> bytes:
 
 def _receive_into(source: socket.socket, view: memoryview) -> None:
     while len(view):
-        got = source.recv_into(view, flags=socket.MSG_WAITALL)
-        if not got:
-            raise ConnectionError("it closed the connection")
-        view = view[got:]
+        count = source.recv_into(view, flags=socket.MSG_WAITALL)
+        if not count:
+            raise ConnectionError("the other side closed the connection")
+        view = view[count:]

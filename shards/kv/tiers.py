@@ -1,10 +1,10 @@
-"""The tiers of a group: of the pool for all tokens, and of the chunk-local one where there is one.
+"""Tiers of a group: below the pool of full attention, and below the chunk-local pool, if any.
 
-A prefix that is brought up needs its blocks of all tokens, and of layers that see a part those
-that its next token sees, no others: of the chunk that it cuts, or of the window and the sinks.
-With windows the only pool is of such layers.
+Loading a prefix takes all its blocks of layers with full attention. Of layers with chunked or
+windowed attention it takes only the blocks that the next token sees: those of the current chunk,
+or of the window and the sinks. With a window the only pool is of such layers.
 
-Knows the pools' tiers and which blocks are seen; knows nothing of sequences, files or time.
+Knows the pools' tiers and the blocks that a token sees; knows nothing of sequences, files or time.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from arriero.shards.kv.transfers import Pool, TransferBatch, TransferResult
 
 @dataclass(slots=True)
 class PrefixLoad:
-    """A prefix on its way to the device: a load of each pool."""
+    """Loading of a prefix to the device: the loads of each pool."""
 
-    parts: list[tuple[PoolOffloadManager, Load]]
+    loads: list[tuple[PoolOffloadManager, Load]]
 
     @property
-    def left(self) -> int:
-        """Copies under way."""
-        return sum(load.left for _, load in self.parts)
+    def num_left(self) -> int:
+        """Transfers in flight."""
+        return sum(load.num_left for _, load in self.loads)
 
 
 class OffloadManager:
-    """What one group keeps below the device.
+    """Manages the blocks of one group below the device.
 
     Args:
-        limits: of both pools' tiers.
-        pools: the blocks on the device; `Pool.LOCAL` is beside `Pool.ALL`, if at all.
-        local: how the last of these is held, where its layers see a part.
-        new_owner: gives a number that owns no table.
-        on_event: told what becomes of blocks of `Pool.ALL` below the device.
+        limits: limits of both pools' tiers.
+        pools: blocks on the device; `Pool.LOCAL` only beside `Pool.ALL`.
+        local: tables of the last pool, if its layers have chunked or windowed attention.
+        new_owner: returns a new owner of a block table.
+        on_event: callback for blocks of `Pool.ALL` kept in and dropped from tiers below the device.
     """
 
     def __init__(
@@ -60,77 +60,79 @@ class OffloadManager:
                 PoolOffloadManager(limits.local, Pool.LOCAL, pools[Pool.LOCAL], new_owner)
             )
         self._local = local
-        self._sees_all = local is None or len(pools) > 1  # some layers do
-        self._on = limits.enabled
-        self.num_answers = 0
+        self._sees_all = local is None or len(pools) > 1  # whether some layers have full attention
+        self._configured = limits.enabled
+        self.num_results = 0
 
     @property
     def enabled(self) -> bool:
-        """Whether there are tiers, and every rank has opened its own."""
-        return self._on and all(one.enabled for one in self._each)
+        """Whether there are tiers, and every rank has opened its tiers."""
+        return self._configured and all(tiers.enabled for tiers in self._each)
 
     @property
-    def num_moving(self) -> int:
-        """Moves under way or waiting to be made; the tiers' opening counts as one."""
-        if not self._on:
+    def num_transfers(self) -> int:
+        """Transfers in flight or waiting; the opening of the tiers counts as one."""
+        if not self._configured:
             return 0
-        return sum(one.num_moving for one in self._each) + (not self.enabled)
+        return sum(tiers.num_transfers for tiers in self._each) + (not self.enabled)
 
     def counts(self) -> dict[str, int]:
-        """Blocks in each tier, and what was moved since the start; of both pools together.
+        """Blocks in each tier, and transfers since the start; sum of both pools.
 
         Empty until the tiers are open.
         """
         if not self.enabled:
             return {}
-        each = [one.counts() for one in self._each]
-        return {name: sum(one[name] for one in each) for name in each[0]}
+        each = [tiers.counts() for tiers in self._each]
+        return {name: sum(counts[name] for counts in each) for name in each[0]}
 
     def capacities(self) -> dict[str, int]:
-        """Most blocks of each bounded tier, of both pools together."""
+        """Most blocks of each bounded tier, sum of both pools."""
         total = Counter[str]()
-        for one in self._each:
-            total.update({tier.name.lower(): n for tier, n in one.capacities().items()})
+        for tiers in self._each:
+            total.update({tier.name.lower(): n for tier, n in tiers.capacities().items()})
         return dict(total)
 
     def tenants(self) -> dict[str, dict[str, int]]:
-        """Blocks of each bounded tier by tenant; those found at the start are nobody's: ""."""
+        """Blocks of each bounded tier by tenant; blocks from before the start have tenant ""."""
         total: dict[str, Counter[str]] = {}
-        for one in self._each:
-            for tier, held in one.tenants().items():
-                total.setdefault(tier.name.lower(), Counter()).update(held)
-        return {tier: dict(held) for tier, held in total.items()}
+        for tiers in self._each:
+            for tier, counts in tiers.tenants().items():
+                total.setdefault(tier.name.lower(), Counter()).update(counts)
+        return {tier: dict(counts) for tier, counts in total.items()}
 
     def note(self, pool: Pool, keys: Sequence[bytes], first: int, tenant: str) -> None:
-        """Blocks of a pool are on the device, computed by a plan that is out or about to be.
+        """Note that blocks of a pool are on the device, computed by a plan sent or about to be.
 
         Args:
-            pool: which.
-            keys: of the blocks.
-            first: which block of its chain the first one is.
-            tenant: whose they are.
+            pool: pool of the blocks.
+            keys: keys of the blocks.
+            first: index of the first block in its chain.
+            tenant: tenant of the blocks.
         """
-        if self._on:
+        if self._configured:
             self._each[pool].note(keys, first, tenant)
 
-    def take_moves(self) -> list[TransferBatch]:
-        """What is to be sent to the slices now, after every plan made so far."""
-        return [moves for one in self._each for moves in one.take_moves()] if self._on else []
+    def take_transfers(self) -> list[TransferBatch]:
+        """Transfers to send to the slices now, after every plan made so far."""
+        if not self._configured:
+            return []
+        return [batch for tiers in self._each for batch in tiers.take_transfers()]
 
-    def take(self, moved: TransferResult) -> None:
-        """Hear from a rank."""
-        self.num_answers += 1
-        self._each[moved.pool].take(moved)
+    def apply(self, result: TransferResult) -> None:
+        """Apply a rank's transfer results."""
+        self.num_results += 1
+        self._each[result.pool].apply(result)
 
     def shared(self, keys: Sequence[bytes]) -> dict[Pool, PeerBlocks]:
-        """What another group may copy of these blocks, by pool; from any thread."""
+        """Blocks of these keys that another group may copy, by pool; thread-safe."""
         if not self.enabled:
             return {}
-        return {Pool(i): one.shared(keys) for i, one in enumerate(self._each)}
+        return {Pool(i): tiers.shared(keys) for i, tiers in enumerate(self._each)}
 
-    def keeping(self, keys: Sequence[bytes]) -> bool:
-        """Whether some of these blocks are on their way to host memory; from any thread."""
-        return self.enabled and any(one.keeping(keys) for one in self._each)
+    def is_saving(self, keys: Sequence[bytes]) -> bool:
+        """Whether a transfer of any of these blocks to host memory is in flight; thread-safe."""
+        return self.enabled and any(tiers.is_saving(keys) for tiers in self._each)
 
     def begin(
         self,
@@ -139,62 +141,62 @@ class OffloadManager:
         tenant: str,
         peer: Mapping[Pool, PeerBlocks] = MappingProxyType({}),
     ) -> PrefixLoad | None:
-        """Begin to bring a chain's blocks to the device, as far as some tier holds them.
+        """Start loading a chain's blocks to the device, as far as some tier has them.
 
         Args:
-            keys: of the chain, from its first block.
+            keys: keys of the chain, from the first block.
             spare: blocks that must stay available in each pool.
-            tenant: whose they are.
-            peer: what another group has of them.
+            tenant: tenant of the blocks.
+            peer: blocks of the chain in another group.
 
         Returns:
-            None when no tier has more than the device, or there is no room; else what is to be
-            given back to `end`, once its `left` is 0.
+            None when no tier has more than the device, or there is no room; else a load for `end`,
+            to be called once `num_left` is 0.
         """
         if not self.enabled:
             return None
         full, count = self._each[0], len(keys)
-        stretches: list[tuple[int, int]] = []
+        ranges: list[tuple[int, int]] = []
         if self._sees_all:
             count = full.reach(keys, spare, peer.get(Pool.ALL))
         pool = Pool(len(self._each) - 1)
         seen, offer = self._each[pool], peer.get(pool)
         if self._local is not None:
             count = self._local.longest(keys[:count], lambda key: seen.has(key, offer))
-            count, stretches = self._stretches(keys, count, spare, offer)
-        parts = []
+            count, ranges = self._ranges_to_load(keys, count, spare, offer)
+        loads = []
         if self._sees_all:
-            parts.append((full, full.load(keys[:count], 0, tenant, peer.get(Pool.ALL))))
-        for first, end in stretches:
-            parts.append((seen, seen.load(keys[first:end], first, tenant, offer)))
-        load = PrefixLoad(parts)
-        if load.left:
+            loads.append((full, full.load(keys[:count], 0, tenant, peer.get(Pool.ALL))))
+        for first, end in ranges:
+            loads.append((seen, seen.load(keys[first:end], first, tenant, offer)))
+        load = PrefixLoad(loads)
+        if load.num_left:
             return load
         self.end(load)
         return None
 
-    def _stretches(
+    def _ranges_to_load(
         self, keys: Sequence[bytes], count: int, spare: int, offer: PeerBlocks | None
     ) -> tuple[int, list[tuple[int, int]]]:
-        """How much of a prefix of `count` blocks can come, and which of its blocks that takes.
+        """Loadable length of a prefix of at most `count` blocks, and ranges of blocks to load.
 
-        Where room lacks, a chunk may be cut short; a window may not, since it would reach back
-        further.
+        Without enough room a chunk may be cut short. A window may not: a shorter prefix needs
+        blocks further back.
         """
-        assert self._local is not None, "asked of layers that see a part"
+        assert self._local is not None, "only for chunked or windowed attention"
         seen, tiers = self._local.seen, self._each[-1]
         first = seen.first(count)
         sinks = min(seen.sinks, first)
         end = first + tiers.reach(keys[first:count], spare + sinks, offer)
         if seen.visible.window and (end < count or tiers.reach(keys[:sinks], spare, offer) < sinks):
             return 0, []
-        return end, [one for one in ((0, sinks), (first, end)) if one[0] < one[1]]
+        return end, [(start, stop) for start, stop in ((0, sinks), (first, end)) if start < stop]
 
     def end(self, load: PrefixLoad) -> None:
-        """Unpin a load's blocks; those that came can be found in their pools."""
-        for tiers, part in load.parts:
+        """Unpin a load's blocks; loaded blocks are in the prefix cache of their pools."""
+        for tiers, part in load.loads:
             tiers.end(part)
 
     def flush(self) -> int:
-        """Forget what the tiers hold, but for what is in use; gives how many blocks."""
-        return sum(one.flush() for one in self._each) if self._on else 0
+        """Drop all unused blocks of the tiers; returns the number of blocks."""
+        return sum(tiers.flush() for tiers in self._each) if self._configured else 0

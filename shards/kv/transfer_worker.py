@@ -1,9 +1,8 @@
-"""A slice's copies between tiers, in a thread for each pool, beside its steps.
+"""A slice's transfers of blocks between tiers, in a thread for each pool, beside its steps.
 
-The slice's loop hands over moves in the order of the plans; a move that touches the device waits
-until what was launched before has run there. Copies towards the device go first, those that only
-keep things for later last. Whatever goes wrong with a block is a failed move, which the leader
-takes for a miss.
+The slice's loop submits transfers in the order of the plans. A transfer that touches the device
+waits until all earlier launches have run there. Transfers to the device go first, transfers between
+lower tiers last. Any error with a block is a failed transfer, which the leader treats as a miss.
 
 Knows this rank's cache, memory and folders; decides nothing.
 """
@@ -38,34 +37,35 @@ from arriero.shards.kv.transfers import Pool, Segment, Tier, Transfer, TransferB
 log = logging.getLogger(__name__)
 
 MOST_PEERS = 8
-"""Other groups' memories that are kept mapped."""
+"""Most peer groups whose memory stays mapped."""
 QUIET_S = 60.0
-"""A full disk is told of no more often."""
+"""Seconds between two warnings about a full disk."""
 BATCH = 8
-"""Blocks of one copy: few enough that one which matters more does not wait long."""
+"""Blocks of one copy: few enough that an urgent copy does not wait long."""
 
 
 class Fence(Protocol):
-    """A moment in the device's work."""
+    """A point in the device's work."""
 
     def synchronize(self) -> None:
-        """Wait until the device has passed it."""
+        """Wait until the device has passed the point."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TierSettings:
-    """What a rank must know to open its tiers.
+    """Settings of one rank's tiers below one pool.
 
     Attributes:
-        config: which tiers there are.
-        salt: of all blocks' keys; names the folder inside the disk's and the store's.
+        config: configured tiers.
+        salt: salt of all blocks' keys; names the folder on disk and in the shared store.
         host_slots: blocks of host memory, the same on every rank.
-        rank: of the group.
-        pool: whose blocks they are.
-        lane: the rank's data-parallel rank.
-        piece: what the rank holds of each block.
-        host: address at which it serves its host memory to ranks on other nodes.
-        writes: False where a rank before it in its lane holds the same piece, and writes the files.
+        rank: rank in the group.
+        pool: pool of the blocks.
+        dp_rank: data-parallel rank of the rank.
+        shard: the rank's shard of each block.
+        host: address of the server of host memory for ranks on other nodes.
+        writes: False if an earlier rank of the data-parallel rank has the same shard and writes
+            the files.
     """
 
     config: TierConfig
@@ -74,54 +74,54 @@ class TierSettings:
     rank: int
     pool: Pool
     dp_rank: int
-    piece: BlockShard
+    shard: BlockShard
     host: str
     writes: bool
 
 
 class TransferWorkers:
-    """The tiers of one rank: a mover for each pool that has layers there."""
+    """Transfer workers of one rank: one for each pool that has layers on the rank."""
 
-    def __init__(self, movers: dict[Pool, TransferWorker]) -> None:
-        self._movers = movers
+    def __init__(self, workers: dict[Pool, TransferWorker]) -> None:
+        self._workers = workers
 
-    def submit(self, moves: TransferBatch) -> None:
-        """Take moves up; from the slice's own thread, in the order of the plans."""
-        mover = self._movers.get(moves.pool)
-        if mover is not None:
-            mover.submit(moves)
+    def submit(self, batch: TransferBatch) -> None:
+        """Start transfers; call from the slice's own thread, in the order of the plans."""
+        worker = self._workers.get(batch.pool)
+        if worker is not None:
+            worker.submit(batch)
 
     def close(self) -> None:
-        """End the threads and give the tiers back; safe to call twice."""
-        for mover in self._movers.values():
-            mover.close()
-        self._movers = {}
+        """End the threads and close the tiers; safe to call twice."""
+        for worker in self._workers.values():
+            worker.close()
+        self._workers = {}
 
 
 class TransferWorker:
-    """One pool's tiers of one rank, and the thread that copies.
+    """Tiers of one rank below one pool, and the thread that makes the transfers.
 
     Args:
-        kv: the device's blocks.
-        settings: of the tiers.
-        on_moved: told what came of moves, from the thread.
-        fence: gives the moment that what was launched so far will have run, or None where a
-            launch returns only then.
+        kv: blocks on the device.
+        settings: settings of the tiers.
+        on_result: callback with transfer results, from the thread.
+        fence: returns a point behind all launches so far, or None on devices where a launch
+            returns only after the work.
     """
 
     def __init__(
         self,
         kv: KVCache,
         settings: TierSettings,
-        on_moved: Callable[[TransferResult], None],
+        on_result: Callable[[TransferResult], None],
         fence: Callable[[], Fence | None] = lambda: None,
     ) -> None:
-        self._kv, self._settings, self._on_moved, self._fence = kv, settings, on_moved, fence
+        self._kv, self._settings, self._on_result, self._fence = kv, settings, on_result, fence
         self._row_type = settings.config.dtype
         self._form = BlockForm.of(kv.spec, packed=self._row_type is not None)
         self._on_cuda = kv.read(0, [0]).is_cuda
-        self._piece = settings.piece
-        self._layers = range(self._piece.layers[1] - self._piece.layers[0])
+        self._shard = settings.shard
+        self._layers = range(self._shard.layers[1] - self._shard.layers[0])
         self._queue: queue.PriorityQueue[tuple[int, int, _Work | None]] = queue.PriorityQueue()
         self._order = itertools.count()
         self._host: HostPool | None = None
@@ -132,25 +132,25 @@ class TransferWorker:
         self._peers: dict[tuple[Segment, ...], PeerPool] = {}
         self._cuda_stream: Any = None
         self._quiet_until_s = 0.0
-        self._thread = threading.Thread(target=self._run, name="kv-mover", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="kv-transfers", daemon=True)
         self._thread.start()
 
-    def submit(self, moves: TransferBatch) -> None:
-        """Take moves up; from the slice's own thread, in the order of the plans."""
+    def submit(self, batch: TransferBatch) -> None:
+        """Start transfers; call from the slice's own thread, in the order of the plans."""
         fence = self._fence()
-        for tier, key in moves.dropped:  # before any later write of the same key
+        for tier, key in batch.dropped:  # before any later write of the same key
             self._put(1, _Work([], dropped=(tier, key)))
         kinds: dict[tuple[Tier, Tier], list[Transfer]] = {}
-        for move in moves.moves:
-            kinds.setdefault((move.source, move.target), []).append(move)
-        for (source, target), several in kinds.items():
+        for transfer in batch.transfers:
+            kinds.setdefault((transfer.source, transfer.target), []).append(transfer)
+        for (source, target), transfers in kinds.items():
             urgency = 0 if target is Tier.DEVICE else 1 if source is Tier.DEVICE else 2
-            for start in range(0, len(several), BATCH):
-                batch = several[start : start + BATCH]
-                self._put(urgency, _Work(batch, fence=fence, peer=moves.peer))
+            for start in range(0, len(transfers), BATCH):
+                work = _Work(transfers[start : start + BATCH], fence=fence, peer=batch.peer)
+                self._put(urgency, work)
 
     def close(self) -> None:
-        """End the thread and give the tiers back; moves not yet made are left."""
+        """End the thread and close the tiers; waiting transfers are dropped."""
         self._put(-1, None)
         self._thread.join()
 
@@ -161,12 +161,12 @@ class TransferWorker:
 
     def _run(self) -> None:
         torch.set_grad_enabled(False)
-        self._on_moved(self._open())
+        self._on_result(self._open())
         with self._device_work():
             while (work := self._queue.get()[2]) is not None:
-                said = self._do(work)
-                if said is not None:
-                    self._on_moved(said)
+                result = self._do(work)
+                if result is not None:
+                    self._on_result(result)
         for peer in self._peers.values():
             peer.close()
         for server in (self._server, self._nixl_server):
@@ -176,23 +176,23 @@ class TransferWorker:
             self._host.close()
 
     def _device_work(self) -> Any:  # noqa: ANN401
-        """The thread's own stream, where there are streams."""
+        """Context of the thread's own CUDA stream, if any."""
         if not self._on_cuda:
             return nullcontext()
         self._cuda_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         return torch.cuda.stream(self._cuda_stream)
 
     def _open(self) -> TransferResult:
-        """Open the tiers; what they hold already is the rank's first word."""
+        """Open the tiers; returns the rank's first result, with the keys in each tier."""
         settings, config = self._settings, self._settings.config
-        first = TransferResult(settings.rank, settings.pool, ready=True, dp_rank=settings.dp_rank)
+        result = TransferResult(settings.rank, settings.pool, ready=True, dp_rank=settings.dp_rank)
         if settings.host_slots:
             try:
                 self._host = HostPool(
-                    self._form, self._piece, settings.host_slots, pinned=self._on_cuda
+                    self._form, self._shard, settings.host_slots, pinned=self._on_cuda
                 )
                 self._server = BlockServer(self._host, settings.host)
-                first.segment = replace(
+                result.segment = replace(
                     self._host.segment,
                     address=self._server.address,
                     token=self._server.token,
@@ -209,27 +209,27 @@ class TransferWorker:
             folders[Tier.SHARED] = lambda: SharedFolder(f"{config.shared_url}/{folder}")
         for tier, make in folders.items():
             try:
-                files = BlockFiles(make(), self._form, self._piece, writes=settings.writes)
-                first.found[tier] = files.scan()
+                files = BlockFiles(make(), self._form, self._shard, writes=settings.writes)
+                result.stored[tier] = files.scan()
                 self._files[tier] = files
-            except Exception as error:  # a store's own kinds of error are without end
+            except Exception as error:  # each store has errors of its own
                 log.error("the tier %s of KV blocks cannot be used: %s", tier.name, error)
-        return first
+        return result
 
     def _open_nixl(self, host: HostPool) -> bytes:
-        """Read and be read through NIXL if that is the way; what readers must know then."""
-        if not nixl.wanted(self._settings.config.transfer):
+        """Open NIXL for reading and serving, if enabled; returns the metadata for readers."""
+        if not nixl.enabled(self._settings.config.transfer):
             return b""
         try:
             self._nixl_server = nixl.NixlServer(host)
             self._nixl = nixl.NixlReader()
-        except Exception as error:  # NIXL's own kinds, of drivers and cards
+        except Exception as error:  # errors of NIXL, drivers and cards
             log.warning("KV blocks travel over TCP: NIXL cannot be used here: %s", error)
             return b""
-        return self._nixl_server.told
+        return self._nixl_server.metadata
 
     def _do(self, work: _Work) -> TransferResult | None:
-        """Do a piece of work, whatever it meets; gives what is to be told of it."""
+        """Do a unit of work, whatever happens; returns the result of its transfers."""
         failed: set[int] = set()
         try:
             if work.dropped is not None:
@@ -238,48 +238,50 @@ class TransferWorker:
                     self._files[tier].drop(key)
             else:
                 failed = self._copy(work)
-        except Exception as error:  # a store's own kinds of error are without end
-            log.warning("KV blocks could not be moved: %s", error)
-            failed = {move.id for move in work.moves}
-        if not work.moves:
+        except Exception as error:  # each store has errors of its own
+            log.warning("KV blocks could not be transferred: %s", error)
+            failed = {transfer.id for transfer in work.transfers}
+        if not work.transfers:
             return None
-        said = TransferResult(
+        result = TransferResult(
             self._settings.rank, self._settings.pool, dp_rank=self._settings.dp_rank
         )
-        for move in work.moves:
-            (said.failed if move.id in failed else said.done).append(move.id)
-        return said
+        for transfer in work.transfers:
+            (result.failed if transfer.id in failed else result.done).append(transfer.id)
+        return result
 
     def _copy(self, work: _Work) -> set[int]:
-        """Make the moves of a batch, which are of one kind; gives the ids that failed."""
-        moves, source, target = work.moves, work.moves[0].source, work.moves[0].target
+        """Make transfers of one source and target; returns the ids of failed transfers."""
+        transfers = work.transfers
+        source, target = transfers[0].source, transfers[0].target
         if Tier.DEVICE in (source, target) and work.fence is not None:
             work.fence.synchronize()
         failed: set[int] = set()
         if source is Tier.DEVICE:
-            data = self._from_device([move.source_at for move in moves])
+            data = self._from_device([transfer.source_index for transfer in transfers])
         else:
-            data = empty(self._form, self._piece, len(moves))
+            data = empty(self._form, self._shard, len(transfers))
             if source is Tier.PEER:
-                lost = self._peer(work.peer).copy([(m.key, m.source_at) for m in moves], data)
-                failed = {moves[i].id for i in lost}
+                refs = [(t.key, t.source_index) for t in transfers]
+                lost = self._peer(work.peer).copy(refs, data)
+                failed = {transfers[i].id for i in lost}
             else:
-                failed = self._read(source, moves, data)
-        good = [i for i, move in enumerate(moves) if move.id not in failed]
+                failed = self._read(source, transfers, data)
+        good = [i for i, transfer in enumerate(transfers) if transfer.id not in failed]
         if not good:
             return failed
-        chosen = [moves[i] for i in good]
-        part = data if len(good) == len(moves) else data[good]
+        chosen = [transfers[i] for i in good]
+        blocks = data if len(good) == len(transfers) else data[good]
         if target is Tier.DEVICE:
-            self._to_device([move.target_at for move in chosen], part)
+            self._to_device([transfer.target_index for transfer in chosen], blocks)
         elif target is Tier.HOST:
-            self._to_host(chosen, part)
+            self._to_host(chosen, blocks)
         else:
-            failed |= self._to_files(target, chosen, part)
+            failed |= self._to_files(target, chosen, blocks)
         return failed
 
     def _from_device(self, blocks: Sequence[int]) -> Tensor:
-        data = empty(self._form, self._piece, len(blocks))
+        data = empty(self._form, self._shard, len(blocks))
         for layer in self._layers:
             rows = self._kv.read(layer, blocks)
             data[:, layer].copy_(rows if self._row_type is None else pack(rows, self._row_type))
@@ -294,51 +296,51 @@ class TransferWorker:
         if self._cuda_stream is not None:
             self._cuda_stream.synchronize()
 
-    def _to_host(self, moves: Sequence[Transfer], data: Tensor) -> None:
+    def _to_host(self, transfers: Sequence[Transfer], data: Tensor) -> None:
         assert self._host is not None, "no host memory"
-        self._host.put([move.target_at for move in moves], [move.key for move in moves], data)
+        self._host.put([t.target_index for t in transfers], [t.key for t in transfers], data)
 
-    def _to_files(self, tier: Tier, moves: Sequence[Transfer], data: Tensor) -> set[int]:
+    def _to_files(self, tier: Tier, transfers: Sequence[Transfer], data: Tensor) -> set[int]:
         failed = set()
-        for move, block in zip(moves, data, strict=True):
+        for transfer, block in zip(transfers, data, strict=True):
             try:
-                self._files[tier].put(move.key, block)
-            except Exception as error:  # disk full, store away: the block is merely not kept
-                failed.add(move.id)
+                self._files[tier].put(transfer.key, block)
+            except Exception as error:  # disk full, store unavailable: the block is not stored
+                failed.add(transfer.id)
                 if time.monotonic() >= self._quiet_until_s:
                     self._quiet_until_s = time.monotonic() + QUIET_S
-                    log.warning("KV blocks are not kept in tier %s: %s", tier.name, error)
+                log.warning("KV blocks are not stored in tier %s: %s", tier.name, error)
         return failed
 
-    def _read(self, tier: Tier, moves: Sequence[Transfer], data: Tensor) -> set[int]:
-        """Fill blocks from a tier of ours; gives the ids of those that are not right there."""
+    def _read(self, tier: Tier, transfers: Sequence[Transfer], data: Tensor) -> set[int]:
+        """Fill blocks from the rank's own tier; returns the ids of failed transfers."""
         failed = set()
-        for move, into in zip(moves, data, strict=True):
+        for transfer, into in zip(transfers, data, strict=True):
             try:
                 if tier is Tier.HOST:
                     assert self._host is not None, "no host memory"
-                    self._host.get(move.key, move.source_at, into)
+                    self._host.get(transfer.key, transfer.source_index, into)
                 else:
-                    self._files[tier].get(move.key, into)
+                    self._files[tier].get(transfer.key, into)
             except BadBlock as error:
-                log.info("block %s: %s", move.key.hex(), error)
-                failed.add(move.id)
+                log.info("block %s: %s", transfer.key.hex(), error)
+                failed.add(transfer.id)
         return failed
 
     def _peer(self, segments: tuple[Segment, ...]) -> PeerPool:
-        """A peer's memory; the ones used before are kept at hand."""
+        """Memory of a peer; recently used memory stays mapped."""
         if segments not in self._peers:
             while len(self._peers) >= MOST_PEERS:
                 self._peers.pop(next(iter(self._peers))).close()
-            self._peers[segments] = PeerPool(segments, self._form, self._piece, self._nixl)
+            self._peers[segments] = PeerPool(segments, self._form, self._shard, self._nixl)
         return self._peers[segments]
 
 
 @dataclass(slots=True)
 class _Work:
-    """A batch of moves of one kind, or a file to be dropped."""
+    """Transfers of one source and target, or a file to remove."""
 
-    moves: list[Transfer]
+    transfers: list[Transfer]
     fence: Fence | None = None
     peer: tuple[Segment, ...] = ()
     dropped: tuple[Tier, bytes] | None = None

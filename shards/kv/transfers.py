@@ -1,11 +1,11 @@
-"""What leader and slices say to each other of KV blocks: copies to make, and what came of them.
+"""Messages between leader and slices about KV blocks: transfers to make, and their results.
 
-A move copies one block from one tier to another. The leader alone decides moves, and never lets
-two that are under way touch the same block, slot or file; so a slice may do them in any order,
-beside its steps. Moves travel on the plans' own channel: a slice takes them up after every plan
-that was sent before.
+A transfer copies one block from one tier to another. The leader alone decides transfers, and two
+transfers in flight never touch the same block, slot or file. So a slice may make transfers in any
+order, beside its steps. Transfers travel on the channel of the plans: a slice starts them after
+every plan that was sent before.
 
-Knows the wire; knows nothing of policy or of bytes.
+Knows the bytes of a message; knows nothing of policy or of the bytes of a block.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from typing import Any
 import msgpack
 
 KEY_BYTES = 16
-"""Of a block's key."""
+"""Length of a block's key."""
 
 
 class Pool(IntEnum):
-    """Which blocks: a group has a pool for each kind of attention."""
+    """Kind of blocks: a group has a pool for each kind of attention."""
 
     ALL = 0
-    """Of layers that see every token."""
+    """Blocks of layers with full attention."""
     LOCAL = 1
-    """Of layers that attend within their chunk only."""
+    """Blocks of layers with chunked attention."""
 
 
 class Tier(IntEnum):
-    """Where a block's bytes are; a lower number is nearer to the device."""
+    """Place of a block's bytes; a lower number is closer to the device."""
 
     DEVICE = 0
     HOST = 1
@@ -41,37 +41,37 @@ class Tier(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """Copy a block.
+    """The copy of one block from one tier to another.
 
     Attributes:
-        id: unique among the moves of a group.
-        key: of the block.
+        id: number of the transfer, unique in the group.
+        key: key of the block.
         source, target: tiers.
-        source_at, target_at: block id on the device, slot in host memory (ours or the peer's); 0
-            in tiers that go by key.
+        source_index, target_index: block id on the device, or slot in host memory (the group's
+            own or the peer's); 0 in tiers that are addressed by key.
     """
 
     id: int
     key: bytes
     source: Tier
-    source_at: int
+    source_index: int
     target: Tier
-    target_at: int
+    target_index: int
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """The host memory of one rank of some group, for other groups to read.
+    """Host memory of one rank, readable by other groups.
 
     Attributes:
-        pid, fd: the process that holds it, and its descriptor there.
-        name: of the descriptor, unique; guards against a process id used again.
-        host: the node's name, with the id of its boot.
-        layers, heads: half-open ranges of global layers and KV heads that it holds.
+        pid, fd: process with the memory, and file descriptor in that process.
+        name: unique name of the descriptor; guards against a reused process id.
+        host: name of the node and id of its boot.
+        layers, heads: half-open ranges of global layers and KV heads.
         block: (block size, head dimension or int8's canonical one, bytes of an element).
-        slots: how many blocks there is room for.
-        address, token: of the rank's server, for readers on other nodes; "" and b"" for none.
-        nixl: what readers must know to fetch from it through NIXL; b"" where it has none.
+        slots: number of block slots.
+        address, token: server of the rank, for readers on other nodes; "" and b"" for none.
+        nixl: metadata for readers through NIXL; b"" for none.
     """
 
     pid: int
@@ -88,13 +88,13 @@ class Segment:
 
     @classmethod
     def from_wire(cls, values: list[Any]) -> Segment:
-        """Undo what msgpack makes of `astuple`."""
+        """Undo `to_wire`."""
         pid, fd, name, host, layers, heads, block, slots, *served = values
-        where = (pid, fd, name, host, _pair(layers), _pair(heads), tuple(block))
-        return cls(*where, slots, *served)
+        memory = (pid, fd, name, host, _pair(layers), _pair(heads), tuple(block))
+        return cls(*memory, slots, *served)
 
     def to_wire(self) -> list[Any]:
-        """As msgpack can carry it."""
+        """The segment as a list for msgpack."""
         return [
             *(self.pid, self.fd, self.name, self.host),
             *(self.layers, self.heads, self.block, self.slots),
@@ -109,86 +109,85 @@ def _pair(values: list[int]) -> tuple[int, int]:
 
 @dataclass(slots=True)
 class TransferBatch:
-    """Moves of one message.
+    """Transfers of one message.
 
     Attributes:
-        pool: whose blocks they are.
-        moves: to be made.
-        dropped: (tier, key) of files that are to go.
-        peer: where the blocks of PEER moves are, one segment for each rank of the peer.
-        lane: data-parallel rank whose slices are to make them.
+        pool: pool of the blocks.
+        transfers: transfers to make.
+        dropped: (tier, key) of files to remove.
+        peer: source of PEER transfers, one segment for each rank of the peer.
+        dp_rank: data-parallel rank whose slices make the transfers.
     """
 
     pool: Pool = Pool.ALL
-    moves: list[Transfer] = field(default_factory=list)
+    transfers: list[Transfer] = field(default_factory=list)
     dropped: list[tuple[Tier, bytes]] = field(default_factory=list)
     peer: tuple[Segment, ...] = ()
     dp_rank: int = 0
 
     def to_bytes(self) -> bytes:
-        """Pack for the wire."""
-        moves = [
-            (one.id, one.key, int(one.source), one.source_at, int(one.target), one.target_at)
-            for one in self.moves
+        """Bytes of the batch."""
+        transfers = [
+            (t.id, t.key, int(t.source), t.source_index, int(t.target), t.target_index)
+            for t in self.transfers
         ]
         dropped = [(int(tier), key) for tier, key in self.dropped]
-        packed: bytes = msgpack.packb(
-            [int(self.pool), moves, dropped, [one.to_wire() for one in self.peer], self.dp_rank]
-        )
+        peer = [segment.to_wire() for segment in self.peer]
+        packed: bytes = msgpack.packb([int(self.pool), transfers, dropped, peer, self.dp_rank])
         return packed
 
     @classmethod
     def from_bytes(cls, data: bytes) -> TransferBatch:
         """Undo `to_bytes`."""
-        pool, moves, dropped, peer, dp_rank = msgpack.unpackb(data)
+        pool, transfers, dropped, peer, dp_rank = msgpack.unpackb(data)
         return cls(
             Pool(pool),
             [
-                Transfer(move_id, key, Tier(source), source_at, Tier(target), target_at)
-                for move_id, key, source, source_at, target, target_at in moves
+                Transfer(transfer_id, key, Tier(source), source_index, Tier(target), target_index)
+                for transfer_id, key, source, source_index, target, target_index in transfers
             ],
             [(Tier(tier), key) for tier, key in dropped],
-            tuple(Segment.from_wire(one) for one in peer),
+            tuple(Segment.from_wire(segment) for segment in peer),
             dp_rank,
         )
 
 
 @dataclass(slots=True)
 class TransferResult:
-    """What one rank has to say.
+    """Results of transfers from one rank.
 
     Attributes:
-        rank: who says it.
-        pool: whose blocks they are.
-        done, failed: ids of moves that were made, and of those that could not be (no such file,
-            wrong checksum, disk full).
-        found: keys that a tier held when the rank began, oldest first; each with whether every
-            byte that the rank needs of it is there. Empty but in a rank's first word.
-        ready: the rank's tiers are open: its first word.
-        segment: its host memory, in its first word, if it has any.
-        lane: the rank's data-parallel rank.
+        rank: rank that reports.
+        pool: pool of the blocks.
+        done: ids of transfers made.
+        failed: ids of transfers that failed (no such file, wrong checksum, disk full).
+        stored: keys in each tier at the start of the rank, oldest first; each with whether all
+            bytes of the rank's shard are there. Only in a rank's first result.
+        ready: whether the rank has opened its tiers; True only in the rank's first result.
+        segment: host memory of the rank, if any; only in the rank's first result.
+        dp_rank: data-parallel rank of the rank.
     """
 
     rank: int
     pool: Pool = Pool.ALL
     done: list[int] = field(default_factory=list)
     failed: list[int] = field(default_factory=list)
-    found: dict[Tier, list[tuple[bytes, bool]]] = field(default_factory=dict)
+    stored: dict[Tier, list[tuple[bytes, bool]]] = field(default_factory=dict)
     ready: bool = False
     segment: Segment | None = None
     dp_rank: int = 0
 
     def to_bytes(self) -> bytes:
-        """Pack for the wire."""
-        found = {
+        """Bytes of the result."""
+        stored = {
             int(tier): [b"".join(key for key, _ in keys), bytes(whole for _, whole in keys)]
-            for tier, keys in self.found.items()
+            for tier, keys in self.stored.items()
         }
         segment = None if self.segment is None else self.segment.to_wire()
         packed: bytes = msgpack.packb(
             [
                 *(self.rank, int(self.pool), self.done, self.failed),
-                *(found, self.ready, segment, self.dp_rank),
+                *(stored, self.ready, segment, self.dp_rank),
             ]
         )
         return packed
@@ -196,12 +195,12 @@ class TransferResult:
     @classmethod
     def from_bytes(cls, data: bytes) -> TransferResult:
         """Undo `to_bytes`."""
-        rank, pool, done, failed, found, ready, segment, dp_rank = msgpack.unpackb(
+        rank, pool, done, failed, stored, ready, segment, dp_rank = msgpack.unpackb(
             data, strict_map_key=False
         )
         listed = {
             Tier(tier): [(keys[16 * i : 16 * i + 16], bool(whole[i])) for i in range(len(whole))]
-            for tier, (keys, whole) in found.items()
+            for tier, (keys, whole) in stored.items()
         }
         return cls(
             rank,

@@ -1,4 +1,4 @@
-"""Who holds what: the cut of a dense model over pipeline stages and tensor-parallel ranks.
+"""Partition of a dense model over pipeline stages and tensor-parallel ranks.
 
 Pure functions of the model's numbers and the mesh. Global indices everywhere. Knows nothing of
 files, tensors or processes.
@@ -15,7 +15,7 @@ from arriero.shards.errors import SpecError
 from arriero.shards.model_config.dense import ModelConfig
 
 COLUMN_MULTIPLE = 16
-"""MLP columns and vocabulary rows are cut at multiples of this, the narrowest packing panel."""
+"""Unit of cuts of MLP columns and vocabulary rows: the narrowest packing panel."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,22 +27,24 @@ class Span:
 
     @property
     def size(self) -> int:
-        """How many indices it holds."""
+        """Number of indices."""
         return self.stop - self.start
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlicePart:
-    """What one rank holds.
+    """The part of a model on one rank.
 
     Attributes:
         rank, stage, tp_rank: rank = stage * tp + tp_rank.
-        layers: of this stage.
-        q_heads: query heads; `kv_heads`: the key/value heads they read. A key/value head is held
-            by several ranks when there are more ranks than such heads.
-        columns: of the MLP's inner dimension.
+        layers: layers of the stage.
+        q_heads: query heads.
+        kv_heads: key/value heads of the query heads. With more ranks than key/value heads,
+            several ranks have the same head.
+        columns: columns of the MLP's inner dimension.
         vocab: rows of the embedding and of the head.
-        first_stage, last_stage: whether it embeds, whether it makes logits.
+        first_stage: whether the rank embeds tokens.
+        last_stage: whether the rank computes logits.
     """
 
     rank: int
@@ -58,7 +60,7 @@ class SlicePart:
 
 
 def split(total: int, shares: Sequence[float], multiple: int = 1) -> list[Span]:
-    """Cut [0, total) in proportion to `shares`, at multiples of `multiple`, no part empty.
+    """Cut [0, total) in proportion to `shares`, at multiples of `multiple`, without empty parts.
 
     Raises:
         ValueError: there are more parts than multiples.
@@ -80,8 +82,8 @@ def split_heads(
 ) -> list[tuple[Span, Span]]:
     """Cut attention heads: (query heads, key/value heads) of each rank.
 
-    Whole key/value groups while there are enough of them; beyond that several ranks share one
-    key/value head and each takes a part of its query heads.
+    Whole key/value groups while there are enough; beyond that several ranks share a key/value
+    head and each rank takes some of its query heads.
 
     Raises:
         ValueError: there are more ranks than query heads.
@@ -105,9 +107,9 @@ def split_heads(
 
 
 def split_layers(model: ModelConfig, pp: int) -> tuple[int, ...]:
-    """Layers of each stage so that the dearest stage is cheapest, the head counted as layers.
+    """Layers of each stage with the lowest maximum cost, the head counted as layers.
 
-    Cost is weight elements read a token, which is what both decode and prefill scale with.
+    Cost is the number of weights read for a token; decode and prefill both scale with this number.
     """
     hidden, d = model.hidden_size, model.head_dim
     layer = hidden * d * (2 * model.num_heads + 2 * model.num_kv_heads)
@@ -123,7 +125,7 @@ def split_layers(model: ModelConfig, pp: int) -> tuple[int, ...]:
 
 
 def partition(model: ModelConfig, group: GroupConfig) -> list[SlicePart]:
-    """Cut `model` as `group` says; one part a rank.
+    """Cut `model` into a part for each rank of `group`.
 
     Raises:
         SpecError: the mesh does not fit the model; names the field, its value and the limit.
@@ -167,5 +169,5 @@ def partition(model: ModelConfig, group: GroupConfig) -> list[SlicePart]:
 
 
 def _multiple(total: int, shares: Sequence[float]) -> int:
-    """The packing multiple, or 1 where the dimension is too small to honour it."""
+    """The packing multiple, or 1 where the dimension is too small for the multiple."""
     return COLUMN_MULTIPLE if total >= COLUMN_MULTIPLE * len(shares) else 1

@@ -1,4 +1,4 @@
-"""Who holds what of any model that is served, and where its weights and caches follow from that.
+"""Partition of any served model, and its consequences for weights and caches.
 
 One entry for each family of models. Needs no torch, so that leaders and planners start fast.
 """
@@ -18,7 +18,7 @@ from arriero.shards.model_config.llama4 import Llama4Config
 
 
 def parts_of(model: AnyModel, config: GroupConfig) -> Sequence[AnyPart]:
-    """Cut `model` as `config` says; one part a rank.
+    """Cut `model` into a part for each rank of `config`.
 
     Raises:
         SpecError: the mesh does not fit the model; names the field, its value and the limit.
@@ -37,44 +37,44 @@ def parts_of(model: AnyModel, config: GroupConfig) -> Sequence[AnyPart]:
         )
     if config.dp != 1 or config.ep not in (None, 1):
         raise SpecError(
-            f"`dp`={config.dp}, `ep`={config.ep}: a dense model has no experts to spread; use "
-            "more groups instead"
+            f"`dp`={config.dp}, `ep`={config.ep}: a dense model has no experts to spread; set both "
+            "to 1 and use more groups instead"
         )
     return partition(model, config)
 
 
 def dp_rank_of(config: GroupConfig, rank: int) -> int:
-    """The data-parallel rank that a rank is of."""
+    """Data-parallel rank of a rank."""
     return rank // config.tp % config.dp
 
 
 def local_layers(model: AnyModel, part: AnyPart) -> int:
-    """How many of a rank's layers attend within their chunk only."""
+    """Number of a rank's layers with chunked attention."""
     if not isinstance(model, Llama4Config):
         return 0
     return sum(model.rope_layers[part.layers.start : part.layers.stop])
 
 
 def pool_layers(model: AnyModel, part: AnyPart, pool: Pool) -> tuple[int, int]:
-    """A rank's layers of a pool, first and past the last, counted among the pool's layers alone."""
+    """A rank's layers of a pool, first and past the last, counted among the pool's layers only."""
     local = model.rope_layers if isinstance(model, Llama4Config) else (False,) * model.num_layers
-    mine = [one is (pool is Pool.LOCAL) for one in map(bool, local)]
-    return sum(mine[: part.layers.start]), sum(mine[: part.layers.stop])
+    in_pool = [is_local is (pool is Pool.LOCAL) for is_local in map(bool, local)]
+    return sum(in_pool[: part.layers.start]), sum(in_pool[: part.layers.stop])
 
 
 def kv_bytes_per_block(
     part: AnyPart, model: AnyModel, layers: int, block_size: int, itemsize: int
 ) -> int:
-    """Bytes of one KV block on one rank, over `layers` of its layers."""
+    """Bytes of one KV block on one rank, for `layers` of the rank's layers."""
     return layers * 2 * part.kv_heads.size * block_size * model.head_dim * itemsize
 
 
 def visible_keys(model: AnyModel, config: GroupConfig) -> AttentionMaskSpec:
-    """What tokens see in layers that do not see everything: chunks, or the window asked for.
+    """Attention mask of layers without full attention: chunks, or the window of the config.
 
     Raises:
-        SpecError: a window that the model cannot have, or that would change its answers without
-            the word that this is meant; or none where the model was trained with one.
+        SpecError: the model cannot have the window; or the window would change the answers without
+            `changes_answers`; or the model was trained with a window and the config has none.
     """
     window, sinks = config.sliding_window, config.attention_sinks
     if isinstance(model, Llama4Config):
@@ -90,7 +90,8 @@ def visible_keys(model: AnyModel, config: GroupConfig) -> AttentionMaskSpec:
     if window is None:
         if sinks:
             raise SpecError(
-                f"`attention_sinks`={sinks} needs `sliding_window`; without one all tokens are kept"
+                f"`attention_sinks`={sinks} needs `sliding_window`; without a window all tokens "
+                "are kept; leave the sinks out"
             )
         if trained is not None:
             raise SpecError(
@@ -117,5 +118,5 @@ def visible_keys(model: AnyModel, config: GroupConfig) -> AttentionMaskSpec:
 
 
 def attention_chunk(model: AnyModel) -> int:
-    """Tokens of an attention chunk; 0 where every layer sees everything."""
+    """Tokens of an attention chunk; 0 without chunked attention."""
     return model.attention_chunk_size if isinstance(model, Llama4Config) else 0

@@ -1,9 +1,9 @@
-"""Who holds what: the cut of a Llama 4 model over stages, data- and tensor-parallel ranks, experts.
+"""Partition of a Llama 4 model over stages, data- and tensor-parallel ranks, and experts.
 
 A stage has `dp` x `tp` ranks. Attention, dense MLPs, shared experts, vocabulary and vision are cut
-over `tp` and held `dp` times; each `dp` rank serves sequences of its own. Routed experts are dealt
-to `ep` parts of the stage's ranks, and where a part has several ranks they cut each expert's
-columns. Pure functions of the model's numbers and the mesh; global indices everywhere.
+over `tp` and repeated on `dp` ranks; each `dp` rank has sequences of its own. Routed experts are
+dealt to `ep` parts of the stage's ranks; the ranks of a part divide each expert's columns. Pure
+functions of the model's numbers and the mesh; global indices everywhere.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class MoEMesh:
     Rank = (stage * dp + dp rank) * tp + tp rank.
 
     Attributes:
-        ep: parts that the experts of a layer are dealt to; divides dp * tp; None for dp * tp.
-        tp_shares: relative size of each tp rank's share; None asks for equal ones.
+        ep: parts of a layer's experts; divides dp * tp; None for dp * tp.
+        tp_shares: relative size of each tp rank's share; None for equal shares.
         layer_split: layers of each stage; None balances the stages' weights.
     """
 
@@ -39,35 +39,37 @@ class MoEMesh:
 
     @property
     def stage_size(self) -> int:
-        """Ranks of a stage."""
+        """Number of ranks of a stage."""
         return self.tp * self.dp
 
     @property
     def world_size(self) -> int:
-        """Ranks of the group."""
+        """Number of ranks of the group."""
         return self.stage_size * self.pp
 
     @property
     def num_expert_parts(self) -> int:
-        """`ep`, decided."""
+        """`ep`, with None resolved."""
         return self.stage_size if self.ep is None else self.ep
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoEPart:
-    """What one rank holds.
+    """The part of a model on one rank.
 
     Attributes:
-        rank, stage, dp_rank, tp_rank, ep_rank: its places in the mesh.
-        layers: of its stage.
-        q_heads, kv_heads: of attention.
-        columns: of dense layers' MLPs.
-        shared_columns: of shared experts.
+        rank, stage, dp_rank, tp_rank, ep_rank: coordinates of the rank in the mesh.
+        layers: layers of the stage.
+        q_heads, kv_heads: heads of attention.
+        columns: columns of the MLPs of dense layers.
+        shared_columns: columns of shared experts.
         vocab: rows of the embedding and of the head.
-        experts: of each routed layer.
-        expert_columns: of each of them.
-        vision_heads, vision_columns, adapter_columns: of the vision tower's layers and adapter.
-        first_stage, last_stage: whether it embeds (tokens and images), whether it makes logits.
+        experts: experts of each routed layer.
+        expert_columns: columns of each of these experts.
+        vision_heads, vision_columns: heads and columns of the vision tower's layers.
+        adapter_columns: columns of the vision adapter.
+        first_stage: whether the rank embeds tokens and images.
+        last_stage: whether the rank computes logits.
     """
 
     rank: int
@@ -91,7 +93,7 @@ class MoEPart:
 
 
 def layer_weights(model: Llama4Config, layer: int) -> int:
-    """Weights of one layer, all ranks together."""
+    """Number of weights of one layer, over all ranks."""
     hidden = model.hidden_size
     total = 2 * hidden * (model.q_size + model.kv_size)
     total += 3 * hidden * model.mlp_columns(layer)
@@ -101,11 +103,11 @@ def layer_weights(model: Llama4Config, layer: int) -> int:
 
 
 def balance(costs: Sequence[int], pp: int, first: int, last: int) -> tuple[int, ...]:
-    """Cut `costs` into `pp` runs so that the dearest is cheapest; ends carry `first` and `last`.
+    """Cut `costs` into `pp` runs with the lowest maximum; the ends include `first` and `last`.
 
     Args:
-        costs: of each layer.
-        pp: runs; at most as many as layers.
+        costs: cost of each layer.
+        pp: number of runs; at most the number of layers.
         first: extra cost of the first run.
         last: extra cost of the last run.
 
@@ -116,7 +118,7 @@ def balance(costs: Sequence[int], pp: int, first: int, last: int) -> tuple[int, 
     for cost in costs:
         sums.append(sums[-1] + cost)
     num = len(costs)
-    # best[k][n]: the dearest of k runs over the first n layers, and where the last of them starts
+    # best[k][n]: highest cost of k runs over the first n layers, and the start of the last run
     best: list[dict[int, tuple[int, int]]] = [{0: (0, 0)}]
     for k in range(1, pp + 1):
         extra = (first if k == 1 else 0) + (last if k == pp else 0)
@@ -137,7 +139,7 @@ def balance(costs: Sequence[int], pp: int, first: int, last: int) -> tuple[int, 
 
 
 def partition_moe(model: Llama4Config, mesh: MoEMesh) -> list[MoEPart]:
-    """Cut `model` as `mesh` says; one part a rank.
+    """Cut `model` into a part for each rank of `mesh`.
 
     Raises:
         SpecError: the mesh does not fit the model; names the field, its value and the limit.

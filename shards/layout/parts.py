@@ -1,4 +1,4 @@
-"""The types that stand for any model family and for any part of a model."""
+"""Union types of all model families and of the parts of their models."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""From what a group asks for to what it gets: every open setting decided, once, by the leader.
+"""From a group's config to its resolved config: the leader decides every open setting once.
 
-The slices are sent the resolved settings, so ranks cannot disagree. Needs no torch, so that a
-leader starts fast.
+The slices receive the resolved config, so ranks cannot disagree. Needs no torch, so that a leader
+starts fast.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from arriero.shards.layout.parts import AnyModel, AnyPart
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 QUANTIZATIONS = ("int8", "int4", "fp8")
 MAX_DEFAULT_KV_BYTES = 2 << 30
-"""The KV pool of a CPU group that names no size: this, or a quarter of memory if that is less."""
+"""KV pool of a CPU group without a given size: this, or a quarter of memory if that is less."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KvRoom:
-    """Memory for KV pools: of one device, or of a whole group's together.
+    """Memory for KV pools, of a device or of a whole group.
 
     Attributes:
-        nbytes: that there are.
-        full: bytes of a block there, in layers that see everything.
-        local: likewise in chunk-local layers.
+        nbytes: bytes of memory.
+        full: bytes of a block in layers with full attention.
+        local: bytes of a block in layers with chunked attention.
     """
 
     nbytes: int
@@ -54,11 +54,51 @@ class KvRoom:
 def resolve(config: GroupConfig, model: AnyModel) -> GroupConfig:
     """Fill in `num_blocks`, `max_model_len`, `layer_split` and `threads`.
 
-    A group on GPUs whose KV pool has no size is given one before: what its devices leave.
+    The KV pool of a group on GPUs must have a size: the leader sets the free memory of the devices.
 
     Raises:
-        SpecError: a field that cannot be; names field, value, limit and remedy.
+        SpecError: a field is out of range; names field, value, limit and remedy.
     """
+    _check_backend(config, model)
+    limit = model.max_position_embeddings
+    max_model_len = limit if config.max_model_len is None else config.max_model_len
+    if not 1 <= max_model_len <= limit:
+        raise SpecError(
+            f"`max_model_len`={max_model_len} must be 1 to {limit}, the model's position limit"
+        )
+    visible = visible_keys(model, config)
+    chunk = visible.chunk_size
+    if chunk % config.block_size:
+        raise SpecError(
+            f"`block_size`={config.block_size} must divide the model's attention chunk of {chunk}"
+        )
+    parts = parts_of(model, config)
+    _check_experts(config)
+    full, local = group_block_bytes(config, model, parts)
+    room = KvRoom(nbytes=_kv_bytes(config), full=full, local=local)
+    num_blocks, num_local_blocks = num_kv_blocks(config, chunk, max_model_len, [room])
+    seen = SeenBlocks(visible, config.block_size)
+    if visible.window and num_blocks < seen.most(max_model_len):
+        raise SpecError(
+            f"a KV pool of {num_blocks} blocks of {config.block_size} tokens holds less than one "
+            f"sequence's `sliding_window`={visible.window} and `attention_sinks`={visible.sinks}; "
+            f"give memory for at least {seen.most(max_model_len)} blocks"
+        )
+    tier_limits(config, model)  # reports an invalid tier before anything is placed
+    threads = config.threads
+    if threads is None:
+        threads = max(1, len(os.sched_getaffinity(0)) // config.world_size)
+    return replace(
+        config,
+        num_blocks=num_blocks,
+        num_local_blocks=num_local_blocks if chunk else None,
+        max_model_len=max_model_len,
+        layer_split=tuple(part.layers.size for part in parts[:: config.tp * config.dp]),
+        threads=threads,
+    )
+
+
+def _check_backend(config: GroupConfig, model: AnyModel) -> None:
     if config.dtype not in ITEMSIZE:
         raise SpecError(f"`dtype`={config.dtype!r} is none of {', '.join(ITEMSIZE)}")
     if config.quantization not in (None, *QUANTIZATIONS):
@@ -82,19 +122,9 @@ def resolve(config: GroupConfig, model: AnyModel) -> GroupConfig:
         )
     if config.block_size < 1:
         raise SpecError(f"`block_size`={config.block_size} must be at least 1")
-    limit = model.max_position_embeddings
-    max_model_len = limit if config.max_model_len is None else config.max_model_len
-    if not 1 <= max_model_len <= limit:
-        raise SpecError(
-            f"`max_model_len`={max_model_len} must be 1 to {limit}, the model's position limit"
-        )
-    visible = visible_keys(model, config)
-    chunk = visible.chunk_size
-    if chunk % config.block_size:
-        raise SpecError(
-            f"`block_size`={config.block_size} must divide the model's attention chunk of {chunk}"
-        )
-    parts = parts_of(model, config)
+
+
+def _check_experts(config: GroupConfig) -> None:
     if config.dp > 1 and config.ep not in (None, config.tp * config.dp):
         raise SpecError(
             f"`ep`={config.ep}: with `dp`={config.dp} experts are dealt to all "
@@ -105,32 +135,10 @@ def resolve(config: GroupConfig, model: AnyModel) -> GroupConfig:
             f"`spare_experts`={config.spare_experts} must be 0 without data-parallel attention "
             f"(`dp`={config.dp}); else 0 or more"
         )
-    full, local = group_block_bytes(config, model, parts)
-    room = KvRoom(nbytes=_kv_bytes(config), full=full, local=local)
-    num_blocks, num_local_blocks = num_kv_blocks(config, chunk, max_model_len, [room])
-    seen = SeenBlocks(visible, config.block_size)
-    if visible.window and num_blocks < seen.most(max_model_len):
-        raise SpecError(
-            f"a KV pool of {num_blocks} blocks of {config.block_size} tokens holds less than one "
-            f"sequence's `sliding_window`={visible.window} and `attention_sinks`={visible.sinks}; "
-            f"give memory for at least {seen.most(max_model_len)} blocks"
-        )
-    tier_limits(config, model)  # a tier that cannot be is told before anything is placed
-    threads = config.threads
-    if threads is None:
-        threads = max(1, len(os.sched_getaffinity(0)) // config.world_size)
-    return replace(
-        config,
-        num_blocks=num_blocks,
-        num_local_blocks=num_local_blocks if chunk else None,
-        max_model_len=max_model_len,
-        layer_split=tuple(part.layers.size for part in parts[:: config.tp * config.dp]),
-        threads=threads,
-    )
 
 
 _TYPICAL_CHUNKS = 4
-"""Memory is shared between the pools for sequences of so many attention chunks."""
+"""Attention chunks of a typical sequence, for dividing memory between the pools."""
 
 
 def num_kv_blocks(
@@ -141,18 +149,19 @@ def num_kv_blocks(
     *,
     whole: bool = False,
 ) -> tuple[int, int]:
-    """KV blocks of the pool for all tokens, and of the chunk-local one; of each dp rank.
+    """KV blocks of the full-attention pool and of the chunk-local pool, for each dp rank.
 
     Args:
-        config: what it asks for.
+        config: config of the group.
         chunk: tokens of an attention chunk; 0 for none.
-        max_model_len: decided.
-        rooms: memory that the blocks must fit, each of them; where no number is asked for.
-        whole: take all of it, also where that is more than the sequences running at once can
-            hold: what is left keeps prefixes.
+        max_model_len: resolved limit of a sequence.
+        rooms: memory of each device, or of the whole group; the blocks must fit into each entry.
+            Not used where the config gives the number of blocks.
+        whole: take all of the memory, even beyond the need of the sequences that run at once; the
+            rest keeps prefixes.
 
     Raises:
-        SpecError: the memory holds no sequence.
+        SpecError: the memory is too small for a sequence.
     """
     size = config.block_size
     of_sequence = -(-max_model_len // size)
@@ -186,7 +195,7 @@ def num_kv_blocks(
 def group_block_bytes(
     config: GroupConfig, model: AnyModel, parts: Sequence[AnyPart]
 ) -> tuple[int, int]:
-    """Bytes of one KV block over all ranks: in layers that see everything, in chunk-local ones."""
+    """Bytes of one KV block over all ranks: in full-attention layers, in chunked layers."""
     itemsize = ITEMSIZE[config.dtype]
     full, local = 0, 0
     for part in parts:
@@ -198,42 +207,42 @@ def group_block_bytes(
 
 
 def first_placement(config: GroupConfig, parts: Sequence[AnyPart]) -> ExpertPlacement | None:
-    """How a group's experts lie over the ranks of a stage at the start; None if not exchanged."""
+    """Placement of experts on a stage's ranks at the start; None without expert parallelism."""
     if config.dp == 1:
         return None
     stage = parts[: config.tp * config.dp]
-    sizes = [one.experts.size for one in stage if isinstance(one, MoEPart)]
+    sizes = [part.experts.size for part in stage if isinstance(part, MoEPart)]
     return ExpertPlacement.even(sizes, config.spare_experts)
 
 
 def cache_salt(config: GroupConfig, digest: str) -> bytes:
-    """What all keys of a group's blocks begin with: equal where blocks are worth the same.
+    """Root of all block keys of a group: equal where groups can share blocks.
 
-    Names the model, and how its numbers are held: other weights, other types, other keys. Layouts
-    agree to rounding, and are named only where every bit is asked for.
+    Names the model and the types of its numbers: other weights or types mean other keys. Layouts
+    agree to rounding, and are part of the root only with `same_layout`.
     """
     parts = [digest, config.dtype, config.quantization or ""]
-    if config.window_words:  # deeper layers' keys and values come of what was seen
+    if config.window_words:  # keys and values of deeper layers depend on the tokens seen
         parts.append(config.window_words)
     if config.tiers.dtype is not None:
         parts.append(f"tiers {config.tiers.dtype}")
     if config.tiers.same_layout:
         layout = (config.tp, config.pp, config.tp_shares, config.device, config.kernels)
-        parts += [str(one) for one in layout]
+        parts += [str(field) for field in layout]
     return "\n".join(parts).encode()
 
 
 def tier_limits(config: GroupConfig, model: AnyModel) -> GroupTierLimits:
-    """How many blocks the tiers of a group hold, for each of its data-parallel ranks.
+    """Block limits of a group's tiers, for each of the data-parallel ranks.
 
     Raises:
-        SpecError: a tier that holds no block, or blocks cannot be kept.
+        SpecError: a tier is too small for a block, or blocks cannot be kept.
     """
     tiers = config.tiers
     if not tiers.enabled:
         return GroupTierLimits()
     if not config.prefix_cache:
-        raise SpecError("tiers keep prefix blocks, and `prefix_cache` is off; turn it on")
+        raise SpecError("tiers keep prefix blocks, but `prefix_cache` is off; turn it on")
     if not 0 < tiers.max_tenant_share <= 1:
         raise SpecError(f"`max_tenant_share`={tiers.max_tenant_share} must be above 0, at most 1")
     if bool(tiers.disk_bytes) != (tiers.disk_path is not None):
@@ -259,14 +268,14 @@ def tier_limits(config: GroupConfig, model: AnyModel) -> GroupTierLimits:
             )
         for pool in Pool:
             counts[pool][name] = given * weights[pool] // unit
-    dp_rank = [part for part in parts if dp_rank_of(config, part.rank) == 0]
+    dp_parts = [part for part in parts if dp_rank_of(config, part.rank) == 0]
     limits = {
         pool: TierLimits(
             host_blocks=counts[pool]["host_bytes"],
             disk_blocks=counts[pool]["disk_bytes"],
             shared=tiers.shared_url is not None,
             max_tenant_share=tiers.max_tenant_share,
-            num_ranks=sum(len(range(*pool_layers(model, part, pool))) > 0 for part in dp_rank),
+            num_ranks=sum(len(range(*pool_layers(model, part, pool))) > 0 for part in dp_parts),
         )
         for pool in Pool
         if each[pool]
@@ -277,7 +286,7 @@ def tier_limits(config: GroupConfig, model: AnyModel) -> GroupTierLimits:
 
 
 def _pool_weights(config: GroupConfig, model: AnyModel) -> dict[Pool, int]:
-    """Blocks of each pool that a tier holds of a prefix: memory is shared between them so."""
+    """Blocks of each pool for a prefix; memory of a tier is divided in this proportion."""
     chunk = attention_chunk(model)
     if not chunk:
         return {Pool.ALL: 1, Pool.LOCAL: 0}

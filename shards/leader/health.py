@@ -1,10 +1,11 @@
-"""Whether the slices of a group are alive and get on: a decision over pulses and plans.
+"""Health of a group's slices: a decision from heartbeats and plans.
 
-Each slice sends a pulse twice a second from a thread of its own, which says what its main thread
-does. Three things are told apart: a process that is silent (stopped, cut off), a group in which
-everybody waits and nothing moves (a lost message, a deadlock), and a slice that computes (a long
-prefill), which is let be. A pulse counts from when it was sent, so that a link which delivers each
-of them, but late, is silence too. Sans-I/O: takes pulses, plans and a clock; gives evidence.
+Each slice sends a heartbeat twice a second, from a thread of its own, with the state of the main
+thread. The decision separates three states: a silent process (stopped, or cut off), a group in
+which every slice waits and none makes progress (a lost message, a deadlock), and a slice that
+computes (a long prefill), which is healthy. A heartbeat counts from the time of sending, so a link
+that delivers every heartbeat late counts as silence too. Sans-I/O: takes heartbeats, plans and a
+clock; returns evidence.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ from arriero.shards.protocol.failure import KEEP_LINES, Evidence, Kind
 from arriero.shards.protocol.heartbeat import HEARTBEAT_PERIOD_S, Heartbeat
 
 _CLOCK_DRIFT = 1e-3
-"""Seconds a second by which two machines' clocks part at most."""
+"""Largest drift between the clocks of two machines, in seconds per second."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HealthLimits:
-    """How long is too long.
+    """Time limits after which a group counts as lost.
 
     Attributes:
-        silence_s: without a pulse of a slice, or with pulses that are that late.
-        hang_s: with a plan outstanding, every slice waiting, and nothing moving.
-        step_s: with a plan outstanding and some slice, or its device, computing all the while.
+        silence_s: seconds without a heartbeat of a slice, or by which the heartbeats are late.
+        hang_s: seconds with a plan outstanding, every slice waiting, and no progress.
+        step_s: seconds with a plan outstanding and a slice, or its device, computing without
+            progress.
     """
 
     silence_s: float = 3.0
@@ -36,136 +38,140 @@ class HealthLimits:
 
 
 @dataclass(slots=True)
-class _Seen:
-    heard_s: float  # when the last pulse was sent
-    moved_s: float
-    arrived_s: float  # when the last pulse came
-    ahead_s: float = math.inf  # our clock is of the slice's, and the quickest way takes
-    pulse: Heartbeat | None = None
+class _SliceHealth:
+    sent_s: float  # when the last heartbeat was sent, on our clock
+    progress_s: float  # when the last heartbeat with progress was sent
+    arrived_s: float  # when the last heartbeat arrived
+    offset_s: float = math.inf  # our clock minus the slice's, plus the shortest time on the link
+    heartbeat: Heartbeat | None = None
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=KEEP_LINES))
 
 
 class GroupHealth:
-    """Judges one group.
+    """Decides whether one group is healthy.
 
     Args:
-        limits: how long is too long.
-        names: how to call each slice, by rank.
-        now_s: the clock.
+        limits: time limits.
+        names: name of each slice for people, by rank.
+        now_s: current time.
     """
 
     def __init__(self, limits: HealthLimits, names: list[str], now_s: float) -> None:
         self.limits, self._names = limits, names
-        self._slices = [_Seen(now_s, now_s, now_s) for _ in names]
+        self._slices = [_SliceHealth(now_s, now_s, now_s) for _ in names]
         self._checked_s = now_s
-        self._plans: dict[tuple[int, int], float] = {}  # by step and lane
+        self._plans: dict[tuple[int, int], float] = {}  # time of sending by (step, dp_rank)
 
     def restart(self, now_s: float) -> None:
-        """Forget how long anybody has been silent."""
+        """Forget all silence so far."""
         self._checked_s = now_s
-        for seen in self._slices:
-            seen.heard_s = seen.moved_s = seen.arrived_s = now_s
-            seen.ahead_s = math.inf
+        for state in self._slices:
+            state.sent_s = state.progress_s = state.arrived_s = now_s
+            state.offset_s = math.inf
 
-    def beat(self, rank: int, pulse: Heartbeat, now_s: float) -> None:
-        """Take in a pulse."""
-        seen = self._slices[rank]
-        drift_s = (now_s - seen.arrived_s) * _CLOCK_DRIFT
-        seen.ahead_s = min(seen.ahead_s + drift_s, now_s - pulse.at_s)
-        seen.arrived_s = now_s
-        sent_s = pulse.at_s + seen.ahead_s
-        seen.heard_s = max(seen.heard_s, sent_s)
-        before = seen.pulse
-        if before is None or (before.step, before.moves, before.phase) != (
-            pulse.step,
-            pulse.moves,
-            pulse.phase,
+    def beat(self, rank: int, heartbeat: Heartbeat, now_s: float) -> None:
+        """Add a heartbeat."""
+        state = self._slices[rank]
+        drift_s = (now_s - state.arrived_s) * _CLOCK_DRIFT
+        state.offset_s = min(state.offset_s + drift_s, now_s - heartbeat.at_s)
+        state.arrived_s = now_s
+        sent_s = heartbeat.at_s + state.offset_s
+        state.sent_s = max(state.sent_s, sent_s)
+        last = state.heartbeat
+        if last is None or (last.step, last.progress, last.phase) != (
+            heartbeat.step,
+            heartbeat.progress,
+            heartbeat.phase,
         ):
-            seen.moved_s = max(seen.moved_s, sent_s)
-        seen.pulse = pulse
-        seen.lines.extend(pulse.log)
+            state.progress_s = max(state.progress_s, sent_s)
+        state.heartbeat = heartbeat
+        state.lines.extend(heartbeat.log)
 
-    def planned(self, step: int, now_s: float, dp_rank: int = 0) -> None:
-        """A lane's plan went out."""
+    def plan_sent(self, step: int, now_s: float, dp_rank: int = 0) -> None:
+        """Note that a plan of a data-parallel rank was sent."""
         self._plans[step, dp_rank] = now_s
 
-    def answered(self, step: int, dp_rank: int = 0) -> None:
-        """A plan's result is in."""
+    def result_received(self, step: int, dp_rank: int = 0) -> None:
+        """Note that the result of a plan has arrived."""
         self._plans.pop((step, dp_rank), None)
 
-    def describe(self, rank: int, kind: Kind, what: str, now_s: float) -> Evidence:
-        """Evidence about a slice, with all that its pulses told."""
-        return self._evidence(kind, rank, what, now_s - self._slices[rank].heard_s)
+    def describe(self, rank: int, kind: Kind, summary: str, now_s: float) -> Evidence:
+        """Evidence about a slice, filled from the slice's heartbeats."""
+        return self._evidence(kind, rank, summary, now_s - self._slices[rank].sent_s)
 
     def check(self, now_s: float) -> Evidence | None:
-        """What is wrong, if anything is; to be asked several times a second."""
+        """Evidence of a failure, if any; call several times a second."""
         paused_s = now_s - self._checked_s - 2 * HEARTBEAT_PERIOD_S
         self._checked_s = now_s
-        if paused_s > 0:  # we were stopped ourselves: nobody was silent, we did not listen
-            for seen in self._slices:
-                seen.heard_s += paused_s
-                seen.moved_s += paused_s
-                seen.ahead_s += paused_s  # what came meanwhile is late through us
+        if paused_s > 0:  # this process was stopped: no slice was silent
+            for state in self._slices:
+                state.sent_s += paused_s
+                state.progress_s += paused_s
+                state.offset_s += paused_s  # heartbeats of that time are late because of the pause
             self._plans = {plan: at_s + paused_s for plan, at_s in self._plans.items()}
-        return self._silent(now_s) or self._stuck(now_s)
+        return self._find_silent(now_s) or self._find_stuck(now_s)
 
-    def _silent(self, now_s: float) -> Evidence | None:
-        rank = min(range(len(self._slices)), key=lambda one: self._slices[one].heard_s)
-        silent_s = now_s - self._slices[rank].heard_s
+    def _find_silent(self, now_s: float) -> Evidence | None:
+        rank = min(range(len(self._slices)), key=lambda rank: self._slices[rank].sent_s)
+        silent_s = now_s - self._slices[rank].sent_s
         if silent_s < self.limits.silence_s:
             return None
         late_s = silent_s - (now_s - self._slices[rank].arrived_s)
+        summary = f"{self._names[rank]} has been silent for {silent_s:.1f} s"
         if late_s > HEARTBEAT_PERIOD_S:
-            told = f"pulses come {late_s:.1f} s late: a link that loses or delays packets"
-            what = f"{self._names[rank]} has been silent for {silent_s:.1f} s; its {told}"
+            summary += (
+                f"; its heartbeats come {late_s:.1f} s late: a link that loses or delays packets"
+            )
         else:
-            what = f"{self._names[rank]} has been silent for {silent_s:.1f} s: stopped, or cut off"
-        return self._evidence(Kind.SILENT, rank, what, silent_s)
+            summary += ": stopped, or cut off"
+        return self._evidence(Kind.SILENT, rank, summary, silent_s)
 
-    def _stuck(self, now_s: float) -> Evidence | None:
+    def _find_stuck(self, now_s: float) -> Evidence | None:
         if not self._plans:
             return None
         oldest = min(self._plans)
         age_s = now_s - self._plans[oldest]
-        still_s = min(age_s, now_s - max(self._moved_s(one) for one in self._slices))
-        computing = any(seen.pulse is not None and seen.pulse.computes for seen in self._slices)
+        still_s = min(age_s, now_s - max(self._progress_s(state) for state in self._slices))
+        computing = any(
+            state.heartbeat is not None and state.heartbeat.computes for state in self._slices
+        )
         if still_s < (self.limits.step_s if computing else self.limits.hang_s):
             return None
-        # whoever got least far holds up the others
+        # the slice with the least progress delays the others
         rank = min(range(len(self._slices)), key=self._progress)
-        pulse = self._slices[rank].pulse
-        if pulse is not None and pulse.waits_for:
-            where = f"waiting for {pulse.waits_for}"
-        elif pulse is None or pulse.idle:
+        heartbeat = self._slices[rank].heartbeat
+        if heartbeat is not None and heartbeat.waits_for:
+            where = f"waiting for {heartbeat.waits_for}"
+        elif heartbeat is None or heartbeat.idle:
             where = f"waiting for the plan of step {oldest[0]}"
         else:
-            where = f"in {pulse.phase}"
-        what = (
-            f"{self._names[rank]} got no further for {still_s:.1f} s, {where}; nor did the others"
+            where = f"in {heartbeat.phase}"
+        summary = (
+            f"{self._names[rank]} made no progress for {still_s:.1f} s, {where}; nor did the others"
         )
-        return self._evidence(Kind.STUCK, rank, what, still_s)
+        return self._evidence(Kind.STUCK, rank, summary, still_s)
 
-    def _moved_s(self, seen: _Seen) -> float:
-        # an idle slice gets no further because it has nothing to do, which counts as waiting
-        if seen.pulse is not None and seen.pulse.idle:
+    def _progress_s(self, state: _SliceHealth) -> float:
+        # an idle slice makes no progress because there is no work, which counts as waiting
+        if state.heartbeat is not None and state.heartbeat.idle:
             return 0.0
-        return seen.moved_s
+        return state.progress_s
 
     def _progress(self, rank: int) -> tuple[int, int]:
-        pulse = self._slices[rank].pulse
-        return (-1, 0) if pulse is None else (pulse.step, pulse.moves)
+        heartbeat = self._slices[rank].heartbeat
+        return (-1, 0) if heartbeat is None else (heartbeat.step, heartbeat.progress)
 
-    def _evidence(self, kind: Kind, rank: int, what: str, after_s: float) -> Evidence:
-        pulse = self._slices[rank].pulse
-        if pulse is None or pulse.step < 0:  # it said nothing since it was loaded
-            pulse = Heartbeat(step=-1, phase="")
+    def _evidence(self, kind: Kind, rank: int, summary: str, after_s: float) -> Evidence:
+        heartbeat = self._slices[rank].heartbeat
+        if heartbeat is None or heartbeat.step < 0:  # no heartbeat since loading
+            heartbeat = Heartbeat(step=-1, phase="")
         return Evidence(
             kind=kind,
-            what=what,
+            summary=summary,
             rank=rank,
-            step=max(pulse.step, min(self._plans, default=(-1, 0))[0]),
-            phase=pulse.phase,
-            collective=pulse.waits_for,
+            step=max(heartbeat.step, min(self._plans, default=(-1, 0))[0]),
+            phase=heartbeat.phase,
+            collective=heartbeat.waits_for,
             log=tuple(self._slices[rank].lines),
             after_s=after_s,
         )

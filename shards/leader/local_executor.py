@@ -1,6 +1,6 @@
-"""Plans for a group of one slice, which runs in this process: no sockets, nothing to install.
+"""Executor of a group of a single slice, in this process: no sockets, no set-up.
 
-Knows threads and queues; knows nothing of what a step computes.
+Knows threads and queues; knows nothing of how a step is computed.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class LocalExecutor:
         from arriero.shards.worker.select import runner_for
 
         self._runner: Runner | None = runner_for(config, 0)
-        self._moved: queue.SimpleQueue[TransferResult] = queue.SimpleQueue()
+        self._transfer_results: queue.SimpleQueue[TransferResult] = queue.SimpleQueue()
         self._runner.warm_up()
-        self._movers = self._runner.open_tiers(self._moved.put)
+        self._transfer_workers = self._runner.open_tiers(self._transfer_results.put)
         self._plans: queue.SimpleQueue[StepPlan | TransferBatch | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[Pending | BaseException] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="slice", daemon=True)
@@ -41,37 +41,38 @@ class LocalExecutor:
         self._plans.put(plan)
 
     def collect(self, timeout_s: float | None = None) -> StepResult | None:
-        """Result of the oldest plan outstanding, or None at the time limit."""
+        """Result of the oldest outstanding plan, or None at the time limit."""
         try:
-            got = self._results.get(timeout=timeout_s)
+            result = self._results.get(timeout=timeout_s)
         except queue.Empty:
             return None
-        if isinstance(got, BaseException):
-            raise GroupFailed(f"slice 0 failed in a step: {type(got).__name__}: {got}") from got
-        return got.wait()
+        if isinstance(result, BaseException):
+            name = type(result).__name__
+            raise GroupFailed(f"slice 0 failed in a step: {name}: {result}") from result
+        return result.wait()
 
     def take_loads(self) -> Mapping[int, Loads]:
-        """One slice holds all experts: there is nothing to balance."""
+        """Nothing to balance: the single slice has all experts."""
         return {}
 
-    def move(self, moves: TransferBatch) -> None:
-        """Queue copies of blocks behind the plans."""
-        self._plans.put(moves)
+    def transfer(self, batch: TransferBatch) -> None:
+        """Queue transfers of blocks behind the plans."""
+        self._plans.put(batch)
 
-    def moved(self, timeout_s: float = 0.0) -> list[TransferResult]:
-        """What came of copies since the last call; waits for the first until the limit."""
-        found: list[TransferResult] = []
+    def collect_transfers(self, timeout_s: float = 0.0) -> list[TransferResult]:
+        """Transfer results since the last call; waits for the first until the time limit."""
+        results: list[TransferResult] = []
         with contextlib.suppress(queue.Empty):
-            found.append(self._moved.get(timeout_s > 0, timeout_s))
+            results.append(self._transfer_results.get(timeout_s > 0, timeout_s))
             while True:
-                found.append(self._moved.get_nowait())
-        return found
+                results.append(self._transfer_results.get_nowait())
+        return results
 
     def close(self) -> None:
         """Stop the threads and give the weights back; safe to call twice."""
         self._plans.put(None)
         self._thread.join()
-        self._movers.close()
+        self._transfer_workers.close()
         if self._runner is not None:
             self._runner.close()
         self._runner = None
@@ -79,24 +80,25 @@ class LocalExecutor:
     def _run(self) -> None:
         runner = self._runner
         assert runner is not None, "set before the thread starts"
-        held: list[Pending] = []
+        launched: list[Pending] = []
 
-        def hand_on() -> None:
-            while held:
-                self._results.put(held.pop())
+        def publish() -> None:
+            while launched:
+                self._results.put(launched.pop())
 
         try:
             while (plan := self._plans.get()) is not None:
                 if isinstance(plan, TransferBatch):
-                    self._movers.submit(plan)
+                    self._transfer_workers.submit(plan)
                 else:
-                    # The engine's thread wants the interpreter as soon as it has a result: where
-                    # another plan waits, it gets it when that one's layers run without it.
-                    pending = runner.launch(plan, at_layers=hand_on)
-                    assert pending is not None, "the only slice of a group samples"
-                    held.append(pending)
+                    # The engine's thread needs the interpreter as soon as a result is published.
+                    # While another plan waits, publish when that plan's layers run without the
+                    # interpreter.
+                    pending = runner.launch(plan, at_layers=publish)
+                    assert pending is not None, "the single slice of a group always samples"
+                    launched.append(pending)
                 if self._plans.empty():
-                    hand_on()
+                    publish()
         except Exception as error:
-            hand_on()
+            publish()
             self._results.put(error)

@@ -1,7 +1,7 @@
-"""The leader's ear for its slices: a thread that hears pulses and gathers evidence of a loss.
+"""The leader's watch over its slices: a thread that takes heartbeats and gathers evidence.
 
-Runs beside the engine, so that a loss is found also while nothing is computed. Knows the socket of
-the pulses, and the clock; what is wrong `health` decides, and what came first `failure`.
+Runs beside the engine, so that a loss is detected also while no step runs. Knows the heartbeat
+socket and the clock; `health` decides what is wrong, and `failure` decides the first cause.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import zmq
 
 from arriero.shards.leader.health import GroupHealth, HealthLimits
-from arriero.shards.protocol import heartbeat as pulse
+from arriero.shards.protocol import heartbeat as heartbeats
 from arriero.shards.protocol.failure import Evidence, FirstCause, Kind, RootCauseCollector
 
 CHECK_S = 0.2
@@ -25,42 +25,42 @@ class Monitor:
     """Watches the slices of one group.
 
     Args:
-        pulses: the socket they come by; closed with the monitor.
-        num_slices: of the group.
-        limits: how long is too long.
-        on_evidence: called with each piece of evidence, from whichever thread found it.
+        socket: socket of the heartbeats; closed with the monitor.
+        num_slices: slices of the group.
+        limits: time limits.
+        on_evidence: callback with each piece of evidence, from any thread.
 
     Attributes:
-        watch: asked several times a second whether a slice is lost.
+        find_lost: returns evidence of a lost slice, if any; called several times a second.
     """
 
     def __init__(
         self,
-        pulses: zmq.Socket[bytes],
+        socket: zmq.Socket[bytes],
         num_slices: int,
         limits: HealthLimits,
         on_evidence: Callable[[Evidence], None],
     ) -> None:
-        self.watch: Callable[[], Evidence | None] = lambda: None
-        self._pulses, self._on_evidence = pulses, on_evidence
+        self.find_lost: Callable[[], Evidence | None] = lambda: None
+        self._socket, self._on_evidence = socket, on_evidence
         self._lock = threading.Lock()
         # Guarded by `_lock`:
         self._names = [f"slice {rank}" for rank in range(num_slices)]
-        self._places: list[dict[str, Any]] = [{} for _ in self._names]
+        self._hellos: list[dict[str, Any]] = [{} for _ in self._names]
         self._health = GroupHealth(limits, self._names, time.monotonic())
-        self._inquest = RootCauseCollector()
+        self._collector = RootCauseCollector()
         self._judging = False
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
         self._thread.start()
 
     def name(self, rank: int, words: str, hello: dict[str, Any]) -> None:
-        """Say how to call a slice, and where it is: its hello's `host` and `pid`."""
+        """Set a slice's name for people, and the `host` and `pid` of its hello."""
         with self._lock:
-            self._names[rank], self._places[rank] = words, hello
+            self._names[rank], self._hellos[rank] = words, hello
 
     def set_limits(self, limits: HealthLimits) -> None:
-        """Judge by other limits from now on."""
+        """Replace the time limits from now on."""
         with self._lock:
             self._health.limits = limits
 
@@ -70,22 +70,22 @@ class Monitor:
             self._health.restart(time.monotonic())
             self._judging = True
 
-    def planned(self, step: int, dp_rank: int) -> None:
-        """A lane's plan goes out."""
+    def plan_sent(self, step: int, dp_rank: int) -> None:
+        """Note that a plan of a data-parallel rank is sent."""
         with self._lock:
-            self._health.planned(step, time.monotonic(), dp_rank)
+            self._health.plan_sent(step, time.monotonic(), dp_rank)
 
-    def answered(self, step: int, dp_rank: int) -> None:
-        """A plan's result is in."""
+    def result_received(self, step: int, dp_rank: int) -> None:
+        """Note that the result of a plan has arrived."""
         with self._lock:
-            self._health.answered(step, dp_rank)
+            self._health.result_received(step, dp_rank)
 
-    def raised(self, rank: int, body: dict[str, Any]) -> None:
-        """A slice reports its error."""
+    def report_error(self, rank: int, body: dict[str, Any]) -> None:
+        """Add the error that a slice reports in its last message."""
         collective = body["collective"]
         evidence = Evidence(
             kind=Kind.ABORTED if collective else Kind.ERROR,
-            what=f"slice {rank} failed in {body['phase']}: {body['error']}",
+            summary=f"slice {rank} failed in {body['phase']}: {body['error']}",
             rank=rank,
             step=body["step"],
             phase=body["phase"],
@@ -95,50 +95,51 @@ class Monitor:
         )
         self.report(evidence)
 
-    def report_slice(self, rank: int, kind: Kind, what: str) -> None:
-        """Evidence about a slice, with what its pulses told of it."""
+    def report_slice(self, rank: int, kind: Kind, summary: str) -> None:
+        """Add evidence about a slice, filled from the slice's heartbeats."""
         with self._lock:
-            evidence = self._health.describe(rank, kind, what, time.monotonic())
+            evidence = self._health.describe(rank, kind, summary, time.monotonic())
         self.report(evidence)
 
     def report(self, evidence: Evidence) -> None:
-        """Take evidence in; what is known of the slice besides is added."""
+        """Add evidence, filled from the slice's hello and heartbeats."""
         with self._lock:
             if self._closing.is_set():
                 return
             now_s = time.monotonic()
             rank = evidence.rank
             if rank is not None:
-                known = self._health.describe(rank, evidence.kind, evidence.what, now_s)
-                place = self._places[rank]
+                known = self._health.describe(rank, evidence.kind, evidence.summary, now_s)
+                hello = self._hellos[rank]
                 evidence = replace(
                     evidence,
-                    node=evidence.node or place.get("host", ""),
-                    pid=evidence.pid or place.get("pid", 0),
+                    node=evidence.node or hello.get("host", ""),
+                    pid=evidence.pid or hello.get("pid", 0),
                     step=evidence.step if evidence.step >= 0 else known.step,
                     phase=evidence.phase or known.phase,
                     collective=evidence.collective or known.collective,
                     log=evidence.log or known.log,
                     after_s=evidence.after_s or known.after_s,
                 )
-            self._inquest.add(evidence, now_s)
+            self._collector.add(evidence, now_s)
         self._on_evidence(evidence)
 
     @property
     def settling(self) -> bool:
-        """Whether there is evidence, and more of it may still come in."""
+        """Whether there is evidence, and more evidence may still arrive."""
         with self._lock:
-            return self._inquest.begun and not self._inquest.settled(time.monotonic())
+            collector = self._collector
+            return collector.has_evidence and not collector.settled(time.monotonic())
 
-    def verdict(self) -> FirstCause | None:
-        """The first cause, once the evidence has settled; None when there is none."""
+    def first_cause(self) -> FirstCause | None:
+        """The first cause, once the evidence has settled; None without evidence."""
         while self.settling:
             time.sleep(CHECK_S / 4)
         with self._lock:
-            return self._inquest.verdict() if self._inquest.begun else None
+            return self._collector.first_cause() if self._collector.has_evidence else None
 
     def close(self) -> None:
-        """Stop; evidence that comes later is the consequence of that, and left out."""
+        """Stop; later evidence is a consequence of the stop and is ignored."""
         with self._lock:
             self._closing.set()
         self._thread.join()
@@ -146,17 +147,17 @@ class Monitor:
     def _run(self) -> None:
         try:
             while not self._closing.is_set():
-                if self._pulses.poll(int(CHECK_S * 1000)):
-                    rank, beat = pulse.unpack(self._pulses.recv())
+                if self._socket.poll(int(CHECK_S * 1000)):
+                    rank, heartbeat = heartbeats.unpack(self._socket.recv())
                     with self._lock:
-                        self._health.beat(rank, beat, time.monotonic())
-                if (found := self._look()) is not None:
-                    self.report(found)
+                        self._health.beat(rank, heartbeat, time.monotonic())
+                if (evidence := self._check()) is not None:
+                    self.report(evidence)
         finally:
-            self._pulses.close()
+            self._socket.close()
 
-    def _look(self) -> Evidence | None:
-        if (lost := self.watch()) is not None:
-            return lost
+    def _check(self) -> Evidence | None:
+        if (evidence := self.find_lost()) is not None:
+            return evidence
         with self._lock:
             return self._health.check(time.monotonic()) if self._judging else None

@@ -1,7 +1,8 @@
-"""How plans reach the slices of a group in processes of their own.
+"""Executor of a group whose slices run in processes of their own.
 
-`RemoteExecutor` speaks to them, wherever they run; `spawn_group` starts them on this machine. (A
-group of one slice needs neither: see `local_executor`.)
+`RemoteExecutor` sends plans to the slices, wherever they run; `spawn_group` starts the slices on
+this machine. (A group of a single slice needs neither: see `local_executor`.) Knows sockets and
+messages; knows nothing of how a plan is made or run.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from arriero.shards.layout.families import dp_rank_of
 from arriero.shards.leader.health import HealthLimits
 from arriero.shards.leader.monitor import Monitor
 from arriero.shards.protocol.failure import Evidence, FirstCause, Kind
+from arriero.shards.protocol.messages import MessageKind
 from arriero.shards.protocol.rendezvous import LeaderEndpoint, SliceReport
 from arriero.shards.protocol.step_plan import StepPlan, StepResult
 from arriero.shards.worker.loop import run_slice
@@ -37,17 +39,17 @@ from arriero.shards.worker.loop import run_slice
 POLL_S = 0.1
 Loads = npt.NDArray[np.int64]
 LoadProgress = Callable[["Loading"], None]
-"""Told how far the group's loading is."""
+"""Callback for the progress of the group's loading."""
 
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """How far a group's loading is: the bytes of all its slices.
+    """Progress of a group's loading, over all slices.
 
     Attributes:
         done: bytes packed.
-        total: bytes that slices are known to read; 0 before the first has said so.
-        elapsed_s: since the group was started.
+        total: bytes to read, as far as slices reported; 0 before the first report.
+        elapsed_s: seconds since the start of the group.
     """
 
     done: int
@@ -56,7 +58,7 @@ class Loading:
 
     @property
     def share(self) -> float:
-        """Of the whole, 0 to 1."""
+        """Loaded share of `total`, 0 to 1."""
         return self.done / self.total if self.total else 0.0
 
     def __str__(self) -> str:
@@ -72,7 +74,7 @@ class Loading:
 
 @dataclass(slots=True)
 class _SliceState:
-    """What the leader has heard of one slice."""
+    """Messages of one slice so far."""
 
     hello: dict[str, Any] | None = None
     loaded: int = 0
@@ -81,9 +83,9 @@ class _SliceState:
 
 
 class RemoteExecutor:
-    """Speaks to a group's slices over one ZeroMQ socket, and hears their pulses over another.
+    """Talks to a group's slices over one ZeroMQ socket and receives heartbeats over another.
 
-    Not thread-safe but for `report` and `verdict`: one thread at a time calls the rest.
+    Not thread-safe, except `report` and `first_cause`: call the rest from one thread at a time.
     """
 
     def __init__(
@@ -97,10 +99,10 @@ class RemoteExecutor:
         """Open the sockets.
 
         Args:
-            config: of the group, resolved.
-            host: address to bind to, for slices on other nodes; None is ipc on this one.
-            limits: how long a slice may be silent, and the group stuck; None takes the defaults.
-            on_lost: called once, from some thread, with what is known when the group is lost.
+            config: resolved config of the group.
+            host: address to bind to, for slices on other nodes; None means ipc on this node.
+            limits: limits of silence, hangs and steps; None means the defaults.
+            on_lost: callback when the group is lost, with a summary; called once, from any thread.
         """
         self._config = config
         self._on_lost = on_lost
@@ -109,121 +111,123 @@ class RemoteExecutor:
         for option in (zmq.SNDHWM, zmq.RCVHWM, zmq.LINGER):
             self._socket.setsockopt(option, 0)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        pulses = self._context.socket(zmq.PULL)
-        pulses.setsockopt(zmq.LINGER, 0)
+        heartbeats = self._context.socket(zmq.PULL)
+        heartbeats.setsockopt(zmq.LINGER, 0)
         keys: dict[str, bytes] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         if host is None:
             self._folder = tempfile.TemporaryDirectory(prefix="arriero-")
             address = f"ipc://{self._folder.name}/plans"
-            pulse_address = f"ipc://{self._folder.name}/pulses"
+            heartbeat_address = f"ipc://{self._folder.name}/heartbeats"
             self._socket.bind(address)
-            pulses.bind(pulse_address)
+            heartbeats.bind(heartbeat_address)
         else:
-            # only holders of the ticket know the server's public key, without which no CURVE
-            # handshake can begin
+            # only a LeaderEndpoint has the server's public key; no CURVE handshake begins without
             server_key, server_secret = zmq.curve_keypair()
             public_key, secret_key = zmq.curve_keypair()
             keys = {"server_key": server_key, "public_key": public_key, "secret_key": secret_key}
-            for one in (self._socket, pulses):
-                one.curve_server = True
-                one.curve_secretkey = server_secret
-                one.curve_publickey = server_key
+            for server in (self._socket, heartbeats):
+                server.curve_server = True
+                server.curve_secretkey = server_secret
+                server.curve_publickey = server_key
             address = f"tcp://{host}:{self._socket.bind_to_random_port(f'tcp://{host}')}"
-            pulse_address = f"tcp://{host}:{pulses.bind_to_random_port(f'tcp://{host}')}"
-        self.ticket = LeaderEndpoint(
-            address=address, pulse_address=pulse_address, config=config, **keys
+            heartbeat_address = f"tcp://{host}:{heartbeats.bind_to_random_port(f'tcp://{host}')}"
+        self.endpoint = LeaderEndpoint(
+            address=address, heartbeat_address=heartbeat_address, config=config, **keys
         )
         self._identities = [rank.to_bytes(4, "little") for rank in range(config.world_size)]
         self._slices = [_SliceState() for _ in self._identities]
         self._loads: dict[int, Loads] = {}
         self._results: deque[bytes] = deque()
-        self._moved: list[TransferResult] = []
+        self._transfer_results: list[TransferResult] = []
         self._failure: ArrieroError | None = None
-        self._lost = threading.Lock()
-        self._closing: Callable[[], None] = lambda: None
+        self._failure_lock = threading.Lock()
+        self._stop_slices: Callable[[], None] = lambda: None
         self._closed = False
         self._monitor = Monitor(
-            pulses, config.world_size, limits or HealthLimits(), self._on_evidence
+            heartbeats, config.world_size, limits or HealthLimits(), self._on_evidence
         )
 
-    def on_watch(self, watch: Callable[[], Evidence | None], closing: Callable[[], None]) -> None:
-        """Set what tells whether a slice is lost, and what stops the slices at the end.
+    def supervise(
+        self, find_lost: Callable[[], Evidence | None], stop_slices: Callable[[], None]
+    ) -> None:
+        """Set the callbacks of the process that started the slices.
 
         Args:
-            watch: asked several times a second, from a thread of its own.
-            closing: called once by `close`, after the slices were told to stop.
+            find_lost: returns evidence of a lost slice, if any; called several times a second,
+                from a thread of its own.
+            stop_slices: ends the slices; called once by `close`, after the stop messages.
         """
-        self._closing = closing
-        self._monitor.watch = watch
+        self._stop_slices = stop_slices
+        self._monitor.find_lost = find_lost
 
     def set_limits(self, limits: HealthLimits) -> None:
-        """Judge the slices by other limits from now on. Thread-safe."""
+        """Replace the health limits from now on. Thread-safe."""
         self._monitor.set_limits(limits)
 
     def report(self, evidence: Evidence) -> None:
-        """Take in evidence that something is wrong: the group is lost. Thread-safe."""
+        """Add evidence of a failure: the group is lost. Thread-safe."""
         self._monitor.report(evidence)
 
-    def verdict(self) -> FirstCause | None:
-        """The first cause once all that belongs to the failure is in; None while all is well.
+    def first_cause(self) -> FirstCause | None:
+        """The first cause, once the evidence has settled; None while the group is healthy.
 
         Waits for some tenths of a second at most. Safe from any thread, also after `close`.
         """
-        return self._monitor.verdict()
+        return self._monitor.first_cause()
 
     def _on_evidence(self, evidence: Evidence) -> None:
-        """The group is lost: whoever waits for a result is told at once."""
-        with self._lost:
-            first = self._failure is None
-            if first:
-                self._failure = GroupFailed(evidence.what)
-        if first:
-            self._on_lost(evidence.what)
+        """Mark the group as lost, so that a wait for a result ends at once."""
+        with self._failure_lock:
+            is_first = self._failure is None
+            if is_first:
+                self._failure = GroupFailed(evidence.summary)
+        if is_first:
+            self._on_lost(evidence.summary)
 
     def wait_ready(
         self, timeout_s: float, progress: LoadProgress | None = None
     ) -> list[SliceReport]:
-        """Wait until every slice has loaded and joined; returns their reports by rank.
+        """Wait until every slice has loaded and joined; returns the reports by rank.
 
         Raises:
-            CheckpointError: the weights are not what their config says.
+            CheckpointError: the weights do not match their config.
             GroupFailed: a slice is lost, or the time is up.
         """
-        begun_s = time.monotonic()
-        deadline = begun_s + timeout_s
+        start_s = time.monotonic()
+        deadline = start_s + timeout_s
         joined = False
-        while any(one.report is None for one in self._slices):
-            self._pump(POLL_S)
+        while any(state.report is None for state in self._slices):
+            self._receive(POLL_S)
             if progress is not None:
-                done = sum(one.loaded for one in self._slices)
-                total = sum(one.to_load for one in self._slices)
-                progress(Loading(done, total, time.monotonic() - begun_s))
-            if not joined and all(one.hello is not None for one in self._slices):
-                first = self._slices[0].hello
-                assert first is not None
-                where = msgpack.packb({"host": first["host"], "port": first["port"]})
-                self._tell(range(len(self._identities)), b"J", where)
+                done = sum(state.loaded for state in self._slices)
+                total = sum(state.to_load for state in self._slices)
+                progress(Loading(done, total, time.monotonic() - start_s))
+            if not joined and all(state.hello is not None for state in self._slices):
+                hello = self._slices[0].hello
+                assert hello is not None
+                store = msgpack.packb({"host": hello["host"], "port": hello["port"]})
+                self._send(range(len(self._identities)), MessageKind.JOIN, store)
                 joined = True
             if time.monotonic() > deadline:
-                late = [rank for rank, one in enumerate(self._slices) if one.report is None]
+                late = [rank for rank, state in enumerate(self._slices) if state.report is None]
                 raise GroupFailed(
                     f"slices {late} of {len(self._slices)} were not ready after {timeout_s:g} s"
                 )
-        self._monitor.judge()  # before, whoever loads may well be silent
-        return [one.report for one in self._slices if one.report is not None]
+        self._monitor.judge()  # not before: a slice that loads may be silent
+        return [state.report for state in self._slices if state.report is not None]
 
     def submit(self, plan: StepPlan) -> None:
-        """Send a plan to every slice of its lane."""
-        self._monitor.planned(plan.step, plan.dp_rank)
-        self._tell(self._lane(plan.dp_rank), b"P", plan.to_bytes())
+        """Send a plan to every slice of the plan's data-parallel rank."""
+        self._monitor.plan_sent(plan.step, plan.dp_rank)
+        self._send(self._ranks_of(plan.dp_rank), MessageKind.PLAN, plan.to_bytes())
 
-    def _lane(self, dp_rank: int) -> list[int]:
+    def _ranks_of(self, dp_rank: int) -> list[int]:
         ranks = range(len(self._identities))
         return [rank for rank in ranks if dp_rank_of(self._config, rank) == dp_rank]
 
     def collect(self, timeout_s: float | None = None) -> StepResult | None:
-        """Result of the oldest plan outstanding, or None at the time limit.
+        """Result of the oldest outstanding plan, or None at the time limit.
 
         Raises:
             GroupFailed: a slice is lost; the text is the first cause.
@@ -231,161 +235,162 @@ class RemoteExecutor:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             left = POLL_S if deadline is None else min(POLL_S, deadline - time.monotonic())
-            # some may have come while copies were waited for
-            result = self._results.popleft() if self._results else self._pump(max(left, 0.0))
-            if result is not None:
-                step = StepResult.from_bytes(result)
-                self._monitor.answered(step.step, step.dp_rank)
-                return step
+            # `collect_transfers` may have received results of plans
+            packed = self._results.popleft() if self._results else self._receive(max(left, 0.0))
+            if packed is not None:
+                result = StepResult.from_bytes(packed)
+                self._monitor.result_received(result.step, result.dp_rank)
+                return result
             if deadline is not None and time.monotonic() >= deadline:
                 return None
 
     def take_loads(self) -> Mapping[int, Loads]:
-        """What slices have told since the last call; see `Executor.take_loads`."""
-        taken, self._loads = self._loads, {}
-        return taken
+        """Expert loads reported since the last call; see `Executor.take_loads`."""
+        loads, self._loads = self._loads, {}
+        return loads
 
-    def move(self, moves: TransferBatch) -> None:
-        """Send copies of blocks to every slice of their lane, behind the plans."""
-        self._tell(self._lane(moves.dp_rank), b"M", moves.to_bytes())
+    def transfer(self, batch: TransferBatch) -> None:
+        """Send transfers to every slice of the batch's data-parallel rank, after the plans."""
+        self._send(self._ranks_of(batch.dp_rank), MessageKind.TRANSFER, batch.to_bytes())
 
-    def moved(self, timeout_s: float = 0.0) -> list[TransferResult]:
-        """What slices said of copies since the last call; waits for the first until the limit.
+    def collect_transfers(self, timeout_s: float = 0.0) -> list[TransferResult]:
+        """Transfer results since the last call; waits for the first until the time limit.
 
         Raises:
             GroupFailed: a slice is lost; the text is the first cause.
         """
         deadline = time.monotonic() + timeout_s
         while True:
-            left = 0.0 if self._moved else max(0.0, deadline - time.monotonic())
-            waiting = self._socket.poll(int(left * 1000))
-            if not waiting:
+            left = 0.0 if self._transfer_results else max(0.0, deadline - time.monotonic())
+            readable = self._socket.poll(int(left * 1000))
+            if not readable:
                 if self._failure is not None:
                     raise self._failure
                 break
-            result = self._pump(0.0)
-            if result is not None:
-                self._results.append(result)
+            packed = self._receive(0.0)
+            if packed is not None:
+                self._results.append(packed)
                 break
-        found, self._moved = self._moved, []
-        return found
+        results, self._transfer_results = self._transfer_results, []
+        return results
 
     def close(self) -> None:
         """Stop the slices; safe to call twice."""
         if self._closed:
             return
         self._closed = True
-        while self._failure is not None and self._monitor.settling:  # who else has what to say?
+        while self._failure is not None and self._monitor.settling:  # more evidence may come
             with contextlib.suppress(ArrieroError):
-                self._pump(POLL_S)
+                self._receive(POLL_S)
         for identity in self._identities:
             try:
-                self._socket.send_multipart([identity, b"S", b""])
+                self._socket.send_multipart([identity, MessageKind.STOP.value, b""])
             except zmq.ZMQError:
                 continue  # never connected, or gone
         self._monitor.close()
         self._socket.close(linger=500)
         self._context.term()
-        self._closing()
+        self._stop_slices()
         if self._folder is not None:
             self._folder.cleanup()
 
-    def _tell(self, ranks: Iterable[int], kind: bytes, body: bytes) -> None:
+    def _send(self, ranks: Iterable[int], kind: MessageKind, body: bytes) -> None:
         for rank in ranks:
             try:
-                self._socket.send_multipart([self._identities[rank], kind, body])
+                self._socket.send_multipart([self._identities[rank], kind.value, body])
             except zmq.ZMQError as error:
-                what = f"slice {rank} cannot be reached: {error}"
-                self._monitor.report_slice(rank, Kind.ABORTED, what)
-                raise self._failure or GroupFailed(what) from None
+                summary = f"slice {rank} cannot be reached: {error}"
+                self._monitor.report_slice(rank, Kind.ABORTED, summary)
+                raise self._failure or GroupFailed(summary) from None
 
-    def _pump(self, wait_s: float) -> bytes | None:
-        """Take in one message, if one comes in time; a result's bytes are returned."""
+    def _receive(self, wait_s: float) -> bytes | None:
+        """Take one message, if any arrives in time; returns the bytes of a step result."""
         if not self._socket.poll(int(wait_s * 1000)):
             if self._failure is not None:
                 raise self._failure
             return None
-        identity, kind, body = self._socket.recv_multipart()
-        if kind == b"T":
+        identity, head, body = self._socket.recv_multipart()
+        kind = MessageKind(head)
+        if kind is MessageKind.RESULT:
             return body
-        if kind == b"V":
-            self._moved.append(TransferResult.from_bytes(body))
+        if kind is MessageKind.TRANSFER_RESULT:
+            self._transfer_results.append(TransferResult.from_bytes(body))
             return None
         rank = int.from_bytes(identity, "little")
-        self._hear(rank, kind, msgpack.unpackb(body))
+        self._accept(rank, kind, msgpack.unpackb(body))
         return None
 
-    def _hear(self, rank: int, kind: bytes, body: dict[str, Any]) -> None:
+    def _accept(self, rank: int, kind: MessageKind, body: dict[str, Any]) -> None:
         state = self._slices[rank]
-        if kind == b"H":
+        if kind is MessageKind.HELLO:
             state.hello = body
             self._monitor.name(rank, f"slice {rank} (pid {body['pid']} on {body['host']})", body)
-        elif kind == b"L":
+        elif kind is MessageKind.LOADING:
             state.loaded, state.to_load = body["done"], body["total"]
-        elif kind == b"C":
+        elif kind is MessageKind.EXPERT_LOADS:
             for layer, counts in zip(body["layers"], body["loads"], strict=True):
                 loads_E = np.asarray(counts, dtype=np.int64)
                 self._loads[layer] = self._loads.get(layer, 0) + loads_E
-        elif kind == b"R":
+        elif kind is MessageKind.READY:
             state.report, state.loaded = SliceReport(**body), state.to_load
-        elif kind == b"E":
+        elif kind is MessageKind.ERROR:
             if self._failure is None and body["error"].startswith("CheckpointError: "):
                 self._failure = CheckpointError(body["error"].removeprefix("CheckpointError: "))
-            self._monitor.raised(rank, body)
+            self._monitor.report_error(rank, body)
             raise self._failure or GroupFailed(body["error"])
 
 
 def spawn_group(config: GroupConfig) -> RemoteExecutor:
-    """Start a group's slices as child processes of this one; `close` stops them.
+    """Start a group's slices as child processes; `close` stops the processes.
 
     Args:
-        config: of the group, resolved.
+        config: resolved config of the group.
 
     Raises:
-        GroupFailed: fewer GPUs are visible than there are slices.
+        GroupFailed: fewer GPUs are visible than slices are needed.
     """
     if config.device == "cuda":
         for rank in range(config.world_size):
-            device_of(rank)  # what is missing is told before anything starts
+            device_of(rank)  # a missing GPU is reported before any start
     executor = RemoteExecutor(config)
     context = multiprocessing.get_context("spawn")
     children: list[BaseProcess] = [
         context.Process(
-            target=_child, args=(rank, executor.ticket, os.getpid()), name=f"slice-{rank}"
+            target=_run_child, args=(rank, executor.endpoint, os.getpid()), name=f"slice-{rank}"
         )
         for rank in range(config.world_size)
     ]
     for child in children:
         child.start()
 
-    def watch() -> Evidence | None:
+    def find_lost() -> Evidence | None:
         for rank, child in enumerate(children):
             if child.exitcode is not None:
-                what = f"slice {rank} (pid {child.pid}) ended with exit code {child.exitcode}"
-                return Evidence(kind=Kind.CRASH, what=what, rank=rank, pid=child.pid or 0)
+                summary = f"slice {rank} (pid {child.pid}) ended with exit code {child.exitcode}"
+                return Evidence(kind=Kind.CRASH, summary=summary, rank=rank, pid=child.pid or 0)
         return None
 
-    def closing() -> None:
+    def stop_slices() -> None:
         for child in children:
             child.join(5)
             if child.exitcode is None:
                 child.kill()
                 child.join()
 
-    executor.on_watch(watch, closing)
+    executor.supervise(find_lost, stop_slices)
     return executor
 
 
 def device_of(rank: int) -> str:
-    """The GPU of a rank on this machine: of those that this process may see, or of all.
+    """The GPU of a rank on this machine, among the GPUs visible to this process.
 
     Raises:
-        GroupFailed: this process may not see that many.
+        GroupFailed: this process sees too few GPUs.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return str(rank)
-    devices = [one.strip() for one in visible.split(",") if one.strip()]
+    devices = [name.strip() for name in visible.split(",") if name.strip()]
     if rank >= len(devices):
         raise GroupFailed(
             f"slice {rank} has no GPU: CUDA_VISIBLE_DEVICES={visible!r} names {len(devices)}; "
@@ -394,11 +399,11 @@ def device_of(rank: int) -> str:
     return devices[rank]
 
 
-def _child(rank: int, ticket: LeaderEndpoint, parent: int) -> None:
-    os.environ.setdefault("OMP_NUM_THREADS", str(ticket.config.threads or 1))
-    if ticket.config.device == "cuda":  # each rank its own; NCCL refuses two on one
+def _run_child(rank: int, endpoint: LeaderEndpoint, parent: int) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", str(endpoint.config.threads or 1))
+    if endpoint.config.device == "cuda":  # a GPU for each rank: NCCL refuses two ranks on one GPU
         os.environ["CUDA_VISIBLE_DEVICES"] = device_of(rank)
     try:
-        run_slice(rank, ticket, leader_alive=lambda: os.getppid() == parent)
+        run_slice(rank, endpoint, leader_alive=lambda: os.getppid() == parent)
     except Exception:
         raise SystemExit(1) from None  # the leader has the cause

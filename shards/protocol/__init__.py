@@ -1,1 +1,1 @@
-"""Messages between leader and slices."""
+"""Messages between a leader and its slices."""

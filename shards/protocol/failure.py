@@ -1,9 +1,9 @@
-"""Why a group was lost: evidence from many places, and the one piece of it that came first.
+"""Why a group was lost: evidence from many places, and the evidence of the first cause.
 
-A dead slice shows up as its neighbours' broken collectives, its process's end, its silence and the
-leader's unanswered plan, in any order. `RootCauseCollector` takes all of the evidence and names the
-first cause; the rest is listed below the first cause. Knows evidence and times; knows nothing of
-processes or sockets.
+A dead slice shows up as broken collectives of its neighbours, the end of its process, missing
+heartbeats and an unanswered plan at the leader, in any order. `RootCauseCollector` takes all of
+the evidence and names the first cause; the rest is listed below the first cause. Knows evidence and
+times; knows nothing of processes or sockets.
 """
 
 from __future__ import annotations
@@ -14,51 +14,52 @@ from enum import IntEnum
 from typing import Any
 
 SETTLE_S = 0.6
-"""How long after the first piece of evidence the others are waited for."""
+"""Seconds of waiting for more evidence after the first piece."""
 CAUSE_S = 0.9
-"""As long, while all there is may follow from what has not been told yet."""
+"""Same, while all evidence may be the consequence of a cause that is not reported yet."""
 KEEP_FOLDED = 32
 KEEP_LINES = 20
-"""Log lines of a slice that are kept for the record."""
+"""Log lines of a slice kept for the record."""
 
 
 class Kind(IntEnum):
-    """What a piece of evidence is, the most telling first.
+    """Kind of a piece of evidence; the lowest value is closest to the first cause.
 
-    A slice that raised an error of its own ends its process next, so these two share a place and
-    the earlier one counts. Broken-off waits are what the loss of another rank looks like.
+    A slice that raised an error of its own ends its process next: both kinds have the same rank in
+    `_ORDER`, and the earlier evidence counts. ABORTED is the usual consequence of losing another
+    rank.
     """
 
     CRASH = 0  # a process ended
     ERROR = 1  # a slice raised an error of its own
-    SILENT = 2  # a process says nothing any more: stopped, or cut off
-    STUCK = 3  # every slice waits, and nothing moves
+    SILENT = 2  # a process sends no heartbeat any more: stopped, or cut off
+    STUCK = 3  # every slice waits, and none makes progress
     ABORTED = 4  # a wait for another rank broke off
 
 
-_PLACE = {Kind.CRASH: 0, Kind.ERROR: 0, Kind.SILENT: 1, Kind.STUCK: 2, Kind.ABORTED: 3}
+_ORDER = {Kind.CRASH: 0, Kind.ERROR: 0, Kind.SILENT: 1, Kind.STUCK: 2, Kind.ABORTED: 3}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evidence:
-    """One thing that went wrong, as somebody saw it.
+    """One observed sign of a failure.
 
     Attributes:
-        kind: what sort of thing.
-        what: one sentence for people.
-        rank: of the slice concerned; None for the leader or a node.
-        node: address of its node.
-        pid: its process; 0 when unknown.
-        step: it was in; -1 when unknown.
-        phase: of that step: "plan", "layers", "sample", …
-        collective: the wait it was in; "" for none.
-        exception: class and text; "" for none.
-        log: the last lines that it logged.
-        after_s: time since its last sign of life; how late the loss was seen.
+        kind: kind of the sign.
+        summary: one sentence for people.
+        rank: rank of the slice concerned; None for the leader or a node.
+        node: address of the slice's node.
+        pid: process of the slice; 0 when unknown.
+        step: step of the slice; -1 when unknown.
+        phase: phase of that step: "plan", "layers", "sample", …
+        collective: collective that the slice waited in; "" for none.
+        exception: class and text of the exception; "" for none.
+        log: last lines logged by the slice.
+        after_s: seconds since the last sign of life, so the delay of the detection.
     """
 
     kind: Kind
-    what: str
+    summary: str
     rank: int | None = None
     node: str = ""
     pid: int = 0
@@ -72,18 +73,18 @@ class Evidence:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FirstCause:
-    """The record of one failure: its first cause, and what followed from it.
+    """The record of one failure: its first cause and the consequences.
 
     Attributes:
         cause: the first cause.
-        folded: what else was seen, in the order it was seen.
+        folded: summaries of all other evidence, in the order of arrival.
     """
 
     cause: Evidence
     folded: tuple[str, ...] = ()
 
     def to_wire(self) -> dict[str, Any]:
-        """As msgpack and JSON can carry it."""
+        """The record as a map for msgpack and JSON."""
         wire = asdict(self)
         wire["cause"]["kind"] = self.cause.kind.name.lower()
         return wire
@@ -99,66 +100,75 @@ class FirstCause:
     def words(self) -> list[str]:
         """The record as lines for people."""
         cause = self.cause
-        told = [("what", cause.what), ("kind", cause.kind.name.lower())]
+        rows = [("cause", cause.summary), ("kind", cause.kind.name.lower())]
         if cause.rank is not None:
-            told.append(("rank", str(cause.rank)))
-        told += [("node", cause.node), ("pid", str(cause.pid or ""))]
-        told += [("step", str(cause.step) if cause.step >= 0 else ""), ("phase", cause.phase)]
-        told += [("collective", cause.collective), ("exception", cause.exception)]
+            rows.append(("rank", str(cause.rank)))
+        rows += [("node", cause.node), ("pid", str(cause.pid or ""))]
+        rows += [("step", str(cause.step) if cause.step >= 0 else ""), ("phase", cause.phase)]
+        rows += [("collective", cause.collective), ("exception", cause.exception)]
         if cause.after_s:
-            told.append(("seen", f"{cause.after_s:.1f} s after its last sign of life"))
-        lines = [f"{name + ':':<12}{text}" for name, text in told if text]
+            rows.append(("detected", f"{cause.after_s:.1f} s after the last sign of life"))
+        lines = [f"{name + ':':<12}{text}" for name, text in rows if text]
         lines += [f"log:        {line}" for line in cause.log]
         lines += [f"then:       {line}" for line in self.folded]
         return lines
 
 
+@dataclass(frozen=True, slots=True)
+class _TimedEvidence:
+    at_s: float
+    evidence: Evidence
+
+
 class RootCauseCollector:
-    """Gathers evidence until it has settled."""
+    """Gathers evidence until the evidence has settled, then names the first cause."""
 
     def __init__(self) -> None:
-        self._found: list[tuple[float, Evidence]] = []
+        self._entries: list[_TimedEvidence] = []
 
     @property
-    def begun(self) -> bool:
+    def has_evidence(self) -> bool:
         """Whether there is any evidence."""
-        return bool(self._found)
+        return bool(self._entries)
 
     def add(self, evidence: Evidence, now_s: float) -> None:
-        """Take in a piece of evidence; of one kind about one slice, the first counts."""
-        about = (evidence.kind, evidence.rank)
-        if all((one.kind, one.rank) != about for _, one in self._found):
-            self._found.append((now_s, evidence))
+        """Add a piece of evidence; for each kind and slice, only the first piece counts."""
+        key = (evidence.kind, evidence.rank)
+        if all((entry.evidence.kind, entry.evidence.rank) != key for entry in self._entries):
+            self._entries.append(_TimedEvidence(now_s, evidence))
 
     def settled(self, now_s: float) -> bool:
-        """Whether what belongs to the failure has had time to come in."""
-        if not self.begun:
+        """Whether evidence of the same failure has had time to arrive."""
+        if not self._entries:
             return False
-        limit_s = SETTLE_S if any(self._is_first_hand(one) for one in self._found) else CAUSE_S
-        return now_s - self._found[0][0] >= limit_s
+        limit_s = SETTLE_S if any(self._is_independent(e) for e in self._entries) else CAUSE_S
+        return now_s - self._entries[0].at_s >= limit_s
 
-    def _is_first_hand(self, found: tuple[float, Evidence]) -> bool:
-        """Whether it does not follow from something else: a wait for another that broke off."""
-        at_s, one = found
-        return one.kind is not Kind.ABORTED and not any(
-            other.kind is Kind.ABORTED and other.rank == one.rank and before_s < at_s
-            for before_s, other in self._found
+    def _is_independent(self, entry: _TimedEvidence) -> bool:
+        """Whether the evidence is no consequence of a broken wait for another rank."""
+        return entry.evidence.kind is not Kind.ABORTED and not any(
+            other.evidence.kind is Kind.ABORTED
+            and other.evidence.rank == entry.evidence.rank
+            and other.at_s < entry.at_s
+            for other in self._entries
         )
 
-    def verdict(self) -> FirstCause:
-        """The first cause as far as the evidence goes; there must be some."""
-        assert self._found, "a verdict without evidence"
-        # Errors of one's own and ended processes by time, before what follows from them: also the
-        # end of a slice whose wait for another broke off before.
-        order = sorted(
-            self._found,
-            key=lambda found: (_PLACE[found[1].kind], not self._is_first_hand(found), found[0]),
-        )
-        cause = order[0][1]
-        folded = tuple(one.what for _, one in self._found if one is not cause)
-        same = [one for _, one in self._found if one.rank == cause.rank and one is not cause]
-        for other in same:  # where it was is often known from another piece
-            cause = replace(
+    def first_cause(self) -> FirstCause:
+        """The first cause according to the evidence so far; there must be some evidence."""
+        assert self._entries, "no evidence, so no first cause"
+        # A slice's own error and the end of a process sort by time. Consequences come after both:
+        # also the end of a slice whose wait for another rank broke off before.
+        cause = min(
+            self._entries,
+            key=lambda e: (_ORDER[e.evidence.kind], not self._is_independent(e), e.at_s),
+        ).evidence
+        others = [entry.evidence for entry in self._entries if entry.evidence is not cause]
+        folded = tuple(other.summary for other in others)
+        rank = cause.rank
+        for other in others:
+            if other.rank != rank:
+                continue
+            cause = replace(  # other evidence about the slice often knows more of its position
                 cause,
                 node=cause.node or other.node,
                 pid=cause.pid or other.pid,

@@ -1,4 +1,4 @@
-"""How a slice finds its leader, and what it reports once it has loaded.
+"""How a slice reaches its leader, and the slice's report after loading.
 
 Knows addresses and keys; knows nothing of plans or weights.
 """
@@ -6,45 +6,41 @@ Knows addresses and keys; knows nothing of plans or weights.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import zmq
 
 from arriero.shards.config.group import GroupConfig
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LeaderEndpoint:
-    """What a slice needs to find its leader. Keep it secret: it holds the group's keys.
+    """How a slice reaches its leader. Keep an endpoint secret: the group's keys are inside.
 
     Attributes:
-        address: of the leader's socket, ipc or TCP.
-        pulse_address: of its socket for pulses.
-        config: of the group, resolved.
+        address: address of the leader's message socket, ipc or TCP.
+        heartbeat_address: address of the leader's heartbeat socket.
+        config: resolved config of the group.
         server_key, public_key, secret_key: CURVE keys (Z85), None on ipc.
     """
 
     address: str
-    pulse_address: str
+    heartbeat_address: str
     config: GroupConfig
     server_key: bytes | None = None
     public_key: bytes | None = None
     secret_key: bytes | None = None
 
-    def secure(self, connecting: zmq.Socket[bytes]) -> None:
-        """Give a socket the keys, if there are any; before it connects."""
+    def secure(self, socket: zmq.Socket[bytes]) -> None:
+        """Set the CURVE keys, if any, on a socket that has not connected yet."""
         if self.server_key is not None:
-            connecting.curve_serverkey = self.server_key
-            connecting.curve_publickey = self.public_key
-            connecting.curve_secretkey = self.secret_key
+            socket.curve_serverkey = self.server_key
+            socket.curve_publickey = self.public_key
+            socket.curve_secretkey = self.secret_key
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SliceReport:
-    """What a slice holds once it is loaded. Bytes are those really allocated."""
+    """State of a slice after loading. Byte counts are those really allocated."""
 
     rank: int
     host: str

@@ -1,10 +1,10 @@
-"""What travels between leader and slices: step plans out, step results back.
+"""Messages between leader and slices: step plans out, step results back.
 
 A plan holds only what changed: the slices keep each sequence's block table, sampling parameters
 and last sampled token in a *slot* (a small integer that the leader hands out). Arrays travel as
 little-endian int32 bytes inside msgpack.
 
-Knows the wire; knows nothing of how a plan is made or run.
+Knows the bytes of a message; knows nothing of how a plan is made or run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy.typing as npt
 Int32 = npt.NDArray[np.int32]
 
 LAST_SAMPLED = -1
-"""In `StepPlan.tokens`: the token that this slot sampled last, which the slices hold."""
+"""Value in `StepPlan.tokens`: the last sampled token of the slot, known to the slices alone."""
 
 
 def int32(values: Any = ()) -> Int32:  # noqa: ANN401
@@ -32,15 +32,16 @@ class NewSequence:
     """A sequence that enters a slot (for the first time, or again after pre-emption).
 
     Attributes:
-        slot: the slot, free until now.
-        params: `SamplingParams.to_wire()`, with `seed` always set and already this sample's own.
-        stop_tokens: the tokens banned before `min_tokens`: the request's and the model's own.
-        prompt: the prompt's tokens, and `output` what was emitted so far; both only when the
-            sampler keeps counts (penalties), else empty; `output` also for a grammar.
-        num_prompt: prompt tokens.
-        images: files of images, whose features take the places `image_positions` of the prompt,
-            in order; with it the number of features of each, in `image_sizes`.
+        slot: slot of the sequence, free until now.
+        params: `SamplingParams.to_wire()`, with `seed` always set, to the seed of this sample.
+        stop_tokens: tokens banned before `min_tokens`: those of the request and of the model.
+        prompt: tokens of the prompt; empty unless the sampler counts tokens (penalties).
+        output: tokens emitted so far; empty unless the sampler counts tokens or a grammar is set.
+        num_prompt: number of prompt tokens.
         num_output: output tokens emitted so far (not 0 after pre-emption or a resumed stream).
+        images: image files, in order of the prompt.
+        image_sizes: number of features of each image.
+        image_positions: prompt positions that take the image features.
     """
 
     slot: int
@@ -57,30 +58,31 @@ class NewSequence:
 
 @dataclass(kw_only=True, slots=True)
 class StepPlan:
-    """One step. S sequences take part, in this order; T tokens in all.
+    """One step. S sequences take part, in this order; T is the total number of tokens.
 
     Attributes:
-        step: counts up by one from 0.
+        step: step number, from 0.
         freed: slots that are free from now on (applied first).
         new: sequences that enter slots (applied second).
         block_slots, block_index, block_ids: three arrays of one length: entry `block_index` of
             the slot's block table becomes `block_ids` (applied third).
         slots: [S] slot of each sequence.
-        starts: [S] position of its first token of this step.
-        counts: [S] how many tokens it has in this step.
-        tokens: [T] token ids; `LAST_SAMPLED` where the slices hold it.
-        samples: [S] 1 where a token is drawn after the last position, else 0.
-        prompt_rows: [S] 1 where log-probabilities of this step's prompt tokens are wanted
+        starts: [S] position of each sequence's first token in this step.
+        counts: [S] number of tokens of each sequence in this step.
+        tokens: [T] token ids; `LAST_SAMPLED` where only the slices know the token.
+        samples: [S] 1 where a token is sampled after the last position, else 0.
+        prompt_rows: [S] 1 where log-probabilities of this step's prompt tokens are requested
             (predictions of positions starts + 1 .. starts + counts inside the prompt), else 0.
         prompt_next: [sum of counts over prompt_rows] the prompt token that follows each row, or
-            -1 after the prompt's last one.
+            -1 after the last prompt token.
         local_slots, local_index, local_ids: as `block_slots` and so on, for the table of the
-            layers that attend within their chunk; entries before the chunk of a sequence's first
+            layers with chunked attention; entries before the chunk of a sequence's first
             token of this step are not used again.
-        placement_layer, placement: before the step that layer's experts lie so: the expert in each
-            slot of the stage, rank by rank; -1 for no change.
-        lane: the data-parallel rank that runs it; each has plans of its own, one a step.
-        again: the rows are those of the lane's plan before, all decodes, each one token further.
+        placement_layer: layer with a new expert placement before this step; -1 for none.
+        placement: expert in each expert slot of that layer's stage, rank by rank.
+        dp_rank: data-parallel rank that runs the plan; each rank has plans of its own, one a step.
+        same_rows: whether the rows equal those of the rank's last plan, all decodes, each
+            sequence one token further.
     """
 
     step: int
@@ -102,17 +104,17 @@ class StepPlan:
     placement_layer: int = -1
     placement: Int32 = field(default_factory=int32)
     dp_rank: int = 0
-    again: bool = False
+    same_rows: bool = False
 
     def to_bytes(self) -> bytes:
-        """Pack for the wire."""
+        """Bytes of the plan."""
         return _pack([_plain(self, name) for name in _names(StepPlan)])
 
     @classmethod
     def from_bytes(cls, data: bytes) -> StepPlan:
         """Undo `to_bytes`; the arrays are views of `data`."""
         plan = cls(**_fields(cls, _unpack(data)))
-        plan.new = [NewSequence(**_fields(NewSequence, one)) for one in plan.new]
+        plan.new = [NewSequence(**_fields(NewSequence, fields)) for fields in plan.new]
         return plan
 
 
@@ -133,15 +135,15 @@ class Logprobs:
 
 @dataclass(kw_only=True, slots=True)
 class StepResult:
-    """What one step gave.
+    """Result of one step.
 
     Attributes:
-        step: of the plan.
+        step: number of the step.
         tokens: [R] sampled tokens, one for each 1 in the plan's `samples`, in order.
-        logprobs: of the sampled tokens; None when no row of the batch asked.
-        prompt_logprobs: one row for each entry of `prompt_next`; None when no row asked.
-        elapsed_us: time that the slice which sampled spent in the step.
-        lane: of the plan.
+        logprobs: log-probabilities of the sampled tokens; None without a request for them.
+        prompt_logprobs: one row for each entry of `prompt_next`; None without a request for them.
+        elapsed_us: microseconds that the sampling slice spent in the step.
+        dp_rank: data-parallel rank of the plan.
     """
 
     step: int
@@ -152,7 +154,7 @@ class StepResult:
     dp_rank: int = 0
 
     def to_bytes(self) -> bytes:
-        """Pack for the wire."""
+        """Bytes of the result."""
         return _pack([_plain(self, name) for name in _names(StepResult)])
 
     @classmethod
@@ -183,7 +185,7 @@ def _plain(record: Any, name: str) -> Any:  # noqa: ANN401
     if isinstance(value, Logprobs):
         return [_plain(value, name) for name in _names(Logprobs)]
     if isinstance(value, list):
-        return [[_plain(one, name) for name in _names(type(one))] for one in value]
+        return [[_plain(entry, name) for name in _names(type(entry))] for entry in value]
     return value
 
 
@@ -192,12 +194,12 @@ def _array(value: Any) -> msgpack.ExtType:  # noqa: ANN401
         code = _FLOAT32 if value.dtype == np.float32 else _INT32
         head = bytes([value.ndim]) + np.asarray(value.shape, dtype="<i4").tobytes()
         return msgpack.ExtType(code, head + np.ascontiguousarray(value).tobytes())
-    raise TypeError(f"{type(value).__name__} does not travel in a plan")
+    raise TypeError(f"{type(value).__name__} has no encoding in a plan")
 
 
 def _unarray(code: int, data: bytes) -> Any:  # noqa: ANN401
     if code not in (_INT32, _FLOAT32):
-        raise ValueError(f"unknown extension {code} in a plan")
+        raise ValueError(f"unknown msgpack extension {code} in a plan; expected 1 or 2")
     shape = np.frombuffer(data, dtype="<i4", count=data[0], offset=1)
     kind = "<i4" if code == _INT32 else "<f4"
     return np.frombuffer(data, dtype=kind, offset=1 + 4 * data[0]).reshape(shape)

@@ -51,7 +51,7 @@ class Activity:
             phase=self.runner.phase,
             waits_for=watchdog.waits_for,
             idle=self.idle,
-            moves=watchdog.moves,
+            progress=watchdog.progress,
             at_s=time.monotonic(),
             log=log,
             on_device=watchdog.on_device,
@@ -91,7 +91,7 @@ class HeartbeatSender:
         sender.setsockopt(zmq.LINGER, 0)
         sender.setsockopt(zmq.SNDHWM, 8)
         self._ticket.secure(sender)
-        sender.connect(self._ticket.pulse_address)
+        sender.connect(self._ticket.heartbeat_address)
         try:
             while True:
                 with contextlib.suppress(

@@ -4,9 +4,7 @@ One ZeroMQ socket to the leader carries everything: hello, join, progress, ready
 errors; pulses go beside it (see `pulse`). Runs in any process: a Ray actor's thread, a spawned
 child, torchrun.
 
-Messages are two frames: a one-byte kind and a body. To the leader: H hello, L loading, R ready,
-T result, V what came of copies of KV blocks, C counts of experts' tokens, E error (bodies are
-msgpack). From the leader: J join (rendezvous), P plan, M copies of KV blocks, S stop.
+Messages are two frames: a `MessageKind` and a body, msgpack or the bytes of a plan or result.
 """
 
 from __future__ import annotations
@@ -27,6 +25,7 @@ import zmq
 
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.errors import CollectiveFailed
+from arriero.shards.protocol.messages import MessageKind
 from arriero.shards.protocol.rendezvous import LeaderEndpoint, SliceReport
 from arriero.shards.worker.heartbeat import Activity, HeartbeatSender
 
@@ -70,14 +69,14 @@ def run_slice(
         # torch takes seconds to import: say hello first, so that the leader sees us start
         store_socket = _listen(host) if rank == 0 and ticket.config.world_size > 1 else None
         port = store_socket.getsockname()[1] if store_socket else 0
-        link.send(b"H", {"host": host, "port": port, "pid": os.getpid()})
+        link.send(MessageKind.HELLO, {"host": host, "port": port, "pid": os.getpid()})
 
         from arriero.shards.worker.select import runner_for
 
         activity.phase = "load"
         runner = runner_for(ticket.config, rank, progress=link.progress)
         activity.phase = "join"
-        where = link.receive(b"J")
+        where = link.receive(MessageKind.JOIN)
         if where is None:
             return
         if ticket.config.world_size > 1:
@@ -96,7 +95,7 @@ def run_slice(
             kv_bytes=runner.kv_nbytes,
             load_s=runner.load_s,
         )
-        link.send(b"R", asdict(loaded))
+        link.send(MessageKind.READY, asdict(loaded))
         gc.freeze()  # what is loaded stays: full collections need not walk it
         movers = runner.open_tiers(link.moved, host)
         try:
@@ -115,7 +114,7 @@ def run_slice(
             "at": traceback.format_exc(limit=-3),
             "log": pulse.tail(),
         }
-        link.send(b"E", report)
+        link.send(MessageKind.ERROR, report)
         raise
     finally:
         pulse.close()
@@ -134,21 +133,21 @@ def _serve(runner: Runner, link: _Link, activity: Activity, movers: TransferWork
             told = time.monotonic()
             if loads := runner.take_loads():
                 counts = [one.tolist() for one in loads.values()]
-                link.send(b"C", {"layers": list(loads), "loads": counts})
+                link.send(MessageKind.EXPERT_LOADS, {"layers": list(loads), "loads": counts})
         while due and (due[0].done or not link.waiting()):
             if due[0].done:
                 result = due.popleft().wait()
             else:
                 with runner.mesh.watchdog.watch("the device's result"):
                     result = due.popleft().wait()
-            link.send_bytes(b"T", result.to_bytes())
+            link.send_bytes(MessageKind.RESULT, result.to_bytes())
         activity.idle = True
-        message = link.receive_any(b"PM")
+        message = link.receive_any(MessageKind.PLAN, MessageKind.TRANSFER)
         activity.idle = False
         if message is None:
             return
         kind, body = message
-        if kind == b"M":
+        if kind is MessageKind.TRANSFER:
             movers.submit(TransferBatch.from_bytes(body))
             continue
         pending = runner.launch(StepPlan.from_bytes(body))
@@ -201,29 +200,29 @@ class _Link:
         made.connect(self._ticket.address)
         return made
 
-    def send(self, kind: bytes, body: dict[str, object]) -> None:
+    def send(self, kind: MessageKind, body: dict[str, object]) -> None:
         """Send a message whose body is a map."""
         self.send_bytes(kind, msgpack.packb(body))
 
-    def send_bytes(self, kind: bytes, body: bytes) -> None:
+    def send_bytes(self, kind: MessageKind, body: bytes) -> None:
         """Send a message."""
-        self._socket.send_multipart([kind, body])
+        self._socket.send_multipart([kind.value, body])
 
     def moved(self, moved: TransferResult) -> None:
         """Tell what came of copies of blocks; from any thread, until those that copy have ended."""
         with self._moved_lock:  # the main thread waits in its own socket, so this is another
             if self._moved_socket is None:
                 self._moved_socket = self._connect(self._name + b"moved")
-            self._moved_socket.send_multipart([b"V", moved.to_bytes()])
+            self._moved_socket.send_multipart([MessageKind.TRANSFER_RESULT.value, moved.to_bytes()])
 
     def progress(self, done: int, total: int) -> None:
         """Tell how far loading is, now and then."""
         now = time.monotonic()
         if done == total or now - self._last_progress > PROGRESS_PERIOD_S:
             self._last_progress = now
-            self.send(b"L", {"done": done, "total": total})
+            self.send(MessageKind.LOADING, {"done": done, "total": total})
 
-    def receive(self, kind: bytes) -> bytes | None:
+    def receive(self, kind: MessageKind) -> bytes | None:
         """Body of the next message, which is of `kind`; None when told to stop.
 
         Raises:
@@ -232,19 +231,20 @@ class _Link:
         message = self.receive_any(kind)
         return None if message is None else message[1]
 
-    def receive_any(self, kinds: bytes) -> tuple[bytes, bytes] | None:
+    def receive_any(self, *kinds: MessageKind) -> tuple[MessageKind, bytes] | None:
         """Kind and body of the next message, which is of one of `kinds`; as `receive`."""
         while True:
             try:
-                got, body = self._socket.recv_multipart()
+                head, body = self._socket.recv_multipart()
             except zmq.Again:
                 if not self._alive():
                     raise LeaderLost from None
                 continue
-            if got == b"S":
+            kind = MessageKind(head)
+            if kind is MessageKind.STOP:
                 return None
-            assert got in kinds, f"message {got!r} where one of {kinds!r} is due"
-            return got, body
+            assert kind in kinds, f"message {kind.name}, expected {[kind.name for kind in kinds]}"
+            return kind, body
 
     def waiting(self) -> bool:
         """Whether a message is here to be received."""

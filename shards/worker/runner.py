@@ -195,7 +195,7 @@ class Runner:
         dp_rank, parts = dp_rank_of(config, part.rank), parts_of(model, config)
         before = [one for one in parts[: part.rank] if dp_rank_of(config, one.rank) == dp_rank]
         for pool, kv in self._model.kv_pools.items():
-            piece, *others = (
+            shard, *others = (
                 BlockShard(pool_layers(model, one, pool), (one.kv_heads.start, one.kv_heads.stop))
                 for one in (part, *before)
             )
@@ -206,9 +206,9 @@ class Runner:
                 rank=part.rank,
                 pool=pool,
                 dp_rank=dp_rank,
-                piece=piece,
+                shard=shard,
                 host=host,
-                writes=piece not in others,
+                writes=shard not in others,
             )
             movers[pool] = TransferWorker(kv, settings, on_moved, self.fence)
         return TransferWorkers(movers)
@@ -301,7 +301,7 @@ class Runner:
     def _sample(self, plan: StepPlan, x_TH: Tensor) -> Sampled | None:
         """Draw the step's tokens, and tell every rank that will embed them."""
         x_RH, num_rows = x_TH, len(x_TH)
-        if not plan.again:
+        if not plan.same_rows:
             drawn = plan.samples.astype(bool)
             num_rows = int(drawn.sum())
             if not num_rows:

@@ -128,14 +128,14 @@ class SequenceTable:
     def batch(self, plan: StepPlan) -> tuple[Tensor, FlatBatch]:
         """The step's tokens, int32 [T], and where they sit; void once the next plan is applied."""
         standing = self._standing
-        if plan.again and standing is not None:
+        if plan.same_rows and standing is not None:
             standing.advance(self._blocks, changed=len(plan.block_ids) > 0)
             return standing.tokens_T, standing.batch
         if standing is not None:
             self._last[standing.slots] = standing.tokens
             self._standing = None
         tokens_T, batch = self._new_batch(plan)
-        if plan.again and self.repeats_in_place and batch.local is None:
+        if plan.same_rows and self.repeats_in_place and batch.local is None:
             self._standing = RepeatBatch(plan.slots, tokens_T, batch, self._block_size, self._rope)
         return tokens_T, batch
 

@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from arriero.shards.kv.block_shards import BlockForm, BlockShard
 from arriero.shards.kv.host import HostPool
-from arriero.shards.kv.nixl import NixlReader, NixlServer, wanted
+from arriero.shards.kv.nixl import NixlReader, NixlServer, enabled
 from arriero.shards.kv.peer import PeerPool
 from arriero.shards.kv.tcp import BlockServer
 
@@ -53,15 +53,15 @@ def serve(pipe: Connection, keys: list[bytes], store: str) -> None:
     """The other slice: hold the blocks, tell where, and send when asked."""
     torch.set_num_threads(1)
     count, pools = len(keys), []
-    for piece in (WHOLE, *HALVES):
-        pool = HostPool(FORM, piece, count, pinned=False)
-        data = torch.empty((count, *FORM.shape(piece)), dtype=FORM.dtype).normal_()
+    for shard in (WHOLE, *HALVES):
+        pool = HostPool(FORM, shard, count, pinned=False)
+        data = torch.empty((count, *FORM.shape(shard)), dtype=FORM.dtype).normal_()
         pool.put(range(count), keys, data)
         pools.append(pool)
     server = BlockServer(pools[0], "127.0.0.1")
-    readers = NixlServer(pools[0]) if wanted("nixl") else None
-    told = server.address, server.token, b"" if readers is None else readers.told
-    pipe.send([one.segment for one in pools] + [told])
+    readers = NixlServer(pools[0]) if enabled("nixl") else None
+    endpoint = server.address, server.token, b"" if readers is None else readers.metadata
+    pipe.send([one.segment for one in pools] + [endpoint])
     join(1, store)
     while pipe.recv() == "send":
         dist.send(pools[0].data, 0)

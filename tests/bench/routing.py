@@ -61,7 +61,7 @@ class Cache:
         )
         if self.host_blocks:
             memory = Segment(0, 0, "", "", (0, 1), (0, 1), (BLOCK, 1, 1), self.host_blocks)
-            self.tiers.take(TransferResult(0, ready=True, segment=memory))
+            self.tiers.apply(TransferResult(0, ready=True, segment=memory))
 
     def begin(self, keys: list[bytes], num_blocks: int) -> tuple[int, int, int]:
         """Give a request its blocks: (owner, blocks on the device, blocks that came up)."""
@@ -83,9 +83,11 @@ class Cache:
             self._copy()
 
     def _copy(self) -> None:
-        while messages := self.tiers.take_moves():
-            for moves in messages:
-                self.tiers.take(TransferResult(0, done=[move.id for move in moves.moves]))
+        while batches := self.tiers.take_transfers():
+            for batch in batches:
+                self.tiers.apply(
+                    TransferResult(0, done=[transfer.id for transfer in batch.transfers])
+                )
 
 
 @dataclass

@@ -117,9 +117,9 @@ class FakeSlice:
         assert len(plan.slots) == len(set(plan.slots.tolist())), "a sequence twice in a step"
         assert plan.counts.sum() <= config.max_batch_tokens
         assert plan.counts.min(initial=1) > 0
-        assert len(plan.slots) or config.num_lanes > 1, "a plan without rows"
+        assert len(plan.slots) or config.num_dp_ranks > 1, "a plan without rows"
         assert len(plan.tokens) == plan.counts.sum()
-        if plan.again:
+        if plan.same_rows:
             self.repeats += 1
             rows_now = list(zip(plan.slots.tolist(), plan.starts.tolist(), strict=True))
             assert rows_now == self._next_rows and not len(plan.freed) and not plan.new
@@ -239,7 +239,7 @@ class FakeExecutor:
         self.slice = FakeSlice(config)
         self.results: deque[StepResult] = deque()
         self.closed = False
-        self.said: list[TransferResult] = []
+        self.transfer_results: list[TransferResult] = []
 
     def submit(self, plan: StepPlan) -> None:
         result = self.slice.run(StepPlan.from_bytes(plan.to_bytes()))
@@ -251,12 +251,12 @@ class FakeExecutor:
     def take_loads(self) -> dict[int, Any]:
         return {}
 
-    def move(self, moves: TransferBatch) -> None:
+    def transfer(self, batch: TransferBatch) -> None:
         raise AssertionError("there are no tiers")
 
-    def moved(self, timeout_s: float = 0.0) -> list[TransferResult]:
-        said, self.said = self.said, []
-        return said
+    def collect_transfers(self, timeout_s: float = 0.0) -> list[TransferResult]:
+        transfer_results, self.transfer_results = self.transfer_results, []
+        return transfer_results
 
     def close(self) -> None:
         self.closed = True

@@ -36,7 +36,7 @@ class FaultyTiers(FakeExecutor):
         self.rng, self.faults = rng, faults
         self.disk = {} if disk is None else disk
         self.host: dict[tuple[Pool, int], tuple[bytes, Content]] = {}
-        self.due: dict[Pool, list[Transfer]] = {pool: [] for pool in Pool}
+        self.waiting: dict[Pool, list[Transfer]] = {pool: [] for pool in Pool}
         self.ranks = {
             Pool.ALL: config.tiers.all.num_ranks,
             Pool.LOCAL: config.tiers.local.num_ranks,
@@ -44,63 +44,65 @@ class FaultyTiers(FakeExecutor):
         self.busy: set[tuple[Pool, Tier, object]] = set()
         pools = [Pool.ALL, Pool.LOCAL] if config.attention_chunk else [Pool.ALL]
         for pool in pools:
-            found = [key for of, key in self.disk if of is pool]
+            stored = [key for of, key in self.disk if of is pool]
             for rank in range(self.ranks[pool]):
-                listed = [(key, rng.random() >= faults) for key in found]
-                self.said.append(TransferResult(rank, pool, ready=True, found={Tier.DISK: listed}))
+                listed = [(key, rng.random() >= faults) for key in stored]
+                self.transfer_results.append(
+                    TransferResult(rank, pool, ready=True, stored={Tier.DISK: listed})
+                )
 
-    def move(self, moves: TransferBatch) -> None:
-        moves = TransferBatch.from_bytes(moves.to_bytes())
-        for tier, key in moves.dropped:
+    def transfer(self, batch: TransferBatch) -> None:
+        batch = TransferBatch.from_bytes(batch.to_bytes())
+        for tier, key in batch.dropped:
             assert tier is Tier.DISK
-            self.disk.pop((moves.pool, key), None)
-        for move in moves.moves:
-            for place in self._places(moves.pool, move):
+            self.disk.pop((batch.pool, key), None)
+        for transfer in batch.transfers:
+            for place in self._places(batch.pool, transfer):
                 assert place not in self.busy, f"two copies to {place} at once"
-            self.busy |= set(self._places(moves.pool, move))
-            self.due[moves.pool].append(move)
+            self.busy |= set(self._places(batch.pool, transfer))
+            self.waiting[batch.pool].append(transfer)
 
     @staticmethod
-    def _places(pool: Pool, move: Transfer) -> list[tuple[Pool, Tier, object]]:
-        at: object = move.key if move.target is Tier.DISK else move.target_at
-        return [(pool, move.target, at)]
+    def _places(pool: Pool, transfer: Transfer) -> list[tuple[Pool, Tier, object]]:
+        at: object = transfer.key if transfer.target is Tier.DISK else transfer.target_index
+        return [(pool, transfer.target, at)]
 
     def work(self, most: int = 4) -> bool:
-        """Make some of the copies that are due, in any order; False when none is."""
+        """Make some of the waiting transfers, in any order; False when none is left."""
         for pool in Pool:
             for _ in range(most):
-                if not self.due[pool]:
+                if not self.waiting[pool]:
                     break
-                move = self.due[pool].pop(self.rng.randrange(len(self.due[pool])))
-                self.busy -= set(self._places(pool, move))
-                self._do(pool, move)
-        return any(self.due.values())
+                transfer = self.waiting[pool].pop(self.rng.randrange(len(self.waiting[pool])))
+                self.busy -= set(self._places(pool, transfer))
+                self._do(pool, transfer)
+        return any(self.waiting.values())
 
-    def _do(self, pool: Pool, move: Transfer) -> None:
+    def _do(self, pool: Pool, transfer: Transfer) -> None:
         device = self.slice.kv if pool is Pool.ALL else self.slice.local
         failed = self.rng.random() < self.faults
         data: Content | None = None
-        if move.source is Tier.DEVICE:
-            data = list(device[move.source_at])
-        elif move.source is Tier.HOST:
-            key, data = self.host.get((pool, move.source_at), (b"", []))
-            assert key == move.key, "host memory was given away while it was read"
+        if transfer.source is Tier.DEVICE:
+            data = list(device[transfer.source_index])
+        elif transfer.source is Tier.HOST:
+            key, data = self.host.get((pool, transfer.source_index), (b"", []))
+            assert key == transfer.key, "host memory was given away while it was read"
         else:
-            data = self.disk.get((pool, move.key))
+            data = self.disk.get((pool, transfer.key))
         if failed or data is None:
-            if move.target is Tier.DEVICE:  # some ranks have copied, all must be ignored
-                device[move.target_at] = [(-7, -7)] * self.slice.config.block_size
+            if transfer.target is Tier.DEVICE:  # some ranks have copied, all must be ignored
+                device[transfer.target_index] = [(-7, -7)] * self.slice.config.block_size
             outcomes = [self.rng.random() < 0.5 for _ in range(self.ranks[pool])]
             outcomes[self.rng.randrange(len(outcomes))] = True
         else:
             outcomes = [False] * self.ranks[pool]
-            if move.target is Tier.DEVICE:
-                device[move.target_at] = list(data)
-            elif move.target is Tier.HOST:
-                self.host[pool, move.target_at] = (move.key, data)
+            if transfer.target is Tier.DEVICE:
+                device[transfer.target_index] = list(data)
+            elif transfer.target is Tier.HOST:
+                self.host[pool, transfer.target_index] = (transfer.key, data)
             else:
-                self.disk[pool, move.key] = data
+                self.disk[pool, transfer.key] = data
         for rank, bad in enumerate(outcomes):
-            done, lost = ([], [move.id]) if bad else ([move.id], [])
-            said = TransferResult(rank, pool, done=done, failed=lost)
-            self.said.append(TransferResult.from_bytes(said.to_bytes()))
+            done, lost = ([], [transfer.id]) if bad else ([transfer.id], [])
+            result = TransferResult(rank, pool, done=done, failed=lost)
+            self.transfer_results.append(TransferResult.from_bytes(result.to_bytes()))

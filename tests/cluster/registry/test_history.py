@@ -9,7 +9,7 @@ from arriero.shards.protocol.failure import Evidence, FirstCause, Kind
 
 
 def failure(who: str, seat: str = "m-0", cause: str = "slice 1 died") -> Failure:
-    evidence = Evidence(kind=Kind.CRASH, what=cause, rank=1, pid=7, log=("last words",))
+    evidence = Evidence(kind=Kind.CRASH, summary=cause, rank=1, pid=7, log=("last words",))
     record = FirstCause(cause=evidence, folded=("slice 0 broke off",)).to_wire()
     return Failure(who=who, kind="GroupFailed", cause=cause, at=100.0, seat=seat, record=record)
 

@@ -32,16 +32,16 @@ class Run:
         self.world = FaultyTiers(config, rng, faults, disk)
         self.outputs: dict[str, list[SequenceOutput]] = defaultdict(list)
 
-    def hear(self) -> None:
-        self.rng.shuffle(self.world.said)
-        self.scheduler.take_moved(self.world.moved())
+    def apply_results(self) -> None:
+        self.rng.shuffle(self.world.transfer_results)
+        self.scheduler.apply_results(self.world.collect_transfers())
 
     def submit(self) -> bool:
         plan = self.scheduler.schedule()
         if plan is not None:
             self.world.submit(plan)
-        for moves in self.scheduler.take_moves():
-            self.world.move(moves)
+        for batch in self.scheduler.take_transfers():
+            self.world.transfer(batch)
         return plan is not None
 
     def collect(self) -> bool:
@@ -54,13 +54,13 @@ class Run:
     def finish(self, *, stuck: bool = False) -> None:
         """Run on until nothing is left to do; with `stuck` no copy is ever made again."""
         for _ in range(5000):
-            self.hear()
+            self.apply_results()
             while self.submit():
                 pass
             if not stuck:
                 self.world.work()
             busy = self.collect() or self.scheduler.num_live
-            if not busy and (stuck or not self.scheduler.num_moving):
+            if not busy and (stuck or not self.scheduler.num_transfers):
                 break
             self.now += PATIENCE_S / 10
         assert not self.scheduler.num_live, "stuck"
@@ -123,7 +123,7 @@ def test_every_request_gets_its_own_tokens_whatever_tiers_do(
             )
             run.scheduler.add(requests[-1])
             for _ in range(rng.randrange(4)):
-                rng.choice([run.submit, run.collect, run.world.work, run.hear])()
+                rng.choice([run.submit, run.collect, run.world.work, run.apply_results])()
             match rng.randrange(12):
                 case 0:
                     with suppress(InvalidRequest):
@@ -163,7 +163,7 @@ def test_a_tier_that_gives_no_sign_of_life_is_not_waited_for() -> None:
     first.scheduler.add(request)
     first.finish()
     second = Run(config, rng, 0.0, first.world.disk)
-    second.hear()
+    second.apply_results()
     second.scheduler.add(request)
     second.finish(stuck=True)
     assert [t for one in second.outputs["a"] for t in one.tokens] == answer(

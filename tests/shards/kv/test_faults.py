@@ -285,7 +285,7 @@ def hold(pieces: list[BlockShard], count: int, pipe: Connection) -> None:
         for piece in pieces:
             pool, segment = ranks.enter_context(server(piece, count))
             pools.append(pool)
-            told.append(replace(segment, nixl=nixl.NixlServer(pool).told, address=""))
+            told.append(replace(segment, nixl=nixl.NixlServer(pool).metadata, address=""))
         pipe.send(told)
         pipe.recv()
         pools[-1].data[2, 0, 0, -1] += 1
@@ -296,7 +296,7 @@ def hold(pieces: list[BlockShard], count: int, pipe: Connection) -> None:
 @pytest.mark.parametrize("theirs", [LAYOUTS[1], pytest.param(LAYOUTS[2], marks=pytest.mark.slow)])
 def test_a_peer_is_read_through_nixl_until_it_dies(theirs: list[BlockShard]) -> None:
     pytest.importorskip("nixl", reason="needs the extra arriero[nixl]")
-    assert nixl.wanted("nixl") and not nixl.wanted("tcp")
+    assert nixl.enabled("nixl") and not nixl.enabled("tcp")
     count, context = 8, get_context("spawn")
     pipe, their_pipe = context.Pipe()
     other = context.Process(target=hold, args=(theirs, count, their_pipe), daemon=True)

@@ -295,7 +295,7 @@ def test_each_data_parallel_rank_has_tiers(
         assert in_pairs(group) == expected4
         assert in_pairs(group) == expected4
         report = group.engine.ask(lambda lanes: lanes.cache()).result(10)
-        assert report.tiers["host"].used == sum(report.held["host"].values()) > 0
+        assert report.tiers["host"].used == sum(report.tenant_blocks["host"].values()) > 0
         with running(small(llama4, TierConfig(host_bytes=64 << 20), **POOLS)) as other:
             for prompt, tokens in zip(prompts, expected4, strict=True):
                 told = shared(group, prompt)

@@ -1,4 +1,4 @@
-"""Who is at fault: the decision over pulses, the record, and real slices killed and stopped."""
+"""Who is at fault: the decision over heartbeats, the record, and real slices killed and stopped."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from arriero.shards.protocol.heartbeat import Heartbeat
 MODEL = os.environ.get("ARRIERO_TEST_MODEL", "")
 LIMITS = HealthLimits(silence_s=3.0, hang_s=4.0, step_s=60.0)
 BUSY = Heartbeat(step=7, phase="layers")
-WAITS = Heartbeat(step=7, phase="layers", waits_for="all-reduce", moves=3)
-IDLE = Heartbeat(step=6, phase="sample", idle=True, moves=3)
+WAITS = Heartbeat(step=7, phase="layers", waits_for="all-reduce", progress=3)
+IDLE = Heartbeat(step=6, phase="sample", idle=True, progress=3)
 
 
 class Watched:
@@ -44,13 +44,13 @@ class Watched:
         self.now_s = 100.0
         self.health = GroupHealth(LIMITS, ["slice 0", "slice 1"], self.now_s)
 
-    def run(self, seconds: float, *pulses: Heartbeat | None) -> Evidence | None:
-        """Let time pass; a rank whose pulse is None says nothing."""
+    def run(self, seconds: float, *heartbeats: Heartbeat | None) -> Evidence | None:
+        """Let time pass; a rank whose heartbeat is None says nothing."""
         for _ in range(int(seconds * 2)):
             self.now_s += 0.5
-            for rank, pulse in enumerate(pulses):
-                if pulse is not None:
-                    sent = replace(pulse, at_s=self.now_s + 50 * rank)  # clocks differ
+            for rank, heartbeat in enumerate(heartbeats):
+                if heartbeat is not None:
+                    sent = replace(heartbeat, at_s=self.now_s + 50 * rank)  # clocks differ
                     self.health.beat(rank, sent, self.now_s)
             if (found := self.health.check(self.now_s)) is not None:
                 return found
@@ -87,7 +87,7 @@ def test_a_silent_slice_is_named_with_what_it_did() -> None:
 
 def test_a_long_computation_is_no_hang() -> None:
     group = Watched()
-    group.health.planned(7, group.now_s)
+    group.health.plan_sent(7, group.now_s)
     assert group.run(50, BUSY, WAITS) is None
     found = group.run(60, BUSY, WAITS)
     assert found is not None and found.kind is Kind.STUCK
@@ -95,8 +95,8 @@ def test_a_long_computation_is_no_hang() -> None:
 
 def test_all_waiting_is_a_hang_that_names_the_one_behind() -> None:
     group = Watched()
-    group.health.planned(7, group.now_s)
-    behind = Heartbeat(step=7, phase="layers", waits_for="activations", moves=2)
+    group.health.plan_sent(7, group.now_s)
+    behind = Heartbeat(step=7, phase="layers", waits_for="activations", progress=2)
     began_s = group.now_s
     found = group.run(60, WAITS, behind)
     assert found is not None
@@ -106,16 +106,16 @@ def test_all_waiting_is_a_hang_that_names_the_one_behind() -> None:
 
 def test_a_lost_plan_is_a_hang() -> None:
     group = Watched()
-    group.health.planned(7, group.now_s)
+    group.health.plan_sent(7, group.now_s)
     found = group.run(60, IDLE, IDLE)
-    assert found is not None and "plan of step 7" in found.what
+    assert found is not None and "plan of step 7" in found.summary
 
 
 def test_waits_that_move_on_are_no_hang() -> None:
     group = Watched()
-    group.health.planned(7, group.now_s)
-    for moves in range(100):
-        moving = Heartbeat(step=7, phase="layers", waits_for="all-reduce", moves=moves)
+    group.health.plan_sent(7, group.now_s)
+    for progress in range(100):
+        moving = Heartbeat(step=7, phase="layers", waits_for="all-reduce", progress=progress)
         assert group.run(1, moving, WAITS) is None
 
 
@@ -127,7 +127,7 @@ def test_whoever_was_stopped_itself_accuses_nobody() -> None:
     assert group.run(2, IDLE, IDLE) is None
 
 
-def test_pulses_that_come_but_late_are_silence() -> None:
+def test_heartbeats_that_come_but_late_are_silence() -> None:
     """A link that loses packets delivers all in order, ever later: what they tell is long over."""
     group = Watched()
     group.run(2, IDLE, IDLE)
@@ -135,13 +135,13 @@ def test_pulses_that_come_but_late_are_silence() -> None:
     for beat in range(1, 40):  # sent twice a second; each comes 0.3 s later than the one before
         sent_s, now_s = group.now_s + beat * 0.5, group.now_s + beat * 0.8
         group.health.beat(0, replace(IDLE, at_s=now_s), now_s)
-        group.health.beat(1, replace(WAITS, at_s=sent_s + 50, moves=beat), now_s)
+        group.health.beat(1, replace(WAITS, at_s=sent_s + 50, progress=beat), now_s)
         if (found := group.health.check(now_s)) is not None:
             break
     assert found is not None
     assert (found.kind, found.rank) == (Kind.SILENT, 1)
     assert 3.0 <= found.after_s <= 3.5
-    assert "s late: a link that loses or delays" in found.what
+    assert "s late: a link that loses or delays" in found.summary
 
 
 def test_what_piled_up_while_we_were_stopped_is_not_late() -> None:
@@ -167,36 +167,36 @@ def test_clocks_may_drift_apart() -> None:
 
 
 def test_the_first_cause_is_not_the_first_to_be_heard() -> None:
-    inquest = RootCauseCollector()
-    broke = Evidence(kind=Kind.ABORTED, what="slice 0 failed in layers: broke off", rank=0)
-    crash = Evidence(kind=Kind.CRASH, what="slice 1 (pid 5) died", rank=1)
-    silent = Evidence(kind=Kind.SILENT, what="slice 1 is silent", rank=1, step=9, phase="layers")
+    collector = RootCauseCollector()
+    broke = Evidence(kind=Kind.ABORTED, summary="slice 0 failed in layers: broke off", rank=0)
+    crash = Evidence(kind=Kind.CRASH, summary="slice 1 (pid 5) died", rank=1)
+    silent = Evidence(kind=Kind.SILENT, summary="slice 1 is silent", rank=1, step=9, phase="layers")
     for at_s, one in enumerate((broke, silent, crash, crash)):
-        inquest.add(one, at_s * 0.1)
-    assert not inquest.settled(0.2) and inquest.settled(SETTLE_S)
-    found = inquest.verdict()
-    assert found.cause.what == crash.what
+        collector.add(one, at_s * 0.1)
+    assert not collector.settled(0.2) and collector.settled(SETTLE_S)
+    found = collector.first_cause()
+    assert found.cause.summary == crash.summary
     assert (found.cause.step, found.cause.phase) == (9, "layers")  # known from another piece
-    assert found.folded == (broke.what, silent.what)
+    assert found.folded == (broke.summary, silent.summary)
     assert FirstCause.from_wire(found.to_wire()) == found
     assert found.words()[0].endswith("slice 1 (pid 5) died")
 
 
 def test_the_end_of_whoever_waited_for_another_is_not_the_first_cause() -> None:
-    inquest = RootCauseCollector()
-    inquest.add(Evidence(kind=Kind.ABORTED, what="slice 1 failed: broke off", rank=1), 0.0)
-    inquest.add(Evidence(kind=Kind.CRASH, what="slice 1 died", rank=1), 0.3)
-    assert not inquest.settled(SETTLE_S) and inquest.settled(CAUSE_S)
-    inquest.add(Evidence(kind=Kind.CRASH, what="slice 0 died", rank=0), 0.7)
-    assert inquest.settled(0.7)
-    assert inquest.verdict().cause.what == "slice 0 died"
+    collector = RootCauseCollector()
+    collector.add(Evidence(kind=Kind.ABORTED, summary="slice 1 failed: broke off", rank=1), 0.0)
+    collector.add(Evidence(kind=Kind.CRASH, summary="slice 1 died", rank=1), 0.3)
+    assert not collector.settled(SETTLE_S) and collector.settled(CAUSE_S)
+    collector.add(Evidence(kind=Kind.CRASH, summary="slice 0 died", rank=0), 0.7)
+    assert collector.settled(0.7)
+    assert collector.first_cause().cause.summary == "slice 0 died"
 
 
 def test_an_error_of_ones_own_comes_before_the_end_of_the_process() -> None:
-    inquest = RootCauseCollector()
-    inquest.add(Evidence(kind=Kind.ERROR, what="slice 1 failed: no memory", rank=1), 0.0)
-    inquest.add(Evidence(kind=Kind.CRASH, what="slice 1 ended", rank=1), 0.1)
-    assert inquest.verdict().cause.kind is Kind.ERROR
+    collector = RootCauseCollector()
+    collector.add(Evidence(kind=Kind.ERROR, summary="slice 1 failed: no memory", rank=1), 0.0)
+    collector.add(Evidence(kind=Kind.CRASH, summary="slice 1 ended", rank=1), 0.1)
+    assert collector.first_cause().cause.kind is Kind.ERROR
 
 
 class Running:
@@ -220,7 +220,7 @@ class Running:
         params = SamplingParams(max_tokens=2000, temperature=0.0, seed=0, ignore_eos=True)
         self.engine.submit(EngineRequest(request_id="r", prompt=(5, 6, 7), params=params))
         assert self.flowing.wait(60)
-        time.sleep(1)  # a pulse or two
+        time.sleep(1)  # a heartbeat or two
 
     def _take(self, outputs: list[SequenceOutput]) -> None:
         self.flowing.set()
@@ -245,7 +245,7 @@ def test_a_lost_slice_is_found_and_named(
         os.kill(group.pids[rank], sign)
         assert group.lost.wait(30)
         took_s = time.monotonic() - begun_s
-        found = group.executor.verdict()
+        found = group.executor.first_cause()
         assert found is not None
         assert (found.cause.kind, found.cause.rank, found.cause.pid) == (
             kind,

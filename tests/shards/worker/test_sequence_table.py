@@ -56,7 +56,7 @@ def _plans(steps: int) -> Iterator[StepPlan]:
             counts=int32(counts),
             tokens=int32(range(sum(known))) if first else int32([LAST_SAMPLED] * len(slots)),
             samples=int32([1] * len(slots)),
-            again=step not in (0, 1, steps - 5),
+            same_rows=step not in (0, 1, steps - 5),
         )
         if not first:
             known = [n + 1 for n in known]
@@ -70,12 +70,12 @@ def _new(slot: int, num_prompt: int) -> NewSequence:
 @pytest.mark.parametrize("over_wire", [False, True])
 def test_a_standing_batch_is_the_same_as_a_new_one(over_wire: bool) -> None:
     standing, anew = _table(), _table()
-    assert sum(plan.again for plan in _plans(40)) == 37
+    assert sum(plan.same_rows for plan in _plans(40)) == 37
     for plan in _plans(40):
         if over_wire:
             plan = StepPlan.from_bytes(plan.to_bytes())
         seen = []
-        for table, one in ((standing, plan), (anew, replace(plan, again=False))):
+        for table, one in ((standing, plan), (anew, replace(plan, same_rows=False))):
             table.apply(one)
             tokens, batch = table.batch(one)
             seen.append((tokens, batch, table.sampling_rows(one)))
