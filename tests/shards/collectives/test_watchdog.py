@@ -131,10 +131,10 @@ def test_what_the_device_passes_is_progress() -> None:
     with dog.watch("the device's result"):
         assert dog.on_device
         for passed in range(1, 5):
-            before = dog.moves
+            before = dog.progress
             time.sleep(0.25)
             work.done = passed
-            assert dog.waits_for and dog.moves == before + 1
+            assert dog.waits_for and dog.progress == before + 1
     assert dog.stuck is None, "four steps of 0.25 s are not one wait of a second"
     assert not dog.on_device
     dog.close()

@@ -72,7 +72,7 @@ def test_a_long_step_of_a_device_is_no_hang() -> None:
     moving = Watched()
     moving.health.planned(7, moving.now_s)
     for moves in range(3):
-        assert moving.run(LIMITS.step_s - 2, replace(waits, moves=moves), IDLE) is None
+        assert moving.run(LIMITS.step_s - 2, replace(waits, progress=moves), IDLE) is None
 
 
 def test_a_silent_slice_is_named_with_what_it_did() -> None:
