@@ -1,16 +1,16 @@
-"""What to do next so that the groups that are become the groups that are wanted.
+"""The next actions that bring the groups of a deployment to the desired state.
 
-One state machine for up, scale, drain, rolling update, roll-back and replacement: a wish for each
-model (settings by revision, a count), the seats there are, and a pure function from both to
-actions. Sans-I/O: it is asked again whenever something has changed, and an action that was taken is
-seen in the seats the next time.
+One state machine serves `up`, `scale`, `drain`, rolling update, roll-back and replacement. Input:
+the desired state of each model (revision of its settings, number of groups) and the seats of the
+deployment. Output: actions. Sans-I/O: the operator calls `reconcile` again after each change, and
+an action that was taken shows in the seats of the next call.
 
-A seat's phases:  starting ─▶ serving ─▶ stopping ─▶ (gone)
-                     ├── failed ────────────┤
-                     └── standby (a spare) ─┘
+Phases of a seat:  starting ─▶ serving ─▶ stopping ─▶ (gone)
+                      ├── failed ────────────┤
+                      └── standby (a spare) ─┘
 
-Stopping includes draining: its streams end or move before its processes do. A spare is started as
-far as it goes without weights in its devices' memory; promoted, it starts to serve.
+"stopping" includes draining: the streams of a group end or move before its processes end. A spare
+group starts without weights in device memory; after its promotion it loads them and serves.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from enum import StrEnum
 
 
 class Phase(StrEnum):
-    """Of a seat."""
+    """Phase of a seat."""
 
     STARTING = "starting"
     SERVING = "serving"
@@ -32,16 +32,16 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DesiredModel:
-    """What is wanted of one model.
+    """Desired state of a model.
 
     Attributes:
-        revision: of its settings; groups of another revision are to be replaced.
-        count: groups.
-        surge: groups beyond `count` that may be there while others are replaced. With 0 a group
-            is stopped before its successor starts.
-        drained: seats that are to stop whatever their revision.
-        paused: start nothing more: the revision does not start.
-        spares: groups that stand by, beside `count`.
+        revision: of the model's settings; groups of another revision are replaced.
+        count: number of groups.
+        surge: groups beyond `count` that may exist during a replacement. With 0, a group stops
+            before its successor starts.
+        drained: names of seats that must stop whatever their revision.
+        paused: no group starts.
+        spares: number of groups on standby, beside `count`.
     """
 
     revision: int
@@ -54,15 +54,15 @@ class DesiredModel:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupSeat:
-    """The place of one group.
+    """The place of a group in the deployment.
 
     Attributes:
-        name: "smollm2-0".
-        model: its model.
-        revision: its settings'.
-        phase: where it is.
-        load: requests it runs; the least loaded one goes first.
-        spare: it is to stand by.
+        name: for example "smollm2-0".
+        model: name of the model.
+        revision: of the model's settings.
+        phase: current phase.
+        load: requests that run in the group; the group with the least load stops first.
+        spare: the group is for standby.
     """
 
     name: str
@@ -75,7 +75,7 @@ class GroupSeat:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Start:
-    """Start a group of a revision in a new seat; a spare one goes no further than standby."""
+    """Start a group of a revision in a new seat; a spare group stops at standby."""
 
     seat: str
     model: str
@@ -85,14 +85,14 @@ class Start:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Promote:
-    """Have the spare group of a seat serve."""
+    """Let the spare group of a seat serve."""
 
     seat: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stop:
-    """Drain the group of a seat, then end it."""
+    """Drain the group of a seat, then end the group."""
 
     seat: str
     why: str
@@ -104,7 +104,7 @@ Action = Start | Promote | Stop
 def reconcile(
     desired_models: Mapping[str, DesiredModel], seats: Iterable[GroupSeat]
 ) -> list[Action]:
-    """The next actions; none when all is as wanted or something must be waited for."""
+    """The next actions; empty when the desired state is reached or an action is still under way."""
     by_model: dict[str, list[GroupSeat]] = {model: [] for model in desired_models}
     actions: list[Action] = []
     for seat in seats:
@@ -113,12 +113,12 @@ def reconcile(
         elif seat.phase is not Phase.STOPPING:
             actions.append(Stop(seat=seat.name, why="its model is no longer wanted"))
     for model, desired in desired_models.items():
-        actions += _decide(model, desired, by_model[model])
+        actions += _reconcile_model(model, desired, by_model[model])
     return actions
 
 
 def settled(desired_models: Mapping[str, DesiredModel], seats: Iterable[GroupSeat]) -> bool:
-    """Whether everything is as wanted, spares aside."""
+    """Whether the desired state is reached; spare groups do not count."""
     seats = [seat for seat in seats if not seat.spare]
     if any(seat.phase is not Phase.SERVING or seat.model not in desired_models for seat in seats):
         return False
@@ -131,37 +131,39 @@ def settled(desired_models: Mapping[str, DesiredModel], seats: Iterable[GroupSea
 
 
 def spares_settled(desired_models: Mapping[str, DesiredModel], seats: Iterable[GroupSeat]) -> bool:
-    """Whether all the spares there should be stand by."""
+    """Whether the desired number of spare groups is on standby."""
     spares = [seat for seat in seats if seat.spare]
     return all(
-        [(one.revision, one.phase) for one in spares if one.model == model]
+        [(seat.revision, seat.phase) for seat in spares if seat.model == model]
         == [(desired.revision, Phase.STANDBY)] * desired.spares
         for model, desired in desired_models.items()
     )
 
 
-def _decide(model: str, desired: DesiredModel, seats: list[GroupSeat]) -> list[Action]:
+def _reconcile_model(model: str, desired: DesiredModel, seats: list[GroupSeat]) -> list[Action]:
     spares = [seat for seat in seats if seat.spare]
     useless = [
-        one
-        for one in spares
-        if one.phase is Phase.FAILED or one.revision != desired.revision or _doomed(one, desired)
+        seat
+        for seat in spares
+        if seat.phase is Phase.FAILED
+        or seat.revision != desired.revision
+        or seat.name in desired.drained
     ]
-    # no loss to anybody, and room for others; one that is stopping is seen to already
-    if going := [one for one in useless if one.phase is not Phase.STOPPING]:
-        return [Stop(seat=one.name, why="a spare group that is of no use") for one in going]
-    ready = [one for one in spares if one.phase is Phase.STANDBY and one not in useless]
+    # A useless spare group only takes room; a seat that is stopping already needs no action.
+    if stopping := [seat for seat in useless if seat.phase is not Phase.STOPPING]:
+        return [Stop(seat=seat.name, why="a spare group that is of no use") for seat in stopping]
+    ready = [seat for seat in spares if seat.phase is Phase.STANDBY and seat not in useless]
     taken = {seat.name for seat in seats}
     mains = [seat for seat in seats if not seat.spare]
-    if actions := _decide_serving(model, desired, mains, ready, taken):
+    if actions := _reconcile_serving(model, desired, mains, ready, taken):
         return actions
-    if any(one.phase is not Phase.SERVING or one.revision != desired.revision for one in mains):
-        return []  # first those that serve
-    alive = [one for one in spares if one.phase is not Phase.STOPPING]
+    if any(seat.phase is not Phase.SERVING or seat.revision != desired.revision for seat in mains):
+        return []  # groups that serve come before spare groups
+    alive = [seat for seat in spares if seat.phase is not Phase.STOPPING]
     if surplus := len(alive) - desired.spares:
         if surplus > 0:
-            why = "fewer spare groups are wanted"
-            return [Stop(seat=one.name, why=why) for one in alive[:surplus]]
+            why = "the spec asks for fewer spare groups"
+            return [Stop(seat=seat.name, why=why) for seat in alive[:surplus]]
         if not desired.paused:
             return [
                 Start(seat=name, model=model, revision=desired.revision, spare=True)
@@ -170,39 +172,41 @@ def _decide(model: str, desired: DesiredModel, seats: list[GroupSeat]) -> list[A
     return []
 
 
-def _decide_serving(
+def _reconcile_serving(
     model: str,
     desired: DesiredModel,
     seats: list[GroupSeat],
     ready: list[GroupSeat],
     taken: set[str],
 ) -> list[Action]:
-    """What to do for the groups that serve; `ready` are spares that can be had at once."""
+    """Actions for the groups that serve; `ready` are spare groups on standby."""
     alive = [seat for seat in seats if seat.phase is not Phase.STOPPING]
     current = [
-        one for one in alive if one.revision == desired.revision and not _doomed(one, desired)
+        seat
+        for seat in alive
+        if seat.revision == desired.revision and seat.name not in desired.drained
     ]
-    outdated = [one for one in alive if one not in current]
-    serving = [one for one in alive if one.phase is Phase.SERVING]
+    outdated = [seat for seat in alive if seat not in current]
+    serving = [seat for seat in alive if seat.phase is Phase.SERVING]
 
-    # too many of the right kind: scale down, all at once, those that start or idle first
+    # Scale down, all at once; groups that still start, or run the fewest requests, stop first.
     surplus = len(current) - desired.count
     if surplus > 0:
-        current.sort(key=lambda one: (one.phase is Phase.SERVING, one.load, one.name))
-        return [Stop(seat=one.name, why="fewer groups are wanted") for one in current[:surplus]]
+        current.sort(key=lambda seat: (seat.phase is Phase.SERVING, seat.load, seat.name))
+        why = "the model needs fewer groups"
+        return [Stop(seat=seat.name, why=why) for seat in current[:surplus]]
 
-    # what never served is no loss
-    failed = [one for one in outdated if one.phase is not Phase.SERVING]
-    if failed:
-        return [Stop(seat=one.name, why="it was replaced") for one in failed]
+    # An outdated group that does not serve carries no load.
+    if idle := [seat for seat in outdated if seat.phase is not Phase.SERVING]:
+        return [Stop(seat=seat.name, why="a newer group replaces it") for seat in idle]
 
     missing = desired.count - len(current)
     if missing > 0 and ready:
-        return [Promote(seat=one.name) for one in ready[:missing]]
+        return [Promote(seat=seat.name) for seat in ready[:missing]]
     if missing > 0 and not desired.paused:
         room = desired.count + desired.surge - len(seats)
-        starting = sum(one.phase is Phase.STARTING for one in current)
-        # while there is something to replace, one group at a time; else all at once
+        starting = sum(seat.phase is Phase.STARTING for seat in current)
+        # During a replacement one group at a time; otherwise all at once.
         most = min(missing, room) if not outdated else min(missing, room, 1 - starting)
         if most > 0:
             return [
@@ -210,22 +214,15 @@ def _decide_serving(
                 for name in _free_names(model, taken, most)
             ]
 
-    # one outdated group at a time, and only while the others carry the load without it
+    # One outdated group at a time, and only while the other groups carry the load.
     if outdated and len(alive) == len(seats):
-        spare = len(serving) - desired.count
-        if spare >= 0 and (spare > 0 or desired.surge == 0 or desired.count == 0):
-            first = min(outdated, key=lambda one: (one.load, one.name))
-            why = (
-                "it is drained"
-                if _doomed(first, desired)
-                else f"revision {desired.revision} replaces it"
-            )
+        extra = len(serving) - desired.count
+        if extra >= 0 and (extra > 0 or desired.surge == 0 or desired.count == 0):
+            first = min(outdated, key=lambda seat: (seat.load, seat.name))
+            drained = first.name in desired.drained
+            why = "it is drained" if drained else f"revision {desired.revision} replaces it"
             return [Stop(seat=first.name, why=why)]
     return []
-
-
-def _doomed(seat: GroupSeat, desired: DesiredModel) -> bool:
-    return seat.name in desired.drained
 
 
 def _free_names(model: str, taken: set[str], count: int) -> list[str]:

@@ -1,9 +1,10 @@
-"""Which groups serve now, for the gateways to follow: one small named actor.
+"""The registry: a small named actor that lists the groups and gateways that serve now.
 
-Leaders renew their entries every health period, so a registry that Ray restarts fills again within
-one; epochs and history it keeps in Ray's own store. A group that is silent, or whose leader is
-gone, is *fenced*: its id is refused from then on, gateways no longer hear it, and its processes are
-killed. Knows addresses, leases and events; knows nothing of models, requests or placement.
+Leaders renew their entries once per health period, so a registry that Ray restarts is complete
+again after that period; epochs and history are in Ray's own key-value store. A group that is
+silent, or that has lost its leader, is *fenced*: the registry refuses the id of the group, gateways
+close their links, and the processes of the group are killed. Knows addresses, leases and events;
+knows nothing of models, requests or placement.
 """
 
 from __future__ import annotations
@@ -29,27 +30,27 @@ NAME = "registry"
 NAMESPACE = "arriero"
 _POLL_S = 4.0
 PROMOTION_POLL_S = 2.0
-"""So often a group that stands by asks whether it is its turn, if it is not told sooner."""
+"""Seconds between two questions of a spare group whether it is promoted."""
 _GATEWAY_LEASE_S = 3 * _POLL_S
 _KEEP_FENCED = 64
 _SUSPECT_S = 2.5
-"""A suspected group that has not renewed for so long is taken to hang."""
+"""Seconds without a renewal after which a suspected leader counts as hung."""
 _PROBE_S = 1.0
-_AGAIN_S = 0.2
-"""Between two looks at a suspected group."""
-_LEASES_S = 0.5
-"""At most between two looks at the leases."""
+_SUSPECT_PERIOD_S = 0.2
+"""Seconds between two checks of a suspected group."""
+_LEASE_CHECK_S = 0.5
+"""Largest number of seconds between two checks of the leases."""
 _STAND_IN_S = 30.0
-"""The longest that a spare's start is put off for those that stand in for lost groups."""
+"""Largest delay in seconds of a spare group's start in favour of promoted groups."""
 _DEMAND_S = 5.0
-"""What a gateway told of its queues is true for so long."""
+"""Seconds for which a gateway's report of its queues is valid."""
 
 
 class Registry:
-    """The actor behind `connect()`; every method answers at once but `changed`."""
+    """The actor behind `connect()`; each method but `changed` and `wait_for_promotion` is fast."""
 
     def __init__(self) -> None:
-        self._version = time.time_ns()  # no number of an earlier life comes again
+        self._version = time.time_ns()  # larger than each version before a restart
         self._groups: dict[str, GroupEntry] = {}
         self._expiry_s: dict[str, float] = {}
         self._renewed_s: dict[str, float] = {}
@@ -62,81 +63,81 @@ class Registry:
         self._history = History(store.get("history"))
         live = store.get("live")
         self._live = None if live is None else LiveSettings.from_wire(live)
-        # seats of spare groups, each with its model and revision; and when each last asked its turn
+        # Spare seats with model and revision, and the time of the last question for promotion.
         self._spares: dict[str, list[Any]] = store.get("spares") or {}
-        self._asked_s: dict[str, float] = {}
-        self._stands_in: dict[str, str] = {}  # promoted seats, and for whom, until they serve
-        self._moved = asyncio.Event()
+        self._polled_s: dict[str, float] = {}
+        self._stands_in: dict[str, str] = {}  # promoted seat: lost seat, until it serves
+        self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._watched: set[str] = set()
-        self._counting = False
+        self._checks_leases = False
 
     async def next_epoch(self, seat: str) -> int:
         """A new epoch for a seat.
 
-        A spare's comes once the groups that stand in for lost ones serve: they need the cores.
+        A spare group waits until all promoted groups serve, since their start needs the cores.
         """
         deadline_s = time.monotonic() + _STAND_IN_S
         while seat in self._spares and self._stands_in and time.monotonic() < deadline_s:
-            await asyncio.sleep(_LEASES_S)
+            await asyncio.sleep(_LEASE_CHECK_S)
         epoch = self._epochs[seat] = self._epochs.get(seat, 0) + 1
         store.put("epochs", self._epochs)
         return epoch
 
     async def spare(self, seat: str, model: str, revision: int) -> None:
-        """Have the group that starts in a seat stand by, for one of its model that is lost."""
+        """Make a seat a spare: its group waits on standby until a group of the model is lost."""
         self._spares[seat] = [model, revision]
         store.put("spares", self._spares)
 
     async def promote(self, seat: str) -> None:
-        """Have a seat's group serve; safe for one that is no spare."""
-        self._asked_s.pop(seat, None)
+        """Let the group of a seat serve; does nothing when the seat is no spare."""
+        self._polled_s.pop(seat, None)
         if self._spares.pop(seat, None) is not None:
             store.put("spares", self._spares)
-            self._moved.set()
+            self._changed.set()
 
     async def wait_for_promotion(self, seat: str, limit_s: float) -> bool:
-        """Whether a group that has started is to serve: at once, or within `limit_s` seconds."""
+        """Whether the group of a seat may serve; waits up to `limit_s` seconds for a promotion."""
         deadline_s = time.monotonic() + limit_s
         while seat in self._spares:
-            self._asked_s[seat] = time.monotonic()
+            self._polled_s[seat] = time.monotonic()
             if (left_s := deadline_s - time.monotonic()) <= 0:
                 return False
-            self._moved.clear()
+            self._changed.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._moved.wait(), left_s)
+                await asyncio.wait_for(self._changed.wait(), left_s)
         return True
 
     async def reload(self, live: LiveSettings) -> None:
-        """Have gateways and leaders take other settings, those that start later too."""
+        """Publish new live settings to all gateways and leaders, later ones included."""
         store.put("live", live.to_wire())
         self._live = live
-        self._bump()
+        self._publish()
 
     async def live(self) -> LiveSettings | None:
-        """The settings that were changed since the deployment, or None."""
+        """The settings that `reload` changed since the deployment, or None."""
         return self._live
 
     async def register(self, entry: GroupEntry, lease_s: float) -> int | None:
-        """Add or renew a group; it is dropped when not renewed within `lease_s` seconds.
+        """Add or renew a group; the lease ends `lease_s` seconds after the last renewal.
 
-        A group that serves takes the place of an older one in its seat, which is fenced unless it
-        drains.
+        A group that serves replaces an older group of the same seat; the older group is fenced
+        unless it drains.
 
         Returns:
-            None when it is fenced: it must end; else the version of the live settings.
+            The version of the live settings; None when the group is fenced and must end.
         """
         if entry.group_id in self._fenced:
             return None
         known = self._groups.get(entry.group_id)
         serving = [
-            one
-            for one in self._groups.values()
-            if one.seat == entry.seat and one.phase == "serving"
+            group
+            for group in self._groups.values()
+            if group.seat == entry.seat and group.phase == "serving"
         ]
-        if entry.phase == "serving" and any(one.epoch > entry.epoch for one in serving):
+        if entry.phase == "serving" and any(group.epoch > entry.epoch for group in serving):
             return None
-        for older in [one for one in serving if one.epoch < entry.epoch]:
+        for older in [group for group in serving if group.epoch < entry.epoch]:
             self._fence(older)
         self._groups[entry.group_id] = entry
         now_s = time.monotonic()
@@ -148,29 +149,29 @@ class Registry:
         if known is None:
             lost = self._stands_in.pop(entry.seat, entry.seat)
             self._history.serving(time.time(), lost, entry.group_id)
-            self._keep()
+            self._store_history()
         if known is None or (known.address, known.phase) != (entry.address, entry.phase):
             if entry.phase == "draining":
                 await self.note("draining", entry.group_id, "takes no more requests")
-            self._bump()
+            self._publish()
         return 0 if self._live is None else self._live.version
 
     async def unregister(self, group_id: str) -> None:
-        """A group has ended well; safe when it is not there."""
+        """Remove a group that has ended as planned; does nothing when the group is unknown."""
         self._progress.pop(group_id, None)
         if self._forget(group_id) is not None:
             await self.note("gone", group_id, "ended")
-            self._bump()
+            self._publish()
 
     async def report(self, group_id: str, text: str) -> None:
-        """Say how far a group's start is."""
+        """Record the progress of a group's start."""
         self._progress[group_id] = text
 
     async def fail(self, failure: Failure) -> None:
-        """Say why a group or a gateway failed, and forget it; the first word of it counts."""
+        """Record the failure of a group or gateway and remove it; the first report counts."""
         failure = replace(failure, at=failure.at or time.time())
         self._history.failed(failure)
-        self._keep()
+        self._store_history()
         self._gateways.pop(failure.who, None)
         self._progress.pop(failure.who, None)
         self._stands_in.pop(failure.seat, None)
@@ -180,9 +181,10 @@ class Registry:
             self._fence(entry)
 
     async def suspect(self, group_id: str, cause: str) -> None:
-        """A gateway has lost its link to a group: see whether its leader is there.
+        """Check the leader of a group whose link a gateway has lost.
 
-        It is asked again for a while: a process that ends may listen longer than its links last.
+        The check repeats for some seconds: a process that ends may close its links first and its
+        port later.
         """
         until_s = time.monotonic() + _SUSPECT_S
         while time.monotonic() < until_s:
@@ -196,47 +198,47 @@ class Registry:
                 words = f"its leader has been silent for {silent_s:.1f} s: stopped, or cut off"
                 await self._lost(entry, Kind.SILENT, words, cause, after_s=silent_s)
                 return
-            await asyncio.sleep(_AGAIN_S)
+            await asyncio.sleep(_SUSPECT_PERIOD_S)
 
     async def gateway(self, entry: GatewayEntry) -> None:
-        """Say where a gateway listens: now and then, and when its links change."""
-        for other in [one.id for one in self._gateways.values() if one.address == entry.address]:
-            del self._gateways[other]  # it listened there before it was replaced
+        """Add or renew a gateway: once per period, and when its links change."""
+        for old_id in [old.id for old in self._gateways.values() if old.address == entry.address]:
+            del self._gateways[old_id]  # the gateway before, at the same address
         self._gateways[entry.id] = entry
         self._gateway_expiry_s[entry.id] = time.monotonic() + _GATEWAY_LEASE_S
 
     async def gateway_gone(self, gateway_id: str) -> None:
-        """A gateway no longer listens; safe when it is not there."""
+        """Remove a gateway that no longer listens; does nothing when the gateway is unknown."""
         self._gateways.pop(gateway_id, None)
 
     async def demand(self, gateway_id: str, waiting: dict[str, tuple[int, float]]) -> None:
-        """Say what waits in a gateway, by model, every second while anything does."""
+        """Record the waiting requests of a gateway by model; comes every second while any wait."""
         self._demand[gateway_id] = time.monotonic(), waiting
 
     async def note(self, kind: str, who: str, text: str) -> None:
-        """Keep an event."""
+        """Record an event."""
         self._history.note(time.time(), kind, who, text)
-        self._keep()
+        self._store_history()
 
     async def events(self) -> tuple[Event, ...]:
         """The latest events, oldest first."""
         return self._history.events
 
     async def why(self, name: str) -> Failure | None:
-        """The latest failure of a group, seat or model; "" for the latest of all."""
+        """The latest failure of a group, seat or model; with "" the latest of all."""
         return self._history.why(name)
 
     async def changed(self, version: int) -> RegistrySnapshot:
-        """The board as soon as its version is not `version`, or after some seconds as it is."""
+        """The snapshot once its version differs from `version`, at the latest after 4 seconds."""
         deadline_s = time.monotonic() + _POLL_S
         while self._version == version and (left_s := deadline_s - time.monotonic()) > 0:
-            self._moved.clear()
+            self._changed.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._moved.wait(), left_s)
+                await asyncio.wait_for(self._changed.wait(), left_s)
         return await self.snapshot()
 
     async def snapshot(self) -> RegistrySnapshot:
-        """The board now."""
+        """The snapshot of this moment."""
         self._expire()
         return RegistrySnapshot(
             version=self._version,
@@ -248,11 +250,11 @@ class Registry:
             demand=self._waiting(),
             live=self._live,
             spares=tuple(self._spares),
-            standby=tuple(one for one in self._spares if self._stands_by(one)),
+            standby=tuple(seat for seat in self._spares if self._stands_by(seat)),
         )
 
     def _waiting(self) -> dict[str, tuple[int, float]]:
-        """What waits in all gateways that told of it lately."""
+        """Waiting requests of all gateways with a valid report, by model."""
         total: dict[str, tuple[int, float]] = {}
         now_s = time.monotonic()
         for gateway_id, (at_s, waiting) in list(self._demand.items()):
@@ -265,62 +267,67 @@ class Registry:
         return total
 
     def _watch(self, entry: GroupEntry) -> None:
-        """See to it that the end of a group is found by this actor alone.
+        """Watch the lease and the node of a group.
 
-        A node that is lost may take the leader and every gateway that could tell of it along.
+        A lost node may take the leader and every gateway with it, so that nobody else could report
+        the loss.
         """
-        if not self._counting:
-            self._counting = True
-            self._in_background(self._count_leases())
+        if not self._checks_leases:
+            self._checks_leases = True
+            self._in_background(self._check_leases())
         if entry.node_id and entry.node_id not in self._watched:
             self._watched.add(entry.node_id)
             self._in_background(self._watch_node(entry.node_id))
 
-    async def _count_leases(self) -> None:
+    async def _check_leases(self) -> None:
         while self._groups:
             nearest_s = min(self._expiry_s.values(), default=math.inf) - time.monotonic()
-            await asyncio.sleep(max(0.01, min(_LEASES_S, nearest_s)))
+            await asyncio.sleep(max(0.01, min(_LEASE_CHECK_S, nearest_s)))
             self._expire()
-        self._counting = False
+        self._checks_leases = False
 
     async def _watch_node(self, node_id: str) -> None:
         try:
             await nodes.until_gone(node_id)
         finally:
-            self._watched.discard(node_id)  # the next renewal begins another watch
-        for entry in [one for one in self._groups.values() if one.node_id == node_id]:
+            self._watched.discard(node_id)  # the next renewal starts a new watch
+        for entry in [group for group in self._groups.values() if group.node_id == node_id]:
             await self._lost(entry, Kind.CRASH, "its leader is gone", "")
 
     async def _lost(
-        self, entry: GroupEntry, kind: Kind, words: str, seen: str, after_s: float = 0.0
+        self, entry: GroupEntry, kind: Kind, words: str, report: str, after_s: float = 0.0
     ) -> None:
-        """Record a group whose leader cannot speak for itself, and fence it."""
+        """Record the loss of a group whose leader cannot report the loss, and fence the group."""
         if entry.group_id not in self._groups:
-            return  # somebody else was first
+            return  # reported already
         if kind is Kind.CRASH and await asyncio.to_thread(nodes.is_gone, entry.node_id):
             words = f"node {entry.node} is gone: its raylet does not answer"
-        what = f"{words} (pid {entry.pid} on {entry.node})"
+        text = f"{words} (pid {entry.pid} on {entry.node})"
         cause = Evidence(
-            kind=kind, summary=what, node=entry.node, pid=entry.pid, phase="leader", after_s=after_s
+            kind=kind, summary=text, node=entry.node, pid=entry.pid, phase="leader", after_s=after_s
         )
-        record = FirstCause(cause=cause, folded=(f"a gateway: {seen}",) if seen else ())
+        record = FirstCause(cause=cause, folded=(f"a gateway: {report}",) if report else ())
         await self.fail(
             Failure(
                 who=entry.group_id,
                 kind="GroupFailed",
-                cause=what,
+                cause=text,
                 seat=entry.seat,
                 record=record.to_wire(),
             )
         )
 
     def _stands_by(self, seat: str) -> bool:
-        return time.monotonic() - self._asked_s.get(seat, -math.inf) < 2 * PROMOTION_POLL_S
+        return time.monotonic() - self._polled_s.get(seat, -math.inf) < 2 * PROMOTION_POLL_S
 
     async def _replace(self, lost: GroupEntry) -> None:
-        """Have a spare group take a lost one's place, whose seat becomes the spare's."""
+        """Promote a spare group in place of a lost group; the lost seat becomes a spare."""
         wanted = [lost.model, lost.revision]
-        ready = [s for s, of in self._spares.items() if of == wanted and self._stands_by(s)]
+        ready = [
+            seat
+            for seat, settings in self._spares.items()
+            if settings == wanted and self._stands_by(seat)
+        ]
         if not ready:
             return
         self._spares[lost.seat] = wanted
@@ -329,11 +336,11 @@ class Registry:
         await self.note("spare", ready[0], f"takes the place of {lost.seat}")
 
     def _fence(self, entry: GroupEntry) -> None:
-        """Refuse a group from now on, and see that its processes end."""
+        """Refuse a group from now on, and kill its processes."""
         self._forget(entry.group_id)
         self._fenced = [*self._fenced, entry.group_id][-_KEEP_FENCED:]
         store.put("fenced", self._fenced)
-        self._bump()
+        self._publish()
         places = [(entry.node_id, entry.pid)]
         places += zip(entry.slice_node_ids, entry.slice_pids, strict=True)
         self._in_background(nodes.kill_all(places))
@@ -350,27 +357,31 @@ class Registry:
 
     def _expire(self) -> None:
         now_s = time.monotonic()
-        for group_id in [one for one, at_s in self._expiry_s.items() if at_s <= now_s]:
+        for group_id in [known for known, at_s in self._expiry_s.items() if at_s <= now_s]:
             silent_s = now_s - self._renewed_s[group_id]
             del self._expiry_s[group_id]
             words = f"its leader has not been heard for {silent_s:.1f} s"
             entry = self._groups[group_id]
             self._in_background(self._lost(entry, Kind.SILENT, words, "", after_s=silent_s))
-        for gateway_id in [one for one, at_s in self._gateway_expiry_s.items() if at_s <= now_s]:
+        for gateway_id in [
+            known for known, at_s in self._gateway_expiry_s.items() if at_s <= now_s
+        ]:
             del self._gateway_expiry_s[gateway_id]
             self._gateways.pop(gateway_id, None)
 
-    def _keep(self) -> None:
-        with contextlib.suppress(RuntimeError):  # Ray's store is away while its head restarts
+    def _store_history(self) -> None:
+        with contextlib.suppress(
+            RuntimeError
+        ):  # Ray's store is unreachable while its head restarts
             store.put("history", self._history.to_wire())
 
-    def _bump(self) -> None:
+    def _publish(self) -> None:
         self._version += 1
-        self._moved.set()
+        self._changed.set()
 
 
 def connect() -> ActorHandle[Registry]:
-    """The cluster's registry, made if there is none."""
+    """The registry of the cluster; creates the actor if there is none."""
     handle: ActorHandle[Registry] = (
         ray.remote(Registry)
         .options(  # type: ignore[assignment]
@@ -379,7 +390,7 @@ def connect() -> ActorHandle[Registry]:
             lifetime="detached",
             get_if_exists=True,
             num_cpus=0,
-            enable_task_events=False,  # as Serve's own: calls by the second, kept by the head
+            enable_task_events=False,  # several calls a second, which Ray's head would record
             resources=nodes.ON_HEAD,
             max_restarts=-1,
             max_task_retries=3,

@@ -1,7 +1,4 @@
-"""What the registry shows: groups, gateways, and a snapshot of all there is.
-
-Plain data that actors send each other.
-"""
+"""Groups and gateways as the registry knows them; plain data that actors send to each other."""
 
 from __future__ import annotations
 
@@ -17,23 +14,23 @@ class GroupEntry:
     """One serving group.
 
     Attributes:
-        group_id: unique among all groups that ever were: seat and epoch.
-        model: its name.
+        group_id: seat and epoch; unique among all groups of all times.
+        model: name of the model.
         address: of the leader's link.
-        seat: its place in the deployment.
-        epoch: counts the lives of the seat.
+        seat: place of the group in the deployment.
+        epoch: number of the group among all groups of the seat.
         revision: of the model's settings.
-        digest: of its weights and arithmetic.
-        layout: words for people, such as "TP1 x PP2 bfloat16".
-        phase: "serving", or "draining" once it takes no more requests.
+        digest: of weights and numerics.
+        layout: text for people, such as "TP1 x PP2 bfloat16".
+        phase: "serving", or "draining" after the last request was accepted.
         node: address of the leader's node.
-        node_id: Ray's name for it.
-        pid: of the leader.
-        slice_pids: processes of its slices, by rank.
-        slice_nodes: addresses of their nodes, by rank.
-        slice_node_ids: Ray's names for these.
-        stats: the engine's counters at the last renewal.
-        link_token: what its leader asks gateways for.
+        node_id: Ray's id of the leader's node.
+        pid: process of the leader.
+        slice_pids: processes of the slices, by rank.
+        slice_nodes: addresses of the slices' nodes, by rank.
+        slice_node_ids: Ray's ids of the slices' nodes, by rank.
+        stats: counters of the engine at the last renewal.
+        link_token: secret that the leader requires from gateways.
     """
 
     group_id: str
@@ -60,12 +57,12 @@ class GatewayEntry:
     """One gateway.
 
     Attributes:
-        id: unique among the gateways that ever were.
-        address: of gRPC, as clients reach it.
-        http: of HTTP; "" for none.
-        pid: its process.
-        node_id: Ray's name for its node.
-        linked: groups that it can pass requests to.
+        id: unique among all gateways of all times.
+        address: of gRPC, for clients.
+        http: address of HTTP; "" for none.
+        pid: process of the gateway.
+        node_id: Ray's id of the node.
+        linked: ids of the groups with an open link.
     """
 
     id: str
@@ -78,19 +75,19 @@ class GatewayEntry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RegistrySnapshot:
-    """A snapshot.
+    """State of the registry at one moment.
 
     Attributes:
         version: changes with `groups`, `fenced` and `live`.
-        groups: those that serve or drain.
-        gateways: those that listen.
-        progress: how far starts are, by group id.
-        failures: the latest ones, newest last.
-        fenced: the latest groups that are not to be heard any more.
+        groups: all that serve or drain.
+        gateways: all that listen.
+        progress: progress of each start, by group id.
+        failures: the latest failures, newest last.
+        fenced: ids of the latest fenced groups.
         demand: by model, requests that wait in gateways and the longest predicted wait, in seconds.
-        live: settings that were changed while everything runs; None for none.
-        spares: seats whose groups are to stand by.
-        standby: those of them that do.
+        live: settings that `reload` changed; None for none.
+        spares: seats of spare groups.
+        standby: spare seats whose group is ready on standby.
     """
 
     version: int
