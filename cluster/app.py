@@ -52,7 +52,7 @@ class ClusterCapacity:
         resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
         num_cpus = resources.get("CPU", 0.0)
         surge = max(m.mesh.num_slices for m in spec.models)
-        services = SERVICE_CPUS * (sum(m.most_places for m in spec.models) + spec.gateway.count + 1)
+        services = SERVICE_CPUS * (sum(m.most_seats for m in spec.models) + spec.gateway.count + 1)
         part = int((num_cpus - services) / (spec.num_slices + surge) * 1e3) / 1e3
         return cls(
             num_cpus=num_cpus,

@@ -156,4 +156,4 @@ class DeploymentSpec(SpecSection):
     @property
     def num_slices(self) -> int:
         """Slices of all groups, as many as there may be, with the spare ones."""
-        return sum(m.most_places * m.mesh.num_slices for m in self.models)
+        return sum(m.most_seats * m.mesh.num_slices for m in self.models)

@@ -1,8 +1,8 @@
-"""What differs between two specs, and what it takes to apply that.
+"""The differences between two specs, and the command that applies each difference.
 
-Each difference between two specs has one of three prices: it is applied at once by `arriero
-reload`; it is applied by `arriero rollout`, which replaces gateways or groups one after the other;
-or it takes `arriero down` and `up`. Knows specs; knows nothing of who applies what.
+`arriero reload` applies a difference at once; `arriero rollout` replaces gateways or groups one
+after another; the rest needs `arriero down` and `arriero up`. Knows specs; knows nothing of the
+processes that apply a difference.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from arriero.cluster.spec.model import COUNTS
 from arriero.router.tenants.tenant import QueueLimits
 from arriero.shards.errors import SpecError
 
-Price = Literal["reload", "rollout", "up"]
+Command = Literal["reload", "rollout", "up"]
 
 LIVE = (
     "log_level",
@@ -32,60 +32,60 @@ LIVE = (
 FIXED = ("ray", "admin", "link_tls")
 _DEFAULTS = {"ray": RaySpec().model_dump(mode="json")}
 _WHOLE = ("tenants", "autoscale", "tls", "http", "request_log", "queue")
-"""Sections whose difference is told as one."""
+"""Sections that are compared as a whole."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FieldChange:
-    """A field that differs.
+    """A field with different values in two specs.
 
     Attributes:
-        field: its name, such as `gateway.queue` or `models[demo].mesh.tp`.
-        price: what it takes to apply it.
+        field: name of the field, such as `gateway.queue` or `models[demo].mesh.tp`.
+        applied_by: command that applies the difference.
     """
 
     field: str
-    applied_by: Price
+    applied_by: Command
 
 
 def diff(old: DeploymentSpec, new: DeploymentSpec) -> list[FieldChange]:
-    """What differs between two specs, and what each difference takes."""
-    found = []
-    before, after = (one.model_dump(mode="json", exclude={"models"}) for one in (old, new))
+    """The fields that differ between two specs."""
+    changes = []
+    before, after = (spec.model_dump(mode="json", exclude={"models"}) for spec in (old, new))
     for field in _differ(before, after, ""):
         if field.startswith("ray.") and _at(after, field) == _at(_DEFAULTS, field):
-            continue  # it may have been a flag of `up`, which no file holds
-        applied_by: Price = "rollout"
+            continue  # perhaps a flag of `up`, which stands in no file
+        applied_by: Command = "rollout"
         if _within(field, LIVE):
             applied_by = "reload"
         elif _within(field, FIXED):
             applied_by = "up"
-        found.append(FieldChange(field=field, applied_by=applied_by))
+        changes.append(FieldChange(field=field, applied_by=applied_by))
     models = [{model.name: model.model_dump(mode="json") for model in s.models} for s in (old, new)]
     for name in {**models[0], **models[1]}:
         if name not in models[0] or name not in models[1]:
-            found.append(FieldChange(field=f"models[{name}]", applied_by="up"))
+            changes.append(FieldChange(field=f"models[{name}]", applied_by="up"))
             continue
         for field in _differ(models[0][name], models[1][name], ""):
             applied_by = "reload" if _within(field, COUNTS) else "rollout"
-            found.append(FieldChange(field=f"models[{name}].{field}", applied_by=applied_by))
-    return found
+            changes.append(FieldChange(field=f"models[{name}].{field}", applied_by=applied_by))
+    return changes
 
 
-def refuse(found: Iterable[FieldChange], most: Price) -> None:
-    """Raise unless each change costs no more than `most`.
+def refuse(changes: Iterable[FieldChange], command: Command) -> None:
+    """Raise unless `command` can apply all changes.
 
     Raises:
-        SpecError: names the fields, and the commands that change them.
+        SpecError: names the fields, and the command that can change the fields.
     """
-    if most == "reload":
-        dear = [one.field for one in found if one.applied_by == "rollout"]
-        if dear:
+    if command == "reload":
+        rolled = [change.field for change in changes if change.applied_by == "rollout"]
+        if rolled:
             raise SpecError(
-                f"`{'`, `'.join(dear)}` cannot be changed while everything runs;"
+                f"`{'`, `'.join(rolled)}` cannot be changed while everything runs;"
                 " `arriero rollout SPEC` replaces what must be, one after the other"
             )
-    fixed = [one.field for one in found if one.applied_by == "up"]
+    fixed = [change.field for change in changes if change.applied_by == "up"]
     if fixed:
         raise SpecError(
             f"`{'`, `'.join(fixed)}` cannot be changed in a deployment that is up;"
@@ -94,7 +94,7 @@ def refuse(found: Iterable[FieldChange], most: Price) -> None:
 
 
 def live_settings(spec: DeploymentSpec, version: int) -> LiveSettings:
-    """What of a spec gateways and leaders take while they run."""
+    """The settings of a spec that gateways and leaders accept while running."""
     return LiveSettings(
         version=version,
         log_level=spec.log_level,
@@ -108,18 +108,18 @@ def live_settings(spec: DeploymentSpec, version: int) -> LiveSettings:
 
 
 def _differ(old: Mapping[str, Any], new: Mapping[str, Any], at: str) -> list[str]:
-    """Names of the fields that differ, as deep as both have sections."""
-    found = []
+    """Names of the fields that differ; goes down where both specs have the section."""
+    names = []
     for name in {**old, **new}:
         a, b = old.get(name), new.get(name)
         if a == b:
             continue
         where = f"{at}.{name}" if at else name
         if isinstance(a, dict) and isinstance(b, dict) and name not in _WHOLE:
-            found += _differ(a, b, where)
+            names += _differ(a, b, where)
         else:
-            found.append(where)
-    return found
+            names.append(where)
+    return names
 
 
 def _at(data: Mapping[str, Any], field: str) -> Any:  # noqa: ANN401
@@ -128,4 +128,4 @@ def _at(data: Mapping[str, Any], field: str) -> Any:  # noqa: ANN401
 
 
 def _within(field: str, sections: Iterable[str]) -> bool:
-    return any(field == one or field.startswith(f"{one}.") for one in sections)
+    return any(field == section or field.startswith(f"{section}.") for section in sections)

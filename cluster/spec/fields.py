@@ -1,6 +1,6 @@
-"""What fields of a spec may hold: bytes, names, counts, times.
+"""Types of spec fields: bytes, names, counts, times.
 
-Knows how they are written; knows nothing of what they are for.
+Knows the notation of values; knows nothing of the meaning of fields.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 def _bytes(value: Any) -> Any:  # noqa: ANN401
     if not isinstance(value, str):
         return value
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
-    if found is None or found[2].lower() not in _UNITS:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+    if match is None or match[2].lower() not in _UNITS:
         raise ValueError("write bytes as a number with an optional unit: 200MB, 1.5GiB")
-    return int(float(found[1]) * _UNITS[found[2].lower()])
+    return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
 def parse_bytes(name: str, text: str) -> int:
-    """Bytes written as in a spec, such as "64GiB".
+    """Number of bytes from text such as "64GiB".
 
     Raises:
-        SpecError: they are not; names `name`.
+        SpecError: the text is no number of bytes; the message names the field `name`.
     """
     try:
-        found = _bytes(text)
+        nbytes = _bytes(text)
     except ValueError as error:
         raise SpecError(f"`{name}`={text!r}: {error}") from None
-    if found < 1:
-        raise SpecError(f"`{name}`={text!r} must be more than nothing")
-    return int(found)
+    if nbytes < 1:
+        raise SpecError(f"`{name}`={text!r} must be at least 1 byte")
+    return int(nbytes)
 
 
 def _everywhere(value: Path) -> Path:
@@ -73,18 +73,18 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
-def refuse_twice(names: Sequence[str], what: str, remedy: str) -> None:
-    """Check that each of `names` is there once.
+def refuse_twice(names: Sequence[str], kind: str, remedy: str) -> None:
+    """Check that no name occurs twice.
 
     Raises:
-        ValueError: one is not; says what it is, and the remedy.
+        ValueError: a name occurs twice; the message says the kind, the name and the remedy.
     """
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"{what} `{name}` occurs twice; {remedy}")
+            raise ValueError(f"{kind} `{name}` occurs twice; {remedy}")
 
 
 class SpecSection(BaseModel):
-    """A section: immutable, and with no field but its own."""
+    """A section of the spec: immutable; unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -1,7 +1,7 @@
-"""The settings that gateways and leaders take while they run.
+"""The settings that gateways and leaders accept while running.
 
-Knows numbers; knows nothing of the spec that they come from (see `differences`), since every
-leader and the registry load this, and they start sooner for what they do not load.
+Knows values; knows nothing of the spec behind the values (see `diff`): each leader and the registry
+import this module, and a short list of imports makes the processes start sooner.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from arriero.shards.leader.health import HealthLimits
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LiveSettings:
-    """Settings that were changed since the deployment was brought up.
+    """Settings that `reload` or `rollout` changed after `up`.
 
     Attributes:
         version: counts up from 1.
-        log_level: of what arriero's own processes log.
-        tenants, queue, lost_s, wake_s: of gateways; see `GatewayConfig`.
-        health: of groups.
-        canary_s: between two tokens that an idle group draws.
+        log_level: level of the logs of arriero's own processes.
+        tenants, queue, lost_s, wake_s: settings of gateways; see `GatewayConfig`.
+        health: limits of the health checks of groups.
+        canary_s: seconds between two test tokens of an idle group.
     """
 
     version: int
@@ -45,7 +45,7 @@ class LiveSettings:
         return cls(
             **{
                 **data,
-                "tenants": tuple(Tenant(**one) for one in data["tenants"]),
+                "tenants": tuple(Tenant(**tenant) for tenant in data["tenants"]),
                 "queue": QueueLimits(**data["queue"]),
                 "health": HealthLimits(**data["health"]),
             }

@@ -1,7 +1,7 @@
-"""The sections of a model in `arriero.yaml`, and what each of its groups runs with.
+"""The sections of a model in `arriero.yaml`, and the settings of each group of the model.
 
-Knows what may be asked for; knows nothing of whether a checkpoint can be cut the way it is asked
-(the engine says so when it loads).
+Knows fields, limits and defaults; knows nothing of checkpoints (the planner and the engine check
+whether a checkpoint can be divided as the spec says).
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from arriero.shards.config.kv_tiers import RowType, TierConfig
 
 
 class MeshSpec(SpecSection):
-    """How a group cuts its model.
+    """How a group divides its model over slices.
 
     Attributes:
         tp: tensor-parallel slices of each stage.
         pp: pipeline stages.
-        dp: data-parallel attention, for mixtures of experts: so many times `tp` slices a stage,
-            each `tp` with sequences of their own; the experts are dealt to all of them.
-        ep: parts that the experts are dealt to; None for one to each slice of a stage.
-        expert_wire: how rows travel to experts on other slices: float32, bfloat16 or fp8; None: as
-            the model's dtype says.
-        spare_experts: slots of each slice, in each layer, for second copies of experts that are
-            asked much; with them experts are moved as the load asks. Needs `dp` > 1.
-        tp_shares: relative size of each slice's share, `tp` numbers; None for as even as it goes.
-        layer_split: layers of each stage, `pp` numbers; None splits by cost.
+        dp: data-parallel ranks of attention, for mixtures of experts. A stage has `dp` times `tp`
+            slices; each data-parallel rank of `tp` slices has its own sequences; the experts are
+            spread over all slices of the stage.
+        ep: number of slices that share the experts; None for all slices of a stage.
+        expert_wire: dtype of rows on the way to experts on other slices: float32, bfloat16 or fp8;
+            None takes the model's dtype.
+        spare_experts: places on each slice, in each layer, for second copies of busy experts;
+            experts then move with the load. Needs `dp` > 1.
+        tp_shares: relative share of each slice, `tp` numbers; None for equal shares.
+        layer_split: layers of each stage, `pp` numbers; None divides by cost.
     """
 
     tp: Count = 1
@@ -62,12 +63,12 @@ class MeshSpec(SpecSection):
 
 
 class KvDiskSpec(SpecSection):
-    """Blocks kept on the disks of a group's nodes; what is there outlives the group.
+    """KV blocks on the disks of a group's nodes; the blocks outlive the group.
 
     Attributes:
-        path: folder on each slice's node. Groups of one model may name the same: what one wrote,
-            another finds when it starts.
-        size: most bytes that the group uses of it, over all its slices.
+        path: folder on each slice's node. Groups of the same model may share a folder: a group
+            that starts reads the blocks that another group wrote.
+        size: largest number of bytes in use by the group, over all slices.
     """
 
     path: EverywherePath
@@ -78,26 +79,26 @@ class KvSpec(SpecSection):
     """The KV cache of a group.
 
     Attributes:
-        memory: bytes of the whole group's pool ("512MiB"); None takes what the GPUs leave beside
-            weights, graphs and a step; on CPUs 2 GiB, a quarter of memory at most.
-        blocks: blocks outright, instead of `memory`.
+        memory: bytes of the whole group's pool ("512MiB"); None takes the memory that GPUs have left
+            beside weights, graphs and a step; on CPUs 2 GiB, at most a quarter of memory.
+        blocks: number of blocks, instead of `memory`.
         local_blocks: blocks of the pool for layers that attend within a chunk (Llama 4);
             None divides the memory for sequences of four chunks.
         block_size: tokens in a block.
-        prefix_cache: keep and find blocks of shared prefixes.
+        prefix_cache: reuse the blocks of shared prefixes.
         host: bytes of host memory of the whole group for blocks that leave the device.
-        disk: likewise on disk.
-        shared: folder of a store that all nodes reach, as fsspec spells it ("s3://bucket/kv"),
-            for the blocks of all groups. It is not bounded here; have the store expire objects.
-        tenant_share: the most of host memory and disk that one tenant's blocks may hold.
-        tier_dtype: "int8" and "fp8" hold blocks below the device in about half of bfloat16's bytes;
-            answers whose prefix comes up from there are close to the others, and no more the same.
-            null holds them as the device does.
-        transfer: how blocks come from a group on another node: "tcp"; "nixl", where both ends have
-            NIXL installed (`pip install 'arriero[nixl]'`), else TCP; "auto" for NIXL where there
-            are network cards with RDMA too. Groups of one node read each other's memory.
-        same_layout: use kept blocks only where a group of the same mesh and kernels wrote them;
-            else meshes share, and agree to rounding.
+        disk: disk space for blocks that leave the device.
+        shared: folder of a store that all nodes reach, as an fsspec URL ("s3://bucket/kv"), for the
+            blocks of all groups. arriero does not limit the size; let the store expire objects.
+        tenant_share: largest share of host memory and disk for the blocks of a tenant.
+        tier_dtype: "int8" and "fp8" store blocks below the device in about half of bfloat16's
+            bytes; an answer whose prefix comes from such blocks is close to the exact answer, but
+            may differ. null stores the blocks in the device's dtype.
+        transfer: how blocks come from a group on another node: "tcp"; "nixl" where both ends have
+            NIXL installed (`pip install 'arriero[nixl]'`), otherwise TCP; "auto" for NIXL only
+            where network cards with RDMA exist too. Groups on the same node use shared memory.
+        same_layout: reuse blocks only from groups of the same mesh and kernels; otherwise all
+            meshes share blocks, and results agree to rounding.
     """
 
     memory: Bytes | None = None
@@ -114,7 +115,7 @@ class KvSpec(SpecSection):
     same_layout: bool = False
 
     def tiers(self) -> TierConfig:
-        """As a group takes them."""
+        """Settings of the KV tiers for a group."""
         return TierConfig(
             host_bytes=self.host or 0,
             disk_path=None if self.disk is None else str(self.disk.path),
@@ -127,9 +128,9 @@ class KvSpec(SpecSection):
         )
 
     @model_validator(mode="after")
-    def _one_size(self) -> KvSpec:
+    def _memory_or_blocks(self) -> KvSpec:
         if self.memory is not None and self.blocks is not None:
-            raise ValueError("`memory` and `blocks` both set the pool's size; keep one of them")
+            raise ValueError("`memory` and `blocks` both set the pool's size; leave out either")
         return self
 
 
@@ -137,11 +138,11 @@ class AttentionSpec(SpecSection):
     """Attention within bounded memory, for dense models.
 
     Attributes:
-        sliding_window: a token sees the last so many tokens alone, itself among them, and a
-            sequence's KV cache holds no more of them; None for the model's own attention.
-        attention_sinks: the first so many tokens are seen and kept besides.
-        changes_answers: the window is wanted although the model was not trained with it, so that
-            its answers to longer texts become others; without this word such a window is refused.
+        sliding_window: number of last tokens that a token attends to, the token itself included;
+            the KV cache of a sequence holds no more tokens. None for the model's own attention.
+        attention_sinks: number of first tokens that stay visible and cached besides.
+        changes_answers: accepts a window that the model was not trained with, although answers to
+            longer texts change; without this field such a window is refused.
     """
 
     sliding_window: Count | None = None
@@ -153,8 +154,8 @@ class AttentionSpec(SpecSection):
         if self.sliding_window is None and (self.attention_sinks or self.changes_answers):
             raise ValueError(
                 f"`attention_sinks`={self.attention_sinks} and `changes_answers`="
-                f"{self.changes_answers} mean nothing without `sliding_window`; give it, or leave "
-                "them out"
+                f"{self.changes_answers} need `sliding_window`; set `sliding_window`, or leave "
+                "both out"
             )
         return self
 
@@ -163,9 +164,10 @@ class OffloadSpec(SpecSection):
     """Weights that do not fit the device.
 
     Attributes:
-        layers: of each stage, the last so many stay on disk, mapped, and are read ahead of use
-            (device cpu alone); of a mixture of experts, these layers' routed experts.
-        folder: where; None takes the system's folder for temporary files.
+        layers: number of last layers of each stage whose weights stay on disk, mapped, and are
+            read ahead of use (device cpu only); of a mixture of experts, the routed experts of
+            these layers.
+        folder: folder on disk; None takes the system's folder for temporary files.
     """
 
     layers: Annotated[int, Field(ge=0)] = 0
@@ -173,13 +175,13 @@ class OffloadSpec(SpecSection):
 
 
 class LimitsSpec(SpecSection):
-    """What the scheduler takes on.
+    """Limits of the scheduler.
 
     Attributes:
-        max_model_len: most tokens of a sequence; None takes the model's own limit.
-        max_sequences: most sequences running at once.
-        max_batch_tokens: most tokens of a step; longer prompts are prefilled in chunks.
-        max_queued: most requests that wait before one is refused.
+        max_model_len: largest number of tokens of a sequence; None takes the model's own limit.
+        max_sequences: largest number of sequences that run at once.
+        max_batch_tokens: largest number of tokens in a step; longer prompts run in chunks.
+        max_queued: largest number of waiting requests; further requests are refused.
     """
 
     max_model_len: Count | None = None
@@ -189,14 +191,14 @@ class LimitsSpec(SpecSection):
 
 
 class PlacementSpec(SpecSection):
-    """Where a group's slices may be.
+    """Nodes for a group's slices.
 
     Attributes:
-        span: the tensor-parallel slices of a stage may be on several nodes; without it they are on
-            one, since each layer makes all of them wait for the network twice.
-        stages: "pack" puts stages close together, "spread" on different nodes where it can.
-        accelerator: Ray's name of the GPU type that slices want ("H100", "H200").
-        labels: of the nodes, as Ray's label selectors write them: {"region": "in(us-a,us-b)"}.
+        span: the tensor-parallel slices of a stage may be on several nodes. By default all are on
+            the same node, since each layer waits for the network twice.
+        stages: "pack" puts stages close together, "spread" on different nodes where possible.
+        accelerator: Ray's name of the GPU type that slices need ("H100", "H200").
+        labels: labels of the nodes, as Ray's label selectors: {"region": "in(us-a,us-b)"}.
     """
 
     span: bool = False
@@ -206,15 +208,16 @@ class PlacementSpec(SpecSection):
 
 
 class AutoscaleSpec(SpecSection):
-    """How many groups there are, by what is asked; see `autoscale`.
+    """The number of groups follows the load; see `arriero.cluster.control.autoscale`.
 
     Attributes:
-        min: groups at least; 0 lets an idle model go, and its next request wait for a start.
-        max: groups at most.
-        target: share of a group's `max_sequences` that should be taken.
-        wait_s: requests should not wait for their turn for longer.
-        up_s: how long more groups must be wanted before they come.
-        down_s: how long fewer must do before they go.
+        min: smallest number of groups; with 0 an idle model stops, and the next request waits for
+            a start.
+        max: largest number of groups.
+        target: share of a group's `max_sequences` that should be in use.
+        wait_s: longest time in seconds that a request should wait in the queue.
+        up_s: seconds of high load before groups are added.
+        down_s: seconds of low load before groups are removed.
     """
 
     min: Annotated[int, Field(ge=0)] = 1
@@ -227,11 +230,13 @@ class AutoscaleSpec(SpecSection):
     @model_validator(mode="after")
     def _order(self) -> AutoscaleSpec:
         if self.min > self.max:
-            raise ValueError(f"`min`={self.min} is more than `max`={self.max}")
+            raise ValueError(
+                f"`min`={self.min} is more than `max`={self.max}; lower `min` or raise `max`"
+            )
         return self
 
     def limits(self) -> ScaleLimits:
-        """As the policy takes them."""
+        """Limits of the autoscaler."""
         return ScaleLimits(
             least=self.min,
             most=self.max,
@@ -243,31 +248,33 @@ class AutoscaleSpec(SpecSection):
 
 
 class ModelSpec(SpecSection):
-    """One model and the groups that serve it.
+    """A model and the groups that serve the model.
 
     Attributes:
-        name: what clients call it.
-        path: folder with config.json, weights and tokenizer.json, on every node; or its fsspec URL
-            (s3://, gs://, https://...), which each node copies to its cache once.
-        dtype: of weights and KV cache.
-        quantization: of the weights while they load: int8, int4, fp8; None keeps them in `dtype`.
-        groups: replica groups; with `autoscale`, those of the beginning.
-        autoscale: have as many as are needed; null keeps `groups`.
-        spares: groups kept started beside those that serve: placed, their slices' code loaded and
-            the weights in their nodes' page cache, as far as memory is free. One takes the place of
-            a group that is lost, whose own place then becomes the spare's. Each takes a group's
-            CPUs and GPUs, and none of their memory.
-        prefill_groups: so many of them compute prompts and hand over, through host memory, to the
-            others, which go on; 0 has each do both. Changed by a rollout without any restart.
-        placement: which nodes slices go to.
-        mesh, kv, attention, offload, limits: of each group.
+        name: model id for clients.
+        path: folder with config.json, weights and tokenizer.json, on every node; or an fsspec URL
+            (s3://, gs://, https://...): each node fetches into its cache the parts that its slices
+            read.
+        dtype: dtype of weights and KV cache.
+        quantization: form of the weights after loading: int8, int4, fp8; None keeps `dtype`.
+        groups: number of replica groups; with `autoscale`, the number at the start.
+        autoscale: lets the number of groups follow the load; null keeps `groups`.
+        spares: number of groups on standby: placed, code loaded, and the weights in the page cache
+            of the nodes as far as memory is free. A spare group replaces a lost group; the rebuilt
+            group is then the spare. A spare group takes the CPUs and GPUs of a group, and no device
+            memory.
+        prefill_groups: number of groups that only compute prompts and hand the sequences over,
+            through host memory, to the other groups; with 0 each group does both. A rollout changes
+            the number without a restart.
+        placement: nodes for slices.
+        mesh, kv, attention, offload, limits: settings of each group.
         device: "cpu", "cuda", or "auto": cuda where the cluster has a GPU for each slice.
-        kernels: backend of the operations; None picks the best for the device.
-        batch_independent: on GPUs, answers are the same bit for bit whatever else is served
-            beside them, at some cost in speed; on CPUs they always are.
-        threads: CPU threads of a slice; None divides its node's cores among the slices on it.
-        cpus_per_slice: Ray's logical CPUs that a slice takes; None takes 1, or an equal part of
-            the machine on the local cluster that `arriero up` starts.
+        kernels: backend of the operations; None takes the fastest for the device.
+        batch_independent: on GPUs, makes an answer the same bit for bit in any batch, at some cost
+            in speed; on CPUs answers always are.
+        threads: CPU threads of a slice; None divides the cores of a node among the node's slices.
+        cpus_per_slice: Ray's logical CPUs of a slice; None takes 1, or an equal part of the machine
+            on the local cluster that `arriero up` starts.
     """
 
     name: Name
@@ -306,27 +313,27 @@ class ModelSpec(SpecSection):
         if self.prefill_groups >= self.most_groups:
             raise ValueError(
                 f"`prefill_groups`={self.prefill_groups} of {self.most_groups} groups leaves none "
-                "to go on with prompts; have more `groups`, or fewer for prompts"
+                "for decoding; raise `groups`, or lower `prefill_groups`"
             )
         if not self.kv.host or not self.kv.prefix_cache:
             raise ValueError(
                 f"`prefill_groups`={self.prefill_groups} hands blocks over through host memory; "
-                "give `kv.host` a size, and leave `kv.prefix_cache` on"
+                "set `kv.host` to a size, and leave `kv.prefix_cache` on"
             )
         return self
 
     @property
     def most_groups(self) -> int:
-        """Groups that there may be, updates aside."""
+        """Largest number of groups outside of an update."""
         return self.groups if self.autoscale is None else self.autoscale.max
 
     @property
-    def most_places(self) -> int:
-        """Groups that there may be, with the spare ones, updates aside."""
+    def most_seats(self) -> int:
+        """Largest number of groups, spare groups included, outside of an update."""
         return self.most_groups + self.spares
 
     def group_config(self, device: str) -> GroupConfig:
-        """What each group of this model runs with, on `device` ("cpu" or "cuda")."""
+        """Settings of each group of this model on `device` ("cpu" or "cuda")."""
         return GroupConfig(
             model_path=self.path,
             dtype=self.dtype,
