@@ -315,7 +315,8 @@ def _wait(
                 raise GroupFailed(f"Ray Serve could not deploy {name}: {status.message.strip()}")
         if time.monotonic() > deadline_s:
             raise Unavailable(
-                f"{len(snapshot.groups)} of {wanted} groups and {len(snapshot.gateways)} gateways serve,"
+                f"{len(snapshot.groups)} of {wanted} groups and"
+                f" {len(snapshot.gateways)} gateways serve,"
                 f" and {'none' if gateway is None else gateway.address} reaches"
                 f" {0 if gateway is None else len(gateway.linked)} groups, after"
                 f" health.start_timeout_s={spec.health.start_timeout_s:g}"

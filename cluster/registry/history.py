@@ -38,8 +38,8 @@ class Failure:
     """Why a group or a gateway failed.
 
     Attributes:
-        who: id of the group or gateway; "m-0.1 at gateway 1a2b3c4d" is a group that a gateway cannot
-            use.
+        who: id of the group or gateway; "m-0.1 at gateway 1a2b3c4d" is a group that the gateway
+            cannot use.
         kind: class of the error.
         cause: a sentence for people.
         at: seconds since 1970.

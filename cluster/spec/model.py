@@ -79,8 +79,8 @@ class KvSpec(SpecSection):
     """The KV cache of a group.
 
     Attributes:
-        memory: bytes of the whole group's pool ("512MiB"); None takes the memory that GPUs have left
-            beside weights, graphs and a step; on CPUs 2 GiB, at most a quarter of memory.
+        memory: bytes of the whole group's pool ("512MiB"); None takes the memory that GPUs have
+            left beside weights, graphs and a step; on CPUs 2 GiB, at most a quarter of memory.
         blocks: number of blocks, instead of `memory`.
         local_blocks: blocks of the pool for layers that attend within a chunk (Llama 4);
             None divides the memory for sequences of four chunks.
