@@ -19,7 +19,7 @@ TOOL = {"type": "function", "function": {"name": "get_weather"}}
 ITERATING = (
     "{% for m in messages %}{% for c in m.tool_calls or [] %}"
     "{% for name, value in c.function.arguments.items() %}{{ name }}={{ value }};{% endfor %}"
-    "{% endfor %}{{ m.content }}\n{% endfor %}{{ tools and '' }}"
+    "{% endfor %}{{ m.content }}\n{% endfor %}{{ tools or '' }}"
 )
 """A template that goes through the arguments of calls by name."""
 

@@ -245,7 +245,7 @@ def fbgemm(ignored: object) -> dict[str, Any]:
                     }
                 },
             },
-            "strategy",
+            "input_activations",
         ),
     ],
 )
