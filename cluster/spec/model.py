@@ -130,7 +130,7 @@ class KvSpec(SpecSection):
     @model_validator(mode="after")
     def _memory_or_blocks(self) -> KvSpec:
         if self.memory is not None and self.blocks is not None:
-            raise ValueError("`memory` and `blocks` both set the pool's size; leave out either")
+            raise ValueError("`memory` and `blocks` both set the pool's size; keep one")
         return self
 
 
@@ -154,8 +154,8 @@ class AttentionSpec(SpecSection):
         if self.sliding_window is None and (self.attention_sinks or self.changes_answers):
             raise ValueError(
                 f"`attention_sinks`={self.attention_sinks} and `changes_answers`="
-                f"{self.changes_answers} need `sliding_window`; set `sliding_window`, or leave "
-                "both out"
+                f"{self.changes_answers} mean nothing without `sliding_window`; set it, or "
+                "leave both out"
             )
         return self
 
@@ -318,7 +318,7 @@ class ModelSpec(SpecSection):
         if not self.kv.host or not self.kv.prefix_cache:
             raise ValueError(
                 f"`prefill_groups`={self.prefill_groups} hands blocks over through host memory; "
-                "set `kv.host` to a size, and leave `kv.prefix_cache` on"
+                "give `kv.host` a size, and leave `kv.prefix_cache` on"
             )
         return self
 

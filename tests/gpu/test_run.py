@@ -117,7 +117,13 @@ def test_all_of_it_runs_on_little(tmp_path: Path) -> None:
     done = bare(script("--dry-run", "--only", "checks", "--budget", "0"), tmp_path)
     assert "out of time" in done.stdout, done.stderr
     source = RUN.resolve().parents[2] / "src"
-    modules = ("cuda.runner", "engine.engine", "local_executor", "resolve", "models.families")
+    modules = (
+        "worker.cuda.runner",
+        "engine.engine",
+        "leader.local_executor",
+        "layout.resolve",
+        "models.families",
+    )
     then = f"sys.path.insert(0, {str(source)!r})\n" + "".join(
         f"import arriero.shards.{name}\n" for name in modules
     )

@@ -45,6 +45,7 @@ from support.checkpoints_sparse import (
     maverick_fp8,
     write_sparse,
 )
+from support.frontdoor import LLAMA_SPECIALS, make_tokenizer
 
 FULL_SIZE: dict[str, tuple[dict[str, Any], int, int]] = {
     "405B bf16": (LLAMA_405B, 811_706_777_600, 126 * 9 + 3),
@@ -71,6 +72,7 @@ def test_full_size_folders_are_verified_in_seconds(tmp_path: Path, name: str) ->
 
 def test_the_command_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_sparse(tmp_path, llama_405b_fp8())
+    make_tokenizer(LLAMA_SPECIALS, bos="<|begin_of_text|>").save(str(tmp_path / "tokenizer.json"))
     assert cli.run(["models", "verify", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "fbgemm_fp8" in said and "487,229,259,776 bytes" in said

@@ -65,12 +65,12 @@ def test_a_long_step_of_a_device_is_no_hang() -> None:
     """The rank that samples waits for its device, the others for plans: the limit is a step's."""
     waits = replace(WAITS, waits_for="the device's result", on_device=True)
     group = Watched()
-    group.health.planned(7, group.now_s)
+    group.health.plan_sent(7, group.now_s)
     assert group.run(LIMITS.step_s - 2, waits, IDLE) is None
     found = group.run(4, waits, IDLE)
     assert found is not None and found.kind is Kind.STUCK
     moving = Watched()
-    moving.health.planned(7, moving.now_s)
+    moving.health.plan_sent(7, moving.now_s)
     for moves in range(3):
         assert moving.run(LIMITS.step_s - 2, replace(waits, progress=moves), IDLE) is None
 

@@ -1,0 +1,8 @@
+"""What holds for all tests."""
+
+from __future__ import annotations
+
+import os
+
+# pytest-xdist gives its workers a terminal's width; tests of tables set one of their own.
+os.environ.pop("COLUMNS", None)
