@@ -176,7 +176,7 @@ class Relaxed:
                 schema["patternProperties"] = enforced
 
     def _relax_property_counts(self, schema: Schema, at: str) -> None:
-        """Remove counts of properties that no mask can enforce: where a property is optional."""
+        """Remove counts of properties; with optional properties no mask can enforce a count."""
         properties = schema.get("properties")
         required = schema.get("required")
         listed = required if isinstance(required, list) else []

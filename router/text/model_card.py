@@ -138,12 +138,9 @@ class ModelCard:
         """
         files = TextFiles.read(Path(path))
         specials = dict(files.special_tokens)
-        ends = turn_ends(
-            [files.chat_template, *files.named_templates.values()], specials, files.tokenizer_json
-        )
-        new_ends = tuple(
-            token for token in ends if token < vocab_size and token not in eos_token_ids
-        )
+        sources = [files.chat_template, *files.named_templates.values()]
+        ends = turn_ends(sources, specials, files.tokenizer_json)
+        new_ends = tuple(end for end in ends if end < vocab_size and end not in eos_token_ids)
         return cls(
             model=model,
             group=group,

@@ -135,12 +135,7 @@ class TextModel:
         Raises:
             InvalidRequest: the template does not accept a role, a variable or the conversation.
         """
-        if not self._templates:
-            raise InvalidRequest(
-                "messages",
-                f"model {self._model!r} has no chat template; write the whole prompt yourself and "
-                "call Generate",
-            )
+        self._check_has_template()
         _check(messages, add_generation_prompt, continue_final_message)
         chosen = self._templates.choose(messages, tools=bool(tools), documents=bool(documents))
         self._check_shown(chosen, messages, tools)
@@ -192,6 +187,14 @@ class TextModel:
                 "text out",
             )
         return ids
+
+    def _check_has_template(self) -> None:
+        if not self._templates:
+            raise InvalidRequest(
+                "messages",
+                f"model {self._model!r} has no chat template; write the whole prompt yourself and "
+                "call Generate",
+            )
 
     def _check_shown(
         self,
