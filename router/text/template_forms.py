@@ -29,7 +29,7 @@ class TemplateForms:
     """The form of messages for a template, and observations about the template.
 
     Attributes:
-        parts: roles with content as a list of parts; the template omits content as text.
+        parts: roles whose content must be a list of parts instead of a text.
         omitted: roles with words that the template leaves out in both forms, without an error.
         refused: reason of the refusal, by refused role.
         shows_tools: the output contains offered functions.

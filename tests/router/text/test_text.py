@@ -101,10 +101,10 @@ def _glue_model(backend: Backend) -> TextModel:
 
 
 def test_overlapping_tokens_are_all_marked() -> None:
-    marker = SpecialTokenGuard(["aba", "<x>"])
-    marked = marker.mark("ababa", "#")
-    assert [special for _, special in marker.split(marked, "#")] == [False]
-    assert "".join(text for text, _ in marker.split(marked, "#")) == "ababa"
+    guard = SpecialTokenGuard(["aba", "<x>"])
+    marked = guard.mark("ababa", "#")
+    assert [special for _, special in guard.split(marked, "#")] == [False]
+    assert "".join(text for text, _ in guard.split(marked, "#")) == "ababa"
 
 
 @pytest.mark.parametrize("tail", ["", " ", "\n"])
