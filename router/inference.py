@@ -45,7 +45,7 @@ from arriero.router.tenants.admission_policy import QueuedRequest
 from arriero.router.tenants.tenant import Tenant
 from arriero.router.text.call_grammar import calls_or_form, strict_form
 from arriero.router.text.constraints import Form, call_form, read_form
-from arriero.router.text.images import LaidImage
+from arriero.router.text.images import PromptImage
 from arriero.router.text.model_card import ModelCard
 from arriero.router.text.text_model import TextModel
 from arriero.shards.config.sampling_params import SamplingParams
@@ -451,9 +451,9 @@ async def _encode(text: TextModel, request: pb.GenerateRequest | pb.TokenizeRequ
 
 async def _layout(
     text: TextModel, request: pb.ChatRequest | pb.Conversation, offer: ToolOffer | None
-) -> tuple[list[int], list[LaidImage]]:
+) -> tuple[list[int], list[PromptImage]]:
     messages, given_images = read_messages(request.messages)
-    images = await text.images.lay(given_images)
+    images = await text.images.lay_out(given_images)
     go_on = request.continue_final_message
     given = request.HasField("add_generation_prompt")
     tokens = await text.encode_chat(

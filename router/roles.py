@@ -31,7 +31,8 @@ def suits(group: GroupView, *, started: bool) -> bool:
 def hands_over(group: GroupView, groups: Sequence[GroupView]) -> bool:
     """Whether a group gives no more than the first token, since another can go on with it."""
     return group.role == "prefill" and any(
-        suits(other, started=True) and other.card.weights == group.card.weights for other in groups
+        suits(other, started=True) and other.card.compat_key == group.card.compat_key
+        for other in groups
     )
 
 

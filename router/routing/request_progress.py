@@ -106,7 +106,7 @@ class RequestProgress:
 
     def choices(self, groups: Iterable[GroupView]) -> list[GroupView]:
         """The groups that may go on with it, the best first."""
-        able = [one for one in groups if self.digest in (None, one.card.weights)]
+        able = [one for one in groups if self.digest in (None, one.card.compat_key)]
         need = len(self._request.prompt) + (self._max_tokens or 1)
         ordered = order(able, num_prompt=len(self._request.prompt), num_tokens=need)
         return sorted(
@@ -183,7 +183,7 @@ class RequestProgress:
             if group is not self._group and output.tokens:
                 self._group = group
                 self._max_tokens = ask.max_tokens
-                self.digest, self.layout = group.card.weights, group.card.layout
+                self.digest, self.layout = group.card.compat_key, group.card.layout
             if output.prompt_logprobs is not None:
                 self._told_prompt = True
             taken.append(output)

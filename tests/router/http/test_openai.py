@@ -349,7 +349,7 @@ BAD = [
     ({"messages": ASK, "max_tokens": True}, "max_tokens", "integer"),
     ({"messages": ASK, "max_tokens": 0}, "max_tokens", "at least 1"),
     ({"messages": ASK, "top_k": -2}, "top_k", "at least 0"),
-    ({"messages": ASK, "stop": ["x"] * 65}, "stop", "most is 64"),
+    ({"messages": ASK, "stop": ["x"] * 65}, "stop", "at most 64"),
     ({"messages": ASK, "n": 1000}, "n", "128"),
     ({"messages": ASK, "max_tokens": 100_000}, "max_tokens", "lower it"),
     ({"messages": ASK, "logit_bias": {"x": 1}}, "logit_bias.x", "logit_bias"),
