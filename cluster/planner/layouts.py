@@ -222,9 +222,9 @@ def decode_rate(plan: GroupPlan, per_node: int) -> float:
         sum_s = NODE_SUM_S if stage_size <= per_node else NETWORK_SUM_S
     slowest = 0.0
     for rank in plan.ranks:
-        own = -(-micro // layout.dp)
+        sequences = -(-micro // layout.dp)
         read = _weights_read(plan, rank.weights.active_bytes, rank.weights.expert_bytes, micro)
-        read += own * plan.sequence_bytes(rank, demand.context)
+        read += sequences * plan.sequence_bytes(rank, demand.context)
         stage_s = read / plan.device.bandwidth + 2 * rank.part.layers.size * sum_s
         slowest = max(slowest, stage_s)
     return micro / slowest

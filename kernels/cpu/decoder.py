@@ -75,12 +75,12 @@ class CpuDecoder:
                 self._references.append(references)
             if self._routes_here(layer):
                 self._references.append(add_experts(self._structs[i], layer))
-        whole = all(
+        all_fused = all(
             can_fuse(layer) and (self._routes_here(layer) or not isinstance(layer, MoELayer))
             for layer in self._layers
         )
         self._mappings = [mappings_of(layer) for layer in self._layers]
-        self._in_one_call = reduce is None and whole and not any(self._mappings)
+        self._in_one_call = reduce is None and all_fused and not any(self._mappings)
         addresses = {cache.local: cache_of(cache.kv).address for cache in self._caches}
         self._kv, self._local_kv = addresses.get(False), addresses.get(True)
 
