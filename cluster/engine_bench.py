@@ -133,7 +133,7 @@ class EngineBench:
             config: of the group.
             on_loaded: told how far loading is.
         """
-        from arriero.cluster.planner.kv_room import needs_room, sized
+        from arriero.cluster.planner.kv_room import needs_room, with_kv_blocks
         from arriero.shards.checkpoint.formats.describe import describe
         from arriero.shards.checkpoint.reader import Checkpoint
         from arriero.shards.engine.config import engine_config
@@ -146,7 +146,7 @@ class EngineBench:
         folder = Path(config.model_path)
         model, scheme = describe(folder)
         if needs_room(config):
-            config = sized(config, model, scheme, free_bytes_of(config.world_size))
+            config = with_kv_blocks(config, model, scheme, free_bytes_of(config.world_size))
         resolved = resolve(config, model)
         limits = engine_config(resolved, model, Checkpoint.open(folder).digest)
         self._arrived: queue.SimpleQueue[Sequence[SequenceOutput] | Exception]

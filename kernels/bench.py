@@ -1,8 +1,8 @@
-"""Each op's time, and its share of what the machine allows at most.
+"""The time of each op, and its share of the machine's limit.
 
-An op's limit is the larger of its bytes over the memory rate and its operations over the matrix
-rate, both measured here. Weights are used in turn from copies that no cache holds together, as
-the layers of a model are. Knows ops and shapes; refuses to know models and steps.
+The time limit of an op is the larger of bytes / memory rate and operations / matrix rate; both
+rates are measured here. As with the layers of a model, each call uses another copy of the weights,
+and all copies together exceed the caches. Knows ops and shapes; knows nothing of models and steps.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -39,10 +40,10 @@ _QUANTIZERS: dict[str, Callable[[Tensor], QuantizedWeight]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """The sizes of one layer and of the vocabulary, as a slice holds them.
+    """Sizes of a slice's part of a layer and of the vocabulary.
 
     Attributes:
-        quantization: of the weights: int8, int4, fp8, or None for `dtype`.
+        quantization: form of the weights: int8, int4, fp8, or None for `dtype`.
     """
 
     hidden: int
@@ -57,11 +58,11 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rates:
-    """What the machine does at most.
+    """Peak rates of the machine.
 
     Attributes:
-        memory: bytes read a second.
-        matrix: operations a second, 2 for a product and its sum.
+        memory: bytes read per second.
+        matrix: operations per second; a multiplication with its addition counts 2.
     """
 
     memory: float
@@ -70,14 +71,14 @@ class Rates:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timing:
-    """One op at one shape.
+    """Time of an op at a shape.
 
     Attributes:
-        op: its name; for products with which of a layer's matrices.
-        tokens: T of the batch (rows, for what is done to rows).
-        context: tokens that each sequence attends to; 0 where none does.
-        us: median time.
-        limit_us: least time that the machine's rates allow.
+        op: name of the op; for linear ops with the name of the matrix.
+        tokens: T of the batch (or number of rows).
+        context: tokens that each sequence attends to; 0 without attention.
+        us: median time in microseconds.
+        limit_us: shortest time in microseconds by the machine's rates.
     """
 
     op: str
@@ -88,25 +89,25 @@ class Timing:
 
     @property
     def share(self) -> float:
-        """Of the limit; above 1 where a cache holds what the limit reads from memory."""
+        """Share of the limit; above 1 where data comes from a cache instead of memory."""
         return self.limit_us / self.us
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The fields for JSON."""
         return {**asdict(self), "share": round(self.share, 4)}
 
 
 class KernelBench:
-    """A layer of random weights on a backend, ready to be measured."""
+    """A layer of random weights on a backend, to measure its ops."""
 
     def __init__(self, ops: Ops, shape: Shape, device: torch.device, seconds: float = 0.2) -> None:
         """Pack the weights.
 
         Args:
             ops: the backend.
-            shape: of the layer.
-            device: of the tensors.
-            seconds: how long each op is measured.
+            shape: sizes of the layer.
+            device: device of the tensors.
+            seconds: duration of each measurement.
         """
         self._ops, self._shape, self._device, self._seconds = ops, shape, device, seconds
         s = shape
@@ -120,14 +121,14 @@ class KernelBench:
         rows_VH = self._weight(s.vocab, s.hidden)
         if s.quantization is None:
             self._vocab = ops.pack_vocab(rows_VH, 0, s.dtype)
-        else:  # slices keep eight bits there at least
+        else:  # slices have at least eight bits in the vocabulary
             quantize = _QUANTIZERS["int8" if s.quantization == "int4" else s.quantization]
             self._vocab = ops.pack_quantized_vocab(quantize(rows_VH), 0)
         self._norm_H = torch.ones(s.hidden, device=device)
         self.rates = measure_rates(ops, s.dtype, device)
 
     def run(self, tokens: int, context: int) -> Iterator[Timing]:
-        """Every op on `tokens` decodes at this context, then attention on a chunk as long."""
+        """All ops on `tokens` decodes at `context`, then attention on a prefill of `tokens`."""
         s, ops = self._shape, self._ops
         x_TH = self._floats(tokens, s.hidden)
         x_bytes = x_TH.nbytes
@@ -161,17 +162,17 @@ class KernelBench:
     def _linear(self, name: str, copies: list[Linear], tokens: int) -> Timing:
         w = copies[0]
         x_TI = self._floats(tokens, w.in_features)
-        turn = _Turn(copies)
+        weights = cycle(copies)
         return self._time(
             f"linear {name}",
             tokens,
-            lambda: self._ops.linear(x_TI, turn.next()),
+            lambda: self._ops.linear(x_TI, next(weights)),
             w.nbytes + x_TI.nbytes + tokens * w.out_features * 4,
             2.0 * tokens * w.out_features * w.in_features,
         )
 
     def _attention(self, tokens: int, queries: list[int], context: int) -> Iterator[Timing]:
-        """RoPE with the cache write, and attention, of sequences that end at `context`."""
+        """RoPE with the cache write, and attention, for sequences that end at `context`."""
         s, ops = self._shape, self._ops
         kv, batch = self._cache(queries, context)
         layer = self._layer()
@@ -186,13 +187,13 @@ class KernelBench:
             context=context,
         )
         q_TND = self._floats(tokens, s.q_heads * s.head_dim).view(tokens, s.q_heads, s.head_dim)
-        seen = sum(sum(range(context - n + 1, context + 1)) for n in queries)
+        num_pairs = sum(sum(range(context - n + 1, context + 1)) for n in queries)
         yield self._time(
             f"paged_attention, {kind}",
             tokens,
             lambda: ops.paged_attention(q_TND, s.head_dim**-0.5, kv, 0, batch),
             len(queries) * context * 2 * s.kv_heads * s.head_dim * s.dtype.itemsize,
-            4.0 * seen * s.q_heads * s.head_dim,
+            4.0 * num_pairs * s.q_heads * s.head_dim,
             context=context,
         )
 
@@ -237,10 +238,10 @@ class KernelBench:
         return torch.randn(rows, columns, device=self._device).to(dtype)
 
     def _copies(self, rows: int, columns: int) -> list[Linear]:
-        """The same matrix, packed so often that no cache holds all of it."""
+        """Packed copies of a matrix, together larger than the caches."""
         weight_OI = self._weight(rows, columns)
         copies: list[Linear] = []
-        while not copies or sum(one.nbytes for one in copies) < _UNCACHED_BYTES:
+        while not copies or sum(copy.nbytes for copy in copies) < _UNCACHED_BYTES:
             if self._shape.quantization is None:
                 copies.append(self._ops.pack_linear([weight_OI], None, self._shape.dtype))
             else:
@@ -311,19 +312,8 @@ class KernelBench:
         )
 
 
-class _Turn:
-    """One after the other, for ever."""
-
-    def __init__(self, of: list[Linear]) -> None:
-        self._of, self._at = of, 0
-
-    def next(self) -> Linear:
-        self._at = (self._at + 1) % len(self._of)
-        return self._of[self._at]
-
-
 def measure_rates(ops: Ops, dtype: torch.dtype, device: torch.device) -> Rates:
-    """The machine's rates: the C++ kernels' own instructions where they run, else torch's best."""
+    """Rates of the machine: with the instructions of the C++ kernels if possible, else by torch."""
     from arriero.kernels.cpu import CpuOps
 
     if isinstance(ops, CpuOps):
@@ -347,7 +337,7 @@ def measure_rates(ops: Ops, dtype: torch.dtype, device: torch.device) -> Rates:
 
 
 def _best_s(run: Callable[[], object], repeats: int = 7) -> float:
-    """The shortest of several runs: a limit is what an undisturbed run reaches."""
+    """Seconds of the fastest of several runs: the limit is the time of an undisturbed run."""
     times = []
     for _ in range(repeats):
         started = time.perf_counter()

@@ -1,10 +1,10 @@
-"""Which token goes to which expert, and the order of rows that makes each expert's contiguous.
+"""The experts of each token, and the order that makes the rows of each expert contiguous.
 
-Knows indices and scores; refuses to know weights, and where other experts live.
+Knows indices and scores; knows nothing of weights and of the experts on other ranks.
 
 Shape legend
-    T  tokens            A  experts a token is sent to (top-k)
-    E  experts held here X  rows: (token, expert) pairs whose expert is held here
+    T  tokens         A  experts of a token (top-k)
+    E  local experts  X  rows: (token, expert) pairs with a local expert
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Routing:
     """The router's choice.
 
     Attributes:
-        experts_TA: int32, global ids by falling logit; of equal logits the lower id first.
-        scores_TA: float32, sigmoid of those logits (Llama 4: not normalised over the experts).
+        experts_TA: int32, global ids by falling logit; with equal logits the lower id first.
+        scores_TA: float32, sigmoids of the logits (Llama 4: not normalised over the experts).
     """
 
     experts_TA: Tensor
@@ -33,10 +33,10 @@ class Permutation:
     """Rows sorted by expert, and within an expert by token.
 
     Attributes:
-        token_X: int32, the token that each row copies.
-        score_X: float32, the score that multiplies the row.
-        starts_E1: int32 [E + 1]; expert e of those held here owns rows starts[e] .. starts[e + 1].
-        row_TA: int32, where each (token, choice) went; -1 if its expert is not held here.
+        token_X: int32, the token of each row.
+        score_X: float32, the factor of each row.
+        starts_E1: int32 [E + 1]; local expert e has rows starts[e] .. starts[e + 1].
+        row_TA: int32, the row of each (token, choice); -1 if the expert is not local.
     """
 
     token_X: Tensor
@@ -47,17 +47,17 @@ class Permutation:
 
 def route(logits_TE: Tensor, top_k: int) -> Routing:
     """Choose the experts of each token by the router's logits, float32 over all experts."""
-    # A stable sort, since `topk` leaves the order of equal logits open.
+    # A stable sort, since `topk` does not define the order of equal logits.
     logits_TE, experts_TE = logits_TE.sort(dim=-1, descending=True, stable=True)
     return Routing(experts_TA=experts_TE[:, :top_k].int(), scores_TA=logits_TE[:, :top_k].sigmoid())
 
 
 def permute(routing: Routing, first_expert: int, num_experts: int) -> Permutation:
-    """Order the pairs whose expert is one of [first_expert, first_expert + num_experts)."""
+    """Order the pairs with an expert in [first_expert, first_expert + num_experts)."""
     num_choices = routing.experts_TA.shape[1]
     expert_P = routing.experts_TA.flatten().long() - first_expert
-    held_P = (expert_P >= 0) & (expert_P < num_experts)
-    expert_P = expert_P.where(held_P, num_experts)
+    local_P = (expert_P >= 0) & (expert_P < num_experts)
+    expert_P = expert_P.where(local_P, num_experts)
     count_E1 = torch.bincount(expert_P, minlength=num_experts + 1)[:num_experts]
     starts_E1 = torch.cat([count_E1.new_zeros(1), count_E1.cumsum(0)])
     order_X = expert_P.argsort(stable=True)[: int(starts_E1[-1])]
@@ -72,9 +72,9 @@ def permute(routing: Routing, first_expert: int, num_experts: int) -> Permutatio
 
 
 def combine(y_XH: Tensor, permutation: Permutation) -> Tensor:
-    """Sum each token's rows in the order of its choices: [T, H].
+    """Sum the rows of each token in the order of its choices: [T, H].
 
-    The order is the token's own, so no neighbour changes a bit of the sum.
+    The order does not depend on other tokens, so that other tokens change no bit of the sum.
     """
     row_TA = permutation.row_TA
     out_TH = y_XH.new_zeros(row_TA.shape[0], y_XH.shape[1])

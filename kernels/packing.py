@@ -1,7 +1,7 @@
-"""Bytes that each backend takes for what it packs, padding included.
+"""Bytes of packed matrices and KV blocks in each backend, padding included.
 
-These are the sizes that `Ops.pack_linear`, `pack_vocab`, `pack_quantized` and `kv_cache` allocate,
-as arithmetic: tests compare them with the backends' own figures. Needs no torch.
+The arithmetic of the sizes that `Ops.pack_linear`, `pack_vocab`, `pack_quantized` and `kv_cache`
+allocate: tests compare it with the backends. Knows sizes; knows nothing of tensors, needs no torch.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ KV_ITEMSIZE = PLAIN | {"int8": 1}
 
 _PANEL = 32  # rows of a panel, cpu
 _LANES = 16  # slots, and values, of a group, cpu
-_FLOAT = 4  # scales and zeros are float32 in every backend
+_FLOAT = 4  # scales and zero points are float32 in every backend
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedBytes:
-    """Bytes of one packed matrix."""
+    """Bytes of a packed matrix."""
 
     weights: int
     scales: int
 
     @property
     def total(self) -> int:
-        """All of it, as `Linear.nbytes` counts."""
+        """All bytes, as in `Linear.nbytes`."""
         return self.weights + self.scales
 
 
@@ -44,16 +44,16 @@ def packed_nbytes(
     zeros: bool = True,
     bias: bool = False,
 ) -> PackedBytes:
-    """What a backend allocates for a matrix [out, in], stacked matrices counted as one.
+    """Bytes that a backend allocates for a matrix [out, in]; stacked matrices count as a whole.
 
     Args:
         kernels: the backend.
         out_features: rows.
         in_features: columns.
-        precision: of the weights.
+        precision: precision of the weights.
         group_size: int4: columns that share a scale.
-        zeros: int4: whether zero points are kept.
-        bias: whether a bias comes with it.
+        zeros: int4: the weights have zero points.
+        bias: the matrix has a bias.
     """
     rows = out_features
     pairs = -(-in_features // 2)
@@ -77,10 +77,10 @@ def packed_nbytes(
 def kv_block_nbytes(
     kernels: Kernels, *, kv_heads: int, head_dim: int, block_size: int, dtype: str
 ) -> int:
-    """What a backend allocates for one block of one layer.
+    """Bytes that a backend allocates for a KV block of a layer.
 
     Raises:
-        KeyError: a dtype that no cache has.
+        KeyError: no cache has this dtype.
     """
     itemsize = KV_ITEMSIZE[dtype]
     slots, values = block_size, head_dim

@@ -1,7 +1,7 @@
-"""Philox-4x32-10, the counter-based generator behind every random draw.
+"""Philox-4x32-10, the counter-based generator of all random draws.
 
-Knows integers only. A draw is a pure function of (seed, position): nothing is advanced, so a
-stream resumed elsewhere goes on with the same numbers.
+A draw is a pure function of (seed, position): the generator has no state, so that a stream that
+resumes in another group gets the same numbers. Knows integers; knows nothing of tokens.
 
 Source: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
@@ -20,16 +20,16 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def philox_4x32(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
-    """Encrypt a counter: four int64 tensors of one shape, each holding 32-bit words.
+    """Encrypt a counter: four int64 tensors of the same shape with 32-bit words.
 
     Args:
-        counter: the words c0 .. c3, 0 .. 2**32 - 1.
+        counter: the words c0 .. c3, each 0 .. 2**32 - 1.
         key: the words k0, k1.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
-        # 32 x 32 bits fill all 64: int64 wraps, and the masks undo the sign.
+        # The product of 32 x 32 bits fills 64 bits: int64 wraps, and the masks remove the sign.
         p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         c0, c1, c2, c3 = (
             (p1 >> 32) & _MASK ^ c1 ^ k0,
@@ -42,10 +42,11 @@ def philox_4x32(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
 
 
 def uniform(seed_R: Tensor, position_R: Tensor) -> Tensor:
-    """One float64 in [0, 1) for each (seed, position), both int64 [R].
+    """A float64 in [0, 1) for each (seed, position), both int64 [R].
 
-    k0, k1 are the seed's low and high word; c0, c1 the position's; c2 = c3 = 0. The value is
-    (r0 * 2**21 + (r1 >> 11)) * 2**-53 of the first two words r0, r1 that come out: 53 bits, exact.
+    k0, k1 are the low and high word of the seed, c0, c1 those of the position; c2 = c3 = 0. The
+    value is (r0 * 2**21 + (r1 >> 11)) * 2**-53 of the first two words r0, r1 of the result: 53
+    bits, exact.
     """
     zero = torch.zeros_like(position_R)
     counter = (position_R & _MASK, (position_R >> 32) & _MASK, zero, zero)

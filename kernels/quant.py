@@ -1,7 +1,7 @@
-"""Weights in few bits: what the stored numbers mean, and how to make them from full ones.
+"""Quantized weights: the meaning of the stored numbers, and the quantization of full weights.
 
-Knows matrices. Refuses to know checkpoint formats (a reader converts AWQ, GPTQ or fbgemm tensors
-to a `QuantizedWeight`) and how a backend packs (`Ops.pack_quantized`).
+Knows matrices. Knows nothing of checkpoint formats (a reader converts AWQ, GPTQ or fbgemm tensors
+to a `QuantizedWeight`) and of packing (`Ops.pack_quantized`).
 
 Shape legend: O rows (outputs), I columns (inputs), G = ceil(I / group_size) groups of columns.
 """
@@ -22,10 +22,10 @@ QuantKind = Literal["int8", "int4", "fp8"]
 FP8_MAX = 448.0
 """The greatest finite float8_e4m3fn."""
 INT4_ZERO = 8.0
-"""Zero point of an int4 weight that stores none."""
+"""Zero point of an int4 weight without stored zero points."""
 _SEARCH_STEPS = 8
 _SEARCH_ELEMENTS = 1 << 17
-"""Scale search works on so many weights at a time: the passes over them stay in cache."""
+"""Number of weights for a search of scales at a time, small enough for the CPU cache."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,15 +33,15 @@ class QuantizedWeight:
     """A matrix [O, I]: element (o, i) is (q[o, i] - zero[o, g]) * scale[o, g], g = i // group_size.
 
     Attributes:
-        kind: int8: symmetric, -127 .. 127, one group a row. int4: 0 .. 15, groups of columns.
-            fp8: float8_e4m3fn, one group a row.
-        in_features: I. With an odd I the last byte of an int4 row is half used.
-        data: int8 [O, I]; or float8_e4m3fn [O, I]; or for int4 uint8 [O, ceil(I / 2)], the even
-            column in the low half of its byte.
+        kind: int8: symmetric, -127 .. 127, a group is a row. int4: 0 .. 15, groups of columns.
+            fp8: float8_e4m3fn, a group is a row.
+        in_features: I. With an odd I half of the last byte of an int4 row is unused.
+        data: int8 [O, I]; or float8_e4m3fn [O, I]; or for int4 uint8 [O, ceil(I / 2)], with even
+            columns in the low half of a byte.
         scales: float32 [O, G].
-        zeros: float32 [O, G] for int4, need not be whole; None means 8. None for other kinds.
-        group_size: columns that share a scale; I where a row has one. The last group of a row may
-            be shorter.
+        zeros: float32 [O, G] for int4, perhaps with fractions; None means 8. None for other kinds.
+        group_size: columns that share a scale; I where a group is a row. The last group of a row
+            may be shorter.
     """
 
     kind: QuantKind
@@ -62,7 +62,7 @@ class QuantizedWeight:
                 f"not {self.data.dtype} {list(self.data.shape)}"
             )
         if self.kind != "int4" and (self.zeros is not None or groups != 1):
-            raise ValueError(f"{self.kind} weights have one scale a row and no zeros")
+            raise ValueError(f"{self.kind} weights have a single scale for each row and no zeros")
         for name, value in (("scales", self.scales), ("zeros", self.zeros)):
             if value is not None and (
                 value.dtype != torch.float32 or value.shape != (rows, groups)
@@ -91,7 +91,7 @@ class QuantizedWeight:
         return halves.flatten(1)[:, : self.in_features].float()
 
     def dequantize(self) -> Tensor:
-        """The matrix that these numbers stand for, float32 [O, I]."""
+        """The matrix that the stored numbers represent, float32 [O, I]."""
         q_OI = self.levels()
         if self.kind == "int4":
             q_OI -= INT4_ZERO if self.zeros is None else self._spread(self.zeros)
@@ -108,7 +108,7 @@ class QuantizedWeight:
         """Columns [start, stop), as views.
 
         Raises:
-            ValueError: a cut falls inside a group (int4) or between the halves of a byte.
+            ValueError: a cut is inside a group (int4) or between the halves of a byte.
         """
         if self.kind != "int4":
             return replace(
@@ -133,22 +133,22 @@ class QuantizedWeight:
         )
 
     def _spread(self, value_OG: Tensor) -> Tensor:
-        """A group's number for each of its columns."""
+        """The number of a group, repeated for each column of the group."""
         if value_OG.shape[1] == 1:
             return value_OG
         return value_OG.repeat_interleave(self.group_size, dim=1)[:, : self.in_features]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ProductInputs:
-    """What a quantized product does to its inputs before it multiplies them.
+class InputTransform:
+    """Transform of the inputs of a quantized matrix product before the multiplication.
 
     Attributes:
-        num_inputs: of the product.
-        order_I: int64 [columns of the matrix]: the input that each column multiplies (GPTQ's
-            act-order); a column of zeros may name any. None: column i multiplies input i.
-        bound: each row of inputs is rounded to float8 as `quantize_rows` says, its scale at most
-            bound / 448; inf for no bound, None for inputs that stay as they are.
+        num_inputs: number of inputs.
+        order_I: int64 [columns of the matrix]: index of the input for each column (GPTQ's
+            act-order); any index for a column of zeros. None: column i multiplies input i.
+        bound: each row of inputs is rounded to float8 by `quantize_rows`, with a scale of at most
+            bound / 448; inf for no bound, None for no rounding.
     """
 
     num_inputs: int
@@ -157,16 +157,16 @@ class ProductInputs:
 
     @property
     def nbytes(self) -> int:
-        """Bytes kept beside the matrix."""
+        """Bytes beside the matrix."""
         return 0 if self.order_I is None else self.order_I.nbytes
 
 
 def quantize_rows(x_TI: Tensor, bound: float = math.inf) -> tuple[Tensor, Tensor]:
-    """Round each row to float8_e4m3fn by a scale of its own: x is close to q * scale.
+    """Round each row to float8_e4m3fn with a scale for each row: x is close to q * scale.
 
-    The scale is min(greatest magnitude, bound) / 448, and 1 for a row of zeros; what lies beyond
-    the bound becomes 448. This is what `fbgemm_fp8` (bound 1200) and compressed-tensors' dynamic
-    token scales (no bound) do to activations.
+    The scale is min(greatest magnitude, bound) / 448, and 1 for a row of zeros; magnitudes above
+    the bound become 448. The same rounding of activations as in `fbgemm_fp8` (bound 1200) and in
+    compressed-tensors with dynamic token scales (no bound).
 
     Returns:
         q float8_e4m3fn [T, I], scale float32 [T, 1].
@@ -177,15 +177,15 @@ def quantize_rows(x_TI: Tensor, bound: float = math.inf) -> tuple[Tensor, Tensor
 
 
 def stack(weights: list[QuantizedWeight]) -> QuantizedWeight:
-    """One matrix of all rows, copied.
+    """A matrix of all rows, copied.
 
     Raises:
-        ValueError: kinds, group sizes or column counts differ.
+        ValueError: kinds, group sizes or numbers of columns differ.
     """
     first = weights[0]
     shapes = {(w.kind, w.group_size, w.in_features) for w in weights}
     if len(shapes) > 1:
-        raise ValueError(f"weights of one product differ in kind, group or columns: {shapes}")
+        raise ValueError(f"stacked weights differ in kind, group or columns: {shapes}")
     zeros = None
     if any(w.zeros is not None for w in weights):
         zeros = torch.cat(
@@ -202,11 +202,11 @@ def stack(weights: list[QuantizedWeight]) -> QuantizedWeight:
 def quantize_int8(
     weight_OI: Tensor, *, scale_dtype: torch.dtype = torch.float32
 ) -> QuantizedWeight:
-    """Round to the nearest of 255 levels, the row's greatest magnitude being level 127.
+    """Round to the nearest of 255 levels; the greatest magnitude of a row is level 127.
 
     Args:
         weight_OI: any floating dtype.
-        scale_dtype: scales are rounded to it before levels are chosen.
+        scale_dtype: dtype of the scales; scales are rounded before levels are chosen.
     """
     w_OI = weight_OI.float()
     scale_O1 = _nonzero((w_OI.abs().amax(1, keepdim=True) / 127).to(scale_dtype).float())
@@ -217,7 +217,7 @@ def quantize_int8(
 
 
 def quantize_fp8(weight_OI: Tensor) -> QuantizedWeight:
-    """Round to float8_e4m3fn, the row's greatest magnitude being 448."""
+    """Round to float8_e4m3fn; the greatest magnitude of a row is 448."""
     w_OI = weight_OI.float()
     scale_O1 = _nonzero(w_OI.abs().amax(1, keepdim=True) / FP8_MAX)
     data = (w_OI / scale_O1).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
@@ -235,16 +235,16 @@ def quantize_int4(
 ) -> QuantizedWeight:
     """Round each group of columns to 16 evenly spaced levels.
 
-    Without search the levels span the group's range. With it, several narrower spans are tried;
-    for each, the levels chosen give the best scale and offset by least squares, and the pair with
-    the least squared error is kept.
+    Without search the levels span the range of the group. A search tries several narrower spans;
+    for each span, least squares give the best scale and offset of the chosen levels, and the span
+    with the smallest squared error wins.
 
     Args:
         weight_OI: any floating dtype.
-        group_size: columns that share a scale and a zero.
-        search: look for better levels than the plain range's.
-        importance_I: float [I], the weight of each column in the squared error: the mean square
-            of that input over sample text makes it the error of the product; None for equal.
+        group_size: columns that share a scale and a zero point.
+        search: search for better levels than those of the plain range.
+        importance_I: float [I], weight of each column in the squared error; with the mean square of
+            each input over sample text, the error is that of the product. None for equal weights.
 
     Raises:
         ValueError: the group size is not positive.
@@ -276,11 +276,11 @@ def quantize_int4(
 def quantize_int4_whole(
     weight_OI: Tensor, group_size: int = 32, *, scale_dtype: torch.dtype = torch.bfloat16
 ) -> QuantizedWeight:
-    """Int4 as checkpoints store it: zero points are whole levels, scales are of `scale_dtype`.
+    """Int4 as in checkpoints: zero points are whole levels, scales have dtype `scale_dtype`.
 
-    Several spans are tried for each group; for each, the zero point is rounded and the scale is
-    the best by least squares for the levels that follow, rounded to its dtype. The pair with the
-    least squared error is kept.
+    A search tries several spans for each group. For each span, the zero point is rounded, and the
+    scale is the best by least squares for the resulting levels, rounded to its dtype. The span with
+    the smallest squared error wins.
 
     Raises:
         ValueError: the group size is not positive, or does not divide the columns.
@@ -307,7 +307,7 @@ def quantize_int4_whole(
 
 def _whole_levels(w_OGC: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Levels uint8 [O, G, C], scales and whole zero points float32 [O, G]."""
-    # the range takes in 0, so that its zero point is one of the levels
+    # The range includes 0, so that the zero point is a level.
     low_OG1 = w_OGC.amin(2, keepdim=True).clamp(max=0)
     high_OG1 = w_OGC.amax(2, keepdim=True).clamp(min=0)
     span_OG1 = _nonzero((high_OG1 - low_OG1) / 15)
@@ -324,12 +324,12 @@ def _whole_levels(w_OGC: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tens
         scale_OG1 = _nonzero(scale_OG1)
         error_OG1 = (centred_OGC * scale_OG1 - w_OGC).square_().sum(2, keepdim=True)
         better_OG1 = error_OG1 < best_error_OG1
-        found = (centred_OGC + zero_OG1, scale_OG1, zero_OG1)
+        candidate = (centred_OGC + zero_OG1, scale_OG1, zero_OG1)
         if best is None:
-            best = found
+            best = candidate
         else:
             q, scale, zero = (
-                torch.where(better_OG1, new, old) for new, old in zip(found, best, strict=True)
+                torch.where(better_OG1, new, old) for new, old in zip(candidate, best, strict=True)
             )
             best = (q, scale, zero)
         best_error_OG1 = torch.minimum(error_OG1, best_error_OG1)
@@ -341,7 +341,7 @@ def _whole_levels(w_OGC: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tens
 def in_pieces(
     quantize: Callable[[Tensor], QuantizedWeight], weight_OI: Tensor, elements: int = 1 << 20
 ) -> QuantizedWeight:
-    """`quantize` some rows at a time: a big matrix is never held in float32 as a whole."""
+    """Call `quantize` for some rows at a time: a large matrix is never in float32 as a whole."""
     rows = max(1, elements // weight_OI.shape[1])
     parts = [quantize(part) for part in torch.split(weight_OI, rows)]
     return parts[0] if len(parts) == 1 else stack(parts)
@@ -351,13 +351,13 @@ def _levels(w_OGC: Tensor, share_GC: Tensor, search: bool) -> tuple[Tensor, Tens
     """Levels uint8 [O, G, C], scale and lowest value [O, G]: w is close to q * scale + low."""
     low_OG1, high_OG1 = w_OGC.amin(2, keepdim=True), w_OGC.amax(2, keepdim=True)
     span_OG1 = high_OG1 - low_OG1
-    # A constant group is one level away from nothing: q = 0 with low = its value is exact, but
-    # the zero point low / scale must stay finite.
+    # A constant group is exact with q = 0 and low = its value, but the zero point low / scale must
+    # stay finite.
     flat_OG1 = span_OG1 <= 15 * 2.0**-24 * low_OG1.abs() + 1e-30
     scale_OG1 = torch.where(flat_OG1, _nonzero(low_OG1.abs()), span_OG1 / 15)
     q_OGC = ((w_OGC - low_OG1) / scale_OG1).round_().clamp_(0, 15)
     if search:
-        # Of the levels, a step keeps two numbers a group: their scale and offset after the fit.
+        # A step fits scale and offset of each group to the chosen levels.
         best = (q_OGC, scale_OG1, low_OG1)
         fit = _Fit(w_OGC, share_GC)
         error_OG1 = fit.error_of(*best)
@@ -366,7 +366,7 @@ def _levels(w_OGC: Tensor, share_GC: Tensor, search: bool) -> tuple[Tensor, Tens
             first_OG1 = (low_OG1 + high_OG1) / 2 - 7.5 * shrunk_OG1
             q_OGC = ((w_OGC - first_OG1) / shrunk_OG1).round_().clamp_(0, 15)
             slope_OG1, offset_OG1, fit_error_OG1 = fit.least_squares(q_OGC)
-            # NaN (all levels equal: no slope to fit) compares false and is not taken.
+            # NaN (all levels are equal, so there is no slope) compares false and does not win.
             better_OG1 = (fit_error_OG1 < error_OG1) & (slope_OG1 > 0) & ~flat_OG1
             error_OG1 = torch.where(better_OG1, fit_error_OG1, error_OG1)
             best = (
@@ -379,7 +379,7 @@ def _levels(w_OGC: Tensor, share_GC: Tensor, search: bool) -> tuple[Tensor, Tens
 
 
 class _Fit:
-    """Least squares of w by q * scale + offset in each group, columns weighted by their share."""
+    """Least squares of w by q * scale + offset in each group; columns have weights `share_GC`."""
 
     def __init__(self, w_OGC: Tensor, share_GC: Tensor) -> None:
         self.share_GC1 = (share_GC / share_GC.sum(-1, keepdim=True))[..., None]
@@ -397,7 +397,7 @@ class _Fit:
         return self._mean(off_OGC.square_())
 
     def least_squares(self, q_OGC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The best scale and offset for these levels, and the mean squared error left."""
+        """The best scale and offset for given levels, and the remaining mean squared error."""
         mean_OG1 = self._mean(q_OGC)
         spread_OG1 = self._mean(q_OGC.square()) - mean_OG1.square()
         shared_OG1 = self._mean(q_OGC * self.w_OGC)
@@ -407,7 +407,7 @@ class _Fit:
 
 
 def _grouped(w_OI: Tensor, group_size: int, pad: float | None = None) -> Tensor:
-    """Columns in groups [O, G, C]; a short last group repeats its last column, or `pad`."""
+    """Columns in groups [O, G, C]; a short last group is filled with its last column, or `pad`."""
     missing = -w_OI.shape[1] % group_size
     if missing:
         last = w_OI[:, -1:] if pad is None else torch.full_like(w_OI[:, -1:], pad)
@@ -416,5 +416,5 @@ def _grouped(w_OI: Tensor, group_size: int, pad: float | None = None) -> Tensor:
 
 
 def _nonzero(scale: Tensor) -> Tensor:
-    """A row of zeros gets scale 1: its levels are 0 and nothing divides by zero."""
+    """The scale, but 1 for a row of zeros: its levels are 0, without a division by zero."""
     return scale.where(scale > 0, 1.0)

@@ -1,4 +1,7 @@
-"""The choice of a backend: by device and by what this machine can run."""
+"""The choice of a backend by device and machine.
+
+Knows names of backends; knows nothing of operations.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +27,16 @@ def ops_for(
     """Return the backend `name`, or the best one for `device`.
 
     Args:
-        device: where weights and cache will live.
-        name: one of `BACKENDS`; None picks: on a GPU triton; on a CPU the C++ kernels where they
-            were built, else the reference, and the log says so once.
-        threads: CPU threads that the backend may use; None takes all CPUs of this process (cpu)
-            or leaves torch's setting (reference). The cpu backend sets torch's own to 1.
-        batch_independent: a row's bits must not depend on the rows beside it, also where that
-            costs speed (triton; see `TritonOps`). They never do with cpu.
+        device: device of weights and cache.
+        name: a name of `BACKENDS`; None takes triton on a GPU; on a CPU the C++ kernels if built,
+            else the reference, with a warning in the log once.
+        threads: CPU threads of the backend; None takes all CPUs of this process (cpu) or leaves
+            torch's setting (reference). The cpu backend sets torch's own threads to 1.
+        batch_independent: the bits of a row must not depend on other rows, even at a cost in speed
+            (triton; see `TritonOps`). With cpu no row depends on other rows in any case.
 
     Raises:
-        ValueError: the name is unknown, or this backend's bits depend on the batch.
+        ValueError: the name is unknown, or the bits of this backend depend on the batch.
         RuntimeError: the backend cannot run here; the message says why.
     """
     if name not in (None, *BACKENDS):
@@ -48,11 +51,11 @@ def ops_for(
         try:
             return _cpu(device, threads)
         except RuntimeError as error:
-            _say_once(str(error))
+            _warn_once(str(error))
     if batch_independent:
         raise ValueError(
-            "batch_independent=True: the reference kernels keep it to rounding only; use "
-            "kernels='cpu' or 'triton'"
+            "batch_independent=True: rows of the reference kernels are independent to rounding "
+            "only; use kernels='cpu' or 'triton'"
         )
     from arriero.kernels.reference import ReferenceOps
 
@@ -68,5 +71,5 @@ def _cpu(device: torch.device, threads: int | None) -> Ops:
 
 
 @functools.cache
-def _say_once(why: str) -> None:
-    _LOG.warning("running on the slow reference kernels: %s", why)
+def _warn_once(reason: str) -> None:
+    _LOG.warning("running on the slow reference kernels: %s", reason)

@@ -87,7 +87,7 @@ def pull(
     as_json: AsJson = False,
 ) -> None:
     """Download a checkpoint into the cache, going on where an earlier download stopped."""
-    from arriero.cluster.planner.model_check import check_folder, refuse
+    from arriero.cluster.planner.model_check import check_folder, raise_problems
     from arriero.shards.checkpoint.remote import is_url, local_folder, pull_from_hub
 
     if is_url(source):
@@ -95,7 +95,7 @@ def pull(
             folder = local_folder(source, advance)
     else:
         folder = pull_from_hub(source, revision)
-    refuse(check_folder(folder))
+    raise_problems(check_folder(folder))
     _made(folder, as_json)
 
 
@@ -141,7 +141,7 @@ def verify_(
     as_json: AsJson = False,
 ) -> None:
     """Check a folder as `up` does: weights' headers, config, tokenizer and chat template."""
-    from arriero.cluster.planner.model_check import check_folder, refuse
+    from arriero.cluster.planner.model_check import check_folder, raise_problems
 
     if deep:
         with bar(f"reading {path.name}") as advance:
@@ -162,7 +162,7 @@ def verify_(
             markup=False,
             soft_wrap=True,
         )
-    refuse(report)
+    raise_problems(report)
 
 
 @app.command("list")

@@ -14,9 +14,10 @@ import typer
 
 from arriero.cluster.commands.terminal import OUT
 from arriero.cluster.planner.catalog import DEVICES, MODELS, NamedModel, find_model
+from arriero.cluster.planner.demand import KvDemand, Layout
 from arriero.cluster.planner.kv_room import stored_as
-from arriero.cluster.planner.layouts import Machines, Option, best_of, enough, rank_layouts
-from arriero.cluster.planner.memory import GroupPlan, KvDemand, Layout, plan_group
+from arriero.cluster.planner.layouts import Machines, Option, best_of, larger_machines, rank_layouts
+from arriero.cluster.planner.memory import GroupPlan, plan_group
 from arriero.cluster.planner.rank_weights import DTYPES, Dtype, weights_as
 from arriero.kernels.packing import KERNELS, Kernels
 from arriero.shards.errors import SpecError
@@ -152,7 +153,7 @@ def _remedy(wish: _Wish, group: GroupPlan) -> str:
     if wish.layout is not None or wish.machines.gpu == "cpu":
         return ""
     dtypes = [wish.dtype] if wish.dtype else _dtypes(wish.model, on_cpu=False)
-    found = enough(wish.model, wish.machines, group.demand, wish.kernels, dtypes)
+    found = larger_machines(wish.model, wish.machines, group.demand, wish.kernels, dtypes)
     if found is None:
         return ""
     machines, best = found

@@ -547,12 +547,12 @@ def _run_app(name: str, built: serve.Application) -> None:
 
 def _digest_of(where: str, settings: dict[str, Any] | None) -> str:
     """Digest of a folder's or a URL's weights; with a model's settings, a check of both first."""
-    from arriero.cluster.planner.model_check import check_opened
+    from arriero.cluster.planner.model_check import check_checkpoint
     from arriero.shards.checkpoint.reader import Checkpoint
 
     opened = Checkpoint.open(where)
     if settings is not None:
-        check_opened(opened, ModelSpec.model_validate(settings))
+        check_checkpoint(opened, ModelSpec.model_validate(settings))
     return opened.digest
 
 

@@ -1,1 +1,1 @@
-"""The memory planner: what each rank will hold, before anything is placed."""
+"""The memory planner: the bytes of each rank, before a group is placed."""

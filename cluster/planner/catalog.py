@@ -1,7 +1,7 @@
-"""The models and the devices that a plan can name without having them.
+"""Models and devices that a plan can name although none is at hand.
 
-A device's memory is what its driver gives a program, not what its name says. Knows published
-numbers; knows nothing of layouts.
+The memory of a device is the size that the driver gives a program, less than the name says. Knows
+published numbers; knows nothing of layouts.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
-    """One accelerator, or the share of a machine that one slice gets.
+    """An accelerator, or the share of a machine that a slice gets.
 
     Attributes:
         name: as in `--gpu`.
-        memory_bytes: what a program can allocate.
-        bandwidth: bytes a second from its memory.
-        fp8: whether it multiplies float8.
-        cuda: whether the GPU backend runs on it.
-        context_bytes: taken by the driver and its libraries in each process.
+        memory_bytes: bytes that a program can allocate.
+        bandwidth: bytes per second from the device's memory.
+        fp8: the device multiplies float8.
+        cuda: the GPU backend runs on the device.
+        context_bytes: bytes of the driver and its libraries in each process.
     """
 
     name: str
@@ -45,8 +45,8 @@ def _gpu(name: str, gib: float, tb_s: float, *, fp8: bool = True) -> Device:
 
 
 DEVICES = {
-    one.name: one
-    for one in (
+    entry.name: entry
+    for entry in (
         _gpu("h100-80g", 79.1, 3.35),
         _gpu("h200-141g", 139.7, 4.8),
         _gpu("a100-40g", 39.4, 1.55, fp8=False),
@@ -60,11 +60,11 @@ DEVICES = {
     )
 }
 CPU_BANDWIDTH = 2e10
-"""Of one machine's memory, cautiously; its slices share it."""
+"""Bytes per second of a machine's memory, a low estimate; all slices of the machine share them."""
 
 
 def cpu(memory_bytes: int, slices: int) -> Device:
-    """The share of a machine's memory and bandwidth that each of its `slices` gets."""
+    """The share of a machine's memory and bandwidth that each of `slices` slices gets."""
     return Device(
         name="cpu",
         memory_bytes=memory_bytes // slices,
@@ -75,27 +75,27 @@ def cpu(memory_bytes: int, slices: int) -> Device:
 
 
 def device(name: str, memory_bytes: int | None, slices: int) -> Device:
-    """The device `name`, with `memory_bytes` in place of its own where given.
+    """The device `name`, with another memory size where `memory_bytes` is given.
 
     Args:
-        name: of the table, or "cpu".
-        memory_bytes: of a device; for "cpu" of the machine.
-        slices: that share one machine (for "cpu").
+        name: a name of `DEVICES`, or "cpu".
+        memory_bytes: bytes of the device; for "cpu" bytes of the machine.
+        slices: number of slices that share a machine (for "cpu").
 
     Raises:
-        SpecError: an unknown name, or "cpu" without its memory.
+        SpecError: the name is unknown, or "cpu" comes without `memory_bytes`.
     """
     if name == "cpu":
         if memory_bytes is None:
-            raise SpecError("`gpu`=cpu: say how much memory each machine has with --memory 64GiB")
+            raise SpecError("`gpu`=cpu needs the memory of each machine; add --memory 64GiB")
         return cpu(memory_bytes, slices)
-    found = DEVICES.get(name)
-    if found is None:
+    entry = DEVICES.get(name)
+    if entry is None:
         raise SpecError(f"`gpu`={name!r} is none of {', '.join(DEVICES)}, cpu")
     if memory_bytes is None:
-        return found
+        return entry
     return Device(
-        name=found.name, memory_bytes=memory_bytes, bandwidth=found.bandwidth, fp8=found.fp8
+        name=entry.name, memory_bytes=memory_bytes, bandwidth=entry.bandwidth, fp8=entry.fp8
     )
 
 
@@ -219,7 +219,7 @@ MODELS: dict[str, dict[str, Any]] = {
         eos_token_id=2,
     ),
 }
-"""What each model's config.json says, as far as memory goes; see `read_model`."""
+"""The fields of each model's config.json that decide memory; see `read_settings`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -227,9 +227,9 @@ class NamedModel:
     """A model to plan for.
 
     Attributes:
-        name: of the table, or the folder's.
-        config: its numbers.
-        scheme: how its checkpoint is quantized; None for plain weights.
+        name: a name of `MODELS`, or the name of the folder.
+        config: sizes of the model.
+        scheme: quantization of the checkpoint; None for plain weights.
     """
 
     name: str
@@ -238,11 +238,11 @@ class NamedModel:
 
 
 def find_model(name: str) -> NamedModel:
-    """The model called `name` in the table, or that of the folder `name`.
+    """The model `name` of `MODELS`, or the model in the folder `name`.
 
     Raises:
-        SpecError: neither.
-        CheckpointError: the folder's config.json is not what it should be.
+        SpecError: `name` is neither a known model nor a folder.
+        CheckpointError: the folder's config.json is not valid.
     """
     settings = MODELS.get(name.lower())
     if settings is not None:

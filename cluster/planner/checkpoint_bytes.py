@@ -1,7 +1,7 @@
-"""Bytes of a checkpoint in the form that a plan's dtype goes with.
+"""Bytes of a checkpoint on disk in the form that belongs to a plan's dtype.
 
-What a file holds is not what a rank holds: the backends keep int4's scales and zero points as
-float32, files keep them in 16 and 4 bits.
+A file and a rank differ: backends keep the scales and zero points of int4 as float32, files keep
+scales in 16 bits and zero points in 4. Knows tensors of files; knows nothing of ranks.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from arriero.shards.layout.parts import AnyModel
 
 
 def stored_bytes(model: AnyModel, weights: Weights) -> int | None:
-    """Bytes of all tensors; None where no form holds this model so.
+    """Bytes of all tensors; None where no checkpoint form exists for `weights`.
 
-    What is quantized on load has no form of its own: its checkpoint is a plain one.
+    Weights that are quantized on load have no form on disk: their checkpoint is plain.
     """
     scheme = weights.scheme
     if weights.tables is not None:

@@ -1,6 +1,7 @@
-"""The KV pool of a group on GPUs that names no size: what its devices leave, by the planner.
+"""Size of a GPU group's KV pool where the settings give none: all memory that is left.
 
-Knows plans and settings of groups; knows nothing of how the free memory was learnt. Needs no torch.
+The planner computes the memory left on each device. Knows plans and settings of groups; knows
+nothing of the way the free memory was measured. Needs no torch.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from arriero.cluster.planner.catalog import Device, NamedModel
-from arriero.cluster.planner.memory import GroupPlan, KvDemand, Layout, plan_group
+from arriero.cluster.planner.demand import KvDemand, Layout
+from arriero.cluster.planner.memory import GroupPlan, plan_group
 from arriero.cluster.planner.rank_weights import DTYPES, ON_LOAD, Dtype, weights_as
 from arriero.kernels.packing import KERNELS, Kernels
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
@@ -19,23 +21,23 @@ from arriero.shards.layout.parts import AnyModel
 
 
 def needs_room(config: GroupConfig) -> bool:
-    """Whether a group's KV pool is to be sized by what its devices leave."""
+    """Whether the memory left on the devices decides the size of a group's KV pool."""
     return config.device == "cuda" and config.kv_bytes is None and config.num_blocks is None
 
 
-def sized(
+def with_kv_blocks(
     config: GroupConfig, model: AnyModel, scheme: QuantScheme | None, free_bytes: Sequence[int]
 ) -> GroupConfig:
     """Fill in `num_blocks` and, where there are chunk-local layers, `num_local_blocks`.
 
     Args:
-        config: of the group, without a size.
-        model: its numbers.
-        scheme: how its checkpoint is quantized; None for plain weights.
-        free_bytes: of each rank's device, before anything of the group is on it but its context.
+        config: settings of the group, without a pool size.
+        model: sizes of the model.
+        scheme: quantization of the checkpoint; None for plain weights.
+        free_bytes: free bytes of each rank's device, when only the context of the group is there.
 
     Raises:
-        SpecError: a device leaves no room for a block; or see `plan_group`.
+        SpecError: a device has no room for a block; or see `plan_group`.
     """
     plans = {free: _plan(config, model, scheme, free) for free in set(free_bytes)}
     ranked = [(plans[free], plans[free].ranks[rank]) for rank, free in enumerate(free_bytes)]
@@ -44,8 +46,8 @@ def sized(
         if plan.kv_room(rank).nbytes < rank.kv_block:
             raise SpecError(
                 f"rank {rank.part.rank}: weights of {rank.weights.total} bytes and "
-                f"{rank.fixed - rank.weights.total} for a step, graphs and reserve leave no KV "
-                f"block of {rank.kv_block} in the {rank.memory_bytes} bytes that are free on its "
+                f"{rank.fixed - rank.weights.total} bytes for a step, graphs and reserve leave no "
+                f"KV block of {rank.kv_block} bytes in the {rank.memory_bytes} free bytes of its "
                 "GPU; use more slices, quantize, or lower `max_batch_tokens`"
             )
     num_blocks, num_local = ranked[0][0].kv_blocks(rooms)
@@ -53,18 +55,18 @@ def sized(
 
 
 def stored_as(dtype: str, quantization: str | None, scheme: QuantScheme | None) -> Dtype:
-    """The planner's name for what a group keeps its weights as.
+    """The planner's name for the form of a group's weights in memory.
 
     Args:
-        dtype: of the group.
-        quantization: of its weights while they load.
-        scheme: of its checkpoint.
+        dtype: dtype of the group.
+        quantization: quantization of the weights on load; None for none.
+        scheme: quantization of the checkpoint; None for plain weights.
     """
     if quantization is not None:
         return ON_LOAD[quantization]
     if scheme is not None:
         return "checkpoint"
-    return next(one for one in DTYPES if one == dtype)
+    return next(name for name in DTYPES if name == dtype)
 
 
 def _plan(
@@ -89,9 +91,9 @@ def _plan(
         sliding_window=config.sliding_window,
         attention_sinks=config.attention_sinks,
     )
-    # what is free is after the context, and the backend itself refuses what it cannot multiply
+    # The free bytes exclude the context already; a backend itself refuses unknown precisions.
     device = Device(name="cuda", memory_bytes=free_bytes, bandwidth=1.0, context_bytes=0)
-    kernels: Kernels = next((one for one in KERNELS if one == config.kernels), "triton")
+    kernels: Kernels = next((name for name in KERNELS if name == config.kernels), "triton")
     dtype = stored_as(config.dtype, config.quantization, scheme)
     weights = weights_as(model, scheme, dtype)
     return plan_group(

@@ -1,10 +1,10 @@
-"""Every layout that the machines allow: which fit, in what order, and why the others do not.
+"""All layouts that the machines allow, in order of speed, with the reason where a layout fails.
 
-Order is by tokens a second of all groups together, from a roofline: a decode step reads its
-weights and its sequences' keys and values once from the device's memory, and waits for the sums
-over ranks. A rough figure, good for comparing layouts of one model on one kind of machine.
+The speed is tokens per second of all groups together, from a roofline: a decode step reads the
+weights and the keys and values of all sequences once from device memory, and waits for the sums
+over ranks. A rough figure, good for comparing layouts of the same model on the same machines.
 
-Knows plans of groups; knows nothing of how they are shown.
+Knows plans of groups; knows nothing of the output for users.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from arriero.cluster.planner.catalog import Device, NamedModel, device
-from arriero.cluster.planner.memory import GroupPlan, KvDemand, Layout, plan_group
+from arriero.cluster.planner import catalog
+from arriero.cluster.planner.catalog import Device, NamedModel
+from arriero.cluster.planner.demand import KvDemand, Layout
+from arriero.cluster.planner.memory import GroupPlan, plan_group
 from arriero.cluster.planner.rank_weights import Dtype, weights_as
 from arriero.kernels.packing import Kernels
 from arriero.shards.errors import SpecError
 from arriero.shards.model_config.llama4 import Llama4Config
 
 NODE_SUM_S = 15e-6
-"""One sum of a token's activations over the ranks of a machine."""
+"""Seconds for a sum of a token's activations over the ranks of a machine."""
 NETWORK_SUM_S = 60e-6
-"""The same across machines."""
+"""Seconds for such a sum across machines."""
 _SIZES = (1, 2, 4, 8, 16, 32, 64)
 _MOST_STAGES = 16
 _MOST_NODES, _USUAL_PER_NODE = 16, 8
@@ -30,13 +32,13 @@ _MOST_NODES, _USUAL_PER_NODE = 16, 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machines:
-    """What there is to run on.
+    """The machines to run on.
 
     Attributes:
-        gpu: a name of the table of devices, or "cpu".
-        nodes: machines.
-        per_node: devices of each, or slices for "cpu".
-        memory_bytes: of each device (of each machine for "cpu"); None takes the table's.
+        gpu: a name of `catalog.DEVICES`, or "cpu".
+        nodes: number of machines.
+        per_node: number of devices of a machine; for "cpu" the number of slices.
+        memory_bytes: bytes of a device (of a machine for "cpu"); None takes the catalogue's size.
     """
 
     gpu: str
@@ -46,11 +48,11 @@ class Machines:
 
     @property
     def total(self) -> int:
-        """Devices of all machines."""
+        """Number of devices of all machines."""
         return self.nodes * self.per_node
 
     def device(self) -> Device:
-        """One of them.
+        """A device of the machines.
 
         Raises:
             SpecError: see `catalog.device`.
@@ -58,21 +60,21 @@ class Machines:
         for name, value in (("nodes", self.nodes), ("gpus_per_node", self.per_node)):
             if value < 1:
                 raise SpecError(f"`{name}`={value} must be at least 1")
-        return device(self.gpu, self.memory_bytes, self.per_node)
+        return catalog.device(self.gpu, self.memory_bytes, self.per_node)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Option:
-    """One layout in one dtype.
+    """A layout in a dtype, with its plan.
 
     Attributes:
-        layout, dtype: what it is.
-        groups: how many of them the machines hold.
-        plan: None where the layout cannot cut the model.
-        why_not: None where it works.
+        layout, dtype: the layout and the dtype.
+        groups: number of groups for which the machines have devices.
+        plan: plan of a group; None where the layout cannot divide the model.
+        why_not: reason against the layout; None where the layout works.
         concurrency: sequences of the wanted context at once, all groups together.
-        tokens_per_s: of all groups, decoding at that concurrency (bounded by `max_sequences`).
-        note: what to know of a layout that works.
+        tokens_per_s: decode rate of all groups at that concurrency (bounded by `max_sequences`).
+        note: remarks on a layout that works.
     """
 
     layout: Layout
@@ -92,52 +94,52 @@ def rank_layouts(
     kernels: Kernels,
     dtypes: Sequence[Dtype],
 ) -> list[Option]:
-    """All layouts of up to all devices, those that work first and the fastest of them first.
+    """All layouts of up to all devices: first the layouts that work, the fastest first.
 
-    Of those that do not, the ones that cannot cut the model come first, each reason once; then
-    the others, the smallest shortfall first.
+    Then follow the layouts that cannot divide the model, each reason once, and then the layouts
+    that do not fit, the smallest shortfall first.
 
     Raises:
-        SpecError: the machines or the demand cannot be at all.
+        SpecError: the machines or the demand are not valid.
     """
-    one = machines.device()
+    device = machines.device()
     options: list[Option] = []
-    said: set[str] = set()
+    reasons: set[str] = set()
     for dtype in dtypes:
         for layout in layouts(model, machines):
-            option = _option(model, machines, demand, kernels, dtype, layout, one)
+            option = _option(model, machines, demand, kernels, dtype, layout, device)
             if option.plan is None and option.why_not is not None:
-                if option.why_not in said:
+                if option.why_not in reasons:
                     continue
-                said.add(option.why_not)
+                reasons.add(option.why_not)
             options.append(option)
     return sorted(options, key=_order)
 
 
 def best_of(options: Sequence[Option], dtypes: Sequence[Dtype]) -> Option:
-    """The form nearest to the published weights that works, and of its layouts the fastest.
+    """The fastest layout that works in the dtype nearest to the published weights.
 
     Args:
-        options: ranked.
-        dtypes: the nearest first.
+        options: result of `rank_layouts`.
+        dtypes: dtypes, the nearest to the published weights first.
 
     Returns:
-        Where none works, the option that lacks least.
+        The option; where no layout works, the option with the smallest shortfall.
     """
-    works = [one for one in options if one.why_not is None]
-    return min(works, key=lambda one: dtypes.index(one.dtype)) if works else options[0]
+    working = [option for option in options if option.why_not is None]
+    return min(working, key=lambda option: dtypes.index(option.dtype)) if working else options[0]
 
 
-def enough(
+def larger_machines(
     model: NamedModel,
     machines: Machines,
     demand: KvDemand,
     kernels: Kernels,
     dtypes: Sequence[Dtype],
 ) -> tuple[Machines, Option] | None:
-    """How many of the same devices hold a model that these do not, and how; None for too many.
+    """More devices of the same kind that hold the model, with the layout; None for too many.
 
-    Doubled until they do: first the devices of a single machine, then the machines.
+    The number doubles until the model fits: first the devices of a single machine, then machines.
     """
     while machines.nodes < _MOST_NODES:
         if machines.nodes == 1 and machines.per_node < _USUAL_PER_NODE:
@@ -151,18 +153,18 @@ def enough(
 
 
 def _order(option: Option) -> tuple[bool, bool, float, int, str]:
-    lacking = option.plan.lacking() if option.plan and option.why_not else 0
+    missing_bytes = option.plan.missing_bytes() if option.plan and option.why_not else 0
     return (
         option.why_not is not None,
         option.plan is not None,
-        lacking - option.tokens_per_s,
+        missing_bytes - option.tokens_per_s,
         option.layout.world_size,
         option.dtype,
     )
 
 
 def layouts(model: NamedModel, machines: Machines) -> Iterator[Layout]:
-    """Layouts worth a look: powers of two that the devices suffice for."""
+    """Layouts to try: tp and dp are powers of two, and the devices suffice."""
     moe = isinstance(model.config, Llama4Config)
     for tp in _SIZES:
         for pp in range(1, min(_MOST_STAGES, model.config.num_layers) + 1):
@@ -179,12 +181,12 @@ def _option(
     kernels: Kernels,
     dtype: Dtype,
     layout: Layout,
-    one: Device,
+    device: Device,
 ) -> Option:
     groups = machines.total // layout.world_size
     try:
         weights = weights_as(model.config, model.scheme, dtype)
-        plan = plan_group(model, weights, layout, demand, one, kernels)
+        plan = plan_group(model, weights, layout, demand, device, kernels)
     except SpecError as error:
         return Option(layout=layout, dtype=dtype, groups=groups, why_not=str(error))
     why = plan.shortfall()
@@ -203,39 +205,39 @@ def _option(
 
 
 def decode_rate(plan: GroupPlan, per_node: int) -> float:
-    """Tokens a second that one group decodes at the demand's context (a roofline).
+    """Tokens per second that a group decodes at the demand's context (a roofline).
 
     Args:
-        plan: of the group.
-        per_node: ranks that share a machine.
+        plan: plan of the group.
+        per_node: number of ranks on a machine.
     """
     layout, demand = plan.layout, plan.demand
     batch = min(plan.concurrency(demand.context), demand.max_sequences * layout.dp)
     if not batch:
         return 0.0
-    micro = -(-batch // layout.pp)  # as many micro-batches in flight as stages
+    micro = -(-batch // layout.pp)  # there are as many micro-batches in flight as stages
     stage_size = layout.tp * layout.dp
     sum_s = 0.0
     if stage_size > 1:
         sum_s = NODE_SUM_S if stage_size <= per_node else NETWORK_SUM_S
     slowest = 0.0
     for rank in plan.ranks:
-        own = -(-micro // layout.dp)
+        sequences = -(-micro // layout.dp)
         read = _weights_read(plan, rank.weights.active_bytes, rank.weights.expert_bytes, micro)
-        read += own * plan.sequence_bytes(rank, demand.context)
+        read += sequences * plan.sequence_bytes(rank, demand.context)
         stage_s = read / plan.device.bandwidth + 2 * rank.part.layers.size * sum_s
         slowest = max(slowest, stage_s)
     return micro / slowest
 
 
 def _weights_read(plan: GroupPlan, active: int, expert: int, tokens: int) -> float:
-    """Bytes of a rank's weights that a step of so many tokens touches."""
+    """Bytes of a rank's weights that a step of `tokens` tokens reads."""
     config = plan.model.config
     if not isinstance(config, Llama4Config) or not expert:
         return active
-    held = config.num_experts / (plan.layout.ep or 1)
-    missed = (1 - config.top_k / config.num_experts) ** tokens
-    return active - expert + expert * max(1.0, held * (1 - missed))
+    local_experts = config.num_experts / (plan.layout.ep or 1)
+    unused_share = (1 - config.top_k / config.num_experts) ** tokens
+    return active - expert + expert * max(1.0, local_experts * (1 - unused_share))
 
 
 def _note(plan: GroupPlan, machines: Machines) -> str:
@@ -243,12 +245,12 @@ def _note(plan: GroupPlan, machines: Machines) -> str:
     layout = plan.layout
     heads = {rank.part.q_heads.size for rank in plan.ranks}
     if len(heads) > 1:
-        notes.append(f"uneven: ranks hold {min(heads)} to {max(heads)} query heads")
+        notes.append(f"uneven: ranks have {min(heads)} to {max(heads)} query heads")
     config = plan.model.config
     if layout.dp > 1:
-        notes.append(f"attention's weights are held {layout.dp} times")
+        notes.append(f"{layout.dp} copies of the attention weights")
     if layout.tp > config.num_kv_heads:
-        notes.append(f"each KV head is held {layout.tp // config.num_kv_heads} times")
+        notes.append(f"{layout.tp // config.num_kv_heads} copies of each KV head")
     if layout.tp * layout.dp > machines.per_node:
         notes.append("a stage spans machines: every layer waits for the network")
     idle = machines.total - layout.world_size * (machines.total // layout.world_size)

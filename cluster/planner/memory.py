@@ -1,10 +1,8 @@
-"""What each rank of one layout holds, in bytes, and what then fits.
+"""Bytes of each rank of a layout, and the number of tokens and sequences that then fit.
 
 Weights and KV blocks are exact: the sizes that the runner allocates. Activations, CUDA graphs and
-communication buffers are upper estimates by the formulas here. Needs no torch; knows nothing of
-how layouts are chosen or shown.
-
-Shape legend: T tokens of a step, H hidden size, R rows whose logits are wanted, V vocabulary.
+communication buffers are the upper estimates of `step_memory`. Needs no torch. Knows the memory of
+a layout; knows nothing of the choice among layouts and of the output for users.
 """
 
 from __future__ import annotations
@@ -13,7 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from arriero.cluster.planner.catalog import Device, NamedModel
+from arriero.cluster.planner.demand import KvDemand, Layout
 from arriero.cluster.planner.rank_weights import RankWeights, Weights, rank_weights
+from arriero.cluster.planner.step_memory import (
+    GRAPH_BYTES_PER_LAYER,
+    activation_bytes,
+    communication_bytes,
+    num_graphs,
+)
 from arriero.kernels.attention_mask import AttentionMaskSpec
 from arriero.kernels.packing import KV_ITEMSIZE, PLAIN, Kernels, kv_block_nbytes
 from arriero.shards.config.group import GroupConfig
@@ -21,105 +26,29 @@ from arriero.shards.errors import SpecError
 from arriero.shards.kv.paging import SeenBlocks
 from arriero.shards.layout.dense import Span
 from arriero.shards.layout.families import attention_chunk, local_layers, parts_of
-from arriero.shards.layout.moe import MoEPart
 from arriero.shards.layout.parts import AnyModel, AnyPart
 from arriero.shards.layout.resolve import KvRoom, num_kv_blocks
-from arriero.shards.model_config.llama4 import Llama4Config
 
 MAX_RANKS = 4096
-"""Of a group; beyond it a plan would take minutes."""
+"""Largest number of ranks of a group; a plan for more ranks would take minutes."""
 RESERVE_SHARE = 0.03
-"""Of the device's memory, left for fragmentation and for what the estimates miss."""
+"""Share of the device's memory that stays free for fragmentation and errors of the estimates."""
 SCRATCH_BLOCKS = 1
-"""On a GPU a rank keeps one KV block more, where a graph's padding rows write."""
-GRAPH_BYTES_PER_LAYER = 64 << 10
-"""Of one graph: the nodes of a layer's kernels."""
-CHANNEL_BYTES = 128 << 20
-"""Of one NCCL communicator: its channels' buffers."""
-_MOST_TILES = 17  # of one image: 16 and the whole
-SAMPLING_COPIES = 3
-"""Logits of the sampled rows live so many times over: raw, sorted, probabilities."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Layout:
-    """How a group cuts its model.
-
-    Attributes:
-        tp, pp: tensor-parallel slices of a stage, and stages.
-        dp: data-parallel attention ranks; 1 for a dense model.
-        ep: parts that experts are dealt to; None for a dense model, or for tp * dp.
-        tp_shares, layer_split: as in `GroupConfig`.
-    """
-
-    tp: int = 1
-    pp: int = 1
-    dp: int = 1
-    ep: int | None = None
-    tp_shares: tuple[float, ...] | None = None
-    layer_split: tuple[int, ...] | None = None
-
-    @property
-    def world_size(self) -> int:
-        """Ranks of the group."""
-        return self.tp * self.pp * self.dp
-
-    def __str__(self) -> str:
-        text = f"TP{self.tp}"
-        if self.dp > 1:
-            text += f"xDP{self.dp}"
-        if self.pp > 1:
-            text += f"xPP{self.pp}"
-        if self.ep is not None:
-            text += f" EP{self.ep}"
-        return text
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class KvDemand:
-    """What the group is to serve.
-
-    Attributes:
-        context: tokens of a sequence that must fit at least once.
-        max_sequences: running at once, on each data-parallel rank.
-        max_batch_tokens: of a step.
-        block_size: tokens of a KV block.
-        kv_dtype: of the cache.
-        kv_bytes: of the whole group's pool; None takes what is left.
-        num_blocks: outright, instead of `kv_bytes`; of each dp rank.
-        num_local_blocks: likewise, of the chunk-local pool.
-        spare_experts: second copies of hot experts that a rank keeps in each routed layer.
-        sliding_window, attention_sinks: as in `GroupConfig`; whether the model may have them is
-            the leader's to say.
-        reserve_bytes: None takes the device's context and `RESERVE_SHARE` of its memory.
-    """
-
-    context: int
-    max_sequences: int = 256
-    max_batch_tokens: int = 2048
-    block_size: int = 16
-    kv_dtype: str = "bfloat16"
-    kv_bytes: int | None = None
-    num_blocks: int | None = None
-    num_local_blocks: int | None = None
-    spare_experts: int = 0
-    sliding_window: int | None = None
-    attention_sinks: int = 0
-    reserve_bytes: int | None = None
+"""KV blocks that a rank on a GPU has besides: the padding rows of a graph write there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankPlan:
-    """One rank's memory, in bytes.
+    """The memory of a rank, in bytes.
 
     Attributes:
-        part: what it holds of the model.
-        weights: by kind, and their scales.
-        kv_global_block, kv_local_block: of a block over the layers that see the whole context,
-            and over those that see their chunk only (freed as chunks pass).
-        kv_pool_bytes: what the cache gets.
+        part: the rank's part of the model.
+        weights: weights by kind, and scales.
+        kv_global_block, kv_local_block: bytes of a block over the layers that attend to the whole
+            context, and over the layers that attend within a chunk (freed as chunks pass).
+        kv_pool_bytes: bytes of the KV cache.
         activations, graphs, communication, spare_experts, reserve: see the module.
-        memory_bytes: of the device.
+        memory_bytes: bytes of the device.
     """
 
     part: AnyPart
@@ -136,7 +65,7 @@ class RankPlan:
 
     @property
     def fixed(self) -> int:
-        """All but the KV pool."""
+        """Bytes of everything except the KV pool."""
         return (
             self.weights.total
             + self.activations
@@ -148,12 +77,12 @@ class RankPlan:
 
     @property
     def room(self) -> int:
-        """What the fixed parts leave; negative where they do not fit."""
+        """Bytes left beside the fixed parts; negative where the fixed parts do not fit."""
         return self.memory_bytes - self.fixed
 
     @property
     def unused(self) -> int:
-        """What nothing asked for."""
+        """Bytes without any use."""
         return self.room - self.kv_pool_bytes
 
     @property
@@ -164,11 +93,11 @@ class RankPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupPlan:
-    """All ranks of one group.
+    """All ranks of a group.
 
     Attributes:
-        model, weights, layout, demand, device, kernels: what was planned.
-        ranks: in rank order.
+        model, weights, layout, demand, device, kernels: input of the plan.
+        ranks: plans of the ranks, in rank order.
     """
 
     model: NamedModel
@@ -181,7 +110,7 @@ class GroupPlan:
 
     @property
     def chunk(self) -> int:
-        """Tokens of an attention chunk; 0 for none."""
+        """Tokens of an attention chunk; 0 for a model without chunks."""
         return attention_chunk(self.model.config)
 
     def pool_bytes(self, rank: RankPlan) -> int:
@@ -189,7 +118,7 @@ class GroupPlan:
         return max(0, rank.kv_pool_bytes - self._scratch(rank))
 
     def kv_room(self, rank: RankPlan) -> KvRoom:
-        """What a rank's device leaves for the blocks that sequences use."""
+        """Memory of a rank's device for the blocks that sequences use."""
         return KvRoom(
             nbytes=max(0, rank.room - self._scratch(rank)),
             full=rank.kv_global_block,
@@ -197,69 +126,70 @@ class GroupPlan:
         )
 
     def kv_blocks(self, rooms: Sequence[KvRoom] | None = None) -> tuple[int, int]:
-        """Blocks of both pools, as the engine divides what the devices leave.
+        """Number of blocks of both pools, as the engine divides the memory left on the devices.
 
         Args:
-            rooms: by rank; None for the plan's own.
+            rooms: memory for blocks by rank; None takes the plan's values.
 
         Returns:
-            Of the pool for all tokens, and of the chunk-local one; of each dp rank.
+            Blocks of the pool for all tokens, and of the chunk-local pool, of each dp rank.
 
         Raises:
-            SpecError: a device leaves no room for a block.
+            SpecError: a device has no room for a block.
         """
         demand = self.demand
-        asked = GroupConfig(
+        config = GroupConfig(
             model_path="",
             block_size=demand.block_size,
             num_local_blocks=demand.num_local_blocks,
             max_sequences=demand.max_sequences,
         )
         rooms = [self.kv_room(rank) for rank in self.ranks] if rooms is None else rooms
-        return num_kv_blocks(asked, self.chunk, demand.context, rooms, whole=True)
+        return num_kv_blocks(config, self.chunk, demand.context, rooms, whole=True)
 
     @property
-    def seen(self) -> SeenBlocks:
-        """Which blocks a sequence holds in layers that see a part; the engine's own rule."""
+    def seen_blocks(self) -> SeenBlocks:
+        """Blocks of a sequence in layers that attend to a part of the context; the engine rule."""
         window, sinks = self.demand.sliding_window or 0, self.demand.attention_sinks
-        visible = AttentionMaskSpec(chunk_size=self.chunk, window=window, sinks=sinks)
-        return SeenBlocks(visible, self.demand.block_size)
+        mask = AttentionMaskSpec(chunk_size=self.chunk, window=window, sinks=sinks)
+        return SeenBlocks(mask, self.demand.block_size)
 
     def sequence_bytes(self, rank: RankPlan, context: int) -> int:
-        """KV bytes that one sequence of `context` tokens takes on a rank, whole blocks."""
-        some = self.seen.most(context)
+        """KV bytes of a sequence of `context` tokens on a rank, in whole blocks."""
+        local_blocks = self.seen_blocks.most(context)
         if not self.chunk:
-            return some * rank.kv_block
+            return local_blocks * rank.kv_block
         blocks = -(-context // self.demand.block_size)
-        return blocks * rank.kv_global_block + some * rank.kv_local_block
+        return blocks * rank.kv_global_block + local_blocks * rank.kv_local_block
 
     def concurrency(self, context: int) -> int:
-        """Sequences of `context` tokens that the group's pool holds at once."""
-        held = min(
+        """Number of sequences of `context` tokens for which the group's pool has room at once."""
+        sequences = min(
             (self.pool_bytes(rank) - self._step_bytes(rank, context))
             // self.sequence_bytes(rank, context)
             for rank in self.ranks
         )
-        return max(held, self._holds_one(context)) * self.layout.dp
+        return max(sequences, self._fits_a_sequence(context)) * self.layout.dp
 
     def _step_bytes(self, rank: RankPlan, context: int) -> int:
-        """What the tokens of a step take beside windows, until they have passed through them."""
+        """Bytes for the tokens of a step outside the windows, until the step has ended."""
         if self.demand.sliding_window is None:
             return 0
         step = min(self.demand.max_batch_tokens, context)
-        return (self.seen.most(context, step) - self.seen.most(context)) * rank.kv_block
+        blocks = self.seen_blocks.most(context, step) - self.seen_blocks.most(context)
+        return blocks * rank.kv_block
 
-    def _holds_one(self, context: int) -> bool:
-        """Whether one sequence has room, in steps as short as that takes."""
+    def _fits_a_sequence(self, context: int) -> bool:
+        """Whether a single sequence has room, in steps that may be short."""
         return all(
             self.pool_bytes(rank) >= self.sequence_bytes(rank, context) for rank in self.ranks
         )
 
     @property
     def pool_tokens(self) -> int:
-        """Tokens that the group's pool holds, in one long sequence for each dp rank."""
+        """Tokens for which the group's pool has room, as a long sequence on each dp rank."""
         size, chunk_blocks = self.demand.block_size, -(-self.chunk // self.demand.block_size)
-        best = []
+        blocks_by_rank = []
         for rank in self.ranks:
             pool = self.pool_bytes(rank)
             blocks = pool // rank.kv_block
@@ -267,19 +197,19 @@ class GroupPlan:
                 blocks = (pool - chunk_blocks * rank.kv_local_block) // rank.kv_global_block
             elif self.chunk and not rank.kv_global_block:
                 continue
-            best.append(blocks)
-        return min(best) * size * self.layout.dp if best else 0
+            blocks_by_rank.append(blocks)
+        return min(blocks_by_rank) * size * self.layout.dp if blocks_by_rank else 0
 
     def shortfall(self) -> str | None:
-        """Why it does not fit, naming the rank and what it lacks; None where it fits."""
-        lacking = self.lacking()
-        if not lacking:
+        """Reason against the layout: rank and missing bytes; None where the group fits."""
+        missing_bytes = self.missing_bytes()
+        if not missing_bytes:
             return None
         worst = self.fullest
         need = self.sequence_bytes(worst, self.demand.context)
         return (
-            f"rank {worst.part.rank} (stage {worst.part.stage}) is {_gb(lacking)} short: weights "
-            f"{_gb(worst.weights.total)}, activations {_gb(worst.activations)}, other "
+            f"rank {worst.part.rank} (stage {worst.part.stage}) is {_gb(missing_bytes)} short: "
+            f"weights {_gb(worst.weights.total)}, activations {_gb(worst.activations)}, other "
             f"{_gb(worst.fixed - worst.weights.total - worst.activations)} and KV of one sequence "
             f"of {self.demand.context} tokens {_gb(need)} exceed the "
             f"{_gb(worst.memory_bytes)} of {self.device.name}"
@@ -287,20 +217,20 @@ class GroupPlan:
 
     @property
     def fullest(self) -> RankPlan:
-        """The rank that has least left once one sequence is in."""
-        return min(self.ranks, key=self._left)
+        """The rank with the least free memory beside a sequence."""
+        return min(self.ranks, key=self._free_bytes)
 
-    def lacking(self) -> int:
-        """Bytes that the fullest rank is short of; 0 where it fits."""
-        return max(0, -min(self._left(rank) for rank in self.ranks))
+    def missing_bytes(self) -> int:
+        """Bytes that the fullest rank is short of; 0 where the group fits."""
+        return max(0, -min(self._free_bytes(rank) for rank in self.ranks))
 
-    def _left(self, rank: RankPlan) -> int:
-        """What stays free once one sequence is in; negative where it does not fit."""
+    def _free_bytes(self, rank: RankPlan) -> int:
+        """Free bytes of a rank beside a sequence; negative where the sequence does not fit."""
         need = self.sequence_bytes(rank, self.demand.context) + self._scratch(rank)
-        left = rank.room - need
+        free = rank.room - need
         if self.demand.kv_bytes is None and self.demand.num_blocks is None:
-            return left
-        return min(left, rank.kv_pool_bytes - need, rank.unused)
+            return free
+        return min(free, rank.kv_pool_bytes - need, rank.unused)
 
     def _scratch(self, rank: RankPlan) -> int:
         return SCRATCH_BLOCKS * rank.kv_block if self.device.cuda else 0
@@ -318,10 +248,10 @@ def plan_group(
     device: Device,
     kernels: Kernels,
 ) -> GroupPlan:
-    """Every rank's memory under one layout, whether or not it fits.
+    """The memory of all ranks in a layout, whether or not the group fits.
 
     Raises:
-        SpecError: the layout cannot cut the model, or the demand passes its limits.
+        SpecError: the layout cannot divide the model, or the demand exceeds the model's limits.
     """
     config = model.config
     limit = config.max_position_embeddings
@@ -336,25 +266,25 @@ def plan_group(
         )
     if layout.world_size > MAX_RANKS:
         raise SpecError(f"{layout} has {layout.world_size} ranks; plan at most {MAX_RANKS}")
-    parts = cut(config, layout)
-    held = [_sizes(part) for part in parts]
-    # ranks that hold like shares take like bytes: a group of 64 has a handful of kinds
-    alike = {
+    parts = _divide(config, layout)
+    sizes_by_rank = [_sizes(part) for part in parts]
+    # Ranks with equal sizes have equal bytes: a group of 64 ranks has few different sizes.
+    weights_by_sizes = {
         sizes: rank_weights(config, part, weights, kernels)
-        for sizes, part in dict(zip(held, parts, strict=True)).items()
+        for sizes, part in dict(zip(sizes_by_rank, parts, strict=True)).items()
     }
     ranks = [
         _rank(
             config,
             part,
-            alike[sizes],
+            weights_by_sizes[sizes],
             layout,
             demand,
             device,
             kernels,
             PLAIN[weights.base],
         )
-        for part, sizes in zip(parts, held, strict=True)
+        for part, sizes in zip(parts, sizes_by_rank, strict=True)
     ]
     pools = _pools(ranks, demand, config, device)
     return GroupPlan(
@@ -371,15 +301,15 @@ def plan_group(
 
 
 def _sizes(part: AnyPart) -> tuple[object, ...]:
-    """What decides the bytes of a rank's weights."""
+    """The sizes of a part that decide the bytes of the weights."""
     ranks = ("rank", "dp_rank", "tp_rank", "ep_rank", "stage")
-    values = [getattr(part, one.name) for one in fields(part) if one.name not in ranks]
-    shares = (one.size if isinstance(one, Span) else one for one in values)
-    return (part.layers, part.tp_rank == 0, *shares)
+    values = [getattr(part, field.name) for field in fields(part) if field.name not in ranks]
+    sizes = (value.size if isinstance(value, Span) else value for value in values)
+    return (part.layers, part.tp_rank == 0, *sizes)
 
 
-def cut(config: AnyModel, layout: Layout) -> Sequence[AnyPart]:
-    """Who holds what, by the partition that the runner cuts by.
+def _divide(config: AnyModel, layout: Layout) -> Sequence[AnyPart]:
+    """The part of each rank, by the same partition that the runner uses.
 
     Raises:
         SpecError: the layout does not fit the model.
@@ -410,7 +340,7 @@ def _rank(
 ) -> RankPlan:
     if demand.kv_dtype not in KV_ITEMSIZE:
         raise SpecError(f"`kv_dtype`={demand.kv_dtype!r} is none of {', '.join(KV_ITEMSIZE)}")
-    one_layer = kv_block_nbytes(
+    layer_block_bytes = kv_block_nbytes(
         kernels,
         kv_heads=part.kv_heads.size,
         head_dim=config.head_dim,
@@ -419,7 +349,7 @@ def _rank(
     )
     num_layers, local = part.layers.size, local_layers(config, part)
     itemsize = base if device.cuda else 4
-    activations = _activations(config, part, layout, demand, itemsize)
+    activations = activation_bytes(config, part, layout, demand, itemsize)
     graphs = 0
     if device.cuda:
         share = min(1.0, demand.max_sequences / demand.max_batch_tokens)
@@ -431,12 +361,12 @@ def _rank(
     return RankPlan(
         part=part,
         weights=weights,
-        kv_global_block=one_layer * (num_layers - local),
-        kv_local_block=one_layer * local,
+        kv_global_block=layer_block_bytes * (num_layers - local),
+        kv_local_block=layer_block_bytes * local,
         kv_pool_bytes=0,
         activations=activations,
         graphs=graphs,
-        communication=_communication(config, part, layout, demand, itemsize, device),
+        communication=communication_bytes(config, part, layout, demand, itemsize, device),
         spare_experts=demand.spare_experts * weights.expert_bytes,
         reserve=reserve,
         memory_bytes=device.memory_bytes,
@@ -444,17 +374,17 @@ def _rank(
 
 
 def _pools(
-    ranks: Sequence[RankPlan], demand: KvDemand, config: AnyModel, device: Device
+    ranks: Sequence[RankPlan], demand: KvDemand, model: AnyModel, device: Device
 ) -> list[int]:
-    """The pool of each rank: the same number of blocks everywhere, as the leader deals them."""
+    """Pool bytes of each rank: the leader gives every rank the same number of blocks."""
     scratch = SCRATCH_BLOCKS if device.cuda else 0
-    chunk = attention_chunk(config)
+    chunk = attention_chunk(model)
     num_local = 0
     if chunk:
         if demand.num_blocks is None and demand.kv_bytes is None:
-            # two pools, whose blocks are of different numbers: each rank gives all that is left
+            # Two pools of different numbers of blocks: each rank gives all memory that is left.
             return [max(0, rank.room) for rank in ranks]
-        asked = GroupConfig(
+        config = GroupConfig(
             model_path="",
             block_size=demand.block_size,
             kv_bytes=demand.kv_bytes,
@@ -467,7 +397,7 @@ def _pools(
             full=sum(rank.kv_global_block for rank in ranks),
             local=sum(rank.kv_local_block for rank in ranks),
         )
-        num_blocks, num_local = num_kv_blocks(asked, chunk, demand.context, [whole])
+        num_blocks, num_local = num_kv_blocks(config, chunk, demand.context, [whole])
     elif demand.num_blocks is not None:
         num_blocks = demand.num_blocks
     elif demand.kv_bytes is not None:
@@ -478,62 +408,3 @@ def _pools(
         (num_blocks + scratch) * rank.kv_global_block + (num_local + scratch) * rank.kv_local_block
         for rank in ranks
     ]
-
-
-def num_graphs(max_sequences: int) -> int:
-    """CUDA graphs of a rank: a batch size each, growing by 8, 16 and 64."""
-    sizes = [1, 2, 4, 8]
-    while sizes[-1] < max_sequences:
-        last = sizes[-1]
-        sizes.append(last + (8 if last < 64 else 16 if last < 256 else 64))
-    return sum(size < max_sequences for size in sizes) + 1
-
-
-def _activations(
-    config: AnyModel, part: AnyPart, layout: Layout, demand: KvDemand, itemsize: int
-) -> int:
-    """The most that one step holds at once: a layer's tensors, then the logits."""
-    tokens, hidden, d = demand.max_batch_tokens, config.hidden_size, config.head_dim
-    q, kv = part.q_heads.size * d, part.kv_heads.size * d
-    attention = 2 * q + 2 * kv + q  # qkv, rotated q, output
-    mlp = 3 * part.columns.size
-    if isinstance(config, Llama4Config) and isinstance(part, MoEPart):
-        # every token of the stage may be routed to this rank's experts: the worst case is sized
-        routed = layout.dp * config.top_k * (3 * part.expert_columns.size + 2 * hidden)
-        mlp = max(mlp, 3 * part.shared_columns.size + routed)
-    layer = tokens * (3 * hidden + max(attention, mlp)) * itemsize  # residual, normed, partial sum
-    logits = 0
-    if part.last_stage:
-        rows = demand.max_sequences
-        logits = rows * part.vocab.size * 4 + rows * hidden * itemsize
-        if part.tp_rank == 0:
-            logits += SAMPLING_COPIES * rows * config.vocab_size * 4
-    tables = demand.max_sequences * -(-demand.context // demand.block_size) * 4
-    angles = 2 * tokens * d * 4
-    vision = 0
-    seen = config.vision if isinstance(config, Llama4Config) else None
-    if seen is not None and isinstance(part, MoEPart) and part.first_stage:
-        tile = 4 * seen.hidden_size + 3 * part.vision_columns.size
-        vision = _MOST_TILES * seen.num_positions * tile * itemsize
-    return max(layer + logits, vision) + tables + angles
-
-
-def _communication(
-    config: AnyModel, part: AnyPart, layout: Layout, demand: KvDemand, itemsize: int, device: Device
-) -> int:
-    """Buffers of sums, hand-over and exchange, and the library's own channels."""
-    row = demand.max_batch_tokens * config.hidden_size * itemsize
-    total, communicators = 0, 0
-    if layout.tp > 1:
-        # more than two ranks gather all parts and add them in rank order
-        total += row * layout.tp if layout.tp > 2 else 0
-        communicators += 1
-        if part.last_stage and part.tp_rank == 0:
-            total += demand.max_sequences * config.vocab_size * 4
-    if layout.pp > 1:
-        total += row * (1 + layout.pp)  # one received, as many on their way as micro-batches
-        communicators += 1
-    if isinstance(config, Llama4Config) and layout.tp * layout.dp > 1:
-        total += 2 * row * layout.dp * config.top_k  # dispatch and combine
-        communicators += 1
-    return total + (communicators * CHANNEL_BYTES if device.cuda else 0)

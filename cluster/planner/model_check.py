@@ -1,8 +1,8 @@
-"""Can this folder be served? All that would stop a group or a gateway later, told at once.
+"""Can a model folder be served? Lists at once all problems that would stop a group or a gateway.
 
-One function for `arriero up`, `rollout` and `models verify`, so that what one passes the others
-take: config and weights' headers as `verify` reads them, the text side as a gateway builds it, and
-for a deployment the mesh and sizes as a group's leader decides them. Knows folders and settings;
+`arriero up`, `rollout` and `models verify` use the same checks and so agree: config and headers of
+the weights as `verify` reads them, tokenizer and template as a gateway loads them, and for a
+deployment the mesh and sizes as the leader of a group decides them. Knows folders and settings;
 knows nothing of clusters.
 """
 
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from arriero.shards.layout.parts import AnyModel
 
 MOST_PROBLEMS = 20
-"""Told of one folder; the rest is counted."""
+"""Largest number of problems of a folder that an error lists; the error counts the others."""
 
 
 def check_models(models: Iterable[ModelSpec]) -> None:
-    """Refuse a deployment of which a group or a gateway could not start.
+    """Refuse a deployment in which a group or a gateway could not start.
 
-    Models at a URL are looked at where they are fetched.
+    Models at a URL are checked on the machine that fetches the model.
 
     Raises:
-        CheckpointError: a folder is not what it should be: file, defect and remedy.
+        CheckpointError: a folder has a defect; the error names file, defect and remedy.
         SpecError: the mesh or a size does not fit the model.
     """
     from arriero.shards.checkpoint.remote import is_url
@@ -40,47 +40,47 @@ def check_models(models: Iterable[ModelSpec]) -> None:
     for model in models:
         if not is_url(model.path):
             check_settings(model, Path(model.path))
-            refuse(check_folder(Path(model.path)), model.name)
+            raise_problems(check_folder(Path(model.path)), model.name)
 
 
-def check_opened(opened: Checkpoint, model: ModelSpec) -> None:
-    """The same of one model whose headers are read, at a URL perhaps, on the machine it is on.
+def check_checkpoint(checkpoint: Checkpoint, model: ModelSpec) -> None:
+    """Check a model with headers that are read already, perhaps from a URL, as `check_models` does.
 
     Raises:
-        CheckpointError: as above.
-        SpecError: as above.
+        CheckpointError: see `check_models`.
+        SpecError: see `check_models`.
     """
-    check_settings(model, opened.path)
-    if told := text_problems(opened.path):
-        raise CheckpointError(f"model `{model.name}`: {'; '.join(told)}")
-    opened.check_whole()
+    check_settings(model, checkpoint.path)
+    if problems := text_problems(checkpoint.path):
+        raise CheckpointError(f"model `{model.name}`: {'; '.join(problems)}")
+    checkpoint.check_whole()
 
 
 def check_folder(
     folder: Path, deep: bool = False, progress: VerifyProgress | None = None
 ) -> Report:
-    """All that is wrong with a model folder: weights, config and text files.
+    """All problems of a model folder: weights, config and text files.
 
     Args:
-        folder: where it is.
+        folder: the model folder.
         deep: also read every byte of the weights.
-        progress: told of the bytes read by a deep look.
+        progress: is called with the bytes read so far when `deep`.
     """
-    problems = text_problems(folder)  # first: torch, which weights need, takes seconds to load
+    problems = text_problems(folder)  # first: weights need torch, and torch takes seconds to load
     from arriero.shards.checkpoint.verify import verify
 
     report = verify(folder, deep=deep, progress=progress)
     known = set(report.problems)
-    more = tuple(one for one in problems if one not in known)
+    more = tuple(problem for problem in problems if problem not in known)
     return replace(report, problems=report.problems + more)
 
 
 def check_settings(model: ModelSpec, folder: Path) -> None:
-    """Refuse settings of a model that its numbers do not allow.
+    """Refuse settings that do not fit the sizes of a model.
 
     Raises:
-        CheckpointError: the folder's config cannot be read, or its weights are quantized already.
-        SpecError: a field that cannot be.
+        CheckpointError: the folder's config cannot be read, or the weights are quantized already.
+        SpecError: a field has a value that does not fit.
     """
     from arriero.shards.checkpoint.formats.describe import describe
     from arriero.shards.layout.resolve import MAX_DEFAULT_KV_BYTES, resolve
@@ -100,26 +100,26 @@ def check_settings(model: ModelSpec, folder: Path) -> None:
                 f" {', '.join(BACKENDS)}; leave it out for the best one"
             )
     devices = ("cpu", "cuda") if model.device == "auto" else (model.device,)
-    refused: list[SpecError] = []
+    errors: list[SpecError] = []
     for device in devices:
         config = model.group_config(device)
         if config.kv_bytes is None and config.num_blocks is None:
-            # groups may be on machines with more memory than this one has
+            # Groups may run on machines with more memory than this machine.
             config = replace(config, kv_bytes=MAX_DEFAULT_KV_BYTES)
         try:
             resolve(config, numbers)
         except SpecError as error:
-            refused.append(error)
-    if len(refused) == len(devices):
-        raise SpecError(f"model `{model.name}`: {refused[0]}")
+            errors.append(error)
+    if len(errors) == len(devices):
+        raise SpecError(f"model `{model.name}`: {errors[0]}")
 
 
-def refuse(report: Report, name: str = "") -> None:
-    """Raise what a report found.
+def raise_problems(report: Report, name: str = "") -> None:
+    """Raise an error if a report lists problems.
 
     Args:
-        report: of a folder.
-        name: of the model, where it has one.
+        report: report of a folder.
+        name: name of the model; "" for none.
 
     Raises:
         CheckpointError: lists the first problems and counts the rest.
@@ -128,16 +128,16 @@ def refuse(report: Report, name: str = "") -> None:
         return
     listed = "; ".join(report.problems[:MOST_PROBLEMS])
     more = len(report.problems) - MOST_PROBLEMS
-    who = f"model `{name}`: " if name else ""
-    told = listed + (f"; and {more} more" if more > 0 else "")
-    where = "" if str(report.path) in listed else f"{report.path}: "
-    raise CheckpointError(f"{who}{where}{told}")
+    model = f"model `{name}`: " if name else ""
+    rest = f"; and {more} more" if more > 0 else ""
+    folder = "" if str(report.path) in listed else f"{report.path}: "
+    raise CheckpointError(f"{model}{folder}{listed}{rest}")
 
 
 def text_problems(folder: Path) -> tuple[str, ...]:
-    """Why a gateway could not speak for the model of a folder; empty where it can.
+    """Why a gateway could not serve the model of a folder; empty where a gateway could.
 
-    A config that cannot be read is told by what reads weights.
+    A config that cannot be read is no text problem: the check of the weights reports the config.
     """
     from arriero.router.text.text_model import TextModel
     from arriero.shards.checkpoint.formats.describe import describe
@@ -146,22 +146,23 @@ def text_problems(folder: Path) -> tuple[str, ...]:
         numbers, _ = describe(folder)
     except CheckpointError:
         return ()
-    if told := _no_tokenizer(folder):
-        return (told,)
+    if problem := _no_tokenizer(folder):
+        return (problem,)
     try:
         TextModel(text_card(folder, numbers))
     except ArrieroError as error:
-        return (_with_place(folder, str(error)),)
-    except Exception as error:  # a defect that has no words yet must not pass for a good folder
-        return (f"{folder}: its text side cannot be built: {type(error).__name__}: {error}",)
+        return (_with_folder(folder, str(error)),)
+    except Exception as error:  # a defect without an error of ours must not pass for a good folder
+        reason = f"{type(error).__name__}: {error}"
+        return (f"{folder}: tokenizer or chat template cannot be loaded: {reason}",)
     return ()
 
 
 def text_card(folder: Path, numbers: AnyModel) -> ModelCard:
-    """The card of a folder's model as far as its text side goes.
+    """The model card of a folder with the fields that the gateway's text model needs.
 
     Raises:
-        CheckpointError: a text file is missing or not what it must be.
+        CheckpointError: a text file is missing or not valid.
     """
     from arriero.router.text.model_card import ModelCard
     from arriero.shards.model_config.llama4 import Llama4Config
@@ -184,18 +185,18 @@ def text_card(folder: Path, numbers: AnyModel) -> ModelCard:
 
 
 def _no_tokenizer(folder: Path) -> str:
-    """What to do about a folder without tokenizer.json; "" where there is one."""
+    """Problem and remedy of a folder without tokenizer.json; "" where the file exists."""
     file = folder / "tokenizer.json"
     if file.exists() or file.is_symlink():
         return ""
-    there = [name for name in ("tokenizer.model", "vocab.json") if (folder / name).is_file()]
-    if not there:
+    others = [name for name in ("tokenizer.model", "vocab.json") if (folder / name).is_file()]
+    if not others:
         return f"{file}: missing; fetch it beside the weights (`arriero models pull ORG/NAME`)"
     return (
-        f"{file}: missing, and {there[0]} is not read; write it with transformers:"
+        f"{file}: missing, and {others[0]} is not read; write tokenizer.json with transformers:"
         f" AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
     )
 
 
-def _with_place(folder: Path, text: str) -> str:
+def _with_folder(folder: Path, text: str) -> str:
     return text if str(folder) in text else f"{folder}: {text}"

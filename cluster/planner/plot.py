@@ -1,6 +1,6 @@
 """A plan as a picture: a stacked bar for each rank.
 
-Needs matplotlib, which nothing else here does.
+Knows matplotlib, needed only here; knows nothing of how a plan is computed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def plot(plan: GroupPlan, file: Path) -> None:
     axes = figure.add_subplot()
     bottom = [0.0] * len(plan.ranks)
     for name, colour in _COLOURS.items():
-        heights = [_pieces(rank)[name] / 1e9 for rank in plan.ranks]
+        heights = [_bytes_by_label(rank)[name] / 1e9 for rank in plan.ranks]
         if not any(heights):
             continue
         axes.bar(ranks, heights, bottom=bottom, color=colour, label=name, width=0.8)
@@ -62,14 +62,14 @@ def plot(plan: GroupPlan, file: Path) -> None:
     figure.savefig(file)
 
 
-def _pieces(rank: RankPlan) -> dict[str, int]:
+def _bytes_by_label(rank: RankPlan) -> dict[str, int]:
     kinds = rank.weights.by_kind
     return {
         "attention": kinds.get("attention", 0),
         "MLP": kinds.get("mlp", 0),
         "experts": kinds.get("experts", 0),
         "shared, router": kinds.get("shared_expert", 0) + kinds.get("router", 0),
-        "tables, norms": sum(kinds.get(one, 0) for one in ("embeddings", "head", "norms")),
+        "tables, norms": sum(kinds.get(kind, 0) for kind in ("embeddings", "head", "norms")),
         "vision": kinds.get("vision", 0),
         "scales": rank.weights.scales,
         "KV pool": rank.kv_pool_bytes,

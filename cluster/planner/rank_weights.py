@@ -1,7 +1,7 @@
-"""What one rank holds of a model's weights, packed as the runner packs it.
+"""Bytes of a rank's weights, packed as the runner packs them.
 
-Knows how modules are stacked into products and in which precision each is kept; bytes come from
-`packing`. Needs no torch.
+Knows which modules are stacked into a matrix product and the precision of each; the bytes come from
+`packing`. Knows nothing of KV cache and activations. Needs no torch.
 """
 
 from __future__ import annotations
@@ -48,29 +48,29 @@ DTYPES: tuple[Dtype, ...] = (
     "checkpoint",
 )
 ON_LOAD: dict[str, Dtype] = {"int8": "int8", "fp8": "fp8-onload", "int4": "int4-onload"}
-"""What a spec's `quantization` is called here."""
+"""The planner's dtype for each value of a spec's `quantization`."""
 GROUP_SIZE = 128
 ON_LOAD_GROUP_SIZE = 32
 ORDER_ITEMSIZE = 8
-"""Bytes that name the input of a sorted column."""
+"""Bytes of a sorted column's index of its input column."""
 WHOLE_ROW = 1 << 30
-"""A group size that no row reaches: one scale a row."""
+"""A group size larger than any row: a single scale for each row."""
 
 _STACKED = re.compile(r"(.*\.)(?:([qkv])|(?:gate|up))_proj$")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weights:
-    """What a model's weights are kept as.
+    """The form of a model's weights in memory.
 
     Attributes:
-        dtype: what was asked for.
-        base: precision of what is not quantized, and of activations on a GPU.
-        scheme: the checkpoint's own form; only products that it covers are quantized.
-        precision: of the quantized products.
-        group_size: of int4.
-        zeros: int4: whether zero points are kept.
-        tables: precision of the embedding and the head, None for `base`.
+        dtype: the planner's name for the form.
+        base: precision of weights that are not quantized, and of activations on a GPU.
+        scheme: quantization of the checkpoint; only products that the scheme covers are quantized.
+        precision: precision of the quantized products.
+        group_size: columns that share a scale in int4.
+        zeros: int4 has zero points.
+        tables: precision of the embedding and the head; None for `base`.
     """
 
     dtype: Dtype
@@ -81,33 +81,33 @@ class Weights:
     zeros: bool = True
     tables: Precision | None = None
 
-    def of(self, module: Module) -> Precision:
-        """What a module is kept as."""
+    def precision_of(self, module: Module) -> Precision:
+        """Precision of a module in memory."""
         if self.tables is not None and module.kind in ("embeddings", "head"):
             return self.tables
         if self.precision is None or not module.product:
             return self.base
         if self.scheme is not None:
             return self.precision if self.scheme.covers(module.name, module.kind) else self.base
-        kept = module.kind in ("head", "router", "vision")
-        return self.base if kept else self.precision
+        plain = module.kind in ("head", "router", "vision")
+        return self.base if plain else self.precision
 
 
 def weights_as(model: AnyModel, scheme: QuantScheme | None, dtype: Dtype) -> Weights:
-    """Decide what each product is kept as.
+    """The form of a model's weights in memory for a dtype.
 
     Args:
-        model: its numbers.
-        scheme: its checkpoint's form, None for plain weights.
-        dtype: "float32", "bfloat16", "float16": plain. "fp8", "int4": every product of the
-            decoder, as checkpoints in those forms have them (int4 in groups of 128); tables, head,
-            router and vision stay. "fp8-shipped": as Meta's FP8 releases: the MLPs of all layers
-            but the first and the last, or Llama 4's experts. "int8", "fp8-onload", "int4-onload":
-            as slices quantize plain weights while they load: tables too, always in int8 (int4's
-            groups are of 32). "checkpoint": what the checkpoint says.
+        model: sizes of the model.
+        scheme: quantization of the checkpoint; None for plain weights.
+        dtype: "float32", "bfloat16", "float16": plain. "fp8", "int4": each product of the decoder,
+            as in checkpoints of these forms (int4 in groups of 128); tables, head, router and
+            vision stay plain. "fp8-shipped": as in Meta's FP8 releases: the MLPs of all layers
+            except the first and the last, or Llama 4's experts. "int8", "fp8-onload",
+            "int4-onload": as slices quantize plain weights on load, tables included, which are
+            int8 always (int4 in groups of 32). "checkpoint": the form of the checkpoint.
 
     Raises:
-        SpecError: an unknown dtype, or a quantized checkpoint asked for as something else.
+        SpecError: the dtype is unknown, or differs from the form of a quantized checkpoint.
     """
     if dtype == "checkpoint":
         return _as_stored(model, scheme)
@@ -117,8 +117,8 @@ def weights_as(model: AnyModel, scheme: QuantScheme | None, dtype: Dtype) -> Wei
         return Weights(dtype=dtype, base="bfloat16", scheme=shipped_fp8(model), precision="fp8")
     if scheme is not None:
         raise SpecError(
-            f"`dtype`={dtype!r}: the checkpoint is quantized ({scheme.method}); leave it as it is "
-            "with `dtype`=checkpoint, or give the checkpoint of plain weights"
+            f"`dtype`={dtype!r}: the checkpoint is quantized already ({scheme.method}); use "
+            "`dtype`=checkpoint, or give a checkpoint of plain weights"
         )
     if dtype == "int8":
         return Weights(dtype=dtype, base="bfloat16", precision="int8", tables="int8")
@@ -157,50 +157,48 @@ def _as_stored(model: AnyModel, scheme: QuantScheme | None) -> Weights:
 
 
 def shipped_fp8(model: AnyModel) -> QuantScheme:
-    """The form of Meta's FP8 releases: Llama 3.1 405B's, or Llama 4 Maverick's."""
+    """The quantization of Meta's FP8 releases of Llama 3.1 405B and of Llama 4 Maverick."""
     if isinstance(model, ModelConfig):
         ends = (0, model.num_layers - 1)
         names = ["lm_head", *(f"model.layers.{layer}.mlp" for layer in ends)]
         names += [f"model.layers.{layer}.self_attn" for layer in range(model.num_layers)]
         return QuantScheme(method="fbgemm_fp8", activation_bound=1200.0, ignored=tuple(names))
-    kept = [
+    plain = [
         module.name
         for module in modules_of(model, QuantScheme(method="compressed-tensors"))
         if module.product and module.kind != "experts"
     ]
-    return QuantScheme(method="compressed-tensors", ignored=tuple(kept))
+    return QuantScheme(method="compressed-tensors", ignored=tuple(plain))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankWeights:
-    """Bytes of one rank's weights.
+    """Bytes of a rank's weights.
 
     Attributes:
-        by_kind: without scales.
-        scales: of all kinds.
-        expert_bytes: of one routed expert as held here, scales included, over the layers of the
-            stage; 0 without experts.
-        active_bytes: what a step of one token reads: of the experts, one a layer.
-        num_expert_layers: routed layers of the stage.
+        by_kind: bytes by kind of module, without scales.
+        scales: bytes of the scales of all kinds.
+        expert_bytes: bytes of a routed expert on this rank, scales included, over the layers of
+            the stage; 0 without experts.
+        active_bytes: bytes that a step of a single token reads: of the experts, one in each layer.
     """
 
     by_kind: dict[str, int]
     scales: int
     expert_bytes: int
     active_bytes: int
-    num_expert_layers: int
 
     @property
     def total(self) -> int:
-        """Bytes allocated, as a slice reports them."""
+        """Allocated bytes, as a slice reports them."""
         return sum(self.by_kind.values()) + self.scales
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Stack:
-    """Modules that the runner packs as one product (q, k and v; gate and up), or one vector.
+    """Modules that the runner packs into a single matrix (q, k and v; gate and up), or a vector.
 
-    Their names are left out: layers whose stacks are equal take equal bytes.
+    The modules have no names here, so that layers with equal stacks compare equal.
     """
 
     modules: tuple[Module, ...]
@@ -208,23 +206,23 @@ class _Stack:
 
 
 def rank_weights(model: AnyModel, part: AnyPart, weights: Weights, kernels: Kernels) -> RankWeights:
-    """Bytes of what `part` holds.
+    """Bytes of the weights of a part.
 
     Args:
-        model: its numbers.
-        part: of one rank.
-        weights: what they are kept as.
-        kernels: the backend that packs them.
+        model: sizes of the model.
+        part: the part of a rank.
+        weights: form of the weights in memory.
+        kernels: the backend that packs the weights.
     """
     by_kind: Counter[str] = Counter()
-    scales, experts_total, expert_layers, expert_held = 0, 0, 0, 0
-    for stack, times in _held(model, part, weights):
+    scales, experts_total, num_experts = 0, 0, 0
+    for stack, times in _rank_stacks(model, part, weights):
         first = stack.modules[0]
-        rows = sum(_share(one, part, 0) for one in stack.modules) * first.stacked
+        rows = sum(_share(module, part, 0) for module in stack.modules) * first.stacked
         columns = _share(first, part, -1)
         copies = span_of(part, "experts").size if first.experts else 1
         if not _is_matrix(first):
-            by_kind[first.kind] += 4 * prod(first.shape) * times  # vectors are kept in float32
+            by_kind[first.kind] += 4 * prod(first.shape) * times  # vectors stay float32
             continue
         group, order = _group(first, part, weights), 0
         if stack.precision == "int4" and weights.scheme is not None and weights.scheme.act_order:
@@ -243,70 +241,68 @@ def rank_weights(model: AnyModel, part: AnyPart, weights: Weights, kernels: Kern
         scales += (packed.scales + order) * copies * times
         if first.experts:
             experts_total += (packed.total + order) * copies * times
-            expert_held = copies
-            expert_layers += times * (first.stacked == 2)
-    expert_bytes = experts_total // expert_held if expert_held else 0
+            num_experts = copies
+    expert_bytes = experts_total // num_experts if num_experts else 0
     total = sum(by_kind.values()) + scales
     return RankWeights(
         by_kind=dict(by_kind),
         scales=scales,
         expert_bytes=expert_bytes,
         active_bytes=total - experts_total + expert_bytes,
-        num_expert_layers=expert_layers,
     )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Stacks:
-    """Those of a whole model, layers that are alike listed once.
+class _ModelStacks:
+    """The stacks of a whole model; layers with equal stacks share an entry.
 
     Attributes:
-        lists: stacks and how many there are of each: a list for each kind of layer, and for each
+        entries: stacks with the number of each: an entry for each kind of layer, and for each
             place outside of the layers.
-        of: which of the lists a layer, or a place, is made of.
+        index: index of the entry of a layer or a place.
     """
 
-    lists: tuple[tuple[tuple[_Stack, int], ...], ...]
-    of: dict[int | Place, int]
+    entries: tuple[tuple[tuple[_Stack, int], ...], ...]
+    index: dict[int | Place, int]
 
 
 @lru_cache(maxsize=16)
-def _stacks(model: AnyModel, weights: Weights) -> _Stacks:
-    found: dict[int | Place, dict[str, list[Module]]] = {}
+def _model_stacks(model: AnyModel, weights: Weights) -> _ModelStacks:
+    modules_by_place: dict[int | Place, dict[str, list[Module]]] = {}
     for module in modules_of(model, None):
         matched = None if module.experts else _STACKED.match(module.name)
         key = f"{module.name}{module.suffix}"
         if matched is not None:
             key = f"{matched[1]}{'qkv' if matched[2] else 'gate_up'}"
-        where = module.place if module.layer is None else module.layer
-        found.setdefault(where, {}).setdefault(key, []).append(module)
-    lists: dict[tuple[tuple[_Stack, int], ...], int] = {}
-    of: dict[int | Place, int] = {}
-    for where, stacks in found.items():
-        made = Counter(
+        place = module.place if module.layer is None else module.layer
+        modules_by_place.setdefault(place, {}).setdefault(key, []).append(module)
+    entries: dict[tuple[tuple[_Stack, int], ...], int] = {}
+    index: dict[int | Place, int] = {}
+    for place, groups in modules_by_place.items():
+        stacks = Counter(
             _Stack(
-                modules=tuple(replace(one, name="", layer=None) for one in modules),
-                precision=weights.of(modules[0]),
+                modules=tuple(replace(module, name="", layer=None) for module in modules),
+                precision=weights.precision_of(modules[0]),
             )
-            for modules in stacks.values()
+            for modules in groups.values()
         )
-        of[where] = lists.setdefault(tuple(made.items()), len(lists))
-    return _Stacks(lists=tuple(lists), of=of)
+        index[place] = entries.setdefault(tuple(stacks.items()), len(entries))
+    return _ModelStacks(entries=tuple(entries), index=index)
 
 
-def _held(model: AnyModel, part: AnyPart, weights: Weights) -> Iterator[tuple[_Stack, int]]:
-    """The stacks of a rank's stage, and how many there are of each."""
-    whole = _stacks(model, weights)
+def _rank_stacks(model: AnyModel, part: AnyPart, weights: Weights) -> Iterator[tuple[_Stack, int]]:
+    """The stacks of a rank's stage, with the number of each."""
+    whole = _model_stacks(model, weights)
     ends: dict[Place, bool] = {
         "first": part.first_stage,
         "last": part.last_stage,
         "ends": part.first_stage or part.last_stage,
     }
-    here: list[int | Place] = list(range(part.layers.start, part.layers.stop))
-    here += [place for place, held in ends.items() if held and place in whole.of]
-    for index, times in Counter(whole.of[where] for where in here).items():
-        for stack, in_one in whole.lists[index]:
-            yield stack, in_one * times
+    places: list[int | Place] = list(range(part.layers.start, part.layers.stop))
+    places += [place for place, present in ends.items() if present and place in whole.index]
+    for index, times in Counter(whole.index[place] for place in places).items():
+        for stack, count in whole.entries[index]:
+            yield stack, count * times
 
 
 def _is_matrix(module: Module) -> bool:
@@ -314,9 +310,9 @@ def _is_matrix(module: Module) -> bool:
 
 
 def _group(module: Module, part: AnyPart, weights: Weights) -> int:
-    """Columns that share a scale on this rank: a cut inside a stored group makes smaller ones.
+    """Columns that share a scale on a rank; a cut inside a stored group makes smaller groups.
 
-    What is quantized on load is cut first and grouped then.
+    Weights that are quantized on load are cut first and grouped afterwards.
     """
     cut, size, group = module.columns, module.shape[-1], weights.group_size
     if cut is None or group >= WHOLE_ROW or weights.tables is not None:
@@ -327,17 +323,17 @@ def _group(module: Module, part: AnyPart, weights: Weights) -> int:
 
 
 def _sorted(module: Module, columns: int, weights: Weights) -> tuple[int, int]:
-    """Columns of a matrix that a slice sorts by group (act-order), and of a group of them.
+    """Columns of a matrix that a slice sorts by group (act-order), and columns of such a group.
 
-    A slice of the columns holds a part of every group, and the largest part is the size of all.
-    Which it holds only the checkpoint's data says; an upper estimate here, except of whole ones.
+    A slice of the columns has a part of each group; all parts are padded to the largest part. The
+    largest part depends on the data of the checkpoint: an upper estimate, exact for whole rows.
     """
     size = module.shape[-1]
     group = min(weights.group_size, size)
     width, num_groups = group, -(-size // group)
     if columns < size and not module.experts:
         mean = group * columns / size
-        width = min(group, ceil(mean + 5 * sqrt(mean)))  # five deviations of a random choice
+        width = min(group, ceil(mean + 5 * sqrt(mean)))  # five deviations above a random choice
     width += width % 2
     return num_groups * width, width
 

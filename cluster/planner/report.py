@@ -1,6 +1,6 @@
 """A plan as JSON and as tables.
 
-Knows the names and units that users see; computes nothing.
+Knows the names and units that users see; knows nothing of how a plan is computed.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from arriero.shards.kv.limits import GroupTierLimits
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 MOST_WORKING, MOST_REFUSED = 12, 6
-"""Layouts that a table lists."""
+"""Largest number of layouts in a table: layouts that work, and layouts that do not."""
 CONTEXTS = (1024, 4096, 8192, 16384, 32768, 65536, 131072, 1048576, 10485760)
 
 
 def contexts(plan: GroupPlan) -> list[int]:
-    """Context lengths worth a row, up to the model's limit."""
+    """Context lengths in the capacity table, up to the model's limit."""
     limit = plan.model.config.max_position_embeddings
-    rows = {one for one in CONTEXTS if one <= limit} | {plan.demand.context}
+    rows = {context for context in CONTEXTS if context <= limit} | {plan.demand.context}
     return sorted(rows)
 
 
@@ -39,7 +39,7 @@ def as_json(
     options: Sequence[Option],
     tiers: GroupTierLimits,
 ) -> dict[str, Any]:
-    """All of it, bytes as whole numbers."""
+    """The whole plan; bytes are whole numbers."""
     layout, demand = plan.layout, plan.demand
     why = plan.shortfall()
     return {
@@ -138,14 +138,14 @@ def as_tables(
     options: Sequence[Option],
     tiers: GroupTierLimits,
 ) -> RenderableType:
-    """What a person reads.
+    """The plan as text and tables for a terminal.
 
     Args:
-        plan: of one group.
-        groups: how many the machines hold.
-        machines: they.
-        options: ranked.
-        tiers: of the KV cache below the device.
+        plan: plan of a group.
+        groups: number of groups on the machines.
+        machines: the machines.
+        options: result of `rank_layouts`.
+        tiers: limits of the KV tiers below the device.
     """
     parts: list[RenderableType] = [Text(verdict(plan, groups, machines))]
     parts.append(_rank_table(plan))
@@ -159,7 +159,7 @@ def as_tables(
 
 
 def verdict(plan: GroupPlan, groups: int, machines: Machines) -> str:
-    """The answer in a few lines."""
+    """The result in a few lines."""
     total = sum(rank.weights.total for rank in plan.ranks)
     fullest = max(plan.ranks, key=lambda rank: rank.fixed)
     context = plan.demand.context
@@ -178,17 +178,17 @@ def verdict(plan: GroupPlan, groups: int, machines: Machines) -> str:
             f"{plan.concurrency(context):,} sequences of {context:,} at once"
         )
     else:
-        lines.append(f"{plan.layout} does not fit, as said below the tables")
+        lines.append(f"{plan.layout} does not fit; the reason is below the tables")
     return "\n".join(lines)
 
 
 def _tiers(tiers: GroupTierLimits) -> list[tuple[str, int, int]]:
-    """Name of each bounded tier, its blocks of all tokens, and its chunk-local ones."""
+    """Name of each bounded tier, with the number of blocks for all tokens and for chunks."""
     each = (
         ("host", tiers.all.host_blocks, tiers.local.host_blocks),
         ("disk", tiers.all.disk_blocks, tiers.local.disk_blocks),
     )
-    return [one for one in each if one[1]]
+    return [tier for tier in each if tier[1]]
 
 
 def _tier_bytes(rank: RankPlan, blocks: int, local: int, share: Fraction) -> int:
@@ -210,7 +210,7 @@ def _tier_table(plan: GroupPlan, tiers: GroupTierLimits) -> Table:
 
 
 def _rank_table(plan: GroupPlan) -> Table:
-    """A column for each kind of rank, since a narrow terminal has room for a few."""
+    """A column for all ranks of equal sizes, since a narrow terminal has room for few columns."""
     kinds = [kind for kind in KINDS if any(kind in r.weights.by_kind for r in plan.ranks)]
     sizes: dict[str, list[int]] = {
         kind.replace("_", " "): [rank.weights.by_kind.get(kind, 0) for rank in plan.ranks]
@@ -223,29 +223,29 @@ def _rank_table(plan: GroupPlan) -> Table:
     sizes["CUDA graphs"] = [rank.graphs for rank in plan.ranks]
     sizes["communication"] = [rank.communication for rank in plan.ranks]
     sizes["spare experts"] = [rank.spare_experts for rank in plan.ranks]
-    sizes["kept free"] = [rank.reserve for rank in plan.ranks]
+    sizes["reserve"] = [rank.reserve for rank in plan.ranks]
     sizes["left over" if plan.shortfall() is None else "left over (-: short)"] = [
         rank.unused for rank in plan.ranks
     ]
     sizes["device memory"] = [rank.memory_bytes for rank in plan.ranks]
     sections = {"layers", "all weights", list(sizes)[-2]}
-    rows = {name: [_gb(one) for one in of] for name, of in sizes.items() if any(of)}
-    layers = [f"{one.part.layers.start}-{one.part.layers.stop - 1}" for one in plan.ranks]
-    alike: dict[tuple[str, ...], list[int]] = {}
+    rows = {name: [_gb(size) for size in row] for name, row in sizes.items() if any(row)}
+    layers = [f"{rank.part.layers.start}-{rank.part.layers.stop - 1}" for rank in plan.ranks]
+    ranks_by_cells: dict[tuple[str, ...], list[int]] = {}
     for rank, *cells in zip(plan.ranks, layers, *rows.values(), strict=True):
-        alike.setdefault(tuple(map(str, cells)), []).append(rank.part.rank)
+        ranks_by_cells.setdefault(tuple(map(str, cells)), []).append(rank.part.rank)
     table = Table(title="GB of each rank", title_justify="left")
     table.add_column("rank")
-    for numbers in alike.values():
+    for numbers in ranks_by_cells.values():
         table.add_column(_ranges(numbers), justify="right", overflow="fold")
-    for name, *values in zip(("layers", *rows), *alike, strict=True):
+    for name, *values in zip(("layers", *rows), *ranks_by_cells, strict=True):
         table.add_row(name, *values, end_section=name in sections)
     return table
 
 
 def _capacity_table(plan: GroupPlan) -> Table:
-    table = Table(title="what one group's KV cache holds", title_justify="left")
-    for name in ("context", "sequences at once", "GB a sequence on the fullest rank"):
+    table = Table(title="capacity of a group's KV cache", title_justify="left")
+    for name in ("context", "sequences at once", "GB per sequence on the fullest rank"):
         table.add_column(name, justify="right")
     for context in contexts(plan):
         most = max(plan.sequence_bytes(rank, context) for rank in plan.ranks)
@@ -254,43 +254,43 @@ def _capacity_table(plan: GroupPlan) -> Table:
 
 
 def _option_table(options: Sequence[Option], context: int) -> Table:
-    work = [one for one in options if one.why_not is None]
-    rest = [one for one in options if one.why_not is not None]
+    working = [option for option in options if option.why_not is None]
+    failing = [option for option in options if option.why_not is not None]
     table = Table(
-        title=f"layouts, fastest first; sequences are of {context:,} tokens", title_justify="left"
+        title=f"layouts, fastest first; sequences of {context:,} tokens", title_justify="left"
     )
-    for name in ("layout", "dtype", "groups", "sequences", "tokens/s", "what to know"):
-        left = name == "what to know"
+    for name in ("layout", "dtype", "groups", "sequences", "tokens/s", "remarks"):
+        left = name == "remarks"
         table.add_column(name, justify="left" if left else "right", overflow="fold")
-    for one in work[:MOST_WORKING]:
+    for option in working[:MOST_WORKING]:
         table.add_row(
-            str(one.layout),
-            one.dtype,
-            str(one.groups),
-            f"{one.concurrency:,}",
-            f"{one.tokens_per_s:,.0f}",
-            one.note,
+            str(option.layout),
+            option.dtype,
+            str(option.groups),
+            f"{option.concurrency:,}",
+            f"{option.tokens_per_s:,.0f}",
+            option.note,
         )
-    if work and rest:
+    if working and failing:
         table.add_section()
-    for one in rest[:MOST_REFUSED]:
-        table.add_row(str(one.layout), one.dtype, "-", "-", "-", _in_short(one))
-    said = ["tokens/s of all groups: what the memory's bandwidth allows, to compare layouts by"]
-    for many, limit, what in ((work, MOST_WORKING, "work"), (rest, MOST_REFUSED, "do not")):
-        if len(many) > limit:
-            said.append(f"{len(many) - limit} more {what}")
-    table.caption = "; ".join(said) + ("; --json lists all" if len(said) > 1 else "")
+    for option in failing[:MOST_REFUSED]:
+        table.add_row(str(option.layout), option.dtype, "-", "-", "-", _short_reason(option))
+    notes = ["tokens/s of all groups: an upper bound by memory bandwidth, to compare layouts"]
+    for rows, limit, verb in ((working, MOST_WORKING, "work"), (failing, MOST_REFUSED, "do not")):
+        if len(rows) > limit:
+            notes.append(f"{len(rows) - limit} more {verb}")
+    table.caption = "; ".join(notes) + ("; --json lists all" if len(notes) > 1 else "")
     table.caption_justify = "left"
     return table
 
 
-def _in_short(option: Option) -> str:
-    """Why it does not work: one that does not fit lacks bytes, another cannot cut the model."""
+def _short_reason(option: Option) -> str:
+    """Reason against a layout: missing bytes, or why the layout cannot divide the model."""
     if option.plan is None:
         return option.why_not or ""
     rank = option.plan.fullest
     return (
-        f"rank {rank.part.rank} lacks {_gb(option.plan.lacking())} GB: its weights are "
+        f"rank {rank.part.rank} lacks {_gb(option.plan.missing_bytes())} GB: its weights take "
         f"{_gb(rank.weights.total)} of {_gb(rank.memory_bytes)} GB"
     )
 
@@ -300,10 +300,10 @@ def _gb(count: int) -> str:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    out: list[list[int]] = []
-    for one in numbers:
-        if out and out[-1][1] == one - 1:
-            out[-1][1] = one
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and ranges[-1][1] == number - 1:
+            ranges[-1][1] = number
         else:
-            out.append([one, one])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in out)
+            ranges.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)

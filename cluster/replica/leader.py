@@ -195,7 +195,7 @@ class Leader:
         begun_s = time.monotonic()
         where = self._where
         # imported only now: the slices import torch meanwhile
-        from arriero.cluster.planner.kv_room import needs_room, sized
+        from arriero.cluster.planner.kv_room import needs_room, with_kv_blocks
         from arriero.router.text.model_card import ModelCard
         from arriero.shards.checkpoint.formats.describe import describe
         from arriero.shards.checkpoint.remote import local_folder
@@ -213,7 +213,7 @@ class Leader:
         if needs_room(config):
             self._say("asking the GPUs for their memory")
             free = await asyncio.gather(*[one.free_bytes.remote() for one in self._slices])
-            config = sized(config, model, scheme, free)
+            config = with_kv_blocks(config, model, scheme, free)
         config = resolve(config, model)
         host = self._link_host(where)
         executor = self._executor = RemoteExecutor(

@@ -18,8 +18,9 @@ from typing import Any
 import yaml
 
 from arriero.cluster.planner.catalog import find_model
+from arriero.cluster.planner.demand import KvDemand, Layout
 from arriero.cluster.planner.layouts import Machines
-from arriero.cluster.planner.memory import GroupPlan, KvDemand, Layout, plan_group
+from arriero.cluster.planner.memory import GroupPlan, plan_group
 from arriero.cluster.planner.rank_weights import Dtype, weights_as
 
 HERE = Path(__file__).parent

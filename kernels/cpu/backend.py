@@ -1,7 +1,6 @@
-"""The CPU backend: the op list on C++ kernels, one call for all layers of a stage.
+"""The CPU backend: the op list on C++ kernels, a single call for all layers of a stage.
 
-Knows which C function computes which op; refuses to know models. What penalties and bans do to
-logits is the reference's.
+Knows the C function of each op; knows nothing of models. Penalties and bans are the reference's.
 """
 
 from __future__ import annotations
@@ -24,17 +23,17 @@ from arriero.kernels.cpu.structs import (
     bare_layer_struct,
     batch_struct,
     cache_of,
+    can_fuse,
+    can_fuse_experts,
     check_cache,
     draws_struct,
     float_rows,
     float_vector,
-    fuses,
-    fuses_experts,
     layer_struct,
     linear_of,
+    mask_struct,
     mlp_struct,
     packed_of,
-    visible_struct,
     vocab_of,
 )
 from arriero.kernels.cpu.weights import TYPES, pack_plain, pack_quantized
@@ -57,7 +56,7 @@ from arriero.kernels.reference import sampling
 
 
 def available_threads() -> int:
-    """CPUs that this process may run on, or OMP_NUM_THREADS where that is lower."""
+    """Number of CPUs of this process, or OMP_NUM_THREADS if lower."""
     try:
         cpus = len(os.sched_getaffinity(0))
     except AttributeError:
@@ -69,8 +68,8 @@ def available_threads() -> int:
 class CpuOps(Ops):
     """The op list on the CPU.
 
-    Where the CPU multiplies bf16 pairs natively, the inputs of products with bf16 weights are
-    rounded to bf16 (as the reference does); `exact_inputs` keeps them float32 at half the speed.
+    On a CPU with instructions for bf16 pairs, inputs that meet bf16 weights are rounded to bf16 (as
+    in the reference); with `exact_inputs` the inputs stay float32, at half the speed.
     """
 
     name = "cpu"
@@ -86,8 +85,8 @@ class CpuOps(Ops):
         """Load the library and start the threads.
 
         Raises:
-            RuntimeError: no library can be used here.
-            ValueError: the device is no CPU, or `threads` is not positive.
+            RuntimeError: this machine can use no variant of the library.
+            ValueError: the device is not a CPU, or `threads` is not positive.
         """
         if device.type != "cpu":
             raise ValueError(f"kernels='cpu' runs on device 'cpu', not {device}")
@@ -96,8 +95,7 @@ class CpuOps(Ops):
         self.device = device
         self.library = load(variant)
         self.num_threads = available_threads() if threads is None else threads
-        # What torch still computes between calls is small, and its own threads would spin on the
-        # cores that these need.
+        # Torch computes little between calls, and its threads would take the cores from these.
         torch.set_num_threads(1)
         self._machine = self.library.machine(self.num_threads, exact_inputs)
         self._folder: Path | None = None
@@ -113,7 +111,7 @@ class CpuOps(Ops):
         )
 
     def pack_vocab(self, weight_VH: Tensor, first_row: int, dtype: torch.dtype) -> Vocab:
-        """Pack rows; `embed` gathers from the same panels that `logits` multiplies."""
+        """Pack rows; `embed` and `logits` read the same panels."""
         packed = pack_plain(self.library, self._machine, [weight_VH], None, dtype)
         return vocab_of(packed, first_row)
 
@@ -127,7 +125,7 @@ class CpuOps(Ops):
 
     @contextmanager
     def offloading(self, folder: Path) -> Iterator[None]:
-        """Weights packed within are mapped from a file in `folder`; see `Ops.offloading`."""
+        """Weights packed within the context are mapped from a file; see `Ops.offloading`."""
         self._folder = folder
         try:
             yield
@@ -137,7 +135,7 @@ class CpuOps(Ops):
     def kv_cache(self, spec: KVCacheSpec, device: torch.device) -> KVCache:
         """Allocate a paged cache of zeros."""
         if device.type != "cpu":
-            raise ValueError(f"kernels='cpu' keeps its cache on device 'cpu', not {device}")
+            raise ValueError(f"kernels='cpu' has its cache on device 'cpu', not {device}")
         return CpuKVCache(self.library, spec)
 
     # Operations.
@@ -176,7 +174,7 @@ class CpuOps(Ops):
     def linear(self, x_TI: Tensor, w: Linear) -> Tensor:
         """The product; see `Ops.linear`."""
         if w.inputs is not None:
-            return self.linear_of_inputs(x_TI, w)
+            return self.transformed_linear(x_TI, w)
         x_TI = float_rows("linear", x_TI, w.in_features)
         out_TO = torch.empty(x_TI.shape[0], w.out_features)
         self.call(
@@ -229,16 +227,16 @@ class CpuOps(Ops):
         qkv_TE = float_rows("rope_write_kv", qkv_TE, width).clone(
             memory_format=torch.contiguous_format
         )
-        of_batch = batch_struct(batch, qkv_TE.shape[0], layer.head_dim)
-        of_layer = bare_layer_struct(layer)
+        c_batch = batch_struct(batch, qkv_TE.shape[0], layer.head_dim)
+        c_layer = bare_layer_struct(layer)
         self.call(
             "rope_write",
             qkv_TE.data_ptr(),
             width,
-            ctypes.addressof(of_layer),
+            ctypes.addressof(c_layer),
             cache_of(kv).address,
             kv_layer,
-            ctypes.addressof(of_batch),
+            ctypes.addressof(c_batch),
         )
         num_q = layer.num_q_heads * layer.head_dim
         q_TND: Tensor = qkv_TE[:, :num_q].view(-1, layer.num_q_heads, layer.head_dim)
@@ -251,7 +249,7 @@ class CpuOps(Ops):
         kv: KVCache,
         kv_layer: int,
         batch: FlatBatch,
-        visible: AttentionMaskSpec = FULL_ATTENTION,
+        mask: AttentionMaskSpec = FULL_ATTENTION,
     ) -> Tensor:
         """See `Ops.paged_attention`."""
         num_tokens, num_heads, head_dim = q_TND.shape
@@ -263,32 +261,33 @@ class CpuOps(Ops):
             )
         q_TE = float_rows("paged_attention", q_TND.flatten(1), num_heads * head_dim)
         out_TE = torch.empty(num_tokens, num_heads * head_dim)
-        of_batch, of_visible = batch_struct(batch, num_tokens, head_dim), visible_struct(visible)
+        c_batch, c_mask = batch_struct(batch, num_tokens, head_dim), mask_struct(mask)
         self.call(
             "paged_attention",
             q_TE.data_ptr(),
             q_TE.stride(0),
             num_heads,
             scale,
-            ctypes.addressof(of_visible),
+            ctypes.addressof(c_mask),
             cache_of(kv).address,
             kv_layer,
-            ctypes.addressof(of_batch),
+            ctypes.addressof(c_batch),
             out_TE.data_ptr(),
         )
         return out_TE
 
     def grouped_linear(self, x_XI: Tensor, experts: Sequence[Linear], starts_E1: Tensor) -> Tensor:
-        """See `Ops.grouped_linear`; the experts have one shape and type."""
+        """See `Ops.grouped_linear`; all experts have the same shape and type."""
         if experts[0].inputs is not None:
-            return self.grouped_linear_of_inputs(x_XI, experts, starts_E1)
+            return self.transformed_grouped_linear(x_XI, experts, starts_E1)
         packed = [packed_of(expert.packed) for expert in experts]
-        structs = [one.struct for one in packed]
+        structs = [matrix.struct for matrix in packed]
         shapes = {(s.out_features, s.in_features, s.type, s.group) for s in structs}
         if len(shapes) != 1 or starts_E1.shape != (len(structs) + 1,):
             raise ValueError(
                 f"grouped_linear: {len(structs)} experts of {len(shapes)} shapes or types with "
-                f"{starts_E1.shape[0]} starts; they need one shape, and a start each and an end"
+                f"{starts_E1.shape[0]} starts; give experts of the same shape and type, and "
+                f"{len(structs) + 1} starts"
             )
         x_XI = float_rows("grouped_linear", x_XI, experts[0].in_features)
         starts_E1 = starts_E1.to(torch.int32).contiguous()
@@ -296,11 +295,11 @@ class CpuOps(Ops):
             raise ValueError(
                 f"grouped_linear: starts end at {int(starts_E1[-1])} for {x_XI.shape[0]} rows"
             )
-        # Of experts on disk, begin to read all that are asked while the first is computed. None is
-        # let go of: those asked often stay in the system's page cache, the cold ones leave it.
-        for one, rows in zip(packed, starts_E1.diff().tolist(), strict=True):
-            if one.room is not None and rows:
-                one.room.ahead()
+        # Start to read all needed experts from disk while the first expert is computed. Nothing
+        # releases them: busy experts stay in the system's page cache, idle experts leave it.
+        for matrix, rows in zip(packed, starts_E1.diff().tolist(), strict=True):
+            if matrix.mapping is not None and rows:
+                matrix.mapping.prefetch()
         pointers = (ctypes.c_void_p * len(structs))(*(ctypes.addressof(s) for s in structs))
         out_XO = torch.empty(x_XI.shape[0], experts[0].out_features)
         self.call(
@@ -315,22 +314,22 @@ class CpuOps(Ops):
         return out_XO
 
     def sample(self, logits_RV: Tensor, rows: SamplingRows) -> Sampled:
-        """See `Ops.sample`. Penalties, bans and the likeliest tokens are the reference's."""
+        """See `Ops.sample`. Penalties, bans and top tokens are those of the reference."""
         sampling.check_vocabulary(logits_RV)
         raw_RV = float_rows("sample", logits_RV, logits_RV.shape[1])
         x_RV = float_rows("sample", sampling.adjusted(raw_RV, rows), raw_RV.shape[1])
         tokens_R = torch.empty(x_RV.shape[0], dtype=torch.int32)
-        of_logits = (x_RV.data_ptr(), x_RV.stride(0), *x_RV.shape)
+        logits_arguments = (x_RV.data_ptr(), x_RV.stride(0), *x_RV.shape)
         if rows.all_greedy:
-            self.call("argmax", *of_logits, tokens_R.data_ptr())
+            self.call("argmax", *logits_arguments, tokens_R.data_ptr())
         else:
-            draws, _kept = draws_struct(rows, x_RV.shape[0])
-            self.call("sample", *of_logits, ctypes.addressof(draws), tokens_R.data_ptr())
+            draws, _references = draws_struct(rows, x_RV.shape[0])
+            self.call("sample", *logits_arguments, ctypes.addressof(draws), tokens_R.data_ptr())
         if rows.num_logprobs < 0:
             return Sampled(tokens_R=tokens_R)
         log_total_R = torch.empty(raw_RV.shape[0], dtype=torch.float64)
-        of_raw = (raw_RV.data_ptr(), raw_RV.stride(0), *raw_RV.shape)
-        self.call("log_totals", *of_raw, log_total_R.data_ptr())
+        raw_arguments = (raw_RV.data_ptr(), raw_RV.stride(0), *raw_RV.shape)
+        self.call("log_totals", *raw_arguments, log_total_R.data_ptr())
         return sampling.with_logprobs(raw_RV, tokens_R.long(), rows.num_logprobs, log_total_R)
 
     # Blocks.
@@ -340,25 +339,25 @@ class CpuOps(Ops):
     ) -> Tensor:
         """See `Ops.attention_block`."""
         check_cache(layer, kv)
-        if not fuses(layer):
+        if not can_fuse(layer):
             return super().attention_block(x_TH, layer, kv, kv_layer, batch)
-        struct, _kept = layer_struct(layer)
+        struct, _references = layer_struct(layer)
         struct.index = kv_layer
         return self.run_attention(struct, layer, x_TH, cache_of(kv), batch)
 
     def mlp_block(self, x_TH: Tensor, layer: DenseLayer) -> Tensor:
         """See `Ops.mlp_block`."""
-        if not fuses(layer):
+        if not can_fuse(layer):
             return super().mlp_block(x_TH, layer)
-        struct, _kept = mlp_struct(layer)
+        struct, _references = mlp_struct(layer)
         return self.run_mlp(struct, layer, x_TH)
 
     def moe_block(self, x_TH: Tensor, layer: MoELayer) -> Tensor:
         """See `Ops.moe_block`."""
-        if not fuses_experts(layer):
+        if not can_fuse_experts(layer):
             return super().moe_block(x_TH, layer)
-        struct, _kept = mlp_struct(layer)
-        _experts = add_experts(struct, layer)
+        struct, _references = mlp_struct(layer)
+        _expert_references = add_experts(struct, layer)
         return self.run_mlp(struct, layer, x_TH)
 
     def decoder(
@@ -372,7 +371,7 @@ class CpuOps(Ops):
     ) -> Callable[[Tensor, FlatBatch], Tensor]:
         """See `Ops.decoder`.
 
-        One call a step; with `reduce` or experts on other ranks one a block.
+        A C++ call for each step; with `reduce` or experts on other ranks, a call for each block.
         """
         return CpuDecoder(self, layers, kv, reduce, local_kv, experts)
 
@@ -384,22 +383,22 @@ class CpuOps(Ops):
         cache: CpuKVCache,
         batch: FlatBatch,
     ) -> Tensor:
-        """`attention_block` with the layer's struct, `index` too, made before."""
+        """`attention_block` with a struct of the layer, `index` included."""
         x_TH = float_rows("attention_block", x_TH, layer.qkv.in_features).contiguous()
         part_TH = torch.empty(x_TH.shape[0], layer.o.out_features)
-        of_batch = batch_struct(batch, x_TH.shape[0], layer.head_dim)
+        c_batch = batch_struct(batch, x_TH.shape[0], layer.head_dim)
         self.call(
             "attention_block",
             ctypes.addressof(struct),
             cache.address,
-            ctypes.addressof(of_batch),
+            ctypes.addressof(c_batch),
             x_TH.data_ptr(),
             part_TH.data_ptr(),
         )
         return part_TH
 
     def run_mlp(self, struct: Layer, layer: DenseLayer, x_TH: Tensor) -> Tensor:
-        """`mlp_block`, or `moe_block`, with the layer's struct made before."""
+        """`mlp_block`, or `moe_block`, with a struct of the layer."""
         x_TH = float_rows("mlp_block", x_TH, layer.gate_up.in_features).contiguous()
         part_TH = torch.empty(x_TH.shape[0], layer.down.out_features)
         self.call(
@@ -414,12 +413,12 @@ class CpuOps(Ops):
     # Limits, for benchmarks.
 
     def read_bytes(self, data: Tensor) -> None:
-        """Read every byte once on all threads: the memory rate, where no cache holds them."""
-        found = ctypes.c_float()
-        self.call("read", data.data_ptr(), data.nbytes, ctypes.addressof(found))
+        """Read every byte once on all threads, to measure the memory rate beyond the caches."""
+        checksum = ctypes.c_float()
+        self.call("read", data.data_ptr(), data.nbytes, ctypes.addressof(checksum))
 
     def multiply_only(self, rounds: int, dtype: torch.dtype) -> float:
-        """Multiply and add in registers alone; how many operations that were, 2 a product."""
+        """Multiply and add in registers alone; returns the operations, 2 for each multiply-add."""
         operations = ctypes.c_double()
         self.call("multiply", rounds, TYPES[dtype], ctypes.addressof(operations))
         return operations.value

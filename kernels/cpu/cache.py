@@ -1,6 +1,6 @@
 """The paged cache of the CPU backend.
 
-Knows the inner layout's sizes (native/attention.h); refuses to know who owns a block.
+Knows the sizes of the inner layout (native/attention.h); knows nothing of the owners of blocks.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ _MAX_HEAD_DIM = 1024
 
 
 class CpuKVCache(KVCache):
-    """Blocks of keys and values, each head's in the order in which its kernels read them."""
+    """Blocks of keys and values, for each head in the order of reads by the kernels."""
 
     def __init__(self, library: Library, spec: KVCacheSpec) -> None:
         """Allocate zeros.
 
         Raises:
-            ValueError: a dtype or a shape that the kernels cannot serve.
+            ValueError: the kernels do not support the dtype or the shape.
         """
         if spec.dtype not in _KV_TYPES:
-            known = ", ".join(str(one)[6:] for one in _KV_TYPES)
+            known = ", ".join(str(dtype)[6:] for dtype in _KV_TYPES)
             raise ValueError(f"KV dtype={str(spec.dtype)[6:]} has no CPU kernels; use {known}")
         if spec.head_dim % 2:
             raise ValueError(f"head_dim={spec.head_dim} is odd; RoPE by halves needs an even one")
@@ -67,7 +67,7 @@ class CpuKVCache(KVCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated, exactly."""
+        """Exact number of allocated bytes."""
         return self._data.nbytes
 
     def read(self, layer: int, blocks: Sequence[int]) -> Tensor:

@@ -1,7 +1,7 @@
-"""The compiled library: which one this machine can run, its C structs and its functions.
+"""The compiled library: the variant for this machine, its C structs and its functions.
 
-Knows shared objects and ctypes; refuses to know what the numbers mean. The same C++ is built once
-per instruction set (setup.py); the best one that loads here is used. Calls release the GIL.
+Knows shared objects and ctypes; knows nothing of the meaning of the numbers. The same C++ is built
+once per instruction set (setup.py); the best variant that loads is used. Calls release the GIL.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 _LOG = logging.getLogger(__name__)
 
 _ABI = 5
-"""Must equal `arriero_abi()`: a library left over from an older build is not used."""
+"""Must equal `arriero_abi()`, so that a library of an older build is not used."""
 
 VARIANTS = ("avx512bf16", "avx512", "avx2", "portable")
-"""Best first."""
+"""Variants of the library, the fastest first."""
 
 _FLAGS = {
     "avx512bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "fma", "f16c"},
@@ -181,19 +181,19 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 
 
 class Library:
-    """One loaded variant; its functions raise what C++ refused."""
+    """A loaded variant; its functions raise errors of C++ as exceptions."""
 
     def __init__(self, variant: str, path: Path) -> None:
         """Load `path`.
 
         Raises:
-            OSError: it does not load, or was built from other sources than these.
+            OSError: the file does not load, or comes from a build of other sources.
         """
         self.variant = variant
         self._dll = ctypes.CDLL(str(path))
         abi = getattr(self._dll, "arriero_abi", None)
         if abi is None or abi() != _ABI:
-            raise OSError(f"{path.name} was built from another version; build it again")
+            raise OSError(f"{path.name} is from a build of another version; build it again")
         self._dll.arriero_failure.restype = ctypes.c_char_p
         self._dll.arriero_machine.restype = ctypes.c_void_p
         self._dll.arriero_machine.argtypes = (_I32, _I32)
@@ -209,33 +209,33 @@ class Library:
         """Call `arriero_<name>`.
 
         Raises:
-            ValueError: an index or a shape that the kernels would follow out of bounds.
+            ValueError: an index or a shape would lead the kernels out of bounds.
         """
         if getattr(self, f"_{name}")(*arguments):
-            why = self._dll.arriero_failure().decode()
-            raise ValueError(f"{name}: {why}")
+            reason = self._dll.arriero_failure().decode()
+            raise ValueError(f"{name}: {reason}")
 
     def machine(self, num_threads: int, exact: bool) -> Machine:
         """Start a set of threads."""
         handle = self._dll.arriero_machine(num_threads, int(exact))
         if not handle:
-            why = self._dll.arriero_failure().decode()
-            raise RuntimeError(f"cannot start {num_threads} threads: {why}")
+            reason = self._dll.arriero_failure().decode()
+            raise RuntimeError(f"cannot start {num_threads} threads: {reason}")
         return Machine(self._dll, handle)
 
 
 class Machine:
-    """A set of threads with its scratch memory; stopped when collected."""
+    """A set of threads with scratch memory; the threads stop when the object is collected."""
 
     def __init__(self, dll: ctypes.CDLL, handle: int) -> None:
         self.handle = handle
         finalizer = weakref.finalize(self, dll.arriero_machine_free, handle)
-        # At exit the threads sleep and the process takes them along; joining them could only hang.
+        # At exit the threads sleep and end with the process; a join could only hang.
         finalizer.atexit = False
 
 
 def cpu_flags() -> set[str] | None:
-    """Instruction sets of this CPU by Linux's names; None where they cannot be read."""
+    """Instruction sets of this CPU in Linux's names; None if the system does not list them."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
@@ -248,7 +248,7 @@ def cpu_flags() -> set[str] | None:
 
 
 def runnable() -> list[str]:
-    """The variants whose instructions this CPU has, best first."""
+    """The variants that this CPU has the instructions for, the fastest first."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return ["portable"]
     flags = cpu_flags()
@@ -258,7 +258,7 @@ def runnable() -> list[str]:
 
 
 def find(variant: str) -> Path | None:
-    """The shared object of a variant, where it was built."""
+    """The shared object of a variant; None if not built."""
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = Path(__file__).parent / f"_{variant}{suffix}"
         if path.exists():
@@ -268,18 +268,18 @@ def find(variant: str) -> Path | None:
 
 @functools.cache
 def load(variant: str | None = None) -> Library:
-    """Load a variant, or the best one that this machine can run.
+    """Load a variant, or the fastest variant that this machine can run.
 
-    The environment variable ARRIERO_CPU_VARIANT names one too, to compare or to rule one out.
+    The environment variable ARRIERO_CPU_VARIANT names a variant too, for comparisons and tests.
 
     Raises:
-        RuntimeError: none can be used; the message says why and what to do.
+        RuntimeError: this machine can use no variant; the message has the reasons and a remedy.
     """
     variant = variant or os.environ.get("ARRIERO_CPU_VARIANT") or None
     if variant is not None and variant not in runnable():
         raise RuntimeError(
             f"the variant {variant!r} of the CPU kernels does not run on this CPU; "
-            f"these do: {', '.join(runnable())}"
+            f"use {', '.join(runnable())}"
         )
     reasons: list[str] = []
     for name in runnable() if variant is None else [variant]:

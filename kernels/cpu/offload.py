@@ -1,8 +1,8 @@
-"""Packed weights that stay on disk, mapped: read ahead of use, let go after it.
+"""Packed weights in mapped files on disk: read ahead of use, released after use.
 
-Knows bytes and maps; refuses to know layers. The file has no name, so nothing is left behind when
-its process ends. Pages that are not in use are clean, and the system takes them where memory is
-short: a model larger than memory runs at the disk's pace.
+Knows bytes and maps; knows nothing of layers. The file has no name, so that the system deletes the
+file when the process ends. Pages out of use are clean, and the system takes them when memory is
+short: a model larger than memory runs at the speed of the disk.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ import torch
 from torch import Tensor
 
 
-class MappedRoom:
-    """Zeroed bytes on a file without a name.
+class MappedBytes:
+    """Zero bytes in a mapped file without a name.
 
     Attributes:
-        data: uint8, the bytes.
+        data: the bytes, uint8.
     """
 
     def __init__(self, num_bytes: int, folder: Path) -> None:
         """Make the file.
 
         Raises:
-            OSError: it cannot be made, or the disk is full.
+            OSError: the file cannot be made, or the disk is full.
         """
         with tempfile.TemporaryFile(dir=folder) as file:
             os.posix_fallocate(file.fileno(), 0, max(num_bytes, 1))
             self._map = mmap.mmap(file.fileno(), max(num_bytes, 1))
         self.data: Tensor = torch.frombuffer(self._map, dtype=torch.uint8)[:num_bytes]
 
-    def written(self) -> None:
-        """Write what was packed to the disk, and let go of it."""
+    def flush(self) -> None:
+        """Write the packed bytes to disk, then release the memory."""
         self._map.flush()
-        self.behind()
+        self.release()
 
-    def ahead(self) -> None:
-        """Begin to read; returns at once."""
+    def prefetch(self) -> None:
+        """Start to read from disk; returns at once."""
         self._map.madvise(mmap.MADV_WILLNEED)
 
-    def behind(self) -> None:
-        """Let go; what is used again is read again."""
+    def release(self) -> None:
+        """Release the memory; a later use reads from disk again."""
         self._map.madvise(mmap.MADV_DONTNEED)

@@ -1,6 +1,6 @@
-"""Checked C structs and plain tensors from what the op list passes.
+"""Checked C structs and plain tensors from the arguments of the op list.
 
-Knows shapes, dtypes and strides; refuses to know what is computed from them.
+Knows shapes, dtypes and strides; knows nothing of the computation.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from arriero.kernels.attention_mask import AttentionMaskSpec
 from arriero.kernels.cpu import library
 from arriero.kernels.cpu.cache import CpuKVCache
 from arriero.kernels.cpu.library import Batch, Draws, Experts, Layer, Style
-from arriero.kernels.cpu.offload import MappedRoom
+from arriero.kernels.cpu.offload import MappedBytes
 from arriero.kernels.cpu.weights import Packed
 from arriero.kernels.ops import (
     DenseLayer,
@@ -37,7 +37,7 @@ def packed_of(packed: object) -> Packed:
 
 
 def cache_of(kv: KVCache) -> CpuKVCache:
-    """The cache as this backend's."""
+    """The cache as a cache of this backend."""
     assert isinstance(kv, CpuKVCache), "a cache belongs to the backend that made it"
     return kv
 
@@ -59,7 +59,7 @@ def float_vector(name: str, x_H: Tensor, size: int) -> Tensor:
 
 
 def check_cache(layer: DenseLayer, kv: KVCache) -> None:
-    """Raise `ValueError` for a layer whose heads are not the cache's."""
+    """Raise `ValueError` unless the layer has the heads of the cache."""
     spec = kv.spec
     if (layer.num_kv_heads, layer.head_dim) != (spec.num_kv_heads, spec.head_dim):
         raise ValueError(
@@ -68,43 +68,45 @@ def check_cache(layer: DenseLayer, kv: KVCache) -> None:
         )
 
 
-def fuses(layer: DenseLayer) -> bool:
-    """Whether C++ may run the layer's blocks whole: it does not touch a product's inputs."""
-    return all(one.inputs is None for one in (layer.qkv, layer.o, layer.gate_up, layer.down))
+def can_fuse(layer: DenseLayer) -> bool:
+    """Whether C++ can run whole blocks of a layer: no weights transform their inputs."""
+    linears = (layer.qkv, layer.o, layer.gate_up, layer.down)
+    return all(linear.inputs is None for linear in linears)
 
 
-def fuses_experts(layer: MoELayer) -> bool:
-    """Whether C++ may run the block of experts whole: some are here, all alike, as `fuses`.
+def can_fuse_experts(layer: MoELayer) -> bool:
+    """Whether C++ can run the whole block of experts.
 
-    Experts on disk are read ahead once it is known which are asked for: between the ops.
+    The slice has experts, all of the same kind, none transforms its inputs, and none is on disk:
+    experts on disk are read between the ops, when the routing is known.
     """
     linears = (layer.gate_up, layer.down, layer.router)
     experts = (*layer.experts_gate_up, *layer.experts_down)
-    if not experts or any(one.inputs is not None for one in (*linears, *experts)):
+    if not experts or any(linear.inputs is not None for linear in (*linears, *experts)):
         return False
-    if any(packed_of(one.packed).room is not None for one in experts):
+    if any(packed_of(expert.packed).mapping is not None for expert in experts):
         return False
-    return all(_same_kind(each) for each in (layer.experts_gate_up, layer.experts_down))
+    return _same_kind(layer.experts_gate_up) and _same_kind(layer.experts_down)
 
 
 def _same_kind(experts: Sequence[Linear]) -> bool:
-    structs = [packed_of(one.packed).struct for one in experts]
+    structs = [packed_of(expert.packed).struct for expert in experts]
     return len({(s.out_features, s.in_features, s.type, s.group) for s in structs}) == 1
 
 
-def rooms_of(layer: DenseLayer) -> tuple[MappedRoom, ...]:
-    """What of a layer's products is mapped from disk; not experts, of which a step uses some."""
+def mappings_of(layer: DenseLayer) -> tuple[MappedBytes, ...]:
+    """The mapped files of a layer's weights, without experts: a step uses only some experts."""
     linears = [layer.qkv, layer.o, layer.gate_up, layer.down]
-    rooms = (packed_of(one.packed).room for one in linears)
-    return tuple(room for room in rooms if room is not None)
+    mappings = (packed_of(linear.packed).mapping for linear in linears)
+    return tuple(mapping for mapping in mappings if mapping is not None)
 
 
-Kept = tuple[object, ...]
-"""What a struct points into, beyond the packed matrices."""
+References = tuple[object, ...]
+"""Objects that a struct points to, beside the packed matrices; they must outlive the struct."""
 
 
-def layer_struct(layer: DenseLayer) -> tuple[Layer, Kept]:
-    """The struct of a layer, but for its experts."""
+def layer_struct(layer: DenseLayer) -> tuple[Layer, References]:
+    """The struct of a layer, without experts."""
     width = (layer.num_q_heads + 2 * layer.num_kv_heads) * layer.head_dim
     _agree(
         ("qkv rows", layer.qkv.out_features, width),
@@ -113,15 +115,15 @@ def layer_struct(layer: DenseLayer) -> tuple[Layer, Kept]:
         ("gate_up columns", layer.gate_up.in_features, layer.qkv.in_features),
     )
     norm_H = float_vector("attn_norm_H", layer.attn_norm_H, layer.qkv.in_features)
-    struct, kept = mlp_struct(layer)
+    struct, references = mlp_struct(layer)
     struct.attn_norm = norm_H.data_ptr()
     struct.qkv = packed_of(layer.qkv.packed).struct
     struct.o = packed_of(layer.o.packed).struct
-    return struct, (*kept, norm_H)
+    return struct, (*references, norm_H)
 
 
-def mlp_struct(layer: DenseLayer) -> tuple[Layer, Kept]:
-    """The struct of a layer's MLP half, but for its experts."""
+def mlp_struct(layer: DenseLayer) -> tuple[Layer, References]:
+    """The struct of a layer's MLP half, without experts."""
     hidden = layer.gate_up.in_features
     _agree(
         ("gate_up rows", layer.gate_up.out_features, 2 * layer.down.in_features),
@@ -135,13 +137,13 @@ def mlp_struct(layer: DenseLayer) -> tuple[Layer, Kept]:
     return struct, (norm_H,)
 
 
-def add_experts(struct: Layer, layer: MoELayer) -> Kept:
-    """Complete the struct of a layer of which `fuses_experts` is true."""
-    hidden, held = layer.gate_up.in_features, len(layer.experts_down)
+def add_experts(struct: Layer, layer: MoELayer) -> References:
+    """Add experts to the struct of a layer; `can_fuse_experts` must be true."""
+    hidden, num_experts = layer.gate_up.in_features, len(layer.experts_down)
     gate_up, down = layer.experts_gate_up[0], layer.experts_down[0]
     _agree(
         ("router columns", layer.router.in_features, hidden),
-        ("experts_gate_up", len(layer.experts_gate_up), held),
+        ("experts_gate_up", len(layer.experts_gate_up), num_experts),
         ("experts_gate_up columns", gate_up.in_features, hidden),
         ("experts_gate_up rows", gate_up.out_features, 2 * down.in_features),
         ("experts_down rows", down.out_features, hidden),
@@ -151,7 +153,7 @@ def add_experts(struct: Layer, layer: MoELayer) -> Kept:
             f"layer: top_k={layer.top_k} is outside 1 .. {layer.router.out_features} experts"
         )
     pointers = [
-        (ctypes.c_void_p * held)(*(packed_of(one.packed).address for one in linears))
+        (ctypes.c_void_p * num_experts)(*(packed_of(linear.packed).address for linear in linears))
         for linears in (layer.experts_gate_up, layer.experts_down)
     ]
     experts = Experts(
@@ -159,7 +161,7 @@ def add_experts(struct: Layer, layer: MoELayer) -> Kept:
         gate_up=ctypes.addressof(pointers[0]),
         down=ctypes.addressof(pointers[1]),
         first=layer.first_expert,
-        held=held,
+        held=num_experts,
         top_k=layer.top_k,
     )
     struct.experts = ctypes.addressof(experts)
@@ -167,20 +169,18 @@ def add_experts(struct: Layer, layer: MoELayer) -> Kept:
 
 
 def _agree(*expected: tuple[str, int, int]) -> None:
-    for name, value, want in expected:
-        if value != want:
-            raise ValueError(f"layer: {name}={value} where the other parts need {want}")
+    for name, value, expected_value in expected:
+        if value != expected_value:
+            raise ValueError(f"layer: {name}={value} where the other parts need {expected_value}")
 
 
-def visible_struct(visible: AttentionMaskSpec) -> library.AttentionMask:
-    """The struct of what a query sees."""
-    return library.AttentionMask(
-        chunk_size=visible.chunk_size, window=visible.window, sinks=visible.sinks
-    )
+def mask_struct(mask: AttentionMaskSpec) -> library.AttentionMask:
+    """The struct of an attention mask."""
+    return library.AttentionMask(chunk_size=mask.chunk_size, window=mask.window, sinks=mask.sinks)
 
 
 def bare_layer_struct(layer: DenseLayer) -> Layer:
-    """A layer's numbers, without its weights."""
+    """The struct of a layer's sizes, without weights."""
     gain, floor = layer.style.query_scale or (0.0, 1.0)
     return Layer(
         num_q_heads=layer.num_q_heads,
@@ -194,13 +194,13 @@ def bare_layer_struct(layer: DenseLayer) -> Layer:
             eps=layer.eps,
             query_gain=gain,
             query_floor=floor,
-            visible=visible_struct(layer.style.visible),
+            visible=mask_struct(layer.style.mask),
         ),
     )
 
 
 def linear_of(packed: Packed) -> Linear:
-    """The op list's view of a packed product; its bias is in the packed form."""
+    """The `Linear` of a packed matrix; the packed form includes the bias."""
     return Linear(
         out_features=packed.struct.out_features,
         in_features=packed.struct.in_features,
@@ -211,7 +211,7 @@ def linear_of(packed: Packed) -> Linear:
 
 
 def vocab_of(packed: Packed, first_row: int) -> Vocab:
-    """The op list's view of packed vocabulary rows."""
+    """The `Vocab` of packed vocabulary rows."""
     return Vocab(
         first_row=first_row,
         num_rows=packed.struct.out_features,
@@ -222,7 +222,7 @@ def vocab_of(packed: Packed, first_row: int) -> Vocab:
 
 
 def batch_struct(batch: FlatBatch, num_tokens: int, head_dim: int) -> Batch:
-    """The struct of a batch; its tensors outlive the call that it is made for."""
+    """The struct of a batch; the batch must outlive the call that uses the struct."""
     num_seqs = batch.context_S.shape[0]
     shapes = (
         ("positions_T", batch.positions_T, (num_tokens,)),
@@ -262,8 +262,8 @@ def batch_struct(batch: FlatBatch, num_tokens: int, head_dim: int) -> Batch:
 
 
 def draws_struct(rows: SamplingRows, num_rows: int) -> tuple[Draws, tuple[Tensor, ...]]:
-    """The struct of sampling parameters, and the tensors it points into."""
-    kept: list[Tensor] = []
+    """The struct of sampling parameters, and the tensors that the struct points to."""
+    references: list[Tensor] = []
     for name, dtype in (
         ("temperature_R", torch.float32),
         ("top_k_R", torch.int32),
@@ -277,5 +277,5 @@ def draws_struct(rows: SamplingRows, num_rows: int) -> tuple[Draws, tuple[Tensor
             raise ValueError(
                 f"sample: {name} has shape {tuple(values_R.shape)} for {num_rows} rows of logits"
             )
-        kept.append(values_R.to("cpu", dtype).contiguous())
-    return Draws(*(values_R.data_ptr() for values_R in kept)), tuple(kept)
+        references.append(values_R.to("cpu", dtype).contiguous())
+    return Draws(*(values_R.data_ptr() for values_R in references)), tuple(references)

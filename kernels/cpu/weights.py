@@ -1,6 +1,6 @@
-"""Packed matrices: allocation, and the structs that C++ reads them by.
+"""Packed matrices: memory, and the structs for C++.
 
-Knows the packed layout's sizes (native/matrix.h) and lifetimes; refuses to know layers.
+Knows the sizes of the packed layout (native/matrix.h) and lifetimes; knows nothing of layers.
 """
 
 from __future__ import annotations
@@ -16,41 +16,47 @@ import torch
 from torch import Tensor
 
 from arriero.kernels.cpu.library import Library, Machine, Matrix
-from arriero.kernels.cpu.offload import MappedRoom
+from arriero.kernels.cpu.offload import MappedBytes
 from arriero.kernels.quant import INT4_ZERO, QuantizedWeight
 
 PANEL = 32
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""The C++ numbers of the plain types."""
+"""The C++ numbers of plain types."""
 INT8, FP8, INT4 = 3, 4, 5
 _MAX_WHOLE_ZERO = 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Packed:
-    """A packed matrix and what keeps its memory alive; `room` where that is mapped from disk."""
+    """A packed matrix.
+
+    Attributes:
+        struct: the struct for C++.
+        tensors: memory that the struct points to.
+        mapping: the mapped file of the weights; None for weights in memory.
+    """
 
     struct: Matrix
     tensors: tuple[Tensor, ...] = field(repr=False)
-    room: MappedRoom | None = None
+    mapping: MappedBytes | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, padding too."""
+        """Bytes of all tensors, padding included."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def address(self) -> int:
-        """Where the struct is."""
+        """Address of the struct."""
         return ctypes.addressof(self.struct)
 
 
 def large_zeros(num_bytes: int) -> Tensor:
-    """Zeroed bytes, on large pages where the system gives them.
+    """Zero bytes, on large pages if the system has large pages.
 
-    The advice must come before the first touch, which torch's own zeros would be; so a page costs
-    nothing until it is used, and a pool of gigabytes is there at once.
+    The advice must come before the first write, and torch's own zeros would be a write. A page
+    costs nothing before its first use, so that a pool of gigabytes is ready at once.
     """
     buffer = mmap.mmap(-1, max(num_bytes, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -59,17 +65,17 @@ def large_zeros(num_bytes: int) -> Tensor:
     return torch.frombuffer(buffer, dtype=torch.uint8, count=max(num_bytes, 1))[:num_bytes]
 
 
-def _make_room(num_bytes: int, folder: Path | None) -> tuple[Tensor, MappedRoom | None]:
+def _allocate(num_bytes: int, folder: Path | None) -> tuple[Tensor, MappedBytes | None]:
     if folder is None:
         return large_zeros(num_bytes), None
-    room = MappedRoom(num_bytes, folder)
-    return room.data, room
+    mapping = MappedBytes(num_bytes, folder)
+    return mapping.data, mapping
 
 
-def _finished(struct: Matrix, tensors: list[Tensor], room: MappedRoom | None) -> Packed:
-    if room is not None:
-        room.written()
-    return Packed(struct=struct, tensors=tuple(tensors), room=room)
+def _finish(struct: Matrix, tensors: list[Tensor], mapping: MappedBytes | None) -> Packed:
+    if mapping is not None:
+        mapping.flush()
+    return Packed(struct=struct, tensors=tuple(tensors), mapping=mapping)
 
 
 def pack_plain(
@@ -83,21 +89,21 @@ def pack_plain(
     """Pack matrices, stacked by rows, as `dtype`; on disk where a folder is given.
 
     Raises:
-        ValueError: a dtype that has no kernels, or matrices that do not stack.
+        ValueError: the dtype has no kernels, or the matrices do not stack.
     """
     if dtype not in TYPES:
-        known = ", ".join(str(one)[6:] for one in TYPES)
+        known = ", ".join(str(dtype)[6:] for dtype in TYPES)
         raise ValueError(f"dtype={str(dtype)[6:]} has no CPU kernels; use one of {known}")
     if not weights_OI:
         raise ValueError("no weights were given; pass at least one matrix")
     in_features = weights_OI[0].shape[1]
     if any(w.ndim != 2 or w.shape[1] != in_features for w in weights_OI):
         shapes = ", ".join(str(tuple(w.shape)) for w in weights_OI)
-        raise ValueError(f"matrices of shapes {shapes} do not stack; they need one `in` size")
+        raise ValueError(f"matrices of shapes {shapes} do not stack; they need the same `in` size")
     out_features = sum(w.shape[0] for w in weights_OI)
     panels = -(-out_features // PANEL)
     pairs = -(-in_features // 2)
-    data, room = _make_room(panels * pairs * 2 * PANEL * dtype.itemsize, folder)
+    data, mapping = _allocate(panels * pairs * 2 * PANEL * dtype.itemsize, folder)
     tensors = [data]
     struct = Matrix(
         out_features=out_features,
@@ -113,7 +119,7 @@ def pack_plain(
             w = w.to("cpu", torch.float32)
         _pack_rows(library, machine, struct, row, w, TYPES[w.dtype])
         row += w.shape[0]
-    return _finished(struct, tensors, room)
+    return _finish(struct, tensors, mapping)
 
 
 _QUANTIZED = {"int8": INT8, "fp8": FP8, "int4": INT4}
@@ -126,10 +132,10 @@ def pack_quantized(
     bias_O: Tensor | None,
     folder: Path | None = None,
 ) -> Packed:
-    """Pack quantized matrices, stacked by rows, as the numbers they are; see `pack_plain`.
+    """Pack quantized matrices, stacked by rows, without a conversion; see `pack_plain`.
 
     Raises:
-        ValueError: they do not stack, an fp8 number is NaN, or int4 groups are of odd size.
+        ValueError: the matrices do not stack, an fp8 number is NaN, or int4 groups have odd size.
     """
     if not weights:
         raise ValueError("no weights were given; pass at least one matrix")
@@ -139,7 +145,7 @@ def pack_quantized(
         for w in weights
     ):
         kinds = {(w.kind, w.group_size, w.in_features) for w in weights}
-        raise ValueError(f"weights of one product differ in kind, group or columns: {kinds}")
+        raise ValueError(f"stacked weights differ in kind, group or columns: {kinds}")
     num_groups = first.scales.shape[1]
     if first.kind == "int4" and num_groups > 1 and first.group_size % 2:
         raise ValueError(f"group_size={first.group_size} is odd; the CPU kernels need even groups")
@@ -147,7 +153,7 @@ def pack_quantized(
     pairs = -(-first.in_features // 2)
     panels = -(-out_features // PANEL)
     size = panels * pairs * PANEL * (1 if first.kind == "int4" else 2)
-    data, room = _make_room(size, folder)
+    data, mapping = _allocate(size, folder)
     scale_GO = _columns([w.scales for w in weights])
     tensors = [data, scale_GO]
     struct = Matrix(
@@ -172,14 +178,14 @@ def pack_quantized(
     for w in weights:
         levels = w.data.detach().to("cpu").view(torch.uint8)
         if w.kind == "fp8" and bool(((levels & 0x7F) == 0x7F).any()):
-            raise ValueError("fp8 weights hold NaN; the checkpoint is damaged")
+            raise ValueError("fp8 weights contain NaN; the checkpoint is damaged: get it again")
         _pack_rows(library, machine, struct, row, levels, _QUANTIZED[w.kind])
         row += w.out_features
-    return _finished(struct, tensors, room)
+    return _finish(struct, tensors, mapping)
 
 
 def _columns(values: Sequence[Tensor]) -> Tensor:
-    """Numbers [O, G] of stacked matrices as [G, O padded to whole panels]."""
+    """Numbers [O, G] of stacked matrices, transposed to [G, O padded to whole panels]."""
     value_GO = torch.cat([v.detach().to("cpu", torch.float32) for v in values]).t()
     num_groups, out_features = value_GO.shape
     padded = torch.zeros(num_groups, -(-out_features // PANEL) * PANEL)
@@ -188,7 +194,7 @@ def _columns(values: Sequence[Tensor]) -> Tensor:
 
 
 def _whole(zeros: Tensor) -> bool:
-    """Whether an int4 level less its zero point always has the few bits that bf16 keeps."""
+    """Whether bf16 represents each difference of an int4 level and a zero point exactly."""
     return bool(((zeros == zeros.round()) & (zeros.abs() <= _MAX_WHOLE_ZERO)).all())
 
 
@@ -197,7 +203,8 @@ def _set_bias(struct: Matrix, tensors: list[Tensor], bias_O: Tensor | None) -> N
         return
     if bias_O.shape != (struct.out_features,):
         raise ValueError(
-            f"bias of shape {tuple(bias_O.shape)} for {struct.out_features} outputs; pass one each"
+            f"bias of shape {tuple(bias_O.shape)} for {struct.out_features} outputs; pass a number "
+            "for each output"
         )
     tensors.append(_columns([bias_O[:, None]]))
     struct.bias = tensors[-1].data_ptr()

@@ -1,4 +1,4 @@
-"""The backend that defines the others: plain torch, on any device."""
+"""The backend that defines the results of the others: plain torch, on any device."""
 
 from arriero.kernels.reference.backend import ReferenceOps
 

@@ -1,7 +1,7 @@
 """RoPE and attention over the paged cache, in plain torch.
 
-Knows blocks and slots; refuses to know who owns them. Shape legend: kernels/ops.py, and
-    G  query heads that share a key/value head      Q  queries of one sequence
+Knows blocks and slots; knows nothing of their owners. Shape legend: kernels/ops.py, and
+    G  query heads that share a key/value head      Q  queries of a sequence
     C  keys gathered from a sequence's blocks
 """
 
@@ -43,11 +43,11 @@ def _encode(x_TND: Tensor, layer: DenseLayer, batch: FlatBatch) -> Tensor:
 
 
 def _rotate(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor, pairs: bool) -> Tensor:
-    """Turn each couple of elements: (2i, 2i + 1) by pairs, else (i, i + D / 2)."""
+    """Rotate pairs of elements: (2i, 2i + 1) with `pairs`, else (i, i + D / 2)."""
     cos, sin = cos_TD[:, None], sin_TD[:, None]
     a, b = (x_TND[..., ::2], x_TND[..., 1::2]) if pairs else x_TND.chunk(2, dim=-1)
-    turned = (a * cos - b * sin, b * cos + a * sin)
-    return torch.stack(turned, dim=-1).flatten(-2) if pairs else torch.cat(turned, dim=-1)
+    rotated = (a * cos - b * sin, b * cos + a * sin)
+    return torch.stack(rotated, dim=-1).flatten(-2) if pairs else torch.cat(rotated, dim=-1)
 
 
 def paged_attention(
@@ -56,11 +56,12 @@ def paged_attention(
     kv: KVCache,
     kv_layer: int,
     batch: FlatBatch,
-    visible: AttentionMaskSpec,
+    mask: AttentionMaskSpec,
 ) -> Tensor:
-    """Causal attention to what is visible over each sequence's blocks: [T, N * D].
+    """Causal attention of each token within `mask` over the blocks of its sequence: [T, N * D].
 
-    Sequences with one query (decodes) go together, padded to the longest; the others one by one.
+    Sequences with a single query (decodes) form a batch, padded to the longest; each other sequence
+    runs alone.
     """
     assert isinstance(kv, ReferenceKVCache), "a cache belongs to the backend that made it"
     out_TND = torch.empty_like(q_TND)
@@ -76,31 +77,31 @@ def paged_attention(
             [range(starts[s], starts[s + 1]) for s in group], device=q_TND.device
         )
         position_SQ = batch.positions_T[tokens_SQ].long()
-        first_SQ = _first(position_SQ, visible)
+        first_SQ = _first(position_SQ, mask)
         num_blocks = -(-max(contexts[s] for s in group) // size)
-        # What lies past a sequence's context, or before what its first query sees, may be
-        # anything: read block 0 in its place, and mask.
+        # Table entries past a sequence's context, or before the first key of its first query, are
+        # arbitrary: read block 0 instead, and mask its keys.
         key_B = torch.arange(num_blocks, device=q_TND.device) * size
-        held_SB = key_B < batch.context_S[group, None]
-        held_SB &= (key_B + size > first_SQ[:, :1]) | (key_B < visible.sinks)
-        blocks_SB = batch.block_table_SB[group, :num_blocks].long().where(held_SB, 0)
+        valid_SB = key_B < batch.context_S[group, None]
+        valid_SB &= (key_B + size > first_SQ[:, :1]) | (key_B < mask.sinks)
+        blocks_SB = batch.block_table_SB[group, :num_blocks].long().where(valid_SB, 0)
         out_TND[tokens_SQ] = _attend(
             q_TND[tokens_SQ],
             kv.gather(kv_layer, blocks_SB),
             first_SQ,
             position_SQ,
-            visible.sinks,
+            mask.sinks,
             scale,
         )
     return out_TND.flatten(1)
 
 
-def _first(position_SQ: Tensor, visible: AttentionMaskSpec) -> Tensor:
+def _first(position_SQ: Tensor, mask: AttentionMaskSpec) -> Tensor:
     """`AttentionMaskSpec.first` of each position."""
-    if visible.chunk_size:
-        return position_SQ // visible.chunk_size * visible.chunk_size
-    if visible.window:
-        return (position_SQ - visible.window + 1).clamp(min=0)
+    if mask.chunk_size:
+        return position_SQ // mask.chunk_size * mask.chunk_size
+    if mask.window:
+        return (position_SQ - mask.window + 1).clamp(min=0)
     return position_SQ * 0
 
 
@@ -114,7 +115,7 @@ def _attend(
 ) -> Tensor:
     """Softmax attention in float32: [S, Q, N, D] of the queries' dtype.
 
-    Query q sees keys first[q] .. last[q], and those of the first `sinks` that are not after it.
+    Query q attends to keys first[q] .. last[q], and to keys up to last[q] among the first `sinks`.
     """
     num_seqs, num_queries, num_heads, head_dim = q_SQND.shape
     num_kv_heads = kv_2SBKPD.shape[3]
@@ -122,9 +123,9 @@ def _attend(
     key_C = torch.arange(k_SKCD.shape[2], device=q_SQND.device)
     seen_SQC = (key_C >= first_SQ[..., None]) | (key_C < sinks)
     seen_SQC &= key_C <= last_SQ[..., None]
-    # A slot that no query sees may hold anything, NaN too, and NaN * 0 is NaN.
+    # A slot outside the mask of all queries may contain NaN, and NaN * 0 is NaN.
     v_SKCD = v_SKCD.masked_fill(~seen_SQC.any(1)[:, None, :, None], 0)
-    # The G heads of a group read the same keys: one product [G * Q, D] x [D, C] for all of them.
+    # The G heads of a group read the same keys: a single product [G * Q, D] x [D, C] for all heads.
     q_SNQD = q_SQND.float().transpose(1, 2)
     q_SKgD = q_SNQD.reshape(num_seqs, num_kv_heads, -1, head_dim)
     scores_SNQC = (q_SKgD @ k_SKCD.transpose(-1, -2) * scale).view(

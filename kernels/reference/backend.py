@@ -1,6 +1,6 @@
-"""The reference backend: every op of the list in plain torch.
+"""The reference backend: all ops of the list in plain torch.
 
-Knows which function defines which op, and nothing else.
+Knows the function that defines each op; knows nothing else.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from arriero.kernels.reference.kv import ReferenceKVCache
 
 
 class ReferenceOps(Ops):
-    """The definition, on any device torch has."""
+    """The definition of each op, on any device of torch."""
 
     name = "reference"
 
@@ -63,13 +63,13 @@ class ReferenceOps(Ops):
 
     def logits(self, x_RH: Tensor, norm_H: Tensor, eps: float, vocab: Vocab) -> Tensor:
         """Final norm and product; see `Ops.logits`."""
-        return linear.product(linear.rms_norm(x_RH, norm_H, eps), vocab.packed).float()
+        return linear.matmul(linear.rms_norm(x_RH, norm_H, eps), vocab.packed).float()
 
     def linear(self, x_TI: Tensor, w: Linear) -> Tensor:
         """The product x Wᵀ + b."""
         if w.inputs is not None:
-            return linear.product_of_inputs(x_TI, w)
-        return linear.product(x_TI, w.packed, w.bias)
+            return linear.transformed_matmul(x_TI, w)
+        return linear.matmul(x_TI, w.packed, w.bias)
 
     def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
         """Root-mean-square norm; see `Ops.rms_norm`."""
@@ -92,11 +92,11 @@ class ReferenceOps(Ops):
         kv: KVCache,
         kv_layer: int,
         batch: FlatBatch,
-        visible: AttentionMaskSpec = FULL_ATTENTION,
+        mask: AttentionMaskSpec = FULL_ATTENTION,
     ) -> Tensor:
         """Causal attention over blocks; see `Ops.paged_attention`."""
-        return attention.paged_attention(q_TND, scale, kv, kv_layer, batch, visible)
+        return attention.paged_attention(q_TND, scale, kv, kv_layer, batch, mask)
 
     def sample(self, logits_RV: Tensor, rows: SamplingRows) -> Sampled:
-        """Draw one token a row; see `Ops.sample`."""
+        """Draw a token for each row; see `Ops.sample`."""
         return sampling.sample(logits_RV, rows)

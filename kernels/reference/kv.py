@@ -1,6 +1,6 @@
-"""The reference's paged cache.
+"""The paged cache of the reference backend.
 
-Knows blocks and slots; refuses to know who owns them. Shape legend: kernels/ops.py.
+Knows blocks and slots; knows nothing of their owners. Shape legend: kernels/ops.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from arriero.kernels.ops import KVCache, KVCacheSpec
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; on CPU pages are taken only as they are written, where torch would touch them all."""
+    """Zeros; on CPU a page takes memory only when written, while torch would write all pages."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     nbytes = math.prod(shape) * dtype.itemsize
@@ -24,14 +24,14 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def int8_levels(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Levels, float32 of the shape [..., D] of x, and their scales [...]; see `KVCacheSpec`."""
+    """Levels, float32 [..., D], and scales [...] of x [..., D]; see `KVCacheSpec`."""
     x = x.float()
     scale = x.abs().amax(-1) / 127
     return (x / scale.where(scale > 0, 1.0)[..., None]).round_().clamp_(-127, 127), scale
 
 
 class ReferenceKVCache(KVCache):
-    """One tensor [layers, 2 (k, v), blocks, K, P, D], and for int8 the scales without D."""
+    """A single tensor [layers, 2 (k, v), blocks, K, P, D], and for int8 the scales without D."""
 
     def __init__(self, spec: KVCacheSpec, device: torch.device) -> None:
         self.spec = spec
@@ -41,7 +41,7 @@ class ReferenceKVCache(KVCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated, exactly."""
+        """Exact number of allocated bytes."""
         return self._data.nbytes + (0 if self._scales is None else self._scales.nbytes)
 
     def read(self, layer: int, blocks: Sequence[int]) -> Tensor:
@@ -64,7 +64,7 @@ class ReferenceKVCache(KVCache):
             self._scales[layer][:, index] = scales[..., 0]
 
     def store(self, layer: int, k_TKD: Tensor, v_TKD: Tensor, slots_T: Tensor) -> None:
-        """Write each token's key and value to its slot."""
+        """Write the key and value of each token to the token's slot."""
         size = self.spec.block_size
         block_T, offset_T = slots_T.long() // size, slots_T.long() % size
         for part, x_TKD in enumerate((k_TKD, v_TKD)):

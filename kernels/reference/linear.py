@@ -1,6 +1,6 @@
-"""Products, norms and the vocabulary, in plain torch.
+"""Matrix products, norms and the vocabulary, in plain torch.
 
-Knows matrices; refuses to know sequences and caches. Shape legend: kernels/ops.py.
+Knows matrices; knows nothing of sequences and caches. Shape legend: kernels/ops.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from arriero.kernels.ops import Linear, Vocab
 from arriero.kernels.quant import QuantizedWeight, quantize_rows, stack
 
 _UPCAST_ELEMENTS = 1 << 24
-"""At most so many weights are held in float32 at a time: a big head is not copied whole."""
+"""Largest number of weights in float32 at a time: a large head never exists in float32 whole."""
 
 
 def pack_linear(
@@ -91,11 +91,11 @@ def _on(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
     )
 
 
-def product(x_TI: Tensor, weight: Tensor | QuantizedWeight, bias_O: Tensor | None = None) -> Tensor:
+def matmul(x_TI: Tensor, weight: Tensor | QuantizedWeight, bias_O: Tensor | None = None) -> Tensor:
     """The product x Wᵀ + b.
 
-    On CPU: x is rounded to the weights' dtype, if they have one; sums and result are float32. On
-    CUDA: in the weights' dtype (quantized: in x's), as the library's product accumulates.
+    On CPU: x is rounded to the weights' dtype, unless the weights are quantized; sums and result
+    are float32. On CUDA: in the weights' dtype (quantized: in x's dtype), as the library sums.
     """
     out_features, in_features = (
         weight.shape
@@ -119,13 +119,16 @@ def product(x_TI: Tensor, weight: Tensor | QuantizedWeight, bias_O: Tensor | Non
     return y_TO if bias_O is None else y_TO.add_(bias_O.to(work))
 
 
-def product_of_inputs(x_TI: Tensor, w: Linear) -> Tensor:
-    """The product of a `Linear` with inputs; see `Ops.pack_product`. Rounded inputs sum exactly."""
+def transformed_matmul(x_TI: Tensor, w: Linear) -> Tensor:
+    """The product for a `Linear` with `inputs`; see `Ops.pack_transformed`.
+
+    Sums of rounded inputs are exact.
+    """
     inputs, weight = w.inputs, w.packed
-    assert inputs is not None and isinstance(weight, QuantizedWeight), "made by pack_product"
+    assert inputs is not None and isinstance(weight, QuantizedWeight), "made by pack_transformed"
     x = x_TI if inputs.order_I is None else x_TI.index_select(1, inputs.order_I)
     if inputs.bound is None:
-        y_TO = product(x, weight)
+        y_TO = matmul(x, weight)
     else:
         q_TI, scale_T1 = quantize_rows(x, inputs.bound)
         wide_TI = q_TI.double()
@@ -145,10 +148,10 @@ def _full(weight: Tensor | QuantizedWeight, start: int, stop: int) -> Tensor:
 
 
 def embed(tokens_T: Tensor, vocab: Vocab) -> Tensor:
-    """Rows of the table; zeros where the token's row is not held here."""
+    """Rows of the table; zeros for a token with a row on another slice."""
     row_T = tokens_T.long() - vocab.first_row
-    held_T = (row_T >= 0) & (row_T < vocab.num_rows)
-    row_T = row_T.where(held_T, 0)
+    local_T = (row_T >= 0) & (row_T < vocab.num_rows)
+    row_T = row_T.where(local_T, 0)
     table: Tensor | QuantizedWeight = vocab.packed
     if isinstance(table, QuantizedWeight):
         zeros = None if table.zeros is None else table.zeros[row_T]
@@ -157,11 +160,11 @@ def embed(tokens_T: Tensor, vocab: Vocab) -> Tensor:
         x_TH = rows.dequantize().to(torch.bfloat16 if data.is_cuda else torch.float32)
     else:
         x_TH = table[row_T] if table.is_cuda else table[row_T].float()
-    return x_TH.masked_fill_(~held_T[:, None], 0)
+    return x_TH.masked_fill_(~local_T[:, None], 0)
 
 
 def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-    """Normalise in float32, round to x's dtype, then multiply: the order of the checkpoints."""
+    """Normalise in float32, round to x's dtype, then multiply: the order in training."""
     x32_TH = x_TH.float()
     x32_TH = x32_TH * torch.rsqrt(x32_TH.pow(2).mean(-1, keepdim=True) + eps)
     return weight_H.to(x_TH.dtype) * x32_TH.to(x_TH.dtype)

@@ -1,10 +1,10 @@
 """From logits to tokens, in plain torch: the definition of `Ops.sample`.
 
-Knows rows of numbers; refuses to know text, grammars and requests. Shape legend: kernels/ops.py.
+Knows rows of numbers; knows nothing of text, grammars and requests. Shape legend: kernels/ops.py.
 
-A row's result has the same bits whatever rows stand beside it. Sums of floats would not give
-that, so likelihoods relative to the row's greatest become integers with `FRACTION_BITS` binary
-digits, and integer sums do not depend on their order.
+The bits of a row's result do not depend on other rows. Sums of floats would depend on their order;
+so likelihoods relative to the greatest of the row become integers with `FRACTION_BITS` binary
+digits, and integer sums do not depend on the order.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from arriero.kernels.philox import uniform
 
 FRACTION_BITS = 44
 MAX_VOCAB = 1 << (62 - FRACTION_BITS)
-"""So many tokens of full weight sum to 2**62: the sums stay inside int64."""
+"""Largest vocabulary: this number of tokens with full weight sums to 2**62, within int64."""
 _ONE = 2.0**FRACTION_BITS
 _TOP = 256
-"""Top-p looks at so many likeliest tokens before it sorts a whole row."""
+"""Number of likeliest tokens that top-p tries before a sort of the whole row."""
 
 
 def sample(logits_RV: Tensor, rows: SamplingRows) -> Sampled:
-    """Draw one token a row; see `Ops.sample` for the order and the definite cases."""
+    """Draw a token for each row; see `Ops.sample` for the order and the definition."""
     check_vocabulary(logits_RV)
     raw_RV = logits_RV.float()
     adjusted_RV = adjusted(raw_RV, rows)
@@ -42,20 +42,20 @@ def sample(logits_RV: Tensor, rows: SamplingRows) -> Sampled:
 
 
 def check_vocabulary(logits_RV: Tensor) -> None:
-    """Raise `ValueError` for more tokens than the sums of weights have room for."""
+    """Raise `ValueError` for a vocabulary above `MAX_VOCAB`: sums of weights would overflow."""
     if logits_RV.shape[1] > MAX_VOCAB:
         raise ValueError(
-            f"sample: the vocabulary has {logits_RV.shape[1]} tokens; the most is {MAX_VOCAB}"
+            f"sample: the vocabulary has {logits_RV.shape[1]} tokens; the limit is {MAX_VOCAB}"
         )
 
 
 def adjusted(raw_RV: Tensor, rows: SamplingRows) -> Tensor:
-    """The logits after bias, bans and penalties; the same tensor where no row has any."""
+    """The logits after bias, bans and penalties; the same tensor if no row has any of these."""
     return _penalise(_restrict(raw_RV, rows), rows)
 
 
 def _restrict(x_RV: Tensor, rows: SamplingRows) -> Tensor:
-    """Add the biases, ban what is not allowed. Never in place: the raw logits are still wanted."""
+    """Add biases, ban tokens that are not allowed. Never in place: log-probabilities need `x`."""
     if rows.bias is not None:
         row_N, token_N, value_N = rows.bias
         x_RV = x_RV.index_put((row_N, token_N), value_N, accumulate=True)
@@ -85,9 +85,9 @@ def _weights(x_RV: Tensor, max_R: Tensor, temperature_R1: Tensor | float = 1.0) 
 
 
 def _draw(x_RV: Tensor, max_R: Tensor, rows: SamplingRows) -> Tensor:
-    """Filter and draw every row; the caller discards the greedy ones and the non-finite ones."""
+    """Filter and draw in all rows; the caller discards results of greedy and non-finite rows."""
     drawable_R = (rows.temperature_R > 0) & max_R.isfinite()
-    # Rows that will be discarded are made harmless: weight 1 for all, no division by zero.
+    # In discarded rows all tokens get weight 1, so that nothing divides by zero.
     x_RV = x_RV.masked_fill(~drawable_R[:, None], 0)
     max_R = max_R.where(drawable_R, 0)
     temperature_R = rows.temperature_R.double().where(drawable_R, 1)
@@ -111,7 +111,7 @@ def _filter_rows(
     limit_R: Tensor,
     floor_of: Callable[[Tensor, Tensor], Tensor],
 ) -> None:
-    """Zero the weights under each row's floor, in place, in the rows that use the filter."""
+    """Set weights below the floor of a row to zero, in place, in the rows that use the filter."""
     used_U = uses_R.nonzero()[:, 0]
     if used_U.numel():
         weights_UV = weights_RV[used_U]
@@ -126,19 +126,19 @@ def _top_k_floor(weights_UV: Tensor, k_U1: Tensor) -> Tensor:
 
 
 def _top_p_floor(weights_UV: Tensor, p_U1: Tensor) -> Tensor:
-    """The last weight, from the greatest down, with less than p of the total above it."""
+    """The smallest weight, from the greatest down, with less than p of the total above."""
     target_U1 = p_U1.double() * weights_UV.sum(-1, keepdim=True).double()
     width = min(_TOP, weights_UV.shape[1])
     top_UW = weights_UV.topk(width, dim=-1).values
     if (top_UW.sum(-1, keepdim=True).double() < target_U1).any():
         top_UW = weights_UV.sort(dim=-1, descending=True).values
     above_UW = top_UW.cumsum(-1) - top_UW
-    kept_U1 = (above_UW.double() < target_U1).sum(-1, keepdim=True).clamp(min=1)
-    return top_UW.gather(-1, kept_U1 - 1)
+    count_U1 = (above_UW.double() < target_U1).sum(-1, keepdim=True).clamp(min=1)
+    return top_UW.gather(-1, count_U1 - 1)
 
 
 def log_totals(raw_RV: Tensor) -> Tensor:
-    """log(sum of exponentials) of each row, float64 [R]; NaN where its greatest is not finite."""
+    """log(sum of exponentials) of each row, float64 [R]; NaN where the maximum is not finite."""
     max_R = raw_RV.amax(-1)
     finite_R = max_R.isfinite()
     weights_RV = _weights(raw_RV.masked_fill(~finite_R[:, None], 0), max_R.where(finite_R, 0))
@@ -151,20 +151,20 @@ def with_logprobs(
     """Log-probabilities by the raw logits: x - max - log(sum of weights).
 
     Args:
-        raw_RV: before bias, bans and penalties.
+        raw_RV: logits before bias, bans and penalties.
         tokens_R: the drawn tokens.
-        num_top: alternatives to give.
-        log_total_R: `log_totals(raw_RV)`, where the backend has a faster one.
+        num_top: number of alternatives.
+        log_total_R: `log_totals(raw_RV)`, if the backend computes the totals faster.
     """
     if log_total_R is None:
         log_total_R = log_totals(raw_RV)
     undefined_R = log_total_R.isnan()
 
-    def of(token_RN: Tensor) -> Tensor:
+    def logprobs(token_RN: Tensor) -> Tensor:
         logprob_RN = raw_RV.gather(-1, token_RN).double() - log_total_R[:, None]
         return logprob_RN.float().masked_fill(undefined_R[:, None], -torch.inf)
 
-    chosen_R = of(tokens_R.clamp(min=0)[:, None])[:, 0].where(tokens_R >= 0, -torch.inf)
+    chosen_R = logprobs(tokens_R.clamp(min=0)[:, None])[:, 0].where(tokens_R >= 0, -torch.inf)
     tokens_R = tokens_R.int()
     if num_top == 0:
         return Sampled(tokens_R=tokens_R, logprobs_R=chosen_R)
@@ -173,17 +173,18 @@ def with_logprobs(
         tokens_R=tokens_R,
         logprobs_R=chosen_R,
         top_tokens_RN=top_RN.int(),
-        top_logprobs_RN=of(top_RN),
+        top_logprobs_RN=logprobs(top_RN),
     )
 
 
 def _top_tokens(x_RV: Tensor, num_top: int) -> Tensor:
     """Ids by falling logit, ties by rising id: int64 [R, N].
 
-    `topk` leaves ties open, so each logit becomes an integer of the same order with the id below.
+    `topk` does not define ties, so each logit becomes an integer of the same order, with the id in
+    the low bits.
     """
     size = x_RV.shape[1]
-    bits_RV = (x_RV + 0.0).view(torch.int32).long()  # -0.0 + 0.0 is +0.0: one zero, not two
+    bits_RV = (x_RV + 0.0).view(torch.int32).long()  # -0.0 + 0.0 is +0.0: a single zero, not two
     ordered_RV = bits_RV ^ ((bits_RV >> 31) & 0x7FFFFFFF)
     ids_V = torch.arange(size - 1, -1, -1, device=x_RV.device)
     keys_RN = ((ordered_RV << 32) | ids_V).topk(min(num_top, size), dim=-1).values

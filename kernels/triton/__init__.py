@@ -1,6 +1,6 @@
-"""The backend for NVIDIA GPUs: kernels in Triton, and torch's products for unquantized weights.
+"""The backend for NVIDIA GPUs: kernels in Triton; torch multiplies unquantized weights.
 
-Importing this package imports no Triton: `triton_ops` does, and says what is missing.
+An import of this package imports no Triton: `triton_ops` does, and names a missing package.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ def triton_ops(device: torch.device, *, batch_independent: bool | None = None) -
     """The backend on `device`.
 
     Args:
-        device: a CUDA device; or the CPU under Triton's interpreter (TRITON_INTERPRET=1 in the
-            environment before this call), which is for tests.
+        device: a CUDA device; or for tests the CPU under Triton's interpreter (TRITON_INTERPRET=1
+            in the environment before this call).
         batch_independent: see `TritonOps`; None is True under the interpreter, else False.
 
     Raises:
-        RuntimeError: this machine or this environment cannot run it; the message says why.
+        RuntimeError: this machine or environment cannot run the backend; the message says why.
     """
     try:
         from arriero.kernels.triton import launch
     except ImportError as error:
         raise RuntimeError(
-            f"kernels='triton' needs the package triton, which is not here ({error}); "
-            "install triton (it comes with CUDA builds of torch) or use kernels='reference'"
+            f"kernels='triton' needs the package triton, which is not installed ({error}); "
+            "install triton (CUDA builds of torch include it) or use kernels='reference'"
         ) from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise RuntimeError(f"kernels='triton' on {device}: torch finds no CUDA device here")
     elif device.type != "cpu" or not launch.INTERPRETED:
         raise RuntimeError(
-            f"kernels='triton' cannot run on {device.type!r}: it needs a CUDA device, "
-            "or TRITON_INTERPRET=1 in the environment to be interpreted on CPU (slow; for tests)"
+            f"kernels='triton' cannot run on {device.type!r}: it needs a CUDA device; "
+            "TRITON_INTERPRET=1 in the environment interprets kernels on the CPU (slow, for tests)"
         )
     from arriero.kernels.triton.backend import TritonOps
 

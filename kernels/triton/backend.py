@@ -1,6 +1,6 @@
-"""The Triton backend: which kernel computes which op, and the decoder's fused loop.
+"""The Triton backend: the kernel of each op, and the decoder's fused loop.
 
-Knows the op list; knows nothing of how a kernel works. Shape legend: kernels/ops.py.
+Knows the op list; knows nothing of the inside of kernels. Shape legend: kernels/ops.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arriero.kernels.attention_mask import FULL_ATTENTION, AttentionMaskSpec
-from arriero.kernels.expert_rows import Wire, check
+from arriero.kernels.expert_rows import RowFormat, check
 from arriero.kernels.moe import Permutation, Routing
 from arriero.kernels.ops import (
     DenseLayer,
@@ -30,10 +30,17 @@ from arriero.kernels.ops import (
     layer_caches,
 )
 from arriero.kernels.quant import QuantizedWeight
-from arriero.kernels.triton import embedding as vocabulary
-from arriero.kernels.triton import expert_rows as wire
-from arriero.kernels.triton import experts, float8, norm, rope, sampling, weights
-from arriero.kernels.triton import matmul as product
+from arriero.kernels.triton import (
+    embedding,
+    expert_rows,
+    experts,
+    float8,
+    matmul,
+    norm,
+    rope,
+    sampling,
+    weights,
+)
 from arriero.kernels.triton.activation import silu_mul
 from arriero.kernels.triton.decode import attend_decodes
 from arriero.kernels.triton.kv import TritonKVCache
@@ -49,10 +56,11 @@ class TritonOps(Ops):
     """The op list on a CUDA device; on CPU only where Triton is interpreted.
 
     Attributes:
-        batch_independent: every product takes one kernel with one choice of blocks whatever the
-            number of rows, so that a row's bits do not depend on its neighbours. Without it,
-            unquantized products are the vendor library's, which picks its kernel by the number of
-            rows, and quantized ones pick blocks by it. All else is independent either way.
+        batch_independent: each matrix product uses the same kernel and blocks for any number of
+            rows, so that the bits of a row do not depend on the other rows. Otherwise the vendor
+            library multiplies unquantized weights and chooses its kernel by the number of rows,
+            and quantized products choose blocks by the number of rows. All other ops are
+            independent of the batch in both cases.
     """
 
     name = "triton"
@@ -91,10 +99,10 @@ class TritonOps(Ops):
 
     def embed(self, tokens_T: Tensor, vocab: Vocab) -> Tensor:
         """Rows of the table; see `Ops.embed`."""
-        return vocabulary.embed(tokens_T, vocab)
+        return embedding.embed(tokens_T, vocab)
 
     def logits(self, x_RH: Tensor, norm_H: Tensor, eps: float, vocab: Vocab) -> Tensor:
-        """Final norm and product, the sums kept in float32; see `Ops.logits`."""
+        """Final norm and product, with float32 sums; see `Ops.logits`."""
         h_RH = norm.rms_norm(x_RH, norm_H, eps)
         table: Packed = vocab.packed
         if table.kind == "dense" and not self.batch_independent and h_RH.is_cuda:
@@ -102,13 +110,13 @@ class TritonOps(Ops):
             if h_RH.dtype == torch.float32:
                 return h_RH @ table.data.T
             return torch.mm(h_RH, table.data.T, out_dtype=torch.float32)
-        return self._product(h_RH, table, torch.float32)
+        return self._matmul(h_RH, table, torch.float32)
 
     def linear(self, x_TI: Tensor, w: Linear) -> Tensor:
         """The product x Wᵀ + b."""
         if w.inputs is not None:
-            return self.linear_of_inputs(x_TI, w)
-        return self._product(x_TI, w.packed)
+            return self.transformed_linear(x_TI, w)
+        return self._matmul(x_TI, w.packed)
 
     def quantize_rows(self, x_TI: Tensor, bound: float) -> tuple[Tensor, Tensor]:
         """Round rows to float8 in one pass; see `Ops.quantize_rows`."""
@@ -135,30 +143,30 @@ class TritonOps(Ops):
         kv: KVCache,
         kv_layer: int,
         batch: FlatBatch,
-        visible: AttentionMaskSpec = FULL_ATTENTION,
+        mask: AttentionMaskSpec = FULL_ATTENTION,
     ) -> Tensor:
         """Attention over blocks; see `Ops.paged_attention`."""
         q_TND, cache = unit_stride(q_TND), _own(kv)
         num_tokens, num_heads, dim = q_TND.shape
         out_TND = torch.empty(num_tokens, num_heads, dim, dtype=q_TND.dtype, device=q_TND.device)
         blocks = attention_blocks(q_TND.device, dim, kv.spec.dtype)
-        # each kernel leaves the other's sequences alone; only the device knows which are there
+        # Each kernel skips the sequences of the other; only the device knows which kinds exist.
         if batch.max_query == 1 or batch.context_S.shape[0] > 1:
-            attend_decodes(q_TND, out_TND, scale, cache, kv_layer, batch, visible, blocks)
+            attend_decodes(q_TND, out_TND, scale, cache, kv_layer, batch, mask, blocks)
         if batch.max_query > 1:
-            attend_prefills(q_TND, out_TND, scale, cache, kv_layer, batch, visible, blocks)
+            attend_prefills(q_TND, out_TND, scale, cache, kv_layer, batch, mask, blocks)
         return out_TND.view(num_tokens, num_heads * dim)
 
     def sample(self, logits_RV: Tensor, rows: SamplingRows) -> Sampled:
-        """Draw one token a row; see `Ops.sample`."""
+        """Draw a token for each row; see `Ops.sample`."""
         return sampling.sample(logits_RV, rows)
 
     def moe_route(self, x_TH: Tensor, router: Linear, top_k: int) -> Routing:
-        """The greatest logits, scored by their sigmoids."""
+        """The experts with the greatest logits; the sigmoid of a logit is the score."""
         return experts.route(self.linear(x_TH, router), top_k)
 
     def moe_permute(self, routing: Routing, first_expert: int, num_experts: int) -> Permutation:
-        """Order the pairs by expert; waits for the device to learn how many there are."""
+        """Order the pairs by expert; waits for the device, which knows the number of pairs."""
         order = experts.permute(routing, first_expert, num_experts)
         count = int(order.starts_E1[-1])
         return Permutation(
@@ -169,10 +177,10 @@ class TritonOps(Ops):
         )
 
     def grouped_linear(self, x_XI: Tensor, experts: Sequence[Linear], starts_E1: Tensor) -> Tensor:
-        """Each expert's rows times its matrix, in one launch."""
+        """The rows of each expert times its matrix, in a single launch."""
         if experts[0].inputs is not None:
-            return self.grouped_linear_of_inputs(x_XI, experts, starts_E1)
-        return product.grouped_product(
+            return self.transformed_grouped_linear(x_XI, experts, starts_E1)
+        return matmul.grouped_matmul(
             self._input(x_XI, experts[0].packed),
             self._table(experts),
             starts_E1,
@@ -181,26 +189,26 @@ class TritonOps(Ops):
         )
 
     def forget_experts(self, layer: MoELayer) -> None:
-        """Drop the tables of a layer's experts, which keep their weights alive."""
+        """Drop the tables of a layer's experts; the tables keep the weights alive."""
         for linears in (layer.experts_gate_up, layer.experts_down):
             self._experts.pop(_key(linears), None)
 
     def moe_combine(self, y_XH: Tensor, permutation: Permutation) -> Tensor:
-        """Sum each token's rows in the order of its choices."""
+        """Sum the rows of each token in the order of its choices."""
         return experts.combine(y_XH, permutation.row_TA)
 
     def pack_rows(
-        self, x_TH: Tensor, row_X: Tensor, score_X: Tensor | None, format: Wire
+        self, x_TH: Tensor, row_X: Tensor, score_X: Tensor | None, format: RowFormat
     ) -> Tensor:
         """Gather, scale and round in one pass; see `Ops.pack_rows`."""
-        return wire.pack(x_TH, row_X, score_X, format)
+        return expert_rows.pack(x_TH, row_X, score_X, format)
 
     def unpack_rows(
-        self, rows_XB: Tensor, row_Y: Tensor, size: int, format: Wire, dtype: torch.dtype
+        self, rows_XB: Tensor, row_Y: Tensor, size: int, format: RowFormat, dtype: torch.dtype
     ) -> Tensor:
         """Gather and widen in one pass; see `Ops.unpack_rows`."""
         check(rows_XB, size, format)
-        return wire.unpack(rows_XB, row_Y, size, format, dtype)
+        return expert_rows.unpack(rows_XB, row_Y, size, format, dtype)
 
     def moe_block(self, x_TH: Tensor, layer: MoELayer) -> Tensor:
         """Norm, shared expert and routed experts; see `Ops.moe_block`."""
@@ -226,18 +234,18 @@ class TritonOps(Ops):
         local_kv: KVCache | None = None,
         experts: Experts | None = None,
     ) -> Callable[[Tensor, FlatBatch], Tensor]:
-        """The pass through a stage's layers, each residual sum fused with the norm after it."""
+        """The pass through a stage's layers; each residual sum is fused with the following norm."""
         caches = layer_caches(layers, kv, local_kv)
         for layer in layers:
-            if isinstance(layer, MoELayer):  # tables of addresses are made before any capture
+            if isinstance(layer, MoELayer):  # make tables of addresses before any graph capture
                 self._table(layer.experts_gate_up)
                 self._table(layer.experts_down)
 
         def run(x_TH: Tensor, batch: FlatBatch) -> Tensor:
             h_TH = norm.rms_norm(x_TH, layers[0].attn_norm_H, layers[0].eps)
             for i, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
-                at = cache.batch(batch)
-                part = self._attention(h_TH, layer, cache.kv, cache.index, at)
+                layer_batch = cache.batch(batch)
+                part = self._attention(h_TH, layer, cache.kv, cache.index, layer_batch)
                 part = part if reduce is None else reduce(part)
                 if isinstance(layer, MoELayer) and experts is not None:
                     x_TH += part
@@ -263,7 +271,7 @@ class TritonOps(Ops):
     ) -> Tensor:
         q_TND = self.rope_write_kv(self.linear(h_TH, layer.qkv), layer, kv, kv_layer, batch)
         out_TE = self.paged_attention(
-            q_TND, layer.softmax_scale, kv, kv_layer, batch, layer.style.visible
+            q_TND, layer.softmax_scale, kv, kv_layer, batch, layer.style.mask
         )
         return self.linear(out_TE, layer.o)
 
@@ -273,11 +281,11 @@ class TritonOps(Ops):
     def _moe(self, h_TH: Tensor, layer: MoELayer) -> Tensor:
         routing = self.moe_route(h_TH, layer.router, layer.top_k)
         if layer.experts_down[0].inputs is not None:
-            return self._moe_of_inputs(h_TH, layer, routing)
+            return self._moe_with_transform(h_TH, layer, routing)
         order = experts.permute(routing, layer.first_expert, len(layer.experts_down))
         rows = routing.experts_TA.numel()
         gate_up, down = self._table(layer.experts_gate_up), self._table(layer.experts_down)
-        y_XF2 = product.grouped_product(
+        y_XF2 = matmul.grouped_matmul(
             self._input(h_TH, gate_up.first),
             gate_up,
             order.starts_E1,
@@ -286,7 +294,7 @@ class TritonOps(Ops):
             scores_X=order.score_X,
             batch_independent=self.batch_independent,
         )
-        y_XH = product.grouped_product(
+        y_XH = matmul.grouped_matmul(
             self._input(silu_mul(y_XF2), down.first),
             down,
             order.starts_E1,
@@ -295,33 +303,33 @@ class TritonOps(Ops):
         )
         return experts.combine(y_XH, order.row_TA, self._mlp(h_TH, layer))
 
-    def _moe_of_inputs(self, h_TH: Tensor, layer: MoELayer, routing: Routing) -> Tensor:
-        """As `_moe` for experts that round their inputs; the permutation is made, not folded in."""
+    def _moe_with_transform(self, h_TH: Tensor, layer: MoELayer, routing: Routing) -> Tensor:
+        """As `_moe`, for experts that transform their inputs: gather rows, then multiply."""
         order = experts.permute(routing, layer.first_expert, len(layer.experts_down))
-        # the tail of token_X means nothing, but must stay within the rows
+        # The tail of token_X is arbitrary, but must stay within the rows.
         token_X = order.token_X.long().clamp_(0, h_TH.shape[0] - 1)
         h_XH = h_TH[token_X] * order.score_X[:, None].to(h_TH.dtype)
         y_XF2 = self.grouped_linear(h_XH, layer.experts_gate_up, order.starts_E1)
         y_XH = self.grouped_linear(silu_mul(y_XF2), layer.experts_down, order.starts_E1)
         return experts.combine(y_XH, order.row_TA, self._mlp(h_TH, layer))
 
-    def _product(self, x_TI: Tensor, w: Packed, out_dtype: torch.dtype | None = None) -> Tensor:
+    def _matmul(self, x_TI: Tensor, w: Packed, out_dtype: torch.dtype | None = None) -> Tensor:
         if w.kind == "dense" and not self.batch_independent and x_TI.is_cuda:
             return F.linear(x_TI.to(w.data.dtype), w.data, w.bias)
-        return product.matmul(
+        return matmul.matmul(
             self._input(x_TI, w), w, batch_independent=self.batch_independent, out_dtype=out_dtype
         )
 
     def _input(self, x: Tensor, w: Packed) -> Tensor:
-        """On CUDA activations follow the weights' dtype; on CPU they stay float32."""
+        """Activations in the weights' dtype on CUDA, in float32 on CPU."""
         return x.to(w.data.dtype) if x.is_cuda and w.kind == "dense" else x
 
     def _table(self, linears: Sequence[Linear]) -> ExpertWeights:
         key = _key(linears)
-        found = self._experts.get(key)
-        if found is None:
-            found = self._experts[key] = ExpertWeights([one.packed for one in linears])
-        return found
+        table = self._experts.get(key)
+        if table is None:
+            table = self._experts[key] = ExpertWeights([linear.packed for linear in linears])
+        return table
 
     def _check_kind(self, weight: QuantizedWeight) -> None:
         if weight.kind != "fp8" or self.device.type != "cuda":
@@ -335,8 +343,8 @@ class TritonOps(Ops):
 
 
 def _key(experts: Sequence[Linear]) -> tuple[int, ...]:
-    """What names a table of these experts; a table keeps them alive, so no id is another's."""
-    return tuple(id(one.packed) for one in experts)
+    """Key of a table of experts; the table keeps the experts alive, so that ids stay unique."""
+    return tuple(id(expert.packed) for expert in experts)
 
 
 def _own(kv: KVCache) -> TritonKVCache:

@@ -1,8 +1,9 @@
-"""Attention of sequences with one query: the context is split over programs, then folded.
+"""Attention of sequences with a single query: programs take splits of the context, then fold them.
 
-Splits are those of `softmax.split_length`, a function of the query's own position. A program
-takes every num_lanes-th split of one (sequence, key/value head), so the launch's size need not
-know the contexts and a captured graph serves any. Shape legend: kernels/ops.py.
+The length of splits is `softmax.split_length`, a function of the query's position. A program takes
+every num_lanes-th split of a (sequence, key/value head), so that the size of a launch does not
+depend on contexts, and a captured graph serves all contexts. Knows splits; knows nothing of layers.
+Shape legend: kernels/ops.py.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from arriero.kernels.triton.softmax import (
     first_seen,
     fold,
     leading_splits,
+    mask_flags,
     options,
     quotient,
-    sight,
     span_of,
     split_length,
 )
 from arriero.kernels.triton.tuning import AttentionBlocks
 
 PROGRAMS = 1024
-"""Enough programs to fill a GPU several times over."""
+"""Largest number of programs; enough to fill a GPU several times."""
 _FOLD_HEADS = 4
 
 
@@ -77,10 +78,10 @@ def _decode_splits(
     lowest = first_seen(position, span, CHUNKED, WINDOWED)
     row = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
-    held_MD = (row < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
+    valid_MD = (row < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
     head = kv_head * GROUP + row
     at_MD = q + token.to(tl.int64) * q_stride + head[:, None] * q_head_stride + d[None, :]
-    q_MD = tl.load(at_MD, mask=held_MD, other=0.0).to(DOT)
+    q_MD = tl.load(at_MD, mask=valid_MD, other=0.0).to(DOT)
     first_M = tl.where(row < GROUP, lowest, 1)
     last_M = tl.where(row < GROUP, position, 0)
     table = tables + sequence.to(tl.int64) * table_stride
@@ -124,7 +125,7 @@ def _decode_splits(
         line = (sequence.to(tl.int64) * (KV_HEADS * GROUP) + head) * MOST + i
         tl.store(part_m + line, m_M, mask=row < GROUP)
         tl.store(part_l + line, l_M, mask=row < GROUP)
-        tl.store(part_acc + line[:, None] * HEAD_DIM + d[None, :], acc_MD, mask=held_MD)
+        tl.store(part_acc + line[:, None] * HEAD_DIM + d[None, :], acc_MD, mask=valid_MD)
 
 
 @kernel
@@ -158,21 +159,21 @@ def _decode_fold(
     count += leading_splits(first_split, length, sinks, SINKS)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     d = tl.arange(0, BLOCK_D)
-    held = head < Q_HEADS
-    held_MD = held[:, None] & (d < HEAD_DIM)[None, :]
+    valid = head < Q_HEADS
+    valid_MD = valid[:, None] & (d < HEAD_DIM)[None, :]
     m_M = tl.full([HEADS], -float("inf"), tl.float32)
     l_M = tl.zeros([HEADS], tl.float32)
     acc_MD = tl.zeros([HEADS, BLOCK_D], tl.float32)
     line = (sequence.to(tl.int64) * Q_HEADS + head) * MOST
     for i in range(0, count):
         at = line + i
-        m2_M = tl.load(part_m + at, mask=held, other=-float("inf"))
-        l2_M = tl.load(part_l + at, mask=held, other=0.0)
+        m2_M = tl.load(part_m + at, mask=valid, other=-float("inf"))
+        l2_M = tl.load(part_l + at, mask=valid, other=0.0)
         at_MD = part_acc + at[:, None] * HEAD_DIM + d[None, :]
-        acc2_MD = tl.load(at_MD, mask=held_MD, other=0.0)
+        acc2_MD = tl.load(at_MD, mask=valid_MD, other=0.0)
         m_M, l_M, acc_MD = fold(m_M, l_M, acc_MD, m2_M, l2_M, acc2_MD)
     to = out + (token.to(tl.int64) * Q_HEADS + head)[:, None] * HEAD_DIM + d[None, :]
-    tl.store(to, quotient(acc_MD, l_M).to(out.dtype.element_ty), mask=held_MD)
+    tl.store(to, quotient(acc_MD, l_M).to(out.dtype.element_ty), mask=valid_MD)
 
 
 def attend_decodes(
@@ -182,10 +183,10 @@ def attend_decodes(
     kv: TritonKVCache,
     kv_layer: int,
     batch: FlatBatch,
-    visible: AttentionMaskSpec,
+    mask: AttentionMaskSpec,
     blocks: AttentionBlocks,
 ) -> None:
-    """Fill the rows of `out` whose sequence has one query."""
+    """Fill the rows of `out` that belong to sequences with a single query."""
     num_sequences = batch.context_S.shape[0]
     _, q_heads, dim = q_TND.shape
     kv_heads = kv.spec.num_kv_heads
@@ -210,10 +211,10 @@ def attend_decodes(
         q_TND.stride(1),
         batch.block_table_SB.stride(0),
         scale / math.log(2),
-        span_of(visible),
-        visible.sinks,
+        span_of(mask),
+        mask.sinks,
         lanes,
-        **options(kv.spec, group, blocks, visible),
+        **options(kv.spec, group, blocks, mask),
     )
     heads = power_of_two(q_heads) if INTERPRETED else _FOLD_HEADS
     _decode_fold[(num_sequences, -(-q_heads // heads))](
@@ -223,15 +224,15 @@ def attend_decodes(
         part_l,
         part_acc,
         out_TND,
-        span_of(visible),
-        visible.sinks,
+        span_of(mask),
+        mask.sinks,
         Q_HEADS=q_heads,
         HEAD_DIM=dim,
         HEADS=heads,
         BLOCK_D=power_of_two(dim, 16),
         SPLIT=blocks.split,
         MOST=blocks.most_splits,
-        **sight(visible),
+        **mask_flags(mask),
         num_warps=4,
         **EXACT,
     )

@@ -1,6 +1,6 @@
-"""Embedding: rows of the table held here, zeros for the others.
+"""Embedding: rows of a slice's part of the table, zeros for tokens of other slices.
 
-Shape legend: T tokens, H hidden size.
+Knows packed tables; knows nothing of slices. Shape legend: T tokens, H hidden size.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 import triton.language as tl
 from arriero.kernels.ops import Vocab
 from arriero.kernels.quant import INT4_ZERO
-from arriero.kernels.triton.launch import EXACT, INTERPRETED, kernel, power_of_two, rows_a_program
+from arriero.kernels.triton.launch import EXACT, INTERPRETED, kernel, power_of_two, rows_per_program
 from arriero.kernels.triton.weights import Packed
 
 BLOCK = 1024
@@ -38,8 +38,8 @@ def _embed(
     token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     column = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
     row = tl.load(tokens + token, mask=token < num_tokens, other=0) - first_row
-    held = (row >= 0) & (row < num_rows)
-    read = held & (column < size)
+    local = (row >= 0) & (row < num_rows)
+    read = local & (column < size)
     row = row.to(tl.int64)
     if KIND == "int4":
         HALF: tl.constexpr = (GROUP + 1) // 2
@@ -56,13 +56,13 @@ def _embed(
     else:
         value = tl.load(data + row * size + column, mask=read, other=0.0)
         if KIND != "dense":
-            value = value.to(tl.float32) * tl.load(scales + row, mask=held, other=0.0)
+            value = value.to(tl.float32) * tl.load(scales + row, mask=local, other=0.0)
     to = out + token.to(tl.int64) * size + column
     tl.store(to, value.to(out.dtype.element_ty), mask=(token < num_tokens) & (column < size))
 
 
 def embed(tokens_T: Tensor, vocab: Vocab) -> Tensor:
-    """See `Ops.embed`. float32 on CPU; else the table's dtype, bfloat16 for quantized ones."""
+    """See `Ops.embed`. float32 on CPU; else the table's dtype, bfloat16 for a quantized table."""
     table: Packed = vocab.packed
     num_tokens, size = tokens_T.shape[0], vocab.hidden_size
     dtype = table.data.dtype if table.kind == "dense" else torch.bfloat16
@@ -70,7 +70,7 @@ def embed(tokens_T: Tensor, vocab: Vocab) -> Tensor:
         dtype = torch.float32
     out_TH = torch.empty(num_tokens, size, dtype=dtype, device=tokens_T.device)
     block = power_of_two(size) if INTERPRETED else min(BLOCK, power_of_two(size))
-    rows = power_of_two(rows_a_program(block))
+    rows = power_of_two(rows_per_program(block))
     if num_tokens:
         _embed[(-(-num_tokens // rows), -(-size // block))](
             tokens_T,

@@ -1,7 +1,8 @@
-"""Routing to experts, the order of rows, and the sum of what the experts gave.
+"""Routing to experts, the order of rows by expert, and the sum of the experts' outputs.
 
-Nothing here waits for the device: how many rows there are is known only there, so tensors are
-as long as they could be and the rows past the last are never read. Shape legend: kernels/moe.py.
+Nothing here waits for the device: only the device knows the number of rows, so tensors have the
+largest possible length, and rows past the last are never read. Knows indices and rows; knows
+nothing of weights. Shape legend: kernels/moe.py.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from arriero.kernels.triton.launch import (
     INTERPRETED,
     kernel,
     power_of_two,
-    rows_a_program,
+    rows_per_program,
     unit_stride,
 )
 
@@ -36,15 +37,15 @@ def _route(
 ) -> None:
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, BLOCK)[None, :]
-    held = (row < num_rows)[:, None] & (expert < num_experts)
+    valid = (row < num_rows)[:, None] & (expert < num_experts)
     at = logits + row.to(tl.int64)[:, None] * num_experts + expert
-    value = tl.load(at, mask=held, other=-float("inf"))
+    value = tl.load(at, mask=valid, other=-float("inf"))
     taken = (expert >= num_experts) & (row >= 0)[:, None]
     for choice in tl.static_range(TOP_K):
-        left = tl.where(taken, -float("inf"), value)
-        best = tl.max(left, 1)
-        # the lowest id of those that reach the greatest, none twice even if all are -inf
-        best_id = tl.min(tl.where((left == best[:, None]) & ~taken, expert, BLOCK), 1)
+        free = tl.where(taken, -float("inf"), value)
+        best = tl.max(free, 1)
+        # The lowest id with the greatest logit; no id twice, even if all logits are -inf.
+        best_id = tl.min(tl.where((free == best[:, None]) & ~taken, expert, BLOCK), 1)
         small = tl.exp(-tl.abs(best))
         score = tl.where(best >= 0, 1.0, small) / (1.0 + small)
         tl.store(experts + row * TOP_K + choice, best_id, mask=row < num_rows)
@@ -59,7 +60,7 @@ def route(logits_TE: Tensor, top_k: int) -> Routing:
     experts_TA = torch.empty(tokens, top_k, dtype=torch.int32, device=logits_TE.device)
     scores_TA = torch.empty(tokens, top_k, dtype=torch.float32, device=logits_TE.device)
     block = power_of_two(num_experts)
-    rows = power_of_two(rows_a_program(block))
+    rows = power_of_two(rows_per_program(block))
     if tokens:
         _route[(-(-tokens // rows),)](
             logits_TE,
@@ -91,36 +92,36 @@ def _permute(
     BLOCK: tl.constexpr,
     EXPERTS: tl.constexpr,
 ) -> None:
-    """One program: count each expert's pairs, then give every pair its row."""
-    held_expert = tl.arange(0, EXPERTS)
+    """A single program: count the pairs of each expert, then compute the row of each pair."""
+    local_expert = tl.arange(0, EXPERTS)
     counts = tl.zeros([EXPERTS], tl.int32)
     for first in range(0, num_pairs, BLOCK):
         pair = first + tl.arange(0, BLOCK)
         expert = tl.load(experts + pair, mask=pair < num_pairs, other=-1) - first_expert
         expert = tl.where((pair < num_pairs) & (expert < num_experts), expert, -1)
-        counts += tl.sum((expert[:, None] == held_expert[None, :]).to(tl.int32), 0)
+        counts += tl.sum((expert[:, None] == local_expert[None, :]).to(tl.int32), 0)
     inclusive = tl.cumsum(counts, 0)
-    tl.store(starts + held_expert + 1, inclusive, mask=held_expert < num_experts)
-    tl.store(starts + held_expert, inclusive - counts, mask=held_expert == 0)
+    tl.store(starts + local_expert + 1, inclusive, mask=local_expert < num_experts)
+    tl.store(starts + local_expert, inclusive - counts, mask=local_expert == 0)
     base = inclusive - counts
     for first in range(0, num_pairs, BLOCK):
         pair = first + tl.arange(0, BLOCK)
         expert = tl.load(experts + pair, mask=pair < num_pairs, other=-1) - first_expert
-        held = (pair < num_pairs) & (expert >= 0) & (expert < num_experts)
-        own = (tl.where(held, expert, -1)[:, None] == held_expert[None, :]).to(tl.int32)
+        local = (pair < num_pairs) & (expert >= 0) & (expert < num_experts)
+        own = (tl.where(local, expert, -1)[:, None] == local_expert[None, :]).to(tl.int32)
         rank = tl.cumsum(own, 0) - own
         row = tl.sum(own * (rank + base[None, :]), 1)
-        tl.store(rows_out + pair, tl.where(held, row, -1), mask=pair < num_pairs)
-        tl.store(tokens_out + row, pair // num_choices, mask=held)
-        score = tl.load(scores + pair, mask=held, other=0.0)
-        tl.store(scores_out + row, score, mask=held)
+        tl.store(rows_out + pair, tl.where(local, row, -1), mask=pair < num_pairs)
+        tl.store(tokens_out + row, pair // num_choices, mask=local)
+        score = tl.load(scores + pair, mask=local, other=0.0)
+        tl.store(scores_out + row, score, mask=local)
         base += tl.sum(own, 0)
 
 
 def permute(routing: Routing, first_expert: int, num_experts: int) -> Permutation:
-    """As `moe.permute`, but `token_X` and `score_X` are as long as all pairs.
+    """As `moe.permute`, but `token_X` and `score_X` have an entry for each pair.
 
-    Only the rows before starts[E] mean anything.
+    Only the rows before starts[E] are defined.
     """
     experts_TA = routing.experts_TA.contiguous()
     scores_TA = routing.scores_TA.contiguous()
@@ -164,26 +165,26 @@ def _combine(
 ) -> None:
     token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     column = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    held = (token < num_tokens) & (column < size)
+    valid = (token < num_tokens) & (column < size)
     at = token.to(tl.int64) * size + column
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for choice in tl.static_range(CHOICES):
         row = tl.load(rows + token * CHOICES + choice, mask=token < num_tokens, other=-1)
-        found = held & (row >= 0)
-        total += tl.load(y + row.to(tl.int64) * size + column, mask=found, other=0.0).to(tl.float32)
+        local = valid & (row >= 0)
+        total += tl.load(y + row.to(tl.int64) * size + column, mask=local, other=0.0).to(tl.float32)
     if ADDS:
-        total += tl.load(shared + at, mask=held, other=0.0).to(tl.float32)
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=held)
+        total += tl.load(shared + at, mask=valid, other=0.0).to(tl.float32)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=valid)
 
 
 def combine(y_XH: Tensor, row_TA: Tensor, shared_TH: Tensor | None = None) -> Tensor:
-    """Sum each token's rows in the order of its choices, then the shared part: [T, H]."""
+    """Sum the rows of each token in the order of the choices, then the shared part: [T, H]."""
     y_XH = unit_stride(y_XH).contiguous()
     tokens, choices = row_TA.shape
     size = y_XH.shape[1]
     out_TH = torch.empty(tokens, size, dtype=y_XH.dtype, device=y_XH.device)
     block = power_of_two(size) if INTERPRETED else min(BLOCK, power_of_two(size))
-    rows = power_of_two(rows_a_program(block))
+    rows = power_of_two(rows_per_program(block))
     if tokens:
         _combine[(-(-tokens // rows), -(-size // block))](
             y_XH,

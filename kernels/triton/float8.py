@@ -1,7 +1,10 @@
-"""Float8 (e4m3) from float32 and back, and rows rounded to it by a scale of their own.
+"""Float8 (e4m3) from float32 and back, and rows of float8 with a scale for each row.
 
-Numbers are rounded to nearest even by arithmetic on their bits: the interpreter's own conversion
-rounds otherwise, and a GPU's depends on its generation. Shape legend: T rows, I columns.
+Integer arithmetic on the bits rounds to nearest even: the interpreter's conversion rounds
+otherwise, and the conversion of a GPU depends on its generation. Knows numbers; knows nothing of
+weights.
+
+Shape legend: T rows, I columns.
 """
 
 from __future__ import annotations
@@ -13,22 +16,22 @@ from torch import Tensor
 
 import triton.language as tl
 from arriero.kernels.quant import FP8_MAX
-from arriero.kernels.triton.launch import EXACT, kernel, power_of_two, rows_a_program, unit_stride
+from arriero.kernels.triton.launch import EXACT, kernel, power_of_two, rows_per_program, unit_stride
 
 _FP8_MAX = tl.constexpr(FP8_MAX)
 _NAN = tl.constexpr(0x7F)
 _BIAS = tl.constexpr(120 << 3)
-"""Between the exponents of float32 and e4m3, above three bits of fraction."""
+"""Difference between the exponents of float32 and e4m3, above three bits of fraction."""
 
 
 @kernel
 def fp8_bits(value: tl.tensor) -> tl.tensor:
-    """E4m3 of float32 numbers of magnitude 448 and less, to nearest even; of others NaN."""
+    """E4m3 bits of float32 numbers up to magnitude 448, rounded to nearest even; else NaN."""
     bits = value.to(tl.int32, bitcast=True)
     sign = (bits >> 24) & 0x80
     magnitude = bits & 0x7FFFFFFF
     normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - _BIAS
-    # below 2**-6 levels are 2**-9 apart: adding 2**23 to their number leaves it in the last bits
+    # Below 2**-6 levels are 2**-9 apart: 2**23 plus the index of a level has it in the last bits.
     count = magnitude.to(tl.float32, bitcast=True) * 512.0 + 8388608.0
     small = count.to(tl.int32, bitcast=True) & 0xF
     level = tl.where(magnitude < 0x3C800000, small, normal)
@@ -37,7 +40,7 @@ def fp8_bits(value: tl.tensor) -> tl.tensor:
 
 @kernel
 def fp8_value(byte: tl.tensor) -> tl.tensor:
-    """The float32 of e4m3 bits, int32."""
+    """Float32 numbers of e4m3 bits in int32."""
     magnitude = byte & 0x7F
     normal = ((magnitude << 20) + (120 << 23)).to(tl.float32, bitcast=True)
     value = tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.001953125, normal)
@@ -60,20 +63,20 @@ def _quantize_rows(
 ) -> None:
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
-    kept = row < num_rows
-    held = kept[:, None] & (column < size)
+    valid_row = row < num_rows
+    valid = valid_row[:, None] & (column < size)
     row64 = row.to(tl.int64)[:, None]
-    value = tl.load(x + row64 * x_stride + column, mask=held, other=0.0).to(tl.float32)
+    value = tl.load(x + row64 * x_stride + column, mask=valid, other=0.0).to(tl.float32)
     greatest = tl.max(tl.abs(value), 1)
     if BOUNDED:
         greatest = tl.minimum(greatest, bound)
     scale = tl.div_rn(greatest, tl.full([ROWS], _FP8_MAX, tl.float32))
     scale = tl.where(scale == 0, 1.0, scale)
     level = tl.div_rn(value, tl.broadcast_to(scale[:, None], [ROWS, BLOCK]))
-    if BOUNDED:  # NaN stays one
+    if BOUNDED:  # NaN stays NaN
         level = tl.where(level > _FP8_MAX, _FP8_MAX, tl.where(level < -_FP8_MAX, -_FP8_MAX, level))
-    tl.store(out + row64 * size + column, fp8_bits(level).to(tl.uint8), mask=held)
-    tl.store(scales + row, scale, mask=kept)
+    tl.store(out + row64 * size + column, fp8_bits(level).to(tl.uint8), mask=valid)
+    tl.store(scales + row, scale, mask=valid_row)
 
 
 def quantize_rows(x_TI: Tensor, bound: float) -> tuple[Tensor, Tensor]:
@@ -83,7 +86,7 @@ def quantize_rows(x_TI: Tensor, bound: float) -> tuple[Tensor, Tensor]:
     out_TI = torch.empty(count, size, dtype=torch.uint8, device=x_TI.device)
     scale_T1 = torch.empty(count, 1, dtype=torch.float32, device=x_TI.device)
     block = power_of_two(size)
-    rows = power_of_two(rows_a_program(block))
+    rows = power_of_two(rows_per_program(block))
     if count:
         _quantize_rows[(-(-count // rows),)](
             x_TI,

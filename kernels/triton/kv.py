@@ -1,6 +1,6 @@
-"""The paged cache as the kernels here read it.
+"""The paged cache of the Triton backend.
 
-Knows blocks and slots; refuses to know who owns them. Shape legend: kernels/ops.py.
+Knows blocks and slots; knows nothing of sequences. Shape legend: kernels/ops.py.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from arriero.kernels.ops import KVCache, KVCacheSpec
 
 
 class TritonKVCache(KVCache):
-    """One tensor [layers, blocks, 2 (k, v), K, P, D], and for int8 the scales without D.
+    """A single tensor [layers, blocks, 2 (k, v), K, P, D], and for int8 the scales without D.
 
-    A head's keys of a block are contiguous, and so are its values; a block is what the canonical
-    layout says, so reading and writing blocks are plain copies.
+    The keys of a head in a block are contiguous, and so are the values; a block has the canonical
+    layout, so that reads and writes of blocks are plain copies.
 
     Attributes:
-        data: as above, in the cache's dtype.
+        data: the tensor, in the cache's dtype.
         scales: float32 [layers, blocks, 2, K, P] for int8, else None.
     """
 
@@ -32,13 +32,13 @@ class TritonKVCache(KVCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated, exactly."""
+        """Exact number of allocated bytes."""
         return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
     def read(self, layer: int, blocks: Sequence[int]) -> Tensor:
         """Copy blocks out in the canonical layout; see `KVCache.read`."""
         index = self._index(blocks)
-        # bytes, since not every device gathers every eight-bit float
+        # As bytes, since not every device gathers every eight-bit float type.
         data = _bytes(self.data[layer])[index].view(self.data.dtype)
         if self.scales is None:
             return data

@@ -1,7 +1,7 @@
-"""What every Triton kernel here shares: the decorator, launch options, whether it is interpreted.
+"""Shared by all Triton kernels: the decorator, launch options, the interpreter switch.
 
-Knows Triton's launcher; refuses to know any operation. Kernel arguments are annotated `tl.tensor`:
-inside a kernel addresses, numbers and blocks of them are all that.
+Knows Triton's launcher; knows nothing of operations. Kernel arguments are annotated `tl.tensor`:
+inside a kernel addresses, numbers and blocks of numbers all have this type.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import triton
 import triton.language as tl
 
 EXACT: dict[str, Any] = {"enable_fp_fusion": False}
-"""Launch options: no product and sum become one operation, so that a row's bits do not depend on
-which kernel computed it."""
+"""Launch options: the compiler does not fuse a multiplication and an addition, so that a row's bits
+do not depend on the kernel that computes the row."""
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-"""Kernels run as numpy on CPU. Settled when Triton decorates them, so once a process."""
+"""Kernels run as numpy on the CPU. Triton reads the switch when it decorates a kernel: a process
+has either mode, not both."""
 
 TL_TYPES: dict[torch.dtype, Any] = {
     torch.float32: tl.float32,
@@ -35,10 +36,10 @@ def kernel(function: Callable[..., Any]) -> Any:  # noqa: ANN401
 
 
 def dot_type(dtype: torch.dtype) -> Any:  # noqa: ANN401
-    """What a product's inputs are converted to, given what is stored.
+    """Dtype of a matrix product's inputs for weights stored as `dtype`.
 
-    One-byte formats are exact in bfloat16. The interpreter multiplies bfloat16 wrongly (it takes
-    its bits for integers), so there float32 stands in, which holds every bfloat16.
+    One-byte formats are exact in bfloat16. The interpreter multiplies bfloat16 wrongly (as if the
+    bits were integers); it gets float32 instead, and float32 represents every bfloat16.
     """
     if dtype.itemsize == 1:
         dtype = torch.bfloat16
@@ -48,12 +49,12 @@ def dot_type(dtype: torch.dtype) -> Any:  # noqa: ANN401
 
 
 def power_of_two(size: int, least: int = 1) -> int:
-    """The lowest power of two that is at least `size` and `least`."""
+    """The smallest power of two that is at least `size`, and at least `least`."""
     return max(least, 1 << (size - 1).bit_length())
 
 
-def rows_a_program(columns: int) -> int:
-    """Rows that one program takes: one, but many where each program costs a millisecond."""
+def rows_per_program(columns: int) -> int:
+    """Rows of a program: 1; many in the interpreter, where a program costs a millisecond."""
     return max(1, (1 << 16) // columns) if INTERPRETED else 1
 
 

@@ -1,4 +1,7 @@
-"""How rows of logits are cut into programs: some rows, and one chunk of the vocabulary, each."""
+"""Tiles of logits: a program takes some rows and a chunk of the vocabulary.
+
+Knows sizes; knows nothing of logits.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,14 @@ CHUNK = 4096
 
 @dataclass(frozen=True, slots=True)
 class LogitTiles:
-    """How rows and vocabulary are cut into programs."""
+    """Division of [num_rows, size] logits into tiles.
+
+    Attributes:
+        num_rows: number of rows.
+        size: size of the vocabulary.
+        rows: rows of a tile.
+        chunk: tokens of a tile.
+    """
 
     num_rows: int
     size: int
@@ -20,27 +30,27 @@ class LogitTiles:
 
     @property
     def chunks(self) -> int:
-        """Chunks of a row."""
+        """Number of chunks of a row."""
         return -(-self.size // self.chunk)
 
     @property
     def chunks_power(self) -> int:
-        """The power of two that holds them."""
+        """The smallest power of two that is at least `chunks`."""
         return power_of_two(self.chunks)
 
     @property
     def row_programs(self) -> int:
-        """Programs across the rows."""
+        """Number of programs for all rows."""
         return -(-self.num_rows // self.rows)
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Programs for all rows and chunks."""
+        """Number of programs for all rows and for all chunks."""
         return self.row_programs, self.chunks
 
 
-def cut_of(num_rows: int, size: int) -> LogitTiles:
-    """The cut of [num_rows, size] logits."""
+def logit_tiles(num_rows: int, size: int) -> LogitTiles:
+    """The tiles of [num_rows, size] logits."""
     chunk, rows = min(CHUNK, power_of_two(size)), 1
     if INTERPRETED:
         chunk = chunk if size <= 2 * CHUNK else power_of_two(size) // 2

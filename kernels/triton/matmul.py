@@ -1,10 +1,11 @@
-"""Products with weights of any kind, and the same for the experts' contiguous rows.
+"""Matrix products with weights of any kind, and grouped products for the sorted rows of experts.
 
-y[m, o] = sum over i of x[m, i] * W[o, i], in float32, columns in ascending order: a row's sum
-depends on the weights' shape alone once the blocks do. Levels of quantized weights are multiplied
-as they are (exact in bfloat16) and scales are applied to float32 sums.
+y[m, o] = sum over i of x[m, i] * W[o, i], in float32, columns in ascending order: the sum of a row
+depends on the shape of the weights alone, if the blocks do. Kernels multiply the levels of
+quantized weights directly (exact in bfloat16) and apply scales to float32 sums. Knows packed
+weights; knows nothing of layers.
 
-Shape legend: M rows, O outputs, I inputs, K inputs taken at a time, E experts, X sorted rows.
+Shape legend: M rows, O outputs, I inputs, K inputs of a step, E experts, X sorted rows.
 """
 
 from __future__ import annotations
@@ -24,29 +25,29 @@ from arriero.kernels.triton.launch import (
     power_of_two,
     unit_stride,
 )
-from arriero.kernels.triton.prefill import owner_of_tile
-from arriero.kernels.triton.tuning import ProductBlocks, product_blocks
+from arriero.kernels.triton.prefill import find_tile
+from arriero.kernels.triton.tuning import MatmulBlocks, matmul_blocks
 from arriero.kernels.triton.weights import Packed
 
 SWIZZLE = 8
-"""Tiles of rows that take their turn at a tile of weights while it is in the second cache."""
+"""Tiles of rows that use the same tile of weights while the L2 cache has the tile."""
 
 
 @kernel
 def _load_x(
     x: tl.tensor,
     row_M: tl.tensor,
-    held_M: tl.tensor,
+    valid_M: tl.tensor,
     column_K: tl.tensor,
-    kept_K: tl.tensor,
+    valid_K: tl.tensor,
     score_M: tl.tensor,
     SCORED: tl.constexpr,
     DOT: tl.constexpr,
 ) -> tl.tensor:
-    """Inputs [M, K], each row multiplied by its score and rounded as its own dtype would."""
+    """Inputs [M, K]; a row times its score is rounded to the dtype of x."""
     value = tl.load(
         x + row_M[:, None] + column_K[None, :],
-        mask=held_M[:, None] & kept_K[None, :],
+        mask=valid_M[:, None] & valid_K[None, :],
         other=0.0,
     )
     if SCORED:
@@ -58,7 +59,7 @@ def _load_x(
 def _multiply(
     x: tl.tensor,
     row_M: tl.tensor,
-    held_M: tl.tensor,
+    valid_M: tl.tensor,
     score_M: tl.tensor,
     data: tl.tensor,
     scales: tl.tensor,
@@ -75,9 +76,9 @@ def _multiply(
     BLOCK_K: tl.constexpr,
     DOT: tl.constexpr,
 ) -> tl.tensor:
-    """One tile [M, O] of x Wᵀ in float32; `row_M` are the rows' offsets in elements."""
+    """A tile [M, O] of x Wᵀ in float32; `row_M` are offsets of rows, in elements."""
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    kept_O = output_O < num_outputs
+    valid_O = output_O < num_outputs
     output64_O = output_O.to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     if KIND == "int4":
@@ -93,9 +94,9 @@ def _multiply(
                 low_K = (j < HALF) & (low < num_inputs)
                 high_K = (j < HALF) & (j + HALF < GROUP) & (high < num_inputs)
                 at = data + output64_O[:, None] * (num_groups * HALF) + (group * HALF + j)[None, :]
-                both = tl.load(at, mask=kept_O[:, None] & low_K[None, :], other=0)
-                x_low = _load_x(x, row_M, held_M, low, low_K, score_M, SCORED, DOT)
-                x_high = _load_x(x, row_M, held_M, high, high_K, score_M, SCORED, DOT)
+                both = tl.load(at, mask=valid_O[:, None] & low_K[None, :], other=0)
+                x_low = _load_x(x, row_M, valid_M, low, low_K, score_M, SCORED, DOT)
+                x_high = _load_x(x, row_M, valid_M, high, high_K, score_M, SCORED, DOT)
                 q_low, q_high = both & 15, both >> 4
                 if HAS_ZEROS:
                     total_M += tl.sum(x_low.to(tl.float32), 1) + tl.sum(x_high.to(tl.float32), 1)
@@ -105,29 +106,29 @@ def _multiply(
                     q_high = (q_high.to(tl.int8) - 8).to(DOT)
                 part = tl.dot(x_low, tl.trans(q_low), part, input_precision="ieee")
                 part = tl.dot(x_high, tl.trans(q_high), part, input_precision="ieee")
-            place = output64_O * num_groups + group
+            at_O = output64_O * num_groups + group
             if HAS_ZEROS:
-                zero_O = tl.load(zeros + place, mask=kept_O, other=0.0)
+                zero_O = tl.load(zeros + at_O, mask=valid_O, other=0.0)
                 part -= total_M[:, None] * zero_O[None, :]
-            acc += part * tl.load(scales + place, mask=kept_O, other=0.0)[None, :]
+            acc += part * tl.load(scales + at_O, mask=valid_O, other=0.0)[None, :]
     else:
         for first in range(0, num_inputs, BLOCK_K):
             column = first + k
-            kept_K = column < num_inputs
-            x_MK = _load_x(x, row_M, held_M, column, kept_K, score_M, SCORED, DOT)
+            valid_K = column < num_inputs
+            x_MK = _load_x(x, row_M, valid_M, column, valid_K, score_M, SCORED, DOT)
             w_OK = tl.load(
                 data + output64_O[:, None] * num_inputs + column[None, :],
-                mask=kept_O[:, None] & kept_K[None, :],
+                mask=valid_O[:, None] & valid_K[None, :],
                 other=0.0,
             ).to(DOT)
             acc = tl.dot(x_MK, tl.trans(w_OK), acc, input_precision="ieee")
         if KIND != "dense":
-            acc *= tl.load(scales + output_O, mask=kept_O, other=0.0)[None, :]
+            acc *= tl.load(scales + output_O, mask=valid_O, other=0.0)[None, :]
     return acc
 
 
 @kernel
-def _product(
+def _matmul(
     x: tl.tensor,
     data: tl.tensor,
     scales: tl.tensor,
@@ -156,12 +157,12 @@ def _product(
     within = program % (SWIZZLE * tiles_n)
     row = (first_m + within % width) * BLOCK_M + tl.arange(0, BLOCK_M)
     output = within // width * BLOCK_N + tl.arange(0, BLOCK_N)
-    held = row < num_rows
+    valid_row = row < num_rows
     acc = _multiply(
         x,
         row.to(tl.int64) * x_stride,
-        held,
-        held,
+        valid_row,
+        valid_row,
         data,
         scales,
         zeros,
@@ -177,15 +178,15 @@ def _product(
         BLOCK_K,
         DOT,
     )
-    kept = output < num_outputs
+    valid_output = output < num_outputs
     if HAS_BIAS:
-        acc += tl.load(bias + output, mask=kept, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias + output, mask=valid_output, other=0.0).to(tl.float32)[None, :]
     to = out + row.to(tl.int64)[:, None] * num_outputs + output[None, :]
-    tl.store(to, acc.to(out.dtype.element_ty), mask=held[:, None] & kept[None, :])
+    tl.store(to, acc.to(out.dtype.element_ty), mask=valid_row[:, None] & valid_output[None, :])
 
 
 @kernel
-def _grouped_product(
+def _grouped_matmul(
     x: tl.tensor,
     starts: tl.tensor,
     tokens: tl.tensor,
@@ -208,12 +209,12 @@ def _grouped_product(
     BLOCK_K: tl.constexpr,
     DOT: tl.constexpr,
 ) -> None:
-    expert, tile = owner_of_tile(starts, tl.program_id(1), num_experts, BLOCK_M)
+    expert, tile = find_tile(starts, tl.program_id(1), num_experts, BLOCK_M)
     row = tl.load(starts + expert) + tile * BLOCK_M + tl.arange(0, BLOCK_M)
     stop = tl.load(starts + expert + 1)
     if tl.load(starts + expert) + tile * BLOCK_M >= stop:
         return
-    held = row < stop
+    valid_row = row < stop
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     data = tl.load(data_table + expert).to(tl.pointer_type(STORED))
     data = tl.multiple_of(data, 16)
@@ -222,15 +223,15 @@ def _grouped_product(
         scales = tl.load(scales_table + expert).to(tl.pointer_type(tl.float32))
     if HAS_ZEROS:
         zeros = tl.load(zeros_table + expert).to(tl.pointer_type(tl.float32))
-    source, score = row, held
+    source, score = row, valid_row
     if PERMUTES:
-        source = tl.load(tokens + row, mask=held, other=0)
-        score = tl.load(scores + row, mask=held, other=0.0)
+        source = tl.load(tokens + row, mask=valid_row, other=0)
+        score = tl.load(scores + row, mask=valid_row, other=0.0)
         score = score.to(x.dtype.element_ty).to(tl.float32)
     acc = _multiply(
         x,
         source.to(tl.int64) * x_stride,
-        held,
+        valid_row,
         score,
         data,
         scales,
@@ -248,23 +249,23 @@ def _grouped_product(
         DOT,
     )
     to = out + row.to(tl.int64)[:, None] * num_outputs + output[None, :]
-    kept = held[:, None] & (output < num_outputs)[None, :]
-    tl.store(to, acc.to(out.dtype.element_ty), mask=kept)
+    valid = valid_row[:, None] & (output < num_outputs)[None, :]
+    tl.store(to, acc.to(out.dtype.element_ty), mask=valid)
 
 
 def matmul(
     x_MI: Tensor, w: Packed, *, batch_independent: bool, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """The product x Wᵀ + b: [M, O], in x's dtype unless `out_dtype` says another."""
+    """The product x Wᵀ + b: [M, O], in `out_dtype`, or for None in x's dtype."""
     x_MI = unit_stride(x_MI)
     rows, outputs = x_MI.shape[0], w.out_features
     out = torch.empty(rows, outputs, dtype=out_dtype or x_MI.dtype, device=x_MI.device)
     if not rows:
         return out
-    blocks = product_blocks(
+    blocks = matmul_blocks(
         x_MI.device, w.kind, outputs, w.in_features, None if batch_independent else rows
     )
-    _product[(-(-rows // blocks.block_m) * -(-outputs // blocks.block_n),)](
+    _matmul[(-(-rows // blocks.block_m) * -(-outputs // blocks.block_n),)](
         x_MI,
         w.data,
         w.scales,
@@ -284,27 +285,27 @@ def matmul(
 
 
 class ExpertWeights:
-    """The weights of several experts of one shape, as a table of addresses.
+    """The weights of several experts of the same shape, as a table of addresses.
 
-    The experts were packed one by one and stay where they are; the table is made once.
+    Each expert keeps its own memory; the table is made once and keeps the experts alive.
     """
 
     def __init__(self, experts: Sequence[Packed]) -> None:
         self.first, self.count = experts[0], len(experts)
-        self._kept = tuple(experts)
-        self.data = self._table([one.data for one in experts])
-        self.scales = self._table([one.scales for one in experts])
-        self.zeros = self._table([one.zeros for one in experts])
+        self._experts = tuple(experts)
+        self.data = self._table([expert.data for expert in experts])
+        self.scales = self._table([expert.scales for expert in experts])
+        self.zeros = self._table([expert.zeros for expert in experts])
 
     def _table(self, tensors: Sequence[Tensor | None]) -> Tensor | None:
-        addresses = [0 if one is None else one.data_ptr() for one in tensors]
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         if not any(addresses):
             return None
         assert all(addresses), "experts of one layer are packed alike"
         return torch.tensor(addresses, dtype=torch.int64, device=self.first.data.device)
 
 
-def grouped_product(
+def grouped_matmul(
     x: Tensor,
     experts: ExpertWeights,
     starts_E1: Tensor,
@@ -317,25 +318,26 @@ def grouped_product(
     """Rows starts[e] .. starts[e + 1] times the e-th matrix: [num_rows, O].
 
     Args:
-        x: [X, I]; or with `tokens_X` [T, I], of which row r takes row tokens[r] times scores[r].
+        x: [X, I]; or with `tokens_X` [T, I]: input row r is then x[tokens[r]] times scores[r].
         experts: the matrices.
-        starts_E1: int32 [E + 1]; rows from starts[E] on are left as they are.
-        num_rows: at least starts[E], which only the device knows.
-        tokens_X: int32, with `scores_X`, float32: the permutation folded in.
-        scores_X: see `tokens_X`.
-        batch_independent: one choice of blocks for any number of rows.
+        starts_E1: int32 [E + 1]; rows from starts[E] on are not written.
+        num_rows: at least starts[E]; only the device knows starts[E].
+        tokens_X: int32, the token of each row; None for rows that are sorted already.
+        scores_X: float32, the score of each row; given with `tokens_X`.
+        batch_independent: use the same blocks for any number of rows.
     """
     x = unit_stride(x)
     w = experts.first
-    # numpy warns of what rubbish holds; a GPU does not, and the rows past the last go unread
+    # Nothing reads the rows past the last; but the interpreter's numpy warns of arbitrary numbers
+    # in memory, and a GPU does not.
     allocate = torch.zeros if INTERPRETED else torch.empty
     out = allocate(num_rows, w.out_features, dtype=x.dtype, device=x.device)
     if not num_rows:
         return out
     typical = None if batch_independent else -(-num_rows // experts.count)
-    blocks = product_blocks(x.device, w.kind, w.out_features, w.in_features, typical)
+    blocks = matmul_blocks(x.device, w.kind, w.out_features, w.in_features, typical)
     tiles = num_rows // blocks.block_m + experts.count
-    _grouped_product[(-(-w.out_features // blocks.block_n), tiles)](
+    _grouped_matmul[(-(-w.out_features // blocks.block_n), tiles)](
         x,
         starts_E1,
         tokens_X,
@@ -348,7 +350,7 @@ def grouped_product(
         w.out_features,
         w.in_features,
         x.stride(0),
-        STORED=_STORED[w.data.dtype],
+        STORED=_STORAGE_TYPES[w.data.dtype],
         PERMUTES=tokens_X is not None,
         **_constants(w, blocks),
         **EXACT,
@@ -356,7 +358,7 @@ def grouped_product(
     return out
 
 
-_STORED: dict[torch.dtype, Any] = {
+_STORAGE_TYPES: dict[torch.dtype, Any] = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
@@ -366,7 +368,7 @@ _STORED: dict[torch.dtype, Any] = {
 }
 
 
-def _constants(w: Packed, blocks: ProductBlocks) -> dict[str, Any]:
+def _constants(w: Packed, blocks: MatmulBlocks) -> dict[str, Any]:
     block_k = blocks.block_k
     if w.kind == "int4":
         block_k = min(block_k, power_of_two(-(-w.group_size // 2), 16))

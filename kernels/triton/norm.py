@@ -1,8 +1,6 @@
-"""Root-mean-square norm, alone or fused with the residual sum before it.
+"""Root-mean-square norm, alone or fused with the residual sum before the norm.
 
-Knows rows of numbers; refuses to know layers.
-
-Shape legend: T tokens, H hidden size.
+Knows rows of numbers; knows nothing of layers. Shape legend: T tokens, H hidden size.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ import torch
 from torch import Tensor
 
 import triton.language as tl
-from arriero.kernels.triton.launch import EXACT, kernel, power_of_two, rows_a_program, unit_stride
+from arriero.kernels.triton.launch import EXACT, kernel, power_of_two, rows_per_program, unit_stride
 
 
 @kernel
@@ -31,20 +29,20 @@ def _rms_norm(
 ) -> None:
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
-    held = (row < num_rows) & (column < size)
+    valid = (row < num_rows) & (column < size)
     stored = x.dtype.element_ty
     at = x + row * x_stride + column
-    value = tl.load(at, mask=held, other=0.0)
+    value = tl.load(at, mask=valid, other=0.0)
     if ADDS:
-        other = tl.load(part + row * part_stride + column, mask=held, other=0.0)
+        other = tl.load(part + row * part_stride + column, mask=valid, other=0.0)
         value = (value.to(tl.float32) + other.to(tl.float32)).to(stored)
-        tl.store(at, value, mask=held)
+        tl.store(at, value, mask=valid)
     value = value.to(tl.float32)
     mean = tl.sum(value * value, 1) / size
-    # rounded before the weight multiplies, as the checkpoints were trained
+    # Rounded before the multiplication by the weight, as in the training of the checkpoints.
     normed = (value * tl.rsqrt(mean + eps)[:, None]).to(stored).to(tl.float32)
     gain = tl.load(weight + column, mask=column < size, other=0.0).to(stored).to(tl.float32)
-    tl.store(out + row * size + column, (normed * gain).to(stored), mask=held)
+    tl.store(out + row * size + column, (normed * gain).to(stored), mask=valid)
 
 
 def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
@@ -55,7 +53,7 @@ def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x_TH: Tensor, part_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     """Add `part` to `x` in place, and return the norm of the sum.
 
-    Bit for bit what `x += part` and then `rms_norm` give.
+    The bits are the same as from `x += part` and then `rms_norm`.
     """
     assert x_TH.stride(-1) == 1, "the residual stream is updated in place"
     return _norm(x_TH, unit_stride(part_TH), weight_H, eps)
@@ -65,7 +63,7 @@ def _norm(x_TH: Tensor, part_TH: Tensor | None, weight_H: Tensor, eps: float) ->
     num_rows, size = x_TH.shape
     out_TH = torch.empty(num_rows, size, dtype=x_TH.dtype, device=x_TH.device)
     block = power_of_two(size)
-    rows = rows_a_program(block)
+    rows = rows_per_program(block)
     if num_rows:
         _rms_norm[(-(-num_rows // rows),)](
             x_TH,

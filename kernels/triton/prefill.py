@@ -1,8 +1,9 @@
-"""Attention of sequences with several queries: one program a tile of queries, over all its keys.
+"""Attention of sequences with several queries: a program for each tile of queries, over all keys.
 
-A tile packs the query heads that share a key/value head, so each key is read once for all of
-them; tiles of keys outside the mask are skipped. Sums follow `softmax`, and so does a decode at
-the same position. After Dao, "FlashAttention-2", 2023. Shape legend: kernels/ops.py.
+A tile has all query heads that share a key/value head, so that a program reads each key once for
+all these heads; tiles of keys outside the mask are skipped. The order of sums is that of `softmax`,
+the same as in a decode at the same position. After Dao, "FlashAttention-2", 2023. Knows tiles;
+knows nothing of layers. Shape legend: kernels/ops.py.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from arriero.kernels.triton.tuning import AttentionBlocks
 
 
 @kernel
-def owner_of_tile(
+def find_tile(
     starts: tl.tensor, tile: tl.tensor, count: tl.tensor, TILE: tl.constexpr
 ) -> tl.tensor:
-    """Which run of rows a tile belongs to, and the tile's number within it.
+    """The run of rows that a tile belongs to, and the index of the tile within the run.
 
-    Run r owns rows starts[r] .. starts[r + 1]. Giving it the tiles from starts[r] // TILE + r on
-    leaves it enough of them, and needs no table made beforehand.
+    Run r has rows starts[r] .. starts[r + 1] and the tiles from starts[r] // TILE + r on. This rule
+    gives each run enough tiles, and needs no table.
     """
     low = tile * 0
     high = low + count - 1
@@ -80,7 +81,7 @@ def _prefill(
     DOT: tl.constexpr,
 ) -> None:
     TOKENS: tl.constexpr = BLOCK_M // GROUP
-    sequence, tile = owner_of_tile(query_start, tl.program_id(0), num_sequences, TOKENS)
+    sequence, tile = find_tile(query_start, tl.program_id(0), num_sequences, TOKENS)
     kv_head = tl.program_id(1)
     start = tl.load(query_start + sequence)
     stop = tl.load(query_start + sequence + 1)
@@ -91,16 +92,16 @@ def _prefill(
     d = tl.arange(0, BLOCK_D)
     token_M = token + row // GROUP
     head_M = kv_head * GROUP + row % GROUP
-    held_M = (row < TOKENS * GROUP) & (token_M < stop)
-    held_MD = held_M[:, None] & (d < HEAD_DIM)[None, :]
+    valid_M = (row < TOKENS * GROUP) & (token_M < stop)
+    valid_MD = valid_M[:, None] & (d < HEAD_DIM)[None, :]
     at_MD = q + token_M.to(tl.int64)[:, None] * q_stride + head_M[:, None] * q_head_stride
-    q_MD = tl.load(at_MD + d[None, :], mask=held_MD, other=0.0).to(DOT)
-    last_M = tl.load(positions + token_M, mask=held_M, other=0)
+    q_MD = tl.load(at_MD + d[None, :], mask=valid_MD, other=0.0).to(DOT)
+    last_M = tl.load(positions + token_M, mask=valid_M, other=0)
     length_M = split_length(last_M, SPLIT, MOST)
     lowest = first_seen(tl.load(positions + token), span, CHUNKED, WINDOWED)
     highest = tl.load(positions + tl.minimum(token + TOKENS, stop) - 1)
     first_M = first_seen(last_M, span, CHUNKED, WINDOWED)
-    last_M = tl.where(held_M, last_M, -1)
+    last_M = tl.where(valid_M, last_M, -1)
     table = tables + sequence.to(tl.int64) * table_stride
     m_M = tl.full([BLOCK_M], -float("inf"), tl.float32)
     l_M = tl.zeros([BLOCK_M], tl.float32)
@@ -140,7 +141,7 @@ def _prefill(
             KV_INT8,
             DOT,
         )
-        # rows whose own split ends here, or whose keys end in these, fold it in and begin anew
+        # Rows with a split that ends here, or without further keys, fold the split and start anew.
         ends_M = after * SPLIT // length_M != split * SPLIT // length_M
         ends_M |= last_M < (split + 1) * SPLIT
         part_m_M = tl.where(ends_M, m_M, -float("inf"))
@@ -150,7 +151,7 @@ def _prefill(
         acc_MD = tl.where(ends_M[:, None], 0.0, acc_MD)
     to = out + (token_M.to(tl.int64) * (KV_HEADS * GROUP) + head_M)[:, None] * HEAD_DIM
     result = quotient(all_acc_MD, all_l_M)
-    tl.store(to + d[None, :], result.to(out.dtype.element_ty), mask=held_MD)
+    tl.store(to + d[None, :], result.to(out.dtype.element_ty), mask=valid_MD)
 
 
 def attend_prefills(
@@ -160,10 +161,10 @@ def attend_prefills(
     kv: TritonKVCache,
     kv_layer: int,
     batch: FlatBatch,
-    visible: AttentionMaskSpec,
+    mask: AttentionMaskSpec,
     blocks: AttentionBlocks,
 ) -> None:
-    """Fill the rows of `out` whose sequence has more than one query."""
+    """Fill the rows of `out` that belong to sequences with more than one query."""
     num_sequences = batch.context_S.shape[0]
     num_tokens, q_heads, _ = q_TND.shape
     kv_heads = kv.spec.num_kv_heads
@@ -182,7 +183,7 @@ def attend_prefills(
         q_TND.stride(1),
         batch.block_table_SB.stride(0),
         scale / math.log(2),
-        span_of(visible),
-        visible.sinks,
-        **options(kv.spec, group, blocks, visible),
+        span_of(mask),
+        mask.sinks,
+        **options(kv.spec, group, blocks, mask),
     )

@@ -1,7 +1,7 @@
-"""Rotary positions, QK norm and query scale, and the write of keys and values to their slots.
+"""Rotary position embedding, QK norm, query scale, and the write of keys and values to the cache.
 
-One program takes some heads of one token: queries go to a tensor, keys and values to the cache.
-Shape legend: kernels/ops.py.
+A program takes some heads of a token: queries go to a tensor, keys and values to the cache. Knows
+heads and slots; knows nothing of sequences. Shape legend: kernels/ops.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from arriero.kernels.triton.kv import TritonKVCache
 from arriero.kernels.triton.launch import EXACT, INTERPRETED, kernel, power_of_two, unit_stride
 
 HEADS = 8
-"""Heads of a token that a program takes."""
+"""Heads of a token for each program."""
 _ROUNDER = tl.constexpr(1.5 * 2.0**23)
 _FP8_MAX = tl.constexpr(FP8_MAX)
 
@@ -51,24 +51,24 @@ def _rope_write_kv(
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     i = tl.arange(0, HALF)[None, :]
     half = HEAD_DIM // 2
-    held = (head < Q_HEADS + 2 * KV_HEADS) & (i < half)
+    valid = (head < Q_HEADS + 2 * KV_HEADS) & (i < half)
     if ROPE == "pairs":
         first, second = 2 * i, 2 * i + 1
     else:
         first, second = i, i + half
     at = qkv + token * qkv_stride + head * HEAD_DIM
-    a = tl.load(at + first, mask=held, other=0.0).to(tl.float32)
-    b = tl.load(at + second, mask=held, other=0.0).to(tl.float32)
-    positioned = head < Q_HEADS + KV_HEADS
+    a = tl.load(at + first, mask=valid, other=0.0).to(tl.float32)
+    b = tl.load(at + second, mask=valid, other=0.0).to(tl.float32)
+    has_position = head < Q_HEADS + KV_HEADS
     if ROPE != "none":
         c = tl.load(cos + token * half + i, mask=i < half, other=0.0)
         s = tl.load(sin + token * half + i, mask=i < half, other=0.0)
-        turned = a * c - b * s
-        b = tl.where(positioned, b * c + a * s, b)
-        a = tl.where(positioned, turned, a)
+        rotated = a * c - b * s
+        b = tl.where(has_position, b * c + a * s, b)
+        a = tl.where(has_position, rotated, a)
     if NORMS:
         mean = (tl.sum(a * a, 1) + tl.sum(b * b, 1)) / HEAD_DIM
-        shrink = tl.where(positioned, tl.rsqrt(mean + eps)[:, None], 1.0)
+        shrink = tl.where(has_position, tl.rsqrt(mean + eps)[:, None], 1.0)
         a, b = a * shrink, b * shrink
     a, b = a.to(qkv.dtype.element_ty), b.to(qkv.dtype.element_ty)
 
@@ -78,12 +78,12 @@ def _rope_write_kv(
         factor = tl.log(1.0 + steps) * gain + 1.0
         query_a = (a.to(tl.float32) * factor).to(a.dtype)
         query_b = (b.to(tl.float32) * factor).to(b.dtype)
-    is_query = held & (head < Q_HEADS)
+    is_query = valid & (head < Q_HEADS)
     to = queries + (token * Q_HEADS + head) * HEAD_DIM
     tl.store(to + first, query_a, mask=is_query)
     tl.store(to + second, query_b, mask=is_query)
 
-    is_cached = held & (head >= Q_HEADS)
+    is_cached = valid & (head >= Q_HEADS)
     slot = tl.load(slots + token)
     line = (slot // block_size).to(tl.int64) * (2 * KV_HEADS) + (head - Q_HEADS)
     line = line * block_size + slot % block_size
@@ -104,9 +104,9 @@ def _rope_write_kv(
 
 @kernel
 def _level(x: tl.tensor, divisor: tl.tensor) -> tl.tensor:
-    """The nearest of 127 levels of either sign, halves to even."""
+    """The nearest of 127 levels of either sign; ties go to the even level."""
     level = tl.div_rn(x, tl.broadcast_to(divisor, x.shape))
-    # adding 1.5 * 2**23 leaves no bit for a fraction: the sum is rounded half to even
+    # A sum with 1.5 * 2**23 has no bit for a fraction: it is rounded half to even.
     level = (level + _ROUNDER) - _ROUNDER
     return tl.minimum(tl.maximum(level, -127.0), 127.0)
 

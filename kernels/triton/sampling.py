@@ -1,7 +1,7 @@
 """From logits to tokens: bias, bans, penalties, filters and the draw, as `Ops.sample` defines.
 
-A row's vocabulary is cut into chunks that many programs take at once. Everything summed is an
-integer, so no order of summing changes a bit.
+Many programs take the chunks of a row's vocabulary at once. All sums are of integers, so that the
+order of summation changes no bit. Knows rows of numbers; knows nothing of text and requests.
 
 Shape legend: R rows, V vocabulary, C chunks of a row.
 """
@@ -17,7 +17,7 @@ from arriero.kernels.philox import KEY_STEPS, MULTIPLIERS, ROUNDS
 from arriero.kernels.reference.sampling import FRACTION_BITS, MAX_VOCAB, with_logprobs
 from arriero.kernels.triton import filters
 from arriero.kernels.triton.launch import EXACT, kernel
-from arriero.kernels.triton.logit_tiles import LogitTiles, cut_of
+from arriero.kernels.triton.logit_tiles import LogitTiles, logit_tiles
 
 _ONE = tl.constexpr(2.0**FRACTION_BITS)
 _MASK = tl.constexpr(0xFFFFFFFF)
@@ -51,34 +51,34 @@ def _adjust(
     CHUNK: tl.constexpr,
 ) -> None:
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    kept = row < num_rows
+    valid_row = row < num_rows
     token = (tl.program_id(1) * CHUNK + tl.arange(0, CHUNK))[None, :]
-    held = kept[:, None] & (token < size)
+    valid = valid_row[:, None] & (token < size)
     row64 = row.to(tl.int64)[:, None]
     at = row64 * size + token
-    x = tl.load(logits + row64 * stride + token, mask=held, other=-float("inf"))
+    x = tl.load(logits + row64 * stride + token, mask=valid, other=-float("inf"))
     if BANS:
-        x = tl.where(tl.load(allowed + at, mask=held, other=1) != 0, x, -float("inf"))
+        x = tl.where(tl.load(allowed + at, mask=valid, other=1) != 0, x, -float("inf"))
     if REPETITION:
-        factor = tl.load(repetition + row, mask=kept, other=1.0)[:, None]
+        factor = tl.load(repetition + row, mask=valid_row, other=1.0)[:, None]
         divisor = tl.broadcast_to(factor, x.shape)
         changed = tl.where(x < 0, x * factor, tl.div_rn(x, divisor))
-        x = tl.where(tl.load(seen + at, mask=held, other=0) != 0, changed, x)
+        x = tl.where(tl.load(seen + at, mask=valid, other=0) != 0, changed, x)
     if FREQUENCY or PRESENCE:
-        count = tl.load(counts + at, mask=held, other=0)
+        count = tl.load(counts + at, mask=valid, other=0)
         if FREQUENCY:
-            x -= tl.load(frequency + row, mask=kept, other=0.0)[:, None] * count.to(tl.float32)
+            x -= tl.load(frequency + row, mask=valid_row, other=0.0)[:, None] * count.to(tl.float32)
         if PRESENCE:
             occurs = (count > 0).to(tl.float32)
-            x -= tl.load(presence + row, mask=kept, other=0.0)[:, None] * occurs
-    x = tl.where(x == x, x, float("inf"))  # a NaN makes the row's greatest not finite
+            x -= tl.load(presence + row, mask=valid_row, other=0.0)[:, None] * occurs
+    x = tl.where(x == x, x, float("inf"))  # a NaN makes the row's maximum infinite
     if BANS or REPETITION or FREQUENCY or PRESENCE:
-        tl.store(adjusted + at, x, mask=held)
+        tl.store(adjusted + at, x, mask=valid)
     greatest = tl.max(x, 1)
-    best = tl.min(tl.where((x == greatest[:, None]) & held, token, _NO_TOKEN), 1)
+    best = tl.min(tl.where((x == greatest[:, None]) & valid, token, _NO_TOKEN), 1)
     to = row64 * num_chunks + tl.program_id(1)
-    tl.store(chunk_max + to, greatest[:, None], mask=kept[:, None])
-    tl.store(chunk_best + to, best[:, None], mask=kept[:, None])
+    tl.store(chunk_max + to, greatest[:, None], mask=valid_row[:, None])
+    tl.store(chunk_best + to, best[:, None], mask=valid_row[:, None])
 
 
 @kernel
@@ -89,11 +89,11 @@ def _greatest(
     num_chunks: tl.tensor,
     CHUNKS: tl.constexpr,
 ) -> tl.tensor:
-    """Each row's greatest logit, and the table [R, C] it is the greatest of."""
+    """The greatest logit of each row, and the greatest logits by chunk [R, C]."""
     chunk = tl.arange(0, CHUNKS)[None, :]
-    held = (row < num_rows)[:, None] & (chunk < num_chunks)
+    valid = (row < num_rows)[:, None] & (chunk < num_chunks)
     at = chunk_max + row.to(tl.int64)[:, None] * num_chunks + chunk
-    values = tl.load(at, mask=held, other=-float("inf"))
+    values = tl.load(at, mask=valid, other=-float("inf"))
     return tl.max(values, 1), values
 
 
@@ -117,29 +117,29 @@ def _weigh(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ) -> None:
-    """Each token's integer weight, 0 where min-p drops it and in rows that draw nothing."""
+    """The integer weight of each token; 0 where min-p drops the token, and in greedy rows."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    kept = row < num_rows
+    valid_row = row < num_rows
     token = (tl.program_id(1) * CHUNK + tl.arange(0, CHUNK))[None, :]
-    held = kept[:, None] & (token < size)
+    valid = valid_row[:, None] & (token < size)
     greatest, _ = _greatest(chunk_max, row, num_rows, num_chunks, CHUNKS)
-    heat = tl.load(temperature + row, mask=kept, other=0.0)
-    draws = (heat > 0) & _is_finite(greatest)
-    heat = tl.where(draws, heat, 1.0).to(tl.float64)[:, None]
+    row_temperature = tl.load(temperature + row, mask=valid_row, other=0.0)
+    draws = (row_temperature > 0) & _is_finite(greatest)
+    row_temperature = tl.where(draws, row_temperature, 1.0).to(tl.float64)[:, None]
     greatest = tl.where(draws, greatest, 0.0).to(tl.float64)[:, None]
     row64 = row.to(tl.int64)[:, None]
-    value = tl.load(x + row64 * stride + token, mask=held, other=-float("inf"))
-    # rows that draw nothing are given logits that no arithmetic below minds
+    value = tl.load(x + row64 * stride + token, mask=valid, other=-float("inf"))
+    # Rows without a draw get logits that are safe in the arithmetic below.
     value = tl.where(draws[:, None], value, -1.0).to(tl.float64)
-    weight = (tl.exp((value - greatest) / heat) * _ONE).to(tl.int64)
-    least = tl.load(min_p + row, mask=kept, other=0.0).to(tl.float64)
+    weight = (tl.exp((value - greatest) / row_temperature) * _ONE).to(tl.int64)
+    least = tl.load(min_p + row, mask=valid_row, other=0.0).to(tl.float64)
     least = tl.ceil(least * _ONE).to(tl.int64)[:, None]
-    weight = tl.where(held & draws[:, None] & (weight >= least), weight, 0)
-    tl.store(weights + row64 * size + token, weight, mask=held)
+    weight = tl.where(valid & draws[:, None] & (weight >= least), weight, 0)
+    tl.store(weights + row64 * size + token, weight, mask=valid)
 
 
 @kernel
-def _sum_kept(
+def _sum_weights(
     weights: tl.tensor,
     floors: tl.tensor,
     sums: tl.tensor,
@@ -150,25 +150,25 @@ def _sum_kept(
     CHUNK: tl.constexpr,
 ) -> None:
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    kept = row < num_rows
+    valid_row = row < num_rows
     token = (tl.program_id(1) * CHUNK + tl.arange(0, CHUNK))[None, :]
     row64 = row.to(tl.int64)
     at = weights + row64[:, None] * size + token
-    weight = tl.load(at, mask=kept[:, None] & (token < size), other=0)
-    floor = tl.load(floors + row, mask=kept, other=0)
+    weight = tl.load(at, mask=valid_row[:, None] & (token < size), other=0)
+    floor = tl.load(floors + row, mask=valid_row, other=0)
     total = tl.sum(tl.where(weight >= floor[:, None], weight, 0), 1)
-    tl.store(sums + row64 * num_chunks + tl.program_id(1), total, mask=kept)
+    tl.store(sums + row64 * num_chunks + tl.program_id(1), total, mask=valid_row)
 
 
 @kernel
 def uniform(seed: tl.tensor, position: tl.tensor) -> tl.tensor:
-    """As `kernels.philox.uniform`: one float64 in [0, 1) for each seed and position, int64."""
+    """As `kernels.philox.uniform`: a float64 in [0, 1) for each seed and position, both int64."""
     c0, c1 = position & _MASK, (position >> 32) & _MASK
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     c2, c3 = c0 * 0, c0 * 0
     m0, m1 = c2 + _M0, c2 + _M1
     for _ in tl.static_range(_ROUNDS):
-        # 32 x 32 bits fill all 64: int64 wraps, and the masks undo the sign
+        # The product of 32 x 32 bits fills 64 bits: int64 wraps, and the masks remove the sign.
         p0, p1 = c0 * m0, c2 * m1
         c0, c1, c2, c3 = (
             ((p1 >> 32) & _MASK) ^ c1 ^ k0,
@@ -200,43 +200,43 @@ def _pick(
     CHUNKS: tl.constexpr,
 ) -> None:
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    kept = row < num_rows
+    valid_row = row < num_rows
     row64 = row.to(tl.int64)
     chunk = tl.arange(0, CHUNKS)[None, :]
-    held = kept[:, None] & (chunk < num_chunks)
+    valid = valid_row[:, None] & (chunk < num_chunks)
     at = row64[:, None] * num_chunks + chunk
     greatest, by_chunk = _greatest(chunk_max, row, num_rows, num_chunks, CHUNKS)
-    best = tl.load(chunk_best + at, mask=held, other=_NO_TOKEN)
+    best = tl.load(chunk_best + at, mask=valid, other=_NO_TOKEN)
     token = tl.min(tl.where(by_chunk == greatest[:, None], best, _NO_TOKEN), 1)
     if not ALL_GREEDY:
-        heat = tl.load(temperature + row, mask=kept, other=0.0)
-        seed = tl.load(seeds + row, mask=kept, other=0)
-        position = tl.load(positions + row, mask=kept, other=0)
-        sums_RC = tl.load(sums + at, mask=held, other=0)
-        upto = tl.cumsum(sums_RC, 1)
+        row_temperature = tl.load(temperature + row, mask=valid_row, other=0.0)
+        seed = tl.load(seeds + row, mask=valid_row, other=0)
+        position = tl.load(positions + row, mask=valid_row, other=0)
+        sums_RC = tl.load(sums + at, mask=valid, other=0)
+        cumulative = tl.cumsum(sums_RC, 1)
         total = tl.sum(sums_RC, 1)
         target = (uniform(seed, position) * total.to(tl.float64)).to(tl.int64)
         target = tl.minimum(target, total - 1)
-        before = upto <= target[:, None]
-        mine = tl.minimum(tl.sum(before.to(tl.int32), 1), num_chunks - 1)
+        before = cumulative <= target[:, None]
+        drawn_chunk = tl.minimum(tl.sum(before.to(tl.int32), 1), num_chunks - 1)
         target -= tl.sum(tl.where(before, sums_RC, 0), 1)
-        id_RV = mine[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+        id_RV = drawn_chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
         at_RV = weights + row64[:, None] * size + id_RV
-        weight = tl.load(at_RV, mask=kept[:, None] & (id_RV < size), other=0)
-        floor = tl.load(floors + row, mask=kept, other=0)
+        weight = tl.load(at_RV, mask=valid_row[:, None] & (id_RV < size), other=0)
+        floor = tl.load(floors + row, mask=valid_row, other=0)
         weight = tl.where(weight >= floor[:, None], weight, 0)
         passed = tl.cumsum(weight, 1) <= target[:, None]
-        drawn = mine * CHUNK + tl.sum(passed.to(tl.int32), 1)
-        token = tl.where(heat == 0, token, drawn)
+        drawn = drawn_chunk * CHUNK + tl.sum(passed.to(tl.int32), 1)
+        token = tl.where(row_temperature == 0, token, drawn)
     token = tl.where(_is_finite(greatest), token, -1)
-    tl.store(tokens + row, token, mask=kept)
+    tl.store(tokens + row, token, mask=valid_row)
 
 
 def sample(logits_RV: Tensor, rows: SamplingRows) -> Sampled:
-    """Draw one token a row; see `Ops.sample`. Nothing here waits for the device."""
+    """Draw a token for each row; see `Ops.sample`. Nothing here waits for the device."""
     num_rows, size = logits_RV.shape
     if size > MAX_VOCAB:
-        raise ValueError(f"sample: the vocabulary has {size} tokens; the most is {MAX_VOCAB}")
+        raise ValueError(f"sample: the vocabulary has {size} tokens; the limit is {MAX_VOCAB}")
     raw_RV = logits_RV.float()
     if raw_RV.stride(-1) != 1:
         raw_RV = raw_RV.contiguous()
@@ -244,12 +244,12 @@ def sample(logits_RV: Tensor, rows: SamplingRows) -> Sampled:
     tokens_R = torch.empty(num_rows, dtype=torch.int32, device=device)
     if not num_rows:
         return Sampled(tokens_R=tokens_R)
-    cut = cut_of(num_rows, size)
-    x_RV, chunk_max, chunk_best = _adjusted(raw_RV, rows, cut)
+    tiles = logit_tiles(num_rows, size)
+    x_RV, chunk_max, chunk_best = _adjusted(raw_RV, rows, tiles)
     weights_RV = floor_R = sums_RC = None
     if not rows.all_greedy:
         weights_RV = torch.empty(num_rows, size, dtype=torch.int64, device=device)
-        _weigh[cut.grid](
+        _weigh[tiles.grid](
             x_RV,
             chunk_max,
             rows.temperature_R,
@@ -258,28 +258,28 @@ def sample(logits_RV: Tensor, rows: SamplingRows) -> Sampled:
             num_rows,
             size,
             x_RV.stride(0),
-            cut.chunks,
-            ROWS=cut.rows,
-            CHUNK=cut.chunk,
-            CHUNKS=cut.chunks_power,
+            tiles.chunks,
+            ROWS=tiles.rows,
+            CHUNK=tiles.chunk,
+            CHUNKS=tiles.chunks_power,
             **EXACT,
         )
         floor_R = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        for by_mass, wanted_R in ((False, rows.top_k_R), (True, rows.top_p_R)):
-            floor_R = filters.floor(weights_RV, rows, wanted_R, by_mass, floor_R, cut)
-        sums_RC = torch.empty(num_rows, cut.chunks, dtype=torch.int64, device=device)
-        _sum_kept[cut.grid](
+        for by_mass, parameter_R in ((False, rows.top_k_R), (True, rows.top_p_R)):
+            floor_R = filters.floor(weights_RV, rows, parameter_R, by_mass, floor_R, tiles)
+        sums_RC = torch.empty(num_rows, tiles.chunks, dtype=torch.int64, device=device)
+        _sum_weights[tiles.grid](
             weights_RV,
             floor_R,
             sums_RC,
             num_rows,
             size,
-            cut.chunks,
-            ROWS=cut.rows,
-            CHUNK=cut.chunk,
+            tiles.chunks,
+            ROWS=tiles.rows,
+            CHUNK=tiles.chunk,
             **EXACT,
         )
-    _pick[(cut.row_programs,)](
+    _pick[(tiles.row_programs,)](
         weights_RV,
         floor_R,
         sums_RC,
@@ -291,11 +291,11 @@ def sample(logits_RV: Tensor, rows: SamplingRows) -> Sampled:
         tokens_R,
         num_rows,
         size,
-        cut.chunks,
+        tiles.chunks,
         ALL_GREEDY=rows.all_greedy,
-        ROWS=cut.rows,
-        CHUNK=cut.chunk,
-        CHUNKS=cut.chunks_power,
+        ROWS=tiles.rows,
+        CHUNK=tiles.chunk,
+        CHUNKS=tiles.chunks_power,
         **EXACT,
     )
     if rows.num_logprobs < 0:
@@ -303,20 +303,22 @@ def sample(logits_RV: Tensor, rows: SamplingRows) -> Sampled:
     return with_logprobs(raw_RV, tokens_R.long(), rows.num_logprobs)
 
 
-def _adjusted(raw_RV: Tensor, rows: SamplingRows, cut: LogitTiles) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits after bias, bans and penalties; by row and chunk the greatest, and its first token."""
+def _adjusted(
+    raw_RV: Tensor, rows: SamplingRows, tiles: LogitTiles
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits after bias, bans and penalties; the greatest of each chunk, and its first token."""
     start_RV = raw_RV
-    if rows.bias is not None:  # few and scattered: not worth a kernel
+    if rows.bias is not None:  # few tokens, scattered: not worth a kernel
         row_N, token_N, value_N = rows.bias
         start_RV = raw_RV.index_put((row_N, token_N), value_N, accumulate=True)
-    shape = (cut.num_rows, cut.chunks)
+    shape = (tiles.num_rows, tiles.chunks)
     chunk_max = torch.empty(shape, dtype=torch.float32, device=raw_RV.device)
     chunk_best = torch.empty(shape, dtype=torch.int32, device=raw_RV.device)
     changes = (rows.allowed_RV, rows.repetition_R, rows.frequency_R, rows.presence_R)
     x_RV = start_RV
-    if any(one is not None for one in changes):
-        x_RV = torch.empty(cut.num_rows, cut.size, dtype=torch.float32, device=raw_RV.device)
-    _adjust[cut.grid](
+    if any(change is not None for change in changes):
+        x_RV = torch.empty(tiles.num_rows, tiles.size, dtype=torch.float32, device=raw_RV.device)
+    _adjust[tiles.grid](
         start_RV,
         rows.allowed_RV,
         rows.seen_RV,
@@ -327,16 +329,16 @@ def _adjusted(raw_RV: Tensor, rows: SamplingRows, cut: LogitTiles) -> tuple[Tens
         x_RV,
         chunk_max,
         chunk_best,
-        cut.num_rows,
-        cut.size,
+        tiles.num_rows,
+        tiles.size,
         start_RV.stride(0),
-        cut.chunks,
+        tiles.chunks,
         BANS=rows.allowed_RV is not None,
         REPETITION=rows.repetition_R is not None,
         FREQUENCY=rows.frequency_R is not None,
         PRESENCE=rows.presence_R is not None,
-        ROWS=cut.rows,
-        CHUNK=cut.chunk,
-        **EXACT,  # a penalty's product is rounded before it is taken off
+        ROWS=tiles.rows,
+        CHUNK=tiles.chunk,
+        **EXACT,  # a penalty times its count is rounded before the subtraction
     )
     return x_RV, chunk_max, chunk_best

@@ -1,9 +1,9 @@
-"""The arithmetic that every attention kernel shares, so that all of them give the same bits.
+"""The arithmetic that all attention kernels share, so that all give the same bits.
 
-A row's keys are taken in tiles that begin at multiples of BLOCK_N, tiles are summed within splits
-that begin at multiples of the row's own split length, and splits are folded in order. All three
-depend on the row's position alone: not on the batch, nor on where a prompt was cut. Online
-softmax: Milakov and Gimelshein, 2018; split over keys: Dao and others, "Flash-Decoding", 2023.
+Tiles of keys begin at multiples of BLOCK_N, splits of tiles begin at multiples of the row's split
+length, and splits are folded in order. All three depend on the position of the row alone: neither
+on the batch, nor on the chunks of a prompt. Online softmax: Milakov and Gimelshein, 2018; split
+over keys: Dao and others, "Flash-Decoding", 2023. Knows rows and keys; knows nothing of batches.
 
 Shape legend: M rows of a tile (queries times heads of a group), C keys of a tile, D head_dim.
 """
@@ -25,7 +25,7 @@ _DOUBLINGS = tl.constexpr(16)
 
 @kernel
 def split_length(position: tl.tensor, SPLIT: tl.constexpr, MOST: tl.constexpr) -> tl.tensor:
-    """Keys in each split of a row at `position`: at most MOST splits hold its context."""
+    """Keys in each split of a row at `position`: its context has at most MOST splits."""
     length = position * 0 + SPLIT
     for _ in tl.static_range(_DOUBLINGS):
         length = tl.where((position + MOST) // MOST > length, length * 2, length)
@@ -36,7 +36,7 @@ def split_length(position: tl.tensor, SPLIT: tl.constexpr, MOST: tl.constexpr) -
 def first_seen(
     position: tl.tensor, span: tl.tensor, CHUNKED: tl.constexpr, WINDOWED: tl.constexpr
 ) -> tl.tensor:
-    """The first key that a row at `position` sees, sinks aside; `span` of `span_of`."""
+    """The first key that a row at `position` attends to, sinks aside; `span` is of `span_of`."""
     first = position * 0
     if CHUNKED:
         first = position // span * span
@@ -49,7 +49,7 @@ def first_seen(
 def leading_splits(
     first_split: tl.tensor, length: tl.tensor, sinks: tl.tensor, SINKS: tl.constexpr
 ) -> tl.tensor:
-    """Splits before `first_split` that hold some of the first `sinks` keys: 0, 1 and so on."""
+    """Number of splits before `first_split` with keys among the first `sinks`."""
     leading = first_split * 0
     if SINKS:
         leading = tl.minimum(first_split, (sinks + length - 1) // length)
@@ -82,11 +82,11 @@ def attend_tile(
     KV_INT8: tl.constexpr,
     DOT: tl.constexpr,
 ) -> tl.tensor:
-    """Take keys key .. key + BLOCK_N into the running maximum, sum and weighted values.
+    """Add keys key .. key + BLOCK_N to the running maximum, sum and weighted values.
 
-    Row r sees keys first[r] .. last[r]; only keys lowest .. highest may be read at all. With SINKS
-    the first `sinks` keys are seen and read too, those not after the row's last and `highest`.
-    `scale` holds log2(e), so that powers of two serve.
+    Row r attends to keys first[r] .. last[r]; only keys lowest .. highest are read. With SINKS the
+    first `sinks` keys are read too, up to the last key of the row and `highest`. `scale` includes
+    log2(e), so that the exponentials are powers of two.
     """
     key_C = key + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
@@ -145,14 +145,14 @@ def attend_keys(
     KV_INT8: tl.constexpr,
     DOT: tl.constexpr,
 ) -> tl.tensor:
-    """Take the keys of split number `split` of those of `length`; see `attend_tile`."""
+    """Add the keys of split number `split`, each split of `length` keys; see `attend_tile`."""
     begin = tl.maximum(split * length, lowest // BLOCK_N * BLOCK_N)
     end = tl.minimum((split + 1) * length, highest + 1)
     start = begin
-    if SINKS:  # tiles before the others that hold some of the first keys
+    if SINKS:  # tiles with sinks come before the other tiles
         begin = tl.minimum(begin, end)
-        held = tl.maximum(tl.minimum(begin, sinks) - split * length, 0)
-        start = begin - (held + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+        num_sinks = tl.maximum(tl.minimum(begin, sinks) - split * length, 0)
+        start = begin - (num_sinks + BLOCK_N - 1) // BLOCK_N * BLOCK_N
     for at in range(start, end, BLOCK_N):
         key = at
         if SINKS:
@@ -194,7 +194,7 @@ def fold(
     total2: tl.tensor,
     acc2: tl.tensor,
 ) -> tl.tensor:
-    """Join two parts of a row's softmax; an empty second part (maximum -inf) changes no bit."""
+    """Merge two parts of a row's softmax; an empty second part (maximum -inf) changes no bit."""
     new = tl.maximum(m, m2)
     base = tl.where(new == -float("inf"), 0.0, new)
     a, b = tl.exp2(m - base), tl.exp2(m2 - base)
@@ -203,34 +203,34 @@ def fold(
 
 @kernel
 def quotient(acc: tl.tensor, total: tl.tensor) -> tl.tensor:
-    """Weighted values over the sum of weights; 0 for a row that saw nothing."""
+    """Weighted values over the sum of weights; 0 for a row without keys."""
     return acc / tl.where(total > 0, total, 1.0)[:, None]
 
 
-def span_of(visible: AttentionMaskSpec) -> int:
-    """The one number that says how far back a row sees: of a chunk, or of a window."""
-    return visible.window or visible.chunk_size
+def span_of(mask: AttentionMaskSpec) -> int:
+    """Size of the window or the chunk, which limits how far back a row attends; 0 for no limit."""
+    return mask.window or mask.chunk_size
 
 
-def sight(visible: AttentionMaskSpec) -> dict[str, bool]:
-    """What kernels are compiled for, of which keys a row sees."""
+def mask_flags(mask: AttentionMaskSpec) -> dict[str, bool]:
+    """Compile-time constants of a mask."""
     return {
-        "CHUNKED": visible.chunk_size > 0,
-        "WINDOWED": visible.window > 0,
-        "SINKS": visible.sinks > 0,
+        "CHUNKED": mask.chunk_size > 0,
+        "WINDOWED": mask.window > 0,
+        "SINKS": mask.sinks > 0,
     }
 
 
 def options(
-    kv: KVCacheSpec, group: int, blocks: AttentionBlocks, visible: AttentionMaskSpec
+    kv: KVCacheSpec, group: int, blocks: AttentionBlocks, mask: AttentionMaskSpec
 ) -> dict[str, Any]:
-    """What the attention kernels are compiled and launched with, all alike.
+    """Compile-time constants and launch options, the same for all attention kernels.
 
     Args:
-        kv: of the cache.
+        kv: shape and dtype of the cache.
         group: query heads that share a key/value head.
-        blocks: sizes.
-        visible: which keys a row sees.
+        blocks: block sizes.
+        mask: keys that a row attends to.
     """
     return {
         "KV_HEADS": kv.num_kv_heads,
@@ -242,7 +242,7 @@ def options(
         "BLOCK_D": power_of_two(kv.head_dim, 16),
         "SPLIT": blocks.split,
         "MOST": blocks.most_splits,
-        **sight(visible),
+        **mask_flags(mask),
         "KV_INT8": kv.dtype == torch.int8,
         "DOT": dot_type(kv.dtype),
         "num_warps": blocks.num_warps,

@@ -1,6 +1,6 @@
-"""Block sizes of the kernels, by GPU, kernel and shape: `tuned.json`, and what stands in for it.
+"""Block sizes of the kernels, by GPU, kernel and shape: `tuned.json`, and defaults.
 
-Knows numbers measured elsewhere; refuses to measure.
+Knows the results of measurements; knows nothing of how they were measured.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ ANY = "*"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionBlocks:
-    """Of the attention kernels. All fields but the last two decide the order of sums.
+    """Blocks of the attention kernels. All fields except the last two decide the order of sums.
 
     Attributes:
-        block_m: rows (queries times heads of a group) of a tile; 64 or more takes Hopper's
-            asynchronous products, for prefill and decode alike, so that both sum alike.
+        block_m: rows (queries times heads of a group) of a tile; from 64 on Hopper's asynchronous
+            matrix instructions run, in prefill and decode, so that both sum in the same order.
         block_n: keys of a tile.
         split: keys of the shortest split of a context; a multiple of `block_n`.
-        most_splits: splits double in length until a context has at most so many.
-        num_warps, num_stages: of the launch.
+        most_splits: largest number of splits of a context; longer contexts have longer splits,
+            twice as long each time.
+        num_warps, num_stages: launch options.
     """
 
     block_m: int
@@ -45,8 +46,8 @@ class AttentionBlocks:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ProductBlocks:
-    """Of a product [M, I] x [O, I]: a tile is block_m x block_n, over block_k columns at a time."""
+class MatmulBlocks:
+    """Blocks of a matmul [M, I] x [O, I]: a tile is block_m x block_n, a step block_k columns."""
 
     block_m: int
     block_n: int
@@ -56,31 +57,31 @@ class ProductBlocks:
 
 
 def attention_blocks(device: torch.device, head_dim: int, kv_dtype: torch.dtype) -> AttentionBlocks:
-    """The blocks for heads of `head_dim` over a cache of `kv_dtype`."""
+    """The blocks for heads of size `head_dim` and a cache of dtype `kv_dtype`."""
     shape = f"{head_dim}:{str(kv_dtype)[6:]}"
     return AttentionBlocks(**_find(_name(device), "attention", shape))
 
 
-def product_blocks(
+def matmul_blocks(
     device: torch.device, kind: str, out_features: int, in_features: int, rows: int | None
-) -> ProductBlocks:
+) -> MatmulBlocks:
     """The blocks for weights of `kind` [out_features, in_features].
 
     Args:
-        device: where it runs.
+        device: device of the kernel.
         kind: dense, int8, fp8 or int4.
-        out_features: of the weights.
-        in_features: of the weights.
-        rows: of the input, for the fastest choice; None for one that serves any number of rows,
-            so that a row's sum does not depend on the others.
+        out_features: rows of the weights.
+        in_features: columns of the weights.
+        rows: rows of the input, for the fastest choice; None for the same choice at any number of
+            rows, so that the sum of a row does not depend on the other rows.
     """
     shape = f"{kind}:{out_features}x{in_features}"
     name = _name(device)
-    found = _find(name, "product", shape)
+    settings = _find(name, "product", shape)
     if rows is not None and not INTERPRETED:
-        found = found | _find_by_rows(name, shape, rows)
-    blocks = ProductBlocks(**found)
-    # no wider than the weights: of a router with 16 experts, 16 outputs
+        settings = settings | _find_by_rows(name, shape, rows)
+    blocks = MatmulBlocks(**settings)
+    # Blocks are no wider than the weights: a router with 16 experts has 16 outputs.
     return replace(
         blocks,
         block_n=min(blocks.block_n, power_of_two(out_features, 16)),
@@ -89,12 +90,12 @@ def product_blocks(
 
 
 def _find_by_rows(name: str, shape: str, rows: int) -> dict[str, Any]:
-    """Tuned for up to so many rows, else the usual sizes: few rows, short tiles."""
+    """Tuned blocks for the number of rows, else defaults: few rows have short tiles."""
     table = _table().get(name, {}).get("product_by_rows", {}).get(shape, {})
     for limit in sorted(table, key=int):
         if rows <= int(limit):
-            found: dict[str, Any] = table[limit]
-            return found
+            settings: dict[str, Any] = table[limit]
+            return settings
     if rows <= 16:
         return {"block_m": 16, "block_k": 128}
     if rows <= 128:
@@ -108,8 +109,8 @@ def _find(name: str, kernel: str, shape: str) -> dict[str, Any]:
         shapes = _table().get(key, {}).get(kernel, {})
         for wanted in (shape, ANY):
             if wanted in shapes:
-                found: dict[str, Any] = shapes[wanted]
-                return found
+                settings: dict[str, Any] = shapes[wanted]
+                return settings
     raise KeyError(f"{FILE.name} has no default for {kernel}")
 
 
@@ -124,6 +125,6 @@ def _table() -> dict[str, Any]:
     return table
 
 
-def names_of(blocks: type) -> tuple[str, ...]:
-    """The fields that an entry of the file must have."""
+def field_names(blocks: type) -> tuple[str, ...]:
+    """The fields that an entry of `tuned.json` must have."""
     return tuple(field.name for field in fields(blocks))

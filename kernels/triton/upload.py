@@ -1,7 +1,8 @@
-"""Weights from mapped files to the device through two pinned buffers that take turns.
+"""Weights from mapped files to the device, through two pinned buffers in turn.
 
-While one buffer is on its way over the link the other is filled from the file, so loading runs at
-the slower of the two. A copy from pageable memory would do one after the other.
+While the first buffer travels over the link, the second is filled from the file, so that loading
+runs at the slower of the two rates. A copy from pageable memory would take the sum of both times.
+Knows tensors; knows nothing of files and layers.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ CHUNK_BYTES = 64 << 20
 
 
 class Upload:
-    """Copies host tensors, of any strides, into device tensors. On CPU it only copies."""
+    """Copies host tensors of any strides into device tensors. On CPU only a plain copy."""
 
     def __init__(self, device: torch.device, chunk_bytes: int = CHUNK_BYTES) -> None:
         self._on_cuda = device.type == "cuda"
@@ -23,7 +24,7 @@ class Upload:
         self._turn = 0
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        """Fill `target`, whose dtype may be another, from `source` of the same shape."""
+        """Fill `target` from `source`, of the same shape; the dtypes may differ."""
         if source.device.type != "cpu" or not source.numel():
             target.copy_(source)
             return
@@ -36,7 +37,7 @@ class Upload:
             source, target = source.reshape(1, -1), target.view(1, -1)
         rows, columns = source.shape
         row_bytes = columns * source.element_size()
-        if row_bytes > self._chunk_bytes:  # no matrix has such rows; a long vector may
+        if row_bytes > self._chunk_bytes:  # only a long vector has such rows
             target.copy_(source)
             return
         step = self._chunk_bytes // row_bytes
@@ -51,7 +52,7 @@ class Upload:
         size = source.numel() * source.element_size()
         staged = self._buffers[self._turn][:size].view(source.dtype).view(source.shape)
         staged.copy_(source)
-        # converted on the device: the link carries what the file holds
+        # The device converts: the link carries the bytes of the file.
         target.copy_(staged.to(target.device, non_blocking=True))
         if self._on_cuda:
             sent = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -1,7 +1,6 @@
-"""How weights lie in memory for the products here.
+"""The packed form of weights in device memory.
 
-Knows matrices and their packed form; refuses to know kernels. Shape legend: O rows, I columns,
-G groups of columns.
+Knows matrices; knows nothing of kernels. Shape legend: O rows, I columns, G groups of columns.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ class Packed:
     """A matrix [O, I] on the device.
 
     Attributes:
-        kind: dense, or of `kernels.quant`.
+        kind: dense, or a kind of `kernels.quant`.
         data: dense, int8, fp8: [O, I] as stored. int4: uint8 [O, G * half], half = group_size / 2
-            rounded up: byte j of a group holds its column j in the low four bits and column
-            half + j in the high ones, so that both halves of the group's inputs are read in order.
+            rounded up: byte j of a group has column j of the group in the low four bits and column
+            half + j in the high four bits, so that kernels read both halves of the inputs in order.
         scales: float32 [O, G]; None when dense.
-        zeros: float32 [O, G] of int4 that stores them, else None.
+        zeros: float32 [O, G] for int4 with zero points, else None.
         group_size: columns that share a scale.
-        bias: of the product, in the dtype it is added in; None for none.
+        bias: [O], in the dtype of the addition; None for none.
     """
 
     kind: Kind
@@ -52,7 +51,7 @@ class Packed:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         tensors = (self.data, self.scales, self.zeros, self.bias)
-        return sum(one.nbytes for one in tensors if one is not None)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def pack_dense(
@@ -62,7 +61,7 @@ def pack_dense(
     device: torch.device,
     upload: Upload,
 ) -> Packed:
-    """Stack by rows and convert, part by part, so that no second copy of the whole is made."""
+    """Stack by rows and convert, part by part: a second copy of the whole never exists."""
     rows = sum(w.shape[0] for w in weights_OI)
     columns = weights_OI[0].shape[1]
     data = torch.empty(rows, columns, dtype=dtype, device=device)
@@ -79,7 +78,7 @@ def pack_quantized(
     device: torch.device,
     upload: Upload,
 ) -> Packed:
-    """Stack by rows; int4 changes its order of bytes."""
+    """Stack by rows; int4 gets the byte order of `Packed`."""
     whole = stack(list(weights))
     data = whole.data
     if whole.kind == "int4":
@@ -104,7 +103,7 @@ def _bias(bias_O: Tensor | None, dtype: torch.dtype, device: torch.device) -> Te
 
 
 def _halves(weight: QuantizedWeight) -> Tensor:
-    """Bytes by the order of `Packed`; columns past the last are level 0."""
+    """Bytes of int4 in the order of `Packed`; columns past the last have level 0."""
     rows, group = weight.data.shape[0], weight.group_size
     q_OI = torch.stack([weight.data & 15, weight.data >> 4], dim=-1).flatten(1)
     q_OI = q_OI[:, : weight.in_features]

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from arriero.kernels.expert_rows import Wire
+from arriero.kernels.expert_rows import RowFormat
 from arriero.kernels.moe import Routing
 from arriero.kernels.ops import MoELayer, Ops
 from arriero.shards.collectives.all_to_all import Counts
@@ -59,11 +59,11 @@ class ExpertParallel:
         wire: format of sent rows; outputs of experts return in bfloat16 where rows go in fp8.
     """
 
-    def __init__(self, mesh: Mesh, ops: Ops, placement: ExpertPlacement, wire: Wire) -> None:
+    def __init__(self, mesh: Mesh, ops: Ops, placement: ExpertPlacement, wire: RowFormat) -> None:
         self._mesh, self._ops = mesh, ops
         self._loads: dict[int, Loads] = {}
-        self._wire: Wire = wire
-        self._back: Wire = "bfloat16" if wire == "fp8" else wire
+        self._wire: RowFormat = wire
+        self._back: RowFormat = "bfloat16" if wire == "fp8" else wire
         self._starts = placement.start_R1
         self._num_slots = int(placement.start_R1[-1])
         self._first = _Table(placement, mesh.device)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from arriero.kernels.attention_mask import AttentionMaskSpec
-from arriero.kernels.expert_rows import Wire
+from arriero.kernels.expert_rows import RowFormat
 from arriero.kernels.ops import FlatBatch, KVCache, Ops
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.collectives.expert_parallel import Loads
@@ -85,7 +85,7 @@ def load_slice(
     block_size: int,
     offload_layers: int,
     offload_folder: Path | None,
-    wire: Wire | None,
+    wire: RowFormat | None,
     placement: ExpertPlacement | None,
     visible: AttentionMaskSpec,
     progress: Progress,

@@ -54,7 +54,7 @@ class LlamaSlice:
         assert isinstance(config, ModelConfig), "a checkpoint of a dense Llama"
         self.config, self.part, self.ops, self.mesh = config, part, ops, mesh
         self.dtype = dtype
-        self._style = AttentionStyle(visible=visible)
+        self._style = AttentionStyle(mask=visible)
         self.images: ImageTable | None = None  # it reads text alone
         loader = Loader(
             checkpoint,

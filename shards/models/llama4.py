@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from arriero.kernels.attention_mask import AttentionMaskSpec
-from arriero.kernels.expert_rows import Wire
+from arriero.kernels.expert_rows import RowFormat
 from arriero.kernels.ops import (
     AttentionStyle,
     DenseLayer,
@@ -68,7 +68,7 @@ class Llama4Slice:
         offload_layers: int = 0,
         offload_folder: Path | None = None,
         placement: ExpertPlacement | None = None,
-        wire: Wire | None = None,
+        wire: RowFormat | None = None,
         progress: Progress = lambda done, total: None,
     ) -> None:
         """Load.
@@ -136,7 +136,7 @@ class Llama4Slice:
             progress=progress,
         ) as loader:
             self._load(loader, part, held, held_of)
-        local = sum(layer.style.visible.chunk_size > 0 for layer in self._layers)
+        local = sum(layer.style.mask.chunk_size > 0 for layer in self._layers)
 
         def cache(num_layers: int, num_blocks: int) -> KVCache | None:
             if not num_layers:
@@ -277,7 +277,7 @@ class Llama4Slice:
         return self.ops.logits(x_RH, self.norm_H, self.config.rms_norm_eps, self.head)
 
 
-def _wire(dtype: torch.dtype) -> Wire:
+def _wire(dtype: torch.dtype) -> RowFormat:
     return "float32" if dtype == torch.float32 else "bfloat16"
 
 
@@ -287,7 +287,7 @@ def attention_style(config: Llama4Config, layer: int) -> AttentionStyle:
         return AttentionStyle(
             rope="pairs",
             qk_norm=config.use_qk_norm,
-            visible=AttentionMaskSpec(chunk_size=config.attention_chunk_size),
+            mask=AttentionMaskSpec(chunk_size=config.attention_chunk_size),
         )
     scale = (config.attn_scale, config.floor_scale) if config.attn_temperature else None
     return AttentionStyle(rope="none", query_scale=scale)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from arriero.kernels.ops import Linear, Ops, Vocab
 from arriero.kernels.quant import (
-    ProductInputs,
+    InputTransform,
     QuantizedWeight,
     in_pieces,
     quantize_fp8,
@@ -221,10 +221,10 @@ class Loader:
         inputs = _shared(names, [one.inputs for one in parts])
         if inputs is None:
             return self._ops.pack_quantized(weights, bias_O)
-        return self._ops.pack_product(weights, bias_O, inputs)
+        return self._ops.pack_transformed(weights, bias_O, inputs)
 
 
-def _shared(names: list[str], inputs: list[ProductInputs | None]) -> ProductInputs | None:
+def _shared(names: list[str], inputs: list[InputTransform | None]) -> InputTransform | None:
     """What stacked matrices do to their inputs, which must be one thing."""
     first = inputs[0]
     for one in inputs[1:]:

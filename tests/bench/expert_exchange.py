@@ -25,7 +25,7 @@ def rank_main(rank: int, ranks: int, hidden: int, port: int, results: Any) -> No
     """Measure on one rank; rank 0 tells."""
     from torch._C._distributed_c10d import TCPStore
 
-    from arriero.kernels.expert_rows import Wire, pack
+    from arriero.kernels.expert_rows import RowFormat, pack
     from arriero.shards.collectives.all_to_all import DirectExchange
 
     torch.set_num_threads(1)
@@ -34,20 +34,20 @@ def rank_main(rank: int, ranks: int, hidden: int, port: int, results: Any) -> No
     group = dist.group.WORLD
     assert group is not None
     exchange = DirectExchange(rank, group)
-    wires: tuple[Wire, ...] = ("float32", "bfloat16", "fp8")
+    wires: tuple[RowFormat, ...] = ("float32", "bfloat16", "fp8")
     for tokens in (1, 32, 512):
         rng = np.random.default_rng(tokens)
         counts = rng.multinomial(tokens, np.full(ranks, 1 / ranks), size=ranks).astype(np.int64)
         x_TH = torch.randn(tokens, hidden)
         rows: list[tuple[str, float, float]] = []
         for wire in wires:
-            back: Wire = "bfloat16" if wire == "fp8" else wire
+            back: RowFormat = "bfloat16" if wire == "fp8" else wire
             sent = pack(x_TH, wire).nbytes * (ranks - 1) / ranks
             sent += pack(x_TH, back).nbytes * (ranks - 1) / ranks
 
             def turn(
-                wire: Wire = wire,
-                back: Wire = back,
+                wire: RowFormat = wire,
+                back: RowFormat = back,
                 counts: Any = counts,  # noqa: ANN401
                 x_TH: torch.Tensor = x_TH,
             ) -> None:

@@ -122,7 +122,7 @@ def layer(ops: Ops, shape: Shape, dtype: torch.dtype, device: torch.device) -> D
         head_dim=shape.head_dim,
         softmax_scale=shape.head_dim**-0.5,
         eps=1e-5,
-        style=AttentionStyle(visible=AttentionMaskSpec(chunk_size=shape.chunk_size)),
+        style=AttentionStyle(mask=AttentionMaskSpec(chunk_size=shape.chunk_size)),
     )
     if not shape.experts:
         return dense

@@ -142,7 +142,7 @@ def test_one_pool_of_all_memory_leaves_none_for_the_other(name: str) -> None:
     group = spec_of(deployment).models[0].group_config("cuda")
     all_of_it = plan.pool_tokens // plan.demand.block_size
     served = as_served(plan, replace(group, num_blocks=all_of_it, num_local_blocks=None))
-    assert served.lacking() > 19e9
+    assert served.missing_bytes() > 19e9
 
 
 def test_a_deployment_that_does_not_fit_is_refused() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from arriero.kernels.ops import Linear, Ops
 from arriero.kernels.quant import (
-    ProductInputs,
+    InputTransform,
     QuantizedWeight,
     quantize_fp8,
     quantize_int4,
@@ -45,8 +45,8 @@ def rounding(
     ops: Ops, weights: list[QuantizedWeight], bias: torch.Tensor | None, bound: float
 ) -> Linear:
     packed(ops, weights)  # skips a backend without the kind
-    inputs = ProductInputs(num_inputs=weights[0].in_features, bound=bound)
-    return ops.pack_product(weights, bias, inputs)
+    inputs = InputTransform(num_inputs=weights[0].in_features, bound=bound)
+    return ops.pack_transformed(weights, bias, inputs)
 
 
 @pytest.mark.parametrize("bound", BOUNDS)
@@ -94,8 +94,8 @@ def test_reordered_inputs(ops: Ops) -> None:
     weight = quantize_int4(randn(33, columns), 16)
     order = torch.randint(0, inputs, (columns,), generator=torch.Generator().manual_seed(1))
     packed(ops, [weight])
-    linear = ops.pack_product(
-        [weight], randn(33, seed=2), ProductInputs(num_inputs=inputs, order_I=order)
+    linear = ops.pack_transformed(
+        [weight], randn(33, seed=2), InputTransform(num_inputs=inputs, order_I=order)
     )
     assert (linear.in_features, linear.out_features) == (inputs, 33)
     x = randn(5, inputs, seed=3)

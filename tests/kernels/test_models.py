@@ -79,9 +79,7 @@ def layers_of(ops: Ops, model: Any, llama4: bool) -> list[DenseLayer]:  # noqa: 
         mlp = block.feed_forward if llama4 else block.mlp
         style = AttentionStyle()
         if llama4 and model.config.no_rope_layers[i]:
-            style = AttentionStyle(
-                rope="pairs", qk_norm=True, visible=AttentionMaskSpec(chunk_size=8)
-            )
+            style = AttentionStyle(rope="pairs", qk_norm=True, mask=AttentionMaskSpec(chunk_size=8))
         elif llama4:
             style = AttentionStyle(rope="none", query_scale=(0.1, 8.0))
         routed = hasattr(mlp, "router")

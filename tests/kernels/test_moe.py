@@ -257,7 +257,7 @@ def test_one_call_for_all_layers_is_block_by_block(
     """Layers with and without a cache of their own, with and without experts."""
     case = Case(3, 1, 32, [(0, 30), (9, 1), (0, 2), (40, 1)])
     whole = paged.spec(case, dtype)
-    local = AttentionStyle(rope="pairs", visible=AttentionMaskSpec(chunk_size=8))
+    local = AttentionStyle(rope="pairs", mask=AttentionMaskSpec(chunk_size=8))
     styles = [local, AttentionStyle(rope="none")] * 2
     for ops in ops_by_threads:
         layers: list[DenseLayer] = [

@@ -21,7 +21,7 @@ STYLES = {
     "pairs": AttentionStyle(rope="pairs"),
     "none": AttentionStyle(rope="none"),
     "norm": AttentionStyle(qk_norm=True),
-    "scout": AttentionStyle(rope="pairs", qk_norm=True, visible=AttentionMaskSpec(chunk_size=8)),
+    "scout": AttentionStyle(rope="pairs", qk_norm=True, mask=AttentionMaskSpec(chunk_size=8)),
     "global": AttentionStyle(rope="none", query_scale=(0.1, 8)),
     "all": AttentionStyle(rope="halves", qk_norm=True, query_scale=(0.5, 3)),
 }

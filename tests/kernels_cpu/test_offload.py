@@ -37,8 +37,8 @@ def test_same_tokens_and_logprobs(tmp_path: Path, quantization: str | None) -> N
     for layers in (0, 3, 4):
         chosen = replace(config, offload_layers=layers, offload_folder=str(tmp_path / "disk"))
         with running(chosen) as group:
-            found = group.generate(prompts, params)
-        answers.append([(a.tokens, [one.logprob for one in a.logprobs]) for a in found])
+            results = group.generate(prompts, params)
+        answers.append([(a.tokens, [entry.logprob for entry in a.logprobs]) for a in results])
         assert not list((tmp_path / "disk").iterdir())  # its files have no names
     assert answers[0] == answers[1] == answers[2]
 
@@ -60,20 +60,20 @@ def test_cold_experts_compute_the_same(tmp_path: Path, quantization: str | None)
     for layers in (0, 2, 4):
         chosen = replace(config, offload_layers=layers, offload_folder=str(tmp_path / "disk"))
         with running(chosen) as group:
-            found = group.generate([[1, 2, 3, 4, 5], [9, 8, 7]], params)
-        answers.append([(a.tokens, [one.logprob for one in a.logprobs]) for a in found])
+            results = group.generate([[1, 2, 3, 4, 5], [9, 8, 7]], params)
+        answers.append([(a.tokens, [entry.logprob for entry in a.logprobs]) for a in results])
     assert answers[0] == answers[1] == answers[2]
 
 
-def test_only_experts_that_are_asked_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_experts_with_rows_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ops = CpuOps(torch.device("cpu"), 1)
     with ops.offloading(tmp_path):
         experts = [ops.pack_linear([torch.randn(32, 32)], None, torch.float32) for _ in range(4)]
     read: list[int] = []
-    rooms = [packed_of(one.packed).room for one in experts]
-    monkeypatch.setattr(offload.MappedRoom, "ahead", lambda self: read.append(rooms.index(self)))
+    mappings = [packed_of(expert.packed).mapping for expert in experts]
+    monkeypatch.setattr(
+        offload.MappedBytes, "prefetch", lambda self: read.append(mappings.index(self))
+    )
     starts = torch.tensor([0, 2, 2, 3, 3])
     got = ops.grouped_linear(torch.ones(3, 32), experts, starts)
     assert read == [0, 2]
@@ -81,13 +81,13 @@ def test_only_experts_that_are_asked_are_read(
         assert torch.equal(row[None], ops.linear(torch.ones(1, 32), experts[expert]))
 
 
-def test_rooms_hold_what_was_written(tmp_path: Path) -> None:
-    room = offload.MappedRoom(1 << 20, tmp_path)
-    assert not room.data.any()
-    room.data[:] = torch.arange(1 << 20).to(torch.uint8)
-    room.written()
-    room.ahead()
-    assert torch.equal(room.data, torch.arange(1 << 20).to(torch.uint8))
+def test_mapped_bytes_contain_the_written_data(tmp_path: Path) -> None:
+    mapping = offload.MappedBytes(1 << 20, tmp_path)
+    assert not mapping.data.any()
+    mapping.data[:] = torch.arange(1 << 20).to(torch.uint8)
+    mapping.flush()
+    mapping.prefetch()
+    assert torch.equal(mapping.data, torch.arange(1 << 20).to(torch.uint8))
 
 
 def test_what_cannot_be_offloaded_is_refused(tmp_path: Path) -> None:

@@ -102,10 +102,10 @@ def no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None
 
     monkeypatch.setattr(library, "find", find)
     library.load.cache_clear()
-    select._say_once.cache_clear()
+    select._warn_once.cache_clear()
     yield
     library.load.cache_clear()
-    select._say_once.cache_clear()
+    select._warn_once.cache_clear()
 
 
 def test_without_a_library(no_library: None, caplog: pytest.LogCaptureFixture) -> None:

@@ -19,13 +19,13 @@ pytestmark = pytest.mark.skipif(not VARIANTS, reason="the CPU kernels are not bu
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    "visible", [FULL_ATTENTION, AttentionMaskSpec(window=10, sinks=3)], ids=["all", "10+3"]
+    "mask", [FULL_ATTENTION, AttentionMaskSpec(window=10, sinks=3)], ids=["all", "10+3"]
 )
 def test_chunks_batches_and_threads(
-    variant: str, dtype: torch.dtype, visible: AttentionMaskSpec
+    variant: str, dtype: torch.dtype, mask: AttentionMaskSpec
 ) -> None:
     """A prompt whole, in chunks, beside others, and token by token, past a split of 512 keys."""
-    style = AttentionStyle(visible=visible)
+    style = AttentionStyle(mask=mask)
     prompt, other = tokens(560, 0), tokens(40, 1)
     whole = Small(cpu(1, variant), dtype, style).step([(0, 0, prompt)])[0]
 

@@ -25,7 +25,7 @@ from gpu import shapes
 from kernels.draws import Row, batch_of
 
 from arriero.kernels.attention_mask import AttentionMaskSpec
-from arriero.kernels.expert_rows import Wire
+from arriero.kernels.expert_rows import RowFormat
 from arriero.kernels.ops import AttentionStyle, MoELayer
 from arriero.kernels.quant import quantize_fp8, quantize_int4, quantize_int8
 from arriero.kernels.triton import launch
@@ -37,9 +37,9 @@ SEQUENCES = [(40, 1), (0, 37)]
 SHAPE = shapes.Shape(name="small", hidden=512, mlp=1024, q_heads=32, kv_heads=8)
 STYLES = (
     AttentionStyle(),
-    AttentionStyle(rope="pairs", qk_norm=True, visible=AttentionMaskSpec(chunk_size=64)),
-    AttentionStyle(visible=AttentionMaskSpec(window=48)),
-    AttentionStyle(visible=AttentionMaskSpec(window=48, sinks=4)),
+    AttentionStyle(rope="pairs", qk_norm=True, mask=AttentionMaskSpec(chunk_size=64)),
+    AttentionStyle(mask=AttentionMaskSpec(window=48)),
+    AttentionStyle(mask=AttentionMaskSpec(window=48, sinks=4)),
     AttentionStyle(rope="none", query_scale=(0.1, 8192)),
 )
 
@@ -111,10 +111,10 @@ def launch_everything() -> None:
     assert isinstance(layer, MoELayer)
     ops.moe_block(x, layer)
     every = torch.arange(38, dtype=torch.int32)
-    wires: tuple[Wire, ...] = ("float32", "bfloat16", "fp8")
-    for wire in wires:
-        sent = ops.pack_rows(x, every, torch.ones(38), wire)
-        ops.unpack_rows(sent, every, SHAPE.hidden, wire, BF16)
+    formats: tuple[RowFormat, ...] = ("float32", "bfloat16", "fp8")
+    for format in formats:
+        sent = ops.pack_rows(x, every, torch.ones(38), format)
+        ops.unpack_rows(sent, every, SHAPE.hidden, format, BF16)
     for bound in (1200.0, math.inf):
         ops.quantize_rows(x, bound)
     vocab = ops.pack_vocab(torch.zeros(64, 512), 0, BF16)

@@ -74,7 +74,9 @@ def test_the_mode_is_chosen_from_outside(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ops_for(CPU, "triton", batch_independent=True).name == "triton"
     assert asked == [None, True]
     assert ops_for(CPU, "cpu", 1, batch_independent=True).name == "cpu"
-    with pytest.raises(ValueError, match=r"reference kernels keep it to rounding.*'cpu' or"):
+    with pytest.raises(
+        ValueError, match=r"reference kernels are independent to rounding.*'cpu' or"
+    ):
         ops_for(CPU, "reference", batch_independent=True)
 
 
@@ -185,12 +187,16 @@ def test_upload(chunk: int) -> None:
 
 
 def test_every_entry_of_the_tuning_file_is_whole() -> None:
-    kinds = {"attention": tuning.AttentionBlocks, "product": tuning.ProductBlocks}
+    kinds = {"attention": tuning.AttentionBlocks, "product": tuning.MatmulBlocks}
     for name, kernels in tuning._table().items():
         for kernel, shapes in kernels.items():
             for shape, entry in shapes.items():
                 if kernel in kinds:
-                    assert set(entry) == set(tuning.names_of(kinds[kernel])), (name, kernel, shape)
+                    assert set(entry) == set(tuning.field_names(kinds[kernel])), (
+                        name,
+                        kernel,
+                        shape,
+                    )
                     kinds[kernel](**entry)
     with pytest.raises(ValueError, match="split=100 is not a multiple of block_n=64"):
         tuning.AttentionBlocks(
@@ -202,8 +208,8 @@ def test_every_entry_of_the_tuning_file_is_whole() -> None:
 def test_a_gpu_without_entries_gets_the_default(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "INTERPRETED", False)
     monkeypatch.setattr(tuning, "_name", lambda device: "a GPU nobody tuned for")
-    one = tuning.product_blocks(CPU, "dense", 4096, 4096, rows)
+    one = tuning.matmul_blocks(CPU, "dense", 4096, 4096, rows)
     assert one.block_m == (16 if rows <= 16 else 64 if rows <= 128 else 128)
-    any_rows = tuning.product_blocks(CPU, "dense", 4096, 4096, None)
+    any_rows = tuning.matmul_blocks(CPU, "dense", 4096, 4096, None)
     assert any_rows.block_m == 64
     assert tuning.attention_blocks(CPU, 128, torch.bfloat16).split == 256

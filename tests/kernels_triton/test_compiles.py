@@ -28,7 +28,7 @@ def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     compiled = [line.split() for line in done.stdout.splitlines()[:-1]]
     names = {line[0] for line in compiled}
-    assert {"_prefill", "_decode_splits", "_product", "_grouped_product", "_narrow"} <= names
+    assert {"_prefill", "_decode_splits", "_matmul", "_grouped_matmul", "_narrow"} <= names
     assert len(names) >= 16
     for name in ("_prefill", "_decode_splits"):
         kinds = {tuple(line[2:]) for line in compiled if line[0] == name}

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from arriero.kernels.quant import INT4_ZERO, ProductInputs, QuantizedWeight
+from arriero.kernels.quant import INT4_ZERO, InputTransform, QuantizedWeight
 from arriero.shards.checkpoint.formats.form_fit import in_order, index_problem
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
 from arriero.shards.checkpoint.formats.stored import NIBBLES, cut_group
@@ -46,7 +46,7 @@ class StoredProduct:
     """
 
     weight: Tensor | QuantizedWeight
-    inputs: ProductInputs | None = None
+    inputs: InputTransform | None = None
 
     def dense(self) -> Tensor:
         """The matrix in its usual order, float32 [O, inputs]: to look at, not to compute with."""
@@ -143,7 +143,7 @@ class ProductReader:
                 scales=scales_O1,
                 group_size=num_columns,
             ),
-            inputs=None if bound is None else ProductInputs(num_inputs=num_columns, bound=bound),
+            inputs=None if bound is None else InputTransform(num_inputs=num_columns, bound=bound),
         )
 
     def _packed(
@@ -338,7 +338,7 @@ class ProductReader:
         filled_IO[place_I] = levels_IO[order_I]
         return StoredProduct(
             weight=_four_bits(filled_IO, zeros_GO, scales_GO, width).weight,
-            inputs=ProductInputs(num_inputs=len(order_I), order_I=input_order),
+            inputs=InputTransform(num_inputs=len(order_I), order_I=input_order),
         )
 
     def _finite(self, name: str, first: Span | None, last: Span | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""KV pools of groups on GPUs that name no size: what the devices leave, and not a byte more."""
+"""KV pools of GPU groups without a size in the settings: exactly the memory that is left."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from arriero.cluster.engine_bench import EngineBench
 from arriero.cluster.planner.catalog import NamedModel, find_model
-from arriero.cluster.planner.kv_room import needs_room, sized
+from arriero.cluster.planner.kv_room import needs_room, with_kv_blocks
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.errors import SpecError
 from arriero.shards.layout.resolve import resolve
@@ -29,7 +29,7 @@ def on_gpus(**more: object) -> GroupConfig:
 
 def pool(config: GroupConfig, model: NamedModel, free: list[int]) -> GroupConfig:
     assert needs_room(config)
-    return resolve(sized(config, model.config, model.scheme, free), model.config)
+    return resolve(with_kv_blocks(config, model.config, model.scheme, free), model.config)
 
 
 def test_405b_gets_what_eight_gpus_leave() -> None:
@@ -57,22 +57,22 @@ def test_the_fullest_gpu_decides() -> None:
     even = pool(config, model, [40 << 30, 40 << 30])
     small = pool(config, model, [30 << 30, 30 << 30])
     assert even.num_blocks is not None and small.num_blocks is not None
-    # rank 0 draws the tokens, which takes memory besides
+    # Rank 0 samples the tokens, and needs more memory for that.
     assert pool(config, model, [30 << 30, 40 << 30]).num_blocks == small.num_blocks
     other = pool(config, model, [40 << 30, 30 << 30]).num_blocks
     assert other is not None and small.num_blocks < other < even.num_blocks
 
 
-def test_a_gpu_that_leaves_nothing_is_told() -> None:
+def test_a_gpu_without_room_is_an_error() -> None:
     model = find_model("llama-3.1-8b")
     with pytest.raises(SpecError, match=r"rank 0: weights of .* leave no KV block"):
         pool(on_gpus(), model, [16 << 30])
 
 
-def test_sizes_that_are_said_are_kept() -> None:
+def test_a_size_in_the_settings_is_kept() -> None:
     model = find_model("llama-3.1-8b")
-    for said in ({"num_blocks": 70}, {"kv_bytes": 1 << 30}):
-        assert not needs_room(on_gpus(**said))
+    for size in ({"num_blocks": 70}, {"kv_bytes": 1 << 30}):
+        assert not needs_room(on_gpus(**size))
     assert resolve(on_gpus(num_blocks=70), model.config).num_blocks == 70
     assert resolve(on_gpus(kv_bytes=1 << 30), model.config).num_blocks == (1 << 30) // (1 << 21)
     assert not needs_room(replace(on_gpus(), device="cpu"))

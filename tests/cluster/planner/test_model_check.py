@@ -1,4 +1,4 @@
-"""Folders that could not be served: `up` and `models verify` say so alike, before anything runs."""
+"""Folders that cannot be served: `up` and `models verify` refuse alike, before anything runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from arriero.cluster import cli
 from arriero.cluster.hosts import local_cluster as local
-from arriero.cluster.planner.model_check import check_folder, check_models, check_opened
+from arriero.cluster.planner.model_check import check_checkpoint, check_folder, check_models
 from arriero.cluster.spec.model import ModelSpec
 from arriero.shards.checkpoint.gguf_import import import_gguf
 from arriero.shards.checkpoint.quantize import quantize_checkpoint
@@ -98,16 +98,16 @@ BROKEN: list[tuple[str, Change, str]] = [
 
 
 @pytest.mark.parametrize(
-    ("change", "said"), [one[1:] for one in BROKEN], ids=[b[0] for b in BROKEN]
+    ("change", "error"), [case[1:] for case in BROKEN], ids=[case[0] for case in BROKEN]
 )
 def test_up_and_verify_refuse_alike(
-    folder: Path, change: Change, said: str, capsys: pytest.CaptureFixture[str]
+    folder: Path, change: Change, error: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change(folder)
     for command in (["models", "verify"], ["up", "--port", "0", "--model"]):
         assert cli.run([*command, str(folder)]) == 5
         last = capsys.readouterr().err.splitlines()[-1]
-        assert said in last and str(folder) in last and "Traceback" not in last
+        assert error in last and str(folder) in last and "Traceback" not in last
 
 
 def test_a_whole_folder_passes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,7 +124,7 @@ def test_a_tokenizer_that_is_not_read_has_a_remedy(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "error"),
     [
         ({"mesh": {"tp": 8}}, "tp"),
         ({"mesh": {"pp": 3}}, "pp"),
@@ -135,10 +135,10 @@ def test_a_tokenizer_that_is_not_read_has_a_remedy(folder: Path) -> None:
         ({"kernels": "fast"}, "'fast' is none of reference, cpu, triton"),
     ],
 )
-def test_settings_that_do_not_fit(folder: Path, settings: dict[str, Any], said: str) -> None:
+def test_settings_that_do_not_fit(folder: Path, settings: dict[str, Any], error: str) -> None:
     with pytest.raises(SpecError) as caught:
         check_models([ModelSpec(name="m", path=str(folder), **settings)])
-    assert said in str(caught.value) and "`m`" in str(caught.value)
+    assert error in str(caught.value) and "`m`" in str(caught.value)
 
 
 def test_what_import_and_quantize_make_passes(folder: Path, tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_what_import_and_quantize_make_passes(folder: Path, tmp_path: Path) -> N
 
 def test_a_rollout_and_a_url_are_checked_where_the_files_are(folder: Path) -> None:
     model = ModelSpec(name="m", path=f"file://{folder}")
-    check_opened(Checkpoint.open(model.path), model)
+    check_checkpoint(Checkpoint.open(model.path), model)
     setting("tokenizer_config.json", chat_template="{% if %}")(folder)
     with pytest.raises(CheckpointError, match=r"`m`.*template"):
-        check_opened(Checkpoint.open(model.path), model)
+        check_checkpoint(Checkpoint.open(model.path), model)

@@ -15,9 +15,11 @@ import torch
 from arriero.cluster import cli
 from arriero.cluster.planner.catalog import DEVICES, MODELS, NamedModel, cpu, find_model
 from arriero.cluster.planner.checkpoint_bytes import stored_bytes
+from arriero.cluster.planner.demand import KvDemand, Layout
 from arriero.cluster.planner.layouts import Machines, rank_layouts
-from arriero.cluster.planner.memory import GroupPlan, KvDemand, Layout, num_graphs, plan_group
+from arriero.cluster.planner.memory import GroupPlan, plan_group
 from arriero.cluster.planner.rank_weights import ON_LOAD, Dtype, weights_as
+from arriero.cluster.planner.step_memory import num_graphs
 from arriero.kernels.ops import KVCacheSpec, Ops
 from arriero.kernels.packing import Kernels, Precision, kv_block_nbytes, packed_nbytes
 from arriero.kernels.quant import QuantizedWeight, quantize_fp8, quantize_int4, quantize_int8
@@ -192,9 +194,9 @@ def test_a_shortfall_names_rank_and_bytes() -> None:
     plan = group("llama-3.1-405b", "bfloat16", Layout(tp=8))
     why = plan.shortfall()
     assert why is not None and "rank 0 (stage 0)" in why and "GB short" in why
-    lacking = plan.lacking()
+    missing_bytes = plan.missing_bytes()
     demand = replace(plan.demand, reserve_bytes=plan.ranks[0].reserve)
-    for more, fits in ((lacking, True), (lacking - 1, False)):
+    for more, fits in ((missing_bytes, True), (missing_bytes - 1, False)):
         roomy = replace(H100, memory_bytes=H100.memory_bytes + more)
         again = plan_group(plan.model, plan.weights, plan.layout, demand, roomy, "triton")
         assert (again.shortfall() is None) == fits
@@ -548,8 +550,8 @@ def test_tables_name_ranks_and_contexts(
         # smaller forms are ranked, but the weights as published are what is planned
         ("llama-3.1-8b --gpu rtx4090-24g --gpus-per-node 1", "llama-3.1-8b, bfloat16, on 1 x 1"),
         ("llama-3.1-405b", "llama-3.1-405b, fp8-shipped, on 1 x 8"),
-        ("llama-3.1-405b --tp 8", "TP8 does not fit, as said below the tables\n"),
-        ("llama-3.1-405b --tp 8", "rank 0 lacks 22.48 GB: its weights are 101.48 of 84.93 GB"),
+        ("llama-3.1-405b --tp 8", "TP8 does not fit; the reason is below the tables\n"),
+        ("llama-3.1-405b --tp 8", "rank 0 lacks 22.48 GB: its weights take 101.48 of 84.93 GB"),
     ],
 )
 def test_what_a_newcomer_reads(

@@ -116,7 +116,7 @@ def test_backends_compute_with_the_numbers_stored(tmp_path: Path, form: str) -> 
     if product.inputs is None:
         packed = ops.pack_quantized([product.weight], None)
     else:
-        packed = ops.pack_product([product.weight], None, product.inputs)
+        packed = ops.pack_transformed([product.weight], None, product.inputs)
     x_TI = torch.randn(5, COLUMNS, generator=torch.Generator().manual_seed(0))
     want = x_TI.double().numpy() @ full.T
     got = ops.linear(x_TI, packed).double().numpy()

@@ -1,0 +1,82 @@
+"""Bytes of a step beside weights and KV cache: activations, CUDA graphs, communication buffers.
+
+Upper estimates by the formulas here. Knows the part of a rank and the load; knows nothing of the
+memory of devices. Needs no torch.
+
+Names in formulas: rows are sequences with sampled logits, d is the size of a head.
+"""
+
+from __future__ import annotations
+
+from arriero.cluster.planner.catalog import Device
+from arriero.cluster.planner.demand import KvDemand, Layout
+from arriero.shards.layout.moe import MoEPart
+from arriero.shards.layout.parts import AnyModel, AnyPart
+from arriero.shards.model_config.llama4 import Llama4Config
+
+GRAPH_BYTES_PER_LAYER = 64 << 10
+"""Bytes of a CUDA graph for the kernels of a layer."""
+CHANNEL_BYTES = 128 << 20
+"""Bytes of the channel buffers of an NCCL communicator."""
+_MOST_TILES = 17  # tiles of an image: 16, and the whole image
+SAMPLING_COPIES = 3
+"""Copies of the sampled rows' logits at once: raw, sorted, probabilities."""
+
+
+def num_graphs(max_sequences: int) -> int:
+    """Number of CUDA graphs of a rank: a graph for each batch size, in steps of 8, 16 and 64."""
+    sizes = [1, 2, 4, 8]
+    while sizes[-1] < max_sequences:
+        last = sizes[-1]
+        sizes.append(last + (8 if last < 64 else 16 if last < 256 else 64))
+    return sum(size < max_sequences for size in sizes) + 1
+
+
+def activation_bytes(
+    config: AnyModel, part: AnyPart, layout: Layout, demand: KvDemand, itemsize: int
+) -> int:
+    """Largest number of bytes of a step's tensors at once: the tensors of a layer, the logits."""
+    tokens, hidden, d = demand.max_batch_tokens, config.hidden_size, config.head_dim
+    q, kv = part.q_heads.size * d, part.kv_heads.size * d
+    attention = 2 * q + 2 * kv + q  # qkv, rotated q, output
+    mlp = 3 * part.columns.size
+    if isinstance(config, Llama4Config) and isinstance(part, MoEPart):
+        # Worst case: the router sends every token of the stage to the experts of this rank.
+        routed = layout.dp * config.top_k * (3 * part.expert_columns.size + 2 * hidden)
+        mlp = max(mlp, 3 * part.shared_columns.size + routed)
+    layer = tokens * (3 * hidden + max(attention, mlp)) * itemsize  # residual, normed, partial sum
+    logits = 0
+    if part.last_stage:
+        rows = demand.max_sequences
+        logits = rows * part.vocab.size * 4 + rows * hidden * itemsize
+        if part.tp_rank == 0:
+            logits += SAMPLING_COPIES * rows * config.vocab_size * 4
+    tables = demand.max_sequences * -(-demand.context // demand.block_size) * 4
+    angles = 2 * tokens * d * 4
+    vision = 0
+    tower = config.vision if isinstance(config, Llama4Config) else None
+    if tower is not None and isinstance(part, MoEPart) and part.first_stage:
+        tile = 4 * tower.hidden_size + 3 * part.vision_columns.size
+        vision = _MOST_TILES * tower.num_positions * tile * itemsize
+    return max(layer + logits, vision) + tables + angles
+
+
+def communication_bytes(
+    config: AnyModel, part: AnyPart, layout: Layout, demand: KvDemand, itemsize: int, device: Device
+) -> int:
+    """Bytes of the buffers for sums, hand-over and all-to-all, and of NCCL's channels."""
+    row = demand.max_batch_tokens * config.hidden_size * itemsize
+    total, communicators = 0, 0
+    if layout.tp > 1:
+        # More than two ranks gather all partial sums and add them in rank order.
+        total += row * layout.tp if layout.tp > 2 else 0
+        communicators += 1
+        if part.last_stage and part.tp_rank == 0:
+            total += demand.max_sequences * config.vocab_size * 4
+    if layout.pp > 1:
+        total += row * (1 + layout.pp)  # one is received, and one is sent for each micro-batch
+        communicators += 1
+    if isinstance(config, Llama4Config) and layout.tp * layout.dp > 1:
+        total += 2 * row * layout.dp * config.top_k  # dispatch and combine
+        communicators += 1
+    return total + (communicators * CHANNEL_BYTES if device.cuda else 0)
