@@ -52,9 +52,10 @@ class ClusterCapacity:
         """
         resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
         num_cpus = resources.get("CPU", 0.0)
-        surge = max(m.mesh.num_slices for m in spec.models)
-        services = SERVICE_CPUS * (sum(m.most_seats for m in spec.models) + spec.gateway.count + 1)
-        share = int((num_cpus - services) / (spec.num_slices + surge) * 1e3) / 1e3
+        surge = max(model.mesh.num_slices for model in spec.models)
+        num_services = sum(model.most_seats for model in spec.models) + spec.gateway.count + 1
+        slice_cpus = num_cpus - SERVICE_CPUS * num_services
+        share = int(slice_cpus / (spec.num_slices + surge) * 1e3) / 1e3
         return cls(
             num_cpus=num_cpus,
             num_gpus=resources.get("GPU", 0.0),
@@ -67,14 +68,13 @@ class PlacementBundles:
     """Placement bundles of a group's slices; all slices of a bundle run on the same node.
 
     Attributes:
-        slices_each: slices in a bundle: the tensor-parallel slices of a stage, or 1 if `span` lets
-            a stage span nodes.
+        slices_per_bundle: the tensor-parallel slices of a stage; 1 if a stage may span nodes.
         count: number of bundles.
         accelerator: GPU type of each bundle; "" for any type.
         selector: labels that the nodes must have.
     """
 
-    slices_each: int
+    slices_per_bundle: int
     count: int
     accelerator: str
     selector: Mapping[str, str]
@@ -82,10 +82,10 @@ class PlacementBundles:
     @classmethod
     def of(cls, model: ModelSpec) -> PlacementBundles:
         """The bundles of a model's mesh and placement."""
-        each = 1 if model.placement.span else model.mesh.tp
+        slices_per_bundle = 1 if model.placement.span else model.mesh.tp
         return cls(
-            slices_each=each,
-            count=model.mesh.num_slices // each,
+            slices_per_bundle=slices_per_bundle,
+            count=model.mesh.num_slices // slices_per_bundle,
             accelerator=model.placement.accelerator or "",
             selector=model.placement.labels,
         )
@@ -97,9 +97,9 @@ class PlacementBundles:
             cpus: logical CPUs of a slice.
             device: "cpu" or "cuda".
         """
-        bundle = {"CPU": cpus * self.slices_each}
+        bundle = {"CPU": cpus * self.slices_per_bundle}
         if device == "cuda":
-            bundle["GPU"] = float(self.slices_each)
+            bundle["GPU"] = float(self.slices_per_bundle)
         if self.accelerator:
             bundle[f"accelerator_type:{self.accelerator}"] = 0.001
         return [bundle] * self.count
@@ -197,7 +197,7 @@ def leader(
         revision=revision,
         config=model.group_config(device),
         cpus_per_slice=cpus,
-        slices_per_bundle=placement.slices_each,
+        slices_per_bundle=placement.slices_per_bundle,
         period_s=spec.health.period_s,
         start_timeout_s=spec.health.start_timeout_s,
         drain_s=spec.health.drain_s,

@@ -46,7 +46,7 @@ def demo_model() -> Path:
     """Folder of the demo's model; downloads and converts the model the first time."""
     from arriero.shards.checkpoint.fetch import fetch_smollm2
 
-    with bar("SmolLM2-135M-Instruct: download, conversion") as advance:
+    with bar("SmolLM2-135M-Instruct: downloading, converting") as advance:
         return fetch_smollm2(cache_folder(), advance)
 
 
