@@ -305,6 +305,7 @@ def _from_model_spec(
 
     folder = local_folder(spec.path, weights=False) if is_url(spec.path) else spec.path
     model = find_model(str(folder))
+    stored_dtype = stored_as(spec.dtype, spec.quantization, model.scheme)
     demand = replace(
         demand,
         context=demand.context or spec.limits.max_model_len or 0,
@@ -331,7 +332,7 @@ def _from_model_spec(
         machines=machines,
         demand=demand,
         kernels=_kernels(kernels, on_cpu),
-        dtype=dtype or stored_as(spec.dtype, spec.quantization, model.scheme),
+        dtype=dtype or stored_dtype,
         layout=Layout(
             tp=mesh.tp,
             pp=mesh.pp,
