@@ -1,6 +1,6 @@
 """The Ray Serve application of a deployment: its leaders and its gateways.
 
-Knows how a spec becomes deployments; knows nothing of what they do.
+Knows the Serve deployments of a spec; knows nothing of the work of leaders and gateways.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from arriero.shards.errors import SpecError
 
 NAME = "arriero"
 SERVICE_CPUS = 0.01
-"""Logical CPUs of a leader or gateway: they share the cores that the slices leave."""
+"""Logical CPUs of a leader or a gateway. Both run on cores that the slices leave free."""
 _STOP_MARGIN_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterCapacity:
-    """What the cluster has for groups.
+    """Resources of the cluster for groups.
 
     Attributes:
-        num_cpus, num_gpus: of the whole cluster.
-        cpus_per_slice: logical CPUs that a slice takes when its model does not say.
+        num_cpus: logical CPUs of the whole cluster.
+        num_gpus: GPUs of the whole cluster.
+        cpus_per_slice: logical CPUs of a slice whose model sets no `cpus_per_slice`.
     """
 
     num_cpus: float
@@ -42,84 +43,84 @@ class ClusterCapacity:
 
     @classmethod
     def of_cluster(cls, spec: DeploymentSpec, *, shared: bool) -> ClusterCapacity:
-        """Ask Ray.
+        """The capacity that Ray reports.
 
         Args:
             spec: the deployment.
-            shared: others run on this cluster too; then a slice takes a CPU of its own by default,
-                else all slices, and one group more while an update is under way, share the CPUs.
+            shared: other applications use the cluster too; then a slice takes 1 CPU by default.
+                Otherwise all slices, and the extra group of a rolling update, share the CPUs.
         """
         resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
         num_cpus = resources.get("CPU", 0.0)
-        surge = max(m.mesh.num_slices for m in spec.models)
-        services = SERVICE_CPUS * (sum(m.most_seats for m in spec.models) + spec.gateway.count + 1)
-        part = int((num_cpus - services) / (spec.num_slices + surge) * 1e3) / 1e3
+        surge = max(model.mesh.num_slices for model in spec.models)
+        num_services = sum(model.most_seats for model in spec.models) + spec.gateway.count + 1
+        slice_cpus = num_cpus - SERVICE_CPUS * num_services
+        share = int(slice_cpus / (spec.num_slices + surge) * 1e3) / 1e3
         return cls(
             num_cpus=num_cpus,
             num_gpus=resources.get("GPU", 0.0),
-            cpus_per_slice=1.0 if shared else min(1.0, part),
+            cpus_per_slice=1.0 if shared else min(1.0, share),
         )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlacementBundles:
-    """How a group's slices are bundled: a bundle is always on one node.
+    """Placement bundles of a group's slices; all slices of a bundle run on the same node.
 
     Attributes:
-        slices_each: slices in a bundle: the tensor-parallel ones of a stage, or 1 where these may
-            span nodes.
-        count: bundles.
-        accelerator: GPU type that each wants; "" for any.
-        selector: labels of the nodes.
+        slices_per_bundle: the tensor-parallel slices of a stage; 1 if a stage may span nodes.
+        count: number of bundles.
+        accelerator: GPU type of each bundle; "" for any type.
+        selector: labels that the nodes must have.
     """
 
-    slices_each: int
+    slices_per_bundle: int
     count: int
     accelerator: str
     selector: Mapping[str, str]
 
     @classmethod
     def of(cls, model: ModelSpec) -> PlacementBundles:
-        """As a model's mesh and placement say."""
-        each = 1 if model.placement.span else model.mesh.tp
+        """The bundles of a model's mesh and placement."""
+        slices_per_bundle = 1 if model.placement.span else model.mesh.tp
         return cls(
-            slices_each=each,
-            count=model.mesh.num_slices // each,
+            slices_per_bundle=slices_per_bundle,
+            count=model.mesh.num_slices // slices_per_bundle,
             accelerator=model.placement.accelerator or "",
             selector=model.placement.labels,
         )
 
     def bundles(self, cpus: float, device: str) -> list[dict[str, float]]:
-        """What each wants.
+        """Resources of each bundle.
 
         Args:
-            cpus: of a slice.
+            cpus: logical CPUs of a slice.
             device: "cpu" or "cuda".
         """
-        bundle = {"CPU": cpus * self.slices_each}
+        bundle = {"CPU": cpus * self.slices_per_bundle}
         if device == "cuda":
-            bundle["GPU"] = float(self.slices_each)
+            bundle["GPU"] = float(self.slices_per_bundle)
         if self.accelerator:
             bundle[f"accelerator_type:{self.accelerator}"] = 0.001
         return [bundle] * self.count
 
     @property
     def labels(self) -> dict[str, Any]:
-        """Serve's argument for the labels of each bundle's node, the leader's first."""
+        """Serve's argument for node labels: an entry for the leader, then an entry per bundle."""
         if not self.selector:
             return {}
         selectors = [dict(self.selector)] * (1 + self.count)
         return {"placement_group_bundle_label_selector": selectors}
 
 
-def build(spec: DeploymentSpec, room: ClusterCapacity) -> Application:
-    """The whole of `spec` as one application.
+def build(spec: DeploymentSpec, capacity: ClusterCapacity) -> Application:
+    """All groups and gateways of `spec` in a single application.
 
     Raises:
-        SpecError: the cluster has not what a model asks for.
+        SpecError: the cluster lacks GPUs that a model needs.
     """
     leaders = [
-        leader(model, spec, room, seat=f"{model.name}-{index}", revision=1)
+        leader(model, spec, capacity, seat=f"{model.name}-{index}", revision=1)
         for model in spec.models
         for index in range(model.groups)
     ]
@@ -127,10 +128,10 @@ def build(spec: DeploymentSpec, room: ClusterCapacity) -> Application:
 
 
 def gateways(spec: DeploymentSpec, leaders: Sequence[Application] = ()) -> Application:
-    """The gateways of `spec`; `leaders` are tied into the same application."""
-    # a fixed port can be bound once on a node
-    fixed = spec.gateway.port or spec.gateway.http_port
-    apart: dict[str, Any] = {"max_replicas_per_node": 1} if fixed else {}
+    """The gateways of `spec`; `leaders` join the same application."""
+    # A fixed port can be bound only once on a node.
+    fixed_port = spec.gateway.port or spec.gateway.http_port
+    spread: dict[str, Any] = {"max_replicas_per_node": 1} if fixed_port else {}
     deployment = serve.deployment(
         name="gateway",
         num_replicas=spec.gateway.count,
@@ -139,7 +140,7 @@ def gateways(spec: DeploymentSpec, leaders: Sequence[Application] = ()) -> Appli
         health_check_timeout_s=spec.health.timeout_s,
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=spec.gateway.drain_s + _STOP_MARGIN_S,
-        **apart,
+        **spread,
     )(serve.ingress()(GatewayReplica))
     names = tuple(model.name for model in spec.models)
     settings = GatewaySettings(
@@ -154,16 +155,16 @@ def gateways(spec: DeploymentSpec, leaders: Sequence[Application] = ()) -> Appli
 
 
 def application(args: Mapping[str, str]) -> Application:
-    """The application of a spec file, for Serve's own commands.
+    """The application of a spec file, for Ray Serve's commands and KubeRay.
 
-    `serve run arriero.cluster.app:application spec=arriero.yaml`; Serve's proxy answers HTTP then,
-    and the gateways' own HTTP listens only where the spec gives it a port.
+    `serve run arriero.cluster.app:application spec=arriero.yaml`. Serve's proxy then answers HTTP;
+    a gateway opens an HTTP port of its own only if the spec sets `gateway.http.port`.
 
     Raises:
-        SpecError: no such argument, a wrong spec, or the cluster has not what it asks for.
+        SpecError: an unknown argument, a wrong spec, or a cluster that lacks GPUs.
     """
     if set(args) != {"spec"}:
-        raise SpecError(f"arguments {sorted(args)}: give one, spec=PATH of an arriero.yaml")
+        raise SpecError(f"arguments {sorted(args)}: give only spec=PATH of an arriero.yaml")
     spec = load(Path(args["spec"]), {})
     if spec.gateway.http is not None and spec.gateway.http.port is None:
         gateway = spec.gateway.model_copy(update={"http": None})
@@ -172,32 +173,31 @@ def application(args: Mapping[str, str]) -> Application:
 
 
 def leader(
-    model: ModelSpec, spec: DeploymentSpec, room: ClusterCapacity, *, seat: str, revision: int
+    model: ModelSpec, spec: DeploymentSpec, capacity: ClusterCapacity, *, seat: str, revision: int
 ) -> Application:
-    """One group of a model, as an application or a part of one.
+    """The leader of a group, as an application or for `gateways`.
 
     Raises:
-        SpecError: the cluster has not what it asks for.
+        SpecError: the cluster lacks GPUs that the model needs.
     """
-    num_slices = model.mesh.num_slices
-    wanted = num_slices * (model.groups + model.spares)
+    num_slices = model.mesh.num_slices * (model.groups + model.spares)
     device = model.device
     if device == "auto":
-        device = "cuda" if room.num_gpus >= wanted else "cpu"
-    if device == "cuda" and room.num_gpus < wanted:
+        device = "cuda" if capacity.num_gpus >= num_slices else "cpu"
+    if device == "cuda" and capacity.num_gpus < num_slices:
         raise SpecError(
-            f"model `{model.name}`: {wanted} slices want a GPU each, and the cluster has"
-            f" {room.num_gpus:g}; ask for fewer, or for `device: cpu`"
+            f"model `{model.name}`: {num_slices} slices need a GPU each, but the cluster has"
+            f" {capacity.num_gpus:g}; lower `groups`, `spares` or `mesh`, or set `device: cpu`"
         )
-    cpus = model.cpus_per_slice or room.cpus_per_slice
-    stages = PlacementBundles.of(model)
+    cpus = model.cpus_per_slice or capacity.cpus_per_slice
+    placement = PlacementBundles.of(model)
     settings = GroupSettings(
         model=model.name,
         seat=seat,
         revision=revision,
         config=model.group_config(device),
         cpus_per_slice=cpus,
-        slices_per_bundle=stages.slices_each,
+        slices_per_bundle=placement.slices_per_bundle,
         period_s=spec.health.period_s,
         start_timeout_s=spec.health.start_timeout_s,
         drain_s=spec.health.drain_s,
@@ -211,9 +211,9 @@ def leader(
         name=f"group-{seat}",
         num_replicas=1,
         ray_actor_options={"num_cpus": SERVICE_CPUS},
-        placement_group_bundles=[{"CPU": SERVICE_CPUS}, *stages.bundles(cpus, device)],
+        placement_group_bundles=[{"CPU": SERVICE_CPUS}, *placement.bundles(cpus, device)],
         placement_group_strategy="SPREAD" if model.placement.stages == "spread" else "PACK",
-        **stages.labels,
+        **placement.labels,
         health_check_period_s=spec.health.period_s,
         health_check_timeout_s=spec.health.timeout_s,
         graceful_shutdown_wait_loop_s=0.1,

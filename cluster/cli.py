@@ -1,11 +1,11 @@
 """The command line, `arriero`.
 
-Exit codes: 0 done; 1 it failed; 2 a wrong flag, spec or request; 3 nothing serves, or it is full;
-4 no such model, group or key; 5 a checkpoint is broken; 130 interrupted. Errors are one line on
+Exit codes: 0 done; 1 failed; 2 wrong flag, spec or request; 3 nothing serves, or the deployment is
+full; 4 no such model, group or key; 5 broken checkpoint; 130 interrupted. An error is one line on
 stderr.
 
-Knows how errors become exit codes; the commands are in `commands/`. Torch and Ray are imported
-inside the commands that need them, so that the rest answers at once.
+Knows the exit code of each error; knows nothing of the commands' work (`commands/`). Commands that
+need torch or Ray import both inside the function, so that all other commands answer at once.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ _EXIT_CODES: tuple[tuple[type[ArrieroError], int], ...] = (
 app = typer.Typer(
     name="arriero",
     help="Serve Llama models across the machines of a Ray cluster.",
-    epilog="Exit codes: 0 done; 1 failed; 2 wrong flag, spec or request; 3 nothing serves, or it is"
-    " full; 4 no such model, group or key; 5 a broken checkpoint; 130 interrupted.",
+    epilog="Exit codes: 0 done; 1 failed; 2 wrong flag, spec or request; 3 nothing serves, or the"
+    " deployment is full; 4 no such model, group or key; 5 broken checkpoint; 130 interrupted.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -66,26 +66,26 @@ app.add_typer(bench.app, name="bench")
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run a command and exit with its code."""
+    """Run a command and exit with the exit code of the command."""
     sys.exit(run(sys.argv[1:] if args is None else args))
 
 
 def run(args: list[str]) -> int:
-    """Run a command; returns its exit code."""
+    """Run a command; returns the exit code."""
     try:
         app(args=args, prog_name="arriero")
-    except SystemExit as end:  # typer ends every command so: 0, 2 for usage, 130 for Ctrl-C
+    except SystemExit as end:  # the end of every typer command: 0; 2 wrong usage; 130 Ctrl-C
         return end.code if isinstance(end.code, int) else 0
     except OSError as error:
-        _tell(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        _print_error(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         return 1
     except ArrieroError as error:
-        _tell(str(error))
+        _print_error(str(error))
         return next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), 1)
     return 0
 
 
-def _tell(text: str) -> None:
+def _print_error(text: str) -> None:
     print(f"arriero: {' '.join(text.split())}", file=sys.stderr)
 
 

@@ -1,6 +1,6 @@
-"""Bringing a deployment up and taking it down: what `up`, `down`, `demo` and `bench` share.
+"""Start and end of a deployment, for the commands `up`, `down`, `demo` and `bench`.
 
-Knows the order of things; knows nothing of the terminal (progress is told to a callback).
+Knows the order of the steps; knows nothing of the terminal: a callback shows the progress.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from arriero.cluster.registry.history import Failure
     from arriero.cluster.registry.registry import Registry
 
-Say = Callable[[str], None]
-"""Told in a few words what is waited for; called again as that changes."""
+ShowProgress = Callable[[str], None]
+"""Shows the current step in a few words; called at each step and during waits."""
 _FAILURES: dict[str, type[ArrieroError]] = {
     kind.__name__: kind for kind in (CheckpointError, SpecError, GroupFailed)
 }
@@ -48,33 +48,32 @@ _POLL_S = 0.1
 _JOIN_LIMIT_S = 30.0
 
 
-def up(spec: DeploymentSpec, folder: Path, say: Say) -> Deployment:
-    """Deploy `spec`; returns once a token came out of every group and a gateway listens.
+def up(spec: DeploymentSpec, folder: Path, show: ShowProgress) -> Deployment:
+    """Deploy `spec`; returns when every group has generated a token and a gateway reaches them all.
 
-    Model folders are checked before anything is started. A local cluster that was started for it
-    is stopped again if that fails.
+    Checks the model folders first. After a failure, stops the local cluster that `up` started.
 
     Args:
         spec: the deployment.
         folder: the state folder.
-        say: progress.
+        show: shows the progress.
 
     Raises:
-        SpecError: something is deployed already, or the cluster lacks what is asked for.
-        CheckpointError: a model folder is not what it should be.
-        Unauthenticated: the cluster to join asks for a token that the user does not have.
+        SpecError: a deployment is up already, or the cluster lacks resources of the spec.
+        CheckpointError: a model folder is broken.
+        Unauthenticated: the cluster to join needs a token that the user does not have.
         GroupFailed: a group could not start; the text is the first cause.
-        Unavailable: no Ray cluster, or not in time.
+        Unavailable: no Ray cluster, or the start exceeded `health.start_timeout_s`.
     """
     if (old := state.read(folder)) is not None and _is_up(old):
         raise SpecError(
             f"a deployment is up already (gateway {old.gateway or 'not listening yet'});"
-            " `arriero down` takes it down, or --state-dir keeps several apart"
+            " end it with `arriero down`, or give another --state-dir"
         )
-    say("checking the models' files")
+    show("checking the models' files")
     model_check.check_models(spec.models)
     address = spec.ray.address or os.environ.get("RAY_ADDRESS") or None
-    if address == "local":  # Ray's own word for none of those that run
+    if address == "local":  # Ray's word for a new local cluster
         address = None
     cluster = None
     if address is None:
@@ -89,60 +88,61 @@ def up(spec: DeploymentSpec, folder: Path, say: Say) -> Deployment:
     )
     try:
         state.write(folder, deployment)
-        say("starting a local Ray cluster" if cluster else f"joining the Ray cluster at {address}")
-        importlib.import_module("ray.serve")  # takes a second, while the local cluster starts
+        show("starting a local Ray cluster" if cluster else f"joining the Ray cluster at {address}")
+        importlib.import_module("ray.serve")  # a second of work, while the local cluster starts
         if cluster is not None:
             deployment = replace(deployment, ray_address=local.wait_address(cluster))
             state.write(folder, deployment)
         with connected(deployment):
-            served = _deploy(spec, say, deployment.admin_token, shared=cluster is None)
-        gateway, http, admin = served
+            addresses = _deploy(spec, show, deployment.admin_token, shared=cluster is None)
+        gateway, http, admin = addresses
         deployment = replace(deployment, gateway=gateway, http=http, admin=admin)
         ca, name = _admin_trust(spec)
         deployment = replace(deployment, admin_ca=ca, admin_name=name)
         state.write(folder, deployment)
     except BaseException:
         if cluster is not None:
-            say("stopping the local Ray cluster")
+            show("stopping the local Ray cluster")
             local.stop(cluster)
         state.clear(folder)
         raise
     return deployment
 
 
-def down(folder: Path, say: Say) -> bool:
-    """Take down what `up` brought up, and only that; False when there was nothing.
+def down(folder: Path, show: ShowProgress) -> bool:
+    """End the deployment that `up` started, and nothing else; False without a deployment.
 
-    Streams that run may end within the spec's `drain_s`.
+    Running streams may finish within `health.drain_s`.
 
     Raises:
-        Unauthenticated: a joined cluster asks for a token that is not here; all stays as it was.
-        Unavailable: the cluster cannot be reached; the deployment is forgotten.
+        Unauthenticated: the joined cluster needs a token that the user does not have; nothing
+            changes.
+        Unavailable: the cluster cannot be reached; the state file is removed.
     """
     deployment = state.read(folder)
     if deployment is None:
         return False
     cluster = _cluster(deployment)
-    forget = True
+    remove_state = True
     try:
         if cluster is None or (local.is_alive(cluster) and deployment.gateway):
-            say("draining")
+            show("draining")
             with connected(deployment):
                 _undeploy()
-    except Unauthenticated:  # another try, with the joined cluster's token, can take it down
-        forget = False
+    except Unauthenticated:  # a later `down` with the token can end the deployment
+        remove_state = False
         raise
     finally:
         if cluster is not None:
-            say("stopping the local Ray cluster")
+            show("stopping the local Ray cluster")
             local.stop(cluster)
-        if forget:
+        if remove_state:
             state.clear(folder)
     return True
 
 
 def snapshot(deployment: Deployment) -> RegistrySnapshot:
-    """What the deployment's registry knows.
+    """The snapshot of the deployment's registry.
 
     Raises:
         Unavailable: the cluster or the registry cannot be reached.
@@ -153,23 +153,25 @@ def snapshot(deployment: Deployment) -> RegistrySnapshot:
 
     cluster = _cluster(deployment)
     if cluster is not None and not local.is_alive(cluster):
-        raise Unavailable("the local Ray cluster is gone; `arriero down` clears what is left")
+        raise Unavailable(
+            "the local Ray cluster has ended; `arriero down` removes the rest of the deployment"
+        )
     with connected(deployment):
         try:
             actor = ray.get_actor(registry.NAME, namespace=registry.NAMESPACE)
-            found: Any = ray.get(actor.snapshot.remote(), timeout=_JOIN_LIMIT_S)
+            current: Any = ray.get(actor.snapshot.remote(), timeout=_JOIN_LIMIT_S)
         except (ValueError, ray.exceptions.RayError) as error:
             raise Unavailable(f"no registry at {deployment.ray_address}: {error}") from None
-        assert isinstance(found, RegistrySnapshot)
-        return found
+        assert isinstance(current, RegistrySnapshot)
+        return current
 
 
 @contextmanager
 def connected(deployment: Deployment) -> Iterator[None]:
-    """This process as a driver on the deployment's cluster.
+    """Connects this process as a driver to the deployment's cluster.
 
     Raises:
-        Unauthenticated: a joined cluster asks for a token that the user does not have.
+        Unauthenticated: the joined cluster needs a token that the user does not have.
         Unavailable: the cluster cannot be reached.
     """
     import ray
@@ -205,8 +207,10 @@ def connected(deployment: Deployment) -> Iterator[None]:
             ray.shutdown()
 
 
-def _deploy(spec: DeploymentSpec, say: Say, token: str, *, shared: bool) -> tuple[str, str, str]:
-    """Deploy and wait; gives the addresses of gRPC, HTTP ("" for none) and Admin."""
+def _deploy(
+    spec: DeploymentSpec, show: ShowProgress, token: str, *, shared: bool
+) -> tuple[str, str, str]:
+    """Deploy and wait; returns the addresses of gRPC, HTTP ("" for none) and Admin."""
     import ray
     from ray import serve
     from ray.serve.config import ProxyLocation
@@ -215,47 +219,49 @@ def _deploy(spec: DeploymentSpec, say: Say, token: str, *, shared: bool) -> tupl
     from arriero.cluster.control import operator
     from arriero.cluster.registry import registry
 
-    say("starting Ray Serve")
-    directory = registry.connect()  # starts while Serve does
-    _hush_serve()
+    show("starting Ray Serve")
+    registry_actor = registry.connect()  # starts while Serve starts
+    _quiet_serve()
     serve.start(proxy_location=ProxyLocation.Disabled)
     if app.NAME in serve.status().applications:
         raise SpecError(
-            f"the Ray cluster serves an application `{app.NAME}` already; take it down where it"
-            " was brought up, or give another cluster"
+            f"the Ray cluster serves an application `{app.NAME}` already; run `arriero down` with"
+            " the --state-dir of that deployment, or give another --address"
         )
-    before: Any = ray.get(directory.snapshot.remote(), timeout=_JOIN_LIMIT_S)
+    before: Any = ray.get(registry_actor.snapshot.remote(), timeout=_JOIN_LIMIT_S)
     try:
-        room = app.ClusterCapacity.of_cluster(spec, shared=shared)
-        for model in spec.models:  # what cannot be is said before anything starts
-            app.leader(model, spec, room, seat=model.name, revision=0)
-        manager = operator.connect(spec, shared=shared, token=token)
+        capacity = app.ClusterCapacity.of_cluster(spec, shared=shared)
+        for model in spec.models:  # raises before anything starts if GPUs are missing
+            app.leader(model, spec, capacity, seat=model.name, revision=0)
+        operator_actor = operator.connect(spec, shared=shared, token=token)
         try:
-            admin: Any = ray.get(manager.deploy.remote(), timeout=spec.health.start_timeout_s)
+            admin: Any = ray.get(
+                operator_actor.deploy.remote(), timeout=spec.health.start_timeout_s
+            )
         except ray.exceptions.RayError as error:
             raise _cause_of(error) from None
         _check_admin(spec, admin, token)
-        gateway, http = _wait(spec, directory, before.failures, say)
+        gateway, http = _wait(spec, registry_actor, before.failures, show)
         return gateway, http, admin
     except BaseException:
-        if shared:  # a local cluster is stopped as a whole
-            say("taking it down again")
+        if shared:  # `up` stops a local cluster as a whole
+            show("removing the deployment")
             _undeploy()
         raise
 
 
 def _admin_trust(spec: DeploymentSpec) -> tuple[str, str]:
-    """What the command line checks Admin's certificate by: authorities in PEM, and a name."""
+    """Certificate authorities (PEM) and host name that Admin's certificate is checked against."""
     if spec.admin.tls is None:
         return "", ""
     return spec.admin.tls.ca.read_text(encoding="utf-8"), spec.admin.tls.name or ""
 
 
 def _check_admin(spec: DeploymentSpec, address: str, token: str) -> None:
-    """Ask Admin once over TLS, so that a certificate that nobody believes is found now.
+    """Call Admin once over TLS, so that `up` refuses a wrong certificate.
 
     Raises:
-        SpecError: it does not answer so.
+        SpecError: the certificate does not pass.
     """
     from arriero.cluster.control.admin_client import AdminClient
 
@@ -267,13 +273,13 @@ def _check_admin(spec: DeploymentSpec, address: str, token: str) -> None:
             client.events(1)
         except Unavailable as error:
             raise SpecError(
-                f"`admin.tls`: its certificate is not believed at {address}: it must be from `ca`,"
-                f" and for `name`={name or address.rpartition(':')[0]!r}: {error}"
+                f"`admin.tls`: the certificate at {address} does not pass; it must be signed by"
+                f" `ca` and valid for `name`={name or address.rpartition(':')[0]!r}: {error}"
             ) from None
 
 
 def _cause_of(error: Exception) -> ArrieroError:
-    """Why the operator did not start, in words."""
+    """The arriero error behind an error of Ray; the operator did not start."""
     cause = getattr(error, "cause", None)
     while isinstance(cause, BaseException) and not isinstance(cause, ArrieroError):
         cause = cause.__cause__
@@ -288,26 +294,29 @@ def _cause_of(error: Exception) -> ArrieroError:
 
 
 def _wait(
-    spec: DeploymentSpec, directory: ActorHandle[Registry], old: tuple[Failure, ...], say: Say
+    spec: DeploymentSpec,
+    registry_actor: ActorHandle[Registry],
+    old: tuple[Failure, ...],
+    show: ShowProgress,
 ) -> tuple[str, str]:
-    """Wait until all of it serves; gives a gateway's addresses: gRPC, and HTTP or ""."""
+    """Wait until all groups serve; returns a gateway's addresses: gRPC, and HTTP or ""."""
     import ray
     from ray import serve
 
     from arriero.cluster import app
     from arriero.cluster.control import operator
 
-    wanted = sum(model.groups for model in spec.models)
+    num_groups = sum(model.groups for model in spec.models)
     deadline_s = time.monotonic() + spec.health.start_timeout_s
     while True:
-        snapshot: Any = ray.get(directory.snapshot.remote(), timeout=_JOIN_LIMIT_S)
-        new = [one for one in snapshot.failures if one not in old]
+        snapshot: Any = ray.get(registry_actor.snapshot.remote(), timeout=_JOIN_LIMIT_S)
+        new = [failure for failure in snapshot.failures if failure not in old]
         if new:
             first = new[0]
             kind = _FAILURES.get(first.kind, GroupFailed)
             raise kind(f"{first.who} cannot serve: {first.cause}")
-        gateway = max(snapshot.gateways, key=lambda one: len(one.linked), default=None)
-        if gateway is not None and len(gateway.linked) >= wanted:
+        gateway = max(snapshot.gateways, key=lambda entry: len(entry.linked), default=None)
+        if gateway is not None and len(gateway.linked) >= num_groups:
             return gateway.address, gateway.http
         for name, status in serve.status().applications.items():
             ours = name == app.NAME or name.startswith(operator.PREFIX)
@@ -315,21 +324,21 @@ def _wait(
                 raise GroupFailed(f"Ray Serve could not deploy {name}: {status.message.strip()}")
         if time.monotonic() > deadline_s:
             raise Unavailable(
-                f"{len(snapshot.groups)} of {wanted} groups and"
-                f" {len(snapshot.gateways)} gateways serve,"
-                f" and {'none' if gateway is None else gateway.address} reaches"
+                f"{len(snapshot.groups)} of {num_groups} groups and"
+                f" {len(snapshot.gateways)} gateways serve, and the best gateway"
+                f" ({'none' if gateway is None else gateway.address}) reaches"
                 f" {0 if gateway is None else len(gateway.linked)} groups, after"
-                f" health.start_timeout_s={spec.health.start_timeout_s:g}"
+                f" `health.start_timeout_s`={spec.health.start_timeout_s:g}; raise the limit"
             )
-        say(_progress(snapshot, wanted))
+        show(_progress(snapshot, num_groups))
         time.sleep(_POLL_S)
 
 
-def _progress(snapshot: RegistrySnapshot, wanted: int) -> str:
-    if len(snapshot.groups) >= wanted:
-        return "linking the gateway"
-    told = [f"{group_id}: {text}" for group_id, text in snapshot.progress.items()]
-    return "; ".join(told) or "starting leaders"
+def _progress(snapshot: RegistrySnapshot, num_groups: int) -> str:
+    if len(snapshot.groups) >= num_groups:
+        return "connecting the gateway to the groups"
+    starts = [f"{group_id}: {text}" for group_id, text in snapshot.progress.items()]
+    return "; ".join(starts) or "starting leaders"
 
 
 def _undeploy() -> None:
@@ -341,8 +350,8 @@ def _undeploy() -> None:
     from arriero.cluster.hosts import kv_store as store
     from arriero.cluster.registry import registry
 
-    _hush_serve()
-    with contextlib.suppress(ValueError):  # first, or it would start the groups again
+    _quiet_serve()
+    with contextlib.suppress(ValueError):  # first: a living operator would restart the groups
         ray.kill(ray.get_actor(operator.NAME, namespace=registry.NAMESPACE))
     ours = [
         name
@@ -355,17 +364,17 @@ def _undeploy() -> None:
         time.sleep(_POLL_S)
     with contextlib.suppress(ValueError):
         ray.kill(ray.get_actor(registry.NAME, namespace=registry.NAMESPACE))
-    for kept in (operator.NAME, "epochs", "fenced", "history", "live", "spares"):
-        store.clear(kept)
+    for key in (operator.NAME, "epochs", "fenced", "history", "live", "spares"):
+        store.clear(key)
 
 
-def _hush_serve() -> None:
-    # importing Serve sets its logger up, so this comes after; we tell progress ourselves
+def _quiet_serve() -> None:
+    # Serve's import sets the level of this logger; call after the import. `show` gives progress.
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
 
 
 def _loopback(address: str) -> str | None:
-    """The driver's own address on a cluster of this machine; Ray finds it for all others."""
+    """The driver's address for a cluster on a loopback address; None lets Ray choose."""
     host = address.removeprefix("ray://").rpartition(":")[0]
     return host if host.startswith("127.") else None
 

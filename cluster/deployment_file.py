@@ -1,6 +1,7 @@
-"""What `arriero up` leaves behind for `status`, `down` and the clients: one small JSON file.
+"""The state file: the addresses and secrets of a deployment, as JSON in the state folder.
 
-Knows the file; knows nothing of the processes it speaks of.
+`arriero up` writes the file; all other commands read the file. Knows the fields and the place of
+the file; knows nothing of Ray and of the processes.
 """
 
 from __future__ import annotations
@@ -21,17 +22,18 @@ class Deployment:
     """A deployment that is starting or serving.
 
     Attributes:
-        ray_address: of the cluster's GCS, host:port; "" while a local cluster starts.
-        node_address: of the driver on that cluster's network, or None for Ray's own choice.
-        gateway: host:port of a gateway's gRPC for clients on this machine; "" until it listens.
-        http: host:port of its HTTP; "" for none.
-        admin: host:port of Admin; "" until it listens.
-        admin_token: what it asks for.
-        admin_ca: PEM of the authorities that its certificate is from; "" where it has none.
-        admin_name: that its certificate is for; "" for the address's own.
+        ray_address: host:port of the cluster's GCS; "" while a local cluster starts.
+        node_address: IP address of the driver in the cluster's network; None lets Ray choose.
+        gateway: host:port of a gateway's gRPC; "" until the gateway listens.
+        http: host:port of the gateway's HTTP; "" for none.
+        admin: host:port of Admin; "" until Admin listens.
+        admin_token: bearer token of Admin.
+        admin_ca: PEM of the certificate authorities of Admin; "" without TLS.
+        admin_name: host name in Admin's certificate; "" for the host of `admin`.
         local_session: session id of the processes that `up` started; None on a joined cluster.
-        local_folder: their temporary folder; None on a joined cluster.
-        ray_token: what that cluster asks drivers for; "" on a joined one, where it is the user's.
+        local_folder: temporary folder of the local cluster; None on a joined cluster.
+        ray_token: Ray's token of the local cluster; "" on a joined cluster, for which the user has
+            the token.
     """
 
     ray_address: str
@@ -47,21 +49,25 @@ class Deployment:
     ray_token: str = ""
 
 
-def state_folder(given: Path | None) -> Path:
-    """The folder given, else $ARRIERO_STATE, else $XDG_STATE_HOME/arriero, else ~/.local/state."""
-    if given is not None:
-        return given.absolute()
-    if named := os.environ.get("ARRIERO_STATE"):
-        return Path(named).absolute()
+def state_folder(folder: Path | None) -> Path:
+    """Folder of the state file.
+
+    Args:
+        folder: None for $ARRIERO_STATE, else $XDG_STATE_HOME/arriero, else ~/.local/state/arriero.
+    """
+    if folder is not None:
+        return folder.absolute()
+    if path := os.environ.get("ARRIERO_STATE"):
+        return Path(path).absolute()
     base = os.environ.get("XDG_STATE_HOME")
     return (Path(base) if base else Path.home() / ".local" / "state") / "arriero"
 
 
 def read(folder: Path) -> Deployment | None:
-    """The deployment noted in `folder`, or None.
+    """The deployment of the state file in `folder`; None without a file.
 
     Raises:
-        SpecError: the file is not one of ours.
+        SpecError: the file has other content than `write` gives.
     """
     path = folder / _FILE
     try:
@@ -69,11 +75,13 @@ def read(folder: Path) -> Deployment | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
-        raise SpecError(f"{path}: not a deployment's state ({error}); remove the file") from None
+        raise SpecError(
+            f"{path}: not the state of a deployment ({error}); remove the file"
+        ) from None
 
 
 def write(folder: Path, deployment: Deployment) -> None:
-    """Note `deployment`, its tokens included, in `folder`: in one move, for its owner alone."""
+    """Write the state file, tokens included: atomically, readable by the owner only."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=folder, prefix=".deployment-")
     with os.fdopen(handle, "w") as file:
@@ -82,5 +90,5 @@ def write(folder: Path, deployment: Deployment) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Forget the deployment; safe when there is none."""
+    """Remove the state file; does nothing without a file."""
     (folder / _FILE).unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""Measured cells: N requests at once, P prompt tokens and O output tokens each.
+"""Measured cells: N requests at once, each of P prompt tokens and O output tokens.
 
-Knows the cell's definition, its clock and its figures, and how to drive an engine in this
-process; knows nothing of the terminal.
+Knows the definition, the clock and the figures of a cell, and drives an engine in this process;
+knows nothing of the terminal.
 """
 
 from __future__ import annotations
@@ -31,58 +31,64 @@ PERCENTILES = (50, 90, 99)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
-    """What is asked for."""
+    """The load of a measurement.
+
+    Attributes:
+        requests: number of requests, all submitted at once.
+        prompt: prompt tokens of each request.
+        output: output tokens of each request.
+    """
 
     requests: int
     prompt: int
     output: int
 
     def prompts(self) -> list[list[int]]:
-        """The token ids of each prompt; no two prompts share a prefix."""
+        """Token ids of each prompt; no two prompts share a prefix."""
         return [
             [(7 * i + 13 * j) % 40000 + 100 for j in range(self.prompt)]
             for i in range(self.requests)
         ]
 
     def blocks(self, block_size: int = 16) -> int:
-        """KV blocks that hold the whole cell at once."""
-        each = -(-(self.prompt + self.output + 1) // block_size)
-        return max(64, self.requests * (each + 1))
+        """KV blocks that hold all sequences of the cell at once."""
+        blocks_each = -(-(self.prompt + self.output + 1) // block_size)
+        return max(64, self.requests * (blocks_each + 1))
 
 
 WARM_UP = Cell(requests=1, prompt=16, output=16)
-"""Runs first, unmeasured."""
+"""Runs first; not measured."""
 
 
 def params(output: int) -> SamplingParams:
-    """Sampling parameters of a request for `output` tokens: greedy, and nothing stops it."""
+    """Sampling parameters of a request: greedy, exactly `output` tokens without a stop."""
     return SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True, seed=0)
 
 
 class Clock:
-    """When each token of each request came; call `begin`, then `took` as they come."""
+    """Arrival times of the tokens of each request; call `start`, then `record` at each arrival."""
 
     def __init__(self, requests: int, output: int) -> None:
         self._output = output
         self._arrivals: list[list[float]] = [[] for _ in range(requests)]
-        self._begun = 0.0
+        self._start_s = 0.0
 
-    def begin(self) -> None:
-        """Start the clock, just before the first request is handed over."""
-        self._begun = time.perf_counter()
+    def start(self) -> None:
+        """Start the clock, just before the first request is submitted."""
+        self._start_s = time.perf_counter()
 
-    def took(self, request: int, num_tokens: int) -> None:
-        """Note that `num_tokens` of request number `request` are there now."""
-        now = time.perf_counter()
-        self._arrivals[request].extend([now] * num_tokens)
+    def record(self, request: int, num_tokens: int) -> None:
+        """Record that `num_tokens` tokens of request number `request` arrive now."""
+        now_s = time.perf_counter()
+        self._arrivals[request].extend([now_s] * num_tokens)
 
     def figures(self) -> Figures:
-        """The cell's figures, once every token has come."""
-        short = [i for i, one in enumerate(self._arrivals) if len(one) != self._output]
+        """The figures of the cell; call after the last token."""
+        short = [i for i, times in enumerate(self._arrivals) if len(times) != self._output]
         assert not short, f"requests {short} did not give {self._output} tokens"
-        elapsed_s = max(one[-1] for one in self._arrivals) - self._begun
-        first = [one[0] - self._begun for one in self._arrivals]
-        gaps = [gap for one in self._arrivals for gap in np.diff(one)]
+        elapsed_s = max(times[-1] for times in self._arrivals) - self._start_s
+        first = [times[0] - self._start_s for times in self._arrivals]
+        gaps = [gap for times in self._arrivals for gap in np.diff(times)]
         return Figures(
             elapsed_s=round(elapsed_s, 3),
             output_tok_s=round(len(first) * self._output / elapsed_s, 1),
@@ -93,13 +99,13 @@ class Clock:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figures:
-    """What a cell gave.
+    """The result of a cell.
 
     Attributes:
-        elapsed_s: from the first request's hand-over to the last token.
+        elapsed_s: seconds from the submission of the first request to the last token.
         output_tok_s: output tokens per second over the whole cell, prefill included.
-        ttft_ms: time to first token, percentiles over requests.
-        itl_ms: time between tokens, percentiles over all gaps; empty for one output token.
+        ttft_ms: time to first token; percentiles over requests.
+        itl_ms: time between tokens; percentiles over all gaps; empty for a single output token.
     """
 
     elapsed_s: float
@@ -108,7 +114,7 @@ class Figures:
     itl_ms: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The figures for JSON."""
         return asdict(self)
 
 
@@ -119,19 +125,19 @@ def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
 
 
 class EngineBench:
-    """An engine in this process, ready to be measured; a context manager.
+    """An engine in this process, ready for measurements; a context manager.
 
-    One slice runs in a thread of this process, several as child processes of it.
+    A single slice runs in a thread of this process; several slices run as child processes.
     """
 
     def __init__(
         self, config: GroupConfig, on_loaded: Callable[[Loading], None] = lambda loading: None
     ) -> None:
-        """Load the model and draw the warm-up's tokens.
+        """Load the model and run the warm-up.
 
         Args:
-            config: of the group.
-            on_loaded: told how far loading is.
+            config: settings of the group.
+            on_loaded: called with the progress of loading.
         """
         from arriero.cluster.planner.kv_room import needs_room, with_kv_blocks
         from arriero.shards.checkpoint.formats.describe import describe
@@ -189,32 +195,32 @@ class EngineBench:
             GroupFailed: a request or the group failed; the text is the cause.
         """
         clock = Clock(len(prompts), output)
-        clock.begin()
-        for number, one in self._outputs(prompts, params(output)):
-            clock.took(number, len(one.tokens))
+        clock.start()
+        for number, sequence in self._outputs(prompts, params(output)):
+            clock.record(number, len(sequence.tokens))
         return clock.figures()
 
     def greedy(
         self, prompts: Sequence[Sequence[int]], output: int, banned: tuple[int, ...] = ()
     ) -> list[list[int]]:
-        """Tokens of `output` greedy steps from each prompt, with `banned` ones left out."""
+        """Tokens of `output` greedy steps from each prompt, without the `banned` token ids."""
         tokens: list[list[int]] = [[] for _ in prompts]
-        asked = replace(params(output), banned_token_ids=banned)
-        for number, one in self._outputs(prompts, asked):
-            tokens[number] += one.tokens
+        sampling = replace(params(output), banned_token_ids=banned)
+        for number, sequence in self._outputs(prompts, sampling):
+            tokens[number] += sequence.tokens
         return tokens
 
     def prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probability of each prompt token but the first, given those before it."""
+        """Log-probability of each prompt token after the first, given the tokens before."""
         scores: list[list[float]] = [[] for _ in prompts]
-        for number, one in self._outputs(prompts, replace(params(1), prompt_logprobs=0)):
-            scores[number] += [each.logprob for each in one.prompt_logprobs or ()]
+        for number, sequence in self._outputs(prompts, replace(params(1), prompt_logprobs=0)):
+            scores[number] += [token.logprob for token in sequence.prompt_logprobs or ()]
         return scores
 
     def _outputs(
-        self, prompts: Sequence[Sequence[int]], asked: SamplingParams
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams
     ) -> Iterator[tuple[int, SequenceOutput]]:
-        """Submit all prompts at once; (number of the prompt, output) as they come.
+        """Submit all prompts at once; gives (number of the prompt, output) at each arrival.
 
         Raises:
             GroupFailed: a request or the group failed; the text is the cause.
@@ -225,18 +231,18 @@ class EngineBench:
         self._num_requests += len(prompts)
         for i, prompt in enumerate(prompts):
             self._engine.submit(
-                EngineRequest(request_id=str(first + i), prompt=tuple(prompt), params=asked)
+                EngineRequest(request_id=str(first + i), prompt=tuple(prompt), params=sampling)
             )
         left = len(prompts)
         while left:
             outputs = self._arrived.get()
             if isinstance(outputs, Exception):
                 raise outputs
-            for one in outputs:
-                if one.finish_reason in ("error", "lost"):
-                    raise GroupFailed(f"request {one.request_id}: {one.error}")
-                left -= one.finish_reason is not None
-                yield int(one.request_id) - first, one
+            for output in outputs:
+                if output.finish_reason in ("error", "lost"):
+                    raise GroupFailed(f"request {output.request_id}: {output.error}")
+                left -= output.finish_reason is not None
+                yield int(output.request_id) - first, output
 
     def close(self) -> None:
         """Stop the engine and its slices; safe to call twice."""

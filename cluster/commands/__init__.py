@@ -1,1 +1,1 @@
-"""The commands of `arriero`, one file for each group of them."""
+"""The commands of `arriero`: a file per group of commands."""

@@ -1,10 +1,13 @@
-"""`arriero bench`: the operations, the engine in process, or a deployment through gRPC."""
+"""`arriero bench`: speed of the operations, of the engine in process, or of a deployment.
+
+Knows flags and output; the measurements are in `kernels/bench.py` and `cluster/engine_bench.py`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,44 +22,49 @@ from arriero.shards.errors import SpecError, Unavailable
 
 if TYPE_CHECKING:
     from arriero.cluster.engine_bench import Cell, Figures
-    from arriero.kernels.bench import Shape
+    from arriero.kernels.bench import Shape, Timing
     from arriero.router.client.client import AsyncClient
 
 app = typer.Typer(
-    help="Measure operations, or N requests at once: greedy, no stop.", no_args_is_help=True
+    help="Measure the operations, or N requests at once (greedy, without stops).",
+    no_args_is_help=True,
 )
 
 _CELL_LIMIT_S = 3600.0
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-Quantization = Annotated[str | None, typer.Option(help="int8, int4 or fp8 weights.")]
-Requests = Annotated[int, typer.Option(min=1, help="Requests, all at once.")]
-Prompt = Annotated[int, typer.Option(min=1, help="Prompt tokens of each.")]
-Output = Annotated[int, typer.Option(min=1, help="Output tokens of each.")]
+Quantization = Annotated[str | None, typer.Option(help="Weights in int8, int4 or fp8.")]
+Requests = Annotated[int, typer.Option(min=1, help="Number of requests, all at once.")]
+Prompt = Annotated[int, typer.Option(min=1, help="Prompt tokens of each request.")]
+Output = Annotated[int, typer.Option(min=1, help="Output tokens of each request.")]
 Tp = Annotated[int, typer.Option(min=1, help="Tensor-parallel slices of a stage.")]
 Pp = Annotated[int, typer.Option(min=1, help="Pipeline stages.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-Json = Annotated[bool, typer.Option("--json", help="The last line is one JSON object.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="The last line on stdout is the result as JSON.")
+]
 
 
 @app.command("kernels")
 def kernels(
     model: Annotated[
-        str, typer.Option(help="A checkpoint folder, or a name that `arriero plan` knows.")
+        str, typer.Option(help="Checkpoint folder, or a model name of `arriero plan`.")
     ] = "smollm2-135m",
     dtype: Dtype = "bfloat16",
     quantization: Quantization = None,
-    tokens: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8,32,256",
-    context: Annotated[int, typer.Option(min=1, help="Tokens that a decode attends to.")] = 512,
-    seconds: Annotated[float, typer.Option(help="How long each operation is measured.")] = 0.2,
+    tokens: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1,8,32,256",
+    context: Annotated[int, typer.Option(min=1, help="Tokens in the context of a decode.")] = 512,
+    seconds: Annotated[
+        float, typer.Option(help="Seconds of measurement for each operation.")
+    ] = 0.2,
     tp: Tp = 1,
     device: Device = "cpu",
     backend: Annotated[
-        str | None, typer.Option("--kernels", help="Backend of the operations.")
+        str | None, typer.Option("--kernels", help="Backend: cpu, triton or reference.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     json_: Json = False,
 ) -> None:
-    """Time each operation at one layer's sizes, and say its share of the machine's limit."""
+    """Measure each operation at the sizes of a layer: time, and share of the machine's limit."""
     import torch
 
     from arriero.kernels.bench import KernelBench
@@ -64,48 +72,58 @@ def kernels(
 
     shape = _shape(model, dtype, quantization, tp)
     sizes = _sizes(tokens)
-    with spinner() as say:
-        say("packing weights")
-        of = torch.device(device)
-        ops = ops_for(of, backend, threads)
-        bench = KernelBench(ops, shape, of, seconds)
-        timings = []
+    with spinner() as show:
+        show("packing weights")
+        torch_device = torch.device(device)
+        ops = ops_for(torch_device, backend, threads)
+        bench = KernelBench(ops, shape, torch_device, seconds)
+        timings: list[Timing] = []
         for size in sizes:
-            say(f"batch of {size}")
-            timings += list(bench.run(size, max(size, context)))
+            show(f"batch of {size}")
+            timings += bench.run(size, max(size, context))
     rates = bench.rates
     if json_:
-        said: dict[str, object] = {
+        settings: dict[str, object] = {
             "bench": "kernels",
             "model": model,
             "dtype": dtype,
             "quantization": quantization,
         }
-        said |= {"tp": tp, "device": device, "kernels": ops.name}
+        settings |= {"tp": tp, "device": device, "kernels": ops.name}
         limits = {"memory_gb_s": rates.memory / 1e9, "matrix_gflop_s": rates.matrix / 1e9}
-        print(json.dumps({**said, **limits, "ops": [one.as_dict() for one in timings]}))
+        print(json.dumps({**settings, **limits, "ops": [timing.as_dict() for timing in timings]}))
         return
     OUT.print(
-        f"kernels {ops.name}: memory {rates.memory / 1e9:.1f} GB/s, products "
-        f"{rates.matrix / 1e9:.0f} GFLOP/s; time, and share of the limit that these set.\n"
-        f"Decodes attend to {context} tokens, a prefill chunk to itself."
+        f"kernels {ops.name}: memory {rates.memory / 1e9:.1f} GB/s, matrix products "
+        f"{rates.matrix / 1e9:.0f} GFLOP/s.\nEach cell: time, and share of the limit of these"
+        f" rates. A decode attends to {context} tokens; a prefill chunk attends to itself."
     )
+    OUT.print(_timing_table(timings, sizes))
+
+
+def _timing_table(timings: Sequence[Timing], sizes: Sequence[int]) -> Table:
     table = Table("operation", *(f"T={size}" for size in sizes))
-    for op in dict.fromkeys(one.op for one in timings):
-        found = {one.tokens: f"{one.us:.0f} us {one.share:.0%}" for one in timings if one.op == op}
-        table.add_row(op, *(found.get(size, "-") for size in sizes))
-    OUT.print(table)
+    for op in dict.fromkeys(timing.op for timing in timings):
+        cells = {
+            timing.tokens: f"{timing.us:.0f} us {timing.share:.0%}"
+            for timing in timings
+            if timing.op == op
+        }
+        table.add_row(op, *(cells.get(size, "-") for size in sizes))
+    return table
 
 
 def _sizes(tokens: str) -> list[int]:
-    sizes = [int(one) if one.strip().isdecimal() else 0 for one in tokens.split(",")]
+    sizes = [int(size) if size.strip().isdecimal() else 0 for size in tokens.split(",")]
     if min(sizes) < 1:
-        raise SpecError(f"`--tokens`={tokens!r} must be whole numbers from 1 up, such as 1,8,32")
+        raise SpecError(
+            f"`--tokens`={tokens!r} must be whole numbers from 1 up, for example 1,8,32"
+        )
     return sizes
 
 
 def _shape(model: str, dtype: str, quantization: str | None, tp: int) -> Shape:
-    """One layer's sizes as tensor-parallel rank 0 holds it."""
+    """Sizes of a layer on tensor-parallel rank 0."""
     import torch
 
     from arriero.cluster.planner.catalog import find_model
@@ -146,11 +164,11 @@ def engine(
     tp: Tp = 1,
     pp: Pp = 1,
     device: Device = "cpu",
-    kernels: Annotated[str | None, typer.Option(help="Backend of the operations.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of a slice.")] = None,
+    kernels: Annotated[str | None, typer.Option(help="Backend: cpu, triton or reference.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of a slice.")] = None,
     json_: Json = False,
 ) -> None:
-    """Drive the engine in this process; with --tp or --pp, its slices are child processes."""
+    """Measure the engine in this process; with --tp or --pp, the slices are child processes."""
     from arriero.cluster.engine_bench import Cell, EngineBench
     from arriero.shards.config.group import GroupConfig
 
@@ -169,19 +187,20 @@ def engine(
         max_queued=max(4096, requests),
         num_blocks=cell.blocks(),
     )
-    with spinner() as say:
-        say("loading")
-        with EngineBench(config, lambda loading: say(str(loading))) as bench:
-            say(f"{requests} requests of {prompt} + {output} tokens")
+    with spinner() as show:
+        show("loading")
+        with EngineBench(config, lambda loading: show(str(loading))) as bench:
+            show(f"{requests} requests of {prompt} + {output} tokens")
             figures = bench.run(cell.prompts(), output)
-    said = {"bench": "engine", "model": str(model), "dtype": dtype, "quantization": quantization}
-    _show({**said, "tp": tp, "pp": pp, "device": device}, cell, figures, json_)
+    settings: dict[str, Any] = {"bench": "engine", "model": str(model)}
+    settings |= {"dtype": dtype, "quantization": quantization}
+    _print({**settings, "tp": tp, "pp": pp, "device": device}, cell, figures, json_)
 
 
 @app.command("serve")
 def serve(
     model: Annotated[
-        Path | None, typer.Option(help="Deploy this checkpoint for the measurement.")
+        Path | None, typer.Option(help="Checkpoint folder to deploy for the measurement.")
     ] = None,
     dtype: Dtype = "bfloat16",
     quantization: Quantization = None,
@@ -195,24 +214,24 @@ def serve(
     api_key: ApiKey = None,
     state_dir: StateDir = None,
 ) -> None:
-    """Go through gRPC: against what is up, or with --model against a deployment of its own.
+    """Measure through gRPC: the deployment that is up, or with --model a temporary deployment.
 
-    What is up keeps its own prefix cache setting; a deployment of its own has none.
+    A temporary deployment has no prefix cache; the deployment that is up keeps the spec's setting.
     """
     from arriero.cluster import deployment_file as state
     from arriero.cluster.engine_bench import Cell
 
     cell = Cell(requests=requests, prompt=prompt, output=output)
-    said: dict[str, Any] = {"bench": "serve"}
+    settings: dict[str, Any] = {"bench": "serve"}
     if model is None:
         deployment = state.read(state.state_folder(state_dir))
         if deployment is None:
             raise Unavailable("nothing is up; deploy with `arriero up`, or give --model PATH")
-        with spinner() as say:
-            figures = asyncio.run(_through_grpc(deployment.gateway, cell, say, ca, api_key))
+        with spinner() as show:
+            figures = asyncio.run(_through_grpc(deployment.gateway, cell, show, ca, api_key))
     else:
-        said |= {"model": str(model), "dtype": dtype, "quantization": quantization}
-        said |= {"tp": tp, "pp": pp}
+        settings |= {"model": str(model), "dtype": dtype, "quantization": quantization}
+        settings |= {"tp": tp, "pp": pp}
         flags = {
             "model": str(model),
             "dtype": dtype,
@@ -223,19 +242,19 @@ def serve(
             "kv": {"blocks": cell.blocks(), "prefix_cache": False},
             "limits": {"max_sequences": max(256, requests), "max_queued": max(4096, requests)},
         }
-        with temporary_deployment(flags) as own, spinner() as say:
-            figures = asyncio.run(_through_grpc(own.gateway, cell, say))
-    _show(said, cell, figures, json_)
+        with temporary_deployment(flags) as temporary, spinner() as show:
+            figures = asyncio.run(_through_grpc(temporary.gateway, cell, show))
+    _print(settings, cell, figures, json_)
 
 
 async def _through_grpc(
     gateway: str,
     cell: Cell,
-    say: Callable[[str], None],
+    show: Callable[[str], None],
     ca: Path | None = None,
     api_key: str | None = None,
 ) -> Figures:
-    """Run the warm-up, then the cell, each request a stream of its own on one connection."""
+    """Run the warm-up, then the cell: a stream per request, all on the same connection."""
     from arriero.cluster.engine_bench import WARM_UP
     from arriero.router.client.client import AsyncClient
 
@@ -244,9 +263,9 @@ async def _through_grpc(
         async with AsyncClient(
             gateway, credentials=tls, api_key=api_key, timeout_s=_CELL_LIMIT_S
         ) as client:
-            say("warming up")
+            show("warming up")
             await _stream_cell(client, WARM_UP)
-            say(f"{cell.requests} requests of {cell.prompt} + {cell.output} tokens")
+            show(f"{cell.requests} requests of {cell.prompt} + {cell.output} tokens")
             return await _stream_cell(client, cell)
 
 
@@ -255,25 +274,26 @@ async def _stream_cell(client: AsyncClient, cell: Cell) -> Figures:
 
     clock = Clock(cell.requests, cell.output)
 
-    async def one(index: int, prompt: list[int]) -> None:
+    async def stream(index: int, prompt: list[int]) -> None:
         fields = {"temperature": 0.0, "ignore_eos": True, "seed": 0, "include_text": False}
         async for answer in client.generate(prompt, max_tokens=cell.output, **fields):
             for output in answer.outputs:
-                clock.took(index, len(output.token_ids))
+                clock.record(index, len(output.token_ids))
 
-    clock.begin()
-    await asyncio.gather(*[one(i, prompt) for i, prompt in enumerate(cell.prompts())])
+    clock.start()
+    await asyncio.gather(*[stream(i, prompt) for i, prompt in enumerate(cell.prompts())])
     return clock.figures()
 
 
-def _show(said: dict[str, Any], cell: Cell, figures: Figures, as_json: bool) -> None:
-    cell_is = {"requests": cell.requests, "prompt": cell.prompt, "output": cell.output}
+def _print(settings: dict[str, Any], cell: Cell, figures: Figures, as_json: bool) -> None:
+    load = {"requests": cell.requests, "prompt": cell.prompt, "output": cell.output}
     if as_json:
-        print(json.dumps({**said, **cell_is, **figures.as_dict()}))
+        print(json.dumps({**settings, **load, **figures.as_dict()}))
         return
     OUT.print(
         f"{cell.requests} requests of {cell.prompt} + {cell.output} tokens:"
         f" {figures.output_tok_s} output tokens/s over {figures.elapsed_s} s"
     )
-    for name, of in (("time to first token", figures.ttft_ms), ("between tokens", figures.itl_ms)):
-        OUT.print(f"{name}: " + ", ".join(f"{p} {value} ms" for p, value in of.items()))
+    latencies = (("time to first token", figures.ttft_ms), ("between tokens", figures.itl_ms))
+    for name, percentiles in latencies:
+        OUT.print(f"{name}: " + ", ".join(f"{p} {value} ms" for p, value in percentiles.items()))

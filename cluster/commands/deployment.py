@@ -1,4 +1,7 @@
-"""`arriero up`, `down` and `demo`."""
+"""`arriero up`, `down` and `demo`: start and end of a deployment.
+
+Knows flags, output and interrupts (Ctrl-C, SIGTERM, SIGHUP); the steps are in `cluster/deploy.py`.
+"""
 
 from __future__ import annotations
 
@@ -33,49 +36,60 @@ def add_to(app: typer.Typer) -> None:
 
 
 def up(
-    spec: Annotated[Path | None, typer.Argument(help="The deployment spec, arriero.yaml.")] = None,
-    model: Annotated[Path | None, typer.Option(help="Checkpoint folder; no spec needed.")] = None,
-    name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
+    spec: Annotated[Path | None, typer.Argument(help="Deployment spec, arriero.yaml.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Checkpoint folder, without a spec.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the model for clients.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     quantization: Annotated[
-        str | None, typer.Option(help="int8, int4 or fp8: weights are quantized while they load.")
+        str | None, typer.Option(help="int8, int4 or fp8: quantize the weights during loading.")
     ] = None,
-    groups: Annotated[int | None, typer.Option(help="Replica groups.")] = None,
+    groups: Annotated[int | None, typer.Option(help="Number of replica groups.")] = None,
     tp: Annotated[int | None, typer.Option(help="Tensor-parallel slices of a stage.")] = None,
     pp: Annotated[int | None, typer.Option(help="Pipeline stages.")] = None,
     dp: Annotated[
-        int | None, typer.Option(help="Data-parallel attention, for mixtures of experts.")
+        int | None, typer.Option(help="Data-parallel ranks of attention (mixtures of experts).")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or auto.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of a slice.")] = None,
-    kv_memory: Annotated[str | None, typer.Option(help="KV cache of a group: 512MiB.")] = None,
+    kv_memory: Annotated[
+        str | None, typer.Option(help="Bytes of a group's KV cache, for example 512MiB.")
+    ] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Most tokens of a sequence.")] = None,
     sliding_window: Annotated[
-        int | None, typer.Option(help="Tokens see the last so many alone (dense models).")
+        int | None, typer.Option(help="Last tokens that a token attends to (dense models).")
     ] = None,
     attention_sinks: Annotated[
-        int | None, typer.Option(help="First tokens seen beside a window.")
+        int | None, typer.Option(help="First tokens that stay visible beside the window.")
     ] = None,
     changes_answers: Annotated[
-        bool | None, typer.Option(help="A window that the model was not trained with is meant.")
+        bool | None,
+        typer.Option(
+            help="Accept other answers from a window that the model was not trained with."
+        ),
     ] = None,
-    host: Annotated[str | None, typer.Option(help="Address of the gateway.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port of the gateway; 0: any.")] = None,
-    http_host: Annotated[str | None, typer.Option(help="Address of its HTTP.")] = None,
-    http_port: Annotated[int | None, typer.Option(help="Port of its HTTP; 0: any.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address of the gateway's gRPC.")] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port of the gateway's gRPC; 0 takes any free port.")
+    ] = None,
+    http_host: Annotated[str | None, typer.Option(help="Address of the gateway's HTTP.")] = None,
+    http_port: Annotated[
+        int | None, typer.Option(help="Port of the gateway's HTTP; 0 takes any free port.")
+    ] = None,
     cors: Annotated[
         str | None,
-        typer.Option(help="Origins of web pages that may call its HTTP, by commas; '*': any."),
+        typer.Option(help="Origins of web pages that may call HTTP, with commas; '*' for all."),
     ] = None,
     address: Annotated[
         str | None, typer.Option(help="Ray cluster to join; else $RAY_ADDRESS, else a local one.")
     ] = None,
-    timeout: Annotated[float | None, typer.Option(help="Seconds a start may take.")] = None,
-    foreground: Annotated[bool, typer.Option(help="Stay; Ctrl-C takes it down.")] = False,
+    timeout: Annotated[float | None, typer.Option(help="Limit of the start, in seconds.")] = None,
+    foreground: Annotated[
+        bool, typer.Option(help="Stay until Ctrl-C, which ends the deployment.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The addresses as JSON.")] = False,
     state_dir: StateDir = None,
 ) -> None:
-    """Deploy; return once a real token came out of every group, leaving it serving."""
+    """Deploy; returns when every group has generated a token, and leaves the deployment serving."""
     flags = {
         "model": None if model is None else str(model),
         "name": name,
@@ -100,67 +114,72 @@ def up(
         "address": address,
         "start_timeout_s": timeout,
     }
-    given = {flag: value for flag, value in flags.items() if value is not None}
+    set_flags = {flag: value for flag, value in flags.items() if value is not None}
     if spec is None and model is None:
         raise SpecError("nothing to serve: give a spec (`arriero up arriero.yaml`) or --model PATH")
-    deployment = bring_up(spec, given, state_dir)
+    deployment = bring_up(spec, set_flags, state_dir)
     http = f" and http://{deployment.http} (HTTP)" if deployment.http else ""
     if as_json:
-        found = {"gateway": deployment.gateway, "http": deployment.http, "admin": deployment.admin}
-        print(json.dumps(found), flush=True)
+        addresses = {
+            "gateway": deployment.gateway,
+            "http": deployment.http,
+            "admin": deployment.admin,
+        }
+        print(json.dumps(addresses), flush=True)
     else:
         OUT.print(f"serving at {deployment.gateway} (gRPC){http}", markup=False, soft_wrap=True)
     if foreground:
-        _stay(state_dir)
+        _wait_for_interrupt(state_dir)
 
 
 def down(
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
     state_dir: StateDir = None,
 ) -> None:
-    """Take down what `up` brought up, and only that."""
+    """End the deployment that `up` started, and nothing else."""
     from arriero.cluster import deploy
     from arriero.cluster import deployment_file as state
 
-    with spinner() as say:
-        found = deploy.down(state.state_folder(state_dir), say)
+    with spinner() as show:
+        was_up = deploy.down(state.state_folder(state_dir), show)
     if as_json:
-        print(json.dumps({"was_up": found}))
+        print(json.dumps({"was_up": was_up}))
     else:
-        OUT.print("down" if found else "nothing was up", markup=False)
+        OUT.print("down" if was_up else "nothing was up", markup=False)
 
 
 def demo(
     model: Annotated[
-        str, typer.Option(help="smollm2; or tiny-maverick, a mixture of experts that continues.")
+        str, typer.Option(help="smollm2, or tiny-maverick (a mixture of experts, without chat).")
     ] = "smollm2",
     tp: Annotated[int, typer.Option(help="Tensor-parallel slices of a stage.")] = 1,
     pp: Annotated[int | None, typer.Option(help="Pipeline stages; 2 for smollm2.")] = None,
     dp: Annotated[
-        int | None, typer.Option(help="Data-parallel attention; 2 for tiny-maverick.")
+        int | None, typer.Option(help="Data-parallel ranks of attention; 2 for tiny-maverick.")
     ] = None,
-    question: Annotated[str | None, typer.Option(help="What to ask, or to continue.")] = None,
+    question: Annotated[
+        str | None, typer.Option(help="The question; for tiny-maverick, the text to continue.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The answer and times as JSON.")] = False,
 ) -> None:
-    """Serve a small model from a group of slices, ask it a question, and clean up."""
+    """Serve a small model from a group of slices, ask a question, and end the deployment."""
     from arriero.cluster.commands import models, talk
 
-    routed = model == models.TINY_MAVERICK
-    if not routed and model != models.DEMO:
+    mixture = model == models.TINY_MAVERICK
+    if not mixture and model != models.DEMO:
         raise SpecError(f"`model`={model!r} is none of {models.DEMO}, {models.TINY_MAVERICK}")
-    folder = models.tiny_maverick() if routed else models.demo_model()
-    stages, lanes = pp or (1 if routed else 2), dp or (2 if routed else 1)
-    flags = {"model": str(folder), "tp": tp, "pp": stages, "dp": lanes, "port": 0}
-    asked = question or (_BEGINNING if routed else _QUESTION)
-    begun_s = time.monotonic()
+    folder = models.tiny_maverick() if mixture else models.demo_model()
+    pp, dp = pp or (1 if mixture else 2), dp or (2 if mixture else 1)
+    flags = {"model": str(folder), "tp": tp, "pp": pp, "dp": dp, "port": 0}
+    text = question or (_BEGINNING if mixture else _QUESTION)
+    start_s = time.monotonic()
     with temporary_deployment(flags) as deployment:
-        up_s = time.monotonic() - begun_s
-        slices = tp * stages * lanes
-        ERR.print(f"{folder.name} served by {slices} slices after {up_s:.1f} s", markup=False)
+        up_s = time.monotonic() - start_s
+        ERR.print(f"{folder.name} served by {tp * pp * dp} slices after {up_s:.1f} s", markup=False)
         if not as_json:
-            OUT.print(f"\n> {asked}\n", markup=False)
-        talk_on = talk.go_on if routed else talk.ask
-        answer = talk_on(deployment.gateway, folder.name, asked, as_json=as_json)
+            OUT.print(f"\n> {text}\n", markup=False)
+        send = talk.continue_text if mixture else talk.ask
+        answer = send(deployment.gateway, folder.name, text, as_json=as_json)
         if as_json:
             return
         OUT.print(
@@ -171,36 +190,39 @@ def demo(
 
 
 def bring_up(spec: Path | None, flags: dict[str, Any], state_dir: Path | None) -> Deployment:
-    """Deploy, with progress shown."""
+    """Deploy, and show the progress."""
     from arriero.cluster import deploy
     from arriero.cluster import deployment_file as state
     from arriero.cluster.spec.load import load
 
     checked = load(spec, flags)
-    with spinner() as say, _interruptible() as heed:
-        return deploy.up(checked, state.state_folder(state_dir), _after(heed, say))
+    with spinner() as show, _interruptible() as check_interrupt:
+        return deploy.up(checked, state.state_folder(state_dir), _after(check_interrupt, show))
 
 
 @contextlib.contextmanager
 def temporary_deployment(flags: dict[str, Any]) -> Iterator[Deployment]:
-    """A deployment on a local cluster of its own, gone at the end whatever happens."""
+    """A deployment on a new local cluster; ends at the end of the block, also after an error."""
     from arriero.cluster import deploy
     from arriero.cluster.spec.load import load
 
     checked = load(None, flags)
-    with tempfile.TemporaryDirectory(prefix="arriero-state-") as name, _interruptible() as heed:
+    with (
+        tempfile.TemporaryDirectory(prefix="arriero-state-") as name,
+        _interruptible() as check_interrupt,
+    ):
         folder = Path(name)
         try:
-            with spinner() as say:
-                deployment = deploy.up(checked, folder, _after(heed, say))
+            with spinner() as show:
+                deployment = deploy.up(checked, folder, _after(check_interrupt, show))
             yield deployment
         finally:
-            with spinner() as say, _uninterrupted():
-                deploy.down(folder, say)
+            with spinner() as show, _uninterrupted():
+                deploy.down(folder, show)
 
 
-def _stay(state_dir: Path | None) -> None:
-    ERR.print("Ctrl-C takes it down", markup=False)
+def _wait_for_interrupt(state_dir: Path | None) -> None:
+    ERR.print("Ctrl-C ends the deployment", markup=False)
     with _interruptible():
         try:
             signal.pause()
@@ -211,48 +233,50 @@ def _stay(state_dir: Path | None) -> None:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[Callable[[], None]]:
-    """Take SIGTERM and SIGHUP as Ctrl-C, so that they clean up too.
+    """Treat SIGTERM and SIGHUP as Ctrl-C, so that both signals clean up too.
 
-    Gives what raises an interrupt again that some library's callback has swallowed; it does
-    nothing while an exception is on its way, whose cleaning up must not be cut short.
+    Gives a function that raises KeyboardInterrupt again after a library's callback has swallowed
+    the interrupt. The function does nothing while an exception is handled: that clean-up must end.
     """
-    came = False
+    interrupted = False
 
     def interrupt(number: int, frame: object) -> None:
-        nonlocal came
-        came = True
+        nonlocal interrupted
+        interrupted = True
         raise KeyboardInterrupt
 
-    def heed() -> None:
-        if came and sys.exc_info()[0] is None:
+    def check_interrupt() -> None:
+        if interrupted and sys.exc_info()[0] is None:
             raise KeyboardInterrupt
 
     with _handled(interrupt, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        yield heed
+        yield check_interrupt
 
 
-def _after(heed: Callable[[], None], say: Callable[[str], None]) -> Callable[[str], None]:
-    """`say`, which is called again and again while there is something to wait for, made to heed."""
+def _after(
+    check_interrupt: Callable[[], None], show: Callable[[str], None]
+) -> Callable[[str], None]:
+    """`show` after `check_interrupt`; every wait calls `show` repeatedly."""
 
-    def told(text: str) -> None:
-        heed()
-        say(text)
+    def check_and_show(text: str) -> None:
+        check_interrupt()
+        show(text)
 
-    return told
+    return check_and_show
 
 
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Clean up in peace; it takes seconds and ends by itself."""
+    """Ignore interrupts during a clean-up of a few seconds."""
     with _handled(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         yield
 
 
 @contextlib.contextmanager
-def _handled(handler: Any, *signs: signal.Signals) -> Iterator[None]:  # noqa: ANN401
-    old = {sign: signal.signal(sign, handler) for sign in signs}
+def _handled(handler: Any, *signals: signal.Signals) -> Iterator[None]:  # noqa: ANN401
+    old_handlers = {number: signal.signal(number, handler) for number in signals}
     try:
         yield
     finally:
-        for sign, before in old.items():
-            signal.signal(sign, before)
+        for number, old_handler in old_handlers.items():
+            signal.signal(number, old_handler)

@@ -1,7 +1,8 @@
 """`arriero keys`: the API keys of the gateways, and the token of Admin.
 
-Without `--file` they are changed through Admin, on every node that runs a gateway; with it, in one
-file alone, whether or not anything is up.
+Without `--file`, Admin changes the key files on every node that runs a gateway. With `--file`, a
+command changes that file only, with or without a deployment. Knows flags and tables; the format of
+key files is in `router/tenants/keys.py`.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ app = typer.Typer(
 )
 File = Annotated[
     Path | None,
-    typer.Option("--file", help="A key file; by default those of the deployment that is up."),
+    typer.Option("--file", help="Key file; by default the key files of the deployment."),
 ]
-Id = Annotated[str, typer.Argument(help="The key's id, the part after `arr-`.")]
+Id = Annotated[str, typer.Argument(help="Id of the key: the part after `arr-`.")]
 Overlap = Annotated[
     float,
     typer.Option(
-        "--overlap", min=0, help="Seconds for which the old one is still taken; 0 cuts it off."
+        "--overlap", min=0, help="Seconds for which the old secret stays valid; 0 for none."
     ),
 ]
 DAY_S = 86_400.0
@@ -42,13 +43,13 @@ MINUTE_S = 60.0
 
 @app.command("add")
 def add(
-    tenant: Annotated[str, typer.Argument(help="Whose key it is; a tenant of the spec, or not.")],
+    tenant: Annotated[str, typer.Argument(help="Tenant of the key, in the spec or not.")],
     file: File = None,
-    note: Annotated[str, typer.Option(help="Words for people.")] = "",
+    note: Annotated[str, typer.Option(help="Note for people.")] = "",
     as_json: AsJson = False,
     state_dir: StateDir = None,
 ) -> None:
-    """Make a key and print it, this once: the files hold only its hash."""
+    """Create a key and print the key, this once: the key files hold only the hash."""
     from arriero.cluster.spec.gateway import TenantSpec
 
     try:
@@ -59,23 +60,23 @@ def add(
         ) from None
     if file is not None:
         key = add_key(file, tenant, note)
-        _told(key, read_keys(file)[key.split("-")[1]], as_json)
+        _print_key(key, read_keys(file)[key.split("-")[1]], as_json)
     else:
-        key, entries = _ask(state_dir, "add", tenant=tenant, note=note)
-        _told(key, entries[0], as_json)
+        key, entries = _call(state_dir, "add", tenant=tenant, note=note)
+        _print_key(key, entries[0], as_json)
 
 
 @app.command("list")
 def list_(file: File = None, as_json: AsJson = False, state_dir: StateDir = None) -> None:
-    """List the keys, by what may be told of them."""
-    entries: Iterable[KeyEntry] = read_keys(file).values() if file else _ask(state_dir, "list")[1]
+    """List the keys, without secrets."""
+    entries: Iterable[KeyEntry] = read_keys(file).values() if file else _call(state_dir, "list")[1]
     if as_json:
-        print(json.dumps([_plain(one) for one in entries]))
+        print(json.dumps([_plain(entry) for entry in entries]))
         return
     table = Table("id", "tenant", "created", "until", "note", box=None)
-    for one in entries:
-        until = _clock(one.expires) if one.expires else ""
-        table.add_row(one.id, one.tenant, _clock(one.created), until, one.note)
+    for entry in entries:
+        until = _clock(entry.expires) if entry.expires else ""
+        table.add_row(entry.id, entry.tenant, _clock(entry.created), until, entry.note)
     OUT.print(table)
 
 
@@ -87,23 +88,23 @@ def rotate(
     as_json: AsJson = False,
     state_dir: StateDir = None,
 ) -> None:
-    """Make a key in place of another, print it, and take the old one for a day more."""
+    """Create a key in place of another and print the key; by default the old key lives a day."""
     if file is not None:
-        _told(*rotate_key(file, key_id, overlap_s), as_json)
+        _print_key(*rotate_key(file, key_id, overlap_s), as_json)
     else:
-        key, entries = _ask(state_dir, "rotate", id=key_id, overlap_s=overlap_s)
-        _told(key, entries[0], as_json)
+        key, entries = _call(state_dir, "rotate", id=key_id, overlap_s=overlap_s)
+        _print_key(key, entries[0], as_json)
 
 
 @app.command("revoke")
 def revoke(
     key_id: Id, file: File = None, as_json: AsJson = False, state_dir: StateDir = None
 ) -> None:
-    """Take a key out; gateways refuse it within a second, and calls it began go on."""
+    """Remove a key; gateways refuse the key within a second, and running calls continue."""
     if file is not None:
         entry = revoke_key(file, key_id)
     else:
-        entry = _ask(state_dir, "revoke", id=key_id)[1][0]
+        entry = _call(state_dir, "revoke", id=key_id)[1][0]
     if as_json:
         print(json.dumps(_plain(entry)))
     else:
@@ -114,45 +115,45 @@ def revoke(
 def rotate_admin(
     overlap_s: Overlap = MINUTE_S, as_json: AsJson = False, state_dir: StateDir = None
 ) -> None:
-    """Replace the token of Admin, here and in the state file; the old one is good for a minute."""
+    """Replace the token of Admin, there and in the state file; the old token lives a minute."""
     from arriero.cluster import deployment_file as state
 
     folder = state.state_folder(state_dir)
     with admin(state_dir) as client:
         token = client.rotate_token(overlap_s)
     deployment = state.read(folder)
-    assert deployment is not None, "Admin was found by it"
+    assert deployment is not None, "the address of Admin comes from the state file"
     state.write(folder, replace(deployment, admin_token=token))
     if as_json:
         print(json.dumps({"overlap_s": overlap_s}))
     else:
-        OUT.print("Admin asks for a new token, which the state file holds", markup=False)
+        OUT.print("Admin has a new token; the state file is up to date", markup=False)
 
 
-def _ask(state_dir: Path | None, action: str, **fields: str | float) -> tuple[str, list[KeyEntry]]:
-    """Admin's answer: a new key or "", and entries, without their hashes."""
+def _call(state_dir: Path | None, action: str, **fields: str | float) -> tuple[str, list[KeyEntry]]:
+    """The response of Admin: the new key or "", and the entries without hashes."""
     with admin(state_dir) as client:
-        found = client.keys(action, **fields)
-    return found.key, [
+        response = client.keys(action, **fields)
+    return response.key, [
         KeyEntry(
-            id=one.id,
-            tenant=one.tenant,
+            id=entry.id,
+            tenant=entry.tenant,
             salt="",
             hash="",
-            created=one.created,
-            note=one.note,
-            expires=one.expires,
+            created=entry.created,
+            note=entry.note,
+            expires=entry.expires,
         )
-        for one in found.keys
+        for entry in response.keys
     ]
 
 
-def _told(key: str, entry: KeyEntry, as_json: bool) -> None:
+def _print_key(key: str, entry: KeyEntry, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"key": key, **_plain(entry)}))
         return
     OUT.print(key, markup=False, highlight=False, soft_wrap=True)
-    ERR.print("gateways take it within a second", markup=False, soft_wrap=True)
+    ERR.print("gateways accept the key within a second", markup=False, soft_wrap=True)
 
 
 def _plain(entry: KeyEntry) -> dict[str, object]:

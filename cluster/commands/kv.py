@@ -1,4 +1,7 @@
-"""`arriero kv`: what the groups' KV caches hold, and changing that."""
+"""`arriero kv`: look into the KV caches of the groups, and change the content.
+
+Knows Admin's KV messages and the tables; knows nothing of blocks and tiers themselves.
+"""
 
 from __future__ import annotations
 
@@ -22,112 +25,113 @@ if TYPE_CHECKING:
     from arriero.cluster.control.admin_client import AdminClient
     from arriero.router.proto.arriero.v1 import admin_pb2 as pb
 
-app = typer.Typer(help="Look into the KV caches, and change what they hold.", no_args_is_help=True)
-Name = Annotated[str, typer.Option("--group", help="A group, seat or model; none for all groups.")]
+app = typer.Typer(help="Look into the KV caches, and change the content.", no_args_is_help=True)
+Name = Annotated[str, typer.Option("--group", help="Group, seat or model; by default all.")]
 Raw = Annotated[
-    bool, typer.Option("--raw", help="Text as prompts begin with it, not a system prompt.")
+    bool, typer.Option("--raw", help="The text is the start of a prompt, not a system prompt.")
 ]
 WARM_BATCH = 4
-"""Prompts of one call, so that none runs into its time limit."""
+"""Prompts in a call of Admin; more prompts could exceed the time limit of the call."""
 
 
 @app.command("stats")
 def stats(name: Name = "", as_json: AsJson = False, state_dir: StateDir = None) -> None:
-    """Show tiers, tenants, pins and copies of each group."""
+    """Show tiers, tenants, pinned prefixes and copies between tiers of each group."""
     with admin(state_dir) as client:
-        _show(_ask(client, name, "stats"), as_json)
+        _print_groups(_call(client, name, "stats"), as_json)
 
 
 @app.command("top")
 def top(
     name: Name = "",
-    period_s: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 1.0,
-    count: Annotated[int, typer.Option(min=0, help="Looks; 0 goes on until Ctrl-C.")] = 0,
+    period_s: Annotated[float, typer.Option(min=0.2, help="Seconds between two updates.")] = 1.0,
+    count: Annotated[int, typer.Option(min=0, help="Number of updates; 0: until Ctrl-C.")] = 0,
     as_json: AsJson = False,
     state_dir: StateDir = None,
 ) -> None:
-    """Show hits, tiers and copies per second as they change."""
+    """Show cache hits, tiers and copies per second, live."""
     from rich.live import Live
 
     if as_json:
         with admin(state_dir) as client:
             for _ in itertools.repeat(None) if not count else range(count):
-                groups = [plain(one) for one in _ask(client, name, "stats")]
+                groups = [plain(group) for group in _call(client, name, "stats")]
                 print(json.dumps({"at": time.time(), "groups": groups}), flush=True)
                 time.sleep(period_s)
         return
     with admin(state_dir) as client, Live(console=OUT, auto_refresh=False) as live:
         before: dict[str, pb.KvGroup] = {}
-        looks, then = 0, time.monotonic()
+        updates, before_s = 0, time.monotonic()
         while True:
-            found, now = _ask(client, name, "stats"), time.monotonic()
-            live.update(_rates(before, found, now - then), refresh=True)
-            before, then, looks = {one.group: one for one in found}, now, looks + 1
-            if looks == count:
+            current, now_s = _call(client, name, "stats"), time.monotonic()
+            live.update(_rates(before, current, now_s - before_s), refresh=True)
+            before, before_s = {group.group: group for group in current}, now_s
+            updates += 1
+            if updates == count:
                 return
             time.sleep(period_s)
 
 
 @app.command("flush")
 def flush(name: Name = "", as_json: AsJson = False, state_dir: StateDir = None) -> None:
-    """Forget every block that nothing runs on, in every tier but the shared store."""
+    """Delete all blocks that no running request uses, in all tiers but the shared store."""
     with admin(state_dir) as client:
-        _changed(_ask(client, name, "flush"), "blocks flushed", as_json)
+        _print_changes(_call(client, name, "flush"), "blocks flushed", as_json)
 
 
 @app.command("warm")
 def warm(
     file: Annotated[
-        Path, typer.Argument(help="A prompt a line; a line that is a JSON string is one too.")
+        Path, typer.Argument(help="File with a prompt per line, as text or as a JSON string.")
     ],
     name: Name = "",
     raw: Raw = False,
     as_json: AsJson = False,
     state_dir: StateDir = None,
 ) -> None:
-    """Compute prompts, so that their blocks are found by the requests to come."""
+    """Compute prompts now, so that later requests reuse the blocks."""
     prompts = list(_prompts(file))
-    found: list[pb.KvGroup] = []
+    groups: list[pb.KvGroup] = []
     with admin(state_dir) as client:
         for start in range(0, len(prompts), WARM_BATCH):
             batch = prompts[start : start + WARM_BATCH]
-            done = {one.group: one.changed for one in found}
-            found = _ask(client, name, "warm", texts=batch, raw=raw)
-            for one in found:
-                one.changed += done.get(one.group, 0)
-    _changed(found, f"tokens of {len(prompts)} prompts warmed", as_json)
+            num_tokens = {group.group: group.changed for group in groups}
+            groups = _call(client, name, "warm", texts=batch, raw=raw)
+            for group in groups:
+                group.changed += num_tokens.get(group.group, 0)
+    _print_changes(groups, f"tokens of {len(prompts)} prompts warmed", as_json)
 
 
 @app.command("pin")
 def pin(
-    text: Annotated[str, typer.Argument(help="A system prompt; @FILE reads it from a file.")],
-    pin_name: Annotated[str, typer.Option("--name", help="To unpin it by.")],
+    text: Annotated[str, typer.Argument(help="System prompt; @FILE reads the text from a file.")],
+    pin_name: Annotated[str, typer.Option("--name", help="Name of the pin, for `unpin`.")],
     name: Name = "",
     raw: Raw = False,
     as_json: AsJson = False,
     state_dir: StateDir = None,
 ) -> None:
-    """Compute a prefix and keep its full blocks on the device."""
+    """Compute a prefix and keep the full blocks on the device."""
     if text.startswith("@"):
         text = Path(text[1:]).read_text(encoding="utf-8")
     with admin(state_dir) as client:
-        found = _ask(client, name, "pin", texts=[text], raw=raw, pin=pin_name)
-    _changed(found, f"tokens pinned as {pin_name}", as_json)
+        groups = _call(client, name, "pin", texts=[text], raw=raw, pin=pin_name)
+    _print_changes(groups, f"tokens pinned as {pin_name}", as_json)
 
 
 @app.command("unpin")
 def unpin(
-    pin_name: Annotated[str, typer.Argument(help="The name it was pinned by.")],
+    pin_name: Annotated[str, typer.Argument(help="Name of the pin.")],
     name: Name = "",
     as_json: AsJson = False,
     state_dir: StateDir = None,
 ) -> None:
-    """Let go of a pinned prefix."""
+    """Release a pinned prefix."""
     with admin(state_dir) as client:
-        _show(_ask(client, name, "unpin", pin=pin_name), as_json)
+        _print_groups(_call(client, name, "unpin", pin=pin_name), as_json)
 
 
-def _ask(
+def _call(
     client: AdminClient,
     name: str,
     action: str,
@@ -136,19 +140,19 @@ def _ask(
     raw: bool = False,
     pin: str = "",
 ) -> list[pb.KvGroup]:
-    """Ask all the groups that are meant.
+    """Call Admin for the groups of `name`; returns the state of each group.
 
     Raises:
-        GroupFailed: one of them did not do it; names it and says why.
+        GroupFailed: a group failed; the text has each failed group and the cause.
     """
     from arriero.router.proto.arriero.v1 import admin_pb2 as pb
 
     request = pb.KvRequest(name=name, action=action, texts=texts, raw=raw, pin=pin)
-    found = client.kv(request)
-    failed = [f"{one.group}: {one.error}" for one in found if one.error]
+    groups = client.kv(request)
+    failed = [f"{group.group}: {group.error}" for group in groups if group.error]
     if failed:
         raise GroupFailed("; ".join(failed))
-    return found
+    return groups
 
 
 def _prompts(file: Path) -> Iterator[str]:
@@ -164,63 +168,61 @@ def _prompts(file: Path) -> Iterator[str]:
         yield line
 
 
-def _changed(found: list[pb.KvGroup], what: str, as_json: bool) -> None:
+def _print_changes(groups: list[pb.KvGroup], change: str, as_json: bool) -> None:
     if as_json:
-        print(json.dumps([plain(one) for one in found]))
+        print(json.dumps([plain(group) for group in groups]))
         return
-    for one in found:
-        OUT.print(f"{one.group}: {one.changed} {what}", markup=False, soft_wrap=True)
+    for group in groups:
+        OUT.print(f"{group.group}: {group.changed} {change}", markup=False, soft_wrap=True)
 
 
-def _show(found: list[pb.KvGroup], as_json: bool) -> None:
+def _print_groups(groups: list[pb.KvGroup], as_json: bool) -> None:
     if as_json:
-        print(json.dumps([plain(one) for one in found]))
+        print(json.dumps([plain(group) for group in groups]))
     else:
-        OUT.print(Group(*(part for one in found for part in _tables(one))))
+        OUT.print(Group(*(table for group in groups for table in _tables(group))))
 
 
-def _tables(one: pb.KvGroup) -> list[RenderableType]:
-    tiers = Table(title=one.group, title_justify="left", box=None)
+def _tables(group: pb.KvGroup) -> list[RenderableType]:
+    tiers = Table(title=group.group, title_justify="left", box=None)
     for name in ("tier", "blocks", "of"):
         tiers.add_column(name, justify="left" if name == "tier" else "right")
-    for tier in one.tiers:
+    for tier in group.tiers:
         tiers.add_row(tier.tier, f"{tier.used:,}", f"{tier.total:,}" if tier.total else "-")
     tenants = Table(box=None)
     for name in ("tenant", "prompt tokens", "cached", "host blocks", "disk blocks"):
         tenants.add_column(name, justify="left" if name == "tenant" else "right")
-    for who in one.tenants:
+    for tenant in group.tenants:
         tenants.add_row(
-            who.tenant or "-",
-            f"{who.prompt_tokens:,}",
-            _share(who.cached_tokens, who.prompt_tokens),
-            f"{who.host_blocks:,}",
-            f"{who.disk_blocks:,}",
+            tenant.tenant or "-",
+            f"{tenant.prompt_tokens:,}",
+            _share(tenant.cached_tokens, tenant.prompt_tokens),
+            f"{tenant.host_blocks:,}",
+            f"{tenant.disk_blocks:,}",
         )
-    pins = ", ".join(f"{pin.name} ({pin.tokens} tokens)" for pin in one.pins)
-    copies = f"copies: {one.loaded:,} up, {one.saved:,} down, {one.failed:,} failed"
+    pins = ", ".join(f"{pin.name} ({pin.tokens} tokens)" for pin in group.pins)
+    copies = f"copies: {group.loaded:,} up, {group.saved:,} down, {group.failed:,} failed"
     return [tiers, tenants, copies + (f"; pinned: {pins}" if pins else "")]
 
 
 def _rates(
-    before: dict[str, pb.KvGroup], found: list[pb.KvGroup], elapsed_s: float
+    before: dict[str, pb.KvGroup], current: list[pb.KvGroup], elapsed_s: float
 ) -> RenderableType:
     table = Table("group", expand=True)
     for name in ("device", "host", "disk", "cached", "up/s", "down/s"):
         table.add_column(name, justify="right")
-    for one in found:
-        old = before.get(one.group)
-        used = {t.tier: _share(t.used, t.total) for t in one.tiers}
-        asked = sum(t.prompt_tokens for t in one.tenants)
-        hits = sum(t.cached_tokens for t in one.tenants)
-        up, down = (
-            (now - then) / elapsed_s if old is not None and elapsed_s else 0.0
-            for now, then in (
-                (one.loaded, old.loaded if old else 0),
-                (one.saved, old.saved if old else 0),
-            )
-        )
+    for group in current:
+        last = before.get(group.group)
+        used = {tier.tier: _share(tier.used, tier.total) for tier in group.tiers}
+        prompt_tokens = sum(tenant.prompt_tokens for tenant in group.tenants)
+        cached_tokens = sum(tenant.cached_tokens for tenant in group.tenants)
+        up = down = 0.0
+        if last is not None and elapsed_s:
+            up = (group.loaded - last.loaded) / elapsed_s
+            down = (group.saved - last.saved) / elapsed_s
         sizes = [used.get(tier, "-") for tier in ("device", "host", "disk")]
-        table.add_row(one.group, *sizes, _share(hits, asked), f"{up:.1f}", f"{down:.1f}")
+        hits = _share(cached_tokens, prompt_tokens)
+        table.add_row(group.group, *sizes, hits, f"{up:.1f}", f"{down:.1f}")
     return table
 
 

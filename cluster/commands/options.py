@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    pass
 
 StateDir = Annotated[
     Path | None,
     typer.Option(
         envvar="ARRIERO_STATE",
-        help="Where the deployment is noted; by default ~/.local/state/arriero.",
+        help="Folder of the state file of `up`; by default ~/.local/state/arriero.",
         show_default=False,
     ),
 ]

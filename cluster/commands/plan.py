@@ -1,6 +1,6 @@
-"""`arriero plan`: what a deployment will take, before anything is placed.
+"""`arriero plan`: memory and layouts of a deployment, before anything starts.
 
-Knows flags and the spec; the arithmetic is in `cluster/plan`. Loads neither torch nor Ray.
+Knows flags and the spec; the arithmetic is in `cluster/planner/`. Imports neither torch nor Ray.
 """
 
 from __future__ import annotations
@@ -36,8 +36,20 @@ def add_to(app: typer.Typer) -> None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Wish:
-    """One model of the request: what to plan, and on what."""
+class _PlanRequest:
+    """A model to plan, and the machines for the model.
+
+    Attributes:
+        model: numbers of the checkpoint.
+        machines: GPUs, or CPU nodes.
+        demand: sequences and KV cache of a group.
+        kernels: backend, for the bytes of packed weights.
+        dtype: of the weights; None compares dtypes.
+        layout: of a group; None takes the best layout.
+        groups: number of groups; None for as many as the machines hold.
+        spares: number of spare groups.
+        tiers: host memory and disk for KV blocks.
+    """
 
     model: NamedModel
     machines: Machines
@@ -51,41 +63,48 @@ class _Wish:
 
 
 def plan(
-    spec: Annotated[Path | None, typer.Argument(help="The deployment spec, arriero.yaml.")] = None,
+    spec: Annotated[Path | None, typer.Argument(help="Deployment spec, arriero.yaml.")] = None,
     model: Annotated[
-        str | None, typer.Option(help=f"A checkpoint folder, or one of {', '.join(MODELS)}.")
+        str | None, typer.Option(help=f"Checkpoint folder, or one of {', '.join(MODELS)}.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = None,
-    kv_dtype: Annotated[str | None, typer.Option(help="Of the KV cache, also int8.")] = None,
-    gpu: Annotated[str, typer.Option(help=f"One of {', '.join(DEVICES)}, or cpu.")] = "h100-80g",
+    dtype: Annotated[
+        str | None, typer.Option(help=f"Dtype of the weights: {', '.join(DTYPES)}.")
+    ] = None,
+    kv_dtype: Annotated[str | None, typer.Option(help="Dtype of the KV cache; also int8.")] = None,
+    gpu: Annotated[str, typer.Option(help=f"GPU type: {', '.join(DEVICES)}; or cpu.")] = "h100-80g",
     memory: Annotated[
-        str | None, typer.Option(help="Of a GPU, or of a machine with --gpu cpu: 64GiB.")
+        str | None,
+        typer.Option(help="Memory of a GPU (with --gpu cpu: of a node), for example 64GiB."),
     ] = None,
-    nodes: Annotated[int, typer.Option(help="Machines.")] = 1,
+    nodes: Annotated[int, typer.Option(help="Number of nodes.")] = 1,
     gpus_per_node: Annotated[
-        int | None, typer.Option(help="GPUs (or slices on cpu) of each; by default 8 (cpu: 1).")
+        int | None, typer.Option(help="GPUs (on cpu: slices) of a node; by default 8 (cpu: 1).")
     ] = None,
     tp: Annotated[int | None, typer.Option(help="Tensor-parallel slices of a stage.")] = None,
     pp: Annotated[int | None, typer.Option(help="Pipeline stages.")] = None,
-    dp: Annotated[int | None, typer.Option(help="Data-parallel attention ranks (MoE).")] = None,
-    ep: Annotated[int | None, typer.Option(help="Parts the experts are dealt to (MoE).")] = None,
+    dp: Annotated[int | None, typer.Option(help="Data-parallel ranks of attention (MoE).")] = None,
+    ep: Annotated[int | None, typer.Option(help="Slices that share the experts (MoE).")] = None,
     context: Annotated[
-        int | None, typer.Option(help="Tokens of a sequence that must fit; sizes the ranking.")
+        int | None, typer.Option(help="Tokens of a sequence that must fit; used in the ranking.")
     ] = None,
-    max_sequences: Annotated[int | None, typer.Option(help="Running at once.")] = None,
-    max_batch_tokens: Annotated[int | None, typer.Option(help="Tokens of a step.")] = None,
+    max_sequences: Annotated[
+        int | None, typer.Option(help="Most sequences that run at once.")
+    ] = None,
+    max_batch_tokens: Annotated[int | None, typer.Option(help="Most tokens of a step.")] = None,
     block_size: Annotated[int | None, typer.Option(help="Tokens of a KV block.")] = None,
     spare_experts: Annotated[
-        int, typer.Option(help="Second copies of hot experts on each rank (MoE).")
+        int, typer.Option(help="Second copies of busy experts on each rank (MoE).")
     ] = 0,
-    reserve: Annotated[str | None, typer.Option(help="Kept free on each device: 4GiB.")] = None,
-    kernels: Annotated[
-        str | None, typer.Option(help=f"Backend whose packing counts: {', '.join(KERNELS)}.")
+    reserve: Annotated[
+        str | None, typer.Option(help="Free memory of each device, for example 4GiB.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Write a PNG of stacked bars.")] = None,
+    kernels: Annotated[
+        str | None, typer.Option(help=f"Backend that packs the weights: {', '.join(KERNELS)}.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The whole plan as JSON.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="PNG file for a chart of the ranks.")] = None,
 ) -> None:
-    """Say what each rank will hold, what then fits, and which layouts work."""
+    """Compute the memory of each rank, the sequences that fit, and the layouts that work."""
     if (spec is None) == (model is None):
         raise SpecError("nothing to plan: give a spec, or --model NAME (not both)")
     demand = KvDemand(
@@ -97,18 +116,16 @@ def plan(
         spare_experts=spare_experts,
         reserve_bytes=None if reserve is None else _size("reserve", reserve),
     )
-    for name, value in (
-        ("context", context),
-        ("max_sequences", max_sequences),
-        ("max_batch_tokens", max_batch_tokens),
-        ("block_size", block_size),
-    ):
-        if value is not None and value < 1:
-            raise SpecError(f"`{name}`={value} must be at least 1")
-    if spare_experts < 0:
-        raise SpecError(f"`spare_experts`={spare_experts} must be 0 or more")
+    _check_at_least(
+        1,
+        context=context,
+        max_sequences=max_sequences,
+        max_batch_tokens=max_batch_tokens,
+        block_size=block_size,
+    )
+    _check_at_least(0, spare_experts=spare_experts)
     layout = None
-    if any(one is not None for one in (tp, pp, dp, ep)):
+    if any(size is not None for size in (tp, pp, dp, ep)):
         layout = Layout(tp=tp or 1, pp=pp or 1, dp=dp or 1, ep=ep)
     on_cpu = gpu == "cpu"
     machines = Machines(
@@ -118,8 +135,8 @@ def plan(
         memory_bytes=None if memory is None else _size("memory", memory),
     )
     if model is not None:
-        wishes = [
-            _Wish(
+        requests = [
+            _PlanRequest(
                 model=find_model(model),
                 machines=machines,
                 demand=demand,
@@ -132,73 +149,85 @@ def plan(
         ]
     else:
         assert spec is not None
-        wishes = _from_spec(spec, machines, demand, kernels, _dtype(dtype), layout)
-    made = [_make(wish) for wish in wishes]
-    _show(wishes, made, as_json)
+        requests = _from_spec(spec, machines, demand, kernels, _dtype(dtype), layout)
+    plans = [_make(request) for request in requests]
+    _print(requests, plans, as_json)
     if plot is not None:
         from arriero.cluster.planner.plot import plot as draw
 
-        draw(made[0][0], plot)
-    for (group, _), wish in zip(made, wishes, strict=True):
-        why = group.shortfall()
-        if why is not None:
-            raise SpecError(
-                f"{wish.model.name} {group.weights.dtype}, {group.layout} does not fit: {why}"
-                f"{_remedy(wish, group)}"
-            )
+        draw(plans[0][0], plot)
+    for (group, _), request in zip(plans, requests, strict=True):
+        _check_fits(request, group)
 
 
-def _remedy(wish: _Wish, group: GroupPlan) -> str:
-    """More of the same devices, where it was not said how to use those that there are."""
-    if wish.layout is not None or wish.machines.gpu == "cpu":
+def _check_at_least(least: int, **values: int | None) -> None:
+    """Refuse a flag with a value below `least`."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise SpecError(f"`{name}`={value} must be at least {least}")
+
+
+def _check_fits(request: _PlanRequest, group: GroupPlan) -> None:
+    """Refuse a group that needs more memory than the machines have."""
+    shortfall = group.shortfall()
+    if shortfall is not None:
+        raise SpecError(
+            f"{request.model.name} {group.weights.dtype}, {group.layout} does not fit: {shortfall}"
+            f"{_remedy(request, group)}"
+        )
+
+
+def _remedy(request: _PlanRequest, group: GroupPlan) -> str:
+    """A sufficient number of the same GPUs, if the request leaves the layout open; else ""."""
+    if request.layout is not None or request.machines.gpu == "cpu":
         return ""
-    dtypes = [wish.dtype] if wish.dtype else _dtypes(wish.model, on_cpu=False)
-    found = larger_machines(wish.model, wish.machines, group.demand, wish.kernels, dtypes)
-    if found is None:
+    dtypes = [request.dtype] if request.dtype else _dtypes(request.model, on_cpu=False)
+    sufficient = larger_machines(request.model, request.machines, group.demand, request.kernels, dtypes)
+    if sufficient is None:
         return ""
-    machines, best = found
+    machines, best = sufficient
     return (
         f"; {machines.nodes} x {machines.per_node} {machines.gpu} hold it, as {best.dtype} in "
         f"{best.layout}"
     )
 
 
-def _make(wish: _Wish) -> tuple[GroupPlan, list[Option]]:
-    """The plan asked for (or the best one), and all options ranked."""
-    config = wish.model.config
-    demand = wish.demand
+def _make(request: _PlanRequest) -> tuple[GroupPlan, list[Option]]:
+    """The plan of the requested layout (or of the best layout), and all options, best first."""
+    config = request.model.config
+    demand = request.demand
     if not demand.context:
         demand = replace(demand, context=min(DEFAULT_CONTEXT, config.max_position_embeddings))
     if not demand.kv_dtype:
-        plain = wish.dtype if wish.dtype in ("float32", "float16") else "bfloat16"
-        demand = replace(demand, kv_dtype=plain)
-    layout, machines = wish.layout, wish.machines
+        kv_dtype = request.dtype if request.dtype in ("float32", "float16") else "bfloat16"
+        demand = replace(demand, kv_dtype=kv_dtype)
+    layout, machines = request.layout, request.machines
     device = machines.device()
     if layout is not None and layout.ep is None and isinstance(config, Llama4Config):
         layout = replace(layout, ep=layout.tp * layout.dp)
-    dtypes = [wish.dtype] if wish.dtype else _dtypes(wish.model, wish.machines.gpu == "cpu")
+    dtypes = [request.dtype] if request.dtype else _dtypes(request.model, machines.gpu == "cpu")
     if layout is not None:
-        needed = layout.world_size * ((wish.groups or 1) + wish.spares)
-        if needed > machines.total:
-            spare = f" and {wish.spares} spare" if wish.spares else ""
+        num_slices = layout.world_size * ((request.groups or 1) + request.spares)
+        if num_slices > machines.total:
+            spare = f" and {request.spares} spare" if request.spares else ""
             raise SpecError(
-                f"{layout} x {wish.groups or 1} group(s){spare} needs {needed} slices, but "
+                f"{layout} x {request.groups or 1} group(s){spare} needs {num_slices} slices, but "
                 f"{machines.nodes} x {machines.per_node} {machines.gpu} give {machines.total}; "
                 "add machines with --nodes, or use a smaller layout"
             )
-        weights = weights_as(config, wish.model.scheme, dtypes[0])
-        group = plan_group(wish.model, weights, layout, demand, device, wish.kernels)
+        weights = weights_as(config, request.model.scheme, dtypes[0])
+        group = plan_group(request.model, weights, layout, demand, device, request.kernels)
         free = replace(demand, kv_bytes=None, num_blocks=None)
-        return group, rank_layouts(wish.model, machines, free, wish.kernels, dtypes)
-    options = rank_layouts(wish.model, machines, demand, wish.kernels, dtypes)
+        return group, rank_layouts(request.model, machines, free, request.kernels, dtypes)
+    options = rank_layouts(request.model, machines, demand, request.kernels, dtypes)
     best = best_of(options, dtypes)
     if best.plan is None:
-        raise SpecError(f"{wish.model.name}: no layout works: {best.layout}: {best.why_not}")
+        raise SpecError(f"{request.model.name}: no layout works: {best.layout}: {best.why_not}")
     return best.plan, options
 
 
 def _dtypes(model: NamedModel, on_cpu: bool) -> list[Dtype]:
-    """What is worth ranking where no dtype was named, the nearest to plain weights first."""
+    """Dtypes to compare for a model, the nearest to the published weights first."""
     if model.scheme is not None:
         return ["checkpoint"]
     large = isinstance(model.config, Llama4Config) or model.config.num_layers == 126
@@ -209,18 +238,18 @@ def _dtypes(model: NamedModel, on_cpu: bool) -> list[Dtype]:
 def _dtype(name: str | None) -> Dtype | None:
     if name is None:
         return None
-    for one in DTYPES:
-        if one == name:
-            return one
+    for dtype in DTYPES:
+        if dtype == name:
+            return dtype
     raise SpecError(f"`dtype`={name!r} is none of {', '.join(DTYPES)}")
 
 
 def _kernels(name: str | None, on_cpu: bool) -> Kernels:
     if name is None:
         return "cpu" if on_cpu else "triton"
-    for one in KERNELS:
-        if one == name:
-            return one
+    for kernels in KERNELS:
+        if kernels == name:
+            return kernels
     raise SpecError(f"`kernels`={name!r} is none of {', '.join(get_args(Kernels))}")
 
 
@@ -241,11 +270,13 @@ def _from_spec(
     kernels: str | None,
     dtype: Dtype | None,
     layout: Layout | None,
-) -> list[_Wish]:
+) -> list[_PlanRequest]:
     from arriero.cluster.spec.load import load
 
     if layout is not None:
-        raise SpecError("the spec says the layout; give --tp, --pp, --dp, --ep with --model")
+        raise SpecError(
+            "the spec sets the layout; give --tp, --pp, --dp and --ep with --model only"
+        )
     spec = load(path, {})
     on_cpu = machines.gpu == "cpu"
     if on_cpu:
@@ -256,53 +287,53 @@ def _from_spec(
             f"{machines.gpu} give {machines.total}; add machines with --nodes"
         )
     return [
-        _wish_of(one, machines, demand, kernels or one.kernels, dtype, on_cpu)
-        for one in spec.models
+        _from_model_spec(model, machines, demand, kernels or model.kernels, dtype, on_cpu)
+        for model in spec.models
     ]
 
 
-def _wish_of(
-    one: ModelSpec,
+def _from_model_spec(
+    spec: ModelSpec,
     machines: Machines,
     demand: KvDemand,
     kernels: str | None,
     dtype: Dtype | None,
     on_cpu: bool,
-) -> _Wish:
+) -> _PlanRequest:
     from arriero.shards.checkpoint.remote import is_url, local_folder
     from arriero.shards.layout.families import visible_keys
     from arriero.shards.layout.resolve import resolve, tier_limits
 
-    folder = local_folder(one.path, weights=False) if is_url(one.path) else one.path
+    folder = local_folder(spec.path, weights=False) if is_url(spec.path) else spec.path
     model = find_model(str(folder))
-    named = stored_as(one.dtype, one.quantization, model.scheme)
+    stored_dtype = stored_as(spec.dtype, spec.quantization, model.scheme)
     demand = replace(
         demand,
-        context=demand.context or one.limits.max_model_len or 0,
-        max_sequences=one.limits.max_sequences,
-        max_batch_tokens=one.limits.max_batch_tokens,
-        block_size=one.kv.block_size,
-        spare_experts=one.mesh.spare_experts,
-        sliding_window=one.attention.sliding_window,
-        attention_sinks=one.attention.attention_sinks,
-        kv_dtype=demand.kv_dtype or one.dtype,
+        context=demand.context or spec.limits.max_model_len or 0,
+        max_sequences=spec.limits.max_sequences,
+        max_batch_tokens=spec.limits.max_batch_tokens,
+        block_size=spec.kv.block_size,
+        spare_experts=spec.mesh.spare_experts,
+        sliding_window=spec.attention.sliding_window,
+        attention_sinks=spec.attention.attention_sinks,
+        kv_dtype=demand.kv_dtype or spec.dtype,
     )
-    asked = one.group_config("cpu" if on_cpu else "cuda")
-    visible_keys(model.config, asked)  # a window that the model cannot have is told here
-    said = one.kv.memory is not None or one.kv.blocks is not None
-    if said or on_cpu:
-        # the leader's own decision, so that the pool here is the pool there
-        group = resolve(asked, model.config)
+    config = spec.group_config("cpu" if on_cpu else "cuda")
+    visible_keys(model.config, config)  # raises for a window that the model cannot have
+    sets_pool = spec.kv.memory is not None or spec.kv.blocks is not None
+    if sets_pool or on_cpu:
+        # The leader calls `resolve` too, so that this pool equals the pool of the group.
+        group = resolve(config, model.config)
         demand = replace(
             demand, num_blocks=group.num_blocks, num_local_blocks=group.num_local_blocks
         )
-    mesh = one.mesh
-    return _Wish(
-        model=replace(model, name=one.name),
+    mesh = spec.mesh
+    return _PlanRequest(
+        model=replace(model, name=spec.name),
         machines=machines,
         demand=demand,
         kernels=_kernels(kernels, on_cpu),
-        dtype=dtype or named,
+        dtype=dtype or stored_dtype,
         layout=Layout(
             tp=mesh.tp,
             pp=mesh.pp,
@@ -311,22 +342,25 @@ def _wish_of(
             tp_shares=mesh.tp_shares,
             layer_split=mesh.layer_split,
         ),
-        groups=one.groups,
-        spares=one.spares,
-        tiers=tier_limits(asked, model.config),
+        groups=spec.groups,
+        spares=spec.spares,
+        tiers=tier_limits(config, model.config),
     )
 
 
-def _show(wishes: list[_Wish], made: list[tuple[GroupPlan, list[Option]]], as_json: bool) -> None:
+def _print(
+    requests: list[_PlanRequest], plans: list[tuple[GroupPlan, list[Option]]], as_json: bool
+) -> None:
     from arriero.cluster.planner import report
 
     documents = []
-    for (group, options), wish in zip(made, wishes, strict=True):
-        groups = wish.groups or wish.machines.total // group.layout.world_size
+    for (group, options), request in zip(plans, requests, strict=True):
+        machines, tiers = request.machines, request.tiers
+        groups = request.groups or machines.total // group.layout.world_size
         if as_json:
-            documents.append(report.as_json(group, groups, wish.machines, options, wish.tiers))
+            documents.append(report.as_json(group, groups, machines, options, tiers))
         else:
-            OUT.print(report.as_tables(group, groups, wish.machines, options, wish.tiers))
+            OUT.print(report.as_tables(group, groups, machines, options, tiers))
     if as_json:
-        whole = documents[0] if len(documents) == 1 else {"models": documents}
-        OUT.print(json.dumps(whole, indent=2), markup=False, soft_wrap=True)
+        document = documents[0] if len(documents) == 1 else {"models": documents}
+        OUT.print(json.dumps(document, indent=2), markup=False, soft_wrap=True)

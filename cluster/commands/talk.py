@@ -1,4 +1,7 @@
-"""`arriero chat` and `arriero generate`: a gRPC client of what is up."""
+"""`arriero chat` and `arriero generate`: requests to a gateway through gRPC.
+
+Knows flags, the terminal and the client; knows nothing of Ray.
+"""
 
 from __future__ import annotations
 
@@ -24,32 +27,43 @@ if TYPE_CHECKING:
     from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 
 Address = Annotated[
-    str | None, typer.Option(help="host:port of a gateway; by default what `up` brought up.")
+    str | None, typer.Option(help="host:port of a gateway; by default the gateway of `up`.")
 ]
-Model = Annotated[str, typer.Option(help="Which model; may stay out when one is served.")]
+Model = Annotated[str, typer.Option(help="Name of the model; optional with a single model.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Most output tokens.")]
-Temperature = Annotated[float | None, typer.Option(help="0 is greedy.")]
-TopP = Annotated[float | None, typer.Option(help="Keep the smallest set of this mass.")]
-Seed = Annotated[int | None, typer.Option(help="The same seed gives the same tokens.")]
+Temperature = Annotated[float | None, typer.Option(help="Sampling temperature; 0 is greedy.")]
+TopP = Annotated[
+    float | None, typer.Option(help="Sample from the smallest set of tokens with this probability.")
+]
+Seed = Annotated[
+    int | None, typer.Option(help="Seed of sampling; the same seed gives the same tokens.")
+]
 Ca = Annotated[
     Path | None,
-    typer.Option(help="Certificates in PEM that the gateway's is from; then it speaks TLS."),
+    typer.Option(help="PEM file of the gateway's certificate authority; turns TLS on."),
 ]
 ApiKey = Annotated[
     str | None,
-    typer.Option(envvar="ARRIERO_API_KEY", help="Where the gateway asks for keys."),
+    typer.Option(envvar="ARRIERO_API_KEY", help="API key, for a gateway that needs keys."),
 ]
 AsJson = Annotated[
-    bool, typer.Option("--json", help="Each answer as a line of JSON, once it is whole.")
+    bool, typer.Option("--json", help="A line of JSON per answer, at the end of the answer.")
 ]
-Timeout = Annotated[float, typer.Option(help="Seconds that an answer may take.")]
+Timeout = Annotated[float, typer.Option(help="Limit of an answer, in seconds.")]
 
 _ASK_LIMIT_S = 600.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatAnswer:
-    """An answer that has been printed: its text, and how fast it came."""
+    """A printed answer and the speed of the answer.
+
+    Attributes:
+        text: the whole text.
+        num_tokens: output tokens.
+        ttft_s: seconds to the first token.
+        tokens_per_s: tokens per second after the first token.
+    """
 
     text: str
     num_tokens: int
@@ -64,7 +78,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def chat(
-    message: Annotated[str | None, typer.Option(help="Ask this alone, and end.")] = None,
+    message: Annotated[str | None, typer.Option(help="Send this message only, then end.")] = None,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     model: Model = "",
     max_tokens: MaxTokens = None,
@@ -78,17 +92,17 @@ def chat(
     as_json: AsJson = False,
     state_dir: StateDir = None,
 ) -> None:
-    """Talk to a model; an empty line or Ctrl-D ends it."""
+    """Chat with a model; an empty line or Ctrl-D ends the chat."""
     fields = _fields(model, max_tokens, temperature, top_p, seed)
-    said = [{"role": "system", "content": system}] if system else []
+    messages = [{"role": "system", "content": system}] if system else []
     with _client(_gateway(address, state_dir), timeout, ca, api_key) as client:
         while True:
-            asked = message if message is not None else _ask_for_line()
-            if not asked:
+            text = message if message is not None else _read_line()
+            if not text:
                 return
-            said.append({"role": "user", "content": asked})
-            answer = _print(client.chat(said, **fields), as_json=as_json)
-            said.append({"role": "assistant", "content": answer.text})
+            messages.append({"role": "user", "content": text})
+            answer = _print(client.chat(messages, **fields), as_json=as_json)
+            messages.append({"role": "assistant", "content": answer.text})
             if message is not None:
                 return
 
@@ -100,7 +114,9 @@ def generate(
     temperature: Temperature = None,
     top_p: TopP = None,
     seed: Seed = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End at this text.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends the output; may repeat.")
+    ] = None,
     timeout: Timeout = 600.0,
     address: Address = None,
     ca: Ca = None,
@@ -108,7 +124,7 @@ def generate(
     as_json: AsJson = False,
     state_dir: StateDir = None,
 ) -> None:
-    """Continue a text."""
+    """Continue a text, without a chat template."""
     text = sys.stdin.read() if prompt == "-" else prompt
     fields = _fields(model, max_tokens, temperature, top_p, seed)
     with _client(_gateway(address, state_dir), timeout, ca, api_key) as client:
@@ -116,15 +132,15 @@ def generate(
 
 
 def ask(gateway: str, model: str, question: str, *, as_json: bool = False) -> ChatAnswer:
-    """Ask one question, greedily, and print the answer as it streams."""
+    """Ask a question, greedily, and print the answer while the answer streams."""
     messages = [{"role": "user", "content": question}]
     with _client(gateway, _ASK_LIMIT_S) as client:
         answers = client.chat(messages, model=model, temperature=0.0, max_tokens=64)
         return _print(answers, as_json=as_json)
 
 
-def go_on(gateway: str, model: str, text: str, *, as_json: bool = False) -> ChatAnswer:
-    """Continue a text, greedily but for repetitions, and print what comes as it streams."""
+def continue_text(gateway: str, model: str, text: str, *, as_json: bool = False) -> ChatAnswer:
+    """Continue a text, greedily with a repetition penalty, and print the output as a stream."""
     with _client(gateway, _ASK_LIMIT_S) as client:
         answers = client.generate(
             text, model=model, temperature=0.0, max_tokens=96, repetition_penalty=1.1
@@ -134,20 +150,20 @@ def go_on(gateway: str, model: str, text: str, *, as_json: bool = False) -> Chat
 
 @contextmanager
 def status_as_error() -> Iterator[None]:
-    """Turn the gRPC statuses that the client passes on into errors of ours."""
+    """Turn gRPC statuses into errors of arriero."""
     import grpc
 
     try:
         yield
     except grpc.RpcError as error:
-        assert isinstance(error, grpc.Call | grpc.aio.AioRpcError), "a failed call is a call"
+        assert isinstance(error, grpc.Call | grpc.aio.AioRpcError), "the error of a call"
         text = error.details() or error.code().name
-        late = error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-        raise (Unavailable if late else GroupFailed)(text) from None
+        timed_out = error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        raise (Unavailable if timed_out else GroupFailed)(text) from None
 
 
 def credentials(ca: Path | None) -> grpc.ChannelCredentials | None:
-    """Of a client that believes those authorities; None speaks in the clear."""
+    """TLS credentials that trust the authorities in the file `ca`; None for no TLS."""
     import grpc
 
     return None if ca is None else grpc.ssl_channel_credentials(ca.read_bytes())
@@ -190,13 +206,15 @@ def _gateway(address: str | None, state_dir: Path | None) -> str:
         return address
     deployment = state.read(state.state_folder(state_dir))
     if deployment is None or not deployment.gateway:
-        raise Unavailable("nothing is up; `arriero up` deploys, or --address names a gateway")
+        raise Unavailable(
+            "nothing is up; deploy with `arriero up`, or give a gateway with --address"
+        )
     return deployment.gateway
 
 
 def _print(answers: Iterator[pb.GenerateResponse], *, as_json: bool = False) -> ChatAnswer:
-    """Print the text as it comes, to stdout as it is; or once it is whole, a line of JSON."""
-    begun_s = time.perf_counter()
+    """Print the text to stdout while the answer streams; or at the end, a line of JSON."""
+    start_s = time.perf_counter()
     text, num_tokens, first_s = "", 0, 0.0
     for answer in answers:
         for output in answer.outputs:
@@ -208,17 +226,17 @@ def _print(answers: Iterator[pb.GenerateResponse], *, as_json: bool = False) -> 
                 sys.stdout.write(output.text)
                 sys.stdout.flush()
     decode_s = time.perf_counter() - first_s
-    whole = ChatAnswer(
+    printed = ChatAnswer(
         text=text,
         num_tokens=num_tokens,
-        ttft_s=first_s - begun_s,
+        ttft_s=first_s - start_s,
         tokens_per_s=(num_tokens - 1) / decode_s if num_tokens > 1 else 0.0,
     )
-    print(json.dumps(asdict(whole)) if as_json else "", flush=True)
-    return whole
+    print(json.dumps(asdict(printed)) if as_json else "", flush=True)
+    return printed
 
 
-def _ask_for_line() -> str:
+def _read_line() -> str:
     try:
         return ERR.input("> ", markup=False).strip()
     except EOFError:

@@ -1,6 +1,7 @@
-"""What the commands show while they work: a line that changes on a terminal, else plain lines.
+"""Output of the commands: results on stdout, progress on stderr.
 
-Progress goes to stderr, so that stdout holds results alone.
+Progress is a changing line on a terminal, and plain lines elsewhere. Knows the two streams; knows
+nothing of deployments.
 """
 
 from __future__ import annotations
@@ -14,22 +15,22 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 ERR = Console(stderr=True, highlight=False)
 OUT = Console(highlight=False)
-_PERCENT = re.compile(r" ?\d+ ?%.*")  # and what follows it: bytes, rate, time left
+_PERCENT = re.compile(r" ?\d+ ?%.*")  # a percentage and the rest: bytes, rate, time left
 
 
 @contextmanager
 def spinner() -> Iterator[Callable[[str], None]]:
-    """Gives `say(text)`, which shows what is waited for."""
+    """Gives `show(text)`, to call with the current step."""
     if not ERR.is_terminal:
-        said: set[str] = set()
+        shown: set[str] = set()
 
-        def say_once(text: str) -> None:
-            what = _PERCENT.sub("", text)
-            if what not in said:
-                said.add(what)
-                ERR.print(what, markup=False, soft_wrap=True)
+        def show_once(text: str) -> None:
+            step = _PERCENT.sub("", text)
+            if step not in shown:
+                shown.add(step)
+                ERR.print(step, markup=False, soft_wrap=True)
 
-        yield say_once
+        yield show_once
         return
     with ERR.status("") as status:
         yield lambda text: status.update(text)
@@ -37,7 +38,7 @@ def spinner() -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """Gives `advance(done, total, name)`, which moves a progress bar."""
+    """Gives `advance(done, total, name)`, to call at each step of a progress bar."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,4 +1,7 @@
-"""`arriero top`: groups, rates, KV and queues, live."""
+"""`arriero top`: groups, rates, KV blocks and queues, live.
+
+Knows Admin's status and the table; knows nothing of the groups' engines.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +33,12 @@ def add_to(app: typer.Typer) -> None:
 
 
 def top(
-    period_s: float = typer.Option(1.0, min=0.2, help="Seconds between two looks."),
-    count: int = typer.Option(0, min=0, help="Looks; 0 goes on until Ctrl-C."),
+    period_s: float = typer.Option(1.0, min=0.2, help="Seconds between two updates."),
+    count: int = typer.Option(0, min=0, help="Number of updates; 0 for no end (Ctrl-C)."),
     as_json: AsJson = False,
     state_dir: StateDir = None,
 ) -> None:
-    """Show groups, slices, tokens per second, KV and queues as they change."""
+    """Show groups, slices, tokens per second, KV blocks and queues, live."""
     with admin(state_dir) as client:
         if as_json:
             for _ in itertools.repeat(None) if not count else range(count):
@@ -48,36 +51,36 @@ def top(
 def _show(client: AdminClient, period_s: float, count: int) -> None:
     with Live(console=OUT, auto_refresh=False) as live:
         before: tuple[float, pb.Status] | None = None
-        looks = 0
+        updates = 0
         while True:
             now = time.monotonic(), client.status()
             live.update(view(before, now), refresh=True)
-            before, looks = now, looks + 1
-            if looks == count:
+            before, updates = now, updates + 1
+            if updates == count:
                 return
             time.sleep(period_s)
 
 
 def view(before: tuple[float, pb.Status] | None, now: tuple[float, pb.Status]) -> RenderableType:
-    """A table of the groups; rates need the look before.
+    """A table of the groups; rates are differences between two updates.
 
     Args:
-        before: a clock's seconds, and the status then; None at the first look.
-        now: the same for now.
+        before: seconds and status of the update before; None for the first update.
+        now: seconds and status of this update.
     """
     elapsed_s = 0.0 if before is None else now[0] - before[0]
-    old = {} if before is None else {one.id: one for one in before[1].groups}
+    old = {} if before is None else {group.id: group for group in before[1].groups}
     table = Table("group", "phase", "slices", "running", "waiting", "KV", "steps/s", expand=True)
     for name in ("tokens/s", "prompt/s", "cached"):
         table.add_column(name, justify="right")
     total = 0.0
     for group in now[1].groups:
-        then = old.get(group.id)
+        last = old.get(group.id)
 
-        def rate(name: str, group: pb.GroupStatus = group, then: object = then) -> float:
-            if then is None or not elapsed_s:
+        def rate(name: str, group: pb.GroupStatus = group, last: object = last) -> float:
+            if last is None or not elapsed_s:
                 return 0.0
-            return float(getattr(group, name) - getattr(then, name)) / elapsed_s
+            return float(getattr(group, name) - getattr(last, name)) / elapsed_s
 
         total += rate("output_tokens")
         cached = group.cached_tokens / group.prompt_tokens if group.prompt_tokens else 0.0
@@ -94,8 +97,10 @@ def view(before: tuple[float, pb.Status] | None, now: tuple[float, pb.Status]) -
             f"{rate('prompt_tokens'):.1f}",
             f"{cached:.0%}",
         )
-    waiting = sum(one.waiting for one in now[1].groups)
-    running = sum(one.running for one in now[1].groups)
+    waiting = sum(group.waiting for group in now[1].groups)
+    running = sum(group.running for group in now[1].groups)
     head = f"{total:.1f} tokens/s, {running} running, {waiting} waiting"
-    head += "".join(f"; {one.model}: {queue(one)[2:]}" for one in now[1].models if one.queued)
+    head += "".join(
+        f"; {model.model}: {queue(model)[2:]}" for model in now[1].models if model.queued
+    )
     return Group(Text(head, style="bold"), table)

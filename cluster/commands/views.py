@@ -1,4 +1,4 @@
-"""What Admin's status looks like on a terminal. Knows messages and tables only."""
+"""Tables of Admin's status for the terminal. Knows messages and tables; knows nothing else."""
 
 from __future__ import annotations
 
@@ -22,50 +22,50 @@ _STYLES = {
 
 def status_view(status: pb.Status) -> RenderableType:
     """Gateways, models, groups and the latest failures."""
-    addresses = ", ".join(one.address for one in status.gateways) or "none"
+    addresses = ", ".join(gateway.address for gateway in status.gateways) or "none"
     parts: list[RenderableType] = [Text(f"gateways: {addresses}")]
-    if http := [one.http for one in status.gateways if one.http]:
+    if http := [gateway.http for gateway in status.gateways if gateway.http]:
         parts.append(Text(f"HTTP: {', '.join(http)}"))
     for model in status.models:
-        state = "as wanted" if model.settled else "changing"
+        state = "as desired" if model.settled else "changing"
         text = f"{model.model}: {model.serving} of {model.groups} groups serve, "
         if model.spares:
             text += f"{model.standing_by} of {model.spares} spares stand by, "
         parts.append(Text(f"{text}revision {model.revision}, {state}{queue(model)}"))
     columns = ["group", "phase", "layout", "running", "waiting", "KV blocks", "output tokens"]
-    mixtures = any(one.expert_loads for one in status.groups)
+    mixtures = any(group.expert_loads for group in status.groups)
     table = Table(*columns, *(["expert load"] if mixtures else []))
-    for one in status.groups:
-        load = [f"{one.expert_imbalance:.2f} of even" if one.expert_loads else ""]
+    for group in status.groups:
+        load = [f"{group.expert_imbalance:.2f} of even" if group.expert_loads else ""]
         table.add_row(
-            Text(one.id or one.seat),
-            Text(one.phase, style=_STYLES.get(one.phase, "")),
-            one.layout,
-            str(one.running),
-            str(one.waiting),
-            f"{one.blocks_used} of {one.blocks_total}" if one.blocks_total else "",
-            str(one.output_tokens),
+            Text(group.id or group.seat),
+            Text(group.phase, style=_STYLES.get(group.phase, "")),
+            group.layout,
+            str(group.running),
+            str(group.waiting),
+            f"{group.blocks_used} of {group.blocks_total}" if group.blocks_total else "",
+            str(group.output_tokens),
             *(load if mixtures else []),
         )
     parts.append(table)
-    parts += [Text(f"{one.seat}: {one.text}") for one in status.groups if one.text]
+    parts += [Text(f"{group.seat}: {group.text}") for group in status.groups if group.text]
     for failure in status.failures[-3:]:
-        healed = ""
+        recovery = ""
         if failure.HasField("recovered_s"):
-            healed = f" (served again after {failure.recovered_s:.1f} s)"
-        parts.append(Text(f"{failure.who} failed: {failure.cause}{healed}"))
+            recovery = f" (served again after {failure.recovered_s:.1f} s)"
+        parts.append(Text(f"{failure.who} failed: {failure.cause}{recovery}"))
     return Group(*parts)
 
 
 def queue(model: pb.ModelStatus) -> str:
-    """What waits in the gateways, in words; "" for nothing."""
+    """Requests that wait in the gateways, in words; "" for none."""
     if not model.queued:
         return ""
     return f"; {model.queued} wait in gateways, {model.wait_s:.1f} s"
 
 
 def experts_view(group: pb.GroupStatus) -> RenderableType:
-    """The load of a group's experts, a row a layer."""
+    """The load of a group's experts, with a row per layer."""
     table = Table("layer", "tokens", "busiest experts (share of even)", "idle experts")
     for layer in group.expert_loads:
         total, count = sum(layer.tokens), len(layer.tokens)

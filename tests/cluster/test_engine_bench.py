@@ -20,11 +20,11 @@ def test_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([0.0, 1.0, 1.0, 2.0, 2.5])
     monkeypatch.setattr("arriero.cluster.engine_bench.time.perf_counter", lambda: next(times))
     clock = Clock(requests=2, output=2)
-    clock.begin()
-    clock.took(0, 1)
-    clock.took(1, 1)
-    clock.took(0, 1)
-    clock.took(1, 1)
+    clock.start()
+    clock.record(0, 1)
+    clock.record(1, 1)
+    clock.record(0, 1)
+    clock.record(1, 1)
     figures = clock.figures()
     assert figures.elapsed_s == 2.5
     assert figures.output_tok_s == pytest.approx(1.6)
@@ -34,8 +34,8 @@ def test_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_missing_token_is_an_error() -> None:
     clock = Clock(requests=1, output=2)
-    clock.begin()
-    clock.took(0, 1)
+    clock.start()
+    clock.record(0, 1)
     with pytest.raises(AssertionError, match="did not give 2 tokens"):
         clock.figures()
 

@@ -8,14 +8,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import grpc
 import pytest
 import typer
 
 from arriero.cluster import cli
 from arriero.cluster import deployment_file as state
+from arriero.router.proto.arriero.v1 import admin_pb2 as pb
+from arriero.router.proto.arriero.v1.admin_pb2_grpc import (
+    AdminServicer,
+    add_AdminServicer_to_server,
+)
 from arriero.shards.errors import SpecError
 
 if TYPE_CHECKING:
@@ -119,6 +126,29 @@ def test_the_shell_completes_commands_and_flags() -> None:
             timeout=60,
         )
         assert offered in said.stdout.split(), said.stderr
+
+
+class NoFailures(AdminServicer):
+    """An Admin of a deployment in which nothing has failed."""
+
+    def Why(self, request: pb.WhyRequest, context: grpc.ServicerContext) -> pb.WhyResponse:
+        context.abort(grpc.StatusCode.NOT_FOUND, f"no failure of {request.name!r} is known")
+
+
+def test_why_without_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    server = grpc.server(ThreadPoolExecutor(1))
+    add_AdminServicer_to_server(NoFailures(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        deployment = state.Deployment(ray_address="", admin=f"127.0.0.1:{port}")
+        state.write(tmp_path / "state", deployment)
+        assert cli.run(["why"]) == 4
+        assert "no group or gateway of this deployment has failed" in capsys.readouterr().err
+        assert cli.run(["why", "demo-0"]) == 4
+        assert "no failure of 'demo-0' is known" in capsys.readouterr().err
+    finally:
+        server.stop(None).wait()
 
 
 def test_down_with_nothing_up(capsys: pytest.CaptureFixture[str]) -> None:
