@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 
-from arriero.shards.checkpoint.formats.stored import TensorDue, byte_ranges, reads
+from arriero.shards.checkpoint.formats.stored import TensorSpec, byte_ranges, reads
 from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.layout.parts import AnyPart
 
@@ -32,7 +32,7 @@ Range = tuple[Path, int, int]
 """File, first byte, byte after the last."""
 
 
-def ranges_read(folder: TensorFolder, specs: Iterable[TensorDue], part: AnyPart) -> Iterator[Range]:
+def ranges_read(folder: TensorFolder, specs: Iterable[TensorSpec], part: AnyPart) -> Iterator[Range]:
     """The byte ranges that a rank reads, in the order of `due`; near ranges are joined."""
     last: Range | None = None
     for tensor in specs:

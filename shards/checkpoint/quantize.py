@@ -30,9 +30,10 @@ from arriero.kernels.quant import (
 )
 from arriero.shards.checkpoint.formats.describe import describe, read_settings
 from arriero.shards.checkpoint.formats.modules import Module
+from arriero.shards.checkpoint.formats.nibbles import NIBBLES
 from arriero.shards.checkpoint.formats.products import ProductReader
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
-from arriero.shards.checkpoint.formats.stored import NIBBLES, TensorDue, modules_of, tensors_due
+from arriero.shards.checkpoint.formats.stored import TensorSpec, modules_of, tensor_specs
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.checkpoint.safetensors_header import DTYPES
 from arriero.shards.checkpoint.tensor_folder import TensorFolder
@@ -128,7 +129,7 @@ class _Quantizer:
         self._folder, self._to = folder, to
         self._plain = ProductReader(folder, None)
         self._dtype: torch.dtype = getattr(torch, model.torch_dtype)
-        self.specs = tensors_due(model, target)
+        self.specs = tensor_specs(model, target)
         self._covered = {
             module.name: module
             for module in modules_of(model, target)
@@ -142,7 +143,7 @@ class _Quantizer:
         self._levels = levels[to]
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
 
-    def dtype(self, spec: TensorDue) -> torch.dtype:
+    def dtype(self, spec: TensorSpec) -> torch.dtype:
         """Dtype of a tensor of the result."""
         if spec.name.removesuffix(".weight_scale") in self._covered and spec.scale:
             return torch.float32 if self._to == "fp8" else self._dtype

@@ -16,7 +16,7 @@ from arriero.shards.checkpoint.fit import ExpectedTensor, misfits
 from arriero.shards.checkpoint.formats.describe import describe
 from arriero.shards.checkpoint.formats.form_fit import form_problems
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
-from arriero.shards.checkpoint.formats.stored import tensors_due, text_prefix
+from arriero.shards.checkpoint.formats.stored import tensor_specs, text_prefix
 from arriero.shards.checkpoint.ranges import RangedFolder
 from arriero.shards.checkpoint.safetensors_header import DTYPES, StoredTensor
 from arriero.shards.checkpoint.shard_files import find_tensors
@@ -89,7 +89,7 @@ class Checkpoint(TensorFolder):
                 optional=spec.optional,
                 longer=spec.kind in ("embeddings", "head") and not spec.scale,
             )
-            for spec in tensors_due(self.config, self.scheme)
+            for spec in tensor_specs(self.config, self.scheme)
         }
 
     def misfits(self) -> list[str]:

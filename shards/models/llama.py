@@ -17,7 +17,7 @@ from torch import Tensor
 
 from arriero.kernels.attention_mask import FULL_ATTENTION, AttentionMaskSpec
 from arriero.kernels.ops import AttentionStyle, DenseLayer, KVCache, KVCacheSpec, Ops
-from arriero.shards.checkpoint.formats.stored import tensors_due
+from arriero.shards.checkpoint.formats.stored import tensor_specs
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.collectives.expert_parallel import Loads
 from arriero.shards.collectives.mesh import Mesh
@@ -59,7 +59,7 @@ class LlamaSlice:
         loader = Loader(
             checkpoint,
             checkpoint.scheme,
-            tensors_due(config, checkpoint.scheme),
+            tensor_specs(config, checkpoint.scheme),
             part,
             ops,
             dtype=dtype,

@@ -32,7 +32,7 @@ from arriero.kernels.ops import (
     MoELayer,
     Ops,
 )
-from arriero.shards.checkpoint.formats.stored import tensors_due
+from arriero.shards.checkpoint.formats.stored import tensor_specs
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.collectives.expert_parallel import ExpertParallel, Loads
 from arriero.shards.collectives.mesh import Mesh
@@ -117,7 +117,7 @@ class Llama4Slice:
         if placement is not None:
             held = placement.on(mesh.stage_rank)
         # each rank that embeds holds the tower whole, so it is no part of what the loader cuts
-        due = [one for one in tensors_due(config, scheme) if one.kind != "vision"]
+        due = [one for one in tensor_specs(config, scheme) if one.kind != "vision"]
         self.images: ImageTable | None = None
         if config.vision is not None and part.first_stage:
             on_cpu = mesh.device.type == "cpu"

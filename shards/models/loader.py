@@ -26,7 +26,7 @@ from arriero.kernels.quant import (
 )
 from arriero.shards.checkpoint.formats.products import ProductReader, StoredProduct
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
-from arriero.shards.checkpoint.formats.stored import TensorDue, bytes_read
+from arriero.shards.checkpoint.formats.stored import TensorSpec, bytes_read
 from arriero.shards.checkpoint.pager import Pager, ranges_read
 from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.errors import CheckpointError
@@ -54,7 +54,7 @@ class Loader:
         self,
         folder: TensorFolder,
         scheme: QuantScheme | None,
-        due: Iterable[TensorDue],
+        due: Iterable[TensorSpec],
         part: AnyPart,
         ops: Ops,
         *,

@@ -16,7 +16,7 @@ import torch
 
 from arriero.shards.checkpoint import ranges
 from arriero.shards.checkpoint.formats.products import ProductReader
-from arriero.shards.checkpoint.formats.stored import bytes_read, tensors_due
+from arriero.shards.checkpoint.formats.stored import bytes_read, tensor_specs
 from arriero.shards.checkpoint.pager import ranges_read
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.checkpoint.remote import local_folder, pull_from_hub
@@ -158,7 +158,7 @@ def test_a_stage_fetches_its_own_bytes(
     whole = Checkpoint.open(folder)
     config = GroupConfig(model_path="", pp=2)
     part = partition(whole.config, config)[0]
-    due = list(tensors_due(whole.config, whole.scheme))
+    due = list(tensor_specs(whole.config, whole.scheme))
     own = bytes_read(due, part)
     with hub(NAME, folder) as served:
         url = f"{served.url}/{NAME}/resolve/main"
