@@ -23,7 +23,8 @@ from arriero.shards.checkpoint.writer import Progress, new_folder, write_shards
 from arriero.shards.errors import CheckpointError
 from arriero.shards.files.bad_file import explain_error, explain_head, head_of
 from arriero.shards.files.json_file import read_json_object
-from arriero.shards.model_config.dense import Fields, ModelConfig
+from arriero.shards.model_config.dense import ModelConfig
+from arriero.shards.model_config.fields import Fields
 
 _TOP = {EMBEDDING: "tok_embeddings.weight", FINAL_NORM: "norm.weight", HEAD: "output.weight"}
 _LAYER = {

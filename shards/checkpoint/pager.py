@@ -32,7 +32,9 @@ Range = tuple[Path, int, int]
 """File, first byte, byte after the last."""
 
 
-def ranges_read(folder: TensorFolder, specs: Iterable[TensorSpec], part: AnyPart) -> Iterator[Range]:
+def ranges_read(
+    folder: TensorFolder, specs: Iterable[TensorSpec], part: AnyPart
+) -> Iterator[Range]:
     """The byte ranges that a rank reads, in the order of `due`; near ranges are joined."""
     last: Range | None = None
     for tensor in specs:

@@ -15,7 +15,7 @@ from typing import Any
 
 from arriero.shards.checkpoint.formats.names import read_names
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
-from arriero.shards.model_config.dense import Fields
+from arriero.shards.model_config.fields import Fields
 
 FORMATS = ("float-quantized", "int-quantized", "pack-quantized")
 _REMEDY = "use the plain checkpoint and set `quantization`, or a checkpoint in a supported form"

@@ -17,8 +17,9 @@ from arriero.shards.errors import CheckpointError
 from arriero.shards.files.bad_file import explain_error
 from arriero.shards.files.json_file import read_json_object
 from arriero.shards.layout.parts import AnyModel
-from arriero.shards.model_config.dense import Fields, ModelConfig
+from arriero.shards.model_config.dense import ModelConfig
 from arriero.shards.model_config.end_tokens import with_tokenizer_ends
+from arriero.shards.model_config.fields import Fields
 from arriero.shards.model_config.llama4 import LLAMA4_ARCHITECTURES, Llama4Config
 
 _MAX_CONFIG_BYTES = 10_000_000

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from arriero.shards.model_config.dense import Fields
+from arriero.shards.model_config.fields import Fields
 
 PATTERN = "re:"
 """Prefix of a pattern in a list of names."""

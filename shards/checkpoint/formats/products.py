@@ -55,7 +55,7 @@ class StoredProduct:
     inputs: ProductInputs | None = None
 
     def dense(self) -> Tensor:
-        """The matrix in the usual column order, float32 [O, inputs]; for tests, not for inference."""
+        """The matrix in usual column order, float32 [O, inputs]; for tests, not for inference."""
         if isinstance(self.weight, Tensor):
             return self.weight.float()
         full_OI = self.weight.dequantize()

@@ -14,7 +14,7 @@ from typing import Any
 from arriero.shards.checkpoint.formats.compressed import read_compressed
 from arriero.shards.checkpoint.formats.names import PATTERN, check_names, read_names
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
-from arriero.shards.model_config.dense import Fields
+from arriero.shards.model_config.fields import Fields
 
 METHODS = ("fbgemm_fp8", "fp8", "compressed-tensors", "awq", "gptq")
 """Values of `quant_method`."""
