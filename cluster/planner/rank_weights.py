@@ -181,14 +181,12 @@ class RankWeights:
         expert_bytes: of one routed expert as held here, scales included, over the layers of the
             stage; 0 without experts.
         active_bytes: what a step of one token reads: of the experts, one a layer.
-        num_expert_layers: routed layers of the stage.
     """
 
     by_kind: dict[str, int]
     scales: int
     expert_bytes: int
     active_bytes: int
-    num_expert_layers: int
 
     @property
     def total(self) -> int:
@@ -217,7 +215,7 @@ def rank_weights(model: AnyModel, part: AnyPart, weights: Weights, kernels: Kern
         kernels: the backend that packs them.
     """
     by_kind: Counter[str] = Counter()
-    scales, experts_total, expert_layers, expert_held = 0, 0, 0, 0
+    scales, experts_total, expert_held = 0, 0, 0
     for stack, times in _held(model, part, weights):
         first = stack.modules[0]
         rows = sum(_share(one, part, 0) for one in stack.modules) * first.stacked
@@ -244,7 +242,6 @@ def rank_weights(model: AnyModel, part: AnyPart, weights: Weights, kernels: Kern
         if first.experts:
             experts_total += (packed.total + order) * copies * times
             expert_held = copies
-            expert_layers += times * (first.stacked == 2)
     expert_bytes = experts_total // expert_held if expert_held else 0
     total = sum(by_kind.values()) + scales
     return RankWeights(
@@ -252,7 +249,6 @@ def rank_weights(model: AnyModel, part: AnyPart, weights: Weights, kernels: Kern
         scales=scales,
         expert_bytes=expert_bytes,
         active_bytes=total - experts_total + expert_bytes,
-        num_expert_layers=expert_layers,
     )
 
 

@@ -21,8 +21,6 @@ from arriero.shards.images.decode import ImageLimits, check_decodes, measure
 from arriero.shards.images.layout import TOKEN_TEXTS, ImageTokens, grid_of, image_tokens
 from arriero.shards.images.request import RequestImage
 
-PLACE = TOKEN_TEXTS["image"]
-"""What chat templates write where an image stands."""
 MAX_CHECKED = 256
 """Digests of images kept that were found to decode, the last used."""
 

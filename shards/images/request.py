@@ -49,7 +49,7 @@ def check_images(
         raise InvalidRequest("images", "this model reads no images; send only text")
     if len(images) > max_images:
         raise InvalidRequest(
-            "images", f"{len(images)} images exceed the limit of {max_images}; send fewer images"
+            "images", f"{len(images)} images, but at most {max_images} are accepted"
         )
     num_features = sum(image.num_features for image in images)
     num_placeholders = len(placeholders(prompt, image_token))

@@ -252,7 +252,7 @@ def test_a_file_that_changed_meanwhile(model: Path) -> None:
     ("url", "words"),
     [
         ("nosuch://a/b", "cannot be opened: Protocol not known: nosuch"),
-        ("memory://models/none", "config.json: missing"),
+        ("memory://models/none", "config.json: is missing"),
     ],
 )
 def test_urls_that_lead_nowhere(url: str, words: str) -> None:
