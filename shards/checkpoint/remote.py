@@ -55,34 +55,36 @@ _RANGES = ".ranges"
 _NOT_THERE = (403, 404, 410)  # stores without listing answer 403 for a missing file
 
 
-def is_url(where: str) -> bool:
+def is_url(source: str) -> bool:
     """Whether a source is an fsspec URL, such as "s3://bucket/model"."""
-    return "://" in where
+    return "://" in source
 
 
-def local_folder(where: str, progress: CopyProgress | None = None, *, weights: bool = True) -> Path:
+def local_folder(
+    source: str, progress: CopyProgress | None = None, *, weights: bool = True
+) -> Path:
     """The local folder of a model; a URL is first copied to the cache.
 
     Several processes may call at the same time: one process copies, the others wait.
 
     Args:
-        where: a path, or a URL with a scheme of fsspec ("file", "http", "s3", "gs"...).
+        source: a path, or a URL with a scheme of fsspec ("file", "http", "s3", "gs"...).
         progress: called after each copied file.
         weights: copy the weights too; false copies only config, tokenizer and index.
 
     Raises:
         CheckpointError: unknown scheme, missing file, or failed copy.
     """
-    if not is_url(where):
-        return Path(where)
-    with _copy_of(where, progress) as copy:
+    if not is_url(source):
+        return Path(source)
+    with _copy_of(source, progress) as copy:
         if isinstance(copy, Path):
             return copy
         copy.run(weights)
         return copy.folder
 
 
-def ranged_folder(where: str) -> tuple[Path, RangedFolder | None]:
+def ranged_folder(url: str) -> tuple[Path, RangedFolder | None]:
     """The local folder of a URL, and the remote weight files.
 
     Returns:
@@ -92,40 +94,40 @@ def ranged_folder(where: str) -> tuple[Path, RangedFolder | None]:
     Raises:
         CheckpointError: as for `local_folder`.
     """
-    with _copy_of(where, None) as copy:
+    with _copy_of(url, None) as copy:
         if isinstance(copy, Path):
             return copy, None
         return copy.folder, copy.ranged()
 
 
 @contextmanager
-def _copy_of(where: str, progress: CopyProgress | None) -> Iterator[_FolderCopy | Path]:
+def _copy_of(url: str, progress: CopyProgress | None) -> Iterator[_FolderCopy | Path]:
     """The copy of a URL's folder, locked on this node; or the folder itself if it is local."""
     import fsspec
 
     try:
-        filesystem, root = fsspec.core.url_to_fs(where)
+        filesystem, root = fsspec.core.url_to_fs(url)
     except (ValueError, ImportError) as error:
         raise CheckpointError(
-            f"{where}: cannot be opened: {error}; give a path or a URL of "
+            f"{url}: cannot be opened: {error}; give a path or a URL of "
             "a scheme that fsspec supports"
         ) from None
     if "local" in filesystem.protocol:
         yield Path(root)
         return
-    digest = hashlib.blake2b(where.rstrip("/").encode(), digest_size=6).hexdigest()
-    name = re.sub(r"[^\w.\-]", "_", where.rstrip("/").rpartition("/")[2])[:80]
+    digest = hashlib.blake2b(url.rstrip("/").encode(), digest_size=6).hexdigest()
+    name = re.sub(r"[^\w.\-]", "_", url.rstrip("/").rpartition("/")[2])[:80]
     folder = cache_folder() / "remote" / f"{name}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder.with_name(f".{folder.name}.lock")):
         try:
-            yield _FolderCopy(filesystem, root.rstrip("/"), folder, where, progress)
+            yield _FolderCopy(filesystem, root.rstrip("/"), folder, url, progress)
         except (
             OSError,
             ValueError,
         ) as error:  # exceptions of file systems have no common base class
             raise CheckpointError(
-                f"{where}: cannot be copied: {error}; check the network and the access rights"
+                f"{url}: cannot be copied: {error}; check the network and the access rights"
             ) from None
 
 

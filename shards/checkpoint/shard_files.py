@@ -117,7 +117,7 @@ def _no_weights(folder: Path, names: list[str]) -> CheckpointError:
         )
     if any(name.endswith(".gguf") for name in loose):
         return CheckpointError(
-            f"{problem}, only {first_of(loose)}: `arriero models import FILE` makes a folder of it"
+            f"{problem}, only {first_of(loose)}: convert with `arriero models import FILE`"
         )
     if loose:
         return CheckpointError(

@@ -134,7 +134,7 @@ def _tokenizer_problems(folder: Path) -> list[str]:
 
 def _notes(checkpoint: Checkpoint) -> list[str]:
     notes = [] if checkpoint.scheme is None else list(checkpoint.scheme.notes)
-    extra = not_read(checkpoint, checkpoint.wanted)
+    extra = not_read(checkpoint, checkpoint.expected)
     if extra:
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         notes.append(f"not read: {extra[0][:200]}{more}")

@@ -102,8 +102,8 @@ class Fields:
         if value is None:
             return ()
         tokens = []
-        for given in value if isinstance(value, list) else [value]:
-            token = _token_id(given)
+        for entry in value if isinstance(value, list) else [value]:
+            token = _token_id(entry)
             if token is None:
                 raise self.wrong(name, value, "a token id or a list of token ids")
             if not -1 <= token < vocab_size:

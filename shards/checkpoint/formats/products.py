@@ -77,7 +77,7 @@ class ProductReader:
         rows: Span | None = None,
         columns: Span | None = None,
         *,
-        alike: bool = False,
+        pad_groups: bool = False,
     ) -> StoredProduct:
         """The matrix `name`, or a slice of rows and columns.
 
@@ -85,8 +85,8 @@ class ProductReader:
             name: name of the module, without `.weight`.
             rows: rows of the slice; None for all rows.
             columns: columns of the slice; None for all columns.
-            alike: give equal shapes for equal cuts of equal matrices, which a single launch over
-                many experts requires: columns sorted by group are padded to full groups.
+            pad_groups: pad columns sorted by group to full groups. Equal cuts of equal matrices
+                then have equal shapes, as a single launch over many experts requires.
 
         Raises:
             CheckpointError: the matrix is missing, scales are not finite, or a cut gives groups of
@@ -95,10 +95,10 @@ class ProductReader:
         if self._scheme is None or f"{name}.weight" in self._folder.stored:
             return self._eight_bits_or_plain(name, rows, columns)
         if self._scheme.method == "pack-quantized":
-            return self._packed(name, rows, columns, alike)
+            return self._packed(name, rows, columns, pad_groups)
         if self._scheme.method == "awq":
             return self._awq(name, rows, columns)
-        return self._gptq(name, rows, columns, alike)
+        return self._gptq(name, rows, columns, pad_groups)
 
     def expert(
         self, prefix: str, expert: int, columns: Span | None = None
@@ -114,9 +114,9 @@ class ProductReader:
         if fused not in self._folder.stored:
             name = f"{prefix}.{expert}."
             return (
-                self.product(f"{name}gate_proj", rows=columns, alike=True),
-                self.product(f"{name}up_proj", rows=columns, alike=True),
-                self.product(f"{name}down_proj", columns=columns, alike=True),
+                self.product(f"{name}gate_proj", rows=columns, pad_groups=True),
+                self.product(f"{name}up_proj", rows=columns, pad_groups=True),
+                self.product(f"{name}down_proj", columns=columns, pad_groups=True),
             )
         gate_up_IO = self._fused_expert(fused, expert)
         down_IO = self._fused_expert(f"{prefix}.down_proj", expert)
@@ -156,7 +156,7 @@ class ProductReader:
         )
 
     def _packed(
-        self, name: str, rows: Span | None, columns: Span | None, alike: bool
+        self, name: str, rows: Span | None, columns: Span | None, pad_groups: bool
     ) -> StoredProduct:
         assert self._scheme is not None
         shape = self._folder.tensor(f"{name}.weight_shape").tolist()
@@ -184,7 +184,7 @@ class ProductReader:
         ordered = not self._scheme.act_order
         group_of_I = None if ordered else self._group_of(name, "weight_g_idx", num_columns)
         if group_of_I is not None:
-            return self._packed_by_index(name, words_OW, rows, own, group_of_I, alike)
+            return self._packed_by_index(name, words_OW, rows, own, group_of_I, pad_groups)
         group, needed, index_G = self._groups(name, columns, num_columns)
         if own.start % 2:
             raise CheckpointError(
@@ -221,7 +221,7 @@ class ProductReader:
         rows: Span | None,
         own: Span,
         group_of_I: Tensor,
-        alike: bool,
+        pad_groups: bool,
     ) -> StoredProduct:
         """A matrix with the group of each column in `weight_g_idx` (act-order)."""
         levels_IO = unpack_columns(words_OW, range(NIBBLES))[:, own.start : own.stop].t()
@@ -230,7 +230,7 @@ class ProductReader:
         if zeros_GO is None:
             zeros_GO = torch.full(scales_GO.shape, int(INT4_ZERO), dtype=torch.uint8)
         return self._by_index(
-            f"{name}.weight_g_idx", levels_IO, zeros_GO, scales_GO, group_of_I, own, alike
+            f"{name}.weight_g_idx", levels_IO, zeros_GO, scales_GO, group_of_I, own, pad_groups
         )
 
     def _group_of(self, name: str, suffix: str, num_columns: int) -> Tensor | None:
@@ -252,7 +252,7 @@ class ProductReader:
         scales_GO: Tensor,
         group_of_I: Tensor,
         own: Span,
-        alike: bool,
+        pad_groups: bool,
     ) -> StoredProduct:
         """Sort the columns `own` by group; the tensor `index` gives the groups."""
         assert self._scheme is not None
@@ -261,13 +261,13 @@ class ProductReader:
             raise CheckpointError(problem)
         whole_group = self._scheme.group_size or len(group_of_I)
         most = int(torch.bincount(group_of_I).max())
-        if alike and most > whole_group:
+        if pad_groups and most > whole_group:
             raise CheckpointError(
                 f"tensor {index!r} gives a group {most} columns, but the group size is "
                 f"{whole_group}; quantize again without act-order"
             )
         own_I = group_of_I[own.start : own.stop]
-        return self._sorted(levels_IO, zeros_GO, scales_GO, own_I, whole_group if alike else 0)
+        return self._sorted(levels_IO, zeros_GO, scales_GO, own_I, whole_group if pad_groups else 0)
 
     def _awq(self, name: str, rows: Span | None, columns: Span | None) -> StoredProduct:
         num_inputs = self._folder.shape(f"{name}.qweight")[0]
@@ -279,7 +279,7 @@ class ProductReader:
         return _four_bits(trim(levels_IO, rows), zeros_GO[index_G], scales_GO[index_G], group)
 
     def _gptq(
-        self, name: str, rows: Span | None, columns: Span | None, alike: bool
+        self, name: str, rows: Span | None, columns: Span | None, pad_groups: bool
     ) -> StoredProduct:
         assert self._scheme is not None
         num_inputs = self._folder.shape(f"{name}.qweight")[0] * NIBBLES
@@ -299,7 +299,7 @@ class ProductReader:
             return _four_bits(levels_IO, zeros_GO[index_G], scales_GO[index_G], group)
         assert group_of_I is not None, "columns without order have an index"
         return self._by_index(
-            f"{name}.g_idx", levels_IO, zeros_GO, scales_GO, group_of_I, own, alike
+            f"{name}.g_idx", levels_IO, zeros_GO, scales_GO, group_of_I, own, pad_groups
         )
 
     def _groups(
