@@ -33,18 +33,7 @@ def build_configs(file: GgufFile, dtype: str) -> tuple[dict[str, Any], dict[str,
     Raises:
         CheckpointError: another architecture, an unsupported feature, or missing keys.
     """
-    meta = file.metadata
-    architecture = meta.get("general.architecture")
-    if architecture != "llama":
-        raise CheckpointError(
-            f"{file.path}: general.architecture={str(architecture)[:100]!r} is not supported; "
-            "supported: llama"
-        )
-    if meta.get("llama.expert_count"):
-        raise CheckpointError(
-            f"{file.path}: llama.expert_count: a model with experts cannot be imported; "
-            "convert the original checkpoint"
-        )
+    _refuse_other_models(file)
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise CheckpointError(
@@ -87,6 +76,20 @@ def build_configs(file: GgufFile, dtype: str) -> tuple[dict[str, Any], dict[str,
     config["rope_scaling"] = _rope_scaling(file, config)
     generation = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return config, generation
+
+
+def _refuse_other_models(file: GgufFile) -> None:
+    architecture = file.metadata.get("general.architecture")
+    if architecture != "llama":
+        raise CheckpointError(
+            f"{file.path}: general.architecture={str(architecture)[:100]!r} is not supported; "
+            "supported: llama"
+        )
+    if file.metadata.get("llama.expert_count"):
+        raise CheckpointError(
+            f"{file.path}: llama.expert_count: a model with experts cannot be imported; "
+            "convert the original checkpoint"
+        )
 
 
 def _end_tokens(file: GgufFile, vocab_size: int) -> tuple[int, ...]:

@@ -122,10 +122,7 @@ def _copy_of(url: str, progress: CopyProgress | None) -> Iterator[_FolderCopy | 
     with _locked(folder.with_name(f".{folder.name}.lock")):
         try:
             yield _FolderCopy(filesystem, root.rstrip("/"), folder, url, progress)
-        except (
-            OSError,
-            ValueError,
-        ) as error:  # exceptions of file systems have no common base class
+        except (OSError, ValueError) as error:  # file systems raise both
             raise CheckpointError(
                 f"{url}: cannot be copied: {error}; check the network and the access rights"
             ) from None
@@ -182,7 +179,7 @@ class _FolderCopy:
         small = self._known(["config.json", *SMALL_FILES, INDEX_FILE])
         if "config.json" not in small:
             raise CheckpointError(
-                f"{self._where}/config.json: is missing; give the URL of a model folder"
+                f"{self._url}/config.json: is missing; give the URL of a model folder"
             )
         self._has_index = INDEX_FILE in small
         self._fetch(small)
@@ -194,7 +191,7 @@ class _FolderCopy:
             weights = sorted(set(weight_map(self._folder / INDEX_FILE).values()))
         known = self._known(weights)
         if missing := [name for name in weights if name not in known]:
-            raise CheckpointError(f"{self._where}: holds no {missing[0]}; upload the file")
+            raise CheckpointError(f"{self._url}: holds no {missing[0]}; upload the file")
         return known
 
     def _serves_ranges(self, name: str) -> bool:
@@ -222,7 +219,7 @@ class _FolderCopy:
                 if cause is None or getattr(cause, "status", None) in _NOT_THERE:
                     return None
                 raise CheckpointError(
-                    f"{self._where}/{name}: cannot be reached: "
+                    f"{self._url}/{name}: cannot be reached: "
                     f"{cause or type(cause).__name__}; check the network and the access rights"
                 ) from None
             version = next((info[key] for key in _VERSIONS if info.get(key)), None)
@@ -247,7 +244,7 @@ class _FolderCopy:
         size = partial.stat().st_size
         if known[0] is not None and size != known[0]:
             raise CheckpointError(
-                f"{self._where}/{name}: {size} bytes came instead of {known[0]}; try again"
+                f"{self._url}/{name}: {size} bytes came instead of {known[0]}; try again"
             )
         partial.rename(file)
         with self._lock:

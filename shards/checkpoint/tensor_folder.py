@@ -190,7 +190,10 @@ class TensorFolder:
         if problems:
             more = len(problems) - _MAX_LISTED
             listed = "; ".join(problems[:_MAX_LISTED]) + (f"; and {more} more" if more > 0 else "")
-            raise CheckpointError(f"{self.path}: does not match its config.json: {listed}")
+            raise CheckpointError(
+                f"{self.path}: does not match its config.json: {listed}; "
+                "correct config.json, or fetch the checkpoint again"
+            )
 
     def problems(
         self,

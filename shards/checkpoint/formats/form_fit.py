@@ -80,15 +80,15 @@ def _module_problems(
     group_of_I = folder.tensor(index).long()
     if in_order(group_of_I, group):
         return problems, None
-    wrong = index_problem(index, group_of_I, columns // group)
-    if wrong is None and module.expert is not None:
+    problem = index_problem(index, group_of_I, columns // group)
+    if problem is None and module.expert is not None:
         most = int(torch.bincount(group_of_I).max())
         if most > group:
-            wrong = (
+            problem = (
                 f"tensor {index!r} gives a group {most} columns, but the group "
                 f"size is {group}; quantize again without act-order"
             )
-    return [*problems, *([] if wrong is None else [wrong])], group_of_I
+    return [*problems, *([] if problem is None else [problem])], group_of_I
 
 
 def _stack_problems(
