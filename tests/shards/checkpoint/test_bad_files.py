@@ -163,7 +163,7 @@ def test_no_right_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         (["pytorch_model.bin"], "convert it to safetensors"),
         (["consolidated.00.pth"], "arriero models convert"),
         (["model.gguf"], "arriero models import"),
-        (["consolidated.safetensors"], "rename it to model.safetensors"),
+        (["consolidated.safetensors"], "rename the file to model.safetensors"),
         (["model.safetensors.part"], "an unfinished download"),
         ([], "arriero models pull"),
     ],

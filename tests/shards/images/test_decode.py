@@ -81,7 +81,7 @@ def test_refusals() -> None:
         (b"", "not an image of a supported format"),
         (b"not an image", "JPEG, PNG or WebP"),
         (gif.getvalue(), "not an image of a supported format"),
-        (bomb(100_000, 100_000), "scale it down"),
+        (bomb(100_000, 100_000), "scale the image down"),
         (bomb(2001, 2000), "4002000 pixels"),
         (b"x" * 2_000_001, "2000001 bytes"),
     ):
