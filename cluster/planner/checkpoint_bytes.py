@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from arriero.cluster.planner.rank_weights import Weights
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
-from arriero.shards.checkpoint.formats.stored import modules_of, tensors_due
+from arriero.shards.checkpoint.formats.stored import modules_of, tensor_specs
 from arriero.shards.errors import CheckpointError
 from arriero.shards.layout.parts import AnyModel
 
@@ -32,6 +32,6 @@ def stored_bytes(model: AnyModel, weights: Weights) -> int | None:
             }
             scheme = QuantScheme(method="compressed-tensors", ignored=tuple(sorted(names)))
     try:
-        return sum(tensor.nbytes for tensor in tensors_due(model, scheme))
+        return sum(tensor.nbytes for tensor in tensor_specs(model, scheme))
     except CheckpointError:
         return None

@@ -198,7 +198,6 @@ class Library:
         self._dll.arriero_machine.restype = ctypes.c_void_p
         self._dll.arriero_machine.argtypes = (_I32, _I32)
         self._dll.arriero_machine_free.argtypes = (_P,)
-        self.rounds_inputs = bool(self._dll.arriero_rounds_inputs())
         for name, types in _SIGNATURES.items():
             function = getattr(self._dll, f"arriero_{name}")
             function.argtypes = types

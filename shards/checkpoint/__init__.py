@@ -1,1 +1,1 @@
-"""Weights on disk: reading, checking, importing."""
+"""Model weights in files: read, check, import, convert, quantize."""

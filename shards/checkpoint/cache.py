@@ -1,4 +1,4 @@
-"""Where models that were fetched or made are kept. Knows environment variables alone."""
+"""The cache folder of downloaded and converted models. Knows only environment variables."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Where models are kept: $ARRIERO_CACHE, or arriero/ in $XDG_CACHE_HOME or ~/.cache."""
-    if named := os.environ.get("ARRIERO_CACHE"):
-        return Path(named).absolute()
+    """The cache folder: $ARRIERO_CACHE, else arriero/ in $XDG_CACHE_HOME or ~/.cache."""
+    if configured := os.environ.get("ARRIERO_CACHE"):
+        return Path(configured).absolute()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "arriero"

@@ -1,9 +1,9 @@
-"""What a folder holds against what its model calls for: missing, misshapen, and what is not read.
+"""Comparison of a folder's tensors with the model's: missing, wrong shape or dtype, unexpected.
 
-A tensor that nothing reads does no harm where the model has no such part (a vision tower beside a
-text model, an optimizer's leftovers); one inside a layer or beside a weight that is read would
-change the answers, and is refused unless it says nothing. Knows names, shapes and a few numbers;
-knows no forms.
+A tensor that no part of the model reads is accepted outside the model (a vision tower beside a
+text model, optimizer state). Inside a layer, or beside a weight that is read, an unexpected tensor
+would change the output: the folder is refused unless the tensor has no effect. Knows names, shapes
+and a few values; knows no quantized forms.
 """
 
 from __future__ import annotations
@@ -38,24 +38,25 @@ NEVER_READ = (
     ".activation_scale",
     "._extra_state",
 )
-"""Ends of names of what lies in layers and changes nothing here: tables that follow from the
-config, and scales of KV caches and activations that keep their own dtype."""
+"""Name endings of tensors in layers without effect here: tables that the config determines, and
+scales of KV caches and activations, because both keep their own dtype."""
 
-_SAYS_NOTHING_AS_ZERO = (".bias", ".weight_zero_point")
+_NO_EFFECT_WHEN_ZERO = (".bias", ".weight_zero_point")
 _INDEX = (".g_idx", ".weight_g_idx")
 _LAYERS = "layers."
 _SAMPLED_ROWS = 16
+_NO_PART = "is no part of this model; remove the tensor, or give the config of its model"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Wanted:
-    """A tensor that the model calls for.
+class ExpectedTensor:
+    """A tensor that the model needs.
 
     Attributes:
-        shape: as stored.
-        dtypes: that it may have.
-        optional: it may be missing.
-        longer: it may have rows beyond these, which are not read (a padded vocabulary).
+        shape: stored shape.
+        dtypes: accepted dtypes.
+        optional: the tensor may be missing.
+        longer: more rows are accepted and not read (a padded vocabulary).
     """
 
     shape: tuple[int, ...]
@@ -64,113 +65,114 @@ class Wanted:
     longer: bool = False
 
 
-def misfits(folder: TensorFolder, wanted: Mapping[str, Wanted]) -> list[str]:
-    """What is missing, of another shape or dtype, or has no place: one sentence a tensor."""
+def misfits(folder: TensorFolder, expected: Mapping[str, ExpectedTensor]) -> list[str]:
+    """Each missing, unexpected or wrong tensor (shape, dtype), one sentence for each."""
     problems = []
-    for name, want in wanted.items():
-        one = folder.stored.get(name)
-        if one is not None:
-            problem = _misfit(one, want)
-        elif want.optional:
+    for name, spec in expected.items():
+        tensor = folder.stored.get(name)
+        if tensor is not None:
+            problem = _misfit(tensor, spec)
+        elif spec.optional:
             continue
         else:
-            problem = f"tensor {name!r} of shape {list(want.shape)} is missing{_tied(name, wanted)}"
+            hint = _tied_hint(name, expected)
+            problem = f"tensor {name!r} of shape {list(spec.shape)} is missing{hint}"
         if problem is not None:
             problems.append(problem)
-    extra = _Extra(folder, wanted)
-    for one in folder.stored.values():
-        if one.name not in wanted:
-            because = extra.refused(one)
-            if because is not None:
+    unexpected = _UnexpectedTensors(folder, expected)
+    for tensor in folder.stored.values():
+        if tensor.name not in expected:
+            reason = unexpected.refusal(tensor)
+            if reason is not None:
                 problems.append(
-                    f"{one.file.name}: tensor {one.name[:200]!r} of shape {list(one.shape)} "
-                    f"{because}"
+                    f"{tensor.file.name}: tensor {tensor.name[:200]!r} of shape "
+                    f"{list(tensor.shape)} {reason}"
                 )
     return problems
 
 
-def not_read(folder: TensorFolder, wanted: Container[str]) -> list[str]:
+def not_read(folder: TensorFolder, expected: Container[str]) -> list[str]:
     """Names of the tensors that nothing reads."""
-    return [name for name in folder.names if name not in wanted]
+    return [name for name in folder.names if name not in expected]
 
 
-def _misfit(one: StoredTensor, want: Wanted) -> str | None:
-    where = f"{one.file.name}: tensor {one.name!r} has"
-    shape = one.shape
-    if want.longer and len(shape) == len(want.shape) and shape[0] > want.shape[0]:
-        shape = (want.shape[0], *shape[1:])
-    if shape != want.shape and not prod(shape) == prod(want.shape) == 1:
+def _misfit(tensor: StoredTensor, spec: ExpectedTensor) -> str | None:
+    where = f"{tensor.file.name}: tensor {tensor.name!r} has"
+    shape = tensor.shape
+    if spec.longer and len(shape) == len(spec.shape) and shape[0] > spec.shape[0]:
+        shape = (spec.shape[0], *shape[1:])
+    if shape != spec.shape and not prod(shape) == prod(spec.shape) == 1:
         remedy = ""
-        if want.longer and shape[1:] == want.shape[1:]:
-            remedy = f"; set `vocab_size` to {shape[0]}, if the tokenizer has no more tokens"
+        if spec.longer and shape[1:] == spec.shape[1:]:
+            remedy = f"; set `vocab_size` to {shape[0]} if the tokenizer has no more tokens"
         return (
-            f"{where} shape {list(one.shape)}, but the config makes it {list(want.shape)}{remedy}"
+            f"{where} shape {list(tensor.shape)}, but the config requires {list(spec.shape)}"
+            f"{remedy}"
         )
-    if one.dtype not in want.dtypes:
-        return (
-            f"{where} dtype {one.dtype}, but it must be one of {', '.join(map(str, want.dtypes))}"
-        )
+    if tensor.dtype not in spec.dtypes:
+        dtypes = ", ".join(map(str, spec.dtypes))
+        return f"{where} dtype {tensor.dtype}, but the dtype must be one of {dtypes}"
     return None
 
 
-def _tied(name: str, wanted: Mapping[str, Wanted]) -> str:
-    if name.endswith(HEAD) and any(one.endswith(EMBEDDING) for one in wanted):
-        return " (where it is the embedding, config.json says `tie_word_embeddings`: true)"
+def _tied_hint(name: str, expected: Mapping[str, ExpectedTensor]) -> str:
+    if name.endswith(HEAD) and any(other.endswith(EMBEDDING) for other in expected):
+        return "; if the head is the embedding, set `tie_word_embeddings` to true in config.json"
     return ""
 
 
-class _Extra:
-    """Tensors that the model does not call for."""
+class _UnexpectedTensors:
+    """Decides whether a tensor that the model does not need may stay unread."""
 
-    def __init__(self, folder: TensorFolder, wanted: Mapping[str, Wanted]) -> None:
-        self._folder, self._wanted = folder, wanted
-        self._modules = {name.rpartition(".")[0] for name in wanted}
+    def __init__(self, folder: TensorFolder, expected: Mapping[str, ExpectedTensor]) -> None:
+        self._folder = folder
+        self._modules = {name.rpartition(".")[0] for name in expected}
         self._layers = tuple(
-            {name[: name.index(_LAYERS) + len(_LAYERS)] for name in wanted if _LAYERS in name}
+            {name[: name.index(_LAYERS) + len(_LAYERS)] for name in expected if _LAYERS in name}
         )
 
-    def refused(self, one: StoredTensor) -> str | None:
-        """Why a tensor may not be left unread; None where it may."""
-        name = one.name
+    def refusal(self, tensor: StoredTensor) -> str | None:
+        """Why the folder is refused because of a tensor; None if the tensor may stay unread."""
+        name = tensor.name
         if name.endswith(NEVER_READ):
             return None
         module, _, last = name.rpartition(".")
         if name.endswith(HEAD) and module not in self._modules:
-            return self._other_head(one)
-        if name.endswith(".self_attn.bias") and len(one.shape) > 1:
-            return None  # the causal mask, as old tools stored it
+            return self._untied_head(tensor)
+        if name.endswith(".self_attn.bias") and len(tensor.shape) > 1:
+            return None  # the causal mask, which old tools stored
         if module not in self._modules and not name.startswith(self._layers):
             return None
-        if name.endswith(_SAYS_NOTHING_AS_ZERO) and module in self._modules:
+        if name.endswith(_NO_EFFECT_WHEN_ZERO) and module in self._modules:
             if not self._folder.tensor(name).count_nonzero():
                 return None
             if last == "bias":
                 return (
-                    "is not zero, and the config gives that matrix none; set `attention_bias` or "
-                    "`mlp_bias`, if the model was made so"
+                    "is not zero, but the config gives this matrix no bias; set `attention_bias` "
+                    "or `mlp_bias` to true if the model has biases, else remove the tensor"
                 )
-        if name.endswith(_INDEX) and self._rises(one):
+        if name.endswith(_INDEX) and self._is_ordered(tensor):
             return None
-        return "has no place in this model"
+        return _NO_PART
 
-    def _rises(self, one: StoredTensor) -> bool:
-        """Whether an index of groups is that of runs of columns: rising, or all -1."""
-        index_I = self._folder.tensor(one.name).long()
+    def _is_ordered(self, tensor: StoredTensor) -> bool:
+        """Whether a group index only describes consecutive columns: ascending, or all -1."""
+        index_I = self._folder.tensor(tensor.name).long()
         return not index_I.numel() or bool((index_I.diff() >= 0).all())
 
-    def _other_head(self, one: StoredTensor) -> str | None:
-        """A head without a place is one that the config ties to the embedding."""
-        table = f"{one.name.removesuffix(HEAD)}{EMBEDDING}"
+    def _untied_head(self, tensor: StoredTensor) -> str | None:
+        """Refusal of a head that the config ties to the embedding, unless both are equal."""
+        table = f"{tensor.name.removesuffix(HEAD)}{EMBEDDING}"
         embedding = self._folder.stored.get(table)
-        if embedding is None or one.shape != embedding.shape:
-            return "has no place in this model"
-        rows = one.shape[0]
+        if embedding is None or tensor.shape != embedding.shape:
+            return _NO_PART
+        rows = tensor.shape[0]
         for start in {0, rows // 2, max(0, rows - _SAMPLED_ROWS)}:
             stop = min(rows, start + _SAMPLED_ROWS)
-            head, body = (self._folder.rows(x, start, stop).float() for x in (one.name, table))
+            head, body = (self._folder.rows(x, start, stop).float() for x in (tensor.name, table))
             if not torch.equal(head.nan_to_num(), body.nan_to_num()):
                 return (
-                    "differs from the embedding, which the config says it is; set "
+                    "differs from the embedding, but the config ties both; set "
                     "`tie_word_embeddings` to false, or remove the tensor"
                 )
         return None

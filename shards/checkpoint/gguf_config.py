@@ -1,7 +1,7 @@
-"""GGUF metadata of a Llama model as the objects of config.json and generation_config.json.
+"""config.json and generation_config.json from the GGUF metadata of a Llama model.
 
-Knows the keys of GGUF's `llama` architecture; knows nothing of weights' bytes, except for the
-frequency factors, which are the only trace that Llama 3's rotary scaling leaves in a file.
+Knows the keys of GGUF's `llama` architecture; knows nothing of weights, except the frequency
+factors: a GGUF file records Llama 3's rotary scaling nowhere else.
 """
 
 from __future__ import annotations
@@ -24,27 +24,21 @@ _LLAMA3_ENDS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 
 
 def build_configs(file: GgufFile, dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Make the two objects.
+    """The objects of config.json and generation_config.json.
 
     Args:
-        file: of architecture `llama`.
-        dtype: the dtype that the weights are written in.
+        file: GGUF file of architecture `llama`.
+        dtype: dtype of the written weights.
 
     Raises:
-        CheckpointError: another architecture, a feature that is not computed, missing keys.
+        CheckpointError: another architecture, an unsupported feature, or missing keys.
     """
-    meta = file.metadata
-    architecture = meta.get("general.architecture")
-    if architecture != "llama":
-        raise CheckpointError(
-            f"{file.path}: general.architecture={str(architecture)[:100]!r} is not supported; "
-            "supported: llama"
-        )
-    if meta.get("llama.expert_count"):
-        raise CheckpointError(f"{file.path}: llama.expert_count: experts are not imported")
+    _refuse_other_models(file)
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
-        raise CheckpointError(f"{file.path}: has no tensor token_embd.weight of two dimensions")
+        raise CheckpointError(
+            f"{file.path}: has no two-dimensional tensor token_embd.weight; fetch the file again"
+        )
     vocab_size = embedding.shape[0]
     hidden_size = _size(file, "embedding_length")
     num_heads = _size(file, "attention.head_count")
@@ -53,7 +47,7 @@ def build_configs(file: GgufFile, dtype: str) -> tuple[dict[str, Any], dict[str,
         if _size(file, key, head_dim) != head_dim:
             raise CheckpointError(
                 f"{file.path}: llama.{key}={_size(file, key)} differs from the head size "
-                f"{head_dim}; such a model is not computed"
+                f"{head_dim}; this is not supported"
             )
     bos = special_token(file, "bos", vocab_size)
     ends = _end_tokens(file, vocab_size)
@@ -84,12 +78,26 @@ def build_configs(file: GgufFile, dtype: str) -> tuple[dict[str, Any], dict[str,
     return config, generation
 
 
+def _refuse_other_models(file: GgufFile) -> None:
+    architecture = file.metadata.get("general.architecture")
+    if architecture != "llama":
+        raise CheckpointError(
+            f"{file.path}: general.architecture={str(architecture)[:100]!r} is not supported; "
+            "supported: llama"
+        )
+    if file.metadata.get("llama.expert_count"):
+        raise CheckpointError(
+            f"{file.path}: llama.expert_count: a model with experts cannot be imported; "
+            "convert the original checkpoint"
+        )
+
+
 def _end_tokens(file: GgufFile, vocab_size: int) -> tuple[int, ...]:
     ends = [special_token(file, role, vocab_size) for role in ("eos", "eot", "eom")]
     if family_of(file) in LLAMA3_FAMILIES:
-        # files name one end token, but the family stops at any of three
+        # a file names one end token, but the family has three
         tokens = file.metadata.get("tokenizer.ggml.tokens", [])
-        ends += [tokens.index(one) for one in _LLAMA3_ENDS if one in tokens]
+        ends += [tokens.index(text) for text in _LLAMA3_ENDS if text in tokens]
     return tuple(dict.fromkeys(end for end in ends if end is not None))
 
 
@@ -100,8 +108,8 @@ def _rope_scaling(file: GgufFile, config: dict[str, Any]) -> dict[str, Any] | No
         return {"rope_type": "linear", "factor": _number(file, "rope.scale_linear")}
     if kind not in ("none", "linear"):
         raise CheckpointError(
-            f"{file.path}: llama.rope.scaling.type={str(kind)[:100]!r} is not computed; computed: "
-            "none, linear and llama3 (by its tensor rope_freqs.weight)"
+            f"{file.path}: llama.rope.scaling.type={str(kind)[:100]!r} is not supported; "
+            "supported: none, linear and llama3 (with the tensor rope_freqs.weight)"
         )
     if ROPE_FACTORS in file.tensors:
         return _llama3_scaling(file, config)
@@ -111,12 +119,12 @@ def _rope_scaling(file: GgufFile, config: dict[str, Any]) -> dict[str, Any] | No
 
 
 def _llama3_scaling(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
-    """Find the rule whose frequencies are the file's: what is stored is kept / scaled."""
+    """The llama3 rule that gives the stored factors: unscaled frequency / scaled frequency."""
     tensor = file.tensors[ROPE_FACTORS]
     if tensor.shape != (config["head_dim"] // 2,):
         raise CheckpointError(
             f"{file.path}: tensor {ROPE_FACTORS!r} has shape {list(tensor.shape)}, but the head "
-            f"size makes it {[config['head_dim'] // 2]}"
+            f"size requires {[config['head_dim'] // 2]}; fetch the file again"
         )
     stored = torch.from_numpy(np.array(file.rows(tensor, 0, 1)[0]))
     plain = ModelConfig.from_dict(config, source=str(file.path)).inv_freq()
@@ -135,17 +143,19 @@ def _llama3_scaling(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
         if torch.allclose(plain / scaled, stored, rtol=1e-4):
             return scaling
     raise CheckpointError(
-        f"{file.path}: tensor {ROPE_FACTORS!r} holds frequency factors that no known llama3 rule "
-        "gives; convert the original checkpoint instead"
+        f"{file.path}: tensor {ROPE_FACTORS!r} holds frequency factors of no known llama3 rule; "
+        "convert the original checkpoint instead"
     )
 
 
 def _size(file: GgufFile, key: str, default: int | None = None) -> int:
     value = file.metadata.get(f"llama.{key}", default)
-    if isinstance(value, list) and value and all(one == value[0] for one in value):
-        value = value[0]  # one for each layer, all alike
+    if isinstance(value, list) and value and all(size == value[0] for size in value):
+        value = value[0]  # a value for each layer, all equal
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
-        raise CheckpointError(f"{file.path}: llama.{key}={str(value)[:100]} must be a size")
+        raise CheckpointError(
+            f"{file.path}: llama.{key}={str(value)[:100]} must be a whole number from 1"
+        )
     return value
 
 

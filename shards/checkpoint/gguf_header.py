@@ -1,12 +1,12 @@
-"""The header of a GGUF file, parsed as hostile input.
+"""Parser of GGUF headers; treats the file as hostile input.
 
 The format (github.com/ggml-org/ggml, docs/gguf.md), versions 2 and 3, little-endian: magic,
 version, counts, typed key-value pairs, tensor infos, then the tensors' bytes, aligned. A model in
 several files has a header in each, names `…-00001-of-00003.gguf`, and its metadata in the first.
-The gguf package's own reader loops without end on some truncated files, so only its tables and its
+The reader of the gguf package never ends on some truncated files; only the package's tables and
 dequantization are used.
 
-Knows bytes and block sizes; knows nothing of what keys and names mean.
+Knows bytes and block sizes; knows nothing of the meaning of keys and names.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from arriero.shards.errors import CheckpointError
 from arriero.shards.files.bad_file import explain_binary, explain_error, head_of
 
 MAX_METADATA_BYTES = 256 * 1024 * 1024
-"""All keys, values and tensor infos; the largest vocabularies take some ten megabytes."""
+"""Limit for all keys, values and tensor infos; large vocabularies take about ten megabytes."""
 
 _SCALARS = {
     0: "B",
@@ -45,12 +45,13 @@ _SCALARS = {
 _STRING, _ARRAY = 8, 9
 _MAX_DIMS = 4
 _MAX_FILES = 9999
+_AGAIN = "fetch the file again"
 _SPLIT_NAME = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GgufTensor:
-    """Where a tensor lies. `shape` is row-major, [out, in]; blocks run along the last dimension."""
+    """Location of a tensor; `shape` is row-major, [out, in]; blocks run along the columns."""
 
     name: str
     type: gguf.GGMLQuantizationType
@@ -58,7 +59,7 @@ class GgufTensor:
     start: int
     stop: int
     data: npt.NDArray[np.uint8]
-    """All bytes of its file, mapped read-only."""
+    """All bytes of the file, mapped read-only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +67,7 @@ class GgufFile:
     """A parsed file, or all files of one model.
 
     Attributes:
-        path: the file; of several the first.
+        path: the file; for a model in several files, the first file.
         metadata: values by key; arrays are lists.
         tensors: by name, in file order.
     """
@@ -81,59 +82,64 @@ class GgufFile:
         row_bytes = tensor.shape[-1] // block * block_bytes
         first = tensor.start + start * row_bytes
         stored = tensor.data[first : tensor.start + stop * row_bytes].reshape(-1, row_bytes)
-        made: npt.NDArray[np.float32] = gguf.dequantize(stored, tensor.type)
-        return made
+        dequantized: npt.NDArray[np.float32] = gguf.dequantize(stored, tensor.type)
+        return dequantized
 
 
 def read_gguf(path: Path) -> GgufFile:
     """Parse and check the header of a file, or of all files of a model, and map the bytes.
 
     Args:
-        path: the file; of a model in several files any of them, the others lying beside it.
+        path: the file, or any file of a model in several files of one folder.
 
     Raises:
-        CheckpointError: not GGUF, truncated, an entry that cannot be, or a file of several missing.
+        CheckpointError: not GGUF, truncated, an invalid entry, or a file of the model is missing.
     """
-    first = _read_one(path)
+    first = _read_file(path)
     count = first.metadata.get("split.count", 1)
     if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= _MAX_FILES:
-        raise CheckpointError(f"{path}: split.count={str(count)[:100]} is not a number of files")
+        raise CheckpointError(
+            f"{path}: split.count={str(count)[:100]} is not a number of files"
+            f" from 0 to {_MAX_FILES}; fetch the file again"
+        )
     if count <= 1:
         return first
-    named = _SPLIT_NAME.fullmatch(path.name)
-    if named is None or int(named["count"]) != count:
+    match = _SPLIT_NAME.fullmatch(path.name)
+    if match is None or int(match["count"]) != count:
         raise CheckpointError(
-            f"{path}: is one part of several (split.count={count}): the names of its files must "
-            f"end in -00001-of-{count:05d}.gguf and so on, in one folder"
+            f"{path}: is one part of several (split.count={count}): the file names must end in "
+            f"-00001-of-{count:05d}.gguf and so on; put all files in one folder"
         )
     files = [
-        path.with_name(f"{named['stem']}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)
+        path.with_name(f"{match['stem']}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)
     ]
-    parts = [first if file == path else _read_one(file) for file in files]
+    parts = [first if file == path else _read_file(file) for file in files]
     tensors: dict[str, GgufTensor] = {}
     for part in parts:
         for name, tensor in part.tensors.items():
             if name in tensors:
-                raise CheckpointError(f"{part.path}: tensor {name[:200]!r} lies in two files")
+                raise CheckpointError(
+                    f"{part.path}: tensor {name[:200]!r} is in two files; fetch the files again"
+                )
             tensors[name] = tensor
     stated = parts[0].metadata.get("split.tensors.count", len(tensors))
     if stated != len(tensors):
         raise CheckpointError(
-            f"{files[0]}: split.tensors.count={stated}, but its {count} files hold {len(tensors)} "
-            "tensors; fetch them again"
+            f"{files[0]}: split.tensors.count={stated}, but the {count} files have {len(tensors)} "
+            "tensors; fetch the files again"
         )
     return GgufFile(path=files[0], metadata=parts[0].metadata, tensors=tensors)
 
 
-def _read_one(path: Path) -> GgufFile:
+def _read_file(path: Path) -> GgufFile:
     try:
         head, size = head_of(path)
         if not head.startswith(b"GGUF"):
-            because = explain_binary(head, size)
-            if because is None and head[4:8] == b"\0\0\0\0":
-                because = "is not a GGUF file; it may be a safetensors file, which needs no import"
+            reason = explain_binary(head, size)
+            if reason is None and head[4:8] == b"\0\0\0\0":
+                reason = "is not a GGUF file; it may be a safetensors file, which needs no import"
             raise CheckpointError(
-                f"{path}: {because or 'is not a GGUF file (it does not begin with GGUF)'}"
+                f"{path}: {reason or 'is not a GGUF file (it does not begin with GGUF); ' + _AGAIN}"
             )
         with path.open("rb") as stream:
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
@@ -143,10 +149,10 @@ def _read_one(path: Path) -> GgufFile:
     cursor.take(4)
     version = cursor.scalar("I")
     if version not in (2, 3):
-        big = version in (2 << 24, 3 << 24)
+        is_big_endian = version in (2 << 24, 3 << 24)
         raise CheckpointError(
             f"{path}: "
-            + ("is big-endian; " if big else f"GGUF version {version} is not supported; ")
+            + ("is big-endian; " if is_big_endian else f"GGUF version {version} is not supported; ")
             + "supported: 2, 3, little-endian"
         )
     num_tensors, num_values = cursor.scalar("Q"), cursor.scalar("Q")
@@ -154,18 +160,21 @@ def _read_one(path: Path) -> GgufFile:
     for _ in range(num_values):
         key = cursor.string()
         if key in metadata:
-            raise CheckpointError(f"{path}: key {key[:200]!r} is there twice")
+            raise CheckpointError(f"{path}: key {key[:200]!r} appears twice; {_AGAIN}")
         metadata[key] = cursor.value()
     infos = [_info(cursor) for _ in range(num_tensors)]
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 1 <= alignment <= 2**20:
-        raise CheckpointError(f"{path}: general.alignment={alignment!r} is not a number of bytes")
+        raise CheckpointError(
+            f"{path}: general.alignment={alignment!r} is not a number of bytes "
+            f"from 1 to {2**20}; {_AGAIN}"
+        )
     data_start = -(-cursor.position // alignment) * alignment
     data = np.frombuffer(mapped, dtype=np.uint8)
     tensors: dict[str, GgufTensor] = {}
     for name, shape, kind, offset in infos:
         if name in tensors:
-            raise CheckpointError(f"{path}: tensor {name[:200]!r} is there twice")
+            raise CheckpointError(f"{path}: tensor {name[:200]!r} appears twice; {_AGAIN}")
         tensors[name] = _tensor(path, name, shape, kind, data_start + offset, data)
     return GgufFile(path=path, metadata=metadata, tensors=tensors)
 
@@ -175,7 +184,8 @@ def _info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     num_dims = cursor.scalar("I")
     if not 1 <= num_dims <= _MAX_DIMS:
         raise CheckpointError(
-            f"{cursor.path}: tensor {name[:200]!r}: {num_dims} dimensions; at most {_MAX_DIMS}"
+            f"{cursor.path}: tensor {name[:200]!r}: {num_dims} dimensions, but 1 to "
+            f"{_MAX_DIMS} are possible; {_AGAIN}"
         )
     dims = [cursor.scalar("Q") for _ in range(num_dims)]
     return name, tuple(reversed(dims)), cursor.scalar("I"), cursor.scalar("Q")
@@ -194,22 +204,25 @@ def _tensor(
         type_ = gguf.GGMLQuantizationType(kind)
         block, block_bytes = gguf.GGML_QUANT_SIZES[type_]
     except (ValueError, KeyError):
-        raise CheckpointError(f"{where}: tensor type {kind} is unknown") from None
+        raise CheckpointError(
+            f"{where}: tensor type {kind} is unknown; convert the original checkpoint"
+        ) from None
     if shape[-1] % block:
         raise CheckpointError(
-            f"{where}: shape {list(shape)} does not divide into {type_.name} blocks of {block}"
+            f"{where}: shape {list(shape)} does not divide into {type_.name} blocks of {block}; "
+            f"{_AGAIN}"
         )
     stop = start + math.prod(shape) // block * block_bytes
     if stop > data.size:
         raise CheckpointError(
             f"{where}: {type_.name} {list(shape)} ends at byte {stop:,}, but the file has "
-            f"{data.size:,}: truncated; fetch it again"
+            f"{data.size:,} bytes: truncated; {_AGAIN}"
         )
     return GgufTensor(name=name, type=type_, shape=shape, start=start, stop=stop, data=data)
 
 
 class _Cursor:
-    """Reads forward through the mapped header; every read is checked against the end."""
+    """Reads the mapped header from start to end; checks each read against the end."""
 
     def __init__(self, path: Path, mapped: mmap.mmap) -> None:
         self.path = path
@@ -236,7 +249,9 @@ class _Cursor:
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise CheckpointError(f"{self.path}: a string is not UTF-8: {error}") from None
+            raise CheckpointError(
+                f"{self.path}: a string is not UTF-8: {error}; {_AGAIN}"
+            ) from None
 
     def value(self) -> Any:  # noqa: ANN401
         kind = self.scalar("I")
@@ -254,5 +269,5 @@ class _Cursor:
     def _scalar_kind(self, kind: int) -> str:
         code = _SCALARS.get(kind)
         if code is None:
-            raise CheckpointError(f"{self.path}: value type {kind} is unknown or nested")
+            raise CheckpointError(f"{self.path}: value type {kind} is unknown or nested; {_AGAIN}")
         return code

@@ -1,8 +1,7 @@
 """Import of a GGUF file as a folder in Hugging Face layout.
 
-Knows the tensor names of both sides and the order of the rows of queries and keys; leaves the
-header, the tokenizer and the config to their own modules. Weights are streamed: memory holds one
-piece of one tensor.
+Knows the tensor names of both formats and the row order of queries and keys; knows nothing of
+header, tokenizer and config (own modules). Weights are streamed: memory holds a piece of a tensor.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from arriero.shards.errors import CheckpointError
 from arriero.shards.model_config.dense import TORCH_DTYPES, ModelConfig
 
 Progress = Callable[[int, int, str], None]
-"""Called with bytes read so far, bytes in all, and the name of the tensor just written."""
+"""Called with bytes read so far, total bytes, and the name of the written tensor."""
 
 _TOP_NAMES = {
     "token_embd.weight": EMBEDDING,
@@ -55,7 +54,7 @@ _PIECE_ELEMENTS = 8 * 1024 * 1024
 
 @cache
 def is_imported(type_: gguf.GGMLQuantizationType) -> bool:
-    """Whether the gguf package turns blocks of this type into numbers."""
+    """Whether the gguf package can dequantize this type."""
     _, block_bytes = gguf.GGML_QUANT_SIZES[type_]
     try:
         gguf.dequantize(np.zeros((1, block_bytes), dtype=np.uint8), type_)
@@ -69,17 +68,17 @@ def import_gguf(
 ) -> None:
     """Write `src` as config.json, generation_config.json, model.safetensors and the tokenizer.
 
-    The folder appears whole or not at all.
+    The folder appears complete or not at all.
 
     Args:
-        src: a GGUF file of architecture `llama`, in any type that the gguf package dequantizes;
-            of a model in several files any of them.
-        out: the folder to make; must not exist.
-        dtype: of the weights written: "bfloat16", "float16" or "float32".
-        progress: told of every tensor written.
+        src: GGUF file of architecture `llama`, in any type that the gguf package dequantizes;
+            any file of a model in several files.
+        out: new folder; must not exist.
+        dtype: dtype of the written weights: "bfloat16", "float16" or "float32".
+        progress: called after each written tensor.
 
     Raises:
-        CheckpointError: a file that cannot be imported, or `out` exists.
+        CheckpointError: the file cannot be imported, or `out` exists.
     """
     if dtype not in TORCH_DTYPES:
         raise CheckpointError(f"dtype={dtype!r} must be one of {', '.join(TORCH_DTYPES)}")
@@ -111,44 +110,48 @@ def import_gguf(
 
 
 class _Weights:
-    """The file's tensors under their Hugging Face names, in file order, checked."""
+    """The tensors of the file under Hugging Face names, in file order, checked."""
 
     def __init__(self, file: GgufFile, config: ModelConfig) -> None:
         self.file = file
         self.config = config
         self.tensors: dict[str, GgufTensor] = {}
-        due = expected_tensors(config)
+        expected = expected_tensors(config)
         for tensor in file.tensors.values():
-            if tensor.name == ROPE_FACTORS:  # it became the config's rope_scaling
+            if tensor.name == ROPE_FACTORS:  # now in the config's rope_scaling
                 continue
             name = _hf_name(file, tensor.name)
             where = f"{file.path}: tensor {tensor.name[:200]!r}"
-            if due.get(name) != tensor.shape:
+            if expected.get(name) != tensor.shape:
                 raise CheckpointError(
-                    f"{where} ({name}) has shape {list(tensor.shape)}, but the metadata makes it "
-                    f"{list(due[name]) if name in due else 'none of this model'}"
+                    f"{where} ({name}) has shape {list(tensor.shape)}, but the metadata "
+                    f"requires {list(expected[name]) if name in expected else 'no such tensor'}; "
+                    "fetch the file again"
                 )
             if not is_imported(tensor.type):
-                known = [one.name for one in gguf.GGMLQuantizationType if is_imported(one)]
+                known = [type_.name for type_ in gguf.GGMLQuantizationType if is_imported(type_)]
                 raise CheckpointError(
                     f"{where}: {tensor.type.name} is not imported; imported: {', '.join(known)}"
                 )
             self.tensors[name] = tensor
-        missing = [name for name in due if name not in self.tensors]
+        missing = [name for name in expected if name not in self.tensors]
         if missing:
             raise CheckpointError(
-                f"{file.path}: lacks {missing[0]!r} of shape {list(due[missing[0]])}"
+                f"{file.path}: lacks tensor {missing[0]!r} of shape {list(expected[missing[0]])}"
                 + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+                + "; fetch the file again"
             )
 
     def write(self, stream: BinaryIO, dtype: torch.dtype, progress: Progress | None) -> None:
-        stream.write(make_header({name: (dtype, one.shape) for name, one in self.tensors.items()}))
-        total = sum(one.stop - one.start for one in self.tensors.values())
+        stream.write(
+            make_header({name: (dtype, tensor.shape) for name, tensor in self.tensors.items()})
+        )
+        total = sum(tensor.stop - tensor.start for tensor in self.tensors.values())
         done = 0
         for name, tensor in self.tensors.items():
             for piece in self._pieces(tensor):
-                made = torch.from_numpy(np.array(piece, dtype=np.float32, order="C")).to(dtype)
-                stream.write(made.view(torch.uint8).numpy().data)
+                converted = torch.from_numpy(np.array(piece, dtype=np.float32, order="C")).to(dtype)
+                stream.write(converted.view(torch.uint8).numpy().data)
             done += tensor.stop - tensor.start
             if progress is not None:
                 progress(done, total, name)
@@ -168,7 +171,7 @@ class _Weights:
             yield self._unpermute(piece) if permuted else piece
 
     def _unpermute(self, rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Undo GGUF's order: it interleaves the two halves of each head that rotary turns."""
+        """Undo the row order of GGUF, which interleaves the two rotary halves of each head."""
         head_dim = self.config.head_dim
         pairs = rows.reshape(-1, head_dim // 2, 2, rows.shape[1])
         return pairs.swapaxes(1, 2).reshape(rows.shape)
@@ -186,7 +189,10 @@ def _hf_name(file: GgufFile, name: str) -> str:
         and parts[3] in ("weight", "bias")
     ):
         return f"model.layers.{int(parts[1])}.{_LAYER_NAMES[parts[2]]}.{parts[3]}"
-    raise CheckpointError(f"{file.path}: tensor {name[:200]!r} has no place in a Llama model")
+    raise CheckpointError(
+        f"{file.path}: tensor {name[:200]!r} is no part of a Llama "
+        "model; convert the original checkpoint"
+    )
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

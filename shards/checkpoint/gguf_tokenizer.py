@@ -1,7 +1,7 @@
-"""A tokenizer from GGUF metadata, as tokenizer.json and tokenizer_config.json.
+"""tokenizer.json and tokenizer_config.json from GGUF metadata.
 
-Knows byte-level BPE (`tokenizer.ggml.model` = gpt2) and how each family splits text before it;
-knows nothing of weights. A wrong split costs quality without any error, so a family that is not
+Knows byte-level BPE (`tokenizer.ggml.model` = gpt2) and the text split of each tokenizer family;
+knows nothing of weights. A wrong split lowers quality without an error, so a family that is not
 in the table is refused.
 """
 
@@ -16,16 +16,17 @@ from arriero.shards.errors import CheckpointError
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 _TEMPLATE = "tokenizer.chat_template"
+_AGAIN = "fetch the file again"
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
-# As Llama 3's tokenizer splits: contractions, words with one leading mark, up to three digits.
+# The split of Llama 3: contractions, words with a leading mark, up to three digits.
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
-# As GPT-4o's and Llama 4's: words change at capitals, contractions stay with their word.
+# The split of GPT-4o and Llama 4: a new word at capitals; a contraction stays with the word.
 GPT4O_SPLIT = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -34,7 +35,7 @@ GPT4O_SPLIT = (
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# Names under which converters write one and the same split (llama.cpp, src/llama-vocab.cpp).
+# Names that converters write for the same split (llama.cpp, src/llama-vocab.cpp).
 _WHOLE_WORDS = (
     "llama-bpe",
     "llama3",
@@ -46,7 +47,7 @@ _WHOLE_WORDS = (
     "lfm2",
     "jina-v5-nano",
 )
-"""Llama 3's split, and a word that is a token is that token, whatever the merges give."""
+"""Llama 3's split; a whole word in the vocabulary is one token, whatever the merges give."""
 LLAMA3_FAMILIES = (*_WHOLE_WORDS, "smaug-bpe", "dbrx")
 """Llama 3's split."""
 _GPT2_FAMILIES = (
@@ -68,7 +69,7 @@ FAMILIES = (*LLAMA3_FAMILIES, *_GPT2_FAMILIES, *_GPT4O_FAMILIES, "smollm")
 
 
 def family_of(file: GgufFile) -> str:
-    """Name of the split that the file states."""
+    """Name of the tokenizer family in the file's metadata."""
     return str(file.metadata.get("tokenizer.ggml.pre", "default"))
 
 
@@ -88,35 +89,36 @@ def _split(family: str) -> pre_tokenizers.PreTokenizer | None:
 
 
 def build_tokenizer(file: GgufFile) -> tuple[Tokenizer, dict[str, Any]]:
-    """Make the tokenizer and the object of tokenizer_config.json.
+    """The tokenizer and the object of tokenizer_config.json.
 
     Raises:
-        CheckpointError: a kind of tokenizer that is not supported, or malformed metadata.
+        CheckpointError: an unsupported kind of tokenizer, or malformed metadata.
     """
     meta = file.metadata
     model = meta.get("tokenizer.ggml.model")
     if model != "gpt2":
         raise CheckpointError(
             f"{file.path}: tokenizer.ggml.model={str(model)[:100]!r} is not supported; supported: "
-            "gpt2 (byte-level BPE); convert the original checkpoint, whose tokenizer.json is read"
+            "gpt2 (byte-level BPE); convert the original checkpoint with its tokenizer.json"
         )
     family = family_of(file)
     split = _split(family)
     if split is None:
         raise CheckpointError(
-            f"{file.path}: tokenizer.ggml.pre={family[:100]!r} is not supported (another split of "
-            f"text gives other tokens); supported: {', '.join(FAMILIES)}; convert the original "
-            "checkpoint, whose tokenizer.json is read"
+            f"{file.path}: tokenizer.ggml.pre={family[:100]!r} is not supported (a wrong split of "
+            f"text gives wrong tokens); supported: {', '.join(FAMILIES)}; convert the original "
+            "checkpoint with its tokenizer.json"
         )
     tokens = _strings(file, "tokenizer.ggml.tokens")
     kinds = meta.get("tokenizer.ggml.token_type", [1] * len(tokens))
     if not isinstance(kinds, list) or len(kinds) != len(tokens):
         raise CheckpointError(
-            f"{file.path}: tokenizer.ggml.token_type must be a list of {len(tokens)}, one a token"
+            f"{file.path}: tokenizer.ggml.token_type must be a list of {len(tokens)} "
+            f"numbers, one for each token; {_AGAIN}"
         )
     vocab = {token: index for index, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
-        raise CheckpointError(f"{file.path}: tokenizer.ggml.tokens holds a token twice")
+        raise CheckpointError(f"{file.path}: tokenizer.ggml.tokens lists a token twice; {_AGAIN}")
     tokenizer = Tokenizer(
         models.BPE(vocab=vocab, merges=_merges(file, vocab), ignore_merges=family in _WHOLE_WORDS)
     )
@@ -124,25 +126,25 @@ def build_tokenizer(file: GgufFile) -> tuple[Tokenizer, dict[str, Any]]:
     tokenizer.decoder = decoders.ByteLevel()
     special = [tokens[i] for i, kind in enumerate(kinds) if kind in (_UNKNOWN, _CONTROL)]
     user = [tokens[i] for i, kind in enumerate(kinds) if kind == _USER_DEFINED]
-    tokenizer.add_special_tokens([AddedToken(one, normalized=False) for one in special])
-    tokenizer.add_tokens([AddedToken(one, normalized=False) for one in user])
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in special])
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in user])
     settings = _settings(file, tokens)
-    begins = family in _WHOLE_WORDS or (
+    adds_bos = family in _WHOLE_WORDS or (
         family in LLAMA3_FAMILIES and settings.get("bos_token") == "<|begin_of_text|>"
     )
-    _add_template(file, tokenizer, settings, vocab, add_bos_by_default=begins)
+    _add_template(file, tokenizer, settings, vocab, add_bos_by_default=adds_bos)
     return tokenizer, settings
 
 
 def special_token(file: GgufFile, role: str, num_tokens: int) -> int | None:
-    """Id of a special token ("bos", "eos", "eot", "eom", "unknown", "padding"), if it is set."""
+    """Id of a special token ("bos", "eos", "eot", "eom", "unknown", "padding"), None if not set."""
     key = f"tokenizer.ggml.{role}_token_id"
     index = file.metadata.get(key)
     if index is None or (isinstance(index, int) and 0 <= index < num_tokens):
         return index
     if role in ("padding", "unknown") and index in (-1, 2**32 - 1):
-        return None  # "none", as some converters write it
-    raise CheckpointError(f"{file.path}: {key}={index!r} must be below {num_tokens} tokens")
+        return None  # some converters write "none" this way
+    raise CheckpointError(f"{file.path}: {key}={index!r} must be a token id below {num_tokens}")
 
 
 def _settings(file: GgufFile, tokens: list[str]) -> dict[str, Any]:
@@ -168,15 +170,15 @@ def _settings(file: GgufFile, tokens: list[str]) -> dict[str, Any]:
 
 
 def _templates(file: GgufFile) -> dict[str, str]:
-    """Chat templates by name; the one without a name is "default"."""
-    found = {}
+    """Chat templates by name; the template without a name is "default"."""
+    templates = {}
     for key, value in file.metadata.items():
         if key.startswith(_TEMPLATE) and key[len(_TEMPLATE) :][:1] in ("", ".") and value:
             name = key[len(_TEMPLATE) + 1 :] or "default"
             if not isinstance(value, str):
-                raise CheckpointError(f"{file.path}: {key}: must be a string")
-            found[name] = value
-    return found
+                raise CheckpointError(f"{file.path}: {key} must be a string; {_AGAIN}")
+            templates[name] = value
+    return templates
 
 
 def _add_template(
@@ -187,7 +189,7 @@ def _add_template(
     *,
     add_bos_by_default: bool,
 ) -> None:
-    """Make encoding add the begin token (and the end token) where the file says so."""
+    """Let the tokenizer add the begin and end tokens if the file says so."""
     before = after = ""
     specials = []
     if file.metadata.get("tokenizer.ggml.add_bos_token", add_bos_by_default):
@@ -198,8 +200,8 @@ def _add_template(
         if token:
             specials.append((token, vocab[token]))
     if specials:
-        single = [one for one in (before, "$A", after) if one]
-        pair = [*single, *(f"{one}:1" if one != "$A" else "$B:1" for one in single)]
+        single = [part for part in (before, "$A", after) if part]
+        pair = [*single, *(f"{part}:1" if part != "$A" else "$B:1" for part in single)]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=single, pair=pair, special_tokens=specials
         )
@@ -207,8 +209,8 @@ def _add_template(
 
 def _strings(file: GgufFile, key: str) -> list[str]:
     values = file.metadata.get(key)
-    if not isinstance(values, list) or not all(isinstance(one, str) for one in values):
-        raise CheckpointError(f"{file.path}: {key} must be a list of strings")
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise CheckpointError(f"{file.path}: {key} must be a list of strings; {_AGAIN}")
     return values
 
 
@@ -219,7 +221,7 @@ def _merges(file: GgufFile, vocab: dict[str, int]) -> list[tuple[str, str]]:
         if left not in vocab or right not in vocab or left + right not in vocab:
             raise CheckpointError(
                 f"{file.path}: tokenizer.ggml.merges: {line[:100]!r} does not join two tokens "
-                "into a third"
+                f"into a third; {_AGAIN}"
             )
         merges.append((left, right))
     return merges

@@ -1,4 +1,4 @@
-"""The tensors of a dense Llama checkpoint, by their Hugging Face names.
+"""The tensors of a dense Llama checkpoint under Hugging Face names.
 
 Knows names and shapes; knows nothing of files.
 """
@@ -13,7 +13,7 @@ HEAD = "lm_head.weight"
 
 
 def layer_tensors(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of one layer's tensors, products as [out, in]."""
+    """Shapes of the tensors of a layer; matrices as [out, in]."""
     hidden, mlp = config.hidden_size, config.intermediate_size
     products = {
         "self_attn.q_proj": (config.q_size, hidden),
@@ -37,7 +37,7 @@ def layer_tensors(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of every tensor that the config calls for; no head where it is the embedding."""
+    """Shapes of all tensors that the config requires; without a head if tied to the embedding."""
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, config.hidden_size)}
     for layer in range(config.num_layers):
         shapes |= layer_tensors(config, layer)

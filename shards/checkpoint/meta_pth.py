@@ -1,7 +1,7 @@
-"""Meta's own release of a dense Llama 3: `consolidated.*.pth` and `params.json`, made a folder.
+"""Conversion of Meta's release of a dense Llama 3: `consolidated.*.pth` and `params.json`.
 
-Knows Meta's names, how its shards are cut, and that its queries and keys rotate interleaved pairs.
-Files are read as tensors alone (`weights_only`): no pickled code runs. Memory holds one tensor.
+Knows Meta's names, the cuts of its shards, and that its queries and keys rotate interleaved pairs.
+Files are loaded with `weights_only`: no pickled code runs. Memory holds one tensor.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from arriero.shards.checkpoint.writer import Progress, new_folder, write_shards
 from arriero.shards.errors import CheckpointError
 from arriero.shards.files.bad_file import explain_error, explain_head, head_of
 from arriero.shards.files.json_file import read_json_object
-from arriero.shards.model_config.dense import Fields, ModelConfig
+from arriero.shards.model_config.dense import ModelConfig
+from arriero.shards.model_config.fields import Fields
 
 _TOP = {EMBEDDING: "tok_embeddings.weight", FINAL_NORM: "norm.weight", HEAD: "output.weight"}
 _LAYER = {
@@ -38,22 +39,22 @@ _LAYER = {
     "post_attention_layernorm": "ffn_norm",
 }
 _HF_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
-_VOCAB = 128256  # Llama 3's, whose special tokens are known
+_VOCAB = 128256  # vocabulary of Llama 3, for which the special tokens are known
 
 
 def convert_meta(source: Path, out: Path, progress: Progress | None = None) -> None:
-    """Write Meta's folder `source` as a folder in Hugging Face layout, in the dtype it has.
+    """Write Meta's folder `source` as a folder in Hugging Face layout, in the same dtype.
 
-    The folder appears whole or not at all.
+    The folder appears complete or not at all.
 
     Args:
-        source: holds params.json, consolidated.00.pth and so on, and tokenizer.model.
-        out: the folder to make; must not exist.
-        progress: told of every tensor written.
+        source: folder with params.json, consolidated.00.pth and so on, and tokenizer.model.
+        out: new folder; must not exist.
+        progress: called after each written tensor.
 
     Raises:
-        CheckpointError: something is missing, not what params.json says, or not plain tensors;
-            or `out` exists.
+        CheckpointError: a file or tensor is missing, contradicts params.json or is not a plain
+            tensor, or `out` exists.
     """
     with new_folder(out) as partial:
         shards = [_load(file) for file in _files(source)]
@@ -64,7 +65,7 @@ def convert_meta(source: Path, out: Path, progress: Progress | None = None) -> N
             convert_tokenizer(source / "tokenizer.model", partial)
         meta = _Source(source, shards, config)
         dtype: torch.dtype = getattr(torch, config.torch_dtype)
-        entries = {name: (dtype, shape) for name, shape in meta.due.items()}
+        entries = {name: (dtype, shape) for name, shape in meta.expected.items()}
         write_shards(partial, entries, lambda name: meta.tensor(name).to(dtype), progress)
         Checkpoint.open(partial).check_whole()
 
@@ -72,37 +73,49 @@ def convert_meta(source: Path, out: Path, progress: Progress | None = None) -> N
 def _files(source: Path) -> list[Path]:
     files = sorted(source.glob("consolidated.*.pth"))
     if not files:
-        raise CheckpointError(f"{source}: holds no consolidated.*.pth; give Meta's own folder")
+        raise CheckpointError(
+            f"{source}: holds no consolidated.*.pth; give the folder of Meta's release"
+        )
     names = [f"consolidated.{i:02d}.pth" for i in range(len(files))]
-    if [one.name for one in files] != names:
-        raise CheckpointError(f"{source}: holds {len(files)} shards, but not {', '.join(names)}")
+    if [file.name for file in files] != names:
+        raise CheckpointError(
+            f"{source}: holds {len(files)} shards, but not {', '.join(names)}; "
+            "fetch the missing files"
+        )
     return files
 
 
 def _load(file: Path) -> Mapping[str, Tensor]:
     try:
-        found = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
-        first = explain_head(*head_of(file)) or " ".join(str(error).split())[:200]
+        reason = explain_head(*head_of(file)) or " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{file}: is not a file of plain tensors, and nothing else is read: {first}"
+            f"{file}: is not a file of plain tensors, and no other content is read: {reason}"
         ) from None
     except OSError as error:
         raise CheckpointError(f"{file}: {explain_error(file, error)}") from None
-    if not isinstance(found, dict) or not all(isinstance(one, Tensor) for one in found.values()):
-        raise CheckpointError(f"{file}: is not a mapping from names to tensors")
-    return found
+    if not isinstance(tensors, dict) or not all(
+        isinstance(tensor, Tensor) for tensor in tensors.values()
+    ):
+        raise CheckpointError(
+            f"{file}: is not a mapping from names to tensors; fetch the file again"
+        )
+    return tensors
 
 
 def _settings(source: Path, shards: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
-    """config.json's object from params.json and the tensors' shapes."""
+    """The object of config.json, from params.json and the shapes of the tensors."""
     file = source / "params.json"
     read = Fields(read_json_object(file), str(file))
     hidden, heads = read.size("dim"), read.size("n_heads")
     first = shards[0].get("layers.0.feed_forward.w1.weight")
     table = shards[0].get("tok_embeddings.weight")
     if first is None or table is None or first.ndim != 2 or table.ndim != 2:
-        raise CheckpointError(f"{source}: the first shard lacks layers.0 or tok_embeddings")
+        raise CheckpointError(
+            f"{source}: the first shard lacks layers.0 or tok_embeddings; "
+            "fetch consolidated.00.pth again"
+        )
     by_rows = table.shape[1] == hidden
     vocab = table.shape[0] * (len(shards) if by_rows else 1)
     scaled = read.flag("use_scaled_rope")
@@ -140,10 +153,10 @@ def _settings(source: Path, shards: Sequence[Mapping[str, Tensor]]) -> dict[str,
 
 
 def _tied(shards: Sequence[Mapping[str, Tensor]]) -> bool:
-    """Whether the head is the embedding: not there, or number for number the same."""
-    heads = [one.get("output.weight") for one in shards]
-    tables = [one.get("tok_embeddings.weight") for one in shards]
-    if all(one is None for one in heads):
+    """Whether the head is the embedding: the head is missing, or both are equal."""
+    heads = [shard.get("output.weight") for shard in shards]
+    tables = [shard.get("tok_embeddings.weight") for shard in shards]
+    if all(head is None for head in heads):
         return True
     return all(
         a is not None and b is not None and a.shape == b.shape and torch.equal(a[:8], b[:8])
@@ -155,28 +168,28 @@ def _tied(shards: Sequence[Mapping[str, Tensor]]) -> bool:
 
 
 class _Source:
-    """Meta's tensors under their Hugging Face names."""
+    """Meta's tensors under Hugging Face names."""
 
     def __init__(
         self, folder: Path, shards: Sequence[Mapping[str, Tensor]], config: ModelConfig
     ) -> None:
         self.config = config
         self._folder, self._shards = folder, shards
-        self.due = expected_tensors(config)
+        self.expected = expected_tensors(config)
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, joined from its shards and in our order of rows."""
-        theirs = _meta_name(name)
+        """A tensor, joined from the shards, with rows in Hugging Face order."""
+        meta_name = _meta_name(name)
         parts = []
         for i, shard in enumerate(self._shards):
-            part = shard.get(theirs)
+            part = shard.get(meta_name)
             if part is None:
                 raise CheckpointError(
-                    f"{self._folder}/consolidated.{i:02d}.pth: lacks {theirs!r}, which "
-                    "params.json calls for"
+                    f"{self._folder}/consolidated.{i:02d}.pth: lacks tensor {meta_name!r}, which "
+                    "params.json requires; fetch the file again"
                 )
             parts.append(part)
-        whole = self._join(theirs, parts, self.due[name])
+        whole = self._join(meta_name, parts, self.expected[name])
         for rotated, heads in (
             ("q_proj", self.config.num_heads),
             ("k_proj", self.config.num_kv_heads),
@@ -187,33 +200,33 @@ class _Source:
         return whole
 
     def _join(self, name: str, parts: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-        if all(tuple(one.shape) == shape for one in parts):
+        if all(tuple(part.shape) == shape for part in parts):
             return parts[0]  # norms are in every shard
         for dim in range(len(shape)):
-            if any(one.ndim != len(shape) for one in parts):
+            if any(part.ndim != len(shape) for part in parts):
                 break
-            total = sum(one.shape[dim] for one in parts)
+            total = sum(part.shape[dim] for part in parts)
             rest = shape[:dim] + shape[dim + 1 :]
             fits = all(
-                tuple(one.shape[:dim]) + tuple(one.shape[dim + 1 :]) == rest for one in parts
+                tuple(part.shape[:dim]) + tuple(part.shape[dim + 1 :]) == rest for part in parts
             )
             if fits and total == shape[dim]:
                 return torch.cat(parts, dim)
             copies = total // shape[dim]
             if fits and copies > 1 and total % shape[dim] == 0 and len(parts) % copies == 0:
-                # more shards than key/value heads: neighbours hold the same head
+                # more shards than key/value heads: neighbouring shards hold the same head
                 if all(torch.equal(parts[i], parts[i - i % copies]) for i in range(len(parts))):
                     return torch.cat(parts[::copies], dim)
-        shapes = ", ".join(str(list(one.shape)) for one in parts[:4])
+        shapes = ", ".join(str(list(part.shape)) for part in parts[:4])
         raise CheckpointError(
             f"{self._folder}: {name!r} in parts of {shapes} does not make {list(shape)}, which "
-            "params.json calls for"
+            "params.json requires; fetch the files again"
         )
 
 
 def _meta_name(name: str) -> str:
     if name in _TOP:
         return _TOP[name]
-    found = _HF_NAME.fullmatch(name)
-    assert found is not None, f"{name} is not a name of ours"
-    return f"layers.{found[1]}.{_LAYER[found[2]]}.weight"
+    match = _HF_NAME.fullmatch(name)
+    assert match is not None, f"{name} is not a tensor of a dense Llama"
+    return f"layers.{match[1]}.{_LAYER[match[2]]}.weight"

@@ -1,6 +1,6 @@
-"""Llama 3's `tokenizer.model` (a list of byte strings and ranks) made a tokenizer.json.
+"""Conversion of Llama 3's `tokenizer.model` (byte strings and ranks) to tokenizer.json.
 
-Knows Llama 3's split of text and its special tokens; knows nothing of weights.
+Knows Llama 3's text split and special tokens; knows nothing of weights.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _NAMED = (
 
 
 def special_tokens() -> list[str]:
-    """Llama 3.1's 256 special tokens, in order of id."""
+    """The 256 special tokens of Llama 3.1, in order of id."""
     reserved = [f"<|reserved_special_token_{i}|>" for i in range(3, 3 + NUM_SPECIAL - len(_NAMED))]
     return [*_NAMED, *reserved]
 
@@ -44,10 +44,10 @@ def convert_tokenizer(source: Path, out: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json into the folder `out`.
 
     Raises:
-        CheckpointError: not a list of base64 byte strings and ranks 0, 1, 2 and so on.
+        CheckpointError: the file is not a list of base64 byte strings with ranks 0, 1, 2 and so on.
     """
     ranks = _ranks(source)
-    names = {token: "".join(_BYTES[one] for one in token) for token in ranks}
+    names = {token: "".join(_BYTES[byte] for byte in token) for token in ranks}
     specials = special_tokens()
     vocab = {names[token]: rank for token, rank in ranks.items()}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=_merges(ranks, names), ignore_merges=True))
@@ -55,7 +55,7 @@ def convert_tokenizer(source: Path, out: Path) -> None:
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, plain])
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(one, normalized=False) for one in specials])
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in specials])
     begin = specials[0]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=[begin, "$A"],
@@ -75,10 +75,12 @@ def convert_tokenizer(source: Path, out: Path) -> None:
 def _ranks(source: Path) -> dict[bytes, int]:
     data = source.read_bytes()
     if len(data) > _MAX_BYTES:
-        raise CheckpointError(f"{source}: more than {_MAX_BYTES} bytes; a tokenizer is smaller")
-    because = explain_head(data[:HEAD_BYTES], len(data))
-    if because is not None:
-        raise CheckpointError(f"{source}: {because}")
+        raise CheckpointError(
+            f"{source}: has more than {_MAX_BYTES} bytes; give Llama 3's tokenizer.model"
+        )
+    reason = explain_head(data[:HEAD_BYTES], len(data))
+    if reason is not None:
+        raise CheckpointError(f"{source}: {reason}")
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(data.splitlines()):
         encoded, _, rank = line.partition(b" ")
@@ -88,18 +90,18 @@ def _ranks(source: Path) -> dict[bytes, int]:
             token = b""
         if not 0 < len(token) <= _MAX_TOKEN or rank != str(number).encode() or token in ranks:
             raise CheckpointError(
-                f"{source}: line {number + 1}: {line[:60]!r} is not a new token and rank {number}; "
-                "only Llama 3's list of base64 tokens is read"
+                f"{source}: line {number + 1}: {line[:60]!r} is not a new token with rank "
+                f"{number}; only Llama 3's list of base64 tokens is supported"
             )
         ranks[token] = number
-    missing = [one for one in range(256) if bytes([one]) not in ranks]
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
-        raise CheckpointError(f"{source}: lacks a token for byte {missing[0]}")
+        raise CheckpointError(f"{source}: lacks a token for byte {missing[0]}; fetch it again")
     return ranks
 
 
 def _merges(ranks: dict[bytes, int], names: dict[bytes, str]) -> list[tuple[str, str]]:
-    """Every way to join two tokens into a third, the third's rank deciding the order."""
+    """All pairs of tokens that join to a third token, in order of the third token's rank."""
     merges: list[tuple[str, str]] = []
     for token in ranks:
         pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
@@ -110,10 +112,10 @@ def _merges(ranks: dict[bytes, int], names: dict[bytes, str]) -> list[tuple[str,
 
 
 def _byte_names() -> list[str]:
-    """The printable letter that byte-level BPE writes for each byte (Radford et al., 2019)."""
-    kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    """The printable character that byte-level BPE uses for each byte (Radford et al., 2019)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     shifted = iter(range(0x100, 0x200))
-    return [chr(one) if one in kept else chr(next(shifted)) for one in range(256)]
+    return [chr(byte) if byte in printable else chr(next(shifted)) for byte in range(256)]
 
 
 _BYTES = _byte_names()

@@ -1,6 +1,6 @@
-"""A checkpoint's files read into this node's page cache, so that a load finds them in memory.
+"""Reads a checkpoint's files into the page cache of this node, so that a load is fast.
 
-Knows files and the machine's free memory; knows nothing of what is in the files.
+Knows files and free memory; knows nothing of file contents.
 """
 
 from __future__ import annotations
@@ -9,21 +9,23 @@ import os
 from pathlib import Path
 
 KEEP_FREE = 0.25
-"""Of the memory that is available, so much is left to others."""
+"""Share of the available memory that stays free for other processes."""
 
 
 def warm(folder: Path) -> int:
-    """Have the kernel read a folder's weights, as far as memory is free; gives their bytes.
+    """Let the kernel read a folder's weights into the page cache.
 
-    Nothing is copied out of the cache, and files that are in it already cost next to nothing. 0
-    where they would take more than may be had: then none is read, since the first files would be
-    pushed out by the last ones.
+    No bytes are copied to the process, and cached files cost almost nothing.
 
     Args:
         folder: a checkpoint on this node.
+
+    Returns:
+        Bytes of the weights; 0 if free memory is too small. Then no file is read, because the last
+        files would evict the first files.
     """
     files = sorted(folder.glob("*.safetensors"))
-    size = sum(one.stat().st_size for one in files)
+    size = sum(file.stat().st_size for file in files)
     if size > (1 - KEEP_FREE) * _available():
         return 0
     for file in files:
@@ -36,7 +38,7 @@ def warm(folder: Path) -> int:
 
 
 def _available() -> int:
-    """Bytes that processes may have without others being pushed out."""
+    """Bytes that processes can allocate without swapping."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024

@@ -1,9 +1,9 @@
-"""Pages of the files while a slice loads: read ahead of use, given back after it.
+"""Read-ahead of weight files while a slice loads, and release of pages after use.
 
-Knows which bytes a rank reads and in which order; knows nothing of what they mean. Reading ahead
-keeps several requests on their way to the disk (or to where the files lie), from several files;
-giving back keeps what has been packed from counting as this process's memory. The system's page
-cache holds what was read, so that the ranks of a node read each byte from the disk once.
+Knows the bytes that a rank reads and their order; knows nothing of their meaning. Read-ahead keeps
+several requests to the disk (or the remote store) in flight, from several files. Released pages no
+longer count as memory of this process. The page cache of the system keeps the bytes, so that the
+ranks of a node read each byte from the disk once.
 """
 
 from __future__ import annotations
@@ -15,32 +15,34 @@ from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 
-from arriero.shards.checkpoint.formats.stored import TensorDue, byte_ranges, reads
+from arriero.shards.checkpoint.formats.stored import TensorSpec, byte_ranges, reads
 from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.layout.parts import AnyPart
 
 AHEAD_BYTES = 512 << 20
-"""Read ahead of what is being packed, at most; a product larger than it is read as it is used."""
+"""Limit of read-ahead in bytes; a larger matrix is read while it is packed."""
 CHUNK_BYTES = 8 << 20
 READERS = 4
-_BUFFER_BYTES = 256 << 10  # stays in a core's cache
-_GAP = 32 << 10  # bytes: ranges nearer than this are read as one
-_GIVE_BACK_S = 0.02
+_BUFFER_BYTES = 256 << 10  # fits in the cache of a core
+_GAP = 32 << 10  # bytes; ranges with a smaller gap are read together
+_RELEASE_INTERVAL_S = 0.02
 
 
 Range = tuple[Path, int, int]
-"""File, first byte, end."""
+"""File, first byte, byte after the last."""
 
 
-def ranges_read(folder: TensorFolder, due: Iterable[TensorDue], part: AnyPart) -> Iterator[Range]:
-    """What a rank reads, in the order of `due`, ranges that lie near each other joined."""
+def ranges_read(
+    folder: TensorFolder, specs: Iterable[TensorSpec], part: AnyPart
+) -> Iterator[Range]:
+    """The byte ranges that a rank reads, in the order of `due`; near ranges are joined."""
     last: Range | None = None
-    for tensor in due:
+    for tensor in specs:
         stored = folder.stored.get(tensor.name)
         if stored is None:
-            assert tensor.optional, f"{tensor.name}: the folder was checked to hold it"
+            assert tensor.optional, f"{tensor.name}: the folder check refuses a missing tensor"
             continue
-        if prod(stored.shape) == 1:  # a scale of a whole matrix, of any number of dimensions
+        if prod(stored.shape) == 1:  # a scale for a whole matrix, with any number of dimensions
             last = yield from _joined(last, stored.file, stored.start, stored.stop)
             continue
         for box in reads(tensor, part):
@@ -51,7 +53,7 @@ def ranges_read(folder: TensorFolder, due: Iterable[TensorDue], part: AnyPart) -
 
 
 def _joined(last: Range | None, file: Path, start: int, stop: int) -> Generator[Range, None, Range]:
-    """The range to go on with: the last one made longer, or a new one, the last being given out."""
+    """Yields `last` if the next range is far away; returns the current range."""
     if last is not None and last[0] == file and 0 <= start - last[2] < _GAP:
         return file, last[1], stop
     if last is not None:
@@ -60,14 +62,14 @@ def _joined(last: Range | None, file: Path, start: int, stop: int) -> Generator[
 
 
 class Pager:
-    """Works from `start` to `close`, in threads of its own."""
+    """Reads ahead and releases pages in own threads, from `start` to `close`."""
 
     def __init__(self, folder: TensorFolder, ranges: Iterable[Range]) -> None:
-        """Prepare.
+        """Prepare; no thread starts.
 
         Args:
-            folder: the rank's own, whose maps are emptied now and then.
-            ranges: from `ranges_read`, in the order of use.
+            folder: folder of this rank; the pager releases pages of its maps at intervals.
+            ranges: byte ranges from `ranges_read`, in the order of use.
         """
         self._folder, self._ranges = folder, ranges
         self._used = 0
@@ -76,20 +78,20 @@ class Pager:
         self._threads: list[threading.Thread] = []
 
     def used(self, num_bytes: int) -> None:
-        """Tell how many bytes have been packed so far."""
+        """Report the number of bytes packed so far."""
         with self._changed:
             self._used = num_bytes
             self._changed.notify()
 
     def start(self) -> None:
-        """Begin reading ahead and giving back."""
-        for work in (self._read_ahead, self._give_back):
+        """Start read-ahead and page release."""
+        for work in (self._read_ahead, self._release_pages):
             thread = threading.Thread(target=work, name="pager", daemon=True)
             thread.start()
             self._threads.append(thread)
 
     def close(self) -> None:
-        """Stop; returns once its threads are gone."""
+        """Stop; returns when the threads have ended."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -98,15 +100,15 @@ class Pager:
 
     def _read_ahead(self) -> None:
         files = {file: os.open(file, os.O_RDONLY) for file in self._folder.files}
-        asked = 0
+        requested = 0
         try:
             with ThreadPoolExecutor(READERS) as pool:
                 for file, start, stop in self._ranges:
                     for at in range(start, stop, CHUNK_BYTES):
-                        if not self._wait_for_room(asked):
+                        if not self._wait_for_room(requested):
                             return
                         size = min(CHUNK_BYTES, stop - at)
-                        asked += size
+                        requested += size
                         if self._folder.ranged is not None:
                             pool.submit(self._fetch, file, at, at + size)
                         elif not _in_memory(files[file], at, at + size):
@@ -116,41 +118,40 @@ class Pager:
                 os.close(descriptor)
 
     def _fetch(self, file: Path, start: int, stop: int) -> None:
-        """Of files that lie elsewhere; what fails here fails again for whoever packs it."""
+        """Fetch a range of a remote file; an error is raised again where the range is packed."""
         if not self._closing:
             self._folder.need(file, start, stop)
 
     def _fill_cache(self, descriptor: int, start: int, stop: int) -> None:
-        """Read a range and drop what comes.
+        """Read a range and drop the bytes.
 
-        Of what is read, Linux fills its cache in large pages; of what it is advised to read, in
-        single ones.
+        Linux fills the page cache in large pages on a read, but in single pages on `fadvise`.
         """
         buffer = memoryview(bytearray(_BUFFER_BYTES))
         while start < stop and not self._closing:
             num_bytes = os.preadv(descriptor, [buffer[: stop - start]], start)
             if num_bytes == 0:
-                return  # the file was cut; whoever packs it will say so
+                return  # the file was truncated; packing raises the error
             start += num_bytes
 
-    def _wait_for_room(self, asked: int) -> bool:
+    def _wait_for_room(self, requested: int) -> bool:
         with self._changed:
-            self._changed.wait_for(lambda: self._closing or asked - self._used < AHEAD_BYTES)
+            self._changed.wait_for(lambda: self._closing or requested - self._used < AHEAD_BYTES)
             return not self._closing
 
-    def _give_back(self) -> None:
+    def _release_pages(self) -> None:
         while not self._closing:
             with self._changed:
-                self._changed.wait_for(lambda: self._closing, _GIVE_BACK_S)
-            self._folder.give_back()
+                self._changed.wait_for(lambda: self._closing, _RELEASE_INTERVAL_S)
+            self._folder.release_pages()
 
 
 def _in_memory(descriptor: int, start: int, stop: int) -> bool:
-    """Whether the system's page cache holds both ends: asking it to read what it holds is dear."""
+    """Whether the page cache holds both ends of a range; a read of cached bytes is expensive."""
     try:
         return all(
             os.preadv(descriptor, [bytearray(1)], at, os.RWF_NOWAIT) == 1
             for at in (start, stop - 1)
         )
-    except OSError:  # it would have to wait, or cannot tell
+    except OSError:  # the read would block, or the file system cannot answer
         return False

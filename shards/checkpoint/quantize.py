@@ -1,7 +1,7 @@
-"""A plain checkpoint made a quantized one, in compressed-tensors' layout, matrix by matrix.
+"""Conversion of a plain checkpoint to a quantized checkpoint in compressed-tensors' layout.
 
-Knows which products are quantized and how compressed-tensors stores them; how levels are chosen
-belongs to `kernels.quant`. Memory holds one matrix of the result.
+Knows which matrices are quantized and how compressed-tensors stores them; knows nothing of the
+choice of levels (see `kernels.quant`). Memory holds one matrix of the result.
 
 Layout: compressed-tensors (Neural Magic): `float-quantized` with one scale a row, or
 `pack-quantized`: `weight_packed` int32 [out, in * bits / 32] with the lowest number in the lowest
@@ -30,9 +30,10 @@ from arriero.kernels.quant import (
 )
 from arriero.shards.checkpoint.formats.describe import describe, read_settings
 from arriero.shards.checkpoint.formats.modules import Module
+from arriero.shards.checkpoint.formats.nibbles import NIBBLES
 from arriero.shards.checkpoint.formats.products import ProductReader
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
-from arriero.shards.checkpoint.formats.stored import NIBBLES, TensorDue, modules_of, tensors_due
+from arriero.shards.checkpoint.formats.stored import TensorSpec, modules_of, tensor_specs
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.checkpoint.safetensors_header import DTYPES
 from arriero.shards.checkpoint.tensor_folder import TensorFolder
@@ -46,7 +47,7 @@ To = Literal["int8", "int4", "fp8"]
 TO: tuple[To, ...] = ("int8", "int4", "fp8")
 
 KEPT = ("head", "router", "vision")
-"""Kinds of products that stay as they are."""
+"""Kinds of matrices that are copied unchanged."""
 _WEIGHTS = {".safetensors", ".bin", ".pth", ".pt", ".gguf", ".onnx", ".h5", ".msgpack"}
 _MAX_COPIED_BYTES = 200_000_000
 _EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -55,48 +56,49 @@ _EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
 def quantize_checkpoint(
     source: Path, out: Path, to: To, *, group_size: int = 32, progress: Progress | None = None
 ) -> None:
-    """Write `source` with its products quantized, weights only.
+    """Write `source` with quantized weights; activations stay unquantized.
 
-    Tables, head, norms, routers and vision stay as they are. The result loads here and in what
-    reads compressed-tensors. The folder appears whole or not at all.
+    Tables, head, norms, routers and vision are copied unchanged. The result loads in arriero and in
+    each program that reads compressed-tensors. The folder appears complete or not at all.
 
     Args:
-        source: a folder of plain weights.
-        out: the folder to make; must not exist.
-        to: int8 and fp8 with one scale a row, int4 in groups with whole zero points.
-        group_size: of int4.
-        progress: told of every tensor written.
+        source: folder of plain weights.
+        out: new folder; must not exist.
+        to: target: int8 and fp8 with a scale for each row, int4 in groups with integer zero points.
+        group_size: columns of an int4 group.
+        progress: called after each written tensor.
 
     Raises:
-        CheckpointError: the source is not whole, or quantized already, or a matrix does not
-            divide into groups; or `out` exists.
+        CheckpointError: the source is incomplete or quantized already, a matrix does not divide
+            into groups, or `out` exists.
     """
     model, scheme = describe(source)
     if scheme is not None:
         raise CheckpointError(
-            f"{source}: is quantized already ({scheme.method}); give the checkpoint it was made of"
+            f"{source}: is quantized already ({scheme.method}); give the original plain checkpoint"
         )
-    found = verify(source)
-    if not found.ok:
-        raise CheckpointError("; ".join(found.problems[:5]))
+    report = verify(source)
+    if not report.ok:
+        raise CheckpointError("; ".join(report.problems[:5]))
     settings = read_json_object(source / "config.json")
-    plan = QuantScheme(method="compressed-tensors")  # its experts are apart, as they will be here
-    ignored = [one.name for one in modules_of(model, plan) if one.product and one.kind in KEPT]
-    if not any(one.endswith("lm_head") for one in ignored):
-        ignored.append("lm_head")  # tied: no tensor here, yet a product where others look
+    layout = QuantScheme(method="compressed-tensors")  # experts as separate modules
+    modules = modules_of(model, layout)
+    ignored = [module.name for module in modules if module.product and module.kind in KEPT]
+    if not any(name.endswith("lm_head") for name in ignored):
+        ignored.append("lm_head")  # tied: not stored, but other readers treat it as a matrix
     settings["quantization_config"] = quantization_config(to, group_size, ignored)
     target = read_settings(settings, source=str(source / "config.json"))[1]
     assert target is not None, "just added"
     with new_folder(out) as partial:
         (partial / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         _copy_rest(source, partial)
-        made = _Quantizer(Checkpoint.open(source), model, target, to)
-        entries = {one.name: (made.dtype(one), one.shape) for one in made.due}
-        write_shards(partial, entries, made.tensor, progress)
+        quantizer = _Quantizer(Checkpoint.open(source), model, target, to)
+        entries = {spec.name: (quantizer.dtype(spec), spec.shape) for spec in quantizer.specs}
+        write_shards(partial, entries, quantizer.tensor, progress)
 
 
 def quantization_config(to: To, group_size: int, ignored: list[str]) -> dict[str, Any]:
-    """config.json's object for such a checkpoint."""
+    """The `quantization_config` object of the result."""
     weights: dict[str, Any] = {"dynamic": False, "symmetric": to != "int4"}
     if to == "int4":
         weights |= {"num_bits": 4, "type": "int", "strategy": "group", "group_size": group_size}
@@ -121,13 +123,13 @@ def quantization_config(to: To, group_size: int, ignored: list[str]) -> dict[str
 
 
 class _Quantizer:
-    """The tensors of the result, by name."""
+    """Computes the tensors of the result, by name."""
 
     def __init__(self, folder: TensorFolder, model: AnyModel, target: QuantScheme, to: To) -> None:
         self._folder, self._to = folder, to
         self._plain = ProductReader(folder, None)
         self._dtype: torch.dtype = getattr(torch, model.torch_dtype)
-        self.due = tensors_due(model, target)
+        self.specs = tensor_specs(model, target)
         self._covered = {
             module.name: module
             for module in modules_of(model, target)
@@ -141,26 +143,26 @@ class _Quantizer:
         self._levels = levels[to]
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
 
-    def dtype(self, one: TensorDue) -> torch.dtype:
-        """Of a tensor of the result."""
-        if one.name.removesuffix(".weight_scale") in self._covered and one.scale:
+    def dtype(self, spec: TensorSpec) -> torch.dtype:
+        """Dtype of a tensor of the result."""
+        if spec.name.removesuffix(".weight_scale") in self._covered and spec.scale:
             return torch.float32 if self._to == "fp8" else self._dtype
         if (
-            one.name in self._folder.stored
-            and one.name.removesuffix(".weight") not in self._covered
+            spec.name in self._folder.stored
+            and spec.name.removesuffix(".weight") not in self._covered
         ):
-            return self._folder.dtype(one.name)
-        return DTYPES[one.dtypes[0]]
+            return self._folder.dtype(spec.name)
+        return DTYPES[spec.dtypes[0]]
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor; those of one matrix are asked for in a row, and it is quantized once."""
-        module_name, _, what = name.rpartition(".")
+        """A tensor; successive calls for the tensors of a matrix quantize the matrix once."""
+        module_name, _, suffix = name.rpartition(".")
         module = self._covered.get(module_name)
-        if module is None or what == "bias":
+        if module is None or suffix == "bias":
             return self._folder.tensor(name)
         if self._last[0] != module_name:
             self._last = (module_name, self._store(module))
-        return self._last[1][what]
+        return self._last[1][suffix]
 
     def _store(self, module: Module) -> dict[str, Tensor]:
         weight = in_pieces(self._levels, self._matrix(module))
@@ -175,7 +177,7 @@ class _Quantizer:
                 "weight_scale": scales,
                 "weight_shape": shape,
             }
-        assert weight.zeros is not None, "this int4 has zero points"
+        assert weight.zeros is not None, "int4 in this layout has zero points"
         return {
             "weight_packed": weight.data.view(torch.int32),
             "weight_scale": scales,
@@ -185,17 +187,17 @@ class _Quantizer:
 
     def _matrix(self, module: Module) -> Tensor:
         if module.expert is None:
-            found = self._plain.product(module.name).weight
+            weight = self._plain.product(module.name).weight
         else:
             prefix, _, part = module.name.rsplit(".", 2)
             parts = self._plain.expert(prefix, module.expert)
-            found = parts[_EXPERT_PARTS.index(part)].weight
-        assert isinstance(found, Tensor), "the source is plain"
-        return found
+            weight = parts[_EXPERT_PARTS.index(part)].weight
+        assert isinstance(weight, Tensor), "the source is plain"
+        return weight
 
 
 def _pack_rows(value_OG: Tensor) -> Tensor:
-    """Numbers 0 .. 15 as int32 [ceil(O / 8), G], the first row in the lowest bits."""
+    """Pack numbers 0 .. 15 as int32 [ceil(O / 8), G], the first row in the lowest bits."""
     value_OG = F.pad(value_OG, (0, 0, 0, -value_OG.shape[0] % NIBBLES))
     value_WNG = value_OG.view(-1, NIBBLES, value_OG.shape[1])
     words = torch.zeros_like(value_WNG[:, 0])
@@ -205,7 +207,7 @@ def _pack_rows(value_OG: Tensor) -> Tensor:
 
 
 def _copy_rest(source: Path, out: Path) -> None:
-    """Tokenizer, templates and the like; neither weights nor their index."""
+    """Copy tokenizer, templates and other small files, but not weights and index."""
     for file in sorted(source.iterdir()):
         is_index = file.name.endswith(".index.json") or file.name == "config.json"
         if not file.is_file() or file.name.startswith(".") or is_index:

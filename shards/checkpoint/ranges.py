@@ -1,8 +1,9 @@
-"""Weights that lie elsewhere, fetched piece by piece as they are read.
+"""Remote weight files, fetched in pieces when a reader needs them.
 
-A file here is as long as the one there, and has holes. A byte for each piece, in a file beside it,
-tells whether the piece has come; the processes of a node share both, so that each piece comes once
-a node, and a rank's node holds what its ranks read. Knows files and bytes; knows no tensors.
+A local sparse file has the size of the remote file. A marks file beside it has a byte for each
+piece: 1 if the piece is present. The processes of a node share both files, so that a node fetches
+each piece once and stores only the pieces that its ranks read. Knows files and bytes; knows
+nothing of tensors.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ _KNOWN = "known.json"
 
 
 class RangedFolder:
-    """The safetensors files of one model elsewhere. Safe to share between threads.
+    """The safetensors files of a remote model. Safe to share between threads.
 
     Attributes:
-        files: the local files, by name.
+        files: local files, by name.
     """
 
     def __init__(
@@ -47,140 +48,143 @@ class RangedFolder:
         root: str,
         folder: Path,
         known: Mapping[str, list[Any]],
-        where: str,
+        url: str,
     ) -> None:
-        """Make the files, all holes, or go on with those that an earlier process made.
+        """Create empty sparse files, or reuse the files of an earlier process.
 
         Args:
-            filesystem: serves ranges.
-            root: of the model in it.
-            folder: to hold the files; emptied where it holds those of another version. The caller
-                holds the lock on it.
+            filesystem: remote file system; serves byte ranges.
+            root: path of the model in the file system.
+            folder: local folder for the files; cleared if it holds another version. The caller
+                holds the lock of the folder.
             known: size and version of each file, by name.
-            where: the URL, for errors.
+            url: URL of the model, for errors.
         """
-        self._fs, self._root, self._where = filesystem, root, where
+        self._fs, self._root, self._url = filesystem, root, url
         text = json.dumps(known, sort_keys=True)
         marker = folder / _KNOWN
         if not marker.is_file() or marker.read_text() != text:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             for name, (size, _) in known.items():
-                _make_holes(folder / name, size)
-                _make_holes(_beside(folder / name), 1 + -(-size // PIECE_BYTES))
+                _make_sparse(folder / name, size)
+                _make_sparse(_marks_file(folder / name), 1 + -(-size // PIECE_BYTES))
             marker.write_text(text)
         self.files = {name: folder / name for name in known}
         self._sizes = {folder / name: int(size) for name, (size, _) in known.items()}
-        self._data = {file: self._opened(file) for file in self._sizes}
-        self._locks = {file: self._opened(_beside(file)) for file in self._sizes}
-        # the first byte is the header's, the others the pieces'
-        self._come = {file: mmap.mmap(fd, 0) for file, fd in self._locks.items()}
+        self._data = {file: self._open(file) for file in self._sizes}
+        self._locks = {file: self._open(_marks_file(file)) for file in self._sizes}
+        # the first byte stands for the header, each other byte for a piece
+        self._present = {file: mmap.mmap(fd, 0) for file, fd in self._locks.items()}
         self._changed = threading.Condition()
-        self._coming: set[tuple[Path, int]] = set()
+        self._in_progress: set[tuple[Path, int]] = set()
 
-    def _opened(self, file: Path) -> int:
+    def _open(self, file: Path) -> int:
         descriptor = os.open(file, os.O_RDWR | os.O_CLOEXEC)
         weakref.finalize(self, os.close, descriptor)
         return descriptor
 
     def need(self, file: Path, start: int, stop: int) -> None:
-        """Have bytes [start, stop) of one of `files` in it when this returns.
+        """Fetch bytes [start, stop) of a file of `files` unless present.
 
         Raises:
-            CheckpointError: they cannot be fetched.
+            CheckpointError: the bytes cannot be fetched.
         """
-        come = self._come[file]
+        present = self._present[file]
         for piece in range(start // PIECE_BYTES, -(-stop // PIECE_BYTES)):
-            if not come[1 + piece]:
+            if not present[1 + piece]:
                 self._fetch(file, piece)
 
     def need_headers(self) -> None:
-        """Have the headers in all files, and no more of them than that.
+        """Fetch the headers of all files unless present.
 
         Raises:
-            CheckpointError: they cannot be fetched.
+            CheckpointError: a header cannot be fetched.
         """
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
             list(pool.map(self._need_header, self._sizes))
 
     def _need_header(self, file: Path) -> None:
-        come, size = self._come[file], self._sizes[file]
-        if come[0]:
+        present, size = self._present[file], self._sizes[file]
+        if present[0]:
             return
-        with self._alone(file, 0):
-            if come[0]:  # by another meanwhile
+        with self._exclusive(file, 0):
+            if present[0]:  # another thread or process has fetched it
                 return
             prefix = self.read(file, 0, min(8, size))
             length = int.from_bytes(prefix, "little")
             rest = b""
-            if length <= MAX_HEADER_BYTES:  # else whoever parses it will say so
+            if length <= MAX_HEADER_BYTES:  # else the parser raises the error
                 rest = self.read(file, len(prefix), min(8 + length, size))
             self._write(file, prefix + rest, 0)
-            come[0] = 1
+            present[0] = 1
 
     def _fetch(self, file: Path, piece: int) -> None:
-        come, start = self._come[file], piece * PIECE_BYTES
-        with self._alone(file, 1 + piece):
-            if come[1 + piece]:  # by another meanwhile
+        present, start = self._present[file], piece * PIECE_BYTES
+        with self._exclusive(file, 1 + piece):
+            if present[1 + piece]:  # another thread or process has fetched it
                 return
             data = self.read(file, start, min(start + PIECE_BYTES, self._sizes[file]))
             self._write(file, data, start)
-            come[1 + piece] = 1
+            present[1 + piece] = 1
 
     def _write(self, file: Path, data: bytes, start: int) -> None:
-        left = memoryview(data)
+        rest = memoryview(data)
         try:
-            while left:
-                num_bytes = os.pwrite(self._data[file], left, start)
-                left, start = left[num_bytes:], start + num_bytes
+            while rest:
+                num_bytes = os.pwrite(self._data[file], rest, start)
+                rest, start = rest[num_bytes:], start + num_bytes
         except OSError as error:
             raise CheckpointError(f"{file}: cannot be written: {error.strerror}") from None
 
     @contextmanager
-    def _alone(self, file: Path, mark: int) -> Iterator[None]:
-        """No other thread here and no other process of the node fetches this piece meanwhile."""
-        one = (file, mark)
+    def _exclusive(self, file: Path, mark: int) -> Iterator[None]:
+        """Exclude other threads and other processes of this node from fetching this piece."""
+        key = (file, mark)
         with self._changed:
-            self._changed.wait_for(lambda: one not in self._coming)
-            self._coming.add(one)
+            self._changed.wait_for(lambda: key not in self._in_progress)
+            self._in_progress.add(key)
         try:
             fcntl.lockf(self._locks[file], fcntl.LOCK_EX, 1, mark)
             yield
         finally:
             fcntl.lockf(self._locks[file], fcntl.LOCK_UN, 1, mark)
             with self._changed:
-                self._coming.discard(one)
+                self._in_progress.discard(key)
                 self._changed.notify_all()
 
     def read(self, file: Path, start: int, stop: int) -> bytes:
-        """Bytes [start, stop) from there, not kept here.
+        """Bytes [start, stop) of the remote file, without storing them.
 
         Raises:
-            CheckpointError: they cannot be fetched.
+            CheckpointError: the bytes cannot be fetched.
         """
         if start == stop:
             return b""
-        place = f"{self._where}/{file.name}: bytes {start}:{stop}"
-        for left in reversed(range(TRIES)):
+        where = f"{self._url}/{file.name}: bytes {start}:{stop}"
+        for tries_left in reversed(range(TRIES)):
             try:
                 data: bytes = self._fs.cat_file(f"{self._root}/{file.name}", start=start, end=stop)
-            except Exception as error:  # what filesystems raise has no common base
-                if not left:
-                    raise CheckpointError(f"{place} cannot be fetched: {error}") from None
+            except Exception as error:  # exceptions of file systems have no common base class
+                if not tries_left:
+                    raise CheckpointError(
+                        f"{where} cannot be fetched: {error}; check the network "
+                        "and the access rights"
+                    ) from None
                 time.sleep(_PAUSE_S)
                 continue
             if len(data) == stop - start:
                 return data
         raise CheckpointError(
-            f"{place}: {len(data)} bytes came: the file was changed, or its server serves no "
-            "ranges; copy it whole with `arriero models pull`"
+            f"{where}: {len(data)} bytes came: the file was changed, or the server does not serve "
+            "byte ranges; copy the whole model with `arriero models pull`"
         )
 
 
-def _beside(file: Path) -> Path:
+def _marks_file(file: Path) -> Path:
     return file.with_name(f"{file.name}.come")
 
 
-def _make_holes(file: Path, size: int) -> None:
+def _make_sparse(file: Path, size: int) -> None:
     with file.open("wb") as stream:
         stream.truncate(size)

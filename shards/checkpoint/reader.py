@@ -1,7 +1,7 @@
-"""A model folder on disk: which tensors it holds, and views of their bytes.
+"""A model folder on disk: config, quantized form, tensors, and views of the bytes.
 
-Knows safetensors files, their index and the memory map. It refuses to know how a model is cut
-into slices, and never unpickles anything.
+Knows safetensors files, the index and the memory map; knows nothing of slices of a model. Never
+loads a pickle.
 """
 
 from __future__ import annotations
@@ -12,28 +12,26 @@ from functools import cached_property
 from math import prod
 from pathlib import Path
 
-from arriero.shards.checkpoint.fit import Wanted, misfits
+from arriero.shards.checkpoint.fit import ExpectedTensor, misfits
 from arriero.shards.checkpoint.formats.describe import describe
 from arriero.shards.checkpoint.formats.form_fit import form_problems
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
-from arriero.shards.checkpoint.formats.stored import tensors_due, text_prefix
+from arriero.shards.checkpoint.formats.stored import tensor_specs, text_prefix
 from arriero.shards.checkpoint.ranges import RangedFolder
 from arriero.shards.checkpoint.safetensors_header import DTYPES, StoredTensor
 from arriero.shards.checkpoint.shard_files import find_tensors
-from arriero.shards.checkpoint.tensor_folder import (
-    TensorFolder,
-)
+from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.checkpoint.wrapped_names import unwrapped
 from arriero.shards.errors import CheckpointError
 from arriero.shards.layout.parts import AnyModel
 
 
 class Checkpoint(TensorFolder):
-    """An open folder of a model, its weights plain or quantized.
+    """An open model folder with plain or quantized weights.
 
     Attributes:
-        config: what its config.json says of the model.
-        scheme: what it says of the weights' form; None for plain ones.
+        config: the model, from config.json.
+        scheme: quantized form of the weights, from config.json; None for plain weights.
     """
 
     def __init__(
@@ -49,13 +47,13 @@ class Checkpoint(TensorFolder):
 
     @classmethod
     def open(cls, path: Path | str) -> Checkpoint:
-        """Read config, index and headers of a folder, or of what an fsspec URL names.
+        """Read config, index and headers of a folder or of an fsspec URL.
 
-        Of a URL's weights no more is fetched than is read.
+        For a URL, weights are fetched only when a reader needs them.
 
         Raises:
-            CheckpointError: something is missing, malformed or not what it should be; the
-                message names the file and the tensor.
+            CheckpointError: a file or tensor is missing, malformed or wrong; the message names the
+                file and the tensor.
         """
         if isinstance(path, str) and "://" in path:
             from arriero.shards.checkpoint.remote import ranged_folder
@@ -64,7 +62,9 @@ class Checkpoint(TensorFolder):
         else:
             folder, ranged = Path(path), None
         if not folder.is_dir():
-            raise CheckpointError(f"{folder}: is not a folder; a model is a folder in HF layout")
+            raise CheckpointError(
+                f"{folder}: is not a folder; give a model folder in Hugging Face layout"
+            )
         config, scheme = describe(folder)
         stored = unwrapped(find_tensors(folder, ranged), text_prefix(config))
         if scheme is not None and scheme.method == "fp8":
@@ -72,36 +72,36 @@ class Checkpoint(TensorFolder):
         return cls(folder, config, stored, scheme, ranged)
 
     def check_whole(self) -> None:
-        """Compare with all that config and form call for.
+        """Compare the folder with all tensors that config and form require.
 
         Raises:
-            CheckpointError: lists the first few problems, as `check`.
+            CheckpointError: lists the first problems, as `check` does.
         """
         self._refuse(self.misfits())
 
     @cached_property
-    def wanted(self) -> dict[str, Wanted]:
-        """All tensors that config and form call for."""
+    def expected(self) -> dict[str, ExpectedTensor]:
+        """All tensors that config and form require."""
         return {
-            one.name: Wanted(
-                shape=one.shape,
-                dtypes=tuple(DTYPES[label] for label in one.dtypes),
-                optional=one.optional,
-                longer=one.kind in ("embeddings", "head") and not one.scale,
+            spec.name: ExpectedTensor(
+                shape=spec.shape,
+                dtypes=tuple(DTYPES[label] for label in spec.dtypes),
+                optional=spec.optional,
+                longer=spec.kind in ("embeddings", "head") and not spec.scale,
             )
-            for one in tensors_due(self.config, self.scheme)
+            for spec in tensor_specs(self.config, self.scheme)
         }
 
     def misfits(self) -> list[str]:
-        """All that keeps the folder from being loaded, whatever the layout, one sentence each.
+        """All defects that prevent loading in any layout, one sentence each.
 
         Raises:
-            CheckpointError: a matrix that the form cannot hold.
+            CheckpointError: the form cannot store a matrix of this shape.
         """
-        problems = misfits(self, self.wanted)
+        problems = misfits(self, self.expected)
         if self.scheme is None or problems:
             return problems
-        if self.ranged is not None:  # a rank fetches what it reads, and finds the same in that
+        if self.ranged is not None:  # a rank makes the same checks on the bytes that it fetches
             return []
         return form_problems(self, self.config, self.scheme)
 
@@ -109,10 +109,12 @@ class Checkpoint(TensorFolder):
 def _fp8_names(
     stored: Mapping[str, StoredTensor], scheme: QuantScheme
 ) -> tuple[dict[str, StoredTensor], QuantScheme]:
-    """Scales under one name (tools write two); whether they are of matrices or of rows."""
-    found = {}
-    for name, one in stored.items():
+    """Unify the two names that tools give to scales; find out if a scale covers matrix or row."""
+    renamed = {}
+    for name, tensor in stored.items():
         new = name.removesuffix("_inv") if name.endswith(".weight_scale_inv") else name
-        found[new] = replace(one, name=new)
-    scales = [prod(one.shape) for name, one in found.items() if name.endswith(".weight_scale")]
-    return found, replace(scheme, per_tensor=max(scales, default=1) == 1)
+        renamed[new] = replace(tensor, name=new)
+    scales = [
+        prod(tensor.shape) for name, tensor in renamed.items() if name.endswith(".weight_scale")
+    ]
+    return renamed, replace(scheme, per_tensor=max(scales, default=1) == 1)

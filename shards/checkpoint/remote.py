@@ -1,9 +1,8 @@
-"""Checkpoints that are not on this machine yet: any fsspec URL, and Hugging Face's hub.
+"""Remote checkpoints: any fsspec URL, and the Hugging Face hub.
 
-A folder is copied to this node once, whole files at a time and several at once; a copy that was
-broken off goes on where it stopped. To load slices no weights are copied, but what the slices read
-(see `ranges`). Knows names of files; refuses to know what is in them beyond the index, and never
-fetches a pickle.
+A node copies a folder once, whole files, several at a time; an interrupted copy continues where it
+stopped. To load slices, only the bytes that the slices read are fetched (see `ranges`). Knows file
+names; knows nothing of file contents except the index. Never fetches a pickle.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 CopyProgress = Callable[[int, int, str], None]
-"""Called with bytes copied so far, bytes in all, and the name of a file."""
+"""Called with bytes copied so far, total bytes, and the name of a file."""
 
 FILES_AT_ONCE = 4
 SMALL_FILES = (
@@ -47,93 +46,100 @@ SMALL_FILES = (
     "processor_config.json",
     "preprocessor_config.json",
 )
-"""Fetched where they exist, beside config.json and the weights."""
+"""Optional files, fetched beside config.json and the weights."""
 HUB_PATTERNS = ["config.json", INDEX_FILE, "*.safetensors", "tokenizer.model", *SMALL_FILES]
 
 _HUB_NAME = re.compile(r"[\w.\-]{1,96}/[\w.\-]{1,96}", re.ASCII)
 _STATE = ".arriero-copy.json"
 _RANGES = ".ranges"
-_NOT_THERE = (403, 404, 410)  # stores that do not list answer 403 for what is missing
+_NOT_THERE = (403, 404, 410)  # stores without listing answer 403 for a missing file
 
 
-def is_url(where: str) -> bool:
-    """Whether it names a folder through fsspec, such as "s3://bucket/model"."""
-    return "://" in where
+def is_url(source: str) -> bool:
+    """Whether a source is an fsspec URL, such as "s3://bucket/model"."""
+    return "://" in source
 
 
-def local_folder(where: str, progress: CopyProgress | None = None, *, weights: bool = True) -> Path:
-    """The folder on this machine that `where` names, copied to the cache first if it is a URL.
+def local_folder(
+    source: str, progress: CopyProgress | None = None, *, weights: bool = True
+) -> Path:
+    """The local folder of a model; a URL is first copied to the cache.
 
-    Several processes may ask at once: one copies, the others wait.
+    Several processes may call at the same time: one process copies, the others wait.
 
     Args:
-        where: a path, or a URL whose scheme fsspec knows ("file", "http", "s3", "gs"...).
-        progress: told of what is copied.
-        weights: whether they are wanted; without them config, tokenizer and index come alone.
+        source: a path, or a URL with a scheme of fsspec ("file", "http", "s3", "gs"...).
+        progress: called after each copied file.
+        weights: copy the weights too; false copies only config, tokenizer and index.
 
     Raises:
-        CheckpointError: an unknown scheme, a file that is missing, or a copy that failed.
+        CheckpointError: unknown scheme, missing file, or failed copy.
     """
-    if not is_url(where):
-        return Path(where)
-    with _copy_of(where, progress) as copy:
+    if not is_url(source):
+        return Path(source)
+    with _copy_of(source, progress) as copy:
         if isinstance(copy, Path):
             return copy
         copy.run(weights)
         return copy.folder
 
 
-def ranged_folder(where: str) -> tuple[Path, RangedFolder | None]:
-    """The folder on this machine that a URL names, and what fetches its weights as they are read.
+def ranged_folder(url: str) -> tuple[Path, RangedFolder | None]:
+    """The local folder of a URL, and the remote weight files.
 
     Returns:
-        The folder, with config, tokenizer and index; and where its weights are, None where they
-        all lie in it.
+        The folder with config, tokenizer and index; and the weight files, fetched on demand, or
+        None if all weights are in the folder.
 
     Raises:
-        CheckpointError: as `local_folder`.
+        CheckpointError: as for `local_folder`.
     """
-    with _copy_of(where, None) as copy:
+    with _copy_of(url, None) as copy:
         if isinstance(copy, Path):
             return copy, None
         return copy.folder, copy.ranged()
 
 
 @contextmanager
-def _copy_of(where: str, progress: CopyProgress | None) -> Iterator[_Copy | Path]:
-    """What copies the URL's folder, alone on this node; or the folder, where it is local."""
+def _copy_of(url: str, progress: CopyProgress | None) -> Iterator[_FolderCopy | Path]:
+    """The copy of a URL's folder, locked on this node; or the folder itself if it is local."""
     import fsspec
 
     try:
-        filesystem, root = fsspec.core.url_to_fs(where)
+        filesystem, root = fsspec.core.url_to_fs(url)
     except (ValueError, ImportError) as error:
-        raise CheckpointError(f"{where}: cannot be opened: {error}") from None
+        raise CheckpointError(
+            f"{url}: cannot be opened: {error}; give a path or a URL of "
+            "a scheme that fsspec supports"
+        ) from None
     if "local" in filesystem.protocol:
         yield Path(root)
         return
-    digest = hashlib.blake2b(where.rstrip("/").encode(), digest_size=6).hexdigest()
-    name = re.sub(r"[^\w.\-]", "_", where.rstrip("/").rpartition("/")[2])[:80]
+    digest = hashlib.blake2b(url.rstrip("/").encode(), digest_size=6).hexdigest()
+    name = re.sub(r"[^\w.\-]", "_", url.rstrip("/").rpartition("/")[2])[:80]
     folder = cache_folder() / "remote" / f"{name}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder.with_name(f".{folder.name}.lock")):
         try:
-            yield _Copy(filesystem, root.rstrip("/"), folder, where, progress)
-        except (OSError, ValueError) as error:  # what filesystems raise has no common base
-            raise CheckpointError(f"{where}: cannot be copied: {error}") from None
+            yield _FolderCopy(filesystem, root.rstrip("/"), folder, url, progress)
+        except (OSError, ValueError) as error:  # file systems raise both
+            raise CheckpointError(
+                f"{url}: cannot be copied: {error}; check the network and the access rights"
+            ) from None
 
 
-class _Copy:
-    """One folder's files, brought up to date."""
+class _FolderCopy:
+    """Brings the local copy of a folder up to date."""
 
     def __init__(
         self,
         filesystem: AbstractFileSystem,
         root: str,
         folder: Path,
-        where: str,
+        url: str,
         progress: CopyProgress | None,
     ) -> None:
-        self._fs, self._root, self._folder, self._where = filesystem, root, folder, where
+        self._fs, self._root, self._folder, self._url = filesystem, root, folder, url
         self._progress = progress
         self._state: dict[str, list[Any]] = {}
         self._has_index = False
@@ -142,29 +148,29 @@ class _Copy:
 
     @property
     def folder(self) -> Path:
-        """Where the copy is."""
+        """The local folder."""
         return self._folder
 
     def run(self, with_weights: bool) -> None:
-        """Copy what is missing or has changed."""
+        """Copy missing and changed files."""
         self._fetch_small()
         if with_weights:
             self._fetch(self._weights())
             shutil.rmtree(self._folder / _RANGES, ignore_errors=True)
 
     def ranged(self) -> RangedFolder | None:
-        """Copy what is small; what fetches the weights, None where they are all here.
+        """Copy the small files; return the weight files, or None if all weights are local.
 
-        They are where they were copied whole before, and where the server knows no ranges.
+        Weights are local after an earlier full copy, or if the server does not serve ranges.
         """
         self._fetch_small()
-        found = self._weights()
-        if all(self._is_here(name, one) for name, one in found.items()):
+        weights = self._weights()
+        if all(self._is_local(name, entry) for name, entry in weights.items()):
             return None
-        if any(not size for size, _ in found.values()) or not self._serves_ranges(min(found)):
-            self._fetch(found)
+        if any(not size for size, _ in weights.values()) or not self._serves_ranges(min(weights)):
+            self._fetch(weights)
             return None
-        return RangedFolder(self._fs, self._root, self._folder / _RANGES, found, self._where)
+        return RangedFolder(self._fs, self._root, self._folder / _RANGES, weights, self._url)
 
     def _fetch_small(self) -> None:
         file = self._folder / _STATE
@@ -172,69 +178,74 @@ class _Copy:
             self._state = json.loads(file.read_text())
         small = self._known(["config.json", *SMALL_FILES, INDEX_FILE])
         if "config.json" not in small:
-            raise CheckpointError(f"{self._where}/config.json: missing; a model folder holds one")
+            raise CheckpointError(
+                f"{self._url}/config.json: is missing; give the URL of a model folder"
+            )
         self._has_index = INDEX_FILE in small
         self._fetch(small)
 
     def _weights(self) -> dict[str, list[Any]]:
-        """Size and version of each file of weights."""
+        """Size and version of each weight file."""
         weights = [SINGLE_FILE]
         if self._has_index:
             weights = sorted(set(weight_map(self._folder / INDEX_FILE).values()))
-        found = self._known(weights)
-        if missing := [name for name in weights if name not in found]:
-            raise CheckpointError(f"{self._where}: holds no {missing[0]}")
-        return found
+        known = self._known(weights)
+        if missing := [name for name in weights if name not in known]:
+            raise CheckpointError(f"{self._url}: holds no {missing[0]}; upload the file")
+        return known
 
     def _serves_ranges(self, name: str) -> bool:
-        """Plain web servers may send the whole file instead, which this breaks off."""
+        """Whether the server serves byte ranges; plain web servers may send the whole file."""
         if "http" not in self._fs.protocol:
             return True
         try:
             with self._fs.open(f"{self._root}/{name}", cache_type="none") as stream:
-                stream.seek(8)  # from the start a whole file does for a range
+                stream.seek(8)  # at the start of a file, a whole file looks like a range
                 return len(stream.read(8)) == 8
         except (OSError, ValueError):
             return False
 
-    def _is_here(self, name: str, known: list[Any]) -> bool:
+    def _is_local(self, name: str, known: list[Any]) -> bool:
         return self._state.get(name) == known and (self._folder / name).is_file()
 
     def _known(self, names: list[str]) -> dict[str, list[Any]]:
-        """Size and version of each file that exists."""
+        """Size and version of each existing file."""
 
-        def look(name: str) -> list[Any] | None:
+        def look_up(name: str) -> list[Any] | None:
             try:
                 info = self._fs.info(f"{self._root}/{name}")
-            except FileNotFoundError as error:  # for HTTP, whatever went wrong
+            except FileNotFoundError as error:  # for HTTP, any error
                 cause = error.__cause__
                 if cause is None or getattr(cause, "status", None) in _NOT_THERE:
                     return None
                 raise CheckpointError(
-                    f"{self._where}/{name}: cannot be reached: {cause or type(cause).__name__}"
+                    f"{self._url}/{name}: cannot be reached: "
+                    f"{cause or type(cause).__name__}; check the network and the access rights"
                 ) from None
             version = next((info[key] for key in _VERSIONS if info.get(key)), None)
             return [info.get("size"), str(version)]
 
         with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-            looked = zip(names, pool.map(look, names), strict=True)
-            return {name: one for name, one in looked if one is not None}
+            entries = zip(names, pool.map(look_up, names), strict=True)
+            return {name: entry for name, entry in entries if entry is not None}
 
     def _fetch(self, known: dict[str, list[Any]]) -> None:
-        due = {name: one for name, one in known.items() if not self._is_here(name, one)}
+        outdated = {name: entry for name, entry in known.items() if not self._is_local(name, entry)}
         with self._lock:
-            self._total += sum(one[0] or 0 for one in due.values())
+            self._total += sum(size or 0 for size, _ in outdated.values())
         with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-            list(pool.map(lambda name: self._fetch_one(name, due[name]), due))
+            list(pool.map(lambda name: self._fetch_file(name, outdated[name]), outdated))
 
-    def _fetch_one(self, name: str, known: list[Any]) -> None:
+    def _fetch_file(self, name: str, known: list[Any]) -> None:
         file = self._folder / name
         file.parent.mkdir(exist_ok=True)
         partial = file.with_name(f".{file.name}.partial")
         self._fs.get_file(f"{self._root}/{name}", str(partial))
         size = partial.stat().st_size
         if known[0] is not None and size != known[0]:
-            raise CheckpointError(f"{self._where}/{name}: {size} bytes came instead of {known[0]}")
+            raise CheckpointError(
+                f"{self._url}/{name}: {size} bytes came instead of {known[0]}; try again"
+            )
         partial.rename(file)
         with self._lock:
             self._state[name] = known
@@ -249,25 +260,25 @@ _VERSIONS = ("ETag", "etag", "md5", "version_id", "LastModified", "mtime", "last
 
 @contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    with file.open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with file.open("w") as lock_file:
+        fcntl.flock(lock_file, fcntl.LOCK_EX)
         yield
 
 
 def pull_from_hub(name: str, revision: str | None = None) -> Path:
-    """Download a model from Hugging Face's hub, or from $HF_ENDPOINT, into the hub's own cache.
+    """Download a model from the Hugging Face hub, or from $HF_ENDPOINT, into the hub's cache.
 
-    What was downloaded before, whole or in part, is not downloaded again.
+    Files and parts of files in the cache are not downloaded again.
 
     Args:
         name: "ORG/NAME".
         revision: branch, tag or commit; None for the main branch.
 
     Returns:
-        The snapshot's folder.
+        Folder of the snapshot.
 
     Raises:
-        CheckpointError: no such model, no right to it, or no connection.
+        CheckpointError: no such model, no access right, or no connection.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -279,26 +290,26 @@ def pull_from_hub(name: str, revision: str | None = None) -> Path:
     )
 
     if not _HUB_NAME.fullmatch(name):
-        raise CheckpointError(f"{name[:200]!r} is not a model's name; give it as ORG/NAME")
+        raise CheckpointError(f"{name[:200]!r} is not the name of a model; give ORG/NAME")
     try:
-        found = snapshot_download(
+        snapshot = snapshot_download(
             name,
             revision=revision,
             allow_patterns=HUB_PATTERNS,
             endpoint=os.environ.get("HF_ENDPOINT"),
         )
-        return Path(found)
+        return Path(snapshot)
     except GatedRepoError:
-        why = "is gated: accept its licence on the hub, and set HF_TOKEN"
+        reason = "is gated: accept its licence on the hub and set HF_TOKEN"
     except RepositoryNotFoundError:
-        why = "is not on the hub, or is private: check the name, or set HF_TOKEN"
+        reason = "is not on the hub, or is private: check the name, or set HF_TOKEN"
     except RevisionNotFoundError:
-        why = f"has no revision {revision!r}"
+        reason = f"has no revision {revision!r}: check the branch, tag or commit"
     except LocalEntryNotFoundError as error:
-        why = f"is not in the cache, and the hub cannot be reached: {_first_line(error)}"
+        reason = f"is not in the cache, and the hub cannot be reached: {_first_line(error)}"
     except (HfHubHTTPError, OSError) as error:
-        why = f"cannot be downloaded: {_first_line(error)}"
-    raise CheckpointError(f"{name}: {why}")
+        reason = f"cannot be downloaded: {_first_line(error)}"
+    raise CheckpointError(f"{name}: {reason}")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,9 +1,9 @@
-"""The header of a safetensors file, parsed as hostile input.
+"""Parser and writer of safetensors headers; treats a file as hostile input.
 
 The format (huggingface.co/docs/safetensors): eight bytes of little-endian header length, the
 header as a JSON object from tensor name to dtype, shape and offsets, then the tensors' bytes.
 
-Knows one file's header; knows nothing of folders, of models, or of how bytes reach memory.
+Knows the header of a file; knows nothing of folders, models and memory maps.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from arriero.shards.files.bad_file import explain_binary, explain_error, head_of
 from arriero.shards.files.json_file import parse_json_object
 
 MAX_HEADER_BYTES = 100_000_000
-"""The format's own limit."""
+"""Limit of the format."""
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -45,12 +45,12 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_DIMS = 16
 _LENGTH_BYTES = 8
 _AGAIN = "fetch the file again"
-_NO_HEADER = f"its header is empty: not a safetensors file, or damaged; {_AGAIN}"
+_NO_HEADER = f"the header is empty: not a safetensors file, or damaged; {_AGAIN}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredTensor:
-    """Where a tensor lies: bytes [start, stop) of `file`, row-major."""
+    """Location of a tensor: bytes [start, stop) of `file`, row-major."""
 
     name: str
     file: Path
@@ -61,16 +61,16 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes stored."""
+        """Size in bytes."""
         return self.stop - self.start
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """Read and check one file's header, without reading its tensors.
+    """Read and check the header of a file; tensors are not read.
 
     Raises:
-        CheckpointError: unreadable, truncated, over the header limit, or an entry whose dtype,
-            shape or offsets cannot be; the message names file and tensor.
+        CheckpointError: unreadable, truncated, header over the limit, or an entry with invalid
+            dtype, shape or offsets; the message names file and tensor.
     """
     try:
         head, size = head_of(file)
@@ -83,7 +83,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{file}: {explain_error(file, error)}") from None
     if length == 0:
         raise CheckpointError(f"{file}: {explain_binary(head, size) or _NO_HEADER}")
-    entries = parse_json_object(header, f"{file} (header)", unique_keys_because="tensor")
+    entries = parse_json_object(header, f"{file} (header)", unique_keys="tensor")
     entries.pop("__metadata__", None)
     data_start = _LENGTH_BYTES + length
     _refuse_truncated(file, entries, data_start, size)
@@ -93,15 +93,17 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def _check_length(file: Path, head: bytes, size: int, length: int) -> None:
-    """Refuse what cannot be a header's length; the head often tells what the file is instead."""
-    because = explain_binary(head, size)
-    hint = f"; it {because}" if because else ""
+    """Refuse an impossible header length; the first bytes often show the real kind of file."""
+    reason = explain_binary(head, size)
+    hint = f"; the file {reason}" if reason else ""
     if size < _LENGTH_BYTES:
-        raise CheckpointError(f"{file}: {size} bytes are too few for a safetensors file{hint}")
+        raise CheckpointError(
+            f"{file}: {size} bytes are too few for a safetensors file; {_AGAIN}{hint}"
+        )
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(
-            f"{file}: {because}"
-            if because
+            f"{file}: {reason}"
+            if reason
             else f"{file}: header of {length} bytes exceeds the limit of {MAX_HEADER_BYTES}; "
             f"not a safetensors file, or damaged: {_AGAIN}"
         )
@@ -113,7 +115,7 @@ def _check_length(file: Path, head: bytes, size: int, length: int) -> None:
 
 
 def _refuse_truncated(file: Path, entries: dict[str, Any], data_start: int, size: int) -> None:
-    """Compare the file's size with what the header calls for, before any tensor is looked at."""
+    """Compare the file size with the size that the header requires, before any tensor check."""
     ends = [
         entry["data_offsets"][1]
         for entry in entries.values()
@@ -121,18 +123,20 @@ def _refuse_truncated(file: Path, entries: dict[str, Any], data_start: int, size
         and _sizes(entry.get("data_offsets"))
         and len(entry["data_offsets"]) == 2
     ]
-    due = data_start + max(ends, default=0)
-    if due > size:
+    needed = data_start + max(ends, default=0)
+    if needed > size:
         raise CheckpointError(
-            f"{file}: truncated: the file has {size:,} bytes, its header calls for {due:,} "
-            f"({due - size:,} are missing); {_AGAIN}"
+            f"{file}: truncated: the file has {size:,} bytes, but the header requires {needed:,} "
+            f"({needed - size:,} are missing); {_AGAIN}"
         )
 
 
 def _entry(file: Path, name: str, entry: Any, data_start: int, size: int) -> StoredTensor:  # noqa: ANN401
     where = f"{file}: tensor {name[:200]!r}"
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise CheckpointError(f"{where}: its entry lacks one of dtype, shape, data_offsets")
+        raise CheckpointError(
+            f"{where}: the header entry lacks dtype, shape or data_offsets; {_AGAIN}"
+        )
     label, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     dtype = DTYPES.get(label) if isinstance(label, str) else None
     if dtype is None:
@@ -140,16 +144,21 @@ def _entry(file: Path, name: str, entry: Any, data_start: int, size: int) -> Sto
             f"{where}: dtype {str(label)[:50]!r} is unknown; known: {', '.join(DTYPES)}"
         )
     if not _sizes(shape) or len(shape) > _MAX_DIMS:
-        raise CheckpointError(f"{where}: shape {str(shape)[:200]} is not a list of sizes")
-    if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{where}: data_offsets {str(offsets)[:200]} are not a range")
-    start, stop = data_start + offsets[0], data_start + offsets[1]
-    assert stop <= size, "refused as truncated"
-    due = math.prod(shape) * dtype.itemsize
-    if stop - start != due:
         raise CheckpointError(
-            f"{where}: shape {list(shape)} of {label} takes {due} bytes, but {stop - start} are "
-            "stored"
+            f"{where}: shape {str(shape)[:200]} is not a list of at most "
+            f"{_MAX_DIMS} sizes; {_AGAIN}"
+        )
+    if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise CheckpointError(
+            f"{where}: data_offsets {str(offsets)[:200]} are not a range of bytes; {_AGAIN}"
+        )
+    start, stop = data_start + offsets[0], data_start + offsets[1]
+    assert stop <= size, "a truncated file is refused earlier"
+    nbytes = math.prod(shape) * dtype.itemsize
+    if stop - start != nbytes:
+        raise CheckpointError(
+            f"{where}: shape {list(shape)} of {label} takes {nbytes} bytes, but {stop - start} are "
+            f"stored; {_AGAIN}"
         )
     return StoredTensor(
         name=name, file=file, dtype=dtype, shape=tuple(shape), start=start, stop=stop
@@ -158,22 +167,24 @@ def _entry(file: Path, name: str, entry: Any, data_start: int, size: int) -> Sto
 
 def _sizes(value: Any) -> bool:  # noqa: ANN401
     return isinstance(value, list) and all(
-        isinstance(one, int) and not isinstance(one, bool) and 0 <= one < 2**63 for one in value
+        isinstance(size, int) and not isinstance(size, bool) and 0 <= size < 2**63 for size in value
     )
 
 
 def _refuse_overlap(file: Path, tensors: dict[str, StoredTensor]) -> None:
-    ordered = sorted((one for one in tensors.values() if one.nbytes), key=lambda one: one.start)
+    ordered = sorted(
+        (tensor for tensor in tensors.values() if tensor.nbytes), key=lambda tensor: tensor.start
+    )
     for before, after in pairwise(ordered):
         if after.start < before.stop:
             raise CheckpointError(
                 f"{file}: tensors {before.name[:200]!r} and {after.name[:200]!r} overlap at byte "
-                f"{after.start}"
+                f"{after.start}; {_AGAIN}"
             )
 
 
 def make_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
-    """Length and header of a file that holds these tensors one after another, in this order."""
+    """Length and header of a file with these tensors in this order, without gaps."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name, (dtype, shape) in tensors.items():
@@ -185,5 +196,5 @@ def make_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> b
         }
         start = stop
     header = json.dumps(entries, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % _LENGTH_BYTES)  # keeps the tensors aligned
+    header += b" " * (-len(header) % _LENGTH_BYTES)  # aligns the tensors
     return len(header).to_bytes(_LENGTH_BYTES, "little") + header

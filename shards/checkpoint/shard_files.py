@@ -1,7 +1,7 @@
-"""Which safetensors files of a folder hold which tensors.
+"""The safetensors files of a folder and the tensors of each file.
 
-Knows the index, the names of shards and of downloads that were not finished; knows nothing of what
-tensors mean.
+Knows the index and the names of shards and unfinished downloads; knows nothing of the meaning of
+tensors.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from arriero.shards.checkpoint.index import (
     PICKLES,
     SINGLE_FILE,
     first_of,
-    pickle_words,
+    pickle_error,
     weight_map,
 )
 from arriero.shards.checkpoint.ranges import RangedFolder
@@ -28,14 +28,14 @@ _PULL = "fetch it with `arriero models pull`"
 
 
 def find_tensors(folder: Path, ranged: RangedFolder | None = None) -> dict[str, StoredTensor]:
-    """Where each tensor of a model folder lies: by its one file, its index, or its shards' names.
+    """Location of each tensor of a model folder: from the single file, index or shard names.
 
     Args:
-        folder: of the model.
-        ranged: what fetches the files' bytes; None where they are all here.
+        folder: model folder.
+        ranged: remote weight files; None if all files are local.
 
     Raises:
-        CheckpointError: something is missing or malformed; the message names the file.
+        CheckpointError: a file or tensor is missing or malformed; the message names the file.
     """
     files: dict[str, Path] = {}
     if ranged is not None:
@@ -47,32 +47,32 @@ def find_tensors(folder: Path, ranged: RangedFolder | None = None) -> dict[str, 
             return read_header(single)
         if not os.path.lexists(index):
             return _read_all(_all_shards(folder))
-        placed = weight_map(index)
-        shards = [files.get(name, folder / name) for name in sorted(set(placed.values()))]
+        file_of_tensor = weight_map(index)
+        shards = [files.get(name, folder / name) for name in sorted(set(file_of_tensor.values()))]
         _refuse_missing(index, shards)
-        found = _read_all(shards)
+        tensors = _read_all(shards)
     except OSError as error:
         raise CheckpointError(f"{folder}: {explain_error(folder, error)}") from None
-    for name, file_name in placed.items():
-        lies_in = found[name].file.name if name in found else None
-        if lies_in != file_name:
+    for name, file_name in file_of_tensor.items():
+        actual_file = tensors[name].file.name if name in tensors else None
+        if actual_file != file_name:
             raise CheckpointError(
-                f"{index}: places tensor {name[:200]!r} in {file_name}, but it "
-                + (f"lies in {lies_in}" if lies_in else "is not there")
+                f"{index}: puts tensor {name[:200]!r} in {file_name}, but the tensor "
+                + (f"is in {actual_file}; {_PULL}" if actual_file else f"is not there; {_PULL}")
             )
-    return found
+    return tensors
 
 
 def _read_all(files: list[Path]) -> dict[str, StoredTensor]:
-    found: dict[str, StoredTensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     for file in files:
-        for name, one in read_header(file).items():
-            if name in found:
+        for name, tensor in read_header(file).items():
+            if name in tensors:
                 raise CheckpointError(
-                    f"{file}: tensor {name[:200]!r} lies in {found[name].file.name} too"
+                    f"{file}: tensor {name[:200]!r} is in {tensors[name].file.name} too; {_PULL}"
                 )
-            found[name] = one
-    return found
+            tensors[name] = tensor
+    return tensors
 
 
 def _refuse_missing(index: Path, shards: list[Path]) -> None:
@@ -81,54 +81,54 @@ def _refuse_missing(index: Path, shards: list[Path]) -> None:
         return
     more = f" (and {len(missing) - 1} more of {len(shards)})" if len(missing) > 1 else ""
     unfinished = unfinished_of(missing[0])
-    because = f"; {unfinished} is a download that was not finished" if unfinished else ""
+    reason = f"; {unfinished} is an unfinished download" if unfinished else ""
     raise CheckpointError(
-        f"{index}: names {missing[0].name!r}, which is missing{more}{because}; {_PULL}"
+        f"{index}: names {missing[0].name!r}, which is missing{more}{reason}; {_PULL}"
     )
 
 
 def _all_shards(folder: Path) -> list[Path]:
-    """Shards by their names, where the index is missing and every one of them is there."""
-    names = sorted(one.name for one in folder.iterdir())
-    shards = [found for found in map(_SHARD.fullmatch, names) if found is not None]
+    """All shards by name, if the index is missing but no shard is."""
+    names = sorted(entry.name for entry in folder.iterdir())
+    shards = [match for match in map(_SHARD.fullmatch, names) if match is not None]
     if not shards:
         raise _no_weights(folder, names)
     count = int(shards[0][2])
-    due = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(min(count, 100_000))]
-    there = [found[0] for found in shards]
-    missing = [name for name in due if name not in there]
-    if missing or len(there) != len(due):
+    expected = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(min(count, 100_000))]
+    present = [match[0] for match in shards]
+    missing = [name for name in expected if name not in present]
+    if missing or len(present) != len(expected):
         raise CheckpointError(
-            f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}, only {first_of(there)}"
-            + (f"; {first_of(missing)} missing" if missing else "")
+            f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}, only {first_of(present)}"
+            + (f"; missing: {first_of(missing)}" if missing else "")
             + f": {_PULL}"
         )
-    return [folder / name for name in due]
+    return [folder / name for name in expected]
 
 
 def _no_weights(folder: Path, names: list[str]) -> CheckpointError:
-    wanted = f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}"
+    problem = f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}"
     pickles = [name for name in names if Path(name).suffix in PICKLES]
     loose = [name for name in names if Path(name).suffix in (".safetensors", ".gguf")]
     unfinished = [name for name in names if name.endswith(UNFINISHED) and ".safetensors" in name]
     if unfinished:
         return CheckpointError(
-            f"{wanted}: {first_of(unfinished)}: a download that was not finished; {_PULL}"
+            f"{problem}: {first_of(unfinished)}: an unfinished download; {_PULL}"
         )
     if any(name.endswith(".gguf") for name in loose):
         return CheckpointError(
-            f"{wanted}, only {first_of(loose)}: `arriero models import FILE` makes a folder of it"
+            f"{problem}, only {first_of(loose)}: convert with `arriero models import FILE`"
         )
     if loose:
         return CheckpointError(
-            f"{wanted}, only {first_of(loose)}: if that is the whole model in Hugging Face's "
-            f"names, rename it to {SINGLE_FILE}; else {_PULL}"
+            f"{problem}, only {first_of(loose)}: if this is the whole model under Hugging "
+            f"Face names, rename the file to {SINGLE_FILE}; else {_PULL}"
         )
     if pickles:
-        remedy = "; Meta's own release: `arriero models convert`" if _is_meta(names) else ""
-        return CheckpointError(f"{wanted}: {pickle_words(pickles)}{remedy}")
-    return CheckpointError(f"{wanted}; fetch the weights: `arriero models pull`")
+        remedy = "; for Meta's release use `arriero models convert`" if _is_meta(names) else ""
+        return CheckpointError(f"{problem}: {pickle_error(pickles)}{remedy}")
+    return CheckpointError(f"{problem}; fetch the weights: `arriero models pull`")
 
 
 def _is_meta(names: list[str]) -> bool:
-    return any(one.startswith("consolidated.") and one.endswith(".pth") for one in names)
+    return any(name.startswith("consolidated.") and name.endswith(".pth") for name in names)

@@ -1,13 +1,13 @@
-"""Files beside config.json that say how weights are quantized, as old tools wrote them."""
+"""Files beside config.json in which old tools describe the quantization of the weights."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 SIDE_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
-"""Files in which AutoGPTQ and AutoAWQ once wrote what config.json holds now."""
+"""Old files of AutoGPTQ and AutoAWQ, and the method of each; newer ones use config.json."""
 
 
 def side_file(folder: Path) -> Path | None:
-    """The file beside config.json that says how weights are quantized, as old tools wrote it."""
-    return next((folder / one for one in SIDE_FILES if (folder / one).is_file()), None)
+    """The file of `SIDE_FILES` in a folder, None if there is no such file."""
+    return next((folder / name for name in SIDE_FILES if (folder / name).is_file()), None)

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from arriero.shards.checkpoint.fit import Wanted, misfits
+from arriero.shards.checkpoint.fit import ExpectedTensor, misfits
 from arriero.shards.checkpoint.ranges import REQUESTS_AT_ONCE, RangedFolder
 from arriero.shards.checkpoint.safetensors_header import StoredTensor
 from arriero.shards.checkpoint.shard_files import find_tensors
@@ -42,13 +42,13 @@ _MAX_LISTED = 5
 class TensorFolder:
     """The tensors of a model folder. Headers are read at once; tensors are views of mapped files.
 
-    Views stay valid for as long as they are referenced. The map is private: writing to a view
-    changes that process's copy of the page and never the file. Safe to share between threads.
+    A view stays valid as long as the program refers to it. The map is private: a write to a view
+    changes only this process's copy of the page, not the file. Safe to share between threads.
 
     Attributes:
         path: the folder.
-        stored: where each tensor lies, by name in sorted order.
-        ranged: what fetches the files' bytes as they are read; None where they are all here.
+        stored: location of each tensor, by name in sorted order.
+        ranged: remote weight files, fetched on demand; None if all files are local.
     """
 
     def __init__(
@@ -64,23 +64,23 @@ class TensorFolder:
 
     @classmethod
     def of(cls, path: Path) -> TensorFolder:
-        """Read index and headers of a folder, whatever model it holds.
+        """Read index and headers of a folder, for any model.
 
         Raises:
-            CheckpointError: something is missing or malformed; the message names the file and
-                the tensor.
+            CheckpointError: a file or tensor is missing or malformed; the message names the file
+                and the tensor.
         """
         return TensorFolder(path, find_tensors(path))
 
-    def unmapped(self) -> TensorFolder:
-        """The same folder with maps of its own, which are gone when it is."""
+    def with_own_maps(self) -> TensorFolder:
+        """The same folder with separate maps, which are released with the returned object."""
         return TensorFolder(self.path, self.stored, self.ranged)
 
     def need(self, file: Path, start: int, stop: int) -> None:
-        """Have bytes [start, stop) of one of `files` on this machine.
+        """Make bytes [start, stop) of a file of `files` local.
 
         Raises:
-            CheckpointError: they cannot be fetched.
+            CheckpointError: the bytes cannot be fetched.
         """
         if self.ranged is not None:
             self.ranged.need(file, start, stop)
@@ -93,32 +93,32 @@ class TensorFolder:
     @property
     def files(self) -> tuple[Path, ...]:
         """The safetensors files, sorted."""
-        return tuple(sorted({one.file for one in self.stored.values()}))
+        return tuple(sorted({tensor.file for tensor in self.stored.values()}))
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(one.nbytes for one in self.stored.values())
+        return sum(tensor.nbytes for tensor in self.stored.values())
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor as stored."""
+        """Stored shape of a tensor."""
         return self._find(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype of a tensor as stored."""
+        """Stored dtype of a tensor."""
         return self._find(name).dtype
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor, as a view of the mapped file (a copy where the file leaves it unaligned)."""
-        found = self._find(name)
-        self.need(found.file, found.start, found.stop)
-        return self._view(found)
+        """A tensor, as a view of the mapped file (a copy if the bytes are unaligned)."""
+        stored = self._find(name)
+        self.need(stored.file, stored.start, stored.stop)
+        return self._view(stored)
 
-    def _view(self, found: StoredTensor) -> Tensor:
-        data = self.data(found.file)[found.start : found.stop]
-        if found.start % found.dtype.itemsize:  # older writers did not pad the header
+    def _view(self, stored: StoredTensor) -> Tensor:
+        data = self.data(stored.file)[stored.start : stored.stop]
+        if stored.start % stored.dtype.itemsize:  # older writers did not pad the header
             data = data.clone()
-        return data.view(found.dtype).view(found.shape)
+        return data.view(stored.dtype).view(stored.shape)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of the first dimension, as a contiguous view."""
@@ -130,41 +130,41 @@ class TensorFolder:
 
     @cached_property
     def digest(self) -> str:
-        """Names this model: 32 hex digits of BLAKE2b.
+        """Identifier of the model: 32 hex digits of BLAKE2b.
 
-        Covers config.json (whatever its layout), every tensor's name, dtype, shape and place,
-        every file's size, and a sample from the middle of every tensor. The same for the same
-        files on any machine; it does not prove that every byte is right.
+        Covers the content of config.json, the name, dtype, shape and offset of each tensor, the
+        size of each file, and a sample from the middle of each tensor. Equal files give an equal
+        digest on all machines; the digest does not prove that each byte is right.
         """
         settings = read_json_object(self.path / "config.json")
         digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16)
-        beside = side_file(self.path)
-        if beside is not None and settings.get("quantization_config") is None:
-            digest.update(json.dumps(read_json_object(beside), sort_keys=True).encode())
+        quant_file = side_file(self.path)
+        if quant_file is not None and settings.get("quantization_config") is None:
+            digest.update(json.dumps(read_json_object(quant_file), sort_keys=True).encode())
         for file in self.files:
             digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-            tensors = [one for one in self.stored.values() if one.file == file]
-            for one, sample in zip(tensors, self._samples(file, tensors), strict=True):
-                place = [one.name, str(one.dtype), one.shape, one.start]
-                digest.update(json.dumps(place).encode())
+            tensors = [tensor for tensor in self.stored.values() if tensor.file == file]
+            for tensor, sample in zip(tensors, self._samples(file, tensors), strict=True):
+                entry = [tensor.name, str(tensor.dtype), tensor.shape, tensor.start]
+                digest.update(json.dumps(entry).encode())
                 digest.update(sample)
         return digest.hexdigest()
 
     def _samples(self, file: Path, tensors: Sequence[StoredTensor]) -> list[bytes]:
-        """Bytes from the middle of each of a file's tensors."""
+        """Bytes from the middle of each tensor of a file."""
 
-        def bounds(one: StoredTensor) -> tuple[int, int]:
-            middle = max(one.start, (one.start + one.stop - _SAMPLE_BYTES) // 2)
-            return middle, min(one.stop, middle + _SAMPLE_BYTES)
+        def bounds(tensor: StoredTensor) -> tuple[int, int]:
+            middle = max(tensor.start, (tensor.start + tensor.stop - _SAMPLE_BYTES) // 2)
+            return middle, min(tensor.stop, middle + _SAMPLE_BYTES)
 
         ranged = self.ranged
-        if ranged is not None:  # no more of them than that
+        if ranged is not None:  # fetch only the samples
             with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-                return list(pool.map(lambda one: ranged.read(file, *bounds(one)), tensors))
+                return list(pool.map(lambda tensor: ranged.read(file, *bounds(tensor)), tensors))
         with file.open("rb") as stream:
             # samples are far apart: read-ahead would fetch megabytes for each
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-            pairs = [bounds(one) for one in tensors]
+            pairs = [bounds(tensor) for tensor in tensors]
             return [os.pread(stream.fileno(), stop - start, start) for start, stop in pairs]
 
     def check(
@@ -172,17 +172,17 @@ class TensorFolder:
         expected: Mapping[str, tuple[int, ...]],
         dtypes: tuple[torch.dtype, ...] | Mapping[str, tuple[torch.dtype, ...]] = FLOAT_DTYPES,
     ) -> None:
-        """Compare names, shapes and dtypes with what is due.
+        """Compare names, shapes and dtypes with the expected tensors.
 
-        What nothing reads is let pass, where it cannot change an answer (see `fit`).
+        An unexpected tensor is accepted if it cannot change the output (see `fit`).
 
         Args:
-            expected: shape of each tensor by name.
-            dtypes: those that a tensor may have, or those by its name.
+            expected: shape of each tensor, by name.
+            dtypes: accepted dtypes of all tensors, or of each tensor by name.
 
         Raises:
-            CheckpointError: lists the first few tensors that are missing, too many, of another
-                shape or of another dtype, with file and both shapes, and counts the rest.
+            CheckpointError: lists the first missing, unexpected or wrong tensors with file and both
+                shapes, and the number of further problems.
         """
         self._refuse(self.problems(expected, dtypes))
 
@@ -190,18 +190,21 @@ class TensorFolder:
         if problems:
             more = len(problems) - _MAX_LISTED
             listed = "; ".join(problems[:_MAX_LISTED]) + (f"; and {more} more" if more > 0 else "")
-            raise CheckpointError(f"{self.path}: does not hold what its config says: {listed}")
+            raise CheckpointError(
+                f"{self.path}: does not match its config.json: {listed}; "
+                "correct config.json, or fetch the checkpoint again"
+            )
 
     def problems(
         self,
         expected: Mapping[str, tuple[int, ...]],
         dtypes: tuple[torch.dtype, ...] | Mapping[str, tuple[torch.dtype, ...]] = FLOAT_DTYPES,
     ) -> list[str]:
-        """All that `check` would complain of, one sentence a tensor."""
+        """All problems that `check` finds, one sentence for each tensor."""
         return misfits(
             self,
             {
-                name: Wanted(
+                name: ExpectedTensor(
                     shape=tuple(shape), dtypes=dtypes if isinstance(dtypes, tuple) else dtypes[name]
                 )
                 for name, shape in expected.items()
@@ -209,43 +212,45 @@ class TensorFolder:
         )
 
     def _find(self, name: str) -> StoredTensor:
-        found = self.stored.get(name)
-        if found is None:
-            raise CheckpointError(f"{self.path}: holds no tensor {name!r}")
-        return found
+        stored = self.stored.get(name)
+        if stored is None:
+            raise CheckpointError(
+                f"{self.path}: holds no tensor {name!r}; fetch the checkpoint again"
+            )
+        return stored
 
     def _cut(self, name: str, dim: int, start: int, stop: int) -> Tensor:
-        found = self._find(name)
-        shape = found.shape
+        stored = self._find(name)
+        shape = stored.shape
         if not shape or not 0 <= start <= stop <= shape[dim]:
             raise CheckpointError(
-                f"{found.file}: tensor {name!r} of shape {list(shape)} has no range "
+                f"{stored.file}: tensor {name!r} of shape {list(shape)} has no range "
                 f"{start}:{stop} in its {'first' if dim == 0 else 'last'} dimension"
             )
         if dim == 0 and shape[0]:
-            row = found.nbytes // shape[0]
-            self.need(found.file, found.start + start * row, found.start + stop * row)
+            row = stored.nbytes // shape[0]
+            self.need(stored.file, stored.start + start * row, stored.start + stop * row)
         else:
-            self.need(found.file, found.start, found.stop)
-        return self._view(found).narrow(dim, start, stop - start)
+            self.need(stored.file, stored.start, stored.stop)
+        return self._view(stored).narrow(dim, start, stop - start)
 
     def data(self, file: Path) -> Tensor:
-        """All bytes of one of `files`, uint8, as a view of its map."""
+        """All bytes of a file of `files`, uint8, as a view of the map."""
         with self._lock:
             if file not in self._maps:
                 mapped = _map_bytes(file)
                 data = torch.frombuffer(mapped, dtype=torch.uint8)
-                needed = max(one.stop for one in self.stored.values() if one.file == file)
+                needed = max(tensor.stop for tensor in self.stored.values() if tensor.file == file)
                 if data.numel() < needed:
                     raise CheckpointError(f"{file}: was cut after it was opened; fetch it again")
                 self._maps[file] = mapped, data
             return self._maps[file][1]
 
-    def give_back(self) -> None:
-        """Let go of the maps' pages: they count as this process's memory until then.
+    def release_pages(self) -> None:
+        """Release the pages of the maps, which count as memory of this process.
 
-        Views stay valid, and what is read again comes from the page cache. What was written to a
-        view is lost.
+        Views stay valid: a later read takes the bytes from the page cache. Writes to a view are
+        lost.
         """
         with self._lock:
             maps = [mapped for mapped, _ in self._maps.values()]
@@ -254,11 +259,10 @@ class TensorFolder:
 
 
 def _map_bytes(file: Path) -> mmap.mmap:
-    """A file's map.
+    """Private map of a file without swap reservation.
 
-    Private and without reserve: a writable view is what torch takes without a warning, a stray
-    write hits a private page rather than a protection fault, and no swap is set aside for files
-    larger than memory.
+    Torch takes a writable view without a warning, a stray write changes a private page instead of
+    causing a protection fault, and the system reserves no swap for files larger than memory.
     """
     try:
         with file.open("rb") as stream:
@@ -269,12 +273,12 @@ def _map_bytes(file: Path) -> mmap.mmap:
                 prot=mmap.PROT_READ | mmap.PROT_WRITE,
             )
     except OSError as error:
-        because = explain_error(file, error)
+        reason = explain_error(file, error)
         if error.errno == errno.ENOMEM:
-            because = (
+            reason = (
                 f"cannot be mapped: {error}; allow more address space (`ulimit -v`, "
                 "vm.overcommit_memory)"
             )
-        raise CheckpointError(f"{file}: {because}") from None
+        raise CheckpointError(f"{file}: {reason}") from None
     except ValueError as error:  # an empty file
         raise CheckpointError(f"{file}: cannot be mapped: {error}") from None

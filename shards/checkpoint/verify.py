@@ -1,6 +1,6 @@
-"""Is a model folder what it claims to be? In seconds from headers, or in full from every byte.
+"""Verification of a model folder: in seconds from headers, or in full from every byte.
 
-Knows checkpoints as stored; knows nothing of slices, engines or how a report is printed.
+Knows stored checkpoints; knows nothing of slices, engines and printed reports.
 """
 
 from __future__ import annotations
@@ -15,37 +15,37 @@ from pathlib import Path
 import torch
 
 from arriero.shards.checkpoint.fit import not_read
-from arriero.shards.checkpoint.formats.form_fit import unfit_scales
+from arriero.shards.checkpoint.formats.form_fit import non_finite_scales
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.checkpoint.safetensors_header import StoredTensor
 from arriero.shards.errors import CheckpointError
 from arriero.shards.files.json_file import read_json_object
 
 VerifyProgress = Callable[[int, int, str], None]
-"""Called with bytes read so far, bytes in all, and the name of the file being read."""
+"""Called with bytes read so far, total bytes, and the name of the current file."""
 
 _PIECE_BYTES = 16 * 1024 * 1024
-_MOST_SCALES = 256 * 1024 * 1024
-"""Bytes of scales that are read without `deep`; more take longer than headers do."""
+_MAX_SCALE_BYTES = 256 * 1024 * 1024
+"""Limit in bytes for scales that are read without `deep`; more would take too long."""
 _TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """What was found.
+    """Result of a verification.
 
     Attributes:
         path: the folder.
-        problems: one sentence each; empty when all is well.
-        num_files: safetensors files.
-        num_tensors: tensors stored.
-        num_parameters: weights that the config calls for, a tied head counted once.
+        problems: one sentence each; empty if the folder is right.
+        num_files: number of safetensors files.
+        num_tensors: number of stored tensors.
+        num_parameters: number of weights in the config's model, a tied head counted once.
         nbytes: bytes of all tensors.
-        nbytes_by_dtype: the same by dtype, such as "bfloat16".
-        form: "bfloat16" and the like for plain weights, or the quantization's name.
-        digest: `TensorFolder.digest`; empty when the folder could not be opened.
-        notes: what was accepted and is not followed or not read, one sentence each.
-        file_digests: after a deep look, BLAKE2b (32 hex digits) of every byte of each file.
+        nbytes_by_dtype: bytes of all tensors by dtype, such as "bfloat16".
+        form: dtype of plain weights, or name of the quantization.
+        digest: `TensorFolder.digest`; empty if the folder could not be opened.
+        notes: accepted settings and tensors without effect, one sentence each.
+        file_digests: with `deep`: BLAKE2b (32 hex digits) of all bytes of each file.
     """
 
     path: Path
@@ -62,56 +62,56 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Nothing is wrong."""
+        """Whether there are no problems."""
         return not self.problems
 
 
 def verify(path: Path | str, deep: bool = False, progress: VerifyProgress | None = None) -> Report:
-    """Compare a folder's index, headers, names, shapes, dtypes and sizes with its config.
+    """Compare index, headers, names, shapes, dtypes and sizes of a folder with the config.
 
     Defects are reported, never raised.
 
     Args:
-        path: a model folder.
-        deep: also read every byte: no value may be infinite or not a number, and each file gets
-            its digest.
-        progress: told of the bytes read by a deep look.
+        path: model folder.
+        deep: also read every byte: find values that are infinite or not a number, and compute the
+            digest of each file.
+        progress: called after each file of a deep verification.
     """
     folder = Path(path)
     try:
-        found = Checkpoint.open(folder)
-        problems = [*found.misfits(), *_tokenizer_problems(folder)]
-        digest = found.digest
+        checkpoint = Checkpoint.open(folder)
+        problems = [*checkpoint.misfits(), *_tokenizer_problems(folder)]
+        digest = checkpoint.digest
         scales_read = deep
-        if not deep and not problems and found.scheme is not None:
-            unfit, scales_read = unfit_scales(found, _MOST_SCALES)
-            problems += unfit
+        if not deep and not problems and checkpoint.scheme is not None:
+            bad_values, scales_read = non_finite_scales(checkpoint, _MAX_SCALE_BYTES)
+            problems += bad_values
     except CheckpointError as error:
         return Report(path=folder, problems=(str(error),))
-    model, scheme = found.config, found.scheme
-    notes = _notes(found)
+    model, scheme = checkpoint.config, checkpoint.scheme
+    notes = _notes(checkpoint)
     if scheme is not None and not scales_read:
-        notes.append("scales were not looked at: a deep look reads every byte")
+        notes.append("scales were not checked: only a deep verification reads them")
     file_digests: dict[str, str] = {}
     if deep:
-        total, done = sum(found.data(file).numel() for file in found.files), 0
-        for file in found.files:
-            tensors = [one for one in found.stored.values() if one.file == file]
-            file_digests[file.name], unfit = _read_all(found.data(file), tensors)
-            problems += [f"{file.name}: {one}" for one in unfit]
-            done += found.data(file).numel()
+        total, done = sum(checkpoint.data(file).numel() for file in checkpoint.files), 0
+        for file in checkpoint.files:
+            tensors = [tensor for tensor in checkpoint.stored.values() if tensor.file == file]
+            file_digests[file.name], bad_values = _read_all(checkpoint.data(file), tensors)
+            problems += [f"{file.name}: {problem}" for problem in bad_values]
+            done += checkpoint.data(file).numel()
             if progress is not None:
                 progress(done, total, file.name)
     by_dtype: Counter[str] = Counter()
-    for one in found.stored.values():
-        by_dtype[str(one.dtype).removeprefix("torch.")] += one.nbytes
+    for tensor in checkpoint.stored.values():
+        by_dtype[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
     return Report(
         path=folder,
         problems=tuple(problems),
-        num_files=len(found.files),
-        num_tensors=len(found.names),
+        num_files=len(checkpoint.files),
+        num_tensors=len(checkpoint.names),
         num_parameters=model.num_parameters(),
-        nbytes=found.nbytes,
+        nbytes=checkpoint.nbytes,
         nbytes_by_dtype=dict(by_dtype),
         form=model.torch_dtype if scheme is None else scheme.method,
         digest=digest,
@@ -121,7 +121,7 @@ def verify(path: Path | str, deep: bool = False, progress: VerifyProgress | None
 
 
 def _tokenizer_problems(folder: Path) -> list[str]:
-    """A tokenizer.json that no gateway could read; whether there must be one is not said here."""
+    """Problems of tokenizer.json, which a gateway must read; a missing file is no problem here."""
     file = folder / _TOKENIZER
     if not os.path.lexists(file):
         return []
@@ -132,9 +132,9 @@ def _tokenizer_problems(folder: Path) -> list[str]:
     return []
 
 
-def _notes(found: Checkpoint) -> list[str]:
-    notes = [] if found.scheme is None else list(found.scheme.notes)
-    extra = not_read(found, found.wanted)
+def _notes(checkpoint: Checkpoint) -> list[str]:
+    notes = [] if checkpoint.scheme is None else list(checkpoint.scheme.notes)
+    extra = not_read(checkpoint, checkpoint.expected)
     if extra:
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         notes.append(f"not read: {extra[0][:200]}{more}")
@@ -142,33 +142,33 @@ def _notes(found: Checkpoint) -> list[str]:
 
 
 def _read_all(data: torch.Tensor, tensors: list[StoredTensor]) -> tuple[str, list[str]]:
-    """Digest of a file, and what is wrong with its tensors' values; each byte is read once."""
+    """Digest of a file, and problems of the tensor values; each byte is read once."""
     digest = hashlib.blake2b(digest_size=16)
-    unfit: list[str] = []
+    problems: list[str] = []
     position = 0
-    for one in sorted(tensors, key=lambda tensor: (tensor.start, tensor.stop)):
-        digest.update(data[position : one.start].numpy().data)
-        num_unfit = 0
-        for start in range(one.start, one.stop, _PIECE_BYTES):
-            piece = data[start : min(start + _PIECE_BYTES, one.stop)]
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.stop)):
+        digest.update(data[position : tensor.start].numpy().data)
+        num_bad = 0
+        for start in range(tensor.start, tensor.stop, _PIECE_BYTES):
+            piece = data[start : min(start + _PIECE_BYTES, tensor.stop)]
             digest.update(piece.numpy().data)
-            num_unfit += _count_unfit(piece, one.dtype)
-        if num_unfit:
-            unfit.append(
-                f"tensor {one.name!r} of shape {list(one.shape)} holds {num_unfit} values that "
-                "are infinite or not a number"
+            num_bad += _count_non_finite(piece, tensor.dtype)
+        if num_bad:
+            problems.append(
+                f"tensor {tensor.name!r} of shape {list(tensor.shape)} holds {num_bad} values that "
+                "are infinite or not a number; fetch the file again"
             )
-        position = one.stop
+        position = tensor.stop
     digest.update(data[position:].numpy().data)
-    return digest.hexdigest(), unfit
+    return digest.hexdigest(), problems
 
 
-def _count_unfit(piece: torch.Tensor, dtype: torch.dtype) -> int:
+def _count_non_finite(piece: torch.Tensor, dtype: torch.dtype) -> int:
     if not dtype.is_floating_point:
         return 0
     if piece.storage_offset() % dtype.itemsize:
         piece = piece.clone()
     values = piece.view(dtype)
-    if dtype.itemsize == 1:  # torch does not classify the 8-bit formats
+    if dtype.itemsize == 1:  # `torch.isfinite` does not support 8-bit formats
         values = values.to(torch.float32)
     return int(values.numel() - torch.isfinite(values).sum())

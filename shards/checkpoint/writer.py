@@ -1,6 +1,7 @@
-"""Writing a model folder: safetensors shards and their index, tensor by tensor.
+"""Writer of a model folder: safetensors shards and their index, tensor by tensor.
 
-Knows files; holds one tensor at a time. The folder appears whole or not at all.
+Knows files; knows nothing of models. Memory holds one tensor. The folder appears complete or not at
+all.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from arriero.shards.checkpoint.safetensors_header import make_header
 from arriero.shards.errors import CheckpointError
 
 Progress = Callable[[int, int, str], None]
-"""Called with tensors written so far, tensors in all, and the name of the last."""
+"""Called with tensors written so far, total tensors, and the name of the last tensor."""
 
 Entries = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -29,10 +30,10 @@ SHARD_BYTES = 5 * 10**9
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `out` at the end and is gone if that is not reached.
+    """A temporary folder, renamed to `out` at the end of the block and removed after an error.
 
     Raises:
-        CheckpointError: `out` exists, or cannot be written.
+        CheckpointError: `out` exists or cannot be written.
     """
     if out.exists():
         raise CheckpointError(f"{out}: exists already; remove it or choose another folder")
@@ -60,30 +61,34 @@ def write_shards(
     """Write shards of at most `SHARD_BYTES`, in the order of `entries`, and their index.
 
     Args:
-        folder: exists.
-        entries: dtype and shape of each tensor.
-        tensor: gives each, when it is due.
-        progress: told of every tensor written.
+        folder: existing folder.
+        entries: dtype and shape of each tensor, by name.
+        tensor: returns a tensor by name; called in the order of `entries`.
+        progress: called after each written tensor.
     """
     shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
-    room = SHARD_BYTES
+    free_bytes = SHARD_BYTES
     for name, (dtype, shape) in entries.items():
         nbytes = torch.Size(shape).numel() * dtype.itemsize
-        if nbytes > room and shards[-1]:
+        if nbytes > free_bytes and shards[-1]:
             shards.append({})
-            room = SHARD_BYTES
+            free_bytes = SHARD_BYTES
         shards[-1][name] = (dtype, shape)
-        room -= nbytes
-    placed: dict[str, str] = {}
-    for i, held in enumerate(shards):
+        free_bytes -= nbytes
+    file_of_tensor: dict[str, str] = {}
+    for i, shard in enumerate(shards):
         file_name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         with (folder / file_name).open("wb") as stream:
-            stream.write(make_header(held))
-            for name, (dtype, shape) in held.items():
-                made = tensor(name)
-                assert made.dtype == dtype and tuple(made.shape) == shape, f"{name} is as announced"
-                stream.write(made.contiguous().view(-1).view(torch.uint8).numpy().data)
-                placed[name] = file_name
+            stream.write(make_header(shard))
+            for name, (dtype, shape) in shard.items():
+                data = tensor(name)
+                assert data.dtype == dtype and tuple(data.shape) == shape, (
+                    f"{name}: dtype and shape of its entry"
+                )
+                stream.write(data.contiguous().view(-1).view(torch.uint8).numpy().data)
+                file_of_tensor[name] = file_name
                 if progress is not None:
-                    progress(len(placed), len(entries), name)
-    (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": placed}, indent=1))
+                    progress(len(file_of_tensor), len(entries), name)
+    (folder / INDEX_FILE).write_text(
+        json.dumps({"metadata": {}, "weight_map": file_of_tensor}, indent=1)
+    )

@@ -1,1 +1,1 @@
-"""Reading files: JSON objects, and why a file is not what its name says."""
+"""Reading files: JSON objects, and explanations for unusable files."""

@@ -1,7 +1,7 @@
-"""Why a file cannot be what its name says: pointers, error pages, broken downloads, dead links.
+"""Explanations for unusable files: pointers, error pages, broken downloads, dead links.
 
-One place for all readers of a model folder, so that each names the same cause and the same remedy.
-Knows heads of files and what the file system says; knows nothing of tensors, configs or tokenizers.
+All readers of a model folder use this module, so that each error gives the same cause and remedy.
+Knows first bytes and file-system errors; knows nothing of tensors, configs and tokenizers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 HEAD_BYTES = 1024
-"""Bytes from the start of a file that tell what it is."""
+"""Bytes at the start of a file that show the kind of file."""
 
 UNFINISHED = (
     ".part",
@@ -24,7 +24,7 @@ UNFINISHED = (
     ".tmp",
     ".filepart",
 )
-"""Suffixes under which programs keep a download that has not ended."""
+"""Suffixes that programs give to unfinished downloads."""
 
 _FETCH = "fetch the file again"
 _LFS = b"version https://git-lfs.github.com/spec/"
@@ -40,27 +40,27 @@ _OLD_GGML = (b"lmgg", b"fmgg", b"tjgg", b"algg")  # "ggml" and its successors, a
 
 
 def explain_head(head: bytes, size: int) -> str | None:
-    """What a file is, from its first bytes, where it is none of the files of a model.
+    """The real kind of a file that cannot belong to a model, from the first bytes.
 
     Args:
-        head: the first `HEAD_BYTES` bytes, or all of a shorter file.
+        head: first `HEAD_BYTES` bytes, or all bytes of a shorter file.
         size: bytes of the file.
 
     Returns:
-        A clause with the remedy, to follow the file's name and a colon; None where the head shows
-        nothing wrong.
+        A clause with cause and remedy, to follow the file name and a colon; None if the head shows
+        no defect.
     """
     if size == 0:
         return f"is empty (0 bytes): the download did not begin; {_FETCH}"
     if head.startswith(_LFS):
         stated = _LFS_SIZE.search(head)
-        of = f" to a file of {int(stated[1]):,} bytes" if stated else ""
+        target = f" to a file of {int(stated[1]):,} bytes" if stated else ""
         return (
-            f"is a git-lfs pointer{of}, not the file: run `git lfs pull` in its folder, or fetch "
-            "the model with `arriero models pull`"
+            f"is a git-lfs pointer{target}, not the file: run `git lfs pull` in the folder, or "
+            "fetch the model with `arriero models pull`"
         )
     if b"/annex/objects/" in head[:200]:
-        return "is a git-annex pointer, not the file: run `git annex get` in its folder"
+        return "is a git-annex pointer, not the file: run `git annex get` in the folder"
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n")[:200].lower()
     if start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
         return (
@@ -73,14 +73,14 @@ def explain_head(head: bytes, size: int) -> str | None:
 
 
 def explain_binary(head: bytes, size: int) -> str | None:
-    """`explain_head`, and what only a file of weights cannot be: another kind of file."""
-    told = explain_head(head, size)
-    if told is not None:
-        return told
+    """As `explain_head`, and other kinds of files that cannot be a weight file."""
+    reason = explain_head(head, size)
+    if reason is not None:
+        return reason
     if head.startswith(_PICKLES):
-        return "looks like a pickle, which could run code: convert it to safetensors"
+        return "looks like a pickle file, which can run code: convert it to safetensors"
     if head.startswith(b"GGUF"):
-        return "is a GGUF file: `arriero models import FILE` makes a folder of it"
+        return "is a GGUF file: convert it to a model folder with `arriero models import FILE`"
     if head.startswith(_OLD_GGML):
         return "is a GGML file, older than GGUF: convert the original checkpoint instead"
     for magic, name in _ARCHIVES.items():
@@ -97,42 +97,41 @@ def _is_text(head: bytes) -> bool:
         text = head.decode("utf-8")
     except UnicodeDecodeError:
         return False
-    return len(text) > 1 and all(one.isprintable() or one in "\r\n\t" for one in text)
+    return len(text) > 1 and all(letter.isprintable() or letter in "\r\n\t" for letter in text)
 
 
 def explain_error(file: Path, error: OSError) -> str:
     """Why a file could not be opened or read, as a clause with the remedy.
 
     Args:
-        file: as it was asked for.
-        error: what the system said.
+        file: path of the file.
+        error: error of the system.
     """
     if error.errno == errno.ENOENT:
         if file.is_symlink():
             target = os.readlink(file)
             return (
-                f"is a link to {target[:300]}, which is missing (a cache that was emptied, or a "
-                "copy without what its links lead to): fetch the model again with `arriero models "
-                "pull`"
+                f"is a link to {target[:300]}, which is missing (an emptied cache, or a copy "
+                "without the targets of links): fetch the model again with `arriero models pull`"
             )
         unfinished = unfinished_of(file)
         if unfinished is not None:
-            return f"No such file, but {unfinished}: a download that was not finished; {_FETCH}"
+            return f"No such file, but {unfinished}, an unfinished download; {_FETCH}"
         return f"No such file; {_FETCH}"
     if error.errno == errno.EISDIR or (error.errno == errno.ENODEV and file.is_dir()):
-        return "is a folder, not a file: move the file of this name out of it, or fetch it again"
+        return "is a folder, not a file: remove the folder and fetch the file again"
     if error.errno in (errno.EACCES, errno.EPERM):
         return (
-            "cannot be read: permission denied; give the user that runs arriero the right to read "
-            "it (`chmod a+r`, and `a+x` on its folders)"
+            "cannot be read: permission denied; give the user that runs arriero read access "
+            "(`chmod a+r`, and `chmod a+x` on the folders)"
         )
     if error.errno == errno.ELOOP:
-        return f"is a link that leads to itself; {_FETCH}"
+        return f"is a link to itself; {_FETCH}"
     return f"cannot be read: {error.strerror or error}"
 
 
 def unfinished_of(file: Path) -> str | None:
-    """Name of a download of `file` that was not finished, beside it; None where there is none."""
+    """Name of an unfinished download beside `file`; None without such a file."""
     for suffix in UNFINISHED:
         if os.path.lexists(f"{file}{suffix}"):
             return f"{file.name}{suffix}"
@@ -140,10 +139,10 @@ def unfinished_of(file: Path) -> str | None:
 
 
 def head_of(file: Path) -> tuple[bytes, int]:
-    """The first bytes of a file, and its size.
+    """The first bytes and the size of a file.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     with file.open("rb") as stream:
         size = stream.seek(0, 2)

@@ -1,1 +1,1 @@
-"""Images on their way into a model: checked, decoded, cut into tiles, laid out as tokens."""
+"""Image input: check, decode, cut into tiles, arrange as tokens."""

@@ -1,6 +1,7 @@
-"""Image files into tiles of pixels, whatever the file says.
+"""Conversion of untrusted image files to tiles of pixels.
 
-Refuses by size and format before a pixel is decoded. Pillow is imported only where an image comes.
+Size and format are checked before a pixel is decoded. Pillow is imported with the first image.
+Knows image files; knows nothing of models.
 
 Shape legend: I tiles, C colours, S pixels of a tile's side.
 """
@@ -26,12 +27,12 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageLimits:
-    """What is taken.
+    """Limits for the images of a request.
 
     Attributes:
-        max_bytes: of a file.
-        max_pixels: of an image, by its header.
-        max_images: of a request.
+        max_bytes: largest file in bytes.
+        max_pixels: largest image in pixels, as stated by the header.
+        max_images: largest number of images of a request.
     """
 
     max_bytes: int = 20_000_000
@@ -40,15 +41,15 @@ class ImageLimits:
 
 
 def measure(data: bytes, limits: ImageLimits, field: str = "image") -> tuple[int, int]:
-    """Height and width of an image file, from its header alone.
+    """Height and width of an image file, from the header.
 
     Args:
-        data: the file.
-        limits: what is taken.
-        field: what an error names.
+        data: bytes of the file.
+        limits: limits of the request.
+        field: name of the request field for errors.
 
     Raises:
-        InvalidRequest: no image of a format that is read, or too large.
+        InvalidRequest: not an image of a supported format, or too large.
     """
     opened = _open(data, limits, field)
     width, height = opened.size
@@ -63,20 +64,20 @@ def check_decodes(data: bytes, limits: ImageLimits, field: str = "image") -> Non
 def tiles_of(
     data: bytes, tile: int, limits: ImageLimits, field: str = "image"
 ) -> tuple[Grid, Tensor]:
-    """An image file as its grid, and its tiles' pixels, float32 [I, C, S, S] in -1 .. 1.
+    """Grid and tiles of an image file; pixels are float32 [I, C, S, S] in -1 .. 1.
 
-    The tile that shows the whole image comes last, where there are several.
+    With several tiles, the last tile shows the whole image.
 
     Args:
-        data: the file.
-        tile: pixels of a tile's side.
-        limits: what is taken.
-        field: what an error names.
+        data: bytes of the file.
+        tile: side of a tile in pixels.
+        limits: limits of the request.
+        field: name of the request field for errors.
 
     Raises:
-        InvalidRequest: no image of a format that is read, too large, or broken.
+        InvalidRequest: not an image of a supported format, too large, or damaged.
     """
-    import torch  # here, since a gateway only looks at files
+    import torch  # imported late: a gateway only checks files
     from PIL import Image
 
     image = _decoded(data, limits, field)
@@ -97,67 +98,73 @@ def tiles_of(
 def _decoded(data: bytes, limits: ImageLimits, field: str) -> Image.Image:
     from PIL import Image
 
-    turns = Image.Transpose
+    transpose = Image.Transpose
     upright = {
-        2: turns.FLIP_LEFT_RIGHT,
-        3: turns.ROTATE_180,
-        4: turns.FLIP_TOP_BOTTOM,
-        5: turns.TRANSPOSE,
-        6: turns.ROTATE_270,
-        7: turns.TRANSVERSE,
-        8: turns.ROTATE_90,
+        2: transpose.FLIP_LEFT_RIGHT,
+        3: transpose.ROTATE_180,
+        4: transpose.FLIP_TOP_BOTTOM,
+        5: transpose.TRANSPOSE,
+        6: transpose.ROTATE_270,
+        7: transpose.TRANSVERSE,
+        8: transpose.ROTATE_90,
     }
     opened = _open(data, limits, field)
-    turn = upright.get(_orientation(opened))
+    rotation = upright.get(_orientation(opened))
     try:
         image = opened.convert("RGB")
-        return image if turn is None else image.transpose(turn)
+        return image if rotation is None else image.transpose(rotation)
     except (OSError, ValueError, SyntaxError, MemoryError) as error:
-        raise InvalidRequest(field, f"`{field}` cannot be decoded: {error}") from None
+        raise InvalidRequest(
+            field, f"`{field}` cannot be decoded: {error}; send an undamaged file"
+        ) from None
 
 
 def _orientation(opened: Image.Image) -> int:
-    """How a camera was held, as EXIF says it: 1 upright; from 5 on, height and width change places.
+    """EXIF orientation: 1 is upright; from 5 on, height and width are exchanged.
 
-    Of JPEG and WebP alone: to tell it of a PNG file its pixels would be decoded.
+    Read only from JPEG and WebP: Pillow would decode the pixels of a PNG file for this field.
     """
     if opened.format == "PNG":
         return 1
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = opened.getexif().get(0x0112, 1)
-    except Exception:  # whatever a broken EXIF block makes Pillow raise; the image may be well
+            orientation = opened.getexif().get(0x0112, 1)
+    except Exception:  # Pillow raises many errors for broken EXIF data; the image may be good
         return 1
-    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
 def _open(data: bytes, limits: ImageLimits, field: str) -> Image.Image:
-    """Read the header; refuse what is too large to decode."""
+    """Read the header; refuse a file or image over the limits."""
     from PIL import Image, UnidentifiedImageError
 
     if len(data) > limits.max_bytes:
         raise InvalidRequest(
-            field, f"`{field}` has {len(data)} bytes; at most {limits.max_bytes} are taken"
+            field,
+            f"`{field}` has {len(data)} bytes, but the limit is {limits.max_bytes}; send "
+            "a smaller file",
         )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Pillow's own limits: ours are stricter or say so
+            warnings.simplefilter(
+                "ignore"
+            )  # Pillow warns about its own limits; `limits` decides here
             opened = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
         raise InvalidRequest(
             field,
-            f"`{field}` has more than the {limits.max_pixels} pixels that are taken; scale it down",
+            f"`{field}` has more than {limits.max_pixels} pixels, the limit; scale the image down",
         ) from None
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
         raise InvalidRequest(
-            field, f"`{field}` is no image that is read; send JPEG, PNG or WebP"
+            field, f"`{field}` is not an image of a supported format; send JPEG, PNG or WebP"
         ) from None
     width, height = opened.size
     if width * height > limits.max_pixels or not width * height:
         raise InvalidRequest(
             field,
-            f"`{field}` is {width} x {height} = {width * height} pixels; 1 to {limits.max_pixels} "
-            "are taken; scale it down",
+            f"`{field}` is {width} x {height} = {width * height} pixels, but 1 to "
+            f"{limits.max_pixels} are accepted; scale the image down",
         )
     return opened

@@ -1,8 +1,9 @@
-"""How an image of some size is cut into tiles, and which tokens stand for it. Pure arithmetic.
+"""The tile grid of an image, and the tokens for an image. Pure arithmetic.
 
-Meta's rule for Llama 4: of all grids of at most sixteen square tiles, the one that enlarges the
-image least, else the one that shrinks it least; of equal ones the smallest. Where there are several
-tiles, the whole image comes once more, on a tile of its own.
+Meta's rule for Llama 4: of all grids of at most sixteen square tiles, choose the grid that enlarges
+the image least; if none enlarges it, the grid that shrinks the image least; of equal grids the
+smallest. With several tiles, an additional tile shows the whole image.
+Knows sizes and token ids; knows nothing of files and pixels.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ MAX_TILES = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageTokens:
-    """Token ids that an image is made of; read from the tokenizer by their texts.
+    """Token ids of image tokens, found in the tokenizer by text.
 
     Attributes:
-        start, end: around an image.
-        patch: stands for one feature; the only ones that features replace.
-        image: before the tile that shows the whole.
-        column, row: between the tiles of a row, and after each row.
+        start, end: first and last token of an image.
+        patch: placeholder that an image feature replaces.
+        image: token before the tile that shows the whole image.
+        column, row: token between the tiles of a row, and token after each row.
     """
 
     start: int
@@ -44,11 +45,11 @@ TOKEN_TEXTS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grid:
-    """Tiles of an image.
+    """Tile grid of an image.
 
     Attributes:
-        rows, columns: of tiles.
-        height, width: pixels of the scaled image, which lies at the grid's top left.
+        rows, columns: number of tiles in each direction.
+        height, width: pixels of the scaled image, which is at the top left of the grid.
     """
 
     rows: int
@@ -58,31 +59,32 @@ class Grid:
 
     @property
     def num_tiles(self) -> int:
-        """Tiles that are computed, the whole image's among them."""
+        """Number of computed tiles, including the tile of the whole image."""
         cut = self.rows * self.columns
         return cut + 1 if cut > 1 else 1
 
 
-def grid_of(height: int, width: int, tile: int, most: int = MAX_TILES) -> Grid:
-    """The grid for an image of so many pixels.
+def grid_of(height: int, width: int, tile: int, max_tiles: int = MAX_TILES) -> Grid:
+    """The grid for an image.
 
     Args:
-        height: of the image.
-        width: of the image.
-        tile: pixels of a tile's side.
-        most: tiles of a grid.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
+        tile: side of a tile in pixels.
+        max_tiles: largest number of tiles of a grid.
     """
-    shapes = [(r, c) for r in range(1, most + 1) for c in range(1, most // r + 1)]
+    shapes = [(r, c) for r in range(1, max_tiles + 1) for c in range(1, max_tiles // r + 1)]
 
     def scale(shape: tuple[int, int]) -> Fraction:
         return min(Fraction(shape[0] * tile, height), Fraction(shape[1] * tile, width))
 
-    enlarging = [one for one in map(scale, shapes) if one >= 1]
+    enlarging = [factor for factor in map(scale, shapes) if factor >= 1]
     best = min(enlarging) if enlarging else max(map(scale, shapes))
     rows, columns = min(
-        (one for one in shapes if scale(one) == best), key=lambda one: (one[0] * one[1], one)
+        (shape for shape in shapes if scale(shape) == best),
+        key=lambda shape: (shape[0] * shape[1], shape),
     )
-    # a small image is enlarged to one tile at most, not to the whole grid
+    # a small image is enlarged to a single tile at most, not to the whole grid
     high = min(max(height, tile), rows * tile)
     wide = min(max(width, tile), columns * tile)
     if Fraction(wide, width) < Fraction(high, height):
@@ -93,12 +95,12 @@ def grid_of(height: int, width: int, tile: int, most: int = MAX_TILES) -> Grid:
 
 
 def image_tokens(grid: Grid, features_per_tile: int, ids: ImageTokens) -> list[int]:
-    """Tokens that stand for an image, in order."""
+    """The tokens of an image, in order."""
     patches = [ids.patch] * features_per_tile
-    found = [ids.start]
+    tokens = [ids.start]
     if grid.num_tiles > 1:
         for _ in range(grid.rows):
             for column in range(grid.columns):
-                found += [*patches, ids.column] if column < grid.columns - 1 else patches
-            found.append(ids.row)
-    return [*found, ids.image, *patches, ids.end]
+                tokens += [*patches, ids.column] if column < grid.columns - 1 else patches
+            tokens.append(ids.row)
+    return [*tokens, ids.image, *patches, ids.end]

@@ -1,4 +1,4 @@
-"""An image as a request carries it: the file, its name, and the placeholders it takes.
+"""An image of a request: file, digest and number of placeholders.
 
 Knows bytes and counts; knows nothing of pixels.
 """
@@ -18,11 +18,11 @@ from arriero.shards.errors import InvalidRequest
 
 @dataclass(frozen=True, kw_only=True)
 class RequestImage:
-    """One image of a request.
+    """An image of a request.
 
     Attributes:
-        data: the file, checked to be one that is read.
-        num_features: placeholders that stand for it in the prompt.
+        data: bytes of the file; already checked.
+        num_features: number of placeholders in the prompt.
     """
 
     data: bytes
@@ -30,43 +30,48 @@ class RequestImage:
 
     @cached_property
     def digest(self) -> bytes:
-        """Names the image: BLAKE2b-128 of the file."""
+        """Identifier of the image: BLAKE2b-128 of the file."""
         return hashlib.blake2b(self.data, digest_size=16).digest()
 
 
 def placeholders(prompt: Sequence[int], image_token: int) -> npt.NDArray[np.int32]:
-    """Positions of the tokens that features replace, rising."""
+    """Positions of the placeholders, in ascending order."""
     return np.flatnonzero(np.asarray(prompt) == image_token).astype(np.int32)
 
 
 def check_images(
-    prompt: Sequence[int], images: Sequence[RequestImage], image_token: int | None, most: int
+    prompt: Sequence[int], images: Sequence[RequestImage], image_token: int | None, max_images: int
 ) -> None:
-    """Raise `InvalidRequest` unless prompt and images fit each other and the model."""
+    """Raise `InvalidRequest` unless the images match the prompt and the model."""
     if not images:
         return
     if image_token is None:
-        raise InvalidRequest("images", "this model reads no images; send text alone")
-    if len(images) > most:
-        raise InvalidRequest("images", f"{len(images)} images; at most {most} are taken")
-    due, held = sum(one.num_features for one in images), len(placeholders(prompt, image_token))
-    if due != held:
+        raise InvalidRequest("images", "this model reads no images; send only text")
+    if len(images) > max_images:
         raise InvalidRequest(
-            "images", f"the images have {due} features, but the prompt {held} places for them"
+            "images", f"{len(images)} images, but at most {max_images} are accepted"
+        )
+    num_features = sum(image.num_features for image in images)
+    num_placeholders = len(placeholders(prompt, image_token))
+    if num_features != num_placeholders:
+        raise InvalidRequest(
+            "images",
+            f"the images have {num_features} features, but the prompt has {num_placeholders} "
+            "placeholders; send a placeholder for each feature",
         )
 
 
 def key_tokens(
     prompt: Sequence[int], images: Sequence[RequestImage], image_token: int
 ) -> npt.NDArray[np.int32]:
-    """The prompt as block keys see it: each placeholder is a number drawn from its image's digest.
+    """The prompt for block keys: each placeholder becomes a number from the image's digest.
 
-    So equal prompts with unequal images have unequal keys from the first placeholder on.
+    Equal prompts with different images then have different keys from the first placeholder on.
     """
-    found = np.asarray(prompt, dtype=np.int32).copy()
+    tokens = np.asarray(prompt, dtype=np.int32).copy()
     words = [
-        np.frombuffer(hashlib.shake_128(one.digest).digest(4 * one.num_features), dtype="<i4")
-        for one in images
+        np.frombuffer(hashlib.shake_128(image.digest).digest(4 * image.num_features), dtype="<i4")
+        for image in images
     ]
-    found[placeholders(prompt, image_token)] = np.concatenate(words)
-    return found
+    tokens[placeholders(prompt, image_token)] = np.concatenate(words)
+    return tokens

@@ -1,1 +1,1 @@
-"""Model configurations, read from a checkpoint's config.json."""
+"""Model configurations from a checkpoint's config.json."""

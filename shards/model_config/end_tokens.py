@@ -1,8 +1,8 @@
-"""The tokenizer's own end token, from the text files beside a checkpoint's config.json.
+"""The end token of the tokenizer, from the files beside a checkpoint's config.json.
 
-A fine-tune often keeps its base model's `eos_token_id` in config.json and names the token that
-ends its turns in tokenizer_config.json alone; a text then ends at either. Knows names of files and
-fields; knows nothing of chat templates (see `arriero.router.text.template_forms`).
+A fine-tuned model often keeps the base model's `eos_token_id` in config.json and names its own end
+token only in tokenizer_config.json; both tokens then end a text. Knows file and field names; knows
+nothing of chat templates (see `arriero.router.text.template_forms`).
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ SPECIALS = "special_tokens_map.json"
 
 
 def with_tokenizer_ends(model: Model, folder: Path) -> Model:
-    """`model`, whose end tokens include the tokenizer's `eos_token` where that has a row.
+    """`model` with the tokenizer's `eos_token` among the end tokens, if in the vocabulary.
 
     Raises:
-        CheckpointError: tokenizer_config.json or special_tokens_map.json is no JSON object.
+        CheckpointError: tokenizer_config.json or special_tokens_map.json is not a JSON object.
     """
-    own: tuple[int, ...] = model.eos_token_ids
-    more = [token for token in tokenizer_ends(folder) if token < model.vocab_size]
-    ends = tuple(dict.fromkeys((*own, *more)))
-    return model if ends == own else replace(model, eos_token_ids=ends)
+    model_ends: tuple[int, ...] = model.eos_token_ids
+    tokenizer_only = [token for token in tokenizer_ends(folder) if token < model.vocab_size]
+    ends = tuple(dict.fromkeys((*model_ends, *tokenizer_only)))
+    return model if ends == model_ends else replace(model, eos_token_ids=ends)
 
 
 def tokenizer_ends(folder: Path) -> tuple[int, ...]:
-    """Ids of the `eos_token` of the tokenizer's files; none where no file names one.
+    """Ids of the `eos_token` in the tokenizer's files; empty if no file names an end token.
 
     Raises:
-        CheckpointError: one of the two small files is no JSON object.
+        CheckpointError: tokenizer_config.json or special_tokens_map.json is not a JSON object.
     """
     settings, specials = (_read(folder / name) for name in (SETTINGS, SPECIALS))
     texts = {token_text(data.get("eos_token")) for data in (settings, specials)} - {""}
@@ -60,7 +60,7 @@ def tokenizer_ends(folder: Path) -> tuple[int, ...]:
 
 
 def token_text(value: Any) -> str:  # noqa: ANN401
-    """A token's text, written plainly or as an added-token object; "" for none."""
+    """Text of a token, given as a string or as an added-token object; "" for other values."""
     if isinstance(value, Mapping):
         value = value.get("content")
     return value if isinstance(value, str) else ""
@@ -71,7 +71,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _ids(file: Path, texts: frozenset[str]) -> dict[str, int]:
-    """Ids of tokens in a tokenizer.json; none where there is no such file."""
+    """Ids of tokens in a tokenizer.json; empty if the file is missing."""
     try:
         stat = file.stat()
     except OSError:
@@ -79,14 +79,14 @@ def _ids(file: Path, texts: frozenset[str]) -> dict[str, int]:
     return dict(_ids_of(file, stat.st_mtime_ns, stat.st_size, texts))
 
 
-@lru_cache(maxsize=32)  # a folder is described many times, and the file has megabytes
+@lru_cache(maxsize=32)  # the same folder is read many times, and the file has megabytes
 def _ids_of(file: Path, changed_ns: int, size: int, texts: frozenset[str]) -> dict[str, int]:
     try:
         spec = read_json_object(file)
         vocabulary = spec["model"]["vocab"]
-        named = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
+        id_of_text = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
     except (CheckpointError, KeyError, TypeError):
-        return {}  # the reader of the tokenizer says what is wrong with it
+        return {}  # the tokenizer reader raises the error
     if isinstance(vocabulary, dict):
-        named = {text: vocabulary[text] for text in texts if text in vocabulary} | named
-    return {text: named[text] for text in texts if isinstance(named.get(text), int)}
+        id_of_text = {text: vocabulary[text] for text in texts if text in vocabulary} | id_of_text
+    return {text: id_of_text[text] for text in texts if isinstance(id_of_text.get(text), int)}

@@ -1,8 +1,8 @@
-"""What a Llama 4 model is, read from a Hugging Face folder's `config.json`.
+"""Config of a Llama 4 model, from a folder's `config.json`.
 
-Knows the text model's and the vision tower's numbers, and which layers route, rotate and attend in
-chunks. It refuses what changes the computation, and knows nothing of tensors, slices or engines.
-Needs no torch, but for the rotary frequencies.
+Knows the settings of text model and vision tower, and the layers with experts, RoPE and chunked
+attention; refuses each setting that changes the computation in an unsupported way. Knows nothing
+of tensors, slices and engines. Needs torch only for the rotary frequencies.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from arriero.shards.files.json_file import read_json_object
 from arriero.shards.model_config.dense import (
-    Fields,
     end_tokens,
     read_activation,
     read_rope,
     read_torch_dtype,
 )
 from arriero.shards.model_config.end_tokens import with_tokenizer_ends
+from arriero.shards.model_config.fields import Fields
 from arriero.shards.model_config.rope import RopeConfig
 
 if TYPE_CHECKING:  # leaders and gateways read a config without loading torch
@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # leaders and gateways read a config without loading torch
 
 LLAMA4_ARCHITECTURES = ("Llama4ForConditionalGeneration", "Llama4ForCausalLM")
 
-_MAX_LAYERS = 4096  # bounds what a hostile config makes us list
+_MAX_LAYERS = 4096  # bounds the memory that a hostile config can cause
 _MAX_EXPERTS = 65536
 _MAX_CONFIG_BYTES = 10_000_000
 
@@ -38,12 +38,12 @@ class VisionConfig:
     """The vision tower and its projection into the text model.
 
     Attributes:
-        hidden_size, num_layers, num_heads, intermediate_size: of the tower's layers.
-        image_size, patch_size, num_channels: pixels of a tile's side, of a patch's side, colours.
-        pixel_shuffle_ratio: side of the patch grid after shuffling, as a share of that before.
-        projector_input_dim, projector_output_dim: the adapter's two products.
-        output_dim: what the text model's projection takes.
-        norm_eps: of the layer norms.
+        hidden_size, num_layers, num_heads, intermediate_size: sizes of the tower.
+        image_size, patch_size, num_channels: side of a tile and of a patch in pixels; colours.
+        pixel_shuffle_ratio: side of the patch grid after the shuffle divided by the side before.
+        projector_input_dim, projector_output_dim: sizes of the adapter's two matrices.
+        output_dim: input size of the projection into the text model.
+        norm_eps: epsilon of the layer norms.
         rope_theta: base of the two-dimensional rotary embedding.
     """
 
@@ -63,21 +63,21 @@ class VisionConfig:
 
     @property
     def num_positions(self) -> int:
-        """Patches of a tile, and the class token."""
+        """Number of patches of a tile plus the class token."""
         return (self.image_size // self.patch_size) ** 2 + 1
 
     @property
     def features_per_tile(self) -> int:
-        """Features that stand for a tile: its patches, after shuffling."""
+        """Number of features of a tile: patches after the pixel shuffle."""
         return round((self.image_size // self.patch_size) * self.pixel_shuffle_ratio) ** 2
 
     @property
     def patch_features(self) -> int:
-        """Numbers in a patch."""
+        """Number of values in a patch."""
         return self.num_channels * self.patch_size**2
 
     def num_parameters(self, text_hidden_size: int) -> int:
-        """Weights of the tower, its adapter and the projection."""
+        """Number of weights of tower, adapter and projection."""
         hidden, mlp = self.hidden_size, self.intermediate_size
         layer = 4 * hidden * (hidden + 1) + 2 * hidden * mlp + mlp + hidden + 4 * hidden
         tower = self.num_layers * layer + 4 * hidden + hidden
@@ -96,16 +96,16 @@ class Llama4Config:
             rope, max_position_embeddings, tie_word_embeddings, torch_dtype, bos_token_id,
             eos_token_ids: as in `ModelConfig`.
         intermediate_size: columns of each routed and shared expert.
-        intermediate_size_mlp: columns of a dense layer's MLP.
-        num_experts: routed experts of a layer.
-        top_k: experts that a token is sent to.
-        moe_layers: layers with experts, rising.
-        rope_layers: for each layer, whether it rotates (and attends within its chunk).
-        use_qk_norm: weightless norm of q and k, on rotating layers.
+        intermediate_size_mlp: columns of the MLP of a dense layer.
+        num_experts: number of routed experts of a layer.
+        top_k: number of experts for each token.
+        moe_layers: layers with experts, in ascending order.
+        rope_layers: for each layer, whether the layer has RoPE and chunked attention.
+        use_qk_norm: weightless norm of q and k, on layers with RoPE.
         attention_chunk_size: tokens of a chunk.
-        attn_temperature: whether q is scaled by position on layers that do not rotate.
-        floor_scale, attn_scale: of that scaling.
-        vision: None for a text-only checkpoint, or one whose config has no `vision_config`.
+        attn_temperature: whether q is scaled by position on layers without RoPE.
+        floor_scale, attn_scale: parameters of this scaling.
+        vision: the vision tower; None without `vision_config` or for a text-only checkpoint.
         image_token: placeholder that image features replace; None without vision.
     """
 
@@ -142,7 +142,7 @@ class Llama4Config:
         """Read config.json, generation_config.json and the tokenizer's end token.
 
         Raises:
-            CheckpointError: missing, malformed, or a model that we do not compute.
+            CheckpointError: missing or malformed file, or an unsupported model.
         """
         folder = Path(path)
         file, more = folder / "config.json", folder / "generation_config.json"
@@ -160,16 +160,16 @@ class Llama4Config:
         *,
         source: str = "config.json",
     ) -> Llama4Config:
-        """Make it from the objects of config.json and generation_config.json.
+        """A model config from the objects of config.json and generation_config.json.
 
         Args:
-            settings: config.json's object; the text model's fields lie in `text_config`, or at the
-                top of a text-only checkpoint.
-            generation: generation_config.json's object, if there is one.
-            source: what an error names.
+            settings: object of config.json; the fields of the text model are in `text_config`, or
+                at the top level for a text-only checkpoint.
+            generation: object of generation_config.json, or None without that file.
+            source: file name for errors.
 
         Raises:
-            CheckpointError: a field missing or malformed, or a model that we do not compute.
+            CheckpointError: a missing or malformed field, or an unsupported model.
         """
         whole = Fields(settings, source)
         names = whole.get("architectures")
@@ -182,14 +182,18 @@ class Llama4Config:
             vision = _vision(_part(whole, "vision_config"))
         read_activation(read)
         if read.flag("attention_bias"):
-            raise read.wrong("attention_bias", True, "false: it is not computed by this version")
+            raise read.wrong(
+                "attention_bias", True, "false: attention biases are not supported for Llama 4"
+            )
         vocab_size = read.size("vocab_size")
         num_layers = read.size("num_hidden_layers", most=_MAX_LAYERS)
         num_heads = read.size("num_attention_heads")
         num_kv_heads = read.size("num_key_value_heads", num_heads)
         if num_heads % num_kv_heads:
             raise read.wrong(
-                "num_key_value_heads", num_kv_heads, f"a divisor of {num_heads} query heads"
+                "num_key_value_heads",
+                num_kv_heads,
+                f"a divisor of `num_attention_heads`={num_heads}",
             )
         num_experts = read.size("num_local_experts", most=_MAX_EXPERTS)
         max_positions = read.size("max_position_embeddings")
@@ -228,16 +232,16 @@ class Llama4Config:
 
     @property
     def q_size(self) -> int:
-        """Rows of the query product, all heads together."""
+        """Rows of the query matrix, all heads together."""
         return self.num_heads * self.head_dim
 
     @property
     def kv_size(self) -> int:
-        """Rows of the key product, all heads together; as many for the values."""
+        """Rows of the key matrix, all heads together; equal for values."""
         return self.num_kv_heads * self.head_dim
 
     def inv_freq(self) -> Tensor:
-        """Rotary frequencies: radians a position, float32, shape [head_dim / 2]."""
+        """Rotary frequencies in radians per position, float32, shape [head_dim / 2]."""
         return self.rope.inv_freq(self.head_dim)
 
     def routes(self, layer: int) -> bool:
@@ -245,11 +249,11 @@ class Llama4Config:
         return layer in self.moe_layers
 
     def mlp_columns(self, layer: int) -> int:
-        """Columns of a layer's shared expert, or of its dense MLP."""
+        """Columns of the shared expert or of the dense MLP of a layer."""
         return self.intermediate_size if self.routes(layer) else self.intermediate_size_mlp
 
     def num_parameters(self) -> int:
-        """Weights stored, vision included, a tied head counted once."""
+        """Number of weights with vision; a tied head counts once."""
         hidden = self.hidden_size
         layer = 2 * hidden * (self.q_size + self.kv_size) + 2 * hidden
         experts = (self.num_experts + 1) * 3 * hidden * self.intermediate_size
@@ -261,16 +265,16 @@ class Llama4Config:
 
 
 def _part(whole: Fields, name: str) -> Fields:
-    found = whole.get(name)
-    if not isinstance(found, Mapping):
-        raise whole.wrong(name, found, "an object")
-    return Fields(found, f"{whole.source}, {name}")
+    settings = whole.get(name)
+    if not isinstance(settings, Mapping):
+        raise whole.wrong(name, settings, "an object")
+    return Fields(settings, f"{whole.source}, {name}")
 
 
 def _rope(read: Fields, max_positions: int) -> RopeConfig:
     rope = read_rope(read, max_positions)
     if rope.scaling == "yarn":
-        raise read.wrong("rope_type", "yarn", "default, linear or llama3: Llama 4 has no other")
+        raise read.wrong("rope_type", "yarn", "default, linear or llama3 for Llama 4")
     return rope
 
 
@@ -279,26 +283,26 @@ def _moe_layers(read: Fields, num_layers: int) -> tuple[int, ...]:
     if listed is None:
         step = read.size("interleave_moe_layer_step", 1)
         return tuple(range(step - 1, num_layers, step))
-    whole = isinstance(listed, list) and all(type(one) is int for one in listed)
+    whole = isinstance(listed, list) and all(type(layer) is int for layer in listed)
     if not whole or sorted(set(listed)) != listed or not all(0 <= i < num_layers for i in listed):
-        raise read.wrong("moe_layers", listed, f"rising layers below {num_layers}")
+        raise read.wrong("moe_layers", listed, f"an ascending list of layers below {num_layers}")
     return tuple(listed)
 
 
 def _rope_layers(read: Fields, num_layers: int) -> tuple[bool, ...]:
-    """`no_rope_layers` says 1 where a layer rotates; empty or missing: every fourth does not."""
+    """Layers with RoPE: 1 in `no_rope_layers`; without this list all but every fourth layer."""
     listed = read.get("no_rope_layers")
     if not listed:
         every = read.size("no_rope_layer_interval", 4)
         return tuple((layer + 1) % every != 0 for layer in range(num_layers))
-    plain = isinstance(listed, list) and all(isinstance(one, int) for one in listed)
+    plain = isinstance(listed, list) and all(isinstance(entry, int) for entry in listed)
     if not plain or len(listed) != num_layers or not set(listed) <= {0, 1}:
-        raise read.wrong("no_rope_layers", listed, f"{num_layers} numbers, each 0 or 1")
-    return tuple(bool(one) for one in listed)
+        raise read.wrong("no_rope_layers", listed, f"a list of {num_layers} numbers, each 0 or 1")
+    return tuple(bool(entry) for entry in listed)
 
 
 def _temperature(read: Fields) -> bool:
-    """Configs of 2025 hold the number 4 where later ones hold true."""
+    """Whether q is scaled by position; configs of 2025 have the number 4 instead of true."""
     value = read.get("attn_temperature_tuning")
     if value is None:
         return True
@@ -314,7 +318,7 @@ def _vision(read: Fields) -> VisionConfig:
         raise read.wrong("image_size", image, f"a multiple of `patch_size`={patch}")
     wide, out = read.size("projector_input_dim", 4096), read.size("projector_output_dim", 4096)
     if wide != out:
-        raise read.wrong("projector_input_dim", wide, f"`projector_output_dim`={out}")
+        raise read.wrong("projector_input_dim", wide, f"equal to `projector_output_dim`={out}")
     hidden, heads = read.size("hidden_size"), read.size("num_attention_heads")
     if hidden % heads:
         raise read.wrong("num_attention_heads", heads, f"a divisor of `hidden_size`={hidden}")
@@ -322,7 +326,7 @@ def _vision(read: Fields) -> VisionConfig:
     theta = rope.get("rope_theta") if isinstance(rope, Mapping) else None
     source = Fields({"rope_theta": theta or read.get("rope_theta")}, read.source)
     if read.flag("multi_modal_projector_bias"):
-        raise read.wrong("multi_modal_projector_bias", True, "false: it is not computed")
+        raise read.wrong("multi_modal_projector_bias", True, "false: this bias is not supported")
     return VisionConfig(
         hidden_size=hidden,
         num_layers=read.size("num_hidden_layers", most=_MAX_LAYERS),

@@ -1,7 +1,7 @@
-"""Rotary position embedding: which frequencies a config's rule gives.
+"""Rotary position embedding (RoPE): frequencies from the scaling rule of a config.
 
 Knows the rules (none, linear, llama3, yarn) and their arithmetic; knows nothing of configs, heads
-or kernels. Needs torch only to compute.
+and kernels. Needs torch only to compute.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ class RopeConfig:
 
     Attributes:
         theta: base of the frequencies.
-        scaling: "none"; "linear" (every frequency divided by `factor`); "llama3" or "yarn" (long
-            waves divided, short ones kept, those between blended).
-        factor: what frequencies are divided by; at least 1.
+        scaling: "none"; "linear" (all frequencies are divided by `factor`); "llama3" or "yarn" (the
+            frequencies of long waves are divided, of short waves unchanged, between both blended).
+        factor: divisor of frequencies; at least 1.
         low: llama3 and yarn: waves longer than original_max / low are divided.
-        high: llama3 and yarn: waves shorter than original_max / high are kept; may equal `low`.
-        original_max: llama3 and yarn: positions that the model was first trained on.
-        attention_factor: yarn: cosines and sines are multiplied by it, so scores by its square.
+        high: llama3 and yarn: waves shorter than original_max / high are unchanged; may equal
+            `low`.
+        original_max: llama3 and yarn: number of positions in the first training.
+        attention_factor: yarn: factor of cosines and sines; attention scores get the square.
     """
 
     theta: float
@@ -42,9 +43,9 @@ class RopeConfig:
     def inv_freq(self, dim: int) -> Tensor:
         """Frequencies of `dim` / 2 pairs: radians a position, float32, shape [dim / 2].
 
-        The order of operations is that of the transformers library, bit for bit, since cosines
-        of large positions magnify the last bit. Su et al., "RoFormer" (2021); the "llama3" rule
-        is that of Meta's Llama 3.1 release; YaRN: Peng et al. (2023).
+        Equal to the transformers library bit for bit, with the same order of operations, because
+        cosines of large positions magnify the last bit. Sources: Su et al., "RoFormer" (2021);
+        "llama3": Meta's Llama 3.1 release; YaRN: Peng et al. (2023).
         """
         import torch
 
@@ -57,23 +58,26 @@ class RopeConfig:
         if self.scaling == "yarn":
             return self._yarn(self.theta**exponents)
         wavelength = 2 * math.pi / freq
-        longest_kept, shortest_divided = self.original_max / self.high, self.original_max / self.low
+        longest_unchanged, shortest_divided = (
+            self.original_max / self.high,
+            self.original_max / self.low,
+        )
         scaled = torch.where(wavelength > shortest_divided, freq / self.factor, freq)
-        if self.high == self.low:  # nothing lies between, and the blend would divide by zero
+        if self.high == self.low:  # no waves between; the blend would divide by zero
             return scaled
-        kept = (self.original_max / wavelength - self.low) / (self.high - self.low)
-        blend = (1 - kept) * scaled / self.factor + kept * scaled
-        between = (wavelength >= longest_kept) & (wavelength <= shortest_divided)
+        unchanged = (self.original_max / wavelength - self.low) / (self.high - self.low)
+        blend = (1 - unchanged) * scaled / self.factor + unchanged * scaled
+        between = (wavelength >= longest_unchanged) & (wavelength <= shortest_divided)
         return torch.where(between, blend, scaled)
 
     def _yarn(self, period: Tensor) -> Tensor:
-        """YaRN's frequencies from the plain ones' inverses: a ramp over the pairs blends both."""
+        """YaRN's frequencies from inverse plain frequencies: a ramp over the pairs blends both."""
         import torch
 
         dim = 2 * len(period)
 
         def pair_of(turns: float) -> float:
-            """The pair (a fraction) that turns so often within the first positions."""
+            """The pair (a fraction) that makes `turns` turns within `original_max` positions."""
             spread = math.log(self.original_max / (turns * 2 * math.pi))
             return dim * spread / (2 * math.log(self.theta))
 
@@ -82,18 +86,18 @@ class RopeConfig:
         if first == last:
             last += 0.001
         ramp = (torch.arange(dim // 2, dtype=torch.float32) - first) / (last - first)
-        kept = 1 - torch.clamp(ramp, 0, 1)
-        return 1.0 / (self.factor * period) * (1 - kept) + 1.0 / period * kept
+        unchanged = 1 - torch.clamp(ramp, 0, 1)
+        return 1.0 / (self.factor * period) * (1 - unchanged) + 1.0 / period * unchanged
 
 
 def yarn_attention_factor(
     factor: float, scale: float | None = None, all_dims: float | None = None
 ) -> float:
-    """What YaRN multiplies cosines and sines by where a config gives no number.
+    """YaRN's default factor of cosines and sines, for a config without `attention_factor`.
 
     Args:
-        factor: what long waves are divided by.
-        scale: `mscale`; counts only together with `all_dims`.
+        factor: divisor of the frequencies of long waves.
+        scale: `mscale`; used only together with `all_dims`.
         all_dims: `mscale_all_dim`.
     """
 

@@ -1,1 +1,1 @@
-"""Model families: configuration and one slice's layers of each."""
+"""Model families: the layers of a slice, for each family."""

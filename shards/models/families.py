@@ -1,6 +1,6 @@
-"""Every family of models that a slice can hold: one entry each.
+"""The model families that a slice can hold, and the common interface of their slices.
 
-Knows which class serves which config; knows nothing of what is in them.
+Knows the class for each config; knows nothing of layers and weights.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from arriero.shards.protocol.step_plan import Int32
 
 
 class ModelSlice(Protocol):
-    """The weights and KV cache of one rank, and the pass through them.
+    """Weights and KV cache of a rank, and the forward pass.
 
     Attributes:
-        dtype: of weights and KV cache.
-        images: what turns images into features, on ranks that embed and models that see.
-        decoder: the pass through the layers.
+        dtype: dtype of weights and KV cache.
+        images: computes image features, on first-stage ranks of multimodal models; else None.
+        decoder: forward pass through the layers of the stage.
     """
 
     dtype: torch.dtype
@@ -54,22 +54,22 @@ class ModelSlice(Protocol):
 
     @property
     def kv_pools(self) -> Mapping[Pool, KVCache]:
-        """The KV cache, of each pool that has layers here."""
+        """The KV cache of each pool with layers on this rank."""
 
-    def sit_out(self) -> None:
-        """A step in which other data-parallel ranks have tokens, and this one has none."""
+    def run_dummy_step(self) -> None:
+        """Run a step without tokens, because other data-parallel ranks have tokens."""
 
     def place_experts(self, layer: int, expert_S: Int32) -> None:
-        """Follow another placement of a layer's experts over the ranks of its stage."""
+        """Apply a new placement of a layer's experts over the ranks of the stage."""
 
     def take_loads(self) -> dict[int, Loads]:
-        """Tokens that each expert was sent since the last call, by layer."""
+        """Number of tokens routed to each expert since the last call, by layer."""
 
     def embed(self, tokens_T: Tensor) -> Tensor:
-        """Token embeddings, [T, H]: on the first stage."""
+        """Token embeddings [T, H], on the first stage."""
 
     def logits(self, x_RH: Tensor) -> Tensor:
-        """Logits of the vocabulary rows held here, float32 [R, V]: on the last stage."""
+        """Logits of this rank's vocabulary rows, float32 [R, V], on the last stage."""
 
 
 def load_slice(
@@ -90,24 +90,24 @@ def load_slice(
     visible: AttentionMaskSpec,
     progress: Progress,
 ) -> ModelSlice:
-    """Load what `part` holds of a checkpoint.
+    """Load the part of a checkpoint for a rank.
 
     Args:
-        checkpoint: open, and checked to hold what its config says.
-        part: of this rank.
-        mesh: of its group.
-        ops: the kernels.
-        dtype: of weights and KV cache.
-        quantization: of the weights while they load, or None.
-        num_blocks: KV blocks of the layers that see everything.
-        num_local_blocks: of those that attend within their chunk.
+        checkpoint: open checkpoint, already checked against the config.
+        part: part of this rank.
+        mesh: ranks of the group.
+        ops: kernels.
+        dtype: dtype of weights and KV cache.
+        quantization: quantization of plain weights during loading, or None.
+        num_blocks: KV blocks of layers with full attention.
+        num_local_blocks: KV blocks of layers with chunked attention.
         block_size: tokens in a block.
-        offload_layers: how many of the last layers (Llama 4: their experts) stay mapped from disk.
-        offload_folder: where to, or None for the system's folder for temporary files.
+        offload_layers: number of last layers (Llama 4: their experts) that stay mapped from disk.
+        offload_folder: folder for these layers, or None for the system's temporary folder.
         wire: how rows travel to experts on other ranks; None: as the weights are.
-        placement: of the experts over the ranks of a stage; None where they are not exchanged.
-        visible: which keys a token sees in layers that do not see everything.
-        progress: called while weights load.
+        placement: experts of each rank of a stage; None without all-to-all exchange.
+        visible: keys that a token sees in layers without full attention.
+        progress: called with loaded bytes and total bytes.
     """
     if isinstance(checkpoint.config, Llama4Config):
         assert isinstance(part, MoEPart), "cut as a Llama 4"

@@ -1,9 +1,9 @@
-"""The dense Llama family: one slice's layers, packed from a checkpoint.
+"""The dense Llama family: the layers of a slice, packed from a checkpoint.
 
-Knows the model's structure and which rows and columns this rank holds; each op comes from `Ops`,
-each sum over ranks from `Mesh`. Knows nothing of steps, sequences or sampling.
+Knows the structure of the model and the rows and columns of this rank; `Ops` computes each
+operation, `Mesh` each sum over ranks. Knows nothing of steps, sequences and sampling.
 
-Shape legend: T tokens, R rows whose logits are wanted, H hidden size, V vocabulary rows held here.
+Shape legend: T tokens, R rows that need logits, H hidden size, V vocabulary rows of this rank.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from arriero.kernels.attention_mask import FULL_ATTENTION, AttentionMaskSpec
 from arriero.kernels.ops import AttentionStyle, DenseLayer, KVCache, KVCacheSpec, Ops
-from arriero.shards.checkpoint.formats.stored import tensors_due
+from arriero.shards.checkpoint.formats.stored import tensor_specs
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.collectives.expert_parallel import Loads
 from arriero.shards.collectives.mesh import Mesh
@@ -32,7 +32,7 @@ EMBEDDING, NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
 
 
 class LlamaSlice:
-    """The weights and KV cache of one rank, and the pass through them."""
+    """Weights and KV cache of a rank of a dense Llama, and the forward pass."""
 
     def __init__(
         self,
@@ -55,11 +55,11 @@ class LlamaSlice:
         self.config, self.part, self.ops, self.mesh = config, part, ops, mesh
         self.dtype = dtype
         self._style = AttentionStyle(mask=visible)
-        self.images: ImageTable | None = None  # it reads text alone
+        self.images: ImageTable | None = None  # the family reads only text
         loader = Loader(
             checkpoint,
             checkpoint.scheme,
-            tensors_due(config, checkpoint.scheme),
+            tensor_specs(config, checkpoint.scheme),
             part,
             ops,
             dtype=dtype,
@@ -85,8 +85,8 @@ class LlamaSlice:
         config, part = self.config, self.part
         self._layers: list[DenseLayer] = []
         for index in range(part.layers.start, part.layers.stop):
-            out = index >= part.layers.stop - offload_layers
-            with self.ops.offloading(folder) if out else nullcontext():
+            offloaded = index >= part.layers.stop - offload_layers
+            with self.ops.offloading(folder) if offloaded else nullcontext():
                 self._layers.append(_layer(loader, config, part, index, self._style))
             loader.finished(index)
         tied = config.tie_word_embeddings
@@ -100,7 +100,7 @@ class LlamaSlice:
 
     @property
     def weights_nbytes(self) -> int:
-        """Bytes of all packed weights, a tied table counted once."""
+        """Bytes of all packed weights; a tied table counts once."""
         total = 0
         for layer in self._layers:
             total += sum(w.nbytes for w in (layer.qkv, layer.o, layer.gate_up, layer.down))
@@ -121,23 +121,23 @@ class LlamaSlice:
         """The KV cache, as the pool of all tokens."""
         return {Pool.ALL: self.kv}
 
-    def sit_out(self) -> None:
-        """A step without tokens: nothing to do."""
+    def run_dummy_step(self) -> None:
+        """Do nothing: without experts, other ranks need no help from this rank."""
 
     def place_experts(self, layer: int, expert_S: Int32) -> None:
-        """There are no experts."""
+        """Do nothing: a dense model has no experts."""
 
     def take_loads(self) -> dict[int, Loads]:
-        """There are no experts."""
+        """Empty: a dense model has no experts."""
         return {}
 
     def embed(self, tokens_T: Tensor) -> Tensor:
-        """Token embeddings, [T, H]: on the first stage."""
+        """Token embeddings [T, H], on the first stage."""
         assert self.embedding is not None, "only the first stage embeds"
         return self.mesh.reduce(self.ops.embed(tokens_T, self.embedding))
 
     def logits(self, x_RH: Tensor) -> Tensor:
-        """Logits of the vocabulary rows held here, float32 [R, V]: on the last stage."""
+        """Logits of this rank's vocabulary rows, float32 [R, V], on the last stage."""
         assert self.head is not None and self.norm_H is not None, "only the last stage has a head"
         return self.ops.logits(x_RH, self.norm_H, self.config.rms_norm_eps, self.head)
 
@@ -145,12 +145,12 @@ class LlamaSlice:
 def _layer(
     loader: Loader, config: ModelConfig, part: SlicePart, index: int, style: AttentionStyle
 ) -> DenseLayer:
-    """One decoder layer's part, by its global index."""
+    """This rank's part of a decoder layer; `index` is global."""
     name, d = f"model.layers.{index}.", config.head_dim
     q = Span(start=part.q_heads.start * d, stop=part.q_heads.stop * d)
     kv = Span(start=part.kv_heads.start * d, stop=part.kv_heads.stop * d)
     attn, mlp = name + "self_attn.", name + "mlp."
-    first = part.tp_rank == 0  # a bias that every rank would add goes with one of them
+    first = part.tp_rank == 0  # only one rank adds the bias of a row-parallel matrix
     return DenseLayer(
         attn_norm_H=loader.norm(name + "input_layernorm"),
         qkv=loader.rows(

@@ -1,12 +1,12 @@
-"""Llama 4's text model: one slice's layers, packed from a checkpoint.
+"""Llama 4's text model: the layers of a slice, packed from a checkpoint.
 
-Dense and routed layers alternate as the config says; so do layers that rotate and attend within
-their chunk, and layers that do neither and see everything. Knows that structure and which heads,
-columns and experts this rank holds; each op comes from `Ops`, each sum over ranks from `Mesh`.
-Knows nothing of steps, sequences or sampling.
+Dense layers and layers with experts alternate as the config states; so do layers with RoPE and
+chunked attention, and layers with full attention and no RoPE. Knows this structure and the heads,
+columns and experts of this rank; `Ops` computes each operation, `Mesh` each sum over ranks. Knows
+nothing of steps, sequences and sampling.
 
-Shape legend: T tokens, R rows whose logits are wanted, H hidden size, V vocabulary rows held here,
-E experts, F columns of an expert.
+Shape legend: T tokens, R rows that need logits, H hidden size, V vocabulary rows of this rank,
+E experts, F columns of an expert, S expert slots of a stage.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from arriero.kernels.ops import (
     MoELayer,
     Ops,
 )
-from arriero.shards.checkpoint.formats.stored import tensors_due
+from arriero.shards.checkpoint.formats.stored import tensor_specs
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.collectives.expert_parallel import ExpertParallel, Loads
 from arriero.shards.collectives.mesh import Mesh
@@ -51,7 +51,7 @@ _EXPERTS = "feed_forward.experts"
 
 
 class Llama4Slice:
-    """The weights and KV cache of one rank, and the pass through them."""
+    """Weights and KV cache of a rank of a Llama 4, and the forward pass."""
 
     def __init__(
         self,
@@ -71,100 +71,121 @@ class Llama4Slice:
         wire: RowFormat | None = None,
         progress: Progress = lambda done, total: None,
     ) -> None:
-        """Load.
+        """Load the weights and allocate the KV cache.
 
         Args:
-            checkpoint: open, and checked to hold what its config says.
-            part: of this rank.
-            mesh: of its group; `join` may come later.
-            ops: the kernels.
-            dtype: of weights and KV cache.
-            quantization: of the weights while they load, or None.
-            num_blocks: KV blocks of the layers that see everything.
-            num_local_blocks: of those that attend within their chunk.
+            checkpoint: open checkpoint, already checked against the config.
+            part: part of this rank.
+            mesh: ranks of the group; `join` may follow later.
+            ops: kernels.
+            dtype: dtype of weights and KV cache.
+            quantization: quantization of plain weights during loading, or None.
+            num_blocks: KV blocks of layers with full attention.
+            num_local_blocks: KV blocks of layers with chunked attention.
             block_size: tokens in a block.
-            offload_layers: the routed experts of the last so many layers stay mapped from disk.
-            offload_folder: where; None is the system's folder for temporary files.
-            placement: of the experts over the ranks of a stage; None where each rank serves its
-                own by the sum of all ranks' outputs.
+            offload_layers: number of last layers whose routed experts stay mapped from disk.
+            offload_folder: folder for these experts; None for the system's temporary folder.
+            placement: experts of each rank of a stage; None if ranks sum outputs of own experts
+                instead of exchanging tokens.
             wire: how rows travel to experts on other ranks; None: as the weights are.
-            progress: called while weights load.
+            progress: called with loaded bytes and total bytes.
         """
         config = checkpoint.config
         assert isinstance(config, Llama4Config), "a Llama 4 checkpoint"
         self.config, self.ops, self.mesh, self.dtype = config, ops, mesh, dtype
-        scheme = checkpoint.scheme
-        later = checkpoint.unmapped()  # the folder itself would keep its files mapped
-
-        first_out = part.layers.stop - offload_layers
-        folder = offload_folder or Path(tempfile.gettempdir())
-
-        def held_of(layer: int) -> AbstractContextManager[None]:
-            return ops.offloading(folder) if layer >= first_out else nullcontext()
-
-        def expert(layer: int, expert: int) -> tuple[Linear, Linear]:
-            loader = Loader(
-                later.unmapped(), scheme, (), part, ops, dtype=dtype, quantization=quantization
-            )
-            with held_of(layer):
-                return loader.expert(f"{self._name(layer)}{_EXPERTS}", expert, part.expert_columns)
-
-        self._read_expert = expert
         self._prefix = "" if config.vision is None else "language_model."
         self._first_layer = part.layers.start
-        self._held: dict[int, list[int]] = {}
-        held = list(range(part.experts.start, part.experts.stop))
+        first_offloaded = part.layers.stop - offload_layers
+        folder = offload_folder or Path(tempfile.gettempdir())
+
+        def offload_context(layer: int) -> AbstractContextManager[None]:
+            return ops.offloading(folder) if layer >= first_offloaded else nullcontext()
+
+        self._read_expert = self._expert_reader(checkpoint, part, quantization, offload_context)
+        self._resident_experts: dict[int, list[int]] = {}
+        experts = list(range(part.experts.start, part.experts.stop))
         if placement is not None:
-            held = placement.on(mesh.stage_rank)
-        # each rank that embeds holds the tower whole, so it is no part of what the loader cuts
-        due = [one for one in tensors_due(config, scheme) if one.kind != "vision"]
-        self.images: ImageTable | None = None
-        if config.vision is not None and part.first_stage:
-            on_cpu = mesh.device.type == "cpu"
-            tower = VisionTower(
-                checkpoint, config.vision, mesh.device, torch.float32 if on_cpu else dtype
-            )
-            self.images = ImageTable(tower)
+            experts = placement.on(mesh.stage_rank)
+        self.images = self._image_table(checkpoint, part)
+        # the loader cuts no vision tensors: each rank of the first stage holds the whole tower
+        specs = tensor_specs(config, checkpoint.scheme)
         with Loader(
             checkpoint,
-            scheme,
-            due,
+            checkpoint.scheme,
+            [spec for spec in specs if spec.kind != "vision"],
             part,
             ops,
             dtype=dtype,
             quantization=quantization,
             progress=progress,
         ) as loader:
-            self._load(loader, part, held, held_of)
-        local = sum(layer.style.mask.chunk_size > 0 for layer in self._layers)
-
-        def cache(num_layers: int, num_blocks: int) -> KVCache | None:
-            if not num_layers:
-                return None
-            spec = KVCacheSpec(
-                num_layers=num_layers,
-                num_blocks=num_blocks,
-                num_kv_heads=part.kv_heads.size,
-                head_dim=config.head_dim,
-                block_size=block_size,
-                dtype=dtype,
-            )
-            return ops.kv_cache(spec, mesh.device)
-
-        self.kv = cache(len(self._layers) - local, num_blocks)
-        self.local_kv = cache(local, num_local_blocks)
+            self._load(loader, part, experts, offload_context)
+        num_local = sum(layer.style.mask.chunk_size > 0 for layer in self._layers)
+        num_full = len(self._layers) - num_local
+        self.kv = self._kv_cache(num_full, num_blocks, block_size, part)
+        self.local_kv = self._kv_cache(num_local, num_local_blocks, block_size, part)
         self._experts: ExpertParallel | None = None
         if placement is not None:
             self._experts = ExpertParallel(mesh, ops, placement, wire or _wire(dtype))
         self._placement = placement
         self.decoder = self._make_decoder()
 
+    def _expert_reader(
+        self,
+        checkpoint: Checkpoint,
+        part: MoEPart,
+        quantization: str | None,
+        offload_context: Callable[[int], AbstractContextManager[None]],
+    ) -> Callable[[int, int], tuple[Linear, Linear]]:
+        """A function that reads an expert of a layer again, for a new placement."""
+        scheme = checkpoint.scheme
+        folder = checkpoint.with_own_maps()  # the checkpoint itself would keep its files mapped
+
+        def read(layer: int, expert: int) -> tuple[Linear, Linear]:
+            loader = Loader(
+                folder.with_own_maps(),
+                scheme,
+                (),
+                part,
+                self.ops,
+                dtype=self.dtype,
+                quantization=quantization,
+            )
+            with offload_context(layer):
+                return loader.expert(f"{self._name(layer)}{_EXPERTS}", expert, part.expert_columns)
+
+        return read
+
+    def _image_table(self, checkpoint: Checkpoint, part: MoEPart) -> ImageTable | None:
+        """The vision tower with a table for images; None without vision or beyond stage 0."""
+        if self.config.vision is None or not part.first_stage:
+            return None
+        device = self.mesh.device
+        dtype = torch.float32 if device.type == "cpu" else self.dtype
+        return ImageTable(VisionTower(checkpoint, self.config.vision, device, dtype))
+
+    def _kv_cache(
+        self, num_layers: int, num_blocks: int, block_size: int, part: MoEPart
+    ) -> KVCache | None:
+        """The KV cache of `num_layers` layers; None for 0 layers."""
+        if not num_layers:
+            return None
+        spec = KVCacheSpec(
+            num_layers=num_layers,
+            num_blocks=num_blocks,
+            num_kv_heads=part.kv_heads.size,
+            head_dim=self.config.head_dim,
+            block_size=block_size,
+            dtype=self.dtype,
+        )
+        return self.ops.kv_cache(spec, self.mesh.device)
+
     def _load(
         self,
         loader: Loader,
         part: MoEPart,
         experts: Sequence[int],
-        held_of: Callable[[int], AbstractContextManager[None]],
+        offload_context: Callable[[int], AbstractContextManager[None]],
     ) -> None:
         config, prefix = self.config, self._prefix
         self._layers: list[DenseLayer] = []
@@ -172,8 +193,10 @@ class Llama4Slice:
             layer = _layer(loader, config, part, index, self._name(index))
             if config.routes(index):
                 name, columns = self._name(index), part.expert_columns
-                with held_of(index):
-                    pairs = [loader.expert(f"{name}{_EXPERTS}", one, columns) for one in experts]
+                with offload_context(index):
+                    pairs = [
+                        loader.expert(f"{name}{_EXPERTS}", expert, columns) for expert in experts
+                    ]
                 layer = _with_experts(loader, config, part, layer, index, name, pairs)
             self._layers.append(layer)
             loader.finished(index)
@@ -187,7 +210,7 @@ class Llama4Slice:
         loader.finished(None)
 
     def _name(self, layer: int) -> str:
-        """What the names of a layer's tensors begin with."""
+        """Prefix of the tensor names of a layer."""
         return f"{self._prefix}model.layers.{layer}."
 
     def _make_decoder(self) -> Callable[[Tensor, FlatBatch], Tensor]:
@@ -200,11 +223,11 @@ class Llama4Slice:
         )
 
     def place_experts(self, layer: int, expert_S: Int32) -> None:
-        """Follow another placement in a layer; what this rank lacks is read from the checkpoint.
+        """Apply a new placement in a layer; missing experts are read from the checkpoint.
 
         Args:
-            layer: its global number; ignored where another stage has it.
-            expert_S: the expert in each slot of the stage, rank by rank.
+            layer: global number of the layer; ignored if the layer is on another stage.
+            expert_S: expert in each slot of the stage, rank by rank.
         """
         at = layer - self._first_layer
         if self._experts is None or self._placement is None or not 0 <= at < len(self._layers):
@@ -212,31 +235,32 @@ class Llama4Slice:
         old = self._layers[at]
         assert isinstance(old, MoELayer), "a layer with experts"
         placement = ExpertPlacement(expert_S.copy(), self._placement.start_R1)
-        held = self._held.get(layer, self._placement.on(self.mesh.stage_rank))
-        wanted = placement.on(self.mesh.stage_rank)
+        rank = self.mesh.stage_rank
+        resident = self._resident_experts.get(layer, self._placement.on(rank))
+        wanted = placement.on(rank)
         pairs = dict(
-            zip(held, zip(old.experts_gate_up, old.experts_down, strict=True), strict=True)
+            zip(resident, zip(old.experts_gate_up, old.experts_down, strict=True), strict=True)
         )
         for expert in wanted:
             if expert not in pairs:
                 pairs[expert] = self._read_expert(layer, expert)
         self._layers[at] = replace(
             old,
-            experts_gate_up=tuple(pairs[one][0] for one in wanted),
-            experts_down=tuple(pairs[one][1] for one in wanted),
+            experts_gate_up=tuple(pairs[expert][0] for expert in wanted),
+            experts_down=tuple(pairs[expert][1] for expert in wanted),
         )
-        self.ops.forget_experts(old)  # else what is replaced would stay in memory
-        self._held[layer] = wanted
+        self.ops.forget_experts(old)  # frees the memory of replaced experts
+        self._resident_experts[layer] = wanted
         self._experts.place(layer, placement)
         self.decoder = self._make_decoder()
 
     def take_loads(self) -> dict[int, Loads]:
-        """Tokens that each expert was sent since the last call, by layer; empty on one rank."""
+        """Tokens routed to each expert since the last call, by layer; empty without exchange."""
         return {} if self._experts is None else self._experts.take_loads()
 
     @property
     def weights_nbytes(self) -> int:
-        """Bytes of all packed weights, a tied table counted once."""
+        """Bytes of all packed weights; a tied table counts once."""
         total = sum(_layer_nbytes(layer) for layer in self._layers)
         if self.images is not None:
             total += self.images.nbytes
@@ -248,17 +272,17 @@ class Llama4Slice:
 
     @property
     def kv_nbytes(self) -> int:
-        """Bytes of the KV caches: of layers that see everything, and of those that do not."""
-        return sum(one.nbytes for one in self.kv_pools.values())
+        """Bytes of the KV caches for full and chunked attention."""
+        return sum(kv.nbytes for kv in self.kv_pools.values())
 
     @property
     def kv_pools(self) -> dict[Pool, KVCache]:
-        """The KV cache, of each pool that has layers here."""
+        """The KV cache of each pool with layers on this rank."""
         pools = {Pool.ALL: self.kv, Pool.LOCAL: self.local_kv}
         return {pool: kv for pool, kv in pools.items() if kv is not None}
 
-    def sit_out(self) -> None:
-        """A step without tokens: the experts held here serve the other ranks' tokens."""
+    def run_dummy_step(self) -> None:
+        """Run a step without own tokens: this rank's experts compute tokens of other ranks."""
         if self._experts is not None:
             dtype = torch.float32 if self.mesh.device.type == "cpu" else self.dtype
             x_TH = torch.empty(0, self.config.hidden_size, dtype=dtype, device=self.mesh.device)
@@ -267,12 +291,12 @@ class Llama4Slice:
                     self._experts(x_TH, layer)
 
     def embed(self, tokens_T: Tensor) -> Tensor:
-        """Token embeddings, [T, H]: on the first stage."""
+        """Token embeddings [T, H], on the first stage."""
         assert self.embedding is not None, "only the first stage embeds"
         return self.mesh.reduce(self.ops.embed(tokens_T, self.embedding))
 
     def logits(self, x_RH: Tensor) -> Tensor:
-        """Logits of the vocabulary rows held here, float32 [R, V]: on the last stage."""
+        """Logits of this rank's vocabulary rows, float32 [R, V], on the last stage."""
         assert self.head is not None and self.norm_H is not None, "only the last stage has a head"
         return self.ops.logits(x_RH, self.norm_H, self.config.rms_norm_eps, self.head)
 
@@ -282,7 +306,7 @@ def _wire(dtype: torch.dtype) -> RowFormat:
 
 
 def attention_style(config: Llama4Config, layer: int) -> AttentionStyle:
-    """What attention does in a layer, by its global index."""
+    """Attention settings of a layer; `layer` is global."""
     if config.rope_layers[layer]:
         return AttentionStyle(
             rope="pairs",
@@ -298,13 +322,13 @@ def _layer_nbytes(layer: DenseLayer) -> int:
     if isinstance(layer, MoELayer):
         linears += [layer.router, *layer.experts_gate_up, *layer.experts_down]
     norms = layer.attn_norm_H.nbytes + layer.mlp_norm_H.nbytes
-    return sum(one.nbytes for one in linears) + norms
+    return sum(linear.nbytes for linear in linears) + norms
 
 
 def _layer(
     loader: Loader, config: Llama4Config, part: MoEPart, index: int, name: str
 ) -> DenseLayer:
-    """One decoder layer's part but for its routed experts."""
+    """This rank's part of a decoder layer, without routed experts."""
     d, routed = config.head_dim, config.routes(index)
     q = Span(start=part.q_heads.start * d, stop=part.q_heads.stop * d)
     kv = Span(start=part.kv_heads.start * d, stop=part.kv_heads.stop * d)
@@ -337,7 +361,7 @@ def _with_experts(
     name: str,
     pairs: Sequence[tuple[Linear, Linear]],
 ) -> MoELayer:
-    """The layer with its router, and these of its experts: gate and up, and down."""
+    """The layer with router and experts; `pairs`: gate-up and down matrix of each expert."""
     whole = Span(start=0, stop=config.num_experts)
     return MoELayer(
         **{field: getattr(layer, field) for field in DenseLayer.__slots__},

@@ -1,10 +1,10 @@
-"""Llama 4's vision tower: from tiles of pixels to features that stand in for tokens.
+"""Llama 4's vision tower: computes image features from tiles of pixels.
 
-Knows the tower's structure and its tensors' names. Refuses to know image files, tiling and where
-the features go. Computes in plain torch: a tower runs once an image, and its products are large.
+Knows the structure and tensor names of the tower; knows nothing of image files, tiling and
+placeholders. Computes in plain torch: the tower runs once for each image, on large matrices.
 
 Shape legend: I tiles, P patches of a tile, H width of the tower, N heads, D width of a head, F
-patches after shuffling, O width of the text model.
+patches after the pixel shuffle, O width of the text model.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.model_config.llama4 import VisionConfig
 
 _TILES_AT_ONCE = 4
-"""Bounds what the activations take; each tile is computed by itself either way."""
+"""Bounds the memory of activations; the result does not depend on the number."""
 
 
 class VisionTower:
-    """The tower, its adapter and the projection into the text model, held whole."""
+    """The whole tower, the adapter and the projection into the text model."""
 
     def __init__(
         self, folder: TensorFolder, config: VisionConfig, device: torch.device, dtype: torch.dtype
@@ -30,9 +30,9 @@ class VisionTower:
 
         Args:
             folder: the checkpoint.
-            config: of the tower.
-            device: where it computes.
-            dtype: of weights and activations.
+            config: config of the tower.
+            device: device of weights and computation.
+            dtype: dtype of weights and activations.
         """
         self.config, self._device, self._dtype = config, device, dtype
 
@@ -48,7 +48,7 @@ class VisionTower:
             (read(f"{tower}{name}.weight"), read(f"{tower}{name}.bias")) for name in names
         )
         parts = (
-            *(f"self_attn.{one}_proj" for one in "qkvo"),
+            *(f"self_attn.{part}_proj" for part in "qkvo"),
             *("mlp.fc1", "mlp.fc2", "input_layernorm", "post_attention_layernorm"),
         )
         self._layers = [
@@ -64,33 +64,33 @@ class VisionTower:
         adapter = f"{tower}vision_adapter.mlp."
         self._adapter = [read(f"{adapter}{name}.weight") for name in ("fc1", "fc2")]
         self._projection = read("multi_modal_projector.linear_1.weight")
-        self._cos_PD, self._sin_PD = (one.to(device) for one in _angles(config))
+        self._cos_PD, self._sin_PD = (table.to(device) for table in _angles(config))
 
     @property
     def nbytes(self) -> int:
         """Bytes of all weights."""
-        held = [self._patches, self._class_H, self._positions_PH, *self._pre, *self._post]
-        held += [one for layer in self._layers for pair in layer.values() for one in pair]
-        return sum(one.nbytes for one in (*held, *self._adapter, self._projection))
+        weights = [self._patches, self._class_H, self._positions_PH, *self._pre, *self._post]
+        weights += [tensor for layer in self._layers for pair in layer.values() for tensor in pair]
+        return sum(tensor.nbytes for tensor in (*weights, *self._adapter, self._projection))
 
     @property
     def features_per_tile(self) -> int:
-        """Features that stand for one tile."""
+        """Number of features of a tile."""
         config = self.config
         side = config.image_size // config.patch_size
         return int(side * config.pixel_shuffle_ratio) ** 2
 
     def __call__(self, tiles_ICSS: Tensor) -> Tensor:
-        """Features of tiles, [I, F, O]: the tower's output, projected.
+        """Features of tiles [I, F, O]: projected output of the tower.
 
         Args:
-            tiles_ICSS: pixels, normalised: float [I, colours, side, side].
+            tiles_ICSS: normalised pixels, float [I, colours, side, side].
         """
         parts = torch.split(tiles_ICSS.to(self._device, self._dtype), _TILES_AT_ONCE)
-        return torch.cat([F.linear(self.tower(one), self._projection) for one in parts])
+        return torch.cat([F.linear(self.tower(part), self._projection) for part in parts])
 
     def tower(self, tiles_ICSS: Tensor) -> Tensor:
-        """What the tower and its adapter give, before the projection: [I, F, output_dim]."""
+        """Output of tower and adapter before the projection, [I, F, output_dim]."""
         config, size = self.config, self.config.patch_size
         # [I, P, colours x rows x columns of a patch]
         patches = F.unfold(tiles_ICSS, size, stride=size).transpose(1, 2)
@@ -114,9 +114,9 @@ class VisionTower:
 
     def _attention(self, x_IPH: Tensor, layer: dict[str, tuple[Tensor, ...]]) -> Tensor:
         heads = (*x_IPH.shape[:2], self.config.num_heads, -1)
-        q, k, v = (F.linear(x_IPH, *layer[f"self_attn.{one}_proj"]).view(heads) for one in "qkv")
+        q, k, v = (F.linear(x_IPH, *layer[f"self_attn.{part}_proj"]).view(heads) for part in "qkv")
         q, k = self._rotate(q), self._rotate(k)
-        q, k, v = (one.transpose(1, 2) for one in (q, k, v))
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v)
         return F.linear(out.transpose(1, 2).flatten(2), *layer["self_attn.o_proj"])
 
@@ -124,14 +124,14 @@ class VisionTower:
         """Two-dimensional RoPE on interleaved pairs."""
         cos, sin = self._cos_PD[:, None], self._sin_PD[:, None]
         a, b = x_IPND[..., ::2].float(), x_IPND[..., 1::2].float()
-        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1)
-        return turned.flatten(-2).to(x_IPND.dtype)
+        rotated = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1)
+        return rotated.flatten(-2).to(x_IPND.dtype)
 
 
 def _angles(config: VisionConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of each patch's angles, [P, D / 2]: half by column, half by row.
+    """Cosines and sines of the angles of each patch, [P, D / 2]: half by column, half by row.
 
-    Coordinates count from 1; the class token's angle is 0.
+    Coordinates count from 1; the angle of the class token is 0.
     """
     side = config.image_size // config.patch_size
     half = config.hidden_size // config.num_heads // 2
@@ -145,7 +145,7 @@ def _angles(config: VisionConfig) -> tuple[Tensor, Tensor]:
 
 
 def _shuffle(x_IPH: Tensor, ratio: float) -> Tensor:
-    """Patches of a square into one: [I, P * ratio ** 2, H / ratio ** 2], row by row."""
+    """Merge square blocks of patches: [I, P * ratio ** 2, H / ratio ** 2], row by row."""
     tiles, patches, width = x_IPH.shape
     side, step = round(patches**0.5), round(1 / ratio)
     grid = x_IPH.view(tiles, side // step, step, side // step, step * width)

@@ -1,9 +1,8 @@
-"""From a checkpoint's matrices to packed products: one rank's rows and columns, in any form.
+"""Loads a rank's rows and columns of a checkpoint's matrices, in any form, and packs them.
 
-Knows how matrices are stacked into products, what is quantized while it loads, and what formats
-do to a product's inputs. Knows no model: which matrices there are, and which of their rows and
-columns a rank holds, its caller says. Gone once loading is over; with it goes the map of the
-files, whose pages would count as this process's memory.
+Knows stacked matrices, quantization during loading, and the effect of forms on inputs. Knows
+nothing of models: the caller gives the matrices and the rows and columns of the rank. The loader
+ends after loading, and with it the map of the files, whose pages count as memory of this process.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from arriero.kernels.quant import (
 )
 from arriero.shards.checkpoint.formats.products import ProductReader, StoredProduct
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
-from arriero.shards.checkpoint.formats.stored import TensorDue, bytes_read
+from arriero.shards.checkpoint.formats.stored import TensorSpec, bytes_read
 from arriero.shards.checkpoint.pager import Pager, ranges_read
 from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.errors import CheckpointError
@@ -34,27 +33,27 @@ from arriero.shards.layout.dense import Span
 from arriero.shards.layout.parts import AnyPart
 
 Progress = Callable[[int, int], None]
-"""Called with (bytes packed, bytes in all) while a rank's weights load."""
+"""Called with packed bytes and total bytes while the weights of a rank load."""
 
 PAGED_BYTES = 64 << 20
-"""A slice of fewer bytes that are all here loads without the help of a `Pager`."""
+"""A smaller slice of local files loads without a `Pager`; in bytes."""
 
 QUANTIZERS: dict[str, Callable[[Tensor], QuantizedWeight]] = {
     "int8": quantize_int8,
     "int4": quantize_int4,
     "fp8": quantize_fp8,
 }
-"""How plain weights are quantized while they load, matrix by matrix."""
+"""Quantizer of plain weights during loading, by value of `quantization`."""
 
 
 class Loader:
-    """Reads and packs the products, norms and tables of an open folder, in a `with` block."""
+    """Reads and packs matrices, norms and tables of an open folder; use in a `with` block."""
 
     def __init__(
         self,
         folder: TensorFolder,
         scheme: QuantScheme | None,
-        due: Iterable[TensorDue],
+        specs: Iterable[TensorSpec],
         part: AnyPart,
         ops: Ops,
         *,
@@ -65,36 +64,36 @@ class Loader:
         """Prepare to load.
 
         Args:
-            folder: holds the tensors.
-            scheme: the form of its products; None for plain ones.
-            due: all tensors of the checkpoint.
-            part: what this rank holds.
-            ops: the backend that packs.
-            dtype: plain weights are packed in this.
-            quantization: a name of `QUANTIZERS`, for plain weights alone; None keeps `dtype`.
-            progress: told of the bytes packed.
+            folder: folder with the tensors.
+            scheme: quantized form of the matrices; None for plain weights.
+            specs: all tensors of the checkpoint.
+            part: part of this rank.
+            ops: backend that packs.
+            dtype: dtype of packed plain weights.
+            quantization: key of `QUANTIZERS`, only for plain weights; None keeps `dtype`.
+            progress: called with packed bytes and total bytes.
 
         Raises:
-            CheckpointError: the weights are to be quantized, and are already.
+            CheckpointError: `quantization` is set, but the weights are quantized already.
         """
         if scheme is not None and quantization is not None:
             raise CheckpointError(
-                f"{folder.path}: `quantization`={quantization!r}: the weights are quantized "
-                f"already ({scheme.method}); leave `quantization` out"
+                f"{folder.path}: `quantization`={quantization!r}, but the weights are quantized "
+                f"already ({scheme.method}); remove `quantization`"
             )
         self._folder, self._ops, self._dtype = folder, ops, dtype
         self._reader = ProductReader(folder, scheme)
         self._quantize = None if quantization is None else QUANTIZERS[quantization]
-        # layer by layer, then what stands outside of them: the order in which slices load
-        ordered = sorted(due, key=lambda one: -1 if one.layer is None else -2)
+        # the order in which slices load: first all layers, then tensors outside the layers
+        ordered = sorted(specs, key=lambda spec: -1 if spec.layer is None else -2)
         ranges = ranges_read(folder, ordered, part)
         self._bytes: Counter[int | None] = Counter()
-        for one in ordered:
-            self._bytes[one.layer] += bytes_read([one], part)
+        for spec in ordered:
+            self._bytes[spec.layer] += bytes_read([spec], part)
         paged = self._total > PAGED_BYTES or folder.ranged is not None
         self._pager = Pager(folder, ranges) if paged else None
         self._progress, self._done = progress, 0
-        self._used = 0  # of the bytes not done yet: of this layer's products
+        self._used = 0  # packed bytes of the current layer
 
     @property
     def _total(self) -> int:
@@ -116,7 +115,7 @@ class Loader:
             self._pager.close()
 
     def finished(self, layer: int | None) -> None:
-        """Tell that a layer is packed; None stands for all that belongs to no layer."""
+        """Report a packed layer; None for all tensors outside the layers."""
         self._done += self._bytes[layer]
         self._used = 0
         if self._pager is not None:
@@ -124,44 +123,44 @@ class Loader:
         self._progress(self._done, self._total)
 
     def norm(self, name: str) -> Tensor:
-        """A norm's weights, float32 [H], where the backend computes."""
+        """Weights of a norm, float32 [H], on the device of the backend."""
         return self._folder.tensor(f"{name}.weight").to(self._ops.device, torch.float32, copy=True)
 
     def rows(
         self, parts: Sequence[tuple[str, Span]], *, bias: bool = False, keep: bool = False
     ) -> Linear:
-        """A product whose outputs are cut: rows of each named matrix, stacked.
+        """A column-parallel matrix: rows of each named matrix, stacked.
 
         Args:
-            parts: names, without `.weight`, and the rows wanted of each.
-            bias: whether each has a vector `.bias`.
-            keep: plain weights stay plain, whatever `quantization` says (routers).
+            parts: names without `.weight`, and the rows of each matrix.
+            bias: whether each matrix has a vector `.bias`.
+            keep: never quantize plain weights (routers).
         """
-        found = [self._reader.product(name, rows=span) for name, span in parts]
+        stored_parts = [self._reader.product(name, rows=span) for name, span in parts]
         joined = None
         if bias:
             pieces = [self._folder.rows(f"{name}.bias", s.start, s.stop) for name, s in parts]
             joined = torch.cat(pieces).float()
-        return self._pack([name for name, _ in parts], found, joined, keep)
+        return self._pack([name for name, _ in parts], stored_parts, joined, keep)
 
     def columns(self, name: str, columns: Span, *, bias: bool = False) -> Linear:
-        """A product whose inputs are cut; with its whole bias, which one rank of all adds."""
+        """A row-parallel matrix; with `bias` the whole bias vector, which a single rank adds."""
         vector = self._folder.tensor(f"{name}.bias").float() if bias else None
-        found = self._reader.product(name, columns=columns)
-        return self._pack([name], [found], vector, keep=False)
+        stored = self._reader.product(name, columns=columns)
+        return self._pack([name], [stored], vector, keep=False)
 
     def expert(
         self, prefix: str, expert: int, columns: Span | None = None
     ) -> tuple[Linear, Linear]:
-        """One routed expert's products, fused with the others in the checkpoint or not.
+        """The matrices of a routed expert, fused or separate in the checkpoint.
 
         Args:
-            prefix: of the layer's experts, such as "model.layers.1.feed_forward.experts".
-            expert: its global number.
-            columns: of its inner dimension that are held here; None for all.
+            prefix: name of the layer's experts, such as "model.layers.1.feed_forward.experts".
+            expert: global number of the expert.
+            columns: this rank's columns of the inner dimension; None for all.
 
         Returns:
-            Gate and up stacked, and down.
+            Stacked gate and up matrices, and the down matrix.
         """
         gate, up, down = self._reader.expert(prefix, expert, columns)
         name = f"{prefix}.{expert}"
@@ -171,25 +170,25 @@ class Loader:
 
     def vocab(self, name: str, rows: Span) -> Vocab:
         """Rows of the embedding or of the head."""
-        found = self._reader.product(name, rows=rows)
-        if isinstance(found.weight, QuantizedWeight):
-            if found.inputs is not None:
+        stored = self._reader.product(name, rows=rows)
+        if isinstance(stored.weight, QuantizedWeight):
+            if stored.inputs is not None:
                 raise CheckpointError(
-                    f"{name}: a head whose inputs are rounded or sorted is not computed; ignore "
-                    "it when quantizing"
+                    f"{name}: a quantized head with rounded or sorted inputs is not supported; "
+                    "leave the head out when you quantize"
                 )
-            return self._ops.pack_quantized_vocab(found.weight, rows.start)
+            return self._ops.pack_quantized_vocab(stored.weight, rows.start)
         if self._quantize is None:
-            return self._ops.pack_vocab(found.weight, rows.start, self._dtype)
-        # Tables are where rounding costs most (in fp8 more than all other products together), and
-        # four bits would save least.
-        return self._ops.pack_quantized_vocab(in_pieces(quantize_int8, found.weight), rows.start)
+            return self._ops.pack_vocab(stored.weight, rows.start, self._dtype)
+        # Rounding costs most in tables (fp8 here costs more than in all other matrices together),
+        # and four bits would save least.
+        return self._ops.pack_quantized_vocab(in_pieces(quantize_int8, stored.weight), rows.start)
 
-    def _note(self, parts: Sequence[StoredProduct]) -> None:
-        """Let the pager read on; scales and what is stored wider make this a little less."""
+    def _advance_pager(self, parts: Sequence[StoredProduct]) -> None:
+        """Report packed bytes to the pager; a slight underestimate, because scales do not count."""
         self._used += sum(
-            (one.weight if isinstance(one.weight, Tensor) else one.weight.data).nbytes
-            for one in parts
+            (part.weight if isinstance(part.weight, Tensor) else part.weight.data).nbytes
+            for part in parts
         )
         if self._pager is not None:
             self._pager.used(self._done + self._used)
@@ -198,48 +197,48 @@ class Loader:
         self, names: list[str], parts: list[StoredProduct], bias_O: Tensor | None, keep: bool
     ) -> Linear:
         packed = self._packed(names, parts, bias_O, keep)
-        self._note(parts)
+        self._advance_pager(parts)
         return packed
 
     def _packed(
         self, names: list[str], parts: list[StoredProduct], bias_O: Tensor | None, keep: bool
     ) -> Linear:
-        plain = [one.weight for one in parts if isinstance(one.weight, Tensor)]
-        weights = [one.weight for one in parts if isinstance(one.weight, QuantizedWeight)]
+        plain = [part.weight for part in parts if isinstance(part.weight, Tensor)]
+        weights = [part.weight for part in parts if isinstance(part.weight, QuantizedWeight)]
         if plain and weights:
             raise CheckpointError(
-                f"{' and '.join(names)} make one product, but some of them are quantized and some "
-                "are not"
+                f"{' and '.join(names)} are stacked to one matrix, but only some are quantized; "
+                "quantize all of them or none"
             )
         if plain and (self._quantize is None or keep):
             return self._ops.pack_linear(plain, bias_O, self._dtype)
         if plain:
             assert self._quantize is not None, "checked above"
             return self._ops.pack_quantized(
-                [in_pieces(self._quantize, one) for one in plain], bias_O
+                [in_pieces(self._quantize, weight) for weight in plain], bias_O
             )
-        inputs = _shared(names, [one.inputs for one in parts])
+        inputs = _shared_inputs(names, [part.inputs for part in parts])
         if inputs is None:
             return self._ops.pack_quantized(weights, bias_O)
         return self._ops.pack_transformed(weights, bias_O, inputs)
 
 
-def _shared(names: list[str], inputs: list[InputTransform | None]) -> InputTransform | None:
-    """What stacked matrices do to their inputs, which must be one thing."""
+def _shared_inputs(names: list[str], inputs: list[InputTransform | None]) -> InputTransform | None:
+    """Input change of stacked matrices, which must be equal for all of them."""
     first = inputs[0]
-    for one in inputs[1:]:
+    for other in inputs[1:]:
         same = (
-            one is not None
+            other is not None
             and first is not None
-            and one.bound == first.bound
-            and (one.order_I is None) == (first.order_I is None)
+            and other.bound == first.bound
+            and (other.order_I is None) == (first.order_I is None)
         )
-        if same and one is not None and first is not None and one.order_I is not None:
+        if same and other is not None and first is not None and other.order_I is not None:
             assert first.order_I is not None, "both or neither"
-            same = torch.equal(one.order_I, first.order_I)
-        if not same and not (one is None and first is None):
+            same = torch.equal(other.order_I, first.order_I)
+        if not same and not (other is None and first is None):
             raise CheckpointError(
-                f"{' and '.join(names)} make one product, but sort or round their inputs "
-                "differently"
+                f"{' and '.join(names)} are stacked to one matrix, but sort or round inputs "
+                "differently; quantize again without act-order"
             )
     return first

@@ -267,7 +267,7 @@ class Runner:
         if not len(plan.slots):
             self.phase = "layers"
             at_layers()
-            self._model.sit_out()
+            self._model.run_dummy_step()
             return (None, None) if self.mesh.samples else None
         tokens_T, batch = self._table.batch(plan)
         self.phase = "layers"

@@ -40,7 +40,7 @@ from typing import Any
 
 from arriero.kernels.cpu.weights import large_zeros
 from arriero.shards.checkpoint.formats.describe import read_settings
-from arriero.shards.checkpoint.formats.stored import tensors_due
+from arriero.shards.checkpoint.formats.stored import tensor_specs
 from arriero.shards.checkpoint.index import SINGLE_FILE
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.checkpoint.safetensors_header import DTYPES, make_header
@@ -81,7 +81,7 @@ def settings_of(gigabytes: float) -> dict[str, Any]:
 def write_model(folder: Path, gigabytes: float) -> None:
     """One file of random bytes, on the disk when this returns."""
     settings = settings_of(gigabytes)
-    due = tensors_due(*read_settings(settings))
+    due = tensor_specs(*read_settings(settings))
     piece = os.urandom(PIECE)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / SINGLE_FILE).open("wb") as stream:

@@ -12,7 +12,7 @@ import torch
 from arriero.cluster.planner.catalog import MODELS
 from arriero.cluster.planner.rank_weights import shipped_fp8
 from arriero.shards.checkpoint.formats.describe import read_settings
-from arriero.shards.checkpoint.formats.stored import tensors_due
+from arriero.shards.checkpoint.formats.stored import tensor_specs
 from arriero.shards.checkpoint.safetensors_header import DTYPES, make_header
 
 LLAMA_405B: dict[str, Any] = {
@@ -102,7 +102,7 @@ def write_sparse(path: Path, settings: Mapping[str, Any], shard_bytes: int = 5 *
     model, scheme = read_settings(settings)
     shards: list[Entries] = [{}]
     room = shard_bytes
-    for tensor in tensors_due(model, scheme):
+    for tensor in tensor_specs(model, scheme):
         dtype, nbytes = DTYPES[tensor.dtypes[0]], tensor.nbytes
         if nbytes > room and shards[-1]:
             shards.append({})

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arriero.shards.checkpoint.formats.stored import tensors_due
+from arriero.shards.checkpoint.formats.stored import tensor_specs
 from arriero.shards.checkpoint.llama_names import EMBEDDING, FINAL_NORM, HEAD, expected_tensors
 from arriero.shards.checkpoint.safetensors_header import make_header
 from arriero.shards.model_config.dense import ModelConfig
@@ -232,7 +232,7 @@ def llama4_weights(config: Llama4Config, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     dtype: torch.dtype = getattr(torch, config.torch_dtype)
     weights: dict[str, Tensor] = {}
-    for one in tensors_due(config, None):
+    for one in tensor_specs(config, None):
         noise = torch.randn(one.shape, generator=generator)
         if one.kind == "norms":
             made = 1.0 + 0.1 * noise

@@ -1,1 +1,1 @@
-"""The forms that checkpoints ship in: names and shapes, who reads what, quantized numbers."""
+"""Checkpoint forms: names and shapes of tensors, the bytes each rank reads, quantized numbers."""

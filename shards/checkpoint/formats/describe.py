@@ -1,6 +1,6 @@
-"""What a folder's config.json says it holds: which model, in which form.
+"""Model and quantized form of a folder, from config.json.
 
-Needs no torch; reads no tensor.
+Needs no torch; knows nothing of tensors.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from arriero.shards.errors import CheckpointError
 from arriero.shards.files.bad_file import explain_error
 from arriero.shards.files.json_file import read_json_object
 from arriero.shards.layout.parts import AnyModel
-from arriero.shards.model_config.dense import Fields, ModelConfig
+from arriero.shards.model_config.dense import ModelConfig
 from arriero.shards.model_config.end_tokens import with_tokenizer_ends
+from arriero.shards.model_config.fields import Fields
 from arriero.shards.model_config.llama4 import LLAMA4_ARCHITECTURES, Llama4Config
 
 _MAX_CONFIG_BYTES = 10_000_000
@@ -30,15 +31,15 @@ def read_settings(
     *,
     source: str = "config.json",
 ) -> tuple[AnyModel, QuantScheme | None]:
-    """A model's numbers and its checkpoint's form, from config.json's object.
+    """The model and the form of its checkpoint, from the object of config.json.
 
     Args:
-        settings: config.json's object.
-        generation: generation_config.json's object, if there is one.
-        source: what an error names.
+        settings: object of config.json.
+        generation: object of generation_config.json, or None without that file.
+        source: file name for errors.
 
     Raises:
-        CheckpointError: malformed, or a model or form that we do not read.
+        CheckpointError: malformed config, or an unsupported model or form.
     """
     scheme = read_scheme(settings, source=source)
     plain = {name: value for name, value in settings.items() if name != "quantization_config"}
@@ -49,10 +50,10 @@ def read_settings(
 
 
 def describe(path: Path | str) -> tuple[AnyModel, QuantScheme | None]:
-    """The same of a folder; the tokenizer's end token is among the model's.
+    """Model and form of a folder; the model's end tokens include the tokenizer's.
 
     Raises:
-        CheckpointError: as above, or there is no config.json.
+        CheckpointError: as for `read_settings`, or config.json is missing.
     """
     folder = Path(path)
     try:
@@ -63,19 +64,21 @@ def describe(path: Path | str) -> tuple[AnyModel, QuantScheme | None]:
 
 def _describe(folder: Path) -> tuple[AnyModel, QuantScheme | None]:
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: is not a folder; a model is a folder in HF layout")
+        raise CheckpointError(
+            f"{folder}: is not a folder; give a model folder in Hugging Face layout"
+        )
     file, more = folder / "config.json", folder / "generation_config.json"
     if not os.path.lexists(file) or (folder / "adapter_config.json").is_file():
-        ModelConfig.from_folder(folder)  # says what the folder is instead
+        ModelConfig.from_folder(folder)  # raises an error that tells the kind of folder
     generation = read_json_object(more, _MAX_CONFIG_BYTES) if os.path.lexists(more) else None
     settings = read_json_object(file, _MAX_CONFIG_BYTES)
     model, scheme = read_settings(settings, generation, source=str(file))
     if scheme is None and settings.get("quantization_config") is None:
-        scheme = _beside(folder)
+        scheme = _side_file_scheme(folder)
     return with_tokenizer_ends(model, folder), scheme
 
 
-def _beside(folder: Path) -> QuantScheme | None:
+def _side_file_scheme(folder: Path) -> QuantScheme | None:
     file = side_file(folder)
     if file is None:
         return None

@@ -1,7 +1,7 @@
-"""What headers cannot tell of a quantized folder, and loading would find: indices, shapes, stacks.
+"""Checks of a quantized folder beyond the headers: group indices, stated shapes, stacked matrices.
 
-Reads the small tensors of a form (indices of groups, stated shapes) and no weights. Whatever is
-refused here is refused alike by verifying and by loading. Knows forms; knows no slices.
+Reads the small tensors of a form (group indices, stated shapes) and no weights. Verification and
+loading share these checks. Knows forms; knows nothing of slices.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SCALES = (".weight_scale", ".scales")
 
 
 def form_problems(folder: TensorFolder, model: AnyModel, scheme: QuantScheme) -> list[str]:
-    """All that keeps products of this form from being loaded; the headers are known to fit."""
+    """All defects that prevent loading of quantized matrices; the headers are checked before."""
     problems: list[str] = []
     stacks: dict[str, list[Module]] = {}
     orders: dict[str, Tensor | None] = {}
@@ -39,36 +39,39 @@ def form_problems(folder: TensorFolder, model: AnyModel, scheme: QuantScheme) ->
             )
         if not scheme.covers(module.name, module.kind):
             continue
-        found, orders[module.name] = _of_one(folder, module, scheme)
-        problems += found
+        module_problems, orders[module.name] = _module_problems(folder, module, scheme)
+        problems += module_problems
         sorts = orders[module.name] is not None
         if module.kind == "head" and (sorts or scheme.activation_bound is not None):
             problems.append(
-                f"{module.name}: a head whose inputs are rounded or sorted is not computed; ignore "
-                "it when quantizing"
+                f"{module.name}: a quantized head with rounded or sorted inputs is not supported; "
+                "leave the head out when you quantize"
             )
     for stack in stacks.values():
         problems += _stack_problems(stack, scheme, orders)
     return problems
 
 
-def _of_one(
+def _module_problems(
     folder: TensorFolder, module: Module, scheme: QuantScheme
 ) -> tuple[list[str], Tensor | None]:
-    """What is wrong with one product, and the groups of its columns where they are sorted."""
+    """Problems of a matrix, and the group of each column if columns are sorted."""
     name, problems = module.name, []
     rows, columns = module.shape
     if scheme.method == "pack-quantized":
         stated = folder.tensor(f"{name}.weight_shape").tolist()
         if stated != [rows, columns]:
             problems.append(
-                f"tensor {name + '.weight_shape'!r} says {stated}, but {[rows, columns]} are packed"
+                f"tensor {name + '.weight_shape'!r} says {stated}, but {[rows, columns]} is "
+                "stored; fetch the checkpoint again"
             )
     if scheme.kind != "int4":
         return problems, None
     group = scheme.group_size or columns
     if group % 2 and group < columns:
-        problems.append(f"{name}: groups of {group} columns are not computed; an even number is")
+        problems.append(
+            f"{name}: group size {group} is odd, which is not supported; quantize with an even one"
+        )
     index = f"{name}.{'g_idx' if scheme.method == 'gptq' else 'weight_g_idx'}"
     if scheme.method == "awq" or index not in folder.stored:
         return problems, None
@@ -77,68 +80,76 @@ def _of_one(
     group_of_I = folder.tensor(index).long()
     if in_order(group_of_I, group):
         return problems, None
-    wrong = index_problem(index, group_of_I, columns // group)
-    if wrong is None and module.expert is not None:
+    problem = index_problem(index, group_of_I, columns // group)
+    if problem is None and module.expert is not None:
         most = int(torch.bincount(group_of_I).max())
         if most > group:
-            wrong = f"tensor {index!r} gives a group {most} columns; the group size is {group}"
-    return [*problems, *([] if wrong is None else [wrong])], group_of_I
+            problem = (
+                f"tensor {index!r} gives a group {most} columns, but the group "
+                f"size is {group}; quantize again without act-order"
+            )
+    return [*problems, *([] if problem is None else [problem])], group_of_I
 
 
 def _stack_problems(
     stack: list[Module], scheme: QuantScheme, orders: dict[str, Tensor | None]
 ) -> list[str]:
-    """Matrices that make one product must be of one form and sort their inputs alike."""
-    names = " and ".join(one.name for one in stack)
-    covered = {scheme.covers(one.name, one.kind) for one in stack}
+    """Problems of stacked matrices, which must have equal forms and equal input orders."""
+    names = " and ".join(module.name for module in stack)
+    covered = {scheme.covers(module.name, module.kind) for module in stack}
     if len(covered) > 1:
         return [
-            f"{names} make one product, but some of them are quantized and some are not; quantize "
-            "all of them or none"
+            f"{names} are stacked to one matrix, but only some are quantized; quantize all of them "
+            "or none"
         ]
-    found = [orders.get(one.name) for one in stack]
-    first = found[0]
+    stack_orders = [orders.get(module.name) for module in stack]
+    first = stack_orders[0]
     same = all(
-        (one is None) == (first is None)
-        and (one is None or first is None or torch.equal(one, first))
-        for one in found
+        (order is None) == (first is None)
+        and (order is None or first is None or torch.equal(order, first))
+        for order in stack_orders
     )
-    return [] if same else [f"{names} make one product, but sort or round their inputs differently"]
+    if same:
+        return []
+    return [
+        f"{names} are stacked to one matrix, but sort or round inputs differently; quantize again "
+        "without act-order"
+    ]
 
 
 def in_order(group_of_I: Tensor, group_size: int) -> bool:
-    """Whether an index says no more than that groups are runs of columns (or nothing: all -1)."""
+    """Whether an index only describes consecutive columns (or nothing: all -1)."""
     ordered = torch.arange(len(group_of_I)) // group_size
     return torch.equal(group_of_I.long(), ordered) or bool((group_of_I == -1).all())
 
 
 def index_problem(name: str, group_of_I: Tensor, num_groups: int) -> str | None:
-    """What is wrong with an index of groups, if anything."""
+    """Problem of a group index; None for a valid index."""
     if int(group_of_I.min()) < 0 or int(group_of_I.max()) >= num_groups:
-        return f"tensor {name!r} names groups beyond its scales"
+        return f"tensor {name!r} names groups beyond its scales; fetch the checkpoint again"
     return None
 
 
-def unfit_scales(folder: TensorFolder, most_bytes: int) -> tuple[list[str], bool]:
-    """Scales that are infinite or not a number, which loading refuses.
+def non_finite_scales(folder: TensorFolder, max_bytes: int) -> tuple[list[str], bool]:
+    """Find scales that are infinite or not a number; loading refuses such scales.
 
     Args:
-        folder: of any form.
-        most_bytes: read no more than that.
+        folder: folder of any form.
+        max_bytes: read nothing if the scales have more bytes.
 
     Returns:
-        One sentence a tensor; whether all scales were read.
+        One sentence for each bad tensor; whether the scales were read.
     """
-    scales = [one for one in folder.stored.values() if one.name.endswith(_SCALES)]
-    if sum(one.nbytes for one in scales) > most_bytes:
+    scales = [tensor for tensor in folder.stored.values() if tensor.name.endswith(_SCALES)]
+    if sum(tensor.nbytes for tensor in scales) > max_bytes:
         return [], False
     problems = []
-    for one in scales:
-        values = folder.tensor(one.name).float()
-        num_unfit = int(values.numel() - torch.isfinite(values).sum())
-        if num_unfit:
+    for tensor in scales:
+        values = folder.tensor(tensor.name).float()
+        num_bad = int(values.numel() - torch.isfinite(values).sum())
+        if num_bad:
             problems.append(
-                f"{one.file.name}: tensor {one.name!r} holds {num_unfit} scales that are infinite "
-                "or not a number; fetch the file again"
+                f"{tensor.file.name}: tensor {tensor.name!r} holds {num_bad} scales that are "
+                "infinite or not a number; fetch the file again"
             )
     return problems, True

@@ -1,6 +1,6 @@
-"""The matrices and vectors of a Llama 4 checkpoint, by their Hugging Face names.
+"""The matrices and vectors of a Llama 4 checkpoint under Hugging Face names.
 
-Knows names, shapes and how each is cut; knows nothing of files or formats.
+Knows names, shapes and tensor-parallel cuts; knows nothing of files and formats.
 """
 
 from __future__ import annotations
@@ -10,32 +10,33 @@ from arriero.shards.errors import CheckpointError
 from arriero.shards.model_config.llama4 import Llama4Config, VisionConfig
 
 MAX_EXPERTS = 200_000
-"""Of all layers, each with tensors of its own: bounds what a hostile config makes us list."""
+"""Limit of separate experts in all layers; bounds the list that a hostile config can cause."""
 _VISION_LAYER = "vision_model.model.layers"
 
 
 def llama4_modules(config: Llama4Config, *, fused: bool = True) -> list[Module]:
-    """Every matrix and vector.
+    """Every matrix and vector of the model.
 
     Args:
-        config: the model's numbers.
-        fused: a layer's experts are two tensors (as in bfloat16), else three of each expert's own
-            (as the FP8 release has them).
+        config: the model.
+        fused: the experts of a layer are two tensors (bfloat16 release), else three tensors for
+            each expert (FP8 release).
 
     Raises:
-        CheckpointError: more experts apart than can be listed.
+        CheckpointError: more separate experts than `MAX_EXPERTS`.
     """
-    apart = 0 if fused else config.num_experts * len(config.moe_layers)
-    if apart > MAX_EXPERTS:
+    separate = 0 if fused else config.num_experts * len(config.moe_layers)
+    if separate > MAX_EXPERTS:
         raise CheckpointError(
             f"`num_local_experts`={config.num_experts} in {len(config.moe_layers)} layers exceed "
-            f"{MAX_EXPERTS} experts that are not fused"
+            f"the limit of {MAX_EXPERTS} experts that are not fused; use a checkpoint with fused "
+            "experts"
         )
     prefix = "" if config.vision is None else "language_model."
     hidden = config.hidden_size
     table, vocab = (config.vocab_size, hidden), Cut(axis="vocab")
     tied = config.tie_word_embeddings
-    found = [
+    modules = [
         Module(
             name=f"{prefix}model.embed_tokens",
             kind="embeddings",
@@ -45,29 +46,29 @@ def llama4_modules(config: Llama4Config, *, fused: bool = True) -> list[Module]:
         )
     ]
     for layer in range(config.num_layers):
-        found += _layer(config, f"{prefix}model.layers.{layer}.", layer, fused)
-    found.append(Module(name=f"{prefix}model.norm", kind="norms", shape=(hidden,), place="last"))
+        modules += _layer(config, f"{prefix}model.layers.{layer}.", layer, fused)
+    modules.append(Module(name=f"{prefix}model.norm", kind="norms", shape=(hidden,), place="last"))
     if not tied:
         name = f"{prefix}lm_head"
-        found.append(
+        modules.append(
             Module(name=name, kind="head", shape=table, place="last", rows=vocab, product=True)
         )
     if config.vision is not None:
-        found += vision_modules(config.vision, hidden)
-    return found
+        modules += vision_modules(config.vision, hidden)
+    return modules
 
 
 def _layer(config: Llama4Config, name: str, layer: int, fused: bool) -> list[Module]:
     hidden, d = config.hidden_size, config.head_dim
     q, kv = Cut(axis="q_heads", per=d), Cut(axis="kv_heads", per=d)
-    found = [norm(f"{name}{one}", hidden, layer) for one in NORMS]
-    found += attention(name, layer, hidden, q, kv, config.num_heads, config.num_kv_heads)
+    modules = [norm(f"{name}{norm_name}", hidden, layer) for norm_name in NORMS]
+    modules += attention(name, layer, hidden, q, kv, config.num_heads, config.num_kv_heads)
     name += "feed_forward."
     if not config.routes(layer):
         inner = Cut(axis="columns")
-        return found + gated_mlp(name, "mlp", layer, hidden, config.intermediate_size_mlp, inner)
+        return modules + gated_mlp(name, "mlp", layer, hidden, config.intermediate_size_mlp, inner)
     mlp = config.intermediate_size
-    found.append(
+    modules.append(
         Module(
             name=f"{name}router",
             kind="router",
@@ -77,14 +78,14 @@ def _layer(config: Llama4Config, name: str, layer: int, fused: bool) -> list[Mod
         )
     )
     shared = Cut(axis="shared_columns")
-    found += gated_mlp(f"{name}shared_expert.", "shared_expert", layer, hidden, mlp, shared)
+    modules += gated_mlp(f"{name}shared_expert.", "shared_expert", layer, hidden, mlp, shared)
     inner = Cut(axis="expert_columns")
     if not fused:
         for expert in range(config.num_experts):
             prefix = f"{name}experts.{expert}."
-            found += gated_mlp(prefix, "experts", layer, hidden, mlp, inner, expert)
-        return found
-    found.append(
+            modules += gated_mlp(prefix, "experts", layer, hidden, mlp, inner, expert)
+        return modules
+    modules.append(
         Module(
             name=f"{name}experts.gate_up_proj",
             kind="experts",
@@ -97,7 +98,7 @@ def _layer(config: Llama4Config, name: str, layer: int, fused: bool) -> list[Mod
             stacked=2,
         )
     )
-    found.append(
+    modules.append(
         Module(
             name=f"{name}experts.down_proj",
             kind="experts",
@@ -109,11 +110,11 @@ def _layer(config: Llama4Config, name: str, layer: int, fused: bool) -> list[Mod
             experts=config.num_experts,
         )
     )
-    return found
+    return modules
 
 
 def vision_modules(vision: VisionConfig, text_hidden_size: int) -> list[Module]:
-    """The vision tower, its adapter and the projection into the text model."""
+    """Every matrix and vector of the vision tower, the adapter and the projection."""
     hidden, mlp = vision.hidden_size, vision.intermediate_size
     heads = Cut(axis="vision_heads", per=hidden // vision.num_heads)
     inner = Cut(axis="vision_columns")
@@ -142,7 +143,7 @@ def vision_modules(vision: VisionConfig, text_hidden_size: int) -> list[Module]:
     def layer_norm(name: str) -> list[Module]:
         return [plain(name, (hidden,)), plain(name, (hidden,), ".bias")]
 
-    found = [
+    modules = [
         plain("vision_model.class_embedding", (hidden,), ""),
         plain("vision_model.positional_embedding_vlm", (vision.num_positions, hidden), ""),
         product("vision_model.patch_embedding.linear", (hidden, vision.patch_features)),
@@ -152,19 +153,19 @@ def vision_modules(vision: VisionConfig, text_hidden_size: int) -> list[Module]:
     for layer in range(vision.num_layers):
         name = f"{_VISION_LAYER}.{layer}."
         square = (hidden, hidden)
-        found += [
-            product(f"{name}self_attn.{one}_proj", square, rows=heads, bias=True) for one in "qkv"
+        modules += [
+            product(f"{name}self_attn.{part}_proj", square, rows=heads, bias=True) for part in "qkv"
         ]
-        found.append(product(f"{name}self_attn.o_proj", square, columns=heads, bias=True))
-        found.append(product(f"{name}mlp.fc1", (mlp, hidden), rows=inner, bias=True))
-        found.append(product(f"{name}mlp.fc2", (hidden, mlp), columns=inner, bias=True))
-        for one in NORMS:
-            found += layer_norm(f"{name}{one}")
+        modules.append(product(f"{name}self_attn.o_proj", square, columns=heads, bias=True))
+        modules.append(product(f"{name}mlp.fc1", (mlp, hidden), rows=inner, bias=True))
+        modules.append(product(f"{name}mlp.fc2", (hidden, mlp), columns=inner, bias=True))
+        for norm_name in NORMS:
+            modules += layer_norm(f"{name}{norm_name}")
     adapter = "vision_model.vision_adapter.mlp."
     middle = Cut(axis="adapter_columns")
     wide, out = vision.projector_input_dim, vision.projector_output_dim
     return [
-        *found,
+        *modules,
         product(f"{adapter}fc1", (wide, mlp), rows=middle),
         product(f"{adapter}fc2", (out, out), columns=middle),
         product("multi_modal_projector.linear_1", (text_hidden_size, vision.output_dim)),

@@ -1,8 +1,8 @@
-"""A model as a list of its matrices and vectors, before any format has a say.
+"""A model as a list of matrices and vectors, independent of checkpoint formats.
 
-Each says how tensor parallelism cuts it: along which axis of the partition, and how many of its
-rows or columns belong to one index of that axis. Formats, load plans and memory plans all follow
-from these lists. Needs no torch; knows nothing of files.
+Each entry states the tensor-parallel cut: the axis of the partition, and the number of rows or
+columns for each index of the axis. Formats, load plans and memory plans follow from the lists.
+Needs no torch; knows nothing of files.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ Axis = Literal[
     "vision_columns",
     "adapter_columns",
 ]
-"""Names of spans of `SlicePart` and `MoEPart`."""
+"""Attribute names of the spans in `SlicePart` and `MoEPart`."""
 Place = Literal["layer", "first", "last", "ends"]
-"""On the stage of its layer, on the first stage, on the last, or (a tied table) on both ends."""
+"""Pipeline stage: of the layer, first, last, or (a tied table) both ends."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cut:
-    """One dimension's cut: `per` of its entries to each index of `axis`."""
+    """Cut of a dimension: `per` entries for each index of `axis`."""
 
     axis: Axis
     per: int = 1
@@ -51,22 +51,22 @@ class Cut:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Module:
-    """A matrix [out, in] with a name, or a vector or table that no format changes.
+    """A matrix [out, in], or a vector or table that no format changes.
 
     Attributes:
-        name: the module's, without `.weight`.
-        kind: what it counts as.
-        shape: [out, in] of a product; any for others.
-        product: whether it is a matrix product's weight, which a format may quantize.
-        layer: of the decoder; None outside.
-        place: which stage holds it.
+        name: name of the module, without `.weight`.
+        kind: kind of module.
+        shape: [out, in] of a matrix; any shape for others.
+        product: whether the tensor is the weight of a matrix product, which a format may quantize.
+        layer: decoder layer; None outside the layers.
+        place: pipeline stage that holds the tensor, for modules outside the layers.
         rows, columns: cuts of the first and of the last dimension.
-        bias: a vector `.bias` of the product's rows comes with it.
-        suffix: of the tensor's name.
-        experts: how many experts are fused along a leading dimension (then `shape` is of one, as
-            [out, in], and the checkpoint stores [experts, in, out]); 0 for none.
-        expert: its number, where each expert is a module of its own.
-        stacked: parts stacked along the rows, each cut alike (gate and up in one matrix).
+        bias: whether a vector `.bias` of the rows exists.
+        suffix: end of the tensor's name.
+        experts: number of experts fused along a leading dimension; 0 without fused experts. With
+            fused experts `shape` is [out, in] of an expert; stored are [experts, in, out].
+        expert: number of the expert, if each expert is a separate module.
+        stacked: parts stacked along the rows with equal cuts (gate and up in one matrix).
     """
 
     name: str
@@ -90,7 +90,7 @@ def llama_modules(config: ModelConfig) -> list[Module]:
     vocab = Cut(axis="vocab")
     table = (config.vocab_size, hidden)
     tied = config.tie_word_embeddings
-    found = [
+    modules = [
         Module(
             name=EMBEDDING.removesuffix(".weight"),
             kind="embeddings",
@@ -103,34 +103,37 @@ def llama_modules(config: ModelConfig) -> list[Module]:
     inner = Cut(axis="columns")
     for layer in range(config.num_layers):
         name = f"model.layers.{layer}."
-        found += [norm(f"{name}{one}", hidden, layer) for one in NORMS]
-        found += attention(name, layer, hidden, q, kv, config.num_heads, config.num_kv_heads)
-        found += gated_mlp(f"{name}mlp.", "mlp", layer, hidden, mlp, inner)
+        modules += [norm(f"{name}{norm_name}", hidden, layer) for norm_name in NORMS]
+        modules += attention(name, layer, hidden, q, kv, config.num_heads, config.num_kv_heads)
+        modules += gated_mlp(f"{name}mlp.", "mlp", layer, hidden, mlp, inner)
         if config.attention_bias or config.mlp_bias:
-            found = [_with_bias(one, config) if one.layer == layer else one for one in found]
-    found.append(
+            modules = [
+                _with_bias(module, config) if module.layer == layer else module
+                for module in modules
+            ]
+    modules.append(
         Module(name=FINAL_NORM.removesuffix(".weight"), kind="norms", shape=(hidden,), place="last")
     )
     if not tied:
         name = HEAD.removesuffix(".weight")
-        found.append(
+        modules.append(
             Module(name=name, kind="head", shape=table, place="last", rows=vocab, product=True)
         )
-    return found
+    return modules
 
 
 NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 def norm(name: str, hidden: int, layer: int | None) -> Module:
-    """A layer's norm."""
+    """The norm of a layer."""
     return Module(name=name, kind="norms", shape=(hidden,), layer=layer)
 
 
 def attention(
     prefix: str, layer: int, hidden: int, q: Cut, kv: Cut, num_heads: int, num_kv_heads: int
 ) -> list[Module]:
-    """Its four products."""
+    """The q, k, v and o matrices of a layer."""
     q_size, kv_size = num_heads * q.per, num_kv_heads * kv.per
     shapes: dict[str, tuple[tuple[int, int], Cut | None, Cut | None]] = {
         "q_proj": ((q_size, hidden), q, None),
@@ -161,7 +164,7 @@ def gated_mlp(
     inner: Cut,
     expert: int | None = None,
 ) -> list[Module]:
-    """Gate, up and down products."""
+    """Gate, up and down matrices."""
     up, down = (inner_size, hidden), (hidden, inner_size)
     shapes = {"gate_proj": (up, True), "up_proj": (up, True), "down_proj": (down, False)}
     return [
@@ -180,5 +183,5 @@ def gated_mlp(
 
 
 def _with_bias(module: Module, config: ModelConfig) -> Module:
-    wanted = config.attention_bias if module.kind == "attention" else config.mlp_bias
-    return replace(module, bias=module.product and wanted)
+    has_bias = config.attention_bias if module.kind == "attention" else config.mlp_bias
+    return replace(module, bias=module.product and has_bias)

@@ -1,11 +1,10 @@
-"""A checkpoint's matrices, whatever form they are stored in, by slice.
+"""Reader of a checkpoint's matrices or slices of matrices, in all stored forms.
 
-Gives plain matrices as views of the file, quantized ones as `QuantizedWeight` with the very
-numbers stored: nothing is dequantized. Knows the layouts of `fbgemm_fp8`, compressed-tensors,
-AWQ and GPTQ, and Llama 4's experts, fused or not; refuses to know how a backend packs.
+Returns plain matrices as views of the file and quantized matrices as `QuantizedWeight` with the
+stored numbers, without dequantization. Knows the layouts of `fbgemm_fp8`, compressed-tensors, AWQ
+and GPTQ, and Llama 4's experts, fused or separate; knows nothing of the packing of a backend.
 
-Columns may be cut inside a group that shares a scale: the slice then has smaller groups, and the
-scale several times.
+A column cut inside a group that shares a scale gives smaller groups; the scale is then repeated.
 
 Sources of the layouts: fbgemm's and compressed-tensors' checkpoints as published (`weight` float8
 [out, in], `weight_scale` [out, 1]; or `weight_packed` int32 [out, in / 8], low nibble first, and
@@ -24,32 +23,39 @@ from torch import Tensor
 
 from arriero.kernels.quant import INT4_ZERO, InputTransform, QuantizedWeight
 from arriero.shards.checkpoint.formats.form_fit import in_order, index_problem
+from arriero.shards.checkpoint.formats.nibbles import (
+    NIBBLES,
+    pack_columns,
+    trim,
+    unpack_columns,
+    unpack_rows,
+    word_span,
+)
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
-from arriero.shards.checkpoint.formats.stored import NIBBLES, cut_group
+from arriero.shards.checkpoint.formats.stored import cut_group
 from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.errors import CheckpointError
 from arriero.shards.layout.dense import Span
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Nibble i of an AWQ word holds this one of its eight columns."""
+"""Column of each nibble of an AWQ word: nibble i holds column `AWQ_ORDER[i]` of eight."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredProduct:
-    """One matrix, or a slice of it, and what the format does to its inputs.
+    """A matrix or a slice of a matrix, and the change that the form makes to the inputs.
 
     Attributes:
-        weight: a plain matrix [O, I] (a view of the file), or the quantized one.
-        inputs: None where column i multiplies input i as it is. Where columns had to be sorted by
-            group (GPTQ with act-order) a column may stand for no input: it names input 0 and its
-            element is exactly zero.
+        weight: plain matrix [O, I] (a view of the file), or quantized matrix.
+        inputs: None if column i multiplies the unchanged input i. Columns sorted by group (GPTQ
+            with act-order) can include padding columns, which name input 0 and are exactly zero.
     """
 
     weight: Tensor | QuantizedWeight
     inputs: InputTransform | None = None
 
     def dense(self) -> Tensor:
-        """The matrix in its usual order, float32 [O, inputs]: to look at, not to compute with."""
+        """The matrix in usual column order, float32 [O, inputs]; for tests, not for inference."""
         if isinstance(self.weight, Tensor):
             return self.weight.float()
         full_OI = self.weight.dequantize()
@@ -60,7 +66,7 @@ class StoredProduct:
 
 
 class ProductReader:
-    """Reads matrices of an open folder."""
+    """Reads the matrices of an open folder."""
 
     def __init__(self, folder: TensorFolder, scheme: QuantScheme | None) -> None:
         self._folder, self._scheme = folder, scheme
@@ -71,59 +77,62 @@ class ProductReader:
         rows: Span | None = None,
         columns: Span | None = None,
         *,
-        alike: bool = False,
+        pad_groups: bool = False,
     ) -> StoredProduct:
-        """The matrix `name` (without `.weight`), or the rows and columns asked for.
+        """The matrix `name`, or a slice of rows and columns.
 
         Args:
-            name: of the module.
-            rows: None for all.
-            columns: None for all.
-            alike: equal cuts of equal matrices must give equal shapes, as one launch over many
-                experts wants: columns sorted by group fill up every group.
+            name: name of the module, without `.weight`.
+            rows: rows of the slice; None for all rows.
+            columns: columns of the slice; None for all columns.
+            pad_groups: pad columns sorted by group to full groups. Equal cuts of equal matrices
+                then have equal shapes, as a single launch over many experts requires.
 
         Raises:
-            CheckpointError: it is not there, its scales are not finite, or a cut leaves groups of
-                columns that no kernel takes.
+            CheckpointError: the matrix is missing, scales are not finite, or a cut gives groups of
+                columns that no kernel supports.
         """
         if self._scheme is None or f"{name}.weight" in self._folder.stored:
             return self._eight_bits_or_plain(name, rows, columns)
         if self._scheme.method == "pack-quantized":
-            return self._packed(name, rows, columns, alike)
+            return self._packed(name, rows, columns, pad_groups)
         if self._scheme.method == "awq":
             return self._awq(name, rows, columns)
-        return self._gptq(name, rows, columns, alike)
+        return self._gptq(name, rows, columns, pad_groups)
 
     def expert(
         self, prefix: str, expert: int, columns: Span | None = None
     ) -> tuple[StoredProduct, StoredProduct, StoredProduct]:
-        """Gate, up and down matrices of one expert, each [out, in].
+        """Gate, up and down matrices of an expert, each [out, in].
 
         Args:
-            prefix: of the layer's experts, such as "model.layers.1.feed_forward.experts".
-            expert: its number.
-            columns: of its inner dimension: rows of gate and up, columns of down.
+            prefix: name of the layer's experts, such as "model.layers.1.feed_forward.experts".
+            expert: number of the expert.
+            columns: slice of the inner dimension: rows of gate and up, columns of down.
         """
         fused = f"{prefix}.gate_up_proj"
         if fused not in self._folder.stored:
             name = f"{prefix}.{expert}."
             return (
-                self.product(f"{name}gate_proj", rows=columns, alike=True),
-                self.product(f"{name}up_proj", rows=columns, alike=True),
-                self.product(f"{name}down_proj", columns=columns, alike=True),
+                self.product(f"{name}gate_proj", rows=columns, pad_groups=True),
+                self.product(f"{name}up_proj", rows=columns, pad_groups=True),
+                self.product(f"{name}down_proj", columns=columns, pad_groups=True),
             )
-        gate_up_IO = self._one(fused, expert)
-        down_IO = self._one(f"{prefix}.down_proj", expert)
+        gate_up_IO = self._fused_expert(fused, expert)
+        down_IO = self._fused_expert(f"{prefix}.down_proj", expert)
         inner = gate_up_IO.shape[1] // 2
         own = columns or Span(start=0, stop=inner)
         gate, up = (gate_up_IO[:, at + own.start : at + own.stop].t() for at in (0, inner))
         down = down_IO[own.start : own.stop].t()
         return StoredProduct(weight=gate), StoredProduct(weight=up), StoredProduct(weight=down)
 
-    def _one(self, name: str, expert: int) -> Tensor:
-        held = self._folder.shape(name)[0]
-        if not 0 <= expert < held:
-            raise CheckpointError(f"tensor {name!r} holds {held} experts, not {expert}")
+    def _fused_expert(self, name: str, expert: int) -> Tensor:
+        num_experts = self._folder.shape(name)[0]
+        if not 0 <= expert < num_experts:
+            raise CheckpointError(
+                f"tensor {name!r} holds {num_experts} experts, but expert {expert} is needed; "
+                "check `num_local_experts` in config.json"
+            )
         return self._folder.rows(name, expert, expert + 1)[0]
 
     def _eight_bits_or_plain(
@@ -147,7 +156,7 @@ class ProductReader:
         )
 
     def _packed(
-        self, name: str, rows: Span | None, columns: Span | None, alike: bool
+        self, name: str, rows: Span | None, columns: Span | None, pad_groups: bool
     ) -> StoredProduct:
         assert self._scheme is not None
         shape = self._folder.tensor(f"{name}.weight_shape").tolist()
@@ -156,13 +165,13 @@ class ProductReader:
         if shape != [self._folder.shape(f"{name}.weight_packed")[0], num_columns]:
             raise CheckpointError(
                 f"tensor {name + '.weight_shape'!r} says {shape}, but {num_columns} columns are "
-                "packed"
+                "stored; fetch the checkpoint again"
             )
         own = columns or Span(start=0, stop=num_columns)
         bytes_OB = words_OW.view(torch.uint8)
         if self._scheme.bits == 8:
             scales_O1 = self._finite(f"{name}.weight_scale", rows, None)
-            levels_OI = bytes_OB[:, own.start : own.stop] ^ 0x80  # stored plus 128
+            levels_OI = bytes_OB[:, own.start : own.stop] ^ 0x80  # stored with an offset of 128
             return StoredProduct(
                 weight=QuantizedWeight(
                     kind="int8",
@@ -175,10 +184,13 @@ class ProductReader:
         ordered = not self._scheme.act_order
         group_of_I = None if ordered else self._group_of(name, "weight_g_idx", num_columns)
         if group_of_I is not None:
-            return self._packed_by_index(name, words_OW, rows, own, group_of_I, alike)
+            return self._packed_by_index(name, words_OW, rows, own, group_of_I, pad_groups)
         group, needed, index_G = self._groups(name, columns, num_columns)
         if own.start % 2:
-            raise CheckpointError(f"{name}: columns {own.start}:{own.stop} begin inside a byte")
+            raise CheckpointError(
+                f"{name}: columns {own.start}:{own.stop} begin inside a byte; "
+                "use a tp (or tp_shares) that cuts at even columns"
+            )
         zeros_GO = self._packed_zeros(name, rows, needed, words_OW.shape[0])
         zeros_OG = None if zeros_GO is None else zeros_GO.t()[:, index_G].float()
         return StoredProduct(
@@ -195,12 +207,12 @@ class ProductReader:
     def _packed_zeros(
         self, name: str, rows: Span | None, groups: Span | None, num_rows: int
     ) -> Tensor | None:
-        """Zero points uint8 [G, O] of some groups; None where all are the middle level."""
+        """Zero points uint8 [G, O] of `groups`; None if each zero point is the middle level."""
         assert self._scheme is not None
         if self._scheme.symmetric:
             return None
-        packed_WG = self._cut(f"{name}.weight_zero_point", _in_words(rows), groups)
-        return _trim(_by_rows(packed_WG).t(), rows)[:, :num_rows]
+        packed_WG = self._cut(f"{name}.weight_zero_point", word_span(rows), groups)
+        return trim(unpack_rows(packed_WG).t(), rows)[:, :num_rows]
 
     def _packed_by_index(
         self,
@@ -209,24 +221,24 @@ class ProductReader:
         rows: Span | None,
         own: Span,
         group_of_I: Tensor,
-        alike: bool,
+        pad_groups: bool,
     ) -> StoredProduct:
-        """Columns whose groups `weight_g_idx` names (act-order)."""
-        levels_IO = _by_columns(words_OW, range(NIBBLES))[:, own.start : own.stop].t()
+        """A matrix with the group of each column in `weight_g_idx` (act-order)."""
+        levels_IO = unpack_columns(words_OW, range(NIBBLES))[:, own.start : own.stop].t()
         scales_GO = self._finite(f"{name}.weight_scale", rows, None).t()
         zeros_GO = self._packed_zeros(name, rows, None, words_OW.shape[0])
         if zeros_GO is None:
             zeros_GO = torch.full(scales_GO.shape, int(INT4_ZERO), dtype=torch.uint8)
         return self._by_index(
-            f"{name}.weight_g_idx", levels_IO, zeros_GO, scales_GO, group_of_I, own, alike
+            f"{name}.weight_g_idx", levels_IO, zeros_GO, scales_GO, group_of_I, own, pad_groups
         )
 
-    def _group_of(self, name: str, what: str, num_columns: int) -> Tensor | None:
-        """The group of each column; None where groups are runs of columns in their order."""
+    def _group_of(self, name: str, suffix: str, num_columns: int) -> Tensor | None:
+        """The group of each column; None if groups are consecutive columns."""
         assert self._scheme is not None
-        if f"{name}.{what}" not in self._folder.stored:
+        if f"{name}.{suffix}" not in self._folder.stored:
             return None
-        group_of_I = self._folder.tensor(f"{name}.{what}").long()
+        group_of_I = self._folder.tensor(f"{name}.{suffix}").long()
         whole_group = self._scheme.group_size or num_columns
         if in_order(group_of_I, whole_group):
             return None
@@ -240,63 +252,64 @@ class ProductReader:
         scales_GO: Tensor,
         group_of_I: Tensor,
         own: Span,
-        alike: bool,
+        pad_groups: bool,
     ) -> StoredProduct:
-        """Sort the columns `own` by the groups that the tensor `index` names."""
+        """Sort the columns `own` by group; the tensor `index` gives the groups."""
         assert self._scheme is not None
         problem = index_problem(index, group_of_I, len(scales_GO))
         if problem is not None:
             raise CheckpointError(problem)
         whole_group = self._scheme.group_size or len(group_of_I)
         most = int(torch.bincount(group_of_I).max())
-        if alike and most > whole_group:
+        if pad_groups and most > whole_group:
             raise CheckpointError(
-                f"tensor {index!r} gives a group {most} columns; the group size is {whole_group}"
+                f"tensor {index!r} gives a group {most} columns, but the group size is "
+                f"{whole_group}; quantize again without act-order"
             )
         own_I = group_of_I[own.start : own.stop]
-        return self._sorted(levels_IO, zeros_GO, scales_GO, own_I, whole_group if alike else 0)
+        return self._sorted(levels_IO, zeros_GO, scales_GO, own_I, whole_group if pad_groups else 0)
 
     def _awq(self, name: str, rows: Span | None, columns: Span | None) -> StoredProduct:
         num_inputs = self._folder.shape(f"{name}.qweight")[0]
         group, needed, index_G = self._groups(name, columns, num_inputs)
-        levels_IO = _by_columns(self._words(f"{name}.qweight", columns, rows), AWQ_ORDER)
-        zeros_GO = _by_columns(self._words(f"{name}.qzeros", needed, rows), AWQ_ORDER)
-        zeros_GO = _trim(zeros_GO, rows)
+        levels_IO = unpack_columns(self._words(f"{name}.qweight", columns, rows), AWQ_ORDER)
+        zeros_GO = unpack_columns(self._words(f"{name}.qzeros", needed, rows), AWQ_ORDER)
+        zeros_GO = trim(zeros_GO, rows)
         scales_GO = self._finite(f"{name}.scales", needed, rows)
-        return _four_bits(_trim(levels_IO, rows), zeros_GO[index_G], scales_GO[index_G], group)
+        return _four_bits(trim(levels_IO, rows), zeros_GO[index_G], scales_GO[index_G], group)
 
     def _gptq(
-        self, name: str, rows: Span | None, columns: Span | None, alike: bool
+        self, name: str, rows: Span | None, columns: Span | None, pad_groups: bool
     ) -> StoredProduct:
         assert self._scheme is not None
         num_inputs = self._folder.shape(f"{name}.qweight")[0] * NIBBLES
         own = columns or Span(start=0, stop=num_inputs)
         words = Span(start=own.start // NIBBLES, stop=-(-own.stop // NIBBLES))
-        levels_IO = _by_rows(self._cut(f"{name}.qweight", words, rows))
+        levels_IO = unpack_rows(self._cut(f"{name}.qweight", words, rows))
         first = own.start - words.start * NIBBLES
         levels_IO = levels_IO[first : first + own.size]
         group_of_I = self._group_of(name, "g_idx", num_inputs)
         group, needed, index_G = 0, None, None
         if group_of_I is None:
             group, needed, index_G = self._groups(name, columns, num_inputs)
-        zeros_GO = _by_columns(self._words(f"{name}.qzeros", needed, rows), range(NIBBLES))
-        zeros_GO = _trim(zeros_GO, rows) + self._scheme.zero_offset & 15
+        zeros_GO = unpack_columns(self._words(f"{name}.qzeros", needed, rows), range(NIBBLES))
+        zeros_GO = trim(zeros_GO, rows) + self._scheme.zero_offset & 15
         scales_GO = self._finite(f"{name}.scales", needed, rows)
         if index_G is not None:
             return _four_bits(levels_IO, zeros_GO[index_G], scales_GO[index_G], group)
-        assert group_of_I is not None, "no order, so an index"
+        assert group_of_I is not None, "columns without order have an index"
         return self._by_index(
-            f"{name}.g_idx", levels_IO, zeros_GO, scales_GO, group_of_I, own, alike
+            f"{name}.g_idx", levels_IO, zeros_GO, scales_GO, group_of_I, own, pad_groups
         )
 
     def _groups(
         self, name: str, columns: Span | None, num_columns: int
     ) -> tuple[int, Span, Tensor]:
-        """What a slice's columns share scales with.
+        """Groups of the columns of a slice.
 
         Returns:
-            Columns that share a scale in the slice, the stored groups that it needs, and which of
-            those each of its own groups is.
+            Columns that share a scale in the slice, the stored groups that the slice needs, and for
+            each group of the slice the index among the needed groups.
         """
         assert self._scheme is not None
         own = columns or Span(start=0, stop=num_columns)
@@ -319,10 +332,10 @@ class ProductReader:
         group_of_I: Tensor,
         width: int,
     ) -> StoredProduct:
-        """Sort columns by group; groups of fewer than `width` are filled with zero elements.
+        """Sort columns by group; pad each group to `width` columns with zero elements.
 
-        A slice of the columns holds a part of every group, so that its groups differ in size; the
-        largest gives the width where it exceeds the one asked for.
+        A slice of the columns holds a part of each group, so the group sizes differ. If the largest
+        group has more than `width` columns, its size is the width.
         """
         num_groups = scales_GO.shape[0]
         counts_G = torch.bincount(group_of_I, minlength=num_groups)
@@ -342,13 +355,13 @@ class ProductReader:
         )
 
     def _finite(self, name: str, first: Span | None, last: Span | None) -> Tensor:
-        """Scales, float32."""
+        """Scales in float32; an infinite scale or NaN is an error."""
         scales = self._cut(name, first, last).float()
         self._check_finite(name, scales)
         return scales
 
     def _row_scales(self, name: str, rows: Span | None, num_rows: int) -> Tensor:
-        """Scales float32 [O, 1]; one that is of the whole matrix stands for each of its rows."""
+        """Scales float32 [O, 1]; a scale of the whole matrix is repeated for each row."""
         if self._scheme is None or not self._scheme.per_tensor:
             return self._finite(name, rows, None)
         scale = self._folder.tensor(name).float().reshape(1, 1)
@@ -356,52 +369,30 @@ class ProductReader:
         return scale.expand(num_rows, 1).contiguous()
 
     def _words(self, name: str, first: Span | None, rows: Span | None) -> Tensor:
-        """Words along the last dimension that hold `rows`, which `_trim` cuts to measure."""
-        return self._cut(name, first, _in_words(rows))
+        """The words of the last dimension that contain `rows`; `trim` then removes other rows."""
+        return self._cut(name, first, word_span(rows))
 
     def _cut(self, name: str, first: Span | None, last: Span | None) -> Tensor:
         if first is None:
-            found = self._folder.tensor(name)
+            tensor = self._folder.tensor(name)
         else:
-            found = self._folder.rows(name, first.start, first.stop)
+            tensor = self._folder.rows(name, first.start, first.stop)
         if last is None:
-            return found
-        if not 0 <= last.start <= last.stop <= found.shape[-1]:
+            return tensor
+        if not 0 <= last.start <= last.stop <= tensor.shape[-1]:
             raise CheckpointError(
-                f"tensor {name!r} of shape {list(found.shape)} has no {last.start}:{last.stop} in "
-                "its last dimension"
+                f"tensor {name!r} of shape {list(tensor.shape)} has no range "
+                f"{last.start}:{last.stop} in its last dimension; fetch the checkpoint again"
             )
-        return found.narrow(-1, last.start, last.size)
+        return tensor.narrow(-1, last.start, last.size)
 
     def _check_finite(self, name: str, scales: Tensor) -> None:
-        num_unfit = int(scales.numel() - torch.isfinite(scales).sum())
-        if num_unfit:
+        num_bad = int(scales.numel() - torch.isfinite(scales).sum())
+        if num_bad:
             raise CheckpointError(
-                f"{self._folder.path}: tensor {name!r} holds {num_unfit} scales that are infinite "
+                f"{self._folder.path}: tensor {name!r} holds {num_bad} scales that are infinite "
                 "or not a number; fetch the file again"
             )
-
-
-def _in_words(rows: Span | None) -> Span | None:
-    if rows is None:
-        return None
-    return Span(start=rows.start // NIBBLES, stop=-(-rows.stop // NIBBLES))
-
-
-def _by_columns(words_IW: Tensor, order: tuple[int, ...] | range) -> Tensor:
-    """Numbers uint8 [I, 8 W] of words along the last dimension; `order` names nibbles' columns."""
-    out_IWN = torch.empty(*words_IW.shape, NIBBLES, dtype=torch.uint8)
-    for nibble, column in enumerate(order):
-        out_IWN[..., column] = (words_IW >> 4 * nibble & 15).to(torch.uint8)
-    return out_IWN.flatten(1)
-
-
-def _by_rows(words_WO: Tensor) -> Tensor:
-    """Numbers uint8 [8 W, O] of words along the first dimension."""
-    out_WNO = torch.empty(words_WO.shape[0], NIBBLES, words_WO.shape[1], dtype=torch.uint8)
-    for nibble in range(NIBBLES):
-        out_WNO[:, nibble] = (words_WO >> 4 * nibble & 15).to(torch.uint8)
-    return out_WNO.flatten(0, 1)
 
 
 def _four_bits(levels_IO: Tensor, zeros_GO: Tensor, scales_GO: Tensor, group: int) -> StoredProduct:
@@ -409,24 +400,9 @@ def _four_bits(levels_IO: Tensor, zeros_GO: Tensor, scales_GO: Tensor, group: in
         weight=QuantizedWeight(
             kind="int4",
             in_features=levels_IO.shape[0],
-            data=_pack(levels_IO),
+            data=pack_columns(levels_IO),
             scales=scales_GO.t().contiguous(),
             zeros=zeros_GO.t().float().contiguous(),
             group_size=group,
         )
     )
-
-
-def _trim(value_IO: Tensor, rows: Span | None) -> Tensor:
-    """Drop the rows that the first and last word hold beside those asked for."""
-    if rows is None:
-        return value_IO
-    first = rows.start % NIBBLES
-    return value_IO[:, first : first + rows.size]
-
-
-def _pack(levels_IO: Tensor) -> Tensor:
-    """Levels as `QuantizedWeight` keeps them: uint8 [O, I / 2], the even column in the low half."""
-    if levels_IO.shape[0] % 2:
-        levels_IO = torch.cat([levels_IO, torch.zeros_like(levels_IO[:1])])
-    return (levels_IO[::2] | levels_IO[1::2] << 4).t().contiguous()

@@ -1,6 +1,6 @@
-"""Which matrices of a checkpoint are quantized and how, from its `quantization_config`.
+"""The quantized matrices of a checkpoint and their form, from `quantization_config`.
 
-The forms known: `fbgemm_fp8` (Meta's Llama 3.1 405B FP8), `fp8` (one scale a matrix, or a row),
+Supported forms: `fbgemm_fp8` (Meta's Llama 3.1 405B FP8), `fp8` (a scale for each matrix or row),
 compressed-tensors (see `compressed`), AWQ ("gemm" layout) and GPTQ. Needs no torch; knows nothing
 of tensors.
 """
@@ -14,44 +14,44 @@ from typing import Any
 from arriero.shards.checkpoint.formats.compressed import read_compressed
 from arriero.shards.checkpoint.formats.names import PATTERN, check_names, read_names
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
-from arriero.shards.model_config.dense import Fields
+from arriero.shards.model_config.fields import Fields
 
 METHODS = ("fbgemm_fp8", "fp8", "compressed-tensors", "awq", "gptq")
 """Values of `quant_method`."""
 
-_KEPT = ("modules_to_not_convert", "ignored_layers")
-_REMEDY = "take the plain checkpoint and set `quantization`, or one in a form that is read"
+_UNQUANTIZED = ("modules_to_not_convert", "ignored_layers")
+_REMEDY = "use the plain checkpoint and set `quantization`, or a checkpoint in a supported form"
 
 
 def read_scheme(settings: Mapping[str, Any], *, source: str = "config.json") -> QuantScheme | None:
-    """The scheme that config.json's object asks for; None for plain weights.
+    """The scheme in the object of config.json; None for plain weights.
 
     Raises:
-        CheckpointError: a form that is not known, or a field that cannot be.
+        CheckpointError: an unsupported form or an invalid field.
     """
     name = "quantization_config"
     if settings.get(name) is None and settings.get("compression_config") is not None:
-        name = "compression_config"  # compressed-tensors' first name for it
-    found = settings.get(name)
-    if found is None:
+        name = "compression_config"  # the old field name of compressed-tensors
+    quant_settings = settings.get(name)
+    if quant_settings is None:
         return None
     whole = Fields(settings, source)
-    if not isinstance(found, Mapping):
-        raise whole.wrong(name, found, "an object")
-    if not found:
+    if not isinstance(quant_settings, Mapping):
+        raise whole.wrong(name, quant_settings, "an object")
+    if not quant_settings:
         return None
-    return scheme_of(Fields(found, f"{source}, {name}"))
+    return scheme_of(Fields(quant_settings, f"{source}, {name}"))
 
 
 def scheme_of(read: Fields, default: str | None = None) -> QuantScheme | None:
-    """The scheme that a `quantization_config` object says.
+    """The scheme in a `quantization_config` object.
 
     Args:
-        read: its fields.
-        default: `quant_method` where the object names none.
+        read: fields of the object.
+        default: `quant_method` for an object without this field.
 
     Raises:
-        CheckpointError: a form that is not known, or a field that cannot be.
+        CheckpointError: an unsupported form or an invalid field.
     """
     method = read.get("quant_method") or default
     if method is None and read.get("config_groups") is not None:
@@ -60,7 +60,7 @@ def scheme_of(read: Fields, default: str | None = None) -> QuantScheme | None:
         return QuantScheme(
             method="fbgemm_fp8",
             activation_bound=read.number("activation_scale_ub", 1200.0, low=1e-6),
-            ignored=read_names(read, *_KEPT),
+            ignored=read_names(read, *_UNQUANTIZED),
         )
     if method == "fp8":
         return _fp8(read)
@@ -70,31 +70,29 @@ def scheme_of(read: Fields, default: str | None = None) -> QuantScheme | None:
         return _awq(read)
     if method == "gptq":
         return _gptq(read)
-    raise read.wrong(
-        "quant_method", method, f"one of {', '.join(METHODS)}: no other is read; {_REMEDY}"
-    )
+    raise read.wrong("quant_method", method, f"one of {', '.join(METHODS)}; {_REMEDY}")
 
 
 def _fp8(read: Fields) -> QuantScheme:
-    """One scale a matrix or a row; activations are rounded row by row."""
+    """A scale for each matrix or row; activations are rounded row by row."""
     block = read.get("weight_block_size")
     if block is not None:
         raise read.wrong(
-            "weight_block_size", block, f"null: scales of blocks are not computed; {_REMEDY}"
+            "weight_block_size", block, f"null: block scales are not supported; {_REMEDY}"
         )
     scheme = read.get("activation_scheme")
     if scheme not in (None, "dynamic"):
         raise read.wrong(
             "activation_scheme",
             scheme,
-            '"dynamic": static scales of activations (`input_scale`) are not computed; take a '
-            "checkpoint with dynamic ones, or the plain one with `quantization: fp8`",
+            '"dynamic": static activation scales (`input_scale`) are not supported; use a '
+            "checkpoint with dynamic scales, or the plain checkpoint with `quantization: fp8`",
         )
     return QuantScheme(
         method="fp8",
         activation_bound=math.inf,
         per_tensor=True,
-        ignored=read_names(read, *_KEPT),
+        ignored=read_names(read, *_UNQUANTIZED),
     )
 
 
@@ -102,13 +100,13 @@ def _awq(read: Fields) -> QuantScheme:
     _four_bits(read, "bits", "w_bit")
     version = read.get("version")
     if version is not None and (not isinstance(version, str) or version.lower() != "gemm"):
-        raise read.wrong("version", version, f'"gemm": no other layout is read; {_REMEDY}')
+        raise read.wrong("version", version, f'"gemm"; {_REMEDY}')
     if read.get("zero_point") is not None and not read.flag("zero_point"):
-        raise read.wrong("zero_point", False, "true: AWQ stores its zero points")
+        raise read.wrong("zero_point", False, "true: AWQ checkpoints store zero points")
     return QuantScheme(
         method="awq",
         group_size=_group_size(read, "group_size", "q_group_size"),
-        ignored=read_names(read, *_KEPT),
+        ignored=read_names(read, *_UNQUANTIZED),
     )
 
 
@@ -117,19 +115,19 @@ def _gptq(read: Fields) -> QuantScheme:
     form = read.one_of("checkpoint_format", ("gptq", "gptq_v2"), "gptq")
     for name in ("is_marlin_format", "lm_head"):
         if read.flag(name):
-            raise read.wrong(name, True, f"false: it is not read; {_REMEDY}")
+            raise read.wrong(name, True, f"false: this layout is not supported; {_REMEDY}")
     return QuantScheme(
         method="gptq",
         group_size=_group_size(read, "group_size"),
         act_order=read.flag("desc_act"),
         zero_offset=1 if form == "gptq" else 0,
-        ignored=(*read_names(read, *_KEPT), *_left_out(read)),
+        ignored=(*read_names(read, *_UNQUANTIZED), *_unquantized_patterns(read)),
         targets=read_names(read, "modules_in_block_to_quantize"),
     )
 
 
-def _left_out(read: Fields) -> tuple[str, ...]:
-    """Patterns of GPTQModel's `dynamic` whose products it left as they were ("-:")."""
+def _unquantized_patterns(read: Fields) -> tuple[str, ...]:
+    """Patterns of unquantized matrices in GPTQModel's `dynamic` (keys that begin with "-:")."""
     dynamic = read.get("dynamic")
     if dynamic is None:
         return ()
@@ -140,21 +138,21 @@ def _left_out(read: Fields) -> tuple[str, ...]:
             raise read.wrong(
                 "dynamic",
                 pattern,
-                f'only patterns after "-:": mixed widths are not read; {_REMEDY}',
+                f'only patterns that begin with "-:": mixed widths are not supported; {_REMEDY}',
             )
-    patterns = tuple(f"{PATTERN}{str(one)[2:]}" for one in dynamic)
+    patterns = tuple(f"{PATTERN}{str(pattern)[2:]}" for pattern in dynamic)
     check_names(read, "dynamic", patterns)
     return patterns
 
 
 def _four_bits(read: Fields, *names: str) -> None:
-    name = next((one for one in names if read.get(one) is not None), names[0])
+    name = next((name for name in names if read.get(name) is not None), names[0])
     bits = read.size(name, 4)
     if bits != 4:
-        raise read.wrong(name, bits, f"4: no other width is read; {_REMEDY}")
+        raise read.wrong(name, bits, f"4; {_REMEDY}")
 
 
 def _group_size(read: Fields, *names: str) -> int:
-    """Columns that share a scale; 0 for a whole row, which files say as -1."""
-    name = next((one for one in names if read.get(one) is not None), names[0])
+    """Columns that share a scale; 0 for a whole row (-1 in files)."""
+    name = next((name for name in names if read.get(name) is not None), names[0])
     return 0 if read.get(name) == -1 else read.size(name, 128)

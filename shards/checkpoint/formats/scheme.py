@@ -1,7 +1,7 @@
-"""How the products of a checkpoint are stored: one value that all readers and planners share.
+"""The quantized form of a checkpoint's matrices; readers and planners share this value.
 
-Knows names and numbers; needs no torch and knows nothing of files or of how a config spells it
-(see `quant_config`).
+Knows names and numbers. Needs no torch; knows nothing of files and of the fields of a config (see
+`quant_config`).
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ FLOAT8 = ("fbgemm_fp8", "compressed-tensors", "fp8")
 
 @dataclass(frozen=True, kw_only=True)
 class QuantScheme:
-    """How the products of a checkpoint are stored.
+    """The quantized form of a checkpoint's matrices.
 
     Attributes:
-        method: the form; compressed-tensors stands for its `float-quantized` format, and its
-            `int-quantized` (8 bits a byte) and `pack-quantized` ones are named so.
-        bits: pack-quantized: of a number, 4 or 8.
-        group_size: columns that share a scale (4 bits); 0 where a row has one scale.
-        symmetric: pack-quantized: no zero points are stored, all are the middle level.
-        act_order: `g_idx` (gptq) or `weight_g_idx` (pack-quantized) names the group of each
+        method: the form; "compressed-tensors" means the `float-quantized` format, while
+            `int-quantized` (a byte for each number) and `pack-quantized` are separate methods.
+        bits: pack-quantized: bits of a number, 4 or 8.
+        group_size: columns that share a scale (4 bits); 0 if each row has a single scale.
+        symmetric: pack-quantized: no zero points are stored; each zero point is the middle level.
+        act_order: `g_idx` (gptq) or `weight_g_idx` (pack-quantized) gives the group of each
             column; else column i is in group i // group_size.
-        zero_offset: what a stored zero point lacks: 1 for gptq of version 1.
-        activation_bound: float8 forms: each row of activations is rounded to float8 too, its scale
-            at most this / 448 (fbgemm_fp8), inf for no bound (dynamic token scales); None:
-            activations stay as they are.
-        per_tensor: 8-bit forms: a matrix has one scale, which stands for each of its rows.
-        ignored: products left as they were: see `ModuleNames`.
-        targets: the products that are covered, where not all are.
-        notes: what a reader should know of settings that are accepted and not followed.
+        zero_offset: number to add to a stored zero point: 1 for gptq version 1.
+        activation_bound: float8 forms: largest absolute activation; each row of activations is
+            rounded to float8 with a scale of at most this / 448 (fbgemm_fp8); inf without a bound
+            (dynamic token scales); None: activations are not rounded.
+        per_tensor: 8-bit forms: a matrix has a single scale for all rows.
+        ignored: matrices that are not quantized, see `ModuleNames`.
+        targets: matrices that are quantized; empty for all matrices.
+        notes: sentences about accepted settings without effect.
     """
 
     method: Method
@@ -54,7 +54,7 @@ class QuantScheme:
     notes: tuple[str, ...] = field(default=(), compare=False)
 
     def covers(self, name: str, kind: str) -> bool:
-        """Whether the product `name` (without `.weight`) of `kind` is quantized."""
+        """Whether the matrix `name` (without `.weight`) of `kind` is quantized."""
         if self.method in ("awq", "gptq", "fp8") and kind in ("head", "vision", "router"):
             return False
         ignored, targets = self._lists
@@ -62,7 +62,7 @@ class QuantScheme:
 
     @property
     def kind(self) -> Literal["int4", "int8", "fp8"]:
-        """What the numbers of a covered product are."""
+        """Number format of a quantized matrix."""
         if self.method in FLOAT8:
             return "fp8"
         return "int8" if self.bits == 8 or self.method == "int-quantized" else "int4"

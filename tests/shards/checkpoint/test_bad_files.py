@@ -122,7 +122,7 @@ def loop(file: Path) -> None:
     [
         (dead_link, "is a link to ../../blobs/0123abcd, which is missing"),
         (folder, "is a folder, not a file"),
-        (loop, "a link that leads to itself"),
+        (loop, "a link to itself"),
     ],
 )
 def test_what_the_file_system_says(
@@ -141,7 +141,7 @@ def test_downloads_that_were_not_finished(tmp_path: Path, sharded: bool) -> None
     unfinished(tmp_path / name)
     said = said_of(tmp_path)
     assert f"{name}.incomplete" in said
-    assert "a download that was not finished" in said and "models pull" in said
+    assert "an unfinished download" in said and "models pull" in said
 
 
 def test_no_right_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,8 +163,8 @@ def test_no_right_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         (["pytorch_model.bin"], "convert it to safetensors"),
         (["consolidated.00.pth"], "arriero models convert"),
         (["model.gguf"], "arriero models import"),
-        (["consolidated.safetensors"], "rename it to model.safetensors"),
-        (["model.safetensors.part"], "a download that was not finished"),
+        (["consolidated.safetensors"], "rename the file to model.safetensors"),
+        (["model.safetensors.part"], "an unfinished download"),
         ([], "arriero models pull"),
     ],
 )

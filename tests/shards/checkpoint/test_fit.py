@@ -164,7 +164,7 @@ def test_shards_without_an_index(tmp_path: Path) -> None:
     assert torch.equal(logits_of(tmp_path, TOKENS), want)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     (problem,) = verify(tmp_path).problems
-    assert "model-00002-of-00003.safetensors missing" in problem and "models pull" in problem
+    assert "missing: model-00002-of-00003.safetensors" in problem and "models pull" in problem
 
 
 @pytest.mark.parametrize("sees", [False, True])
@@ -288,21 +288,21 @@ MUTATED: dict[str, tuple[Callable[[Path], object], str]] = {
     "fp8-tensor-inv": (to("fp8-tensor-inv"), ""),
     "fp8-channel": (to("fp8-channel"), ""),
     "a tensor missing": (plain(lambda w: w.pop(f"{UP}.weight")), "up_proj.weight' of shape"),
-    "a head missing": (plain(lambda w: w.pop("lm_head.weight")), "`tie_word_embeddings`: true"),
+    "a head missing": (plain(lambda w: w.pop("lm_head.weight")), "`tie_word_embeddings` to true"),
     "a layer too many": (changed_settings(num_hidden_layers=1), "layers.1"),
     "a layer too few": (changed_settings(num_hidden_layers=3), "layers.2"),
-    "another width": (changed_settings(intermediate_size=98), "makes it"),
+    "another width": (changed_settings(intermediate_size=98), "requires"),
     "a larger vocabulary": (changed_settings(vocab_size=160), "set `vocab_size` to 128"),
     "a bias": (plain(lambda w: w.update({f"{UP}.bias": torch.ones(96)})), "`mlp_bias`"),
     "a norm's bias": (plain(lambda w: w.update({"model.norm.bias": torch.ones(64)})), "not zero"),
     "a head's bias": (plain(lambda w: w.update({"lm_head.bias": torch.ones(128)})), "not zero"),
     "norms of heads": (
         plain(lambda w: w.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(16)})),
-        "no place",
+        "no part",
     ),
     "an adapter's matrix": (
         plain(lambda w: w.update({f"{UP}.lora_A.weight": torch.ones(2, 64)})),
-        "no place",
+        "no part",
     ),
     "another head beside a tied one": (
         plain(lambda w: w.update({"lm_head.weight": torch.ones(128, 64)}), tied=True),
@@ -314,7 +314,7 @@ MUTATED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a window for some": (changed_settings(layer_types=["sliding_attention"] * 2), "layer_types"),
     "half of a stack": (half_of_a_stack, "quantize all of them or none"),
-    "a rounded head": (rounded_head, "a head whose inputs are rounded"),
+    "a rounded head": (rounded_head, "a quantized head with rounded"),
     "a scale that is not finite": (
         quantized("awq", set_one(f"{UP}.scales", float("nan"))),
         "infinite or not a number",
@@ -336,7 +336,7 @@ MUTATED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "two orders in one product": (
         quantized("gptq-act-order", shuffled(f"{UP}.g_idx")),
-        "sort or round their inputs differently",
+        "sort or round inputs differently",
     ),
     "an index that is not followed": (
         quantized(
@@ -345,7 +345,7 @@ MUTATED: dict[str, tuple[Callable[[Path], object], str]] = {
                 {f"{UP}.weight_g_idx": (torch.arange(64) // 32).flip(0).to(torch.int32)}
             ),
         ),
-        "no place",
+        "no part",
     ),
     "another stated shape": (
         quantized("packed-4", set_one(f"{UP}.weight_shape", 63)),
@@ -355,10 +355,10 @@ MUTATED: dict[str, tuple[Callable[[Path], object], str]] = {
         quantized("gptq-act-order", lambda w: w.pop(f"{UP}.g_idx")),
         "g_idx' of shape [64] is missing",
     ),
-    "another width of groups": (to("gptq", group_size=16), "makes it"),
-    "static activations": (to("fp8-tensor", activation_scheme="static"), "with dynamic ones"),
+    "another width of groups": (to("gptq", group_size=16), "requires"),
+    "static activations": (to("fp8-tensor", activation_scheme="static"), "with dynamic scales"),
     "blocks": (to("fp8-tensor", weight_block_size=[16, 16]), "weight_block_size"),
-    "odd groups": (to("gptq", group_size=3), "no multiple of 3"),
+    "odd groups": (to("gptq", group_size=3), "not a multiple of 3"),
 }
 
 

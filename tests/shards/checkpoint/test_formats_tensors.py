@@ -21,12 +21,12 @@ from arriero.shards.checkpoint.formats.describe import read_settings
 from arriero.shards.checkpoint.formats.quant_config import read_scheme
 from arriero.shards.checkpoint.formats.stored import (
     Box,
-    TensorDue,
+    TensorSpec,
     box_elements,
     byte_ranges,
     bytes_read,
     reads,
-    tensors_due,
+    tensor_specs,
 )
 from arriero.shards.checkpoint.verify import verify
 from arriero.shards.config.group import GroupConfig
@@ -147,7 +147,7 @@ def test_llama_4_names_are_those_that_transformers_has(step: int) -> None:
     with torch.device("meta"):
         theirs = Llama4ForConditionalGeneration(config)
     model, scheme = read_settings(TINY4 | {"text_config": text})
-    ours = {one.name: one.shape for one in tensors_due(model, scheme)}
+    ours = {one.name: one.shape for one in tensor_specs(model, scheme)}
     assert ours == {name: tuple(one.shape) for name, one in theirs.state_dict().items()}
     assert model.num_parameters() == sum(math.prod(shape) for shape in ours.values())
     assert isinstance(model, Llama4Config)
@@ -158,7 +158,7 @@ def test_llama_4_names_are_those_that_transformers_has(step: int) -> None:
 def test_a_text_only_llama_4_has_no_prefix() -> None:
     text = TINY4["text_config"]
     model, scheme = read_settings(text | {"architectures": ["Llama4ForCausalLM"]})
-    names = {one.name for one in tensors_due(model, scheme)}
+    names = {one.name for one in tensor_specs(model, scheme)}
     assert "model.layers.1.feed_forward.experts.down_proj" in names
     assert not any(name.startswith(("language_model", "vision")) for name in names)
 
@@ -193,7 +193,7 @@ def test_no_field_of_a_llama_4_config_breaks_more_than_its_own_check(part: str) 
                 try:
                     model, form = read_settings(settings | {"quantization_config": scheme})
                     if model.num_parameters() < 10**7:
-                        assert tensors_due(model, form)
+                        assert tensor_specs(model, form)
                 except CheckpointError:
                     continue
 
@@ -202,7 +202,7 @@ def test_experts_without_end_are_not_listed() -> None:
     text = TINY4["text_config"] | {"num_local_experts": 65536, "num_hidden_layers": 4096}
     model, form = read_settings(TINY4 | {"text_config": text, "quantization_config": fbgemm([])})
     with pytest.raises(CheckpointError, match="not fused"):
-        tensors_due(model, form)
+        tensor_specs(model, form)
 
 
 # What a quantization_config may say.
@@ -283,7 +283,7 @@ PLANS: dict[str, tuple[dict[str, Any], list[AnyPart], int, int, float]] = {
 }
 
 
-def due_reads(tensor: TensorDue, tp: int, dp: int) -> int:
+def due_reads(tensor: TensorSpec, tp: int, dp: int) -> int:
     """How often the mesh has each element of a tensor read."""
     if tensor.kind == "experts":
         return 1
@@ -312,7 +312,7 @@ def coverage(shape: tuple[int, ...], boxes: list[Box]) -> set[int]:
 def test_every_byte_is_read_as_often_as_the_mesh_says(name: str) -> None:
     settings, parts, tp, dp, gb = PLANS[name]
     model, scheme = read_settings(settings)
-    tensors = tensors_due(model, scheme)
+    tensors = tensor_specs(model, scheme)
     seen: dict[tuple[object, ...], set[int]] = {}
     for tensor in tensors:
         boxes = [box for part in parts for box in reads(tensor, part)]
@@ -331,7 +331,7 @@ def test_every_byte_is_read_as_often_as_the_mesh_says(name: str) -> None:
 def test_an_expert_s_rank_reads_its_experts_alone() -> None:
     settings, parts, *_ = PLANS["Maverick FP8 EP8"]
     model, scheme = read_settings(settings)
-    experts = [one for one in tensors_due(model, scheme) if one.kind == "experts"]
+    experts = [one for one in tensor_specs(model, scheme) if one.kind == "experts"]
     for part in parts:
         read = Counter(one.expert for one in experts if reads(one, part))
         first = part.rank * 16
@@ -365,5 +365,5 @@ def test_byte_ranges_are_the_box(
 @pytest.mark.parametrize("name", MODELS)
 def test_every_named_model_has_its_parameters(name: str) -> None:
     model, scheme = read_settings(MODELS[name])
-    total = sum(math.prod(one.shape) for one in tensors_due(model, scheme))
+    total = sum(math.prod(one.shape) for one in tensor_specs(model, scheme))
     assert total == model.num_parameters()

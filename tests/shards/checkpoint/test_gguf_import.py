@@ -288,18 +288,18 @@ def test_the_file_says_whether_to_add_the_begin_and_end(tmp_path: Path) -> None:
         ({"llama.expert_count": 8}, "experts"),
         ({"split.count": 3}, "one part of several"),
         ({"split.count": -1.0}, "split.count=-1.0 is not a number of files"),
-        ({"llama.rope.scaling.type": "yarn"}, "'yarn' is not computed"),
+        ({"llama.rope.scaling.type": "yarn"}, "'yarn' is not supported"),
         ({"llama.attention.value_length": 8}, "llama.attention.value_length=8"),
         ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count=8"),
-        ({"llama.block_count": 3}, "lacks 'model.layers.2."),
-        ({"llama.block_count": 1}, "but the metadata makes it none of this model"),
-        ({"llama.embedding_length": 128}, "has shape [300, 64], but the metadata makes it"),
+        ({"llama.block_count": 3}, "lacks tensor 'model.layers.2."),
+        ({"llama.block_count": 1}, "but the metadata requires no such tensor"),
+        ({"llama.embedding_length": 128}, "has shape [300, 64], but the metadata requires"),
         ({"llama.feed_forward_length": "many"}, "llama.feed_forward_length=many"),
         ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.model='llama'"),
         ({"tokenizer.ggml.pre": "qwen2"}, "tokenizer.ggml.pre='qwen2'"),
         ({"tokenizer.ggml.pre": "qwen2"}, "supported: llama-bpe, llama3, llama-v3, falcon3"),
         ({"tokenizer.ggml.pre": 7}, "tokenizer.ggml.pre='7'"),
-        ({"tokenizer.ggml.bos_token_id": 300}, "must be below 300"),
+        ({"tokenizer.ggml.bos_token_id": 300}, "must be a token id below 300"),
     ],
 )
 def test_what_cannot_be_imported_is_refused(
@@ -315,7 +315,9 @@ def test_what_cannot_be_imported_is_refused(
 
 def test_a_missing_tensor_a_type_and_a_full_folder_are_refused(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", tiny(), drop="model.norm.weight")
-    with pytest.raises(CheckpointError, match=r"lacks 'model\.norm\.weight' of shape \[64\]"):
+    with pytest.raises(
+        CheckpointError, match=r"lacks tensor 'model\.norm\.weight' of shape \[64\]"
+    ):
         import_gguf(tmp_path / "m.gguf", tmp_path / "m")
     write_gguf(tmp_path / "n.gguf", tiny(), type_=Type.Q8_1)
     with pytest.raises(CheckpointError, match="Q8_1 is not imported; imported: F32, F16, Q4_0"):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from arriero.kernels.reference import ReferenceOps
-from arriero.shards.checkpoint.formats.stored import byte_ranges, reads, tensors_due
+from arriero.shards.checkpoint.formats.stored import byte_ranges, reads, tensor_specs
 from arriero.shards.checkpoint.pager import Pager, ranges_read
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.config.group import GroupConfig
@@ -26,7 +26,7 @@ from support.models import tiny_llama
 def test_ranges_cover_what_a_rank_reads(tmp_path: Path, tp: int, pp: int) -> None:
     config = tiny_llama(tmp_path, sharded=True)
     checkpoint = Checkpoint.open(tmp_path)
-    due = tensors_due(config, None)
+    due = tensor_specs(config, None)
     for part in partition(config, GroupConfig(model_path=str(tmp_path), tp=tp, pp=pp)):
         covered = list(ranges_read(checkpoint, due, part))
         for tensor in due:
@@ -48,7 +48,7 @@ def test_progress_is_in_bytes_and_ends_at_the_whole(
     loading = Loader(
         checkpoint,
         None,
-        tensors_due(config, None),
+        tensor_specs(config, None),
         part,
         ReferenceOps(torch.device("cpu")),
         dtype=torch.float32,

@@ -73,7 +73,9 @@ def test_compressed_tensors_reads_the_same(tmp_path: Path, to: To) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     tiny_llama(tmp_path / "a", layers=1, intermediate=90)
-    with pytest.raises(CheckpointError, match="down_proj: 90 columns are no multiple of 8 and 32"):
+    with pytest.raises(
+        CheckpointError, match="down_proj: 90 columns are not a multiple of 8 and 32"
+    ):
         quantize_checkpoint(tmp_path / "a", tmp_path / "b", "int4")
     assert not (tmp_path / "b").exists() and sorted(p.name for p in tmp_path.iterdir()) == ["a"]
     tiny_llama(tmp_path / "c", layers=1)

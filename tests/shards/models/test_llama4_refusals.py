@@ -18,7 +18,7 @@ from torch import Tensor
 
 from arriero.kernels.ops import Linear, Vocab
 from arriero.kernels.reference.backend import ReferenceOps
-from arriero.shards.checkpoint.formats.stored import TensorDue, reads, tensors_due
+from arriero.shards.checkpoint.formats.stored import TensorSpec, reads, tensor_specs
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.checkpoint.safetensors_header import StoredTensor
 from arriero.shards.collectives.mesh import Mesh
@@ -36,7 +36,7 @@ Box = tuple[tuple[int, int], ...]
 class Folder(Checkpoint):
     """A checkpoint of meta tensors, which notes the vectors and the routers that are read."""
 
-    def __init__(self, config: Llama4Config, due: Sequence[TensorDue]) -> None:
+    def __init__(self, config: Llama4Config, due: Sequence[TensorSpec]) -> None:
         stored, at = {}, 0
         for one in due:
             stored[one.name] = StoredTensor(
@@ -108,7 +108,7 @@ class Packing(ReferenceOps):
         )
 
 
-def claims(config: Llama4Config, due: list[TensorDue], part: MoEPart, mesh: MoEMesh) -> Folder:
+def claims(config: Llama4Config, due: list[TensorSpec], part: MoEPart, mesh: MoEMesh) -> Folder:
     folder = Folder(config, due)
     even = [config.num_experts // mesh.stage_size] * mesh.stage_size
     placement = ExpertPlacement.even(even) if mesh.dp > 1 else None
@@ -139,7 +139,7 @@ def test_maverick_is_claimed_by_the_ranks_that_should_hold_it(
 ) -> None:
     monkeypatch.setattr(loader, "PAGED_BYTES", 1 << 60)  # nothing is read ahead
     config, mesh = Llama4Config.from_dict(MAVERICK), LAYOUTS[layout]
-    due = tensors_due(config, None)
+    due = tensor_specs(config, None)
     assert sum(prod(one.shape) for one in due) == config.num_parameters() == 401_583_781_376
     text = [one for one in due if one.kind != "vision"]
     parts = partition_moe(config, mesh)
@@ -164,7 +164,7 @@ def test_maverick_is_claimed_by_the_ranks_that_should_hold_it(
         assert _disjoint(list(boxes)), one.name
 
 
-def _copies(one: TensorDue, mesh: MoEMesh) -> int:
+def _copies(one: TensorSpec, mesh: MoEMesh) -> int:
     """How many ranks must hold each element: those that do not cut it."""
     axes = {cut.axis for cut in one.cuts}
     if "experts" in axes:
@@ -194,5 +194,5 @@ def _disjoint(boxes: list[Box]) -> bool:
 
 def test_scout_s_total() -> None:
     config = Llama4Config.from_dict(SCOUT)
-    due = tensors_due(config, None)
+    due = tensor_specs(config, None)
     assert sum(prod(one.shape) for one in due) == config.num_parameters() == 108_641_793_536
