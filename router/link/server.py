@@ -330,7 +330,7 @@ class LinkServer:
             else:  # an idle leader looks up less often
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._stirred.wait(), KV_QUIET_S)
-            batch = journal.take()
+            batch = journal.next_batch()
             calm_s += KV_INTERVAL_S
             if batch is not None or self._stirred.is_set():
                 calm_s = 0.0

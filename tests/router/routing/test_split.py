@@ -201,7 +201,7 @@ async def test_one_group_begins_and_the_other_goes_on(
         for prompt, tokens in zip(asked, expected, strict=True):
             got, course = await ask(links, prompt)
             assert got == tokens
-            assert (course.source, course.moves) == ("first", 0)
+            assert (course.source, course.num_migrations) == ("first", 0)
         stats = [group.engine.stats() for group in (first, other)]
         assert [one.output_tokens for one in stats] == [4, 4 * (GREEDY.max_tokens - 1)]
         # every full block of a prompt came over
@@ -244,7 +244,7 @@ async def test_a_side_that_is_gone_is_done_without(folder: str, llama_tokenizer:
         await told(links, {"g0": "prefill", "g1": "decode"})
         # it goes while it goes on: who began takes it back
         got, course = await ask(links, asked[1], after={5: goes_on.stop})
-        assert got == expected[1] and course.moves == 1
+        assert got == expected[1] and course.num_migrations == 1
         # it is gone: who begins goes on
         got, course = await ask(links, asked[2])
         assert got == expected[2] and not course.source
