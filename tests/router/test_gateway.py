@@ -363,7 +363,7 @@ async def test_a_lost_leader_is_named_and_comes_back(running: Stack) -> None:
     assert running.link._server is not None
     running.link._server.close()
     for link in list(running.link._links):
-        link.wire.abort("")
+        link.connection.abort("")
     with pytest.raises(Unavailable, match="lost: "):
         await collect(stream)
     await until(lambda: not running.gateway.ready, "the gateway has seen it")

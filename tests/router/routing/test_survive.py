@@ -48,7 +48,7 @@ class Group:
         assert self.link._server is not None
         self.link._server.close()
         for link in list(self.link._links):
-            link.wire.abort("")
+            link.connection.abort("")
 
     async def close(self) -> None:
         await self.link.stop(0)
