@@ -20,18 +20,18 @@ class GroupSpan:
         group: id of the group.
     """
 
-    __slots__ = ("_num_tokens", "_reason", "_steps", "_trace")
+    __slots__ = ("_num_tokens", "_reason", "_span", "_steps")
 
     def __init__(self, tracing: Tracing, request: EngineRequest, group: str) -> None:
         attributes = {"arriero.request_id": request.request_id, "arriero.group": group}
-        self._trace = tracing.begin("group", request.trace, attributes)
+        self._span = tracing.begin("group", request.trace, attributes)
         self._num_tokens = self._steps = 0
         self._reason = "cancelled"
 
     def add(self, output: SequenceOutput) -> None:
         """Count an output of the request."""
         if not self._steps:
-            self._trace.event("first step", {"arriero.cached_tokens": output.num_cached})
+            self._span.event("first step", {"arriero.cached_tokens": output.num_cached})
         self._steps += 1
         self._num_tokens += len(output.tokens)
         self._reason = output.finish_reason or self._reason
@@ -44,4 +44,4 @@ class GroupSpan:
             "arriero.end": self._reason,
         }
         attributes |= {f"arriero.step_us.{phase}": mean for phase, mean in stats.step_us.items()}
-        self._trace.end(attributes)
+        self._span.end(attributes)
