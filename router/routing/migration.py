@@ -20,21 +20,20 @@ from arriero.shards.errors import ArrieroError, Overloaded, Unavailable
 
 log = logging.getLogger(__name__)
 
+Candidates = Callable[[], Sequence[GroupView]]
+
 POLL_S = 0.05
 RETRY_S = 1.0
 """Seconds before a group that refused or lost the request is tried again."""
 
 
 async def run(
-    groups: Backend,
-    progress: RequestProgress,
-    candidates: Callable[[], Sequence[GroupView]],
-    lost_s: float,
+    groups: Backend, progress: RequestProgress, candidates: Candidates, lost_s: float
 ) -> AsyncGenerator[list[SequenceOutput]]:
     """Run a request to its end; closing the iterator cancels the request.
 
     Args:
-        groups: the groups of all models.
+        groups: groups of all models.
         progress: the request and its tokens so far.
         candidates: gives the groups that serve the model now.
         lost_s: seconds that a request waits for another group after the loss of its group.
@@ -44,23 +43,16 @@ async def run(
         Overloaded: all groups are full, and no token was sent yet.
         Unavailable: no group continued the request in time; the text is the first cause.
     """
-    failed_s: dict[str, float] = {}
+    retry_s: dict[str, float] = {}  # by group that refused or lost the request
     lost: ArrieroError | None = None
     deadline_s = 0.0
     while not progress.finished:
         now_s = time.monotonic()
         able = progress.choices(candidates())
-        ready = [
-            group for group in able if now_s - failed_s.get(group.group_id, -RETRY_S) >= RETRY_S
-        ]
+        ready = [group for group in able if now_s >= retry_s.get(group.group_id, 0.0)]
         if not ready:
             if lost is None:
-                raise Unavailable(
-                    "no group can hold this request now"
-                    if progress.digest is None
-                    else "no group with the weights that gave the tokens in `resumed` serves now; "
-                    "try again later, or send the request without `resumed`"
-                )
+                raise _no_group(progress)
             if isinstance(lost, Overloaded) and not progress.started:
                 raise lost
             if now_s >= deadline_s:
@@ -72,9 +64,8 @@ async def run(
             sub_requests, source = progress.sub_requests(group, able), progress.source
             if len(sub_requests) == 1:
                 sub_request = sub_requests[0]
-                async with aclosing(
-                    groups.generate(group.group_id, sub_request.request, source)
-                ) as steps:
+                stream = groups.generate(group.group_id, sub_request.request, source)
+                async with aclosing(stream) as steps:
                     async for outputs in steps:
                         lost = None
                         yield progress.accept(sub_request, group, outputs)
@@ -83,10 +74,8 @@ async def run(
                     async for sub_request, outputs in arrivals:
                         lost = None
                         yield progress.accept(sub_request, group, outputs)
-            handed_over = progress.started and any(
-                sub_request.hands_over for sub_request in sub_requests
-            )
-            if not progress.finished and not handed_over:
+            handed_over = progress.started and any(sub.hands_over for sub in sub_requests)
+            if not (progress.finished or handed_over):
                 raise Unavailable("the group ended the stream before its last token")
         except (Unavailable, Overloaded) as error:
             now_s = time.monotonic()
@@ -94,14 +83,19 @@ async def run(
                 deadline_s = now_s + lost_s
             if lost is None or isinstance(lost, Overloaded):
                 lost = error
-            failed_s[group.group_id] = now_s
+            retry_s[group.group_id] = now_s + RETRY_S
             progress.num_migrations += 1
-            log.info(
-                "%s: group %s: %s; the request migrates",
-                progress.request_id,
-                group.group_id,
-                error,
-            )
+            log.info("%s: group %s: %s; migrates", progress.request_id, group.group_id, error)
+
+
+def _no_group(progress: RequestProgress) -> Unavailable:
+    """The error of a request that no group can start, or resume."""
+    if progress.digest is None:
+        return Unavailable("no group can hold this request now; try again later")
+    return Unavailable(
+        "no group with the weights that gave the tokens in `resumed` serves now; "
+        "try again later, or send the request without `resumed`"
+    )
 
 
 async def _merged(
@@ -114,9 +108,8 @@ async def _merged(
 
     async def pump(sub_request: SubRequest) -> None:
         try:
-            async with aclosing(
-                groups.generate(group.group_id, sub_request.request, source)
-            ) as steps:
+            stream = groups.generate(group.group_id, sub_request.request, source)
+            async with aclosing(stream) as steps:
                 async for outputs in steps:
                     arrived.put_nowait((sub_request, outputs))
         except Exception as error:

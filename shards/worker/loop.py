@@ -62,41 +62,13 @@ def run_slice(
         host: address of this node for the sockets of the ranks.
         leader_alive: called while no plan comes; False ends the slice.
     """
-    config = endpoint.config
     link = _LeaderLink(rank, endpoint, leader_alive)
     activity = Activity()
     heartbeats = HeartbeatSender(rank, endpoint, activity)
     try:
-        # the import of torch takes seconds: the hello comes first and shows the leader the start
-        store_socket = _listen(host) if rank == 0 and config.world_size > 1 else None
-        port = store_socket.getsockname()[1] if store_socket else 0
-        link.send(MessageKind.HELLO, {"host": host, "port": port, "pid": os.getpid()})
-
-        from arriero.shards.worker.select import runner_for
-
-        activity.phase = "load"
-        runner = runner_for(config, rank, progress=link.progress)
-        activity.phase = "join"
-        address = link.receive(MessageKind.JOIN)
-        if address is None:
+        runner = _start(rank, endpoint.config, host, link, activity)
+        if runner is None:
             return
-        if config.world_size > 1:
-            store = _rendezvous(msgpack.unpackb(address), config, rank, store_socket)
-            runner.mesh.join(store, host)
-        activity.phase = "warm up"
-        runner.warm_up()
-        activity.runner = runner
-        report = SliceReport(
-            rank=rank,
-            host=host,
-            pid=os.getpid(),
-            kernels=runner.kernels,
-            threads=config.threads or 1,
-            weights_bytes=runner.weights_nbytes,
-            kv_bytes=runner.kv_nbytes,
-            load_s=runner.load_s,
-        )
-        link.send(MessageKind.READY, asdict(report))
         gc.freeze()  # loaded objects stay: full collections need not visit them
         transfer_workers = runner.open_tiers(link.send_transfer_result, host)
         try:
@@ -120,6 +92,43 @@ def run_slice(
     finally:
         heartbeats.close()
         link.close()
+
+
+def _start(
+    rank: int, config: GroupConfig, host: str, link: _LeaderLink, activity: Activity
+) -> Runner | None:
+    """Load the slice and join the group; gives the ready runner, or None after a stop."""
+    # the import of torch takes seconds: the hello comes first and shows the leader the start
+    store_socket = _listen(host) if rank == 0 and config.world_size > 1 else None
+    port = store_socket.getsockname()[1] if store_socket else 0
+    link.send(MessageKind.HELLO, {"host": host, "port": port, "pid": os.getpid()})
+
+    from arriero.shards.worker.select import runner_for
+
+    activity.phase = "load"
+    runner = runner_for(config, rank, progress=link.progress)
+    activity.phase = "join"
+    address = link.receive(MessageKind.JOIN)
+    if address is None:
+        return None
+    if config.world_size > 1:
+        store = _rendezvous(msgpack.unpackb(address), config, rank, store_socket)
+        runner.mesh.join(store, host)
+    activity.phase = "warm up"
+    runner.warm_up()
+    activity.runner = runner
+    report = SliceReport(
+        rank=rank,
+        host=host,
+        pid=os.getpid(),
+        kernels=runner.kernels,
+        threads=config.threads or 1,
+        weights_bytes=runner.weights_nbytes,
+        kv_bytes=runner.kv_nbytes,
+        load_s=runner.load_s,
+    )
+    link.send(MessageKind.READY, asdict(report))
+    return runner
 
 
 def _serve(
