@@ -305,7 +305,7 @@ class Inference:
         try:
             yield
         finally:
-            self.metrics.moved(model, course.moves)
+            self.metrics.migrated(model, course.num_migrations)
 
     async def _run(self, job: _Job, start: pb.Start) -> Stream:
         """Wait for the request's turn, then run it to its end, in whichever groups that takes."""
@@ -325,7 +325,7 @@ class Inference:
         )
         with seen_as as seen:
             async with self.door.place(start.model, ticket) as place:
-                seen.turn()
+                seen.admitted()
                 job.aside.turn()
                 course = self._course(job, answer, seen.traceparent)
                 # there may be other groups then than when the request came
@@ -334,13 +334,13 @@ class Inference:
                 with self._moves_counted(start.model, course):
                     async with aclosing(running) as steps:
                         async for outputs in steps:
-                            place.used(*seen.watch.step(outputs))
+                            place.used(*seen.timer.step(outputs))
                             if not answer.started:
                                 start.weights = course.digest or ""
                             message = answer.add(outputs)
                             if message is not None:
                                 if not isinstance(message, TextDelta) and answer.finished:
-                                    seen.watch.finish(message.usage)
+                                    seen.timer.finish(message.usage)
                                     place.leave()
                                 yield message
                             if answer.finished:
