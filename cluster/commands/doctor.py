@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +16,7 @@ from arriero.cluster.commands.terminal import OUT, spinner
 
 if TYPE_CHECKING:
     from arriero.cluster.deployment_file import Deployment
-    from arriero.cluster.hosts.doctor import Facts, Questions
+    from arriero.cluster.hosts.doctor import Facts, NodeNeeds
     from arriero.cluster.spec.deployment import DeploymentSpec
 
 _MARKS = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}
@@ -45,39 +45,39 @@ def doctor(
     from arriero.cluster.spec.load import load
 
     deployment = state.read(state.state_folder(state_dir))
-    asked = checkup.Questions()
+    needs = checkup.NodeNeeds()
     if spec is not None:
-        asked = _questions(load(spec, {}), deployment)
+        needs = _node_needs(load(spec, {}), deployment)
     if address is not None and (deployment is None or deployment.ray_address != address):
         deployment = Deployment(ray_address=address)
     with spinner() as say:
         say("looking at this machine" if deployment is None else "looking at the nodes")
         if deployment is None:
-            facts, skews_s = {"here": checkup.look(asked)}, {"here": 0.0}
+            facts, skews_s = {"here": checkup.collect(needs)}, {"here": 0.0}
         else:
-            facts, skews_s = _look_everywhere(deployment, asked)
+            facts, skews_s = _look_everywhere(deployment, needs)
     findings = checkup.judge(facts, skews_s)
     if as_json:
-        print(json.dumps([asdict(one) for one in findings]))
+        print(json.dumps([finding.to_json() for finding in findings]))
     else:
         table = Table("node", "", "what", "what to do")
-        for one in findings:
-            table.add_row(one.node, _MARKS[one.grade], one.what, one.remedy)
+        for finding in findings:
+            table.add_row(finding.node, _MARKS[finding.grade], finding.text, finding.remedy)
         OUT.print(table)
-    if any(one.grade == "fail" for one in findings):
+    if any(finding.grade == "fail" for finding in findings):
         raise typer.Exit(1)
 
 
-def _questions(spec: DeploymentSpec, deployment: Deployment | None) -> Questions:
+def _node_needs(spec: DeploymentSpec, deployment: Deployment | None) -> NodeNeeds:
     """What a spec wants of each node; ports that its own deployment has taken are no matter."""
-    from arriero.cluster.hosts.doctor import Questions
+    from arriero.cluster.hosts.doctor import NodeNeeds
     from arriero.shards.checkpoint.remote import is_url
 
     ours = [] if deployment is None else [deployment.gateway, deployment.http, deployment.admin]
     taken = {at.rpartition(":")[2] for at in ours}
     ports = (spec.gateway.port, spec.gateway.http_port, spec.admin.port)
     disks = {str(m.kv.disk.path): m.kv.disk.size for m in spec.models if m.kv.disk is not None}
-    return Questions(
+    return NodeNeeds(
         models=tuple(one.path for one in spec.models if not is_url(one.path)),
         ports=tuple(one for one in ports if one and str(one) not in taken),
         disks=disks,
@@ -85,7 +85,7 @@ def _questions(spec: DeploymentSpec, deployment: Deployment | None) -> Questions
 
 
 def _look_everywhere(
-    deployment: Deployment, asked: Questions
+    deployment: Deployment, needs: NodeNeeds
 ) -> tuple[dict[str, Facts], dict[str, float]]:
     """Facts and clock skews of every node that is alive."""
     import ray
@@ -97,7 +97,7 @@ def _look_everywhere(
     facts: dict[str, Facts] = {}
     skews_s: dict[str, float] = {}
     with connected(deployment):
-        task: Any = ray.remote(checkup.look)
+        task: Any = ray.remote(checkup.collect)
         ear: Any = ray.remote(checkup.ProbeListener)
         alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
         places = {
@@ -114,9 +114,9 @@ def _look_everywhere(
         for name, place in places.items():
             placed = task.options(**place)
             peers = tuple((other, port) for other, port in heard.items() if other != name)
-            ray.get(placed.remote(asked))  # the worker has started by the second call
+            ray.get(placed.remote(needs))  # the worker has started by the second call
             asked_s = time.time()
-            found: Facts = ray.get(placed.remote(replace(asked, peers=peers)))
+            found: Facts = ray.get(placed.remote(replace(needs, peers=peers)))
             facts[name] = found
             middle_s = (asked_s + time.time()) / 2
             skews_s[name] = max(0.0, abs(found.clock_s - middle_s) - (time.time() - asked_s) / 2)
