@@ -1,4 +1,7 @@
-"""`arriero doctor`: is every node fit to serve, and if not, what is to be done."""
+"""`arriero doctor`: a check of every node, with a remedy for each problem.
+
+Knows flags, tables and the nodes of Ray; the checks are in `cluster/hosts/doctor.py`.
+"""
 
 from __future__ import annotations
 
@@ -29,16 +32,20 @@ def add_to(app: typer.Typer) -> None:
 
 def doctor(
     spec: Annotated[
-        Path | None, typer.Argument(help="Its models must be there, and its ports free.")
+        Path | None,
+        typer.Argument(help="Deployment spec: checks model folders, disk space and ports too."),
     ] = None,
     address: Annotated[
         str | None,
-        typer.Option(help="Ray cluster to look at; else the deployment's, else this machine."),
+        typer.Option(help="Ray cluster; else the cluster of the deployment, else this machine."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
     state_dir: StateDir = None,
 ) -> None:
-    """Check versions, drivers, NCCL, clocks, disks, limits, ports and ways; exit 1 if one fails."""
+    """Check versions, drivers, NCCL, clocks, disks, limits, ports and network of each node.
+
+    The exit code is 1 when a check fails.
+    """
     from arriero.cluster import deployment_file as state
     from arriero.cluster.deployment_file import Deployment
     from arriero.cluster.hosts import doctor as checkup
@@ -50,17 +57,17 @@ def doctor(
         needs = _node_needs(load(spec, {}), deployment)
     if address is not None and (deployment is None or deployment.ray_address != address):
         deployment = Deployment(ray_address=address)
-    with spinner() as say:
-        say("looking at this machine" if deployment is None else "looking at the nodes")
+    with spinner() as show:
+        show("checking this machine" if deployment is None else "checking the nodes")
         if deployment is None:
             facts, skews_s = {"here": checkup.collect(needs)}, {"here": 0.0}
         else:
-            facts, skews_s = _look_everywhere(deployment, needs)
+            facts, skews_s = _collect_everywhere(deployment, needs)
     findings = checkup.judge(facts, skews_s)
     if as_json:
         print(json.dumps([finding.to_json() for finding in findings]))
     else:
-        table = Table("node", "", "what", "what to do")
+        table = Table("node", "", "finding", "remedy")
         for finding in findings:
             table.add_row(finding.node, _MARKS[finding.grade], finding.text, finding.remedy)
         OUT.print(table)
@@ -69,25 +76,27 @@ def doctor(
 
 
 def _node_needs(spec: DeploymentSpec, deployment: Deployment | None) -> NodeNeeds:
-    """What a spec wants of each node; ports that its own deployment has taken are no matter."""
+    """The needs of a spec on each node, without the ports that the running deployment uses."""
     from arriero.cluster.hosts.doctor import NodeNeeds
     from arriero.shards.checkpoint.remote import is_url
 
-    ours = [] if deployment is None else [deployment.gateway, deployment.http, deployment.admin]
-    taken = {at.rpartition(":")[2] for at in ours}
+    addresses = (
+        [] if deployment is None else [deployment.gateway, deployment.http, deployment.admin]
+    )
+    used_ports = {address.rpartition(":")[2] for address in addresses}
     ports = (spec.gateway.port, spec.gateway.http_port, spec.admin.port)
     disks = {str(m.kv.disk.path): m.kv.disk.size for m in spec.models if m.kv.disk is not None}
     return NodeNeeds(
-        models=tuple(one.path for one in spec.models if not is_url(one.path)),
-        ports=tuple(one for one in ports if one and str(one) not in taken),
+        models=tuple(model.path for model in spec.models if not is_url(model.path)),
+        ports=tuple(port for port in ports if port and str(port) not in used_ports),
         disks=disks,
     )
 
 
-def _look_everywhere(
+def _collect_everywhere(
     deployment: Deployment, needs: NodeNeeds
 ) -> tuple[dict[str, Facts], dict[str, float]]:
-    """Facts and clock skews of every node that is alive."""
+    """Facts and clock skews (seconds) of every living node, by address."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -98,9 +107,9 @@ def _look_everywhere(
     skews_s: dict[str, float] = {}
     with connected(deployment):
         task: Any = ray.remote(checkup.collect)
-        ear: Any = ray.remote(checkup.ProbeListener)
+        listener: Any = ray.remote(checkup.ProbeListener)
         alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-        places = {
+        options = {
             node["NodeManagerAddress"]: {
                 "num_cpus": 0,
                 "scheduling_strategy": NodeAffinitySchedulingStrategy(
@@ -109,15 +118,22 @@ def _look_everywhere(
             }
             for node in alive
         }
-        ears = {name: ear.options(**place).remote(name) for name, place in places.items()}
-        heard = {name: ray.get(one.port.remote()) for name, one in ears.items()}
-        for name, place in places.items():
-            placed = task.options(**place)
-            peers = tuple((other, port) for other, port in heard.items() if other != name)
-            ray.get(placed.remote(needs))  # the worker has started by the second call
-            asked_s = time.time()
-            found: Facts = ray.get(placed.remote(replace(needs, peers=peers)))
-            facts[name] = found
-            middle_s = (asked_s + time.time()) / 2
-            skews_s[name] = max(0.0, abs(found.clock_s - middle_s) - (time.time() - asked_s) / 2)
+        listeners = {
+            address: listener.options(**placement).remote(address)
+            for address, placement in options.items()
+        }
+        probe_ports = {
+            address: ray.get(actor.port.remote()) for address, actor in listeners.items()
+        }
+        for address, placement in options.items():
+            placed = task.options(**placement)
+            peers = tuple((peer, port) for peer, port in probe_ports.items() if peer != address)
+            ray.get(placed.remote(needs))  # starts the worker, so that the next call is quick
+            before_s = time.time()
+            node_facts: Facts = ray.get(placed.remote(replace(needs, peers=peers)))
+            after_s = time.time()
+            facts[address] = node_facts
+            middle_s = (before_s + after_s) / 2
+            half_s = (after_s - before_s) / 2
+            skews_s[address] = max(0.0, abs(node_facts.clock_s - middle_s) - half_s)
     return facts, skews_s

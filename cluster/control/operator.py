@@ -203,16 +203,16 @@ class Operator:
     async def drain(self, name: str) -> str:
         """Stop a group; where there is room, a successor starts first."""
         async with self._change_lock:
-            name_of_seat = name if name in self._state.seats else name.rpartition(".")[0]
-            seat = self._state.seats.get(name_of_seat)
+            seat_name = name if name in self._state.seats else name.rpartition(".")[0]
+            seat = self._state.seats.get(seat_name)
             if seat is None:
                 known = ", ".join(self._state.seats) or "none"
                 raise NotFound(f"no group or seat {name[:128]!r}; the deployment has {known}")
             model = self._state.models[seat.model]
-            if name_of_seat not in model.drained and not seat.stopping:
-                model.drained.append(name_of_seat)
-            text = f"{name_of_seat}: draining; a successor takes its place"
-            return await self._commit(name_of_seat, text)
+            if seat_name not in model.drained and not seat.stopping:
+                model.drained.append(seat_name)
+            text = f"{seat_name}: draining; a successor takes its place"
+            return await self._commit(seat_name, text)
 
     async def rollout(self, spec: DeploymentSpec | None, *, force: bool) -> str:
         """Apply the settings of `spec`; None keeps the settings and applies changed weights."""

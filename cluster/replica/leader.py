@@ -143,6 +143,7 @@ class Leader:
         """Load the model on all slices, generate a token, open the link, and register."""
         started_s = time.monotonic()
         # late imports: meanwhile the slices import torch
+        import arriero.router.text.model_card  # noqa: F401
         from arriero.shards.checkpoint.formats.describe import describe
         from arriero.shards.checkpoint.remote import local_folder
         from arriero.shards.engine.config import engine_config
