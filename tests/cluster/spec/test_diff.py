@@ -22,7 +22,7 @@ OLD = spec()
 
 
 @pytest.mark.parametrize(
-    ("new", "field", "price"),
+    ("new", "field", "applied_by"),
     [
         (spec(log_level="info"), "log_level", "reload"),
         (spec(gateway={"tenants": [{"name": "anyone"}]}), "gateway.tenants", "reload"),
@@ -41,7 +41,7 @@ OLD = spec()
         (spec(ray={"address": "h:1"}), "ray.address", "up"),
     ],
 )
-def test_each_field_has_its_price(new: DeploymentSpec, field: str, applied_by: str) -> None:
+def test_each_field_has_its_command(new: DeploymentSpec, field: str, applied_by: str) -> None:
     (found,) = diff(OLD, new)
     assert (found.field, found.applied_by) == (field, applied_by)
     if applied_by == "reload":

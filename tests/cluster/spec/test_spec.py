@@ -102,7 +102,7 @@ def test_windows(tmp_path: Path, model: Path) -> None:
     config = load(path, flags).models[0].group_config("cpu")
     assert config.sliding_window == 128 and config.window_words == "window 128 sinks 0"
     path = written(tmp_path, "models: [{name: a, path: tiny, attention: {attention_sinks: 4}}]\n")
-    with pytest.raises(SpecError, match=r"`attention_sinks`=4.*without `sliding_window`"):
+    with pytest.raises(SpecError, match=r"`attention_sinks`=4.*need `sliding_window`"):
         load(path, {})
 
 
