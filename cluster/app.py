@@ -15,7 +15,8 @@ from ray import serve
 from ray.serve import Application
 
 from arriero.cluster.replica.gateway import GatewayReplica, GatewaySettings
-from arriero.cluster.replica.leader import GroupSettings, Leader
+from arriero.cluster.replica.group_settings import GroupSettings
+from arriero.cluster.replica.leader import Leader
 from arriero.cluster.spec.deployment import DeploymentSpec
 from arriero.cluster.spec.load import load
 from arriero.cluster.spec.model import ModelSpec

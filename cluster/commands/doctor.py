@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +19,7 @@ from arriero.cluster.commands.terminal import OUT, spinner
 
 if TYPE_CHECKING:
     from arriero.cluster.deployment_file import Deployment
-    from arriero.cluster.hosts.doctor import Facts, Questions
+    from arriero.cluster.hosts.doctor import Facts, NodeNeeds
     from arriero.cluster.spec.deployment import DeploymentSpec
 
 _MARKS = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}
@@ -52,32 +52,32 @@ def doctor(
     from arriero.cluster.spec.load import load
 
     deployment = state.read(state.state_folder(state_dir))
-    questions = checkup.Questions()
+    needs = checkup.NodeNeeds()
     if spec is not None:
-        questions = _questions(load(spec, {}), deployment)
+        needs = _node_needs(load(spec, {}), deployment)
     if address is not None and (deployment is None or deployment.ray_address != address):
         deployment = Deployment(ray_address=address)
     with spinner() as show:
         show("checking this machine" if deployment is None else "checking the nodes")
         if deployment is None:
-            facts, skews_s = {"here": checkup.look(questions)}, {"here": 0.0}
+            facts, skews_s = {"here": checkup.collect(needs)}, {"here": 0.0}
         else:
-            facts, skews_s = _look_everywhere(deployment, questions)
+            facts, skews_s = _collect_everywhere(deployment, needs)
     findings = checkup.judge(facts, skews_s)
     if as_json:
-        print(json.dumps([asdict(finding) for finding in findings]))
+        print(json.dumps([finding.to_json() for finding in findings]))
     else:
         table = Table("node", "", "finding", "remedy")
         for finding in findings:
-            table.add_row(finding.node, _MARKS[finding.grade], finding.what, finding.remedy)
+            table.add_row(finding.node, _MARKS[finding.grade], finding.text, finding.remedy)
         OUT.print(table)
     if any(finding.grade == "fail" for finding in findings):
         raise typer.Exit(1)
 
 
-def _questions(spec: DeploymentSpec, deployment: Deployment | None) -> Questions:
+def _node_needs(spec: DeploymentSpec, deployment: Deployment | None) -> NodeNeeds:
     """The needs of a spec on each node, without the ports that the running deployment uses."""
-    from arriero.cluster.hosts.doctor import Questions
+    from arriero.cluster.hosts.doctor import NodeNeeds
     from arriero.shards.checkpoint.remote import is_url
 
     addresses = (
@@ -86,15 +86,15 @@ def _questions(spec: DeploymentSpec, deployment: Deployment | None) -> Questions
     used_ports = {address.rpartition(":")[2] for address in addresses}
     ports = (spec.gateway.port, spec.gateway.http_port, spec.admin.port)
     disks = {str(m.kv.disk.path): m.kv.disk.size for m in spec.models if m.kv.disk is not None}
-    return Questions(
+    return NodeNeeds(
         models=tuple(model.path for model in spec.models if not is_url(model.path)),
         ports=tuple(port for port in ports if port and str(port) not in used_ports),
         disks=disks,
     )
 
 
-def _look_everywhere(
-    deployment: Deployment, questions: Questions
+def _collect_everywhere(
+    deployment: Deployment, needs: NodeNeeds
 ) -> tuple[dict[str, Facts], dict[str, float]]:
     """Facts and clock skews (seconds) of every living node, by address."""
     import ray
@@ -106,7 +106,7 @@ def _look_everywhere(
     facts: dict[str, Facts] = {}
     skews_s: dict[str, float] = {}
     with connected(deployment):
-        task: Any = ray.remote(checkup.look)
+        task: Any = ray.remote(checkup.collect)
         listener: Any = ray.remote(checkup.ProbeListener)
         alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
         options = {
@@ -128,9 +128,9 @@ def _look_everywhere(
         for address, placement in options.items():
             placed = task.options(**placement)
             peers = tuple((peer, port) for peer, port in probe_ports.items() if peer != address)
-            ray.get(placed.remote(questions))  # starts the worker, so that the next call is quick
+            ray.get(placed.remote(needs))  # starts the worker, so that the next call is quick
             before_s = time.time()
-            node_facts: Facts = ray.get(placed.remote(replace(questions, peers=peers)))
+            node_facts: Facts = ray.get(placed.remote(replace(needs, peers=peers)))
             after_s = time.time()
             facts[address] = node_facts
             middle_s = (before_s + after_s) / 2

@@ -33,13 +33,14 @@ _ERRORS: dict[grpc.StatusCode, type[ArrieroError]] = {
 
 
 class AdminClient:
-    """Calls Admin; errors come back as arriero's own.
+    """Calls Admin; raises arriero's own errors.
 
     Args:
         address: host and port.
-        token: the deployment's.
-        ca: PEM of the authorities that Admin's certificate may be from; "" speaks in the clear.
-        name: that its certificate must be for; "" for the address's own.
+        token: admin token of the deployment.
+        ca: certificates, as PEM, of the authorities that may sign Admin's certificate; "" for a
+            connection without TLS.
+        name: name in Admin's certificate; "" for the host in `address`.
     """
 
     def __init__(self, address: str, token: str, *, ca: str = "", name: str = "") -> None:
@@ -58,7 +59,7 @@ class AdminClient:
         """The client of a deployment.
 
         Raises:
-            Unavailable: it does not serve Admin (yet).
+            Unavailable: the deployment does not serve Admin yet.
         """
         if not deployment.admin:
             raise Unavailable("the deployment is still starting; try again")
@@ -70,7 +71,7 @@ class AdminClient:
         )
 
     def status(self) -> pb.Status:
-        """What there is and what is wanted."""
+        """The current and the desired state of the deployment."""
         return self._call(self._stub.GetStatus, pb.GetStatusRequest())
 
     def events(self, limit: int = 0) -> list[pb.Event]:
@@ -86,11 +87,11 @@ class AdminClient:
         return list(self._call(self._stub.Logs, pb.LogsRequest(name=name, lines=lines)).logs)
 
     def scale(self, model: str, groups: int) -> str:
-        """Have so many groups."""
+        """Set the number of groups of a model."""
         return self._call(self._stub.Scale, pb.ScaleRequest(model=model, groups=groups)).text
 
     def drain(self, name: str) -> str:
-        """End a group."""
+        """End a group after the group's streams have ended or moved."""
         return self._call(self._stub.Drain, pb.DrainRequest(name=name)).text
 
     def rollout(self, spec: str = "", *, force: bool = False) -> str:
@@ -99,38 +100,38 @@ class AdminClient:
         return self._call(self._stub.Rollout, request).text
 
     def rollback(self, model: str) -> str:
-        """Go back to the revision before."""
+        """Go back to the previous revision of a model's settings."""
         return self._call(self._stub.Rollback, pb.RollbackRequest(model=model)).text
 
     def reload(self, spec: str) -> str:
-        """Take the settings of a spec that can be changed while everything runs."""
+        """Apply the fields of a spec that can change while everything runs."""
         return self._call(self._stub.Reload, pb.ReloadRequest(spec=spec)).text
 
     def keys(self, action: str, **fields: str | float) -> pb.KeysResponse:
-        """List, make, replace or take out API keys; the fields are those of `KeysRequest`."""
+        """List, add, rotate or revoke API keys; `fields` are fields of `KeysRequest`."""
         return self._call(self._stub.Keys, pb.KeysRequest(action=action, **fields))  # type: ignore[arg-type]
 
     def rotate_token(self, overlap_s: float) -> str:
-        """Replace Admin's token; gives the new one."""
+        """Replace Admin's token; returns the new token."""
         request = pb.RotateTokenRequest(overlap_s=overlap_s)
         return self._call(self._stub.RotateToken, request).token
 
     def kv(self, request: pb.KvRequest) -> list[pb.KvGroup]:
-        """What the KV caches of groups hold, once what is asked for is done."""
+        """Run an action on the KV caches of groups; returns the contents of the caches after."""
         return list(self._call(self._stub.Kv, request).groups)
 
     def _call(self, method: Callable[..., R], request: object) -> R:
         try:
             return method(request, metadata=self._metadata, timeout=_TIMEOUT_S)
         except grpc.RpcError as error:
-            assert isinstance(error, grpc.Call), "a call's error says how it ended"
+            assert isinstance(error, grpc.Call), "the error of a call has a status code"
             code, details = error.code(), error.details() or ""
             if code is grpc.StatusCode.INVALID_ARGUMENT:
                 raise InvalidRequest("", details) from None
             raise _ERRORS.get(code, ArrieroError)(details) from None
 
     def close(self) -> None:
-        """Drop the connection."""
+        """Close the connection."""
         self._channel.close()
 
     def __enter__(self) -> Self:

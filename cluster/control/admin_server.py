@@ -1,7 +1,7 @@
-"""`arriero.v1.Admin` on gRPC: the operator's and the registry's answers as messages.
+"""The gRPC server of `arriero.v1.Admin`: answers of the operator and the registry as messages.
 
-Everyone who calls must hold the deployment's token. Knows messages and statuses; what a change
-means is the operator's.
+Every caller must send the deployment's admin token. Knows messages and gRPC statuses; knows nothing
+of the meaning of a change (`operator`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hmac
 import json
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
@@ -48,33 +48,34 @@ log = logging.getLogger(__name__)
 
 SERVICE: str = pb.DESCRIPTOR.services_by_name["Admin"].full_name
 MAX_LINES = 1000
+KEY_ACTIONS = ("list", "add", "rotate", "revoke")
 
 M = TypeVar("M", bound=Message)
 Context = grpc.aio.ServicerContext[bytes, bytes]
 
 
 class AdminServer:
-    """Serves Admin for an operator, in its event loop.
+    """Serves Admin in the event loop of an operator.
 
     Args:
-        operator: makes the changes, and knows the tokens of those who may call.
-        board: the registry.
+        operator: makes the changes, and knows the valid admin tokens.
+        registry: of the cluster.
     """
 
-    def __init__(self, operator: Operator, snapshot: ActorHandle[Registry]) -> None:
-        self._operator, self._registry = operator, snapshot
+    def __init__(self, operator: Operator, registry: ActorHandle[Registry]) -> None:
+        self._operator, self._registry = operator, registry
         self._server: grpc.aio.Server | None = None
 
     async def start(self, host: str, port: int, tls: TlsFiles | None) -> str:
-        """Listen; gives the address as others reach it.
+        """Listen; returns the address for clients.
 
         Args:
-            host: to listen on.
-            port: 0 takes any free one.
-            tls: certificate and key; None listens in the clear.
+            host: address to bind to.
+            port: port to bind to; 0 for any free port.
+            tls: certificate and key; None for a server without TLS.
 
         Raises:
-            OSError: it cannot be bound.
+            OSError: the address cannot be bound.
             SpecError: a file of `tls` is missing or wrong.
         """
         credentials = None if tls is None else tls.server("admin.tls")
@@ -93,7 +94,9 @@ class AdminServer:
             "RotateToken": self._method(pb.RotateTokenRequest, self._rotate_token),
             "Kv": self._method(pb.KvRequest, self._kv),
         }
-        handlers = {name: grpc.unary_unary_rpc_method_handler(one) for name, one in methods.items()}
+        handlers = {
+            name: grpc.unary_unary_rpc_method_handler(method) for name, method in methods.items()
+        }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         try:
             if credentials is None:
@@ -108,22 +111,25 @@ class AdminServer:
     def _method(
         self, kind: type[M], answer: Callable[[M], Awaitable[Message]]
     ) -> Callable[[bytes, Context], Awaitable[bytes]]:
-        """A call: who asks, what, and errors in words."""
+        """A gRPC method: checks the token, reads the request, turns errors into statuses."""
 
         async def run(raw: bytes, context: Context) -> bytes:
             given = str(dict(context.invocation_metadata() or ()).get("authorization", ""))
             expected = [f"Bearer {token}".encode() for token in self._operator.tokens()]
-            if not any([hmac.compare_digest(given.encode(), one) for one in expected]):
+            if not any([hmac.compare_digest(given.encode(), token) for token in expected]):
                 await context.abort(
                     grpc.StatusCode.UNAUTHENTICATED,
-                    "metadata `authorization: Bearer TOKEN` does not hold the admin token",
+                    "metadata `authorization: Bearer TOKEN` is not the admin token",
                 )
             try:
                 request = kind()
                 request.ParseFromString(raw)
                 return (await answer(request)).SerializeToString()
             except DecodeError:
-                code, text = grpc.StatusCode.INVALID_ARGUMENT, "the request cannot be read"
+                code, text = (
+                    grpc.StatusCode.INVALID_ARGUMENT,
+                    f"the request is no {kind.DESCRIPTOR.name} message",
+                )
             except NotFound as error:
                 code, text = grpc.StatusCode.NOT_FOUND, str(error)
             except (InvalidRequest, SpecError) as error:
@@ -134,7 +140,7 @@ class AdminServer:
                 code, text = grpc.StatusCode.FAILED_PRECONDITION, str(error)
             except Exception:
                 log.exception("%s failed", kind.DESCRIPTOR.name)
-                code, text = grpc.StatusCode.INTERNAL, "internal error; the operator's log has it"
+                code, text = grpc.StatusCode.INTERNAL, "internal error; see `arriero logs operator`"
             await context.abort(code, text[:2000])
 
         return run
@@ -142,7 +148,7 @@ class AdminServer:
     async def _status(self, request: pb.GetStatusRequest) -> pb.Status:
         snapshot = await self._registry.snapshot.remote()
         desired_models, seats = self._operator.desired_models(), self._operator.seats(snapshot)
-        entries: dict[str, GroupEntry] = {one.seat: one for one in snapshot.groups}
+        entries: dict[str, GroupEntry] = {entry.seat: entry for entry in snapshot.groups}
         status = pb.Status()
         for name, desired in desired_models.items():
             own = [seat for seat in seats if seat.model == name]
@@ -158,15 +164,17 @@ class AdminServer:
                 queued=snapshot.demand.get(name, (0, 0.0))[0],
                 wait_s=snapshot.demand.get(name, (0, 0.0))[1],
             )
-        for seat in sorted(seats, key=lambda one: (one.spare, one.name)):
+        for seat in sorted(seats, key=lambda seat: (seat.spare, seat.name)):
             group = status.groups.add(
                 seat=seat.name, model=seat.model, revision=seat.revision, phase=seat.phase.value
             )
-            group.text = self._operator.trouble(seat.name) or _progress(snapshot, seat.name)
+            group.text = self._operator.start_problem(seat.name) or _progress(snapshot, seat.name)
             if (entry := entries.get(seat.name)) is not None:
                 _fill(group, entry)
-        for one in snapshot.gateways:
-            status.gateways.add(id=one.id, address=one.address, http=one.http, pid=one.pid)
+        for gateway in snapshot.gateways:
+            status.gateways.add(
+                id=gateway.id, address=gateway.address, http=gateway.http, pid=gateway.pid
+            )
         status.failures.extend(map(_failure, snapshot.failures))
         return status
 
@@ -177,10 +185,10 @@ class AdminServer:
         )
 
     async def _why(self, request: pb.WhyRequest) -> pb.WhyResponse:
-        found = await self._registry.why.remote(request.name)
-        if found is None:
-            raise NotFound(f"no failure of {request.name[:128]!r} is known")
-        return pb.WhyResponse(failure=_failure(found), lines=found.words())
+        failure = await self._registry.why.remote(request.name)
+        if failure is None:
+            raise NotFound(f"no failure of {request.name[:128]!r} is recorded")
+        return pb.WhyResponse(failure=_failure(failure), lines=failure.words())
 
     async def _logs(self, request: pb.LogsRequest) -> pb.LogsResponse:
         processes = _processes(await self._registry.snapshot.remote(), request.name)
@@ -213,23 +221,23 @@ class AdminServer:
 
     async def _keys(self, request: pb.KeysRequest) -> pb.KeysResponse:
         snapshot = await self._registry.snapshot.remote()
-        ring = ApiKeyStore(
-            self._operator.spec.gateway.keys, [one.node_id for one in snapshot.gateways]
+        store = ApiKeyStore(
+            self._operator.spec.gateway.keys, [gateway.node_id for gateway in snapshot.gateways]
         )
         if request.action == "list":
-            return pb.KeysResponse(keys=map(_api_key, (await ring.entries()).values()))
+            return pb.KeysResponse(keys=map(_api_key, (await store.entries()).values()))
         if request.action == "add":
             _check_tenant(request.tenant)
-            done = await ring.add(request.tenant, request.note)
+            change = await store.add(request.tenant, request.note)
         elif request.action == "rotate":
-            done = await ring.rotate(request.id, check_overlap(request.overlap_s))
+            change = await store.rotate(request.id, check_overlap(request.overlap_s))
         elif request.action == "revoke":
-            done = await ring.revoke(request.id)
+            change = await store.revoke(request.id)
         else:
-            raise InvalidRequest("action", f"no action {request.action[:32]!r}")
-        what = f"key {done.entry.id} of {done.entry.tenant}: {request.action}"
-        await self._registry.note.remote("keys", app.NAME, what)
-        return pb.KeysResponse(keys=[_api_key(done.entry)], key=done.key)
+            raise _unknown_action(request.action, KEY_ACTIONS)
+        text = f"key {change.entry.id} of {change.entry.tenant}: {request.action}"
+        await self._registry.note.remote("keys", app.NAME, text)
+        return pb.KeysResponse(keys=[_api_key(change.entry)], key=change.key)
 
     async def _rotate_token(self, request: pb.RotateTokenRequest) -> pb.RotateTokenResponse:
         token = await self._operator.rotate_token(check_overlap(request.overlap_s))
@@ -237,40 +245,54 @@ class AdminServer:
 
     async def _kv(self, request: pb.KvRequest) -> pb.KvResponse:
         if request.action not in KV_ACTIONS:
-            raise InvalidRequest("action", f"no action {request.action[:32]!r}")
+            raise _unknown_action(request.action, KV_ACTIONS)
         snapshot = await self._registry.snapshot.remote()
         name = request.name
-        found = [e for e in snapshot.groups if name in ("", e.group_id, e.seat, e.model)]
-        if not found:
-            there = ", ".join(one.seat for one in snapshot.groups) or "none"
-            raise NotFound(f"no group of {name[:128]!r} serves; there is {there}")
+        entries = [e for e in snapshot.groups if name in ("", e.group_id, e.seat, e.model)]
+        if not entries:
+            serving = ", ".join(entry.seat for entry in snapshot.groups) or "none"
+            raise NotFound(f"no group of {name[:128]!r} serves; serving groups: {serving}")
         tls = self._operator.spec.link_tls
-        return pb.KvResponse(groups=await asyncio.gather(*(ask_kv(e, request, tls) for e in found)))
+        groups = await asyncio.gather(*(ask_kv(entry, request, tls) for entry in entries))
+        return pb.KvResponse(groups=groups)
 
 
 def _processes(snapshot: RegistrySnapshot, name: str) -> list[tuple[str, str, str, int]]:
-    """The processes of a group, or others by name: what each is, its node, that one's id, a pid.
+    """Processes by the name of a group, seat or gateway, or by "gateways" or "operator".
+
+    Returns:
+        Of each process: name for people, address of the node, Ray's id of the node, pid.
 
     Raises:
-        NotFound: there is no such one.
+        NotFound: nothing of this name serves.
     """
     if name == "operator":
         return [(name, node_address(), ray.get_runtime_context().get_node_id(), os.getpid())]
-    gateways = [one for one in snapshot.gateways if name in ("gateways", one.id)]
+    gateways = [gateway for gateway in snapshot.gateways if name in ("gateways", gateway.id)]
     if gateways:
         return [
-            (f"gateway {one.id}", one.address.rpartition(":")[0], one.node_id, one.pid)
-            for one in gateways
+            (
+                f"gateway {gateway.id}",
+                gateway.address.rpartition(":")[0],
+                gateway.node_id,
+                gateway.pid,
+            )
+            for gateway in gateways
         ]
     entry = next((e for e in snapshot.groups if name in (e.group_id, e.seat)), None)
     if entry is None:
-        there = ", ".join([one.seat for one in snapshot.groups] + ["gateways", "operator"])
-        raise NotFound(f"nothing called {name[:128]!r} serves; there is {there}")
+        serving = ", ".join([group.seat for group in snapshot.groups] + ["gateways", "operator"])
+        raise NotFound(f"nothing called {name[:128]!r} serves; choose from: {serving}")
     slices = zip(entry.slice_nodes, entry.slice_node_ids, entry.slice_pids, strict=True)
     return [
         ("leader", entry.node, entry.node_id, entry.pid),
-        *((f"slice {rank}", *place) for rank, place in enumerate(slices)),
+        *((f"slice {rank}", *process) for rank, process in enumerate(slices)),
     ]
+
+
+def _unknown_action(action: str, actions: Sequence[str]) -> InvalidRequest:
+    known = ", ".join(actions)
+    return InvalidRequest("action", f"`action`={action[:32]!r} is unknown; use one of: {known}")
 
 
 def _check_tenant(name: str) -> None:
@@ -303,10 +325,15 @@ def _read_spec(text: str) -> DeploymentSpec:
 
 
 def _progress(snapshot: RegistrySnapshot, seat: str) -> str:
-    return next((t for who, t in snapshot.progress.items() if who.rpartition(".")[0] == seat), "")
+    """Progress of the start of a seat's group; "" when none is recorded."""
+    texts = (
+        text for group_id, text in snapshot.progress.items() if group_id.rpartition(".")[0] == seat
+    )
+    return next(texts, "")
 
 
 def _fill(group: pb.GroupStatus, entry: GroupEntry) -> None:
+    """Add the fields of a registry entry to the status of a group."""
     stats: dict[str, Any] = entry.stats
     group.id, group.layout, group.digest = entry.group_id, entry.layout, entry.digest
     group.node, group.pid = entry.node, entry.pid
@@ -327,12 +354,12 @@ def _fill(group: pb.GroupStatus, entry: GroupEntry) -> None:
         )
 
 
-def _failure(one: Failure) -> pb.Failure:
+def _failure(failure: Failure) -> pb.Failure:
     return pb.Failure(
-        who=one.who,
-        seat=one.seat,
-        at=one.at,
-        cause=one.cause,
-        record="" if one.record is None else json.dumps(one.record),
-        recovered_s=one.recovered_s,
+        who=failure.who,
+        seat=failure.seat,
+        at=failure.at,
+        cause=failure.cause,
+        record="" if failure.record is None else json.dumps(failure.record),
+        recovered_s=failure.recovered_s,
     )

@@ -1,7 +1,7 @@
-"""The API keys of a deployment, changed in the key file of every node that runs a gateway.
+"""The API keys of a deployment: changes the key file on every node that runs a gateway.
 
-Gateways read their file again within a second of a change; calls that a key began go on after it
-is gone. Knows nodes and key files; knows nothing of gateways' insides.
+Gateways read their key file again within a second of a change; a call that a key opened continues
+after the key is revoked. Knows nodes and key files; knows nothing of the inside of gateways.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ MAX_OVERLAP_S = 30 * 86_400.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Changed:
-    """What came of a change.
+class KeyChange:
+    """Result of a change.
 
     Attributes:
-        entry: the key that was made, or taken out.
-        key: what its holder sends; "" where none was made. Kept nowhere.
+        entry: the new key, or the revoked key.
+        key: secret that callers send; "" when no key was made. No file contains the secret.
     """
 
     entry: KeyEntry
@@ -32,84 +32,86 @@ class Changed:
 
 
 class ApiKeyStore:
-    """The keys in `path` on some nodes.
+    """The key file on some nodes.
 
     Args:
-        path: of the file, the same on each node; None where the deployment asks for no keys.
-        node_ids: Ray's names of the nodes.
+        path: of the key file, the same on each node; None when the deployment has no API keys.
+        node_ids: Ray's ids of the nodes.
     """
 
     def __init__(self, path: Path | None, node_ids: Sequence[str]) -> None:
         self._path, self._nodes = path, tuple(dict.fromkeys(node_ids))
 
     async def entries(self) -> dict[str, KeyEntry]:
-        """The keys of all the files, by id.
+        """The keys of all key files, by id.
 
         Raises:
-            SpecError: the deployment asks for no keys, or a file cannot be read.
-            Unavailable: a node does not answer, or there is no gateway.
+            SpecError: the deployment has no API keys, or a key file cannot be read.
+            Unavailable: a node does not answer, or no gateway runs.
         """
         if self._path is None:
-            raise SpecError("the deployment asks for no keys: its spec has no `gateway.keys`")
+            raise SpecError(
+                "the deployment has no API keys; set `gateway.keys` in the spec to a key file"
+            )
         if not self._nodes:
-            raise Unavailable("no gateway runs, so it is not known where the key files are")
-        found = await asyncio.gather(
-            *(nodes.ask(one, read_keys, self._path) for one in self._nodes)
+            raise Unavailable("no gateway runs, so the nodes with the key files are unknown")
+        files = await asyncio.gather(
+            *(nodes.run_on(node, read_keys, self._path) for node in self._nodes)
         )
-        return {key_id: entry for one in found for key_id, entry in one.items()}
+        return {key_id: entry for entries in files for key_id, entry in entries.items()}
 
-    async def add(self, tenant: str, note: str) -> Changed:
+    async def add(self, tenant: str, note: str) -> KeyChange:
         """Make a key for a tenant; raises as `entries`."""
         await self.entries()
         key, entry = make_key(tenant, note)
         await self._apply([entry], [])
-        return Changed(entry=entry, key=key)
+        return KeyChange(entry=entry, key=key)
 
-    async def rotate(self, key_id: str, overlap_s: float) -> Changed:
-        """Make a key in place of another, which is taken for `overlap_s` seconds more.
+    async def rotate(self, key_id: str, overlap_s: float) -> KeyChange:
+        """Make a key in place of an old key, which stays valid for `overlap_s` seconds.
 
         Raises:
             NotFound: no key has the id.
             SpecError, Unavailable: as `entries`.
         """
-        key, entry, old = rotated(self._one(await self.entries(), key_id), overlap_s)
+        key, entry, old = rotated(self._entry(await self.entries(), key_id), overlap_s)
         await self._apply([entry, *([] if old is None else [old])], [] if old else [key_id])
-        return Changed(entry=entry, key=key)
+        return KeyChange(entry=entry, key=key)
 
-    async def revoke(self, key_id: str) -> Changed:
-        """Take a key out; raises as `rotate`."""
-        entry = self._one(await self.entries(), key_id)
+    async def revoke(self, key_id: str) -> KeyChange:
+        """Remove a key; raises as `rotate`."""
+        entry = self._entry(await self.entries(), key_id)
         await self._apply([], [key_id])
-        return Changed(entry=entry)
+        return KeyChange(entry=entry)
 
-    def _one(self, entries: dict[str, KeyEntry], key_id: str) -> KeyEntry:
+    def _entry(self, entries: dict[str, KeyEntry], key_id: str) -> KeyEntry:
         if key_id not in entries:
-            raise NotFound(f"no key {key_id[:64]!r}; `arriero keys list` shows them")
+            raise NotFound(f"no key {key_id[:64]!r}; `arriero keys list` shows all keys")
         return entries[key_id]
 
     async def _apply(self, put: Sequence[KeyEntry], drop: Sequence[str]) -> None:
-        done = await asyncio.gather(
-            *(nodes.ask(one, change_keys, self._path, put, drop) for one in self._nodes),
+        results = await asyncio.gather(
+            *(nodes.run_on(node, change_keys, self._path, put, drop) for node in self._nodes),
             return_exceptions=True,
         )
         failed = {
             node: str(error)
-            for node, error in zip(self._nodes, done, strict=True)
+            for node, error in zip(self._nodes, results, strict=True)
             if isinstance(error, BaseException)
         }
         if failed:
-            told = "; ".join(f"on node {node[:12]}: {why}" for node, why in failed.items())
+            causes = "; ".join(f"on node {node[:12]}: {why}" for node, why in failed.items())
             raise Unavailable(
-                f"{len(failed)} of {len(self._nodes)} key files were not changed, so their gateways"
-                f" take the keys from before: {told}"
+                f"{len(failed)} of {len(self._nodes)} key files were not changed, so the gateways"
+                f" of these nodes accept the keys from before: {causes}"
             )
 
 
 def check_overlap(overlap_s: float) -> float:
-    """Seconds for which what is replaced stays valid.
+    """Seconds for which a replaced key or token stays valid.
 
     Raises:
-        InvalidRequest: no such time.
+        InvalidRequest: the number is outside 0 to 30 days.
     """
     if not 0 <= overlap_s <= MAX_OVERLAP_S:
         raise InvalidRequest(

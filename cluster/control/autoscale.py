@@ -1,12 +1,12 @@
-"""How many groups a model should have, by what is asked of it: a policy, sans-I/O.
+"""The autoscaler: how many groups a model needs for the current load. Sans-I/O.
 
-As many as keep each group at its target share of sequences, and one more while requests wait too
-long for their turn. More groups come once they were wanted for `up_s` without a break, fewer once
-for `down_s` no more were wanted, so that a burst neither starts groups for nothing nor ends those
-that the next burst needs (the two windows are those of Kubernetes' HorizontalPodAutoscaler). From
-none, the first request brings one at once.
+The policy keeps each group at the target share of its sequences, and adds a group while requests
+wait too long in the queue. The count rises after `up_s` seconds of higher need without a break, and
+falls after `down_s` seconds of lower need: a short burst starts no group, and a short pause ends
+none (the two windows are those of Kubernetes' HorizontalPodAutoscaler). From zero, the first
+request starts a group at once.
 
-Knows counts and a clock that is passed in; knows nothing of groups' lives or of where they go.
+Knows counts and a clock that the caller passes; knows nothing of the life or place of groups.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from arriero.cluster.spec.scale_limits import ScaleLimits
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelLoad:
-    """What is asked of one model now.
+    """Current load of a model.
 
     Attributes:
-        sequences: those that run or wait, in groups and gateways.
-        capacity: sequences that one group takes.
-        serving: groups that serve.
-        wait_s: the longest predicted wait for a turn.
+        sequences: number that runs or waits, in groups and gateways.
+        capacity: number of sequences of a group.
+        serving: number of groups that serve.
+        wait_s: longest predicted wait in the queue, in seconds.
     """
 
     sequences: int
@@ -36,43 +36,43 @@ class ModelLoad:
 
 
 class Autoscaler:
-    """Counts the groups of one model; ask it regularly."""
+    """Counts the groups of a model; call `count` at regular times."""
 
     def __init__(self, limits: ScaleLimits) -> None:
         self.limits = limits
-        self._raw: deque[tuple[float, int]] = deque()
+        self._needs: deque[tuple[float, int]] = deque()  # time in seconds, groups needed
 
-    def count(self, demand: ModelLoad, now: int, now_s: float) -> int:
-        """Groups to have from now on.
+    def count(self, load: ModelLoad, current: int, now_s: float) -> int:
+        """Number of groups to have from now on.
 
         Args:
-            demand: of this moment.
-            now: groups that are wanted until now.
-            now_s: the time.
+            load: current load.
+            current: number of groups until now.
+            now_s: current time in seconds.
         """
-        raw = self._wanted(demand, now)
-        self._raw.append((now_s, raw))
+        needed = self._needed(load, current)
+        self._needs.append((now_s, needed))
         longest_s = max(self.limits.up_s, self.limits.down_s)
-        while now_s - self._raw[0][0] > longest_s and self._raw[1][0] <= now_s - longest_s:
-            self._raw.popleft()
-        if now == 0 and demand.sequences:
-            return max(raw, 1)
-        if (up := min(self._within(self.limits.up_s, now_s), default=now)) > now:
+        while now_s - self._needs[0][0] > longest_s and self._needs[1][0] <= now_s - longest_s:
+            self._needs.popleft()
+        if current == 0 and load.sequences:
+            return max(needed, 1)
+        if (up := min(self._within(self.limits.up_s, now_s), default=current)) > current:
             return up
-        if (down := max(self._within(self.limits.down_s, now_s), default=now)) < now:
+        if (down := max(self._within(self.limits.down_s, now_s), default=current)) < current:
             return down
-        return min(max(now, self.limits.least), self.limits.most)
+        return min(max(current, self.limits.least), self.limits.most)
 
-    def _wanted(self, demand: ModelLoad, now: int) -> int:
-        wanted = math.ceil(demand.sequences / (self.limits.target * demand.capacity))
-        if demand.wait_s > self.limits.wait_s:
-            wanted = max(wanted, now + 1)
-        if not demand.serving:  # nobody could ask yet: those on their way are wanted still
-            wanted = max(wanted, now)
-        return min(max(wanted, self.limits.least), self.limits.most)
+    def _needed(self, load: ModelLoad, current: int) -> int:
+        needed = math.ceil(load.sequences / (self.limits.target * load.capacity))
+        if load.wait_s > self.limits.wait_s:
+            needed = max(needed, current + 1)
+        if not load.serving:  # no group takes requests yet: keep the groups that are starting
+            needed = max(needed, current)
+        return min(max(needed, self.limits.least), self.limits.most)
 
     def _within(self, window_s: float, now_s: float) -> list[int]:
-        """What was wanted in the last `window_s` seconds; none while less is known."""
-        if now_s - self._raw[0][0] < window_s:
+        """The needs of the last `window_s` seconds; empty while the record is shorter."""
+        if now_s - self._needs[0][0] < window_s:
             return []
-        return [raw for at_s, raw in self._raw if now_s - at_s <= window_s]
+        return [needed for at_s, needed in self._needs if now_s - at_s <= window_s]

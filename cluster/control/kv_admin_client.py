@@ -1,4 +1,4 @@
-"""Admin's question to a leader about its KV cache, and the answer as a message."""
+"""Admin's question to a leader about the leader's KV cache, and the answer as a message."""
 
 from __future__ import annotations
 
@@ -12,46 +12,49 @@ from arriero.shards.errors import ArrieroError
 
 KV_ACTIONS = ("stats", "flush", "warm", "pin", "unpin")
 TIMEOUT_S = 25.0
-"""Less than a client of Admin waits; a leader goes on with what takes longer."""
+"""Shorter than the timeout of Admin's clients; a leader continues an action that takes longer."""
 
 
 async def ask_kv(entry: GroupEntry, request: pb.KvRequest, tls: TlsSpec | None) -> pb.KvGroup:
-    """Ask one leader; what goes wrong is in the answer's `error`.
+    """Ask one leader; an error is in the `error` field of the answer.
 
     Args:
-        entry: of its group.
-        request: what Admin was asked.
-        tls: of the links; None for one in the clear.
+        entry: group of the leader.
+        request: request to Admin.
+        tls: TLS files of the links; None for links without TLS.
     """
     context = None if tls is None else tls.files().link_client("link_tls")
-    asked = {"texts": list(request.texts), "raw": request.raw, "name": request.pin}
+    arguments = {"texts": list(request.texts), "raw": request.raw, "name": request.pin}
     leader = entry.address, entry.link_token
     try:
-        found = await ask_leader(leader, context, request.action, asked, TIMEOUT_S)
+        report = await ask_leader(leader, context, request.action, arguments, TIMEOUT_S)
     except ArrieroError as error:
         return pb.KvGroup(group=entry.group_id, error=str(error))
-    return _message(entry.group_id, found)
+    return _message(entry.group_id, report)
 
 
-def _message(group: str, found: dict[str, Any]) -> pb.KvGroup:
-    held = found["held"]
-    names = dict.fromkeys([*found["tenants"], *(one for tier in held.values() for one in tier)])
+def _message(group: str, report: dict[str, Any]) -> pb.KvGroup:
+    """The report of `KvAdminHandler.answer` as a message."""
+    blocks = report["tenant_blocks"]
+    tenants = dict.fromkeys(
+        [*report["tenants"], *(name for tier in blocks.values() for name in tier)]
+    )
     return pb.KvGroup(
         group=group,
         tiers=[
             pb.KvTier(tier=tier, used=use["used"], total=use["total"])
-            for tier, use in found["tiers"].items()
+            for tier, use in report["tiers"].items()
         ],
         tenants=[
             pb.KvTenant(
                 tenant=name,
-                host_blocks=held.get("host", {}).get(name, 0),
-                disk_blocks=held.get("disk", {}).get(name, 0),
-                **found["tenants"].get(name, {}),
+                host_blocks=blocks.get("host", {}).get(name, 0),
+                disk_blocks=blocks.get("disk", {}).get(name, 0),
+                **report["tenants"].get(name, {}),
             )
-            for name in names
+            for name in tenants
         ],
-        pins=[pb.KvPin(name=name, tokens=count) for name, count in found["pins"].items()],
-        changed=found["changed"],
-        **found["copies"],
+        pins=[pb.KvPin(name=name, tokens=count) for name, count in report["pins"].items()],
+        changed=report["changed"],
+        **report["copies"],
     )

@@ -1,17 +1,17 @@
-"""Who makes the deployment what it is wanted to be: one detached actor.
+"""The operator: one detached actor that brings the deployment to its desired state.
 
-Keeps what is wanted (settings by revision, counts) in Ray's store, looks at what is, and carries
-out what `diff.reconcile` says: each group is a Serve application of its own, so that any one can be
-started and drained by name; Serve replaces a group that dies. Serves `arriero.v1.Admin`.
+Stores the desired state (settings by revision, counts) in Ray's key-value store, reads the current
+state from the registry, and carries out the actions of `reconcile`. Each group is a Serve
+application of its own, so that the operator can start and drain one group by name; Serve replaces a
+group that dies. Serves `arriero.v1.Admin`.
 
-Knows applications and wishes; knows nothing of requests or steps.
+Knows applications and the desired state; knows nothing of requests or steps.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -28,9 +28,10 @@ from arriero.cluster.control.desired_state import (
     OperatorState,
     Revision,
     SeatState,
-    count_of,
-    essence,
+    count_settings,
+    restart_settings,
 )
+from arriero.cluster.control.placement_tracker import PlacementTracker
 from arriero.cluster.control.reconcile import (
     DesiredModel,
     GroupSeat,
@@ -42,7 +43,8 @@ from arriero.cluster.control.reconcile import (
     settled,
     spares_settled,
 )
-from arriero.cluster.control.role_assigner import Roles
+from arriero.cluster.control.role_assigner import RoleAssigner
+from arriero.cluster.control.weights_digest import weights_digest
 from arriero.cluster.hosts import kv_store as store
 from arriero.cluster.hosts import nodes
 from arriero.cluster.hosts.log_level import set_log_level
@@ -52,107 +54,109 @@ from arriero.cluster.spec.deployment import DeploymentSpec
 from arriero.cluster.spec.diff import FieldChange, diff, live_settings, refuse
 from arriero.cluster.spec.model import ModelSpec
 from arriero.shards.checkpoint.remote import is_url
-from arriero.shards.errors import ArrieroError, NotFound, SpecError
+from arriero.shards.errors import NotFound, SpecError
 
 log = logging.getLogger(__name__)
 
 NAME = "operator"
 PREFIX = f"{app.NAME}-"
-"""Applications of groups: the prefix, then the seat."""
+"""Name of a group's application: this prefix, then the seat."""
 _BUSY_S = 0.3
 _QUIET_S = 2.0
-_KEEP_REVISIONS = 8
-_PLACE_SOON_S = 3.0
-PLACE_S = 20.0
-"""A group beyond the wanted count that has found no place by then is given up."""
-CROWDED_S = 600.0
-"""For so long no other is tried."""
 
 
 class Operator:
     """The actor behind `connect()`."""
 
     async def __init__(self, spec: dict[str, Any], shared: bool, token: str) -> None:  # type: ignore[misc]  # Ray awaits it
-        kept = store.get(NAME)
-        self._kept = (
-            OperatorState(spec, shared, token) if kept is None else OperatorState.from_wire(kept)
+        stored = store.get(NAME)
+        self._state = (
+            OperatorState(spec, shared, token)
+            if stored is None
+            else OperatorState.from_wire(stored)
         )
-        self._spec = DeploymentSpec.model_validate(self._kept.spec)
+        self._spec = DeploymentSpec.model_validate(self._state.spec)
         set_log_level(self._spec.log_level)
         self._registry = registry.connect()
         self._wake = asyncio.Event()
-        self._failed: dict[str, str] = {}
-        self._placing_since_s: dict[str, float] = {}
-        self._crowded_until_s: dict[str, float] = {}
-        self._roles = Roles()
-        self._scalers: dict[str, Autoscaler] = {}
-        self._change = asyncio.Lock()
-        self._gateways_change = False  # until Serve has replaced them
-        self._spares: frozenset[str] = frozenset()  # seats that stand by, as last seen
+        self._failed: dict[str, str] = {}  # seat: why its application did not deploy
+        self._placements = PlacementTracker()
+        self._roles = RoleAssigner()
+        self._autoscalers: dict[str, Autoscaler] = {}
+        self._change_lock = asyncio.Lock()
+        self._replacing_gateways = False
+        self._spares: frozenset[str] = frozenset()  # spare seats of the last snapshot
+        self._address = await self._serve_admin()
+        self._state.admin_port = int(self._address.rpartition(":")[2])
+        if not self._state.models:
+            for model in self._spec.models:
+                # `up` has checked local folders; a URL is opened here for the first time
+                digest = await weights_digest(model, check=is_url(model.path))
+                first = Revision(1, model.model_dump(mode="json"), digest)
+                self._state.models[model.name] = ModelState(model.groups, [first])
+        self._save()
+        self._capacity = app.ClusterCapacity.of_cluster(self._spec, shared=self._state.shared)
+        self._running = asyncio.create_task(self._run())
+
+    async def _serve_admin(self) -> str:
         from arriero.cluster.control.admin_server import AdminServer
 
         self._admin = AdminServer(self, self._registry)
-        at = self._spec.admin
-        tls = None if at.tls is None else at.tls.files()
-        try:  # where it was before a restart: the command line knows that port
-            port = at.port or self._kept.admin_port
-            self._address = await self._admin.start(at.host, port, tls)
+        admin = self._spec.admin
+        tls = None if admin.tls is None else admin.tls.files()
+        try:  # after a restart the port must stay: the command line has stored it
+            return await self._admin.start(admin.host, admin.port or self._state.admin_port, tls)
         except OSError:
-            self._address = await self._admin.start(at.host, at.port, tls)
-        self._kept.admin_port = int(self._address.rpartition(":")[2])
-        if not self._kept.models:
-            for model in self._spec.models:
-                # `up` has checked the folders; what is fetched is seen here for the first time
-                digest = await self._digest(model, check=is_url(model.path))
-                first = Revision(1, model.model_dump(mode="json"), digest)
-                self._kept.models[model.name] = ModelState(model.groups, [first])
-        self._keep()
-        self._room = app.ClusterCapacity.of_cluster(self._spec, shared=self._kept.shared)
-        self._running = asyncio.create_task(self._run())
+            return await self._admin.start(admin.host, admin.port, tls)
 
     async def deploy(self) -> str:
-        """Deploy the gateways; the groups follow by themselves. Gives Admin's address."""
+        """Deploy the gateways; the loop then starts the groups. Returns Admin's address."""
         await asyncio.to_thread(_run_app, app.NAME, app.gateways(self._spec))
         return self._address
 
-    # ---- what Admin asks ----
+    # ---- questions and changes of Admin ----
 
     @property
     def spec(self) -> DeploymentSpec:
-        """The deployment's, as it was last deployed."""
+        """The current spec of the deployment."""
         return self._spec
 
     def tokens(self) -> list[str]:
-        """The tokens that Admin takes now."""
-        kept = self._kept
-        before = [kept.token_before] if time.time() < kept.token_before_until else []
-        return [kept.token, *before]
+        """The admin tokens that are valid now."""
+        return self._state.tokens()
 
     @property
     def gateways_settled(self) -> bool:
-        """Whether the gateways are those of the wanted spec."""
-        return not self._gateways_change
+        """Whether all gateways run with the current spec."""
+        return not self._replacing_gateways
 
     def desired_models(self) -> dict[str, DesiredModel]:
-        """What is wanted now."""
-        return {
-            name: DesiredModel(
-                revision=one.revisions[-1].number,
-                count=one.count,
-                surge=self._surge(name),
-                drained=frozenset(one.drained),
-                spares=self.settings(name).spares,
+        """The desired state of each model."""
+        desired = {}
+        for name, model in self._state.models.items():
+            settings = self.settings(name)
+            surge = self._placements.surge(
+                settings,
+                self._capacity,
+                num_seats=self._state.groups_in(name, self._spares),
+                count=model.count,
             )
-            for name, one in self._kept.models.items()
-        }
+            desired[name] = DesiredModel(
+                revision=model.current.number,
+                count=model.count,
+                surge=surge,
+                drained=frozenset(model.drained),
+                spares=settings.spares,
+            )
+        return desired
 
     def seats(self, snapshot: RegistrySnapshot) -> list[GroupSeat]:
-        """What there is."""
+        """The current state of each seat."""
         self._spares = frozenset(snapshot.spares)
-        serving = {one.seat: one for one in snapshot.groups if one.phase == "serving"}
-        found = []
-        for name, place in self._kept.places.items():
-            if place.stopping:
+        serving = {group.seat: group for group in snapshot.groups if group.phase == "serving"}
+        seats = []
+        for name, seat in self._state.seats.items():
+            if seat.stopping:
                 phase = Phase.STOPPING
             elif name in serving:
                 phase = Phase.SERVING
@@ -161,149 +165,165 @@ class Operator:
             else:
                 phase = Phase.FAILED if name in self._failed else Phase.STARTING
             load = 0 if name not in serving else serving[name].stats.get("num_running", 0)
-            found.append(
+            seats.append(
                 GroupSeat(
                     name=name,
-                    model=place.model,
-                    revision=place.revision,
+                    model=seat.model,
+                    revision=seat.revision,
                     phase=phase,
                     load=load,
                     spare=name in self._spares,
                 )
             )
-        return found
+        return seats
 
-    def trouble(self, seat: str) -> str:
-        """Why a seat did not start, or what it waits for; "" if nothing is amiss."""
+    def start_problem(self, seat: str) -> str:
+        """Why the group of a seat did not start, or still waits; "" for no problem."""
         if seat in self._failed:
             return self._failed[seat]
-        since_s = self._placing_since_s.get(seat)
-        if since_s is None or time.monotonic() - since_s < _PLACE_SOON_S:
-            return ""
-        each = self._bundles(self.settings(self._kept.places[seat].model))
-        wanted = ", ".join(f"{amount:g} {name}" for name, amount in each[0].items())
-        return (
-            f"waits for a place: it wants {len(each)} x ({wanted}), each on one node, and"
-            f" {nodes.room_for(each[0])} are free"
-        )
+        settings = self.settings(self._state.seats[seat].model)
+        return self._placements.problem(seat, settings, self._capacity)
 
     def settings(self, model: str) -> ModelSpec:
-        """The wanted settings of a model."""
-        return ModelSpec.model_validate(self._model(model).revisions[-1].settings)
+        """The settings of a model's current revision."""
+        return ModelSpec.model_validate(self._state.model(model).current.settings)
 
     async def scale(self, model: str, groups: int) -> str:
-        """Want so many groups of a model."""
-        async with self._change:
-            managed = self._model(model)
+        """Set the number of groups of a model."""
+        async with self._change_lock:
+            state = self._state.model(model)
             if self.settings(model).autoscale is not None:
                 raise SpecError(
-                    f"model `{model}` has `autoscale`, which counts its groups; change `min` and"
-                    " `max` in the spec, and `arriero rollout` it"
+                    f"model `{model}` has `autoscale`, which sets the number of groups; change"
+                    " `autoscale.min` and `autoscale.max` in the spec, then `arriero rollout SPEC`"
                 )
-            before, managed.count = managed.count, groups
-            return await self._begin(model, f"{model}: {before} to {groups} groups")
+            before, state.count = state.count, groups
+            return await self._commit(model, f"{model}: {before} to {groups} groups")
 
     async def drain(self, name: str) -> str:
-        """Want a group gone; a successor comes first where there is room."""
-        async with self._change:
-            seat = name if name in self._kept.places else name.rpartition(".")[0]
-            place = self._kept.places.get(seat)
-            if place is None:
-                there = ", ".join(self._kept.places) or "none"
-                raise NotFound(f"no group or seat {name[:128]!r}; there is {there}")
-            managed = self._kept.models[place.model]
-            if seat not in managed.drained and not place.stopping:
-                managed.drained.append(seat)
-            return await self._begin(seat, f"{seat}: draining; a successor takes its place")
+        """Stop a group; where there is room, a successor starts first."""
+        async with self._change_lock:
+            seat_name = name if name in self._state.seats else name.rpartition(".")[0]
+            seat = self._state.seats.get(seat_name)
+            if seat is None:
+                known = ", ".join(self._state.seats) or "none"
+                raise NotFound(f"no group or seat {name[:128]!r}; the deployment has {known}")
+            model = self._state.models[seat.model]
+            if seat_name not in model.drained and not seat.stopping:
+                model.drained.append(seat_name)
+            text = f"{seat_name}: draining; a successor takes its place"
+            return await self._commit(seat_name, text)
 
     async def rollout(self, spec: DeploymentSpec | None, *, force: bool) -> str:
-        """Want the settings of `spec`, or the same ones with the weights that are there now."""
-        async with self._change:
-            wanted = spec or self._spec
-            differing = diff(self._spec, wanted)
-            refuse(differing, "rollout")
-            rolled = [one.field for one in differing if one.applied_by == "rollout"]
-            # what each group's leader was started with
-            force = force or any(_part(one) in ("health", "tracing") for one in rolled)
-            looked = {}
-            for model in wanted.models:  # what cannot be read is said before anything is changed
-                last = self._kept.models[model.name].revisions[-1]
-                settings = model.model_dump(mode="json") if spec is not None else last.settings
-                digest = await self._digest(ModelSpec.model_validate(settings))
-                looked[model.name] = settings, digest
+        """Apply the settings of `spec`; None keeps the settings and applies changed weights."""
+        async with self._change_lock:
+            new_spec = spec or self._spec
+            changes = diff(self._spec, new_spec)
+            refuse(changes, "rollout")
+            sections = {
+                change.field.partition(".")[0]
+                for change in changes
+                if change.applied_by == "rollout"
+            }
+            # a leader takes these sections only at its start
+            force = force or not sections.isdisjoint(("health", "tracing"))
+            revisions = {}
+            for model in new_spec.models:  # an unreadable checkpoint is an error before any change
+                settings = self._state.models[model.name].current.settings
+                if spec is not None:
+                    settings = model.model_dump(mode="json")
+                digest = await weights_digest(ModelSpec.model_validate(settings))
+                revisions[model.name] = settings, digest
             if spec is not None:
-                await self._publish(spec, differing)
-            told = []
-            for model in wanted.models:
-                managed = self._kept.models[model.name]
-                last = managed.revisions[-1]
-                settings, digest = looked[model.name]
-                managed.count = model.groups if spec is not None else managed.count
-                if spec is not None and count_of(settings) != count_of(last.settings):
-                    last.settings = {**last.settings, **count_of(settings)}
-                    self._scalers.pop(model.name, None)
-                if force or (essence(settings), digest) != (essence(last.settings), last.digest):
-                    told.append(await self._revise(model.name, settings, digest))
-            if any(_part(one) in ("gateway", "health", "tracing") for one in rolled):
-                told.append("gateways: new settings")
-                self._gateways_change = True
+                await self._set_spec(spec, changes)
+            texts = []
+            for model in new_spec.models:
+                state = self._state.models[model.name]
+                settings, digest = revisions[model.name]
+                current = state.current
+                if spec is not None:
+                    state.count = model.groups
+                    if count_settings(settings) != count_settings(current.settings):
+                        self._set_counts(model.name, settings)
+                before = restart_settings(current.settings), current.digest
+                if force or (restart_settings(settings), digest) != before:
+                    texts.append(await self._revise(model.name, settings, digest))
+            if not sections.isdisjoint(("gateway", "health", "tracing")):
+                texts.append("gateways: new settings")
+                self._replacing_gateways = True
                 await asyncio.to_thread(_run_app, app.NAME, app.gateways(self._spec))
-            if not told:
-                return await self._begin(app.NAME, "settings and weights are as they were")
-            return "; ".join(told)
+            if not texts:
+                return await self._commit(app.NAME, "settings and weights are as they were")
+            return "; ".join(texts)
 
     async def reload(self, spec: DeploymentSpec) -> str:
-        """Take what of a spec can be changed while everything runs.
+        """Apply the fields of a spec that can change while everything runs.
 
         Raises:
-            SpecError: something else differs; nothing is changed then.
+            SpecError: another field differs; nothing has changed.
         """
-        async with self._change:
-            differing = diff(self._spec, spec)
-            refuse(differing, "reload")
-            if not differing:
+        async with self._change_lock:
+            changes = diff(self._spec, spec)
+            refuse(changes, "reload")
+            if not changes:
                 return "settings are as they were"
+            models_before = {model.name: model for model in self._spec.models}
             for model in spec.models:
-                last = self._kept.models[model.name].revisions[-1]
-                before = next(one for one in self._spec.models if one.name == model.name)
-                wanted = count_of(model.model_dump(mode="json"))
-                if wanted != count_of(before.model_dump(mode="json")):
-                    last.settings = {**last.settings, **wanted}
-                    self._scalers.pop(model.name, None)
+                before = models_before[model.name]
+                settings = model.model_dump(mode="json")
+                if count_settings(settings) != count_settings(before.model_dump(mode="json")):
+                    self._set_counts(model.name, settings)
                 if model.groups != before.groups:
-                    self._kept.models[model.name].count = model.groups
-            await self._publish(spec, differing)
-            return await self._begin(app.NAME, f"reloaded {', '.join(c.field for c in differing)}")
+                    self._state.models[model.name].count = model.groups
+            await self._set_spec(spec, changes)
+            fields = ", ".join(change.field for change in changes)
+            return await self._commit(app.NAME, f"reloaded {fields}")
 
     async def rotate_token(self, overlap_s: float) -> str:
-        """Have Admin ask for another token, and take this one for a while."""
-        async with self._change:
-            kept = self._kept
-            kept.token_before, kept.token = kept.token, secrets.token_urlsafe(32)
-            kept.token_before_until = time.time() + overlap_s
-            self._keep()
-            text = f"Admin's token was replaced; the one before is taken for {overlap_s:g} s"
+        """Replace the admin token; the token before stays valid for `overlap_s` seconds."""
+        async with self._change_lock:
+            token = self._state.rotate_token(overlap_s)
+            self._save()
+            text = f"new admin token; the token before is valid for {overlap_s:g} s more"
             await self._note("keys", app.NAME, text)
-            return kept.token
+            return token
 
     async def rollback(self, model: str) -> str:
-        """Want the settings before the last rollout again."""
-        async with self._change:
-            revisions = self._model(model).revisions
+        """Go back to the settings before the last rollout of a model."""
+        async with self._change_lock:
+            revisions = self._state.model(model).revisions
             if len(revisions) < 2:
                 raise SpecError(f"model `{model}` has no revision before {revisions[-1].number}")
             before = revisions[-2]
             return await self._revise(model, before.settings, before.digest)
 
-    async def _publish(self, spec: DeploymentSpec, differing: Sequence[FieldChange]) -> None:
-        """Want a spec, and have gateways and leaders take what they can while they run."""
+    async def _set_spec(self, spec: DeploymentSpec, changes: Sequence[FieldChange]) -> None:
+        """Store a spec, and send its live settings to gateways and leaders."""
         self._spec = spec
-        self._kept.spec = spec.model_dump(mode="json")
-        self._room = app.ClusterCapacity.of_cluster(spec, shared=self._kept.shared)
+        self._state.spec = spec.model_dump(mode="json")
+        self._capacity = app.ClusterCapacity.of_cluster(spec, shared=self._state.shared)
         set_log_level(spec.log_level)
-        if any(one.applied_by == "reload" for one in differing):
-            self._kept.live_version += 1
-            await self._registry.reload.remote(live_settings(spec, self._kept.live_version))
+        if any(change.applied_by == "reload" for change in changes):
+            self._state.live_version += 1
+            await self._registry.reload.remote(live_settings(spec, self._state.live_version))
+
+    def _set_counts(self, model: str, settings: dict[str, Any]) -> None:
+        """Copy the settings for the number of groups into the current revision of a model."""
+        current = self._state.models[model].current
+        current.settings = {**current.settings, **count_settings(settings)}
+        self._autoscalers.pop(model, None)
+
+    async def _revise(self, model: str, settings: dict[str, Any], digest: str) -> str:
+        revision = self._state.model(model).revise(settings, digest)
+        text = f"{model}: revision {revision.number}, weights {digest[:12]}"
+        return await self._commit(model, text)
+
+    async def _commit(self, who: str, text: str) -> str:
+        """Store a change, record the event, and wake the loop; returns the text."""
+        self._save()
+        self._wake.set()
+        await self._note("change", who, text)
+        return text
 
     # ---- the loop ----
 
@@ -313,7 +333,7 @@ class Operator:
             try:
                 done = await self._step()
             except ray.exceptions.RayError as error:
-                log.warning("the deployment cannot be seen now: %s", error)
+                log.warning("the state of the deployment is unreadable now: %s", error)
             except Exception:
                 log.exception("a step of the operator failed")
             try:
@@ -323,7 +343,7 @@ class Operator:
             self._wake.clear()
 
     async def _step(self) -> bool:
-        """Look, decide, act; True when all is as wanted."""
+        """Read the state, choose actions, act; True when the desired state is reached."""
         snapshot = await self._registry.snapshot.remote()
         await self._autoscale(snapshot)
         await self._assign_roles(snapshot)
@@ -335,8 +355,8 @@ class Operator:
             and self.gateways_settled
         ):
             return True
-        await self._look()
-        await self._unplace(snapshot)
+        await self._read_applications()
+        await self._give_up_crowded(snapshot)
         actions = reconcile(desired_models, self.seats(snapshot))
         for action in actions:
             if isinstance(action, Start):
@@ -346,179 +366,114 @@ class Operator:
             else:
                 await self._stop(action)
         if actions:
-            self._keep()
+            self._save()
         return False
 
     async def _autoscale(self, snapshot: RegistrySnapshot) -> None:
-        """Want as many groups as are needed, of models whose spec leaves it open."""
-        for name, managed in self._kept.models.items():
+        """Set the number of groups of each model with `autoscale`."""
+        for name, state in self._state.models.items():
             settings = self.settings(name)
             if settings.autoscale is None:
                 continue
             limits = settings.autoscale.limits()
-            scaler = self._scalers.setdefault(name, Autoscaler(limits))
+            autoscaler = self._autoscalers.setdefault(name, Autoscaler(limits))
             waiting, wait_s = snapshot.demand.get(name, (0, 0.0))
-            own = [one for one in snapshot.groups if one.model == name]
-            demand = ModelLoad(
-                sequences=waiting
-                + sum(
-                    one.stats.get("num_running", 0) + one.stats.get("num_waiting", 0) for one in own
-                ),
+            groups = [group for group in snapshot.groups if group.model == name]
+            in_groups = sum(
+                group.stats.get("num_running", 0) + group.stats.get("num_waiting", 0)
+                for group in groups
+            )
+            load = ModelLoad(
+                sequences=waiting + in_groups,
                 capacity=settings.limits.max_sequences,
-                serving=sum(one.phase == "serving" for one in own),
+                serving=sum(group.phase == "serving" for group in groups),
                 wait_s=wait_s,
             )
-            count = scaler.count(demand, managed.count, time.monotonic())
-            if count != managed.count:
-                text = f"{name}: {managed.count} to {count} groups: {demand.sequences} sequences"
-                managed.count = count
-                self._keep()
+            count = autoscaler.count(load, state.count, time.monotonic())
+            if count != state.count:
+                text = f"{name}: {state.count} to {count} groups: {load.sequences} sequences"
+                state.count = count
+                self._save()
                 await self._note("autoscale", name, f"{text}, {wait_s:.1f} s to wait")
 
     async def _assign_roles(self, snapshot: RegistrySnapshot) -> None:
-        """Tell leaders which part of requests they are for, where that has changed."""
+        """Send leaders the roles of their groups, where a role has changed."""
         tls = self._spec.link_tls
         context = None if tls is None else tls.files().link_client("link_tls")
-        self._roles.forget_but({one.group_id for one in snapshot.groups})
-        for name in self._kept.models:
+        self._roles.retain({group.group_id for group in snapshot.groups})
+        for name in self._state.models:
             groups = [
-                one
-                for one in snapshot.groups
-                if one.model == name
-                and one.phase == "serving"
-                and not self._kept.places.get(one.seat, SeatState(name, 0)).stopping
+                group
+                for group in snapshot.groups
+                if group.model == name
+                and group.phase == "serving"
+                and not self._state.seats.get(group.seat, SeatState(name, 0)).stopping
             ]
-            wanted = self.settings(name).prefill_groups
-            for group_id, role in await self._roles.tell(groups, wanted, context):
+            num_prefill = self.settings(name).prefill_groups
+            for group_id, role in await self._roles.assign(groups, num_prefill, context):
                 await self._note("role", group_id, f"for {role}")
 
-    async def _look(self) -> None:
-        """Which applications there are, and which could not start."""
+    async def _read_applications(self) -> None:
+        """Read the status of all applications; seats whose application is gone are removed."""
         apps = (await asyncio.to_thread(serve.status)).applications
         if app.NAME in apps and apps[app.NAME].status == "RUNNING":
-            self._gateways_change = False
+            self._replacing_gateways = False
         self._failed = {
-            name.removeprefix(PREFIX): one.message.strip()
-            for name, one in apps.items()
-            if name.startswith(PREFIX) and one.status == "DEPLOY_FAILED"
+            name.removeprefix(PREFIX): status.message.strip()
+            for name, status in apps.items()
+            if name.startswith(PREFIX) and status.status == "DEPLOY_FAILED"
         }
-        for seat in [name for name, place in self._kept.places.items() if place.stopping]:
-            if PREFIX + seat not in apps:
-                place = self._kept.places.pop(seat)
-                await self._registry.promote.remote(seat)  # whoever comes there next is no spare
-                managed = self._kept.models[place.model]
-                managed.drained = [one for one in managed.drained if one != seat]
-                self._keep()
+        for name in [name for name, seat in self._state.seats.items() if seat.stopping]:
+            if PREFIX + name not in apps:
+                seat = self._state.seats.pop(name)
+                # the next group of the seat is no spare, unless `_start` says so
+                await self._registry.promote.remote(name)
+                model = self._state.models[seat.model]
+                model.drained = [drained for drained in model.drained if drained != name]
+                self._save()
+
+    async def _give_up_crowded(self, snapshot: RegistrySnapshot) -> None:
+        """Stop extra groups that found no placement."""
+        started = {group_id.rpartition(".")[0] for group_id in snapshot.progress}
+        seats = self.seats(snapshot)
+        surplus = {
+            name
+            for name, model in self._state.models.items()
+            if self._state.groups_in(name, self._spares) > model.count
+        }
+        for seat in self._placements.give_up(seats, started, surplus):
+            await self._stop(Stop(seat=seat, why="the cluster has no room for an extra group"))
 
     async def _start(self, action: Start) -> None:
-        model = ModelSpec.model_validate(self._revision(action.model, action.revision).settings)
+        revision = self._state.models[action.model].revision(action.revision)
+        model = ModelSpec.model_validate(revision.settings)
         built = app.leader(
-            model, self._spec, self._room, seat=action.seat, revision=action.revision
+            model, self._spec, self._capacity, seat=action.seat, revision=action.revision
         )
-        self._kept.places[action.seat] = SeatState(action.model, action.revision)
-        self._keep()
+        self._state.seats[action.seat] = SeatState(action.model, action.revision)
+        self._save()
         if action.spare:
             await self._registry.spare.remote(action.seat, action.model, action.revision)
-        what = " as a spare" if action.spare else ""
-        await self._note("starting", action.seat, f"revision {action.revision}{what}")
+        text = f"revision {action.revision}{' as a spare' if action.spare else ''}"
+        await self._note("starting", action.seat, text)
         await asyncio.to_thread(_run_app, PREFIX + action.seat, built)
 
     async def _stop(self, action: Stop) -> None:
-        self._kept.places[action.seat].stopping = True
-        self._keep()
+        self._state.seats[action.seat].stopping = True
+        self._save()
         await self._note("stopping", action.seat, action.why)
         await asyncio.to_thread(serve.delete, PREFIX + action.seat, False)
 
-    # ---- small things ----
-
-    def _model(self, name: str) -> ModelState:
-        managed = self._kept.models.get(name)
-        if managed is None:
-            there = ", ".join(self._kept.models)
-            raise NotFound(f"no model {name[:128]!r}; there is {there}")
-        return managed
-
-    def _revision(self, model: str, number: int) -> Revision:
-        return next(r for r in self._kept.models[model].revisions if r.number == number)
-
-    def _surge(self, name: str) -> int:
-        """A group more while others are replaced, where the cluster has room for it."""
-        places = [
-            seat
-            for seat, one in self._kept.places.items()
-            if one.model == name and seat not in self._spares
-        ]
-        if self._crowded_until_s.get(name, 0.0) > time.monotonic():
-            return 0
-        if len(places) != self._kept.models[name].count:
-            return 1  # it is there already, or is not wanted yet
-        wanted = self._bundles(self.settings(name))
-        return int(nodes.room_for(wanted[0]) >= len(wanted))
-
-    def _bundles(self, model: ModelSpec) -> list[dict[str, float]]:
-        """What a group of a model wants, its leader's small part aside."""
-        cuda = model.device == "cuda" or (model.device == "auto" and self._room.num_gpus > 0)
-        cpus = model.cpus_per_slice or self._room.cpus_per_slice
-        return app.PlacementBundles.of(model).bundles(cpus, "cuda" if cuda else "cpu")
-
-    async def _unplace(self, snapshot: RegistrySnapshot) -> None:
-        """Give up a surplus group that finds no place: what looked like room was not."""
-        started = {who.rpartition(".")[0] for who in snapshot.progress}
-        now_s = time.monotonic()
-        for seat in self.seats(snapshot):
-            if seat.phase is not Phase.STARTING or seat.name in started:
-                self._placing_since_s.pop(seat.name, None)
-                continue
-            since_s = self._placing_since_s.setdefault(seat.name, now_s)
-            surplus = sum(
-                one.model == seat.model and name not in self._spares
-                for name, one in self._kept.places.items()
-            )
-            if seat.spare:
-                continue  # it waits for room as long as it takes
-            if now_s - since_s > PLACE_S and surplus > self._kept.models[seat.model].count:
-                self._crowded_until_s[seat.model] = now_s + CROWDED_S
-                await self._stop(Stop(seat=seat.name, why="there is no room for a group more"))
-
-    async def _revise(self, model: str, settings: dict[str, Any], digest: str) -> str:
-        revisions = self._model(model).revisions
-        number = revisions[-1].number + 1
-        revisions.append(Revision(number, settings, digest))
-        del revisions[:-_KEEP_REVISIONS]
-        return await self._begin(model, f"{model}: revision {number}, weights {digest[:12]}")
-
-    async def _begin(self, who: str, text: str) -> str:
-        self._keep()
-        self._wake.set()
-        await self._note("change", who, text)
-        return text
-
     async def _note(self, kind: str, who: str, text: str) -> None:
+        """Record an event in the registry."""
         await self._registry.note.remote(kind, who, text)
 
-    async def _digest(self, model: ModelSpec, *, check: bool = True) -> str:
-        """The digest of a model's weights.
-
-        Raises:
-            CheckpointError: the weights cannot be read; with `check`, a group or a gateway could
-                not use the folder.
-            SpecError: with `check`, the settings do not fit the model.
-        """
-        task: Any = ray.remote(_digest_of)
-        try:
-            wire = model.model_dump(mode="json") if check else None
-            return str(await task.options(num_cpus=0).remote(model.path, wire))
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, ArrieroError):
-                raise error.cause from None
-            raise
-
-    def _keep(self) -> None:
-        store.put(NAME, asdict(self._kept))
+    def _save(self) -> None:
+        store.put(NAME, asdict(self._state))
 
 
 def connect(spec: DeploymentSpec, *, shared: bool, token: str) -> ActorHandle[Operator]:
-    """The cluster's operator, made for `spec` if there is none."""
+    """The operator of the cluster; creates the actor for `spec` if there is none."""
     handle: ActorHandle[Operator] = (
         ray.remote(Operator)
         .options(  # type: ignore[assignment]
@@ -527,7 +482,7 @@ def connect(spec: DeploymentSpec, *, shared: bool, token: str) -> ActorHandle[Op
             lifetime="detached",
             get_if_exists=True,
             num_cpus=0,
-            enable_task_events=False,  # as Serve's own: calls by the second, kept by the head
+            enable_task_events=False,  # several calls a second, which Ray's head would record
             resources=nodes.ON_HEAD,
             max_restarts=-1,
             max_concurrency=100,
@@ -543,19 +498,3 @@ def _run_app(name: str, built: serve.Application) -> None:
         wait_for_ingress_deployment_creation=False,
         wait_for_applications_running=False,
     )
-
-
-def _digest_of(where: str, settings: dict[str, Any] | None) -> str:
-    """Digest of a folder's or a URL's weights; with a model's settings, a check of both first."""
-    from arriero.cluster.planner.model_check import check_checkpoint
-    from arriero.shards.checkpoint.reader import Checkpoint
-
-    opened = Checkpoint.open(where)
-    if settings is not None:
-        check_checkpoint(opened, ModelSpec.model_validate(settings))
-    return opened.digest
-
-
-def _part(field: str) -> str:
-    """The section of the spec that a field is of."""
-    return field.partition(".")[0]

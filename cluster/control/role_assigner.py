@@ -1,6 +1,6 @@
-"""Telling leaders what part of requests their groups are for.
+"""Tells leaders the roles of their groups: prefill, decode or both.
 
-Knows which role each has taken; knows nothing of why a group should have one (router.roles).
+Knows the role that each leader has accepted; knows nothing of the choice of roles (router.roles).
 """
 
 from __future__ import annotations
@@ -16,46 +16,46 @@ from arriero.shards.errors import ArrieroError
 
 log = logging.getLogger(__name__)
 
-ROLE_S = 2.0
-"""A leader that takes no role within this time is told again."""
+TIMEOUT_S = 2.0
+"""Seconds within which a leader must accept a role; after that the next call tries again."""
 
 
-class Roles:
-    """The roles that leaders have taken, by group; all begin as "both"."""
+class RoleAssigner:
+    """The roles that leaders have accepted, by group; all groups start as "both"."""
 
     def __init__(self) -> None:
-        self._taken: dict[str, Role] = {}
+        self._roles: dict[str, Role] = {}
 
-    def forget_but(self, group_ids: Collection[str]) -> None:
-        """Only these groups are there any more."""
-        self._taken = {one: role for one, role in self._taken.items() if one in group_ids}
+    def retain(self, group_ids: Collection[str]) -> None:
+        """Forget all groups except `group_ids`."""
+        self._roles = {name: role for name, role in self._roles.items() if name in group_ids}
 
-    async def tell(
+    async def assign(
         self, groups: Sequence[GroupEntry], num_prefill: int, context: ssl.SSLContext | None
     ) -> list[tuple[str, Role]]:
-        """Give a model's groups their roles; one that does not hear is told again next time.
+        """Send the groups of a model their roles; a failed call is repeated at the next call.
 
         Args:
-            groups: those that serve.
-            num_prefill: how many are to be for prompts.
-            context: of TLS links; None for links in the clear.
+            groups: groups that serve.
+            num_prefill: number of groups for prefill.
+            context: of TLS links; None for links without TLS.
 
         Returns:
-            Groups that have taken another role, and which.
+            Group id and role of each group that accepted a new role.
         """
-        now = {one.group_id: self._taken.get(one.group_id, "both") for one in groups}
-        wanted = assign(now, num_prefill)
-        told = []
-        for entry in groups:
-            role = wanted[entry.group_id]
-            if role == now[entry.group_id]:
+        current = {group.group_id: self._roles.get(group.group_id, "both") for group in groups}
+        wanted = assign(current, num_prefill)
+        accepted = []
+        for group in groups:
+            role = wanted[group.group_id]
+            if role == current[group.group_id]:
                 continue
-            leader = entry.address, entry.link_token
+            leader = group.address, group.link_token
             try:
-                await ask_leader(leader, context, "role", {"role": role}, ROLE_S)
+                await ask_leader(leader, context, "role", {"role": role}, TIMEOUT_S)
             except ArrieroError as error:
-                log.warning("group %s is not told its role: %s", entry.group_id, error)
+                log.warning("group %s did not accept role %s: %s", group.group_id, role, error)
                 continue
-            self._taken[entry.group_id] = role
-            told.append((entry.group_id, role))
-        return told
+            self._roles[group.group_id] = role
+            accepted.append((group.group_id, role))
+        return accepted

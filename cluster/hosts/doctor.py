@@ -1,7 +1,7 @@
-"""What `arriero doctor` looks at on a node, and what it says about it.
+"""The checks of `arriero doctor`.
 
-`look` gathers facts on the node where it runs; `judge` compares nodes and gives findings, each with
-what to do. Knows files, versions and tools; changes nothing.
+`collect` gathers facts on the node where the function runs; `judge` compares the nodes and returns
+findings, each with a remedy. Knows files, versions and tools; changes nothing.
 """
 
 from __future__ import annotations
@@ -25,30 +25,32 @@ _MIN_SHM_BYTES = 1 << 30
 _MIN_DISK_SHARE = 0.05
 _MAX_SKEW_S = 0.5
 _TOOL_S = 10.0
-_REACH_S = 3.0
+_CONNECT_S = 3.0
 
 Grade = Literal["ok", "warn", "fail"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
-    """One node.
+    """Facts of one node.
 
     Attributes:
-        host: its name.
-        python, packages: versions; "" where one is missing.
-        clock_s: seconds since 1970 when it looked.
-        cores, memory_bytes: of the machine.
-        shm_bytes: free in /dev/shm, over which NCCL and Ray share memory.
-        files: most open files of a process.
+        host: name of the host.
+        python: version of Python.
+        packages: version of each package; "" for a missing package.
+        clock_s: the node's clock, in seconds since 1970.
+        cores: CPU cores that the process may use.
+        memory_bytes: memory of the machine.
+        shm_bytes: free bytes in /dev/shm, the shared memory of NCCL and Ray.
+        files: largest number of open files of a process.
         disks: free and total bytes, by folder.
-        models: whether each model folder is there.
-        driver: of NVIDIA; "" for none.
-        gpus: their names.
-        nccl: its version as torch has it; "" for none.
-        ports: whether each port of the spec can be bound, or why not.
-        peers: by the address of each other node, why it cannot be reached; "" if it can.
-        wanted: bytes that the spec wants on disk, by folder.
+        models: whether each model folder exists.
+        driver: version of the NVIDIA driver; "" for none.
+        gpus: names of the GPUs.
+        nccl: version of NCCL in torch; "" for none.
+        ports: why a port of the spec cannot be bound; "" for a free port.
+        peers: why another node cannot be reached, by address; "" for a node that answers.
+        disk_needs: bytes that the spec needs on disk, by folder.
     """
 
     host: str
@@ -66,44 +68,60 @@ class Facts:
     nccl: str = ""
     ports: dict[int, str] = field(default_factory=dict)
     peers: dict[str, str] = field(default_factory=dict)
-    wanted: dict[str, int] = field(default_factory=dict)
+    disk_needs: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """One line of the report: where, what, how good, and what to do."""
+    """One line of the report.
+
+    Attributes:
+        node: name of the node; "all" for a comparison of nodes.
+        text: the fact.
+        grade: "ok", "warn" or "fail".
+        remedy: advice; "" when the grade is "ok".
+    """
 
     node: str
-    what: str
+    text: str
     grade: Grade
     remedy: str = ""
 
+    def to_json(self) -> dict[str, str]:
+        """The finding for `arriero doctor --json`."""
+        return {
+            "node": self.node,
+            "what": self.text,
+            "grade": self.grade,
+            "remedy": self.remedy,
+        }
+
 
 class ProbeListener:
-    """A port on a node, for others to see whether they can reach it."""
+    """A listening port on a node; other nodes connect to learn whether they reach the node."""
 
     def __init__(self, address: str) -> None:
         self._socket = socket.create_server((address, 0), backlog=1024)
 
     def port(self) -> int:
-        """Its number. Nobody need accept: the kernel does as far as a connection goes."""
+        """Port number. No code needs to accept: the kernel completes connections."""
         port: int = self._socket.getsockname()[1]
         return port
 
     def close(self) -> None:
-        """Be reached no more."""
+        """Stop listening."""
         self._socket.close()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Questions:
-    """What a deployment wants of each node.
+class NodeNeeds:
+    """Needs of a deployment on each node.
 
     Attributes:
-        models: folders that should be here.
-        ports: that should be free.
-        disks: folders for blocks or weights, and the bytes that they may come to.
-        peers: other nodes' ears: address and port.
+        models: folders of models.
+        ports: ports that must be free.
+        disks: largest number of bytes in each folder for KV blocks or weights.
+        peers: address and probe port of each other node.
     """
 
     models: tuple[str, ...] = ()
@@ -112,13 +130,13 @@ class Questions:
     peers: tuple[tuple[str, int], ...] = ()
 
 
-def look(asked: Questions) -> Facts:
+def collect(needs: NodeNeeds) -> Facts:
     """The facts of this node."""
-    models, ports = asked.models, asked.ports
     shm = Path("/dev/shm")
     driver, gpus = _nvidia()
-    wanted = {_there(folder): size for folder, size in asked.disks.items()}
-    folders = {"/", "/tmp", *wanted, *(model for model in models if Path(model).is_dir())}
+    disk_needs = {_existing_parent(folder): size for folder, size in needs.disks.items()}
+    model_folders = (model for model in needs.models if Path(model).is_dir())
+    folders = {"/", "/tmp", *disk_needs, *model_folders}
     return Facts(
         host=socket.gethostname(),
         python=platform.python_version(),
@@ -128,107 +146,136 @@ def look(asked: Questions) -> Facts:
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         shm_bytes=shutil.disk_usage(shm).free if shm.is_dir() else 0,
         files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-        disks={one: _space(one) for one in sorted(folders)},
-        models={model: Path(model, "config.json").is_file() for model in models},
+        disks={folder: _space(folder) for folder in sorted(folders)},
+        models={model: Path(model, "config.json").is_file() for model in needs.models},
         driver=driver,
         gpus=gpus,
         nccl=_nccl() if gpus else "",
-        ports={port: _bindable(port) for port in ports},
-        peers={address: _reaches(address, port) for address, port in asked.peers},
-        wanted=wanted,
+        ports={port: _bind_error(port) for port in needs.ports},
+        peers={address: _connect_error(address, port) for address, port in needs.peers},
+        disk_needs=disk_needs,
     )
 
 
 def judge(nodes: Mapping[str, Facts], skews_s: Mapping[str, float]) -> list[Finding]:
-    """What to say of the nodes, by name.
+    """The findings of all nodes.
 
     Args:
-        nodes: facts by the node's address.
-        skews_s: how far each node's clock is from the asker's, as far as could be told.
+        nodes: facts by name of the node.
+        skews_s: seconds between each node's clock and the caller's clock, as far as measured.
     """
     findings = []
     for name, facts in nodes.items():
-        findings += _judge_one(name, facts)
-        skew_s = skews_s.get(name, 0.0)
-        grade: Grade = "ok" if abs(skew_s) <= _MAX_SKEW_S else "warn"
-        remedy = "" if grade == "ok" else "synchronise it (chrony, systemd-timesyncd)"
-        what = f"clock within {abs(skew_s):.1f} s"
-        findings.append(Finding(node=name, what=what, grade=grade, remedy=remedy))
-    first = next(iter(nodes.values()), None)
+        findings += _judge_node(name, facts)
+        skew_s = abs(skews_s.get(name, 0.0))
+        text = f"clock within {skew_s:.1f} s"
+        remedy = "synchronise the clock (chrony, systemd-timesyncd)"
+        findings.append(_finding(name, skew_s <= _MAX_SKEW_S, text, remedy, "warn"))
+    return findings + _compare(nodes)
+
+
+def _compare(nodes: Mapping[str, Facts]) -> list[Finding]:
+    """Findings about differences between nodes."""
+    findings = []
     for package in ("python", *PACKAGES):
         versions = {
-            (one.python if package == "python" else one.packages[package]): name
-            for name, one in nodes.items()
+            (facts.python if package == "python" else facts.packages[package]): name
+            for name, facts in nodes.items()
         }
         if len(versions) > 1:
-            told = ", ".join(f"{version or 'none'} on {name}" for version, name in versions.items())
-            findings.append(
-                Finding(
-                    node="all",
-                    what=f"{package} differs: {told}",
-                    grade="fail",
-                    remedy="install the same versions everywhere (infra/constraints.txt)",
-                )
+            places = ", ".join(
+                f"{version or 'none'} on {name}" for version, name in versions.items()
             )
-    drivers = {one.driver for one in nodes.values() if one.driver}
-    if first is not None and len(drivers) > 1:
-        what = f"NVIDIA drivers differ: {', '.join(sorted(drivers))}"
+            remedy = "install the same versions everywhere (infra/constraints.txt)"
+            findings.append(_finding("all", False, f"{package} differs: {places}", remedy))
+    drivers = {facts.driver for facts in nodes.values() if facts.driver}
+    if len(drivers) > 1:
+        text = f"NVIDIA drivers differ: {', '.join(sorted(drivers))}"
         remedy = "use one driver, so that NCCL finds the same transports everywhere"
-        findings.append(Finding(node="all", what=what, grade="warn", remedy=remedy))
+        findings.append(_finding("all", False, text, remedy, "warn"))
     return findings
 
 
-def _judge_one(name: str, facts: Facts) -> list[Finding]:
-    def found(good: bool, what: str, remedy: str, bad: Grade = "fail") -> Finding:
-        return Finding(
-            node=name, what=what, grade="ok" if good else bad, remedy="" if good else remedy
-        )
+def _finding(node: str, good: bool, text: str, remedy: str, bad: Grade = "fail") -> Finding:
+    return Finding(node=node, text=text, grade="ok" if good else bad, remedy="" if good else remedy)
 
+
+def _judge_node(name: str, facts: Facts) -> list[Finding]:
+    return [
+        *_judge_machine(name, facts),
+        *_judge_files(name, facts),
+        *_judge_network(name, facts),
+        *_judge_gpus(name, facts),
+    ]
+
+
+def _judge_machine(name: str, facts: Facts) -> list[Finding]:
     versions = ", ".join(f"{package} {version}" for package, version in facts.packages.items())
     missing = [package for package, version in facts.packages.items() if not version]
-    findings = [
-        found(not missing, f"python {facts.python}, {versions}", f"install {', '.join(missing)}"),
-        found(
+    return [
+        _finding(
+            name,
+            not missing,
+            f"python {facts.python}, {versions}",
+            f"install {', '.join(missing)}",
+        ),
+        _finding(
+            name,
             facts.files >= _MIN_FILES,
             f"{facts.files} open files",
-            f"raise it to {_MIN_FILES} (ulimit -n, LimitNOFILE)",
+            f"raise the limit to {_MIN_FILES} (ulimit -n, LimitNOFILE)",
             "warn",
         ),
-        found(
+        _finding(
+            name,
             facts.shm_bytes >= _MIN_SHM_BYTES,
             f"{facts.shm_bytes / 2**30:.1f} GiB free in /dev/shm",
             "give 1 GiB or more (in containers: --shm-size, or an emptyDir of medium Memory)",
             "warn",
         ),
     ]
+
+
+def _judge_files(name: str, facts: Facts) -> list[Finding]:
+    findings = []
     for folder, (free, total) in facts.disks.items():
-        what = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free in {folder}"
+        text = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free in {folder}"
         good = free >= _MIN_DISK_SHARE * total
-        findings.append(found(good, what, "make room: Ray stops placing at 95 %", "warn"))
-        if (size := facts.wanted.get(folder, 0)) > free:
-            what = f"{folder} may come to {size / 2**30:.1f} GiB"
-            findings.append(found(False, what, "make room, or lower `kv.disk.size`", "warn"))
-    for model, there in facts.models.items():
-        what = f"model {model}"
-        findings.append(found(there, what, "copy it here, or mount it: each node reads its own"))
-    for port, why in facts.ports.items():
-        findings.append(found(not why, f"port {port} {why or 'free'}", "choose another", "warn"))
-    for peer, why in facts.peers.items():
-        what = f"reaches {peer}" if not why else f"cannot reach {peer}: {why}"
-        remedy = (
-            "open the network between nodes: slices and links take ports of the system's choice"
-        )
-        findings.append(found(not why, what, remedy))
-    if facts.gpus:
-        what = f"driver {facts.driver}, {len(facts.gpus)} of {facts.gpus[0]}"
-        same = len(set(facts.gpus)) == 1
-        findings.append(found(same, what, "give unequal GPUs unequal shares", "warn"))
-        what = f"NCCL {facts.nccl or 'is missing'}"
-        findings.append(found(bool(facts.nccl), what, "install a CUDA build of torch"))
-    else:
-        cpus = f"no GPU; {facts.cores} cores, {facts.memory_bytes / 2**30:.1f} GiB"
-        findings.append(Finding(node=name, what=cpus, grade="ok"))
+        remedy = "free space: Ray places nothing more on a disk that is 95 % full"
+        findings.append(_finding(name, good, text, remedy, "warn"))
+        if (size := facts.disk_needs.get(folder, 0)) > free:
+            text = f"{folder} may need {size / 2**30:.1f} GiB, of which {free / 2**30:.1f} are free"
+            remedy = "free space, or lower `kv.disk.size`"
+            findings.append(_finding(name, False, text, remedy, "warn"))
+    for model, exists in facts.models.items():
+        remedy = "copy or mount the folder: each node reads its own files"
+        findings.append(_finding(name, exists, f"model {model}", remedy))
     return findings
+
+
+def _judge_network(name: str, facts: Facts) -> list[Finding]:
+    findings = []
+    for port, error in facts.ports.items():
+        text = f"port {port} {error or 'free'}"
+        findings.append(_finding(name, not error, text, "choose another port", "warn"))
+    for peer, error in facts.peers.items():
+        text = f"reaches {peer}" if not error else f"cannot reach {peer}: {error}"
+        remedy = "open the network between nodes: slices and links use any free port"
+        findings.append(_finding(name, not error, text, remedy))
+    return findings
+
+
+def _judge_gpus(name: str, facts: Facts) -> list[Finding]:
+    if not facts.gpus:
+        text = f"no GPU; {facts.cores} cores, {facts.memory_bytes / 2**30:.1f} GiB"
+        return [_finding(name, True, text, "")]
+    text = f"driver {facts.driver}, {len(facts.gpus)} of {facts.gpus[0]}"
+    same = len(set(facts.gpus)) == 1
+    nccl = f"NCCL {facts.nccl or 'is missing'}"
+    return [
+        _finding(name, same, text, "give unequal GPUs unequal shares", "warn"),
+        _finding(name, bool(facts.nccl), nccl, "install a CUDA build of torch"),
+    ]
 
 
 def _version(package: str) -> str:
@@ -238,17 +285,18 @@ def _version(package: str) -> str:
         return ""
 
 
-def _there(folder: str) -> str:
-    """The folder, or what there is of its path."""
+def _existing_parent(folder: str) -> str:
+    """The folder, or its nearest parent that exists."""
     path = Path(folder)
     while not path.is_dir():
         path = path.parent
     return str(path)
 
 
-def _reaches(address: str, port: int) -> str:
+def _connect_error(address: str, port: int) -> str:
+    """Why the address cannot be reached; "" when a connection succeeds."""
     try:
-        socket.create_connection((address, port), _REACH_S).close()
+        socket.create_connection((address, port), _CONNECT_S).close()
     except OSError as error:
         return error.strerror or str(error)
     return ""
@@ -262,12 +310,12 @@ def _space(folder: str) -> tuple[int, int]:
 def _nvidia() -> tuple[str, tuple[str, ...]]:
     command = ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"]
     try:
-        told = subprocess.run(
+        output = subprocess.run(
             command, capture_output=True, text=True, timeout=_TOOL_S, check=True
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return "", ()
-    rows = [line.split(", ", 1) for line in told.strip().splitlines()]
+    rows = [line.split(", ", 1) for line in output.strip().splitlines()]
     return rows[0][0], tuple(row[-1] for row in rows)
 
 
@@ -279,7 +327,8 @@ def _nccl() -> str:
     return ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
 
 
-def _bindable(port: int) -> str:
+def _bind_error(port: int) -> str:
+    """Why the port cannot be bound; "" for a free port."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

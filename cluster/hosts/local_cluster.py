@@ -1,10 +1,10 @@
-"""A Ray cluster on this machine that outlives the command which started it.
+"""A Ray cluster on this machine that outlives the command that started the cluster.
 
-All of its processes are in one process session of their own, and a process's session survives its
-leader: that is how `stop` finds everything the cluster started, workers and orphans included, and
-nothing else. (Signals to Ray's own supervisor will not do: it waits up to 30 s to drain.)
+All processes of the cluster share one process session, which survives the session's leader: `stop`
+thus finds all processes of the cluster, workers and orphans included, and no others. (A signal to
+Ray's own supervisor is not enough: the supervisor waits up to 30 s to drain.)
 
-Knows processes; knows nothing of what runs on the cluster.
+Knows processes; knows nothing of the applications on the cluster.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ START_LIMIT_S = 60.0
 _POLL_S = 0.02
 _PREFIX = "arriero-ray-"
 _started: dict[int, subprocess.Popen[bytes]] = {}
-"""Starts of this process that were not seen to end yet, by session."""
+"""Processes of `ray start` that this process started and that may still run, by session."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,10 +37,10 @@ class LocalCluster:
     """A local cluster that is starting or up.
 
     Attributes:
-        session: process session id of all its processes.
-        folder: Ray's temporary folder: sockets, logs, and `start.log` of the start itself.
-        node_address: its node's loopback address.
-        token: what its processes ask each other and every driver for; "" for nothing.
+        session: process session id of all processes of the cluster.
+        folder: Ray's temporary folder: sockets, logs, and `start.log` of the start.
+        node_address: loopback address of the node.
+        token: token that processes and drivers of the cluster must send; "" for none.
     """
 
     session: int
@@ -50,19 +50,19 @@ class LocalCluster:
 
     @property
     def access(self) -> ray_access.Changes:
-        """The environment that its drivers, and nodes that join it, need."""
+        """Environment variables of drivers and of nodes that join."""
         return ray_access.own_cluster(self.token, self.node_address)
 
 
 def start(spec: RaySpec) -> LocalCluster:
-    """Begin to start a cluster; `wait_address` tells when it is up.
+    """Start a cluster without waiting; `wait_address` waits until the cluster is up.
 
-    It has a token of its own, whatever Ray's settings and files of the user say. With the default
-    `node_address` no process listens elsewhere than on loopback; with another one Ray's processes
-    listen on every interface, and the token alone keeps others out.
+    The cluster has a token of its own, independent of the user's settings and files for Ray. With
+    the default `node_address` all processes listen on loopback only; with another address Ray's
+    processes listen on every interface, and only the token keeps others out.
     """
     token = secrets.token_hex(32)
-    # not the state folder: Ray's socket paths below it must stay under 107 characters
+    # not in the state folder: Ray's socket paths must stay under 107 characters
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir="/tmp"))
     temporary = folder / "tmp"
     temporary.mkdir()
@@ -79,11 +79,11 @@ def start(spec: RaySpec) -> LocalCluster:
     access = ray_access.own_cluster(token, spec.node_address)
     environment = ray_access.changed(os.environ, access) | {
         "RAY_USAGE_STATS_ENABLED": "0",
-        "TMPDIR": str(temporary),  # what a killed process leaves goes with the folder
+        "TMPDIR": str(temporary),  # files of a killed process are removed with the folder
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
     if not spec.dashboard:
-        # nobody reads Ray's own metrics then, and its raylet grows by them for hours
+        # without the dashboard nobody reads Ray's metrics, and the raylet's memory would grow
         environment.setdefault("RAY_enable_metrics_collection", "0")
     environment.pop("RAY_ADDRESS", None)
     with (folder / "start.log").open("w") as log:
@@ -103,15 +103,15 @@ def start(spec: RaySpec) -> LocalCluster:
 
 
 def wait_address(cluster: LocalCluster) -> str:
-    """The GCS address, host:port, as soon as the cluster is up.
+    """Wait until the cluster is up; returns the GCS address, host:port.
 
     Raises:
-        Unavailable: it did not come up; the text has the end of the start's log.
+        Unavailable: the cluster did not start; the text has the last line of `start.log`.
     """
     deadline_s = time.monotonic() + START_LIMIT_S
-    noted = cluster.folder / "ray_current_cluster"
+    address_file = cluster.folder / "ray_current_cluster"
     while time.monotonic() < deadline_s:
-        if noted.exists() and (address := noted.read_text().strip()):
+        if address_file.exists() and (address := address_file.read_text().strip()):
             return address
         _reap(cluster.session)
         if not members(cluster.session):
@@ -125,7 +125,7 @@ def wait_address(cluster: LocalCluster) -> str:
 
 
 def stop(cluster: LocalCluster, grace_s: float = 1.0) -> None:
-    """End every process of the cluster and remove its folder; safe when they are gone."""
+    """End all processes of the cluster and remove the folder; safe after an earlier stop."""
     if not is_alive(cluster):
         shutil.rmtree(cluster.folder, ignore_errors=True)
         return
@@ -143,24 +143,24 @@ def stop(cluster: LocalCluster, grace_s: float = 1.0) -> None:
 
 
 def is_alive(cluster: LocalCluster) -> bool:
-    """Whether processes of this very cluster run (session ids are used again in time)."""
+    """Whether processes of this cluster run (the system reuses session ids)."""
     folder = os.fsencode(cluster.folder)
     return any(folder in _command(pid) for pid in members(cluster.session))
 
 
 def members(session: int) -> list[int]:
-    """Processes of a process session, without those that have ended but were not waited for."""
-    found = []
+    """Running processes of a process session; zombies are left out."""
+    pids = []
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             try:
-                # after the command's name, which may hold anything: state, parent, group, session
+                # after the command's name, in parentheses: state, parent, group, session
                 fields = Path("/proc", entry, "stat").read_bytes().rpartition(b")")[2].split()
             except OSError:
-                continue  # ended since
+                continue  # the process has ended meanwhile
             if int(fields[3]) == session and fields[0] not in b"ZX":
-                found.append(int(entry))
-    return found
+                pids.append(int(entry))
+    return pids
 
 
 def _command(pid: int) -> bytes:
@@ -178,13 +178,13 @@ def _signal(pid: int, sign: signal.Signals) -> None:
 
 
 def _reap(session: int) -> None:
-    process = _started.get(session)  # none when another command started it
+    process = _started.get(session)  # None when another command started the cluster
     if process is not None and process.poll() is not None:
         del _started[session]
 
 
 def _free_port(address: str) -> int:
-    # Ray's client server, which is not used here, wants a port by number
+    # Ray's client server needs a port number, although nothing uses the server here
     with socket.socket() as probe:
         probe.bind((address, 0))
         port: int = probe.getsockname()[1]

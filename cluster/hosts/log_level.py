@@ -1,6 +1,6 @@
-"""How much arriero's own processes say on stderr, which Ray keeps as their logs.
+"""The log level of arriero's own processes; Ray stores their stderr as log files.
 
-Knows the standard library's logging; knows nothing of who says what.
+Knows the standard library's logging; knows nothing of the modules that log.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def set_log_level(level: str) -> None:
-    """Say what is of this level or above it: "debug", "info", "warning" or "error"."""
+    """Log messages of this level and above: "debug", "info", "warning" or "error"."""
     log = logging.getLogger("arriero")
     log.setLevel(level.upper())
     if not log.handlers:

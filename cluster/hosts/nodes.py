@@ -1,53 +1,48 @@
-"""What can be done to the nodes of the cluster: see whether one is there, end a process on it.
+"""Actions on the nodes of the cluster: check a node, run a function or kill processes on a node.
 
 Knows Ray's nodes, processes and sockets; knows nothing of groups.
 """
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-import ray
-
-if TYPE_CHECKING:
-    pass
 import asyncio
 import contextlib
 import glob
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
+import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from arriero.shards.errors import ArrieroError, Unavailable
 
 ON_HEAD = {"node:__internal_head__": 0.001}
-"""Resources of an actor that is to be on the cluster's head, without which all is lost anyway.
+"""Resources of an actor that must run on the head of the cluster; without the head all is lost.
 
-An affinity to that node holds for the first start alone: of 25 restarts 16 were on other nodes.
+A node affinity to the head holds only for the first start: of 25 restarts 16 were on other nodes.
 """
 ASK_S = 3.0
 WORK_S = 20.0
-"""A node that has no worker to spare starts one for what it is asked."""
+"""Timeout of `run_on`; a node without an idle worker must first start one."""
 R = TypeVar("R")
 _PROBE_S = 1.0
 
 
-def room_for(wanted: Mapping[str, float]) -> int:
-    """How many bundles of these resources the nodes have free, each on one node."""
-    free = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
+def count_free_bundles(bundle: Mapping[str, float]) -> int:
+    """Number of bundles with these resources that are free, each on one node."""
+    nodes = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
     return sum(
-        min(int(node.get(name, 0.0) / amount + 1e-6) for name, amount in wanted.items())
-        for node in free.values()
+        min(int(node.get(name, 0.0) / amount + 1e-6) for name, amount in bundle.items())
+        for node in nodes.values()
     )
 
 
 async def answers(address: str, limit_s: float) -> bool:
-    """Whether something accepts connections at host:port; a process that is stopped still does."""
+    """Whether host:port accepts connections; a process under SIGSTOP still accepts."""
     host, _, port = address.rpartition(":")
     try:
         _, writer = await asyncio.wait_for(asyncio.open_connection(host, int(port)), limit_s)
@@ -58,49 +53,49 @@ async def answers(address: str, limit_s: float) -> bool:
 
 
 def is_gone(node_id: str) -> bool:
-    """Whether a node's raylet no longer answers: seconds before Ray itself gives the node up."""
-    where = _raylet(node_id)
-    if where is None:
+    """Whether the raylet of a node is gone; true seconds before Ray declares the node dead."""
+    raylet = _raylet(node_id)
+    if raylet is None:
         return True
     try:
-        socket.create_connection(where, _PROBE_S).close()
+        socket.create_connection(raylet, _PROBE_S).close()
     except OSError:
         return True
     return False
 
 
 async def until_gone(node_id: str) -> None:
-    """Wait until a node's raylet is gone, seen by a connection to it that breaks.
+    """Wait until the raylet of a node is gone, which breaks an open connection at once.
 
-    Its workers, which end with it, take some seconds to notice.
+    The workers of the node end with the raylet, but only after some seconds.
     """
-    while (where := await asyncio.to_thread(_raylet, node_id)) is not None:
+    while (raylet := await asyncio.to_thread(_raylet, node_id)) is not None:
         try:
-            reader, writer = await asyncio.wait_for(asyncio.open_connection(*where), _PROBE_S)
+            reader, writer = await asyncio.wait_for(asyncio.open_connection(*raylet), _PROBE_S)
         except ConnectionRefusedError:
             return
-        except OSError:  # no way there just now; who is cut off is silent, and found so
+        except OSError:  # no route at the moment; other checks notice a node that is cut off
             await asyncio.sleep(_PROBE_S)
             continue
         with contextlib.suppress(OSError):
             while await reader.read(1024):
-                continue  # it says what it speaks, and after a while ends such a connection
+                continue  # the raylet sends its protocol, and later closes such a connection
         writer.close()
         await asyncio.sleep(0.1)
 
 
 def _raylet(node_id: str) -> tuple[str, int] | None:
-    """Where a node's raylet listens; None once Ray has given the node up."""
+    """Host and port of a node's raylet; None when Ray has declared the node dead."""
     for node in ray.nodes():  # type: ignore[no-untyped-call]
         if node["NodeID"] == node_id and node["Alive"]:
             return node["NodeManagerAddress"], node["NodeManagerPort"]
     return None
 
 
-async def kill_all(places: Iterable[tuple[str, int]]) -> None:
-    """Kill processes, (node id, pid), also stopped ones; those that are gone are no matter."""
+async def kill_all(processes: Iterable[tuple[str, int]]) -> None:
+    """Kill processes, given as node id and pid; stopped processes too; skips those that ended."""
     by_node: dict[str, list[int]] = {}
-    for node_id, pid in places:
+    for node_id, pid in processes:
         if pid:
             by_node.setdefault(node_id, []).append(pid)
     here = ray.get_runtime_context().get_node_id()
@@ -109,41 +104,43 @@ async def kill_all(places: Iterable[tuple[str, int]]) -> None:
         if node_id == here:
             _kill(pids)
         else:
-            waiting.append(_on(node_id, _kill, pids))
+            waiting.append(_submit(node_id, _kill, pids))
     if waiting:
         with contextlib.suppress(TimeoutError, ray.exceptions.RayError):
             await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), ASK_S)
 
 
 async def log_tail(node_id: str, pid: int, count: int, limit_s: float = ASK_S) -> list[str]:
-    """The last lines that a worker process wrote to its own log files; [] if they are away."""
+    """The last lines of a worker process's own log files; empty when the node does not answer."""
     if node_id == ray.get_runtime_context().get_node_id():
         return await asyncio.to_thread(_tail, pid, count)
     with contextlib.suppress(TimeoutError, ray.exceptions.RayError):
-        lines: list[str] = await asyncio.wait_for(_on(node_id, _tail, pid, count), limit_s)
+        lines: list[str] = await asyncio.wait_for(_submit(node_id, _tail, pid, count), limit_s)
         return lines
     return []
 
 
-async def ask(node_id: str, work: Callable[..., R], *args: object) -> R:
-    """What `work(*args)` gives on a node.
+async def run_on(node_id: str, work: Callable[..., R], *args: object) -> R:
+    """The result of `work(*args)` on a node.
 
     Raises:
-        ArrieroError: `work` raised it.
+        ArrieroError: `work` raised the error.
         Unavailable: the node does not answer in time.
     """
     try:
-        found: R = await asyncio.wait_for(_on(node_id, work, *args), WORK_S)
-        return found
+        result: R = await asyncio.wait_for(_submit(node_id, work, *args), WORK_S)
+        return result
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, ArrieroError):
             raise error.cause from None
         raise Unavailable(str(error.cause)) from None
-    except (TimeoutError, ray.exceptions.RayError) as error:
-        raise Unavailable(f"the node does not answer: {error or 'too late'}") from None
+    except TimeoutError:
+        raise Unavailable(f"the node gave no answer in {WORK_S:g} s") from None
+    except ray.exceptions.RayError as error:
+        raise Unavailable(f"the node does not answer: {error}") from None
 
 
-def _on(node_id: str, work: Callable[..., Any], *args: object) -> asyncio.Future[Any]:
+def _submit(node_id: str, work: Callable[..., Any], *args: object) -> asyncio.Future[Any]:
     task: Any = ray.remote(work)
     placed = task.options(
         num_cpus=0,
@@ -156,7 +153,7 @@ def _on(node_id: str, work: Callable[..., Any], *args: object) -> asyncio.Future
 def _kill(pids: list[int]) -> None:
     for pid in pids:
         with contextlib.suppress(OSError):
-            # numbers of processes are used again in time: only a worker of Ray's is killed
+            # the system reuses pids: kill only a worker of Ray
             if Path("/proc", str(pid), "cmdline").read_bytes().startswith(b"ray::"):
                 os.kill(pid, signal.SIGKILL)
 
@@ -166,16 +163,16 @@ def _tail(pid: int, count: int) -> list[str]:
     lines: list[str] = []
     for name in sorted(glob.glob(f"{glob.escape(folder)}/worker-*-{pid}.err")):
         text = Path(name).read_text(errors="replace")
-        # a line that begins with a colon is Ray's own mark
-        lines += [one[:300] for one in text.splitlines() if one.strip() and one[0] != ":"]
+        # Ray marks its own lines with a colon at the start
+        lines += [line[:300] for line in text.splitlines() if line.strip() and line[0] != ":"]
     return lines[-count:]
 
 
 def node_address() -> str:
-    """This node's address, as Ray knows it."""
+    """The address of this node in the Ray cluster."""
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
 def reachable(host: str, port: int) -> str:
-    """The address that others use; a listener on every interface is reached at its node's."""
+    """The address for clients: a server on every interface has the address of its node."""
     return f"{node_address() if host in ('0.0.0.0', '[::]') else host}:{port}"

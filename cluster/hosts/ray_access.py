@@ -1,10 +1,11 @@
-"""How a process gets at a Ray cluster: the environment that it must connect with.
+"""Access to a Ray cluster: the environment variables that a driver needs.
 
-Ray reads from the environment whether a cluster asks for a token (`RAY_AUTH_MODE`), which one, and
-whether its processes listen on loopback alone. Driver and cluster must agree on all of it: with a
-token too few the cluster answers nothing, with one too many its workers cannot answer the driver.
-Our own local clusters have a token of their own; a cluster that is joined is asked what it wants,
-and gets the user's own token. Knows environments and GCS addresses; knows nothing of deployments.
+Ray reads from the environment whether the cluster has a token (`RAY_AUTH_MODE`), the token itself,
+and whether processes listen on loopback only. Driver and cluster must agree on all three: without a
+required token the cluster does not answer, and with a needless token the workers cannot answer the
+driver. A local cluster of ours has a token of its own; to join another cluster, arriero asks the
+GCS whether a token is required, and sends the user's own token. Knows environment variables and GCS
+addresses; knows nothing of deployments.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from arriero.shards.errors import Unauthenticated, Unavailable
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 _KUBERNETES = "RAY_ENABLE_K8S_TOKEN_AUTH"
 _CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-"""Ray's name for: may have several nodes. Without, a node at 127.0.0.1 binds to loopback alone."""
+"""Ray's variable for clusters of several nodes; "0" makes a node at 127.0.0.1 bind to loopback."""
 LOOPBACK = "127.0.0.1"
 PROBE_S = 10.0
 _ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
@@ -33,15 +34,15 @@ _REMEDY = (
 )
 
 Changes = Mapping[str, str | None]
-"""Variables of the environment to set, or with None to take out."""
+"""Environment variables to set; None removes a variable."""
 
 
 def own_cluster(token: str, node_address: str) -> Changes:
-    """What the processes and drivers of a local cluster of ours run with.
+    """Environment variables of the processes and drivers of a local cluster of ours.
 
     Args:
-        token: of this cluster; "" for one that was started without.
-        node_address: of its node.
+        token: of the cluster; "" for a cluster without a token.
+        node_address: address of the node.
     """
     if not token:
         return {MODE: "disabled", **_reach(node_address == LOOPBACK)}
@@ -55,41 +56,43 @@ def own_cluster(token: str, node_address: str) -> Changes:
 
 
 def joined_cluster(address: str) -> Changes:
-    """What a driver needs on a cluster of others: asks its GCS, with and without the user's token.
+    """Environment variables of a driver on a running cluster.
+
+    Asks the GCS of the cluster without a token, then with the user's token.
 
     Args:
-        address: as Ray takes it: host:port, "auto" or ray://host:port.
+        address: as Ray accepts addresses: host:port, "auto" or ray://host:port.
 
     Raises:
-        Unauthenticated: it wants a token, and the user has none, or another.
-        Unavailable: no GCS answers there.
+        Unauthenticated: the cluster requires a token, and the user has none or a wrong token.
+        Unavailable: no GCS answers at the address.
     """
     token = _users_token()
-    if address.startswith(_CLIENT):  # its server takes a token, wanted or not, and calls nobody
+    if address.startswith(_CLIENT):  # a client server accepts any token and opens no calls
         return {MODE: "token" if token else "disabled"}
-    at, loopback_only = _locate(address)
-    if not _refuses(at, ""):
+    gcs, loopback_only = _locate(address)
+    if not _refuses(gcs, ""):
         return {MODE: "disabled", **_reach(loopback_only)}
     if not token:
         raise Unauthenticated(
-            f"the Ray cluster at {address} asks for a token, and {_missing()}; {_REMEDY}"
+            f"the Ray cluster at {address} requires a token, and {_missing()}; {_REMEDY}"
         )
-    if _refuses(at, token):
+    if _refuses(gcs, token):
         raise Unauthenticated(
-            f"the Ray cluster at {address} asks for another token than {_source()}; {_REMEDY}"
+            f"the Ray cluster at {address} refuses the token in {_source()}; {_REMEDY}"
         )
     return {MODE: "token", **_reach(loopback_only)}
 
 
 def changed(environment: Mapping[str, str], changes: Changes) -> dict[str, str]:
-    """An environment with `changes` made."""
-    made = {name: value for name, value in environment.items() if name not in changes}
-    return made | {name: value for name, value in changes.items() if value is not None}
+    """A copy of an environment with `changes` applied."""
+    others = {name: value for name, value in environment.items() if name not in changes}
+    return others | {name: value for name, value in changes.items() if value is not None}
 
 
 @contextmanager
 def applied(changes: Changes) -> Iterator[None]:
-    """Make `changes` in this process, which may have Ray loaded but not connected."""
+    """Apply `changes` to this process; Ray may be imported, but must not be connected."""
     before = {name: os.environ.get(name) for name in changes}
     _set(changes)
     try:
@@ -108,17 +111,17 @@ def _set(changes: Changes) -> None:
 
 
 def _reload() -> None:
-    """Have Ray read the environment again; it does so by itself only when it is imported."""
+    """Make Ray read the environment again; Ray reads the environment only at import."""
     from ray._private import ray_constants
 
     raylet = _raylet()
-    raylet.Config.initialize("")  # in this order, as Ray itself: a token is looked up by the mode
+    raylet.Config.initialize("")  # Ray's own order: the lookup of a token depends on the mode
     raylet.AuthenticationTokenLoader.instance().reset_cache()
     ray_constants.ENABLE_RAY_CLUSTER = os.environ.get(_CLUSTERS) != "0"
 
 
 def _raylet() -> Any:  # noqa: ANN401
-    """Ray's compiled part, which has no stubs."""
+    """Ray's compiled module, which has no type stubs."""
     return importlib.import_module("ray._raylet")
 
 
@@ -127,7 +130,7 @@ def _reach(loopback_only: bool) -> Changes:
 
 
 def _users_token() -> str:
-    """The user's own token, from where Ray looks for one; "" for none that can be read."""
+    """The user's own token, from the places where Ray looks; "" when no token is readable."""
     from ray.exceptions import AuthenticationError
 
     loader = _raylet().AuthenticationTokenLoader.instance()
@@ -135,7 +138,7 @@ def _users_token() -> str:
     try:
         if not loader.has_token(ignore_auth_mode=True):
             return ""
-    except AuthenticationError:  # a path is named, and no token is there
+    except AuthenticationError:  # the token path has no readable token
         return ""
     return str(loader.get_raw_token(ignore_auth_mode=True))
 
@@ -143,41 +146,41 @@ def _users_token() -> str:
 def _missing() -> str:
     if path := os.environ.get(TOKEN_PATH):
         return f"{path} ({TOKEN_PATH}) cannot be read or is empty"
-    return "there is none here"
+    return "this machine has none"
 
 
 def _source() -> str:
-    """Where the user's token is from, in the order in which Ray looks."""
+    """The place of the user's token, in the order in which Ray looks."""
     if os.environ.get(TOKEN):
-        return f"that in {TOKEN}"
+        return TOKEN
     if path := os.environ.get(TOKEN_PATH):
-        return f"that in {path} ({TOKEN_PATH})"
-    return "that in ~/.ray/auth_token"
+        return f"{path} ({TOKEN_PATH})"
+    return "~/.ray/auth_token"
 
 
 def _locate(address: str) -> tuple[str, bool]:
-    """Where to ask a cluster's GCS, and whether it listens on loopback alone.
+    """Host:port of a cluster's GCS, and whether the GCS listens on loopback only.
 
-    For 127.0.0.1 Ray reads the machine's own address, where its clusters listen by default.
+    Ray turns 127.0.0.1 into the machine's own address, where Ray's clusters listen by default.
 
     Raises:
-        Unavailable: "auto", and none runs on this machine.
+        Unavailable: the address is "auto", and no cluster runs on this machine.
     """
     from ray._private import services
 
     try:
-        at = services.canonicalize_bootstrap_address(address)
+        gcs = services.canonicalize_bootstrap_address(address)
     except (ConnectionError, ValueError) as error:
         raise Unavailable(f"`address`={address!r}: {' '.join(str(error).split())}") from None
     host, _, port = address.rpartition(":")
     on_loopback = f"{LOOPBACK}:{port}"
-    if host in (LOOPBACK, "localhost") and at != on_loopback and not _listens(str(at)):
+    if host in (LOOPBACK, "localhost") and gcs != on_loopback and not _listens(str(gcs)):
         return on_loopback, True
-    return str(at), False
+    return str(gcs), False
 
 
-def _listens(at: str) -> bool:
-    with _channel(at) as channel:
+def _listens(address: str) -> bool:
+    with _channel(address) as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=1.0)
         except grpc.FutureTimeoutError:
@@ -185,37 +188,37 @@ def _listens(at: str) -> bool:
     return True
 
 
-def _refuses(at: str, token: str) -> bool:
+def _refuses(address: str, token: str) -> bool:
     """Whether the GCS at host:port refuses a call with this token ("" for none).
 
     Raises:
-        Unavailable: nothing answers, or something that is no GCS.
+        Unavailable: nothing answers, or the server there is no GCS.
     """
     metadata = (("authorization", f"Bearer {token}"),) if token else ()
-    with _channel(at) as channel:
-        ask = channel.unary_unary(_ALIVE, bytes, bytes)
+    with _channel(address) as channel:
+        check_alive = channel.unary_unary(_ALIVE, bytes, bytes)
         try:
-            ask(b"", metadata=metadata, timeout=PROBE_S, wait_for_ready=True)
+            check_alive(b"", metadata=metadata, timeout=PROBE_S, wait_for_ready=True)
         except grpc.RpcError as error:
-            assert isinstance(error, grpc.Call), "a call's error says how it ended"
+            assert isinstance(error, grpc.Call), "the error of a call has a status code"
             if error.code() is grpc.StatusCode.UNAUTHENTICATED:
                 return True
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise Unavailable(
-                    f"no Ray cluster at {at}: nothing answers within {PROBE_S:g} s; `ray start`"
-                    " prints the address of its GCS (port 6379 by default)"
+                    f"no Ray cluster at {address}: nothing answers within {PROBE_S:g} s;"
+                    " `ray start` prints the address of the GCS (port 6379 by default)"
                 ) from None
             raise Unavailable(
-                f"no Ray cluster at {at}: what listens there is no GCS ({error.details()});"
-                " `ray start` prints its address (port 6379 by default)"
+                f"no Ray cluster at {address}: the server there is no GCS ({error.details()});"
+                " `ray start` prints the address of the GCS (port 6379 by default)"
             ) from None
     return False
 
 
-def _channel(at: str) -> grpc.Channel:
+def _channel(address: str) -> grpc.Channel:
     if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
-        return grpc.insecure_channel(at)
+        return grpc.insecure_channel(address)
     from ray._common.tls_utils import load_certs_from_env
 
     chain, key, authority = load_certs_from_env()  # type: ignore[no-untyped-call]
-    return grpc.secure_channel(at, grpc.ssl_channel_credentials(authority, key, chain))
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(authority, key, chain))

@@ -1,8 +1,8 @@
-"""A gateway on Ray Serve: the router's own gRPC and HTTP servers in a replica's event loop.
+"""A gateway on Ray Serve: the router's gRPC and HTTP servers in the event loop of a replica.
 
-Follows the registry: a group that registers or is lost is known to the gateway within
-milliseconds. No request passes through Serve's own proxies, unless the application is run with
-Serve's own commands (`serve run`): then Serve's HTTP proxy reaches the same HTTP application.
+The gateway follows the registry, and learns of new and lost groups within milliseconds. Requests
+bypass Serve's proxies, except under Serve's own commands (`serve run`): then Serve's HTTP proxy
+calls the same HTTP application.
 
 Knows the life of a gateway; knows nothing of requests.
 """
@@ -36,13 +36,15 @@ DEMAND_S = 0.5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GatewaySettings:
-    """What a gateway needs to know: its parts of the spec, and of the models.
+    """Settings of a gateway, from the spec.
 
     Attributes:
-        spec, link_tls, tracing: parts of the spec.
-        models: their names.
+        spec: section of the gateways.
+        models: names of the models.
+        link_tls: TLS files of the links to leaders; None for links without TLS.
+        tracing: export of spans; None for none.
         wake_s: see `GatewayConfig`.
-        log_level: see the spec.
+        log_level: log level of the gateway.
     """
 
     spec: GatewaySpec
@@ -56,8 +58,8 @@ class GatewaySettings:
 class GatewayReplica:
     """The Serve replica around one `Gateway`.
 
-    `leaders` are the handles that tie the groups' deployments into the application; requests do
-    not go through them.
+    `leaders` are Serve handles that add the groups' deployments to the application; requests do
+    not use the handles.
     """
 
     async def __init__(self, settings: GatewaySettings, *leaders: Any) -> None:  # type: ignore[misc]  # noqa: ANN401
@@ -67,9 +69,9 @@ class GatewayReplica:
         self._spec = settings.spec
         self._registry = registry.connect()
         self._entry: GatewayEntry | None = None
-        self._slots: dict[str, str] = {}  # by group
-        self._told_faults: set[str] = set()
-        self._leaving = False
+        self._seats: dict[str, str] = {}  # by group id
+        self._reported_groups: set[str] = set()
+        self._stopping = False
         http = self._spec.http
         try:
             config = self._spec.config(
@@ -90,48 +92,49 @@ class GatewayReplica:
             node_id=ray.get_runtime_context().get_node_id(),
         )
         self._following = asyncio.create_task(self._follow())
-        self._telling = asyncio.create_task(self._tell_demand())
+        self._reporting = asyncio.create_task(self._report_demand())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """Called by Serve once: what its own HTTP proxy, if there is one, passes requests to."""
+        """Serve calls this method once: the application for Serve's own HTTP proxy."""
         return self._gateway.app()
 
     async def check_health(self) -> None:
-        """Called by Serve each period; raising has the replica replaced."""
+        """Serve calls this method each period; after an error Serve replaces the replica."""
         if self._following.done():
             self._following.result()
 
     async def __del__(self) -> None:
-        """Called by Serve once, when the replica is told to stop."""
-        self._leaving = True
+        """Serve calls this method once, at the stop of the replica."""
+        self._stopping = True
         self._following.cancel()
-        self._telling.cancel()
+        self._reporting.cancel()
         with contextlib.suppress(ray.exceptions.RayError):
             await self._registry.gateway_gone.remote(self._id)
         await self._gateway.stop(self._spec.drain_s)
 
     async def _follow(self) -> None:
+        """Register, and link the groups of the registry, after every change."""
         version = -1
         while True:
             try:
                 await self._registry.gateway.remote(self._entry)
                 snapshot = await self._registry.changed.remote(version)
             except ray.exceptions.RayError:
-                await asyncio.sleep(RETRY_S)  # it is being restarted; the groups known serve on
+                await asyncio.sleep(RETRY_S)  # the registry restarts; linked groups continue
                 continue
             version = snapshot.version
-            self._take(snapshot.live)
-            self._slots = {one.group_id: one.seat for one in snapshot.groups}
+            self._apply_live(snapshot.live)
+            self._seats = {group.group_id: group.seat for group in snapshot.groups}
             await self._gateway.set_groups(
                 [
-                    GroupAddress(one.group_id, one.model, one.address, one.link_token)
-                    for one in snapshot.groups
+                    GroupAddress(group.group_id, group.model, group.address, group.link_token)
+                    for group in snapshot.groups
                 ],
                 fenced=snapshot.fenced,
             )
 
-    def _take(self, live: LiveSettings | None) -> None:
-        """Take settings that were changed while this gateway runs."""
+    def _apply_live(self, live: LiveSettings | None) -> None:
+        """Apply settings that `reload` changed while the gateway runs."""
         if live is None or live.version == self._live_version:
             return
         self._live_version = live.version
@@ -140,39 +143,39 @@ class GatewayReplica:
             tenants=live.tenants, limits=live.queue, lost_s=live.lost_s, wake_s=live.wake_s
         )
 
-    async def _tell_demand(self) -> None:
-        """Tell what waits here, for as long as anything does, and groups that cannot be used."""
-        told = False
+    async def _report_demand(self) -> None:
+        """Report waiting requests and unusable groups to the registry, at regular times."""
+        reported = False
         while True:
             await asyncio.sleep(DEMAND_S)
-            self._tell_faults()
+            self._report_faults()
             waiting = self._gateway.demand()
-            if waiting or told:
+            if waiting or reported:  # the last report says that no request waits any more
                 self._registry.demand.remote(self._id, waiting)
-            told = bool(waiting)
+            reported = bool(waiting)
 
-    def _tell_faults(self) -> None:
-        """Tell once of each group that serves but that no request can reach through here."""
+    def _report_faults(self) -> None:
+        """Report, once each, the serving groups that this gateway cannot use."""
         for group_id, cause in self._gateway.faults().items():
-            if group_id in self._told_faults:
+            if group_id in self._reported_groups:
                 continue
-            self._told_faults.add(group_id)
+            self._reported_groups.add(group_id)
             failure = Failure(
                 who=f"{group_id} at gateway {self._id}",
                 kind=CheckpointError.__name__,
                 cause=cause,
-                seat=self._slots.get(group_id, ""),
+                seat=self._seats.get(group_id, ""),
             )
             self._registry.fail.remote(failure)
 
     def _on_change(self) -> None:
         linked = self._gateway.linked()
-        if self._entry is None or self._leaving:
+        if self._entry is None or self._stopping:
             return
         if linked != self._entry.linked:
             self._entry = replace(self._entry, linked=linked)
             self._registry.gateway.remote(self._entry)
 
     def _on_lost(self, group_id: str, cause: str) -> None:
-        # no answer is waited for: if the registry is away just now, leases do its work
+        # no wait for the answer: if the registry is unreachable, expired leases fence the group
         self._registry.suspect.remote(group_id, cause)

@@ -1,68 +1,74 @@
-"""What a leader does when an operator asks about its KV cache, or has it changed.
+"""Admin actions of a leader on the KV cache of the group.
 
-Knows prompts, the engine and its report; knows nothing of who asks or of other groups.
+Knows prompts, the engine and the cache report; knows nothing of callers or of other groups.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from arriero.cluster.replica.canary import Canary
 from arriero.router.link.leader_rpc import tell_shared
 from arriero.router.text.model_card import ModelCard
 from arriero.router.text.text_model import TextModel
+from arriero.shards.engine.dp_scheduler import DataParallelScheduler
 from arriero.shards.engine.engine import Engine
 from arriero.shards.errors import InvalidRequest
 
 WARM_AT_ONCE = 4
 MAX_TEXTS = 10_000
+R = TypeVar("R")
 
 
 class KvAdminHandler:
-    """Answers about one group.
+    """Runs admin actions on the KV cache of a group.
 
     Args:
         engine: of the group.
-        canary: draws a token after a prompt, which leaves its blocks in the cache.
-        card: gives tokenizer and template.
+        canary: generates a token after a prompt; the prompt's blocks then stay in the cache.
+        card: has the tokenizer and the chat template.
     """
 
     def __init__(self, engine: Engine, canary: Canary, card: ModelCard) -> None:
         self._engine, self._canary, self._card = engine, canary, card
         self._text: TextModel | None = None
 
-    async def answer(self, action: str, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """Do it, and report; `changed` counts blocks flushed, or tokens warmed or pinned.
+    async def answer(self, action: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Run an action; returns the cache report after the action.
+
+        In the report, `changed` is the number of flushed blocks, or of warmed or pinned tokens.
 
         Args:
-            action: "stats", "flush", "warm", "pin" or "unpin"; or of another leader "shared": which
-                of the blocks `keys` it may copy.
-            asked: of warm and pin `texts` and `raw` (not as system prompts, but as they are); of
-                pin and unpin `name`.
+            action: "stats", "flush", "warm", "pin" or "unpin"; or "shared", from another leader:
+                the blocks of `keys` that the leader may copy.
+            arguments: of warm and pin `texts` and `raw` (True: beginnings of prompts, False:
+                system prompts); of pin and unpin `name`.
 
         Raises:
-            InvalidRequest: there is no such action, or a text cannot be taken.
+            InvalidRequest: the action is unknown, or a text is refused.
         """
         changed = 0
         if action == "shared":
-            return await tell_shared(self._engine, asked)
+            return await tell_shared(self._engine, arguments)
         if action == "flush":
-            changed = await asyncio.wrap_future(self._engine.ask(lambda lanes: lanes.flush()))
+            changed = await self._ask(lambda scheduler: scheduler.flush())
         elif action == "warm":
-            changed = await self._warm(asked["texts"], raw=asked["raw"])
+            changed = await self._warm(arguments["texts"], raw=arguments["raw"])
         elif action == "pin":
-            changed = await self._pin(asked["name"], asked["texts"], raw=asked["raw"])
+            changed = await self._pin(arguments["name"], arguments["texts"], raw=arguments["raw"])
         elif action == "unpin":
-            name = asked["name"]
-            if not await asyncio.wrap_future(self._engine.ask(lambda lanes: lanes.unpin(name))):
-                raise InvalidRequest("name", f"nothing is pinned as {name[:128]!r}")
+            name = arguments["name"]
+            if not await self._ask(lambda scheduler: scheduler.unpin(name)):
+                raise InvalidRequest(
+                    "name", f"nothing is pinned as {name[:128]!r}; `arriero kv stats` lists pins"
+                )
         elif action != "stats":
             raise InvalidRequest("action", f"no action {action[:32]!r}")
-        report = await asyncio.wrap_future(self._engine.ask(lambda lanes: lanes.cache()))
+        report = await self._ask(lambda scheduler: scheduler.cache())
         stats = self._engine.stats()
         return {
             **asdict(report),
@@ -70,36 +76,43 @@ class KvAdminHandler:
             "copies": {name: stats.tiers.get(name, 0) for name in ("loaded", "saved", "failed")},
         }
 
+    async def _ask(self, function: Callable[[DataParallelScheduler], R]) -> R:
+        """Call a function of the scheduler in the engine's thread; returns the result."""
+        return await asyncio.wrap_future(self._engine.ask(function))
+
     async def _warm(self, texts: Sequence[str], *, raw: bool) -> int:
         if len(texts) > MAX_TEXTS:
             raise InvalidRequest("texts", f"{len(texts)} texts exceed {MAX_TEXTS}; send fewer")
         prompts = [await self._tokens(text, raw=raw) for text in texts]
-        turns = asyncio.Semaphore(WARM_AT_ONCE)
+        limit = asyncio.Semaphore(WARM_AT_ONCE)
 
-        async def one(prompt: tuple[int, ...]) -> int:
-            async with turns:
+        async def warm(prompt: tuple[int, ...]) -> int:
+            async with limit:
                 await self._canary.draw(prompt)
             return len(prompt)
 
-        return sum(await asyncio.gather(*map(one, prompts)))
+        return sum(await asyncio.gather(*map(warm, prompts)))
 
     async def _pin(self, name: str, texts: Sequence[str], *, raw: bool) -> int:
         if len(texts) != 1 or not name:
-            raise InvalidRequest("pin", "give one text, and a name to unpin it by")
+            raise InvalidRequest(
+                "pin", f"{len(texts)} texts; give one text, and a name for the pin"
+            )
         prompt = await self._tokens(texts[0], raw=raw)
-        # one token more, since the last of a prompt is never found in the cache but computed
+        # a token more: the last token of a prompt is always computed, never taken from the cache
         await self._canary.draw((*prompt, prompt[-1]))
-        return await asyncio.wrap_future(self._engine.ask(lambda lanes: lanes.pin(name, prompt)))
+        return await self._ask(lambda scheduler: scheduler.pin(name, prompt))
 
     async def _tokens(self, text: str, *, raw: bool) -> tuple[int, ...]:
-        """A text as requests have it in front: as a system prompt, or as it is."""
+        """Tokens of a text at the start of requests: as a system prompt, or as raw text."""
         if self._text is None:
             self._text = await asyncio.to_thread(partial(TextModel, self._card, warm=False))
         model = self._text
         if raw:
-            found = await model.encode(text, add_special_tokens=True, trusted=False)
+            tokens = await model.encode(text, add_special_tokens=True, trusted=False)
         else:
-            one, other = [
+            # two chats with this system prompt share the tokens up to the question
+            first, second = [
                 await model.encode_chat(
                     [{"role": "system", "content": text}, {"role": "user", "content": question}],
                     add_generation_prompt=True,
@@ -107,8 +120,8 @@ class KvAdminHandler:
                 )
                 for question in ("a", "b")
             ]
-            same = [a == b for a, b in zip(one, other, strict=False)]
-            found = one[: same.index(False) if False in same else len(same)]
-        if not found:
-            raise InvalidRequest("texts", "a text has no tokens; give longer ones")
-        return tuple(found)
+            same = [a == b for a, b in zip(first, second, strict=False)]
+            tokens = first[: same.index(False) if False in same else len(same)]
+        if not tokens:
+            raise InvalidRequest("texts", "a text has no tokens; give a longer text")
+        return tuple(tokens)

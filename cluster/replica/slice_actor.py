@@ -1,6 +1,6 @@
-"""A slice's process: a Ray actor around `arriero.shards.worker.loop`.
+"""The process of a slice: a Ray actor around `arriero.shards.worker.loop`.
 
-Knows how to be placed and found; knows nothing of what a slice computes.
+Knows the location of the process; knows nothing of the computation of a slice.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SliceLocation:
-    """Where a slice runs: its node's id and address, its process, and its node's cores."""
+    """Location of a slice.
+
+    Attributes:
+        node_id: Ray's id of the node.
+        address: of the node.
+        pid: process of the slice.
+        cores: CPU cores of the node.
+    """
 
     node_id: str
     address: str
@@ -31,16 +38,16 @@ class SliceLocation:
 
 
 class SliceActor:
-    """One slice; its leader owns it, and it dies with its leader."""
+    """One slice; the leader owns the actor, which ends with the leader."""
 
     def __init__(self, log_level: str) -> None:
         set_log_level(log_level)
-        # torch takes seconds to import: begin while the leader still hears of its other slices
+        # importing torch takes seconds: start now, while the leader still places other slices
         self._import = threading.Thread(target=_import_runner, daemon=True)
         self._import.start()
 
     def location(self) -> SliceLocation:
-        """Say where it runs."""
+        """The location of this process."""
         context = ray.get_runtime_context()
         return SliceLocation(
             node_id=context.get_node_id(),
@@ -50,41 +57,41 @@ class SliceActor:
         )
 
     def set_log_level(self, level: str) -> None:
-        """Log what is of this level or above; may be called while it serves."""
+        """Log messages of this level and above; also while the slice serves."""
         set_log_level(level)
 
-    def digest(self, where: str) -> str:
-        """The checkpoint's digest; asked here because it takes torch, which a leader spares."""
+    def digest(self, path: str) -> str:
+        """The digest of a checkpoint; computed here, since leaders do not import torch."""
         from arriero.shards.checkpoint.reader import Checkpoint
 
-        return Checkpoint.open(where).digest
+        return Checkpoint.open(path).digest
 
-    def warm(self, where: str) -> int:
-        """Load this slice's code, and a checkpoint into the node's page cache; gives its bytes."""
+    def warm(self, path: str) -> int:
+        """Load code, and read a checkpoint into the page cache; returns the number of bytes."""
         from arriero.shards.checkpoint import page_cache, remote
 
         self._import.join()
-        return 0 if remote.is_url(where) else page_cache.warm(Path(where))
+        return 0 if remote.is_url(path) else page_cache.warm(Path(path))
 
     def free_bytes(self) -> int:
-        """Bytes of this slice's GPU that nobody holds, its own context aside."""
+        """Free bytes of this slice's GPU; the slice's own CUDA context counts as used."""
         from arriero.shards.worker.cuda.device import free_bytes
 
         self._import.join()
         return free_bytes()
 
-    def run(self, rank: int, ticket: LeaderEndpoint, address: str) -> None:
-        """Serve as `rank` of the ticket's group; returns when told to stop.
+    def run(self, rank: int, endpoint: LeaderEndpoint, address: str) -> None:
+        """Serve as a rank of the endpoint's group; returns after the stop message.
 
         Args:
-            rank: stage * tp + tp rank.
-            ticket: of the group's executor.
-            address: of this node, for the ranks' own sockets.
+            rank: rank in the group.
+            endpoint: of the group's executor.
+            address: of this node, for the sockets between ranks.
         """
         from arriero.shards.worker.loop import run_slice
 
         self._import.join()
-        run_slice(rank, ticket, host=address)  # Ray ends this process if the leader's is gone
+        run_slice(rank, endpoint, host=address)  # Ray ends this process with the leader's
 
 
 def _import_runner() -> None:

@@ -1,6 +1,6 @@
-"""A spare group's wait: started as far as takes no memory of the devices, until it is its turn.
+"""Standby of a spare group: code is loaded and slices are placed; device memory stays free.
 
-Knows slices that run nothing yet; knows nothing of how a group starts or serves.
+Knows slices that run nothing yet; knows nothing of the start or the work of a group.
 """
 
 from __future__ import annotations
@@ -16,51 +16,53 @@ from arriero.cluster.registry.registry import PROMOTION_POLL_S, Registry
 from arriero.shards.errors import GroupFailed
 
 
-async def until_turn(
+async def until_promoted(
     registry: ActorHandle[Registry],
     seat: str,
     slices: Sequence[Any],
     model_path: str,
     silence_s: float,
 ) -> None:
-    """Warm code and page cache, and wait until the registry has the seat's group serve.
+    """Load code and fill page caches, then wait until the registry promotes the group.
 
     Args:
-        registry: the cluster's.
-        seat: of this group.
-        slices: handles of its `SliceActor`s, by rank.
+        registry: of the cluster.
+        seat: of the group.
+        slices: handles of the group's `SliceActor`s, by rank.
         model_path: folder of the weights, on every node.
-        silence_s: a slice that answers no sooner is lost.
+        silence_s: seconds within which a slice must answer a check.
 
     Raises:
-        GroupFailed: a slice was lost meanwhile.
+        GroupFailed: a slice was lost during the wait.
     """
     await asyncio.gather(
-        asyncio.to_thread(_load_code), *(one.warm.remote(model_path) for one in slices)
+        asyncio.to_thread(_load_code), *(actor.warm.remote(model_path) for actor in slices)
     )
-    while not await _is_turn(registry, seat):
-        await _see(slices, silence_s)
+    while not await _is_promoted(registry, seat):
+        await _check(slices, silence_s)
 
 
-async def _is_turn(registry: ActorHandle[Registry], seat: str) -> bool:
+async def _is_promoted(registry: ActorHandle[Registry], seat: str) -> bool:
     try:
         return bool(await registry.wait_for_promotion.remote(seat, PROMOTION_POLL_S))
-    except ray.exceptions.RayError:  # it is being restarted, and knows the spares again then
+    except ray.exceptions.RayError:  # the registry restarts, and then knows the spares again
         await asyncio.sleep(PROMOTION_POLL_S)
         return False
 
 
-async def _see(slices: Sequence[Any], silence_s: float) -> None:
-    """A slice that is gone or stopped is found now, not when it is needed."""
+async def _check(slices: Sequence[Any], silence_s: float) -> None:
+    """Check that all slices answer: a loss must show now, not at the promotion."""
     try:
         async with asyncio.timeout(silence_s):
-            await asyncio.gather(*[one.location.remote() for one in slices])
+            await asyncio.gather(*[actor.location.remote() for actor in slices])
     except (TimeoutError, ray.exceptions.RayError):
-        raise GroupFailed("a slice that stood by is gone, or does not answer") from None
+        raise GroupFailed(
+            f"a slice of a spare group is gone, or gave no answer in {silence_s:g} s"
+        ) from None
 
 
 def _load_code() -> None:
-    """Import what a start takes, so that it need not wait for that."""
+    """Import the modules of a start, so that the promotion need not wait for imports."""
     import arriero.cluster.replica.canary
     import arriero.cluster.replica.kv_admin
     import arriero.router.link.server

@@ -1,7 +1,7 @@
-"""The deployment spec, `arriero.yaml`: its fields and what they may be.
+"""The deployment spec, `arriero.yaml`: fields, limits and defaults.
 
-Knows what may be asked for and how each field is spelt; knows nothing of Ray, of placement, or of
-any file that a field names. The sections of a model and of the front door have rooms of their own.
+Knows the name and the allowed values of each field; knows nothing of Ray, of placement, or of the
+files that fields name. `model` and `gateway` have the sections of models and gateways.
 """
 
 from __future__ import annotations
@@ -27,18 +27,20 @@ from arriero.shards.leader.health import HealthLimits
 
 
 class HealthSpec(SpecSection):
-    """How fast a loss is noticed (Ray's own defaults, 10 s and three failures, are too slow).
+    """Time limits of health checks (Ray's defaults, 10 s and three failures, are too slow).
 
     Attributes:
-        period_s: time between two checks of a group or gateway.
-        timeout_s: a check that takes longer has failed.
-        start_timeout_s: a group that has not given a token by then has failed to start.
-        drain_s: how long a group's running streams may go on when it is told to stop; what still
-            runs then moves to another group.
-        silence_s: a slice that sends no pulse for so long is lost; it sends two a second.
-        hang_s: a step in which every slice waits and nothing moves for so long is lost.
-        step_s: the longest a step may compute.
-        canary_s: an idle group draws a token so often, to see that it still can.
+        period_s: seconds between two checks of a group or gateway.
+        timeout_s: seconds after which a check has failed.
+        start_timeout_s: seconds within which a group must generate a first token; after that the
+            start has failed.
+        drain_s: seconds for which the streams of a stopping group may continue; streams that still
+            run then move to another group.
+        silence_s: seconds without a heartbeat after which a slice is lost; slices send two
+            heartbeats a second.
+        hang_s: seconds after which a step is lost in which all slices wait and nothing progresses.
+        step_s: longest computation of a step, in seconds.
+        canary_s: seconds between two test tokens of an idle group.
     """
 
     period_s: Seconds = 1
@@ -51,19 +53,20 @@ class HealthSpec(SpecSection):
     drain_s: Seconds = 10
 
     def limits(self) -> HealthLimits:
-        """As a group takes them."""
+        """Limits for a group."""
         return HealthLimits(silence_s=self.silence_s, hang_s=self.hang_s, step_s=self.step_s)
 
 
 class AdminTlsSpec(SpecSection):
-    """PEM files of Admin, on the nodes where the operator may run: the head before others.
+    """PEM files for Admin, on the nodes where the operator may run: first of all the head.
 
     Attributes:
-        certificate: the chain, its own certificate first.
-        key: the private key.
-        ca: certificates of the authority that signed it. `up` notes them in its state file, and
-            the command line believes no other; callers show the token, not a certificate.
-        name: that the certificate is for; null: the address that Admin is reached at.
+        certificate: certificate chain, the server's certificate first.
+        key: private key.
+        ca: certificates of the authority that signed the server's certificate. `up` stores these
+            in the state file, and the command line trusts no others; callers send the admin token,
+            no certificate.
+        name: name in the certificate; null for the host in Admin's address.
     """
 
     certificate: Path
@@ -72,17 +75,18 @@ class AdminTlsSpec(SpecSection):
     name: Annotated[str, Field(min_length=1, max_length=253)] | None = None
 
     def files(self) -> TlsFiles:
-        """As a listener takes them."""
+        """Files for a server."""
         return TlsFiles(certificate=self.certificate, key=self.key)
 
 
 class AdminSpec(SpecSection):
-    """Where `arriero.v1.Admin` listens, for those who hold the deployment's admin token.
+    """The server of `arriero.v1.Admin`, for callers with the deployment's admin token.
 
     Attributes:
-        host: address it listens on, on the node where the operator runs.
-        port: 0 takes any free one.
-        tls: null listens in the clear, token included: for loopback and networks of one's own.
+        host: address to bind to, on the node where the operator runs.
+        port: port to bind to; 0 for any free port.
+        tls: null sends everything unencrypted, the admin token too: only for loopback and trusted
+            networks.
     """
 
     host: str = "127.0.0.1"
@@ -94,13 +98,13 @@ class RaySpec(SpecSection):
     """The Ray cluster.
 
     Attributes:
-        address: of a running cluster; None starts one on this machine.
+        address: address of a running cluster; None starts a local cluster on this machine.
         node_address: loopback address of the local cluster's node. At 127.0.0.1 Ray binds to
-            loopback alone; at any other (127.0.0.2) it binds to every interface, and other nodes
-            can join. Either asks for the cluster's own token.
-        num_cpus: logical CPUs of the local cluster; None takes the machine's.
-        object_store: bytes of the local cluster's object store (streams do not pass through it).
-        dashboard: start Ray's dashboard and its metrics' collection with the local cluster.
+            loopback only; at another address (127.0.0.2) Ray binds to every interface, and other
+            nodes can join. Both require the cluster's own token.
+        num_cpus: logical CPUs of the local cluster; None takes the number of the machine.
+        object_store: bytes of the local cluster's object store (streams do not use the store).
+        dashboard: start Ray's dashboard and metrics collection with the local cluster.
     """
 
     address: str | None = None
@@ -112,7 +116,7 @@ class RaySpec(SpecSection):
     @model_validator(mode="after")
     def _least_store(self) -> RaySpec:
         if self.object_store < 80 * 10**6:
-            raise ValueError("`object_store` is below Ray's own minimum; give 80MB or more")
+            raise ValueError("`object_store` is below Ray's minimum of 80 MB; give 80MB or more")
         return self
 
 
@@ -120,11 +124,12 @@ class DeploymentSpec(SpecSection):
     """A whole deployment: `arriero.yaml`.
 
     Attributes:
-        models, gateway, health, ray: see there.
-        link_tls: of the links between gateways and leaders; its certificate must be for the name
-            `arriero-link`. Null leaves them in the clear, each opened by its leader's token.
-        tracing: spans of requests; null makes none.
-        log_level: of what leaders, slices and gateways log; `arriero logs` shows it.
+        models, gateway, health, admin, ray: sections; see the classes.
+        link_tls: TLS files of the links between gateways and leaders; the certificate must be for
+            the name `arriero-link`. With null the links are unencrypted, and only the token of the
+            leader protects a link.
+        tracing: export of spans of requests; null for none.
+        log_level: log level of leaders, slices and gateways; `arriero logs` shows the logs.
     """
 
     models: Annotated[tuple[ModelSpec, ...], Field(min_length=1)]
@@ -141,12 +146,14 @@ class DeploymentSpec(SpecSection):
         names = [model.name for model in self.models]
         refuse_twice(names, "model name", "give each model its own")
         if self.link_tls is not None and self.link_tls.ca is None:
-            raise ValueError("`link_tls` needs its `ca`: both ends of a link check each other")
+            raise ValueError(
+                "`link_tls` needs `ca`: both ends of a link check the other end's certificate"
+            )
         return self
 
     @property
     def wake_s(self) -> dict[str, float]:
-        """Models that have no group while nobody asks, and how long their first request waits."""
+        """Models that scale to zero, and the seconds that a first request may wait for a start."""
         return {
             model.name: self.health.start_timeout_s
             for model in self.models
@@ -155,5 +162,5 @@ class DeploymentSpec(SpecSection):
 
     @property
     def num_slices(self) -> int:
-        """Slices of all groups, as many as there may be, with the spare ones."""
-        return sum(m.most_seats * m.mesh.num_slices for m in self.models)
+        """Largest number of slices of all groups, spare groups included."""
+        return sum(model.most_seats * model.mesh.num_slices for model in self.models)

@@ -1,6 +1,6 @@
-"""The sections of the front door in `arriero.yaml`, and what each gateway runs with.
+"""The sections of the gateways in `arriero.yaml`, and the settings of each gateway.
 
-Knows listeners, tenants and where things are written; knows nothing of models.
+Knows listeners, tenants, logs and traces; knows nothing of models.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ class HttpSpec(SpecSection):
     """The HTTP listener of a gateway.
 
     Attributes:
-        host: address it listens on.
-        port: 0 takes any free one; None takes 8000, or any free one where gRPC's is 0.
-        cors: origins of the web pages that may call it from a browser, such as
-            http://localhost:5173; "*" for any. None by default: browsers then refuse such calls.
+        host: address to bind to.
+        port: port to bind to; 0 for any free port; None for 8000, or any free port when gRPC's
+            port is 0.
+        cors: origins of web pages that may call the gateway from a browser, such as
+            http://localhost:5173; "*" for all. Empty by default: browsers then refuse the calls.
     """
 
     host: str = "127.0.0.1"
@@ -53,19 +54,19 @@ class HttpSpec(SpecSection):
             if not _ORIGIN.fullmatch(origin):
                 raise ValueError(
                     f"{origin!r} is no origin; write scheme, host and port of the page, such as "
-                    'http://localhost:5173, or "*" for any page'
+                    'http://localhost:5173, or "*" for all pages'
                 )
         return origins
 
 
 class TlsSpec(SpecSection):
-    """PEM files, on every node that uses them.
+    """PEM files, on every node with a gateway or a leader.
 
     Attributes:
-        certificate: the chain, its own certificate first.
-        key: the private key.
-        ca: certificates that sign the other side's. Of a gateway: its clients must then show one
-            (mutual TLS). Of the links: both sides must.
+        certificate: certificate chain, the server's certificate first.
+        key: private key.
+        ca: certificates of the authority that signs the other end's certificate. With `ca`, clients
+            of a gateway must send a certificate (mutual TLS). Links always need `ca`.
     """
 
     certificate: Path
@@ -73,30 +74,30 @@ class TlsSpec(SpecSection):
     ca: Path | None = None
 
     def files(self) -> TlsFiles:
-        """As the router takes them."""
+        """Files for the router."""
         return TlsFiles(certificate=self.certificate, key=self.key, ca=self.ca)
 
 
 class TracingSpec(SpecSection):
-    """Where spans of requests go; wants `arriero[trace]`. The fields are `TracingConfig`'s."""
+    """Export of spans of requests; needs `arriero[trace]`. For the fields see `TracingConfig`."""
 
     endpoint: str
     sample: Annotated[float, Field(ge=0, le=1)] = 1.0
 
     def config(self) -> TracingConfig:
-        """As the router takes it."""
+        """Config for the router."""
         return TracingConfig(endpoint=self.endpoint, sample=self.sample)
 
 
 class RequestLogSpec(SpecSection):
-    """A line of JSON for each request; the fields are `RequestLogConfig`'s."""
+    """A line of JSON for each request; for the fields see `RequestLogConfig`."""
 
     path: Path | None = None
     prompts: bool = False
 
 
 class TenantSpec(SpecSection):
-    """What one tenant may take, over all gateways; the fields are `Tenant`'s."""
+    """Limits of a tenant, over all gateways; for the fields see `Tenant`."""
 
     name: Name
     weight: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0
@@ -110,27 +111,27 @@ class TenantSpec(SpecSection):
 
 
 class QueueSpec(SpecSection):
-    """What a gateway keeps waiting, of each model; the fields are `QueueLimits`'."""
+    """Limits of a gateway's queue for each model; for the fields see `QueueLimits`."""
 
     max_queued: Count = 4096
     max_wait_s: Seconds = 60
 
 
 class GatewaySpec(SpecSection):
-    """The front door.
+    """The gateways.
 
     Attributes:
-        host: address it listens on.
-        port: of gRPC; 0 takes any free one.
-        http: the HTTP listener; null for none.
-        count: gateways; each needs a node of its own when a port is fixed.
-        drain_s: how long running streams may go on when it is told to stop.
-        tls: of both listeners; null listens in the clear.
-        keys: file of API keys (`arriero keys`), on every node; null asks for none.
-        tenants: those whose keys have limits.
-        queue: what may wait.
-        request_log: a line for each request; null writes none.
-        lost_s: how long a stream whose group was lost waits for one that goes on with it.
+        host: address to bind to.
+        port: port of gRPC; 0 for any free port.
+        http: HTTP listener; null for none.
+        count: number of gateways; with a fixed port each gateway needs a node of its own.
+        drain_s: seconds for which the streams of a stopping gateway may continue.
+        tls: files for both listeners; null for listeners without TLS.
+        keys: file of API keys (`arriero keys`), on every node; null requires no key.
+        tenants: tenants with limits.
+        queue: limits of the queue.
+        request_log: a line for each request; null for no log.
+        lost_s: seconds for which a stream whose group was lost waits for another group.
     """
 
     host: str = "127.0.0.1"
@@ -151,14 +152,14 @@ class GatewaySpec(SpecSection):
         refuse_twice(names, "tenant", "keep one")
         if self.keys is None and any(name != ANYONE for name in names):
             raise ValueError(
-                f"`tenants` without `keys`: nobody can tell them apart; give a key file, or limit "
-                f"all callers together as the one tenant `{ANYONE}`"
+                f"`tenants` without `keys` cannot be told apart; give a key file, or limit all "
+                f"callers together as the tenant `{ANYONE}`"
             )
         return self
 
     @property
     def http_port(self) -> int:
-        """The port of HTTP; 0 for any free one, or for none at all."""
+        """Port of HTTP; 0 for any free port, or for no HTTP."""
         if self.http is None:
             return 0
         if self.http.port is not None:
@@ -166,7 +167,7 @@ class GatewaySpec(SpecSection):
         return DEFAULT_HTTP_PORT if self.port else 0
 
     def shares(self) -> tuple[Tenant, ...]:
-        """The tenants, as gateways take them."""
+        """Tenants for the router."""
         return tuple(Tenant(**dict(tenant)) for tenant in self.tenants)
 
     def config(
@@ -176,7 +177,7 @@ class GatewaySpec(SpecSection):
         tracing: TracingSpec | None = None,
         wake_s: Mapping[str, float] | None = None,
     ) -> GatewayConfig:
-        """What each gateway runs with; see there for the arguments."""
+        """Settings of each gateway; for the arguments see `GatewayConfig`."""
         log = None if self.request_log is None else RequestLogConfig(**dict(self.request_log))
         return GatewayConfig(
             address=f"{self.host}:{self.port}",

@@ -1,6 +1,7 @@
-"""`arriero.yaml` read from disk, with the command line's flags laid over it.
+"""Reads `arriero.yaml`, and applies the flags of the command line on top.
 
-Knows files, lines and flags, so that an error names the place; what fields mean, the spec knows.
+Knows files, lines and flags, so that an error names the place; knows nothing of the meaning of
+fields (`deployment`).
 """
 
 from __future__ import annotations
@@ -43,19 +44,20 @@ _FLAG_FIELDS = {
 
 
 def load(path: Path | None, flags: Mapping[str, Any]) -> DeploymentSpec:
-    """The spec in the file `path`, with the command line's flags laid over it.
+    """The spec in the file `path`, with the flags of the command line on top.
 
     Args:
-        path: a YAML file; None for flags alone (then `model` is needed).
-        flags: the flags given, without those left out: `model` (a folder), `name`, `dtype`,
-            `quantization`, `groups`, `device`, `threads`, `tp`, `pp`, `kv_memory`,
-            `max_model_len`, `sliding_window`, `attention_sinks` and `changes_answers` go to the
-            model; `host` and `port` to the gateway, `http_host`,
-            `http_port` and `cors` to its HTTP; `address` to ray; `start_timeout_s` to health.
+        path: a YAML file; None for flags only (`model` is then required).
+        flags: the flags that the user gave. `model` (a folder), `name`, `dtype`, `quantization`,
+            `groups`, `device`, `threads`, `tp`, `pp`, `dp`, `kv_memory`, `max_model_len`,
+            `sliding_window`, `attention_sinks` and `changes_answers` set fields of the model;
+            `host` and `port` of the gateway; `http_host`, `http_port` and `cors` of the gateway's
+            HTTP; `address` of ray; `start_timeout_s` of health.
 
     Raises:
-        SpecError: the file cannot be read, or a field is unknown or wrong: file, line, field.
-        CheckpointError: a model's folder is none.
+        SpecError: the file cannot be read, or a field is unknown or wrong; the text names file,
+            line and field.
+        CheckpointError: the folder of a model is no checkpoint.
     """
     data: dict[str, Any] = {}
     lines: dict[tuple[int | str, ...], int] = {}
@@ -69,7 +71,8 @@ def load(path: Path | None, flags: Mapping[str, Any]) -> DeploymentSpec:
         raise SpecError(explain(error, source, lines)) from None
     base = path.parent if path is not None else Path.cwd()
     models = tuple(
-        m.model_copy(update={"path": _model_folder(m, base, source)}) for m in spec.models
+        model.model_copy(update={"path": _model_folder(model, base, source)})
+        for model in spec.models
     )
     gateway = spec.gateway.model_copy(
         update={
@@ -79,21 +82,21 @@ def load(path: Path | None, flags: Mapping[str, Any]) -> DeploymentSpec:
     )
     link_tls = _tls_files("link_tls", spec.link_tls, base, source)
     admin = spec.admin.model_copy(update={"tls": _admin_files(spec.admin.tls, base, source)})
-    parts = {"models": models, "gateway": gateway, "link_tls": link_tls, "admin": admin}
-    return spec.model_copy(update=parts)
+    sections = {"models": models, "gateway": gateway, "link_tls": link_tls, "admin": admin}
+    return spec.model_copy(update=sections)
 
 
 def _tls_files(field: str, tls: TlsSpec | None, base: Path, source: str) -> TlsSpec | None:
-    """The files by their absolute paths, once they have proved to be a certificate and its key."""
+    """The files with absolute paths, after a check that key and certificate match."""
     if tls is None:
         return None
-    found = TlsSpec(
+    absolute = TlsSpec(
         certificate=_absolute(base, tls.certificate),
         key=_absolute(base, tls.key),
         ca=None if tls.ca is None else _absolute(base, tls.ca),
     )
-    _check(found.files(), field, source)
-    return found
+    _check(absolute.files(), field, source)
+    return absolute
 
 
 def _admin_files(tls: AdminTlsSpec | None, base: Path, source: str) -> AdminTlsSpec | None:
@@ -128,13 +131,13 @@ def _absolute(base: Path, path: Path) -> Path:
 
 def _model_folder(model: ModelSpec, base: Path, source: str) -> str:
     if is_url(model.path):
-        return model.path  # looked at where it is needed, which may not be here
+        return model.path  # the nodes open the URL; this machine may have no access
     folder = _absolute(base, Path(model.path))
     if not (folder / "config.json").is_file():
-        wrong = CheckpointError if folder.is_dir() else SpecError
-        raise wrong(
-            f"{source}: model `{model.name}`: {folder} holds no config.json; give the folder of a"
-            " checkpoint (`arriero models import` makes one from a GGUF file)"
+        error = CheckpointError if folder.is_dir() else SpecError
+        raise error(
+            f"{source}: model `{model.name}`: {folder} has no config.json; give the folder of a"
+            " checkpoint (`arriero models import` makes such a folder from a GGUF file)"
         )
     return str(folder)
 
@@ -157,16 +160,17 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[tuple[int | str, ...], int]]
 
 
 def _note_lines(
-    node: yaml.Node | None, at: tuple[int | str, ...], lines: dict[tuple[int | str, ...], int]
+    node: yaml.Node | None, path: tuple[int | str, ...], lines: dict[tuple[int | str, ...], int]
 ) -> None:
+    """Record the line of each field below a node of the file."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            lines[(*at, key.value)] = key.start_mark.line + 1
-            _note_lines(value, (*at, key.value), lines)
+            lines[(*path, key.value)] = key.start_mark.line + 1
+            _note_lines(value, (*path, key.value), lines)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            lines[(*at, index)] = value.start_mark.line + 1
-            _note_lines(value, (*at, index), lines)
+            lines[(*path, index)] = value.start_mark.line + 1
+            _note_lines(value, (*path, index), lines)
 
 
 def _with_flags(data: dict[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,7 +179,7 @@ def _with_flags(data: dict[str, Any], flags: Mapping[str, Any]) -> dict[str, Any
         if flag in _SECTIONS:
             *path, field = _SECTIONS[flag]
             section: Any = data
-            for name in path:  # a section of another kind is refused when the whole is checked
+            for name in path:  # the check of the whole spec refuses a section of a wrong type
                 if isinstance(section, dict):
                     section = section.setdefault(name, {})
             if isinstance(section, dict):
@@ -186,11 +190,11 @@ def _with_flags(data: dict[str, Any], flags: Mapping[str, Any]) -> dict[str, Any
         return data
     models = data.setdefault("models", [{}] if "model" in model_flags else [])
     if not isinstance(models, list) or len(models) != 1 or not isinstance(models[0], dict):
-        named = ", ".join(f"--{flag.replace('_', '-')}" for flag in model_flags)
-        have = len(models) if isinstance(models, Sequence) else 0
+        names = ", ".join(f"--{flag.replace('_', '-')}" for flag in model_flags)
+        count = len(models) if isinstance(models, Sequence) else 0
         raise SpecError(
-            f"{named}: such flags change the one model of a deployment, and this one has {have};"
-            " say it in the spec, or give --model PATH without a spec"
+            f"{names}: flags for a model need a deployment with one model, and the spec has"
+            f" {count}; set the fields in the spec, or give --model PATH without a spec"
         )
     for flag, value in model_flags.items():
         if flag == "model":
@@ -198,38 +202,38 @@ def _with_flags(data: dict[str, Any], flags: Mapping[str, Any]) -> dict[str, Any
             models[0].setdefault("name", Path(os.path.abspath(value)).name)
         elif flag in _FLAG_FIELDS:
             section, field = _FLAG_FIELDS[flag]
-            part = models[0].setdefault(section, {})
-            if isinstance(part, dict):
-                part[field] = value
+            fields = models[0].setdefault(section, {})
+            if isinstance(fields, dict):
+                fields[field] = value
         else:
             models[0][flag] = value
     return data
 
 
 def explain(error: ValidationError, source: str, lines: Mapping[tuple[int | str, ...], int]) -> str:
-    """What is wrong with a spec: file, line, field, reason.
+    """The errors of a spec as text: file, line, field and reason of each.
 
     Args:
-        error: pydantic's.
-        source: what the spec was read from.
-        lines: line of each field, by its path, as far as known.
+        error: error of pydantic.
+        source: name of the file, or "command line".
+        lines: line number of each field, by path in the file, as far as known.
     """
-    parts = []
-    for one in error.errors(include_url=False):
-        loc = tuple(one["loc"])
+    texts = []
+    for detail in error.errors(include_url=False):
+        loc = tuple(detail["loc"])
         field = ""
         for step in loc:
             field += f"[{step}]" if isinstance(step, int) else f".{step}" if field else str(step)
-        at = loc
-        while at and at not in lines:
-            at = at[:-1]
-        where = f"{source}:{lines[at]}" if at else source
-        value = one.get("input")
-        given = f"={value!r}" if isinstance(value, str | int | float | bool) else ""
-        reason = one["msg"].removeprefix("Value error, ")
-        if one["type"] == "extra_forbidden":
-            reason, given = "no such field", ""
-        elif one["type"] == "missing":
-            reason, given = "is needed", ""
-        parts.append(f"{where}: `{field or 'spec'}`{given}: {reason}")
-    return "; ".join(parts)
+        nearest = loc
+        while nearest and nearest not in lines:
+            nearest = nearest[:-1]
+        place = f"{source}:{lines[nearest]}" if nearest else source
+        value = detail.get("input")
+        shown = f"={value!r}" if isinstance(value, str | int | float | bool) else ""
+        reason = detail["msg"].removeprefix("Value error, ")
+        if detail["type"] == "extra_forbidden":
+            reason, shown = "no such field", ""
+        elif detail["type"] == "missing":
+            reason, shown = "is needed", ""
+        texts.append(f"{place}: `{field or 'spec'}`{shown}: {reason}")
+    return "; ".join(texts)

@@ -1,4 +1,4 @@
-"""Limits of the autoscaler, as a spec gives them."""
+"""Limits of the autoscaler, from the spec."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScaleLimits:
-    """What the policy keeps to.
+    """Limits of `Autoscaler`.
 
     Attributes:
-        least, most: groups.
-        target: share of a group's sequences that should be taken, 0 to 1.
-        wait_s: the longest that a request should wait for its turn.
-        up_s: how long more groups must be wanted before they come.
-        down_s: how long fewer must do before they go.
+        least: smallest number of groups.
+        most: largest number of groups.
+        target: share of a group's sequences that should be in use, 0 to 1.
+        wait_s: longest time in seconds that a request should wait in the queue.
+        up_s: seconds of high load before groups are added.
+        down_s: seconds of low load before groups are removed.
     """
 
     least: int

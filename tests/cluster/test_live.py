@@ -176,9 +176,9 @@ def test_admin_wants_the_token(folder: Path) -> None:
             with pytest.raises(ArrieroError, match="admin token"):
                 client.status()
     with AdminClient.of(deployment) as client:
-        with pytest.raises(NotFound, match="there is demo"):
+        with pytest.raises(NotFound, match="the deployment has demo"):
             client.scale("other", 1)
-        with pytest.raises(NotFound, match="there is demo-0"):
+        with pytest.raises(NotFound, match="the deployment has demo-0"):
             client.drain("demo-9")
         with pytest.raises(InvalidRequest, match="no revision before 1"):
             client.rollback("demo")
@@ -363,7 +363,7 @@ def test_a_cluster_of_others_is_joined_and_left_as_it_was(tmp_path: Path) -> Non
         ours, theirs = tmp_path / "ours", tmp_path / "theirs"
         flags = ("--model", MODEL, "--port", "0", "--address", address, "--kv-memory", "64MiB")
         said = arriero("up", *flags, folder=ours, check=False)
-        assert said.returncode == 1 and "another token than that in ~/.ray" in said.stderr
+        assert said.returncode == 1 and "refuses the token in ~/.ray" in said.stderr
         assert state.read(ours) is None
         with_token = {"RAY_AUTH_TOKEN": cluster.token}
         arriero("up", *flags, folder=ours, environment=with_token)

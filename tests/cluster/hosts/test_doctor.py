@@ -28,7 +28,7 @@ WELL = Facts(
 
 def grades(facts: Facts, skew_s: float = 0.0) -> dict[str, str]:
     found = judge({"n": facts}, {"n": skew_s})
-    return {one.what: one.remedy for one in found if one.grade != "ok"}
+    return {one.text: one.remedy for one in found if one.grade != "ok"}
 
 
 def test_a_node_that_is_well() -> None:
@@ -45,7 +45,7 @@ def test_each_fault_has_a_remedy() -> None:
         "nccl": "",
         "ports": {50051: "cannot be bound: Address already in use"},
         "peers": {"10.0.0.2": "No route to host"},
-        "wanted": {"/": 1 << 42},
+        "disk_needs": {"/": 1 << 42},
         "packages": {**WELL.packages, "torch": ""},
     }
     for name, value in ill.items():
@@ -57,7 +57,7 @@ def test_each_fault_has_a_remedy() -> None:
 
 def test_nodes_that_differ() -> None:
     other = replace(WELL, packages={**WELL.packages, "ray": "2.0"}, driver="560.2")
-    said = [one.what for one in judge({"a": WELL, "b": other}, {}) if one.node == "all"]
+    said = [one.text for one in judge({"a": WELL, "b": other}, {}) if one.node == "all"]
     assert len(said) == 2
     assert "ray differs: 1.0 on a, 2.0 on b" in said[0]
     assert "560.2, 570.1" in said[1]
@@ -65,15 +65,15 @@ def test_nodes_that_differ() -> None:
 
 def test_this_machine_can_be_looked_at() -> None:
     with closing(checkup.ProbeListener("127.0.0.1")) as ear:
-        asked = checkup.Questions(
+        needs = checkup.NodeNeeds(
             models=("/nowhere",),
             ports=(0,),
             disks={"/nowhere/at/all": 1 << 60},
             peers=(("127.0.0.1", ear.port()), ("127.0.0.2", 1)),
         )
-        facts = checkup.look(asked)
+        facts = checkup.collect(needs)
     assert facts.cores >= 1 and facts.packages["ray"] and facts.models == {"/nowhere": False}
     assert facts.ports == {0: ""}
     assert facts.peers == {"127.0.0.1": "", "127.0.0.2": "Connection refused"}
-    assert facts.wanted == {"/": 1 << 60}
-    assert any("may come to" in one.what for one in judge({"n": facts}, {}))
+    assert facts.disk_needs == {"/": 1 << 60}
+    assert any("may need" in one.text for one in judge({"n": facts}, {}))

@@ -95,14 +95,14 @@ def test_the_users_token_is_found_in_rays_order(
         give(home, monkeypatch, "right")
         assert ray_access.joined_cluster(address)[MODE] == "token"
         give(home, monkeypatch, "wrong")
-        with pytest.raises(Unauthenticated, match=r"another token than that in .*RAY_AUTH_TOKEN"):
+        with pytest.raises(Unauthenticated, match=r"refuses the token in .*RAY_AUTH_TOKEN"):
             ray_access.joined_cluster(address)
 
 
 def test_a_token_too_few_is_said_at_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(MODE, "token")  # with which Ray itself ends the process
     with gcs("right") as address:
-        with pytest.raises(Unauthenticated, match=r"none here; set RAY_AUTH_TOKEN"):
+        with pytest.raises(Unauthenticated, match=r"has none; set RAY_AUTH_TOKEN"):
             ray_access.joined_cluster(address)
         monkeypatch.setenv(TOKEN_PATH, str(home / "nowhere"))
         with pytest.raises(Unauthenticated, match=r"nowhere \(RAY_AUTH_TOKEN_PATH\) cannot be"):

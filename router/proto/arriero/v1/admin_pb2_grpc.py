@@ -100,7 +100,7 @@ class AdminServicer:
     """Missing associated documentation comment in .proto file."""
 
     def GetStatus(self, request, context):
-        """What there is and what is wanted.
+        """The current and the desired state.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -121,21 +121,21 @@ class AdminServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Logs(self, request, context):
-        """The last lines that a group's processes wrote.
+        """The last log lines of a group's processes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Scale(self, request, context):
-        """Have so many groups of a model; 0 keeps the model deployed with none.
+        """Set the number of groups of a model; with 0 the model stays deployed without a group.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """End a group once its streams have ended or moved; a successor takes its place.
+        """End a group after the group's streams have ended or moved; a successor replaces the group.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -156,29 +156,29 @@ class AdminServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Reload(self, request, context):
-        """Take the settings of a spec that can be changed while everything runs. FAILED_PRECONDITION
-        names those that cannot, and then nothing is changed.
+        """Apply the fields of a spec that can change while everything runs. If another field differs,
+        nothing changes, and the status FAILED_PRECONDITION names the field.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Keys(self, request, context):
-        """List, make, replace or take out API keys, in the key file of every node that runs a gateway.
+        """List, add, rotate or revoke API keys, in the key file of every node that runs a gateway.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RotateToken(self, request, context):
-        """Replace the token that this service asks for.
+        """Replace the admin token.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Kv(self, request, context):
-        """What the KV caches of groups hold, once what is asked for is done.
+        """Run an action on the KV caches of groups; the response has the contents after the action.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

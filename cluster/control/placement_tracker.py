@@ -1,0 +1,93 @@
+"""Seats whose group still waits for a placement, and models without room for an extra group.
+
+During an update a model may have one group more than its count, where the cluster seems to have
+room. When that group finds no placement in `PLACEMENT_S` seconds, the operator gives the group up
+and updates without an extra group. Knows seats, bundles and free resources; knows nothing of Ray
+Serve.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable
+
+from arriero.cluster import app
+from arriero.cluster.control.reconcile import GroupSeat, Phase
+from arriero.cluster.hosts import nodes
+from arriero.cluster.spec.model import ModelSpec
+
+_REPORT_AFTER_S = 3.0
+"""Seconds of waiting after which `problem` reports a seat."""
+PLACEMENT_S = 20.0
+"""Seconds after which an extra group without a placement is given up."""
+CROWDED_S = 600.0
+"""Seconds after giving up until another extra group of the model may start."""
+
+
+class PlacementTracker:
+    """Records since when each seat waits, and until when each model is crowded."""
+
+    def __init__(self) -> None:
+        self._waiting_since_s: dict[str, float] = {}
+        self._crowded_until_s: dict[str, float] = {}
+
+    def problem(self, seat: str, model: ModelSpec, capacity: app.ClusterCapacity) -> str:
+        """A text for people when a seat has waited some seconds; "" otherwise."""
+        since_s = self._waiting_since_s.get(seat)
+        if since_s is None or time.monotonic() - since_s < _REPORT_AFTER_S:
+            return ""
+        bundles = _bundles(model, capacity)
+        resources = ", ".join(f"{amount:g} {name}" for name, amount in bundles[0].items())
+        return (
+            f"waits for a placement: needs {len(bundles)} x ({resources}), each on one node;"
+            f" {nodes.count_free_bundles(bundles[0])} are free"
+        )
+
+    def surge(
+        self, model: ModelSpec, capacity: app.ClusterCapacity, *, num_seats: int, count: int
+    ) -> int:
+        """Number of extra groups, 0 or 1, that the cluster has room for.
+
+        Args:
+            model: settings of the model.
+            capacity: of the cluster.
+            num_seats: current number of the model's seats, without spare groups.
+            count: desired number of groups.
+        """
+        if self._crowded_until_s.get(model.name, 0.0) > time.monotonic():
+            return 0
+        if num_seats != count:
+            return 1  # the extra group exists already, or the model needs none yet
+        bundles = _bundles(model, capacity)
+        return int(nodes.count_free_bundles(bundles[0]) >= len(bundles))
+
+    def give_up(
+        self, seats: Iterable[GroupSeat], started: Collection[str], surplus: Collection[str]
+    ) -> list[str]:
+        """Seats to stop: extra groups that found no placement; their models count as crowded.
+
+        Args:
+            seats: all seats.
+            started: seats whose group has a placement and reports progress.
+            surplus: models with more groups than desired.
+        """
+        now_s = time.monotonic()
+        stuck = []
+        for seat in seats:
+            if seat.phase is not Phase.STARTING or seat.name in started:
+                self._waiting_since_s.pop(seat.name, None)
+                continue
+            since_s = self._waiting_since_s.setdefault(seat.name, now_s)
+            if seat.spare or seat.model not in surplus:
+                continue  # a spare group waits for room without a limit
+            if now_s - since_s > PLACEMENT_S:
+                self._crowded_until_s[seat.model] = now_s + CROWDED_S
+                stuck.append(seat.name)
+        return stuck
+
+
+def _bundles(model: ModelSpec, capacity: app.ClusterCapacity) -> list[dict[str, float]]:
+    """Resources of a group's bundles, without the leader's small bundle."""
+    cuda = model.device == "cuda" or (model.device == "auto" and capacity.num_gpus > 0)
+    cpus = model.cpus_per_slice or capacity.cpus_per_slice
+    return app.PlacementBundles.of(model).bundles(cpus, "cuda" if cuda else "cpu")
