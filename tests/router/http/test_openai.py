@@ -371,7 +371,7 @@ BAD = [
         "exclude each other",
     ),
     ({"messages": ASK, "guided_regex": "a", "ignore_eos": True}, "ignore_eos", "exclude each"),
-    ({"messages": ASK, "tool_choice": "required"}, "tool_choice", "offer some `tools`"),
+    ({"messages": ASK, "tool_choice": "required"}, "tool_choice", "offer `tools`"),
     ({"messages": [{"role": "root", "content": "x"}]}, "messages", "must be one of"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, None, "surrogate"),
     (
