@@ -196,8 +196,8 @@ async def test_deadline_reaches_the_engine(running: Stack) -> None:
             [60] * 100,
             {"max_tokens": 500},
             "max_tokens",
-            "600 are asked for: 100 prompt tokens and `max_tokens`=500. Please reduce the length "
-            "of the messages, or lower `max_tokens`: lower it to 412 or less",
+            "the request needs 600: 100 prompt tokens and `max_tokens`=500. Please reduce the "
+            "length of the messages, or lower `max_tokens` to 412 or less",
         ),
         ([60], {"max_tokens": 0}, "max_tokens", "at least 1"),
         ([60], {"max_tokens": -5}, "max_tokens", "`max_tokens`=-5"),
