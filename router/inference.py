@@ -287,7 +287,7 @@ class Inference:
         try:
             yield
         finally:
-            self.metrics.moved(model, progress.moves)
+            self.metrics.migrated(model, progress.num_migrations)
 
     async def _run(self, checked: _CheckedRequest, start: pb.Start) -> Stream:
         """Wait for admission, then run the request to its end, over one group or several."""
@@ -309,7 +309,7 @@ class Inference:
         )
         with observation as observed:
             async with self.admission.admit(start.model, queued) as admitted:
-                observed.turn()
+                observed.admitted()
                 checked.notes.admitted()
                 progress = self._progress(checked, answer, observed.traceparent)
                 # the groups may have changed since the request arrived
@@ -318,13 +318,13 @@ class Inference:
                 with self._count_migrations(start.model, progress):
                     async with aclosing(running) as steps:
                         async for outputs in steps:
-                            admitted.count_output(*observed.watch.step(outputs))
+                            admitted.count_output(*observed.timer.step(outputs))
                             if not answer.started:
                                 start.weights = progress.digest or ""
                             message = answer.add(outputs)
                             if message is not None:
                                 if not isinstance(message, TextDelta) and answer.finished:
-                                    observed.watch.finish(message.usage)
+                                    observed.timer.finish(message.usage)
                                     admitted.release()
                                 yield message
                             if answer.finished:

@@ -1,1 +1,1 @@
-"""Which group holds which KV blocks: a gateway's picture of all groups' caches, to route on."""
+"""The KV directory: the KV blocks of all groups, recorded in each gateway for routing."""

@@ -1,6 +1,6 @@
-"""What a group says of its blocks: changes in numbered batches, or everything it has.
+"""The messages of a group about its blocks: numbered batches of changes, and snapshots.
 
-Knows the wire; knows nothing of how either end keeps it.
+Knows the message format; knows nothing of how sender and receiver store blocks.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import numpy.typing as npt
 from arriero.router.directory.table import Keys, Mask
 
 Kinds = npt.NDArray[np.uint8]
-"""Of `CacheChange`."""
+"""Values of `CacheChange`."""
 
 
 class CacheChange(IntEnum):
-    """What became of a block in a group."""
+    """Change of a block in a group."""
 
     ON_DEVICE = 0
     OFF_DEVICE = 1
-    KEPT = 2
-    """It is in host memory or on disk."""
+    OFFLOADED = 2
+    """Now in host memory or on disk."""
     DROPPED = 3
-    """It is in neither any more."""
+    """No longer in host memory or on disk."""
 
 
 def _none() -> Keys:
@@ -35,11 +35,11 @@ def _none() -> Keys:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Changes, in the order in which they came.
+    """Changes in order of time.
 
     Attributes:
-        number: counts a group's batches up from its last snapshot, whose own number is one less.
-        kinds: [N] uint8, of `CacheChange`.
+        number: of the batch; the first batch after a snapshot has the snapshot's number plus 1.
+        kinds: [N] uint8, values of `CacheChange`.
         keys: [N] first 8 bytes of the blocks' keys.
     """
 
@@ -49,16 +49,16 @@ class Batch:
 
     @property
     def near(self) -> Mask:
-        """[N] which changes are about the device."""
+        """[N] whether the change concerns the device."""
         return self.kinds <= np.uint8(CacheChange.OFF_DEVICE)
 
     @property
     def present(self) -> Mask:
-        """[N] after which changes the group has the block there."""
-        return np.isin(self.kinds, (CacheChange.ON_DEVICE, CacheChange.KEPT))
+        """[N] whether the block is present after the change."""
+        return np.isin(self.kinds, (CacheChange.ON_DEVICE, CacheChange.OFFLOADED))
 
     def to_wire(self) -> list[Any]:
-        """As msgpack can carry it."""
+        """Values for msgpack."""
         return [self.number, self.kinds.tobytes(), self.keys.astype("<u8").tobytes()]
 
     @classmethod
@@ -66,25 +66,25 @@ class Batch:
         """Undo `to_wire`.
 
         Raises:
-            ValueError: it is not one.
+            ValueError: `values` is no batch.
         """
-        number, packed, listed = values
-        kinds = np.frombuffer(packed, dtype=np.uint8)
-        keys = np.frombuffer(listed, dtype="<u8")
+        number, kind_bytes, key_bytes = values
+        kinds = np.frombuffer(kind_bytes, dtype=np.uint8)
+        keys = np.frombuffer(key_bytes, dtype="<u8")
         if len(kinds) != len(keys) or (kinds > max(CacheChange)).any():
-            raise ValueError(f"{len(kinds)} changes of {len(keys)} blocks, or an unknown one")
+            raise ValueError(f"{len(kinds)} changes of {len(keys)} blocks, or an unknown change")
         return cls(number, kinds, keys)
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All that a group holds.
+    """All blocks of a group.
 
     Attributes:
-        number: the next batch has one more.
-        near: keys of blocks on its device.
-        far: keys of blocks in its host memory or on its disks.
-        capacity: most keys that it can ever hold.
+        number: number of the last batch; the next batch has this number plus 1.
+        near: keys of blocks on the device.
+        far: keys of blocks in host memory or on disk.
+        capacity: largest possible number of keys.
     """
 
     number: int
@@ -93,13 +93,13 @@ class Snapshot:
     capacity: int = 0
 
     def to_wire(self) -> list[Any]:
-        """As msgpack can carry it."""
-        near, far = (one.astype("<u8").tobytes() for one in (self.near, self.far))
+        """Values for msgpack."""
+        near, far = (keys.astype("<u8").tobytes() for keys in (self.near, self.far))
         return [self.number, near, far, self.capacity]
 
     @classmethod
     def from_wire(cls, values: list[Any]) -> Snapshot:
         """Undo `to_wire`."""
         number, near, far, capacity = values
-        near, far = (np.frombuffer(one, dtype="<u8") for one in (near, far))
+        near, far = (np.frombuffer(keys, dtype="<u8") for keys in (near, far))
         return cls(number, near, far, capacity)

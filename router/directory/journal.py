@@ -1,7 +1,7 @@
-"""A group's end of the directory: what it holds, and what of it changed since gateways were told.
+"""The journal of a group: all blocks of its cache, and the changes not yet sent to gateways.
 
-Changes come from the engine's thread, and are taken in pieces from the link's, which has a picture
-of its own; so a gateway that comes is given a snapshot without a word to the engine. Knows keys;
+The engine's thread adds changes; the link's thread takes them in batches and applies each batch to
+a table of its own, so that a new gateway gets a snapshot without a call to the engine. Knows keys;
 knows nothing of links.
 """
 
@@ -16,45 +16,45 @@ from arriero.router.directory.table import KeyTable, fingerprints
 from arriero.shards.kv.blocks import CacheEvent
 
 MOST_CHANGES = 20_000
-"""Of a batch: few enough that the link's loop is not held up."""
+"""Largest number of changes in a batch; limits the time that a batch blocks the link's loop."""
 _CHANGES: dict[CacheEvent, CacheChange] = {
     "stored": CacheChange.ON_DEVICE,
     "evicted": CacheChange.OFF_DEVICE,
-    "kept": CacheChange.KEPT,
+    "kept": CacheChange.OFFLOADED,
     "dropped": CacheChange.DROPPED,
 }
 
 
 class Journal:
-    """The changes of one group; `note` is the engine's `on_event`.
+    """The changes of a group; `note` is the engine's `on_event`.
 
     Args:
-        capacity: most blocks that the group can hold.
+        capacity: largest possible number of blocks of the group.
     """
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._changes: deque[tuple[CacheChange, bytes]] = deque()
-        self._held = KeyTable()
+        self._blocks = KeyTable()
         self._number = 0
 
     def note(self, event: CacheEvent, key: bytes) -> None:
-        """Take a change; from the engine's thread."""
+        """Add a change; called from the engine's thread."""
         self._changes.append((_CHANGES[event], key))
 
-    def take(self) -> Batch | None:
-        """The next changes, for every gateway that has had a snapshot; None when there are none."""
+    def next_batch(self) -> Batch | None:
+        """The next changes for all gateways that have a snapshot; None without changes."""
         count = min(len(self._changes), MOST_CHANGES)
         if not count:
             return None
-        taken = [self._changes.popleft() for _ in range(count)]
-        kinds = np.asarray([change for change, _ in taken], dtype=np.uint8)
-        keys = fingerprints(b"".join(key for _, key in taken))
+        changes = [self._changes.popleft() for _ in range(count)]
+        kinds = np.asarray([change for change, _ in changes], dtype=np.uint8)
+        keys = fingerprints(b"".join(key for _, key in changes))
         self._number += 1
         batch = Batch(self._number, kinds, keys)
-        self._held.change(keys, 0, near=batch.near, present=batch.present)
+        self._blocks.change(keys, 0, near=batch.near, present=batch.present)
         return batch
 
     def snapshot(self) -> Snapshot:
-        """All that the group holds as of the last batch."""
-        return Snapshot(self._number, *self._held.held(0), self._capacity)
+        """All blocks of the group after the last batch."""
+        return Snapshot(self._number, *self._blocks.keys_of(0), self._capacity)

@@ -1,6 +1,6 @@
-"""How much of a prompt each group has: the prompt's chain of keys, as far as anybody has it.
+"""The cached length of a prompt in each group: a lookup of the prompt's chain of block keys.
 
-Knows how keys are made (as engines make them) and the directory; knows nothing of who asks.
+Knows the directory and how engines make keys; knows nothing of requests' owners or routing.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from arriero.shards.engine.types import EngineRequest
 from arriero.shards.kv.blocks import KEY_BYTES, chain_keys, salted_root
 
 PAGE_BLOCKS = 128
-"""Keys made in one go at first, then each time twice as many: hashing stops soon after the last
-group's part of the chain has ended."""
+"""Keys in the first page of a lookup; each further page has twice as many. Hashing stops at the end
+of the page in which the last group's chain ends."""
 NOTHING = Reach(0, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class CacheRoot:
-    """What the keys of a group's blocks begin with.
+    """The start of a chain of block keys.
 
     Attributes:
-        key: parent of first blocks; b"" for a group that has no prefix cache.
+        key: parent key of first blocks; b"" for a group without a prefix cache.
         block_size: tokens in a block.
     """
 
@@ -37,9 +37,9 @@ class CacheRoot:
 
     @classmethod
     def of(cls, card: ModelCard, request: EngineRequest) -> CacheRoot | None:
-        """Of a request's blocks in a group; None where their keys are not to be made here.
+        """The root of a request's chain in a group; None when a gateway cannot compute the keys.
 
-        Those of images are not: they are of what the images hold.
+        Keys of image tokens depend on the image data, so requests with images have none here.
         """
         if not card.cache_root or request.images:
             return None
@@ -47,28 +47,28 @@ class CacheRoot:
 
 
 def find(directory: Directory, root: CacheRoot, prompt: Sequence[int]) -> Mapping[str, Reach]:
-    """Tokens of a prompt that each group has, in blocks that are full; groups of any root.
+    """Cached tokens of a prompt in full blocks, by group.
 
     Args:
-        directory: of all groups.
-        root: of the groups that are meant.
+        directory: directory of all groups.
+        root: start of the chain.
         prompt: token ids.
     """
     size = root.block_size
     keys = chain_keys(root.key, np.asarray(prompt[:-1], dtype=np.int32), size)
-    found: dict[str, Reach] = {}
-    start, most = 0, PAGE_BLOCKS
-    while page := b"".join(islice(keys, most)):
+    cached: dict[str, Reach] = {}
+    start, count = 0, PAGE_BLOCKS
+    while page := b"".join(islice(keys, count)):
         blocks = len(page) // KEY_BYTES
         furthest = 0
         for group, reach in directory.lookup(fingerprints(page, KEY_BYTES)).items():
-            before = found.get(group, NOTHING)
+            before = cached.get(group, NOTHING)
             if before.total != start * size:
-                continue  # its part of the chain ended before this page
+                continue  # the group's chain ended before this page
             near = reach.near if before.near == before.total else 0
-            found[group] = Reach(before.near + near * size, before.total + reach.total * size)
+            cached[group] = Reach(before.near + near * size, before.total + reach.total * size)
             furthest = max(furthest, reach.total)
-        start, most = start + blocks, 2 * most
+        start, count = start + blocks, 2 * count
         if furthest < blocks:
             break
-    return found
+    return cached

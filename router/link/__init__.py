@@ -1,1 +1,1 @@
-"""The connection between gateways and leaders: framing, messages, client end and server end."""
+"""The link between gateways and leaders: framing, messages, client, server, leader RPC."""

@@ -1,9 +1,9 @@
-"""Questions to a leader about its KV cache: an operator's, or another leader's that lacks a prefix.
+"""Calls to a leader about its KV cache, by an operator or by a leader that lacks a prefix.
 
-A leader asks which blocks of a prompt it may copy; the answer says where they lie in the other
-slices' memory, and slices copy them from there (see `shards/kv/peer`) and check each. A peer that
-does not answer in time has none. Knows the link's greeting and keys; knows nothing of who decides
-to ask.
+A leader asks a peer for the blocks of a prompt. The answer gives the locations of the blocks in the
+memory of the peer's slices; slices copy the blocks from there (see `shards/kv/peer`) and check each
+block. A peer that does not answer in time counts as having none. Knows the link's greeting and
+block keys; knows nothing of the choice of a peer.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ from arriero.shards.kv.transfers import Pool
 
 log = logging.getLogger(__name__)
 
-PATIENCE_S = 0.25
-"""Who does not answer in this time has nothing."""
-HAND_OVER_S = 2.0
-"""Likewise where it has just computed the prompt: it is there, or on its way to host memory."""
-POLL_S = 0.005
+PEER_TIMEOUT_S = 0.25
+"""Seconds after which a peer without an answer counts as having no blocks."""
+HAND_OVER_TIMEOUT_S = 2.0
+"""The same for a peer that has just computed the prompt and may still save blocks."""
+_POLL_S = 0.005
 
 
 async def ask_leader(
     leader: tuple[str, str],
     tls: ssl.SSLContext | None,
     action: str,
-    asked: Mapping[str, Any],
+    arguments: Mapping[str, Any],
     timeout_s: float,
 ) -> dict[str, Any]:
-    """Ask a leader about its KV cache.
+    """Call an action of a leader and return the answer.
 
     Args:
-        leader: its address and token.
-        tls: of the links; None for links in the clear.
-        action: see `KvDesk`.
-        asked: the action's arguments.
-        timeout_s: of it all.
+        leader: address and token.
+        tls: TLS of the links; None for links in the clear.
+        action: see `KvAdminHandler`.
+        arguments: arguments of the action.
+        timeout_s: limit for connection and answer in seconds.
 
     Raises:
-        InvalidRequest: it refuses; the text is its own.
-        Unavailable: it is gone, or took too long.
+        InvalidRequest: the leader refuses; the text comes from the leader.
+        Unavailable: the leader is gone, or did not answer in time.
     """
     address, token = leader
     loop = asyncio.get_running_loop()
@@ -65,36 +65,38 @@ async def ask_leader(
 
     def on_closed(cause: str) -> None:
         if not answered.done():
-            answered.set_exception(Unavailable(f"leader at {address}: {cause or 'it closed'}"))
+            answered.set_exception(
+                Unavailable(f"leader at {address}: {cause or 'closed the connection'}")
+            )
 
-    wire = FramedConnection(on_frame, on_closed)
+    connection = FramedConnection(on_frame, on_closed)
     host, _, port = address.rpartition(":")
     name = None if tls is None else LINK_NAME
     try:
         async with asyncio.timeout(timeout_s):
             await loop.create_connection(
-                lambda: wire, host.strip("[]"), int(port), ssl=tls, server_hostname=name
+                lambda: connection, host.strip("[]"), int(port), ssl=tls, server_hostname=name
             )
-            wire.write(frames.pack(["ask", token]))
-            wire.write(frames.pack([action, asked]))
-            kind, found = await answered
+            connection.write(frames.pack(["ask", token]))
+            connection.write(frames.pack([action, arguments]))
+            kind, answer = await answered
     except TimeoutError:
-        raise Unavailable(f"leader at {address} gave no answer in {timeout_s:g} s") from None
+        raise Unavailable(f"leader at {address} did not answer within {timeout_s:g} s") from None
     except OSError as error:
         raise Unavailable(f"leader at {address}: {error}") from None
     finally:
         answered.cancel()
-        wire.abort("")
+        connection.abort("")
     if kind != "answer":
-        raise InvalidRequest("action", str(found))
-    return dict(found)
+        raise InvalidRequest("action", str(answer))
+    return dict(answer)
 
 
 class PeerGroups:
-    """Other leaders.
+    """The leaders of other groups, as sources of KV blocks.
 
     Args:
-        tls: of the links; None for links in the clear.
+        tls: TLS of the links; None for links in the clear.
     """
 
     def __init__(self, tls: ssl.SSLContext | None = None) -> None:
@@ -105,48 +107,55 @@ class PeerGroups:
         peer: tuple[str, str],
         root: CacheRoot,
         prompt: tuple[int, ...],
-        patience_s: float = PATIENCE_S,
+        timeout_s: float = PEER_TIMEOUT_S,
     ) -> Mapping[Pool, PeerBlocks]:
-        """What a peer has of a prompt's blocks, by pool; nothing if it does not say so in time.
+        """A peer's blocks of a prompt, by pool; empty when the peer does not answer in time.
 
         Args:
-            peer: address and token of its leader.
-            root: of the blocks' keys.
+            peer: address and token of the peer's leader.
+            root: start of the prompt's chain of keys.
             prompt: token ids.
-            patience_s: how long its answer may take.
+            timeout_s: limit for the answer in seconds.
         """
         try:
             keys = await asyncio.to_thread(_keys, root, prompt)
-            asked = {"keys": keys, "patience_s": patience_s}
-            found = await ask_leader(peer, self._tls, "shared", asked, patience_s)
-            return {Pool(int(i)): PeerBlocks.from_wire(one) for i, one in found["pools"].items()}
+            arguments = {"keys": keys, "patience_s": timeout_s}
+            answer = await ask_leader(peer, self._tls, "shared", arguments, timeout_s)
+            return {
+                Pool(int(pool)): PeerBlocks.from_wire(blocks)
+                for pool, blocks in answer["pools"].items()
+            }
         except (Unavailable, InvalidRequest) as error:
             log.info("%s", error)
-        except Exception:  # whatever it answered: the request must go on without
-            log.exception("peer %s: its answer cannot be used", peer[0])
+        except Exception:  # the request goes on without the peer's blocks
+            log.exception("peer %s: unreadable answer", peer[0])
         return {}
 
 
-class Shares(Protocol):
-    """What a leader's engine must have for others to copy from it."""
+class BlockSource(Protocol):
+    """The engine of a leader, as a source of KV blocks for other groups."""
 
     def shared(self, keys: list[bytes]) -> tuple[Mapping[Pool, PeerBlocks], bool]:
-        """What may be copied of blocks, and whether more is on its way; from any thread."""
+        """Blocks that may be copied, and whether more will be; callable from any thread."""
 
 
-async def tell_shared(engine: Shares, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Answer a leader that asks what of `keys` it may copy, once nothing more is on its way."""
-    keys, patience_s = split_keys(asked["keys"]), min(float(asked["patience_s"]), HAND_OVER_S)
-    deadline_s = time.monotonic() + patience_s / 2
+async def tell_shared(engine: BlockSource, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Answer the action "shared": the blocks of `keys` that another group may copy.
+
+    Waits while more blocks become available, up to half of the caller's timeout.
+    """
+    keys = split_keys(arguments["keys"])
+    timeout_s = min(float(arguments["patience_s"]), HAND_OVER_TIMEOUT_S)
+    deadline_s = time.monotonic() + timeout_s / 2
     while True:
-        found, more = engine.shared(keys)
+        pools, more = engine.shared(keys)
         if not more or time.monotonic() > deadline_s:
-            return {"pools": {int(pool): blocks.to_wire() for pool, blocks in found.items()}}
-        await asyncio.sleep(POLL_S)
+            return {"pools": {int(pool): blocks.to_wire() for pool, blocks in pools.items()}}
+        await asyncio.sleep(_POLL_S)
 
 
 def split_keys(keys: bytes) -> list[bytes]:
-    """Keys that lie one after the other."""
+    """The keys in a concatenation of keys."""
     return [keys[i : i + KEY_BYTES] for i in range(0, len(keys), KEY_BYTES)]
 
 

@@ -1,14 +1,14 @@
-"""The frames between a gateway and a leader: msgpack, columns rather than a mapping a token.
+"""The frames between a gateway and a leader: msgpack, in columns rather than a mapping per token.
 
 A frame from the gateway is a list of messages, `[kind, handle, ...]`; a *handle* is a small
-integer by which the two ends of one stream call a request. A frame from the leader is one
-`[kind, ...]`; a step's frame holds every sequence's new tokens:
+integer that stands for a request on one link. A frame from the leader is a single message,
+`[kind, ...]`; the frame of a step contains the new tokens of all sequences:
 
     ["step", handles, indexes, counts, tokens, ends, extras]
-     handles, indexes, counts   one for each output: its request, its sample, its new tokens
-     tokens                     all of them, little-endian int32 bytes
+     handles, indexes, counts   per output: handle of the request, sample, number of new tokens
+     tokens                     tokens of all outputs, little-endian int32 bytes
      ends                       {position: [finish reason, stop token, error]}
-     extras                     {position: [num_cached, logprobs, prompt_logprobs]} where one is set
+     extras                     {position: [num_cached, logprobs, prompt_logprobs]} if any is set
 
 Knows bytes; knows nothing of streams or engines.
 """
@@ -27,17 +27,17 @@ from arriero.shards.engine.types import EngineRequest, SequenceOutput, TokenLogp
 from arriero.shards.images.request import RequestImage
 
 VERSION = 4
-"""Both ends must have the same one; a leader says it in its hello."""
+"""Version of the link, part of the leader's hello; both ends must have the same version."""
 
 
 def pack(value: Any) -> bytes:  # noqa: ANN401
-    """Any frame's bytes."""
+    """Bytes of a frame."""
     packed: bytes = msgpack.packb(value)
     return packed
 
 
 def unpack(frame: bytes) -> Any:  # noqa: ANN401
-    """Undo `pack`."""
+    """Content of a frame; the inverse of `pack`."""
     return msgpack.unpackb(frame, strict_map_key=False)
 
 
@@ -46,7 +46,7 @@ def submit_message(
 ) -> list[Any]:
     """The message that submits `request` under `handle`.
 
-    `peer` is address and token of a leader whose group has more of its prefix.
+    `peer` is address and token of a leader whose group has more cached tokens of the prompt.
     """
     return [
         "submit",
@@ -59,13 +59,13 @@ def submit_message(
         request.cache_salt,
         request.trace,
         request.tenant,
-        [(one.data, one.num_features) for one in request.images],
+        [(image.data, image.num_features) for image in request.images],
         peer,
     ]
 
 
 def read_submit(message: Sequence[Any]) -> EngineRequest:
-    """Undo `submit_message`, but for the handle and the peer."""
+    """The request of a `submit_message`."""
     _, _, request_id, prompt, params, priority, resumed, salt, trace, tenant, images, _ = message
     return EngineRequest(
         request_id=request_id,
@@ -86,7 +86,7 @@ def read_peer(message: Sequence[Any]) -> tuple[str, str] | None:
 
 
 def step_frame(outputs: Iterable[tuple[int, SequenceOutput]]) -> list[Any]:
-    """A step's frame from (handle, output) pairs."""
+    """Frame of a step, from pairs of handle and output."""
     handles: list[int] = []
     indexes: list[int] = []
     counts: list[int] = []
@@ -109,30 +109,32 @@ def step_frame(outputs: Iterable[tuple[int, SequenceOutput]]) -> list[Any]:
     return ["step", handles, indexes, counts, tokens.tobytes(), ends, extras]
 
 
-def read_step(frame: Sequence[Any], names: dict[int, str]) -> list[tuple[int, SequenceOutput]]:
-    """Undo `step_frame`; outputs whose handle is not in `names` are left out.
+def read_step(
+    frame: Sequence[Any], request_ids: dict[int, str]
+) -> list[tuple[int, SequenceOutput]]:
+    """The pairs of a `step_frame`, without pairs whose handle is not in `request_ids`.
 
     Args:
         frame: the unpacked frame.
-        names: request ids by handle.
+        request_ids: request ids by handle.
     """
     _, handles, indexes, counts, packed, ends, extras = frame
     tokens = tuple(array("i", packed))
-    found = []
+    outputs = []
     at = 0
     for position, (handle, index, count) in enumerate(zip(handles, indexes, counts, strict=True)):
-        name = names.get(handle)
+        request_id = request_ids.get(handle)
         start, at = at, at + count
-        if name is None:
+        if request_id is None:
             continue
-        if position not in ends and position not in extras:  # nearly all
-            output = SequenceOutput(request_id=name, index=index, tokens=tokens[start:at])
-            found.append((handle, output))
+        if position not in ends and position not in extras:  # the usual case
+            output = SequenceOutput(request_id=request_id, index=index, tokens=tokens[start:at])
+            outputs.append((handle, output))
             continue
-        reason, stop_token, error = ends.get(position, _RUNNING)
-        num_cached, logprobs, prompt_logprobs = extras.get(position, _PLAIN)
+        reason, stop_token, error = ends.get(position, _NO_END)
+        num_cached, logprobs, prompt_logprobs = extras.get(position, _NO_EXTRAS)
         output = SequenceOutput(
-            request_id=name,
+            request_id=request_id,
             index=index,
             tokens=tokens[start:at],
             logprobs=_logprobs_in(logprobs),
@@ -142,12 +144,12 @@ def read_step(frame: Sequence[Any], names: dict[int, str]) -> list[tuple[int, Se
             error=error,
             num_cached=num_cached,
         )
-        found.append((handle, output))
-    return found
+        outputs.append((handle, output))
+    return outputs
 
 
-_RUNNING = (None, None, None)
-_PLAIN = (0, None, None)
+_NO_END = (None, None, None)
+_NO_EXTRAS = (0, None, None)
 
 
 def _int32(values: Sequence[int]) -> bytes:

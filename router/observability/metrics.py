@@ -1,9 +1,9 @@
-"""What a gateway counts, for Prometheus, under names that stay.
+"""The Prometheus metrics of a gateway, under stable names.
 
-Token counts, times and failures are of the requests that went through this gateway, so that sums
-over gateways are right; what a group says of itself (`arriero_group_*`, queues, blocks) is the
-same from each gateway, and carries the group's id. Knows names and numbers; knows nothing of how
-they are served.
+Token counts, times and failures concern the requests of this gateway, so that sums over gateways
+are right. Metrics that a group reports (`arriero_group_*`, queues, blocks) are the same in each
+gateway and have the group's id as a label. Knows names and numbers; knows nothing of the server
+that exports the metrics.
 """
 
 from __future__ import annotations
@@ -35,17 +35,20 @@ _FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _BETWEEN_TOKENS_S = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
 _COUNTERS = {
     "steps": ("arriero_group_steps", "Steps of the group's engine."),
-    "preemptions": ("arriero_group_preemptions", "Sequences that gave their blocks up for others."),
-    "expert_moves": ("arriero_group_expert_moves", "Experts' placements changed, layer by layer."),
+    "preemptions": ("arriero_group_preemptions", "Sequences preempted to free their KV blocks."),
+    "expert_moves": (
+        "arriero_group_expert_moves",
+        "Changed expert placements, per layer.",
+    ),
 }
 
 
 class Metrics:
-    """The counters of one gateway.
+    """The metrics of a gateway.
 
     Args:
-        groups: gives the connected groups, asked at each export.
-        waiting: gives the requests that wait in the gateway, by model and tenant.
+        groups: gives the connected groups; called at each export.
+        waiting: gives the number of waiting requests by model and tenant; called at each export.
     """
 
     def __init__(
@@ -65,57 +68,57 @@ class Metrics:
         registry.register(_TokenFamilies(self._tokens))
         self._cached = Counter(
             "arriero_prefix_cache_hit_tokens",
-            "Prompt tokens found in the prefix cache.",
+            "Prompt tokens that came from the prefix cache.",
             ["model"],
             registry=registry,
         )
         self._finished = Counter(
-            "arriero_requests", "Requests answered to the end.", ["model"], registry=registry
+            "arriero_requests", "Requests that finished.", ["model"], registry=registry
         )
         self._failures = Counter(
             "arriero_request_failures",
-            "Requests that ended otherwise, by the error's name; `cancelled` by the client.",
+            "Requests that failed, by name of the error; `cancelled`: the client cancelled.",
             ["kind"],
             registry=registry,
         )
-        self._moves = Counter(
+        self._migrations = Counter(
             "arriero_stream_moves",
-            "Times that a request went on in another group, its own being lost, full or draining.",
+            "Migrations of requests to another group, after the group was lost, full or draining.",
             ["model"],
             registry=registry,
         )
-        self._first = Histogram(
+        self._first_token = Histogram(
             "arriero_time_to_first_token_seconds",
-            "From a checked request to its first token, its wait in the gateway included.",
+            "Seconds from a valid request to the first token, including the wait in the gateway.",
             ["model"],
             buckets=_FIRST_TOKEN_S,
             registry=registry,
         )
         self._queue = Histogram(
             "arriero_queue_seconds",
-            "From a checked request to its turn: its wait in the gateway.",
+            "Seconds that a valid request waits in the gateway before a group gets it.",
             ["model"],
             buckets=_FIRST_TOKEN_S,
             registry=registry,
         )
         self._tenant = Counter(
             "arriero_tenant_tokens",
-            "Tokens of a tenant's requests that ended; kind is prompt or output.",
+            "Tokens of a tenant's ended requests; kind is `prompt` or `output`.",
             ["tenant", "kind"],
             registry=registry,
         )
 
-    def moved(self, model: str, times: int) -> None:
-        """Count how often one request went on elsewhere; `model` must be one that is served."""
-        self._moves.labels(model).inc(times)
+    def migrated(self, model: str, count: int) -> None:
+        """Add the migrations of a request; `model` must be a served model."""
+        self._migrations.labels(model).inc(count)
 
     def export(self) -> bytes:
-        """Everything, in Prometheus' text format."""
+        """All metrics in the Prometheus text format."""
         return generate_latest(self._registry)
 
     @contextmanager
     def failures(self) -> Iterator[None]:
-        """Count what ends the block other than well."""
+        """Count exceptions that leave the block."""
         try:
             yield
         except ArrieroError as error:
@@ -130,7 +133,7 @@ class Metrics:
 
     @contextmanager
     def request(self, model: str, tenant: str) -> Iterator[RequestTimer]:
-        """Watch one request; `model` must be one that is served, `tenant` one that has a key."""
+        """Time a request; `model` must be a served model, `tenant` a known tenant."""
         labelled = self._labelled.get((model, tenant))
         if labelled is None:
             labelled = self._labelled[model, tenant] = _Labelled(
@@ -140,47 +143,56 @@ class Metrics:
                 cached=self._cached.labels(model),
                 requests=self._finished.labels(model),
                 queue=self._queue.labels(model),
-                first=self._first.labels(model),
+                first_token=self._first_token.labels(model),
             )
-        watch = RequestTimer(labelled)
+        timer = RequestTimer(labelled)
         with self.failures():
             try:
-                yield watch
+                yield timer
             except GeneratorExit:
-                if not watch.finished:  # else the client only left before the very end
+                if not timer.finished:  # a client may leave after the last message
                     raise
             finally:
-                labelled.tenant_output.inc(watch.num_tokens)
+                labelled.tenant_output.inc(timer.num_tokens)
 
 
 class RequestTimer:
-    """One request's times and tokens.
+    """Times and tokens of a request; times are monotonic.
 
     Attributes:
-        finished: its last message was made.
-        begun_s, turn_s, first_s: when it came, when its turn came, and when its first token did, on
-            the monotonic clock; None for what has not been.
+        start_s: time of arrival.
+        admitted_s: time of the end of the wait in the gateway; None before.
+        first_token_s: time of the first token; None before.
         num_tokens: output tokens so far.
+        finished: the last message is complete.
     """
 
-    __slots__ = ("_labelled", "_last_s", "begun_s", "finished", "first_s", "num_tokens", "turn_s")
+    __slots__ = (
+        "_labelled",
+        "_last_s",
+        "admitted_s",
+        "finished",
+        "first_token_s",
+        "num_tokens",
+        "start_s",
+    )
 
     def __init__(self, labelled: _Labelled) -> None:
         self._labelled = labelled
-        self.begun_s = time.monotonic()
-        self.turn_s: float | None = None
-        self.first_s: float | None = None
+        self.start_s = time.monotonic()
+        self.admitted_s: float | None = None
+        self.first_token_s: float | None = None
         self._last_s: dict[int, float] = {}
         self.num_tokens = 0
         self.finished = False
 
-    def turn(self) -> None:
-        """Its turn has come."""
-        self.turn_s = time.monotonic()
-        self._labelled.queue.observe(self.turn_s - self.begun_s)
+    def admitted(self) -> None:
+        """Record the end of the wait in the gateway."""
+        self.admitted_s = time.monotonic()
+        self._labelled.queue.observe(self.admitted_s - self.start_s)
 
     def step(self, outputs: Sequence[SequenceOutput]) -> tuple[int, float]:
-        """Count what a step gave; gives its tokens, and the time."""
+        """Count the outputs of a step; gives the number of tokens and the time."""
         now_s = time.monotonic()
         labelled, tokens, total = self._labelled, self._labelled.tokens, 0
         for output in outputs:
@@ -191,16 +203,16 @@ class RequestTimer:
             last_s = self._last_s.get(output.index)
             if last_s is not None:
                 tokens.observe((now_s - last_s) / num_tokens)
-            elif self.first_s is None:
-                self.first_s = now_s
-                labelled.first.observe(now_s - self.begun_s)
+            elif self.first_token_s is None:
+                self.first_token_s = now_s
+                labelled.first_token.observe(now_s - self.start_s)
             self._last_s[output.index] = now_s
         tokens.count += total
         self.num_tokens += total
         return total, now_s
 
     def finish(self, usage: pb.Usage) -> None:
-        """Count a whole answer."""
+        """Count a finished request."""
         self.finished = True
         for counter in self._labelled.prompt:
             counter.inc(usage.prompt_tokens)
@@ -210,7 +222,7 @@ class RequestTimer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Labelled:
-    """The counters of one model and tenant, looked up once."""
+    """The metrics with the labels of a model and tenant, looked up once."""
 
     prompt: tuple[Counter, Counter]
     tokens: _Tokens
@@ -218,14 +230,14 @@ class _Labelled:
     cached: Counter
     requests: Counter
     queue: Histogram
-    first: Histogram
+    first_token: Histogram
 
 
 class _Tokens:
-    """Output tokens of one model, and the times between them: plain numbers, added to each token.
+    """Output tokens of a model and the times between tokens, as plain numbers.
 
-    The library's own counters take a lock and write several values for each; these are read out
-    where metrics are exported, on the event loop that counts.
+    A counter of the Prometheus library takes a lock and writes several values for each token; plain
+    numbers cost less and are read at each export, on the event loop that counts.
     """
 
     __slots__ = ("between", "between_s", "count")
@@ -236,45 +248,45 @@ class _Tokens:
         self.between_s = 0.0
 
     def observe(self, elapsed_s: float) -> None:
-        """A token came so long after the one before it."""
+        """Count a token that came `elapsed_s` seconds after the previous token."""
         self.between[bisect_left(_BETWEEN_TOKENS_S, elapsed_s)] += 1
         self.between_s += elapsed_s
 
 
 class _TokenFamilies(Collector):
-    """The tokens of all models, as Prometheus has them."""
+    """The tokens of all models as metric families."""
 
     def __init__(self, tokens: Mapping[str, _Tokens]) -> None:
         self._tokens = tokens
 
     def collect(self) -> Iterator[Metric]:
-        """Read at each export."""
+        """The metric families at an export."""
         count = CounterMetricFamily("arriero_generation_tokens", "Output tokens.", labels=["model"])
         between = HistogramMetricFamily(
             "arriero_inter_token_latency_seconds",
-            "Between two tokens of one sample.",
+            "Seconds between two tokens of a sample.",
             labels=["model"],
         )
         bounds = [*map(str, map(float, _BETWEEN_TOKENS_S)), "+Inf"]
         for model, tokens in self._tokens.items():
             count.add_metric([model], tokens.count)
-            rising = list(zip(bounds, accumulate(tokens.between), strict=True))
-            between.add_metric([model], rising, tokens.between_s)
+            buckets = list(zip(bounds, accumulate(tokens.between), strict=True))
+            between.add_metric([model], buckets, tokens.between_s)
         yield count
         yield between
 
 
 class _Waiting(Collector):
-    """The gateway's own queues."""
+    """The queues of the gateway."""
 
     def __init__(self, waiting: Callable[[], Mapping[tuple[str, str], int]]) -> None:
         self._waiting = waiting
 
     def collect(self) -> Iterator[Metric]:
-        """Read at each export."""
+        """The metric families at an export."""
         family = GaugeMetricFamily(
             "arriero_gateway_requests_waiting",
-            "Requests that wait for their turn in this gateway.",
+            "Requests that wait in this gateway.",
             labels=["model", "tenant"],
         )
         for labels, waiting in self._waiting().items():
@@ -283,27 +295,27 @@ class _Waiting(Collector):
 
 
 class _Tiers(Collector):
-    """What the leaders last said of their KV caches below the device."""
+    """The KV caches below the device, as last reported by the leaders."""
 
     def __init__(self, groups: Callable[[], Iterable[GroupView]]) -> None:
         self._groups = groups
 
     def collect(self) -> Iterator[Metric]:
-        """Read at each export."""
+        """The metric families at an export."""
         labels = ["model", "group"]
         blocks = GaugeMetricFamily(
             "arriero_kv_tier_blocks",
-            "KV blocks of the group below the device.",
+            "KV blocks of the group in host memory, on disk and in shared storage.",
             labels=[*labels, "tier"],
         )
         copies = CounterMetricFamily(
             "arriero_kv_tier_copies",
-            "Copies of KV blocks: loaded to the device, saved below it, failed.",
+            "Copied KV blocks by kind: loaded to the device, saved from the device, failed.",
             labels=[*labels, "kind"],
         )
         for view in self._groups():
-            found = view.stats.get("tiers", {})
-            for name, count in found.items():
+            tiers = view.stats.get("tiers", {})
+            for name, count in tiers.items():
                 if name in ("host", "disk", "shared"):
                     blocks.add_metric([view.model, view.group_id, name], count)
                 elif name != "moving":
@@ -312,13 +324,13 @@ class _Tiers(Collector):
 
 
 class _Groups(Collector):
-    """What the leaders last said of themselves."""
+    """The statistics of the groups, as last reported by the leaders."""
 
     def __init__(self, groups: Callable[[], Iterable[GroupView]]) -> None:
         self._groups = groups
 
     def collect(self) -> Iterator[Metric]:
-        """Read at each export."""
+        """The metric families at an export."""
         labels = ["model", "group"]
         waiting = GaugeMetricFamily(
             "arriero_requests_waiting", "Sequences that wait in the group.", labels=labels
@@ -328,27 +340,27 @@ class _Groups(Collector):
         )
         blocks = GaugeMetricFamily(
             "arriero_kv_blocks",
-            "KV blocks of the group: used, cached (free, but a prefix is in them), total.",
+            "KV blocks of the group: used, cached (free, with a reusable prefix), total.",
             labels=[*labels, "state"],
         )
         steps = GaugeMetricFamily(
             "arriero_group_step_seconds",
-            "Duration of a step's phases, lately.",
+            "Mean duration of a step's phases over the last steps.",
             labels=[*labels, "phase"],
         )
         imbalance = GaugeMetricFamily(
             "arriero_group_expert_imbalance",
-            "Tokens of the slice whose experts got most, over the mean; 1 is even.",
+            "Largest number of expert tokens of a slice, divided by the mean; 1 is balanced.",
             labels=labels,
         )
         experts = CounterMetricFamily(
             "arriero_group_expert_tokens",
-            "Tokens that each expert was sent.",
+            "Tokens routed to each expert.",
             labels=[*labels, "layer", "expert"],
         )
         counters = {
-            field: CounterMetricFamily(name, words, labels=labels)
-            for field, (name, words) in _COUNTERS.items()
+            field: CounterMetricFamily(name, help_text, labels=labels)
+            for field, (name, help_text) in _COUNTERS.items()
         }
         for view in self._groups():
             group = [view.model, view.group_id]

@@ -1,6 +1,6 @@
-"""What is seen of a request while it runs: counters, a span, and a line in the log.
+"""Instrumentation of a request: metrics, a span, and a line in the request log.
 
-Knows which of them are on; what each looks like is theirs.
+Knows the enabled parts; knows nothing of the format of each part.
 """
 
 from __future__ import annotations
@@ -12,33 +12,33 @@ from dataclasses import dataclass
 
 from arriero.router.observability.metrics import Metrics, RequestTimer
 from arriero.router.observability.request_log import RequestLog
-from arriero.router.observability.tracing import Trace, Tracing
+from arriero.router.observability.tracing import ActiveSpan, Tracing
 from arriero.router.tenants.admission_controller import Caller
 from arriero.shards.errors import ArrieroError
 
 
 @dataclass(frozen=True, slots=True)
 class ObservedRequest:
-    """One request's watch, and its span if there is one."""
+    """The timer of a request, and the span; None without tracing."""
 
-    watch: RequestTimer
-    trace: Trace | None
+    timer: RequestTimer
+    span: ActiveSpan | None
 
-    def turn(self) -> None:
-        """Its turn has come."""
-        self.watch.turn()
-        if self.trace is not None:
-            self.trace.event("turn")
+    def admitted(self) -> None:
+        """Record the end of the wait in the gateway."""
+        self.timer.admitted()
+        if self.span is not None:
+            self.span.event("turn")
 
     @property
     def traceparent(self) -> str:
-        """What to pass on; "" for nothing."""
-        return "" if self.trace is None else self.trace.header
+        """The `traceparent` for the group; "" without tracing."""
+        return "" if self.span is None else self.span.header
 
 
 @dataclass(frozen=True, slots=True)
 class RequestObserver:
-    """What is on."""
+    """The enabled parts of the instrumentation."""
 
     metrics: Metrics
     tracing: Tracing | None = None
@@ -48,27 +48,27 @@ class RequestObserver:
     def request(
         self, caller: Caller, model: str, num_prompt: int, prompt: Callable[[], str]
     ) -> Iterator[ObservedRequest]:
-        """See one request, from its checks to its end.
+        """Observe a valid request until its end.
 
         Args:
-            caller: who asks.
-            model: one that is served.
+            caller: the client.
+            model: id of a served model.
             num_prompt: prompt tokens.
-            prompt: gives the prompt's text, for a log that is to have it.
+            prompt: gives the prompt's text for a log with prompts.
         """
-        trace = None
+        span = None
         if self.tracing is not None:
-            facts: dict[str, str | int | float] = {
+            attributes: dict[str, str | int | float] = {
                 "arriero.request_id": caller.request_id,
                 "arriero.tenant": caller.tenant.name,
                 "gen_ai.request.model": model,
                 "gen_ai.usage.input_tokens": num_prompt,
             }
-            trace = self.tracing.begin("request", caller.traceparent, facts)
-        end, error, watch = "finished", "", None
+            span = self.tracing.begin("request", caller.traceparent, attributes)
+        end, error, timer = "finished", "", None
         try:
-            with self.metrics.request(model, caller.tenant.name) as watch:
-                yield ObservedRequest(watch, trace)
+            with self.metrics.request(model, caller.tenant.name) as timer:
+                yield ObservedRequest(timer, span)
         except (GeneratorExit, asyncio.CancelledError):
             end = "cancelled"
             raise
@@ -77,8 +77,8 @@ class RequestObserver:
             error = str(caught) if isinstance(caught, ArrieroError) else end
             raise
         finally:
-            if watch is not None and self.log is not None:
-                self.log.write(caller, model, num_prompt, watch, end, prompt)
-            if trace is not None:
-                num_output = 0 if watch is None else watch.num_tokens
-                trace.end({"gen_ai.usage.output_tokens": num_output, "arriero.end": end}, error)
+            if timer is not None and self.log is not None:
+                self.log.write(caller, model, num_prompt, timer, end, prompt)
+            if span is not None:
+                num_output = 0 if timer is None else timer.num_tokens
+                span.end({"gen_ai.usage.output_tokens": num_output, "arriero.end": end}, error)

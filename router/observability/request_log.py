@@ -1,7 +1,7 @@
-"""A line of JSON for each request that ended: who, what it took, and how it ended.
+"""The request log: a line of JSON for each ended request, with client, tokens, times and end.
 
-There is no prompt and no output in it unless that is asked for. Knows the line's fields; knows
-nothing of how requests run.
+A line contains the prompt only if the configuration asks for prompts, and never the output. Knows
+the fields of a line; knows nothing of the execution of requests.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from arriero.router.tenants.admission_controller import Caller
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RequestLogConfig:
-    """Where the lines go.
+    """Configuration of the request log.
 
     Attributes:
-        path: a file, opened again when it was moved away; None for the standard output.
-        prompts: put the prompt's text in as well.
+        path: file, opened again after a rotation; None for the standard output.
+        prompts: include the text of the prompt.
     """
 
     path: Path | None = None
@@ -33,7 +33,7 @@ class RequestLogConfig:
 
 
 class RequestLog:
-    """Writes the lines.
+    """Writes the lines of the request log.
 
     Raises:
         OSError: the file cannot be opened.
@@ -52,19 +52,19 @@ class RequestLog:
         caller: Caller,
         model: str,
         num_prompt: int,
-        watch: RequestTimer,
+        timer: RequestTimer,
         end: str,
         prompt: Callable[[], str],
     ) -> None:
-        """One request's line.
+        """Write the line of a request.
 
         Args:
-            caller: who asked.
-            model: which model.
+            caller: the client.
+            model: id of the model.
             num_prompt: prompt tokens.
-            watch: its times and tokens.
-            end: "finished", "cancelled" by the client, or an error's name.
-            prompt: gives the prompt's text; called only where it is asked for.
+            timer: times and tokens of the request.
+            end: "finished", "cancelled" by the client, or the name of an error.
+            prompt: gives the prompt's text; called only for a log with prompts.
         """
         line: dict[str, object] = {
             "time": round(time.time(), 3),
@@ -72,10 +72,10 @@ class RequestLog:
             "tenant": caller.tenant.name,
             "model": model,
             "prompt_tokens": num_prompt,
-            "output_tokens": watch.num_tokens,
-            "queue_ms": _since(watch.begun_s, watch.turn_s),
-            "first_token_ms": _since(watch.begun_s, watch.first_s),
-            "total_ms": _since(watch.begun_s, time.monotonic()),
+            "output_tokens": timer.num_tokens,
+            "queue_ms": _since(timer.start_s, timer.admitted_s),
+            "first_token_ms": _since(timer.start_s, timer.first_token_s),
+            "total_ms": _since(timer.start_s, time.monotonic()),
             "end": end,
         }
         if self._prompts:
@@ -85,9 +85,10 @@ class RequestLog:
         self._handler.handle(record)
 
     def close(self) -> None:
-        """Let the file go."""
+        """Close the file."""
         self._handler.close()
 
 
-def _since(begun_s: float, then_s: float | None) -> float | None:
-    return None if then_s is None else round((then_s - begun_s) * 1e3, 2)
+def _since(start_s: float, end_s: float | None) -> float | None:
+    """Milliseconds between two times."""
+    return None if end_s is None else round((end_s - start_s) * 1e3, 2)

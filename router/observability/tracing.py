@@ -1,8 +1,8 @@
-"""Spans of requests, from the gateway to the group that computes them, through OpenTelemetry.
+"""Spans of requests in gateway and group, through OpenTelemetry.
 
-Off unless a deployment asks for it; then nothing here is imported or called. The caller's W3C
-`traceparent` is the parent of the gateway's span, and that travels with the request to the leader,
-whose span tells of steps. Knows spans; knows nothing of what is traced.
+Off by default; without tracing no part of OpenTelemetry is imported. The client's W3C `traceparent`
+is the parent of the gateway's span; the gateway sends its own `traceparent` with the request to the
+leader, whose span counts steps. Knows spans; knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Attributes = Mapping[str, str | int | float]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TracingConfig:
-    """Where spans go.
+    """Configuration of tracing.
 
     Attributes:
-        endpoint: of an OTLP collector over HTTP, such as "http://127.0.0.1:4318/v1/traces".
-        sample: the part of traces that are kept, of those that no caller began; a caller's own
-            decision is followed.
+        endpoint: URL of an OTLP collector over HTTP, such as "http://127.0.0.1:4318/v1/traces".
+        sample: share of recorded traces among traces that start here; for traces that start in
+            the client, the client's decision counts.
     """
 
     endpoint: str
@@ -38,9 +38,9 @@ class Tracing:
     """Makes spans.
 
     Args:
-        service: what the spans are said to come from.
-        exporter: takes them, in batches, in a thread of its own.
-        sample: as in `TracingConfig`.
+        service: service name of the spans.
+        exporter: receives the spans in batches, in a separate thread.
+        sample: see `TracingConfig`.
 
     Raises:
         SpecError: OpenTelemetry is not installed.
@@ -59,11 +59,11 @@ class Tracing:
         )
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("arriero")
-        self._wire = TraceContextTextMapPropagator()
+        self._propagator = TraceContextTextMapPropagator()
 
     @classmethod
     def from_config(cls, service: str, config: TracingConfig | None) -> Tracing | None:
-        """What `config` asks for; None for None.
+        """Tracing of a configuration; None for None.
 
         Raises:
             SpecError: OpenTelemetry is not installed.
@@ -78,32 +78,32 @@ class Tracing:
             ) from None
         return cls(service, OTLPSpanExporter(endpoint=config.endpoint), config.sample)
 
-    def begin(self, name: str, parent: str, attributes: Attributes) -> Trace:
-        """Begin a span.
+    def begin(self, name: str, parent: str, attributes: Attributes) -> ActiveSpan:
+        """Start a span.
 
         Args:
-            name: its name.
-            parent: a W3C `traceparent`; "" begins a trace. One that is malformed does too.
-            attributes: facts known already.
+            name: name of the span.
+            parent: a W3C `traceparent`; "" or a malformed value starts a new trace.
+            attributes: first attributes of the span.
         """
-        context = self._wire.extract({"traceparent": parent}) if parent else None
-        return Trace(self, self._tracer.start_span(name, context, attributes=dict(attributes)))
+        context = self._propagator.extract({"traceparent": parent}) if parent else None
+        return ActiveSpan(self, self._tracer.start_span(name, context, attributes=dict(attributes)))
 
     def header(self, span: Span) -> str:
-        """The span's own `traceparent`."""
+        """The `traceparent` of a span."""
         from opentelemetry.trace import set_span_in_context
 
         carrier: dict[str, str] = {}
-        self._wire.inject(carrier, set_span_in_context(span))
+        self._propagator.inject(carrier, set_span_in_context(span))
         return carrier.get("traceparent", "")
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining spans."""
         self._provider.shutdown()
 
 
-class Trace:
-    """One span that has begun."""
+class ActiveSpan:
+    """A span that has started."""
 
     __slots__ = ("_span", "_tracing")
 
@@ -113,15 +113,15 @@ class Trace:
 
     @property
     def header(self) -> str:
-        """The `traceparent` to pass on."""
+        """The `traceparent` of the span."""
         return self._tracing.header(self._span)
 
     def event(self, name: str, attributes: Attributes | None = None) -> None:
-        """Note a moment."""
+        """Add an event."""
         self._span.add_event(name, dict(attributes or {}))
 
     def end(self, attributes: Attributes, error: str = "") -> None:
-        """End it, with what is known now; `error` says why it failed."""
+        """End the span with further attributes; `error` is the cause of a failure."""
         from opentelemetry.trace import Status, StatusCode
 
         self._span.set_attributes(dict(attributes))

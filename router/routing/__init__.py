@@ -1,1 +1,1 @@
-"""The choice of a group for a request, and the move of a running request to another group."""
+"""The choice of a group for a request, and the migration of a running request."""

@@ -1,4 +1,7 @@
-"""Which group a request goes to, and whether there is room: pure functions over a snapshot."""
+"""The group for a request, and the room in the groups: pure functions over a snapshot.
+
+Knows loads and prefix lengths; knows nothing of links or time.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +10,26 @@ from collections.abc import Iterable
 from arriero.router.backend import GroupView
 
 _FULL = 0.9
-"""A group that has requests waiting and so much of its KV pool in use has no room for more."""
-
-
+"""Used share of the KV pool from which a group with waiting requests has no room for more."""
 DECODE_WEIGHT = 0.125
-"""A token that a group has still to decode delays a first token by so many prefill tokens: most of
-it is decoded later, and several sequences in one step."""
+"""Delay of a first token by a token that the group must still decode, in prefill tokens: most are
+decoded later, and several sequences in one step."""
 LOAD_WEIGHT = 0.05
-"""Likewise of a prompt token that comes up from host memory or disk."""
+"""Delay by a prompt token that is loaded from host memory or disk, in prefill tokens."""
 NEAR_PULL_WEIGHT, FAR_PULL_WEIGHT = 0.1, 0.3
-"""Likewise of one that is copied from another group's memory, on the same node or elsewhere."""
+"""Delay by a prompt token copied from another group, same node or other node, in prefill tokens."""
 
 
 def order(groups: Iterable[GroupView], *, num_prompt: int, num_tokens: int) -> list[GroupView]:
-    """Groups that can hold the request, the one whose first token is due soonest first.
+    """Groups that can hold the request, soonest first token first.
 
-    Ties go to the fewest sequences, then to the smallest id, so that the choice is the same
-    wherever it is made.
+    Ties go to the group with the fewest sequences, then to the smallest id, so that every gateway
+    makes the same choice.
 
     Args:
-        groups: candidates, all of one model; their `reach` is of this prompt.
+        groups: candidates of one model, with their `reach` of this prompt.
         num_prompt: tokens of the prompt.
-        num_tokens: what the sequence must have room for: the prompt and at least one more.
+        num_tokens: tokens that the context must hold: the prompt and at least one more.
     """
     able = [group for group in groups if group.card.max_model_len >= num_tokens]
     return sorted(
@@ -42,10 +43,10 @@ def order(groups: Iterable[GroupView], *, num_prompt: int, num_tokens: int) -> l
 
 
 def first_token_work(group: GroupView, num_prompt: int) -> float:
-    """What a group does before a prompt's first token, in prefill tokens.
+    """Work of a group before a prompt's first token, in prefill tokens.
 
-    The prompts before it, what is missing of its own, what comes up from lower tiers or over from
-    a peer, and the decodes beside. Groups of a model are taken to be equally fast.
+    The sum of: earlier prompts, the uncached part of the prompt, blocks loaded from lower tiers or
+    copied from a peer, and decodes. Assumes that all groups of a model are equally fast.
     """
     load, reach = group.load, group.reach
     pulled = max(0, group.peer_reach - reach.total)
@@ -61,11 +62,11 @@ def first_token_work(group: GroupView, num_prompt: int) -> float:
 
 
 def room(groups: Iterable[GroupView], *, num_gateways: int) -> int:
-    """Sequences that one of `num_gateways` gateways may have in these groups at once.
+    """Sequences that each of `num_gateways` gateways may have in these groups at once.
 
-    What is beyond it waits in the gateway, where turns are fair between tenants; the group itself
-    serves by arrival. It is given a few sequences more than it can run, so that it never waits for
-    the gateway. A group whose KV pool is full runs fewer than it has slots for.
+    Further requests wait in the gateway, whose queue is fair between tenants; a group serves in
+    order of arrival. Each group gets an eighth more sequences than slots, so that the group never
+    waits for the gateway. A group whose KV pool is full runs fewer sequences than it has slots.
     """
     total = 0
     for group in groups:

@@ -1,7 +1,7 @@
-"""The groups that a gateway is linked to, and the text side of their models.
+"""The groups that a gateway is linked to, and the text models for them.
 
-Implements `Backend` over links. A group counts as connected once its leader has said hello and
-its tokenizer is built. Knows links and cards; knows nothing of how a request looks to a client.
+Implements `Backend` over links. A group counts as connected after the hello of its leader, once
+the tokenizer is built. Knows links and cards; knows nothing of the requests of clients.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from arriero.shards.errors import ArrieroError, InvalidRequest, NotFound, Unavai
 log = logging.getLogger(__name__)
 
 MIN_PULL_TOKENS = 64
-"""Fewer are computed sooner than they are asked for."""
+"""Smallest number of tokens worth a copy from a peer; computing fewer takes less time."""
 
 
 @dataclass(frozen=True, slots=True)
 class GroupAddress:
-    """Where a group's leader listens.
+    """Address of a group's leader.
 
     Attributes:
         group_id: unique among the groups.
-        model: the id under which clients ask for its model.
+        model: id of the model in the API.
         address: host and port of the leader's `LinkServer`.
-        token: the leader's own, without which it takes no link; "" for one that asks for none.
+        token: secret that the leader requires for a link; "" when the leader requires none.
     """
 
     group_id: str
@@ -53,10 +53,10 @@ class LinkedGroups:
     """Links to a changing set of groups.
 
     Args:
-        on_change: called on the event loop when a group becomes connected or stops being so.
-        models: ids of models that are known to be deployed, whether or not a group of theirs is.
-        tls: of the links; None for links in the clear.
-        on_lost: called on the event loop when the link to a group is lost: its id, and the cause.
+        on_change: called on the event loop when a group becomes connected or disconnected.
+        models: ids of deployed models, with or without a group.
+        tls: TLS of the links; None for links in the clear.
+        on_lost: called on the event loop with group id and cause when a link is lost.
     """
 
     def __init__(
@@ -74,19 +74,19 @@ class LinkedGroups:
         self._groups: dict[str, _Group] = {}
         self._texts: dict[str, asyncio.Task[TextModel]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        # a link that is up is heard of all the time, and one that is lost gives its place up
+        # no leases: a lost link drops its group from the directory at once
         self._directory = Directory(lease_s=math.inf)
 
     async def set_groups(
         self, addresses: Iterable[GroupAddress], *, fenced: Container[str] | None = None
     ) -> None:
-        """Link to these groups; those that stay keep their streams.
+        """Link to these groups; groups already linked keep their streams.
 
         Args:
             addresses: the groups.
-            fenced: groups that are not to be heard any more. None drops all that are not in
-                `addresses`; else one that is in neither stays while its link is up, since whoever
-                keeps the list may have forgotten it in a restart.
+            fenced: ids of groups to drop. None drops every group outside `addresses`. Otherwise a
+                group in neither list stays while its link is up, since a registry that has
+                restarted may not list the group yet.
         """
         wanted = {address.group_id: address for address in addresses}
         gone = [
@@ -117,7 +117,7 @@ class LinkedGroups:
         self._on_change()
 
     async def close(self) -> None:
-        """Drop every link."""
+        """Close all links."""
         await self.set_groups([])
         for task in [*self._tasks, *self._texts.values()]:
             task.cancel()
@@ -138,16 +138,16 @@ class LinkedGroups:
         ]
 
     def faults(self) -> dict[str, str]:
-        """By group, why it cannot be used although its link is up."""
+        """Why groups cannot be used although their links are up, by group id."""
         return {name: group.fault for name, group in self._groups.items() if group.fault}
 
     def models(self) -> set[str]:
-        """Ids of the models that are deployed, or that a known group serves."""
+        """Ids of all models that are deployed or that a linked group serves."""
         return {*self._models} | {group.address.model for group in self._groups.values()}
 
     @property
     def only(self) -> str:
-        """The id of the only model; "" if there is none, or another."""
+        """The id of the only model; "" when there is no model or more than one."""
         known = self.models()
         return next(iter(known)) if len(known) == 1 else ""
 
@@ -156,16 +156,16 @@ class LinkedGroups:
         group = self._groups.get(group_id)
         if group is None:
             raise Unavailable(f"group {group_id!r} was removed")
-        if len(self._groups) < 2:  # nobody to compare with, or to copy from
+        if len(self._groups) < 2:  # no peer to copy from
             return group.link.generate(request)
         reach = self._reach(group.link.card, request)
-        mine = reach.get(group_id, NOTHING).total
+        num_cached = reach.get(group_id, NOTHING).total
         if source not in ("", group_id) and CacheRoot.of(group.link.card, request) is not None:
-            # the directory may not have heard yet of what was computed a moment ago
+            # the directory may not list the blocks that the source has just computed
             reach = {**reach, source: Reach(0, len(request.prompt))}
         peer = self._peer(group_id, reach)
-        if peer is None or reach[peer].total - mine < MIN_PULL_TOKENS:
-            return group.link.generate(request, mine)
+        if peer is None or reach[peer].total - num_cached < MIN_PULL_TOKENS:
+            return group.link.generate(request, num_cached)
         address = self._groups[peer].address
         return group.link.generate(request, reach[peer].total, (address.address, address.token))
 
@@ -176,28 +176,28 @@ class LinkedGroups:
             group.link.cancel(request_id)
 
     def find(self, model: str) -> tuple[TextModel, list[GroupView]]:
-        """A model's text side and the connected groups that share it, at least one.
+        """The text model of a model, and the connected groups with the same text model.
 
         Args:
-            model: its id; "" means the only one.
+            model: id of the model; "" stands for the only model.
 
         Raises:
-            InvalidRequest: "" while several are served.
-            NotFound: it is not deployed.
-            Unavailable: none of its groups is connected.
+            InvalidRequest: `model` is "" and several models are served.
+            NotFound: the model is not deployed.
+            Unavailable: no group of the model is connected.
         """
         known = sorted(self.models())
         if not model:
             if len(known) > 1:
                 raise InvalidRequest(
-                    "model", f"`model` is empty; name one of {', '.join(known)[:500]}"
+                    "model", f"`model` is empty; set it to one of: {', '.join(known)[:500]}"
                 )
             if not known:
-                raise Unavailable("no model is served yet")
+                raise Unavailable("no model is served yet; try again later")
             model = known[0]
         if model not in known:
             raise NotFound(
-                f"`model`={model[:128]!r} is not served; there is "
+                f"`model`={model[:128]!r} is not served; available models: "
                 f"{', '.join(known)[:500] or 'none yet'}"
             )
         views = [view for view in self.groups() if view.model == model]
@@ -207,10 +207,10 @@ class LinkedGroups:
             }
             if not causes:
                 raise Unavailable(
-                    f"model {model!r} has no group serving now: starting or being replaced"
+                    f"model {model!r} has no group that serves now: they start or are replaced"
                 )
             raise Unavailable(f"no group of {model!r} is ready: {'; '.join(sorted(causes))[:500]}")
-        # While an update is under way, groups may differ in tokenizer: speak the newest's.
+        # During an update, groups may have different tokenizers: the newest group's counts.
         newest = max(views, key=lambda view: (view.card.created, view.group_id))
         key = self._groups[newest.group_id].text_key
         return (
@@ -219,9 +219,9 @@ class LinkedGroups:
         )
 
     def sharing(self, model: str, text: TextModel, request: EngineRequest) -> list[GroupView]:
-        """The connected groups of a model that speak `text`, which `find` gave before.
+        """The connected groups of a model with the text model `text`, a result of `find`.
 
-        Their views say how much of the request's prompt each has already.
+        The views contain the cached length of the request's prompt (`reach`).
         """
         views = [
             view
@@ -232,21 +232,21 @@ class LinkedGroups:
             return views
         roots = {view.card.cache_root: view.card for view in views}
         reach = {root: self._reach(card, request) for root, card in roots.items()}
-        found = []
+        result = []
         for view in views:
-            known = reach[view.card.cache_root]
-            own, peer = known.get(view.group_id, NOTHING), self._peer(view.group_id, known)
+            by_group = reach[view.card.cache_root]
+            own, peer = by_group.get(view.group_id, NOTHING), self._peer(view.group_id, by_group)
             view = replace(view, reach=own)
             if peer is not None:
                 near = self._groups[peer].link.card.memory == view.card.memory
-                view = replace(view, peer_reach=known[peer].total, peer_near=near)
-            found.append(view)
-        return found
+                view = replace(view, peer_reach=by_group[peer].total, peer_near=near)
+            result.append(view)
+        return result
 
     def _peer(self, group_id: str, reach: Mapping[str, Reach]) -> str | None:
-        """The group to copy a prompt's blocks from: who has most, best on the same node."""
+        """The group to copy a prompt's blocks from: most blocks first, then the same node."""
         memory = self._groups[group_id].link.card.memory
-        if not memory:  # it keeps none in host memory, and so takes none from there
+        if not memory:  # a group without a host memory tier cannot copy blocks into it
             return None
         able = {}
         for other in reach.keys() - {group_id}:
@@ -256,16 +256,16 @@ class LinkedGroups:
         return max(able, key=able.__getitem__, default=None)
 
     def _reach(self, card: ModelCard, request: EngineRequest) -> Mapping[str, Reach]:
-        """Tokens of a prompt that each group has."""
+        """Cached tokens of a prompt, by group."""
         root = CacheRoot.of(card, request)
         return {} if root is None else prefixes.find(self._directory, root, request.prompt)
 
-    def _on_kv(self, group_id: str, told: Batch | Snapshot) -> None:
+    def _on_kv(self, group_id: str, update: Batch | Snapshot) -> None:
         now_s = time.monotonic()
-        if isinstance(told, Snapshot):
-            self._directory.snapshot(group_id, told, now_s)
+        if isinstance(update, Snapshot):
+            self._directory.snapshot(group_id, update, now_s)
         else:
-            self._directory.apply(group_id, told, now_s)
+            self._directory.apply(group_id, update, now_s)
         self._directory.sweep()
 
     def _changed(self, group: _Group) -> None:
@@ -281,7 +281,7 @@ class LinkedGroups:
                 self._on_lost(group.address.group_id, group.link.cause)
 
     def _warm(self, built: asyncio.Task[TextModel]) -> None:
-        """Make ready for grammars, while others are served already."""
+        """Prepare the tokenizer for grammars while other requests are served."""
         if built.cancelled() or built.exception() is not None:
             return
         warming = asyncio.create_task(self._warm_grammars(built.result()))
@@ -289,7 +289,7 @@ class LinkedGroups:
         warming.add_done_callback(self._tasks.discard)
 
     async def _warm_grammars(self, text: TextModel) -> None:
-        """A model that could follow no grammar is not served at all."""
+        """Prepare for grammars; a tokenizer that cannot follow any makes its groups unusable."""
         try:
             await asyncio.to_thread(text.grammars.warm)
         except ArrieroError as error:
@@ -300,7 +300,7 @@ class LinkedGroups:
             self._on_change()
 
     async def _prepare(self, group: _Group) -> None:
-        """Build the tokenizer off the loop (a second for 200,000 tokens), once a tokenizer."""
+        """Build the text model in a thread (1 s for 200,000 tokens), once for each tokenizer."""
         card = group.link.card
         key = group.text_key = card.text_key
         if key not in self._texts:
@@ -318,7 +318,7 @@ class LinkedGroups:
 
 
 class _Group:
-    """One linked group."""
+    """A linked group."""
 
     link: LinkClient
 

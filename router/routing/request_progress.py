@@ -1,9 +1,9 @@
-"""A request's course over groups: what is out already, and what to ask so that it goes on.
+"""Progress of a request over groups: the tokens so far, and the sub-requests that continue it.
 
-A stream whose group is lost goes on in another: prompt and emitted tokens are laid in again, and
-the sampler's state (penalties, limits, the draw's seed and position) is a function of these, so
-that the tokens to come are those that would have come. Each token is taken once, in order. Knows
-tokens and samples; knows nothing of text, links or time.
+A stream whose group is lost goes on in another group. That group computes prompt and emitted
+tokens again; the sampler's state (penalties, limits, seed and position of the draw) is a function
+of these tokens, so that the next tokens are the same as without the loss. Each token is accepted
+once, in order. Knows tokens and samples; knows nothing of text, links or time.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from arriero.shards.errors import Unavailable
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SubRequest:
-    """One request to a group.
+    """A request to a group.
 
     Attributes:
-        request: what the engine is asked.
-        index: the sample that its sample 0 is, or None when its samples are the course's own.
-        max_tokens: of each sample, in all groups together; where the group is asked for fewer, it
-            hands over to another.
+        request: the request for the engine.
+        index: sample of the client's request that sample 0 of `request` continues; None when
+            `request` computes all samples.
+        max_tokens: limit of each sample over all groups; a group with a lower limit in `request`
+            hands over to another group.
     """
 
     request: EngineRequest
@@ -39,7 +40,7 @@ class SubRequest:
 
     @property
     def hands_over(self) -> bool:
-        """Whether another group is to go on with what this one leaves unfinished."""
+        """Whether another group continues the request after this sub-request."""
         return self.request.params.max_tokens != self.max_tokens
 
 
@@ -50,43 +51,44 @@ class _Sample:
 
 
 class RequestProgress:
-    """One request from its first token to its last, wherever they are computed.
+    """A request from the first token to the last, over all groups that compute tokens.
 
     Args:
-        request: as it is asked first; `max_tokens` None takes what the group's context holds.
+        request: the client's request; `max_tokens` None stands for the rest of the group's context.
 
     Attributes:
-        digest: of the weights and how they are computed in, once a token is out: only groups of
-            the same one may go on.
-        layout: of the group that gave the last token; the same one sums in the same order.
-        moves: how often it went on in another group because one was lost.
-        source: a group that computed the prompt and handed over; "" for none.
+        digest: digest of weights and numerics, set with the first token; only groups with the same
+            digest may continue the request.
+        layout: layout of the group that gave the last token; groups of the same layout sum in the
+            same order.
+        num_migrations: number of times that another group continued the request after a loss.
+        source: id of the group that computed the prompt and handed over; "" for none.
     """
 
     def __init__(self, request: EngineRequest) -> None:
         self._request = request
         self._samples = [_Sample() for _ in range(request.params.n)]
         self._max_tokens = request.params.max_tokens
-        self._told_prompt = False
-        self._group: GroupView | None = None  # that gave the last token
+        self._sent_prompt_logprobs = False
+        self._group: GroupView | None = None  # the group that gave the last token
         self.digest: str | None = None
         self.layout = ""
-        self.moves = 0
+        self.num_migrations = 0
         self.source = ""
 
     @property
     def request(self) -> EngineRequest:
-        """As the caller asks."""
+        """The client's request."""
         return self._request
 
     @property
     def request_id(self) -> str:
-        """The caller's name for it."""
+        """The id that the client gave the request."""
         return self._request.request_id
 
     @property
     def started(self) -> bool:
-        """Whether anything of it is out."""
+        """Whether any output was accepted."""
         return any(sample.tokens or sample.finished for sample in self._samples)
 
     @property
@@ -95,18 +97,18 @@ class RequestProgress:
         return all(sample.finished for sample in self._samples)
 
     def given(self, index: int, tokens: Sequence[int], *, finished: bool) -> None:
-        """Tokens of a sample that the client has from elsewhere; before the first ask."""
+        """Add tokens of a sample that the client has already; before the first sub-request."""
         sample = self._samples[index]
         sample.tokens += tokens
         sample.finished = finished
 
     def end(self, index: int) -> None:
-        """A sample ended in its text (a stop string): nothing more of it is wanted."""
+        """End a sample whose text has ended (a stop string)."""
         self._samples[index].finished = True
 
     def choices(self, groups: Iterable[GroupView]) -> list[GroupView]:
-        """The groups that may go on with it, the best first."""
-        able = [one for one in groups if self.digest in (None, one.card.weights)]
+        """The groups that may continue the request, best group first."""
+        able = [group for group in groups if self.digest in (None, group.card.weights)]
         need = len(self._request.prompt) + (self._max_tokens or 1)
         ordered = order(able, num_prompt=len(self._request.prompt), num_tokens=need)
         return sorted(
@@ -117,63 +119,65 @@ class RequestProgress:
             ),
         )
 
-    def asks(self, group: GroupView, groups: Sequence[GroupView] = ()) -> list[SubRequest]:
-        """What to ask a group; names are new, since an engine may still know the old ones.
+    def sub_requests(self, group: GroupView, groups: Sequence[GroupView] = ()) -> list[SubRequest]:
+        """The sub-requests for a group, with new ids: an engine may still know the old ids.
 
         Args:
-            group: who is asked.
-            groups: those that could go on where its role is to begin only.
+            group: the group that continues the request.
+            groups: groups that could continue after a group whose role is prefill.
 
         Raises:
-            InvalidRequest: prompt and `max_tokens` exceed its context.
+            InvalidRequest: prompt and `max_tokens` exceed the context of the group.
         """
         base = self._request
         room = check_room(len(base.prompt), self._max_tokens, group.card.max_model_len)
         base = replace(base, params=replace(base.params, max_tokens=room))
         if not self.started:
-            base = replace(base, request_id=_tailed(base.request_id))
+            base = replace(base, request_id=_unique(base.request_id))
             if hands_over(group, groups):
                 base = replace(base, params=_first_token(base.params))
             return [SubRequest(request=base, max_tokens=room)]
-        asks = []
+        sub_requests = []
         for index, sample in enumerate(self._samples):
             if sample.finished:
                 continue
-            assert base.params.seed is not None, "the edge draws a seed"
+            assert base.params.seed is not None, "the gateway draws a seed"
             params = replace(
                 base.params,
                 n=1,
                 seed=sample_seed(base.params.seed, index),
-                prompt_logprobs=None if self._told_prompt or index else base.params.prompt_logprobs,
+                prompt_logprobs=(
+                    None if self._sent_prompt_logprobs or index else base.params.prompt_logprobs
+                ),
             )
             request = replace(
                 base,
-                request_id=_tailed(base.request_id),
+                request_id=_unique(base.request_id),
                 params=params,
                 resumed=tuple(sample.tokens),
             )
-            asks.append(SubRequest(request=request, index=index, max_tokens=room))
-        return asks
+            sub_requests.append(SubRequest(request=request, index=index, max_tokens=room))
+        return sub_requests
 
-    def take(
-        self, ask: SubRequest, group: GroupView, outputs: Sequence[SequenceOutput]
+    def accept(
+        self, sub_request: SubRequest, group: GroupView, outputs: Sequence[SequenceOutput]
     ) -> list[SequenceOutput]:
-        """What a group gave for an ask, as outputs of the course.
+        """Record the outputs of a sub-request; gives them as outputs of the client's request.
 
         Raises:
-            Unavailable: the group has lost it; it may be asked elsewhere.
+            Unavailable: the group has lost the request; another group may continue it.
         """
-        taken: list[SequenceOutput] = []
+        accepted: list[SequenceOutput] = []
         for output in outputs:
             if output.finish_reason == "lost":
-                if taken:  # what came before it counts; the loss is seen again
+                if accepted:  # outputs before the loss count; the stream's end shows the loss
                     break
                 raise Unavailable(output.error or "the group was lost")
-            if ask.index is not None:
-                output.index = ask.index
-                if self.moves or self.source:  # the first group told the prompt's own hits
+            if sub_request.index is not None:
+                output.index = sub_request.index
+                if self.num_migrations or self.source:  # the first group's hits were reported
                     output.num_cached = 0
-            if ask.hands_over:
+            if sub_request.hands_over:
                 self.source = group.group_id
                 if output.finish_reason == "length":
                     output.finish_reason = None
@@ -182,18 +186,18 @@ class RequestProgress:
             sample.finished = output.finish_reason is not None
             if group is not self._group and output.tokens:
                 self._group = group
-                self._max_tokens = ask.max_tokens
+                self._max_tokens = sub_request.max_tokens
                 self.digest, self.layout = group.card.weights, group.card.layout
             if output.prompt_logprobs is not None:
-                self._told_prompt = True
-            taken.append(output)
-        return taken
+                self._sent_prompt_logprobs = True
+            accepted.append(output)
+        return accepted
 
 
 def _first_token(params: SamplingParams) -> SamplingParams:
     return replace(params, max_tokens=1, min_tokens=min(params.min_tokens, 1))
 
 
-def _tailed(request_id: str) -> str:
-    """Callers may use their names twice; an engine may not."""
+def _unique(request_id: str) -> str:
+    """An id for the engine, where no two requests may share an id; a client may repeat ids."""
     return f"{request_id}/{secrets.token_hex(4)}"

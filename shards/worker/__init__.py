@@ -1,1 +1,1 @@
-"""A slice's side of a group: the loop that runs step plans on one rank."""
+"""The worker: the loop of a slice, which runs step plans on one rank."""

@@ -1,16 +1,16 @@
-"""Grammars that an output must fit: their limits, and the matchers that turn them into masks.
+"""Grammars for outputs: limits, compilation, and the token masks of each step.
 
 A grammar is llguidance's text (Lark with `%json` and `%regex`), compiled by that library: Earley
-parsing over derivatives of regular expressions, so that a mask is computed, never looked up in a
-table that grows with the vocabulary. Compiling and each mask run on fuel, so neither time nor
-memory depends on what a caller writes.
+parsing over derivatives of regular expressions, so that a mask is computed and needs no table that
+grows with the vocabulary. Compilation and each mask have a limit of work, so that neither time nor
+memory depends on the client's grammar.
 
-`GrammarRows` follows the sequences in slots from one thread of its own: compiling, replaying,
-taking a token in and making the next mask happen while the model computes. Knows tokens and masks;
-knows nothing of JSON or requests.
+`GrammarRows` follows the sequences in a separate thread: compilation, replay of earlier tokens, new
+tokens and the next mask happen while the model computes. Knows tokens and masks; knows nothing of
+JSON or requests.
 
-A tokenizer may have more tokens than the model has rows (an added [PAD]), or fewer (a padded
-vocabulary): grammars are followed over the larger number, and masks cut to the model's rows.
+A tokenizer may have more tokens than the model has rows (an added [PAD]) or fewer (a padded
+vocabulary): matchers use the larger number, and masks are cut to the model's rows.
 
 Source: github.com/guidance-ai/llguidance; Brzozowski (1964), Earley (1970).
 """
@@ -46,23 +46,23 @@ _STAND_IN = {
     "normalized": False,
 }
 MAX_COMPILED = 64
-"""Compiled grammars kept, the last used; a copy of one costs a microsecond."""
+"""Number of cached compiled grammars, last used first; a copy takes a microsecond."""
 
 
 class _NoTokenizer(CheckpointError):
-    """The file that should hold a tokenizer holds none."""
+    """The tokenizer file contains no tokenizer."""
 
 
 class Compiler:
-    """Compiles grammars for one vocabulary; keeps the latest. For one thread at a time.
+    """Compiles grammars for a vocabulary and caches the latest; for one thread at a time.
 
     Args:
-        tokenizer: text of a `tokenizer.json`, or the path of one.
-        vocab_size: token ids run below it.
-        eos_token_ids: what may be drawn once the grammar is fulfilled.
+        tokenizer: text of a `tokenizer.json`, or path of such a file.
+        vocab_size: number of token ids of the model.
+        eos_token_ids: tokens that may follow a complete output.
 
     Attributes:
-        stand_in: id that the library has for an end where the model has none with a text.
+        stand_in: id of an artificial end token, for a model without an end token that has a text.
     """
 
     def __init__(
@@ -74,39 +74,39 @@ class Compiler:
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
 
     def matcher(self, grammar: str) -> LLMatcher:
-        """A matcher at the start of `grammar`; one that `is_error` when that cannot be compiled."""
-        found = self._compiled.get(grammar)
-        if found is None:
-            found = self._compiled[grammar] = self._compile(grammar)
+        """A matcher at the start of `grammar`; `is_error()` is true when compilation fails."""
+        matcher = self._compiled.get(grammar)
+        if matcher is None:
+            matcher = self._compiled[grammar] = self._compile(grammar)
             if len(self._compiled) > MAX_COMPILED:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(grammar)
-        return found.deep_copy()
+        return matcher.deep_copy()
 
     def warm(self) -> None:
-        """Build what every grammar needs, which takes a second for 200,000 tokens.
+        """Build the tables that all grammars share; takes a second for 200,000 tokens.
 
         Raises:
-            CheckpointError: the library cannot take the tokenizer.
-            ImportError, OSError: the library or the tokenizer's file is not here.
+            CheckpointError: the library cannot use the tokenizer.
+            ImportError, OSError: the library or the tokenizer's file is missing.
         """
         try:
             matcher = self.matcher('start: "a"')
         except (ImportError, OSError, CheckpointError):
             raise
-        except Exception as error:  # the library raises what its parts raise
+        except Exception as error:  # the library's parts raise any type
             raise CheckpointError(f"tokenizer.json: grammars cannot use it: {error}") from error
         if matcher.is_error():
             raise CheckpointError(f"tokenizer.json: grammars cannot use it: {matcher.get_error()}")
 
     @property
     def num_mask_words(self) -> int:
-        """32-bit words of a mask, once a grammar was compiled."""
+        """Number of 32-bit words of a mask; needs a compiled grammar."""
         assert self._tokenizer is not None, "compile a grammar first"
         return -(-self._tokenizer.vocab_size // 32)
 
     def _compile(self, grammar: str) -> LLMatcher:
-        # imported here: an engine runs without the library until a request brings a grammar
+        # imported here: an engine runs without the library until the first grammar
         from llguidance import LLMatcher, LLParserLimits
 
         if self._tokenizer is None:
@@ -114,7 +114,7 @@ class Compiler:
         limits = LLParserLimits(
             max_grammar_size=100_000,  # symbols; about 0.2 s of compiling
             max_lexer_states=20_000,  # 2 kB each
-            verbose_errors=False,  # which would quote the vocabulary
+            verbose_errors=False,  # verbose errors quote the vocabulary
         )
         return LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
 
@@ -127,9 +127,9 @@ class Compiler:
             spec = json.loads(text)
             size = _num_tokens(spec)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise _NoTokenizer(f"tokenizer.json: holds no tokenizer: {error!r}") from error
-        ends = [token for token in ends if token < size]  # the library takes no end without text
-        if not ends:  # and wants one: a token of our own, which masks leave out
+            raise _NoTokenizer(f"tokenizer.json: contains no tokenizer: {error!r}") from error
+        ends = [token for token in ends if token < size]  # the library needs a text for each end
+        if not ends:  # the library needs an end: an artificial token, removed from masks
             self.stand_in, ends = size, [size]
             spec["added_tokens"] = [*(spec.get("added_tokens") or []), _STAND_IN | {"id": size}]
             text, size = json.dumps(spec), size + 1
@@ -137,19 +137,19 @@ class Compiler:
 
 
 def _num_tokens(spec: Mapping[str, Any]) -> int:
-    """One more than the highest id of a parsed `tokenizer.json`."""
+    """The highest token id of a parsed `tokenizer.json`, plus 1."""
     vocabulary = spec["model"]["vocab"]
     ids = vocabulary.values() if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
     return 1 + max([*ids, *(token["id"] for token in spec.get("added_tokens") or [])], default=-1)
 
 
 class GrammarRows:
-    """The matchers of one slice's sequences, by slot, and their next masks.
+    """The matchers of a slice's sequences and the next masks, by slot.
 
     Args:
         model_path: folder with `tokenizer.json`.
-        vocab_size: token ids run below it.
-        eos_token_ids: the model's own end tokens.
+        vocab_size: number of token ids of the model.
+        eos_token_ids: end tokens of the model.
     """
 
     def __init__(self, model_path: str, *, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
@@ -159,86 +159,89 @@ class GrammarRows:
             eos_token_ids=eos_token_ids,
         )
         self._vocab_size = vocab_size
-        self._followed: dict[int, _Followed] = {}
+        self._sequences: dict[int, _GrammarSequence] = {}
         self._thread: ThreadPoolExecutor | None = None
         self._warming: Future[None] | None = None
 
     def warm(self) -> None:
-        """Make ready in the thread, so that a first grammar holds no step up."""
+        """Build shared tables in the thread, so that the first grammar delays no step."""
         self._warming = self._submit(self._compiler.warm)
 
     def check_warm(self) -> None:
-        """Wait for `warm`; a slice that could follow no grammar does not start.
+        """Wait for `warm`; a slice with an unusable tokenizer must not start.
 
-        Where the library or a tokenizer is not here, the first grammar says so: tokens are served
-        all the same.
+        Without the library or a tokenizer the slice serves requests that need no grammar; requests
+        with a grammar fail.
 
         Raises:
-            CheckpointError: the tokenizer is here, and the library cannot take it.
+            CheckpointError: the library cannot use the tokenizer.
         """
         if self._warming is None:
             return
         try:
             self._warming.result()
         except (ImportError, OSError, _NoTokenizer) as error:
-            log.warning("no grammar can be followed: %s", error)
+            log.warning("grammars are not available: %s", error)
 
     def close(self) -> None:
-        """Stop the thread; what it has begun it ends."""
-        self._followed.clear()
+        """Stop the thread after its current work."""
+        self._sequences.clear()
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
             self._thread = None
 
     def __contains__(self, slot: int) -> bool:
-        return slot in self._followed
+        return slot in self._sequences
 
     def __bool__(self) -> bool:
-        return bool(self._followed)
+        return bool(self._sequences)
 
     def enter(
         self, slot: int, grammar: str, output: Sequence[int], ends: Sequence[int] = ()
     ) -> None:
-        """Follow the sequence in `slot`, which has said `output` so far.
+        """Add a sequence.
 
         Args:
-            slot: where it is.
-            grammar: what its output must fit.
-            output: its tokens so far.
-            ends: tokens that end this sequence, beside the model's own: they may be drawn where
-                the output may end.
+            slot: slot of the sequence.
+            grammar: grammar of the output.
+            output: output tokens so far.
+            ends: end tokens of the sequence beside the model's; allowed where the output may end.
         """
-        one = self._followed[slot] = _Followed(-(-self._vocab_size // 32), ends)
-        one.mask = self._submit(partial(one.begin, self._compiler, grammar, output))
+        sequence = self._sequences[slot] = _GrammarSequence(-(-self._vocab_size // 32), ends)
+        sequence.mask = self._submit(partial(sequence.begin, self._compiler, grammar, output))
 
     def leave(self, slot: int) -> None:
-        """Forget the sequence in `slot`, if there is one."""
-        self._followed.pop(slot, None)
+        """Remove the sequence in `slot`; does nothing for an empty slot."""
+        self._sequences.pop(slot, None)
 
-    def take(self, slots: Sequence[int], tokens: Callable[[], Int32]) -> None:
-        """Go on with the tokens that `slots` drew.
+    def advance(self, slots: Sequence[int], tokens: Callable[[], Int32]) -> None:
+        """Advance the matchers by the drawn tokens.
 
         Args:
-            slots: of all sequences that drew; those without a grammar are left out.
-            tokens: gives the tokens; called from the thread, where it may wait for the device.
+            slots: slots of all sequences that drew a token, with or without a grammar.
+            tokens: gives the tokens; called in the thread, where it may wait for the device.
         """
-        rows = [(row, one) for row, slot in enumerate(slots) if (one := self._followed.get(slot))]
+        rows = [
+            (row, sequence)
+            for row, slot in enumerate(slots)
+            if (sequence := self._sequences.get(slot))
+        ]
         if not rows:
             return
         drawn = self._submit(tokens)
-        for row, one in rows:
-            one.mask = self._submit(partial(one.take, drawn, row))
+        for row, sequence in rows:
+            sequence.mask = self._submit(partial(sequence.advance, drawn, row))
 
     def allow(self, slots: Sequence[int], allowed_RV: npt.NDArray[np.bool_]) -> None:
-        """Take from each row of `allowed_RV` what the grammar of its slot does not allow.
+        """Clear the tokens of each row of `allowed_RV` that the slot's grammar does not allow.
 
-        Waits for masks that are still being made.
+        Waits for unfinished masks.
         """
         for row, slot in enumerate(slots):
-            one = self._followed.get(slot)
-            if one is not None:
-                assert one.mask is not None, "set as it entered"
-                bits = np.unpackbits(one.mask.result().view(np.uint8), bitorder="little")
+            sequence = self._sequences.get(slot)
+            if sequence is not None:
+                assert sequence.mask is not None, "set by `enter`"
+                bits = np.unpackbits(sequence.mask.result().view(np.uint8), bitorder="little")
                 allowed_RV[row] &= bits[: self._vocab_size].view(np.bool_)
 
     def _submit(self, work: Callable[[], Any]) -> Future[Any]:
@@ -247,8 +250,8 @@ class GrammarRows:
         return self._thread.submit(work)
 
 
-class _Followed:
-    """One sequence's matcher, touched by the thread alone, and its next mask, when it is made."""
+class _GrammarSequence:
+    """The matcher of a sequence, used only in the thread, and the future of the next mask."""
 
     __slots__ = ("_ends", "_matcher", "_stand_in", "_words", "mask")
 
@@ -264,25 +267,25 @@ class _Followed:
             self._matcher = compiler.matcher(grammar)
             self._words, self._stand_in = compiler.num_mask_words, compiler.stand_in
         except Exception:
-            # The library or the tokenizer is not here, though the gateway has both: the one request
-            # finds nothing to draw and ends in an error; the group's others go on.
-            log.exception("a grammar cannot be followed")
+            # Library or tokenizer is missing here, though the gateway has both: with an empty mask
+            # this request ends with an error; the other requests of the group go on.
+            log.exception("a grammar cannot be compiled")
             return np.zeros(self._words, np.int32)
         if output:
             self._matcher.consume_tokens(list(output))
         return self._fill(self._matcher)
 
-    def take(self, drawn: Future[Int32], row: int) -> Int32:
-        token = int(drawn.result()[row])  # done: the one thread works in order
+    def advance(self, drawn: Future[Int32], row: int) -> Int32:
+        token = int(drawn.result()[row])  # done already: the only thread works in order
         if self._matcher is None:
             return np.zeros(self._words, np.int32)
-        if token >= 0:  # -1 where nothing was left to draw
+        if token >= 0:  # -1: no token was allowed
             self._matcher.consume_token(token)
         return self._fill(self._matcher)
 
     def _fill(self, matcher: LLMatcher) -> Int32:
         mask = np.zeros(self._words, np.int32)
-        # Of a matcher in error the library allows the end, which would pass for a whole output.
+        # A matcher in error allows the end, which would look like a complete output.
         if not matcher.is_error():
             matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
             if matcher.is_error():
@@ -292,7 +295,7 @@ class _Followed:
         return mask
 
     def _set_ends(self, mask: npt.NDArray[np.uint32], matcher: LLMatcher) -> None:
-        """Allow the sequence's own ends where the library allows the model's."""
+        """Allow the sequence's end tokens where the output may end."""
         if self._stand_in is not None:
             mask[self._stand_in >> 5] &= ~np.uint32(1 << (self._stand_in & 31))
         if len(self._ends) and matcher.is_accepting():

@@ -1,8 +1,9 @@
-"""A slice's pulse: twice a second, from a thread of its own, what the main thread is doing.
+"""The heartbeats of a slice: twice a second, a separate thread sends the main thread's state.
 
-The main thread may be stuck in a collective, and then cannot say so itself; that it says nothing,
-and the pulse says where it waits, is how a hang is told from a crash. Carries the last log lines
-along, so that they are with the leader when the process is gone.
+A main thread that hangs in a collective cannot report the hang; heartbeats that name the collective
+and show no progress tell a hang from a crash. A heartbeat contains the new log lines, so that the
+leader has the last lines of a lost process. Knows the main thread's state and the socket; knows
+nothing of the leader's limits.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ MAX_LINE = 300
 
 @dataclass(slots=True)
 class Activity:
-    """Where the main thread is; written by it alone.
+    """State of the main thread; only the main thread writes it.
 
     Attributes:
-        phase: while there is no runner.
-        runner: says more, once it is there.
-        idle: it waits for a plan.
+        phase: phase of the start, before there is a runner.
+        runner: the runner, source of step and phase; None during the start.
+        idle: the main thread waits for a plan.
     """
 
     phase: str = "start"
@@ -42,7 +43,7 @@ class Activity:
     idle: bool = False
 
     def now(self, log: tuple[str, ...] = ()) -> Heartbeat:
-        """As a pulse says it."""
+        """The heartbeat of this moment, with new log lines."""
         if self.runner is None:
             return Heartbeat(step=-1, phase=self.phase, at_s=time.monotonic(), log=log)
         watchdog = self.runner.mesh.watchdog
@@ -59,25 +60,25 @@ class Activity:
 
 
 class HeartbeatSender:
-    """Sends pulses until closed.
+    """Sends heartbeats until closed.
 
     Args:
-        rank: of the slice.
-        ticket: of its group.
-        activity: of the main thread.
+        rank: rank of the slice.
+        endpoint: endpoint of the group's leader.
+        activity: state of the main thread.
     """
 
-    def __init__(self, rank: int, ticket: LeaderEndpoint, activity: Activity) -> None:
-        self._rank, self._ticket, self._activity = rank, ticket, activity
-        self._lines = _Lines()
+    def __init__(self, rank: int, endpoint: LeaderEndpoint, activity: Activity) -> None:
+        self._rank, self._endpoint, self._activity = rank, endpoint, activity
+        self._lines = _RecentLines()
         logging.getLogger().addHandler(self._lines)
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
     def tail(self) -> list[str]:
-        """The last lines logged."""
-        return list(self._lines.all)
+        """The last log lines."""
+        return list(self._lines.last)
 
     def close(self) -> None:
         """Stop; safe to call twice."""
@@ -90,16 +91,13 @@ class HeartbeatSender:
         sender = context.socket(zmq.PUSH)
         sender.setsockopt(zmq.LINGER, 0)
         sender.setsockopt(zmq.SNDHWM, 8)
-        self._ticket.secure(sender)
-        sender.connect(self._ticket.heartbeat_address)
+        self._endpoint.secure(sender)
+        sender.connect(self._endpoint.heartbeat_address)
         try:
             while True:
-                with contextlib.suppress(
-                    zmq.Again
-                ):  # the leader does not read: it is gone, or will
-                    sender.send(
-                        pack(self._rank, self._activity.now(self._lines.fresh())), zmq.NOBLOCK
-                    )
+                heartbeat = self._activity.now(self._lines.take_new())
+                with contextlib.suppress(zmq.Again):  # a lost leader does not read
+                    sender.send(pack(self._rank, heartbeat), zmq.NOBLOCK)
                 if self._closed.wait(HEARTBEAT_PERIOD_S):
                     return
         finally:
@@ -107,23 +105,23 @@ class HeartbeatSender:
             context.term()
 
 
-class _Lines(logging.Handler):
-    """Keeps the last lines logged by this process."""
+class _RecentLines(logging.Handler):
+    """The last log lines of this process."""
 
     def __init__(self) -> None:
         super().__init__(level=logging.INFO)
         self.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-        self.all: deque[str] = deque(maxlen=KEEP_LINES)
-        self._fresh: deque[str] = deque(maxlen=KEEP_LINES)
+        self.last: deque[str] = deque(maxlen=KEEP_LINES)
+        self._new: deque[str] = deque(maxlen=KEEP_LINES)
 
     def emit(self, record: logging.LogRecord) -> None:
         line = self.format(record).strip().splitlines()[-1][:MAX_LINE]
-        self.all.append(line)
-        self._fresh.append(line)
+        self.last.append(line)
+        self._new.append(line)
 
-    def fresh(self) -> tuple[str, ...]:
-        """What came since the last time."""
+    def take_new(self) -> tuple[str, ...]:
+        """The lines since the last call."""
         lines = []
-        while self._fresh:
-            lines.append(self._fresh.popleft())
+        while self._new:
+            lines.append(self._new.popleft())
         return tuple(lines)

@@ -1,8 +1,8 @@
-"""A slice's loop: join the group, load, then plan after plan until told to stop.
+"""The loop of a slice: load, join the group, then run plans until the leader sends a stop.
 
-One ZeroMQ socket to the leader carries everything: hello, join, progress, ready, plans, results,
-errors; pulses go beside it (see `pulse`). Runs in any process: a Ray actor's thread, a spawned
-child, torchrun.
+One ZeroMQ socket to the leader carries all messages: hello, join, progress, ready, plans, results,
+errors; heartbeats have a socket of their own (see `heartbeat`). Runs in any process: a thread of a
+Ray actor, a spawned child, torchrun. Knows sockets and messages; knows nothing of the computation.
 
 Messages are two frames: a `MessageKind` and a body, msgpack or the bytes of a plan or result.
 """
@@ -42,104 +42,116 @@ LOADS_PERIOD_S = 0.5
 
 
 class LeaderLost(Exception):
-    """The leader is gone; a slice has nothing to live for."""
+    """The leader is gone, and the slice must end."""
 
 
 def run_slice(
     rank: int,
-    ticket: LeaderEndpoint,
+    endpoint: LeaderEndpoint,
     *,
     host: str = "127.0.0.1",
     leader_alive: Callable[[], bool] = lambda: True,
 ) -> None:
-    """Serve as `rank` of the ticket's group; returns when the leader says stop or is gone.
+    """Run a slice until the leader sends a stop or is gone.
 
-    A failure is reported to the leader, then raised.
+    Reports a failure to the leader, then raises the failure.
 
     Args:
         rank: stage * tp + tp rank.
-        ticket: from the leader's executor.
-        host: this node's address, for the ranks' own sockets.
-        leader_alive: asked now and then while no plan comes.
+        endpoint: endpoint of the leader's executor, with the group's configuration.
+        host: address of this node for the sockets of the ranks.
+        leader_alive: called while no plan comes; False ends the slice.
     """
-    link = _Link(rank, ticket, leader_alive)
+    link = _LeaderLink(rank, endpoint, leader_alive)
     activity = Activity()
-    pulse = HeartbeatSender(rank, ticket, activity)
+    heartbeats = HeartbeatSender(rank, endpoint, activity)
     try:
-        # torch takes seconds to import: say hello first, so that the leader sees us start
-        store_socket = _listen(host) if rank == 0 and ticket.config.world_size > 1 else None
-        port = store_socket.getsockname()[1] if store_socket else 0
-        link.send(MessageKind.HELLO, {"host": host, "port": port, "pid": os.getpid()})
-
-        from arriero.shards.worker.select import runner_for
-
-        activity.phase = "load"
-        runner = runner_for(ticket.config, rank, progress=link.progress)
-        activity.phase = "join"
-        where = link.receive(MessageKind.JOIN)
-        if where is None:
+        runner = _start(rank, endpoint.config, host, link, activity)
+        if runner is None:
             return
-        if ticket.config.world_size > 1:
-            store = _rendezvous(msgpack.unpackb(where), ticket.config, rank, store_socket)
-            runner.mesh.join(store, host)
-        activity.phase = "warm up"
-        runner.warm_up()
-        activity.runner = runner
-        loaded = SliceReport(
-            rank=rank,
-            host=host,
-            pid=os.getpid(),
-            kernels=runner.kernels,
-            threads=ticket.config.threads or 1,
-            weights_bytes=runner.weights_nbytes,
-            kv_bytes=runner.kv_nbytes,
-            load_s=runner.load_s,
-        )
-        link.send(MessageKind.READY, asdict(loaded))
-        gc.freeze()  # what is loaded stays: full collections need not walk it
-        movers = runner.open_tiers(link.moved, host)
+        gc.freeze()  # loaded objects stay: full collections need not visit them
+        transfer_workers = runner.open_tiers(link.send_transfer_result, host)
         try:
-            _serve(runner, link, activity, movers)
+            _serve(runner, link, activity, transfer_workers)
         finally:
-            movers.close()
+            transfer_workers.close()
         runner.mesh.leave()
     except LeaderLost:
         return
     except Exception as error:
-        report = {
+        failure = {
             "phase": activity.now().phase,
             "step": activity.now().step,
             "collective": error.collective if isinstance(error, CollectiveFailed) else "",
             "error": f"{type(error).__name__}: {error}",
             "at": traceback.format_exc(limit=-3),
-            "log": pulse.tail(),
+            "log": heartbeats.tail(),
         }
-        link.send(MessageKind.ERROR, report)
+        link.send(MessageKind.ERROR, failure)
         raise
     finally:
-        pulse.close()
+        heartbeats.close()
         link.close()
 
 
-def _serve(runner: Runner, link: _Link, activity: Activity, movers: TransferWorkers) -> None:
-    """The loop: receive, launch, reply; a plan that has come is launched before a result is due."""
+def _start(
+    rank: int, config: GroupConfig, host: str, link: _LeaderLink, activity: Activity
+) -> Runner | None:
+    """Load the slice and join the group; gives the ready runner, or None after a stop."""
+    # the import of torch takes seconds: the hello comes first and shows the leader the start
+    store_socket = _listen(host) if rank == 0 and config.world_size > 1 else None
+    port = store_socket.getsockname()[1] if store_socket else 0
+    link.send(MessageKind.HELLO, {"host": host, "port": port, "pid": os.getpid()})
+
+    from arriero.shards.worker.select import runner_for
+
+    activity.phase = "load"
+    runner = runner_for(config, rank, progress=link.progress)
+    activity.phase = "join"
+    address = link.receive(MessageKind.JOIN)
+    if address is None:
+        return None
+    if config.world_size > 1:
+        store = _rendezvous(msgpack.unpackb(address), config, rank, store_socket)
+        runner.mesh.join(store, host)
+    activity.phase = "warm up"
+    runner.warm_up()
+    activity.runner = runner
+    report = SliceReport(
+        rank=rank,
+        host=host,
+        pid=os.getpid(),
+        kernels=runner.kernels,
+        threads=config.threads or 1,
+        weights_bytes=runner.weights_nbytes,
+        kv_bytes=runner.kv_nbytes,
+        load_s=runner.load_s,
+    )
+    link.send(MessageKind.READY, asdict(report))
+    return runner
+
+
+def _serve(
+    runner: Runner, link: _LeaderLink, activity: Activity, transfer_workers: TransferWorkers
+) -> None:
+    """Receive, launch, reply; a received plan is launched before the wait for an earlier result."""
     from arriero.shards.kv.transfers import TransferBatch
     from arriero.shards.protocol.step_plan import StepPlan
 
-    due: deque[Pending] = deque()
-    told = time.monotonic()
+    launched: deque[Pending] = deque()
+    loads_sent_s = time.monotonic()
     while True:
-        if time.monotonic() - told >= LOADS_PERIOD_S:
-            told = time.monotonic()
+        if time.monotonic() - loads_sent_s >= LOADS_PERIOD_S:
+            loads_sent_s = time.monotonic()
             if loads := runner.take_loads():
-                counts = [one.tolist() for one in loads.values()]
+                counts = [layer_loads.tolist() for layer_loads in loads.values()]
                 link.send(MessageKind.EXPERT_LOADS, {"layers": list(loads), "loads": counts})
-        while due and (due[0].done or not link.waiting()):
-            if due[0].done:
-                result = due.popleft().wait()
+        while launched and (launched[0].done or not link.has_message()):
+            if launched[0].done:
+                result = launched.popleft().wait()
             else:
                 with runner.mesh.watchdog.watch("the device's result"):
-                    result = due.popleft().wait()
+                    result = launched.popleft().wait()
             link.send_bytes(MessageKind.RESULT, result.to_bytes())
         activity.idle = True
         message = link.receive_any(MessageKind.PLAN, MessageKind.TRANSFER)
@@ -148,27 +160,27 @@ def _serve(runner: Runner, link: _Link, activity: Activity, movers: TransferWork
             return
         kind, body = message
         if kind is MessageKind.TRANSFER:
-            movers.submit(TransferBatch.from_bytes(body))
+            transfer_workers.submit(TransferBatch.from_bytes(body))
             continue
         pending = runner.launch(StepPlan.from_bytes(body))
         if pending is not None:
-            due.append(pending)
+            launched.append(pending)
 
 
 def _listen(host: str) -> socket.socket:
-    """A listening socket for the ranks' rendezvous, on a port of the system's choice."""
+    """A listening socket for the rendezvous of the ranks, on any free port."""
     return socket.create_server((host, 0))
 
 
 def _rendezvous(
-    where: dict[str, Any], config: GroupConfig, rank: int, listening: socket.socket | None
+    address: dict[str, Any], config: GroupConfig, rank: int, listening: socket.socket | None
 ) -> Store:
-    """The store at which the ranks meet; rank 0 keeps it."""
+    """The store for the rendezvous of the ranks; rank 0 serves the store."""
     from torch._C._distributed_c10d import TCPStore
 
     return TCPStore(
-        where["host"],
-        where["port"],
+        address["host"],
+        address["port"],
         config.world_size,
         is_master=rank == 0,
         master_listen_fd=listening.detach() if listening else None,
@@ -176,63 +188,67 @@ def _rendezvous(
     )
 
 
-class _Link:
-    """The socket to the leader."""
+class _LeaderLink:
+    """The sockets to the leader."""
 
-    def __init__(self, rank: int, ticket: LeaderEndpoint, leader_alive: Callable[[], bool]) -> None:
+    def __init__(
+        self, rank: int, endpoint: LeaderEndpoint, leader_alive: Callable[[], bool]
+    ) -> None:
         self._alive = leader_alive
         self._context = zmq.Context()
-        self._name, self._ticket = rank.to_bytes(4, "little"), ticket
+        self._name, self._endpoint = rank.to_bytes(4, "little"), endpoint
         self._socket = self._connect(self._name)
         self._socket.setsockopt(zmq.RCVTIMEO, int(LEADER_CHECK_S * 1000))
-        self._last_progress = 0.0
-        self._moved_socket: zmq.Socket[bytes] | None = None
-        self._moved_lock = threading.Lock()
+        self._last_progress_s = 0.0
+        self._transfer_socket: zmq.Socket[bytes] | None = None
+        self._transfer_lock = threading.Lock()
 
-    def _connect(self, name: bytes) -> zmq.Socket[bytes]:
-        """A socket to the leader, which knows it by `name`."""
-        made = self._context.socket(zmq.DEALER)
-        made.setsockopt(zmq.IDENTITY, name)
-        made.setsockopt(zmq.SNDHWM, 0)
-        made.setsockopt(zmq.RCVHWM, 0)
-        made.setsockopt(zmq.LINGER, 1000)
-        self._ticket.secure(made)
-        made.connect(self._ticket.address)
-        return made
+    def _connect(self, identity: bytes) -> zmq.Socket[bytes]:
+        """A socket to the leader with a ZeroMQ identity."""
+        connected = self._context.socket(zmq.DEALER)
+        connected.setsockopt(zmq.IDENTITY, identity)
+        connected.setsockopt(zmq.SNDHWM, 0)
+        connected.setsockopt(zmq.RCVHWM, 0)
+        connected.setsockopt(zmq.LINGER, 1000)
+        self._endpoint.secure(connected)
+        connected.connect(self._endpoint.address)
+        return connected
 
     def send(self, kind: MessageKind, body: dict[str, object]) -> None:
-        """Send a message whose body is a map."""
+        """Send a message with a msgpack body."""
         self.send_bytes(kind, msgpack.packb(body))
 
     def send_bytes(self, kind: MessageKind, body: bytes) -> None:
-        """Send a message."""
+        """Send a message with a body of bytes."""
         self._socket.send_multipart([kind.value, body])
 
-    def moved(self, moved: TransferResult) -> None:
-        """Tell what came of copies of blocks; from any thread, until those that copy have ended."""
-        with self._moved_lock:  # the main thread waits in its own socket, so this is another
-            if self._moved_socket is None:
-                self._moved_socket = self._connect(self._name + b"moved")
-            self._moved_socket.send_multipart([MessageKind.TRANSFER_RESULT.value, moved.to_bytes()])
+    def send_transfer_result(self, result: TransferResult) -> None:
+        """Send the result of copied blocks; from any thread, before `close`."""
+        with self._transfer_lock:  # a second socket, since the main thread waits in the first
+            if self._transfer_socket is None:
+                self._transfer_socket = self._connect(self._name + b"moved")
+            self._transfer_socket.send_multipart(
+                [MessageKind.TRANSFER_RESULT.value, result.to_bytes()]
+            )
 
     def progress(self, done: int, total: int) -> None:
-        """Tell how far loading is, now and then."""
-        now = time.monotonic()
-        if done == total or now - self._last_progress > PROGRESS_PERIOD_S:
-            self._last_progress = now
+        """Send the progress of loading, at most once per period."""
+        now_s = time.monotonic()
+        if done == total or now_s - self._last_progress_s > PROGRESS_PERIOD_S:
+            self._last_progress_s = now_s
             self.send(MessageKind.LOADING, {"done": done, "total": total})
 
     def receive(self, kind: MessageKind) -> bytes | None:
-        """Body of the next message, which is of `kind`; None when told to stop.
+        """Body of the next message, whose kind must be `kind`; None for a stop.
 
         Raises:
-            LeaderLost: nothing came and the leader is gone.
+            LeaderLost: the leader is gone.
         """
         message = self.receive_any(kind)
         return None if message is None else message[1]
 
     def receive_any(self, *kinds: MessageKind) -> tuple[MessageKind, bytes] | None:
-        """Kind and body of the next message, which is of one of `kinds`; as `receive`."""
+        """Kind and body of the next message, whose kind must be in `kinds`; see `receive`."""
         while True:
             try:
                 head, body = self._socket.recv_multipart()
@@ -246,13 +262,13 @@ class _Link:
             assert kind in kinds, f"message {kind.name}, expected {[kind.name for kind in kinds]}"
             return kind, body
 
-    def waiting(self) -> bool:
-        """Whether a message is here to be received."""
+    def has_message(self) -> bool:
+        """Whether a message can be received now."""
         return bool(self._socket.poll(0))
 
     def close(self) -> None:
-        """Give the socket back, once what was sent is out."""
+        """Close the sockets after all messages are sent."""
         self._socket.close()
-        if self._moved_socket is not None:
-            self._moved_socket.close()
+        if self._transfer_socket is not None:
+            self._transfer_socket.close()
         self._context.term()

@@ -1,11 +1,11 @@
-"""What the C library's heap does with memory that is given back.
+"""Settings of the C library's heap for freed memory.
 
-glibc raises the size from which it maps a buffer on its own (and unmaps it when it is freed) to
-that of the largest one freed so far. Quantizing while loading frees many large buffers of all
-sizes; from then on smaller ones come out of the heap and leave holes in it, which stay with the
-process: 200 MB for a model of 135 million parameters.
+glibc maps buffers above a threshold separately, and unmaps each when it is freed; the threshold
+rises to the size of the largest mapped buffer freed so far. Quantization during loading frees many
+large buffers; later buffers below the new threshold come from the heap and leave holes, which stay
+with the process: 200 MB for a model of 135 million parameters.
 
-Knows `mallopt` (malloc.h; mallopt(3)); refuses to know who allocates.
+Knows `mallopt` (malloc.h; mallopt(3)); knows nothing of the buffers' owners.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from contextlib import contextmanager
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h's numbers
 _WHILE_LOADING = 1 << 20
-_WHILE_SERVING = 32 << 20  # the most that glibc raises it to: a step's buffers stay in the heap
+_WHILE_SERVING = 32 << 20  # glibc's largest threshold: a step's buffers stay in the heap
 
 
 @contextmanager
 def returning_large_buffers() -> Iterator[None]:
-    """Within, buffers of a MiB and more go back to the system when they are freed.
+    """In this context, freed buffers of 1 MiB and more go back to the system.
 
-    Nothing changes where the C library is not glibc.
+    Has no effect when the C library is not glibc.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):

@@ -1,12 +1,11 @@
-"""The batch of plans that repeat: the same sequences, each one token further, step after step.
+"""The batch of repeated plans: the same rows in each step, each sequence one token further.
 
-Building a batch anew takes some thirty small array operations, whose code and data the weights
-have pushed out of the CPU's caches since the step before; here only what differs is written, in
-place.
+A new batch takes some thirty small array operations; the weights have pushed their code and data
+out of the CPU's caches since the last step. A repeated batch writes only the differences, in place.
 
-Knows where tokens sit; knows nothing of who is in a slot, nor of how tokens are drawn.
+Knows positions and block tables; knows nothing of sequences or sampling.
 
-Shape legend: T tokens (one of each sequence), S sequences, B blocks of a table, D head dimension.
+Shape legend: T tokens (one per sequence), S sequences, B blocks of a table, D head dimension.
 """
 
 from __future__ import annotations
@@ -26,25 +25,25 @@ if TYPE_CHECKING:
 
 
 _SPARE_COLUMNS = 8
-"""Columns of the block table beyond those needed, so that it is seldom gathered for want of one."""
+"""Spare columns of the block table, so that a new gather is rare."""
 
 
 class RepeatBatch:
-    """One token of each sequence, and where it sits.
+    """One token per sequence, with positions and block tables.
 
     Args:
         slots: [S] slot of each sequence.
-        tokens_T: int32, of the first step.
-        batch: of the first step, with max_query 1 and no `local` part; it is written over.
+        tokens_T: int32, tokens of the first step.
+        batch: batch of the first step, with max_query 1 and without `local`; is overwritten.
         block_size: tokens in a block.
         rope: cosines and sines.
 
     Attributes:
-        slots: as given.
-        tokens_T: the step's tokens, and then those drawn: whoever draws writes them to `tokens`.
-        tokens: the same memory.
-        batch: where they sit.
-        rows: how the next tokens are drawn, where no sequence has anything unusual; else None.
+        slots: [S] slot of each sequence.
+        tokens_T: tokens of the step.
+        tokens: the same memory as an array; after sampling, the caller writes the drawn tokens.
+        batch: positions and block tables of the step.
+        rows: sampling parameters; None when a sequence has unusual parameters.
     """
 
     def __init__(
@@ -62,14 +61,14 @@ class RepeatBatch:
         self._rope_2TD = rope.both_at(batch.positions_T)
         self._cos_TD, self._sin_TD = self._rope_2TD
         self._owner = np.arange(len(self._positions), dtype=np.int32)
-        self._until_block = 0  # steps in which no sequence enters a block
+        self._until_block = 0  # steps before a sequence enters a new block
 
     def advance(self, blocks: Int32, *, changed: bool) -> None:
-        """Move on by a token.
+        """Advance each sequence by a token.
 
         Args:
-            blocks: [slots, blocks] every slot's block table.
-            changed: a table among them has new blocks.
+            blocks: [slots, blocks] block tables of all slots.
+            changed: a table has new blocks.
         """
         max_context = self.batch.max_context + 1
         columns = -(-max_context // self._block_size)

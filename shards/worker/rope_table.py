@@ -1,4 +1,7 @@
-"""Cosines and sines of rotary positions, one table for each rank."""
+"""Cosines and sines of rotary positions, one table per rank.
+
+Knows frequencies and positions; knows nothing of attention.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import torch
 from torch import Tensor
 
 ROPE_TABLE_BYTES = 64 << 20
-"""Cosines are tabled up to this size; models with longer contexts compute them each step."""
+"""Largest table of cosines and sines; for larger contexts each step computes the values."""
 
 
 class Rope:
@@ -20,15 +23,15 @@ class Rope:
 
     def at(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
         """(cosines, sines), each [T, D / 2]."""
-        found = self.both_at(positions_T)
-        return found[0], found[1]
+        both_2TD = self.both_at(positions_T)
+        return both_2TD[0], both_2TD[1]
 
     def both_at(self, positions_T: Tensor, out: Tensor | None = None) -> Tensor:
-        """Cosines and sines in one tensor [2, T, D / 2]: in `out`, where it is given."""
+        """Cosines and sines in a tensor [2, T, D / 2]; writes to `out` if given."""
         if self._table is not None:
             return torch.index_select(self._table, 1, positions_T, out=out)
-        found = self._compute(positions_T)
-        return found if out is None else out.copy_(found)
+        both_2TD = self._compute(positions_T)
+        return both_2TD if out is None else out.copy_(both_2TD)
 
     def _compute(self, positions_T: Tensor) -> Tensor:
         angles = positions_T.to(torch.float32)[:, None] * self._inv_freq

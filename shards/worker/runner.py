@@ -1,7 +1,6 @@
-"""One rank's step: plan in, activations through, tokens out.
+"""The step of a rank: apply the plan, run the stage, then send activations on or sample.
 
-The main loop of a slice reads here: take the plan in, run the stage, hand on or sample.
-Knows the slice's model, table and mesh; knows nothing of sockets or of how plans are made.
+Knows the slice's model, sequence table and mesh; knows nothing of sockets or scheduling.
 
 Shape legend: T tokens, H hidden size, R rows, V vocabulary.
 """
@@ -45,11 +44,11 @@ from arriero.shards.worker.rope_table import Rope
 from arriero.shards.worker.sequence_table import LocalTable, SequenceTable
 
 PROMPT_LOGPROB_ROWS = 128
-"""Prompt rows whose logits are held at once: bounds their memory to a few MB a thousand tokens."""
+"""Prompt rows with logits in memory at a time; limits the logits to a few MB per 1,000 tokens."""
 
 
 class Pending(Protocol):
-    """A step's result, which the device may still be working on."""
+    """The result of a step that may still run on the device."""
 
     @property
     def done(self) -> bool:
@@ -61,7 +60,7 @@ class Pending(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A result that is there."""
+    """The result of a finished step."""
 
     result: StepResult
     done: bool = True
@@ -72,13 +71,13 @@ class Done:
 
 
 class Runner:
-    """One rank of a replica group; `config` is resolved by `arriero.shards.layout.resolve`."""
+    """A rank of a replica group; `arriero.shards.layout.resolve` must have resolved `config`."""
 
     table_type: type[SequenceTable] = SequenceTable
     spare_blocks = 0
-    """KV blocks beyond the configured ones, for the runner's own use."""
+    """KV blocks for the runner's own use, beside the configured blocks."""
     spare_slots = 0
-    """Slots beyond the configured ones, likewise."""
+    """Slots for the runner's own use, beside the configured slots."""
 
     def __init__(
         self,
@@ -135,7 +134,7 @@ class Runner:
         )
         self._table.check_ready()
         first = rank - part.tp_rank
-        self._vocab_sizes = [one.vocab.size for one in parts[first : first + config.tp]]
+        self._vocab_sizes = [tp_part.vocab.size for tp_part in parts[first : first + config.tp]]
         self.phase = "loaded"
         self.load_s = time.perf_counter() - started
         self.weights_nbytes, self.kv_nbytes = self._model.weights_nbytes, self._model.kv_nbytes
@@ -150,13 +149,13 @@ class Runner:
         return grammars
 
     def warm_up(self) -> None:
-        """Do what would hold up a step, before the first and before tiers open; on a CPU nothing.
+        """Prepare work that would delay the first steps; does nothing on a CPU.
 
-        All ranks have joined by then.
+        Called after all ranks have joined and before `open_tiers`.
         """
 
     def close(self) -> None:
-        """Stop what runs beside the steps; no step may follow."""
+        """Stop background threads; no step may follow."""
         self._table.close()
 
     def _local_table(self, config: GroupConfig, chunk: int) -> LocalTable | None:
@@ -170,20 +169,20 @@ class Runner:
         )
 
     def take_loads(self) -> dict[int, Loads]:
-        """Tokens that each expert of this stage was sent since the last call, by layer.
+        """Tokens routed to each expert of this stage since the last call, by layer.
 
-        Empty on all ranks of a stage but the first, since all count the same.
+        Empty except on the first rank of a stage, since all ranks of a stage count the same.
         """
         return {} if self.mesh.stage_rank else self._model.take_loads()
 
     def open_tiers(
-        self, on_moved: Callable[[TransferResult], None], host: str = "127.0.0.1"
+        self, on_result: Callable[[TransferResult], None], host: str = "127.0.0.1"
     ) -> TransferWorkers:
-        """Open the tiers below the device, none if there are none; whoever runs the steps closes.
+        """Open the tiers below the device; the caller closes the workers. Empty without tiers.
 
         Args:
-            on_moved: told what came of copies, from threads of the tiers' own.
-            host: this node's address, where other nodes' ranks may read host memory.
+            on_result: called with results of copies, in the threads of the workers.
+            host: address of this node, where ranks of other nodes may read host memory.
         """
         config, part = self._config, self.mesh.part
         if not config.tiers.enabled:
@@ -191,13 +190,18 @@ class Runner:
         checkpoint = Checkpoint.open(config.model_path)
         model = checkpoint.config
         limits = tier_limits(config, model)
-        movers = {}
+        workers = {}
         dp_rank, parts = dp_rank_of(config, part.rank), parts_of(model, config)
-        before = [one for one in parts[: part.rank] if dp_rank_of(config, one.rank) == dp_rank]
+        earlier_parts = [
+            other for other in parts[: part.rank] if dp_rank_of(config, other.rank) == dp_rank
+        ]
         for pool, kv in self._model.kv_pools.items():
-            shard, *others = (
-                BlockShard(pool_layers(model, one, pool), (one.kv_heads.start, one.kv_heads.stop))
-                for one in (part, *before)
+            shard, *earlier_shards = (
+                BlockShard(
+                    pool_layers(model, rank_part, pool),
+                    (rank_part.kv_heads.start, rank_part.kv_heads.stop),
+                )
+                for rank_part in (part, *earlier_parts)
             )
             settings = TierSettings(
                 config=config.tiers,
@@ -208,23 +212,23 @@ class Runner:
                 dp_rank=dp_rank,
                 shard=shard,
                 host=host,
-                writes=shard not in others,
+                writes=shard not in earlier_shards,
             )
-            movers[pool] = TransferWorker(kv, settings, on_moved, self.fence)
-        return TransferWorkers(movers)
+            workers[pool] = TransferWorker(kv, settings, on_result, self.fence)
+        return TransferWorkers(workers)
 
     def fence(self) -> Fence | None:
-        """When the device will have run what was launched; None where it has."""
+        """An event after all launched work; None when the work is finished already."""
         return None
 
     def launch(
         self, plan: StepPlan, *, at_layers: Callable[[], None] = lambda: None
     ) -> Pending | None:
-        """Begin one plan; the rank that samples gives what to wait for, the others None.
+        """Start a plan; gives a pending result on the rank that samples, None on other ranks.
 
         Args:
             plan: the plan.
-            at_layers: called once, when what is left needs little of the interpreter.
+            at_layers: called once before the layers, whose run needs little of the interpreter.
         """
         result = self.step(plan, at_layers=at_layers)
         return None if result is None else Done(result)
@@ -232,11 +236,11 @@ class Runner:
     def step(
         self, plan: StepPlan, *, at_layers: Callable[[], None] = lambda: None
     ) -> StepResult | None:
-        """Run one plan; the rank that samples gives the result, the others None. See `launch`."""
+        """Run a plan; gives the result on the rank that samples, None on others. See `launch`."""
         started = time.perf_counter_ns()
         self.phase = "plan"
         self.mesh.watchdog.step = plan.step
-        self._take(plan)
+        self._apply(plan)
         drawn = self._compute(plan, at_layers)
         if drawn is None:
             return None
@@ -251,8 +255,8 @@ class Runner:
             dp_rank=plan.dp_rank,
         )
 
-    def _take(self, plan: StepPlan) -> None:
-        """Take in what a plan changes."""
+    def _apply(self, plan: StepPlan) -> None:
+        """Apply the changes of a plan to sequences and images."""
         self._table.apply(plan)
         if self._model.images is not None:
             self._model.images.apply(plan)
@@ -260,7 +264,7 @@ class Runner:
     def _compute(
         self, plan: StepPlan, at_layers: Callable[[], None] = lambda: None
     ) -> tuple[Sampled | None, Logprobs | None] | None:
-        """What an applied plan's step gives, where this rank samples; else None."""
+        """Run an applied plan; gives samples on the rank that samples, None on other ranks."""
         if plan.placement_layer >= 0:
             self.phase = "placement of experts"
             self._model.place_experts(plan.placement_layer, plan.placement)
@@ -299,14 +303,14 @@ class Runner:
         return torch.float32 if on_cpu else self._model.dtype
 
     def _sample(self, plan: StepPlan, x_TH: Tensor) -> Sampled | None:
-        """Draw the step's tokens, and tell every rank that will embed them."""
+        """Draw the step's tokens, and send the tokens to all ranks that embed."""
         x_RH, num_rows = x_TH, len(x_TH)
         if not plan.same_rows:
             drawn = plan.samples.astype(bool)
             num_rows = int(drawn.sum())
             if not num_rows:
                 return None
-            if num_rows < len(x_TH):  # chosen on the host: a mask on the device is waited for
+            if num_rows < len(x_TH):  # selected on the host: a device mask would need a wait
                 last_R = np.cumsum(plan.counts, dtype=np.int32)[drawn] - 1
                 x_RH = x_TH.index_select(0, self._table.on_device(last_R))
         logits_RV = self.mesh.gather_logits(self._model.logits(x_RH), self._vocab_sizes)
@@ -314,7 +318,7 @@ class Runner:
         if logits_RV is not None:
             sampled = self._ops.sample(logits_RV, self._table.sampling_rows(plan))
             tokens_R = sampled.tokens_R
-        elif self.mesh.pp > 1:  # the leader sends the tokens to the first stage
+        elif self.mesh.pp > 1:  # the leader sends tokens to the first stage
             return None
         else:
             tokens_R = torch.empty(num_rows, dtype=torch.int32, device=self.mesh.device)
@@ -323,18 +327,18 @@ class Runner:
         return sampled
 
     def _record(self, plan: StepPlan, tokens_R: Tensor) -> None:
-        """Keep the drawn tokens for the steps to come."""
+        """Record the drawn tokens for later steps."""
         self._table.record(plan, tokens_R.cpu().numpy())
 
     def _prompt_logprobs(self, plan: StepPlan, x_TH: Tensor) -> Logprobs | None:
-        """Log-probabilities of the prompt tokens that follow this step's prompt rows."""
+        """Log-probabilities of the prompt tokens after the prompt rows of this step."""
         if not plan.prompt_rows.any():
             return None
         wanted_R = np.flatnonzero(np.repeat(plan.prompt_rows.astype(bool), plan.counts))
         x_RH = x_TH.index_select(0, self._table.on_device(wanted_R))
         next_R = self._table.on_device(plan.prompt_next.clip(min=0)).long()
         top = self._table.num_prompt_logprobs(plan)
-        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        pages: list[tuple[Tensor, Tensor, Tensor]] = []
         for start in range(0, len(x_RH), PROMPT_LOGPROB_ROWS):
             x, after = (a[start : start + PROMPT_LOGPROB_ROWS] for a in (x_RH, next_R))
             logits_RV = self.mesh.gather_logits(self._model.logits(x), self._vocab_sizes)
@@ -342,10 +346,10 @@ class Runner:
                 logprobs_RV = logits_RV.log_softmax(dim=-1)
                 best = logprobs_RV.topk(top, dim=-1)
                 chosen = logprobs_RV.gather(1, after[:, None])[:, 0]
-                found.append((chosen, best.indices.int(), best.values))
-        if not found:
+                pages.append((chosen, best.indices.int(), best.values))
+        if not pages:
             return None
-        columns = [torch.cat(part).cpu().numpy() for part in zip(*found, strict=True)]
+        columns = [torch.cat(column).cpu().numpy() for column in zip(*pages, strict=True)]
         return Logprobs(chosen=columns[0], top_tokens=columns[1], top=columns[2])
 
 

@@ -1,10 +1,10 @@
-"""What a slice keeps of each sequence between steps, in slots, and the batch made from it.
+"""The state of a slice's sequences between steps, in slots, and the batch of each step.
 
-Every rank keeps block tables and last tokens; the rank that samples keeps sampling parameters and
-counts too. Arrays over slots, so that a step is a handful of gathers and no per-sequence Python;
-sequences with unusual parameters (penalties, bias, allowed sets) pay for themselves alone.
+Each rank stores block tables and last tokens; the rank that samples also stores sampling parameters
+and counts. The state lies in arrays over slots, so that a step takes a few gathers and no Python
+code per sequence; only sequences with unusual parameters (penalties, bias, allowed sets) cost more.
 
-Knows plans and ops' inputs; knows nothing of requests or text.
+Knows plans and the inputs of ops; knows nothing of requests or text.
 
 Shape legend: T tokens, S sequences, B blocks of a table, R rows sampled, V vocabulary.
 """
@@ -30,8 +30,8 @@ from arriero.shards.worker.rope_table import Rope
 
 
 @dataclass(slots=True)
-class _Unusual:
-    """Parameters that most sequences do not use."""
+class _UnusualState:
+    """State of a sequence with parameters that most sequences do not use."""
 
     params: SamplingParams
     stop_tokens: tuple[int, ...]
@@ -41,17 +41,17 @@ class _Unusual:
 
 
 _FRAME = 4096
-"""Positions of chunk-local attention count from multiples of this and of the chunk, so that how
-kernels cut long contexts for their threads does not depend on where a prefill was cut."""
+"""Chunk-local attention counts positions from common multiples of this and the chunk, so that the
+kernels' division of long contexts among threads does not depend on the chunks of a prefill."""
 
 
 class LocalTable:
-    """Block tables of the layers that attend within their chunk: a ring of blocks for each slot.
+    """Block tables of layers with chunk-local attention: a ring of blocks per slot.
 
     Args:
-        max_sequences: slots.
+        max_sequences: number of slots.
         chunk: tokens of a chunk; a multiple of `block_size`.
-        max_batch_tokens: most tokens of a step: they may reach past their chunk.
+        max_batch_tokens: largest number of tokens of a step, which may reach past a chunk.
         block_size: tokens in a block.
     """
 
@@ -65,15 +65,15 @@ class LocalTable:
 
     @property
     def frame_blocks(self) -> int:
-        """Blocks of the table of one token, at most."""
+        """Largest number of blocks in the table of a token."""
         return self._frame // self._size
 
     def apply(self, plan: StepPlan) -> None:
-        """Take in the plan's new blocks."""
+        """Add the new blocks of a plan."""
         self._blocks[plan.local_slots, plan.local_index % self._ring] = plan.local_ids
 
     def frame(self, slots: Int32, starts: Int32, contexts: Int32) -> tuple[Int32, Int32]:
-        """What to subtract from each sequence's positions, [S], and its table then, [S, B]."""
+        """Start of each sequence's frame, to subtract from positions, [S], and tables, [S, B]."""
         base = starts // self._frame * self._frame
         columns = -(-int((contexts - base).max()) // self._size)
         index = (base // self._size)[:, None] + np.arange(columns, dtype=np.int32)
@@ -81,10 +81,10 @@ class LocalTable:
 
 
 class SequenceTable:
-    """The slots of one slice."""
+    """The slots of a slice."""
 
     repeats_in_place = True
-    """A step is over before the next one's batch is made, so that one may write over the other."""
+    """Whether a step ends before the next batch is made, so that batches may share memory."""
 
     def __init__(
         self,
@@ -110,12 +110,12 @@ class SequenceTable:
         self._seed = np.zeros(max_sequences, np.int64)
         self._logprobs = np.full(max_sequences, -1, np.int32)
         self._prompt_logprobs = np.full(max_sequences, -1, np.int32)
-        self._unusual: dict[int, _Unusual] = {}
+        self._unusual: dict[int, _UnusualState] = {}
         self._grammars = grammars  # of the rank that samples
-        self._standing: RepeatBatch | None = None
+        self._repeat_batch: RepeatBatch | None = None
 
     def apply(self, plan: StepPlan) -> None:
-        """Take in what the plan changes: freed slots, new sequences, new blocks."""
+        """Apply the changes of a plan: freed slots, new sequences, new blocks."""
         if self._unusual:
             for slot in plan.freed.tolist():
                 self._forget(slot)
@@ -126,17 +126,19 @@ class SequenceTable:
             self._local.apply(plan)
 
     def batch(self, plan: StepPlan) -> tuple[Tensor, FlatBatch]:
-        """The step's tokens, int32 [T], and where they sit; void once the next plan is applied."""
-        standing = self._standing
-        if plan.same_rows and standing is not None:
-            standing.advance(self._blocks, changed=len(plan.block_ids) > 0)
-            return standing.tokens_T, standing.batch
-        if standing is not None:
-            self._last[standing.slots] = standing.tokens
-            self._standing = None
+        """The step's tokens, int32 [T], and their batch; valid until the next plan is applied."""
+        repeated = self._repeat_batch
+        if plan.same_rows and repeated is not None:
+            repeated.advance(self._blocks, changed=len(plan.block_ids) > 0)
+            return repeated.tokens_T, repeated.batch
+        if repeated is not None:
+            self._last[repeated.slots] = repeated.tokens
+            self._repeat_batch = None
         tokens_T, batch = self._new_batch(plan)
         if plan.same_rows and self.repeats_in_place and batch.local is None:
-            self._standing = RepeatBatch(plan.slots, tokens_T, batch, self._block_size, self._rope)
+            self._repeat_batch = RepeatBatch(
+                plan.slots, tokens_T, batch, self._block_size, self._rope
+            )
         return tokens_T, batch
 
     def _new_batch(self, plan: StepPlan) -> tuple[Tensor, FlatBatch]:
@@ -154,9 +156,9 @@ class SequenceTable:
             owner = np.repeat(np.arange(num_sequences, dtype=np.int32), counts)
             positions = np.arange(total, dtype=np.int32) + (starts - query_start[:-1])[owner]
         tokens = plan.tokens
-        held = tokens == LAST_SAMPLED
-        if held.any():
-            tokens = np.where(held, self._last[slots[owner]], tokens)
+        sampled_before = tokens == LAST_SAMPLED
+        if sampled_before.any():
+            tokens = np.where(sampled_before, self._last[slots[owner]], tokens)
         positions_T = self.on_device(positions)
         cos_TD, sin_TD = self._rope.at(positions_T)
         query_start_S1 = self.on_device(query_start)
@@ -190,9 +192,9 @@ class SequenceTable:
 
     def sampling_rows(self, plan: StepPlan) -> SamplingRows:
         """Sampling parameters of the sequences that draw a token in this step."""
-        standing = self._standing
-        if standing is not None and standing.rows is not None:
-            return standing.rows
+        repeated = self._repeat_batch
+        if repeated is not None and repeated.rows is not None:
+            return repeated.rows
         drawn = plan.samples.astype(bool)
         slots, positions = plan.slots[drawn], (plan.starts + plan.counts)[drawn]
         temperature = self._temperature[slots]
@@ -210,29 +212,29 @@ class SequenceTable:
             all_greedy=not temperature.any(),
             **extra,
         )
-        if standing is not None and not self._unusual:
-            standing.rows = rows
+        if repeated is not None and not self._unusual:
+            repeated.rows = rows
         return rows
 
     def num_prompt_logprobs(self, plan: StepPlan) -> int:
-        """The largest count of alternatives that a prompt row of this step asks for."""
+        """The largest number of alternatives that a prompt row of this step needs."""
         return int(self._prompt_logprobs[plan.slots[plan.prompt_rows.astype(bool)]].max(initial=0))
 
     def record(self, plan: StepPlan, tokens: Int32) -> None:
-        """Keep the tokens that the step's sequences drew."""
+        """Record the drawn tokens of a step."""
         slots = plan.slots
-        if self._standing is None:
+        if self._repeat_batch is None:
             slots = slots[plan.samples.astype(bool)]
             self._last[slots] = tokens
         else:
-            self._standing.tokens[:] = tokens
+            self._repeat_batch.tokens[:] = tokens
         if self._unusual:
             if self._grammars:
-                self._grammars.take(slots.tolist(), lambda: tokens)
+                self._grammars.advance(slots.tolist(), lambda: tokens)
             for slot, token in zip(slots.tolist(), tokens.tolist(), strict=True):
-                one = self._unusual.get(slot)
-                if one is not None:
-                    _count(one, token)
+                state = self._unusual.get(slot)
+                if state is not None:
+                    _count(state, token)
 
     def _enter(self, new: NewSequence) -> None:
         slot, params = new.slot, SamplingParams.from_wire(new.params)
@@ -244,32 +246,32 @@ class SequenceTable:
         self._seed[slot] = params.seed or 0
         self._logprobs[slot] = -1 if params.logprobs is None else params.logprobs
         self._prompt_logprobs[slot] = params.prompt_logprobs or 0
-        counted = params.has_penalties
+        penalized = params.has_penalties
         biased = params.logit_bias or params.banned_token_ids or params.allowed_token_ids
-        if not (counted or biased or params.grammar or (params.min_tokens and new.stop_tokens)):
+        if not (penalized or biased or params.grammar or (params.min_tokens and new.stop_tokens)):
             return
-        one = _Unusual(params, tuple(new.stop_tokens), new.num_prompt)
-        if counted:
-            one.counts_V = np.zeros(self._vocab_size, np.int32)
-            one.seen_V = np.zeros(self._vocab_size, np.bool_)
-            one.seen_V[new.prompt] = True
+        state = _UnusualState(params, tuple(new.stop_tokens), new.num_prompt)
+        if penalized:
+            state.counts_V = np.zeros(self._vocab_size, np.int32)
+            state.seen_V = np.zeros(self._vocab_size, np.bool_)
+            state.seen_V[new.prompt] = True
             for token in new.output.tolist():
-                _count(one, token)
+                _count(state, token)
         if params.grammar and self._grammars is not None:
             self._grammars.enter(slot, params.grammar, new.output.tolist(), new.stop_tokens)
-        self._unusual[slot] = one
+        self._unusual[slot] = state
 
     def check_ready(self) -> None:
-        """Wait until grammars can be followed.
+        """Wait until grammars are available.
 
         Raises:
-            CheckpointError: the checkpoint's tokenizer does not allow it.
+            CheckpointError: grammars cannot use the checkpoint's tokenizer.
         """
         if self._grammars is not None:
             self._grammars.check_warm()
 
     def close(self) -> None:
-        """Stop the thread that follows grammars, where there is one."""
+        """Stop the thread for grammars."""
         if self._grammars is not None:
             self._grammars.close()
 
@@ -279,25 +281,25 @@ class SequenceTable:
             self._grammars.leave(slot)
 
     def _unusual_rows(self, slots: Int32, positions: Int32) -> dict[str, Any]:
-        rows = {
+        states = {
             row: self._unusual[slot]
             for row, slot in enumerate(slots.tolist())
             if slot in self._unusual
         }
         extra: dict[str, Any] = {}
         num_rows, vocab = len(slots), self._vocab_size
-        counted = {row: one for row, one in rows.items() if one.counts_V is not None}
-        if counted:
+        penalized = {row: state for row, state in states.items() if state.counts_V is not None}
+        if penalized:
             repetition = np.ones(num_rows, np.float32)
             presence, frequency = np.zeros(num_rows, np.float32), np.zeros(num_rows, np.float32)
             seen = np.zeros((num_rows, vocab), np.bool_)
             counts = np.zeros((num_rows, vocab), np.int32)
-            for row, one in counted.items():
-                repetition[row] = one.params.repetition_penalty
-                presence[row] = one.params.presence_penalty
-                frequency[row] = one.params.frequency_penalty
-                assert one.seen_V is not None and one.counts_V is not None, "kept together"
-                seen[row], counts[row] = one.seen_V, one.counts_V
+            for row, state in penalized.items():
+                repetition[row] = state.params.repetition_penalty
+                presence[row] = state.params.presence_penalty
+                frequency[row] = state.params.frequency_penalty
+                assert state.seen_V is not None and state.counts_V is not None, "set together"
+                seen[row], counts[row] = state.seen_V, state.counts_V
             extra |= {
                 "repetition_R": self.on_device(repetition),
                 "presence_R": self.on_device(presence),
@@ -305,49 +307,52 @@ class SequenceTable:
                 "seen_RV": self.on_device(seen),
                 "counts_RV": self.on_device(counts),
             }
-        allowed_rows = {r: one.params.allowed_token_ids for r, one in rows.items()}
-        governed = self._grammars is not None and any(r in self._grammars for r in slots.tolist())
-        if governed or any(ids is not None for ids in allowed_rows.values()):
+        allowed_rows = {row: state.params.allowed_token_ids for row, state in states.items()}
+        has_grammar = self._grammars is not None and any(
+            slot in self._grammars for slot in slots.tolist()
+        )
+        if has_grammar or any(ids is not None for ids in allowed_rows.values()):
             allowed = np.ones((num_rows, vocab), np.bool_)
             for row, ids in allowed_rows.items():
                 if ids is not None:
                     allowed[row] = False
                     allowed[row, list(ids)] = True
-            if governed and self._grammars is not None:
+            if has_grammar and self._grammars is not None:
                 self._grammars.allow(slots.tolist(), allowed)
             extra["allowed_RV"] = self.on_device(allowed)
         bias = [
             (row, token, value)
-            for row, one in rows.items()
-            for token, value in _biases(one, int(positions[row]))
+            for row, state in states.items()
+            for token, value in _biases(state, int(positions[row]))
         ]
         if bias:
-            at, tokens, values = zip(*bias, strict=True)
+            bias_rows, tokens, values = zip(*bias, strict=True)
             extra["bias"] = (
-                self.on_device(np.asarray(at, np.int64)),
+                self.on_device(np.asarray(bias_rows, np.int64)),
                 self.on_device(np.asarray(tokens, np.int64)),
                 self.on_device(np.asarray(values, np.float32)),
             )
         return extra
 
     def on_device(self, array: npt.NDArray[Any]) -> Tensor:
-        """A copy of the host's numbers where the slice computes; nothing waits for it."""
-        # the copy of a read-only view of the wire is a few bytes; torch refuses such views
+        """A copy of a host array on the slice's device; does not wait for the copy."""
+        # torch refuses read-only views of received messages, which have only a few bytes
         if not array.flags.writeable:
             array = array.copy()
         return torch.from_numpy(array).to(self._device, non_blocking=True)
 
 
-def _count(one: _Unusual, token: int) -> None:
-    if one.counts_V is not None and one.seen_V is not None:
-        one.counts_V[token] += 1
-        one.seen_V[token] = True
+def _count(state: _UnusualState, token: int) -> None:
+    if state.counts_V is not None and state.seen_V is not None:
+        state.counts_V[token] += 1
+        state.seen_V[token] = True
 
 
-def _biases(one: _Unusual, position: int) -> list[tuple[int, float]]:
+def _biases(state: _UnusualState, position: int) -> list[tuple[int, float]]:
+    """Pairs of token and bias for the token at `position`."""
     ban = float("-inf")
-    out = [(token, value) for token, value in one.params.logit_bias.items()]
-    out += [(token, ban) for token in one.params.banned_token_ids]
-    if position - one.num_prompt < one.params.min_tokens:
-        out += [(token, ban) for token in one.stop_tokens]
-    return out
+    biases = [(token, value) for token, value in state.params.logit_bias.items()]
+    biases += [(token, ban) for token in state.params.banned_token_ids]
+    if position - state.num_prompt < state.params.min_tokens:
+        biases += [(token, ban) for token in state.stop_tokens]
+    return biases

@@ -139,7 +139,7 @@ POLICIES: dict[str, Policy] = {
 CHANGES: dict[CacheEvent, CacheChange] = {
     "stored": CacheChange.ON_DEVICE,
     "evicted": CacheChange.OFF_DEVICE,
-    "kept": CacheChange.KEPT,
+    "kept": CacheChange.OFFLOADED,
     "dropped": CacheChange.DROPPED,
 }
 

@@ -25,7 +25,7 @@ from arriero.router.backend import GroupView
 from arriero.router.directory.journal import Journal
 from arriero.router.link.leader_rpc import PeerGroups, tell_shared
 from arriero.router.link.server import LinkServer
-from arriero.router.routing import migration as relay
+from arriero.router.routing import migration
 from arriero.router.routing.linked_groups import GroupAddress, LinkedGroups
 from arriero.router.routing.request_progress import RequestProgress
 from arriero.router.text.model_card import ModelCard
@@ -136,7 +136,9 @@ async def run(way: str, requests: list[Request], args: argparse.Namespace) -> di
             return [WAYS[way](views, number)] if way in WAYS else views
 
         came = time.monotonic()
-        async with aclosing(relay.run(linked, RequestProgress(asked), candidates, 10.0)) as steps:
+        async with aclosing(
+            migration.run(linked, RequestProgress(asked), candidates, 10.0)
+        ) as steps:
             first = True
             async for _ in steps:
                 if first:

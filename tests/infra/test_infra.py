@@ -172,7 +172,7 @@ def exported() -> set[str]:
     )
     metrics = Metrics(lambda: [view], lambda: {("m", "t"): 1})
     with metrics.request("m", "t"):
-        metrics.moved("m", 1)
+        metrics.migrated("m", 1)
     with pytest.raises(Exception, match="x"), metrics.failures():
         raise RuntimeError("x")
     text = metrics.export().decode()

@@ -233,7 +233,7 @@ async def test_bad_requests_are_refused_in_words(
 
 
 async def test_unknown_model(echoing: Stack) -> None:
-    with pytest.raises(NotFound, match="`model`='nope' is not served; there is tiny"):
+    with pytest.raises(NotFound, match="`model`='nope' is not served; available models: tiny"):
         await collect(echoing.client.generate("x", model="nope"))
 
 
@@ -363,7 +363,7 @@ async def test_a_lost_leader_is_named_and_comes_back(running: Stack) -> None:
     assert running.link._server is not None
     running.link._server.close()
     for link in list(running.link._links):
-        link.wire.abort("")
+        link.connection.abort("")
     with pytest.raises(Unavailable, match="lost: "):
         await collect(stream)
     await until(lambda: not running.gateway.ready, "the gateway has seen it")
@@ -454,11 +454,11 @@ async def test_a_deployed_model_without_a_group_is_unavailable_not_unknown() -> 
     gateway = Gateway(GatewayConfig(models=("tiny",)))
     port = await gateway.start()
     async with AsyncClient(f"127.0.0.1:{port}", timeout_s=20) as client:
-        with pytest.raises(Unavailable, match="'tiny' has no group serving now: starting or"):
+        with pytest.raises(Unavailable, match="'tiny' has no group that serves now: they start or"):
             await collect(client.generate([60]))
-        with pytest.raises(Unavailable, match="no group serving"):
+        with pytest.raises(Unavailable, match="no group that serves"):
             await client.model("tiny")
-        with pytest.raises(NotFound, match="not served; there is tiny"):
+        with pytest.raises(NotFound, match="not served; available models: tiny"):
             await client.model("other")
     await gateway.stop(0)
 

@@ -1,1 +1,1 @@
-"""What a slice does differently on CUDA: graphs of decode steps, results copied a step later."""
+"""The worker on CUDA: decode steps as CUDA graphs, results copied to the host a step later."""

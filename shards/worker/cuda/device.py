@@ -1,4 +1,4 @@
-"""The few things of CUDA that a runner needs, behind one protocol, so that it is tested without.
+"""The CUDA functions that a runner needs, behind a protocol, so that tests run without CUDA.
 
 Knows streams, graphs and pinned memory; knows nothing of models.
 """
@@ -15,40 +15,40 @@ from torch import Tensor
 
 
 class Event(Protocol):
-    """A point in the device's work."""
+    """A point in the queue of the device."""
 
     def query(self) -> bool:
-        """Whether the device is past it."""
+        """Whether the device has passed the event."""
 
     def synchronize(self) -> None:
-        """Wait until it is."""
+        """Wait until the device has passed the event."""
 
 
 class Replayable(Protocol):
-    """Captured work."""
+    """A captured graph."""
 
     def replay(self) -> None:
-        """Queue it again, over the same tensors."""
+        """Queue the graph over the same tensors."""
 
 
 class Device(Protocol):
-    """Where steps run."""
+    """The device that runs the steps."""
 
     def capture(self, work: Callable[[], None]) -> Replayable:
-        """Run `work` once to warm up, then capture it; its effects may happen several times."""
+        """Run `work` to warm up, then capture `work`; effects may happen several times."""
 
     def host(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Host memory that the device copies from and to on its own."""
+        """Pinned host memory for asynchronous copies."""
 
     def mark(self) -> Event:
-        """The point after all that was queued so far."""
+        """An event after all queued work."""
 
     def allocated(self) -> int:
         """Bytes of tensors on the device."""
 
 
 class _Graph:
-    """A CUDA graph with what its kernels point to."""
+    """A CUDA graph, and a reference to the tensors of the captured work."""
 
     def __init__(self, graph: torch.cuda.CUDAGraph, work: Callable[[], None]) -> None:
         self._graph, self._work = graph, work
@@ -58,7 +58,7 @@ class _Graph:
 
 
 class CudaDevice:
-    """The real one. All graphs share one pool: only one of them runs at a time."""
+    """A CUDA device. All graphs share a memory pool, since only one graph runs at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -66,14 +66,14 @@ class CudaDevice:
 
     def capture(self, work: Callable[[], None]) -> Replayable:
         """See `Device.capture`."""
-        # kernels compile and libraries allocate on their first run, which no capture allows
+        # kernels compile and libraries allocate in their first run, which a capture forbids
         side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             work()
         torch.cuda.current_stream(self._device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # "global" would forbid other threads of this process what the tiers' threads do meanwhile
+        # "global" would make the calls of the transfer workers' threads fail during a capture
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             work()
         return _Graph(graph, work)
@@ -94,14 +94,14 @@ class CudaDevice:
 
 
 def free_bytes(index: int = 0) -> int:
-    """Bytes of a device that nobody holds; makes this process's context on it, and leaves it."""
+    """Free bytes of a device; creates a CUDA context of this process, which stays."""
     return torch.cuda.mem_get_info(index)[0]
 
 
 def free_bytes_of(slices: int) -> list[int]:
-    """Bytes that nobody holds on the devices of a group whose slices all run on this machine.
+    """Free bytes of the devices of a group whose slices all run on this machine.
 
-    Asked in a process that ends, so that its contexts take nothing of what the slices will have.
+    Measures in a process that ends, so that its CUDA contexts leave the memory to the slices.
     """
     if slices == 1:
         return [free_bytes()]

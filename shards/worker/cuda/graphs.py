@@ -1,10 +1,10 @@
-"""Decode steps as captured graphs: which sizes exist, and the tensors that they read.
+"""Decode steps as captured graphs: batch sizes, and the input tensors.
 
-A graph's launches are fixed, so a batch is padded to the next size, and everything that a step
-reads lies in tensors that stay where they are. Padding rows are sequences of one token whose only
-block is the scratch block, which no sequence owns.
+The launches of a graph are fixed, so a batch is padded to the next size, and all inputs of a step
+lie in tensors with fixed addresses. Padding rows are sequences of one token with one block, the
+scratch block, which belongs to no sequence.
 
-Knows batches and tensors; knows nothing of plans or of the model that the graph runs.
+Knows batches and tensors; knows nothing of plans or models.
 
 Shape legend: S sequences of the bucket, B blocks of a table.
 """
@@ -29,7 +29,7 @@ Ints = npt.NDArray[np.int32]
 
 
 def buckets_up_to(most: int) -> tuple[int, ...]:
-    """Batch sizes that graphs exist for: 1, 2, 4, 8, then by 8 to 64, 16 to 256, 64 beyond."""
+    """Batch sizes with graphs: 1, 2, 4, 8, then steps of 8 to 64, of 16 to 256, of 64 beyond."""
     sizes = [1, 2, 4, 8]
     while sizes[-1] < most:
         last = sizes[-1]
@@ -51,16 +51,16 @@ _COLUMNS = (
     "top_p",
     "min_p",
 )
-"""Of four bytes each."""
+"""Columns of four bytes per row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LocalDecode:
-    """The same step as chunk-local layers see it: see `FlatBatch.local`.
+    """The inputs of a decode step for chunk-local layers; see `FlatBatch.local`.
 
     Attributes:
-        positions: counted from each sequence's frame, [S].
-        table: int32 [S, B], of the frame.
+        positions: positions from the start of each sequence's frame, [S].
+        table: block tables of the frames, int32 [S, B].
     """
 
     positions: Ints
@@ -69,17 +69,17 @@ class LocalDecode:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeBatch:
-    """One decode step on the host; arrays are [S] of the batch, not of the bucket.
+    """The inputs of a decode step on the host; arrays have [S] rows without padding.
 
     Attributes:
-        tokens: int32; `LAST_SAMPLED` where the device holds it.
-        slots: the sequences' slots.
-        positions: of the token that goes in.
-        table: int32 [S, B].
+        tokens: int32; `LAST_SAMPLED` for a token that only the device has.
+        slots: slots of the sequences.
+        positions: positions of the input tokens.
+        table: block tables, int32 [S, B].
         temperature, top_p, min_p: float32.
         top_k: int32.
         seed: int64.
-        local: where chunk-local layers have a cache of their own.
+        local: inputs of chunk-local layers; None for a model without such layers.
     """
 
     tokens: Ints
@@ -95,10 +95,10 @@ class DecodeBatch:
 
 
 class DecodeInputs:
-    """The tensors that every decode graph reads, long enough for the largest bucket.
+    """The input tensors of all decode graphs, with rows for the largest bucket.
 
-    All lie in one buffer of int32 words, so that a step's inputs are one copy from the host.
-    Pairs of host buffers take turns: one may still be being copied while the next is filled.
+    All inputs lie in a buffer of int32 words, so that a step needs a single copy from the host. Two
+    host buffers alternate: a step fills a buffer while the other may still be copied.
     """
 
     def __init__(
@@ -114,18 +114,18 @@ class DecodeInputs:
         max_local_blocks: int = 0,
         local_scratch_block: int = 0,
     ) -> None:
-        """Allocate.
+        """Allocate the buffers.
 
         Args:
             device: gives host memory and events.
-            where: the device of the tensors.
+            where: torch device of the tensors.
             most: the largest bucket.
-            max_blocks: of a table.
-            block_size: slots in a block.
-            scratch_block: the KV block that padding rows write to.
-            scratch_slot: the sequence slot whose last token they overwrite.
-            max_local_blocks: of a chunk-local table; 0 where no layer has a cache of its own.
-            local_scratch_block: as `scratch_block`, in that cache.
+            max_blocks: largest number of blocks of a table.
+            block_size: tokens in a block.
+            scratch_block: KV block for the writes of padding rows.
+            scratch_slot: sequence slot for the tokens of padding rows.
+            max_local_blocks: largest number of blocks of a chunk-local table; 0 without them.
+            local_scratch_block: the scratch block of the chunk-local cache.
         """
         self.max_blocks, self.max_local_blocks = max_blocks, max_local_blocks
         self._width = max_blocks + max_local_blocks
@@ -142,29 +142,29 @@ class DecodeInputs:
         self._turn = 0
 
     def fill_padding(self, bucket: int) -> None:
-        """Queue a batch of nothing but padding: what a capture may run on, any number of times."""
-        nothing, no_floats = np.empty(0, np.int32), np.empty(0, np.float32)
+        """Queue a batch of padding rows, on which a capture may run any number of times."""
+        no_ints, no_floats = np.empty(0, np.int32), np.empty(0, np.float32)
         no_table = np.empty((0, 1), np.int32)
         self.fill(
             DecodeBatch(
-                tokens=nothing,
-                slots=nothing,
-                positions=nothing,
+                tokens=no_ints,
+                slots=no_ints,
+                positions=no_ints,
                 table=no_table,
                 temperature=no_floats,
-                top_k=nothing,
+                top_k=no_ints,
                 top_p=no_floats,
                 min_p=no_floats,
                 seed=np.empty(0, np.int64),
-                local=LocalDecode(positions=nothing, table=no_table),
+                local=LocalDecode(positions=no_ints, table=no_table),
             ),
             bucket,
         )
 
     def fill(self, batch: DecodeBatch, bucket: int) -> None:
-        """Queue the copy of a batch, padded to `bucket`; waits only for the copy before the last.
+        """Queue the copy of a batch, padded to `bucket`; waits only for the second last copy.
 
-        A batch's arrays are written once each; those of padding rows are constants.
+        Writes each array once; padding rows are constants.
         """
         count = len(batch.tokens)
         assert count <= bucket <= self._most, f"{count} rows do not fit a bucket of {bucket}"
@@ -229,16 +229,16 @@ class DecodeInputs:
         return self._rows(bucket)[:, : self.max_blocks]
 
     def local_table(self, bucket: int) -> Tensor:
-        """Those of chunk-local layers."""
+        """Block tables of chunk-local layers, int32 [S, B]."""
         return self._rows(bucket)[:, self.max_blocks :]
 
     def _rows(self, bucket: int) -> Tensor:
-        """Each sequence's tables, side by side."""
+        """Both block tables of each sequence, side by side."""
         first = self._tables
         return self._words[first : first + bucket * self._width].view(bucket, self._width)
 
     def sampling_rows(self, bucket: int, *, all_greedy: bool) -> SamplingRows:
-        """Sampling parameters, with no optional field."""
+        """Sampling parameters without optional fields."""
         longs = self._words[self._longs : self._longs + 4 * self._most].view(torch.int64)
         seed, position = longs.view(2, self._most)[:, :bucket]
 
@@ -257,7 +257,7 @@ class DecodeInputs:
 
     @property
     def _longs(self) -> int:
-        """Where the int64 columns begin: at an even word, as eight-byte numbers must."""
+        """First word of the int64 columns; even, as eight-byte numbers require."""
         first = len(self._columns) * self._most
         return first + first % 2
 
@@ -267,7 +267,7 @@ class DecodeInputs:
 
 
 class GraphRunner:
-    """Graphs by key."""
+    """The captured graphs, by key."""
 
     def __init__(self, device: Device, buckets: tuple[int, ...]) -> None:
         self.buckets = buckets
@@ -276,23 +276,23 @@ class GraphRunner:
 
     @property
     def num_captured(self) -> int:
-        """Graphs that exist."""
+        """Number of captured graphs."""
         return len(self._graphs)
 
     def bucket(self, count: int) -> int:
-        """The smallest batch size of a graph that holds `count` rows."""
+        """The smallest batch size of a graph with at least `count` rows."""
         at = bisect.bisect_left(self.buckets, count)
         assert at < len(self.buckets), f"{count} rows exceed the largest bucket, {self.buckets[-1]}"
         return self.buckets[at]
 
     def has(self, key: Hashable) -> bool:
-        """Whether the graph of `key` was captured."""
+        """Whether the graph of `key` is captured."""
         return key in self._graphs
 
     def capture(self, key: Hashable, work: Callable[[], None]) -> None:
-        """Capture the graph of `key`. `work` runs on what its tensors hold now, more than once."""
+        """Capture the graph of `key`; runs `work` more than once on the current inputs."""
         self._graphs[key] = self._device.capture(work)
 
     def replay(self, key: Hashable) -> None:
-        """Queue the graph of `key` over what its tensors hold now."""
+        """Queue the graph of `key` on the current inputs."""
         self._graphs[key].replay()

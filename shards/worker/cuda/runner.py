@@ -1,11 +1,11 @@
-"""One rank's step on CUDA: nothing in it waits for the device.
+"""The step of a rank on CUDA, without waits for the device.
 
-A step of plain decodes replays a graph, where the backend can be captured; any other runs op by op.
-Sampled tokens stay on the device for the steps to come, and are copied to the host meanwhile:
-`launch` gives a `Pending`, which is waited for when the step after is on its way.
+A step of plain decodes replays a graph if the backend can be captured; other steps run op by op.
+Sampled tokens stay on the device for later steps and are copied to the host meanwhile: `launch`
+gives a `Pending`, and the caller waits for the result after the launch of the next step.
 
-What still waits: log-probabilities of prompt tokens (asked for by few), and on more than one rank
-whatever its transport waits for.
+Still with waits: log-probabilities of prompt tokens (rare), and transports between several ranks.
+Knows graphs and copies; knows nothing of sockets or scheduling.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _MEMORY_SLACK_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class _OnHost:
-    """Copies that are on their way: of `Sampled`'s fields, in their order."""
+    """Host copies of the fields of `Sampled`, complete after the event of `Copied`."""
 
     tokens_R: Tensor
     logprobs_R: Tensor | None
@@ -44,7 +44,7 @@ class _OnHost:
 
 
 class Copied:
-    """A `Pending` whose copies to the host are on their way."""
+    """A `Pending` with queued copies to the host."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class Copied:
         copied: Event,
         started_ns: int,
     ) -> None:
-        self._step, self._lane = plan.step, plan.dp_rank
+        self._step, self._dp_rank = plan.step, plan.dp_rank
         self._copies, self._prompt_logprobs = copies, prompt_logprobs
         self._copied, self._started_ns = copied, started_ns
 
@@ -64,7 +64,7 @@ class Copied:
         return self._copied.query()
 
     def wait(self) -> StepResult:
-        """The result, once the device has it."""
+        """The result, after the copies are complete."""
         self._copied.synchronize()
         tokens, logprobs = np.empty(0, np.int32), None
         if self._copies is not None:
@@ -76,16 +76,16 @@ class Copied:
             logprobs=logprobs,
             prompt_logprobs=self._prompt_logprobs,
             elapsed_us=(time.perf_counter_ns() - self._started_ns) // 1000,
-            dp_rank=self._lane,
+            dp_rank=self._dp_rank,
         )
 
 
 class CudaRunner(Runner):
-    """One rank of a replica group on CUDA."""
+    """A rank of a replica group on CUDA."""
 
     table_type = DeviceSequenceTable
     spare_slots = 1
-    spare_blocks = 1  # the scratch block, the last one: padding rows write there
+    spare_blocks = 1  # the last block, the scratch block for the writes of padding rows
 
     def __init__(
         self,
@@ -95,13 +95,13 @@ class CudaRunner(Runner):
         progress: Progress = lambda done, total: None,
         device: Device | None = None,
     ) -> None:
-        """Load.
+        """Load the weights.
 
         Args:
-            config: of the group, resolved.
+            config: resolved configuration of the group.
             rank: stage * tp + tp rank.
             progress: called while weights load.
-            device: None for the real one.
+            device: device for tests; None for the CUDA device.
         """
         super().__init__(config, rank, progress=progress)
         assert config.num_blocks is not None and config.max_model_len is not None, "unresolved"
@@ -123,31 +123,31 @@ class CudaRunner(Runner):
             local_scratch_block=config.num_local_blocks or 0,
         )
         self._drawn_S = torch.zeros(config.max_sequences, dtype=torch.int32, device=where)
-        # a group of several ranks speaks between its ops, which graphs do not hold yet
+        # graphs do not contain the communication between several ranks yet
         self._graphs: GraphRunner | None = None
         if config.world_size == 1 and self._ops.capturable:
             self._graphs = GraphRunner(self._device, buckets_up_to(config.max_sequences))
 
     def fence(self) -> Event:
-        """When the device will have run what was launched."""
+        """An event after all launched work."""
         return self._device.mark()
 
     def step(
         self, plan: StepPlan, *, at_layers: Callable[[], None] = lambda: None
     ) -> StepResult | None:
-        """Run one plan and wait for its result; see `launch`."""
+        """Run a plan and wait for the result; see `launch`."""
         pending = self.launch(plan, at_layers=at_layers)
         return None if pending is None else pending.wait()
 
     def launch(
         self, plan: StepPlan, *, at_layers: Callable[[], None] = lambda: None
     ) -> Copied | None:
-        """Queue one plan; the rank that samples gives the result to wait for, the others None."""
+        """Queue a plan; gives a pending result on the rank that samples, None on other ranks."""
         at_layers()
         started = time.perf_counter_ns()
         self.phase = "plan"
         self.mesh.watchdog.step = plan.step
-        self._take(plan)
+        self._apply(plan)
         drawn: tuple[Sampled | None, Logprobs | None] | None
         if self._graphs is not None and self._slots.is_plain(plan):
             drawn = self._decode(plan, self._graphs), None
@@ -158,7 +158,7 @@ class CudaRunner(Runner):
         sampled, prompt_logprobs = drawn
         copies = None if sampled is None else self._to_host(sampled)
         copied = Copied(plan, copies, prompt_logprobs, self._device.mark(), started)
-        self._slots.follow(plan, lambda: copied.wait().tokens)
+        self._slots.advance_grammars(plan, lambda: copied.wait().tokens)
         return copied
 
     def _record(self, plan: StepPlan, tokens_R: Tensor) -> None:
@@ -177,9 +177,9 @@ class CudaRunner(Runner):
         return Sampled(tokens_R=self._drawn_S[: len(batch.tokens)])
 
     def warm_up(self) -> None:
-        """Capture the graphs of all batch sizes, greedy and drawing, which also compiles them.
+        """Capture the graphs of all batch sizes, greedy and with draws; this also compiles kernels.
 
-        The largest first: memory that it takes serves the others.
+        The largest graph comes first, since smaller graphs reuse its memory.
         """
         if self._graphs is None:
             return
@@ -196,7 +196,7 @@ class CudaRunner(Runner):
         graphs.capture((bucket, all_greedy), self._decode_work(bucket, all_greedy))
 
     def _decode_work(self, bucket: int, all_greedy: bool) -> Callable[[], None]:
-        """A whole decode step from `_inputs` to the slots' last tokens and `_drawn_S`."""
+        """A decode step from `_inputs` to the last tokens of the slots and `_drawn_S`."""
         inputs, table, model = self._inputs, self._slots, self._model
 
         def work() -> None:
@@ -249,12 +249,12 @@ class CudaRunner(Runner):
         )
 
     def _check_memory(self) -> None:
-        """Compare what the planner counts with what the device holds, and say if it is more."""
-        planned, held = self.weights_nbytes + self.kv_nbytes, self._device.allocated()
-        if held > planned * _MEMORY_SLACK + _MEMORY_SLACK_BYTES:
+        """Warn when the device holds more bytes than planned."""
+        planned, allocated = self.weights_nbytes + self.kv_nbytes, self._device.allocated()
+        if allocated > planned * _MEMORY_SLACK + _MEMORY_SLACK_BYTES:
             _log.warning(
-                "the device holds %d bytes after loading; weights and KV cache are %d",
-                held,
+                "the device holds %d bytes after loading; weights and KV cache have %d bytes",
+                allocated,
                 planned,
             )
 

@@ -1,6 +1,7 @@
-"""The sequence table with last tokens, and counts for penalties, kept on the device.
+"""The sequence table with last tokens and counts for penalties on the device.
 
-Nothing here waits for a sampled token: where a step needs one it is gathered on the device.
+No method waits for a sampled token: a step gathers sampled tokens on the device. Knows plans and
+slots; knows nothing of graphs or of the model.
 
 Shape legend: T tokens, R rows sampled, V vocabulary.
 """
@@ -25,8 +26,8 @@ from arriero.shards.worker.sequence_table import LocalTable, SequenceTable
 
 
 @dataclass(frozen=True, slots=True)
-class _Counted:
-    """A sequence with penalties: what it has said."""
+class _PenaltyState:
+    """Counts of a sequence with penalties, on the device."""
 
     params: SamplingParams
     counts_V: Tensor
@@ -34,7 +35,7 @@ class _Counted:
 
 
 class DeviceSequenceTable(SequenceTable):
-    """The slots of one slice, on CUDA. One slot more than asked for is the padding rows'."""
+    """The slots of a slice on CUDA, with an additional slot for padding rows."""
 
     repeats_in_place = False
 
@@ -62,16 +63,16 @@ class DeviceSequenceTable(SequenceTable):
         )
         self.rope, self.scratch_slot = rope, max_sequences
         self.last_S = torch.zeros(max_sequences + 1, dtype=torch.int32, device=device)
-        self._counted: dict[int, _Counted] = {}
+        self._penalized: dict[int, _PenaltyState] = {}
 
     def apply(self, plan: StepPlan) -> None:
-        """Take in what the plan changes; see `SequenceTable.apply`."""
+        """Apply the changes of a plan; see `SequenceTable.apply`."""
         for slot in plan.freed.tolist():
-            self._counted.pop(slot, None)
+            self._penalized.pop(slot, None)
         super().apply(plan)
 
     def batch(self, plan: StepPlan) -> tuple[Tensor, FlatBatch]:
-        """As `SequenceTable.batch`, with tokens that only the device holds."""
+        """As `SequenceTable.batch`, with the tokens that only the device has."""
         tokens_T, batch = super().batch(plan)
         if (plan.tokens == LAST_SAMPLED).any():
             slot_T = self.on_device(np.repeat(plan.slots, plan.counts))
@@ -79,7 +80,7 @@ class DeviceSequenceTable(SequenceTable):
         return tokens_T, batch
 
     def resolve(self, tokens_T: Tensor, slot_T: Tensor) -> Tensor:
-        """Put each slot's last token where `LAST_SAMPLED` stands."""
+        """Replace each `LAST_SAMPLED` by the last token of the slot."""
         last_T = self.last_S.index_select(0, slot_T)
         return torch.where(tokens_T == LAST_SAMPLED, last_T, tokens_T)
 
@@ -90,11 +91,11 @@ class DeviceSequenceTable(SequenceTable):
             return False
         if (plan.counts != 1).any() or (self._logprobs[slots] >= 0).any():
             return False
-        unusual = self._unusual.keys() | self._counted.keys()
+        unusual = self._unusual.keys() | self._penalized.keys()
         return not unusual or unusual.isdisjoint(slots.tolist())
 
     def decode_batch(self, plan: StepPlan) -> DecodeBatch:
-        """A plain plan's inputs on the host."""
+        """The inputs of a plain plan on the host."""
         slots, positions = plan.slots, plan.starts
         blocks = int(positions.max()) // self._block_size + 1
         local = None
@@ -116,61 +117,61 @@ class DeviceSequenceTable(SequenceTable):
 
     @property
     def max_local_blocks(self) -> int:
-        """Blocks of a decode's chunk-local table at most; 0 where there is none."""
+        """Largest number of blocks of a chunk-local table; 0 without such layers."""
         return 0 if self._local is None else self._local.frame_blocks
 
     def record_on_device(self, plan: StepPlan, tokens_R: Tensor) -> None:
-        """Keep the tokens that the step's sequences drew, without looking at them."""
+        """Record the drawn tokens of a step without a copy to the host."""
         slots = plan.slots[plan.samples.astype(bool)]
-        # a row without an answer (-1) ends its group's request; the step after must not read -1
-        kept_R = tokens_R.clamp(min=0)
-        self.last_S.index_copy_(0, self.on_device(slots).long(), kept_R)
-        if not self._counted:
+        # -1 (no token was allowed) ends the request; the next step must not read -1 as a token
+        valid_R = tokens_R.clamp(min=0)
+        self.last_S.index_copy_(0, self.on_device(slots).long(), valid_R)
+        if not self._penalized:
             return
         for row, slot in enumerate(slots.tolist()):
-            one = self._counted.get(slot)
-            if one is not None:
-                token = kept_R[row : row + 1].long()
-                one.counts_V.index_add_(0, token, torch.ones_like(one.counts_V[:1]))
-                one.seen_V.index_fill_(0, token, True)
+            state = self._penalized.get(slot)
+            if state is not None:
+                token = valid_R[row : row + 1].long()
+                state.counts_V.index_add_(0, token, torch.ones_like(state.counts_V[:1]))
+                state.seen_V.index_fill_(0, token, True)
 
-    def follow(self, plan: StepPlan, tokens: Callable[[], Int32]) -> None:
-        """Go on with the grammars of the step's sequences, once `tokens` has what they drew."""
+    def advance_grammars(self, plan: StepPlan, tokens: Callable[[], Int32]) -> None:
+        """Advance the grammars of the step's sequences by the drawn tokens; see `GrammarRows`."""
         if self._grammars:
-            self._grammars.take(plan.slots[plan.samples.astype(bool)].tolist(), tokens)
+            self._grammars.advance(plan.slots[plan.samples.astype(bool)].tolist(), tokens)
 
     def _enter(self, new: NewSequence) -> None:
         super()._enter(new)
-        self._counted.pop(new.slot, None)
-        one = self._unusual.get(new.slot)
-        if one is not None and one.counts_V is not None and one.seen_V is not None:
-            self._counted[new.slot] = _Counted(
-                one.params, self.on_device(one.counts_V), self.on_device(one.seen_V)
+        self._penalized.pop(new.slot, None)
+        state = self._unusual.get(new.slot)
+        if state is not None and state.counts_V is not None and state.seen_V is not None:
+            self._penalized[new.slot] = _PenaltyState(
+                state.params, self.on_device(state.counts_V), self.on_device(state.seen_V)
             )
-            one.counts_V = one.seen_V = None
+            state.counts_V = state.seen_V = None
 
     def _unusual_rows(self, slots: Int32, positions: Int32) -> dict[str, Any]:
         extra = super()._unusual_rows(slots, positions)
-        found = {
-            row: self._counted[slot]
+        penalized = {
+            row: self._penalized[slot]
             for row, slot in enumerate(slots.tolist())
-            if slot in self._counted
+            if slot in self._penalized
         }
-        if not found:
+        if not penalized:
             return extra
         num_rows, vocab = len(slots), self._vocab_size
         penalties = np.zeros((3, num_rows), np.float32)
         penalties[0] = 1
         counts = torch.zeros((num_rows, vocab), dtype=torch.int32, device=self._device)
         seen = torch.zeros((num_rows, vocab), dtype=torch.bool, device=self._device)
-        for row, one in found.items():
-            params = one.params
+        for row, state in penalized.items():
+            params = state.params
             penalties[:, row] = (
                 params.repetition_penalty,
                 params.presence_penalty,
                 params.frequency_penalty,
             )
-            counts[row], seen[row] = one.counts_V, one.seen_V
+            counts[row], seen[row] = state.counts_V, state.seen_V
         repetition, presence, frequency = self.on_device(penalties)
         return extra | {
             "repetition_R": repetition,

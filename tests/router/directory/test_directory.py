@@ -76,7 +76,9 @@ class Group:
             held = (
                 self.near if kind in (CacheChange.ON_DEVICE, CacheChange.OFF_DEVICE) else self.far
             )
-            (held.add if kind in (CacheChange.ON_DEVICE, CacheChange.KEPT) else held.discard)(key)
+            (held.add if kind in (CacheChange.ON_DEVICE, CacheChange.OFFLOADED) else held.discard)(
+                key
+            )
             kinds.append(kind)
             changed.append(key)
         self.number += 1

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from arriero.router.directory.directory import Reach
 from arriero.router.directory.journal import Journal
 from arriero.router.link.server import LinkServer
-from arriero.router.routing import migration as relay
+from arriero.router.routing import migration
 from arriero.router.routing.linked_groups import GroupAddress, LinkedGroups
 from arriero.router.routing.request_progress import RequestProgress
 from arriero.shards.config.sampling_params import SamplingParams
@@ -70,7 +70,7 @@ async def run(
     request = EngineRequest(request_id=name, prompt=prompt, params=PARAMS, cache_salt=salt)
     text, _ = linked.find("m")
     tokens: list[int] = []
-    steps = relay.run(
+    steps = migration.run(
         linked, RequestProgress(request), lambda: linked.sharing("m", text, request), 5.0
     )
     async for outputs in steps:

@@ -468,7 +468,7 @@ async def test_a_group_lost_midway_ends_the_stream_in_an_error(running: Stack) -
         stream = await ask.completions.create(model="tiny", prompt="a", stream=True)
         await anext(stream)
         await running.gateway.set_groups([])
-        with pytest.raises(openai.APIError, match="dropped the group"):
+        with pytest.raises(openai.APIError, match="removed the group"):
             async for _ in stream:
                 pass
 

@@ -15,7 +15,7 @@ from arriero.router.directory.journal import Journal
 from arriero.router.link.leader_rpc import PeerGroups, ask_leader, tell_shared
 from arriero.router.link.server import LinkServer
 from arriero.router.roles import Role, assign
-from arriero.router.routing import migration as relay
+from arriero.router.routing import migration
 from arriero.router.routing.linked_groups import GroupAddress, LinkedGroups
 from arriero.router.routing.request_progress import RequestProgress
 from arriero.shards.checkpoint.reader import Checkpoint
@@ -154,16 +154,16 @@ async def ask(
     name = f"r{random.randrange(1 << 60)}"
     request = EngineRequest(request_id=name, prompt=prompt, params=params)
     text, _ = links.find("m")
-    course = RequestProgress(request)
+    progress = RequestProgress(request)
     tokens: list[list[int]] = [[] for _ in range(params.n)]
-    steps = relay.run(links, course, lambda: links.sharing("m", text, request), 10.0)
+    steps = migration.run(links, progress, lambda: links.sharing("m", text, request), 10.0)
     async with asyncio.timeout(60):
         async for outputs in steps:
             for one in outputs:
                 tokens[one.index] += one.tokens
             for due in [n for n in after or {} if n <= len(tokens[0])]:
                 await (after or {}).pop(due)()
-    return tokens, course
+    return tokens, progress
 
 
 @pytest.mark.parametrize(
@@ -199,9 +199,9 @@ async def test_one_group_begins_and_the_other_goes_on(
         await other.become("decode")
         await told(links, {"first": "prefill", "other": "decode"})
         for prompt, tokens in zip(asked, expected, strict=True):
-            got, course = await ask(links, prompt)
+            got, progress = await ask(links, prompt)
             assert got == tokens
-            assert (course.source, course.moves) == ("first", 0)
+            assert (progress.source, progress.num_migrations) == ("first", 0)
         stats = [group.engine.stats() for group in (first, other)]
         assert [one.output_tokens for one in stats] == [4, 4 * (GREEDY.max_tokens - 1)]
         # every full block of a prompt came over
@@ -213,8 +213,8 @@ async def test_one_group_begins_and_the_other_goes_on(
             for prompt, each in zip(asked, drawn, strict=True):
                 assert (await ask(links, prompt, DRAWN))[0] == each
         one_token = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, seed=0)
-        got, course = await ask(links, asked[0], one_token)
-        assert got == [expected[0][0][:1]] and not course.source
+        got, progress = await ask(links, asked[0], one_token)
+        assert got == [expected[0][0][:1]] and not progress.source
         # they change their parts, and nobody restarts
         await first.become("decode")
         await other.become("prefill")
@@ -243,11 +243,11 @@ async def test_a_side_that_is_gone_is_done_without(folder: str, llama_tokenizer:
         await begins.become("prefill")
         await told(links, {"g0": "prefill", "g1": "decode"})
         # it goes while it goes on: who began takes it back
-        got, course = await ask(links, asked[1], after={5: goes_on.stop})
-        assert got == expected[1] and course.moves == 1
+        got, progress = await ask(links, asked[1], after={5: goes_on.stop})
+        assert got == expected[1] and progress.num_migrations == 1
         # it is gone: who begins goes on
-        got, course = await ask(links, asked[2])
-        assert got == expected[2] and not course.source
+        got, progress = await ask(links, asked[2])
+        assert got == expected[2] and not progress.source
 
 
 def test_roles_are_kept_where_they_can_be() -> None:

@@ -48,7 +48,7 @@ class Group:
         assert self.link._server is not None
         self.link._server.close()
         for link in list(self.link._links):
-            link.wire.abort("")
+            link.connection.abort("")
 
     async def close(self) -> None:
         await self.link.stop(0)
@@ -201,7 +201,7 @@ async def test_other_weights_never_go_on() -> None:
     """Waits for a group of its own digest, and says so when none comes."""
     async with serving(Group("a"), Group("b", digest="other"), lost_s=0.5) as stack:
         read = Read()
-        with pytest.raises(Unavailable, match=r"no group went on with it within 0\.5 s"):
+        with pytest.raises(Unavailable, match=r"no other group continued it within 0\.5 s"):
             async for message in stack.client.generate("the quick brown", **FIELDS):
                 read.add(message)
                 if len(read.messages) == 10:
