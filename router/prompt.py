@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from arriero.router.conversation import ToolOffer, read_documents, read_messages, read_variables
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
-from arriero.router.text.images import LaidImage
+from arriero.router.text.images import PromptImage
 from arriero.router.text.text_model import TextModel
 from arriero.shards.errors import InvalidRequest
 
@@ -28,14 +28,14 @@ async def encode_text(
 
 async def encode_conversation(
     text: TextModel, request: pb.ChatRequest | pb.Conversation, offer: ToolOffer | None
-) -> tuple[list[int], list[LaidImage]]:
+) -> tuple[list[int], list[PromptImage]]:
     """Token ids of a conversation in the model's chat template, and its images in order.
 
     Raises:
         InvalidRequest: a message, image, tool, document or variable breaks a limit.
     """
     messages, image_files = read_messages(request.messages)
-    images = await text.images.lay(image_files)
+    images = await text.images.lay_out(image_files)
     continues = request.continue_final_message
     is_set = request.HasField("add_generation_prompt")
     tokens = await text.encode_chat(

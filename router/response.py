@@ -205,7 +205,7 @@ class _Sample:
                 text = self._detokenizer.add(shown, final=reason is not None)
             else:
                 text, taken = self._match_stop(self._stop, shown, final=reason is not None)
-                stop_string = self._stop.found
+                stop_string = self._stop.stop_string
                 if stop_string is not None:
                     reason = "stop"
                     tokens = tokens[:taken]
@@ -264,7 +264,7 @@ class _Sample:
         text = ""
         for taken, token in enumerate(tokens, 1):
             text += stop.add(self._detokenizer.add((token,)))
-            if stop.found is not None:
+            if stop.stop_string is not None:
                 return text, taken
         if final:
             text += stop.add(self._detokenizer.add((), final=True), final=True)

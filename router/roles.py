@@ -31,7 +31,8 @@ def suits(group: GroupView, *, started: bool) -> bool:
 def hands_over(group: GroupView, groups: Sequence[GroupView]) -> bool:
     """Whether a prefill group hands over after the first token, to another group of `groups`."""
     return group.role == "prefill" and any(
-        suits(other, started=True) and other.card.weights == group.card.weights for other in groups
+        suits(other, started=True) and other.card.compat_key == group.card.compat_key
+        for other in groups
     )
 
 

@@ -254,7 +254,7 @@ class Leader:
             seat=self._settings.seat,
             epoch=self._epoch,
             revision=self._settings.revision,
-            digest=card.weights,
+            digest=card.compat_key,
             layout=self._settings.layout,
             node=node_address(),
             node_id=ray.get_runtime_context().get_node_id(),

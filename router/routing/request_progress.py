@@ -108,7 +108,7 @@ class RequestProgress:
 
     def choices(self, groups: Iterable[GroupView]) -> list[GroupView]:
         """The groups that may continue the request, best group first."""
-        able = [group for group in groups if self.digest in (None, group.card.weights)]
+        able = [group for group in groups if self.digest in (None, group.card.compat_key)]
         need = len(self._request.prompt) + (self._max_tokens or 1)
         ordered = order(able, num_prompt=len(self._request.prompt), num_tokens=need)
         return sorted(
@@ -187,7 +187,7 @@ class RequestProgress:
             if group is not self._group and output.tokens:
                 self._group = group
                 self._max_tokens = sub_request.max_tokens
-                self.digest, self.layout = group.card.weights, group.card.layout
+                self.digest, self.layout = group.card.compat_key, group.card.layout
             if output.prompt_logprobs is not None:
                 self._sent_prompt_logprobs = True
             accepted.append(output)

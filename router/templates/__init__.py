@@ -1,6 +1,6 @@
-"""Chat templates for Llama checkpoints that ship none, written from the documented formats.
+"""Chat templates for Llama checkpoints without a template, written from the documented formats.
 
-To add one: put its Jinja beside this file and a line into `find`.
+To add a template, put the Jinja file beside this file and add a line to `find`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from importlib.resources import files
 
 
 def find(specials: Collection[str], *, rope_factor: float | None = None) -> str | None:
-    """The template of the generation that a checkpoint's special tokens tell of, if any.
+    """The template of the Llama generation with these special tokens; None for other tokens.
 
     Args:
-        specials: texts of its special tokens.
-        rope_factor: factor of its RoPE scaling; 32 tells Llama 3.2 from 3.1, whose tokens are
-            the same.
+        specials: texts of the checkpoint's special tokens.
+        rope_factor: factor of RoPE scaling; 32 tells Llama 3.2 from 3.1, since both have the same
+            special tokens.
     """
     if "<|header_start|>" in specials:
         return read("llama4")
@@ -27,5 +27,5 @@ def find(specials: Collection[str], *, rope_factor: float | None = None) -> str 
 
 
 def read(name: str) -> str:
-    """Source of the template called `name`."""
+    """Jinja source of the template `name`."""
     return files(__name__).joinpath(f"{name}.jinja").read_text(encoding="utf-8")

@@ -1,1 +1,1 @@
-"""Tokenizer, chat template, stop strings, images, output constraints and model card."""
+"""Tokenizer, chat templates, stop strings, images, structured outputs and the model card."""

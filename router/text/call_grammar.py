@@ -1,12 +1,14 @@
-"""Grammars of answers that may call: held from the moment that a call begins.
+"""Grammars of answers that may call tools: a schema binds the arguments once a call begins.
 
-Text runs free up to the beginning of a call of a strict tool; from there on its arguments fit the
-tool's schema, and then text runs free again. With a form as well, the answer is calls or fits the
-form. Knows the spellings of calls (`tools.parser` reads them); knows nothing of requests.
+Text is free up to the beginning of a call of a strict tool; then the arguments must fit the schema
+of the tool, and after the call text is free again. With a form beside the tools, the answer is
+either calls or text of the form. Knows the spellings of calls (`tools.parser` reads the same
+spellings); knows nothing of requests.
 
-The beginning is a lazy lexeme of llguidance: the shortest text that ends in it wins over free text.
-Spellings whose arguments are not written as JSON, `[f(a=1)]` and `f.call(a=1)`, and objects that do
-not begin with the name, cannot be held to a schema: text may not contain them for a strict tool.
+The beginning is a lazy lexeme of llguidance: the shortest text that ends in the lexeme wins over
+free text. A schema cannot bind spellings with arguments outside of JSON, `[f(a=1)]` and
+`f.call(a=1)`, nor objects that do not begin with the name: text must not contain such calls of a
+strict tool.
 
 Source: llguidance's syntax.md, "Lazy lexemes" and "Structural tags".
 """
@@ -22,19 +24,19 @@ from arriero.router.text.constraints import MAX_CALLS, Form, form_of_schemas, pa
 
 _WORD = re.compile(r"[A-Za-z0-9_-]")
 _JSON = "start: %json"
-"""How the grammar of a form of JSON begins."""
+"""Beginning of the grammar of a JSON form."""
 _KEYS = "type|function|parameters|arguments"
 
 
 def strict_form(tools: Sequence[Mapping[str, Any]], *, tags: Sequence[str] = ()) -> Form:
-    """The form of free text in which every call of `tools` fits its schema.
+    """The form of free text in which every call of `tools` fits the schema of the tool.
 
     Args:
-        tools: the strict ones, as templates take them.
-        tags: special tokens after which a call may begin, of those that the tokenizer has.
+        tools: strict tools, in the format of chat templates.
+        tags: special tokens of the tokenizer after which a call may begin.
 
     Raises:
-        InvalidRequest: the parameters of a tool break a limit.
+        InvalidRequest: the parameters of a tool exceed a limit.
     """
     names = "|".join(_escaped(tool["function"]["name"]) for tool in tools)
     parts = [f"json{number} | tagged{number}" for number in range(len(tools))]
@@ -60,18 +62,18 @@ def strict_form(tools: Sequence[Mapping[str, Any]], *, tags: Sequence[str] = ())
 def calls_or_form(tools: Sequence[Mapping[str, Any]], form: Form, *, parallel: bool) -> Form:
     """The form of an answer that is calls of `tools`, or else fits another form.
 
-    Each call is a JSON Schema of its own. Beside another JSON Schema only such rules are told apart
-    sign by sign: the library's lexer takes the longest word, and a call's beginning as one word
-    would swallow the other's.
+    Each call is a JSON Schema. Beside another JSON Schema, llguidance tells only such rules apart
+    character by character: its lexer takes the longest lexeme, and the beginning of a call as a
+    single lexeme would swallow the beginning of the other schema.
 
     Args:
-        tools: as templates take them.
-        form: of an answer without calls. An object that fits it and looks like a call is taken for
-            a call.
-        parallel: whether there may be several calls.
+        tools: tools in the format of chat templates.
+        form: form of an answer without calls. An object that fits the form and looks like a call
+            counts as a call.
+        parallel: whether several calls are allowed.
 
     Raises:
-        InvalidRequest: the parameters of a tool break a limit.
+        InvalidRequest: the parameters of a tool exceed a limit.
     """
     several = f' ("; " call){{0,{MAX_CALLS - 1}}}' if parallel else ""
     choices = " | ".join(f"call{number}" for number in range(len(tools)))
@@ -86,7 +88,7 @@ def calls_or_form(tools: Sequence[Mapping[str, Any]], form: Form, *, parallel: b
             "type": "object",
             "properties": {
                 "name": {"const": tools[number]["function"]["name"]},
-                "parameters": _moved(parameters, "#/properties/parameters"),
+                "parameters": _rebased(parameters, "#/properties/parameters"),
             },
             "required": ["name", "parameters"],
             "additionalProperties": False,
@@ -105,7 +107,7 @@ def calls_or_form(tools: Sequence[Mapping[str, Any]], form: Form, *, parallel: b
 
 
 def _joined(calls: str, form: str) -> str:
-    """The grammar of `calls`, whose rule `form` is missing, with that rule."""
+    """The grammar of `calls` with the rule `form` added."""
     if form.startswith(_JSON):
         return calls + "form: %json" + form.removeprefix(_JSON)
     grammars = [
@@ -115,22 +117,22 @@ def _joined(calls: str, form: str) -> str:
     return json.dumps({"grammars": grammars})
 
 
-def _moved(schema: Any, root: str) -> Any:  # noqa: ANN401
-    """A schema that stands at `root` of another, with its references to itself."""
+def _rebased(schema: Any, root: str) -> Any:  # noqa: ANN401
+    """A schema for the place `root` within another schema, with local references adapted."""
     if isinstance(schema, list):
-        return [_moved(item, root) for item in schema]
+        return [_rebased(item, root) for item in schema]
     if not isinstance(schema, dict):
         return schema
     return {
         key: root + item[1:]
         if key == "$ref" and isinstance(item, str) and item.startswith("#")
-        else _moved(item, root)
+        else _rebased(item, root)
         for key, item in schema.items()
     }
 
 
 def _lark(form: str) -> str:
-    """A form's grammar as Lark: that of a regular expression comes as JSON around it."""
+    """The grammar of a form as Lark; a regular expression has its grammar within JSON."""
     if not form.startswith("{"):
         return form
     (grammar,) = json.loads(form)["grammars"]
@@ -139,5 +141,5 @@ def _lark(form: str) -> str:
 
 
 def _escaped(name: str) -> str:
-    """A tool's name in a regular expression."""
+    """The name of a tool, escaped for a regular expression."""
     return "".join(char if _WORD.fullmatch(char) else f"\\{char}" for char in name)

@@ -1,4 +1,4 @@
-"""A model's chat templates: which one a conversation takes, and whether all words came out of it.
+"""The chat templates of a model: the choice for a conversation, and a check for missing words.
 
 Knows templates by name and their forms; knows nothing of marks or tokens.
 """
@@ -12,7 +12,7 @@ from typing import Any
 from arriero.router.text.agreement import check_template_agrees
 from arriero.router.text.chat_template import ChatTemplate, TemplateError
 from arriero.router.text.model_card import ModelCard
-from arriero.router.text.template_forms import Forms, as_parts, probe
+from arriero.router.text.template_forms import TemplateForms, as_parts, probe
 from arriero.router.text.text_files import DEFAULT
 from arriero.router.text.tokenizer import Tokenizer
 from arriero.shards.errors import CheckpointError, InvalidRequest
@@ -25,49 +25,49 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class ProbedTemplate:
-    """A template, and the forms in which it takes messages."""
+    """A template with the forms of its messages."""
 
     template: ChatTemplate
-    forms: Forms
+    forms: TemplateForms
 
-    def check_words(self, given: Mapping[str, Any], rendered: str, model: str) -> None:
-        """Refuse a conversation of which the template left words out.
+    def check_words(self, variables: Mapping[str, Any], rendered: str, model: str) -> None:
+        """Refuse a conversation when the template left words of a message out.
 
-        A template may change words (trim, escape, drop a thought), so where a text is not found as
-        it was given, the conversation is laid out once more with plain words in its place.
+        A template may change words (trim, escape, drop a thought). Where the rendered text lacks
+        the text of a message, the conversation is rendered again with plain words instead of it.
 
         Args:
-            given: the variables of the template, messages in its own form.
-            rendered: what it made of them.
-            model: what an error names.
+            variables: variables of the template, messages in the template's form.
+            rendered: output of the template for these variables.
+            model: name of the model for an error.
 
         Raises:
             InvalidRequest: words of a message would not reach the model.
         """
-        missing = _missing(given["messages"], rendered)
+        missing = _missing_messages(variables["messages"], rendered)
         if not missing:
             return
         stem = "arrieroprobe"
         while stem in rendered:
             stem += "x"
-        messages = list(given["messages"])
+        messages = list(variables["messages"])
         for number in missing:
             word = f"{stem}{number}end"
             content = messages[number]["content"]
-            laid = word if isinstance(content, str) else as_parts(word)
-            messages[number] = {**messages[number], "content": laid}
+            content = word if isinstance(content, str) else as_parts(word)
+            messages[number] = {**messages[number], "content": content}
         try:
-            again = self.template.render({**given, "messages": messages})
+            again = self.template.render({**variables, "messages": messages})
         except TemplateError:
-            return  # it reads what the messages say, so nothing is known
+            return  # the template depends on the words, so the check has no result
         for number in missing:
             if f"{stem}{number}end" not in again:
                 role = messages[number]["role"]
                 raise InvalidRequest(
                     "messages",
                     f"the chat template of model {model!r} leaves out `messages[{number}]` (role "
-                    f"{role!r}), whose words would not reach the model; put them into a message "
-                    "that it shows, such as the user's",
+                    f"{role!r}), so its words would not reach the model; put the words into a "
+                    "message that the template shows, such as the user's",
                 )
 
 
@@ -76,13 +76,13 @@ class ChatTemplates:
 
     Args:
         card: gives the templates.
-        tokenizer: the card's.
+        tokenizer: tokenizer of the card.
 
     Raises:
         CheckpointError: a template does not compile, or does not agree with the other files.
 
     Attributes:
-        warnings: what is odd about them, in words.
+        warnings: a sentence for each oddity of the templates.
     """
 
     def __init__(self, card: ModelCard, tokenizer: Tokenizer) -> None:
@@ -106,28 +106,28 @@ class ChatTemplates:
     def choose(
         self, messages: Sequence[Message], *, tools: bool, documents: bool
     ) -> ProbedTemplate:
-        """The template for a conversation: that for tools or documents where there is one.
+        """The template for a conversation; the template for tools or documents where one exists.
 
         Args:
             messages: the conversation.
-            tools: whether functions are on offer.
-            documents: whether there are texts to answer from.
+            tools: whether the request offers functions.
+            documents: whether the request has documents.
         """
         default = self._named[DEFAULT]
         for_tools = self._named.get(TOOL_USE, default)
         if tools:
             return for_tools
-        if not default.forms.shows_calls and any(one.get("tool_calls") for one in messages):
+        if not default.forms.shows_calls and any(message.get("tool_calls") for message in messages):
             return for_tools
         if documents and not default.template.reads("documents"):
             return self._named.get(RAG, default)
         return default
 
 
-def _missing(messages: Sequence[Message], rendered: str) -> list[int]:
-    """Numbers of messages with a text that does not stand in `rendered`.
+def _missing_messages(messages: Sequence[Message], rendered: str) -> list[int]:
+    """Numbers of messages with a text that `rendered` lacks.
 
-    Words beside calls are not looked for: Llama's own templates show the calls alone.
+    Words beside calls do not count: Llama's own templates show the calls alone.
     """
     missing = []
     at = 0
@@ -140,11 +140,11 @@ def _missing(messages: Sequence[Message], rendered: str) -> list[int]:
             text = str(part.get("text", "")).strip()
             if not text:
                 continue
-            place = rendered.find(text, at)
-            if place < 0:
-                place = rendered.find(text)
-            if place < 0:
+            start = rendered.find(text, at)
+            if start < 0:
+                start = rendered.find(text)
+            if start < 0:
                 missing.append(number)
                 break
-            at = place
+            at = start
     return missing

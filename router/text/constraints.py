@@ -1,10 +1,10 @@
-"""What an output must fit, as a client says it, to a grammar that the engine takes.
+"""Structured outputs: from the form in a request to a grammar for the engine.
 
-Every refusal is made here, before a request is queued: sizes and depths are looked at first, then
-the grammar is compiled on fuel, with the same limits that the slices have. Words of a JSON Schema
-that no mask can hold are left out and named; a pattern or a grammar that is the form itself is
-taken whole or refused. Knows forms and limits; knows nothing of tokens' masks, which are
-`shards.grammar`'s.
+All refusals happen here, before a request is queued: first by size and depth, then by compiling the
+grammar with the slices' own limits on work ("fuel"). Keywords of a JSON Schema that no mask can
+enforce are left out and reported; a pattern or a grammar that is the form itself is enforced in
+full or refused. Knows forms and limits; knows nothing of token masks (see
+`shards.worker.grammar_masks`).
 """
 
 from __future__ import annotations
@@ -29,26 +29,29 @@ MAX_FORM_BYTES = 64 * 1024
 MAX_CHOICES = 1024
 MAX_DEPTH = 64
 MAX_PROPERTIES = 4096
-"""Most objects and lists of a schema."""
-MAX_LEAST = 10_000
-"""Largest `minItems`, `minLength` or `minProperties`: more would never be reached."""
+"""Largest number of objects and lists in a schema."""
+MAX_MINIMUM = 10_000
+"""Largest `minItems`, `minLength` or `minProperties`; no output reaches more."""
 MAX_CALLS = 16
-"""Most calls of an answer that must call."""
-MAX_CHECKED = 256
+"""Largest number of calls in an answer that must call tools."""
+MAX_CACHED_CHECKS = 256
+"""Largest number of grammars with a cached result of the check."""
 
 _SPACES = r"( |\n {0,16})"
-"""White space between JSON's signs: enough to indent by, and no room for a model to lose itself."""
+"""White space between JSON tokens: enough for indentation, too little for an endless run."""
 _REASON_CHARS = 300
 MAX_NOTE_CHARS = 2000
-"""Longest list of what is not enforced, in an answer's header."""
+"""Largest number of characters of the header that lists keywords without enforcement."""
 _MALFORMED = (
     "unclosed character class",
     "unclosed group",
     "unopened group",
     "missing expression",
 )
-"""Words of an error that say: a regular expression in no dialect. Other errors are of constructs
-that no mask can hold, or of other dialects' spellings."""
+"""Words of llguidance's errors for texts that are no regular expression in any dialect.
+
+Other errors are about constructs that no mask can enforce, or spellings of other dialects.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,11 +59,11 @@ class Form:
     """A form that the output must fit.
 
     Attributes:
-        field: of the request, that errors name.
-        grammar: as the engine takes it.
-        loose: the same with `oneOf` read as `anyOf`, for where no mask can tell its branches apart;
-            "" without any.
-        not_enforced: what of a schema the grammar lacks, each with its place.
+        field: field of the request, for errors.
+        grammar: grammar for the engine.
+        loose: the grammar with `oneOf` read as `anyOf`, for branches that no mask can tell apart;
+            "" for a form without `oneOf`.
+        not_enforced: keywords of a schema that the grammar does not enforce, with their places.
     """
 
     field: str
@@ -70,7 +73,7 @@ class Form:
 
 
 def described(not_enforced: Sequence[str]) -> str:
-    """What is not enforced, as the value of a header: ASCII, of bounded length."""
+    """The keywords without enforcement as the value of a header: ASCII, of limited length."""
     text = "; ".join(not_enforced)
     if len(text) > MAX_NOTE_CHARS:
         text = f"{text[:MAX_NOTE_CHARS]} and more; {len(not_enforced)} in all"
@@ -78,10 +81,10 @@ def described(not_enforced: Sequence[str]) -> str:
 
 
 def read_form(form: pb.StructuredOutput) -> Form | None:
-    """What a form asks for; None when there is none.
+    """The form of a request; None when the request has no form.
 
     Raises:
-        InvalidRequest: the form breaks a limit.
+        InvalidRequest: the form exceeds a limit.
     """
     kind = form.WhichOneof("form")
     if kind is None:
@@ -91,7 +94,7 @@ def read_form(form: pb.StructuredOutput) -> Form | None:
     if kind == "json_object":
         if not form.json_object:
             raise InvalidRequest(
-                "json_object", "`json_object`=false is no form; set it, or leave it out"
+                "json_object", "`json_object`=false is no form; set true, or leave the field out"
             )
         return form_of_schemas(kind, [("start", kind, {"type": "object"})])
     text: str = getattr(form, kind)
@@ -106,12 +109,12 @@ def read_form(form: pb.StructuredOutput) -> Form | None:
 
 
 def call_form(tools: Sequence[Mapping[str, Any]], *, parallel: bool) -> Form:
-    """The form of one call of `tools` or, when `parallel`, of several.
+    """The form of a call of `tools` or, with `parallel`, of several calls.
 
-    It is the JSON that every Llama since 3.1 knows: {"name": …, "parameters": {…}}.
+    A call is the JSON of all Llamas since 3.1: {"name": …, "parameters": {…}}.
 
     Raises:
-        InvalidRequest: the parameters of a tool break a limit.
+        InvalidRequest: the parameters of a tool exceed a limit.
     """
     several = f' ("; " call){{0,{MAX_CALLS - 1}}}' if parallel else ""
     lines = [f"start: call{several}", "call: " + " | ".join(f"call{i}" for i in range(len(tools)))]
@@ -122,7 +125,7 @@ def call_form(tools: Sequence[Mapping[str, Any]], *, parallel: bool) -> Form:
 
 
 def parameter_schemas(tools: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, Any]]:
-    """The rule `parametersN` for the arguments of each tool, as `form_of_schemas` takes it."""
+    """The rule `parametersN` for the arguments of each tool, in the format of `form_of_schemas`."""
     return [
         (f"parameters{number}", f"tools[{number}].parameters", _parameters(tool))
         for number, tool in enumerate(tools)
@@ -148,10 +151,10 @@ def form_of_schemas(
         field: see `Form`.
         schemas: name of the rule, field of the schema, and the schema.
         lines: other rules.
-        wrap: gives the schema of a rule from the number and the schema of its entry in `schemas`.
+        wrap: turns number and schema of an entry in `schemas` into the schema of the rule.
 
     Raises:
-        InvalidRequest: a schema breaks a limit.
+        InvalidRequest: a schema exceeds a limit.
     """
     rules: list[tuple[str, dict[str, Any]]] = []
     not_enforced: list[str] = []
@@ -177,12 +180,12 @@ def form_of_schemas(
 
 
 def _pattern_check(field: str) -> Callable[[str, str], bool]:
-    """What tells whether a mask can hold a pattern of a schema.
+    """A function that tells whether a mask can enforce a pattern of a schema.
 
-    It raises `InvalidRequest` for one that is no pattern in any dialect.
+    The function raises `InvalidRequest` for a text that is no regular expression in any dialect.
     """
 
-    def holds(pattern: str, at: str) -> bool:
+    def can_enforce(pattern: str, at: str) -> bool:
         from llguidance import LLMatcher
 
         error = LLMatcher.validate_grammar(LLMatcher.grammar_from_regex(pattern))
@@ -191,15 +194,17 @@ def _pattern_check(field: str) -> Callable[[str, str], bool]:
         if any(words in error for words in _MALFORMED):
             reason = " ".join(error.split())[:_REASON_CHARS]
             raise InvalidRequest(
-                field, f"`{field}`: the pattern at {at[:256]} is no regular expression: {reason}"
+                field,
+                f"`{field}`: the pattern at {at[:256]} is no regular expression: {reason}; correct "
+                "the pattern",
             )
         return False
 
-    return holds
+    return can_enforce
 
 
 class GrammarCheck:
-    """Compiles grammars for one model, to refuse those that the slices could not follow.
+    """Compiles grammars for a model, to refuse grammars that the slices cannot follow.
 
     Args:
         card: gives tokenizer, vocabulary and end tokens.
@@ -213,27 +218,29 @@ class GrammarCheck:
         )
         self._ends = bool(card.eos_token_ids)
         self._model = card.model
-        self._found: OrderedDict[str, str] = OrderedDict()
-        self._one_at_a_time = threading.Lock()
+        self._errors: OrderedDict[str, str] = OrderedDict()  # by grammar; "" for a good grammar
+        self._lock = threading.Lock()
 
     def warm(self) -> None:
-        """Make the first check as fast as any; may be called from any thread.
+        """Prepare the compiler, so that the first check is as fast as later checks; thread-safe.
 
         Raises:
-            CheckpointError: the tokenizer cannot be used for grammars.
+            CheckpointError: grammars cannot use the tokenizer.
         """
-        with self._one_at_a_time:
+        with self._lock:
             self._compiler.warm()
 
     async def check(self, field: str, form: Form) -> Form:
-        """The form as it can be followed.
+        """The form with a grammar that the slices can follow.
 
         Raises:
-            InvalidRequest: about `field`; it cannot.
+            InvalidRequest: about `field`; the slices cannot follow the grammar.
         """
         if not self._ends:
             raise InvalidRequest(
-                field, f"`{field}`: model {self._model!r} has no end token to close the output with"
+                field,
+                f"`{field}`: model {self._model!r} has no end token, so the output could not end; "
+                f"leave `{field}` out",
             )
         error = await self._error(form.grammar)
         if form.loose and "oneOf" in error:
@@ -241,23 +248,25 @@ class GrammarCheck:
             notes = (*form.not_enforced, "oneOf (any of its schemas may fit, also several)")
             form = replace(form, grammar=form.loose, not_enforced=notes)
         if error:
-            raise InvalidRequest(field, f"`{field}` cannot be followed: {error[:_REASON_CHARS]}")
+            raise InvalidRequest(
+                field, f"`{field}` cannot be enforced: {error[:_REASON_CHARS]}; change the form"
+            )
         return form
 
     async def _error(self, grammar: str) -> str:
-        error = self._found.get(grammar)
+        error = self._errors.get(grammar)
         if error is None:
             error = await asyncio.to_thread(self._compile, grammar)
-            self._found[grammar] = error
-            if len(self._found) > MAX_CHECKED:
-                self._found.popitem(last=False)
+            self._errors[grammar] = error
+            if len(self._errors) > MAX_CACHED_CHECKS:
+                self._errors.popitem(last=False)
         return error
 
     def _compile(self, grammar: str) -> str:
-        with self._one_at_a_time:
+        with self._lock:
             matcher = self._compiler.matcher(grammar)
             if not matcher.is_error():
-                matcher.compute_bitmask()  # patterns cost their fuel here
+                matcher.compute_bitmask()  # patterns spend their fuel here
             return matcher.get_error()
 
 
@@ -267,9 +276,9 @@ def _choice(texts: Sequence[str]) -> str:
             "choice", f"`choice` has {len(texts)} entries; give 1 to {MAX_CHOICES}"
         )
     if not all(texts):
-        raise InvalidRequest("choice", "`choice` holds an empty text; leave it out")
+        raise InvalidRequest("choice", "`choice` has an empty text; leave the text out")
     _check_size("choice", "".join(texts))
-    # as JSON, whose strings Lark reads alike
+    # JSON strings are strings of Lark too.
     return "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts) + "\n"
 
 
@@ -283,23 +292,25 @@ def _load(field: str, text: str) -> Any:  # noqa: ANN401
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InvalidRequest(field, f"`{field}` is not JSON: {error}") from None
+        raise InvalidRequest(field, f"`{field}` is not JSON: {error}; correct the text") from None
 
 
-def _check_least(field: str, level: Sequence[Any]) -> None:
-    for one in level:
+def _check_minimums(field: str, level: Sequence[Any]) -> None:
+    for node in level:
         for name in ("minItems", "minLength", "minProperties"):
-            least = one.get(name) if isinstance(one, dict) else None
-            if isinstance(least, int) and least > MAX_LEAST:
+            minimum = node.get(name) if isinstance(node, dict) else None
+            if isinstance(minimum, int) and minimum > MAX_MINIMUM:
                 raise InvalidRequest(
-                    field, f"`{field}` has `{name}`={least}; the most is {MAX_LEAST}; lower it"
+                    field,
+                    f"`{field}` has `{name}`={minimum}; the limit is {MAX_MINIMUM}: lower `{name}`",
                 )
 
 
 def _check_schema(field: str, schema: Any) -> None:  # noqa: ANN401
-    """Look at a JSON Schema's size and depth."""
+    """Refuse a JSON Schema that is too large or too deep."""
     if not isinstance(schema, dict):
-        raise InvalidRequest(field, f"`{field}` is no JSON Schema; give an object")
+        kind = type(schema).__name__
+        raise InvalidRequest(field, f"`{field}` is a {kind}; give a JSON Schema that is an object")
     level: list[Any] = [schema]
     num_nodes = depth = 0
     while level:
@@ -308,12 +319,14 @@ def _check_schema(field: str, schema: Any) -> None:  # noqa: ANN401
         if depth > MAX_DEPTH or num_nodes > MAX_PROPERTIES:
             raise InvalidRequest(
                 field,
-                f"`{field}` is nested deeper than {MAX_DEPTH} or has more than {MAX_PROPERTIES} "
-                "objects and lists; make it simpler",
+                f"`{field}` is nested deeper than {MAX_DEPTH} levels or has more than "
+                f"{MAX_PROPERTIES} objects and lists; simplify the schema",
             )
-        _check_least(field, level)
-        items = (one.values() if isinstance(one, dict) else one for one in level)
-        level = [item for some in items for item in some if isinstance(item, dict | list)]
+        _check_minimums(field, level)
+        children = (node.values() if isinstance(node, dict) else node for node in level)
+        level = [item for items in children for item in items if isinstance(item, dict | list)]
     if "x-guidance" in schema:
-        raise InvalidRequest(field, f"`{field}` holds `x-guidance`, which is not supported")
+        raise InvalidRequest(
+            field, f"`{field}` has `x-guidance`, which is not supported; leave `x-guidance` out"
+        )
     _check_size(field, json.dumps(schema))

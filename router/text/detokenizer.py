@@ -1,9 +1,9 @@
-"""Token ids to text, one step at a time, never half a character.
+"""Token ids to text, step by step, in whole characters.
 
-Every token stands for bytes, found once from `tokenizer.json`; a stream's text is the UTF-8
-reading of its tokens' bytes, so that a token costs the same however long the stream is. Knows the
-two byte encodings in use (GPT-2's byte alphabet; SentencePiece's U+2581 with <0xNN> tokens) and
-refuses others; knows nothing of stop strings or requests.
+Each token stands for bytes, computed once from `tokenizer.json`. The text of a stream is its bytes
+read as UTF-8, so the cost of a token does not grow with the stream. Knows the two byte encodings
+in use (GPT-2's byte alphabet; SentencePiece's U+2581 with <0xNN> tokens) and refuses others; knows
+nothing of stop strings or requests.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """The bytes of every token.
+    """The bytes of each token.
 
     Attributes:
-        pieces: bytes by token id; b"" for an id that no token has.
+        pieces: bytes by token id; b"" for an id without a token.
         special: ids that plain text leaves out.
-        strip_space: the text's very first character is dropped when it is a space, which a
-            SentencePiece tokenizer puts there.
+        strip_space: a space at the beginning of the whole text is dropped, because a SentencePiece
+            tokenizer adds a space there.
     """
 
     pieces: tuple[bytes, ...]
@@ -37,10 +37,10 @@ class Vocabulary:
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> Vocabulary:
-        """Read it from a parsed `tokenizer.json`.
+        """Read a parsed `tokenizer.json`.
 
         Raises:
-            CheckpointError: the decoder is of another kind.
+            CheckpointError: the decoder is neither ByteLevel nor ByteFallback.
         """
         kinds = _decoder_kinds(spec.get("decoder"))
         model = spec["model"]
@@ -65,8 +65,8 @@ class Vocabulary:
                 return token.replace(_SPACE, " ").encode()
         else:
             raise CheckpointError(
-                f"tokenizer.json: decoder {sorted(kinds) or None} is not supported; ByteLevel and "
-                "ByteFallback are"
+                f"tokenizer.json: `decoder`={sorted(kinds) or None} is not supported; take a "
+                "tokenizer with a ByteLevel or ByteFallback decoder"
             )
         pieces = [b""] * (max([*vocab.values(), *names.values()], default=-1) + 1)
         for token, index in vocab.items():
@@ -77,7 +77,7 @@ class Vocabulary:
         return cls(tuple(pieces), special, "Strip" in kinds or "Metaspace" in kinds)
 
     def join(self, tokens: Iterable[int], *, skip_special: bool) -> bytes:
-        """Bytes of `tokens`; an id beyond the vocabulary (a padded head's) has none."""
+        """Bytes of `tokens`; an id beyond the vocabulary (of a padded head) has no bytes."""
         pieces, special = self.pieces, self.special
         size = len(pieces)
         return b"".join(
@@ -90,7 +90,7 @@ class Vocabulary:
 
 
 class Detokenizer:
-    """The text of one stream of tokens."""
+    """The text of a stream of tokens."""
 
     __slots__ = ("_first", "_pending", "_skip_special", "_vocabulary")
 
@@ -101,11 +101,11 @@ class Detokenizer:
         self._first = vocabulary.strip_space
 
     def add(self, tokens: Iterable[int], *, final: bool = False) -> str:
-        """Text that `tokens` complete; an unfinished character waits for its other bytes.
+        """The text that `tokens` complete; an unfinished character waits for more bytes.
 
         Args:
             tokens: the next tokens.
-            final: nothing follows; an unfinished character becomes U+FFFD.
+            final: no tokens follow; an unfinished character becomes U+FFFD.
         """
         joined = self._pending + self._vocabulary.join(tokens, skip_special=self._skip_special)
         text, used = codecs.utf_8_decode(joined, "replace", final)
@@ -117,7 +117,7 @@ class Detokenizer:
 
 
 def byte_alphabet() -> dict[str, int]:
-    """GPT-2's alphabet: a printable character for each byte (Radford et al., 2019)."""
+    """GPT-2's alphabet, a printable character for each byte (Radford et al., 2019)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {

@@ -1,8 +1,8 @@
-"""A request's images: files out of what clients send, checked, and the tokens that stand for them.
+"""The images of a request: reads and checks the files, and gives their tokens in the prompt.
 
-Every refusal is made here: first by count, source and header, so that nothing large is decoded;
-then by decoding, off the event loop and one at a time, so that a broken file never reaches a slice.
-Knows files and layouts; knows nothing of conversations or of how features are computed.
+All refusals happen here: first by count, source and header, so that no large file is decoded; then
+by decoding, off the event loop and a single file at a time, so that a broken file never reaches a
+slice. Knows files and layouts; knows nothing of conversations or of the computation of features.
 """
 
 from __future__ import annotations
@@ -21,48 +21,46 @@ from arriero.shards.images.decode import ImageLimits, check_decodes, measure
 from arriero.shards.images.layout import TOKEN_TEXTS, ImageTokens, grid_of, image_tokens
 from arriero.shards.images.request import RequestImage
 
-PLACE = TOKEN_TEXTS["image"]
-"""What chat templates write where an image stands."""
 MAX_CHECKED = 256
-"""Digests of images kept that were found to decode, the last used."""
+"""Largest number of remembered digests of images that decode; the latest stay."""
 
 
 @dataclass(frozen=True, slots=True)
 class GivenImage:
-    """A file, and the field it came in."""
+    """An image file, and the field of the request with the file."""
 
     field: str
     data: bytes
 
 
 @dataclass(frozen=True, slots=True)
-class LaidImage:
-    """An image as the engine takes it, and its tokens in the prompt."""
+class PromptImage:
+    """An image for the engine, and its tokens in the prompt."""
 
     image: RequestImage
     tokens: list[int]
 
 
 def read_image(field: str, image: pb.Image) -> GivenImage:
-    """The file that a client sent.
+    """The image file of a client.
 
     Raises:
-        InvalidRequest: there is none, or it is a URL that is not one of data.
+        InvalidRequest: the field has no file, or has a URL other than a data URL.
     """
     if image.WhichOneof("source") == "url":
         return GivenImage(field, _from_url(f"{field}.url", image.url))
     if not image.data:
-        raise InvalidRequest(field, f"`{field}` holds no file; give `data` or a data URL")
+        raise InvalidRequest(field, f"`{field}` has no file; give `data` or a data URL")
     return GivenImage(field, image.data)
 
 
 class ImageReader:
-    """Lays out the images of one model's requests.
+    """Checks the images of a model's requests and lays out their tokens.
 
     Args:
-        card: says how the model cuts images, if it reads them.
-        control_ids: the tokenizer's special tokens.
-        limits: what is taken.
+        card: gives the size of the model's image tiles; 0 for a model that reads no images.
+        control_ids: ids of the tokenizer's special tokens, by text.
+        limits: limits of files and of their number.
     """
 
     def __init__(
@@ -72,46 +70,49 @@ class ImageReader:
         self._tile, self._features = card.image_tile, card.image_features
         self._limits = limits or ImageLimits()
         missing = [text for text in TOKEN_TEXTS.values() if text not in control_ids]
-        self._lacks = ", ".join(missing)
+        self._missing_tokens = ", ".join(missing)
         self._ids: ImageTokens | None = None
         if self._tile and not missing:
             self._ids = ImageTokens(**{name: control_ids[t] for name, t in TOKEN_TEXTS.items()})
-        self._decodes: OrderedDict[bytes, None] = OrderedDict()
-        self._one_at_a_time = asyncio.Lock()
+        self._decodes: OrderedDict[bytes, None] = OrderedDict()  # digests of checked images
+        self._decode_lock = asyncio.Lock()
 
     @property
-    def place(self) -> int | None:
-        """The token that a template leaves for an image; None where none is read."""
+    def image_token(self) -> int | None:
+        """Id of a template's token for an image; None for a model that reads no images."""
         return None if self._ids is None else self._ids.image
 
-    async def lay(self, given: Sequence[GivenImage]) -> list[LaidImage]:
-        """Check and lay out images, in order.
+    async def lay_out(self, images: Sequence[GivenImage]) -> list[PromptImage]:
+        """Check images and lay out their tokens, in order.
 
         Raises:
-            InvalidRequest: the model reads none, there are too many, or one is not what is taken.
+            InvalidRequest: the model reads no images, the request has too many, or an image file is
+                broken, too large or of another format.
         """
-        if not given:
+        if not images:
             return []
         ids = self._ids
         if ids is None:
-            why = "reads no images" if not self._tile else f"has no tokens {self._lacks} for images"
-            raise InvalidRequest(given[0].field, f"model {self._model!r} {why}; send text alone")
-        if len(given) > self._limits.max_images:
+            why = "reads no images"
+            if self._tile:
+                why = f"lacks the tokens {self._missing_tokens} for images"
+            raise InvalidRequest(images[0].field, f"model {self._model!r} {why}; send text alone")
+        if len(images) > self._limits.max_images:
             raise InvalidRequest(
-                given[self._limits.max_images].field,
-                f"the request has {len(given)} images; at most {self._limits.max_images} are taken",
+                images[self._limits.max_images].field,
+                f"the request has {len(images)} images; send at most {self._limits.max_images}",
             )
-        sizes = [measure(one.data, self._limits, one.field) for one in given]
-        laid = []
-        for one, (height, width) in zip(given, sizes, strict=True):
+        sizes = [measure(image.data, self._limits, image.field) for image in images]
+        prompt_images = []
+        for given, (height, width) in zip(images, sizes, strict=True):
             grid = grid_of(height, width, self._tile)
-            image = RequestImage(data=one.data, num_features=grid.num_tiles * self._features)
-            await self._check(one, image.digest)
-            laid.append(LaidImage(image, image_tokens(grid, self._features, ids)))
-        return laid
+            image = RequestImage(data=given.data, num_features=grid.num_tiles * self._features)
+            await self._check(given, image.digest)
+            prompt_images.append(PromptImage(image, image_tokens(grid, self._features, ids)))
+        return prompt_images
 
     async def _check(self, given: GivenImage, digest: bytes) -> None:
-        async with self._one_at_a_time:
+        async with self._decode_lock:
             if digest not in self._decodes:
                 await asyncio.to_thread(check_decodes, given.data, self._limits, given.field)
             self._decodes[digest] = None
@@ -125,13 +126,15 @@ def _from_url(field: str, url: str) -> bytes:
     if scheme.lower() != "data":
         raise InvalidRequest(
             field,
-            f"`{field}` begins with {scheme[:16]!r}; images are not fetched: send the file itself, "
-            "as data:image/…;base64,…",
+            f"`{field}` begins with {scheme[:16]!r}; images are not fetched from URLs: send the "
+            "file itself, as data:image/…;base64,…",
         )
     head, comma, body = rest.partition(",")
     if not comma or not head.lower().endswith(";base64"):
-        raise InvalidRequest(field, f"`{field}` must be of the form data:image/…;base64,…")
+        raise InvalidRequest(field, f"`{field}` must have the form data:image/…;base64,…")
     try:
         return base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise InvalidRequest(field, f"`{field}` is not base64: {error}") from None
+        raise InvalidRequest(
+            field, f"`{field}` is not base64: {error}; encode the file anew"
+        ) from None

@@ -1,9 +1,9 @@
-"""JSON Schemas as libraries write them, to ones that a mask can hold.
+"""Rewrites JSON Schemas of clients' libraries as schemas that a mask can enforce.
 
-Words that mean the same as others are written in those (`nullable`, a boolean `exclusiveMinimum`,
-`propertyNames` of an enum), annotations are left alone, and what no mask can hold is taken out and
-named, so that the caller can be told. Knows JSON Schema (drafts 4 to 2020-12, OpenAPI's words) and
-what llguidance takes; knows nothing of requests. The schema must not be nested too deep.
+Keywords with an equivalent are rewritten (`nullable`, a boolean `exclusiveMinimum`, `propertyNames`
+of an enum), annotations stay, and keywords that no mask can enforce are removed and listed for the
+caller. Knows JSON Schema (drafts 4 to 2020-12, OpenAPI's keywords) and the subset of llguidance;
+knows nothing of requests. The caller limits the depth of a schema.
 
 Source: json-schema.org; github.com/guidance-ai/llguidance, docs/json_schema.md.
 """
@@ -22,13 +22,13 @@ FORMATS = frozenset(
         *("uri", "unknown"),
     }
 )
-"""Formats of strings that a mask can hold."""
-_NEVER = (
+"""Formats of strings that a mask can enforce."""
+_UNENFORCEABLE = (
     *("not", "uniqueItems", "contains", "minContains", "maxContains", "propertyNames"),
     *("dependentRequired", "dependentSchemas", "dependencies", "if", "then", "else"),
     *("unevaluatedProperties", "unevaluatedItems", "$dynamicRef", "$recursiveRef"),
 )
-"""Words that no mask holds, unless `_equivalent` could write them in others."""
+"""Keywords that no mask can enforce, unless `_rewrite_equivalents` has replaced them."""
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SINGLE = ("items", "additionalProperties", "additionalItems")
@@ -48,133 +48,135 @@ _ALIASES = {
     "tuple": "array",
     "none": "null",
 }
-"""Names of types that some languages' tools write."""
+"""Names of types from other languages."""
 _DRAFTS = re.compile(r"https?://json-schema\.org/(draft-0[467]|draft/20(19-09|20-12))/schema#?")
 MAX_POINTERS = 8
-"""References followed from one to the next, for names of properties."""
+"""Largest number of references in a chain, for names of properties."""
 _APPLICATORS = frozenset({"$ref", "allOf", "anyOf", "oneOf", "if", "patternProperties"})
 
 
 class Relaxed:
-    """A schema that a mask can hold, and what it lacks of the one that was given.
+    """A schema that a mask can enforce, made from the schema of a client.
 
     Args:
-        schema: as the client wrote it; it stays as it is.
-        holds: whether a mask can hold a regular expression; raises for one that is none.
+        schema: schema of the client; stays unchanged.
+        can_enforce: tells from a regular expression and its place whether a mask can enforce the
+            expression; raises an error for a text that is no regular expression.
 
     Attributes:
-        schema: what is left.
-        not_enforced: what was taken out, each with its place as a JSON pointer.
+        schema: the rewritten schema.
+        not_enforced: the removed keywords, each with its place as a JSON pointer.
     """
 
-    def __init__(self, schema: Schema, holds: Callable[[str, str], bool]) -> None:
-        self._holds = holds
+    def __init__(self, schema: Schema, can_enforce: Callable[[str, str], bool]) -> None:
+        self._can_enforce = can_enforce
         self._root = schema
         self.not_enforced: list[str] = []
         self.schema: Schema = self._relaxed(schema, "#")
 
-    def _drop(self, word: str, at: str) -> None:
-        self.not_enforced.append(f"{word} at {at}")
+    def _note_removal(self, keyword: str, at: str) -> None:
+        self.not_enforced.append(f"{keyword} at {at}")
 
     def _relaxed(self, given: Any, at: str) -> Any:  # noqa: ANN401
-        """One schema and those in it."""
+        """A schema with its inner schemas, rewritten."""
         if not isinstance(given, dict):
-            return given  # true and false are schemas; anything else is refused by the compiler
+            return given  # true and false are schemas; the compiler refuses any other value
         schema = {
-            word: value
-            for word, value in given.items()
-            if value is not None or word in ("const", "default", "example")
+            keyword: value
+            for keyword, value in given.items()
+            if value is not None or keyword in ("const", "default", "example")
         }
-        self._equivalent(schema, at)
-        for word in _NEVER:
-            if word in schema:
-                schema.pop(word)
-                self._drop(word, at)
-        self._string_words(schema, at)
-        self._property_counts(schema, at)
-        for word in _MAPS:
-            if isinstance(schema.get(word), dict):
-                schema[word] = {
-                    name: self._relaxed(inner, f"{at}/{word}/{_escaped(name)}")
-                    for name, inner in schema[word].items()
+        self._rewrite_equivalents(schema)
+        for keyword in _UNENFORCEABLE:
+            if keyword in schema:
+                schema.pop(keyword)
+                self._note_removal(keyword, at)
+        self._relax_strings(schema, at)
+        self._relax_property_counts(schema, at)
+        for keyword in _MAPS:
+            if isinstance(schema.get(keyword), dict):
+                schema[keyword] = {
+                    name: self._relaxed(inner, f"{at}/{keyword}/{_escaped(name)}")
+                    for name, inner in schema[keyword].items()
                 }
-        for word in (*_LISTS, "items"):
-            if isinstance(schema.get(word), list):
-                schema[word] = [
-                    self._relaxed(inner, f"{at}/{word}/{number}")
-                    for number, inner in enumerate(schema[word])
+        for keyword in (*_LISTS, "items"):
+            if isinstance(schema.get(keyword), list):
+                schema[keyword] = [
+                    self._relaxed(inner, f"{at}/{keyword}/{number}")
+                    for number, inner in enumerate(schema[keyword])
                 ]
-        for word in _SINGLE:
-            if isinstance(schema.get(word), dict):
-                schema[word] = self._relaxed(schema[word], f"{at}/{word}")
+        for keyword in _SINGLE:
+            if isinstance(schema.get(keyword), dict):
+                schema[keyword] = self._relaxed(schema[keyword], f"{at}/{keyword}")
         return _or_null(schema, at)
 
-    def _equivalent(self, schema: Schema, at: str) -> None:
-        """Write words in others that mean the same."""
+    def _rewrite_equivalents(self, schema: Schema) -> None:
+        """Replace keywords by others with the same meaning."""
         _whole_lengths(schema)
-        _one_kind_of_bound(schema)
+        _numeric_bounds(schema)
         _plain_types(schema)
         if not _DRAFTS.fullmatch(str(schema.get("$schema", ""))):
-            schema.pop("$schema", None)  # of a dialect that says no more than its words do
+            schema.pop("$schema", None)  # an unknown dialect; its keywords count alone
         if schema.get("uniqueItems") is False or schema.get("maxItems") in (0, 1):
             schema.pop("uniqueItems", None)
         if schema.get("$recursiveRef") == "#":
             schema["$ref"] = schema.pop("$recursiveRef")
         if not _APPLICATORS & schema.keys():
-            for word, plain in (
+            for keyword, plain in (
                 ("unevaluatedProperties", "additionalProperties"),
                 ("unevaluatedItems", "items"),
             ):
-                if word in schema and plain not in schema:
-                    schema[plain] = schema[word]
-                if word in schema and plain in schema:
-                    schema.pop(word)
+                if keyword in schema and plain not in schema:
+                    schema[plain] = schema[keyword]
+                if keyword in schema and plain in schema:
+                    schema.pop(keyword)
         if "if" in schema and not {"then", "else"} & schema.keys():
             schema.pop("if")
-        self._property_names(schema)
+        self._rewrite_property_names(schema)
 
-    def _property_names(self, schema: Schema) -> None:
-        """Names that are listed or match a pattern, as properties of these names."""
+    def _rewrite_property_names(self, schema: Schema) -> None:
+        """Replace `propertyNames` with a list or a pattern by properties of these names."""
         names = schema.get("propertyNames")
         for _ in range(MAX_POINTERS):
             if isinstance(names, dict) and isinstance(names.get("$ref"), str):
-                names = _pointed(self._root, names["$ref"])
-        if names is True or (isinstance(names, dict) and names.keys() <= _OF_ANY_NAME):
+                names = _resolve(self._root, names["$ref"])
+        if names is True or (isinstance(names, dict) and names.keys() <= _TRUE_OF_NAMES):
             schema.pop("propertyNames")
             return
         if not isinstance(names, dict) or {"properties", "patternProperties"} & schema.keys():
             return
         values = schema.get("additionalProperties", True)
-        words = names.keys() - _OF_ANY_NAME
-        listed = [names["const"]] if words == {"const"} else names.get("enum")
-        if words <= {"enum", "const"} and isinstance(listed, list):
+        keywords = names.keys() - _TRUE_OF_NAMES
+        listed = [names["const"]] if keywords == {"const"} else names.get("enum")
+        if keywords <= {"enum", "const"} and isinstance(listed, list):
             schema["properties"] = {name: values for name in listed if isinstance(name, str)}
-        elif words == {"pattern"} and isinstance(names["pattern"], str):
+        elif keywords == {"pattern"} and isinstance(names["pattern"], str):
             schema["patternProperties"] = {names["pattern"]: values}
         else:
             return
         schema["additionalProperties"] = False
         schema.pop("propertyNames")
 
-    def _string_words(self, schema: Schema, at: str) -> None:
+    def _relax_strings(self, schema: Schema, at: str) -> None:
+        """Remove patterns and formats that no mask can enforce."""
         pattern = schema.get("pattern")
-        if isinstance(pattern, str) and not self._holds(pattern, at):
+        if isinstance(pattern, str) and not self._can_enforce(pattern, at):
             schema.pop("pattern")
-            self._drop("pattern", at)
+            self._note_removal("pattern", at)
         form = schema.get("format")
         if isinstance(form, str) and form not in FORMATS:
             schema.pop("format")
-            if _may_be_string(schema):  # of numbers it says how they are kept
-                self._drop(f"format {form[:64]}", at)
+            if _may_be_string(schema):  # the format of a number is only a storage type
+                self._note_removal(f"format {form[:64]}", at)
         patterns = schema.get("patternProperties")
         if isinstance(patterns, dict):
-            held = {p: inner for p, inner in patterns.items() if self._holds(p, at)}
-            if len(held) < len(patterns):
-                self._drop("patternProperties", at)
-                schema["patternProperties"] = held
+            enforced = {p: inner for p, inner in patterns.items() if self._can_enforce(p, at)}
+            if len(enforced) < len(patterns):
+                self._note_removal("patternProperties", at)
+                schema["patternProperties"] = enforced
 
-    def _property_counts(self, schema: Schema, at: str) -> None:
-        """Counts of properties, which a mask holds only where none is optional."""
+    def _relax_property_counts(self, schema: Schema, at: str) -> None:
+        """Remove counts of properties; with optional properties no mask can enforce a count."""
         properties = schema.get("properties")
         required = schema.get("required")
         listed = required if isinstance(required, list) else []
@@ -187,25 +189,25 @@ class Relaxed:
         most = schema.get("maxProperties")
         if closed and isinstance(most, int) and most >= len(properties.keys() | needed):
             schema.pop("maxProperties")
-        for word in ("minProperties", "maxProperties"):
-            if word in schema:
-                schema.pop(word)
-                self._drop(word, at)
+        for keyword in ("minProperties", "maxProperties"):
+            if keyword in schema:
+                schema.pop(keyword)
+                self._note_removal(keyword, at)
 
 
-_OF_ANY_NAME = frozenset({"type", "title", "description", "$schema"})
-"""Words of `propertyNames` that every name fits."""
+_TRUE_OF_NAMES = frozenset({"type", "title", "description", "$schema"})
+"""Keywords of `propertyNames` that each name fits."""
 
 
 def _whole_lengths(schema: Schema) -> None:
-    for word in _LENGTHS:
-        value = schema.get(word)
+    for keyword in _LENGTHS:
+        value = schema.get(keyword)
         if isinstance(value, float) and value.is_integer():
-            schema[word] = int(value)
+            schema[keyword] = int(value)
 
 
-def _one_kind_of_bound(schema: Schema) -> None:
-    """Draft 4 and OpenAPI 3.0: a boolean beside the bound."""
+def _numeric_bounds(schema: Schema) -> None:
+    """Replace boolean exclusive bounds (draft 4, OpenAPI 3.0) by numeric bounds."""
     for exclusive, bound in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
         value = schema.get(exclusive)
         if isinstance(value, bool):
@@ -223,7 +225,7 @@ def _plain_types(schema: Schema) -> None:
         elif kinds not in _TYPES:
             schema["type"] = _ALIASES.get(lowered, lowered if lowered in _TYPES else kinds)
     if not isinstance(schema.get("required", []), list):
-        schema.pop("required")  # draft 3: of the property, not of the object
+        schema.pop("required")  # in draft 3 `required` concerns the property, not the object
 
 
 def _may_be_string(schema: Mapping[str, Any]) -> bool:
@@ -232,7 +234,7 @@ def _may_be_string(schema: Mapping[str, Any]) -> bool:
 
 
 def _or_null(schema: Schema, at: str) -> Schema:
-    """OpenAPI 3.0: `nullable` lets null in as well."""
+    """The schema with `nullable` (OpenAPI 3.0) written as a type of null."""
     if schema.pop("nullable", False) is not True:
         return schema
     kinds = schema.get("type")
@@ -243,19 +245,19 @@ def _or_null(schema: Schema, at: str) -> Schema:
             schema["enum"] = [*schema["enum"], None]
         return schema
     if at == "#" or not {"const", "enum", *_LISTS, "$ref"} & schema.keys():
-        return schema  # null is not kept out, or others point into this schema by their places
+        return schema  # null is allowed already, or a wrapper would break references by place
     return {"anyOf": [schema, {"type": "null"}]}
 
 
-def _pointed(root: Any, pointer: str) -> Any:  # noqa: ANN401
-    """What a local reference points at; None for nothing."""
+def _resolve(root: Any, pointer: str) -> Any:  # noqa: ANN401
+    """The target of a local reference; None without a target."""
     if not pointer.startswith("#/"):
         return None
-    found = root
+    target = root
     for part in pointer[2:].split("/"):
         name = part.replace("~1", "/").replace("~0", "~")
-        found = found.get(name) if isinstance(found, dict) else None
-    return found
+        target = target.get(name) if isinstance(target, dict) else None
+    return target
 
 
 def _escaped(name: str) -> str:

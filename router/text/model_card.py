@@ -1,4 +1,4 @@
-"""What a gateway must know of a model to speak for it: its card, which the leader hands over.
+"""The model card: what a gateway must know of a model; the leader sends the card.
 
 Knows plain JSON files beside a checkpoint; knows nothing of weights.
 """
@@ -18,34 +18,34 @@ from arriero.router.text.turn_ends import turn_ends
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelCard:
-    """A model as one group serves it.
+    """A model that a group serves.
 
     Attributes:
-        model: the id that clients ask for.
+        model: id of the model for clients.
         group: id of the group.
-        layout: how the group cuts the model, such as "tp2 pp2".
-        digest: of weights and revision; groups of one digest give the same tokens.
-        max_model_len: most tokens of prompt and output together.
-        vocab_size: token ids run below it.
-        bos_token_id, eos_token_ids: the model's own begin and end tokens, `turn_ends` among them.
-        turn_ends: end tokens that the chat template alone tells of; the engine does not know them,
+        layout: how the group divides the model, such as "tp2 pp2".
+        digest: digest of weights and revision; groups with equal digests give the same tokens.
+        max_model_len: largest number of tokens of prompt and output together.
+        vocab_size: number of token ids of the model.
+        bos_token_id, eos_token_ids: begin token and end tokens, `turn_ends` included.
+        turn_ends: end tokens from the chat template alone; the engine does not know these tokens,
             so each request names them.
-        tokenizer_json: the file's bytes.
-        chat_template: Jinja source of the default one, or None.
-        named_templates: further ones, by name ("tool_use", "rag").
-        bos_token, eos_token: their text, which templates ask for.
-        special_tokens: text of further ones that templates may ask for, by the field's name.
+        tokenizer_json: bytes of the file.
+        chat_template: Jinja source of the default template, or None.
+        named_templates: further templates, by name ("tool_use", "rag").
+        bos_token, eos_token: text of these tokens, a variable of templates.
+        special_tokens: text of further special tokens for templates, by field name.
         generation_defaults: sampling fields of the checkpoint's generation_config.json.
         created: seconds since 1970.
-        max_sequences: most sequences that the group computes at once.
-        arithmetic: what the weights are held and computed in, such as "bfloat16 int8".
-        epoch: of the group: a later life of the same place has a larger one.
-        cache_root: the model's part of its KV blocks' keys; b"" where prefixes are not kept.
-        block_size: tokens in one of them.
-        memory: names the node in whose host memory it keeps blocks; "" where it keeps none.
-        image_tile, image_features: pixels of a side of an image's tile, and the features that stand
-            for a tile; 0 where the model reads no images.
-        warnings: what the checkpoint's text files say that is not taken, in words.
+        max_sequences: largest number of sequences that the group computes at once.
+        numerics: dtypes of weights and computation, such as "bfloat16 int8".
+        epoch: epoch of the group; a later group of the same seat has a larger epoch.
+        cache_root: the model's part of the keys of KV blocks; b"" without a prefix cache.
+        block_size: tokens in a KV block.
+        memory: name of the node with the group's KV blocks in host memory; "" without such blocks.
+        image_tile, image_features: pixels along the side of an image tile, and features of a tile;
+            0 for a model that reads no images.
+        warnings: a sentence for each value of the text files that is not used.
     """
 
     model: str
@@ -76,13 +76,13 @@ class ModelCard:
     warnings: tuple[str, ...] = ()
 
     @property
-    def weights(self) -> str:
-        """Digest and arithmetic: where they are equal, one group may go on for another."""
+    def compat_key(self) -> str:
+        """Digest and numerics; a group may continue the requests of a group with an equal key."""
         return f"{self.digest} {self.numerics}"
 
     @property
     def text_key(self) -> str:
-        """Digest of what makes the model's text side; groups of an equal one share it."""
+        """Digest of the inputs of `TextModel`; groups with equal digests share a `TextModel`."""
         digest = hashlib.sha256(self.tokenizer_json)
         texts = (
             self.chat_template,
@@ -96,11 +96,11 @@ class ModelCard:
 
     @property
     def template_tokens(self) -> dict[str, str]:
-        """The special tokens' text that templates ask for, by variable."""
+        """Text of the special tokens for templates, by variable."""
         return {**self.special_tokens, "bos_token": self.bos_token, "eos_token": self.eos_token}
 
     def to_wire(self) -> dict[str, Any]:
-        """As msgpack can carry it."""
+        """The card as values for msgpack."""
         return asdict(self)
 
     @classmethod
@@ -131,17 +131,16 @@ class ModelCard:
         image_tile: int = 0,
         image_features: int = 0,
     ) -> ModelCard:
-        """Read tokenizer, template and defaults from a checkpoint's folder; the rest is given.
+        """A card with tokenizer, templates and defaults from a checkpoint's folder.
 
         Raises:
-            CheckpointError: tokenizer.json is missing, or a file is not what it must be.
+            CheckpointError: tokenizer.json is missing, or a file is broken.
         """
         files = TextFiles.read(Path(path))
         specials = dict(files.special_tokens)
-        ends = turn_ends(
-            [files.chat_template, *files.named_templates.values()], specials, files.tokenizer_json
-        )
-        more = tuple(token for token in ends if token < vocab_size and token not in eos_token_ids)
+        sources = [files.chat_template, *files.named_templates.values()]
+        ends = turn_ends(sources, specials, files.tokenizer_json)
+        new_ends = tuple(end for end in ends if end < vocab_size and end not in eos_token_ids)
         return cls(
             model=model,
             group=group,
@@ -150,8 +149,8 @@ class ModelCard:
             max_model_len=max_model_len,
             vocab_size=vocab_size,
             bos_token_id=bos_token_id,
-            eos_token_ids=(*eos_token_ids, *more),
-            turn_ends=more,
+            eos_token_ids=(*eos_token_ids, *new_ends),
+            turn_ends=new_ends,
             tokenizer_json=files.tokenizer_json,
             chat_template=files.chat_template,
             named_templates=files.named_templates,

@@ -1,11 +1,11 @@
-"""Sampling defaults of a checkpoint's generation_config.json, as requests can take them.
+"""Sampling defaults of a checkpoint's generation_config.json, for fields that a request leaves out.
 
-What a request leaves out is taken from here, so a request is never refused for a value that it did
-not send: a value with a usual meaning is put into our terms, any other is left out with a warning.
+A bad default must not make a request fail: values with a usual meaning are converted, all other
+values are left out with a warning.
 
-`do_sample` is not looked at, as in vLLM and TGI: the API's default is to sample, a checkpoint's
-`temperature` says how, and 0 is greedy. (transformers would be greedy wherever `do_sample` is not
-true, also where the file recommends a temperature.) Knows numbers; knows nothing of requests.
+`do_sample` has no effect, as in vLLM and TGI: the API samples by default, the checkpoint's
+`temperature` says how, and 0 is greedy. (transformers is greedy unless `do_sample` is true, even if
+the file recommends a temperature.) Knows numbers; knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -16,28 +16,29 @@ from typing import Any
 
 _FILE = "generation_config.json"
 MAX_TOP_K = 2**31 - 1
+"""Larger values of `top_k` count as off."""
 LIKELIEST = 1e-6
-"""`top_p` that keeps the likeliest token alone."""
+"""`top_p` that keeps only the likeliest token."""
 
 
 def read_defaults(generation: Mapping[str, Any]) -> tuple[dict[str, float], list[str]]:
     """The defaults by field, and a warning for each value that is left out.
 
     Args:
-        generation: the object of generation_config.json.
+        generation: JSON object of generation_config.json.
     """
     defaults: dict[str, float] = {}
     warnings = []
-    for name, (read, wanted) in _FIELDS.items():
-        given = generation.get(name)
-        if given is None:
+    for name, (read, valid_values) in _FIELDS.items():
+        raw = generation.get(name)
+        if raw is None:
             continue
-        number = _number(given)
+        number = _number(raw)
         value = None if number is None else read(number)
         if value is None:
             warnings.append(
-                f"{_FILE}: `{name}`={str(given)[:60]!r} must be {wanted}; it is left out: correct "
-                "the file, or send the field with each request"
+                f"{_FILE}: `{name}`={str(raw)[:60]!r} must be {valid_values}, so the value is left "
+                f"out; correct the file, or send `{name}` with each request"
             )
         else:
             defaults[name] = value
@@ -45,7 +46,7 @@ def read_defaults(generation: Mapping[str, Any]) -> tuple[dict[str, float], list
 
 
 def _number(value: Any) -> float | None:  # noqa: ANN401
-    """A finite number, also one written as text."""
+    """A finite number from a JSON number or a text; None otherwise."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -56,14 +57,14 @@ def _number(value: Any) -> float | None:  # noqa: ANN401
 
 
 def _top_k(number: float) -> float | None:
-    """-1 and 0 mean off; more than any vocabulary keeps all, which is off as well."""
+    """The value of `top_k`: -1, 0, and numbers above any vocabulary size are 0, off."""
     if not number.is_integer() or number < -1:
         return None
     return int(number) if 0 < number <= MAX_TOP_K else 0
 
 
 def _top_p(number: float) -> float | None:
-    """0 keeps the likeliest token, as in transformers."""
+    """The value of `top_p`; 0 keeps the likeliest token, as in transformers."""
     if not 0 <= number <= 1:
         return None
     return max(number, LIKELIEST)

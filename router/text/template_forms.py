@@ -1,9 +1,9 @@
-"""In which form a chat template takes messages, found out by probe conversations.
+"""Probe conversations that find the form of messages for a chat template.
 
-Templates differ in what they expect of `content` (a text, or a list of parts), of the content
-beside tool calls (text or null) and of a call's arguments (an object or JSON text); given the other
-form, some fail and some leave the words out without a sign. A probe lays words of its own out in
-each form and looks whether they come out. Knows templates and messages; knows nothing of tokens.
+Templates differ in the form of `content` (a text, or a list of parts), of the content beside tool
+calls (text or null) and of a call's arguments (an object or JSON text). With the wrong form some
+templates fail and others leave the words out silently. A probe renders its own words in each form
+and checks whether the words come out. Knows templates and messages; knows nothing of tokens.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ from arriero.router.text.chat_template import ChatTemplate, TemplateError
 Message = Mapping[str, Any]
 
 ALIASES = {"developer": "system", "ipython": "tool", "tool": "ipython"}
-"""Roles that stand in for each other where a template knows one of them alone."""
+"""Roles that replace each other in a template that knows only the other role."""
 ABSENT: Mapping[str, None] = {"tools": None, "documents": None}
 _FUNCTION = "function"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Forms:
-    """How a template takes messages.
+class TemplateForms:
+    """The form of messages for a template, and observations about the template.
 
     Attributes:
-        parts: roles whose content it takes as a list of parts alone.
-        lost: roles whose words it leaves out in either form, without refusing them.
-        refused: why it refuses a role, by role.
-        shows_tools: functions on offer come out.
-        shows_calls: calls of an assistant's earlier turn come out.
-        call_content: what it takes as content beside calls where there is none: "" or None.
-        text_arguments: it takes a call's arguments as JSON text.
-        before_user: what stands before the user's words, when these are all.
-        after_turn: what follows the assistant's words, where the user goes on, and at the end.
-        ignores_prompt: `add_generation_prompt` changes nothing though a turn has a head of its own.
-        absent: what it is given as `tools` and `documents` where there are none: None, as from
-            transformers, or nothing for a template that would walk over them.
-        written: all that the probes gave, to look for special tokens in.
+        parts: roles whose content must be a list of parts instead of a text.
+        omitted: roles with words that the template leaves out in both forms, without an error.
+        refused: reason of the refusal, by refused role.
+        shows_tools: the output contains offered functions.
+        shows_calls: the output contains calls of an earlier turn of the assistant.
+        call_content: empty content beside calls: "" or None.
+        text_arguments: the arguments of a call must be JSON text.
+        before_user: text before the user's words, in a conversation of these words alone.
+        after_turn: text after the assistant's words, before a turn of the user and at the end.
+        ignores_prompt: `add_generation_prompt` has no effect although turns have a head.
+        absent: variables for a conversation without tools and documents: None for both, as from
+            transformers, or no variables for a template that loops over them.
+        written: all outputs of the probes, for a search for special tokens.
     """
 
     parts: frozenset[str]
-    lost: frozenset[str]
+    omitted: frozenset[str]
     refused: Mapping[str, str]
     shows_tools: bool
     shows_calls: bool
@@ -58,24 +58,27 @@ class Forms:
     written: str
 
     def role(self, role: str) -> str:
-        """The role under which the template shows a message of `role`."""
-        other = ALIASES.get(role)
-        if other is None or not (role in self.lost or role in self.refused):
+        """The role for the template of a message of `role`."""
+        alias = ALIASES.get(role)
+        if alias is None or self._shows(role) or not self._shows(alias):
             return role
-        return role if other in self.lost or other in self.refused else other
+        return alias
 
-    def lay(self, message: Message) -> dict[str, Any]:
-        """A message, with content as text or as parts, in the form that the template takes."""
-        laid = {**message, "role": self.role(message["role"])}
-        calls = laid.get("tool_calls")
-        content = laid.get("content")
+    def _shows(self, role: str) -> bool:
+        return role not in self.omitted and role not in self.refused
+
+    def convert(self, message: Message) -> dict[str, Any]:
+        """A message in the template's form, from content as text or as parts."""
+        converted = {**message, "role": self.role(message["role"])}
+        calls = converted.get("tool_calls")
+        content = converted.get("content")
         if calls and not content:
-            laid["content"] = self.call_content
-        elif isinstance(content, str) and laid["role"] in self.parts:
-            laid["content"] = as_parts(content)
+            converted["content"] = self.call_content
+        elif isinstance(content, str) and converted["role"] in self.parts:
+            converted["content"] = as_parts(content)
         if calls and self.text_arguments:
-            laid["tool_calls"] = [_with_text_arguments(call) for call in calls]
-        return laid
+            converted["tool_calls"] = [_with_text_arguments(call) for call in calls]
+        return converted
 
 
 def as_parts(text: str) -> list[dict[str, str]]:
@@ -83,12 +86,12 @@ def as_parts(text: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": text}]
 
 
-def probe(template: ChatTemplate, tokens: Mapping[str, str]) -> Forms:
-    """Find out how a template takes messages.
+def probe(template: ChatTemplate, tokens: Mapping[str, str]) -> TemplateForms:
+    """The form of messages for a template.
 
     Args:
         template: the template.
-        tokens: the special tokens' text that it may ask for, by variable.
+        tokens: text of the special tokens, by variable of the template.
     """
     return _Probe(template, tokens).run()
 
@@ -99,44 +102,46 @@ class _Probe:
         self._stem = "arrieroprobe"
         while self._stem in template.source:
             self._stem += "x"
-        self._more: Mapping[str, Any] = ABSENT
-        self._why = ""
-        self._seen: list[str] = []
+        self._extra: Mapping[str, Any] = ABSENT  # further variables of the template
+        self._error = ""  # of the latest refusal
+        self._outputs: list[str] = []
         self._parts: set[str] = set()
-        self._lost: set[str] = set()
+        self._omitted: set[str] = set()
         self._refused: dict[str, str] = {}
 
-    def run(self) -> Forms:
-        self._take_user()
+    def run(self) -> TemplateForms:
+        self._probe_user()
         user = self._message("user")
-        self._take("system", lambda one: [one, user])
-        self._take("assistant", lambda one: [user, one, self._message("user", "again")])
-        content, as_text, shows_calls = self._calls()
+        again = self._message("user", "again")
+        self._probe_role("system", lambda message: [message, user])
+        self._probe_role("assistant", lambda message: [user, message, again])
+        content, as_text, shows_calls = self._probe_calls()
         calls = self._call(content, as_text=as_text)
+        fields = {"tool_call_id": "arriero01", "name": "probe"}
         for role in ("tool", "ipython"):
-            self._take(role, lambda one: [user, calls, one], tool_call_id="arriero01", name="probe")
-        self._take("developer", lambda one: [one, user])
-        after, ignores_prompt = self._turns()
-        return Forms(
+            self._probe_role(role, lambda message: [user, calls, message], **fields)
+        self._probe_role("developer", lambda message: [message, user])
+        after, ignores_prompt = self._probe_turns()
+        return TemplateForms(
             parts=frozenset(self._parts),
-            lost=frozenset(self._lost),
+            omitted=frozenset(self._omitted),
             refused=self._refused,
-            shows_tools=self._shows_tools(),
+            shows_tools=self._probe_tools(),
             shows_calls=shows_calls,
             call_content=content,
             text_arguments=as_text,
             before_user=(self._render([user]) or "").partition(self._word("user"))[0],
             after_turn=after,
             ignores_prompt=ignores_prompt,
-            absent={} if self._more == {} else ABSENT,
-            written="\n".join(self._seen),
+            absent={} if self._extra == {} else ABSENT,
+            written="\n".join(self._outputs),
         )
 
     def _word(self, name: str) -> str:
         return self._stem + name
 
     def _message(self, role: str, name: str = "") -> Message:
-        """Words of a role whose form is known."""
+        """A message with probe words, after the probe of its role."""
         text = self._word(name or role)
         return {"role": role, "content": as_parts(text) if role in self._parts else text}
 
@@ -147,36 +152,36 @@ class _Probe:
         prompt: bool = True,
         tools: Sequence[Message] | None = None,
     ) -> str | None:
-        """What comes out; None where the template refuses."""
-        given = {
+        """The output for a conversation; None when the template refuses it."""
+        variables = {
             **self._tokens,
-            **self._more,
+            **self._extra,
             "messages": list(messages),
             "add_generation_prompt": prompt,
         }
         if tools is not None:
-            given["tools"] = tools
+            variables["tools"] = tools
         try:
-            text = self._template.render(given)
+            text = self._template.render(variables)
         except TemplateError as error:
-            self._why = str(error)
+            self._error = str(error)
             return None
-        self._seen.append(text)
+        self._outputs.append(text)
         return text
 
-    def _take_user(self) -> None:
-        """The user's form, with whatever else the template asks for."""
+    def _probe_user(self) -> None:
+        """Find the form of the user's messages, and the further variables for the template."""
         documents = [{"title": self._word("title"), "text": self._word("text")}]
         reasons = []
-        for more in (ABSENT, {}, {"tools": self._tools()}, {"documents": documents}):
-            self._more = more
+        for extra in (ABSENT, {}, {"tools": self._tools()}, {"documents": documents}):
+            self._extra = extra
             for before in ([], [self._message("system")]):
                 self._refused.pop("user", None)
-                self._take("user", partial(_after, before))
+                self._probe_role("user", partial(_after, before))
                 if "user" not in self._refused:
                     return
                 reasons.append(self._refused["user"])
-        self._more, self._refused["user"] = ABSENT, reasons[0]
+        self._extra, self._refused["user"] = ABSENT, reasons[0]
 
     def _tools(self) -> list[Message]:
         function = {
@@ -186,23 +191,25 @@ class _Probe:
         }
         return [{"type": _FUNCTION, _FUNCTION: function}]
 
-    def _take(self, role: str, talk: Callable[[Message], list[Message]], **more: str) -> None:
-        """Note the form in which words of `role` come out."""
+    def _probe_role(
+        self, role: str, talk: Callable[[Message], list[Message]], **fields: str
+    ) -> None:
+        """Record the form in which words of `role` come out."""
         word = self._word(role)
-        why, rendered = "", False
-        self._why = ""
+        reason, rendered = "", False
+        self._error = ""
         for content in (word, as_parts(word)):
-            text = self._render(talk({"role": role, "content": content, **more}))
+            text = self._render(talk({"role": role, "content": content, **fields}))
             rendered = rendered or text is not None
-            why = why or self._why
+            reason = reason or self._error
             if text is not None and word in text:
                 if content is not word:
                     self._parts.add(role)
                 return
         if rendered:
-            self._lost.add(role)
+            self._omitted.add(role)
         else:
-            self._refused[role] = why
+            self._refused[role] = reason
 
     def _call(self, content: str | None, *, as_text: bool) -> Message:
         function = {"name": self._word("call"), "arguments": {"x": self._word("value")}}
@@ -211,8 +218,8 @@ class _Probe:
             call = _with_text_arguments(call)
         return {"role": "assistant", "content": content, "tool_calls": [call]}
 
-    def _calls(self) -> tuple[str | None, bool, bool]:
-        """Content beside calls, whether arguments are text, and whether calls come out."""
+    def _probe_calls(self) -> tuple[str | None, bool, bool]:
+        """Content beside calls, whether arguments are text, and whether the output has calls."""
         best: tuple[int, str | None, bool] = (0, "", False)
         user = self._message("user")
         for as_text in (False, True):
@@ -223,7 +230,7 @@ class _Probe:
                     best = (score, content, as_text)
         return best[1], best[2], best[0] > 0
 
-    def _shows_tools(self) -> bool:
+    def _probe_tools(self) -> bool:
         if not self._template.knows_tools:
             return False
         tools = self._tools()
@@ -234,14 +241,14 @@ class _Probe:
         shown = [self._word("tool") in text for text in texts if text is not None]
         return any(shown) or not shown
 
-    def _turns(self) -> tuple[tuple[str, str], bool]:
-        """What follows the assistant's words, and whether no generation prompt comes."""
+    def _probe_turns(self) -> tuple[tuple[str, str], bool]:
+        """`after_turn` and `ignores_prompt` of `TemplateForms`."""
         user, assistant = self._message("user"), self._message("assistant")
         again = self._message("user", "again")
         word = self._word("assistant")
-        amid = self._render([user, assistant, again]) or ""
+        middle = self._render([user, assistant, again]) or ""
         last = self._render([user, assistant], prompt=False) or ""
-        follows = amid.partition(word)[2].partition(self._word("again"))[0]
+        follows = middle.partition(word)[2].partition(self._word("again"))[0]
         opened, plain = self._render([user]), self._render([user], prompt=False)
         ignores = False
         if opened is not None and opened == plain and last.startswith(opened):

@@ -1,7 +1,7 @@
-"""What a checkpoint's text files say: tokenizer, chat templates, special tokens, sampling defaults.
+"""Reads a checkpoint's text files: tokenizer, chat templates, special tokens, sampling defaults.
 
-Knows the files' names, their forms over the years, and which of them has the last word; knows
-nothing of what the texts mean (see `agreement`).
+Knows the names of the files, their formats over the years and their precedence; knows nothing of
+the meaning of the texts (see `agreement`).
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _SPECIAL_FIELDS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextFiles:
-    """The text side of a folder.
+    """Contents of the text files in a checkpoint's folder.
 
     Attributes:
-        tokenizer_json: the file's bytes, without a byte order mark.
+        tokenizer_json: bytes of the file, without a byte order mark.
         chat_template: Jinja source of the default template, or None.
-        named_templates: the others, by name.
-        special_tokens: text of `bos_token`, `eos_token` and the like, by field.
+        named_templates: Jinja sources of the other templates, by name.
+        special_tokens: text of `bos_token`, `eos_token` and other special tokens, by field.
         generation_defaults: sampling fields of generation_config.json.
-        warnings: what was left out, in words.
+        warnings: a sentence for each value that was left out.
     """
 
     tokenizer_json: bytes
@@ -51,8 +51,8 @@ class TextFiles:
         """Read a folder.
 
         Raises:
-            CheckpointError: there is no tokenizer.json, a file is not what its name says, or none
-                of several chat templates is the default.
+            CheckpointError: tokenizer.json is missing, a file is broken, or none of several chat
+                templates is the default.
         """
         tokenizer_json = _tokenizer(folder)
         settings = _read_json(folder / SETTINGS)
@@ -60,8 +60,8 @@ class TextFiles:
         default = named.pop(DEFAULT, None) or _builtin(folder, tokenizer_json)
         if default is None and len(named) > 1:
             raise CheckpointError(
-                f"{folder}: has chat templates {', '.join(sorted(named))} and none named "
-                f"{DEFAULT!r}; name the one for plain conversations so"
+                f"{folder}: has chat templates {', '.join(sorted(named))}, but none named "
+                f"{DEFAULT!r}; give the template for plain conversations the name {DEFAULT!r}"
             )
         if default is None and named:
             _, default = named.popitem()
@@ -84,58 +84,61 @@ def _tokenizer(folder: Path) -> bytes:
         words = f"{file}: {explain_error(file, error)}"
         if (folder / "tokenizer.model").is_file():
             words += (
-                "; the folder holds tokenizer.model alone, which is not read: have transformers "
-                "write a tokenizer.json, by AutoTokenizer.from_pretrained(FOLDER)"
-                ".save_pretrained(FOLDER)"
+                "; the folder has tokenizer.model alone, a format that is not read: write a "
+                "tokenizer.json with AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) "
+                "of transformers"
             )
         raise CheckpointError(words) from error
-    because = explain_head(data[:HEAD_BYTES], len(data))
-    if because is not None:
-        raise CheckpointError(f"{file}: {because}")
+    problem = explain_head(data[:HEAD_BYTES], len(data))
+    if problem is not None:
+        raise CheckpointError(f"{file}: {problem}")
     return data.removeprefix(_BOM)
 
 
 def _named_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    """Templates by name; those in files of their own replace all that the settings hold."""
+    """Templates by name; templates in separate files replace all templates of the settings."""
     file = folder / "chat_template.jinja"
     named = {DEFAULT: _read_text(file)} if file.exists() else {}
     for extra in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja")):
         named[extra.stem] = _read_text(extra)
     if not named:
         source = folder / "chat_template.json"
-        given = _read_json(source).get("chat_template")
-        if given is None:
-            source, given = folder / SETTINGS, settings.get("chat_template")
-        named = _listed_templates(source, given)
+        value = _read_json(source).get("chat_template")
+        if value is None:
+            source, value = folder / SETTINGS, settings.get("chat_template")
+        named = _listed_templates(source, value)
     return {name: text for name, text in named.items() if text.strip()}
 
 
-def _listed_templates(file: Path, given: Any) -> dict[str, str]:  # noqa: ANN401
-    """One text, a list of {"name": …, "template": …}, or an object of texts by name."""
-    if given is None:
+def _listed_templates(file: Path, value: Any) -> dict[str, str]:  # noqa: ANN401
+    """Templates by name from a text, a list of {"name": …, "template": …}, or an object."""
+    if value is None:
         return {}
-    if isinstance(given, str):
-        return {DEFAULT: given}
+    if isinstance(value, str):
+        return {DEFAULT: value}
     pairs: list[tuple[Any, Any]] = []
-    if isinstance(given, Mapping):
-        pairs = list(given.items())
-    elif isinstance(given, list) and all(isinstance(entry, Mapping) for entry in given):
-        pairs = [(entry.get("name"), entry.get("template")) for entry in given]
+    if isinstance(value, Mapping):
+        pairs = list(value.items())
+    elif isinstance(value, list) and all(isinstance(entry, Mapping) for entry in value):
+        pairs = [(entry.get("name"), entry.get("template")) for entry in value]
     if not pairs or not all(isinstance(part, str) for pair in pairs for part in pair):
         raise CheckpointError(
-            f"{file}: `chat_template` is a {type(given).__name__} that holds no templates; give a "
-            'text, or a list of {"name": …, "template": …}'
+            f"{file}: `chat_template` is a {type(value).__name__} without templates; give a text, "
+            'or a list of {"name": …, "template": …}'
         )
     return dict(pairs)
 
 
 def _builtin(folder: Path, tokenizer_json: bytes) -> str | None:
-    """A template of our own, when the special tokens are those of a Llama that we know."""
+    """A built-in template for the special tokens of a known Llama; None for other tokens."""
     try:
         added = json.loads(tokenizer_json).get("added_tokens") or []
         specials = {token["content"] for token in added}
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{folder / 'tokenizer.json'}: {error!r}") from error
+        raise CheckpointError(
+            f"{folder / 'tokenizer.json'}: `added_tokens` cannot be read: {error!r}; download the "
+            "file again"
+        ) from error
     config = _read_json(folder / "config.json")
     scaling = config.get("rope_scaling") or config.get("rope_parameters")
     factor = scaling.get("factor") if isinstance(scaling, Mapping) else None
@@ -144,28 +147,34 @@ def _builtin(folder: Path, tokenizer_json: bytes) -> str | None:
 
 def _special_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     mapped = _read_json(folder / SPECIALS)
-    found = {
+    texts = {
         name: token_text(settings.get(name)) or token_text(mapped.get(name))
         for name in _SPECIAL_FIELDS
     }
-    return {name: text for name, text in found.items() if text}
+    return {name: text for name, text in texts.items() if text}
 
 
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+        raise CheckpointError(
+            f"{path}: cannot be read as UTF-8 text: {error}; download the file again"
+        ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, empty when there is no such file."""
+    """The JSON object of a file; empty when the file does not exist."""
     if not path.exists():
         return {}
     try:
         data = json.loads(_read_text(path))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not JSON: {error}") from error
+        raise CheckpointError(
+            f"{path}: is not JSON: {error}; correct the file, or download the file again"
+        ) from error
     if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: holds a JSON {type(data).__name__}, not an object")
+        raise CheckpointError(
+            f"{path}: has a JSON {type(data).__name__}, but must have an object; correct the file"
+        )
     return data

@@ -1,4 +1,4 @@
-"""Tool calls in a model's text, found while it streams."""
+"""Finds tool calls in a model's text while the text streams."""
 
 from arriero.router.tools.events import Content, Event, ToolCall, Truncated
 from arriero.router.tools.parser import ToolCallParser

@@ -1,4 +1,4 @@
-"""The end of a bracketed text, found in one pass however it arrives."""
+"""Finds the end of a bracketed text in a single pass while the text arrives in pieces."""
 
 from __future__ import annotations
 
@@ -10,48 +10,48 @@ _MARK_STARTS = frozenset("<`")
 
 
 def prefix(text: str, at: int, words: Collection[str]) -> bool | None:
-    """Whether one of `words` stands at `at`; None where one may once there is more."""
-    maybe = False
+    """Whether `text` has one of `words` at `at`; None while more text may decide."""
+    possible = False
     for word in words:
         if text.startswith(word, at):
             return True
-        maybe = maybe or (len(text) - at < len(word) and word.startswith(text[at:]))
-    return None if maybe else False
+        possible = possible or (len(text) - at < len(word) and word.startswith(text[at:]))
+    return None if possible else False
 
 
 class Balance:
-    """Watches brackets outside of strings; each character is looked at once.
+    """Counts brackets outside of strings; reads each character once.
 
     Args:
-        quotes: the characters that open a string: `"` in JSON, both in Python.
-        triple: three quotes open a string that only three close, as in Python.
-        marks: what ends the text outside of strings, closed or not.
+        quotes: characters that open a string: `"` in JSON, `"` and `'` in Python.
+        triple: three quotes open a string that only three quotes close, as in Python.
+        marks: marks that end the text outside of strings, even with open brackets.
 
     Attributes:
-        ended: where one of `marks` stands; None so far.
+        mark_at: position of the first mark; None before.
     """
 
-    __slots__ = ("_at", "_closing", "_marks", "_missing", "_quotes", "_triple", "ended")
+    __slots__ = ("_at", "_closing", "_marks", "_missing", "_quotes", "_triple", "mark_at")
 
     def __init__(self, quotes: str, *, triple: bool = False, marks: Sequence[str] = ()) -> None:
         self._marks = marks
-        self.ended: int | None = None
+        self.mark_at: int | None = None
         self._quotes = quotes
         self._triple = triple
         self._at = 0
-        self._missing: list[str] = []  # what closes the brackets that are open, the first last
-        self._closing = ""  # what ends the string we are in
+        self._missing: list[str] = []  # closing brackets of the open brackets, outermost first
+        self._closing = ""  # closing quotes of the open string
 
     def end(self, text: str, *, final: bool = False) -> int | None:
-        """Where the first bracket of `text` is closed (one past it), or None so far.
+        """Position after the bracket that closes the first bracket of `text`; None before.
 
         Args:
-            text: all the text, which grows from call to call; it starts with the bracket, or with
-                a name before it.
-            final: it will not grow, so an open question (is a quote one of three?) is decided.
+            text: the whole text so far; each call passes a longer text. The text starts with the
+                bracket, or with a name before the bracket.
+            final: no text follows, so that a quote is not the first of three.
         """
         at, size = self._at, len(text)
-        while at < size and self.ended is None:
+        while at < size and self.mark_at is None:
             char = text[at]
             if self._closing:
                 if char == "\\":
@@ -77,10 +77,10 @@ class Balance:
                 at += len(self._closing)
                 continue
             elif char in _MARK_STARTS:
-                found = prefix(text, at, self._marks)
-                if found:
-                    self.ended = at
-                if found or (found is None and not final):
+                is_mark = prefix(text, at, self._marks)
+                if is_mark:
+                    self.mark_at = at
+                if is_mark or (is_mark is None and not final):
                     break
             elif char in _CLOSING:
                 self._missing.append(_CLOSING[char])
@@ -96,5 +96,5 @@ class Balance:
 
     @property
     def missing(self) -> str | None:
-        """The brackets that would close the text so far; None within a string."""
+        """The brackets that close the text so far; None within a string."""
         return None if self._closing else "".join(reversed(self._missing))

@@ -1,7 +1,7 @@
-"""Where a call begins in a text: what can be said of a place from the characters there are.
+"""Whether a call begins at a position of a text, as far as the characters so far tell.
 
-Answers from as few characters as the form needs, since text is held back until the answer is
-certain. Knows the marks of `forms` and how each form begins; knows nothing of streams.
+Answers after as few characters as the form needs, since text is held back until the answer is
+certain. Knows the marks of `forms` and the beginning of each form; knows nothing of streams.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from arriero.router.tools.events import ToolCall
 from arriero.router.tools.forms import HEADS, WRAPS, Head, Wrap
 
 BUILTIN = ("brave_search", "wolfram_alpha")
-"""Tools that Llama 3.1 was trained to call by `.call(…)`."""
+"""Tools that Llama 3.1 learned to call by `.call(…)`."""
 
 _SPACE = re.compile(r"\s*")
 _NAME = re.compile(r"[^\W\d][\w.]*")
@@ -32,15 +32,15 @@ Parse = Callable[[str], list[ToolCall]]
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A call's beginning.
+    """The beginning of a call.
 
     Attributes:
-        parse: reads the call's own text, from `body` to its bracket's end; ValueError when it is
-            no call. None where `body` is the beginning of another form.
-        body: where that text begins.
-        python: strings in it are Python's, else JSON's.
-        closing: the mark that may follow it; "" for none.
-        sure: it is a call whatever its name.
+        parse: reads the text of the call, from `body` to the closing bracket; raises ValueError for
+            text that is no call. None when another form begins at `body`.
+        body: position of the text of the call.
+        python: strings are Python's; otherwise JSON's.
+        closing: mark that may follow the call; "" for none.
+        sure: the text is a call whatever the name.
         named: the name is before the body.
     """
 
@@ -53,14 +53,14 @@ class Start:
 
 
 Answer = Start | bool | None
-"""A call begins; it does not (False); or that depends on more text (None)."""
+"""A call begins (`Start`), no call begins (False), or more text must decide (None)."""
 
 
 class Beginning:
-    """Tells where calls of some tools begin.
+    """Tells where calls of tools begin.
 
     Args:
-        tools: names of the tools on offer; None takes any name.
+        tools: names of the offered tools; None accepts all names.
     """
 
     def __init__(self, tools: frozenset[str] | None) -> None:
@@ -68,26 +68,26 @@ class Beginning:
         names = BUILTIN if tools is None else tools
         self._builtin_calls = tuple(f"{name}.call(" for name in names)
 
-    def look(self, text: str, at: int, starts_line: bool) -> Answer:
-        """Whether a call begins at `at`."""
+    def check(self, text: str, at: int, starts_line: bool) -> Answer:
+        """Whether a call begins at `at`, outside of Llama's own tags."""
         char = text[at]
         answer: Answer = False
         for wrap in _WRAPS.get(char, ()):
             if starts_line or not wrap.line_start:
-                answer = _better(answer, self._wrapped(text, at, wrap))
+                answer = _combined(answer, self._wrapped(text, at, wrap))
         for head in _HEADS.get(char, ()):
-            answer = _better(answer, _headed(text, at, head))
+            answer = _combined(answer, _headed(text, at, head))
         if isinstance(answer, Start):
             return answer
         if char in "{[":
-            return _better(answer, self._bracketed(text, at, sure=False))
+            return _combined(answer, self._bracketed(text, at, sure=False))
         if starts_line:
-            found = prefix(text, at, self._builtin_calls)
-            return _better(answer, replace(_single(at), sure=True) if found else found)
+            builtin = prefix(text, at, self._builtin_calls)
+            return _combined(answer, replace(_single(at), sure=True) if builtin else builtin)
         return answer
 
-    def tagged(self, text: str, at: int) -> Answer:
-        """The same behind one of Llama's own tags, where what is no call is code."""
+    def check_after_tag(self, text: str, at: int) -> Answer:
+        """Whether a call begins at `at`, after one of Llama's own tags; other text is code."""
         char = text[at]
         if char == "{":
             return _object(at)
@@ -112,7 +112,7 @@ class Beginning:
         body = at + len(wrap.opening)
         if wrap.label:
             label = _LABEL.match(text, body)
-            assert label is not None, "matches the empty string"
+            assert label is not None, "the pattern matches the empty string"
             body = label.end()
         body = skip(text, body)
         if body == len(text):
@@ -120,7 +120,7 @@ class Beginning:
         inner = self._bracketed(text, body, sure=wrap.sure)
         if inner is False and text[body] == "<":
             for head in HEADS:
-                inner = _better(inner, _headed(text, body, head))
+                inner = _combined(inner, _headed(text, body, head))
             if isinstance(inner, Start):
                 return Start(None, body, closing=wrap.closing)
         if not isinstance(inner, Start):
@@ -128,7 +128,7 @@ class Beginning:
         return Start(inner.parse, body, inner.python, wrap.closing, wrap.sure)
 
     def _bracketed(self, text: str, at: int, *, sure: bool) -> Answer:
-        """A JSON object, a list of such, a Python list; and a Python call where that is sure."""
+        """A JSON object, a list of objects or a Python list; a Python call only with `sure`."""
         char = text[at]
         if char == "{":
             return self._json(text, at, _object(at), sure=sure)
@@ -147,11 +147,11 @@ class Beginning:
         key = skip(text, at + 1)
         if key == len(text):
             return None
-        found = prefix(text, key, _KEYS)
-        return start if found else found
+        is_key = prefix(text, key, _KEYS)
+        return start if is_key else is_key
 
     def _python(self, text: str, at: int, start: Start, *, sure: bool) -> Answer:
-        """Whether a tool's name and a bracket stand at `at`."""
+        """The start, if the text has a tool's name and an opening bracket at `at`."""
         tools = None if sure else self._tools
         name = _NAME.match(text, at)
         if name is None:
@@ -171,14 +171,14 @@ def _headed(text: str, at: int, head: Head) -> Answer:
     opening = prefix(text, at, (head.opening,))
     if not opening:
         return opening
-    found = head.pattern.match(text, at)
-    assert found is not None, "the opening is there"
-    if found.end() == len(text):
+    match = head.pattern.match(text, at)
+    assert match is not None, "the pattern matches each text with the opening"
+    if match.end() == len(text):
         return None
-    if not found[1] or text[found.end()] != "{":
+    if not match[1] or text[match.end()] != "{":
         return False
-    parse = partial(_parse_arguments, found[1])
-    return Start(parse, found.end(), closing=head.closing, sure=True, named=True)
+    parse = partial(_parse_arguments, match[1])
+    return Start(parse, match.end(), closing=head.closing, sure=True, named=True)
 
 
 def _parse_arguments(name: str, text: str) -> list[ToolCall]:
@@ -201,15 +201,15 @@ def _single(at: int) -> Start:
     return Start(lambda text: [pythonic.parse_call(text)], at, python=True)
 
 
-def _better(one: Answer, other: Answer) -> Answer:
-    """The answer of two forms: a call in either, or else that more text may decide."""
-    if isinstance(one, Start) or other is False:
-        return one
-    return other if isinstance(other, Start) or one is False else None
+def _combined(first: Answer, second: Answer) -> Answer:
+    """The answer of two forms together: a call in either form, otherwise None before False."""
+    if isinstance(first, Start) or second is False:
+        return first
+    return second if isinstance(second, Start) or first is False else None
 
 
 def skip(text: str, at: int) -> int:
-    """The next place at or after `at` that is no space."""
-    found = _SPACE.match(text, at)
-    assert found is not None, "matches the empty string"
-    return found.end()
+    """Position of the first character at or after `at` that is no space."""
+    spaces = _SPACE.match(text, at)
+    assert spaces is not None, "the pattern matches the empty string"
+    return spaces.end()

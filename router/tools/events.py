@@ -1,4 +1,4 @@
-"""What a model's text turns out to be, piece by piece."""
+"""The values that `ToolCallParser` gives: content, calls, and calls that were cut off."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """Words for the reader."""
+    """Text for the reader, outside of calls."""
 
     text: str
 
@@ -20,8 +20,8 @@ class ToolCall:
     """A complete call.
 
     Attributes:
-        name: the tool.
-        arguments: a JSON object.
+        name: name of the tool.
+        arguments: JSON object as text.
     """
 
     name: str
@@ -29,22 +29,22 @@ class ToolCall:
 
     @classmethod
     def make(cls, name: str, arguments: Mapping[str, Any]) -> ToolCall:
-        """With `arguments` written as JSON.
+        """A call with `arguments` as JSON text.
 
         Raises:
-            ValueError: a value that JSON has no word for (infinity).
+            ValueError: JSON has no form for a value (infinity).
         """
         text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
         try:
             text.encode()
-        except UnicodeEncodeError:  # half of a surrogate pair: only its escape is UTF-8
+        except UnicodeEncodeError:  # half a surrogate pair, which only an escape can write in UTF-8
             text = json.dumps(arguments, allow_nan=False)
         return cls(name, text)
 
 
 @dataclass(frozen=True, slots=True)
 class Truncated:
-    """A call that the output's end cut off; the text is what there is of it."""
+    """A call that the end of the output cut off, with the text so far."""
 
     text: str
 

@@ -1,8 +1,8 @@
-"""The marks that models put around and before calls: the registry of `ToolCallParser`.
+"""The marks that models put around and before calls, as a registry for `ToolCallParser`.
 
-A wrap stands around calls that are JSON or Python (`<tool_call>{…}</tool_call>`); a head stands
-before the arguments of one call and names its tool (`<function=name>{…}`). To teach the parser
-another mark is to add a line here. Knows marks; knows nothing of how text arrives.
+A wrap goes around calls in JSON or Python (`<tool_call>{…}</tool_call>`); a head goes before the
+arguments of a call and names the tool (`<function=name>{…}`). A new mark is a new line here. Knows
+marks; knows nothing of streams.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import re
 from dataclasses import dataclass
 
 OPENERS = ("<|python_tag|>", "<|python_start|>")
-"""Tags of Llama's own; what follows one and is no call is code."""
+"""Llama's own tags before calls; other text after a tag is code."""
 ENDERS = ("<|eom_id|>", "<|eot_id|>", "<|eot|>", "<|python_end|>")
+"""Llama's own tags after calls and code."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +21,12 @@ class Wrap:
     """Marks around calls.
 
     Attributes:
-        opening: the text before them.
-        closing: the text after them, which may be missing; "" for none.
-        label: a word may stand behind the opening, such as a fence's language.
-        sure: what stands within is meant as a call whatever its name; else it must name a tool on
-            offer, and its object begins as a call's does.
-        line_start: only at the start of a line.
+        opening: text before the calls.
+        closing: text after the calls, which may be missing; "" for none.
+        label: a word may follow the opening, such as a fence's language.
+        sure: the text within is a call whatever the name; otherwise the text must name an offered
+            tool, and an object must begin as a call.
+        line_start: the wrap counts only at the start of a line.
     """
 
     opening: str
@@ -42,8 +43,8 @@ WRAPS = (
     Wrap("<|tool_call_start|>", "<|tool_call_end|>"),
     Wrap("<|tool_calls|>", "<|/tool_calls|>"),
     Wrap("<function_call>", "</function_call>"),
-    Wrap("<functioncall>", "</functioncall>"),  # tuned on glaive-function-calling
-    Wrap("<tools>", "</tools>", sure=False),  # Hermes' own mark of the offer, given back
+    Wrap("<functioncall>", "</functioncall>"),  # models trained on glaive-function-calling
+    Wrap("<tools>", "</tools>", sure=False),  # Hermes' own mark around offered tools
     Wrap("[TOOL_CALLS]"),
     Wrap("functools", line_start=True),
     Wrap("```", "```", label=True, sure=False),
@@ -52,13 +53,13 @@ WRAPS = (
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What names a tool before its arguments, a JSON object.
+    """A mark with the name of a tool, before the arguments as a JSON object.
 
     Attributes:
-        opening: the text it begins with.
-        pattern: matches from the opening to the arguments' brace; group 1 is the name. It matches
-            every beginning of itself that holds the opening.
-        closing: the text after the arguments, which may be missing; "" for none.
+        opening: beginning of the mark.
+        pattern: matches from the opening to the brace of the arguments; group 1 is the name. The
+            pattern also matches a mark that is cut off anywhere after the opening.
+        closing: text after the arguments, which may be missing; "" for none.
     """
 
     opening: str

@@ -1,7 +1,7 @@
-"""What is certain of calls that the output's end cut off.
+"""The certain part of calls that the end of the output cut off.
 
-A call whose name is whole is given with as much of its arguments as there is, as JSON that only
-lacks its end. Knows the forms' own texts, without the marks around them.
+A call with a complete name is given with the arguments so far, as JSON without the end. Knows the
+texts of calls in each form; knows nothing of the marks around calls.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _DECODER = json.JSONDecoder(strict=False)
 
 
 def complete_calls(text: str) -> tuple[list[ToolCall], str]:
-    """The whole calls of a list that was cut off, and the text from the next one on.
+    """The complete calls of a list that was cut off, and the text after these calls.
 
     Args:
-        text: of a list or of one call, in JSON or in Python.
+        text: text of a list or of a call, in JSON or Python.
     """
     if not text.startswith("["):
         return [], text
@@ -42,14 +42,14 @@ def complete_calls(text: str) -> tuple[list[ToolCall], str]:
 
 
 def partial_call(text: str) -> ToolCall | None:
-    """The call that `text` is the beginning of; None while its name is not whole.
+    """The call at the beginning of `text`; None while the name is not complete.
 
-    Its `arguments` are the beginning of a JSON object, or empty.
+    The `arguments` are the beginning of a JSON object, or empty.
     """
     for head in HEADS:
-        found = head.pattern.match(text)
-        if found is not None and found[1] and text.startswith("{", found.end()):
-            return ToolCall(found[1], text[found.end() :])
+        match = head.pattern.match(text)
+        if match is not None and match[1] and text.startswith("{", match.end()):
+            return ToolCall(match[1], text[match.end() :])
     if not text.startswith("{"):
         return pythonic.partial_call(text)
     fields = _fields(text)
@@ -58,14 +58,14 @@ def partial_call(text: str) -> ToolCall | None:
     name = _string(json_calls.first_of(fields, (*json_calls.NAMES, "function")))
     if not name:
         return None
-    given = json_calls.first_of(fields, json_calls.ARGUMENTS) or ""
-    if given.startswith('"'):  # an object, written as a string
-        given = _string(given, whole=False) or ""
-    return ToolCall(name, given if given.startswith("{") else "")
+    arguments = json_calls.first_of(fields, json_calls.ARGUMENTS) or ""
+    if arguments.startswith('"'):  # an object within a string
+        arguments = _string(arguments, whole=False) or ""
+    return ToolCall(name, arguments if arguments.startswith("{") else "")
 
 
 def _fields(text: str) -> dict[str, str]:
-    """The fields of a JSON object that was cut off: each one's own text, the last may be a part."""
+    """The fields of a JSON object that was cut off, as texts; the last text may be incomplete."""
     fields: dict[str, str] = {}
     at = skip(text, 1)
     try:
@@ -88,10 +88,10 @@ def _fields(text: str) -> dict[str, str]:
 
 
 def _string(text: str | None, *, whole: bool = True) -> str | None:
-    """The JSON string in `text`; of one that was cut off, unless `whole`, as much as there is."""
+    """Value of the JSON string in `text`; without `whole`, also of a string that was cut off."""
     text = text or ""
     tails = ("",) if whole else ("", '"')
-    # an escape may be cut in two, at most five characters of it
+    # The cut may be within an escape, after at most 5 of its characters.
     for dropped in range(1 if whole else 6):
         for tail in tails:
             try:

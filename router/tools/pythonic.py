@@ -1,7 +1,8 @@
 """Python-like calls: `[f(a='x'), g()]` and `f.call(a="x")`.
 
-Reads literals only (strings, numbers, lists, tuples, mappings, true and None in either spelling);
-nothing is evaluated. Gentler than Python where models are: a string may hold a bare line end.
+Reads literals only (strings, numbers, lists, tuples, mappings, true and None in both spellings);
+evaluates nothing. More tolerant than Python, because models are less exact: a string may have a
+bare line break.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 from arriero.router.tools.events import ToolCall
 
 MAX_DEPTH = 64
+"""Largest depth of nested values."""
 
 _SPACE = re.compile(r"\s*")
 _NAME = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*")
@@ -22,10 +24,10 @@ _WORDS = {"True": True, "False": False, "None": None, "true": True, "false": Fal
 
 
 def parse_list(text: str) -> list[ToolCall]:
-    """The calls of `[f(...), g(...)]`, at least one.
+    """The calls of `[f(...), g(...)]`, at least one call.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the text is no list of calls.
     """
     reader = _Reader(text)
     reader.take("[")
@@ -37,15 +39,15 @@ def parse_list(text: str) -> list[ToolCall]:
     reader.take("]")
     reader.finish()
     if not calls:
-        raise ValueError("no call in the list")
+        raise ValueError("the list has no calls")
     return calls
 
 
 def parse_call(text: str) -> ToolCall:
-    """The call of `f(...)`, or of `f.call(...)` as Llama 3.1 writes its built-in tools'.
+    """The call of `f(...)`, or of `f.call(...)`, Llama 3.1's form for built-in tools.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the text is no call.
     """
     reader = _Reader(text)
     call = reader.call()
@@ -54,7 +56,7 @@ def parse_call(text: str) -> ToolCall:
 
 
 def complete_calls(text: str) -> tuple[list[ToolCall], str]:
-    """The whole calls of a list that was cut off, and the text from the next one on."""
+    """The complete calls of a list that was cut off, and the text after these calls."""
     reader = _Reader(text)
     reader.take("[")
     calls: list[ToolCall] = []
@@ -69,7 +71,7 @@ def complete_calls(text: str) -> tuple[list[ToolCall], str]:
 
 
 def partial_call(text: str) -> ToolCall | None:
-    """The call that `text` is the beginning of, with its whole arguments; None without a name."""
+    """The call at the beginning of `text`, with the complete arguments; None without a name."""
     reader = _Reader(text)
     arguments: dict[str, Any] = {}
     try:
@@ -80,7 +82,7 @@ def partial_call(text: str) -> ToolCall | None:
     try:
         reader.arguments(arguments)
     except ValueError:
-        pass  # at the cut
+        pass  # the text ends here
     written = ToolCall.make(name.removesuffix(".call"), arguments)
     return ToolCall(written.name, written.arguments[:-1] if arguments else "")
 
@@ -93,12 +95,12 @@ class _Reader:
         self._at = 0
 
     def _space(self) -> None:
-        found = _SPACE.match(self._text, self._at)
-        assert found is not None, "matches the empty string"
-        self._at = found.end()
+        spaces = _SPACE.match(self._text, self._at)
+        assert spaces is not None, "the pattern matches the empty string"
+        self._at = spaces.end()
 
     def at(self, mark: str) -> bool:
-        """Whether `mark` comes next, after spaces."""
+        """Whether `mark` is next, after spaces."""
         self._space()
         return self._text.startswith(mark, self._at)
 
@@ -110,20 +112,20 @@ class _Reader:
 
     def take(self, mark: str) -> None:
         if not self.skip(mark):
-            raise ValueError(f"no {mark!r} at {self._at}")
+            raise ValueError(f"{mark!r} is missing at {self._at}")
 
     def finish(self) -> None:
         self._space()
         if self._at != len(self._text):
-            raise ValueError(f"more text at {self._at}")
+            raise ValueError(f"text follows the call at {self._at}")
 
     def _match(self, pattern: re.Pattern[str]) -> str:
         self._space()
-        found = pattern.match(self._text, self._at)
-        if found is None:
-            raise ValueError(f"neither name nor value at {self._at}")
-        self._at = found.end()
-        return found[0]
+        match = pattern.match(self._text, self._at)
+        if match is None:
+            raise ValueError(f"a name or value is missing at {self._at}")
+        self._at = match.end()
+        return match[0]
 
     def rest(self) -> str:
         self._space()
@@ -140,12 +142,12 @@ class _Reader:
         return ToolCall.make(name, arguments)
 
     def arguments(self, arguments: dict[str, Any]) -> None:
-        """Read into `arguments` up to the closing bracket; those before an error stay."""
+        """Read into `arguments` up to the closing bracket; arguments before an error stay."""
         while not self.at(")"):
             key = self._match(_NAME)
             self.take("=")
             if key in arguments:
-                raise ValueError(f"{key} is given twice")
+                raise ValueError(f"the argument {key} occurs twice")
             arguments[key] = self._value(0)
             if not self.skip(","):
                 break
@@ -153,7 +155,7 @@ class _Reader:
 
     def _value(self, depth: int) -> Any:  # noqa: ANN401
         if depth > MAX_DEPTH:
-            raise ValueError(f"nested deeper than {MAX_DEPTH}")
+            raise ValueError(f"the value is nested deeper than {MAX_DEPTH} levels")
         if self.skip("["):
             return self._items("]", depth)
         if self.skip("("):
@@ -168,7 +170,7 @@ class _Reader:
             return float(number) if any(c in number for c in ".eE") else int(number)
         word = self._match(_NAME)
         if word not in _WORDS:
-            raise ValueError(f"{word} is no value")
+            raise ValueError(f"{word} is no literal")
         return _WORDS[word]
 
     def _items(self, closing: str, depth: int) -> list[Any]:
@@ -185,7 +187,7 @@ class _Reader:
         while not self.at("}"):
             key = self._value(depth + 1)
             if not isinstance(key, str):
-                raise ValueError("a key that is no string")
+                raise ValueError("a key is no string")
             self.take(":")
             items[key] = self._value(depth + 1)
             if not self.skip(","):
@@ -199,14 +201,14 @@ class _Reader:
         start = at = self._at + len(mark)
         while not self._text.startswith(mark, at):
             if at >= len(self._text):
-                raise ValueError("a string without end")
+                raise ValueError("a string has no end")
             at += 2 if self._text[at] == "\\" else 1
         self._at = at + len(mark)
         return _ESCAPE.sub(_unescape, self._text[start:at])
 
 
-def _unescape(found: re.Match[str]) -> str:
-    body = found[1]
+def _unescape(escape: re.Match[str]) -> str:
+    body = escape[1]
     if body[0] in "uUx" and len(body) > 1:
         return chr(int(body[1:], 16))
     if body[0] in "01234567":

@@ -134,7 +134,7 @@ def test_words_never_vanish(chatml_tokenizer: Tokenizer) -> None:
     dropped = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
     model = text_model(chatml_tokenizer, dropped)
     assert any("leaves out messages of role 'system'" in words for words in model.warnings)
-    with pytest.raises(InvalidRequest, match="whose words would not reach the model"):
+    with pytest.raises(InvalidRequest, match="its words would not reach the model"):
         shown(model, [system, USER])
     with pytest.raises(CheckpointError, match="leaves a user's words out"):
         text_model(chatml_tokenizer, "{{ messages[0].role }}")
@@ -166,7 +166,7 @@ def test_named_templates(tmp_path: Path, chatml_tokenizer: Tokenizer) -> None:
     alone = {"tokenizer_config.json": {"chat_template": [{"name": "tool_use", "template": CHATML}]}}
     assert folder(tmp_path / "y", chatml_tokenizer, alone).chat_template == CHATML
     broken = {"tokenizer_config.json": {"chat_template": [{"name": "tool_use"}]}}
-    with pytest.raises(CheckpointError, match="holds no templates"):
+    with pytest.raises(CheckpointError, match="a list without templates"):
         folder(tmp_path / "z", chatml_tokenizer, broken)
 
 
@@ -269,7 +269,7 @@ def test_files_in_odd_forms(tmp_path: Path, chatml_tokenizer: Tokenizer) -> None
         folder(tmp_path, chatml_tokenizer, {})
     (tmp_path / "chat_template.jinja").unlink()
     (tmp_path / "generation_config.json").write_text("[1]")
-    with pytest.raises(CheckpointError, match=r"generation_config\.json: holds a JSON list"):
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: has a JSON list"):
         folder(tmp_path, chatml_tokenizer, {})
     bare = tmp_path / "bare"
     folder(bare, chatml_tokenizer, {"tokenizer.model": "x"})
@@ -395,9 +395,9 @@ async def test_ids_that_the_model_has_no_row_for() -> None:
     card = make_card(backend, CHATML, tokenizer_json=json.dumps(spec).encode(), vocab_size=size)
     model = TextModel(card)
     assert any(f"has {size + 1} tokens" in words for words in model.warnings)
-    with pytest.raises(InvalidRequest, match="holds '~~~~', token"):
+    with pytest.raises(InvalidRequest, match="has '~~~~', token"):
         shown(model, [{"role": "user", "content": "a ~~~~ b"}])
-    with pytest.raises(InvalidRequest, match="`prompt` holds '~~~~'"):
+    with pytest.raises(InvalidRequest, match="`prompt` has '~~~~'"):
         await model.encode("~~~~", add_special_tokens=True, trusted=False)
     with pytest.raises(CheckpointError, match=r"writes '<\|im_end\|>' \(id 2\)"):
         TextModel(replace(card, vocab_size=2, eos_token_ids=(1,)))

@@ -101,10 +101,10 @@ def _glue_model(backend: Backend) -> TextModel:
 
 
 def test_overlapping_tokens_are_all_marked() -> None:
-    marker = SpecialTokenGuard(["aba", "<x>"])
-    marked = marker.mark("ababa", "#")
-    assert [special for _, special in marker.split(marked, "#")] == [False]
-    assert "".join(text for text, _ in marker.split(marked, "#")) == "ababa"
+    guard = SpecialTokenGuard(["aba", "<x>"])
+    marked = guard.mark("ababa", "#")
+    assert [special for _, special in guard.split(marked, "#")] == [False]
+    assert "".join(text for text, _ in guard.split(marked, "#")) == "ababa"
 
 
 @pytest.mark.parametrize("tail", ["", " ", "\n"])
@@ -228,10 +228,10 @@ def test_stops_do_not_depend_on_the_cut(
         sent += matcher.add(text[start:end])
         assert expected.startswith(sent)
         held = text[:end].removeprefix(sent)
-        if matcher.found is None:  # nothing is held that cannot become a stop string
+        if matcher.stop_string is None:  # nothing is held that cannot become a stop string
             assert not held or any(stop.startswith(held) for stop in stops)
     sent += matcher.add("", final=True)
-    assert (sent, matcher.found) == (expected, found)
+    assert (sent, matcher.stop_string) == (expected, found)
 
 
 def test_stop_limits() -> None:
