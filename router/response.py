@@ -9,8 +9,9 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from arriero.router.conversation import ToolOffer
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
-from arriero.router.requests import OutputOptions, ToolOffer
+from arriero.router.requests import OutputOptions
 from arriero.router.text.detokenizer import Detokenizer
 from arriero.router.text.stop_strings import StopMatcher
 from arriero.router.text.text_model import TextModel

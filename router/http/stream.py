@@ -161,13 +161,13 @@ async def merged(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[tuple[i
     try:
         ended = 0
         while ended < len(tasks):
-            item = await queue.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
+            received = await queue.get()
+            if isinstance(received, Exception):
+                raise received
+            if received is None:
                 ended += 1
             else:
-                yield item
+                yield received
     finally:
         for task in tasks:
             task.cancel()
