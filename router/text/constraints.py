@@ -245,7 +245,7 @@ class GrammarCheck:
         error = await self._error(form.grammar)
         if form.loose and "oneOf" in error:
             error = await self._error(form.loose)
-            notes = (*form.not_enforced, "oneOf (any of its schemas may fit, also several)")
+            notes = (*form.not_enforced, "oneOf (several of its schemas may fit at once)")
             form = replace(form, grammar=form.loose, not_enforced=notes)
         if error:
             raise InvalidRequest(
