@@ -1,4 +1,4 @@
-"""How the front door sees the groups that compute: one small protocol over token ids."""
+"""The gateway's view of the groups that compute: a small protocol over token ids."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from arriero.shards.engine.types import EngineRequest, SequenceOutput
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupLoad:
-    """How busy a group is.
+    """Load of a group.
 
     Attributes:
-        outstanding_tokens: prompt and expected output tokens that this gateway has given it and
-            that are not out yet.
-        prefill_tokens: of these, prompt tokens that have yet to be computed.
-        num_running, num_waiting: sequences of all gateways, as the leader last said.
-        stalled_s: how long its engine has had work and finished no step.
+        outstanding_tokens: prompt and expected output tokens of this gateway's requests that the
+            group has not computed yet.
+        prefill_tokens: the part of `outstanding_tokens` in prompts.
+        num_running, num_waiting: sequences of all gateways, as last reported by the leader.
+        stalled_s: seconds for which the engine has had work but finished no step.
     """
 
     outstanding_tokens: int = 0
@@ -36,15 +36,15 @@ class GroupView:
     """A connected group at one moment.
 
     Attributes:
-        group_id: the group.
-        model: the id under which clients ask for its model.
-        card: what its leader says of the model.
-        load: how busy it is.
-        stats: `EngineStats` as the leader last sent it.
-        reach: tokens of the prompt at hand that it has already, where that was asked.
-        peer_reach: likewise of a peer, from whose memory the group would copy what it lacks.
+        group_id: id of the group.
+        model: id of the model, for clients.
+        card: the leader's facts about the model.
+        load: load of the group.
+        stats: `EngineStats` as last sent by the leader.
+        reach: cached prefix of the current prompt in the group, if it was looked up.
+        peer_reach: cached prefix tokens in a peer, from which the group would copy missing blocks.
         peer_near: whether the peer is on the same node.
-        role: part of a request that it is for; see `roles`.
+        role: the part of a request that suits the group; see `roles`.
     """
 
     group_id: str
@@ -59,36 +59,36 @@ class GroupView:
 
 
 class Running(Protocol):
-    """A request in a group: iterating gives what each step gave, or several if the reader lags."""
+    """A request in a group; yields the outputs of a step, or of several steps to a slow reader."""
 
     def __aiter__(self) -> Self:
-        """Itself."""
+        """The iterator."""
 
     async def __anext__(self) -> list[SequenceOutput]:
-        """What has come since the last time, once something has."""
+        """Wait for outputs; returns all outputs since the last call."""
 
     async def aclose(self) -> None:
-        """Want no more of it; cancels the request, unless all of it is out."""
+        """Stop reading; cancels a request that has not ended."""
 
 
 class Backend(Protocol):
-    """The groups that can be asked now."""
+    """The groups that can take requests now."""
 
     def groups(self) -> Sequence[GroupView]:
         """The connected groups."""
 
     def generate(self, group_id: str, request: EngineRequest, source: str = "") -> Running:
-        """Run a request, which goes on until it has ended or is closed.
+        """Run a request until its end or until the iterator is closed.
 
         Args:
-            group_id: who runs it.
-            request: it.
-            source: a group that has just computed its prompt, to copy it from; "" for none.
+            group_id: group that runs the request.
+            request: the request.
+            source: group that has just computed the prompt, to copy blocks from; "" for none.
 
         Raises:
-            InvalidRequest, Overloaded: the engine refused it.
+            InvalidRequest, Overloaded: the engine refused the request.
             Unavailable: the group is lost, draining or unknown; the text is the cause.
         """
 
     def cancel(self, group_id: str, request_id: str) -> None:
-        """Stop a request; does nothing when it is not running."""
+        """Cancel a request; does nothing for a request that does not run."""

@@ -1,18 +1,14 @@
-"""The gateway: the servers that clients talk to, gRPC here and HTTP beside it.
+"""The gateway: a gRPC server and an HTTP server for clients.
 
-Whatever ends a call early (the client, its deadline, a stop string, an error) closes the run's
-iterator, and that cancels it in the engine. Knows connections and statuses; what a call does is
-`Inference`'s.
+An early end of a call (by the client, a deadline, a stop string or an error) closes the call's
+iterator, and thereby cancels the request in the engine. Knows servers and their life; knows nothing
+of the work of a call, which is in `Inference`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import math
-import time
-from collections.abc import Awaitable, Callable, Container, Iterable, Mapping
-from contextlib import aclosing
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,42 +21,28 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from arriero.router.grpc_calls import GrpcCall, guard, unary
 from arriero.router.grpc_options import SERVER_OPTIONS
 from arriero.router.http.app import create_app
 from arriero.router.http.server import HttpServer
-from arriero.router.inference import LOST_S, Aside, Inference, Stream
+from arriero.router.inference import LOST_S, Inference
 from arriero.router.observability.metrics import Metrics
 from arriero.router.observability.observer import RequestObserver
 from arriero.router.observability.request_log import RequestLog, RequestLogConfig
 from arriero.router.observability.tracing import Tracing, TracingConfig
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
-from arriero.router.requests import parse, read_request_id
-from arriero.router.response import TextDelta
+from arriero.router.request_notes import RequestNotes
+from arriero.router.requests import parse
 from arriero.router.routing.choose import room
 from arriero.router.routing.linked_groups import GroupAddress, LinkedGroups
-from arriero.router.tenants.admission_controller import AdmissionController, Caller, is_set
+from arriero.router.tenants.admission_controller import AdmissionController
 from arriero.router.tenants.keys import KeyFile
 from arriero.router.tenants.tenant import QueueLimits, Tenant
-from arriero.router.text.constraints import described
 from arriero.router.tls import TlsFiles
-from arriero.shards.errors import (
-    ArrieroError,
-    InvalidRequest,
-    NotFound,
-    Overloaded,
-    PermissionDenied,
-    Unauthenticated,
-)
 
 __all__ = ["Gateway", "GatewayConfig", "GroupAddress"]
 
-log = logging.getLogger(__name__)
-
 SERVICE: str = pb.DESCRIPTOR.services_by_name["Inference"].full_name
-MAX_DETAILS = 2000
-"""Longest error text sent; gRPC carries it in a header, and clients bound those."""
-
-Context = grpc.aio.ServicerContext[bytes, bytes]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,26 +50,25 @@ class GatewayConfig:
     """Settings of one gateway.
 
     Attributes:
-        address: host and port of gRPC to listen on; port 0 picks a free one.
-        http_address: the same for HTTP; None for no HTTP.
-        cors: origins of the web pages that may call HTTP from a browser; "*" for any.
-        max_message_bytes: the largest request taken.
-        max_calls: most calls at once; one more is refused with RESOURCE_EXHAUSTED.
-        tls: of both listeners; with its `ca`, clients must show a certificate. None listens in
-            the clear.
-        link_tls: of the links to leaders, both ends of which show a certificate for
-            `tls.LINK_NAME`; None for links in the clear.
-        keys: file of the callers' API keys; None asks for none.
-        tenants: those with limits.
+        address: host and port of gRPC; port 0 picks a free port.
+        http_address: host and port of HTTP; None for no HTTP.
+        cors: origins of web pages that may call HTTP from a browser; "*" for any.
+        max_message_bytes: most bytes of a request.
+        max_calls: most calls at once; further calls are refused with RESOURCE_EXHAUSTED.
+        tls: of both listeners; with a `ca`, clients must show a certificate. None for no TLS.
+        link_tls: of the links to leaders; both ends show a certificate for `tls.LINK_NAME`. None
+            for no TLS.
+        keys: file of the callers' API keys; None for no keys.
+        tenants: tenants with limits.
         limits: of each model's queue.
-        num_gateways: gateways of the deployment; each enforces its part of every limit.
-        tracing: where spans go; None makes none.
-        request_log: where each request's line goes; None writes none.
-        models: ids of the deployment's models. One of them without a group is unavailable; any
-            other is not found.
-        lost_s: how long a request whose group was lost waits for another.
-        wake_s: models that have no group while nobody asks for them; the first request waits so
-            many seconds for one.
+        num_gateways: gateways of the deployment; each enforces its share of every limit.
+        tracing: destination of spans; None for no spans.
+        request_log: destination of a line for each request; None for no lines.
+        models: ids of the deployment's models. A request for a listed model without a group fails
+            as unavailable, for another model as not found.
+        lost_s: seconds that a request waits for another group after the loss of its group.
+        wake_s: models that have no group while idle, with the seconds that a request waits for
+            the first group.
     """
 
     address: str = "127.0.0.1:0"
@@ -109,13 +90,13 @@ class GatewayConfig:
 
 
 class Gateway:
-    """One gateway; `start` it, tell it the groups with `set_groups`, and `stop` it.
+    """A gateway: `start`, `set_groups` after each change of the groups, `stop`.
 
     Args:
-        config: its settings.
-        on_lost: called on the event loop when a group is lost: its id, and the cause.
+        config: settings.
+        on_lost: called on the event loop when a group is lost, with the group's id and the cause.
         on_change: called on the event loop when `linked` may have changed.
-        tracing: makes its spans; None leaves that to `config`.
+        tracing: makes the spans; None for a tracing of `config`.
 
     Raises:
         SpecError: a file of keys or certificates cannot be used.
@@ -135,18 +116,18 @@ class Gateway:
         link_tls = None if config.link_tls is None else config.link_tls.link_client("link_tls")
         self._groups = LinkedGroups(self._groups_changed, config.models, link_tls, on_lost=on_lost)
         self._credentials = None if config.tls is None else config.tls.server("tls")
-        door = self._door = AdmissionController(
+        admission = self._admission = AdmissionController(
             config.limits,
-            {one.name: one.share(config.num_gateways) for one in config.tenants},
+            {tenant.name: tenant.share(config.num_gateways) for tenant in config.tenants},
             None if config.keys is None else KeyFile(config.keys),
             self._room,
         )
-        metrics = Metrics(self._groups.groups, door.waiting)
+        metrics = Metrics(self._groups.groups, admission.waiting)
         self._tracing = tracing or Tracing.from_config("arriero-gateway", config.tracing)
         self._log = None if config.request_log is None else RequestLog(config.request_log)
-        sight = RequestObserver(metrics, self._tracing, self._log)
+        observer = RequestObserver(metrics, self._tracing, self._log)
         self.inference = Inference(
-            self._groups, sight, door, lost_s=config.lost_s, wake_s=config.wake_s
+            self._groups, observer, admission, lost_s=config.lost_s, wake_s=config.wake_s
         )
         self._server: grpc.aio.Server | None = None
         self._http: HttpServer | None = None
@@ -155,7 +136,7 @@ class Gateway:
         self._stopping = False
 
     async def start(self) -> int:
-        """Listen; gives the port of gRPC.
+        """Listen; returns the port of gRPC.
 
         Raises:
             OSError: an address cannot be bound.
@@ -191,20 +172,20 @@ class Gateway:
                 await self._http.stop(0)
             raise OSError(f"cannot listen on {config.address}: {error}") from error
         self._server = server
-        await self._tell_health()
+        await self._update_health()
         await server.start()
         if self._http is not None:
             await self._http.start()
-        self._door.start()
+        self._admission.start()
         return port
 
     @property
     def http_port(self) -> int | None:
-        """The port of HTTP, once it listens."""
+        """The port of HTTP; None while HTTP does not listen."""
         return None if self._http is None else self._http.port
 
     def app(self) -> FastAPI:
-        """The HTTP application over this gateway, for other servers (Ray Serve's) to mount."""
+        """The HTTP application of this gateway, for another server, such as Ray Serve, to mount."""
         return create_app(
             self.inference,
             max_body_bytes=self._config.max_message_bytes,
@@ -212,16 +193,16 @@ class Gateway:
         )
 
     async def stop(self, grace_s: float) -> None:
-        """Take no more calls, let running ones finish for `grace_s` seconds, then close."""
+        """Refuse new calls, let running calls finish for `grace_s` seconds, then close."""
         self._stopping = True
-        await self._tell_health()
+        await self._update_health()
         await asyncio.gather(
             *([] if self._server is None else [self._server.stop(grace_s)]),
             *([] if self._http is None else [self._http.stop(grace_s)]),
         )
         await self.inference.close()
         await self._groups.close()
-        self._door.stop()
+        self._admission.stop()
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
         if self._log is not None:
@@ -231,21 +212,21 @@ class Gateway:
 
     @property
     def ready(self) -> bool:
-        """Whether some group can be asked now."""
+        """Whether a request can be served: a group is linked, or a model may sleep."""
         return bool(self._groups.groups() or self._config.wake_s)
 
     async def set_groups(
         self, groups: Iterable[GroupAddress], *, fenced: Container[str] | None = None
     ) -> None:
-        """Serve these groups from now on; see `LinkedGroups.set_groups`."""
+        """Serve exactly `groups` from now on; see `LinkedGroups.set_groups`."""
         await self._groups.set_groups(groups, fenced=fenced)
 
     def linked(self) -> tuple[str, ...]:
-        """Ids of the groups that requests can be passed to now."""
+        """Ids of the groups that can take requests now."""
         return tuple(view.group_id for view in self._groups.groups())
 
     def faults(self) -> dict[str, str]:
-        """By group, why this gateway cannot speak for its model."""
+        """By group, why this gateway cannot serve the group's model."""
         return self._groups.faults()
 
     def reload(
@@ -256,15 +237,15 @@ class Gateway:
         lost_s: float,
         wake_s: Mapping[str, float],
     ) -> None:
-        """Take other settings, from the next request on; see `GatewayConfig`."""
-        shares = {one.name: one.share(self._config.num_gateways) for one in tenants}
-        self._door.reload(limits, shares)
+        """Use other settings for later requests; see `GatewayConfig`."""
+        shares = {tenant.name: tenant.share(self._config.num_gateways) for tenant in tenants}
+        self._admission.reload(limits, shares)
         self._config = replace(self._config, wake_s=wake_s)
         self.inference.reload(lost_s=lost_s, wake_s=wake_s)
 
     def demand(self) -> dict[str, tuple[int, float]]:
-        """Requests that wait, by model, and how long one that came now would; where any do."""
-        waiting = self._door.demand()
+        """By model, number of waiting requests and the seconds until a new request starts."""
+        waiting = self._admission.demand()
         for model, count in self.inference.asleep().items():
             before = waiting.get(model, (0, 0.0))
             waiting[model] = (before[0] + count, before[1])
@@ -277,9 +258,9 @@ class Gateway:
     def _groups_changed(self) -> None:
         self._on_change()
         if self._server is not None and not self._stopping:
-            self._health_task = asyncio.create_task(self._tell_health())
+            self._health_task = asyncio.create_task(self._update_health())
 
-    async def _tell_health(self) -> None:
+    async def _update_health(self) -> None:
         ready = self.ready and not self._stopping
         status = (
             health_pb2.HealthCheckResponse.SERVING
@@ -289,7 +270,7 @@ class Gateway:
         await self._health.set("", status)
         await self._health.set(SERVICE, status)
 
-    # Requests are taken as bytes and parsed here, so that malformed ones get an answer in words.
+    # The handlers parse the bytes of a request, so a malformed request gets an error text.
     def _handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
         streams = {"Generate": self._generate, "Chat": self._chat, "Resume": self._resume}
         unaries = {
@@ -298,32 +279,32 @@ class Gateway:
             "ListModels": self._list_models,
             "GetModel": self._get_model,
         }
-        guarded = partial(_guarded, self._door)
+        guarded = partial(guard, self._admission)
         return {
             name: grpc.unary_stream_rpc_method_handler(guarded(method))
             for name, method in streams.items()
         } | {
-            name: grpc.unary_unary_rpc_method_handler(guarded(_unary(method)))
+            name: grpc.unary_unary_rpc_method_handler(guarded(unary(method)))
             for name, method in unaries.items()
         }
 
-    async def _generate(self, call: _Call, raw: bytes) -> None:
+    async def _generate(self, call: GrpcCall, raw: bytes) -> None:
         request = parse(pb.GenerateRequest, raw)
         await call.name(request.request_id)
-        aside = Aside()
-        stream = await self.inference.generate(request, call.caller(), aside)
-        call.note(aside)
+        notes = RequestNotes()
+        stream = await self.inference.generate(request, call.caller(), notes)
+        call.add_notes(notes)
         await call.write(stream)
 
-    async def _chat(self, call: _Call, raw: bytes) -> None:
+    async def _chat(self, call: GrpcCall, raw: bytes) -> None:
         request = parse(pb.ChatRequest, raw)
         await call.name(request.request_id)
-        aside = Aside()
-        stream = await self.inference.chat(request, call.caller(), aside)
-        call.note(aside)
+        notes = RequestNotes()
+        stream = await self.inference.chat(request, call.caller(), notes)
+        call.add_notes(notes)
         await call.write(stream)
 
-    async def _resume(self, call: _Call, raw: bytes) -> None:
+    async def _resume(self, call: GrpcCall, raw: bytes) -> None:
         request = parse(pb.ResumeRequest, raw)
         await call.name(request.request_id)
         await call.write(self.inference.resume(request, call.caller()))
@@ -340,108 +321,3 @@ class Gateway:
 
     async def _get_model(self, raw: bytes) -> Message:
         return self.inference.model(parse(pb.GetModelRequest, raw).model)
-
-
-class _Call:
-    """One call: its context, whose it is, and the name under which it is logged."""
-
-    __slots__ = ("context", "metadata", "request_id", "tenant")
-
-    def __init__(self, context: Context, door: AdmissionController) -> None:
-        self.context = context
-        self.request_id = ""
-        self.metadata = dict(context.invocation_metadata() or ())
-        self.tenant = door.tenant(str(self.metadata.get("authorization", "")))
-
-    def caller(self) -> Caller:
-        """Who makes it."""
-        left_s = self.context.time_remaining()
-        return Caller(
-            request_id=self.request_id,
-            tenant=self.tenant,
-            deadline_s=None if left_s is None else time.monotonic() + left_s,
-            traceparent=str(self.metadata.get("traceparent", "")),
-            strict_schema=is_set(str(self.metadata.get("x-strict-schema", ""))),
-        )
-
-    async def name(self, given: str) -> None:
-        """Name the call, and tell the client the name."""
-        self.request_id = read_request_id(given)
-        await self.context.send_initial_metadata((("x-request-id", self.request_id),))
-
-    def note(self, aside: Aside) -> None:
-        """Tell the client what of its schema is not enforced."""
-        if aside.not_enforced:
-            entry = ("x-schema-not-enforced", described(aside.not_enforced))
-            self.context.set_trailing_metadata((entry,))
-
-    async def write(self, stream: Stream) -> None:
-        """Run a stream and send what it gives."""
-        async with aclosing(stream) as messages:
-            async for message in messages:
-                wired = message.to_wire() if isinstance(message, TextDelta) else message
-                await self.context.write(wired.SerializeToString())
-
-
-Method = Callable[[_Call, bytes], Awaitable[Any]]
-
-
-def _unary(method: Callable[[bytes], Awaitable[Message]]) -> Method:
-    async def answer(call: _Call, raw: bytes) -> bytes:
-        await call.name("")
-        return (await method(raw)).SerializeToString()
-
-    return answer
-
-
-def _guarded(
-    door: AdmissionController, method: Method
-) -> Callable[[bytes, Context], Awaitable[Any]]:
-    """Map errors to statuses: in words when they are ours, and else without a traceback."""
-
-    async def run(raw: bytes, context: Context) -> Any:  # noqa: ANN401
-        try:
-            return await answer(raw, context)
-        except grpc.aio.InternalError:  # of whatever was being sent: the client is gone
-            raise asyncio.CancelledError from None
-
-    async def answer(raw: bytes, context: Context) -> Any:  # noqa: ANN401
-        request_id = ""
-        try:
-            call = _Call(context, door)
-            try:
-                return await method(call, raw)
-            finally:
-                request_id = call.request_id
-        except ArrieroError as error:
-            code, details, trailing = _status(error)
-        except grpc.aio.InternalError:
-            raise
-        except Exception:
-            request_id = request_id or read_request_id("")
-            log.exception("request %s failed", request_id)
-            code = grpc.StatusCode.INTERNAL
-            details = f"internal error; the gateway's log has it under request {request_id}"
-            trailing = ()
-        await context.abort(code, details[:MAX_DETAILS], trailing)
-
-    return run
-
-
-def _status(
-    error: ArrieroError,
-) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:
-    details = str(error)
-    if isinstance(error, InvalidRequest):
-        trailing = (("arriero-field", error.field), ("arriero-code", error.code))
-        return grpc.StatusCode.INVALID_ARGUMENT, details, trailing
-    if isinstance(error, NotFound):
-        return grpc.StatusCode.NOT_FOUND, details, ()
-    if isinstance(error, Unauthenticated):
-        return grpc.StatusCode.UNAUTHENTICATED, details, ()
-    if isinstance(error, PermissionDenied):
-        return grpc.StatusCode.PERMISSION_DENIED, details, ()
-    if isinstance(error, Overloaded):
-        wait = str(max(1, math.ceil(error.retry_after_s)))
-        return grpc.StatusCode.RESOURCE_EXHAUSTED, details, (("retry-after", wait),)
-    return grpc.StatusCode.UNAVAILABLE, details, ()

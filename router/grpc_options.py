@@ -1,23 +1,23 @@
-"""Settings that every gRPC server and every gRPC client of ours has: how connections are kept.
+"""Keepalive settings of all our gRPC servers and clients.
 
-A prompt may be computed for minutes before its first token, and a connection that says nothing for
-so long is taken for dead by balancers and clients. So clients ping, and servers let them.
+A long prompt can take minutes to its first token; load balancers and clients would treat a silent
+connection as dead. So clients send pings, and servers accept pings.
 """
 
 from __future__ import annotations
 
 PING_S = 20.0
-"""How often our own side pings a connection that says nothing, and waits for the answer."""
+"""Seconds of silence before our side sends a ping, and seconds to wait for its answer."""
 LEAST_PING_S = 0.5
-"""Pings of the other side that come faster than this end its connection; common settings of
-clients are 10 s to 60 s."""
+"""Least seconds between pings of the other side; faster pings end its connection. Clients commonly
+use 10 s to 60 s."""
 
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.so_reuseport", 0),
-    # A client whose machine is gone sends no reset; these find out within 40 s.
+    # A lost client machine sends no reset; pings detect the loss within 40 s.
     ("grpc.keepalive_time_ms", round(PING_S * 1000)),
     ("grpc.keepalive_timeout_ms", round(PING_S * 1000)),
-    # By default a server takes two pings in five minutes, and then ends the calls that run.
+    # The default allows two pings in five minutes, then the server ends the running calls.
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", round(LEAST_PING_S * 1000)),
     ("grpc.http2.max_pings_without_data", 0),
@@ -25,7 +25,7 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
 
 CLIENT_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", -1),
-    # Only while a call runs: a gateway whose machine is gone is found out within 40 s.
+    # Only during a call: pings detect a lost gateway machine within 40 s.
     ("grpc.keepalive_time_ms", round(PING_S * 1000)),
     ("grpc.keepalive_timeout_ms", round(PING_S * 1000)),
     ("grpc.http2.max_pings_without_data", 0),

@@ -1,6 +1,6 @@
-"""A request's answer: engine outputs (token ids) to the wire's outputs (text).
+"""The answer to a request: turns the engine's outputs (token ids) into messages (text).
 
-Knows samples, text, stop strings and usage; knows nothing of how outputs arrive or leave.
+Knows samples, text, stop strings and usage; knows nothing of the transport of outputs or messages.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from arriero.router.conversation import ToolOffer
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
-from arriero.router.requests import OutputOptions, ToolOffer
+from arriero.router.requests import OutputOptions
 from arriero.router.text.detokenizer import Detokenizer
 from arriero.router.text.stop_strings import StopMatcher
 from arriero.router.text.text_model import TextModel
@@ -27,10 +28,10 @@ _REASONS = {
 
 @dataclass(slots=True)
 class TextDelta:
-    """A message that says nothing but a piece of one sample's text: all but the first and last.
+    """A message with new text and tokens of one sample, and nothing else.
 
-    There is one for each token, and the wire's own messages cost several times as much to make
-    and to read. Read-only once it is out.
+    All messages but the first and the last are usually text deltas, one for each token; protobuf
+    messages cost several times as much to make and to read. Read-only after its creation.
     """
 
     index: int
@@ -38,7 +39,7 @@ class TextDelta:
     text: str
 
     def to_wire(self) -> pb.GenerateResponse:
-        """The wire's form of it."""
+        """The protobuf message."""
         message = pb.GenerateResponse()
         message.outputs.add(index=self.index, token_ids=self.token_ids, text=self.text)
         return message
@@ -48,19 +49,19 @@ Message = pb.GenerateResponse | TextDelta
 
 
 class Answer:
-    """The answer to one request, made message by message.
+    """Makes the messages of an answer.
 
     Args:
         start: facts for the first message.
-        num_prompt: prompt tokens.
-        n: samples.
-        options: what to send.
-        text: the model's text side.
+        num_prompt: number of prompt tokens.
+        n: number of samples.
+        options: contents of the answer.
+        text: tokenizer and texts of the model.
         offer: the tools on offer; None leaves calls in the text.
 
     Attributes:
-        started: a message was made.
-        ended: samples that have ended.
+        started: the first message was made.
+        ended: indices of the samples that have ended.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Answer:
         return len(self.ended) == len(self._samples)
 
     def replay(self, index: int, tokens: Sequence[int], *, finished: bool) -> None:
-        """Take in tokens whose messages the client has; before the first `add`."""
+        """Take in tokens that the client already has; call before the first `add`."""
         sample = self._samples[index]
         if tokens:
             sample.add(SequenceOutput(request_id="", index=index, tokens=tuple(tokens)))
@@ -95,43 +96,43 @@ class Answer:
             self.ended.append(index)
 
     def add(self, outputs: Sequence[SequenceOutput]) -> Message | None:
-        """The message for what arrived together, or None when there is nothing to say.
+        """The message for outputs that arrived together; None when there is nothing to send.
 
         Raises:
             Unavailable: a sample ended in an error.
         """
         if self.started and len(outputs) == 1:
             sample = self._samples[outputs[0].index]
-            if sample.plain and _runs_on(outputs[0]):
-                return sample.piece(outputs[0].tokens)
-        made: list[pb.Output] = []
+            if sample.plain and _tokens_only(outputs[0]):
+                return sample.add_plain(outputs[0].tokens)
+        messages: list[pb.Output] = []
         prompt_logprobs: Sequence[TokenLogprobs] | None = None
         for output in outputs:
             if output.finish_reason == "error":
-                raise Unavailable(output.error or "the group failed while it computed this")
+                raise Unavailable(output.error or "the group failed during the request")
             if output.num_cached:
                 self._num_cached = max(self._num_cached, output.num_cached)
             if output.prompt_logprobs is not None:
                 prompt_logprobs = output.prompt_logprobs
             sample = self._samples[output.index]
-            was = sample.finished
+            was_finished = sample.finished
             message = sample.add(output)
             if message is None:
                 continue
-            if sample.finished and not was:
+            if sample.finished and not was_finished:
                 self.ended.append(output.index)
-            if len(outputs) > 1:  # a reader that lags gets several steps at once
-                before = next((m for m in made if m.index == message.index), None)
+            if len(outputs) > 1:  # a slow reader gets several steps at once
+                before = next((m for m in messages if m.index == message.index), None)
                 if before is not None:
                     text = before.text + message.text
-                    before.MergeFrom(message)  # joins the lists, and takes the later text
+                    before.MergeFrom(message)  # joins the lists, overwrites the text
                     before.text = text
                     continue
-            made.append(message)
+            messages.append(message)
         finished = self.finished
-        if not made and not finished and prompt_logprobs is None:
+        if not messages and not finished and prompt_logprobs is None:
             return None
-        response = pb.GenerateResponse(outputs=made)
+        response = pb.GenerateResponse(outputs=messages)
         if not self.started:
             self.started = True
             if prompt_logprobs is not None:
@@ -145,7 +146,7 @@ class Answer:
 
 
 class _Sample:
-    """One of the n samples."""
+    """A sample of the answer."""
 
     __slots__ = (
         "_calls",
@@ -168,7 +169,7 @@ class _Sample:
         self._parallel = offer is None or offer.parallel
         self._detokenizer = Detokenizer(
             text.tokenizer.vocabulary,
-            # some forms of calls begin with a special token
+            # some models begin a call with a special token
             skip_special=options.skip_special_tokens and offer is None,
         )
         self._stop = (
@@ -178,8 +179,8 @@ class _Sample:
         self.num_tokens = 0
         self.plain = self._calls is None and self._stop is None
 
-    def piece(self, tokens: tuple[int, ...]) -> TextDelta | None:
-        """As `add`, of a plain sample that runs on."""
+    def add_plain(self, tokens: tuple[int, ...]) -> TextDelta | None:
+        """As `add`, for tokens alone of a sample without stop strings and tools."""
         if self.finished:
             return None
         self.num_tokens += len(tokens)
@@ -190,7 +191,7 @@ class _Sample:
         return TextDelta(self._index, (), text) if text else None
 
     def add(self, output: SequenceOutput) -> pb.Output | None:
-        """The wire's output, or None when it says nothing (or comes after a stop string)."""
+        """The output message; None when it is empty or the sample has ended."""
         if self.finished:
             return None
         tokens = output.tokens
@@ -204,7 +205,7 @@ class _Sample:
             if self._stop is None:
                 text = self._detokenizer.add(shown, final=reason is not None)
             else:
-                text, taken = self._watch(self._stop, shown, final=reason is not None)
+                text, taken = self._match_stop(self._stop, shown, final=reason is not None)
                 stop_string = self._stop.stop_string
                 if stop_string is not None:
                     reason = "stop"
@@ -231,7 +232,7 @@ class _Sample:
             if stop_string is not None:
                 message.stop_string = stop_string
             elif output.finish_reason is None:
-                return message  # ended by its first call
+                return message  # the first call ended the sample
             elif output.stop_token is not None:
                 message.stop_token_id = output.stop_token
         return message
@@ -239,7 +240,7 @@ class _Sample:
     def _split(
         self, calls: ToolCallParser, text: str, message: pb.Output, reason: str | None
     ) -> bool:
-        """Content and calls of `text`, put into `message`; whether a call ends the sample."""
+        """Put the content and calls of `text` into `message`; true when a call ends the sample."""
         cut = reason not in (None, "stop")
         for event in calls.add(text, final=reason is not None, cut=cut):
             if isinstance(event, Content):
@@ -254,10 +255,12 @@ class _Sample:
                 message.truncated_tool_call = event.text
         return False
 
-    def _watch(self, stop: StopMatcher, tokens: Sequence[int], *, final: bool) -> tuple[str, int]:
-        """Text up to a stop string, and how many tokens it took to complete that.
+    def _match_stop(
+        self, stop: StopMatcher, tokens: Sequence[int], *, final: bool
+    ) -> tuple[str, int]:
+        """Text up to a stop string, and the number of tokens up to the end of the stop string.
 
-        One token at a time, so that the count does not depend on how tokens arrive.
+        Adds one token at a time, so the count does not depend on the grouping of tokens.
         """
         text = ""
         for taken, token in enumerate(tokens, 1):
@@ -269,8 +272,8 @@ class _Sample:
         return text, len(tokens)
 
 
-def _runs_on(output: SequenceOutput) -> bool:
-    """Whether it holds nothing but tokens."""
+def _tokens_only(output: SequenceOutput) -> bool:
+    """Whether an output holds nothing but tokens."""
     return (
         output.finish_reason is None
         and output.logprobs is None

@@ -1,8 +1,8 @@
-"""Streams that outlive their connection: messages kept for a client that comes back.
+"""Resumable streams: the gateway stores messages for a client that loses its connection.
 
-A kept stream runs on in a task of its own; whoever reads it, reads from any message on. Without a
-reader it is kept for the time it asked for, then it is cancelled (or, if it has ended, forgotten).
-Knows messages and time; knows nothing of what is in them.
+A resumable stream runs in a task of its own; a reader starts at any message. A stream without a
+reader stays for the time of the request's option, then the gateway cancels and drops the stream.
+Knows messages and time; knows nothing of the contents of messages.
 """
 
 from __future__ import annotations
@@ -14,92 +14,99 @@ from contextlib import aclosing
 from arriero.router.response import Message
 from arriero.shards.errors import InvalidRequest, NotFound, Overloaded, Unavailable
 
-MAX_KEPT = 10_000
-"""Most streams kept at once by one gateway."""
+MAX_STREAMS = 10_000
+"""Most streams stored at once by a gateway."""
 
 Stream = AsyncGenerator[Message]
 Key = tuple[str, str]
-"""Whose it is, and its request id: a tenant finds its own alone."""
+"""Tenant and request id; a tenant finds only its own streams."""
 
 
 class ResumableStreams:
-    """The kept streams of one gateway, by tenant and request id."""
+    """The resumable streams of a gateway, by tenant and request id."""
 
     def __init__(self) -> None:
         self._streams: dict[Key, _ResumableStream] = {}
 
     def keep(self, key: Key, stream: Stream, keep_s: float) -> Stream:
-        """Run a stream on its own; gives its messages from the first on.
+        """Run a stream in a task of its own; returns its messages from the first on.
 
         Raises:
-            InvalidRequest: one of that id is kept.
-            Overloaded: as many are kept as may be.
+            InvalidRequest: a stream of this id is stored.
+            Overloaded: the limit of stored streams is reached.
         """
         if key in self._streams:
             raise InvalidRequest(
-                "request_id", f"`request_id`={key[1]!r} is kept already; choose another"
+                "request_id",
+                f"`request_id`={key[1]!r} is in use by a resumable call; choose another id",
             )
-        if len(self._streams) >= MAX_KEPT:
-            raise Overloaded(f"{MAX_KEPT} calls are kept already; leave `resumable_s` out", 1.0)
-        kept = self._streams[key] = _ResumableStream(stream, keep_s)
-        kept.task.add_done_callback(lambda task: self._schedule(key, kept))
-        self._schedule(key, kept)  # until somebody reads it
-        return self._read(key, kept, 0)
+        if len(self._streams) >= MAX_STREAMS:
+            raise Overloaded(
+                f"{MAX_STREAMS} resumable calls are stored, the limit; leave out `resumable_s`", 1.0
+            )
+        entry = self._streams[key] = _ResumableStream(stream, keep_s)
+        entry.task.add_done_callback(lambda task: self._schedule(key, entry))
+        self._schedule(key, entry)  # until a reader comes
+        return self._read(key, entry, 0)
 
     def attach(self, key: Key, received: int) -> Stream:
-        """The messages of a kept stream after the first `received`.
+        """The messages of a stored stream after the first `received`.
 
         Raises:
-            NotFound: none of that id is kept.
-            InvalidRequest: it has not had so many messages.
+            NotFound: no stream of this id is stored.
+            InvalidRequest: the stream has fewer messages than `received`.
         """
-        kept = self._streams.get(key)
-        if kept is None:
-            raise NotFound(f"no call {key[1]!r} is kept here; send it again with `resumed`")
-        if received > len(kept.messages):
-            raise InvalidRequest(
-                "received", f"`received`={received} exceeds the {len(kept.messages)} messages sent"
+        entry = self._streams.get(key)
+        if entry is None:
+            raise NotFound(
+                f"this gateway stores no call {key[1]!r}; send the request again with `resumed`"
             )
-        return self._read(key, kept, received)
+        if received > len(entry.messages):
+            raise InvalidRequest(
+                "received", f"`received`={received} exceeds the {len(entry.messages)} messages sent"
+            )
+        return self._read(key, entry, received)
 
     async def close(self) -> None:
-        """Cancel and forget all of them."""
+        """Cancel and drop all streams."""
         streams, self._streams = self._streams, {}
-        for kept in streams.values():
-            kept.cancel()
-        await asyncio.gather(*(kept.task for kept in streams.values()), return_exceptions=True)
+        for entry in streams.values():
+            entry.cancel()
+        await asyncio.gather(*(entry.task for entry in streams.values()), return_exceptions=True)
 
-    async def _read(self, key: Key, kept: _ResumableStream, at: int) -> Stream:
-        kept.readers += 1
-        kept.unschedule()
+    async def _read(self, key: Key, entry: _ResumableStream, position: int) -> Stream:
+        entry.readers += 1
+        entry.unschedule()
         try:
             while True:
-                while at < len(kept.messages):
-                    at += 1
-                    yield kept.messages[at - 1]
-                if kept.task.cancelled():
-                    raise Unavailable("the gateway is stopping; send it again with `resumed`")
-                if kept.task.done():
-                    kept.task.result()  # the error it ended in, if it did
+                while position < len(entry.messages):
+                    position += 1
+                    yield entry.messages[position - 1]
+                if entry.task.cancelled():
+                    raise Unavailable(
+                        "the gateway is stopping; send the request again with `resumed`"
+                    )
+                if entry.task.done():
+                    entry.task.result()  # raises the error of the stream, if any
                     return
-                await kept.wait()
+                await entry.wait()
         finally:
-            kept.readers -= 1
-            self._schedule(key, kept)
+            entry.readers -= 1
+            self._schedule(key, entry)
 
-    def _schedule(self, key: Key, kept: _ResumableStream) -> None:
-        """Start to count its time once nobody reads it."""
-        if self._streams.get(key) is kept and not kept.readers:
-            kept.schedule(lambda: self._drop(key, kept))
+    def _schedule(self, key: Key, entry: _ResumableStream) -> None:
+        """Start the timer of a stream without readers."""
+        if self._streams.get(key) is entry and not entry.readers:
+            entry.schedule(lambda: self._drop(key, entry))
 
-    def _drop(self, key: Key, kept: _ResumableStream) -> None:
-        if self._streams.get(key) is kept:
+    def _drop(self, key: Key, entry: _ResumableStream) -> None:
+        if self._streams.get(key) is entry:
             del self._streams[key]
-            kept.cancel()
+            entry.cancel()
 
 
 class _ResumableStream:
-    """One stream, its messages so far, and who waits for more."""
+    """A stream, its messages so far, and the readers that wait for more."""
 
     def __init__(self, stream: Stream, keep_s: float) -> None:
         self.messages: list[Message] = []
@@ -111,7 +118,7 @@ class _ResumableStream:
         self._timer: asyncio.TimerHandle | None = None
 
     async def wait(self) -> None:
-        """Until there is another message, or the end."""
+        """Wait for the next message or the end."""
         waiter = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)
         await waiter
@@ -122,13 +129,13 @@ class _ResumableStream:
         self._timer = asyncio.get_running_loop().call_later(self.keep_s, drop)
 
     def unschedule(self) -> None:
-        """Keep it for now."""
+        """Stop the timer."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def cancel(self) -> None:
-        """End it."""
+        """Cancel the stream."""
         self.unschedule()
         self.task.cancel()
 
@@ -140,7 +147,7 @@ class _ResumableStream:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled():
-            task.exception()  # readers see it; without any it is no news
+            task.exception()  # marks the error as retrieved; readers raise the error
         self._wake()
 
     def _wake(self) -> None:

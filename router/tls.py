@@ -1,6 +1,6 @@
 """TLS: certificates and keys from files, for listeners and for links.
 
-Knows files and what grpcio and `ssl` want of them; knows nothing of who connects.
+Knows files and the credentials of grpcio and `ssl`; knows nothing of the peers.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from arriero.shards.errors import SpecError
 log = logging.getLogger(__name__)
 
 LINK_NAME = "arriero-link"
-"""The name that certificates of links are for, since leaders listen at addresses that change."""
+"""Host name in certificates of links; a fixed name, because leaders' addresses change."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TlsFiles:
-    """PEM files of one side.
+    """PEM files of one side of a connection.
 
     Attributes:
-        certificate: its chain, its own certificate first.
-        key: the private key.
-        ca: certificates that sign the other side's. On a listener: clients must have one of
-            those (mutual TLS); None asks clients for none.
+        certificate: certificate chain, own certificate first.
+        key: private key.
+        ca: certificates that sign the other side's certificate. With a `ca`, a listener requires
+            client certificates (mutual TLS); None for no client certificates.
     """
 
     certificate: Path
@@ -36,35 +36,35 @@ class TlsFiles:
     ca: Path | None = None
 
     def check(self, field: str) -> None:
-        """Raise `SpecError` unless the files are there and fit together.
+        """Raise `SpecError` unless the files exist and match.
 
         Args:
-            field: the spec's name for them.
+            field: name of the field in the spec, for errors.
         """
         self._context(field, ssl.PROTOCOL_TLS_SERVER)
 
     def server(self, field: str) -> grpc.ServerCredentials:
-        """A gRPC listener's credentials, which follow the files: renewed ones need no restart.
+        """Credentials of a gRPC listener; renewed files take effect without a restart.
 
-        Files that are wrong later on leave those from before in use, with an error in the log.
+        If renewed files are wrong, the old certificates stay and the log gets an error.
 
         Raises:
             SpecError: a file is missing or wrong.
         """
-        seen = self.stamps(field)
+        stamps_in_use = self.stamps(field)
         first = self._configuration(field)
 
         def renewed() -> grpc.ServerCertificateConfiguration | None:
-            """Called at each handshake: what is new, or None."""
-            nonlocal seen
+            """Called at each handshake: the new configuration, or None for no change."""
+            nonlocal stamps_in_use
             try:
                 stamps = self.stamps(field)
-                if stamps == seen:
+                if stamps == stamps_in_use:
                     return None
-                seen = stamps
+                stamps_in_use = stamps
                 return self._configuration(field)
             except SpecError as error:
-                log.error("the certificates stay as they were: %s", error)
+                log.error("the old certificates stay in use: %s", error)
                 return None
 
         return grpc.dynamic_ssl_server_credentials(
@@ -74,22 +74,22 @@ class TlsFiles:
         )
 
     def stamps(self, field: str) -> list[tuple[int, int, int]]:
-        """Changes when a file does.
+        """Inode, modification time and size of each file; changes with the files.
 
         Raises:
-            SpecError: one is gone.
+            SpecError: a file is missing.
         """
-        found = []
+        stamps = []
         for path in filter(None, (self.certificate, self.key, self.ca)):
             try:
                 status = path.stat()
             except OSError as error:
                 raise SpecError(f"`{field}`: {path}: {error.strerror}") from None
-            found.append((status.st_ino, status.st_mtime_ns, status.st_size))
-        return found
+            stamps.append((status.st_ino, status.st_mtime_ns, status.st_size))
+        return stamps
 
     def link_server(self, field: str) -> ssl.SSLContext:
-        """A leader's end of a link.
+        """TLS settings of the leader's end of a link.
 
         Raises:
             SpecError: a file is missing or wrong.
@@ -99,7 +99,7 @@ class TlsFiles:
         return context
 
     def link_client(self, field: str) -> ssl.SSLContext:
-        """A gateway's end of a link, which shows a certificate too.
+        """TLS settings of the gateway's end of a link; the gateway shows a certificate too.
 
         Raises:
             SpecError: a file is missing or wrong.
@@ -116,10 +116,12 @@ class TlsFiles:
     def _context(self, field: str, side: int) -> ssl.SSLContext:
         context = ssl.SSLContext(side)
         try:
-            context.load_cert_chain(self.certificate, self.key, password="")  # never ask for one
+            context.load_cert_chain(
+                self.certificate, self.key, password=""
+            )  # never prompt for a password
         except ssl.SSLError as error:
             raise SpecError(
-                f"`{field}`: {self.certificate} and {self.key} are not a certificate and its key "
+                f"`{field}`: {self.certificate} and {self.key} are no certificate with its key "
                 f"in PEM: {error.reason or error}"
             ) from None
         except OSError as error:

@@ -1,8 +1,8 @@
-"""A small typed client, in both colours.
+"""A small typed client, with and without asyncio.
 
-`AsyncClient` for programs on asyncio, `Client` for all others; they ask and answer alike. Errors
-come back as the exceptions that the gateway raised (`InvalidRequest`, `NotFound`, `Overloaded`,
-`Unavailable`), others as grpcio's own. Knows the wire; knows nothing of groups or tokens.
+`AsyncClient` for programs on asyncio, `Client` for other programs; both have the same methods.
+Errors are the exceptions of the gateway (`InvalidRequest`, `NotFound`, `Overloaded`,
+`Unavailable`) or else grpcio's own. Knows the messages; knows nothing of groups or tokens.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ def generate_request(
     request_id: str = "",
     **fields: Any,  # noqa: ANN401
 ) -> pb.GenerateRequest:
-    """A GenerateRequest.
+    """Make a GenerateRequest.
 
     Args:
         prompt: text, or token ids.
-        model: its id; may stay empty when only one is served.
-        request_id: a name for the logs; empty has the gateway make one.
-        fields: fields of GenerateRequest, SamplingParams and Options by their own names.
+        model: id of the model; may be empty when a single model is served.
+        request_id: name for the logs; empty for a name by the gateway.
+        fields: fields of GenerateRequest, SamplingParams and Options, by name.
     """
     request = pb.GenerateRequest(model=model, request_id=request_id)
     if isinstance(prompt, str):
@@ -83,7 +83,7 @@ def chat_request(
     request_id: str = "",
     **fields: Any,  # noqa: ANN401
 ) -> pb.ChatRequest:
-    """A ChatRequest from mappings with `role` and `content`; the rest as `generate_request`."""
+    """Make a ChatRequest from mappings with `role` and `content`; else as `generate_request`."""
     request = pb.ChatRequest(model=model, request_id=request_id)
     request.messages.extend(pb.Message(**message) for message in messages)
     _fill(request, fields)
@@ -94,16 +94,15 @@ class AsyncClient:
     """A client for asyncio.
 
     Args:
-        address: host and port of a gateway, or several gateways; or a function that tells which
-            there are, asked again whenever a stream looks for another one; one that names none
-            at first raises Unavailable.
-        credentials: of TLS; None speaks in the clear.
-        api_key: shown with each call, where the gateway asks for keys.
-        timeout_s: deadline of each call, retries included; None for none.
-        retries: most further attempts of a call that was refused before it began, because the
-            gateway was overloaded or no group could serve; 0 for none.
-        resume_s: how long a stream that broke off is tried to be taken up again, at each gateway
-            in turn; 0 leaves that to the caller. Needs token ids, which are sent by default.
+        address: HOST:PORT of a gateway, or of several; or a function that returns these, called
+            again when a stream needs another gateway. No address at first raises Unavailable.
+        credentials: TLS credentials; None for no TLS.
+        api_key: sent with each call; None for a gateway without keys.
+        timeout_s: deadline of each call in seconds, retries included; None for no deadline.
+        retries: most further attempts of a call that was refused before its start, because the
+            gateway was overloaded or no group could serve; 0 for no retries.
+        resume_s: seconds for which a broken stream is resumed, at each gateway in turn; 0 for no
+            resumption. Needs token ids, which are sent by default.
     """
 
     def __init__(
@@ -117,12 +116,12 @@ class AsyncClient:
         retries: int = 0,
     ) -> None:
         self._metadata = _metadata(api_key)
-        self._there = _discovery(address)
+        self._discover = _discovery(address)
         self._credentials = credentials
-        there = self._there()
-        if not there:
-            raise Unavailable("no gateway is known: `address` names none; give HOST:PORT of one")
-        self._address = there[0]
+        addresses = self._discover()
+        if not addresses:
+            raise Unavailable("`address` names no gateway; give HOST:PORT of a gateway")
+        self._address = addresses[0]
         self._channel = self._open(self._address)
         self._stub: InferenceAsyncStub = InferenceStub(self._channel)
         self._timeout_s, self._retries = timeout_s, retries
@@ -145,8 +144,8 @@ class AsyncClient:
     async def _stream(
         self, method: str, request: pb.GenerateRequest | pb.ChatRequest
     ) -> AsyncGenerator[pb.GenerateResponse]:
-        """A call, and where it breaks off, others that go on with it."""
-        received = ResumeState()
+        """Run a call; after a break, resume the call at another gateway."""
+        state = ResumeState()
         retry = Retry(self._retries, self._timeout_s)
         address, channel = self._address, self._channel
         deadline_s: float | None = None
@@ -158,29 +157,31 @@ class AsyncClient:
                 try:
                     async for response in call:
                         deadline_s = None
-                        yield received.take(response)
+                        yield state.add(response)
                     return
                 except grpc.aio.AioRpcError as error:
-                    cause, broke_off = _translated(error), _broke_off(error)
+                    cause, connection_lost = _from_status(error), _connection_lost(error)
                 finally:
                     call.cancel()
-                if received.finished:
-                    return  # all but the end of the call came
-                wait_s = None if received.begun else retry.wait_s(cause)
+                if state.finished:
+                    return  # only the status of the call is missing
+                wait_s = None if state.started else retry.wait_s(cause)
                 if wait_s is not None:
                     await asyncio.sleep(wait_s)
                     continue
                 now_s = time.monotonic()
                 deadline_s = deadline_s or now_s + self._resume_s
-                if now_s >= deadline_s or not broke_off:
+                if now_s >= deadline_s or not connection_lost:
                     raise cause
-                received.fill(request)
+                state.fill(request)
                 await asyncio.sleep(_PAUSE_S)
-                there = self._there() or [address]
-                at = (there.index(address) + 1) % len(there) if address in there else 0
+                addresses = self._discover() or [address]
+                position = (
+                    (addresses.index(address) + 1) % len(addresses) if address in addresses else 0
+                )
                 if channel is not self._channel:
                     await channel.close(None)
-                address = there[at]
+                address = addresses[position]
                 channel = self._open(address)
         finally:
             if channel is not self._channel:
@@ -200,12 +201,12 @@ class AsyncClient:
         return await self._unary(self._stub.Detokenize, request)
 
     async def models(self) -> list[pb.Model]:
-        """The models served now."""
+        """The served models."""
         response = await self._unary(self._stub.ListModels, pb.ListModelsRequest())
         return list(response.models)
 
     async def model(self, model: str = "") -> pb.Model:
-        """One model; "" for the only one."""
+        """Facts about a model; "" for the single served model."""
         return await self._unary(self._stub.GetModel, pb.GetModelRequest(model=model))
 
     async def _unary(self, method: Callable[..., Awaitable[R]], request: object) -> R:
@@ -214,14 +215,14 @@ class AsyncClient:
             try:
                 return await method(request, timeout=retry.timeout_s, metadata=self._metadata)
             except grpc.aio.AioRpcError as error:
-                cause = _translated(error)
+                cause = _from_status(error)
             wait_s = retry.wait_s(cause)
             if wait_s is None:
                 raise cause
             await asyncio.sleep(wait_s)
 
     async def close(self) -> None:
-        """Drop the connection."""
+        """Close the connection."""
         await self._channel.close(None)
 
     async def __aenter__(self) -> Self:
@@ -232,7 +233,7 @@ class AsyncClient:
 
 
 class Client:
-    """A client for programs without asyncio; as `AsyncClient`."""
+    """A client for programs without asyncio; arguments as of `AsyncClient`."""
 
     def __init__(
         self,
@@ -268,11 +269,11 @@ class Client:
         return self._unary(self._stub.Detokenize, request)
 
     def models(self) -> list[pb.Model]:
-        """The models served now."""
+        """The served models."""
         return list(self._unary(self._stub.ListModels, pb.ListModelsRequest()).models)
 
     def model(self, model: str = "") -> pb.Model:
-        """One model; "" for the only one."""
+        """Facts about a model; "" for the single served model."""
         return self._unary(self._stub.GetModel, pb.GetModelRequest(model=model))
 
     def _unary(self, method: Callable[..., R], request: object) -> R:
@@ -281,7 +282,7 @@ class Client:
             try:
                 return method(request, timeout=retry.timeout_s, metadata=self._metadata)
             except grpc.RpcError as error:
-                cause = _translated(error)
+                cause = _from_status(error)
             wait_s = retry.wait_s(cause)
             if wait_s is None:
                 raise cause
@@ -295,23 +296,23 @@ class Client:
         retry = Retry(self._retries, self._timeout_s)
         while True:
             call = method(request, timeout=retry.timeout_s, metadata=self._metadata)
-            begun = False
+            started = False
             try:
                 for response in call:
-                    begun = True
+                    started = True
                     yield response
                 return
             except grpc.RpcError as error:
-                cause = _translated(error)
+                cause = _from_status(error)
             finally:
                 call.cancel()
-            wait_s = None if begun else retry.wait_s(cause)
+            wait_s = None if started else retry.wait_s(cause)
             if wait_s is None:
                 raise cause
             time.sleep(wait_s)
 
     def close(self) -> None:
-        """Drop the connection."""
+        """Close the connection."""
         self._channel.close()
 
     def __enter__(self) -> Self:
@@ -324,7 +325,7 @@ class Client:
 def _discovery(
     address: str | Sequence[str] | Callable[[], Sequence[str]],
 ) -> Callable[[], Sequence[str]]:
-    """What tells the gateways there are."""
+    """A function that returns the addresses of the gateways."""
     if callable(address):
         return address
     fixed = [address] if isinstance(address, str) else list(address)
@@ -335,8 +336,8 @@ def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
     return () if api_key is None else (("authorization", f"Bearer {api_key}"),)
 
 
-def _broke_off(error: grpc.aio.AioRpcError) -> bool:
-    """Whether a call ended for a reason that lies with the gateway or the way to it."""
+def _connection_lost(error: grpc.aio.AioRpcError) -> bool:
+    """Whether a call ended because the gateway or the connection failed."""
     return error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
@@ -350,7 +351,10 @@ def _fill(request: pb.GenerateRequest | pb.ChatRequest, fields: Mapping[str, Any
         elif name in request.DESCRIPTOR.fields_by_name:
             target = request
         else:
-            raise InvalidRequest(name, f"`{name}` is no field of {request.DESCRIPTOR.name}")
+            raise InvalidRequest(
+                name,
+                f"`{name}` is no field of {request.DESCRIPTOR.name}, SamplingParams or Options",
+            )
         if value is None:
             continue
         if name == "allowed_token_ids":
@@ -373,23 +377,23 @@ def _invalid(trailing: Mapping[str, str], details: str) -> InvalidRequest:
     return InvalidRequest(field, details, code)
 
 
-def _translated(error: Any) -> Exception:  # noqa: ANN401
-    """The gateway's own exception again, where the status tells it."""
+def _from_status(error: Any) -> Exception:  # noqa: ANN401
+    """The gateway's exception for a status; the given error for other statuses."""
     code, details = error.code(), error.details() or ""
     trailing = dict(error.trailing_metadata() or ())
-    found: ArrieroError
+    translated: ArrieroError
     if code is grpc.StatusCode.INVALID_ARGUMENT:
-        found = _invalid(trailing, details)
+        translated = _invalid(trailing, details)
     elif code is grpc.StatusCode.NOT_FOUND:
-        found = NotFound(details)
+        translated = NotFound(details)
     elif code is grpc.StatusCode.RESOURCE_EXHAUSTED and "retry-after" in trailing:
-        found = Overloaded(details, float(trailing["retry-after"]))
+        translated = Overloaded(details, float(trailing["retry-after"]))
     elif code is grpc.StatusCode.UNAUTHENTICATED:
-        found = Unauthenticated(details)
+        translated = Unauthenticated(details)
     elif code is grpc.StatusCode.PERMISSION_DENIED:
-        found = PermissionDenied(details)
+        translated = PermissionDenied(details)
     elif code is grpc.StatusCode.UNAVAILABLE:
-        found = Unavailable(details)
+        translated = Unavailable(details)
     else:
         return error  # type: ignore[no-any-return]
-    return found
+    return translated

@@ -1,4 +1,4 @@
-"""What a client has of a call: enough to have the rest of it from another gateway.
+"""Received messages of a call, for the request that resumes the call at another gateway.
 
 Knows messages; knows nothing of connections.
 """
@@ -9,10 +9,10 @@ from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 
 
 class ResumeState:
-    """Takes in a call's messages.
+    """Collects a call's messages.
 
     Attributes:
-        finished: the last one came.
+        finished: the last message was received.
     """
 
     def __init__(self) -> None:
@@ -21,27 +21,27 @@ class ResumeState:
         self._samples: dict[int, pb.ResumedSample] = {}
 
     @property
-    def begun(self) -> bool:
-        """Whether anything came."""
+    def started(self) -> bool:
+        """Whether a message was received."""
         return self._start is not None
 
-    def take(self, message: pb.GenerateResponse) -> pb.GenerateResponse:
-        """Note a message; gives it back."""
+    def add(self, message: pb.GenerateResponse) -> pb.GenerateResponse:
+        """Add a message; returns the same message."""
         if message.HasField("start") and self._start is None:
             self._start = message.start
-        for one in message.outputs:
-            sample = self._samples.get(one.index)
+        for output in message.outputs:
+            sample = self._samples.get(output.index)
             if sample is None:
-                sample = self._samples[one.index] = pb.ResumedSample(index=one.index)
-            sample.token_ids.extend(one.token_ids)
-            sample.finished |= one.finish_reason != pb.FINISH_REASON_UNSPECIFIED
+                sample = self._samples[output.index] = pb.ResumedSample(index=output.index)
+            sample.token_ids.extend(output.token_ids)
+            sample.finished |= output.finish_reason != pb.FINISH_REASON_UNSPECIFIED
         self.finished |= message.HasField("usage")
         return message
 
     def fill(self, request: pb.GenerateRequest | pb.ChatRequest) -> None:
-        """Have a request go on after what was received."""
+        """Make a request continue after the received messages."""
         if self._start is None:
-            return  # nothing came: it is sent again as it is
+            return  # without a message, the request is sent again unchanged
         request.sampling.seed = self._start.seed
         request.resumed.Clear()
         request.resumed.weights = self._start.weights

@@ -1,8 +1,8 @@
-"""When a client tries again, and for how long: one object for each call.
+"""Retries of a call: when, and for how long.
 
-Only refusals made before anything was computed for the caller are tried again: the gateway was
-overloaded, or no group could serve. A stream that has begun is never tried again. Knows errors and
-time; knows nothing of connections.
+A call is retried only after a refusal before any work: the gateway was overloaded, or no group
+could serve. A stream that has started is never retried. Knows errors and time; knows nothing of
+connections.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ LONGEST_WAIT_S = 5.0
 
 
 class Retry:
-    """The attempts of one call.
+    """The attempts of a call.
 
     Args:
         retries: most attempts after the first.
-        timeout_s: deadline of the call, all attempts and waits together; None for none.
-        clock: seconds, monotonic.
+        timeout_s: seconds for all attempts and waits together; None for no deadline.
+        clock: monotonic time in seconds.
     """
 
     def __init__(
@@ -40,14 +40,14 @@ class Retry:
 
     @property
     def timeout_s(self) -> float | None:
-        """What is left for the next attempt; None without a deadline."""
+        """Seconds left for the next attempt; None without a deadline."""
         return None if self._deadline_s is None else max(0.0, self._deadline_s - self._clock())
 
     def wait_s(self, error: Exception) -> float | None:
-        """How long to wait before the next attempt; None when there is to be none.
+        """Seconds to wait before the next attempt; None for no further attempt.
 
-        The waits double, with as much again by chance, so that clients which were refused together
-        do not come back together; one that was told how long waits at least so long.
+        The wait doubles each time and is multiplied by a random factor of 1 to 2, so that clients
+        refused together do not retry together; the wait is at least the gateway's `retry-after`.
         """
         if not isinstance(error, Overloaded | Unavailable) or self._left <= 0:
             return None

@@ -1,7 +1,7 @@
-"""The HTTP application: which path does what.
+"""The HTTP application: a handler for each path.
 
-It can listen by itself (`HttpServer`) or be mounted by another ASGI server. Knows paths; what a
-call does is `Inference`'s, and how its JSON looks is said in `bodies` and `shapes`.
+Listens by itself (`HttpServer`) or is mounted by another ASGI server. Knows paths; knows nothing of
+the work of a call (`Inference`) or of the form of its JSON (`request_schemas`, `responses`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from fastapi import FastAPI, Request
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
-from arriero.router.http import errors, translate
-from arriero.router.http import responses as shapes
+from arriero.router.http import errors, responses, translate
 from arriero.router.http.middleware import RequestMiddleware
 from arriero.router.http.request_schemas import (
     ChatBody,
@@ -26,10 +25,11 @@ from arriero.router.http.request_schemas import (
     Sampling,
     TokenizeBody,
 )
-from arriero.router.http.stream import EventStream, begin, merged, while_here
-from arriero.router.inference import Aside, Inference, Stream
+from arriero.router.http.stream import EventStream, merged, start_stream, until_disconnect
+from arriero.router.inference import Inference, Stream
 from arriero.router.observability.metrics import CONTENT_TYPE
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
+from arriero.router.request_notes import RequestNotes
 from arriero.router.response import Message, TextDelta
 from arriero.router.text.constraints import described
 from arriero.shards.errors import ArrieroError, InvalidRequest
@@ -37,9 +37,9 @@ from arriero.shards.errors import ArrieroError, InvalidRequest
 log = logging.getLogger(__name__)
 
 STALLED_S = 60.0
-"""A group that has work and finished no step for so long is not healthy."""
+"""Seconds without a finished step after which a group with work counts as unhealthy."""
 _EXPOSED = ("x-request-id", "retry-after", "x-schema-not-enforced")
-"""Headers of answers that pages may read."""
+"""Headers of answers that web pages may read."""
 _DONE = b"data: [DONE]\n\n"
 _EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
@@ -64,26 +64,26 @@ _ERROR_SCHEMA = {
     },
 }
 _REFUSALS: dict[int | str, str] = {
-    400: "A field breaks its limit, or is not known.",
+    400: "A field breaks its limit or is unknown.",
     401: "An API key is needed: `authorization: Bearer …`.",
     403: "The key's tenant may not do this.",
     404: "No such model.",
     413: "The body is too large.",
-    429: "A queue is full, or a tenant's limit reached; `retry-after` says when to come back.",
+    429: "A queue is full or a tenant's limit is reached; `retry-after` holds the seconds to wait.",
     503: "No group can serve the model now.",
-    "default": "A fault of ours; the message holds the request id under which it is logged.",
+    "default": "An internal error; the message holds the request id of the log entry.",
 }
 
-Shape = shapes.ChatShape | shapes.CompletionShape
+Completion = responses.ChatCompletion | responses.TextCompletion
 
 
 def create_app(inference: Inference, *, max_body_bytes: int, cors: Sequence[str] = ()) -> FastAPI:
     """The application over `inference`.
 
     Args:
-        inference: answers the calls.
-        max_body_bytes: the largest body taken.
-        cors: origins of the web pages that may call it from a browser; "*" for any.
+        inference: runs the calls.
+        max_body_bytes: most bytes of a body.
+        cors: origins of web pages that may call the application from a browser; "*" for any.
     """
     app = FastAPI(
         title="arriero",
@@ -91,19 +91,22 @@ def create_app(inference: Inference, *, max_body_bytes: int, cors: Sequence[str]
         description="Chat, completions and tokens, in the shapes of the OpenAI API.",
         docs_url=None,
         redoc_url=None,
-        redirect_slashes=False,  # a client that follows may lose the body; the edge takes both
+        # a redirected client may lose the body; the middleware accepts both paths
+        redirect_slashes=False,
         responses={
             status: {
-                "description": words,
+                "description": description,
                 "content": {"application/json": {"schema": _ERROR_SCHEMA}},
             }
-            for status, words in _REFUSALS.items()
+            for status, description in _REFUSALS.items()
         },
     )
     errors.install(app)
-    app.add_middleware(RequestMiddleware, max_body_bytes=max_body_bytes, door=inference.door)
+    app.add_middleware(
+        RequestMiddleware, max_body_bytes=max_body_bytes, admission=inference.admission
+    )
     if cors:
-        # Outside of the edge: a browser asks first without a key, and may read errors as well.
+        # Outside of RequestMiddleware: a browser's preflight has no key, and pages may read errors.
         app.add_middleware(
             CORSMiddleware,
             allow_origins=cors,
@@ -115,7 +118,7 @@ def create_app(inference: Inference, *, max_body_bytes: int, cors: Sequence[str]
         )
     _add_generation(app, inference)
     _add_tokens(app, inference)
-    _add_sight(app, inference)
+    _add_observability(app, inference)
     return app
 
 
@@ -124,19 +127,19 @@ def _add_generation(app: FastAPI, inference: Inference) -> None:
     async def chat(body: ChatBody, request: Request) -> Response:
         """Answer a conversation."""
         call = translate.chat_request(body)
-        text, views = await while_here(request, inference.find(call.model))
-        shape = shapes.ChatShape(views[0].model, text.tokenizer)
-        aside = Aside()
-        streams = [await inference.chat(call, request.state.caller, aside)]
-        return await _answer(request, body, shape, streams, aside)
+        text, views = await until_disconnect(request, inference.find(call.model))
+        completion = responses.ChatCompletion(views[0].model, text.tokenizer)
+        notes = RequestNotes()
+        streams = [await inference.chat(call, request.state.caller, notes)]
+        return await _answer(request, body, completion, streams, notes)
 
     @app.post("/v1/completions", response_class=Response, responses=_EVENTS)
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue one prompt or several."""
         calls = translate.generate_requests(body)
-        text, views = await while_here(request, inference.find(calls[0].model))
+        text, views = await until_disconnect(request, inference.find(calls[0].model))
         echo = [call.text for call in calls] if body.echo else None
-        shape = shapes.CompletionShape(
+        completion = responses.TextCompletion(
             views[0].model,
             text.tokenizer,
             n=body.n or 1,
@@ -144,26 +147,32 @@ def _add_generation(app: FastAPI, inference: Inference) -> None:
             skip_special=body.skip_special_tokens is not False,
             prompt_only=body.prompt_only,
         )
-        aside = Aside(num_calls=len(calls))
-        streams = [await inference.generate(call, request.state.caller, aside) for call in calls]
-        return await _answer(request, body, shape, streams, aside)
+        notes = RequestNotes(num_calls=len(calls))
+        streams = [await inference.generate(call, request.state.caller, notes) for call in calls]
+        return await _answer(request, body, completion, streams, notes)
 
 
 async def _answer(
-    request: Request, body: Sampling, shape: Shape, streams: Sequence[Stream], aside: Aside
+    request: Request,
+    body: Sampling,
+    completion: Completion,
+    streams: Sequence[Stream],
+    notes: RequestNotes,
 ) -> Response:
     messages = merged(streams)
     headers = {}
-    if aside.not_enforced:
-        headers["x-schema-not-enforced"] = described(aside.not_enforced)
+    if notes.not_enforced:
+        headers["x-schema-not-enforced"] = described(notes.not_enforced)
     if body.stream:
         with_usage = body.stream_options is not None and body.stream_options.include_usage
-        first = await while_here(request, begin(messages, aside.accepted))
-        events = _events(first, messages, shape, with_usage, request.state.request_id)
+        first = await until_disconnect(request, start_stream(messages, notes.accepted))
+        events = _events(first, messages, completion, with_usage, request.state.request_id)
         return EventStream(events, first, messages, headers)
-    whole = await while_here(request, _gathered(messages))
-    counted = shapes.usage(*(one.usage for _, one in whole if one.HasField("usage")))
-    return JSONResponse(shape.whole(whole, counted), headers=headers)
+    gathered = await until_disconnect(request, _gathered(messages))
+    counted = responses.usage(
+        *(message.usage for _, message in gathered if message.HasField("usage"))
+    )
+    return JSONResponse(completion.whole(gathered, counted), headers=headers)
 
 
 async def _gathered(
@@ -171,48 +180,48 @@ async def _gathered(
 ) -> list[tuple[int, pb.GenerateResponse]]:
     async with aclosing(messages):
         return [
-            (number, one.to_wire() if isinstance(one, TextDelta) else one)
-            async for number, one in messages
+            (number, message.to_wire() if isinstance(message, TextDelta) else message)
+            async for number, message in messages
         ]
 
 
 async def _events(
     first: asyncio.Task[tuple[int, Message]],
     messages: AsyncGenerator[tuple[int, Message]],
-    shape: Shape,
+    completion: Completion,
     with_usage: bool,
     request_id: str,
 ) -> AsyncGenerator[bytes]:
-    """The stream as events; an error that comes after the beginning is one of them."""
-    parts: list[pb.Usage] = []
+    """The stream as events; an error after the first event becomes an event."""
+    usages: list[pb.Usage] = []
     try:
         async with aclosing(messages):
             number, message = await first
             while True:
                 if not isinstance(message, TextDelta) and message.HasField("usage"):
-                    parts.append(message.usage)
-                events = shape.encoded(number, message)
+                    usages.append(message.usage)
+                events = completion.encoded(number, message)
                 if events:
                     yield events
                 number, message = await anext(messages)
     except StopAsyncIteration:
         pass
     except ArrieroError as error:
-        yield shapes.event(errors.describe(error))
+        yield responses.event(errors.describe(error))
         return
     except Exception:
         log.exception("request %s failed", request_id)
-        yield shapes.event(errors.internal(request_id))
+        yield responses.event(errors.internal(request_id))
         return
     if with_usage:
-        yield shapes.event(shape.last(shapes.usage(*parts)))
+        yield responses.event(completion.last(responses.usage(*usages)))
     yield _DONE
 
 
 def _add_tokens(app: FastAPI, inference: Inference) -> None:
     @app.post("/tokenize")
     async def tokenize(body: TokenizeBody) -> dict[str, Any]:
-        """Token ids of a text or a conversation, exactly as a completion would see them."""
+        """Token ids of a text or a conversation, exactly as in a completion."""
         answer = await inference.tokenize(translate.tokenize_request(body))
         tokens = list(answer.token_ids)
         return {"tokens": tokens, "count": len(tokens), "max_model_len": answer.max_model_len}
@@ -226,21 +235,21 @@ def _add_tokens(app: FastAPI, inference: Inference) -> None:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        """The models that some connected group serves now."""
-        return {"object": "list", "data": [shapes.model(one) for one in inference.models()]}
+        """The models that a connected group serves now."""
+        return {"object": "list", "data": [responses.model(model) for model in inference.models()]}
 
     @app.get("/v1/models/{model:path}")
     async def model(model: str) -> dict[str, Any]:
-        """One of them."""
+        """Facts about a model."""
         if not model:
-            raise InvalidRequest("model", "the path names no model")
-        return shapes.model(inference.model(model))
+            raise InvalidRequest("model", "the path names no model; give `/v1/models/ID`")
+        return responses.model(inference.model(model))
 
 
-def _add_sight(app: FastAPI, inference: Inference) -> None:
+def _add_observability(app: FastAPI, inference: Inference) -> None:
     @app.get("/health")
     async def health() -> JSONResponse:
-        """200 while every model sleeps, or has a group that idles or finished a step lately."""
+        """200 while every model may sleep or has a group without stalled work."""
         groups = {
             view.group_id: {
                 "model": view.model,
@@ -250,13 +259,13 @@ def _add_sight(app: FastAPI, inference: Inference) -> None:
             }
             for view in inference.groups.groups()
         }
-        lively = {
+        active = {
             view.model for view in inference.groups.groups() if view.load.stalled_s < STALLED_S
         }
-        there = {view.model for view in inference.groups.groups()}
-        asleep = inference.may_sleep - there
-        missing = sorted(inference.groups.models() - lively - asleep)
-        healthy = bool(lively | asleep) and not missing
+        linked = {view.model for view in inference.groups.groups()}
+        asleep = inference.may_sleep - linked
+        missing = sorted(inference.groups.models() - active - asleep)
+        healthy = bool(active | asleep) and not missing
         return JSONResponse(
             {
                 "status": "ok" if healthy else "unavailable",

@@ -1,4 +1,4 @@
-"""Errors in the shape and with the statuses that clients of the OpenAI API know."""
+"""Errors in the JSON form and with the statuses of the OpenAI API."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ log = logging.getLogger(__name__)
 
 UNAVAILABLE_RETRY_S = 1
 _TYPES = frozenset({"str", "int", "bool", "nullable", "NamedTool", "AllowedTools"})
-"""Types among which a field has one, as pydantic puts them into a path; lists have brackets."""
+"""Names of union members in pydantic's error paths; list types have brackets."""
 _ROUTING = {404: "unknown_url", 405: "method_not_allowed"}
 _OF_TYPE = re.compile(r".*_(type|parsing|from_float)|finite_number")
-"""pydantic's kinds of errors that say a value is of another type."""
+"""pydantic's error types for a value of a wrong type."""
 _PART = re.compile(r"(messages\[\d+\])\.parts(\[\d+\])(\.image)?")
 
 _NAMES = (
@@ -38,14 +38,14 @@ _NAMES = (
     (re.compile(r"(\btools\[\d+\])\.(name|parameters)\b"), r"\1.function.\2"),
     (re.compile(r"(\btool_calls\[\d+\])\.(name|arguments)\b"), r"\1.function.\2"),
 )
-"""Fields of the wire that have other names in JSON."""
+"""Fields of the gRPC messages with other names in JSON."""
 
 
 def install(app: FastAPI) -> None:
-    """Have every error of `app` answered in this shape."""
+    """Answer every error of `app` in this form."""
 
     @app.exception_handler(ArrieroError)
-    async def ours(request: Request, error: ArrieroError) -> Response:
+    async def arriero_error(request: Request, error: ArrieroError) -> Response:
         return respond(error)
 
     @app.exception_handler(RequestValidationError)
@@ -54,12 +54,12 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def routing(request: Request, error: HTTPException) -> Response:
-        words = f"{request.method} {request.url.path}: {error.detail}"
-        content = body(words, "invalid_request_error", code=_ROUTING.get(error.status_code))
+        text = f"{request.method} {request.url.path}: {error.detail}"
+        content = body(text, "invalid_request_error", code=_ROUTING.get(error.status_code))
         return JSONResponse(content, error.status_code, error.headers)
 
     @app.exception_handler(Exception)
-    async def fault(request: Request, error: Exception) -> Response:
+    async def internal_error(request: Request, error: Exception) -> Response:
         return JSONResponse(internal(_request_id(request)), 500)
 
 
@@ -68,16 +68,16 @@ def _request_id(request: Request) -> str:
 
 
 def internal(request_id: str) -> dict[str, Any]:
-    """What a client is told of a fault of ours."""
+    """The JSON of an internal error."""
     return body(
-        f"internal error; the gateway's log has it under request {request_id}",
+        f"internal error; look for request {request_id} in the gateway's log",
         "server_error",
         code="internal_error",
     )
 
 
 def respond(error: ArrieroError) -> JSONResponse:
-    """The answer that `error` is."""
+    """The HTTP response for `error`."""
     status, headers = 503, {"retry-after": str(UNAVAILABLE_RETRY_S)}
     if isinstance(error, InvalidRequest):
         status, headers = 400, {}
@@ -93,7 +93,7 @@ def respond(error: ArrieroError) -> JSONResponse:
 
 
 def describe(error: ArrieroError) -> dict[str, Any]:
-    """The JSON that `error` is."""
+    """The JSON of `error`."""
     text = str(error)
     if isinstance(error, InvalidRequest):
         text, field = _as_sent(text), _as_sent(error.field)
@@ -110,9 +110,9 @@ def describe(error: ArrieroError) -> dict[str, Any]:
 
 
 def _as_sent(text: str) -> str:
-    """`text` with fields called as JSON calls them."""
-    for pattern, words in _NAMES:
-        text = pattern.sub(words, text)
+    """Replace names of message fields by the names in JSON."""
+    for pattern, replacement in _NAMES:
+        text = pattern.sub(replacement, text)
     return _PART.sub(
         lambda part: f"{part[1]}.content{part[2]}{part[3] or ''}{'_url' if part[3] else ''}", text
     )
@@ -121,31 +121,31 @@ def _as_sent(text: str) -> str:
 def body(
     message: str, kind: str, *, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    """The API's own shape of an error."""
-    # Half of a surrogate pair, which JSON can spell, would not be UTF-8.
+    """The JSON of an error in the OpenAI API."""
+    # JSON can hold half of a surrogate pair, which UTF-8 cannot encode.
     message = message.encode("utf-8", "replace").decode()
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def _first(errors: Sequence[Mapping[str, Any]]) -> InvalidRequest:
-    """What a client is told of the fields that broke the schema: the first, by name."""
+    """The error for the first field that broke the schema."""
     error = _deepest(errors)
     kind, context = error["type"], error.get("ctx", {})
     if kind == "json_invalid":
         reason = context.get("error", error["msg"])
         return InvalidRequest("", f"the body is not JSON: {reason}", "invalid_json")
-    given = error.get("input")
-    if isinstance(given, bytes):
+    value = error.get("input")
+    if isinstance(value, bytes):
         return InvalidRequest(
             "",
-            "the body is not JSON, or not said to be; send content-type: application/json",
+            "the body is not JSON or has another type; send content-type: application/json",
             "invalid_json",
         )
     field = _name([*_path(error), *([context["param"]] if context.get("param") else [])])
-    if kind == "field":  # of our own validators, which look at several fields
+    if kind == "field":  # from our own validators of several fields
         inside = field.removesuffix(context["param"])
         words = str(context["words"])
-        # the words name the field as its object does; the client sees it from the body
+        # the text names the field within its object; the client needs the path from the body
         words = words.replace(f"`{context['param']}`", f"`{field}`", 1) if inside else words
         return InvalidRequest(field, words, context["code"])
     if kind == "extra_forbidden":
@@ -153,16 +153,16 @@ def _first(errors: Sequence[Mapping[str, Any]]) -> InvalidRequest:
             field, f"`{field}` is not supported; leave it out", "unsupported_parameter"
         )
     if kind == "missing":
-        what = f"`{field}` is needed" if field else "the body is needed: a JSON object"
-        return InvalidRequest(field, what, "missing_required_parameter")
-    shown = f"={json.dumps(given)[:64]}" if isinstance(given, str | int | float | bool) else ""
+        message = f"`{field}` is needed" if field else "the body is needed: a JSON object"
+        return InvalidRequest(field, message, "missing_required_parameter")
+    shown = f"={json.dumps(value)[:64]}" if isinstance(value, str | int | float | bool) else ""
     reason = error["msg"].removeprefix("Value error, ")
     code = "invalid_type" if _OF_TYPE.fullmatch(kind) else "invalid_value"
     return InvalidRequest(field, f"`{field or 'body'}`{shown}: {reason}", code)
 
 
 def _name(path: Sequence[str | int]) -> str:
-    """A field as the messages call it: `messages[0].content`."""
+    """The path of a field in error texts, such as `messages[0].content`."""
     field = ""
     for part in path:
         if isinstance(part, int):
@@ -173,14 +173,14 @@ def _name(path: Sequence[str | int]) -> str:
 
 
 def _deepest(errors: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The first error; of a field that may have several types, the one that came closest to fit."""
+    """The first error; for a field of several types, the error of the type that fits best."""
     first = _path(errors[0])
     same = [error for error in errors if _path(error)[: len(first)] == first]
     return max(same, key=lambda error: len(_path(error)))
 
 
 def _path(error: Mapping[str, Any]) -> list[str | int]:
-    """Fields and positions; without the types that a field may have."""
+    """Fields and positions of an error, without the names of union members."""
     return [
         part
         for part in error["loc"][1:]

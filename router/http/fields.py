@@ -1,12 +1,12 @@
-"""Fields of the API in three classes, in one table that is also the documentation.
+"""Fields of the API in three classes; the table is also the documentation.
 
-honoured: a field of `bodies` or `messages`; it changes the answer as its description says.
-no effect: listed here with `hint`; every value is taken, since the answer is the same without it.
-refused: listed here with `refused`; the answer would be other than asked. Values that ask for
-    nothing (`echo` false, `best_of` 1) are taken.
+honoured: a field of `request_schemas` or `messages`; changes the answer as described there.
+no effect: listed here with `hint`; every value is accepted, because no value changes the answer.
+refused: listed here with `refused`; the answer would differ from the request. Neutral values
+    (`echo` false, `best_of` 1) are accepted.
 
-Any name outside of the table is refused too. /openapi.json shows the class of each field as
-`x-class`. Knows names and values; knows nothing of what honoured fields do.
+Names outside of the table are refused too. /openapi.json shows the class of each field as
+`x-class`. Knows names and values; knows nothing of the effect of honoured fields.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from pydantic_core import CoreSchema, PydanticCustomError
 Json = dict[str, Any]
 
 NOTHING: tuple[Any, ...] = (False, "", [], {})
-"""Values by which clients say "not given"."""
+"""Values that clients send for "not given"."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """How a field that is not honoured is treated.
+    """Rule for a field that is not honoured.
 
     Attributes:
-        words: why its value changes nothing, or what it would change.
-        neutral: the values that are taken; None for all of them. null always is.
+        words: reason why the field has no effect or is refused.
+        neutral: accepted values; None for all values. null is always accepted.
     """
 
     words: str
     neutral: tuple[Any, ...] | None
 
     def takes(self, value: Any) -> bool:  # noqa: ANN401
-        """Whether the answer is the same with this value as without the field."""
+        """Whether the value is accepted: the answer is the same without the field."""
         if self.neutral is None:
             return True
         return any(
-            value == one and isinstance(value, bool) == isinstance(one, bool)
-            for one in self.neutral
+            value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+            for neutral in self.neutral
         )
 
     def schema(self) -> Json:
-        """The field in a JSON Schema."""
+        """JSON Schema of the field."""
         if self.neutral is None:
             return {"description": f"No effect: {self.words}", "x-class": "no effect"}
         return {
@@ -57,24 +57,24 @@ class Rule:
 
 
 def hint(words: str) -> Rule:
-    """A field that changes no token, whatever its value."""
+    """Rule for a field that changes no token."""
     return Rule(words, None)
 
 
 def refused(words: str, *neutral: Any) -> Rule:  # noqa: ANN401
-    """A field whose values change the answer, but for those that ask for nothing."""
+    """Rule for a field that would change the answer, except for its neutral values."""
     return Rule(words, neutral)
 
 
 def invalid(param: str, message: str, code: str = "invalid_value") -> PydanticCustomError:
-    """The error of a validator that looks at several fields, naming the one at fault.
+    """The error of a validator of several fields, with the name of the field at fault.
 
     Args:
-        param: the field, from the object that is validated.
+        param: path of the field, from the validated object.
         message: field, limit, value, remedy.
         code: see `InvalidRequest`.
     """
-    # pydantic would read braces as places for values
+    # pydantic would read braces as placeholders
     return PydanticCustomError("field", "{words}", {"words": message, "param": param, "code": code})
 
 
@@ -83,14 +83,14 @@ def _integral(value: Any) -> Any:  # noqa: ANN401
 
 
 Int = Annotated[int, BeforeValidator(_integral)]
-"""A whole number, however it is written: languages with one kind of number write 8.0."""
+"""A whole number; 8.0 is accepted, because languages with one number type write 8.0."""
 
 
 class Body(BaseModel):
-    """A JSON object of known fields; a field given as null is one not given.
+    """A JSON object of known fields; null means that the field is absent.
 
     Attributes:
-        others: the fields that are not honoured.
+        others: rules for the fields that are not honoured.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
@@ -99,29 +99,29 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _honoured(cls, data: Any) -> Any:  # noqa: ANN401
-        """Only the fields that are honoured, and names outside of the table."""
+        """Drop the fields with a rule; keep honoured fields and names outside of the table."""
         if not isinstance(data, dict):
             return data
-        kept = {}
+        honoured = {}
         for name, value in data.items():
             rule = cls.others.get(name)
             if value is None:
                 continue
             if rule is None:
-                kept[name] = value
+                honoured[name] = value
             elif not rule.takes(value):
                 raise invalid(
                     name,
                     f"`{name}` is not supported: {rule.words}; leave it out",
                     "unsupported_parameter",
                 )
-        return kept
+        return honoured
 
     @classmethod
     def __get_pydantic_json_schema__(
         cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> Json:
-        """The schema, with the class of each field."""
+        """JSON Schema with the class of each field."""
         schema = handler(core_schema)
         whole = handler.resolve_ref_schema(schema)
         properties = whole.setdefault("properties", {})
@@ -133,12 +133,12 @@ class Body(BaseModel):
 
 
 _REASONING = "for models that reason before they answer; Llama models do not."
-_BEAM = "for beam search, which there is none of."
+_BEAM = "for beam search, which is not offered."
 _OWN_GRAMMAR = "the grammars' own white space and compiler are used"
 _LORA = "adapters cannot be chosen by request"
 
 GENERATION: Mapping[str, Rule] = {
-    # notes of the caller, for its own records
+    # notes for the caller's own records
     "user": hint("the caller's own name for its user."),
     "metadata": hint("the caller's own notes."),
     "store": hint("answers are not stored."),
@@ -157,7 +157,7 @@ GENERATION: Mapping[str, Rule] = {
     "extra_query": hint("meant for the client's own library."),
     "intent": hint("the editor's own notes."),
     "snippy": hint("the editor's own notes."),
-    # how a service would run it
+    # hints for a service how to run the request
     "service_tier": hint("there is one tier."),
     "provider": hint("there is one provider."),
     "route": hint("there is one provider."),
@@ -167,11 +167,11 @@ GENERATION: Mapping[str, Rule] = {
     "prompt_cache_options": hint("prompts are found in the cache by their tokens."),
     "cache_prompt": hint("prompts are found in the cache by their tokens."),
     "cache_control": hint("prompts are found in the cache by their tokens."),
-    "id_slot": hint("a hint where to compute it."),
-    "slot_id": hint("a hint where to compute it."),
+    "id_slot": hint("a hint where to compute the request."),
+    "slot_id": hint("a hint where to compute the request."),
     "prediction": hint("a guess at the answer, which makes it faster elsewhere."),
     "moderation": refused("there is no moderation of requests"),
-    # what such a model does not have
+    # reasoning, which Llama models lack
     "reasoning_effort": hint(_REASONING),
     "reasoning": hint(_REASONING),
     "reasoning_format": hint(_REASONING),
@@ -182,27 +182,29 @@ GENERATION: Mapping[str, Rule] = {
     "thinking_budget": hint(_REASONING),
     "thinking_token_budget": hint(_REASONING),
     "enable_thinking": hint(_REASONING),
-    "verbosity": hint("for models that were trained to obey it; Llama models were not."),
+    "verbosity": hint("for models trained for verbosity levels; Llama models are not."),
     # vLLM, SGLang
     "guided_decoding_backend": hint(f"{_OWN_GRAMMAR}."),
     "length_penalty": hint(_BEAM),
     "early_stopping": hint(_BEAM),
-    "spaces_between_special_tokens": hint("Llama's tokenizers put none."),
+    "spaces_between_special_tokens": hint("Llama's tokenizers add no spaces."),
     "use_beam_search": refused("there is no beam search", False),
     "guided_whitespace_pattern": refused(_OWN_GRAMMAR, ""),
     "guided_json_object": refused('give `response_format` {"type": "json_object"}', False),
     "truncate_prompt_tokens": refused("prompts are never cut"),
-    "prompt_logprobs": refused("only `/v1/completions` with `echo` gives those of the prompt"),
+    "prompt_logprobs": refused(
+        "only `/v1/completions` with `echo` returns log-probabilities of the prompt"
+    ),
     "bad_words": refused("give `banned_token_ids` or `logit_bias`", *NOTHING),
-    "logits_processors": refused("no code of callers is run", *NOTHING),
-    "custom_logit_processor": refused("no code of callers is run", *NOTHING),
-    "return_tokens_as_token_ids": refused("tokens are given as text", False),
-    "return_token_ids": refused("tokens are given as text", False),
-    "return_hidden_states": refused("they are not kept", False),
+    "logits_processors": refused("code from callers is not run", *NOTHING),
+    "custom_logit_processor": refused("code from callers is not run", *NOTHING),
+    "return_tokens_as_token_ids": refused("tokens are returned as text", False),
+    "return_token_ids": refused("tokens are returned as text", False),
+    "return_hidden_states": refused("hidden states are not returned", False),
     "kv_transfer_params": refused("groups exchange blocks by themselves", *NOTHING),
-    "vllm_xargs": refused("they mean nothing here", *NOTHING),
-    "mm_processor_kwargs": refused("images are read as the checkpoint says", *NOTHING),
-    "media_io_kwargs": refused("images are read as the checkpoint says", *NOTHING),
+    "vllm_xargs": refused("vLLM's own arguments are unknown here", *NOTHING),
+    "mm_processor_kwargs": refused("the checkpoint decides how images are read", *NOTHING),
+    "media_io_kwargs": refused("the checkpoint decides how images are read", *NOTHING),
     "lora_path": refused(_LORA, *NOTHING),
     "lora_name": refused(_LORA, *NOTHING),
     "adapter_id": refused(_LORA, *NOTHING),
@@ -220,27 +222,27 @@ GENERATION: Mapping[str, Rule] = {
     "top_n_sigma": refused("give `top_p` or `min_p`", -1, 0),
     "mirostat": refused("give `top_p` or `min_p`", *NOTHING, 0),
     "mirostat_mode": refused("give `top_p` or `min_p`", *NOTHING, 0),
-    "mirostat_tau": hint("of `mirostat`, which must be off."),
-    "mirostat_eta": hint("of `mirostat`, which must be off."),
+    "mirostat_tau": hint("belongs to `mirostat`, which must be off."),
+    "mirostat_eta": hint("belongs to `mirostat`, which must be off."),
     "dynatemp_range": refused("give `temperature`", 0),
-    "dynatemp_exponent": hint("of `dynatemp_range`, which must be 0."),
+    "dynatemp_exponent": hint("belongs to `dynatemp_range`, which must be 0."),
     "xtc_probability": refused("give `top_p` or `min_p`", 0),
-    "xtc_threshold": hint("of `xtc_probability`, which must be 0."),
+    "xtc_threshold": hint("belongs to `xtc_probability`, which must be 0."),
     "dry_multiplier": refused("give `repetition_penalty`", 0),
-    "dry_base": hint("of `dry_multiplier`, which must be 0."),
-    "dry_allowed_length": hint("of `dry_multiplier`, which must be 0."),
-    "dry_penalty_last_n": hint("of `dry_multiplier`, which must be 0."),
-    "dry_sequence_breakers": hint("of `dry_multiplier`, which must be 0."),
+    "dry_base": hint("belongs to `dry_multiplier`, which must be 0."),
+    "dry_allowed_length": hint("belongs to `dry_multiplier`, which must be 0."),
+    "dry_penalty_last_n": hint("belongs to `dry_multiplier`, which must be 0."),
+    "dry_sequence_breakers": hint("belongs to `dry_multiplier`, which must be 0."),
     "no_repeat_ngram_size": refused("give `repetition_penalty`", 0),
     "do_sample": refused("give `temperature`", True),
     "num_beams": refused("there is no beam search", 1),
-    "watermark": refused("answers carry none", False),
+    "watermark": refused("answers carry no watermark", False),
     "truncate": refused("prompts are never cut"),
     "context_length_exceeded_behavior": refused("prompts are never cut", "error"),
     "transforms": refused("prompts are never cut", *NOTHING),
-    "safe_prompt": refused("nothing is put before the prompt", False),
+    "safe_prompt": refused("no system prompt is added", False),
 }
-"""Of both ways to generate."""
+"""`/v1/chat/completions` and `/v1/completions`."""
 
 CHAT: Mapping[str, Rule] = {
     **GENERATION,
@@ -249,15 +251,15 @@ CHAT: Mapping[str, Rule] = {
     "web_search_options": refused("nothing is searched"),
     "functions": refused("give `tools`", []),
     "function_call": refused("give `tools` and `tool_choice`", "none", "auto"),
-    "plugins": refused("nothing runs beside the model", *NOTHING),
+    "plugins": refused("no plugin runs beside the model", *NOTHING),
     "data_sources": refused("nothing is searched", *NOTHING),
     "search_parameters": refused("nothing is searched"),
-    "echo": refused("only `/v1/completions` gives the prompt back", False),
-    "add_special_tokens": refused("the chat template writes them", False),
-    "chat_template": refused("the checkpoint's own is used"),
+    "echo": refused("only `/v1/completions` returns the prompt", False),
+    "add_special_tokens": refused("the chat template adds special tokens", False),
+    "chat_template": refused("the checkpoint's own template is used"),
     "best_of": refused("give `n`", 1),
-    "tool_call_parser": hint("every form of calls is found."),
-    "input_audio": refused("the model does not hear"),
+    "tool_call_parser": hint("calls of every form are parsed."),
+    "input_audio": refused("the model does not take audio"),
 }
 """`/v1/chat/completions`."""
 
@@ -270,10 +272,10 @@ COMPLETION: Mapping[str, Rule] = {
 
 STREAM_OPTIONS: Mapping[str, Rule] = {
     "include_obfuscation": hint("events are not padded."),
-    "continuous_usage_stats": hint("the usage comes once, at the end."),
+    "continuous_usage_stats": hint("the usage is sent once, at the end."),
 }
 
-_KEPT = "what a client keeps beside an earlier answer."
+_OF_CLIENT = "a client's own record of an earlier answer."
 MESSAGE: Mapping[str, Rule] = {
     **dict.fromkeys(
         (
@@ -288,10 +290,10 @@ MESSAGE: Mapping[str, Rule] = {
             *("is_error", "artifact", "cache_control", "copilot_cache_control"),
             *("prompt_cache_breakpoint", "opts", "cycle", "visible", "_meta", "tag", "session_id"),
         ),
-        hint(_KEPT),
+        hint(_OF_CLIENT),
     ),
-    "audio": refused("the model does not hear"),
-    "images": refused("give them as parts of `content`", []),
+    "audio": refused("the model does not take audio"),
+    "images": refused("give images as parts of `content`", []),
     "prefix": refused("give `continue_final_message`", False),
     "partial": refused("give `continue_final_message`", False),
 }
@@ -302,7 +304,7 @@ CALL: Mapping[str, Rule] = dict.fromkeys(
         *("index", "provider_specific_fields", "extra_content", "thought_signature", "status"),
         *("caller", "cache_control", "parsed_arguments", "output"),
     ),
-    hint(_KEPT),
+    hint(_OF_CLIENT),
 )
 """A call in a message, and its function."""
 
@@ -313,14 +315,14 @@ PART: Mapping[str, Rule] = dict.fromkeys(
         *("id", "index", "uuid", "provider_specific_fields", "providerOptions", "signature"),
         *("extra_content", "thought_signature", "metadata", "status", "detail"),
     ),
-    hint(_KEPT),
+    hint(_OF_CLIENT),
 )
 """A part of a message."""
 
 IMAGE: Mapping[str, Rule] = {
     "detail": hint("images are always read in full."),
-    "format": hint("the file itself says what it is."),
-    "mime_type": hint("the file itself says what it is."),
+    "format": hint("the format is read from the file."),
+    "mime_type": hint("the format is read from the file."),
 }
 
 TOOL: Mapping[str, Rule] = dict.fromkeys(
@@ -328,21 +330,21 @@ TOOL: Mapping[str, Rule] = dict.fromkeys(
         *("cache_control", "copilot_cache_control", "defer_loading", "eager_input_streaming"),
         *("allowed_callers", "metadata"),
     ),
-    hint("how a service would show or store the tool; the model sees all tools at once."),
+    hint("a hint how to show or store the tool; the model sees all tools at once."),
 )
 """A tool, and its function."""
 
 SCHEMA: Mapping[str, Rule] = {
     "name": hint("for the caller."),
     "description": hint("for the caller."),
-    "strict": hint("the output always fits the schema, as if true."),
+    "strict": hint("the output always fits the schema."),
 }
 
 STRUCTURED: Mapping[str, Rule] = {
     "disable_fallback": hint("there is one compiler of grammars."),
     "backend": hint("there is one compiler of grammars."),
     "disable_any_whitespace": refused(_OWN_GRAMMAR, False),
-    "disable_additional_properties": refused("give it in the schema", False),
+    "disable_additional_properties": refused("set `additionalProperties` in the schema", False),
     "whitespace_pattern": refused(_OWN_GRAMMAR, ""),
     "structural_tag": refused("give `strict` tools", ""),
 }
@@ -350,7 +352,7 @@ STRUCTURED: Mapping[str, Rule] = {
 TOKENIZE: Mapping[str, Rule] = {
     "user": GENERATION["user"],
     "request_id": GENERATION["request_id"],
-    "return_token_strs": refused("ask `/detokenize`", False),
+    "return_token_strs": refused("use `/detokenize`", False),
     "chat_template": CHAT["chat_template"],
     "mm_processor_kwargs": GENERATION["mm_processor_kwargs"],
     "media_io_kwargs": GENERATION["media_io_kwargs"],

@@ -1,7 +1,7 @@
-"""The JSON of a conversation: messages, the calls in them, tools and documents.
+"""The JSON of a conversation: messages, tool calls, tools and documents.
 
-What a client sends back of an earlier answer is taken, in the spellings of the clients in use.
-Knows JSON; what a value means to the model is checked where gRPC's is.
+Accepts earlier answers that a client sends back, in the spellings of common clients. Knows JSON;
+knows nothing of the model: checks against the model are shared with gRPC.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from arriero.router.http.fields import Body
 _TEXT_PARTS = frozenset({"input_text", "output_text"})
 _IMAGE_PARTS = frozenset({"input_image"})
 THOUGHT_PARTS = frozenset({"thinking", "redacted_thinking", "reasoning", "reasoning_text"})
-"""Parts that hold what an earlier answer thought: left out, as `reasoning_content` is."""
+"""Parts with the reasoning of an earlier answer; dropped, as `reasoning_content` is."""
 
 
 class ImageUrl(Body):
-    """An image, in its URL."""
+    """An image in a data URL."""
 
     others: ClassVar = fields.IMAGE
-    url: str = Field(description="data:image/…;base64,…: JPEG, PNG or WebP. None are fetched.")
+    url: str = Field(description="data:image/…;base64,…: JPEG, PNG or WebP. No URL is fetched.")
 
 
 def _image(value: Any) -> Any:  # noqa: ANN401
@@ -31,7 +31,7 @@ def _image(value: Any) -> Any:  # noqa: ANN401
 
 
 class ContentPart(BaseModel):
-    """A part of a message; parts of the types "text" and "image_url" are taken."""
+    """A part of a message, of type "text" or "image_url"."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -44,7 +44,7 @@ class ContentPart(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _usual(cls, data: Any) -> Any:  # noqa: ANN401
-        """The same part in this API's own words."""
+        """Translate spellings of other APIs to this API."""
         if isinstance(data, str):
             return {"type": "text", "text": data}
         if not isinstance(data, dict):
@@ -72,35 +72,35 @@ class FunctionCall(Body):
     others: ClassVar = fields.CALL
     name: str
     arguments: str | dict[str, Any] = Field(
-        "", description="A JSON object, as text or as it is; empty for none."
+        "", description="A JSON object, or its text; empty for no arguments."
     )
 
 
 class MessageToolCall(Body):
-    """A call that an earlier answer made."""
+    """A call in an earlier answer."""
 
     others: ClassVar = fields.CALL
-    id: str = Field("", description="The result's `tool_call_id` names it.")
+    id: str = Field("", description="Id for the result's `tool_call_id`.")
     type: Literal["function"] = "function"
     function: FunctionCall
 
 
 class ChatMessage(Body):
-    """One message of a conversation."""
+    """A message of a conversation."""
 
     others: ClassVar = fields.MESSAGE
     role: str = Field(description="system, developer, user, assistant or tool.")
     content: str | list[ContentPart] | None = Field(
         None, description="Text, or parts: text and images."
     )
-    name: str | None = Field(None, description="The speaker's or the tool's name.")
-    tool_calls: list[MessageToolCall] | None = Field(None, description="Calls made by it.")
-    tool_call_id: str | None = Field(None, description='The call that a "tool" message answers.')
+    name: str | None = Field(None, description="Name of the speaker or the tool.")
+    tool_calls: list[MessageToolCall] | None = Field(None, description="Calls in this message.")
+    tool_call_id: str | None = Field(None, description='The call of a "tool" message.')
     refusal: str | None = Field(
-        None, description="What an assistant said to refuse: its words where `content` has none."
+        None, description="Text of an assistant's refusal; used when `content` is empty."
     )
     function_call: FunctionCall | None = Field(
-        None, description="A call in the API's older form, as if in `tool_calls`."
+        None, description="A call in the API's older form; read as an entry of `tool_calls`."
     )
 
 
@@ -109,13 +109,13 @@ class Function(Body):
 
     others: ClassVar = fields.TOOL
     name: str = Field(description="1 to 128 letters, digits, dots, dashes or underscores.")
-    description: str = Field("", description="What it does, for the model.")
-    parameters: dict[str, Any] | None = Field(None, description="JSON Schema of its arguments.")
+    description: str = Field("", description="Purpose of the function, for the model.")
+    parameters: dict[str, Any] | None = Field(None, description="JSON Schema of the arguments.")
     strict: bool = Field(
         False,
-        description="Arguments fit the schema: from the moment that the model begins a call of it. "
-        "Where `tool_choice` forces a call they always do. A call that `max_tokens` or a stop "
-        "string cuts off fits as far as it goes.",
+        description="Arguments fit the schema once the model begins a call. With a `tool_choice` "
+        "that forces a call, arguments always fit. A call that `max_tokens` or a stop string cuts "
+        "off is a valid beginning.",
     )
 
 
@@ -130,12 +130,12 @@ class Tool(Body):
 class Document(Body):
     """A text to answer from."""
 
-    title: str = Field("", description="Its name.")
-    text: str = Field(description="What it says.")
+    title: str = Field("", description="Name of the document.")
+    text: str = Field(description="Text of the document.")
 
 
 class FunctionName(Body):
-    """A function, by name."""
+    """Name of a function."""
 
     name: str
 
@@ -150,8 +150,8 @@ class NamedTool(Body):
 class AllowedToolNames(Body):
     """Some of the tools on offer."""
 
-    mode: Literal["auto", "required"] = Field(description='"required" forces a call of one.')
-    tools: list[NamedTool] = Field(description="Only these are offered to the model.")
+    mode: Literal["auto", "required"] = Field(description='"required" forces a call.')
+    tools: list[NamedTool] = Field(description="The tools that the model sees.")
 
 
 class AllowedTools(Body):
@@ -162,7 +162,7 @@ class AllowedTools(Body):
 
 
 def usual_choice(value: Any) -> Any:  # noqa: ANN401
-    """A `tool_choice` in this API's own words: "any" and objects for words are in use elsewhere."""
+    """Translate "any" and the objects of other APIs to a `tool_choice` of this API."""
     if value == "any":
         return "required"
     if not isinstance(value, dict):

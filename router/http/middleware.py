@@ -1,6 +1,6 @@
-"""What every HTTP request passes through first: its name, caller, path and body, faults of ours.
+"""Middleware for every HTTP request: request id, caller, path, body and internal errors.
 
-Knows ASGI; knows nothing of what the requests ask.
+Knows ASGI; knows nothing of the meaning of requests.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from arriero.shards.errors import ArrieroError, InvalidRequest
 
 log = logging.getLogger(__name__)
 
-_OPEN = frozenset({"/health", "/openapi.json"})
-"""Paths that need no key: what they tell concerns no tenant."""
+_WITHOUT_KEY = frozenset({"/health", "/openapi.json"})
+"""Paths that need no key, because their answers show no tenant's data."""
 _SLASHES = re.compile("/{2,}")
 
 
 class RequestMiddleware:
-    """Middleware: gives a request its id and caller, reads its body, answers what nobody answered.
+    """Sets a request's id and caller, reads the body, and answers errors.
 
-    Slashes at a path's end or side by side are no difference, a body may be compressed, HEAD is
-    GET without the answer's body, and OPTIONS tells the methods.
+    Trailing and double slashes in a path are ignored, a body may be compressed, HEAD is GET without
+    the answer's body, and OPTIONS lists the methods.
 
     Args:
         app: the application.
-        max_body_bytes: the largest body taken.
-        door: knows the callers.
+        max_body_bytes: most bytes of a body.
+        admission: finds the tenant of a caller.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, door: AdmissionController) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, admission: AdmissionController) -> None:
         self._app = app
         self._max = max_body_bytes
-        self._door = door
+        self._admission = admission
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -54,18 +54,18 @@ class RequestMiddleware:
         is_head = scope["method"] == "HEAD"
         path = _SLASHES.sub("/", scope["path"]).rstrip("/") or "/"
         scope = {**scope, "path": path, "method": "GET" if is_head else scope["method"]}
-        given = headers.get(b"x-request-id", b"").decode("latin-1")
+        value = headers.get(b"x-request-id", b"").decode("latin-1")
         try:
-            request_id = read_request_id(given)
-        except InvalidRequest:  # a name for logs, often put there by a proxy: not worth a refusal
+            request_id = read_request_id(value)
+        except InvalidRequest:  # often set by a proxy, and only for logs: no reason to refuse
             request_id = read_request_id("")
         scope.setdefault("state", {}).update({"request_id": request_id, OUTERMOST: send})
-        begun = False
+        started = False
 
-        async def named(message: Message) -> None:
-            nonlocal begun
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
-                begun = True
+                started = True
                 message["headers"] = [
                     *message.get("headers", ()),
                     (b"x-request-id", request_id.encode()),
@@ -77,41 +77,41 @@ class RequestMiddleware:
         length = headers.get(b"content-length", b"")
         try:
             if scope["method"] == "OPTIONS":
-                await _answer(named, 204, None, (b"allow", b"GET, HEAD, POST, OPTIONS"))
+                await _answer(send_with_id, 204, None, (b"allow", b"GET, HEAD, POST, OPTIONS"))
                 return
             scope["state"]["caller"] = self._caller(scope, headers, request_id)
             if length.isdigit() and int(length) > self._max:
                 raise TooLarge
             if scope["method"] == "POST":
                 receive = await self._read(scope, receive, headers)
-            await self._app(scope, receive, named)
+            await self._app(scope, receive, send_with_id)
         except ClientGone:
             log.debug("request %s: the client went away", request_id)
-        except ArrieroError as error:  # of the caller; what handlers raise is answered within
-            await errors.respond(error)(scope, receive, named)
+        except ArrieroError as error:  # from `_caller`; the app answers errors of its handlers
+            await errors.respond(error)(scope, receive, send_with_id)
         except Unreadable as error:
             content = errors.body(str(error), "invalid_request_error", param=error.field or None)
-            await _answer(named, error.status, content)
+            await _answer(send_with_id, error.status, content)
         except TooLarge as error:
             if not error.whole:
                 await _discard(receive, 2 * self._max)
-            words = f"the body has more than {self._max} bytes, which is the most; send less"
-            content = errors.body(words, "invalid_request_error", code="request_too_large")
-            await _answer(named, 413, content)
+            text = f"the body has more than {self._max} bytes, the limit; send less"
+            content = errors.body(text, "invalid_request_error", code="request_too_large")
+            await _answer(send_with_id, 413, content)
         except Exception:
             log.exception("request %s failed", request_id)
-            if begun:
+            if started:
                 raise
-            await _answer(named, 500, errors.internal(request_id))
+            await _answer(send_with_id, 500, errors.internal(request_id))
 
     async def _read(
         self, scope: Scope, receive: Receive, headers: Mapping[bytes, bytes]
     ) -> Receive:
-        """What gives the body as the application reads it; `scope` is told of it.
+        """Read the body and set the headers in `scope`; returns a `receive` for the application.
 
         Raises:
-            TooLarge, Unreadable: as `request_body` says.
-            ClientGone: it did not come to its end.
+            TooLarge, Unreadable: as in `request_body`.
+            ClientGone: the client disconnected before the end of the body.
         """
         sent = await gather(receive, self._max)
         if sent is None:
@@ -130,37 +130,37 @@ class RequestMiddleware:
         return give
 
     def _caller(self, scope: Scope, headers: dict[bytes, bytes], request_id: str) -> Caller | None:
-        """Who asks; None where nobody need say so.
+        """The sender of a request; None for a path without callers.
 
         Raises:
-            Unauthenticated, PermissionDenied: as the door says.
-            InvalidRequest: the header `x-request-timeout` is no time.
+            Unauthenticated, PermissionDenied: as in `AdmissionController`.
+            InvalidRequest: the header `x-request-timeout` is no valid time.
         """
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if path in _OPEN:
+        if path in _WITHOUT_KEY:
             return None
         authorization = headers.get(b"authorization", b"").decode("latin-1")
         if path == "/metrics":
-            self._door.check_metrics(authorization)
+            self._admission.check_metrics(authorization)
             return None
         return Caller(
             request_id=request_id,
-            tenant=self._door.tenant(authorization),
+            tenant=self._admission.tenant(authorization),
             deadline_s=_deadline_s(headers.get(b"x-request-timeout")),
             traceparent=headers.get(b"traceparent", b"").decode("latin-1"),
             strict_schema=is_set(headers.get(b"x-strict-schema", b"").decode("latin-1")),
         )
 
 
-def _deadline_s(given: bytes | None) -> float | None:
-    if given is None:
+def _deadline_s(value: bytes | None) -> float | None:
+    if value is None:
         return None
     try:
-        timeout_s = float(given)
+        timeout_s = float(value)
     except ValueError:
         timeout_s = math.nan
     if not 0 < timeout_s < math.inf:
-        shown = given.decode("latin-1")[:64]
+        shown = value.decode("latin-1")[:64]
         raise InvalidRequest(
             "x-request-timeout", f"the header `x-request-timeout`={shown!r} must be seconds above 0"
         )
@@ -168,7 +168,7 @@ def _deadline_s(given: bytes | None) -> float | None:
 
 
 async def _discard(receive: Receive, most: int) -> None:
-    """Read on for a while: a client that is still sending may not look for an answer."""
+    """Read up to `most` bytes; a client may read the answer only after sending the body."""
     while most > 0:
         message = await receive()
         most -= len(message.get("body", b""))
@@ -179,7 +179,7 @@ async def _discard(receive: Receive, most: int) -> None:
 async def _answer(
     send: Send, status: int, content: dict[str, object] | None, *headers: tuple[bytes, bytes]
 ) -> None:
-    """Answer without the application, and end the connection, whose request may not be read."""
+    """Answer without the application and close the connection, as the body may be unread."""
     body = b"" if content is None else json.dumps(content).encode()
     if content is not None:
         length = (b"content-length", str(len(body)).encode())

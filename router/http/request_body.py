@@ -1,8 +1,8 @@
-"""A request's body as the application reads it: whole, uncompressed, UTF-8, said to be JSON.
+"""Reads a request's body: whole, decompressed, as UTF-8, with the content type of JSON.
 
-Clients send bodies in several encodings and under several content types. What can be read without
-a doubt is read; anything else is refused in words that name the header or the byte at fault. Knows
-bytes and headers; knows nothing of what a body means.
+Clients send bodies in several encodings and with several content types. An unambiguous body is
+read; other bodies are refused with the name of the header or the position of the byte at fault.
+Knows bytes and headers; knows nothing of the meaning of a body.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _AS_JSON = frozenset(
         "",
         "application/json",
         "application/octet-stream",
-        "application/x-www-form-urlencoded",  # what curl says unless it is told otherwise
+        "application/x-www-form-urlencoded",  # curl's default
         "text/json",
         "text/plain",
     }
@@ -38,7 +38,7 @@ _GZIP, _ZLIB, _RAW = 31, 15, -15  # zlib's window bits of the three framings
 
 
 class TooLarge(Exception):
-    """The body passed the limit; `whole` says that it was received to its end."""
+    """The body exceeds the limit; `whole`: the body was received to its end."""
 
     def __init__(self, *, whole: bool = False) -> None:
         super().__init__()
@@ -49,9 +49,9 @@ class Unreadable(Exception):
     """The body cannot be read.
 
     Args:
-        status: of HTTP.
-        field: the header at fault; "" for the body.
-        words: for the client.
+        status: HTTP status.
+        field: header at fault; "" for the body.
+        words: error text for the client.
     """
 
     def __init__(self, status: int, field: str, words: str) -> None:
@@ -61,10 +61,10 @@ class Unreadable(Exception):
 
 
 async def gather(receive: Receive, most: int) -> bytes | None:
-    """The body as it was sent; None where the client went away before its end.
+    """Receive the whole body; None when the client disconnected before its end.
 
     Raises:
-        TooLarge: it has more than `most` bytes.
+        TooLarge: the body has more than `most` bytes.
     """
     parts: list[bytes] = []
     size = 0
@@ -85,14 +85,13 @@ async def as_json(body: bytes, headers: Mapping[bytes, bytes], most: int) -> byt
     """The body as UTF-8 text without compression.
 
     Args:
-        body: as it was sent.
-        headers: of the request, names in lower case.
-        most: bytes that it may have, also when it is decompressed.
+        body: the bytes as sent.
+        headers: headers of the request, names in lower case.
+        most: most bytes of the decompressed body.
 
     Raises:
-        TooLarge: it decompresses to more.
-        Unreadable: an encoding or a type that is not taken, or bytes that are not what they are
-            said to be.
+        TooLarge: the decompressed body has more than `most` bytes.
+        Unreadable: an encoding or a content type is not supported, or does not match the bytes.
     """
     content_type = headers.get(b"content-type", b"").decode("latin-1")
     kind = content_type.partition(";")[0].strip().lower()
@@ -100,14 +99,14 @@ async def as_json(body: bytes, headers: Mapping[bytes, bytes], most: int) -> byt
         raise Unreadable(
             415,
             "content-type",
-            f"the header `content-type`={kind[:64]!r} is not taken; send application/json",
+            f"the header `content-type`={kind[:64]!r} is not supported; send application/json",
         )
     if b"origin" in headers and not _JSON.fullmatch(kind):
-        # A page of any site can have a browser send the other types here without asking first.
+        # A browser sends other types from a page of any site without a preflight request.
         raise Unreadable(
             415,
             "content-type",
-            f"the header `content-type`={kind[:64]!r} is not taken from a web page; send "
+            f"the header `content-type`={kind[:64]!r} is not allowed from a web page; send "
             "application/json",
         )
     encoding = headers.get(b"content-encoding", b"").decode("latin-1").strip().lower()
@@ -117,26 +116,26 @@ async def as_json(body: bytes, headers: Mapping[bytes, bytes], most: int) -> byt
 
 
 def rewritten(headers: Sequence[tuple[bytes, bytes]], size: int) -> Headers:
-    """The headers of a body that `as_json` read."""
+    """The headers that match a body from `as_json`."""
     replaced = {b"content-type", b"content-encoding", b"content-length", b"transfer-encoding"}
-    kept = [(name, value) for name, value in headers if name not in replaced]
+    others = [(name, value) for name, value in headers if name not in replaced]
     length = (b"content-length", str(size).encode())
-    return [*kept, (b"content-type", b"application/json"), length]
+    return [*others, (b"content-type", b"application/json"), length]
 
 
 def _decompress(body: bytes, encoding: str, most: int) -> bytes:
     if encoding in ("gzip", "x-gzip"):
         window = _GZIP
     elif encoding == "deflate":
-        # Meant is zlib's framing; some send the bare stream.
+        # The standard means zlib's framing; some clients send the bare stream.
         bare = len(body) < 2 or body[0] & 15 != 8 or (body[0] * 256 + body[1]) % 31
         window = _RAW if bare else _ZLIB
     else:
         raise Unreadable(
             415,
             "content-encoding",
-            f"the header `content-encoding`={encoding[:64]!r} is not taken; send the body in gzip "
-            "or deflate, or as it is",
+            f"the header `content-encoding`={encoding[:64]!r} is not supported; send gzip, "
+            "deflate, or an uncompressed body",
         )
     parts: list[bytes] = []
     room = most
@@ -150,10 +149,10 @@ def _decompress(body: bytes, encoding: str, most: int) -> bytes:
         if room < 0:
             raise TooLarge(whole=True)
         if not stream.eof:
-            raise _broken(encoding, "it ends early")
-        body = stream.unused_data  # gzip may hold several members
+            raise _broken(encoding, "the data ends early")
+        body = stream.unused_data  # gzip data may have several members
         if body and window != _GZIP:
-            raise _broken(encoding, "bytes follow its end")
+            raise _broken(encoding, "bytes follow the end of the data")
     return b"".join(parts)
 
 
@@ -161,21 +160,21 @@ def _broken(encoding: str, reason: str) -> Unreadable:
     return Unreadable(
         400,
         "content-encoding",
-        f"the body is not {encoding}, which the header `content-encoding` says: {reason}",
+        f"the body is not {encoding} as in the header `content-encoding`: {reason}",
     )
 
 
 def _utf_8(body: bytes, content_type: str) -> bytes:
-    found = _CHARSET.search(content_type)
-    if found is not None:
-        name = found[1]
+    charset = _CHARSET.search(content_type)
+    if charset is not None:
+        name = charset[1]
         try:
             codec = codecs.lookup(name).name
         except LookupError:
             codec = ""
         if not _TEXT_CODECS.fullmatch(codec):
             raise Unreadable(
-                415, "content-type", f"the charset {name[:64]!r} is not known; send UTF-8"
+                415, "content-type", f"the charset {name[:64]!r} is unknown; send UTF-8"
             )
         if codec not in ("utf-8", "utf-8-sig", "ascii"):
             try:
@@ -184,7 +183,7 @@ def _utf_8(body: bytes, content_type: str) -> bytes:
                 raise Unreadable(
                     400,
                     "content-type",
-                    f"the body is not {name}, which its `content-type` says; send UTF-8",
+                    f"the body is not {name} as in the header `content-type`; send UTF-8",
                 ) from None
     body = body.removeprefix(codecs.BOM_UTF8)
     try:
@@ -196,6 +195,6 @@ def _utf_8(body: bytes, content_type: str) -> bytes:
             400,
             "",
             f"the body is not UTF-8 (byte {error.start} is 0x{body[error.start]:02x}{guess}); send "
-            "it in UTF-8, or name its charset: content-type: application/json; charset=latin-1",
+            "UTF-8, or name the charset: content-type: application/json; charset=latin-1",
         ) from None
     return body

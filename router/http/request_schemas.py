@@ -1,9 +1,9 @@
-"""The JSON that clients send: every honoured field with its limits and meaning.
+"""The JSON of requests: every honoured field with its limits and meaning.
 
-The fields that are taken without effect, and those refused, are listed in `fields`; the parts of
-conversations are in `messages`. Sampling fields carry the API's own names where it has one, and
-the engine's where it has none. A field given as null is one not given. Knows JSON; what a value
-means to the model is checked where gRPC's is.
+`fields` lists the fields without effect and the refused fields; `messages` has the schemas of
+conversations. Sampling fields have the names of the OpenAI API, or else the engine's names. null
+means that a field is absent. Knows JSON; knows nothing of the model: checks against the model are
+shared with gRPC.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ MAX_PROMPTS = 128
 
 
 class StreamOptions(Body):
-    """What a stream carries besides text."""
+    """Further contents of a stream."""
 
     others: ClassVar = fields.STREAM_OPTIONS
     include_usage: bool = Field(
-        False, description="Send one more event before the end: no choices, but the usage."
+        False, description="Send the usage in one more event, without choices, before the end."
     )
 
 
@@ -36,7 +36,7 @@ class NamedSchema(Body):
 
 
 class ResponseFormat(Body):
-    """The shape of the output."""
+    """Form of the output."""
 
     type: Literal["text", "json_object", "json_schema"] = Field(
         description="Free text, any JSON object, or JSON that fits `json_schema`."
@@ -45,8 +45,8 @@ class ResponseFormat(Body):
 
     @model_validator(mode="before")
     @classmethod
-    def _usual(cls, data: Any) -> Any:  # noqa: ANN401
-        """A bare `schema` beside `type`, as several servers take it, in this API's own words."""
+    def _translate(cls, data: Any) -> Any:  # noqa: ANN401
+        """Translate a bare `schema` beside `type`, as several servers accept, to this API."""
         if not isinstance(data, dict) or data.get("json_schema") is not None:
             return data
         if data.get("type") not in ("json_object", "json_schema") or data.get("schema") is None:
@@ -55,7 +55,7 @@ class ResponseFormat(Body):
         return {**left, "type": "json_schema", "json_schema": {"schema": data["schema"]}}
 
     @model_validator(mode="after")
-    def _agree(self) -> ResponseFormat:
+    def _check(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise invalid(
                 "json_schema", '`json_schema` and type "json_schema" go together; give both'
@@ -64,24 +64,24 @@ class ResponseFormat(Body):
 
 
 class StructuredOutputs(Body):
-    """What the output must fit, in the names that vLLM's clients use; exactly one of them."""
+    """Form of the output in the names of vLLM; exactly one field."""
 
     others: ClassVar = fields.STRUCTURED
     json_: dict[str, Any] | str | None = Field(None, alias="json", description="JSON Schema.")
     json_object: Literal[True] | None = Field(None, description="Any JSON object.")
     regex: str | None = Field(None, description="A regular expression, without look-around.")
-    choice: list[str] | None = Field(None, description="One of these texts.")
+    choice: list[str] | None = Field(None, description="The texts to choose from.")
     grammar: str | None = Field(None, description="A Lark grammar; its first rule is `start`.")
 
     @model_validator(mode="before")
     @classmethod
-    def _asked_for(cls, data: Any) -> Any:  # noqa: ANN401
+    def _drop_false(cls, data: Any) -> Any:  # noqa: ANN401
         if isinstance(data, dict) and data.get("json_object") is False:
             return {name: value for name, value in data.items() if name != "json_object"}
         return data
 
     @model_validator(mode="after")
-    def _one(self) -> StructuredOutputs:
+    def _check_single(self) -> StructuredOutputs:
         if len(self.model_fields_set) != 1:
             given = sorted(name.removesuffix("_") for name in self.model_fields_set)
             raise invalid(
@@ -92,18 +92,21 @@ class StructuredOutputs(Body):
 
 
 class Sampling(Body):
-    """What `/v1/chat/completions` and `/v1/completions` share."""
+    """Fields of `/v1/chat/completions` and `/v1/completions`."""
 
     others: ClassVar = fields.GENERATION
-    model: str = Field("", description="Id of a model; may stay empty when only one is served.")
+    model: str = Field("", description="Id of a model; may be empty when a single model is served.")
     temperature: float | None = Field(None, description="0 is greedy; up to 100. Default 1.")
     top_p: float | None = Field(
-        None, description="Smallest set of tokens of this mass; 0 is one token."
+        None,
+        description="Keep the smallest set of tokens of this probability mass; 0 keeps one token.",
     )
-    top_k: Int | None = Field(None, description="The k likeliest tokens; 0 and -1 are off.")
-    min_p: float | None = Field(None, description="Drop tokens below this part of the likeliest.")
+    top_k: Int | None = Field(None, description="Keep the k likeliest tokens; 0 and -1 are off.")
+    min_p: float | None = Field(
+        None, description="Drop tokens below this part of the likeliest token's probability."
+    )
     repetition_penalty: float | None = Field(
-        None, description="Divides logits of tokens seen in prompt and output; 0.01 to 100."
+        None, description="Divides logits of tokens in prompt and output; 0.01 to 100."
     )
     presence_penalty: float | None = Field(
         None, description="Subtracted once from tokens in the output; -2 to 2."
@@ -114,59 +117,61 @@ class Sampling(Body):
     logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,10}$")], float] | None = Field(
         None, description="Token id to a number added to its logit, -100 to 100."
     )
-    allowed_token_ids: list[Int] | None = Field(None, description="Nothing else may be drawn.")
-    banned_token_ids: list[Int] | None = Field(None, description="Never drawn.")
+    allowed_token_ids: list[Int] | None = Field(
+        None, description="Only these tokens may be sampled."
+    )
+    banned_token_ids: list[Int] | None = Field(None, description="Tokens that are never sampled.")
     seed: Int | None = Field(
         None,
-        description="The same seed gives the same tokens; it is taken modulo 2^63. Default, and "
-        "-1: drawn.",
+        description="The same seed gives the same tokens; taken modulo 2^63. Default and -1: a "
+        "random seed.",
     )
     n: Int | None = Field(None, description="Samples of the same prompt, 1 to 128. Default 1.")
     max_tokens: Int | None = Field(
         None,
-        description="Most output tokens. Default, and -1: what the context has room for.",
+        description="Most output tokens. Default and -1: the room of the context.",
     )
     min_tokens: Int | None = Field(
-        None, description="Stop tokens are banned until so many tokens are out."
+        None, description="Least number of output tokens; stop tokens are banned until then."
     )
     stop: str | list[str] | None = Field(
-        None, description="Strings that end the output, at most 64; no part of one is sent."
+        None, description="Strings that end the output, at most 64; no part of a string is sent."
     )
     include_stop: bool | None = Field(None, description="Send the stop string as well.")
-    include_stop_str_in_output: bool | None = Field(None, description="The same, in vLLM's name.")
+    include_stop_str_in_output: bool | None = Field(
+        None, description="As `include_stop`, with vLLM's name."
+    )
     stop_token_ids: list[Int] | None = Field(None, description="Tokens that end the output.")
-    ignore_eos: bool | None = Field(None, description="The model's end tokens do not end it.")
+    ignore_eos: bool | None = Field(
+        None, description="The model's end tokens do not end the output."
+    )
     skip_special_tokens: bool | None = Field(
         None, description="Leave special tokens out of the text. Default true."
     )
     priority: Int | None = Field(None, description="Lower goes first. Default 0.")
     stream: bool = Field(False, description="Answer in server-sent events.")
     stream_options: StreamOptions | None = Field(
-        None, description="What a stream carries; an answer without `stream` always has its usage."
+        None, description="Contents of a stream; an answer without `stream` always has the usage."
     )
     cache_salt: str | None = Field(
         None,
-        description="Prompts share the cache only with those of the same salt, at most 256 bytes.",
+        description="Prompts share the cache only with prompts of the same salt, at most 256 bytes",
     )
     response_format: ResponseFormat | None = Field(
-        None, description="What the output is: text, a JSON object, or JSON of a schema."
+        None, description="Form of the output: text, a JSON object, or JSON of a schema."
     )
     structured_outputs: StructuredOutputs | None = Field(
-        None, description="What the output must fit; instead of `response_format`."
+        None, description="Form of the output; instead of `response_format`."
     )
     guided_json: dict[str, Any] | str | None = Field(
-        None, description="The same as `structured_outputs.json`."
+        None, description="As `structured_outputs.json`."
     )
-    guided_regex: str | None = Field(None, description="The same as `structured_outputs.regex`.")
-    guided_choice: list[str] | None = Field(
-        None, description="The same as `structured_outputs.choice`."
-    )
-    guided_grammar: str | None = Field(
-        None, description="The same as `structured_outputs.grammar`."
-    )
+    guided_regex: str | None = Field(None, description="As `structured_outputs.regex`.")
+    guided_choice: list[str] | None = Field(None, description="As `structured_outputs.choice`.")
+    guided_grammar: str | None = Field(None, description="As `structured_outputs.grammar`.")
 
     @model_validator(mode="after")
-    def _one_name(self) -> Sampling:
+    def _check_names(self) -> Sampling:
         if self.include_stop_str_in_output not in (None, self.include_stop):
             if self.include_stop is not None:
                 raise invalid(
@@ -181,36 +186,39 @@ class ChatBody(Sampling):
 
     others: ClassVar = fields.CHAT
     messages: list[ChatMessage] = Field(description="At least one.")
-    max_completion_tokens: Int | None = Field(None, description="The same as `max_tokens`.")
+    max_completion_tokens: Int | None = Field(None, description="As `max_tokens`.")
     logprobs: bool = Field(False, description="Give each output token's log-probability.")
     top_logprobs: Annotated[Int, Field(ge=0, le=20)] | None = Field(
-        None, description="Alternatives at each position, 0 to 20; but for 0 needs `logprobs`."
+        None, description="Alternatives at each position, 0 to 20; above 0 needs `logprobs`."
     )
-    tools: list[Tool] | None = Field(None, description="What the model may call; at most 128.")
+    tools: list[Tool] | None = Field(
+        None, description="Tools that the model may call; at most 128."
+    )
     tool_choice: ToolChoice | None = Field(
-        None, description='"none" hides the tools; "required" or a named one forces a call.'
+        None, description='"none" hides the tools; "required" or a named tool forces a call.'
     )
     parallel_tool_calls: bool | None = Field(
-        None, description="false ends the output with its first call. Default true."
+        None, description="false ends the output after the first call. Default true."
     )
     add_generation_prompt: bool | None = Field(
         None, description="Open the assistant's turn after the last message. Default true."
     )
     continue_final_message: bool | None = Field(
-        None, description="Go on with the last message instead of answering it."
+        None, description="Continue the last message instead of answering it."
     )
     documents: list[Document] | None = Field(
         None, description="Texts to answer from, at most 128, if the model's template shows them."
     )
     chat_template_kwargs: dict[str, Any] | None = Field(
-        None, description="More variables for the template, such as `date_string`."
+        None, description="Further variables for the template, such as `date_string`."
     )
 
     @model_validator(mode="after")
-    def _agree(self) -> ChatBody:
+    def _check(self) -> ChatBody:
         if self.top_logprobs and not self.logprobs:
             raise invalid(
-                "top_logprobs", "`top_logprobs` needs `logprobs`; set it, or leave this out"
+                "top_logprobs",
+                "`top_logprobs` needs `logprobs`; set `logprobs`, or leave out `top_logprobs`",
             )
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             if self.max_tokens != self.max_completion_tokens:
@@ -234,23 +242,23 @@ class CompletionBody(Sampling):
     )
     echo: bool = Field(
         False,
-        description="Give the prompt back before the output; with `max_tokens` 0, nothing else.",
+        description="Return the prompt before the output; with `max_tokens` 0, only the prompt.",
     )
     logprobs: Annotated[Annotated[Int, Field(ge=0, le=20)] | None, BeforeValidator(_count)] = Field(
-        None, description="Log-probabilities of tokens and of so many alternatives, 0 to 20."
+        None, description="Log-probabilities of tokens and of this number of alternatives, 0 to 20."
     )
     add_special_tokens: bool | None = Field(
-        None, description="Begin text prompts as the tokenizer does by itself. Default true."
+        None, description="Add the tokenizer's special tokens to text prompts. Default true."
     )
-    best_of: Int | None = Field(None, description="Only as much as `n`.")
+    best_of: Int | None = Field(None, description="Must equal `n`.")
 
     @property
     def prompt_only(self) -> bool:
-        """Whether nothing but the prompt, and what was expected of it, is asked for."""
+        """Whether the client asks for the prompt and its log-probabilities alone."""
         return self.echo and self.max_tokens == 0
 
     @model_validator(mode="after")
-    def _prompts(self) -> CompletionBody:
+    def _check_prompts(self) -> CompletionBody:
         if self.best_of not in (None, self.n or 1):
             raise invalid(
                 "best_of",
@@ -267,8 +275,8 @@ class TokenizeBody(Body):
     """`/tokenize`: a text, or a conversation."""
 
     others: ClassVar = fields.TOKENIZE
-    model: str = Field("", description="Id of a model; may stay empty when only one is served.")
-    prompt: str | None = Field(None, description="A text; or else `messages`.")
+    model: str = Field("", description="Id of a model; may be empty when a single model is served.")
+    prompt: str | None = Field(None, description="A text, instead of `messages`.")
     messages: list[ChatMessage] | None = Field(None, description="A conversation.")
     tools: list[Tool] | None = Field(None, description="Tools of the conversation.")
     add_special_tokens: bool | None = Field(None, description="For a text. Default true.")
@@ -278,7 +286,7 @@ class TokenizeBody(Body):
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="For a conversation.")
 
     @model_validator(mode="after")
-    def _one_input(self) -> TokenizeBody:
+    def _check_input(self) -> TokenizeBody:
         if (self.prompt is None) == (self.messages is None):
             raise invalid(
                 "prompt",
@@ -288,8 +296,8 @@ class TokenizeBody(Body):
         if self.messages is not None and self.add_special_tokens:
             raise invalid(
                 "add_special_tokens",
-                "`add_special_tokens` is for `prompt`: the chat template writes those of "
-                "`messages`; leave it out",
+                "`add_special_tokens` is for `prompt`; the chat template adds the special tokens "
+                "of `messages`; leave it out",
             )
         return self
 
@@ -297,6 +305,6 @@ class TokenizeBody(Body):
 class DetokenizeBody(Body):
     """`/detokenize`."""
 
-    model: str = Field("", description="Id of a model; may stay empty when only one is served.")
+    model: str = Field("", description="Id of a model; may be empty when a single model is served.")
     tokens: list[Int] = Field(description="Token ids.")
     skip_special_tokens: bool = Field(False, description="Leave special tokens out.")

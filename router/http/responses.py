@@ -1,6 +1,6 @@
-"""Messages of `arriero.v1.Inference` as the API's JSON, whole or event by event.
+"""Messages of `arriero.v1.Inference` as the OpenAI API's JSON, whole or event by event.
 
-Knows the API's shapes; knows nothing of how they are sent.
+Knows the JSON of the API; knows nothing of sending.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from json.encoder import encode_basestring_ascii
 from typing import Any
 
-from arriero.router.http.spelling import TextOffsets, spell, spell_apart, token_bytes
+from arriero.router.http.spelling import TextOffsets, spell, spell_unique, token_bytes
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.response import Message, TextDelta
 from arriero.router.text.tokenizer import Tokenizer
@@ -20,7 +20,7 @@ from arriero.router.tools import ToolCall, partial_call
 
 Json = dict[str, Any]
 
-_ENCODER = json.JSONEncoder(separators=(",", ":"))  # `dumps` would make one for each event
+_ENCODER = json.JSONEncoder(separators=(",", ":"))  # `dumps` would make an encoder for each event
 
 
 def event(content: Mapping[str, Any]) -> bytes:
@@ -29,13 +29,13 @@ def event(content: Mapping[str, Any]) -> bytes:
 
 
 class _TextEvents:
-    """Events that hold nothing but a piece of one sample's text: all but the first and last.
+    """Events with new text of a sample and nothing else.
 
-    What is the same in each is encoded once.
+    The constant parts are encoded once.
 
     Args:
-        head: of the chunks.
-        before, after: the choice's JSON around its index and around its text.
+        head: common fields of the chunks.
+        before, after: JSON of the choice between index and text, and after the text.
     """
 
     def __init__(self, head: Json, before: str, after: str) -> None:
@@ -44,9 +44,9 @@ class _TextEvents:
         self._after = after + "]}\n\n"
 
     def make(self, index: int, text: str) -> bytes:
-        """The event of a piece."""
-        said = encode_basestring_ascii(text)
-        return f"{self._head}{index}{self._before}{said}{self._after}".encode("ascii")
+        """Encode an event."""
+        encoded = encode_basestring_ascii(text)
+        return f"{self._head}{index}{self._before}{encoded}{self._after}".encode("ascii")
 
 
 _REASONS = {
@@ -57,7 +57,7 @@ _REASONS = {
 
 
 def usage(*parts: pb.Usage) -> Json:
-    """Tokens counted, of one call or of several."""
+    """The sum of the usages of calls."""
     prompt = sum(part.prompt_tokens for part in parts)
     completion = sum(part.completion_tokens for part in parts)
     return {
@@ -68,12 +68,12 @@ def usage(*parts: pb.Usage) -> Json:
     }
 
 
-class ChatShape:
-    """One chat completion.
+class ChatCompletion:
+    """The JSON of a chat completion.
 
     Args:
-        model: what the answer names as its model.
-        tokenizer: spells tokens out, for log-probabilities.
+        model: id of the model.
+        tokenizer: spells tokens, for log-probabilities.
     """
 
     def __init__(self, model: str, tokenizer: Tokenizer) -> None:
@@ -90,7 +90,7 @@ class ChatShape:
         )
 
     def encoded(self, number: int, message: Message) -> bytes:
-        """The same as `events`, as server-sent events."""
+        """As `events`, encoded as server-sent events."""
         if isinstance(message, TextDelta):
             if message.index in self._num_calls and message.text:
                 return self._text.make(message.index, message.text)
@@ -98,15 +98,15 @@ class ChatShape:
         return b"".join(map(event, self.events(number, message)))
 
     def events(self, number: int, message: pb.GenerateResponse) -> list[Json]:
-        """Chunks of a stream: one for each sample that `message` speaks of."""
+        """Chunks of a stream: a chunk for each sample in `message`."""
         return [self._head | {"choices": [self._delta(output)]} for output in message.outputs]
 
     def last(self, counted: Json) -> Json:
-        """The chunk that carries the usage."""
+        """The chunk with the usage."""
         return self._head | {"choices": [], "usage": counted}
 
     def whole(self, messages: Sequence[tuple[int, pb.GenerateResponse]], counted: Json) -> Json:
-        """The completion that the stream adds up to."""
+        """The sum of the messages as a whole completion."""
         choices: dict[int, Json] = {}
         for number, message in messages:
             for event in self.events(number, message):
@@ -138,7 +138,7 @@ class ChatShape:
         calls = [_call(call.id, call) for call in output.tool_calls]
         if output.truncated_tool_call:
             part = partial_call(output.truncated_tool_call)
-            if part is None:  # without a name it is no call yet
+            if part is None:  # a call without a name yet is text
                 delta["content"] = output.text + output.truncated_tool_call
             else:
                 calls.append(_call(f"call_{secrets.token_hex(12)}", part))
@@ -162,15 +162,15 @@ class ChatShape:
         }
 
     def _position(self, row: pb.PositionLogprobs) -> Json:
-        top = [self._token(one) for one in row.top]
+        top = [self._token(entry) for entry in row.top]
         return self._token(row.chosen) | {"top_logprobs": top}
 
-    def _token(self, one: pb.TokenLogprob) -> Json:
+    def _token(self, entry: pb.TokenLogprob) -> Json:
         vocabulary = self._tokenizer.vocabulary
         return {
-            "token": spell(vocabulary, one.token_id),
-            "logprob": one.logprob,
-            "bytes": list(token_bytes(vocabulary, one.token_id)),
+            "token": spell(vocabulary, entry.token_id),
+            "logprob": entry.logprob,
+            "bytes": list(token_bytes(vocabulary, entry.token_id)),
         }
 
 
@@ -183,7 +183,7 @@ def _call(call_id: str, call: pb.ToolCall | ToolCall) -> Json:
 
 
 def _add(choice: Json, part: Json) -> None:
-    """Add a chunk's part to the choice that grows from it."""
+    """Add a chunk's choice to the choice of the whole completion."""
     message, delta = choice["message"], part["delta"]
     if delta.get("content"):
         message["content"] = (message["content"] or "") + delta["content"]
@@ -197,16 +197,16 @@ def _add(choice: Json, part: Json) -> None:
     choice["finish_reason"] = part["finish_reason"] or choice["finish_reason"]
 
 
-class CompletionShape:
-    """One completion, of one prompt or of several.
+class TextCompletion:
+    """The JSON of a text completion, of one prompt or several.
 
     Args:
-        model: what the answer names as its model.
-        tokenizer: spells tokens out.
+        model: id of the model.
+        tokenizer: spells tokens.
         n: samples of each prompt; sample k of prompt p is choice p * n + k.
-        echo: the prompts' own texts to begin with ("" for one of token ids); None for no echo.
+        echo: texts of the prompts to return ("" for a prompt of token ids); None for no echo.
         skip_special: leave special tokens out of prompts of token ids.
-        prompt_only: give no output, only what `echo` adds.
+        prompt_only: return the echo without output.
     """
 
     def __init__(
@@ -235,7 +235,7 @@ class CompletionShape:
         self._text = _TextEvents(self._head, ',"text":', ',"logprobs":null,"finish_reason":null}')
 
     def encoded(self, number: int, message: Message) -> bytes:
-        """The same as `events`, as server-sent events."""
+        """As `events`, encoded as server-sent events."""
         if isinstance(message, TextDelta):
             index = number * self._n + message.index
             if index in self._offsets:
@@ -244,7 +244,7 @@ class CompletionShape:
         return b"".join(map(event, self.events(number, message)))
 
     def events(self, number: int, message: pb.GenerateResponse) -> list[Json]:
-        """Chunks of a stream: one for each sample that `message` speaks of."""
+        """Chunks of a stream: a chunk for each sample in `message`."""
         if message.HasField("start"):
             self._starts[number] = message.start
         return [
@@ -252,11 +252,11 @@ class CompletionShape:
         ]
 
     def last(self, counted: Json) -> Json:
-        """The chunk that carries the usage."""
-        return self._head | {"choices": [], "usage": self._shown(counted)}
+        """The chunk with the usage."""
+        return self._head | {"choices": [], "usage": self._usage(counted)}
 
     def whole(self, messages: Sequence[tuple[int, pb.GenerateResponse]], counted: Json) -> Json:
-        """The completion that the stream adds up to."""
+        """The sum of the messages as a whole completion."""
         choices: dict[int, Json] = {}
         for number, message in messages:
             for event in self.events(number, message):
@@ -271,10 +271,10 @@ class CompletionShape:
                 elif part["logprobs"] is not None:
                     for name, values in part["logprobs"].items():
                         before["logprobs"][name] += values
-        told = [choices[i] for i in sorted(choices)]
-        return self._head | {"choices": told, "usage": self._shown(counted)}
+        ordered = [choices[i] for i in sorted(choices)]
+        return self._head | {"choices": ordered, "usage": self._usage(counted)}
 
-    def _shown(self, counted: Json) -> Json:
+    def _usage(self, counted: Json) -> Json:
         if not self._prompt_only:
             return counted
         return counted | {"completion_tokens": 0, "total_tokens": counted["prompt_tokens"]}
@@ -290,8 +290,8 @@ class CompletionShape:
             if self._echo is not None:
                 start = self._starts[number]
                 prompt_text = self._echo[number] or self._decode(start.prompt_token_ids)
-                alone = len(start.prompt_token_ids) == 1 and bool(output.logprobs)
-                if start.prompt_logprobs or alone:
+                single_token = len(start.prompt_token_ids) == 1 and bool(output.logprobs)
+                if start.prompt_logprobs or single_token:
                     prompt_columns = self._prompt_logprobs(number, start)
             text = prompt_text + text
             self._offsets[index] = self._text_offsets(self._skip_special, len(prompt_text))
@@ -309,7 +309,7 @@ class CompletionShape:
         }
 
     def _prompt_logprobs(self, number: int, start: pb.Start) -> dict[str, list[Any]]:
-        # A text is given back as it was, without the tokens that were put around it.
+        # A text prompt is returned unchanged, without the special tokens that the tokenizer added.
         skip_special = self._skip_special or bool(self._echo and self._echo[number])
         offsets = self._text_offsets(skip_special)
         first = start.prompt_token_ids[0]
@@ -324,9 +324,9 @@ class CompletionShape:
         """The columns of a choice's `logprobs`.
 
         Args:
-            rows: of its tokens, in order.
-            offsets: continued with them.
-            first: a token before them, of which nothing was expected since nothing goes before it.
+            rows: log-probabilities of the choice's tokens, in order.
+            offsets: text offsets, continued with the tokens.
+            first: first token of the prompt, which has no log-probability; None for no prompt.
         """
         vocabulary = self._tokenizer.vocabulary
         columns: dict[str, list[Any]] = {
@@ -345,24 +345,26 @@ class CompletionShape:
         if first is not None:
             add(first, None, None)
         for row in rows:
-            names = spell_apart(vocabulary, [entry.token_id for entry in row.top])
+            names = spell_unique(vocabulary, [entry.token_id for entry in row.top])
             values = (entry.logprob for entry in row.top)
             add(row.chosen.token_id, row.chosen.logprob, dict(zip(names, values, strict=True)))
         return columns
 
-    def _text_offsets(self, skip_special: bool, begun: int = 0) -> TextOffsets:
-        return TextOffsets(self._tokenizer.vocabulary, skip_special=skip_special, begun=begun)
+    def _text_offsets(self, skip_special: bool, num_before: int = 0) -> TextOffsets:
+        return TextOffsets(
+            self._tokenizer.vocabulary, skip_special=skip_special, num_before=num_before
+        )
 
     def _decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special=self._skip_special)
 
 
-def model(one: pb.Model) -> Json:
+def model(message: pb.Model) -> Json:
     """An entry of `/v1/models`."""
     return {
-        "id": one.id,
+        "id": message.id,
         "object": "model",
-        "created": one.created,
+        "created": message.created,
         "owned_by": "arriero",
-        "max_model_len": one.max_model_len,
+        "max_model_len": message.max_model_len,
     }

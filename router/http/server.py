@@ -1,6 +1,6 @@
 """The HTTP listener: uvicorn on the gateway's own event loop.
 
-Knows sockets and the server's life; knows nothing of paths.
+Knows sockets and start and stop; knows nothing of paths.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _START_LIMIT_S = 30.0
 _RENEW_S = 1.0
 
 
-class _UntilClose(RequestResponseCycle):
-    """The answer to a client of HTTP/1.0, which knows no chunks: the connection's end ends it."""
+class _UnchunkedCycle(RequestResponseCycle):
+    """An answer for HTTP/1.0, which has no chunks: the end of the connection ends the answer."""
 
     async def send(self, message: ASGISendEvent) -> None:
         """Send a part of the answer."""
@@ -45,36 +45,36 @@ class _UntilClose(RequestResponseCycle):
 
 
 class _Protocol(HttpToolsProtocol):
-    """The library's, which would answer HTTP/1.0 in chunks."""
+    """uvicorn's protocol, which would answer HTTP/1.0 in chunks, with a fix."""
 
     def on_headers_complete(self) -> None:
-        """A request's head is whole."""
+        """Called after the headers of a request."""
         super().on_headers_complete()
         if self.scope["http_version"] == "1.0" and self.cycle is not None:
-            self.cycle.__class__ = _UntilClose
+            self.cycle.__class__ = _UnchunkedCycle
 
 
 class _Server(uvicorn.Server):
-    """A server that leaves the process's signals to the process."""
+    """A server without signal handlers; the process handles its signals."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Take none."""
+        """Capture no signals."""
         yield
 
 
 class HttpServer:
-    """One listener; `bind` it, `start` it, `stop` it.
+    """An HTTP listener: `bind`, `start`, `stop`.
 
     Args:
         app: the application.
-        address: host and port; port 0 picks a free one.
-        max_calls: most requests at once; one more is refused with 503.
-        tls: certificate and key, checked; with a `ca`, clients must show a certificate too. A
-            certificate and key that are renewed are taken within a second.
+        address: host and port; port 0 picks a free port.
+        max_calls: most requests at once; further requests are refused with 503.
+        tls: certificate and key, already checked; with a `ca`, clients must show a certificate.
+            Renewed files take effect within a second.
 
     Attributes:
-        port: once bound.
+        port: the port, after `bind`.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class HttpServer:
         self.port = 0
 
     def bind(self) -> None:
-        """Take the port.
+        """Bind the port.
 
         Raises:
             OSError: the address cannot be bound.
@@ -111,7 +111,7 @@ class HttpServer:
         host, _, port = self._address.rpartition(":")
         host = host.strip("[]")
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        # Named, since asyncio turns Nagle's algorithm off only for a socket that says it is TCP.
+        # asyncio turns Nagle's algorithm off only for a socket with the protocol IPPROTO_TCP.
         listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -144,7 +144,7 @@ class HttpServer:
             self._renewing = asyncio.create_task(self._renew(self._tls))
 
     async def stop(self, grace_s: float) -> None:
-        """Take no more requests, let running ones finish for `grace_s` seconds, then close."""
+        """Refuse new requests, let running requests finish for `grace_s` seconds, then close."""
         if self._renewing is not None:
             self._renewing.cancel()
         if self._task is not None:
@@ -155,17 +155,17 @@ class HttpServer:
             self._socket.close()
 
     async def _renew(self, tls: TlsFiles) -> None:
-        """Take a certificate and key that have changed, for the handshakes from then on."""
-        context, seen = self._server.config.ssl, tls.stamps("tls")
-        assert context is not None, "a server that listens with TLS has its context"
+        """Load changed certificate files for later handshakes."""
+        context, stamps_in_use = self._server.config.ssl, tls.stamps("tls")
+        assert context is not None, "a TLS listener has a TLS context"
         while True:
             await asyncio.sleep(_RENEW_S)
             try:
                 stamps = tls.stamps("tls")
-                if stamps == seen:
+                if stamps == stamps_in_use:
                     continue
-                seen = stamps
+                stamps_in_use = stamps
                 tls.check("tls")
                 context.load_cert_chain(tls.certificate, tls.key)
             except (SpecError, OSError) as error:
-                log.error("the certificates stay as they were: %s", error)
+                log.error("the old certificates stay in use: %s", error)

@@ -1,7 +1,7 @@
-"""How single tokens are spelled in log-probabilities, and where each one's text begins.
+"""Spellings of single tokens in log-probabilities, and the text offset of each token.
 
-A token may be a part of a character, which has no spelling as text: it is given by its bytes, so
-that no two tokens of a position look alike. Knows tokens' bytes; knows nothing of JSON shapes.
+A token may be a part of a character, which has no text; the spelling then shows the bytes, so no
+two tokens of a position look alike. Knows the bytes of tokens; knows nothing of JSON.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from arriero.router.text.detokenizer import Detokenizer, Vocabulary
 
 
 def token_bytes(vocabulary: Vocabulary, token: int) -> bytes:
-    """A token's bytes; none for an id past the tokenizer's (a model's vocabulary may be padded)."""
+    """Bytes of a token; b"" for an id that pads the model's vocabulary."""
     pieces = vocabulary.pieces
     return pieces[token] if token < len(pieces) else b""
 
 
 def spell(vocabulary: Vocabulary, token: int) -> str:
-    r"""A token's text; `bytes:\xf0\x9f` where its bytes are not whole characters."""
+    r"""Text of a token; `bytes:\xf0\x9f` for bytes that are no whole characters."""
     piece = token_bytes(vocabulary, token)
     try:
         return piece.decode()
@@ -27,8 +27,8 @@ def spell(vocabulary: Vocabulary, token: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
 
 
-def spell_apart(vocabulary: Vocabulary, tokens: Sequence[int]) -> list[str]:
-    """The spellings of several tokens, no two alike: `token_id:7` for one spelled as another is."""
+def spell_unique(vocabulary: Vocabulary, tokens: Sequence[int]) -> list[str]:
+    """Unique spellings of tokens; `token_id:7` for a token with the text of an earlier token."""
     spelled: dict[str, int] = {}
     for token in tokens:
         text = spell(vocabulary, token)
@@ -37,39 +37,39 @@ def spell_apart(vocabulary: Vocabulary, tokens: Sequence[int]) -> list[str]:
 
 
 class TextOffsets:
-    """Where in the text of a stream each of its tokens begins, in characters.
+    """Offset of each token in the text of a stream, in characters.
 
-    A token that goes on with a character begins where that character does. One whose text is left
-    out (special tokens) takes no room.
+    A token that continues a character has the offset of the character. A token without text
+    (special tokens) has no length.
 
     Args:
-        vocabulary: the tokens' bytes.
+        vocabulary: bytes of the tokens.
         skip_special: special tokens are left out of the text.
-        begun: characters that go before the first token.
+        num_before: characters before the first token.
     """
 
-    def __init__(self, vocabulary: Vocabulary, *, skip_special: bool, begun: int = 0) -> None:
+    def __init__(self, vocabulary: Vocabulary, *, skip_special: bool, num_before: int = 0) -> None:
         self._vocabulary = vocabulary
         self._detokenizer = Detokenizer(vocabulary, skip_special=skip_special)
         self._skip_special = skip_special
-        self._size = begun
-        self._pending = b""  # the beginning of a character
+        self._size = num_before
+        self._pending = b""  # first bytes of an unfinished character
 
     def add(self, token: int) -> int:
-        """Where the next token begins."""
+        """Add a token; returns its offset."""
         piece = self._vocabulary.join((token,), skip_special=self._skip_special)
         offset = self._size
-        if piece and self._pending and not _goes_on(self._pending, piece[:1]):
-            offset += 1  # what was begun stays unfinished and is shown as one U+FFFD
+        if piece and self._pending and not _continues(self._pending, piece[:1]):
+            offset += 1  # the pending character stays unfinished and shows as U+FFFD
         joined = self._pending + piece
         self._pending = joined[codecs.utf_8_decode(joined, "replace", False)[1] :]
         self._size += len(self._detokenizer.add((token,)))
         return offset
 
 
-def _goes_on(begun: bytes, byte: bytes) -> bool:
+def _continues(pending: bytes, byte: bytes) -> bool:
     try:
-        codecs.utf_8_decode(begun + byte, "strict", False)
+        codecs.utf_8_decode(pending + byte, "strict", False)
     except UnicodeDecodeError:
         return False
     return True

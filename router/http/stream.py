@@ -1,8 +1,8 @@
-"""Streams of messages over one HTTP response, and what happens when its client goes away.
+"""Streams of messages over an HTTP response, and the end of streams when a client disconnects.
 
-A stream that says nothing for long, since a long prompt is computed, would be taken for dead by
-proxies: comments, which every reader of server-sent events skips, keep it alive. Knows ASGI and
-asynchronous generators; knows nothing of what is in a message.
+During a long prompt a stream is silent, and proxies would close the connection; comments, which
+every reader of server-sent events skips, keep the connection alive. Knows ASGI and asynchronous
+generators; knows nothing of the contents of messages.
 """
 
 from __future__ import annotations
@@ -20,31 +20,30 @@ T = TypeVar("T")
 
 OUTERMOST = "outermost_send"
 _AHEAD = 64
-"""Messages of several streams that may wait for a client that reads slowly."""
+"""Most messages of several streams that wait for a slow client."""
 FIRST_COMMENT_S = 2.0
-"""An accepted request without a token so long after is answered by a comment, so that there is a
-first byte."""
+"""Seconds after admission without a token before a comment is sent as the first byte."""
 COMMENT_S = 10.0
-"""A stream that was silent for so long gets another."""
+"""Seconds of silence before the next comment."""
 _COMMENT = b": still working\n\n"
 
 
 class ClientGone(Exception):
-    """The client closed the connection before it was answered."""
+    """The client closed the connection before the answer."""
 
 
 class EventStream(Response):
-    """Server-sent events; whatever ends the response closes them and what they are made of.
+    """Server-sent events; the end of the response, for any reason, closes events and source.
 
     Args:
-        events: made of `first` and what `source` gives after it.
-        first: the task of the first item of `source`, as `begin` gives it.
+        events: made from `first` and the later items of `source`.
+        first: the task of the first item of `source`, from `start_stream`.
         source: the stream.
-        headers: more headers of the answer.
+        headers: further headers of the answer.
 
-    Sends each item as it comes, from the request's own task: the framework's streaming response
-    goes through a task group for each. Past the start of the response, middleware has nothing more
-    to see, so events go round it, to `scope["state"][OUTERMOST]` where that is set.
+    Sends each item from the request's own task; the framework's streaming response would use a task
+    group for each. After the start of the response, events bypass the middleware and go to
+    `scope["state"][OUTERMOST]`, if set.
     """
 
     media_type = "text/event-stream"
@@ -63,16 +62,16 @@ class EventStream(Response):
         self._num_sent = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events, until they end or the client goes away."""
+        """Send the events until their end or until the client disconnects."""
         sending = asyncio.current_task()
         assert sending is not None, "an ASGI application runs in a task"
-        gone = False
+        disconnected = False
 
         async def watch() -> None:
-            nonlocal gone
+            nonlocal disconnected
             while (await receive())["type"] != "http.disconnect":
                 continue
-            gone = True
+            disconnected = True
             sending.cancel()
 
         watching = asyncio.create_task(watch())
@@ -86,10 +85,10 @@ class EventStream(Response):
                 self._num_sent += 1
                 await send({"type": "http.response.body", "body": event, "more_body": True})
             commenting.cancel()
-            watching.cancel()  # what is said after the end concerns the next request
+            watching.cancel()  # later messages belong to the next request
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except asyncio.CancelledError:
-            if not gone or sending.uncancel():
+            if not disconnected or sending.uncancel():
                 raise
         finally:
             watching.cancel()
@@ -99,7 +98,7 @@ class EventStream(Response):
             await _ended(self._first, self._source)
 
     async def _comment(self, send: Send) -> None:
-        """Send a comment at once where nothing else is ready, and after each silence."""
+        """Send a comment at once if no item is ready, and after each silence."""
         is_silent = not self._first.done()
         while True:
             if is_silent:
@@ -109,81 +108,83 @@ class EventStream(Response):
             is_silent = self._num_sent == num_before
 
 
-async def while_here(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client goes away.
+async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`; cancels `work` when the client disconnects.
 
     Raises:
-        ClientGone: it did.
+        ClientGone: the client disconnected.
     """
     task = asyncio.create_task(work)
-    gone = asyncio.create_task(_gone(request))
+    disconnect = asyncio.create_task(_wait_for_disconnect(request))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ClientGone
         return task.result()
     finally:
         task.cancel()
-        gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        disconnect.cancel()
+        await asyncio.gather(task, disconnect, return_exceptions=True)
 
 
-async def _gone(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         continue
 
 
 async def merged(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[tuple[int, T]]:
-    """What the streams give as it comes, with the number of the stream; closing closes them all.
+    """Items of several streams as they arrive, with the number of the stream.
+
+    Closing the iterator closes all streams.
 
     Raises:
-        Exception: the first that a stream raises.
+        Exception: the first error of a stream.
     """
     if len(streams) == 1:
         async with aclosing(streams[0]) as stream:
             async for item in stream:
                 yield 0, item
         return
-    waiting: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue(_AHEAD)
+    queue: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue(_AHEAD)
 
     async def pump(number: int, stream: AsyncGenerator[T]) -> None:
         try:
             async with aclosing(stream):
                 async for item in stream:
-                    await waiting.put((number, item))
-        except Exception as error:  # raised where the streams are read
-            await waiting.put(error)
+                    await queue.put((number, item))
+        except Exception as error:  # the reader raises the error
+            await queue.put(error)
         else:
-            await waiting.put(None)
+            await queue.put(None)
 
-    tasks = [asyncio.create_task(pump(number, one)) for number, one in enumerate(streams)]
+    tasks = [asyncio.create_task(pump(number, stream)) for number, stream in enumerate(streams)]
     try:
         ended = 0
         while ended < len(tasks):
-            got = await waiting.get()
-            if isinstance(got, Exception):
-                raise got
-            if got is None:
+            received = await queue.get()
+            if isinstance(received, Exception):
+                raise received
+            if received is None:
                 ended += 1
             else:
-                yield got
+                yield received
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for stream in streams:  # one whose task was cancelled before it began
+        for stream in streams:  # closes streams whose task was cancelled before its start
             await stream.aclose()
 
 
-async def begin(stream: AsyncGenerator[T], accepted: asyncio.Event) -> asyncio.Task[T]:
-    """The task of a stream's first item, once it is clear that the answer is no refusal.
+async def start_stream(stream: AsyncGenerator[T], accepted: asyncio.Event) -> asyncio.Task[T]:
+    """Start a stream; returns the task of its first item once a refusal is ruled out.
 
-    It is done, or the request was accepted some seconds ago and is still at work. A refusal is
-    raised, and closes the stream.
+    That is when the task is done, or `FIRST_COMMENT_S` seconds after the request was accepted. A
+    refusal is raised and closes the stream.
 
     Args:
-        stream: not yet begun.
-        accepted: set when the request's turn has come.
+        stream: a stream that has not started.
+        accepted: set when the request is admitted.
     """
 
     async def first_item() -> T:

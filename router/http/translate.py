@@ -1,4 +1,7 @@
-"""The API's JSON to the calls of `arriero.v1.Inference`: names only, every check is the call's."""
+"""Translates the API's JSON to calls of `arriero.v1.Inference`.
+
+Knows the names of fields on both sides; knows nothing of limits, which the calls check.
+"""
 
 from __future__ import annotations
 
@@ -41,15 +44,15 @@ _TOOL_CHOICES = {
     "required": pb.TOOL_CHOICE_REQUIRED,
 }
 _OPTIONS = ("include_stop", "skip_special_tokens", "priority", "cache_salt")
-_MOST = 2**31 - 1
-"""Largest `max_tokens` and `top_k` that the wire carries: past every context and vocabulary."""
+_MAX_INT32 = 2**31 - 1
+"""Largest `max_tokens` and `top_k` of the messages; above every context and vocabulary."""
 
 
 def chat_request(body: ChatBody) -> pb.ChatRequest:
-    """The call that a chat body is.
+    """The call for a chat body.
 
     Raises:
-        InvalidRequest: a value that the wire cannot carry, or a content part that is no text.
+        InvalidRequest: a message cannot hold a value, or a content part is not supported.
     """
     request = pb.ChatRequest(model=_text("model", body.model), messages=_messages(body.messages))
     tools = body.tools or []
@@ -73,10 +76,10 @@ def chat_request(body: ChatBody) -> pb.ChatRequest:
 
 
 def generate_requests(body: CompletionBody) -> list[pb.GenerateRequest]:
-    """The calls that a completion body is, one for each prompt.
+    """The calls for a completion body, a call for each prompt.
 
     Raises:
-        InvalidRequest: a value that the wire cannot carry, or no prompt.
+        InvalidRequest: a message cannot hold a value, or there is no prompt.
     """
     prompts: Sequence[str | list[int]]
     given = body.prompt
@@ -107,30 +110,30 @@ def generate_requests(body: CompletionBody) -> list[pb.GenerateRequest]:
 
 
 def tokenize_request(body: TokenizeBody) -> pb.TokenizeRequest:
-    """The call that a tokenize body is.
+    """The call for a tokenize body.
 
     Raises:
-        InvalidRequest: text that is not Unicode, or a content part that is no text.
+        InvalidRequest: a text is not Unicode, or a content part is not supported.
     """
     request = pb.TokenizeRequest(model=_text("model", body.model))
     if body.messages is None:
         request.text = _text("prompt", body.prompt or "")
         _set(request, "add_special_tokens", body.add_special_tokens)
         return request
-    talk = request.conversation
-    talk.messages.extend(_messages(body.messages))
-    talk.tools.extend(_tools(body.tools or ()))
+    conversation = request.conversation
+    conversation.messages.extend(_messages(body.messages))
+    conversation.tools.extend(_tools(body.tools or ()))
     for name in ("add_generation_prompt", "continue_final_message"):
-        _set(talk, name, getattr(body, name))
-    _fill_template(talk, body)
+        _set(conversation, name, getattr(body, name))
+    _fill_template(conversation, body)
     return request
 
 
 def detokenize_request(model: str, tokens: list[int], skip_special: bool) -> pb.DetokenizeRequest:
-    """The call that a detokenize body is.
+    """The call for a detokenize body.
 
     Raises:
-        InvalidRequest: an id that the wire cannot carry.
+        InvalidRequest: the message cannot hold an id.
     """
     request = pb.DetokenizeRequest(model=_text("model", model), skip_special_tokens=skip_special)
     _extend(request, "token_ids", tokens, "tokens")
@@ -141,13 +144,13 @@ def _fill(request: pb.ChatRequest | pb.GenerateRequest, body: Sampling) -> None:
     request.options.include_token_ids = False
     for name in _SAMPLING:
         value = getattr(body, name)
-        _set(request.sampling, name, min(value, _MOST) if name == "top_k" and value else value)
+        _set(request.sampling, name, min(value, _MAX_INT32) if name == "top_k" and value else value)
     most = body.max_tokens
     if most is None and isinstance(body, ChatBody):
         most = body.max_completion_tokens
     if isinstance(body, CompletionBody) and body.prompt_only:
-        most = 1  # an engine computes a token at least; it is not shown
-    _set(request.sampling, "max_tokens", None if most is None else min(most, _MOST))
+        most = 1  # an engine computes at least one token; the answer leaves it out
+    _set(request.sampling, "max_tokens", None if most is None else min(most, _MAX_INT32))
     if body.seed is not None:
         request.sampling.seed = body.seed if body.seed == -1 else body.seed % 2**63
     for name in _OPTIONS:
@@ -173,10 +176,10 @@ def _fill_template(
 ) -> None:
     request.documents.extend(
         pb.Document(
-            title=_text(f"documents[{number}].title", one.title),
-            text=_text(f"documents[{number}].text", one.text),
+            title=_text(f"documents[{number}].title", document.title),
+            text=_text(f"documents[{number}].text", document.text),
         )
-        for number, one in enumerate(body.documents or ())
+        for number, document in enumerate(body.documents or ())
     )
     if body.chat_template_kwargs is not None:
         field = "chat_template_kwargs"
@@ -184,7 +187,7 @@ def _fill_template(
 
 
 def _fill_form(sampling: pb.SamplingParams, body: Sampling) -> None:
-    """What the output must fit: said once, in whichever of its names."""
+    """Set the form of the output from the single field that names it."""
     forms: dict[str, Any] = {
         name: given
         for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
@@ -215,7 +218,7 @@ def _fill_form(sampling: pb.SamplingParams, body: Sampling) -> None:
         structured.regex = _text(name, form)
     elif kind == "choice":
         structured.choice.SetInParent()
-        structured.choice.texts.extend(_text(name, one) for one in form)
+        structured.choice.texts.extend(_text(name, choice) for choice in form)
     else:
         structured.lark = _text(name, form)
 
@@ -253,7 +256,8 @@ def _text(field: str, text: str) -> str:
         text.encode()
     except UnicodeEncodeError:
         raise InvalidRequest(
-            field, f"`{field}` holds half of a surrogate pair, which is no character"
+            field,
+            f"`{field}` holds half of a surrogate pair, which is no character; send valid Unicode",
         ) from None
     return text
 
@@ -267,7 +271,7 @@ def _message(where: str, message: ChatMessage) -> pb.Message:
     calls = [(call.id, call.function) for call in message.tool_calls or ()]
     if message.function_call is not None and not calls:
         calls = [("", message.function_call)]
-    # the API's older form of calls named results by the function alone
+    # in the API's older form, the result of a call has only the function's name
     role = "tool" if message.role == "function" else message.role
     return pb.Message(
         role=_text(f"{where}.role", role),
@@ -314,7 +318,7 @@ def _parts(where: str, content: Sequence[ContentPart]) -> list[pb.ContentPart]:
 
 
 def _allowed(tools: Sequence[Tool], choice: AllowedTools) -> list[Tool]:
-    """The tools that a choice leaves: the model is not shown the others."""
+    """The tools that a choice allows; the model does not see the others."""
     names = {tool.function.name for tool in choice.allowed_tools.tools}
     unknown = sorted(names - {tool.function.name for tool in tools})
     if unknown or not names:

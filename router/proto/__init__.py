@@ -1,1 +1,1 @@
-"""The wire of the front door; `arriero/v1/inference.proto` is its manual."""
+"""The gRPC protocol of gateways and operator; `arriero/v1/inference.proto` documents the API."""

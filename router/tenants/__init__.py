@@ -1,1 +1,1 @@
-"""Who may ask, how much, and whose turn it is."""
+"""API keys, tenants, limits and fair queues."""

@@ -1,7 +1,7 @@
-"""The door of a gateway: who a caller is, and when its request begins.
+"""Admission control of a gateway: finds the caller's tenant and starts requests in turn.
 
-Drives the policies of this folder in real time. Knows tasks and the clock; knows nothing of what
-a request asks or of which group will compute it.
+Runs the policies of this folder in real time. Knows tasks and the clock; knows nothing of the
+content of a request or of the group that computes the request.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from arriero.router.tenants.tenant import ANYONE, QueueLimits, Tenant
 from arriero.shards.errors import PermissionDenied
 
 _TICK_S = 0.25
-"""How often it looks for room that no departure told of, and at the key file."""
+"""Seconds between two looks at the key file and at room that appears without a departure."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Caller:
-    """Who makes a call.
+    """The sender of a call.
 
     Attributes:
-        request_id: the call's name in logs.
-        tenant: whose it is.
-        deadline_s: when the caller will be gone, on the monotonic clock; None for never.
+        request_id: name of the call in logs.
+        tenant: tenant of the caller.
+        deadline_s: monotonic time at which the caller gives up; None for never.
         traceparent: W3C name of the caller's span; "" for none.
-        strict_schema: a JSON Schema that cannot be enforced to its last word is refused.
+        strict_schema: refuse a JSON Schema that cannot be enforced completely.
     """
 
     request_id: str
@@ -41,19 +41,19 @@ class Caller:
 
 
 def is_set(header: str) -> bool:
-    """Whether a header that is a switch is on; any value but an off word turns it on."""
+    """Whether a header turns a switch on; any value but "", 0, false, no and off does."""
     return header.strip().lower() not in ("", "0", "false", "no", "off")
 
 
 class AdmissionController:
-    """Every tenant's way in.
+    """Admits the requests of all tenants.
 
     Args:
         limits: of each model's queue.
-        tenants: by name, with the shares that this gateway enforces. A key whose tenant is not
-            among them has no limits of its own.
-        keys: the callers' keys; None lets anyone in, under the name `ANYONE`.
-        room: samples that a model's groups take from this gateway at once.
+        tenants: by name, each with this gateway's share of the limits. A tenant of the key file
+            that is missing here has no limits.
+        keys: keys of the callers; None admits callers without a key, as tenant `ANYONE`.
+        room: by model, number of samples that its groups take from this gateway at once.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class AdmissionController:
         self._tenants = dict(tenants)
         self._keys = keys
         self._room = room
-        self._models: dict[str, AdmissionPolicy] = {}
+        self._policies: dict[str, AdmissionPolicy] = {}
         self._waiters: dict[QueuedRequest, asyncio.Future[None]] = {}
         self._ticking: asyncio.Task[None] | None = None
 
@@ -77,128 +77,131 @@ class AdmissionController:
         return self._keys is None
 
     def start(self) -> None:
-        """Follow the key file, and the groups' room, from now on."""
+        """Start to watch the key file and the room of the groups."""
         self._ticking = asyncio.create_task(self._tick())
 
     def stop(self) -> None:
-        """Follow them no more."""
+        """Stop watching the key file and the room of the groups."""
         if self._ticking is not None:
             self._ticking.cancel()
 
     def reload(self, limits: QueueLimits, tenants: Mapping[str, Tenant]) -> None:
-        """Take other limits, for requests that come from now on; see the class."""
+        """Use other limits for later requests; arguments as of the class."""
         self._limits, self._tenants = limits, dict(tenants)
-        for admission in self._models.values():
-            admission.limits = limits
+        for policy in self._policies.values():
+            policy.limits = limits
 
     def tenant(self, authorization: str) -> Tenant:
-        """Who says so.
+        """The tenant of a caller.
+
+        Args:
+            authorization: value of the header `authorization`; "" for none.
 
         Raises:
-            Unauthenticated: a key is needed, and this is none.
+            Unauthenticated: a key is needed and the header holds no valid key.
         """
         name = ANYONE if self._keys is None else self._keys.keys.tenant(authorization)
-        found = self._tenants.get(name)
-        if found is None:
-            found = self._tenants[name] = Tenant(name=name)
-        return found
+        tenant = self._tenants.get(name)
+        if tenant is None:
+            tenant = self._tenants[name] = Tenant(name=name)
+        return tenant
 
     def check_metrics(self, authorization: str) -> None:
-        """Raise unless the caller may read the metrics, which tell of every tenant.
+        """Raise unless the caller may read the metrics; the metrics show every tenant.
 
         Raises:
-            Unauthenticated: a key is needed, and this is none.
-            PermissionDenied: its tenant may not.
+            Unauthenticated: a key is needed and the header holds no valid key.
+            PermissionDenied: the tenant may not read the metrics.
         """
         if self._keys is not None and not (tenant := self.tenant(authorization)).metrics:
             raise PermissionDenied(
-                f"tenant {tenant.name!r} may not read the metrics; the spec's `metrics: true` of "
-                "a tenant allows it"
+                f"tenant {tenant.name!r} may not read the metrics; set `metrics: true` for the "
+                "tenant in the spec"
             )
 
     def waiting(self) -> dict[tuple[str, str], int]:
-        """Requests that wait here, by model and tenant."""
+        """Number of waiting requests, by model and tenant."""
         return {
             (model, tenant): waiting
-            for model, admission in self._models.items()
-            for tenant, waiting in admission.waiting_by_tenant().items()
+            for model, policy in self._policies.items()
+            for tenant, waiting in policy.waiting_by_tenant().items()
         }
 
     def demand(self) -> dict[str, tuple[int, float]]:
-        """Requests that wait here, by model, and the predicted wait of all of them, in seconds."""
+        """By model, number of waiting requests and the seconds to serve all of these requests."""
         return {
-            model: (admission.num_waiting, admission.backlog_s)
-            for model, admission in self._models.items()
-            if admission.num_waiting
+            model: (policy.num_waiting, policy.backlog_s)
+            for model, policy in self._policies.items()
+            if policy.num_waiting
         }
 
     def refuse_early(self, model: str, caller: Caller, priority: int) -> None:
-        """Refuse a request before work is spent on it, if it has no chance.
+        """Refuse a hopeless request before work is spent on it.
 
         Args:
-            model: one that is served.
-            caller: whose it is.
-            priority: among its tenant's own.
+            model: a served model.
+            caller: sender of the request.
+            priority: of the request, among the requests of the tenant.
 
         Raises:
-            Overloaded: it has none.
+            Overloaded: `admit` would refuse any request of this caller and priority.
         """
-        admission = self._models.get(model)
-        if admission is not None:
+        policy = self._policies.get(model)
+        if policy is not None:
             now_s = time.monotonic()
-            admission.refuse_early(caller.tenant, priority, caller.deadline_s, now_s)
+            policy.refuse_early(caller.tenant, priority, caller.deadline_s, now_s)
 
     @asynccontextmanager
-    async def place(self, model: str, ticket: QueuedRequest) -> AsyncIterator[Admitted]:
-        """A place in the model's groups, once it is the request's turn, until the block ends.
+    async def admit(self, model: str, request: QueuedRequest) -> AsyncIterator[Admitted]:
+        """Wait for the request's turn; the request counts as running until the block ends.
 
         Args:
-            model: one that is served.
-            ticket: of the request.
+            model: a served model.
+            request: the request to queue.
 
         Raises:
-            Overloaded: it is refused, at once or after `max_wait_s`.
+            Overloaded: the request is refused, at once or after `max_wait_s`.
         """
-        admission = self._models.get(model)
-        if admission is None:
-            admission = self._models[model] = AdmissionPolicy(self._limits)
-        pushed_out = admission.offer(ticket, time.monotonic())
+        policy = self._policies.get(model)
+        if policy is None:
+            policy = self._policies[model] = AdmissionPolicy(self._limits)
+        pushed_out = policy.enqueue(request, time.monotonic())
         if pushed_out is not None:
             self._wake(pushed_out)
         try:
-            self._begin(model, admission)
-            if not ticket.begun:
-                await self._wait(admission, ticket)
-            yield Admitted(self, model, admission, ticket)
+            self._start_next(model, policy)
+            if not request.started:
+                await self._wait(policy, request)
+            yield Admitted(self, model, policy, request)
         finally:
-            self._leave(model, admission, ticket)
+            self._release(model, policy, request)
 
-    async def _wait(self, admission: AdmissionPolicy, ticket: QueuedRequest) -> None:
-        waiter = self._waiters[ticket] = asyncio.get_running_loop().create_future()
+    async def _wait(self, policy: AdmissionPolicy, request: QueuedRequest) -> None:
+        waiter = self._waiters[request] = asyncio.get_running_loop().create_future()
         most_s = self._limits.max_wait_s
-        if ticket.deadline_s is not None:
-            most_s = min(most_s, ticket.deadline_s - ticket.arrived_s)
+        if request.deadline_s is not None:
+            most_s = min(most_s, request.deadline_s - request.arrived_s)
         try:
             async with asyncio.timeout(most_s):
                 await waiter
         except TimeoutError:
-            raise admission.late(ticket, time.monotonic()) from None
+            raise policy.timeout_error(request, time.monotonic()) from None
         finally:
-            del self._waiters[ticket]
-        if ticket.refusal is not None:
-            raise ticket.refusal
+            del self._waiters[request]
+        if request.refusal is not None:
+            raise request.refusal
 
-    def _leave(self, model: str, admission: AdmissionPolicy, ticket: QueuedRequest) -> None:
-        admission.leave(ticket, time.monotonic())
-        self._begin(model, admission)
+    def _release(self, model: str, policy: AdmissionPolicy, request: QueuedRequest) -> None:
+        policy.release(request, time.monotonic())
+        self._start_next(model, policy)
 
-    def _begin(self, model: str, admission: AdmissionPolicy) -> None:
-        if admission.num_waiting:
-            for ticket in admission.turns(self._room(model), time.monotonic()):
-                self._wake(ticket)
+    def _start_next(self, model: str, policy: AdmissionPolicy) -> None:
+        if policy.num_waiting:
+            for request in policy.start_next(self._room(model), time.monotonic()):
+                self._wake(request)
 
-    def _wake(self, ticket: QueuedRequest) -> None:
-        waiter = self._waiters.get(ticket)
+    def _wake(self, request: QueuedRequest) -> None:
+        waiter = self._waiters.get(request)
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
@@ -207,31 +210,31 @@ class AdmissionController:
             await asyncio.sleep(_TICK_S)
             if self._keys is not None:
                 self._keys.refresh()
-            for model, admission in self._models.items():
-                self._begin(model, admission)
+            for model, policy in self._policies.items():
+                self._start_next(model, policy)
 
 
 class Admitted:
-    """A request's place; tell it what comes out."""
+    """An admitted request; counts its output."""
 
-    __slots__ = ("_admission", "_door", "_model", "_ticket")
+    __slots__ = ("_admission", "_model", "_policy", "_request")
 
     def __init__(
         self,
-        door: AdmissionController,
+        admission: AdmissionController,
         model: str,
-        admission: AdmissionPolicy,
-        ticket: QueuedRequest,
+        policy: AdmissionPolicy,
+        request: QueuedRequest,
     ) -> None:
-        self._door = door
-        self._model = model
         self._admission = admission
-        self._ticket = ticket
+        self._model = model
+        self._policy = policy
+        self._request = request
 
-    def used(self, num_tokens: int, now_s: float) -> None:
+    def count_output(self, num_tokens: int, now_s: float) -> None:
         """Count output tokens."""
-        self._admission.used(self._ticket, num_tokens, now_s)
+        self._policy.count_output(self._request, num_tokens, now_s)
 
-    def leave(self) -> None:
-        """Give it up before the block ends: the last token is out, though not yet sent."""
-        self._door._leave(self._model, self._admission, self._ticket)
+    def release(self) -> None:
+        """Free the room before the block ends: the last token is computed, maybe not yet sent."""
+        self._admission._release(self._model, self._policy, self._request)

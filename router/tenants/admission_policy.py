@@ -1,12 +1,12 @@
-"""Which requests begin, wait or are refused: a policy, sans-I/O, for one model of one gateway.
+"""Admission policy of one model at one gateway, sans-I/O: requests start, wait or are refused.
 
-A request that comes is checked against its tenant's rates, against the room in the queue and
-against the time it would wait, and is refused at once, with the time to come back, if it cannot
-be served. Else it waits its turn in a `FairQueue`, and begins as soon as the model's groups have
-room for it. A full queue makes room by refusing the last request of whoever waits most, so that a
-tenant that floods is refused for its own requests, not others for theirs.
+A new request is checked against the tenant's rates, the room in the queue and the expected wait.
+A request that cannot be served is refused at once, with the seconds after which to retry. Other
+requests wait in a `FairQueue` and start when the model's groups have room. A full queue refuses
+the last request of the tenant with the most waiting work, so a tenant that floods the gateway
+loses its own requests, not the requests of others.
 
-Knows tenants, costs and a clock that is passed in; knows nothing of sockets, tasks or groups.
+Knows tenants, costs and times that are passed in; knows nothing of sockets, tasks or groups.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from arriero.router.tenants.tenant import QueueLimits, Tenant
 from arriero.shards.errors import Overloaded
 
 FIRST_GUESS_OUTPUT = 128
-"""Output tokens that a sample is expected to give, before any has ended."""
+"""Expected output tokens of a sample while no sample has ended yet."""
 _MEAN_WEIGHT = 0.2
-"""Of the latest request in the mean of its tenant's; a new tenant begins with everybody's."""
+"""Weight of the latest request in the tenant's mean; a new tenant starts with the global mean."""
 _SERVED_HALF_LIFE_S = 5.0
 _RATE_KNOWN_S = 0.5
-"""Service must have been watched for so long before waits are estimated from it."""
+"""Seconds of measured service before waits are estimated from the service rate."""
 
 
 @dataclass(eq=False, slots=True)
 class QueuedRequest:
-    """A request at the door.
+    """A request that asks for admission.
 
     Attributes:
-        tenant: whose it is.
-        num_prompt: prompt tokens.
+        tenant: tenant of the caller.
+        num_prompt: number of prompt tokens.
         max_output: most output tokens, of all samples together.
-        num_sequences: samples; each takes a place in a group.
-        priority: among the tenant's own, lower goes first.
-        deadline_s: when the caller will be gone, on the clock; None for never.
-        cost: what it is expected to take.
-        arrived_s: when it came.
+        num_sequences: number of samples.
+        priority: among the tenant's requests; lower goes first.
+        deadline_s: monotonic time at which the caller gives up; None for never.
+        cost: expected cost, prompt and output.
+        arrived_s: monotonic time of arrival.
         num_output: output tokens so far.
-        due: cost of the output that is still expected.
-        begun: it has begun.
-        refusal: why it was refused while it waited.
-        left: it has ended.
+        pending_cost: cost of the output that is still expected.
+        started: the request was admitted.
+        refusal: reason for a refusal while the request waited.
+        ended: the request has ended.
     """
 
     tenant: Tenant
@@ -56,15 +56,15 @@ class QueuedRequest:
     cost: float = 0.0
     arrived_s: float = 0.0
     num_output: int = 0
-    due: float = 0.0
-    begun: bool = False
+    pending_cost: float = 0.0
+    started: bool = False
     refusal: Overloaded | None = None
-    left: bool = False
+    ended: bool = False
 
 
 @dataclass(slots=True)
 class _Usage:
-    """What a tenant takes now, and the output tokens of a sample in its latest requests."""
+    """Current use of a tenant, and mean output tokens of a sample in its latest requests."""
 
     mean_output: float
     running: int = 0
@@ -73,16 +73,17 @@ class _Usage:
 
 
 class AdmissionPolicy:
-    """The door of one model.
+    """Admission of requests to one model.
 
-    `offer` a request, ask `turns` for those that may begin (after every call that may free a
-    place), tell `used` what they give, and `leave` when they end, however they end.
+    `enqueue` a request; call `start_next` after every call that may free room, to get the requests
+    to start; `count_output` their tokens; `release` each request at its end, whatever the reason.
 
     Args:
         limits: of the queue.
 
     Attributes:
-        limits: the same; others may be set at any time. A tenant's count from its next request on.
+        limits: of the queue; may be replaced at any time. The limits of a tenant count from its
+            next request on.
     """
 
     def __init__(self, limits: QueueLimits) -> None:
@@ -95,62 +96,65 @@ class AdmissionPolicy:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that wait."""
+        """Number of waiting requests."""
         return len(self._queue)
 
     @property
     def num_sequences(self) -> int:
-        """Samples of requests that have begun."""
+        """Number of samples of running requests."""
         return self._sequences
 
     @property
     def backlog_s(self) -> float:
-        """Seconds until all that waits has been served, at the rate of late; 0 if not known."""
+        """Seconds to serve all waiting requests at the recent rate; 0 while the rate is unknown."""
         return self._wait_s(self._queue.cost)
 
     def waiting_by_tenant(self) -> dict[str, int]:
-        """Requests that wait, of each tenant that was ever here."""
+        """Number of waiting requests of each tenant ever seen."""
         return dict(self._queue.sizes())
 
-    def offer(self, ticket: QueuedRequest, now_s: float) -> QueuedRequest | None:
-        """Take a request into the queue; gives one that was pushed out for it, if any.
+    def enqueue(self, request: QueuedRequest, now_s: float) -> QueuedRequest | None:
+        """Add a request to the queue.
+
+        Returns:
+            The request that was pushed out of the full queue, if any.
 
         Raises:
-            Overloaded: it is refused, and why, and when to come back.
+            Overloaded: the request is refused; the error holds the reason and the retry time.
         """
-        tenant, limits = ticket.tenant, self.limits
+        tenant, limits = request.tenant, self.limits
         usage = self._usage_of(tenant, now_s)
-        output = _expected_output(ticket, usage)
-        ticket.cost = PROMPT_COST * ticket.num_prompt + OUTPUT_COST * output
-        self._check(tenant, ticket.num_prompt, ticket.cost, ticket.deadline_s, now_s)
-        ticket.arrived_s = now_s
-        self._queue.push(tenant, ticket, cost=ticket.cost, priority=ticket.priority)
+        output = _expected_output(request, usage)
+        request.cost = PROMPT_COST * request.num_prompt + OUTPUT_COST * output
+        self._check(tenant, request.num_prompt, request.cost, request.deadline_s, now_s)
+        request.arrived_s = now_s
+        self._queue.push(tenant, request, cost=request.cost, priority=request.priority)
         if usage.requests is not None:
             usage.requests.take(1, now_s)
         if usage.tokens is not None:
-            usage.tokens.take(ticket.num_prompt, now_s)
+            usage.tokens.take(request.num_prompt, now_s)
         if len(self._queue) <= limits.max_queued:
             return None
         pushed_out = self._queue.push_out()
         pushed_out.refusal = self._full(pushed_out.tenant, pushed_out.cost)
         self._give_back(pushed_out, now_s)
-        if pushed_out is ticket:
+        if pushed_out is request:
             raise pushed_out.refusal
         return pushed_out
 
     def refuse_early(
         self, tenant: Tenant, priority: int, deadline_s: float | None, now_s: float
     ) -> None:
-        """Refuse a request before work is spent on it, if `offer` would however short it is.
+        """Refuse a request before work is spent on it, if `enqueue` would refuse the shortest one.
 
         Args:
-            tenant: whose it is.
-            priority: among the tenant's own.
-            deadline_s: when the caller will be gone, on the clock; None for never.
-            now_s: the time.
+            tenant: tenant of the caller.
+            priority: among the tenant's requests.
+            deadline_s: monotonic time at which the caller gives up; None for never.
+            now_s: monotonic time.
 
         Raises:
-            Overloaded: as `offer`.
+            Overloaded: as `enqueue`.
         """
         least = PROMPT_COST + OUTPUT_COST
         self._check(tenant, 1, least, deadline_s, now_s)
@@ -158,67 +162,68 @@ class AdmissionPolicy:
         if full and self._queue.would_push_out(tenant, priority):
             raise self._full(tenant, least)
 
-    def turns(self, room: int, now_s: float) -> list[QueuedRequest]:
-        """Requests that begin now.
+    def start_next(self, room: int, now_s: float) -> list[QueuedRequest]:
+        """Take the requests that start now out of the queue.
 
         Args:
-            room: samples that the model's groups take from this gateway at once, those that have
-                begun included. A request with more samples than that begins alone.
-            now_s: the time.
+            room: samples that the model's groups take from this gateway at once, running samples
+                included. A request with more samples than that starts alone.
+            now_s: monotonic time.
         """
 
-        def may_go(name: str, ticket: QueuedRequest) -> bool:
-            most = ticket.tenant.max_running
+        def may_go(name: str, request: QueuedRequest) -> bool:
+            most = request.tenant.max_running
             return most is None or self._usage[name].running < most
 
-        begun = []
+        started = []
         while len(self._queue) and self._sequences < room:
-            ticket = self._queue.pop(may_go)
-            if ticket is None:
+            request = self._queue.pop(may_go)
+            if request is None:
                 break
-            ticket.begun = True
-            usage = self._usage[ticket.tenant.name]
+            request.started = True
+            usage = self._usage[request.tenant.name]
             usage.running += 1
-            self._sequences += ticket.num_sequences
-            self._charge(ticket, PROMPT_COST * ticket.num_prompt, now_s)
-            self._expect(ticket, OUTPUT_COST * _expected_output(ticket, usage))
-            begun.append(ticket)
-        return begun
+            self._sequences += request.num_sequences
+            self._charge(request, PROMPT_COST * request.num_prompt, now_s)
+            self._expect(request, OUTPUT_COST * _expected_output(request, usage))
+            started.append(request)
+        return started
 
-    def used(self, ticket: QueuedRequest, num_tokens: int, now_s: float) -> None:
-        """Count output tokens of a request that has begun."""
+    def count_output(self, request: QueuedRequest, num_tokens: int, now_s: float) -> None:
+        """Count output tokens of a running request."""
         cost = OUTPUT_COST * num_tokens
-        ticket.num_output += num_tokens
-        self._charge(ticket, cost, now_s)
-        self._expect(ticket, max(0.0, ticket.due - cost))
-        tokens = self._usage[ticket.tenant.name].tokens
+        request.num_output += num_tokens
+        self._charge(request, cost, now_s)
+        self._expect(request, max(0.0, request.pending_cost - cost))
+        tokens = self._usage[request.tenant.name].tokens
         if tokens is not None:
             tokens.take(num_tokens, now_s)
 
-    def leave(self, ticket: QueuedRequest, now_s: float) -> None:
-        """A request ended: well, in an error, or because its caller left; safe to call twice."""
-        if ticket.left:
+    def release(self, request: QueuedRequest, now_s: float) -> None:
+        """Free the room of a request that ended, whatever the reason; safe to call twice."""
+        if request.ended:
             return
-        ticket.left = True
-        if ticket.begun:
-            usage = self._usage[ticket.tenant.name]
+        request.ended = True
+        if request.started:
+            usage = self._usage[request.tenant.name]
             usage.running -= 1
-            self._sequences -= ticket.num_sequences
+            self._sequences -= request.num_sequences
             if not self._sequences and not len(self._queue):
                 self._served.pause(now_s)
-            self._expect(ticket, 0.0)
-            output = ticket.num_output / ticket.num_sequences
+            self._expect(request, 0.0)
+            output = request.num_output / request.num_sequences
             usage.mean_output += _MEAN_WEIGHT * (output - usage.mean_output)
             self._mean_output += _MEAN_WEIGHT / 4 * (output - self._mean_output)
-        elif ticket.refusal is None:
-            self._queue.remove(ticket.tenant.name, ticket)
-            self._give_back(ticket, now_s)
+        elif request.refusal is None:
+            self._queue.remove(request.tenant.name, request)
+            self._give_back(request, now_s)
 
-    def late(self, ticket: QueuedRequest, now_s: float) -> Overloaded:
-        """What a request is told that has waited as long as it may."""
+    def timeout_error(self, request: QueuedRequest, now_s: float) -> Overloaded:
+        """The error for a request that has waited for the longest time allowed."""
         return Overloaded(
-            f"it waited {now_s - ticket.arrived_s:.1f} s, which is the most, and was not begun",
-            self._wait_s(self._queue.cost_before(ticket.tenant)),
+            f"the request waited {now_s - request.arrived_s:.1f} s, the longest wait allowed, and "
+            "did not start; retry later",
+            self._wait_s(self._queue.cost_before(request.tenant)),
         )
 
     def _usage_of(self, tenant: Tenant, now_s: float) -> _Usage:
@@ -237,7 +242,7 @@ class AdmissionPolicy:
         deadline_s: float | None,
         now_s: float,
     ) -> None:
-        """Raise what speaks against a request before it stands in the queue."""
+        """Raise `Overloaded` if a limit forbids the request to enter the queue."""
         usage = self._usage_of(tenant, now_s)
         for name, bucket, amount, limit in (
             ("requests_per_minute", usage.requests, 1, tenant.requests_per_minute),
@@ -246,57 +251,57 @@ class AdmissionPolicy:
             if bucket is not None and (wait_s := bucket.wait_s(amount, now_s)):
                 raise Overloaded(
                     f"tenant {tenant.name!r} has used up `{name}`={limit:g}; "
-                    f"come back in {wait_s:.1f} s",
+                    f"retry in {wait_s:.1f} s",
                     wait_s,
                 )
         if tenant.max_queued is not None and self._queue.waiting(tenant.name) >= tenant.max_queued:
             raise Overloaded(
-                f"tenant {tenant.name!r} has {tenant.max_queued} requests waiting, which is its "
+                f"tenant {tenant.name!r} has {tenant.max_queued} waiting requests, the limit "
                 "`max_queued`; send fewer at once",
                 self._wait_s(cost),
             )
         if not len(self._queue):
-            return  # it may have to wait for a place, but for nobody's turn
+            return  # the request may wait for room, but not for other requests
         wait_s = self._wait_s(self._queue.cost_before(tenant))
         if wait_s > self.limits.max_wait_s:
             raise Overloaded(
-                f"it would wait about {wait_s:.0f} s for others; the most is "
-                f"{self.limits.max_wait_s:g} s",
+                f"the request would wait about {wait_s:.0f} s for others; `max_wait_s` is "
+                f"{self.limits.max_wait_s:g} s; retry later",
                 wait_s - self.limits.max_wait_s,
             )
         if deadline_s is not None and now_s + wait_s > deadline_s:
             raise Overloaded(
-                f"it would wait about {wait_s:.1f} s for others, and its deadline is in "
-                f"{max(0.0, deadline_s - now_s):.1f} s; give it longer, or come back",
+                f"the request would wait about {wait_s:.1f} s for others, but its deadline is in "
+                f"{max(0.0, deadline_s - now_s):.1f} s; set a later deadline, or retry later",
                 wait_s,
             )
 
     def _full(self, tenant: Tenant, cost: float) -> Overloaded:
         return Overloaded(
-            f"{self.limits.max_queued} requests wait, which is the most, and tenant "
-            f"{tenant.name!r} has most of them; send fewer at once",
+            f"{self.limits.max_queued} requests wait, the limit `max_queued`, and tenant "
+            f"{tenant.name!r} has the most waiting work; send fewer at once",
             self._wait_s(cost),
         )
 
     def _wait_s(self, cost: float) -> float:
         return cost / rate if (rate := self._served.per_s()) else 0.0
 
-    def _expect(self, ticket: QueuedRequest, due: float) -> None:
-        self._queue.expect(ticket.tenant, due - ticket.due)
-        ticket.due = due
+    def _expect(self, request: QueuedRequest, cost: float) -> None:
+        self._queue.expect(request.tenant, cost - request.pending_cost)
+        request.pending_cost = cost
 
-    def _charge(self, ticket: QueuedRequest, cost: float, now_s: float) -> None:
-        self._queue.charge(ticket.tenant, cost)
+    def _charge(self, request: QueuedRequest, cost: float, now_s: float) -> None:
+        self._queue.charge(request.tenant, cost)
         self._served.add(cost, now_s)
 
-    def _give_back(self, ticket: QueuedRequest, now_s: float) -> None:
-        usage = self._usage[ticket.tenant.name]
+    def _give_back(self, request: QueuedRequest, now_s: float) -> None:
+        usage = self._usage[request.tenant.name]
         if usage.tokens is not None:
-            usage.tokens.take(-ticket.num_prompt, now_s)
+            usage.tokens.take(-request.num_prompt, now_s)
 
 
 def _bucket(bucket: Bucket | None, per_minute: float | None, now_s: float) -> Bucket | None:
-    """The bucket of a limit, which may have been changed."""
+    """The bucket with the current value of its limit."""
     if per_minute is None:
         return None
     if bucket is None:
@@ -305,14 +310,14 @@ def _bucket(bucket: Bucket | None, per_minute: float | None, now_s: float) -> Bu
     return bucket
 
 
-def _expected_output(ticket: QueuedRequest, usage: _Usage) -> float:
-    """Output tokens of a request, by what its tenant's latest gave."""
-    return min(float(ticket.max_output), usage.mean_output * ticket.num_sequences)
+def _expected_output(request: QueuedRequest, usage: _Usage) -> float:
+    """Expected output tokens of a request, from the tenant's latest requests."""
+    return min(float(request.max_output), usage.mean_output * request.num_sequences)
 
 
 @dataclass(slots=True)
 class _Rate:
-    """Cost served a second while there was something to serve; older seconds count less."""
+    """Cost served per second of work; older seconds count less."""
 
     amount: float = 0.0
     elapsed_s: float = 0.0
@@ -330,12 +335,12 @@ class _Rate:
         self.amount += amount
 
     def pause(self, now_s: float) -> None:
-        """Nothing is left to serve; the time until the next `add` does not count."""
+        """Do not count the time until the next `add`; nothing is left to serve."""
         self.add(0.0, now_s)
         self.at_s = None
 
     def per_s(self) -> float | None:
-        """The rate, or None while it is not known."""
+        """The rate; None while it is unknown."""
         if self.elapsed_s < _RATE_KNOWN_S:
             return None
         return self.amount / self.elapsed_s

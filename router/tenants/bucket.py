@@ -1,17 +1,17 @@
 """A rate limit that allows bursts: the token bucket, sans-I/O.
 
-Knows amounts and a clock that is passed in; knows nothing of what is counted.
+Knows amounts and times that are passed in; knows nothing of the unit that is counted.
 """
 
 from __future__ import annotations
 
 
 class Bucket:
-    """Holds up to a minute's worth, and fills at a steady rate.
+    """Holds at most the amount of a minute and fills at a steady rate; starts full.
 
     Args:
-        per_minute: what flows in, and the most it holds.
-        now_s: the time; it begins full.
+        per_minute: amount that flows in per minute; also the capacity.
+        now_s: monotonic time.
     """
 
     __slots__ = ("_at_s", "_level", "_most", "_per_s")
@@ -23,23 +23,23 @@ class Bucket:
         self._at_s = now_s
 
     def change(self, per_minute: float, now_s: float) -> None:
-        """Fill at another rate from now on; what is in it, or owed, stays."""
+        """Fill at another rate from now on; the level, or the debt, stays."""
         if per_minute != self._most:
             self._fill(now_s)
             self._most, self._per_s = per_minute, per_minute / 60.0
             self._level = min(self._level, per_minute)
 
     def wait_s(self, amount: float, now_s: float) -> float:
-        """Seconds until `amount` can be taken; 0 when it can now.
+        """Seconds until `amount` can be taken; 0 for now.
 
-        More than the bucket ever holds can be taken from a full one, which is then in debt.
+        An amount above the capacity can be taken from a full bucket and leaves a debt.
         """
         self._fill(now_s)
         missing = min(amount, self._most) - self._level
         return missing / self._per_s if missing > 1e-9 else 0.0
 
     def take(self, amount: float, now_s: float) -> None:
-        """Take `amount`, into debt if need be; a negative one gives back."""
+        """Take `amount`, if necessary into debt; a negative amount is given back."""
         self._fill(now_s)
         self._level = min(self._level - amount, self._most)
 

@@ -1,16 +1,16 @@
-"""Whose turn it is: a virtual token counter for each tenant, sans-I/O.
+"""A fair queue: a virtual token counter for each tenant orders the tenants, sans-I/O.
 
-After Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024): every tenant has a
-counter of the tokens it was served, output tokens counting more than prompt tokens, divided by its
-weight. The tenant goes next whose counter, with what its running requests are still expected to
-take, is the lowest (the paper's variant with length prediction). By the counter alone, a tenant
-would be given all the places that become free at once before it had paid for the first of them, and
-shares would be even only over many sets of places.
+After Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024): each tenant has a
+counter of the tokens served to the tenant, divided by the tenant's weight; an output token counts
+more than a prompt token. The next tenant is the tenant with the lowest sum of the counter and the
+expected cost of its running requests (the paper's variant with length prediction). With the counter
+alone, a tenant would get all room that becomes free at once before paying for any of it, and shares
+would be even only over a long time.
 
-A tenant that comes back from having nothing waiting is lifted to the lowest counter of those that
-wait, so that idleness earns no credit: among tenants that keep waiting, service differs by a
-bounded number of tokens, whatever each sends. What was expected and did not come counts for nothing
-afterwards. Tenants of a lower priority number go first, always.
+An idle tenant that sends again starts at the lowest counter of the waiting tenants, so idle time
+earns no credit: among tenants that always have waiting items, service differs by a bounded number
+of tokens, whatever each tenant sends. Expected cost that does not arrive is removed again. Tenants
+with a lower priority number always go first.
 
 Knows tenants, costs and items; knows nothing of clocks, limits or requests.
 """
@@ -27,18 +27,18 @@ from arriero.router.tenants.tenant import Tenant
 T = TypeVar("T")
 
 PROMPT_COST, OUTPUT_COST = 1.0, 2.0
-"""Of one token. The paper's weights: an output token takes a step, a prompt token part of one."""
+"""Cost of a token, as in the paper: an output token takes a step, a prompt token part of a step."""
 
 
 @dataclass(slots=True)
 class _Line(Generic[T]):
-    """A tenant's items, its counter, and what its running requests are still expected to take."""
+    """Items of a tenant, its counter, and the expected remaining cost of its running requests."""
 
     weight: float
     priority: int
     counter: float = 0.0
     expected: float = 0.0
-    # (priority among its own, arrival, cost, item)
+    # (priority among the tenant's items, arrival, cost, item)
     items: list[tuple[int, int, float, T]] = field(default_factory=list)
     cost: float = 0.0
 
@@ -46,7 +46,7 @@ class _Line(Generic[T]):
 class FairQueue(Generic[T]):
     """Items of several tenants, in fair order.
 
-    A tenant is kept for as long as the queue is, since its counter is.
+    A tenant with no items stays, because its counter must stay.
     """
 
     def __init__(self) -> None:
@@ -60,22 +60,22 @@ class FairQueue(Generic[T]):
 
     @property
     def cost(self) -> float:
-        """Of all that waits."""
+        """Cost of all waiting items."""
         return sum(line.cost for line in self._lines.values())
 
     def push(self, tenant: Tenant, item: T, *, cost: float, priority: int = 0) -> None:
         """Add an item.
 
         Args:
-            tenant: whose it is; its weight and priority count from now on.
-            item: anything.
-            cost: what it is expected to take, for `cost_before`.
-            priority: among the tenant's own items, lower goes first; equal ones by arrival.
+            tenant: tenant of the item; the tenant's weight and priority count from now on.
+            item: any object.
+            cost: expected cost of the item, for `cost_before`.
+            priority: among the tenant's items; lower goes first, equal priorities by arrival.
         """
         line = self._lines.get(tenant.name)
         if line is None:
             line = self._lines[tenant.name] = _Line(tenant.weight, tenant.priority)
-        line.expected *= line.weight / tenant.weight  # it may have been changed
+        line.expected *= line.weight / tenant.weight  # the weight may have changed
         line.weight, line.priority = tenant.weight, tenant.priority
         if not line.items:
             self._lift(line)
@@ -93,7 +93,7 @@ class FairQueue(Generic[T]):
         return None
 
     def remove(self, tenant: str, item: T) -> None:
-        """Take an item out, wherever it stands; does nothing when it is not there."""
+        """Remove an item at any position; does nothing when the item is absent."""
         line = self._lines.get(tenant)
         if line is None:
             return
@@ -103,23 +103,23 @@ class FairQueue(Generic[T]):
                 return
 
     def push_out(self) -> T:
-        """Take the last item of the tenant with the most waiting, by cost over weight."""
+        """Take the last item of the tenant with the most waiting cost per weight."""
         line = self._longest()
         return self._take(line, len(line.items) - 1)
 
     def would_push_out(self, tenant: Tenant, priority: int) -> bool:
-        """Whether an item that a tenant added now would be the one that `push_out` takes."""
+        """Whether `push_out` would take an item that the tenant adds now."""
         line = self._longest()
         return line is self._lines.get(tenant.name) and priority >= line.items[-1][0]
 
     def expect(self, tenant: Tenant, cost: float) -> None:
-        """Count what a tenant's running requests are expected to take; negative, when they did."""
+        """Add to the expected cost of a tenant's running requests; negative once it arrived."""
         line = self._lines.get(tenant.name)
         if line is not None:
             line.expected += cost / line.weight
 
     def charge(self, tenant: Tenant, cost: float) -> None:
-        """Count service that a tenant was given."""
+        """Count service given to a tenant."""
         line = self._lines.get(tenant.name)
         if line is not None:
             line.counter += cost / line.weight
@@ -130,14 +130,14 @@ class FairQueue(Generic[T]):
         return 0 if line is None else len(line.items)
 
     def sizes(self) -> Iterator[tuple[str, int]]:
-        """Every tenant that was ever here, and how many of its items wait."""
+        """Each tenant ever seen, and the number of its waiting items."""
         return ((name, len(line.items)) for name, line in self._lines.items())
 
     def cost_before(self, tenant: Tenant) -> float:
-        """The cost that is served before an item which a tenant would add now: an estimate.
+        """Estimated cost that is served before an item that the tenant adds now.
 
-        While it works off its own line, each other tenant of the same priority is served in
-        proportion to their weights, and no more than it has waiting.
+        While the tenant's own items are served, each other tenant of the same priority is served in
+        proportion to the weights, up to the cost of its waiting items.
         """
         own = self._lines.get(tenant.name)
         own_cost = 0.0 if own is None else own.cost
@@ -148,7 +148,7 @@ class FairQueue(Generic[T]):
             if line.priority < tenant.priority:
                 total += line.cost
             else:
-                first = line.items[0][2]  # who has nothing waiting still takes turns
+                first = line.items[0][2]  # a tenant without waiting items still takes turns
                 turn = max(own_cost, first * tenant.weight / line.weight)
                 total += min(line.cost, turn * line.weight / tenant.weight)
         return total
@@ -159,7 +159,9 @@ class FairQueue(Generic[T]):
 
     def _order(self) -> list[str]:
         waiting = [(line, name) for name, line in self._lines.items() if line.items]
-        waiting.sort(key=lambda one: (one[0].priority, one[0].counter + one[0].expected, one[1]))
+        waiting.sort(
+            key=lambda entry: (entry[0].priority, entry[0].counter + entry[0].expected, entry[1])
+        )
         return [name for _, name in waiting]
 
     def _lift(self, line: _Line[T]) -> None:

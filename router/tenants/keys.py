@@ -1,11 +1,11 @@
-"""API keys: made here, kept as hashes in a file, and compared without telling how close one came.
+"""API keys: creation, storage as hashes in a file, and comparison in constant time.
 
-A key is `arr-<id>-<secret>`: the id finds the entry, the secret is 256 random bits. Such a secret
-cannot be guessed, so a slow hash would protect nothing that a fast one does not, and would let
-anybody burn the gateway's time; each entry holds a salt and the HMAC-SHA-256 of the secret under
-it. The file is YAML, and is read again whenever it changes.
+A key is `arr-<id>-<secret>`: the id selects the entry, the secret is 256 random bits. Nobody can
+guess 256 random bits, so a slow hash would protect no better than a fast hash, and would let
+callers waste the gateway's time. An entry holds a salt and the HMAC-SHA-256 of the secret under the
+salt. The file is YAML; the gateway reads the file again after a change.
 
-Knows keys and the file; knows nothing of what a tenant may do.
+Knows keys and the file; knows nothing of the rights of a tenant.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ _HINT = "send `authorization: Bearer arr-…`; `arriero keys add` makes a key"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KeyEntry:
-    """A key as it is kept.
+    """A stored key.
 
     Attributes:
-        id: finds the entry; no secret.
-        tenant: whose key it is.
+        id: selects the entry; not secret.
+        tenant: tenant of the key.
         salt, hash: hexadecimal; HMAC-SHA-256 of the secret under the salt.
         created: seconds since 1970.
         note: words for people.
-        expires: seconds since 1970 from when it is refused; 0 for never.
+        expires: seconds since 1970 at which the key stops working; 0 for never.
     """
 
     id: str
@@ -61,7 +61,7 @@ class KeyEntry:
 
 
 def make_key(tenant: str, note: str = "") -> tuple[str, KeyEntry]:
-    """A new key, which only its holder will have, and the entry to keep."""
+    """A new key for its holder alone, and the entry to store."""
     key_id, secret, salt = (secrets.token_hex(size) for size in (6, 32, 16))
     entry = KeyEntry(
         id=key_id,
@@ -75,14 +75,15 @@ def make_key(tenant: str, note: str = "") -> tuple[str, KeyEntry]:
 
 
 def rotated(old: KeyEntry, overlap_s: float) -> tuple[str, KeyEntry, KeyEntry | None]:
-    """A key in place of another.
+    """A new key that replaces an old key.
 
     Args:
-        old: the key from before.
-        overlap_s: how long that one is still taken.
+        old: entry of the old key.
+        overlap_s: seconds for which the old key still works.
 
     Returns:
-        The new key; its entry; and what is left of the old one's, None where nothing is.
+        The new key; the entry of the new key; the entry of the old key with its expiry, None
+        without an overlap.
     """
     key, entry = make_key(old.tenant, old.note)
     if not overlap_s:
@@ -92,73 +93,73 @@ def rotated(old: KeyEntry, overlap_s: float) -> tuple[str, KeyEntry, KeyEntry | 
 
 
 class Keys:
-    """Entries to look keys up in."""
+    """Looks up the tenant of a key."""
 
     def __init__(self, entries: Mapping[str, KeyEntry]) -> None:
         self._entries = entries
-        _, self._nobody = make_key("")
+        _, self._dummy = make_key("")
 
     def tenant(self, authorization: str) -> str:
         """The tenant of a caller.
 
         Args:
-            authorization: what the header of that name holds; "" for none.
+            authorization: value of the header `authorization`; "" for none.
 
         Raises:
-            Unauthenticated: it names no key of ours.
+            Unauthenticated: the header holds no valid key.
         """
         if not authorization:
             raise Unauthenticated(f"an API key is needed; {_HINT}")
         kind, _, key = authorization.partition(" ")
-        found = _KEY.fullmatch(key.strip()) if kind.lower() == "bearer" else None
-        if found is None:
+        match = _KEY.fullmatch(key.strip()) if kind.lower() == "bearer" else None
+        if match is None:
             raise Unauthenticated(f"the `authorization` header holds no API key; {_HINT}")
-        # An unknown id costs what a known one does.
-        entry = self._entries.get(found[1], self._nobody)
-        if not hmac.compare_digest(_hash(found[2], entry.salt), entry.hash):
-            raise Unauthenticated("the API key is not known, or was revoked")
+        # An unknown id takes the same time as a known id.
+        entry = self._entries.get(match[1], self._dummy)
+        if not hmac.compare_digest(_hash(match[2], entry.salt), entry.hash):
+            raise Unauthenticated("the API key is unknown or revoked; use a valid key")
         if entry.expires and time.time() >= entry.expires:
-            raise Unauthenticated("the API key was replaced, and its time is over")
+            raise Unauthenticated("the API key was replaced and has expired; use the new key")
         return entry.tenant
 
 
 class KeyFile:
-    """Keys in a file, read again when it changes.
+    """Keys in a file that is read again after a change.
 
-    A file that cannot be read later on leaves the keys as they were, with an error in the log.
+    If the changed file cannot be read, the old keys stay and the log gets an error.
 
     Args:
         path: the file.
 
     Raises:
-        SpecError: it cannot be read now.
+        SpecError: the file cannot be read now.
 
     Attributes:
-        keys: as of the last reading.
+        keys: the keys as last read.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._seen = _stamp(path)
+        self._stamp = _stamp(path)
         self.keys = Keys(read_keys(path))
 
     def refresh(self) -> None:
-        """Read the file if it changed; costs one look at its metadata."""
+        """Read the file if its metadata changed."""
         try:
             stamp = _stamp(self._path)
-            if stamp == self._seen:
+            if stamp == self._stamp:
                 return
-            self._seen = stamp
+            self._stamp = stamp
             self.keys = Keys(read_keys(self._path))
         except SpecError as error:
-            log.error("the API keys stay as they were: %s", error)
+            log.error("the old API keys stay in use: %s", error)
 
 
 def read_keys(path: Path) -> dict[str, KeyEntry]:
     """The entries of a key file, by id.
 
     Raises:
-        SpecError: it is not there, or is no such file: path, entry, field.
+        SpecError: the file is missing or malformed; the error names path, entry and field.
     """
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -179,7 +180,7 @@ def read_keys(path: Path) -> dict[str, KeyEntry]:
 
 
 def add_key(path: Path, tenant: str, note: str = "") -> str:
-    """Add a key to the file, which is made if it is not there; gives the key, kept nowhere else.
+    """Add a key to the file; creates a missing file. Returns the key, which is stored nowhere else.
 
     Raises:
         SpecError: the file cannot be read.
@@ -190,47 +191,49 @@ def add_key(path: Path, tenant: str, note: str = "") -> str:
 
 
 def revoke_key(path: Path, key_id: str) -> KeyEntry:
-    """Take a key out of the file.
+    """Remove a key from the file.
 
     Raises:
         SpecError: the file cannot be read.
-        NotFound: no key has the id.
+        NotFound: no key has this id.
     """
-    entry = _one(path, key_id)
+    entry = _find(path, key_id)
     change_keys(path, [], [key_id])
     return entry
 
 
 def rotate_key(path: Path, key_id: str, overlap_s: float) -> tuple[str, KeyEntry]:
-    """Put a key in the place of another; gives it, and its entry. See `rotated`.
+    """Replace a key; returns the new key and its entry. See `rotated`.
 
     Raises:
         SpecError: the file cannot be read.
-        NotFound: no key has the id.
+        NotFound: no key has this id.
     """
-    key, entry, old = rotated(_one(path, key_id), overlap_s)
+    key, entry, old = rotated(_find(path, key_id), overlap_s)
     put = [entry] if old is None else [entry, old]
     change_keys(path, put, [key_id] if old is None else [])
     return key, entry
 
 
 def change_keys(path: Path, put: Iterable[KeyEntry], drop: Iterable[str]) -> None:
-    """Put entries into the file, in place of those with their ids, and take others out.
+    """Add or replace entries by id, and remove entries by id; expired entries go too.
 
-    Those whose time is over go too. Safe to do twice.
+    Safe to call twice.
 
     Raises:
         SpecError: the file cannot be read.
     """
     with _changing(path) as entries:
-        entries |= {one.id: one for one in put}
+        entries |= {entry.id: entry for entry in put}
         now_s = time.time()
-        over = [one.id for one in entries.values() if one.expires and one.expires < now_s]
-        for key_id in (*drop, *over):
+        expired = [
+            entry.id for entry in entries.values() if entry.expires and entry.expires < now_s
+        ]
+        for key_id in (*drop, *expired):
             entries.pop(key_id, None)
 
 
-def _one(path: Path, key_id: str) -> KeyEntry:
+def _find(path: Path, key_id: str) -> KeyEntry:
     entries = read_keys(path)
     if key_id not in entries:
         raise NotFound(f"{path} holds no key {key_id!r}; `arriero keys list` shows them")
@@ -239,13 +242,14 @@ def _one(path: Path, key_id: str) -> KeyEntry:
 
 @contextmanager
 def _changing(path: Path) -> Iterator[dict[str, KeyEntry]]:
-    """The entries, written back at the end; one writer at a time, and readers see whole files."""
-    lock = path.with_name(f".{path.name}.lock")
-    with open(lock, "w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    """The entries, written back at the end; a lock admits one writer, readers see whole files."""
+    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         entries = read_keys(path) if path.exists() else {}
         yield entries
-        text = yaml.safe_dump({"keys": [asdict(one) for one in entries.values()]}, sort_keys=False)
+        text = yaml.safe_dump(
+            {"keys": [asdict(entry) for entry in entries.values()]}, sort_keys=False
+        )
         partial = path.with_name(f".{path.name}.new")
         with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             file.write(text)

@@ -1,4 +1,4 @@
-"""One tenant's limits, and the limits of a whole gateway.
+"""Limits of a tenant and limits of a whole gateway.
 
 Knows numbers; knows nothing of keys, queues or clocks.
 """
@@ -8,26 +8,26 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 ANYONE = "anyone"
-"""The tenant of callers without a key, where no keys are asked for."""
+"""Tenant of callers without a key, at a gateway that needs no keys."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tenant:
-    """What one tenant may take.
+    """Limits and rights of a tenant.
 
     Attributes:
-        name: the tenant's.
-        weight: its share of tokens beside the other tenants' that wait, as a ratio.
-        priority: of tenants that wait, those with a lower one go first, always.
-        requests_per_minute: most requests that begin in a minute; None for any number.
-        tokens_per_minute: most tokens, prompt and output, in a minute; None for any number. The
-            output is charged as it comes, so the last request may overdraw; what follows waits
-            until that is paid back.
-        max_running: most of its requests that compute at once; others wait. None for any number.
-        max_queued: most of its requests that wait; None leaves it to the gateway's limit.
-        metrics: its keys may read `/metrics`.
-        private_cache: its prompts' KV blocks are found by its own requests alone, so that no other
-            tenant can tell from the time of an answer what it has asked.
+        name: name of the tenant.
+        weight: share of tokens among the waiting tenants, as a ratio.
+        priority: waiting tenants with a lower priority always go first.
+        requests_per_minute: most requests accepted in a minute; None for any number.
+        tokens_per_minute: most tokens, prompt and output, in a minute; None for any number. Output
+            is charged when it is computed, so the last request may overdraw; later requests are
+            refused until the debt is paid.
+        max_running: most requests that run at once; further requests wait. None for any number.
+        max_queued: most waiting requests; None for the limit of the gateway.
+        metrics: keys of the tenant may read `/metrics`.
+        private_cache: only requests of the tenant reuse the KV blocks of its prompts, so no other
+            tenant can infer a prompt from the time to an answer.
     """
 
     name: str
@@ -42,13 +42,13 @@ class Tenant:
 
     @property
     def cache_salt(self) -> bytes:
-        """What the keys of its blocks are kept apart by; b"" where they are not."""
+        """Salt of the tenant's KV block keys; b"" for a shared cache."""
         return b"tenant " + self.name.encode() if self.private_cache else b""
 
     def share(self, num_gateways: int) -> Tenant:
-        """The part of these limits that one of `num_gateways` gateways enforces."""
+        """The share of these limits that each of `num_gateways` gateways enforces."""
 
-        def part(limit: int | None) -> int | None:
+        def count(limit: int | None) -> int | None:
             return None if limit is None else -(-limit // num_gateways)
 
         def rate(limit: float | None) -> float | None:
@@ -58,19 +58,19 @@ class Tenant:
             self,
             requests_per_minute=rate(self.requests_per_minute),
             tokens_per_minute=rate(self.tokens_per_minute),
-            max_running=part(self.max_running),
-            max_queued=part(self.max_queued),
+            max_running=count(self.max_running),
+            max_queued=count(self.max_queued),
         )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QueueLimits:
-    """What a gateway keeps waiting.
+    """Limits of a queue.
 
     Attributes:
-        max_queued: most requests of one model that wait.
-        max_wait_s: a request that would wait longer, as far as one can tell, is refused at once;
-            one that has waited so long is refused then.
+        max_queued: most waiting requests of a model.
+        max_wait_s: longest wait in seconds. A request with a longer expected wait is refused at
+            once; a request that has waited so long is refused then.
     """
 
     max_queued: int = 4096

@@ -121,7 +121,7 @@ async def test_a_flood_waits_and_others_pass(llama_tokenizer: Tokenizer, tmp_pat
             order.append(name)
 
         asked = [asyncio.create_task(ask(flood, "flood")) for _ in range(11)]
-        while len(stack.engine.submitted) < 3 or stack.gateway.inference.door.waiting() != {
+        while len(stack.engine.submitted) < 3 or stack.gateway.inference.admission.waiting() != {
             ("tiny", "flood"): 8
         }:
             await asyncio.sleep(0.002)
@@ -279,7 +279,7 @@ def test_wrong_certificates_are_refused_by_name(tmp_path: Path, authority: trust
     other = files(tmp_path / "b", authority, "localhost", ca=True)
     for tls, words in (
         (TlsFiles(certificate=tmp_path / "none.pem", key=good.key), "No such file"),
-        (TlsFiles(certificate=good.certificate, key=other.key), "not a certificate and its key"),
+        (TlsFiles(certificate=good.certificate, key=other.key), "no certificate with its key"),
         (TlsFiles(certificate=good.certificate, key=good.key, ca=good.key), r"`tls\.ca`"),
     ):
         with pytest.raises(SpecError, match=words):
@@ -323,4 +323,4 @@ async def test_permission_is_an_error_of_ours(llama_tokenizer: Tokenizer, tmp_pa
     config = GatewayConfig(keys=path)
     async with serve(make_card(llama_tokenizer, LLAMA3), echo, config=config) as stack:
         with pytest.raises(PermissionDenied, match="metrics"):
-            stack.gateway.inference.door.check_metrics(f"Bearer {key}")
+            stack.gateway.inference.admission.check_metrics(f"Bearer {key}")

@@ -196,8 +196,8 @@ async def test_deadline_reaches_the_engine(running: Stack) -> None:
             [60] * 100,
             {"max_tokens": 500},
             "max_tokens",
-            "600 are asked for: 100 prompt tokens and `max_tokens`=500. Please reduce the length "
-            "of the messages, or lower `max_tokens`: lower it to 412 or less",
+            "the request needs 600: 100 prompt tokens and `max_tokens`=500. Please reduce the "
+            "length of the messages, or lower `max_tokens` to 412 or less",
         ),
         ([60], {"max_tokens": 0}, "max_tokens", "at least 1"),
         ([60], {"max_tokens": -5}, "max_tokens", "`max_tokens`=-5"),
@@ -212,7 +212,7 @@ async def test_deadline_reaches_the_engine(running: Stack) -> None:
         ([60], {"stop_token_ids": [70_000]}, "stop_token_ids", "70000"),
         ([60], {"stop": [""]}, "stop", "send 1 to 256"),
         ([60], {"stop": ["x"] * 65}, "stop", "at most 64"),
-        ([60], {"cache_salt": "x" * 257}, "cache_salt", "most is 256"),
+        ([60], {"cache_salt": "x" * 257}, "cache_salt", "limit is 256"),
         ([60], {"stop": ["x"], "include_text": False}, "include_text", "needs text"),
         ([60], {"request_id": "a\nb"}, "request_id", "printable"),
         ([60], {"allowed_token_ids": []}, "allowed_token_ids", "at least one"),

@@ -125,7 +125,7 @@ async def test_five_times_capacity(llama_tokenizer: Tokenizer) -> None:
         assert first[98] <= 2 * MAX_WAIT_S
         assert grown < 16 * 2**20
         assert not stack.engine.running
-        assert stack.gateway.inference.door.waiting() == {("tiny", "anyone"): 0}
+        assert stack.gateway.inference.admission.waiting() == {("tiny", "anyone"): 0}
 
 
 async def test_a_flood_leaves_the_other_its_share(
@@ -153,7 +153,7 @@ async def test_a_flood_leaves_the_other_its_share(
         flood = offer(clients["flood"], tallies["flood"], 20 * half, math.inf, output)
         load = [asyncio.create_task(flood)]
         load += [asyncio.create_task(insist()) for _ in range(2 * PLACES)]
-        waiting = stack.gateway.inference.door.waiting
+        waiting = stack.gateway.inference.admission.waiting
         least: dict[str, int] = {}
 
         async def given(tokens: int) -> dict[str, int]:

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from arriero.router.gateway import GatewayConfig
 from arriero.router.http import stream as stream_module
 from arriero.router.http.request_body import Unreadable, as_json
-from arriero.router.http.stream import begin
+from arriero.router.http.stream import start_stream
 from arriero.router.tenants.keys import add_key
 from arriero.shards.errors import Overloaded
 from support.frontdoor import LLAMA3, Stack, echo, make_card, serve
@@ -294,7 +294,7 @@ async def test_a_stream_begins_once_it_is_no_refusal(monkeypatch: pytest.MonkeyP
     # not before its turn has come
     gate, accepted = asyncio.Event(), asyncio.Event()
     stream = items(gate)
-    beginning = asyncio.create_task(begin(stream, accepted))
+    beginning = asyncio.create_task(start_stream(stream, accepted))
     await asyncio.sleep(0.2)
     assert not beginning.done()
     accepted.set()
@@ -305,13 +305,13 @@ async def test_a_stream_begins_once_it_is_no_refusal(monkeypatch: pytest.MonkeyP
     await stream.aclose()
     # an error before is raised, and the stream closed
     gate, accepted = asyncio.Event(), asyncio.Event()
-    beginning = asyncio.create_task(begin(items(gate, Overloaded("full", 1.0)), accepted))
+    beginning = asyncio.create_task(start_stream(items(gate, Overloaded("full", 1.0)), accepted))
     await asyncio.sleep(0)
     gate.set()
     with pytest.raises(Overloaded):
         await beginning
     # who gives up meanwhile closes it
-    beginning = asyncio.create_task(begin(items(asyncio.Event()), asyncio.Event()))
+    beginning = asyncio.create_task(start_stream(items(asyncio.Event()), asyncio.Event()))
     await asyncio.sleep(0.01)
     beginning.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -349,9 +349,9 @@ BAD = [
     ({"messages": ASK, "max_tokens": True}, "max_tokens", "integer"),
     ({"messages": ASK, "max_tokens": 0}, "max_tokens", "at least 1"),
     ({"messages": ASK, "top_k": -2}, "top_k", "at least 0"),
-    ({"messages": ASK, "stop": ["x"] * 65}, "stop", "at most 64"),
+    ({"messages": ASK, "stop": ["x"] * 65}, "stop", "send at most 64"),
     ({"messages": ASK, "n": 1000}, "n", "128"),
-    ({"messages": ASK, "max_tokens": 100_000}, "max_tokens", "lower it"),
+    ({"messages": ASK, "max_tokens": 100_000}, "max_tokens", "or lower `max_tokens` to"),
     ({"messages": ASK, "logit_bias": {"x": 1}}, "logit_bias.x", "logit_bias"),
     ({"messages": ASK, "logit_bias": {"99999999": 1}}, "logit_bias", "ids run from 0"),
     ({"messages": ASK, "response_format": {"type": "xml"}}, "response_format.type", "json_object"),
@@ -371,7 +371,7 @@ BAD = [
         "exclude each other",
     ),
     ({"messages": ASK, "guided_regex": "a", "ignore_eos": True}, "ignore_eos", "exclude each"),
-    ({"messages": ASK, "tool_choice": "required"}, "tool_choice", "offer some `tools`"),
+    ({"messages": ASK, "tool_choice": "required"}, "tool_choice", "offer `tools`"),
     ({"messages": [{"role": "root", "content": "x"}]}, "messages", "must be one of"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, None, "surrogate"),
     (
@@ -425,7 +425,7 @@ async def test_statuses(echoing: Stack) -> None:
         named = await raw.get("/v1/models", headers={"x-request-id": "mine"})
         assert named.headers["x-request-id"] == "mine"
         await echoing.gateway.set_groups([])
-        with pytest.raises(openai.InternalServerError, match="being replaced") as gone:
+        with pytest.raises(openai.InternalServerError, match="are replaced") as gone:
             await ask.chat.completions.create(model="tiny", messages=ASK)
         assert gone.value.status_code == 503
         assert (await raw.get("/health")).status_code == 503

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from arriero.router.http.responses import ChatShape, CompletionShape, usage
-from arriero.router.http.spelling import TextOffsets, spell, spell_apart
+from arriero.router.http.responses import ChatCompletion, TextCompletion, usage
+from arriero.router.http.spelling import TextOffsets, spell, spell_unique
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.requests import OutputOptions
 from arriero.router.response import Answer
@@ -80,7 +80,7 @@ def completed(
         )
         if message is not None:
             messages.append((0, message if isinstance(message, pb.GenerateResponse) else None))
-    shape = CompletionShape(
+    shape = TextCompletion(
         "m",
         model.tokenizer,
         n=1,
@@ -179,10 +179,10 @@ def test_no_alternative_is_lost(model: TextModel) -> None:
     message = pb.GenerateResponse(
         outputs=[pb.Output(logprobs=[position], text="\ufffd", finish_reason=1)]
     )
-    shape = CompletionShape("m", model.tokenizer, n=1, echo=None, skip_special=True)
+    shape = TextCompletion("m", model.tokenizer, n=1, echo=None, skip_special=True)
     (choice,) = shape.whole([(0, message)], usage())["choices"]
     assert list(choice["logprobs"]["top_logprobs"][0]) == names
-    (choice,) = ChatShape("m", model.tokenizer).whole([(0, message)], usage())["choices"]
+    (choice,) = ChatCompletion("m", model.tokenizer).whole([(0, message)], usage())["choices"]
     (entry,) = choice["logprobs"]["content"]
     assert [bytes(other["bytes"]) for other in entry["top_logprobs"]] == [
         vocabulary.pieces[token] for token in parts
@@ -192,5 +192,5 @@ def test_no_alternative_is_lost(model: TextModel) -> None:
 
 def test_tokens_that_are_spelled_alike_are_told_apart(model: TextModel) -> None:
     size = len(model.tokenizer.vocabulary.pieces)
-    names = spell_apart(model.tokenizer.vocabulary, [size, size + 1, 70])
+    names = spell_unique(model.tokenizer.vocabulary, [size, size + 1, 70])
     assert names[:2] == ["", f"token_id:{size + 1}"] and len(set(names)) == 3

@@ -290,7 +290,7 @@ async def test_resumed_is_checked() -> None:
         resumed = pb.Resumed(weights="d ", samples=[pb.ResumedSample(index=0, token_ids=[70])])
         for wrong, match in (
             ({}, "`resumed` needs `seed`"),
-            ({"seed": 1, "n": 1, "samples": [(5, [1])]}, "must be below `n`=1"),
+            ({"seed": 1, "n": 1, "samples": [(5, [1])]}, "must be unique and below `n`=1"),
             ({"seed": 1, "samples": [(0, [2**20])]}, "no token of the model"),
             ({"seed": 1, "samples": [(0, [70] * 5)]}, "`max_tokens` is 4"),
             ({"seed": 1, "samples": [(0, [70] * 4)]}, "nothing is left"),

@@ -1,4 +1,4 @@
-"""The door in virtual time: what begins, what is refused, and with which time to come back."""
+"""The admission policy in virtual time: starts, refusals and times to retry."""
 
 from __future__ import annotations
 
@@ -15,124 +15,124 @@ from arriero.router.tenants.tenant import QueueLimits, Tenant
 from arriero.shards.errors import Overloaded
 
 
-def ticket(tenant: Tenant, prompt: int = 10, output: int = 10, **fields: object) -> QueuedRequest:
+def queued(tenant: Tenant, prompt: int = 10, output: int = 10, **fields: object) -> QueuedRequest:
     return QueuedRequest(tenant=tenant, num_prompt=prompt, max_output=output, **fields)  # type: ignore[arg-type]
 
 
 def test_requests_begin_in_the_room_there_is() -> None:
-    door = AdmissionPolicy(QueueLimits())
+    policy = AdmissionPolicy(QueueLimits())
     one = Tenant(name="one")
-    tickets = [ticket(one) for _ in range(5)]
-    for each in tickets:
-        assert door.offer(each, 0.0) is None
-    assert door.turns(2, 0.0) == tickets[:2]
-    assert door.turns(2, 0.0) == []
-    door.leave(tickets[0], 1.0)
-    assert door.turns(2, 1.0) == [tickets[2]]
-    door.leave(tickets[3], 1.0)  # gave up while it waited
-    door.leave(tickets[1], 1.0)
-    assert door.turns(2, 1.0) == [tickets[4]]
-    wide = ticket(one, num_sequences=9)
-    door.offer(wide, 1.0)
-    assert door.turns(2, 1.0) == []
-    for each in (tickets[2], tickets[4]):
-        door.leave(each, 2.0)
-    assert door.turns(2, 2.0) == [wide]  # alone, for it would never fit
-    door.leave(wide, 3.0)
-    assert (door.num_waiting, door.num_sequences) == (0, 0)
+    requests = [queued(one) for _ in range(5)]
+    for each in requests:
+        assert policy.enqueue(each, 0.0) is None
+    assert policy.start_next(2, 0.0) == requests[:2]
+    assert policy.start_next(2, 0.0) == []
+    policy.release(requests[0], 1.0)
+    assert policy.start_next(2, 1.0) == [requests[2]]
+    policy.release(requests[3], 1.0)  # gave up while it waited
+    policy.release(requests[1], 1.0)
+    assert policy.start_next(2, 1.0) == [requests[4]]
+    wide = queued(one, num_sequences=9)
+    policy.enqueue(wide, 1.0)
+    assert policy.start_next(2, 1.0) == []
+    for each in (requests[2], requests[4]):
+        policy.release(each, 2.0)
+    assert policy.start_next(2, 2.0) == [wide]  # alone, for it would never fit
+    policy.release(wide, 3.0)
+    assert (policy.num_waiting, policy.num_sequences) == (0, 0)
 
 
 def test_rates_say_when_to_come_back() -> None:
-    door = AdmissionPolicy(QueueLimits())
+    policy = AdmissionPolicy(QueueLimits())
     slow = Tenant(name="slow", requests_per_minute=6)
     for _ in range(6):
-        door.offer(ticket(slow), 0.0)
+        policy.enqueue(queued(slow), 0.0)
     with pytest.raises(Overloaded, match="`requests_per_minute`=6") as refused:
-        door.offer(ticket(slow), 0.0)
+        policy.enqueue(queued(slow), 0.0)
     assert refused.value.retry_after_s == pytest.approx(10)
-    door.offer(ticket(slow), 10.001)
+    policy.enqueue(queued(slow), 10.001)
 
 
 def test_tokens_are_charged_as_they_come() -> None:
-    door = AdmissionPolicy(QueueLimits())
+    policy = AdmissionPolicy(QueueLimits())
     thrifty = Tenant(name="thrifty", tokens_per_minute=600)
-    first = ticket(thrifty, prompt=100, output=1000)
-    door.offer(first, 0.0)
-    assert door.turns(8, 0.0) == [first]
-    door.used(first, 560, 0.0)  # 60 in debt
+    first = queued(thrifty, prompt=100, output=1000)
+    policy.enqueue(first, 0.0)
+    assert policy.start_next(8, 0.0) == [first]
+    policy.count_output(first, 560, 0.0)  # 60 in debt
     with pytest.raises(Overloaded, match="`tokens_per_minute`=600") as refused:
-        door.offer(ticket(thrifty, prompt=40), 0.0)
+        policy.enqueue(queued(thrifty, prompt=40), 0.0)
     assert refused.value.retry_after_s == pytest.approx(10)
-    door.offer(ticket(thrifty, prompt=40), 10.01)
+    policy.enqueue(queued(thrifty, prompt=40), 10.01)
 
 
 def test_limits_may_change_at_any_time() -> None:
     """What was used up stays so; the new rate counts from the tenant's next request on."""
-    door = AdmissionPolicy(QueueLimits())
+    policy = AdmissionPolicy(QueueLimits())
     slow, fast = Tenant(name="a", requests_per_minute=6), Tenant(name="a", requests_per_minute=60)
     for _ in range(6):
-        door.offer(ticket(slow), 0.0)
+        policy.enqueue(queued(slow), 0.0)
     with pytest.raises(Overloaded, match="`requests_per_minute`=60") as refused:
-        door.offer(ticket(fast), 0.0)
+        policy.enqueue(queued(fast), 0.0)
     assert refused.value.retry_after_s == pytest.approx(1)
-    door.offer(ticket(fast), 1.001)
-    door.offer(ticket(Tenant(name="a", weight=5)), 1.001)  # no limit any more
-    door.limits = QueueLimits(max_queued=8)
+    policy.enqueue(queued(fast), 1.001)
+    policy.enqueue(queued(Tenant(name="a", weight=5)), 1.001)  # no limit any more
+    policy.limits = QueueLimits(max_queued=8)
     with pytest.raises(Overloaded, match="8 requests wait"):
-        door.offer(ticket(Tenant(name="a")), 1.001)
-    door.turns(99, 2.0)
+        policy.enqueue(queued(Tenant(name="a")), 1.001)
+    policy.start_next(99, 2.0)
     with pytest.raises(Overloaded, match="`requests_per_minute`=1;"):
         for _ in range(3):  # a new limit begins full
-            door.offer(ticket(Tenant(name="a", requests_per_minute=1)), 2.0)
+            policy.enqueue(queued(Tenant(name="a", requests_per_minute=1)), 2.0)
 
 
 def test_max_running_keeps_a_tenant_waiting_and_lets_others_pass() -> None:
-    door = AdmissionPolicy(QueueLimits())
+    policy = AdmissionPolicy(QueueLimits())
     narrow, other = Tenant(name="narrow", max_running=1, max_queued=2), Tenant(name="other")
-    mine = [ticket(narrow) for _ in range(3)]
-    door.offer(mine[0], 0.0)
-    assert door.turns(8, 0.0) == [mine[0]]
-    door.offer(mine[1], 0.0)
-    door.offer(mine[2], 0.0)
-    assert door.turns(8, 0.0) == []
+    mine = [queued(narrow) for _ in range(3)]
+    policy.enqueue(mine[0], 0.0)
+    assert policy.start_next(8, 0.0) == [mine[0]]
+    policy.enqueue(mine[1], 0.0)
+    policy.enqueue(mine[2], 0.0)
+    assert policy.start_next(8, 0.0) == []
     with pytest.raises(Overloaded, match="`max_queued`"):
-        door.offer(ticket(narrow), 0.0)
-    theirs = ticket(other)
-    door.offer(theirs, 0.0)
-    assert door.turns(8, 0.0) == [theirs]
+        policy.enqueue(queued(narrow), 0.0)
+    theirs = queued(other)
+    policy.enqueue(theirs, 0.0)
+    assert policy.start_next(8, 0.0) == [theirs]
 
 
 def test_a_full_queue_refuses_whoever_fills_it() -> None:
-    door = AdmissionPolicy(QueueLimits(max_queued=10))
+    policy = AdmissionPolicy(QueueLimits(max_queued=10))
     flood, quiet = Tenant(name="flood"), Tenant(name="quiet")
-    waiting = [ticket(flood) for _ in range(10)]
+    waiting = [queued(flood) for _ in range(10)]
     for each in waiting:
-        door.offer(each, 0.0)
-    with pytest.raises(Overloaded, match="'flood' has most"):
-        door.offer(ticket(flood), 0.0)
-    assert door.offer(ticket(quiet), 0.0) is waiting[-1]
+        policy.enqueue(each, 0.0)
+    with pytest.raises(Overloaded, match="'flood' has the most"):
+        policy.enqueue(queued(flood), 0.0)
+    assert policy.enqueue(queued(quiet), 0.0) is waiting[-1]
     assert isinstance(waiting[-1].refusal, Overloaded)
-    door.leave(waiting[-1], 0.0)
-    assert door.waiting_by_tenant() == {"flood": 9, "quiet": 1}
+    policy.release(waiting[-1], 0.0)
+    assert policy.waiting_by_tenant() == {"flood": 9, "quiet": 1}
 
 
 def test_what_has_no_chance_is_refused_before_work_is_spent_on_it() -> None:
-    door = AdmissionPolicy(QueueLimits(max_queued=10))
+    policy = AdmissionPolicy(QueueLimits(max_queued=10))
     flood, quiet = Tenant(name="flood"), Tenant(name="quiet")
-    door.refuse_early(flood, 0, None, 0.0)
+    policy.refuse_early(flood, 0, None, 0.0)
     for _ in range(10):
-        door.refuse_early(flood, 0, None, 0.0)
-        door.offer(ticket(flood), 0.0)
-    with pytest.raises(Overloaded, match="'flood' has most"):
-        door.refuse_early(flood, 0, None, 0.0)
-    door.refuse_early(flood, -1, None, 0.0)  # pushes out another of its own
-    door.refuse_early(quiet, 0, None, 0.0)
-    assert door.num_waiting == 10
+        policy.refuse_early(flood, 0, None, 0.0)
+        policy.enqueue(queued(flood), 0.0)
+    with pytest.raises(Overloaded, match="'flood' has the most"):
+        policy.refuse_early(flood, 0, None, 0.0)
+    policy.refuse_early(flood, -1, None, 0.0)  # pushes out another of its own
+    policy.refuse_early(quiet, 0, None, 0.0)
+    assert policy.num_waiting == 10
     narrow = Tenant(name="narrow", max_queued=1, requests_per_minute=6)
-    door.offer(ticket(narrow), 0.0)
+    policy.enqueue(queued(narrow), 0.0)
     with pytest.raises(Overloaded, match="`max_queued`"):
-        door.refuse_early(narrow, 0, None, 0.0)
-    busy, tenant = busy_door(QueueLimits())
+        policy.refuse_early(narrow, 0, None, 0.0)
+    busy, tenant = busy_policy(QueueLimits())
     with pytest.raises(Overloaded, match="deadline"):
         busy.refuse_early(tenant, 0, 20.0 + 5, 20.0)
 
@@ -141,7 +141,7 @@ def test_what_has_no_chance_is_refused_before_work_is_spent_on_it() -> None:
 @settings(max_examples=60, deadline=None)
 def test_whatever_is_refused_early_would_have_been_refused(seed: int) -> None:
     rng = random.Random(seed)
-    door = AdmissionPolicy(QueueLimits(max_queued=6, max_wait_s=3))
+    policy = AdmissionPolicy(QueueLimits(max_queued=6, max_wait_s=3))
     tenants = [
         Tenant(name="a", requests_per_minute=30),
         Tenant(name="b", tokens_per_minute=300, weight=2),
@@ -155,53 +155,53 @@ def test_whatever_is_refused_early_would_have_been_refused(seed: int) -> None:
         tenant, priority = rng.choice(tenants), rng.choice([0, 0, 0, -1, 1])
         deadline_s = rng.choice([None, now_s + rng.uniform(0, 5)])
         try:
-            door.refuse_early(tenant, priority, deadline_s, now_s)
+            policy.refuse_early(tenant, priority, deadline_s, now_s)
             hopeless = False
         except Overloaded:
             hopeless = True
-        one = ticket(tenant, rng.randint(1, 20), 10, priority=priority, deadline_s=deadline_s)
+        one = queued(tenant, rng.randint(1, 20), 10, priority=priority, deadline_s=deadline_s)
         try:
-            door.offer(one, now_s)
+            policy.enqueue(one, now_s)
             assert not hopeless
         except Overloaded:
             pass
-        running += door.turns(2, now_s)
+        running += policy.start_next(2, now_s)
         for each in list(running):
-            door.used(each, 1, now_s)
+            policy.count_output(each, 1, now_s)
             if rng.random() < 0.1:
                 running.remove(each)
-                door.leave(each, now_s)
+                policy.release(each, now_s)
 
 
-def busy_door(limits: QueueLimits, rate: float = 100.0) -> tuple[AdmissionPolicy, Tenant]:
-    """A door that has served `rate` of cost a second for a while, and has 1000 waiting."""
-    door = AdmissionPolicy(limits)
+def busy_policy(limits: QueueLimits, rate: float = 100.0) -> tuple[AdmissionPolicy, Tenant]:
+    """A policy that has served `rate` of cost a second for a while, and has 1000 waiting."""
+    policy = AdmissionPolicy(limits)
     tenant = Tenant(name="busy")
-    running = ticket(tenant, prompt=1, output=10_000)
-    door.offer(running, 0.0)
-    door.turns(1, 0.0)
+    running = queued(tenant, prompt=1, output=10_000)
+    policy.enqueue(running, 0.0)
+    policy.start_next(1, 0.0)
     for tick in range(200):
-        door.used(running, int(rate / 20), tick / 10)
+        policy.count_output(running, int(rate / 20), tick / 10)
     for _ in range(10):
-        door.offer(ticket(tenant, prompt=80, output=10), 20.0)
-    return door, tenant
+        policy.enqueue(queued(tenant, prompt=80, output=10), 20.0)
+    return policy, tenant
 
 
 def test_deadlines_that_cannot_be_met_are_refused_early() -> None:
-    door, tenant = busy_door(QueueLimits())
+    policy, tenant = busy_policy(QueueLimits())
     with pytest.raises(Overloaded, match="deadline") as refused:
-        door.offer(ticket(tenant, deadline_s=20.0 + 5), 20.0)
+        policy.enqueue(queued(tenant, deadline_s=20.0 + 5), 20.0)
     assert 8 < refused.value.retry_after_s < 12
-    door.offer(ticket(tenant, deadline_s=20.0 + 15), 20.0)
+    policy.enqueue(queued(tenant, deadline_s=20.0 + 15), 20.0)
     # another tenant's turn comes after one request, not after ten
-    door.offer(ticket(Tenant(name="other"), deadline_s=20.0 + 5), 20.0)
+    policy.enqueue(queued(Tenant(name="other"), deadline_s=20.0 + 5), 20.0)
 
 
 def test_a_wait_past_the_limit_is_refused_at_once() -> None:
-    door, tenant = busy_door(QueueLimits(max_wait_s=12))
-    door.offer(ticket(tenant, prompt=280, output=10), 20.0)
-    with pytest.raises(Overloaded, match="the most is 12 s"):
-        door.offer(ticket(tenant), 20.0)
+    policy, tenant = busy_policy(QueueLimits(max_wait_s=12))
+    policy.enqueue(queued(tenant, prompt=280, output=10), 20.0)
+    with pytest.raises(Overloaded, match="`max_wait_s` is 12 s"):
+        policy.enqueue(queued(tenant), 20.0)
 
 
 @settings(deadline=None, max_examples=20)
@@ -221,7 +221,7 @@ def test_a_flood_takes_half(
     output than it takes. Places may become free all at once (equal outputs begin together).
     """
     rng = random.Random(seed)
-    door = AdmissionPolicy(QueueLimits(max_queued=64, max_wait_s=1e9))
+    policy = AdmissionPolicy(QueueLimits(max_queued=64, max_wait_s=1e9))
     flood, quiet = Tenant(name="flood"), Tenant(name="quiet")
     served = {"flood": 0.0, "quiet": 0.0}
     counted_from, waves = late + outputs[1], 8
@@ -233,38 +233,38 @@ def test_a_flood_takes_half(
             for _ in range(count):
                 output = rng.randint(*outputs)
                 asked = output * 10 if wrong and tenant is flood else output
-                each = ticket(tenant, prompt=rng.randint(1, 60), output=asked)
+                each = queued(tenant, prompt=rng.randint(1, 60), output=asked)
                 try:
-                    door.offer(each, now)
+                    policy.enqueue(each, now)
                 except Overloaded as error:
                     assert error.retry_after_s >= 0
                 else:
                     outputs_of[each] = output
-        begun = door.turns(8, now)
+        begun = policy.start_next(8, now)
         counted = served if step >= counted_from else dict(served)
         for each in begun:
             counted[each.tenant.name] += PROMPT_COST * each.num_prompt
             left[each] = outputs_of.pop(each)
         for each in list(left):
-            door.used(each, 1, now)
+            policy.count_output(each, 1, now)
             counted[each.tenant.name] += OUTPUT_COST
             left[each] -= 1
             if not left[each]:
                 del left[each]
-                door.leave(each, now)
-        assert door.num_sequences <= 8
-        assert door.num_waiting <= 64
+                policy.release(each, now)
+        assert policy.num_sequences <= 8
+        assert policy.num_waiting <= 64
         if step >= counted_from:
-            assert min(door.waiting_by_tenant().values()) > 0, "not both backlogged"
+            assert min(policy.waiting_by_tenant().values()) > 0, "not both backlogged"
     assert served["quiet"] / sum(served.values()) >= 0.47, served
 
 
 @settings(deadline=None, max_examples=40)
 @given(seed=st.integers(0, 2**32))
 def test_nothing_is_lost_and_nothing_begins_twice(seed: int) -> None:
-    """Random offers, ends and departures: every ticket begins, is refused or left, once."""
+    """Random offers, ends and departures: every request begins, is refused or left, once."""
     rng = random.Random(seed)
-    door = AdmissionPolicy(
+    policy = AdmissionPolicy(
         QueueLimits(max_queued=rng.randint(1, 20), max_wait_s=rng.uniform(0.5, 5))
     )
     tenants = [
@@ -279,12 +279,12 @@ def test_nothing_is_lost_and_nothing_begins_twice(seed: int) -> None:
         now += rng.expovariate(20)
         while ends and ends[0][0] <= now:
             _, _, done = heapq.heappop(ends)
-            door.leave(done, now)
-        each = ticket(
+            policy.release(done, now)
+        each = queued(
             rng.choice(tenants), prompt=rng.randint(1, 100), num_sequences=rng.randint(1, 3)
         )
         try:
-            pushed = door.offer(each, now)
+            pushed = policy.enqueue(each, now)
         except Overloaded as error:
             assert error.retry_after_s >= 0
         else:
@@ -292,17 +292,17 @@ def test_nothing_is_lost_and_nothing_begins_twice(seed: int) -> None:
             if pushed is not None:
                 assert pushed.refusal is not None
                 waiting.remove(pushed)
-                door.leave(pushed, now)
+                policy.release(pushed, now)
         if waiting and rng.random() < 0.1:
             gone = rng.choice(sorted(waiting, key=id))
             waiting.remove(gone)
-            door.leave(gone, now)
-        for begun in door.turns(6, now):
+            policy.release(gone, now)
+        for begun in policy.start_next(6, now):
             waiting.remove(begun)
             count += 1
-            door.used(begun, rng.randint(1, 10), now)
+            policy.count_output(begun, rng.randint(1, 10), now)
             heapq.heappush(ends, (now + rng.expovariate(4), number * 1000 + count, begun))
-        assert door.num_waiting == len(waiting)
+        assert policy.num_waiting == len(waiting)
     for _, _, done in ends:
-        door.leave(done, now)
-    assert door.num_sequences == 0
+        policy.release(done, now)
+    assert policy.num_sequences == 0

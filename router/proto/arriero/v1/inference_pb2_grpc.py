@@ -75,7 +75,7 @@ class InferenceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Continue a prompt. One message for each step of the engine that gave something; the last one
+        """Continue a prompt. Sends a message for each step of the engine with output; the last message
         carries `usage`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -83,14 +83,14 @@ class InferenceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Chat(self, request, context):
-        """Answer a conversation, laid out by the checkpoint's own chat template. Answers as Generate.
+        """Answer a conversation in the checkpoint's chat template. Sends messages as Generate.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Token ids of a text or of a conversation, exactly as Generate and Chat would see them.
+        """Token ids of a text or of a conversation, exactly as in Generate and Chat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -104,23 +104,23 @@ class InferenceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """The models that some connected group serves now.
+        """The models that a connected group serves now.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Resume(self, request, context):
-        """Take up a call again that asked for `resumable_s`, at the gateway that answered it: gives the
-        messages from the offset on. NOT_FOUND when it is not kept, or no longer; then the request may
-        be sent again with what was received, as `resumed`, to any gateway.
+        """Resume a call with `resumable_s` at the gateway that answered the call; sends the messages from
+        the offset on. NOT_FOUND when the gateway does not store the call (any more); then send the
+        request again to any gateway, with the received tokens in `resumed`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """One model; NOT_FOUND when no connected group serves it.
+        """Facts about a model; NOT_FOUND when no connected group serves the model.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
