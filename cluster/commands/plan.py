@@ -182,7 +182,9 @@ def _remedy(request: _PlanRequest, group: GroupPlan) -> str:
     if request.layout is not None or request.machines.gpu == "cpu":
         return ""
     dtypes = [request.dtype] if request.dtype else _dtypes(request.model, on_cpu=False)
-    sufficient = larger_machines(request.model, request.machines, group.demand, request.kernels, dtypes)
+    sufficient = larger_machines(
+        request.model, request.machines, group.demand, request.kernels, dtypes
+    )
     if sufficient is None:
         return ""
     machines, best = sufficient

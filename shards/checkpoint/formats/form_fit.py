@@ -145,7 +145,7 @@ def non_finite_scales(folder: TensorFolder, max_bytes: int) -> tuple[list[str], 
         return [], False
     problems = []
     for tensor in scales:
-        values = folder.tensor(tensor.name).float()
+        values = folder.copy(tensor.name).float()
         num_bad = int(values.numel() - torch.isfinite(values).sum())
         if num_bad:
             problems.append(

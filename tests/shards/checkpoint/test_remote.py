@@ -209,8 +209,8 @@ def test_experts_that_move_are_fetched_then(tmp_path: Path) -> None:
         local = Checkpoint.open(tmp_path / "src")
         for expert in (3, 0):
             pairs = (
-                ProductReader(one.with_own_maps(), None).expert(name, expert)
-                for one in (remote, local)
+                ProductReader(each.with_own_maps(), None).expert(name, expert)
+                for each in (remote, local)
             )
             for ours, theirs in zip(*pairs, strict=True):
                 assert torch.equal(ours.dense(), theirs.dense())
