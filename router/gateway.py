@@ -21,6 +21,7 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from arriero.router.calls.request_notes import RequestNotes
 from arriero.router.grpc_calls import GrpcCall, guard, unary
 from arriero.router.grpc_options import SERVER_OPTIONS
 from arriero.router.http.app import create_app
@@ -31,7 +32,6 @@ from arriero.router.observability.observer import RequestObserver
 from arriero.router.observability.request_log import RequestLog, RequestLogConfig
 from arriero.router.observability.tracing import Tracing, TracingConfig
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
-from arriero.router.request_notes import RequestNotes
 from arriero.router.requests import parse
 from arriero.router.routing.choose import room
 from arriero.router.routing.linked_groups import GroupAddress, LinkedGroups

@@ -17,8 +17,8 @@ import grpc
 import grpc.aio
 from google.protobuf.message import Message
 
+from arriero.router.calls.request_notes import RequestNotes
 from arriero.router.inference import Stream
-from arriero.router.request_notes import RequestNotes
 from arriero.router.requests import read_request_id
 from arriero.router.response import TextDelta
 from arriero.router.tenants.admission_controller import AdmissionController, Caller, is_set

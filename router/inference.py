@@ -19,13 +19,13 @@ from functools import partial
 from typing import cast
 
 from arriero.router.backend import GroupView
-from arriero.router.constrained_sampling import read_constrained_sampling
-from arriero.router.conversation import ToolOffer, read_offer, read_tools
-from arriero.router.model_message import model_message
+from arriero.router.calls.constrained_sampling import read_constrained_sampling
+from arriero.router.calls.conversation import ToolOffer, read_offer, read_tools
+from arriero.router.calls.model_message import model_message
+from arriero.router.calls.prompt import encode_conversation, encode_text
+from arriero.router.calls.request_notes import RequestNotes
 from arriero.router.observability.observer import RequestObserver
-from arriero.router.prompt import encode_conversation, encode_text
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
-from arriero.router.request_notes import RequestNotes
 from arriero.router.requests import (
     OutputOptions,
     check_room,

@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from arriero.router.conversation import ToolOffer
+from arriero.router.calls.conversation import ToolOffer
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.requests import OutputOptions
 from arriero.router.text.detokenizer import Detokenizer

@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
+from arriero.router.calls.request_notes import RequestNotes
 from arriero.router.http import errors, responses, translate
 from arriero.router.http.middleware import RequestMiddleware
 from arriero.router.http.request_schemas import (
@@ -29,7 +30,6 @@ from arriero.router.http.stream import EventStream, merged, start_stream, until_
 from arriero.router.inference import Inference, Stream
 from arriero.router.observability.metrics import CONTENT_TYPE
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
-from arriero.router.request_notes import RequestNotes
 from arriero.router.response import Message, TextDelta
 from arriero.router.text.constraints import described
 from arriero.shards.errors import ArrieroError, InvalidRequest

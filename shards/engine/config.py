@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.engine.types import EngineConfig
-from arriero.shards.layout.families import (
-    parts_of,
-    visible_keys,
-)
+from arriero.shards.layout.families import parts_of, visible_keys
 from arriero.shards.layout.parts import AnyModel
 from arriero.shards.layout.resolve import cache_salt, first_placement, tier_limits
 from arriero.shards.model_config.llama4 import Llama4Config

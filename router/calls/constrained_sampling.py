@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from arriero.router.conversation import ToolOffer
+from arriero.router.calls.conversation import ToolOffer
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.requests import read_sampling
 from arriero.router.text.call_grammar import calls_or_form, strict_form

@@ -5,7 +5,12 @@ Knows the request messages and a model's tokenizer; knows nothing of streams or 
 
 from __future__ import annotations
 
-from arriero.router.conversation import ToolOffer, read_documents, read_messages, read_variables
+from arriero.router.calls.conversation import (
+    ToolOffer,
+    read_documents,
+    read_messages,
+    read_variables,
+)
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.text.images import PromptImage
 from arriero.router.text.text_model import TextModel
