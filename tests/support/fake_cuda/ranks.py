@@ -67,12 +67,12 @@ def simulated_slices() -> Iterator[None]:
     """Slices that `spawn_group` starts meanwhile run on a simulated device each."""
     from arriero.shards.leader import remote_executor as executor
 
-    with mock.patch.object(executor, "_child", child):
+    with mock.patch.object(executor, "_run_child", child):
         yield
 
 
 def child(rank: int, ticket: Any, parent: int) -> None:  # noqa: ANN401
-    """What a slice's process runs in place of `executor._child`."""
+    """What a slice's process runs in place of `executor._run_child`."""
     from support import triton_interpreter
 
     triton_interpreter.install()  # before anything imports the kernels
@@ -81,4 +81,4 @@ def child(rank: int, ticket: Any, parent: int) -> None:  # noqa: ANN401
     with simulated():
         from arriero.shards.leader import remote_executor as executor
 
-        executor._child(rank, ticket, parent)
+        executor._run_child(rank, ticket, parent)
