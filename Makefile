@@ -4,6 +4,7 @@
 #              CPU builds spares a large download
 #   TORCH      the build of torch to install
 #   CACHE      where the demo's model is kept
+#   WORKERS    processes that run the tests
 #   PEERS      where `make bench` installs the engines it compares with
 
 VENV ?= .venv
@@ -11,6 +12,7 @@ CACHE ?= models
 PEERS ?= build/peers
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install $(PIP_ARGS)
@@ -21,13 +23,14 @@ export ARRIERO_CACHE := $(abspath $(CACHE))
 export ARRIERO_TEST_MODEL := $(abspath $(MODEL))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help setup demo test check unit oracle chaos soak idle fuzz sanitize gpu gpu-test gpu-bench \
+.PHONY: help setup demo test check unit quick oracle chaos soak idle fuzz sanitize gpu gpu-test gpu-bench \
   bench proto clean
 
 help:
 	@echo 'make demo    set up, fetch a small model, serve it, ask it a question'
 	@echo 'make test    set up, then everything CI runs: check, and the tests'
-	@echo 'make check   ruff, mypy, the import rules'
+	@echo 'make check   ruff, mypy, the import rules, empty names'
+	@echo 'make quick   the inner loop: tests without Ray and without a model'
 	@echo 'make unit    the tests alone'
 	@echo 'make oracle  the long comparison with transformers'
 	@echo 'make chaos   kill, stop, drain, update under load: 10 minutes; ROUNDS=20 for the long form'
@@ -74,9 +77,13 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python infra/checks/plain_language.py
 
 unit: $(VENV)/.installed $(MODEL)/config.json
-	$(PYTEST) -m 'not slow and not gpu'
+	$(PYTEST) -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations 25 -m 'not slow and not gpu'
+
+quick: $(VENV)/.installed
+	ARRIERO_TEST_MODEL= $(PYTEST) -n $(WORKERS) --dist loadgroup --no-loadscope-reorder -m 'not slow and not gpu and not ray' $(QUICK)
 
 oracle: $(VENV)/.installed $(MODEL)/config.json
 	$(PYTEST) tests/oracle --timeout 3600
@@ -119,7 +126,7 @@ gpu-bench:
 	$(GPU_PYTHON) tests/gpu/run.py --only benches --out gpu-bench.json
 
 proto: $(VENV)/.installed
-	cd src && ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. \
+	cd src && PATH="$(abspath $(BIN)):$$PATH" ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. \
 	  --mypy_out=. --mypy_grpc_out=. $$(find -L arriero/router -name '*.proto')
 
 clean:
