@@ -14,7 +14,7 @@ import pytest
 os.environ.pop("COLUMNS", None)
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Group by file, the files that start Ray together and first."""
     with_ray = {item.path for item in items if item.get_closest_marker("ray")}
