@@ -207,7 +207,8 @@ class LinkedGroups:
             }
             if not causes:
                 raise Unavailable(
-                    f"model {model!r} has no group that serves now: they start or are replaced"
+                    f"model {model!r} has no group that serves now; "
+                    "its groups are starting or being replaced"
                 )
             raise Unavailable(f"no group of {model!r} is ready: {'; '.join(sorted(causes))[:500]}")
         # During an update, groups may have different tokenizers: the newest group's counts.
