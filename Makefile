@@ -4,7 +4,7 @@
 #              CPU builds spares a large download
 #   TORCH      the build of torch to install
 #   CACHE      where the demo's model is kept
-#   WORKERS    processes that run the tests
+#   WORKERS    processes that run the tests without Ray; two clusters would wait for each other
 #   PEERS      where `make bench` installs the engines it compares with
 
 VENV ?= .venv
@@ -80,10 +80,11 @@ check: $(VENV)/.installed
 	$(BIN)/python infra/checks/plain_language.py
 
 unit: $(VENV)/.installed $(MODEL)/config.json
-	$(PYTEST) -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations 25 -m 'not slow and not gpu'
+	$(PYTEST) -n $(WORKERS) --dist loadfile --durations 25 -m 'not slow and not gpu and not ray'
+	$(PYTEST) --durations 25 -m 'ray and not slow and not gpu'
 
 quick: $(VENV)/.installed
-	ARRIERO_TEST_MODEL= $(PYTEST) -n $(WORKERS) --dist loadgroup --no-loadscope-reorder -m 'not slow and not gpu and not ray' $(QUICK)
+	ARRIERO_TEST_MODEL= $(PYTEST) -n $(WORKERS) --dist loadfile -m 'not slow and not gpu and not ray' $(QUICK)
 
 oracle: $(VENV)/.installed $(MODEL)/config.json
 	$(PYTEST) tests/oracle --timeout 3600
