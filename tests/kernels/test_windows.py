@@ -195,9 +195,9 @@ def test_a_window_longer_than_the_context_changes_nothing(ops: Ops) -> None:
 
 def test_what_a_query_sees_is_refused_where_it_means_nothing() -> None:
     for wrong, why in (
-        ({"window": -1}, "start at 0"),
-        ({"window": 4, "chunk_size": 4}, "exclude"),
-        ({"sinks": 4}, "beside a `window`"),
+        ({"window": -1}, "at least 0"),
+        ({"window": 4, "chunk_size": 4}, "not both"),
+        ({"sinks": 4}, "need a `window`"),
     ):
         with pytest.raises(ValueError, match=why):
             AttentionMaskSpec(**wrong)
