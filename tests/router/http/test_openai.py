@@ -425,7 +425,7 @@ async def test_statuses(echoing: Stack) -> None:
         named = await raw.get("/v1/models", headers={"x-request-id": "mine"})
         assert named.headers["x-request-id"] == "mine"
         await echoing.gateway.set_groups([])
-        with pytest.raises(openai.InternalServerError, match="are replaced") as gone:
+        with pytest.raises(openai.InternalServerError, match="being replaced") as gone:
             await ask.chat.completions.create(model="tiny", messages=ASK)
         assert gone.value.status_code == 503
         assert (await raw.get("/health")).status_code == 503
