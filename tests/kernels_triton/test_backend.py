@@ -55,7 +55,7 @@ def test_on_a_cpu_it_runs_only_interpreted(monkeypatch: pytest.MonkeyPatch) -> N
     assert ops_for(CPU, "triton").name == "triton"
     assert ops_for(CPU).name != "triton"
     monkeypatch.setattr(launch, "INTERPRETED", False)
-    with pytest.raises(RuntimeError, match="'cpu': it needs a CUDA device, or TRITON_INTERPRET=1"):
+    with pytest.raises(RuntimeError, match="'cpu': it needs a CUDA device; TRITON_INTERPRET=1"):
         triton_ops(CPU)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from arriero.shards.checkpoint.llama_names import EMBEDDING, FINAL_NORM, HEAD, layer_tensors
@@ -132,7 +133,18 @@ def quantized_llama(
     settings = json.loads((path / "config.json").read_text())
     settings["quantization_config"] = quantization_config(form, group, ignored)
     (path / "config.json").write_text(json.dumps(settings))
+    _write_tokenizer(path / "tokenizer.json", config.vocab_size)
     return config, means
+
+
+def _write_tokenizer(file: Path, vocab_size: int) -> None:
+    """A tokenizer without merges: a folder without a tokenizer is none that can be served."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[:vocab_size]
+    vocab = {letter: token for token, letter in enumerate(letters)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(file))
 
 
 def _write(

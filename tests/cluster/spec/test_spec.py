@@ -102,7 +102,7 @@ def test_windows(tmp_path: Path, model: Path) -> None:
     config = load(path, flags).models[0].group_config("cpu")
     assert config.sliding_window == 128 and config.window_words == "window 128 sinks 0"
     path = written(tmp_path, "models: [{name: a, path: tiny, attention: {attention_sinks: 4}}]\n")
-    with pytest.raises(SpecError, match=r"`attention_sinks`=4.*need `sliding_window`"):
+    with pytest.raises(SpecError, match=r"`attention_sinks`=4.*without `sliding_window`"):
         load(path, {})
 
 
@@ -128,7 +128,7 @@ def test_flags_lie_over_the_file(tmp_path: Path, model: Path) -> None:
             "`tp_shares` has 1 entries for tp=2; give 2",
         ),
         ("models: [{name: a, path: tiny, kv: {memory: 5 frogs}}]\n", "200MB, 1.5GiB"),
-        ("models: [{name: a, path: tiny, kv: {memory: 1GB, blocks: 3}}]\n", "leave out either"),
+        ("models: [{name: a, path: tiny, kv: {memory: 1GB, blocks: 3}}]\n", "keep one"),
         (
             "models: [{name: a, path: tiny, kv: {disk: {path: kv, size: 1GB}}}]\n",
             "`models[0].kv.disk.path`",
@@ -139,7 +139,7 @@ def test_flags_lie_over_the_file(tmp_path: Path, model: Path) -> None:
         ),
         (
             "models: [{name: a, path: tiny, groups: 2, prefill_groups: 1}]\n",
-            "set `kv.host` to a size",
+            "give `kv.host` a size",
         ),
         ("models: [{name: a, path: tiny}, {name: a, path: tiny}]\n", "`a` occurs twice"),
         ("models: [{name: a, path: nowhere}]\n", "nowhere has no config.json"),
