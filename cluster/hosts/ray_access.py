@@ -174,7 +174,7 @@ def _locate(address: str) -> tuple[str, bool]:
         raise Unavailable(f"`address`={address!r}: {' '.join(str(error).split())}") from None
     host, _, port = address.rpartition(":")
     on_loopback = f"{LOOPBACK}:{port}"
-    if host in (LOOPBACK, "localhost") and gcs != on_loopback and not _listens(str(gcs)):
+    if host in (LOOPBACK, "localhost") and (gcs == on_loopback or not _listens(str(gcs))):
         return on_loopback, True
     return str(gcs), False
 

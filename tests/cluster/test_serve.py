@@ -84,5 +84,5 @@ def ask_through_the_proxy(base_url: str) -> None:
         )
         said = [chunk.choices[0].delta.content or "" for chunk in stream]
         assert "Paris" in "".join(said) and len(said) > 3
-        with pytest.raises(openai.BadRequestError, match="lower it"):
+        with pytest.raises(openai.BadRequestError, match="lower `max_tokens`"):
             ask.completions.create(model="demo", prompt="a", max_tokens=10**6)

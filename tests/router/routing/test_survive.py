@@ -346,6 +346,6 @@ async def test_a_kept_call_that_nobody_takes_up_is_cancelled() -> None:
         async with asyncio.timeout(5):
             while not stack.groups[0].engine.cancelled:
                 await asyncio.sleep(0.05)
-        with pytest.raises(grpc.aio.AioRpcError, match="no call 'mine' is kept"):
+        with pytest.raises(grpc.aio.AioRpcError, match="stores no call 'mine'"):
             async for _ in stack.client._stub.Resume(pb.ResumeRequest(request_id="mine")):
                 pass
