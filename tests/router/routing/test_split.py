@@ -234,7 +234,7 @@ async def test_a_side_that_is_gone_is_done_without(folder: str, llama_tokenizer:
         await begins.become("prefill")
         await goes_on.become("decode")
         await told(links, {"g0": "prefill", "g1": "decode"})
-        with pytest.raises(InvalidRequest, match="none of prefill, decode, both"):
+        with pytest.raises(InvalidRequest, match="one of prefill, decode, both"):
             await begins.become("rest")
         # nobody is for prompts: those for what follows take them
         await begins.become("decode")

@@ -52,7 +52,7 @@ async def test_calls_are_found_and_given_back(llama_tokenizer: Tokenizer) -> Non
             ([TOOL, TOOL], "occurs twice"),
             ([pb.Tool(name="a", parameters="[]")], "not an object"),
             ([pb.Tool(name="a", parameters="{")], "not JSON"),
-            ([pb.Tool(name=f"t{i}") for i in range(129)], "the most is 128"),
+            ([pb.Tool(name=f"t{i}") for i in range(129)], "the limit is 128"),
         ]
         for tools, words_of in bad:
             with pytest.raises(InvalidRequest, match=words_of):
