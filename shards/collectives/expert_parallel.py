@@ -20,8 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from arriero.kernels.expert_rows import RowFormat
+from arriero.kernels.layers import MoELayer
 from arriero.kernels.moe import Routing
-from arriero.kernels.ops import MoELayer, Ops
+from arriero.kernels.ops import Ops
 from arriero.shards.collectives.all_to_all import Counts
 from arriero.shards.collectives.mesh import Mesh
 from arriero.shards.layout.expert_placement import ExpertPlacement

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arriero.kernels.ops import Sampled
+from arriero.kernels.sampling_rows import Sampled
 from arriero.kernels.select import ops_for
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.collectives.expert_parallel import Loads

@@ -27,7 +27,9 @@ from arriero.cluster.engine_bench import EngineBench
 from arriero.kernels.bench import Rates, measure_rates
 from arriero.kernels.cpu import CpuOps
 from arriero.kernels.cpu.backend import available_threads
-from arriero.kernels.ops import FlatBatch, Linear, MoELayer
+from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.layers import MoELayer
+from arriero.kernels.packed_weights import Linear
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.collectives.mesh import Mesh
 from arriero.shards.config.group import GroupConfig

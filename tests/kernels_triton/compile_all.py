@@ -26,8 +26,8 @@ from kernels.draws import Row, batch_of
 
 from arriero.kernels.attention_mask import AttentionMaskSpec
 from arriero.kernels.expert_rows import RowFormat
-from arriero.kernels.ops import AttentionStyle, MoELayer
-from arriero.kernels.quant import quantize_fp8, quantize_int4, quantize_int8
+from arriero.kernels.layers import AttentionStyle, MoELayer
+from arriero.kernels.quantize import quantize_fp8, quantize_int4, quantize_int8
 from arriero.kernels.triton import launch
 from arriero.kernels.triton.backend import TritonOps
 from arriero.kernels.triton.norm import rms_norm

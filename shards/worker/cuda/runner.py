@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arriero.kernels.ops import FlatBatch, Sampled
+from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.sampling_rows import Sampled
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.models.loader import Progress
 from arriero.shards.protocol.step_plan import Logprobs, StepPlan, StepResult

@@ -20,9 +20,11 @@ from arriero.cluster.planner.layouts import Machines, rank_layouts
 from arriero.cluster.planner.memory import GroupPlan, plan_group
 from arriero.cluster.planner.rank_weights import ON_LOAD, Dtype, weights_as
 from arriero.cluster.planner.step_memory import num_graphs
-from arriero.kernels.ops import KVCacheSpec, Ops
+from arriero.kernels.kv_cache import KVCacheSpec
+from arriero.kernels.ops import Ops
 from arriero.kernels.packing import Kernels, Precision, kv_block_nbytes, packed_nbytes
-from arriero.kernels.quant import QuantizedWeight, quantize_fp8, quantize_int4, quantize_int8
+from arriero.kernels.quantize import quantize_fp8, quantize_int4, quantize_int8
+from arriero.kernels.quantized_weight import QuantizedWeight
 from arriero.kernels.select import ops_for
 from arriero.shards.checkpoint.formats.describe import describe
 from arriero.shards.config.group import GroupConfig

@@ -46,7 +46,7 @@ KINDS = ("nothing", "all to one", "none to a rank", "a rank has none", "random",
 
 def check_experts(mesh: Any, rank: int) -> None:  # noqa: ANN401
     """Rows of every rank through experts on all of them: what one rank with all would compute."""
-    from arriero.kernels.ops import MoELayer
+    from arriero.kernels.layers import MoELayer
     from arriero.kernels.reference.backend import ReferenceOps
     from arriero.shards.collectives.expert_parallel import ExpertParallel
     from arriero.shards.layout.expert_placement import ExpertPlacement

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from arriero.kernels.ops import Linear, Vocab
+from arriero.kernels.packed_weights import Linear, Vocab
 from arriero.kernels.reference.backend import ReferenceOps
 from arriero.shards.checkpoint.formats.stored import TensorSpec, reads, tensor_specs
 from arriero.shards.checkpoint.reader import Checkpoint
