@@ -14,12 +14,13 @@ import typer
 
 from arriero.cluster.commands.terminal import OUT
 from arriero.cluster.planner.catalog import DEVICES, MODELS, NamedModel, find_model
-from arriero.cluster.planner.demand import KvDemand, Layout
+from arriero.cluster.planner.demand import KvDemand
 from arriero.cluster.planner.kv_room import stored_as
 from arriero.cluster.planner.layouts import Machines, Option, best_of, larger_machines, rank_layouts
 from arriero.cluster.planner.memory import GroupPlan, plan_group
 from arriero.cluster.planner.rank_weights import DTYPES, Dtype, weights_as
 from arriero.kernels.packing import KERNELS, Kernels
+from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.errors import SpecError
 from arriero.shards.kv.limits import GroupTierLimits
 from arriero.shards.model_config.llama4 import Llama4Config
@@ -56,7 +57,7 @@ class _PlanRequest:
     demand: KvDemand
     kernels: Kernels
     dtype: Dtype | None
-    layout: Layout | None
+    layout: ParallelConfig | None
     groups: int | None
     spares: int
     tiers: GroupTierLimits = field(default_factory=GroupTierLimits)
@@ -126,7 +127,7 @@ def plan(
     _check_at_least(0, spare_experts=spare_experts)
     layout = None
     if any(size is not None for size in (tp, pp, dp, ep)):
-        layout = Layout(tp=tp or 1, pp=pp or 1, dp=dp or 1, ep=ep)
+        layout = ParallelConfig(tp=tp or 1, pp=pp or 1, dp=dp or 1, ep=ep)
     on_cpu = gpu == "cpu"
     machines = Machines(
         gpu=gpu,
@@ -255,7 +256,7 @@ def _kernels(name: str | None, on_cpu: bool) -> Kernels:
     raise SpecError(f"`kernels`={name!r} is none of {', '.join(get_args(Kernels))}")
 
 
-def _cpu_slices(layout: Layout | None, nodes: int) -> int:
+def _cpu_slices(layout: ParallelConfig | None, nodes: int) -> int:
     return 1 if layout is None else -(-layout.world_size // max(1, nodes))
 
 
@@ -271,7 +272,7 @@ def _from_spec(
     demand: KvDemand,
     kernels: str | None,
     dtype: Dtype | None,
-    layout: Layout | None,
+    layout: ParallelConfig | None,
 ) -> list[_PlanRequest]:
     from arriero.cluster.spec.load import load
 
@@ -329,21 +330,13 @@ def _from_model_spec(
         demand = replace(
             demand, num_blocks=group.num_blocks, num_local_blocks=group.num_local_blocks
         )
-    mesh = spec.mesh
     return _PlanRequest(
         model=replace(model, name=spec.name),
         machines=machines,
         demand=demand,
         kernels=_kernels(kernels, on_cpu),
         dtype=dtype or stored_dtype,
-        layout=Layout(
-            tp=mesh.tp,
-            pp=mesh.pp,
-            dp=mesh.dp,
-            ep=mesh.ep,
-            tp_shares=mesh.tp_shares,
-            layer_split=mesh.layer_split,
-        ),
+        layout=spec.mesh.parallel(),
         groups=spec.groups,
         spares=spec.spares,
         tiers=tier_limits(config, model.config),

@@ -9,7 +9,8 @@ Names in formulas: rows are sequences with sampled logits, d is the size of a he
 from __future__ import annotations
 
 from arriero.cluster.planner.catalog import Device
-from arriero.cluster.planner.demand import KvDemand, Layout
+from arriero.cluster.planner.demand import KvDemand
+from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.layout.moe import MoEPart
 from arriero.shards.layout.parts import AnyModel, AnyPart
 from arriero.shards.model_config.llama4 import Llama4Config
@@ -33,7 +34,7 @@ def num_graphs(max_sequences: int) -> int:
 
 
 def activation_bytes(
-    config: AnyModel, part: AnyPart, layout: Layout, demand: KvDemand, itemsize: int
+    config: AnyModel, part: AnyPart, layout: ParallelConfig, demand: KvDemand, itemsize: int
 ) -> int:
     """Largest number of bytes of a step's tensors at once: the tensors of a layer, the logits."""
     tokens, hidden, d = demand.max_batch_tokens, config.hidden_size, config.head_dim
@@ -62,7 +63,12 @@ def activation_bytes(
 
 
 def communication_bytes(
-    config: AnyModel, part: AnyPart, layout: Layout, demand: KvDemand, itemsize: int, device: Device
+    config: AnyModel,
+    part: AnyPart,
+    layout: ParallelConfig,
+    demand: KvDemand,
+    itemsize: int,
+    device: Device,
 ) -> int:
     """Bytes of the buffers for sums, hand-over and all-to-all, and of NCCL's channels."""
     row = demand.max_batch_tokens * config.hidden_size * itemsize

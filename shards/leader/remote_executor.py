@@ -27,7 +27,6 @@ import zmq
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.errors import ArrieroError, CheckpointError, GroupFailed
 from arriero.shards.kv.transfers import TransferBatch, TransferResult
-from arriero.shards.layout.families import dp_rank_of
 from arriero.shards.leader.health import HealthLimits
 from arriero.shards.leader.monitor import Monitor
 from arriero.shards.protocol.failure import Evidence, FirstCause, Kind
@@ -224,7 +223,7 @@ class RemoteExecutor:
 
     def _ranks_of(self, dp_rank: int) -> list[int]:
         ranks = range(len(self._identities))
-        return [rank for rank in ranks if dp_rank_of(self._config, rank) == dp_rank]
+        return [rank for rank in ranks if self._config.dp_rank_of(rank) == dp_rank]
 
     def collect(self, timeout_s: float | None = None) -> StepResult | None:
         """Result of the oldest outstanding plan, or None at the time limit.

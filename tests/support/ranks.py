@@ -13,7 +13,7 @@ import torch
 from torch.distributed import TCPStore
 
 from arriero.shards.collectives.mesh import Mesh
-from arriero.shards.config.group import GroupConfig
+from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.layout.dense import partition
 from arriero.shards.model_config.dense import ModelConfig
 
@@ -37,8 +37,9 @@ def joined(
             "torch_dtype": "float32",
         }
     )
-    part = partition(model, GroupConfig(model_path="", tp=tp, pp=pp))[rank]
-    mesh = Mesh(part, tp=tp, pp=pp, device=torch.device(device), timeout_s=timeout_s)
+    parallel = ParallelConfig(tp=tp, pp=pp)
+    part = partition(model, parallel)[rank]
+    mesh = Mesh(part, parallel, device=torch.device(device), timeout_s=timeout_s)
     store = TCPStore("127.0.0.1", port, tp * pp, is_master=rank == 0, wait_for_workers=False)
     mesh.join(store, "127.0.0.1")
     return mesh

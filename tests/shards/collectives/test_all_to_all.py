@@ -115,15 +115,17 @@ def rank_main(rank: int, port: int, hosts: list[str], results: Any) -> None:  # 
 
     from arriero.shards.collectives.all_to_all import TwoLevelExchange
     from arriero.shards.collectives.mesh import Mesh
-    from arriero.shards.layout.moe import MoEMesh, partition_moe
+    from arriero.shards.config.parallel import ParallelConfig
+    from arriero.shards.layout.moe import partition_moe
     from arriero.shards.model_config.llama4 import Llama4Config
     from support.models import llama4_settings
 
     try:
         torch.set_num_threads(1)
         model = Llama4Config.from_dict(llama4_settings())
-        part = partition_moe(model, MoEMesh(dp=RANKS))[rank]
-        mesh = Mesh(part, tp=1, pp=1, dp=RANKS, device=torch.device("cpu"), timeout_s=30)
+        parallel = ParallelConfig(dp=RANKS)
+        part = partition_moe(model, parallel)[rank]
+        mesh = Mesh(part, parallel, device=torch.device("cpu"), timeout_s=30)
         store = TCPStore("127.0.0.1", port, RANKS, is_master=rank == 0, wait_for_workers=False)
         mesh.join(store, hosts[rank])
         two_levels = len(set(hosts)) > 1
