@@ -364,7 +364,7 @@ def _undeploy() -> None:
         time.sleep(_POLL_S)
     with contextlib.suppress(ValueError):
         ray.kill(ray.get_actor(registry.NAME, namespace=registry.NAMESPACE))
-    for key in (operator.NAME, "epochs", "fenced", "history", "live", "spares"):
+    for key in (operator.NAME, *registry.STORED):
         store.clear(key)
 
 
