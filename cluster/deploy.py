@@ -303,8 +303,7 @@ def _wait(
     import ray
     from ray import serve
 
-    from arriero.cluster import app
-    from arriero.cluster.control import operator
+    from arriero.cluster.control.applications import is_ours
 
     num_groups = sum(model.groups for model in spec.models)
     deadline_s = time.monotonic() + spec.health.start_timeout_s
@@ -319,8 +318,7 @@ def _wait(
         if gateway is not None and len(gateway.linked) >= num_groups:
             return gateway.address, gateway.http
         for name, status in serve.status().applications.items():
-            ours = name == app.NAME or name.startswith(operator.PREFIX)
-            if ours and status.status == "DEPLOY_FAILED":
+            if is_ours(name) and status.status == "DEPLOY_FAILED":
                 raise GroupFailed(f"Ray Serve could not deploy {name}: {status.message.strip()}")
         if time.monotonic() > deadline_s:
             raise Unavailable(
@@ -345,19 +343,15 @@ def _undeploy() -> None:
     import ray
     from ray import serve
 
-    from arriero.cluster import app
     from arriero.cluster.control import operator
+    from arriero.cluster.control.applications import is_ours
     from arriero.cluster.hosts import kv_store as store
     from arriero.cluster.registry import registry
 
     _quiet_serve()
     with contextlib.suppress(ValueError):  # first: a living operator would restart the groups
         ray.kill(ray.get_actor(operator.NAME, namespace=registry.NAMESPACE))
-    ours = [
-        name
-        for name in serve.status().applications
-        if name == app.NAME or name.startswith(operator.PREFIX)
-    ]
+    ours = [name for name in serve.status().applications if is_ours(name)]
     for name in ours:
         serve.delete(name, _blocking=False)
     while set(ours) & set(serve.status().applications):
