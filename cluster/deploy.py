@@ -176,14 +176,12 @@ def connected(deployment: Deployment) -> Iterator[None]:
     """
     import ray
 
+    from arriero.cluster.hosts import ray_private
     from arriero.cluster.registry import registry
 
     cluster = _cluster(deployment)
     joined = deployment.ray_address
     access = cluster.access if cluster is not None else ray_access.joined_cluster(joined)
-    options: dict[str, Any] = {}
-    if deployment.node_address is not None:
-        options["_node_ip_address"] = deployment.node_address
     with ray_access.applied(access):
         try:
             ray.init(
@@ -191,7 +189,7 @@ def connected(deployment: Deployment) -> Iterator[None]:
                 namespace=registry.NAMESPACE,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                **options,
+                **ray_private.driver_options(deployment.node_address),
             )
         except ray.exceptions.AuthenticationError as error:
             raise Unauthenticated(
@@ -346,6 +344,7 @@ def _undeploy() -> None:
     from arriero.cluster.control import operator
     from arriero.cluster.control.applications import is_ours
     from arriero.cluster.hosts import kv_store as store
+    from arriero.cluster.hosts import ray_private
     from arriero.cluster.registry import registry
 
     _quiet_serve()
@@ -353,7 +352,7 @@ def _undeploy() -> None:
         ray.kill(ray.get_actor(operator.NAME, namespace=registry.NAMESPACE))
     ours = [name for name in serve.status().applications if is_ours(name)]
     for name in ours:
-        serve.delete(name, _blocking=False)
+        ray_private.delete_application(name)
     while set(ours) & set(serve.status().applications):
         time.sleep(_POLL_S)
     with contextlib.suppress(ValueError):

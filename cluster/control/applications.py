@@ -11,6 +11,7 @@ import asyncio
 from ray import serve
 
 from arriero.cluster import app
+from arriero.cluster.hosts import ray_private
 from arriero.cluster.spec.deployment import DeploymentSpec
 
 PREFIX = f"{app.NAME}-"
@@ -39,7 +40,7 @@ class Applications:
 
     async def stop_group(self, seat: str) -> None:
         """Drain the group of a seat, without waiting for the end."""
-        await asyncio.to_thread(serve.delete, PREFIX + seat, False)
+        await asyncio.to_thread(ray_private.delete_application, PREFIX + seat)
 
     async def read(self) -> frozenset[str]:
         """Read the status of all applications; returns the seats that have an application."""
