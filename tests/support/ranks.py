@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from arriero.shards.collectives.mesh import Mesh
 from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.layout.dense import partition
 from arriero.shards.model_config.dense import ModelConfig
+from support.processes import context
 
 
 def joined(
@@ -48,7 +48,6 @@ def joined(
 @contextmanager
 def ranks(count: int, run: Callable[..., None], *args: object) -> Iterator[Queue[Any]]:
     """Processes that run `run(rank, port, told, *args)`; gives the queue that they tell."""
-    context = multiprocessing.get_context("spawn")
     told: Queue[Any] = context.Queue()
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]

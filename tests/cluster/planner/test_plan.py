@@ -31,10 +31,10 @@ from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.errors import ArrieroError, SpecError
 from arriero.shards.layout.resolve import resolve
-from arriero.shards.leader.remote_executor import spawn_group
 from arriero.shards.model_config.dense import ModelConfig
 from arriero.shards.worker.runner import Runner
 from support.models import tiny_llama
+from support.processes import spawn_group
 from support.quantized_models import quantized_llama
 
 H100 = DEVICES["h100-80g"]

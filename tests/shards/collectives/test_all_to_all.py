@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from arriero.shards.collectives.all_to_all import topology
+from support.processes import context
 
 RANKS, HIDDEN = 4, 24
 
@@ -162,7 +162,6 @@ def test_there_and_back(nodes: int) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     hosts = [f"127.0.0.{2 + rank * nodes // RANKS}" for rank in range(RANKS)]
-    context = multiprocessing.get_context("spawn")
     results = context.Queue()
     ranks = [
         context.Process(target=rank_main, args=(rank, port, hosts, results))

@@ -71,7 +71,7 @@ def simulated_slices() -> Iterator[None]:
         yield
 
 
-def child(rank: int, ticket: Any, parent: int) -> None:  # noqa: ANN401
+def child(rank: int, ticket: Any) -> None:  # noqa: ANN401
     """What a slice's process runs in place of `executor._run_child`."""
     from support import triton_interpreter
 
@@ -81,4 +81,4 @@ def child(rank: int, ticket: Any, parent: int) -> None:  # noqa: ANN401
     with simulated():
         from arriero.shards.leader import remote_executor as executor
 
-        executor._run_child(rank, ticket, parent)
+        executor._run_child(rank, ticket)
