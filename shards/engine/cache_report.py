@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from arriero.shards.engine.sequence_blocks import SequenceBlocks
+
 
 @dataclass(frozen=True, slots=True)
 class TierUse:
@@ -65,3 +67,29 @@ class CacheReport:
         pins = {name: count for report in reports for name, count in report.pins.items()}
         by_tier = {tier: dict(blocks) for tier, blocks in tenant_blocks.items()}
         return CacheReport(tiers, tenants, by_tier, pins)
+
+
+def report_of(blocks: SequenceBlocks, tenants: dict[str, TenantUse]) -> CacheReport:
+    """The report of a data-parallel rank.
+
+    Args:
+        blocks: blocks of sequences, on the device and below.
+        tenants: prompt tokens of each tenant since the start.
+    """
+    pools = blocks.pools.values()
+    device = TierUse(
+        sum(pool.num_used + pool.num_cached for pool in pools),
+        sum(pool.num_blocks for pool in pools),
+    )
+    counts, most = blocks.tiers.counts(), blocks.tiers.capacities()
+    below = {
+        tier: TierUse(counts.get(tier, 0), most.get(tier, 0))
+        for tier in ("host", "disk", "shared")
+        if most.get(tier) or counts.get(tier)
+    }
+    return CacheReport(
+        tiers={"device": device, **below},
+        tenants=tenants,
+        tenant_blocks=blocks.tiers.tenants(),
+        pins=blocks.pins,
+    )

@@ -1,4 +1,7 @@
-"""Decides the rows of each step and applies step results: continuous batching, sans-I/O.
+"""The life of requests in the engine, a step at a time: continuous batching, sans-I/O.
+
+`Decodes`, `Prefills` and `Admission` decide the rows of each step; the scheduler makes the plan,
+keeps it until its result comes, and applies the result.
 
 Plans are made ahead of results: up to `depth` plans are outstanding, and the slices run them in
 order. So a plan may use all that an earlier plan computes or frees. A result may belong to a
@@ -21,22 +24,20 @@ Knows tokens, blocks and slots; knows nothing of models, processes or threads.
 from __future__ import annotations
 
 import time
-from bisect import insort
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable
-from operator import attrgetter
 
-import numpy as np
-
-from arriero.shards.engine.cache_report import CacheReport, TenantUse, TierUse
+from arriero.shards.engine.admission import Admission
+from arriero.shards.engine.cache_report import CacheReport, report_of
 from arriero.shards.engine.completion_rate import CompletionRate
-from arriero.shards.engine.decode_slots import DecodeSlots
-from arriero.shards.engine.draft import Chunk, InFlight, PlanDraft, in_flight
+from arriero.shards.engine.decodes import Decodes
+from arriero.shards.engine.draft import Chunk, InFlight, in_flight
 from arriero.shards.engine.limits import check_config, check_request
+from arriero.shards.engine.prefills import Prefills
 from arriero.shards.engine.results import Results
+from arriero.shards.engine.running import RunningSequences
 from arriero.shards.engine.sequence import LiveRequest, Sequence
 from arriero.shards.engine.sequence_blocks import SequenceBlocks
-from arriero.shards.engine.slots import SlotTable
 from arriero.shards.engine.types import EngineConfig, EngineRequest, EngineStats, SequenceOutput
 from arriero.shards.engine.waiting import WaitingQueue
 from arriero.shards.errors import GroupFailed, InvalidRequest, Overloaded
@@ -44,8 +45,6 @@ from arriero.shards.kv.blocks import CacheListener
 from arriero.shards.kv.limits import PeerBlocks
 from arriero.shards.kv.transfers import Pool, TransferBatch, TransferResult
 from arriero.shards.protocol.step_plan import Int32, StepPlan, StepResult, int32
-
-_rank = attrgetter("rank")
 
 
 class Scheduler:
@@ -73,31 +72,21 @@ class Scheduler:
         check_config(config)
         self.config = config
         self.depth = max(config.pipeline_depth, config.num_stages)
-        self._blocks = SequenceBlocks(config, on_event)
-        self._slots = SlotTable(config.max_sequences)
-        self._draft = PlanDraft(config.max_sequences)
-        # With a window, every layer has the window: its blocks are the only blocks of the slices.
-        windowed = config.attention_window > 0
-        self._add_local = self._draft.add_blocks if windowed else self._draft.add_local
-        self._pass_every = config.block_size if windowed else config.attention_chunk
         self._completion_rate = CompletionRate(clock)
-        self._results = Results(config, self._slots, self._blocks)
+        self._blocks = SequenceBlocks(config, on_event)
+        self._waiting = WaitingQueue(self._blocks, clock)
+        self._running = RunningSequences(config, self._blocks, self._waiting)
+        self._decodes = Decodes(self._running, self._blocks)
+        self._prefills = Prefills(self._running, self._blocks)
+        self._admission = Admission(self._waiting, self._running, self._prefills, self._blocks)
+        self._results = Results(config, self._running.slots, self._blocks)
 
         self._requests: dict[str, LiveRequest] = {}
-        self._waiting = WaitingQueue(self._blocks, clock)
-        self._prefilling: list[Sequence] = []  # by rank
-        self._decoding = DecodeSlots(config, self._slots)
-        self._repeated: Int32 | None = None  # ready slots, if the last plan has exactly these rows
-        self._in_flight: deque[InFlight] = deque()
-        self._blocked: tuple[int, ...] = ()
-
-        self._step = 0
         self._arrivals = 0
-        self._prompt_tokens = 0
-        self._cached_tokens = 0
-        self._by_tenant: dict[str, TenantUse] = defaultdict(TenantUse)
+        self._in_flight: deque[InFlight] = deque()
+        self._repeated: Int32 | None = None  # ready slots, if the last plan has exactly these rows
+        self._step = 0
         self._output_tokens = 0
-        self._preemptions = 0
 
     # ---- requests ----
 
@@ -182,17 +171,17 @@ class Scheduler:
         assert pool is not None, "every engine has Pool.ALL"
         return EngineStats(
             num_waiting=len(self._waiting),
-            num_running=self._num_running,
+            num_running=self._running.count,
             blocks_used=pool.num_used,
             blocks_cached=pool.num_cached,
             blocks_total=pool.num_blocks,
             local_blocks_used=local.num_used if local else 0,
             local_blocks_total=local.num_blocks if local else 0,
             steps=self._step,
-            prompt_tokens=self._prompt_tokens,
-            cached_tokens=self._cached_tokens,
+            prompt_tokens=self._admission.prompt_tokens,
+            cached_tokens=self._admission.cached_tokens,
             output_tokens=self._output_tokens,
-            preemptions=self._preemptions,
+            preemptions=self._running.num_preemptions,
             tiers=self._blocks.tiers.counts(),
         )
 
@@ -202,191 +191,41 @@ class Scheduler:
         """The next plan, or None when nothing can run before the next result."""
         if len(self._in_flight) >= self.depth:
             return None
-        self._waiting.start_loads(self._num_running)
-        slots, starts = self._take_decodes()
+        self._waiting.start_loads(self._running.count)
+        slots, starts = self._decodes.take(self._step)
         budget = self.config.max_batch_tokens - len(slots)
-        chunks = self._continue_prefills(budget)
-        self._admit(chunks, budget - sum(chunk.end - chunk.start for chunk in chunks))
+        chunks = self._prefills.advance(budget)
+        chunks += self._admission.admit(budget - sum(chunk.end - chunk.start for chunk in chunks))
         if not len(slots) and not chunks:
             return None
+        return self._plan(slots, starts, chunks)
+
+    def idle(self) -> StepPlan:
+        """A plan without rows, for a step in which only other data-parallel ranks have rows."""
+        running = self._running
+        plan = running.draft.build(self._step, int32(), int32(), None, [])
+        self._repeated = None
+        self._in_flight.append(in_flight(plan, plan.slots, [], running.slots.generation))
+        self._step += 1
+        return plan
+
+    def _plan(self, slots: Int32, starts: Int32, chunks: list[Chunk]) -> StepPlan:
+        """The plan of these decode rows and chunks; in flight from now on."""
+        table, draft = self._running.slots, self._running.draft
         # One stage: the slices know the last token, which may still be in flight.
-        tokens = None if self.config.num_stages == 1 else self._slots.last_token[slots]
-        plan = self._draft.build(self._step, slots, starts, tokens, chunks)
+        tokens = None if self.config.num_stages == 1 else table.last_token[slots]
+        plan = draft.build(self._step, slots, starts, tokens, chunks)
         if tokens is None and not chunks:
             # a prefilling sequence may have lost its slot meanwhile
             plan.same_rows = slots is self._repeated and not len(plan.freed)
             self._repeated = slots
         else:
             self._repeated = None
-        self._in_flight.append(in_flight(plan, slots, chunks, self._slots.generation))
+        self._in_flight.append(in_flight(plan, slots, chunks, table.generation))
         self._step += 1
         for chunk in chunks:
             self._after_chunk(chunk)
         return plan
-
-    def idle(self) -> StepPlan:
-        """A plan without rows, for a step in which only other data-parallel ranks have rows."""
-        plan = self._draft.build(self._step, int32(), int32(), None, [])
-        self._repeated = None
-        self._in_flight.append(in_flight(plan, plan.slots, [], self._slots.generation))
-        self._step += 1
-        return plan
-
-    def _take_decodes(self) -> tuple[Int32, Int32]:
-        """Slots that decode in this step and their positions; each has a block for its token."""
-        table = self._slots
-        while True:
-            slots = self._decoding.ready()
-            starts = table.scheduled[slots]
-            self._pass_blocks(slots, starts)
-            short = starts >= table.capacity[slots]
-            if not short.any():
-                break
-            self._grow(table.sequences[slots[short]].tolist())
-        table.scheduled[slots] = starts + 1
-        table.last_step[slots] = self._step
-        return slots, starts
-
-    def _pass_blocks(self, slots: Int32, starts: Int32) -> None:
-        """Free blocks that sequences no longer see: of a past chunk, or behind a window."""
-        size, table = self._pass_every, self._slots
-        if not size:
-            return
-        passed = starts // size
-        for row in np.flatnonzero(passed != table.passed[slots]):
-            self._blocks.pass_to(table.sequences[slots[row]], int(starts[row]))
-        table.passed[slots] = passed
-
-    def _grow(self, sequences: list[Sequence]) -> None:
-        """Give each sequence a new block, pre-empting sequences of low precedence if need be.
-
-        In order of rank: a pre-empted sequence comes after all that have their block by then.
-        """
-        for sequence in sorted(sequences, key=_rank):
-            while sequence.slot >= 0 and not self._blocks.can_grow:
-                self._reclaim()
-            if sequence.slot >= 0:
-                slot = sequence.slot
-                self._draft.add_blocks(slot, self._blocks.grow(sequence))
-                self._slots.capacity[slot] += self.config.block_size
-                end = int(self._slots.scheduled[slot]) + 1
-                self._add_local(slot, self._blocks.extend_local(sequence, end))
-
-    def _reclaim(self) -> None:
-        """Free some blocks: those of the newest anchor, else those of the last sequence."""
-        if self._blocks.num_anchors:
-            self._blocks.drop_latest_prompt()
-            return
-        running = self._decoding.sequences + self._prefilling
-        self._preempt(max(running, key=_rank))
-
-    def _preempt(self, victim: Sequence) -> None:
-        self._release(victim)
-        victim.prompt_rows.clear()
-        self._waiting.add(victim)
-        self._preemptions += 1
-
-    def _continue_prefills(self, budget: int) -> list[Chunk]:
-        chunks = []
-        for sequence in list(self._prefilling):
-            if budget <= 0 or sequence.slot < 0:  # pre-empted by a sequence of higher precedence
-                break
-            slot = int32([sequence.slot])
-            self._pass_blocks(slot, self._slots.scheduled[slot])
-            chunk = self._take_chunk(sequence, budget)
-            if chunk.end == chunk.start:  # blocks come back when other sequences end
-                break
-            chunks.append(chunk)
-            budget -= chunk.end - chunk.start
-        self._prefilling = [seq for seq in self._prefilling if seq.slot not in self._decoding]
-        return chunks
-
-    def _admit(self, chunks: list[Chunk], budget: int) -> None:
-        """Give slots to waiting sequences, strictly by rank, and add their first chunks."""
-        while budget > 0 and self._slots.num_free:
-            sequence = self._waiting.first
-            if sequence is None or not self._enter(sequence):
-                break
-            self._waiting.remove(sequence)
-            chunk = self._take_chunk(sequence, budget)
-            if not chunk.final:
-                insort(self._prefilling, sequence, key=_rank)
-            chunks.append(chunk)
-            budget -= chunk.end - chunk.start
-
-    def _take_chunk(self, sequence: Sequence, budget: int) -> Chunk:
-        """Known tokens within the budget and the chunk-local blocks; maybe none."""
-        slot, known = sequence.slot, len(sequence.tokens)
-        start = int(self._slots.scheduled[slot])
-        end = self._reach(sequence, start, min(known, start + budget))
-        self._add_local(slot, self._blocks.extend_local(sequence, end))
-        self._slots.scheduled[slot] = end
-        if end == known:
-            self._decoding.add(slot)
-        return Chunk(sequence, start, end, end == known)
-
-    def _reach(self, sequence: Sequence, start: int, end: int) -> int:
-        """End of the next chunk, at most `end`; pre-empts later prefills rather than stay."""
-        blocks = self._blocks
-        while True:
-            reach = blocks.local_reach(sequence, start, end, self._num_running)
-            if reach > start:
-                return reach
-            if blocks.num_anchors:
-                blocks.drop_latest_prompt()
-            elif self._prefilling and self._prefilling[-1].rank > sequence.rank:
-                self._preempt(self._prefilling[-1])
-            else:
-                return start
-
-    def _enter(self, sequence: Sequence) -> bool:
-        """Put a waiting sequence into a slot with blocks for all its tokens, if there is room."""
-        blocks = self._blocks
-        state = (sequence.owner, *blocks.room(), self._num_running, blocks.num_anchors)
-        if state == self._blocked:  # same state as at the last refusal: skip the search
-            return False
-        shared = blocks.find_shared(sequence)
-        # Every running sequence will need a block soon. Leave a block for each, or the new
-        # sequence would be pre-empted within a few steps.
-        if not blocks.has_room(sequence, shared, self._num_running):
-            if self._num_running:
-                self._blocked = state
-                return False
-            while blocks.num_anchors:
-                blocks.drop_latest_prompt()
-            shared = blocks.find_shared(sequence)
-            if not blocks.has_room(sequence, shared, 0):
-                blocks.drop_pins()
-                shared = blocks.find_shared(sequence)
-            if not blocks.has_room(sequence, shared, 0):
-                return False  # the other blocks are in use by transfers
-        table = blocks.open(sequence, shared)
-        size = self.config.block_size
-        cached = len(shared.blocks) * size
-        capacity = blocks.count(sequence) * size
-        self._slots.enter(sequence, scheduled=cached, capacity=capacity)
-        self._draft.enter(
-            sequence.to_new(self.config.eos_token_ids, self.config.image_token), table
-        )
-        self._add_local(sequence.slot, blocks.indexed(shared))
-        if not sequence.has_entered:
-            self._begin(sequence, min(cached, sequence.num_prompt))
-        return True
-
-    def _begin(self, sequence: Sequence, num_cached: int) -> None:
-        """Count a sequence's first entry into a slot."""
-        sequence.has_entered = True
-        live = sequence.live
-        live.num_not_entered -= 1
-        if not live.num_not_entered:
-            self._blocks.drop_prompt(live)
-        if sequence.index == 0:  # other samples share the prompt; sharing is no cache hit
-            sequence.num_cached = num_cached
-            self._prompt_tokens += sequence.num_prompt
-            self._cached_tokens += num_cached
-            use = self._by_tenant[live.request.tenant]
-            use.prompt_tokens += sequence.num_prompt
-            use.cached_tokens += num_cached
 
     def _after_chunk(self, chunk: Chunk) -> None:
         """Store the chunk's blocks: only later plans may share them."""
@@ -432,23 +271,7 @@ class Scheduler:
 
     def cache(self) -> CacheReport:
         """Contents of the KV cache by tier and tenant."""
-        blocks, pools = self._blocks, self._blocks.pools.values()
-        device = TierUse(
-            sum(pool.num_used + pool.num_cached for pool in pools),
-            sum(pool.num_blocks for pool in pools),
-        )
-        counts, most = blocks.tiers.counts(), blocks.tiers.capacities()
-        below = {
-            tier: TierUse(counts.get(tier, 0), most.get(tier, 0))
-            for tier in ("host", "disk", "shared")
-            if most.get(tier) or counts.get(tier)
-        }
-        return CacheReport(
-            tiers={"device": device, **below},
-            tenants=dict(self._by_tenant),
-            tenant_blocks=blocks.tiers.tenants(),
-            pins=blocks.pins,
-        )
+        return report_of(self._blocks, dict(self._admission.by_tenant))
 
     def pin(self, name: str, tokens: tuple[int, ...]) -> int:
         """Keep a prefix on the device, as far as it is there; see `SequenceBlocks.pin`."""
@@ -470,11 +293,7 @@ class Scheduler:
         """Drop every unused block, on the device and below; returns the number of blocks."""
         return self._blocks.flush()
 
-    # ---- helpers of both ----
-
-    @property
-    def _num_running(self) -> int:
-        return self.config.max_sequences - self._slots.num_free
+    # ---- samples ----
 
     def _spawn(self, live: LiveRequest, index: int) -> None:
         """Queue a sample of a request."""
@@ -482,21 +301,10 @@ class Scheduler:
         live.sequences[index] = sequence
         self._waiting.add(sequence)
 
-    def _release(self, sequence: Sequence) -> None:
-        """Take a sequence out of its slot and free its blocks."""
-        slot = sequence.slot
-        self._draft.free(slot)
-        self._slots.leave(sequence)
-        self._blocks.close(sequence)
-        if slot in self._decoding:
-            self._decoding.remove(slot)
-        else:
-            self._prefilling.remove(sequence)
-
     def _finish(self, sequence: Sequence) -> None:
         """Remove an ended sequence, and the request after its last sequence."""
         if sequence.slot >= 0:
-            self._release(sequence)
+            self._running.release(sequence)
         else:
             self._waiting.remove(sequence)
         live = sequence.live
