@@ -312,7 +312,7 @@ class KernelBench:
 
 def measure_rates(ops: Ops, dtype: torch.dtype, device: torch.device) -> Rates:
     """Rates of the machine: with the instructions of the C++ kernels if possible, else by torch."""
-    from arriero.kernels.cpu import CpuOps
+    from arriero.kernels.cpu.backend import CpuOps
 
     if isinstance(ops, CpuOps):
         data = torch.ones(_UNCACHED_BYTES * 2 // 4)

@@ -1,6 +1,6 @@
 """The choice of a backend by device and machine.
 
-Knows names of backends; knows nothing of operations.
+Knows the registry of backends; knows nothing of operations.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import logging
 import torch
 
 from arriero.kernels.ops import Ops
-
-BACKENDS = ("reference", "cpu", "triton")
+from arriero.kernels.registry import BACKENDS
 
 _LOG = logging.getLogger(__name__)
 
@@ -28,8 +27,9 @@ def ops_for(
 
     Args:
         device: device of weights and cache.
-        name: a name of `BACKENDS`; None takes triton on a GPU; on a CPU the C++ kernels if built,
-            else the reference, with a warning in the log once.
+        name: a name of `BACKENDS`; None takes the best backend of the device (triton on a GPU, the
+            C++ kernels on a CPU), on a CPU where it cannot run the reference, with a warning in the
+            log once, and the reference on other devices.
         threads: CPU threads of the backend; None takes all CPUs of this process (cpu) or leaves
             torch's setting (reference). The cpu backend sets torch's own threads to 1.
         batch_independent: the bits of a row must not depend on other rows, even at a cost in speed
@@ -41,33 +41,15 @@ def ops_for(
     """
     if name not in (None, *BACKENDS):
         raise ValueError(f"kernels={name!r} is none of {', '.join(BACKENDS)}")
-    if name == "triton" or (name is None and device.type == "cuda"):
-        from arriero.kernels.triton import triton_ops
-
-        return triton_ops(device, batch_independent=batch_independent or None)
-    if name == "cpu":
-        return _cpu(device, threads)
-    if name is None and device.type == "cpu":
-        try:
-            return _cpu(device, threads)
-        except RuntimeError as error:
-            _warn_once(str(error))
-    if batch_independent:
-        raise ValueError(
-            "batch_independent=True: rows of the reference kernels are independent to rounding "
-            "only; use kernels='cpu' or 'triton'"
-        )
-    from arriero.kernels.reference import ReferenceOps
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    return ReferenceOps(device)
-
-
-def _cpu(device: torch.device, threads: int | None) -> Ops:
-    from arriero.kernels.cpu import CpuOps
-
-    return CpuOps(device, threads)
+    best = next((key for key, each in BACKENDS.items() if each.best_on == device.type), "reference")
+    try:
+        backend = BACKENDS[name or best]
+        return backend.make_ops(device, threads, batch_independent=batch_independent)
+    except RuntimeError as error:
+        if name is not None or device.type != "cpu":
+            raise
+        _warn_once(str(error))
+    return BACKENDS["reference"].make_ops(device, threads, batch_independent=batch_independent)
 
 
 @functools.cache

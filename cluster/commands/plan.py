@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,7 +21,7 @@ from arriero.cluster.planner.kv_room import stored_as
 from arriero.cluster.planner.layouts import Machines, Option, best_of, larger_machines, rank_layouts
 from arriero.cluster.planner.memory import GroupPlan, plan_group
 from arriero.cluster.planner.rank_weights import DTYPES, Dtype, weights_as
-from arriero.kernels.packing import KERNELS, Kernels
+from arriero.kernels.registry import BACKENDS, Kernels
 from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.errors import SpecError
 from arriero.shards.kv.limits import GroupTierLimits
@@ -80,7 +80,7 @@ def plan(
     mesh: MeshOptions,
     load: DemandOptions,
     kernels: Annotated[
-        str | None, typer.Option(help=f"Backend that packs the weights: {', '.join(KERNELS)}.")
+        str | None, typer.Option(help=f"Backend that packs the weights: {', '.join(BACKENDS)}.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The whole plan as JSON.")] = False,
     plot: Annotated[Path | None, typer.Option(help="PNG file for a chart of the ranks.")] = None,
@@ -198,10 +198,9 @@ def _dtype(name: str | None) -> Dtype | None:
 def _kernels(name: str | None, on_cpu: bool) -> Kernels:
     if name is None:
         return "cpu" if on_cpu else "triton"
-    for kernels in KERNELS:
-        if kernels == name:
-            return kernels
-    raise SpecError(f"`kernels`={name!r} is none of {', '.join(get_args(Kernels))}")
+    if name not in BACKENDS:
+        raise SpecError(f"`kernels`={name!r} is none of {', '.join(BACKENDS)}")
+    return name
 
 
 def _from_spec(

@@ -13,7 +13,7 @@ from arriero.cluster.planner.catalog import Device, NamedModel
 from arriero.cluster.planner.demand import KvDemand
 from arriero.cluster.planner.memory import GroupPlan, plan_group
 from arriero.cluster.planner.rank_weights import DTYPES, ON_LOAD, Dtype, weights_as
-from arriero.kernels.packing import KERNELS, Kernels
+from arriero.kernels.registry import BACKENDS
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.errors import SpecError
@@ -85,7 +85,7 @@ def _plan(
     )
     # The free bytes exclude the context already; a backend itself refuses unknown precisions.
     device = Device(name="cuda", memory_bytes=free_bytes, bandwidth=1.0, context_bytes=0)
-    kernels: Kernels = next((name for name in KERNELS if name == config.kernels), "triton")
+    kernels = config.kernels if config.kernels in BACKENDS else "triton"
     dtype = stored_as(config.dtype, config.quantization, scheme)
     weights = weights_as(model, scheme, dtype)
     return plan_group(

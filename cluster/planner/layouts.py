@@ -17,7 +17,7 @@ from arriero.cluster.planner.catalog import Device, NamedModel
 from arriero.cluster.planner.demand import KvDemand
 from arriero.cluster.planner.memory import GroupPlan, plan_group
 from arriero.cluster.planner.rank_weights import Dtype, weights_as
-from arriero.kernels.packing import Kernels
+from arriero.kernels.registry import Kernels
 from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.errors import SpecError
 from arriero.shards.model_config.llama4 import Llama4Config

@@ -20,7 +20,8 @@ from arriero.cluster.planner.step_memory import (
     num_graphs,
 )
 from arriero.kernels.attention_mask import AttentionMaskSpec
-from arriero.kernels.packing import KV_ITEMSIZE, PLAIN, Kernels, kv_block_nbytes
+from arriero.kernels.registry import BACKENDS, Kernels
+from arriero.kernels.sizes import KV_ITEMSIZE, PLAIN, KvBlockSize
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.errors import SpecError
@@ -321,12 +322,13 @@ def _rank(
 ) -> RankPlan:
     if demand.kv_dtype not in KV_ITEMSIZE:
         raise SpecError(f"`kv_dtype`={demand.kv_dtype!r} is none of {', '.join(KV_ITEMSIZE)}")
-    layer_block_bytes = kv_block_nbytes(
-        kernels,
-        kv_heads=part.kv_heads.size,
-        head_dim=config.head_dim,
-        block_size=demand.block_size,
-        dtype=demand.kv_dtype,
+    layer_block_bytes = BACKENDS[kernels].kv_block_nbytes(
+        KvBlockSize(
+            kv_heads=part.kv_heads.size,
+            head_dim=config.head_dim,
+            block_size=demand.block_size,
+            dtype=demand.kv_dtype,
+        )
     )
     num_layers, local = part.layers.size, local_layers(config, part)
     itemsize = base if device.cuda else 4

@@ -92,7 +92,7 @@ def check_settings(model: ModelSpec, folder: Path) -> None:
             f"({scheme.method}); leave `quantization` out"
         )
     if model.kernels is not None:
-        from arriero.kernels.select import BACKENDS
+        from arriero.kernels.registry import BACKENDS
 
         if model.kernels not in BACKENDS:
             raise SpecError(

@@ -14,7 +14,8 @@ from functools import lru_cache
 from math import ceil, prod, sqrt
 from typing import Literal
 
-from arriero.kernels.packing import Kernels, Precision, packed_nbytes
+from arriero.kernels.registry import BACKENDS, Kernels
+from arriero.kernels.sizes import MatrixSize, Precision
 from arriero.shards.checkpoint.formats.modules import Cut, Module, Place
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
 from arriero.shards.checkpoint.formats.stored import cut_group, modules_of, span_of
@@ -228,15 +229,15 @@ def rank_weights(model: AnyModel, part: AnyPart, weights: Weights, kernels: Kern
         if stack.precision == "int4" and weights.scheme is not None and weights.scheme.act_order:
             columns, group = _sorted(first, columns, weights)
             order = ORDER_ITEMSIZE * columns
-        packed = packed_nbytes(
-            kernels,
-            rows,
-            columns,
-            stack.precision,
+        matrix = MatrixSize(
+            out_features=rows,
+            in_features=columns,
+            precision=stack.precision,
             group_size=group,
             zeros=weights.zeros,
             bias=first.bias and (first.columns is None or part.tp_rank == 0),
         )
+        packed = BACKENDS[kernels].packed_nbytes(matrix)
         by_kind[first.kind] += packed.weights * copies * times
         scales += (packed.scales + order) * copies * times
         if first.experts:

@@ -1,16 +1,45 @@
 """The backend for NVIDIA GPUs: kernels in Triton; torch multiplies unquantized weights.
 
-An import of this package imports no Triton: `triton_ops` does, and names a missing package.
+An import of this package imports neither Triton nor torch: `triton_ops` does, and names a missing
+package.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
+from arriero.kernels.backend import Backend
+from arriero.kernels.sizes import PLAIN, KvBlockSize, MatrixSize, PackedBytes
 
 if TYPE_CHECKING:
+    import torch
+
     from arriero.kernels.triton.backend import TritonOps
+
+
+class TritonBackend(Backend):
+    """Pads groups of int4 columns to whole bytes; a bias has the dtype of the products."""
+
+    best_on = "cuda"
+
+    def make_ops(
+        self, device: torch.device, threads: int | None, *, batch_independent: bool
+    ) -> TritonOps:
+        """See `Backend.make_ops`; `batch_independent` costs speed, see `TritonOps`."""
+        return triton_ops(device, batch_independent=batch_independent or None)
+
+    def packed_nbytes(self, matrix: MatrixSize) -> PackedBytes:
+        """See `Backend.packed_nbytes`."""
+        rows = matrix.out_features
+        row_bytes = matrix.in_features * PLAIN.get(matrix.precision, 1)
+        if matrix.precision == "int4":
+            row_bytes = matrix.num_groups * -(-min(matrix.group_size, matrix.in_features) // 2)
+        bias = PLAIN.get(matrix.precision, PLAIN["bfloat16"]) if matrix.bias else 0
+        return PackedBytes(weights=rows * (row_bytes + bias), scales=matrix.scales_nbytes(rows))
+
+    def kv_block_nbytes(self, block: KvBlockSize) -> int:
+        """See `Backend.kv_block_nbytes`."""
+        return block.nbytes(slots=block.block_size, value_dim=block.head_dim)
 
 
 def triton_ops(device: torch.device, *, batch_independent: bool | None = None) -> TritonOps:
@@ -24,6 +53,8 @@ def triton_ops(device: torch.device, *, batch_independent: bool | None = None) -
     Raises:
         RuntimeError: this machine or environment cannot run the backend; the message says why.
     """
+    import torch
+
     try:
         from arriero.kernels.triton import launch
     except ImportError as error:

@@ -15,7 +15,7 @@ from arriero.kernels.layers import AttentionStyle
 from arriero.kernels.ops import Ops
 from arriero.kernels.packed_weights import Linear
 from arriero.kernels.quantize import quantize_fp8, quantize_int4, quantize_int8
-from arriero.kernels.reference import ReferenceOps
+from arriero.kernels.reference.backend import ReferenceOps
 from arriero.kernels.sampling_rows import SamplingRows
 from arriero.kernels.triton.backend import TritonOps
 

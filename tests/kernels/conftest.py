@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from arriero.kernels.ops import Ops
+from arriero.kernels.registry import BACKENDS
 from arriero.kernels.select import ops_for
 from support import triton_interpreter
 
@@ -27,7 +28,7 @@ def backend(name: str, threads: int | None = None) -> Ops:
     return ops
 
 
-@pytest.fixture(params=["reference", "cpu", "triton"])
+@pytest.fixture(params=list(BACKENDS))
 def ops(request: pytest.FixtureRequest) -> Ops:
     if request.param == "triton":
         dtypes = request.node.callspec.params.values()

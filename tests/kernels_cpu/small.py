@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from arriero.kernels.cpu import CpuOps
+from arriero.kernels.cpu.backend import CpuOps
 from arriero.kernels.cpu.library import find, runnable
 from arriero.kernels.flat_batch import FlatBatch
 from arriero.kernels.kv_cache import KVCacheSpec

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from arriero.kernels.cpu import CpuOps, offload
+from arriero.kernels.cpu import offload
+from arriero.kernels.cpu.backend import CpuOps
 from arriero.kernels.cpu.structs import packed_of
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.sampling_params import SamplingParams

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from arriero.kernels.cpu import CpuOps
+from arriero.kernels.cpu.backend import CpuOps
 from arriero.kernels.cpu.library import find, runnable
 from arriero.kernels.packed_weights import Linear
 from arriero.kernels.quantized_weight import QuantizedWeight

@@ -19,7 +19,7 @@ from arriero.kernels.kv_cache import KVCacheSpec  # noqa: E402
 from arriero.kernels.layers import AttentionStyle  # noqa: E402
 from arriero.kernels.philox import uniform  # noqa: E402
 from arriero.kernels.quantize import quantize_int4  # noqa: E402
-from arriero.kernels.reference import ReferenceOps  # noqa: E402
+from arriero.kernels.reference.backend import ReferenceOps  # noqa: E402
 from arriero.kernels.select import ops_for  # noqa: E402
 from arriero.kernels.triton import launch, triton_ops, tuning  # noqa: E402
 from arriero.kernels.triton.backend import TritonOps  # noqa: E402

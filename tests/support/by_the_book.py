@@ -10,7 +10,7 @@ from torch import Tensor
 
 from arriero.kernels.packed_weights import Linear
 from arriero.kernels.quantized_weight import QuantizedWeight
-from arriero.kernels.reference import ReferenceOps
+from arriero.kernels.reference.backend import ReferenceOps
 
 
 class ByTheBook(ReferenceOps):

@@ -49,7 +49,7 @@ def exact_ops(kernels: str) -> Ops:
     """A backend that does not round the inputs of products to bfloat16, as it otherwise may."""
     if kernels == "cpu":
         try:
-            from arriero.kernels.cpu import CpuOps
+            from arriero.kernels.cpu.backend import CpuOps
 
             return CpuOps(CPU, 1, exact_inputs=True)
         except RuntimeError as error:

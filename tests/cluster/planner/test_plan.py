@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,10 +23,11 @@ from arriero.cluster.planner.rank_weights import ON_LOAD, Dtype, weights_as
 from arriero.cluster.planner.step_memory import num_graphs
 from arriero.kernels.kv_cache import KVCacheSpec
 from arriero.kernels.ops import Ops
-from arriero.kernels.packing import Kernels, Precision, kv_block_nbytes, packed_nbytes
 from arriero.kernels.quantize import quantize_fp8, quantize_int4, quantize_int8
 from arriero.kernels.quantized_weight import QuantizedWeight
+from arriero.kernels.registry import BACKENDS, Kernels
 from arriero.kernels.select import ops_for
+from arriero.kernels.sizes import KvBlockSize, MatrixSize, Precision
 from arriero.shards.checkpoint.formats.describe import describe
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.parallel import ParallelConfig
@@ -435,6 +437,12 @@ def test_packed_bytes_are_the_backend_s(kernels: Kernels, shape: tuple[int, int]
     ops = backend(kernels)
     weight = torch.randn(shape)
     bias = torch.zeros(shape[0])
+
+    def packed_nbytes(precision: Precision, **form: Any) -> int:  # noqa: ANN401
+        rows, columns = shape
+        matrix = MatrixSize(out_features=rows, in_features=columns, precision=precision, **form)
+        return BACKENDS[kernels].packed_nbytes(matrix).total
+
     plain: dict[Precision, torch.dtype] = {
         "float32": torch.float32,
         "bfloat16": torch.bfloat16,
@@ -443,9 +451,9 @@ def test_packed_bytes_are_the_backend_s(kernels: Kernels, shape: tuple[int, int]
     for name, dtype in plain.items():
         for vector in (None, bias):
             made = ops.pack_linear([weight], vector, dtype)
-            due = packed_nbytes(kernels, *shape, name, bias=vector is not None)
-            assert made.nbytes == due.total, (name, vector is None)
-        assert ops.pack_vocab(weight, 0, dtype).nbytes == packed_nbytes(kernels, *shape, name).total
+            expected = packed_nbytes(name, bias=vector is not None)
+            assert made.nbytes == expected, (name, vector is None)
+        assert ops.pack_vocab(weight, 0, dtype).nbytes == packed_nbytes(name)
     quantized: dict[Precision, QuantizedWeight] = {
         "int8": quantize_int8(weight),
         "fp8": quantize_fp8(weight),
@@ -456,8 +464,7 @@ def test_packed_bytes_are_the_backend_s(kernels: Kernels, shape: tuple[int, int]
             made = ops.pack_quantized([one], bias)
         except NotImplementedError:
             continue
-        due = packed_nbytes(kernels, *shape, kind, group_size=32, bias=True)
-        assert made.nbytes == due.total, kind
+        assert made.nbytes == packed_nbytes(kind, group_size=32, bias=True), kind
 
 
 @pytest.mark.parametrize("kernels", ["reference", "cpu"])
@@ -474,8 +481,8 @@ def test_kv_blocks_are_the_backend_s(
         block_size=block_size,
         dtype=getattr(torch, dtype),
     )
-    block = kv_block_nbytes(
-        kernels, kv_heads=5, head_dim=head_dim, block_size=block_size, dtype=dtype
+    block = BACKENDS[kernels].kv_block_nbytes(
+        KvBlockSize(kv_heads=5, head_dim=head_dim, block_size=block_size, dtype=dtype)
     )
     assert backend(kernels).kv_cache(spec, torch.device("cpu")).nbytes == 2 * 3 * block
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from arriero.kernels.reference import ReferenceOps
+from arriero.kernels.reference.backend import ReferenceOps
 from arriero.shards.checkpoint.formats.stored import byte_ranges, reads, tensor_specs
 from arriero.shards.checkpoint.pager import Pager, ranges_read
 from arriero.shards.checkpoint.reader import Checkpoint

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from arriero.kernels.reference import ReferenceOps
+from arriero.kernels.reference.backend import ReferenceOps
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.sampling_params import SamplingParams

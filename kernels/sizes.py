@@ -1,0 +1,96 @@
+"""The shapes that a backend's byte counts start from: a packed matrix, a KV block.
+
+Knows sizes; knows nothing of tensors and of backends. Needs no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Precision = Literal["float32", "bfloat16", "float16", "fp8", "int8", "int4"]
+
+PLAIN = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a number of an unquantized matrix."""
+KV_ITEMSIZE = PLAIN | {"int8": 1}
+"""Bytes of a number in the KV cache."""
+FLOAT = 4
+"""Bytes of a scale or a zero point: float32 in every backend."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MatrixSize:
+    """A matrix to pack; stacked matrices count as a whole.
+
+    Attributes:
+        out_features: rows.
+        in_features: columns.
+        precision: precision of the weights.
+        group_size: int4: columns that share a scale.
+        zeros: int4: the weights have zero points.
+        bias: the matrix has a bias.
+    """
+
+    out_features: int
+    in_features: int
+    precision: Precision
+    group_size: int = 128
+    zeros: bool = True
+    bias: bool = False
+
+    @property
+    def byte_columns(self) -> int:
+        """Bytes of an int4 row without padding: two columns a byte."""
+        return -(-self.in_features // 2)
+
+    @property
+    def num_groups(self) -> int:
+        """Scales of a row, of a quantized matrix."""
+        return -(-self.in_features // self.group_size) if self.precision == "int4" else 1
+
+    def scales_nbytes(self, rows: int) -> int:
+        """Bytes of scales and zero points of `rows` rows, padding rows included."""
+        if self.precision in PLAIN:
+            return 0
+        numbers = 2 if self.precision == "int4" and self.zeros else 1
+        return rows * self.num_groups * numbers * FLOAT
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KvBlockSize:
+    """A KV block of a layer.
+
+    Attributes:
+        kv_heads: key/value heads of the slice.
+        head_dim: numbers of a head.
+        block_size: tokens of a block.
+        dtype: dtype of the cache, a name of `KV_ITEMSIZE`.
+    """
+
+    kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: str
+
+    def nbytes(self, *, slots: int, value_dim: int) -> int:
+        """Bytes with `slots` slots for tokens and `value_dim` numbers of a value, padding included.
+
+        Raises:
+            KeyError: no cache has this dtype.
+        """
+        numbers = slots * (self.head_dim + value_dim) * KV_ITEMSIZE[self.dtype]
+        scales = 2 * slots * FLOAT if self.dtype == "int8" else 0
+        return self.kv_heads * (numbers + scales)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedBytes:
+    """Bytes of a packed matrix."""
+
+    weights: int
+    scales: int
+
+    @property
+    def total(self) -> int:
+        """All bytes, as in `Linear.nbytes`."""
+        return self.weights + self.scales
