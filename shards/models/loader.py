@@ -19,9 +19,10 @@ from arriero.kernels.ops import Ops
 from arriero.kernels.packed_weights import Linear, Vocab
 from arriero.kernels.quantize import in_pieces, quantize_fp8, quantize_int4, quantize_int8
 from arriero.kernels.quantized_weight import QuantizedWeight
-from arriero.shards.checkpoint.formats.products import ProductReader, StoredProduct
+from arriero.shards.checkpoint.formats.products import ProductReader
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
 from arriero.shards.checkpoint.formats.stored import TensorSpec, bytes_read
+from arriero.shards.checkpoint.formats.stored_product import StoredProduct
 from arriero.shards.checkpoint.pager import Pager, ranges_read
 from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.errors import CheckpointError

@@ -11,8 +11,9 @@ import torch
 
 from arriero.kernels.quantized_weight import QuantizedWeight
 from arriero.kernels.select import ops_for
-from arriero.shards.checkpoint.formats.products import ProductReader, StoredProduct
+from arriero.shards.checkpoint.formats.products import ProductReader
 from arriero.shards.checkpoint.formats.scheme import Method, QuantScheme
+from arriero.shards.checkpoint.formats.stored_product import StoredProduct
 from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.errors import CheckpointError
 from arriero.shards.layout.dense import Span
