@@ -1,8 +1,8 @@
-"""Rows as the bytes that travel between ranks, and back.
+"""Rows as the bytes that travel between ranks, or to tiers of the KV cache, and back.
 
-Knows the formats; knows nothing of ranks, experts and transports.
+Knows the formats; knows nothing of ranks, experts, blocks and transports.
 
-Shape legend: X rows, H hidden size, B bytes of a row.
+Shape legend: X rows (for fp8 any dimensions), H hidden size, B bytes of a row.
 """
 
 from __future__ import annotations
@@ -46,16 +46,15 @@ def pack(rows_XH: Tensor, format: RowFormat) -> Tensor:
         amax_X1 = rows_XH.abs().amax(dim=-1, keepdim=True)
         scale_X1 = amax_X1.clamp_(min=MIN_AMAX) / FP8_MAX
         levels = (rows_XH / scale_X1).to(torch.float8_e4m3fn).view(torch.uint8)
-        scale_X4 = scale_X1.flatten().view(torch.uint8).view(-1, SCALE_BYTES)
-        return torch.cat((levels, scale_X4), dim=1)
+        return torch.cat((levels, scale_X1.view(torch.uint8)), dim=-1)
     return rows_XH.to(getattr(torch, format)).contiguous().view(torch.uint8)
 
 
 def unpack(rows_XB: Tensor, format: RowFormat, dtype: torch.dtype) -> Tensor:
     """Undo `pack`: [X, H], of `dtype`."""
     if format == "fp8":
-        levels = rows_XB[:, :-SCALE_BYTES].contiguous().view(torch.float8_e4m3fn)
+        levels = rows_XB[..., :-SCALE_BYTES].view(torch.float8_e4m3fn)
         # A copy even of a contiguous row: a view as float32 must be aligned.
-        scale_X4 = rows_XB[:, -SCALE_BYTES:].clone(memory_format=torch.contiguous_format)
+        scale_X4 = rows_XB[..., -SCALE_BYTES:].clone(memory_format=torch.contiguous_format)
         return (levels.float() * scale_X4.view(torch.float32)).to(dtype)
     return rows_XB.view(getattr(torch, format)).to(dtype)

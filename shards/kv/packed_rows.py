@@ -2,10 +2,10 @@
 
 A row, one head's key or value of a token, is its numbers followed by their float32 scale. In int8
 the numbers are 127 levels of either sign, as `KVCacheSpec` has it for caches in int8; in fp8 they
-are float8 e4m3 (Micikevicius et al. 2022, FP8 Formats for Deep Learning), whose maximum, 448, is
-the row's own maximum. int8 is more exact for rows with numbers of similar size, fp8 for rows with a
-few large numbers. Packing a row that was unpacked changes it by rounding alone, so a block does not
-degrade over many transfers.
+are float8 e4m3 (Micikevicius et al. 2022, FP8 Formats for Deep Learning) whose maximum, 448, is the
+row's own maximum, as in `kernels.expert_rows`. int8 is more exact for rows with numbers of similar
+size, fp8 for rows with a few large numbers. Packing a row that was unpacked changes it by rounding
+alone, so a block does not degrade over many transfers.
 
 Knows numbers; knows nothing of blocks or tiers.
 
@@ -17,11 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from arriero.kernels import expert_rows
 from arriero.kernels.reference.kv import int8_levels
 from arriero.shards.config.kv_tiers import SCALE_BYTES, RowType
-
-_FP8 = torch.float8_e4m3fn
-_FP8_MOST = torch.finfo(_FP8).max
 
 
 def pack(data: Tensor, dtype: RowType) -> Tensor:
@@ -34,14 +32,10 @@ def pack(data: Tensor, dtype: RowType) -> Tensor:
     Returns:
         int8 [..., D + 4]; for fp8 the bits of the numbers.
     """
-    if dtype == "int8":
-        levels, scale = int8_levels(data)
-        packed_numbers = levels.to(torch.int8)
-    else:
-        rows = data.float()
-        scale = rows.abs().amax(-1) / _FP8_MOST
-        packed_numbers = (rows / scale.where(scale > 0, 1.0)[..., None]).to(_FP8).view(torch.int8)
-    return torch.cat([packed_numbers, scale[..., None].view(torch.int8)], dim=-1)
+    if dtype == "fp8":
+        return expert_rows.pack(data, "fp8").view(torch.int8)
+    levels, scale = int8_levels(data)
+    return torch.cat([levels.to(torch.int8), scale[..., None].view(torch.int8)], dim=-1)
 
 
 def unpack(packed: Tensor, dtype: RowType) -> Tensor:
@@ -54,6 +48,7 @@ def unpack(packed: Tensor, dtype: RowType) -> Tensor:
     Returns:
         float32 [..., D].
     """
-    packed_numbers, scale = packed[..., :-SCALE_BYTES], packed[..., -SCALE_BYTES:]
-    numbers = packed_numbers if dtype == "int8" else packed_numbers.view(_FP8)
-    return numbers.float() * scale.contiguous().view(torch.float32)
+    if dtype == "fp8":
+        return expert_rows.unpack(packed.view(torch.uint8), "fp8", torch.float32)
+    levels, scale = packed[..., :-SCALE_BYTES], packed[..., -SCALE_BYTES:]
+    return levels.float() * scale.contiguous().view(torch.float32)

@@ -1,0 +1,139 @@
+"""Decodes, prefills and admission, each by itself: no scheduler, no slice, no model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from arriero.shards.config.sampling_params import SamplingParams
+from arriero.shards.engine.admission import Admission
+from arriero.shards.engine.decodes import Decodes
+from arriero.shards.engine.prefills import Prefills
+from arriero.shards.engine.running import RunningSequences
+from arriero.shards.engine.sequence import LiveRequest, Sequence
+from arriero.shards.engine.sequence_blocks import SequenceBlocks
+from arriero.shards.engine.types import EngineConfig, EngineRequest
+from arriero.shards.engine.waiting import WaitingQueue
+
+
+class Parts:
+    """The objects that choose the rows of a step, over one set of blocks."""
+
+    def __init__(self, **changes: Any) -> None:  # noqa: ANN401
+        fields: dict[str, Any] = {
+            "max_model_len": 64,
+            "block_size": 4,
+            "num_blocks": 16,
+            "max_sequences": 4,
+            "max_batch_tokens": 32,
+            "vocab_size": 50,
+        }
+        self.config = EngineConfig(**fields | changes)
+        self.blocks = SequenceBlocks(self.config, None)
+        self.waiting = WaitingQueue(self.blocks, lambda: 0.0)
+        self.running = RunningSequences(self.config, self.blocks, self.waiting)
+        self.decodes = Decodes(self.running, self.blocks)
+        self.prefills = Prefills(self.running, self.blocks)
+        self.admission = Admission(self.waiting, self.running, self.prefills, self.blocks)
+        self.arrivals = 0
+
+    def queue(self, num_tokens: int, *, priority: int = 0, tenant: str = "") -> Sequence:
+        """A waiting sequence with a prompt of its own."""
+        self.arrivals += 1
+        request = EngineRequest(
+            request_id=f"r{self.arrivals}",
+            prompt=(self.arrivals,) * num_tokens,
+            params=SamplingParams(seed=1, max_tokens=16),
+            priority=priority,
+            tenant=tenant,
+        )
+        live = LiveRequest(request, self.arrivals)
+        sequence = Sequence.of(live, 0, self.blocks.new_owner())
+        live.sequences[0] = sequence
+        self.waiting.add(sequence)
+        return sequence
+
+    def sample(self) -> None:
+        """Every decoding sequence knows one more token."""
+        for sequence in self.running.decoding.sequences:
+            sequence.tokens.append(7)
+            self.running.slots.known[sequence.slot] += 1
+
+
+def test_admission_is_by_rank_and_within_the_budget() -> None:
+    parts = Parts()
+    late, early = parts.queue(6, priority=1), parts.queue(6)
+    chunks = parts.admission.admit(8)
+    assert [(chunk.sequence, chunk.start, chunk.end) for chunk in chunks] == [
+        (early, 0, 6),
+        (late, 0, 2),
+    ]
+    assert [chunk.final for chunk in chunks] == [True, False]
+    assert parts.running.prefilling == [late] and parts.running.decoding.sequences == [early]
+    assert parts.waiting.first is None
+
+
+def test_admission_leaves_a_block_for_each_running_sequence() -> None:
+    parts = Parts(num_blocks=4)
+    first = parts.queue(8)
+    assert [chunk.sequence for chunk in parts.admission.admit(32)] == [first]
+    held_back, small = parts.queue(8), parts.queue(4)
+    assert parts.admission.admit(32) == [], "two blocks are left, and one must stay"
+    assert parts.waiting.first is held_back, "the sequence behind does not overtake"
+    parts.running.release(first)
+    admitted = [chunk.sequence for chunk in parts.admission.admit(32)]
+    assert admitted == [held_back, small]
+
+
+def test_admission_counts_prompts_by_tenant_and_once() -> None:
+    parts = Parts()
+    sequence = parts.queue(6, tenant="a")
+    parts.queue(3, tenant="b")
+    parts.admission.admit(32)
+    parts.running.preempt(sequence)
+    parts.admission.admit(32)
+    assert parts.admission.prompt_tokens == 9
+    assert {name: use.prompt_tokens for name, use in parts.admission.by_tenant.items()} == {
+        "a": 6,
+        "b": 3,
+    }
+    assert parts.running.num_preemptions == 1
+
+
+def test_prefills_go_on_by_rank_within_the_budget() -> None:
+    parts = Parts()
+    first, second = parts.queue(10), parts.queue(10)
+    parts.admission.admit(4)
+    parts.admission.admit(4)
+    assert parts.running.prefilling == [first, second]
+    chunks = parts.prefills.advance(8)
+    assert [(chunk.sequence, chunk.start, chunk.end) for chunk in chunks] == [
+        (first, 4, 10),
+        (second, 4, 6),
+    ]
+    assert parts.running.prefilling == [second] and parts.running.decoding.sequences == [first]
+    assert parts.prefills.advance(0) == []
+
+
+def test_decodes_have_a_block_for_their_token() -> None:
+    parts = Parts()
+    sequence = parts.queue(4)
+    parts.admission.admit(32)
+    slots, starts = parts.decodes.take(0)
+    assert slots.tolist() == [sequence.slot] and starts.tolist() == [4]
+    assert parts.running.slots.capacity[sequence.slot] == 8
+    parts.sample()
+    slots, starts = parts.decodes.take(1)
+    assert starts.tolist() == [5] and parts.running.slots.capacity[sequence.slot] == 8
+
+
+def test_a_decode_takes_the_block_of_the_last_in_rank() -> None:
+    parts = Parts(num_blocks=4, prefix_cache=False)
+    first = parts.queue(4)
+    parts.admission.admit(32)
+    last = parts.queue(8)
+    parts.admission.admit(32)
+    assert last.slot >= 0
+    slots, _ = parts.decodes.take(0)  # both need a block, and one is left
+    assert slots.tolist() == [first.slot]
+    assert last.slot < 0 and parts.waiting.first is last
+    assert parts.running.num_preemptions == 1
