@@ -6,14 +6,13 @@ Knows the Serve deployments of a spec; knows nothing of the work of leaders and 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray import serve
 from ray.serve import Application
 
+from arriero.cluster.hosts.capacity import SERVICE_CPUS, ClusterCapacity, PlacementBundles
 from arriero.cluster.replica.gateway import GatewayReplica, GatewaySettings
 from arriero.cluster.replica.group_settings import GroupSettings
 from arriero.cluster.replica.leader import Leader
@@ -23,95 +22,7 @@ from arriero.cluster.spec.model import ModelSpec
 from arriero.shards.errors import SpecError
 
 NAME = "arriero"
-SERVICE_CPUS = 0.01
-"""Logical CPUs of a leader or a gateway. Both run on cores that the slices leave free."""
 _STOP_MARGIN_S = 10.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClusterCapacity:
-    """Resources of the cluster for groups.
-
-    Attributes:
-        num_cpus: logical CPUs of the whole cluster.
-        num_gpus: GPUs of the whole cluster.
-        cpus_per_slice: logical CPUs of a slice whose model sets no `cpus_per_slice`.
-    """
-
-    num_cpus: float
-    num_gpus: float
-    cpus_per_slice: float
-
-    @classmethod
-    def of_cluster(cls, spec: DeploymentSpec, *, shared: bool) -> ClusterCapacity:
-        """The capacity that Ray reports.
-
-        Args:
-            spec: the deployment.
-            shared: other applications use the cluster too; then a slice takes 1 CPU by default.
-                Otherwise all slices, and the extra group of a rolling update, share the CPUs.
-        """
-        resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        num_cpus = resources.get("CPU", 0.0)
-        surge = max(model.mesh.num_slices for model in spec.models)
-        num_services = sum(model.most_seats for model in spec.models) + spec.gateway.count + 1
-        slice_cpus = num_cpus - SERVICE_CPUS * num_services
-        share = int(slice_cpus / (spec.num_slices + surge) * 1e3) / 1e3
-        return cls(
-            num_cpus=num_cpus,
-            num_gpus=resources.get("GPU", 0.0),
-            cpus_per_slice=1.0 if shared else min(1.0, share),
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PlacementBundles:
-    """Placement bundles of a group's slices; all slices of a bundle run on the same node.
-
-    Attributes:
-        slices_per_bundle: the tensor-parallel slices of a stage; 1 if a stage may span nodes.
-        count: number of bundles.
-        accelerator: GPU type of each bundle; "" for any type.
-        selector: labels that the nodes must have.
-    """
-
-    slices_per_bundle: int
-    count: int
-    accelerator: str
-    selector: Mapping[str, str]
-
-    @classmethod
-    def of(cls, model: ModelSpec) -> PlacementBundles:
-        """The bundles of a model's mesh and placement."""
-        slices_per_bundle = 1 if model.placement.span else model.mesh.tp
-        return cls(
-            slices_per_bundle=slices_per_bundle,
-            count=model.mesh.num_slices // slices_per_bundle,
-            accelerator=model.placement.accelerator or "",
-            selector=model.placement.labels,
-        )
-
-    def bundles(self, cpus: float, device: str) -> list[dict[str, float]]:
-        """Resources of each bundle.
-
-        Args:
-            cpus: logical CPUs of a slice.
-            device: "cpu" or "cuda".
-        """
-        bundle = {"CPU": cpus * self.slices_per_bundle}
-        if device == "cuda":
-            bundle["GPU"] = float(self.slices_per_bundle)
-        if self.accelerator:
-            bundle[f"accelerator_type:{self.accelerator}"] = 0.001
-        return [bundle] * self.count
-
-    @property
-    def labels(self) -> dict[str, Any]:
-        """Serve's argument for node labels: an entry for the leader, then an entry per bundle."""
-        if not self.selector:
-            return {}
-        selectors = [dict(self.selector)] * (1 + self.count)
-        return {"placement_group_bundle_label_selector": selectors}
 
 
 def build(spec: DeploymentSpec, capacity: ClusterCapacity) -> Application:

@@ -215,6 +215,7 @@ def _deploy(
 
     from arriero.cluster import app
     from arriero.cluster.control import operator
+    from arriero.cluster.hosts.capacity import ClusterCapacity
     from arriero.cluster.registry import registry
 
     show("starting Ray Serve")
@@ -228,7 +229,7 @@ def _deploy(
         )
     before: Any = ray.get(registry_actor.snapshot.remote(), timeout=_JOIN_LIMIT_S)
     try:
-        capacity = app.ClusterCapacity.of_cluster(spec, shared=shared)
+        capacity = ClusterCapacity.of_cluster(spec, shared=shared)
         for model in spec.models:  # raises before anything starts if GPUs are missing
             app.leader(model, spec, capacity, seat=model.name, revision=0)
         operator_actor = operator.connect(spec, shared=shared, token=token)

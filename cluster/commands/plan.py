@@ -17,9 +17,10 @@ from arriero.cluster.commands.plan_options import DemandOptions, MachineOptions,
 from arriero.cluster.commands.terminal import OUT
 from arriero.cluster.planner.catalog import MODELS, NamedModel, find_model
 from arriero.cluster.planner.demand import KvDemand
+from arriero.cluster.planner.group_plan import GroupPlan
 from arriero.cluster.planner.kv_room import stored_as
 from arriero.cluster.planner.layouts import Machines, Option, best_of, larger_machines, rank_layouts
-from arriero.cluster.planner.memory import GroupPlan, plan_group
+from arriero.cluster.planner.memory import plan_group
 from arriero.cluster.planner.rank_weights import DTYPES, Dtype, weights_as
 from arriero.kernels.registry import BACKENDS, Kernels
 from arriero.shards.config.parallel import ParallelConfig

@@ -11,9 +11,9 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterable
 
-from arriero.cluster import app
 from arriero.cluster.control.reconcile import GroupSeat, Phase
 from arriero.cluster.hosts import nodes
+from arriero.cluster.hosts.capacity import ClusterCapacity, PlacementBundles
 from arriero.cluster.spec.model import ModelSpec
 
 _REPORT_AFTER_S = 3.0
@@ -31,7 +31,7 @@ class PlacementTracker:
         self._waiting_since_s: dict[str, float] = {}
         self._crowded_until_s: dict[str, float] = {}
 
-    def problem(self, seat: str, model: ModelSpec, capacity: app.ClusterCapacity) -> str:
+    def problem(self, seat: str, model: ModelSpec, capacity: ClusterCapacity) -> str:
         """A text for people when a seat has waited some seconds; "" otherwise."""
         since_s = self._waiting_since_s.get(seat)
         if since_s is None or time.monotonic() - since_s < _REPORT_AFTER_S:
@@ -44,7 +44,7 @@ class PlacementTracker:
         )
 
     def surge(
-        self, model: ModelSpec, capacity: app.ClusterCapacity, *, num_seats: int, count: int
+        self, model: ModelSpec, capacity: ClusterCapacity, *, num_seats: int, count: int
     ) -> int:
         """Number of extra groups, 0 or 1, that the cluster has room for.
 
@@ -86,8 +86,8 @@ class PlacementTracker:
         return stuck
 
 
-def _bundles(model: ModelSpec, capacity: app.ClusterCapacity) -> list[dict[str, float]]:
+def _bundles(model: ModelSpec, capacity: ClusterCapacity) -> list[dict[str, float]]:
     """Resources of a group's bundles, without the leader's small bundle."""
     cuda = model.device == "cuda" or (model.device == "auto" and capacity.num_gpus > 0)
     cpus = model.cpus_per_slice or capacity.cpus_per_slice
-    return app.PlacementBundles.of(model).bundles(cpus, "cuda" if cuda else "cpu")
+    return PlacementBundles.of(model).bundles(cpus, "cuda" if cuda else "cpu")

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from arriero.cluster import app
 from arriero.cluster.control.desired_state import OperatorState
 from arriero.cluster.hosts import kv_store
+from arriero.cluster.hosts.capacity import ClusterCapacity
 from arriero.cluster.spec.deployment import DeploymentSpec
 from arriero.cluster.spec.model import ModelSpec
 
@@ -58,5 +58,5 @@ class StateStore:
         """Store the state, so that it outlives the operator's process."""
         kv_store.put(NAME, asdict(self.state))
 
-    def _read_capacity(self) -> app.ClusterCapacity:
-        return app.ClusterCapacity.of_cluster(self.spec, shared=self.state.shared)
+    def _read_capacity(self) -> ClusterCapacity:
+        return ClusterCapacity.of_cluster(self.spec, shared=self.state.shared)

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 from arriero.cluster.planner.catalog import Device, NamedModel
 from arriero.cluster.planner.demand import KvDemand
-from arriero.cluster.planner.memory import GroupPlan, plan_group
+from arriero.cluster.planner.group_plan import GroupPlan
+from arriero.cluster.planner.memory import plan_group
 from arriero.cluster.planner.rank_weights import DTYPES, ON_LOAD, Dtype, weights_as
 from arriero.kernels.registry import BACKENDS
 from arriero.shards.checkpoint.formats.scheme import QuantScheme

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from arriero.cluster.planner import catalog
 from arriero.cluster.planner.catalog import Device, NamedModel
 from arriero.cluster.planner.demand import KvDemand
-from arriero.cluster.planner.memory import GroupPlan, plan_group
+from arriero.cluster.planner.group_plan import GroupPlan
+from arriero.cluster.planner.memory import plan_group
 from arriero.cluster.planner.rank_weights import Dtype, weights_as
 from arriero.kernels.registry import Kernels
 from arriero.shards.config.parallel import ParallelConfig

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from arriero.cluster.planner.memory import GroupPlan, RankPlan
+from arriero.cluster.planner.group_plan import GroupPlan, RankPlan
 from arriero.shards.errors import SpecError
 
 _COLOURS = {

@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from arriero.cluster.planner.checkpoint_bytes import stored_bytes
+from arriero.cluster.planner.group_plan import GroupPlan, RankPlan
 from arriero.cluster.planner.layouts import Machines, Option
-from arriero.cluster.planner.memory import GroupPlan, RankPlan
 from arriero.shards.checkpoint.formats.modules import Kind
 from arriero.shards.kv.limits import GroupTierLimits
 

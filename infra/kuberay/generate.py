@@ -19,8 +19,9 @@ import yaml
 
 from arriero.cluster.planner.catalog import find_model
 from arriero.cluster.planner.demand import KvDemand
+from arriero.cluster.planner.group_plan import GroupPlan
 from arriero.cluster.planner.layouts import Machines
-from arriero.cluster.planner.memory import GroupPlan, plan_group
+from arriero.cluster.planner.memory import plan_group
 from arriero.cluster.planner.rank_weights import Dtype, weights_as
 from arriero.shards.config.parallel import ParallelConfig
 

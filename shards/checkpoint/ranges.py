@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arriero.shards.checkpoint.safetensors_header import MAX_HEADER_BYTES
+from arriero.shards.checkpoint.safetensors_limits import LENGTH_BYTES, MAX_HEADER_BYTES
 from arriero.shards.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -111,11 +111,11 @@ class RangedFolder:
         with self._exclusive(file, 0):
             if present[0]:  # another thread or process has fetched it
                 return
-            prefix = self.read(file, 0, min(8, size))
+            prefix = self.read(file, 0, min(LENGTH_BYTES, size))
             length = int.from_bytes(prefix, "little")
             rest = b""
             if length <= MAX_HEADER_BYTES:  # else the parser raises the error
-                rest = self.read(file, len(prefix), min(8 + length, size))
+                rest = self.read(file, len(prefix), min(LENGTH_BYTES + length, size))
             self._write(file, prefix + rest, 0)
             present[0] = 1
 

@@ -18,12 +18,10 @@ from typing import Any
 
 import torch
 
+from arriero.shards.checkpoint.safetensors_limits import LENGTH_BYTES, MAX_HEADER_BYTES
 from arriero.shards.errors import CheckpointError
 from arriero.shards.files.bad_file import explain_binary, explain_error, head_of
 from arriero.shards.files.json_file import parse_json_object
-
-MAX_HEADER_BYTES = 100_000_000
-"""Limit of the format."""
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -43,7 +41,6 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _MAX_DIMS = 16
-_LENGTH_BYTES = 8
 _AGAIN = "fetch the file again"
 _NO_HEADER = f"the header is empty: not a safetensors file, or damaged; {_AGAIN}"
 
@@ -74,10 +71,10 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     """
     try:
         head, size = head_of(file)
-        length = int.from_bytes(head[:_LENGTH_BYTES], "little")
+        length = int.from_bytes(head[:LENGTH_BYTES], "little")
         _check_length(file, head, size, length)
         with file.open("rb") as stream:
-            stream.seek(_LENGTH_BYTES)
+            stream.seek(LENGTH_BYTES)
             header = stream.read(length)
     except OSError as error:
         raise CheckpointError(f"{file}: {explain_error(file, error)}") from None
@@ -85,7 +82,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{file}: {explain_binary(head, size) or _NO_HEADER}")
     entries = parse_json_object(header, f"{file} (header)", unique_keys="tensor")
     entries.pop("__metadata__", None)
-    data_start = _LENGTH_BYTES + length
+    data_start = LENGTH_BYTES + length
     _refuse_truncated(file, entries, data_start, size)
     tensors = {name: _entry(file, name, entry, data_start, size) for name, entry in entries.items()}
     _refuse_overlap(file, tensors)
@@ -96,7 +93,7 @@ def _check_length(file: Path, head: bytes, size: int, length: int) -> None:
     """Refuse an impossible header length; the first bytes often show the real kind of file."""
     reason = explain_binary(head, size)
     hint = f"; the file {reason}" if reason else ""
-    if size < _LENGTH_BYTES:
+    if size < LENGTH_BYTES:
         raise CheckpointError(
             f"{file}: {size} bytes are too few for a safetensors file; {_AGAIN}{hint}"
         )
@@ -107,9 +104,9 @@ def _check_length(file: Path, head: bytes, size: int, length: int) -> None:
             else f"{file}: header of {length} bytes exceeds the limit of {MAX_HEADER_BYTES}; "
             f"not a safetensors file, or damaged: {_AGAIN}"
         )
-    if length > size - _LENGTH_BYTES:
+    if length > size - LENGTH_BYTES:
         raise CheckpointError(
-            f"{file}: truncated: header of {length} bytes, but {size - _LENGTH_BYTES} "
+            f"{file}: truncated: header of {length} bytes, but {size - LENGTH_BYTES} "
             f"follow; {_AGAIN}{hint}"
         )
 
@@ -196,5 +193,5 @@ def make_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> b
         }
         start = stop
     header = json.dumps(entries, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % _LENGTH_BYTES)  # aligns the tensors
-    return len(header).to_bytes(_LENGTH_BYTES, "little") + header
+    header += b" " * (-len(header) % LENGTH_BYTES)  # aligns the tensors
+    return len(header).to_bytes(LENGTH_BYTES, "little") + header

@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 import yaml
 
-from arriero.cluster.planner.memory import GroupPlan, plan_group
+from arriero.cluster.planner.group_plan import GroupPlan
+from arriero.cluster.planner.memory import plan_group
 from arriero.cluster.spec.deployment import DeploymentSpec
 from arriero.router.backend import GroupLoad, GroupView
 from arriero.router.observability.metrics import Metrics

@@ -53,6 +53,14 @@ def test_help_needs_neither_torch_nor_ray() -> None:
     assert time.monotonic() - begun_s < 5  # 0.3 s on a quiet machine
 
 
+def test_operator_and_plan_need_no_torch() -> None:
+    modules = ("control.operator", "spec.load", "commands.plan", "planner.report", "deploy")
+    code = "; ".join([f"import arriero.cluster.{module}" for module in modules])
+    code += "; import sys; print('torch' in sys.modules)"
+    got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert got.stdout.strip() == "False"
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_each(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run([command, "--help"]) == 0

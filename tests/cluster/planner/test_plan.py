@@ -17,8 +17,9 @@ from arriero.cluster import cli
 from arriero.cluster.planner.catalog import DEVICES, MODELS, NamedModel, cpu, find_model
 from arriero.cluster.planner.checkpoint_bytes import stored_bytes
 from arriero.cluster.planner.demand import KvDemand
+from arriero.cluster.planner.group_plan import GroupPlan
 from arriero.cluster.planner.layouts import Machines, rank_layouts
-from arriero.cluster.planner.memory import GroupPlan, plan_group
+from arriero.cluster.planner.memory import plan_group
 from arriero.cluster.planner.rank_weights import ON_LOAD, Dtype, weights_as
 from arriero.cluster.planner.step_memory import num_graphs
 from arriero.kernels.kv_cache import KVCacheSpec

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 
 from arriero.shards.checkpoint.llama_names import expected_tensors
 from arriero.shards.checkpoint.reader import Checkpoint
-from arriero.shards.checkpoint.safetensors_header import MAX_HEADER_BYTES, read_header
+from arriero.shards.checkpoint.safetensors_header import read_header
+from arriero.shards.checkpoint.safetensors_limits import MAX_HEADER_BYTES
 from arriero.shards.errors import CheckpointError
 from support.models import tiny_llama, tiny_weights, write_safetensors, write_sharded
 
