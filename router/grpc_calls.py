@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
@@ -18,19 +17,13 @@ import grpc.aio
 from google.protobuf.message import Message
 
 from arriero.router.calls.request_notes import RequestNotes
+from arriero.router.error_statuses import retry_after, status_of
 from arriero.router.inference import Stream
 from arriero.router.requests import read_request_id
 from arriero.router.response import TextDelta
 from arriero.router.tenants.admission_controller import AdmissionController, Caller, is_set
 from arriero.router.text.constraints import described
-from arriero.shards.errors import (
-    ArrieroError,
-    InvalidRequest,
-    NotFound,
-    Overloaded,
-    PermissionDenied,
-    Unauthenticated,
-)
+from arriero.shards.errors import ArrieroError, InvalidRequest, Overloaded
 
 log = logging.getLogger(__name__)
 
@@ -131,17 +124,10 @@ def guard(
 def _status(
     error: ArrieroError,
 ) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:
-    details = str(error)
+    """Status code, details, and trailing metadata of an error."""
+    trailing: tuple[tuple[str, str], ...] = ()
     if isinstance(error, InvalidRequest):
         trailing = (("arriero-field", error.field), ("arriero-code", error.code))
-        return grpc.StatusCode.INVALID_ARGUMENT, details, trailing
-    if isinstance(error, NotFound):
-        return grpc.StatusCode.NOT_FOUND, details, ()
-    if isinstance(error, Unauthenticated):
-        return grpc.StatusCode.UNAUTHENTICATED, details, ()
-    if isinstance(error, PermissionDenied):
-        return grpc.StatusCode.PERMISSION_DENIED, details, ()
-    if isinstance(error, Overloaded):
-        retry_after_s = str(max(1, math.ceil(error.retry_after_s)))
-        return grpc.StatusCode.RESOURCE_EXHAUSTED, details, (("retry-after", retry_after_s),)
-    return grpc.StatusCode.UNAVAILABLE, details, ()
+    elif isinstance(error, Overloaded):
+        trailing = (("retry-after", retry_after(error)),)
+    return status_of(error).grpc, str(error), trailing

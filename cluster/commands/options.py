@@ -34,7 +34,9 @@ def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
     The options of a group take the place of the group's parameter, in the order of the fields.
     """
     hints = get_type_hints(command, include_extras=True)
-    groups = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+    groups: dict[str, type[DataclassInstance]] = {
+        name: kind for name, kind in hints.items() if isinstance(kind, type) and is_dataclass(kind)
+    }
     signature = inspect.signature(command)
 
     @functools.wraps(command)
@@ -66,7 +68,7 @@ def set_options(*groups: DataclassInstance) -> dict[str, Any]:
     }
 
 
-def _options(group: type) -> Iterator[inspect.Parameter]:
+def _options(group: type[DataclassInstance]) -> Iterator[inspect.Parameter]:
     hints = get_type_hints(group, include_extras=True)
     for field in fields(group):
         yield inspect.Parameter(

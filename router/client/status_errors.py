@@ -10,38 +10,21 @@ from typing import Any
 
 import grpc
 
-from arriero.shards.errors import (
-    ArrieroError,
-    ContextTooLong,
-    InvalidRequest,
-    NotFound,
-    Overloaded,
-    PermissionDenied,
-    Unauthenticated,
-    Unavailable,
-)
+from arriero.router.error_statuses import CLASSES
+from arriero.shards.errors import ContextTooLong, InvalidRequest, Overloaded
 
 
 def from_status(error: Any) -> Exception:  # noqa: ANN401
     """The gateway's exception for a status; the given error for other statuses."""
-    code, details = error.code(), error.details() or ""
-    trailing = dict(error.trailing_metadata() or ())
-    translated: ArrieroError
-    if code is grpc.StatusCode.INVALID_ARGUMENT:
-        translated = _invalid(trailing, details)
-    elif code is grpc.StatusCode.NOT_FOUND:
-        translated = NotFound(details)
-    elif code is grpc.StatusCode.RESOURCE_EXHAUSTED and "retry-after" in trailing:
-        translated = Overloaded(details, float(trailing["retry-after"]))
-    elif code is grpc.StatusCode.UNAUTHENTICATED:
-        translated = Unauthenticated(details)
-    elif code is grpc.StatusCode.PERMISSION_DENIED:
-        translated = PermissionDenied(details)
-    elif code is grpc.StatusCode.UNAVAILABLE:
-        translated = Unavailable(details)
-    else:
+    details, trailing = error.details() or "", dict(error.trailing_metadata() or ())
+    kind = CLASSES.get(error.code())
+    if kind is InvalidRequest:
+        return _invalid(trailing, details)
+    if kind is Overloaded and "retry-after" in trailing:
+        return Overloaded(details, float(trailing["retry-after"]))
+    if kind is None or kind is Overloaded:
         return error  # type: ignore[no-any-return]
-    return translated
+    return kind(details)
 
 
 def connection_lost(error: Any) -> bool:  # noqa: ANN401

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,13 +13,14 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
+from arriero.router.error_statuses import STATUSES, retry_after, status_of
 from arriero.shards.errors import (
     ArrieroError,
     InvalidRequest,
     NotFound,
     Overloaded,
-    PermissionDenied,
     Unauthenticated,
+    Unavailable,
 )
 
 log = logging.getLogger(__name__)
@@ -78,35 +78,24 @@ def internal(request_id: str) -> dict[str, Any]:
 
 def respond(error: ArrieroError) -> JSONResponse:
     """The HTTP response for `error`."""
-    status, headers = 503, {"retry-after": str(UNAVAILABLE_RETRY_S)}
-    if isinstance(error, InvalidRequest):
-        status, headers = 400, {}
-    elif isinstance(error, NotFound):
-        status, headers = 404, {}
+    status, headers = status_of(error).http, {}
+    if isinstance(error, Overloaded):
+        headers = {"retry-after": retry_after(error)}
     elif isinstance(error, Unauthenticated):
-        status, headers = 401, {"www-authenticate": "Bearer"}
-    elif isinstance(error, PermissionDenied):
-        status, headers = 403, {}
-    elif isinstance(error, Overloaded):
-        status, headers = 429, {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
+        headers = {"www-authenticate": "Bearer"}
+    elif status == STATUSES[Unavailable].http:
+        headers = {"retry-after": str(UNAVAILABLE_RETRY_S)}
     return JSONResponse(describe(error), status, headers)
 
 
 def describe(error: ArrieroError) -> dict[str, Any]:
     """The JSON of `error`."""
-    text = str(error)
+    text, status = str(error), status_of(error)
     if isinstance(error, InvalidRequest):
         text, field = _as_sent(text), _as_sent(error.field)
-        return body(text, "invalid_request_error", param=field or None, code=error.code)
-    if isinstance(error, NotFound):
-        return body(text, "invalid_request_error", param="model", code="model_not_found")
-    if isinstance(error, Unauthenticated):
-        return body(text, "authentication_error", code="invalid_api_key")
-    if isinstance(error, PermissionDenied):
-        return body(text, "permission_error", code="permission_denied")
-    if isinstance(error, Overloaded):
-        return body(text, "rate_limit_error", code="rate_limit_exceeded")
-    return body(text, "service_unavailable_error", code="unavailable")
+        return body(text, status.kind, param=field or None, code=error.code)
+    param = "model" if isinstance(error, NotFound) else None
+    return body(text, status.kind, param=param, code=status.code)
 
 
 def _as_sent(text: str) -> str:
