@@ -92,15 +92,7 @@ def leader(
     Raises:
         SpecError: the cluster lacks GPUs that the model needs.
     """
-    num_slices = model.mesh.num_slices * (model.groups + model.spares)
-    device = model.device
-    if device == "auto":
-        device = "cuda" if capacity.num_gpus >= num_slices else "cpu"
-    if device == "cuda" and capacity.num_gpus < num_slices:
-        raise SpecError(
-            f"model `{model.name}`: {num_slices} slices need a GPU each, but the cluster has"
-            f" {capacity.num_gpus:g}; lower `groups`, `spares` or `mesh`, or set `device: cpu`"
-        )
+    device = capacity.device(model)
     cpus = model.cpus_per_slice or capacity.cpus_per_slice
     placement = PlacementBundles.of(model)
     settings = GroupSettings(

@@ -1,27 +1,34 @@
 """Changes of the desired state that people ask for: scale, drain, rollout, reload, rollback, token.
 
-Each change is checked as a whole before anything changes, and is stored before it shows. Knows the
-desired state and the spec; knows nothing of the current state and of the actions that follow.
+Each change is checked as a whole before anything changes, and is stored before it shows: first what
+takes no time (sizes against the model's config, groups against the nodes of the cluster), then the
+weights. Knows the desired state and the spec; knows nothing of the current state and of the actions
+that follow.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ray.actor import ActorHandle
 
 from arriero.cluster import app
 from arriero.cluster.control.applications import Applications
+from arriero.cluster.control.capacity_check import WantedGroups, refuse_beyond
 from arriero.cluster.control.desired_state import count_settings, restart_settings
 from arriero.cluster.control.state_store import StateStore
 from arriero.cluster.control.weights_digest import weights_digest
 from arriero.cluster.hosts.log_level import set_log_level
+from arriero.cluster.planner.model_check import check_sizes
 from arriero.cluster.registry.registry import Registry
 from arriero.cluster.spec.deployment import DeploymentSpec
 from arriero.cluster.spec.diff import FieldChange, diff, live_settings, refuse
 from arriero.cluster.spec.model import ModelSpec
+from arriero.shards.checkpoint.remote import is_url
 from arriero.shards.errors import NotFound, SpecError
 
 
@@ -50,7 +57,11 @@ class DeploymentChanges:
         self._lock = asyncio.Lock()
 
     async def scale(self, model: str, groups: int) -> str:
-        """Set the number of groups of a model."""
+        """Set the number of groups of a model.
+
+        Raises:
+            SpecError: the model has `autoscale`, or the cluster cannot hold so many groups.
+        """
         async with self._lock:
             state = self._store.state.model(model)
             if self._store.settings(model).autoscale is not None:
@@ -58,6 +69,11 @@ class DeploymentChanges:
                     f"model `{model}` has `autoscale`, which sets the number of groups; change"
                     " `autoscale.min` and `autoscale.max` in the spec, then `arriero rollout SPEC`"
                 )
+            wanted = [
+                replace(entry, count=groups) if entry.model.name == model else entry
+                for entry in self._store.wanted_groups()
+            ]
+            await self._check_room(self._store.spec, wanted)
             before, state.count = state.count, groups
             return await self._commit(model, f"{model}: {before} to {groups} groups")
 
@@ -77,7 +93,12 @@ class DeploymentChanges:
             return await self._commit(seat_name, text)
 
     async def rollout(self, spec: DeploymentSpec | None, *, force: bool) -> str:
-        """Apply the settings of `spec`; None keeps the settings and applies changed weights."""
+        """Apply the settings of `spec`; None keeps the settings and applies changed weights.
+
+        Raises:
+            SpecError: a field does not fit the model or the cluster; nothing has changed.
+            CheckpointError: a checkpoint cannot be read; nothing has changed.
+        """
         async with self._lock:
             new_spec = spec or self._store.spec
             changes = diff(self._store.spec, new_spec)
@@ -89,6 +110,11 @@ class DeploymentChanges:
             }
             # a leader takes these sections only at its start
             force = force or not sections.isdisjoint(("health", "tracing"))
+            if spec is not None:
+                await asyncio.to_thread(_check_sizes, spec.models)
+                await self._check_room(
+                    spec, [WantedGroups(model=model, count=model.groups) for model in spec.models]
+                )
             # an unreadable checkpoint is an error before any change
             revisions = await self._new_revisions(new_spec, keep_settings=spec is None)
             if spec is not None:
@@ -117,7 +143,8 @@ class DeploymentChanges:
         """Apply the fields of a spec that can change while everything runs.
 
         Raises:
-            SpecError: another field differs; nothing has changed.
+            SpecError: another field differs, or the cluster cannot hold the groups; nothing has
+                changed.
         """
         async with self._lock:
             changes = diff(self._store.spec, spec)
@@ -125,24 +152,44 @@ class DeploymentChanges:
             if not changes:
                 return "settings are as they were"
             models_before = {model.name: model for model in self._store.spec.models}
+            counts = {
+                model.name: self._store.state.models[model.name].count
+                if model.groups == models_before[model.name].groups
+                else model.groups
+                for model in spec.models
+            }
+            await self._check_room(
+                spec,
+                [WantedGroups(model=model, count=counts[model.name]) for model in spec.models],
+            )
             for model in spec.models:
                 before = models_before[model.name]
                 settings = model.model_dump(mode="json")
                 if count_settings(settings) != count_settings(before.model_dump(mode="json")):
                     self._set_counts(model.name, settings)
-                if model.groups != before.groups:
-                    self._store.state.models[model.name].count = model.groups
+                self._store.state.models[model.name].count = counts[model.name]
             await self._set_spec(spec, changes)
             fields = ", ".join(change.field for change in changes)
             return await self._commit(app.NAME, f"reloaded {fields}")
 
     async def rollback(self, model: str) -> str:
-        """Go back to the settings before the last rollout of a model."""
+        """Go back to the settings before the last rollout of a model.
+
+        Raises:
+            SpecError: there is no revision before, or the cluster can no longer hold its groups.
+        """
         async with self._lock:
             revisions = self._store.state.model(model).revisions
             if len(revisions) < 2:
                 raise SpecError(f"model `{model}` has no revision before {revisions[-1].number}")
             before = revisions[-2]
+            wanted = [
+                replace(entry, model=ModelSpec.model_validate(before.settings))
+                if entry.model.name == model
+                else entry
+                for entry in self._store.wanted_groups()
+            ]
+            await self._check_room(self._store.spec, wanted)
             return await self._revise(model, before.settings, before.digest)
 
     async def rotate_token(self, overlap_s: float) -> str:
@@ -153,6 +200,16 @@ class DeploymentChanges:
             text = f"new admin token; the token before is valid for {overlap_s:g} s more"
             await self._registry.note.remote("keys", app.NAME, text)
             return token
+
+    async def _check_room(self, spec: DeploymentSpec, wanted: Iterable[WantedGroups]) -> None:
+        """Refuse groups that the cluster can never hold.
+
+        Args:
+            spec: the spec after the change; decides the CPUs of a slice on a local cluster.
+            wanted: groups of all models after the change.
+        """
+        capacity = await asyncio.to_thread(self._store.read_capacity, spec)
+        refuse_beyond(capacity, wanted, self._store.wanted_groups())
 
     async def _new_revisions(
         self, spec: DeploymentSpec, *, keep_settings: bool
@@ -198,3 +255,14 @@ class DeploymentChanges:
         self._on_change()
         await self._registry.note.remote("change", who, text)
         return text
+
+
+def _check_sizes(models: Iterable[ModelSpec]) -> None:
+    """Refuse sizes that do not fit a model, as far as this node has the model's folder.
+
+    The check of the weights comes after and reads any folder, but in a process that must start.
+    """
+    for model in models:
+        folder = Path(model.path)
+        if not is_url(model.path) and (folder / "config.json").is_file():
+            check_sizes(model, folder)

@@ -6,6 +6,7 @@ Knows stored state, registry snapshots and Serve's failures; changes nothing.
 from __future__ import annotations
 
 from arriero.cluster.control.applications import Applications
+from arriero.cluster.control.capacity_check import can_hold
 from arriero.cluster.control.placement_tracker import PlacementTracker
 from arriero.cluster.control.reconcile import DesiredModel, GroupSeat, Phase
 from arriero.cluster.control.state_store import StateStore
@@ -49,8 +50,17 @@ class DeploymentView:
                 surge=surge,
                 drained=frozenset(model.drained),
                 spares=settings.spares,
+                fits=self._fits(name, model.current.number),
             )
         return desired
+
+    def _fits(self, model: str, revision: int) -> bool:
+        """Whether the cluster could hold a group of the revision that replaces others."""
+        seats = self._store.state.seats.values()
+        if all(seat.revision == revision for seat in seats if seat.model == model):
+            return True  # the revision replaces none
+        capacity = self._store.read_capacity(self._store.spec)
+        return can_hold(self._store.settings(model), capacity)
 
     def seats(self, snapshot: RegistrySnapshot) -> list[GroupSeat]:
         """The current state of each seat."""

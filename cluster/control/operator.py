@@ -17,6 +17,7 @@ from ray.actor import ActorHandle
 
 from arriero.cluster import app
 from arriero.cluster.control.applications import Applications
+from arriero.cluster.control.capacity_check import most_groups
 from arriero.cluster.control.changes import DeploymentChanges
 from arriero.cluster.control.deployment_view import DeploymentView
 from arriero.cluster.control.desired_state import ModelState, Revision, SeatState
@@ -40,6 +41,7 @@ from arriero.cluster.registry.snapshot import RegistrySnapshot
 from arriero.cluster.spec.deployment import DeploymentSpec
 from arriero.cluster.spec.model import ModelSpec
 from arriero.shards.checkpoint.remote import is_url
+from arriero.shards.errors import SpecError
 
 log = logging.getLogger(__name__)
 
@@ -142,14 +144,25 @@ class Operator:
         return False
 
     async def _autoscale(self, snapshot: RegistrySnapshot) -> None:
-        """Set the number of groups of each model with `autoscale`."""
+        """Set the number of groups of each model with `autoscale`, as far as there is room."""
         for name, state in self._store.state.models.items():
             count, reason = self._counts.count(self._store.settings(name), state.count, snapshot)
+            if count > state.count:
+                count = max(state.count, min(count, await self._room(name)))
             if count != state.count:
                 text = f"{name}: {state.count} to {count} groups: {reason}"
                 state.count = count
                 self._store.save()
                 await self._note("autoscale", name, text)
+
+    async def _room(self, model: str) -> int:
+        """Number of groups of a model that the cluster can hold beside the other models."""
+        capacity = await asyncio.to_thread(self._store.read_capacity, self._store.spec)
+        others = [entry for entry in self._store.wanted_groups() if entry.model.name != model]
+        try:
+            return most_groups(self._store.settings(model), capacity, others)
+        except SpecError:  # too few GPUs now, for example after the loss of a node
+            return 0
 
     async def _assign_roles(self, snapshot: RegistrySnapshot) -> None:
         """Send leaders the roles of their groups, where a role has changed."""

@@ -41,6 +41,8 @@ class DesiredModel:
             before its successor starts.
         drained: names of seats that must stop whatever their revision.
         paused: no group starts.
+        fits: the cluster could hold a group of the revision. If not, no group that serves stops in
+            favour of the revision.
         spares: number of groups on standby, beside `count`.
     """
 
@@ -50,6 +52,7 @@ class DesiredModel:
     spares: int = 0
     drained: frozenset[str] = frozenset()
     paused: bool = False
+    fits: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -217,8 +220,11 @@ def _reconcile_serving(
     # One outdated group at a time, and only while the other groups carry the load.
     if outdated and len(alive) == len(seats):
         extra = len(serving) - desired.count
-        if extra >= 0 and (extra > 0 or desired.surge == 0 or desired.count == 0):
-            first = min(outdated, key=lambda seat: (seat.load, seat.name))
+        stoppable = outdated
+        if extra <= 0 and not desired.fits:  # the successor could not start
+            stoppable = [seat for seat in outdated if seat.name in desired.drained]
+        if stoppable and extra >= 0 and (extra > 0 or desired.surge == 0 or desired.count == 0):
+            first = min(stoppable, key=lambda seat: (seat.load, seat.name))
             drained = first.name in desired.drained
             why = "it is drained" if drained else f"revision {desired.revision} replaces it"
             return [Stop(seat=first.name, why=why)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from arriero.cluster.control.capacity_check import WantedGroups
 from arriero.cluster.control.desired_state import OperatorState
 from arriero.cluster.hosts import kv_store
 from arriero.cluster.hosts.capacity import ClusterCapacity
@@ -42,21 +43,29 @@ class StateStore:
             else OperatorState.from_wire(stored)
         )
         self.spec = DeploymentSpec.model_validate(self.state.spec)
-        self.capacity = self._read_capacity()
+        self.capacity = self.read_capacity(self.spec)
 
     def set_spec(self, spec: DeploymentSpec) -> None:
         """Replace the spec."""
         self.spec = spec
         self.state.spec = spec.model_dump(mode="json")
-        self.capacity = self._read_capacity()
+        self.capacity = self.read_capacity(spec)
 
     def settings(self, model: str) -> ModelSpec:
         """The settings of a model's current revision."""
         return ModelSpec.model_validate(self.state.model(model).current.settings)
 
+    def wanted_groups(self) -> list[WantedGroups]:
+        """The groups of all models that should run now."""
+        return [
+            WantedGroups(model=self.settings(name), count=model.count)
+            for name, model in self.state.models.items()
+        ]
+
     def save(self) -> None:
         """Store the state, so that it outlives the operator's process."""
         kv_store.put(NAME, asdict(self.state))
 
-    def _read_capacity(self) -> ClusterCapacity:
-        return ClusterCapacity.of_cluster(self.spec, shared=self.state.shared)
+    def read_capacity(self, spec: DeploymentSpec) -> ClusterCapacity:
+        """The capacity of the cluster at this moment, for a spec."""
+        return ClusterCapacity.of_cluster(spec, shared=self.state.shared)

@@ -13,9 +13,12 @@ import ray
 
 from arriero.cluster.spec.deployment import DeploymentSpec
 from arriero.cluster.spec.model import ModelSpec
+from arriero.shards.errors import SpecError
 
 SERVICE_CPUS = 0.01
 """Logical CPUs of a leader or a gateway. Both run on cores that the slices leave free."""
+_LEAST_CPUS = 0.001
+"""Least logical CPUs of a slice; a share of 0 would have no limit on the number of groups."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,11 +29,13 @@ class ClusterCapacity:
         num_cpus: logical CPUs of the whole cluster.
         num_gpus: GPUs of the whole cluster.
         cpus_per_slice: logical CPUs of a slice whose model sets no `cpus_per_slice`.
+        nodes: all resources of each node that is alive, free or not.
     """
 
     num_cpus: float
     num_gpus: float
     cpus_per_slice: float
+    nodes: tuple[Mapping[str, float], ...] = ()
 
     @classmethod
     def of_cluster(cls, spec: DeploymentSpec, *, shared: bool) -> ClusterCapacity:
@@ -46,12 +51,38 @@ class ClusterCapacity:
         surge = max(model.mesh.num_slices for model in spec.models)
         num_services = sum(model.most_seats for model in spec.models) + spec.gateway.count + 1
         slice_cpus = num_cpus - SERVICE_CPUS * num_services
-        share = int(slice_cpus / (spec.num_slices + surge) * 1e3) / 1e3
+        share = max(_LEAST_CPUS, int(slice_cpus / (spec.num_slices + surge) * 1e3) / 1e3)
         return cls(
             num_cpus=num_cpus,
             num_gpus=resources.get("GPU", 0.0),
             cpus_per_slice=1.0 if shared else min(1.0, share),
+            nodes=tuple(node["Resources"] for node in ray.nodes() if node["Alive"]),  # type: ignore[no-untyped-call]
         )
+
+    def device(self, model: ModelSpec) -> str:
+        """The device of a model's slices, "cpu" or "cuda".
+
+        Raises:
+            SpecError: the cluster lacks GPUs that the model needs.
+        """
+        num_slices = model.mesh.num_slices * (model.groups + model.spares)
+        if model.device == "auto":
+            return "cuda" if self.num_gpus >= num_slices else "cpu"
+        if model.device == "cuda" and self.num_gpus < num_slices:
+            raise SpecError(
+                f"model `{model.name}`: {num_slices} slices need a GPU each, but the cluster has"
+                f" {self.num_gpus:g}; lower `groups`, `spares` or `mesh`, or set `device: cpu`"
+            )
+        return model.device
+
+    def bundles(self, model: ModelSpec) -> list[dict[str, float]]:
+        """Resources of the bundles of a group, without the leader's small bundle.
+
+        Raises:
+            SpecError: the cluster lacks GPUs that the model needs.
+        """
+        cpus = model.cpus_per_slice or self.cpus_per_slice
+        return PlacementBundles.of(model).bundles(cpus, self.device(model))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -76,7 +76,25 @@ def check_folder(
 
 
 def check_settings(model: ModelSpec, folder: Path) -> None:
-    """Refuse settings that do not fit the sizes of a model.
+    """Refuse settings that do not fit the sizes of a model, or kernels that do not exist.
+
+    Raises:
+        CheckpointError: the folder's config cannot be read, or the weights are quantized already.
+        SpecError: a field has a value that does not fit.
+    """
+    check_sizes(model, folder)
+    if model.kernels is not None:
+        from arriero.kernels.registry import BACKENDS
+
+        if model.kernels not in BACKENDS:
+            raise SpecError(
+                f"model `{model.name}`: `kernels`={model.kernels!r} is none of"
+                f" {', '.join(BACKENDS)}; leave it out for the best one"
+            )
+
+
+def check_sizes(model: ModelSpec, folder: Path) -> None:
+    """Refuse a mesh or a size that does not fit the config of a model. Needs no torch.
 
     Raises:
         CheckpointError: the folder's config cannot be read, or the weights are quantized already.
@@ -91,14 +109,6 @@ def check_settings(model: ModelSpec, folder: Path) -> None:
             f"{folder}: `quantization`={model.quantization!r}: the weights are quantized already "
             f"({scheme.method}); leave `quantization` out"
         )
-    if model.kernels is not None:
-        from arriero.kernels.registry import BACKENDS
-
-        if model.kernels not in BACKENDS:
-            raise SpecError(
-                f"model `{model.name}`: `kernels`={model.kernels!r} is none of"
-                f" {', '.join(BACKENDS)}; leave it out for the best one"
-            )
     devices = ("cpu", "cuda") if model.device == "auto" else (model.device,)
     errors: list[SpecError] = []
     for device in devices:

@@ -201,3 +201,26 @@ def test_spares_that_are_of_no_use_go_first() -> None:
         stopping = replace(seat, phase=Phase.STOPPING)
         begun = reconcile({"m": desired}, [main("m-0"), stopping])
         assert all(isinstance(one, Start) and one.spare for one in begun)
+
+
+@pytest.mark.parametrize("surge", [0, 1])
+def test_a_revision_that_no_node_holds_stops_no_group_that_serves(surge: int) -> None:
+    desired = DesiredModel(revision=2, count=2, surge=surge, fits=False)
+    seats = [GroupSeat(name=f"m-{i}", model="m", revision=1, phase=Phase.SERVING) for i in range(2)]
+    assert not any(isinstance(action, Stop) for action in reconcile({"m": desired}, seats))
+    fits = replace(desired, fits=True, surge=0)
+    assert any(isinstance(action, Stop) for action in reconcile({"m": fits}, seats))
+
+
+def test_what_people_drain_stops_whether_or_not_the_revision_fits() -> None:
+    seat = GroupSeat(name="m-0", model="m", revision=2, phase=Phase.SERVING)
+    drained = frozenset({"m-0"})
+    desired = DesiredModel(revision=2, count=1, surge=0, fits=False, drained=drained)
+    assert reconcile({"m": desired}, [seat]) == [Stop(seat="m-0", why="it is drained")]
+
+
+def test_fewer_groups_stop_whether_or_not_the_revision_fits() -> None:
+    desired = DesiredModel(revision=2, count=1, surge=0, fits=False)
+    seats = [GroupSeat(name=f"m-{i}", model="m", revision=1, phase=Phase.SERVING) for i in range(2)]
+    (stop,) = reconcile({"m": desired}, seats)
+    assert isinstance(stop, Stop)

@@ -1,0 +1,136 @@
+"""The number of groups that the cluster can hold; refuses a change that asks for more. Sans-I/O.
+
+Counts all resources of the nodes, free or not: groups that run make room for others, and other
+applications end. A count is therefore an upper limit. Knows resources of nodes and of groups; knows
+nothing of running groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from arriero.cluster.hosts.capacity import SERVICE_CPUS, ClusterCapacity, PlacementBundles
+from arriero.cluster.spec.model import ModelSpec
+from arriero.shards.errors import SpecError
+
+_ROUNDING = 1e-6
+"""Ray rounds resources to 0.0001; a quotient this close below a whole number counts as whole."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WantedGroups:
+    """Groups of a model that should run; spare groups, which wait for room, left out."""
+
+    model: ModelSpec
+    count: int
+
+
+def most_groups(
+    model: ModelSpec, capacity: ClusterCapacity, others: Iterable[WantedGroups] = ()
+) -> int:
+    """Largest number of groups of a model that the cluster can hold.
+
+    Args:
+        model: settings of the model.
+        capacity: of the cluster.
+        others: groups of the other models.
+
+    Raises:
+        SpecError: the cluster lacks GPUs that the model needs.
+    """
+    bundles = capacity.bundles(model)
+    by_nodes = _num_bundles(bundles[0], capacity) // len(bundles)
+    taken = [(_resources(other.model, capacity), other.count) for other in others]
+    by_sum = []
+    for name, amount in _resources(model, capacity).items():
+        total = sum(node.get(name, 0.0) for node in capacity.nodes)
+        left = total - sum(count * resources.get(name, 0.0) for resources, count in taken)
+        by_sum.append(int(left / amount + _ROUNDING))
+    return max(0, min(by_nodes, *by_sum))
+
+
+def can_hold(model: ModelSpec, capacity: ClusterCapacity) -> bool:
+    """Whether the cluster can hold a group of a model."""
+    try:
+        return most_groups(model, capacity) > 0
+    except SpecError:
+        return False
+
+
+def refuse_beyond(
+    capacity: ClusterCapacity, wanted: Iterable[WantedGroups], before: Iterable[WantedGroups]
+) -> None:
+    """Refuse groups that the cluster can never hold.
+
+    A model that asks for no more than before passes, even where nodes are lost, as long as the
+    cluster can hold a group of the model.
+
+    Args:
+        capacity: of the cluster.
+        wanted: groups of all models after the change.
+        before: groups of all models before the change.
+
+    Raises:
+        SpecError: names the model, the field, its value, the limit and a remedy.
+    """
+    wanted, before_by_name = list(wanted), {entry.model.name: entry for entry in before}
+    for entry in wanted:
+        others = [other for other in wanted if other is not entry]
+        if entry.count and not most_groups(entry.model, capacity):
+            raise SpecError(_no_group(entry.model, capacity))
+        if not _asks_for_more(entry, before_by_name.get(entry.model.name)):
+            continue
+        most = most_groups(entry.model, capacity, others)
+        if entry.count > most:
+            raise SpecError(_too_many(entry, most, capacity))
+
+
+def _asks_for_more(entry: WantedGroups, before: WantedGroups | None) -> bool:
+    """Whether there are more groups than before, or groups with other resources."""
+    if before is None or entry.count > before.count:
+        return True
+    after = (PlacementBundles.of(entry.model), entry.model.device, entry.model.cpus_per_slice)
+    old = before.model
+    return after != (PlacementBundles.of(old), old.device, old.cpus_per_slice)
+
+
+def _resources(model: ModelSpec, capacity: ClusterCapacity) -> dict[str, float]:
+    """Sum of the resources of a group, the leader included."""
+    bundles = [{"CPU": SERVICE_CPUS}, *capacity.bundles(model)]
+    names = dict.fromkeys(name for bundle in bundles for name in bundle)
+    return {name: sum(bundle.get(name, 0.0) for bundle in bundles) for name in names}
+
+
+def _num_bundles(bundle: Mapping[str, float], capacity: ClusterCapacity) -> int:
+    """Number of bundles that fit the nodes, each bundle on one node."""
+    return sum(
+        min(int(node.get(name, 0.0) / amount + _ROUNDING) for name, amount in bundle.items())
+        for node in capacity.nodes
+    )
+
+
+def _needs(model: ModelSpec, capacity: ClusterCapacity) -> str:
+    bundles = capacity.bundles(model)
+    resources = ", ".join(f"{amount:g} {name}" for name, amount in bundles[0].items())
+    return f"a group needs {len(bundles)} x ({resources}), each on one node"
+
+
+def _no_group(model: ModelSpec, capacity: ClusterCapacity) -> str:
+    mesh = model.mesh
+    have = _num_bundles(capacity.bundles(model)[0], capacity)
+    return (
+        f"model `{model.name}`: `mesh` {mesh.parallel()} has {mesh.num_slices} slices:"
+        f" {_needs(model, capacity)}, and the {len(capacity.nodes)} nodes of the cluster hold"
+        f" {have}; lower `mesh.tp` or `mesh.pp`, set `placement.span`, or add nodes"
+    )
+
+
+def _too_many(entry: WantedGroups, most: int, capacity: ClusterCapacity) -> str:
+    model = entry.model
+    remedy = f"lower `groups` to {most} or less" if most else "lower the groups of other models"
+    return (
+        f"model `{model.name}`: `groups`={entry.count} exceeds {most}, the number that the"
+        f" {len(capacity.nodes)} nodes of the cluster hold ({_needs(model, capacity)}); {remedy},"
+        " or add nodes"
+    )

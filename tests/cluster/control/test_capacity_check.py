@@ -1,0 +1,83 @@
+"""The number of groups that nodes can hold, and changes that ask for more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from arriero.cluster.control.capacity_check import (
+    WantedGroups,
+    can_hold,
+    most_groups,
+    refuse_beyond,
+)
+from arriero.cluster.hosts.capacity import ClusterCapacity
+from arriero.cluster.spec.model import ModelSpec
+from arriero.shards.errors import SpecError
+
+
+def model(name: str = "m", **more: Any) -> ModelSpec:  # noqa: ANN401
+    return ModelSpec.model_validate({"name": name, "path": "/m", "device": "cpu"} | more)
+
+
+def cluster(*cpus: float, gpus: float = 0) -> ClusterCapacity:
+    nodes = tuple({"CPU": count, "GPU": gpus, "memory": 1e9} for count in cpus)
+    num_gpus = gpus * len(cpus)
+    return ClusterCapacity(num_cpus=sum(cpus), num_gpus=num_gpus, cpus_per_slice=1.0, nodes=nodes)
+
+
+def wanted(count: int, spec: ModelSpec | None = None) -> WantedGroups:
+    return WantedGroups(model=spec or model(), count=count)
+
+
+@pytest.mark.parametrize(
+    ("spec", "capacity", "most"),
+    [
+        (model(), cluster(4.1, 4.1), 8),
+        (model(mesh={"tp": 2}), cluster(3.1, 3.1), 2),  # a stage stays on a node
+        (model(mesh={"tp": 2}, placement={"span": True}), cluster(3.1, 3.1), 3),
+        (model(mesh={"pp": 4}), cluster(3.1, 3.1), 1),
+        (model(mesh={"tp": 4}), cluster(3.1, 3.1), 0),
+        (model(cpus_per_slice=0.5), cluster(4.1), 8),
+        (model(device="cuda", mesh={"tp": 2}), cluster(32, 32, gpus=4), 4),
+        (model(placement={"accelerator": "H100"}), cluster(8), 0),
+        (model(), cluster(), 0),
+    ],
+)
+def test_groups_that_the_nodes_hold(spec: ModelSpec, capacity: ClusterCapacity, most: int) -> None:
+    assert most_groups(spec, capacity) == most
+    assert can_hold(spec, capacity) == bool(most)
+
+
+def test_other_models_take_room() -> None:
+    other = wanted(2, model("other", mesh={"pp": 2}))
+    assert most_groups(model(), cluster(4.1, 4.1), [other]) == 4
+
+
+def test_too_few_gpus_hold_nothing() -> None:
+    assert not can_hold(model(device="cuda", mesh={"tp": 8}), cluster(32, gpus=4))
+
+
+def test_more_groups_than_room_name_field_limit_and_remedy() -> None:
+    with pytest.raises(SpecError) as refused:
+        refuse_beyond(cluster(4.1), [wanted(1000)], [wanted(1)])
+    assert str(refused.value) == (
+        "model `m`: `groups`=1000 exceeds 4, the number that the 1 nodes of the cluster hold (a"
+        " group needs 1 x (1 CPU), each on one node); lower `groups` to 4 or less, or add nodes"
+    )
+    refuse_beyond(cluster(4.1), [wanted(4)], [wanted(1)])
+
+
+def test_a_mesh_that_no_node_holds() -> None:
+    with pytest.raises(SpecError, match=r"`mesh` TP8 has 8 slices: .* lower `mesh.tp`"):
+        refuse_beyond(cluster(4.1), [wanted(1, model(mesh={"tp": 8}))], [wanted(1)])
+
+
+def test_after_the_loss_of_a_node_the_same_groups_pass() -> None:
+    refuse_beyond(cluster(2.1), [wanted(4, model(dtype="float32"))], [wanted(4)])
+    refuse_beyond(cluster(2.1), [wanted(3)], [wanted(4)])
+    with pytest.raises(SpecError, match="`groups`=5 exceeds 2"):
+        refuse_beyond(cluster(2.1), [wanted(5)], [wanted(4)])
+    with pytest.raises(SpecError, match="`groups`=4 exceeds 1"):
+        refuse_beyond(cluster(2.1), [wanted(4, model(mesh={"pp": 2}))], [wanted(4)])
