@@ -80,7 +80,7 @@ def run(args: list[str]) -> int:
         _print_error(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         return 1
     except ArrieroError as error:
-        _print_error(str(error))
+        _print_error("; ".join([str(error), *getattr(error, "__notes__", ())]))
         return next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), 1)
     return 0
 

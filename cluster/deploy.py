@@ -7,23 +7,28 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arriero.cluster import deployment_file as state
+from arriero.cluster.connection import cluster_of, connected, loopback
 from arriero.cluster.deployment_file import Deployment
 from arriero.cluster.hosts import local_cluster as local
-from arriero.cluster.hosts import ray_access
 from arriero.cluster.planner import model_check
 from arriero.cluster.registry.snapshot import RegistrySnapshot
 from arriero.cluster.spec.deployment import DeploymentSpec
+from arriero.cluster.undeploy import (
+    START_S,
+    STOP_MARGIN_S,
+    quiet_serve,
+    undeploy,
+    undeploy_within,
+)
 from arriero.shards.errors import (
     ArrieroError,
     CheckpointError,
@@ -36,6 +41,7 @@ from arriero.shards.errors import (
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
+    from arriero.cluster.control.operator import Operator
     from arriero.cluster.registry.history import Failure
     from arriero.cluster.registry.registry import Registry
 
@@ -44,19 +50,28 @@ ShowProgress = Callable[[str], None]
 _FAILURES: dict[str, type[ArrieroError]] = {
     kind.__name__: kind for kind in (CheckpointError, SpecError, GroupFailed)
 }
+FAILED_LOGS = "failed-up-logs"
+"""Folder, in the state folder, of the logs of the last local `up` that failed."""
 _POLL_S = 0.1
 _JOIN_LIMIT_S = 30.0
+_PROBLEMS_S = 1.0
+"""Seconds between two questions to the operator why groups wait."""
 
 
-def up(spec: DeploymentSpec, folder: Path, show: ShowProgress) -> Deployment:
+def up(
+    spec: DeploymentSpec, folder: Path, show: ShowProgress, *, keep_logs: Path | None = None
+) -> Deployment:
     """Deploy `spec`; returns when every group has generated a token and a gateway reaches them all.
 
-    Checks the model folders first. After a failure, stops the local cluster that `up` started.
+    Checks the model folders first, and removes what a dead local deployment left behind. After a
+    failure, stops the local cluster that `up` started, and notes the folder of its logs in the
+    error.
 
     Args:
         spec: the deployment.
         folder: the state folder.
         show: shows the progress.
+        keep_logs: folder for the logs of a failed start; None for the state folder.
 
     Raises:
         SpecError: a deployment is up already, or the cluster lacks resources of the spec.
@@ -65,11 +80,8 @@ def up(spec: DeploymentSpec, folder: Path, show: ShowProgress) -> Deployment:
         GroupFailed: a group could not start; the text is the first cause.
         Unavailable: no Ray cluster, or the start exceeded `health.start_timeout_s`.
     """
-    if (old := state.read(folder)) is not None and _is_up(old):
-        raise SpecError(
-            f"a deployment is up already (gateway {old.gateway or 'not listening yet'});"
-            " end it with `arriero down`, or give another --state-dir"
-        )
+    if (old := state.read(folder)) is not None:
+        _remove_dead(old, folder, show)
     show("checking the models' files")
     model_check.check_models(spec.models)
     address = spec.ray.address or os.environ.get("RAY_ADDRESS") or None
@@ -80,55 +92,100 @@ def up(spec: DeploymentSpec, folder: Path, show: ShowProgress) -> Deployment:
         cluster = local.start(spec.ray)
     deployment = Deployment(
         ray_address=address or "",
-        node_address=cluster.node_address if cluster else _loopback(address or ""),
+        node_address=cluster.node_address if cluster else loopback(address or ""),
         local_session=cluster.session if cluster else None,
         local_folder=str(cluster.folder) if cluster else None,
         admin_token=secrets.token_urlsafe(32),
         ray_token=cluster.token if cluster else "",
+        stop_s=max(spec.health.drain_s, spec.gateway.drain_s) + STOP_MARGIN_S,
     )
+    noted = _NotedDeployment(folder, deployment)
     try:
-        state.write(folder, deployment)
         show("starting a local Ray cluster" if cluster else f"joining the Ray cluster at {address}")
         importlib.import_module("ray.serve")  # a second of work, while the local cluster starts
         if cluster is not None:
-            deployment = replace(deployment, ray_address=local.wait_address(cluster))
-            state.write(folder, deployment)
-        with connected(deployment):
-            addresses = _deploy(spec, show, deployment.admin_token, shared=cluster is None)
-        gateway, http, admin = addresses
-        deployment = replace(deployment, gateway=gateway, http=http, admin=admin)
-        ca, name = _admin_trust(spec)
-        deployment = replace(deployment, admin_ca=ca, admin_name=name)
-        state.write(folder, deployment)
-    except BaseException:
+            noted.note(ray_address=local.wait_address(cluster))
+        with connected(noted.deployment):
+            _deploy(spec, show, noted, shared=cluster is None)
+    except BaseException as error:
         if cluster is not None:
             show("stopping the local Ray cluster")
-            local.stop(cluster)
+            _stop_failed(cluster, folder if keep_logs is None else keep_logs, error)
         state.clear(folder)
         raise
-    return deployment
+    return noted.deployment
 
 
-def down(folder: Path, show: ShowProgress) -> bool:
+class _NotedDeployment:
+    """A deployment whose state file follows each change, for commands that run meanwhile."""
+
+    def __init__(self, folder: Path, deployment: Deployment) -> None:
+        self._folder = folder
+        self.deployment = deployment
+        state.write(folder, deployment)
+
+    def note(self, **fields: Any) -> None:  # noqa: ANN401
+        """Change fields of the deployment."""
+        self.deployment = replace(self.deployment, **fields)
+        state.write(self._folder, self.deployment)
+
+
+def _remove_dead(old: Deployment, folder: Path, show: ShowProgress) -> None:
+    """Remove what a deployment left behind whose local cluster has no head any more.
+
+    Raises:
+        SpecError: the deployment is up, or may be up on a cluster that was joined.
+    """
+    cluster = cluster_of(old)
+    starting = not old.ray_address  # another `up`, whose head may not run yet
+    if cluster is None or (local.is_alive(cluster) and (starting or local.has_head(cluster))):
+        raise SpecError(
+            f"a deployment is up already (gateway {old.gateway or 'not listening yet'});"
+            " end it with `arriero down`, or give another --state-dir"
+        )
+    show("removing the rest of a dead deployment")
+    local.stop(cluster)
+    state.clear(folder)
+
+
+def _stop_failed(cluster: local.LocalCluster, folder: Path, error: BaseException) -> None:
+    """Stop a cluster whose deployment failed; keeps the logs unless the user interrupted `up`."""
+    if not isinstance(error, Exception):
+        local.stop(cluster)
+        return
+    logs = folder / FAILED_LOGS
+    local.stop(cluster, keep_logs=logs)
+    error.add_note(f"logs of the failed start: {logs}")
+
+
+def down(folder: Path, show: ShowProgress, *, force: bool = False) -> bool:
     """End the deployment that `up` started, and nothing else; False without a deployment.
 
-    Running streams may finish within `health.drain_s`.
+    Running streams may finish within `health.drain_s`, unless the head of a local cluster is gone.
+
+    Args:
+        folder: the state folder.
+        show: shows the progress.
+        force: let no stream finish, and forget a joined cluster that cannot be reached.
 
     Raises:
         Unauthenticated: the joined cluster needs a token that the user does not have; nothing
             changes.
-        Unavailable: the cluster cannot be reached; the state file is removed.
+        Unavailable: the joined cluster cannot be reached; the state file is removed.
     """
     deployment = state.read(folder)
     if deployment is None:
         return False
-    cluster = _cluster(deployment)
+    cluster = cluster_of(deployment)
     remove_state = True
     try:
-        if cluster is None or (local.is_alive(cluster) and deployment.gateway):
+        if cluster is None:
+            show("ending the groups" if force else "draining")
+            _undeploy_joined(deployment, show, force=force)
+        elif deployment.gateway and not force and local.is_alive(cluster):
             show("draining")
-            with connected(deployment):
-                _undeploy()
+            with contextlib.suppress(Unavailable):  # all processes end below
+                undeploy_within(deployment, START_S + deployment.stop_s, show)
     except Unauthenticated:  # a later `down` with the token can end the deployment
         remove_state = False
         raise
@@ -141,74 +198,19 @@ def down(folder: Path, show: ShowProgress) -> bool:
     return True
 
 
-def snapshot(deployment: Deployment) -> RegistrySnapshot:
-    """The snapshot of the deployment's registry.
-
-    Raises:
-        Unavailable: the cluster or the registry cannot be reached.
-    """
-    import ray
-
-    from arriero.cluster.registry import registry
-
-    cluster = _cluster(deployment)
-    if cluster is not None and not local.is_alive(cluster):
-        raise Unavailable(
-            "the local Ray cluster has ended; `arriero down` removes the rest of the deployment"
-        )
-    with connected(deployment):
-        try:
-            actor = ray.get_actor(registry.NAME, namespace=registry.NAMESPACE)
-            current: Any = ray.get(actor.snapshot.remote(), timeout=_JOIN_LIMIT_S)
-        except (ValueError, ray.exceptions.RayError) as error:
-            raise Unavailable(f"no registry at {deployment.ray_address}: {error}") from None
-        assert isinstance(current, RegistrySnapshot)
-        return current
-
-
-@contextmanager
-def connected(deployment: Deployment) -> Iterator[None]:
-    """Connects this process as a driver to the deployment's cluster.
-
-    Raises:
-        Unauthenticated: the joined cluster needs a token that the user does not have.
-        Unavailable: the cluster cannot be reached.
-    """
-    import ray
-
-    from arriero.cluster.hosts import ray_private
-    from arriero.cluster.registry import registry
-
-    cluster = _cluster(deployment)
-    joined = deployment.ray_address
-    access = cluster.access if cluster is not None else ray_access.joined_cluster(joined)
-    with ray_access.applied(access):
-        try:
-            ray.init(
-                address=deployment.ray_address,
-                namespace=registry.NAMESPACE,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                **ray_private.driver_options(deployment.node_address),
-            )
-        except ray.exceptions.AuthenticationError as error:
-            raise Unauthenticated(
-                f"the Ray cluster at {deployment.ray_address}: {error.message}"
-            ) from None
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-            raise Unavailable(
-                f"no Ray cluster at {deployment.ray_address}: {' '.join(str(error).split())}"
-            ) from None
-        try:
-            yield
-        finally:
-            ray.shutdown()
+def _undeploy_joined(deployment: Deployment, show: ShowProgress, *, force: bool) -> None:
+    stop_s = 0.0 if force else deployment.stop_s
+    try:
+        undeploy_within(deployment, START_S + stop_s, show, force=force)
+    except Unavailable as error:
+        if not force:
+            raise Unavailable(f"{error}; the state of the deployment is removed") from None
 
 
 def _deploy(
-    spec: DeploymentSpec, show: ShowProgress, token: str, *, shared: bool
-) -> tuple[str, str, str]:
-    """Deploy and wait; returns the addresses of gRPC, HTTP ("" for none) and Admin."""
+    spec: DeploymentSpec, show: ShowProgress, noted: _NotedDeployment, *, shared: bool
+) -> None:
+    """Deploy and wait; notes the addresses of Admin, gRPC and HTTP as soon as each is known."""
     import ray
     from ray import serve
     from ray.serve.config import ProxyLocation
@@ -220,7 +222,7 @@ def _deploy(
 
     show("starting Ray Serve")
     registry_actor = registry.connect()  # starts while Serve starts
-    _quiet_serve()
+    quiet_serve()
     serve.start(proxy_location=ProxyLocation.Disabled)
     if app.NAME in serve.status().applications:
         raise SpecError(
@@ -232,20 +234,24 @@ def _deploy(
         capacity = ClusterCapacity.of_cluster(spec, shared=shared)
         for model in spec.models:  # raises before anything starts if GPUs are missing
             app.leader(model, spec, capacity, seat=model.name, revision=0)
+        token = noted.deployment.admin_token
         operator_actor = operator.connect(spec, shared=shared, token=token)
         try:
-            admin: Any = ray.get(
-                operator_actor.deploy.remote(), timeout=spec.health.start_timeout_s
-            )
+            limit_s = spec.health.start_timeout_s
+            admin: Any = ray.get(operator_actor.admin_address.remote(), timeout=limit_s)
+            _check_admin(spec, admin, token)
+            ca, name = _admin_trust(spec)
+            noted.note(admin=admin, admin_ca=ca, admin_name=name)
+            show("starting the gateways")
+            ray.get(operator_actor.deploy.remote(), timeout=limit_s)
         except ray.exceptions.RayError as error:
             raise _cause_of(error) from None
-        _check_admin(spec, admin, token)
-        gateway, http = _wait(spec, registry_actor, before.failures, show)
-        return gateway, http, admin
+        gateway, http = _wait(spec, registry_actor, operator_actor, before.failures, show)
+        noted.note(gateway=gateway, http=http)
     except BaseException:
         if shared:  # `up` stops a local cluster as a whole
             show("removing the deployment")
-            _undeploy()
+            undeploy()
         raise
 
 
@@ -295,6 +301,7 @@ def _cause_of(error: Exception) -> ArrieroError:
 def _wait(
     spec: DeploymentSpec,
     registry_actor: ActorHandle[Registry],
+    operator_actor: ActorHandle[Operator],
     old: tuple[Failure, ...],
     show: ShowProgress,
 ) -> tuple[str, str]:
@@ -306,6 +313,8 @@ def _wait(
 
     num_groups = sum(model.groups for model in spec.models)
     deadline_s = time.monotonic() + spec.health.start_timeout_s
+    problems: Any = {}
+    next_problems_s = 0.0
     while True:
         snapshot: Any = ray.get(registry_actor.snapshot.remote(), timeout=_JOIN_LIMIT_S)
         new = [failure for failure in snapshot.failures if failure not in old]
@@ -319,6 +328,9 @@ def _wait(
         for name, status in serve.status().applications.items():
             if is_ours(name) and status.status == "DEPLOY_FAILED":
                 raise GroupFailed(f"Ray Serve could not deploy {name}: {status.message.strip()}")
+        if time.monotonic() > next_problems_s:
+            problems = ray.get(operator_actor.problems.remote(), timeout=_JOIN_LIMIT_S)
+            next_problems_s = time.monotonic() + _PROBLEMS_S
         if time.monotonic() > deadline_s:
             raise Unavailable(
                 f"{len(snapshot.groups)} of {num_groups} groups and"
@@ -326,64 +338,15 @@ def _wait(
                 f" ({'none' if gateway is None else gateway.address}) reaches"
                 f" {0 if gateway is None else len(gateway.linked)} groups, after"
                 f" `health.start_timeout_s`={spec.health.start_timeout_s:g}; raise the limit"
+                + "".join(f"; {seat} {text}" for seat, text in problems.items())
             )
-        show(_progress(snapshot, num_groups))
+        show(_progress(snapshot, num_groups, problems))
         time.sleep(_POLL_S)
 
 
-def _progress(snapshot: RegistrySnapshot, num_groups: int) -> str:
+def _progress(snapshot: RegistrySnapshot, num_groups: int, problems: Mapping[str, str]) -> str:
     if len(snapshot.groups) >= num_groups:
         return "connecting the gateway to the groups"
-    starts = [f"{group_id}: {text}" for group_id, text in snapshot.progress.items()]
+    starts = [f"{seat}: {text}" for seat, text in problems.items()]
+    starts += [f"{group_id}: {text}" for group_id, text in snapshot.progress.items()]
     return "; ".join(starts) or "starting leaders"
-
-
-def _undeploy() -> None:
-    import ray
-    from ray import serve
-
-    from arriero.cluster.control import state_store
-    from arriero.cluster.control.applications import is_ours
-    from arriero.cluster.hosts import kv_store as store
-    from arriero.cluster.hosts import ray_private
-    from arriero.cluster.registry import registry
-
-    _quiet_serve()
-    with contextlib.suppress(ValueError):  # first: a living operator would restart the groups
-        ray.kill(ray.get_actor(state_store.NAME, namespace=registry.NAMESPACE))
-    ours = [name for name in serve.status().applications if is_ours(name)]
-    for name in ours:
-        ray_private.delete_application(name)
-    while set(ours) & set(serve.status().applications):
-        time.sleep(_POLL_S)
-    with contextlib.suppress(ValueError):
-        ray.kill(ray.get_actor(registry.NAME, namespace=registry.NAMESPACE))
-    for key in (state_store.NAME, *registry.STORED):
-        store.clear(key)
-
-
-def _quiet_serve() -> None:
-    # Serve's import sets the level of this logger; call after the import. `show` gives progress.
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-
-
-def _loopback(address: str) -> str | None:
-    """The driver's address for a cluster on a loopback address; None lets Ray choose."""
-    host = address.removeprefix("ray://").rpartition(":")[0]
-    return host if host.startswith("127.") else None
-
-
-def _is_up(deployment: Deployment) -> bool:
-    cluster = _cluster(deployment)
-    return local.is_alive(cluster) if cluster is not None else True
-
-
-def _cluster(deployment: Deployment) -> local.LocalCluster | None:
-    if deployment.local_session is None or deployment.local_folder is None:
-        return None
-    return local.LocalCluster(
-        session=deployment.local_session,
-        folder=Path(deployment.local_folder),
-        node_address=deployment.node_address or "",
-        token=deployment.ray_token,
-    )

@@ -34,6 +34,7 @@ class Deployment:
         local_folder: temporary folder of the local cluster; None on a joined cluster.
         ray_token: Ray's token of the local cluster; "" on a joined cluster, for which the user has
             the token.
+        stop_s: seconds within which groups and gateways drain and end.
     """
 
     ray_address: str
@@ -47,6 +48,7 @@ class Deployment:
     admin_ca: str = ""
     admin_name: str = ""
     ray_token: str = ""
+    stop_s: float = 30.0
 
 
 def state_folder(folder: Path | None) -> Path:

@@ -126,6 +126,12 @@ def up(
 
 
 def down(
+    force: Annotated[
+        bool,
+        typer.Option(
+            help="Let no stream finish, and forget a joined cluster that cannot be reached."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
     state_dir: StateDir = None,
 ) -> None:
@@ -134,7 +140,7 @@ def down(
     from arriero.cluster import deployment_file as state
 
     with spinner() as show:
-        was_up = deploy.down(state.state_folder(state_dir), show)
+        was_up = deploy.down(state.state_folder(state_dir), show, force=force)
     if as_json:
         print(json.dumps({"was_up": was_up}))
     else:
@@ -197,6 +203,7 @@ def bring_up(spec: Path | None, flags: dict[str, Any], state_dir: Path | None) -
 def temporary_deployment(flags: dict[str, Any]) -> Iterator[Deployment]:
     """A deployment on a new local cluster; ends at the end of the block, also after an error."""
     from arriero.cluster import deploy
+    from arriero.cluster import deployment_file as state
     from arriero.cluster.spec.load import load
 
     checked = load(None, flags)
@@ -207,7 +214,10 @@ def temporary_deployment(flags: dict[str, Any]) -> Iterator[Deployment]:
         folder = Path(name)
         try:
             with spinner() as show:
-                deployment = deploy.up(checked, folder, _after(check_interrupt, show))
+                # the folder of this deployment's state is removed at the end
+                logs = state.state_folder(None)
+                show_step = _after(check_interrupt, show)
+                deployment = deploy.up(checked, folder, show_step, keep_logs=logs)
             yield deployment
         finally:
             with spinner() as show, _uninterrupted():

@@ -97,10 +97,12 @@ def _collect_everywhere(
     deployment: Deployment, needs: NodeNeeds
 ) -> tuple[dict[str, Facts], dict[str, float]]:
     """Facts and clock skews (seconds) of every living node, by address."""
+    from arriero.cluster.connection import checked_access, connected
+
+    checked_access(deployment)  # before the import of Ray, which takes seconds
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from arriero.cluster.deploy import connected
     from arriero.cluster.hosts import doctor as checkup
 
     facts: dict[str, Facts] = {}

@@ -22,12 +22,17 @@ from arriero.shards.errors import (
 
 R = TypeVar("R")
 
-_TIMEOUT_S = 30.0
+TIMEOUT_S = 8.0
+"""Seconds within which Admin must answer; a healthy Admin takes some milliseconds."""
+_LONG_TIMEOUT_S = 30.0
+"""The same for calls that read checkpoints, or that start processes on nodes."""
+_REMEDY = (
+    "if the head of the cluster is gone, `arriero down` ends the rest of the deployment"
+    " (`--force` without a drain)"
+)
 _ERRORS: dict[grpc.StatusCode, type[ArrieroError]] = {
     grpc.StatusCode.NOT_FOUND: NotFound,
     grpc.StatusCode.FAILED_PRECONDITION: SpecError,
-    grpc.StatusCode.UNAVAILABLE: Unavailable,
-    grpc.StatusCode.DEADLINE_EXCEEDED: Unavailable,
     grpc.StatusCode.DATA_LOSS: CheckpointError,
 }
 
@@ -51,6 +56,7 @@ class AdminClient:
             self._channel = grpc.secure_channel(address, credentials, options=options)
         else:
             self._channel = grpc.insecure_channel(address, options=CLIENT_OPTIONS)
+        self._address = address
         self._stub = AdminStub(self._channel)
         self._metadata = (("authorization", f"Bearer {token}"),)
 
@@ -97,7 +103,7 @@ class AdminClient:
     def rollout(self, spec: str = "", *, force: bool = False) -> str:
         """Replace the groups whose settings or weights have changed."""
         request = pb.RolloutRequest(spec=spec, force=force)
-        return self._call(self._stub.Rollout, request).text
+        return self._call_long(self._stub.Rollout, request).text
 
     def rollback(self, model: str) -> str:
         """Go back to the previous revision of a model's settings."""
@@ -109,7 +115,7 @@ class AdminClient:
 
     def keys(self, action: str, **fields: str | float) -> pb.KeysResponse:
         """List, add, rotate or revoke API keys; `fields` are fields of `KeysRequest`."""
-        return self._call(self._stub.Keys, pb.KeysRequest(action=action, **fields))  # type: ignore[arg-type]
+        return self._call_long(self._stub.Keys, pb.KeysRequest(action=action, **fields))  # type: ignore[arg-type]
 
     def rotate_token(self, overlap_s: float) -> str:
         """Replace Admin's token; returns the new token."""
@@ -118,14 +124,27 @@ class AdminClient:
 
     def kv(self, request: pb.KvRequest) -> list[pb.KvGroup]:
         """Run an action on the KV caches of groups; returns the contents of the caches after."""
-        return list(self._call(self._stub.Kv, request).groups)
+        return list(self._call_long(self._stub.Kv, request).groups)
 
-    def _call(self, method: Callable[..., R], request: object) -> R:
+    def _call_long(self, method: Callable[..., R], request: object) -> R:
+        """A call that may take long; first checks that Admin answers at all."""
+        self.events(1)
+        return self._call(method, request, _LONG_TIMEOUT_S)
+
+    def _call(self, method: Callable[..., R], request: object, timeout_s: float | None = None) -> R:
+        timeout_s = TIMEOUT_S if timeout_s is None else timeout_s
         try:
-            return method(request, metadata=self._metadata, timeout=_TIMEOUT_S)
+            return method(request, metadata=self._metadata, timeout=timeout_s)
         except grpc.RpcError as error:
             assert isinstance(error, grpc.Call), "the error of a call has a status code"
             code, details = error.code(), error.details() or ""
+            if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise Unavailable(
+                    f"Admin at {self._address} gave no answer in {timeout_s:g} s; {_REMEDY}"
+                ) from None
+            if code is grpc.StatusCode.UNAVAILABLE:
+                text = f"Admin at {self._address} cannot be reached ({details}); {_REMEDY}"
+                raise Unavailable(text) from None
             if code is grpc.StatusCode.INVALID_ARGUMENT:
                 raise InvalidRequest("", details) from None
             raise _ERRORS.get(code, ArrieroError)(details) from None

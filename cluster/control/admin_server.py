@@ -275,7 +275,7 @@ def _processes(snapshot: RegistrySnapshot, name: str) -> list[tuple[str, str, st
         Of each process: name for people, address of the node, Ray's id of the node, pid.
 
     Raises:
-        NotFound: nothing of this name serves.
+        NotFound: nothing of this name serves or starts.
     """
     if name == "operator":
         return [(name, node_address(), ray.get_runtime_context().get_node_id(), os.getpid())]
@@ -290,10 +290,13 @@ def _processes(snapshot: RegistrySnapshot, name: str) -> list[tuple[str, str, st
             )
             for gateway in gateways
         ]
-    entry = next((e for e in snapshot.groups if name in (e.group_id, e.seat)), None)
+    groups = (*snapshot.groups, *snapshot.starting)
+    entry = next((e for e in groups if name in (e.group_id, e.seat)), None)
     if entry is None:
-        serving = ", ".join([group.seat for group in snapshot.groups] + ["gateways", "operator"])
-        raise NotFound(f"nothing called {name[:128]!r} serves; choose from: {serving}")
+        known = ", ".join(
+            dict.fromkeys([group.seat for group in groups] + ["gateways", "operator"])
+        )
+        raise NotFound(f"nothing called {name[:128]!r} serves or starts; choose from: {known}")
     slices = zip(entry.slice_nodes, entry.slice_node_ids, entry.slice_pids, strict=True)
     return [
         ("leader", entry.node, entry.node_id, entry.pid),

@@ -71,8 +71,6 @@ class Operator:
         )
         self._address = await self._serve_admin()
         self._store.state.admin_port = int(self._address.rpartition(":")[2])
-        if not self._store.state.models:
-            await self._add_models()
         self._store.save()
         self._running = asyncio.create_task(self._run())
 
@@ -88,18 +86,31 @@ class Operator:
         except OSError:
             return await self._admin.start(admin.host, admin.port, tls)
 
-    async def _add_models(self) -> None:
-        """Make the first revision of each model."""
-        for model in self._store.spec.models:
-            # `up` has checked local folders; a URL is opened here for the first time
-            digest = await weights_digest(model, check=is_url(model.path))
-            first = Revision(1, model.model_dump(mode="json"), digest)
-            self._store.state.models[model.name] = ModelState(model.groups, [first])
-
-    async def deploy(self) -> str:
-        """Deploy the gateways; the loop then starts the groups. Returns Admin's address."""
-        await self._applications.deploy_gateways(self._store.spec)
+    async def admin_address(self) -> str:
+        """Address of Admin, which answers from now on."""
         return self._address
+
+    async def deploy(self) -> None:
+        """Deploy the gateways, and let the loop start the groups.
+
+        Raises:
+            CheckpointError: the weights of a model cannot be read.
+            SpecError: the settings of a model do not fit its weights.
+        """
+        for model in self._store.spec.models:
+            if model.name not in self._store.state.models:
+                # `up` has checked local folders; a URL is opened here for the first time
+                digest = await weights_digest(model, check=is_url(model.path))
+                first = Revision(1, model.model_dump(mode="json"), digest)
+                self._store.state.models[model.name] = ModelState(model.groups, [first])
+        self._store.save()
+        self._wake.set()
+        await self._applications.deploy_gateways(self._store.spec)
+
+    async def problems(self) -> dict[str, str]:
+        """Why groups did not start, or still wait, by seat; without the seats that are well."""
+        problems = {seat: self._view.start_problem(seat) for seat in self._store.state.seats}
+        return {seat: text for seat, text in problems.items() if text}
 
     async def _run(self) -> None:
         while True:

@@ -9,7 +9,7 @@ Serve.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from arriero.cluster.control.reconcile import GroupSeat, Phase
 from arriero.cluster.hosts import nodes
@@ -37,11 +37,7 @@ class PlacementTracker:
         if since_s is None or time.monotonic() - since_s < _REPORT_AFTER_S:
             return ""
         bundles = _bundles(model, capacity)
-        resources = ", ".join(f"{amount:g} {name}" for name, amount in bundles[0].items())
-        return (
-            f"waits for a placement: needs {len(bundles)} x ({resources}), each on one node;"
-            f" {nodes.count_free_bundles(bundles[0])} are free"
-        )
+        return "waits for a placement: " + _shortage(bundles)
 
     def surge(
         self, model: ModelSpec, capacity: ClusterCapacity, *, num_seats: int, count: int
@@ -91,3 +87,25 @@ def _bundles(model: ModelSpec, capacity: ClusterCapacity) -> list[dict[str, floa
     cuda = model.device == "cuda" or (model.device == "auto" and capacity.num_gpus > 0)
     cpus = model.cpus_per_slice or capacity.cpus_per_slice
     return PlacementBundles.of(model).bundles(cpus, "cuda" if cuda else "cpu")
+
+
+def _shortage(bundles: list[dict[str, float]]) -> str:
+    """What the bundles of a group need, and what is free, in words."""
+    needed, most_free = bundles[0], nodes.most_free(bundles[0])
+    words = f"it needs {_amounts(needed)} on one node"
+    if len(bundles) > 1:
+        words = f"it needs {len(bundles)} times {_amounts(needed)}, each on one node"
+        words += f"; {nodes.count_free_bundles(needed)} of these are free now"
+    return f"{words}; the node with most has {_amounts(most_free)} free"
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    return ", ".join(
+        f"{amount:g} {name}{'s' if amount != 1 else ''}"
+        for name, amount in resources.items()
+        if not name.startswith("accelerator_type:")
+    ) + "".join(
+        f" of type {name.partition(':')[2]}"
+        for name in resources
+        if name.startswith("accelerator_type:")
+    )

@@ -21,7 +21,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from arriero.cluster.hosts import ray_access
+from arriero.cluster.hosts import ray_access, ray_private
 from arriero.cluster.spec.deployment import RaySpec
 from arriero.shards.errors import Unavailable
 
@@ -124,11 +124,23 @@ def wait_address(cluster: LocalCluster) -> str:
     )
 
 
-def stop(cluster: LocalCluster, grace_s: float = 1.0) -> None:
-    """End all processes of the cluster and remove the folder; safe after an earlier stop."""
-    if not is_alive(cluster):
-        shutil.rmtree(cluster.folder, ignore_errors=True)
-        return
+def stop(cluster: LocalCluster, grace_s: float = 1.0, keep_logs: Path | None = None) -> None:
+    """End all processes of the cluster and remove the folder; safe after an earlier stop.
+
+    Args:
+        cluster: the cluster.
+        grace_s: seconds from the request to end until the kill.
+        keep_logs: folder that takes the logs of the cluster, in place of its contents; None
+            removes the logs too.
+    """
+    if is_alive(cluster):
+        _end_processes(cluster, grace_s)
+    if keep_logs is not None:
+        _move_logs(cluster.folder, keep_logs)
+    shutil.rmtree(cluster.folder, ignore_errors=True)
+
+
+def _end_processes(cluster: LocalCluster, grace_s: float) -> None:
     for sign, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 10.0)):
         deadline_s = time.monotonic() + wait_s
         sent: set[int] = set()
@@ -139,13 +151,33 @@ def stop(cluster: LocalCluster, grace_s: float = 1.0) -> None:
                     _signal(pid, sign)
             _reap(cluster.session)
             time.sleep(_POLL_S)
-    shutil.rmtree(cluster.folder, ignore_errors=True)
+
+
+def _move_logs(cluster_folder: Path, target: Path) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(mode=0o700, parents=True)
+    start_log, logs = cluster_folder / "start.log", cluster_folder / "session_latest" / "logs"
+    if start_log.exists():
+        shutil.move(start_log, target)
+    if logs.exists():
+        for path in logs.iterdir():
+            shutil.move(path, target)
 
 
 def is_alive(cluster: LocalCluster) -> bool:
     """Whether processes of this cluster run (the system reuses session ids)."""
     folder = os.fsencode(cluster.folder)
     return any(folder in _command(pid) for pid in members(cluster.session))
+
+
+def has_head(cluster: LocalCluster) -> bool:
+    """Whether the processes of the cluster's head run; without them all other processes end."""
+    folder = os.fsencode(cluster.folder)
+    commands = [_command(pid) for pid in members(cluster.session)]
+    programs = [command.partition(b"\0")[0] for command in commands if folder in command]
+    return all(
+        any(program.endswith(name) for program in programs) for name in ray_private.HEAD_PROCESSES
+    )
 
 
 def members(session: int) -> list[int]:

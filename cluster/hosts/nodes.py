@@ -40,6 +40,12 @@ def count_free_bundles(bundle: Mapping[str, float]) -> int:
     )
 
 
+def most_free(bundle: Mapping[str, float]) -> dict[str, float]:
+    """Of each resource of a bundle, the largest amount that is free on one node."""
+    free = ray_private.free_resources().values()
+    return {name: max((node.get(name, 0.0) for node in free), default=0.0) for name in bundle}
+
+
 async def answers(address: str, limit_s: float) -> bool:
     """Whether host:port accepts connections; a process under SIGSTOP still accepts."""
     host, _, port = address.rpartition(":")

@@ -25,7 +25,7 @@ _KUBERNETES = "RAY_ENABLE_K8S_TOKEN_AUTH"
 _TLS_FILES = ("RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT")
 """Ray's variables for the files of a channel with TLS: certificate, key, authorities."""
 LOOPBACK = "127.0.0.1"
-PROBE_S = 10.0
+PROBE_S = 5.0
 _CLIENT = "ray://"
 _REMEDY = (
     f"set {TOKEN} to the cluster's token, {TOKEN_PATH} to a file that holds it, or copy that file"
@@ -81,6 +81,14 @@ def joined_cluster(address: str) -> Changes:
             f"the Ray cluster at {address} refuses the token in {_source()}; {_REMEDY}"
         )
     return {MODE: "token", **_reach(loopback_only)}
+
+
+def gcs_answers(address: str, token: str) -> bool:
+    """Whether the GCS at host:port answers a call with this token ("" for none) in `PROBE_S` s."""
+    try:
+        return not _refuses(address, token)
+    except Unavailable:
+        return False
 
 
 def changed(environment: Mapping[str, str], changes: Changes) -> dict[str, str]:

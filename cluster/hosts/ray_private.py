@@ -20,6 +20,9 @@ LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 CHECK_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 """gRPC method of the GCS that answers without a registered client."""
 
+HEAD_PROCESSES = (b"/gcs_server", b"/raylet")
+"""Ends of the programs' paths of a head node's two processes."""
+
 
 def free_resources() -> Mapping[str, Mapping[str, float]]:
     """Free resources by node id and name; publicly Ray gives only the sum of all nodes."""

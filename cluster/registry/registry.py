@@ -49,6 +49,7 @@ class Registry:
         self._spares = SpareSeats(store.get("spares") or {})
         self._history = History(store.get("history"))
         self._progress: dict[str, str] = {}
+        self._starting: dict[str, GroupEntry] = {}  # by seat
         live = store.get("live")
         self._live = None if live is None else LiveSettings.from_wire(live)
         self._tasks = BackgroundTasks()
@@ -113,7 +114,7 @@ class Registry:
             self._fence(older)
         self._groups.renew(entry, lease_s)
         self._losses.watch(entry)
-        self._progress.pop(entry.group_id, None)
+        self._started(entry.group_id)
         if known is None:
             self._history.serving(time.time(), self._spares.serves(entry.seat), entry.group_id)
             self._store_history()
@@ -125,7 +126,7 @@ class Registry:
 
     async def unregister(self, group_id: str) -> None:
         """Remove a group that has ended as planned; does nothing when the group is unknown."""
-        self._progress.pop(group_id, None)
+        self._started(group_id)
         if self._groups.remove(group_id) is not None:
             await self.note("gone", group_id, "ended")
             self._publish()
@@ -134,13 +135,17 @@ class Registry:
         """Record the progress of a group's start."""
         self._progress[group_id] = text
 
+    async def starting(self, entry: GroupEntry) -> None:
+        """Record the processes of a group that starts; its address is still unknown."""
+        self._starting[entry.seat] = entry
+
     async def fail(self, failure: Failure) -> None:
         """Record the failure of a group or gateway and remove it; the first report counts."""
         failure = replace(failure, at=failure.at or time.time())
         self._history.failed(failure)
         self._store_history()
         self._gateways.remove(failure.who)
-        self._progress.pop(failure.who, None)
+        self._started(failure.who)
         self._spares.failed(failure.seat)
         if (entry := self._groups.get(failure.who)) is not None:
             if entry.phase == "serving":
@@ -191,6 +196,7 @@ class Registry:
             groups=self._groups.entries,
             gateways=self._gateways.current(),
             progress=dict(self._progress),
+            starting=tuple(self._starting.values()),
             failures=self._history.failures,
             fenced=tuple(self._groups.fenced),
             demand=self._gateways.demand(),
@@ -198,6 +204,12 @@ class Registry:
             spares=tuple(self._spares.seats),
             standby=self._spares.standby(),
         )
+
+    def _started(self, group_id: str) -> None:
+        """The start of a group has ended, well or not."""
+        self._progress.pop(group_id, None)
+        for seat in [seat for seat, entry in self._starting.items() if entry.group_id == group_id]:
+            del self._starting[seat]
 
     async def _replace(self, lost: GroupEntry) -> None:
         """Promote a spare group in place of a lost group."""

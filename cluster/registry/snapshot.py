@@ -22,7 +22,7 @@ class GroupEntry:
         revision: of the model's settings.
         digest: of weights and numerics.
         layout: text for people, such as "TP1 x PP2 bfloat16".
-        phase: "serving", or "draining" after the last request was accepted.
+        phase: "starting", "serving", or "draining" after the last request was accepted.
         node: address of the leader's node.
         node_id: Ray's id of the leader's node.
         pid: process of the leader.
@@ -82,6 +82,7 @@ class RegistrySnapshot:
         groups: all that serve or drain.
         gateways: all that listen.
         progress: progress of each start, by group id.
+        starting: groups that start and whose slices are placed; without address and digest.
         failures: the latest failures, newest last.
         fenced: ids of the latest fenced groups.
         demand: by model, requests that wait in gateways and the longest predicted wait, in seconds.
@@ -95,6 +96,7 @@ class RegistrySnapshot:
     gateways: tuple[GatewayEntry, ...]
     progress: dict[str, str]
     failures: tuple[Failure, ...]
+    starting: tuple[GroupEntry, ...] = ()
     fenced: tuple[str, ...] = ()
     demand: dict[str, tuple[int, float]] = field(default_factory=dict)
     live: LiveSettings | None = None

@@ -52,6 +52,7 @@ class Leader:
                 await self._registration.begin()
                 self._registration.report("placing slices")
                 await self._slices.place()
+                self._registration.report_processes(self._slices.locations)
                 if not await self._registration.is_promoted():
                     self._standby = asyncio.create_task(self._stand_by())
                     return

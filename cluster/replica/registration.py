@@ -70,6 +70,10 @@ class Registration:
             self._percent_loaded = percent
             self.report(str(loading))
 
+    def report_processes(self, slices: Sequence[SliceLocation]) -> None:
+        """Report the processes of the group, whose logs can be read from now on."""
+        self.registry.starting.remote(self._entry(slices, phase="starting"))
+
     async def register(
         self,
         *,
@@ -88,25 +92,28 @@ class Registration:
             slices: locations, by rank.
             stats: counters of the engine.
         """
+        entry = self._entry(slices, phase="serving")
+        self.entry = replace(entry, address=address, digest=digest, link_token=link_token)
+        return await self.renew(stats, draining=False) is not None
+
+    def _entry(self, slices: Sequence[SliceLocation], *, phase: str) -> GroupEntry:
         settings = self._settings
-        self.entry = GroupEntry(
+        return GroupEntry(
             group_id=self.group_id,
             model=settings.model,
-            address=address,
+            address="",
             seat=settings.seat,
             epoch=self.epoch,
             revision=settings.revision,
-            digest=digest,
             layout=settings.layout,
+            phase=phase,
             node=node_address(),
             node_id=ray.get_runtime_context().get_node_id(),
             pid=os.getpid(),
             slice_pids=tuple(location.pid for location in slices),
-            link_token=link_token,
             slice_nodes=tuple(location.address for location in slices),
             slice_node_ids=tuple(location.node_id for location in slices),
         )
-        return await self.renew(stats, draining=False) is not None
 
     async def renew(self, stats: EngineStats, *, draining: bool) -> int | None:
         """Renew the entry.

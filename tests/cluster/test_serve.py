@@ -29,7 +29,7 @@ RUN = """
 import sys
 from ray import serve
 from arriero.cluster.app import application
-from arriero.cluster.deploy import connected
+from arriero.cluster.connection import connected
 from arriero.cluster.deployment_file import Deployment
 ray_address, node_address, port, spec = sys.argv[1:]
 with connected(Deployment(ray_address=ray_address, node_address=node_address)):
