@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import psutil
 
 from arriero.cluster.hosts import local_cluster as local
 from arriero.cluster.hosts import ray_access
 from arriero.cluster.spec.deployment import RaySpec
+from support.eventually import eventually
 
 
 class Machines:
@@ -45,10 +45,7 @@ class Machines:
             self._nodes[address] = subprocess.Popen(
                 command, env=environment, stdout=log, stderr=log, start_new_session=True
             )
-        deadline_s = time.monotonic() + 60
-        while not self.raylets(address):
-            assert time.monotonic() < deadline_s, path.read_text()
-            time.sleep(0.1)
+        eventually(lambda: self.raylets(address), 60, every_s=0.1, state=path.read_text)
         return address
 
     def raylets(self, address: str) -> list[psutil.Process]:

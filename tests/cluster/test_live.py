@@ -31,6 +31,7 @@ from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.proto.arriero.v1 import inference_pb2_grpc
 from arriero.shards.errors import ArrieroError, InvalidRequest, NotFound
 from support.command import arriero
+from support.eventually import eventually
 
 MODEL = os.environ.get("ARRIERO_TEST_MODEL", "")
 SERVE = "/ray.serve.ASGIService/HandleRequest"
@@ -313,10 +314,7 @@ def test_a_lost_slice_has_the_group_replaced(
     os.kill(pids[1], signal.SIGKILL)
     got += tokens(survivor)  # by another life of the group
     assert got == undisturbed
-    deadline_s = time.monotonic() + 60
-    while (now := group()) is None or now["id"] == old["id"]:
-        assert time.monotonic() < deadline_s
-        time.sleep(0.2)
+    eventually(lambda: (now := group()) is not None and now["id"] != old["id"], 60, every_s=0.2)
     why = arriero("why", folder=folder).stdout
     assert f"slice 1 (pid {pids[1]}" in why and "crash" in why
     record = json.loads(arriero("why", str(old["seat"]), "--json", folder=folder).stdout)["record"]

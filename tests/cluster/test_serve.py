@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import openai
@@ -16,6 +15,7 @@ import yaml
 from arriero.cluster.hosts import local_cluster as local
 from arriero.cluster.hosts import ray_access
 from arriero.cluster.spec.deployment import RaySpec
+from support.eventually import eventually
 
 MODEL = os.environ.get("ARRIERO_TEST_MODEL", "")
 pytestmark = [
@@ -71,10 +71,7 @@ def test_serve_run_answers_through_serves_own_proxy(tmp_path: Path) -> None:
 
 def ask_through_the_proxy(base_url: str) -> None:
     with openai.OpenAI(base_url=base_url, api_key="none") as ask:
-        deadline_s = time.monotonic() + 60
-        while not ask.models.list().data:
-            assert time.monotonic() < deadline_s, "no group linked"
-            time.sleep(0.1)
+        eventually(lambda: ask.models.list().data, 60, every_s=0.1)
         stream = ask.chat.completions.create(
             model="demo",
             messages=[{"role": "user", "content": "What is the capital of France?"}],

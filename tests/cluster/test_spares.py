@@ -16,6 +16,7 @@ from arriero.cluster.control.admin_client import AdminClient
 from arriero.router.client.client import Client
 from arriero.router.proto.arriero.v1 import admin_pb2 as pb
 from support.command import arriero
+from support.eventually import eventually
 
 MODEL = os.environ.get("ARRIERO_TEST_MODEL", "")
 pytestmark = [
@@ -28,13 +29,14 @@ pytestmark = [
 
 def until(admin: AdminClient, good: object, limit_s: float = 60.0) -> pb.Status:
     assert callable(good)
-    deadline_s = time.monotonic() + limit_s
-    while True:
-        found = admin.status()
-        if good(found):
-            return found
-        assert time.monotonic() < deadline_s, found
-        time.sleep(0.05)
+
+    def status() -> pb.Status | None:
+        now = admin.status()
+        return now if good(now) else None
+
+    now = eventually(status, limit_s, every_s=0.05, state=admin.status)
+    assert now is not None
+    return now
 
 
 def whole(status: pb.Status) -> bool:

@@ -1,6 +1,6 @@
 """Greedy tokens are transformers' own, whatever the layout, the batch and the cache.
 
-`make test` runs a short form (fewer prompts and tokens); `make oracle` all of it.
+`make test` runs a short form (fewer prompts, tokens and layers); `make oracle` all of it.
 """
 
 from __future__ import annotations
@@ -45,11 +45,12 @@ def assert_same(answers, expected) -> None:  # noqa: ANN001
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_one_at_a_time(model_path, prompts, oracle, size) -> None:  # noqa: ANN001
+def test_one_at_a_time(whole, prompts, oracle, size) -> None:  # noqa: ANN001
+    """All layers, in the short form too."""
     count, new = size
     chosen = pick(prompts, count)
-    expected = oracle(chosen, new)
-    with running(fp32(model_path, prefix_cache=False)) as group:
+    expected = oracle(whole, chosen, new)
+    with running(fp32(whole, prefix_cache=False)) as group:
         for prompt, tokens in zip(chosen, expected, strict=True):
             assert_same(group.generate([prompt], greedy(new)), [tokens])
 
@@ -60,7 +61,7 @@ def test_chunks(model_path, prompts, oracle, size, chunk) -> None:  # noqa: ANN0
     """All at once, with each chunk size."""
     count, new = size
     chosen = pick(prompts, count)
-    expected = oracle(chosen, new)
+    expected = oracle(model_path, chosen, new)
     # a step's budget holds all decodes besides the chunk
     with running(fp32(model_path, max_batch_tokens=max(chunk, 64))) as group:
         assert_same(group.generate(chosen, greedy(new)), expected)
@@ -74,7 +75,7 @@ def test_chunks(model_path, prompts, oracle, size, chunk) -> None:  # noqa: ANN0
 def test_random_arrivals(model_path, prompts, oracle, size) -> None:  # noqa: ANN001
     count, new = size
     chosen = pick(prompts, count)
-    expected = oracle(chosen, new)
+    expected = oracle(model_path, chosen, new)
     rng = random.Random(1)
     order = list(range(count))
     rng.shuffle(order)
@@ -91,7 +92,7 @@ def test_preemption(model_path, prompts, oracle, size) -> None:  # noqa: ANN001
     """A cache so small that sequences are thrown out and computed again."""
     count, new = size
     chosen = pick(prompts, count)
-    expected = oracle(chosen, new)
+    expected = oracle(model_path, chosen, new)
     longest = max(map(len, chosen)) + new
     blocks = -(-longest // 16) + 8
     with running(fp32(model_path, num_blocks=blocks, prefix_cache=False)) as group:
@@ -104,7 +105,7 @@ def test_preemption(model_path, prompts, oracle, size) -> None:  # noqa: ANN001
 def test_prefix_cache_cold_and_warm(model_path, prompts, oracle, size) -> None:  # noqa: ANN001
     count, new = size
     chosen = pick(prompts, count)
-    expected = oracle(chosen, new)
+    expected = oracle(model_path, chosen, new)
     with running(fp32(model_path)) as group:
         cold = group.generate(chosen, greedy(new))
         warm = group.generate(chosen, greedy(new))
@@ -121,7 +122,7 @@ def test_prefix_cache_cold_and_warm(model_path, prompts, oracle, size) -> None: 
 def test_layouts(model_path, prompts, oracle, size, tp, pp) -> None:  # noqa: ANN001
     count, new = size
     chosen = pick(prompts, count)
-    expected = oracle(chosen, new)
+    expected = oracle(model_path, chosen, new)
     with running(fp32(model_path, tp=tp, pp=pp, threads=1), spawn=True) as group:
         assert_same(group.generate(chosen, greedy(new)), expected)
         assert group.engine.stats().blocks_used == 0

@@ -13,6 +13,7 @@ from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.sampling_params import SamplingParams
 from support.groups import Group, running
 from support.models import tiny_llama4
+from support.oracle import greedy
 
 CHUNK, NEW = 16, 200
 TOLERANCE = 2e-4
@@ -52,31 +53,34 @@ def case(name: str, root: pytest.TempPathFactory) -> Case:
         path = root.mktemp(name.replace(" ", "-"))
         tiny_llama4(path, seed=5, **MODELS[name])
         prompts = [[(7 * i + 3 * j * j) % 128 for j in range(n)] for i, n in enumerate(LENGTHS)]
-        tokens, logprobs = oracle(path, prompts)
+        with running(group_config(path)) as group:
+            drafts = [answer.tokens for answer in group.generate(prompts, greedy_params(NEW))]
+        tokens, logprobs = oracle(path, prompts, drafts)
+        assert [len(each) for each in tokens] == [NEW] * len(prompts)
         _MADE[name] = Case(path, prompts, tokens, logprobs)
     return _MADE[name]
 
 
+def greedy_params(new: int) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True, seed=0)
+
+
 def oracle(
-    path: Path, prompts: list[list[int]], new: int = NEW
+    path: Path, prompts: list[list[int]], drafts: list[list[int]]
 ) -> tuple[list[list[int]], list[torch.Tensor]]:
-    """One unpadded sequence at a time, with transformers' own cache."""
+    """Transformers' greedy tokens and log-probabilities [new, V], one sequence at a time."""
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    tokens, logprobs = [], []
+
+    def logits_of(tokens: list[int]) -> torch.Tensor:
+        logits: torch.Tensor = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
+        return logits
+
     with torch.inference_mode():
-        for prompt in prompts:
-            ids, cache, drawn, rows = torch.tensor([prompt]), None, [], []
-            for _ in range(new):
-                got = model(input_ids=ids, past_key_values=cache, use_cache=True)
-                cache = got.past_key_values
-                rows.append(got.logits[0, -1].log_softmax(-1))
-                drawn.append(int(rows[-1].argmax()))
-                ids = torch.tensor([[drawn[-1]]])
-            tokens.append(drawn)
-            logprobs.append(torch.stack(rows))
-    return tokens, logprobs
+        pairs = zip(prompts, drafts, strict=True)
+        answers = [greedy(logits_of, prompt, draft) for prompt, draft in pairs]
+    return [tokens for tokens, _ in answers], [rows.log_softmax(-1) for _, rows in answers]
 
 
 def group_config(path: Path, **more: Any) -> GroupConfig:  # noqa: ANN401
@@ -155,7 +159,7 @@ def test_a_prefix_is_found_inside_a_chunk(tmp_path_factory: pytest.TempPathFacto
     """Hits that end inside a chunk, on its boundary, and where its local blocks are gone."""
     made = case("maverick", tmp_path_factory)
     prompt, tokens = made.prompts[-1], made.tokens[-1]
-    params = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True, seed=0)
+    params = greedy_params(NEW)
     with running(group_config(made.path)) as group:
         first = group.generate([prompt], params)[0]
         assert first.tokens == tokens and first.num_cached == 0
@@ -168,7 +172,7 @@ def test_a_prefix_is_found_inside_a_chunk(tmp_path_factory: pytest.TempPathFacto
     with running(group_config(made.path, num_local_blocks=20)) as group:
         group.generate([prompt], params)
         answer = group.generate([text[:60]], replace(params, max_tokens=40))[0]
-        assert answer.tokens == oracle(made.path, [text[:60]], 40)[0][0]
+        assert answer.tokens == oracle(made.path, [text[:60]], [answer.tokens])[0][0]
         assert answer.num_cached == 48, "the chunk's boundary, where no local block is needed"
 
 

@@ -18,6 +18,7 @@ from arriero.shards.images.layout import ImageTokens, grid_of, image_tokens
 from arriero.shards.images.request import RequestImage
 from support.groups import Group, running
 from support.models import IMAGE_TOKEN, tiny_llama4
+from support.oracle import greedy
 
 TILE, FEATURES, NEW = 56, 4, 60
 IDS = ImageTokens(start=119, end=120, patch=IMAGE_TOKEN, image=122, column=123, row=124)
@@ -71,18 +72,21 @@ def expected(folder: Path, cases: list[Case]) -> list[tuple[list[int], list[floa
     import transformers
 
     model = transformers.Llama4ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    with running(config(folder)) as group:
+        names = [group.submit(prompt, PARAMS, images=images) for prompt, images, _ in cases]
+        drafts = [answer.tokens for answer in group.wait(names)]
     out = []
-    with torch.inference_mode():
-        for prompt, _, tiles in cases:
-            got = model(input_ids=torch.tensor([prompt]), pixel_values=tiles, use_cache=True)
-            drawn, logprobs = [], []
-            for _ in range(NEW):
-                row = got.logits[0, -1].log_softmax(-1)
-                drawn.append(int(row.argmax()))
-                logprobs.append(float(row.max()))
-                ids = torch.tensor([[drawn[-1]]])
-                got = model(input_ids=ids, past_key_values=got.past_key_values, use_cache=True)
-            out.append((drawn, logprobs))
+    for (prompt, _, tiles), draft in zip(cases, drafts, strict=True):
+
+        def logits_of(tokens: list[int], tiles: torch.Tensor = tiles) -> torch.Tensor:
+            ids = torch.tensor([tokens])
+            got: torch.Tensor = model(input_ids=ids, pixel_values=tiles, use_cache=False).logits[0]
+            return got
+
+        with torch.inference_mode():
+            tokens, rows = greedy(logits_of, prompt, draft)
+        assert len(tokens) == NEW
+        out.append((tokens, rows.log_softmax(-1).amax(-1).tolist()))
     return out
 
 

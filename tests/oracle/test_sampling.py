@@ -10,6 +10,14 @@ from arriero.shards.config.sampling_params import SamplingParams
 from support.groups import running
 
 
+@pytest.fixture(
+    scope="module", params=["few_layers", pytest.param("whole", marks=pytest.mark.slow)]
+)
+def model_path(request: pytest.FixtureRequest) -> str:
+    path: str = request.getfixturevalue(request.param)
+    return path
+
+
 def config(model_path: str, **more) -> GroupConfig:  # noqa: ANN003
     settings = {"num_blocks": 1024, "max_model_len": 1024, "max_sequences": 64} | more
     return GroupConfig(model_path=model_path, **settings)
@@ -104,9 +112,13 @@ def test_penalties_bias_and_stops(model_path, prompts) -> None:  # noqa: ANN001
     for params, answer in zip(cases, answers, strict=True):
         tokens: list[int] = []
         with torch.inference_mode():
+            ids, cache = torch.tensor([prompt]), None
             for _ in range(len(answer.tokens)):
-                row = model(input_ids=torch.tensor([prompt + tokens])).logits[0, -1]
+                got = model(input_ids=ids, past_key_values=cache, use_cache=True)
+                cache = got.past_key_values
+                row = got.logits[0, -1]
                 tokens.append(int(adjusted(row, prompt, tokens, params).argmax()))
+                ids = torch.tensor([[tokens[-1]]])
         assert answer.tokens == tokens, params
 
 

@@ -13,6 +13,7 @@ from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.sampling_params import SamplingParams
 from support.groups import running
 from support.models import tiny_llama
+from support.oracle import greedy
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -78,18 +79,19 @@ LAYOUTS = {
 }
 
 
-def greedy(path: Path, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+def expected(path: Path, prompts: list[list[int]], drafts: list[list[int]]) -> list[list[int]]:
+    """Greedy tokens of transformers, one unpadded sequence at a time."""
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    out = []
+
+    def logits_of(tokens: list[int]) -> torch.Tensor:
+        logits: torch.Tensor = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
+        return logits
+
     with torch.inference_mode():
-        for prompt in prompts:
-            tokens = list(prompt)
-            for _ in range(new_tokens):
-                tokens.append(int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
-            out.append(tokens[len(prompt) :])
-    return out
+        pairs = zip(prompts, drafts, strict=True)
+        return [greedy(logits_of, prompt, draft)[0] for prompt, draft in pairs]
 
 
 def check(path: Path, oracle: Path | None = None, **layout: int) -> None:
@@ -109,7 +111,9 @@ def check(path: Path, oracle: Path | None = None, **layout: int) -> None:
     )
     with running(config) as group:
         answers = group.generate(prompts, params)
-    assert [a.tokens for a in answers] == greedy(oracle or path, prompts, 24)
+    tokens = [answer.tokens for answer in answers]
+    assert [len(each) for each in tokens] == [24] * len(prompts)
+    assert tokens == expected(oracle or path, prompts, tokens)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

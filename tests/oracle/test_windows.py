@@ -42,6 +42,14 @@ def check_greedy(logits_TV: torch.Tensor, num_prompt: int, tokens: list[int]) ->
     assert logits_TV[num_prompt - 1 :].argmax(-1).tolist() == tokens
 
 
+@pytest.fixture(
+    scope="module", params=["few_layers", pytest.param("whole", marks=pytest.mark.slow)]
+)
+def model_path(request: pytest.FixtureRequest) -> str:
+    path: str = request.getfixturevalue(request.param)
+    return path
+
+
 @pytest.fixture(scope="module")
 def chosen(prompts: list[list[int]]) -> list[list[int]]:
     return [prompts[i] for i in CHOSEN]

@@ -20,6 +20,7 @@ from arriero.router.tenants.keys import add_key, read_keys, revoke_key
 from arriero.router.tenants.tenant import QueueLimits, Tenant
 from arriero.router.tls import LINK_NAME, TlsFiles
 from arriero.shards.errors import Overloaded, PermissionDenied, SpecError, Unauthenticated
+from support.eventually import eventually_async
 from support.frontdoor import LLAMA3, FakeEngine, Stack, echo, endless, make_card, serve
 
 ASK = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
@@ -31,6 +32,13 @@ def http(stack: Stack, **options: object) -> httpx.AsyncClient:
 
 def bearer(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}
+
+
+async def answers(ask: httpx.AsyncClient, key: str, status: int) -> None:
+    """Wait until the key has this answer."""
+    async with asyncio.timeout(10):
+        while (await ask.get("/v1/models", headers=bearer(key))).status_code != status:
+            await asyncio.sleep(0.05)
 
 
 async def tokens(client: AsyncClient, **fields: object) -> int:
@@ -75,13 +83,11 @@ async def test_keys_are_asked_for_on_both_listeners(
             assert 'arriero_tenant_tokens_total{kind="output",tenant="acme"} 8.0' in metrics
             # a key made now works within a second or so, and one that is revoked does not
             late = add_key(path, "acme")
-            await asyncio.sleep(0.6)
-            assert (await ask.get("/v1/models", headers=bearer(late))).status_code == 200
+            await answers(ask, late, 200)
             revoke_key(path, key.split("-")[1])
-            await asyncio.sleep(0.6)
-            assert (await ask.get("/v1/models", headers=bearer(key))).status_code == 401
+            await answers(ask, key, 401)
             path.write_text("keys: [nonsense]")
-            await asyncio.sleep(0.6)  # a broken file changes nothing
+            await asyncio.sleep(0.6)  # long enough to be read: a broken file changes nothing
             assert (await ask.get("/v1/models", headers=bearer(late))).status_code == 200
 
 
@@ -121,10 +127,9 @@ async def test_a_flood_waits_and_others_pass(llama_tokenizer: Tokenizer, tmp_pat
             order.append(name)
 
         asked = [asyncio.create_task(ask(flood, "flood")) for _ in range(11)]
-        while len(stack.engine.submitted) < 3 or stack.gateway.inference.admission.waiting() != {
-            ("tiny", "flood"): 8
-        }:
-            await asyncio.sleep(0.002)
+        waiting = stack.gateway.inference.admission.waiting
+        await eventually_async(lambda: len(stack.engine.submitted) >= 3, every_s=0.002)
+        await eventually_async(lambda: waiting() == {("tiny", "flood"): 8}, every_s=0.002)
         with pytest.raises(Overloaded, match="max_queued"):
             await tokens(flood)
         asked.append(asyncio.create_task(ask(quiet, "quiet")))
@@ -159,8 +164,7 @@ async def test_what_waits_too_long_is_refused(llama_tokenizer: Tokenizer) -> Non
         http(stack) as ask,
     ):
         long = asyncio.gather(*(tokens(stack.client, max_tokens=50_000) for _ in range(2)))
-        while len(stack.engine.submitted) < 2:
-            await asyncio.sleep(0.002)
+        await eventually_async(lambda: len(stack.engine.submitted) >= 2, every_s=0.002)
         begun = time.monotonic()
         with pytest.raises(Overloaded, match=r"waited 0\.3 s"):
             await tokens(stack.client)
@@ -301,9 +305,7 @@ async def test_a_link_needs_the_token_and_the_certificate(
         await gateway.start()
         await gateway.set_groups([GroupAddress("g0", "tiny", address, token)])
         try:
-            async with asyncio.timeout(1.0):
-                while not gateway.ready:
-                    await asyncio.sleep(0.01)
+            await eventually_async(lambda: gateway.ready, 1.0)
         except TimeoutError:
             pass
         found = gateway.ready

@@ -18,6 +18,7 @@ from arriero.router.gateway import Gateway, GatewayConfig, GroupAddress
 from arriero.router.link.server import LinkServer
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.shards.errors import InvalidRequest, NotFound, Overloaded, Unavailable
+from support.eventually import eventually_async
 from support.frontdoor import CHATML, LLAMA3, Stack, echo, endless, make_card, serve
 
 GENERATE = "/arriero.v1.Inference/Generate"
@@ -33,10 +34,7 @@ async def collect(
 
 
 async def until(condition, what: str) -> None:  # noqa: ANN001
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.005)
-    assert condition(), what
+    await eventually_async(condition, every_s=0.005, state=lambda: what)
 
 
 @pytest.fixture
@@ -351,8 +349,9 @@ async def test_health_follows_the_groups_and_reflection_lists(echoing: Stack) ->
         assert file.file_descriptor_response.file_descriptor_proto
 
         await echoing.gateway.set_groups([])
-        await asyncio.sleep(0.05)
-        assert await status("") == health_pb2.HealthCheckResponse.NOT_SERVING
+        async with asyncio.timeout(10):
+            while await status("") != health_pb2.HealthCheckResponse.NOT_SERVING:
+                await asyncio.sleep(0.005)
     with pytest.raises(Unavailable, match="no model is served"):
         await collect(echoing.client.generate("x"))
 

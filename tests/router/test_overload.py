@@ -23,6 +23,7 @@ from arriero.router.gateway import GatewayConfig
 from arriero.router.tenants.keys import add_key
 from arriero.router.tenants.tenant import QueueLimits
 from arriero.shards.errors import Overloaded
+from support.eventually import eventually_async
 from support.frontdoor import LLAMA3, Stack, endless, make_card, serve
 
 LONG = "ARRIERO_OVERLOAD_S" in os.environ
@@ -165,8 +166,9 @@ async def test_a_flood_leaves_the_other_its_share(
                     least[name] = min(least[name], waiting()["tiny", name])
             return {name: tally.tokens for name, tally in tallies.items()}
 
-        while min(waiting().get(("tiny", name), 0) for name in keys) < PLACES // 2:
-            await asyncio.sleep(0.01)
+        await eventually_async(
+            lambda: min(waiting().get(("tiny", name), 0) for name in keys) >= PLACES // 2, 60
+        )
         turn = PLACES * output  # tokens of one set of places; the first ones go to whoever is first
         before = await given(sum(tally.tokens for tally in tallies.values()) + turn)
         after = await given(sum(before.values()) + int(3 * max(DURATION_S, 5) * turn))

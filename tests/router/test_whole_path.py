@@ -15,6 +15,7 @@ from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.text.model_card import ModelCard
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.sampling_params import SamplingParams
+from support.eventually import eventually_async
 from support.groups import Group, running
 
 MODEL = os.environ.get("ARRIERO_TEST_MODEL", "")
@@ -50,8 +51,7 @@ async def test_the_gateway_says_what_the_engine_says(
     port = await gateway.start()
     await gateway.set_groups([GroupAddress("g0", "small", await link.start())])
     async with AsyncClient(f"127.0.0.1:{port}", timeout_s=120) as client, asyncio.timeout(200):
-        while not gateway.ready:
-            await asyncio.sleep(0.01)
+        await eventually_async(lambda: gateway.ready, 120)
         laid_out = await client.tokenize(
             pb.TokenizeRequest(conversation=pb.Conversation(messages=[pb.Message(**talk[0])]))
         )
@@ -76,8 +76,9 @@ async def test_the_gateway_says_what_the_engine_says(
 
         counts = await asyncio.gather(*(one(number) for number in range(16)))
         assert all(4 <= count <= 40 for count in counts)
-        while engine.stats().num_running or engine.stats().num_waiting:
-            await asyncio.sleep(0.01)
+        await eventually_async(
+            lambda: not engine.stats().num_running and not engine.stats().num_waiting, 120
+        )
         assert engine.stats().blocks_used == 0
     await gateway.stop(1)
     await link.stop(1)

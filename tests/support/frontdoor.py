@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import threading
 import time
@@ -18,6 +17,7 @@ from arriero.router.link.server import LinkServer
 from arriero.router.text.model_card import ModelCard
 from arriero.shards.engine.types import EngineRequest, EngineStats, SequenceOutput, TokenLogprobs
 from arriero.shards.errors import Overloaded
+from support.eventually import eventually_async
 
 LLAMA_SPECIALS = [
     "<|begin_of_text|>",
@@ -215,9 +215,7 @@ async def serve(
     port = await gateway.start()
     await gateway.set_groups([GroupAddress(card.group, card.model, link_address)])
     client = AsyncClient(f"127.0.0.1:{port}", timeout_s=60)
-    async with asyncio.timeout(20):
-        while not gateway.ready:
-            await asyncio.sleep(0.01)
+    await eventually_async(lambda: gateway.ready, 20)
     try:
         yield Stack(gateway, port, engine, link, link_address, client)
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from arriero.router.link.server import LinkServer
 from arriero.router.text.model_card import ModelCard
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.engine.types import EngineConfig
+from support.eventually import eventually_async
 from support.groups import Group, running
 
 
@@ -45,9 +45,7 @@ async def fronted(
                 AsyncClient(f"127.0.0.1:{port}", timeout_s=240) as client,
                 openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as ask,
             ):
-                async with asyncio.timeout(30):
-                    while not gateway.ready:
-                        await asyncio.sleep(0.01)
+                await eventually_async(lambda: gateway.ready, 30)
                 yield Front(group, client, ask, url)
         finally:
             await gateway.stop(0.5)

@@ -18,6 +18,7 @@ from arriero.router.tenants.tenant import QueueLimits
 from arriero.router.text.model_card import ModelCard
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.engine.types import EngineStats
+from support.eventually import eventually_async
 from support.frontdoor import LLAMA3, LLAMA_SPECIALS, make_card, make_tokenizer
 from support.groups import Group, running
 from support.models import tiny_llama
@@ -140,9 +141,7 @@ class _Serving:
         self._group.take = self._link.on_outputs  # type: ignore[method-assign]
         port = await self._gateway.start()
         await self._gateway.set_groups([GroupAddress("g0", self._card.model, address)])
-        async with asyncio.timeout(20):
-            while not self._gateway.ready:
-                await asyncio.sleep(0.01)
+        await eventually_async(lambda: self._gateway.ready, 20)
         return port
 
     async def _stop(self) -> None:

@@ -17,6 +17,7 @@ from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.engine.engine import Engine
 from arriero.shards.engine.types import EngineConfig, EngineRequest, SequenceOutput
 from arriero.shards.kv.blocks import model_root
+from support.eventually import eventually_async
 from support.fake_slice import FakeExecutor, answer
 from support.frontdoor import make_card
 
@@ -59,8 +60,7 @@ class Group:
 async def linked_to(addresses: list[GroupAddress]) -> LinkedGroups:
     linked = LinkedGroups(lambda: None)
     await linked.set_groups(addresses)
-    while len(linked.groups()) < len(addresses):
-        await asyncio.sleep(0.01)
+    await eventually_async(lambda: len(linked.groups()) >= len(addresses))
     return linked
 
 
@@ -93,7 +93,7 @@ async def test_requests_go_where_their_prefix_is(llama_tokenizer: Tokenizer) -> 
     try:
         for number in range(4):
             await run(linked, f"a{number}", (*system, number + 2))
-            await asyncio.sleep(0.15)
+            await eventually_async(lambda: reach(linked, (*system, 2, 3))["g0"].total == 36)
         stats = [group.engine.stats() for group in groups]
         assert [one.prompt_tokens for one in stats] == [4 * 39, 0]
         assert stats[0].cached_tokens == 3 * 36
@@ -104,25 +104,21 @@ async def test_requests_go_where_their_prefix_is(llama_tokenizer: Tokenizer) -> 
             before = groups[0].engine.stats().cached_tokens
             await run(linked, f"p{number}", (*private, 9), b"tenant a")
             assert groups[0].engine.stats().cached_tokens - before == cached
-            await asyncio.sleep(0.15)
-        assert reach(linked, (*private, 9), b"tenant a")["g0"] == Reach(36, 36)
+            await eventually_async(
+                lambda: reach(linked, (*private, 9), b"tenant a")["g0"] == Reach(36, 36)
+            )
         for salt in (b"", b"tenant b"):
             assert not reach(linked, (*private, 9), salt)["g0"].total
         # a gateway that comes later is told all
         late = await linked_to(addresses)
-        async with asyncio.timeout(5):
-            while reach(late, (*system, 2, 3))["g0"] != Reach(36, 36):
-                await asyncio.sleep(0.01)
+        await eventually_async(lambda: reach(late, (*system, 2, 3))["g0"] == Reach(36, 36), 5)
         await late.close()
         # what leaves the cache leaves the directory
         await asyncio.wrap_future(groups[0].engine.ask(lambda lanes: lanes.flush()))
-        async with asyncio.timeout(5):
-            while reach(linked, (*system, 2, 3))["g0"].total:
-                await asyncio.sleep(0.01)
+        await eventually_async(lambda: not reach(linked, (*system, 2, 3))["g0"].total, 5)
         # and so does a group that ends
         await run(linked, "again", (*system, 9))
-        await asyncio.sleep(0.15)
-        assert reach(linked, (*system, 9, 9))["g0"].total == 36
+        await eventually_async(lambda: reach(linked, (*system, 9, 9))["g0"].total == 36)
     finally:
         await linked.close()
         for group in groups:

@@ -22,6 +22,7 @@ from arriero.router.http import app as app_module
 from arriero.router.http import request_schemas as bodies
 from arriero.router.http import translate
 from arriero.shards.engine.types import EngineRequest
+from support.eventually import eventually_async
 from support.frontdoor import LLAMA3, Stack, echo, endless, make_card, serve
 
 CONFIG = GatewayConfig(http_address="127.0.0.1:0", models=("tiny",), lost_s=0.5)
@@ -457,9 +458,7 @@ async def test_a_client_that_leaves_is_cancelled(running: Stack, stream: bool) -
         else:
             with pytest.raises(httpx.ReadTimeout):
                 await ask.post("/v1/completions", json=body, timeout=0.3)
-    async with asyncio.timeout(5):
-        while running.engine.running:
-            await asyncio.sleep(0.01)
+    await eventually_async(lambda: not running.engine.running, 5)
     assert len(running.engine.cancelled) == 2
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import gzip
 import json
 import threading
@@ -19,6 +18,7 @@ from arriero.router.gateway import Gateway, GatewayConfig, GroupAddress
 from arriero.router.link.server import LinkServer
 from arriero.router.observability.request_log import RequestLogConfig
 from arriero.router.observability.tracing import Tracing, TracingConfig
+from support.eventually import eventually_async
 from support.frontdoor import LLAMA3, FakeEngine, endless, make_card, serve
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -37,9 +37,7 @@ async def test_spans_lead_from_the_caller_to_the_group(llama_tokenizer: Tokenize
     gateway = Gateway(GatewayConfig(http_address="127.0.0.1:0"), tracing=here)
     port = await gateway.start()
     await gateway.set_groups([GroupAddress("g0", "tiny", address)])
-    async with asyncio.timeout(10):
-        while not gateway.ready:
-            await asyncio.sleep(0.01)
+    await eventually_async(lambda: gateway.ready, 10)
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{gateway.http_port}") as ask:
         headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "x-request-id": "mine"}
         answer = await ask.post("/v1/chat/completions", json=BODY, headers=headers)

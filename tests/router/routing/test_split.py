@@ -30,6 +30,7 @@ from arriero.shards.kv.blocks import model_root
 from arriero.shards.kv.host_id import host_name
 from arriero.shards.layout.resolve import resolve
 from arriero.shards.leader.local_executor import LocalExecutor
+from support.eventually import eventually_async
 from support.frontdoor import make_card
 from support.models import tiny_llama, tiny_llama4
 from support.processes import spawn_group
@@ -85,8 +86,7 @@ class Group:
     async def start(self) -> None:
         self.address = GroupAddress(self.name, "m", await self.link.start(), self.name)
         self.engine.start()
-        while not self.engine.stats().tiers:
-            await asyncio.sleep(0.01)
+        await eventually_async(lambda: self.engine.stats().tiers, 60)
 
     async def become(self, role: str) -> None:
         leader = self.address.address, self.address.token
@@ -118,9 +118,7 @@ async def linked(groups: Sequence[Group]) -> AsyncIterator[LinkedGroups]:
     links = LinkedGroups(lambda: None)
     await links.set_groups([group.address for group in groups])
     try:
-        async with asyncio.timeout(20):
-            while len(links.groups()) < len(groups):
-                await asyncio.sleep(0.01)
+        await eventually_async(lambda: len(links.groups()) >= len(groups), 20)
         yield links
     finally:
         await links.close()
@@ -129,9 +127,7 @@ async def linked(groups: Sequence[Group]) -> AsyncIterator[LinkedGroups]:
 
 
 async def told(links: LinkedGroups, roles: Mapping[str, str]) -> None:
-    async with asyncio.timeout(5):
-        while {one.group_id: one.role for one in links.groups()} != roles:
-            await asyncio.sleep(0.01)
+    await eventually_async(lambda: {one.group_id: one.role for one in links.groups()} == roles, 5)
 
 
 def slow(*values: object) -> object:

@@ -18,6 +18,7 @@ from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.shards.engine.sequence import sample_seed
 from arriero.shards.engine.types import EngineRequest, SequenceOutput
 from arriero.shards.errors import Unavailable
+from support.eventually import eventually_async
 from support.frontdoor import CHATML, CHATML_SPECIALS, FakeEngine, make_card, make_tokenizer
 
 CARD = make_card(make_tokenizer(CHATML_SPECIALS), CHATML)
@@ -63,9 +64,7 @@ class Stack:
     addresses: list[GroupAddress]
 
     async def ready(self, count: int) -> None:
-        async with asyncio.timeout(20):
-            while len(self.gateway._groups.groups()) < count:
-                await asyncio.sleep(0.01)
+        await eventually_async(lambda: len(self.gateway._groups.groups()) >= count, 20)
 
 
 @asynccontextmanager
@@ -343,9 +342,7 @@ async def test_a_kept_call_that_nobody_takes_up_is_cancelled() -> None:
         fields = {**FIELDS, "max_tokens": 400, "request_id": "mine", "resumable_s": 1}
         async for _ in stack.client.generate("the quick brown", **fields):
             break
-        async with asyncio.timeout(5):
-            while not stack.groups[0].engine.cancelled:
-                await asyncio.sleep(0.05)
+        await eventually_async(lambda: stack.groups[0].engine.cancelled, 5)
         with pytest.raises(grpc.aio.AioRpcError, match="stores no call 'mine'"):
             async for _ in stack.client._stub.Resume(pb.ResumeRequest(request_id="mine")):
                 pass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from arriero.shards.layout.dense import partition
 from arriero.shards.leader.remote_executor import Loading
 from arriero.shards.models import loader
 from arriero.shards.models.loader import Loader
+from support.eventually import eventually
 from support.models import tiny_llama
 
 
@@ -77,9 +77,7 @@ def test_pages_are_given_back(tmp_path: Path) -> None:
     assert resident() - before > table.nbytes // 2
     pager = Pager(checkpoint, [(checkpoint.stored[name].file, 0, table.nbytes)])
     pager.start()
-    deadline = time.monotonic() + 10
-    while resident() - before > table.nbytes // 4 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    eventually(lambda: resident() - before <= table.nbytes // 4, state=resident)
     pager.close()
     assert resident() - before < table.nbytes // 4
     assert float(table.sum()) == total  # views stay good

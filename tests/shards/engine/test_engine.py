@@ -15,6 +15,7 @@ from arriero.shards.engine.engine import Engine
 from arriero.shards.engine.types import EngineConfig, SequenceOutput
 from arriero.shards.errors import GroupFailed, InvalidRequest, Overloaded, Unavailable
 from arriero.shards.protocol.step_plan import StepPlan, StepResult
+from support.eventually import eventually
 from support.fake_slice import FakeSlice, answer
 
 from .test_scheduler import make_config, make_request
@@ -193,9 +194,7 @@ def test_a_lost_group_ends_every_request_with_the_cause(rig: Rig) -> None:
     for end in rig.streams.ends.values():
         assert end.finish_reason == "lost"
         assert end.error == "slice 1: out of memory"
-    deadline = time.monotonic() + 5
-    while not rig.failures and time.monotonic() < deadline:
-        time.sleep(0.01)
+    eventually(lambda: rig.failures, 5)
     assert rig.failures == [rig.engine.failure]
     assert rig.executor.closed
     with pytest.raises(Unavailable, match="slice 1: out of memory"):

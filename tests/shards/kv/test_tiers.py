@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from arriero.shards.kv.limits import PeerBlocks
 from arriero.shards.kv.packed_rows import pack, unpack
 from arriero.shards.kv.transfers import Pool
 from arriero.shards.protocol.step_plan import int32
+from support.eventually import eventually
 from support.groups import Group, running
 from support.models import tiny_llama, tiny_llama4
 
@@ -46,10 +46,7 @@ def small(model: str, tiers: TierConfig, **more: object) -> GroupConfig:
 
 def opened(group: Group) -> None:
     """Wait until every rank has said what its tiers hold; requests do not wait for that."""
-    deadline = time.monotonic() + 20
-    while not group.engine.stats().tiers:
-        assert time.monotonic() < deadline, "the tiers never open"
-        time.sleep(0.01)
+    eventually(lambda: group.engine.stats().tiers, 20)
 
 
 def one_by_one(group: Group, prompts: list[list[int]]) -> list[list[int]]:
@@ -67,12 +64,17 @@ def one_by_one_kept(group: Group, prompts: list[list[int]]) -> list[list[int]]:
 
 def settled(group: Group) -> dict[str, int]:
     """Counts of the tiers, once nothing moves."""
-    deadline, idle = time.monotonic() + 20, 0
-    while idle < 5:  # a snapshot may fall between a move's being taken up and its being sent
+    idle = 0
+
+    def still() -> dict[str, int] | None:
+        nonlocal idle
         tiers = group.engine.stats().tiers
         idle = 0 if tiers.get("moving", 1) else idle + 1
-        assert time.monotonic() < deadline, f"moves never end: {tiers}"
-        time.sleep(0.01)
+        # five times: a snapshot may fall between a move's being taken up and its being sent
+        return tiers if idle >= 5 else None
+
+    tiers = eventually(still, 20, state=lambda: group.engine.stats().tiers)
+    assert tiers is not None
     return tiers
 
 
