@@ -81,7 +81,7 @@ def undeploy(*, force: bool = False) -> None:
     import ray
     from ray import serve
 
-    from arriero.cluster.control import operator
+    from arriero.cluster.control import state_store
     from arriero.cluster.control.applications import is_ours
     from arriero.cluster.hosts import kv_store as store
     from arriero.cluster.hosts import ray_private
@@ -89,7 +89,7 @@ def undeploy(*, force: bool = False) -> None:
 
     quiet_serve()
     with contextlib.suppress(ValueError):  # first: a living operator would restart the groups
-        ray.kill(ray.get_actor(operator.NAME, namespace=registry.NAMESPACE))
+        ray.kill(ray.get_actor(state_store.NAME, namespace=registry.NAMESPACE))
     ours = {name for name in serve.status().applications if is_ours(name)}
     for name in ours:
         ray_private.delete_application(name)
@@ -97,7 +97,7 @@ def undeploy(*, force: bool = False) -> None:
         time.sleep(_POLL_S)
     with contextlib.suppress(ValueError):
         ray.kill(ray.get_actor(registry.NAME, namespace=registry.NAMESPACE))
-    for key in (operator.NAME, *registry.STORED):
+    for key in (state_store.NAME, *registry.STORED):
         store.clear(key)
 
 
