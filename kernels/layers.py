@@ -52,6 +52,9 @@ class DenseLayer:
         eps: epsilon of both norms.
         style: differences from Llama 3's attention. A backend with fused blocks for the default
             style only must run the ops separately for other styles.
+        q_norm_D, k_norm_D: float32 weights of a norm of each head of q, of k, before RoPE, with
+            the layer's eps (Qwen3); None for none. Both are given or neither. All heads of a
+            slice, and all slices, have the same weights.
     """
 
     attn_norm_H: Tensor
@@ -66,6 +69,14 @@ class DenseLayer:
     softmax_scale: float
     eps: float
     style: AttentionStyle = AttentionStyle()
+    q_norm_D: Tensor | None = None
+    k_norm_D: Tensor | None = None
+
+    @property
+    def norms_nbytes(self) -> int:
+        """Bytes of all norms of the layer."""
+        norms = (self.attn_norm_H, self.mlp_norm_H, self.q_norm_D, self.k_norm_D)
+        return sum(norm.nbytes for norm in norms if norm is not None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

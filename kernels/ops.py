@@ -188,6 +188,7 @@ class Ops(ABC):
         """Rotate q and k, write k and v to their slots; returns q [T, N, D].
 
         RoPE (Su 2021) by halves, as Hugging Face stores Llama: element i pairs with i + D / 2.
+        Before RoPE each head of q and k is normed, where the layer has weights for this norm.
         `layer.style` may set another layout, and the QK norm and query scale that follow.
         """
 

@@ -21,6 +21,7 @@ from arriero.kernels.cpu.decoder import CpuDecoder
 from arriero.kernels.cpu.library import Layer, load
 from arriero.kernels.cpu.structs import (
     add_experts,
+    add_head_norms,
     bare_layer_struct,
     batch_struct,
     cache_of,
@@ -222,6 +223,7 @@ class CpuOps(Ops):
         )
         c_batch = batch_struct(batch, qkv_TE.shape[0], layer.head_dim)
         c_layer = bare_layer_struct(layer)
+        _references = add_head_norms(c_layer, layer)
         self.call(
             "rope_write",
             qkv_TE.data_ptr(),

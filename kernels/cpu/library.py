@@ -18,7 +18,7 @@ from typing import Any
 
 _LOG = logging.getLogger(__name__)
 
-_ABI = 5
+_ABI = 6
 """Must equal `arriero_abi()`, so that a library of an older build is not used."""
 
 VARIANTS = ("avx512bf16", "avx512", "avx2", "portable")
@@ -105,6 +105,8 @@ class Style(ctypes.Structure):
         ("query_gain", ctypes.c_float),
         ("query_floor", ctypes.c_float),
         ("visible", AttentionMask),
+        ("q_norm", ctypes.c_void_p),
+        ("k_norm", ctypes.c_void_p),
     )
 
 

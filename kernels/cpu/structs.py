@@ -112,6 +112,7 @@ def layer_struct(layer: DenseLayer) -> tuple[Layer, References]:
     )
     norm_H = float_vector("attn_norm_H", layer.attn_norm_H, layer.qkv.in_features)
     struct, references = mlp_struct(layer)
+    references += add_head_norms(struct, layer)
     struct.attn_norm = norm_H.data_ptr()
     struct.qkv = packed_of(layer.qkv.packed).struct
     struct.o = packed_of(layer.o.packed).struct
@@ -131,6 +132,16 @@ def mlp_struct(layer: DenseLayer) -> tuple[Layer, References]:
     struct.gate_up = packed_of(layer.gate_up.packed).struct
     struct.down = packed_of(layer.down.packed).struct
     return struct, (norm_H,)
+
+
+def add_head_norms(struct: Layer, layer: DenseLayer) -> References:
+    """Add the weights of the norms of q and k to the struct of a layer, if the layer has any."""
+    if layer.q_norm_D is None or layer.k_norm_D is None:
+        return ()
+    q_norm_D = float_vector("q_norm_D", layer.q_norm_D, layer.head_dim)
+    k_norm_D = float_vector("k_norm_D", layer.k_norm_D, layer.head_dim)
+    struct.style.q_norm, struct.style.k_norm = q_norm_D.data_ptr(), k_norm_D.data_ptr()
+    return (q_norm_D, k_norm_D)
 
 
 def add_experts(struct: Layer, layer: MoELayer) -> References:

@@ -15,16 +15,18 @@ from arriero.kernels.flat_batch import FlatBatch
 from arriero.kernels.kv_cache import KVCache
 from arriero.kernels.layers import DenseLayer
 from arriero.kernels.reference.kv import ReferenceKVCache
+from arriero.kernels.reference.linear import rms_norm
 
 
 def rope_write_kv(
     qkv_TE: Tensor, layer: DenseLayer, kv: KVCache, kv_layer: int, batch: FlatBatch
 ) -> Tensor:
-    """Rotate q and k by halves, write k and v to their slots; returns q [T, N, D]."""
+    """Encode q and k, write k and v to their slots; returns q [T, N, D]."""
     assert isinstance(kv, ReferenceKVCache), "a cache belongs to the backend that made it"
     heads = [layer.num_q_heads, layer.num_kv_heads, layer.num_kv_heads]
     q_TND, k_TKD, v_TKD = torch.split(qkv_TE.reshape(-1, sum(heads), layer.head_dim), heads, dim=1)
-    q_TND, k_TKD = (_encode(x, layer, batch) for x in (q_TND, k_TKD))
+    q_TND = _encode(q_TND, layer, layer.q_norm_D, batch)
+    k_TKD = _encode(k_TKD, layer, layer.k_norm_D, batch)
     if layer.style.query_scale is not None:
         gain, floor = layer.style.query_scale
         step_T = torch.floor((batch.positions_T.float() + 1) / floor)
@@ -33,8 +35,10 @@ def rope_write_kv(
     return q_TND
 
 
-def _encode(x_TND: Tensor, layer: DenseLayer, batch: FlatBatch) -> Tensor:
-    """RoPE, then the QK norm, float32 inside."""
+def _encode(x_TND: Tensor, layer: DenseLayer, weight_D: Tensor | None, batch: FlatBatch) -> Tensor:
+    """The norm with weights, RoPE, then the QK norm without weights, float32 inside."""
+    if weight_D is not None:
+        x_TND = rms_norm(x_TND, weight_D, layer.eps)
     x32_TND = x_TND.float()
     if layer.style.rope != "none":
         x32_TND = _rotate(x32_TND, batch.cos_TD, batch.sin_TD, layer.style.rope == "pairs")

@@ -1,4 +1,4 @@
-"""Rotary position embedding, QK norm, query scale, and the write of keys and values to the cache.
+"""Rotary position embedding, norms of q and k, query scale, and the write of keys and values.
 
 A program takes some heads of a token: queries go to a tensor, keys and values to the cache. Knows
 heads and slots; knows nothing of sequences. Shape legend: kernels/ops.py.
@@ -32,6 +32,8 @@ def _rope_write_kv(
     queries: tl.tensor,
     cache: tl.tensor,
     scales: tl.tensor,
+    q_norm: tl.tensor,
+    k_norm: tl.tensor,
     qkv_stride: tl.tensor,
     block_size: tl.tensor,
     eps: tl.tensor,
@@ -43,6 +45,7 @@ def _rope_write_kv(
     HALF: tl.constexpr,
     HEADS: tl.constexpr,
     ROPE: tl.constexpr,
+    WEIGHTED_NORMS: tl.constexpr,
     NORMS: tl.constexpr,
     SCALES_QUERY: tl.constexpr,
     KV_INT8: tl.constexpr,
@@ -61,6 +64,14 @@ def _rope_write_kv(
     a = tl.load(at + first, mask=valid, other=0.0).to(tl.float32)
     b = tl.load(at + second, mask=valid, other=0.0).to(tl.float32)
     has_position = head < Q_HEADS + KV_HEADS
+    if WEIGHTED_NORMS:
+        is_query = head < Q_HEADS
+        weight_a = _head_weights(q_norm, k_norm, is_query, has_position, first, i < half)
+        weight_b = _head_weights(q_norm, k_norm, is_query, has_position, second, i < half)
+        mean = (tl.sum(a * a, 1) + tl.sum(b * b, 1)) / HEAD_DIM
+        shrink = tl.where(has_position, tl.rsqrt(mean + eps)[:, None], 1.0)
+        a = _weighted(a * shrink, weight_a, qkv.dtype.element_ty)
+        b = _weighted(b * shrink, weight_b, qkv.dtype.element_ty)
     if ROPE != "none":
         c = tl.load(cos + token * half + i, mask=i < half, other=0.0)
         s = tl.load(sin + token * half + i, mask=i < half, other=0.0)
@@ -104,6 +115,28 @@ def _rope_write_kv(
 
 
 @kernel
+def _head_weights(
+    q_norm: tl.tensor,
+    k_norm: tl.tensor,
+    is_query: tl.tensor,
+    has_position: tl.tensor,
+    at: tl.tensor,
+    valid: tl.tensor,
+) -> tl.tensor:
+    """Weights of the norm at some elements of each head; 1 for values."""
+    of_query = tl.load(q_norm + at, mask=valid, other=0.0)
+    of_key = tl.load(k_norm + at, mask=valid, other=0.0)
+    return tl.where(is_query, of_query, tl.where(has_position, of_key, 1.0))
+
+
+@kernel
+def _weighted(x: tl.tensor, weight: tl.tensor, stored: tl.constexpr) -> tl.tensor:
+    """The product in the stored type; both factors are rounded before, as `norm` does."""
+    product = x.to(stored).to(tl.float32) * weight.to(stored).to(tl.float32)
+    return product.to(stored).to(tl.float32)
+
+
+@kernel
 def _level(x: tl.tensor, divisor: tl.tensor) -> tl.tensor:
     """The nearest of 127 levels of either sign; ties go to the even level."""
     level = tl.div_rn(x, tl.broadcast_to(divisor, x.shape))
@@ -133,6 +166,8 @@ def rope_write_kv(
             q_TND,
             kv.data[kv_layer],
             None if kv.scales is None else kv.scales[kv_layer],
+            layer.q_norm_D,
+            layer.k_norm_D,
             qkv_TE.stride(0),
             kv.spec.block_size,
             layer.eps,
@@ -144,6 +179,7 @@ def rope_write_kv(
             HALF=power_of_two(dim // 2),
             HEADS=heads,
             ROPE=style.rope,
+            WEIGHTED_NORMS=layer.q_norm_D is not None,
             NORMS=style.qk_norm,
             SCALES_QUERY=style.query_scale is not None,
             KV_INT8=kv.spec.dtype == torch.int8,

@@ -77,18 +77,21 @@ def silu(at: Where) -> float:
 
 def rope(at: Where) -> float:
     worst = 0.0
-    for style in (
-        AttentionStyle(),
-        AttentionStyle(rope="pairs", qk_norm=True),
-        AttentionStyle(rope="none", query_scale=(0.1, 8192)),
+    for style, weighted in (
+        (AttentionStyle(), False),
+        (AttentionStyle(), True),
+        (AttentionStyle(rope="pairs", qk_norm=True), False),
+        (AttentionStyle(rope="none", query_scale=(0.1, 8192)), False),
     ):
         outcomes = []
         batch = shapes.batch(at.mixed, at.sizes.head_dim, at.device)
         heads = at.sizes.q_heads + 2 * at.sizes.kv_heads
         torch.manual_seed(0)
         qkv = at.randn(len(batch.positions_T), heads * at.sizes.head_dim)
+        norms = torch.rand(2, at.sizes.head_dim, device=at.device) if weighted else (None, None)
         for ops in (at.ops(), at.reference):
-            layer = replace(shapes.layer(ops, at.sizes, at.dtype, at.device), style=style)
+            layer = shapes.layer(ops, at.sizes, at.dtype, at.device)
+            layer = replace(layer, style=style, q_norm_D=norms[0], k_norm_D=norms[1])
             kv = shapes.cache(ops, at.sizes, at.mixed, at.dtype, at.device)
             kv.write(0, range(kv.spec.num_blocks), kv.read(0, range(kv.spec.num_blocks)) * 0)
             q = ops.rope_write_kv(qkv, layer, kv, 0, batch)

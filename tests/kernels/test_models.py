@@ -1,6 +1,7 @@
-"""The ops put together as Llama 3 and Llama 4 against transformers in float32, random weights.
+"""The ops put together as a Llama 3, a Llama 4 and a Qwen3 against transformers in float32.
 
-The batch is cut as a scheduler would: chunks and single tokens, over scattered blocks.
+Weights are random, and the batch is cut as a scheduler would: chunks and single tokens, over
+scattered blocks.
 """
 
 from __future__ import annotations
@@ -48,6 +49,9 @@ def oracle(name: str) -> Any:  # noqa: ANN401
     if name == "llama3":
         config = transformers.LlamaConfig(**COMMON, intermediate_size=100)
         model = transformers.LlamaForCausalLM(config)
+    elif name == "qwen3":
+        config = transformers.Qwen3Config(**COMMON, intermediate_size=100)
+        model = transformers.Qwen3ForCausalLM(config)
     else:
         config = transformers.Llama4TextConfig(
             **COMMON,
@@ -101,6 +105,9 @@ def layers_of(ops: Ops, model: Any, llama4: bool) -> list[DenseLayer]:  # noqa: 
             "eps": EPS,
             "style": style,
         }
+        if hasattr(attention, "q_norm") and not llama4:
+            fields["q_norm_D"] = attention.q_norm.weight.data
+            fields["k_norm_D"] = attention.k_norm.weight.data
         if routed:
             layers.append(
                 MoELayer(
@@ -117,7 +124,7 @@ def layers_of(ops: Ops, model: Any, llama4: bool) -> list[DenseLayer]:  # noqa: 
     return layers
 
 
-@pytest.mark.parametrize("name", ["llama3", "llama4"])
+@pytest.mark.parametrize("name", ["llama3", "llama4", "qwen3"])
 def test_logits(ops: Ops, name: str) -> None:
     model = oracle(name)
     layers = layers_of(ops, model, name == "llama4")

@@ -39,17 +39,30 @@ def encode(x: Array, style: AttentionStyle, cos: Array, sin: Array) -> Array:
     return x
 
 
+def head_norms(dim: int) -> dict[str, torch.Tensor]:
+    weights = 1 + 0.5 * torch.randn(2, dim, generator=torch.Generator().manual_seed(2))
+    return {"q_norm_D": weights[0], "k_norm_D": weights[1]}
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted norms"])
 @pytest.mark.parametrize("name", STYLES)
-def test_rope_write_kv(ops: Ops, name: str) -> None:
+def test_rope_write_kv(ops: Ops, name: str, weighted: bool) -> None:
     style = STYLES[name]
+    norms = head_norms(ROPE.head_dim) if weighted else {}
     kv = paged.poisoned_cache(ops, paged.spec(ROPE, torch.float32))
     batch = paged.batch(ROPE.sequences, paged.tables(ROPE, kv.spec.num_blocks), ROPE.head_dim)
     tokens = batch.positions_T.shape[0]
     qkv = torch.randn(tokens, 10 * ROPE.head_dim, generator=torch.Generator().manual_seed(1))
-    q = ops.rope_write_kv(qkv, replace(layer_of(ops, ROPE), style=style), kv, 1, batch)
+    layer = replace(layer_of(ops, ROPE), style=style, **norms)
+    q = ops.rope_write_kv(qkv, layer, kv, 1, batch)
 
     cos, sin = batch.cos_TD.double().numpy(), batch.sin_TD.double().numpy()
     q64, k64, v64 = np.split(qkv.double().numpy().reshape(tokens, 10, -1), [6, 8], axis=1)
+    if norms:
+        q64, k64 = (
+            x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * weight.double().numpy()
+            for x, weight in zip((q64, k64), norms.values(), strict=True)
+        )
     expected = encode(q64, style, cos, sin)
     if style.query_scale is not None:
         gain, floor = style.query_scale

@@ -90,6 +90,9 @@ def launch_everything() -> None:
             layer = dataclasses.replace(shapes.layer(ops, SHAPE, BF16, CPU), style=style)
             kv = shapes.cache(ops, SHAPE, SEQUENCES, kv_dtype, CPU)
             ops.decoder([layer], kv, None)(x, batch)
+            weights = torch.ones(SHAPE.head_dim)
+            layer = dataclasses.replace(layer, q_norm_D=weights, k_norm_D=weights)
+            ops.decoder([layer], kv, None)(x, batch)
     weight = torch.randn(256, 512)
     int4 = quantize_int4(weight, 128, search=False)
     for one in (

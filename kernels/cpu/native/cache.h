@@ -103,6 +103,8 @@ struct Style {
     float eps;
     float query_gain, query_floor;  // gain 0 for off
     Visible visible;
+    const float* q_norm;  // weights of a norm before RoPE, [head_dim]; null for none
+    const float* k_norm;
 };
 
 // Turn one head in place.
@@ -125,8 +127,8 @@ inline void rotate(float* x, int dim, const float* cos, const float* sin, int32_
     }
 }
 
-// Divide one head by its root mean square.
-inline void norm_head(float* x, int dim, float eps) {
+// Divide one head by its root mean square, and multiply it by the weights unless they are null.
+inline void norm_head(float* x, int dim, float eps, const float* weight) {
     F16 sum = zero();
     for (int i = 0; i < dim; i += kLanes) {
         F16 v = load_n(x + i, std::min(kLanes, dim - i));
@@ -135,7 +137,8 @@ inline void norm_head(float* x, int dim, float eps) {
     const F16 factor = set1(1.0f / std::sqrt(reduce_add(sum) / float(dim) + eps));
     for (int i = 0; i < dim; i += kLanes) {
         const int n = std::min(kLanes, dim - i);
-        store_n(x + i, mul(load_n(x + i, n), factor), n);
+        F16 v = mul(load_n(x + i, n), factor);
+        store_n(x + i, weight == nullptr ? v : mul(v, load_n(weight + i, n)), n);
     }
 }
 
@@ -187,8 +190,10 @@ inline void rope_write(const Batch& batch, int64_t token, const Heads& heads, co
     const float* sin = batch.sin + token * batch.sin_stride;
     for (int h = 0; h < heads.q + heads.kv; ++h) {
         float* x = qkv + int64_t(h) * heads.dim;
+        const float* weight = h < heads.q ? style.q_norm : style.k_norm;
+        if (weight != nullptr) norm_head(x, heads.dim, style.eps, weight);
         rotate(x, heads.dim, cos, sin, style.rope);
-        if (style.qk_norm) norm_head(x, heads.dim, style.eps);
+        if (style.qk_norm) norm_head(x, heads.dim, style.eps, nullptr);
     }
     if (style.query_gain != 0.0f) {
         const float steps = std::floor(float(batch.positions[token] + 1) / style.query_floor);
