@@ -129,18 +129,18 @@ def _shape(model: str, dtype: str, quantization: str | None, tp: int) -> Shape:
     from arriero.cluster.planner.catalog import find_model
     from arriero.kernels.bench import Shape
     from arriero.shards.config.group import GroupConfig
-    from arriero.shards.layout.dense import partition
+    from arriero.shards.families.registry import family_of
+    from arriero.shards.layout.families import parts_of
     from arriero.shards.layout.resolve import ITEMSIZE, QUANTIZATIONS
-    from arriero.shards.model_config.dense import ModelConfig
 
     if dtype not in ITEMSIZE:
         raise SpecError(f"`--dtype`={dtype!r} is none of {', '.join(ITEMSIZE)}")
     if quantization not in (None, *QUANTIZATIONS):
         raise SpecError(f"`--quantization`={quantization!r} is none of {', '.join(QUANTIZATIONS)}")
     config = find_model(model).config
-    if not isinstance(config, ModelConfig):
+    if family_of(config).experts(config) is not None:
         raise SpecError(f"`--model`={model!r} has experts; give a dense model")
-    part = partition(config, GroupConfig(model_path="", tp=tp))[0]
+    part = parts_of(config, GroupConfig(model_path="", tp=tp))[0]
     return Shape(
         hidden=config.hidden_size,
         columns=part.columns.size,

@@ -25,8 +25,8 @@ from arriero.cluster.planner.rank_weights import DTYPES, Dtype, weights_as
 from arriero.kernels.registry import BACKENDS, Kernels
 from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.errors import SpecError
+from arriero.shards.families.registry import family_of
 from arriero.shards.kv.limits import GroupTierLimits
-from arriero.shards.model_config.llama4 import Llama4Config
 
 if TYPE_CHECKING:
     from arriero.cluster.spec.model import ModelSpec
@@ -155,7 +155,8 @@ def _make(request: _PlanRequest) -> tuple[GroupPlan, list[Option]]:
         demand = replace(demand, kv_dtype=kv_dtype)
     layout, machines = request.layout, request.machines
     device = machines.device()
-    if layout is not None and layout.ep is None and isinstance(config, Llama4Config):
+    has_experts = family_of(config).experts(config) is not None
+    if layout is not None and layout.ep is None and has_experts:
         layout = replace(layout, ep=layout.tp * layout.dp)
     dtypes = [request.dtype] if request.dtype else _dtypes(request.model, machines.gpu == "cpu")
     if layout is not None:
@@ -182,8 +183,9 @@ def _dtypes(model: NamedModel, on_cpu: bool) -> list[Dtype]:
     """Dtypes to compare for a model, the nearest to the published weights first."""
     if model.scheme is not None:
         return ["checkpoint"]
-    large = isinstance(model.config, Llama4Config) or model.config.num_layers == 126
-    shipped: list[Dtype] = ["fp8-shipped"] if large and not on_cpu else []
+    release = family_of(model.config).fp8_release
+    has_release = release is not None and release.exists(model.config)
+    shipped: list[Dtype] = ["fp8-shipped"] if has_release and not on_cpu else []
     return ["bfloat16", *shipped, "fp8", "int8", "int4"]
 
 

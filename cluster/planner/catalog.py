@@ -6,6 +6,7 @@ published numbers; knows nothing of layouts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from typing import Any
 from arriero.shards.checkpoint.formats.describe import describe, read_settings
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
 from arriero.shards.errors import SpecError
+from arriero.shards.families.registry import families
 from arriero.shards.layout.parts import AnyModel
-from arriero.shards.model_config.llama4 import LLAMA4_ARCHITECTURES
 
 _GIB = 1 << 30
 
@@ -99,125 +100,8 @@ def device(name: str, memory_bytes: int | None, slices: int) -> Device:
     )
 
 
-_LLAMA31_ROPE = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-
-
-def _llama(
-    layers: int,
-    hidden: int,
-    mlp: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int = 128,
-    **more: Any,  # noqa: ANN401
-) -> dict[str, Any]:
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "hidden_size": hidden,
-        "intermediate_size": mlp,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "rope_scaling": _LLAMA31_ROPE,
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "bos_token_id": 128000,
-        "eos_token_id": [128001, 128008, 128009],
-    } | more
-
-
-_VISION = {
-    "hidden_size": 1408,
-    "num_hidden_layers": 34,
-    "num_attention_heads": 16,
-    "intermediate_size": 5632,
-    "image_size": 336,
-    "patch_size": 14,
-    "num_channels": 3,
-    "pixel_shuffle_ratio": 0.5,
-    "projector_input_dim": 4096,
-    "projector_output_dim": 4096,
-    "vision_output_dim": 4096,
-    "norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-}
-
-
-def _llama4(experts: int, step: int, positions: int, qk_norm: bool, rope: Any) -> dict[str, Any]:  # noqa: ANN401
-    return {
-        "architectures": [LLAMA4_ARCHITECTURES[0]],
-        "model_type": "llama4",
-        "image_token_index": 200092,
-        "torch_dtype": "bfloat16",
-        "vision_config": dict(_VISION),
-        "text_config": {
-            "vocab_size": 202048,
-            "hidden_size": 5120,
-            "intermediate_size": 8192,
-            "intermediate_size_mlp": 16384,
-            "num_hidden_layers": 48,
-            "num_attention_heads": 40,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "num_local_experts": experts,
-            "num_experts_per_tok": 1,
-            "interleave_moe_layer_step": step,
-            "use_qk_norm": qk_norm,
-            "attention_chunk_size": 8192,
-            "floor_scale": 8192,
-            "attn_scale": 0.1,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 500000.0,
-            "rope_scaling": rope,
-            "max_position_embeddings": positions,
-            "bos_token_id": 200000,
-            "eos_token_id": [200001, 200007, 200008],
-            "torch_dtype": "bfloat16",
-        },
-    }
-
-
-_LLAMA32: dict[str, Any] = {
-    "rope_scaling": _LLAMA31_ROPE | {"factor": 32.0},
-    "tie_word_embeddings": True,
-}
-_SCOUT_ROPE = _LLAMA31_ROPE | {"factor": 16.0, "high_freq_factor": 1.0}
-MODELS: dict[str, dict[str, Any]] = {
-    "llama-3.1-8b": _llama(32, 4096, 14336, 32, 8),
-    "llama-3.1-70b": _llama(80, 8192, 28672, 64, 8),
-    "llama-3.3-70b": _llama(80, 8192, 28672, 64, 8),
-    "llama-3.1-405b": _llama(126, 16384, 53248, 128, 8),
-    "llama-3.2-1b": _llama(16, 2048, 8192, 32, 8, 64, **_LLAMA32),
-    "llama-3.2-3b": _llama(28, 3072, 8192, 24, 8, **_LLAMA32),
-    "llama-4-scout": _llama4(16, 1, 10_485_760, True, _SCOUT_ROPE),
-    "llama-4-maverick": _llama4(128, 2, 1_048_576, False, None),
-    "smollm2-135m": _llama(
-        30,
-        576,
-        1536,
-        9,
-        3,
-        64,
-        vocab_size=49152,
-        rope_theta=100000.0,
-        rope_scaling=None,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-    ),
+MODELS: dict[str, Mapping[str, Any]] = {
+    name: settings for family in families() for name, settings in family.catalog.items()
 }
 """The fields of each model's config.json that decide memory; see `read_settings`."""
 

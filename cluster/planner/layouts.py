@@ -21,7 +21,7 @@ from arriero.cluster.planner.rank_weights import Dtype, weights_as
 from arriero.kernels.registry import Kernels
 from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.errors import SpecError
-from arriero.shards.model_config.llama4 import Llama4Config
+from arriero.shards.families.registry import family_of
 
 NODE_SUM_S = 15e-6
 """Seconds for a sum of a token's activations over the ranks of a machine."""
@@ -167,7 +167,7 @@ def _order(option: Option) -> tuple[bool, bool, float, int, str]:
 
 def layouts(model: NamedModel, machines: Machines) -> Iterator[ParallelConfig]:
     """Layouts to try: tp and dp are powers of two, and the devices suffice."""
-    moe = isinstance(model.config, Llama4Config)
+    moe = family_of(model.config).experts(model.config) is not None
     for tp in _SIZES:
         for pp in range(1, min(_MOST_STAGES, model.config.num_layers) + 1):
             for dp in _SIZES if moe else (1,):
@@ -234,11 +234,11 @@ def decode_rate(plan: GroupPlan, per_node: int) -> float:
 
 def _weights_read(plan: GroupPlan, active: int, expert: int, tokens: int) -> float:
     """Bytes of a rank's weights that a step of `tokens` tokens reads."""
-    config = plan.model.config
-    if not isinstance(config, Llama4Config) or not expert:
+    sizes = family_of(plan.model.config).experts(plan.model.config)
+    if sizes is None or not expert:
         return active
-    local_experts = config.num_experts / (plan.layout.ep or 1)
-    unused_share = (1 - config.top_k / config.num_experts) ** tokens
+    local_experts = sizes.num_experts / (plan.layout.ep or 1)
+    unused_share = (1 - sizes.top_k / sizes.num_experts) ** tokens
     return active - expert + expert * max(1.0, local_experts * (1 - unused_share))
 
 

@@ -175,9 +175,9 @@ def text_card(folder: Path, numbers: AnyModel) -> ModelCard:
         CheckpointError: a text file is missing or not valid.
     """
     from arriero.router.text.model_card import ModelCard
-    from arriero.shards.model_config.llama4 import Llama4Config
+    from arriero.shards.families.registry import family_of
 
-    vision = numbers.vision if isinstance(numbers, Llama4Config) else None
+    vision = family_of(numbers).vision(numbers)
     return ModelCard.from_folder(
         folder,
         model=folder.name,

@@ -20,9 +20,9 @@ from arriero.shards.checkpoint.formats.modules import Cut, Module, Place
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
 from arriero.shards.checkpoint.formats.stored import cut_group, modules_of, span_of
 from arriero.shards.errors import SpecError
+from arriero.shards.families.registry import family_of
 from arriero.shards.layout.dense import Span
 from arriero.shards.layout.parts import AnyModel, AnyPart
-from arriero.shards.model_config.dense import ModelConfig
 
 Dtype = Literal[
     "float32",
@@ -102,8 +102,8 @@ def weights_as(model: AnyModel, scheme: QuantScheme | None, dtype: Dtype) -> Wei
         scheme: quantization of the checkpoint; None for plain weights.
         dtype: "float32", "bfloat16", "float16": plain. "fp8", "int4": each product of the decoder,
             as in checkpoints of these forms (int4 in groups of 128); tables, head, router and
-            vision stay plain. "fp8-shipped": as in Meta's FP8 releases: the MLPs of all layers
-            except the first and the last, or Llama 4's experts. "int8", "fp8-onload",
+            vision stay plain. "fp8-shipped": as in the family's FP8 releases: the MLPs of all
+            layers except the first and the last, or Llama 4's experts. "int8", "fp8-onload",
             "int4-onload": as slices quantize plain weights on load, tables included, which are
             int8 always (int4 in groups of 32). "checkpoint": the form of the checkpoint.
 
@@ -158,18 +158,17 @@ def _as_stored(model: AnyModel, scheme: QuantScheme | None) -> Weights:
 
 
 def shipped_fp8(model: AnyModel) -> QuantScheme:
-    """The quantization of Meta's FP8 releases of Llama 3.1 405B and of Llama 4 Maverick."""
-    if isinstance(model, ModelConfig):
-        ends = (0, model.num_layers - 1)
-        names = ["lm_head", *(f"model.layers.{layer}.mlp" for layer in ends)]
-        names += [f"model.layers.{layer}.self_attn" for layer in range(model.num_layers)]
-        return QuantScheme(method="fbgemm_fp8", activation_bound=1200.0, ignored=tuple(names))
-    plain = [
-        module.name
-        for module in modules_of(model, QuantScheme(method="compressed-tensors"))
-        if module.product and module.kind != "experts"
-    ]
-    return QuantScheme(method="compressed-tensors", ignored=tuple(plain))
+    """The quantization of the FP8 releases of the model's family.
+
+    Raises:
+        SpecError: no release of the family is known.
+    """
+    family = family_of(model)
+    if family.fp8_release is None:
+        raise SpecError(
+            f"`dtype`='fp8-shipped': no FP8 release of {family.name} is known; use `dtype`=fp8"
+        )
+    return family.fp8_release.scheme(model)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

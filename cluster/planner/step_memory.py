@@ -11,9 +11,9 @@ from __future__ import annotations
 from arriero.cluster.planner.catalog import Device
 from arriero.cluster.planner.demand import KvDemand
 from arriero.shards.config.parallel import ParallelConfig
+from arriero.shards.families.registry import family_of
 from arriero.shards.layout.moe import MoEPart
 from arriero.shards.layout.parts import AnyModel, AnyPart
-from arriero.shards.model_config.llama4 import Llama4Config
 
 GRAPH_BYTES_PER_LAYER = 64 << 10
 """Bytes of a CUDA graph for the kernels of a layer."""
@@ -41,9 +41,11 @@ def activation_bytes(
     q, kv = part.q_heads.size * d, part.kv_heads.size * d
     attention = 2 * q + 2 * kv + q  # qkv, rotated q, output
     mlp = 3 * part.columns.size
-    if isinstance(config, Llama4Config) and isinstance(part, MoEPart):
+    family = family_of(config)
+    experts, tower = family.experts(config), family.vision(config)
+    if experts is not None and isinstance(part, MoEPart):
         # Worst case: the router sends every token of the stage to the experts of this rank.
-        routed = layout.dp * config.top_k * (3 * part.expert_columns.size + 2 * hidden)
+        routed = layout.dp * experts.top_k * (3 * part.expert_columns.size + 2 * hidden)
         mlp = max(mlp, 3 * part.shared_columns.size + routed)
     layer = tokens * (3 * hidden + max(attention, mlp)) * itemsize  # residual, normed, partial sum
     logits = 0
@@ -55,7 +57,6 @@ def activation_bytes(
     tables = demand.max_sequences * -(-demand.context // demand.block_size) * 4
     angles = 2 * tokens * d * 4
     vision = 0
-    tower = config.vision if isinstance(config, Llama4Config) else None
     if tower is not None and isinstance(part, MoEPart) and part.first_stage:
         tile = 4 * tower.hidden_size + 3 * part.vision_columns.size
         vision = _MOST_TILES * tower.num_positions * tile * itemsize
@@ -82,7 +83,8 @@ def communication_bytes(
     if layout.pp > 1:
         total += row * (1 + layout.pp)  # one is received, and one is sent for each micro-batch
         communicators += 1
-    if isinstance(config, Llama4Config) and layout.tp * layout.dp > 1:
-        total += 2 * row * layout.dp * config.top_k  # dispatch and combine
+    experts = family_of(config).experts(config)
+    if experts is not None and layout.tp * layout.dp > 1:
+        total += 2 * row * layout.dp * experts.top_k  # dispatch and combine
         communicators += 1
     return total + (communicators * CHANNEL_BYTES if device.cuda else 0)

@@ -37,11 +37,11 @@ def group_card(
         digest: of the weights.
     """
     from arriero.router.text.model_card import ModelCard
+    from arriero.shards.families.registry import family_of
     from arriero.shards.kv.blocks import model_root
     from arriero.shards.kv.host_id import host_name
-    from arriero.shards.model_config.llama4 import Llama4Config
 
-    vision = model.vision if isinstance(model, Llama4Config) else None
+    vision = family_of(model).vision(model)
     return ModelCard.from_folder(
         folder,
         model=settings.model,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.engine.types import EngineConfig
+from arriero.shards.families.registry import family_of
 from arriero.shards.layout.families import parts_of, visible_keys
 from arriero.shards.layout.parts import AnyModel
 from arriero.shards.layout.resolve import cache_salt, first_placement, tier_limits
-from arriero.shards.model_config.llama4 import Llama4Config
 
 
 def engine_config(config: GroupConfig, model: AnyModel, digest: str) -> EngineConfig:
@@ -39,7 +39,7 @@ def engine_config(config: GroupConfig, model: AnyModel, digest: str) -> EngineCo
         move_experts=config.spare_experts > 0,
         vocab_size=model.vocab_size,
         eos_token_ids=model.eos_token_ids,
-        image_token=model.image_token if isinstance(model, Llama4Config) else None,
+        image_token=family_of(model).image_token(model),
         cache_salt=cache_salt(config, digest),
         tiers=tier_limits(config, model),
     )

@@ -1,4 +1,4 @@
-"""Partition of a Llama 4 model over stages, data- and tensor-parallel ranks, and experts.
+"""Partition of a model with experts over stages, data- and tensor-parallel ranks, and experts.
 
 A stage has `dp` x `tp` ranks. Attention, dense MLPs, shared experts, vocabulary and vision are cut
 over `tp` and repeated on `dp` ranks; each `dp` rank has sequences of its own. Routed experts are
@@ -10,13 +10,86 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.errors import SpecError
 from arriero.shards.layout.dense import Span, runs_of, split, split_heads
-from arriero.shards.model_config.llama4 import Llama4Config
 
 _COLUMN_MULTIPLE = 16
+
+
+class VisionNumbers(Protocol):
+    """The numbers of a vision tower that decide its cuts."""
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads of a layer."""
+
+    @property
+    def intermediate_size(self) -> int:
+        """Columns of an MLP."""
+
+    @property
+    def projector_output_dim(self) -> int:
+        """Columns of the adapter."""
+
+    def num_parameters(self, text_hidden_size: int) -> int:
+        """Number of weights, with the projection into a text model of this width."""
+
+
+class MoENumbers(Protocol):
+    """The numbers of a model with experts that decide its cuts."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding and of the head."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+
+    @property
+    def intermediate_size(self) -> int:
+        """Columns of each routed and shared expert."""
+
+    @property
+    def intermediate_size_mlp(self) -> int:
+        """Columns of the MLP of a dense layer."""
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+
+    @property
+    def num_heads(self) -> int:
+        """Number of query heads."""
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Number of key/value heads."""
+
+    @property
+    def q_size(self) -> int:
+        """Rows of the query matrix."""
+
+    @property
+    def kv_size(self) -> int:
+        """Rows of the key matrix."""
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts of a layer."""
+
+    @property
+    def vision(self) -> VisionNumbers | None:
+        """The vision tower; None without."""
+
+    def routes(self, layer: int) -> bool:
+        """Whether a layer has experts."""
+
+    def mlp_columns(self, layer: int) -> int:
+        """Columns of the shared expert or of the dense MLP of a layer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +131,7 @@ class MoEPart:
     last_stage: bool
 
 
-def layer_weights(model: Llama4Config, layer: int) -> int:
+def layer_weights(model: MoENumbers, layer: int) -> int:
     """Number of weights of one layer, over all ranks."""
     hidden = model.hidden_size
     total = 2 * hidden * (model.q_size + model.kv_size)
@@ -104,7 +177,7 @@ def balance(costs: Sequence[int], pp: int, first: int, last: int) -> tuple[int, 
     return tuple(reversed(counts))
 
 
-def partition_moe(model: Llama4Config, mesh: ParallelConfig) -> list[MoEPart]:
+def partition_moe(model: MoENumbers, mesh: ParallelConfig) -> list[MoEPart]:
     """Cut `model` into a part for each rank of `mesh`.
 
     Raises:
@@ -166,7 +239,7 @@ def partition_moe(model: Llama4Config, mesh: ParallelConfig) -> list[MoEPart]:
     return parts
 
 
-def _check(model: Llama4Config, mesh: ParallelConfig) -> None:
+def _check(model: MoENumbers, mesh: ParallelConfig) -> None:
     mesh.check_fits(
         num_layers=model.num_layers, num_heads=model.num_heads, num_experts=model.num_experts
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from arriero.shards.errors import CheckpointError
 from arriero.shards.files.json_file import read_json_object
@@ -36,7 +36,7 @@ class ModelConfig:
     """A dense model of the Llama family.
 
     Attributes:
-        architecture: one of `SUPPORTED_ARCHITECTURES`.
+        architecture: one of `SUPPORTED_ARCHITECTURES`, or of another family with these numbers.
         vocab_size: rows of the embedding and of the head.
         hidden_size: width of the residual stream.
         intermediate_size: columns of the MLP.
@@ -79,7 +79,7 @@ class ModelConfig:
     sliding_window: int | None = None
 
     @classmethod
-    def from_folder(cls, path: Path | str) -> ModelConfig:
+    def from_folder(cls, path: Path | str) -> Self:
         """Read config.json, generation_config.json and the tokenizer's end token.
 
         Raises:
@@ -110,7 +110,7 @@ class ModelConfig:
         generation: Mapping[str, Any] | None = None,
         *,
         source: str = "config.json",
-    ) -> ModelConfig:
+    ) -> Self:
         """A model config from the objects of config.json and generation_config.json.
 
         Args:
@@ -124,16 +124,25 @@ class ModelConfig:
         read = Fields(settings, source)
         architecture = _architecture(read)
         _refuse_uncomputed(read)
+        return cls.from_fields(read, generation, architecture)
+
+    @classmethod
+    def from_fields(
+        cls, read: Fields, generation: Mapping[str, Any] | None, architecture: str
+    ) -> Self:
+        """A model config of an architecture with Llama's fields, settings checked or not.
+
+        Args:
+            read: fields of config.json, without a setting that changes the computation.
+            generation: object of generation_config.json, or None without that file.
+            architecture: an architecture of the caller's family.
+
+        Raises:
+            CheckpointError: a missing or malformed field.
+        """
         vocab_size = read.size("vocab_size")
         hidden_size = read.size("hidden_size")
-        num_heads = read.size("num_attention_heads")
-        num_kv_heads = read.size("num_key_value_heads", num_heads)
-        if num_heads % num_kv_heads:
-            raise read.wrong(
-                "num_key_value_heads",
-                num_kv_heads,
-                f"a divisor of `num_attention_heads`={num_heads}",
-            )
+        num_heads, num_kv_heads = read_heads(read)
         if read.get("head_dim") is None and hidden_size % num_heads:
             raise read.wrong(
                 "num_attention_heads", num_heads, f"a divisor of `hidden_size`={hidden_size}"
@@ -142,7 +151,9 @@ class ModelConfig:
         if head_dim % 2:
             raise read.wrong("head_dim", head_dim, "an even number")
         max_position_embeddings = read.size("max_position_embeddings", 2048)
-        more = Fields(generation or {}, source.replace("config.json", "generation_config.json"))
+        more = Fields(
+            generation or {}, read.source.replace("config.json", "generation_config.json")
+        )
         return cls(
             architecture=architecture,
             vocab_size=vocab_size,
@@ -190,6 +201,23 @@ class ModelConfig:
             layer += 2 * mlp + hidden
         vocabularies = 1 if self.tie_word_embeddings else 2
         return vocabularies * self.vocab_size * hidden + self.num_layers * layer + hidden
+
+
+def read_heads(read: Fields) -> tuple[int, int]:
+    """Numbers of query heads and of key/value heads.
+
+    Raises:
+        CheckpointError: the second does not divide the first.
+    """
+    num_heads = read.size("num_attention_heads")
+    num_kv_heads = read.size("num_key_value_heads", num_heads)
+    if num_heads % num_kv_heads:
+        raise read.wrong(
+            "num_key_value_heads",
+            num_kv_heads,
+            f"a divisor of `num_attention_heads`={num_heads}",
+        )
+    return num_heads, num_kv_heads
 
 
 def end_tokens(generation: Fields, config: Fields, vocab_size: int) -> tuple[int, ...]:

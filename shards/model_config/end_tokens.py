@@ -17,10 +17,9 @@ from arriero.shards.errors import CheckpointError
 from arriero.shards.files.json_file import read_json_object
 
 if TYPE_CHECKING:
-    from arriero.shards.model_config.dense import ModelConfig
-    from arriero.shards.model_config.llama4 import Llama4Config
+    from arriero.shards.layout.parts import AnyModel
 
-Model = TypeVar("Model", bound="ModelConfig | Llama4Config")
+Model = TypeVar("Model", bound="AnyModel")
 
 SETTINGS = "tokenizer_config.json"
 SPECIALS = "special_tokens_map.json"
@@ -32,7 +31,7 @@ def with_tokenizer_ends(model: Model, folder: Path) -> Model:
     Raises:
         CheckpointError: tokenizer_config.json or special_tokens_map.json is not a JSON object.
     """
-    model_ends: tuple[int, ...] = model.eos_token_ids
+    model_ends = model.eos_token_ids
     tokenizer_only = [token for token in tokenizer_ends(folder) if token < model.vocab_size]
     ends = tuple(dict.fromkeys((*model_ends, *tokenizer_only)))
     return model if ends == model_ends else replace(model, eos_token_ids=ends)

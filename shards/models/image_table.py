@@ -13,14 +13,17 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from arriero.shards.images.decode import ImageLimits, tiles_of
-from arriero.shards.models.llama4_vision import VisionTower
 from arriero.shards.protocol.step_plan import Int32, StepPlan
+
+if TYPE_CHECKING:  # the tower's family uses this module
+    from arriero.shards.models.llama4.vision import VisionTower
 
 CACHE_BYTES = 256 << 20
 """Limit in bytes of the feature cache."""

@@ -34,8 +34,8 @@ from arriero.shards.layout.families import (
 )
 from arriero.shards.layout.parts import AnyModel
 from arriero.shards.layout.resolve import cache_salt, first_placement, tier_limits
-from arriero.shards.models.families import load_slice
 from arriero.shards.models.loader import Progress
+from arriero.shards.models.model_slice import SliceSettings, load_slice
 from arriero.shards.protocol.step_plan import Logprobs, StepPlan, StepResult
 from arriero.shards.worker.grammar_masks import GrammarRows
 from arriero.shards.worker.malloc import returning_large_buffers
@@ -102,24 +102,21 @@ class Runner:
             batch_independent=config.batch_independent,
         )
         assert config.num_blocks is not None and config.max_model_len is not None, "unresolved"
+        settings = SliceSettings(
+            dtype=getattr(torch, config.dtype),
+            quantization=config.quantization,
+            num_blocks=config.num_blocks + self.spare_blocks,
+            num_local_blocks=(config.num_local_blocks or 0) + self.spare_blocks,
+            block_size=config.block_size,
+            offload_layers=config.offload_layers,
+            offload_folder=Path(config.offload_folder) if config.offload_folder else None,
+            wire=config.expert_wire,
+            placement=first_placement(config, parts),
+            visible=visible_keys(model, config),
+            progress=progress,
+        )
         with returning_large_buffers():
-            self._model = load_slice(
-                checkpoint,
-                part,
-                self.mesh,
-                self._ops,
-                dtype=getattr(torch, config.dtype),
-                quantization=config.quantization,
-                num_blocks=config.num_blocks + self.spare_blocks,
-                num_local_blocks=(config.num_local_blocks or 0) + self.spare_blocks,
-                block_size=config.block_size,
-                offload_layers=config.offload_layers,
-                offload_folder=Path(config.offload_folder) if config.offload_folder else None,
-                wire=config.expert_wire,
-                placement=first_placement(config, parts),
-                visible=visible_keys(model, config),
-                progress=progress,
-            )
+            self._model = load_slice(checkpoint, part, self.mesh, self._ops, settings)
         self._hidden_size = model.hidden_size
         self._table = self.table_type(
             max_sequences=config.max_sequences,

@@ -35,8 +35,9 @@ from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.layout.families import parts_of
 from arriero.shards.layout.moe import MoEPart
-from arriero.shards.model_config.llama4 import Llama4Config
-from arriero.shards.models.llama4 import Llama4Slice
+from arriero.shards.models.llama4.config import Llama4Config
+from arriero.shards.models.llama4.slice import Llama4Slice
+from arriero.shards.models.model_slice import SliceSettings
 from arriero.shards.worker.rope_table import Rope
 from support.models import tiny_llama4
 
@@ -123,10 +124,12 @@ class Replay:
             part,
             Mesh(part, ParallelConfig(), device=device),
             self.ops,
-            dtype=torch.bfloat16,
-            num_blocks=self.blocks,
-            num_local_blocks=self.blocks,
-            block_size=BLOCK,
+            SliceSettings(
+                dtype=torch.bfloat16,
+                num_blocks=self.blocks,
+                num_local_blocks=self.blocks,
+                block_size=BLOCK,
+            ),
         )
         self._rope = Rope(model.inv_freq(), self.blocks * BLOCK, device)
         self._routed: list[Tensor] = []

@@ -122,7 +122,9 @@ def test_all_of_it_runs_on_little(tmp_path: Path) -> None:
         "engine.engine",
         "leader.local_executor",
         "layout.resolve",
-        "models.families",
+        "models.model_slice",
+        "models.llama.slice",
+        "models.llama4.slice",
     )
     then = f"sys.path.insert(0, {str(source)!r})\n" + "".join(
         f"import arriero.shards.{name}\n" for name in modules

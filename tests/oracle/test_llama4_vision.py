@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from arriero.shards.checkpoint.tensor_folder import TensorFolder
-from arriero.shards.model_config.llama4 import VisionConfig
-from arriero.shards.models.llama4_vision import VisionTower
+from arriero.shards.models.llama4.config import VisionConfig
+from arriero.shards.models.llama4.vision import VisionTower
 from support.models import write_safetensors
 
 SIZES = {

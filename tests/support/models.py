@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from arriero.shards.checkpoint.formats.stored import tensor_specs
-from arriero.shards.checkpoint.llama_names import EMBEDDING, FINAL_NORM, HEAD, expected_tensors
+from arriero.shards.checkpoint.llama_names import EMBEDDING, FINAL_NORM, HEAD
 from arriero.shards.checkpoint.safetensors_header import make_header
 from arriero.shards.model_config.dense import ModelConfig
-from arriero.shards.model_config.llama4 import Llama4Config
+from arriero.shards.models.llama4.config import Llama4Config
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -48,7 +48,8 @@ def tiny_weights(config: ModelConfig, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     dtype: torch.dtype = getattr(torch, config.torch_dtype)
     weights: dict[str, Tensor] = {}
-    for name, shape in expected_tensors(config).items():
+    for spec in tensor_specs(config, None):
+        name, shape = spec.name, spec.shape
         noise = torch.randn(shape, generator=generator)
         if name.endswith("norm.weight"):
             made = 1.0 + 0.1 * noise

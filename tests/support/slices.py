@@ -19,7 +19,8 @@ from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.collectives.mesh import Mesh
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.layout.dense import partition
-from arriero.shards.models.llama import LlamaSlice
+from arriero.shards.models.llama.slice import LlamaSlice
+from arriero.shards.models.model_slice import SliceSettings
 from arriero.shards.worker.rope_table import Rope
 
 CPU = torch.device("cpu")
@@ -99,10 +100,12 @@ def logits_of(
                 parts[stage * tp + rank],
                 cast(Mesh, mesh),
                 ops,
-                dtype=torch.float32,
-                num_blocks=num_blocks,
-                block_size=BLOCK,
-                quantization=quantization,
+                SliceSettings(
+                    dtype=torch.float32,
+                    num_blocks=num_blocks,
+                    block_size=BLOCK,
+                    quantization=quantization,
+                ),
             )
             if held.part.first_stage:
                 out = held.embed(torch.tensor(tokens, dtype=torch.int32))

@@ -14,13 +14,13 @@ from arriero.shards.checkpoint.formats.quant_config import read_scheme, scheme_o
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
 from arriero.shards.checkpoint.side_files import SIDE_FILES, side_file
 from arriero.shards.errors import CheckpointError
+from arriero.shards.families.registry import find_family
 from arriero.shards.files.bad_file import explain_error
 from arriero.shards.files.json_file import read_json_object
 from arriero.shards.layout.parts import AnyModel
 from arriero.shards.model_config.dense import ModelConfig
 from arriero.shards.model_config.end_tokens import with_tokenizer_ends
 from arriero.shards.model_config.fields import Fields
-from arriero.shards.model_config.llama4 import LLAMA4_ARCHITECTURES, Llama4Config
 
 _MAX_CONFIG_BYTES = 10_000_000
 
@@ -43,10 +43,8 @@ def read_settings(
     """
     scheme = read_scheme(settings, source=source)
     plain = {name: value for name, value in settings.items() if name != "quantization_config"}
-    names = settings.get("architectures")
-    if isinstance(names, list) and names and names[0] in LLAMA4_ARCHITECTURES:
-        return Llama4Config.from_dict(plain, generation, source=source), scheme
-    return ModelConfig.from_dict(plain, generation, source=source), scheme
+    model: AnyModel = find_family(settings, source).read_config(plain, generation, source=source)
+    return model, scheme
 
 
 def describe(path: Path | str) -> tuple[AnyModel, QuantScheme | None]:

@@ -11,15 +11,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import gcd, prod
 
-from arriero.shards.checkpoint.formats.llama4_names import llama4_modules
-from arriero.shards.checkpoint.formats.modules import Axis, Kind, Module, Place, llama_modules
+from arriero.shards.checkpoint.formats.modules import Axis, Kind, Module, Place
 from arriero.shards.checkpoint.formats.nibbles import NIBBLES
 from arriero.shards.checkpoint.formats.scheme import FLOAT8, QuantScheme
 from arriero.shards.errors import CheckpointError
+from arriero.shards.families.registry import family_of
 from arriero.shards.layout.dense import Span
 from arriero.shards.layout.parts import AnyModel, AnyPart
-from arriero.shards.model_config.dense import ModelConfig
-from arriero.shards.model_config.llama4 import Llama4Config
 
 ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "I8": 1, "I32": 4, "I64": 8}
 """Bytes of an element, by safetensors dtype."""
@@ -89,8 +87,7 @@ Box = tuple[Span, ...]
 
 def text_prefix(model: AnyModel) -> str:
     """Name prefix of the text model's tensors."""
-    has_vision = isinstance(model, Llama4Config) and model.vision is not None
-    return "language_model." if has_vision else ""
+    return family_of(model).text_prefix(model)
 
 
 def modules_of(model: AnyModel, scheme: QuantScheme | None) -> tuple[Module, ...]:
@@ -100,9 +97,7 @@ def modules_of(model: AnyModel, scheme: QuantScheme | None) -> tuple[Module, ...
 
 @lru_cache(maxsize=8)
 def _modules(model: AnyModel, fused: bool) -> tuple[Module, ...]:
-    if isinstance(model, ModelConfig):
-        return tuple(llama_modules(model))
-    return tuple(llama4_modules(model, fused=fused))
+    return tuple(family_of(model).modules(model, fused))
 
 
 def tensor_specs(model: AnyModel, scheme: QuantScheme | None) -> list[TensorSpec]:

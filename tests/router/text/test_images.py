@@ -25,7 +25,7 @@ from arriero.shards.config.group import GroupConfig
 from arriero.shards.engine.types import EngineConfig
 from arriero.shards.errors import InvalidRequest
 from arriero.shards.images.layout import TOKEN_TEXTS
-from arriero.shards.model_config.llama4 import Llama4Config
+from arriero.shards.models.llama4.config import Llama4Config
 from support.frontdoor import LLAMA3, LLAMA_SPECIALS, echo, make_card, make_tokenizer, serve
 from support.fronted import Front, fronted
 from support.models import llama4_weights, seeing_settings, write_safetensors

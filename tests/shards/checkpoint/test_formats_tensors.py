@@ -35,7 +35,7 @@ from arriero.shards.layout.dense import Span, partition
 from arriero.shards.layout.moe import partition_moe
 from arriero.shards.layout.parts import AnyPart
 from arriero.shards.model_config.dense import ModelConfig
-from arriero.shards.model_config.llama4 import Llama4Config
+from arriero.shards.models.llama4.config import Llama4Config
 from support.checkpoints_sparse import (
     LLAMA_405B,
     MAVERICK,

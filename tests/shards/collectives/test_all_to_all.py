@@ -117,7 +117,7 @@ def rank_main(rank: int, port: int, hosts: list[str], results: Any) -> None:  # 
     from arriero.shards.collectives.mesh import Mesh
     from arriero.shards.config.parallel import ParallelConfig
     from arriero.shards.layout.moe import partition_moe
-    from arriero.shards.model_config.llama4 import Llama4Config
+    from arriero.shards.models.llama4.config import Llama4Config
     from support.models import llama4_settings
 
     try:

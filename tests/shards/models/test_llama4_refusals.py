@@ -25,9 +25,10 @@ from arriero.shards.collectives.mesh import Mesh
 from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.layout.expert_placement import ExpertPlacement
 from arriero.shards.layout.moe import MoEPart, partition_moe
-from arriero.shards.model_config.llama4 import Llama4Config
 from arriero.shards.models import loader
-from arriero.shards.models.llama4 import Llama4Slice
+from arriero.shards.models.llama4.config import Llama4Config
+from arriero.shards.models.llama4.slice import Llama4Slice
+from arriero.shards.models.model_slice import SliceSettings
 from support.checkpoints_sparse import MAVERICK, SCOUT
 
 META = torch.device("meta")
@@ -120,11 +121,13 @@ def claims(
         part,
         Mesh(part, mesh, device=META),
         Packing(folder),
-        dtype=torch.bfloat16,
-        num_blocks=1,
-        num_local_blocks=1,
-        block_size=16,
-        placement=placement,
+        SliceSettings(
+            dtype=torch.bfloat16,
+            num_blocks=1,
+            num_local_blocks=1,
+            block_size=16,
+            placement=placement,
+        ),
     )
     return folder
 

@@ -14,7 +14,7 @@ from arriero.shards.layout.families import visible_keys
 from arriero.shards.layout.parts import AnyModel
 from arriero.shards.layout.resolve import resolve
 from arriero.shards.model_config.dense import ModelConfig
-from arriero.shards.model_config.llama4 import Llama4Config
+from arriero.shards.models.llama4.config import Llama4Config
 from support.models import llama4_settings
 
 LLAMA: dict[str, Any] = {

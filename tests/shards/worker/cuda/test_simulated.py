@@ -22,7 +22,7 @@ from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.layout.resolve import resolve
-from arriero.shards.models.llama4 import Llama4Slice
+from arriero.shards.models.llama4.slice import Llama4Slice
 from arriero.shards.worker.cuda.runner import CudaRunner
 from support import triton_interpreter
 from support.fake_cuda import DeviceTensor, simulated

@@ -1,4 +1,4 @@
-"""The dense Llama family: the layers of a slice, packed from a checkpoint.
+"""A slice of a dense model: its layers, packed from a checkpoint.
 
 Knows the structure of the model and the rows and columns of this rank; `Ops` computes each
 operation, `Mesh` each sum over ranks. Knows nothing of steps, sequences and sampling.
@@ -12,10 +12,8 @@ import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from arriero.kernels.attention_mask import FULL_ATTENTION, AttentionMaskSpec
 from arriero.kernels.kv_cache import KVCache, KVCacheSpec
 from arriero.kernels.layers import AttentionStyle, DenseLayer
 from arriero.kernels.ops import Ops
@@ -27,14 +25,18 @@ from arriero.shards.kv.transfers import Pool
 from arriero.shards.layout.dense import SlicePart, Span
 from arriero.shards.model_config.dense import ModelConfig
 from arriero.shards.models.image_table import ImageTable
-from arriero.shards.models.loader import Loader, Progress
+from arriero.shards.models.loader import Loader
+from arriero.shards.models.model_slice import SliceSettings
 from arriero.shards.protocol.step_plan import Int32
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
 
 
 class LlamaSlice:
-    """Weights and KV cache of a rank of a dense Llama, and the forward pass."""
+    """Weights and KV cache of a rank of a dense Llama, and the forward pass.
+
+    A family with further weights in its layers overrides `_load_layer`.
+    """
 
     def __init__(
         self,
@@ -42,21 +44,14 @@ class LlamaSlice:
         part: SlicePart,
         mesh: Mesh,
         ops: Ops,
-        *,
-        dtype: torch.dtype,
-        quantization: str | None = None,
-        num_blocks: int,
-        block_size: int,
-        offload_layers: int = 0,
-        offload_folder: Path | None = None,
-        visible: AttentionMaskSpec = FULL_ATTENTION,
-        progress: Progress = lambda done, total: None,
+        settings: SliceSettings,
     ) -> None:
+        """Load the weights and allocate the KV cache; see `load_slice`."""
         config = checkpoint.config
         assert isinstance(config, ModelConfig), "a checkpoint of a dense Llama"
         self.config, self.part, self.ops, self.mesh = config, part, ops, mesh
-        self.dtype = dtype
-        self._style = AttentionStyle(mask=visible)
+        self.dtype = settings.dtype
+        self._style = AttentionStyle(mask=settings.visible)
         self.images: ImageTable | None = None  # the family reads only text
         loader = Loader(
             checkpoint,
@@ -64,20 +59,21 @@ class LlamaSlice:
             tensor_specs(config, checkpoint.scheme),
             part,
             ops,
-            dtype=dtype,
-            quantization=quantization,
-            progress=progress,
+            dtype=self.dtype,
+            quantization=settings.quantization,
+            progress=settings.progress,
         )
+        folder = settings.offload_folder or Path(tempfile.gettempdir())
         with loader:
-            self._load(loader, offload_layers, offload_folder or Path(tempfile.gettempdir()))
+            self._load(loader, settings.offload_layers, folder)
         self.kv = ops.kv_cache(
             KVCacheSpec(
                 num_layers=part.layers.size,
-                num_blocks=num_blocks,
+                num_blocks=settings.num_blocks,
                 num_kv_heads=part.kv_heads.size,
                 head_dim=config.head_dim,
-                block_size=block_size,
-                dtype=dtype,
+                block_size=settings.block_size,
+                dtype=self.dtype,
             ),
             mesh.device,
         )
@@ -89,7 +85,7 @@ class LlamaSlice:
         for index in range(part.layers.start, part.layers.stop):
             offloaded = index >= part.layers.stop - offload_layers
             with self.ops.offloading(folder) if offloaded else nullcontext():
-                self._layers.append(_layer(loader, config, part, index, self._style))
+                self._layers.append(self._load_layer(loader, index))
             loader.finished(index)
         tied = config.tie_word_embeddings
         self.embedding = loader.vocab(EMBEDDING, part.vocab) if part.first_stage else None
@@ -100,13 +96,42 @@ class LlamaSlice:
             self.norm_H = loader.norm(NORM)
         loader.finished(None)
 
+    def _load_layer(self, loader: Loader, index: int) -> DenseLayer:
+        """This rank's part of a decoder layer; `index` is global."""
+        config, part = self.config, self.part
+        name, d = f"model.layers.{index}.", config.head_dim
+        q = Span(start=part.q_heads.start * d, stop=part.q_heads.stop * d)
+        kv = Span(start=part.kv_heads.start * d, stop=part.kv_heads.stop * d)
+        attn, mlp = name + "self_attn.", name + "mlp."
+        first = part.tp_rank == 0  # only one rank adds the bias of a row-parallel matrix
+        return DenseLayer(
+            attn_norm_H=loader.norm(name + "input_layernorm"),
+            qkv=loader.rows(
+                [(attn + "q_proj", q), (attn + "k_proj", kv), (attn + "v_proj", kv)],
+                bias=config.attention_bias,
+            ),
+            o=loader.columns(attn + "o_proj", q, bias=config.attention_bias and first),
+            mlp_norm_H=loader.norm(name + "post_attention_layernorm"),
+            gate_up=loader.rows(
+                [(mlp + "gate_proj", part.columns), (mlp + "up_proj", part.columns)],
+                bias=config.mlp_bias,
+            ),
+            down=loader.columns(mlp + "down_proj", part.columns, bias=config.mlp_bias and first),
+            num_q_heads=part.q_heads.size,
+            num_kv_heads=part.kv_heads.size,
+            head_dim=d,
+            softmax_scale=d**-0.5 * config.rope.attention_factor**2,
+            eps=config.rms_norm_eps,
+            style=self._style,
+        )
+
     @property
     def weights_nbytes(self) -> int:
         """Bytes of all packed weights; a tied table counts once."""
         total = 0
         for layer in self._layers:
             total += sum(w.nbytes for w in (layer.qkv, layer.o, layer.gate_up, layer.down))
-            total += layer.attn_norm_H.nbytes + layer.mlp_norm_H.nbytes
+            total += layer.norms_nbytes
         if self.embedding is not None:
             total += self.embedding.nbytes
         if self.head is not None and self.head is not self.embedding:
@@ -142,34 +167,3 @@ class LlamaSlice:
         """Logits of this rank's vocabulary rows, float32 [R, V], on the last stage."""
         assert self.head is not None and self.norm_H is not None, "only the last stage has a head"
         return self.ops.logits(x_RH, self.norm_H, self.config.rms_norm_eps, self.head)
-
-
-def _layer(
-    loader: Loader, config: ModelConfig, part: SlicePart, index: int, style: AttentionStyle
-) -> DenseLayer:
-    """This rank's part of a decoder layer; `index` is global."""
-    name, d = f"model.layers.{index}.", config.head_dim
-    q = Span(start=part.q_heads.start * d, stop=part.q_heads.stop * d)
-    kv = Span(start=part.kv_heads.start * d, stop=part.kv_heads.stop * d)
-    attn, mlp = name + "self_attn.", name + "mlp."
-    first = part.tp_rank == 0  # only one rank adds the bias of a row-parallel matrix
-    return DenseLayer(
-        attn_norm_H=loader.norm(name + "input_layernorm"),
-        qkv=loader.rows(
-            [(attn + "q_proj", q), (attn + "k_proj", kv), (attn + "v_proj", kv)],
-            bias=config.attention_bias,
-        ),
-        o=loader.columns(attn + "o_proj", q, bias=config.attention_bias and first),
-        mlp_norm_H=loader.norm(name + "post_attention_layernorm"),
-        gate_up=loader.rows(
-            [(mlp + "gate_proj", part.columns), (mlp + "up_proj", part.columns)],
-            bias=config.mlp_bias,
-        ),
-        down=loader.columns(mlp + "down_proj", part.columns, bias=config.mlp_bias and first),
-        num_q_heads=part.q_heads.size,
-        num_kv_heads=part.kv_heads.size,
-        head_dim=d,
-        softmax_scale=d**-0.5 * config.rope.attention_factor**2,
-        eps=config.rms_norm_eps,
-        style=style,
-    )

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from arriero.shards.checkpoint.formats.modules import NORMS, Cut, Module, attention, gated_mlp, norm
 from arriero.shards.errors import CheckpointError
-from arriero.shards.model_config.llama4 import Llama4Config, VisionConfig
+from arriero.shards.models.llama4.config import Llama4Config, VisionConfig
 
 MAX_EXPERTS = 200_000
 """Limit of separate experts in all layers; bounds the list that a hostile config can cause."""
 _VISION_LAYER = "vision_model.model.layers"
 
 
-def llama4_modules(config: Llama4Config, *, fused: bool = True) -> list[Module]:
+def llama4_modules(config: Llama4Config, fused: bool = True) -> list[Module]:
     """Every matrix and vector of the model.
 
     Args:

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from arriero.shards.files.json_file import read_json_object
 from arriero.shards.model_config.dense import (
     end_tokens,
     read_activation,
+    read_heads,
     read_rope,
     read_torch_dtype,
 )
@@ -172,29 +173,14 @@ class Llama4Config:
             CheckpointError: a missing or malformed field, or an unsupported model.
         """
         whole = Fields(settings, source)
-        names = whole.get("architectures")
-        architecture = names[0] if isinstance(names, list) and len(names) == 1 else names
-        if architecture not in LLAMA4_ARCHITECTURES:
-            raise whole.wrong("architectures", names, f"one of {', '.join(LLAMA4_ARCHITECTURES)}")
+        architecture = _architecture(whole)
         read = whole if whole.get("text_config") is None else _part(whole, "text_config")
-        vision = None
-        if architecture == LLAMA4_ARCHITECTURES[0] and whole.get("vision_config") is not None:
-            vision = _vision(_part(whole, "vision_config"))
-        read_activation(read)
-        if read.flag("attention_bias"):
-            raise read.wrong(
-                "attention_bias", True, "false: attention biases are not supported for Llama 4"
-            )
+        has_vision = architecture == LLAMA4_ARCHITECTURES[0]
+        vision = _vision(whole) if has_vision else None
+        _refuse_uncomputed(read)
         vocab_size = read.size("vocab_size")
         num_layers = read.size("num_hidden_layers", most=_MAX_LAYERS)
-        num_heads = read.size("num_attention_heads")
-        num_kv_heads = read.size("num_key_value_heads", num_heads)
-        if num_heads % num_kv_heads:
-            raise read.wrong(
-                "num_key_value_heads",
-                num_kv_heads,
-                f"a divisor of `num_attention_heads`={num_heads}",
-            )
+        num_heads, num_kv_heads = read_heads(read)
         num_experts = read.size("num_local_experts", most=_MAX_EXPERTS)
         max_positions = read.size("max_position_embeddings")
         more = Fields(generation or {}, source.replace("config.json", "generation_config.json"))
@@ -264,6 +250,22 @@ class Llama4Config:
         return total + (0 if self.vision is None else self.vision.num_parameters(hidden))
 
 
+def _architecture(whole: Fields) -> str:
+    names = whole.get("architectures")
+    architecture = names[0] if isinstance(names, list) and len(names) == 1 else names
+    if architecture not in LLAMA4_ARCHITECTURES:
+        raise whole.wrong("architectures", names, f"one of {', '.join(LLAMA4_ARCHITECTURES)}")
+    return cast(str, architecture)
+
+
+def _refuse_uncomputed(read: Fields) -> None:
+    read_activation(read)
+    if read.flag("attention_bias"):
+        raise read.wrong(
+            "attention_bias", True, "false: attention biases are not supported for Llama 4"
+        )
+
+
 def _part(whole: Fields, name: str) -> Fields:
     settings = whole.get(name)
     if not isinstance(settings, Mapping):
@@ -311,7 +313,10 @@ def _temperature(read: Fields) -> bool:
     return bool(value)
 
 
-def _vision(read: Fields) -> VisionConfig:
+def _vision(whole: Fields) -> VisionConfig | None:
+    if whole.get("vision_config") is None:
+        return None
+    read = _part(whole, "vision_config")
     ratio = read.number("pixel_shuffle_ratio", 0.5, low=0.01)
     image, patch = read.size("image_size"), read.size("patch_size")
     if image % patch:

@@ -35,11 +35,12 @@ from arriero.shards.kv.transfers import Pool
 from arriero.shards.layout.dense import Span
 from arriero.shards.layout.expert_placement import ExpertPlacement
 from arriero.shards.layout.moe import MoEPart
-from arriero.shards.model_config.llama4 import Llama4Config
 from arriero.shards.models.image_table import ImageTable
-from arriero.shards.models.llama import EMBEDDING, HEAD, NORM
-from arriero.shards.models.llama4_vision import VisionTower
-from arriero.shards.models.loader import Loader, Progress
+from arriero.shards.models.llama.slice import EMBEDDING, HEAD, NORM
+from arriero.shards.models.llama4.config import Llama4Config
+from arriero.shards.models.llama4.vision import VisionTower
+from arriero.shards.models.loader import Loader
+from arriero.shards.models.model_slice import SliceSettings
 from arriero.shards.protocol.step_plan import Int32
 
 _EXPERTS = "feed_forward.experts"
@@ -54,49 +55,27 @@ class Llama4Slice:
         part: MoEPart,
         mesh: Mesh,
         ops: Ops,
-        *,
-        dtype: torch.dtype,
-        quantization: str | None = None,
-        num_blocks: int,
-        num_local_blocks: int,
-        block_size: int,
-        offload_layers: int = 0,
-        offload_folder: Path | None = None,
-        placement: ExpertPlacement | None = None,
-        wire: RowFormat | None = None,
-        progress: Progress = lambda done, total: None,
+        settings: SliceSettings,
     ) -> None:
-        """Load the weights and allocate the KV cache.
+        """Load the weights and allocate the KV cache; see `load_slice`.
 
-        Args:
-            checkpoint: open checkpoint, already checked against the config.
-            part: part of this rank.
-            mesh: ranks of the group; `join` may follow later.
-            ops: kernels.
-            dtype: dtype of weights and KV cache.
-            quantization: quantization of plain weights during loading, or None.
-            num_blocks: KV blocks of layers with full attention.
-            num_local_blocks: KV blocks of layers with chunked attention.
-            block_size: tokens in a block.
-            offload_layers: number of last layers whose routed experts stay mapped from disk.
-            offload_folder: folder for these experts; None for the system's temporary folder.
-            placement: experts of each rank of a stage; None if ranks sum outputs of own experts
-                instead of exchanging tokens.
-            wire: how rows travel to experts on other ranks; None: as the weights are.
-            progress: called with loaded bytes and total bytes.
+        `mesh.join` may follow later.
         """
         config = checkpoint.config
         assert isinstance(config, Llama4Config), "a Llama 4 checkpoint"
-        self.config, self.ops, self.mesh, self.dtype = config, ops, mesh, dtype
+        self.config, self.ops, self.mesh, self.dtype = config, ops, mesh, settings.dtype
         self._prefix = "" if config.vision is None else "language_model."
         self._first_layer = part.layers.start
-        first_offloaded = part.layers.stop - offload_layers
-        folder = offload_folder or Path(tempfile.gettempdir())
+        placement = settings.placement
+        first_offloaded = part.layers.stop - settings.offload_layers
+        folder = settings.offload_folder or Path(tempfile.gettempdir())
 
         def offload_context(layer: int) -> AbstractContextManager[None]:
             return ops.offloading(folder) if layer >= first_offloaded else nullcontext()
 
-        self._read_expert = self._expert_reader(checkpoint, part, quantization, offload_context)
+        self._read_expert = self._expert_reader(
+            checkpoint, part, settings.quantization, offload_context
+        )
         self._resident_experts: dict[int, list[int]] = {}
         experts = list(range(part.experts.start, part.experts.stop))
         if placement is not None:
@@ -110,18 +89,20 @@ class Llama4Slice:
             [spec for spec in specs if spec.kind != "vision"],
             part,
             ops,
-            dtype=dtype,
-            quantization=quantization,
-            progress=progress,
+            dtype=self.dtype,
+            quantization=settings.quantization,
+            progress=settings.progress,
         ) as loader:
             self._load(loader, part, experts, offload_context)
         num_local = sum(layer.style.mask.chunk_size > 0 for layer in self._layers)
         num_full = len(self._layers) - num_local
-        self.kv = self._kv_cache(num_full, num_blocks, block_size, part)
-        self.local_kv = self._kv_cache(num_local, num_local_blocks, block_size, part)
+        size = settings.block_size
+        self.kv = self._kv_cache(num_full, settings.num_blocks, size, part)
+        self.local_kv = self._kv_cache(num_local, settings.num_local_blocks, size, part)
         self._experts: ExpertParallel | None = None
         if placement is not None:
-            self._experts = ExpertParallel(mesh, ops, placement, wire or _wire(dtype))
+            wire = settings.wire or _wire(self.dtype)
+            self._experts = ExpertParallel(mesh, ops, placement, wire)
         self._placement = placement
         self.decoder = self._make_decoder()
 
@@ -316,8 +297,7 @@ def _layer_nbytes(layer: DenseLayer) -> int:
     linears = [layer.qkv, layer.o, layer.gate_up, layer.down]
     if isinstance(layer, MoELayer):
         linears += [layer.router, *layer.experts_gate_up, *layer.experts_down]
-    norms = layer.attn_norm_H.nbytes + layer.mlp_norm_H.nbytes
-    return sum(linear.nbytes for linear in linears) + norms
+    return sum(linear.nbytes for linear in linears) + layer.norms_nbytes
 
 
 def _layer(

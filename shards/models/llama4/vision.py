@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arriero.shards.checkpoint.tensor_folder import TensorFolder
-from arriero.shards.model_config.llama4 import VisionConfig
+from arriero.shards.models.llama4.config import VisionConfig
 
 _TILES_AT_ONCE = 4
 """Bounds the memory of activations; the result does not depend on the number."""

@@ -1,0 +1,1 @@
+"""What a model family tells the rest of the system, and which families there are."""

@@ -1,0 +1,1 @@
+"""The dense Llama family: Llama, Mistral, and models with the same layers."""

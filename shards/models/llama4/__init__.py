@@ -1,0 +1,1 @@
+"""Llama 4: mixture of experts, chunked attention, images."""
