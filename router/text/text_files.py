@@ -15,6 +15,7 @@ from typing import Any
 from arriero.router import templates
 from arriero.router.text.sampling_defaults import read_defaults
 from arriero.shards.errors import CheckpointError
+from arriero.shards.families.registry import families
 from arriero.shards.files.bad_file import HEAD_BYTES, explain_error, explain_head
 from arriero.shards.model_config.end_tokens import SETTINGS, SPECIALS, token_text
 
@@ -130,7 +131,7 @@ def _listed_templates(file: Path, value: Any) -> dict[str, str]:  # noqa: ANN401
 
 
 def _builtin(folder: Path, tokenizer_json: bytes) -> str | None:
-    """A built-in template for the special tokens of a known Llama; None for other tokens."""
+    """A built-in template for the special tokens of a known model; None for other tokens."""
     try:
         added = json.loads(tokenizer_json).get("added_tokens") or []
         specials = {token["content"] for token in added}
@@ -142,7 +143,11 @@ def _builtin(folder: Path, tokenizer_json: bytes) -> str | None:
     config = _read_json(folder / "config.json")
     scaling = config.get("rope_scaling") or config.get("rope_parameters")
     factor = scaling.get("factor") if isinstance(scaling, Mapping) else None
-    return templates.find(specials, rope_factor=factor)
+    template = templates.find(specials, rope_factor=factor)
+    if template is None:
+        offered = (family.chat_template(specials) for family in families())
+        template = next((source for source in offered if source is not None), None)
+    return template
 
 
 def _special_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:

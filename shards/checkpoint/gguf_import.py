@@ -1,6 +1,7 @@
 """Import of a GGUF file as a folder in Hugging Face layout.
 
-Knows the tensor names of both formats and the row order of queries and keys; knows nothing of
+Knows the tensor names of dense models in both formats and the row order of queries and keys; knows
+nothing of
 header, tokenizer and config (own modules). Weights are streamed: memory holds a piece of a tensor.
 """
 
@@ -20,15 +21,22 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from arriero.shards.checkpoint.gguf_config import ROPE_FACTORS, build_configs
-from arriero.shards.checkpoint.gguf_header import GgufFile, GgufTensor, read_gguf
+from arriero.shards.checkpoint.formats.stored import tensor_specs
+from arriero.shards.checkpoint.gguf_config import (
+    ROPE_FACTORS,
+    GgufModel,
+    build_configs,
+    find_gguf_model,
+)
+from arriero.shards.checkpoint.gguf_header import GgufTensor, read_gguf
 from arriero.shards.checkpoint.gguf_tokenizer import build_tokenizer
 from arriero.shards.checkpoint.index import SINGLE_FILE
-from arriero.shards.checkpoint.llama_names import EMBEDDING, FINAL_NORM, HEAD, expected_tensors
+from arriero.shards.checkpoint.llama_names import EMBEDDING, FINAL_NORM, HEAD
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.checkpoint.safetensors_header import make_header
 from arriero.shards.errors import CheckpointError
-from arriero.shards.model_config.dense import TORCH_DTYPES, ModelConfig
+from arriero.shards.layout.parts import AnyModel
+from arriero.shards.model_config.dense import TORCH_DTYPES
 
 Progress = Callable[[int, int, str], None]
 """Called with bytes read so far, total bytes, and the name of the written tensor."""
@@ -71,7 +79,7 @@ def import_gguf(
     The folder appears complete or not at all.
 
     Args:
-        src: GGUF file of architecture `llama`, in any type that the gguf package dequantizes;
+        src: GGUF file of a supported architecture, in any type that the gguf package dequantizes;
             any file of a model in several files.
         out: new folder; must not exist.
         dtype: dtype of the written weights: "bfloat16", "float16" or "float32".
@@ -85,10 +93,10 @@ def import_gguf(
     if out.exists():
         raise CheckpointError(f"{out}: exists already; remove it or choose another folder")
     file = read_gguf(src)
-    settings, generation = build_configs(file, dtype)
-    config = ModelConfig.from_dict(settings, generation, source=str(src))
-    tokenizer, tokenizer_settings = build_tokenizer(file)
-    weights = _Weights(file, config)
+    model = find_gguf_model(file)
+    settings, generation = build_configs(model, dtype)
+    tokenizer, tokenizer_settings = build_tokenizer(file, model.gguf.splits)
+    weights = _Weights(model, model.config(settings, generation))
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:
@@ -101,7 +109,7 @@ def import_gguf(
             weights.write(stream, getattr(torch, dtype), progress)
             stream.flush()
             os.fsync(stream.fileno())
-        Checkpoint.open(partial).check(expected_tensors(config))
+        Checkpoint.open(partial).check(weights.expected)
         partial.rename(out)
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be written: {error.strerror or error}") from None
@@ -112,15 +120,17 @@ def import_gguf(
 class _Weights:
     """The tensors of the file under Hugging Face names, in file order, checked."""
 
-    def __init__(self, file: GgufFile, config: ModelConfig) -> None:
-        self.file = file
+    def __init__(self, model: GgufModel, config: AnyModel) -> None:
+        self.file = file = model.file
         self.config = config
+        self._pairs = model.gguf.pairs
+        self._layer_names = {**_LAYER_NAMES, **model.gguf.layer_names}
         self.tensors: dict[str, GgufTensor] = {}
-        expected = expected_tensors(config)
+        self.expected = expected = {spec.name: spec.shape for spec in tensor_specs(config, None)}
         for tensor in file.tensors.values():
             if tensor.name == ROPE_FACTORS:  # now in the config's rope_scaling
                 continue
-            name = _hf_name(file, tensor.name)
+            name = self._hf_name(tensor.name)
             where = f"{file.path}: tensor {tensor.name[:200]!r}"
             if expected.get(name) != tensor.shape:
                 raise CheckpointError(
@@ -158,7 +168,7 @@ class _Weights:
 
     def _pieces(self, tensor: GgufTensor) -> Iterator[npt.NDArray[np.float32]]:
         heads = {".attn_q.": self.config.num_heads, ".attn_k.": self.config.num_kv_heads}
-        permuted = any(part in tensor.name for part in heads)
+        permuted = self._pairs and any(part in tensor.name for part in heads)
         if len(tensor.shape) == 1:
             vector = self.file.rows(tensor, 0, 1)[0]
             yield self._unpermute(vector[:, None])[:, 0] if permuted else vector
@@ -170,29 +180,28 @@ class _Weights:
             piece = self.file.rows(tensor, start, min(start + step, num_rows))
             yield self._unpermute(piece) if permuted else piece
 
+    def _hf_name(self, name: str) -> str:
+        if name in _TOP_NAMES:
+            return _TOP_NAMES[name]
+        parts = name.split(".")
+        if (
+            len(parts) == 4
+            and parts[0] == "blk"
+            and parts[1].isdecimal()
+            and parts[2] in self._layer_names
+            and parts[3] in ("weight", "bias")
+        ):
+            return f"model.layers.{int(parts[1])}.{self._layer_names[parts[2]]}.{parts[3]}"
+        raise CheckpointError(
+            f"{self.file.path}: tensor {name[:200]!r} is no part of a model of this architecture; "
+            "convert the original checkpoint"
+        )
+
     def _unpermute(self, rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Undo the row order of GGUF, which interleaves the two rotary halves of each head."""
         head_dim = self.config.head_dim
         pairs = rows.reshape(-1, head_dim // 2, 2, rows.shape[1])
         return pairs.swapaxes(1, 2).reshape(rows.shape)
-
-
-def _hf_name(file: GgufFile, name: str) -> str:
-    if name in _TOP_NAMES:
-        return _TOP_NAMES[name]
-    parts = name.split(".")
-    if (
-        len(parts) == 4
-        and parts[0] == "blk"
-        and parts[1].isdecimal()
-        and parts[2] in _LAYER_NAMES
-        and parts[3] in ("weight", "bias")
-    ):
-        return f"model.layers.{int(parts[1])}.{_LAYER_NAMES[parts[2]]}.{parts[3]}"
-    raise CheckpointError(
-        f"{file.path}: tensor {name[:200]!r} is no part of a Llama "
-        "model; convert the original checkpoint"
-    )
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -7,12 +7,24 @@ in the table is refused.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from arriero.shards.checkpoint.gguf_header import GgufFile
 from arriero.shards.errors import CheckpointError
+from arriero.shards.families.family import TokenSplit
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 _TEMPLATE = "tokenizer.chat_template"
@@ -73,23 +85,34 @@ def family_of(file: GgufFile) -> str:
     return str(file.metadata.get("tokenizer.ggml.pre", "default"))
 
 
-def _split(family: str) -> pre_tokenizers.PreTokenizer | None:
+def _split(family: str, splits: Mapping[str, TokenSplit]) -> pre_tokenizers.PreTokenizer | None:
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if family in _GPT2_FAMILIES:
         return plain
     if family == "smollm":
         digits = pre_tokenizers.Digits(individual_digits=True)
         return pre_tokenizers.Sequence([digits, plain])
-    if family in LLAMA3_FAMILIES or family in _GPT4O_FAMILIES:
-        pattern = LLAMA3_SPLIT if family in LLAMA3_FAMILIES else GPT4O_SPLIT
+    patterns = {
+        **dict.fromkeys(LLAMA3_FAMILIES, LLAMA3_SPLIT),
+        **dict.fromkeys(_GPT4O_FAMILIES, GPT4O_SPLIT),
+        **{name: split.pattern for name, split in splits.items()},
+    }
+    pattern = patterns.get(family)
+    if pattern is not None:
         words = pre_tokenizers.Split(Regex(pattern), behavior="isolated", invert=False)
         bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         return pre_tokenizers.Sequence([words, bytes_only])
     return None
 
 
-def build_tokenizer(file: GgufFile) -> tuple[Tokenizer, dict[str, Any]]:
+def build_tokenizer(
+    file: GgufFile, splits: Mapping[str, TokenSplit] = MappingProxyType({})
+) -> tuple[Tokenizer, dict[str, Any]]:
     """The tokenizer and the object of tokenizer_config.json.
+
+    Args:
+        file: the file.
+        splits: further splits of the text, by tokenizer family.
 
     Raises:
         CheckpointError: an unsupported kind of tokenizer, or malformed metadata.
@@ -102,12 +125,12 @@ def build_tokenizer(file: GgufFile) -> tuple[Tokenizer, dict[str, Any]]:
             "gpt2 (byte-level BPE); convert the original checkpoint with its tokenizer.json"
         )
     family = family_of(file)
-    split = _split(family)
+    split = _split(family, splits)
     if split is None:
         raise CheckpointError(
             f"{file.path}: tokenizer.ggml.pre={family[:100]!r} is not supported (a wrong split of "
-            f"text gives wrong tokens); supported: {', '.join(FAMILIES)}; convert the original "
-            "checkpoint with its tokenizer.json"
+            f"text gives wrong tokens); supported: {', '.join((*FAMILIES, *splits))}; convert the "
+            "original checkpoint with its tokenizer.json"
         )
     tokens = _strings(file, "tokenizer.ggml.tokens")
     kinds = meta.get("tokenizer.ggml.token_type", [1] * len(tokens))
@@ -122,6 +145,8 @@ def build_tokenizer(file: GgufFile) -> tuple[Tokenizer, dict[str, Any]]:
     tokenizer = Tokenizer(
         models.BPE(vocab=vocab, merges=_merges(file, vocab), ignore_merges=family in _WHOLE_WORDS)
     )
+    if family in splits and splits[family].normalizes:
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.ByteLevel()
     special = [tokens[i] for i, kind in enumerate(kinds) if kind in (_UNKNOWN, _CONTROL)]
@@ -156,7 +181,7 @@ def _settings(file: GgufFile, tokens: list[str]) -> dict[str, Any]:
         index = special_token(file, name, len(tokens))
         if index is not None:
             settings[f"{role}_token"] = tokens[index]
-    length = file.metadata.get("llama.context_length")
+    length = file.metadata.get(f"{file.metadata.get('general.architecture')}.context_length")
     if isinstance(length, int):
         settings["model_max_length"] = length
     templates = _templates(file)
