@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 FAMILIES = (
     "arriero.shards.models.llama.family",
     "arriero.shards.models.llama4.family",
+    "arriero.shards.models.qwen3.family",
 )
 """Modules with a record `FAMILY`; the order is that of lists for users."""
 

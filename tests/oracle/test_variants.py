@@ -1,4 +1,4 @@
-"""Configurations of the dense family, as tiny seeded models: transformers' own tokens."""
+"""Configurations of the dense families, as tiny seeded models: transformers' own tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.sampling_params import SamplingParams
 from support.groups import running
-from support.models import tiny_llama
+from support.models import tiny_llama, tiny_qwen3
 from support.oracle import greedy
 
 LLAMA3 = {
@@ -79,6 +79,23 @@ LAYOUTS = {
 }
 
 
+QWEN3: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "tied": {"tied": True},
+    "odd heads": {"heads": 7, "kv_heads": 7, "head_dim": 16},
+    "biases": {"attention_bias": True},
+    "yarn rope": {"rope_scaling": YARN, "max_positions": 256},
+}
+QWEN3_LAYOUTS: dict[str, dict[str, Any]] = {
+    "TP2": {"tp": 2},
+    "TP2 of 3 KV heads": {"tp": 2, "heads": 6, "kv_heads": 3},
+    "TP2 of unequal shares": {"tp": 2, "tp_shares": (2.0, 1.0), "heads": 6, "kv_heads": 3},
+    "TP4 of 2 KV heads": {"tp": 4},
+    "PP2": {"pp": 2},
+    "TP2 PP2, tied": {"tp": 2, "pp": 2, "tied": True},
+}
+
+
 def expected(path: Path, prompts: list[list[int]], drafts: list[list[int]]) -> list[list[int]]:
     """Greedy tokens of transformers, one unpadded sequence at a time."""
     import transformers
@@ -94,7 +111,7 @@ def expected(path: Path, prompts: list[list[int]], drafts: list[list[int]]) -> l
         return [greedy(logits_of, prompt, draft)[0] for prompt, draft in pairs]
 
 
-def check(path: Path, oracle: Path | None = None, **layout: int) -> None:
+def check(path: Path, oracle: Path | None = None, **layout: Any) -> None:  # noqa: ANN401
     vocab = 128
     prompts = [
         [(7 * i + 3 * j * j) % vocab for j in range(n)] for i, n in enumerate((1, 5, 17, 90))
@@ -127,6 +144,20 @@ def test_several_slices(name: str, tmp_path: Path) -> None:
     tiny_llama(tmp_path, seed=3, layers=3, **VARIANTS[name])
     tp, pp = LAYOUTS[name]
     check(tmp_path, tp=tp, pp=pp)
+
+
+@pytest.mark.parametrize("name", QWEN3)
+def test_qwen3_on_one_slice(name: str, tmp_path: Path) -> None:
+    tiny_qwen3(tmp_path, seed=3, layers=3, **QWEN3[name])
+    check(tmp_path)
+
+
+@pytest.mark.parametrize("name", QWEN3_LAYOUTS)
+def test_qwen3_on_several_slices(name: str, tmp_path: Path) -> None:
+    sizes = dict(QWEN3_LAYOUTS[name])
+    layout = {field: sizes.pop(field) for field in ("tp", "pp", "tp_shares") if field in sizes}
+    tiny_qwen3(tmp_path, seed=3, layers=3, **sizes)
+    check(tmp_path, **layout)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -24,6 +24,8 @@ GGUF_NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -70,6 +72,7 @@ def write_gguf(
     metadata: Mapping[str, Any] | None = None,
     drop: str | None = None,
     max_tensors: int = 0,
+    architecture: str = "llama",
 ) -> dict[str, torch.Tensor]:
     """Write a file; return the weights that an import must give (float32).
 
@@ -83,8 +86,9 @@ def write_gguf(
         metadata: strings, integers or floats that are added or replace what would be written.
         drop: a tensor that is left out.
         max_tensors: of each file, where the model is written in several.
+        architecture: general.architecture; only "llama" interleaves the rows of q and k.
     """
-    writer = gguf.GGUFWriter(path, "llama", split_max_tensors=max_tensors)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=max_tensors)
     tokens, merges = trained_bpe(config.vocab_size)
     values: dict[str, Any] = {
         "llama.block_count": config.num_layers,
@@ -106,7 +110,8 @@ def write_gguf(
         **({"tokenizer.ggml.pre": pre} if pre else {}),
         **(metadata or {}),
     }
-    for key, value in values.items():
+    for name, value in values.items():
+        key = name.replace("llama.", f"{architecture}.", 1) if name.startswith("llama.") else name
         if isinstance(value, bool):
             writer.add_bool(key, value)
         elif isinstance(value, int):
@@ -120,7 +125,8 @@ def write_gguf(
     writer.add_token_merges(merges)
     due: dict[str, torch.Tensor] = {}
     for name, weight in tiny_weights(config, seed).items():
-        made, due[name] = _stored(name, weight.float().numpy(), config.head_dim, type_)
+        turned = architecture == "llama" and ("q_proj" in name or "k_proj" in name)
+        made, due[name] = _stored(name, weight.float().numpy(), config.head_dim, type_, turned)
         if name != drop:
             writer.add_tensor(
                 gguf_name(name), made, raw_dtype=type_ if made.dtype == np.uint8 else None
@@ -146,10 +152,9 @@ def gguf_name(name: str) -> str:
 
 
 def _stored(
-    name: str, weight: np.ndarray, head_dim: int, type_: gguf.GGMLQuantizationType
+    name: str, weight: np.ndarray, head_dim: int, type_: gguf.GGMLQuantizationType, turned: bool
 ) -> tuple[np.ndarray, torch.Tensor]:
     """What lies in the file, and what an import must make of it."""
-    turned = "q_proj" in name or "k_proj" in name
     rows = interleave(weight, head_dim) if turned else weight
     if weight.ndim == 1:
         return rows, torch.from_numpy(weight)

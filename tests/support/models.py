@@ -15,6 +15,7 @@ from arriero.shards.checkpoint.llama_names import EMBEDDING, FINAL_NORM, HEAD
 from arriero.shards.checkpoint.safetensors_header import make_header
 from arriero.shards.model_config.dense import ModelConfig
 from arriero.shards.models.llama4.config import Llama4Config
+from arriero.shards.models.qwen3.config import Qwen3Config
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -125,6 +126,56 @@ def tiny_llama(
         write_sharded(path, weights, 3)
     else:
         write_safetensors(path / "model.safetensors", weights)
+    return config
+
+
+def tiny_qwen3(
+    path: Path,
+    *,
+    seed: int = 0,
+    layers: int = 2,
+    hidden: int = 64,
+    intermediate: int = 96,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 24,
+    vocab: int = 128,
+    tied: bool = False,
+    max_positions: int = 512,
+    dtype: str = "float32",
+    **more: Any,  # noqa: ANN401
+) -> Qwen3Config:
+    """Write a folder with config.json, in the spelling of Qwen's own, and weights."""
+    settings: dict[str, Any] = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "max_position_embeddings": max_positions,
+        "max_window_layers": layers,
+        "model_type": "qwen3",
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": kv_heads,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "tie_word_embeddings": tied,
+        "torch_dtype": dtype,
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": vocab,
+    } | more
+    config = Qwen3Config.from_dict(settings)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(settings, indent=2))
+    write_safetensors(path / "model.safetensors", tiny_weights(config, seed))
     return config
 
 

@@ -18,9 +18,8 @@ from arriero.kernels.select import ops_for
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.collectives.mesh import Mesh
 from arriero.shards.config.group import GroupConfig
-from arriero.shards.layout.dense import partition
-from arriero.shards.models.llama.slice import LlamaSlice
-from arriero.shards.models.model_slice import SliceSettings
+from arriero.shards.layout.families import parts_of
+from arriero.shards.models.model_slice import SliceSettings, load_slice
 from arriero.shards.worker.rope_table import Rope
 
 CPU = torch.device("cpu")
@@ -72,7 +71,7 @@ def logits_of(
     checkpoint = Checkpoint.open(path)
     checkpoint.check_whole()
     config = checkpoint.config
-    parts = partition(config, GroupConfig(model_path=str(path), tp=tp, pp=pp))
+    parts = parts_of(config, GroupConfig(model_path=str(path), tp=tp, pp=pp))
     length = len(tokens)
     num_blocks = -(-length // BLOCK)
     positions = torch.arange(length, dtype=torch.int32)
@@ -95,9 +94,10 @@ def logits_of(
         def run(rank: int, stage: int = stage, given: Tensor | None = x) -> Tensor:
             mesh = ThreadMesh(tp, rank, shared, barrier)  # noqa: B023
             ops = make_ops() if make_ops else exact_ops(kernels)
-            held = LlamaSlice(
+            part = parts[stage * tp + rank]
+            held = load_slice(
                 checkpoint,
-                parts[stage * tp + rank],
+                part,
                 cast(Mesh, mesh),
                 ops,
                 SliceSettings(
@@ -107,13 +107,13 @@ def logits_of(
                     quantization=quantization,
                 ),
             )
-            if held.part.first_stage:
+            if part.first_stage:
                 out = held.embed(torch.tensor(tokens, dtype=torch.int32))
             else:
                 assert given is not None
                 out = given.clone()
             out = held.decoder(out, batch)
-            return held.logits(out) if held.part.last_stage else out
+            return held.logits(out) if part.last_stage else out
 
         with ThreadPoolExecutor(tp) as pool:
             outs = list(pool.map(run, range(tp)))

@@ -34,9 +34,8 @@ from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.errors import ArrieroError, SpecError
 from arriero.shards.layout.resolve import resolve
-from arriero.shards.model_config.dense import ModelConfig
 from arriero.shards.worker.runner import Runner
-from support.models import tiny_llama
+from support.models import tiny_llama, tiny_qwen3
 from support.processes import spawn_group
 from support.quantized_models import quantized_llama
 
@@ -76,6 +75,10 @@ TOTALS: list[tuple[str, Dtype, float]] = [
     ("llama-4-maverick", "fp8", 404.5),
     ("llama-4-maverick", "fp8-shipped", 416.6),
     ("llama-4-maverick", "int4", 213.0),
+    ("qwen3-8b", "bfloat16", 16.4),
+    ("qwen3-8b", "fp8", 9.4),
+    ("qwen3-32b", "bfloat16", 65.5),
+    ("qwen3-32b", "fp8", 34.3),
 ]
 
 
@@ -110,6 +113,9 @@ def test_int4_takes_more_in_memory_than_on_disk() -> None:
         ("llama-4-scout", 108_641_793_536),
         ("llama-4-maverick", 401_583_781_376),
         ("smollm2-135m", 134_515_008),
+        ("qwen3-0.6b", 596_049_920),
+        ("qwen3-8b", 8_190_735_360),
+        ("qwen3-32b", 32_762_123_264),
     ],
 )
 def test_parameters(name: str, count: int) -> None:
@@ -257,7 +263,7 @@ LAYOUTS = {
 
 def check_group(config: GroupConfig, kernels: Kernels, *, spawn: bool = False) -> None:
     """The plan's bytes are those of the ranks: loaded here one by one, or in their processes."""
-    model = ModelConfig.from_folder(config.model_path)
+    model, scheme = describe(config.model_path)
     config = resolve(config, model)
     if spawn:
         executor = spawn_group(config)
@@ -269,7 +275,6 @@ def check_group(config: GroupConfig, kernels: Kernels, *, spawn: bool = False) -
         runners = (Runner(config, rank) for rank in range(config.world_size))
         held = [(one.weights_nbytes, one.kv_nbytes) for one in runners]
     dtype: Dtype = "float32" if config.dtype == "float32" else "bfloat16"
-    _, scheme = describe(config.model_path)
     if config.quantization is not None:
         dtype = ON_LOAD[config.quantization]
     elif scheme is not None:
@@ -398,6 +403,32 @@ def test_a_biased_model_allocates_what_was_planned(
         ),
         kernels,
     )
+
+
+@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+@pytest.mark.parametrize("quantization", [None, "int4"])
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)])
+def test_a_qwen3_allocates_what_was_planned(
+    tmp_path: Path, kernels: Kernels, quantization: str | None, tp: int, pp: int
+) -> None:
+    backend(kernels)
+    sizes = {"hidden": 72, "intermediate": 104, "heads": 6, "kv_heads": 3, "head_dim": 20}
+    tiny_qwen3(tmp_path, layers=3, vocab=131, **sizes)
+    config = GroupConfig(
+        model_path=str(tmp_path),
+        quantization=quantization,
+        tp=tp,
+        pp=pp,
+        kernels=kernels,
+        threads=1,
+        num_blocks=7,
+    )
+    check_group(config, kernels)
+
+
+def test_no_fp8_release_of_qwen3_is_known() -> None:
+    with pytest.raises(SpecError, match="no FP8 release of Qwen3 is known; use `dtype`=fp8"):
+        group("qwen3-8b", "fp8-shipped")
 
 
 @pytest.mark.parametrize("kernels", ["reference", "cpu"])

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from arriero.router import templates
 from arriero.router.text.chat_template import ChatTemplate
 from arriero.router.text.model_card import ModelCard
+from arriero.router.text.text_files import TextFiles
 from arriero.router.text.text_model import TextModel
 from arriero.router.tools import ToolCall, ToolCallParser
 from arriero.shards.errors import InvalidRequest
+from arriero.shards.models.qwen3 import family as qwen3
 from support.frontdoor import make_card
 
 TALK = [
@@ -90,6 +93,48 @@ def test_calls_that_a_template_writes_are_calls_to_the_parser(name: str) -> None
         ToolCall("now", "{}"),
     ]
     assert '{"rain": true}' in text
+
+
+QWEN3 = ["<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>", "<think>", "</think>"]
+
+
+def lay_out_qwen3(messages: list[dict[str, object]], **variables: object) -> str:
+    source = qwen3.chat_template(QWEN3)
+    assert source is not None and qwen3.chat_template(QWEN3[:2]) is None
+    return ChatTemplate(source).render(
+        {"messages": messages, "add_generation_prompt": True} | variables
+    )
+
+
+def test_qwen3() -> None:
+    tail = "<|im_start|>user\nHi!<|im_end|>\n<|im_start|>assistant\n"
+    assert lay_out_qwen3(TALK) == "<|im_start|>system\n Be brief. <|im_end|>\n" + tail
+    assert lay_out_qwen3(TALK[1:]) == tail
+    assert lay_out_qwen3(TALK[1:], enable_thinking=False) == tail + "<think>\n\n</think>\n\n"
+    thought = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nHello."}
+    assert lay_out_qwen3([TALK[1], thought, TALK[1]]) == (
+        "<|im_start|>user\nHi!<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n" + tail
+    )
+
+
+def test_calls_of_qwen3_are_calls_to_the_parser() -> None:
+    text = lay_out_qwen3(CALLED, tools=TOOLS)
+    assert text.startswith("<|im_start|>system\n# Tools\n")
+    assert '{"type": "function", "function": {"name": "weather", "parameters": {}}}' in text
+    turn = text.split("<|im_start|>assistant\n")[1].split("<|im_end|>")[0]
+    parser = ToolCallParser(["weather", "now"])
+    assert parser.add(turn, final=True) == [
+        ToolCall("weather", '{"city": "Puno", "days": [1, 2]}'),
+        ToolCall("now", "{}"),
+    ]
+    assert '<|im_start|>user\n<tool_response>\n{"rain": true}\n</tool_response><|im_end|>' in text
+
+
+def test_a_qwen3_without_a_template_gets_one(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    tokenizer.add_special_tokens(QWEN3)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert TextFiles.read(tmp_path).chat_template == qwen3.chat_template(QWEN3)
 
 
 MARKS = {

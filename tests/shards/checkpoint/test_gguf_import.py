@@ -19,6 +19,7 @@ from arriero.shards.checkpoint.gguf_import import import_gguf
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.errors import CheckpointError
 from arriero.shards.model_config.dense import ModelConfig
+from arriero.shards.models.qwen3.config import Qwen3Config
 from support.gguf_files import write_gguf
 
 Type = gguf.GGMLQuantizationType
@@ -65,6 +66,24 @@ def test_weights_are_those_of_the_file(tmp_path: Path, type_: Type, dtype: str) 
     assert told[-1][0] == told[-1][1]
     assert [one[0] for one in told] == sorted(one[0] for one in told)
     assert {one[2] for one in told} == set(due)
+
+
+@pytest.mark.parametrize("type_", [Type.F32, Type.Q8_0])
+def test_a_qwen3_is_imported(tmp_path: Path, type_: Type) -> None:
+    settings = SETTINGS | {"architectures": ["Qwen3ForCausalLM"], "head_dim": 32}
+    config = Qwen3Config.from_dict(settings)
+    due = write_gguf(tmp_path / "m.gguf", config, type_=type_, pre="qwen2", architecture="qwen3")
+    import_gguf(tmp_path / "m.gguf", tmp_path / "m", "float32")
+    found = Checkpoint.open(tmp_path / "m")
+    assert found.config == config
+    assert "model.layers.1.self_attn.k_norm.weight" in due
+    assert set(found.names) == set(due)
+    for name, weight in due.items():
+        assert torch.equal(found.tensor(name), weight), name
+    tokenizer = Tokenizer.from_file(str(tmp_path / "m" / "tokenizer.json"))
+    pieces = tokenizer.pre_tokenizer.pre_tokenize_str("don't 123 ab")
+    assert [piece for piece, _ in pieces] == ["don", "'t", "Ġ", "1", "2", "3", "Ġab"]
+    assert tokenizer.normalizer.normalize_str("e\u0301") == "\u00e9"
 
 
 BLOCKS_OF_256 = [

@@ -14,7 +14,7 @@ from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.checkpoint.verify import verify
 from arriero.shards.errors import CheckpointError
-from support.models import tiny_llama, tiny_weights
+from support.models import tiny_llama, tiny_qwen3, tiny_weights, write_safetensors
 from support.quantized_models import dense_logits, meaning
 from support.slices import logits_of
 
@@ -45,6 +45,25 @@ def test_written_as_documented_and_loaded_back(tmp_path: Path, to: To, dtype: st
         assert off < {"int8": 0.01, "fp8": 0.04, "int4": 0.11}[to], (name, off)
         means[name] = full
     want = dense_logits(config, means, TOKENS)
+    for tp in (1, 2):
+        got = logits_of(tmp_path / "b", TOKENS, tp=tp)
+        assert float((got - want).abs().max()) <= 1e-5 * float(want.abs().max())
+
+
+@pytest.mark.parametrize("to", TO)
+def test_a_quantized_qwen3_has_the_logits_of_its_numbers(tmp_path: Path, to: To) -> None:
+    tiny_qwen3(tmp_path / "a", heads=6, kv_heads=3, head_dim=32)
+    quantize_checkpoint(tmp_path / "a", tmp_path / "b", to)
+    folder, plain = TensorFolder.of(tmp_path / "b"), TensorFolder.of(tmp_path / "a")
+    means = {}
+    for name in plain.names:
+        module = name.removesuffix(".weight")
+        scaled = f"{module}.weight_scale" in folder.stored
+        means[name] = meaning(folder, module).float() if scaled else plain.copy(name)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "config.json").symlink_to(tmp_path / "a" / "config.json")
+    write_safetensors(tmp_path / "c" / "model.safetensors", means)
+    want = logits_of(tmp_path / "c", TOKENS)
     for tp in (1, 2):
         got = logits_of(tmp_path / "b", TOKENS, tp=tp)
         assert float((got - want).abs().max()) <= 1e-5 * float(want.abs().max())

@@ -11,11 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arriero.shards.checkpoint.formats.describe import describe
+from arriero.shards.checkpoint.formats.describe import describe, read_settings
 from arriero.shards.checkpoint.llama_names import expected_tensors
 from arriero.shards.errors import CheckpointError
 from arriero.shards.model_config.dense import ModelConfig
 from arriero.shards.model_config.rope import RopeConfig
+from arriero.shards.models.qwen3.config import Qwen3Config
 
 LLAMA_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -342,3 +343,49 @@ def test_any_value_gives_a_config_or_one_clear_error(name: str, value: object) -
         ModelConfig.from_dict(LLAMA_8B | {name: value})
     except CheckpointError:
         pass
+
+
+QWEN3_8B: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
+    "max_window_layers": 36,
+    "sliding_window": None,
+    "use_sliding_window": False,
+}
+
+
+def test_qwen3_is_read_with_its_own_defaults() -> None:
+    model, scheme = read_settings(QWEN3_8B | {"sliding_window": 4096})
+    assert isinstance(model, Qwen3Config) and scheme is None
+    assert model.sliding_window is None and not model.tie_word_embeddings
+    assert (model.q_size, model.kv_size) == (4096, 1024)
+    assert model.max_position_embeddings == 32768 and model.rope.theta == 1e6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"use_sliding_window": True, "sliding_window": 64}, "`use_sliding_window`=True .* of 64"),
+        ({"head_dim": None}, "`head_dim` is missing, but a Qwen3 config requires"),
+        ({"num_key_value_heads": None}, "`num_key_value_heads` is missing"),
+        ({"layer_types": ["sliding_attention"] * 36}, "full_attention for all layers"),
+        ({"head_dim": 127}, "`head_dim`=127 must be an even number"),
+        ({"hidden_act": "gelu"}, "`hidden_act`='gelu'"),
+    ],
+)
+def test_qwen3_refusals(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        read_settings(QWEN3_8B | change)
+
+
+def test_an_unknown_architecture_is_told_all_known_ones() -> None:
+    with pytest.raises(CheckpointError, match=r"'GptForCausalLM' is not supported.*Qwen3ForCausal"):
+        read_settings(QWEN3_8B | {"architectures": ["GptForCausalLM"]})

@@ -1,0 +1,23 @@
+"""A slice of a dense Qwen3: Llama's layers with a norm of each head of q and k.
+
+Knows the names of the norms; `Ops` computes them before RoPE.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from arriero.kernels.layers import DenseLayer
+from arriero.shards.models.llama.slice import LlamaSlice
+from arriero.shards.models.loader import Loader
+
+
+class Qwen3Slice(LlamaSlice):
+    """Weights and KV cache of a rank of a dense Qwen3, and the forward pass."""
+
+    def _load_layer(self, loader: Loader, index: int) -> DenseLayer:
+        """This rank's part of a decoder layer; `index` is global."""
+        layer = super()._load_layer(loader, index)
+        name = f"model.layers.{index}.self_attn."
+        q_norm_D, k_norm_D = (loader.norm(f"{name}{norm}") for norm in ("q_norm", "k_norm"))
+        return replace(layer, q_norm_D=q_norm_D, k_norm_D=k_norm_D)
