@@ -22,8 +22,9 @@ from arriero.shards.errors import GroupFailed
 if TYPE_CHECKING:
     from arriero.shards.config.group import GroupConfig
     from arriero.shards.engine.types import SequenceOutput
+    from arriero.shards.leader.loading import Loading
     from arriero.shards.leader.local_executor import LocalExecutor
-    from arriero.shards.leader.remote_executor import Loading, RemoteExecutor
+    from arriero.shards.leader.remote_executor import RemoteExecutor
 
 START_LIMIT_S = 600.0
 PERCENTILES = (50, 90, 99)

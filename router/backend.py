@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 from arriero.router.directory.directory import Reach
 from arriero.router.directory.prefixes import NOTHING
 from arriero.router.text.model_card import ModelCard
+from arriero.shards.engine.stats import EngineStats
 from arriero.shards.engine.types import EngineRequest, SequenceOutput
 
 
@@ -40,7 +41,7 @@ class GroupView:
         model: id of the model, for clients.
         card: the leader's facts about the model.
         load: load of the group.
-        stats: `EngineStats` as last sent by the leader.
+        stats: load of the engine, as last sent by the leader.
         reach: cached prefix of the current prompt in the group, if it was looked up.
         peer_reach: cached prefix tokens in a peer, from which the group would copy missing blocks.
         peer_near: whether the peer is on the same node.
@@ -51,7 +52,7 @@ class GroupView:
     model: str
     card: ModelCard
     load: GroupLoad
-    stats: Mapping[str, Any] = field(default_factory=dict)
+    stats: EngineStats = field(default_factory=EngineStats)
     reach: Reach = NOTHING
     peer_reach: int = 0
     peer_near: bool = False

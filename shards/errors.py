@@ -10,6 +10,7 @@
     ├── Unavailable         no group can serve now (starting, draining, failed)
     ├── CheckpointError     a file of weights is not what its config says: file, tensor, shapes
     ├── SpecError           a deployment spec or a plan that cannot be: field, value, remedy
+    ├── WireError           a message or a stored value is not of its type: the field
     └── GroupFailed         a slice or its leader is lost: the first cause
         └── CollectiveFailed    a wait for another rank broke off or took too long
 
@@ -76,6 +77,10 @@ class CheckpointError(ArrieroError):
 
 class SpecError(ArrieroError):
     """A deployment spec, a mesh or a plan that cannot be."""
+
+
+class WireError(ArrieroError):
+    """A message, or a stored value, is not of the type that its reader expects."""
 
 
 class GroupFailed(ArrieroError):

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 import grpc.aio
@@ -39,6 +39,7 @@ from arriero.router.proto.arriero.v1 import admin_pb2 as pb
 from arriero.router.tenants.keys import KeyEntry
 from arriero.router.tls import TlsFiles
 from arriero.shards.errors import ArrieroError, CheckpointError, InvalidRequest, NotFound, SpecError
+from arriero.shards.protocol import wire
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -348,23 +349,22 @@ def _progress(snapshot: RegistrySnapshot, seat: str) -> str:
 
 def _fill(group: pb.GroupStatus, entry: GroupEntry) -> None:
     """Add the fields of a registry entry to the status of a group."""
-    stats: dict[str, Any] = entry.stats
+    stats = entry.stats
     group.id, group.layout, group.digest = entry.group_id, entry.layout, entry.digest
     group.node, group.pid = entry.node, entry.pid
     group.slice_pids.extend(entry.slice_pids)
     group.slice_nodes.extend(entry.slice_nodes)
-    group.running = stats.get("num_running", 0)
-    group.waiting = stats.get("num_waiting", 0)
+    group.running, group.waiting = stats.num_running, stats.num_waiting
     for name in (
         "blocks_used", "blocks_cached", "blocks_total", "output_tokens", "prompt_tokens",
         "cached_tokens", "steps", "preemptions",
     ):  # fmt: skip
-        setattr(group, name, stats.get(name, 0))
-    if loads := stats.get("expert_loads", {}):
-        group.expert_imbalance = stats["expert_imbalance"]
-        group.expert_moves = stats["expert_moves"]
+        setattr(group, name, getattr(stats, name))
+    if stats.expert_loads:
+        group.expert_imbalance, group.expert_moves = stats.expert_imbalance, stats.expert_moves
         group.expert_loads.extend(
-            pb.ExpertLoads(layer=int(layer), tokens=tokens) for layer, tokens in loads.items()
+            pb.ExpertLoads(layer=int(layer), tokens=tokens)
+            for layer, tokens in stats.expert_loads.items()
         )
 
 
@@ -374,6 +374,6 @@ def _failure(failure: Failure) -> pb.Failure:
         seat=failure.seat,
         at=failure.at,
         cause=failure.cause,
-        record="" if failure.record is None else json.dumps(failure.record),
+        record=json.dumps(wire.to_builtins(failure.record)) if failure.record else "",
         recovered_s=failure.recovered_s,
     )

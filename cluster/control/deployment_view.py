@@ -76,7 +76,7 @@ class DeploymentView:
                 phase = Phase.STANDBY
             else:
                 phase = Phase.FAILED if name in self._applications.failed else Phase.STARTING
-            load = 0 if name not in serving else serving[name].stats.get("num_running", 0)
+            load = 0 if name not in serving else serving[name].stats.num_running
             seats.append(
                 GroupSeat(
                     name=name,

@@ -98,18 +98,6 @@ class OperatorState:
     models: dict[str, ModelState] = field(default_factory=dict)
     seats: dict[str, SeatState] = field(default_factory=dict)
 
-    @classmethod
-    def from_wire(cls, data: Mapping[str, Any]) -> OperatorState:
-        """Undo `asdict`."""
-        models = {
-            name: ModelState(
-                **{**model, "revisions": [Revision(**revision) for revision in model["revisions"]]}
-            )
-            for name, model in data["models"].items()
-        }
-        seats = {name: SeatState(**seat) for name, seat in data["seats"].items()}
-        return cls(**{**data, "models": models, "seats": seats})
-
     def model(self, name: str) -> ModelState:
         """The state of a model.
 

@@ -38,10 +38,7 @@ class GroupCounts:
         autoscaler = self._autoscalers.setdefault(settings.name, Autoscaler(limits))
         waiting, wait_s = snapshot.demand.get(settings.name, (0, 0.0))
         groups = [group for group in snapshot.groups if group.model == settings.name]
-        in_groups = sum(
-            group.stats.get("num_running", 0) + group.stats.get("num_waiting", 0)
-            for group in groups
-        )
+        in_groups = sum(group.stats.num_running + group.stats.num_waiting for group in groups)
         load = ModelLoad(
             sequences=waiting + in_groups,
             capacity=settings.limits.max_sequences,

@@ -10,7 +10,7 @@ import ssl
 from collections.abc import Collection, Sequence
 
 from arriero.cluster.registry.snapshot import GroupEntry
-from arriero.router.link.leader_rpc import ask_leader
+from arriero.router.link.leader_rpc import GroupRole, ask_leader
 from arriero.router.roles import Role, assign
 from arriero.shards.errors import ArrieroError
 
@@ -52,7 +52,9 @@ class RoleAssigner:
                 continue
             leader = group.address, group.link_token
             try:
-                await ask_leader(leader, context, "role", {"role": role}, TIMEOUT_S)
+                await ask_leader(
+                    leader, context, "role", GroupRole(role=role), GroupRole, TIMEOUT_S
+                )
             except ArrieroError as error:
                 log.warning("group %s did not accept role %s: %s", group.group_id, role, error)
                 continue

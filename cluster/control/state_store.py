@@ -6,7 +6,6 @@ the current state.
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from arriero.cluster.control.capacity_check import WantedGroups
@@ -36,12 +35,8 @@ class StateStore:
     """
 
     def __init__(self, spec: dict[str, Any], shared: bool, token: str) -> None:
-        stored = kv_store.get(NAME)
-        self.state = (
-            OperatorState(spec, shared, token)
-            if stored is None
-            else OperatorState.from_wire(stored)
-        )
+        stored = kv_store.get(NAME, OperatorState)
+        self.state = OperatorState(spec, shared, token) if stored is None else stored
         self.spec = DeploymentSpec.model_validate(self.state.spec)
         self.capacity = self.read_capacity(self.spec)
 
@@ -64,7 +59,7 @@ class StateStore:
 
     def save(self) -> None:
         """Store the state, so that it outlives the operator's process."""
-        kv_store.put(NAME, asdict(self.state))
+        kv_store.put(NAME, self.state)
 
     def read_capacity(self, spec: DeploymentSpec) -> ClusterCapacity:
         """The capacity of the cluster at this moment, for a spec."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-PACKAGES = ("ray", "torch", "grpcio", "pyzmq", "msgpack", "safetensors", "tokenizers")
+PACKAGES = ("ray", "torch", "grpcio", "pyzmq", "msgspec", "safetensors", "tokenizers")
 _MIN_FILES = 65_536
 _MIN_SHM_BYTES = 1 << 30
 _MIN_DISK_SHARE = 0.05

@@ -6,9 +6,7 @@ Sans-I/O; knows names of seats and times. A *seat* is the place of a group in th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from arriero.shards.protocol.failure import FirstCause
 
@@ -44,7 +42,7 @@ class Failure:
         cause: a sentence for people.
         at: seconds since 1970.
         seat: of the group.
-        record: the first cause with the evidence below the first cause, as `FirstCause.to_wire`.
+        record: the first cause with the evidence below the first cause; None for none.
         recovered_s: seconds from the failure until the seat served again; None until then.
     """
 
@@ -53,14 +51,14 @@ class Failure:
     cause: str
     at: float = 0.0
     seat: str = ""
-    record: Mapping[str, Any] | None = None
+    record: FirstCause | None = None
     recovered_s: float | None = None
 
     def words(self) -> list[str]:
         """Lines for people."""
         lines = [f"{self.who} failed: {self.cause}"]
         if self.record is not None:
-            lines += [f"  {line}" for line in FirstCause.from_wire(self.record).words()]
+            lines += [f"  {line}" for line in self.record.words()]
         if self.recovered_s is not None:
             lines.append(
                 f"  {'recovered:':<12}{self.seat} served again after {self.recovered_s:.1f} s"
@@ -68,24 +66,29 @@ class Failure:
         return lines
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredHistory:
+    """Events and failures, oldest first, as they outlive the registry's process."""
+
+    events: tuple[Event, ...] = ()
+    failures: tuple[Failure, ...] = ()
+
+
 class History:
     """The latest events and failures.
 
     Args:
-        stored: output of `to_wire` from before a restart, or None.
+        stored: history from before a restart, or None.
     """
 
-    def __init__(self, stored: Mapping[str, Any] | None = None) -> None:
-        stored = stored or {}
-        self._events = [Event(**event) for event in stored.get("events", ())]
-        self._failures = [Failure(**failure) for failure in stored.get("failures", ())]
+    def __init__(self, stored: StoredHistory | None = None) -> None:
+        stored = stored or StoredHistory()
+        self._events, self._failures = list(stored.events), list(stored.failures)
 
-    def to_wire(self) -> dict[str, Any]:
-        """As JSON can carry it."""
-        return {
-            "events": [asdict(event) for event in self._events],
-            "failures": [asdict(failure) for failure in self._failures],
-        }
+    @property
+    def stored(self) -> StoredHistory:
+        """The history as a value to store."""
+        return StoredHistory(events=self.events, failures=self.failures)
 
     @property
     def events(self) -> tuple[Event, ...]:

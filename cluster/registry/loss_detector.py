@@ -120,6 +120,6 @@ class LossDetector:
                 kind="GroupFailed",
                 cause=text,
                 seat=entry.seat,
-                record=record.to_wire(),
+                record=record,
             )
         )

@@ -22,7 +22,7 @@ from arriero.cluster.hosts import nodes
 from arriero.cluster.registry.background_tasks import BackgroundTasks
 from arriero.cluster.registry.gateway_table import Demand, GatewayTable
 from arriero.cluster.registry.group_table import GroupTable
-from arriero.cluster.registry.history import Event, Failure, History
+from arriero.cluster.registry.history import Event, Failure, History, StoredHistory
 from arriero.cluster.registry.loss_detector import LossDetector
 from arriero.cluster.registry.snapshot import GatewayEntry, GroupEntry, RegistrySnapshot
 from arriero.cluster.registry.spare_seats import SpareSeats
@@ -44,14 +44,15 @@ class Registry:
     def __init__(self) -> None:
         self._version = time.time_ns()  # larger than each version before a restart
         self._changed = asyncio.Event()
-        self._groups = GroupTable(store.get("epochs") or {}, store.get("fenced") or [])
+        self._groups = GroupTable(
+            store.get("epochs", dict[str, int]) or {}, store.get("fenced", list[str]) or []
+        )
         self._gateways = GatewayTable()
-        self._spares = SpareSeats(store.get("spares") or {})
-        self._history = History(store.get("history"))
+        self._spares = SpareSeats(store.get("spares", dict[str, tuple[str, int]]) or {})
+        self._history = History(store.get("history", StoredHistory))
         self._progress: dict[str, str] = {}
         self._starting: dict[str, GroupEntry] = {}  # by seat
-        live = store.get("live")
-        self._live = None if live is None else LiveSettings.from_wire(live)
+        self._live = store.get("live", LiveSettings)
         self._tasks = BackgroundTasks()
         self._losses = LossDetector(self._groups, self.fail, self._tasks)
 
@@ -90,7 +91,7 @@ class Registry:
 
     async def reload(self, live: LiveSettings) -> None:
         """Publish new live settings to all gateways and leaders, later ones included."""
-        store.put("live", live.to_wire())
+        store.put("live", live)
         self._live = live
         self._publish()
 
@@ -230,7 +231,7 @@ class Registry:
     def _store_history(self) -> None:
         # Ray's store is unreachable while its head restarts
         with contextlib.suppress(RuntimeError):
-            store.put("history", self._history.to_wire())
+            store.put("history", self._history.stored)
 
     async def _wait_for_change(self, limit_s: float) -> None:
         self._changed.clear()

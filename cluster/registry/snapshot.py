@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from arriero.cluster.registry.history import Failure
 from arriero.cluster.spec.live_settings import LiveSettings
+from arriero.shards.engine.stats import EngineStats
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +29,7 @@ class GroupEntry:
         slice_pids: processes of the slices, by rank.
         slice_nodes: addresses of the slices' nodes, by rank.
         slice_node_ids: Ray's ids of the slices' nodes, by rank.
-        stats: counters of the engine at the last renewal.
+        stats: load of the engine at the last renewal.
         link_token: secret that the leader requires from gateways.
     """
 
@@ -48,7 +48,7 @@ class GroupEntry:
     slice_pids: tuple[int, ...] = ()
     slice_nodes: tuple[str, ...] = ()
     slice_node_ids: tuple[str, ...] = ()
-    stats: dict[str, Any] = field(default_factory=dict)
+    stats: EngineStats = field(default_factory=EngineStats)
     link_token: str = field(default="", repr=False)
 
 

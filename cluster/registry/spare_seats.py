@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from arriero.cluster.registry.snapshot import GroupEntry
 
@@ -24,11 +23,11 @@ class SpareSeats:
         clock: monotonic time in seconds.
 
     Attributes:
-        seats: model and revision of each seat, as JSON can carry them.
+        seats: model and revision of each seat.
     """
 
     def __init__(
-        self, stored: Mapping[str, list[Any]], *, clock: Callable[[], float] = time.monotonic
+        self, stored: Mapping[str, tuple[str, int]], *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.seats = dict(stored)
         self._clock = clock
@@ -44,7 +43,7 @@ class SpareSeats:
 
     def add(self, seat: str, model: str, revision: int) -> None:
         """Make a seat a spare."""
-        self.seats[seat] = [model, revision]
+        self.seats[seat] = model, revision
 
     def promote(self, seat: str) -> bool:
         """Make a seat no spare; False when it was none."""
@@ -66,7 +65,7 @@ class SpareSeats:
         Returns:
             None when no group of the same model and revision is ready.
         """
-        wanted = [lost.model, lost.revision]
+        wanted = lost.model, lost.revision
         ready = [seat for seat in self.standby() if self.seats[seat] == wanted]
         if not ready:
             return None

@@ -6,18 +6,19 @@ Knows prompts, the engine and the cache report; knows nothing of callers or of o
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from arriero.cluster.replica.canary import Canary
-from arriero.router.link.leader_rpc import tell_shared
+from arriero.cluster.replica.kv_actions import KvArguments, KvCopies, KvReport
+from arriero.router.link.leader_rpc import SharedBlocks, tell_shared
 from arriero.router.text.model_card import ModelCard
 from arriero.router.text.text_model import TextModel
 from arriero.shards.engine.dp_scheduler import DataParallelScheduler
 from arriero.shards.engine.engine import Engine
 from arriero.shards.errors import InvalidRequest
+from arriero.shards.protocol import wire
 
 WARM_AT_ONCE = 4
 MAX_TEXTS = 10_000
@@ -37,31 +38,30 @@ class KvAdminHandler:
         self._engine, self._canary, self._card = engine, canary, card
         self._text: TextModel | None = None
 
-    async def answer(self, action: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    async def answer(self, action: str, arguments: memoryview) -> KvReport | SharedBlocks:
         """Run an action; returns the cache report after the action.
-
-        In the report, `changed` is the number of flushed blocks, or of warmed or pinned tokens.
 
         Args:
             action: "stats", "flush", "warm", "pin" or "unpin"; or "shared", from another leader:
                 the blocks of `keys` that the leader may copy.
-            arguments: of warm and pin `texts` and `raw` (True: beginnings of prompts, False:
-                system prompts); of pin and unpin `name`.
+            arguments: bytes of `KvArguments`; of "shared", bytes of a `SharedQuestion`.
 
         Raises:
             InvalidRequest: the action is unknown, or a text is refused.
+            WireError: the arguments are of another type.
         """
         changed = 0
         if action == "shared":
             return await tell_shared(self._engine, arguments)
+        wanted = wire.decode(arguments, KvArguments)
         if action == "flush":
             changed = await self._ask(lambda scheduler: scheduler.flush())
         elif action == "warm":
-            changed = await self._warm(arguments["texts"], raw=arguments["raw"])
+            changed = await self._warm(wanted.texts, raw=wanted.raw)
         elif action == "pin":
-            changed = await self._pin(arguments["name"], arguments["texts"], raw=arguments["raw"])
+            changed = await self._pin(wanted.name, wanted.texts, raw=wanted.raw)
         elif action == "unpin":
-            name = arguments["name"]
+            name = wanted.name
             if not await self._ask(lambda scheduler: scheduler.unpin(name)):
                 raise InvalidRequest(
                     "name", f"nothing is pinned as {name[:128]!r}; `arriero kv stats` lists pins"
@@ -69,12 +69,19 @@ class KvAdminHandler:
         elif action != "stats":
             raise InvalidRequest("action", f"no action {action[:32]!r}")
         report = await self._ask(lambda scheduler: scheduler.cache())
-        stats = self._engine.stats()
-        return {
-            **asdict(report),
-            "changed": changed,
-            "copies": {name: stats.tiers.get(name, 0) for name in ("loaded", "saved", "failed")},
-        }
+        tiers = self._engine.stats().tiers
+        return KvReport(
+            tiers=report.tiers,
+            tenants=report.tenants,
+            tenant_blocks=report.tenant_blocks,
+            pins=report.pins,
+            changed=changed,
+            copies=KvCopies(
+                loaded=tiers.get("loaded", 0),
+                saved=tiers.get("saved", 0),
+                failed=tiers.get("failed", 0),
+            ),
+        )
 
     async def _ask(self, function: Callable[[DataParallelScheduler], R]) -> R:
         """Call a function of the scheduler in the engine's thread; returns the result."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import ray
@@ -23,8 +23,8 @@ from arriero.cluster.spec.live_settings import LiveSettings
 from arriero.shards.protocol.failure import FirstCause
 
 if TYPE_CHECKING:
-    from arriero.shards.engine.types import EngineStats
-    from arriero.shards.leader.remote_executor import Loading
+    from arriero.shards.engine.stats import EngineStats
+    from arriero.shards.leader.loading import Loading
 
 LEASE_PERIODS = 5
 
@@ -123,7 +123,7 @@ class Registration:
         """
         assert self.entry is not None, "a group registers before it renews"
         phase = "draining" if draining else "serving"
-        entry = replace(self.entry, stats=asdict(stats), phase=phase)
+        entry = replace(self.entry, stats=stats, phase=phase)
         lease_s = LEASE_PERIODS * self._settings.period_s
         version: int | None = await self.registry.register.remote(entry, lease_s)
         return version
@@ -146,7 +146,7 @@ class Registration:
             kind=kind,
             cause=cause,
             seat=self._settings.seat,
-            record=None if record is None else record.to_wire(),
+            record=record,
         )
         await self.registry.fail.remote(failure)
 

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from arriero.router.text.model_card import ModelCard
     from arriero.shards.checkpoint.formats.scheme import QuantScheme
     from arriero.shards.engine.engine import Engine
-    from arriero.shards.engine.types import EngineConfig, EngineStats, SequenceOutput
+    from arriero.shards.engine.stats import EngineStats
+    from arriero.shards.engine.types import EngineConfig, SequenceOutput
     from arriero.shards.layout.parts import AnyModel
     from arriero.shards.leader.remote_executor import RemoteExecutor
 

@@ -7,8 +7,7 @@ import this module, and a short list of imports makes the processes start sooner
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from arriero.router.tenants.tenant import QueueLimits, Tenant
 from arriero.shards.leader.health import HealthLimits
@@ -34,19 +33,3 @@ class LiveSettings:
     wake_s: Mapping[str, float]
     health: HealthLimits
     canary_s: float
-
-    def to_wire(self) -> dict[str, Any]:
-        """As JSON can carry it."""
-        return asdict(self)
-
-    @classmethod
-    def from_wire(cls, data: Mapping[str, Any]) -> LiveSettings:
-        """Undo `to_wire`."""
-        return cls(
-            **{
-                **data,
-                "tenants": tuple(Tenant(**tenant) for tenant in data["tenants"]),
-                "queue": QueueLimits(**data["queue"]),
-                "health": HealthLimits(**data["health"]),
-            }
-        )

@@ -1,13 +1,13 @@
 """The messages of a group about its blocks: numbered batches of changes, and snapshots.
 
-Knows the message format; knows nothing of how sender and receiver store blocks.
+Knows the contents of a message; knows nothing of its bytes, or of how sender and receiver store
+blocks.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,11 +41,19 @@ class Batch:
         number: of the batch; the first batch after a snapshot has the snapshot's number plus 1.
         kinds: [N] uint8, values of `CacheChange`.
         keys: [N] first 8 bytes of the blocks' keys.
+
+    Raises:
+        ValueError: `kinds` and `keys` differ in length, or a kind is unknown.
     """
 
     number: int
     kinds: Kinds
     keys: Keys
+
+    def __post_init__(self) -> None:
+        kinds, keys = self.kinds, self.keys
+        if len(kinds) != len(keys) or (kinds > max(CacheChange)).any():
+            raise ValueError(f"{len(kinds)} changes of {len(keys)} blocks, or an unknown change")
 
     @property
     def near(self) -> Mask:
@@ -56,24 +64,6 @@ class Batch:
     def present(self) -> Mask:
         """[N] whether the block is present after the change."""
         return np.isin(self.kinds, (CacheChange.ON_DEVICE, CacheChange.OFFLOADED))
-
-    def to_wire(self) -> list[Any]:
-        """Values for msgpack."""
-        return [self.number, self.kinds.tobytes(), self.keys.astype("<u8").tobytes()]
-
-    @classmethod
-    def from_wire(cls, values: list[Any]) -> Batch:
-        """Undo `to_wire`.
-
-        Raises:
-            ValueError: `values` is no batch.
-        """
-        number, kind_bytes, key_bytes = values
-        kinds = np.frombuffer(kind_bytes, dtype=np.uint8)
-        keys = np.frombuffer(key_bytes, dtype="<u8")
-        if len(kinds) != len(keys) or (kinds > max(CacheChange)).any():
-            raise ValueError(f"{len(kinds)} changes of {len(keys)} blocks, or an unknown change")
-        return cls(number, kinds, keys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,15 +81,3 @@ class Snapshot:
     near: Keys = field(default_factory=_none)
     far: Keys = field(default_factory=_none)
     capacity: int = 0
-
-    def to_wire(self) -> list[Any]:
-        """Values for msgpack."""
-        near, far = (keys.astype("<u8").tobytes() for keys in (self.near, self.far))
-        return [self.number, near, far, self.capacity]
-
-    @classmethod
-    def from_wire(cls, values: list[Any]) -> Snapshot:
-        """Undo `to_wire`."""
-        number, near, far, capacity = values
-        near, far = (np.frombuffer(keys, dtype="<u8") for keys in (near, far))
-        return cls(number, near, far, capacity)

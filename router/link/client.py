@@ -12,9 +12,8 @@ import logging
 import random
 import ssl
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from arriero.router.backend import GroupLoad
 from arriero.router.directory.events import Batch, Snapshot
@@ -23,14 +22,10 @@ from arriero.router.link.call import Call
 from arriero.router.link.framing import FramedConnection
 from arriero.router.text.model_card import ModelCard
 from arriero.router.tls import LINK_NAME
+from arriero.shards.engine.stats import EngineStats
 from arriero.shards.engine.types import EngineRequest, SequenceOutput
-from arriero.shards.errors import (
-    ArrieroError,
-    ContextTooLong,
-    InvalidRequest,
-    Overloaded,
-    Unavailable,
-)
+from arriero.shards.errors import ArrieroError, Unavailable
+from arriero.shards.protocol import wire
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +33,8 @@ SILENCE_S = 4.0
 """Seconds of silence after which a leader counts as lost; leaders send twice a second."""
 BACKOFF_S = (0.05, 2.0)
 """Shortest and longest pause between two attempts to connect, in seconds."""
+_NO_STATS = frames.Stats(EngineStats())
+"""Load of a group before the first report of a leader."""
 
 
 class LinkClient:
@@ -72,7 +69,7 @@ class LinkClient:
         self._card: ModelCard | None = None
         self._up = False
         self._cause = "not connected yet"
-        self._stats: dict[str, Any] = {}
+        self._stats = _NO_STATS
         self._progress_s = time.monotonic()
         self._handles = itertools.count()
         self._calls: dict[int, Call] = {}
@@ -87,7 +84,7 @@ class LinkClient:
     @property
     def connected(self) -> bool:
         """Whether requests can be sent now."""
-        return self._up and not self._stats.get("draining", False)
+        return self._up and not self._stats.draining
 
     @property
     def up(self) -> bool:
@@ -116,20 +113,20 @@ class LinkClient:
         return GroupLoad(
             outstanding_tokens=sum(call.outstanding for call in self._calls.values()),
             prefill_tokens=sum(call.prefill for call in self._calls.values()),
-            num_running=self._stats.get("num_running", 0),
-            num_waiting=self._stats.get("num_waiting", 0),
+            num_running=self.stats.num_running,
+            num_waiting=self.stats.num_waiting,
             stalled_s=time.monotonic() - self._progress_s,
         )
 
     @property
     def role(self) -> str:
         """Role of the group: the part of requests that the group computes."""
-        return str(self._stats.get("role", "both"))
+        return self._stats.role
 
     @property
-    def stats(self) -> Mapping[str, Any]:
-        """The last `EngineStats` of the leader."""
-        return self._stats
+    def stats(self) -> EngineStats:
+        """Load of the engine, as last sent by the leader."""
+        return self._stats.engine
 
     async def connect(self, timeout_s: float) -> None:
         """Start the link and wait until the link is up.
@@ -182,7 +179,7 @@ class LinkClient:
         self._calls[handle] = call
         self._request_ids[handle] = request.request_id
         self._handle_of[request.request_id] = handle
-        self._send(frames.submit_message(handle, request, peer))
+        self._send(frames.Submit.of(handle, request, peer))
         return call
 
     def _ended(self, handle: int, call: Call) -> None:
@@ -191,13 +188,13 @@ class LinkClient:
             return
         self._handle_of.pop(self._request_ids.pop(handle), None)
         if call.running and call.error is None:
-            self._send(["cancel", handle])
+            self._send(frames.Cancel(handle))
 
     def cancel(self, request_id: str) -> None:
         """Stop a request; the call ends with a "cancelled" output."""
         handle = self._handle_of.get(request_id)
         if handle is not None:
-            self._send(["cancel", handle])
+            self._send(frames.Cancel(handle))
             call = self._calls[handle]
             for index in sorted(call.unfinished):
                 call.put(
@@ -205,9 +202,9 @@ class LinkClient:
                 )
             call.wake()
 
-    def _send(self, message: list[Any]) -> None:
+    def _send(self, message: frames.GatewayMessage) -> None:
         if self._connection is not None:
-            self._connection.write(frames.pack([message]))
+            self._connection.write(wire.encode([message]))
 
     async def _keep_up(self) -> None:
         pause = BACKOFF_S[0]
@@ -244,7 +241,7 @@ class LinkClient:
                 server_hostname=name,
             )
         self._connection, self._last_frame_s = connection, time.monotonic()
-        connection.write(frames.pack(["token", self._token]))
+        connection.write(wire.encode(frames.TokenGreeting(self._token)))
         try:
             while (left_s := self._last_frame_s + SILENCE_S - time.monotonic()) > 0:
                 done, _ = await asyncio.wait([closed], timeout=left_s)
@@ -263,73 +260,63 @@ class LinkClient:
         """Handle a frame from the leader."""
         self._last_frame_s = time.monotonic()
         try:
-            message = frames.unpack(frame)
-            kind = message[0]
-            if kind == "step":
+            message = wire.decode(frame, frames.LeaderMessage)
+            if isinstance(message, frames.Step):
                 self._on_step(message)
-            elif kind == "stats":
-                self._on_stats(message[1])
-            elif kind == "kv":
-                self._on_kv(Batch.from_wire(message[1:]))
-            elif kind == "kv_all":
-                self._on_kv(Snapshot.from_wire(message[1:]))
-            elif kind == "refused":
-                self._on_refused(*message[1:])
-            elif kind == "hello":
+            elif isinstance(message, frames.Stats):
+                self._on_stats(message)
+            elif isinstance(message, frames.KvChanges):
+                self._on_kv(message.batch)
+            elif isinstance(message, frames.KvBlocks):
+                self._on_kv(message.snapshot)
+            elif isinstance(message, frames.Refused):
+                self._on_refused(message)
+            elif isinstance(message, frames.Hello):
                 self._on_hello(message)
-            elif kind == "bye":
-                self._on_closed(message[1])
+            elif isinstance(message, frames.Bye):
+                self._on_closed(message.cause)
         except ArrieroError as error:
             self._on_closed(str(error))
         except Exception as error:
             log.exception("leader at %s: unreadable frame", self.address)
             self._on_closed(f"{type(error).__name__}: {error}")
 
-    def _on_hello(self, message: list[Any]) -> None:
-        if message[1] != frames.VERSION:
-            raise Unavailable(f"link version {message[1]} of the leader is not {frames.VERSION}")
-        card = ModelCard.from_wire(message[2])
+    def _on_hello(self, hello: frames.Hello) -> None:
+        card = hello.read()
         if self._group_id not in (None, card.group):
             raise Unavailable(f"another group, {card.group}, answers at this address")
         self._card = card
         self._set_state(True, "")
 
-    def _on_stats(self, stats: dict[str, Any]) -> None:
-        was, steps = self.connected, self._stats.get("steps")
-        self._stats = stats
-        if not (stats["num_running"] or stats["num_waiting"]) or stats["steps"] != steps:
+    def _on_stats(self, stats: frames.Stats) -> None:
+        was, before = self.connected, self._stats
+        self._stats, engine = stats, stats.engine
+        is_idle = not (engine.num_running or engine.num_waiting)
+        if is_idle or before is _NO_STATS or engine.steps != before.engine.steps:
             self._progress_s = time.monotonic()
         if was != self.connected and self._on_change is not None:
             self._on_change()
 
-    def _on_step(self, frame: list[Any]) -> None:
+    def _on_step(self, step: frames.Step) -> None:
         calls = []
-        for handle, output in frames.read_step(frame, self._request_ids):
+        for handle, output in step.outputs(self._request_ids):
             call = self._calls[handle]
             call.put(output)
             calls.append(call)
         for call in calls:
             call.wake()
 
-    def _on_refused(self, handle: int, kind: str, text: str, detail: Any) -> None:  # noqa: ANN401
-        call = self._calls.get(handle)
-        if call is None:
-            return
-        if kind == "InvalidRequest":
-            call.fail(InvalidRequest(detail, text))
-        elif kind == "ContextTooLong":
-            call.fail(ContextTooLong(detail, text))
-        elif kind == "Overloaded":
-            call.fail(Overloaded(text, detail))
-        else:
-            call.fail(Unavailable(text))
+    def _on_refused(self, refused: frames.Refused) -> None:
+        call = self._calls.get(refused.handle)
+        if call is not None:
+            call.fail(refused.error())
 
     def _set_state(self, up: bool, cause: str) -> None:
         """Record that the link is up or down; calls in flight fail when the link is down."""
         changed = up != self._up
         self._up, self._cause = up, cause
         if not up:
-            self._stats = {}
+            self._stats = _NO_STATS
             for call in self._calls.values():
                 call.fail(Unavailable(f"the group's leader at {self.address} was lost: {cause}"))
         (self._up_event.set if up else self._up_event.clear)()

@@ -8,17 +8,26 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 from arriero.router.link import messages as frames
 from arriero.router.link.framing import GREETING_BYTES, FramedConnection
 from arriero.shards.engine.types import SequenceOutput
-from arriero.shards.errors import ArrieroError, ContextTooLong, InvalidRequest, Overloaded
+from arriero.shards.errors import ArrieroError, Unavailable
+from arriero.shards.protocol import wire
 
 log = logging.getLogger(__name__)
 
 MAX_PENDING = 200_000
 """Largest number of unsent outputs; a gateway that reads too slowly for that is disconnected."""
+
+
+@dataclass(slots=True)
+class _Running:
+    """A request of the gateway, with the number of samples that still run."""
+
+    request_id: str
+    num_samples: int
 
 
 class GatewayLink:
@@ -48,7 +57,7 @@ class GatewayLink:
         self.connection = FramedConnection(self._received, self._closed, GREETING_BYTES)
         self.connection.on_writable = self.flush
         self._on_greeting, self._on_frame, self._on_closed = on_greeting, on_frame, on_closed
-        self._running: dict[int, list[Any]] = {}  # handle: [request id, samples still running]
+        self._running: dict[int, _Running] = {}  # by handle
         self._greeted = False
         loop = asyncio.get_running_loop()
         self._timeout = loop.call_later(
@@ -69,29 +78,29 @@ class GatewayLink:
 
     def requests(self) -> list[str]:
         """Ids of the running requests."""
-        return [request_id for request_id, _ in self._running.values()]
+        return [running.request_id for running in self._running.values()]
 
     def add_request(self, handle: int, request_id: str, samples: int) -> None:
         """Add a request with its number of samples."""
-        self._running[handle] = [request_id, samples]
+        self._running[handle] = _Running(request_id, samples)
 
     def drop(self, handle: int) -> str | None:
         """Remove a request; gives the id, or None when the handle is unknown."""
         entry = self._running.pop(handle, None)
-        return None if entry is None else entry[0]
+        return None if entry is None else entry.request_id
 
     def sample_done(self, handle: int) -> bool:
         """Count a finished sample of a request; True for the last sample."""
         entry = self._running[handle]
-        entry[1] -= 1
-        if entry[1] <= 0:
+        entry.num_samples -= 1
+        if entry.num_samples <= 0:
             del self._running[handle]
             return True
         return False
 
-    def send(self, frame: list[Any]) -> None:
-        """Send a frame."""
-        self.connection.write(frames.pack(frame))
+    def send(self, message: frames.LeaderMessage | frames.ActionMessage) -> None:
+        """Send a message."""
+        self.connection.write(wire.encode(message))
 
     def flush(self) -> None:
         """Write the waiting outputs; steps that pile up behind a slow reader share a frame."""
@@ -99,21 +108,11 @@ class GatewayLink:
             self.connection.abort(f"{len(self.outputs)} unread outputs exceed {MAX_PENDING}")
         elif self.outputs and not self.connection.full:
             outputs, self.outputs = self.outputs, []
-            self.send(frames.step_frame(outputs))
+            self.send(frames.Step.of(outputs))
 
     def refuse(self, handle: int, error: Exception) -> None:
         """Refuse a request with the cause."""
-        if isinstance(error, ArrieroError):
-            self.send(["refused", handle, *_refusal(error)])
-            return
-        log.error("submit failed", exc_info=error)
-        self.send(["refused", handle, "Unavailable", f"the engine failed: {error}", None])
-
-
-def _refusal(error: ArrieroError) -> list[Any]:
-    if isinstance(error, InvalidRequest):
-        kind = "ContextTooLong" if isinstance(error, ContextTooLong) else "InvalidRequest"
-        return [kind, str(error), error.field]
-    if isinstance(error, Overloaded):
-        return ["Overloaded", str(error), error.retry_after_s]
-    return ["Unavailable", str(error), None]
+        if not isinstance(error, ArrieroError):
+            log.error("submit failed", exc_info=error)
+            error = Unavailable(f"the engine failed: {error}")
+        self.send(frames.Refused.of(handle, error))

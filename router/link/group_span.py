@@ -6,7 +6,8 @@ Knows spans, outputs and statistics; knows nothing of links.
 from __future__ import annotations
 
 from arriero.router.observability.tracing import Tracing
-from arriero.shards.engine.types import EngineRequest, EngineStats, SequenceOutput
+from arriero.shards.engine.stats import EngineStats
+from arriero.shards.engine.types import EngineRequest, SequenceOutput
 
 
 class GroupSpan:

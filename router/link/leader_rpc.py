@@ -2,8 +2,8 @@
 
 A leader asks a peer for the blocks of a prompt. The answer gives the locations of the blocks in the
 memory of the peer's slices; slices copy the blocks from there (see `shards/kv/peer`) and check each
-block. A peer that does not answer in time counts as having none. Knows the link's greeting and
-block keys; knows nothing of the choice of a peer.
+block. A peer that does not answer in time counts as having none. Knows the link's greeting, the
+arguments of actions and block keys; knows nothing of the choice of a peer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import logging
 import ssl
 import time
 from collections.abc import Mapping
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -21,10 +22,11 @@ from arriero.router.directory.prefixes import CacheRoot
 from arriero.router.link import messages as frames
 from arriero.router.link.framing import FramedConnection
 from arriero.router.tls import LINK_NAME
-from arriero.shards.errors import InvalidRequest, Unavailable
+from arriero.shards.errors import InvalidRequest, Unavailable, WireError
 from arriero.shards.kv.blocks import KEY_BYTES, chain_keys
 from arriero.shards.kv.limits import PeerBlocks
 from arriero.shards.kv.transfers import Pool
+from arriero.shards.protocol import wire
 
 log = logging.getLogger(__name__)
 
@@ -33,35 +35,66 @@ PEER_TIMEOUT_S = 0.25
 HAND_OVER_TIMEOUT_S = 2.0
 """The same for a peer that has just computed the prompt and may still save blocks."""
 _POLL_S = 0.005
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupRole:
+    """Arguments and answer of the action "role": the part of requests that the group computes."""
+
+    role: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SharedQuestion:
+    """Arguments of the action "shared": the blocks of `keys` that another group may copy.
+
+    Attributes:
+        keys: keys of blocks, one behind the other.
+        patience_s: timeout of the caller in seconds.
+    """
+
+    keys: bytes
+    patience_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SharedBlocks:
+    """Answer of the action "shared": the blocks of each pool."""
+
+    pools: Mapping[Pool, PeerBlocks]
 
 
 async def ask_leader(
     leader: tuple[str, str],
     tls: ssl.SSLContext | None,
     action: str,
-    arguments: Mapping[str, Any],
+    arguments: object,
+    kind: type[T],
     timeout_s: float,
-) -> dict[str, Any]:
+) -> T:
     """Call an action of a leader and return the answer.
 
     Args:
         leader: address and token.
         tls: TLS of the links; None for links in the clear.
         action: see `KvAdminHandler`.
-        arguments: arguments of the action.
+        arguments: arguments of the action, of the action's type.
+        kind: type of the answer.
         timeout_s: limit for connection and answer in seconds.
 
     Raises:
         InvalidRequest: the leader refuses; the text comes from the leader.
         Unavailable: the leader is gone, or did not answer in time.
+        WireError: the answer is of another type, as from a leader of another version.
     """
     address, token = leader
     loop = asyncio.get_running_loop()
-    answered: asyncio.Future[list[Any]] = loop.create_future()
+    answered: asyncio.Future[bytes] = loop.create_future()
 
     def on_frame(frame: bytes) -> None:
         if not answered.done():
-            answered.set_result(frames.unpack(frame))
+            answered.set_result(frame)
 
     def on_closed(cause: str) -> None:
         if not answered.done():
@@ -77,9 +110,9 @@ async def ask_leader(
             await loop.create_connection(
                 lambda: connection, host.strip("[]"), int(port), ssl=tls, server_hostname=name
             )
-            connection.write(frames.pack(["ask", token]))
-            connection.write(frames.pack([action, arguments]))
-            kind, answer = await answered
+            connection.write(wire.encode(frames.AskGreeting(token)))
+            connection.write(wire.encode(frames.Action.of(action, arguments)))
+            frame = await answered
     except TimeoutError:
         raise Unavailable(f"leader at {address} did not answer within {timeout_s:g} s") from None
     except OSError as error:
@@ -87,9 +120,13 @@ async def ask_leader(
     finally:
         answered.cancel()
         connection.abort("")
-    if kind != "answer":
-        raise InvalidRequest("action", str(answer))
-    return dict(answer)
+    message = wire.decode(frame, frames.ActionMessage)
+    if isinstance(message, frames.ActionAnswer):
+        return wire.decode(memoryview(message.answer), kind)
+    if isinstance(message, frames.ActionRefused):
+        raise InvalidRequest("action", message.text)
+    assert isinstance(message, frames.Bye), "an answer, a refusal or a bye"
+    raise InvalidRequest("action", message.cause)
 
 
 class PeerGroups:
@@ -119,16 +156,13 @@ class PeerGroups:
         """
         try:
             keys = await asyncio.to_thread(_keys, root, prompt)
-            arguments = {"keys": keys, "patience_s": timeout_s}
-            answer = await ask_leader(peer, self._tls, "shared", arguments, timeout_s)
-            return {
-                Pool(int(pool)): PeerBlocks.from_wire(blocks)
-                for pool, blocks in answer["pools"].items()
-            }
+            question = SharedQuestion(keys=keys, patience_s=timeout_s)
+            answer = await ask_leader(peer, self._tls, "shared", question, SharedBlocks, timeout_s)
+            return answer.pools
         except (Unavailable, InvalidRequest) as error:
             log.info("%s", error)
-        except Exception:  # the request goes on without the peer's blocks
-            log.exception("peer %s: unreadable answer", peer[0])
+        except WireError as error:  # the request goes on without the peer's blocks
+            log.warning("peer %s: %s", peer[0], error)
         return {}
 
 
@@ -139,18 +173,21 @@ class BlockSource(Protocol):
         """Blocks that may be copied, and whether more will be; callable from any thread."""
 
 
-async def tell_shared(engine: BlockSource, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Answer the action "shared": the blocks of `keys` that another group may copy.
+async def tell_shared(engine: BlockSource, arguments: memoryview) -> SharedBlocks:
+    """Answer the action "shared" from the bytes of a `SharedQuestion`.
 
     Waits while more blocks become available, up to half of the caller's timeout.
+
+    Raises:
+        WireError: the bytes are no `SharedQuestion`.
     """
-    keys = split_keys(arguments["keys"])
-    timeout_s = min(float(arguments["patience_s"]), HAND_OVER_TIMEOUT_S)
-    deadline_s = time.monotonic() + timeout_s / 2
+    question = wire.decode(arguments, SharedQuestion)
+    keys = split_keys(question.keys)
+    deadline_s = time.monotonic() + min(question.patience_s, HAND_OVER_TIMEOUT_S) / 2
     while True:
         pools, more = engine.shared(keys)
         if not more or time.monotonic() > deadline_s:
-            return {"pools": {int(pool): blocks.to_wire() for pool, blocks in pools.items()}}
+            return SharedBlocks(pools=pools)
         await asyncio.sleep(_POLL_S)
 
 

@@ -12,8 +12,8 @@ import contextlib
 import hmac
 import logging
 import ssl
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from arriero.router import roles
@@ -23,12 +23,19 @@ from arriero.router.link import messages as frames
 from arriero.router.link.framing import FRAME_BYTES
 from arriero.router.link.gateway_link import GatewayLink
 from arriero.router.link.group_span import GroupSpan
-from arriero.router.link.leader_rpc import HAND_OVER_TIMEOUT_S, PEER_TIMEOUT_S, PeerGroups
+from arriero.router.link.leader_rpc import (
+    HAND_OVER_TIMEOUT_S,
+    PEER_TIMEOUT_S,
+    GroupRole,
+    PeerGroups,
+)
 from arriero.router.observability.tracing import Tracing
 from arriero.router.roles import Role
 from arriero.router.text.model_card import ModelCard
-from arriero.shards.engine.types import EngineRequest, EngineStats, SequenceOutput
-from arriero.shards.errors import ArrieroError, InvalidRequest, Unavailable
+from arriero.shards.engine.stats import EngineStats
+from arriero.shards.engine.types import EngineRequest, SequenceOutput
+from arriero.shards.errors import ArrieroError, InvalidRequest, Unavailable, WireError
+from arriero.shards.protocol import wire
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +64,9 @@ class Engine(Protocol):
         """The current load."""
 
 
-KvAnswer = Callable[[str, Mapping[str, Any]], Awaitable[dict[str, Any]]]
-"""Runs an action on the KV cache (name, arguments) for an operator or another leader."""
+KvAnswer = Callable[[str, memoryview], Awaitable[object]]
+"""Runs an action on the KV cache for an operator or another leader, from its name and the bytes of
+its arguments; the answer may have any type of `wire`."""
 
 
 class LinkServer:
@@ -145,7 +153,7 @@ class LinkServer:
         for task in self._tasks:
             task.cancel()
         for link in list(self._links):
-            link.send(["bye", "the group is stopping"])
+            link.send(frames.Bye("the group is stopping"))
             link.connection.close()
         for _ in range(int(CLOSE_S / 0.01)):
             if not self._links:
@@ -194,39 +202,36 @@ class LinkServer:
         A peer that greets with "ask" is no gateway: the peer gets no hello and calls actions.
         """
         try:
-            kind, token = frames.unpack(greeting)
-        except Exception:  # no gateway sends such bytes
+            greeted = wire.decode(greeting, frames.Greeting)
+        except WireError:  # no gateway sends such bytes
             link.connection.abort("the greeting is unreadable: not a gateway")
             return
-        if kind not in ("token", "ask") or not hmac.compare_digest(
-            str(token).encode(), self._token.encode()
-        ):
-            link.send(["bye", "the gateway sent a wrong token"])
+        assert isinstance(greeted, frames.TokenGreeting | frames.AskGreeting), "a greeting"
+        if not hmac.compare_digest(greeted.token.encode(), self._token.encode()):
+            link.send(frames.Bye("the gateway sent a wrong token"))
             link.connection.close()
             return
         link.connection.limit = FRAME_BYTES
-        link.calls_actions = kind == "ask"
+        link.calls_actions = isinstance(greeted, frames.AskGreeting)
         if link.calls_actions:
             return
         self._links.add(link)
-        link.send(["hello", frames.VERSION, self._card.to_wire()])
-        link.send(self._stats_frame())
+        link.send(frames.Hello.of(self._card))
+        link.send(self._stats())
         if self._journal is not None:
-            link.send(["kv_all", *self._journal.snapshot().to_wire()])
+            link.send(frames.KvBlocks(self._journal.snapshot()))
 
     def _on_frame(self, link: GatewayLink, frame: bytes) -> None:
         """Handle a frame of an authenticated peer."""
         try:
             if link.calls_actions:
-                self._run_in_background(self._answer(link, *frames.unpack(frame)))
+                self._run_in_background(self._answer(link, wire.decode(frame, frames.Action)))
                 return
-            for message in frames.unpack(frame):
-                if message[0] == "submit":
+            for message in wire.decode(frame, list[frames.GatewayMessage]):
+                if isinstance(message, frames.Submit):
                     self._submit(link, message)
-                elif message[0] == "cancel":
-                    self._cancel(link, message[1])
                 else:
-                    raise ValueError(f"unknown message kind {message[0]!r}")
+                    self._cancel(link, message.handle)
         except Exception as error:
             link.connection.abort(f"unreadable frame: {type(error).__name__}: {error}")
 
@@ -245,10 +250,10 @@ class LinkServer:
             self._forget(request_id)
             self._engine.cancel(request_id)
 
-    def _submit(self, link: GatewayLink, message: list[Any]) -> None:
-        handle: int = message[1]
+    def _submit(self, link: GatewayLink, message: frames.Submit) -> None:
+        handle, peer = message.handle, message.peer
         try:
-            request = frames.read_submit(message)
+            request = message.read()
             if self._draining:
                 raise Unavailable("the group is draining")
             if request.request_id in self._owners:
@@ -264,7 +269,6 @@ class LinkServer:
             return
         if self._tracing is not None and request.trace:
             self._spans[request.request_id] = GroupSpan(self._tracing, request, self._card.group)
-        peer = frames.read_peer(message)
         if peer is None or self._peers is None:
             self._submit_to_engine(link, handle, request)
         else:
@@ -296,22 +300,28 @@ class LinkServer:
             self._forget(request.request_id)
             link.refuse(handle, error)
 
-    async def _answer(self, link: GatewayLink, action: str, arguments: dict[str, Any]) -> None:
+    async def _answer(self, link: GatewayLink, action: frames.Action) -> None:
         """Run an action on the KV cache, or change the role."""
+        arguments = memoryview(action.arguments)
         try:
-            if action == "role":
-                self.role = roles.read(arguments.get("role"))
-                for gateway in self._links:
-                    gateway.send(self._stats_frame())
-                link.send(["answer", {"role": self.role}])
-                return
-            if self._kv is None:
+            if action.name == "role":
+                answer: object = self._change_role(wire.decode(arguments, GroupRole))
+            elif self._kv is None:
                 raise InvalidRequest("action", "this leader has no actions on its KV cache")
-            link.send(["answer", await self._kv(action, arguments)])
+            else:
+                answer = await self._kv(action.name, arguments)
+            link.send(frames.ActionAnswer.of(answer))
         except Exception as error:
             if not isinstance(error, ArrieroError):
-                log.exception("action %r on the KV cache failed", action)
-            link.send(["refused", str(error) or type(error).__name__])
+                log.exception("action %r on the KV cache failed", action.name)
+            link.send(frames.ActionRefused(str(error) or type(error).__name__))
+
+    def _change_role(self, wanted: GroupRole) -> GroupRole:
+        """Change the role of the group, and send it to all gateways."""
+        self.role = roles.read(wanted.role)
+        for gateway in self._links:
+            gateway.send(self._stats())
+        return GroupRole(role=self.role)
 
     def _run_in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -333,18 +343,17 @@ class LinkServer:
             if batch is not None or self._has_outputs.is_set():
                 calm_s = 0.0
             if batch is not None:
-                frame = ["kv", *batch.to_wire()]
+                message = frames.KvChanges(batch)
                 for link in self._links:
-                    link.send(frame)
+                    link.send(message)
 
     async def _send_stats(self) -> None:
         """Send the load at intervals; gateways also use the frames as a sign of life."""
         while True:
             await asyncio.sleep(STATS_INTERVAL_S)
-            frame = self._stats_frame()
+            stats = self._stats()
             for link in self._links:
-                link.send(frame)
+                link.send(stats)
 
-    def _stats_frame(self) -> list[Any]:
-        more = {"draining": self._draining, "role": self.role}
-        return ["stats", asdict(self._engine.stats()) | more]
+    def _stats(self) -> frames.Stats:
+        return frames.Stats(self._engine.stats(), self._draining, self.role)

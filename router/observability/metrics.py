@@ -314,8 +314,7 @@ class _Tiers(Collector):
             labels=[*labels, "kind"],
         )
         for view in self._groups():
-            tiers = view.stats.get("tiers", {})
-            for name, count in tiers.items():
+            for name, count in view.stats.tiers.items():
                 if name in ("host", "disk", "shared"):
                     blocks.add_metric([view.model, view.group_id, name], count)
                 elif name != "moving":
@@ -366,15 +365,17 @@ class _Groups(Collector):
             group = [view.model, view.group_id]
             waiting.add_metric(group, view.load.num_waiting)
             running.add_metric(group, view.load.num_running)
-            for state in ("used", "cached", "total"):
-                blocks.add_metric([*group, state], view.stats.get(f"blocks_{state}", 0))
-            for phase, duration_us in view.stats.get("step_us", {}).items():
+            stats = view.stats
+            blocks.add_metric([*group, "used"], stats.blocks_used)
+            blocks.add_metric([*group, "cached"], stats.blocks_cached)
+            blocks.add_metric([*group, "total"], stats.blocks_total)
+            for phase, duration_us in stats.step_us.items():
                 steps.add_metric([*group, phase], duration_us / 1e6)
             for field, counter in counters.items():
-                counter.add_metric(group, view.stats.get(field, 0))
-            if loads := view.stats.get("expert_loads"):
-                imbalance.add_metric(group, view.stats["expert_imbalance"])
-                for layer, tokens in loads.items():
+                counter.add_metric(group, getattr(stats, field))
+            if stats.expert_loads:
+                imbalance.add_metric(group, stats.expert_imbalance)
+                for layer, tokens in stats.expert_loads.items():
                     for expert, count in enumerate(tokens):
                         experts.add_metric([*group, layer, str(expert)], count)
         yield from (waiting, running, blocks, steps, imbalance, experts, *counters.values())

@@ -71,8 +71,8 @@ def room(groups: Iterable[GroupView], *, num_gateways: int) -> int:
     total = 0
     for group in groups:
         load, most = group.load, group.card.max_sequences
-        blocks = group.stats.get("blocks_total", 0)
-        if load.num_waiting and group.stats.get("blocks_used", 0) >= _FULL * blocks > 0:
+        stats = group.stats
+        if load.num_waiting and stats.blocks_used >= _FULL * stats.blocks_total > 0:
             most = min(most, max(1, load.num_running))
         total += most + max(1, most // 8)
     return -(-total // num_gateways)

@@ -8,9 +8,8 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from arriero.router.text.text_files import TextFiles
 from arriero.router.text.turn_ends import turn_ends
@@ -60,7 +59,7 @@ class ModelCard:
     chat_template: str | None = None
     bos_token: str = ""
     eos_token: str = ""
-    generation_defaults: Mapping[str, float] = field(default_factory=dict)
+    generation_defaults: Mapping[str, int | float] = field(default_factory=dict)
     created: int = 0
     max_sequences: int = 256
     numerics: str = ""
@@ -98,16 +97,6 @@ class ModelCard:
     def template_tokens(self) -> dict[str, str]:
         """Text of the special tokens for templates, by variable."""
         return {**self.special_tokens, "bos_token": self.bos_token, "eos_token": self.eos_token}
-
-    def to_wire(self) -> dict[str, Any]:
-        """The card as values for msgpack."""
-        return asdict(self)
-
-    @classmethod
-    def from_wire(cls, data: Mapping[str, Any]) -> ModelCard:
-        """Undo `to_wire`."""
-        lists = ("eos_token_ids", "turn_ends", "warnings")
-        return cls(**{**data, **{name: tuple(data.get(name, ())) for name in lists}})
 
     @classmethod
     def from_folder(

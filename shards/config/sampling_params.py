@@ -6,9 +6,8 @@ Knows numbers and limits; knows nothing of text (the router has stop strings) or
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from arriero.shards.errors import InvalidRequest
 
@@ -127,21 +126,6 @@ class SamplingParams:
             or self.frequency_penalty != 0.0
         )
 
-    def to_wire(self) -> dict[str, Any]:
-        """Fields that differ from the defaults, as a map for msgpack."""
-        return {k: v for k, v in asdict(self).items() if v != _DEFAULTS[k]}
-
-    @classmethod
-    def from_wire(cls, data: Mapping[str, Any]) -> SamplingParams:
-        """Undo `to_wire`."""
-        fields: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in data.items()
-        }
-        return cls(**fields)
-
-
-_DEFAULTS = asdict(SamplingParams())
-
 
 def _number(name: str, value: float, low: float, high: float, *, above_low: bool = False) -> None:
     if not math.isfinite(value) or value > high or value < low or (above_low and value == low):
@@ -166,7 +150,7 @@ def _count(name: str, count: int, limit: int) -> None:
         )
 
 
-def _tokens(name: str, tokens: Any, vocab_size: int) -> None:  # noqa: ANN401
+def _tokens(name: str, tokens: Iterable[int], vocab_size: int) -> None:
     for token in tokens:
         if not 0 <= token < vocab_size:
             raise InvalidRequest(

@@ -18,7 +18,8 @@ from functools import partial
 from arriero.shards.engine.cache_report import CacheReport
 from arriero.shards.engine.limits import check_config
 from arriero.shards.engine.scheduler import Scheduler
-from arriero.shards.engine.types import EngineConfig, EngineRequest, EngineStats, SequenceOutput
+from arriero.shards.engine.stats import EngineStats
+from arriero.shards.engine.types import EngineConfig, EngineRequest, SequenceOutput
 from arriero.shards.errors import GroupFailed
 from arriero.shards.kv.blocks import CacheEvent, CacheListener
 from arriero.shards.kv.limits import PeerBlocks

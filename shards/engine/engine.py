@@ -18,10 +18,10 @@ from typing import Any, TypeVar
 from arriero.shards.engine.dp_scheduler import DataParallelScheduler
 from arriero.shards.engine.expert_balance import ExpertBalance
 from arriero.shards.engine.limits import check_request
+from arriero.shards.engine.stats import EngineStats
 from arriero.shards.engine.types import (
     EngineConfig,
     EngineRequest,
-    EngineStats,
     Executor,
     SequenceOutput,
 )

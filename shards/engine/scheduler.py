@@ -38,7 +38,8 @@ from arriero.shards.engine.results import Results
 from arriero.shards.engine.running import RunningSequences
 from arriero.shards.engine.sequence import LiveRequest, Sequence
 from arriero.shards.engine.sequence_blocks import SequenceBlocks
-from arriero.shards.engine.types import EngineConfig, EngineRequest, EngineStats, SequenceOutput
+from arriero.shards.engine.stats import EngineStats
+from arriero.shards.engine.types import EngineConfig, EngineRequest, SequenceOutput
 from arriero.shards.engine.waiting import WaitingQueue
 from arriero.shards.errors import GroupFailed, InvalidRequest, Overloaded
 from arriero.shards.kv.blocks import CacheListener

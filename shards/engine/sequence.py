@@ -161,7 +161,7 @@ class Sequence:
         ends = () if params.ignore_eos else eos_token_ids
         return NewSequence(
             slot=self.slot,
-            params=replace(params, seed=sample_seed(params.seed, self.index)).to_wire(),
+            params=replace(params, seed=sample_seed(params.seed, self.index)),
             stop_tokens=tuple(dict.fromkeys((*params.stop_token_ids, *ends))),
             prompt=self.window(0, self.num_prompt if has_penalties else 0),
             output=self.window(self.num_prompt, len(self.tokens)) if needs_output else int32(),

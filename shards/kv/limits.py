@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
 
 from arriero.shards.kv.transfers import Segment
 
@@ -71,13 +70,3 @@ class PeerBlocks:
 
     segments: tuple[Segment, ...]
     slots: dict[bytes, int]
-
-    def to_wire(self) -> list[Any]:
-        """The blocks as a list for msgpack."""
-        return [[segment.to_wire() for segment in self.segments], self.slots]
-
-    @classmethod
-    def from_wire(cls, values: list[Any]) -> PeerBlocks:
-        """Undo `to_wire`."""
-        segments, slots = values
-        return cls(tuple(Segment.from_wire(segment) for segment in segments), slots)

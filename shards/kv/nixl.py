@@ -18,9 +18,9 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from types import ModuleType
+from typing import Literal, Protocol
 
-import msgpack
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from arriero.shards.kv.block_shards import BadBlock, BlockForm, BlockShard
 from arriero.shards.kv.host import HostPool, stamp_type, sums
-from arriero.shards.kv.transfers import Segment
+from arriero.shards.kv.transfers import NixlMemory, Segment
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,22 @@ _stuck: list[object] = []
 """Memory that a read which cannot be cancelled may still write to: never freed."""
 
 Addresses = npt.NDArray[np.uint64]
+
+
+class _Agent(Protocol):
+    """The part of NIXL's untyped agent that is used here; `object` stands for its own handles."""
+
+    def get_agent_metadata(self) -> bytes: ...
+    def add_remote_agent(self, metadata: bytes) -> bytes: ...
+    def remove_remote_agent(self, name: bytes) -> None: ...
+    def get_new_notifs(self) -> object: ...
+    def register_memory(self, runs: list[tuple[int, int, int, str]], kind: str) -> object: ...
+    def deregister_memory(self, registered: object) -> None: ...
+    def get_xfer_descs(self, runs: Addresses, kind: str) -> object: ...
+    def initialize_xfer(self, way: str, into: object, source: object, peer: bytes) -> object: ...
+    def transfer(self, handle: object) -> str: ...
+    def check_xfer_state(self, handle: object) -> str: ...
+    def release_xfer_handle(self, handle: object) -> None: ...
 
 
 def enabled(transfer: Literal["auto", "tcp", "nixl"]) -> bool:
@@ -60,18 +76,20 @@ def enabled(transfer: Literal["auto", "tcp", "nixl"]) -> bool:
     return True
 
 
-def _nixl() -> Any:  # noqa: ANN401
+def _nixl() -> ModuleType:
     os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")  # else NIXL prints every agent to stdout
     os.environ.setdefault("UCX_LOG_LEVEL", "error")  # and UCX the open requests of dead peers
     import nixl._api
 
-    return nixl._api
+    api: ModuleType = nixl._api
+    return api
 
 
-def _agent() -> Any:  # noqa: ANN401
+def _agent() -> _Agent:
     api = _nixl()
     config = api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
-    return api.nixl_agent(f"arriero-{uuid.uuid4().hex}", config)
+    agent: _Agent = api.nixl_agent(f"arriero-{uuid.uuid4().hex}", config)
+    return agent
 
 
 class NixlServer:
@@ -83,7 +101,7 @@ class NixlServer:
         pool: the memory.
 
     Attributes:
-        metadata: agent and address, for readers.
+        memory: agent and address, for readers.
 
     Raises:
         Exception: any error of NIXL.
@@ -92,8 +110,8 @@ class NixlServer:
     def __init__(self, pool: HostPool) -> None:
         self._agent = _agent()
         address, nbytes = pool.memory
-        self._memory = self._agent.register_memory([(address, nbytes, 0, "")], "DRAM")
-        self.metadata: bytes = msgpack.packb([self._agent.get_agent_metadata(), address])
+        self._registered = self._agent.register_memory([(address, nbytes, 0, "")], "DRAM")
+        self.memory = NixlMemory(self._agent.get_agent_metadata(), address)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._poll, name="kv-nixl", daemon=True)
         self._thread.start()
@@ -106,7 +124,7 @@ class NixlServer:
         """Stop; reads in flight fail."""
         self._ended.set()
         self._thread.join()
-        self._agent.deregister_memory(self._memory)
+        self._agent.deregister_memory(self._registered)
         del self._agent
 
 
@@ -114,12 +132,11 @@ class NixlReader:
     """Reads peers' memory; belongs to one thread."""
 
     def __init__(self) -> None:
-        self._agent: Any = _agent()
+        self._agent = _agent()
 
     def join(self, metadata: bytes) -> bytes:
         """Add a peer's agent; returns its name."""
-        name: bytes = self._agent.add_remote_agent(metadata)
-        return name
+        return self._agent.add_remote_agent(metadata)
 
     def leave(self, peer: bytes) -> None:
         """Remove a peer's agent."""
@@ -128,8 +145,7 @@ class NixlReader:
     def register(self, memory: Tensor) -> object:
         """Allow reads to write into memory, until `deregister` of the returned handle."""
         runs = [(memory.data_ptr(), memory.nbytes, 0, "")]
-        registered: object = self._agent.register_memory(runs, "DRAM")
-        return registered
+        return self._agent.register_memory(runs, "DRAM")
 
     def deregister(self, registered: object) -> None:
         """Undo `register`."""
@@ -172,24 +188,24 @@ class NixlPart:
 
     Args:
         reader: reader of this thread.
-        segment: the memory.
+        segment: the peer's slots.
+        memory: where the slots are.
         form: format of the blocks.
         part: part of each block to read, within the segment's shard.
-
-    Raises:
-        BadBlock: the segment's metadata is invalid.
     """
 
     def __init__(
-        self, reader: NixlReader, segment: Segment, form: BlockForm, part: BlockShard
+        self,
+        reader: NixlReader,
+        segment: Segment,
+        memory: NixlMemory,
+        form: BlockForm,
+        part: BlockShard,
     ) -> None:
         self._reader, self._form, self._part = reader, form, part
+        self._metadata, self._base = memory.agent, memory.address
         self._theirs = BlockShard(segment.layers, segment.heads)
         self._slots = segment.slots
-        try:
-            self._metadata, self._base = msgpack.unpackb(segment.nixl)
-        except ValueError as error:
-            raise BadBlock(f"the peer's NIXL metadata is invalid: {error}") from None
         self._peer: bytes | None = None
         self._memory: Tensor | None = None
         self._registered: object = None

@@ -168,8 +168,8 @@ def _part(segment: Segment, form: BlockForm, part: BlockShard, nixl: NixlReader 
         except BadBlock:
             if not segment.address:  # the process may be in another container
                 raise
-    if nixl is not None and segment.nixl:
-        return NixlPart(nixl, segment, form, part)
+    if nixl is not None and segment.nixl is not None:
+        return NixlPart(nixl, segment, segment.nixl, form, part)
     if not segment.address:
         raise BadBlock("the peer is on another node and has no server")
     return RemotePart(segment, form, part)

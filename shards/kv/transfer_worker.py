@@ -16,7 +16,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -32,7 +32,15 @@ from arriero.shards.kv.host import HostPool
 from arriero.shards.kv.packed_rows import pack, unpack
 from arriero.shards.kv.peer import PeerPool
 from arriero.shards.kv.tcp import BlockServer
-from arriero.shards.kv.transfers import Pool, Segment, Tier, Transfer, TransferBatch, TransferResult
+from arriero.shards.kv.transfers import (
+    NixlMemory,
+    Pool,
+    Segment,
+    Tier,
+    Transfer,
+    TransferBatch,
+    TransferResult,
+)
 
 log = logging.getLogger(__name__)
 
@@ -175,7 +183,7 @@ class TransferWorker:
         if self._host is not None:
             self._host.close()
 
-    def _device_work(self) -> Any:  # noqa: ANN401
+    def _device_work(self) -> AbstractContextManager[object]:
         """Context of the thread's own CUDA stream, if any."""
         if not self._on_cuda:
             return nullcontext()
@@ -216,17 +224,17 @@ class TransferWorker:
                 log.error("the tier %s of KV blocks cannot be used: %s", tier.name, error)
         return result
 
-    def _open_nixl(self, host: HostPool) -> bytes:
-        """Open NIXL for reading and serving, if enabled; returns the metadata for readers."""
+    def _open_nixl(self, host: HostPool) -> NixlMemory | None:
+        """Open NIXL for reading and serving, if enabled; returns the memory for readers."""
         if not nixl.enabled(self._settings.config.transfer):
-            return b""
+            return None
         try:
             self._nixl_server = nixl.NixlServer(host)
             self._nixl = nixl.NixlReader()
         except Exception as error:  # errors of NIXL, drivers and cards
             log.warning("KV blocks travel over TCP: NIXL cannot be used here: %s", error)
-            return b""
-        return self._nixl_server.metadata
+            return None
+        return self._nixl_server.memory
 
     def _do(self, work: _Work) -> TransferResult | None:
         """Do a unit of work, whatever happens; returns the result of its transfers."""

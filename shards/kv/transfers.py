@@ -5,16 +5,14 @@ transfers in flight never touch the same block, slot or file. So a slice may mak
 order, beside its steps. Transfers travel on the channel of the plans: a slice starts them after
 every plan that was sent before.
 
-Knows the bytes of a message; knows nothing of policy or of the bytes of a block.
+Knows the contents of a message; knows nothing of its bytes (see `protocol.wire`), of policy, or of
+the bytes of a block.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
-
-import msgpack
 
 KEY_BYTES = 16
 """Length of a block's key."""
@@ -60,6 +58,19 @@ class Transfer:
 
 
 @dataclass(frozen=True, slots=True)
+class NixlMemory:
+    """Host memory of one rank, as readers through NIXL need it.
+
+    Attributes:
+        agent: metadata of the rank's NIXL agent.
+        address: address of the memory in the rank's process.
+    """
+
+    agent: bytes
+    address: int
+
+
+@dataclass(frozen=True, slots=True)
 class Segment:
     """Host memory of one rank, readable by other groups.
 
@@ -71,7 +82,7 @@ class Segment:
         block: (block size, head dimension or int8's canonical one, bytes of an element).
         slots: number of block slots.
         address, token: server of the rank, for readers on other nodes; "" and b"" for none.
-        nixl: metadata for readers through NIXL; b"" for none.
+        nixl: memory for readers through NIXL; None for no such readers.
     """
 
     pid: int
@@ -84,27 +95,7 @@ class Segment:
     slots: int
     address: str = ""
     token: bytes = b""
-    nixl: bytes = b""
-
-    @classmethod
-    def from_wire(cls, values: list[Any]) -> Segment:
-        """Undo `to_wire`."""
-        pid, fd, name, host, layers, heads, block, slots, *served = values
-        memory = (pid, fd, name, host, _pair(layers), _pair(heads), tuple(block))
-        return cls(*memory, slots, *served)
-
-    def to_wire(self) -> list[Any]:
-        """The segment as a list for msgpack."""
-        return [
-            *(self.pid, self.fd, self.name, self.host),
-            *(self.layers, self.heads, self.block, self.slots),
-            *(self.address, self.token, self.nixl),
-        ]
-
-
-def _pair(values: list[int]) -> tuple[int, int]:
-    first, last = values
-    return first, last
+    nixl: NixlMemory | None = None
 
 
 @dataclass(slots=True)
@@ -124,32 +115,6 @@ class TransferBatch:
     dropped: list[tuple[Tier, bytes]] = field(default_factory=list)
     peer: tuple[Segment, ...] = ()
     dp_rank: int = 0
-
-    def to_bytes(self) -> bytes:
-        """Bytes of the batch."""
-        transfers = [
-            (t.id, t.key, int(t.source), t.source_index, int(t.target), t.target_index)
-            for t in self.transfers
-        ]
-        dropped = [(int(tier), key) for tier, key in self.dropped]
-        peer = [segment.to_wire() for segment in self.peer]
-        packed: bytes = msgpack.packb([int(self.pool), transfers, dropped, peer, self.dp_rank])
-        return packed
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> TransferBatch:
-        """Undo `to_bytes`."""
-        pool, transfers, dropped, peer, dp_rank = msgpack.unpackb(data)
-        return cls(
-            Pool(pool),
-            [
-                Transfer(transfer_id, key, Tier(source), source_index, Tier(target), target_index)
-                for transfer_id, key, source, source_index, target, target_index in transfers
-            ],
-            [(Tier(tier), key) for tier, key in dropped],
-            tuple(Segment.from_wire(segment) for segment in peer),
-            dp_rank,
-        )
 
 
 @dataclass(slots=True)
@@ -176,39 +141,3 @@ class TransferResult:
     ready: bool = False
     segment: Segment | None = None
     dp_rank: int = 0
-
-    def to_bytes(self) -> bytes:
-        """Bytes of the result."""
-        stored = {
-            int(tier): [b"".join(key for key, _ in keys), bytes(whole for _, whole in keys)]
-            for tier, keys in self.stored.items()
-        }
-        segment = None if self.segment is None else self.segment.to_wire()
-        packed: bytes = msgpack.packb(
-            [
-                *(self.rank, int(self.pool), self.done, self.failed),
-                *(stored, self.ready, segment, self.dp_rank),
-            ]
-        )
-        return packed
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> TransferResult:
-        """Undo `to_bytes`."""
-        rank, pool, done, failed, stored, ready, segment, dp_rank = msgpack.unpackb(
-            data, strict_map_key=False
-        )
-        listed = {
-            Tier(tier): [(keys[16 * i : 16 * i + 16], bool(whole[i])) for i in range(len(whole))]
-            for tier, (keys, whole) in stored.items()
-        }
-        return cls(
-            rank,
-            Pool(pool),
-            done,
-            failed,
-            listed,
-            ready,
-            None if segment is None else Segment.from_wire(segment),
-            dp_rank,
-        )

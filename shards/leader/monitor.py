@@ -6,17 +6,22 @@ socket and the clock; `health` decides what is wrong, and `failure` decides the 
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import zmq
 
+from arriero.shards.errors import WireError
 from arriero.shards.leader.health import GroupHealth, HealthLimits
-from arriero.shards.protocol import heartbeat as heartbeats
+from arriero.shards.protocol import wire
 from arriero.shards.protocol.failure import Evidence, FirstCause, Kind, RootCauseCollector
+from arriero.shards.protocol.heartbeat import Heartbeat
+from arriero.shards.protocol.messages import SliceFailure, SliceHello
+
+log = logging.getLogger(__name__)
 
 CHECK_S = 0.2
 
@@ -46,7 +51,7 @@ class Monitor:
         self._lock = threading.Lock()
         # Guarded by `_lock`:
         self._names = [f"slice {rank}" for rank in range(num_slices)]
-        self._hellos: list[dict[str, Any]] = [{} for _ in self._names]
+        self._hellos: list[SliceHello | None] = [None] * num_slices
         self._health = GroupHealth(limits, self._names, time.monotonic())
         self._collector = RootCauseCollector()
         self._judging = False
@@ -54,10 +59,11 @@ class Monitor:
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
         self._thread.start()
 
-    def name(self, rank: int, words: str, hello: dict[str, Any]) -> None:
-        """Set a slice's name for people, and the `host` and `pid` of its hello."""
+    def name(self, rank: int, hello: SliceHello) -> None:
+        """Set a slice's name for people, and its host and process."""
         with self._lock:
-            self._names[rank], self._hellos[rank] = words, hello
+            self._names[rank] = f"slice {rank} (pid {hello.pid} on {hello.host})"
+            self._hellos[rank] = hello
 
     def set_limits(self, limits: HealthLimits) -> None:
         """Replace the time limits from now on."""
@@ -80,18 +86,17 @@ class Monitor:
         with self._lock:
             self._health.result_received(step, dp_rank)
 
-    def report_error(self, rank: int, body: dict[str, Any]) -> None:
+    def report_error(self, rank: int, failure: SliceFailure) -> None:
         """Add the error that a slice reports in its last message."""
-        collective = body["collective"]
         evidence = Evidence(
-            kind=Kind.ABORTED if collective else Kind.ERROR,
-            summary=f"slice {rank} failed in {body['phase']}: {body['error']}",
+            kind=Kind.ABORTED if failure.collective else Kind.ERROR,
+            summary=f"slice {rank} failed in {failure.phase}: {failure.error}",
             rank=rank,
-            step=body["step"],
-            phase=body["phase"],
-            collective=collective,
-            exception=body["error"],
-            log=(*body["log"], *body["at"].strip().splitlines()),
+            step=failure.step,
+            phase=failure.phase,
+            collective=failure.collective,
+            exception=failure.error,
+            log=(*failure.log, *failure.at.strip().splitlines()),
         )
         self.report(evidence)
 
@@ -113,8 +118,8 @@ class Monitor:
                 hello = self._hellos[rank]
                 evidence = replace(
                     evidence,
-                    node=evidence.node or hello.get("host", ""),
-                    pid=evidence.pid or hello.get("pid", 0),
+                    node=evidence.node or (hello.host if hello else ""),
+                    pid=evidence.pid or (hello.pid if hello else 0),
                     step=evidence.step if evidence.step >= 0 else known.step,
                     phase=evidence.phase or known.phase,
                     collective=evidence.collective or known.collective,
@@ -148,13 +153,20 @@ class Monitor:
         try:
             while not self._closing.is_set():
                 if self._socket.poll(int(CHECK_S * 1000)):
-                    rank, heartbeat = heartbeats.unpack(self._socket.recv())
-                    with self._lock:
-                        self._health.beat(rank, heartbeat, time.monotonic())
+                    self._take_heartbeat(self._socket.recv())
                 if (evidence := self._check()) is not None:
                     self.report(evidence)
         finally:
             self._socket.close()
+
+    def _take_heartbeat(self, message: bytes) -> None:
+        try:
+            rank, heartbeat = wire.decode(message, tuple[int, Heartbeat])
+        except WireError as error:  # the slice counts as silent
+            log.error("a heartbeat: %s", error)
+            return
+        with self._lock:
+            self._health.beat(rank, heartbeat, time.monotonic())
 
     def _check(self) -> Evidence | None:
         if (evidence := self.find_lost()) is not None:

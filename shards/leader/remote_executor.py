@@ -15,12 +15,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
-from typing import Any
 
-import msgpack
 import numpy as np
 import numpy.typing as npt
 import zmq
@@ -29,56 +27,31 @@ from arriero.shards.config.group import GroupConfig
 from arriero.shards.errors import ArrieroError, CheckpointError, GroupFailed
 from arriero.shards.kv.transfers import TransferBatch, TransferResult
 from arriero.shards.leader.health import HealthLimits
+from arriero.shards.leader.loading import Loading, LoadProgress
 from arriero.shards.leader.monitor import Monitor
+from arriero.shards.protocol import wire
 from arriero.shards.protocol.failure import Evidence, FirstCause, Kind
-from arriero.shards.protocol.messages import MessageKind
+from arriero.shards.protocol.messages import (
+    LoadedBytes,
+    MessageKind,
+    RendezvousAddress,
+    SliceFailure,
+    SliceHello,
+)
 from arriero.shards.protocol.rendezvous import LeaderEndpoint, SliceReport
 from arriero.shards.protocol.step_plan import StepPlan, StepResult
 from arriero.shards.worker.loop import run_slice
 
 POLL_S = 0.1
 Loads = npt.NDArray[np.int64]
-LoadProgress = Callable[["Loading"], None]
-"""Callback for the progress of the group's loading."""
-
-
-@dataclass(frozen=True, slots=True)
-class Loading:
-    """Progress of a group's loading, over all slices.
-
-    Attributes:
-        done: bytes packed.
-        total: bytes to read, as far as slices reported; 0 before the first report.
-        elapsed_s: seconds since the start of the group.
-    """
-
-    done: int
-    total: int
-    elapsed_s: float
-
-    @property
-    def share(self) -> float:
-        """Loaded share of `total`, 0 to 1."""
-        return self.done / self.total if self.total else 0.0
-
-    def __str__(self) -> str:
-        if not self.done:
-            return "loading 0 %"
-        rate = self.done / max(self.elapsed_s, 1e-3)
-        percent = int(self.share * 100)
-        return (
-            f"loading {percent} %: {self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB, "
-            f"{rate / 1e9:.2f} GB/s, {(self.total - self.done) / rate:.0f} s left"
-        )
 
 
 @dataclass(slots=True)
 class _SliceState:
     """Messages of one slice so far."""
 
-    hello: dict[str, Any] | None = None
-    loaded: int = 0
-    to_load: int = 0
+    hello: SliceHello | None = None
+    loaded: LoadedBytes = field(default_factory=LoadedBytes)
     report: SliceReport | None = None
 
 
@@ -200,13 +173,13 @@ class RemoteExecutor:
         while any(state.report is None for state in self._slices):
             self._receive(POLL_S)
             if progress is not None:
-                done = sum(state.loaded for state in self._slices)
-                total = sum(state.to_load for state in self._slices)
+                done = sum(state.loaded.done for state in self._slices)
+                total = sum(state.loaded.total for state in self._slices)
                 progress(Loading(done, total, time.monotonic() - start_s))
             if not joined and all(state.hello is not None for state in self._slices):
                 hello = self._slices[0].hello
                 assert hello is not None
-                store = msgpack.packb({"host": hello["host"], "port": hello["port"]})
+                store = RendezvousAddress(host=hello.host, port=hello.port)
                 self._send(range(len(self._identities)), MessageKind.JOIN, store)
                 joined = True
             if time.monotonic() > deadline:
@@ -220,7 +193,7 @@ class RemoteExecutor:
     def submit(self, plan: StepPlan) -> None:
         """Send a plan to every slice of the plan's data-parallel rank."""
         self._monitor.plan_sent(plan.step, plan.dp_rank)
-        self._send(self._ranks_of(plan.dp_rank), MessageKind.PLAN, plan.to_bytes())
+        self._send(self._ranks_of(plan.dp_rank), MessageKind.PLAN, plan)
 
     def _ranks_of(self, dp_rank: int) -> list[int]:
         ranks = range(len(self._identities))
@@ -238,7 +211,7 @@ class RemoteExecutor:
             # `collect_transfers` may have received results of plans
             packed = self._results.popleft() if self._results else self._receive(max(left, 0.0))
             if packed is not None:
-                result = StepResult.from_bytes(packed)
+                result = wire.decode(packed, StepResult)
                 self._monitor.result_received(result.step, result.dp_rank)
                 return result
             if deadline is not None and time.monotonic() >= deadline:
@@ -251,7 +224,7 @@ class RemoteExecutor:
 
     def transfer(self, batch: TransferBatch) -> None:
         """Send transfers to every slice of the batch's data-parallel rank, after the plans."""
-        self._send(self._ranks_of(batch.dp_rank), MessageKind.TRANSFER, batch.to_bytes())
+        self._send(self._ranks_of(batch.dp_rank), MessageKind.TRANSFER, batch)
 
     def collect_transfers(self, timeout_s: float = 0.0) -> list[TransferResult]:
         """Transfer results since the last call; waits for the first until the time limit.
@@ -284,7 +257,7 @@ class RemoteExecutor:
                 self._receive(POLL_S)
         for identity in self._identities:
             try:
-                self._socket.send_multipart([identity, MessageKind.STOP.value, b""])
+                self._socket.send_multipart([identity, MessageKind.STOP.frame, b""])
             except zmq.ZMQError:
                 continue  # never connected, or gone
         self._monitor.close()
@@ -294,10 +267,11 @@ class RemoteExecutor:
         if self._folder is not None:
             self._folder.cleanup()
 
-    def _send(self, ranks: Iterable[int], kind: MessageKind, body: bytes) -> None:
+    def _send(self, ranks: Iterable[int], kind: MessageKind, value: object) -> None:
+        body = wire.encode(value)
         for rank in ranks:
             try:
-                self._socket.send_multipart([self._identities[rank], kind.value, body])
+                self._socket.send_multipart([self._identities[rank], kind.frame, body])
             except zmq.ZMQError as error:
                 summary = f"slice {rank} cannot be reached: {error}"
                 self._monitor.report_slice(rank, Kind.ABORTED, summary)
@@ -310,34 +284,35 @@ class RemoteExecutor:
                 raise self._failure
             return None
         identity, head, body = self._socket.recv_multipart()
-        kind = MessageKind(head)
+        kind = MessageKind.of_frame(head)
         if kind is MessageKind.RESULT:
             return body
         if kind is MessageKind.TRANSFER_RESULT:
-            self._transfer_results.append(TransferResult.from_bytes(body))
+            self._transfer_results.append(wire.decode(body, TransferResult))
             return None
         rank = int.from_bytes(identity, "little")
-        self._accept(rank, kind, msgpack.unpackb(body))
+        self._accept(rank, kind, body)
         return None
 
-    def _accept(self, rank: int, kind: MessageKind, body: dict[str, Any]) -> None:
+    def _accept(self, rank: int, kind: MessageKind, body: bytes) -> None:
         state = self._slices[rank]
         if kind is MessageKind.HELLO:
-            state.hello = body
-            self._monitor.name(rank, f"slice {rank} (pid {body['pid']} on {body['host']})", body)
+            state.hello = wire.decode(body, SliceHello)
+            self._monitor.name(rank, state.hello)
         elif kind is MessageKind.LOADING:
-            state.loaded, state.to_load = body["done"], body["total"]
+            state.loaded = wire.decode(body, LoadedBytes)
         elif kind is MessageKind.EXPERT_LOADS:
-            for layer, counts in zip(body["layers"], body["loads"], strict=True):
-                loads_E = np.asarray(counts, dtype=np.int64)
+            for layer, loads_E in wire.decode(body, dict[int, Loads]).items():
                 self._loads[layer] = self._loads.get(layer, 0) + loads_E
         elif kind is MessageKind.READY:
-            state.report, state.loaded = SliceReport(**body), state.to_load
+            state.report = wire.decode(body, SliceReport)
+            state.loaded = replace(state.loaded, done=state.loaded.total)
         elif kind is MessageKind.ERROR:
-            if self._failure is None and body["error"].startswith("CheckpointError: "):
-                self._failure = CheckpointError(body["error"].removeprefix("CheckpointError: "))
-            self._monitor.report_error(rank, body)
-            raise self._failure or GroupFailed(body["error"])
+            failure = wire.decode(body, SliceFailure)
+            if self._failure is None and failure.error.startswith("CheckpointError: "):
+                self._failure = CheckpointError(failure.error.removeprefix("CheckpointError: "))
+            self._monitor.report_error(rank, failure)
+            raise self._failure or GroupFailed(failure.error)
 
 
 def spawn_group(config: GroupConfig, context: BaseContext | None = None) -> RemoteExecutor:

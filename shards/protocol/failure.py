@@ -8,10 +8,8 @@ times; knows nothing of processes or sockets.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from enum import IntEnum
-from typing import Any
+from dataclasses import dataclass, replace
+from enum import StrEnum
 
 SETTLE_S = 0.6
 """Seconds of waiting for more evidence after the first piece."""
@@ -22,19 +20,19 @@ KEEP_LINES = 20
 """Log lines of a slice kept for the record."""
 
 
-class Kind(IntEnum):
-    """Kind of a piece of evidence; the lowest value is closest to the first cause.
+class Kind(StrEnum):
+    """Kind of a piece of evidence; the first kind is closest to the first cause.
 
     A slice that raised an error of its own ends its process next: both kinds have the same rank in
     `_ORDER`, and the earlier evidence counts. ABORTED is the usual consequence of losing another
     rank.
     """
 
-    CRASH = 0  # a process ended
-    ERROR = 1  # a slice raised an error of its own
-    SILENT = 2  # a process sends no heartbeat any more: stopped, or cut off
-    STUCK = 3  # every slice waits, and none makes progress
-    ABORTED = 4  # a wait for another rank broke off
+    CRASH = "crash"  # a process ended
+    ERROR = "error"  # a slice raised an error of its own
+    SILENT = "silent"  # a process sends no heartbeat any more: stopped, or cut off
+    STUCK = "stuck"  # every slice waits, and none makes progress
+    ABORTED = "aborted"  # a wait for another rank broke off
 
 
 _ORDER = {Kind.CRASH: 0, Kind.ERROR: 0, Kind.SILENT: 1, Kind.STUCK: 2, Kind.ABORTED: 3}
@@ -83,24 +81,10 @@ class FirstCause:
     cause: Evidence
     folded: tuple[str, ...] = ()
 
-    def to_wire(self) -> dict[str, Any]:
-        """The record as a map for msgpack and JSON."""
-        wire = asdict(self)
-        wire["cause"]["kind"] = self.cause.kind.name.lower()
-        return wire
-
-    @classmethod
-    def from_wire(cls, data: Mapping[str, Any]) -> FirstCause:
-        """Undo `to_wire`."""
-        cause = dict(data["cause"])
-        cause["kind"] = Kind[cause["kind"].upper()]
-        cause["log"] = tuple(cause["log"])
-        return cls(cause=Evidence(**cause), folded=tuple(data["folded"]))
-
     def words(self) -> list[str]:
         """The record as lines for people."""
         cause = self.cause
-        rows = [("cause", cause.summary), ("kind", cause.kind.name.lower())]
+        rows = [("cause", cause.summary), ("kind", cause.kind.value)]
         if cause.rank is not None:
             rows.append(("rank", str(cause.rank)))
         rows += [("node", cause.node), ("pid", str(cause.pid or ""))]

@@ -1,13 +1,12 @@
 """The heartbeat of a slice: twice a second, the state of its main thread.
 
-Knows the message and its bytes; knows nothing of sockets or of how a leader judges a heartbeat.
+The message is the pair of the slice's rank and the heartbeat. Knows the state; knows nothing of
+sockets or of how a leader judges a heartbeat.
 """
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
-
-import msgpack
+from dataclasses import dataclass
 
 HEARTBEAT_PERIOD_S = 0.5
 """Seconds between two heartbeats of a slice."""
@@ -41,24 +40,3 @@ class Heartbeat:
     def computes(self) -> bool:
         """Whether the slice, or its device, may be computing a long step."""
         return self.on_device or not (self.waits_for or self.idle)
-
-
-def pack(rank: int, heartbeat: Heartbeat) -> bytes:
-    """Bytes of a heartbeat."""
-    packed: bytes = msgpack.packb((rank, astuple(heartbeat)))
-    return packed
-
-
-def unpack(packed: bytes) -> tuple[int, Heartbeat]:
-    """Undo `pack`: the rank and its heartbeat."""
-    rank, (step, phase, waits_for, idle, progress, at_s, log, on_device) = msgpack.unpackb(packed)
-    return rank, Heartbeat(
-        step=step,
-        phase=phase,
-        waits_for=waits_for,
-        idle=idle,
-        progress=progress,
-        at_s=at_s,
-        log=tuple(log),
-        on_device=on_device,
-    )

@@ -1,20 +1,20 @@
 """Messages between leader and slices: step plans out, step results back.
 
 A plan holds only what changed: the slices keep each sequence's block table, sampling parameters
-and last sampled token in a *slot* (a small integer that the leader hands out). Arrays travel as
-little-endian int32 bytes inside msgpack.
+and last sampled token in a *slot* (a small integer that the leader hands out).
 
-Knows the bytes of a message; knows nothing of how a plan is made or run.
+Knows the contents of a message; knows nothing of its bytes (see `wire`), or of how a plan is made
+or run.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
-import msgpack
 import numpy as np
 import numpy.typing as npt
+
+from arriero.shards.config.sampling_params import SamplingParams
 
 Int32 = npt.NDArray[np.int32]
 
@@ -22,7 +22,7 @@ LAST_SAMPLED = -1
 """Value in `StepPlan.tokens`: the last sampled token of the slot, known to the slices alone."""
 
 
-def int32(values: Any = ()) -> Int32:  # noqa: ANN401
+def int32(values: npt.ArrayLike = ()) -> Int32:
     """An int32 array of `values`."""
     return np.asarray(values, dtype=np.int32)
 
@@ -33,7 +33,7 @@ class NewSequence:
 
     Attributes:
         slot: slot of the sequence, free until now.
-        params: `SamplingParams.to_wire()`, with `seed` always set, to the seed of this sample.
+        params: sampling parameters, with `seed` always set, to the seed of this sample.
         stop_tokens: tokens banned before `min_tokens`: those of the request and of the model.
         prompt: tokens of the prompt; empty unless the sampler counts tokens (penalties).
         output: tokens emitted so far; empty unless the sampler counts tokens or a grammar is set.
@@ -45,7 +45,7 @@ class NewSequence:
     """
 
     slot: int
-    params: dict[str, Any]
+    params: SamplingParams
     stop_tokens: tuple[int, ...] = ()
     prompt: Int32 = field(default_factory=int32)
     output: Int32 = field(default_factory=int32)
@@ -106,17 +106,6 @@ class StepPlan:
     dp_rank: int = 0
     same_rows: bool = False
 
-    def to_bytes(self) -> bytes:
-        """Bytes of the plan."""
-        return _pack([_plain(self, name) for name in _names(StepPlan)])
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> StepPlan:
-        """Undo `to_bytes`; the arrays are views of `data`."""
-        plan = cls(**_fields(cls, _unpack(data)))
-        plan.new = [NewSequence(**_fields(NewSequence, fields)) for fields in plan.new]
-        return plan
-
 
 @dataclass(kw_only=True, slots=True)
 class Logprobs:
@@ -152,66 +141,3 @@ class StepResult:
     prompt_logprobs: Logprobs | None = None
     elapsed_us: int = 0
     dp_rank: int = 0
-
-    def to_bytes(self) -> bytes:
-        """Bytes of the result."""
-        return _pack([_plain(self, name) for name in _names(StepResult)])
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> StepResult:
-        """Undo `to_bytes`."""
-        result = cls(**_fields(cls, _unpack(data)))
-        for name in ("logprobs", "prompt_logprobs"):
-            rows = getattr(result, name)
-            if rows is not None:
-                setattr(result, name, Logprobs(**_fields(Logprobs, rows)))
-        return result
-
-
-_INT32, _FLOAT32 = 1, 2
-
-
-def _names(record: type) -> tuple[str, ...]:
-    names: tuple[str, ...] = record.__slots__  # type: ignore[attr-defined]
-    return names
-
-
-def _fields(record: type, values: Any) -> dict[str, Any]:  # noqa: ANN401
-    return dict(zip(_names(record), values, strict=True))
-
-
-def _plain(record: Any, name: str) -> Any:  # noqa: ANN401
-    value = getattr(record, name)
-    if isinstance(value, Logprobs):
-        return [_plain(value, name) for name in _names(Logprobs)]
-    if isinstance(value, list):
-        return [[_plain(entry, name) for name in _names(type(entry))] for entry in value]
-    return value
-
-
-def _array(value: Any) -> msgpack.ExtType:  # noqa: ANN401
-    if isinstance(value, np.ndarray):
-        code = _FLOAT32 if value.dtype == np.float32 else _INT32
-        head = bytes([value.ndim]) + np.asarray(value.shape, dtype="<i4").tobytes()
-        return msgpack.ExtType(code, head + np.ascontiguousarray(value).tobytes())
-    raise TypeError(f"{type(value).__name__} has no encoding in a plan")
-
-
-def _unarray(code: int, data: bytes) -> Any:  # noqa: ANN401
-    if code not in (_INT32, _FLOAT32):
-        raise ValueError(f"unknown msgpack extension {code} in a plan; expected 1 or 2")
-    shape = np.frombuffer(data, dtype="<i4", count=data[0], offset=1)
-    kind = "<i4" if code == _INT32 else "<f4"
-    return np.frombuffer(data, dtype=kind, offset=1 + 4 * data[0]).reshape(shape)
-
-
-def _pack(values: list[Any]) -> bytes:
-    packed: bytes = msgpack.packb(values, default=_array)
-    return packed
-
-
-def _unpack(data: bytes) -> list[Any]:
-    values: list[Any] = msgpack.unpackb(
-        data, ext_hook=_unarray, use_list=False, strict_map_key=False
-    )
-    return values

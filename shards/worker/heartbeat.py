@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 
 import zmq
 
+from arriero.shards.protocol import wire
 from arriero.shards.protocol.failure import KEEP_LINES
-from arriero.shards.protocol.heartbeat import HEARTBEAT_PERIOD_S, Heartbeat, pack
+from arriero.shards.protocol.heartbeat import HEARTBEAT_PERIOD_S, Heartbeat
 
 if TYPE_CHECKING:
     from arriero.shards.protocol.rendezvous import LeaderEndpoint
@@ -76,9 +77,9 @@ class HeartbeatSender:
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
-    def tail(self) -> list[str]:
+    def tail(self) -> tuple[str, ...]:
         """The last log lines."""
-        return list(self._lines.last)
+        return tuple(self._lines.last)
 
     def close(self) -> None:
         """Stop; safe to call twice."""
@@ -97,7 +98,7 @@ class HeartbeatSender:
             while True:
                 heartbeat = self._activity.now(self._lines.take_new())
                 with contextlib.suppress(zmq.Again):  # a lost leader does not read
-                    sender.send(pack(self._rank, heartbeat), zmq.NOBLOCK)
+                    sender.send(wire.encode((self._rank, heartbeat)), zmq.NOBLOCK)
                 if self._closed.wait(HEARTBEAT_PERIOD_S):
                     return
         finally:

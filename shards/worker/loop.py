@@ -4,7 +4,7 @@ One ZeroMQ socket to the leader carries all messages: hello, join, progress, rea
 errors; heartbeats have a socket of their own (see `heartbeat`). Runs in any process: a thread of a
 Ray actor, a spawned child, torchrun. Knows sockets and messages; knows nothing of the computation.
 
-Messages are two frames: a `MessageKind` and a body, msgpack or the bytes of a plan or result.
+Messages are two frames: a `MessageKind` and a body.
 """
 
 from __future__ import annotations
@@ -17,15 +17,20 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import msgpack
 import zmq
 
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.errors import CollectiveFailed
-from arriero.shards.protocol.messages import MessageKind
+from arriero.shards.protocol import wire
+from arriero.shards.protocol.messages import (
+    LoadedBytes,
+    MessageKind,
+    RendezvousAddress,
+    SliceFailure,
+    SliceHello,
+)
 from arriero.shards.protocol.rendezvous import LeaderEndpoint, SliceReport
 from arriero.shards.worker.heartbeat import Activity, HeartbeatSender
 
@@ -79,14 +84,14 @@ def run_slice(
     except LeaderLost:
         return
     except Exception as error:
-        failure = {
-            "phase": activity.now().phase,
-            "step": activity.now().step,
-            "collective": error.collective if isinstance(error, CollectiveFailed) else "",
-            "error": f"{type(error).__name__}: {error}",
-            "at": traceback.format_exc(limit=-3),
-            "log": heartbeats.tail(),
-        }
+        failure = SliceFailure(
+            phase=activity.now().phase,
+            step=activity.now().step,
+            collective=error.collective if isinstance(error, CollectiveFailed) else "",
+            error=f"{type(error).__name__}: {error}",
+            at=traceback.format_exc(limit=-3),
+            log=heartbeats.tail(),
+        )
         link.send(MessageKind.ERROR, failure)
         raise
     finally:
@@ -101,7 +106,7 @@ def _start(
     # the import of torch takes seconds: the hello comes first and shows the leader the start
     store_socket = _listen(host) if rank == 0 and config.world_size > 1 else None
     port = store_socket.getsockname()[1] if store_socket else 0
-    link.send(MessageKind.HELLO, {"host": host, "port": port, "pid": os.getpid()})
+    link.send(MessageKind.HELLO, SliceHello(host=host, port=port, pid=os.getpid()))
 
     from arriero.shards.worker.select import runner_for
 
@@ -112,7 +117,8 @@ def _start(
     if address is None:
         return None
     if config.world_size > 1:
-        store = _rendezvous(msgpack.unpackb(address), config, rank, store_socket)
+        meeting = wire.decode(address, RendezvousAddress)
+        store = _rendezvous(meeting, config, rank, store_socket)
         runner.mesh.join(store, host)
     activity.phase = "warm up"
     runner.warm_up()
@@ -127,7 +133,7 @@ def _start(
         kv_bytes=runner.kv_nbytes,
         load_s=runner.load_s,
     )
-    link.send(MessageKind.READY, asdict(report))
+    link.send(MessageKind.READY, report)
     return runner
 
 
@@ -144,15 +150,14 @@ def _serve(
         if time.monotonic() - loads_sent_s >= LOADS_PERIOD_S:
             loads_sent_s = time.monotonic()
             if loads := runner.take_loads():
-                counts = [layer_loads.tolist() for layer_loads in loads.values()]
-                link.send(MessageKind.EXPERT_LOADS, {"layers": list(loads), "loads": counts})
+                link.send(MessageKind.EXPERT_LOADS, loads)
         while launched and (launched[0].done or not link.has_message()):
             if launched[0].done:
                 result = launched.popleft().wait()
             else:
                 with runner.mesh.watchdog.watch("the device's result"):
                     result = launched.popleft().wait()
-            link.send_bytes(MessageKind.RESULT, result.to_bytes())
+            link.send(MessageKind.RESULT, result)
         activity.idle = True
         message = link.receive_any(MessageKind.PLAN, MessageKind.TRANSFER)
         activity.idle = False
@@ -160,9 +165,9 @@ def _serve(
             return
         kind, body = message
         if kind is MessageKind.TRANSFER:
-            transfer_workers.submit(TransferBatch.from_bytes(body))
+            transfer_workers.submit(wire.decode(body, TransferBatch))
             continue
-        pending = runner.launch(StepPlan.from_bytes(body))
+        pending = runner.launch(wire.decode(body, StepPlan))
         if pending is not None:
             launched.append(pending)
 
@@ -173,14 +178,14 @@ def _listen(host: str) -> socket.socket:
 
 
 def _rendezvous(
-    address: dict[str, Any], config: GroupConfig, rank: int, listening: socket.socket | None
+    address: RendezvousAddress, config: GroupConfig, rank: int, listening: socket.socket | None
 ) -> Store:
     """The store for the rendezvous of the ranks; rank 0 serves the store."""
     from torch._C._distributed_c10d import TCPStore
 
     return TCPStore(
-        address["host"],
-        address["port"],
+        address.host,
+        address.port,
         config.world_size,
         is_master=rank == 0,
         master_listen_fd=listening.detach() if listening else None,
@@ -214,13 +219,9 @@ class _LeaderLink:
         connected.connect(self._endpoint.address)
         return connected
 
-    def send(self, kind: MessageKind, body: dict[str, object]) -> None:
-        """Send a message with a msgpack body."""
-        self.send_bytes(kind, msgpack.packb(body))
-
-    def send_bytes(self, kind: MessageKind, body: bytes) -> None:
-        """Send a message with a body of bytes."""
-        self._socket.send_multipart([kind.value, body])
+    def send(self, kind: MessageKind, value: object) -> None:
+        """Send a message."""
+        self._socket.send_multipart([kind.frame, wire.encode(value)])
 
     def send_transfer_result(self, result: TransferResult) -> None:
         """Send the result of copied blocks; from any thread, before `close`."""
@@ -228,7 +229,7 @@ class _LeaderLink:
             if self._transfer_socket is None:
                 self._transfer_socket = self._connect(self._name + b"moved")
             self._transfer_socket.send_multipart(
-                [MessageKind.TRANSFER_RESULT.value, result.to_bytes()]
+                [MessageKind.TRANSFER_RESULT.frame, wire.encode(result)]
             )
 
     def progress(self, done: int, total: int) -> None:
@@ -236,7 +237,7 @@ class _LeaderLink:
         now_s = time.monotonic()
         if done == total or now_s - self._last_progress_s > PROGRESS_PERIOD_S:
             self._last_progress_s = now_s
-            self.send(MessageKind.LOADING, {"done": done, "total": total})
+            self.send(MessageKind.LOADING, LoadedBytes(done=done, total=total))
 
     def receive(self, kind: MessageKind) -> bytes | None:
         """Body of the next message, whose kind must be `kind`; None for a stop.
@@ -256,7 +257,7 @@ class _LeaderLink:
                 if not self._alive():
                     raise LeaderLost from None
                 continue
-            kind = MessageKind(head)
+            kind = MessageKind.of_frame(head)
             if kind is MessageKind.STOP:
                 return None
             assert kind in kinds, f"message {kind.name}, expected {[kind.name for kind in kinds]}"

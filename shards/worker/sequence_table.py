@@ -238,7 +238,7 @@ class SequenceTable:
                     _count(state, token)
 
     def _enter(self, new: NewSequence) -> None:
-        slot, params = new.slot, SamplingParams.from_wire(new.params)
+        slot, params = new.slot, new.params
         self._forget(slot)
         self._temperature[slot] = params.temperature
         self._top_k[slot] = params.top_k

@@ -60,7 +60,7 @@ def serve(pipe: Connection, keys: list[bytes], store: str) -> None:
         pools.append(pool)
     server = BlockServer(pools[0], "127.0.0.1")
     readers = NixlServer(pools[0]) if enabled("nixl") else None
-    endpoint = server.address, server.token, b"" if readers is None else readers.metadata
+    endpoint = server.address, server.token, None if readers is None else readers.memory
     pipe.send([one.segment for one in pools] + [endpoint])
     join(1, store)
     while pipe.recv() == "send":

@@ -15,7 +15,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -23,7 +23,7 @@ import numpy as np
 
 from arriero.router.backend import GroupView
 from arriero.router.directory.journal import Journal
-from arriero.router.link.leader_rpc import PeerGroups, tell_shared
+from arriero.router.link.leader_rpc import PeerGroups, SharedBlocks, tell_shared
 from arriero.router.link.server import LinkServer
 from arriero.router.routing import migration
 from arriero.router.routing.linked_groups import GroupAddress, LinkedGroups
@@ -90,7 +90,7 @@ class Group:
         self.engine.start()
         return GroupAddress(name, "m", address)
 
-    async def answer(self, action: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+    async def answer(self, action: str, asked: memoryview) -> SharedBlocks:
         assert action == "shared"
         return await tell_shared(self.engine, asked)
 

@@ -1,6 +1,6 @@
 """Checks and benches of the engine on a GPU: `python tests/gpu/run.py [--out FILE]`.
 
-Needs this source tree, torch, triton, numpy and msgpack; transformers for one bench. Ends within
+Needs this source tree, torch, triton and numpy; transformers for one bench. Ends within
 its time (`--budget`): what does not fit is reported as skipped. Exits with 1 when a check fails,
 and with 2 when nothing can run here.
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("torch", "triton", "numpy", "msgpack")
+PACKAGES = ("torch", "triton", "numpy")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -28,6 +28,7 @@ from arriero.router.backend import GroupLoad, GroupView
 from arriero.router.observability.metrics import Metrics
 from arriero.router.tls import LINK_NAME, TlsFiles
 from arriero.shards.config.group import GroupConfig
+from arriero.shards.engine.stats import EngineStats
 from arriero.shards.layout.resolve import resolve
 
 ROOT = Path(__file__).parents[2]
@@ -169,7 +170,7 @@ def exported() -> set[str]:
         model="m",
         card=None,  # type: ignore[arg-type]
         load=GroupLoad(),
-        stats={"step_us": {"wait": 1.0}, "expert_loads": {"0": [1, 2]}, "expert_imbalance": 1.5},
+        stats=EngineStats(step_us={"wait": 1.0}, expert_loads={"0": [1, 2]}, expert_imbalance=1.5),
     )
     metrics = Metrics(lambda: [view], lambda: {("m", "t"): 1})
     with metrics.request("m", "t"):

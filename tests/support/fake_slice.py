@@ -18,6 +18,7 @@ from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.engine.sequence import sample_seed
 from arriero.shards.engine.types import EngineConfig, EngineRequest
 from arriero.shards.kv.transfers import TransferBatch, TransferResult
+from arriero.shards.protocol import wire
 from arriero.shards.protocol.step_plan import (
     LAST_SAMPLED,
     Logprobs,
@@ -130,7 +131,7 @@ class FakeSlice:
             del self.slots[slot]
         for new in plan.new:
             assert new.slot not in self.slots and 0 <= new.slot < config.max_sequences
-            self.slots[new.slot] = _Occupant(new, SamplingParams.from_wire(new.params))
+            self.slots[new.slot] = _Occupant(new, new.params)
         for slot, index, block in zip(
             plan.block_slots.tolist(),
             plan.block_index.tolist(),
@@ -242,8 +243,8 @@ class FakeExecutor:
         self.transfer_results: list[TransferResult] = []
 
     def submit(self, plan: StepPlan) -> None:
-        result = self.slice.run(StepPlan.from_bytes(plan.to_bytes()))
-        self.results.append(StepResult.from_bytes(result.to_bytes()))
+        result = self.slice.run(wire.decode(wire.encode(plan), StepPlan))
+        self.results.append(wire.decode(wire.encode(result), StepResult))
 
     def collect(self, timeout_s: float | None = None) -> StepResult | None:
         return self.results.popleft() if self.results else None

@@ -10,6 +10,7 @@ import random
 
 from arriero.shards.engine.types import EngineConfig
 from arriero.shards.kv.transfers import Pool, Tier, Transfer, TransferBatch, TransferResult
+from arriero.shards.protocol import wire
 from support.fake_slice import FakeExecutor
 
 Content = list[tuple[int, int]]
@@ -52,7 +53,7 @@ class FaultyTiers(FakeExecutor):
                 )
 
     def transfer(self, batch: TransferBatch) -> None:
-        batch = TransferBatch.from_bytes(batch.to_bytes())
+        batch = wire.decode(wire.encode(batch), TransferBatch)
         for tier, key in batch.dropped:
             assert tier is Tier.DISK
             self.disk.pop((batch.pool, key), None)
@@ -105,4 +106,4 @@ class FaultyTiers(FakeExecutor):
         for rank, bad in enumerate(outcomes):
             done, lost = ([], [transfer.id]) if bad else ([transfer.id], [])
             result = TransferResult(rank, pool, done=done, failed=lost)
-            self.transfer_results.append(TransferResult.from_bytes(result.to_bytes()))
+            self.transfer_results.append(wire.decode(wire.encode(result), TransferResult))

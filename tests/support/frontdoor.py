@@ -15,7 +15,8 @@ from arriero.router.client.client import AsyncClient
 from arriero.router.gateway import Gateway, GatewayConfig, GroupAddress
 from arriero.router.link.server import LinkServer
 from arriero.router.text.model_card import ModelCard
-from arriero.shards.engine.types import EngineRequest, EngineStats, SequenceOutput, TokenLogprobs
+from arriero.shards.engine.stats import EngineStats
+from arriero.shards.engine.types import EngineRequest, SequenceOutput, TokenLogprobs
 from arriero.shards.errors import Overloaded
 from support.eventually import eventually_async
 

@@ -17,7 +17,7 @@ from arriero.router.link.server import LinkServer
 from arriero.router.tenants.tenant import QueueLimits
 from arriero.router.text.model_card import ModelCard
 from arriero.shards.config.group import GroupConfig
-from arriero.shards.engine.types import EngineStats
+from arriero.shards.engine.stats import EngineStats
 from support.eventually import eventually_async
 from support.frontdoor import LLAMA3, LLAMA_SPECIALS, make_card, make_tokenizer
 from support.groups import Group, running

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 
-from arriero.cluster.registry.history import KEEP_EVENTS, KEEP_FAILURES, Failure, History
+from arriero.cluster.registry.history import (
+    KEEP_EVENTS,
+    KEEP_FAILURES,
+    Failure,
+    History,
+    StoredHistory,
+)
+from arriero.shards.protocol import wire
 from arriero.shards.protocol.failure import Evidence, FirstCause, Kind
 
 
 def failure(who: str, seat: str = "m-0", cause: str = "slice 1 died") -> Failure:
     evidence = Evidence(kind=Kind.CRASH, summary=cause, rank=1, pid=7, log=("last words",))
-    record = FirstCause(cause=evidence, folded=("slice 0 broke off",)).to_wire()
+    record = FirstCause(cause=evidence, folded=("slice 0 broke off",))
     return Failure(who=who, kind="GroupFailed", cause=cause, at=100.0, seat=seat, record=record)
 
 
@@ -60,7 +67,9 @@ def test_it_outlives_a_restart_and_stays_small() -> None:
     for number in range(2 * KEEP_EVENTS):
         history.failed(failure(f"m-0.{number}"))
     assert (len(history.events), len(history.failures)) == (KEEP_EVENTS, KEEP_FAILURES)
-    again = History(json.loads(json.dumps(history.to_wire())))
+    again = History(
+        wire.from_builtins(json.loads(json.dumps(wire.to_builtins(history.stored))), StoredHistory)
+    )
     assert again.events == history.events
     assert [one.who for one in again.failures] == [one.who for one in history.failures]
     assert again.failures[-1].words() == history.failures[-1].words()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from arriero.cluster.spec.deployment import DeploymentSpec
 from arriero.cluster.spec.diff import diff, live_settings, refuse
 from arriero.cluster.spec.live_settings import LiveSettings
 from arriero.shards.errors import SpecError
+from arriero.shards.protocol import wire
 
 
 def spec(model: dict[str, Any] | None = None, **parts: Any) -> DeploymentSpec:  # noqa: ANN401
@@ -71,5 +73,5 @@ def test_models_come_and_go_with_the_deployment() -> None:
 def test_live_settings_survive_the_registrys_store() -> None:
     wanted = spec(gateway={"tenants": [{"name": "anyone", "weight": 2}]}, health={"step_s": 7})
     live = live_settings(wanted, 3)
-    assert LiveSettings.from_wire(live.to_wire()) == live
+    assert wire.from_builtins(json.loads(json.dumps(wire.to_builtins(live))), LiveSettings) == live
     assert (live.version, live.tenants[0].weight, live.health.step_s) == (3, 2.0, 7.0)

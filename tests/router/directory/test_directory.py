@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from arriero.router.directory.directory import Directory, Reach
 from arriero.router.directory.events import Batch, CacheChange, Snapshot
 from arriero.router.directory.table import SLOT_BYTES, KeyTable
+from arriero.shards.protocol import wire
 
 LEASE_S = 10.0
 
@@ -83,7 +84,7 @@ class Group:
             changed.append(key)
         self.number += 1
         made = Batch(self.number, np.asarray(kinds, dtype=np.uint8), keys(changed))
-        return Batch.from_wire(made.to_wire())
+        return wire.decode(wire.encode(made), Batch)
 
 
 def expected(groups: list[Group], chain: list[int]) -> dict[str, Reach]:

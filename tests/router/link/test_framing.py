@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from arriero.router.link import messages as frames
 from arriero.router.link import server as link_server
 from arriero.router.link.framing import GREETING_BYTES, FramedConnection
 from arriero.router.link.server import LinkServer
+from arriero.shards.protocol import wire
 from support.frontdoor import LLAMA3, FakeEngine, echo, make_card
 
 
@@ -56,12 +56,12 @@ def test_frames_are_whole_however_they_are_cut(sent: list[bytes], data: st.DataO
 @pytest.mark.parametrize("knock", [
     b"GET / HTTP/1.1\r\nhost: x\r\n\r\n",
     framed(b"\xff" * 100),
-    framed(frames.pack(["token"])),
-    framed(frames.pack("token")),
+    framed(wire.encode(["token"])),
+    framed(wire.encode("token")),
     framed(b""),
     (GREETING_BYTES + 1).to_bytes(4, "little"),
     (1 << 31).to_bytes(4, "little"),
-    framed(frames.pack(["token", "wrong"])),
+    framed(wire.encode(["token", "wrong"])),
     b"",
     b"\x05",
 ])  # fmt: skip
@@ -90,9 +90,9 @@ async def test_an_admitted_gateway_that_talks_nonsense_is_let_go(
     engine = FakeEngine(echo)
     link = LinkServer(engine, make_card(llama_tokenizer, LLAMA3))
     host, _, port = (await link.start()).rpartition(":")
-    for nonsense in (b"\xc1", frames.pack(7), frames.pack([[]]), frames.pack(["submit"])):
+    for nonsense in (b"\xc1", wire.encode(7), wire.encode([[]]), wire.encode(["submit"])):
         reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(framed(frames.pack(["token", ""])) + framed(nonsense))
+        writer.write(framed(wire.encode(["token", ""])) + framed(nonsense))
         with caplog.at_level(logging.CRITICAL), suppress(ConnectionError):
             await asyncio.wait_for(reader.read(), 2)
         await closed(writer)

@@ -11,6 +11,7 @@ from arriero.router.routing.choose import order
 from arriero.router.text.model_card import ModelCard
 from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.engine.types import EngineRequest, SequenceOutput, TokenLogprobs
+from arriero.shards.protocol import wire
 
 token = st.integers(0, 2**31 - 1)
 row = st.builds(
@@ -36,8 +37,9 @@ output = st.builds(
 
 @given(outputs=st.lists(st.tuples(st.integers(0, 3), output), max_size=6))
 def test_steps_come_back(outputs: list[tuple[int, SequenceOutput]]) -> None:
-    frame = frames.unpack(frames.pack(frames.step_frame(outputs)))
-    got = frames.read_step(frame, {0: "r", 1: "r", 2: "r"})
+    message = wire.decode(wire.encode(frames.Step.of(outputs)), frames.LeaderMessage)
+    assert isinstance(message, frames.Step)
+    got = message.outputs({0: "r", 1: "r", 2: "r"})
     expected = [
         # stop_token and error say why it ended, and travel with the reason only
         (handle, o)
@@ -67,9 +69,10 @@ def test_requests_come_back() -> None:
         resumed=(4,),
         cache_salt=b"salt",
     )
-    message = frames.unpack(frames.pack([frames.submit_message(9, request)]))[0]
-    assert message[1] == 9
-    assert frames.read_submit(message) == request
+    sent = wire.encode([frames.Submit.of(9, request)])
+    (message,) = wire.decode(sent, list[frames.GatewayMessage])
+    assert isinstance(message, frames.Submit) and message.handle == 9
+    assert message.read() == request
 
 
 def view(group_id: str, tokens: int = 0, waiting: int = 0, length: int = 100) -> GroupView:

@@ -12,7 +12,13 @@ import pytest
 from tokenizers import Tokenizer
 
 from arriero.router.directory.journal import Journal
-from arriero.router.link.leader_rpc import PeerGroups, ask_leader, tell_shared
+from arriero.router.link.leader_rpc import (
+    GroupRole,
+    PeerGroups,
+    SharedBlocks,
+    ask_leader,
+    tell_shared,
+)
 from arriero.router.link.server import LinkServer
 from arriero.router.roles import Role, assign
 from arriero.router.routing import migration
@@ -76,7 +82,7 @@ class Group:
             self.engine, card, kv=self.answer, journal=journal, peers=PeerGroups(), token=name
         )
 
-    async def answer(self, action: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+    async def answer(self, action: str, asked: memoryview) -> SharedBlocks:
         assert action == "shared"
         return await tell_shared(self.engine, asked)
 
@@ -90,7 +96,8 @@ class Group:
 
     async def become(self, role: str) -> None:
         leader = self.address.address, self.address.token
-        assert await ask_leader(leader, None, "role", {"role": role}, 5.0) == {"role": role}
+        wanted = GroupRole(role=role)
+        assert await ask_leader(leader, None, "role", wanted, GroupRole, 5.0) == wanted
 
     async def stop(self) -> None:
         await self.link.stop(0.0)

@@ -17,6 +17,7 @@ from arriero.router.text.constraints import GrammarCheck
 from arriero.router.text.model_card import ModelCard
 from arriero.router.text.text_model import TextModel
 from arriero.shards.errors import CheckpointError, InvalidRequest
+from arriero.shards.protocol import wire
 from arriero.shards.worker.grammar_masks import GrammarRows
 from support.frontdoor import CHATML, CHATML_SPECIALS, LLAMA3, make_card, make_tokenizer
 
@@ -155,7 +156,7 @@ def test_named_templates(tmp_path: Path, chatml_tokenizer: Tokenizer) -> None:
         )
     ):
         card = folder(tmp_path / str(number), chatml_tokenizer, files)
-        assert ModelCard.from_wire(card.to_wire()) == card
+        assert wire.decode(wire.encode(card), ModelCard) == card
         model = TextModel(card)
         assert "look" in shown(model, [USER], tools=TOOLS)
         assert "a text" in shown(model, [USER], documents=[{"title": "t", "text": "a text"}])

@@ -11,6 +11,7 @@ from arriero.router.text import chat_template as template_module
 from arriero.router.text.chat_template import ChatTemplate, TemplateError
 from arriero.router.text.model_card import ModelCard
 from arriero.shards.errors import CheckpointError
+from arriero.shards.protocol import wire
 
 
 def render(source: str, **variables: object) -> str:
@@ -102,7 +103,7 @@ def test_a_folder_in_each_of_its_forms(tmp_path: Path) -> None:
     found = card(tmp_path)
     assert found.chat_template == "J"
     assert found.generation_defaults == {"temperature": 0.6}
-    assert ModelCard.from_wire(found.to_wire()) == found
+    assert wire.decode(wire.encode(found), ModelCard) == found
     (tmp_path / "tokenizer_config.json").write_text("[")
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
         card(tmp_path)

@@ -15,7 +15,7 @@ from arriero.shards.checkpoint.pager import Pager, ranges_read
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.layout.dense import partition
-from arriero.shards.leader.remote_executor import Loading
+from arriero.shards.leader.loading import Loading
 from arriero.shards.models import loader
 from arriero.shards.models.loader import Loader
 from support.eventually import eventually

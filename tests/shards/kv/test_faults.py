@@ -27,6 +27,7 @@ from arriero.shards.kv.host import HostPool
 from arriero.shards.kv.peer import PeerPool
 from arriero.shards.kv.tcp import BlockServer
 from arriero.shards.kv.transfers import Segment
+from arriero.shards.protocol.wire import decode, encode
 from support.processes import context
 
 FORM = BlockForm(torch.float32, 4, 8)
@@ -285,7 +286,7 @@ def hold(pieces: list[BlockShard], count: int, pipe: Connection) -> None:
         for piece in pieces:
             pool, segment = ranks.enter_context(server(piece, count))
             pools.append(pool)
-            told.append(replace(segment, nixl=nixl.NixlServer(pool).metadata, address=""))
+            told.append(replace(segment, nixl=nixl.NixlServer(pool).memory, address=""))
         pipe.send(told)
         pipe.recv()
         pools[-1].data[2, 0, 0, -1] += 1
@@ -303,7 +304,7 @@ def test_a_peer_is_read_through_nixl_until_it_dies(theirs: list[BlockShard]) -> 
     other.start()
     try:
         assert pipe.poll(60)
-        segments = [Segment.from_wire(one.to_wire()) for one in pipe.recv()]
+        segments = [decode(encode(one), Segment) for one in pipe.recv()]
         reader = nixl.NixlReader()
         for ours in (
             WHOLE,

@@ -16,6 +16,7 @@ from arriero.shards.kv.blocks import chain_keys, root_key
 from arriero.shards.kv.limits import PeerBlocks
 from arriero.shards.kv.packed_rows import pack, unpack
 from arriero.shards.kv.transfers import Pool
+from arriero.shards.protocol import wire
 from arriero.shards.protocol.step_plan import int32
 from support.eventually import eventually
 from support.groups import Group, running
@@ -193,7 +194,7 @@ def shared(group: Group, prompt: list[int]) -> dict[Pool, PeerBlocks]:
     root = root_key(group.engine.config.cache_salt)
     keys = list(chain_keys(root, int32(prompt), 16))
     found = group.engine.ask(lambda lanes: lanes.shared(keys)).result(10)
-    return {pool: PeerBlocks.from_wire(one.to_wire()) for pool, one in found.items()}
+    return {pool: wire.decode(wire.encode(one), PeerBlocks) for pool, one in found.items()}
 
 
 def elsewhere(told: dict[Pool, PeerBlocks]) -> dict[Pool, PeerBlocks]:

@@ -20,6 +20,7 @@ from arriero.shards.engine.types import EngineRequest, SequenceOutput
 from arriero.shards.layout.resolve import resolve
 from arriero.shards.leader.health import GroupHealth, HealthLimits
 from arriero.shards.leader.remote_executor import RemoteExecutor
+from arriero.shards.protocol import wire
 from arriero.shards.protocol.failure import (
     CAUSE_S,
     SETTLE_S,
@@ -179,7 +180,7 @@ def test_the_first_cause_is_not_the_first_to_be_heard() -> None:
     assert found.cause.summary == crash.summary
     assert (found.cause.step, found.cause.phase) == (9, "layers")  # known from another piece
     assert found.folded == (broke.summary, silent.summary)
-    assert FirstCause.from_wire(found.to_wire()) == found
+    assert wire.decode(wire.encode(found), FirstCause) == found
     assert found.words()[0].endswith("slice 1 (pid 5) died")
 
 

@@ -12,6 +12,7 @@ import torch
 from arriero.kernels.flat_batch import FlatBatch
 from arriero.kernels.sampling_rows import SamplingRows
 from arriero.shards.config.sampling_params import SamplingParams
+from arriero.shards.protocol import wire
 from arriero.shards.protocol.step_plan import LAST_SAMPLED, NewSequence, StepPlan, int32
 from arriero.shards.worker.rope_table import Rope
 from arriero.shards.worker.sequence_table import SequenceTable
@@ -65,7 +66,7 @@ def _plans(steps: int) -> Iterator[StepPlan]:
 
 def _new(slot: int, num_prompt: int) -> NewSequence:
     params = SamplingParams(temperature=0.5 * (slot % 2), top_k=slot, seed=slot)
-    return NewSequence(slot=slot, params=params.to_wire(), num_prompt=num_prompt)
+    return NewSequence(slot=slot, params=params, num_prompt=num_prompt)
 
 
 @pytest.mark.parametrize("over_wire", [False, True])
@@ -74,7 +75,7 @@ def test_a_standing_batch_is_the_same_as_a_new_one(over_wire: bool) -> None:
     assert sum(plan.same_rows for plan in _plans(40)) == 37
     for plan in _plans(40):
         if over_wire:
-            plan = StepPlan.from_bytes(plan.to_bytes())
+            plan = wire.decode(wire.encode(plan), StepPlan)
         seen = []
         for table, one in ((standing, plan), (anew, replace(plan, same_rows=False))):
             table.apply(one)

@@ -21,6 +21,7 @@ from arriero.shards.engine.config import engine_config
 from arriero.shards.engine.engine import Engine
 from arriero.shards.errors import SpecError
 from arriero.shards.layout.resolve import resolve
+from arriero.shards.protocol import wire
 from arriero.shards.protocol.step_plan import StepPlan, StepResult
 from arriero.shards.worker import sequence_table as sequences
 from arriero.shards.worker.cuda.runner import Copied, CudaRunner
@@ -49,7 +50,7 @@ class LateExecutor:
         self.lock = threading.Lock()
 
     def submit(self, plan: StepPlan) -> None:
-        pending = self.runner.launch(StepPlan.from_bytes(plan.to_bytes()))
+        pending = self.runner.launch(wire.decode(wire.encode(plan), StepPlan))
         assert pending is not None and not pending.done
         with self.lock:
             self.pending.append(pending)
