@@ -68,7 +68,7 @@ def test_gateways_and_their_queues_expire() -> None:
 
 def test_a_ready_spare_takes_over_and_the_lost_seat_becomes_a_spare() -> None:
     clock = Clock()
-    spares = SpareSeats({"m-1": ["m", 1], "n-1": ["n", 1]}, clock=clock)
+    spares = SpareSeats({"m-1": ("m", 1), "n-1": ("n", 1)}, clock=clock)
     assert spares.take_over(entry(1)) is None  # no group has asked for its promotion
     spares.poll("m-1")
     assert spares.standby() == ("m-1",)

@@ -12,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from arriero.router.link import messages as frames
 from arriero.router.link import server as link_server
 from arriero.router.link.framing import GREETING_BYTES, FramedConnection
 from arriero.router.link.server import LinkServer
+from arriero.shards.errors import WireError
 from arriero.shards.protocol import wire
 from support.frontdoor import LLAMA3, FakeEngine, echo, make_card
 
@@ -99,3 +101,58 @@ async def test_an_admitted_gateway_that_talks_nonsense_is_let_go(
     assert not link._links and not link._owners
     await link.stop(0)
     engine.close()
+
+
+async def read_frame(reader: asyncio.StreamReader) -> bytes:
+    size = int.from_bytes(await reader.readexactly(4), "little")
+    return await reader.readexactly(size)
+
+
+@pytest.mark.parametrize("content", [
+    None,
+    7,
+    {},
+    {"request_id": "r", "prompt": "text", "params": {}},
+    {"request_id": "r", "prompt": [1], "params": {"top_k": 1.5}},
+    {"request_id": "r", "prompt": [1], "params": {}, "images": [{"data": "x"}]},
+    {"request_id": "r", "prompt": [1], "params": {}, "peer": {0: {"segments": [], "slots": {}}}},
+])  # fmt: skip
+async def test_a_request_that_cannot_be_read_is_refused_alone(
+    llama_tokenizer: Tokenizer, content: object
+) -> None:
+    engine = FakeEngine(echo)
+    link = LinkServer(engine, make_card(llama_tokenizer, LLAMA3))
+    engine.on_outputs = link.on_outputs
+    host, _, port = (await link.start()).rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    good = {"request_id": "good", "prompt": [1, 2], "params": {"max_tokens": 2}, "later": [1]}
+    writer.write(framed(wire.encode(["token", ""])))
+    writer.write(framed(wire.encode([["submit", 1, content], ["submit", 2, good], ["cancel", 9]])))
+    refused, tokens = None, 0
+    async with asyncio.timeout(20):
+        while refused is None or not tokens:
+            message = wire.decode(await read_frame(reader), frames.LeaderMessage)
+            if isinstance(message, frames.Refused):
+                refused = message
+            elif isinstance(message, frames.Step):
+                tokens += sum(message.counts)
+                assert set(message.handles) == {2}
+    assert refused.handle == 1 and refused.kind == "Unavailable"
+    assert "EngineRequest" in refused.text or "`peer`" in refused.text
+    assert [request.request_id for request in engine.submitted] == ["good"]
+    await closed(writer)
+    await link.stop(0)
+    engine.close()
+
+
+@pytest.mark.parametrize("columns", [
+    ([1], [0, 0], [1], b"\0" * 4),
+    ([1], [0], [2], b"\0" * 4),
+    ([1, 1], [0, 0], [-1, 2], b"\0" * 4),
+    ([1], [0], [1], b"\0" * 3),
+])  # fmt: skip
+def test_a_step_whose_columns_do_not_match_is_refused(
+    columns: tuple[list[int], list[int], list[int], bytes],
+) -> None:
+    with pytest.raises(WireError, match="of a step"):
+        frames.Step(*columns, {}, {}).outputs({1: "r"})
