@@ -9,7 +9,7 @@ Knows arrays and their bytes; knows nothing of messages.
 from __future__ import annotations
 
 from functools import cache
-from typing import get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import msgspec
 import numpy as np
@@ -48,18 +48,19 @@ def read(kind: object, value: object) -> npt.NDArray[np.generic]:
         ValueError: `value` is no array of this dtype.
     """
     dtype = _dtype_of(kind)
-    shape: object = None
+    shape: Any = None
     if isinstance(value, list) and len(value) == 2:
         shape, value = value
     if not isinstance(value, msgspec.msgpack.Ext) or value.code != _CODES[dtype]:
         raise ValueError(f"expected an array of {dtype}, got {_described(value)}")
-    array = np.frombuffer(value.data, dtype)
+    array: npt.NDArray[np.generic] = np.frombuffer(bytes(value.data), dtype)
     if shape is None:
         return array
     try:
-        return array.reshape(shape)  # type: ignore[arg-type]
+        shaped: npt.NDArray[np.generic] = array.reshape(shape)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{len(array)} elements do not fill the shape {shape!r:.80}") from None
+    return shaped
 
 
 def _described(value: object) -> str:
