@@ -161,8 +161,10 @@ class PeerGroups:
             return answer.pools
         except (Unavailable, InvalidRequest) as error:
             log.info("%s", error)
-        except WireError as error:  # the request goes on without the peer's blocks
+        except WireError as error:
             log.warning("peer %s: %s", peer[0], error)
+        except Exception:  # the request goes on without the peer's blocks
+            log.exception("peer %s: no blocks", peer[0])
         return {}
 
 

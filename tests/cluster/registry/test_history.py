@@ -73,3 +73,37 @@ def test_it_outlives_a_restart_and_stays_small() -> None:
     assert again.events == history.events
     assert [one.who for one in again.failures] == [one.who for one in history.failures]
     assert again.failures[-1].words() == history.failures[-1].words()
+
+
+def test_the_history_of_an_earlier_version_is_read() -> None:
+    cause = {"kind": "silent", "summary": "s", "rank": 1, "pid": 7, "log": ["last words"]}
+    failed = {"who": "m-0.1", "kind": "GroupFailed", "cause": "s", "at": 2, "seat": "m-0"}
+    stored = {
+        "events": [{"at": 1.5, "kind": "lost", "who": "m-0.1", "text": "s", "later": [1]}],
+        "failures": [
+            failed | {"record": {"cause": cause, "folded": ["f"]}, "recovered_s": None},
+            failed | {"who": "gateway", "record": None},
+        ],
+        "later": {"a": 1},
+    }
+    history = History(wire.from_builtins(json.loads(json.dumps(stored)), StoredHistory))
+    evidence = Evidence(kind=Kind.SILENT, summary="s", rank=1, pid=7, log=("last words",))
+    assert [event.who for event in history.events] == ["m-0.1"]
+    assert history.failures[0].record == FirstCause(cause=evidence, folded=("f",))
+    assert history.failures[1].record is None
+    assert wire.to_builtins(history.failures[0].record) == {
+        "cause": {
+            "kind": "silent",
+            "summary": "s",
+            "rank": 1,
+            "node": "",
+            "pid": 7,
+            "step": -1,
+            "phase": "",
+            "collective": "",
+            "exception": "",
+            "log": ("last words",),
+            "after_s": 0.0,
+        },
+        "folded": ("f",),
+    }
