@@ -92,6 +92,7 @@ def leader(
     Raises:
         SpecError: the cluster lacks GPUs that the model needs.
     """
+    capacity.check_gpus(model)
     device = capacity.device(model)
     cpus = model.cpus_per_slice or capacity.cpus_per_slice
     placement = PlacementBundles.of(model)

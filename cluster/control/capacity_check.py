@@ -35,9 +35,6 @@ def most_groups(
         model: settings of the model.
         capacity: of the cluster.
         others: groups of the other models.
-
-    Raises:
-        SpecError: the cluster lacks GPUs that the model needs.
     """
     bundles = capacity.bundles(model)
     by_nodes = _num_bundles(bundles[0], capacity) // len(bundles)
@@ -51,11 +48,12 @@ def most_groups(
 
 
 def can_hold(model: ModelSpec, capacity: ClusterCapacity) -> bool:
-    """Whether the cluster can hold a group of a model."""
+    """Whether the cluster can hold a group of a model, and has the GPUs that a leader asks for."""
     try:
-        return most_groups(model, capacity) > 0
+        capacity.check_gpus(model)
     except SpecError:
         return False
+    return most_groups(model, capacity) > 0
 
 
 def refuse_beyond(
@@ -63,8 +61,7 @@ def refuse_beyond(
 ) -> None:
     """Refuse groups that the cluster can never hold.
 
-    A model that asks for no more than before passes, even where nodes are lost, as long as the
-    cluster can hold a group of the model.
+    A model that asks for no more than before passes, even where nodes are lost.
 
     Args:
         capacity: of the cluster.
@@ -76,11 +73,12 @@ def refuse_beyond(
     """
     wanted, before_by_name = list(wanted), {entry.model.name: entry for entry in before}
     for entry in wanted:
-        others = [other for other in wanted if other is not entry]
-        if entry.count and not most_groups(entry.model, capacity):
-            raise SpecError(_no_group(entry.model, capacity))
         if not _asks_for_more(entry, before_by_name.get(entry.model.name)):
             continue
+        capacity.check_gpus(entry.model)
+        if entry.count and not most_groups(entry.model, capacity):
+            raise SpecError(_no_group(entry.model, capacity))
+        others = [other for other in wanted if other is not entry]
         most = most_groups(entry.model, capacity, others)
         if entry.count > most:
             raise SpecError(_too_many(entry, most, capacity))

@@ -41,7 +41,6 @@ from arriero.cluster.registry.snapshot import RegistrySnapshot
 from arriero.cluster.spec.deployment import DeploymentSpec
 from arriero.cluster.spec.model import ModelSpec
 from arriero.shards.checkpoint.remote import is_url
-from arriero.shards.errors import SpecError
 
 log = logging.getLogger(__name__)
 
@@ -170,10 +169,7 @@ class Operator:
         """Number of groups of a model that the cluster can hold beside the other models."""
         capacity = await asyncio.to_thread(self._store.read_capacity, self._store.spec)
         others = [entry for entry in self._store.wanted_groups() if entry.model.name != model]
-        try:
-            return most_groups(self._store.settings(model), capacity, others)
-        except SpecError:  # too few GPUs now, for example after the loss of a node
-            return 0
+        return most_groups(self._store.settings(model), capacity, others)
 
     async def _assign_roles(self, snapshot: RegistrySnapshot) -> None:
         """Send leaders the roles of their groups, where a role has changed."""

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from arriero.cluster.control.reconcile import GroupSeat, Phase
 from arriero.cluster.hosts import nodes
-from arriero.cluster.hosts.capacity import ClusterCapacity, PlacementBundles
+from arriero.cluster.hosts.capacity import ClusterCapacity
 from arriero.cluster.spec.model import ModelSpec
 
 _REPORT_AFTER_S = 3.0
@@ -36,8 +36,7 @@ class PlacementTracker:
         since_s = self._waiting_since_s.get(seat)
         if since_s is None or time.monotonic() - since_s < _REPORT_AFTER_S:
             return ""
-        bundles = _bundles(model, capacity)
-        return "waits for a placement: " + _shortage(bundles)
+        return "waits for a placement: " + _shortage(capacity.bundles(model))
 
     def surge(
         self, model: ModelSpec, capacity: ClusterCapacity, *, num_seats: int, count: int
@@ -54,7 +53,7 @@ class PlacementTracker:
             return 0
         if num_seats != count:
             return 1  # the extra group exists already, or the model needs none yet
-        bundles = _bundles(model, capacity)
+        bundles = capacity.bundles(model)
         return int(nodes.count_free_bundles(bundles[0]) >= len(bundles))
 
     def give_up(
@@ -80,13 +79,6 @@ class PlacementTracker:
                 self._crowded_until_s[seat.model] = now_s + CROWDED_S
                 stuck.append(seat.name)
         return stuck
-
-
-def _bundles(model: ModelSpec, capacity: ClusterCapacity) -> list[dict[str, float]]:
-    """Resources of a group's bundles, without the leader's small bundle."""
-    cuda = model.device == "cuda" or (model.device == "auto" and capacity.num_gpus > 0)
-    cpus = model.cpus_per_slice or capacity.cpus_per_slice
-    return PlacementBundles.of(model).bundles(cpus, "cuda" if cuda else "cpu")
 
 
 def _shortage(bundles: list[dict[str, float]]) -> str:

@@ -60,27 +60,26 @@ class ClusterCapacity:
         )
 
     def device(self, model: ModelSpec) -> str:
-        """The device of a model's slices, "cpu" or "cuda".
+        """The device of a model's slices, "cpu" or "cuda"; "auto" is "cuda" with enough GPUs."""
+        if model.device != "auto":
+            return model.device
+        return "cuda" if self.num_gpus >= _num_slices(model) else "cpu"
+
+    def check_gpus(self, model: ModelSpec) -> None:
+        """Refuse a model for which the cluster lacks GPUs.
 
         Raises:
-            SpecError: the cluster lacks GPUs that the model needs.
+            SpecError: names the model, the GPUs that it needs, and a remedy.
         """
-        num_slices = model.mesh.num_slices * (model.groups + model.spares)
-        if model.device == "auto":
-            return "cuda" if self.num_gpus >= num_slices else "cpu"
+        num_slices = _num_slices(model)
         if model.device == "cuda" and self.num_gpus < num_slices:
             raise SpecError(
                 f"model `{model.name}`: {num_slices} slices need a GPU each, but the cluster has"
                 f" {self.num_gpus:g}; lower `groups`, `spares` or `mesh`, or set `device: cpu`"
             )
-        return model.device
 
     def bundles(self, model: ModelSpec) -> list[dict[str, float]]:
-        """Resources of the bundles of a group, without the leader's small bundle.
-
-        Raises:
-            SpecError: the cluster lacks GPUs that the model needs.
-        """
+        """Resources of the bundles of a group, without the leader's small bundle."""
         cpus = model.cpus_per_slice or self.cpus_per_slice
         return PlacementBundles.of(model).bundles(cpus, self.device(model))
 
@@ -133,3 +132,8 @@ class PlacementBundles:
             return {}
         selectors = [dict(self.selector)] * (1 + self.count)
         return {"placement_group_bundle_label_selector": selectors}
+
+
+def _num_slices(model: ModelSpec) -> int:
+    """Slices of all groups of a model, spare groups included."""
+    return model.mesh.num_slices * (model.groups + model.spares)

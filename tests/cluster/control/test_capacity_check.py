@@ -59,6 +59,12 @@ def test_too_few_gpus_hold_nothing() -> None:
     assert not can_hold(model(device="cuda", mesh={"tp": 8}), cluster(32, gpus=4))
 
 
+def test_a_rollout_to_more_gpus_than_there_are() -> None:
+    wide = model(device="cuda", mesh={"tp": 8})
+    with pytest.raises(SpecError, match="8 slices need a GPU each, but the cluster has 4"):
+        refuse_beyond(cluster(32, gpus=4), [wanted(1, wide)], [wanted(1)])
+
+
 def test_more_groups_than_room_name_field_limit_and_remedy() -> None:
     with pytest.raises(SpecError) as refused:
         refuse_beyond(cluster(4.1), [wanted(1000)], [wanted(1)])
@@ -77,6 +83,7 @@ def test_a_mesh_that_no_node_holds() -> None:
 def test_after_the_loss_of_a_node_the_same_groups_pass() -> None:
     refuse_beyond(cluster(2.1), [wanted(4, model(dtype="float32"))], [wanted(4)])
     refuse_beyond(cluster(2.1), [wanted(3)], [wanted(4)])
+    refuse_beyond(cluster(), [wanted(4), wanted(0, model("n"))], [wanted(4), wanted(1, model("n"))])
     with pytest.raises(SpecError, match="`groups`=5 exceeds 2"):
         refuse_beyond(cluster(2.1), [wanted(5)], [wanted(4)])
     with pytest.raises(SpecError, match="`groups`=4 exceeds 1"):
