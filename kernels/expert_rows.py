@@ -46,7 +46,8 @@ def pack(rows_XH: Tensor, format: RowFormat) -> Tensor:
         amax_X1 = rows_XH.abs().amax(dim=-1, keepdim=True)
         scale_X1 = amax_X1.clamp_(min=MIN_AMAX) / FP8_MAX
         levels = (rows_XH / scale_X1).to(torch.float8_e4m3fn).view(torch.uint8)
-        return torch.cat((levels, scale_X1.view(torch.uint8)), dim=-1)
+        scale_X4 = scale_X1.flatten().view(torch.uint8).view(*levels.shape[:-1], SCALE_BYTES)
+        return torch.cat((levels, scale_X4), dim=-1)
     return rows_XH.to(getattr(torch, format)).contiguous().view(torch.uint8)
 
 
