@@ -6,7 +6,6 @@ Knows the C function of each op; knows nothing of models. Penalties and bans are
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from arriero.kernels import input_transform
 from arriero.kernels.attention_mask import FULL_ATTENTION, AttentionMaskSpec
+from arriero.kernels.cpu import sampling
 from arriero.kernels.cpu.cache import CpuKVCache
 from arriero.kernels.cpu.decoder import CpuDecoder
 from arriero.kernels.cpu.library import Layer, load
@@ -28,7 +28,6 @@ from arriero.kernels.cpu.structs import (
     can_fuse,
     can_fuse_experts,
     check_cache,
-    draws_struct,
     float_rows,
     float_vector,
     layer_struct,
@@ -38,6 +37,7 @@ from arriero.kernels.cpu.structs import (
     packed_of,
     vocab_of,
 )
+from arriero.kernels.cpu.threads import available_threads
 from arriero.kernels.cpu.weights import TYPES, pack_plain, pack_quantized
 from arriero.kernels.flat_batch import FlatBatch
 from arriero.kernels.kv_cache import KVCache, KVCacheSpec
@@ -45,18 +45,7 @@ from arriero.kernels.layers import DenseLayer, MoELayer
 from arriero.kernels.ops import Experts, Ops, Reduce
 from arriero.kernels.packed_weights import Linear, Vocab
 from arriero.kernels.quantized_weight import QuantizedWeight
-from arriero.kernels.reference import sampling
 from arriero.kernels.sampling_rows import Sampled, SamplingRows
-
-
-def available_threads() -> int:
-    """Number of CPUs of this process, or OMP_NUM_THREADS if lower."""
-    try:
-        cpus = len(os.sched_getaffinity(0))
-    except AttributeError:
-        cpus = os.cpu_count() or 1
-    limit = os.environ.get("OMP_NUM_THREADS", "")
-    return min(cpus, int(limit)) if limit.isdecimal() and int(limit) > 0 else cpus
 
 
 class CpuOps(Ops):
@@ -310,22 +299,7 @@ class CpuOps(Ops):
 
     def sample(self, logits_RV: Tensor, rows: SamplingRows) -> Sampled:
         """See `Ops.sample`. Penalties, bans and top tokens are those of the reference."""
-        sampling.check_vocabulary(logits_RV)
-        raw_RV = float_rows("sample", logits_RV, logits_RV.shape[1])
-        x_RV = float_rows("sample", sampling.adjusted(raw_RV, rows), raw_RV.shape[1])
-        tokens_R = torch.empty(x_RV.shape[0], dtype=torch.int32)
-        logits_arguments = (x_RV.data_ptr(), x_RV.stride(0), *x_RV.shape)
-        if rows.all_greedy:
-            self.call("argmax", *logits_arguments, tokens_R.data_ptr())
-        else:
-            draws, _references = draws_struct(rows, x_RV.shape[0])
-            self.call("sample", *logits_arguments, ctypes.addressof(draws), tokens_R.data_ptr())
-        if rows.num_logprobs < 0:
-            return Sampled(tokens_R=tokens_R)
-        log_total_R = torch.empty(raw_RV.shape[0], dtype=torch.float64)
-        raw_arguments = (raw_RV.data_ptr(), raw_RV.stride(0), *raw_RV.shape)
-        self.call("log_totals", *raw_arguments, log_total_R.data_ptr())
-        return sampling.with_logprobs(raw_RV, tokens_R.long(), rows.num_logprobs, log_total_R)
+        return sampling.sample(self, logits_RV, rows)
 
     # Blocks.
 

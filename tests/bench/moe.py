@@ -25,7 +25,8 @@ from torch import Tensor
 
 from arriero.cluster.engine_bench import EngineBench
 from arriero.kernels.bench import Rates, measure_rates
-from arriero.kernels.cpu.backend import CpuOps, available_threads
+from arriero.kernels.cpu.backend import CpuOps
+from arriero.kernels.cpu.threads import available_threads
 from arriero.kernels.flat_batch import FlatBatch
 from arriero.kernels.layers import MoELayer
 from arriero.kernels.packed_weights import Linear

@@ -1,0 +1,39 @@
+"""Draws of tokens in C++; penalties, bans and top tokens are those of the reference.
+
+Knows logits and parameters of rows; knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from arriero.kernels.cpu.structs import draws_struct, float_rows
+from arriero.kernels.reference import sampling as reference
+from arriero.kernels.sampling_rows import Sampled, SamplingRows
+
+if TYPE_CHECKING:
+    from arriero.kernels.cpu.backend import CpuOps
+
+
+def sample(ops: CpuOps, logits_RV: Tensor, rows: SamplingRows) -> Sampled:
+    """See `Ops.sample`."""
+    reference.check_vocabulary(logits_RV)
+    raw_RV = float_rows("sample", logits_RV, logits_RV.shape[1])
+    x_RV = float_rows("sample", reference.adjusted(raw_RV, rows), raw_RV.shape[1])
+    tokens_R = torch.empty(x_RV.shape[0], dtype=torch.int32)
+    logits_arguments = (x_RV.data_ptr(), x_RV.stride(0), *x_RV.shape)
+    if rows.all_greedy:
+        ops.call("argmax", *logits_arguments, tokens_R.data_ptr())
+    else:
+        draws, _references = draws_struct(rows, x_RV.shape[0])
+        ops.call("sample", *logits_arguments, ctypes.addressof(draws), tokens_R.data_ptr())
+    if rows.num_logprobs < 0:
+        return Sampled(tokens_R=tokens_R)
+    log_total_R = torch.empty(raw_RV.shape[0], dtype=torch.float64)
+    raw_arguments = (raw_RV.data_ptr(), raw_RV.stride(0), *raw_RV.shape)
+    ops.call("log_totals", *raw_arguments, log_total_R.data_ptr())
+    return reference.with_logprobs(raw_RV, tokens_R.long(), rows.num_logprobs, log_total_R)
