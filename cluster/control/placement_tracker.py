@@ -34,9 +34,13 @@ class PlacementTracker:
     def problem(self, seat: str, model: ModelSpec, capacity: ClusterCapacity) -> str:
         """A text for people when a seat has waited some seconds; "" otherwise."""
         since_s = self._waiting_since_s.get(seat)
-        if since_s is None or time.monotonic() - since_s < _REPORT_AFTER_S:
+        waits_s = 0.0 if since_s is None else time.monotonic() - since_s
+        if since_s is None or waits_s < _REPORT_AFTER_S:
             return ""
-        return "waits for a placement: " + _shortage(capacity.bundles(model))
+        bundles = capacity.bundles(model)
+        if waits_s < PLACEMENT_S and nodes.count_free_bundles(bundles[0]) >= len(bundles):
+            return ""  # there is room: the placement is under way
+        return "waits for a placement: " + _shortage(bundles)
 
     def surge(
         self, model: ModelSpec, capacity: ClusterCapacity, *, num_seats: int, count: int

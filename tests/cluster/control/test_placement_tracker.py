@@ -42,5 +42,7 @@ def test_a_seat_that_waits_says_what_it_needs(
     assert placements.problem("m-0", model, capacity) == ""
     placements.give_up([SEAT], started=(), surplus=())
     assert placements.problem("m-0", model, capacity) == f"waits for a placement: {words}"
+    free["a"] = free["b"] = {"CPU": 4.0}
+    assert placements.problem("m-0", model, capacity) == ""  # the placement is under way
     placements.give_up([SEAT], started=("m-0",), surplus=())  # its slices are placed
     assert placements.problem("m-0", model, capacity) == ""
