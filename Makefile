@@ -22,15 +22,18 @@ MODEL := $(CACHE)/SmolLM2-135M-Instruct
 export ARRIERO_CACHE := $(abspath $(CACHE))
 export ARRIERO_TEST_MODEL := $(abspath $(MODEL))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# a file stays with one process, since its tests share fixtures; tests/conftest.py puts long files first
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo test check unit quick oracle chaos soak idle fuzz sanitize gpu gpu-test gpu-bench \
+.PHONY: help setup demo test check unit quick all oracle chaos soak idle fuzz sanitize gpu gpu-test gpu-bench \
   bench proto clean
 
 help:
 	@echo 'make demo    set up, fetch a small model, serve it, ask it a question'
 	@echo 'make test    set up, then everything CI runs: check, and the tests'
 	@echo 'make check   ruff, mypy, the import rules, empty names'
-	@echo 'make quick   the inner loop: tests without Ray and without a model'
+	@echo 'make quick   the inner loop: tests of plain Python, in a minute or two; no Ray, no model'
+	@echo 'make all     test, then every long suite that needs no GPU: hours'
 	@echo 'make unit    the tests alone'
 	@echo 'make oracle  the long comparison with transformers'
 	@echo 'make chaos   kill, stop, drain, update under load: 10 minutes; ROUNDS=20 for the long form'
@@ -80,11 +83,22 @@ check: $(VENV)/.installed
 	$(BIN)/python infra/checks/plain_language.py
 
 unit: $(VENV)/.installed $(MODEL)/config.json
-	$(PYTEST) -n $(WORKERS) --dist loadfile --durations 25 -m 'not slow and not gpu and not ray'
+	$(PYTEST) $(PARALLEL) --durations 25 -m 'not slow and not gpu and not ray'
 	$(PYTEST) --durations 25 -m 'ray and not slow and not gpu'
 
+# what takes more than a second a test: transformers, Triton's interpreter, fuzzers, overload
+NOT_QUICK := oracle fuzz gpu kernels_triton shards/worker/cuda router/test_overload.py
+
 quick: $(VENV)/.installed
-	ARRIERO_TEST_MODEL= $(PYTEST) -n $(WORKERS) --dist loadfile -m 'not slow and not gpu and not ray' $(QUICK)
+	ARRIERO_TEST_MODEL= $(PYTEST) $(PARALLEL) -m 'not slow and not gpu and not ray' \
+	  $(addprefix --ignore=tests/,$(NOT_QUICK)) -k 'not triton' $(QUICK)
+
+# one after the other, each whole: a suite that fails does not hide the next
+ALL := test oracle chaos fuzz sanitize idle bench
+
+all:
+	@failed=; for suite in $(ALL); do $(MAKE) $$suite || failed="$$failed $$suite"; done; \
+	  test -z "$$failed" || { echo "make all: failed:$$failed" >&2; exit 1; }
 
 oracle: $(VENV)/.installed $(MODEL)/config.json
 	$(PYTEST) tests/oracle --timeout 3600

@@ -8,11 +8,11 @@ import pytest
 
 from support.target import Target, fuzz_target
 
-SHORT_S = 20.0
+SHORT_S = 8.0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--minutes", type=float, help="how long each fuzzer runs; 20 s without it")
+    parser.addoption("--minutes", type=float, help="how long each fuzzer runs; 8 s without it")
 
 
 @pytest.fixture(scope="session")

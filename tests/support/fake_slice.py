@@ -8,6 +8,7 @@ same function straight from the definition.
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,7 +43,7 @@ def sight(config: EngineConfig, tokens: list[int]) -> list[int]:
 
 def draw(tokens: list[int], seed: int, banned: tuple[int, ...], vocab_size: int) -> int:
     """The token after `tokens`."""
-    data = b"".join(token.to_bytes(4, "little") for token in tokens) + seed.to_bytes(8, "little")
+    data = array("I", tokens).tobytes() + seed.to_bytes(8, "little")
     token = int.from_bytes(hashlib.blake2b(data, digest_size=4).digest(), "little") % vocab_size
     while token in banned:
         token = (token + 1) % vocab_size
@@ -51,7 +52,7 @@ def draw(tokens: list[int], seed: int, banned: tuple[int, ...], vocab_size: int)
 
 def logprob(tokens: list[int], token: int) -> float:
     """A stand-in for the log-probability of `token` after `tokens`."""
-    data = b"".join(one.to_bytes(4, "little") for one in [*tokens, token])
+    data = array("I", [*tokens, token]).tobytes()
     return -int.from_bytes(hashlib.blake2b(data, digest_size=2).digest(), "little") / 65536
 
 

@@ -364,7 +364,9 @@ def refuses_or_reads(file: Path, data: bytes) -> None:
 
 
 @settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=300,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(HEADERS, st.binary(max_size=64), st.none() | st.integers(0, 2**64 - 1))
 def test_fuzzed_entries(
@@ -374,7 +376,9 @@ def test_fuzzed_entries(
 
 
 @settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=300,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(st.lists(st.tuples(st.integers(0, 200), st.integers(0, 255)), min_size=1, max_size=8))
 def test_fuzzed_bytes(tmp_path: Path, flips: list[tuple[int, int]]) -> None:
