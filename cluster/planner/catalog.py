@@ -45,6 +45,10 @@ def _gpu(name: str, gib: float, tb_s: float, *, fp8: bool = True) -> Device:
     return Device(name=name, memory_bytes=int(gib * _GIB), bandwidth=tb_s * 1e12, fp8=fp8)
 
 
+# Memory that the driver gives a program, in GiB, and the data sheets' bandwidth in TB/s: NVIDIA
+# H100 SXM, H200, H20 (96 GB HBM3, 4.0), A100, B200 and GB200 (GB200 NVL72: 186 GB and 8 of each
+# GPU), L40S, A10, L4; AMD Instinct MI300X (192 GB HBM3, 5.3) and MI325X (256 GB HBM3E, 6.0). Where
+# no driver's figure is at hand (GB200, H20, MI325X), the published size less 0.5 %.
 DEVICES = {
     entry.name: entry
     for entry in (
@@ -53,11 +57,14 @@ DEVICES = {
         _gpu("a100-40g", 39.4, 1.55, fp8=False),
         _gpu("a100-80g", 79.1, 2.04, fp8=False),
         _gpu("b200-192g", 178.3, 8.0),
+        _gpu("gb200-186g", 172.3, 8.0),
+        _gpu("h20-96g", 95.0, 4.0),
         _gpu("l40s-48g", 44.4, 0.86),
         _gpu("a10-24g", 22.1, 0.6, fp8=False),
         _gpu("l4-24g", 22.0, 0.3),
         _gpu("rtx4090-24g", 23.5, 1.01),
         _gpu("mi300x-192g", 191.5, 5.3),
+        _gpu("mi325x-256g", 254.7, 6.0),
     )
 }
 CPU_BANDWIDTH = 2e10
@@ -79,25 +86,34 @@ def device(name: str, memory_bytes: int | None, slices: int) -> Device:
     """The device `name`, with another memory size where `memory_bytes` is given.
 
     Args:
-        name: a name of `DEVICES`, or "cpu".
+        name: a name of `DEVICES`, with or without its size ("h100"), or "cpu".
         memory_bytes: bytes of the device; for "cpu" bytes of the machine.
         slices: number of slices that share a machine (for "cpu").
 
     Raises:
-        SpecError: the name is unknown, or "cpu" comes without `memory_bytes`.
+        SpecError: the name is unknown or that of several sizes, or "cpu" comes without
+            `memory_bytes`.
     """
     if name == "cpu":
         if memory_bytes is None:
             raise SpecError("`gpu`=cpu needs the memory of each machine; add --memory 64GiB")
         return cpu(memory_bytes, slices)
-    entry = DEVICES.get(name)
-    if entry is None:
-        raise SpecError(f"`gpu`={name!r} is none of {', '.join(DEVICES)}, cpu")
+    entry = _find_gpu(name)
     if memory_bytes is None:
         return entry
     return Device(
         name=entry.name, memory_bytes=memory_bytes, bandwidth=entry.bandwidth, fp8=entry.fp8
     )
+
+
+def _find_gpu(name: str) -> Device:
+    known = name.lower()
+    sizes = [full for full in DEVICES if known in (full, full.rpartition("-")[0])]
+    if not sizes:
+        raise SpecError(f"`gpu`={name!r} is none of {', '.join(DEVICES)}, cpu")
+    if len(sizes) > 1:
+        raise SpecError(f"`gpu`={name!r} has several sizes; give one of {', '.join(sizes)}")
+    return DEVICES[sizes[0]]
 
 
 MODELS: dict[str, Mapping[str, Any]] = {

@@ -14,7 +14,14 @@ import pytest
 import torch
 
 from arriero.cluster import cli
-from arriero.cluster.planner.catalog import DEVICES, MODELS, NamedModel, cpu, find_model
+from arriero.cluster.planner.catalog import (
+    DEVICES,
+    MODELS,
+    NamedModel,
+    cpu,
+    device,
+    find_model,
+)
 from arriero.cluster.planner.checkpoint_bytes import stored_bytes
 from arriero.cluster.planner.demand import KvDemand
 from arriero.cluster.planner.group_plan import GroupPlan
@@ -721,3 +728,12 @@ def test_every_model_on_every_device_gives_an_answer(name: str, gpu: str) -> Non
     except ArrieroError as error:
         pytest.fail(str(error))
     assert options
+
+
+def test_a_gpu_needs_no_size_where_there_is_only_one() -> None:
+    assert device("h100", None, 1) == device("H100-80G", None, 1) == DEVICES["h100-80g"]
+    assert device("mi325x", None, 1).memory_bytes > 250 << 30
+    with pytest.raises(SpecError, match="several sizes; give one of a100-40g, a100-80g"):
+        device("a100", None, 1)
+    with pytest.raises(SpecError, match="'h1' is none of"):
+        device("h1", None, 1)
