@@ -23,6 +23,7 @@ from arriero.cluster.commands import (
     models,
     operations,
     plan,
+    remote_admin,
     talk,
     top,
 )
@@ -53,6 +54,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.callback()(remote_admin.choose)
 deployment.add_to(app)
 operations.add_to(app)
 top.add_to(app)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -22,7 +21,7 @@ from arriero.cluster.hosts import local_cluster as local
 from arriero.cluster.planner import model_check
 from arriero.cluster.registry.snapshot import RegistrySnapshot
 from arriero.cluster.spec.deployment import DeploymentSpec
-from arriero.cluster.undeploy import (
+from arriero.cluster.undeploy import clear_store, operator_lives, (
     START_S,
     STOP_MARGIN_S,
     quiet_serve,
@@ -95,7 +94,7 @@ def up(
         node_address=cluster.node_address if cluster else loopback(address or ""),
         local_session=cluster.session if cluster else None,
         local_folder=str(cluster.folder) if cluster else None,
-        admin_token=secrets.token_urlsafe(32),
+        admin_token=state.admin_token(),
         ray_token=cluster.token if cluster else "",
         stop_s=max(spec.health.drain_s, spec.gateway.drain_s) + STOP_MARGIN_S,
     )
@@ -230,6 +229,8 @@ def _deploy(
             " the --state-dir of that deployment, or give another --address"
         )
     before: Any = ray.get(registry_actor.snapshot.remote(), timeout=_JOIN_LIMIT_S)
+    if not operator_lives():  # else the state of a clean-up that was cut off would count
+        clear_store()
     try:
         capacity = ClusterCapacity.of_cluster(spec, shared=shared)
         for model in spec.models:  # raises before anything starts if GPUs are missing

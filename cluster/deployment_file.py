@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from arriero.shards.errors import SpecError
 
+TOKEN_FILE = "ARRIERO_ADMIN_TOKEN_FILE"
+"""Environment variable: file with Admin's token, where a secret store keeps the token."""
 _FILE = "deployment.json"
+_SHORTEST_TOKEN = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +67,32 @@ def state_folder(folder: Path | None) -> Path:
         return Path(path).absolute()
     base = os.environ.get("XDG_STATE_HOME")
     return (Path(base) if base else Path.home() / ".local" / "state") / "arriero"
+
+
+def admin_token() -> str:
+    """Token for the Admin of a new deployment: from the file in `TOKEN_FILE`, else a random one.
+
+    Raises:
+        SpecError: see `read_token`.
+    """
+    path = os.environ.get(TOKEN_FILE)
+    return read_token(Path(path)) if path else secrets.token_urlsafe(32)
+
+
+def read_token(path: Path) -> str:
+    """Admin's token in a file.
+
+    Raises:
+        SpecError: the token is too short to keep others out.
+        OSError: the file cannot be read.
+    """
+    token = path.read_text(encoding="utf-8").strip()
+    if len(token) < _SHORTEST_TOKEN:
+        raise SpecError(
+            f"{path}: Admin's token has {len(token)} characters; give {_SHORTEST_TOKEN} or more"
+            " (`openssl rand -hex 32`)"
+        )
+    return token
 
 
 def read(folder: Path) -> Deployment | None:

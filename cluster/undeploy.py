@@ -83,7 +83,6 @@ def undeploy(*, force: bool = False) -> None:
 
     from arriero.cluster.control import state_store
     from arriero.cluster.control.applications import is_ours
-    from arriero.cluster.hosts import kv_store as store
     from arriero.cluster.hosts import ray_private
     from arriero.cluster.registry import registry
 
@@ -97,6 +96,29 @@ def undeploy(*, force: bool = False) -> None:
         time.sleep(_POLL_S)
     with contextlib.suppress(ValueError):
         ray.kill(ray.get_actor(registry.NAME, namespace=registry.NAMESPACE))
+    clear_store()
+
+
+def operator_lives() -> bool:
+    """Whether the cluster that this process is connected to has an operator."""
+    import ray
+
+    from arriero.cluster.control import state_store
+    from arriero.cluster.registry import registry
+
+    try:
+        ray.get_actor(state_store.NAME, namespace=registry.NAMESPACE)
+    except ValueError:
+        return False
+    return True
+
+
+def clear_store() -> None:
+    """Forget the deployment before: the operator's state, and what the registry stored."""
+    from arriero.cluster.control import state_store
+    from arriero.cluster.hosts import kv_store as store
+    from arriero.cluster.registry import registry
+
     for key in (state_store.NAME, *registry.STORED):
         store.clear(key)
 

@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from arriero.cluster.commands import remote_admin
 from arriero.cluster.commands.operations import AsJson, admin
 from arriero.cluster.commands.options import StateDir
 from arriero.cluster.commands.terminal import ERR, OUT
@@ -121,6 +122,12 @@ def rotate_admin(
     folder = state.state_folder(state_dir)
     with admin(state_dir) as client:
         token = client.rotate_token(overlap_s)
+    if remote_admin.chosen() is not None:  # the owner of the token's file must store it there
+        if as_json:
+            print(json.dumps({"overlap_s": overlap_s, "token": token}))
+        else:
+            OUT.print(token, markup=False, highlight=False, soft_wrap=True)
+        return
     deployment = state.read(folder)
     assert deployment is not None, "the address of Admin comes from the state file"
     state.write(folder, replace(deployment, admin_token=token))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from arriero.cluster.commands import remote_admin
 from arriero.cluster.commands.options import StateDir
 from arriero.cluster.commands.terminal import ERR, OUT, spinner
 from arriero.shards.errors import GroupFailed, NotFound, Unavailable
@@ -49,9 +50,11 @@ def admin(state_dir: Path | None) -> Iterator[AdminClient]:
     from arriero.cluster import deployment_file as state
     from arriero.cluster.control.admin_client import AdminClient
 
-    deployment = state.read(state.state_folder(state_dir))
+    deployment = remote_admin.chosen() or state.read(state.state_folder(state_dir))
     if deployment is None:
-        raise Unavailable("nothing is up; deploy with `arriero up`")
+        raise Unavailable(
+            "nothing is up; deploy with `arriero up`, or give --admin before the command"
+        )
     with AdminClient.of(deployment) as client:
         yield client
 

@@ -159,6 +159,55 @@ def test_why_without_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str
         server.stop(None).wait()
 
 
+class AsksForAToken(AdminServicer):
+    """An Admin that has seen no event, for callers with its token."""
+
+    def __init__(self, token: str) -> None:
+        self._token = token
+
+    def ListEvents(
+        self, request: pb.ListEventsRequest, context: grpc.ServicerContext
+    ) -> pb.ListEventsResponse:
+        if ("authorization", f"Bearer {self._token}") not in context.invocation_metadata():
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "not the admin token")
+        return pb.ListEventsResponse()
+
+    def RotateToken(
+        self, request: pb.RotateTokenRequest, context: grpc.ServicerContext
+    ) -> pb.RotateTokenResponse:
+        return pb.RotateTokenResponse(token="another token")
+
+
+def test_admin_of_another_machine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token, short = tmp_path / "token", tmp_path / "short"
+    token.write_text("secret-of-32-characters-or-more\n")
+    short.write_text("secret")
+    server = grpc.server(ThreadPoolExecutor(1))
+    add_AdminServicer_to_server(AsksForAToken(token.read_text().strip()), server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    try:
+        assert cli.run(["--admin", address, "--admin-token-file", str(token), "events"]) == 0
+        assert cli.run(["events"]) == 3, "the flags are of one call"
+        assert cli.run(["--admin", address, "events"]) == 2
+        assert "needs Admin's token" in capsys.readouterr().err
+        assert cli.run(["--admin", address, "--admin-token-file", str(short), "events"]) == 2
+        assert "has 6 characters; give 16 or more" in capsys.readouterr().err
+        monkeypatch.setenv("ARRIERO_ADMIN", address)
+        monkeypatch.setenv("ARRIERO_ADMIN_TOKEN_FILE", str(token))
+        assert cli.run(["events"]) == 0
+        assert state.admin_token() == token.read_text().strip(), "`up` takes it too"
+        capsys.readouterr()
+        assert cli.run(["keys", "rotate-admin"]) == 0
+        assert capsys.readouterr().out == "another token\n"
+        token.write_text("a token that Admin does not know")
+        assert cli.run(["events"]) == 1
+    finally:
+        server.stop(None).wait()
+
+
 def test_down_with_nothing_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["down"]) == 0
     assert "nothing was up" in capsys.readouterr().out
