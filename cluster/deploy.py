@@ -21,9 +21,11 @@ from arriero.cluster.hosts import local_cluster as local
 from arriero.cluster.planner import model_check
 from arriero.cluster.registry.snapshot import RegistrySnapshot
 from arriero.cluster.spec.deployment import DeploymentSpec
-from arriero.cluster.undeploy import clear_store, operator_lives, (
+from arriero.cluster.undeploy import (
     START_S,
     STOP_MARGIN_S,
+    clear_store,
+    operator_lives,
     quiet_serve,
     undeploy,
     undeploy_within,

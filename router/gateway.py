@@ -28,6 +28,7 @@ from arriero.router.http.app import create_app
 from arriero.router.http.server import HttpServer
 from arriero.router.inference import LOST_S, Inference
 from arriero.router.observability.metrics import Metrics
+from arriero.router.observability.model_groups import ModelGroups
 from arriero.router.observability.observer import RequestObserver
 from arriero.router.observability.request_log import RequestLog, RequestLogConfig
 from arriero.router.observability.tracing import Tracing, TracingConfig
@@ -122,7 +123,10 @@ class Gateway:
             None if config.keys is None else KeyFile(config.keys),
             self._room,
         )
-        metrics = Metrics(self._groups.groups, admission.waiting)
+        self._model_groups: Mapping[str, ModelGroups] = {}
+        metrics = Metrics(
+            self._groups.groups, admission.waiting, self._groups.models, lambda: self._model_groups
+        )
         self._tracing = tracing or Tracing.from_config("arriero-gateway", config.tracing)
         self._log = None if config.request_log is None else RequestLog(config.request_log)
         observer = RequestObserver(metrics, self._tracing, self._log)
@@ -220,6 +224,10 @@ class Gateway:
     ) -> None:
         """Serve exactly `groups` from now on; see `LinkedGroups.set_groups`."""
         await self._groups.set_groups(groups, fenced=fenced)
+
+    def set_model_groups(self, counts: Mapping[str, ModelGroups]) -> None:
+        """Export these numbers of groups, by model, from now on."""
+        self._model_groups = counts
 
     def linked(self) -> tuple[str, ...]:
         """Ids of the groups that can take requests now."""

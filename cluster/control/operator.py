@@ -132,6 +132,9 @@ class Operator:
         await self._autoscale(snapshot)
         await self._assign_roles(snapshot)
         desired_models = self._view.desired_models()
+        wanted = {name: model.count for name, model in desired_models.items()}
+        if snapshot.wanted != wanted:  # a change, or a registry that has started again
+            await self._registry.want.remote(wanted)
         seats = self._view.seats(snapshot)
         if (
             settled(desired_models, seats)

@@ -55,6 +55,7 @@ class Registry:
         self._live = store.get("live", LiveSettings)
         self._tasks = BackgroundTasks()
         self._losses = LossDetector(self._groups, self.fail, self._tasks)
+        self._wanted: dict[str, int] = {}
 
     async def next_epoch(self, seat: str) -> int:
         """A new epoch for a seat.
@@ -94,6 +95,10 @@ class Registry:
         store.put("live", live)
         self._live = live
         self._publish()
+
+    async def want(self, counts: dict[str, int]) -> None:
+        """Record the desired number of groups of each model, for the metrics of gateways."""
+        self._wanted = counts
 
     async def live(self) -> LiveSettings | None:
         """The settings that `reload` changed since the deployment, or None."""
@@ -204,6 +209,8 @@ class Registry:
             live=self._live,
             spares=tuple(self._spares.seats),
             standby=self._spares.standby(),
+            wanted=self._wanted,
+            epochs=dict(self._groups.epochs),
         )
 
     def _started(self, group_id: str) -> None:

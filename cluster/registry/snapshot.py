@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from arriero.cluster.registry.history import Failure
 from arriero.cluster.spec.live_settings import LiveSettings
+from arriero.router.observability.model_groups import ModelGroups
 from arriero.shards.engine.stats import EngineStats
 
 
@@ -30,6 +31,7 @@ class GroupEntry:
         slice_nodes: addresses of the slices' nodes, by rank.
         slice_node_ids: Ray's ids of the slices' nodes, by rank.
         stats: load of the engine at the last renewal.
+        start_s: seconds from placed slices to the first token.
         link_token: secret that the leader requires from gateways.
     """
 
@@ -49,6 +51,7 @@ class GroupEntry:
     slice_nodes: tuple[str, ...] = ()
     slice_node_ids: tuple[str, ...] = ()
     stats: EngineStats = field(default_factory=EngineStats)
+    start_s: float = 0.0
     link_token: str = field(default="", repr=False)
 
 
@@ -89,6 +92,8 @@ class RegistrySnapshot:
         live: settings that `reload` changed; None for none.
         spares: seats of spare groups.
         standby: spare seats whose group is ready on standby.
+        wanted: desired number of groups by model, as the operator last said.
+        epochs: by seat, the number of groups that ever started there.
     """
 
     version: int
@@ -102,3 +107,22 @@ class RegistrySnapshot:
     live: LiveSettings | None = None
     spares: tuple[str, ...] = ()
     standby: tuple[str, ...] = ()
+    wanted: dict[str, int] = field(default_factory=dict)
+    epochs: dict[str, int] = field(default_factory=dict)
+
+    def model_groups(self) -> dict[str, ModelGroups]:
+        """The groups of each model in numbers, for the metrics of a gateway."""
+        serving = [group for group in self.groups if group.phase == "serving"]
+        models = {*self.wanted, *(group.model for group in serving)}
+        return {
+            model: ModelGroups(
+                wanted=self.wanted.get(model, 0),
+                starts=sum(
+                    epoch for seat, epoch in self.epochs.items() if seat.rpartition("-")[0] == model
+                ),
+                start_s={
+                    group.group_id: group.start_s for group in serving if group.model == model
+                },
+            )
+            for model in models
+        }

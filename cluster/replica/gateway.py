@@ -124,6 +124,7 @@ class GatewayReplica:
                 continue
             version = snapshot.version
             self._apply_live(snapshot.live)
+            self._gateway.set_model_groups(snapshot.model_groups())
             self._seats = {group.group_id: group.seat for group in snapshot.groups}
             await self._gateway.set_groups(
                 [

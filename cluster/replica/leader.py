@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 
 import ray
 
@@ -112,6 +113,7 @@ class Leader:
 
     async def _start(self) -> None:
         """Start the parts of the group, register, and watch the group from now on."""
+        started_s = time.monotonic()
         address, digest = await self._group.start()
         slices = self._slices.locations
         if not await self._registration.register(
@@ -120,6 +122,7 @@ class Leader:
             link_token=self._group.link_token,
             slices=slices,
             stats=self._group.stats(),
+            start_s=time.monotonic() - started_s,
         ):
             raise GroupFailed(
                 f"{self._registration.group_id} was fenced or replaced during the start"

@@ -82,6 +82,7 @@ class Registration:
         link_token: str,
         slices: Sequence[SliceLocation],
         stats: EngineStats,
+        start_s: float,
     ) -> bool:
         """Add the group to the registry; False when the registry has fenced the group.
 
@@ -91,6 +92,7 @@ class Registration:
             link_token: secret that gateways must send.
             slices: locations, by rank.
             stats: counters of the engine.
+            start_s: seconds from placed slices to the first token.
         """
         entry = self._entry(slices, phase="serving")
         self.entry = replace(entry, address=address, digest=digest, link_token=link_token)
@@ -113,6 +115,7 @@ class Registration:
             slice_pids=tuple(location.pid for location in slices),
             slice_nodes=tuple(location.address for location in slices),
             slice_node_ids=tuple(location.node_id for location in slices),
+            start_s=start_s,
         )
 
     async def renew(self, stats: EngineStats, *, draining: bool) -> int | None:

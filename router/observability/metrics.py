@@ -26,6 +26,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from arriero.router.backend import GroupView
+from arriero.router.observability.model_groups import ModelGroupFamilies, ModelGroups
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.shards.engine.types import SequenceOutput
 from arriero.shards.errors import ArrieroError
@@ -49,15 +50,20 @@ class Metrics:
     Args:
         groups: gives the connected groups; called at each export.
         waiting: gives the number of waiting requests by model and tenant; called at each export.
+        models: gives the ids of the models that the gateway should serve; called at each export.
+        counts: gives the groups of each model in numbers; called at each export.
     """
 
     def __init__(
         self,
         groups: Callable[[], Iterable[GroupView]],
         waiting: Callable[[], Mapping[tuple[str, str], int]] = dict,
+        models: Callable[[], Iterable[str]] = tuple,
+        counts: Callable[[], Mapping[str, ModelGroups]] = dict,
     ) -> None:
         self._registry = registry = CollectorRegistry()
         registry.register(_Groups(groups))
+        registry.register(ModelGroupFamilies(counts, models, groups))
         registry.register(_Tiers(groups))
         registry.register(_Waiting(waiting))
         self._labelled: dict[tuple[str, str], _Labelled] = {}
