@@ -95,7 +95,9 @@ class Registration:
             start_s: seconds from placed slices to the first token.
         """
         entry = self._entry(slices, phase="serving")
-        self.entry = replace(entry, address=address, digest=digest, link_token=link_token)
+        self.entry = replace(
+            entry, address=address, digest=digest, link_token=link_token, start_s=start_s
+        )
         return await self.renew(stats, draining=False) is not None
 
     def _entry(self, slices: Sequence[SliceLocation], *, phase: str) -> GroupEntry:
@@ -115,7 +117,6 @@ class Registration:
             slice_pids=tuple(location.pid for location in slices),
             slice_nodes=tuple(location.address for location in slices),
             slice_node_ids=tuple(location.node_id for location in slices),
-            start_s=start_s,
         )
 
     async def renew(self, stats: EngineStats, *, draining: bool) -> int | None:
