@@ -1,21 +1,33 @@
 #!/usr/bin/env bash
 # Start the head of a Ray cluster on this machine, in the foreground.
 #
-#   NODE_IP   this machine's address on the cluster's network (needed)
-#   PORT      of Ray's GCS, 6379 by default
-#   CPUS      logical CPUs offered to slices; 0 keeps groups off the head
-#   TOKEN_FILE  file with the cluster's token, alike on every machine; without one, whoever reaches
-#             the cluster's network can run code on it
+#   NODE_IP     this machine's address on the cluster's network; 127.0.0.1 by default: one machine
+#   PORT        of Ray's GCS, 6379 by default
+#   CPUS        logical CPUs offered to slices; 1 by default, 0 keeps groups off the head
+#   GPUS        GPUs offered to slices; 0 by default
+#   TOKEN_FILE  the cluster's token; made where there is none. Copy it to every other machine
+#   TEMP_DIR    Ray's sockets and logs, in a folder that only this user can enter
+#   REDIS       host:port of a Redis that keeps the GCS's tables: a head that starts again then goes
+#               on where it was, and groups serve meanwhile; needs REDIS_PASSWORD_FILE
 set -euo pipefail
-: "${NODE_IP:?give this machine address on the network of the cluster}"
-export RAY_USAGE_STATS_ENABLED=0
-if [ -n "${TOKEN_FILE:-}" ]; then
-  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$TOKEN_FILE"
-else  # else Ray's head would take a token that lies in ~/.ray, and its workers would not
-  export RAY_AUTH_MODE="${RAY_AUTH_MODE:-disabled}"
+. "$(dirname "$(readlink -f "$0")")/ray-node.sh"
+: "${NODE_IP:=127.0.0.1}"
+if [ ! -e "$TOKEN_FILE" ]; then
+  mkdir -p "$(dirname "$TOKEN_FILE")"
+  (umask 077 && head -c 32 /dev/urandom | od -An -vtx1 | tr -d ' \n' >"$TOKEN_FILE")
+  echo "made a token for the cluster in $TOKEN_FILE"
 fi
-ulimit -n 65536 || echo "open files stay at $(ulimit -n); Ray wants 65536" >&2
+use_token
+close_folder
+listen
+more_files
+store=()
+if [ -n "${REDIS:-}" ]; then
+  : "${REDIS_PASSWORD_FILE:?give the file with the password of REDIS}"
+  export RAY_REDIS_ADDRESS="$REDIS" RAY_external_storage_namespace="${STORE_NAME:-arriero}"
+  store=(--redis-password "$(cat "$REDIS_PASSWORD_FILE")") # `ps` shows it: Ray takes no file
+fi
 exec ray start --head --block --disable-usage-stats \
-  --node-ip-address "$NODE_IP" --port "${PORT:-6379}" \
-  --num-cpus "${CPUS:-1}" --num-gpus 0 \
-  --dashboard-host 127.0.0.1
+  --include-dashboard false --include-log-monitor false --no-monitor \
+  --node-ip-address "$NODE_IP" --port "${PORT:-6379}" --temp-dir "$TEMP_DIR" \
+  --num-cpus "${CPUS:-1}" --num-gpus "${GPUS:-0}" "${store[@]}"

@@ -1,22 +1,24 @@
 #!/usr/bin/env bash
 # Join this machine to a Ray cluster, in the foreground.
 #
-#   HEAD      host:port of the head's GCS (needed)
-#   NODE_IP   this machine's address on the cluster's network (needed)
-#   IFACE     its network interface there, for NCCL and gloo
-#   TOKEN_FILE  file with the cluster's token, alike on every machine; without one, whoever reaches
-#             the cluster's network can run code on it
+#   HEAD        host:port of the head's GCS (needed)
+#   NODE_IP     this machine's address on the cluster's network (needed)
+#   IFACE       its network interface there, for NCCL and gloo
+#   CPUS, GPUS  offered to slices; all of the machine by default
+#   TOKEN_FILE  the cluster's token: a copy of the head's file
+#   TEMP_DIR    as the head's
 set -euo pipefail
 : "${HEAD:?give host:port of the head}"
 : "${NODE_IP:?give this machine address on the network of the cluster}"
-export RAY_USAGE_STATS_ENABLED=0
-if [ -n "${TOKEN_FILE:-}" ]; then
-  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$TOKEN_FILE"
-else  # else Ray's head would take a token that lies in ~/.ray, and its workers would not
-  export RAY_AUTH_MODE="${RAY_AUTH_MODE:-disabled}"
-fi
+. "$(dirname "$(readlink -f "$0")")/ray-node.sh"
+use_token
+close_folder
+listen
+more_files
 if [ -n "${IFACE:-}" ]; then
   export NCCL_SOCKET_IFNAME="$IFACE" GLOO_SOCKET_IFNAME="$IFACE"
 fi
-ulimit -n 65536 || echo "open files stay at $(ulimit -n); Ray wants 65536" >&2
-exec ray start --block --disable-usage-stats --address "$HEAD" --node-ip-address "$NODE_IP"
+export RAY_gcs_rpc_server_reconnect_timeout_s="${RECONNECT_S:-600}" # a head with REDIS comes back
+exec ray start --block --disable-usage-stats --include-log-monitor false \
+  --address "$HEAD" --node-ip-address "$NODE_IP" \
+  ${CPUS:+--num-cpus "$CPUS"} ${GPUS:+--num-gpus "$GPUS"}
