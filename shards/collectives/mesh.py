@@ -59,7 +59,7 @@ class Mesh:
         """
         self.part, self.tp, self.pp, self.dp, self.device = part, tp, pp, dp, device
         mark = _Marks(device) if device.type == "cuda" and tp * pp * dp > 1 else None
-        self.watchdog = Watchdog(part.rank, timeout_s, _abort, mark)
+        self.watchdog = Watchdog(part.rank, timeout_s, self._abort, mark)
         self._timeout = timedelta(seconds=timeout_s)
         self._tp_group: dist.ProcessGroup | None = None
         self._stage_group: dist.ProcessGroup | None = None
@@ -199,6 +199,23 @@ class Mesh:
         if dist.is_initialized():
             dist.destroy_process_group()
 
+    def _abort(self) -> None:
+        """Abort every wait of this process for another rank, in each of its process groups.
+
+        Raises:
+            RuntimeError: a group cannot be aborted (gloo); all others are aborted.
+        """
+        default = dist.distributed_c10d._get_default_group()
+        groups = {default, self._tp_group, self._stage_group, *self._exchange_groups} - {None}
+        errors: list[RuntimeError] = []
+        for group in groups:
+            try:
+                group.abort()
+            except RuntimeError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
     def reduce(self, x_TH: Tensor) -> Tensor:
         """Sum over the tensor-parallel ranks, in rank order; may work in place."""
         if self.tp == 1:
@@ -209,7 +226,7 @@ class Mesh:
             return x_TH
         parts = torch.empty((self.tp, *x_TH.shape), dtype=x_TH.dtype, device=x_TH.device)
         with self.watchdog.watch("all-reduce"):
-            dist.all_gather(list(parts.unbind()), x_TH.contiguous(), group=self._tp_group)
+            dist.all_gather_into_tensor(parts, x_TH.contiguous(), group=self._tp_group)
         total = parts[0]
         for i in range(1, self.tp):
             total += parts[i]
@@ -269,9 +286,3 @@ class _Marks:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         return event
-
-
-def _abort() -> None:
-    """Abort every wait of this process for another rank."""
-    group = dist.distributed_c10d._get_default_group()
-    group.abort()

@@ -27,9 +27,9 @@ from arriero.kernels.ops import KVCache
 from arriero.shards.config.kv_tiers import TierConfig
 from arriero.shards.kv import nixl
 from arriero.shards.kv.block_shards import BadBlock, BlockForm, BlockShard
+from arriero.shards.kv.device_blocks import DeviceBlocks
 from arriero.shards.kv.files import BlockFiles, Folder, LocalFolder, SharedFolder, empty
 from arriero.shards.kv.host import HostPool
-from arriero.shards.kv.packed_rows import pack, unpack
 from arriero.shards.kv.peer import PeerPool
 from arriero.shards.kv.tcp import BlockServer
 from arriero.shards.kv.transfers import Pool, Segment, Tier, Transfer, TransferBatch, TransferResult
@@ -116,12 +116,11 @@ class TransferWorker:
         on_result: Callable[[TransferResult], None],
         fence: Callable[[], Fence | None] = lambda: None,
     ) -> None:
-        self._kv, self._settings, self._on_result, self._fence = kv, settings, on_result, fence
+        self._settings, self._on_result, self._fence = settings, on_result, fence
         self._row_type = settings.config.dtype
         self._form = BlockForm.of(kv.spec, packed=self._row_type is not None)
-        self._on_cuda = kv.read(0, [0]).is_cuda
         self._shard = settings.shard
-        self._layers = range(self._shard.layers[1] - self._shard.layers[0])
+        self._device_blocks = DeviceBlocks(kv, self._form, self._shard, self._row_type, BATCH)
         self._queue: queue.PriorityQueue[tuple[int, int, _Work | None]] = queue.PriorityQueue()
         self._order = itertools.count()
         self._host: HostPool | None = None
@@ -130,7 +129,6 @@ class TransferWorker:
         self._nixl: nixl.NixlReader | None = None
         self._files: dict[Tier, BlockFiles] = {}
         self._peers: dict[tuple[Segment, ...], PeerPool] = {}
-        self._cuda_stream: Any = None
         self._quiet_until_s = 0.0
         self._thread = threading.Thread(target=self._run, name="kv-transfers", daemon=True)
         self._thread.start()
@@ -177,10 +175,9 @@ class TransferWorker:
 
     def _device_work(self) -> Any:  # noqa: ANN401
         """Context of the thread's own CUDA stream, if any."""
-        if not self._on_cuda:
+        if not self._device_blocks.on_cuda:
             return nullcontext()
-        self._cuda_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        return torch.cuda.stream(self._cuda_stream)
+        return torch.cuda.stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
 
     def _open(self) -> TransferResult:
         """Open the tiers; returns the rank's first result, with the keys in each tier."""
@@ -189,7 +186,7 @@ class TransferWorker:
         if settings.host_slots:
             try:
                 self._host = HostPool(
-                    self._form, self._shard, settings.host_slots, pinned=self._on_cuda
+                    self._form, self._shard, settings.host_slots, pinned=self._device_blocks.on_cuda
                 )
                 self._server = BlockServer(self._host, settings.host)
                 result.segment = replace(
@@ -258,7 +255,7 @@ class TransferWorker:
             work.fence.synchronize()
         failed: set[int] = set()
         if source is Tier.DEVICE:
-            data = self._from_device([transfer.source_index for transfer in transfers])
+            data = self._device_blocks.read([transfer.source_index for transfer in transfers])
         else:
             data = empty(self._form, self._shard, len(transfers))
             if source is Tier.PEER:
@@ -273,28 +270,12 @@ class TransferWorker:
         chosen = [transfers[i] for i in good]
         blocks = data if len(good) == len(transfers) else data[good]
         if target is Tier.DEVICE:
-            self._to_device([transfer.target_index for transfer in chosen], blocks)
+            self._device_blocks.write([t.target_index for t in chosen], blocks)
         elif target is Tier.HOST:
             self._to_host(chosen, blocks)
         else:
             failed |= self._to_files(target, chosen, blocks)
         return failed
-
-    def _from_device(self, blocks: Sequence[int]) -> Tensor:
-        data = empty(self._form, self._shard, len(blocks))
-        for layer in self._layers:
-            rows = self._kv.read(layer, blocks)
-            data[:, layer].copy_(rows if self._row_type is None else pack(rows, self._row_type))
-        return data
-
-    def _to_device(self, blocks: Sequence[int], data: Tensor) -> None:
-        for layer in self._layers:
-            rows = data[:, layer]
-            if self._row_type is not None:
-                rows = unpack(rows, self._row_type)
-            self._kv.write(layer, blocks, rows)
-        if self._cuda_stream is not None:
-            self._cuda_stream.synchronize()
 
     def _to_host(self, transfers: Sequence[Transfer], data: Tensor) -> None:
         assert self._host is not None, "no host memory"

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.utils._pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from support.fake_cuda.ledger import Ledger
+from support.fake_cuda.ledger import Ledger, Recorded
 from support.fake_cuda.tensors import plain_memory
 
 COLLECTIVES = (
@@ -44,13 +44,19 @@ def gloo_for_nccl(ledger: Ledger) -> Iterator[None]:
             backend = "gloo"
         init(backend, **more)
 
+    def discard(result: object) -> None:
+        """A replay has no use for a collective's result, whose tensors lie in place."""
+
     def over_memory(name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
             ranks = tuple(dist.get_process_group_ranks(kwargs.get("group") or dist.group.WORLD))
             ledger.collectives[name, ranks] += 1
             args, kwargs = pytree.tree_map(plain_memory, (args, kwargs))
             with _disable_current_modes():
-                return collective(*args, **kwargs)
+                result = collective(*args, **kwargs)
+            if ledger.recording is not None:
+                ledger.recording.append(Recorded(lambda: discard(collective(*args, **kwargs))))
+            return result
 
         return run
 
