@@ -557,7 +557,7 @@ class Ops(ABC):
         return moe.permute(routing, first_expert, num_experts)
 
     def moe_permute_all(self, routing: Routing, num_experts: int) -> Permutation:
-        """`moe_permute` with all experts local: the host knows the number of rows, and waits not."""
+        """`moe_permute` with all experts local, so that the host knows the number of rows."""
         return self.moe_permute(routing, 0, num_experts)
 
     def grouped_linear(self, x_XI: Tensor, experts: Sequence[Linear], starts_E1: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from arriero.kernels.triton.launch import (
 )
 
 BLOCK = 8192
-"""Columns of a pass: 32 for each thread. A row of 53,248 columns at once would not fit registers."""
+"""Columns of a pass, 32 for each thread: 53,248 columns at once would not fit the registers."""
 
 _FP8_MAX = tl.constexpr(FP8_MAX)
 _NAN = tl.constexpr(0x7F)

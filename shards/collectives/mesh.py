@@ -206,11 +206,12 @@ class Mesh:
             RuntimeError: a group cannot be aborted (gloo); all others are aborted.
         """
         default = dist.distributed_c10d._get_default_group()
-        groups = {default, self._tp_group, self._stage_group, *self._exchange_groups} - {None}
+        groups = {default, self._tp_group, self._stage_group, *self._exchange_groups}
         errors: list[RuntimeError] = []
         for group in groups:
             try:
-                group.abort()
+                if group is not None:
+                    group.abort()
             except RuntimeError as error:
                 errors.append(error)
         if errors:
@@ -224,9 +225,11 @@ class Mesh:
             with self.watchdog.watch("all-reduce"):
                 dist.all_reduce(x_TH, group=self._tp_group)
             return x_TH
-        parts = torch.empty((self.tp, *x_TH.shape), dtype=x_TH.dtype, device=x_TH.device)
+        shape = (self.tp * x_TH.shape[0], *x_TH.shape[1:])
+        gathered = torch.empty(shape, dtype=x_TH.dtype, device=x_TH.device)
         with self.watchdog.watch("all-reduce"):
-            dist.all_gather_into_tensor(parts, x_TH.contiguous(), group=self._tp_group)
+            dist.all_gather_into_tensor(gathered, x_TH.contiguous(), group=self._tp_group)
+        parts = gathered.view(self.tp, *x_TH.shape)
         total = parts[0]
         for i in range(1, self.tp):
             total += parts[i]

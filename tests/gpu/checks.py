@@ -16,6 +16,7 @@ from arriero.kernels.quant import quantize_fp8, quantize_int4, quantize_int8
 from arriero.kernels.reference import ReferenceOps
 from arriero.kernels.triton.backend import TritonOps
 
+FP8 = torch.float8_e4m3fn
 DENSE = Shape(name="dense", hidden=512, mlp=384, q_heads=8, kv_heads=2, head_dim=128)
 EXPERTS = replace(DENSE, name="experts", experts=8, expert_mlp=256)
 MIXED = [(0, 70), (511, 1), (1, 1), (300, 33), (0, 1), (1300, 1)]
@@ -23,18 +24,28 @@ MIXED = [(0, 70), (511, 1), (1, 1), (300, 33), (0, 1), (1300, 1)]
 
 @dataclass(frozen=True)
 class Where:
-    """Device, dtype, and the two backends."""
+    """Device, dtype, and the two backends.
+
+    Attributes:
+        shape: sizes of the layers; None for `DENSE`.
+        sequences: (cached, new) tokens of each sequence; None for `MIXED`.
+    """
 
     device: torch.device
     dtype: torch.dtype
     tiny: bool
+    shape: Shape | None = None
+    sequences: list[tuple[int, int]] | None = None
 
     @property
     def sizes(self) -> Shape:
-        return DENSE.tiny() if self.tiny else DENSE
+        shape = self.shape or DENSE
+        return shape.tiny() if self.tiny else shape
 
     @property
     def mixed(self) -> list[tuple[int, int]]:
+        if self.sequences is not None:
+            return self.sequences
         return [(0, 7), (21, 1), (3, 4)] if self.tiny else MIXED
 
     def ops(self, *, independent: bool = True) -> TritonOps:

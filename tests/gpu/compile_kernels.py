@@ -72,6 +72,13 @@ def compile_all(
         keep: file for the rows so far, as JSON, written after each case.
     """
     rows: list[Row] = []
+    if processes == 1:
+        for case in case_names():
+            for capability in capabilities if only in case else ():
+                rows += compile_case(case, capability, name)
+                if keep is not None:
+                    keep.write_text(json.dumps(rows, indent=1))
+        return rows
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
         names = pool.submit(case_names).result()

@@ -63,8 +63,10 @@ def test_a_few_kernels_compile_within_the_limits(tmp_path: Path) -> None:
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
     out = tmp_path / "rows.json"
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--only", "subset", "--capability", "90"]
-        + ["--processes", "1", "--json", str(out)],
+        [
+            *(sys.executable, str(SCRIPT), "--only", "subset", "--capability", "90"),
+            *("--processes", "1", "--json", str(out)),
+        ],
         env=environment,
         capture_output=True,
         text=True,
@@ -72,10 +74,4 @@ def test_a_few_kernels_compile_within_the_limits(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     rows = json.loads(out.read_text())
-    assert {row["kernel"] for row in rows} == {
-        "_matmul",
-        "_quantize_rows",
-        "_decode_splits",
-        "_decode_fold",
-        "_rope_write_kv",
-    }
+    assert {row["kernel"] for row in rows} == {"_matmul", "_quantize_rows"}

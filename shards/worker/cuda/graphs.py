@@ -1,8 +1,8 @@
 """Decode steps as captured graphs: batch sizes, and the input tensors.
 
 The launches of a graph are fixed, so a batch is padded to the next size, and all inputs of a step
-lie in tensors with fixed addresses; block tables are `DeviceBlockTable`'s. Padding rows are sequences of one token with one block, the
-scratch block, which belongs to no sequence.
+lie in tensors with fixed addresses; block tables are those of `DeviceBlockTable`. Padding rows are
+sequences of one token with one block, the scratch block, which belongs to no sequence.
 
 Knows batches and tensors; knows nothing of plans or models.
 

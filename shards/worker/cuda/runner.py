@@ -24,9 +24,9 @@ from torch import Tensor
 from arriero.kernels.ops import FlatBatch, Sampled, SamplingRows
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.config.group import GroupConfig
-from arriero.shards.layout.gpu_limits import check_capability
 from arriero.shards.models.loader import Progress
 from arriero.shards.protocol.step_plan import Logprobs, StepPlan, StepResult
+from arriero.shards.worker.cuda.capability import check_capability
 from arriero.shards.worker.cuda.device import CudaDevice, Device, Event
 from arriero.shards.worker.cuda.graphs import DecodeInputs, GraphRunner, buckets_up_to
 from arriero.shards.worker.cuda.sequence_table import DeviceSequenceTable
@@ -34,7 +34,7 @@ from arriero.shards.worker.runner import Runner
 
 _log = logging.getLogger(__name__)
 HOST_WAITS = {
-    "shards/collectives/expert_parallel.py:_gather_counts": "once for each layer with experts under "
+    "shards/collectives/expert_parallel.py:_gather_counts": "once for each layer with experts and "
     "data-parallel attention: the all-to-all takes its numbers of rows from the host",
     "shards/worker/runner.py:_prompt_logprobs": "once for each step with log-probabilities of "
     "prompt tokens, which few requests ask for",
@@ -310,7 +310,7 @@ class CudaRunner(Runner):
             scratch = self._inputs.local_scratch_block
             local = replace(
                 batch,
-                block_table_SB=ints([[scratch]]),
+                block_table_SB=ints([[scratch, scratch]]),
                 slots_T=in_block_T + scratch * self._block_size,
             )
             batch = replace(batch, local=local)

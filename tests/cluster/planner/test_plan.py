@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from arriero.cluster import cli
+from arriero.cluster.planner import step_memory
 from arriero.cluster.planner.catalog import DEVICES, MODELS, NamedModel, cpu, find_model
 from arriero.cluster.planner.checkpoint_bytes import stored_bytes
 from arriero.cluster.planner.demand import KvDemand, Layout
@@ -20,6 +21,7 @@ from arriero.cluster.planner.layouts import Machines, rank_layouts
 from arriero.cluster.planner.memory import GroupPlan, plan_group
 from arriero.cluster.planner.rank_weights import ON_LOAD, Dtype, weights_as
 from arriero.cluster.planner.step_memory import num_graphs
+from arriero.kernels import packing
 from arriero.kernels.ops import KVCacheSpec, Ops
 from arriero.kernels.packing import Kernels, Precision, kv_block_nbytes, packed_nbytes
 from arriero.kernels.quant import QuantizedWeight, quantize_fp8, quantize_int4, quantize_int8
@@ -27,6 +29,7 @@ from arriero.kernels.select import ops_for
 from arriero.shards.checkpoint.formats.describe import describe
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.errors import ArrieroError, SpecError
+from arriero.shards.layout.families import parts_of
 from arriero.shards.layout.resolve import resolve
 from arriero.shards.leader.remote_executor import spawn_group
 from arriero.shards.model_config.dense import ModelConfig
@@ -215,7 +218,7 @@ def test_spare_experts_are_counted() -> None:
 def test_float8_needs_a_device_that_has_it() -> None:
     model = find_model("llama-3.1-70b")
     weights = weights_as(model.config, None, "fp8")
-    with pytest.raises(SpecError, match="needs compute capability 8.9 or newer; a100"):
+    with pytest.raises(SpecError, match=r"needs compute capability 8\.9 or newer; a100"):
         plan_group(model, weights, Layout(tp=8), KvDemand(context=1), DEVICES["a100-80g"], "triton")
 
 
@@ -677,3 +680,19 @@ def test_every_model_on_every_device_gives_an_answer(name: str, gpu: str) -> Non
     except ArrieroError as error:
         pytest.fail(str(error))
     assert options
+
+
+def test_pairs_of_ranks_and_split_buffers_are_counted() -> None:
+    """Logits and activations travel by communicators between two ranks each."""
+    model = find_model("llama-3.1-405b").config
+    layout = Layout(tp=8, pp=2, dp=1)
+    parts = parts_of(model, GroupConfig(model_path="", tp=8, pp=2))
+    counted = [step_memory.communicators(part, layout) for part in parts]
+    assert counted[0] == (2, 1), "all ranks and its stage; the next stage"
+    assert counted[8] == (2, 8), "logits of seven ranks; the stage before"
+    assert counted[9] == (2, 2), "its logits; the stage before"
+    single = Layout(tp=1, pp=1, dp=1)
+    assert step_memory.communicators(parts[0], single) == (0, 0)
+    tuned_file = Path(packing.__file__).with_name("triton") / "tuned.json"
+    tuned = json.loads(tuned_file.read_text())["default"]["attention"]["*"]
+    assert tuned["most_splits"] == step_memory.MOST_SPLITS

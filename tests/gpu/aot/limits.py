@@ -24,7 +24,7 @@ def broken(row: dict[str, Any]) -> list[str]:
     at = f"sm_{row['capability']} {row['kernel']} ({row['case']})"
     if "error" in row:
         if row["capability"] < FP8_CAPABILITY and "fp8e4nv not supported" in row["error"]:
-            return []  # refused before a model loads: shards/layout/gpu.py
+            return []  # refused before a model loads: shards/worker/cuda/capability.py
         return [f"{at}: no binary: {row['error']}"]
     texts = []
     if row["loop_spills"]:

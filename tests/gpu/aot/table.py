@@ -30,7 +30,7 @@ def _line(capability: int, kernel: str, rows: list[dict[str, Any]]) -> str:
     count = f"{len(good)}" + (f", {refused} refused" if refused else "")
     if not good:
         return f"| {capability / 10} | `{kernel}` | {count} | | | | | | |"
-    kinds = "+".join(kind for kind in MATRIX if any(row[kind] for row in good)) or "–"
+    kinds = "+".join(kind for kind in MATRIX if any(row[kind] for row in good)) or "none"
     wide, loads = (sum(row[name] for row in good) for name in ("wide_loads", "loads"))
     cells = (
         f"{capability / 10}",
@@ -48,4 +48,4 @@ def _line(capability: int, kernel: str, rows: list[dict[str, Any]]) -> str:
 
 def _range(rows: list[dict[str, Any]], name: str) -> str:
     low, high = min(row[name] for row in rows), max(row[name] for row in rows)
-    return f"{low}" if low == high else f"{low}–{high}"
+    return f"{low}" if low == high else f"{low} to {high}"

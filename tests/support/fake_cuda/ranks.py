@@ -5,8 +5,11 @@ Knows `torch.distributed` and how the product starts slices; knows nothing of wh
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -68,12 +71,25 @@ def gloo_for_nccl(ledger: Ledger) -> Iterator[None]:
         yield
 
 
+REPORTS = "FAKE_CUDA_REPORTS"
+"""Variable of the environment with the folder for the counts of each rank."""
+
+
 @contextmanager
-def simulated_slices() -> Iterator[None]:
-    """Slices that `spawn_group` starts meanwhile run on a simulated device each."""
+def simulated_slices(reports: Path | None = None) -> Iterator[None]:
+    """Slices that `spawn_group` starts meanwhile run on a simulated device each.
+
+    Args:
+        reports: folder for a file RANK.json of each rank, written when the rank ends: what its
+            device counted since it was ready to serve (see `Ledger`).
+    """
     from arriero.shards.leader import remote_executor as executor
 
-    with mock.patch.object(executor, "_run_child", child):
+    environment = {} if reports is None else {REPORTS: str(reports)}
+    with (
+        mock.patch.object(executor, "_run_child", child),
+        mock.patch.dict(os.environ, environment),
+    ):
         yield
 
 
@@ -84,7 +100,25 @@ def child(rank: int, ticket: Any, parent: int) -> None:  # noqa: ANN401
     triton_interpreter.install()  # before anything imports the kernels
     from support.fake_cuda.runtime import simulated
 
-    with simulated():
+    with simulated() as ledger:
         from arriero.shards.leader import remote_executor as executor
+        from arriero.shards.worker.cuda.runner import CudaRunner
 
-        executor._run_child(rank, ticket, parent)
+        warm_up = CudaRunner.warm_up
+
+        def counted(self: CudaRunner) -> None:
+            warm_up(self)
+            ledger.clear()  # what loading needed
+
+        CudaRunner.warm_up = counted  # type: ignore[method-assign]  # this process ends soon
+        try:
+            executor._run_child(rank, ticket, parent)
+        finally:
+            if REPORTS in os.environ:
+                counts = {
+                    "waits": dict(ledger.waits),
+                    "pageable": dict(ledger.pageable),
+                    "captures": ledger.captures,
+                    "collectives": [[name, n] for (name, _), n in ledger.collectives.items()],
+                }
+                (Path(os.environ[REPORTS]) / f"{rank}.json").write_text(json.dumps(counts))

@@ -208,6 +208,15 @@ def test_replaced_experts_leave_memory(tmp_path: Path) -> None:
         assert len(set(held)) == 1, f"bytes after each move: {held}"
 
 
+def test_quantized_activations_have_the_dtype_that_the_next_stage_expects(tmp_path: Path) -> None:
+    make(tmp_path, "llama")
+    config = config_of(tmp_path, quantization="int8", dtype="float16")
+    with simulated():
+        runner = loaded(on_cuda(config))
+        x_TH = runner._embed(torch.tensor([1, 2], dtype=torch.int32, device="cuda"))
+        assert x_TH.dtype == runner._activation_dtype == torch.float16
+
+
 @pytest.mark.parametrize("row_type", [None, "int8", "fp8"])
 def test_tier_copies_go_through_pinned_memory(row_type: RowType | None) -> None:
     """Several layers of several blocks, with no wait but the one at the end of a transfer."""
