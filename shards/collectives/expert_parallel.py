@@ -16,7 +16,6 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from arriero.kernels.expert_rows import RowFormat
@@ -24,7 +23,7 @@ from arriero.kernels.moe import Routing
 from arriero.kernels.ops import MoELayer, Ops
 from arriero.shards.collectives.all_to_all import Counts
 from arriero.shards.collectives.host_copy import to_device
-from arriero.shards.collectives.mesh import Mesh
+from arriero.shards.collectives.mesh import Mesh, all_gather
 from arriero.shards.layout.expert_placement import ExpertPlacement
 
 Loads = npt.NDArray[np.int64]
@@ -120,7 +119,7 @@ class ExpertParallel:
         counts_S = starts_S1.diff().int()
         counts_RS = counts_S.new_empty(self._mesh.stage_size * self._num_slots)
         with self._mesh.watchdog.watch("counts of routed tokens"):
-            dist.all_gather_into_tensor(counts_RS, counts_S, group=self._mesh.stage_group)
+            all_gather(counts_RS, counts_S, self._mesh.stage_group)
         return counts_RS.cpu().numpy().astype(np.int64).reshape(-1, self._num_slots)
 
     def _experts(

@@ -228,7 +228,7 @@ class Mesh:
         shape = (self.tp * x_TH.shape[0], *x_TH.shape[1:])
         gathered = torch.empty(shape, dtype=x_TH.dtype, device=x_TH.device)
         with self.watchdog.watch("all-reduce"):
-            dist.all_gather_into_tensor(gathered, x_TH.contiguous(), group=self._tp_group)
+            all_gather(gathered, x_TH.contiguous(), self._tp_group)
         parts = gathered.view(self.tp, *x_TH.shape)
         total = parts[0]
         for i in range(1, self.tp):
@@ -277,6 +277,12 @@ class Mesh:
         """Receive the activations of the last stage into `x_TH`."""
         with self.watchdog.watch("activations from the stage before"):
             dist.recv(x_TH, self.part.rank - self.tp * self.dp)
+
+
+def all_gather(out: Tensor, x: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Gather `x` of all ranks into `out`, one after another; the name is new in torch 2.13."""
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+    gather(out, x, group=group)
 
 
 class _Marks:

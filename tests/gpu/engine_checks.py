@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from gpu.checks import Where
 
+from arriero.shards.collectives.mesh import all_gather
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.kv_tiers import TierConfig
 from arriero.shards.config.sampling_params import SamplingParams
@@ -118,7 +119,7 @@ def nccl_in_a_graph(at: Where) -> float:
         def work() -> None:
             y = x * 2
             dist.all_reduce(y)
-            dist.all_gather_into_tensor(parts, y)
+            all_gather(parts, y, None)
             dist.broadcast(y, 0)
             total.copy_(parts[0] + y)
 

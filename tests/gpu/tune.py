@@ -87,7 +87,6 @@ def attention(at: Where, machine: Machine) -> Result:
                 for m, stages in product((64, 128), (2, 3))
             ]
             best |= fastest(iter(choices[:1] if at.tiny else choices), prefill) or {}
-            best.pop("seconds", None)
             found[f"{shape.head_dim}:{str(dtype)[6:]}"] = asdict(replace(blocks, **best))
     return {"attention": found}
 

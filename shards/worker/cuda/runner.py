@@ -36,6 +36,8 @@ _log = logging.getLogger(__name__)
 HOST_WAITS = {
     "shards/collectives/expert_parallel.py:_gather_counts": "once for each layer with experts and "
     "data-parallel attention: the all-to-all takes its numbers of rows from the host",
+    "shards/models/llama4_vision.py:__call__": "once for each new image: its pixels come from "
+    "pageable memory, and the tower takes far longer",
     "shards/worker/runner.py:_prompt_logprobs": "once for each step with log-probabilities of "
     "prompt tokens, which few requests ask for",
 }
@@ -147,6 +149,14 @@ class CudaRunner(Runner):
         if self._config.device == "cuda":
             capability = torch.cuda.get_device_capability()
             check_capability(self._config, checkpoint.scheme, capability)
+
+    def close(self) -> None:
+        """Free the graphs, and stop background threads.
+
+        NCCL does not end a communicator while a graph with one of its collectives exists.
+        """
+        self._graphs = None
+        super().close()
 
     def fence(self) -> Event:
         """An event after all launched work."""
