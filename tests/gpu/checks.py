@@ -224,8 +224,8 @@ def bits_of_attention(at: Where) -> float:
         alone = replace(
             whole,
             positions_T=whole.positions_T[row : row + 1],
-            query_start_S1=whole.query_start_S1.new_tensor([0, 1]),
-            context_S=whole.context_S.new_tensor([row + 1]),
+            query_start_S1=torch.tensor([0, 1], dtype=torch.int32, device=at.device),
+            context_S=torch.tensor([row + 1], dtype=torch.int32, device=at.device),
             slots_T=whole.slots_T[row : row + 1],
             max_query=1,
             max_context=row + 1,

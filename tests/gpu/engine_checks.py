@@ -114,14 +114,14 @@ def nccl_in_a_graph(at: Where) -> float:
     dist.init_process_group("nccl", store=store, rank=0, world_size=1)
     try:
         x = torch.arange(8.0, device=at.device)
-        parts, total = torch.zeros(1, 8, device=at.device), torch.zeros(8, device=at.device)
+        parts, total = (torch.zeros(8, device=at.device) for _ in range(2))
 
         def work() -> None:
             y = x * 2
             dist.all_reduce(y)
             all_gather(parts, y, None)
             dist.broadcast(y, 0)
-            total.copy_(parts[0] + y)
+            total.copy_(parts + y)
 
         work()  # makes the communicator
         torch.cuda.synchronize()
