@@ -176,14 +176,12 @@ def connected(deployment: Deployment) -> Iterator[None]:
     """
     import ray
 
+    from arriero.cluster.hosts import ray_private
     from arriero.cluster.registry import registry
 
     cluster = _cluster(deployment)
     joined = deployment.ray_address
     access = cluster.access if cluster is not None else ray_access.joined_cluster(joined)
-    options: dict[str, Any] = {}
-    if deployment.node_address is not None:
-        options["_node_ip_address"] = deployment.node_address
     with ray_access.applied(access):
         try:
             ray.init(
@@ -191,7 +189,7 @@ def connected(deployment: Deployment) -> Iterator[None]:
                 namespace=registry.NAMESPACE,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                **options,
+                **ray_private.driver_options(deployment.node_address),
             )
         except ray.exceptions.AuthenticationError as error:
             raise Unauthenticated(
@@ -303,8 +301,7 @@ def _wait(
     import ray
     from ray import serve
 
-    from arriero.cluster import app
-    from arriero.cluster.control import operator
+    from arriero.cluster.control.applications import is_ours
 
     num_groups = sum(model.groups for model in spec.models)
     deadline_s = time.monotonic() + spec.health.start_timeout_s
@@ -319,8 +316,7 @@ def _wait(
         if gateway is not None and len(gateway.linked) >= num_groups:
             return gateway.address, gateway.http
         for name, status in serve.status().applications.items():
-            ours = name == app.NAME or name.startswith(operator.PREFIX)
-            if ours and status.status == "DEPLOY_FAILED":
+            if is_ours(name) and status.status == "DEPLOY_FAILED":
                 raise GroupFailed(f"Ray Serve could not deploy {name}: {status.message.strip()}")
         if time.monotonic() > deadline_s:
             raise Unavailable(
@@ -345,26 +341,23 @@ def _undeploy() -> None:
     import ray
     from ray import serve
 
-    from arriero.cluster import app
     from arriero.cluster.control import operator
+    from arriero.cluster.control.applications import is_ours
     from arriero.cluster.hosts import kv_store as store
+    from arriero.cluster.hosts import ray_private
     from arriero.cluster.registry import registry
 
     _quiet_serve()
     with contextlib.suppress(ValueError):  # first: a living operator would restart the groups
         ray.kill(ray.get_actor(operator.NAME, namespace=registry.NAMESPACE))
-    ours = [
-        name
-        for name in serve.status().applications
-        if name == app.NAME or name.startswith(operator.PREFIX)
-    ]
+    ours = [name for name in serve.status().applications if is_ours(name)]
     for name in ours:
-        serve.delete(name, _blocking=False)
+        ray_private.delete_application(name)
     while set(ours) & set(serve.status().applications):
         time.sleep(_POLL_S)
     with contextlib.suppress(ValueError):
         ray.kill(ray.get_actor(registry.NAME, namespace=registry.NAMESPACE))
-    for key in (operator.NAME, "epochs", "fenced", "history", "live", "spares"):
+    for key in (operator.NAME, *registry.STORED):
         store.clear(key)
 
 

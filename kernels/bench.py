@@ -18,16 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arriero.kernels.ops import (
-    DenseLayer,
-    FlatBatch,
-    KVCache,
-    KVCacheSpec,
-    Linear,
-    Ops,
-    SamplingRows,
-)
-from arriero.kernels.quant import QuantizedWeight, quantize_fp8, quantize_int4, quantize_int8
+from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.kv_cache import KVCache, KVCacheSpec
+from arriero.kernels.layers import DenseLayer
+from arriero.kernels.ops import Ops
+from arriero.kernels.packed_weights import Linear
+from arriero.kernels.quantize import quantize_fp8, quantize_int4, quantize_int8
+from arriero.kernels.quantized_weight import QuantizedWeight
+from arriero.kernels.sampling_rows import SamplingRows
 
 BLOCK_SIZE = 16
 _UNCACHED_BYTES = 96 << 20

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from arriero.kernels.quant import FP8_MAX
+from arriero.kernels.quantized_weight import FP8_MAX
 
 RowFormat = Literal["float32", "bfloat16", "fp8"]
 """Format of a sent row; fp8: e4m3 levels, followed by the row's float32 scale, little-endian."""

@@ -29,9 +29,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,294 +38,21 @@ from torch import Tensor
 from arriero.kernels import expert_rows, moe
 from arriero.kernels.attention_mask import FULL_ATTENTION, AttentionMaskSpec
 from arriero.kernels.expert_rows import RowFormat
+from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.input_transform import InputTransform, quantize_rows
+from arriero.kernels.kv_cache import KVCache, KVCacheSpec
+from arriero.kernels.layer_cache import layer_caches
+from arriero.kernels.layers import DenseLayer, MoELayer
 from arriero.kernels.moe import Permutation, Routing
-from arriero.kernels.quant import InputTransform, QuantizedWeight, quantize_rows
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FlatBatch:
-    """The tokens of a step and their places in the KV cache. Made once per step for all layers.
-
-    All index tensors are int32, on the device.
-
-    Attributes:
-        positions_T: position of each token in its sequence.
-        query_start_S1: shape [S + 1], first token of each sequence in the flat batch.
-        context_S: tokens of the sequence in the cache, the tokens of this step included.
-        block_table_SB: block ids by sequence, in order; entries past the context are arbitrary.
-        slots_T: slot of each token's key and value: block id * block size + offset.
-        cos_TD: shape [T, D / 2], float32; RoPE cosines at `positions_T`.
-        sin_TD: shape [T, D / 2], float32; RoPE sines.
-        max_query: longest query of the batch (a host integer: needs no device sync).
-        max_context: longest context of the batch.
-        local: the same tokens for layers with chunked attention that have a separate cache.
-            Positions there count from a multiple of the chunk size, for each sequence, so that
-            tables stay short; `cos_TD` and `sin_TD` are of global positions.
-    """
-
-    positions_T: Tensor
-    query_start_S1: Tensor
-    context_S: Tensor
-    block_table_SB: Tensor
-    slots_T: Tensor
-    cos_TD: Tensor
-    sin_TD: Tensor
-    max_query: int
-    max_context: int
-    local: FlatBatch | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class KVCacheSpec:
-    """Shape of the paged cache of a slice's layers.
-
-    With dtype int8, the key and the value of each head and token have levels -127 .. 127 and a
-    float32 scale, the greatest magnitude / 127; levels are rounded half to even, and a head of
-    zeros has scale 0.
-    """
-
-    num_layers: int
-    num_blocks: int
-    num_kv_heads: int
-    head_dim: int
-    block_size: int
-    dtype: torch.dtype
-
-    @property
-    def canonical_dim(self) -> int:
-        """Last dimension of the canonical layout: D; for int8 D + 4.
-
-        The four bytes after an int8 vector are the float32 scale, little-endian.
-        """
-        return self.head_dim + 4 if self.dtype == torch.int8 else self.head_dim
-
-
-class KVCache(ABC):
-    """The paged cache of a slice's layers. The backend decides the inner layout."""
-
-    spec: KVCacheSpec
-
-    @property
-    @abstractmethod
-    def nbytes(self) -> int:
-        """Exact number of allocated bytes."""
-
-    @abstractmethod
-    def read(self, layer: int, blocks: Sequence[int]) -> Tensor:
-        """Copy blocks out in the canonical layout [len(blocks), 2 (k, v), K, P, D].
-
-        In the cache's dtype; see `KVCacheSpec.canonical_dim` for int8.
-        """
-
-    @abstractmethod
-    def write(self, layer: int, blocks: Sequence[int], data: Tensor) -> None:
-        """Copy blocks in from the canonical layout; int8 for an int8 cache, else any float."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Linear:
-    """Packed weights of y = x Wᵀ + b. Made by `Ops.pack_linear`; only the backend reads `packed`.
-
-    With `inputs`, x is transformed before the product; see `Ops.pack_transformed`.
-    """
-
-    out_features: int
-    in_features: int
-    packed: Any
-    bias: Tensor | None
-    nbytes: int
-    inputs: InputTransform | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Vocab:
-    """Packed vocabulary rows [first_row, first_row + num_rows) for embedding, head, or both."""
-
-    first_row: int
-    num_rows: int
-    hidden_size: int
-    packed: Any
-    nbytes: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AttentionStyle:
-    """Variants of a layer's attention; the defaults are Llama 3's.
-
-    Attributes:
-        rope: halves: element i pairs with i + D / 2. pairs: element 2i pairs with 2i + 1 (Llama 4's
-            order in checkpoints). none: no encoding of positions.
-        qk_norm: after RoPE each head of q and k is divided by its root mean square (without
-            weights, with the layer's eps).
-        query_scale: (a, f): as the last step, q at position p is multiplied by
-            1 + a * ln(1 + floor((p + 1) / f)) (Llama 4's attention temperature); None for off.
-        mask: earlier keys that a query attends to.
-    """
-
-    rope: Literal["halves", "pairs", "none"] = "halves"
-    qk_norm: bool = False
-    query_scale: tuple[float, float] | None = None
-    mask: AttentionMaskSpec = FULL_ATTENTION
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DenseLayer:
-    """This slice's weights of a dense decoder layer.
-
-    Attributes:
-        attn_norm_H: float32.
-        qkv: rows are all query heads of the slice, then key heads, then value heads.
-        o: the slice's columns of the output projection (a single slice has the bias).
-        mlp_norm_H: float32.
-        gate_up: rows are the gate columns of the slice, then the up columns.
-        down: the slice's columns.
-        num_q_heads, num_kv_heads, head_dim: heads of the slice; num_q_heads % num_kv_heads == 0.
-        softmax_scale: factor of q·k.
-        eps: epsilon of both norms.
-        style: differences from Llama 3's attention. A backend with fused blocks for the default
-            style only must run the ops separately for other styles.
-    """
-
-    attn_norm_H: Tensor
-    qkv: Linear
-    o: Linear
-    mlp_norm_H: Tensor
-    gate_up: Linear
-    down: Linear
-    num_q_heads: int
-    num_kv_heads: int
-    head_dim: int
-    softmax_scale: float
-    eps: float
-    style: AttentionStyle = AttentionStyle()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MoELayer(DenseLayer):
-    """A decoder layer with routed experts (Llama 4).
-
-    A dense layer with the shared expert as its MLP (`gate_up` and `down`), and with experts.
-
-    Attributes:
-        router: rows are all experts of the model.
-        experts_gate_up: for each expert of the slice, gate rows and then up rows.
-        experts_down: for each expert of the slice.
-        first_expert: global id of the slice's first expert; the ids are consecutive.
-        top_k: number of experts for a token.
-        index: the layer's index in the model, for callers that route for several layers.
-    """
-
-    router: Linear
-    experts_gate_up: Sequence[Linear]
-    experts_down: Sequence[Linear]
-    first_expert: int
-    top_k: int
-    index: int = 0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SamplingRows:
-    """Sampling parameters of R rows, a tensor for each field, on the device of the logits.
-
-    An optional field is None when no row of the batch uses it, so that the usual case is cheap.
-
-    Attributes:
-        temperature_R: float32; 0 means greedy.
-        top_k_R: int32; 0 means off.
-        top_p_R: float32; 1 means off.
-        min_p_R: float32; 0 means off.
-        seed_R: int64; the draw is a pure function of (seed, position).
-        position_R: int64; position of the sampled token.
-        repetition_R: float32; 1 means off. Hugging Face's definition, over prompt and output.
-        presence_R: float32; 0 means off. Over output tokens (OpenAI's definition).
-        frequency_R: float32; 0 means off. Over output tokens.
-        seen_RV: bool; the token occurs in the prompt or the output. Present with repetition_R.
-        counts_RV: int32; occurrences in the output. Present with presence_R or frequency_R.
-        bias: (row int64 [N], token int64 [N], value float32 [N]): added to the logits; a value of
-            -inf bans the token.
-        allowed_RV: bool; False bans the token.
-        num_logprobs: number of top log-probabilities to return; -1 for no log-probabilities, 0 for
-            the sampled token alone.
-        all_greedy: all rows have temperature 0 (known on the host, to skip the draw).
-    """
-
-    temperature_R: Tensor
-    top_k_R: Tensor
-    top_p_R: Tensor
-    min_p_R: Tensor
-    seed_R: Tensor
-    position_R: Tensor
-    repetition_R: Tensor | None = None
-    presence_R: Tensor | None = None
-    frequency_R: Tensor | None = None
-    seen_RV: Tensor | None = None
-    counts_RV: Tensor | None = None
-    bias: tuple[Tensor, Tensor, Tensor] | None = None
-    allowed_RV: Tensor | None = None
-    num_logprobs: int = -1
-    all_greedy: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sampled:
-    """Result of a draw.
-
-    Attributes:
-        tokens_R: int32.
-        logprobs_R: float32, log-probabilities of the sampled tokens by the raw logits (before
-            penalties, bias and temperature); None unless requested.
-        top_tokens_RN: int32, by falling log-probability; None unless requested.
-        top_logprobs_RN: float32; None unless requested.
-    """
-
-    tokens_R: Tensor
-    logprobs_R: Tensor | None = None
-    top_tokens_RN: Tensor | None = None
-    top_logprobs_RN: Tensor | None = None
-
+from arriero.kernels.packed_weights import Linear, Vocab
+from arriero.kernels.quantized_weight import QuantizedWeight
+from arriero.kernels.sampling_rows import Sampled, SamplingRows
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums a partial result [T, H] over the slices of a tensor-parallel stage, perhaps in place."""
 
-Experts = Callable[[Tensor, "MoELayer"], Tensor]
+Experts = Callable[[Tensor, MoELayer], Tensor]
 """As `Ops.moe_block`, with experts on other ranks."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LayerCache:
-    """The cache for the keys and values of a layer.
-
-    Attributes:
-        kv: the cache.
-        index: index of the layer within the cache.
-        local: the cache is for layers with chunked attention, as `FlatBatch.local` describes.
-    """
-
-    kv: KVCache
-    index: int
-    local: bool
-
-    def batch(self, batch: FlatBatch) -> FlatBatch:
-        """The batch for this layer: `FlatBatch.local` for a local cache."""
-        if not self.local:
-            return batch
-        assert batch.local is not None, "layers with a local cache need a local block table"
-        return batch.local
-
-
-def layer_caches(
-    layers: Sequence[DenseLayer], kv: KVCache | None, local_kv: KVCache | None
-) -> list[LayerCache]:
-    """The cache of each layer: `local_kv`, where given, for layers with chunked attention."""
-    caches: list[LayerCache] = []
-    counts = {True: 0, False: 0}
-    for layer in layers:
-        local = local_kv is not None and layer.style.mask.chunk_size > 0
-        cache = local_kv if local else kv
-        assert cache is not None, "a stage has a cache for each kind of its layers"
-        caches.append(LayerCache(kv=cache, index=counts[local], local=local))
-        counts[local] += 1
-    return caches
 
 
 class Ops(ABC):
@@ -357,8 +83,8 @@ class Ops(ABC):
 
         The product is y = x Ŵᵀ + b with Ŵ exactly `QuantizedWeight.dequantize()` of the stack: a
         backend may round x to bfloat16, but may not round Ŵ further (levels are exact in bfloat16,
-        so a backend multiplies levels and applies scales to float32 sums). A backend may lack some
-        kinds of `kernels.quant`.
+        so a backend multiplies levels and applies scales to float32 sums). A backend may lack
+        some kinds of `QuantKind`.
 
         Raises:
             ValueError: the matrices differ in kind, group size or columns.
@@ -440,48 +166,9 @@ class Ops(ABC):
     def quantize_rows(self, x_TI: Tensor, bound: float) -> tuple[Tensor, Tensor]:
         """Round rows to float8: q float8_e4m3fn [T, I] and scale float32 [T, 1].
 
-        Defined by `kernels.quant.quantize_rows`.
+        Defined by `kernels.input_transform.quantize_rows`.
         """
         return quantize_rows(x_TI, bound)
-
-    def transformed_linear(self, x_TI: Tensor, w: Linear) -> Tensor:
-        """`linear` for weights with `inputs`: transform x, then call `linear` without `inputs`."""
-        assert w.inputs is not None, "weights of pack_transformed have inputs"
-        x_TI = x_TI if w.inputs.order_I is None else x_TI.index_select(1, w.inputs.order_I)
-        plain = replace(w, in_features=x_TI.shape[1], inputs=None, bias=None)
-        if w.inputs.bound is None:
-            y_TO = self.linear(x_TI, plain)
-        else:
-            q_TI, scale_T1 = self.quantize_rows(x_TI, w.inputs.bound)
-            y_TO = self.linear(q_TI.float(), plain).mul_(scale_T1)
-        return (y_TO if w.bias is None else y_TO.add_(w.bias)).to(x_TI.dtype)
-
-    def transformed_grouped_linear(
-        self, x_XI: Tensor, experts: Sequence[Linear], starts_E1: Tensor
-    ) -> Tensor:
-        """`grouped_linear` for experts with `inputs`: transform x, then call `grouped_linear`.
-
-        Raises:
-            ValueError: the experts differ in rounding, or only some of them reorder inputs.
-        """
-        inputs = [expert.inputs for expert in experts if expert.inputs is not None]
-        kinds = {(transform.bound, transform.order_I is None) for transform in inputs}
-        if len(inputs) != len(experts) or len(kinds) != 1:
-            raise ValueError(
-                "grouped_linear: all experts of a layer must reorder and round inputs alike"
-            )
-        dtype, bound = x_XI.dtype, inputs[0].bound
-        orders = [transform.order_I for transform in inputs if transform.order_I is not None]
-        if orders:  # the order of a row is that of its expert
-            row_X = torch.arange(len(x_XI), device=x_XI.device)
-            expert_X = torch.bucketize(row_X, starts_E1[1:-1].long(), right=True)
-            x_XI = x_XI.gather(1, torch.stack(orders)[expert_X])
-        plain = [replace(expert, in_features=x_XI.shape[1], inputs=None) for expert in experts]
-        if bound is None:
-            return self.grouped_linear(x_XI, plain, starts_E1)
-        q_XI, scale_X1 = self.quantize_rows(x_XI, bound)
-        y_XO = self.grouped_linear(q_XI.float(), plain, starts_E1)
-        return y_XO.mul_(scale_X1).to(dtype)
 
     @abstractmethod
     def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:

@@ -12,12 +12,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from arriero.cluster.commands.options import StateDir
+from arriero.cluster.commands.options import StateDir, set_options, with_option_groups
 from arriero.cluster.commands.terminal import ERR, OUT, spinner
 from arriero.shards.errors import SpecError
 
@@ -35,54 +36,71 @@ def add_to(app: typer.Typer) -> None:
     app.command("down")(down)
 
 
-def up(
-    spec: Annotated[Path | None, typer.Argument(help="Deployment spec, arriero.yaml.")] = None,
-    model: Annotated[Path | None, typer.Option(help="Checkpoint folder, without a spec.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the model for clients.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _ModelOptions:
+    """The model and its groups, without a spec."""
+
+    model: Annotated[Path | None, typer.Option(help="Checkpoint folder, without a spec.")] = None
+    name: Annotated[str | None, typer.Option(help="Name of the model for clients.")] = None
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None
     quantization: Annotated[
         str | None, typer.Option(help="int8, int4 or fp8: quantize the weights during loading.")
-    ] = None,
-    groups: Annotated[int | None, typer.Option(help="Number of replica groups.")] = None,
-    tp: Annotated[int | None, typer.Option(help="Tensor-parallel slices of a stage.")] = None,
-    pp: Annotated[int | None, typer.Option(help="Pipeline stages.")] = None,
+    ] = None
+    groups: Annotated[int | None, typer.Option(help="Number of replica groups.")] = None
+    tp: Annotated[int | None, typer.Option(help="Tensor-parallel slices of a stage.")] = None
+    pp: Annotated[int | None, typer.Option(help="Pipeline stages.")] = None
     dp: Annotated[
         int | None, typer.Option(help="Data-parallel ranks of attention (mixtures of experts).")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or auto.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of a slice.")] = None,
+    ] = None
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or auto.")] = None
+    threads: Annotated[int | None, typer.Option(help="CPU threads of a slice.")] = None
     kv_memory: Annotated[
         str | None, typer.Option(help="Bytes of a group's KV cache, for example 512MiB.")
-    ] = None,
-    max_model_len: Annotated[int | None, typer.Option(help="Most tokens of a sequence.")] = None,
+    ] = None
+    max_model_len: Annotated[int | None, typer.Option(help="Most tokens of a sequence.")] = None
     sliding_window: Annotated[
         int | None, typer.Option(help="Last tokens that a token attends to (dense models).")
-    ] = None,
+    ] = None
     attention_sinks: Annotated[
         int | None, typer.Option(help="First tokens that stay visible beside the window.")
-    ] = None,
+    ] = None
     changes_answers: Annotated[
         bool | None,
         typer.Option(
             help="Accept other answers from a window that the model was not trained with."
         ),
-    ] = None,
-    host: Annotated[str | None, typer.Option(help="Address of the gateway's gRPC.")] = None,
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _GatewayOptions:
+    """Addresses of the gateway."""
+
+    host: Annotated[str | None, typer.Option(help="Address of the gateway's gRPC.")] = None
     port: Annotated[
         int | None, typer.Option(help="Port of the gateway's gRPC; 0 takes any free port.")
-    ] = None,
-    http_host: Annotated[str | None, typer.Option(help="Address of the gateway's HTTP.")] = None,
+    ] = None
+    http_host: Annotated[str | None, typer.Option(help="Address of the gateway's HTTP.")] = None
     http_port: Annotated[
         int | None, typer.Option(help="Port of the gateway's HTTP; 0 takes any free port.")
-    ] = None,
+    ] = None
     cors: Annotated[
         str | None,
         typer.Option(help="Origins of web pages that may call HTTP, with commas; '*' for all."),
-    ] = None,
+    ] = None
     address: Annotated[
         str | None, typer.Option(help="Ray cluster to join; else $RAY_ADDRESS, else a local one.")
-    ] = None,
-    timeout: Annotated[float | None, typer.Option(help="Limit of the start, in seconds.")] = None,
+    ] = None
+    start_timeout_s: Annotated[
+        float | None, typer.Option("--timeout", help="Limit of the start, in seconds.")
+    ] = None
+
+
+@with_option_groups
+def up(
+    model: _ModelOptions,
+    gateway: _GatewayOptions,
+    spec: Annotated[Path | None, typer.Argument(help="Deployment spec, arriero.yaml.")] = None,
     foreground: Annotated[
         bool, typer.Option(help="Stay until Ctrl-C, which ends the deployment.")
     ] = False,
@@ -90,34 +108,9 @@ def up(
     state_dir: StateDir = None,
 ) -> None:
     """Deploy; returns when every group has generated a token, and leaves the deployment serving."""
-    flags = {
-        "model": None if model is None else str(model),
-        "name": name,
-        "dtype": dtype,
-        "quantization": quantization,
-        "groups": groups,
-        "tp": tp,
-        "pp": pp,
-        "dp": dp,
-        "device": device,
-        "threads": threads,
-        "kv_memory": kv_memory,
-        "max_model_len": max_model_len,
-        "sliding_window": sliding_window,
-        "attention_sinks": attention_sinks,
-        "changes_answers": changes_answers,
-        "host": host,
-        "port": port,
-        "http_host": http_host,
-        "http_port": http_port,
-        "cors": cors,
-        "address": address,
-        "start_timeout_s": timeout,
-    }
-    set_flags = {flag: value for flag, value in flags.items() if value is not None}
-    if spec is None and model is None:
+    if spec is None and model.model is None:
         raise SpecError("nothing to serve: give a spec (`arriero up arriero.yaml`) or --model PATH")
-    deployment = bring_up(spec, set_flags, state_dir)
+    deployment = bring_up(spec, set_options(model, gateway), state_dir)
     http = f" and http://{deployment.http} (HTTP)" if deployment.http else ""
     if as_json:
         addresses = {

@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
+from arriero.cluster.commands.options import with_option_groups
+from arriero.cluster.commands.plan_options import DemandOptions, MachineOptions, MeshOptions
 from arriero.cluster.commands.terminal import OUT
-from arriero.cluster.planner.catalog import DEVICES, MODELS, NamedModel, find_model
-from arriero.cluster.planner.demand import KvDemand, Layout
+from arriero.cluster.planner.catalog import MODELS, NamedModel, find_model
+from arriero.cluster.planner.demand import KvDemand
 from arriero.cluster.planner.kv_room import stored_as
 from arriero.cluster.planner.layouts import Machines, Option, best_of, larger_machines, rank_layouts
 from arriero.cluster.planner.memory import GroupPlan, plan_group
 from arriero.cluster.planner.rank_weights import DTYPES, Dtype, weights_as
 from arriero.kernels.packing import KERNELS, Kernels
+from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.errors import SpecError
 from arriero.shards.kv.limits import GroupTierLimits
 from arriero.shards.model_config.llama4 import Llama4Config
@@ -56,12 +59,13 @@ class _PlanRequest:
     demand: KvDemand
     kernels: Kernels
     dtype: Dtype | None
-    layout: Layout | None
+    layout: ParallelConfig | None
     groups: int | None
     spares: int
     tiers: GroupTierLimits = field(default_factory=GroupTierLimits)
 
 
+@with_option_groups
 def plan(
     spec: Annotated[Path | None, typer.Argument(help="Deployment spec, arriero.yaml.")] = None,
     model: Annotated[
@@ -71,33 +75,10 @@ def plan(
         str | None, typer.Option(help=f"Dtype of the weights: {', '.join(DTYPES)}.")
     ] = None,
     kv_dtype: Annotated[str | None, typer.Option(help="Dtype of the KV cache; also int8.")] = None,
-    gpu: Annotated[str, typer.Option(help=f"GPU type: {', '.join(DEVICES)}; or cpu.")] = "h100-80g",
-    memory: Annotated[
-        str | None,
-        typer.Option(help="Memory of a GPU (with --gpu cpu: of a node), for example 64GiB."),
-    ] = None,
-    nodes: Annotated[int, typer.Option(help="Number of nodes.")] = 1,
-    gpus_per_node: Annotated[
-        int | None, typer.Option(help="GPUs (on cpu: slices) of a node; by default 8 (cpu: 1).")
-    ] = None,
-    tp: Annotated[int | None, typer.Option(help="Tensor-parallel slices of a stage.")] = None,
-    pp: Annotated[int | None, typer.Option(help="Pipeline stages.")] = None,
-    dp: Annotated[int | None, typer.Option(help="Data-parallel ranks of attention (MoE).")] = None,
-    ep: Annotated[int | None, typer.Option(help="Slices that share the experts (MoE).")] = None,
-    context: Annotated[
-        int | None, typer.Option(help="Tokens of a sequence that must fit; used in the ranking.")
-    ] = None,
-    max_sequences: Annotated[
-        int | None, typer.Option(help="Most sequences that run at once.")
-    ] = None,
-    max_batch_tokens: Annotated[int | None, typer.Option(help="Most tokens of a step.")] = None,
-    block_size: Annotated[int | None, typer.Option(help="Tokens of a KV block.")] = None,
-    spare_experts: Annotated[
-        int, typer.Option(help="Second copies of busy experts on each rank (MoE).")
-    ] = 0,
-    reserve: Annotated[
-        str | None, typer.Option(help="Free memory of each device, for example 4GiB.")
-    ] = None,
+    *,
+    machine: MachineOptions,
+    mesh: MeshOptions,
+    load: DemandOptions,
     kernels: Annotated[
         str | None, typer.Option(help=f"Backend that packs the weights: {', '.join(KERNELS)}.")
     ] = None,
@@ -107,40 +88,15 @@ def plan(
     """Compute the memory of each rank, the sequences that fit, and the layouts that work."""
     if (spec is None) == (model is None):
         raise SpecError("nothing to plan: give a spec, or --model NAME (not both)")
-    demand = KvDemand(
-        context=context or 0,
-        max_sequences=max_sequences or 256,
-        max_batch_tokens=max_batch_tokens or 2048,
-        block_size=block_size or 16,
-        kv_dtype=kv_dtype or "",
-        spare_experts=spare_experts,
-        reserve_bytes=None if reserve is None else _size("reserve", reserve),
-    )
-    _check_at_least(
-        1,
-        context=context,
-        max_sequences=max_sequences,
-        max_batch_tokens=max_batch_tokens,
-        block_size=block_size,
-    )
-    _check_at_least(0, spare_experts=spare_experts)
-    layout = None
-    if any(size is not None for size in (tp, pp, dp, ep)):
-        layout = Layout(tp=tp or 1, pp=pp or 1, dp=dp or 1, ep=ep)
-    on_cpu = gpu == "cpu"
-    machines = Machines(
-        gpu=gpu,
-        nodes=nodes,
-        per_node=gpus_per_node or (_cpu_slices(layout, nodes) if on_cpu else 8),
-        memory_bytes=None if memory is None else _size("memory", memory),
-    )
+    demand, layout = load.demand(kv_dtype), mesh.layout()
+    machines = machine.machines(layout)
     if model is not None:
         requests = [
             _PlanRequest(
                 model=find_model(model),
                 machines=machines,
                 demand=demand,
-                kernels=_kernels(kernels, on_cpu),
+                kernels=_kernels(kernels, machines.gpu == "cpu"),
                 dtype=_dtype(dtype),
                 layout=layout,
                 groups=None,
@@ -158,13 +114,6 @@ def plan(
         draw(plans[0][0], plot)
     for (group, _), request in zip(plans, requests, strict=True):
         _check_fits(request, group)
-
-
-def _check_at_least(least: int, **values: int | None) -> None:
-    """Refuse a flag with a value below `least`."""
-    for name, value in values.items():
-        if value is not None and value < least:
-            raise SpecError(f"`{name}`={value} must be at least {least}")
 
 
 def _check_fits(request: _PlanRequest, group: GroupPlan) -> None:
@@ -255,23 +204,13 @@ def _kernels(name: str | None, on_cpu: bool) -> Kernels:
     raise SpecError(f"`kernels`={name!r} is none of {', '.join(get_args(Kernels))}")
 
 
-def _cpu_slices(layout: Layout | None, nodes: int) -> int:
-    return 1 if layout is None else -(-layout.world_size // max(1, nodes))
-
-
-def _size(name: str, text: str) -> int:
-    from arriero.cluster.spec.fields import parse_bytes
-
-    return parse_bytes(name, text)
-
-
 def _from_spec(
     path: Path,
     machines: Machines,
     demand: KvDemand,
     kernels: str | None,
     dtype: Dtype | None,
-    layout: Layout | None,
+    layout: ParallelConfig | None,
 ) -> list[_PlanRequest]:
     from arriero.cluster.spec.load import load
 
@@ -329,21 +268,13 @@ def _from_model_spec(
         demand = replace(
             demand, num_blocks=group.num_blocks, num_local_blocks=group.num_local_blocks
         )
-    mesh = spec.mesh
     return _PlanRequest(
         model=replace(model, name=spec.name),
         machines=machines,
         demand=demand,
         kernels=_kernels(kernels, on_cpu),
         dtype=dtype or stored_dtype,
-        layout=Layout(
-            tp=mesh.tp,
-            pp=mesh.pp,
-            dp=mesh.dp,
-            ep=mesh.ep,
-            tp_shares=mesh.tp_shares,
-            layer_split=mesh.layer_split,
-        ),
+        layout=spec.mesh.parallel(),
         groups=spec.groups,
         spares=spec.spares,
         tiers=tier_limits(config, model.config),

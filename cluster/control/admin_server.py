@@ -1,7 +1,7 @@
 """The gRPC server of `arriero.v1.Admin`: answers of the operator and the registry as messages.
 
 Every caller must send the deployment's admin token. Knows messages and gRPC statuses; knows nothing
-of the meaning of a change (`operator`).
+of the meaning of a change (`changes`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ from pydantic import ValidationError
 
 from arriero.cluster import app
 from arriero.cluster.control.api_keys import ApiKeyStore, check_overlap
+from arriero.cluster.control.changes import DeploymentChanges
+from arriero.cluster.control.deployment_view import DeploymentView
 from arriero.cluster.control.kv_admin_client import KV_ACTIONS, ask_kv
 from arriero.cluster.control.reconcile import Phase, settled
+from arriero.cluster.control.state_store import StateStore
 from arriero.cluster.hosts import nodes
 from arriero.cluster.hosts.nodes import node_address, reachable
 from arriero.cluster.registry.history import Failure
@@ -40,7 +43,6 @@ from arriero.shards.errors import ArrieroError, CheckpointError, InvalidRequest,
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
-    from arriero.cluster.control.operator import Operator
     from arriero.cluster.registry.registry import Registry
     from arriero.cluster.registry.snapshot import GroupEntry, RegistrySnapshot
 
@@ -55,15 +57,24 @@ Context = grpc.aio.ServicerContext[bytes, bytes]
 
 
 class AdminServer:
-    """Serves Admin in the event loop of an operator.
+    """Serves Admin in the event loop of the operator.
 
     Args:
-        operator: makes the changes, and knows the valid admin tokens.
+        store: the desired state, with the valid admin tokens.
+        view: desired models and current seats.
+        changes: makes the changes.
         registry: of the cluster.
     """
 
-    def __init__(self, operator: Operator, registry: ActorHandle[Registry]) -> None:
-        self._operator, self._registry = operator, registry
+    def __init__(
+        self,
+        store: StateStore,
+        view: DeploymentView,
+        changes: DeploymentChanges,
+        registry: ActorHandle[Registry],
+    ) -> None:
+        self._store, self._view, self._changes = store, view, changes
+        self._registry = registry
         self._server: grpc.aio.Server | None = None
 
     async def start(self, host: str, port: int, tls: TlsFiles | None) -> str:
@@ -115,7 +126,7 @@ class AdminServer:
 
         async def run(raw: bytes, context: Context) -> bytes:
             given = str(dict(context.invocation_metadata() or ()).get("authorization", ""))
-            expected = [f"Bearer {token}".encode() for token in self._operator.tokens()]
+            expected = [f"Bearer {token}".encode() for token in self._store.state.tokens()]
             if not any([hmac.compare_digest(given.encode(), token) for token in expected]):
                 await context.abort(
                     grpc.StatusCode.UNAUTHENTICATED,
@@ -147,7 +158,7 @@ class AdminServer:
 
     async def _status(self, request: pb.GetStatusRequest) -> pb.Status:
         snapshot = await self._registry.snapshot.remote()
-        desired_models, seats = self._operator.desired_models(), self._operator.seats(snapshot)
+        desired_models, seats = self._view.desired_models(), self._view.seats(snapshot)
         entries: dict[str, GroupEntry] = {entry.seat: entry for entry in snapshot.groups}
         status = pb.Status()
         for name, desired in desired_models.items():
@@ -157,8 +168,8 @@ class AdminServer:
                 revision=desired.revision,
                 groups=desired.count,
                 serving=sum(seat.phase is Phase.SERVING for seat in own),
-                settled=settled({name: desired}, own) and self._operator.gateways_settled,
-                path=self._operator.settings(name).path,
+                settled=settled({name: desired}, own) and self._view.gateways_settled,
+                path=self._store.settings(name).path,
                 spares=desired.spares,
                 standing_by=sum(seat.phase is Phase.STANDBY for seat in own),
                 queued=snapshot.demand.get(name, (0, 0.0))[0],
@@ -168,7 +179,7 @@ class AdminServer:
             group = status.groups.add(
                 seat=seat.name, model=seat.model, revision=seat.revision, phase=seat.phase.value
             )
-            group.text = self._operator.start_problem(seat.name) or _progress(snapshot, seat.name)
+            group.text = self._view.start_problem(seat.name) or _progress(snapshot, seat.name)
             if (entry := entries.get(seat.name)) is not None:
                 _fill(group, entry)
         for gateway in snapshot.gateways:
@@ -204,25 +215,25 @@ class AdminServer:
         )
 
     async def _scale(self, request: pb.ScaleRequest) -> pb.ChangeResponse:
-        return pb.ChangeResponse(text=await self._operator.scale(request.model, request.groups))
+        return pb.ChangeResponse(text=await self._changes.scale(request.model, request.groups))
 
     async def _drain(self, request: pb.DrainRequest) -> pb.ChangeResponse:
-        return pb.ChangeResponse(text=await self._operator.drain(request.name))
+        return pb.ChangeResponse(text=await self._changes.drain(request.name))
 
     async def _rollout(self, request: pb.RolloutRequest) -> pb.ChangeResponse:
         spec = _read_spec(request.spec) if request.spec else None
-        return pb.ChangeResponse(text=await self._operator.rollout(spec, force=request.force))
+        return pb.ChangeResponse(text=await self._changes.rollout(spec, force=request.force))
 
     async def _rollback(self, request: pb.RollbackRequest) -> pb.ChangeResponse:
-        return pb.ChangeResponse(text=await self._operator.rollback(request.model))
+        return pb.ChangeResponse(text=await self._changes.rollback(request.model))
 
     async def _reload(self, request: pb.ReloadRequest) -> pb.ChangeResponse:
-        return pb.ChangeResponse(text=await self._operator.reload(_read_spec(request.spec)))
+        return pb.ChangeResponse(text=await self._changes.reload(_read_spec(request.spec)))
 
     async def _keys(self, request: pb.KeysRequest) -> pb.KeysResponse:
         snapshot = await self._registry.snapshot.remote()
         store = ApiKeyStore(
-            self._operator.spec.gateway.keys, [gateway.node_id for gateway in snapshot.gateways]
+            self._store.spec.gateway.keys, [gateway.node_id for gateway in snapshot.gateways]
         )
         if request.action == "list":
             return pb.KeysResponse(keys=map(_api_key, (await store.entries()).values()))
@@ -240,7 +251,7 @@ class AdminServer:
         return pb.KeysResponse(keys=[_api_key(change.entry)], key=change.key)
 
     async def _rotate_token(self, request: pb.RotateTokenRequest) -> pb.RotateTokenResponse:
-        token = await self._operator.rotate_token(check_overlap(request.overlap_s))
+        token = await self._changes.rotate_token(check_overlap(request.overlap_s))
         return pb.RotateTokenResponse(token=token)
 
     async def _kv(self, request: pb.KvRequest) -> pb.KvResponse:
@@ -252,7 +263,7 @@ class AdminServer:
         if not entries:
             serving = ", ".join(entry.seat for entry in snapshot.groups) or "none"
             raise NotFound(f"no group of {name[:128]!r} serves; serving groups: {serving}")
-        tls = self._operator.spec.link_tls
+        tls = self._store.spec.link_tls
         groups = await asyncio.gather(*(ask_kv(entry, request, tls) for entry in entries))
         return pb.KvResponse(groups=groups)
 

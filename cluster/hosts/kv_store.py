@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ray.experimental import internal_kv
+from arriero.cluster.hosts import ray_private
 
 _NAMESPACE = b"arriero"
 
@@ -17,15 +17,15 @@ _NAMESPACE = b"arriero"
 def put(name: str, value: Any) -> None:  # noqa: ANN401
     """Store a value that JSON can carry, in place of the value before."""
     packed = json.dumps(value).encode()
-    internal_kv._internal_kv_put(name.encode(), packed, overwrite=True, namespace=_NAMESPACE)
+    ray_private.store_value(_NAMESPACE, name.encode(), packed)
 
 
 def get(name: str) -> Any:  # noqa: ANN401
     """The stored value, or None."""
-    packed = internal_kv._internal_kv_get(name.encode(), namespace=_NAMESPACE)
+    packed = ray_private.stored_value(_NAMESPACE, name.encode())
     return None if packed is None else json.loads(packed)
 
 
 def clear(name: str) -> None:
     """Remove a value; does nothing when there is none."""
-    internal_kv._internal_kv_del(name.encode(), namespace=_NAMESPACE)
+    ray_private.remove_value(_NAMESPACE, name.encode())

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import glob
 import os
 import signal
 import socket
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from arriero.cluster.hosts import ray_private
 from arriero.shards.errors import ArrieroError, Unavailable
 
 ON_HEAD = {"node:__internal_head__": 0.001}
@@ -34,10 +34,9 @@ _PROBE_S = 1.0
 
 def count_free_bundles(bundle: Mapping[str, float]) -> int:
     """Number of bundles with these resources that are free, each on one node."""
-    nodes = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
     return sum(
         min(int(node.get(name, 0.0) / amount + 1e-6) for name, amount in bundle.items())
-        for node in nodes.values()
+        for node in ray_private.free_resources().values()
     )
 
 
@@ -159,10 +158,11 @@ def _kill(pids: list[int]) -> None:
 
 
 def _tail(pid: int, count: int) -> list[str]:
-    folder: str = ray._private.worker._global_node.get_logs_dir_path()  # type: ignore[attr-defined]
+    context = ray.get_runtime_context()
+    folder = Path(context.get_temp_dir(), context.get_session_name(), "logs")
     lines: list[str] = []
-    for name in sorted(glob.glob(f"{glob.escape(folder)}/worker-*-{pid}.err")):
-        text = Path(name).read_text(errors="replace")
+    for path in sorted(folder.glob(f"worker-*-{pid}.err")):
+        text = path.read_text(errors="replace")
         # Ray marks its own lines with a colon at the start
         lines += [line[:300] for line in text.splitlines() if line.strip() and line[0] != ":"]
     return lines[-count:]

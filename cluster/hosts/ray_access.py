@@ -10,23 +10,22 @@ addresses; knows nothing of deployments.
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
 
 import grpc
 
-from arriero.shards.errors import Unauthenticated, Unavailable
+from arriero.cluster.hosts import ray_private
+from arriero.shards.errors import SpecError, Unauthenticated, Unavailable
 
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 _KUBERNETES = "RAY_ENABLE_K8S_TOKEN_AUTH"
-_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-"""Ray's variable for clusters of several nodes; "0" makes a node at 127.0.0.1 bind to loopback."""
+_TLS_FILES = ("RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT")
+"""Ray's variables for the files of a channel with TLS: certificate, key, authorities."""
 LOOPBACK = "127.0.0.1"
 PROBE_S = 10.0
-_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 _CLIENT = "ray://"
 _REMEDY = (
     f"set {TOKEN} to the cluster's token, {TOKEN_PATH} to a file that holds it, or copy that file"
@@ -67,7 +66,7 @@ def joined_cluster(address: str) -> Changes:
         Unauthenticated: the cluster requires a token, and the user has none or a wrong token.
         Unavailable: no GCS answers at the address.
     """
-    token = _users_token()
+    token = ray_private.users_token()
     if address.startswith(_CLIENT):  # a client server accepts any token and opens no calls
         return {MODE: "token" if token else "disabled"}
     gcs, loopback_only = _locate(address)
@@ -107,40 +106,11 @@ def _set(changes: Changes) -> None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
-    _reload()
-
-
-def _reload() -> None:
-    """Make Ray read the environment again; Ray reads the environment only at import."""
-    from ray._private import ray_constants
-
-    raylet = _raylet()
-    raylet.Config.initialize("")  # Ray's own order: the lookup of a token depends on the mode
-    raylet.AuthenticationTokenLoader.instance().reset_cache()
-    ray_constants.ENABLE_RAY_CLUSTER = os.environ.get(_CLUSTERS) != "0"
-
-
-def _raylet() -> Any:  # noqa: ANN401
-    """Ray's compiled module, which has no type stubs."""
-    return importlib.import_module("ray._raylet")
+    ray_private.read_environment()
 
 
 def _reach(loopback_only: bool) -> Changes:
-    return {_CLUSTERS: "0" if loopback_only else None}
-
-
-def _users_token() -> str:
-    """The user's own token, from the places where Ray looks; "" when no token is readable."""
-    from ray.exceptions import AuthenticationError
-
-    loader = _raylet().AuthenticationTokenLoader.instance()
-    loader.reset_cache()
-    try:
-        if not loader.has_token(ignore_auth_mode=True):
-            return ""
-    except AuthenticationError:  # the token path has no readable token
-        return ""
-    return str(loader.get_raw_token(ignore_auth_mode=True))
+    return {ray_private.LOOPBACK_SWITCH: "0" if loopback_only else None}
 
 
 def _missing() -> str:
@@ -166,17 +136,15 @@ def _locate(address: str) -> tuple[str, bool]:
     Raises:
         Unavailable: the address is "auto", and no cluster runs on this machine.
     """
-    from ray._private import services
-
     try:
-        gcs = services.canonicalize_bootstrap_address(address)
+        gcs = ray_private.gcs_address(address)
     except (ConnectionError, ValueError) as error:
         raise Unavailable(f"`address`={address!r}: {' '.join(str(error).split())}") from None
     host, _, port = address.rpartition(":")
     on_loopback = f"{LOOPBACK}:{port}"
-    if host in (LOOPBACK, "localhost") and (gcs == on_loopback or not _listens(str(gcs))):
+    if host in (LOOPBACK, "localhost") and (gcs == on_loopback or not _listens(gcs)):
         return on_loopback, True
-    return str(gcs), False
+    return gcs, False
 
 
 def _listens(address: str) -> bool:
@@ -196,7 +164,7 @@ def _refuses(address: str, token: str) -> bool:
     """
     metadata = (("authorization", f"Bearer {token}"),) if token else ()
     with _channel(address) as channel:
-        check_alive = channel.unary_unary(_ALIVE, bytes, bytes)
+        check_alive = channel.unary_unary(ray_private.CHECK_ALIVE, bytes, bytes)
         try:
             check_alive(b"", metadata=metadata, timeout=PROBE_S, wait_for_ready=True)
         except grpc.RpcError as error:
@@ -218,7 +186,11 @@ def _refuses(address: str, token: str) -> bool:
 def _channel(address: str) -> grpc.Channel:
     if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
         return grpc.insecure_channel(address)
-    from ray._common.tls_utils import load_certs_from_env
-
-    chain, key, authority = load_certs_from_env()  # type: ignore[no-untyped-call]
+    chain, key, authority = (_tls_file(name) for name in _TLS_FILES)
     return grpc.secure_channel(address, grpc.ssl_channel_credentials(authority, key, chain))
+
+
+def _tls_file(variable: str) -> bytes:
+    if not (path := os.environ.get(variable)):
+        raise SpecError(f"RAY_USE_TLS is set, so {variable} must name a file; set {variable}")
+    return Path(path).read_bytes()

@@ -1,4 +1,4 @@
-"""Input of a group's plan: how the group divides its model, and the load.
+"""Input of a group's plan: the load, and the settings of the KV cache.
 
 Knows sizes; knows nothing of devices and models.
 """
@@ -6,40 +6,6 @@ Knows sizes; knows nothing of devices and models.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Layout:
-    """How a group divides its model.
-
-    Attributes:
-        tp, pp: number of tensor-parallel slices of a stage, and of stages.
-        dp: number of data-parallel attention ranks; 1 for a dense model.
-        ep: number of slices that share the experts; None for a dense model, or for tp * dp.
-        tp_shares, layer_split: as in `GroupConfig`.
-    """
-
-    tp: int = 1
-    pp: int = 1
-    dp: int = 1
-    ep: int | None = None
-    tp_shares: tuple[float, ...] | None = None
-    layer_split: tuple[int, ...] | None = None
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks of the group."""
-        return self.tp * self.pp * self.dp
-
-    def __str__(self) -> str:
-        text = f"TP{self.tp}"
-        if self.dp > 1:
-            text += f"xDP{self.dp}"
-        if self.pp > 1:
-            text += f"xPP{self.pp}"
-        if self.ep is not None:
-            text += f" EP{self.ep}"
-        return text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from arriero.cluster.planner.catalog import Device, NamedModel
-from arriero.cluster.planner.demand import KvDemand, Layout
+from arriero.cluster.planner.demand import KvDemand
 from arriero.cluster.planner.memory import GroupPlan, plan_group
 from arriero.cluster.planner.rank_weights import DTYPES, ON_LOAD, Dtype, weights_as
 from arriero.kernels.packing import KERNELS, Kernels
@@ -72,14 +72,6 @@ def stored_as(dtype: str, quantization: str | None, scheme: QuantScheme | None) 
 def _plan(
     config: GroupConfig, model: AnyModel, scheme: QuantScheme | None, free_bytes: int
 ) -> GroupPlan:
-    layout = Layout(
-        tp=config.tp,
-        pp=config.pp,
-        dp=config.dp,
-        ep=config.ep,
-        tp_shares=config.tp_shares,
-        layer_split=config.layer_split,
-    )
     demand = KvDemand(
         context=config.max_model_len or model.max_position_embeddings,
         max_sequences=config.max_sequences,
@@ -99,7 +91,7 @@ def _plan(
     return plan_group(
         NamedModel(name=config.model_path, config=model, scheme=scheme),
         weights,
-        layout,
+        config,
         demand,
         device,
         kernels,

@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 
 from arriero.cluster.planner import catalog
 from arriero.cluster.planner.catalog import Device, NamedModel
-from arriero.cluster.planner.demand import KvDemand, Layout
+from arriero.cluster.planner.demand import KvDemand
 from arriero.cluster.planner.memory import GroupPlan, plan_group
 from arriero.cluster.planner.rank_weights import Dtype, weights_as
 from arriero.kernels.packing import Kernels
+from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.errors import SpecError
 from arriero.shards.model_config.llama4 import Llama4Config
 
@@ -77,7 +78,7 @@ class Option:
         note: remarks on a layout that works.
     """
 
-    layout: Layout
+    layout: ParallelConfig
     dtype: Dtype
     groups: int
     plan: GroupPlan | None = None
@@ -163,7 +164,7 @@ def _order(option: Option) -> tuple[bool, bool, float, int, str]:
     )
 
 
-def layouts(model: NamedModel, machines: Machines) -> Iterator[Layout]:
+def layouts(model: NamedModel, machines: Machines) -> Iterator[ParallelConfig]:
     """Layouts to try: tp and dp are powers of two, and the devices suffice."""
     moe = isinstance(model.config, Llama4Config)
     for tp in _SIZES:
@@ -171,7 +172,7 @@ def layouts(model: NamedModel, machines: Machines) -> Iterator[Layout]:
             for dp in _SIZES if moe else (1,):
                 if tp * pp * dp > machines.total or (pp > 2 and machines.total % pp):
                     continue
-                yield Layout(tp=tp, pp=pp, dp=dp, ep=tp * dp if moe else None)
+                yield ParallelConfig(tp=tp, pp=pp, dp=dp, ep=tp * dp if moe else None)
 
 
 def _option(
@@ -180,7 +181,7 @@ def _option(
     demand: KvDemand,
     kernels: Kernels,
     dtype: Dtype,
-    layout: Layout,
+    layout: ParallelConfig,
     device: Device,
 ) -> Option:
     groups = machines.total // layout.world_size

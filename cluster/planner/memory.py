@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from arriero.cluster.planner.catalog import Device, NamedModel
-from arriero.cluster.planner.demand import KvDemand, Layout
+from arriero.cluster.planner.demand import KvDemand
 from arriero.cluster.planner.rank_weights import RankWeights, Weights, rank_weights
 from arriero.cluster.planner.step_memory import (
     GRAPH_BYTES_PER_LAYER,
@@ -23,6 +23,7 @@ from arriero.cluster.planner.step_memory import (
 from arriero.kernels.attention_mask import AttentionMaskSpec
 from arriero.kernels.packing import KV_ITEMSIZE, PLAIN, Kernels, kv_block_nbytes
 from arriero.shards.config.group import GroupConfig
+from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.errors import SpecError
 from arriero.shards.kv.paging import SeenBlocks
 from arriero.shards.layout.dense import Span
@@ -103,7 +104,7 @@ class GroupPlan:
 
     model: NamedModel
     weights: Weights
-    layout: Layout
+    layout: ParallelConfig
     demand: KvDemand
     device: Device
     kernels: Kernels
@@ -244,7 +245,7 @@ def _gb(count: int) -> str:
 def plan_group(
     model: NamedModel,
     weights: Weights,
-    layout: Layout,
+    layout: ParallelConfig,
     demand: KvDemand,
     device: Device,
     kernels: Kernels,
@@ -267,7 +268,7 @@ def plan_group(
         )
     if layout.world_size > MAX_RANKS:
         raise SpecError(f"{layout} has {layout.world_size} ranks; plan at most {MAX_RANKS}")
-    parts = _divide(config, layout)
+    parts = parts_of(config, layout)
     sizes_by_rank = [_sizes(part) for part in parts]
     # Ranks with equal sizes have equal bytes: a group of 64 ranks has few different sizes.
     weights_by_sizes = {
@@ -309,31 +310,11 @@ def _sizes(part: AnyPart) -> tuple[object, ...]:
     return (part.layers, part.tp_rank == 0, *sizes)
 
 
-def _divide(config: AnyModel, layout: Layout) -> Sequence[AnyPart]:
-    """The part of each rank, by the same partition that the runner uses.
-
-    Raises:
-        SpecError: the layout does not fit the model.
-    """
-    return parts_of(
-        config,
-        GroupConfig(
-            model_path="",
-            tp=layout.tp,
-            pp=layout.pp,
-            dp=layout.dp,
-            ep=layout.ep,
-            tp_shares=layout.tp_shares,
-            layer_split=layout.layer_split,
-        ),
-    )
-
-
 def _rank(
     config: AnyModel,
     part: AnyPart,
     weights: RankWeights,
-    layout: Layout,
+    layout: ParallelConfig,
     demand: KvDemand,
     device: Device,
     kernels: Kernels,

@@ -9,7 +9,8 @@ Names in formulas: rows are sequences with sampled logits, d is the size of a he
 from __future__ import annotations
 
 from arriero.cluster.planner.catalog import Device
-from arriero.cluster.planner.demand import KvDemand, Layout
+from arriero.cluster.planner.demand import KvDemand
+from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.layout.moe import MoEPart
 from arriero.shards.layout.parts import AnyModel, AnyPart
 from arriero.shards.model_config.llama4 import Llama4Config
@@ -37,7 +38,7 @@ def num_graphs(max_sequences: int) -> int:
 
 
 def activation_bytes(
-    config: AnyModel, part: AnyPart, layout: Layout, demand: KvDemand, itemsize: int
+    config: AnyModel, part: AnyPart, layout: ParallelConfig, demand: KvDemand, itemsize: int
 ) -> int:
     """Largest number of bytes of a step's tensors at once: the tensors of a layer, the logits."""
     tokens, hidden, d = demand.max_batch_tokens, config.hidden_size, config.head_dim
@@ -71,7 +72,7 @@ def split_bytes(config: AnyModel, part: AnyPart, demand: KvDemand) -> int:
     return heads * MOST_SPLITS * (config.head_dim + 2) * 4
 
 
-def communicators(part: AnyPart, layout: Layout) -> tuple[int, int]:
+def communicators(part: AnyPart, layout: ParallelConfig) -> tuple[int, int]:
     """Communicators of a rank: groups of ranks, and pairs of ranks for sends.
 
     Groups are the whole group, the tensor-parallel ranks and the stage with its machine's ranks
@@ -89,7 +90,12 @@ def communicators(part: AnyPart, layout: Layout) -> tuple[int, int]:
 
 
 def communication_bytes(
-    config: AnyModel, part: AnyPart, layout: Layout, demand: KvDemand, itemsize: int, device: Device
+    config: AnyModel,
+    part: AnyPart,
+    layout: ParallelConfig,
+    demand: KvDemand,
+    itemsize: int,
+    device: Device,
 ) -> int:
     """Bytes of the buffers for sums, hand-over and all-to-all, and of NCCL's channels."""
     row = demand.max_batch_tokens * config.hidden_size * itemsize

@@ -11,39 +11,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import time
 from dataclasses import replace
-from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 
 from arriero.cluster.hosts import kv_store as store
 from arriero.cluster.hosts import nodes
+from arriero.cluster.registry.background_tasks import BackgroundTasks
+from arriero.cluster.registry.gateway_table import Demand, GatewayTable
+from arriero.cluster.registry.group_table import GroupTable
 from arriero.cluster.registry.history import Event, Failure, History
+from arriero.cluster.registry.loss_detector import LossDetector
 from arriero.cluster.registry.snapshot import GatewayEntry, GroupEntry, RegistrySnapshot
+from arriero.cluster.registry.spare_seats import SpareSeats
 from arriero.cluster.spec.live_settings import LiveSettings
-from arriero.shards.protocol.failure import Evidence, FirstCause, Kind
 
 NAME = "registry"
 NAMESPACE = "arriero"
+STORED = ("epochs", "fenced", "history", "live", "spares")
+"""Names of the values that the registry keeps in Ray's key-value store."""
 _POLL_S = 4.0
-PROMOTION_POLL_S = 2.0
-"""Seconds between two questions of a spare group whether it is promoted."""
-_GATEWAY_LEASE_S = 3 * _POLL_S
-_KEEP_FENCED = 64
-_SUSPECT_S = 2.5
-"""Seconds without a renewal after which a suspected leader counts as hung."""
-_PROBE_S = 1.0
-_SUSPECT_PERIOD_S = 0.2
-"""Seconds between two checks of a suspected group."""
-_LEASE_CHECK_S = 0.5
-"""Largest number of seconds between two checks of the leases."""
 _STAND_IN_S = 30.0
 """Largest delay in seconds of a spare group's start in favour of promoted groups."""
-_DEMAND_S = 5.0
-"""Seconds for which a gateway's report of its queues is valid."""
+_STAND_IN_CHECK_S = 0.5
 
 
 class Registry:
@@ -51,26 +43,16 @@ class Registry:
 
     def __init__(self) -> None:
         self._version = time.time_ns()  # larger than each version before a restart
-        self._groups: dict[str, GroupEntry] = {}
-        self._expiry_s: dict[str, float] = {}
-        self._renewed_s: dict[str, float] = {}
-        self._gateways: dict[str, GatewayEntry] = {}
-        self._gateway_expiry_s: dict[str, float] = {}
-        self._demand: dict[str, tuple[float, dict[str, tuple[int, float]]]] = {}
-        self._progress: dict[str, str] = {}
-        self._epochs: dict[str, int] = store.get("epochs") or {}
-        self._fenced: list[str] = store.get("fenced") or []
+        self._changed = asyncio.Event()
+        self._groups = GroupTable(store.get("epochs") or {}, store.get("fenced") or [])
+        self._gateways = GatewayTable()
+        self._spares = SpareSeats(store.get("spares") or {})
         self._history = History(store.get("history"))
+        self._progress: dict[str, str] = {}
         live = store.get("live")
         self._live = None if live is None else LiveSettings.from_wire(live)
-        # Spare seats with model and revision, and the time of the last question for promotion.
-        self._spares: dict[str, list[Any]] = store.get("spares") or {}
-        self._polled_s: dict[str, float] = {}
-        self._stands_in: dict[str, str] = {}  # promoted seat: lost seat, until it serves
-        self._changed = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._watched: set[str] = set()
-        self._checks_leases = False
+        self._tasks = BackgroundTasks()
+        self._losses = LossDetector(self._groups, self.fail, self._tasks)
 
     async def next_epoch(self, seat: str) -> int:
         """A new epoch for a seat.
@@ -78,34 +60,31 @@ class Registry:
         A spare group waits until all promoted groups serve, since their start needs the cores.
         """
         deadline_s = time.monotonic() + _STAND_IN_S
-        while seat in self._spares and self._stands_in and time.monotonic() < deadline_s:
-            await asyncio.sleep(_LEASE_CHECK_S)
-        epoch = self._epochs[seat] = self._epochs.get(seat, 0) + 1
-        store.put("epochs", self._epochs)
+        while self._spares.must_wait(seat) and time.monotonic() < deadline_s:
+            await asyncio.sleep(_STAND_IN_CHECK_S)
+        epoch = self._groups.next_epoch(seat)
+        store.put("epochs", self._groups.epochs)
         return epoch
 
     async def spare(self, seat: str, model: str, revision: int) -> None:
         """Make a seat a spare: its group waits on standby until a group of the model is lost."""
-        self._spares[seat] = [model, revision]
-        store.put("spares", self._spares)
+        self._spares.add(seat, model, revision)
+        store.put("spares", self._spares.seats)
 
     async def promote(self, seat: str) -> None:
         """Let the group of a seat serve; does nothing when the seat is no spare."""
-        self._polled_s.pop(seat, None)
-        if self._spares.pop(seat, None) is not None:
-            store.put("spares", self._spares)
+        if self._spares.promote(seat):
+            store.put("spares", self._spares.seats)
             self._changed.set()
 
     async def wait_for_promotion(self, seat: str, limit_s: float) -> bool:
         """Whether the group of a seat may serve; waits up to `limit_s` seconds for a promotion."""
         deadline_s = time.monotonic() + limit_s
         while seat in self._spares:
-            self._polled_s[seat] = time.monotonic()
+            self._spares.poll(seat)
             if (left_s := deadline_s - time.monotonic()) <= 0:
                 return False
-            self._changed.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), left_s)
+            await self._wait_for_change(left_s)
         return True
 
     async def reload(self, live: LiveSettings) -> None:
@@ -127,28 +106,16 @@ class Registry:
         Returns:
             The version of the live settings; None when the group is fenced and must end.
         """
-        if entry.group_id in self._fenced:
+        if self._groups.refuses(entry):
             return None
         known = self._groups.get(entry.group_id)
-        serving = [
-            group
-            for group in self._groups.values()
-            if group.seat == entry.seat and group.phase == "serving"
-        ]
-        if entry.phase == "serving" and any(group.epoch > entry.epoch for group in serving):
-            return None
-        for older in [group for group in serving if group.epoch < entry.epoch]:
+        for older in self._groups.older(entry):
             self._fence(older)
-        self._groups[entry.group_id] = entry
-        now_s = time.monotonic()
-        self._expiry_s[entry.group_id] = now_s + lease_s
-        self._renewed_s[entry.group_id] = now_s
-        self._watch(entry)
+        self._groups.renew(entry, lease_s)
+        self._losses.watch(entry)
         self._progress.pop(entry.group_id, None)
-        self._epochs[entry.seat] = max(entry.epoch, self._epochs.get(entry.seat, 0))
         if known is None:
-            lost = self._stands_in.pop(entry.seat, entry.seat)
-            self._history.serving(time.time(), lost, entry.group_id)
+            self._history.serving(time.time(), self._spares.serves(entry.seat), entry.group_id)
             self._store_history()
         if known is None or (known.address, known.phase) != (entry.address, entry.phase):
             if entry.phase == "draining":
@@ -159,7 +126,7 @@ class Registry:
     async def unregister(self, group_id: str) -> None:
         """Remove a group that has ended as planned; does nothing when the group is unknown."""
         self._progress.pop(group_id, None)
-        if self._forget(group_id) is not None:
+        if self._groups.remove(group_id) is not None:
             await self.note("gone", group_id, "ended")
             self._publish()
 
@@ -172,48 +139,29 @@ class Registry:
         failure = replace(failure, at=failure.at or time.time())
         self._history.failed(failure)
         self._store_history()
-        self._gateways.pop(failure.who, None)
+        self._gateways.remove(failure.who)
         self._progress.pop(failure.who, None)
-        self._stands_in.pop(failure.seat, None)
+        self._spares.failed(failure.seat)
         if (entry := self._groups.get(failure.who)) is not None:
             if entry.phase == "serving":
                 await self._replace(entry)
             self._fence(entry)
 
     async def suspect(self, group_id: str, cause: str) -> None:
-        """Check the leader of a group whose link a gateway has lost.
-
-        The check repeats for some seconds: a process that ends may close its links first and its
-        port later.
-        """
-        until_s = time.monotonic() + _SUSPECT_S
-        while time.monotonic() < until_s:
-            entry = self._groups.get(group_id)
-            if entry is None or entry.phase != "serving":
-                return
-            if not await nodes.answers(entry.address, _PROBE_S):
-                await self._lost(entry, Kind.CRASH, "its leader is gone", cause)
-                return
-            if (silent_s := time.monotonic() - self._renewed_s[group_id]) > _SUSPECT_S:
-                words = f"its leader has been silent for {silent_s:.1f} s: stopped, or cut off"
-                await self._lost(entry, Kind.SILENT, words, cause, after_s=silent_s)
-                return
-            await asyncio.sleep(_SUSPECT_PERIOD_S)
+        """Check the leader of a group whose link a gateway has lost."""
+        await self._losses.suspect(group_id, cause)
 
     async def gateway(self, entry: GatewayEntry) -> None:
         """Add or renew a gateway: once per period, and when its links change."""
-        for old_id in [old.id for old in self._gateways.values() if old.address == entry.address]:
-            del self._gateways[old_id]  # the gateway before, at the same address
-        self._gateways[entry.id] = entry
-        self._gateway_expiry_s[entry.id] = time.monotonic() + _GATEWAY_LEASE_S
+        self._gateways.renew(entry)
 
     async def gateway_gone(self, gateway_id: str) -> None:
         """Remove a gateway that no longer listens; does nothing when the gateway is unknown."""
-        self._gateways.pop(gateway_id, None)
+        self._gateways.remove(gateway_id)
 
-    async def demand(self, gateway_id: str, waiting: dict[str, tuple[int, float]]) -> None:
+    async def demand(self, gateway_id: str, waiting: Demand) -> None:
         """Record the waiting requests of a gateway by model; comes every second while any wait."""
-        self._demand[gateway_id] = time.monotonic(), waiting
+        self._gateways.report_demand(gateway_id, waiting)
 
     async def note(self, kind: str, who: str, text: str) -> None:
         """Record an event."""
@@ -232,148 +180,50 @@ class Registry:
         """The snapshot once its version differs from `version`, at the latest after 4 seconds."""
         deadline_s = time.monotonic() + _POLL_S
         while self._version == version and (left_s := deadline_s - time.monotonic()) > 0:
-            self._changed.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), left_s)
+            await self._wait_for_change(left_s)
         return await self.snapshot()
 
     async def snapshot(self) -> RegistrySnapshot:
         """The snapshot of this moment."""
-        self._expire()
+        self._losses.check_leases()
         return RegistrySnapshot(
             version=self._version,
-            groups=tuple(self._groups.values()),
-            gateways=tuple(self._gateways.values()),
+            groups=self._groups.entries,
+            gateways=self._gateways.current(),
             progress=dict(self._progress),
             failures=self._history.failures,
-            fenced=tuple(self._fenced),
-            demand=self._waiting(),
+            fenced=tuple(self._groups.fenced),
+            demand=self._gateways.demand(),
             live=self._live,
-            spares=tuple(self._spares),
-            standby=tuple(seat for seat in self._spares if self._stands_by(seat)),
+            spares=tuple(self._spares.seats),
+            standby=self._spares.standby(),
         )
-
-    def _waiting(self) -> dict[str, tuple[int, float]]:
-        """Waiting requests of all gateways with a valid report, by model."""
-        total: dict[str, tuple[int, float]] = {}
-        now_s = time.monotonic()
-        for gateway_id, (at_s, waiting) in list(self._demand.items()):
-            if now_s - at_s > _DEMAND_S:
-                del self._demand[gateway_id]
-                continue
-            for model, (count, wait_s) in waiting.items():
-                before = total.get(model, (0, 0.0))
-                total[model] = (before[0] + count, max(before[1], wait_s))
-        return total
-
-    def _watch(self, entry: GroupEntry) -> None:
-        """Watch the lease and the node of a group.
-
-        A lost node may take the leader and every gateway with it, so that nobody else could report
-        the loss.
-        """
-        if not self._checks_leases:
-            self._checks_leases = True
-            self._in_background(self._check_leases())
-        if entry.node_id and entry.node_id not in self._watched:
-            self._watched.add(entry.node_id)
-            self._in_background(self._watch_node(entry.node_id))
-
-    async def _check_leases(self) -> None:
-        while self._groups:
-            nearest_s = min(self._expiry_s.values(), default=math.inf) - time.monotonic()
-            await asyncio.sleep(max(0.01, min(_LEASE_CHECK_S, nearest_s)))
-            self._expire()
-        self._checks_leases = False
-
-    async def _watch_node(self, node_id: str) -> None:
-        try:
-            await nodes.until_gone(node_id)
-        finally:
-            self._watched.discard(node_id)  # the next renewal starts a new watch
-        for entry in [group for group in self._groups.values() if group.node_id == node_id]:
-            await self._lost(entry, Kind.CRASH, "its leader is gone", "")
-
-    async def _lost(
-        self, entry: GroupEntry, kind: Kind, words: str, report: str, after_s: float = 0.0
-    ) -> None:
-        """Record the loss of a group whose leader cannot report the loss, and fence the group."""
-        if entry.group_id not in self._groups:
-            return  # reported already
-        if kind is Kind.CRASH and await asyncio.to_thread(nodes.is_gone, entry.node_id):
-            words = f"node {entry.node} is gone: its raylet does not answer"
-        text = f"{words} (pid {entry.pid} on {entry.node})"
-        cause = Evidence(
-            kind=kind, summary=text, node=entry.node, pid=entry.pid, phase="leader", after_s=after_s
-        )
-        record = FirstCause(cause=cause, folded=(f"a gateway: {report}",) if report else ())
-        await self.fail(
-            Failure(
-                who=entry.group_id,
-                kind="GroupFailed",
-                cause=text,
-                seat=entry.seat,
-                record=record.to_wire(),
-            )
-        )
-
-    def _stands_by(self, seat: str) -> bool:
-        return time.monotonic() - self._polled_s.get(seat, -math.inf) < 2 * PROMOTION_POLL_S
 
     async def _replace(self, lost: GroupEntry) -> None:
-        """Promote a spare group in place of a lost group; the lost seat becomes a spare."""
-        wanted = [lost.model, lost.revision]
-        ready = [
-            seat
-            for seat, settings in self._spares.items()
-            if settings == wanted and self._stands_by(seat)
-        ]
-        if not ready:
-            return
-        self._spares[lost.seat] = wanted
-        self._stands_in[ready[0]] = lost.seat
-        await self.promote(ready[0])
-        await self.note("spare", ready[0], f"takes the place of {lost.seat}")
+        """Promote a spare group in place of a lost group."""
+        seat = self._spares.take_over(lost)
+        if seat is not None:
+            await self.promote(seat)
+            await self.note("spare", seat, f"takes the place of {lost.seat}")
 
     def _fence(self, entry: GroupEntry) -> None:
         """Refuse a group from now on, and kill its processes."""
-        self._forget(entry.group_id)
-        self._fenced = [*self._fenced, entry.group_id][-_KEEP_FENCED:]
-        store.put("fenced", self._fenced)
+        self._groups.fence(entry.group_id)
+        store.put("fenced", self._groups.fenced)
         self._publish()
-        places = [(entry.node_id, entry.pid)]
-        places += zip(entry.slice_node_ids, entry.slice_pids, strict=True)
-        self._in_background(nodes.kill_all(places))
-
-    def _in_background(self, work: Any) -> None:  # noqa: ANN401
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    def _forget(self, group_id: str) -> GroupEntry | None:
-        self._expiry_s.pop(group_id, None)
-        self._renewed_s.pop(group_id, None)
-        return self._groups.pop(group_id, None)
-
-    def _expire(self) -> None:
-        now_s = time.monotonic()
-        for group_id in [known for known, at_s in self._expiry_s.items() if at_s <= now_s]:
-            silent_s = now_s - self._renewed_s[group_id]
-            del self._expiry_s[group_id]
-            words = f"its leader has not been heard for {silent_s:.1f} s"
-            entry = self._groups[group_id]
-            self._in_background(self._lost(entry, Kind.SILENT, words, "", after_s=silent_s))
-        for gateway_id in [
-            known for known, at_s in self._gateway_expiry_s.items() if at_s <= now_s
-        ]:
-            del self._gateway_expiry_s[gateway_id]
-            self._gateways.pop(gateway_id, None)
+        processes = [(entry.node_id, entry.pid)]
+        processes += zip(entry.slice_node_ids, entry.slice_pids, strict=True)
+        self._tasks.start(nodes.kill_all(processes))
 
     def _store_history(self) -> None:
-        with contextlib.suppress(
-            RuntimeError
-        ):  # Ray's store is unreachable while its head restarts
+        # Ray's store is unreachable while its head restarts
+        with contextlib.suppress(RuntimeError):
             store.put("history", self._history.to_wire())
+
+    async def _wait_for_change(self, limit_s: float) -> None:
+        self._changed.clear()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), limit_s)
 
     def _publish(self) -> None:
         self._version += 1

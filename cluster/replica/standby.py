@@ -12,7 +12,8 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from arriero.cluster.registry.registry import PROMOTION_POLL_S, Registry
+from arriero.cluster.registry.registry import Registry
+from arriero.cluster.registry.spare_seats import PROMOTION_POLL_S
 from arriero.shards.errors import GroupFailed
 
 

@@ -198,7 +198,7 @@ def _with_flags(data: dict[str, Any], flags: Mapping[str, Any]) -> dict[str, Any
         )
     for flag, value in model_flags.items():
         if flag == "model":
-            models[0]["path"] = value
+            models[0]["path"] = str(value)
             models[0].setdefault("name", Path(os.path.abspath(value)).name)
         elif flag in _FLAG_FIELDS:
             section, field = _FLAG_FIELDS[flag]

@@ -15,24 +15,19 @@ from arriero.cluster.spec.fields import Bytes, Count, EverywherePath, Name, Seco
 from arriero.cluster.spec.scale_limits import ScaleLimits
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.kv_tiers import RowType, TierConfig
+from arriero.shards.config.parallel import ParallelConfig
+from arriero.shards.errors import SpecError
 
 
 class MeshSpec(SpecSection):
     """How a group divides its model over slices.
 
     Attributes:
-        tp: tensor-parallel slices of each stage.
-        pp: pipeline stages.
-        dp: data-parallel ranks of attention, for mixtures of experts. A stage has `dp` times `tp`
-            slices; each data-parallel rank of `tp` slices has its own sequences; the experts are
-            spread over all slices of the stage.
-        ep: number of slices that share the experts; None for all slices of a stage.
+        tp, pp, dp, ep, tp_shares, layer_split: as in `ParallelConfig`.
         expert_wire: dtype of rows on the way to experts on other slices: float32, bfloat16 or fp8;
             None takes the model's dtype.
         spare_experts: places on each slice, in each layer, for second copies of busy experts;
             experts then move with the load. Needs `dp` > 1.
-        tp_shares: relative share of each slice, `tp` numbers; None for equal shares.
-        layer_split: layers of each stage, `pp` numbers; None divides by cost.
     """
 
     tp: Count = 1
@@ -47,18 +42,25 @@ class MeshSpec(SpecSection):
     @property
     def num_slices(self) -> int:
         """Slices of a group."""
-        return self.tp * self.dp * self.pp
+        return self.parallel().world_size
+
+    def parallel(self) -> ParallelConfig:
+        """The mesh of a group."""
+        return ParallelConfig(
+            tp=self.tp,
+            pp=self.pp,
+            dp=self.dp,
+            ep=self.ep,
+            tp_shares=self.tp_shares,
+            layer_split=self.layer_split,
+        )
 
     @model_validator(mode="after")
-    def _lengths(self) -> MeshSpec:
-        for field, values, axis, size in (
-            ("tp_shares", self.tp_shares, "tp", self.tp),
-            ("layer_split", self.layer_split, "pp", self.pp),
-        ):
-            if values is not None and len(values) != size:
-                raise ValueError(
-                    f"`{field}` has {len(values)} entries for {axis}={size}; give {size} of them"
-                )
+    def _check(self) -> MeshSpec:
+        try:
+            self.parallel().check()
+        except SpecError as error:
+            raise ValueError(str(error)) from None
         return self
 
 
@@ -338,14 +340,7 @@ class ModelSpec(SpecSection):
             model_path=self.path,
             dtype=self.dtype,
             quantization=self.quantization,
-            tp=self.mesh.tp,
-            pp=self.mesh.pp,
-            dp=self.mesh.dp,
-            ep=self.mesh.ep,
-            expert_wire=self.mesh.expert_wire,
-            spare_experts=self.mesh.spare_experts,
-            tp_shares=self.mesh.tp_shares,
-            layer_split=self.mesh.layer_split,
+            **self.mesh.model_dump(),
             device=device,
             kernels=self.kernels,
             batch_independent=self.batch_independent,

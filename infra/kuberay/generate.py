@@ -18,10 +18,11 @@ from typing import Any
 import yaml
 
 from arriero.cluster.planner.catalog import find_model
-from arriero.cluster.planner.demand import KvDemand, Layout
+from arriero.cluster.planner.demand import KvDemand
 from arriero.cluster.planner.layouts import Machines
 from arriero.cluster.planner.memory import GroupPlan, plan_group
 from arriero.cluster.planner.rank_weights import Dtype, weights_as
+from arriero.shards.config.parallel import ParallelConfig
 
 HERE = Path(__file__).parent
 IMAGE = "arriero:cuda"
@@ -57,7 +58,7 @@ class Deployment:
     gpu: str
     product: str
     nodes: int
-    layout: Layout
+    layout: ParallelConfig
     quantization: str | None = None
 
 
@@ -65,21 +66,22 @@ H100, H200 = "NVIDIA-H100-80GB-HBM3", "NVIDIA-H200"
 DEPLOYMENTS = (
     Deployment(
         name="llama-405b-bf16-16xh100", model="llama-3.1-405b", served="llama-3.1-405b",
-        dtype="bfloat16", gpu="h100-80g", product=H100, nodes=2, layout=Layout(tp=8, pp=2),
+        dtype="bfloat16", gpu="h100-80g", product=H100, nodes=2, layout=ParallelConfig(tp=8, pp=2),
     ),
     Deployment(
         name="llama-405b-fp8-8xh200", model="llama-3.1-405b", served="llama-3.1-405b-fp8",
-        dtype="fp8-shipped", gpu="h200-141g", product=H200, nodes=1, layout=Layout(tp=8, pp=1),
+        dtype="fp8-shipped", gpu="h200-141g", product=H200, nodes=1,
+        layout=ParallelConfig(tp=8, pp=1),
     ),
     Deployment(
         name="maverick-fp8-8xh200", model="llama-4-maverick", served="llama-4-maverick-fp8",
         dtype="fp8-shipped", gpu="h200-141g", product=H200, nodes=1,
-        layout=Layout(tp=8, pp=1, ep=8),
+        layout=ParallelConfig(tp=8, pp=1, ep=8),
     ),
     Deployment(
         name="maverick-bf16-16xh100", model="llama-4-maverick", served="llama-4-maverick",
         dtype="bfloat16", gpu="h100-80g", product=H100, nodes=2,
-        layout=Layout(tp=8, pp=2, ep=8),
+        layout=ParallelConfig(tp=8, pp=2, ep=8),
     ),
 )  # fmt: skip
 

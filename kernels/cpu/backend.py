@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from arriero.kernels import input_transform
 from arriero.kernels.attention_mask import FULL_ATTENTION, AttentionMaskSpec
 from arriero.kernels.cpu.cache import CpuKVCache
 from arriero.kernels.cpu.decoder import CpuDecoder
@@ -37,22 +38,14 @@ from arriero.kernels.cpu.structs import (
     vocab_of,
 )
 from arriero.kernels.cpu.weights import TYPES, pack_plain, pack_quantized
-from arriero.kernels.ops import (
-    DenseLayer,
-    Experts,
-    FlatBatch,
-    KVCache,
-    KVCacheSpec,
-    Linear,
-    MoELayer,
-    Ops,
-    Reduce,
-    Sampled,
-    SamplingRows,
-    Vocab,
-)
-from arriero.kernels.quant import QuantizedWeight
+from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.kv_cache import KVCache, KVCacheSpec
+from arriero.kernels.layers import DenseLayer, MoELayer
+from arriero.kernels.ops import Experts, Ops, Reduce
+from arriero.kernels.packed_weights import Linear, Vocab
+from arriero.kernels.quantized_weight import QuantizedWeight
 from arriero.kernels.reference import sampling
+from arriero.kernels.sampling_rows import Sampled, SamplingRows
 
 
 def available_threads() -> int:
@@ -174,7 +167,7 @@ class CpuOps(Ops):
     def linear(self, x_TI: Tensor, w: Linear) -> Tensor:
         """The product; see `Ops.linear`."""
         if w.inputs is not None:
-            return self.transformed_linear(x_TI, w)
+            return input_transform.linear(self, x_TI, w)
         x_TI = float_rows("linear", x_TI, w.in_features)
         out_TO = torch.empty(x_TI.shape[0], w.out_features)
         self.call(
@@ -279,7 +272,7 @@ class CpuOps(Ops):
     def grouped_linear(self, x_XI: Tensor, experts: Sequence[Linear], starts_E1: Tensor) -> Tensor:
         """See `Ops.grouped_linear`; all experts have the same shape and type."""
         if experts[0].inputs is not None:
-            return self.transformed_grouped_linear(x_XI, experts, starts_E1)
+            return input_transform.grouped_linear(self, x_XI, experts, starts_E1)
         packed = [packed_of(expert.packed) for expert in experts]
         structs = [matrix.struct for matrix in packed]
         shapes = {(s.out_features, s.in_features, s.type, s.group) for s in structs}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from arriero.kernels.cpu.library import Cache, Library
 from arriero.kernels.cpu.weights import INT8, TYPES, large_zeros
-from arriero.kernels.ops import KVCache, KVCacheSpec
+from arriero.kernels.kv_cache import KVCache, KVCacheSpec
 
 _LANES = 16
 _KV_TYPES = TYPES | {torch.int8: INT8}

@@ -24,15 +24,11 @@ from arriero.kernels.cpu.structs import (
     layer_struct,
     mappings_of,
 )
-from arriero.kernels.ops import (
-    DenseLayer,
-    Experts,
-    FlatBatch,
-    KVCache,
-    MoELayer,
-    Reduce,
-    layer_caches,
-)
+from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.kv_cache import KVCache
+from arriero.kernels.layer_cache import layer_caches
+from arriero.kernels.layers import DenseLayer, MoELayer
+from arriero.kernels.ops import Experts, Reduce
 
 if TYPE_CHECKING:
     from arriero.kernels.cpu.backend import CpuOps

@@ -17,15 +17,11 @@ from arriero.kernels.cpu.cache import CpuKVCache
 from arriero.kernels.cpu.library import Batch, Draws, Experts, Layer, Style
 from arriero.kernels.cpu.offload import MappedBytes
 from arriero.kernels.cpu.weights import Packed
-from arriero.kernels.ops import (
-    DenseLayer,
-    FlatBatch,
-    KVCache,
-    Linear,
-    MoELayer,
-    SamplingRows,
-    Vocab,
-)
+from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.kv_cache import KVCache
+from arriero.kernels.layers import DenseLayer, MoELayer
+from arriero.kernels.packed_weights import Linear, Vocab
+from arriero.kernels.sampling_rows import SamplingRows
 
 _ROPE = {"halves": 0, "pairs": 1, "none": 2}
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from arriero.kernels.cpu.library import Library, Machine, Matrix
 from arriero.kernels.cpu.offload import MappedBytes
-from arriero.kernels.quant import INT4_ZERO, QuantizedWeight
+from arriero.kernels.quantized_weight import INT4_ZERO, QuantizedWeight
 
 PANEL = 32
 

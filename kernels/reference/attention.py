@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from arriero.kernels.attention_mask import AttentionMaskSpec
-from arriero.kernels.ops import DenseLayer, FlatBatch, KVCache
+from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.kv_cache import KVCache
+from arriero.kernels.layers import DenseLayer
 from arriero.kernels.reference.kv import ReferenceKVCache
 
 

@@ -11,20 +11,15 @@ import torch
 from torch import Tensor
 
 from arriero.kernels.attention_mask import FULL_ATTENTION, AttentionMaskSpec
-from arriero.kernels.ops import (
-    DenseLayer,
-    FlatBatch,
-    KVCache,
-    KVCacheSpec,
-    Linear,
-    Ops,
-    Sampled,
-    SamplingRows,
-    Vocab,
-)
-from arriero.kernels.quant import QuantizedWeight
+from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.kv_cache import KVCache, KVCacheSpec
+from arriero.kernels.layers import DenseLayer
+from arriero.kernels.ops import Ops
+from arriero.kernels.packed_weights import Linear, Vocab
+from arriero.kernels.quantized_weight import QuantizedWeight
 from arriero.kernels.reference import attention, linear, sampling
 from arriero.kernels.reference.kv import ReferenceKVCache
+from arriero.kernels.sampling_rows import Sampled, SamplingRows
 
 
 class ReferenceOps(Ops):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arriero.kernels.ops import KVCache, KVCacheSpec
+from arriero.kernels.kv_cache import KVCache, KVCacheSpec
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

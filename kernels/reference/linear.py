@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arriero.kernels.ops import Linear, Vocab
-from arriero.kernels.quant import QuantizedWeight, quantize_rows, stack
+from arriero.kernels.input_transform import quantize_rows
+from arriero.kernels.packed_weights import Linear, Vocab
+from arriero.kernels.quantized_weight import QuantizedWeight, stack
 
 _UPCAST_ELEMENTS = 1 << 24
 """Largest number of weights in float32 at a time: a large head never exists in float32 whole."""

@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from arriero.kernels.ops import Sampled, SamplingRows
 from arriero.kernels.philox import uniform
+from arriero.kernels.sampling_rows import Sampled, SamplingRows
 
 FRACTION_BITS = 44
 MAX_VOCAB = 1 << (62 - FRACTION_BITS)

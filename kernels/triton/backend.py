@@ -11,25 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from arriero.kernels import input_transform
 from arriero.kernels.attention_mask import FULL_ATTENTION, AttentionMaskSpec
 from arriero.kernels.expert_rows import RowFormat, check
+from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.kv_cache import KVCache, KVCacheSpec
+from arriero.kernels.layer_cache import layer_caches
+from arriero.kernels.layers import DenseLayer, MoELayer
 from arriero.kernels.moe import Permutation, Routing
-from arriero.kernels.ops import (
-    DenseLayer,
-    Experts,
-    FlatBatch,
-    KVCache,
-    KVCacheSpec,
-    Linear,
-    MoELayer,
-    Ops,
-    Reduce,
-    Sampled,
-    SamplingRows,
-    Vocab,
-    layer_caches,
-)
-from arriero.kernels.quant import QuantizedWeight
+from arriero.kernels.ops import Experts, Ops, Reduce
+from arriero.kernels.packed_weights import Linear, Vocab
+from arriero.kernels.quantized_weight import QuantizedWeight
+from arriero.kernels.sampling_rows import Sampled, SamplingRows
 from arriero.kernels.triton import (
     embedding,
     expert_rows,
@@ -115,7 +108,7 @@ class TritonOps(Ops):
     def linear(self, x_TI: Tensor, w: Linear) -> Tensor:
         """The product x Wᵀ + b."""
         if w.inputs is not None:
-            return self.transformed_linear(x_TI, w)
+            return input_transform.linear(self, x_TI, w)
         return self._matmul(x_TI, w.packed)
 
     def quantize_rows(self, x_TI: Tensor, bound: float) -> tuple[Tensor, Tensor]:
@@ -183,7 +176,7 @@ class TritonOps(Ops):
     def grouped_linear(self, x_XI: Tensor, experts: Sequence[Linear], starts_E1: Tensor) -> Tensor:
         """The rows of each expert times its matrix, in a single launch."""
         if experts[0].inputs is not None:
-            return self.transformed_grouped_linear(x_XI, experts, starts_E1)
+            return input_transform.grouped_linear(self, x_XI, experts, starts_E1)
         return matmul.grouped_matmul(
             self._input(x_XI, experts[0].packed),
             self._table(experts),

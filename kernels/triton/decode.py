@@ -15,7 +15,7 @@ from torch import Tensor
 
 import triton.language as tl
 from arriero.kernels.attention_mask import AttentionMaskSpec
-from arriero.kernels.ops import FlatBatch
+from arriero.kernels.flat_batch import FlatBatch
 from arriero.kernels.triton.kv import TritonKVCache
 from arriero.kernels.triton.launch import EXACT, INTERPRETED, kernel, power_of_two
 from arriero.kernels.triton.softmax import (

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import triton.language as tl
-from arriero.kernels.ops import Vocab
-from arriero.kernels.quant import INT4_ZERO
+from arriero.kernels.packed_weights import Vocab
+from arriero.kernels.quantized_weight import INT4_ZERO
 from arriero.kernels.triton.launch import EXACT, INTERPRETED, kernel, power_of_two, rows_per_program
 from arriero.kernels.triton.weights import Packed
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import triton.language as tl
 from arriero.kernels.expert_rows import MIN_AMAX, RowFormat, row_bytes
-from arriero.kernels.quant import FP8_MAX
+from arriero.kernels.quantized_weight import FP8_MAX
 from arriero.kernels.triton.float8 import fp8_bits, fp8_value
 from arriero.kernels.triton.launch import EXACT, kernel, power_of_two, rows_per_program, unit_stride
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import triton.language as tl
-from arriero.kernels.ops import SamplingRows
 from arriero.kernels.reference.sampling import FRACTION_BITS
+from arriero.kernels.sampling_rows import SamplingRows
 from arriero.kernels.triton.launch import EXACT, INTERPRETED, kernel
 from arriero.kernels.triton.logit_tiles import LogitTiles
 

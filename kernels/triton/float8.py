@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import triton.language as tl
-from arriero.kernels.quant import FP8_MAX
+from arriero.kernels.quantized_weight import FP8_MAX
 from arriero.kernels.triton.launch import (
     EXACT,
     kernel,
@@ -96,7 +96,7 @@ def _quantize_rows(
 
 
 def quantize_rows(x_TI: Tensor, bound: float) -> tuple[Tensor, Tensor]:
-    """See `kernels.quant.quantize_rows`."""
+    """See `kernels.input_transform.quantize_rows`."""
     x_TI = unit_stride(x_TI)
     count, size = x_TI.shape
     out_TI = torch.empty(count, size, dtype=torch.uint8, device=x_TI.device)

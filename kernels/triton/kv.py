@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from arriero.kernels.ops import KVCache, KVCacheSpec
+from arriero.kernels.kv_cache import KVCache, KVCacheSpec
 
 
 class TritonKVCache(KVCache):

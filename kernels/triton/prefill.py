@@ -14,7 +14,7 @@ from torch import Tensor
 
 import triton.language as tl
 from arriero.kernels.attention_mask import AttentionMaskSpec
-from arriero.kernels.ops import FlatBatch
+from arriero.kernels.flat_batch import FlatBatch
 from arriero.kernels.triton.kv import TritonKVCache
 from arriero.kernels.triton.launch import kernel, power_of_two
 from arriero.kernels.triton.softmax import (

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import triton.language as tl
-from arriero.kernels.ops import DenseLayer, FlatBatch
-from arriero.kernels.quant import FP8_MAX
+from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.layers import DenseLayer
+from arriero.kernels.quantized_weight import FP8_MAX
 from arriero.kernels.triton.kv import TritonKVCache
 from arriero.kernels.triton.launch import EXACT, INTERPRETED, kernel, power_of_two, unit_stride
 

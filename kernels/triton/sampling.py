@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import triton.language as tl
-from arriero.kernels.ops import Sampled, SamplingRows
 from arriero.kernels.philox import KEY_STEPS, MULTIPLIERS, ROUNDS
 from arriero.kernels.reference.sampling import FRACTION_BITS, MAX_VOCAB, with_logprobs
+from arriero.kernels.sampling_rows import Sampled, SamplingRows
 from arriero.kernels.triton import filters
 from arriero.kernels.triton.launch import EXACT, kernel
 from arriero.kernels.triton.logit_tiles import LogitTiles, logit_tiles

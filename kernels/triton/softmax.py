@@ -16,7 +16,7 @@ import torch
 
 import triton.language as tl
 from arriero.kernels.attention_mask import AttentionMaskSpec
-from arriero.kernels.ops import KVCacheSpec
+from arriero.kernels.kv_cache import KVCacheSpec
 from arriero.kernels.triton.launch import EXACT, dot_type, kernel, power_of_two
 from arriero.kernels.triton.tuning import AttentionBlocks
 

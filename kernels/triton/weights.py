@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arriero.kernels.quant import QuantizedWeight, stack
+from arriero.kernels.quantized_weight import QuantizedWeight, stack
 from arriero.kernels.triton.upload import Upload
 
 Kind = Literal["dense", "int8", "fp8", "int4"]
@@ -24,7 +24,7 @@ class Packed:
     """A matrix [O, I] on the device.
 
     Attributes:
-        kind: dense, or a kind of `kernels.quant`.
+        kind: dense, or a `QuantKind`.
         data: dense, int8, fp8: [O, I] as stored. int4: uint8 [O, G * half], half = group_size / 2
             rounded up: byte j of a group has column j of the group in the low four bits and column
             half + j in the high four bits, so that kernels read both halves of the inputs in order.

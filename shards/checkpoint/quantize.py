@@ -1,7 +1,7 @@
 """Conversion of a plain checkpoint to a quantized checkpoint in compressed-tensors' layout.
 
 Knows which matrices are quantized and how compressed-tensors stores them; knows nothing of the
-choice of levels (see `kernels.quant`). Memory holds one matrix of the result.
+choice of levels (see `kernels.quantize`). Memory holds one matrix of the result.
 
 Layout: compressed-tensors (Neural Magic): `float-quantized` with one scale a row, or
 `pack-quantized`: `weight_packed` int32 [out, in * bits / 32] with the lowest number in the lowest
@@ -21,13 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arriero.kernels.quant import (
-    QuantizedWeight,
-    in_pieces,
-    quantize_fp8,
-    quantize_int4_whole,
-    quantize_int8,
-)
+from arriero.kernels.quantize import in_pieces, quantize_fp8, quantize_int4_whole, quantize_int8
+from arriero.kernels.quantized_weight import QuantizedWeight
 from arriero.shards.checkpoint.formats.describe import describe, read_settings
 from arriero.shards.checkpoint.formats.modules import Module
 from arriero.shards.checkpoint.formats.nibbles import NIBBLES

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from arriero.kernels.expert_rows import RowFormat
+from arriero.kernels.layers import MoELayer
 from arriero.kernels.moe import Routing
-from arriero.kernels.ops import MoELayer, Ops
+from arriero.kernels.ops import Ops
 from arriero.shards.collectives.all_to_all import Counts
 from arriero.shards.collectives.host_copy import to_device
 from arriero.shards.collectives.mesh import Mesh, all_gather

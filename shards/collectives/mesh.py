@@ -27,6 +27,7 @@ from arriero.shards.collectives.all_to_all import (
     topology,
 )
 from arriero.shards.collectives.watchdog import Mark, Watchdog
+from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.layout.parts import AnyPart
 
 TIMEOUT_S = 120.0
@@ -40,10 +41,8 @@ class Mesh:
     def __init__(
         self,
         part: AnyPart,
+        parallel: ParallelConfig,
         *,
-        tp: int,
-        pp: int,
-        dp: int = 1,
         device: torch.device,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
@@ -51,14 +50,14 @@ class Mesh:
 
         Args:
             part: part of the model on this rank.
-            tp: ranks of a stage that share a sequence's attention.
-            pp: pipeline stages.
-            dp: data-parallel ranks: sets of `tp` ranks in a stage, with sequences of their own.
+            parallel: mesh of the group.
             device: device of the tensors.
             timeout_s: longest wait for another rank, in seconds; a longer wait fails the group.
         """
-        self.part, self.tp, self.pp, self.dp, self.device = part, tp, pp, dp, device
-        mark = _Marks(device) if device.type == "cuda" and tp * pp * dp > 1 else None
+        self.part, self.parallel, self.device = part, parallel, device
+        self.tp, self.pp, self.dp = parallel.tp, parallel.pp, parallel.dp
+        self.stage_size = parallel.stage_size
+        mark = _Marks(device) if device.type == "cuda" and parallel.world_size > 1 else None
         self.watchdog = Watchdog(part.rank, timeout_s, self._abort, mark)
         self._timeout = timedelta(seconds=timeout_s)
         self._tp_group: dist.ProcessGroup | None = None
@@ -88,7 +87,7 @@ class Mesh:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        world = self.tp * self.dp * self.pp
+        world = self.parallel.world_size
         dist.init_process_group(
             backend,
             store=store,
@@ -140,7 +139,7 @@ class Mesh:
 
     def _join_stages(self, store: Store, host: str) -> None:
         """Create the groups in which each stage's ranks exchange rows for experts."""
-        world, size = self.tp * self.dp * self.pp, self.stage_size
+        world, size = self.parallel.world_size, self.stage_size
         store.set(f"host/{self.part.rank}", host)
         hosts = [store.get(f"host/{rank}").decode() for rank in range(world)]
         for first in range(0, world, size):
@@ -169,11 +168,6 @@ class Mesh:
                 )
                 self._exchange = TwoLevelExchange(self.stage_rank, per_node, node, rail)
                 self._exchange_groups += [node, rail]
-
-    @property
-    def stage_size(self) -> int:
-        """Number of ranks of a stage."""
-        return self.tp * self.dp
 
     @property
     def stage_rank(self) -> int:
@@ -269,14 +263,14 @@ class Mesh:
         while len(self._sending) >= MOST_SENDING:  # gloo completes a send only in wait()
             with self.watchdog.watch("send of activations to the next stage"):
                 self._sending.popleft()[0].wait()
-        work = dist.isend(x_TH, self.part.rank + self.tp * self.dp)
+        work = dist.isend(x_TH, self.part.rank + self.stage_size)
         if work is not None:
             self._sending.append((work, x_TH))
 
     def recv_hidden(self, x_TH: Tensor) -> None:
         """Receive the activations of the last stage into `x_TH`."""
         with self.watchdog.watch("activations from the stage before"):
-            dist.recv(x_TH, self.part.rank - self.tp * self.dp)
+            dist.recv(x_TH, self.part.rank - self.stage_size)
 
 
 def all_gather(out: Tensor, x: Tensor, group: dist.ProcessGroup | None) -> None:

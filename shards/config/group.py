@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from arriero.shards.config.kv_tiers import TierConfig
+from arriero.shards.config.parallel import ParallelConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GroupConfig:
-    """One replica group: `pp` stages of `dp` x `tp` slices.
-
-    Rank = (stage * dp + dp rank) * tp + tp rank.
+class GroupConfig(ParallelConfig):
+    """One replica group: its mesh, as in `ParallelConfig`, its model and its limits.
 
     Attributes:
         model_path: folder with config.json, safetensors and tokenizer.json, on every node; or an
@@ -24,17 +23,10 @@ class GroupConfig:
         quantization: quantization of the weights on loading: "int8" (per row), "int4" (groups of
             32 columns, the vocabulary in int8) or "fp8" (per row); None keeps `dtype`.
             Activations, cache and norms have `dtype` in any case.
-        tp: slices of a stage (tensor parallel).
-        pp: pipeline stages.
-        dp: data-parallel ranks of attention (mixtures of experts only): a stage has `dp` times
-            `tp` slices, and each `tp` of the slices have sequences of their own.
-        ep: parts of each layer's experts; None means a part for each slice of a stage.
         expert_wire: format of rows sent to experts on other ranks: "float32", "bfloat16", or "fp8"
             (with a scale for each row; results return in bfloat16); None means `dtype`.
         spare_experts: slots of each slice, in each layer, for second copies of experts with a high
             load; with spare slots, experts move according to the load (needs `dp` > 1).
-        tp_shares: relative size of each tp rank's share; None is as even as the heads allow.
-        layer_split: layers of each stage; None splits by cost.
         device: "cpu" or "cuda".
         kernels: name of a backend; None picks the best for the device.
         batch_independent: whether each row is bitwise independent of the other rows of its batch,
@@ -63,14 +55,8 @@ class GroupConfig:
     model_path: str
     dtype: str = "bfloat16"
     quantization: str | None = None
-    tp: int = 1
-    pp: int = 1
-    dp: int = 1
-    ep: int | None = None
     expert_wire: Literal["float32", "bfloat16", "fp8"] | None = None
     spare_experts: int = 0
-    tp_shares: tuple[float, ...] | None = None
-    layer_split: tuple[int, ...] | None = None
     device: str = "cpu"
     kernels: str | None = None
     batch_independent: bool = False
@@ -90,11 +76,6 @@ class GroupConfig:
     sliding_window: int | None = None
     attention_sinks: int = 0
     changes_answers: bool = False
-
-    @property
-    def world_size(self) -> int:
-        """Number of slices of the group."""
-        return self.tp * self.dp * self.pp
 
     @property
     def window_words(self) -> str:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from arriero.kernels.ops import KVCacheSpec
+from arriero.kernels.kv_cache import KVCacheSpec
 from arriero.shards.config.kv_tiers import SCALE_BYTES
 
 _HEADER = struct.Struct("<8s8sIIIIQI20x")

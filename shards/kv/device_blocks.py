@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from arriero.kernels.ops import KVCache
+from arriero.kernels.kv_cache import KVCache
 from arriero.shards.config.kv_tiers import RowType
 from arriero.shards.kv.block_shards import BlockForm, BlockShard
 from arriero.shards.kv.files import empty

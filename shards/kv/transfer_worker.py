@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from arriero.kernels.ops import KVCache
+from arriero.kernels.kv_cache import KVCache
 from arriero.shards.config.kv_tiers import TierConfig
 from arriero.shards.kv import nixl
 from arriero.shards.kv.block_shards import BadBlock, BlockForm, BlockShard

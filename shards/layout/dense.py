@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
-from arriero.shards.config.group import GroupConfig
+from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.errors import SpecError
 from arriero.shards.model_config.dense import ModelConfig
 
@@ -124,48 +124,44 @@ def split_layers(model: ModelConfig, pp: int) -> tuple[int, ...]:
     return (*counts, last)
 
 
-def partition(model: ModelConfig, group: GroupConfig) -> list[SlicePart]:
-    """Cut `model` into a part for each rank of `group`.
+def runs_of(counts: Sequence[int]) -> list[Span]:
+    """Consecutive spans of these sizes, from 0."""
+    edges = accumulate(counts, initial=0)
+    return [Span(start=a, stop=b) for a, b in pairwise(edges)]
+
+
+def partition(model: ModelConfig, mesh: ParallelConfig) -> list[SlicePart]:
+    """Cut `model` into a part for each rank of `mesh`.
 
     Raises:
         SpecError: the mesh does not fit the model; names the field, its value and the limit.
     """
-    if group.pp < 1 or group.pp > model.num_layers:
-        raise SpecError(f"`pp`={group.pp} must be 1 to {model.num_layers}, the model's layers")
-    if group.tp < 1 or group.tp > model.num_heads:
-        raise SpecError(f"`tp`={group.tp} must be 1 to {model.num_heads}, the model's query heads")
-    shares = group.tp_shares or (1.0,) * group.tp
-    if len(shares) != group.tp or min(shares) <= 0:
-        raise SpecError(f"`tp_shares`={shares} must be {group.tp} positive numbers, one a tp rank")
-    counts = group.layer_split or split_layers(model, group.pp)
-    if len(counts) != group.pp or sum(counts) != model.num_layers or min(counts) < 1:
-        raise SpecError(
-            f"`layer_split`={counts} must be {group.pp} positive counts "
-            f"that add up to {model.num_layers}, the model's layers"
-        )
+    mesh.check_fits(num_layers=model.num_layers, num_heads=model.num_heads, num_experts=0)
+    shares = mesh.tp_shares or (1.0,) * mesh.tp
+    layers = runs_of(mesh.layer_split or split_layers(model, mesh.pp))
     try:
         heads = split_heads(model.num_heads, model.num_kv_heads, shares)
         columns = split(model.intermediate_size, shares, _multiple(model.intermediate_size, shares))
-        vocab = split(model.vocab_size, [1.0] * group.tp, _multiple(model.vocab_size, shares))
+        vocab = split(model.vocab_size, [1.0] * mesh.tp, _multiple(model.vocab_size, shares))
     except ValueError as error:
-        raise SpecError(f"`tp`={group.tp}: {error}; use fewer slices a stage") from None
-    starts = [sum(counts[:i]) for i in range(group.pp)]
-    return [
-        SlicePart(
-            rank=stage * group.tp + tp_rank,
-            stage=stage,
-            tp_rank=tp_rank,
-            layers=Span(start=starts[stage], stop=starts[stage] + counts[stage]),
-            q_heads=heads[tp_rank][0],
-            kv_heads=heads[tp_rank][1],
-            columns=columns[tp_rank],
-            vocab=vocab[tp_rank],
-            first_stage=stage == 0,
-            last_stage=stage == group.pp - 1,
+        raise SpecError(f"`tp`={mesh.tp}: {error}; use fewer slices a stage") from None
+    parts = []
+    for rank in range(mesh.world_size):
+        at = mesh.coordinates(rank)
+        part = SlicePart(
+            rank=rank,
+            stage=at.stage,
+            tp_rank=at.tp_rank,
+            layers=layers[at.stage],
+            q_heads=heads[at.tp_rank][0],
+            kv_heads=heads[at.tp_rank][1],
+            columns=columns[at.tp_rank],
+            vocab=vocab[at.tp_rank],
+            first_stage=at.stage == 0,
+            last_stage=at.stage == mesh.pp - 1,
         )
-        for stage in range(group.pp)
-        for tp_rank in range(group.tp)
-    ]
+        parts.append(part)
+    return parts
 
 
 def _multiple(total: int, shares: Sequence[float]) -> int:

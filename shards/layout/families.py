@@ -9,43 +9,24 @@ from collections.abc import Sequence
 
 from arriero.kernels.attention_mask import FULL_ATTENTION, AttentionMaskSpec
 from arriero.shards.config.group import GroupConfig
+from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.errors import SpecError
 from arriero.shards.kv.transfers import Pool
 from arriero.shards.layout.dense import partition
-from arriero.shards.layout.moe import MoEMesh, partition_moe
+from arriero.shards.layout.moe import partition_moe
 from arriero.shards.layout.parts import AnyModel, AnyPart
 from arriero.shards.model_config.llama4 import Llama4Config
 
 
-def parts_of(model: AnyModel, config: GroupConfig) -> Sequence[AnyPart]:
-    """Cut `model` into a part for each rank of `config`.
+def parts_of(model: AnyModel, mesh: ParallelConfig) -> Sequence[AnyPart]:
+    """Cut `model` into a part for each rank of `mesh`.
 
     Raises:
         SpecError: the mesh does not fit the model; names the field, its value and the limit.
     """
     if isinstance(model, Llama4Config):
-        return partition_moe(
-            model,
-            MoEMesh(
-                tp=config.tp,
-                pp=config.pp,
-                dp=config.dp,
-                ep=config.ep,
-                tp_shares=config.tp_shares,
-                layer_split=config.layer_split,
-            ),
-        )
-    if config.dp != 1 or config.ep not in (None, 1):
-        raise SpecError(
-            f"`dp`={config.dp}, `ep`={config.ep}: a dense model has no experts to spread; set both "
-            "to 1 and use more groups instead"
-        )
-    return partition(model, config)
-
-
-def dp_rank_of(config: GroupConfig, rank: int) -> int:
-    """Data-parallel rank of a rank."""
-    return rank // config.tp % config.dp
+        return partition_moe(model, mesh)
+    return partition(model, mesh)
 
 
 def local_layers(model: AnyModel, part: AnyPart) -> int:

@@ -11,46 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.errors import SpecError
-from arriero.shards.layout.dense import Span, split, split_heads
+from arriero.shards.layout.dense import Span, runs_of, split, split_heads
 from arriero.shards.model_config.llama4 import Llama4Config
 
 _COLUMN_MULTIPLE = 16
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MoEMesh:
-    """The mesh of one group: `pp` stages of `dp` x `tp` ranks.
-
-    Rank = (stage * dp + dp rank) * tp + tp rank.
-
-    Attributes:
-        ep: parts of a layer's experts; divides dp * tp; None for dp * tp.
-        tp_shares: relative size of each tp rank's share; None for equal shares.
-        layer_split: layers of each stage; None balances the stages' weights.
-    """
-
-    tp: int = 1
-    pp: int = 1
-    dp: int = 1
-    ep: int | None = None
-    tp_shares: tuple[float, ...] | None = None
-    layer_split: tuple[int, ...] | None = None
-
-    @property
-    def stage_size(self) -> int:
-        """Number of ranks of a stage."""
-        return self.tp * self.dp
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks of the group."""
-        return self.stage_size * self.pp
-
-    @property
-    def num_expert_parts(self) -> int:
-        """`ep`, with None resolved."""
-        return self.stage_size if self.ep is None else self.ep
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,7 +104,7 @@ def balance(costs: Sequence[int], pp: int, first: int, last: int) -> tuple[int, 
     return tuple(reversed(counts))
 
 
-def partition_moe(model: Llama4Config, mesh: MoEMesh) -> list[MoEPart]:
+def partition_moe(model: Llama4Config, mesh: ParallelConfig) -> list[MoEPart]:
     """Cut `model` into a part for each rank of `mesh`.
 
     Raises:
@@ -171,41 +137,39 @@ def partition_moe(model: Llama4Config, mesh: MoEMesh) -> list[MoEPart]:
             adapter_columns = split(model.vision.projector_output_dim, even, _COLUMN_MULTIPLE)
     except ValueError as error:
         raise SpecError(f"`tp`={mesh.tp}, `ep`={mesh.num_expert_parts}: {error}") from None
-    starts = [sum(counts[:i]) for i in range(mesh.pp)]
-    return [
-        MoEPart(
-            rank=(stage * mesh.dp + dp_rank) * mesh.tp + tp_rank,
-            stage=stage,
-            dp_rank=dp_rank,
-            tp_rank=tp_rank,
-            ep_rank=(dp_rank * mesh.tp + tp_rank) // expert_tp,
-            layers=Span(start=starts[stage], stop=starts[stage] + counts[stage]),
-            q_heads=heads[tp_rank][0],
-            kv_heads=heads[tp_rank][1],
-            columns=columns[tp_rank],
-            shared_columns=shared[tp_rank],
-            vocab=vocab[tp_rank],
-            experts=experts[(dp_rank * mesh.tp + tp_rank) // expert_tp],
-            expert_columns=expert_columns[(dp_rank * mesh.tp + tp_rank) % expert_tp],
-            vision_heads=vision_heads[tp_rank],
-            vision_columns=vision_columns[tp_rank],
-            adapter_columns=adapter_columns[tp_rank],
-            first_stage=stage == 0,
-            last_stage=stage == mesh.pp - 1,
+    layers = runs_of(counts)
+    parts = []
+    for rank in range(mesh.world_size):
+        at = mesh.coordinates(rank)
+        ep_rank, expert_tp_rank = divmod(rank % mesh.stage_size, expert_tp)
+        part = MoEPart(
+            rank=rank,
+            stage=at.stage,
+            dp_rank=at.dp_rank,
+            tp_rank=at.tp_rank,
+            ep_rank=ep_rank,
+            layers=layers[at.stage],
+            q_heads=heads[at.tp_rank][0],
+            kv_heads=heads[at.tp_rank][1],
+            columns=columns[at.tp_rank],
+            shared_columns=shared[at.tp_rank],
+            vocab=vocab[at.tp_rank],
+            experts=experts[ep_rank],
+            expert_columns=expert_columns[expert_tp_rank],
+            vision_heads=vision_heads[at.tp_rank],
+            vision_columns=vision_columns[at.tp_rank],
+            adapter_columns=adapter_columns[at.tp_rank],
+            first_stage=at.stage == 0,
+            last_stage=at.stage == mesh.pp - 1,
         )
-        for stage in range(mesh.pp)
-        for dp_rank in range(mesh.dp)
-        for tp_rank in range(mesh.tp)
-    ]
+        parts.append(part)
+    return parts
 
 
-def _check(model: Llama4Config, mesh: MoEMesh) -> None:
-    if mesh.tp < 1 or mesh.tp > model.num_heads:
-        raise SpecError(f"`tp`={mesh.tp} must be 1 to {model.num_heads}, the model's query heads")
-    if mesh.dp < 1:
-        raise SpecError(f"`dp`={mesh.dp} must be at least 1")
-    if not 1 <= mesh.pp <= model.num_layers:
-        raise SpecError(f"`pp`={mesh.pp} must be 1 to {model.num_layers}, the model's layers")
+def _check(model: Llama4Config, mesh: ParallelConfig) -> None:
+    mesh.check_fits(
+        num_layers=model.num_layers, num_heads=model.num_heads, num_experts=model.num_experts
+    )
     rest = model.num_heads % mesh.tp
     if rest and mesh.tp_shares is None:
         even = max(n for n in range(1, mesh.tp) if not mesh.tp % n and not model.num_heads % n)
@@ -213,20 +177,4 @@ def _check(model: Llama4Config, mesh: MoEMesh) -> None:
             f"`tp`={mesh.tp}: attention cannot be cut evenly: {model.num_heads} query heads % "
             f"{mesh.tp} = {rest}; use `tp`={even} and `dp`={mesh.tp // even} (attention data-"
             "parallel, experts over all ranks), or ask for unequal slices with `tp_shares`"
-        )
-    if mesh.tp_shares is not None and (len(mesh.tp_shares) != mesh.tp or min(mesh.tp_shares) <= 0):
-        raise SpecError(f"`tp_shares`={mesh.tp_shares} must be {mesh.tp} positive numbers")
-    parts = mesh.num_expert_parts
-    if parts < 1 or mesh.stage_size % parts or parts > model.num_experts:
-        raise SpecError(
-            f"`ep`={parts} must divide the {mesh.stage_size} ranks of a stage (dp * tp) and be at "
-            f"most {model.num_experts}, the model's experts"
-        )
-    counts = mesh.layer_split
-    if counts is not None and (
-        len(counts) != mesh.pp or sum(counts) != model.num_layers or min(counts) < 1
-    ):
-        raise SpecError(
-            f"`layer_split`={counts} must be {mesh.pp} positive counts that add up to "
-            f"{model.num_layers}, the model's layers"
         )

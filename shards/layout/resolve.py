@@ -20,7 +20,6 @@ from arriero.shards.kv.transfers import Pool
 from arriero.shards.layout.expert_placement import ExpertPlacement
 from arriero.shards.layout.families import (
     attention_chunk,
-    dp_rank_of,
     kv_bytes_per_block,
     local_layers,
     parts_of,
@@ -93,7 +92,7 @@ def resolve(config: GroupConfig, model: AnyModel) -> GroupConfig:
         num_blocks=num_blocks,
         num_local_blocks=num_local_blocks if chunk else None,
         max_model_len=max_model_len,
-        layer_split=tuple(part.layers.size for part in parts[:: config.tp * config.dp]),
+        layer_split=tuple(part.layers.size for part in parts[:: config.stage_size]),
         threads=threads,
     )
 
@@ -125,11 +124,6 @@ def _check_backend(config: GroupConfig, model: AnyModel) -> None:
 
 
 def _check_experts(config: GroupConfig) -> None:
-    if config.dp > 1 and config.ep not in (None, config.tp * config.dp):
-        raise SpecError(
-            f"`ep`={config.ep}: with `dp`={config.dp} experts are dealt to all "
-            f"{config.tp * config.dp} slices of a stage; leave `ep` out"
-        )
     if config.spare_experts < 0 or (config.spare_experts and config.dp == 1):
         raise SpecError(
             f"`spare_experts`={config.spare_experts} must be 0 without data-parallel attention "
@@ -210,7 +204,7 @@ def first_placement(config: GroupConfig, parts: Sequence[AnyPart]) -> ExpertPlac
     """Placement of experts on a stage's ranks at the start; None without expert parallelism."""
     if config.dp == 1:
         return None
-    stage = parts[: config.tp * config.dp]
+    stage = parts[: config.stage_size]
     sizes = [part.experts.size for part in stage if isinstance(part, MoEPart)]
     return ExpertPlacement.even(sizes, config.spare_experts)
 
@@ -268,7 +262,7 @@ def tier_limits(config: GroupConfig, model: AnyModel) -> GroupTierLimits:
             )
         for pool in Pool:
             counts[pool][name] = given * weights[pool] // unit
-    dp_parts = [part for part in parts if dp_rank_of(config, part.rank) == 0]
+    dp_parts = [part for part in parts if config.dp_rank_of(part.rank) == 0]
     limits = {
         pool: TierLimits(
             host_blocks=counts[pool]["host_bytes"],

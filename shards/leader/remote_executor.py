@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -27,7 +28,6 @@ import zmq
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.errors import ArrieroError, CheckpointError, GroupFailed
 from arriero.shards.kv.transfers import TransferBatch, TransferResult
-from arriero.shards.layout.families import dp_rank_of
 from arriero.shards.leader.health import HealthLimits
 from arriero.shards.leader.monitor import Monitor
 from arriero.shards.protocol.failure import Evidence, FirstCause, Kind
@@ -224,7 +224,7 @@ class RemoteExecutor:
 
     def _ranks_of(self, dp_rank: int) -> list[int]:
         ranks = range(len(self._identities))
-        return [rank for rank in ranks if dp_rank_of(self._config, rank) == dp_rank]
+        return [rank for rank in ranks if self._config.dp_rank_of(rank) == dp_rank]
 
     def collect(self, timeout_s: float | None = None) -> StepResult | None:
         """Result of the oldest outstanding plan, or None at the time limit.
@@ -340,11 +340,12 @@ class RemoteExecutor:
             raise self._failure or GroupFailed(body["error"])
 
 
-def spawn_group(config: GroupConfig) -> RemoteExecutor:
+def spawn_group(config: GroupConfig, context: BaseContext | None = None) -> RemoteExecutor:
     """Start a group's slices as child processes; `close` stops the processes.
 
     Args:
         config: resolved config of the group.
+        context: how processes start; None: `spawn`, which inherits nothing.
 
     Raises:
         GroupFailed: fewer GPUs are visible than slices are needed.
@@ -353,11 +354,9 @@ def spawn_group(config: GroupConfig) -> RemoteExecutor:
         for rank in range(config.world_size):
             device_of(rank)  # a missing GPU is reported before any start
     executor = RemoteExecutor(config)
-    context = multiprocessing.get_context("spawn")
+    context = context or multiprocessing.get_context("spawn")
     children: list[BaseProcess] = [
-        context.Process(
-            target=_run_child, args=(rank, executor.endpoint, os.getpid()), name=f"slice-{rank}"
-        )
+        context.Process(target=_run_child, args=(rank, executor.endpoint), name=f"slice-{rank}")
         for rank in range(config.world_size)
     ]
     for child in children:
@@ -399,11 +398,13 @@ def device_of(rank: int) -> str:
     return devices[rank]
 
 
-def _run_child(rank: int, endpoint: LeaderEndpoint, parent: int) -> None:
+def _run_child(rank: int, endpoint: LeaderEndpoint) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(endpoint.config.threads or 1))
     if endpoint.config.device == "cuda":  # a GPU for each rank: NCCL refuses two ranks on one GPU
         os.environ["CUDA_VISIBLE_DEVICES"] = device_of(rank)
+    leader = multiprocessing.parent_process()
+    assert leader is not None, "a slice is a child process"
     try:
-        run_slice(rank, endpoint, leader_alive=lambda: os.getppid() == parent)
+        run_slice(rank, endpoint, leader_alive=leader.is_alive)
     except Exception:
         raise SystemExit(1) from None  # the leader has the cause

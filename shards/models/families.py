@@ -14,7 +14,9 @@ from torch import Tensor
 
 from arriero.kernels.attention_mask import AttentionMaskSpec
 from arriero.kernels.expert_rows import RowFormat
-from arriero.kernels.ops import FlatBatch, KVCache, Ops
+from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.kv_cache import KVCache
+from arriero.kernels.ops import Ops
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.collectives.expert_parallel import Loads
 from arriero.shards.collectives.mesh import Mesh

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from arriero.kernels.attention_mask import FULL_ATTENTION, AttentionMaskSpec
-from arriero.kernels.ops import AttentionStyle, DenseLayer, KVCache, KVCacheSpec, Ops
+from arriero.kernels.kv_cache import KVCache, KVCacheSpec
+from arriero.kernels.layers import AttentionStyle, DenseLayer
+from arriero.kernels.ops import Ops
 from arriero.shards.checkpoint.formats.stored import tensor_specs
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.collectives.expert_parallel import Loads

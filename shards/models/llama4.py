@@ -22,16 +22,11 @@ from torch import Tensor
 
 from arriero.kernels.attention_mask import AttentionMaskSpec
 from arriero.kernels.expert_rows import RowFormat
-from arriero.kernels.ops import (
-    AttentionStyle,
-    DenseLayer,
-    FlatBatch,
-    KVCache,
-    KVCacheSpec,
-    Linear,
-    MoELayer,
-    Ops,
-)
+from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.kv_cache import KVCache, KVCacheSpec
+from arriero.kernels.layers import AttentionStyle, DenseLayer, MoELayer
+from arriero.kernels.ops import Ops
+from arriero.kernels.packed_weights import Linear
 from arriero.shards.checkpoint.formats.stored import tensor_specs
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.collectives.expert_parallel import ExpertParallel, Loads

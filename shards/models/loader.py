@@ -14,15 +14,11 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from arriero.kernels.ops import Linear, Ops, Vocab
-from arriero.kernels.quant import (
-    InputTransform,
-    QuantizedWeight,
-    in_pieces,
-    quantize_fp8,
-    quantize_int4,
-    quantize_int8,
-)
+from arriero.kernels.input_transform import InputTransform
+from arriero.kernels.ops import Ops
+from arriero.kernels.packed_weights import Linear, Vocab
+from arriero.kernels.quantize import in_pieces, quantize_fp8, quantize_int4, quantize_int8
+from arriero.kernels.quantized_weight import QuantizedWeight
 from arriero.shards.checkpoint.formats.products import ProductReader, StoredProduct
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
 from arriero.shards.checkpoint.formats.stored import TensorSpec, bytes_read

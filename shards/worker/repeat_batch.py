@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arriero.kernels.ops import FlatBatch, SamplingRows
+from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.sampling_rows import SamplingRows
 from arriero.shards.kv.paging import cache_slots
 from arriero.shards.protocol.step_plan import Int32
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arriero.kernels.ops import Sampled
+from arriero.kernels.sampling_rows import Sampled
 from arriero.kernels.select import ops_for
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.collectives.expert_parallel import Loads
@@ -28,7 +28,6 @@ from arriero.shards.kv.transfer_worker import Fence, TierSettings, TransferWorke
 from arriero.shards.kv.transfers import Pool, TransferResult
 from arriero.shards.layout.families import (
     attention_chunk,
-    dp_rank_of,
     parts_of,
     pool_layers,
     visible_keys,
@@ -96,7 +95,7 @@ class Runner:
         device = torch.device(config.device)
         parts = parts_of(model, config)
         part = parts[rank]
-        self.mesh = Mesh(part, tp=config.tp, pp=config.pp, dp=config.dp, device=device)
+        self.mesh = Mesh(part, config, device=device)
         self._ops = ops_for(
             device,
             config.kernels,
@@ -195,9 +194,9 @@ class Runner:
         model = checkpoint.config
         limits = tier_limits(config, model)
         workers = {}
-        dp_rank, parts = dp_rank_of(config, part.rank), parts_of(model, config)
+        dp_rank, parts = config.dp_rank_of(part.rank), parts_of(model, config)
         earlier_parts = [
-            other for other in parts[: part.rank] if dp_rank_of(config, other.rank) == dp_rank
+            other for other in parts[: part.rank] if config.dp_rank_of(other.rank) == dp_rank
         ]
         for pool, kv in self._model.kv_pools.items():
             shard, *earlier_shards = (

@@ -20,7 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from arriero.kernels.ops import FlatBatch, SamplingRows
+from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.sampling_rows import SamplingRows
 from arriero.shards.collectives.host_copy import to_device
 from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.kv.paging import cache_slots

@@ -27,10 +27,13 @@ from arriero.cluster.engine_bench import EngineBench
 from arriero.kernels.bench import Rates, measure_rates
 from arriero.kernels.cpu import CpuOps
 from arriero.kernels.cpu.backend import available_threads
-from arriero.kernels.ops import FlatBatch, Linear, MoELayer
+from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.layers import MoELayer
+from arriero.kernels.packed_weights import Linear
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.collectives.mesh import Mesh
 from arriero.shards.config.group import GroupConfig
+from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.layout.families import parts_of
 from arriero.shards.layout.moe import MoEPart
 from arriero.shards.model_config.llama4 import Llama4Config
@@ -119,7 +122,7 @@ class Replay:
         self._slice = Llama4Slice(
             checkpoint,
             part,
-            Mesh(part, tp=1, pp=1, dp=1, device=device),
+            Mesh(part, ParallelConfig(), device=device),
             self.ops,
             dtype=torch.bfloat16,
             num_blocks=self.blocks,

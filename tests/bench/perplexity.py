@@ -26,7 +26,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from arriero.cluster.engine_bench import EngineBench
-from arriero.kernels.quant import QuantizedWeight, quantize_int4
+from arriero.kernels.quantize import quantize_int4
+from arriero.kernels.quantized_weight import QuantizedWeight
 from arriero.shards.checkpoint.quantize import TO, quantize_checkpoint
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.models import loader

@@ -12,7 +12,7 @@ from gpu import shapes
 from gpu.checks import Where
 from gpu.shapes import LLAMA_8B, LLAMA_405B_TP8, MAVERICK_EP8, Shape
 
-from arriero.kernels.ops import SamplingRows
+from arriero.kernels.sampling_rows import SamplingRows
 from arriero.kernels.triton.backend import TritonOps
 
 Result = dict[str, Any]

@@ -20,8 +20,9 @@ from gpu.benches import Machine, Result
 from gpu.checks import Where
 from gpu.shapes import LLAMA_8B, LLAMA_405B_TP8, MAVERICK_EP8, Shape
 
-from arriero.kernels.ops import SamplingRows
-from arriero.kernels.quant import quantize_fp8, quantize_rows
+from arriero.kernels.input_transform import quantize_rows
+from arriero.kernels.quantize import quantize_fp8
+from arriero.kernels.sampling_rows import SamplingRows
 from arriero.kernels.triton.backend import TritonOps
 
 KINDS = {"dense": 2.0, "int8": 1.0, "int4": 0.5, "int4_symmetric": 0.5, "fp8": 1.0}
@@ -142,9 +143,10 @@ def slices(at: Where, machine: Machine) -> Result:
 def _slice_s(at: Where, shape: Shape, count: int) -> tuple[float, float]:
     """Seconds of a decode step of `count` sequences: op by op, and as a graph."""
     from arriero.shards.collectives.mesh import Mesh
+    from arriero.shards.config.parallel import ParallelConfig
 
     part: Any = SimpleNamespace(rank=0, tp_rank=0, first_stage=True, last_stage=True)
-    mesh = Mesh(part, tp=8, pp=1, device=at.device)
+    mesh = Mesh(part, ParallelConfig(tp=8), device=at.device)
     mesh.watchdog.marking = False
     ops = TritonOps(at.device, batch_independent=False)
     layers = [shapes.layer(ops, shape, at.dtype, at.device) for _ in range(shape.layers)]

@@ -11,9 +11,12 @@ from gpu.shapes import Shape
 from torch import Tensor
 
 from arriero.kernels.attention_mask import FULL_ATTENTION, AttentionMaskSpec
-from arriero.kernels.ops import AttentionStyle, Linear, Ops, SamplingRows
-from arriero.kernels.quant import quantize_fp8, quantize_int4, quantize_int8
+from arriero.kernels.layers import AttentionStyle
+from arriero.kernels.ops import Ops
+from arriero.kernels.packed_weights import Linear
+from arriero.kernels.quantize import quantize_fp8, quantize_int4, quantize_int8
 from arriero.kernels.reference import ReferenceOps
+from arriero.kernels.sampling_rows import SamplingRows
 from arriero.kernels.triton.backend import TritonOps
 
 FP8 = torch.float8_e4m3fn

@@ -16,8 +16,13 @@ from gpu.checks import Where, error
 from gpu.shapes import Shape
 
 from arriero.kernels.expert_rows import RowFormat
-from arriero.kernels.ops import DenseLayer, FlatBatch, KVCache, Ops, Vocab
-from arriero.kernels.quant import quantize_fp8, quantize_int4, quantize_int8, quantize_rows
+from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.input_transform import quantize_rows
+from arriero.kernels.kv_cache import KVCache
+from arriero.kernels.layers import DenseLayer
+from arriero.kernels.ops import Ops
+from arriero.kernels.packed_weights import Vocab
+from arriero.kernels.quantize import quantize_fp8, quantize_int4, quantize_int8
 
 HEADS = [(dim, group) for dim in (64, 128) for group in (4, 5, 16)]
 FORMATS: dict[RowFormat, float] = {"float32": 2**-20, "bfloat16": 2**-8, "fp8": 2**-4}

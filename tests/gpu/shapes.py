@@ -8,16 +8,11 @@ import torch
 from torch import Tensor
 
 from arriero.kernels.attention_mask import AttentionMaskSpec
-from arriero.kernels.ops import (
-    AttentionStyle,
-    DenseLayer,
-    FlatBatch,
-    KVCache,
-    KVCacheSpec,
-    Linear,
-    MoELayer,
-    Ops,
-)
+from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.kv_cache import KVCache, KVCacheSpec
+from arriero.kernels.layers import AttentionStyle, DenseLayer, MoELayer
+from arriero.kernels.ops import Ops
+from arriero.kernels.packed_weights import Linear
 
 
 @dataclass(frozen=True, kw_only=True)

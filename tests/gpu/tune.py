@@ -19,7 +19,7 @@ from gpu.checks import Where
 from gpu.shapes import LLAMA_8B, LLAMA_405B_TP8, Shape
 from torch import Tensor
 
-from arriero.kernels.ops import Linear
+from arriero.kernels.packed_weights import Linear
 from arriero.kernels.triton import backend, matmul, tuning
 from arriero.kernels.triton.backend import TritonOps
 

@@ -146,7 +146,7 @@ def test_one_pool_of_all_memory_leaves_none_for_the_other(name: str) -> None:
 
 
 def test_a_deployment_that_does_not_fit_is_refused() -> None:
-    small = replace(GENERATE.DEPLOYMENTS[0], nodes=1, layout=GENERATE.Layout(tp=8, pp=1))
+    small = replace(GENERATE.DEPLOYMENTS[0], nodes=1, layout=GENERATE.ParallelConfig(tp=8, pp=1))
     with pytest.raises(ValueError, match="does not fit"):
         GENERATE.plan(small)
 

@@ -12,7 +12,7 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-from arriero.kernels.ops import SamplingRows
+from arriero.kernels.sampling_rows import SamplingRows
 
 ONE = 2**44
 

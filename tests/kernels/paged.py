@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from arriero.kernels.ops import FlatBatch, KVCache, KVCacheSpec, Ops
+from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.kv_cache import KVCache, KVCacheSpec
+from arriero.kernels.ops import Ops
 
 from .tolerance import Array
 

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from arriero.kernels.ops import DenseLayer, FlatBatch, KVCache, Ops
+from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.kv_cache import KVCache
+from arriero.kernels.layers import DenseLayer
+from arriero.kernels.ops import Ops
 
 from . import paged, tolerance
 from .paged import BLOCK, CASES, Case

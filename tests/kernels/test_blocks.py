@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from arriero.kernels.ops import DenseLayer, FlatBatch, Ops
+from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.layers import DenseLayer
+from arriero.kernels.ops import Ops
 
 from . import paged, tolerance
 from .paged import Case

@@ -8,14 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from arriero.kernels.ops import Linear, Ops
-from arriero.kernels.quant import (
-    InputTransform,
-    QuantizedWeight,
-    quantize_fp8,
-    quantize_int4,
-    quantize_rows,
-)
+from arriero.kernels.input_transform import InputTransform, quantize_rows
+from arriero.kernels.ops import Ops
+from arriero.kernels.packed_weights import Linear
+from arriero.kernels.quantize import quantize_fp8, quantize_int4
+from arriero.kernels.quantized_weight import QuantizedWeight
 
 from .test_quant import bound as weight_bound
 from .test_quant import meaning, packed, randn

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from arriero.kernels.ops import KVCache, Ops
+from arriero.kernels.kv_cache import KVCache
+from arriero.kernels.ops import Ops
 
 from . import paged, tolerance
 from .paged import BLOCK, CASES, Case

@@ -13,7 +13,10 @@ import pytest
 import torch
 
 from arriero.kernels.attention_mask import AttentionMaskSpec
-from arriero.kernels.ops import AttentionStyle, DenseLayer, KVCacheSpec, Linear, MoELayer, Ops
+from arriero.kernels.kv_cache import KVCacheSpec
+from arriero.kernels.layers import AttentionStyle, DenseLayer, MoELayer
+from arriero.kernels.ops import Ops
+from arriero.kernels.packed_weights import Linear
 
 from . import paged
 

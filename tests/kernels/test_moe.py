@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from arriero.kernels.attention_mask import AttentionMaskSpec
+from arriero.kernels.layers import AttentionStyle, DenseLayer, MoELayer
 from arriero.kernels.moe import Routing
-from arriero.kernels.ops import AttentionStyle, DenseLayer, Linear, MoELayer, Ops
-from arriero.kernels.quant import quantize_int4
+from arriero.kernels.ops import Ops
+from arriero.kernels.packed_weights import Linear
+from arriero.kernels.quantize import quantize_int4
 
 from . import paged, tolerance
 from .paged import Case

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from arriero.kernels.ops import Linear, Ops, Vocab
-from arriero.kernels.quant import QuantizedWeight, quantize_fp8, quantize_int4, quantize_int8, stack
+from arriero.kernels.ops import Ops
+from arriero.kernels.packed_weights import Linear, Vocab
+from arriero.kernels.quantize import quantize_fp8, quantize_int4, quantize_int8
+from arriero.kernels.quantized_weight import QuantizedWeight, stack
 
 from . import tolerance
 from .tolerance import Array

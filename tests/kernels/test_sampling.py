@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from arriero.kernels.ops import Ops, Sampled, SamplingRows
+from arriero.kernels.ops import Ops
 from arriero.kernels.reference import sampling
+from arriero.kernels.sampling_rows import Sampled, SamplingRows
 
 from .draws import Row, adjusted, batch_of, draw
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from arriero.kernels.attention_mask import AttentionMaskSpec
-from arriero.kernels.ops import AttentionStyle, Ops
+from arriero.kernels.layers import AttentionStyle
+from arriero.kernels.ops import Ops
 
 from . import paged, tolerance
 from .paged import BLOCK, Case

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from arriero.kernels.attention_mask import AttentionMaskSpec
-from arriero.kernels.ops import FlatBatch, KVCache, KVCacheSpec, Ops
+from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.kv_cache import KVCache, KVCacheSpec
+from arriero.kernels.ops import Ops
 
 from . import paged, tolerance
 from .paged import BLOCK, Case

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from arriero.kernels.cpu import CpuOps
 from arriero.kernels.cpu.library import find, runnable
-from arriero.kernels.ops import AttentionStyle, DenseLayer, FlatBatch, KVCacheSpec, Ops
+from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.kv_cache import KVCacheSpec
+from arriero.kernels.layers import AttentionStyle, DenseLayer
+from arriero.kernels.ops import Ops
 
 HIDDEN, FFN, Q_HEADS, KV_HEADS, HEAD_DIM, VOCAB, LAYERS, BLOCK = 80, 96, 6, 2, 20, 101, 3, 16
 MAX_CONTEXT = 1200

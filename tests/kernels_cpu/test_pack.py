@@ -10,8 +10,8 @@ from torch import Tensor
 
 from arriero.kernels.cpu import CpuOps
 from arriero.kernels.cpu.library import find, runnable
-from arriero.kernels.ops import Linear
-from arriero.kernels.quant import QuantizedWeight
+from arriero.kernels.packed_weights import Linear
+from arriero.kernels.quantized_weight import QuantizedWeight
 
 CPU = torch.device("cpu")
 SHAPES = [(16, 64), (32, 256), (40, 71), (7, 200), (129, 130), (600, 33)]

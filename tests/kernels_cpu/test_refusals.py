@@ -12,7 +12,8 @@ import torch
 
 from arriero.kernels import select
 from arriero.kernels.cpu import library
-from arriero.kernels.ops import FlatBatch, KVCacheSpec
+from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.kv_cache import KVCacheSpec
 from arriero.kernels.select import ops_for
 
 from .small import CPU, HIDDEN, VARIANTS, Small, batch, cpu, tokens

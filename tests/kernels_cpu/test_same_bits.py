@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from arriero.kernels.attention_mask import FULL_ATTENTION, AttentionMaskSpec
-from arriero.kernels.ops import AttentionStyle
-from arriero.kernels.quant import quantize_fp8, quantize_int4, quantize_int8
+from arriero.kernels.layers import AttentionStyle
+from arriero.kernels.quantize import quantize_fp8, quantize_int4, quantize_int8
 
 from .small import VARIANTS, Small, cpu, tokens
 

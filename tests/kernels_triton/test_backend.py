@@ -16,9 +16,11 @@ from support import triton_interpreter
 triton_interpreter.install()
 pytest.importorskip("triton")
 
-from arriero.kernels.ops import AttentionStyle, KVCacheSpec  # noqa: E402
+from arriero.kernels.input_transform import quantize_rows  # noqa: E402
+from arriero.kernels.kv_cache import KVCacheSpec  # noqa: E402
+from arriero.kernels.layers import AttentionStyle  # noqa: E402
 from arriero.kernels.philox import uniform  # noqa: E402
-from arriero.kernels.quant import quantize_int4, quantize_rows  # noqa: E402
+from arriero.kernels.quantize import quantize_int4  # noqa: E402
 from arriero.kernels.reference import ReferenceOps  # noqa: E402
 from arriero.kernels.select import ops_for  # noqa: E402
 from arriero.kernels.triton import float8, launch, triton_ops, tuning  # noqa: E402

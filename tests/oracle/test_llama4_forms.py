@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from arriero.kernels.quant import QuantizedWeight, quantize_fp8, quantize_int4, quantize_int8
+from arriero.kernels.quantize import quantize_fp8, quantize_int4, quantize_int8
+from arriero.kernels.quantized_weight import QuantizedWeight
 from arriero.shards.checkpoint.quantize import TO, quantize_checkpoint
 from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.config.group import GroupConfig

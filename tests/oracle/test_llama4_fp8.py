@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from arriero.cluster.planner.rank_weights import shipped_fp8
-from arriero.kernels.quant import quantize_fp8
+from arriero.kernels.quantize import quantize_fp8
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.sampling_params import SamplingParams
 from support.groups import running

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arriero.kernels.ops import Linear
-from arriero.kernels.quant import QuantizedWeight
+from arriero.kernels.packed_weights import Linear
+from arriero.kernels.quantized_weight import QuantizedWeight
 from arriero.kernels.reference import ReferenceOps
 
 

@@ -18,7 +18,7 @@ from arriero.shards.kv.limits import PeerBlocks
 from arriero.shards.kv.transfers import Pool
 from arriero.shards.layout.resolve import resolve
 from arriero.shards.leader.local_executor import LocalExecutor
-from arriero.shards.leader.remote_executor import spawn_group
+from support.processes import spawn_group
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,9 +12,10 @@ import torch
 from torch.distributed import TCPStore
 
 from arriero.shards.collectives.mesh import Mesh
-from arriero.shards.config.group import GroupConfig
+from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.layout.dense import partition
 from arriero.shards.model_config.dense import ModelConfig
+from support.processes import context
 
 
 def joined(
@@ -37,8 +37,9 @@ def joined(
             "torch_dtype": "float32",
         }
     )
-    part = partition(model, GroupConfig(model_path="", tp=tp, pp=pp))[rank]
-    mesh = Mesh(part, tp=tp, pp=pp, device=torch.device(device), timeout_s=timeout_s)
+    parallel = ParallelConfig(tp=tp, pp=pp)
+    part = partition(model, parallel)[rank]
+    mesh = Mesh(part, parallel, device=torch.device(device), timeout_s=timeout_s)
     store = TCPStore("127.0.0.1", port, tp * pp, is_master=rank == 0, wait_for_workers=False)
     mesh.join(store, "127.0.0.1")
     return mesh
@@ -47,7 +48,6 @@ def joined(
 @contextmanager
 def ranks(count: int, run: Callable[..., None], *args: object) -> Iterator[Queue[Any]]:
     """Processes that run `run(rank, port, told, *args)`; gives the queue that they tell."""
-    context = multiprocessing.get_context("spawn")
     told: Queue[Any] = context.Queue()
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from arriero.kernels.ops import FlatBatch, Ops
+from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.ops import Ops
 from arriero.kernels.select import ops_for
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.collectives.mesh import Mesh

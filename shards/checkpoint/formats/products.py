@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from arriero.kernels.quant import INT4_ZERO, InputTransform, QuantizedWeight
+from arriero.kernels.input_transform import InputTransform
+from arriero.kernels.quantized_weight import INT4_ZERO, QuantizedWeight
 from arriero.shards.checkpoint.formats.form_fit import in_order, index_problem
 from arriero.shards.checkpoint.formats.nibbles import (
     NIBBLES,

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from arriero.kernels.ops import SamplingRows
+from arriero.kernels.sampling_rows import SamplingRows
 from arriero.shards.kv.paging import cache_slots
 from arriero.shards.worker.cuda.device import Device, Event, Replayable
 

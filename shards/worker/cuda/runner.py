@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arriero.kernels.ops import FlatBatch, Sampled, SamplingRows
+from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.sampling_rows import Sampled, SamplingRows
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.models.loader import Progress

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arriero.kernels.ops import FlatBatch
+from arriero.kernels.flat_batch import FlatBatch
 from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.protocol.step_plan import LAST_SAMPLED, Int32, NewSequence, StepPlan
 from arriero.shards.worker.cuda.block_table import DeviceBlockTable

@@ -16,25 +16,28 @@ from arriero.cluster import cli
 from arriero.cluster.planner import step_memory
 from arriero.cluster.planner.catalog import DEVICES, MODELS, NamedModel, cpu, find_model
 from arriero.cluster.planner.checkpoint_bytes import stored_bytes
-from arriero.cluster.planner.demand import KvDemand, Layout
+from arriero.cluster.planner.demand import KvDemand
 from arriero.cluster.planner.layouts import Machines, rank_layouts
 from arriero.cluster.planner.memory import GroupPlan, plan_group
 from arriero.cluster.planner.rank_weights import ON_LOAD, Dtype, weights_as
 from arriero.cluster.planner.step_memory import num_graphs
 from arriero.kernels import packing
-from arriero.kernels.ops import KVCacheSpec, Ops
+from arriero.kernels.kv_cache import KVCacheSpec
+from arriero.kernels.ops import Ops
 from arriero.kernels.packing import Kernels, Precision, kv_block_nbytes, packed_nbytes
-from arriero.kernels.quant import QuantizedWeight, quantize_fp8, quantize_int4, quantize_int8
+from arriero.kernels.quantize import quantize_fp8, quantize_int4, quantize_int8
+from arriero.kernels.quantized_weight import QuantizedWeight
 from arriero.kernels.select import ops_for
 from arriero.shards.checkpoint.formats.describe import describe
 from arriero.shards.config.group import GroupConfig
+from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.errors import ArrieroError, SpecError
 from arriero.shards.layout.families import parts_of
 from arriero.shards.layout.resolve import resolve
-from arriero.shards.leader.remote_executor import spawn_group
 from arriero.shards.model_config.dense import ModelConfig
 from arriero.shards.worker.runner import Runner
 from support.models import tiny_llama
+from support.processes import spawn_group
 from support.quantized_models import quantized_llama
 
 H100 = DEVICES["h100-80g"]
@@ -45,12 +48,12 @@ needs_smollm2 = pytest.mark.skipif(
 
 
 def group(
-    name: str, dtype: Dtype, layout: Layout | None = None, context: int = 8192, **more: int
+    name: str, dtype: Dtype, layout: ParallelConfig | None = None, context: int = 8192, **more: int
 ) -> GroupPlan:
     model = find_model(name)
     weights = weights_as(model.config, model.scheme, dtype)
     demand = KvDemand(context=context, **more)
-    return plan_group(model, weights, layout or Layout(), demand, H100, "triton")
+    return plan_group(model, weights, layout or ParallelConfig(), demand, H100, "triton")
 
 
 # Totals in GB: embeddings, head and norms bfloat16.
@@ -154,7 +157,7 @@ def test_a_window_caps_what_a_sequence_takes() -> None:
 
 
 def test_405b_over_two_machines() -> None:
-    plan = group("llama-3.1-405b", "bfloat16", Layout(tp=8, pp=2))
+    plan = group("llama-3.1-405b", "bfloat16", ParallelConfig(tp=8, pp=2))
     assert len(plan.ranks) == 16
     for rank in plan.ranks:
         assert rank.weights.total / 1e9 == pytest.approx(50.7, rel=0.005)
@@ -163,7 +166,7 @@ def test_405b_over_two_machines() -> None:
 
 
 def test_405b_fp8_as_shipped_leaves_this_for_kv_on_one_machine() -> None:
-    plan = group("llama-3.1-405b", "fp8-shipped", Layout(tp=8))
+    plan = group("llama-3.1-405b", "fp8-shipped", ParallelConfig(tp=8))
     for rank in plan.ranks:
         assert rank.weights.total / 1e9 == pytest.approx(60.9, rel=0.005)
         assert 15e9 < rank.kv_pool_bytes < 21e9
@@ -174,9 +177,9 @@ def test_405b_fp8_as_shipped_leaves_this_for_kv_on_one_machine() -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "layout"),
-    [("fp8-shipped", Layout(tp=8, ep=8)), ("bfloat16", Layout(tp=8, dp=2, ep=16))],
+    [("fp8-shipped", ParallelConfig(tp=8, ep=8)), ("bfloat16", ParallelConfig(tp=8, dp=2, ep=16))],
 )
-def test_maverick_by_experts(dtype: Dtype, layout: Layout) -> None:
+def test_maverick_by_experts(dtype: Dtype, layout: ParallelConfig) -> None:
     plan = group("llama-4-maverick", dtype, layout)
     for rank in plan.ranks:
         experts = rank.weights.by_kind["experts"]
@@ -187,14 +190,14 @@ def test_maverick_by_experts(dtype: Dtype, layout: Layout) -> None:
 
 def test_maverick_at_tp16_cannot_be_cut_evenly() -> None:
     with pytest.raises(SpecError, match=r"cannot be cut evenly: 40 query heads % 16 = 8"):
-        group("llama-4-maverick", "bfloat16", Layout(tp=16))
+        group("llama-4-maverick", "bfloat16", ParallelConfig(tp=16))
     shares = tuple([3.0, 2.0] * 8)
-    plan = group("llama-4-maverick", "bfloat16", Layout(tp=16, tp_shares=shares))
+    plan = group("llama-4-maverick", "bfloat16", ParallelConfig(tp=16, tp_shares=shares))
     assert {rank.part.q_heads.size for rank in plan.ranks} == {3, 2}
 
 
 def test_a_shortfall_names_rank_and_bytes() -> None:
-    plan = group("llama-3.1-405b", "bfloat16", Layout(tp=8))
+    plan = group("llama-3.1-405b", "bfloat16", ParallelConfig(tp=8))
     why = plan.shortfall()
     assert why is not None and "rank 0 (stage 0)" in why and "GB short" in why
     missing_bytes = plan.missing_bytes()
@@ -206,7 +209,7 @@ def test_a_shortfall_names_rank_and_bytes() -> None:
 
 
 def test_spare_experts_are_counted() -> None:
-    layout = Layout(tp=8, ep=8)
+    layout = ParallelConfig(tp=8, ep=8)
     without = group("llama-4-maverick", "fp8-shipped", layout)
     with_two = group("llama-4-maverick", "fp8-shipped", layout, spare_experts=2)
     one = 24 * 3 * 5120 * 8192 + 24 * 4 * (2 * 8192 + 5120)
@@ -219,7 +222,9 @@ def test_float8_needs_a_device_that_has_it() -> None:
     model = find_model("llama-3.1-70b")
     weights = weights_as(model.config, None, "fp8")
     with pytest.raises(SpecError, match=r"needs compute capability 8\.9 or newer; a100"):
-        plan_group(model, weights, Layout(tp=8), KvDemand(context=1), DEVICES["a100-80g"], "triton")
+        plan_group(
+            model, weights, ParallelConfig(tp=8), KvDemand(context=1), DEVICES["a100-80g"], "triton"
+        )
 
 
 def test_ranked_layouts_all_fit_and_the_rest_say_why() -> None:
@@ -233,7 +238,7 @@ def test_ranked_layouts_all_fit_and_the_rest_say_why() -> None:
         (one.tokens_per_s for one in works), reverse=True
     )
     assert all(one.plan is not None and one.plan.shortfall() is None for one in works)
-    assert any(one.layout == Layout(tp=8, dp=2, ep=16) for one in works)
+    assert any(one.layout == ParallelConfig(tp=8, dp=2, ep=16) for one in works)
     assert any("40 query heads % 16" in (one.why_not or "") for one in rest)
     assert all(one.why_not for one in rest)
 
@@ -272,7 +277,7 @@ def check_group(config: GroupConfig, kernels: Kernels, *, spawn: bool = False) -
     plan = plan_group(
         NamedModel(name="it", config=model, scheme=scheme),
         weights_as(model, scheme, dtype),
-        Layout(tp=config.tp, pp=config.pp),
+        ParallelConfig(tp=config.tp, pp=config.pp),
         KvDemand(context=1, kv_dtype=config.dtype, num_blocks=config.num_blocks),
         cpu(1 << 36, config.world_size),
         kernels,
@@ -357,7 +362,7 @@ def test_columns_in_an_order_of_their_own_are_planned(
     check_group(small_group(tmp_path, 1, kernels), kernels)
     model = find_model(str(tmp_path))
     weights = weights_as(model.config, model.scheme, "checkpoint")
-    plan = plan_group(model, weights, Layout(tp=2), KvDemand(context=64), H100, kernels)
+    plan = plan_group(model, weights, ParallelConfig(tp=2), KvDemand(context=64), H100, kernels)
     config = resolve(small_group(tmp_path, 2, kernels), model.config)
     for rank in plan.ranks:
         held = Runner(config, rank.part.rank).weights_nbytes
@@ -685,13 +690,13 @@ def test_every_model_on_every_device_gives_an_answer(name: str, gpu: str) -> Non
 def test_pairs_of_ranks_and_split_buffers_are_counted() -> None:
     """Logits and activations travel by communicators between two ranks each."""
     model = find_model("llama-3.1-405b").config
-    layout = Layout(tp=8, pp=2, dp=1)
+    layout = ParallelConfig(tp=8, pp=2)
     parts = parts_of(model, GroupConfig(model_path="", tp=8, pp=2))
     counted = [step_memory.communicators(part, layout) for part in parts]
     assert counted[0] == (2, 1), "all ranks and its stage; the next stage"
     assert counted[8] == (2, 8), "logits of seven ranks; the stage before"
     assert counted[9] == (2, 2), "its logits; the stage before"
-    single = Layout(tp=1, pp=1, dp=1)
+    single = ParallelConfig()
     assert step_memory.communicators(parts[0], single) == (0, 0)
     tuned_file = Path(packing.__file__).with_name("triton") / "tuned.json"
     tuned = json.loads(tuned_file.read_text())["default"]["attention"]["*"]

@@ -17,14 +17,11 @@ from gpu.aot.absent_gpu import META
 from torch import Tensor
 
 from arriero.kernels.attention_mask import AttentionMaskSpec
-from arriero.kernels.ops import (
-    AttentionStyle,
-    DenseLayer,
-    FlatBatch,
-    KVCacheSpec,
-    SamplingRows,
-    Vocab,
-)
+from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.kv_cache import KVCacheSpec
+from arriero.kernels.layers import AttentionStyle, DenseLayer
+from arriero.kernels.packed_weights import Vocab
+from arriero.kernels.sampling_rows import SamplingRows
 from arriero.kernels.triton import (
     embedding,
     experts,

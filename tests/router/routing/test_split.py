@@ -30,9 +30,9 @@ from arriero.shards.kv.blocks import model_root
 from arriero.shards.kv.host_id import host_name
 from arriero.shards.layout.resolve import resolve
 from arriero.shards.leader.local_executor import LocalExecutor
-from arriero.shards.leader.remote_executor import spawn_group
 from support.frontdoor import make_card
 from support.models import tiny_llama, tiny_llama4
+from support.processes import spawn_group
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, seed=0)
 DRAWN = SamplingParams(temperature=1.0, max_tokens=9, min_tokens=3, seed=7, n=2, top_p=0.9)

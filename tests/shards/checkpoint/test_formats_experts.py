@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from arriero.kernels.layers import MoELayer
 from arriero.kernels.moe import route
-from arriero.kernels.ops import MoELayer, Ops
+from arriero.kernels.ops import Ops
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
 from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.layout.dense import Span

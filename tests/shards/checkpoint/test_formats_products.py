@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from arriero.kernels.quant import QuantizedWeight
+from arriero.kernels.quantized_weight import QuantizedWeight
 from arriero.kernels.select import ops_for
 from arriero.shards.checkpoint.formats.products import ProductReader, StoredProduct
 from arriero.shards.checkpoint.formats.scheme import Method, QuantScheme

@@ -29,10 +29,10 @@ from arriero.shards.checkpoint.formats.stored import (
     tensor_specs,
 )
 from arriero.shards.checkpoint.verify import verify
-from arriero.shards.config.group import GroupConfig
+from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.errors import CheckpointError
 from arriero.shards.layout.dense import Span, partition
-from arriero.shards.layout.moe import MoEMesh, partition_moe
+from arriero.shards.layout.moe import partition_moe
 from arriero.shards.layout.parts import AnyPart
 from arriero.shards.model_config.dense import ModelConfig
 from arriero.shards.model_config.llama4 import Llama4Config
@@ -262,13 +262,13 @@ def test_forms_that_are_not_read(config: object, said: str) -> None:
 def dense(settings: dict[str, Any], **mesh: int) -> list[AnyPart]:
     model, _ = read_settings(settings)
     assert isinstance(model, ModelConfig)
-    return list(partition(model, GroupConfig(model_path="", **mesh)))  # type: ignore[arg-type]
+    return list(partition(model, ParallelConfig(**mesh)))  # type: ignore[arg-type]
 
 
 def routed(settings: dict[str, Any], **mesh: int) -> list[AnyPart]:
     model, _ = read_settings(settings)
     assert isinstance(model, Llama4Config)
-    return list(partition_moe(model, MoEMesh(**mesh)))  # type: ignore[arg-type]
+    return list(partition_moe(model, ParallelConfig(**mesh)))  # type: ignore[arg-type]
 
 
 PLANS: dict[str, tuple[dict[str, Any], list[AnyPart], int, int, float]] = {

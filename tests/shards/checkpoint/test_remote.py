@@ -25,9 +25,9 @@ from arriero.shards.config.group import GroupConfig
 from arriero.shards.errors import CheckpointError
 from arriero.shards.layout.dense import partition
 from arriero.shards.layout.resolve import resolve
-from arriero.shards.leader.remote_executor import spawn_group
 from support.hub_server import Hub, hub
 from support.models import tiny_llama, tiny_llama4, write_safetensors
+from support.processes import spawn_group
 from support.quantized_models import quantized_llama
 from support.slices import logits_of
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from arriero.shards.collectives.all_to_all import topology
+from support.processes import context
 
 RANKS, HIDDEN = 4, 24
 
@@ -46,7 +46,7 @@ KINDS = ("nothing", "all to one", "none to a rank", "a rank has none", "random",
 
 def check_experts(mesh: Any, rank: int) -> None:  # noqa: ANN401
     """Rows of every rank through experts on all of them: what one rank with all would compute."""
-    from arriero.kernels.ops import MoELayer
+    from arriero.kernels.layers import MoELayer
     from arriero.kernels.reference.backend import ReferenceOps
     from arriero.shards.collectives.expert_parallel import ExpertParallel
     from arriero.shards.layout.expert_placement import ExpertPlacement
@@ -115,15 +115,17 @@ def rank_main(rank: int, port: int, hosts: list[str], results: Any) -> None:  # 
 
     from arriero.shards.collectives.all_to_all import TwoLevelExchange
     from arriero.shards.collectives.mesh import Mesh
-    from arriero.shards.layout.moe import MoEMesh, partition_moe
+    from arriero.shards.config.parallel import ParallelConfig
+    from arriero.shards.layout.moe import partition_moe
     from arriero.shards.model_config.llama4 import Llama4Config
     from support.models import llama4_settings
 
     try:
         torch.set_num_threads(1)
         model = Llama4Config.from_dict(llama4_settings())
-        part = partition_moe(model, MoEMesh(dp=RANKS))[rank]
-        mesh = Mesh(part, tp=1, pp=1, dp=RANKS, device=torch.device("cpu"), timeout_s=30)
+        parallel = ParallelConfig(dp=RANKS)
+        part = partition_moe(model, parallel)[rank]
+        mesh = Mesh(part, parallel, device=torch.device("cpu"), timeout_s=30)
         store = TCPStore("127.0.0.1", port, RANKS, is_master=rank == 0, wait_for_workers=False)
         mesh.join(store, hosts[rank])
         two_levels = len(set(hosts)) > 1
@@ -160,7 +162,6 @@ def test_there_and_back(nodes: int) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     hosts = [f"127.0.0.{2 + rank * nodes // RANKS}" for rank in range(RANKS)]
-    context = multiprocessing.get_context("spawn")
     results = context.Queue()
     ranks = [
         context.Process(target=rank_main, args=(rank, port, hosts, results))

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -28,6 +27,7 @@ from arriero.shards.kv.host import HostPool
 from arriero.shards.kv.peer import PeerPool
 from arriero.shards.kv.tcp import BlockServer
 from arriero.shards.kv.transfers import Segment
+from support.processes import context
 
 FORM = BlockForm(torch.float32, 4, 8)
 WHOLE = BlockShard((0, 4), (0, 3))
@@ -297,7 +297,7 @@ def hold(pieces: list[BlockShard], count: int, pipe: Connection) -> None:
 def test_a_peer_is_read_through_nixl_until_it_dies(theirs: list[BlockShard]) -> None:
     pytest.importorskip("nixl", reason="needs the extra arriero[nixl]")
     assert nixl.enabled("nixl") and not nixl.enabled("tcp")
-    count, context = 8, get_context("spawn")
+    count = 8
     pipe, their_pipe = context.Pipe()
     other = context.Process(target=hold, args=(theirs, count, their_pipe), daemon=True)
     other.start()

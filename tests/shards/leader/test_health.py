@@ -19,7 +19,7 @@ from arriero.shards.engine.engine import Engine
 from arriero.shards.engine.types import EngineRequest, SequenceOutput
 from arriero.shards.layout.resolve import resolve
 from arriero.shards.leader.health import GroupHealth, HealthLimits
-from arriero.shards.leader.remote_executor import RemoteExecutor, spawn_group
+from arriero.shards.leader.remote_executor import RemoteExecutor
 from arriero.shards.protocol.failure import (
     CAUSE_S,
     SETTLE_S,
@@ -29,6 +29,7 @@ from arriero.shards.protocol.failure import (
     RootCauseCollector,
 )
 from arriero.shards.protocol.heartbeat import Heartbeat
+from support.processes import spawn_group
 
 MODEL = os.environ.get("ARRIERO_TEST_MODEL", "")
 LIMITS = HealthLimits(silence_s=3.0, hang_s=4.0, step_s=60.0)

@@ -16,14 +16,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from arriero.kernels.ops import Linear, Vocab
+from arriero.kernels.packed_weights import Linear, Vocab
 from arriero.kernels.reference.backend import ReferenceOps
 from arriero.shards.checkpoint.formats.stored import TensorSpec, reads, tensor_specs
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.checkpoint.safetensors_header import StoredTensor
 from arriero.shards.collectives.mesh import Mesh
+from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.layout.expert_placement import ExpertPlacement
-from arriero.shards.layout.moe import MoEMesh, MoEPart, partition_moe
+from arriero.shards.layout.moe import MoEPart, partition_moe
 from arriero.shards.model_config.llama4 import Llama4Config
 from arriero.shards.models import loader
 from arriero.shards.models.llama4 import Llama4Slice
@@ -108,14 +109,16 @@ class Packing(ReferenceOps):
         )
 
 
-def claims(config: Llama4Config, due: list[TensorSpec], part: MoEPart, mesh: MoEMesh) -> Folder:
+def claims(
+    config: Llama4Config, due: list[TensorSpec], part: MoEPart, mesh: ParallelConfig
+) -> Folder:
     folder = Folder(config, due)
     even = [config.num_experts // mesh.stage_size] * mesh.stage_size
     placement = ExpertPlacement.even(even) if mesh.dp > 1 else None
     Llama4Slice(
         folder,
         part,
-        Mesh(part, tp=mesh.tp, pp=mesh.pp, dp=mesh.dp, device=META),
+        Mesh(part, mesh, device=META),
         Packing(folder),
         dtype=torch.bfloat16,
         num_blocks=1,
@@ -127,9 +130,9 @@ def claims(config: Llama4Config, due: list[TensorSpec], part: MoEPart, mesh: MoE
 
 
 LAYOUTS = {
-    "EP8": MoEMesh(tp=8),
-    "EP16 TP8 DP2": MoEMesh(tp=8, dp=2),
-    "PP2 EP8": MoEMesh(tp=8, pp=2),
+    "EP8": ParallelConfig(tp=8),
+    "EP16 TP8 DP2": ParallelConfig(tp=8, dp=2),
+    "PP2 EP8": ParallelConfig(tp=8, pp=2),
 }
 
 
@@ -164,7 +167,7 @@ def test_maverick_is_claimed_by_the_ranks_that_should_hold_it(
         assert _disjoint(list(boxes)), one.name
 
 
-def _copies(one: TensorSpec, mesh: MoEMesh) -> int:
+def _copies(one: TensorSpec, mesh: ParallelConfig) -> int:
     """How many ranks must hold each element: those that do not cut it."""
     axes = {cut.axis for cut in one.cuts}
     if "experts" in axes:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from arriero.kernels.ops import FlatBatch, SamplingRows
+from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.sampling_rows import SamplingRows
 from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.protocol.step_plan import LAST_SAMPLED, NewSequence, StepPlan, int32
 from arriero.shards.worker.rope_table import Rope

@@ -6,9 +6,9 @@ Knows `torch.distributed` and how the product starts slices; knows nothing of wh
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -74,10 +74,6 @@ def gloo_for_nccl(ledger: Ledger) -> Iterator[None]:
         yield
 
 
-REPORTS = "FAKE_CUDA_REPORTS"
-"""Variable of the environment with the folder for the counts of each rank."""
-
-
 @contextmanager
 def simulated_slices(reports: Path | None = None) -> Iterator[None]:
     """Slices that `spawn_group` starts meanwhile run on a simulated device each.
@@ -88,15 +84,11 @@ def simulated_slices(reports: Path | None = None) -> Iterator[None]:
     """
     from arriero.shards.leader import remote_executor as executor
 
-    environment = {} if reports is None else {REPORTS: str(reports)}
-    with (
-        mock.patch.object(executor, "_run_child", child),
-        mock.patch.dict(os.environ, environment),
-    ):
+    with mock.patch.object(executor, "_run_child", partial(child, reports=reports)):
         yield
 
 
-def child(rank: int, ticket: Any, parent: int) -> None:  # noqa: ANN401
+def child(rank: int, ticket: Any, *, reports: Path | None = None) -> None:  # noqa: ANN401
     """What a slice's process runs in place of `executor._run_child`."""
     from support import triton_interpreter
 
@@ -115,13 +107,13 @@ def child(rank: int, ticket: Any, parent: int) -> None:  # noqa: ANN401
 
         CudaRunner.warm_up = counted  # type: ignore[method-assign]  # this process ends soon
         try:
-            executor._run_child(rank, ticket, parent)
+            executor._run_child(rank, ticket)
         finally:
-            if REPORTS in os.environ:
+            if reports is not None:
                 counts = {
                     "waits": dict(ledger.waits),
                     "pageable": dict(ledger.pageable),
                     "captures": ledger.captures,
                     "collectives": [[name, n] for (name, _), n in ledger.collectives.items()],
                 }
-                (Path(os.environ[REPORTS]) / f"{rank}.json").write_text(json.dumps(counts))
+                (reports / f"{rank}.json").write_text(json.dumps(counts))

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from arriero.kernels.ops import KVCacheSpec
+from arriero.kernels.kv_cache import KVCacheSpec
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.config.group import GroupConfig

@@ -1,202 +1,25 @@
-"""Quantized weights: the meaning of the stored numbers, and the quantization of full weights.
+"""Quantization of full weights: the choice of levels, scales and zero points.
 
-Knows matrices. Knows nothing of checkpoint formats (a reader converts AWQ, GPTQ or fbgemm tensors
-to a `QuantizedWeight`) and of packing (`Ops.pack_quantized`).
+Knows matrices; knows nothing of checkpoint formats and of packing. `QuantizedWeight` defines the
+meaning of the stored numbers.
 
-Shape legend: O rows (outputs), I columns (inputs), G = ceil(I / group_size) groups of columns.
+Shape legend: O rows (outputs), I columns (inputs), G = ceil(I / group_size) groups of C columns.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-QuantKind = Literal["int8", "int4", "fp8"]
+from arriero.kernels.quantized_weight import FP8_MAX, QuantizedWeight, nonzero, stack
 
-FP8_MAX = 448.0
-"""The greatest finite float8_e4m3fn."""
-INT4_ZERO = 8.0
-"""Zero point of an int4 weight without stored zero points."""
 _SEARCH_STEPS = 8
 _SEARCH_ELEMENTS = 1 << 17
 """Number of weights for a search of scales at a time, small enough for the CPU cache."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class QuantizedWeight:
-    """A matrix [O, I]: element (o, i) is (q[o, i] - zero[o, g]) * scale[o, g], g = i // group_size.
-
-    Attributes:
-        kind: int8: symmetric, -127 .. 127, a group is a row. int4: 0 .. 15, groups of columns.
-            fp8: float8_e4m3fn, a group is a row.
-        in_features: I. With an odd I half of the last byte of an int4 row is unused.
-        data: int8 [O, I]; or float8_e4m3fn [O, I]; or for int4 uint8 [O, ceil(I / 2)], with even
-            columns in the low half of a byte.
-        scales: float32 [O, G].
-        zeros: float32 [O, G] for int4, perhaps with fractions; None means 8. None for other kinds.
-        group_size: columns that share a scale; I where a group is a row. The last group of a row
-            may be shorter.
-    """
-
-    kind: QuantKind
-    in_features: int
-    data: Tensor
-    scales: Tensor
-    zeros: Tensor | None = None
-    group_size: int
-
-    def __post_init__(self) -> None:
-        rows = self.data.shape[0]
-        columns = -(-self.in_features // 2) if self.kind == "int4" else self.in_features
-        dtype = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}[self.kind]
-        groups = -(-self.in_features // self.group_size)
-        if self.data.dtype != dtype or self.data.shape != (rows, columns):
-            raise ValueError(
-                f"{self.kind} data must be {dtype} {[rows, columns]}, "
-                f"not {self.data.dtype} {list(self.data.shape)}"
-            )
-        if self.kind != "int4" and (self.zeros is not None or groups != 1):
-            raise ValueError(f"{self.kind} weights have a single scale for each row and no zeros")
-        for name, value in (("scales", self.scales), ("zeros", self.zeros)):
-            if value is not None and (
-                value.dtype != torch.float32 or value.shape != (rows, groups)
-            ):
-                raise ValueError(
-                    f"{self.kind} {name} must be float32 {[rows, groups]}, "
-                    f"not {value.dtype} {list(value.shape)}"
-                )
-
-    @property
-    def out_features(self) -> int:
-        """O."""
-        return self.data.shape[0]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of data, scales and zeros."""
-        zeros = 0 if self.zeros is None else self.zeros.nbytes
-        return self.data.nbytes + self.scales.nbytes + zeros
-
-    def levels(self) -> Tensor:
-        """The stored numbers q as float32 [O, I]."""
-        if self.kind != "int4":
-            return self.data.float()
-        halves = torch.stack([self.data & 15, self.data >> 4], dim=-1)
-        return halves.flatten(1)[:, : self.in_features].float()
-
-    def dequantize(self) -> Tensor:
-        """The matrix that the stored numbers represent, float32 [O, I]."""
-        q_OI = self.levels()
-        if self.kind == "int4":
-            q_OI -= INT4_ZERO if self.zeros is None else self._spread(self.zeros)
-        return q_OI.mul_(self._spread(self.scales))
-
-    def rows(self, start: int, stop: int) -> QuantizedWeight:
-        """Rows [start, stop), as views."""
-        zeros = None if self.zeros is None else self.zeros[start:stop]
-        return replace(
-            self, data=self.data[start:stop], scales=self.scales[start:stop], zeros=zeros
-        )
-
-    def columns(self, start: int, stop: int) -> QuantizedWeight:
-        """Columns [start, stop), as views.
-
-        Raises:
-            ValueError: a cut is inside a group (int4) or between the halves of a byte.
-        """
-        if self.kind != "int4":
-            return replace(
-                self,
-                in_features=stop - start,
-                data=self.data[:, start:stop],
-                group_size=stop - start,
-            )
-        for cut in (start, stop):
-            if cut != self.in_features and (cut % self.group_size or cut % 2):
-                raise ValueError(
-                    f"columns [{start}, {stop}) cut a group of {self.group_size}; "
-                    "cut at even multiples of the group size"
-                )
-        groups = slice(start // self.group_size, -(-stop // self.group_size))
-        return replace(
-            self,
-            in_features=stop - start,
-            data=self.data[:, start // 2 : -(-stop // 2)],
-            scales=self.scales[:, groups],
-            zeros=None if self.zeros is None else self.zeros[:, groups],
-        )
-
-    def _spread(self, value_OG: Tensor) -> Tensor:
-        """The number of a group, repeated for each column of the group."""
-        if value_OG.shape[1] == 1:
-            return value_OG
-        return value_OG.repeat_interleave(self.group_size, dim=1)[:, : self.in_features]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class InputTransform:
-    """Transform of the inputs of a quantized matrix product before the multiplication.
-
-    Attributes:
-        num_inputs: number of inputs.
-        order_I: int64 [columns of the matrix]: index of the input for each column (GPTQ's
-            act-order); any index for a column of zeros. None: column i multiplies input i.
-        bound: each row of inputs is rounded to float8 by `quantize_rows`, with a scale of at most
-            bound / 448; inf for no bound, None for no rounding.
-    """
-
-    num_inputs: int
-    order_I: Tensor | None = None
-    bound: float | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes beside the matrix."""
-        return 0 if self.order_I is None else self.order_I.nbytes
-
-
-def quantize_rows(x_TI: Tensor, bound: float = math.inf) -> tuple[Tensor, Tensor]:
-    """Round each row to float8_e4m3fn with a scale for each row: x is close to q * scale.
-
-    The scale is min(greatest magnitude, bound) / 448, and 1 for a row of zeros; magnitudes above
-    the bound become 448. The same rounding of activations as in `fbgemm_fp8` (bound 1200) and in
-    compressed-tensors with dynamic token scales (no bound).
-
-    Returns:
-        q float8_e4m3fn [T, I], scale float32 [T, 1].
-    """
-    x_TI = x_TI.float()
-    scale_T1 = _nonzero(x_TI.abs().amax(1, keepdim=True).clamp(max=bound) / FP8_MAX)
-    return (x_TI / scale_T1).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale_T1
-
-
-def stack(weights: list[QuantizedWeight]) -> QuantizedWeight:
-    """A matrix of all rows, copied.
-
-    Raises:
-        ValueError: kinds, group sizes or numbers of columns differ.
-    """
-    first = weights[0]
-    shapes = {(w.kind, w.group_size, w.in_features) for w in weights}
-    if len(shapes) > 1:
-        raise ValueError(f"stacked weights differ in kind, group or columns: {shapes}")
-    zeros = None
-    if any(w.zeros is not None for w in weights):
-        zeros = torch.cat(
-            [torch.full_like(w.scales, INT4_ZERO) if w.zeros is None else w.zeros for w in weights]
-        )
-    return replace(
-        first,
-        data=torch.cat([w.data.view(torch.uint8) for w in weights]).view(first.data.dtype),
-        scales=torch.cat([w.scales for w in weights]),
-        zeros=zeros,
-    )
 
 
 def quantize_int8(
@@ -209,7 +32,7 @@ def quantize_int8(
         scale_dtype: dtype of the scales; scales are rounded before levels are chosen.
     """
     w_OI = weight_OI.float()
-    scale_O1 = _nonzero((w_OI.abs().amax(1, keepdim=True) / 127).to(scale_dtype).float())
+    scale_O1 = nonzero((w_OI.abs().amax(1, keepdim=True) / 127).to(scale_dtype).float())
     data = (w_OI / scale_O1).round_().clamp_(-127, 127).to(torch.int8)
     return QuantizedWeight(
         kind="int8", in_features=w_OI.shape[1], data=data, scales=scale_O1, group_size=w_OI.shape[1]
@@ -219,7 +42,7 @@ def quantize_int8(
 def quantize_fp8(weight_OI: Tensor) -> QuantizedWeight:
     """Round to float8_e4m3fn; the greatest magnitude of a row is 448."""
     w_OI = weight_OI.float()
-    scale_O1 = _nonzero(w_OI.abs().amax(1, keepdim=True) / FP8_MAX)
+    scale_O1 = nonzero(w_OI.abs().amax(1, keepdim=True) / FP8_MAX)
     data = (w_OI / scale_O1).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     return QuantizedWeight(
         kind="fp8", in_features=w_OI.shape[1], data=data, scales=scale_O1, group_size=w_OI.shape[1]
@@ -310,7 +133,7 @@ def _whole_levels(w_OGC: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tens
     # The range includes 0, so that the zero point is a level.
     low_OG1 = w_OGC.amin(2, keepdim=True).clamp(max=0)
     high_OG1 = w_OGC.amax(2, keepdim=True).clamp(min=0)
-    span_OG1 = _nonzero((high_OG1 - low_OG1) / 15)
+    span_OG1 = nonzero((high_OG1 - low_OG1) / 15)
     best: tuple[Tensor, Tensor, Tensor] | None = None
     best_error_OG1 = torch.full_like(span_OG1, math.inf)
     for step in range(_SEARCH_STEPS + 2):
@@ -321,7 +144,7 @@ def _whole_levels(w_OGC: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tens
             2, keepdim=True
         )
         scale_OG1 = scale_OG1.where(scale_OG1 > 0, try_OG1).to(scale_dtype).float()
-        scale_OG1 = _nonzero(scale_OG1)
+        scale_OG1 = nonzero(scale_OG1)
         error_OG1 = (centred_OGC * scale_OG1 - w_OGC).square_().sum(2, keepdim=True)
         better_OG1 = error_OG1 < best_error_OG1
         candidate = (centred_OGC + zero_OG1, scale_OG1, zero_OG1)
@@ -354,7 +177,7 @@ def _levels(w_OGC: Tensor, share_GC: Tensor, search: bool) -> tuple[Tensor, Tens
     # A constant group is exact with q = 0 and low = its value, but the zero point low / scale must
     # stay finite.
     flat_OG1 = span_OG1 <= 15 * 2.0**-24 * low_OG1.abs() + 1e-30
-    scale_OG1 = torch.where(flat_OG1, _nonzero(low_OG1.abs()), span_OG1 / 15)
+    scale_OG1 = torch.where(flat_OG1, nonzero(low_OG1.abs()), span_OG1 / 15)
     q_OGC = ((w_OGC - low_OG1) / scale_OG1).round_().clamp_(0, 15)
     if search:
         # A step fits scale and offset of each group to the chosen levels.
@@ -413,8 +236,3 @@ def _grouped(w_OI: Tensor, group_size: int, pad: float | None = None) -> Tensor:
         last = w_OI[:, -1:] if pad is None else torch.full_like(w_OI[:, -1:], pad)
         w_OI = torch.cat([w_OI, last.expand(-1, missing)], dim=1)
     return w_OI.reshape(w_OI.shape[0], -1, group_size)
-
-
-def _nonzero(scale: Tensor) -> Tensor:
-    """The scale, but 1 for a row of zeros: its levels are 0, without a division by zero."""
-    return scale.where(scale > 0, 1.0)

@@ -1,0 +1,253 @@
+"""The parts of a group that serves: executor, engine, canary and link, from start to end.
+
+Knows how the parts are made and ended; knows nothing of the registry's entries, of Serve or of the
+treatment of a loss (`leader`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from arriero.cluster.hosts.nodes import node_address
+from arriero.cluster.replica.group_card import group_card
+from arriero.cluster.replica.group_settings import GroupSettings
+from arriero.cluster.replica.group_slices import GroupSlices
+from arriero.cluster.replica.registration import Registration
+from arriero.cluster.spec.live_settings import LiveSettings
+from arriero.shards.config.group import GroupConfig
+from arriero.shards.errors import ArrieroError, GroupFailed
+from arriero.shards.protocol.failure import KEEP_LINES, Evidence, FirstCause
+
+if TYPE_CHECKING:
+    from arriero.cluster.replica.canary import Canary
+    from arriero.router.directory.journal import Journal
+    from arriero.router.link.server import LinkServer
+    from arriero.router.observability.tracing import Tracing
+    from arriero.router.text.model_card import ModelCard
+    from arriero.shards.checkpoint.formats.scheme import QuantScheme
+    from arriero.shards.engine.engine import Engine
+    from arriero.shards.engine.types import EngineConfig, EngineStats, SequenceOutput
+    from arriero.shards.layout.parts import AnyModel
+    from arriero.shards.leader.remote_executor import RemoteExecutor
+
+LOG_TIMEOUT_S = 1.0
+"""Longest wait for the last log lines of a lost slice; the loss is recorded only after."""
+
+
+class ServingGroup:
+    """Executor, engine, canary and link of a group; for use in one event loop.
+
+    Args:
+        settings: of the group.
+        slices: of the group, placed before `start`.
+        registration: takes reports of the progress.
+        on_lost: called with the cause when the group is lost; from any thread, perhaps more than
+            once.
+
+    Attributes:
+        link_token: secret that gateways must send; new for each leader.
+    """
+
+    def __init__(
+        self,
+        settings: GroupSettings,
+        slices: GroupSlices,
+        registration: Registration,
+        on_lost: Callable[[str], None],
+    ) -> None:
+        self.link_token = secrets.token_hex(32)
+        self._settings, self._slices = settings, slices
+        self._registration, self._on_lost = registration, on_lost
+        self._executor: RemoteExecutor | None = None
+        self._engine: Engine | None = None
+        self._canary: Canary | None = None
+        self._link: LinkServer | None = None
+        self._tracing: Tracing | None = None
+        self._ending = False
+
+    async def start(self) -> tuple[str, str]:
+        """Load the model on all slices, generate a token, and open the link.
+
+        Returns:
+            Address of the link, and digest of weights and numerics.
+        """
+        started_s = time.monotonic()
+        # late imports: meanwhile the slices import torch
+        import arriero.router.text.model_card  # noqa: F401
+        from arriero.router.directory.journal import Journal
+        from arriero.shards.checkpoint.formats.describe import describe
+        from arriero.shards.checkpoint.remote import local_folder
+        from arriero.shards.engine.config import engine_config
+
+        path = self._settings.config.model_path
+        folder = await asyncio.to_thread(local_folder, path, weights=False)
+        model, scheme = describe(folder)
+        config = await self._load(model, scheme, started_s)
+        digest = await self._slices.actors[0].digest.remote(path)
+        limits = engine_config(config, model, digest)
+        card = group_card(
+            folder,
+            settings=self._settings,
+            registration=self._registration,
+            config=config,
+            model=model,
+            limits=limits,
+            digest=digest,
+        )
+        journal = Journal((limits.num_blocks + limits.tiers.num_blocks) * limits.num_dp_ranks)
+        await self._start_engine(limits, journal)
+        return await self._open_link(card, journal), card.compat_key
+
+    async def _load(
+        self, model: AnyModel, scheme: QuantScheme | None, started_s: float
+    ) -> GroupConfig:
+        """Start the executor and the slices' runs, and wait until every slice has loaded.
+
+        Args:
+            model: config of the model.
+            scheme: quantization of the checkpoint; None for plain weights.
+            started_s: start of the group, on the monotonic clock.
+
+        Returns:
+            The resolved config.
+        """
+        from arriero.cluster.planner.kv_room import needs_room, with_kv_blocks
+        from arriero.shards.layout.resolve import resolve
+        from arriero.shards.leader.remote_executor import RemoteExecutor
+
+        config = self._slices.with_threads(self._settings.config)
+        if needs_room(config):
+            self._registration.report("reading the free memory of the GPUs")
+            config = with_kv_blocks(config, model, scheme, await self._slices.free_bytes())
+        config = resolve(config, model)
+        executor = self._executor = RemoteExecutor(
+            config,
+            self._slices.link_host(),
+            limits=self._settings.limits,
+            on_lost=self._on_lost,
+        )
+        self._slices.run(executor)
+        left_s = self._settings.start_timeout_s - (time.monotonic() - started_s)
+        await asyncio.to_thread(executor.wait_ready, left_s, self._registration.report_loading)
+        return config
+
+    async def _start_engine(self, limits: EngineConfig, journal: Journal) -> None:
+        """Start the engine, and generate a token."""
+        from arriero.cluster.replica.canary import Canary
+        from arriero.shards.engine.engine import Engine
+
+        assert self._executor is not None, "the executor starts before the engine"
+
+        def on_outputs(outputs: Sequence[SequenceOutput]) -> None:
+            canary.take(outputs)
+            if self._link is not None:
+                self._link.on_outputs(outputs)
+
+        def on_failure(error: Exception) -> None:
+            self._on_lost(str(error))
+
+        engine = self._engine = Engine(
+            limits, self._executor, on_outputs, on_failure=on_failure, on_event=journal.note
+        )
+        canary = self._canary = Canary(engine)
+        engine.start()
+        self._registration.report("first token")
+        await canary.draw()
+
+    async def _open_link(self, card: ModelCard, journal: Journal) -> str:
+        """Open the link; returns its address."""
+        from arriero.cluster.replica.kv_admin import KvAdminHandler
+        from arriero.router.link.leader_rpc import PeerGroups
+        from arriero.router.link.server import LinkServer
+        from arriero.router.observability.tracing import Tracing
+
+        assert self._engine is not None and self._canary is not None, "the engine has started"
+        tls, tracing = self._settings.link_tls, self._settings.tracing
+        self._tracing = Tracing.from_config(
+            "arriero-leader", None if tracing is None else tracing.config()
+        )
+        self._link = LinkServer(
+            self._engine,
+            card,
+            f"{node_address()}:0",
+            token=self.link_token,
+            tls=None if tls is None else tls.files().link_server("link_tls"),
+            tracing=self._tracing,
+            kv=KvAdminHandler(self._engine, self._canary, card).answer,
+            journal=journal,
+            peers=PeerGroups(None if tls is None else tls.files().link_client("link_tls")),
+        )
+        return str(await self._link.start())
+
+    def stats(self) -> EngineStats:
+        """The counters of the engine, which has started."""
+        assert self._engine is not None, "the engine has started"
+        return self._engine.stats()
+
+    async def draw_when_idle(self) -> None:
+        """Generate a test token after each `canary_s` seconds without a step."""
+        assert self._canary is not None, "the engine has started"
+        while not self._ending:
+            steps = self.stats().steps
+            await asyncio.sleep(self._settings.canary_s)
+            if self.stats().steps == steps and not self._ending:
+                limit_s = self._settings.limits.step_s
+                try:
+                    async with asyncio.timeout(limit_s):
+                        await self._canary.draw()
+                except (ArrieroError, TimeoutError) as error:
+                    cause = str(error) or f"no answer in {limit_s:g} s"
+                    self._on_lost(f"the canary token did not come: {cause}")
+
+    def apply_live(self, live: LiveSettings) -> None:
+        """Apply the limits and the period of test tokens that `reload` changed."""
+        self._settings = replace(self._settings, limits=live.health, canary_s=live.canary_s)
+        if self._executor is not None:
+            self._executor.set_limits(live.health)
+
+    def report_loss(self, evidence: Evidence) -> None:
+        """Report evidence of a loss that was noticed outside the executor."""
+        assert self._executor is not None, "the executor exists before anything is watched"
+        self._executor.report(evidence)
+
+    def give_up(self, cause: str) -> None:
+        """The group is lost: generate no more test tokens, and end the wait for the current one."""
+        self._ending = True
+        if self._canary is not None:
+            self._canary.give_up(GroupFailed(cause))
+
+    async def first_cause(self) -> FirstCause | None:
+        """The first cause, with the last log lines of the slice that failed first."""
+        if self._executor is None:
+            return None
+        record = await asyncio.to_thread(self._executor.first_cause)
+        if record is None or record.cause.rank is None:  # no failure of a slice
+            return record
+        lines = await self._slices.log_tail(record.cause.rank, KEEP_LINES, LOG_TIMEOUT_S)
+        log = tuple(dict.fromkeys((*record.cause.log, *lines)))[-KEEP_LINES:]
+        return replace(record, cause=replace(record.cause, log=log))
+
+    def expect_end(self) -> None:
+        """From now on the end of a slice is no failure, and no test token is generated."""
+        self._ending = True
+        self._slices.expect_end()
+
+    async def drain(self, limit_s: float) -> None:
+        """Close the link; running streams may continue for `limit_s` seconds."""
+        if self._link is not None:
+            await self._link.stop(limit_s)
+
+    async def close(self) -> None:
+        """Stop engine, executor and slices."""
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.stop)
+        if self._executor is not None:
+            await asyncio.to_thread(self._executor.close)
+        await self._slices.close()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)

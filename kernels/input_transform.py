@@ -1,0 +1,97 @@
+"""Transforms of the inputs of a quantized product: a new order of columns, rounding to float8.
+
+Defines the transforms, and the products of transformed inputs by means of a backend's plain ones.
+Knows matrices; knows nothing of checkpoint formats. Shape legend: kernels/ops.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from arriero.kernels.quantized_weight import FP8_MAX, nonzero
+
+if TYPE_CHECKING:
+    from arriero.kernels.ops import Ops
+    from arriero.kernels.packed_weights import Linear
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InputTransform:
+    """Transform of the inputs of a quantized matrix product before the multiplication.
+
+    Attributes:
+        num_inputs: number of inputs.
+        order_I: int64 [columns of the matrix]: index of the input for each column (GPTQ's
+            act-order); any index for a column of zeros. None: column i multiplies input i.
+        bound: each row of inputs is rounded to float8 by `quantize_rows`, with a scale of at most
+            bound / 448; inf for no bound, None for no rounding.
+    """
+
+    num_inputs: int
+    order_I: Tensor | None = None
+    bound: float | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes beside the matrix."""
+        return 0 if self.order_I is None else self.order_I.nbytes
+
+
+def quantize_rows(x_TI: Tensor, bound: float = math.inf) -> tuple[Tensor, Tensor]:
+    """Round each row to float8_e4m3fn with a scale for each row: x is close to q * scale.
+
+    The scale is min(greatest magnitude, bound) / 448, and 1 for a row of zeros; magnitudes above
+    the bound become 448. The same rounding of activations as in `fbgemm_fp8` (bound 1200) and in
+    compressed-tensors with dynamic token scales (no bound).
+
+    Returns:
+        q float8_e4m3fn [T, I], scale float32 [T, 1].
+    """
+    x_TI = x_TI.float()
+    scale_T1 = nonzero(x_TI.abs().amax(1, keepdim=True).clamp(max=bound) / FP8_MAX)
+    return (x_TI / scale_T1).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale_T1
+
+
+def linear(ops: Ops, x_TI: Tensor, w: Linear) -> Tensor:
+    """`Ops.linear` for weights with `inputs`: transform x, then multiply without `inputs`."""
+    assert w.inputs is not None, "weights of pack_transformed have inputs"
+    x_TI = x_TI if w.inputs.order_I is None else x_TI.index_select(1, w.inputs.order_I)
+    plain = replace(w, in_features=x_TI.shape[1], inputs=None, bias=None)
+    if w.inputs.bound is None:
+        y_TO = ops.linear(x_TI, plain)
+    else:
+        q_TI, scale_T1 = ops.quantize_rows(x_TI, w.inputs.bound)
+        y_TO = ops.linear(q_TI.float(), plain).mul_(scale_T1)
+    return (y_TO if w.bias is None else y_TO.add_(w.bias)).to(x_TI.dtype)
+
+
+def grouped_linear(ops: Ops, x_XI: Tensor, experts: Sequence[Linear], starts_E1: Tensor) -> Tensor:
+    """`Ops.grouped_linear` for experts with `inputs`: transform x, then multiply without `inputs`.
+
+    Raises:
+        ValueError: the experts differ in rounding, or only some of them reorder inputs.
+    """
+    inputs = [expert.inputs for expert in experts if expert.inputs is not None]
+    kinds = {(transform.bound, transform.order_I is None) for transform in inputs}
+    if len(inputs) != len(experts) or len(kinds) != 1:
+        raise ValueError(
+            "grouped_linear: all experts of a layer must reorder and round inputs alike"
+        )
+    dtype, bound = x_XI.dtype, inputs[0].bound
+    orders = [transform.order_I for transform in inputs if transform.order_I is not None]
+    if orders:  # the order of a row is that of its expert
+        row_X = torch.arange(len(x_XI), device=x_XI.device)
+        expert_X = torch.bucketize(row_X, starts_E1[1:-1].long(), right=True)
+        x_XI = x_XI.gather(1, torch.stack(orders)[expert_X])
+    plain = [replace(expert, in_features=x_XI.shape[1], inputs=None) for expert in experts]
+    if bound is None:
+        return ops.grouped_linear(x_XI, plain, starts_E1)
+    q_XI, scale_X1 = ops.quantize_rows(x_XI, bound)
+    y_XO = ops.grouped_linear(q_XI.float(), plain, starts_E1)
+    return y_XO.mul_(scale_X1).to(dtype)

@@ -1,0 +1,161 @@
+"""A quantized weight: the meaning of the stored numbers.
+
+Knows matrices. Knows nothing of checkpoint formats (a reader converts AWQ, GPTQ or fbgemm tensors
+to a `QuantizedWeight`) and of packing (`Ops.pack_quantized`).
+
+Shape legend: O rows (outputs), I columns (inputs), G = ceil(I / group_size) groups of columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+QuantKind = Literal["int8", "int4", "fp8"]
+
+FP8_MAX = 448.0
+"""The greatest finite float8_e4m3fn."""
+INT4_ZERO = 8.0
+"""Zero point of an int4 weight without stored zero points."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantizedWeight:
+    """A matrix [O, I]: element (o, i) is (q[o, i] - zero[o, g]) * scale[o, g], g = i // group_size.
+
+    Attributes:
+        kind: int8: symmetric, -127 .. 127, a group is a row. int4: 0 .. 15, groups of columns.
+            fp8: float8_e4m3fn, a group is a row.
+        in_features: I. With an odd I half of the last byte of an int4 row is unused.
+        data: int8 [O, I]; or float8_e4m3fn [O, I]; or for int4 uint8 [O, ceil(I / 2)], with even
+            columns in the low half of a byte.
+        scales: float32 [O, G].
+        zeros: float32 [O, G] for int4, perhaps with fractions; None means 8. None for other kinds.
+        group_size: columns that share a scale; I where a group is a row. The last group of a row
+            may be shorter.
+    """
+
+    kind: QuantKind
+    in_features: int
+    data: Tensor
+    scales: Tensor
+    zeros: Tensor | None = None
+    group_size: int
+
+    def __post_init__(self) -> None:
+        rows = self.data.shape[0]
+        columns = -(-self.in_features // 2) if self.kind == "int4" else self.in_features
+        dtype = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}[self.kind]
+        groups = -(-self.in_features // self.group_size)
+        if self.data.dtype != dtype or self.data.shape != (rows, columns):
+            raise ValueError(
+                f"{self.kind} data must be {dtype} {[rows, columns]}, "
+                f"not {self.data.dtype} {list(self.data.shape)}"
+            )
+        if self.kind != "int4" and (self.zeros is not None or groups != 1):
+            raise ValueError(f"{self.kind} weights have a single scale for each row and no zeros")
+        for name, value in (("scales", self.scales), ("zeros", self.zeros)):
+            if value is not None and (
+                value.dtype != torch.float32 or value.shape != (rows, groups)
+            ):
+                raise ValueError(
+                    f"{self.kind} {name} must be float32 {[rows, groups]}, "
+                    f"not {value.dtype} {list(value.shape)}"
+                )
+
+    @property
+    def out_features(self) -> int:
+        """O."""
+        return self.data.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data, scales and zeros."""
+        zeros = 0 if self.zeros is None else self.zeros.nbytes
+        return self.data.nbytes + self.scales.nbytes + zeros
+
+    def levels(self) -> Tensor:
+        """The stored numbers q as float32 [O, I]."""
+        if self.kind != "int4":
+            return self.data.float()
+        halves = torch.stack([self.data & 15, self.data >> 4], dim=-1)
+        return halves.flatten(1)[:, : self.in_features].float()
+
+    def dequantize(self) -> Tensor:
+        """The matrix that the stored numbers represent, float32 [O, I]."""
+        q_OI = self.levels()
+        if self.kind == "int4":
+            q_OI -= INT4_ZERO if self.zeros is None else self._spread(self.zeros)
+        return q_OI.mul_(self._spread(self.scales))
+
+    def rows(self, start: int, stop: int) -> QuantizedWeight:
+        """Rows [start, stop), as views."""
+        zeros = None if self.zeros is None else self.zeros[start:stop]
+        return replace(
+            self, data=self.data[start:stop], scales=self.scales[start:stop], zeros=zeros
+        )
+
+    def columns(self, start: int, stop: int) -> QuantizedWeight:
+        """Columns [start, stop), as views.
+
+        Raises:
+            ValueError: a cut is inside a group (int4) or between the halves of a byte.
+        """
+        if self.kind != "int4":
+            return replace(
+                self,
+                in_features=stop - start,
+                data=self.data[:, start:stop],
+                group_size=stop - start,
+            )
+        for cut in (start, stop):
+            if cut != self.in_features and (cut % self.group_size or cut % 2):
+                raise ValueError(
+                    f"columns [{start}, {stop}) cut a group of {self.group_size}; "
+                    "cut at even multiples of the group size"
+                )
+        groups = slice(start // self.group_size, -(-stop // self.group_size))
+        return replace(
+            self,
+            in_features=stop - start,
+            data=self.data[:, start // 2 : -(-stop // 2)],
+            scales=self.scales[:, groups],
+            zeros=None if self.zeros is None else self.zeros[:, groups],
+        )
+
+    def _spread(self, value_OG: Tensor) -> Tensor:
+        """The number of a group, repeated for each column of the group."""
+        if value_OG.shape[1] == 1:
+            return value_OG
+        return value_OG.repeat_interleave(self.group_size, dim=1)[:, : self.in_features]
+
+
+def stack(weights: list[QuantizedWeight]) -> QuantizedWeight:
+    """A matrix of all rows, copied.
+
+    Raises:
+        ValueError: kinds, group sizes or numbers of columns differ.
+    """
+    first = weights[0]
+    shapes = {(w.kind, w.group_size, w.in_features) for w in weights}
+    if len(shapes) > 1:
+        raise ValueError(f"stacked weights differ in kind, group or columns: {shapes}")
+    zeros = None
+    if any(w.zeros is not None for w in weights):
+        zeros = torch.cat(
+            [torch.full_like(w.scales, INT4_ZERO) if w.zeros is None else w.zeros for w in weights]
+        )
+    return replace(
+        first,
+        data=torch.cat([w.data.view(torch.uint8) for w in weights]).view(first.data.dtype),
+        scales=torch.cat([w.scales for w in weights]),
+        zeros=zeros,
+    )
+
+
+def nonzero(scale: Tensor) -> Tensor:
+    """The scale, but 1 for a row of zeros: its levels are 0, without a division by zero."""
+    return scale.where(scale > 0, 1.0)
