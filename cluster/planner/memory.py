@@ -19,6 +19,7 @@ from arriero.cluster.planner.step_memory import (
     activation_bytes,
     communication_bytes,
     num_graphs,
+    split_bytes,
 )
 from arriero.kernels.registry import BACKENDS, Kernels
 from arriero.kernels.sizes import KV_ITEMSIZE, PLAIN, KvBlockSize
@@ -57,8 +58,8 @@ def plan_group(
         )
     if weights.precision == "fp8" and not device.fp8 and device.cuda:
         raise SpecError(
-            f"`dtype`={weights.dtype}: {device.name} does not multiply float8 (it needs compute "
-            "capability 8.9); use int8 or int4"
+            f"`dtype`={weights.dtype} needs compute capability 8.9 or newer; {device.name} is "
+            "older; use int8 or int4"
         )
     if layout.world_size > MAX_RANKS:
         raise SpecError(f"{layout} has {layout.world_size} ranks; plan at most {MAX_RANKS}")
@@ -129,6 +130,7 @@ def _rank(
     activations = activation_bytes(config, part, layout, demand, itemsize)
     graphs = 0
     if device.cuda:
+        activations += split_bytes(config, part, demand)
         share = min(1.0, demand.max_sequences / demand.max_batch_tokens)
         nodes = num_graphs(demand.max_sequences) * num_layers * GRAPH_BYTES_PER_LAYER
         graphs = int(activations * share) + nodes

@@ -19,6 +19,10 @@ GRAPH_BYTES_PER_LAYER = 64 << 10
 """Bytes of a CUDA graph for the kernels of a layer."""
 CHANNEL_BYTES = 128 << 20
 """Bytes of the channel buffers of an NCCL communicator."""
+PAIR_BYTES = 32 << 20
+"""Bytes of a communicator between two ranks for sends: NCCL gives it fewer channels."""
+MOST_SPLITS = 64
+"""Splits of a context in a decode's attention on a GPU; `most_splits` of kernels/triton."""
 _MOST_TILES = 17  # tiles of an image: 16, and the whole image
 SAMPLING_COPIES = 3
 """Copies of the sampled rows' logits at once: raw, sorted, probabilities."""
@@ -63,6 +67,29 @@ def activation_bytes(
     return max(layer + logits, vision) + tables + angles
 
 
+def split_bytes(config: AnyModel, part: AnyPart, demand: KvDemand) -> int:
+    """Bytes of the partial results of a decode's attention on a GPU: float32, for each split."""
+    heads = demand.max_sequences * part.q_heads.size
+    return heads * MOST_SPLITS * (config.head_dim + 2) * 4
+
+
+def communicators(part: AnyPart, layout: ParallelConfig) -> tuple[int, int]:
+    """Communicators of a rank: groups of ranks, and pairs of ranks for sends.
+
+    Groups are the whole group, the tensor-parallel ranks and the stage with its machine's ranks
+    and its rails (`shards/collectives/mesh.py`). Pairs carry logits and activations.
+    """
+    if layout.world_size == 1:
+        return 0, 0
+    groups = 1 + (1 < layout.tp < layout.world_size) + (3 if layout.dp > 1 else 0)
+    pairs = 0
+    if layout.tp > 1 and part.last_stage:
+        pairs += 1 if part.tp_rank else layout.tp - 1
+    if layout.pp > 1:
+        pairs += (not part.first_stage) + (not part.last_stage)
+    return groups, pairs
+
+
 def communication_bytes(
     config: AnyModel,
     part: AnyPart,
@@ -73,18 +100,18 @@ def communication_bytes(
 ) -> int:
     """Bytes of the buffers for sums, hand-over and all-to-all, and of NCCL's channels."""
     row = demand.max_batch_tokens * config.hidden_size * itemsize
-    total, communicators = 0, 0
+    total = 0
     if layout.tp > 1:
         # More than two ranks gather all partial sums and add them in rank order.
         total += row * layout.tp if layout.tp > 2 else 0
-        communicators += 1
         if part.last_stage and part.tp_rank == 0:
             total += demand.max_sequences * config.vocab_size * 4
     if layout.pp > 1:
         total += row * (1 + layout.pp)  # one is received, and one is sent for each micro-batch
-        communicators += 1
     experts = family_of(config).experts(config)
     if experts is not None and layout.tp * layout.dp > 1:
         total += 2 * row * layout.dp * experts.top_k  # dispatch and combine
-        communicators += 1
-    return total + (communicators * CHANNEL_BYTES if device.cuda else 0)
+    if device.cuda:
+        groups, pairs = communicators(part, layout)
+        total += groups * CHANNEL_BYTES + pairs * PAIR_BYTES
+    return total

@@ -169,6 +169,10 @@ class TritonOps(Ops):
             row_TA=order.row_TA,
         )
 
+    def moe_permute_all(self, routing: Routing, num_experts: int) -> Permutation:
+        """As `moe_permute` for all experts, without a wait; see `Ops.moe_permute_all`."""
+        return experts.permute(routing, 0, num_experts)
+
     def grouped_linear(self, x_XI: Tensor, experts: Sequence[Linear], starts_E1: Tensor) -> Tensor:
         """The rows of each expert times its matrix, in a single launch."""
         if experts[0].inputs is not None:

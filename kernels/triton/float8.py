@@ -16,7 +16,16 @@ from torch import Tensor
 
 import triton.language as tl
 from arriero.kernels.quantized_weight import FP8_MAX
-from arriero.kernels.triton.launch import EXACT, kernel, power_of_two, rows_per_program, unit_stride
+from arriero.kernels.triton.launch import (
+    EXACT,
+    kernel,
+    power_of_two,
+    rows_per_program,
+    unit_stride,
+)
+
+BLOCK = 8192
+"""Columns of a pass, 32 for each thread: 53,248 columns at once would not fit the registers."""
 
 _FP8_MAX = tl.constexpr(FP8_MAX)
 _NAN = tl.constexpr(0x7F)
@@ -62,20 +71,27 @@ def _quantize_rows(
     BLOCK: tl.constexpr,
 ) -> None:
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)[None, :]
     valid_row = row < num_rows
-    valid = valid_row[:, None] & (column < size)
     row64 = row.to(tl.int64)[:, None]
-    value = tl.load(x + row64 * x_stride + column, mask=valid, other=0.0).to(tl.float32)
-    greatest = tl.max(tl.abs(value), 1)
+    greatest = tl.zeros([ROWS], tl.float32)
+    for first in range(0, size, BLOCK):
+        column = first + tl.arange(0, BLOCK)[None, :]
+        valid = valid_row[:, None] & (column < size)
+        value = tl.load(x + row64 * x_stride + column, mask=valid, other=0.0).to(tl.float32)
+        greatest = tl.maximum(greatest, tl.max(tl.abs(value), 1))
     if BOUNDED:
         greatest = tl.minimum(greatest, bound)
     scale = tl.div_rn(greatest, tl.full([ROWS], _FP8_MAX, tl.float32))
     scale = tl.where(scale == 0, 1.0, scale)
-    level = tl.div_rn(value, tl.broadcast_to(scale[:, None], [ROWS, BLOCK]))
-    if BOUNDED:  # NaN stays NaN
-        level = tl.where(level > _FP8_MAX, _FP8_MAX, tl.where(level < -_FP8_MAX, -_FP8_MAX, level))
-    tl.store(out + row64 * size + column, fp8_bits(level).to(tl.uint8), mask=valid)
+    for first in range(0, size, BLOCK):  # the second read comes from the caches
+        column = first + tl.arange(0, BLOCK)[None, :]
+        valid = valid_row[:, None] & (column < size)
+        value = tl.load(x + row64 * x_stride + column, mask=valid, other=0.0).to(tl.float32)
+        level = tl.div_rn(value, tl.broadcast_to(scale[:, None], [ROWS, BLOCK]))
+        if BOUNDED:  # NaN stays NaN
+            level = tl.where(level > _FP8_MAX, _FP8_MAX, level)
+            level = tl.where(level < -_FP8_MAX, -_FP8_MAX, level)
+        tl.store(out + row64 * size + column, fp8_bits(level).to(tl.uint8), mask=valid)
     tl.store(scales + row, scale, mask=valid_row)
 
 
@@ -85,7 +101,7 @@ def quantize_rows(x_TI: Tensor, bound: float) -> tuple[Tensor, Tensor]:
     count, size = x_TI.shape
     out_TI = torch.empty(count, size, dtype=torch.uint8, device=x_TI.device)
     scale_T1 = torch.empty(count, 1, dtype=torch.float32, device=x_TI.device)
-    block = power_of_two(size)
+    block = min(BLOCK, power_of_two(size))
     rows = power_of_two(rows_per_program(block))
     if count:
         _quantize_rows[(-(-count // rows),)](

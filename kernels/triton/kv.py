@@ -47,7 +47,7 @@ class TritonKVCache(KVCache):
     def write(self, layer: int, blocks: Sequence[int], data: Tensor) -> None:
         """Copy blocks in from the canonical layout; see `KVCache.write`."""
         index = self._index(blocks)
-        data = data.to(self.data.device)
+        data = data.to(self.data.device, non_blocking=True)
         head_dim = self.spec.head_dim
         values = data[..., :head_dim].to(self.data.dtype).contiguous()
         _bytes(self.data[layer])[index] = _bytes(values)
@@ -56,7 +56,10 @@ class TritonKVCache(KVCache):
             self.scales[layer, index] = scales[..., 0]
 
     def _index(self, blocks: Sequence[int]) -> Tensor:
-        return torch.tensor(list(blocks), dtype=torch.long, device=self.data.device)
+        index = torch.tensor(list(blocks), dtype=torch.long)
+        if self.data.is_cuda:  # the host need not wait for a copy from pinned memory
+            index = index.pin_memory()
+        return index.to(self.data.device, non_blocking=True)
 
 
 def _bytes(data: Tensor) -> Tensor:

@@ -30,9 +30,22 @@ TL_TYPES: dict[torch.dtype, Any] = {
 }
 
 
+COUNTS = (
+    "num_lanes",
+    "num_pairs",
+    "num_rows",
+    "num_sequences",
+    "num_tokens",
+    "step",
+    "table_stride",
+)
+"""Arguments that change from step to step. Triton would compile a kernel anew for a value of 1 and
+for multiples of 16, while requests wait; these values decide no load's width."""
+
+
 def kernel(function: Callable[..., Any]) -> Any:  # noqa: ANN401
-    """`triton.jit`, as a typed decorator."""
-    return triton.jit(function)
+    """`triton.jit`, as a typed decorator; one binary serves all values of `COUNTS`."""
+    return triton.jit(function, do_not_specialize=COUNTS)
 
 
 def dot_type(dtype: torch.dtype) -> Any:  # noqa: ANN401

@@ -169,6 +169,7 @@ def attend_prefills(
     num_tokens, q_heads, _ = q_TND.shape
     kv_heads = kv.spec.num_kv_heads
     group = q_heads // kv_heads
+    blocks = blocks.prefill
     block_m = power_of_two(group, blocks.block_m)
     _prefill[(num_tokens // (block_m // group) + num_sequences, kv_heads)](
         q_TND,

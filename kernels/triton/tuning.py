@@ -21,16 +21,19 @@ ANY = "*"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionBlocks:
-    """Blocks of the attention kernels. All fields except the last two decide the order of sums.
+    """Blocks of the attention kernels; `block_n`, `split` and `most_splits` order the sums.
 
     Attributes:
-        block_m: rows (queries times heads of a group) of a tile; from 64 on Hopper's asynchronous
+        block_m: rows (heads of a group) of a decode's tile; from 64 on Hopper's asynchronous
             matrix instructions run, in prefill and decode, so that both sum in the same order.
         block_n: keys of a tile.
         split: keys of the shortest split of a context; a multiple of `block_n`.
         most_splits: largest number of splits of a context; longer contexts have longer splits,
             twice as long each time.
-        num_warps, num_stages: launch options.
+        num_warps, num_stages: launch options of a decode.
+        prefill_block_m: rows (queries times heads of a group) of a prefill's tile.
+        prefill_num_warps, prefill_num_stages: launch options of a prefill. Each 16 rows of a tile
+            belong to one warp, in decode too, so that a row's sums have the same order.
     """
 
     block_m: int
@@ -39,10 +42,23 @@ class AttentionBlocks:
     most_splits: int
     num_warps: int
     num_stages: int
+    prefill_block_m: int
+    prefill_num_warps: int
+    prefill_num_stages: int
 
     def __post_init__(self) -> None:
         if self.split % self.block_n:
             raise ValueError(f"split={self.split} is not a multiple of block_n={self.block_n}")
+
+    @property
+    def prefill(self) -> AttentionBlocks:
+        """The same blocks with a prefill's tile and launch options in place of a decode's."""
+        return replace(
+            self,
+            block_m=self.prefill_block_m,
+            num_warps=self.prefill_num_warps,
+            num_stages=self.prefill_num_stages,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +75,7 @@ class MatmulBlocks:
 def attention_blocks(device: torch.device, head_dim: int, kv_dtype: torch.dtype) -> AttentionBlocks:
     """The blocks for heads of size `head_dim` and a cache of dtype `kv_dtype`."""
     shape = f"{head_dim}:{str(kv_dtype)[6:]}"
-    return AttentionBlocks(**_find(_name(device), "attention", shape))
+    return AttentionBlocks(**_find(_names(device), "attention", shape))
 
 
 def matmul_blocks(
@@ -76,10 +92,10 @@ def matmul_blocks(
             rows, so that the sum of a row does not depend on the other rows.
     """
     shape = f"{kind}:{out_features}x{in_features}"
-    name = _name(device)
-    settings = _find(name, "product", shape)
+    names = _names(device)
+    settings = _find(names, "product", shape)
     if rows is not None and not INTERPRETED:
-        settings = settings | _find_by_rows(name, shape, rows)
+        settings = settings | _find_by_rows(names, shape, rows)
     blocks = MatmulBlocks(**settings)
     # Blocks are no wider than the weights: a router with 16 experts has 16 outputs.
     return replace(
@@ -89,24 +105,24 @@ def matmul_blocks(
     )
 
 
-def _find_by_rows(name: str, shape: str, rows: int) -> dict[str, Any]:
+def _find_by_rows(names: tuple[str, ...], shape: str, rows: int) -> dict[str, Any]:
     """Tuned blocks for the number of rows, else defaults: few rows have short tiles."""
-    table = _table().get(name, {}).get("product_by_rows", {}).get(shape, {})
-    for limit in sorted(table, key=int):
-        if rows <= int(limit):
-            settings: dict[str, Any] = table[limit]
-            return settings
-    if rows <= 16:
-        return {"block_m": 16, "block_k": 128}
-    if rows <= 128:
-        return {}
-    return {"block_m": 128, "block_n": 128, "num_warps": 8, "num_stages": 3}
+    kind = f"{shape.partition(':')[0]}:*"
+    for name in names:
+        shapes = _table().get(name, {}).get("product_by_rows", {})
+        for wanted in (shape, kind, ANY):
+            table = shapes.get(wanted, {})
+            for limit in sorted(table, key=int):
+                if rows <= int(limit):
+                    settings: dict[str, Any] = table[limit]
+                    return settings
+    raise KeyError(f"{FILE.name} has no default for products of {rows} rows")
 
 
 @cache
-def _find(name: str, kernel: str, shape: str) -> dict[str, Any]:
-    for key in (name, "default"):
-        shapes = _table().get(key, {}).get(kernel, {})
+def _find(names: tuple[str, ...], kernel: str, shape: str) -> dict[str, Any]:
+    for name in names:
+        shapes = _table().get(name, {}).get(kernel, {})
         for wanted in (shape, ANY):
             if wanted in shapes:
                 settings: dict[str, Any] = shapes[wanted]
@@ -115,8 +131,12 @@ def _find(name: str, kernel: str, shape: str) -> dict[str, Any]:
 
 
 @cache
-def _name(device: torch.device) -> str:
-    return "interpreter" if INTERPRETED else torch.cuda.get_device_name(device)
+def _names(device: torch.device) -> tuple[str, ...]:
+    """Keys of `tuned.json`, the first wins: this GPU, its compute capability, any GPU."""
+    if INTERPRETED:
+        return "interpreter", "default"
+    major, minor = torch.cuda.get_device_capability(device)
+    return torch.cuda.get_device_name(device), f"sm_{major}{minor}", "default"
 
 
 @cache

@@ -18,9 +18,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from arriero.shards.collectives.host_copy import to_device
 
 Counts = npt.NDArray[np.int64]
 """[R, R]: rows from each rank to each rank."""
@@ -104,8 +105,7 @@ def _regrouped(counts_AB: Counts, rows: Tensor) -> Tensor:
             starts.reshape(counts_AB.shape).T.reshape(-1), counts_AB.T.reshape(-1), strict=True
         )
     ]
-    index = torch.from_numpy(np.concatenate(order)).to(rows.device)
-    return rows.index_select(0, index)
+    return rows.index_select(0, to_device(np.concatenate(order), rows.device))
 
 
 def _all_to_all(

@@ -16,7 +16,6 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from arriero.kernels.expert_rows import RowFormat
@@ -24,7 +23,8 @@ from arriero.kernels.layers import MoELayer
 from arriero.kernels.moe import Routing
 from arriero.kernels.ops import Ops
 from arriero.shards.collectives.all_to_all import Counts
-from arriero.shards.collectives.mesh import Mesh
+from arriero.shards.collectives.host_copy import to_device
+from arriero.shards.collectives.mesh import Mesh, all_gather
 from arriero.shards.layout.expert_placement import ExpertPlacement
 
 Loads = npt.NDArray[np.int64]
@@ -37,8 +37,8 @@ class _Table:
     def __init__(self, placement: ExpertPlacement, device: torch.device) -> None:
         slots_EA, copies_E = placement.slots_EA()
         self.expert_S, self.num_experts = placement.expert_S, len(copies_E)
-        self._slots_EA = torch.from_numpy(slots_EA).to(device)
-        self._copies_E = torch.from_numpy(copies_E).to(device)
+        self._slots_EA = to_device(slots_EA, device)
+        self._copies_E = to_device(copies_E, device)
 
     def to_slots(self, routing: Routing) -> Routing:
         """Replace experts by slots; the copies of an expert take turns, token by token."""
@@ -90,7 +90,7 @@ class ExpertParallel:
         h_nH = h_TH[own]
         table = self._tables.get(layer.index, self._first)
         routing = table.to_slots(ops.moe_route(h_nH, layer.router, layer.top_k))
-        order = ops.moe_permute(routing, 0, self._num_slots)
+        order = ops.moe_permute_all(routing, self._num_slots)
         counts_RS = self._gather_counts(order.starts_E1)
         self._count(layer.index, table, counts_RS)
         counts_RR = np.add.reduceat(counts_RS, self._starts[:-1], axis=1)
@@ -116,11 +116,11 @@ class ExpertParallel:
         np.add.at(loads_E, table.expert_S, counts_RS.sum(0))
 
     def _gather_counts(self, starts_S1: Tensor) -> Counts:
-        """Rows from every rank to every slot, [R, S]."""
+        """Rows from every rank to every slot, [R, S]; waits for the device."""
         counts_S = starts_S1.diff().int()
         counts_RS = counts_S.new_empty(self._mesh.stage_size * self._num_slots)
         with self._mesh.watchdog.watch("counts of routed tokens"):
-            dist.all_gather_into_tensor(counts_RS, counts_S, group=self._mesh.stage_group)
+            all_gather(counts_RS, counts_S, self._mesh.stage_group)
         return counts_RS.cpu().numpy().astype(np.int64).reshape(-1, self._num_slots)
 
     def _experts(
@@ -137,8 +137,8 @@ class ExpertParallel:
         in_order_Y = np.argsort(by_slot_Y).astype(np.int32)
         starts = np.concatenate(([0], np.cumsum(own_RS.sum(0)))).astype(np.int32)
         device = rows_YB.device
-        starts_E1 = torch.from_numpy(starts).to(device)
-        by_slot, in_order = (torch.from_numpy(i_Y).to(device) for i_Y in (by_slot_Y, in_order_Y))
+        starts_E1 = to_device(starts, device)
+        by_slot, in_order = (to_device(order_Y, device) for order_Y in (by_slot_Y, in_order_Y))
         x_YH = ops.unpack_rows(rows_YB, by_slot, size, self._wire, dtype)
         y_YF2 = ops.grouped_linear(x_YH, layer.experts_gate_up, starts_E1)
         y_YH = ops.grouped_linear(ops.silu_mul(y_YF2), layer.experts_down, starts_E1)

@@ -58,7 +58,7 @@ class Mesh:
         self.tp, self.pp, self.dp = parallel.tp, parallel.pp, parallel.dp
         self.stage_size = parallel.stage_size
         mark = _Marks(device) if device.type == "cuda" and parallel.world_size > 1 else None
-        self.watchdog = Watchdog(part.rank, timeout_s, _abort, mark)
+        self.watchdog = Watchdog(part.rank, timeout_s, self._abort, mark)
         self._timeout = timedelta(seconds=timeout_s)
         self._tp_group: dist.ProcessGroup | None = None
         self._stage_group: dist.ProcessGroup | None = None
@@ -193,6 +193,24 @@ class Mesh:
         if dist.is_initialized():
             dist.destroy_process_group()
 
+    def _abort(self) -> None:
+        """Abort every wait of this process for another rank, in each of its process groups.
+
+        Raises:
+            RuntimeError: a group cannot be aborted (gloo); all others are aborted.
+        """
+        default = dist.distributed_c10d._get_default_group()
+        groups = {default, self._tp_group, self._stage_group, *self._exchange_groups}
+        errors: list[RuntimeError] = []
+        for group in groups:
+            try:
+                if group is not None:
+                    group.abort()
+            except RuntimeError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
     def reduce(self, x_TH: Tensor) -> Tensor:
         """Sum over the tensor-parallel ranks, in rank order; may work in place."""
         if self.tp == 1:
@@ -201,9 +219,11 @@ class Mesh:
             with self.watchdog.watch("all-reduce"):
                 dist.all_reduce(x_TH, group=self._tp_group)
             return x_TH
-        parts = torch.empty((self.tp, *x_TH.shape), dtype=x_TH.dtype, device=x_TH.device)
+        shape = (self.tp * x_TH.shape[0], *x_TH.shape[1:])
+        gathered = torch.empty(shape, dtype=x_TH.dtype, device=x_TH.device)
         with self.watchdog.watch("all-reduce"):
-            dist.all_gather(list(parts.unbind()), x_TH.contiguous(), group=self._tp_group)
+            all_gather(gathered, x_TH.contiguous(), self._tp_group)
+        parts = gathered.view(self.tp, *x_TH.shape)
         total = parts[0]
         for i in range(1, self.tp):
             total += parts[i]
@@ -253,6 +273,12 @@ class Mesh:
             dist.recv(x_TH, self.part.rank - self.stage_size)
 
 
+def all_gather(out: Tensor, x: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Gather `x` of all ranks into `out`, one after another; the name is new in torch 2.13."""
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+    gather(out, x, group=group)
+
+
 class _Marks:
     """Marks in the current stream of a CUDA device, which waits for each queued collective."""
 
@@ -263,9 +289,3 @@ class _Marks:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         return event
-
-
-def _abort() -> None:
-    """Abort every wait of this process for another rank."""
-    group = dist.distributed_c10d._get_default_group()
-    group.abort()

@@ -46,6 +46,8 @@ class Watchdog:
 
     Attributes:
         step: number of the current step.
+        marking: collectives leave marks; off while a graph is captured, in which no mark may be
+            asked for. The caller then watches each replay.
         progress: count of waits, and of collectives that the device has passed; unchanged while
             neither host nor device makes progress.
         stuck: description of the wait that took too long, or None.
@@ -67,6 +69,7 @@ class Watchdog:
             mark: returns a mark after the work queued so far; only where collectives are queued.
         """
         self.step = 0
+        self.marking = True
         self.progress = 0
         self.stuck: str | None = None
         self._rank, self._limit_s, self._abort, self._mark = rank, limit_s, abort, mark
@@ -112,7 +115,7 @@ class Watchdog:
         if self.stuck is not None:  # the wait ended after all, but the group knows it as stuck
             wait = self._expired or armed
             raise CollectiveFailed(self.stuck, wait.name, wait.step)
-        if self._mark is not None:
+        if self._mark is not None and self.marking:
             self._follow(armed, self._mark())
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,9 +27,9 @@ from arriero.kernels.kv_cache import KVCache
 from arriero.shards.config.kv_tiers import TierConfig
 from arriero.shards.kv import nixl
 from arriero.shards.kv.block_shards import BadBlock, BlockForm, BlockShard
+from arriero.shards.kv.device_blocks import DeviceBlocks
 from arriero.shards.kv.files import BlockFiles, Folder, LocalFolder, SharedFolder, empty
 from arriero.shards.kv.host import HostPool
-from arriero.shards.kv.packed_rows import pack, unpack
 from arriero.shards.kv.peer import PeerPool
 from arriero.shards.kv.tcp import BlockServer
 from arriero.shards.kv.transfers import (
@@ -124,12 +124,11 @@ class TransferWorker:
         on_result: Callable[[TransferResult], None],
         fence: Callable[[], Fence | None] = lambda: None,
     ) -> None:
-        self._kv, self._settings, self._on_result, self._fence = kv, settings, on_result, fence
+        self._settings, self._on_result, self._fence = settings, on_result, fence
         self._row_type = settings.config.dtype
         self._form = BlockForm.of(kv.spec, packed=self._row_type is not None)
-        self._on_cuda = kv.read(0, [0]).is_cuda
         self._shard = settings.shard
-        self._layers = range(self._shard.layers[1] - self._shard.layers[0])
+        self._device_blocks = DeviceBlocks(kv, self._form, self._shard, self._row_type, BATCH)
         self._queue: queue.PriorityQueue[tuple[int, int, _Work | None]] = queue.PriorityQueue()
         self._order = itertools.count()
         self._host: HostPool | None = None
@@ -138,7 +137,6 @@ class TransferWorker:
         self._nixl: nixl.NixlReader | None = None
         self._files: dict[Tier, BlockFiles] = {}
         self._peers: dict[tuple[Segment, ...], PeerPool] = {}
-        self._cuda_stream: Any = None
         self._quiet_until_s = 0.0
         self._thread = threading.Thread(target=self._run, name="kv-transfers", daemon=True)
         self._thread.start()
@@ -185,10 +183,9 @@ class TransferWorker:
 
     def _device_work(self) -> AbstractContextManager[object]:
         """Context of the thread's own CUDA stream, if any."""
-        if not self._on_cuda:
+        if not self._device_blocks.on_cuda:
             return nullcontext()
-        self._cuda_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        return torch.cuda.stream(self._cuda_stream)
+        return torch.cuda.stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
 
     def _open(self) -> TransferResult:
         """Open the tiers; returns the rank's first result, with the keys in each tier."""
@@ -197,7 +194,7 @@ class TransferWorker:
         if settings.host_slots:
             try:
                 self._host = HostPool(
-                    self._form, self._shard, settings.host_slots, pinned=self._on_cuda
+                    self._form, self._shard, settings.host_slots, pinned=self._device_blocks.on_cuda
                 )
                 self._server = BlockServer(self._host, settings.host)
                 result.segment = replace(
@@ -266,7 +263,7 @@ class TransferWorker:
             work.fence.synchronize()
         failed: set[int] = set()
         if source is Tier.DEVICE:
-            data = self._from_device([transfer.source_index for transfer in transfers])
+            data = self._device_blocks.read([transfer.source_index for transfer in transfers])
         else:
             data = empty(self._form, self._shard, len(transfers))
             if source is Tier.PEER:
@@ -281,28 +278,12 @@ class TransferWorker:
         chosen = [transfers[i] for i in good]
         blocks = data if len(good) == len(transfers) else data[good]
         if target is Tier.DEVICE:
-            self._to_device([transfer.target_index for transfer in chosen], blocks)
+            self._device_blocks.write([t.target_index for t in chosen], blocks)
         elif target is Tier.HOST:
             self._to_host(chosen, blocks)
         else:
             failed |= self._to_files(target, chosen, blocks)
         return failed
-
-    def _from_device(self, blocks: Sequence[int]) -> Tensor:
-        data = empty(self._form, self._shard, len(blocks))
-        for layer in self._layers:
-            rows = self._kv.read(layer, blocks)
-            data[:, layer].copy_(rows if self._row_type is None else pack(rows, self._row_type))
-        return data
-
-    def _to_device(self, blocks: Sequence[int], data: Tensor) -> None:
-        for layer in self._layers:
-            rows = data[:, layer]
-            if self._row_type is not None:
-                rows = unpack(rows, self._row_type)
-            self._kv.write(layer, blocks, rows)
-        if self._cuda_stream is not None:
-            self._cuda_stream.synchronize()
 
     def _to_host(self, transfers: Sequence[Transfer], data: Tensor) -> None:
         assert self._host is not None, "no host memory"

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from arriero.shards.collectives.host_copy import to_device
 from arriero.shards.images.decode import ImageLimits, tiles_of
 from arriero.shards.protocol.step_plan import Int32, StepPlan
 
@@ -99,7 +99,7 @@ class ImageTable:
             if a >= b:
                 continue
             features_nH = self._features_of(sequence.digests[image], sequence.images[image])
-            rows = torch.from_numpy(sequence.positions[a:b] - start).long().to(x_TH.device)
+            rows = to_device(sequence.positions[a:b].astype(np.int64) - start, x_TH.device)
             x_TH[rows] = features_nH[a - begin : b - begin].to(x_TH.dtype)
 
     def _features_of(self, digest: bytes, data: bytes) -> Tensor:

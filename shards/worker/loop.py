@@ -80,6 +80,7 @@ def run_slice(
             _serve(runner, link, activity, transfer_workers)
         finally:
             transfer_workers.close()
+        runner.close()
         runner.mesh.leave()
     except LeaderLost:
         return

@@ -90,6 +90,7 @@ class Runner:
         self._config = config
         checkpoint = Checkpoint.open(config.model_path)
         model = checkpoint.config
+        self._check_device(checkpoint)
         checkpoint.check_whole()
         device = torch.device(config.device)
         parts = parts_of(model, config)
@@ -143,6 +144,9 @@ class Runner:
         )
         grammars.warm()
         return grammars
+
+    def _check_device(self, checkpoint: Checkpoint) -> None:
+        """Raise a `SpecError` where the device cannot run the checkpoint; a CPU runs all."""
 
     def warm_up(self) -> None:
         """Prepare work that would delay the first steps; does nothing on a CPU.
@@ -273,7 +277,7 @@ class Runner:
         self.phase = "layers"
         part = self.mesh.part
         if part.first_stage:
-            x_TH = self._model.embed(tokens_T)
+            x_TH = self._embed(tokens_T)
             if self._model.images is not None:
                 self._model.images.fill(plan, x_TH)
         else:
@@ -292,6 +296,10 @@ class Runner:
         prompt_logprobs = self._prompt_logprobs(plan, x_TH)
         sampled = self._sample(plan, x_TH)
         return (sampled, prompt_logprobs) if self.mesh.samples else None
+
+    def _embed(self, tokens_T: Tensor) -> Tensor:
+        """Embeddings in the activations' dtype, which the next stage expects to receive."""
+        return self._model.embed(tokens_T).to(self._activation_dtype)
 
     @property
     def _activation_dtype(self) -> torch.dtype:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from arriero.kernels.flat_batch import FlatBatch
 from arriero.kernels.sampling_rows import SamplingRows
+from arriero.shards.collectives.host_copy import to_device
 from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.kv.paging import cache_slots
 from arriero.shards.protocol.step_plan import LAST_SAMPLED, Int32, NewSequence, StepPlan
@@ -150,7 +151,8 @@ class SequenceTable:
         np.cumsum(counts, out=query_start[1:])
         total = int(query_start[-1])
         max_query, max_context = int(counts.max()), int(contexts.max())
-        table = self._blocks[slots, : -(-max_context // self._block_size)]
+        num_blocks = -(-max_context // self._block_size)
+        table = self._blocks[slots, :num_blocks]
         if max_query == 1:
             owner, positions = np.arange(num_sequences, dtype=np.int32), starts.copy()
         else:
@@ -182,7 +184,7 @@ class SequenceTable:
             positions_T=positions_T,
             query_start_S1=query_start_S1,
             context_S=self.on_device(contexts),
-            block_table_SB=self.on_device(table),
+            block_table_SB=self._table_rows(slots, num_blocks),
             slots_T=self.on_device(cache_slots(table, owner, positions, self._block_size)),
             cos_TD=cos_TD,
             sin_TD=sin_TD,
@@ -190,6 +192,10 @@ class SequenceTable:
             max_context=max_context,
             local=local,
         )
+
+    def _table_rows(self, slots: Int32, num_blocks: int) -> Tensor:
+        """The first blocks of slots, int32 [S, B], on the device."""
+        return self.on_device(self._blocks[slots, :num_blocks])
 
     def sampling_rows(self, plan: StepPlan) -> SamplingRows:
         """Sampling parameters of the sequences that draw a token in this step."""
@@ -337,10 +343,7 @@ class SequenceTable:
 
     def on_device(self, array: npt.NDArray[Any]) -> Tensor:
         """A copy of a host array on the slice's device; does not wait for the copy."""
-        # torch refuses read-only views of received messages, which have only a few bytes
-        if not array.flags.writeable:
-            array = array.copy()
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+        return to_device(array, self._device)
 
 
 def _count(state: _UnusualState, token: int) -> None:

@@ -33,6 +33,8 @@ class Machine:
 
 def seconds(at: Where, work: Callable[[], object], repeats: int = 20) -> float:
     """Mean time of `work`, replayed as a CUDA graph."""
+    if at.tiny:
+        repeats = 1
     if at.device.type != "cuda":
         began = time.perf_counter()
         work()
@@ -218,9 +220,15 @@ def attention_128k(at: Where, machine: Machine) -> Result:
     return out
 
 
-def attention_s(at: Where, ops: TritonOps, shape: Shape, sequences: list[tuple[int, int]]) -> float:
-    """Seconds of one layer's attention."""
-    kv = shapes.cache(ops, shape, sequences, at.dtype, at.device, layers=1)
+def attention_s(
+    at: Where,
+    ops: TritonOps,
+    shape: Shape,
+    sequences: list[tuple[int, int]],
+    kv_dtype: torch.dtype | None = None,
+) -> float:
+    """Seconds of one layer's attention; the cache is of `kv_dtype`, for None as the queries."""
+    kv = shapes.cache(ops, shape, sequences, kv_dtype or at.dtype, at.device, layers=1)
     batch = shapes.batch(sequences, shape.head_dim, at.device)
     q = at.randn(len(batch.positions_T), shape.q_heads, shape.head_dim)
     return seconds(at, lambda: ops.paged_attention(q, 0.1, kv, 0, batch))

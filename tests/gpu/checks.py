@@ -19,6 +19,7 @@ from arriero.kernels.reference.backend import ReferenceOps
 from arriero.kernels.sampling_rows import SamplingRows
 from arriero.kernels.triton.backend import TritonOps
 
+FP8 = torch.float8_e4m3fn
 DENSE = Shape(name="dense", hidden=512, mlp=384, q_heads=8, kv_heads=2, head_dim=128)
 EXPERTS = replace(DENSE, name="experts", experts=8, expert_mlp=256)
 MIXED = [(0, 70), (511, 1), (1, 1), (300, 33), (0, 1), (1300, 1)]
@@ -26,18 +27,28 @@ MIXED = [(0, 70), (511, 1), (1, 1), (300, 33), (0, 1), (1300, 1)]
 
 @dataclass(frozen=True)
 class Where:
-    """Device, dtype, and the two backends."""
+    """Device, dtype, and the two backends.
+
+    Attributes:
+        shape: sizes of the layers; None for `DENSE`.
+        sequences: (cached, new) tokens of each sequence; None for `MIXED`.
+    """
 
     device: torch.device
     dtype: torch.dtype
     tiny: bool
+    shape: Shape | None = None
+    sequences: list[tuple[int, int]] | None = None
 
     @property
     def sizes(self) -> Shape:
-        return DENSE.tiny() if self.tiny else DENSE
+        shape = self.shape or DENSE
+        return shape.tiny() if self.tiny else shape
 
     @property
     def mixed(self) -> list[tuple[int, int]]:
+        if self.sequences is not None:
+            return self.sequences
         return [(0, 7), (21, 1), (3, 4)] if self.tiny else MIXED
 
     def ops(self, *, independent: bool = True) -> TritonOps:
@@ -219,8 +230,8 @@ def bits_of_attention(at: Where) -> float:
         alone = replace(
             whole,
             positions_T=whole.positions_T[row : row + 1],
-            query_start_S1=whole.query_start_S1.new_tensor([0, 1]),
-            context_S=whole.context_S.new_tensor([row + 1]),
+            query_start_S1=torch.tensor([0, 1], dtype=torch.int32, device=at.device),
+            context_S=torch.tensor([row + 1], dtype=torch.int32, device=at.device),
             slots_T=whole.slots_T[row : row + 1],
             max_query=1,
             max_context=row + 1,

@@ -1,58 +1,69 @@
-"""Checks and benches of the engine on a GPU: `python tests/gpu/run.py [--out FILE]`.
+"""A complete verdict on a GPU in one call: `python tests/gpu/run.py [--out FILE]`.
 
-Needs this source tree, torch, triton and numpy; transformers for one bench. Ends within
-its time (`--budget`): what does not fit is reported as skipped. Exits with 1 when a check fails,
-and with 2 when nothing can run here.
+Compiles all kernels at once, then checks, benches and tunes. Each item is a child process, so that
+an illegal access poisons nothing else. The JSON is written after each item; tuned blocks go to
+`tuned.json` beside it. Ends within `--budget`: an item that does not fit is skipped, with its
+reason. Exits with 1 when a check fails, and with 2 when nothing can run here.
 
-`--dry-run` goes through all of it in tiny shapes, interpreted on CPU; its times mean nothing.
+Needs this source tree, torch, triton and numpy; transformers for one bench.
+
+`--dry-run` goes through all of it in tiny shapes on a simulated device, in this process, and prints
+what the real call does with estimated times; its own times mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import sys
+import tempfile
 import time
-import traceback
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+for folder in (ROOT / "src", ROOT / "tests"):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+from gpu.items import BENCHES, CHECKS, COMPILE, ITEMS, TUNERS, Item  # noqa: E402
+from gpu.report import Report  # noqa: E402
+
 PACKAGES = ("torch", "triton", "numpy")
+AT_ONCE = 6
+"""Checks at the same time: they are small, and most of their time is imports."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run what the arguments ask for; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, help="write the JSON there; else print it")
-    parser.add_argument("--only", choices=("checks", "benches"), help="one half alone")
-    parser.add_argument("--budget", type=float, default=500, help="seconds (500)")
-    parser.add_argument("--dry-run", action="store_true", help="tiny, on CPU")
+    parser.add_argument("--only", choices=("checks", "benches", "tuning"), help="one part alone")
+    parser.add_argument("--budget", type=float, default=540, help="seconds (540)")
+    parser.add_argument("--dry-run", action="store_true", help="tiny, on a simulated device")
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
-    for folder in (ROOT / "src", ROOT / "tests"):
-        if str(folder) not in sys.path:
-            sys.path.insert(0, str(folder))
     if chosen.dry_run:
         from support import triton_interpreter
 
         triton_interpreter.install()
+    if chosen.child:
+        from gpu.child import run_names
+
+        kind, *names = chosen.child
+        run_names(kind, tuple(names), chosen.out, dry=chosen.dry_run)
+        return 0
     why = unfit(dry=chosen.dry_run)
     if why:
         print(f"{parser.prog}: {why}", file=sys.stderr)
         return 2
-    report = run(chosen.only, time.monotonic() + chosen.budget, dry=chosen.dry_run)
-    text = json.dumps(report, indent=2)
-    if chosen.out is None:
-        print(text)
-    else:
-        chosen.out.write_text(text + "\n")
-    failed = [name for name, one in report.get("checks", {}).items() if not one.get("ok")]
-    for name in failed:
-        print(f"failed: {name}: {report['checks'][name]}", file=sys.stderr)
-    return 1 if failed else 0
+    report = Report(chosen.out, time.monotonic() + chosen.budget, dry=chosen.dry_run)
+    run(report, chosen.only)
+    report.finish()
+    for name in report.failed:
+        print(f"failed: {name}: {report.checks[name]}", file=sys.stderr)
+    return 1 if report.failed else 0
 
 
 def unfit(*, dry: bool) -> str | None:
@@ -63,7 +74,7 @@ def unfit(*, dry: bool) -> str | None:
     import torch
 
     if not dry and not torch.cuda.is_available():
-        return "torch finds no CUDA device here; --dry-run goes through all of it on CPU"
+        return "torch finds no CUDA device here; --dry-run goes through all of it without one"
     return None
 
 
@@ -75,57 +86,24 @@ def _is_here(package: str) -> bool:
     return True
 
 
-def run(only: str | None, deadline: float, *, dry: bool) -> dict[str, Any]:
-    """Everything asked for, as JSON has it."""
-    import torch
-    import triton
-    from gpu.benches import BENCHES, measure
-    from gpu.checks import NEAR, SAME, Check, Where
-
-    torch.set_grad_enabled(False)
-    torch.manual_seed(0)
-    device, dtype = torch.device("cuda"), torch.bfloat16
-    if dry:
-        device, dtype = torch.device("cpu"), torch.float32
-    at = Where(device, dtype, dry)
-    began = time.monotonic()
-    report: dict[str, Any] = {
-        "gpu": "none: interpreted" if dry else torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cpus": os.cpu_count(),
-    }
-    if only != "benches":
-        limits = dict.fromkeys(NEAR, at.limit) | dict.fromkeys(SAME, 0.0)
-        report["checks"] = {}
-        for name, check in (NEAR | SAME).items():
-
-            def judged(name: str = name, check: Check = check) -> dict[str, Any]:
-                value, limit = check(at), limits[name]
-                return {"value": value, "limit": limit, "ok": value <= limit}
-
-            report["checks"][name] = guarded(judged, deadline)
-    if only != "checks":
-        machine = measure(at)
-        report["copy_GB_per_s"] = machine.bytes_per_s / 1e9
-        report["matrix_TFLOP_per_s"] = machine.flops_per_s / 1e12
-        report["benches"] = {}
-        for name, bench in BENCHES.items():
-            report["benches"][name] = guarded(lambda bench=bench: bench(at, machine), deadline)
-    report["seconds"] = time.monotonic() - began
-    return report
+def run(report: Report, only: str | None) -> None:
+    """Run all items, or one part: checks at the same time, all others alone."""
+    if report.dry:
+        for item in _of(ITEMS, only):
+            report.run_here(item)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.setdefault("TRITON_CACHE_DIR", folder)
+        report.run_child(COMPILE)
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(report.run_child, _of(CHECKS, only)))
+        for item in (*_of(BENCHES, only), *_of(TUNERS, only)):
+            report.run_child(item)
 
 
-def guarded(work: Callable[[], dict[str, Any]], deadline: float) -> dict[str, Any]:
-    """What `work` gives; or why it gave nothing."""
-    if time.monotonic() > deadline:
-        return {"skipped": "out of time"}
-    began = time.monotonic()
-    try:
-        result = work()
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}"[:2000], "at": traceback.format_exc(-4)}
-    return result | {"took_s": round(time.monotonic() - began, 1)}
+def _of(items: tuple[Item, ...], only: str | None) -> list[Item]:
+    kinds = {"checks": "check", "benches": "bench", "tuning": "tune"}
+    return [item for item in items if only is None or item.kind == kinds[only]]
 
 
 if __name__ == "__main__":

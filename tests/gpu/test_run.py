@@ -6,10 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from gpu import items
+from gpu.report import Report
 
 RUN = Path(__file__).with_name("run.py")
 BARE = """
@@ -68,10 +71,45 @@ def run(*arguments: str, out: Path) -> dict[str, dict[str, dict[str, object]]]:
 def test_dry_run(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     report = run("--dry-run", out=tmp_path / "report.json")
-    for half in ("checks", "benches"):
-        for name, one in report[half].items():
+    for part in ("compiles", "checks", "benches", "tuning"):
+        for name, one in report[part].items():
             assert "error" not in one and "skipped" not in one, (name, one)
-    assert len(report["checks"]) >= 17 and len(report["benches"]) == 4
+    assert len(report["checks"]) >= 38 and len(report["benches"]) == 8
+    tuned = json.loads((tmp_path / "tuned.json").read_text())
+    assert set(tuned) == {"attention", "product_by_rows"}
+
+
+def test_every_check_bench_and_tuner_is_an_item(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    listing = """
+import json
+from gpu import benches, benches_formats, checks, checks_sizes, engine_checks, items, tune
+made = [*checks.NEAR, *checks.SAME, *checks_sizes.NEAR, *checks_sizes.SAME, *engine_checks.SAME]
+made += [*benches.BENCHES, *benches_formats.BENCHES, *tune.TUNERS]
+print(json.dumps([made, [n for item in items.ITEMS for n in item.names if n != "kernels"]]))
+print(sum(i.estimate_s / (6 if i.kind == "check" else 1) for i in items.ITEMS))
+"""
+    paths = [str(RUN.parents[1]), str(RUN.parents[2] / "src")]
+    done = bare(f"sys.path[:0] = {paths!r}\n{listing}", tmp_path)  # nothing beyond is imported
+    assert done.returncode == 0, done.stderr
+    names, seconds = done.stdout.splitlines()
+    made, listed = json.loads(names)
+    assert sorted(made) == sorted(listed)
+    assert float(seconds) < 540, "the estimates fit the budget"
+
+
+def test_a_child_that_fails_leaves_its_reason(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    report = Report(tmp_path / "report.json", time.monotonic() + 100, dry=False)
+    report.run_child(items.Item(kind="check", names=("none such",), estimate_s=1, limit_s=90))
+    assert "error" in report.checks["none such"]
+    report.run_child(items.Item(kind="check", names=("slow",), estimate_s=1, limit_s=0.01))
+    assert report.checks["slow"] == {"error": "killed after 0 s"}
+    report.run_child(items.Item(kind="check", names=("long",), estimate_s=900, limit_s=900))
+    assert "900 s needed" in report.checks["long"]["skipped"]
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert list(written["checks"]) == ["none such", "slow", "long"], "written after each item"
+    assert report.failed == ["none such", "slow", "long"]
 
 
 def test_what_does_not_fit_is_skipped(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import yaml
 from arriero.router.backend import GroupLoad, GroupView
 from arriero.router.observability.metrics import Metrics
 from arriero.router.observability.model_groups import ModelGroups
+from arriero.shards.engine.stats import EngineStats
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
@@ -35,7 +36,7 @@ def exported() -> set[str]:
         model="m",
         card=None,  # type: ignore[arg-type]
         load=GroupLoad(),
-        stats={"step_us": {"wait": 1.0}, "expert_loads": {"0": [1, 2]}, "expert_imbalance": 1.5},
+        stats=EngineStats(step_us={"wait": 1.0}, expert_loads={"0": [1, 2]}, expert_imbalance=1.5),
     )
     metrics = Metrics(
         lambda: [view],

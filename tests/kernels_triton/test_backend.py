@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import math
 import sys
 from dataclasses import replace
 from typing import Any
@@ -15,13 +16,14 @@ from support import triton_interpreter
 triton_interpreter.install()
 pytest.importorskip("triton")
 
+from arriero.kernels.input_transform import quantize_rows  # noqa: E402
 from arriero.kernels.kv_cache import KVCacheSpec  # noqa: E402
 from arriero.kernels.layers import AttentionStyle  # noqa: E402
 from arriero.kernels.philox import uniform  # noqa: E402
 from arriero.kernels.quantize import quantize_int4  # noqa: E402
 from arriero.kernels.reference.backend import ReferenceOps  # noqa: E402
 from arriero.kernels.select import ops_for  # noqa: E402
-from arriero.kernels.triton import launch, triton_ops, tuning  # noqa: E402
+from arriero.kernels.triton import float8, launch, triton_ops, tuning  # noqa: E402
 from arriero.kernels.triton.backend import TritonOps  # noqa: E402
 from arriero.kernels.triton.norm import add_rms_norm, rms_norm  # noqa: E402
 from arriero.kernels.triton.upload import Upload  # noqa: E402
@@ -187,6 +189,17 @@ def test_upload(chunk: int) -> None:
         assert torch.equal(target, source.half())
 
 
+@pytest.mark.parametrize("bound", [1200.0, math.inf])
+def test_wide_rows_are_rounded_in_passes(bound: float) -> None:
+    """Rows of several blocks, the greatest number in the last block: the bits of the reference."""
+    x = randn(2, 53248) * 30
+    x[0, -1], x[1, 5] = 5000.0, -2000.0
+    q, scale = float8.quantize_rows(x, bound)
+    expected, expected_scale = quantize_rows(x, bound)
+    assert torch.equal(scale, expected_scale)
+    assert torch.equal(q.view(torch.uint8), expected.view(torch.uint8))
+
+
 def test_every_entry_of_the_tuning_file_is_whole() -> None:
     kinds = {"attention": tuning.AttentionBlocks, "product": tuning.MatmulBlocks}
     for name, kernels in tuning._table().items():
@@ -201,16 +214,29 @@ def test_every_entry_of_the_tuning_file_is_whole() -> None:
                     kinds[kernel](**entry)
     with pytest.raises(ValueError, match="split=100 is not a multiple of block_n=64"):
         tuning.AttentionBlocks(
-            block_m=64, block_n=64, split=100, most_splits=4, num_warps=4, num_stages=2
+            block_m=64,
+            block_n=64,
+            split=100,
+            most_splits=4,
+            num_warps=4,
+            num_stages=2,
+            prefill_block_m=128,
+            prefill_num_warps=8,
+            prefill_num_stages=2,
         )
 
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 128, 129, 8192])
 def test_a_gpu_without_entries_gets_the_default(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "INTERPRETED", False)
-    monkeypatch.setattr(tuning, "_name", lambda device: "a GPU nobody tuned for")
+    monkeypatch.setattr(tuning, "_names", lambda device: ("a GPU nobody tuned for", "default"))
     one = tuning.matmul_blocks(CPU, "dense", 4096, 4096, rows)
     assert one.block_m == (16 if rows <= 16 else 64 if rows <= 128 else 128)
     any_rows = tuning.matmul_blocks(CPU, "dense", 4096, 4096, None)
     assert any_rows.block_m == 64
-    assert tuning.attention_blocks(CPU, 128, torch.bfloat16).split == 256
+    int4 = tuning.matmul_blocks(CPU, "int4", 4096, 4096, rows)
+    assert int4.block_n == 64, "a wider tile of int4 spills registers"
+    attention = tuning.attention_blocks(CPU, 128, torch.bfloat16)
+    assert attention.split == 256
+    assert attention.prefill.block_m // attention.prefill.num_warps == 16
+    assert attention.block_m // attention.num_warps == 16, "16 rows of a tile for each warp"

@@ -1,8 +1,8 @@
 """Decode steps as captured graphs: batch sizes, and the input tensors.
 
 The launches of a graph are fixed, so a batch is padded to the next size, and all inputs of a step
-lie in tensors with fixed addresses. Padding rows are sequences of one token with one block, the
-scratch block, which belongs to no sequence.
+lie in tensors with fixed addresses; block tables are those of `DeviceBlockTable`. Padding rows are
+sequences of one token with one block, the scratch block, which belongs to no sequence.
 
 Knows batches and tensors; knows nothing of plans or models.
 
@@ -75,7 +75,7 @@ class DecodeBatch:
         tokens: int32; `LAST_SAMPLED` for a token that only the device has.
         slots: slots of the sequences.
         positions: positions of the input tokens.
-        table: block tables, int32 [S, B].
+        table: block tables up to the block of each token, int32 [S, B].
         temperature, top_p, min_p: float32.
         top_k: int32.
         seed: int64.
@@ -107,7 +107,6 @@ class DecodeInputs:
         where: torch.device,
         *,
         most: int,
-        max_blocks: int,
         block_size: int,
         scratch_block: int,
         scratch_slot: int,
@@ -120,21 +119,21 @@ class DecodeInputs:
             device: gives host memory and events.
             where: torch device of the tensors.
             most: the largest bucket.
-            max_blocks: largest number of blocks of a table.
             block_size: tokens in a block.
             scratch_block: KV block for the writes of padding rows.
             scratch_slot: sequence slot for the tokens of padding rows.
             max_local_blocks: largest number of blocks of a chunk-local table; 0 without them.
             local_scratch_block: the scratch block of the chunk-local cache.
         """
-        self.max_blocks, self.max_local_blocks = max_blocks, max_local_blocks
-        self._width = max_blocks + max_local_blocks
-        self._local_scratch_block = local_scratch_block
+        self.max_local_blocks = max_local_blocks
+        self.local_scratch_block = local_scratch_block
         self._device, self._block_size = device, block_size
-        self._scratch_block, self._scratch_slot = scratch_block, scratch_slot
+        self.scratch_block, self._scratch_slot = scratch_block, scratch_slot
         self._columns = {name: i for i, name in enumerate(_COLUMNS)}
         self._most = most
-        words = self._tables + most * self._width
+        # columns begin at multiples of 16 bytes, which kernels are compiled for
+        self._stride = -(-most // 4) * 4
+        words = self._local_tables + most * max_local_blocks
         self._words = torch.zeros(words, dtype=torch.int32, device=where)
         self.starts_S1 = torch.arange(most + 1, dtype=torch.int32, device=where)
         self._host = [device.host((words,), torch.int32) for _ in range(2)]
@@ -182,7 +181,7 @@ class DecodeInputs:
             "contexts": (batch.positions + 1, 1),
             "cache_slots": (
                 cache_slots(batch.table, owner, batch.positions, self._block_size),
-                self._scratch_block * self._block_size,
+                self.scratch_block * self._block_size,
             ),
             "top_k": (batch.top_k, 0),
             "temperature": (batch.temperature, 0),
@@ -196,51 +195,40 @@ class DecodeInputs:
                 "local_contexts": (local.positions + 1, 1),
                 "local_cache_slots": (
                     cache_slots(local.table, owner, local.positions, self._block_size),
-                    self._local_scratch_block * self._block_size,
+                    self.local_scratch_block * self._block_size,
                 ),
             }
         for name, (array, padding) in values.items():
-            first = self._columns[name] * self._most
+            first = self._columns[name] * self._stride
             column = words[first : first + bucket].view(array.dtype)
             column[:count], column[count:] = array, padding
-        longs = words[self._longs : self._longs + 4 * self._most].view(np.int64)
-        longs = longs.reshape(2, self._most)
+        longs = words[self._longs : self._longs + 4 * self._stride].view(np.int64)
+        longs = longs.reshape(2, self._stride)
         longs[0, :count], longs[0, count:bucket] = batch.seed, 0
         longs[1, :count], longs[1, count:bucket] = batch.positions + 1, 0
-        first = self._tables
-        stop = first + bucket * self._width
-        rows = words[first:stop].reshape(bucket, self._width)
-        rows[:count, : batch.table.shape[1]] = batch.table
-        rows[count:, 0] = self._scratch_block
+        first = self._local_tables
+        stop = first + bucket * self.max_local_blocks
         if local is not None:
-            at = self.max_blocks
-            rows[:count, at : at + local.table.shape[1]] = local.table
-            rows[count:, at] = self._local_scratch_block
+            rows = words[first:stop].reshape(bucket, self.max_local_blocks)
+            rows[:count, : local.table.shape[1]] = local.table
+            rows[count:, 0] = self.local_scratch_block
         self._words[:stop].copy_(host[:stop], non_blocking=True)
         self._copied[self._turn] = self._device.mark()
 
     def ints(self, name: str, bucket: int) -> Tensor:
         """A column of the first `bucket` rows, int32 [S]."""
-        first = self._columns[name] * self._most
+        first = self._columns[name] * self._stride
         return self._words[first : first + bucket]
-
-    def table(self, bucket: int) -> Tensor:
-        """Block tables, int32 [S, B]."""
-        return self._rows(bucket)[:, : self.max_blocks]
 
     def local_table(self, bucket: int) -> Tensor:
         """Block tables of chunk-local layers, int32 [S, B]."""
-        return self._rows(bucket)[:, self.max_blocks :]
-
-    def _rows(self, bucket: int) -> Tensor:
-        """Both block tables of each sequence, side by side."""
-        first = self._tables
-        return self._words[first : first + bucket * self._width].view(bucket, self._width)
+        first, width = self._local_tables, self.max_local_blocks
+        return self._words[first : first + bucket * width].view(bucket, width)
 
     def sampling_rows(self, bucket: int, *, all_greedy: bool) -> SamplingRows:
         """Sampling parameters without optional fields."""
-        longs = self._words[self._longs : self._longs + 4 * self._most].view(torch.int64)
-        seed, position = longs.view(2, self._most)[:, :bucket]
+        longs = self._words[self._longs : self._longs + 4 * self._stride].view(torch.int64)
+        seed, position = longs.view(2, self._stride)[:, :bucket]
 
         def floats(name: str) -> Tensor:
             return self.ints(name, bucket).view(torch.float32)
@@ -257,13 +245,12 @@ class DecodeInputs:
 
     @property
     def _longs(self) -> int:
-        """First word of the int64 columns; even, as eight-byte numbers require."""
-        first = len(self._columns) * self._most
-        return first + first % 2
+        """First word of the int64 columns."""
+        return len(self._columns) * self._stride
 
     @property
-    def _tables(self) -> int:
-        return self._longs + 4 * self._most
+    def _local_tables(self) -> int:
+        return self._longs + 4 * self._stride
 
 
 class GraphRunner:

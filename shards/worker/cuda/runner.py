@@ -1,11 +1,12 @@
-"""The step of a rank on CUDA, without waits for the device.
+"""The step of a rank on CUDA, without waits for the device; `HOST_WAITS` names the exceptions.
 
 A step of plain decodes replays a graph if the backend can be captured; other steps run op by op.
 Sampled tokens stay on the device for later steps and are copied to the host meanwhile: `launch`
 gives a `Pending`, and the caller waits for the result after the launch of the next step.
 
-Still with waits: log-probabilities of prompt tokens (rare), and transports between several ranks.
-Knows graphs and copies; knows nothing of sockets or scheduling.
+A graph has a stage's collectives inside, except the hand-over of activations between stages, which
+comes before and after the replay. Data-parallel attention has no graphs: each layer with experts
+needs numbers of rows on the host. Knows graphs and copies; knows nothing of sockets or scheduling.
 """
 
 from __future__ import annotations
@@ -14,22 +15,34 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from arriero.kernels.flat_batch import FlatBatch
-from arriero.kernels.sampling_rows import Sampled
+from arriero.kernels.sampling_rows import Sampled, SamplingRows
+from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.models.loader import Progress
 from arriero.shards.protocol.step_plan import Logprobs, StepPlan, StepResult
+from arriero.shards.worker.cuda.capability import check_capability
 from arriero.shards.worker.cuda.device import CudaDevice, Device, Event
 from arriero.shards.worker.cuda.graphs import DecodeInputs, GraphRunner, buckets_up_to
 from arriero.shards.worker.cuda.sequence_table import DeviceSequenceTable
 from arriero.shards.worker.runner import Runner
 
 _log = logging.getLogger(__name__)
+HOST_WAITS = {
+    "shards/collectives/expert_parallel.py:_gather_counts": "once for each layer with experts and "
+    "data-parallel attention: the all-to-all takes its numbers of rows from the host",
+    "shards/models/llama4_vision.py:__call__": "once for each new image: its pixels come from "
+    "pageable memory, and the tower takes far longer",
+    "shards/worker/runner.py:_prompt_logprobs": "once for each step with log-probabilities of "
+    "prompt tokens, which few requests ask for",
+}
+"""The only places of a step where the host waits for the device, and why."""
 _MEMORY_SLACK = 1.02
 _MEMORY_SLACK_BYTES = 64 << 20
 
@@ -112,22 +125,39 @@ class CudaRunner(Runner):
         self._max_context, self._block_size = config.max_model_len, config.block_size
         self._device = CudaDevice(where) if device is None else device
         self._check_memory()
+        self._slots.keep_tables(config.num_blocks)
         self._inputs = DecodeInputs(
             self._device,
             where,
             most=config.max_sequences,
-            max_blocks=-(-config.max_model_len // config.block_size),
             block_size=config.block_size,
             scratch_block=config.num_blocks,
             scratch_slot=self._slots.scratch_slot,
             max_local_blocks=self._slots.max_local_blocks,
             local_scratch_block=config.num_local_blocks or 0,
         )
-        self._drawn_S = torch.zeros(config.max_sequences, dtype=torch.int32, device=where)
-        # graphs do not contain the communication between several ranks yet
+        most = config.max_sequences
+        self._drawn_S = torch.zeros(most, dtype=torch.int32, device=where)
+        # activations of a graph's rows, from the stage before and for the stage after
+        shape, dtype = (most, self._hidden_size), self._activation_dtype
+        self._received_SH = torch.zeros(shape, dtype=dtype, device=where)
+        self._passed_SH = torch.zeros(shape, dtype=dtype, device=where)
         self._graphs: GraphRunner | None = None
-        if config.world_size == 1 and self._ops.capturable:
-            self._graphs = GraphRunner(self._device, buckets_up_to(config.max_sequences))
+        if config.dp == 1 and self._ops.capturable:
+            self._graphs = GraphRunner(self._device, buckets_up_to(most))
+
+    def _check_device(self, checkpoint: Checkpoint) -> None:
+        if self._config.device == "cuda":
+            capability = torch.cuda.get_device_capability()
+            check_capability(self._config, checkpoint.scheme, capability)
+
+    def close(self) -> None:
+        """Free the graphs, and stop background threads.
+
+        NCCL does not end a communicator while a graph with one of its collectives exists.
+        """
+        self._graphs = None
+        super().close()
 
     def fence(self) -> Event:
         """An event after all launched work."""
@@ -151,7 +181,8 @@ class CudaRunner(Runner):
         self._apply(plan)
         drawn: tuple[Sampled | None, Logprobs | None] | None
         if self._graphs is not None and self._slots.is_plain(plan):
-            drawn = self._decode(plan, self._graphs), None
+            sampled = self._decode(plan, self._graphs)
+            drawn = None if sampled is None else (sampled, None)
         else:
             drawn = self._compute(plan)
         if drawn is None:
@@ -165,25 +196,37 @@ class CudaRunner(Runner):
     def _record(self, plan: StepPlan, tokens_R: Tensor) -> None:
         self._slots.record_on_device(plan, tokens_R)
 
-    def _decode(self, plan: StepPlan, graphs: GraphRunner) -> Sampled:
-        """Replay the graph for a plan of plain decodes."""
+    def _decode(self, plan: StepPlan, graphs: GraphRunner) -> Sampled | None:
+        """Replay the graph for a plan of plain decodes; None on a rank that does not sample."""
         batch = self._slots.decode_batch(plan)
-        bucket = graphs.bucket(len(batch.tokens))
+        count, part = len(batch.tokens), self.mesh.part
+        bucket = graphs.bucket(count)
         all_greedy = not batch.temperature.any()
         key = (bucket, all_greedy)
         self._capture(graphs, bucket, all_greedy)
         self.phase = "layers"
         self._inputs.fill(batch, bucket)
-        graphs.replay(key)
-        return Sampled(tokens_R=self._drawn_S[: len(batch.tokens)])
+        if not part.first_stage:
+            self.mesh.recv_hidden(self._received_SH[:count])
+        if self.mesh.tp == 1:
+            graphs.replay(key)
+        else:
+            with self.mesh.watchdog.watch("collectives of a captured decode step"):
+                graphs.replay(key)
+        if not part.last_stage:  # a copy, since the next replay may come before the send
+            self.mesh.send_hidden(self._passed_SH[:count].clone())
+        return Sampled(tokens_R=self._drawn_S[:count]) if self.mesh.samples else None
 
     def warm_up(self) -> None:
-        """Capture the graphs of all batch sizes, greedy and with draws; this also compiles kernels.
+        """Compile the kernels of prompts, and capture the graphs of all batch sizes.
 
-        The largest graph comes first, since smaller graphs reuse its memory.
+        The largest graph comes first, since smaller graphs reuse its memory. Every rank of a stage
+        does the same in the same order, as the collectives require.
         """
         if self._graphs is None:
             return
+        self.phase = "compile"
+        self._run_padding_prompt()
         for bucket in reversed(self._graphs.buckets):
             for all_greedy in (False, True):
                 self._capture(self._graphs, bucket, all_greedy)
@@ -194,22 +237,30 @@ class CudaRunner(Runner):
             return
         self.phase = "capture"
         self._inputs.fill_padding(bucket)
-        graphs.capture((bucket, all_greedy), self._decode_work(bucket, all_greedy))
+        watchdog = self.mesh.watchdog
+        watchdog.marking = False
+        try:
+            graphs.capture((bucket, all_greedy), self._decode_work(bucket, all_greedy))
+        finally:
+            watchdog.marking = True
 
     def _decode_work(self, bucket: int, all_greedy: bool) -> Callable[[], None]:
-        """A decode step from `_inputs` to the last tokens of the slots and `_drawn_S`."""
-        inputs, table, model = self._inputs, self._slots, self._model
+        """A stage's part of a decode step, over tensors with fixed addresses.
+
+        Reads `_inputs` and, after the first stage, `_received_SH`. Writes `_passed_SH`, or on the
+        last stage `_drawn_S` and the last tokens of the slots.
+        """
+        inputs, table, model, part = self._inputs, self._slots, self._model, self.mesh.part
 
         def work() -> None:
             slot_S = inputs.ints("slots", bucket)
             positions_S = inputs.ints("positions", bucket)
-            tokens_S = table.resolve(inputs.ints("tokens", bucket), slot_S)
             cos_SD, sin_SD = table.rope.at(positions_S)
             batch = FlatBatch(
                 positions_T=positions_S,
                 query_start_S1=inputs.starts_S1[: bucket + 1],
                 context_S=inputs.ints("contexts", bucket),
-                block_table_SB=inputs.table(bucket),
+                block_table_SB=table.tables.rows(slot_S),
                 slots_T=inputs.ints("cache_slots", bucket),
                 cos_TD=cos_SD,
                 sin_TD=sin_SD,
@@ -226,13 +277,58 @@ class CudaRunner(Runner):
                     max_context=inputs.max_local_blocks * self._block_size,
                 )
                 batch = replace(batch, local=local)
-            x_SH = model.decoder(model.embed(tokens_S), batch)
-            rows = inputs.sampling_rows(bucket, all_greedy=all_greedy)
-            drawn_S = self._ops.sample(model.logits(x_SH), rows).tokens_R
-            self._drawn_S[:bucket].copy_(drawn_S)
-            table.last_S.index_copy_(0, slot_S.long(), drawn_S.clamp(min=0))
+            x_SH = self._received_SH[:bucket]
+            if part.first_stage:
+                x_SH = self._embed(table.resolve(inputs.ints("tokens", bucket), slot_S))
+            x_SH = model.decoder(x_SH, batch)
+            if not part.last_stage:
+                self._passed_SH[:bucket].copy_(x_SH)
+                return
+            self._draw(x_SH, inputs.sampling_rows(bucket, all_greedy=all_greedy))
+            last_S = self._drawn_S[:bucket].clamp(min=0)
+            table.last_S.index_copy_(0, slot_S.long(), last_S)
 
         return work
+
+    def _draw(self, x_SH: Tensor, rows: SamplingRows) -> None:
+        """Draw a token for each row into `_drawn_S`, on all ranks of a single stage."""
+        drawn_S = self._drawn_S[: len(x_SH)]
+        logits_SV = self.mesh.gather_logits(self._model.logits(x_SH), self._vocab_sizes)
+        if logits_SV is not None:
+            drawn_S.copy_(self._ops.sample(logits_SV, rows).tokens_R)
+        self.mesh.share_tokens(drawn_S)
+
+    def _run_padding_prompt(self) -> None:
+        """Run a prompt of two tokens in the scratch block, which compiles what graphs lack."""
+        where = self.mesh.device
+        ints = partial(torch.tensor, dtype=torch.int32, device=where)
+        slot_S, num_tokens = ints([self._slots.scratch_slot]), 2
+        positions_T = torch.arange(num_tokens, dtype=torch.int32, device=where)
+        in_block_T = positions_T % self._block_size
+        cos_TD, sin_TD = self._slots.rope.at(positions_T)
+        batch = FlatBatch(
+            positions_T=positions_T,
+            query_start_S1=ints([0, num_tokens]),
+            context_S=ints([num_tokens]),
+            block_table_SB=self._slots.tables.rows(slot_S),
+            slots_T=in_block_T + self._inputs.scratch_block * self._block_size,
+            cos_TD=cos_TD,
+            sin_TD=sin_TD,
+            max_query=num_tokens,
+            max_context=num_tokens,
+        )
+        if self._inputs.max_local_blocks:
+            scratch = self._inputs.local_scratch_block
+            local = replace(
+                batch,
+                block_table_SB=ints([[scratch, scratch]]),
+                slots_T=in_block_T + scratch * self._block_size,
+            )
+            batch = replace(batch, local=local)
+        x_TH = self._received_SH.new_zeros(num_tokens, self._hidden_size)
+        if self.mesh.part.first_stage:
+            x_TH = self._embed(torch.zeros_like(positions_T))
+        self._model.decoder(x_TH, batch)
 
     def _to_host(self, sampled: Sampled) -> _OnHost:
         def copy(tensor: Tensor) -> Tensor:

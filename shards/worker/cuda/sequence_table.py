@@ -19,6 +19,7 @@ from torch import Tensor
 from arriero.kernels.flat_batch import FlatBatch
 from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.protocol.step_plan import LAST_SAMPLED, Int32, NewSequence, StepPlan
+from arriero.shards.worker.cuda.block_table import DeviceBlockTable
 from arriero.shards.worker.cuda.graphs import DecodeBatch, LocalDecode
 from arriero.shards.worker.grammar_masks import GrammarRows
 from arriero.shards.worker.rope_table import Rope
@@ -64,12 +65,31 @@ class DeviceSequenceTable(SequenceTable):
         self.rope, self.scratch_slot = rope, max_sequences
         self.last_S = torch.zeros(max_sequences + 1, dtype=torch.int32, device=device)
         self._penalized: dict[int, _PenaltyState] = {}
+        self._max_blocks = max_blocks
+        self._tables: DeviceBlockTable | None = None
+
+    def keep_tables(self, scratch_block: int) -> None:
+        """Keep block tables on the device; padding rows have only the block `scratch_block`."""
+        num_slots = self.scratch_slot + 1
+        self._tables = DeviceBlockTable(
+            num_slots, self._max_blocks, self.scratch_slot, scratch_block, self._device
+        )
+
+    @property
+    def tables(self) -> DeviceBlockTable:
+        """The block tables on the device."""
+        assert self._tables is not None, "`keep_tables` comes before the first plan"
+        return self._tables
 
     def apply(self, plan: StepPlan) -> None:
         """Apply the changes of a plan; see `SequenceTable.apply`."""
         for slot in plan.freed.tolist():
             self._penalized.pop(slot, None)
         super().apply(plan)
+        self.tables.apply(plan)
+
+    def _table_rows(self, slots: Int32, num_blocks: int) -> Tensor:
+        return self.tables.rows(self.on_device(slots), num_blocks)
 
     def batch(self, plan: StepPlan) -> tuple[Tensor, FlatBatch]:
         """As `SequenceTable.batch`, with the tokens that only the device has."""

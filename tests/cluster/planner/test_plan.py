@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from arriero.cluster import cli
+from arriero.cluster.planner import step_memory
 from arriero.cluster.planner.catalog import (
     DEVICES,
     MODELS,
@@ -29,6 +30,7 @@ from arriero.cluster.planner.layouts import Machines, rank_layouts
 from arriero.cluster.planner.memory import plan_group
 from arriero.cluster.planner.rank_weights import ON_LOAD, Dtype, weights_as
 from arriero.cluster.planner.step_memory import num_graphs
+from arriero.kernels import registry
 from arriero.kernels.kv_cache import KVCacheSpec
 from arriero.kernels.ops import Ops
 from arriero.kernels.quantize import quantize_fp8, quantize_int4, quantize_int8
@@ -40,6 +42,7 @@ from arriero.shards.checkpoint.formats.describe import describe
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.errors import ArrieroError, SpecError
+from arriero.shards.layout.families import parts_of
 from arriero.shards.layout.resolve import resolve
 from arriero.shards.worker.runner import Runner
 from support.models import tiny_llama, tiny_qwen3
@@ -234,7 +237,7 @@ def test_spare_experts_are_counted() -> None:
 def test_float8_needs_a_device_that_has_it() -> None:
     model = find_model("llama-3.1-70b")
     weights = weights_as(model.config, None, "fp8")
-    with pytest.raises(SpecError, match="does not multiply float8"):
+    with pytest.raises(SpecError, match=r"needs compute capability 8\.9 or newer; a100"):
         plan_group(
             model, weights, ParallelConfig(tp=8), KvDemand(context=1), DEVICES["a100-80g"], "triton"
         )
@@ -737,3 +740,19 @@ def test_a_gpu_needs_no_size_where_there_is_only_one() -> None:
         device("a100", None, 1)
     with pytest.raises(SpecError, match="'h1' is none of"):
         device("h1", None, 1)
+
+
+def test_pairs_of_ranks_and_split_buffers_are_counted() -> None:
+    """Logits and activations travel by communicators between two ranks each."""
+    model = find_model("llama-3.1-405b").config
+    layout = ParallelConfig(tp=8, pp=2)
+    parts = parts_of(model, GroupConfig(model_path="", tp=8, pp=2))
+    counted = [step_memory.communicators(part, layout) for part in parts]
+    assert counted[0] == (2, 1), "all ranks and its stage; the next stage"
+    assert counted[8] == (2, 8), "logits of seven ranks; the stage before"
+    assert counted[9] == (2, 2), "its logits; the stage before"
+    single = ParallelConfig()
+    assert step_memory.communicators(parts[0], single) == (0, 0)
+    tuned_file = Path(registry.__file__).with_name("triton") / "tuned.json"
+    tuned = json.loads(tuned_file.read_text())["default"]["attention"]["*"]
+    assert tuned["most_splits"] == step_memory.MOST_SPLITS

@@ -127,13 +127,14 @@ class Ledger:
 
 
 def where() -> str:
-    """File and line of the product that asks, "?" where a test does."""
+    """File, line and function of the product that asks, "?" where a test does."""
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
         if "/tests/" not in name and "site-packages" not in name:
             for room in ROOMS:
                 if room in name:
-                    return f"{room[1:]}{name.rpartition(room)[2]}:{frame.f_lineno}"
+                    place = f"{room[1:]}{name.rpartition(room)[2]}"
+                    return f"{place}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back  # type: ignore[assignment]
     return "?"

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from arriero.shards.protocol.step_plan import StepPlan
+from arriero.shards.worker.cuda.block_table import DeviceBlockTable
 from arriero.shards.worker.cuda.graphs import DecodeBatch, DecodeInputs, GraphRunner, buckets_up_to
 
 from .stub import StubDevice
@@ -49,7 +51,6 @@ def test_inputs(most: int) -> None:
         StubDevice(),
         CPU,
         most=most,
-        max_blocks=5,
         block_size=4,
         scratch_block=99,
         scratch_slot=9,
@@ -73,9 +74,6 @@ def test_inputs(most: int) -> None:
         slots = inputs.ints("cache_slots", bucket).numpy()
         assert (slots[own] == blocks * 4 + one.positions % 4).all()
         assert (slots[rest] == 99 * 4).all()
-        table = inputs.table(bucket).numpy()
-        assert (table[own, : one.table.shape[1]] == one.table).all()
-        assert (table[rest, 0] == 99).all()
         rows = inputs.sampling_rows(bucket, all_greedy=False)
         for name in ("temperature", "top_p", "min_p", "seed"):
             column = getattr(rows, f"{name}_R").numpy()
@@ -84,11 +82,36 @@ def test_inputs(most: int) -> None:
         assert (rows.position_R.numpy()[own] == one.positions + 1).all()
 
 
+def test_block_tables_on_the_device_follow_the_plans() -> None:
+    tables = DeviceBlockTable(4, 5, scratch_slot=3, scratch_block=99, device=CPU)
+    expected = np.zeros((4, 5), np.int32)
+    expected[3, 0] = 99
+    rng = np.random.default_rng(0)
+    for count in (3, 0, 1, 2):
+        slots, index = rng.integers(0, 3, count), rng.permutation(5)[:count]
+        ids = rng.integers(0, 30, count)
+        tables.apply(plan_of_blocks(slots, index, ids))
+        expected[slots, index] = ids
+        chosen = torch.tensor([3, 1, 0], dtype=torch.int32)
+        assert (tables.rows(chosen).numpy() == expected[[3, 1, 0]]).all()
+        assert (tables.rows(chosen, 2).numpy() == expected[[3, 1, 0], :2]).all()
+
+
+def plan_of_blocks(slots: np.ndarray, index: np.ndarray, ids: np.ndarray) -> StepPlan:
+    none = np.empty(0, np.int32)
+    arrays = ("freed", "slots", "starts", "counts", "tokens", "samples")
+    blocks = {"block_slots": slots, "block_index": index, "block_ids": ids}
+    return StepPlan(
+        step=0,
+        new=[],
+        **dict.fromkeys(arrays, none),
+        **{name: array.astype(np.int32) for name, array in blocks.items()},
+    )
+
+
 def test_a_host_buffer_is_filled_again_only_once_its_copy_is_through() -> None:
     device = StubDevice()
-    inputs = DecodeInputs(
-        device, CPU, most=2, max_blocks=2, block_size=4, scratch_block=0, scratch_slot=2
-    )
+    inputs = DecodeInputs(device, CPU, most=2, block_size=4, scratch_block=0, scratch_slot=2)
     for _ in range(2):
         inputs.fill(batch(2, 0, 2), 2)
     assert not device.waits, "the first two copies wait for nothing"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 from multiprocessing.queues import Queue
@@ -14,6 +15,7 @@ from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.errors import GroupFailed
 from arriero.shards.leader.remote_executor import device_of
+from arriero.shards.worker.cuda.runner import HOST_WAITS
 from support.fake_cuda import simulated, simulated_slices
 from support.groups import running
 from support.models import tiny_llama, tiny_llama4
@@ -25,9 +27,9 @@ PARAMS = [
     SamplingParams(max_tokens=3, temperature=1.0, seed=4, top_p=0.9),
 ]
 LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "TP2": ("triton", {"tp": 2}),
-    "PP2": ("reference", {"pp": 2}),
-    "DP2xEP2": ("reference", {"dp": 2}),
+    "TP4": ("reference", {"tp": 4}),
+    "TP2xPP2": ("triton", {"tp": 2, "pp": 2}),
+    "DP2xEP2": ("triton", {"dp": 2}),
 }
 
 
@@ -44,9 +46,11 @@ def test_ranks_give_the_references_tokens(tmp_path: Path, layout: str) -> None:
     if kernels == "triton":
         pytest.importorskip("triton")
     if "dp" in mesh:
-        tiny_llama4(tmp_path, seed=3, layers=4, experts=4, chunk=8)
+        tiny_llama4(tmp_path, seed=3, layers=2, experts=4, chunk=8)
     else:
         tiny_llama(tmp_path, seed=3)
+    reports = tmp_path / "reports"
+    reports.mkdir()
     config = GroupConfig(
         model_path=str(tmp_path),
         dtype="float32",
@@ -56,12 +60,31 @@ def test_ranks_give_the_references_tokens(tmp_path: Path, layout: str) -> None:
         num_blocks=100,
         num_local_blocks=60,
         max_model_len=64,
-        max_sequences=4,
+        max_sequences=2,
         max_batch_tokens=24,
     )
     expected = tokens(config)
-    with simulated_slices():
+    with simulated_slices(reports):
         assert tokens(replace(config, device="cuda", kernels=kernels, **mesh)) == expected
+    counts = [json.loads(path.read_text()) for path in sorted(reports.iterdir())]
+    assert len(counts) == mesh.get("tp", 1) * mesh.get("pp", 1) * mesh.get("dp", 1)
+    if kernels == "triton":
+        for rank in counts:
+            assert rank["captures"] == (0 if "dp" in mesh else 2 * 2), "no graph, or all at start"
+            assert places(rank["waits"]) <= HOST_WAITS.keys(), rank["waits"]
+            assert not rank["pageable"] or "dp" in mesh, rank["pageable"]
+            passes = sum(n for name, n in rank["collectives"] if name.startswith("all_gather"))
+            waits = sum(rank["waits"].values())
+            assert waits == (passes if "dp" in mesh else 0), "one for each layer with experts"
+
+
+def places(waits: dict[str, int]) -> set[str]:
+    """File and function of each wait, from "kind @ file:line function"."""
+    found = set()
+    for wait in waits:
+        where, function = wait.rpartition(" @ ")[2].split(" ")
+        found.add(f"{where.rpartition(':')[0]}:{function}")
+    return found
 
 
 def test_each_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ bfloat16 in another way than a device does.
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,10 +18,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from arriero.kernels.kv_cache import KVCacheSpec
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.config.group import GroupConfig
+from arriero.shards.config.kv_tiers import RowType
 from arriero.shards.config.sampling_params import SamplingParams
+from arriero.shards.errors import SpecError
+from arriero.shards.kv.block_shards import BlockForm, BlockShard
+from arriero.shards.kv.device_blocks import DeviceBlocks
 from arriero.shards.layout.resolve import resolve
 from arriero.shards.models.llama4.slice import Llama4Slice
 from arriero.shards.worker.cuda.runner import CudaRunner
@@ -32,6 +38,8 @@ from support.quantized_models import quantized_llama
 
 triton_interpreter.install()  # before anything imports the kernels
 pytest.importorskip("triton")
+
+from arriero.kernels.triton.kv import TritonKVCache  # noqa: E402
 
 PROMPTS = [[7, 1, 9, 4, 4, 2, 8], [1, 2, 3], [5] * 30]
 GREEDY = SamplingParams(max_tokens=3, temperature=0, seed=0)
@@ -95,6 +103,7 @@ def test_tokens_are_the_references(tmp_path: Path, family: str) -> None:
         assert [one.error for one in answers] == [None] * len(answers)
         assert [one.tokens for one in answers] == expected
         assert not device.waits, "a step waits for the device"
+        assert not device.pageable, "a copy from pageable memory is a wait on a real device"
         assert device.captures == ready, "serving captures nothing"
         assert device.launches["_decode_splits"] > 0
 
@@ -107,6 +116,23 @@ def test_the_reference_serves_on_a_gpu(tmp_path: Path) -> None:
     with simulated() as device:
         assert tokens(on_cuda(config, "reference"), PROMPTS, PARAMS) == expected
         assert device.captures == 0
+
+
+@pytest.mark.parametrize("form", ["llama", "fbgemm_fp8"])
+def test_an_older_gpu_refuses_float8_before_a_weight_is_read(
+    tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path, form)
+    quantization, text = None, "the checkpoint's format fbgemm_fp8 needs compute capability 8.9"
+    if form == "llama":
+        quantization = "fp8"
+        text = (
+            "`quantization`='fp8' needs compute capability 8.9 or newer; this device has 8.0; "
+            "use int8"
+        )
+    monkeypatch.setattr("support.fake_cuda.runtime.CAPABILITY", (8, 0))
+    with simulated(), pytest.raises(SpecError, match=re.escape(text)):
+        loaded(on_cuda(config_of(tmp_path, quantization=quantization)))
 
 
 LOADED = [
@@ -180,3 +206,37 @@ def test_replaced_experts_leave_memory(tmp_path: Path) -> None:
                 model.place_experts(layer, turned)
             held.append(torch.cuda.memory_allocated())
         assert len(set(held)) == 1, f"bytes after each move: {held}"
+
+
+def test_quantized_activations_have_the_dtype_that_the_next_stage_expects(tmp_path: Path) -> None:
+    make(tmp_path, "llama")
+    config = config_of(tmp_path, quantization="int8", dtype="float16")
+    with simulated():
+        runner = loaded(on_cuda(config))
+        x_TH = runner._embed(torch.tensor([1, 2], dtype=torch.int32, device="cuda"))
+        assert x_TH.dtype == runner._activation_dtype == torch.float16
+
+
+@pytest.mark.parametrize("row_type", [None, "int8", "fp8"])
+def test_tier_copies_go_through_pinned_memory(row_type: RowType | None) -> None:
+    """Several layers of several blocks, with no wait but the one at the end of a transfer."""
+    spec = KVCacheSpec(
+        num_layers=3, num_blocks=6, num_kv_heads=2, head_dim=8, block_size=4, dtype=torch.float32
+    )
+    shard = BlockShard((0, 3), (0, 2))
+    form = BlockForm.of(spec, packed=row_type is not None)
+    with simulated() as device:
+        kv = TritonKVCache(spec, torch.device("cuda"))
+        kv.data.normal_()
+        before = kv.data.cpu()
+        blocks = DeviceBlocks(kv, form, shard, row_type, most=4)
+        device.clear()
+        data = blocks.read([4, 1, 3])
+        assert data.shape == (3, *form.shape(shard))
+        blocks.write([0, 5], data[:2])
+        assert not device.waits and not device.pageable
+        assert sum(device.events.values()) == 2, "a wait for each transfer"
+        after = kv.data.cpu()
+    near = 0.0 if row_type is None else 0.1
+    assert torch.allclose(after[:, [0, 5]], before[:, [4, 1]], atol=near)
+    assert torch.equal(after[:, 1:5], before[:, 1:5]), "the other blocks stay"

@@ -1,0 +1,77 @@
+"""A few kernels compile for GPUs of three generations and keep the limits of the machine code.
+
+`make gpu-compile` compiles all kernels in all shapes; see docs/gpu-kernels.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("compile_kernels.py")
+SASS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/                   STL [R1], R2 ;
+.L_x_1:
+        /*0020*/                   LDL R2, [R1] ;
+        /*0030*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0040*/                   IADD3 R0, R0, 0x1, RZ ;
+        /*0050*/                   IADD3 R0, R0, 0x1, RZ ;
+        /*0060*/                   IADD3 R0, R0, 0x1, RZ ;
+        /*0070*/                   IADD3 R0, R0, 0x1, RZ ;
+        /*0080*/                   IADD3 R0, R0, 0x1, RZ ;
+        /*0090*/                   IADD3 R0, R0, 0x1, RZ ;
+        /*00a0*/                   IADD3 R0, R0, 0x1, RZ ;
+        /*00b0*/                   IADD3 R0, R0, 0x1, RZ ;
+        /*00c0*/              @!P0 BRA `(.L_x_1) ;
+        /*00d0*/               @P1 BRA `(.L_x_0) ;
+        /*00e0*/                   EXIT ;
+"""
+
+
+def test_spills_of_the_innermost_loop_are_counted() -> None:
+    pytest.importorskip("triton")
+    from gpu.aot.binary import loop_spills
+
+    assert loop_spills(SASS) == 1, "the store is in the outer loop"
+    assert loop_spills(SASS.replace("LDL R2", "MOV R2")) == 0
+
+
+def test_limits_name_kernel_and_figure() -> None:
+    from gpu.aot.limits import broken
+
+    row = {"case": "a", "kernel": "_matmul", "capability": 80, "loop_spills": 3}
+    row |= {"shared": 200 << 10, "wgmma": 0, "mma": 0, "tcgen05": 0}
+    assert broken(row) == [
+        "sm_80 _matmul (a): 3 spills in a main loop",
+        "sm_80 _matmul (a): 204800 bytes of shared memory exceed 166912",
+        "sm_80 _matmul (a): a product without tensor cores",
+    ]
+    refused = row | {"error": "type fp8e4nv not supported in this architecture"}
+    assert not broken(refused) and broken(refused | {"capability": 90})
+
+
+def test_a_few_kernels_compile_within_the_limits(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    out = tmp_path / "rows.json"
+    done = subprocess.run(
+        [
+            *(sys.executable, str(SCRIPT), "--only", "subset", "--capability", "90"),
+            *("--processes", "1", "--json", str(out)),
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    rows = json.loads(out.read_text())
+    assert {row["kernel"] for row in rows} == {"_matmul", "_quantize_rows"}
