@@ -85,6 +85,7 @@ def undeploy(*, force: bool = False) -> None:
     from arriero.cluster.control.applications import is_ours
     from arriero.cluster.hosts import ray_private
     from arriero.cluster.registry import registry
+    from arriero.cluster.replica import response_archive
 
     quiet_serve()
     with contextlib.suppress(ValueError):  # first: a living operator would restart the groups
@@ -94,8 +95,9 @@ def undeploy(*, force: bool = False) -> None:
         ray_private.delete_application(name)
     while not force and ours & set(serve.status().applications):
         time.sleep(_POLL_S)
-    with contextlib.suppress(ValueError):
-        ray.kill(ray.get_actor(registry.NAME, namespace=registry.NAMESPACE))
+    for actor in (registry.NAME, response_archive.NAME):
+        with contextlib.suppress(ValueError):
+            ray.kill(ray.get_actor(actor, namespace=registry.NAMESPACE))
     clear_store()
 
 

@@ -25,6 +25,7 @@ from arriero.router.calls.request_notes import RequestNotes
 from arriero.router.grpc_calls import GrpcCall, guard, unary
 from arriero.router.grpc_options import SERVER_OPTIONS
 from arriero.router.http.app import create_app
+from arriero.router.http.responses_api.store import Archive, ResponseStore
 from arriero.router.http.server import HttpServer
 from arriero.router.inference import LOST_S, Inference
 from arriero.router.observability.metrics import Metrics
@@ -98,6 +99,8 @@ class Gateway:
         on_lost: called on the event loop when a group is lost, with the group's id and the cause.
         on_change: called on the event loop when `linked` may have changed.
         tracing: makes the spans; None for a tracing of `config`.
+        archive: keeps the responses of `/v1/responses` for all gateways; None keeps each gateway's
+            in its own memory.
 
     Raises:
         SpecError: a file of keys or certificates cannot be used.
@@ -111,8 +114,10 @@ class Gateway:
         *,
         on_change: Callable[[], None] = lambda: None,
         tracing: Tracing | None = None,
+        archive: Archive | None = None,
     ) -> None:
         self._config = config
+        self._responses = ResponseStore(archive)
         self._on_change = on_change
         link_tls = None if config.link_tls is None else config.link_tls.link_client("link_tls")
         self._groups = LinkedGroups(self._groups_changed, config.models, link_tls, on_lost=on_lost)
@@ -192,6 +197,7 @@ class Gateway:
         """The HTTP application of this gateway, for another server, such as Ray Serve, to mount."""
         return create_app(
             self.inference,
+            self._responses,
             max_body_bytes=self._config.max_message_bytes,
             cors=self._config.cors,
         )
@@ -204,6 +210,7 @@ class Gateway:
             *([] if self._server is None else [self._server.stop(grace_s)]),
             *([] if self._http is None else [self._http.stop(grace_s)]),
         )
+        await self._responses.close()
         await self.inference.close()
         await self._groups.close()
         self._admission.stop()

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import cast
 
@@ -177,9 +177,21 @@ class Inference:
             return self._stream(checked)
 
     async def chat(
-        self, request: pb.ChatRequest, caller: Caller, notes: RequestNotes | None = None
+        self,
+        request: pb.ChatRequest,
+        caller: Caller,
+        notes: RequestNotes | None = None,
+        *,
+        fit_output: bool = False,
     ) -> Stream:
-        """As `generate`, for a conversation."""
+        """As `generate`, for a conversation.
+
+        Args:
+            request: gRPC message.
+            caller: sender of the request.
+            notes: receives the facts that the messages do not carry.
+            fit_output: lower `max_tokens` to the room that the prompt leaves, instead of refusing.
+        """
         with self.metrics.failures():
             text, views = await self.find(request.model)
             self.admission.refuse_early(views[0].model, caller, request.options.priority)
@@ -196,6 +208,9 @@ class Inference:
                 )
             weights, received = _resumed(request, params, views[0].card)
             prompt, images = await encode_conversation(text, request, offer)
+            if fit_output and params.max_tokens is not None:
+                room = max(view.card.max_model_len for view in views) - len(prompt)
+                params = replace(params, max_tokens=max(1, min(params.max_tokens, room)))
             checked = _CheckedRequest(
                 caller=caller,
                 weights=weights,

@@ -125,7 +125,10 @@ class Answer:
                 before = next((m for m in messages if m.index == message.index), None)
                 if before is not None:
                     text = before.text + message.text
+                    shifted = [at + len(before.text) for at in message.tool_call_offsets]
+                    del message.tool_call_offsets[:]
                     before.MergeFrom(message)  # joins the lists, overwrites the text
+                    before.tool_call_offsets.extend(shifted)
                     before.text = text
                     continue
             messages.append(message)
@@ -137,6 +140,8 @@ class Answer:
             self.started = True
             if prompt_logprobs is not None:
                 self._start.prompt_logprobs.extend(map(_position, prompt_logprobs))
+            self._start.prompt_tokens = self._num_prompt
+            self._start.cached_tokens = self._num_cached
             response.start.CopyFrom(self._start)
         if finished:
             response.usage.prompt_tokens = self._num_prompt
@@ -246,6 +251,7 @@ class _Sample:
             if isinstance(event, Content):
                 message.text += event.text
             elif isinstance(event, ToolCall):
+                message.tool_call_offsets.append(len(message.text))
                 message.tool_calls.add(
                     id=f"call_{secrets.token_hex(12)}", name=event.name, arguments=event.arguments
                 )

@@ -48,7 +48,19 @@ class ContextTooLong(InvalidRequest):
 
 
 class NotFound(ArrieroError):
-    """No such model, group or request."""
+    """No such model, group or request.
+
+    Attributes:
+        field: the field that names it.
+        code: the kind of fault, for programs.
+    """
+
+    def __init__(
+        self, message: str, *, field: str = "model", code: str = "model_not_found"
+    ) -> None:
+        super().__init__(message)
+        self.field = field
+        self.code = code
 
 
 class Unauthenticated(ArrieroError):

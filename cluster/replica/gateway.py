@@ -25,6 +25,7 @@ from arriero.cluster.hosts.nodes import reachable
 from arriero.cluster.registry import registry
 from arriero.cluster.registry.history import Failure
 from arriero.cluster.registry.snapshot import GatewayEntry
+from arriero.cluster.replica.response_archive import RemoteArchive
 from arriero.cluster.spec.gateway import GatewaySpec, TlsSpec, TracingSpec
 from arriero.cluster.spec.live_settings import LiveSettings
 from arriero.router.gateway import Gateway, GroupAddress
@@ -77,7 +78,12 @@ class GatewayReplica:
             config = self._spec.config(
                 settings.models, settings.link_tls, settings.tracing, settings.wake_s
             )
-            self._gateway = Gateway(config, self._on_lost, on_change=self._on_change)
+            self._gateway = Gateway(
+                config,
+                self._on_lost,
+                on_change=self._on_change,
+                archive=RemoteArchive() if http is not None else None,
+            )
             port = await self._gateway.start()
         except (OSError, SpecError) as error:
             failure = Failure(who="gateway", kind="SpecError", cause=str(error))

@@ -6,10 +6,7 @@ the work of a call (`Inference`) or of the form of its JSON (`request_schemas`, 
 
 from __future__ import annotations
 
-import asyncio
-import logging
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -18,6 +15,8 @@ from starlette.responses import JSONResponse, Response
 
 from arriero.router.calls.request_notes import RequestNotes
 from arriero.router.http import errors, responses, translate
+from arriero.router.http.answers import answer
+from arriero.router.http.messages_api.routes import add_messages
 from arriero.router.http.middleware import RequestMiddleware
 from arriero.router.http.request_schemas import (
     ChatBody,
@@ -26,21 +25,17 @@ from arriero.router.http.request_schemas import (
     Sampling,
     TokenizeBody,
 )
-from arriero.router.http.stream import EventStream, merged, start_stream, until_disconnect
-from arriero.router.inference import Inference, Stream
+from arriero.router.http.responses_api.routes import add_responses
+from arriero.router.http.responses_api.store import ResponseStore
+from arriero.router.http.stream import until_disconnect
+from arriero.router.inference import Inference
 from arriero.router.observability.metrics import CONTENT_TYPE
-from arriero.router.proto.arriero.v1 import inference_pb2 as pb
-from arriero.router.response import Message, TextDelta
-from arriero.router.text.constraints import described
-from arriero.shards.errors import ArrieroError, InvalidRequest
-
-log = logging.getLogger(__name__)
+from arriero.shards.errors import InvalidRequest
 
 STALLED_S = 60.0
 """Seconds without a finished step after which a group with work counts as unhealthy."""
 _EXPOSED = ("x-request-id", "retry-after", "x-schema-not-enforced")
 """Headers of answers that web pages may read."""
-_DONE = b"data: [DONE]\n\n"
 _EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The answer; with `stream`, server-sent events that end in `[DONE]`.",
@@ -65,7 +60,7 @@ _ERROR_SCHEMA = {
 }
 _REFUSALS: dict[int | str, str] = {
     400: "A field breaks its limit or is unknown.",
-    401: "An API key is needed: `authorization: Bearer …`.",
+    401: "An API key is needed: `authorization: Bearer …` or `x-api-key: …`.",
     403: "The key's tenant may not do this.",
     404: "No such model.",
     413: "The body is too large.",
@@ -74,21 +69,27 @@ _REFUSALS: dict[int | str, str] = {
     "default": "An internal error; the message holds the request id of the log entry.",
 }
 
-Completion = responses.ChatCompletion | responses.TextCompletion
 
-
-def create_app(inference: Inference, *, max_body_bytes: int, cors: Sequence[str] = ()) -> FastAPI:
+def create_app(
+    inference: Inference,
+    response_store: ResponseStore,
+    *,
+    max_body_bytes: int,
+    cors: Sequence[str] = (),
+) -> FastAPI:
     """The application over `inference`.
 
     Args:
         inference: runs the calls.
+        response_store: keeps the responses of `/v1/responses`.
         max_body_bytes: most bytes of a body.
         cors: origins of web pages that may call the application from a browser; "*" for any.
     """
     app = FastAPI(
         title="arriero",
         version="1",
-        description="Chat, completions and tokens, in the shapes of the OpenAI API.",
+        description="Chat, completions, responses and tokens in the shapes of the OpenAI API, and "
+        "messages in the shape of the Anthropic API.",
         docs_url=None,
         redoc_url=None,
         # a redirected client may lose the body; the middleware accepts both paths
@@ -117,6 +118,8 @@ def create_app(inference: Inference, *, max_body_bytes: int, cors: Sequence[str]
             expose_headers=_EXPOSED,
         )
     _add_generation(app, inference)
+    add_messages(app, inference)
+    add_responses(app, inference, response_store)
     _add_tokens(app, inference)
     _add_observability(app, inference)
     return app
@@ -128,10 +131,12 @@ def _add_generation(app: FastAPI, inference: Inference) -> None:
         """Answer a conversation."""
         call = translate.chat_request(body)
         text, views = await until_disconnect(request, inference.find(call.model))
-        completion = responses.ChatCompletion(views[0].model, text.tokenizer)
+        completion = responses.ChatCompletion(
+            views[0].model, text.tokenizer, with_usage=_with_usage(body)
+        )
         notes = RequestNotes()
         streams = [await inference.chat(call, request.state.caller, notes)]
-        return await _answer(request, body, completion, streams, notes)
+        return await answer(request, completion, streams, notes, stream=body.stream)
 
     @app.post("/v1/completions", response_class=Response, responses=_EVENTS)
     async def completions(body: CompletionBody, request: Request) -> Response:
@@ -146,76 +151,15 @@ def _add_generation(app: FastAPI, inference: Inference) -> None:
             echo=echo,
             skip_special=body.skip_special_tokens is not False,
             prompt_only=body.prompt_only,
+            with_usage=_with_usage(body),
         )
         notes = RequestNotes(num_calls=len(calls))
         streams = [await inference.generate(call, request.state.caller, notes) for call in calls]
-        return await _answer(request, body, completion, streams, notes)
+        return await answer(request, completion, streams, notes, stream=body.stream)
 
 
-async def _answer(
-    request: Request,
-    body: Sampling,
-    completion: Completion,
-    streams: Sequence[Stream],
-    notes: RequestNotes,
-) -> Response:
-    messages = merged(streams)
-    headers = {}
-    if notes.not_enforced:
-        headers["x-schema-not-enforced"] = described(notes.not_enforced)
-    if body.stream:
-        with_usage = body.stream_options is not None and body.stream_options.include_usage
-        first = await until_disconnect(request, start_stream(messages, notes.accepted))
-        events = _events(first, messages, completion, with_usage, request.state.request_id)
-        return EventStream(events, first, messages, headers)
-    gathered = await until_disconnect(request, _gathered(messages))
-    counted = responses.usage(
-        *(message.usage for _, message in gathered if message.HasField("usage"))
-    )
-    return JSONResponse(completion.whole(gathered, counted), headers=headers)
-
-
-async def _gathered(
-    messages: AsyncGenerator[tuple[int, Message]],
-) -> list[tuple[int, pb.GenerateResponse]]:
-    async with aclosing(messages):
-        return [
-            (number, message.to_wire() if isinstance(message, TextDelta) else message)
-            async for number, message in messages
-        ]
-
-
-async def _events(
-    first: asyncio.Task[tuple[int, Message]],
-    messages: AsyncGenerator[tuple[int, Message]],
-    completion: Completion,
-    with_usage: bool,
-    request_id: str,
-) -> AsyncGenerator[bytes]:
-    """The stream as events; an error after the first event becomes an event."""
-    usages: list[pb.Usage] = []
-    try:
-        async with aclosing(messages):
-            number, message = await first
-            while True:
-                if not isinstance(message, TextDelta) and message.HasField("usage"):
-                    usages.append(message.usage)
-                events = completion.encoded(number, message)
-                if events:
-                    yield events
-                number, message = await anext(messages)
-    except StopAsyncIteration:
-        pass
-    except ArrieroError as error:
-        yield responses.event(errors.describe(error))
-        return
-    except Exception:
-        log.exception("request %s failed", request_id)
-        yield responses.event(errors.internal(request_id))
-        return
-    if with_usage:
-        yield responses.event(completion.last(responses.usage(*usages)))
-    yield _DONE
+def _with_usage(body: Sampling) -> bool:
+    return body.stream_options is not None and body.stream_options.include_usage
 
 
 def _add_tokens(app: FastAPI, inference: Inference) -> None:

@@ -1,11 +1,15 @@
-"""Errors in the JSON form and with the statuses of the OpenAI API."""
+"""Errors as JSON, with the statuses of the OpenAI API.
+
+Two shapes: OpenAI's, and for paths below `/v1/messages` Anthropic's. Knows the errors of the
+product and the fields of JSON bodies; knows nothing of calls.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -41,33 +45,72 @@ _NAMES = (
 """Fields of the gRPC messages with other names in JSON."""
 
 
+Json = dict[str, Any]
+Naming = Callable[[str], str]
+"""Replaces the names of fields in an error's text by those of the client's body."""
+NAMING = "naming"
+"""Key in `scope["state"]` of a request's `Naming`; `chat_names` without."""
+
+_MESSAGES_PATH = "/v1/messages"
+_MESSAGES_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+"""Types of Anthropic's errors by HTTP status; `api_error` for the others."""
+
+
 def install(app: FastAPI) -> None:
     """Answer every error of `app` in this form."""
 
     @app.exception_handler(ArrieroError)
     async def arriero_error(request: Request, error: ArrieroError) -> Response:
-        return respond(error)
+        naming = request.scope.get("state", {}).get(NAMING, chat_names)
+        return respond(error, request.scope, naming)
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:
-        return respond(_first(error.errors()))
+        return respond(first(error.errors()), request.scope, str)
 
     @app.exception_handler(HTTPException)
     async def routing(request: Request, error: HTTPException) -> Response:
         text = f"{request.method} {request.url.path}: {error.detail}"
         content = body(text, "invalid_request_error", code=_ROUTING.get(error.status_code))
+        content = shaped(content, error.status_code, request.scope)
         return JSONResponse(content, error.status_code, error.headers)
 
     @app.exception_handler(Exception)
     async def internal_error(request: Request, error: Exception) -> Response:
-        return JSONResponse(internal(_request_id(request)), 500)
+        return JSONResponse(shaped(internal(_request_id(request.scope)), 500, request.scope), 500)
 
 
-def _request_id(request: Request) -> str:
-    return str(request.scope.get("state", {}).get("request_id", ""))
+def shaped(content: Json, status: int, scope: Mapping[str, Any]) -> Json:
+    """An error in the shape of the API that a request speaks.
+
+    Args:
+        content: the error in OpenAI's shape.
+        status: HTTP status.
+        scope: ASGI scope of the request.
+    """
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    if not path.startswith(_MESSAGES_PATH):
+        return content
+    error = {
+        "type": _MESSAGES_TYPES.get(status, "api_error"),
+        "message": content["error"]["message"],
+    }
+    return {"type": "error", "error": error, "request_id": _request_id(scope)}
 
 
-def internal(request_id: str) -> dict[str, Any]:
+def _request_id(scope: Mapping[str, Any]) -> str:
+    return str(scope.get("state", {}).get("request_id", ""))
+
+
+def internal(request_id: str) -> Json:
     """The JSON of an internal error."""
     return body(
         f"internal error; look for request {request_id} in the gateway's log",
@@ -76,30 +119,8 @@ def internal(request_id: str) -> dict[str, Any]:
     )
 
 
-def respond(error: ArrieroError) -> JSONResponse:
-    """The HTTP response for `error`."""
-    status, headers = status_of(error).http, {}
-    if isinstance(error, Overloaded):
-        headers = {"retry-after": retry_after(error)}
-    elif isinstance(error, Unauthenticated):
-        headers = {"www-authenticate": "Bearer"}
-    elif status == STATUSES[Unavailable].http:
-        headers = {"retry-after": str(UNAVAILABLE_RETRY_S)}
-    return JSONResponse(describe(error), status, headers)
-
-
-def describe(error: ArrieroError) -> dict[str, Any]:
-    """The JSON of `error`."""
-    text, status = str(error), status_of(error)
-    if isinstance(error, InvalidRequest):
-        text, field = _as_sent(text), _as_sent(error.field)
-        return body(text, status.kind, param=field or None, code=error.code)
-    param = "model" if isinstance(error, NotFound) else None
-    return body(text, status.kind, param=param, code=status.code)
-
-
-def _as_sent(text: str) -> str:
-    """Replace names of message fields by the names in JSON."""
+def chat_names(text: str) -> str:
+    """An error's text with the names of a chat body instead of the gRPC messages' names."""
     for pattern, replacement in _NAMES:
         text = pattern.sub(replacement, text)
     return _PART.sub(
@@ -107,16 +128,45 @@ def _as_sent(text: str) -> str:
     )
 
 
-def body(
-    message: str, kind: str, *, param: str | None = None, code: str | None = None
-) -> dict[str, Any]:
+def respond(
+    error: ArrieroError, scope: Mapping[str, Any], naming: Naming = chat_names
+) -> JSONResponse:
+    """The HTTP response for `error`.
+
+    Args:
+        error: the error.
+        scope: ASGI scope of the request; its path names the API.
+        naming: gives the fields the names of the request's body.
+    """
+    status, headers = status_of(error).http, {}
+    if isinstance(error, Overloaded):
+        headers = {"retry-after": retry_after(error)}
+    elif isinstance(error, Unauthenticated):
+        headers = {"www-authenticate": "Bearer"}
+    elif status == STATUSES[Unavailable].http:
+        headers = {"retry-after": str(UNAVAILABLE_RETRY_S)}
+    return JSONResponse(shaped(describe(error, naming), status, scope), status, headers)
+
+
+def describe(error: ArrieroError, naming: Naming = chat_names) -> Json:
+    """The JSON of `error` in OpenAI's shape."""
+    text, status = str(error), status_of(error)
+    if isinstance(error, InvalidRequest):
+        text, field = naming(text), naming(error.field)
+        return body(text, status.kind, param=field or None, code=error.code)
+    if isinstance(error, NotFound):
+        return body(text, status.kind, param=error.field, code=error.code)
+    return body(text, status.kind, code=status.code)
+
+
+def body(message: str, kind: str, *, param: str | None = None, code: str | None = None) -> Json:
     """The JSON of an error in the OpenAI API."""
     # JSON can hold half of a surrogate pair, which UTF-8 cannot encode.
     message = message.encode("utf-8", "replace").decode()
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def _first(errors: Sequence[Mapping[str, Any]]) -> InvalidRequest:
+def first(errors: Sequence[Mapping[str, Any]]) -> InvalidRequest:
     """The error for the first field that broke the schema."""
     error = _deepest(errors)
     kind, context = error["type"], error.get("ctx", {})

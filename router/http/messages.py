@@ -57,6 +57,8 @@ class ContentPart(BaseModel):
         kind = part.get("type")
         if kind is None and "text" in part:
             part["type"] = "text"
+        elif not isinstance(kind, str):
+            return part  # refused by its type; only text can be looked up
         elif kind in _TEXT_PARTS:
             part["type"] = "text"
         elif kind in _IMAGE_PARTS:

@@ -69,6 +69,7 @@ class RequestMiddleware:
                 message["headers"] = [
                     *message.get("headers", ()),
                     (b"x-request-id", request_id.encode()),
+                    (b"request-id", request_id.encode()),  # where Anthropic's client looks
                 ]
             elif is_head:
                 message = {**message, "body": b""}
@@ -88,21 +89,23 @@ class RequestMiddleware:
         except ClientGone:
             log.debug("request %s: the client went away", request_id)
         except ArrieroError as error:  # from `_caller`; the app answers errors of its handlers
-            await errors.respond(error)(scope, receive, send_with_id)
+            await errors.respond(error, scope)(scope, receive, send_with_id)
         except Unreadable as error:
             content = errors.body(str(error), "invalid_request_error", param=error.field or None)
+            content = errors.shaped(content, error.status, scope)
             await _answer(send_with_id, error.status, content)
         except TooLarge as error:
             if not error.whole:
                 await _discard(receive, 2 * self._max)
             text = f"the body has more than {self._max} bytes, the limit; send less"
             content = errors.body(text, "invalid_request_error", code="request_too_large")
-            await _answer(send_with_id, 413, content)
+            await _answer(send_with_id, 413, errors.shaped(content, 413, scope))
         except Exception:
             log.exception("request %s failed", request_id)
             if started:
                 raise
-            await _answer(send_with_id, 500, errors.internal(request_id))
+            content = errors.shaped(errors.internal(request_id), 500, scope)
+            await _answer(send_with_id, 500, content)
 
     async def _read(
         self, scope: Scope, receive: Receive, headers: Mapping[bytes, bytes]
@@ -140,6 +143,8 @@ class RequestMiddleware:
         if path in _WITHOUT_KEY:
             return None
         authorization = headers.get(b"authorization", b"").decode("latin-1")
+        if not authorization and (key := headers.get(b"x-api-key", b"")):  # Anthropic's header
+            authorization = f"Bearer {key.decode('latin-1')}"
         if path == "/metrics":
             self._admission.check_metrics(authorization)
             return None

@@ -20,6 +20,7 @@ from arriero.router.tools import ToolCall, partial_call
 
 Json = dict[str, Any]
 
+_DONE = b"data: [DONE]\n\n"
 _ENCODER = json.JSONEncoder(separators=(",", ":"))  # `dumps` would make an encoder for each event
 
 
@@ -74,10 +75,12 @@ class ChatCompletion:
     Args:
         model: id of the model.
         tokenizer: spells tokens, for log-probabilities.
+        with_usage: end a stream with the usage.
     """
 
-    def __init__(self, model: str, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: str, tokenizer: Tokenizer, *, with_usage: bool = False) -> None:
         self._tokenizer = tokenizer
+        self._with_usage = with_usage
         self._head: Json = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "object": "chat.completion.chunk",
@@ -101,12 +104,18 @@ class ChatCompletion:
         """Chunks of a stream: a chunk for each sample in `message`."""
         return [self._head | {"choices": [self._delta(output)]} for output in message.outputs]
 
-    def last(self, counted: Json) -> Json:
-        """The chunk with the usage."""
-        return self._head | {"choices": [], "usage": counted}
+    def end(self, usages: Sequence[pb.Usage]) -> bytes:
+        """The chunk with the usage, if wanted, and the end of the stream."""
+        chunk = self._head | {"choices": [], "usage": usage(*usages)}
+        return (event(chunk) if self._with_usage else b"") + _DONE
 
-    def whole(self, messages: Sequence[tuple[int, pb.GenerateResponse]], counted: Json) -> Json:
+    def failed(self, error: Json) -> bytes:
+        """The event of an error, which ends the stream."""
+        return event(error)
+
+    def whole(self, messages: Sequence[tuple[int, pb.GenerateResponse]]) -> Json:
         """The sum of the messages as a whole completion."""
+        counted = usage(*(message.usage for _, message in messages if message.HasField("usage")))
         choices: dict[int, Json] = {}
         for number, message in messages:
             for event in self.events(number, message):
@@ -207,6 +216,7 @@ class TextCompletion:
         echo: texts of the prompts to return ("" for a prompt of token ids); None for no echo.
         skip_special: leave special tokens out of prompts of token ids.
         prompt_only: return the echo without output.
+        with_usage: end a stream with the usage.
     """
 
     def __init__(
@@ -218,8 +228,10 @@ class TextCompletion:
         echo: Sequence[str] | None,
         skip_special: bool,
         prompt_only: bool = False,
+        with_usage: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
+        self._with_usage = with_usage
         self._n = n
         self._prompt_only = prompt_only
         self._echo = echo
@@ -251,12 +263,18 @@ class TextCompletion:
             self._head | {"choices": [self._choice(number, output)]} for output in message.outputs
         ]
 
-    def last(self, counted: Json) -> Json:
-        """The chunk with the usage."""
-        return self._head | {"choices": [], "usage": self._usage(counted)}
+    def end(self, usages: Sequence[pb.Usage]) -> bytes:
+        """The chunk with the usage, if wanted, and the end of the stream."""
+        chunk = self._head | {"choices": [], "usage": self._usage(usage(*usages))}
+        return (event(chunk) if self._with_usage else b"") + _DONE
 
-    def whole(self, messages: Sequence[tuple[int, pb.GenerateResponse]], counted: Json) -> Json:
+    def failed(self, error: Json) -> bytes:
+        """The event of an error, which ends the stream."""
+        return event(error)
+
+    def whole(self, messages: Sequence[tuple[int, pb.GenerateResponse]]) -> Json:
         """The sum of the messages as a whole completion."""
+        counted = usage(*(message.usage for _, message in messages if message.HasField("usage")))
         choices: dict[int, Json] = {}
         for number, message in messages:
             for event in self.events(number, message):

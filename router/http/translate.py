@@ -129,6 +129,24 @@ def tokenize_request(body: TokenizeBody) -> pb.TokenizeRequest:
     return request
 
 
+def conversation_request(body: ChatBody) -> pb.TokenizeRequest:
+    """The call that counts the prompt tokens of a chat body.
+
+    Raises:
+        InvalidRequest: as `chat_request`.
+    """
+    chat = chat_request(body)
+    request = pb.TokenizeRequest(model=chat.model)
+    conversation = request.conversation
+    conversation.messages.extend(chat.messages)
+    if chat.tool_choice != pb.TOOL_CHOICE_NONE:
+        conversation.tools.extend(chat.tools)
+    for name in ("add_generation_prompt", "continue_final_message"):
+        if chat.HasField(name):
+            setattr(conversation, name, getattr(chat, name))
+    return request
+
+
 def detokenize_request(model: str, tokens: list[int], skip_special: bool) -> pb.DetokenizeRequest:
     """The call for a detokenize body.
 

@@ -120,7 +120,8 @@ async def test_pydantic_ai(llama_tokenizer: Tokenizer) -> None:
         assert all("calls | form" in grammar for grammar in grammars(stack))
 
 
-async def test_openai_agents(llama_tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("interface", ["OpenAIChatCompletionsModel", "OpenAIResponsesModel"])
+async def test_openai_agents(llama_tokenizer: Tokenizer, interface: str) -> None:
     agents = pytest.importorskip(
         "agents", reason="openai-agents is not installed: arriero[clients]"
     )
@@ -134,7 +135,7 @@ async def test_openai_agents(llama_tokenizer: Tokenizer) -> None:
             scripted(llama_tokenizer, then=then) as stack,
             openai.AsyncOpenAI(base_url=base_url(stack), api_key="none", max_retries=0) as ask,
         ):
-            model = agents.OpenAIChatCompletionsModel(model="tiny", openai_client=ask)
+            model = getattr(agents, interface)(model="tiny", openai_client=ask)
             agent = agents.Agent(name="guide", model=model, tools=[tool], output_type=kind)
             told = await agents.Runner.run(agent, QUESTION)
             assert told.final_output == due

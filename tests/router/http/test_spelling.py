@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from arriero.router.http.responses import ChatCompletion, TextCompletion, usage
+from arriero.router.http.responses import ChatCompletion, TextCompletion
 from arriero.router.http.spelling import TextOffsets, spell, spell_unique
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.requests import OutputOptions
@@ -87,7 +87,7 @@ def completed(
         echo=None if prompt == [260] else [echo],
         skip_special=options.get("skip_special_tokens", True),
     )
-    (choice,) = shape.whole(messages, usage())["choices"]
+    (choice,) = shape.whole(messages)["choices"]
     return choice
 
 
@@ -180,9 +180,9 @@ def test_no_alternative_is_lost(model: TextModel) -> None:
         outputs=[pb.Output(logprobs=[position], text="\ufffd", finish_reason=1)]
     )
     shape = TextCompletion("m", model.tokenizer, n=1, echo=None, skip_special=True)
-    (choice,) = shape.whole([(0, message)], usage())["choices"]
+    (choice,) = shape.whole([(0, message)])["choices"]
     assert list(choice["logprobs"]["top_logprobs"][0]) == names
-    (choice,) = ChatCompletion("m", model.tokenizer).whole([(0, message)], usage())["choices"]
+    (choice,) = ChatCompletion("m", model.tokenizer).whole([(0, message)])["choices"]
     (entry,) = choice["logprobs"]["content"]
     assert [bytes(other["bytes"]) for other in entry["top_logprobs"]] == [
         vocabulary.pieces[token] for token in parts
