@@ -115,7 +115,8 @@ class AsyncClient(GatewayClient[grpc.aio.Channel]):
 
     @cached_property
     def _stub(self) -> InferenceAsyncStub:
-        return InferenceStub(self._channel)
+        stub: InferenceAsyncStub = InferenceStub(self._channel)
+        return stub
 
     async def generate(self, prompt: Prompt, **fields: Any) -> AsyncIterator[pb.GenerateResponse]:  # noqa: ANN401
         """Continue `prompt`; see `generate_request`. Leaving the iterator cancels the call."""
@@ -213,7 +214,8 @@ class Client(GatewayClient[grpc.Channel]):
 
     @cached_property
     def _stub(self) -> InferenceStub:
-        return InferenceStub(self._channel)
+        stub: InferenceStub = InferenceStub(self._channel)
+        return stub
 
     def generate(self, prompt: Prompt, **fields: Any) -> Iterator[pb.GenerateResponse]:  # noqa: ANN401
         """Continue `prompt`; see `generate_request`. Leaving the iterator cancels the call."""
