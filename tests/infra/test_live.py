@@ -5,7 +5,9 @@ Needs real Ray and Redis; takes minutes. The nodes listen at loopback addresses 
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -41,8 +43,11 @@ pytestmark = [
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    """A free port that neither the system nor Ray gives to another process meanwhile."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            return port
 
 
 def wait(condition: Callable[[], bool], what: str, limit_s: float = START_S) -> float:
