@@ -16,8 +16,8 @@ import grpc
 import grpc.aio
 from google.protobuf.message import Message
 
+from arriero.router.calls.error_statuses import retry_after, status_of
 from arriero.router.calls.request_notes import RequestNotes
-from arriero.router.error_statuses import retry_after, status_of
 from arriero.router.inference import Stream
 from arriero.router.requests import read_request_id
 from arriero.router.response import TextDelta

@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from arriero.router.error_statuses import CLASSES
+from arriero.router.calls.error_statuses import CLASSES
 from arriero.shards.errors import ContextTooLong, InvalidRequest, Overloaded
 
 

@@ -17,7 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from arriero.router.error_statuses import STATUSES, retry_after, status_of
+from arriero.router.calls.error_statuses import STATUSES, retry_after, status_of
 from arriero.shards.errors import (
     ArrieroError,
     InvalidRequest,

@@ -11,6 +11,7 @@ import math
 import re
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -92,20 +93,18 @@ class RequestMiddleware:
             await errors.respond(error, scope)(scope, receive, send_with_id)
         except Unreadable as error:
             content = errors.body(str(error), "invalid_request_error", param=error.field or None)
-            content = errors.shaped(content, error.status, scope)
-            await _answer(send_with_id, error.status, content)
+            await _refuse(send_with_id, error.status, content, scope)
         except TooLarge as error:
             if not error.whole:
                 await _discard(receive, 2 * self._max)
             text = f"the body has more than {self._max} bytes, the limit; send less"
             content = errors.body(text, "invalid_request_error", code="request_too_large")
-            await _answer(send_with_id, 413, errors.shaped(content, 413, scope))
+            await _refuse(send_with_id, 413, content, scope)
         except Exception:
             log.exception("request %s failed", request_id)
             if started:
                 raise
-            content = errors.shaped(errors.internal(request_id), 500, scope)
-            await _answer(send_with_id, 500, content)
+            await _refuse(send_with_id, 500, errors.internal(request_id), scope)
 
     async def _read(
         self, scope: Scope, receive: Receive, headers: Mapping[bytes, bytes]
@@ -170,6 +169,10 @@ def _deadline_s(value: bytes | None) -> float | None:
             "x-request-timeout", f"the header `x-request-timeout`={shown!r} must be seconds above 0"
         )
     return time.monotonic() + timeout_s
+
+
+async def _refuse(send: Send, status: int, content: dict[str, Any], scope: Scope) -> None:
+    await _answer(send, status, errors.shaped(content, status, scope))
 
 
 async def _discard(receive: Receive, most: int) -> None:

@@ -120,6 +120,10 @@ async def ask_leader(
     finally:
         answered.cancel()
         connection.abort("")
+    return _read_answer(frame, kind)
+
+
+def _read_answer(frame: bytes, kind: type[T]) -> T:
     message = wire.decode(frame, frames.ActionMessage)
     if isinstance(message, frames.ActionAnswer):
         return wire.decode(memoryview(message.answer), kind)

@@ -36,7 +36,11 @@ MAX_PAGE = 100
 
 def add_responses(app: FastAPI, inference: Inference, store: ResponseStore) -> None:
     """Add the paths to `app`."""
+    _add_creation(app, inference, store)
+    _add_stored(app, store)
 
+
+def _add_creation(app: FastAPI, inference: Inference, store: ResponseStore) -> None:
     @app.post("/v1/responses", response_class=Response, responses=_EVENTS)
     async def create(body: ResponsesBody, request: Request) -> Response:
         """Answer items of input, in the shape of the OpenAI API."""
@@ -63,6 +67,8 @@ def add_responses(app: FastAPI, inference: Inference, store: ResponseStore) -> N
         counted = await until_disconnect(request, inference.tokenize(call))
         return {"object": "response.input_tokens", "input_tokens": len(counted.token_ids)}
 
+
+def _add_stored(app: FastAPI, store: ResponseStore) -> None:
     @app.get("/v1/responses/{response_id}", response_class=Response, responses=_EVENTS)
     async def retrieve(
         response_id: str, request: Request, stream: bool = False, starting_after: int = -1

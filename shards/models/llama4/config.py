@@ -175,14 +175,14 @@ class Llama4Config:
         whole = Fields(settings, source)
         architecture = _architecture(whole)
         read = whole if whole.get("text_config") is None else _part(whole, "text_config")
-        has_vision = architecture == LLAMA4_ARCHITECTURES[0]
-        vision = _vision(whole) if has_vision else None
+        vision = _vision(whole) if architecture == LLAMA4_ARCHITECTURES[0] else None
         _refuse_uncomputed(read)
         vocab_size = read.size("vocab_size")
         num_layers = read.size("num_hidden_layers", most=_MAX_LAYERS)
         num_heads, num_kv_heads = read_heads(read)
         num_experts = read.size("num_local_experts", most=_MAX_EXPERTS)
         max_positions = read.size("max_position_embeddings")
+        tied = whole.flag("tie_word_embeddings") or read.flag("tie_word_embeddings")
         more = Fields(generation or {}, source.replace("config.json", "generation_config.json"))
         dtypes = read if read.get("torch_dtype") or read.get("dtype") else whole
         return cls(
@@ -207,8 +207,7 @@ class Llama4Config:
             rms_norm_eps=read.number("rms_norm_eps", 1e-5, low=0),
             rope=_rope(read, max_positions),
             max_position_embeddings=max_positions,
-            tie_word_embeddings=whole.flag("tie_word_embeddings")
-            or read.flag("tie_word_embeddings"),
+            tie_word_embeddings=tied,
             torch_dtype=read_torch_dtype(dtypes),
             bos_token_id=next(iter(read.tokens("bos_token_id", vocab_size)), None),
             eos_token_ids=end_tokens(more, read, vocab_size),
