@@ -6,7 +6,6 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-import anthropic
 import httpx
 import pytest
 from pydantic import BaseModel
@@ -16,6 +15,8 @@ from arriero.router import templates
 from arriero.router.gateway import GatewayConfig
 from arriero.shards.engine.types import EngineRequest
 from support.frontdoor import Stack, make_card, serve
+
+anthropic = pytest.importorskip("anthropic", reason="anthropic is not installed: arriero[clients]")
 
 CALL = '{"name": "get_weather", "parameters": {"city": "La Paz"}}'
 RESULT = "sunny in La Paz"
