@@ -84,7 +84,7 @@ class GatewayClient(ABC, Generic[C]):
         self._address = addresses[0]
         self._timeout_s, self._retries = timeout_s, retries
         self._resume_s = resume_s
-        self._channel = self._open(self._address)
+        self._channel: C = self._open(self._address)
 
     @abstractmethod
     def _open(self, address: str) -> C:

@@ -138,18 +138,23 @@ def _add_user(conversation: Conversation, path: str, blocks: Sequence[Block]) ->
         if parts:
             conversation.add(path, role="user", content=parts)
             parts = []
-        content = block.content or ""
-        if not isinstance(content, str):
-            content = [  # type: ignore[assignment]
-                part
-                for inner, entry in enumerate(content)
-                for part in _parts(f"{at}.content[{inner}]", entry)
-            ]
         _check_extra(at, block)
+        content = _result(at, block.content or "")
         conversation.add(at, role="tool", content=content, tool_call_id=block.tool_use_id or "")
         added = True
     if parts or not added:
         conversation.add(path, role="user", content=parts)
+
+
+def _result(path: str, content: str | list[Block]) -> str | list[Json]:
+    """The content of a tool's result as that of a chat message."""
+    if isinstance(content, str):
+        return content
+    return [
+        part
+        for number, block in enumerate(content)
+        for part in _parts(f"{path}.content[{number}]", block)
+    ]
 
 
 def _add_assistant(conversation: Conversation, path: str, blocks: Sequence[Block]) -> None:
