@@ -121,6 +121,7 @@ async def test_a_flood_waits_and_others_pass(llama_tokenizer: Tokenizer, tmp_pat
         AsyncClient(stack.address, api_key=quiet_key, timeout_s=60) as quiet,
     ):
         order: list[str] = []
+        stack.engine.max_running = 0  # nothing ends before all of them wait
 
         async def ask(client: AsyncClient, name: str) -> None:
             await tokens(client, max_tokens=20)
@@ -133,6 +134,7 @@ async def test_a_flood_waits_and_others_pass(llama_tokenizer: Tokenizer, tmp_pat
         with pytest.raises(Overloaded, match="max_queued"):
             await tokens(flood)
         asked.append(asyncio.create_task(ask(quiet, "quiet")))
+        stack.engine.max_running = None
         await asyncio.gather(*asked)
         assert order.index("quiet") <= 5
         assert len(stack.engine.submitted) == 12
@@ -166,7 +168,7 @@ async def test_what_waits_too_long_is_refused(llama_tokenizer: Tokenizer) -> Non
         long = asyncio.gather(*(tokens(stack.client, max_tokens=50_000) for _ in range(2)))
         await eventually_async(lambda: len(stack.engine.submitted) >= 2, every_s=0.002)
         begun = time.monotonic()
-        with pytest.raises(Overloaded, match=r"waited 0\.3 s"):
+        with pytest.raises(Overloaded, match=r"waited (0\.[3-9]|[1-9]\d*\.\d) s"):
             await tokens(stack.client)
         late = await ask.post(
             "/v1/chat/completions", json=ASK, headers={"x-request-timeout": "0.1"}
@@ -300,19 +302,19 @@ async def test_a_link_needs_the_token_and_the_certificate(
     engine.on_outputs = link.on_outputs
     address = await link.start()
 
-    async def ready(config: GatewayConfig, token: str) -> bool:
+    async def ready(config: GatewayConfig, token: str, within_s: float = 1.0) -> bool:
         gateway = Gateway(config)
         await gateway.start()
         await gateway.set_groups([GroupAddress("g0", "tiny", address, token)])
         try:
-            await eventually_async(lambda: gateway.ready, 1.0)
+            await eventually_async(lambda: gateway.ready, within_s)
         except TimeoutError:
             pass
         found = gateway.ready
         await gateway.stop(0)
         return found
 
-    assert await ready(GatewayConfig(link_tls=tls), "right")
+    assert await ready(GatewayConfig(link_tls=tls), "right", 10.0)
     assert not await ready(GatewayConfig(link_tls=tls), "wrong")
     assert not await ready(GatewayConfig(), "right")
     await link.stop(0)

@@ -30,11 +30,12 @@ def eventually(
         state: shown where the time runs out.
 
     Raises:
-        AssertionError: the time ran out; an error of the condition itself passes.
+        TimeoutError: the time ran out; an error of the condition itself passes.
     """
     deadline_s = time.monotonic() + within_s
     while not (value := condition()):
-        assert time.monotonic() < deadline_s, _late(within_s, state)
+        if time.monotonic() > deadline_s:
+            raise TimeoutError(_late(within_s, state))
         time.sleep(every_s)
     return value
 
@@ -49,7 +50,8 @@ async def eventually_async(
     """`eventually`, while the event loop goes on."""
     deadline_s = time.monotonic() + within_s
     while not (value := condition()):
-        assert time.monotonic() < deadline_s, _late(within_s, state)
+        if time.monotonic() > deadline_s:
+            raise TimeoutError(_late(within_s, state))
         await asyncio.sleep(every_s)
     return value
 
