@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from multiprocessing.context import BaseContext
+from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 
 import numpy as np
@@ -315,7 +315,9 @@ class RemoteExecutor:
             raise self._failure or GroupFailed(failure.error)
 
 
-def spawn_group(config: GroupConfig, context: BaseContext | None = None) -> RemoteExecutor:
+def spawn_group(
+    config: GroupConfig, context: SpawnContext | ForkServerContext | None = None
+) -> RemoteExecutor:
     """Start a group's slices as child processes; `close` stops the processes.
 
     Args:
