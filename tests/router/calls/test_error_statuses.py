@@ -56,7 +56,7 @@ class Reply:
 def test_statuses(error: ArrieroError, code: str, http: int, kind: str) -> None:
     status = grpc_calls._status(error)
     assert status[0].name == code
-    response = respond(error)
+    response = respond(error, {"path": "/v1/chat/completions"})
     assert (response.status_code, json.loads(response.body)["error"]["type"]) == (http, kind)
     back = from_status(Reply(status))
     assert str(back) == str(error)
