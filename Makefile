@@ -32,7 +32,7 @@ help:
 	@echo 'make demo    set up, fetch a small model, serve it, ask it a question'
 	@echo 'make test    set up, then everything CI runs: check, and the tests'
 	@echo 'make check   ruff, mypy, the import rules, empty names'
-	@echo 'make quick   the inner loop: tests of plain Python, in a minute or two; no Ray, no model'
+	@echo 'make quick   the inner loop: tests of plain Python, in minutes; no Ray, no model'
 	@echo 'make all     test, then every long suite that needs no GPU: hours'
 	@echo 'make unit    the tests alone'
 	@echo 'make oracle  the long comparison with transformers'
