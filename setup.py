@@ -25,6 +25,7 @@ _HEADERS = [
     "decoder.h",
     "experts.h",
     "limits.h",
+    "lora.h",
     "pack.h",
     "sampling.h",
     "api.inc",

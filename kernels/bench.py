@@ -312,16 +312,16 @@ class KernelBench:
 
 def measure_rates(ops: Ops, dtype: torch.dtype, device: torch.device) -> Rates:
     """Rates of the machine: with the instructions of the C++ kernels if possible, else by torch."""
+    from arriero.kernels.cpu import limits
     from arriero.kernels.cpu.backend import CpuOps
 
     if isinstance(ops, CpuOps):
         data = torch.ones(_UNCACHED_BYTES * 2 // 4)
         rounds = 100_000
-        memory = data.nbytes / _best_s(lambda: ops.read_bytes(data))
-        matrix = ops.multiply_only(1, dtype) * rounds
-        return Rates(
-            memory=memory, matrix=matrix / _best_s(lambda: ops.multiply_only(rounds, dtype))
-        )
+        memory = data.nbytes / _best_s(lambda: limits.read_bytes(ops, data))
+        matrix = limits.multiply_only(ops, 1, dtype) * rounds
+        best_s = _best_s(lambda: limits.multiply_only(ops, rounds, dtype))
+        return Rates(memory=memory, matrix=matrix / best_s)
     data = torch.ones(_UNCACHED_BYTES * 2 // 4, device=device)
     a_NN = torch.randn(2048, 2048, device=device).to(dtype)
 

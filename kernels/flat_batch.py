@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from arriero.kernels.lora import AdapterRows
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FlatBatch:
@@ -29,6 +31,7 @@ class FlatBatch:
         local: the same tokens for layers with chunked attention that have a separate cache.
             Positions there count from a multiple of the chunk size, for each sequence, so that
             tables stay short; `cos_TD` and `sin_TD` are of global positions.
+        adapters: tokens of requests with an adapter; None without one.
     """
 
     positions_T: Tensor
@@ -41,3 +44,4 @@ class FlatBatch:
     max_query: int
     max_context: int
     local: FlatBatch | None = None
+    adapters: AdapterRows | None = None

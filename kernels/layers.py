@@ -13,6 +13,7 @@ from typing import Literal
 from torch import Tensor
 
 from arriero.kernels.attention_mask import FULL_ATTENTION, AttentionMaskSpec
+from arriero.kernels.lora import LayerLora
 from arriero.kernels.packed_weights import Linear
 
 
@@ -55,6 +56,7 @@ class DenseLayer:
         q_norm_D, k_norm_D: float32 weights of a norm of each head of q, of k, before RoPE, with
             the layer's eps (Qwen3); None for none. Both are given or neither. All heads of a
             slice, and all slices, have the same weights.
+        lora: adapters of the layer; None in a group without adapters.
     """
 
     attn_norm_H: Tensor
@@ -71,6 +73,7 @@ class DenseLayer:
     style: AttentionStyle = AttentionStyle()
     q_norm_D: Tensor | None = None
     k_norm_D: Tensor | None = None
+    lora: LayerLora | None = None
 
     @property
     def norms_nbytes(self) -> int:

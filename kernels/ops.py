@@ -27,7 +27,7 @@ this rule to rounding only, since torch chooses kernels for matrix products by b
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from arriero.kernels import expert_rows, moe
+from arriero.kernels import adapted, expert_rows, lora, moe
 from arriero.kernels.attention_mask import FULL_ATTENTION, AttentionMaskSpec
 from arriero.kernels.expert_rows import RowFormat
 from arriero.kernels.flat_batch import FlatBatch
@@ -43,6 +43,7 @@ from arriero.kernels.input_transform import InputTransform, quantize_rows
 from arriero.kernels.kv_cache import KVCache, KVCacheSpec
 from arriero.kernels.layer_cache import layer_caches
 from arriero.kernels.layers import DenseLayer, MoELayer
+from arriero.kernels.lora import AdapterRows, LoraBank
 from arriero.kernels.moe import Permutation, Routing
 from arriero.kernels.packed_weights import Linear, Vocab
 from arriero.kernels.quantized_weight import QuantizedWeight
@@ -51,8 +52,12 @@ from arriero.kernels.sampling_rows import Sampled, SamplingRows
 Reduce = Callable[[Tensor], Tensor]
 """Sums a partial result [T, H] over the slices of a tensor-parallel stage, perhaps in place."""
 
-Experts = Callable[[Tensor, MoELayer], Tensor]
+Experts = Callable[[Tensor, MoELayer, AdapterRows | None], Tensor]
 """As `Ops.moe_block`, with experts on other ranks."""
+
+LayerTaps = Mapping[int, Callable[[Tensor], None]]
+"""Called with x [T, H] as it enters a layer of the stage, by the layer's number in the stage; the
+number of layers stands for the output of the last one. A function that keeps x must copy it."""
 
 
 class Ops(ABC):
@@ -162,6 +167,15 @@ class Ops(ABC):
     @abstractmethod
     def linear(self, x_TI: Tensor, w: Linear) -> Tensor:
         """The product x Wᵀ + b: [T, O]."""
+
+    def add_lora(
+        self, y_TO: Tensor, x_TI: Tensor, banks: Sequence[LoraBank], rows: AdapterRows
+    ) -> None:
+        """Add the adapters' products with x to y, in place: y += (x Aᵀ) B, by the slot of the row.
+
+        Rows without an adapter stay as they are, bit for bit.
+        """
+        lora.add_lora(y_TO, x_TI, banks, rows)
 
     def quantize_rows(self, x_TI: Tensor, bound: float) -> tuple[Tensor, Tensor]:
         """Round rows to float8: q float8_e4m3fn [T, I] and scale float32 [T, 1].
@@ -298,20 +312,16 @@ class Ops(ABC):
         expert_rows.check(rows_XB, size, format)
         return expert_rows.unpack(rows_XB.index_select(0, row_Y), format, dtype)
 
-    def moe_block(self, x_TH: Tensor, layer: MoELayer) -> Tensor:
+    def moe_block(
+        self, x_TH: Tensor, layer: MoELayer, adapters: AdapterRows | None = None
+    ) -> Tensor:
         """Norm, shared expert, and the local routed experts: a partial result [T, H].
 
         Llama 4: the score multiplies the input of the expert, before SwiGLU, and not the output:
         shared(h) + sum of expert(score * h), with h the normed x.
         """
         h_TH = self.rms_norm(x_TH, layer.mlp_norm_H, layer.eps)
-        routing = self.moe_route(h_TH, layer.router, layer.top_k)
-        order = self.moe_permute(routing, layer.first_expert, len(layer.experts_down))
-        h_XH = h_TH[order.token_X.long()] * order.score_X[:, None].to(h_TH.dtype)
-        y_XF2 = self.grouped_linear(h_XH, layer.experts_gate_up, order.starts_E1)
-        y_XH = self.grouped_linear(self.silu_mul(y_XF2), layer.experts_down, order.starts_E1)
-        shared_TH = self.linear(self.silu_mul(self.linear(h_TH, layer.gate_up)), layer.down)
-        return shared_TH + self.moe_combine(y_XH, order)
+        return adapted.moe(self, h_TH, layer, adapters)
 
     # Blocks: several ops in a call. A backend overrides a block where a fused kernel is faster.
 
@@ -319,17 +329,20 @@ class Ops(ABC):
         self, x_TH: Tensor, layer: DenseLayer, kv: KVCache, kv_layer: int, batch: FlatBatch
     ) -> Tensor:
         """Norm, qkv, RoPE, cache write, attention, output projection: a partial result [T, H]."""
-        qkv_TE = self.linear(self.rms_norm(x_TH, layer.attn_norm_H, layer.eps), layer.qkv)
+        h_TH = self.rms_norm(x_TH, layer.attn_norm_H, layer.eps)
+        qkv_TE = adapted.linear(self, h_TH, layer, "qkv", batch.adapters)
         q_TND = self.rope_write_kv(qkv_TE, layer, kv, kv_layer, batch)
         out_TE = self.paged_attention(
             q_TND, layer.softmax_scale, kv, kv_layer, batch, layer.style.mask
         )
-        return self.linear(out_TE, layer.o)
+        return adapted.linear(self, out_TE, layer, "o", batch.adapters)
 
-    def mlp_block(self, x_TH: Tensor, layer: DenseLayer) -> Tensor:
+    def mlp_block(
+        self, x_TH: Tensor, layer: DenseLayer, adapters: AdapterRows | None = None
+    ) -> Tensor:
         """Norm, gate and up, SwiGLU, down: a partial result [T, H]."""
         h_TH = self.rms_norm(x_TH, layer.mlp_norm_H, layer.eps)
-        return self.linear(self.silu_mul(self.linear(h_TH, layer.gate_up)), layer.down)
+        return adapted.gated_mlp(self, h_TH, layer, adapters)
 
     def decoder(
         self,
@@ -339,6 +352,7 @@ class Ops(ABC):
         *,
         local_kv: KVCache | None = None,
         experts: Experts | None = None,
+        taps: LayerTaps | None = None,
     ) -> Callable[[Tensor, FlatBatch], Tensor]:
         """Build the pass through a stage's layers: (x [T, H], batch) to x [T, H], maybe in place.
 
@@ -350,19 +364,25 @@ class Ops(ABC):
             reduce: sum over the slices of the stage; None for a single slice.
             local_kv: cache of the layers with chunked attention, in order; None if they use `kv`.
             experts: runs layers with experts; None for `moe_block`.
+            taps: functions that read x between layers; None for none.
         """
         caches = layer_caches(layers, kv, local_kv)
+        reads = dict(taps or {})
         routed = self.moe_block if experts is None else experts
 
         def run(x_TH: Tensor, batch: FlatBatch) -> Tensor:
-            for layer, cache in zip(layers, caches, strict=True):
+            for i, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
+                if i in reads:
+                    reads[i](x_TH)
                 part = self.attention_block(x_TH, layer, cache.kv, cache.index, cache.batch(batch))
                 x_TH += part if reduce is None else reduce(part)
                 if isinstance(layer, MoELayer):
-                    part = routed(x_TH, layer)
+                    part = routed(x_TH, layer, batch.adapters)
                 else:
-                    part = self.mlp_block(x_TH, layer)
+                    part = self.mlp_block(x_TH, layer, batch.adapters)
                 x_TH += part if reduce is None else reduce(part)
+            if len(layers) in reads:
+                reads[len(layers)](x_TH)
             return x_TH
 
         return run

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from arriero.kernels import input_transform
 from arriero.kernels.attention_mask import FULL_ATTENTION, AttentionMaskSpec
-from arriero.kernels.cpu import sampling
+from arriero.kernels.cpu import lora, sampling
 from arriero.kernels.cpu.cache import CpuKVCache
 from arriero.kernels.cpu.decoder import CpuDecoder
 from arriero.kernels.cpu.library import Layer, load
@@ -38,11 +38,12 @@ from arriero.kernels.cpu.structs import (
     vocab_of,
 )
 from arriero.kernels.cpu.threads import available_threads
-from arriero.kernels.cpu.weights import TYPES, pack_plain, pack_quantized
+from arriero.kernels.cpu.weights import pack_plain, pack_quantized
 from arriero.kernels.flat_batch import FlatBatch
 from arriero.kernels.kv_cache import KVCache, KVCacheSpec
 from arriero.kernels.layers import DenseLayer, MoELayer
-from arriero.kernels.ops import Experts, Ops, Reduce
+from arriero.kernels.lora import AdapterRows, LoraBank
+from arriero.kernels.ops import Experts, LayerTaps, Ops, Reduce
 from arriero.kernels.packed_weights import Linear, Vocab
 from arriero.kernels.quantized_weight import QuantizedWeight
 from arriero.kernels.sampling_rows import Sampled, SamplingRows
@@ -169,6 +170,12 @@ class CpuOps(Ops):
             out_TO.data_ptr(),
         )
         return out_TO
+
+    def add_lora(
+        self, y_TO: Tensor, x_TI: Tensor, banks: Sequence[LoraBank], rows: AdapterRows
+    ) -> None:
+        """See `Ops.add_lora`."""
+        lora.add(self, y_TO, x_TI, banks, rows)
 
     def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
         """See `Ops.rms_norm`."""
@@ -308,23 +315,27 @@ class CpuOps(Ops):
     ) -> Tensor:
         """See `Ops.attention_block`."""
         check_cache(layer, kv)
-        if not can_fuse(layer):
+        if not can_fuse(layer) or batch.adapters is not None:
             return super().attention_block(x_TH, layer, kv, kv_layer, batch)
         struct, _references = layer_struct(layer)
         struct.index = kv_layer
         return self.run_attention(struct, layer, x_TH, cache_of(kv), batch)
 
-    def mlp_block(self, x_TH: Tensor, layer: DenseLayer) -> Tensor:
+    def mlp_block(
+        self, x_TH: Tensor, layer: DenseLayer, adapters: AdapterRows | None = None
+    ) -> Tensor:
         """See `Ops.mlp_block`."""
-        if not can_fuse(layer):
-            return super().mlp_block(x_TH, layer)
+        if not can_fuse(layer) or adapters is not None:
+            return super().mlp_block(x_TH, layer, adapters)
         struct, _references = mlp_struct(layer)
         return self.run_mlp(struct, layer, x_TH)
 
-    def moe_block(self, x_TH: Tensor, layer: MoELayer) -> Tensor:
+    def moe_block(
+        self, x_TH: Tensor, layer: MoELayer, adapters: AdapterRows | None = None
+    ) -> Tensor:
         """See `Ops.moe_block`."""
-        if not can_fuse_experts(layer):
-            return super().moe_block(x_TH, layer)
+        if not can_fuse_experts(layer) or adapters is not None:
+            return super().moe_block(x_TH, layer, adapters)
         struct, _references = mlp_struct(layer)
         _expert_references = add_experts(struct, layer)
         return self.run_mlp(struct, layer, x_TH)
@@ -337,12 +348,14 @@ class CpuOps(Ops):
         *,
         local_kv: KVCache | None = None,
         experts: Experts | None = None,
+        taps: LayerTaps | None = None,
     ) -> Callable[[Tensor, FlatBatch], Tensor]:
         """See `Ops.decoder`.
 
-        A C++ call for each step; with `reduce` or experts on other ranks, a call for each block.
+        A C++ call for each step, and one more for each tap; with `reduce` or experts on other
+        ranks, a call for each block.
         """
-        return CpuDecoder(self, layers, kv, reduce, local_kv, experts)
+        return CpuDecoder(self, layers, kv, reduce, local_kv, experts, taps or {})
 
     def run_attention(
         self,
@@ -378,19 +391,6 @@ class CpuOps(Ops):
             part_TH.data_ptr(),
         )
         return part_TH
-
-    # Limits, for benchmarks.
-
-    def read_bytes(self, data: Tensor) -> None:
-        """Read every byte once on all threads, to measure the memory rate beyond the caches."""
-        checksum = ctypes.c_float()
-        self.call("read", data.data_ptr(), data.nbytes, ctypes.addressof(checksum))
-
-    def multiply_only(self, rounds: int, dtype: torch.dtype) -> float:
-        """Multiply and add in registers alone; returns the operations, 2 for each multiply-add."""
-        operations = ctypes.c_double()
-        self.call("multiply", rounds, TYPES[dtype], ctypes.addressof(operations))
-        return operations.value
 
     def call(self, name: str, *arguments: object) -> None:
         """Call `arriero_<name>` on this backend's threads."""

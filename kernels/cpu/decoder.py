@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, TypeGuard
 
 from torch import Tensor
@@ -28,7 +29,7 @@ from arriero.kernels.flat_batch import FlatBatch
 from arriero.kernels.kv_cache import KVCache
 from arriero.kernels.layer_cache import layer_caches
 from arriero.kernels.layers import DenseLayer, MoELayer
-from arriero.kernels.ops import Experts, Reduce
+from arriero.kernels.ops import Experts, LayerTaps, Reduce
 
 if TYPE_CHECKING:
     from arriero.kernels.cpu.backend import CpuOps
@@ -45,6 +46,7 @@ class CpuDecoder:
         reduce: Reduce | None,
         local_kv: KVCache | None,
         experts: Experts | None,
+        taps: LayerTaps,
     ) -> None:
         """Check that the layers fit the caches.
 
@@ -61,7 +63,9 @@ class CpuDecoder:
                     f"{len(layers)} layers do not fit a cache of {cache.kv.spec.num_layers} layers"
                 )
         self._reduce = reduce
-        self._experts = experts
+        self._experts, self._taps = experts, dict(taps)
+        cuts = sorted({0, len(layers), *self._taps})
+        self._runs = [(start, stop) for start, stop in pairwise(cuts) if stop > start]
         self._structs = (Layer * len(self._layers))()
         self._references: list[References] = []
         for i, (layer, cache) in enumerate(zip(self._layers, self._caches, strict=True)):
@@ -90,7 +94,7 @@ class CpuDecoder:
         if not self._layers:
             return x_TH
         x_TH = float_rows("decoder", x_TH, self._layers[0].qkv.in_features).contiguous()
-        if not self._in_one_call:
+        if not self._in_one_call or batch.adapters is not None:
             return self._run_blocks(x_TH, batch)
         num_tokens, head_dim = x_TH.shape[0], self._layers[0].head_dim
         c_batch = batch_struct(batch, num_tokens, head_dim)
@@ -98,40 +102,51 @@ class CpuDecoder:
         if self._local_kv is not None:
             assert batch.local is not None, "layers with a local cache need a local block table"
             c_local_batch = batch_struct(batch.local, num_tokens, head_dim)
-        self._ops.call(
-            "decoder",
-            ctypes.addressof(self._structs),
-            len(self._layers),
-            self._kv,
-            ctypes.addressof(c_batch),
-            x_TH.data_ptr(),
-            self._local_kv,
-            None if c_local_batch is None else ctypes.addressof(c_local_batch),
-        )
+        for start, stop in self._runs:
+            self._tap(start, x_TH)
+            self._ops.call(
+                "decoder",
+                ctypes.addressof(self._structs) + start * ctypes.sizeof(Layer),
+                stop - start,
+                self._kv,
+                ctypes.addressof(c_batch),
+                x_TH.data_ptr(),
+                self._local_kv,
+                None if c_local_batch is None else ctypes.addressof(c_local_batch),
+            )
+        self._tap(len(self._layers), x_TH)
         return x_TH
 
+    def _tap(self, i: int, x_TH: Tensor) -> None:
+        """Show x to the tap before layer i, if there is one."""
+        tap = self._taps.get(i)
+        if tap is not None:
+            tap(x_TH)
+
     def _run_blocks(self, x_TH: Tensor, batch: FlatBatch) -> Tensor:
-        ops, reduce = self._ops, self._reduce
+        ops, reduce, adapters = self._ops, self._reduce, batch.adapters
         self._read_ahead(0)
         for i, (layer, cache) in enumerate(zip(self._layers, self._caches, strict=True)):
             self._read_ahead(i + 1)
+            self._tap(i, x_TH)
             struct, layer_batch = self._structs[i], cache.batch(batch)
-            if can_fuse(layer):
+            if can_fuse(layer) and adapters is None:
                 part = ops.run_attention(struct, layer, x_TH, cache_of(cache.kv), layer_batch)
             else:
                 part = ops.attention_block(x_TH, layer, cache.kv, cache.index, layer_batch)
             x_TH += part if reduce is None else reduce(part)
             if isinstance(layer, MoELayer) and self._experts is not None:
-                part = self._experts(x_TH, layer)
-            elif isinstance(layer, MoELayer) and not self._routes_here(layer):
-                part = ops.moe_block(x_TH, layer)
-            elif not can_fuse(layer):
-                part = ops.mlp_block(x_TH, layer)
+                part = self._experts(x_TH, layer, adapters)
+            elif isinstance(layer, MoELayer) and (adapters or not self._routes_here(layer)):
+                part = ops.moe_block(x_TH, layer, adapters)
+            elif adapters or not can_fuse(layer):
+                part = ops.mlp_block(x_TH, layer, adapters)
             else:
                 part = ops.run_mlp(struct, layer, x_TH)
             x_TH += part if reduce is None else reduce(part)
             for mapping in self._mappings[i]:
                 mapping.release()
+        self._tap(len(self._layers), x_TH)
         return x_TH
 
     def _read_ahead(self, i: int) -> None:

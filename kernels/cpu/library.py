@@ -18,7 +18,7 @@ from typing import Any
 
 _LOG = logging.getLogger(__name__)
 
-_ABI = 6
+_ABI = 7
 """Must equal `arriero_abi()`, so that a library of an older build is not used."""
 
 VARIANTS = ("avx512bf16", "avx512", "avx2", "portable")
@@ -158,12 +158,29 @@ class Draws(ctypes.Structure):
     )
 
 
+class Lora(ctypes.Structure):
+    """`struct Lora` of native/lora.h."""
+
+    _fields_ = (
+        ("a", ctypes.c_void_p),
+        ("b", ctypes.c_void_p),
+        ("ranks", ctypes.c_void_p),
+        ("slots", ctypes.c_int64),
+        ("max_rank", ctypes.c_int64),
+        ("in_features", ctypes.c_int64),
+        ("out_features", ctypes.c_int64),
+        ("first", ctypes.c_int64),
+        ("type", ctypes.c_int32),
+    )
+
+
 _P, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "pack": (_P, _P, _I64, _P, _I64, _I64, _I64, _I32),
     "embed": (_P, _P, _I64, _P, _I64, _P),
     "linear": (_P, _P, _P, _I64, _I64, _P),
+    "lora": (_P, _P, _I64, _P, _I64, _I64, _P, _I64, _P, _I64, _P, _I64),
     "logits": (_P, _P, _P, _F32, _P, _I64, _I64, _P),
     "rms_norm": (_P, _P, _I64, _I64, _I64, _P, _F32, _P),
     "silu_mul": (_P, _P, _I64, _I64, _I64, _P),

@@ -18,8 +18,9 @@ from arriero.kernels.flat_batch import FlatBatch
 from arriero.kernels.kv_cache import KVCache, KVCacheSpec
 from arriero.kernels.layer_cache import layer_caches
 from arriero.kernels.layers import DenseLayer, MoELayer
+from arriero.kernels.lora import AdapterRows, LoraBank
 from arriero.kernels.moe import Permutation, Routing
-from arriero.kernels.ops import Experts, Ops, Reduce
+from arriero.kernels.ops import Experts, LayerTaps, Ops, Reduce
 from arriero.kernels.packed_weights import Linear, Vocab
 from arriero.kernels.quantized_weight import QuantizedWeight
 from arriero.kernels.sampling_rows import Sampled, SamplingRows
@@ -28,6 +29,7 @@ from arriero.kernels.triton import (
     expert_rows,
     experts,
     float8,
+    lora,
     matmul,
     norm,
     rope,
@@ -207,19 +209,35 @@ class TritonOps(Ops):
         check(rows_XB, size, format)
         return expert_rows.unpack(rows_XB, row_Y, size, format, dtype)
 
-    def moe_block(self, x_TH: Tensor, layer: MoELayer) -> Tensor:
+    def add_lora(
+        self, y_TO: Tensor, x_TI: Tensor, banks: Sequence[LoraBank], rows: AdapterRows
+    ) -> None:
+        """See `Ops.add_lora`."""
+        lora.add(y_TO, x_TI, banks, rows)
+
+    def moe_block(
+        self, x_TH: Tensor, layer: MoELayer, adapters: AdapterRows | None = None
+    ) -> Tensor:
         """Norm, shared expert and routed experts; see `Ops.moe_block`."""
+        if adapters is not None:
+            return super().moe_block(x_TH, layer, adapters)
         return self._moe(self.rms_norm(x_TH, layer.mlp_norm_H, layer.eps), layer)
 
     def attention_block(
         self, x_TH: Tensor, layer: DenseLayer, kv: KVCache, kv_layer: int, batch: FlatBatch
     ) -> Tensor:
         """Norm and attention; see `Ops.attention_block`."""
+        if batch.adapters is not None:
+            return super().attention_block(x_TH, layer, kv, kv_layer, batch)
         h_TH = self.rms_norm(x_TH, layer.attn_norm_H, layer.eps)
         return self._attention(h_TH, layer, kv, kv_layer, batch)
 
-    def mlp_block(self, x_TH: Tensor, layer: DenseLayer) -> Tensor:
+    def mlp_block(
+        self, x_TH: Tensor, layer: DenseLayer, adapters: AdapterRows | None = None
+    ) -> Tensor:
         """Norm and MLP; see `Ops.mlp_block`."""
+        if adapters is not None:
+            return super().mlp_block(x_TH, layer, adapters)
         return self._mlp(self.rms_norm(x_TH, layer.mlp_norm_H, layer.eps), layer)
 
     def decoder(
@@ -230,23 +248,31 @@ class TritonOps(Ops):
         *,
         local_kv: KVCache | None = None,
         experts: Experts | None = None,
+        taps: LayerTaps | None = None,
     ) -> Callable[[Tensor, FlatBatch], Tensor]:
         """The pass through a stage's layers; each residual sum is fused with the following norm."""
         caches = layer_caches(layers, kv, local_kv)
+        with_adapters = super().decoder(layers, kv, reduce, local_kv=local_kv, experts=experts)
         for layer in layers:
             if isinstance(layer, MoELayer):  # make tables of addresses before any graph capture
                 self._table(layer.experts_gate_up)
                 self._table(layer.experts_down)
 
+        reads = dict(taps or {})
+
         def run(x_TH: Tensor, batch: FlatBatch) -> Tensor:
+            if batch.adapters is not None:
+                return with_adapters(x_TH, batch)
             h_TH = norm.rms_norm(x_TH, layers[0].attn_norm_H, layers[0].eps)
             for i, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
+                if i in reads:
+                    reads[i](x_TH)
                 layer_batch = cache.batch(batch)
                 part = self._attention(h_TH, layer, cache.kv, cache.index, layer_batch)
                 part = part if reduce is None else reduce(part)
                 if isinstance(layer, MoELayer) and experts is not None:
                     x_TH += part
-                    part = experts(x_TH, layer)
+                    part = experts(x_TH, layer, None)
                 else:
                     h_TH = norm.add_rms_norm(x_TH, part, layer.mlp_norm_H, layer.eps)
                     if isinstance(layer, MoELayer):
@@ -259,6 +285,8 @@ class TritonOps(Ops):
                     h_TH = norm.add_rms_norm(x_TH, part, after.attn_norm_H, after.eps)
                 else:
                     x_TH += part
+            if len(layers) in reads:
+                reads[len(layers)](x_TH)
             return x_TH
 
         return run

@@ -142,7 +142,7 @@ def permute(routing: Routing, first_expert: int, num_experts: int) -> Permutatio
         experts_TA.shape[1],
         first_expert,
         num_experts,
-        BLOCK=max(16, min(BLOCK, power_of_two(max(1, pairs)), (1 << 14) // columns)),
+        BLOCK=max(16, min(BLOCK, (1 << 13) // columns)),  # one binary for any number of pairs
         EXPERTS=columns,
         num_warps=8,
         **EXACT,

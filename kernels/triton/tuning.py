@@ -32,8 +32,8 @@ class AttentionBlocks:
             twice as long each time.
         num_warps, num_stages: launch options of a decode.
         prefill_block_m: rows (queries times heads of a group) of a prefill's tile.
-        prefill_num_warps, prefill_num_stages: launch options of a prefill. Each 16 rows of a tile
-            belong to one warp, in decode too, so that a row's sums have the same order.
+        prefill_num_warps, prefill_num_stages: launch options of a prefill. The rows of a tile for
+            each warp are as many as in a decode, so that a row's sums have the same order.
     """
 
     block_m: int
@@ -74,8 +74,8 @@ class MatmulBlocks:
 
 def attention_blocks(device: torch.device, head_dim: int, kv_dtype: torch.dtype) -> AttentionBlocks:
     """The blocks for heads of size `head_dim` and a cache of dtype `kv_dtype`."""
-    shape = f"{head_dim}:{str(kv_dtype)[6:]}"
-    return AttentionBlocks(**_find(_names(device), "attention", shape))
+    shapes = (f"{head_dim}:{str(kv_dtype)[6:]}", f"{head_dim}:*")
+    return AttentionBlocks(**_find(_names(device), "attention", shapes))
 
 
 def matmul_blocks(
@@ -93,7 +93,7 @@ def matmul_blocks(
     """
     shape = f"{kind}:{out_features}x{in_features}"
     names = _names(device)
-    settings = _find(names, "product", shape)
+    settings = _find(names, "product", (shape,))
     if rows is not None and not INTERPRETED:
         settings = settings | _find_by_rows(names, shape, rows)
     blocks = MatmulBlocks(**settings)
@@ -120,23 +120,27 @@ def _find_by_rows(names: tuple[str, ...], shape: str, rows: int) -> dict[str, An
 
 
 @cache
-def _find(names: tuple[str, ...], kernel: str, shape: str) -> dict[str, Any]:
+def _find(names: tuple[str, ...], kernel: str, shapes: tuple[str, ...]) -> dict[str, Any]:
     for name in names:
-        shapes = _table().get(name, {}).get(kernel, {})
-        for wanted in (shape, ANY):
-            if wanted in shapes:
-                settings: dict[str, Any] = shapes[wanted]
+        table = _table().get(name, {}).get(kernel, {})
+        for wanted in (*shapes, ANY):
+            if wanted in table:
+                settings: dict[str, Any] = table[wanted]
                 return settings
     raise KeyError(f"{FILE.name} has no default for {kernel}")
 
 
 @cache
 def _names(device: torch.device) -> tuple[str, ...]:
-    """Keys of `tuned.json`, the first wins: this GPU, its compute capability, any GPU."""
+    """Keys of `tuned.json`, the first wins: this GPU, its compute capability, any GPU.
+
+    Capabilities with the same first number have the same matrix instructions.
+    """
     if INTERPRETED:
         return "interpreter", "default"
     major, minor = torch.cuda.get_device_capability(device)
-    return torch.cuda.get_device_name(device), f"sm_{major}{minor}", "default"
+    name = torch.cuda.get_device_name(device)
+    return name, f"sm_{major}{minor}", f"sm_{major}x", "default"
 
 
 @cache

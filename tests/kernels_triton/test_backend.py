@@ -211,7 +211,12 @@ def test_every_entry_of_the_tuning_file_is_whole() -> None:
                         kernel,
                         shape,
                     )
-                    kinds[kernel](**entry)
+                    blocks = kinds[kernel](**entry)
+                if kernel == "attention":
+                    decode, prefill = blocks, blocks.prefill
+                    assert (
+                        decode.block_m * prefill.num_warps == prefill.block_m * decode.num_warps
+                    ), f"{name} {shape}: rows of a tile for each warp, which order a row's sums"
     with pytest.raises(ValueError, match="split=100 is not a multiple of block_n=64"):
         tuning.AttentionBlocks(
             block_m=64,

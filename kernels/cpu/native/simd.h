@@ -86,6 +86,11 @@ inline void expand_bf16(const void* p, F16& first, F16& second) {
     first = _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
     second = _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(int(0xffff0000))));
 }
+// Sixteen bf16 in a row.
+inline F16 load_bf16(const bf16* p) {
+    __m512i w = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
+}
 inline void expand_int8(const void* p, F16& first, F16& second) {
     const __m128i* q = static_cast<const __m128i*>(p);
     first = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(q)));
@@ -180,6 +185,11 @@ inline void expand_bf16(const void* p, F16& first, F16& second) {
     second = {_mm256_castsi256_ps(_mm256_and_si256(a, top)),
               _mm256_castsi256_ps(_mm256_and_si256(b, top))};
 }
+inline __m256 bf16_to_8_floats(const bf16* p) {
+    __m256i w = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(w, 16));
+}
+inline F16 load_bf16(const bf16* p) { return {bf16_to_8_floats(p), bf16_to_8_floats(p + 8)}; }
 inline __m128i load_8x8(const char* p) {
     return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
 }
@@ -263,6 +273,11 @@ inline void expand_bf16(const void* p, F16& first, F16& second) {
     I16 low = w << 16, high = w & int32_t(0xffff0000);
     std::memcpy(&first, &low, 64);
     std::memcpy(&second, &high, 64);
+}
+inline F16 load_bf16(const bf16* p) {
+    F16 a;
+    for (int i = 0; i < kLanes; ++i) a[i] = bf16_to_float(p[i]);
+    return a;
 }
 inline void expand_int8(const void* p, F16& first, F16& second) {
     const int8_t* q = static_cast<const int8_t*>(p);

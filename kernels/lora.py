@@ -1,0 +1,211 @@
+"""Low-rank adapters (LoRA, Hu 2021) of matrix products: matrices by slot, and the rows of a step.
+
+Knows tensors and slots; knows nothing of adapter files, models and requests.
+
+Shape legend: kernels/ops.py, and
+    G  slots      R  largest rank of an adapter      I  inputs      O  outputs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+PADDING = 16
+"""Rows of A and of B end at a multiple of this number of elements; the rest is 0."""
+
+NO_ADAPTER = -1
+"""Slot of a token that the base model alone computes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraBank:
+    """The adapters of one matrix product: y += (x Aᵀ) B for the rows of a slot.
+
+    A product of stacked matrices (q, k, v) has a bank for each matrix, with outputs from column
+    `first` of y on. Memory is allocated once, for all slots at the largest rank.
+
+    Attributes:
+        a_GRI: A of each slot, padded; rows from the adapter's rank on are not read.
+        b_GRO: B of each slot, transposed, times the adapter's scale, padded.
+        rank_G: int32, rank of each slot's adapter; 0: the adapter leaves the product as it is.
+        in_features, out_features: sizes without the padding.
+        first: first column of y.
+    """
+
+    a_GRI: Tensor
+    b_GRO: Tensor
+    rank_G: Tensor
+    in_features: int
+    out_features: int
+    first: int = 0
+
+    @property
+    def num_slots(self) -> int:
+        """Slots for adapters."""
+        return self.a_GRI.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both matrices and of the ranks."""
+        return self.a_GRI.nbytes + self.b_GRO.nbytes + self.rank_G.nbytes
+
+    def write(self, slot: int, a_RI: Tensor, b_RO: Tensor) -> None:
+        """Put an adapter into a slot.
+
+        Args:
+            slot: the slot; no row of a running step has it.
+            a_RI: [rank, I].
+            b_RO: [rank, O], times the scale.
+        """
+        rank = a_RI.shape[0]
+        self.a_GRI[slot, :rank, : self.in_features].copy_(a_RI)
+        self.b_GRO[slot, :rank, : self.out_features].copy_(b_RO)
+        self.rank_G[slot] = rank
+
+    def clear(self, slot: int) -> None:
+        """Leave the product of a slot's rows to the base model."""
+        self.rank_G[slot] = 0
+
+
+def bank_nbytes(num_slots: int, max_rank: int, ins: int, outs: int, element_bytes: int) -> int:
+    """Bytes of a bank, as `make_bank` allocates them."""
+    padded = -(-ins // PADDING) * PADDING + -(-outs // PADDING) * PADDING
+    return num_slots * (max_rank * padded * element_bytes + 4)
+
+
+def make_bank(
+    num_slots: int,
+    max_rank: int,
+    ins: int,
+    outs: int,
+    *,
+    first: int = 0,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> LoraBank:
+    """A bank of empty slots.
+
+    Args:
+        num_slots: slots.
+        max_rank: largest rank of an adapter.
+        ins: inputs of the product.
+        outs: outputs of the product.
+        first: first column of y.
+        dtype: float32, or bfloat16 where the weights of the model have 16 bits.
+        device: device of the model.
+    """
+
+    def zeros(size: int) -> Tensor:
+        padded = -(-size // PADDING) * PADDING
+        return torch.zeros(num_slots, max_rank, padded, dtype=dtype, device=device)
+
+    return LoraBank(
+        a_GRI=zeros(ins),
+        b_GRO=zeros(outs),
+        rank_G=torch.zeros(num_slots, dtype=torch.int32, device=device),
+        in_features=ins,
+        out_features=outs,
+        first=first,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterRows:
+    """The rows of a step that have an adapter, by slot.
+
+    Attributes:
+        slot_T: int32 on the device, slot of each row; `NO_ADAPTER` for the base model.
+        order_X: int32 on the host, rows with an adapter, by slot and then by row.
+        runs_N3: int32 on the host, [N, 3]: slot, and its rows order[start] .. order[stop - 1].
+    """
+
+    slot_T: Tensor
+    order_X: npt.NDArray[np.int32]
+    runs_N3: npt.NDArray[np.int32]
+
+    @classmethod
+    def of(
+        cls,
+        slot_T: npt.NDArray[np.int32],
+        to_device: Callable[[npt.NDArray[np.int32]], Tensor] = torch.from_numpy,
+    ) -> AdapterRows | None:
+        """The rows of a step; None if no row has an adapter.
+
+        Args:
+            slot_T: slot of each row.
+            to_device: copies an array to the device of the model.
+        """
+        order_T = np.argsort(slot_T, kind="stable").astype(np.int32)
+        order_X = order_T[np.count_nonzero(slot_T == NO_ADAPTER) :]
+        if not len(order_X):
+            return None
+        slots_N, starts_N = np.unique(slot_T[order_X], return_index=True)
+        stops_N = np.append(starts_N[1:], len(order_X))
+        return cls(
+            slot_T=to_device(slot_T),
+            order_X=order_X,
+            runs_N3=np.stack((slots_N, starts_N, stops_N), axis=1).astype(np.int32),
+        )
+
+    def of_rows(self, row_R: npt.NDArray[np.int32]) -> AdapterRows | None:
+        """The adapters of some rows, in the order of `row_R`; waits for the device."""
+        return AdapterRows.of(self.slot_T.cpu().numpy()[row_R], self._copy)
+
+    def of_experts(
+        self, token_X: npt.NDArray[np.int32], expert_X: npt.NDArray[np.int32], num_experts: int
+    ) -> AdapterRows | None:
+        """The adapters of rows that go to experts; a bank of experts has a slot for each of both.
+
+        Args:
+            token_X: token of each row.
+            expert_X: expert of each row, from 0 on this rank.
+            num_experts: experts of this rank.
+        """
+        slot_X = self.slot_T.cpu().numpy()[token_X]
+        with_expert_X = np.where(slot_X < 0, NO_ADAPTER, slot_X * num_experts + expert_X)
+        return AdapterRows.of(with_expert_X.astype(np.int32), self._copy)
+
+    def _copy(self, array: npt.NDArray[np.int32]) -> Tensor:
+        return torch.from_numpy(array).to(self.slot_T.device)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerLora:
+    """The banks of a decoder layer, by the field of `DenseLayer` or `MoELayer` that they adapt.
+
+    Attributes:
+        banks: banks of `qkv`, `o`, `gate_up`, `down`, `router`, `experts_gate_up` and
+            `experts_down`; a bank of experts has slot * experts + expert for a slot.
+    """
+
+    banks: Mapping[str, Sequence[LoraBank]] = field(default_factory=dict)
+
+    def of(self, name: str) -> Sequence[LoraBank]:
+        """Banks of a product, one for each stacked matrix; empty where none is adapted."""
+        return self.banks.get(name, ())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all banks."""
+        return sum(bank.nbytes for banks in self.banks.values() for bank in banks)
+
+
+def add_lora(y_TO: Tensor, x_TI: Tensor, banks: Sequence[LoraBank], rows: AdapterRows) -> None:
+    """The definition of `Ops.add_lora`: products and sums in float32."""
+    for slot, start, stop in rows.runs_N3.tolist():
+        row_X = torch.from_numpy(rows.order_X[start:stop]).to(y_TO.device)
+        x_XI = x_TI.index_select(0, row_X).float()
+        for bank in banks:
+            rank = int(bank.rank_G[slot])
+            if not rank:
+                continue
+            a_RI = bank.a_GRI[slot, :rank, : bank.in_features].float()
+            b_RO = bank.b_GRO[slot, :rank, : bank.out_features].float()
+            columns = slice(bank.first, bank.first + bank.out_features)
+            y_TO[row_X.long(), columns] += ((x_XI @ a_RI.T) @ b_RO).to(y_TO.dtype)
