@@ -24,7 +24,7 @@ for folder in (ROOT / "src", ROOT / "tests"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-from gpu.aot.limits import broken  # noqa: E402  (the paths above come first)
+from gpu.aot.limits import ATTENTION, all_broken  # noqa: E402  (the paths above come first)
 from gpu.aot.table import markdown  # noqa: E402
 
 CAPABILITIES = (80, 90, 100)
@@ -46,7 +46,7 @@ def main() -> int:
     print(table)
     if chosen.markdown is not None:
         chosen.markdown.write_text(table + "\n")
-    failures = [text for row in rows for text in broken(row)]
+    failures = all_broken(rows)
     for text in failures:
         print(f"limit: {text}")
     print(
@@ -111,20 +111,24 @@ def compile_case(case: str, capability: int, name: str) -> list[Row]:
     from gpu.aot.absent_gpu import AbsentGpu, Compiled, compiles_only
     from gpu.aot.binary import inspect
     from gpu.aot.cases import cases
+    from gpu.aot.row_sums import row_sums
 
     binaries: list[Compiled] = []
     with compiles_only(AbsentGpu(capability), name, binaries.append, lambda: case):
         cases()[case]()
-    return [
-        {
+    rows: list[Row] = []
+    for binary in binaries:
+        row = {
             "case": case,
             "kernel": binary.kernel,
             "capability": capability,
             "seconds": round(binary.seconds, 2),
-            **({"error": binary.error} if binary.error else inspect(binary.binary)),
         }
-        for binary in binaries
-    ]
+        row |= {"error": binary.error} if binary.error else inspect(binary.binary)
+        if binary.kernel in ATTENTION and not binary.error:
+            row["row_sums"] = row_sums(binary.binary.asm["ttgir"])
+        rows.append(row)
+    return rows
 
 
 if __name__ == "__main__":

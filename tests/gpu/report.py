@@ -46,9 +46,10 @@ class Report:
         return results
 
     @property
-    def failed(self) -> list[str]:
-        """Names of checks without a good result."""
-        return [name for name, result in self.checks.items() if not result.get("ok")]
+    def failed(self) -> dict[str, Any]:
+        """Compiles and checks without a good result, by name."""
+        results = self.content.get("compiles", {}) | self.checks
+        return {name: result for name, result in results.items() if not result.get("ok")}
 
     def run_child(self, item: Item) -> None:
         """Run an item in a child process, or note why not."""

@@ -3,7 +3,7 @@
 Compiles all kernels at once, then checks, benches and tunes. Each item is a child process, so that
 an illegal access poisons nothing else. The JSON is written after each item; tuned blocks go to
 `tuned.json` beside it. Ends within `--budget`: an item that does not fit is skipped, with its
-reason. Exits with 1 when a check fails, and with 2 when nothing can run here.
+reason. Exits with 1 when a compile or a check fails, and with 2 when nothing can run here.
 
 Needs this source tree, torch, triton and numpy; transformers for one bench.
 
@@ -61,8 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
     report = Report(chosen.out, time.monotonic() + chosen.budget, dry=chosen.dry_run)
     run(report, chosen.only)
     report.finish()
-    for name in report.failed:
-        print(f"failed: {name}: {report.checks[name]}", file=sys.stderr)
+    for name, result in report.failed.items():
+        print(f"failed: {name}: {result}", file=sys.stderr)
     return 1 if report.failed else 0
 
 

@@ -57,6 +57,33 @@ def test_limits_name_kernel_and_figure() -> None:
     assert not broken(refused) and broken(refused | {"capability": 90})
 
 
+TTGIR = """
+#linear = #ttg.linear<{register = [[0, 1], [0, 2]], lane = [[1, 0], [0, 4]], warp = [[16, 0]], block = []}>
+#mma = #ttg.nvidia_mma<{versionMajor = 3, versionMinor = 0, warpsPerCTA = [4, 1], instrShape = [16, 64, 16]}>
+  %m = "tt.reduce"(%a) <{axis = 1 : i32}> ({
+    %b = arith.maxnumf %c, %d : f32
+  }) : (tensor<64x64xf32, #mma>) -> tensor<64xf32>
+  %l = "tt.reduce"(%a) <{axis = 1 : i32}> ({
+    %b = arith.addf %c, %d : f32
+  }) : (tensor<64x8xf32, #linear>) -> tensor<64xf32>
+"""  # noqa: E501
+
+
+def test_kernels_that_sum_a_row_in_different_orders_are_named() -> None:
+    from gpu.aot.limits import unlike
+    from gpu.aot.row_sums import row_sums
+
+    sums = row_sums(TTGIR)
+    assert sums == ["8 columns: register [1, 2], lane [4], warp []"], "the maximum has no order"
+    other = row_sums(TTGIR.replace("warp = [[16, 0]]", "warp = [[16, 0], [0, 4]]"))
+    more_rows = row_sums(TTGIR.replace("warp = [[16, 0]]", "warp = [[16, 0], [32, 0]]"))
+    decode = {"capability": 100, "case": "a", "kernel": "_decode_splits", "row_sums": sums}
+    prefill = decode | {"kernel": "_prefill", "row_sums": more_rows}
+    assert not unlike([decode, prefill])
+    (text,) = unlike([decode, prefill | {"row_sums": other}])
+    assert text.startswith("sm_100 (a): decode and prefill sum a row in different orders")
+
+
 def test_a_few_kernels_compile_within_the_limits(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Set as AbstractSet
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +39,16 @@ ABSENT = {
 """Of what the product depends on, all that a typical GPU machine lacks."""
 
 
-def bare(then: str, folder: Path, absent: set[str] = ABSENT) -> subprocess.CompletedProcess[str]:
+OF_TRANSFORMERS = {
+    "transformers", "huggingface_hub", "fsspec", "yaml", "requests", "httpx", "jinja2", "PIL",
+    "click", "typer", "rich",
+}  # fmt: skip
+"""What the bench beside transformers imports."""
+
+
+def bare(
+    then: str, folder: Path, absent: AbstractSet[str] = ABSENT, timeout_s: float = 300
+) -> subprocess.CompletedProcess[str]:
     """Run `then` in a Python without these packages."""
     keep = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
     return subprocess.run(
@@ -46,31 +57,24 @@ def bare(then: str, folder: Path, absent: set[str] = ABSENT) -> subprocess.Compl
         env=keep,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout_s,
     )
 
 
-def run(*arguments: str, out: Path) -> dict[str, dict[str, dict[str, object]]]:
+def run(
+    *arguments: str, out: Path, absent: AbstractSet[str] = frozenset()
+) -> dict[str, dict[str, Any]]:
     # away from the tree and with no path to it: it needs nothing but its own place
-    environment = {
-        k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")
-    }
-    done = subprocess.run(
-        [sys.executable, str(RUN), "--out", str(out), *arguments],
-        cwd=out.parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=560,
-    )
+    done = bare(script("--out", str(out), *arguments), out.parent, absent, timeout_s=590)
     assert done.returncode == 0, done.stderr[-4000:]
-    report: dict[str, dict[str, dict[str, object]]] = json.loads(out.read_text())
+    report: dict[str, dict[str, Any]] = json.loads(out.read_text())
     return report
 
 
+@pytest.mark.timeout(600)
 def test_dry_run(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    report = run("--dry-run", out=tmp_path / "report.json")
+    report = run("--dry-run", out=tmp_path / "report.json", absent=ABSENT - OF_TRANSFORMERS)
     for part in ("compiles", "checks", "benches", "tuning"):
         for name, one in report[part].items():
             assert "error" not in one and "skipped" not in one, (name, one)
@@ -109,7 +113,29 @@ def test_a_child_that_fails_leaves_its_reason(tmp_path: Path) -> None:
     assert "900 s needed" in report.checks["long"]["skipped"]
     written = json.loads((tmp_path / "report.json").read_text())
     assert list(written["checks"]) == ["none such", "slow", "long"], "written after each item"
-    assert report.failed == ["none such", "slow", "long"]
+    assert list(report.failed) == ["none such", "slow", "long"]
+
+
+def test_a_child_that_crashes_poisons_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crash = tmp_path / "crash.py"
+    crash.write_text(
+        "import os, pathlib, sys\n"
+        "out = pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\n"
+        'out.write_text(\'{"name": "before", "ok": true}\\n\')\n'
+        "if 'crash' in sys.argv: os.abort()\n"
+    )
+    monkeypatch.setattr("gpu.report.RUN", crash)
+    report = Report(tmp_path / "report.json", time.monotonic() + 100, dry=False)
+    names = ("before", "crash", "after")
+    report.run_child(items.Item(kind="check", names=names, estimate_s=1, limit_s=60))
+    report.run_child(items.Item(kind="bench", names=("before",), estimate_s=1, limit_s=60))
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written["checks"]["before"] == {"ok": True}, "results before the crash are kept"
+    for name in ("crash", "after"):
+        assert written["checks"][name]["error"].startswith("ended with status -6")
+    assert written["benches"] == {"before": {"ok": True}}, "the next child runs"
 
 
 def test_what_does_not_fit_is_skipped(tmp_path: Path) -> None:

@@ -80,10 +80,14 @@ def attention(at: Where, machine: Machine) -> Result:
             count, cached = (1, 9) if at.tiny else (64, 4095)
             decode = _attention_s(at, shape, dtype, [(cached, 1)] * count)
             prefill = _attention_s(at, shape, dtype, [(0, 6 if at.tiny else 4096)])
-            choices = [{"num_warps": 4, "num_stages": stages} for stages in (2, 3, 4)]
+            choices = [{"num_stages": stages} for stages in (2, 3, 4)]
             best = fastest(iter(choices[:1] if at.tiny else choices), decode) or {}
             choices = [
-                {"prefill_block_m": m, "prefill_num_warps": m // 16, "prefill_num_stages": stages}
+                {
+                    "prefill_block_m": m,
+                    "prefill_num_warps": m * blocks.num_warps // blocks.block_m,
+                    "prefill_num_stages": stages,
+                }
                 for m, stages in product((64, 128), (2, 3))
             ]
             best |= fastest(iter(choices[:1] if at.tiny else choices), prefill) or {}

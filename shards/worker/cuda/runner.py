@@ -22,16 +22,19 @@ import torch
 from torch import Tensor
 
 from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.lora import AdapterRows
 from arriero.kernels.sampling_rows import Sampled, SamplingRows
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.models.loader import Progress
-from arriero.shards.protocol.step_plan import Logprobs, StepPlan, StepResult
+from arriero.shards.protocol.step_plan import Int32, Logprobs, StepPlan, StepResult
 from arriero.shards.worker.cuda.capability import check_capability
 from arriero.shards.worker.cuda.device import CudaDevice, Device, Event
 from arriero.shards.worker.cuda.graphs import DecodeInputs, GraphRunner, buckets_up_to
+from arriero.shards.worker.cuda.rehearsal import draw_all_ways, padding_prompt, prompt_sizes
 from arriero.shards.worker.cuda.sequence_table import DeviceSequenceTable
 from arriero.shards.worker.runner import Runner
+from arriero.shards.worker.step_results import Drawn
 
 _log = logging.getLogger(__name__)
 HOST_WAITS = {
@@ -67,10 +70,12 @@ class Copied:
         prompt_logprobs: Logprobs | None,
         copied: Event,
         started_ns: int,
+        drafts: Int32 | None = None,
     ) -> None:
         self._step, self._dp_rank = plan.step, plan.dp_rank
         self._copies, self._prompt_logprobs = copies, prompt_logprobs
         self._copied, self._started_ns = copied, started_ns
+        self._drafts = drafts
 
     @property
     def done(self) -> bool:
@@ -91,6 +96,7 @@ class Copied:
             prompt_logprobs=self._prompt_logprobs,
             elapsed_us=(time.perf_counter_ns() - self._started_ns) // 1000,
             dp_rank=self._dp_rank,
+            drafts=self._drafts,
         )
 
 
@@ -143,7 +149,8 @@ class CudaRunner(Runner):
         self._received_SH = torch.zeros(shape, dtype=dtype, device=where)
         self._passed_SH = torch.zeros(shape, dtype=dtype, device=where)
         self._graphs: GraphRunner | None = None
-        if config.dp == 1 and self._ops.capturable:
+        # a drafter reads each step's tokens on the host, and activations outside of graphs
+        if config.dp == 1 and self._ops.capturable and not config.speculation.in_slices:
             self._graphs = GraphRunner(self._device, buckets_up_to(most))
 
     def _check_device(self, checkpoint: Checkpoint) -> None:
@@ -179,17 +186,17 @@ class CudaRunner(Runner):
         self.phase = "plan"
         self.mesh.watchdog.step = plan.step
         self._apply(plan)
-        drawn: tuple[Sampled | None, Logprobs | None] | None
         if self._graphs is not None and self._slots.is_plain(plan):
             sampled = self._decode(plan, self._graphs)
-            drawn = None if sampled is None else (sampled, None)
+            drawn = None if sampled is None else Drawn(sampled)
         else:
             drawn = self._compute(plan)
         if drawn is None:
             return None
-        sampled, prompt_logprobs = drawn
-        copies = None if sampled is None else self._to_host(sampled)
-        copied = Copied(plan, copies, prompt_logprobs, self._device.mark(), started)
+        copies = None if drawn.sampled is None else self._to_host(drawn.sampled)
+        copied = Copied(
+            plan, copies, drawn.prompt_logprobs, self._device.mark(), started, drawn.drafts
+        )
         self._slots.advance_grammars(plan, lambda: copied.wait().tokens)
         return copied
 
@@ -218,19 +225,51 @@ class CudaRunner(Runner):
         return Sampled(tokens_R=self._drawn_S[:count]) if self.mesh.samples else None
 
     def warm_up(self) -> None:
-        """Compile the kernels of prompts, and capture the graphs of all batch sizes.
+        """Compile all kernels, and capture the graphs of all batch sizes: serving does neither.
 
         The largest graph comes first, since smaller graphs reuse its memory. Every rank of a stage
         does the same in the same order, as the collectives require.
         """
-        if self._graphs is None:
-            return
+        if not self._ops.capturable:
+            return  # plain torch: nothing is compiled
         self.phase = "compile"
-        self._run_padding_prompt()
-        for bucket in reversed(self._graphs.buckets):
+        for num_tokens in prompt_sizes(self._config.max_batch_tokens):
+            self._run_padding_prompt(num_tokens)
+        if self._graphs is None:
             for all_greedy in (False, True):
-                self._capture(self._graphs, bucket, all_greedy)
+                self._inputs.fill_padding(1)
+                self._decode_work(1, all_greedy)()
+        else:
+            for bucket in reversed(self._graphs.buckets):
+                for all_greedy in (False, True):
+                    self._capture(self._graphs, bucket, all_greedy)
+        if self.mesh.samples:
+            plain = self._inputs.sampling_rows(1, all_greedy=False)
+            draw_all_ways(self._ops, plain, sum(self._vocab_sizes))
         self.phase = "loaded"
+
+    def _run_padding_prompt(self, num_tokens: int) -> None:
+        """Run a prompt in the scratch blocks through this stage's layers."""
+        inputs = self._inputs
+        prompt = partial(
+            padding_prompt,
+            num_tokens,
+            rope=self._slots.rope,
+            max_context=self._max_context,
+            block_size=self._block_size,
+            device=self.mesh.device,
+        )
+        batch = prompt(scratch_block=inputs.scratch_block)
+        if inputs.max_local_blocks:
+            batch = replace(batch, local=prompt(scratch_block=inputs.local_scratch_block))
+        x_TH = self._received_SH.new_zeros(num_tokens, self._hidden_size)
+        if self.mesh.part.first_stage:
+            x_TH = self._embed(torch.zeros_like(batch.positions_T))
+        if self._model.adapters is not None:
+            rows = AdapterRows.of(np.zeros(num_tokens, np.int32), self._slots.on_device)
+            local = None if batch.local is None else replace(batch.local, adapters=rows)
+            self._model.decoder(x_TH.clone(), replace(batch, adapters=rows, local=local))
+        self._model.decoder(x_TH, batch)
 
     def _capture(self, graphs: GraphRunner, bucket: int, all_greedy: bool) -> None:
         if graphs.has((bucket, all_greedy)):
@@ -297,38 +336,6 @@ class CudaRunner(Runner):
         if logits_SV is not None:
             drawn_S.copy_(self._ops.sample(logits_SV, rows).tokens_R)
         self.mesh.share_tokens(drawn_S)
-
-    def _run_padding_prompt(self) -> None:
-        """Run a prompt of two tokens in the scratch block, which compiles what graphs lack."""
-        where = self.mesh.device
-        ints = partial(torch.tensor, dtype=torch.int32, device=where)
-        slot_S, num_tokens = ints([self._slots.scratch_slot]), 2
-        positions_T = torch.arange(num_tokens, dtype=torch.int32, device=where)
-        in_block_T = positions_T % self._block_size
-        cos_TD, sin_TD = self._slots.rope.at(positions_T)
-        batch = FlatBatch(
-            positions_T=positions_T,
-            query_start_S1=ints([0, num_tokens]),
-            context_S=ints([num_tokens]),
-            block_table_SB=self._slots.tables.rows(slot_S),
-            slots_T=in_block_T + self._inputs.scratch_block * self._block_size,
-            cos_TD=cos_TD,
-            sin_TD=sin_TD,
-            max_query=num_tokens,
-            max_context=num_tokens,
-        )
-        if self._inputs.max_local_blocks:
-            scratch = self._inputs.local_scratch_block
-            local = replace(
-                batch,
-                block_table_SB=ints([[scratch, scratch]]),
-                slots_T=in_block_T + scratch * self._block_size,
-            )
-            batch = replace(batch, local=local)
-        x_TH = self._received_SH.new_zeros(num_tokens, self._hidden_size)
-        if self.mesh.part.first_stage:
-            x_TH = self._embed(torch.zeros_like(positions_T))
-        self._model.decoder(x_TH, batch)
 
     def _to_host(self, sampled: Sampled) -> _OnHost:
         def copy(tensor: Tensor) -> Tensor:

@@ -17,10 +17,13 @@ import torch
 from torch import Tensor
 
 from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.lora import NO_ADAPTER
 from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.protocol.step_plan import LAST_SAMPLED, Int32, NewSequence, StepPlan
+from arriero.shards.protocol.verification import drawn_rows
 from arriero.shards.worker.cuda.block_table import DeviceBlockTable
 from arriero.shards.worker.cuda.graphs import DecodeBatch, LocalDecode
+from arriero.shards.worker.drawn_rows import DrawnRows, emitted_tokens, has_drafts
 from arriero.shards.worker.grammar_masks import GrammarRows
 from arriero.shards.worker.rope_table import Rope
 from arriero.shards.worker.sequence_table import LocalTable, SequenceTable
@@ -111,6 +114,8 @@ class DeviceSequenceTable(SequenceTable):
             return False
         if (plan.counts != 1).any() or (self._logprobs[slots] >= 0).any():
             return False
+        if (self._adapter[slots] != NO_ADAPTER).any():
+            return False
         unusual = self._unusual.keys() | self._penalized.keys()
         return not unusual or unusual.isdisjoint(slots.tolist())
 
@@ -142,23 +147,48 @@ class DeviceSequenceTable(SequenceTable):
 
     def record_on_device(self, plan: StepPlan, tokens_R: Tensor) -> None:
         """Record the drawn tokens of a step without a copy to the host."""
-        slots = plan.slots[plan.samples.astype(bool)]
+        slots = plan.slots[plan.samples > 0]
+        if not has_drafts(plan):
+            tokens_SD = tokens_R[:, None]
+            last_S, counted_SD = tokens_R, None
+        else:
+            tokens_SD, counted_SD = self._emitted(plan, tokens_R)
+            last_S = tokens_SD.gather(1, counted_SD.sum(1, keepdim=True) - 1)[:, 0]
         # -1 (no token was allowed) ends the request; the next step must not read -1 as a token
-        valid_R = tokens_R.clamp(min=0)
-        self.last_S.index_copy_(0, self.on_device(slots).long(), valid_R)
+        self.last_S.index_copy_(0, self.on_device(slots).long(), last_S.clamp(min=0))
         if not self._penalized:
             return
         for row, slot in enumerate(slots.tolist()):
             state = self._penalized.get(slot)
             if state is not None:
-                token = valid_R[row : row + 1].long()
-                state.counts_V.index_add_(0, token, torch.ones_like(state.counts_V[:1]))
-                state.seen_V.index_fill_(0, token, True)
+                token_D = tokens_SD[row].clamp(min=0).long()
+                once_D = torch.ones_like(token_D) if counted_SD is None else counted_SD[row].long()
+                state.counts_V.index_add_(0, token_D, once_D.to(state.counts_V.dtype))
+                state.seen_V.index_fill_(0, token_D.where(once_D > 0, token_D[0]), True)
+
+    def _emitted(self, plan: StepPlan, tokens_R: Tensor) -> tuple[Tensor, Tensor]:
+        """Draws of each drawn row, [S', D], and whether each counts; see `verification`."""
+        samples = plan.samples[plan.samples > 0]
+        most = int(samples.max())
+        first = np.cumsum(samples) - samples
+        place = np.arange(most)
+        index = np.minimum(first[:, None] + place, first[:, None] + samples[:, None] - 1)
+        # the drafted token after each draw; -2, which no draw equals, after the last
+        drafted = np.full(index.shape, -2, np.int32)
+        row_tokens = plan.tokens[drawn_rows(plan)]
+        for row, count in enumerate(samples.tolist()):
+            drafted[row, : count - 1] = row_tokens[first[row] + 1 : first[row] + count]
+        tokens_SD = tokens_R[self.on_device(index.astype(np.int64))]
+        right_SD = (tokens_SD == self.on_device(drafted)).int().cumprod(1)
+        counted_SD = torch.ones_like(right_SD)
+        counted_SD[:, 1:] = right_SD[:, :-1]
+        return tokens_SD, counted_SD.long()
 
     def advance_grammars(self, plan: StepPlan, tokens: Callable[[], Int32]) -> None:
         """Advance the grammars of the step's sequences by the drawn tokens; see `GrammarRows`."""
         if self._grammars:
-            self._grammars.advance(plan.slots[plan.samples.astype(bool)].tolist(), tokens)
+            slots = plan.slots[plan.samples > 0].tolist()
+            self._grammars.advance(slots, lambda: emitted_tokens(plan, tokens()))
 
     def _enter(self, new: NewSequence) -> None:
         super()._enter(new)
@@ -170,8 +200,9 @@ class DeviceSequenceTable(SequenceTable):
             )
             state.counts_V = state.seen_V = None
 
-    def _unusual_rows(self, slots: Int32, positions: Int32) -> dict[str, Any]:
-        extra = super()._unusual_rows(slots, positions)
+    def _unusual_rows(self, drawn: DrawnRows) -> dict[str, Any]:
+        extra = super()._unusual_rows(drawn)
+        slots = drawn.slots
         penalized = {
             row: self._penalized[slot]
             for row, slot in enumerate(slots.tolist())
@@ -180,7 +211,8 @@ class DeviceSequenceTable(SequenceTable):
         if not penalized:
             return extra
         num_rows, vocab = len(slots), self._vocab_size
-        penalties = np.zeros((3, num_rows), np.float32)
+        # rows begin at multiples of 16 bytes, which kernels are compiled for
+        penalties = np.zeros((3, -(-num_rows // 4) * 4), np.float32)
         penalties[0] = 1
         counts = torch.zeros((num_rows, vocab), dtype=torch.int32, device=self._device)
         seen = torch.zeros((num_rows, vocab), dtype=torch.bool, device=self._device)
@@ -192,7 +224,12 @@ class DeviceSequenceTable(SequenceTable):
                 params.frequency_penalty,
             )
             counts[row], seen[row] = state.counts_V, state.seen_V
-        repetition, presence, frequency = self.on_device(penalties)
+            drafted = drawn.drafted(row)
+            if drafted:
+                draft_D = self.on_device(np.asarray(drafted, np.int64))
+                counts[row].index_add_(0, draft_D, torch.ones_like(draft_D, dtype=torch.int32))
+                seen[row].index_fill_(0, draft_D, True)
+        repetition, presence, frequency = self.on_device(penalties)[:, :num_rows]
         return extra | {
             "repetition_R": repetition,
             "presence_R": presence,

@@ -1,6 +1,6 @@
 """A GPU that is not there, as far as a compiler asks; launches become compiles.
 
-Knows Triton's driver and launcher; knows nothing of kernels.
+Knows Triton's driver and launcher, and that block sizes depend on the GPU; knows no kernel.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
+
+from arriero.kernels.triton import tuning
 
 META = torch.device("meta")
 
@@ -95,6 +97,7 @@ def compiles_only(
 
     assert not triton.knobs.runtime.interpret, "TRITON_INTERPRET is set: nothing would be compiled"
     driver.set_active(gpu)
+    tuning._names.cache_clear()  # it holds the names of the GPU before
     patches: tuple[tuple[Any, str, Any], ...] = (
         (jit.JITFunction, "run", compiled),
         (torch.cuda, "get_device_name", lambda device=None: name),

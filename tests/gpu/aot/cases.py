@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from gpu.aot.absent_gpu import META
 from torch import Tensor
@@ -20,12 +21,14 @@ from arriero.kernels.attention_mask import AttentionMaskSpec
 from arriero.kernels.flat_batch import FlatBatch
 from arriero.kernels.kv_cache import KVCacheSpec
 from arriero.kernels.layers import AttentionStyle, DenseLayer
+from arriero.kernels.lora import AdapterRows, LoraBank
 from arriero.kernels.packed_weights import Vocab
 from arriero.kernels.sampling_rows import SamplingRows
 from arriero.kernels.triton import (
     embedding,
     experts,
     float8,
+    lora,
     matmul,
     norm,
     sampling,
@@ -183,6 +186,22 @@ def routed(num_experts: int, local: int) -> None:
             OPS.unpack_rows(sent, order.token_X, 5120, format, BF16)
 
 
+def adapted(hidden: int, outs: int, max_rank: int) -> None:
+    """Adapters of a product."""
+    slots = 8
+    bank = LoraBank(
+        a_GRI=empty(slots, max_rank, hidden),
+        b_GRO=empty(slots, max_rank, outs),
+        rank_G=empty(slots, dtype=I32),
+        in_features=hidden,
+        out_features=outs,
+    )
+    host = np.zeros(0, np.int32)
+    for count in (1, 37, 2048):
+        rows = AdapterRows(slot_T=empty(count, dtype=I32), order_X=host, runs_N3=host)
+        lora.add(empty(count, outs), empty(count, hidden), [bank], rows)
+
+
 def sampled(vocab: int, rows: int, greedy: bool) -> None:
     """A draw with penalties, filters and bans, or the greatest logit."""
     floats, longs = empty(rows, dtype=F32), empty(rows, dtype=I64)
@@ -274,6 +293,8 @@ def _other_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for num_experts, local in ((128, 16), (128, 128), (128, 1)):
         name = f"routing of {num_experts} experts, {local} here"
         yield name, partial(routed, num_experts, local)
+    for max_rank in (8, 16, 64):
+        yield f"adapters 8B, rank {max_rank}", partial(adapted, 4096, 14336, max_rank)
     for vocab in (128256, 202048):
         for greedy in (True, False):
             name = f"sample {vocab}{' greedy' if greedy else ''}"

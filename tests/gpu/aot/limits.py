@@ -19,6 +19,28 @@ FP8_CAPABILITY = 89
 """Least capability with float8 conversions."""
 
 
+def all_broken(rows: list[dict[str, Any]]) -> list[str]:
+    """The limits that the binaries break, each alone and in company, as texts."""
+    return [text for row in rows for text in broken(row)] + unlike(rows)
+
+
+def unlike(rows: list[dict[str, Any]]) -> list[str]:
+    """Cases whose decode and prefill sum a row of scores in different orders, as texts.
+
+    Their tokens would depend on whether a prompt came in one piece.
+    """
+    orders: dict[tuple[int, str], dict[str, list[str]]] = {}
+    for row in rows:
+        if "row_sums" in row:
+            kernels = orders.setdefault((row["capability"], row["case"]), {})
+            kernels[row["kernel"]] = row["row_sums"]
+    return [
+        f"sm_{capability} ({case}): decode and prefill sum a row in different orders: {kernels}"
+        for (capability, case), kernels in orders.items()
+        if len(set(map(str, kernels.values()))) > 1
+    ]
+
+
 def broken(row: dict[str, Any]) -> list[str]:
     """The limits that a binary breaks, as texts."""
     at = f"sm_{row['capability']} {row['kernel']} ({row['case']})"

@@ -17,6 +17,36 @@ from support.fake_cuda.ledger import Ledger, Recorded, where
 from support.fake_cuda.tensors import DeviceTensor, plain_memory
 
 
+def specialization(executor: Any, args: list[Any], kwargs: dict[str, Any]) -> tuple[Any, ...]:  # noqa: ANN401
+    """What Triton would compile a binary for: a launch with another value compiles another.
+
+    Constants and launch options by value; tensors by dtype and by whether they are aligned to 16
+    bytes; numbers by whether they are 1 or divisible by 16, except counts.
+
+    Args:
+        executor: Triton's interpreter of a kernel.
+        args: arguments by place, as tensors of CPU memory.
+        kwargs: arguments by name, and launch options.
+    """
+    from arriero.kernels.triton.launch import COUNTS
+
+    by_name = dict(zip(executor.arg_names, args, strict=False)) | kwargs
+    by_name.pop("ROWS", None)  # rows of a program: the interpreter's own choice, 1 on a device
+    parts: list[Any] = []
+    for name, value in by_name.items():
+        if isinstance(value, Tensor):
+            parts.append((name, value.dtype, value.data_ptr() % 16 == 0))
+        elif value is None or name in executor.constexprs or name not in executor.arg_names:
+            parts.append((name, str(value)))
+        elif isinstance(value, int):
+            width = 32 if -(2**31) <= value < 2**31 else 64
+            counts = name in COUNTS
+            parts.append((name, width, not counts and (value == 1, value % 16 == 0)))
+        else:
+            parts.append((name, type(value)))
+    return tuple(parts)
+
+
 @contextmanager
 def checked_launches(ledger: Ledger) -> Iterator[None]:
     """Check and count each launch; nothing to do where Triton is not installed."""
@@ -37,6 +67,11 @@ def checked_launches(ledger: Ledger) -> Iterator[None]:
                 )
         plain_args = [plain_memory(one) for one in args]
         plain_kwargs = {key: plain_memory(one) for key, one in kwargs.items()}
+
+        binary = (name, *specialization(self, plain_args, plain_kwargs))
+        if binary not in ledger.binaries:
+            ledger.binaries.add(binary)
+            ledger.compiles[name] += 1
 
         def run() -> None:
             ledger.launches[name] += 1

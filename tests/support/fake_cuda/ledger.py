@@ -50,6 +50,8 @@ class Ledger:
         pageable: copies from or to memory that is not pinned.
         captures: graphs captured, in `capture_modes`.
         launches: Triton kernels, by name; replayed ones too.
+        binaries: Triton kernels with what each binary is compiled for; see `specialization`.
+        compiles: new binaries, by name of the kernel.
         collectives: by name and ranks.
         free_bytes: what `torch.cuda.mem_get_info` gives as free, before tensors.
     """
@@ -59,6 +61,8 @@ class Ledger:
         self.events: Counter[str] = Counter()
         self.pageable: Counter[str] = Counter()
         self.launches: Counter[str] = Counter()
+        self.binaries: set[tuple[Any, ...]] = set()
+        self.compiles: Counter[str] = Counter()
         self.collectives: Counter[tuple[str, tuple[int, ...]]] = Counter()
         self.captures = 0
         self.capture_modes: set[str] = set()
@@ -67,9 +71,10 @@ class Ledger:
         self._lock = threading.Lock()
 
     def clear(self) -> None:
-        """Forget what was counted."""
-        for counts in (self.waits, self.events, self.pageable, self.launches):
+        """Forget what was counted; binaries stay compiled."""
+        for counts in (self.waits, self.events, self.pageable, self.launches, self.compiles):
             counts.clear()
+        self.collectives.clear()
 
     @contextmanager
     def capturing(self, recorded: list[Recorded], mode: str) -> Iterator[None]:

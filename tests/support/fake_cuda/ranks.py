@@ -114,6 +114,7 @@ def child(rank: int, ticket: Any, *, reports: Path | None = None) -> None:  # no
                     "waits": dict(ledger.waits),
                     "pageable": dict(ledger.pageable),
                     "captures": ledger.captures,
+                    "compiles": dict(ledger.compiles),
                     "collectives": [[name, n] for (name, _), n in ledger.collectives.items()],
                 }
                 (reports / f"{rank}.json").write_text(json.dumps(counts))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,21 @@ from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.kv_tiers import RowType
 from arriero.shards.config.sampling_params import SamplingParams
+from arriero.shards.config.speculation import SpeculationConfig
+from arriero.shards.engine.speculation.draft_length import StepCost
 from arriero.shards.errors import SpecError
 from arriero.shards.kv.block_shards import BlockForm, BlockShard
 from arriero.shards.kv.device_blocks import DeviceBlocks
 from arriero.shards.layout.resolve import resolve
 from arriero.shards.models.llama4.slice import Llama4Slice
+from arriero.shards.worker.cuda.rehearsal import prompt_sizes
 from arriero.shards.worker.cuda.runner import CudaRunner
 from support import triton_interpreter
+from support.adapters import write_adapter
 from support.fake_cuda import DeviceTensor, simulated
 from support.groups import running
 from support.models import tiny_llama, tiny_llama4
+from support.proposers import sometimes
 from support.quantized_models import quantized_llama
 
 triton_interpreter.install()  # before anything imports the kernels
@@ -105,7 +110,90 @@ def test_tokens_are_the_references(tmp_path: Path, family: str) -> None:
         assert not device.waits, "a step waits for the device"
         assert not device.pageable, "a copy from pageable memory is a wait on a real device"
         assert device.captures == ready, "serving captures nothing"
+        assert not device.compiles, "serving compiles nothing"
         assert device.launches["_decode_splits"] > 0
+
+
+@pytest.mark.parametrize("kind", ["right and wrong", "draft"])
+def test_drafts_change_no_token(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of drafted tokens, with penalties whose counts are on the device."""
+    make(tmp_path, "llama")
+    config = config_of(tmp_path, max_model_len=100)
+    params = [
+        SamplingParams(max_tokens=12, temperature=0, seed=0, repetition_penalty=1.3),
+        SamplingParams(max_tokens=12, temperature=1.0, seed=4, presence_penalty=0.9, logprobs=2),
+    ]
+    prompts = PROMPTS[:2]
+    with running(config) as group:
+        expected = group.generate(prompts, params)
+    drafts = SpeculationConfig(kind="ngram", max_tokens=4)
+    factory = sometimes(lambda s: expected[int(s.request_id[1:]) - 1].tokens, 100, 3)
+    if kind == "draft":
+        monkeypatch.setattr(StepCost, "share", lambda *args: 0.0)
+        drafts = SpeculationConfig(kind="draft", max_tokens=3, model_path=str(tmp_path))
+    config = replace(on_cuda(config, "reference"), speculation=drafts)
+    with simulated(), running(config, proposers=None if kind == "draft" else factory) as group:
+        answers = group.generate(prompts, params)
+        counts = group.engine.stats().speculation
+    assert [one.error for one in answers] == [None] * len(answers)
+    assert [one.tokens for one in answers] == [one.tokens for one in expected]
+    assert 0 < counts.accepted < counts.drafted or (kind == "draft" and counts.accepted)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "int8": {"quantization": "int8"},
+    "int4": {"quantization": "int4"},
+    "fp8": {"quantization": "fp8"},
+    "fbgemm_fp8": {},
+    "window": {"sliding_window": 8, "attention_sinks": 2, "changes_answers": True},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tokens_of_each_format_and_of_windows(tmp_path: Path, variant: str) -> None:
+    make(tmp_path, variant if variant == "fbgemm_fp8" else "llama")
+    config = config_of(tmp_path, **VARIANTS[variant])
+    prompts, params = [PROMPTS[0], PROMPTS[2][:12]], [replace(GREEDY, max_tokens=2)] * 2
+    expected = tokens(config, prompts, params)
+    with simulated() as device, running(on_cuda(config)) as group:
+        device.clear()
+        answers = group.generate(prompts, params)
+        assert [answer.error for answer in answers] == [None] * 2
+        assert [answer.tokens for answer in answers] == expected
+        assert not device.waits and not device.compiles and not device.pageable
+
+
+def test_unusual_requests_compile_nothing(tmp_path: Path) -> None:
+    """Penalties, bans, log-probabilities, and prompts of any length beside decodes."""
+    make(tmp_path, "llama")
+    config = config_of(tmp_path)
+    params = [
+        SamplingParams(max_tokens=2, temperature=1.0, seed=1, repetition_penalty=1.4),
+        SamplingParams(max_tokens=2, temperature=0, seed=0, logprobs=2, logit_bias={5: 3.0}),
+        SamplingParams(max_tokens=2, temperature=0, seed=0, allowed_token_ids=(3, 4)),
+    ]
+    expected = tokens(config, PROMPTS, params)
+    with simulated() as device, running(on_cuda(config)) as group:
+        device.clear()
+        answers = group.generate(PROMPTS, params)
+        assert [answer.error for answer in answers] == [None] * len(answers)
+        assert [answer.tokens for answer in answers] == expected
+        assert not device.compiles and not device.waits
+
+
+def test_prompts_before_the_first_request_meet_every_block_size() -> None:
+    """Products have block sizes for up to 16, 128 and more rows, divided among experts or not."""
+    for most in (1, 2, 3, 16, 17, 100, 128, 129, 2048, 8192):
+        sizes = prompt_sizes(most)
+        assert sizes == sorted(set(sizes)) and sizes[-1] == max(2, most)
+        for experts in (1, 8, 16, 128):
+            classes = {rows_class(size, experts) for size in sizes}
+            assert {rows_class(size, experts) for size in range(1, most + 1)} <= classes
+
+
+def rows_class(rows: int, experts: int) -> int:
+    each = -(-rows // experts)
+    return 16 if each <= 16 else 128 if each <= 128 else 129
 
 
 def test_the_reference_serves_on_a_gpu(tmp_path: Path) -> None:
@@ -240,3 +328,26 @@ def test_tier_copies_go_through_pinned_memory(row_type: RowType | None) -> None:
     near = 0.0 if row_type is None else 0.1
     assert torch.allclose(after[:, [0, 5]], before[:, [4, 1]], atol=near)
     assert torch.equal(after[:, 1:5], before[:, 1:5]), "the other blocks stay"
+
+
+def test_adapters_beside_the_base_model(tmp_path: Path) -> None:
+    """A batch of two adapters and the base model; the steps with an adapter run eagerly."""
+    make(tmp_path / "model", "llama")
+    files = tuple(write_adapter(tmp_path / name, seed) for seed, name in enumerate("ab"))
+    config = config_of(tmp_path / "model", adapters=files, max_sequences=3)
+
+    def answers(config: GroupConfig, ready: Callable[[], None] = lambda: None) -> list[list[int]]:
+        with running(config) as group:
+            ready()
+            chosen = [*group.engine.config.adapters, ""]
+            names = [
+                group.submit(prompt, GREEDY, adapter=adapter)
+                for prompt, adapter in zip(PROMPTS, chosen, strict=True)
+            ]
+            return [answer.tokens for answer in group.wait(names)]
+
+    expected = answers(config)
+    with simulated() as device:
+        assert answers(on_cuda(config), device.clear) == expected
+        assert device.launches["_lora_shrink"] and device.launches["_lora_expand"]
+        assert not device.waits and not device.compiles, "a step waits or compiles"
