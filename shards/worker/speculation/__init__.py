@@ -1,0 +1,1 @@
+"""Drafts of tokens that a model on the slices makes."""

@@ -1,0 +1,234 @@
+"""How often is a drafted token right: coupled draws, against rejection sampling, for a model pair?
+
+Usage: PYTHONPATH=tests draft_acceptance.py TARGET --draft FOLDER --eagle3 FOLDER [--tokens 256]
+
+Each row of the table is a temperature and a depth of the chain, over positions whose drafts before
+were all right. `coupled` counts drafts that equal the target's draw: both draw by inverse CDF with
+the uniform number of seed and position. `rejection` is the mean of sum(min(p, q)), which standard
+rejection sampling accepts; `greedy` the mean of p(argmax q), for drafts without noise; `gumbel`
+what a target that draws by Gumbel-max would share with the draft; `hedged` counts the token that
+most likely holds the uniform number if the target's CDF is Beta-distributed around the draft's.
+The tokens of each run are compared with a run without drafts. A head runs with its taps, and once
+with each tap one layer later, to tell the two meanings of tap ids apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from arriero.kernels.philox import uniform
+from arriero.kernels.select import ops_for
+from arriero.shards.config.sampling_params import SamplingParams
+from arriero.shards.models.eagle3.config import Eagle3Config
+from support.draft_loop import DraftLoop
+
+HEDGES = (8, 32, 128)
+GUMBELS = 64
+NAMES = ("coupled", "rejection", "greedy", "gumbel", *(f"hedged {a}" for a in HEDGES))
+ASKS = (
+    "Explain how a bicycle works.",
+    "Write a Python function that reverses a list.",
+    "Tell a short story about a lighthouse.",
+    "What is the difference between weather and climate?",
+    "Give three reasons to read books.",
+    "Summarize: The copyright holder grants you a licence to copy, change and distribute the work.",
+    "How do I boil an egg?",
+    "List the planets of the solar system with a fact about each.",
+)
+
+
+class Measured(DraftLoop):
+    """A loop that compares the distributions of drafts and draws."""
+
+    temperature = 0.0
+
+    def start(self, temperature: float) -> None:
+        """Forget what was measured."""
+        self.temperature = temperature
+        self.sums: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        self.counts: dict[int, int] = defaultdict(int)
+        self._drafted: dict[tuple[int, int], tuple[int, Tensor]] = {}
+        self._chain: list[tuple[np.ndarray, np.ndarray, Tensor]] = []
+        network, draw = self.drafter._network, type(self.drafter)._draw
+        drafter = self.drafter
+
+        def recorded(logits: Tensor, slots: np.ndarray, positions: np.ndarray) -> Tensor:
+            self._chain.append((slots, positions, logits.clone()))
+            return draw(drafter, logits, slots, positions)
+
+        drafter._draw = recorded  # type: ignore[method-assign, assignment]
+        size = self.model_config.vocab_size
+        self._ids = network.target_tokens(torch.arange(self._draft_vocab, dtype=torch.int32)).long()
+        self._size = size
+
+    @property
+    def _draft_vocab(self) -> int:
+        head = getattr(self.drafter._network, "_head", None)
+        return self.model_config.vocab_size if head is None else head.config.draft_vocab_size
+
+    def distribution(self, logits: Tensor) -> Tensor:
+        """Probabilities, float64."""
+        logits = logits.double()
+        if not self.temperature:
+            return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+        return (logits / self.temperature).softmax(-1)
+
+    def note_drafts(self) -> None:
+        """Keep the draft distributions of the last chain by slot and position."""
+        for depth, (slots, positions, logits) in enumerate(self._chain):
+            q = torch.zeros(len(slots), self._size, dtype=torch.float64)
+            q[:, self._ids] = self.distribution(logits)
+            for slot, position, row in zip(slots.tolist(), positions.tolist(), q, strict=True):
+                self._drafted[slot, position] = depth, row
+        self._chain = []
+
+    def compare(self, slot: int, position: int, logits: Tensor, token: int) -> None:
+        """Compare a draw of the target with the draft for its position."""
+        if (slot, position) not in self._drafted:
+            return
+        depth, q = self._drafted.pop((slot, position))
+        p = self.distribution(logits)
+        sums = self.sums[depth]
+        self.counts[depth] += 1
+        sums["rejection"] += float(torch.minimum(p, q).sum())
+        sums["greedy"] += float(p[q.argmax()])
+        text = self.texts[slot]
+        seed = torch.tensor([text.params.seed or 0])
+        u = uniform(seed, torch.tensor([position]))
+        sums["coupled"] += float(torch.searchsorted(q.cumsum(-1), u, right=True)[0] == token)
+        sums["gumbel"] += gumbel_agreement(p, q)
+        for strength in HEDGES:
+            sums[f"hedged {strength}"] += float(hedged(q, float(u), strength) == token)
+
+
+def gumbel_agreement(p: Tensor, q: Tensor) -> float:
+    """Share of Gumbel draws in which both distributions choose the same token."""
+    likely = (p > 1e-6) | (q > 1e-6)
+    p, q = p[likely].log(), q[likely].log()
+    generator = torch.Generator().manual_seed(len(p))
+    noise = torch.rand(GUMBELS, len(p), generator=generator, dtype=torch.float64)
+    noise = -(-noise.clamp(1e-12, 1 - 1e-12).log()).log()
+    return float(((p + noise).argmax(-1) == (q + noise).argmax(-1)).double().mean())
+
+
+def hedged(q: Tensor, u: float, strength: float) -> int:
+    """The token with the most probability that the target's CDF puts it at u."""
+    high = q.cumsum(-1)
+    low = high - q
+
+    def below(edge: Tensor) -> Tensor:
+        spread = (edge * (1 - edge) / (strength + 1)).clamp(min=1e-12).sqrt()
+        return torch.special.ndtr((u - edge) / spread)
+
+    return int((below(low) - below(high)).argmax())
+
+
+def run(loop: Measured, prompts: list[list[int]], temperature: float, tokens: int, k: int) -> Any:  # noqa: ANN401
+    """Draft and verify; gives the table's rows and the tokens."""
+    loop.start(temperature)
+    texts = [
+        loop.enter(slot, prompt, SamplingParams(temperature=temperature, seed=100 + slot))
+        for slot, prompt in enumerate(prompts)
+    ]
+    slots = list(range(len(prompts)))
+    steps = 0
+    while min(len(text.tokens) - text.num_prompt for text in texts) < tokens:
+        loop.step(slots, k, ahead=k)
+        loop.note_drafts()
+        steps += 1
+    rows = {}
+    for depth in sorted(loop.counts):
+        count = loop.counts[depth]
+        rows[depth] = {name: loop.sums[depth][name] / count for name in NAMES} | {"n": count}
+    emitted = [n for text in texts for n in text.emitted]
+    out = [text.tokens[text.num_prompt :][:tokens] for text in texts]
+    return rows, sum(emitted) / max(1, len(emitted)), out
+
+
+def plain(loop: Measured, prompts: list[list[int]], temperature: float, tokens: int) -> Any:  # noqa: ANN401
+    """The tokens without drafts."""
+    loop.start(temperature)
+    texts = [
+        loop.enter(slot, prompt, SamplingParams(temperature=temperature, seed=100 + slot))
+        for slot, prompt in enumerate(prompts)
+    ]
+    for _ in range(tokens):
+        loop.step(list(range(len(prompts))))
+    return [text.tokens[text.num_prompt :][:tokens] for text in texts]
+
+
+def main() -> None:
+    """Measure each drafter at each temperature."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--draft", type=Path)
+    parser.add_argument("--eagle3", type=Path)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--texts", type=int, default=8)
+    parser.add_argument("--depth", type=int, default=3)
+    parser.add_argument("--temperatures", default="0,0.7,1")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    tokenizer = Tokenizer.from_file(str(arguments.target / "tokenizer.json"))
+    prompts = [
+        tokenizer.encode(
+            f"<|im_start|>user\n{ask}<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False
+        ).ids
+        for ask in ASKS[: arguments.texts]
+    ]
+    runs: list[tuple[str, str, Path, tuple[int, ...] | None]] = []
+    if arguments.draft:
+        runs.append(("draft", "draft", arguments.draft, None))
+    if arguments.eagle3:
+        head = Eagle3Config.from_folder(arguments.eagle3)
+        layers = json.loads((arguments.target / "config.json").read_text())["num_hidden_layers"]
+        taps = head.taps(layers)
+        runs.append((f"eagle3, taps {taps}", "eagle3", arguments.eagle3, taps))
+        later = tuple(tap + 1 for tap in taps)
+        runs.append((f"eagle3, taps {later}", "eagle3", arguments.eagle3, later))
+    results = []
+    known: dict[float, Any] = {}
+    for name, kind, folder, taps_ in runs:
+        ops = ops_for(torch.device("cpu"), threads=1)
+        loop = Measured(
+            arguments.target,
+            kind,  # type: ignore[arg-type]
+            folder,
+            ops,
+            sequences=len(prompts),
+            dtype="bfloat16",
+            taps=taps_,
+        )
+        for temperature in map(float, arguments.temperatures.split(",")):
+            if temperature not in known:
+                known[temperature] = plain(loop, prompts, temperature, arguments.tokens)
+            rows, mean, tokens = run(loop, prompts, temperature, arguments.tokens, arguments.depth)
+            assert tokens == known[temperature], "drafts changed a token"
+            results.append(
+                {"drafter": name, "temperature": temperature, "mean": mean, "rows": rows}
+            )
+            show(name, temperature, mean, rows)
+    if arguments.json:
+        print(json.dumps(results))
+
+
+def show(name: str, temperature: float, mean: float, rows: dict[int, dict[str, float]]) -> None:
+    """Print a part of the table."""
+    print(f"{name}, temperature {temperature:g}: {mean:.2f} tokens a verified step", flush=True)
+    print("  depth      n " + " ".join(f"{column:>10}" for column in NAMES))
+    for depth, row in rows.items():
+        numbers = " ".join(f"{row[column]:10.3f}" for column in NAMES)
+        print(f"  {depth + 1:5d} {row['n']:6d} {numbers}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
