@@ -15,7 +15,8 @@ from arriero.shards.engine.draft import Chunk
 from arriero.shards.engine.prefills import Prefills
 from arriero.shards.engine.running import RunningSequences
 from arriero.shards.engine.sequence import Sequence
-from arriero.shards.engine.sequence_blocks import SequenceBlocks, SharedBlocks
+from arriero.shards.engine.sequence_blocks import SequenceBlocks
+from arriero.shards.engine.shared_blocks import SharedBlocks
 from arriero.shards.engine.waiting import WaitingQueue
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from arriero.shards.adapters.adapter import open_adapters
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.engine.types import EngineConfig
 from arriero.shards.families.registry import family_of
@@ -17,6 +18,9 @@ def engine_config(config: GroupConfig, model: AnyModel, digest: str) -> EngineCo
         config: resolved config of the group.
         model: config of the model.
         digest: digest of the checkpoint; the root of every block's key.
+
+    Raises:
+        CheckpointError: an adapter does not fit the model.
     """
     assert config.num_blocks is not None and config.max_model_len is not None, "unresolved"
     visible = visible_keys(model, config)
@@ -42,4 +46,6 @@ def engine_config(config: GroupConfig, model: AnyModel, digest: str) -> EngineCo
         image_token=family_of(model).image_token(model),
         cache_salt=cache_salt(config, digest),
         tiers=tier_limits(config, model),
+        adapters=tuple(adapter.digest for adapter in open_adapters(config, model)),
+        speculation=config.speculation,
     )

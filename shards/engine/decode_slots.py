@@ -40,6 +40,13 @@ class DecodeSlots:
         self._array = None
 
     @property
+    def all(self) -> Int32:
+        """All slots that decode."""
+        if self._array is None:
+            self._array = int32(list(self._slots))
+        return self._array
+
+    @property
     def sequences(self) -> list[Sequence]:
         """Sequences in these slots."""
         sequences: list[Sequence] = self._table.sequences[list(self._slots)].tolist()
@@ -51,16 +58,17 @@ class DecodeSlots:
         Returns the same array object as long as all slots are ready and no slot was added or
         removed.
         """
-        slots = self._array
-        if slots is None:
-            slots = self._array = int32(list(self._slots))
+        slots = self.all
         table, config = self._table, self._config
+        drafts = config.speculation.enabled
         most = config.max_batch_tokens
         scheduled = table.scheduled[slots]
         ready = scheduled < table.limit[slots] - 1
         if config.num_stages > 1:
             most = min(most, -(-len(slots) // config.num_stages))
             ready &= scheduled < table.known[slots]
+        elif drafts:
+            ready &= ~table.waits[slots] | (scheduled < table.known[slots])
         if not ready.all():
             slots = slots[ready]
         if len(slots) > most:

@@ -18,7 +18,8 @@ from functools import partial
 from arriero.shards.engine.cache_report import CacheReport
 from arriero.shards.engine.limits import check_config
 from arriero.shards.engine.scheduler import Scheduler
-from arriero.shards.engine.stats import EngineStats
+from arriero.shards.engine.speculation.proposer import ProposerFactory
+from arriero.shards.engine.stats import EngineStats, SpeculationStats
 from arriero.shards.engine.types import EngineConfig, EngineRequest, SequenceOutput
 from arriero.shards.errors import GroupFailed
 from arriero.shards.kv.blocks import CacheEvent, CacheListener
@@ -37,6 +38,7 @@ class DataParallelScheduler:
         config: limits; slots, blocks and tokens are counted for each rank.
         on_event: callback for keys that the first rank stores and the last rank evicts.
         clock: monotonic time in seconds.
+        proposers: makes the sources of drafted tokens; None for those of the config.
 
     Raises:
         SpecError: a field of `config` is out of range.
@@ -48,6 +50,7 @@ class DataParallelScheduler:
         *,
         on_event: CacheListener | None = None,
         clock: Callable[[], float] = time.monotonic,
+        proposers: ProposerFactory | None = None,
     ) -> None:
         check_config(config)
         self.config = config
@@ -55,7 +58,7 @@ class DataParallelScheduler:
         self._stored: Counter[bytes] = Counter()
         self._offloaded_keys: list[set[bytes]] = [set() for _ in range(config.num_dp_ranks)]
         self._schedulers = [
-            Scheduler(config, on_event=self._listener(number), clock=clock)
+            Scheduler(config, on_event=self._listener(number), clock=clock, proposers=proposers)
             for number in range(config.num_dp_ranks)
         ]
         self._scheduler_of: dict[str, Scheduler] = {}
@@ -126,6 +129,11 @@ class DataParallelScheduler:
         """Remove a pin; False without a pin of this name."""
         return any([scheduler.unpin(name) for scheduler in self._schedulers])
 
+    def release(self, tenant: str, session: str) -> None:
+        """Retain the blocks of a tenant's session no longer."""
+        for scheduler in self._schedulers:
+            scheduler.release(tenant, session)
+
     def is_saving(self, keys: list[bytes]) -> bool:
         """Whether a transfer of any of these blocks to host memory is in flight; thread-safe."""
         return any(scheduler.is_saving(keys) for scheduler in self._schedulers)
@@ -148,14 +156,17 @@ class DataParallelScheduler:
         each = [scheduler.stats for scheduler in self._schedulers]
         if len(each) == 1:
             return each[0]
-        apart = ("step_us", "expert_moves", "expert_imbalance", "expert_loads", "tiers")
+        own = ("step_us", "expert_moves", "expert_imbalance", "expert_loads")
+        apart = (*own, "tiers", "speculation")
         names = [field.name for field in fields(EngineStats) if field.name not in apart]
         total = {name: sum(getattr(stats, name) for stats in each) for name in names}
         tiers = Counter[str]()
         if all(stats.tiers for stats in each):  # else some tiers are not open yet
             for stats in each:
                 tiers.update(stats.tiers)
-        return EngineStats(**total | {"steps": each[0].steps, "tiers": dict(tiers)})
+        drafts = SpeculationStats.total(stats.speculation for stats in each)
+        apart_total = {"steps": each[0].steps, "tiers": dict(tiers), "speculation": drafts}
+        return EngineStats(**total | apart_total)
 
     def schedule(self) -> list[StepPlan]:
         """The next step's plans, one for each rank; none when nothing can run."""

@@ -1,19 +1,21 @@
 """The next plan in the making, and the record of a plan until its result arrives.
 
-Knows the layout of a `StepPlan`: decode rows first, then prefill chunks. Decides nothing.
+Knows the layout of a `StepPlan`: decode rows first, each with its drafted tokens, then prefill
+chunks. Decides nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from arriero.shards.engine.sequence import Sequence
 from arriero.shards.protocol.step_plan import LAST_SAMPLED, Int32, NewSequence, StepPlan, int32
+from arriero.shards.protocol.verification import drawn_rows
 
 _EMPTY = int32()
 
@@ -26,6 +28,28 @@ class Chunk:
     start: int
     end: int
     final: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRows:
+    """The decodes of a step.
+
+    Attributes:
+        slots: [D] slots.
+        starts: [D] position of each slot's last known token, or of the one in flight.
+        drafts: drafted tokens of rows that have any.
+        requests: tokens that the slices shall draft after rows, for the next step.
+    """
+
+    slots: Int32
+    starts: Int32
+    drafts: dict[int, list[int]]
+    requests: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens, drafted ones included."""
+        return len(self.slots) + sum(map(len, self.drafts.values()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +68,21 @@ class InFlight:
 
     Attributes:
         step: number of the step.
-        slots: [R] int32, slot of each sampled token.
-        generation: [R] int64, generation of the slot at the time of the plan.
+        slots: [S'] int32, slot of each row with draws.
+        generation: [S'] int64, generation of the slot at the time of the plan.
         prompt_rows: sequences of the rows of `StepResult.prompt_logprobs`, in order.
+        samples: [S'] number of draws of each row; None if all have one.
+        tokens: [R] token at each drawn position; empty if `samples` is None.
+        num_decoded: tokens of a step of decodes alone; 0 for a step with prompts.
     """
 
     step: int
     slots: Int32
     generation: npt.NDArray[np.int64]
     prompt_rows: list[PromptRows]
+    samples: Int32 | None = None
+    tokens: Int32 = field(default_factory=int32)
+    num_decoded: int = 0
 
 
 class PlanDraft:
@@ -102,18 +132,21 @@ class PlanDraft:
             self._local_ids.append(block)
 
     def build(
-        self, step: int, slots: Int32, starts: Int32, tokens: Int32 | None, chunks: list[Chunk]
+        self, step: int, rows: DecodeRows, tokens: Int32 | None, chunks: list[Chunk]
     ) -> StepPlan:
         """The plan of the given rows.
 
         Args:
             step: number of the step.
-            slots: [D] slots that decode.
-            starts: [D] position of each slot's token.
-            tokens: [D] tokens, or None where only the slices know them.
+            rows: decodes.
+            tokens: [D] last tokens, or None where only the slices know them.
             chunks: prefill chunks.
         """
-        ones = self._ones[: len(slots)]
+        slots = rows.slots
+        counts = self._ones[: len(slots)]
+        tokens = self._last_sampled[: len(slots)] if tokens is None else tokens
+        if rows.drafts:
+            counts, tokens = _with_drafts(tokens, rows.drafts)
         plan = StepPlan(
             step=step,
             freed=_drain(self._freed),
@@ -122,10 +155,10 @@ class PlanDraft:
             block_index=_drain(self._block_index),
             block_ids=_drain(self._block_ids),
             slots=slots,
-            starts=starts,
-            counts=ones,
-            tokens=self._last_sampled[: len(slots)] if tokens is None else tokens,
-            samples=ones,
+            starts=rows.starts,
+            counts=counts,
+            tokens=tokens,
+            samples=counts,
             local_slots=_drain(self._local_slots),
             local_index=_drain(self._local_index),
             local_ids=_drain(self._local_ids),
@@ -133,7 +166,23 @@ class PlanDraft:
         self._new = []
         if chunks:
             _add_chunks(plan, chunks)
+        if rows.requests:
+            plan.draft_lengths = np.zeros(len(plan.slots), dtype=np.int32)
+            plan.draft_lengths[list(rows.requests)] = list(rows.requests.values())
         return plan
+
+
+def _with_drafts(tokens: Int32, drafts: dict[int, list[int]]) -> tuple[Int32, Int32]:
+    """Counts of the rows, and the last token of each row followed by its draft."""
+    counts = np.ones(len(tokens), dtype=np.int32)
+    parts: list[Int32] = []
+    done = 0
+    for row, draft in sorted(drafts.items()):
+        counts[row] += len(draft)
+        parts += (tokens[done : row + 1], int32(draft))
+        done = row + 1
+    parts.append(tokens[done:])
+    return counts, np.concatenate(parts)
 
 
 def _drain(values: list[int]) -> Int32:
@@ -171,20 +220,24 @@ def _wants_prompt_rows(chunk: Chunk) -> bool:
 
 
 def in_flight(
-    plan: StepPlan, decoding: Int32, chunks: list[Chunk], generation: npt.NDArray[np.int64]
+    plan: StepPlan, decodes: DecodeRows, chunks: list[Chunk], generation: npt.NDArray[np.int64]
 ) -> InFlight:
     """Record of a plan with these decode rows and chunks.
 
     Args:
         plan: plan as built.
-        decoding: [D] slots of the plan's decode rows.
+        decodes: the plan's decode rows.
         chunks: prefill chunks of the plan.
         generation: [slots] current generation of every slot.
     """
-    slots = decoding
+    slots = decodes.slots
     if chunks:
         final = int32([chunk.sequence.slot for chunk in chunks if chunk.final])
-        slots = np.concatenate((decoding, final))
+        slots = np.concatenate((slots, final))
+    samples, tokens = None, _EMPTY
+    if decodes.drafts:
+        samples = plan.samples[plan.samples > 0]
+        tokens = plan.tokens[drawn_rows(plan)]
     rows = [
         PromptRows(
             chunk.sequence,
@@ -195,4 +248,5 @@ def in_flight(
         for chunk in chunks
         if _wants_prompt_rows(chunk)
     ]
-    return InFlight(plan.step, slots, generation[slots], rows)
+    num_decoded = 0 if chunks else len(plan.tokens)
+    return InFlight(plan.step, slots, generation[slots], rows, samples, tokens, num_decoded)

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from arriero.shards.engine.dp_scheduler import DataParallelScheduler
 from arriero.shards.engine.expert_balance import ExpertBalance
 from arriero.shards.engine.limits import check_request
+from arriero.shards.engine.speculation.proposer import ProposerFactory
 from arriero.shards.engine.stats import EngineStats
 from arriero.shards.engine.types import (
     EngineConfig,
@@ -52,6 +53,7 @@ class Engine:
             must not block: the next plan waits for the return.
         on_failure: callback when the group is lost; called once, from the engine's thread.
         on_event: callback for keys stored in and evicted from the prefix cache.
+        proposers: makes the sources of drafted tokens; None for those of the config.
 
     Attributes:
         failure: why the group is lost, or None.
@@ -65,13 +67,14 @@ class Engine:
         *,
         on_failure: Callable[[GroupFailed], None] | None = None,
         on_event: CacheListener | None = None,
+        proposers: ProposerFactory | None = None,
     ) -> None:
         self.config = config
         self.failure: GroupFailed | None = None
         self._executor = executor
         self._on_outputs = on_outputs
         self._on_failure = on_failure
-        self._scheduler = DataParallelScheduler(config, on_event=on_event)
+        self._scheduler = DataParallelScheduler(config, on_event=on_event, proposers=proposers)
         self._balance: ExpertBalance | None = None
         if config.experts is not None:
             self._balance = ExpertBalance(config.experts, enabled=config.move_experts)
@@ -149,6 +152,10 @@ class Engine:
                 self._wake.notify()
         return future
 
+    def release(self, tenant: str, session: str) -> None:
+        """Retain the blocks of a tenant's session no longer, from the next step on."""
+        self.ask(lambda scheduler: scheduler.release(tenant, session))
+
     def shared(self, keys: list[bytes]) -> tuple[dict[Pool, PeerBlocks], bool]:
         """Blocks of these keys that another group may copy, and whether more are being saved.
 
@@ -202,6 +209,8 @@ class Engine:
             self._collect_transfers()
             self._submit_plans()
             self._collect_oldest()
+            if not self._scheduler.num_outstanding:  # the slices wait: their plan goes first
+                self._submit_plans()
             self._deliver()
         except Exception as error:
             self._fail(error)

@@ -77,6 +77,11 @@ def check_request(config: EngineConfig, request: EngineRequest) -> None:
     if not request.prompt:
         raise InvalidRequest("prompt", "`prompt` is empty; give at least one token")
     _check_tokens("prompt", request.prompt, config.vocab_size)
+    if request.adapter and request.adapter not in config.adapters:
+        raise InvalidRequest(
+            "model", "the adapter of `model` is not on this group any more; send the request again"
+        )
+    _check_tokens("prediction", request.prediction, config.vocab_size)
     check_images(request.prompt, request.images, config.image_token, config.max_images)
     _check_resumed(config, request, params.max_tokens)
     _check_length(config, len(request.prompt), params.max_tokens)

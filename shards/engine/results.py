@@ -6,18 +6,23 @@ nothing of scheduling: ended sequences are returned to the scheduler.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from arriero.shards.engine.draft import InFlight
 from arriero.shards.engine.sequence import Sequence
 from arriero.shards.engine.sequence_blocks import SequenceBlocks
 from arriero.shards.engine.slots import SlotTable
+from arriero.shards.engine.speculation.speculation import Speculation
 from arriero.shards.engine.types import EngineConfig, SequenceOutput, TokenLogprobs
 from arriero.shards.errors import GroupFailed
-from arriero.shards.protocol.step_plan import Logprobs, StepResult
+from arriero.shards.protocol.step_plan import Int32, Logprobs, StepResult
+from arriero.shards.protocol.verification import num_emitted, ranges
 
+Ints = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
 NO_TOKEN = -1
 """Token id for logits without a possible token: all banned, or not numbers."""
 NOTHING_LEFT = (
@@ -29,75 +34,192 @@ NOTHING_LEFT = (
 
 @dataclass(frozen=True, slots=True)
 class StepOutputs:
-    """Outputs of a step, one for each sequence with a new token, and the sequences that ended."""
+    """Outputs of a step, one for each sequence with new tokens, and the sequences that ended."""
 
     outputs: list[SequenceOutput]
     ended: list[Sequence]
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Draws:
+    """The draws of a step that count.
+
+    Attributes:
+        rows: [S'] row of each sequence in the record.
+        slots: [S'] slot of each sequence.
+        first: [S'] index of each sequence's first draw in the result.
+        counts: [S'] number of draws that count.
+        drafted: [S'] number of drafted tokens in the sequence's row.
+        right: [S'] number of those that were drawn.
+        tokens: [sum of counts] drawn tokens.
+        stopped, void, ended: [S'] whether the last draw is a stop, no token, or an end.
+    """
+
+    rows: Ints
+    slots: Int32
+    first: Ints
+    counts: Ints
+    drafted: Ints
+    right: Ints
+    tokens: Int32
+    stopped: Flags = field(default_factory=lambda: np.zeros(0, np.bool_))
+    void: Flags = field(default_factory=lambda: np.zeros(0, np.bool_))
+    ended: Flags = field(default_factory=lambda: np.zeros(0, np.bool_))
 
 
 class Results:
     """Applies results, oldest first."""
 
-    def __init__(self, config: EngineConfig, slots: SlotTable, blocks: SequenceBlocks) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        slots: SlotTable,
+        blocks: SequenceBlocks,
+        speculation: Speculation | None = None,
+    ) -> None:
         self._config = config
+        self._speculation = speculation
         self._slots = slots
         self._blocks = blocks
         self._is_eos = np.zeros(config.vocab_size, dtype=np.bool_)
         self._is_eos[list(config.eos_token_ids)] = True
 
     def take(self, record: InFlight, result: StepResult) -> StepOutputs:
-        """Give each token to its sequence; tokens of sequences that left are discarded.
+        """Give the draws that count to their sequences; those of sequences that left are discarded.
 
         Raises:
             GroupFailed: the result does not belong to `record`.
         """
         self._check(record, result)
         self._take_prompt_rows(record, result)
-        table = self._slots
-        slots, tokens = record.slots, result.tokens
-        rows = np.flatnonzero(table.generation[slots] == record.generation)
-        if len(rows) < len(slots):
-            slots, tokens = slots[rows], tokens[rows]
-
-        known = table.known[slots] + 1
+        if self._speculation is not None and record.num_decoded:
+            self._speculation.observe(record.num_decoded, result)
+        draws = self._without_late(self._draws(record, result))
+        table, slots = self._slots, draws.slots
+        before = table.known[slots]
+        known = before + draws.counts
         table.known[slots] = known
-        table.last_token[slots] = tokens
-        stopped = self._is_eos[np.maximum(tokens, 0)] & table.stops_at_eos[slots]
-        for row in np.flatnonzero(table.own_stops[slots]):
-            stopped[row] |= int(tokens[row]) in table.sequences[slots[row]].live.stop_tokens
-        stopped &= known > table.min_known[slots]
-        void = tokens == NO_TOKEN
-        ended = np.flatnonzero(stopped | void | (known >= table.limit[slots]))
+        table.last_token[slots] = draws.tokens[np.cumsum(draws.counts) - 1]
+        # drafted positions count as computed once their tokens are known to be right
+        table.scheduled[slots] = np.maximum(table.scheduled[slots], known - 1)
 
         sequences: list[Sequence] = table.sequences[slots].tolist()
         outputs = []
-        for sequence, token in zip(sequences, tokens.tolist(), strict=True):
-            sequence.tokens.append(token)
+        tokens, row_end = draws.tokens.tolist(), 0
+        for sequence, count in zip(sequences, draws.counts.tolist(), strict=True):
+            row_start, row_end = row_end, row_end + count
+            new = tokens[row_start:row_end]
+            sequence.tokens.extend(new)
             outputs.append(
                 SequenceOutput(
-                    request_id=sequence.request_id, index=sequence.index, tokens=(token,)
+                    request_id=sequence.request_id, index=sequence.index, tokens=tuple(new)
                 )
             )
         if self._config.prefix_cache:
-            # The step computed every position except the new token's.
-            for row in np.flatnonzero((known - 1) % self._config.block_size == 0):
+            # The step computed every position except the last token's.
+            size = self._config.block_size
+            for row in np.flatnonzero((known - 1) // size > (before - 1) // size).tolist():
                 self._blocks.store(sequences[row], int(known[row]) - 1)
-        for row in np.flatnonzero(table.reports[slots]):
-            self._report(sequences[row], outputs[row], result, int(rows[row]))
-        for row in ended:
-            outputs[row].finish_reason = "stop" if stopped[row] else "length"
-            outputs[row].stop_token = int(tokens[row]) if stopped[row] else None
-            if void[row]:
-                outputs[row].tokens, outputs[row].logprobs = (), None
-                outputs[row].finish_reason, outputs[row].error = "error", NOTHING_LEFT
-        return StepOutputs(outputs, [sequences[row] for row in ended])
+        for row in np.flatnonzero(table.reports[slots]).tolist():
+            self._report(sequences[row], outputs[row], result, int(draws.first[row]))
+        self._finish(draws, outputs)
+        if self._speculation is not None:
+            self._follow(self._speculation, draws, sequences, outputs)
+            if result.drafts is not None:
+                if len(result.drafts) != len(record.slots):
+                    raise GroupFailed(
+                        f"the result of step {result.step} has drafts of {len(result.drafts)} of "
+                        f"{len(record.slots)} sequences"
+                    )
+                for row, sequence in enumerate(sequences):
+                    if not draws.ended[row]:
+                        self._speculation.take(sequence, result.drafts[draws.rows[row]].tolist())
+        ended = [sequences[row] for row in np.flatnonzero(draws.ended)]
+        return StepOutputs(outputs, ended, len(tokens))
+
+    def _draws(self, record: InFlight, result: StepResult) -> _Draws:
+        """The draws that count, of sequences that are still in their slots."""
+        slots = record.slots
+        rows = np.flatnonzero(self._slots.generation[slots] == record.generation)
+        if record.samples is None:
+            first: Ints = rows
+            counts: Ints = np.ones(len(rows), dtype=np.int64)
+            drafted: Ints = np.zeros(len(rows), dtype=np.int64)
+            right = drafted
+            tokens = result.tokens[rows]
+        else:
+            emitted = num_emitted(record.samples, record.tokens, result.tokens)
+            first = (np.cumsum(record.samples) - record.samples)[rows]
+            counts = emitted[rows].astype(np.int64)
+            drafted = record.samples[rows].astype(np.int64) - 1
+            right, tokens = counts - 1, result.tokens[ranges(first, counts)]
+        return _Draws(rows, slots[rows], first, counts, drafted, right, tokens)
+
+    def _without_late(self, draws: _Draws) -> _Draws:
+        """Find stops and limits, and drop what was drawn after them."""
+        table, tokens = self._slots, draws.tokens
+        slots, known = draws.slots, table.known[draws.slots] + 1
+        starts = np.cumsum(draws.counts) - draws.counts
+        several = len(tokens) > len(slots)
+        if several:
+            owner = np.repeat(np.arange(len(slots)), draws.counts)
+            slots, known = slots[owner], known[owner] + np.arange(len(tokens)) - starts[owner]
+        stopped = self._is_eos[np.maximum(tokens, 0)] & table.stops_at_eos[slots]
+        for draw in np.flatnonzero(table.own_stops[slots]):
+            stops = table.sequences[slots[draw]].live.stop_tokens
+            stopped[draw] |= int(tokens[draw]) in stops
+        stopped &= known > table.min_known[slots]
+        void = tokens == NO_TOKEN
+        ends = stopped | void | (known >= table.limit[slots])
+        if several:
+            earlier = np.cumsum(ends) - ends
+            kept = earlier == earlier[starts][owner]
+            if not kept.all():
+                counts = np.bincount(owner[kept], minlength=len(draws.slots))
+                draws = replace(draws, counts=counts, tokens=tokens[kept])
+                stopped, void, ends = stopped[kept], void[kept], ends[kept]
+        last = np.cumsum(draws.counts) - 1
+        return replace(draws, stopped=stopped[last], void=void[last], ended=ends[last])
+
+    def _finish(self, draws: _Draws, outputs: list[SequenceOutput]) -> None:
+        """Say why sequences ended."""
+        for row in np.flatnonzero(draws.ended):
+            output = outputs[row]
+            output.finish_reason = "stop" if draws.stopped[row] else "length"
+            output.stop_token = output.tokens[-1] if draws.stopped[row] else None
+            if draws.void[row]:
+                output.tokens = output.tokens[:-1]
+                output.logprobs = output.logprobs[:-1] or None if output.logprobs else None
+                output.finish_reason, output.error = "error", NOTHING_LEFT
+
+    def _follow(
+        self,
+        speculation: Speculation,
+        draws: _Draws,
+        sequences: list[Sequence],
+        outputs: list[SequenceOutput],
+    ) -> None:
+        """Count drafts, and let sequences that go on decide on their next."""
+        drafted, ended = draws.drafted.tolist(), draws.ended.tolist()
+        for row, sequence in enumerate(sequences):
+            num_drafted, num_new = drafted[row], len(outputs[row].tokens)
+            if num_drafted:
+                num_accepted = min(int(draws.right[row]), num_new)
+                outputs[row].num_drafted, outputs[row].num_accepted = num_drafted, num_accepted
+                speculation.counts.add(num_drafted, num_accepted)
+            if ended[row]:
+                speculation.end(sequence)
+            else:
+                speculation.follow(sequence, num_drafted, num_new)
 
     def _check(self, record: InFlight, result: StepResult) -> None:
         tokens = result.tokens
-        if result.step != record.step or len(tokens) != len(record.slots):
+        num_draws = len(record.slots) if record.samples is None else int(record.samples.sum())
+        if result.step != record.step or len(tokens) != num_draws:
             raise GroupFailed(
                 f"a result of step {result.step} with {len(tokens)} tokens came where "
-                f"step {record.step} with {len(record.slots)} was expected"
+                f"step {record.step} with {num_draws} was expected"
             )
         if len(tokens) and not NO_TOKEN <= tokens.min() <= tokens.max() < self._config.vocab_size:
             raise GroupFailed(
@@ -124,12 +246,14 @@ class Results:
     def _report(
         self, sequence: Sequence, output: SequenceOutput, result: StepResult, row: int
     ) -> None:
-        """Add log-probabilities and first-output fields to an output."""
+        """Add log-probabilities, from row `row` on, and first-output fields to an output."""
         params = sequence.live.params
         if params.logprobs is not None:
             rows = _rows(result, "logprobs", len(result.tokens))
-            (token,) = output.tokens
-            output.logprobs = (_token_logprobs(rows, row, token, params.logprobs),)
+            output.logprobs = tuple(
+                _token_logprobs(rows, row + i, token, params.logprobs)
+                for i, token in enumerate(output.tokens)
+            )
         if not sequence.has_output:
             output.num_cached = sequence.num_cached
             if sequence.wants_prompt_rows:

@@ -13,7 +13,8 @@ import numpy as np
 from arriero.shards.engine.decode_slots import DecodeSlots
 from arriero.shards.engine.draft import PlanDraft
 from arriero.shards.engine.sequence import Sequence
-from arriero.shards.engine.sequence_blocks import SequenceBlocks, SharedBlocks
+from arriero.shards.engine.sequence_blocks import SequenceBlocks
+from arriero.shards.engine.shared_blocks import SharedBlocks
 from arriero.shards.engine.slots import SlotTable
 from arriero.shards.engine.types import EngineConfig
 from arriero.shards.engine.waiting import WaitingQueue
@@ -71,7 +72,7 @@ class RunningSequences:
         num_shared = len(shared.blocks) * config.block_size
         capacity = blocks.count(sequence) * config.block_size
         slot = self.slots.enter(sequence, scheduled=num_shared, capacity=capacity)
-        self.draft.enter(sequence.to_new(config.eos_token_ids, config.image_token), table)
+        self.draft.enter(sequence.to_new(config), table)
         self._add_local(slot, blocks.indexed(shared))
         return num_shared
 
@@ -92,6 +93,19 @@ class RunningSequences:
         self.draft.add_blocks(slot, self._blocks.grow(sequence))
         self.slots.capacity[slot] += self._config.block_size
         self.extend_local(sequence, int(self.slots.scheduled[slot]) + 1)
+
+    def reach(self, sequence: Sequence, end: int) -> int:
+        """Get room for drafted tokens up to `end`, as far as no other sequence needs the blocks.
+
+        Returns the end of the room, at least that of the sequence's next token.
+        """
+        slot, size = sequence.slot, self._config.block_size
+        end = self._blocks.spare_reach(sequence, end, self.count)
+        while self.slots.capacity[slot] < end:
+            self.draft.add_blocks(slot, self._blocks.grow(sequence))
+            self.slots.capacity[slot] += size
+        self.extend_local(sequence, end)
+        return end
 
     def extend_local(self, sequence: Sequence, end: int) -> None:
         """Add missing blocks of chunked or windowed attention for tokens up to `end`."""

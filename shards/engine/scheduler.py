@@ -31,14 +31,16 @@ from arriero.shards.engine.admission import Admission
 from arriero.shards.engine.cache_report import CacheReport, report_of
 from arriero.shards.engine.completion_rate import CompletionRate
 from arriero.shards.engine.decodes import Decodes
-from arriero.shards.engine.draft import Chunk, InFlight, in_flight
+from arriero.shards.engine.draft import Chunk, DecodeRows, InFlight, in_flight
 from arriero.shards.engine.limits import check_config, check_request
 from arriero.shards.engine.prefills import Prefills
 from arriero.shards.engine.results import Results
 from arriero.shards.engine.running import RunningSequences
 from arriero.shards.engine.sequence import LiveRequest, Sequence
 from arriero.shards.engine.sequence_blocks import SequenceBlocks
-from arriero.shards.engine.stats import EngineStats
+from arriero.shards.engine.speculation.proposer import ProposerFactory
+from arriero.shards.engine.speculation.speculation import Speculation
+from arriero.shards.engine.stats import EngineStats, SpeculationStats
 from arriero.shards.engine.types import EngineConfig, EngineRequest, SequenceOutput
 from arriero.shards.engine.waiting import WaitingQueue
 from arriero.shards.errors import GroupFailed, InvalidRequest, Overloaded
@@ -55,6 +57,7 @@ class Scheduler:
         config: limits.
         on_event: callback for keys stored in and evicted from the prefix cache.
         clock: monotonic time in seconds, for the estimate in `Overloaded` and the wait for tiers.
+        proposers: makes the sources of drafted tokens; None for those of the config.
 
     Raises:
         SpecError: a field of `config` is out of range.
@@ -69,18 +72,24 @@ class Scheduler:
         *,
         on_event: CacheListener | None = None,
         clock: Callable[[], float] = time.monotonic,
+        proposers: ProposerFactory | None = None,
     ) -> None:
         check_config(config)
         self.config = config
         self.depth = max(config.pipeline_depth, config.num_stages)
         self._completion_rate = CompletionRate(clock)
-        self._blocks = SequenceBlocks(config, on_event)
+        self._blocks = SequenceBlocks(config, on_event, clock)
         self._waiting = WaitingQueue(self._blocks, clock)
         self._running = RunningSequences(config, self._blocks, self._waiting)
-        self._decodes = Decodes(self._running, self._blocks)
+        self._speculation: Speculation | None = None
+        if config.speculation.enabled:
+            self._speculation = Speculation(
+                config.speculation, self._running.slots, config.num_dp_ranks, proposers
+            )
+        self._decodes = Decodes(self._running, self._blocks, self._speculation)
         self._prefills = Prefills(self._running, self._blocks)
         self._admission = Admission(self._waiting, self._running, self._prefills, self._blocks)
-        self._results = Results(config, self._running.slots, self._blocks)
+        self._results = Results(config, self._running.slots, self._blocks, self._speculation)
 
         self._requests: dict[str, LiveRequest] = {}
         self._arrivals = 0
@@ -184,7 +193,13 @@ class Scheduler:
             output_tokens=self._output_tokens,
             preemptions=self._running.num_preemptions,
             tiers=self._blocks.tiers.counts(),
+            speculation=self._drafts_so_far(),
         )
+
+    def _drafts_so_far(self) -> SpeculationStats:
+        """A copy of the counts of drafts."""
+        speculation = self._speculation
+        return SpeculationStats.total([] if speculation is None else [speculation.counts])
 
     # ---- plans ----
 
@@ -192,37 +207,41 @@ class Scheduler:
         """The next plan, or None when nothing can run before the next result."""
         if len(self._in_flight) >= self.depth:
             return None
+        if self._in_flight and self._speculation is not None and self.config.num_stages == 1:
+            if self._speculation.must_wait(self._running.decoding.all):
+                return None
         self._waiting.start_loads(self._running.count)
-        slots, starts = self._decodes.take(self._step)
-        budget = self.config.max_batch_tokens - len(slots)
+        rows = self._decodes.take(self._step, self.config.max_batch_tokens)
+        budget = self.config.max_batch_tokens - rows.num_tokens
         chunks = self._prefills.advance(budget)
         chunks += self._admission.admit(budget - sum(chunk.end - chunk.start for chunk in chunks))
-        if not len(slots) and not chunks:
+        if not len(rows.slots) and not chunks:
             return None
-        return self._plan(slots, starts, chunks)
+        return self._plan(rows, chunks)
 
     def idle(self) -> StepPlan:
         """A plan without rows, for a step in which only other data-parallel ranks have rows."""
         running = self._running
-        plan = running.draft.build(self._step, int32(), int32(), None, [])
+        rows = DecodeRows(int32(), int32(), {})
+        plan = running.draft.build(self._step, rows, None, [])
         self._repeated = None
-        self._in_flight.append(in_flight(plan, plan.slots, [], running.slots.generation))
+        self._in_flight.append(in_flight(plan, rows, [], running.slots.generation))
         self._step += 1
         return plan
 
-    def _plan(self, slots: Int32, starts: Int32, chunks: list[Chunk]) -> StepPlan:
+    def _plan(self, rows: DecodeRows, chunks: list[Chunk]) -> StepPlan:
         """The plan of these decode rows and chunks; in flight from now on."""
         table, draft = self._running.slots, self._running.draft
         # One stage: the slices know the last token, which may still be in flight.
-        tokens = None if self.config.num_stages == 1 else table.last_token[slots]
-        plan = draft.build(self._step, slots, starts, tokens, chunks)
-        if tokens is None and not chunks:
+        tokens = None if self.config.num_stages == 1 else table.last_token[rows.slots]
+        plan = draft.build(self._step, rows, tokens, chunks)
+        if tokens is None and not chunks and not rows.drafts and not rows.requests:
             # a prefilling sequence may have lost its slot meanwhile
-            plan.same_rows = slots is self._repeated and not len(plan.freed)
-            self._repeated = slots
+            plan.same_rows = rows.slots is self._repeated and not len(plan.freed)
+            self._repeated = rows.slots
         else:
             self._repeated = None
-        self._in_flight.append(in_flight(plan, slots, chunks, table.generation))
+        self._in_flight.append(in_flight(plan, rows, chunks, table.generation))
         self._step += 1
         for chunk in chunks:
             self._after_chunk(chunk)
@@ -248,7 +267,7 @@ class Scheduler:
         if not self._in_flight:
             raise GroupFailed(f"a result of step {result.step} came and no plan is outstanding")
         step = self._results.take(self._in_flight.popleft(), result)
-        self._output_tokens += len(step.outputs)
+        self._output_tokens += step.num_tokens
         for sequence in step.ended:
             self._finish(sequence)
         return step.outputs
@@ -281,6 +300,10 @@ class Scheduler:
     def unpin(self, name: str) -> bool:
         """Remove a pin; False without a pin of this name."""
         return self._blocks.unpin(name)
+
+    def release(self, tenant: str, session: str) -> None:
+        """Retain the blocks of a tenant's session no longer."""
+        self._blocks.release(tenant, session)
 
     def is_saving(self, keys: list[bytes]) -> bool:
         """Whether a transfer of any of these blocks to host memory is in flight; thread-safe."""

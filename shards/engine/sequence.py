@@ -8,14 +8,18 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from arriero.shards.config.sampling_params import SamplingParams
-from arriero.shards.engine.types import EngineRequest, TokenLogprobs
+from arriero.shards.engine.types import EngineConfig, EngineRequest, TokenLogprobs
 from arriero.shards.images.request import key_tokens, placeholders
 from arriero.shards.protocol.step_plan import Int32, NewSequence, int32
+
+if TYPE_CHECKING:
+    from arriero.shards.engine.speculation.speculation import Drafting
 
 _MASK64 = 2**64 - 1
 
@@ -97,6 +101,8 @@ class Sequence:
         has_entered: whether the sequence has been in a slot.
         has_output: whether the first output was sent.
         prompt_rows: log-probabilities of prompt tokens so far.
+        drafting: state of speculative decoding; None until the first output, or without drafts.
+        drafts_off: whether the sequence never drafts.
     """
 
     live: LiveRequest
@@ -115,6 +121,8 @@ class Sequence:
     has_entered: bool = False
     has_output: bool = False
     prompt_rows: list[TokenLogprobs] = field(default_factory=list)
+    drafting: Drafting | None = None
+    drafts_off: bool = False
 
     @classmethod
     def of(cls, live: LiveRequest, index: int, owner: int) -> Sequence:
@@ -149,8 +157,9 @@ class Sequence:
         following[: len(known)] = known
         return following
 
-    def to_new(self, eos_token_ids: tuple[int, ...], image_token: int | None = None) -> NewSequence:
+    def to_new(self, config: EngineConfig) -> NewSequence:
         """The slices' description of the sequence, as it enters its slot."""
+        eos_token_ids, image_token = config.eos_token_ids, config.image_token
         params, images = self.live.params, self.live.request.images
         positions = int32()
         if images and image_token is not None:
@@ -170,4 +179,9 @@ class Sequence:
             images=tuple(image.data for image in images),
             image_sizes=tuple(image.num_features for image in images),
             image_positions=positions,
+            adapter=_adapter_slot(self.live.request.adapter, config),
         )
+
+
+def _adapter_slot(adapter: str, config: EngineConfig) -> int:
+    return config.adapters.index(adapter) if adapter else -1

@@ -14,49 +14,27 @@ Knows sequences and blocks; knows nothing of slots, steps or precedence.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, field
 
 from arriero.shards.engine.null_pool import NullBlockPool
 from arriero.shards.engine.sequence import LiveRequest, Sequence
+from arriero.shards.engine.shared_blocks import Pin, SharedBlocks
 from arriero.shards.engine.types import EngineConfig, EngineRequest
 from arriero.shards.errors import InvalidRequest
 from arriero.shards.images.request import key_tokens
 from arriero.shards.kv.blocks import BlockManager, CacheListener, chain_keys, root_key
 from arriero.shards.kv.local_blocks import LocalBlocks
+from arriero.shards.kv.retention import Retention, RetentionChanges
 from arriero.shards.kv.tiers import OffloadManager, PrefixLoad
 from arriero.shards.kv.transfers import Pool
 from arriero.shards.protocol.step_plan import int32
 
-
-@dataclass(frozen=True, slots=True)
-class SharedBlocks:
-    """Existing blocks with a sequence's first tokens.
-
-    Attributes:
-        blocks: blocks of all these tokens, of layers with full attention.
-        local: blocks that the next token sees, of layers with chunked or windowed attention.
-    """
-
-    blocks: list[int] = field(default_factory=list)
-    local: list[int] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Pin:
-    """A prefix whose blocks stay on the device.
-
-    Attributes:
-        owner: owner of the pin's block table.
-        num_tokens: tokens of the prefix that were on the device at the time of pinning.
-    """
-
-    owner: int
-    num_tokens: int
-
-
 MAX_PINNED = 0.25
 """Largest share of a pool for pins."""
+MAX_RETAINED = 0.5
+"""Largest share of a pool for the retained prefixes of all tenants."""
 
 
 class SequenceBlocks:
@@ -65,15 +43,22 @@ class SequenceBlocks:
     Args:
         config: sizes, and whether there is a prefix cache.
         on_event: callback for keys stored in and evicted from the prefix cache.
+        clock: monotonic time in seconds.
 
     Attributes:
         pool: blocks of layers with full attention.
         local: blocks of layers with chunked or windowed attention; None without such layers.
         pools: both pools by `Pool`, as known to the slices.
         tiers: manager of the blocks below the device.
+        retention: prefixes that are evicted last.
     """
 
-    def __init__(self, config: EngineConfig, on_event: CacheListener | None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        on_event: CacheListener | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         seen = config.seen_blocks
         self.pool: BlockManager
         self.local: LocalBlocks | None = None
@@ -95,6 +80,9 @@ class SequenceBlocks:
         self._anchors: dict[int, LiveRequest] = {}
         self._pins: dict[str, Pin] = {}
         self._owners = 0
+        self._clock = clock
+        total, share = self.pools[Pool.ALL].num_blocks, config.tiers.all.max_tenant_share
+        self.retention = Retention(int(MAX_RETAINED * total), int(share * total))
         self.tiers = OffloadManager(config.tiers, self.pools, self.local, self.new_owner, on_event)
 
     @property
@@ -130,7 +118,7 @@ class SequenceBlocks:
         """Share of a prompt, 0 to 1, in the prefix cache now."""
         if not self._prefix_cache:
             return 0.0
-        root = root_key(self._model_salt, request.cache_salt)
+        root = root_key(self._model_salt, request.key_salt)
         tokens = int32(request.prompt)
         if request.images and self._image_token is not None:
             tokens = key_tokens(request.prompt, request.images, self._image_token)
@@ -173,6 +161,7 @@ class SequenceBlocks:
         In the local pool the sequence gets the shared blocks only; `extend_local` adds more.
         Returns the block table of the full-attention layers.
         """
+        self._retain(self.retention.expire(self._clock()))
         self.pool.allocate(sequence.owner, self.count(sequence), shared.blocks)
         sequence.num_stored = len(shared.blocks)
         if self.local is not None:
@@ -211,6 +200,19 @@ class SequenceBlocks:
         within = min(boundary, (table_end + free) * size)
         return min(end, max(within, (table_end + max(0, free - spare)) * size))
 
+    def spare_reach(self, sequence: Sequence, end: int, spare: int) -> int:
+        """End of the tokens that fit a sequence's blocks and others, at most `end`.
+
+        `spare` blocks of each pool must be left over by the others.
+        """
+        size = self.pool.block_size
+        free = max(0, self.pool.num_available - spare)
+        end = min(end, (len(self.pool.table(sequence.owner)) + free) * size)
+        if self.local is not None:
+            free = max(0, self.local.pool.num_available - spare)
+            end = min(end, (self.local.end(sequence.owner) + free) * size)
+        return end
+
     def extend_local(self, sequence: Sequence, end: int) -> list[tuple[int, int]]:
         """Allocate missing local blocks for tokens up to `end`: pairs of index and block id."""
         if self.local is None:
@@ -225,7 +227,8 @@ class SequenceBlocks:
             self.local.trim(sequence.owner, position // self.pool.block_size)
 
     def close(self, sequence: Sequence) -> None:
-        """Free a sequence's blocks."""
+        """Free a sequence's blocks; those that its request's hint names stay in the cache."""
+        self._keep(sequence)
         self.pool.free(sequence.owner)
         if self.local is not None:
             self.local.close(sequence.owner)
@@ -335,6 +338,25 @@ class SequenceBlocks:
         for name in list(self._pins):
             self.unpin(name)
 
+    def _keep(self, sequence: Sequence) -> None:
+        """Retain the beginnings that the hint of a sequence's request names."""
+        request = sequence.live.request
+        if request.hint is None or sequence.index or not sequence.num_stored:
+            return
+        keys, size = sequence.keys[: sequence.num_stored], self.pool.block_size
+        ends = [(r.num_tokens // size or len(keys), r.seconds) for r in request.hint.retain]
+        session, now_s = request.hint.session, self._clock()
+        self._retain(self.retention.keep(request.tenant, session, keys, ends, now_s))
+
+    def release(self, tenant: str, session: str) -> None:
+        """Retain the blocks of a tenant's session no longer."""
+        self._retain(self.retention.release(tenant, session))
+
+    def _retain(self, changes: RetentionChanges) -> None:
+        for pool in self.pools.values():
+            pool.unretain(changes.dropped)
+            pool.retain(changes.added)
+
     def flush(self) -> int:
         """Drop every unused block, on the device and below; returns the number of blocks."""
         return sum(pool.flush() for pool in self.pools.values()) + self.tiers.flush()
@@ -353,7 +375,7 @@ class SequenceBlocks:
     def _extend_keys(self, sequence: Sequence, count: int) -> None:
         keys, size = sequence.keys, self.pool.block_size
         if len(keys) < count:
-            salt = sequence.live.request.cache_salt
+            salt = sequence.live.request.key_salt
             parent = keys[-1] if keys else root_key(self._model_salt, salt)
             start, end = len(keys) * size, count * size
             tokens = sequence.window(start, end)

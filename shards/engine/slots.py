@@ -31,6 +31,7 @@ class SlotTable:
         reports: whether outputs have more than a token (the first output; log-probabilities).
         passed: chunks, or blocks of a window, passed when out-of-sight blocks were last freed.
         last_token: last known token.
+        waits: whether the next step needs all tokens known, since it is to have drafted tokens.
         last_step: last step with this slot.
     """
 
@@ -48,6 +49,7 @@ class SlotTable:
         self.passed = np.zeros(size, dtype=np.int32)
         self.last_token = np.zeros(size, dtype=np.int32)
         self.last_step = np.zeros(size, dtype=np.int64)
+        self.waits = np.zeros(size, dtype=np.bool_)
         self._free = list(range(size - 1, -1, -1))
 
     @property
@@ -70,6 +72,7 @@ class SlotTable:
         self.reports[slot] = not sequence.has_output or params.logprobs is not None
         self.passed[slot] = -1
         self.last_step[slot] = -1
+        self.waits[slot] = False
         return slot
 
     def leave(self, sequence: Sequence) -> None:

@@ -5,7 +5,53 @@ Knows numbers; imports nothing heavy, since the registry and the command line re
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import zip_longest
+
+
+@dataclass(kw_only=True, slots=True)
+class SpeculationStats:
+    """Drafts since the start.
+
+    Attributes:
+        drafts: rows with drafted tokens.
+        drafted: drafted tokens.
+        accepted: drafted tokens that were right.
+        by_position: accepted tokens by their place in the draft.
+    """
+
+    drafts: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    by_position: list[int] = field(default_factory=list)
+
+    def add(self, num_drafted: int, num_accepted: int) -> None:
+        """Count a draft."""
+        self.drafts += 1
+        self.drafted += num_drafted
+        self.accepted += num_accepted
+        self.by_position += [0] * (num_accepted - len(self.by_position))
+        for position in range(num_accepted):
+            self.by_position[position] += 1
+
+    @property
+    def mean_accepted(self) -> float:
+        """Tokens of a row with a draft, the one after the right drafted tokens included."""
+        return 1 + self.accepted / self.drafts if self.drafts else 1.0
+
+    @classmethod
+    def total(cls, parts: Iterable[SpeculationStats]) -> SpeculationStats:
+        """Sums over engines."""
+        total = cls()
+        for part in parts:
+            total.drafts += part.drafts
+            total.drafted += part.drafted
+            total.accepted += part.accepted
+            total.by_position = [
+                sum(pair) for pair in zip_longest(total.by_position, part.by_position, fillvalue=0)
+            ]
+        return total
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,7 +61,8 @@ class EngineStats:
     `expert_loads` is the number of tokens sent to each expert since the start, by layer;
     `expert_imbalance` is the largest rank load over the mean, 1 being even; `expert_moves` is the
     number of changed placements. All three need expert parallelism. `tiers` has blocks by tier
-    below the device, and transfers since the start; empty without tiers.
+    below the device, and transfers since the start; empty without tiers. `speculation` counts
+    drafts.
     """
 
     num_waiting: int = 0
@@ -35,3 +82,4 @@ class EngineStats:
     expert_loads: dict[str, list[int]] = field(default_factory=dict)
     step_us: dict[str, float] = field(default_factory=dict)
     tiers: dict[str, int] = field(default_factory=dict)
+    speculation: SpeculationStats = field(default_factory=SpeculationStats)

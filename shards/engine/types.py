@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -11,9 +12,11 @@ import numpy.typing as npt
 
 from arriero.kernels.attention_mask import AttentionMaskSpec
 from arriero.shards.config.sampling_params import SamplingParams
+from arriero.shards.config.speculation import SpeculationConfig
 from arriero.shards.images.request import RequestImage
 from arriero.shards.kv.limits import GroupTierLimits, PeerBlocks
 from arriero.shards.kv.paging import SeenBlocks
+from arriero.shards.kv.retention import CacheHint
 from arriero.shards.kv.transfers import Pool, TransferBatch, TransferResult
 from arriero.shards.layout.expert_placement import ExpertPlacement
 from arriero.shards.protocol.step_plan import StepPlan, StepResult
@@ -50,6 +53,8 @@ class EngineConfig:
         max_images: most images of a request.
         cache_salt: digest of model and revision; the root of every block's key.
         tiers: KV cache tiers below the device, for each data-parallel rank.
+        adapters: digests of the group's LoRA adapters, in order of their slots.
+        speculation: how tokens are drafted; changes no token.
     """
 
     max_model_len: int
@@ -74,6 +79,8 @@ class EngineConfig:
     max_images: int = 8
     cache_salt: bytes = b""
     tiers: GroupTierLimits = field(default_factory=GroupTierLimits)
+    adapters: tuple[str, ...] = ()
+    speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
 
     @property
     def seen_blocks(self) -> SeenBlocks:
@@ -101,7 +108,11 @@ class EngineRequest:
         tenant: tenant of the request, for counting its blocks.
         trace: W3C `traceparent` of the caller's span; "" for none.
         images: image files that replace the prompt's placeholders, in order.
+        speculation: kind of drafts if not the group's: "off", or "ngram" in a group with "suffix".
+        prediction: tokens that the client expects as output; drafts are copied from them.
         peer: blocks of the prefix in another group's host memory, by pool.
+        adapter: digest of the LoRA adapter; "" for the base model.
+        hint: tokens that will be needed again; None for no hint.
     """
 
     request_id: str
@@ -113,7 +124,18 @@ class EngineRequest:
     tenant: str = ""
     trace: str = ""
     images: tuple[RequestImage, ...] = ()
+    speculation: str = ""
+    prediction: tuple[int, ...] = ()
     peer: Mapping[Pool, PeerBlocks] = field(default_factory=dict)
+    hint: CacheHint | None = None
+    adapter: str = ""
+
+    @property
+    def key_salt(self) -> bytes:
+        """Salt of the keys of this request's blocks: of tenant, caller and adapter."""
+        if not self.adapter:
+            return self.cache_salt
+        return hashlib.sha256(f"adapter {self.adapter} ".encode() + self.cache_salt).digest()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,6 +166,8 @@ class SequenceOutput:
         stop_token: token that stopped the sample.
         error: text for the caller, with finish_reason "error" or "lost".
         num_cached: prompt tokens in the prefix cache (on the first output).
+        num_drafted: drafted tokens that the step verified.
+        num_accepted: those of them that are among `tokens`.
     """
 
     request_id: str
@@ -155,6 +179,8 @@ class SequenceOutput:
     stop_token: int | None = None
     error: str | None = None
     num_cached: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
 
 
 class Executor(Protocol):

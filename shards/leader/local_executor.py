@@ -18,7 +18,8 @@ from arriero.shards.kv.transfers import TransferBatch, TransferResult
 from arriero.shards.protocol.step_plan import StepPlan, StepResult
 
 if TYPE_CHECKING:
-    from arriero.shards.worker.runner import Pending, Runner
+    from arriero.shards.worker.runner import Runner
+from arriero.shards.worker.step_results import Pending
 
 
 class LocalExecutor:

@@ -88,7 +88,7 @@ class LoadedBytes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RendezvousAddress:
-    """Address at which the ranks of a group meet."""
+    """Address at which the ranks of a group meet; port 0 where they meet in a file."""
 
     host: str
     port: int

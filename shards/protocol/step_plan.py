@@ -42,6 +42,7 @@ class NewSequence:
         images: image files, in order of the prompt.
         image_sizes: number of features of each image.
         image_positions: prompt positions that take the image features.
+        adapter: slot of the request's adapter; -1 for the base model.
     """
 
     slot: int
@@ -54,6 +55,7 @@ class NewSequence:
     images: tuple[bytes, ...] = ()
     image_sizes: tuple[int, ...] = ()
     image_positions: Int32 = field(default_factory=int32)
+    adapter: int = -1
 
 
 @dataclass(kw_only=True, slots=True)
@@ -70,7 +72,9 @@ class StepPlan:
         starts: [S] position of each sequence's first token in this step.
         counts: [S] number of tokens of each sequence in this step.
         tokens: [T] token ids; `LAST_SAMPLED` where only the slices know the token.
-        samples: [S] 1 where a token is sampled after the last position, else 0.
+        samples: [S] number of last positions after which a token is drawn: 0 inside a prompt, 1
+            for a decode, n + 1 where the last n tokens of the row are drafted. A draw counts if
+            all drafted tokens before it equal the draws before them; see `verification`.
         prompt_rows: [S] 1 where log-probabilities of this step's prompt tokens are requested
             (predictions of positions starts + 1 .. starts + counts inside the prompt), else 0.
         prompt_next: [sum of counts over prompt_rows] the prompt token that follows each row, or
@@ -83,6 +87,8 @@ class StepPlan:
         dp_rank: data-parallel rank that runs the plan; each rank has plans of its own, one a step.
         same_rows: whether the rows equal those of the rank's last plan, all decodes, each
             sequence one token further.
+        draft_lengths: [S] number of tokens that the slices shall draft after each row's last
+            emitted token; empty for none. Needs a drafter on the slices.
     """
 
     step: int
@@ -105,6 +111,7 @@ class StepPlan:
     placement: Int32 = field(default_factory=int32)
     dp_rank: int = 0
     same_rows: bool = False
+    draft_lengths: Int32 = field(default_factory=int32)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -128,11 +135,15 @@ class StepResult:
 
     Attributes:
         step: number of the step.
-        tokens: [R] sampled tokens, one for each 1 in the plan's `samples`, in order.
+        tokens: [R] drawn tokens, as many for each row as the plan's `samples` says, in order;
+            those after the first wrong drafted token of a row are void.
         logprobs: log-probabilities of the sampled tokens; None without a request for them.
         prompt_logprobs: one row for each entry of `prompt_next`; None without a request for them.
         elapsed_us: microseconds that the sampling slice spent in the step.
         dp_rank: data-parallel rank of the plan.
+        drafts: [S', k] tokens that the slices drafted after each row with draws, -1 where there is
+            none; None without a drafter.
+        draft_us: microseconds of `elapsed_us` that the drafts took.
     """
 
     step: int
@@ -141,3 +152,5 @@ class StepResult:
     prompt_logprobs: Logprobs | None = None
     elapsed_us: int = 0
     dp_rank: int = 0
+    drafts: Int32 | None = None
+    draft_us: int = 0

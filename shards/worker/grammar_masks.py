@@ -214,12 +214,20 @@ class GrammarRows:
         """Remove the sequence in `slot`; does nothing for an empty slot."""
         self._sequences.pop(slot, None)
 
-    def advance(self, slots: Sequence[int], tokens: Callable[[], Int32]) -> None:
+    def draft(self, drafts: Mapping[int, Sequence[int]]) -> None:
+        """Compute the masks after drafted tokens, by slot; the matchers do not advance."""
+        for slot, tokens in drafts.items():
+            sequence = self._sequences.get(slot)
+            if sequence is not None:
+                sequence.ahead = self._submit(partial(sequence.look_ahead, tokens))
+
+    def advance(self, slots: Sequence[int], tokens: Callable[[], Sequence[Sequence[int]]]) -> None:
         """Advance the matchers by the drawn tokens.
 
         Args:
-            slots: slots of all sequences that drew a token, with or without a grammar.
-            tokens: gives the tokens; called in the thread, where it may wait for the device.
+            slots: slots of all sequences that drew tokens, with or without a grammar.
+            tokens: gives the tokens of each slot; called in the thread, where it may wait for the
+                device.
         """
         rows = [
             (row, sequence)
@@ -230,18 +238,31 @@ class GrammarRows:
             return
         drawn = self._submit(tokens)
         for row, sequence in rows:
-            sequence.mask = self._submit(partial(sequence.advance, drawn, row))
+            sequence.mask, sequence.ahead = (
+                self._submit(partial(sequence.advance, drawn, row)),
+                None,
+            )
 
-    def allow(self, slots: Sequence[int], allowed_RV: npt.NDArray[np.bool_]) -> None:
+    def allow(
+        self,
+        slots: Sequence[int],
+        allowed_RV: npt.NDArray[np.bool_],
+        depths: Sequence[int] | None = None,
+    ) -> None:
         """Clear the tokens of each row of `allowed_RV` that the slot's grammar does not allow.
 
         Waits for unfinished masks.
+
+        Args:
+            slots: slot of each row.
+            allowed_RV: rows of allowed tokens.
+            depths: number of drafted tokens before each row, see `draft`; None for none.
         """
         for row, slot in enumerate(slots):
             sequence = self._sequences.get(slot)
             if sequence is not None:
-                assert sequence.mask is not None, "set by `enter`"
-                bits = np.unpackbits(sequence.mask.result().view(np.uint8), bitorder="little")
+                depth = 0 if depths is None else depths[row]
+                bits = np.unpackbits(sequence.mask_at(depth).view(np.uint8), bitorder="little")
                 allowed_RV[row] &= bits[: self._vocab_size].view(np.bool_)
 
     def _submit(self, work: Callable[[], Any]) -> Future[Any]:
@@ -251,9 +272,14 @@ class GrammarRows:
 
 
 class _GrammarSequence:
-    """The matcher of a sequence, used only in the thread, and the future of the next mask."""
+    """The matcher of a sequence, used only in the thread, and the futures of the next masks.
 
-    __slots__ = ("_ends", "_matcher", "_stand_in", "_words", "mask")
+    Attributes:
+        mask: mask of the next token.
+        ahead: masks after each token of a draft; None without a draft.
+    """
+
+    __slots__ = ("_ends", "_matcher", "_stand_in", "_words", "ahead", "mask")
 
     def __init__(self, num_words: int, ends: Sequence[int]) -> None:
         self._matcher: LLMatcher | None = None
@@ -261,6 +287,30 @@ class _GrammarSequence:
         self._ends = np.asarray(ends, dtype=np.int64)
         self._stand_in: int | None = None
         self.mask: Future[Int32] | None = None
+        self.ahead: Future[list[Int32]] | None = None
+
+    def mask_at(self, depth: int) -> Int32:
+        """The mask after `depth` drafted tokens."""
+        assert self.mask is not None, "set by `enter`"
+        if not depth:
+            return self.mask.result()
+        assert self.ahead is not None, "`draft` comes before the step"
+        return self.ahead.result()[depth - 1]
+
+    def look_ahead(self, tokens: Sequence[int]) -> list[Int32]:
+        """Masks after each of the drafted tokens, of a copy: a wrong draft leaves no trace.
+
+        After a token that the grammar rejects, masks are empty: no draw there counts.
+        """
+        masks = [np.zeros(self._words, np.int32) for _ in tokens]
+        if self._matcher is None:
+            return masks
+        matcher = self._matcher.deep_copy()
+        for depth, token in enumerate(tokens):
+            if not matcher.consume_token(token):
+                break
+            masks[depth] = self._fill(matcher)
+        return masks
 
     def begin(self, compiler: Compiler, grammar: str, output: Sequence[int]) -> Int32:
         try:
@@ -275,12 +325,13 @@ class _GrammarSequence:
             self._matcher.consume_tokens(list(output))
         return self._fill(self._matcher)
 
-    def advance(self, drawn: Future[Int32], row: int) -> Int32:
-        token = int(drawn.result()[row])  # done already: the only thread works in order
+    def advance(self, drawn: Future[Sequence[Sequence[int]]], row: int) -> Int32:
+        tokens = drawn.result()[row]  # done already: the only thread works in order
         if self._matcher is None:
             return np.zeros(self._words, np.int32)
-        if token >= 0:  # -1: no token was allowed
-            self._matcher.consume_token(token)
+        for token in tokens:
+            if token >= 0:  # -1: no token was allowed
+                self._matcher.consume_token(token)
         return self._fill(self._matcher)
 
     def _fill(self, matcher: LLMatcher) -> Int32:

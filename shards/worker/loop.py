@@ -39,10 +39,12 @@ if TYPE_CHECKING:
 
     from arriero.shards.kv.transfer_worker import TransferWorkers
     from arriero.shards.kv.transfers import TransferResult
-    from arriero.shards.worker.runner import Pending, Runner
+    from arriero.shards.worker.runner import Runner
+from arriero.shards.worker.step_results import Pending
 
 PROGRESS_PERIOD_S = 0.1
 LEADER_CHECK_S = 1.0
+_IPC = "ipc://"
 LOADS_PERIOD_S = 0.5
 
 
@@ -71,7 +73,7 @@ def run_slice(
     activity = Activity()
     heartbeats = HeartbeatSender(rank, endpoint, activity)
     try:
-        runner = _start(rank, endpoint.config, host, link, activity)
+        runner = _start(rank, endpoint, host, link, activity)
         if runner is None:
             return
         gc.freeze()  # loaded objects stay: full collections need not visit them
@@ -101,11 +103,13 @@ def run_slice(
 
 
 def _start(
-    rank: int, config: GroupConfig, host: str, link: _LeaderLink, activity: Activity
+    rank: int, endpoint: LeaderEndpoint, host: str, link: _LeaderLink, activity: Activity
 ) -> Runner | None:
     """Load the slice and join the group; gives the ready runner, or None after a stop."""
+    config, store_file = endpoint.config, _store_file(endpoint)
     # the import of torch takes seconds: the hello comes first and shows the leader the start
-    store_socket = _listen(host) if rank == 0 and config.world_size > 1 else None
+    serves_store = rank == 0 and config.world_size > 1 and store_file is None
+    store_socket = _listen(host) if serves_store else None
     port = store_socket.getsockname()[1] if store_socket else 0
     link.send(MessageKind.HELLO, SliceHello(host=host, port=port, pid=os.getpid()))
 
@@ -119,7 +123,11 @@ def _start(
         return None
     if config.world_size > 1:
         meeting = wire.decode(address, RendezvousAddress)
-        store = _rendezvous(meeting, config, rank, store_socket)
+        store = (
+            _rendezvous(meeting, config, rank, store_socket)
+            if store_file is None
+            else _shared_file(store_file, config)
+        )
         runner.mesh.join(store, host)
     activity.phase = "warm up"
     runner.warm_up()
@@ -171,6 +179,24 @@ def _serve(
         pending = runner.launch(wire.decode(body, StepPlan))
         if pending is not None:
             launched.append(pending)
+
+
+def _store_file(endpoint: LeaderEndpoint) -> str | None:
+    """File of the ranks' store, in the leader's folder; None where a TCP server is the store.
+
+    Torch's TCP store asks for no credential: every user of a machine could read it and write to it.
+    Only the leader's user can enter the folder. Groups of GPUs keep TCP, with which NCCL is tested.
+    """
+    if not endpoint.address.startswith(_IPC) or endpoint.config.device != "cpu":
+        return None
+    return os.path.join(os.path.dirname(endpoint.address.removeprefix(_IPC)), "store")
+
+
+def _shared_file(path: str, config: GroupConfig) -> Store:
+    """The store of a group on one node."""
+    from torch._C._distributed_c10d import FileStore
+
+    return FileStore(path, config.world_size)
 
 
 def _listen(host: str) -> socket.socket:

@@ -100,6 +100,7 @@ class RepeatBatch:
             sin_TD=self._sin_TD,
             max_query=1,
             max_context=max_context,
+            adapters=before.adapters,
         )
         if self.rows is not None:
             self.rows.position_R.add_(1)

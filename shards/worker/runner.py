@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from arriero.kernels.sampling_rows import Sampled
 from arriero.kernels.select import ops_for
+from arriero.shards.adapters.adapter import open_adapters
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.collectives.expert_parallel import Loads
 from arriero.shards.collectives.mesh import Mesh
@@ -37,36 +36,18 @@ from arriero.shards.layout.resolve import cache_salt, first_placement, tier_limi
 from arriero.shards.models.loader import Progress
 from arriero.shards.models.model_slice import SliceSettings, load_slice
 from arriero.shards.protocol.step_plan import Logprobs, StepPlan, StepResult
+from arriero.shards.protocol.verification import drawn_rows
 from arriero.shards.worker.grammar_masks import GrammarRows
 from arriero.shards.worker.malloc import returning_large_buffers
 from arriero.shards.worker.rope_table import Rope
 from arriero.shards.worker.sequence_table import LocalTable, SequenceTable
+from arriero.shards.worker.speculation.sources import Target
+from arriero.shards.worker.speculation.sources import draft_source as draft_source_of
+from arriero.shards.worker.speculation.step_drafts import StepDrafts
+from arriero.shards.worker.step_results import Done, Drawn, Pending, logprobs_of
 
 PROMPT_LOGPROB_ROWS = 128
 """Prompt rows with logits in memory at a time; limits the logits to a few MB per 1,000 tokens."""
-
-
-class Pending(Protocol):
-    """The result of a step that may still run on the device."""
-
-    @property
-    def done(self) -> bool:
-        """Whether `wait` would return at once."""
-
-    def wait(self) -> StepResult:
-        """The result."""
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """The result of a finished step."""
-
-    result: StepResult
-    done: bool = True
-
-    def wait(self) -> StepResult:
-        """The result."""
-        return self.result
 
 
 class Runner:
@@ -103,6 +84,7 @@ class Runner:
             batch_independent=config.batch_independent,
         )
         assert config.num_blocks is not None and config.max_model_len is not None, "unresolved"
+        draft_source = draft_source_of(config, model)
         settings = SliceSettings(
             dtype=getattr(torch, config.dtype),
             quantization=config.quantization,
@@ -114,10 +96,23 @@ class Runner:
             wire=config.expert_wire,
             placement=first_placement(config, parts),
             visible=visible_keys(model, config),
+            taps=draft_source.taps if draft_source is not None else (),
             progress=progress,
+            adapters=open_adapters(config, model),
         )
+        self._drafts: StepDrafts | None = None
         with returning_large_buffers():
             self._model = load_slice(checkpoint, part, self.mesh, self._ops, settings)
+            if draft_source is not None and part.last_stage:
+                target = Target(
+                    checkpoint=checkpoint,
+                    model=self._model,
+                    parts=parts,
+                    mesh=self.mesh,
+                    ops=self._ops,
+                    num_blocks=settings.num_blocks,
+                )
+                self._drafts = StepDrafts(draft_source.load(target), self._model.taps, self.mesh)
         self._hidden_size = model.hidden_size
         self._table = self.table_type(
             max_sequences=config.max_sequences,
@@ -135,6 +130,11 @@ class Runner:
         self.phase = "loaded"
         self.load_s = time.perf_counter() - started
         self.weights_nbytes, self.kv_nbytes = self._model.weights_nbytes, self._model.kv_nbytes
+        if self._model.adapters is not None:
+            self.weights_nbytes += self._model.adapters.nbytes
+        if self._drafts is not None:
+            self.weights_nbytes += self._drafts.drafter.weights_nbytes
+            self.kv_nbytes += self._drafts.drafter.kv_nbytes
         self.kernels = self._ops.name
 
     @staticmethod
@@ -244,15 +244,17 @@ class Runner:
         drawn = self._compute(plan, at_layers)
         if drawn is None:
             return None
-        sampled, prompt_logprobs = drawn
+        sampled = drawn.sampled
         tokens = sampled.tokens_R.cpu().numpy() if sampled is not None else np.empty(0, np.int32)
         return StepResult(
             step=plan.step,
             tokens=tokens,
-            logprobs=_logprobs(sampled),
-            prompt_logprobs=prompt_logprobs,
+            logprobs=logprobs_of(sampled),
+            prompt_logprobs=drawn.prompt_logprobs,
             elapsed_us=(time.perf_counter_ns() - started) // 1000,
             dp_rank=plan.dp_rank,
+            drafts=drawn.drafts,
+            draft_us=self._drafts.elapsed_us if self._drafts is not None else 0,
         )
 
     def _apply(self, plan: StepPlan) -> None:
@@ -260,10 +262,12 @@ class Runner:
         self._table.apply(plan)
         if self._model.images is not None:
             self._model.images.apply(plan)
+        if self._drafts is not None:
+            self._drafts.drafter.apply(plan)
 
     def _compute(
         self, plan: StepPlan, at_layers: Callable[[], None] = lambda: None
-    ) -> tuple[Sampled | None, Logprobs | None] | None:
+    ) -> Drawn | None:
         """Run an applied plan; gives samples on the rank that samples, None on other ranks."""
         if plan.placement_layer >= 0:
             self.phase = "placement of experts"
@@ -272,7 +276,7 @@ class Runner:
             self.phase = "layers"
             at_layers()
             self._model.run_dummy_step()
-            return (None, None) if self.mesh.samples else None
+            return Drawn() if self.mesh.samples else None
         tokens_T, batch = self._table.batch(plan)
         self.phase = "layers"
         part = self.mesh.part
@@ -281,21 +285,27 @@ class Runner:
             if self._model.images is not None:
                 self._model.images.fill(plan, x_TH)
         else:
-            x_TH = torch.empty(
-                (len(tokens_T), self._hidden_size),
+            x_TW = torch.empty(
+                (len(tokens_T), self._model.taps.width(self._hidden_size)),
                 dtype=self._activation_dtype,
                 device=self.mesh.device,
             )
-            self.mesh.recv_hidden(x_TH)
+            self.mesh.recv_hidden(x_TW)
+            x_TH = self._model.taps.receive(x_TW)
         at_layers()
         x_TH = self._model.decoder(x_TH, batch)
         if not part.last_stage:
-            self.mesh.send_hidden(x_TH)
+            self.mesh.send_hidden(self._model.taps.send(x_TH))
             return None
         self.phase = "sample"
         prompt_logprobs = self._prompt_logprobs(plan, x_TH)
-        sampled = self._sample(plan, x_TH)
-        return (sampled, prompt_logprobs) if self.mesh.samples else None
+        step_T = tokens_T if self._drafts is None else tokens_T.clone()
+        sampled, tokens_R = self._sample(plan, x_TH)
+        drafts = None
+        if self._drafts is not None:
+            self.phase = "draft"
+            drafts = self._drafts.after(plan, step_T, batch, x_TH, tokens_R)
+        return Drawn(sampled, prompt_logprobs, drafts) if self.mesh.samples else None
 
     def _embed(self, tokens_T: Tensor) -> Tensor:
         """Embeddings in the activations' dtype, which the next stage expects to receive."""
@@ -306,29 +316,31 @@ class Runner:
         on_cpu = self.mesh.device.type == "cpu"
         return torch.float32 if on_cpu else self._model.dtype
 
-    def _sample(self, plan: StepPlan, x_TH: Tensor) -> Sampled | None:
-        """Draw the step's tokens, and send the tokens to all ranks that embed."""
+    def _sample(self, plan: StepPlan, x_TH: Tensor) -> tuple[Sampled | None, Tensor | None]:
+        """Draw the step's tokens, and send the tokens to all ranks that embed.
+
+        Returns the draws, on the rank that samples, and the tokens, on ranks that know them.
+        """
         x_RH, num_rows = x_TH, len(x_TH)
         if not plan.same_rows:
-            drawn = plan.samples.astype(bool)
-            num_rows = int(drawn.sum())
+            drawn_R = drawn_rows(plan)
+            num_rows = len(drawn_R)
             if not num_rows:
-                return None
+                return None, None
             if num_rows < len(x_TH):  # selected on the host: a device mask would need a wait
-                last_R = np.cumsum(plan.counts, dtype=np.int32)[drawn] - 1
-                x_RH = x_TH.index_select(0, self._table.on_device(last_R))
+                x_RH = x_TH.index_select(0, self._table.on_device(drawn_R))
         logits_RV = self.mesh.gather_logits(self._model.logits(x_RH), self._vocab_sizes)
         sampled = None
         if logits_RV is not None:
             sampled = self._ops.sample(logits_RV, self._table.sampling_rows(plan))
             tokens_R = sampled.tokens_R
         elif self.mesh.pp > 1:  # the leader sends tokens to the first stage
-            return None
+            return None, None
         else:
             tokens_R = torch.empty(num_rows, dtype=torch.int32, device=self.mesh.device)
         self.mesh.share_tokens(tokens_R)
         self._record(plan, tokens_R)
-        return sampled
+        return sampled, tokens_R
 
     def _record(self, plan: StepPlan, tokens_R: Tensor) -> None:
         """Record the drawn tokens for later steps."""
@@ -355,19 +367,3 @@ class Runner:
             return None
         columns = [torch.cat(column).cpu().numpy() for column in zip(*pages, strict=True)]
         return Logprobs(chosen=columns[0], top_tokens=columns[1], top=columns[2])
-
-
-def _logprobs(sampled: Sampled | None) -> Logprobs | None:
-    if sampled is None or sampled.logprobs_R is None:
-        return None
-    chosen = sampled.logprobs_R.cpu().numpy()
-    if sampled.top_tokens_RN is None or sampled.top_logprobs_RN is None:
-        none = np.empty((len(chosen), 0))
-        return Logprobs(
-            chosen=chosen, top_tokens=none.astype(np.int32), top=none.astype(np.float32)
-        )
-    return Logprobs(
-        chosen=chosen,
-        top_tokens=sampled.top_tokens_RN.cpu().numpy(),
-        top=sampled.top_logprobs_RN.cpu().numpy(),
-    )

@@ -21,11 +21,18 @@ import torch
 from torch import Tensor
 
 from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.lora import NO_ADAPTER, AdapterRows
 from arriero.kernels.sampling_rows import SamplingRows
 from arriero.shards.collectives.host_copy import to_device
 from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.kv.paging import cache_slots
 from arriero.shards.protocol.step_plan import LAST_SAMPLED, Int32, NewSequence, StepPlan
+from arriero.shards.worker.drawn_rows import (
+    DrawnRows,
+    drafts_by_slot,
+    emitted_tokens,
+    has_drafts,
+)
 from arriero.shards.worker.grammar_masks import GrammarRows
 from arriero.shards.worker.repeat_batch import RepeatBatch
 from arriero.shards.worker.rope_table import Rope
@@ -112,6 +119,7 @@ class SequenceTable:
         self._seed = np.zeros(max_sequences, np.int64)
         self._logprobs = np.full(max_sequences, -1, np.int32)
         self._prompt_logprobs = np.full(max_sequences, -1, np.int32)
+        self._adapter = np.full(max_sequences, NO_ADAPTER, np.int32)
         self._unusual: dict[int, _UnusualState] = {}
         self._grammars = grammars  # of the rank that samples
         self._repeat_batch: RepeatBatch | None = None
@@ -126,6 +134,8 @@ class SequenceTable:
         self._blocks[plan.block_slots, plan.block_index] = plan.block_ids
         if self._local is not None:
             self._local.apply(plan)
+        if self._grammars:
+            self._grammars.draft(drafts_by_slot(plan))
 
     def batch(self, plan: StepPlan) -> tuple[Tensor, FlatBatch]:
         """The step's tokens, int32 [T], and their batch; valid until the next plan is applied."""
@@ -165,6 +175,7 @@ class SequenceTable:
         positions_T = self.on_device(positions)
         cos_TD, sin_TD = self._rope.at(positions_T)
         query_start_S1 = self.on_device(query_start)
+        adapters = self._adapter_rows(slots[owner])
         local = None
         if self._local is not None:
             base, local_table = self._local.frame(slots, starts, contexts)
@@ -179,6 +190,7 @@ class SequenceTable:
                 sin_TD=sin_TD,
                 max_query=max_query,
                 max_context=int((contexts - base).max()),
+                adapters=adapters,
             )
         return self.on_device(tokens), FlatBatch(
             positions_T=positions_T,
@@ -191,30 +203,38 @@ class SequenceTable:
             max_query=max_query,
             max_context=max_context,
             local=local,
+            adapters=adapters,
         )
+
+    def _adapter_rows(self, slot_T: Int32) -> AdapterRows | None:
+        """The tokens with an adapter, from the slot of each token's sequence."""
+        adapter_T = self._adapter[slot_T]
+        if (adapter_T == NO_ADAPTER).all():
+            return None
+        return AdapterRows.of(adapter_T, self.on_device)
 
     def _table_rows(self, slots: Int32, num_blocks: int) -> Tensor:
         """The first blocks of slots, int32 [S, B], on the device."""
         return self.on_device(self._blocks[slots, :num_blocks])
 
     def sampling_rows(self, plan: StepPlan) -> SamplingRows:
-        """Sampling parameters of the sequences that draw a token in this step."""
+        """Sampling parameters of the positions that draw a token in this step."""
         repeated = self._repeat_batch
         if repeated is not None and repeated.rows is not None:
             return repeated.rows
-        drawn = plan.samples.astype(bool)
-        slots, positions = plan.slots[drawn], (plan.starts + plan.counts)[drawn]
+        drawn = DrawnRows.of(plan)
+        slots = drawn.slots
         temperature = self._temperature[slots]
         extra: dict[str, Any] = {}
         if self._unusual:
-            extra = self._unusual_rows(slots, positions)
+            extra = self._unusual_rows(drawn)
         rows = SamplingRows(
             temperature_R=self.on_device(temperature),
             top_k_R=self.on_device(self._top_k[slots]),
             top_p_R=self.on_device(self._top_p[slots]),
             min_p_R=self.on_device(self._min_p[slots]),
             seed_R=self.on_device(self._seed[slots]),
-            position_R=self.on_device(positions.astype(np.int64)),
+            position_R=self.on_device(drawn.positions.astype(np.int64)),
             num_logprobs=int(self._logprobs[slots].max(initial=-1)),
             all_greedy=not temperature.any(),
             **extra,
@@ -228,20 +248,27 @@ class SequenceTable:
         return int(self._prompt_logprobs[plan.slots[plan.prompt_rows.astype(bool)]].max(initial=0))
 
     def record(self, plan: StepPlan, tokens: Int32) -> None:
-        """Record the drawn tokens of a step."""
+        """Record the drawn tokens of a step, without those after a wrong drafted token."""
         slots = plan.slots
-        if self._repeat_batch is None:
-            slots = slots[plan.samples.astype(bool)]
-            self._last[slots] = tokens
-        else:
+        emitted: list[list[int]] | None = None
+        if self._repeat_batch is not None:
             self._repeat_batch.tokens[:] = tokens
+        else:
+            slots = slots[plan.samples > 0]
+            if has_drafts(plan):
+                emitted = emitted_tokens(plan, tokens)
+                self._last[slots] = [row[-1] for row in emitted]
+            else:
+                self._last[slots] = tokens
         if self._unusual:
+            rows = emitted_tokens(plan, tokens) if emitted is None else emitted
             if self._grammars:
-                self._grammars.advance(slots.tolist(), lambda: tokens)
-            for slot, token in zip(slots.tolist(), tokens.tolist(), strict=True):
+                self._grammars.advance(slots.tolist(), lambda: rows)
+            for slot, row in zip(slots.tolist(), rows, strict=True):
                 state = self._unusual.get(slot)
                 if state is not None:
-                    _count(state, token)
+                    for token in row:
+                        _count(state, token)
 
     def _enter(self, new: NewSequence) -> None:
         slot, params = new.slot, new.params
@@ -253,6 +280,7 @@ class SequenceTable:
         self._seed[slot] = params.seed or 0
         self._logprobs[slot] = -1 if params.logprobs is None else params.logprobs
         self._prompt_logprobs[slot] = params.prompt_logprobs or 0
+        self._adapter[slot] = new.adapter
         penalized = params.has_penalties
         biased = params.logit_bias or params.banned_token_ids or params.allowed_token_ids
         if not (penalized or biased or params.grammar or (params.min_tokens and new.stop_tokens)):
@@ -287,7 +315,8 @@ class SequenceTable:
         if self._grammars is not None:
             self._grammars.leave(slot)
 
-    def _unusual_rows(self, slots: Int32, positions: Int32) -> dict[str, Any]:
+    def _unusual_rows(self, drawn: DrawnRows) -> dict[str, Any]:
+        slots = drawn.slots
         states = {
             row: self._unusual[slot]
             for row, slot in enumerate(slots.tolist())
@@ -307,6 +336,9 @@ class SequenceTable:
                 frequency[row] = state.params.frequency_penalty
                 assert state.seen_V is not None and state.counts_V is not None, "set together"
                 seen[row], counts[row] = state.seen_V, state.counts_V
+                for token in drawn.drafted(row):
+                    seen[row, token] = True
+                    counts[row, token] += 1
             extra |= {
                 "repetition_R": self.on_device(repetition),
                 "presence_R": self.on_device(presence),
@@ -325,12 +357,12 @@ class SequenceTable:
                     allowed[row] = False
                     allowed[row, list(ids)] = True
             if has_grammar and self._grammars is not None:
-                self._grammars.allow(slots.tolist(), allowed)
+                self._grammars.allow(slots.tolist(), allowed, drawn.depths.tolist())
             extra["allowed_RV"] = self.on_device(allowed)
         bias = [
             (row, token, value)
             for row, state in states.items()
-            for token, value in _biases(state, int(positions[row]))
+            for token, value in _biases(state, int(drawn.positions[row]))
         ]
         if bias:
             bias_rows, tokens, values = zip(*bias, strict=True)

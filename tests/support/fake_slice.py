@@ -125,7 +125,7 @@ class FakeSlice:
             self.repeats += 1
             rows_now = list(zip(plan.slots.tolist(), plan.starts.tolist(), strict=True))
             assert rows_now == self._next_rows and not len(plan.freed) and not plan.new
-            assert (plan.tokens == LAST_SAMPLED).all() and plan.samples.all()
+            assert (plan.tokens == LAST_SAMPLED).all() and (plan.samples == 1).all()
         ended = (plan.starts + plan.counts).tolist()
         self._next_rows = list(zip(plan.slots.tolist(), ended, strict=True))
         for slot in plan.freed.tolist():
@@ -152,7 +152,7 @@ class FakeSlice:
 
         ends = np.cumsum(plan.counts).tolist()
         prompt_rows = plan.prompt_rows.tolist() or [0] * len(plan.slots)
-        tokens: dict[int, tuple[int, float]] = {}
+        tokens: dict[int, list[tuple[int, float]]] = {}
         rows: dict[int, list[float]] = {}
         any_logprobs = False
         # Backwards, so that a sequence which needs what an earlier row of the same step writes
@@ -178,16 +178,11 @@ class FakeSlice:
                     seen[p + 1] if p + 1 < len(seen) else None for p in range(start, start + count)
                 ]
                 rows[row] = [start, count, following, seen]  # type: ignore[list-item]
-            if plan.samples[row]:
-                num_output = start + count - one.new.num_prompt
-                assert num_output >= one.new.num_output
-                banned = one.new.stop_tokens if num_output < one.params.min_tokens else ()
-                assert one.params.seed is not None
-                last = sight(config, seen)
-                one.last = draw(last, one.params.seed, banned, config.vocab_size)
-                tokens[row] = (one.last, logprob(last, one.last))
+            num_draws = int(plan.samples[row])
+            if num_draws:
+                tokens[row] = self._draw(one, start + count - num_draws + 1, seen)
                 any_logprobs |= one.params.logprobs is not None
-        chosen = [tokens[row] for row in sorted(tokens)]
+        chosen = [pair for row in sorted(tokens) for pair in tokens[row]]
         return StepResult(
             step=plan.step,
             tokens=int32([token for token, _ in chosen]),
@@ -195,6 +190,24 @@ class FakeSlice:
             prompt_logprobs=self._prompt_logprobs(plan, rows) if rows else None,
             dp_rank=plan.dp_rank,
         )
+
+    def _draw(self, one: _Occupant, first: int, seen: list[int]) -> list[tuple[int, float]]:
+        """Draw after `first` tokens and each longer prefix of `seen`; keeps the last right draw."""
+        rows: list[tuple[int, float]] = []
+        right = True
+        for length in range(first, len(seen) + 1):
+            num_output = length - one.new.num_prompt
+            assert num_output >= one.new.num_output
+            banned = one.new.stop_tokens if num_output < one.params.min_tokens else ()
+            assert one.params.seed is not None
+            last = sight(self.config, seen[:length])
+            if rows:
+                right = right and rows[-1][0] == seen[length - 1]
+            token = draw(last, one.params.seed, banned, self.config.vocab_size)
+            rows.append((token, logprob(last, token)))
+            if right:
+                one.last = token
+        return rows
 
     def _read(self, one: _Occupant, start: int, length: int) -> list[int]:
         """The tokens up to `length`, as far as those from `start` on see them; else -1."""

@@ -18,12 +18,19 @@ from hypothesis import strategies as st
 from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.engine.scheduler import Scheduler
 from arriero.shards.engine.sequence import sample_seed
+from arriero.shards.engine.speculation.proposer import ProposerFactory
 from arriero.shards.engine.types import EngineConfig, EngineRequest, SequenceOutput
 from arriero.shards.errors import GroupFailed, InvalidRequest, Overloaded, SpecError
+from arriero.shards.kv.retention import CacheHint, Retain
 from arriero.shards.protocol.step_plan import StepResult, int32
 from support.fake_slice import FakeExecutor, answer
 
 VOCAB = 50
+HINTS = [
+    CacheHint(session="s", retain=(Retain(seconds=0.001),)),
+    CacheHint(session="s"),
+    CacheHint(retain=(Retain(seconds=60.0), Retain(num_tokens=5, seconds=600.0))),
+]
 
 
 def make_config(**changes: object) -> EngineConfig:
@@ -44,7 +51,8 @@ def make_request(
     prompt: Iterable[int] = (5, 6, 7),
     **changes: Any,  # noqa: ANN401
 ) -> EngineRequest:
-    outer = {k: changes.pop(k) for k in ("priority", "resumed", "cache_salt") if k in changes}
+    names = ("priority", "resumed", "cache_salt", "tenant", "hint")
+    outer = {k: changes.pop(k) for k in names if k in changes}
     params = SamplingParams(**{"seed": 7, "max_tokens": 8} | changes)
     return EngineRequest(request_id=request_id, prompt=tuple(prompt), params=params, **outer)
 
@@ -52,9 +60,9 @@ def make_request(
 class Run:
     """Drives a scheduler against a fake executor and gathers what comes out."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, proposers: ProposerFactory | None = None) -> None:
         self.config = config
-        self.scheduler = Scheduler(config)
+        self.scheduler = Scheduler(config, proposers=proposers)
         self.executor = FakeExecutor(config)
         self.outputs: dict[tuple[str, int], list[SequenceOutput]] = defaultdict(list)
 
@@ -173,10 +181,10 @@ def test_and_does_with_a_window(config: EngineConfig, seed: int) -> None:
     drive(config, seed)
 
 
-def drive(config: EngineConfig, seed: int) -> None:
+def drive(config: EngineConfig, seed: int, proposers: ProposerFactory | None = None) -> None:
     """Random requests in random order, each against what it must give."""
     rng = random.Random(seed)
-    run = Run(config)
+    run = Run(config, proposers)
     roots = [[rng.randrange(VOCAB) for _ in range(20)] for _ in range(2)]
     requests = []
     for number in range(rng.randint(1, 12)):
@@ -207,6 +215,8 @@ def drive(config: EngineConfig, seed: int) -> None:
                 priority=rng.choice([0, 0, 1, -1]),
                 resumed=tuple(resumed),
                 cache_salt=rng.choice([b"", b"", b"tenant"]),
+                tenant=rng.choice(["", "a"]),
+                hint=rng.choice([None, None, *HINTS]),
             )
         )
     pending = list(requests)
@@ -220,6 +230,8 @@ def drive(config: EngineConfig, seed: int) -> None:
             run.collect()
         elif action < 0.93:
             run.take(run.scheduler.cancel(rng.choice(requests).request_id))
+        elif action < 0.95:
+            run.scheduler.release(rng.choice(["", "a"]), rng.choice(["", "s"]))
     run.finish()
     for request in requests:
         run.check(request)

@@ -118,11 +118,12 @@ def test_decodes_have_a_block_for_their_token() -> None:
     parts = Parts()
     sequence = parts.queue(4)
     parts.admission.admit(32)
-    slots, starts = parts.decodes.take(0)
+    rows = parts.decodes.take(0, 16)
+    slots, starts = rows.slots, rows.starts
     assert slots.tolist() == [sequence.slot] and starts.tolist() == [4]
     assert parts.running.slots.capacity[sequence.slot] == 8
     parts.sample()
-    slots, starts = parts.decodes.take(1)
+    starts = parts.decodes.take(1, 16).starts
     assert starts.tolist() == [5] and parts.running.slots.capacity[sequence.slot] == 8
 
 
@@ -133,7 +134,7 @@ def test_a_decode_takes_the_block_of_the_last_in_rank() -> None:
     last = parts.queue(8)
     parts.admission.admit(32)
     assert last.slot >= 0
-    slots, _ = parts.decodes.take(0)  # both need a block, and one is left
+    slots = parts.decodes.take(0, 16).slots  # both need a block, and one is left
     assert slots.tolist() == [first.slot]
     assert last.slot < 0 and parts.waiting.first is last
     assert parts.running.num_preemptions == 1

@@ -1,0 +1,172 @@
+"""Drafters by their drafts: a model drafts itself without error, a head follows its equations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from arriero.kernels.ops import Ops
+from arriero.shards.checkpoint.tensor_folder import TensorFolder
+from arriero.shards.config.sampling_params import SamplingParams
+from support.draft_loop import DraftLoop, Text
+from support.eagle3_heads import ReferenceHead, head_settings, head_weights, write_head
+from support.models import tiny_llama
+from support.slices import exact_ops
+from support.taps import outputs_and_taps
+
+GREEDY = SamplingParams(temperature=0.0)
+SAMPLED = SamplingParams(temperature=0.8, top_p=0.9, top_k=40, seed=5)
+LAYERS = 8
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def ops(request: pytest.FixtureRequest) -> Ops:
+    return exact_ops(request.param)
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    tiny_llama(tmp_path / "target", layers=LAYERS, max_positions=1024)
+    return tmp_path / "target"
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_a_model_drafts_itself_without_error(
+    target: Path, ops: Ops, params: SamplingParams
+) -> None:
+    """Chunked prompts, blocks at their ends, wrong drafts and rests without drafts included."""
+    loop = DraftLoop(target, "draft", target, ops)
+    texts = [
+        loop.enter(slot, [(7 * i + slot) % 128 for i in range(length)], params)
+        for slot, length in enumerate((5, 33, 70))
+    ]
+    for _ in range(3):
+        loop.step([0, 1, 2], 4, chunk=30, ahead=4)
+    spoiled = 0
+    for step in range(40):
+        if step % 5 == 3:
+            for text in texts:
+                if len(text.drafts) > 1:
+                    text.drafts[1] = (text.drafts[1] + 1) % 128
+                    spoiled += 1
+        if step % 11 == 7:
+            for text in texts:
+                text.drafts = []
+        loop.step([0, 1, 2] if step % 3 else [2, 0], lambda slot: 1 + slot * 2, ahead=8)
+    assert spoiled > 10
+    for text in texts:
+        right = _right(text)
+        assert right and all(right), "each draft is what the target draws"
+
+
+def test_rows_wait_while_nothing_is_drafted(target: Path, ops: Ops) -> None:
+    """Drafts are right again after many steps without, at blocks' ends too."""
+    loop = DraftLoop(target, "draft", target, ops)
+    text = loop.enter(0, list(range(20)), SAMPLED)
+    loop.step([0])
+    for pause in (3, 15, 16, 40):
+        for _ in range(pause):
+            loop.step([0])
+            text.drafts = []
+        loop.step([0], 5, ahead=5)
+        loop.step([0], 5, ahead=5)
+    assert len(_right(text)) > 20 and all(_right(text))
+
+
+def test_drafts_are_shorter_without_blocks(target: Path, ops: Ops) -> None:
+    """No row is computed at a position without a block."""
+    loop = DraftLoop(target, "draft", target, ops)
+    text = loop.enter(0, list(range(14)), GREEDY)
+    loop.step([0], 8)  # positions 14 and 15 have a block
+    assert len(text.drafts) == 2
+    loop.enter(0, list(range(16)), GREEDY)
+    text = loop.texts[0]
+    loop.step([0], 8)
+    assert text.drafts == [], "the first token after the prompt has no block"
+    loop.step([0], 8)
+    assert len(text.drafts) == 8
+    loop.step([0])
+    assert all(_right(text))
+
+
+def test_a_slot_is_used_again(target: Path, ops: Ops) -> None:
+    """A new sequence in a slot takes nothing from the sequence before."""
+    loop = DraftLoop(target, "draft", target, ops)
+    for seed in range(3):
+        text = loop.enter(0, list(range(seed, 40)), SAMPLED)
+        for _ in range(5):
+            loop.step([0], 4, ahead=4)
+        assert text.mean_emitted == 5
+
+
+def _right(text: Text) -> list[bool]:
+    """For each drafted token with a known true token: whether the token is the true one."""
+    right = []
+    for position, drafts in text.drafted:
+        for i, token in enumerate(drafts):
+            if (
+                position + i < len(text.tokens)
+                and text.tokens[position : position + i] == drafts[:i]
+            ):
+                right.append(token == text.tokens[position + i])
+    return right
+
+
+@pytest.mark.parametrize("layout", ["flat", "nested"])
+@pytest.mark.parametrize("own_embedding", [False, True])
+def test_a_head_follows_its_equations(
+    target: Path, tmp_path: Path, ops: Ops, layout: str, own_embedding: bool
+) -> None:
+    """Greedy drafts equal those of plain torch on the target's true taps, step for step."""
+    settings = head_settings(layout=layout)
+    weights = head_weights(settings, own_embedding=own_embedding)
+    head = write_head(tmp_path / "head", settings, weights)
+    loop = DraftLoop(target, "eagle3", head, ops)
+    assert loop.drafter.taps == (2, LAYERS // 2, LAYERS - 3)
+    texts = [
+        loop.enter(slot, [(5 * i + slot) % 128 for i in range(length)], GREEDY)
+        for slot, length in enumerate((4, 37))
+    ]
+    for _ in range(2):
+        loop.step([0, 1], 3, chunk=20, ahead=3)
+    for step in range(30):
+        if step % 7 == 2:  # pauses: rows wait, then are computed together
+            for _ in range(5):
+                loop.step([0, 1])
+        loop.step([0, 1] if step % 4 else [1], lambda slot: 3 - slot, ahead=3)
+    embedding = weights.get("embed_tokens.weight")
+    if embedding is None:
+        embedding = TensorFolder.of(target).tensor("model.embed_tokens.weight")
+    reference = ReferenceHead(settings, weights, embedding)
+    for text in texts:
+        _, kept = outputs_and_taps(target, text.tokens, loop.drafter.taps, kernels="reference")
+        taps = list(kept)
+        checked = 0
+        for position, drafts in text.drafted:
+            if drafts:
+                wanted = _greedy_drafts(
+                    reference, weights, taps, text.tokens[:position], len(drafts)
+                )
+                assert drafts == wanted
+                checked += 1
+        assert checked > 20
+
+
+def _greedy_drafts(
+    reference: ReferenceHead,
+    weights: dict[str, Tensor],
+    taps: list[Tensor],
+    tokens: list[int],
+    length: int,
+) -> list[int]:
+    features = reference.fuse([tap[: len(tokens) - 1] for tap in taps])
+    drafts: list[int] = []
+    for _ in range(length):
+        y = reference(torch.tensor([*tokens[1:], *drafts]), features)[-1:]
+        best = int(reference.logits(y).argmax())
+        drafts.append(best + int(weights["d2t"][best]))
+        features = torch.cat([features, reference.next_feature(y)])
+    return drafts
