@@ -18,8 +18,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from arriero.kernels import adapted
 from arriero.kernels.expert_rows import RowFormat
 from arriero.kernels.layers import MoELayer
+from arriero.kernels.lora import AdapterRows
 from arriero.kernels.moe import Routing
 from arriero.kernels.ops import Ops
 from arriero.shards.collectives.all_to_all import Counts
@@ -82,14 +84,24 @@ class ExpertParallel:
         loads, self._loads = self._loads, {}
         return loads
 
-    def __call__(self, x_TH: Tensor, layer: MoELayer) -> Tensor:
-        """Same as `Ops.moe_block`: a partial [T, H], to be summed over tensor-parallel ranks."""
+    def __call__(
+        self, x_TH: Tensor, layer: MoELayer, adapters: AdapterRows | None = None
+    ) -> Tensor:
+        """Same as `Ops.moe_block`: a partial [T, H], to be summed over tensor-parallel ranks.
+
+        Adapters of routed experts do not travel with the rows; a group that exchanges rows refuses
+        such adapters when it loads them.
+        """
         ops, mesh = self._ops, self._mesh
         h_TH = ops.rms_norm(x_TH, layer.mlp_norm_H, layer.eps)
         own = _share(h_TH.shape[0], mesh.part.tp_rank, mesh.tp)
         h_nH = h_TH[own]
         table = self._tables.get(layer.index, self._first)
-        routing = table.to_slots(ops.moe_route(h_nH, layer.router, layer.top_k))
+        own_adapters = None
+        if adapters is not None:
+            row_R = np.arange(h_TH.shape[0], dtype=np.int32)[own]
+            own_adapters = adapters.of_rows(row_R)
+        routing = table.to_slots(adapted.route(ops, h_nH, layer, own_adapters))
         order = ops.moe_permute_all(routing, self._num_slots)
         counts_RS = self._gather_counts(order.starts_E1)
         self._count(layer.index, table, counts_RS)
@@ -97,8 +109,7 @@ class ExpertParallel:
         with mesh.watchdog.watch("dispatch to experts"):
             rows_XB = ops.pack_rows(h_nH, order.token_X, order.score_X, self._wire)
             receive = mesh.exchange.begin(rows_XB, counts_RR)
-        gate_up = ops.linear(h_TH, layer.gate_up)
-        shared_TH = ops.linear(ops.silu_mul(gate_up), layer.down)
+        shared_TH = adapted.gated_mlp(ops, h_TH, layer, adapters)
         with mesh.watchdog.watch("dispatch to experts"):
             received_YB = receive()
         results_YB = self._experts(received_YB, layer, counts_RS, h_TH.dtype)

@@ -253,6 +253,12 @@ class Mesh:
             with self.watchdog.watch("broadcast of tokens"):
                 dist.broadcast(tokens_R, self._first, group=self._tp_group)
 
+    def share_drafts(self, tokens_R: Tensor) -> None:
+        """Broadcast drafted tokens (int32, in place) from tp rank 0 of the last stage."""
+        if self.tp > 1:
+            with self.watchdog.watch("broadcast of drafts"):
+                dist.broadcast(tokens_R, self._first, group=self._tp_group)
+
     def send_hidden(self, x_TH: Tensor) -> None:
         """Send activations to the next stage; keeps a reference to `x_TH` until sent.
 

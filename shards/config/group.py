@@ -8,8 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from arriero.shards.config.adapters import AdapterFile
 from arriero.shards.config.kv_tiers import TierConfig
 from arriero.shards.config.parallel import ParallelConfig
+from arriero.shards.config.speculation import SpeculationConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +51,8 @@ class GroupConfig(ParallelConfig):
             keeps no more. None for the model's own attention. See `layout.visible_keys`.
         attention_sinks: first tokens that every token sees besides the window.
         changes_answers: allow a window although the model was trained without.
+        adapters: LoRA adapters of the group, each with a slot on the device.
+        speculation: how tokens are drafted ahead of their verification.
         max_sequences, max_batch_tokens, max_queued, prefix_cache: as in `EngineConfig`.
     """
 
@@ -76,6 +80,8 @@ class GroupConfig(ParallelConfig):
     sliding_window: int | None = None
     attention_sinks: int = 0
     changes_answers: bool = False
+    adapters: tuple[AdapterFile, ...] = ()
+    speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
 
     @property
     def window_words(self) -> str:

@@ -5,7 +5,7 @@ Knows what a runner needs of a slice; knows nothing of layers and weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +19,9 @@ from arriero.kernels.expert_rows import RowFormat
 from arriero.kernels.flat_batch import FlatBatch
 from arriero.kernels.kv_cache import KVCache
 from arriero.kernels.ops import Ops
+from arriero.kernels.packed_weights import Vocab
+from arriero.shards.adapters.adapter import Adapter
+from arriero.shards.adapters.banks import AdapterBanks
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.collectives.expert_parallel import Loads
 from arriero.shards.collectives.mesh import Mesh
@@ -28,6 +31,7 @@ from arriero.shards.layout.expert_placement import ExpertPlacement
 from arriero.shards.layout.parts import AnyPart
 from arriero.shards.models.image_table import ImageTable
 from arriero.shards.models.loader import Progress
+from arriero.shards.models.taps import Taps
 from arriero.shards.protocol.step_plan import Int32
 
 
@@ -48,7 +52,9 @@ class SliceSettings:
         placement: experts of each rank of a stage; None if ranks sum outputs of own experts
             instead of exchanging tokens.
         visible: keys that a token sees in layers without full attention.
+        taps: layers whose input is kept for a model that drafts; see `Taps`.
         progress: called with loaded bytes and total bytes.
+        adapters: adapters of the group, in order of their slots.
     """
 
     dtype: torch.dtype
@@ -61,7 +67,9 @@ class SliceSettings:
     wire: RowFormat | None = None
     placement: ExpertPlacement | None = None
     visible: AttentionMaskSpec = FULL_ATTENTION
+    taps: tuple[int, ...] = ()
     progress: Progress = lambda done, total: None
+    adapters: Sequence[Adapter] = ()
 
 
 class ModelSlice(Protocol):
@@ -71,11 +79,19 @@ class ModelSlice(Protocol):
         dtype: dtype of weights and KV cache.
         images: computes image features, on first-stage ranks of multimodal models; else None.
         decoder: forward pass through the layers of the stage.
+        adapters: memory of the rank for adapters; None in a group without adapters.
+        taps: inputs of layers, kept during a step for a model that drafts.
+        embedding, head: rows of the vocabulary on this rank; None on stages without them. A tied
+            head is the embedding.
     """
 
     dtype: torch.dtype
     images: ImageTable | None
     decoder: Callable[[Tensor, FlatBatch], Tensor]
+    adapters: AdapterBanks | None
+    taps: Taps
+    embedding: Vocab | None
+    head: Vocab | None
 
     @property
     def weights_nbytes(self) -> int:

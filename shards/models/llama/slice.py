@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from arriero.kernels.kv_cache import KVCache, KVCacheSpec
 from arriero.kernels.layers import AttentionStyle, DenseLayer
 from arriero.kernels.ops import Ops
+from arriero.shards.adapters.banks import load_banks
 from arriero.shards.checkpoint.formats.stored import tensor_specs
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.collectives.expert_parallel import Loads
@@ -25,8 +27,10 @@ from arriero.shards.kv.transfers import Pool
 from arriero.shards.layout.dense import SlicePart, Span
 from arriero.shards.model_config.dense import ModelConfig
 from arriero.shards.models.image_table import ImageTable
+from arriero.shards.models.llama.tensors import llama_modules
 from arriero.shards.models.loader import Loader
 from arriero.shards.models.model_slice import SliceSettings
+from arriero.shards.models.taps import Taps
 from arriero.shards.protocol.step_plan import Int32
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
@@ -63,6 +67,9 @@ class LlamaSlice:
             quantization=settings.quantization,
             progress=settings.progress,
         )
+        self.adapters = load_banks(
+            llama_modules(config), part, settings.adapters, self.dtype, mesh.device
+        )
         folder = settings.offload_folder or Path(tempfile.gettempdir())
         with loader:
             self._load(loader, settings.offload_layers, folder)
@@ -77,7 +84,10 @@ class LlamaSlice:
             ),
             mesh.device,
         )
-        self.decoder = ops.decoder(self._layers, self.kv, mesh.reduce if mesh.tp > 1 else None)
+        self.taps = Taps(settings.taps, part.layers, last_stage=part.last_stage)
+        self.decoder = ops.decoder(
+            self._layers, self.kv, mesh.reduce if mesh.tp > 1 else None, taps=self.taps.hooks
+        )
 
     def _load(self, loader: Loader, offload_layers: int, folder: Path) -> None:
         config, part = self.config, self.part
@@ -85,7 +95,9 @@ class LlamaSlice:
         for index in range(part.layers.start, part.layers.stop):
             offloaded = index >= part.layers.stop - offload_layers
             with self.ops.offloading(folder) if offloaded else nullcontext():
-                self._layers.append(self._load_layer(loader, index))
+                layer = self._load_layer(loader, index)
+            lora = None if self.adapters is None else self.adapters.layer(index)
+            self._layers.append(replace(layer, lora=lora))
             loader.finished(index)
         tied = config.tie_word_embeddings
         self.embedding = loader.vocab(EMBEDDING, part.vocab) if part.first_stage else None

@@ -27,10 +27,12 @@ from arriero.kernels.kv_cache import KVCache, KVCacheSpec
 from arriero.kernels.layers import AttentionStyle, DenseLayer, MoELayer
 from arriero.kernels.ops import Ops
 from arriero.kernels.packed_weights import Linear
+from arriero.shards.adapters.banks import load_banks
 from arriero.shards.checkpoint.formats.stored import tensor_specs
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.collectives.expert_parallel import ExpertParallel, Loads
 from arriero.shards.collectives.mesh import Mesh
+from arriero.shards.errors import SpecError
 from arriero.shards.kv.transfers import Pool
 from arriero.shards.layout.dense import Span
 from arriero.shards.layout.expert_placement import ExpertPlacement
@@ -38,9 +40,11 @@ from arriero.shards.layout.moe import MoEPart
 from arriero.shards.models.image_table import ImageTable
 from arriero.shards.models.llama.slice import EMBEDDING, HEAD, NORM
 from arriero.shards.models.llama4.config import Llama4Config
+from arriero.shards.models.llama4.tensors import llama4_modules
 from arriero.shards.models.llama4.vision import VisionTower
 from arriero.shards.models.loader import Loader
 from arriero.shards.models.model_slice import SliceSettings
+from arriero.shards.models.taps import Taps
 from arriero.shards.protocol.step_plan import Int32
 
 _EXPERTS = "feed_forward.experts"
@@ -81,6 +85,10 @@ class Llama4Slice:
         if placement is not None:
             experts = placement.on(mesh.stage_rank)
         self.images = self._image_table(checkpoint, part)
+        self._check_adapters(settings)
+        self.adapters = load_banks(
+            llama4_modules(config), part, settings.adapters, self.dtype, mesh.device
+        )
         # the loader cuts no vision tensors: each rank of the first stage holds the whole tower
         specs = tensor_specs(config, checkpoint.scheme)
         with Loader(
@@ -104,6 +112,7 @@ class Llama4Slice:
             wire = settings.wire or _wire(self.dtype)
             self._experts = ExpertParallel(mesh, ops, placement, wire)
         self._placement = placement
+        self.taps = Taps(settings.taps, part.layers, last_stage=part.last_stage)
         self.decoder = self._make_decoder()
 
     def _expert_reader(
@@ -131,6 +140,18 @@ class Llama4Slice:
                 return loader.expert(f"{self._name(layer)}{_EXPERTS}", expert, part.expert_columns)
 
         return read
+
+    @staticmethod
+    def _check_adapters(settings: SliceSettings) -> None:
+        """Raise a `SpecError` for adapters of routed experts where rows travel between ranks."""
+        if settings.placement is None:
+            return
+        for adapter in settings.adapters:
+            if any(module.kind == "experts" for module in adapter.modules.values()):
+                raise SpecError(
+                    f"`adapters`: {adapter.folder.path} changes routed experts, which a group with "
+                    "`dp` > 1 cannot serve; use `dp`: 1"
+                )
 
     def _image_table(self, checkpoint: Checkpoint, part: MoEPart) -> ImageTable | None:
         """The vision tower with a table for images; None without vision or beyond stage 0."""
@@ -174,7 +195,8 @@ class Llama4Slice:
                         loader.expert(f"{name}{_EXPERTS}", expert, columns) for expert in experts
                     ]
                 layer = _with_experts(loader, config, part, layer, index, name, pairs)
-            self._layers.append(layer)
+            lora = None if self.adapters is None else self.adapters.layer(index)
+            self._layers.append(replace(layer, lora=lora))
             loader.finished(index)
         tied, table = config.tie_word_embeddings, f"{prefix}{EMBEDDING}"
         self.embedding = loader.vocab(table, part.vocab) if part.first_stage else None
@@ -196,6 +218,7 @@ class Llama4Slice:
             self.mesh.reduce if self.mesh.tp > 1 else None,
             local_kv=self.local_kv,
             experts=self._experts,
+            taps=self.taps.hooks,
         )
 
     def place_experts(self, layer: int, expert_S: Int32) -> None:

@@ -1,0 +1,1 @@
+"""LoRA adapters: files, parts of a rank, slots."""
