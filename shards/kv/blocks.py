@@ -6,7 +6,7 @@ run plans in the order of the allocations.
 
 A full block's key is a hash of its parent's key and its tokens, so equal keys mean equal prefixes,
 in every process and every run. Freed blocks with a key stay in the prefix cache until their room is
-needed; the least recently used goes first.
+needed; the least recently used goes first. Blocks whose keys are retained go after all others.
 """
 
 from __future__ import annotations
@@ -85,16 +85,19 @@ class BlockManager:
         self._by_key: dict[bytes, int] = {}
         self._blank = list(range(num_blocks - 1, -1, -1))  # free, without a key; low ids first
         self._cached: OrderedDict[int, None] = OrderedDict()  # free, with a key; oldest first
+        self._retained: set[bytes] = set()
+        # free, with a retained key; oldest first
+        self._cached_retained: OrderedDict[int, None] = OrderedDict()
 
     @property
     def num_available(self) -> int:
-        """Blocks that can be allocated now, cached blocks included."""
-        return len(self._blank) + len(self._cached)
+        """Blocks that can be allocated now, cached and retained blocks included."""
+        return len(self._blank) + self.num_cached
 
     @property
     def num_cached(self) -> int:
         """Unused blocks in the prefix cache."""
-        return len(self._cached)
+        return len(self._cached) + len(self._cached_retained)
 
     @property
     def num_used(self) -> int:
@@ -133,7 +136,7 @@ class BlockManager:
         assert self.cost(num_blocks, shared) <= self.num_available, "allocation past the pool"
         for block in shared:
             if not self._references[block]:
-                del self._cached[block]
+                del self._queue(block)[block]
             self._references[block] += 1
         fresh = (self._take() for _ in range(num_blocks - len(shared)))
         self._tables[owner] = [*shared, *fresh]
@@ -169,14 +172,38 @@ class BlockManager:
                 if self.on_event is not None:
                     self.on_event("stored", key)
 
+    def retain(self, keys: Iterable[bytes]) -> None:
+        """Evict blocks of these keys after all others, present blocks and later ones."""
+        for key in keys:
+            self._retained.add(key)
+            block = self._by_key.get(key)
+            if block is not None and block in self._cached:
+                del self._cached[block]
+                self._cached_retained[block] = None
+
+    def unretain(self, keys: Iterable[bytes]) -> None:
+        """Undo `retain`; unused blocks of these keys are the next to be evicted, the last first."""
+        for key in keys:
+            self._retained.discard(key)
+            block = self._by_key.get(key)
+            if block is not None and block in self._cached_retained:
+                del self._cached_retained[block]
+                self._cached[block] = None
+                self._cached.move_to_end(block, last=False)
+
     def flush(self) -> int:
         """Remove unused blocks from the prefix cache; returns the number of blocks."""
-        count = len(self._cached)
-        self._blank += self._cached
-        for block in self._cached:
+        blocks = [*self._cached, *self._cached_retained]
+        self._blank += blocks
+        for block in blocks:
             self._forget(block)
         self._cached.clear()
-        return count
+        self._cached_retained.clear()
+        return len(blocks)
+
+    def _queue(self, block: int) -> OrderedDict[int, None]:
+        """Where a free block with a key waits for its eviction."""
+        return self._cached_retained if self._keys[block] in self._retained else self._cached
 
     def _forget(self, block: int) -> None:
         """Remove a block from the prefix cache."""
@@ -195,13 +222,13 @@ class BlockManager:
             if self._keys[block] is None:
                 self._blank.append(block)
             else:
-                self._cached[block] = None
+                self._queue(block)[block] = None
 
     def _take(self) -> int:
         if self._blank:
             block = self._blank.pop()
         else:
-            block, _ = self._cached.popitem(last=False)
+            block, _ = (self._cached or self._cached_retained).popitem(last=False)
             self._forget(block)
         self._references[block] = 1
         return block

@@ -233,12 +233,12 @@ def tier_limits(config: GroupConfig, model: AnyModel) -> GroupTierLimits:
         SpecError: a tier is too small for a block, or blocks cannot be kept.
     """
     tiers = config.tiers
-    if not tiers.enabled:
-        return GroupTierLimits()
-    if not config.prefix_cache:
-        raise SpecError("tiers keep prefix blocks, but `prefix_cache` is off; turn it on")
     if not 0 < tiers.max_tenant_share <= 1:
         raise SpecError(f"`max_tenant_share`={tiers.max_tenant_share} must be above 0, at most 1")
+    if not tiers.enabled:  # the share also bounds the prefixes that a tenant retains on the device
+        return GroupTierLimits(all=TierLimits(max_tenant_share=tiers.max_tenant_share))
+    if not config.prefix_cache:
+        raise SpecError("tiers keep prefix blocks, but `prefix_cache` is off; turn it on")
     if bool(tiers.disk_bytes) != (tiers.disk_path is not None):
         raise SpecError(
             f"`disk_path`={tiers.disk_path} and `disk_bytes`={tiers.disk_bytes}: give both or none"
