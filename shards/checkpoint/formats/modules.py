@@ -32,8 +32,10 @@ Axis = Literal[
     "vision_heads",
     "vision_columns",
     "adapter_columns",
+    "draft_vocab",
+    "taps",
 ]
-"""Attribute names of the spans in `SlicePart` and `MoEPart`."""
+"""Attribute names of the spans in `SlicePart`, `MoEPart` and `Eagle3Part`."""
 Place = Literal["layer", "first", "last", "ends"]
 """Pipeline stage: of the layer, first, last, or (a tied table) both ends."""
 

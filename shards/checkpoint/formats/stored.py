@@ -107,14 +107,24 @@ def tensor_specs(model: AnyModel, scheme: QuantScheme | None) -> list[TensorSpec
         CheckpointError: the form cannot store a matrix of this shape.
     """
     specs: list[TensorSpec] = []
-    usual = LABELS[model.torch_dtype]
-    plain = (usual, *(label for label in FLOATS if label != usual))
+    plain = _plain_dtypes(model.torch_dtype)
     for module in modules_of(model, scheme):
         if scheme is not None and module.product and scheme.covers(module.name, module.kind):
             specs += _quantized(module, scheme, plain)
         else:
             specs += _plain(module, plain)
     return specs
+
+
+def plain_specs(modules: Iterable[Module], torch_dtype: str) -> list[TensorSpec]:
+    """The tensors of `modules` without a quantized form; `torch_dtype` is the usual dtype."""
+    dtypes = _plain_dtypes(torch_dtype)
+    return [spec for module in modules for spec in _plain(module, dtypes)]
+
+
+def _plain_dtypes(torch_dtype: str) -> tuple[str, ...]:
+    usual = LABELS[torch_dtype]
+    return (usual, *(label for label in FLOATS if label != usual))
 
 
 def _plain(module: Module, dtypes: tuple[str, ...]) -> Iterator[TensorSpec]:
