@@ -14,27 +14,34 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from arriero.router.calls.request_notes import RequestNotes
-from arriero.router.http import errors, responses, translate
+from arriero.router.http import cache_hints, errors, responses, translate
 from arriero.router.http.answers import answer
+from arriero.router.http.completion_calls import (
+    CompletionCalls,
+    begin,
+    chat_calls,
+    text_calls,
+)
+from arriero.router.http.hosted_tools import HostedTools
 from arriero.router.http.messages_api.routes import add_messages
-from arriero.router.http.middleware import RequestMiddleware
+from arriero.router.http.middleware import RequestMiddleware, authorization
 from arriero.router.http.request_schemas import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
-    Sampling,
     TokenizeBody,
 )
 from arriero.router.http.responses_api.routes import add_responses
 from arriero.router.http.responses_api.store import ResponseStore
-from arriero.router.http.stream import until_disconnect
+from arriero.router.http.resumable_answers import ResumableAnswers
 from arriero.router.inference import Inference
 from arriero.router.observability.metrics import CONTENT_TYPE
+from arriero.router.tenants import model_scope
 from arriero.shards.errors import InvalidRequest
 
 STALLED_S = 60.0
 """Seconds without a finished step after which a group with work counts as unhealthy."""
-_EXPOSED = ("x-request-id", "retry-after", "x-schema-not-enforced")
+_EXPOSED = ("x-request-id", "retry-after", "x-schema-not-enforced", "x-resumable")
 """Headers of answers that web pages may read."""
 _EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
@@ -73,17 +80,21 @@ _REFUSALS: dict[int | str, str] = {
 def create_app(
     inference: Inference,
     response_store: ResponseStore,
+    resumable: ResumableAnswers,
     *,
     max_body_bytes: int,
     cors: Sequence[str] = (),
+    hosted_tools: HostedTools = "ignore",
 ) -> FastAPI:
     """The application over `inference`.
 
     Args:
         inference: runs the calls.
         response_store: keeps the responses of `/v1/responses`.
+        resumable: keeps the streams of completions that clients may resume.
         max_body_bytes: most bytes of a body.
         cors: origins of web pages that may call the application from a browser; "*" for any.
+        hosted_tools: what happens to requests with tools that a server would run.
     """
     app = FastAPI(
         title="arriero",
@@ -102,6 +113,7 @@ def create_app(
             for status, description in _REFUSALS.items()
         },
     )
+    app.state.hosted_tools = hosted_tools
     errors.install(app)
     app.add_middleware(
         RequestMiddleware, max_body_bytes=max_body_bytes, admission=inference.admission
@@ -117,49 +129,47 @@ def create_app(
             allow_private_network=True,
             expose_headers=_EXPOSED,
         )
-    _add_generation(app, inference)
+    _add_generation(app, inference, resumable)
     add_messages(app, inference)
     add_responses(app, inference, response_store)
+    cache_hints.add_release(app, inference)
     _add_tokens(app, inference)
     _add_observability(app, inference)
     return app
 
 
-def _add_generation(app: FastAPI, inference: Inference) -> None:
+def _add_generation(app: FastAPI, inference: Inference, resumable: ResumableAnswers) -> None:
     @app.post("/v1/chat/completions", response_class=Response, responses=_EVENTS)
     async def chat(body: ChatBody, request: Request) -> Response:
         """Answer a conversation."""
-        call = translate.chat_request(body)
-        text, views = await until_disconnect(request, inference.find(call.model))
-        completion = responses.ChatCompletion(
-            views[0].model, text.tokenizer, with_usage=_with_usage(body)
-        )
-        notes = RequestNotes()
-        streams = [await inference.chat(call, request.state.caller, notes)]
-        return await answer(request, completion, streams, notes, stream=body.stream)
+        if resumable.continues(request):
+            return await resumable.resume(request)
+        calls = await chat_calls(body, request, inference)
+        if body.stream and resumable.wants(request):
+            return await resumable.start(request, calls, chat=True)
+        return await run(request, calls, stream=body.stream)
 
     @app.post("/v1/completions", response_class=Response, responses=_EVENTS)
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue one prompt or several."""
-        calls = translate.generate_requests(body)
-        text, views = await until_disconnect(request, inference.find(calls[0].model))
-        echo = [call.text for call in calls] if body.echo else None
-        completion = responses.TextCompletion(
-            views[0].model,
-            text.tokenizer,
-            n=body.n or 1,
-            echo=echo,
-            skip_special=body.skip_special_tokens is not False,
-            prompt_only=body.prompt_only,
-            with_usage=_with_usage(body),
-        )
-        notes = RequestNotes(num_calls=len(calls))
-        streams = [await inference.generate(call, request.state.caller, notes) for call in calls]
-        return await answer(request, completion, streams, notes, stream=body.stream)
+        if resumable.continues(request):
+            return await resumable.resume(request)
+        calls = await text_calls(body, request, inference)
+        if body.stream and resumable.wants(request):
+            return await resumable.start(request, calls, chat=False)
+        return await run(request, calls, stream=body.stream)
 
+    @app.get("/v1/chat/completions/{answer_id}", response_class=Response, responses=_EVENTS)
+    @app.get("/v1/completions/{answer_id}", response_class=Response, responses=_EVENTS)
+    async def resume(answer_id: str, request: Request) -> Response:
+        """The rest of a resumable stream, after the event that `Last-Event-ID` names."""
+        return await resumable.resume(request, answer_id)
 
-def _with_usage(body: Sampling) -> bool:
-    return body.stream_options is not None and body.stream_options.include_usage
+    async def run(request: Request, calls: CompletionCalls, *, stream: bool) -> Response:
+        notes = RequestNotes(num_calls=len(calls.calls))
+        caller = request.state.caller
+        streams = [await begin(inference, call, caller, notes) for call in calls.calls]
+        return await answer(request, calls.encoder, streams, notes, stream=stream)
 
 
 def _add_tokens(app: FastAPI, inference: Inference) -> None:
@@ -192,9 +202,12 @@ def _add_tokens(app: FastAPI, inference: Inference) -> None:
 
 def _add_observability(app: FastAPI, inference: Inference) -> None:
     @app.get("/health")
-    async def health() -> JSONResponse:
-        """200 while every model may sleep or has a group without stalled work."""
-        groups = {
+    async def health(request: Request) -> JSONResponse:
+        """200 while every model may sleep or has a group without stalled work.
+
+        Where API keys are needed, a caller without one learns the status alone.
+        """
+        groups: dict[str, dict[str, Any]] = {
             view.group_id: {
                 "model": view.model,
                 "running": view.load.num_running,
@@ -210,14 +223,14 @@ def _add_observability(app: FastAPI, inference: Inference) -> None:
         asleep = inference.may_sleep - linked
         missing = sorted(inference.groups.models() - active - asleep)
         healthy = bool(active | asleep) and not missing
-        return JSONResponse(
-            {
-                "status": "ok" if healthy else "unavailable",
-                "models_without_a_lively_group": missing,
-                "groups": groups,
-            },
-            200 if healthy else 503,
-        )
+        content: dict[str, Any] = {"status": "ok" if healthy else "unavailable"}
+        if inference.admission.knows(authorization(request.scope)):
+            allows = model_scope.allows
+            content |= {
+                "models_without_a_lively_group": list(filter(allows, missing)),
+                "groups": {name: group for name, group in groups.items() if allows(group["model"])},
+            }
+        return JSONResponse(content, 200 if healthy else 503)
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:

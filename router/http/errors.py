@@ -30,7 +30,9 @@ from arriero.shards.errors import (
 log = logging.getLogger(__name__)
 
 UNAVAILABLE_RETRY_S = 1
-_TYPES = frozenset({"str", "int", "bool", "nullable", "NamedTool", "AllowedTools"})
+_TYPES = frozenset(
+    {"str", "int", "bool", "nullable", "NamedTool", "AllowedTools", "Tool", "HostedTool"}
+)
 """Names of union members in pydantic's error paths; list types have brackets."""
 _ROUTING = {404: "unknown_url", 405: "method_not_allowed"}
 _OF_TYPE = re.compile(r".*_(type|parsing|from_float)|finite_number")

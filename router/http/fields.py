@@ -162,14 +162,9 @@ GENERATION: Mapping[str, Rule] = {
     "provider": hint("there is one provider."),
     "route": hint("there is one provider."),
     "keep_alive": hint("models stay loaded."),
-    "prompt_cache_key": hint("prompts are found in the cache by their tokens."),
-    "prompt_cache_retention": hint("prompts are found in the cache by their tokens."),
-    "prompt_cache_options": hint("prompts are found in the cache by their tokens."),
     "cache_prompt": hint("prompts are found in the cache by their tokens."),
-    "cache_control": hint("prompts are found in the cache by their tokens."),
     "id_slot": hint("a hint where to compute the request."),
     "slot_id": hint("a hint where to compute the request."),
-    "prediction": hint("a guess at the answer, which makes it faster elsewhere."),
     "moderation": refused("there is no moderation of requests"),
     # reasoning, which Llama models lack
     "reasoning_effort": hint(_REASONING),
@@ -287,8 +282,8 @@ MESSAGE: Mapping[str, Rule] = {
             *("id", "index", "created", "created_at", "createdAt", "timestamp", "model", "status"),
             *("finish_reason", "stop_reason", "logprobs", "usage", "usage_metadata", "metadata"),
             *("content_filter_results", "token_ids", "matched_stop", "hidden_states", "tool_name"),
-            *("is_error", "artifact", "cache_control", "copilot_cache_control"),
-            *("prompt_cache_breakpoint", "opts", "cycle", "visible", "_meta", "tag", "session_id"),
+            *("is_error", "artifact", "copilot_cache_control", "opts", "cycle", "visible"),
+            *("_meta", "tag", "session_id"),
         ),
         hint(_OF_CLIENT),
     ),
@@ -310,8 +305,7 @@ CALL: Mapping[str, Rule] = dict.fromkeys(
 
 PART: Mapping[str, Rule] = dict.fromkeys(
     (
-        *("cache_control", "prompt_cache_breakpoint", "annotations", "citations", "logprobs"),
-        *("copilot_cache_control", "_meta"),
+        *("annotations", "citations", "logprobs", "copilot_cache_control", "_meta"),
         *("id", "index", "uuid", "provider_specific_fields", "providerOptions", "signature"),
         *("extra_content", "thought_signature", "metadata", "status", "detail"),
     ),
@@ -327,7 +321,7 @@ IMAGE: Mapping[str, Rule] = {
 
 TOOL: Mapping[str, Rule] = dict.fromkeys(
     (
-        *("cache_control", "copilot_cache_control", "defer_loading", "eager_input_streaming"),
+        *("copilot_cache_control", "defer_loading", "eager_input_streaming"),
         *("allowed_callers", "metadata"),
     ),
     hint("a hint how to show or store the tool; the model sees all tools at once."),

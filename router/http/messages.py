@@ -8,9 +8,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 from arriero.router.http import fields
+from arriero.router.http.cache_fields import Breakpoints, CacheBreakpoint, CacheControl
 from arriero.router.http.fields import Body
 
 _TEXT_PARTS = frozenset({"input_text", "output_text"})
@@ -40,6 +49,8 @@ class ContentPart(BaseModel):
     image_url: Annotated[ImageUrl, BeforeValidator(_image)] | None = Field(
         None, description="For models that read images."
     )
+    cache_control: CacheControl | None = Field(None, description="As of a message.")
+    prompt_cache_breakpoint: CacheBreakpoint | None = Field(None, description="As of a message.")
 
     @model_validator(mode="before")
     @classmethod
@@ -87,7 +98,7 @@ class MessageToolCall(Body):
     function: FunctionCall
 
 
-class ChatMessage(Body):
+class ChatMessage(Breakpoints):
     """A message of a conversation."""
 
     others: ClassVar = fields.MESSAGE
@@ -106,7 +117,7 @@ class ChatMessage(Body):
     )
 
 
-class Function(Body):
+class Function(Breakpoints):
     """A function on offer."""
 
     others: ClassVar = fields.TOOL
@@ -121,12 +132,32 @@ class Function(Body):
     )
 
 
-class Tool(Body):
+class Tool(Breakpoints):
     """A tool on offer."""
 
     others: ClassVar = fields.TOOL
     type: Literal["function"] = "function"
     function: Function
+
+
+class HostedTool(BaseModel):
+    """A tool that a server would run, such as web search: left out, or refused by setting."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    type: str = Field(description='Any type but "function".')
+
+
+def _kind_of_tool(value: Any) -> str:  # noqa: ANN401
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return "HostedTool" if isinstance(kind, str) and kind != "function" else "Tool"
+
+
+ToolEntry = Annotated[
+    Annotated[Tool, Tag("Tool")] | Annotated[HostedTool, Tag("HostedTool")],
+    Discriminator(_kind_of_tool),
+]
+"""An entry of `tools`."""
 
 
 class Document(Body):

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from arriero.router.http import errors
 from arriero.router.http.request_body import TooLarge, Unreadable, as_json, gather, rewritten
 from arriero.router.http.stream import OUTERMOST, ClientGone
+from arriero.router.observability.log_lines import set_request_id
 from arriero.router.requests import read_request_id
 from arriero.router.tenants.admission_controller import AdmissionController, Caller, is_set
 from arriero.shards.errors import ArrieroError, InvalidRequest
@@ -25,7 +26,7 @@ from arriero.shards.errors import ArrieroError, InvalidRequest
 log = logging.getLogger(__name__)
 
 _WITHOUT_KEY = frozenset({"/health", "/openapi.json"})
-"""Paths that need no key, because their answers show no tenant's data."""
+"""Paths that need no key; `/health` tells callers without a key only whether all is well."""
 _SLASHES = re.compile("/{2,}")
 
 
@@ -60,6 +61,7 @@ class RequestMiddleware:
             request_id = read_request_id(value)
         except InvalidRequest:  # often set by a proxy, and only for logs: no reason to refuse
             request_id = read_request_id("")
+        set_request_id(request_id)
         scope.setdefault("state", {}).update({"request_id": request_id, OUTERMOST: send})
         started = False
 
@@ -141,19 +143,27 @@ class RequestMiddleware:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if path in _WITHOUT_KEY:
             return None
-        authorization = headers.get(b"authorization", b"").decode("latin-1")
-        if not authorization and (key := headers.get(b"x-api-key", b"")):  # Anthropic's header
-            authorization = f"Bearer {key.decode('latin-1')}"
+        given = authorization(scope)
         if path == "/metrics":
-            self._admission.check_metrics(authorization)
+            self._admission.check_metrics(given)
             return None
         return Caller(
             request_id=request_id,
-            tenant=self._admission.tenant(authorization),
+            tenant=self._admission.tenant(given),
             deadline_s=_deadline_s(headers.get(b"x-request-timeout")),
             traceparent=headers.get(b"traceparent", b"").decode("latin-1"),
             strict_schema=is_set(headers.get(b"x-strict-schema", b"").decode("latin-1")),
+            cache_key=headers.get(b"x-prompt-cache-key", b"").decode("latin-1"),
         )
+
+
+def authorization(scope: Scope) -> str:
+    """The header `authorization` of a request, or the key of Anthropic's header; "" for none."""
+    headers: dict[bytes, bytes] = dict(scope["headers"])
+    given = headers.get(b"authorization", b"").decode("latin-1")
+    if not given and (key := headers.get(b"x-api-key", b"")):
+        return f"Bearer {key.decode('latin-1')}"
+    return given
 
 
 def _deadline_s(value: bytes | None) -> float | None:

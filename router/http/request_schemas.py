@@ -13,8 +13,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from arriero.router.http import fields
+from arriero.router.http.cache_fields import CacheControl, SessionFields
 from arriero.router.http.fields import Body, Int, invalid
-from arriero.router.http.messages import ChatMessage, Document, Tool, ToolChoice
+from arriero.router.http.messages import ChatMessage, Document, Tool, ToolChoice, ToolEntry
 
 MAX_PROMPTS = 128
 
@@ -91,7 +92,37 @@ class StructuredOutputs(Body):
         return self
 
 
-class Sampling(Body):
+class Speculation(Body):
+    """How tokens are drafted."""
+
+    kind: Literal["off", "ngram", "suffix", "draft", "eagle3"] = Field(
+        description='"off", or "ngram" for drafts from the request\'s own text alone; others are '
+        "as the spec has."
+    )
+
+
+class PredictionPart(Body):
+    """A part of a predicted output."""
+
+    type: Literal["text"] = "text"
+    text: str
+
+
+class Prediction(Body):
+    """A predicted output, in OpenAI's form."""
+
+    type: Literal["content"] = "content"
+    content: str | list[PredictionPart]
+
+    @property
+    def text(self) -> str:
+        """The whole text."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+class Sampling(SessionFields):
     """Fields of `/v1/chat/completions` and `/v1/completions`."""
 
     others: ClassVar = fields.GENERATION
@@ -157,6 +188,16 @@ class Sampling(Body):
         None,
         description="Prompts share the cache only with prompts of the same salt, at most 256 bytes",
     )
+    cache_control: CacheControl | None = Field(
+        None, description="The whole prompt stays in the cache for a time. Changes no token."
+    )
+    speculation: Speculation | None = Field(
+        None,
+        description="How tokens are drafted, within what the model's spec has; changes no token.",
+    )
+    prediction: Prediction | None = Field(
+        None, description="A text that the output may repeat in part; makes the answer faster."
+    )
     response_format: ResponseFormat | None = Field(
         None, description="Form of the output: text, a JSON object, or JSON of a schema."
     )
@@ -191,8 +232,10 @@ class ChatBody(Sampling):
     top_logprobs: Annotated[Int, Field(ge=0, le=20)] | None = Field(
         None, description="Alternatives at each position, 0 to 20; above 0 needs `logprobs`."
     )
-    tools: list[Tool] | None = Field(
-        None, description="Tools that the model may call; at most 128."
+    tools: list[ToolEntry] | None = Field(
+        None,
+        description="Tools that the model may call; at most 128. Types that a server would run are "
+        "left out, or refused by setting.",
     )
     tool_choice: ToolChoice | None = Field(
         None, description='"none" hides the tools; "required" or a named tool forces a call.'
@@ -212,6 +255,11 @@ class ChatBody(Sampling):
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, description="Further variables for the template, such as `date_string`."
     )
+
+    @property
+    def own_tools(self) -> list[Tool]:
+        """The tools that the client runs."""
+        return [tool for tool in self.tools or () if isinstance(tool, Tool)]
 
     @model_validator(mode="after")
     def _check(self) -> ChatBody:
@@ -278,12 +326,17 @@ class TokenizeBody(Body):
     model: str = Field("", description="Id of a model; may be empty when a single model is served.")
     prompt: str | None = Field(None, description="A text, instead of `messages`.")
     messages: list[ChatMessage] | None = Field(None, description="A conversation.")
-    tools: list[Tool] | None = Field(None, description="Tools of the conversation.")
+    tools: list[ToolEntry] | None = Field(None, description="Tools of the conversation.")
     add_special_tokens: bool | None = Field(None, description="For a text. Default true.")
     add_generation_prompt: bool | None = Field(None, description="For a conversation.")
     continue_final_message: bool | None = Field(None, description="For a conversation.")
     documents: list[Document] | None = Field(None, description="For a conversation.")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="For a conversation.")
+
+    @property
+    def own_tools(self) -> list[Tool]:
+        """The tools that the client runs."""
+        return [tool for tool in self.tools or () if isinstance(tool, Tool)]
 
     @model_validator(mode="after")
     def _check_input(self) -> TokenizeBody:

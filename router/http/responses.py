@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from json.encoder import encode_basestring_ascii
 from typing import Any
 
-from arriero.router.http.spelling import TextOffsets, spell, spell_unique, token_bytes
+from arriero.router.http.spelling import TextOffsets, logprob_json, spell, spell_unique
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.response import Message, TextDelta
 from arriero.router.text.tokenizer import Tokenizer
@@ -61,12 +61,23 @@ def usage(*parts: pb.Usage) -> Json:
     """The sum of the usages of calls."""
     prompt = sum(part.prompt_tokens for part in parts)
     completion = sum(part.completion_tokens for part in parts)
-    return {
+    total: Json = {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(part.cached_tokens for part in parts)},
     }
+    drafts = {
+        name: sum(getattr(part, name) for part in parts)
+        for name in ("accepted_prediction_tokens", "rejected_prediction_tokens")
+    }
+    return total | {"completion_tokens_details": drafts} if any(drafts.values()) else total
+
+
+def _head(kind: str, name: str, model: str) -> Json:
+    """The common fields of the chunks of a new answer."""
+    answer_id = f"{kind}-{secrets.token_hex(12)}"
+    return {"id": answer_id, "object": name, "created": int(time.time()), "model": model}
 
 
 class ChatCompletion:
@@ -76,20 +87,23 @@ class ChatCompletion:
         model: id of the model.
         tokenizer: spells tokens, for log-probabilities.
         with_usage: end a stream with the usage.
+        head: common fields of the chunks; None for a new answer.
     """
 
-    def __init__(self, model: str, tokenizer: Tokenizer, *, with_usage: bool = False) -> None:
+    def __init__(
+        self,
+        model: str,
+        tokenizer: Tokenizer,
+        *,
+        with_usage: bool = False,
+        head: Json | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._with_usage = with_usage
-        self._head: Json = {
-            "id": f"chatcmpl-{secrets.token_hex(12)}",
-            "object": "chat.completion.chunk",
-            "created": int(time.time()),
-            "model": model,
-        }
+        self.head: Json = head or _head("chatcmpl", "chat.completion.chunk", model)
         self._num_calls: dict[int, int] = {}
         self._text = _TextEvents(
-            self._head, ',"delta":{"content":', '},"logprobs":null,"finish_reason":null}'
+            self.head, ',"delta":{"content":', '},"logprobs":null,"finish_reason":null}'
         )
 
     def encoded(self, number: int, message: Message) -> bytes:
@@ -102,11 +116,11 @@ class ChatCompletion:
 
     def events(self, number: int, message: pb.GenerateResponse) -> list[Json]:
         """Chunks of a stream: a chunk for each sample in `message`."""
-        return [self._head | {"choices": [self._delta(output)]} for output in message.outputs]
+        return [self.head | {"choices": [self._delta(output)]} for output in message.outputs]
 
     def end(self, usages: Sequence[pb.Usage]) -> bytes:
         """The chunk with the usage, if wanted, and the end of the stream."""
-        chunk = self._head | {"choices": [], "usage": usage(*usages)}
+        chunk = self.head | {"choices": [], "usage": usage(*usages)}
         return (event(chunk) if self._with_usage else b"") + _DONE
 
     def failed(self, error: Json) -> bytes:
@@ -133,7 +147,7 @@ class ChatCompletion:
         for choice in choices.values():
             if choice["message"]["content"] is None and "tool_calls" not in choice["message"]:
                 choice["message"]["content"] = ""
-        head = self._head | {"object": "chat.completion"}
+        head = self.head | {"object": "chat.completion"}
         return head | {"choices": [choices[i] for i in sorted(choices)], "usage": counted}
 
     def _delta(self, output: pb.Output) -> Json:
@@ -162,24 +176,13 @@ class ChatCompletion:
             reason = "tool_calls"
         logprobs = None
         if output.logprobs:
-            logprobs = {"content": [self._position(row) for row in output.logprobs]}
+            vocabulary = self._tokenizer.vocabulary
+            logprobs = {"content": [logprob_json(vocabulary, row) for row in output.logprobs]}
         return {
             "index": output.index,
             "delta": delta,
             "logprobs": logprobs,
             "finish_reason": reason,
-        }
-
-    def _position(self, row: pb.PositionLogprobs) -> Json:
-        top = [self._token(entry) for entry in row.top]
-        return self._token(row.chosen) | {"top_logprobs": top}
-
-    def _token(self, entry: pb.TokenLogprob) -> Json:
-        vocabulary = self._tokenizer.vocabulary
-        return {
-            "token": spell(vocabulary, entry.token_id),
-            "logprob": entry.logprob,
-            "bytes": list(token_bytes(vocabulary, entry.token_id)),
         }
 
 
@@ -217,6 +220,7 @@ class TextCompletion:
         skip_special: leave special tokens out of prompts of token ids.
         prompt_only: return the echo without output.
         with_usage: end a stream with the usage.
+        head: common fields of the chunks; None for a new answer.
     """
 
     def __init__(
@@ -229,6 +233,7 @@ class TextCompletion:
         skip_special: bool,
         prompt_only: bool = False,
         with_usage: bool = False,
+        head: Json | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._with_usage = with_usage
@@ -238,13 +243,8 @@ class TextCompletion:
         self._skip_special = skip_special
         self._starts: dict[int, pb.Start] = {}
         self._offsets: dict[int, TextOffsets] = {}
-        self._head: Json = {
-            "id": f"cmpl-{secrets.token_hex(12)}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": model,
-        }
-        self._text = _TextEvents(self._head, ',"text":', ',"logprobs":null,"finish_reason":null}')
+        self.head: Json = head or _head("cmpl", "text_completion", model)
+        self._text = _TextEvents(self.head, ',"text":', ',"logprobs":null,"finish_reason":null}')
 
     def encoded(self, number: int, message: Message) -> bytes:
         """As `events`, encoded as server-sent events."""
@@ -260,12 +260,12 @@ class TextCompletion:
         if message.HasField("start"):
             self._starts[number] = message.start
         return [
-            self._head | {"choices": [self._choice(number, output)]} for output in message.outputs
+            self.head | {"choices": [self._choice(number, output)]} for output in message.outputs
         ]
 
     def end(self, usages: Sequence[pb.Usage]) -> bytes:
         """The chunk with the usage, if wanted, and the end of the stream."""
-        chunk = self._head | {"choices": [], "usage": self._usage(usage(*usages))}
+        chunk = self.head | {"choices": [], "usage": self._usage(usage(*usages))}
         return (event(chunk) if self._with_usage else b"") + _DONE
 
     def failed(self, error: Json) -> bytes:
@@ -290,7 +290,7 @@ class TextCompletion:
                     for name, values in part["logprobs"].items():
                         before["logprobs"][name] += values
         ordered = [choices[i] for i in sorted(choices)]
-        return self._head | {"choices": ordered, "usage": self._usage(counted)}
+        return self.head | {"choices": ordered, "usage": self._usage(counted)}
 
     def _usage(self, counted: Json) -> Json:
         if not self._prompt_only:
@@ -385,4 +385,6 @@ def model(message: pb.Model) -> Json:
         "created": message.created,
         "owned_by": "arriero",
         "max_model_len": message.max_model_len,
+        "root": message.parent or message.id,
+        "parent": message.parent or None,
     }

@@ -1,15 +1,19 @@
 """Spellings of single tokens in log-probabilities, and the text offset of each token.
 
 A token may be a part of a character, which has no text; the spelling then shows the bytes, so no
-two tokens of a position look alike. Knows the bytes of tokens; knows nothing of JSON.
+two tokens of a position look alike. Knows the bytes of tokens; knows nothing of streams.
 """
 
 from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
+from typing import Any
 
+from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.text.detokenizer import Detokenizer, Vocabulary
+
+Json = dict[str, Any]
 
 
 def token_bytes(vocabulary: Vocabulary, token: int) -> bytes:
@@ -25,6 +29,20 @@ def spell(vocabulary: Vocabulary, token: int) -> str:
         return piece.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
+
+
+def logprob_json(vocabulary: Vocabulary, row: pb.PositionLogprobs) -> Json:
+    """The log-probabilities of a position in the JSON of the OpenAI APIs."""
+    top = [_entry(vocabulary, entry) for entry in row.top]
+    return _entry(vocabulary, row.chosen) | {"top_logprobs": top}
+
+
+def _entry(vocabulary: Vocabulary, entry: pb.TokenLogprob) -> Json:
+    return {
+        "token": spell(vocabulary, entry.token_id),
+        "logprob": entry.logprob,
+        "bytes": list(token_bytes(vocabulary, entry.token_id)),
+    }
 
 
 def spell_unique(vocabulary: Vocabulary, tokens: Sequence[int]) -> list[str]:

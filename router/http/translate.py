@@ -11,6 +11,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 
+from arriero.router.http import cache_hints
 from arriero.router.http.messages import (
     THOUGHT_PARTS,
     AllowedTools,
@@ -55,7 +56,7 @@ def chat_request(body: ChatBody) -> pb.ChatRequest:
         InvalidRequest: a message cannot hold a value, or a content part is not supported.
     """
     request = pb.ChatRequest(model=_text("model", body.model), messages=_messages(body.messages))
-    tools = body.tools or []
+    tools = body.own_tools
     choice = body.tool_choice
     if isinstance(choice, AllowedTools):
         tools = _allowed(tools, choice)
@@ -122,7 +123,7 @@ def tokenize_request(body: TokenizeBody) -> pb.TokenizeRequest:
         return request
     conversation = request.conversation
     conversation.messages.extend(_messages(body.messages))
-    conversation.tools.extend(_tools(body.tools or ()))
+    conversation.tools.extend(_tools(body.own_tools))
     for name in ("add_generation_prompt", "continue_final_message"):
         _set(conversation, name, getattr(body, name))
     _fill_template(conversation, body)
@@ -173,6 +174,10 @@ def _fill(request: pb.ChatRequest | pb.GenerateRequest, body: Sampling) -> None:
         request.sampling.seed = body.seed if body.seed == -1 else body.seed % 2**63
     for name in _OPTIONS:
         _set(request.options, name, getattr(body, name))
+    if body.speculation is not None:
+        request.options.speculation = body.speculation.kind
+    if body.prediction is not None:
+        request.options.prediction = _text("prediction", body.prediction.text)
     if body.include_stop is None:
         _set(request.options, "include_stop", body.include_stop_str_in_output)
     if body.allowed_token_ids is not None:
@@ -185,6 +190,7 @@ def _fill(request: pb.ChatRequest | pb.GenerateRequest, body: Sampling) -> None:
         except ValueError as error:
             raise InvalidRequest("logit_bias", f"`logit_bias`: {error}") from None
     _fill_form(request.sampling, body)
+    cache_hints.fill(request.options.cache, body)
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     request.options.stop.extend(_text("stop", text) for text in stop if text)
 

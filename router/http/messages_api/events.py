@@ -26,9 +26,13 @@ class MessageEvents:
     Args:
         model: id of the model.
         message_id: id of the message; None for a new id.
+        has_breakpoints: the request has a breakpoint, so that tokens count as written.
     """
 
-    def __init__(self, model: str, message_id: str | None = None) -> None:
+    def __init__(
+        self, model: str, message_id: str | None = None, *, has_breakpoints: bool = False
+    ) -> None:
+        self._has_breakpoints = has_breakpoints
         self._message: Json = {
             "id": message_id or f"msg_{secrets.token_hex(12)}",
             "type": "message",
@@ -76,7 +80,7 @@ class MessageEvents:
         for event in self._last(usages):
             if event["type"] == "content_block_stop":
                 _fill(content[-1], "".join(partial))
-        return self._message | {"content": content, "usage": _usage(*usages)} | self._end
+        return self._message | {"content": content, "usage": self._usage(*usages)} | self._end
 
     def _events(self, message: Message) -> Iterator[Json]:
         if isinstance(message, TextDelta):
@@ -84,8 +88,12 @@ class MessageEvents:
             return
         if message.HasField("start"):
             start = message.start
-            counted = _usage(
-                pb.Usage(prompt_tokens=start.prompt_tokens, cached_tokens=start.cached_tokens)
+            counted = self._usage(
+                pb.Usage(
+                    prompt_tokens=start.prompt_tokens,
+                    cached_tokens=start.cached_tokens,
+                    written_tokens=start.written_tokens,
+                )
             )
             yield {"type": "message_start", "message": self._message | {"usage": counted}}
         for output in message.outputs:
@@ -130,8 +138,19 @@ class MessageEvents:
 
     def _last(self, usages: Sequence[pb.Usage]) -> Iterator[Json]:
         yield from self._stop()
-        yield {"type": "message_delta", "delta": self._end, "usage": _usage(*usages)}
+        yield {"type": "message_delta", "delta": self._end, "usage": self._usage(*usages)}
         yield {"type": "message_stop"}
+
+    def _usage(self, *parts: pb.Usage) -> Json:
+        """The usage; `input_tokens` are those neither read from the cache nor written to it."""
+        cached = sum(part.cached_tokens for part in parts)
+        written = sum(part.written_tokens for part in parts) if self._has_breakpoints else 0
+        return {
+            "input_tokens": sum(part.prompt_tokens for part in parts) - cached - written,
+            "cache_creation_input_tokens": written,
+            "cache_read_input_tokens": cached,
+            "output_tokens": sum(part.completion_tokens for part in parts),
+        }
 
     def _reason(self, output: pb.Output) -> Json:
         if output.finish_reason == pb.FINISH_REASON_LENGTH:
@@ -152,14 +171,3 @@ def _fill(block: Json, text: str) -> None:
 
 def _event(content: Json) -> bytes:
     return f"event: {content['type']}\ndata: {_ENCODER.encode(content)}\n\n".encode()
-
-
-def _usage(*parts: pb.Usage) -> Json:
-    """The usage; `input_tokens` are the prompt tokens that were not read from the cache."""
-    cached = sum(part.cached_tokens for part in parts)
-    return {
-        "input_tokens": sum(part.prompt_tokens for part in parts) - cached,
-        "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": cached,
-        "output_tokens": sum(part.completion_tokens for part in parts),
-    }

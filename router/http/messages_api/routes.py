@@ -13,6 +13,7 @@ from starlette.responses import Response
 from arriero.router.calls.request_notes import RequestNotes
 from arriero.router.http import errors, translate
 from arriero.router.http.answers import answer
+from arriero.router.http.hosted_tools import check as check_hosted
 from arriero.router.http.messages_api.events import MessageEvents
 from arriero.router.http.messages_api.schemas import CountBody, MessagesBody
 from arriero.router.http.messages_api.translate import chat_body
@@ -39,7 +40,9 @@ def add_messages(app: FastAPI, inference: Inference) -> None:
         _, views = await until_disconnect(request, inference.find(call.model))
         notes = RequestNotes()
         streams = [await inference.chat(call, request.state.caller, notes, fit_output=True)]
-        encoder = MessageEvents(views[0].model)
+        hint = call.options.cache
+        marked = bool(hint.breakpoints or hint.retain_s)
+        encoder = MessageEvents(views[0].name, has_breakpoints=marked)
         return await answer(request, encoder, streams, notes, stream=body.stream)
 
     @app.post("/v1/messages/count_tokens")
@@ -53,6 +56,7 @@ def add_messages(app: FastAPI, inference: Inference) -> None:
 
 def _chat_body(body: CountBody, request: Request) -> ChatBody:
     """The chat body; errors of the request name the fields of `body` from now on."""
+    check_hosted(request, body.tools, "custom")
     state = request.scope["state"]
     state[errors.NAMING] = str
     chat, conversation = chat_body(body)

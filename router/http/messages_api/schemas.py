@@ -12,10 +12,11 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from arriero.router.http import fields
+from arriero.router.http.cache_fields import Breakpoints, CacheControl
 from arriero.router.http.fields import NOTHING, Body, Int, Rule, hint, refused
 
 _OF_CLIENT = "a client's own record of an earlier answer."
-_CACHED = "the prefix cache keeps every prompt; a breakpoint changes no token."
+_CACHED = "a tool_choice is no part of the prompt."
 
 BODY: Mapping[str, Rule] = {
     "metadata": hint("the caller's own name for its user."),
@@ -23,7 +24,6 @@ BODY: Mapping[str, Rule] = {
     "context_management": hint("prompts are never cut or cleared."),
     "service_tier": hint("there is one tier."),
     "betas": hint("names of behaviours; each field is read or refused by itself."),
-    "cache_control": hint(_CACHED),
     "inference_geo": hint("the deployment decides where it runs."),
     "speed": hint("there is one speed."),
     "container": refused("no code runs beside the model", *NOTHING),
@@ -47,7 +47,7 @@ CHOICE: Mapping[str, Rule] = {"cache_control": hint(_CACHED)}
 
 BLOCK = frozenset(
     {
-        *("cache_control", "citations", "caller", "signature", "is_error", "title", "context"),
+        *("citations", "caller", "signature", "is_error", "title", "context"),
         *("index", "parsed", "partial_json", "provider_specific_fields", "metadata"),
     }
 )
@@ -78,9 +78,10 @@ class Block(BaseModel):
     input: dict[str, Any] | None = None
     tool_use_id: str | None = None
     content: str | list[Block] | None = None
+    cache_control: CacheControl | None = None
 
 
-class MessageParam(Body):
+class MessageParam(Breakpoints):
     """A message of the conversation."""
 
     others: ClassVar = fields.MESSAGE
@@ -90,7 +91,7 @@ class MessageParam(Body):
     content: str | list[Block] = Field(description="Text, or blocks.")
 
 
-class ToolParam(Body):
+class ToolParam(Breakpoints):
     """A tool on offer."""
 
     others: ClassVar = TOOL
@@ -140,6 +141,12 @@ class CountBody(Body):
     tool_choice: ChoiceParam | None = Field(None, description="Whether the model must call a tool.")
     output_config: OutputConfig | None = Field(None, description="Form of the output.")
     output_format: OutputFormat | None = Field(None, description="As `output_config.format`.")
+    cache_control: CacheControl | None = Field(
+        None, description="The whole prompt stays in the cache for a time."
+    )
+    prompt_cache_key: str | None = Field(
+        None, description="Name of a session; the header `x-prompt-cache-key` gives it as well."
+    )
 
 
 class MessagesBody(CountBody):

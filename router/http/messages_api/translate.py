@@ -50,7 +50,8 @@ def chat_body(body: CountBody) -> tuple[ChatBody, Conversation]:
         system = body.system
         text = system if isinstance(system, str) else _texts("system", system)
         if text:
-            conversation.add("system", role="system", content=text)
+            blocks = () if isinstance(system, str) else system
+            conversation.add("system", role="system", content=text, **_cached(*blocks))
     for number, message in enumerate(body.messages):
         _add(conversation, f"messages[{number}]", message)
     given: Json = {
@@ -60,6 +61,8 @@ def chat_body(body: CountBody) -> tuple[ChatBody, Conversation]:
     if body.messages and body.messages[-1].role == "assistant":
         given["continue_final_message"] = True
     _choose(given, body.tool_choice)
+    given |= _cached(body)
+    given["prompt_cache_key"] = body.prompt_cache_key
     form = body.output_format
     if form is None and body.output_config is not None:
         form = body.output_config.format
@@ -94,7 +97,13 @@ def _tool(number: int, tool: ToolParam) -> Json:
         "parameters": tool.input_schema,
         "strict": tool.strict,
     }
-    return {"type": "function", "function": function}
+    return {"type": "function", "function": function, **_cached(tool)}
+
+
+def _cached(*places: CountBody | MessageParam | ToolParam | Block) -> Json:
+    """The field `cache_control` of a chat body, from that of the last place that has one."""
+    controls = [place.cache_control for place in places if place.cache_control is not None]
+    return {"cache_control": controls[-1].model_dump()} if controls else {}
 
 
 def _choose(given: Json, choice: ChoiceParam | None) -> None:
@@ -122,9 +131,12 @@ def _add(conversation: Conversation, path: str, message: MessageParam) -> None:
     elif message.role == "assistant":
         _add_assistant(conversation, path, message.content)
     elif message.role == "system":
-        conversation.add(path, role="system", content=_texts(f"{path}.content", message.content))
+        text = _texts(f"{path}.content", message.content)
+        conversation.add(path, role="system", content=text, **_cached(*message.content))
     else:
         _add_user(conversation, path, message.content)
+    if conversation.messages:
+        conversation.messages[-1].update(_cached(message))
 
 
 def _add_user(conversation: Conversation, path: str, blocks: Sequence[Block]) -> None:
@@ -140,7 +152,8 @@ def _add_user(conversation: Conversation, path: str, blocks: Sequence[Block]) ->
             parts = []
         _check_extra(at, block)
         content = _result(at, block.content or "")
-        conversation.add(at, role="tool", content=content, tool_call_id=block.tool_use_id or "")
+        call_id = block.tool_use_id or ""
+        conversation.add(at, role="tool", content=content, tool_call_id=call_id, **_cached(block))
         added = True
     if parts or not added:
         conversation.add(path, role="user", content=parts)
@@ -176,7 +189,7 @@ def _add_assistant(conversation: Conversation, path: str, blocks: Sequence[Block
             texts.append(block.text or "")
         else:
             raise _unknown(at, block)
-    message: Json = {"role": "assistant", "content": "".join(texts)}
+    message: Json = {"role": "assistant", "content": "".join(texts), **_cached(*blocks)}
     if calls:
         message["tool_calls"] = calls
     conversation.add(path, **message)
@@ -208,14 +221,14 @@ def _parts(path: str, block: Block) -> list[Json]:
     _check_extra(path, block)
     source = block.source
     if block.type == "text":
-        return [{"type": "text", "text": block.text or ""}]
+        return [{"type": "text", "text": block.text or "", **_cached(block)}]
     if block.type not in _SOURCES or source is None:
         raise _unknown(path, block)
     if block.type == "document" and source.type == "text" and source.data is not None:
-        return [{"type": "text", "text": source.data}]
+        return [{"type": "text", "text": source.data, **_cached(block)}]
     if block.type == "image" and source.type == "base64" and source.data is not None:
         url = f"data:{source.media_type or 'image/png'};base64,{source.data}"
-        return [{"type": "image_url", "image_url": {"url": url}}]
+        return [{"type": "image_url", "image_url": {"url": url}, **_cached(block)}]
     raise unsupported(f"{path}.source", _SOURCES[block.type])
 
 

@@ -13,9 +13,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from arriero.router.http.responses_api.schemas import ResponsesBody
+from arriero.router.http.spelling import logprob_json
 from arriero.router.http.text_and_calls import split
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.response import Message, TextDelta
+from arriero.router.text.detokenizer import Vocabulary
 
 Json = dict[str, Any]
 
@@ -28,12 +30,19 @@ class ResponseEvents:
     Args:
         model: id of the model.
         body: the request.
+        vocabulary: spells tokens, for log-probabilities; None for none.
 
     Attributes:
         response: the response so far.
     """
 
-    def __init__(self, model: str, body: ResponsesBody) -> None:
+    def __init__(
+        self, model: str, body: ResponsesBody, vocabulary: Vocabulary | None = None
+    ) -> None:
+        self._vocabulary = vocabulary
+        # of tokens whose text has not come yet, and of the open text
+        self._new_logprobs: list[Json] = []
+        self._logprobs: list[Json] = []
         self.response = _response(model, body)
         self._output: list[Json] = self.response["output"]
         self._sequence = 0
@@ -84,6 +93,9 @@ class ResponseEvents:
             for kind in ("response.created", "response.in_progress"):
                 yield {"type": kind, "response": self._shown()}
         for output in message.outputs:
+            if self._vocabulary is not None:
+                rows = (logprob_json(self._vocabulary, row) for row in output.logprobs)
+                self._new_logprobs += rows
             for part in split(output):
                 if isinstance(part, str):
                     yield from self._add_text(part)
@@ -107,21 +119,26 @@ class ResponseEvents:
             yield self._of_item("response.output_item.added", item=dict(item))
             yield self._of_part("response.content_part.added", part=_part(""))
         self._text.append(text)
-        yield self._of_part("response.output_text.delta", delta=text, logprobs=[])
+        rows, self._new_logprobs = self._new_logprobs, []
+        self._logprobs += rows
+        yield self._of_part("response.output_text.delta", delta=text, logprobs=rows)
 
     def _end_text(self, status: str = "completed") -> Iterator[Json]:
         """Complete the message whose text is open."""
         if self._text is None:
             return
-        part = _part("".join(self._text))
+        rows = self._logprobs + self._new_logprobs
+        part = _part("".join(self._text), rows)
         self._text = None
-        yield self._of_part("response.output_text.done", text=part["text"], logprobs=[])
+        self._logprobs, self._new_logprobs = [], []
+        yield self._of_part("response.output_text.done", text=part["text"], logprobs=rows)
         yield self._of_part("response.content_part.done", part=part)
         item = self._output[-1] = self._output[-1] | {"status": status, "content": [part]}
         yield self._of_item("response.output_item.done", item=item)
 
     def _add_call(self, call: pb.ToolCall) -> Iterator[Json]:
         yield from self._end_text()
+        self._new_logprobs = []  # of the call's own tokens
         item: Json = {
             "id": f"fc_{secrets.token_hex(12)}",
             "type": "function_call",
@@ -162,8 +179,8 @@ class ResponseEvents:
         yield {"type": f"response.{status}", "response": self._shown()}
 
 
-def _part(text: str) -> Json:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+def _part(text: str, logprobs: Sequence[Json] = ()) -> Json:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}
 
 
 def _response(model: str, body: ResponsesBody) -> Json:
@@ -185,6 +202,8 @@ def _response(model: str, body: ResponsesBody) -> Json:
         "output": [],
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "previous_response_id": body.previous_response_id,
+        "prompt_cache_key": body.prompt_cache_key,
+        "prompt_cache_retention": body.prompt_cache_retention,
         "reasoning": {"effort": None, "summary": None},
         "service_tier": "default",
         "store": body.store,
@@ -192,7 +211,7 @@ def _response(model: str, body: ResponsesBody) -> Json:
         "text": given.get("text") or {"format": {"type": "text"}},
         "tool_choice": _flat(given.get("tool_choice", "auto")),
         "tools": [tool for tool in given.get("tools", ()) if tool["type"] == "function"],
-        "top_logprobs": 0,
+        "top_logprobs": body.top_logprobs or 0,
         "top_p": body.top_p,
         "truncation": "disabled",
         "usage": None,
@@ -215,7 +234,7 @@ def _usage(*parts: pb.Usage) -> Json:
         "input_tokens": prompt,
         "input_tokens_details": {
             "cached_tokens": sum(part.cached_tokens for part in parts),
-            "cache_write_tokens": 0,
+            "cache_write_tokens": sum(part.written_tokens for part in parts),
         },
         "output_tokens": output,
         "output_tokens_details": {"reasoning_tokens": 0},

@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from arriero.router.calls.request_notes import RequestNotes
 from arriero.router.http import answers, errors, translate
+from arriero.router.http.hosted_tools import check as check_hosted
 from arriero.router.http.request_schemas import ChatBody
 from arriero.router.http.responses_api.events import ResponseEvents
 from arriero.router.http.responses_api.schemas import InputBody, ResponsesBody
@@ -46,9 +47,10 @@ def _add_creation(app: FastAPI, inference: Inference, store: ResponseStore) -> N
         """Answer items of input, in the shape of the OpenAI API."""
         earlier = await _earlier(body, request, store)
         call = translate.chat_request(_chat_body(body, earlier, request))
-        _, views = await until_disconnect(request, inference.find(call.model))
+        text, views = await until_disconnect(request, inference.find(call.model))
         notes = RequestNotes()
-        encoder = ResponseEvents(views[0].model, body)
+        vocabulary = text.tokenizer.vocabulary if body.with_logprobs else None
+        encoder = ResponseEvents(views[0].name, body, vocabulary)
         streams = [await inference.chat(call, request.state.caller, notes)]
         if not body.store:
             return await answers.answer(request, encoder, streams, notes, stream=body.stream)
@@ -142,6 +144,7 @@ async def _earlier(body: InputBody, request: Request, store: ResponseStore) -> l
 
 def _chat_body(body: InputBody, earlier: Sequence[Json], request: Request) -> ChatBody:
     """The chat body; errors of the request name the fields of `body` from now on."""
+    check_hosted(request, body.tools, "function")
     state = request.scope["state"]
     state[errors.NAMING] = str
     chat, conversation = chat_body(body, earlier)

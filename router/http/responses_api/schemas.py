@@ -12,13 +12,13 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from arriero.router.http import fields
+from arriero.router.http.cache_fields import SessionFields
 from arriero.router.http.fields import NOTHING, Body, Int, Rule, hint, invalid, refused
 from arriero.router.http.messages import ContentPart, ToolChoice
 
 Json = dict[str, Any]
 
 _REASONING = "for models that reason before they answer; Llama models do not."
-_CACHED = "the prefix cache keeps every prompt; changes no token."
 _OWN = "the caller's own notes."
 
 BODY: Mapping[str, Rule] = {
@@ -27,14 +27,10 @@ BODY: Mapping[str, Rule] = {
     "user": hint(_OWN),
     "safety_identifier": hint(_OWN),
     "client_metadata": hint(_OWN),
-    "prompt_cache_key": hint(_CACHED),
-    "prompt_cache_retention": hint(_CACHED),
-    "prompt_cache_options": hint(_CACHED),
     "service_tier": hint("there is one tier."),
     "max_tool_calls": hint("limits tools that a server runs; none is run."),
     "context_management": hint("prompts are never cut."),
     "stream_options": hint("events are not padded."),
-    "top_logprobs": refused("use `/v1/chat/completions`", 0),
     "conversation": refused("give `previous_response_id` or the whole `input`", *NOTHING),
     "prompt": refused("prompt templates are not stored; give `input`", *NOTHING),
     "moderation": refused("nothing is moderated", *NOTHING),
@@ -118,7 +114,7 @@ class Text(Body):
     format: TextFormat | None = Field(None, description="Text, a JSON object, or JSON of a schema.")
 
 
-class InputBody(Body):
+class InputBody(SessionFields):
     """`/v1/responses/input_tokens`: the fields of a prompt."""
 
     others: ClassVar = BODY
@@ -154,16 +150,21 @@ class ResponsesBody(InputBody):
     store: bool = Field(True, description="Keep the response for later requests, for a while.")
     background: bool = Field(False, description="Answer at once; go on without the client.")
     metadata: dict[str, Any] | None = Field(None, description="Returned with the response.")
-    include: list[str] | None = Field(None, description="Further contents; all are left out.")
+    include: list[str] | None = Field(
+        None,
+        description=f'Further contents: "{_LOGPROBS}"; others are left out.',
+    )
+    top_logprobs: Annotated[Int, Field(ge=0, le=20)] | None = Field(
+        None, description="Alternatives at each position, 0 to 20, with log-probabilities."
+    )
+
+    @property
+    def with_logprobs(self) -> bool:
+        """Whether the text comes with log-probabilities."""
+        return bool(self.top_logprobs) or _LOGPROBS in (self.include or ())
 
     @model_validator(mode="after")
     def _check(self) -> ResponsesBody:
-        if _LOGPROBS in (self.include or ()):
-            raise invalid(
-                "include",
-                f'`include` "{_LOGPROBS}" is not supported; use `/v1/chat/completions`',
-                "unsupported_parameter",
-            )
         if self.background and not self.store:
             raise invalid("background", "`background` needs `store`; leave `store` out")
         return self

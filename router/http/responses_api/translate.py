@@ -80,6 +80,10 @@ def chat_body(body: InputBody, earlier: Sequence[Json]) -> tuple[ChatBody, Conve
         "tool_choice": _choice(body),
         "parallel_tool_calls": body.parallel_tool_calls,
     }
+    cached = ("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options")
+    given |= {name: getattr(body, name) for name in cached if getattr(body, name) is not None}
+    if body.prompt_cache_options is not None:
+        given["prompt_cache_options"] = body.prompt_cache_options.model_dump()
     form = None if body.text is None else body.text.format
     if form is not None:
         given["response_format"] = {"type": form.type}
@@ -88,6 +92,8 @@ def chat_body(body: InputBody, earlier: Sequence[Json]) -> tuple[ChatBody, Conve
     if isinstance(body, ResponsesBody):
         given |= {name: getattr(body, name) for name in ("temperature", "top_p", "top_k", "seed")}
         given["max_tokens"] = body.max_output_tokens
+        if body.with_logprobs:
+            given |= {"logprobs": True, "top_logprobs": body.top_logprobs}
     return conversation.chat_body(given), conversation
 
 

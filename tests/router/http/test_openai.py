@@ -19,8 +19,8 @@ from tokenizers import Tokenizer
 from arriero.router import templates
 from arriero.router.gateway import GatewayConfig, GroupAddress
 from arriero.router.http import app as app_module
+from arriero.router.http import cache_fields, cache_hints, completion_calls, translate
 from arriero.router.http import request_schemas as bodies
-from arriero.router.http import translate
 from arriero.shards.engine.types import EngineRequest
 from support.eventually import eventually_async
 from support.frontdoor import LLAMA3, Stack, echo, endless, make_card, serve
@@ -530,7 +530,9 @@ async def test_every_field_of_the_api_is_honoured_or_refused_by_name(
 
         path, body, least = "/v1/completions", bodies.CompletionBody, {"prompt": "a"}
     fields = set(params.CompletionCreateParamsBase.__annotations__) | {"stream"}
-    read = inspect.getsource(translate) + inspect.getsource(app_module)
+    read = "".join(
+        map(inspect.getsource, (translate, app_module, completion_calls, cache_hints, cache_fields))
+    )
     unread = {name for name in body.model_fields if not re.search(rf"\b{name}\b", read)}
     assert unread <= {"best_of"}  # only as much as `n`, which the schema says
     assert fields <= set(body.model_fields) | set(body.others), "a field in no class"

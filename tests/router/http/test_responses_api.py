@@ -248,7 +248,7 @@ async def test_background_and_cancel(weather: Stack, api: openai.AsyncOpenAI) ->
         ({"tools": [{"type": "function"}]}, "tools[0].name", "is needed"),
         ({"tools": [TOOL, TOOL]}, "tools", "`tools[1].name`"),
         ({"max_output_tokens": 9000}, "max_output_tokens", "maximum context length"),
-        ({"include": ["message.output_text.logprobs"]}, "include", "/v1/chat/completions"),
+        ({"top_logprobs": 21}, "top_logprobs", "20"),
         ({"conversation": "c"}, "conversation", "not supported"),
         ({"tool_choice": "required"}, "tool_choice", "offer `tools`"),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema", "go together"),
@@ -262,6 +262,26 @@ async def test_refusals(
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, field)
     assert words in error["message"] and error["code"]
+
+
+async def test_log_probabilities(weather: Stack, api: openai.AsyncOpenAI) -> None:
+    include: Any = ["message.output_text.logprobs"]
+    given: Any = {"model": "tiny", "input": "x", "include": include, "temperature": 0}
+    first = await api.responses.create(**given, top_logprobs=2)
+    part: Any = first.output[0].content[0]  # type: ignore[union-attr]
+    assert part.logprobs and first.top_logprobs == 2
+    assert "".join(row.token for row in part.logprobs).startswith(part.text)
+    assert all(row.logprob == -0.5 and len(row.top_logprobs) == 2 for row in part.logprobs)
+    events: list[Any] = [event async for event in await api.responses.create(**given, stream=True)]
+    deltas = [event for event in events if event.type == "response.output_text.delta"]
+    (done,) = [event for event in events if event.type == "response.output_text.done"]
+    assert all(event.logprobs for event in deltas)
+    sent = [row.token for event in deltas for row in event.logprobs]
+    rows = [row.token for row in done.logprobs]
+    assert rows == [row.token for row in part.logprobs] and rows[: len(sent)] == sent
+    plain: Any = await api.responses.create(model="tiny", input="x")
+    assert not plain.output[0].content[0].logprobs
+    assert [request.params.logprobs for request in weather.engine.submitted] == [2, 0, None]
 
 
 async def test_tools_that_a_server_would_run_are_left_out(weather: Stack) -> None:

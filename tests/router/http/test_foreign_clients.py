@@ -1,0 +1,106 @@
+"""Clients whose packages do not fit into our environment, live, each in one of its own.
+
+The environments are made under build/clients at the first run; a client that cannot be installed
+is skipped with the reason.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+
+from support.scripted import ANSWER, QUESTION, REPORT, base_url, scripted
+
+CLIENTS = Path(__file__).parent / "clients"
+BUILD = Path(__file__).parents[3] / "build" / "clients"
+INSTALL_S = 600
+CALL = ["get_weather", {"city": "La Paz"}]
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(INSTALL_S + 200)]
+
+
+def install(command: list[str], folder: Path) -> None:
+    """Run a command that installs packages into `folder`, unless an earlier run has done so."""
+    done = folder / ".installed"
+    words = " ".join(command)
+    if done.exists() and done.read_text() == words:
+        return
+    made = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=INSTALL_S, check=False
+    )
+    if made.returncode:
+        pytest.skip(f"{words} failed: {made.stderr[-300:]}")
+    done.write_text(words)
+
+
+def python_with(name: str, *packages: str) -> list[str]:
+    """The command of a Python that has `packages`."""
+    folder = BUILD / name
+    python = folder / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    install([str(python), "-m", "pip", "install", "-q", *packages], folder)
+    return [str(python)]
+
+
+def node_with(*packages: str) -> list[str]:
+    """The command of a Node.js that has `packages`."""
+    if shutil.which("npm") is None:
+        pytest.skip("npm is not installed")
+    folder = BUILD / "node"
+    folder.mkdir(parents=True, exist_ok=True)
+    install(["npm", "install", "--silent", "--no-fund", "--no-audit", *packages], folder)
+    return ["node"]
+
+
+async def run(command: list[str], timeout_s: float = 180) -> Any:  # noqa: ANN401
+    """The JSON in the last line that a command prints."""
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    try:
+        printed, errors = await asyncio.wait_for(process.communicate(), timeout_s)
+    except TimeoutError:
+        process.kill()
+        raise
+    assert process.returncode == 0, errors.decode()[-3000:]
+    return json.loads(printed.decode().splitlines()[-1])
+
+
+async def test_instructor(llama_tokenizer: Tokenizer) -> None:
+    python = python_with("instructor", "instructor>=1.11")
+    call = json.dumps({"name": "Report", "parameters": json.loads(REPORT)})
+    script = str(CLIENTS / "instructor_client.py")
+    report = json.loads(REPORT)
+    for modes, said in ((["TOOLS", "TOOLS_STRICT"], call), (["JSON_SCHEMA"], REPORT)):
+        async with scripted(llama_tokenizer, first=said) as stack:
+            told = await run([*python, script, base_url(stack), *modes])
+        assert told == {mode: [report, report] for mode in modes}
+
+
+async def test_llama_index(llama_tokenizer: Tokenizer) -> None:
+    python = python_with("llama-index", "llama-index-llms-openai-like>=0.5")
+    async with scripted(llama_tokenizer) as stack:
+        told = await run([*python, str(CLIENTS / "llama_index_client.py"), base_url(stack)])
+    assert told == {"call": CALL, "answer": ANSWER, "streamed": ANSWER}
+
+
+async def test_the_ai_sdk(llama_tokenizer: Tokenizer) -> None:
+    node = node_with("ai@6", "@ai-sdk/openai-compatible@2", "@ai-sdk/openai@3")
+    script = BUILD / "node" / "ai_sdk_client.mjs"  # beside its packages, where Node looks for them
+    shutil.copy(CLIENTS / "ai_sdk_client.mjs", script)
+    async with scripted(llama_tokenizer) as stack:
+        told = await run([*node, str(script), base_url(stack)])
+    expected = {"loop": ANSWER, "calls": [CALL], "streamed": ANSWER, "usage": True}
+    assert told == {"chat": expected, "responses": expected}
+    questions = [request.prompt for request in stack.engine.submitted]
+    assert len(questions) == 8
+    assert all(QUESTION in llama_tokenizer.decode(prompt) for prompt in questions)
