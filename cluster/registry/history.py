@@ -23,12 +23,14 @@ class Event:
         kind: "serving", "lost", "draining", "gone", "failed", "change", …
         who: id of the group, gateway or model.
         text: a sentence for people.
+        by: name of the admin token that asked for the change; "" for nobody.
     """
 
     at: float
     kind: str
     who: str
     text: str
+    by: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,9 +102,10 @@ class History:
         """Oldest first."""
         return tuple(self._failures)
 
-    def note(self, at: float, kind: str, who: str, text: str) -> None:
+    def note(self, at: float, kind: str, who: str, text: str, by: str = "") -> None:
         """Store an event."""
-        self._events = [*self._events, Event(at=at, kind=kind, who=who, text=text)][-KEEP_EVENTS:]
+        event = Event(at=at, kind=kind, who=who, text=text, by=by)
+        self._events = [*self._events, event][-KEEP_EVENTS:]
 
     def failed(self, failure: Failure) -> bool:
         """Store a failure; False when a failure of this group is stored already."""

@@ -26,11 +26,12 @@ from arriero.cluster.registry.history import Event, Failure, History, StoredHist
 from arriero.cluster.registry.loss_detector import LossDetector
 from arriero.cluster.registry.snapshot import GatewayEntry, GroupEntry, RegistrySnapshot
 from arriero.cluster.registry.spare_seats import SpareSeats
+from arriero.cluster.registry.token_ledger import TokenLedger
 from arriero.cluster.spec.live_settings import LiveSettings
 
 NAME = "registry"
 NAMESPACE = "arriero"
-STORED = ("epochs", "fenced", "history", "live", "spares")
+STORED = ("epochs", "fenced", "history", "ledger", "live", "spares")
 """Names of the values that the registry keeps in Ray's key-value store."""
 _POLL_S = 4.0
 _STAND_IN_S = 30.0
@@ -56,6 +57,7 @@ class Registry:
         self._tasks = BackgroundTasks()
         self._losses = LossDetector(self._groups, self.fail, self._tasks)
         self._wanted: dict[str, int] = {}
+        self._ledger = store.get("ledger", TokenLedger) or TokenLedger()
 
     async def next_epoch(self, seat: str) -> int:
         """A new epoch for a seat.
@@ -174,9 +176,17 @@ class Registry:
         """Record the waiting requests of a gateway by model; comes every second while any wait."""
         self._gateways.report_demand(gateway_id, waiting)
 
-    async def note(self, kind: str, who: str, text: str) -> None:
-        """Record an event."""
-        self._history.note(time.time(), kind, who, text)
+    async def spend(self, day: int, spent: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+        """Add the tokens that a gateway charged to tenants with a budget; returns all sums."""
+        total = self._ledger.add(day, spent)
+        if spent:
+            with contextlib.suppress(RuntimeError):  # Ray's store restarts; the next sums are kept
+                store.put("ledger", self._ledger)
+        return total
+
+    async def note(self, kind: str, who: str, text: str, by: str = "") -> None:
+        """Record an event; `by` is the admin token that asked for it."""
+        self._history.note(time.time(), kind, who, text, by)
         self._store_history()
 
     async def events(self) -> tuple[Event, ...]:

@@ -9,6 +9,7 @@ that exports the metrics.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,29 +20,29 @@ from itertools import accumulate
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
-    GaugeMetricFamily,
     HistogramMetricFamily,
     Metric,
 )
 from prometheus_client.registry import Collector
 
 from arriero.router.backend import GroupView
+from arriero.router.observability.draft_metrics import DraftMetrics
+from arriero.router.observability.gateway_api_metrics import GatewayApiFamilies
+from arriero.router.observability.group_metrics import (
+    GroupFamilies,
+    TierFamilies,
+    WaitingFamilies,
+)
 from arriero.router.observability.model_groups import ModelGroupFamilies, ModelGroups
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.shards.engine.types import SequenceOutput
 from arriero.shards.errors import ArrieroError
 
+log = logging.getLogger(__name__)
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _BETWEEN_TOKENS_S = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
-_COUNTERS = {
-    "steps": ("arriero_group_steps", "Steps of the group's engine."),
-    "preemptions": ("arriero_group_preemptions", "Sequences preempted to free their KV blocks."),
-    "expert_moves": (
-        "arriero_group_expert_moves",
-        "Changed expert placements, per layer.",
-    ),
-}
 
 
 class Metrics:
@@ -62,10 +63,12 @@ class Metrics:
         counts: Callable[[], Mapping[str, ModelGroups]] = dict,
     ) -> None:
         self._registry = registry = CollectorRegistry()
-        registry.register(_Groups(groups))
+        registry.register(GroupFamilies(groups))
         registry.register(ModelGroupFamilies(counts, models, groups))
-        registry.register(_Tiers(groups))
-        registry.register(_Waiting(waiting))
+        registry.register(TierFamilies(groups))
+        registry.register(DraftMetrics(groups))
+        registry.register(WaitingFamilies(waiting))
+        registry.register(GatewayApiFamilies(groups, waiting))
         self._labelled: dict[tuple[str, str], _Labelled] = {}
         self._prompt = Counter(
             "arriero_prompt_tokens", "Prompt tokens.", ["model"], registry=registry
@@ -117,6 +120,10 @@ class Metrics:
     def migrated(self, model: str, count: int) -> None:
         """Add the migrations of a request; `model` must be a served model."""
         self._migrations.labels(model).inc(count)
+
+    def collect(self) -> Iterable[Metric]:
+        """All metrics as families."""
+        return self._registry.collect()
 
     def export(self) -> bytes:
         """All metrics in the Prometheus text format."""
@@ -197,6 +204,10 @@ class RequestTimer:
         self.admitted_s = time.monotonic()
         self._labelled.queue.observe(self.admitted_s - self.start_s)
 
+    def since_start_ms(self) -> float:
+        """Milliseconds since the arrival."""
+        return (time.monotonic() - self.start_s) * 1e3
+
     def step(self, outputs: Sequence[SequenceOutput]) -> tuple[int, float]:
         """Count the outputs of a step; gives the number of tokens and the time."""
         now_s = time.monotonic()
@@ -212,6 +223,7 @@ class RequestTimer:
             elif self.first_token_s is None:
                 self.first_token_s = now_s
                 labelled.first_token.observe(now_s - self.start_s)
+                log.debug("first token after %.1f ms", (now_s - self.start_s) * 1e3)
             self._last_s[output.index] = now_s
         tokens.count += total
         self.num_tokens += total
@@ -280,108 +292,3 @@ class _TokenFamilies(Collector):
             between.add_metric([model], buckets, tokens.between_s)
         yield count
         yield between
-
-
-class _Waiting(Collector):
-    """The queues of the gateway."""
-
-    def __init__(self, waiting: Callable[[], Mapping[tuple[str, str], int]]) -> None:
-        self._waiting = waiting
-
-    def collect(self) -> Iterator[Metric]:
-        """The metric families at an export."""
-        family = GaugeMetricFamily(
-            "arriero_gateway_requests_waiting",
-            "Requests that wait in this gateway.",
-            labels=["model", "tenant"],
-        )
-        for labels, waiting in self._waiting().items():
-            family.add_metric(labels, waiting)
-        yield family
-
-
-class _Tiers(Collector):
-    """The KV caches below the device, as last reported by the leaders."""
-
-    def __init__(self, groups: Callable[[], Iterable[GroupView]]) -> None:
-        self._groups = groups
-
-    def collect(self) -> Iterator[Metric]:
-        """The metric families at an export."""
-        labels = ["model", "group"]
-        blocks = GaugeMetricFamily(
-            "arriero_kv_tier_blocks",
-            "KV blocks of the group in host memory, on disk and in shared storage.",
-            labels=[*labels, "tier"],
-        )
-        copies = CounterMetricFamily(
-            "arriero_kv_tier_copies",
-            "Copied KV blocks by kind: loaded to the device, saved from the device, failed.",
-            labels=[*labels, "kind"],
-        )
-        for view in self._groups():
-            for name, count in view.stats.tiers.items():
-                if name in ("host", "disk", "shared"):
-                    blocks.add_metric([view.model, view.group_id, name], count)
-                elif name != "moving":
-                    copies.add_metric([view.model, view.group_id, name], count)
-        yield from (blocks, copies)
-
-
-class _Groups(Collector):
-    """The statistics of the groups, as last reported by the leaders."""
-
-    def __init__(self, groups: Callable[[], Iterable[GroupView]]) -> None:
-        self._groups = groups
-
-    def collect(self) -> Iterator[Metric]:
-        """The metric families at an export."""
-        labels = ["model", "group"]
-        waiting = GaugeMetricFamily(
-            "arriero_requests_waiting", "Sequences that wait in the group.", labels=labels
-        )
-        running = GaugeMetricFamily(
-            "arriero_requests_running", "Sequences that run in the group.", labels=labels
-        )
-        blocks = GaugeMetricFamily(
-            "arriero_kv_blocks",
-            "KV blocks of the group: used, cached (free, with a reusable prefix), total.",
-            labels=[*labels, "state"],
-        )
-        steps = GaugeMetricFamily(
-            "arriero_group_step_seconds",
-            "Mean duration of a step's phases over the last steps.",
-            labels=[*labels, "phase"],
-        )
-        imbalance = GaugeMetricFamily(
-            "arriero_group_expert_imbalance",
-            "Largest number of expert tokens of a slice, divided by the mean; 1 is balanced.",
-            labels=labels,
-        )
-        experts = CounterMetricFamily(
-            "arriero_group_expert_tokens",
-            "Tokens routed to each expert.",
-            labels=[*labels, "layer", "expert"],
-        )
-        counters = {
-            field: CounterMetricFamily(name, help_text, labels=labels)
-            for field, (name, help_text) in _COUNTERS.items()
-        }
-        for view in self._groups():
-            group = [view.model, view.group_id]
-            waiting.add_metric(group, view.load.num_waiting)
-            running.add_metric(group, view.load.num_running)
-            stats = view.stats
-            blocks.add_metric([*group, "used"], stats.blocks_used)
-            blocks.add_metric([*group, "cached"], stats.blocks_cached)
-            blocks.add_metric([*group, "total"], stats.blocks_total)
-            for phase, duration_us in stats.step_us.items():
-                steps.add_metric([*group, phase], duration_us / 1e6)
-            for field, counter in counters.items():
-                counter.add_metric(group, getattr(stats, field))
-            if stats.expert_loads:
-                imbalance.add_metric(group, stats.expert_imbalance)
-                for layer, tokens in stats.expert_loads.items():
-                    for expert, count in enumerate(tokens):
-                        experts.add_metric([*group, layer, str(expert)], count)
-        yield from (waiting, running, blocks, steps, imbalance, experts, *counters.values())

@@ -1,7 +1,8 @@
 """The request log: a line of JSON for each ended request, with client, tokens, times and end.
 
-A line contains the prompt only if the configuration asks for prompts, and never the output. Knows
-the fields of a line; knows nothing of the execution of requests.
+A line contains the prompt only if the configuration asks for prompts, and never the output. The
+file is made for its owner alone (mode 0600). Knows the fields of a line; knows nothing of the
+execution of requests.
 """
 
 from __future__ import annotations
@@ -9,14 +10,18 @@ from __future__ import annotations
 import json
 import logging
 import logging.handlers
+import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from arriero.router.observability.metrics import RequestTimer
-from arriero.router.tenants.admission_controller import Caller
+if TYPE_CHECKING:
+    from arriero.router.observability.metrics import RequestTimer
+    from arriero.router.tenants.admission_controller import Caller
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +50,7 @@ class RequestLog:
         if config.path is None:
             self._handler = logging.StreamHandler(sys.stdout)
         else:
-            self._handler = logging.handlers.WatchedFileHandler(config.path, encoding="utf-8")
+            self._handler = _PrivateFileHandler(config.path, keep_mode=not config.prompts)
 
     def write(
         self,
@@ -87,6 +92,26 @@ class RequestLog:
     def close(self) -> None:
         """Close the file."""
         self._handler.close()
+
+
+class _PrivateFileHandler(logging.handlers.WatchedFileHandler):
+    """Makes its file readable and writable by the owner alone, also after a rotation.
+
+    Args:
+        path: the file.
+        keep_mode: leave the mode of a file that exists; an operator may have opened it to others.
+    """
+
+    def __init__(self, path: Path, *, keep_mode: bool) -> None:
+        self._keep_mode = keep_mode
+        super().__init__(path, encoding="utf-8")
+
+    def _open(self) -> TextIOWrapper:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        descriptor = os.open(self.baseFilename, flags, 0o600)
+        if not self._keep_mode:
+            os.fchmod(descriptor, 0o600)
+        return open(descriptor, "a", encoding=self.encoding)
 
 
 def _since(start_s: float, end_s: float | None) -> float | None:

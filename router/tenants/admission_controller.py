@@ -12,10 +12,12 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from arriero.router.tenants import model_scope
 from arriero.router.tenants.admission_policy import AdmissionPolicy, QueuedRequest
+from arriero.router.tenants.day_budgets import DayBudgets
 from arriero.router.tenants.keys import KeyFile
 from arriero.router.tenants.tenant import ANYONE, QueueLimits, Tenant
-from arriero.shards.errors import PermissionDenied
+from arriero.shards.errors import PermissionDenied, Unauthenticated
 
 _TICK_S = 0.25
 """Seconds between two looks at the key file and at room that appears without a departure."""
@@ -31,6 +33,7 @@ class Caller:
         deadline_s: monotonic time at which the caller gives up; None for never.
         traceparent: W3C name of the caller's span; "" for none.
         strict_schema: refuse a JSON Schema that cannot be enforced completely.
+        cache_key: name of the session whose prompts share a prefix; "" for none.
     """
 
     request_id: str
@@ -38,6 +41,7 @@ class Caller:
     deadline_s: float | None = None
     traceparent: str = ""
     strict_schema: bool = False
+    cache_key: str = ""
 
 
 def is_set(header: str) -> bool:
@@ -54,6 +58,9 @@ class AdmissionController:
             that is missing here has no limits.
         keys: keys of the callers; None admits callers without a key, as tenant `ANYONE`.
         room: by model, number of samples that its groups take from this gateway at once.
+
+    Attributes:
+        budgets: tokens that the tenants have used today.
     """
 
     def __init__(
@@ -67,6 +74,7 @@ class AdmissionController:
         self._tenants = dict(tenants)
         self._keys = keys
         self._room = room
+        self.budgets = DayBudgets()
         self._policies: dict[str, AdmissionPolicy] = {}
         self._waiters: dict[QueuedRequest, asyncio.Future[None]] = {}
         self._ticking: asyncio.Task[None] | None = None
@@ -75,6 +83,11 @@ class AdmissionController:
     def open(self) -> bool:
         """Whether callers need no key."""
         return self._keys is None
+
+    @property
+    def has_day_budgets(self) -> bool:
+        """Whether the tokens of a tenant are limited for a day."""
+        return any(tenant.has_day_budget for tenant in self._tenants.values())
 
     def start(self) -> None:
         """Start to watch the key file and the room of the groups."""
@@ -92,7 +105,7 @@ class AdmissionController:
             policy.limits = limits
 
     def tenant(self, authorization: str) -> Tenant:
-        """The tenant of a caller.
+        """The tenant of a caller; limits the current task to the models of the caller's key.
 
         Args:
             authorization: value of the header `authorization`; "" for none.
@@ -100,11 +113,27 @@ class AdmissionController:
         Raises:
             Unauthenticated: a key is needed and the header holds no valid key.
         """
-        name = ANYONE if self._keys is None else self._keys.keys.tenant(authorization)
+        name = ANYONE
+        models: tuple[str, ...] = ()
+        if self._keys is not None:
+            entry = self._keys.keys.entry(authorization)
+            name, models = entry.tenant, entry.models
+        model_scope.enter(models)
         tenant = self._tenants.get(name)
         if tenant is None:
             tenant = self._tenants[name] = Tenant(name=name)
         return tenant
+
+    def knows(self, authorization: str) -> bool:
+        """Whether a caller may see more than a stranger: holds a valid key, or none is needed.
+
+        Limits the current task as `tenant` does.
+        """
+        try:
+            self.tenant(authorization)
+        except Unauthenticated:
+            return False
+        return True
 
     def check_metrics(self, authorization: str) -> None:
         """Raise unless the caller may read the metrics; the metrics show every tenant.
@@ -146,6 +175,7 @@ class AdmissionController:
         Raises:
             Overloaded: `admit` would refuse any request of this caller and priority.
         """
+        self.budgets.check(caller.tenant, model)
         policy = self._policies.get(model)
         if policy is not None:
             now_s = time.monotonic()
@@ -162,6 +192,7 @@ class AdmissionController:
         Raises:
             Overloaded: the request is refused, at once or after `max_wait_s`.
         """
+        self.budgets.check(request.tenant, model)
         policy = self._policies.get(model)
         if policy is None:
             policy = self._policies[model] = AdmissionPolicy(self._limits)
@@ -172,6 +203,7 @@ class AdmissionController:
             self._start_next(model, policy)
             if not request.started:
                 await self._wait(policy, request)
+            self.budgets.charge(request.tenant, model, request.num_prompt)
             yield Admitted(self, model, policy, request)
         finally:
             self._release(model, policy, request)
@@ -234,6 +266,7 @@ class Admitted:
     def count_output(self, num_tokens: int, now_s: float) -> None:
         """Count output tokens."""
         self._policy.count_output(self._request, num_tokens, now_s)
+        self._admission.budgets.charge(self._request.tenant, self._model, num_tokens)
 
     def release(self) -> None:
         """Free the room before the block ends: the last token is computed, maybe not yet sent."""

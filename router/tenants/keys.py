@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 
 _KEY = re.compile(r"arr-([0-9a-f]{12})-([0-9a-f]{64})")
 _FIELDS = {"id": str, "tenant": str, "salt": str, "hash": str, "created": int, "note": str}
-_FIELDS |= {"expires": int}
-_MAY_LACK = ("note", "expires")
+_FIELDS |= {"expires": int, "models": list}
+_MAY_LACK = ("note", "expires", "models")
 _HINT = "send `authorization: Bearer arr-…`; `arriero keys add` makes a key"
 
 
@@ -49,6 +49,7 @@ class KeyEntry:
         created: seconds since 1970.
         note: words for people.
         expires: seconds since 1970 at which the key stops working; 0 for never.
+        models: ids of the models that the key may use; empty for all.
     """
 
     id: str
@@ -58,9 +59,10 @@ class KeyEntry:
     created: int
     note: str = ""
     expires: int = 0
+    models: tuple[str, ...] = ()
 
 
-def make_key(tenant: str, note: str = "") -> tuple[str, KeyEntry]:
+def make_key(tenant: str, note: str = "", models: Iterable[str] = ()) -> tuple[str, KeyEntry]:
     """A new key for its holder alone, and the entry to store."""
     key_id, secret, salt = (secrets.token_hex(size) for size in (6, 32, 16))
     entry = KeyEntry(
@@ -70,6 +72,7 @@ def make_key(tenant: str, note: str = "") -> tuple[str, KeyEntry]:
         hash=_hash(secret, salt),
         created=int(time.time()),
         note=note,
+        models=tuple(models),
     )
     return f"arr-{key_id}-{secret}", entry
 
@@ -85,7 +88,7 @@ def rotated(old: KeyEntry, overlap_s: float) -> tuple[str, KeyEntry, KeyEntry | 
         The new key; the entry of the new key; the entry of the old key with its expiry, None
         without an overlap.
     """
-    key, entry = make_key(old.tenant, old.note)
+    key, entry = make_key(old.tenant, old.note, old.models)
     if not overlap_s:
         return key, entry, None
     until = math.ceil(time.time() + overlap_s)
@@ -93,14 +96,14 @@ def rotated(old: KeyEntry, overlap_s: float) -> tuple[str, KeyEntry, KeyEntry | 
 
 
 class Keys:
-    """Looks up the tenant of a key."""
+    """Looks up the entry of a key."""
 
     def __init__(self, entries: Mapping[str, KeyEntry]) -> None:
         self._entries = entries
         _, self._dummy = make_key("")
 
-    def tenant(self, authorization: str) -> str:
-        """The tenant of a caller.
+    def entry(self, authorization: str) -> KeyEntry:
+        """The entry of a caller's key.
 
         Args:
             authorization: value of the header `authorization`; "" for none.
@@ -120,7 +123,7 @@ class Keys:
             raise Unauthenticated("the API key is unknown or revoked; use a valid key")
         if entry.expires and time.time() >= entry.expires:
             raise Unauthenticated("the API key was replaced and has expired; use the new key")
-        return entry.tenant
+        return entry
 
 
 class KeyFile:
@@ -179,13 +182,19 @@ def read_keys(path: Path) -> dict[str, KeyEntry]:
     return entries
 
 
-def add_key(path: Path, tenant: str, note: str = "") -> str:
+def add_key(path: Path, tenant: str, note: str = "", models: Iterable[str] = ()) -> str:
     """Add a key to the file; creates a missing file. Returns the key, which is stored nowhere else.
+
+    Args:
+        path: the file.
+        tenant: tenant of the key.
+        note: words for people.
+        models: ids of the models that the key may use; empty for all.
 
     Raises:
         SpecError: the file cannot be read.
     """
-    key, entry = make_key(tenant, note)
+    key, entry = make_key(tenant, note, models)
     change_keys(path, [entry], [])
     return key
 
@@ -274,7 +283,10 @@ def _entry(path: str, at: str, given: Any) -> KeyEntry:  # noqa: ANN401
     for name, size in (("id", 12), ("salt", 32), ("hash", 64)):
         if not re.fullmatch(f"[0-9a-f]{{{size}}}", given[name]):
             raise SpecError(f"{path}: `{at}.{name}` must be {size} hexadecimal digits")
-    return KeyEntry(**given)
+    models = given.get("models", [])
+    if not all(isinstance(model, str) and model for model in models):
+        raise SpecError(f"{path}: `{at}.models` must be a list of the ids of models")
+    return KeyEntry(**{**given, "models": tuple(models)})
 
 
 def _hash(secret: str, salt: str) -> str:

@@ -5,7 +5,8 @@ Knows numbers; knows nothing of keys, queues or clocks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 ANYONE = "anyone"
 """Tenant of callers without a key, at a gateway that needs no keys."""
@@ -25,6 +26,9 @@ class Tenant:
             refused until the debt is paid.
         max_running: most requests that run at once; further requests wait. None for any number.
         max_queued: most waiting requests; None for the limit of the gateway.
+        tokens_per_day: most tokens, prompt and output, from 00:00 to 24:00 UTC, over all gateways;
+            None for any number. Output is charged as in `tokens_per_minute`.
+        tokens_per_day_by_model: the same for single models, by id.
         metrics: keys of the tenant may read `/metrics`.
         private_cache: only requests of the tenant reuse the KV blocks of its prompts, so no other
             tenant can infer a prompt from the time to an answer.
@@ -37,8 +41,15 @@ class Tenant:
     tokens_per_minute: float | None = None
     max_running: int | None = None
     max_queued: int | None = None
+    tokens_per_day: int | None = None
+    tokens_per_day_by_model: Mapping[str, int] = field(default_factory=dict)
     metrics: bool = False
     private_cache: bool = False
+
+    @property
+    def has_day_budget(self) -> bool:
+        """Whether the tenant's tokens of a day are limited."""
+        return self.tokens_per_day is not None or bool(self.tokens_per_day_by_model)
 
     @property
     def cache_salt(self) -> bytes:
@@ -46,7 +57,10 @@ class Tenant:
         return b"tenant " + self.name.encode() if self.private_cache else b""
 
     def share(self, num_gateways: int) -> Tenant:
-        """The share of these limits that each of `num_gateways` gateways enforces."""
+        """The share of these limits that each of `num_gateways` gateways enforces.
+
+        Budgets of a day stay whole: gateways count them together.
+        """
 
         def count(limit: int | None) -> int | None:
             return None if limit is None else -(-limit // num_gateways)

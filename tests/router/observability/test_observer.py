@@ -87,6 +87,7 @@ async def test_the_request_log(llama_tokenizer: Tokenizer, tmp_path: Path) -> No
         assert (lines[0]["tenant"], lines[0]["output_tokens"]) == ("anyone", 4)
         assert 0 <= lines[0]["queue_ms"] <= lines[0]["first_token_ms"] <= lines[0]["total_ms"]
         assert ("secret words" in path.read_text()) is prompts
+        assert path.stat().st_mode & 0o777 == 0o600
         for name in (
             "arriero_prompt_tokens_total", "arriero_generation_tokens_total",
             "arriero_prefix_cache_hit_tokens_total", "arriero_requests_total",

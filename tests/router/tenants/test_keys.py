@@ -19,11 +19,11 @@ def test_a_rotated_key_is_taken_for_a_while(tmp_path: Path) -> None:
     entries = read_keys(path)
     assert (entry.tenant, entry.note, entry.expires) == ("acme", "the shop", 0)
     keys = Keys(entries)
-    assert {keys.tenant(f"Bearer {one}") for one in (old, new)} == {"acme"}
+    assert {keys.entry(f"Bearer {one}").tenant for one in (old, new)} == {"acme"}
 
     over = replace(entries[old_id], expires=1)
     with pytest.raises(Unauthenticated, match="has expired"):
-        Keys({**entries, old_id: over}).tenant(f"Bearer {old}")
+        Keys({**entries, old_id: over}).entry(f"Bearer {old}")
     rotate_key(path, old_id, 7200)  # an overlap is never made longer
     assert read_keys(path)[old_id].expires == entries[old_id].expires
     change_keys(path, [over], [])  # and what is over leaves the file
@@ -37,9 +37,9 @@ def test_a_key_can_be_cut_off_at_once(tmp_path: Path) -> None:
     old = add_key(path, "acme")
     new, _ = rotate_key(path, old.split("-")[1], 0)
     keys = Keys(read_keys(path))
-    assert keys.tenant(f"Bearer {new}") == "acme"
+    assert keys.entry(f"Bearer {new}").tenant == "acme"
     with pytest.raises(Unauthenticated, match="revoked"):
-        keys.tenant(f"Bearer {old}")
+        keys.entry(f"Bearer {old}")
 
 
 def test_an_expiry_is_a_number(tmp_path: Path) -> None:
