@@ -8,7 +8,7 @@ from typing import Protocol, Self
 
 from arriero.router.directory.directory import Reach
 from arriero.router.directory.prefixes import NOTHING
-from arriero.router.text.model_card import ModelCard
+from arriero.router.text.model_card import ModelCard, ServedAdapter
 from arriero.shards.engine.stats import EngineStats
 from arriero.shards.engine.types import EngineRequest, SequenceOutput
 
@@ -46,6 +46,8 @@ class GroupView:
         peer_reach: cached prefix tokens in a peer, from which the group would copy missing blocks.
         peer_near: whether the peer is on the same node.
         role: the part of a request that suits the group; see `roles`.
+        adapter: adapter of the group that the request asks for; None for the base model.
+        home: whether the request's session has its blocks in the group.
     """
 
     group_id: str
@@ -57,6 +59,13 @@ class GroupView:
     peer_reach: int = 0
     peer_near: bool = False
     role: str = "both"
+    home: bool = False
+    adapter: ServedAdapter | None = None
+
+    @property
+    def name(self) -> str:
+        """Model id of the request: of the adapter, or of the base model."""
+        return self.model if self.adapter is None else self.adapter.name
 
 
 class Running(Protocol):

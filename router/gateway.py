@@ -8,10 +8,10 @@ of the work of a call, which is in `Inference`.
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -21,74 +21,37 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from arriero.router import vllm_engine
 from arriero.router.calls.request_notes import RequestNotes
+from arriero.router.gateway_config import GatewayConfig
 from arriero.router.grpc_calls import GrpcCall, guard, unary
 from arriero.router.grpc_options import SERVER_OPTIONS
 from arriero.router.http.app import create_app
 from arriero.router.http.responses_api.store import Archive, ResponseStore
+from arriero.router.http.resumable_answers import ResumableAnswers
 from arriero.router.http.server import HttpServer
-from arriero.router.inference import LOST_S, Inference
+from arriero.router.inference import Inference
+from arriero.router.kv_events.stream import KvEventStream
+from arriero.router.kv_events.zmq_publisher import ZmqPublisher
 from arriero.router.observability.metrics import Metrics
 from arriero.router.observability.model_groups import ModelGroups
 from arriero.router.observability.observer import RequestObserver
-from arriero.router.observability.request_log import RequestLog, RequestLogConfig
-from arriero.router.observability.tracing import Tracing, TracingConfig
+from arriero.router.observability.otlp_metrics import OtlpMetrics
+from arriero.router.observability.request_log import RequestLog
+from arriero.router.observability.tracing import Tracing
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.requests import parse
 from arriero.router.routing.choose import room
 from arriero.router.routing.linked_groups import GroupAddress, LinkedGroups
 from arriero.router.tenants.admission_controller import AdmissionController
+from arriero.router.tenants.day_budgets import DayBudgets
 from arriero.router.tenants.keys import KeyFile
 from arriero.router.tenants.tenant import QueueLimits, Tenant
-from arriero.router.tls import TlsFiles
 
 __all__ = ["Gateway", "GatewayConfig", "GroupAddress"]
 
+
 SERVICE: str = pb.DESCRIPTOR.services_by_name["Inference"].full_name
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GatewayConfig:
-    """Settings of one gateway.
-
-    Attributes:
-        address: host and port of gRPC; port 0 picks a free port.
-        http_address: host and port of HTTP; None for no HTTP.
-        cors: origins of web pages that may call HTTP from a browser; "*" for any.
-        max_message_bytes: most bytes of a request.
-        max_calls: most calls at once; further calls are refused with RESOURCE_EXHAUSTED.
-        tls: of both listeners; with a `ca`, clients must show a certificate. None for no TLS.
-        link_tls: of the links to leaders; both ends show a certificate for `tls.LINK_NAME`. None
-            for no TLS.
-        keys: file of the callers' API keys; None for no keys.
-        tenants: tenants with limits.
-        limits: of each model's queue.
-        num_gateways: gateways of the deployment; each enforces its share of every limit.
-        tracing: destination of spans; None for no spans.
-        request_log: destination of a line for each request; None for no lines.
-        models: ids of the deployment's models. A request for a listed model without a group fails
-            as unavailable, for another model as not found.
-        lost_s: seconds that a request waits for another group after the loss of its group.
-        wake_s: models that have no group while idle, with the seconds that a request waits for
-            the first group.
-    """
-
-    address: str = "127.0.0.1:0"
-    http_address: str | None = None
-    cors: tuple[str, ...] = ()
-    max_message_bytes: int = 32 * 1024 * 1024
-    max_calls: int = 10_000
-    tls: TlsFiles | None = None
-    link_tls: TlsFiles | None = None
-    keys: Path | None = None
-    tenants: tuple[Tenant, ...] = ()
-    limits: QueueLimits = field(default_factory=QueueLimits)
-    num_gateways: int = 1
-    tracing: TracingConfig | None = None
-    request_log: RequestLogConfig | None = None
-    models: tuple[str, ...] = ()
-    lost_s: float = LOST_S
-    wake_s: Mapping[str, float] = field(default_factory=dict)
 
 
 class Gateway:
@@ -99,11 +62,12 @@ class Gateway:
         on_lost: called on the event loop when a group is lost, with the group's id and the cause.
         on_change: called on the event loop when `linked` may have changed.
         tracing: makes the spans; None for a tracing of `config`.
-        archive: keeps the responses of `/v1/responses` for all gateways; None keeps each gateway's
-            in its own memory.
+        archive: keeps the responses of `/v1/responses` and what resumable streams need, for all
+            gateways; None keeps each gateway's in its own memory.
 
     Raises:
-        SpecError: a file of keys or certificates cannot be used.
+        SpecError: a file of keys or certificates cannot be used, or the package for
+            `vllm_engine` is missing.
         OSError: the log cannot be written.
     """
 
@@ -120,7 +84,12 @@ class Gateway:
         self._responses = ResponseStore(archive)
         self._on_change = on_change
         link_tls = None if config.link_tls is None else config.link_tls.link_client("link_tls")
-        self._groups = LinkedGroups(self._groups_changed, config.models, link_tls, on_lost=on_lost)
+        engine = None if config.vllm_engine is None else vllm_engine.service_class()
+        tells = engine is not None or config.kv_events is not None
+        kv_events = self._kv_events = KvEventStream() if tells else None
+        self._groups = LinkedGroups(
+            self._groups_changed, config.models, link_tls, on_lost=on_lost, kv_events=kv_events
+        )
         self._credentials = None if config.tls is None else config.tls.server("tls")
         admission = self._admission = AdmissionController(
             config.limits,
@@ -134,10 +103,20 @@ class Gateway:
         )
         self._tracing = tracing or Tracing.from_config("arriero-gateway", config.tracing)
         self._log = None if config.request_log is None else RequestLog(config.request_log)
+        instance = secrets.token_hex(8)
+        self._otlp = OtlpMetrics.from_config(config.otlp_metrics, metrics.collect, instance)
         observer = RequestObserver(metrics, self._tracing, self._log)
         self.inference = Inference(
             self._groups, observer, admission, lost_s=config.lost_s, wake_s=config.wake_s
         )
+        self._services = {SERVICE: self._handlers()}
+        self._kv_publisher: ZmqPublisher | None = None
+        if kv_events is not None and engine is not None:
+            worker = engine(self.inference, kv_events, config.vllm_engine or "")
+            self._services[vllm_engine.SERVICE] = worker.handlers()
+        if kv_events is not None and config.kv_events is not None:
+            self._kv_publisher = ZmqPublisher(config.kv_events, kv_events)
+        self._resumable = ResumableAnswers(self.inference, archive, config.resumable_s)
         self._server: grpc.aio.Server | None = None
         self._http: HttpServer | None = None
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # not in the stubs
@@ -165,20 +144,26 @@ class Gateway:
             ],
             maximum_concurrent_rpcs=config.max_calls,
         )
-        server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(SERVICE, self._handlers()),)
-        )
+        for name, handlers in self._services.items():
+            handler = grpc.method_handlers_generic_handler(name, handlers)
+            server.add_generic_rpc_handlers((handler,))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
         try:
+            if self._kv_publisher is not None:
+                self._kv_publisher.start()
             if self._credentials is None:
                 port = server.add_insecure_port(config.address)
             else:
                 port = server.add_secure_port(config.address, self._credentials)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             if self._http is not None:
                 await self._http.stop(0)
+            if self._kv_publisher is not None:
+                await self._kv_publisher.stop()
+            if isinstance(error, OSError):
+                raise
             raise OSError(f"cannot listen on {config.address}: {error}") from error
         self._server = server
         await self._update_health()
@@ -186,6 +171,8 @@ class Gateway:
         if self._http is not None:
             await self._http.start()
         self._admission.start()
+        if self._otlp is not None:
+            self._otlp.start()
         return port
 
     @property
@@ -193,26 +180,41 @@ class Gateway:
         """The port of HTTP; None while HTTP does not listen."""
         return None if self._http is None else self._http.port
 
+    @property
+    def kv_addresses(self) -> tuple[str, str]:
+        """Addresses of the sockets for KV events and for their replay; "" for a missing socket."""
+        publisher = self._kv_publisher
+        return ("", "") if publisher is None else (publisher.publish, publisher.replay)
+
     def app(self) -> FastAPI:
         """The HTTP application of this gateway, for another server, such as Ray Serve, to mount."""
         return create_app(
             self.inference,
             self._responses,
+            self._resumable,
             max_body_bytes=self._config.max_message_bytes,
             cors=self._config.cors,
+            hosted_tools=self._config.hosted_tools,
         )
 
     async def stop(self, grace_s: float) -> None:
         """Refuse new calls, let running calls finish for `grace_s` seconds, then close."""
         self._stopping = True
         await self._update_health()
+        if self._kv_events is not None:
+            self._kv_events.close()  # subscribers would stay for all of the grace
         await asyncio.gather(
             *([] if self._server is None else [self._server.stop(grace_s)]),
             *([] if self._http is None else [self._http.stop(grace_s)]),
         )
+        if self._otlp is not None:
+            await self._otlp.close()
         await self._responses.close()
+        await self._resumable.close()
         await self.inference.close()
         await self._groups.close()
+        if self._kv_publisher is not None:
+            await self._kv_publisher.stop()
         self._admission.stop()
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
@@ -251,12 +253,25 @@ class Gateway:
         limits: QueueLimits,
         lost_s: float,
         wake_s: Mapping[str, float],
+        models: tuple[str, ...] = (),
     ) -> None:
-        """Use other settings for later requests; see `GatewayConfig`."""
+        """Use other settings for later requests; see `GatewayConfig`. Empty `models` stay."""
+        if models:
+            self._groups.set_models(models)
         shares = {tenant.name: tenant.share(self._config.num_gateways) for tenant in tenants}
         self._admission.reload(limits, shares)
         self._config = replace(self._config, wake_s=wake_s)
         self.inference.reload(lost_s=lost_s, wake_s=wake_s)
+
+    @property
+    def budgets(self) -> DayBudgets:
+        """The tokens that tenants have used today."""
+        return self._admission.budgets
+
+    @property
+    def has_day_budgets(self) -> bool:
+        """Whether the tokens of a tenant are limited for a day."""
+        return self._admission.has_day_budgets
 
     def demand(self) -> dict[str, tuple[int, float]]:
         """By model, number of waiting requests and the seconds until a new request starts."""
@@ -282,8 +297,8 @@ class Gateway:
             if ready
             else (health_pb2.HealthCheckResponse.NOT_SERVING)
         )
-        await self._health.set("", status)
-        await self._health.set(SERVICE, status)
+        for name in ("", *self._services):
+            await self._health.set(name, status)
 
     # The handlers parse the bytes of a request, so a malformed request gets an error text.
     def _handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:

@@ -19,6 +19,7 @@ from google.protobuf.message import Message
 from arriero.router.calls.error_statuses import retry_after, status_of
 from arriero.router.calls.request_notes import RequestNotes
 from arriero.router.inference import Stream
+from arriero.router.observability.log_lines import set_request_id
 from arriero.router.requests import read_request_id
 from arriero.router.response import TextDelta
 from arriero.router.tenants.admission_controller import AdmissionController, Caller, is_set
@@ -53,11 +54,13 @@ class GrpcCall:
             deadline_s=None if remaining_s is None else time.monotonic() + remaining_s,
             traceparent=str(self.metadata.get("traceparent", "")),
             strict_schema=is_set(str(self.metadata.get("x-strict-schema", ""))),
+            cache_key=str(self.metadata.get("x-prompt-cache-key", "")),
         )
 
     async def name(self, request_id: str) -> None:
         """Set the request id, "" for a new id, and send it to the client."""
         self.request_id = read_request_id(request_id)
+        set_request_id(self.request_id)
         await self.context.send_initial_metadata((("x-request-id", self.request_id),))
 
     def add_notes(self, notes: RequestNotes) -> None:

@@ -9,68 +9,46 @@ connections, statuses or JSON.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import cast
 
 from arriero.router.backend import GroupView
+from arriero.router.calls import cache_hint
+from arriero.router.calls.checked_request import CheckedRequest, received_before
 from arriero.router.calls.constrained_sampling import read_constrained_sampling
 from arriero.router.calls.conversation import ToolOffer, read_offer, read_tools
 from arriero.router.calls.model_message import model_message
 from arriero.router.calls.prompt import encode_conversation, encode_text
 from arriero.router.calls.request_notes import RequestNotes
+from arriero.router.gateway_config import LOST_S
 from arriero.router.observability.observer import RequestObserver
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.requests import (
-    OutputOptions,
     check_room,
     check_tokens,
+    fitted,
     read_options,
-    read_resumed,
+    read_prediction,
 )
 from arriero.router.response import Answer, Message, TextDelta
 from arriero.router.resumable_streams import ResumableStreams
 from arriero.router.routing import migration
 from arriero.router.routing.linked_groups import LinkedGroups
 from arriero.router.routing.request_progress import RequestProgress
+from arriero.router.tenants import model_scope
 from arriero.router.tenants.admission_controller import AdmissionController, Caller
 from arriero.router.tenants.admission_policy import QueuedRequest
-from arriero.router.tenants.tenant import Tenant
-from arriero.router.text.model_card import ModelCard
 from arriero.router.text.text_model import TextModel
-from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.engine.types import EngineRequest
 from arriero.shards.errors import InvalidRequest, Unavailable
-from arriero.shards.images.request import RequestImage
 
-LOST_S = 120.0
 _WAKE_POLL_S = 0.05
 
 Stream = AsyncGenerator[Message]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _CheckedRequest:
-    """A checked request."""
-
-    caller: Caller
-    text: TextModel
-    views: Sequence[GroupView]
-    prompt: list[int]
-    params: SamplingParams
-    options: OutputOptions
-    priority: int
-    offer: ToolOffer | None = None
-    prompt_field: str = "prompt"
-    weights: str = ""
-    received: Mapping[int, tuple[list[int], bool]] = field(default_factory=dict)
-    images: tuple[RequestImage, ...] = ()
-    notes: RequestNotes
 
 
 class Inference:
@@ -101,11 +79,11 @@ class Inference:
         self._lost_s = lost_s
         self._wake_s: Mapping[str, float] = wake_s or {}
         self._asleep: Counter[str] = Counter()
-        self._resumable = ResumableStreams()
+        self._resumable = ResumableStreams[Message]()
 
     async def find(self, model: str) -> tuple[TextModel, list[GroupView]]:
-        """As `LinkedGroups.find`; waits for the first group of an idle model."""
-        model = model or self.groups.only
+        """As `LinkedGroups.find`, for models of the caller; waits for the group of an idle one."""
+        model = model_scope.resolve(model, self.groups.names())
         wake_s = self._wake_s.get(model)
         if wake_s is None:
             return self.groups.find(model)
@@ -136,7 +114,12 @@ class Inference:
         return {model: count for model, count in self._asleep.items() if count}
 
     async def generate(
-        self, request: pb.GenerateRequest, caller: Caller, notes: RequestNotes | None = None
+        self,
+        request: pb.GenerateRequest,
+        caller: Caller,
+        notes: RequestNotes | None = None,
+        *,
+        fit_output: bool = False,
     ) -> Stream:
         """Check a request to continue a prompt; iterating the stream runs the request.
 
@@ -144,6 +127,7 @@ class Inference:
             request: gRPC message.
             caller: sender of the request.
             notes: receives the facts that the messages do not carry.
+            fit_output: lower `max_tokens` to the room that the prompt leaves, instead of refusing.
 
         Raises:
             InvalidRequest, NotFound, Unavailable: as `inference.proto` says.
@@ -152,6 +136,7 @@ class Inference:
             text, views = await self.find(request.model)
             self.admission.refuse_early(views[0].model, caller, request.options.priority)
             options = read_options(request.options)
+            wanted = cache_hint.read_wanted(request.options.cache, caller.cache_key)
             notes = notes or RequestNotes()
             params, form = await read_constrained_sampling(
                 request.sampling, views[0].card, text, None
@@ -161,18 +146,19 @@ class Inference:
                 prompt = await encode_text(text, request)
             else:
                 prompt = list(request.token_ids.ids)
-            weights, received = _resumed(request, params, views[0].card)
-            checked = _CheckedRequest(
+            weights, received = received_before(request, params, views[0].card)
+            checked = CheckedRequest(
                 caller=caller,
                 weights=weights,
                 received=received,
                 text=text,
                 views=views,
                 prompt=prompt,
-                params=params,
+                params=fitted(params, [v.card for v in views], prompt) if fit_output else params,
                 options=options,
                 priority=request.options.priority,
                 notes=notes,
+                hint=cache_hint.of_prompt(wanted),
             )
             return self._stream(checked)
 
@@ -196,6 +182,7 @@ class Inference:
             text, views = await self.find(request.model)
             self.admission.refuse_early(views[0].model, caller, request.options.priority)
             options = read_options(request.options)
+            wanted = cache_hint.read_wanted(request.options.cache, caller.cache_key)
             offer = read_offer(request)
             notes = notes or RequestNotes()
             params, form = await read_constrained_sampling(
@@ -206,12 +193,9 @@ class Inference:
                 raise InvalidRequest(
                     "include_text", "`tools` need text; set `include_text` or leave out `tools`"
                 )
-            weights, received = _resumed(request, params, views[0].card)
+            weights, received = received_before(request, params, views[0].card)
             prompt, images = await encode_conversation(text, request, offer)
-            if fit_output and params.max_tokens is not None:
-                room = max(view.card.max_model_len for view in views) - len(prompt)
-                params = replace(params, max_tokens=max(1, min(params.max_tokens, room)))
-            checked = _CheckedRequest(
+            checked = CheckedRequest(
                 caller=caller,
                 weights=weights,
                 received=received,
@@ -219,12 +203,13 @@ class Inference:
                 views=views,
                 prompt=prompt,
                 images=tuple(image.image for image in images),
-                params=params,
+                params=fitted(params, [v.card for v in views], prompt) if fit_output else params,
                 options=options,
                 priority=request.options.priority,
                 offer=offer,
                 prompt_field="messages",
                 notes=notes,
+                hint=await cache_hint.of_conversation(wanted, text, request, offer, prompt),
             )
             return self._stream(checked)
 
@@ -249,26 +234,28 @@ class Inference:
         return pb.DetokenizeResponse(text=joined)
 
     def models(self) -> list[pb.Model]:
-        """The models that a connected group serves, by id."""
+        """The models and adapters that a group serves and the caller may use, by id."""
         by_model: dict[str, list[GroupView]] = {}
         for view in self.groups.groups():
             by_model.setdefault(view.model, []).append(view)
+        by_model |= self.groups.adapters()
+        by_model = {name: by_model[name] for name in filter(model_scope.allows, by_model)}
         return [model_message(name, views) for name, views in sorted(by_model.items())]
 
     def model(self, model: str) -> pb.Model:
         """Facts about a model."""
-        _, views = self.groups.find(model)
-        return model_message(views[0].model, views)
+        _, views = self.groups.find(model_scope.resolve(model, self.groups.names()))
+        return model_message(views[0].name, views)
 
-    def _start(self, checked: _CheckedRequest) -> pb.Start:
+    def _start(self, checked: CheckedRequest) -> pb.Start:
         """The last checks, and the `start` of the first message."""
-        widest = _widest(checked)
+        widest = checked.widest
         most = checked.params.max_tokens
         check_room(len(checked.prompt), most, widest.card.max_model_len, field=checked.prompt_field)
         check_tokens("prompt", checked.prompt, widest.card)
         start = pb.Start(
             request_id=checked.caller.request_id,
-            model=widest.model,
+            model=widest.name,
             seed=cast(int, checked.params.seed),
         )
         if checked.options.include_prompt_token_ids:
@@ -283,7 +270,7 @@ class Inference:
         """
         return self._resumable.attach((caller.tenant.name, request.request_id), request.received)
 
-    def _stream(self, checked: _CheckedRequest) -> Stream:
+    def _stream(self, checked: CheckedRequest) -> Stream:
         stream = self._run(checked, self._start(checked))
         if not checked.options.resumable_s:
             return stream
@@ -293,44 +280,63 @@ class Inference:
             checked.options.resumable_s,
         )
 
+    def release_session(self, key: str, caller: Caller) -> None:
+        """End a session of the caller's tenant: its blocks stay in the cache no longer than others.
+
+        Raises:
+            InvalidRequest: the key is too long.
+        """
+        self.groups.release(caller.tenant.name, cache_hint.session_name(key))
+
     async def close(self) -> None:
         """Cancel all resumable streams."""
         await self._resumable.close()
 
     @contextmanager
-    def _count_migrations(self, model: str, progress: RequestProgress) -> Iterator[None]:
+    def _record(self, model: str, progress: RequestProgress) -> Iterator[None]:
+        """Count migrations, and note the tokens of the request's blocks at its start and end."""
+        prompt = self.groups.learn(model, progress.request)
         try:
             yield
         finally:
             self.metrics.migrated(model, progress.num_migrations)
+            for output in progress.outputs:
+                self.groups.learn(model, progress.request, output, prompt)
 
-    async def _run(self, checked: _CheckedRequest, start: pb.Start) -> Stream:
+    async def _run(self, checked: CheckedRequest, start: pb.Start) -> Stream:
         """Wait for admission, then run the request to its end, over one group or several."""
         caller, params = checked.caller, checked.params
+        num_prompt, card = len(checked.prompt), checked.widest.card
         answer = Answer(
-            start, len(checked.prompt), params.n, checked.options, checked.text, checked.offer
+            start,
+            num_prompt,
+            params.n,
+            checked.options,
+            checked.text,
+            checked.offer,
+            num_writable=cache_hint.num_writable(checked.hint, card, num_prompt),
         )
-        most = params.max_tokens or _widest(checked).card.max_model_len - len(checked.prompt)
+        most = params.max_tokens or card.max_model_len - num_prompt
         queued = QueuedRequest(
             tenant=caller.tenant,
-            num_prompt=len(checked.prompt),
+            num_prompt=num_prompt,
             max_output=most * params.n,
             num_sequences=params.n,
             priority=checked.priority,
             deadline_s=caller.deadline_s,
         )
-        observation = self._observer.request(
-            caller, start.model, len(checked.prompt), partial(_prompt_text, checked)
-        )
+        base = checked.views[0].model
+        observation = self._observer.request(caller, base, num_prompt, checked.prompt_text)
         with observation as observed:
-            async with self.admission.admit(start.model, queued) as admitted:
+            async with self.admission.admit(base, queued) as admitted:
                 observed.admitted()
                 checked.notes.admitted()
-                progress = self._progress(checked, answer, observed.traceparent)
+                prediction = await read_prediction(checked.options, checked.text)
+                progress = self._progress(checked, answer, observed.traceparent, prediction)
                 # the groups may have changed since the request arrived
-                sharing = partial(self.groups.sharing, start.model, checked.text, progress.request)
+                sharing = partial(self.groups.sharing, base, checked.text, progress.request)
                 running = migration.run(self.groups, progress, sharing, self._lost_s)
-                with self._count_migrations(start.model, progress):
+                with self._record(base, progress):
                     async with aclosing(running) as steps:
                         async for outputs in steps:
                             admitted.count_output(*observed.timer.step(outputs))
@@ -347,7 +353,9 @@ class Inference:
                             for index in answer.ended:
                                 progress.end(index)
 
-    def _progress(self, checked: _CheckedRequest, answer: Answer, trace: str) -> RequestProgress:
+    def _progress(
+        self, checked: CheckedRequest, answer: Answer, trace: str, prediction: tuple[int, ...]
+    ) -> RequestProgress:
         """The progress of a request, tokens that the caller already has included."""
         request = EngineRequest(
             request_id=checked.caller.request_id,
@@ -357,8 +365,12 @@ class Inference:
             priority=checked.priority if self.admission.open else checked.caller.tenant.priority,
             trace=trace,
             tenant=checked.caller.tenant.name,
-            cache_salt=_salt(checked.caller.tenant, checked.options.cache_salt),
+            cache_salt=checked.cache_salt,
             images=checked.images,
+            adapter=checked.adapter,
+            hint=checked.hint,
+            speculation=checked.options.speculation,
+            prediction=prediction,
         )
         progress = RequestProgress(request)
         progress.digest = checked.weights or None
@@ -366,26 +378,3 @@ class Inference:
             progress.given(index, tokens, finished=ended)
             answer.replay(index, tokens, finished=ended)
         return progress
-
-
-def _salt(tenant: Tenant, cache_salt: str) -> bytes:
-    """Salt of the request's KV block keys, from its tenant and its `cache_salt`."""
-    if not cache_salt:
-        return tenant.cache_salt
-    return hashlib.sha256(tenant.cache_salt + b"\0" + cache_salt.encode()).digest()
-
-
-def _prompt_text(checked: _CheckedRequest) -> str:
-    return checked.text.tokenizer.decode(checked.prompt, skip_special=False)
-
-
-def _widest(checked: _CheckedRequest) -> GroupView:
-    return max(checked.views, key=lambda view: view.card.max_model_len)
-
-
-def _resumed(
-    request: pb.GenerateRequest | pb.ChatRequest, params: SamplingParams, card: ModelCard
-) -> tuple[str, Mapping[int, tuple[list[int], bool]]]:
-    if not request.HasField("resumed"):
-        return "", {}
-    return read_resumed(request.resumed, request.sampling, params, card)

@@ -7,22 +7,26 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from google.protobuf.message import DecodeError, Message
 
+from arriero.router.gateway_config import MAX_RESUMABLE_S
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.text.model_card import ModelCard
 from arriero.router.text.stop_strings import check_stops
+from arriero.router.text.text_model import TextModel
 from arriero.shards.config.sampling_params import SamplingParams
+from arriero.shards.config.speculation import DraftKind
 from arriero.shards.errors import ContextTooLong, InvalidRequest
 
 M = TypeVar("M", bound=Message)
 
-MAX_RESUMABLE_S = 600
 MAX_SALT_BYTES = 256
+MAX_PREDICTION_BYTES = 256 * 1024
+DRAFT_KINDS = get_args(DraftKind)
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 _OPTIONAL = (
     "max_tokens",
@@ -54,6 +58,8 @@ class OutputOptions:
     include_prompt_token_ids: bool = False
     resumable_s: int = 0
     cache_salt: str = ""
+    speculation: str = ""
+    prediction: str = ""
 
 
 def parse(kind: type[M], raw: bytes) -> M:
@@ -141,7 +147,10 @@ def read_options(message: pb.Options) -> OutputOptions:
         include_prompt_token_ids=message.include_prompt_token_ids,
         resumable_s=message.resumable_s,
         cache_salt=message.cache_salt,
+        speculation=message.speculation,
+        prediction=message.prediction,
     )
+    _check_drafts(options)
     salt_bytes = len(options.cache_salt.encode())
     if salt_bytes > MAX_SALT_BYTES:
         raise InvalidRequest(
@@ -159,6 +168,32 @@ def read_options(message: pb.Options) -> OutputOptions:
             "include_text", "`stop` needs text; set `include_text` or leave out `stop`"
         )
     return options
+
+
+def _check_drafts(options: OutputOptions) -> None:
+    if options.speculation not in ("", *DRAFT_KINDS):
+        raise InvalidRequest(
+            "speculation",
+            f"`speculation`={options.speculation[:64]!r} is none of {', '.join(DRAFT_KINDS)}; the "
+            "kind is the spec's, which a request can only narrow",
+        )
+    size = len(options.prediction.encode())
+    if size > MAX_PREDICTION_BYTES:
+        raise InvalidRequest(
+            "prediction",
+            f"`prediction` has {size} bytes; the limit is {MAX_PREDICTION_BYTES}; shorten it",
+        )
+
+
+async def read_prediction(options: OutputOptions, text: TextModel) -> tuple[int, ...]:
+    """Tokens of the predicted output; none for a text that the tokenizer refuses."""
+    if not options.prediction or options.speculation == "off":
+        return ()
+    try:
+        tokens = await text.encode(options.prediction, add_special_tokens=False, trusted=False)
+    except InvalidRequest:  # a prediction only makes a request faster
+        return ()
+    return tuple(tokens)
 
 
 def read_resumed(
@@ -247,6 +282,17 @@ def check_room(
             f"`max_tokens` to {room} or less",
         )
     return max_tokens
+
+
+def fitted(
+    params: SamplingParams, cards: Iterable[ModelCard], prompt: Sequence[int]
+) -> SamplingParams:
+    """Sampling parameters with `max_tokens` lowered to the room that the prompt leaves."""
+    room = max(card.max_model_len for card in cards) - len(prompt)
+    if params.max_tokens is None or params.max_tokens <= room:
+        return params
+    most = max(1, room)
+    return replace(params, max_tokens=most, min_tokens=min(params.min_tokens, most))
 
 
 def _default(message: pb.Options, name: str, default: bool) -> bool:

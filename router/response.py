@@ -58,6 +58,7 @@ class Answer:
         options: contents of the answer.
         text: tokenizer and texts of the model.
         offer: the tools on offer; None leaves calls in the text.
+        num_writable: prompt tokens that are in the prefix cache after the call.
 
     Attributes:
         started: the first message was made.
@@ -72,12 +73,16 @@ class Answer:
         options: OutputOptions,
         text: TextModel,
         offer: ToolOffer | None = None,
+        *,
+        num_writable: int = 0,
     ) -> None:
         self._start = start
+        self._num_writable = num_writable
         self._options = options
         self._samples = [_Sample(index, options, text, offer) for index in range(n)]
         self._num_prompt = num_prompt
         self._num_cached = 0
+        self._num_drafted = self._num_accepted = 0
         self.started = False
         self.ended: list[int] = []
 
@@ -101,6 +106,9 @@ class Answer:
         Raises:
             Unavailable: a sample ended in an error.
         """
+        for output in outputs:
+            self._num_drafted += output.num_drafted
+            self._num_accepted += output.num_accepted
         if self.started and len(outputs) == 1:
             sample = self._samples[outputs[0].index]
             if sample.plain and _tokens_only(outputs[0]):
@@ -142,11 +150,15 @@ class Answer:
                 self._start.prompt_logprobs.extend(map(_position, prompt_logprobs))
             self._start.prompt_tokens = self._num_prompt
             self._start.cached_tokens = self._num_cached
+            self._start.written_tokens = max(0, self._num_writable - self._num_cached)
             response.start.CopyFrom(self._start)
         if finished:
             response.usage.prompt_tokens = self._num_prompt
             response.usage.cached_tokens = self._num_cached
+            response.usage.written_tokens = max(0, self._num_writable - self._num_cached)
             response.usage.completion_tokens = sum(s.num_tokens for s in self._samples)
+            response.usage.accepted_prediction_tokens = self._num_accepted
+            response.usage.rejected_prediction_tokens = self._num_drafted - self._num_accepted
         return response
 
 

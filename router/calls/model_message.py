@@ -15,9 +15,11 @@ from arriero.router.text.model_card import ModelCard
 def model_message(name: str, views: Sequence[GroupView]) -> pb.Model:
     """Describe a model by the cards and loads of its groups."""
     card: ModelCard = views[0].card
+    adapter = views[0].adapter
     return pb.Model(
         id=name,
-        digest=card.digest,
+        digest=card.digest if adapter is None else adapter.digest,
+        parent="" if adapter is None else views[0].model,
         max_model_len=max(view.card.max_model_len for view in views),
         vocab_size=card.vocab_size,
         eos_token_ids=card.eos_token_ids,

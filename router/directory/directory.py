@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from arriero.router.directory.events import Batch, Snapshot
-from arriero.router.directory.table import MAX_HOLDERS, Keys, KeyTable
+from arriero.router.directory.table import MAX_HOLDERS, Keys, KeyTable, Mask
 
 SWEEP_SLOTS = 1 << 20
 """Slots per chunk when the bits of a dropped group are cleared."""
@@ -175,6 +175,19 @@ class Directory:
             for name, holder in self._holders.items()
             if total.get(holder.bit)
         }
+
+    def holders(self, keys: Keys) -> Mapping[str, tuple[Mask, Mask]]:
+        """By group: [N] keys on the device, and [N] keys in host memory or on disk.
+
+        Args:
+            keys: [N] first 8 bytes of block keys.
+        """
+        near, far = self._table.find(keys)
+        by_group: dict[str, tuple[Mask, Mask]] = {}
+        for name, holder in self._holders.items():
+            bit = np.uint64(1 << holder.bit)
+            by_group[name] = ((near & bit) != 0, (far & bit) != 0)
+        return by_group
 
 
 def _follow(holders: np.uint64, bits: Keys, start: int, ends: dict[int, int]) -> np.uint64:

@@ -43,7 +43,7 @@ class CacheRoot:
         """
         if not card.cache_root or request.images:
             return None
-        return cls(salted_root(card.cache_root, request.cache_salt), card.block_size)
+        return cls(salted_root(card.cache_root, request.key_salt), card.block_size)
 
 
 def find(directory: Directory, root: CacheRoot, prompt: Sequence[int]) -> Mapping[str, Reach]:

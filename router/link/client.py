@@ -202,6 +202,11 @@ class LinkClient:
                 )
             call.wake()
 
+    def release(self, tenant: str, session: str) -> None:
+        """Let the group evict the blocks of a tenant's session like others."""
+        if self._up:
+            self._send(frames.Release(tenant, session))
+
     def _send(self, message: frames.GatewayMessage) -> None:
         if self._connection is not None:
             self._connection.write(wire.encode([message]))

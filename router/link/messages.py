@@ -31,7 +31,7 @@ from arriero.shards.errors import (
 )
 from arriero.shards.protocol import wire
 
-VERSION = 5
+VERSION = 6
 """Version of the link, part of the leader's hello; both ends must have the same version."""
 
 
@@ -86,7 +86,14 @@ class Cancel(msgspec.Struct, frozen=True, array_like=True, tag="cancel"):
     handle: int
 
 
-GatewayMessage = Submit | Cancel
+class Release(msgspec.Struct, frozen=True, array_like=True, tag="release"):
+    """A gateway ends a session: its blocks are no longer retained in the cache."""
+
+    tenant: str
+    session: str
+
+
+GatewayMessage = Submit | Cancel | Release
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
@@ -203,6 +210,8 @@ class Extras(NamedTuple):
     num_cached: int = 0
     logprobs: LogprobRows | None = None
     prompt_logprobs: LogprobRows | None = None
+    num_drafted: int = 0
+    num_accepted: int = 0
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
@@ -235,9 +244,14 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
             if output.finish_reason is not None:
                 step.ends[position] = End(output.finish_reason, output.stop_token, output.error)
             logprobs, prompt_logprobs = output.logprobs, output.prompt_logprobs
-            if output.num_cached or logprobs is not None or prompt_logprobs is not None:
+            drafted, rows = output.num_drafted, logprobs is not None or prompt_logprobs is not None
+            if output.num_cached or drafted or rows:
                 step.extras[position] = Extras(
-                    output.num_cached, _rows(logprobs), _rows(prompt_logprobs)
+                    output.num_cached,
+                    _rows(logprobs),
+                    _rows(prompt_logprobs),
+                    drafted,
+                    output.num_accepted,
                 )
         return msgspec.structs.replace(step, tokens=tokens.tobytes())
 
@@ -270,9 +284,11 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
             if position in ends:
                 output.finish_reason, output.stop_token, output.error = ends[position]
             if position in extras:
-                output.num_cached, logprobs, prompt_logprobs = extras[position]
-                output.logprobs = _logprobs(logprobs)
-                output.prompt_logprobs = _logprobs(prompt_logprobs)
+                rare = extras[position]
+                output.num_cached = rare.num_cached
+                output.num_drafted, output.num_accepted = rare.num_drafted, rare.num_accepted
+                output.logprobs = _logprobs(rare.logprobs)
+                output.prompt_logprobs = _logprobs(rare.prompt_logprobs)
             outputs.append((handle, output))
         return outputs
 

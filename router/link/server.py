@@ -2,7 +2,7 @@
 
 Submits the requests of gateways to the engine, and sends the outputs of each step back, one frame
 per step and gateway. The end of a connection cancels the gateway's requests. Knows frames and the
-three methods of an engine; knows nothing of text or of the engine's work.
+methods of an engine; knows nothing of text or of the engine's work.
 """
 
 from __future__ import annotations
@@ -52,13 +52,16 @@ KV_CALM_S = 5.0
 
 
 class Engine(Protocol):
-    """The engine of a leader; the three methods return at once and may be called in any thread."""
+    """The engine of a leader; its methods return at once and may be called in any thread."""
 
     def submit(self, request: EngineRequest) -> None:
         """Add a request, or raise `InvalidRequest`, `Overloaded` or `Unavailable`."""
 
     def cancel(self, request_id: str) -> None:
         """Stop a request; does nothing when it is not running."""
+
+    def release(self, tenant: str, session: str) -> None:
+        """Retain the blocks of a tenant's session no longer."""
 
     def stats(self) -> EngineStats:
         """The current load."""
@@ -230,6 +233,8 @@ class LinkServer:
             for message in wire.decode(frame, list[frames.GatewayMessage]):
                 if isinstance(message, frames.Submit):
                     self._submit(link, message)
+                elif isinstance(message, frames.Release):
+                    self._engine.release(message.tenant, message.session)
                 else:
                     self._cancel(link, message.handle)
         except Exception as error:
@@ -293,6 +298,11 @@ class LinkServer:
             self._submit_to_engine(link, handle, request)
 
     def _submit_to_engine(self, link: GatewayLink, handle: int, request: EngineRequest) -> None:
+        log.debug(
+            "%d prompt tokens, %d samples, %d tokens to go on from",
+            len(request.prompt), request.params.n, len(request.resumed),
+            extra={"request_id": request.request_id},
+        )  # fmt: skip
         try:
             self._engine.submit(request)
         except Exception as error:

@@ -5,7 +5,7 @@ Knows loads and prefix lengths; knows nothing of links or time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from arriero.router.backend import GroupView
 
@@ -18,6 +18,10 @@ LOAD_WEIGHT = 0.05
 """Delay by a prompt token that is loaded from host memory or disk, in prefill tokens."""
 NEAR_PULL_WEIGHT, FAR_PULL_WEIGHT = 0.1, 0.3
 """Delay by a prompt token copied from another group, same node or other node, in prefill tokens."""
+
+LEAVE_WEIGHT = 1.0
+"""Work of a session that leaves its group, by prompt token: its next requests find their blocks in
+the group that they left, or have them computed once more."""
 
 
 def order(groups: Iterable[GroupView], *, num_prompt: int, num_tokens: int) -> list[GroupView]:
@@ -35,7 +39,7 @@ def order(groups: Iterable[GroupView], *, num_prompt: int, num_tokens: int) -> l
     return sorted(
         able,
         key=lambda group: (
-            first_token_work(group, num_prompt),
+            first_token_work(group, num_prompt) + leaving_work(able, group, num_prompt),
             group.load.num_waiting + group.load.num_running,
             group.group_id,
         ),
@@ -59,6 +63,12 @@ def first_token_work(group: GroupView, num_prompt: int) -> float:
         + pull_weight * pulled
         + DECODE_WEIGHT * decode
     )
+
+
+def leaving_work(able: Sequence[GroupView], group: GroupView, num_prompt: int) -> float:
+    """Work for later requests of a session if a group other than its own takes this request."""
+    has_home = any(other.home for other in able)
+    return LEAVE_WEIGHT * num_prompt if has_home and not group.home else 0.0
 
 
 def room(groups: Iterable[GroupView], *, num_gateways: int) -> int:

@@ -11,8 +11,8 @@ import logging
 import math
 import ssl
 import time
-from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 from arriero.router.backend import GroupView, Running
@@ -20,7 +20,11 @@ from arriero.router.directory import prefixes
 from arriero.router.directory.directory import Directory, Reach
 from arriero.router.directory.events import Batch, Snapshot
 from arriero.router.directory.prefixes import NOTHING, CacheRoot
+from arriero.router.kv_events.known_blocks import ChainPoint
+from arriero.router.kv_events.stream import KvEventStream
 from arriero.router.link.client import LinkClient
+from arriero.router.routing.linked_group import GroupAddress, LinkedGroup
+from arriero.router.routing.session_homes import SessionHomes
 from arriero.router.text.model_card import ModelCard
 from arriero.router.text.text_model import TextModel
 from arriero.shards.engine.types import EngineRequest
@@ -28,25 +32,10 @@ from arriero.shards.errors import ArrieroError, InvalidRequest, NotFound, Unavai
 
 log = logging.getLogger(__name__)
 
+__all__ = ["GroupAddress", "LinkedGroups"]
+
 MIN_PULL_TOKENS = 64
 """Smallest number of tokens worth a copy from a peer; computing fewer takes less time."""
-
-
-@dataclass(frozen=True, slots=True)
-class GroupAddress:
-    """Address of a group's leader.
-
-    Attributes:
-        group_id: unique among the groups.
-        model: id of the model in the API.
-        address: host and port of the leader's `LinkServer`.
-        token: secret that the leader requires for a link; "" when the leader requires none.
-    """
-
-    group_id: str
-    model: str
-    address: str
-    token: str = field(default="", repr=False)
 
 
 class LinkedGroups:
@@ -57,6 +46,7 @@ class LinkedGroups:
         models: ids of deployed models, with or without a group.
         tls: TLS of the links; None for links in the clear.
         on_lost: called on the event loop with group id and cause when a link is lost.
+        kv_events: receives the changes of KV blocks for routers outside; None for no such routers.
     """
 
     def __init__(
@@ -66,16 +56,23 @@ class LinkedGroups:
         tls: ssl.SSLContext | None = None,
         *,
         on_lost: Callable[[str, str], None] = lambda group_id, cause: None,
+        kv_events: KvEventStream | None = None,
     ) -> None:
         self._on_change = on_change
         self._tls = tls
         self._on_lost = on_lost
+        self._kv_events = kv_events
         self._models = frozenset(models)
-        self._groups: dict[str, _Group] = {}
+        self._groups: dict[str, LinkedGroup] = {}
         self._texts: dict[str, asyncio.Task[TextModel]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._homes = SessionHomes()
         # no leases: a lost link drops its group from the directory at once
         self._directory = Directory(lease_s=math.inf)
+
+    def set_models(self, models: Iterable[str]) -> None:
+        """Replace the ids of deployed models."""
+        self._models = frozenset(models)
 
     async def set_groups(
         self, addresses: Iterable[GroupAddress], *, fenced: Container[str] | None = None
@@ -98,7 +95,7 @@ class LinkedGroups:
         closing = [self._groups.pop(group_id) for group_id in gone]
         for group_id, address in wanted.items():
             if group_id not in self._groups:
-                group = _Group(address)
+                group = LinkedGroup(address)
                 group.link = LinkClient(
                     address.address,
                     partial(self._changed, group),
@@ -111,7 +108,7 @@ class LinkedGroups:
                 group.link.start()
         await asyncio.gather(*(group.link.close() for group in closing))
         for group_id in gone:
-            self._directory.drop(group_id)
+            self._drop_blocks(group_id)
         used = {group.text_key for group in self._groups.values()}
         self._texts = {key: task for key, task in self._texts.items() if key in used}
         self._on_change()
@@ -156,6 +153,7 @@ class LinkedGroups:
         group = self._groups.get(group_id)
         if group is None:
             raise Unavailable(f"group {group_id!r} was removed")
+        self._homes.note(request, group_id)
         if len(self._groups) < 2:  # no peer to copy from
             return group.link.generate(request)
         reach = self._reach(group.link.card, request)
@@ -175,11 +173,17 @@ class LinkedGroups:
         if group is not None:
             group.link.cancel(request_id)
 
+    def release(self, tenant: str, session: str) -> None:
+        """End a tenant's session in every group."""
+        self._homes.forget(tenant, session)
+        for group in self._groups.values():
+            group.link.release(tenant, session)
+
     def find(self, model: str) -> tuple[TextModel, list[GroupView]]:
         """The text model of a model, and the connected groups with the same text model.
 
         Args:
-            model: id of the model; "" stands for the only model.
+            model: id of the model or of an adapter; "" stands for the only model.
 
         Raises:
             InvalidRequest: `model` is "" and several models are served.
@@ -195,12 +199,14 @@ class LinkedGroups:
             if not known:
                 raise Unavailable("no model is served yet; try again later")
             model = known[0]
-        if model not in known:
+        with_adapter = [] if model in known else self._with_adapter(model)
+        if model not in known and not with_adapter:
+            names = [*known, *sorted(self.adapters())]
             raise NotFound(
                 f"`model`={model[:128]!r} is not served; available models: "
-                f"{', '.join(known)[:500] or 'none yet'}"
+                f"{', '.join(names)[:500] or 'none yet'}"
             )
-        views = [view for view in self.groups() if view.model == model]
+        views = with_adapter or [view for view in self.groups() if view.model == model]
         if not views:
             causes = {
                 group.cause for group in self._groups.values() if group.address.model == model
@@ -219,6 +225,28 @@ class LinkedGroups:
             [view for view in views if self._groups[view.group_id].text_key == key],
         )
 
+    def names(self) -> set[str]:
+        """Ids of all models and adapters."""
+        return self.models() | self.adapters().keys()
+
+    def adapters(self) -> dict[str, list[GroupView]]:
+        """By name, the adapters that a connected group serves, and the groups that serve each."""
+        names = {adapter.name for view in self.groups() for adapter in view.card.adapters}
+        return {name: self._with_adapter(name) for name in names}
+
+    def _with_adapter(self, name: str) -> list[GroupView]:
+        """The connected groups with an adapter; of several versions, those of the newest group."""
+        views = [
+            replace(view, adapter=adapter)
+            for view in self.groups()
+            for adapter in view.card.adapters
+            if adapter.name == name
+        ]
+        if not views:
+            return []
+        newest = max(views, key=lambda view: (view.card.created, view.group_id))
+        return [view for view in views if view.adapter == newest.adapter]
+
     def sharing(self, model: str, text: TextModel, request: EngineRequest) -> list[GroupView]:
         """The connected groups of a model with the text model `text`, a result of `find`.
 
@@ -227,7 +255,9 @@ class LinkedGroups:
         views = [
             view
             for view in self.groups()
-            if view.model == model and self._groups[view.group_id].text_key == text.key
+            if view.model == model
+            and self._groups[view.group_id].text_key == text.key
+            and _serves(view.card, request.adapter)
         ]
         if len(views) < 2:
             return views
@@ -242,7 +272,8 @@ class LinkedGroups:
                 near = self._groups[peer].link.card.memory == view.card.memory
                 view = replace(view, peer_reach=by_group[peer].total, peer_near=near)
             result.append(view)
-        return result
+        home = self._homes.of(request, result)
+        return [replace(view, home=view.group_id == home) for view in result]
 
     def _peer(self, group_id: str, reach: Mapping[str, Reach]) -> str | None:
         """The group to copy a prompt's blocks from: most blocks first, then the same node."""
@@ -268,15 +299,55 @@ class LinkedGroups:
         else:
             self._directory.apply(group_id, update, now_s)
         self._directory.sweep()
+        if self._kv_events is not None:
+            self._kv_events.update(group_id, update)
 
-    def _changed(self, group: _Group) -> None:
+    def learn(
+        self,
+        model: str,
+        request: EngineRequest,
+        output: Sequence[int] = (),
+        after: Mapping[CacheRoot, ChainPoint] | None = None,
+    ) -> Mapping[CacheRoot, ChainPoint]:
+        """Note the tokens of a request's blocks for the KV events.
+
+        Blocks of a private prefix are left out: no router outside may learn of them.
+
+        Args:
+            model: id of the model.
+            request: the request.
+            output: tokens of a sample so far.
+            after: last block of the prompt, by root, as this method gave it.
+
+        Returns:
+            The last full block, by root.
+        """
+        points: dict[CacheRoot, ChainPoint] = {}
+        if self._kv_events is None or request.cache_salt:
+            return points
+        groups = [group for group in self._groups.values() if group.ready]
+        cards = [group.link.card for group in groups if group.address.model == model]
+        roots = {CacheRoot.of(card, request) for card in cards}
+        for root in roots - {None}:
+            assert root is not None, "without None"
+            tokens = (*request.prompt, *output) if output else request.prompt
+            point = None if after is None else after.get(root)
+            points[root] = self._kv_events.learn(root, tokens, self._directory.holders, point)
+        return points
+
+    def _drop_blocks(self, group_id: str) -> None:
+        self._directory.drop(group_id)
+        if self._kv_events is not None:
+            self._kv_events.drop(group_id)
+
+    def _changed(self, group: LinkedGroup) -> None:
         if group.link.connected:
             task = asyncio.create_task(self._prepare(group))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         else:
             group.prepared = False
-            self._directory.drop(group.address.group_id)
+            self._drop_blocks(group.address.group_id)
             self._on_change()
             if not group.link.up and group.address.group_id in self._groups:
                 self._on_lost(group.address.group_id, group.link.cause)
@@ -300,7 +371,7 @@ class LinkedGroups:
                     log.error("group %s cannot be used: %s", group_id, error)
             self._on_change()
 
-    async def _prepare(self, group: _Group) -> None:
+    async def _prepare(self, group: LinkedGroup) -> None:
         """Build the text model in a thread (1 s for 200,000 tokens), once for each tokenizer."""
         card = group.link.card
         key = group.text_key = card.text_key
@@ -318,21 +389,5 @@ class LinkedGroups:
         self._on_change()
 
 
-class _Group:
-    """A linked group."""
-
-    link: LinkClient
-
-    def __init__(self, address: GroupAddress) -> None:
-        self.address = address
-        self.text_key = ""
-        self.fault = ""
-        self.prepared = False
-
-    @property
-    def ready(self) -> bool:
-        return self.prepared and self.link.connected
-
-    @property
-    def cause(self) -> str:
-        return self.fault or self.link.cause
+def _serves(card: ModelCard, adapter: str) -> bool:
+    return not adapter or any(served.digest == adapter for served in card.adapters)

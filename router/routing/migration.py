@@ -60,6 +60,7 @@ async def run(
             await asyncio.sleep(POLL_S)
             continue
         group = ready[0]
+        log.debug("goes to group %s", group.group_id, extra={"request_id": progress.request_id})
         try:
             sub_requests, source = progress.sub_requests(group, able), progress.source
             if len(sub_requests) == 1:

@@ -87,6 +87,11 @@ class RequestProgress:
         return self._request.request_id
 
     @property
+    def outputs(self) -> list[Sequence[int]]:
+        """Tokens so far, by sample."""
+        return [sample.tokens for sample in self._samples]
+
+    @property
     def started(self) -> bool:
         """Whether any output was accepted."""
         return any(sample.tokens or sample.finished for sample in self._samples)

@@ -16,6 +16,19 @@ from arriero.router.text.turn_ends import turn_ends
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ServedAdapter:
+    """A LoRA adapter that a group serves beside its model.
+
+    Attributes:
+        name: model id for clients.
+        digest: digest of settings and weights; equal digests give the same tokens.
+    """
+
+    name: str
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelCard:
     """A model that a group serves.
 
@@ -45,6 +58,7 @@ class ModelCard:
         image_tile, image_features: pixels along the side of an image tile, and features of a tile;
             0 for a model that reads no images.
         warnings: a sentence for each value of the text files that is not used.
+        adapters: adapters of the group.
     """
 
     model: str
@@ -73,6 +87,7 @@ class ModelCard:
     named_templates: Mapping[str, str] = field(default_factory=dict)
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    adapters: tuple[ServedAdapter, ...] = ()
 
     @property
     def compat_key(self) -> str:
@@ -119,6 +134,7 @@ class ModelCard:
         memory: str = "",
         image_tile: int = 0,
         image_features: int = 0,
+        adapters: tuple[ServedAdapter, ...] = (),
     ) -> ModelCard:
         """A card with tokenizer, templates and defaults from a checkpoint's folder.
 
@@ -157,4 +173,5 @@ class ModelCard:
             memory=memory,
             image_tile=image_tile,
             image_features=image_features,
+            adapters=adapters,
         )

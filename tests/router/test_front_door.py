@@ -75,7 +75,11 @@ async def test_keys_are_asked_for_on_both_listeners(
                 assert refused.headers["x-request-id"]
             answer = await ask.post("/v1/chat/completions", json=ASK, headers=bearer(key))
             assert answer.status_code == 200, answer.text
-            assert (await ask.get("/health")).status_code == 200
+            for headers in ({}, bearer(wrong)):  # strangers: no names, no loads
+                health = await ask.get("/health", headers=headers)
+                assert health.status_code == 200 and health.json() == {"status": "ok"}
+            health = await ask.get("/health", headers=bearer(key))
+            assert health.json()["groups"], "a caller with a key"
             assert (await ask.get("/openapi.json")).status_code == 200
             assert (await ask.get("/metrics")).status_code == 401
             assert (await ask.get("/metrics", headers=bearer(key))).status_code == 403

@@ -84,6 +84,11 @@ class AdminStub:
                 request_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.KeysRequest.SerializeToString,
                 response_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.KeysResponse.FromString,
                 _registered_method=True)
+        self.Tokens = channel.unary_unary(
+                '/arriero.v1.Admin/Tokens',
+                request_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.TokensRequest.SerializeToString,
+                response_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.TokensResponse.FromString,
+                _registered_method=True)
         self.RotateToken = channel.unary_unary(
                 '/arriero.v1.Admin/RotateToken',
                 request_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.RotateTokenRequest.SerializeToString,
@@ -93,6 +98,21 @@ class AdminStub:
                 '/arriero.v1.Admin/Kv',
                 request_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.KvRequest.SerializeToString,
                 response_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.KvResponse.FromString,
+                _registered_method=True)
+        self.PauseRollout = channel.unary_unary(
+                '/arriero.v1.Admin/PauseRollout',
+                request_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.PauseRolloutRequest.SerializeToString,
+                response_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.ChangeResponse.FromString,
+                _registered_method=True)
+        self.DrainNode = channel.unary_unary(
+                '/arriero.v1.Admin/DrainNode',
+                request_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.DrainNodeRequest.SerializeToString,
+                response_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.ChangeResponse.FromString,
+                _registered_method=True)
+        self.GetSpec = channel.unary_unary(
+                '/arriero.v1.Admin/GetSpec',
+                request_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.GetSpecRequest.SerializeToString,
+                response_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.GetSpecResponse.FromString,
                 _registered_method=True)
 
 
@@ -170,8 +190,15 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tokens(self, request, context):
+        """List, add or revoke admin tokens.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def RotateToken(self, request, context):
-        """Replace the admin token.
+        """Replace the caller's admin token.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -179,6 +206,27 @@ class AdminServicer:
 
     def Kv(self, request, context):
         """Run an action on the KV caches of groups; the response has the contents after the action.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PauseRollout(self, request, context):
+        """Pause or resume the rollout of a model. While paused, outdated groups stay.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainNode(self, request, context):
+        """Drain a node: its groups move to other nodes, and no group starts there. Or take that back.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetSpec(self, request, context):
+        """The spec as the deployment follows it now.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -237,6 +285,11 @@ def add_AdminServicer_to_server(servicer, server):
                     request_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.KeysRequest.FromString,
                     response_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.KeysResponse.SerializeToString,
             ),
+            'Tokens': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokens,
+                    request_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.TokensRequest.FromString,
+                    response_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.TokensResponse.SerializeToString,
+            ),
             'RotateToken': grpc.unary_unary_rpc_method_handler(
                     servicer.RotateToken,
                     request_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.RotateTokenRequest.FromString,
@@ -246,6 +299,21 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Kv,
                     request_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.KvRequest.FromString,
                     response_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.KvResponse.SerializeToString,
+            ),
+            'PauseRollout': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseRollout,
+                    request_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.PauseRolloutRequest.FromString,
+                    response_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.ChangeResponse.SerializeToString,
+            ),
+            'DrainNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainNode,
+                    request_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.DrainNodeRequest.FromString,
+                    response_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.ChangeResponse.SerializeToString,
+            ),
+            'GetSpec': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetSpec,
+                    request_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.GetSpecRequest.FromString,
+                    response_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.GetSpecResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -529,6 +597,33 @@ class Admin:
             _registered_method=True)
 
     @staticmethod
+    def Tokens(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/arriero.v1.Admin/Tokens',
+            arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.TokensRequest.SerializeToString,
+            arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.TokensResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def RotateToken(request,
             target,
             options=(),
@@ -572,6 +667,87 @@ class Admin:
             '/arriero.v1.Admin/Kv',
             arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.KvRequest.SerializeToString,
             arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.KvResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseRollout(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/arriero.v1.Admin/PauseRollout',
+            arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.PauseRolloutRequest.SerializeToString,
+            arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.ChangeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/arriero.v1.Admin/DrainNode',
+            arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.DrainNodeRequest.SerializeToString,
+            arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.ChangeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetSpec(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/arriero.v1.Admin/GetSpec',
+            arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.GetSpecRequest.SerializeToString,
+            arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.GetSpecResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -392,6 +392,9 @@ class Options(_message.Message):
     INCLUDE_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     INCLUDE_PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    CACHE_FIELD_NUMBER: _builtins.int
+    SPECULATION_FIELD_NUMBER: _builtins.int
+    PREDICTION_FIELD_NUMBER: _builtins.int
     RESUMABLE_S_FIELD_NUMBER: _builtins.int
     include_stop: _builtins.bool
     """Send the stop string (or the text of the stop token) as well. Default false."""
@@ -411,6 +414,12 @@ class Options(_message.Message):
     """Prompts share the prefix cache only with prompts of the same salt; at most 256 bytes. Default
     empty.
     """
+    speculation: _builtins.str
+    """How tokens are drafted, if the model's spec has speculative decoding: "off"; "ngram" from this
+    request's own text alone; empty as the spec says. Changes the speed, never a token.
+    """
+    prediction: _builtins.str
+    """A text that the output may repeat in part, at most 256 KiB: drafts are copied from it."""
     resumable_s: _builtins.int
     """Seconds for which the gateway stores the call after a lost connection and after its end, up to
     600, for Resume. Default 0: a lost connection cancels the call.
@@ -420,6 +429,10 @@ class Options(_message.Message):
         """Strings that end the output, at most 64 of at most 256 bytes each. Stop strings match across
         tokens; no part of a stop string is sent. The string that is complete first wins.
         """
+
+    @_builtins.property
+    def cache(self) -> Global___CacheHint:
+        """Which tokens of the call will be needed again. Changes no token."""
 
     def __init__(
         self,
@@ -432,11 +445,14 @@ class Options(_message.Message):
         include_token_ids: _builtins.bool | None = ...,
         include_prompt_token_ids: _builtins.bool | None = ...,
         cache_salt: _builtins.str = ...,
+        cache: Global___CacheHint | None = ...,
+        speculation: _builtins.str = ...,
+        prediction: _builtins.str = ...,
         resumable_s: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_include_prompt_token_ids", b"_include_prompt_token_ids", "_include_stop", b"_include_stop", "_include_text", b"_include_text", "_include_token_ids", b"_include_token_ids", "_priority", b"_priority", "_skip_special_tokens", b"_skip_special_tokens", "include_prompt_token_ids", b"include_prompt_token_ids", "include_stop", b"include_stop", "include_text", b"include_text", "include_token_ids", b"include_token_ids", "priority", b"priority", "skip_special_tokens", b"skip_special_tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_include_prompt_token_ids", b"_include_prompt_token_ids", "_include_stop", b"_include_stop", "_include_text", b"_include_text", "_include_token_ids", b"_include_token_ids", "_priority", b"_priority", "_skip_special_tokens", b"_skip_special_tokens", "cache", b"cache", "include_prompt_token_ids", b"include_prompt_token_ids", "include_stop", b"include_stop", "include_text", b"include_text", "include_token_ids", b"include_token_ids", "priority", b"priority", "skip_special_tokens", b"skip_special_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_include_prompt_token_ids", b"_include_prompt_token_ids", "_include_stop", b"_include_stop", "_include_text", b"_include_text", "_include_token_ids", b"_include_token_ids", "_priority", b"_priority", "_skip_special_tokens", b"_skip_special_tokens", "cache_salt", b"cache_salt", "include_prompt_token_ids", b"include_prompt_token_ids", "include_stop", b"include_stop", "include_text", b"include_text", "include_token_ids", b"include_token_ids", "priority", b"priority", "resumable_s", b"resumable_s", "skip_special_tokens", b"skip_special_tokens", "stop", b"stop"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_include_prompt_token_ids", b"_include_prompt_token_ids", "_include_stop", b"_include_stop", "_include_text", b"_include_text", "_include_token_ids", b"_include_token_ids", "_priority", b"_priority", "_skip_special_tokens", b"_skip_special_tokens", "cache", b"cache", "cache_salt", b"cache_salt", "include_prompt_token_ids", b"include_prompt_token_ids", "include_stop", b"include_stop", "include_text", b"include_text", "include_token_ids", b"include_token_ids", "prediction", b"prediction", "priority", b"priority", "resumable_s", b"resumable_s", "skip_special_tokens", b"skip_special_tokens", "speculation", b"speculation", "stop", b"stop"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__include_prompt_token_ids: _TypeAlias = _typing.Literal["include_prompt_token_ids"]  # noqa: Y015
     _WhichOneofArgType__include_prompt_token_ids: _TypeAlias = _typing.Literal["_include_prompt_token_ids", b"_include_prompt_token_ids"]  # noqa: Y015
@@ -464,6 +480,70 @@ class Options(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__skip_special_tokens) -> _WhichOneofReturnType__skip_special_tokens | None: ...
 
 Global___Options: _TypeAlias = Options  # noqa: Y015
+
+@_typing.final
+class CacheHint(_message.Message):
+    """How long the KV blocks of a call stay in the cache after the call. Such blocks are evicted after
+    all others, within the tenant's share of the cache.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    RETAIN_S_FIELD_NUMBER: _builtins.int
+    BREAKPOINTS_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    """Name of a session, at most 1024 bytes; the tenant's calls with the same name go to the group that
+    has the session's blocks. Metadata `x-prompt-cache-key` gives the name as well.
+    """
+    retain_s: _builtins.int
+    """Seconds for which prompt and output stay, up to 86400. Default: 600 with a name, else 0."""
+    @_builtins.property
+    def breakpoints(self) -> _containers.RepeatedCompositeFieldContainer[Global___CacheBreakpoint]:
+        """Beginnings of a conversation that stay; at most 4."""
+
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        retain_s: _builtins.int | None = ...,
+        breakpoints: _abc.Iterable[Global___CacheBreakpoint] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_retain_s", b"_retain_s", "retain_s", b"retain_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_retain_s", b"_retain_s", "breakpoints", b"breakpoints", "key", b"key", "retain_s", b"retain_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__retain_s: _TypeAlias = _typing.Literal["retain_s"]  # noqa: Y015
+    _WhichOneofArgType__retain_s: _TypeAlias = _typing.Literal["_retain_s", b"_retain_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__retain_s) -> _WhichOneofReturnType__retain_s | None: ...
+
+Global___CacheHint: _TypeAlias = CacheHint  # noqa: Y015
+
+@_typing.final
+class CacheBreakpoint(_message.Message):
+    """A beginning of a conversation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_MESSAGES_FIELD_NUMBER: _builtins.int
+    RETAIN_S_FIELD_NUMBER: _builtins.int
+    num_messages: _builtins.int
+    """Number of messages, at least 1. The tools belong to the first messages, as the template has it."""
+    retain_s: _builtins.int
+    """Seconds for which the beginning stays, 1 to 86400."""
+    def __init__(
+        self,
+        *,
+        num_messages: _builtins.int = ...,
+        retain_s: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_messages", b"num_messages", "retain_s", b"retain_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheBreakpoint: _TypeAlias = CacheBreakpoint  # noqa: Y015
 
 @_typing.final
 class Resumed(_message.Message):
@@ -1039,21 +1119,36 @@ class Usage(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    WRITTEN_TOKENS_FIELD_NUMBER: _builtins.int
+    ACCEPTED_PREDICTION_TOKENS_FIELD_NUMBER: _builtins.int
+    REJECTED_PREDICTION_TOKENS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     cached_tokens: _builtins.int
     """Prompt tokens found in the prefix cache."""
     completion_tokens: _builtins.int
     """Output tokens of all samples."""
+    written_tokens: _builtins.int
+    """Prompt tokens that the call has put into the prefix cache: those of full blocks, up to the last
+    breakpoint if the call has breakpoints and no session.
+    """
+    accepted_prediction_tokens: _builtins.int
+    """Drafted tokens that the model drew, part of completion_tokens, and drafted tokens that it did
+    not draw, part of none; 0 without speculative decoding.
+    """
+    rejected_prediction_tokens: _builtins.int
     def __init__(
         self,
         *,
         prompt_tokens: _builtins.int = ...,
         cached_tokens: _builtins.int = ...,
         completion_tokens: _builtins.int = ...,
+        written_tokens: _builtins.int = ...,
+        accepted_prediction_tokens: _builtins.int = ...,
+        rejected_prediction_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_prediction_tokens", b"accepted_prediction_tokens", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "prompt_tokens", b"prompt_tokens", "rejected_prediction_tokens", b"rejected_prediction_tokens", "written_tokens", b"written_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1106,6 +1201,7 @@ class Start(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    WRITTEN_TOKENS_FIELD_NUMBER: _builtins.int
     WEIGHTS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
@@ -1114,6 +1210,7 @@ class Start(_message.Message):
     prompt_tokens: _builtins.int
     """As in Usage."""
     cached_tokens: _builtins.int
+    written_tokens: _builtins.int
     weights: _builtins.str
     """Digest of the weights and their numerics; see Resumed."""
     @_builtins.property
@@ -1134,11 +1231,12 @@ class Start(_message.Message):
         prompt_logprobs: _abc.Iterable[Global___PositionLogprobs] | None = ...,
         prompt_tokens: _builtins.int = ...,
         cached_tokens: _builtins.int = ...,
+        written_tokens: _builtins.int = ...,
         weights: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "model", b"model", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "seed", b"seed", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "model", b"model", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "seed", b"seed", "weights", b"weights", "written_tokens", b"written_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1413,6 +1511,7 @@ class Model(_message.Message):
     GROUPS_FIELD_NUMBER: _builtins.int
     GENERATION_DEFAULTS_FIELD_NUMBER: _builtins.int
     READS_IMAGES_FIELD_NUMBER: _builtins.int
+    PARENT_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     digest: _builtins.str
     """Digest of weights and revision."""
@@ -1425,6 +1524,8 @@ class Model(_message.Message):
     """Seconds since 1970."""
     reads_images: _builtins.bool
     """Whether Chat takes images."""
+    parent: _builtins.str
+    """The base model of an adapter; "" for a base model."""
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -1448,10 +1549,11 @@ class Model(_message.Message):
         groups: _abc.Iterable[Global___Group] | None = ...,
         generation_defaults: Global___SamplingParams | None = ...,
         reads_images: _builtins.bool = ...,
+        parent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["generation_defaults", b"generation_defaults"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "digest", b"digest", "eos_token_ids", b"eos_token_ids", "generation_defaults", b"generation_defaults", "groups", b"groups", "has_chat_template", b"has_chat_template", "id", b"id", "max_model_len", b"max_model_len", "reads_images", b"reads_images", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "digest", b"digest", "eos_token_ids", b"eos_token_ids", "generation_defaults", b"generation_defaults", "groups", b"groups", "has_chat_template", b"has_chat_template", "id", b"id", "max_model_len", b"max_model_len", "parent", b"parent", "reads_images", b"reads_images", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,91 @@
+"""An adapter is a model of its own at the front door, over a real engine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import openai
+import pytest
+
+from arriero.router.text.model_card import ModelCard, ServedAdapter
+from arriero.shards.config.group import GroupConfig
+from arriero.shards.config.sampling_params import SamplingParams
+from arriero.shards.engine.types import EngineConfig, EngineRequest
+from arriero.shards.errors import InvalidRequest
+from support.adapters import write_adapter
+from support.frontdoor import LLAMA3, LLAMA_SPECIALS, make_card, make_tokenizer
+from support.fronted import Front, fronted
+from support.models import tiny_llama
+
+VOCAB = 400
+PROMPT = list(range(5, 45))
+ASKED = {"max_tokens": 12, "temperature": 0, "extra_body": {"ignore_eos": True}}
+
+
+@pytest.fixture
+async def front(tmp_path: Path) -> AsyncIterator[Front]:
+    tiny_llama(tmp_path / "model", vocab=VOCAB)
+    files = (write_adapter(tmp_path / "poet", 1), write_adapter(tmp_path / "clerk", 2))
+    config = GroupConfig(
+        model_path=str(tmp_path / "model"),
+        dtype="float32",
+        num_blocks=256,
+        max_sequences=8,
+        threads=1,
+        adapters=files,
+    )
+
+    def card(limits: EngineConfig) -> ModelCard:
+        served = [
+            ServedAdapter(name=file.name, digest=digest)
+            for file, digest in zip(files, limits.adapters, strict=True)
+        ]
+        made = make_card(make_tokenizer(LLAMA_SPECIALS), LLAMA3, adapters=tuple(served))
+        return replace(made, vocab_size=VOCAB)
+
+    async with fronted(config, card) as front:
+        yield front
+
+
+async def tokens(front: Front, model: str) -> list[str]:
+    answer = await front.ask.completions.create(
+        model=model,
+        prompt=PROMPT,
+        logprobs=0,
+        **ASKED,  # type: ignore[call-overload]
+    )
+    assert answer.model == model
+    return list(answer.choices[0].logprobs.tokens)
+
+
+async def test_a_request_names_its_adapter(front: Front) -> None:
+    listed = {one.id: one.model_dump() for one in (await front.ask.models.list()).data}
+    assert set(listed) == {"tiny", "poet", "clerk"}
+    assert listed["tiny"]["parent"] is None and listed["poet"]["parent"] == "tiny"
+    assert (await front.ask.models.retrieve("clerk")).id == "clerk"
+
+    first = {model: await tokens(front, model) for model in listed}
+    assert len({tuple(answer) for answer in first.values()}) == 3
+    again = {model: await tokens(front, model) for model in reversed(listed)}
+    assert again == first, "an adapter read another's blocks"
+    own = front.group.submit(
+        PROMPT,
+        SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, seed=0),
+        adapter=front.group.engine.config.adapters[0],
+    )
+    assert own
+
+
+async def test_an_adapter_that_is_not_served_is_named(front: Front) -> None:
+    with pytest.raises(openai.NotFoundError, match="clerk, poet"):
+        await front.ask.completions.create(model="baker", prompt="a", max_tokens=1)
+    stranger = EngineRequest(
+        request_id="x",
+        prompt=(5,),
+        params=SamplingParams(temperature=0.0, max_tokens=1, seed=0),
+        adapter="0" * 32,
+    )
+    with pytest.raises(InvalidRequest, match="adapter"):
+        front.group.engine.submit(stranger)
