@@ -5,13 +5,17 @@ Knows the Serve deployments of a spec; knows nothing of the work of leaders and 
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve import Application
 
+from arriero.cluster.connection import connect_driver
 from arriero.cluster.hosts.capacity import SERVICE_CPUS, ClusterCapacity, PlacementBundles
 from arriero.cluster.replica.gateway import GatewayReplica, GatewaySettings
 from arriero.cluster.replica.group_settings import GroupSettings
@@ -23,6 +27,7 @@ from arriero.shards.errors import SpecError
 
 NAME = "arriero"
 _STOP_MARGIN_S = 10.0
+_SHORTEST_DIGEST = 12
 
 
 def build(spec: DeploymentSpec, capacity: ClusterCapacity) -> Application:
@@ -62,6 +67,7 @@ def gateways(spec: DeploymentSpec, leaders: Sequence[Application] = ()) -> Appli
         tracing=spec.tracing,
         wake_s=spec.wake_s,
         log_level=spec.log_level,
+        log_format=spec.log_format,
     )
     return deployment.bind(settings, *leaders)
 
@@ -70,24 +76,70 @@ def application(args: Mapping[str, str]) -> Application:
     """The application of a spec file, for Ray Serve's commands and KubeRay.
 
     `serve run arriero.cluster.app:application spec=arriero.yaml`. Serve's proxy then answers HTTP;
-    a gateway opens an HTTP port of its own only if the spec sets `gateway.http.port`.
+    a gateway opens an HTTP port of its own only if the spec sets `gateway.http.port`. `serve run`
+    builds the application before it connects to Ray, so this function connects where nobody has.
+
+    Args:
+        args: `spec`, the path of an arriero.yaml; and `digest`, the start of the SHA-256 of that
+            file. Serve compares arguments, not files: `serve deploy` takes a changed spec only
+            together with a changed digest.
 
     Raises:
-        SpecError: an unknown argument, a wrong spec, or a cluster that lacks GPUs.
+        SpecError: an unknown argument, a wrong spec or digest, or a cluster that lacks GPUs.
+        Unauthenticated: the cluster requires a token that this process does not have.
+        Unavailable: no Ray cluster answers.
     """
-    if set(args) != {"spec"}:
-        raise SpecError(f"arguments {sorted(args)}: give only spec=PATH of an arriero.yaml")
-    spec = load(Path(args["spec"]), {})
+    unknown = set(args) - {"spec", "digest"}
+    if unknown or "spec" not in args:
+        raise SpecError(
+            f"arguments {sorted(args)}: give spec=PATH of an arriero.yaml, and digest=SHA256 of"
+            " that file if you like"
+        )
+    path = Path(args["spec"])
+    spec = load(path, {})
+    if "digest" in args:
+        _check_digest(path, args["digest"])
     if spec.gateway.http is not None and spec.gateway.http.port is None:
         gateway = spec.gateway.model_copy(update={"http": None})
         spec = spec.model_copy(update={"gateway": gateway})
+    if not ray.is_initialized():
+        connect_driver(spec.ray.address or os.environ.get("RAY_ADDRESS") or "auto")
     return build(spec, ClusterCapacity.of_cluster(spec, shared=True))
 
 
+def _check_digest(path: Path, digest: str) -> None:
+    """Refuse the digest of another version of the spec, as a node with an old file would have it.
+
+    Raises:
+        SpecError: `digest` is not the start of the file's SHA-256, or is too short.
+    """
+    actual = hashlib.sha256(path.read_bytes()).hexdigest()
+    if len(digest) < _SHORTEST_DIGEST or not actual.startswith(digest.lower()):
+        raise SpecError(
+            f"`digest`={digest!r} is not that of {path}: its SHA-256 begins with"
+            f" {actual[:_SHORTEST_DIGEST]}; give that, or copy the right file to this node"
+            " (`sha256sum` shows the digest)"
+        )
+
+
 def leader(
-    model: ModelSpec, spec: DeploymentSpec, capacity: ClusterCapacity, *, seat: str, revision: int
+    model: ModelSpec,
+    spec: DeploymentSpec,
+    capacity: ClusterCapacity,
+    *,
+    seat: str,
+    revision: int,
+    avoid: Sequence[str] = (),
 ) -> Application:
     """The leader of a group, as an application or for `gateways`.
+
+    Args:
+        model: settings of the group's model.
+        spec: the deployment.
+        capacity: of the cluster.
+        seat: place of the group in the deployment.
+        revision: of the settings.
+        avoid: ids of nodes on which nothing of the group may start.
 
     Raises:
         SpecError: the cluster lacks GPUs that the model needs.
@@ -111,6 +163,7 @@ def leader(
         canary_s=spec.health.canary_s,
         limits=spec.health.limits(),
         log_level=spec.log_level,
+        log_format=spec.log_format,
     )
     deployment = serve.deployment(
         name=f"group-{seat}",
@@ -118,7 +171,7 @@ def leader(
         ray_actor_options={"num_cpus": SERVICE_CPUS},
         placement_group_bundles=[{"CPU": SERVICE_CPUS}, *placement.bundles(cpus, device)],
         placement_group_strategy="SPREAD" if model.placement.stages == "spread" else "PACK",
-        **placement.labels,
+        **placement.labels(avoid),
         health_check_period_s=spec.health.period_s,
         health_check_timeout_s=spec.health.timeout_s,
         graceful_shutdown_wait_loop_s=0.1,

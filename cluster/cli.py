@@ -1,8 +1,8 @@
 """The command line, `arriero`.
 
 Exit codes: 0 done; 1 failed; 2 wrong flag, spec or request; 3 nothing serves, or the deployment is
-full; 4 no such model, group or key; 5 broken checkpoint; 130 interrupted. An error is one line on
-stderr.
+full; 4 no such model, group, node or key; 5 broken checkpoint; 130 interrupted (Ctrl-C); 143 ended
+by SIGTERM. An error is one line on stderr.
 
 Knows the exit code of each error; knows nothing of the commands' work (`commands/`). Commands that
 need torch or Ray import both inside the function, so that all other commands answer at once.
@@ -15,9 +15,12 @@ import sys
 import typer
 
 from arriero.cluster.commands import (
+    admin_tokens,
     bench,
+    changes,
     deployment,
     doctor,
+    get,
     keys,
     kv,
     models,
@@ -50,19 +53,23 @@ app = typer.Typer(
     name="arriero",
     help="Serve Llama models across the machines of a Ray cluster.",
     epilog="Exit codes: 0 done; 1 failed; 2 wrong flag, spec or request; 3 nothing serves, or the"
-    " deployment is full; 4 no such model, group or key; 5 broken checkpoint; 130 interrupted.",
+    " deployment is full; 4 no such model, group, node or key; 5 broken checkpoint; 130 interrupted"
+    " (Ctrl-C); 143 ended by SIGTERM.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 app.callback()(remote_admin.choose)
 deployment.add_to(app)
 operations.add_to(app)
+changes.add_to(app)
+get.add_to(app)
 top.add_to(app)
 doctor.add_to(app)
 talk.add_to(app)
 plan.add_to(app)
 app.add_typer(models.app, name="models")
 app.add_typer(keys.app, name="keys")
+app.add_typer(admin_tokens.app, name="admin-token")
 app.add_typer(kv.app, name="kv")
 app.add_typer(bench.app, name="bench")
 

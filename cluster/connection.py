@@ -16,6 +16,9 @@ from arriero.cluster.hosts import local_cluster as local
 from arriero.cluster.hosts import ray_access, ray_private
 from arriero.shards.errors import Unauthenticated, Unavailable
 
+_SERVE_NAMESPACE = "serve"
+"""Namespace of Serve's actors; Serve's commands connect to no other."""
+
 
 def cluster_of(deployment: Deployment) -> local.LocalCluster | None:
     """The local cluster that `up` started; None on a joined cluster."""
@@ -69,6 +72,27 @@ def connected(deployment: Deployment) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+def connect_driver(address: str) -> None:
+    """Connect this process to a cluster for the rest of its life, in the namespace of Ray Serve.
+
+    Args:
+        address: as Ray accepts addresses: host:port, "auto" or ray://host:port.
+
+    Raises:
+        Unauthenticated: the cluster needs a token that the user does not have.
+        Unavailable: the cluster cannot be reached.
+    """
+    access = ray_access.joined_cluster(address)
+    import ray
+
+    ray_access.apply(access)
+    options = ray_private.driver_options(loopback(address))
+    try:
+        ray.init(address=address, namespace=_SERVE_NAMESPACE, **options)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        raise Unavailable(f"no Ray cluster at {address}: {' '.join(str(error).split())}") from None
 
 
 def checked_access(deployment: Deployment) -> ray_access.Changes:

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arriero.cluster import deployment_file as state
+from arriero.cluster import interrupts
 from arriero.cluster.connection import cluster_of, connected, loopback
 from arriero.cluster.deployment_file import Deployment
 from arriero.cluster.hosts import local_cluster as local
-from arriero.cluster.planner import model_check
+from arriero.cluster.preflight import check_before_start
 from arriero.cluster.registry.snapshot import RegistrySnapshot
 from arriero.cluster.spec.deployment import DeploymentSpec
 from arriero.cluster.undeploy import (
@@ -83,25 +84,16 @@ def up(
     """
     if (old := state.read(folder)) is not None:
         _remove_dead(old, folder, show)
-    show("checking the models' files")
-    model_check.check_models(spec.models)
     address = spec.ray.address or os.environ.get("RAY_ADDRESS") or None
     if address == "local":  # Ray's word for a new local cluster
         address = None
-    cluster = None
-    if address is None:
-        cluster = local.start(spec.ray)
-    deployment = Deployment(
-        ray_address=address or "",
-        node_address=cluster.node_address if cluster else loopback(address or ""),
-        local_session=cluster.session if cluster else None,
-        local_folder=str(cluster.folder) if cluster else None,
-        admin_token=state.admin_token(),
-        ray_token=cluster.token if cluster else "",
-        stop_s=max(spec.health.drain_s, spec.gateway.drain_s) + STOP_MARGIN_S,
-    )
-    noted = _NotedDeployment(folder, deployment)
+    show("checking the spec, the models and the machine")
+    check_before_start(spec, local=address is None)
+    cluster, token = None, state.admin_token()
     try:
+        with interrupts.deferred():  # no cluster may run that the state file does not name
+            cluster = local.start(spec.ray) if address is None else None
+            noted = _NotedDeployment(folder, _first_state(spec, address, cluster, token))
         show("starting a local Ray cluster" if cluster else f"joining the Ray cluster at {address}")
         importlib.import_module("ray.serve")  # a second of work, while the local cluster starts
         if cluster is not None:
@@ -109,12 +101,28 @@ def up(
         with connected(noted.deployment):
             _deploy(spec, show, noted, shared=cluster is None)
     except BaseException as error:
-        if cluster is not None:
-            show("stopping the local Ray cluster")
-            _stop_failed(cluster, folder if keep_logs is None else keep_logs, error)
-        state.clear(folder)
+        with interrupts.ignored():
+            if cluster is not None:
+                show("stopping the local Ray cluster")
+                _stop_failed(cluster, folder if keep_logs is None else keep_logs, error)
+            state.clear(folder)
         raise
     return noted.deployment
+
+
+def _first_state(
+    spec: DeploymentSpec, address: str | None, cluster: local.LocalCluster | None, token: str
+) -> Deployment:
+    """The state of a deployment that has just begun to start."""
+    return Deployment(
+        ray_address=address or "",
+        node_address=cluster.node_address if cluster else loopback(address or ""),
+        local_session=cluster.session if cluster else None,
+        local_folder=str(cluster.folder) if cluster else None,
+        admin_token=token,
+        ray_token=cluster.token if cluster else "",
+        stop_s=max(spec.health.drain_s, spec.gateway.drain_s) + STOP_MARGIN_S,
+    )
 
 
 class _NotedDeployment:
@@ -218,6 +226,7 @@ def _deploy(
 
     from arriero.cluster import app
     from arriero.cluster.control import operator
+    from arriero.cluster.control.capacity_check import refuse_spec
     from arriero.cluster.hosts.capacity import ClusterCapacity
     from arriero.cluster.registry import registry
 
@@ -235,8 +244,7 @@ def _deploy(
         clear_store()
     try:
         capacity = ClusterCapacity.of_cluster(spec, shared=shared)
-        for model in spec.models:  # raises before anything starts if GPUs are missing
-            app.leader(model, spec, capacity, seat=model.name, revision=0)
+        refuse_spec(spec, capacity)
         token = noted.deployment.admin_token
         operator_actor = operator.connect(spec, shared=shared, token=token)
         try:
@@ -247,14 +255,20 @@ def _deploy(
             noted.note(admin=admin, admin_ca=ca, admin_name=name)
             show("starting the gateways")
             ray.get(operator_actor.deploy.remote(), timeout=limit_s)
+        except ray.exceptions.GetTimeoutError:
+            raise Unavailable(
+                f"the operator gave no answer within `health.start_timeout_s`={limit_s:g}; raise"
+                " the limit"
+            ) from None
         except ray.exceptions.RayError as error:
             raise _cause_of(error) from None
         gateway, http = _wait(spec, registry_actor, operator_actor, before.failures, show)
         noted.note(gateway=gateway, http=http)
     except BaseException:
         if shared:  # `up` stops a local cluster as a whole
-            show("removing the deployment")
-            undeploy()
+            with interrupts.ignored():
+                show("removing the deployment")
+                undeploy()
         raise
 
 

@@ -6,6 +6,7 @@ knows nothing of the terminal.
 
 from __future__ import annotations
 
+import hashlib
 import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -107,16 +108,28 @@ class Figures:
         output_tok_s: output tokens per second over the whole cell, prefill included.
         ttft_ms: time to first token; percentiles over requests.
         itl_ms: time between tokens; percentiles over all gaps; empty for a single output token.
+        tokens_digest: SHA-256 of all output tokens, in order of the requests; "" if not recorded.
+        mean_accepted_length: tokens of a step with drafts, mean; 1 without speculation.
     """
 
     elapsed_s: float
     output_tok_s: float
     ttft_ms: dict[str, float]
     itl_ms: dict[str, float]
+    tokens_digest: str = ""
+    mean_accepted_length: float = 1.0
 
     def as_dict(self) -> dict[str, Any]:
         """The figures for JSON."""
         return asdict(self)
+
+
+def digest(outputs: Sequence[Sequence[int]]) -> str:
+    """SHA-256 of token ids, request by request."""
+    total = hashlib.sha256()
+    for tokens in outputs:
+        total.update(np.asarray([len(tokens), *tokens], dtype="<i4").tobytes())
+    return total.hexdigest()
 
 
 def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
@@ -189,17 +202,31 @@ class EngineBench:
     ) -> None:
         self.close()
 
-    def run(self, prompts: Sequence[Sequence[int]], output: int) -> Figures:
-        """Generate `output` tokens for each prompt, all at once, greedily.
+    def run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        output: int,
+        sampling: SamplingParams | None = None,
+    ) -> Figures:
+        """Generate `output` tokens for each prompt, all at once; greedily without `sampling`.
 
         Raises:
             GroupFailed: a request or the group failed; the text is the cause.
         """
         clock = Clock(len(prompts), output)
+        tokens: list[list[int]] = [[] for _ in prompts]
+        before = self._engine.stats().speculation
         clock.start()
-        for number, sequence in self._outputs(prompts, params(output)):
+        for number, sequence in self._outputs(prompts, sampling or params(output)):
             clock.record(number, len(sequence.tokens))
-        return clock.figures()
+            tokens[number] += sequence.tokens
+        after = self._engine.stats().speculation
+        drafts, accepted = after.drafts - before.drafts, after.accepted - before.accepted
+        return replace(
+            clock.figures(),
+            tokens_digest=digest(tokens),
+            mean_accepted_length=round(1 + accepted / drafts, 3) if drafts else 1.0,
+        )
 
     def greedy(
         self, prompts: Sequence[Sequence[int]], output: int, banned: tuple[int, ...] = ()

@@ -117,11 +117,11 @@ def operator_lives() -> bool:
 
 def clear_store() -> None:
     """Forget the deployment before: the operator's state, and what the registry stored."""
-    from arriero.cluster.control import state_store
+    from arriero.cluster.control import admin_roles, state_store
     from arriero.cluster.hosts import kv_store as store
     from arriero.cluster.registry import registry
 
-    for key in (state_store.NAME, *registry.STORED):
+    for key in (state_store.NAME, admin_roles.STORED, *registry.STORED):
         store.clear(key)
 
 

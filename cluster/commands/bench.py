@@ -18,6 +18,7 @@ from arriero.cluster.commands.deployment import temporary_deployment
 from arriero.cluster.commands.options import StateDir
 from arriero.cluster.commands.talk import ApiKey, Ca, credentials, status_as_error
 from arriero.cluster.commands.terminal import OUT, spinner
+from arriero.shards.config.speculation import MAX_DRAFT_TOKENS, SpeculationConfig
 from arriero.shards.errors import SpecError, Unavailable
 
 if TYPE_CHECKING:
@@ -158,9 +159,25 @@ def engine(
     model: Annotated[Path, typer.Option(help="Checkpoint folder.")],
     dtype: Dtype = "bfloat16",
     quantization: Quantization = None,
-    requests: Requests = 8,
+    requests: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of requests, all at once: 8, or the prompts of the file."),
+    ] = None,
     prompt: Prompt = 128,
     output: Output = 128,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(help="Prompts from a file: one, or of .jsonl one a line, in `prompt`."),
+    ] = None,
+    speculation: Annotated[
+        str, typer.Option(help="How tokens are drafted: off, ngram, suffix, draft or eagle3.")
+    ] = "off",
+    draft_model: Annotated[
+        str | None, typer.Option(help="Checkpoint folder of draft and eagle3.")
+    ] = None,
+    draft_tokens: Annotated[
+        int, typer.Option(min=1, max=MAX_DRAFT_TOKENS, help="Most drafted tokens of a step.")
+    ] = 16,
     tp: Tp = 1,
     pp: Pp = 1,
     device: Device = "cpu",
@@ -169,9 +186,16 @@ def engine(
     json_: Json = False,
 ) -> None:
     """Measure the engine in this process; with --tp or --pp, the slices are child processes."""
+    from arriero.cluster.bench_prompts import read_prompts
     from arriero.cluster.engine_bench import Cell, EngineBench
     from arriero.shards.config.group import GroupConfig
 
+    drafts = SpeculationConfig.checked(speculation, draft_tokens, draft_model)
+    if prompt_file is not None:
+        prompts = read_prompts(prompt_file, model, requests)
+    else:
+        prompts = Cell(requests=requests or 8, prompt=prompt, output=output).prompts()
+    requests, prompt = len(prompts), max(map(len, prompts))
     cell = Cell(requests=requests, prompt=prompt, output=output)
     config = GroupConfig(
         model_path=str(model),
@@ -186,13 +210,14 @@ def engine(
         max_sequences=max(256, requests),
         max_queued=max(4096, requests),
         num_blocks=cell.blocks(),
+        speculation=drafts,
     )
     with spinner() as show:
         show("loading")
         with EngineBench(config, lambda loading: show(str(loading))) as bench:
             show(f"{requests} requests of {prompt} + {output} tokens")
-            figures = bench.run(cell.prompts(), output)
-    settings: dict[str, Any] = {"bench": "engine", "model": str(model)}
+            figures = bench.run(prompts, output)
+    settings: dict[str, Any] = {"bench": "engine", "model": str(model), "speculation": speculation}
     settings |= {"dtype": dtype, "quantization": quantization}
     _print({**settings, "tp": tp, "pp": pp, "device": device}, cell, figures, json_)
 
@@ -294,6 +319,8 @@ def _print(settings: dict[str, Any], cell: Cell, figures: Figures, as_json: bool
         f"{cell.requests} requests of {cell.prompt} + {cell.output} tokens:"
         f" {figures.output_tok_s} output tokens/s over {figures.elapsed_s} s"
     )
+    if figures.mean_accepted_length > 1:
+        OUT.print(f"tokens of a step with drafts: {figures.mean_accepted_length}")
     latencies = (("time to first token", figures.ttft_ms), ("between tokens", figures.itl_ms))
     for name, percentiles in latencies:
         OUT.print(f"{name}: " + ", ".join(f"{p} {value} ms" for p, value in percentiles.items()))

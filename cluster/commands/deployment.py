@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from arriero.cluster import interrupts
 from arriero.cluster.commands.options import StateDir, set_options, with_option_groups
 from arriero.cluster.commands.terminal import ERR, OUT, spinner
 from arriero.shards.errors import SpecError
@@ -220,7 +221,7 @@ def temporary_deployment(flags: dict[str, Any]) -> Iterator[Deployment]:
                 deployment = deploy.up(checked, folder, show_step, keep_logs=logs)
             yield deployment
         finally:
-            with spinner() as show, _uninterrupted():
+            with spinner() as show, interrupts.ignored():
                 deploy.down(folder, show)
 
 
@@ -229,8 +230,8 @@ def _wait_for_interrupt(state_dir: Path | None) -> None:
     with _interruptible():
         try:
             signal.pause()
-        except KeyboardInterrupt:
-            with _uninterrupted():
+        except (KeyboardInterrupt, SystemExit):  # the end that the user asked for
+            with interrupts.ignored():
                 down(state_dir=state_dir)
 
 
@@ -238,21 +239,16 @@ def _wait_for_interrupt(state_dir: Path | None) -> None:
 def _interruptible() -> Iterator[Callable[[], None]]:
     """Treat SIGTERM and SIGHUP as Ctrl-C, so that both signals clean up too.
 
-    Gives a function that raises KeyboardInterrupt again after a library's callback has swallowed
-    the interrupt. The function does nothing while an exception is handled: that clean-up must end.
+    Gives a function that raises the interrupt again after a library's callback has swallowed it.
+    The function does nothing while an exception is handled: that clean-up must end.
     """
-    interrupted = False
-
-    def interrupt(number: int, frame: object) -> None:
-        nonlocal interrupted
-        interrupted = True
-        raise KeyboardInterrupt
+    pending = interrupts.Interrupts()
 
     def check_interrupt() -> None:
-        if interrupted and sys.exc_info()[0] is None:
-            raise KeyboardInterrupt
+        if sys.exc_info()[0] is None:
+            pending.check()
 
-    with _handled(interrupt, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    with interrupts.handled(pending.handle):
         yield check_interrupt
 
 
@@ -266,20 +262,3 @@ def _after(
         show(text)
 
     return check_and_show
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ignore interrupts during a clean-up of a few seconds."""
-    with _handled(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        yield
-
-
-@contextlib.contextmanager
-def _handled(handler: Any, *signals: signal.Signals) -> Iterator[None]:  # noqa: ANN401
-    old_handlers = {number: signal.signal(number, handler) for number in signals}
-    try:
-        yield
-    finally:
-        for number, old_handler in old_handlers.items():
-            signal.signal(number, old_handler)

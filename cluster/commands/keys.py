@@ -47,6 +47,9 @@ def add(
     tenant: Annotated[str, typer.Argument(help="Tenant of the key, in the spec or not.")],
     file: File = None,
     note: Annotated[str, typer.Option(help="Note for people.")] = "",
+    models: Annotated[
+        str, typer.Option(help="Models that the key may use, with commas; by default all.")
+    ] = "",
     as_json: AsJson = False,
     state_dir: StateDir = None,
 ) -> None:
@@ -59,11 +62,12 @@ def add(
         raise SpecError(
             f"`tenant`={tenant!r}: use 1 to 128 letters, digits, dots, dashes or underscores"
         ) from None
+    names = [name for name in models.split(",") if name]
     if file is not None:
-        key = add_key(file, tenant, note)
+        key = add_key(file, tenant, note, names)
         _print_key(key, read_keys(file)[key.split("-")[1]], as_json)
     else:
-        key, entries = _call(state_dir, "add", tenant=tenant, note=note)
+        key, entries = _call(state_dir, "add", tenant=tenant, note=note, models=names)
         _print_key(key, entries[0], as_json)
 
 
@@ -74,10 +78,11 @@ def list_(file: File = None, as_json: AsJson = False, state_dir: StateDir = None
     if as_json:
         print(json.dumps([_plain(entry) for entry in entries]))
         return
-    table = Table("id", "tenant", "created", "until", "note", box=None)
+    table = Table("id", "tenant", "created", "until", "models", "note", box=None)
     for entry in entries:
-        until = _clock(entry.expires) if entry.expires else ""
-        table.add_row(entry.id, entry.tenant, _clock(entry.created), until, entry.note)
+        until = clock(entry.expires) if entry.expires else ""
+        models = ", ".join(entry.models) or "all"
+        table.add_row(entry.id, entry.tenant, clock(entry.created), until, models, entry.note)
     OUT.print(table)
 
 
@@ -116,7 +121,7 @@ def revoke(
 def rotate_admin(
     overlap_s: Overlap = MINUTE_S, as_json: AsJson = False, state_dir: StateDir = None
 ) -> None:
-    """Replace the token of Admin, there and in the state file; the old token lives a minute."""
+    """Replace your token of Admin, there and in the state file; the old token lives a minute."""
     from arriero.cluster import deployment_file as state
 
     folder = state.state_folder(state_dir)
@@ -137,7 +142,9 @@ def rotate_admin(
         OUT.print("Admin has a new token; the state file is up to date", markup=False)
 
 
-def _call(state_dir: Path | None, action: str, **fields: str | float) -> tuple[str, list[KeyEntry]]:
+def _call(
+    state_dir: Path | None, action: str, **fields: str | float | list[str]
+) -> tuple[str, list[KeyEntry]]:
     """The response of Admin: the new key or "", and the entries without hashes."""
     with admin(state_dir) as client:
         response = client.keys(action, **fields)
@@ -150,6 +157,7 @@ def _call(state_dir: Path | None, action: str, **fields: str | float) -> tuple[s
             created=entry.created,
             note=entry.note,
             expires=entry.expires,
+            models=tuple(entry.models),
         )
         for entry in response.keys
     ]
@@ -164,9 +172,10 @@ def _print_key(key: str, entry: KeyEntry, as_json: bool) -> None:
 
 
 def _plain(entry: KeyEntry) -> dict[str, object]:
-    fields = ("id", "tenant", "created", "note", "expires")
+    fields = ("id", "tenant", "created", "note", "expires", "models")
     return {name: getattr(entry, name) for name in fields}
 
 
-def _clock(at_s: float) -> str:
+def clock(at_s: float) -> str:
+    """A time, in seconds since 1970, for people."""
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(at_s))

@@ -1,42 +1,42 @@
-"""`arriero status`, `scale`, `rollout`, `events`, `why`, …: look at a deployment, and change it.
+"""`arriero status`, `events`, `why`, `logs` and `experts`: look at a deployment.
 
 All commands call `arriero.v1.Admin`. Knows Admin's messages; knows nothing of Ray.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from arriero.cluster.commands import remote_admin
+from arriero.cluster.commands import last_known, remote_admin
 from arriero.cluster.commands.options import StateDir
-from arriero.cluster.commands.terminal import ERR, OUT, spinner
-from arriero.shards.errors import GroupFailed, NotFound, Unavailable
+from arriero.cluster.commands.terminal import OUT
+from arriero.shards.errors import NotFound, Unavailable
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from arriero.cluster.control.admin_client import AdminClient
+    from arriero.router.proto.arriero.v1 import admin_pb2 as pb
 
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
-Wait = Annotated[bool, typer.Option(help="Wait until the change is done.")]
 _POLL_S = 0.3
+_FOLLOW_S = 0.7
+FOLLOW_LINES = 200
+"""Lines that `logs --follow` asks for; more new lines in 0.7 s are cut."""
 
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands to `app`."""
-    for command in (
-        *(status, scale, drain, rollout, rollback, reload),
-        *(experts, events, why, logs),
-    ):
+    for command in (status, experts, events, why, logs):
         app.command(command.__name__)(command)
 
 
@@ -67,9 +67,14 @@ def status(
     """Show gateways, models and groups: the current state and the desired state."""
     from arriero.cluster.commands.views import status_view
 
+    last_known.check_head(state_dir)
     with admin(state_dir) as client:
         if not watch:
-            current = client.status()
+            try:
+                current = client.status()
+            except Unavailable as error:
+                last_known.add_to(error, state_dir)
+                raise
             if as_json:
                 print(json.dumps(plain(current)))
             else:
@@ -85,77 +90,6 @@ def status(
             while True:
                 live.update(status_view(client.status()), refresh=True)
                 time.sleep(1)
-
-
-def scale(
-    model: Annotated[str, typer.Argument(help="Name of the model.")],
-    groups: Annotated[int, typer.Argument(min=0, help="Number of groups; 0 ends all groups.")],
-    wait: Wait = True,
-    as_json: AsJson = False,
-    state_dir: StateDir = None,
-) -> None:
-    """Set the number of groups of a model."""
-    with admin(state_dir) as client:
-        _change(client, client.scale(model, groups), wait=wait, as_json=as_json)
-
-
-def drain(
-    name: Annotated[str, typer.Argument(help="Group or seat, as in `arriero status`.")],
-    wait: Wait = True,
-    as_json: AsJson = False,
-    state_dir: StateDir = None,
-) -> None:
-    """End a group after all streams have ended or moved; a successor takes over."""
-    with admin(state_dir) as client:
-        _change(client, client.drain(name), wait=wait, as_json=as_json)
-
-
-def rollout(
-    spec: Annotated[
-        Path | None, typer.Argument(help="New spec; without a spec, only weights are compared.")
-    ] = None,
-    force: Annotated[
-        bool, typer.Option(help="Replace all groups, also without a difference.")
-    ] = False,
-    wait: Wait = True,
-    as_json: AsJson = False,
-    state_dir: StateDir = None,
-) -> None:
-    """Replace the groups with changed settings or weights, one group at a time."""
-    from arriero.cluster.spec.load import load
-
-    text = "" if spec is None else load(spec, {}).model_dump_json()
-    with admin(state_dir) as client:
-        _change(client, client.rollout(text, force=force), wait=wait, as_json=as_json)
-        _update_gateway(client, state_dir)
-
-
-def rollback(
-    model: Annotated[str, typer.Argument(help="Name of the model.")],
-    wait: Wait = True,
-    as_json: AsJson = False,
-    state_dir: StateDir = None,
-) -> None:
-    """Restore the settings of a model from before the last rollout."""
-    with admin(state_dir) as client:
-        _change(client, client.rollback(model), wait=wait, as_json=as_json)
-
-
-def reload(
-    spec: Annotated[Path, typer.Argument(help="The changed spec.")],
-    as_json: AsJson = False,
-    state_dir: StateDir = None,
-) -> None:
-    """Apply changes of a spec that need no restart; refuse all others by name.
-
-    No restart is needed for tenants, queue and lost_s of the gateway; the limits of health;
-    autoscale, groups, prefill_groups and spares of models; log_level. Streams continue.
-    """
-    from arriero.cluster.spec.load import load
-
-    text = load(spec, {}).model_dump_json()
-    with admin(state_dir) as client:
-        _change(client, client.reload(text), wait=True, as_json=as_json)
 
 
 def experts(
@@ -202,7 +136,8 @@ def events(
                     print(json.dumps(plain(event)), flush=True)
                 else:
                     time_of_day = datetime.fromtimestamp(event.at).strftime("%H:%M:%S.%f")[:-3]
-                    line = f"{time_of_day}  {event.kind:<9} {event.who:<24} {event.text}"
+                    by = f" (by {event.by})" if event.by else ""
+                    line = f"{time_of_day}  {event.kind:<9} {event.who:<24} {event.text}{by}"
                     OUT.print(line, markup=False, soft_wrap=True)
             if not follow:
                 return
@@ -240,12 +175,30 @@ def logs(
     lines: Annotated[
         int, typer.Option(min=1, max=1000, help="Number of lines of each process.")
     ] = 20,
+    follow: Annotated[bool, typer.Option(help="Show new lines until Ctrl-C.")] = False,
     as_json: AsJson = False,
     state_dir: StateDir = None,
 ) -> None:
     """Show the last log lines of a group's leader and slices, of gateways, or of the operator."""
     with admin(state_dir) as client:
-        processes = client.logs(group, lines)
+        if not follow:
+            _print_logs(client.logs(group, lines), as_json)
+            return
+        processes = client.logs(group, FOLLOW_LINES)
+        shown: dict[tuple[str, int], list[str]] = {}
+        while True:
+            for process in processes:
+                before = shown.get((process.node, process.pid))
+                new = lines_after(before or [], process.lines)
+                new = new[-lines:] if before is None else new
+                shown[process.node, process.pid] = list(process.lines)
+                _print_new(process, new, as_json)
+            time.sleep(_FOLLOW_S)
+            with contextlib.suppress(NotFound):  # between the end of a group and the next start
+                processes = client.logs(group, FOLLOW_LINES)
+
+
+def _print_logs(processes: list[pb.ProcessLog], as_json: bool) -> None:
     if as_json:
         print(json.dumps([plain(process) for process in processes]))
         return
@@ -255,52 +208,26 @@ def logs(
             OUT.print(f"  {line}", markup=False, soft_wrap=True)
 
 
-def _update_gateway(client: AdminClient, state_dir: Path | None) -> None:
-    """Write the address of a new gateway to the state file: a rollout may replace gateways."""
-    from arriero.cluster import deployment_file as state
-
-    folder = state.state_folder(state_dir)
-    deployment, gateways = state.read(folder), client.status().gateways
-    if deployment is None or not gateways:
-        return
-    if deployment.gateway not in {gateway.address for gateway in gateways}:
-        first = gateways[0]
-        state.write(folder, replace(deployment, gateway=first.address, http=first.http))
+def _print_new(process: pb.ProcessLog, lines: Sequence[str], as_json: bool) -> None:
+    for line in lines:
+        if as_json:
+            values = {"who": process.who, "node": process.node, "pid": process.pid, "line": line}
+            print(json.dumps(values), flush=True)
+        else:
+            OUT.print(f"{process.who} ({process.pid}): {line}", markup=False, soft_wrap=True)
 
 
-def _change(client: AdminClient, text: str, *, wait: bool, as_json: bool) -> None:
-    """Print the change that Admin has started, and wait for the end of the change."""
-    if not as_json:
-        ERR.print(text, markup=False, soft_wrap=True)
-    if wait:
-        with spinner() as show:
-            _wait(client, show)
-    if as_json:
-        print(json.dumps({"change": text, "settled": wait}))
-    elif wait:
-        OUT.print("done", markup=False)
+def lines_after(before: Sequence[str], now: Sequence[str]) -> list[str]:
+    """The lines of `now` behind the end of `before`.
 
-
-def _wait(client: AdminClient, show: Callable[[str], None]) -> None:
-    """Wait until all models have the desired state.
-
-    Raises:
-        GroupFailed: a group of the new revision cannot start; the other groups serve on.
+    Args:
+        before: the last lines of a log at an earlier time.
+        now: the same number of last lines, or all lines of a shorter log.
     """
-    while True:
-        current = client.status()
-        if all(model.settled for model in current.models):
-            return
-        revisions = {model.model: model.revision for model in current.models}
-        for group in current.groups:
-            if group.phase == "failed" and group.revision == revisions.get(group.model):
-                raise GroupFailed(
-                    f"{group.seat} does not start: {group.text}; the other groups serve on"
-                    f" (`arriero rollback {group.model}` restores the settings before)"
-                )
-        changing = [group for group in current.groups if group.phase != "serving"]
-        show(", ".join(f"{group.seat} {group.phase}" for group in changing) or "waiting")
-        time.sleep(_POLL_S)
+    for overlap in range(min(len(before), len(now)), 0, -1):
+        if list(now[:overlap]) == list(before[-overlap:]):
+            return list(now[overlap:])
+    return list(now)
 
 
 def plain(message: Message) -> dict[str, object]:

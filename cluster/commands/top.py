@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING
 
 import typer
+from rich.box import HEAVY_HEAD
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -20,11 +21,14 @@ from rich.text import Text
 from arriero.cluster.commands.operations import AsJson, admin, plain
 from arriero.cluster.commands.options import StateDir
 from arriero.cluster.commands.terminal import OUT
-from arriero.cluster.commands.views import queue
+from arriero.cluster.commands.views import accepted_length, queue
 
 if TYPE_CHECKING:
     from arriero.cluster.control.admin_client import AdminClient
     from arriero.router.proto.arriero.v1 import admin_pb2 as pb
+
+_WIDE = 100
+"""Columns of a terminal from which the table has layouts and bars."""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -54,25 +58,38 @@ def _show(client: AdminClient, period_s: float, count: int) -> None:
         updates = 0
         while True:
             now = time.monotonic(), client.status()
-            live.update(view(before, now), refresh=True)
+            live.update(view(before, now, OUT.width), refresh=True)
             before, updates = now, updates + 1
             if updates == count:
                 return
             time.sleep(period_s)
 
 
-def view(before: tuple[float, pb.Status] | None, now: tuple[float, pb.Status]) -> RenderableType:
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.0%}" if whole else ""
+
+
+def view(
+    before: tuple[float, pb.Status] | None, now: tuple[float, pb.Status], width: int = 120
+) -> RenderableType:
     """A table of the groups; rates are differences between two updates.
 
     Args:
         before: seconds and status of the update before; None for the first update.
         now: seconds and status of this update.
+        width: columns of the terminal; below 100 the table leaves out layouts and bars.
     """
     elapsed_s = 0.0 if before is None else now[0] - before[0]
     old = {} if before is None else {group.id: group for group in before[1].groups}
-    table = Table("group", "phase", "slices", "running", "waiting", "KV", "steps/s", expand=True)
-    for name in ("tokens/s", "prompt/s", "cached"):
-        table.add_column(name, justify="right")
+    table = Table(box=None if width < _WIDE else HEAVY_HEAD, expand=width >= _WIDE, padding=(0, 1))
+    table.add_column("group", overflow="fold")
+    table.add_column("phase", no_wrap=True)
+    if width >= _WIDE:
+        table.add_column("slices")
+    drafting = any(group.drafts for group in now[1].groups)
+    drafts = ("drafts",) if drafting else ()
+    for name in ("run", "wait", "KV", "steps/s", "tok/s", "prompt/s", "cached", *drafts):
+        table.add_column(name, justify="right", no_wrap=True)
     total = 0.0
     for group in now[1].groups:
         last = old.get(group.id)
@@ -88,14 +105,15 @@ def view(before: tuple[float, pb.Status] | None, now: tuple[float, pb.Status]) -
         table.add_row(
             group.id or group.seat,
             group.phase,
-            f"{len(group.slice_pids)} ({group.layout})",
+            *([f"{len(group.slice_pids)} ({group.layout})"] if width >= _WIDE else []),
             str(group.running),
             str(group.waiting),
-            bar,
+            bar if width >= _WIDE else _share(group.blocks_used, group.blocks_total),
             f"{rate('steps'):.1f}",
             f"{rate('output_tokens'):.1f}",
             f"{rate('prompt_tokens'):.1f}",
             f"{cached:.0%}",
+            *([accepted_length(group)] if drafting else ()),
         )
     waiting = sum(group.waiting for group in now[1].groups)
     running = sum(group.running for group in now[1].groups)

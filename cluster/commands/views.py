@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -31,10 +31,14 @@ def status_view(status: pb.Status) -> RenderableType:
         text = f"{model.model}: {model.serving} of {model.groups} groups serve, "
         if model.spares:
             text += f"{model.standing_by} of {model.spares} spares stand by, "
-        parts.append(Text(f"{text}revision {model.revision}, {state}{queue(model)}"))
+        parts.append(
+            Text(f"{text}revision {model.revision}, {state}{_rollout(model)}{queue(model)}")
+        )
     columns = ["group", "phase", "layout", "running", "waiting", "KV blocks", "output tokens"]
     mixtures = any(group.expert_loads for group in status.groups)
-    table = Table(*columns, *(["expert load"] if mixtures else []))
+    table = Table(
+        Column("group", overflow="fold"), *columns[1:], *(["expert load"] if mixtures else [])
+    )
     for group in status.groups:
         load = [f"{group.expert_imbalance:.2f} of even" if group.expert_loads else ""]
         table.add_row(
@@ -48,13 +52,57 @@ def status_view(status: pb.Status) -> RenderableType:
             *(load if mixtures else []),
         )
     parts.append(table)
+    parts.append(nodes_view(status))
     parts += [Text(f"{group.seat}: {group.text}") for group in status.groups if group.text]
+    parts += [
+        Text(f"{group.id}: {accepted_length(group)} tokens of a step with drafts (share right)")
+        for group in status.groups
+        if group.drafts
+    ]
     for failure in status.failures[-3:]:
         recovery = ""
         if failure.HasField("recovered_s"):
             recovery = f" (served again after {failure.recovered_s:.1f} s)"
         parts.append(Text(f"{failure.who} failed: {failure.cause}{recovery}"))
     return Group(*parts)
+
+
+def _rollout(model: pb.ModelStatus) -> str:
+    """The state of a model's rollout, in words; "" for nothing to say."""
+    text = "; the rollout is paused" if model.paused else ""
+    if model.HasField("deadline_left_s"):
+        text += f"; {model.deadline_left_s:.0f} s until the rollout is taken back"
+    return text + (f"; taken back: {model.rolled_back}" if model.rolled_back else "")
+
+
+def nodes_view(status: pb.Status) -> RenderableType:
+    """The nodes of the cluster, with what is free and which groups are there."""
+    gpus = any(node.gpus for node in status.nodes)
+    table = Table(
+        "node", "state", "CPUs free", *(["GPUs free"] if gpus else []), "memory", "groups"
+    )
+    for node in status.nodes:
+        name = node.address if node.hostname in ("", node.address) else node.hostname
+        state = Text("draining", style="yellow") if node.draining else Text("up", style="green")
+        if node.head:
+            state.append(", head", style="")
+        table.add_row(
+            Text(f"{name} ({node.id[:8]})"),
+            state,
+            f"{node.cpus_free:g} of {node.cpus:g}",
+            *([f"{node.gpus_free:g} of {node.gpus:g}"] if gpus else []),
+            f"{node.memory / 1e9:.1f} GB" if node.memory else "",
+            Text(", ".join(node.groups)),
+        )
+    return table
+
+
+def accepted_length(group: pb.GroupStatus) -> str:
+    """Mean tokens of a row with a draft, and the share of drafted tokens that were right."""
+    if not group.drafts:
+        return "-"
+    mean = 1 + group.accepted_tokens / group.drafts
+    return f"{mean:.1f} ({group.accepted_tokens / max(1, group.drafted_tokens):.0%})"
 
 
 def queue(model: pb.ModelStatus) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self, TypeVar
 
 import grpc
@@ -16,7 +16,9 @@ from arriero.shards.errors import (
     CheckpointError,
     InvalidRequest,
     NotFound,
+    PermissionDenied,
     SpecError,
+    Unauthenticated,
     Unavailable,
 )
 
@@ -32,6 +34,8 @@ _REMEDY = (
 )
 _ERRORS: dict[grpc.StatusCode, type[ArrieroError]] = {
     grpc.StatusCode.NOT_FOUND: NotFound,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
+    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
     grpc.StatusCode.FAILED_PRECONDITION: SpecError,
     grpc.StatusCode.DATA_LOSS: CheckpointError,
 }
@@ -102,8 +106,24 @@ class AdminClient:
 
     def rollout(self, spec: str = "", *, force: bool = False) -> str:
         """Replace the groups whose settings or weights have changed."""
-        request = pb.RolloutRequest(spec=spec, force=force)
-        return self._call_long(self._stub.Rollout, request).text
+        return self.change_spec(pb.RolloutRequest(spec=spec, force=force)).text
+
+    def change_spec(self, request: pb.RolloutRequest) -> pb.ChangeResponse:
+        """A rollout with all its options; the response has the details."""
+        return self._call_long(self._stub.Rollout, request)
+
+    def pause_rollout(self, model: str, *, paused: bool) -> str:
+        """Pause or resume the rollout of a model."""
+        request = pb.PauseRolloutRequest(model=model, paused=paused)
+        return self._call(self._stub.PauseRollout, request).text
+
+    def drain_node(self, name: str, *, undo: bool = False) -> str:
+        """Drain a node, or take the drain back."""
+        return self._call(self._stub.DrainNode, pb.DrainNodeRequest(name=name, undo=undo)).text
+
+    def spec(self) -> str:
+        """The spec as JSON, with the settings and counts that hold now."""
+        return self._call(self._stub.GetSpec, pb.GetSpecRequest()).spec
 
     def rollback(self, model: str) -> str:
         """Go back to the previous revision of a model's settings."""
@@ -113,12 +133,16 @@ class AdminClient:
         """Apply the fields of a spec that can change while everything runs."""
         return self._call(self._stub.Reload, pb.ReloadRequest(spec=spec)).text
 
-    def keys(self, action: str, **fields: str | float) -> pb.KeysResponse:
+    def tokens(self, action: str, **fields: str | float) -> pb.TokensResponse:
+        """List, add or revoke admin tokens; `fields` are fields of `TokensRequest`."""
+        return self._call(self._stub.Tokens, pb.TokensRequest(action=action, **fields))  # type: ignore[arg-type]
+
+    def keys(self, action: str, **fields: str | float | Sequence[str]) -> pb.KeysResponse:
         """List, add, rotate or revoke API keys; `fields` are fields of `KeysRequest`."""
         return self._call_long(self._stub.Keys, pb.KeysRequest(action=action, **fields))  # type: ignore[arg-type]
 
     def rotate_token(self, overlap_s: float) -> str:
-        """Replace Admin's token; returns the new token."""
+        """Replace the token of this client; returns the new token."""
         request = pb.RotateTokenRequest(overlap_s=overlap_s)
         return self._call(self._stub.RotateToken, request).token
 

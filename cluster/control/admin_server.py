@@ -1,44 +1,58 @@
 """The gRPC server of `arriero.v1.Admin`: answers of the operator and the registry as messages.
 
-Every caller must send the deployment's admin token. Knows messages and gRPC statuses; knows nothing
-of the meaning of a change (`changes`).
+Every caller must send an admin token (`admin_guard`). Knows messages and gRPC statuses; knows
+nothing of the meaning of a change (`changes`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import logging
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 import grpc.aio
 import ray
-import yaml
 from google.protobuf.message import DecodeError, Message
 from pydantic import ValidationError
 
-from arriero.cluster import app
-from arriero.cluster.control.api_keys import ApiKeyStore, check_overlap
+from arriero.cluster.control.admin_guard import AdminGuard
+from arriero.cluster.control.admin_roles import check_spec
+from arriero.cluster.control.admin_rollouts import (
+    RolloutAdmin,
+    check_deadline,
+    fill_rollout,
+    node_statuses,
+    read_nodes,
+)
+from arriero.cluster.control.api_keys import check_overlap
+from arriero.cluster.control.audit_log import AuditLog
 from arriero.cluster.control.changes import DeploymentChanges
+from arriero.cluster.control.credentials import Credentials
 from arriero.cluster.control.deployment_view import DeploymentView
-from arriero.cluster.control.kv_admin_client import KV_ACTIONS, ask_kv
+from arriero.cluster.control.kv_admin_client import ask_all, check_kv
 from arriero.cluster.control.reconcile import Phase, settled
 from arriero.cluster.control.state_store import StateStore
 from arriero.cluster.hosts import nodes
 from arriero.cluster.hosts.nodes import node_address, reachable
 from arriero.cluster.registry.history import Failure
 from arriero.cluster.spec.deployment import DeploymentSpec
-from arriero.cluster.spec.gateway import TenantSpec
 from arriero.cluster.spec.load import explain
+from arriero.cluster.spec.yaml_text import parse
 from arriero.router.grpc_options import SERVER_OPTIONS
 from arriero.router.proto.arriero.v1 import admin_pb2 as pb
-from arriero.router.tenants.keys import KeyEntry
 from arriero.router.tls import TlsFiles
-from arriero.shards.errors import ArrieroError, CheckpointError, InvalidRequest, NotFound, SpecError
+from arriero.shards.errors import (
+    ArrieroError,
+    CheckpointError,
+    InvalidRequest,
+    NotFound,
+    PermissionDenied,
+    SpecError,
+)
 from arriero.shards.protocol import wire
 
 if TYPE_CHECKING:
@@ -51,7 +65,6 @@ log = logging.getLogger(__name__)
 
 SERVICE: str = pb.DESCRIPTOR.services_by_name["Admin"].full_name
 MAX_LINES = 1000
-KEY_ACTIONS = ("list", "add", "rotate", "revoke")
 
 M = TypeVar("M", bound=Message)
 Context = grpc.aio.ServicerContext[bytes, bytes]
@@ -78,20 +91,26 @@ class AdminServer:
         self._registry = registry
         self._server: grpc.aio.Server | None = None
 
-    async def start(self, host: str, port: int, tls: TlsFiles | None) -> str:
+    async def start(
+        self, host: str, port: int, tls: TlsFiles | None, audit: AuditLog | None = None
+    ) -> str:
         """Listen; returns the address for clients.
 
         Args:
             host: address to bind to.
             port: port to bind to; 0 for any free port.
             tls: certificate and key; None for a server without TLS.
+            audit: gets a line for each change and each refusal; None for no log.
 
         Raises:
             OSError: the address cannot be bound.
             SpecError: a file of `tls` is missing or wrong.
         """
         credentials = None if tls is None else tls.server("admin.tls")
-        server = self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        guard = AdminGuard(self._store.admin_tokens, audit)
+        server = self._server = grpc.aio.server(interceptors=(guard,), options=SERVER_OPTIONS)
+        keys_and_tokens = Credentials(self._store, self._registry)
+        more = RolloutAdmin(self._store, self._changes)
         methods = {
             "GetStatus": self._method(pb.GetStatusRequest, self._status),
             "ListEvents": self._method(pb.ListEventsRequest, self._events),
@@ -102,9 +121,13 @@ class AdminServer:
             "Rollout": self._method(pb.RolloutRequest, self._rollout),
             "Rollback": self._method(pb.RollbackRequest, self._rollback),
             "Reload": self._method(pb.ReloadRequest, self._reload),
-            "Keys": self._method(pb.KeysRequest, self._keys),
+            "Keys": self._method(pb.KeysRequest, keys_and_tokens.keys),
+            "Tokens": self._method(pb.TokensRequest, keys_and_tokens.tokens),
             "RotateToken": self._method(pb.RotateTokenRequest, self._rotate_token),
             "Kv": self._method(pb.KvRequest, self._kv),
+            "PauseRollout": self._method(pb.PauseRolloutRequest, more.pause_rollout),
+            "DrainNode": self._method(pb.DrainNodeRequest, more.drain_node),
+            "GetSpec": self._method(pb.GetSpecRequest, more.get_spec),
         }
         handlers = {
             name: grpc.unary_unary_rpc_method_handler(method) for name, method in methods.items()
@@ -123,16 +146,9 @@ class AdminServer:
     def _method(
         self, kind: type[M], answer: Callable[[M], Awaitable[Message]]
     ) -> Callable[[bytes, Context], Awaitable[bytes]]:
-        """A gRPC method: checks the token, reads the request, turns errors into statuses."""
+        """A gRPC method: reads the request, turns errors into statuses."""
 
         async def run(raw: bytes, context: Context) -> bytes:
-            given = str(dict(context.invocation_metadata() or ()).get("authorization", ""))
-            expected = [f"Bearer {token}".encode() for token in self._store.state.tokens()]
-            if not any([hmac.compare_digest(given.encode(), token) for token in expected]):
-                await context.abort(
-                    grpc.StatusCode.UNAUTHENTICATED,
-                    "metadata `authorization: Bearer TOKEN` is not the admin token",
-                )
             try:
                 request = kind()
                 request.ParseFromString(raw)
@@ -144,6 +160,8 @@ class AdminServer:
                 )
             except NotFound as error:
                 code, text = grpc.StatusCode.NOT_FOUND, str(error)
+            except PermissionDenied as error:
+                code, text = grpc.StatusCode.PERMISSION_DENIED, str(error)
             except (InvalidRequest, SpecError) as error:
                 code, text = grpc.StatusCode.INVALID_ARGUMENT, str(error)
             except CheckpointError as error:
@@ -159,6 +177,7 @@ class AdminServer:
 
     async def _status(self, request: pb.GetStatusRequest) -> pb.Status:
         snapshot = await self._registry.snapshot.remote()
+        self._view.observe(snapshot)
         desired_models, seats = self._view.desired_models(), self._view.seats(snapshot)
         entries: dict[str, GroupEntry] = {entry.seat: entry for entry in snapshot.groups}
         status = pb.Status()
@@ -176,6 +195,7 @@ class AdminServer:
                 queued=snapshot.demand.get(name, (0, 0.0))[0],
                 wait_s=snapshot.demand.get(name, (0, 0.0))[1],
             )
+            fill_rollout(status.models[-1], self._store.state.models[name])
         for seat in sorted(seats, key=lambda seat: (seat.spare, seat.name)):
             group = status.groups.add(
                 seat=seat.name, model=seat.model, revision=seat.revision, phase=seat.phase.value
@@ -188,12 +208,14 @@ class AdminServer:
                 id=gateway.id, address=gateway.address, http=gateway.http, pid=gateway.pid
             )
         status.failures.extend(map(_failure, snapshot.failures))
+        drained = self._store.state.drained_nodes
+        status.nodes.extend(node_statuses(await read_nodes(), drained, snapshot))
         return status
 
     async def _events(self, request: pb.ListEventsRequest) -> pb.ListEventsResponse:
         events = (await self._registry.events.remote())[-request.limit :]
         return pb.ListEventsResponse(
-            events=[pb.Event(at=e.at, kind=e.kind, who=e.who, text=e.text) for e in events]
+            events=[pb.Event(at=e.at, kind=e.kind, who=e.who, text=e.text, by=e.by) for e in events]
         )
 
     async def _why(self, request: pb.WhyRequest) -> pb.WhyResponse:
@@ -222,50 +244,41 @@ class AdminServer:
         return pb.ChangeResponse(text=await self._changes.drain(request.name))
 
     async def _rollout(self, request: pb.RolloutRequest) -> pb.ChangeResponse:
-        spec = _read_spec(request.spec) if request.spec else None
-        return pb.ChangeResponse(text=await self._changes.rollout(spec, force=request.force))
+        spec = self._read_spec(request.spec) if request.spec else None
+        change = await self._changes.rollout(
+            spec,
+            force=request.force,
+            dry_run=request.dry_run,
+            deadline_s=check_deadline(request.deadline_s),
+            prune=request.prune,
+        )
+        return pb.ChangeResponse(text=change.text, details=change.details)
 
     async def _rollback(self, request: pb.RollbackRequest) -> pb.ChangeResponse:
         return pb.ChangeResponse(text=await self._changes.rollback(request.model))
 
     async def _reload(self, request: pb.ReloadRequest) -> pb.ChangeResponse:
-        return pb.ChangeResponse(text=await self._changes.reload(_read_spec(request.spec)))
+        return pb.ChangeResponse(text=await self._changes.reload(self._read_spec(request.spec)))
 
-    async def _keys(self, request: pb.KeysRequest) -> pb.KeysResponse:
-        snapshot = await self._registry.snapshot.remote()
-        store = ApiKeyStore(
-            self._store.spec.gateway.keys, [gateway.node_id for gateway in snapshot.gateways]
-        )
-        if request.action == "list":
-            return pb.KeysResponse(keys=map(_api_key, (await store.entries()).values()))
-        if request.action == "add":
-            _check_tenant(request.tenant)
-            change = await store.add(request.tenant, request.note)
-        elif request.action == "rotate":
-            change = await store.rotate(request.id, check_overlap(request.overlap_s))
-        elif request.action == "revoke":
-            change = await store.revoke(request.id)
-        else:
-            raise _unknown_action(request.action, KEY_ACTIONS)
-        text = f"key {change.entry.id} of {change.entry.tenant}: {request.action}"
-        await self._registry.note.remote("keys", app.NAME, text)
-        return pb.KeysResponse(keys=[_api_key(change.entry)], key=change.key)
+    def _read_spec(self, text: str) -> DeploymentSpec:
+        """A spec that the caller may apply."""
+        spec = _read_spec(text)
+        check_spec(self._store.spec, spec)
+        return spec
 
     async def _rotate_token(self, request: pb.RotateTokenRequest) -> pb.RotateTokenResponse:
         token = await self._changes.rotate_token(check_overlap(request.overlap_s))
         return pb.RotateTokenResponse(token=token)
 
     async def _kv(self, request: pb.KvRequest) -> pb.KvResponse:
-        if request.action not in KV_ACTIONS:
-            raise _unknown_action(request.action, KV_ACTIONS)
+        check_kv(request)
         snapshot = await self._registry.snapshot.remote()
         name = request.name
         entries = [e for e in snapshot.groups if name in ("", e.group_id, e.seat, e.model)]
         if not entries:
             serving = ", ".join(entry.seat for entry in snapshot.groups) or "none"
             raise NotFound(f"no group of {name[:128]!r} serves; serving groups: {serving}")
-        tls = self._store.spec.link_tls
-        groups = await asyncio.gather(*(ask_kv(entry, request, tls) for entry in entries))
+        groups = await ask_all(entries, request, self._store.spec.link_tls)
         return pb.KvResponse(groups=groups)
 
 
@@ -305,36 +318,9 @@ def _processes(snapshot: RegistrySnapshot, name: str) -> list[tuple[str, str, st
     ]
 
 
-def _unknown_action(action: str, actions: Sequence[str]) -> InvalidRequest:
-    known = ", ".join(actions)
-    return InvalidRequest("action", f"`action`={action[:32]!r} is unknown; use one of: {known}")
-
-
-def _check_tenant(name: str) -> None:
-    try:
-        TenantSpec(name=name)
-    except ValidationError:
-        raise InvalidRequest(
-            "tenant",
-            f"`tenant`={name[:128]!r}: use 1 to 128 letters, digits, dots, dashes or underscores",
-        ) from None
-
-
-def _api_key(entry: KeyEntry) -> pb.ApiKey:
-    return pb.ApiKey(
-        id=entry.id,
-        tenant=entry.tenant,
-        created=entry.created,
-        note=entry.note,
-        expires=entry.expires,
-    )
-
-
 def _read_spec(text: str) -> DeploymentSpec:
     try:
-        return DeploymentSpec.model_validate(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise SpecError(f"the spec is not YAML: {' '.join(str(error).split())}") from None
+        return DeploymentSpec.model_validate(parse(text, "spec")[0])
     except ValidationError as error:
         raise SpecError(explain(error, "spec", {})) from None
 
@@ -360,6 +346,9 @@ def _fill(group: pb.GroupStatus, entry: GroupEntry) -> None:
         "cached_tokens", "steps", "preemptions",
     ):  # fmt: skip
         setattr(group, name, getattr(stats, name))
+    drafts = stats.speculation
+    group.drafts, group.drafted_tokens = drafts.drafts, drafts.drafted
+    group.accepted_tokens = drafts.accepted
     if stats.expert_loads:
         group.expert_imbalance, group.expert_moves = stats.expert_imbalance, stats.expert_moves
         group.expert_loads.extend(

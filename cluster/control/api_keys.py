@@ -60,10 +60,10 @@ class ApiKeyStore:
         )
         return {key_id: entry for entries in files for key_id, entry in entries.items()}
 
-    async def add(self, tenant: str, note: str) -> KeyChange:
-        """Make a key for a tenant; raises as `entries`."""
+    async def add(self, tenant: str, note: str, models: Sequence[str] = ()) -> KeyChange:
+        """Make a key for a tenant, for some models or for all; raises as `entries`."""
         await self.entries()
-        key, entry = make_key(tenant, note)
+        key, entry = make_key(tenant, note, models)
         await self._apply([entry], [])
         return KeyChange(entry=entry, key=key)
 

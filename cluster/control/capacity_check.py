@@ -1,8 +1,9 @@
 """The number of groups that the cluster can hold; refuses a change that asks for more. Sans-I/O.
 
 Counts all resources of the nodes, free or not: groups that run make room for others, and other
-applications end. A count is therefore an upper limit. Knows resources of nodes and of groups; knows
-nothing of running groups.
+applications end. A count is therefore an upper limit; of memory it counts only what the plan of a
+group knows to the byte (`group_memory`). Knows resources of nodes and of groups; knows nothing of
+running groups.
 """
 
 from __future__ import annotations
@@ -10,7 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from arriero.cluster.control.memory_check import (
+    Bundle,
+    bundle_bytes,
+    check_gpu_types,
+    groups_by_memory,
+    memory_shortage,
+)
 from arriero.cluster.hosts.capacity import SERVICE_CPUS, ClusterCapacity, PlacementBundles
+from arriero.cluster.planner.group_memory import GroupMemory, group_memory
+from arriero.cluster.spec.deployment import DeploymentSpec
 from arriero.cluster.spec.model import ModelSpec
 from arriero.shards.errors import SpecError
 
@@ -20,14 +30,30 @@ _ROUNDING = 1e-6
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WantedGroups:
-    """Groups of a model that should run; spare groups, which wait for room, left out."""
+    """Groups of a model that should run; spare groups, which wait for room, left out.
+
+    Attributes:
+        model: settings of the model.
+        count: number of groups.
+        memory: least memory of a group; None where it is not known.
+    """
 
     model: ModelSpec
     count: int
+    memory: GroupMemory | None = None
+
+    @classmethod
+    def of(cls, model: ModelSpec, count: int, capacity: ClusterCapacity) -> WantedGroups:
+        """Groups with their memory, from the model's folder if this machine has the folder."""
+        memory = group_memory(model, capacity.device(model))
+        return cls(model=model, count=count, memory=memory)
 
 
 def most_groups(
-    model: ModelSpec, capacity: ClusterCapacity, others: Iterable[WantedGroups] = ()
+    model: ModelSpec,
+    capacity: ClusterCapacity,
+    others: Iterable[WantedGroups] = (),
+    memory: GroupMemory | None = None,
 ) -> int:
     """Largest number of groups of a model that the cluster can hold.
 
@@ -35,7 +61,9 @@ def most_groups(
         model: settings of the model.
         capacity: of the cluster.
         others: groups of the other models.
+        memory: least memory of a group of the model.
     """
+    others = list(others)
     bundles = capacity.bundles(model)
     by_nodes = _num_bundles(bundles[0], capacity) // len(bundles)
     taken = [(_resources(other.model, capacity), other.count) for other in others]
@@ -44,16 +72,24 @@ def most_groups(
         total = sum(node.get(name, 0.0) for node in capacity.nodes)
         left = total - sum(count * resources.get(name, 0.0) for resources, count in taken)
         by_sum.append(int(left / amount + _ROUNDING))
-    return max(0, min(by_nodes, *by_sum))
+    used = sum(
+        other.count * sum(bundle_bytes(other.model, other.memory, capacity)) for other in others
+    )
+    by_memory = groups_by_memory(_bundle(model, capacity, memory), capacity.nodes, used)
+    limits = [by_nodes, *by_sum] if by_memory is None else [by_nodes, by_memory, *by_sum]
+    return max(0, min(limits))
 
 
-def can_hold(model: ModelSpec, capacity: ClusterCapacity) -> bool:
+def can_hold(
+    model: ModelSpec, capacity: ClusterCapacity, memory: GroupMemory | None = None
+) -> bool:
     """Whether the cluster can hold a group of a model, and has the GPUs that a leader asks for."""
     try:
         capacity.check_gpus(model)
+        check_gpu_types(model, memory, capacity)
     except SpecError:
         return False
-    return most_groups(model, capacity) > 0
+    return most_groups(model, capacity, memory=memory) > 0
 
 
 def refuse_beyond(
@@ -76,12 +112,43 @@ def refuse_beyond(
         if not _asks_for_more(entry, before_by_name.get(entry.model.name)):
             continue
         capacity.check_gpus(entry.model)
+        check_gpu_types(entry.model, entry.memory, capacity)
         if entry.count and not most_groups(entry.model, capacity):
             raise SpecError(_no_group(entry.model, capacity))
+        bundle = _bundle(entry.model, capacity, entry.memory)
+        if entry.count and groups_by_memory(bundle, capacity.nodes) == 0:
+            raise SpecError(memory_shortage(entry.model, entry.memory, bundle, capacity.nodes))
         others = [other for other in wanted if other is not entry]
-        most = most_groups(entry.model, capacity, others)
+        most = most_groups(entry.model, capacity, others, entry.memory)
         if entry.count > most:
             raise SpecError(_too_many(entry, most, capacity))
+
+
+def refuse_spec(spec: DeploymentSpec, capacity: ClusterCapacity) -> None:
+    """Refuse a deployment whose groups and gateways the nodes can never hold.
+
+    Raises:
+        SpecError: names the model, the field, its value, the limit and a remedy.
+    """
+    wanted = [WantedGroups.of(model, model.groups, capacity) for model in spec.models]
+    refuse_beyond(capacity, wanted, [])
+    check_gateways(spec, len(capacity.nodes))
+
+
+def check_gateways(spec: DeploymentSpec, num_nodes: int) -> None:
+    """Refuse more gateways with a fixed port than nodes.
+
+    Raises:
+        SpecError: names the field, its value, the limit and a remedy.
+    """
+    gateway = spec.gateway
+    if (gateway.port or gateway.http_port) and gateway.count > num_nodes:
+        field = "gateway.port" if gateway.port else "gateway.http.port"
+        raise SpecError(
+            f"`gateway.count`={gateway.count} exceeds {num_nodes}, the number of nodes: with a"
+            f" fixed `{field}` each gateway needs a node of its own; lower `gateway.count`, add"
+            " nodes, or set the port to 0"
+        )
 
 
 def _asks_for_more(entry: WantedGroups, before: WantedGroups | None) -> bool:
@@ -90,7 +157,16 @@ def _asks_for_more(entry: WantedGroups, before: WantedGroups | None) -> bool:
         return True
     after = (PlacementBundles.of(entry.model), entry.model.device, entry.model.cpus_per_slice)
     old = before.model
-    return after != (PlacementBundles.of(old), old.device, old.cpus_per_slice)
+    if after != (PlacementBundles.of(old), old.device, old.cpus_per_slice):
+        return True
+    return entry.memory is not None and entry.memory != before.memory
+
+
+def _bundle(model: ModelSpec, capacity: ClusterCapacity, memory: GroupMemory | None) -> Bundle:
+    """Resources of a bundle of a group, with the bytes of each bundle."""
+    return Bundle(
+        resources=capacity.bundles(model)[0], nbytes=bundle_bytes(model, memory, capacity)
+    )
 
 
 def _resources(model: ModelSpec, capacity: ClusterCapacity) -> dict[str, float]:
@@ -129,6 +205,11 @@ def _too_many(entry: WantedGroups, most: int, capacity: ClusterCapacity) -> str:
     remedy = f"lower `groups` to {most} or less" if most else "lower the groups of other models"
     return (
         f"model `{model.name}`: `groups`={entry.count} exceeds {most}, the number that the"
-        f" {len(capacity.nodes)} nodes of the cluster hold ({_needs(model, capacity)}); {remedy},"
-        " or add nodes"
+        f" {len(capacity.nodes)} nodes of the cluster hold ({_needs(model, capacity)}"
+        f"{_memory_words(entry, capacity)}); {remedy}, or add nodes"
     )
+
+
+def _memory_words(entry: WantedGroups, capacity: ClusterCapacity) -> str:
+    nbytes = sum(bundle_bytes(entry.model, entry.memory, capacity))
+    return f", and {nbytes / 1e9:.2f} GB of memory" if nbytes else ""

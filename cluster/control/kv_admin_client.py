@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
+
 from arriero.cluster.registry.snapshot import GroupEntry
 from arriero.cluster.replica.kv_actions import KvArguments, KvReport
 from arriero.cluster.spec.gateway import TlsSpec
 from arriero.router.link.leader_rpc import ask_leader
 from arriero.router.proto.arriero.v1 import admin_pb2 as pb
 from arriero.shards.engine.cache_report import TenantUse
-from arriero.shards.errors import ArrieroError
+from arriero.shards.errors import ArrieroError, InvalidRequest, NotFound
 
 KV_ACTIONS = ("stats", "flush", "warm", "pin", "unpin")
 TIMEOUT_S = 25.0
@@ -16,21 +19,68 @@ TIMEOUT_S = 25.0
 
 
 async def ask_kv(entry: GroupEntry, request: pb.KvRequest, tls: TlsSpec | None) -> pb.KvGroup:
-    """Ask one leader; an error is in the `error` field of the answer.
+    """Ask one leader.
 
     Args:
         entry: group of the leader.
         request: request to Admin.
         tls: TLS files of the links; None for links without TLS.
+
+    Raises:
+        InvalidRequest: the leader refuses.
+        Unavailable: the leader is gone, or did not answer in time.
     """
     context = None if tls is None else tls.files().link_client("link_tls")
     arguments = KvArguments(texts=tuple(request.texts), raw=request.raw, name=request.pin)
     leader = entry.address, entry.link_token
-    try:
-        report = await ask_leader(leader, context, request.action, arguments, KvReport, TIMEOUT_S)
-    except ArrieroError as error:
-        return pb.KvGroup(group=entry.group_id, error=str(error))
+    report = await ask_leader(leader, context, request.action, arguments, KvReport, TIMEOUT_S)
     return _message(entry.group_id, report)
+
+
+async def ask_all(
+    entries: Sequence[GroupEntry], request: pb.KvRequest, tls: TlsSpec | None
+) -> list[pb.KvGroup]:
+    """Ask the leaders of several groups; the error of a group is in the `error` of its answer.
+
+    Raises:
+        NotFound: no group has the pin to release.
+        InvalidRequest: all groups refuse the request.
+    """
+    calls = (ask_kv(entry, request, tls) for entry in entries)
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+    groups, refusals = [], []
+    for entry, answer in zip(entries, answers, strict=True):
+        if isinstance(answer, InvalidRequest):
+            refusals.append(answer)
+        if isinstance(answer, ArrieroError):
+            answer = pb.KvGroup(group=entry.group_id, error=str(answer))
+        if isinstance(answer, BaseException):
+            raise answer
+        groups.append(answer)
+    if len(refusals) == len(groups):
+        if request.action == "unpin":
+            raise NotFound(str(refusals[0]))
+        raise refusals[0]
+    return groups
+
+
+def check_kv(request: pb.KvRequest) -> None:
+    """Refuse what no leader could do.
+
+    Raises:
+        InvalidRequest: the action is unknown, or there is no text to pin or to warm.
+    """
+    if request.action not in KV_ACTIONS:
+        known = ", ".join(KV_ACTIONS)
+        raise InvalidRequest(
+            "action", f"`action`={request.action[:32]!r} is unknown; use one of: {known}"
+        )
+    if request.action in ("pin", "unpin") and not request.pin.strip():
+        raise InvalidRequest("pin", "`--name` is empty; give the pin a name")
+    if request.action in ("pin", "warm") and not any(text.strip() for text in request.texts):
+        raise InvalidRequest(
+            "texts", f"there is no text to {request.action}; give a text of a block or more"
+        )
 
 
 def _message(group: str, report: KvReport) -> pb.KvGroup:

@@ -16,7 +16,9 @@ import ray
 from ray.actor import ActorHandle
 
 from arriero.cluster import app
+from arriero.cluster.control.admin_roles import FIRST, AdminToken, Role
 from arriero.cluster.control.applications import Applications
+from arriero.cluster.control.audit_log import AuditLog
 from arriero.cluster.control.capacity_check import most_groups
 from arriero.cluster.control.changes import DeploymentChanges
 from arriero.cluster.control.deployment_view import DeploymentView
@@ -24,6 +26,7 @@ from arriero.cluster.control.desired_state import ModelState, Revision, SeatStat
 from arriero.cluster.control.group_counts import GroupCounts
 from arriero.cluster.control.placement_tracker import PlacementTracker
 from arriero.cluster.control.reconcile import (
+    Phase,
     Promote,
     Start,
     Stop,
@@ -44,6 +47,9 @@ from arriero.shards.checkpoint.remote import is_url
 
 log = logging.getLogger(__name__)
 
+AUDIT_FILE = "arriero-audit.jsonl"
+"""Name of the audit log without a path, in the folder of Ray's logs."""
+
 _BUSY_S = 0.3
 _QUIET_S = 2.0
 
@@ -51,9 +57,9 @@ _QUIET_S = 2.0
 class Operator:
     """The actor behind `connect()`."""
 
-    async def __init__(self, spec: dict[str, Any], shared: bool, token: str) -> None:  # type: ignore[misc]  # Ray awaits it
+    async def __init__(self, spec: dict[str, Any], shared: bool, token: AdminToken) -> None:  # type: ignore[misc]  # Ray awaits it
         self._store = StateStore(spec, shared, token)
-        set_log_level(self._store.spec.log_level)
+        set_log_level(self._store.spec.log_level, self._store.spec.log_format)
         self._registry = registry.connect()
         self._wake = asyncio.Event()
         self._applications = Applications()
@@ -80,10 +86,16 @@ class Operator:
         admin = self._store.spec.admin
         tls = None if admin.tls is None else admin.tls.files()
         port = admin.port or self._store.state.admin_port
+        log_spec = admin.audit_log
+        audit = AuditLog(
+            log_spec.path or nodes.log_folder() / AUDIT_FILE,
+            max_bytes=log_spec.max_bytes,
+            keep=log_spec.keep,
+        )
         try:  # after a restart the port must stay: the command line has stored it
-            return await self._admin.start(admin.host, port, tls)
+            return await self._admin.start(admin.host, port, tls, audit)
         except OSError:
-            return await self._admin.start(admin.host, admin.port, tls)
+            return await self._admin.start(admin.host, admin.port, tls, audit)
 
     async def admin_address(self) -> str:
         """Address of Admin, which answers from now on."""
@@ -131,6 +143,8 @@ class Operator:
         snapshot = await self._registry.snapshot.remote()
         await self._autoscale(snapshot)
         await self._assign_roles(snapshot)
+        self._view.observe(snapshot)
+        await self._changes.judge_rollouts(self._view, snapshot)
         desired_models = self._view.desired_models()
         wanted = {name: model.count for name, model in desired_models.items()}
         if snapshot.wanted != wanted:  # a change, or a registry that has started again
@@ -144,6 +158,7 @@ class Operator:
             return True
         await self._remove_ended_seats()
         await self._give_up_crowded(snapshot)
+        await self._free_seats(snapshot)
         actions = reconcile(desired_models, self._view.seats(snapshot))
         for action in actions:
             if isinstance(action, Start):
@@ -171,8 +186,12 @@ class Operator:
     async def _room(self, model: str) -> int:
         """Number of groups of a model that the cluster can hold beside the other models."""
         capacity = await asyncio.to_thread(self._store.read_capacity, self._store.spec)
-        others = [entry for entry in self._store.wanted_groups() if entry.model.name != model]
-        return most_groups(self._store.settings(model), capacity, others)
+        wanted = self._store.wanted_groups()
+        others = [entry for entry in wanted if entry.model.name != model]
+        settings, memory = next(
+            (entry.model, entry.memory) for entry in wanted if entry.model.name == model
+        )
+        return most_groups(settings, capacity, others, memory)
 
     async def _assign_roles(self, snapshot: RegistrySnapshot) -> None:
         """Send leaders the roles of their groups, where a role has changed."""
@@ -200,8 +219,8 @@ class Operator:
                 seat = state.seats.pop(name)
                 # the next group of the seat is no spare, unless `_start` says so
                 await self._registry.promote.remote(name)
-                model = state.models[seat.model]
-                model.drained = [drained for drained in model.drained if drained != name]
+                if (model := state.models.get(seat.model)) is not None:
+                    model.drained = [drained for drained in model.drained if drained != name]
                 self._store.save()
 
     async def _give_up_crowded(self, snapshot: RegistrySnapshot) -> None:
@@ -211,6 +230,15 @@ class Operator:
         for seat in self._placements.give_up(seats, started, self._view.surplus_models()):
             await self._stop(Stop(seat=seat, why="the cluster has no room for an extra group"))
 
+    async def _free_seats(self, snapshot: RegistrySnapshot) -> None:
+        """Stop groups that wait for a placement and avoid a node that takes groups again."""
+        started = {group_id.rpartition(".")[0] for group_id in snapshot.progress}
+        drained = set(self._store.state.drained_nodes)
+        for seat in self._view.seats(snapshot):
+            waits = seat.phase is Phase.STARTING and seat.name not in started
+            if waits and set(self._store.state.seats[seat.name].avoids) - drained:
+                await self._stop(Stop(seat=seat.name, why="a node takes groups again"))
+
     async def _start(self, action: Start) -> None:
         revision = self._store.state.models[action.model].revision(action.revision)
         built = app.leader(
@@ -219,8 +247,11 @@ class Operator:
             self._store.capacity,
             seat=action.seat,
             revision=action.revision,
+            avoid=self._store.state.drained_nodes,
         )
-        self._store.state.seats[action.seat] = SeatState(action.model, action.revision)
+        avoids = list(self._store.state.drained_nodes)
+        seat = SeatState(action.model, action.revision, avoids=avoids)
+        self._store.state.seats[action.seat] = seat
         self._store.save()
         if action.spare:
             await self._registry.spare.remote(action.seat, action.model, action.revision)
@@ -240,7 +271,10 @@ class Operator:
 
 
 def connect(spec: DeploymentSpec, *, shared: bool, token: str) -> ActorHandle[Operator]:
-    """The operator of the cluster; creates the actor for `spec` if there is none."""
+    """The operator of the cluster; creates the actor for `spec` if there is none.
+
+    Ray stores the arguments of an actor, so the actor gets the hash of `token`.
+    """
     handle: ActorHandle[Operator] = (
         ray.remote(Operator)
         .options(  # type: ignore[assignment]
@@ -254,6 +288,6 @@ def connect(spec: DeploymentSpec, *, shared: bool, token: str) -> ActorHandle[Op
             max_restarts=-1,
             max_concurrency=100,
         )
-        .remote(spec.model_dump(mode="json"), shared, token)
+        .remote(spec.model_dump(mode="json"), shared, AdminToken.of(FIRST, Role.OWN, token))
     )
     return handle

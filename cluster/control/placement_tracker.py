@@ -31,19 +31,41 @@ class PlacementTracker:
         self._waiting_since_s: dict[str, float] = {}
         self._crowded_until_s: dict[str, float] = {}
 
-    def problem(self, seat: str, model: ModelSpec, capacity: ClusterCapacity) -> str:
-        """A text for people when a seat has waited some seconds; "" otherwise."""
+    def problem(
+        self,
+        seat: str,
+        model: ModelSpec,
+        capacity: ClusterCapacity,
+        without: Collection[str] = (),
+    ) -> str:
+        """A text for people when a seat has waited some seconds; "" otherwise.
+
+        Args:
+            seat: the seat.
+            model: settings of the seat's model.
+            capacity: of the cluster.
+            without: ids of drained nodes.
+        """
         since_s = self._waiting_since_s.get(seat)
         waits_s = 0.0 if since_s is None else time.monotonic() - since_s
         if since_s is None or waits_s < _REPORT_AFTER_S:
             return ""
         bundles = capacity.bundles(model)
-        if waits_s < PLACEMENT_S and nodes.count_free_bundles(bundles[0]) >= len(bundles):
+        num_free = nodes.count_free_bundles(bundles[0], without)
+        if waits_s < PLACEMENT_S and num_free >= len(bundles):
             return ""  # there is room: the placement is under way
-        return "waits for a placement: " + _shortage(bundles)
+        labels = model.placement.labels
+        where = f", on nodes with the labels {labels}" if labels else ""
+        return f"waits for a placement: {_shortage(bundles, without)}{where}"
 
     def surge(
-        self, model: ModelSpec, capacity: ClusterCapacity, *, num_seats: int, count: int
+        self,
+        model: ModelSpec,
+        capacity: ClusterCapacity,
+        *,
+        num_seats: int,
+        count: int,
+        without: Collection[str] = (),
     ) -> int:
         """Number of extra groups, 0 or 1, that the cluster has room for.
 
@@ -52,13 +74,13 @@ class PlacementTracker:
             capacity: of the cluster.
             num_seats: current number of the model's seats, without spare groups.
             count: desired number of groups.
+            without: ids of drained nodes.
         """
         if self._crowded_until_s.get(model.name, 0.0) > time.monotonic():
             return 0
         if num_seats != count:
             return 1  # the extra group exists already, or the model needs none yet
-        bundles = capacity.bundles(model)
-        return int(nodes.count_free_bundles(bundles[0]) >= len(bundles))
+        return int(has_free_group(model, capacity, without))
 
     def give_up(
         self, seats: Iterable[GroupSeat], started: Collection[str], surplus: Collection[str]
@@ -85,13 +107,21 @@ class PlacementTracker:
         return stuck
 
 
-def _shortage(bundles: list[dict[str, float]]) -> str:
+def has_free_group(
+    model: ModelSpec, capacity: ClusterCapacity, without: Collection[str] = ()
+) -> bool:
+    """Whether a further group of a model has room now, outside of the nodes `without`."""
+    bundles = capacity.bundles(model)
+    return nodes.count_free_bundles(bundles[0], without) >= len(bundles)
+
+
+def _shortage(bundles: list[dict[str, float]], without: Collection[str]) -> str:
     """What the bundles of a group need, and what is free, in words."""
-    needed, most_free = bundles[0], nodes.most_free(bundles[0])
+    needed, most_free = bundles[0], nodes.most_free(bundles[0], without)
     words = f"it needs {_amounts(needed)} on one node"
     if len(bundles) > 1:
         words = f"it needs {len(bundles)} times {_amounts(needed)}, each on one node"
-        words += f"; {nodes.count_free_bundles(needed)} of these are free now"
+        words += f"; {nodes.count_free_bundles(needed, without)} of these are free now"
     return f"{words}; the node with most has {_amounts(most_free)} free"
 
 

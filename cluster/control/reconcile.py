@@ -40,7 +40,7 @@ class DesiredModel:
         surge: groups beyond `count` that may exist during a replacement. With 0, a group stops
             before its successor starts.
         drained: names of seats that must stop whatever their revision.
-        paused: no group starts.
+        paused: the rollout is paused: groups of earlier revisions that serve stay, and count.
         fits: the cluster could hold a group of the revision. If not, no group that serves stops in
             favour of the revision.
         spares: number of groups on standby, beside `count`.
@@ -149,7 +149,7 @@ def _reconcile_model(model: str, desired: DesiredModel, seats: list[GroupSeat]) 
         seat
         for seat in spares
         if seat.phase is Phase.FAILED
-        or seat.revision != desired.revision
+        or (seat.revision != desired.revision and not desired.paused)
         or seat.name in desired.drained
     ]
     # A useless spare group only takes room; a seat that is stopping already needs no action.
@@ -167,11 +167,10 @@ def _reconcile_model(model: str, desired: DesiredModel, seats: list[GroupSeat]) 
         if surplus > 0:
             why = "the spec asks for fewer spare groups"
             return [Stop(seat=seat.name, why=why) for seat in alive[:surplus]]
-        if not desired.paused:
-            return [
-                Start(seat=name, model=model, revision=desired.revision, spare=True)
-                for name in _free_names(model, taken, -surplus)
-            ]
+        return [
+            Start(seat=name, model=model, revision=desired.revision, spare=True)
+            for name in _free_names(model, taken, -surplus)
+        ]
     return []
 
 
@@ -184,16 +183,12 @@ def _reconcile_serving(
 ) -> list[Action]:
     """Actions for the groups that serve; `ready` are spare groups on standby."""
     alive = [seat for seat in seats if seat.phase is not Phase.STOPPING]
-    current = [
-        seat
-        for seat in alive
-        if seat.revision == desired.revision and seat.name not in desired.drained
-    ]
+    current, extra = _current(desired, alive)
     outdated = [seat for seat in alive if seat not in current]
     serving = [seat for seat in alive if seat.phase is Phase.SERVING]
 
     # Scale down, all at once; groups that still start, or run the fewest requests, stop first.
-    surplus = len(current) - desired.count
+    surplus = len(current) - desired.count - extra
     if surplus > 0:
         current.sort(key=lambda seat: (seat.phase is Phase.SERVING, seat.load, seat.name))
         why = "the model needs fewer groups"
@@ -206,7 +201,7 @@ def _reconcile_serving(
     missing = desired.count - len(current)
     if missing > 0 and ready:
         return [Promote(seat=seat.name) for seat in ready[:missing]]
-    if missing > 0 and not desired.paused:
+    if missing > 0:
         room = desired.count + desired.surge - len(seats)
         starting = sum(seat.phase is Phase.STARTING for seat in current)
         # During a replacement one group at a time; otherwise all at once.
@@ -229,6 +224,18 @@ def _reconcile_serving(
             why = "it is drained" if drained else f"revision {desired.revision} replaces it"
             return [Stop(seat=first.name, why=why)]
     return []
+
+
+def _current(desired: DesiredModel, alive: list[GroupSeat]) -> tuple[list[GroupSeat], int]:
+    """Groups that count as desired, and the number of groups beyond `count` that may stay."""
+    here = [seat for seat in alive if seat.name not in desired.drained]
+    current = [seat for seat in here if seat.revision == desired.revision]
+    if not desired.paused:
+        return current, 0
+    kept = [
+        seat for seat in here if seat.revision != desired.revision and seat.phase is Phase.SERVING
+    ]
+    return current + kept, desired.surge if kept else 0  # the extra group of the rollout stays too
 
 
 def _free_names(model: str, taken: set[str], count: int) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from arriero.cluster.control.admin_roles import AdminToken, AdminTokens
 from arriero.cluster.control.capacity_check import WantedGroups
 from arriero.cluster.control.desired_state import OperatorState
 from arriero.cluster.hosts import kv_store
@@ -26,17 +27,19 @@ class StateStore:
         spec: a `DeploymentSpec` as JSON, for the first start; after a restart the stored spec
             counts.
         shared: other applications use the Ray cluster too.
-        token: admin token, for the first start.
+        token: admin token of `arriero up`, for the first start.
 
     Attributes:
         state: to read and to change.
         spec: current spec of the deployment.
         capacity: of the cluster, for the spec.
+        admin_tokens: the tokens that Admin accepts.
     """
 
-    def __init__(self, spec: dict[str, Any], shared: bool, token: str) -> None:
+    def __init__(self, spec: dict[str, Any], shared: bool, token: AdminToken) -> None:
         stored = kv_store.get(NAME, OperatorState)
-        self.state = OperatorState(spec, shared, token) if stored is None else stored
+        self.state = OperatorState(spec, shared) if stored is None else stored
+        self.admin_tokens = AdminTokens.stored(token)
         self.spec = DeploymentSpec.model_validate(self.state.spec)
         self.capacity = self.read_capacity(self.spec)
 
@@ -50,10 +53,14 @@ class StateStore:
         """The settings of a model's current revision."""
         return ModelSpec.model_validate(self.state.model(model).current.settings)
 
+    def current_settings(self) -> list[ModelSpec]:
+        """The settings of the current revision of each model."""
+        return [self.settings(name) for name in self.state.models]
+
     def wanted_groups(self) -> list[WantedGroups]:
         """The groups of all models that should run now."""
         return [
-            WantedGroups(model=self.settings(name), count=model.count)
+            WantedGroups.of(self.settings(name), model.count, self.capacity)
             for name, model in self.state.models.items()
         ]
 
@@ -62,5 +69,7 @@ class StateStore:
         kv_store.put(NAME, self.state)
 
     def read_capacity(self, spec: DeploymentSpec) -> ClusterCapacity:
-        """The capacity of the cluster at this moment, for a spec."""
-        return ClusterCapacity.of_cluster(spec, shared=self.state.shared)
+        """The capacity of the cluster at this moment, for a spec; drained nodes do not count."""
+        capacity = ClusterCapacity.of_cluster(spec, shared=self.state.shared)
+        drained = self.state.drained_nodes
+        return capacity.without(drained) if drained else capacity

@@ -5,11 +5,9 @@ Knows Ray's resources and the spec; knows nothing of Serve and of groups that ex
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
-
-import ray
 
 from arriero.cluster.spec.deployment import DeploymentSpec
 from arriero.cluster.spec.model import ModelSpec
@@ -30,12 +28,14 @@ class ClusterCapacity:
         num_gpus: GPUs of the whole cluster.
         cpus_per_slice: logical CPUs of a slice whose model sets no `cpus_per_slice`.
         nodes: all resources of each node that is alive, free or not.
+        node_ids: Ray's ids of these nodes; empty where they do not matter.
     """
 
     num_cpus: float
     num_gpus: float
     cpus_per_slice: float
     nodes: tuple[Mapping[str, float], ...] = ()
+    node_ids: tuple[str, ...] = ()
 
     @classmethod
     def of_cluster(cls, spec: DeploymentSpec, *, shared: bool) -> ClusterCapacity:
@@ -46,17 +46,38 @@ class ClusterCapacity:
             shared: other applications use the cluster too; then a slice takes 1 CPU by default.
                 Otherwise all slices, and the extra group of a rolling update, share the CPUs.
         """
-        resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        num_cpus = resources.get("CPU", 0.0)
+        import ray  # here, so that `up` can check a spec before it imports Ray
+
+        alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+        capacity = cls.of_nodes(spec, [node["Resources"] for node in alive], shared=shared)
+        return replace(capacity, node_ids=tuple(node["NodeID"] for node in alive))
+
+    @classmethod
+    def of_nodes(
+        cls, spec: DeploymentSpec, nodes: Sequence[Mapping[str, float]], *, shared: bool
+    ) -> ClusterCapacity:
+        """The capacity of nodes with these resources; for the arguments see `of_cluster`."""
+        num_cpus = sum(node.get("CPU", 0.0) for node in nodes)
         surge = max(model.mesh.num_slices for model in spec.models)
         num_services = sum(model.most_seats for model in spec.models) + spec.gateway.count + 1
         slice_cpus = num_cpus - SERVICE_CPUS * num_services
         share = max(_LEAST_CPUS, int(slice_cpus / (spec.num_slices + surge) * 1e3) / 1e3)
         return cls(
             num_cpus=num_cpus,
-            num_gpus=resources.get("GPU", 0.0),
+            num_gpus=sum(node.get("GPU", 0.0) for node in nodes),
             cpus_per_slice=1.0 if shared else min(1.0, share),
-            nodes=tuple(node["Resources"] for node in ray.nodes() if node["Alive"]),  # type: ignore[no-untyped-call]
+            nodes=tuple(nodes),
+        )
+
+    def without(self, node_ids: Sequence[str]) -> ClusterCapacity:
+        """The capacity for groups when some nodes take none; a slice keeps its share of CPUs."""
+        kept = [
+            (node_id, node)
+            for node_id, node in zip(self.node_ids, self.nodes, strict=False)
+            if node_id not in node_ids
+        ]
+        return replace(
+            self, nodes=tuple(node for _, node in kept), node_ids=tuple(name for name, _ in kept)
         )
 
     def device(self, model: ModelSpec) -> str:
@@ -125,12 +146,18 @@ class PlacementBundles:
             bundle[f"accelerator_type:{self.accelerator}"] = 0.001
         return [bundle] * self.count
 
-    @property
-    def labels(self) -> dict[str, Any]:
-        """Serve's argument for node labels: an entry for the leader, then an entry per bundle."""
-        if not self.selector:
+    def labels(self, avoid: Sequence[str] = ()) -> dict[str, Any]:
+        """Serve's argument for node labels: an entry for the leader, then an entry per bundle.
+
+        Args:
+            avoid: ids of nodes on which no slice may start.
+        """
+        selector = dict(self.selector)
+        if avoid:
+            selector["ray.io/node-id"] = f"!in({','.join(avoid)})"
+        if not selector:
             return {}
-        selectors = [dict(self.selector)] * (1 + self.count)
+        selectors = [selector] * (1 + self.count)
         return {"placement_group_bundle_label_selector": selectors}
 
 

@@ -19,6 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from arriero.cluster.hosts import ray_access
+from arriero.cluster.hosts.listeners import beyond_loopback
+
 PACKAGES = ("ray", "torch", "grpcio", "pyzmq", "msgspec", "safetensors", "tokenizers")
 _MIN_FILES = 65_536
 _MIN_SHM_BYTES = 1 << 30
@@ -51,6 +54,8 @@ class Facts:
         ports: why a port of the spec cannot be bound; "" for a free port.
         peers: why another node cannot be reached, by address; "" for a node that answers.
         disk_needs: bytes that the spec needs on disk, by folder.
+        listeners: ports of Ray's processes that other machines reach, by name of the process.
+        ray_token: processes of Ray on this node ask callers for a token.
     """
 
     host: str
@@ -69,6 +74,8 @@ class Facts:
     ports: dict[int, str] = field(default_factory=dict)
     peers: dict[str, str] = field(default_factory=dict)
     disk_needs: dict[str, int] = field(default_factory=dict)
+    listeners: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    ray_token: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,6 +161,8 @@ def collect(needs: NodeNeeds) -> Facts:
         ports={port: _bind_error(port) for port in needs.ports},
         peers={address: _connect_error(address, port) for address, port in needs.peers},
         disk_needs=disk_needs,
+        listeners=beyond_loopback(),
+        ray_token=os.environ.get(ray_access.MODE) == "token",
     )
 
 
@@ -262,7 +271,24 @@ def _judge_network(name: str, facts: Facts) -> list[Finding]:
         text = f"reaches {peer}" if not error else f"cannot reach {peer}: {error}"
         remedy = "open the network between nodes: slices and links use any free port"
         findings.append(_finding(name, not error, text, remedy))
-    return findings
+    return [*findings, _judge_listeners(name, facts)]
+
+
+def _judge_listeners(name: str, facts: Facts) -> Finding:
+    """What other machines reach; without a token, whoever reaches Ray runs code."""
+    ports = ", ".join(
+        f"{process} {' '.join(map(str, ports))}" for process, ports in facts.listeners.items()
+    )
+    if not ports:
+        return _finding(name, True, "Ray listens on loopback alone", "")
+    text = (
+        f"Ray listens beyond loopback, {'with' if facts.ray_token else 'without'} a token: {ports}"
+    )
+    remedy = (
+        "whoever reaches these ports runs code here: start the cluster with RAY_AUTH_MODE=token"
+        " (infra/metal does), or close the network"
+    )
+    return _finding(name, facts.ray_token, text, remedy, "warn")
 
 
 def _judge_gpus(name: str, facts: Facts) -> list[Finding]:

@@ -83,8 +83,10 @@ def start(spec: RaySpec) -> LocalCluster:
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
     if not spec.dashboard:
-        # without the dashboard nobody reads Ray's metrics, and the raylet's memory would grow
+        # without the dashboard nobody reads Ray's metrics: the raylet's memory would grow, and the
+        # ports of the metrics would answer everybody
         environment.setdefault("RAY_enable_metrics_collection", "0")
+        environment.setdefault(ray_private.METRICS_PORT, "-1")
     environment.pop("RAY_ADDRESS", None)
     with (folder / "start.log").open("w") as log:
         process = subprocess.Popen(

@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,20 +29,29 @@ ASK_S = 3.0
 WORK_S = 20.0
 """Timeout of `run_on`; a node without an idle worker must first start one."""
 R = TypeVar("R")
+MAX_LINE = 2000
+"""Most characters of a line that `log_tail` gives; a line of JSON with a traceback is long."""
 _PROBE_S = 1.0
 
 
-def count_free_bundles(bundle: Mapping[str, float]) -> int:
-    """Number of bundles with these resources that are free, each on one node."""
+def count_free_bundles(bundle: Mapping[str, float], without: Collection[str] = ()) -> int:
+    """Number of bundles with these resources that are free, each on one node.
+
+    Args:
+        bundle: resources of a bundle.
+        without: ids of nodes that do not count.
+    """
     return sum(
         min(int(node.get(name, 0.0) / amount + 1e-6) for name, amount in bundle.items())
-        for node in ray_private.free_resources().values()
+        for node_id, node in ray_private.free_resources().items()
+        if node_id not in without
     )
 
 
-def most_free(bundle: Mapping[str, float]) -> dict[str, float]:
+def most_free(bundle: Mapping[str, float], without: Collection[str] = ()) -> dict[str, float]:
     """Of each resource of a bundle, the largest amount that is free on one node."""
-    free = ray_private.free_resources().values()
+    nodes = ray_private.free_resources().items()
+    free = [resources for node_id, resources in nodes if node_id not in without]
     return {name: max((node.get(name, 0.0) for node in free), default=0.0) for name in bundle}
 
 
@@ -164,14 +173,18 @@ def _kill(pids: list[int]) -> None:
 
 
 def _tail(pid: int, count: int) -> list[str]:
-    context = ray.get_runtime_context()
-    folder = Path(context.get_temp_dir(), context.get_session_name(), "logs")
     lines: list[str] = []
-    for path in sorted(folder.glob(f"worker-*-{pid}.err")):
+    for path in sorted(log_folder().glob(f"worker-*-{pid}.err")):
         text = path.read_text(errors="replace")
         # Ray marks its own lines with a colon at the start
-        lines += [line[:300] for line in text.splitlines() if line.strip() and line[0] != ":"]
+        lines += [line[:MAX_LINE] for line in text.splitlines() if line.strip() and line[0] != ":"]
     return lines[-count:]
+
+
+def log_folder() -> Path:
+    """The folder of this node's logs; ends with the Ray cluster, if Ray's temporary folder does."""
+    context = ray.get_runtime_context()
+    return Path(context.get_temp_dir(), context.get_session_name(), "logs")
 
 
 def node_address() -> str:

@@ -101,14 +101,15 @@ def changed(environment: Mapping[str, str], changes: Changes) -> dict[str, str]:
 def applied(changes: Changes) -> Iterator[None]:
     """Apply `changes` to this process; Ray may be imported, but must not be connected."""
     before = {name: os.environ.get(name) for name in changes}
-    _set(changes)
+    apply(changes)
     try:
         yield
     finally:
-        _set(before)
+        apply(before)
 
 
-def _set(changes: Changes) -> None:
+def apply(changes: Changes) -> None:
+    """Apply `changes` to this process, for good; Ray must not be connected."""
     for name, value in changes.items():
         if value is None:
             os.environ.pop(name, None)

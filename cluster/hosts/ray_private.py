@@ -19,7 +19,8 @@ LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray's variable for clusters of several nodes; "0" makes a node at 127.0.0.1 bind to loopback."""
 CHECK_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 """gRPC method of the GCS that answers without a registered client."""
-
+METRICS_PORT = "DASHBOARD_METRIC_PORT"
+"""Ray's variable for the port of the head's metrics, which ask for no token; "-1" opens none."""
 HEAD_PROCESSES = (b"/gcs_server", b"/raylet")
 """Ends of the programs' paths of a head node's two processes."""
 
@@ -92,6 +93,31 @@ def users_token() -> str:
     except AuthenticationError:  # the token path has no readable token
         return ""
     return str(loader.get_raw_token(ignore_auth_mode=True))
+
+
+def bind_replica_server(host: str) -> None:
+    """Bind the gRPC server of this process's Serve replica to one address of its node.
+
+    Publicly the server listens on every interface of the machine. Serve opens the server after the
+    constructor of the deployment, which therefore must call this function. A version of Serve
+    without the replaced function keeps listening everywhere, where it asks for the cluster's token.
+
+    Args:
+        host: IP address at which the cluster knows this node; handles of other processes call it.
+    """
+    from ray.serve._private import replica
+
+    add_port = getattr(replica, "add_port_to_grpc_server", None)
+    if add_port is None:
+        return
+    bracketed = f"[{host}]" if ":" in host else host
+
+    def add_port_at_host(server: object, address: str) -> int:
+        port = address.rpartition(":")[2]
+        bound: int = add_port(server, f"{bracketed}:{port}")
+        return bound
+
+    setattr(replica, "add_port_to_grpc_server", add_port_at_host)  # noqa: B010
 
 
 def gcs_address(address: str) -> str:

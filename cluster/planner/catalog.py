@@ -67,6 +67,20 @@ DEVICES = {
         _gpu("mi325x-256g", 254.7, 6.0),
     )
 }
+RAY_TYPES = {
+    "H100": "h100-80g",
+    "H200": "h200-141g",
+    "A100": "a100-80g",
+    "A100-40G": "a100-40g",
+    "A100-80G": "a100-80g",
+    "B200": "b200-192g",
+    "GB200": "gb200-186g",
+    "H20": "h20-96g",
+    "L40S": "l40s-48g",
+    "A10G": "a10-24g",
+    "L4": "l4-24g",
+}
+"""The device of a GPU type as Ray names it; of several sizes the largest."""
 CPU_BANDWIDTH = 2e10
 """Bytes per second of a machine's memory, a low estimate; all slices of the machine share them."""
 

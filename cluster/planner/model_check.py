@@ -8,11 +8,12 @@ knows nothing of clusters.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from arriero.cluster.planner.cut_files import cut_files
 from arriero.shards.errors import ArrieroError, CheckpointError, SpecError
 
 if TYPE_CHECKING:
@@ -37,10 +38,49 @@ def check_models(models: Iterable[ModelSpec]) -> None:
     """
     from arriero.shards.checkpoint.remote import is_url
 
+    local = [model for model in models if not is_url(model.path)]
+    for model in local:
+        check_settings(model, Path(model.path))
+    for model in local:  # first all that is quick: the import of torch takes seconds
+        folder = Path(model.path)
+        _raise([*cut_files(folder), *text_problems(folder)], folder, model.name)
+    for model in local:
+        from arriero.shards.checkpoint.verify import verify
+
+        raise_problems(verify(Path(model.path)), model.name)
+        check_adapters(model)
+
+
+def check_known_sizes(models: Iterable[ModelSpec]) -> None:
+    """Check settings and lengths of files of the models that this machine has; needs no torch.
+
+    The whole check comes later and reads any folder.
+
+    Raises:
+        CheckpointError: see `check_settings`.
+        SpecError: see `check_settings`.
+    """
+    from arriero.shards.checkpoint.remote import is_url
+
     for model in models:
-        if not is_url(model.path):
-            check_settings(model, Path(model.path))
-            raise_problems(check_folder(Path(model.path)), model.name)
+        folder = Path(model.path)
+        if not is_url(model.path) and (folder / "config.json").is_file():
+            check_settings(model, folder)
+            _raise(cut_files(folder), folder, model.name)
+
+
+def check_adapters(model: ModelSpec) -> None:
+    """Refuse adapters that do not fit the model; reads settings, headers and digests.
+
+    Raises:
+        CheckpointError: names the adapter, the file and the remedy.
+    """
+    if model.adapters:
+        from arriero.shards.adapters.adapter import open_adapters
+        from arriero.shards.checkpoint.formats.describe import describe
+
+        numbers, _ = describe(Path(model.path))
+        open_adapters(model.group_config("cpu"), numbers)
 
 
 def check_checkpoint(checkpoint: Checkpoint, model: ModelSpec) -> None:
@@ -134,14 +174,18 @@ def raise_problems(report: Report, name: str = "") -> None:
     Raises:
         CheckpointError: lists the first problems and counts the rest.
     """
-    if report.ok:
+    _raise(report.problems, report.path, name)
+
+
+def _raise(problems: Sequence[str], folder: Path, name: str) -> None:
+    if not problems:
         return
-    listed = "; ".join(report.problems[:MOST_PROBLEMS])
-    more = len(report.problems) - MOST_PROBLEMS
+    listed = "; ".join(problems[:MOST_PROBLEMS])
+    more = len(problems) - MOST_PROBLEMS
     model = f"model `{name}`: " if name else ""
     rest = f"; and {more} more" if more > 0 else ""
-    folder = "" if str(report.path) in listed else f"{report.path}: "
-    raise CheckpointError(f"{model}{folder}{listed}{rest}")
+    where = "" if str(folder) in listed else f"{folder}: "
+    raise CheckpointError(f"{model}{where}{listed}{rest}")
 
 
 def text_problems(folder: Path) -> tuple[str, ...]:

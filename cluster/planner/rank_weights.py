@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil, prod, sqrt
@@ -214,9 +214,22 @@ def rank_weights(model: AnyModel, part: AnyPart, weights: Weights, kernels: Kern
         weights: form of the weights in memory.
         kernels: the backend that packs the weights.
     """
+    return _bytes_of(_rank_stacks(model, part, weights), part, weights, kernels)
+
+
+def modules_weights(
+    modules: Iterable[Module], part: AnyPart, weights: Weights, kernels: Kernels
+) -> RankWeights:
+    """As `rank_weights`, of modules that a rank holds beside its model."""
+    return _bytes_of(_stacked(modules, weights).items(), part, weights, kernels)
+
+
+def _bytes_of(
+    stacks: Iterable[tuple[_Stack, int]], part: AnyPart, weights: Weights, kernels: Kernels
+) -> RankWeights:
     by_kind: Counter[str] = Counter()
     scales, experts_total, num_experts = 0, 0, 0
-    for stack, times in _rank_stacks(model, part, weights):
+    for stack, times in stacks:
         first = stack.modules[0]
         rows = sum(_share(module, part, 0) for module in stack.modules) * first.stacked
         columns = _share(first, part, -1)
@@ -268,26 +281,34 @@ class _ModelStacks:
 
 @lru_cache(maxsize=16)
 def _model_stacks(model: AnyModel, weights: Weights) -> _ModelStacks:
-    modules_by_place: dict[int | Place, dict[str, list[Module]]] = {}
+    modules_by_place: dict[int | Place, list[Module]] = {}
     for module in modules_of(model, None):
+        place = module.place if module.layer is None else module.layer
+        modules_by_place.setdefault(place, []).append(module)
+    entries: dict[tuple[tuple[_Stack, int], ...], int] = {}
+    index: dict[int | Place, int] = {}
+    for place, modules in modules_by_place.items():
+        stacks = tuple(_stacked(modules, weights).items())
+        index[place] = entries.setdefault(stacks, len(entries))
+    return _ModelStacks(entries=tuple(entries), index=index)
+
+
+def _stacked(modules: Iterable[Module], weights: Weights) -> Counter[_Stack]:
+    """The stacks of the modules of a place, with the number of each."""
+    groups: dict[str, list[Module]] = {}
+    for module in modules:
         matched = None if module.experts else _STACKED.match(module.name)
         key = f"{module.name}{module.suffix}"
         if matched is not None:
             key = f"{matched[1]}{'qkv' if matched[2] else 'gate_up'}"
-        place = module.place if module.layer is None else module.layer
-        modules_by_place.setdefault(place, {}).setdefault(key, []).append(module)
-    entries: dict[tuple[tuple[_Stack, int], ...], int] = {}
-    index: dict[int | Place, int] = {}
-    for place, groups in modules_by_place.items():
-        stacks = Counter(
-            _Stack(
-                modules=tuple(replace(module, name="", layer=None) for module in modules),
-                precision=weights.precision_of(modules[0]),
-            )
-            for modules in groups.values()
+        groups.setdefault(key, []).append(module)
+    return Counter(
+        _Stack(
+            modules=tuple(replace(module, name="", layer=None) for module in group),
+            precision=weights.precision_of(group[0]),
         )
-        index[place] = entries.setdefault(tuple(stacks.items()), len(entries))
-    return _ModelStacks(entries=tuple(entries), index=index)
+        for group in groups.values()
+    )
 
 
 def _rank_stacks(model: AnyModel, part: AnyPart, weights: Weights) -> Iterator[tuple[_Stack, int]]:

@@ -20,8 +20,9 @@ from typing import Any
 import ray
 from fastapi import FastAPI
 
+from arriero.cluster.hosts import ray_private
 from arriero.cluster.hosts.log_level import set_log_level
-from arriero.cluster.hosts.nodes import reachable
+from arriero.cluster.hosts.nodes import node_address, reachable
 from arriero.cluster.registry import registry
 from arriero.cluster.registry.history import Failure
 from arriero.cluster.registry.snapshot import GatewayEntry
@@ -33,6 +34,7 @@ from arriero.shards.errors import CheckpointError, SpecError
 
 RETRY_S = 0.5
 DEMAND_S = 0.5
+SPEND_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +47,7 @@ class GatewaySettings:
         link_tls: TLS files of the links to leaders; None for links without TLS.
         tracing: export of spans; None for none.
         wake_s: see `GatewayConfig`.
-        log_level: log level of the gateway.
+        log_level, log_format: level and form of the gateway's logs.
     """
 
     spec: GatewaySpec
@@ -54,6 +56,7 @@ class GatewaySettings:
     tracing: TracingSpec | None = None
     wake_s: Mapping[str, float] = field(default_factory=dict)
     log_level: str = "warning"
+    log_format: str = "text"
 
 
 class GatewayReplica:
@@ -64,7 +67,8 @@ class GatewayReplica:
     """
 
     async def __init__(self, settings: GatewaySettings, *leaders: Any) -> None:  # type: ignore[misc]  # noqa: ANN401
-        set_log_level(settings.log_level)
+        set_log_level(settings.log_level, settings.log_format)
+        ray_private.bind_replica_server(node_address())
         self._live_version = 0
         self._id = uuid.uuid4().hex[:8]
         self._spec = settings.spec
@@ -99,6 +103,7 @@ class GatewayReplica:
         )
         self._following = asyncio.create_task(self._follow())
         self._reporting = asyncio.create_task(self._report_demand())
+        self._spending = asyncio.create_task(self._report_spending())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls this method once: the application for Serve's own HTTP proxy."""
@@ -114,9 +119,12 @@ class GatewayReplica:
         self._stopping = True
         self._following.cancel()
         self._reporting.cancel()
+        self._spending.cancel()
         with contextlib.suppress(ray.exceptions.RayError):
             await self._registry.gateway_gone.remote(self._id)
         await self._gateway.stop(self._spec.drain_s)
+        with contextlib.suppress(ray.exceptions.RayError):
+            await self._spend()
 
     async def _follow(self) -> None:
         """Register, and link the groups of the registry, after every change."""
@@ -145,9 +153,13 @@ class GatewayReplica:
         if live is None or live.version == self._live_version:
             return
         self._live_version = live.version
-        set_log_level(live.log_level)
+        set_log_level(live.log_level, live.log_format)
         self._gateway.reload(
-            tenants=live.tenants, limits=live.queue, lost_s=live.lost_s, wake_s=live.wake_s
+            tenants=live.tenants,
+            limits=live.queue,
+            lost_s=live.lost_s,
+            wake_s=live.wake_s,
+            models=live.models,
         )
 
     async def _report_demand(self) -> None:
@@ -160,6 +172,23 @@ class GatewayReplica:
             if waiting or reported:  # the last report says that no request waits any more
                 self._registry.demand.remote(self._id, waiting)
             reported = bool(waiting)
+
+    async def _report_spending(self) -> None:
+        """Share with all gateways what the tenants' budgets of the day have lost, and read it."""
+        while True:
+            if self._gateway.has_day_budgets:
+                with contextlib.suppress(ray.exceptions.RayError):  # the registry restarts
+                    await self._spend()
+            await asyncio.sleep(SPEND_S)
+
+    async def _spend(self) -> None:
+        budgets = self._gateway.budgets
+        day, spent = budgets.take()
+        try:
+            budgets.merge(day, await self._registry.spend.remote(day, spent))
+        except ray.exceptions.RayError:
+            budgets.give_back(day, spent)
+            raise
 
     def _report_faults(self) -> None:
         """Report, once each, the serving groups that this gateway cannot use."""

@@ -36,7 +36,7 @@ def group_card(
         limits: of the engine.
         digest: of the weights.
     """
-    from arriero.router.text.model_card import ModelCard
+    from arriero.router.text.model_card import ModelCard, ServedAdapter
     from arriero.shards.families.registry import family_of
     from arriero.shards.kv.blocks import model_root
     from arriero.shards.kv.host_id import host_name
@@ -60,4 +60,8 @@ def group_card(
         memory=host_name() if config.tiers.host_bytes else "",
         image_tile=0 if vision is None else vision.image_size,
         image_features=0 if vision is None else vision.features_per_tile,
+        adapters=tuple(
+            ServedAdapter(name=file.name, digest=adapter)
+            for file, adapter in zip(config.adapters, limits.adapters, strict=True)
+        ),
     )

@@ -31,7 +31,7 @@ class GroupSettings:
         drain_s: seconds for which running streams may continue at the end.
         canary_s: seconds between two test tokens of an idle group.
         limits: limits of silence, hangs and steps.
-        log_level: log level of the leader and the slices.
+        log_level, log_format: level and form of the logs of the leader and the slices.
         link_tls: TLS files of the link with gateways; None for a link without TLS.
         tracing: export of spans; None for none.
     """
@@ -48,6 +48,7 @@ class GroupSettings:
     canary_s: float
     limits: HealthLimits
     log_level: str = "warning"
+    log_format: str = "text"
     link_tls: TlsSpec | None = None
     tracing: TracingSpec | None = None
 

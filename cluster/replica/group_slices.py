@@ -64,7 +64,7 @@ class GroupSlices:
                     placement_group_bundle_index=rank // self._settings.slices_per_bundle + 1,
                 ),
             )
-            self.actors.append(options.remote(self._settings.log_level))
+            self.actors.append(options.remote(self._settings.log_level, self._settings.log_format))
         self.locations = list(
             await asyncio.gather(*[actor.location.remote() for actor in self.actors])
         )
@@ -124,10 +124,10 @@ class GroupSlices:
         location = self.locations[rank]
         return await nodes.log_tail(location.node_id, location.pid, count, limit_s)
 
-    def set_log_level(self, level: str) -> None:
+    def set_log_level(self, level: str, log_format: str) -> None:
         """Set the log level of all slices, without waiting."""
         for actor in self.actors:
-            actor.set_log_level.remote(level)
+            actor.set_log_level.remote(level, log_format)
 
     def expect_end(self) -> None:
         """From now on the end of a run is no failure."""

@@ -108,7 +108,15 @@ class KvAdminHandler:
         prompt = await self._tokens(texts[0], raw=raw)
         # a token more: the last token of a prompt is always computed, never taken from the cache
         await self._canary.draw((*prompt, prompt[-1]))
-        return await self._ask(lambda scheduler: scheduler.pin(name, prompt))
+        num_pinned = await self._ask(lambda scheduler: scheduler.pin(name, prompt))
+        if not num_pinned:
+            await self._ask(lambda scheduler: scheduler.unpin(name))
+            raise InvalidRequest(
+                "pin",
+                f"the {len(prompt)} tokens of the text fill no block of `kv.block_size` tokens, so"
+                " that nothing is pinned; give a longer text",
+            )
+        return num_pinned
 
     async def _tokens(self, text: str, *, raw: bool) -> tuple[int, ...]:
         """Tokens of a text at the start of requests: as a system prompt, or as raw text."""

@@ -16,7 +16,7 @@ import time
 
 import ray
 
-from arriero.cluster.hosts import nodes
+from arriero.cluster.hosts import nodes, ray_private
 from arriero.cluster.hosts.log_level import set_log_level
 from arriero.cluster.registry import registry
 from arriero.cluster.replica import standby
@@ -36,7 +36,8 @@ class Leader:
     """The Serve replica that leads a group; ready after a token has passed through every slice."""
 
     async def __init__(self, settings: GroupSettings) -> None:  # type: ignore[misc]  # Serve awaits it
-        set_log_level(settings.log_level)
+        set_log_level(settings.log_level, settings.log_format)
+        ray_private.bind_replica_server(nodes.node_address())
         self._settings = settings
         self._loop = asyncio.get_running_loop()
         self._registration = Registration(registry.connect(), settings)
@@ -186,8 +187,8 @@ class Leader:
             return
         self._live_version = live.version
         self._group.apply_live(live)
-        set_log_level(live.log_level)
-        self._slices.set_log_level(live.log_level)
+        set_log_level(live.log_level, live.log_format)
+        self._slices.set_log_level(live.log_level, live.log_format)
 
     async def _close(self) -> None:
         """Drain, stop engine and slices, and end the slices' processes."""

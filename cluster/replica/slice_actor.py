@@ -40,8 +40,8 @@ class SliceLocation:
 class SliceActor:
     """One slice; the leader owns the actor, which ends with the leader."""
 
-    def __init__(self, log_level: str) -> None:
-        set_log_level(log_level)
+    def __init__(self, log_level: str, log_format: str) -> None:
+        set_log_level(log_level, log_format)
         # importing torch takes seconds: start now, while the leader still places other slices
         self._import = threading.Thread(target=_import_runner, daemon=True)
         self._import.start()
@@ -56,9 +56,9 @@ class SliceActor:
             cores=len(os.sched_getaffinity(0)),
         )
 
-    def set_log_level(self, level: str) -> None:
+    def set_log_level(self, level: str, log_format: str) -> None:
         """Log messages of this level and above; also while the slice serves."""
-        set_log_level(level)
+        set_log_level(level, log_format)
 
     def digest(self, path: str) -> str:
         """The digest of a checkpoint; computed here, since leaders do not import torch."""

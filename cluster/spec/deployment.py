@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from arriero.cluster.spec.fields import (
     Bytes,
     Count,
+    LogFormat,
     LogLevel,
     Port,
     Seconds,
@@ -79,6 +80,21 @@ class AdminTlsSpec(SpecSection):
         return TlsFiles(certificate=self.certificate, key=self.key)
 
 
+class AuditLogSpec(SpecSection):
+    """The audit log of Admin: a line of JSON for each change and each refusal.
+
+    Attributes:
+        path: file on the node where the operator runs; null for `arriero-audit.jsonl` in the
+            folder of Ray's logs.
+        max_bytes: size at which the file is rotated.
+        keep: number of older files.
+    """
+
+    path: Path | None = None
+    max_bytes: Bytes = 10**7
+    keep: Count = 5
+
+
 class AdminSpec(SpecSection):
     """The server of `arriero.v1.Admin`, for callers with the deployment's admin token.
 
@@ -87,11 +103,13 @@ class AdminSpec(SpecSection):
         port: port to bind to; 0 for any free port.
         tls: null sends everything unencrypted, the admin token too: only for loopback and trusted
             networks.
+        audit_log: who changed what.
     """
 
     host: str = "127.0.0.1"
     port: Port = 0
     tls: AdminTlsSpec | None = None
+    audit_log: AuditLogSpec = AuditLogSpec()
 
 
 class RaySpec(SpecSection):
@@ -130,6 +148,7 @@ class DeploymentSpec(SpecSection):
             leader protects a link.
         tracing: export of spans of requests; null for none.
         log_level: log level of leaders, slices and gateways; `arriero logs` shows the logs.
+        log_format: text, or a line of JSON for each message.
     """
 
     models: Annotated[tuple[ModelSpec, ...], Field(min_length=1)]
@@ -140,14 +159,26 @@ class DeploymentSpec(SpecSection):
     admin: AdminSpec = AdminSpec()
     ray: RaySpec = RaySpec()
     log_level: LogLevel = "warning"
+    log_format: LogFormat = "text"
 
     @model_validator(mode="after")
     def _names(self) -> DeploymentSpec:
         names = [model.name for model in self.models]
-        refuse_twice(names, "model name", "give each model its own")
+        names += [adapter.name for model in self.models for adapter in model.adapters]
+        refuse_twice(names, "model name", "give each model and each adapter its own")
         if self.link_tls is not None and self.link_tls.ca is None:
             raise ValueError(
                 "`link_tls` needs `ca`: both ends of a link check the other end's certificate"
+            )
+        worker = self.gateway.vllm_engine
+        if worker is True and len(names) > 1:
+            raise ValueError(
+                f"`gateway.vllm_engine: true` with {len(names)} models: the service has one model; "
+                f"name it: `vllm_engine: {names[0]}`"
+            )
+        if isinstance(worker, str) and worker not in names:
+            raise ValueError(
+                f"`gateway.vllm_engine: {worker}` is none of the models {', '.join(names)}"
             )
         return self
 

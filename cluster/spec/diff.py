@@ -1,14 +1,16 @@
 """The differences between two specs, and the command that applies each difference.
 
 `arriero reload` applies a difference at once; `arriero rollout` replaces gateways or groups one
-after another; the rest needs `arriero down` and `arriero up`. Knows specs; knows nothing of the
-processes that apply a difference.
+after another, and starts and ends models; the rest needs `arriero down` and `arriero up`. Knows
+specs; knows nothing of the processes that apply a difference.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from typing import Any, Literal
 
 from arriero.cluster.spec.deployment import DeploymentSpec, RaySpec
@@ -21,6 +23,7 @@ Command = Literal["reload", "rollout", "up"]
 
 LIVE = (
     "log_level",
+    "log_format",
     "gateway.tenants",
     "gateway.queue",
     "gateway.lost_s",
@@ -31,7 +34,7 @@ LIVE = (
 )
 FIXED = ("ray", "admin", "link_tls")
 _DEFAULTS = {"ray": RaySpec().model_dump(mode="json")}
-_WHOLE = ("tenants", "autoscale", "tls", "http", "request_log", "queue")
+_WHOLE = ("tenants", "autoscale", "tls", "http", "request_log", "queue", "kv_events")
 """Sections that are compared as a whole."""
 
 
@@ -42,10 +45,18 @@ class FieldChange:
     Attributes:
         field: name of the field, such as `gateway.queue` or `models[demo].mesh.tp`.
         applied_by: command that applies the difference.
+        before, after: both values, for people; a whole model is "none" where the spec lacks it.
     """
 
     field: str
     applied_by: Command
+    before: Any = dataclass_field(default=None, compare=False)
+    after: Any = dataclass_field(default=None, compare=False)
+
+    @property
+    def words(self) -> str:
+        """The field with both values."""
+        return f"{self.field}: {_words(self.before)} -> {_words(self.after)}"
 
 
 def diff(old: DeploymentSpec, new: DeploymentSpec) -> list[FieldChange]:
@@ -60,15 +71,21 @@ def diff(old: DeploymentSpec, new: DeploymentSpec) -> list[FieldChange]:
             applied_by = "reload"
         elif _within(field, FIXED):
             applied_by = "up"
-        changes.append(FieldChange(field=field, applied_by=applied_by))
+        changes.append(_change(field, applied_by, before, after, field))
     models = [{model.name: model.model_dump(mode="json") for model in s.models} for s in (old, new)]
     for name in {**models[0], **models[1]}:
         if name not in models[0] or name not in models[1]:
-            changes.append(FieldChange(field=f"models[{name}]", applied_by="up"))
+            old_path, new_path = (model.get(name, {}).get("path", "none") for model in models)
+            changes.append(
+                FieldChange(
+                    field=f"models[{name}]", applied_by="rollout", before=old_path, after=new_path
+                )
+            )
             continue
         for field in _differ(models[0][name], models[1][name], ""):
             applied_by = "reload" if _within(field, COUNTS) else "rollout"
-            changes.append(FieldChange(field=f"models[{name}].{field}", applied_by=applied_by))
+            full_name = f"models[{name}].{field}"
+            changes.append(_change(full_name, applied_by, models[0][name], models[1][name], field))
     return changes
 
 
@@ -98,10 +115,12 @@ def live_settings(spec: DeploymentSpec, version: int) -> LiveSettings:
     return LiveSettings(
         version=version,
         log_level=spec.log_level,
+        log_format=spec.log_format,
         tenants=spec.gateway.shares(),
         queue=QueueLimits(**dict(spec.gateway.queue)),
         lost_s=spec.gateway.lost_s,
         wake_s=spec.wake_s,
+        models=tuple(model.name for model in spec.models),
         health=spec.health.limits(),
         canary_s=spec.health.canary_s,
     )
@@ -120,6 +139,24 @@ def _differ(old: Mapping[str, Any], new: Mapping[str, Any], at: str) -> list[str
         else:
             names.append(where)
     return names
+
+
+def _change(
+    name: str, applied_by: Command, old: Mapping[str, Any], new: Mapping[str, Any], path: str
+) -> FieldChange:
+    """The change of the field at a path below two sections."""
+    values = []
+    for data in (old, new):
+        value: Any = data
+        for step in path.split("."):
+            value = value.get(step) if isinstance(value, Mapping) else None
+        values.append(value)
+    return FieldChange(field=name, applied_by=applied_by, before=values[0], after=values[1])
+
+
+def _words(value: Any) -> str:  # noqa: ANN401
+    """A value as in a spec, on one line."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _at(data: Mapping[str, Any], field: str) -> Any:  # noqa: ANN401

@@ -8,20 +8,38 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from arriero.cluster.spec.fields import Count, Name, Port, Seconds, SpecSection, refuse_twice
-from arriero.router.gateway import GatewayConfig
+from arriero.router.gateway_config import MAX_RESUMABLE_S, RESUMABLE_S, GatewayConfig
+from arriero.router.http.hosted_tools import HostedTools
+from arriero.router.observability.otlp_metrics import OtlpMetricsConfig
 from arriero.router.observability.request_log import RequestLogConfig
 from arriero.router.observability.tracing import TracingConfig
 from arriero.router.tenants.tenant import ANYONE, QueueLimits, Tenant
 from arriero.router.tls import TlsFiles
 
+if TYPE_CHECKING:
+    from arriero.router.kv_events.zmq_publisher import KvEventsConfig
+
+_ZMQ = re.compile(r"tcp://(\*|[^/\s:*]+|\[[0-9a-fA-F:.]+\]):\d{1,5}|ipc://\S+")
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s?#]+", re.IGNORECASE)
 DEFAULT_PORT = 50051
 DEFAULT_HTTP_PORT = 8000
+
+
+def _zmq_address(value: str) -> str:
+    if not _ZMQ.fullmatch(value):
+        raise ValueError(
+            f"{value!r} is no address to listen on; write tcp://HOST:PORT, such as "
+            "tcp://127.0.0.1:5557, or ipc://PATH"
+        )
+    return value
+
+
+ZmqAddress = Annotated[str, AfterValidator(_zmq_address)]
 
 
 class HttpSpec(SpecSection):
@@ -33,11 +51,14 @@ class HttpSpec(SpecSection):
             port is 0.
         cors: origins of web pages that may call the gateway from a browser, such as
             http://localhost:5173; "*" for all. Empty by default: browsers then refuse the calls.
+        hosted_tools: "ignore" leaves tools that a server would run (web search, MCP) out of the
+            prompt; "refuse" refuses requests that offer such tools.
     """
 
     host: str = "127.0.0.1"
     port: Port | None = None
     cors: tuple[str, ...] = ()
+    hosted_tools: HostedTools = "ignore"
 
     @field_validator("cors", mode="before")
     @classmethod
@@ -89,6 +110,13 @@ class TracingSpec(SpecSection):
         return TracingConfig(endpoint=self.endpoint, sample=self.sample)
 
 
+class OtlpMetricsSpec(SpecSection):
+    """Export of metrics; needs `arriero[trace]`. For the fields see `OtlpMetricsConfig`."""
+
+    endpoint: str
+    period_s: Seconds = 15
+
+
 class RequestLogSpec(SpecSection):
     """A line of JSON for each request; for the fields see `RequestLogConfig`."""
 
@@ -106,6 +134,8 @@ class TenantSpec(SpecSection):
     tokens_per_minute: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     max_running: Count | None = None
     max_queued: Count | None = None
+    tokens_per_day: Count | None = None
+    tokens_per_day_by_model: dict[Name, Count] = Field(default_factory=dict)
     metrics: bool = False
     private_cache: bool = False
 
@@ -115,6 +145,31 @@ class QueueSpec(SpecSection):
 
     max_queued: Count = 4096
     max_wait_s: Seconds = 60
+
+
+class KvEventsSpec(SpecSection):
+    """Sockets for the KV events of a gateway's groups; for the fields see `KvEventsConfig`.
+
+    The events hold the token ids of prompts, and the sockets ask for no key.
+    """
+
+    publish: ZmqAddress = "tcp://127.0.0.1:5557"
+    replay: ZmqAddress | None = None
+    topic: Annotated[str, Field(max_length=256)] | None = None
+
+    @model_validator(mode="after")
+    def _differ(self) -> KvEventsSpec:
+        if self.publish == self.replay and not self.publish.endswith(":0"):
+            raise ValueError(f"`publish` and `replay` are both {self.replay}; give two addresses")
+        return self
+
+    def config(self) -> KvEventsConfig:
+        """Config for the router."""
+        from arriero.router.kv_events.zmq_publisher import KvEventsConfig
+
+        return KvEventsConfig(
+            publish=self.publish, replay=self.replay or "", topic=self.topic or ""
+        )
 
 
 class GatewaySpec(SpecSection):
@@ -131,7 +186,13 @@ class GatewaySpec(SpecSection):
         tenants: tenants with limits.
         queue: limits of the queue.
         request_log: a line for each request; null for no log.
+        otlp_metrics: collector of metrics; null for no export.
         lost_s: seconds for which a stream whose group was lost waits for another group.
+        vllm_engine: serve `vllm.grpc.engine.VllmEngine` on the gRPC listener too; the name of a
+            model where the deployment has several. Needs `arriero[smg]`.
+        kv_events: sockets for KV events in vLLM's form; null for none.
+        resumable_s: seconds for which a resumable stream over HTTP is kept without its client; 0
+            keeps none.
     """
 
     host: str = "127.0.0.1"
@@ -144,7 +205,11 @@ class GatewaySpec(SpecSection):
     tenants: tuple[TenantSpec, ...] = ()
     queue: QueueSpec = QueueSpec()
     request_log: RequestLogSpec | None = None
+    otlp_metrics: OtlpMetricsSpec | None = None
     lost_s: Seconds = 120
+    vllm_engine: bool | Name = False
+    kv_events: KvEventsSpec | None = None
+    resumable_s: Annotated[float, Field(ge=0, le=MAX_RESUMABLE_S)] = RESUMABLE_S
 
     @model_validator(mode="after")
     def _tenants_have_keys(self) -> GatewaySpec:
@@ -179,10 +244,12 @@ class GatewaySpec(SpecSection):
     ) -> GatewayConfig:
         """Settings of each gateway; for the arguments see `GatewayConfig`."""
         log = None if self.request_log is None else RequestLogConfig(**dict(self.request_log))
+        otlp = None if self.otlp_metrics is None else OtlpMetricsConfig(**dict(self.otlp_metrics))
         return GatewayConfig(
             address=f"{self.host}:{self.port}",
             http_address=None if self.http is None else f"{self.http.host}:{self.http_port}",
             cors=() if self.http is None else self.http.cors,
+            hosted_tools="ignore" if self.http is None else self.http.hosted_tools,
             models=models,
             tls=None if self.tls is None else self.tls.files(),
             link_tls=None if link_tls is None else link_tls.files(),
@@ -192,6 +259,17 @@ class GatewaySpec(SpecSection):
             num_gateways=self.count,
             tracing=None if tracing is None else tracing.config(),
             request_log=log,
+            otlp_metrics=otlp,
             lost_s=self.lost_s,
+            resumable_s=self.resumable_s,
             wake_s=wake_s or {},
+            vllm_engine=self._engine_model,
+            kv_events=None if self.kv_events is None else self.kv_events.config(),
         )
+
+    @property
+    def _engine_model(self) -> str | None:
+        """The model that the worker service serves; "" for the only model, None for no service."""
+        if isinstance(self.vllm_engine, str):
+            return self.vllm_engine
+        return "" if self.vllm_engine else None

@@ -19,10 +19,11 @@ class LiveSettings:
 
     Attributes:
         version: counts up from 1.
-        log_level: level of the logs of arriero's own processes.
+        log_level, log_format: level and form of the logs of arriero's own processes.
         tenants, queue, lost_s, wake_s: settings of gateways; see `GatewayConfig`.
         health: limits of the health checks of groups.
         canary_s: seconds between two test tokens of an idle group.
+        models: names of the deployment's models; empty in what an earlier version stored.
     """
 
     version: int
@@ -33,3 +34,5 @@ class LiveSettings:
     wake_s: Mapping[str, float]
     health: HealthLimits
     canary_s: float
+    models: tuple[str, ...] = ()
+    log_format: str = "text"

@@ -6,21 +6,26 @@ fields (`deployment`).
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
-import yaml
 from pydantic import ValidationError
 
 from arriero.cluster.spec.deployment import AdminTlsSpec, DeploymentSpec
+from arriero.cluster.spec.fields import SpecSection
 from arriero.cluster.spec.gateway import GatewaySpec, TlsSpec
 from arriero.cluster.spec.model import ModelSpec
+from arriero.cluster.spec.yaml_text import Lines, parse
 from arriero.router.tenants.keys import read_keys
 from arriero.router.tls import TlsFiles
 from arriero.shards.checkpoint.remote import is_url
 from arriero.shards.errors import CheckpointError, SpecError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 _SECTIONS = {
     "host": ("gateway", "host"),
@@ -60,7 +65,7 @@ def load(path: Path | None, flags: Mapping[str, Any]) -> DeploymentSpec:
         CheckpointError: the folder of a model is no checkpoint.
     """
     data: dict[str, Any] = {}
-    lines: dict[tuple[int | str, ...], int] = {}
+    lines: Lines = {}
     if path is not None:
         data, lines = _read(path)
     data = _with_flags(data, flags)
@@ -71,7 +76,15 @@ def load(path: Path | None, flags: Mapping[str, Any]) -> DeploymentSpec:
         raise SpecError(explain(error, source, lines)) from None
     base = path.parent if path is not None else Path.cwd()
     models = tuple(
-        model.model_copy(update={"path": _model_folder(model, base, source)})
+        model.model_copy(
+            update={
+                "path": _model_folder(model, base, source),
+                "adapters": tuple(
+                    adapter.model_copy(update={"path": _absolute(base, adapter.path)})
+                    for adapter in model.adapters
+                ),
+            }
+        )
         for model in spec.models
     )
     gateway = spec.gateway.model_copy(
@@ -142,35 +155,15 @@ def _model_folder(model: ModelSpec, base: Path, source: str) -> str:
     return str(folder)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[tuple[int | str, ...], int]]:
+def _read(path: Path) -> tuple[dict[str, Any], Lines]:
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path}: {error}") from None
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise SpecError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise SpecError(f"{path}: a spec is a mapping with `models:`, not {type(data).__name__}")
-    lines: dict[tuple[int | str, ...], int] = {}
-    _note_lines(root, (), lines)
-    return data, lines
-
-
-def _note_lines(
-    node: yaml.Node | None, path: tuple[int | str, ...], lines: dict[tuple[int | str, ...], int]
-) -> None:
-    """Record the line of each field below a node of the file."""
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            lines[(*path, key.value)] = key.start_mark.line + 1
-            _note_lines(value, (*path, key.value), lines)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            lines[(*path, index)] = value.start_mark.line + 1
-            _note_lines(value, (*path, index), lines)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise SpecError(f"{path}: cannot be read: {reason}; give the path of a spec") from None
+    except UnicodeDecodeError as error:
+        raise SpecError(f"{path}: not UTF-8 text: {error}; give the path of a spec") from None
+    return parse(text, str(path))
 
 
 def _with_flags(data: dict[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -219,8 +212,13 @@ def explain(error: ValidationError, source: str, lines: Mapping[tuple[int | str,
         lines: line number of each field, by path in the file, as far as known.
     """
     texts = []
-    for detail in error.errors(include_url=False):
+    details = error.errors(include_url=False)
+    for detail in details:
         loc = tuple(detail["loc"])
+        if detail["type"] == "too_short" and any(
+            len(other["loc"]) > len(loc) and other["loc"][: len(loc)] == loc for other in details
+        ):
+            continue  # pydantic counts only the entries without an error
         field = ""
         for step in loc:
             field += f"[{step}]" if isinstance(step, int) else f".{step}" if field else str(step)
@@ -230,10 +228,44 @@ def explain(error: ValidationError, source: str, lines: Mapping[tuple[int | str,
         place = f"{source}:{lines[nearest]}" if nearest else source
         value = detail.get("input")
         shown = f"={value!r}" if isinstance(value, str | int | float | bool) else ""
-        reason = detail["msg"].removeprefix("Value error, ")
-        if detail["type"] == "extra_forbidden":
-            reason, shown = "no such field", ""
-        elif detail["type"] == "missing":
-            reason, shown = "is needed", ""
+        reason = _reason(detail)
+        if detail["type"] in ("extra_forbidden", "missing"):
+            shown = ""
         texts.append(f"{place}: `{field or 'spec'}`{shown}: {reason}")
     return "; ".join(texts)
+
+
+def _reason(detail: ErrorDetails) -> str:
+    """What is wrong with a field, with the limit and a remedy."""
+    kind = detail["type"]
+    if kind == "extra_forbidden":
+        name, known = str(detail["loc"][-1]), _fields_of(detail["loc"][:-1])
+        similar = difflib.get_close_matches(name, known, n=1)
+        return (
+            f"no such field; did you mean `{similar[0]}`?"
+            if similar
+            else (f"no such field; there are {', '.join(known)}" if known else "no such field")
+        )
+    if kind == "missing":
+        return "is needed; add the field"
+    return detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+
+
+def _fields_of(path: Sequence[int | str]) -> list[str]:
+    """Names of the fields of the section at a path of the spec; empty for another path."""
+    section: Any = DeploymentSpec
+    for step in path:
+        if isinstance(step, int):
+            continue
+        if section is None or step not in section.model_fields:
+            return []
+        section = _section_in(section.model_fields[step].annotation)
+    return [] if section is None else list(section.model_fields)
+
+
+def _section_in(annotation: Any) -> Any:  # noqa: ANN401
+    """The class of a section in the type of a field; None without."""
+    if isinstance(annotation, type) and issubclass(annotation, SpecSection):
+        return annotation
+    inner = (_section_in(argument) for argument in get_args(annotation))
+    return next((section for section in inner if section is not None), None)

@@ -13,6 +13,8 @@ from pydantic import Field, model_validator
 
 from arriero.cluster.spec.fields import Bytes, Count, EverywherePath, Name, Seconds, SpecSection
 from arriero.cluster.spec.scale_limits import ScaleLimits
+from arriero.cluster.spec.speculation import SpeculationSpec
+from arriero.shards.config.adapters import AdapterFile
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.kv_tiers import RowType, TierConfig
 from arriero.shards.config.parallel import ParallelConfig
@@ -162,6 +164,18 @@ class AttentionSpec(SpecSection):
         return self
 
 
+class AdapterSpec(SpecSection):
+    """A LoRA adapter of a model, in PEFT's layout.
+
+    Attributes:
+        name: model id for clients.
+        path: folder with adapter_config.json and adapter_model.safetensors, on every node.
+    """
+
+    name: Name
+    path: Path
+
+
 class OffloadSpec(SpecSection):
     """Weights that do not fit the device.
 
@@ -268,8 +282,12 @@ class ModelSpec(SpecSection):
         prefill_groups: number of groups that only compute prompts and hand the sequences over,
             through host memory, to the other groups; with 0 each group does both. A rollout changes
             the number without a restart.
+        rollout_deadline_s: seconds within which all groups of a new revision must serve; later the
+            rollout is taken back. None sets no limit.
         placement: nodes for slices.
-        mesh, kv, attention, offload, limits: settings of each group.
+        mesh, kv, attention, offload, limits, speculation: settings of each group.
+        adapters: LoRA adapters that each group serves beside the model; a request chooses one by
+            its name.
         device: "cpu", "cuda", or "auto": cuda where the cluster has a GPU for each slice.
         kernels: backend of the operations; None takes the fastest for the device.
         batch_independent: on GPUs, makes an answer the same bit for bit in any batch, at some cost
@@ -286,6 +304,7 @@ class ModelSpec(SpecSection):
     groups: Count = 1
     autoscale: AutoscaleSpec | None = None
     spares: Annotated[int, Field(ge=0)] = 0
+    rollout_deadline_s: Seconds | None = None
     prefill_groups: Annotated[int, Field(ge=0)] = 0
     placement: PlacementSpec = PlacementSpec()
     mesh: MeshSpec = MeshSpec()
@@ -293,6 +312,8 @@ class ModelSpec(SpecSection):
     attention: AttentionSpec = AttentionSpec()
     offload: OffloadSpec = OffloadSpec()
     limits: LimitsSpec = LimitsSpec()
+    adapters: tuple[AdapterSpec, ...] = ()
+    speculation: SpeculationSpec = SpeculationSpec()
     device: Literal["cpu", "cuda", "auto"] = "auto"
     kernels: str | None = None
     batch_independent: bool = False
@@ -358,9 +379,14 @@ class ModelSpec(SpecSection):
             sliding_window=self.attention.sliding_window,
             attention_sinks=self.attention.attention_sinks,
             changes_answers=self.attention.changes_answers,
+            speculation=self.speculation.config(),
             offload_layers=self.offload.layers,
             offload_folder=None if self.offload.folder is None else str(self.offload.folder),
+            adapters=tuple(
+                AdapterFile(name=adapter.name, path=str(adapter.path)) for adapter in self.adapters
+            ),
         )
 
 
-COUNTS = ("groups", "autoscale", "prefill_groups", "spares")
+COUNTS = ("groups", "autoscale", "prefill_groups", "spares", "rollout_deadline_s")
+"""Fields that change without a restart of a group."""

@@ -80,7 +80,7 @@ def test_a_cache_outlives_its_group_and_its_layout(tmp_path: Path) -> None:
         assert 150 < ask(tmp_path)[1] <= cached  # what is pinned stayed
         assert not kv(tmp_path, "unpin", "guide")["pins"]
         wrong = arriero("kv", "unpin", "guide", check=False, folder=tmp_path)
-        assert wrong.returncode == 1 and "nothing is pinned" in wrong.stderr
+        assert wrong.returncode == 4 and "nothing is pinned" in wrong.stderr
         prompts = tmp_path / "prompts.txt"
         prompts.write_text(f"{SYSTEM}\n" + json.dumps("two\nlines of another system prompt") + "\n")
         assert kv(tmp_path, "warm", str(prompts))["changed"] > 200

@@ -32,6 +32,7 @@ from arriero.router.proto.arriero.v1 import inference_pb2_grpc
 from arriero.shards.errors import ArrieroError, InvalidRequest, NotFound
 from support.command import arriero
 from support.eventually import eventually
+from support.strangers import code_of
 
 MODEL = os.environ.get("ARRIERO_TEST_MODEL", "")
 SERVE = "/ray.serve.ASGIService/HandleRequest"
@@ -138,7 +139,7 @@ def test_chat_on_the_command_line(folder: Path) -> None:
 
 
 def test_nobody_without_the_token_is_answered(folder: Path) -> None:
-    """Ray's own processes on loopback, and Serve's on every interface, all want the token."""
+    """All listen on loopback alone; the GCS and Serve's replicas want the token besides."""
     deployment = state.read(folder)
     assert deployment is not None and deployment.local_session is not None
     assert (folder / "deployment.json").stat().st_mode & 0o077 == 0
@@ -148,19 +149,15 @@ def test_nobody_without_the_token_is_answered(folder: Path) -> None:
         for one in psutil.Process(pid).net_connections("tcp")
         if one.status == psutil.CONN_LISTEN
     ]
+    assert all(at.ip.endswith("127.0.0.1") for at in listeners)
     gcs = int(deployment.ray_address.rpartition(":")[2])
-    assert gcs in {at.port for at in listeners if at.ip.endswith("127.0.0.1")}
-    asked = {gcs: "/ray.rpc.NodeInfoGcsService/CheckAlive"}
-    # Serve binds the server of each replica to every interface
-    asked |= {at.port: SERVE for at in listeners if not at.ip.endswith("127.0.0.1")}
-    assert len(asked) == 3
-    for port, method in asked.items():
-        for metadata in ((), (("authorization", "Bearer " + "f" * 64),)):
-            with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-                with pytest.raises(grpc.RpcError) as caught:
-                    channel.unary_unary(method)(b"", metadata=metadata, timeout=20)
-            assert isinstance(caught.value, grpc.Call)
-            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    unauthenticated = grpc.StatusCode.UNAUTHENTICATED
+    for metadata in ((), (("authorization", "Bearer " + "f" * 64),)):
+        assert code_of(gcs, "/ray.rpc.NodeInfoGcsService/CheckAlive", metadata) is unauthenticated
+        refusing = [
+            at.port for at in listeners if code_of(at.port, SERVE, metadata) is unauthenticated
+        ]
+        assert len(refusing) == 2, "the replicas of the gateway and of the leader"
 
 
 def test_a_second_up_is_refused(folder: Path) -> None:
@@ -379,7 +376,14 @@ def test_a_cluster_of_others_is_joined_and_left_as_it_was(tmp_path: Path) -> Non
         local.stop(cluster)
 
 
-def test_an_interrupted_up_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("signals", "code"),
+    [((signal.SIGINT, signal.SIGINT), 130), ((signal.SIGTERM,), 143)],
+    ids=["double Ctrl-C", "SIGTERM"],
+)
+def test_an_interrupted_up_leaves_nothing(
+    tmp_path: Path, signals: tuple[signal.Signals, ...], code: int
+) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "arriero.cluster.cli", "up", "--model", MODEL, "--port", "0"],
         env=os.environ | {"ARRIERO_STATE": str(tmp_path)},
@@ -393,8 +397,10 @@ def test_an_interrupted_up_leaves_nothing(tmp_path: Path) -> None:
     deployment = state.read(tmp_path)
     assert deployment is not None and deployment.local_session is not None
     assert local.members(deployment.local_session)
-    process.send_signal(signal.SIGINT)
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(0.3)
     process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert local.members(deployment.local_session) == []
     assert state.read(tmp_path) is None

@@ -111,6 +111,7 @@ class FakeEngine:
         self.running: dict[str, EngineRequest] = {}
         self.cancelled: list[str] = []
         self.submitted: list[EngineRequest] = []
+        self.released: list[tuple[str, str]] = []
         self.steps = 0
         self.on_outputs: Callable[[list[SequenceOutput]], None] = lambda outputs: None
         self._positions: dict[tuple[str, int], int] = {}
@@ -135,6 +136,9 @@ class FakeEngine:
                 self.cancelled.append(request_id)
                 for key in [key for key in self._positions if key[0] == request_id]:
                     del self._positions[key]
+
+    def release(self, tenant: str, session: str) -> None:
+        self.released.append((tenant, session))
 
     def stats(self) -> EngineStats:
         return EngineStats(num_running=len(self.running), steps=self.steps)

@@ -12,8 +12,10 @@ from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.engine.config import engine_config
 from arriero.shards.engine.engine import Engine
+from arriero.shards.engine.speculation.proposer import ProposerFactory
 from arriero.shards.engine.types import EngineRequest, SequenceOutput, TokenLogprobs
 from arriero.shards.images.request import RequestImage
+from arriero.shards.kv.blocks import CacheListener
 from arriero.shards.kv.limits import PeerBlocks
 from arriero.shards.kv.transfers import Pool
 from arriero.shards.layout.resolve import resolve
@@ -66,6 +68,7 @@ class Group:
         priority: int = 0,
         images: tuple[RequestImage, ...] = (),
         peer: Mapping[Pool, PeerBlocks] | None = None,
+        adapter: str = "",
     ) -> str:
         with self._changed:
             self._count += 1
@@ -79,6 +82,7 @@ class Group:
                 priority=priority,
                 images=images,
                 peer=peer or {},
+                adapter=adapter,
             )
         )
         return name
@@ -101,7 +105,13 @@ class Group:
 
 
 @contextmanager
-def running(config: GroupConfig, *, spawn: bool | None = None) -> Iterator[Group]:
+def running(
+    config: GroupConfig,
+    *,
+    spawn: bool | None = None,
+    on_event: CacheListener | None = None,
+    proposers: ProposerFactory | None = None,
+) -> Iterator[Group]:
     """A group's engine over its slices; one slice runs in process unless `spawn`."""
     checkpoint = Checkpoint.open(config.model_path)
     config = resolve(config, checkpoint.config)
@@ -112,7 +122,13 @@ def running(config: GroupConfig, *, spawn: bool | None = None) -> Iterator[Group
             executor.wait_ready(120)
         limits = engine_config(config, checkpoint.config, checkpoint.digest)
         group: Group | None = None
-        engine = Engine(limits, executor, lambda outputs: group.take(outputs))
+        engine = Engine(
+            limits,
+            executor,
+            lambda outputs: group.take(outputs),
+            on_event=on_event,
+            proposers=proposers,
+        )
         group = Group(engine)
         engine.start()
         try:

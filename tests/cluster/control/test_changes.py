@@ -5,29 +5,35 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import yaml
 
 from arriero.cluster.control import changes as changes_module
+from arriero.cluster.control import cluster_nodes
 from arriero.cluster.control.admin_client import AdminClient
+from arriero.cluster.control.admin_roles import AdminToken, Role
 from arriero.cluster.control.admin_server import AdminServer
 from arriero.cluster.control.applications import Applications
 from arriero.cluster.control.changes import DeploymentChanges
 from arriero.cluster.control.deployment_view import DeploymentView
 from arriero.cluster.control.desired_state import ModelState, Revision, SeatState
+from arriero.cluster.control.node_drain import Node
 from arriero.cluster.control.placement_tracker import PlacementTracker
 from arriero.cluster.control.reconcile import GroupSeat, Phase, Stop, reconcile
 from arriero.cluster.control.state_store import StateStore
 from arriero.cluster.hosts import kv_store, ray_private
 from arriero.cluster.hosts.capacity import ClusterCapacity
 from arriero.cluster.spec.deployment import DeploymentSpec
+from arriero.router.proto.arriero.v1 import admin_pb2 as pb
 from arriero.shards.errors import InvalidRequest
+
+T = TypeVar("T")
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -42,6 +48,7 @@ CONFIG = {
     "rms_norm_eps": 1e-5,
     "torch_dtype": "float32",
 }
+OWNER = AdminToken.of("up", Role.OWN, "token")
 REFUSED_WITHIN_S = 3.0
 NODES = ({"CPU": 4.1}, {"CPU": 4.1})
 
@@ -75,10 +82,10 @@ class Deployed:
     nodes: list[dict[str, float]]
     spec: dict[str, Any]
 
-    async def call(self, method: Callable[[AdminClient], str]) -> str:
+    async def call(self, method: Callable[[AdminClient], T]) -> T:
         """Call Admin as the command line does, from a thread."""
 
-        def run() -> str:
+        def run() -> T:
             with AdminClient(self.address, "token") as client:
                 return method(client)
 
@@ -94,10 +101,11 @@ def deployed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:  # noqa: A
     """A context with Admin of a deployment: a group of the model `m` on two nodes of 4 CPUs."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     spec = {"models": [{"name": "m", "path": str(tmp_path), "device": "cpu", "mesh": {"tp": 1}}]}
-    nodes = [dict(node) for node in NODES]
+    nodes, ids = [dict(node) for node in NODES], list[str]()
 
     def capacity(spec: DeploymentSpec, *, shared: bool) -> ClusterCapacity:
-        return ClusterCapacity(num_cpus=8, num_gpus=0, cpus_per_slice=1.0, nodes=tuple(nodes))
+        capacity = ClusterCapacity(num_cpus=8, num_gpus=0, cpus_per_slice=1.0, nodes=tuple(nodes))
+        return replace(capacity, node_ids=tuple(ids))
 
     async def digest(model: object, *, check: bool = True) -> str:
         return "d1"
@@ -109,9 +117,10 @@ def deployed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:  # noqa: A
     monkeypatch.setattr(changes_module, "weights_digest", digest)
 
     @asynccontextmanager
-    async def start() -> AsyncIterator[Deployed]:
+    async def start(node_ids: Sequence[str] = ()) -> AsyncIterator[Deployed]:
+        ids[:] = node_ids
         parsed = DeploymentSpec.model_validate(spec)
-        store = StateStore(parsed.model_dump(mode="json"), True, "token")
+        store = StateStore(parsed.model_dump(mode="json"), True, OWNER)
         first = Revision(1, parsed.models[0].model_dump(mode="json"), "d1")
         store.state.models["m"] = ModelState(1, [first])
         store.state.seats["m-0"] = SeatState("m", 1)
@@ -196,3 +205,81 @@ async def test_a_revision_that_lost_its_room_waits(deployed: Any) -> None:  # no
         assert reconcile(now.view.desired_models(), [seat]) == [stop]  # no room for both at once
         now.nodes[:] = [{"CPU": 2.1}]
         assert reconcile(now.view.desired_models(), [seat]) == []
+
+
+def with_models(now: Deployed, *models: dict[str, Any]) -> str:
+    base = now.spec["models"][0]
+    return yaml.safe_dump(now.spec | {"models": [base | model for model in models]})
+
+
+async def test_a_dry_run_changes_nothing(deployed: Any) -> None:  # noqa: ANN401
+    async with deployed() as now:
+        request = pb.RolloutRequest(spec=with_models(now, {"groups": 2}), dry_run=True)
+        change: pb.ChangeResponse = await now.call(lambda client: client.change_spec(request))
+        assert list(change.details) == [
+            "models[m].groups: 1 -> 2 (at once)",
+            "m: 1 to 2 groups; fits: 2 of at most 8 groups",
+        ]
+        assert now.store.state.models["m"].count == 1 and now.registry.made == []
+
+
+async def test_models_come_and_go(deployed: Any) -> None:  # noqa: ANN401
+    async with deployed() as now:
+        both = pb.RolloutRequest(spec=with_models(now, {}, {"name": "n", "groups": 2}))
+        change = await now.call(lambda client: client.change_spec(both))
+        assert change.text == "n: added" and now.store.state.models["n"].count == 2
+        now.store.state.seats["n-0"] = SeatState("n", 1)
+        one = with_models(now, {})
+        with pytest.raises(InvalidRequest, match="the spec lacks `n`, which serves"):
+            await now.call(lambda client: client.change_spec(pb.RolloutRequest(spec=one)))
+        pruned = pb.RolloutRequest(spec=one, prune=True)
+        change = await now.call(lambda client: client.change_spec(pruned))
+        assert change.text == "n: removed" and list(now.store.state.models) == ["m"]
+        seat = GroupSeat(name="n-0", model="n", revision=1, phase=Phase.SERVING)
+        assert reconcile({}, [seat]) == [Stop(seat="n-0", why="its model is no longer wanted")]
+        assert now.view.start_problem("n-0") == ""
+        too_many = pb.RolloutRequest(spec=with_models(now, {}, {"name": "n", "groups": 9}))
+        with pytest.raises(InvalidRequest, match="model `n`: `groups`=9 exceeds 7"):
+            await now.call(lambda client: client.change_spec(too_many))
+
+
+async def test_the_spec_that_holds(deployed: Any) -> None:  # noqa: ANN401
+    async with deployed() as now:
+        await now.call(lambda client: client.scale("m", 3))
+        spec = DeploymentSpec.model_validate_json(await now.call(lambda client: client.spec()))
+        assert spec.models[0].groups == 3
+
+
+async def test_a_pause_and_a_deadline(deployed: Any) -> None:  # noqa: ANN401
+    async with deployed() as now:
+        spec = with_models(now, {"mesh": {"pp": 2}})
+        request = pb.RolloutRequest(spec=spec, deadline_s=60)
+        await now.call(lambda client: client.change_spec(request))
+        state = now.store.state.models["m"]
+        assert state.deadline is not None and state.deadline.limit_s == 60
+        text = await now.call(lambda client: client.pause_rollout("m", paused=True))
+        assert "rollout resume m" in text and state.paused and state.deadline.ends_at == 0
+        assert now.view.desired_models()["m"].paused
+        await now.call(lambda client: client.pause_rollout("m", paused=False))
+        assert not state.paused and state.deadline.ends_at > time.time()
+        with pytest.raises(InvalidRequest, match="`deadline_s`=-1"):
+            negative = pb.RolloutRequest(spec=spec, deadline_s=-1)
+            await now.call(lambda client: client.change_spec(negative))
+
+
+async def test_a_drained_node_has_no_room(
+    deployed: Any,  # noqa: ANN401
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nodes = [Node(id=f"{name}" * 8, address=f"10.0.0.{name}") for name in (1, 2)]
+    monkeypatch.setattr(cluster_nodes, "read", lambda: nodes)
+    async with deployed(node_ids=[node.id for node in nodes]) as now:
+        text = await now.call(lambda client: client.drain_node("10.0.0.1"))
+        assert "no group starts there" in text
+        assert now.store.state.drained_nodes == [nodes[0].id]
+        with pytest.raises(InvalidRequest, match="`groups`=5 exceeds 4"):
+            await now.call(lambda client: client.scale("m", 5))
+        await now.call(lambda client: client.drain_node("10.0.0.1", undo=True))
+        with pytest.raises(InvalidRequest, match="is not drained"):
+            await now.call(lambda client: client.drain_node("10.0.0.1", undo=True))
+        await now.call(lambda client: client.scale("m", 5))

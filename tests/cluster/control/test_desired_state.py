@@ -16,7 +16,6 @@ def test_the_state_survives_its_store() -> None:
     state = OperatorState(
         {"models": [settings]},
         True,
-        "token",
         admin_port=7,
         models={"m": ModelState(2, [Revision(1, settings, "d")], drained=["m-1"])},
         seats={"m-0": SeatState("m", 1, stopping=True)},

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 from arriero.cluster.hosts import doctor as checkup
-from arriero.cluster.hosts.doctor import Facts, judge
+from arriero.cluster.hosts.doctor import Facts, Finding, judge
+from arriero.cluster.hosts.listeners import beyond_loopback
 
 WELL = Facts(
     host="a",
@@ -77,3 +79,48 @@ def test_this_machine_can_be_looked_at() -> None:
     assert facts.peers == {"127.0.0.1": "", "127.0.0.2": "Connection refused"}
     assert facts.disk_needs == {"/": 1 << 60}
     assert any("may need" in one.text for one in judge({"n": facts}, {}))
+
+
+def test_what_other_machines_reach() -> None:
+    def said(facts: Facts) -> Finding:
+        return next(one for one in judge({"a": facts}, {}) if "Ray listens" in one.text)
+
+    assert said(WELL).grade == "ok" and "loopback alone" in said(WELL).text
+    open_ = replace(WELL, listeners={"gcs_server": (6379,), "raylet": (4001, 4002)})
+    assert said(open_).grade == "warn" and "RAY_AUTH_MODE=token" in said(open_).remedy
+    assert "gcs_server 6379, raylet 4001 4002" in said(open_).text
+    assert said(replace(open_, ray_token=True)).grade == "ok"
+
+
+def test_listeners_are_read_from_proc(tmp_path: Path) -> None:
+    """A folder of /proc's form: of Ray's processes only what binds to more than loopback."""
+    row = "0: {} 00000000:0000 {} 00000000:00000000 00:00000000 00000000 0 0 {} 1 0"
+    tables = {
+        "tcp": [
+            row.format("0100007F:18EB", "0A", 71),  # 127.0.0.1:6379
+            row.format("00000000:18EC", "0A", 72),  # every interface
+            row.format("0200000A:18ED", "0A", 73),  # 10.0.0.2
+            row.format("00000000:18EE", "01", 74),  # connected
+        ],
+        "tcp6": [
+            row.format("0000000000000000FFFF00000100007F:18EF", "0A", 75),  # ::ffff:127.0.0.1
+            row.format("00000000000000000000000000000000:18F0", "0A", 76),  # every interface
+        ],
+    }
+    (tmp_path / "net").mkdir()
+    for name, rows in tables.items():
+        (tmp_path / "net" / name).write_text("\n".join(["header", *rows]))
+    commands = {
+        "10": ("/ray/gcs_server\0--port", (71, 72, 74)),
+        "11": ("ray::Leader.run", (73, 75)),
+        "12": ("python\0/site-packages/ray/dashboard/agent.py", (76,)),
+        "13": ("nginx", (72,)),
+    }
+    for pid, (command, inodes) in commands.items():
+        (tmp_path / pid / "fd").mkdir(parents=True)
+        (tmp_path / pid / "cmdline").write_text(command)
+        for inode in inodes:
+            (tmp_path / pid / "fd" / str(inode)).symlink_to(f"socket:[{inode}]")
+    assert beyond_loopback(tmp_path) == {
+        "agent.py": (6384,), "gcs_server": (6380,), "ray::Leader": (6381,)
+    }  # fmt: skip

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import tomllib
 from pathlib import Path
 
+import pytest
 import ray
 
 from arriero.cluster.hosts import ray_private
@@ -30,3 +32,26 @@ def test_the_bound_of_ray_follows_the_tested_versions() -> None:
     (bound,) = [line for line in project["dependencies"] if line.startswith("ray[serve]")]
     last = int(ray_private.TESTED[-1].partition(".")[2])
     assert bound == f"ray[serve]>={ray_private.TESTED[0]},<2.{last + 1}"
+
+
+@pytest.mark.parametrize(
+    ("host", "bound"), [("10.0.0.2", "10.0.0.2:0"), ("fd00::2", "[fd00::2]:0")]
+)
+def test_a_replicas_server_binds_to_its_node(
+    host: str, bound: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The function exists in this version of Serve, and Serve's code calls it by this name."""
+    from ray.serve._private import replica
+
+    addresses: list[str] = []
+
+    def add_port(server: object, address: str) -> int:
+        addresses.append(address)
+        return 1234
+
+    monkeypatch.setattr(replica, "add_port_to_grpc_server", add_port)
+    ray_private.bind_replica_server(host)
+    assert replica.add_port_to_grpc_server(None, "[::]:0") == 1234
+    assert addresses == [bound]
+    source = inspect.getsource(replica)
+    assert 'add_port_to_grpc_server(self._server, "[::]:0")' in source

@@ -63,11 +63,20 @@ def test_what_is_the_same_costs_nothing() -> None:
     assert diff(joined, OLD) == []  # a flag of `up`, which the file does not hold
 
 
-def test_models_come_and_go_with_the_deployment() -> None:
+def test_models_come_and_go_by_rollout() -> None:
     other = DeploymentSpec.model_validate({"models": [{"name": "n", "path": "/m"}]})
-    assert [one.field for one in diff(OLD, other)] == ["models[m]", "models[n]"]
-    with pytest.raises(SpecError, match="arriero down"):
-        refuse(diff(OLD, other), "rollout")
+    changes = diff(OLD, other)
+    assert [one.words for one in changes] == ["models[m]: /m -> none", "models[n]: none -> /m"]
+    refuse(changes, "rollout")
+    with pytest.raises(SpecError, match="rollout SPEC"):
+        refuse(changes, "reload")
+
+
+def test_a_change_has_both_values() -> None:
+    (mesh,) = diff(OLD, spec({"mesh": {"tp": 2}}))
+    (http,) = diff(OLD, spec(gateway={"http": None}))
+    assert mesh.words == "models[m].mesh.tp: 1 -> 2"
+    assert http.words.endswith("-> null")
 
 
 def test_live_settings_survive_the_registrys_store() -> None:

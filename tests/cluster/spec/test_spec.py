@@ -10,6 +10,8 @@ import pytest
 from arriero.cluster.cli import run
 from arriero.cluster.spec.deployment import DeploymentSpec
 from arriero.cluster.spec.load import load
+from arriero.router.gateway import GatewayConfig
+from arriero.router.kv_events.zmq_publisher import KvEventsConfig
 from arriero.router.tenants.keys import add_key
 from arriero.shards.config.kv_tiers import TierConfig
 from arriero.shards.errors import SpecError
@@ -213,6 +215,24 @@ def test_pages_that_may_call(tmp_path: Path, model: Path) -> None:
     assert load(written(tmp_path, text), {}).gateway.config(("small",)).cors == ("http://a:1", "*")
 
 
+def test_doors_for_other_routers(tmp_path: Path, model: Path) -> None:
+    def config(gateway: str, models: str = "{name: small, path: tiny}") -> GatewayConfig:
+        text = f"models: [{models}]\ngateway: {gateway}\n"
+        return load(written(tmp_path, text), {}).gateway.config(("small",))
+
+    assert (config("{}").vllm_engine, config("{}").kv_events) == (None, None)
+    assert config("{vllm_engine: true}").vllm_engine == ""
+    assert config("{vllm_engine: small}").vllm_engine == "small"
+    sockets = config("{kv_events: {}}").kv_events
+    assert sockets == KvEventsConfig(publish="tcp://127.0.0.1:5557")
+    sockets = config("{kv_events: {publish: 'tcp://*:5557', replay: 'ipc:///run/r'}}").kv_events
+    assert sockets == KvEventsConfig(publish="tcp://*:5557", replay="ipc:///run/r")
+    two = "{name: small, path: tiny}, {name: other, path: tiny}"
+    assert config("{vllm_engine: other}", two).vllm_engine == "other"
+    with pytest.raises(SpecError, match="`vllm_engine: small`"):
+        config("{vllm_engine: true}", two)
+
+
 @pytest.mark.parametrize(
     ("gateway", "words"),
     [
@@ -224,6 +244,13 @@ def test_pages_that_may_call(tmp_path: Path, model: Path) -> None:
         ("{tls: {certificate: c.pem, key: k.pem}}", "`gateway.tls`: .*c.pem"),
         ("{http: {cors: [localhost]}}", "no origin; write scheme, host and port"),
         ("{http: {cors: ['http://a/b']}}", "no origin"),
+        ("{vllm_engine: other}", "`gateway.vllm_engine: other` is none of the models small"),
+        ("{kv_events: {publish: 'udp://a:1'}}", "no address to listen on; write tcp://HOST:PORT"),
+        ("{kv_events: {publish: 'tcp://127.0.0.1'}}", "no address to listen on"),
+        (
+            "{kv_events: {publish: 'tcp://*:5557', replay: 'tcp://*:5557'}}",
+            "`publish` and `replay` are both",
+        ),
     ],
 )
 def test_front_door_fields_are_refused_precisely(

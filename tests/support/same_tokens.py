@@ -1,0 +1,114 @@
+"""The same answers with and without speculation: parameters to ask with, and the comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from arriero.shards.config.group import GroupConfig
+from arriero.shards.config.sampling_params import SamplingParams
+from arriero.shards.config.speculation import SpeculationConfig
+from arriero.shards.engine.sequence import Sequence as EngineSequence
+from arriero.shards.engine.speculation.proposer import ProposerFactory
+from arriero.shards.engine.types import EngineRequest
+from support.groups import Group, running
+from support.proposers import peeking, sometimes, wrong
+
+SAMPLED = {"temperature": 0.8, "seed": 11}
+
+
+def variants(most: int) -> dict[str, SamplingParams]:
+    """Sampling parameters, each with something that a drafted position must know."""
+    greedy: dict[str, Any] = {"temperature": 0.0, "seed": 0, "max_tokens": most}
+    sampled: dict[str, Any] = SAMPLED | {"max_tokens": most}
+    return {
+        "greedy": SamplingParams(**greedy, ignore_eos=True),
+        "top_p": SamplingParams(**sampled, top_p=0.9, ignore_eos=True),
+        "min_p": SamplingParams(**sampled, min_p=0.1, top_k=20),
+        "repetition": SamplingParams(**greedy, repetition_penalty=1.2, ignore_eos=True),
+        "penalties": SamplingParams(
+            **sampled, presence_penalty=0.6, frequency_penalty=0.4, ignore_eos=True
+        ),
+        "bias": SamplingParams(
+            **sampled, logit_bias={5: 2.0, 9: -50.0}, banned_token_ids=(12, 13), ignore_eos=True
+        ),
+        "stop": SamplingParams(**greedy, stop_token_ids=(10, 11, 20, 30), min_tokens=6),
+        "logprobs": SamplingParams(**sampled, logprobs=3, prompt_logprobs=1, ignore_eos=True),
+        "samples": SamplingParams(**sampled, n=2, ignore_eos=True),
+    }
+
+
+@dataclass(frozen=True)
+class Told:
+    """All that a sample of a request gave."""
+
+    tokens: list[int]
+    logprobs: list[Any]
+    finish_reason: str | None
+
+
+Answers = dict[tuple[int, int], Told]
+"""By number of the request and index of the sample."""
+
+
+def ask(
+    group: Group, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+) -> Answers:
+    """Every sample of every request, all at once."""
+    names = [group.submit(p, one) for p, one in zip(prompts, params, strict=True)]
+    group.wait(names)
+    return {
+        (number, index): Told(
+            (answer := group.answers[name, index]).tokens, answer.logprobs, answer.finish_reason
+        )
+        for number, (name, one) in enumerate(zip(names, params, strict=True))
+        for index in range(one.n)
+    }
+
+
+def speculating(config: GroupConfig, kind: str, most: int = 7) -> GroupConfig:
+    name = "suffix" if kind == "suffix" else "ngram"
+    return replace(config, speculation=SpeculationConfig(kind=name, max_tokens=most))
+
+
+def proposers_of(kind: str, expected: Answers, vocab_size: int) -> ProposerFactory | None:
+    """The adversary of this name, which knows the expected outputs; None for a real source."""
+
+    def outputs(sequence: EngineSequence) -> Sequence[int]:
+        request: EngineRequest = sequence.live.request
+        number = int(request.request_id[1:]) - 1
+        tokens: list[int] = expected[number % count, sequence.index].tokens
+        return tokens
+
+    count = 1 + max(number for number, _ in expected)
+    by_kind: dict[str, ProposerFactory] = {
+        "peeking": peeking(outputs),
+        "wrong": wrong(outputs, vocab_size),
+        "sometimes": sometimes(outputs, vocab_size, 3),
+    }
+    return by_kind.get(kind)
+
+
+def check(
+    config: GroupConfig,
+    prompts: Sequence[Sequence[int]],
+    params: Sequence[SamplingParams],
+    kinds: Sequence[str],
+    *,
+    rounds: int = 2,
+) -> None:
+    """Compare each kind of drafts with none; later rounds find warm caches."""
+    with running(config) as group:
+        expected = ask(group, prompts, params)
+        vocab_size = group.engine.config.vocab_size
+    assert any(len(told.tokens) > 4 for told in expected.values())
+    for kind in kinds:
+        factory = proposers_of(kind, expected, vocab_size)
+        with running(speculating(config, kind), proposers=factory) as group:
+            for _ in range(rounds):
+                assert ask(group, prompts, params) == expected, kind
+            counts = group.engine.stats().speculation
+            assert counts.drafted > 0, f"{kind} drafted nothing"
+            if kind == "wrong":
+                assert counts.accepted == 0
