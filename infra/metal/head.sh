@@ -7,6 +7,7 @@
 #   GPUS        GPUs offered to slices; 0 by default
 #   TOKEN_FILE  the cluster's token; made where there is none. Copy it to every other machine
 #   TEMP_DIR    Ray's sockets and logs, in a folder that only this user can enter
+#   START_LIMIT_S  seconds after which a start without a raylet is ended, 120 by default
 #   REDIS       host:port of a Redis that keeps the GCS's tables: a head that starts again then goes
 #               on where it was, and groups serve meanwhile; needs REDIS_PASSWORD_FILE
 set -euo pipefail
@@ -21,6 +22,7 @@ use_token
 close_folder
 listen
 more_files
+watch_start
 store=()
 if [ -n "${REDIS:-}" ]; then
   : "${REDIS_PASSWORD_FILE:?give the file with the password of REDIS}"

@@ -7,6 +7,7 @@
 #   CPUS, GPUS  offered to slices; all of the machine by default
 #   TOKEN_FILE  the cluster's token: a copy of the head's file
 #   TEMP_DIR    as the head's
+#   START_LIMIT_S  as the head's
 set -euo pipefail
 : "${HEAD:?give host:port of the head}"
 : "${NODE_IP:?give this machine address on the network of the cluster}"
@@ -15,6 +16,7 @@ use_token
 close_folder
 listen
 more_files
+watch_start
 if [ -n "${IFACE:-}" ]; then
   export NCCL_SOCKET_IFNAME="$IFACE" GLOO_SOCKET_IFNAME="$IFACE"
 fi

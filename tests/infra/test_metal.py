@@ -6,6 +6,7 @@ import configparser
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,7 @@ def test_a_head_alone_is_closed(ray: StandIns, tmp_path: Path) -> None:
     token = Path(call.environment["RAY_AUTH_TOKEN_PATH"])
     assert len(token.read_text()) == 64 and token.stat().st_mode & 0o077 == 0
     assert call.flag("--include-dashboard") == "false"
+    assert call.environment["DASHBOARD_METRIC_PORT"] == "-1", "else metrics on every interface"
     folder = Path(call.flag("--temp-dir") or "")
     assert folder.parent.stat().st_mode & 0o777 == 0o700, "Ray's own folder is open to everybody"
     assert "RAY_REDIS_ADDRESS" not in call.environment
@@ -129,6 +131,24 @@ def test_start_commands_are_ray_starts(ray: StandIns, tmp_path: Path) -> None:
     worker = start("worker.sh", ray, tmp_path, HEAD="h:1", NODE_IP="10.0.0.2", CPUS="2", GPUS="1")
     for command in (call, worker):
         assert {word for word in command.args if word.startswith("--")} <= known
+
+
+@pytest.mark.parametrize("raylet", [True, False])
+def test_a_start_that_hangs_without_a_raylet_is_ended(
+    raylet: bool, ray: StandIns, tmp_path: Path
+) -> None:
+    """`ray start` may hang after its raylet has died; systemd starts only what has ended."""
+    if raylet:
+        shutil.copy(shutil.which("sleep") or "", ray.bin / "raylet")
+    start = 'import subprocess; subprocess.Popen(["raylet", "9"]); ' if raylet else ""
+    ray.add("ray", f"{start}import time; time.sleep(4)")
+    environment = ray.environment(HOME=str(tmp_path), STATE_DIRECTORY=str(tmp_path / "state"))
+    done = subprocess.run(
+        [str(METAL / "head.sh")], env=environment | {"START_LIMIT_S": "1"}, timeout=60,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert done.returncode == (0 if raylet else -signal.SIGKILL), done.stderr
+    assert ("no raylet after 1 s" in done.stderr) is not raylet
 
 
 # ---- units ----

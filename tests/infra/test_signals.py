@@ -18,7 +18,8 @@ import yaml
 from arriero.router.backend import GroupLoad, GroupView
 from arriero.router.observability.metrics import Metrics
 from arriero.router.observability.model_groups import ModelGroups
-from arriero.shards.engine.stats import EngineStats
+from arriero.shards.engine.stats import EngineStats, SpeculationStats
+from support.frontdoor import LLAMA_SPECIALS, make_card, make_tokenizer
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
@@ -34,9 +35,14 @@ def exported() -> set[str]:
     view = GroupView(
         group_id="g",
         model="m",
-        card=None,  # type: ignore[arg-type]
+        card=make_card(make_tokenizer(LLAMA_SPECIALS), None),
         load=GroupLoad(),
-        stats=EngineStats(step_us={"wait": 1.0}, expert_loads={"0": [1, 2]}, expert_imbalance=1.5),
+        stats=EngineStats(
+            step_us={"wait": 1.0},
+            expert_loads={"0": [1, 2]},
+            expert_imbalance=1.5,
+            speculation=SpeculationStats(drafts=1, drafted=2, accepted=1, by_position=[1]),
+        ),
     )
     metrics = Metrics(
         lambda: [view],
