@@ -49,6 +49,16 @@ class Interrupts:
             raise self._error
 
 
+def install(handler: Callable[[int, Any], None]) -> None:
+    """Take the signals back from a library that has set handlers of its own: Ray's end the process.
+
+    Does nothing outside of the main thread.
+    """
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, handler)
+
+
 @contextlib.contextmanager
 def handled(handler: Any) -> Iterator[None]:  # noqa: ANN401
     """Use a handler for the signals."""

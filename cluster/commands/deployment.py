@@ -246,6 +246,7 @@ def _interruptible() -> Iterator[Callable[[], None]]:
 
     def check_interrupt() -> None:
         if sys.exc_info()[0] is None:
+            interrupts.install(pending.handle)
             pending.check()
 
     with interrupts.handled(pending.handle):

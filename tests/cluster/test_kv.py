@@ -19,7 +19,7 @@ from support.command import arriero
 MODEL = os.environ.get("ARRIERO_TEST_MODEL", "")
 pytestmark = [
     pytest.mark.ray,
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(400),
     pytest.mark.skipif(not MODEL, reason="ARRIERO_TEST_MODEL names no checkpoint folder"),
 ]
 SYSTEM = "You are a guide to the towns of the Andes, and answer in few words. " * 12
