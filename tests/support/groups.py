@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.config.group import GroupConfig
@@ -20,7 +21,9 @@ from arriero.shards.kv.limits import PeerBlocks
 from arriero.shards.kv.transfers import Pool
 from arriero.shards.layout.resolve import resolve
 from arriero.shards.leader.local_executor import LocalExecutor
-from support.processes import spawn_group
+
+if TYPE_CHECKING:
+    from arriero.shards.leader.remote_executor import RemoteExecutor
 
 
 @dataclass
@@ -116,7 +119,13 @@ def running(
     checkpoint = Checkpoint.open(config.model_path)
     config = resolve(config, checkpoint.config)
     spawned = config.world_size > 1 if spawn is None else spawn
-    executor = spawn_group(config) if spawned else LocalExecutor(config)
+    executor: RemoteExecutor | LocalExecutor
+    if spawned:  # a bare GPU machine lacks ZeroMQ, and has one slice
+        from support.processes import spawn_group
+
+        executor = spawn_group(config)
+    else:
+        executor = LocalExecutor(config)
     try:
         if not isinstance(executor, LocalExecutor):
             executor.wait_ready(120)
