@@ -351,3 +351,23 @@ def test_adapters_beside_the_base_model(tmp_path: Path) -> None:
         assert answers(on_cuda(config), device.clear) == expected
         assert device.launches["_lora_shrink"] and device.launches["_lora_expand"]
         assert not device.waits and not device.compiles, "a step waits or compiles"
+
+
+def test_drafts_through_the_gpus_kernels(tmp_path: Path) -> None:
+    """Rows of drafted tokens, right and wrong, through the kernels that a GPU runs."""
+    make(tmp_path, "llama")
+    config = config_of(tmp_path)
+    params = [SamplingParams(max_tokens=6, temperature=1.0, seed=4, ignore_eos=True)]
+    (expected,) = tokens(config, PROMPTS[1:2], params)
+    drafts = SpeculationConfig(kind="ngram", max_tokens=3)
+    with (
+        simulated(),
+        running(
+            replace(on_cuda(config), speculation=drafts),
+            proposers=sometimes(lambda sequence: expected, 100, 2),
+        ) as group,
+    ):
+        (answer,) = group.generate(PROMPTS[1:2], params)
+        counts = group.engine.stats().speculation
+    assert answer.error is None and answer.tokens == expected
+    assert counts.drafted > 0
