@@ -135,7 +135,7 @@ def test_prefixes_are_bounded_in_number() -> None:
     assert len(list(retention.sessions())) == MAX_PREFIXES == len(retention.keys)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_changes_add_up(data: st.DataObject) -> None:
     """Whatever happens, the retained keys are those of the prefixes, within the limits."""
