@@ -142,7 +142,7 @@ def test_changes_add_up(data: st.DataObject) -> None:
     retention = Watched(max_keys=24, max_tenant_keys=16)
     now_s = 0.0
     grown: dict[str, list[bytes]] = {}
-    for step in range(data.draw(st.integers(1, 20))):
+    for step in range(data.draw(st.integers(1, 30))):
         now_s += data.draw(st.floats(0, 40))
         tenant = data.draw(st.sampled_from("tu"))
         session = data.draw(st.sampled_from(["", "x", "y"]))
