@@ -17,6 +17,8 @@ from ray.serve import Application
 
 from arriero.cluster.connection import connect_driver
 from arriero.cluster.hosts.capacity import SERVICE_CPUS, ClusterCapacity, PlacementBundles
+from arriero.cluster.planner import model_check
+from arriero.cluster.planner.capacity_check import refuse_spec
 from arriero.cluster.replica.gateway import GatewayReplica, GatewaySettings
 from arriero.cluster.replica.group_settings import GroupSettings
 from arriero.cluster.replica.leader import Leader
@@ -85,7 +87,9 @@ def application(args: Mapping[str, str]) -> Application:
             together with a changed digest.
 
     Raises:
-        SpecError: an unknown argument, a wrong spec or digest, or a cluster that lacks GPUs.
+        SpecError: an unknown argument, a wrong spec or digest, or a cluster that can never hold the
+            groups.
+        CheckpointError: a model folder of this machine is broken.
         Unauthenticated: the cluster requires a token that this process does not have.
         Unavailable: no Ray cluster answers.
     """
@@ -104,7 +108,10 @@ def application(args: Mapping[str, str]) -> Application:
         spec = spec.model_copy(update={"gateway": gateway})
     if not ray.is_initialized():
         connect_driver(spec.ray.address or os.environ.get("RAY_ADDRESS") or "auto")
-    return build(spec, ClusterCapacity.of_cluster(spec, shared=True))
+    model_check.check_known_sizes(spec.models)
+    capacity = ClusterCapacity.of_cluster(spec, shared=True)
+    refuse_spec(spec, capacity)
+    return build(spec, capacity)
 
 
 def _check_digest(path: Path, digest: str) -> None:

@@ -226,8 +226,8 @@ def _deploy(
 
     from arriero.cluster import app
     from arriero.cluster.control import operator
-    from arriero.cluster.control.capacity_check import refuse_spec
     from arriero.cluster.hosts.capacity import ClusterCapacity
+    from arriero.cluster.planner.capacity_check import refuse_spec
     from arriero.cluster.registry import registry
 
     show("starting Ray Serve")

@@ -7,10 +7,10 @@ nothing of the checks themselves.
 
 from __future__ import annotations
 
-from arriero.cluster.control.capacity_check import refuse_spec
 from arriero.cluster.hosts import node_check, this_machine
 from arriero.cluster.hosts.capacity import ClusterCapacity
 from arriero.cluster.planner import model_check
+from arriero.cluster.planner.capacity_check import refuse_spec
 from arriero.cluster.spec.deployment import DeploymentSpec
 
 

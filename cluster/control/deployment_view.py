@@ -6,11 +6,11 @@ Knows stored state, registry snapshots and Serve's failures; changes nothing.
 from __future__ import annotations
 
 from arriero.cluster.control.applications import Applications
-from arriero.cluster.control.capacity_check import can_hold, most_groups
 from arriero.cluster.control.node_drain import leaving
 from arriero.cluster.control.placement_tracker import PlacementTracker
 from arriero.cluster.control.reconcile import DesiredModel, GroupSeat, Phase
 from arriero.cluster.control.state_store import StateStore
+from arriero.cluster.planner.capacity_check import can_hold, most_groups
 from arriero.cluster.planner.group_memory import group_memory
 from arriero.cluster.registry.snapshot import RegistrySnapshot
 

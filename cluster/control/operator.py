@@ -19,7 +19,6 @@ from arriero.cluster import app
 from arriero.cluster.control.admin_roles import FIRST, AdminToken, Role
 from arriero.cluster.control.applications import Applications
 from arriero.cluster.control.audit_log import AuditLog
-from arriero.cluster.control.capacity_check import most_groups
 from arriero.cluster.control.changes import DeploymentChanges
 from arriero.cluster.control.deployment_view import DeploymentView
 from arriero.cluster.control.desired_state import ModelState, Revision, SeatState
@@ -39,6 +38,7 @@ from arriero.cluster.control.state_store import NAME, StateStore
 from arriero.cluster.control.weights_digest import weights_digest
 from arriero.cluster.hosts import nodes
 from arriero.cluster.hosts.log_level import set_log_level
+from arriero.cluster.planner.capacity_check import most_groups
 from arriero.cluster.registry import registry
 from arriero.cluster.registry.snapshot import RegistrySnapshot
 from arriero.cluster.spec.deployment import DeploymentSpec

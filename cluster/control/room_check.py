@@ -9,15 +9,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Mapping
 
-from arriero.cluster.control.capacity_check import (
+from arriero.cluster.control.placement_tracker import has_free_group
+from arriero.cluster.control.rollout_plan import ModelRoom
+from arriero.cluster.control.state_store import StateStore
+from arriero.cluster.planner.capacity_check import (
     WantedGroups,
     check_gateways,
     most_groups,
     refuse_beyond,
 )
-from arriero.cluster.control.placement_tracker import has_free_group
-from arriero.cluster.control.rollout_plan import ModelRoom
-from arriero.cluster.control.state_store import StateStore
 from arriero.cluster.spec.deployment import DeploymentSpec
 from arriero.cluster.spec.model import ModelSpec
 

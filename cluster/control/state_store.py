@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from arriero.cluster.control.admin_roles import AdminToken, AdminTokens
-from arriero.cluster.control.capacity_check import WantedGroups
 from arriero.cluster.control.desired_state import OperatorState
 from arriero.cluster.hosts import kv_store
 from arriero.cluster.hosts.capacity import ClusterCapacity
+from arriero.cluster.planner.capacity_check import WantedGroups
 from arriero.cluster.spec.deployment import DeploymentSpec
 from arriero.cluster.spec.model import ModelSpec
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from arriero.cluster.spec.deployment import DeploymentSpec
+from arriero.cluster.spec.label_selector import node_matches
 from arriero.cluster.spec.model import ModelSpec
 from arriero.shards.errors import SpecError
 
@@ -29,6 +30,7 @@ class ClusterCapacity:
         cpus_per_slice: logical CPUs of a slice whose model sets no `cpus_per_slice`.
         nodes: all resources of each node that is alive, free or not.
         node_ids: Ray's ids of these nodes; empty where they do not matter.
+        node_labels: labels of these nodes; empty where they are not known.
     """
 
     num_cpus: float
@@ -36,6 +38,7 @@ class ClusterCapacity:
     cpus_per_slice: float
     nodes: tuple[Mapping[str, float], ...] = ()
     node_ids: tuple[str, ...] = ()
+    node_labels: tuple[Mapping[str, str], ...] = ()
 
     @classmethod
     def of_cluster(cls, spec: DeploymentSpec, *, shared: bool) -> ClusterCapacity:
@@ -50,7 +53,11 @@ class ClusterCapacity:
 
         alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
         capacity = cls.of_nodes(spec, [node["Resources"] for node in alive], shared=shared)
-        return replace(capacity, node_ids=tuple(node["NodeID"] for node in alive))
+        return replace(
+            capacity,
+            node_ids=tuple(node["NodeID"] for node in alive),
+            node_labels=tuple(node.get("Labels") or {} for node in alive),
+        )
 
     @classmethod
     def of_nodes(
@@ -71,13 +78,24 @@ class ClusterCapacity:
 
     def without(self, node_ids: Sequence[str]) -> ClusterCapacity:
         """The capacity for groups when some nodes take none; a slice keeps its share of CPUs."""
-        kept = [
-            (node_id, node)
-            for node_id, node in zip(self.node_ids, self.nodes, strict=False)
-            if node_id not in node_ids
-        ]
+        return self._nodes([i for i, name in enumerate(self.node_ids) if name not in node_ids])
+
+    def labelled(self, model: ModelSpec) -> ClusterCapacity:
+        """The capacity of the nodes with the labels that a model's slices need."""
+        selectors = model.placement.labels
+        if not selectors or not self.node_labels:
+            return self
+        return self._nodes(
+            [i for i, labels in enumerate(self.node_labels) if node_matches(selectors, labels)]
+        )
+
+    def _nodes(self, indices: Sequence[int]) -> ClusterCapacity:
+        """The capacity of some of the nodes; a slice keeps its share of CPUs."""
         return replace(
-            self, nodes=tuple(node for _, node in kept), node_ids=tuple(name for name, _ in kept)
+            self,
+            nodes=tuple(self.nodes[i] for i in indices),
+            node_ids=tuple(self.node_ids[i] for i in indices) if self.node_ids else (),
+            node_labels=tuple(self.node_labels[i] for i in indices) if self.node_labels else (),
         )
 
     def device(self, model: ModelSpec) -> str:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from arriero.cluster.spec.fields import Bytes, Count, EverywherePath, Name, Seconds, SpecSection
+from arriero.cluster.spec.label_selector import label_selector
 from arriero.cluster.spec.scale_limits import ScaleLimits
 from arriero.cluster.spec.speculation import SpeculationSpec
 from arriero.shards.config.adapters import AdapterFile
@@ -220,7 +221,7 @@ class PlacementSpec(SpecSection):
     span: bool = False
     stages: Literal["pack", "spread"] = "pack"
     accelerator: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = None
-    labels: dict[str, str] = Field(default_factory=dict)
+    labels: dict[str, Annotated[str, AfterValidator(label_selector)]] = Field(default_factory=dict)
 
 
 class AutoscaleSpec(SpecSection):

@@ -142,6 +142,9 @@ def test_serve_run_refuses_wrong_arguments(tmp_path: Path) -> None:
         assert "give spec=PATH" in cluster.serve(*run, "path=arriero.yaml", check=False)
         said = cluster.serve(*run, "spec=arriero.yaml", "digest=0123456789ab", check=False)
         assert digest_of(tmp_path / "arriero.yaml")[:12] in said
+        write_spec(tmp_path, groups=400)
+        said = cluster.serve(*run, "spec=arriero.yaml", check=False)
+        assert "`groups`=400 exceeds" in said, said
 
 
 def ask_through_the_proxy(base_url: str, running: subprocess.Popen[str], log: Path) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from arriero.cluster.control.capacity_check import WantedGroups, can_hold, refuse_beyond
 from arriero.cluster.hosts.capacity import ClusterCapacity
+from arriero.cluster.planner.capacity_check import WantedGroups, can_hold, refuse_beyond
 from arriero.cluster.planner.group_memory import group_memory
 from arriero.cluster.spec.model import ModelSpec
 from arriero.shards.errors import SpecError

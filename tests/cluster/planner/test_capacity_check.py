@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
-from arriero.cluster.control.capacity_check import (
+from arriero.cluster.hosts.capacity import ClusterCapacity
+from arriero.cluster.planner.capacity_check import (
     WantedGroups,
     can_hold,
     most_groups,
     refuse_beyond,
 )
-from arriero.cluster.hosts.capacity import ClusterCapacity
 from arriero.cluster.spec.model import ModelSpec
 from arriero.shards.errors import SpecError
 
@@ -48,6 +50,28 @@ def wanted(count: int, spec: ModelSpec | None = None) -> WantedGroups:
 def test_groups_that_the_nodes_hold(spec: ModelSpec, capacity: ClusterCapacity, most: int) -> None:
     assert most_groups(spec, capacity) == most
     assert can_hold(spec, capacity) == bool(most)
+
+
+@pytest.mark.parametrize(
+    ("selector", "most"),
+    [("west", 4), ("!west", 8), ("in(east,west)", 8), ("!in(east, west)", 4), ("north", 0)],
+)
+def test_labels_choose_the_nodes(selector: str, most: int) -> None:
+    capacity = replace(
+        cluster(4.1, 4.1, 4.1),
+        node_labels=({"region": "west"}, {"region": "east"}, {"disk": "fast"}),
+    )
+    spec = model(placement={"labels": {"region": selector}})
+    assert most_groups(spec, capacity) == most
+    if not most:
+        words = r"`placement.labels` \{region: north\} fits none of the 3"
+        with pytest.raises(SpecError, match=words):
+            refuse_beyond(capacity, [wanted(1, spec)], [])
+
+
+def test_a_wrong_selector_is_refused_in_the_spec() -> None:
+    with pytest.raises(ValidationError, match=r"write value, !value, in\(a,b\) or !in\(a,b\)"):
+        model(placement={"labels": {"region": "in(west"}})
 
 
 def test_other_models_take_room() -> None:

@@ -11,15 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from arriero.cluster.control.memory_check import (
+from arriero.cluster.hosts.capacity import SERVICE_CPUS, ClusterCapacity, PlacementBundles
+from arriero.cluster.planner.group_memory import GroupMemory, group_memory
+from arriero.cluster.planner.memory_check import (
     Bundle,
     bundle_bytes,
     check_gpu_types,
     groups_by_memory,
     memory_shortage,
 )
-from arriero.cluster.hosts.capacity import SERVICE_CPUS, ClusterCapacity, PlacementBundles
-from arriero.cluster.planner.group_memory import GroupMemory, group_memory
 from arriero.cluster.spec.deployment import DeploymentSpec
 from arriero.cluster.spec.model import ModelSpec
 from arriero.shards.errors import SpecError
@@ -65,7 +65,8 @@ def most_groups(
     """
     others = list(others)
     bundles = capacity.bundles(model)
-    by_nodes = _num_bundles(bundles[0], capacity) // len(bundles)
+    labelled = capacity.labelled(model)
+    by_nodes = _num_bundles(bundles[0], labelled) // len(bundles)
     taken = [(_resources(other.model, capacity), other.count) for other in others]
     by_sum = []
     for name, amount in _resources(model, capacity).items():
@@ -75,7 +76,9 @@ def most_groups(
     used = sum(
         other.count * sum(bundle_bytes(other.model, other.memory, capacity)) for other in others
     )
-    by_memory = groups_by_memory(_bundle(model, capacity, memory), capacity.nodes, used)
+    if labelled is not capacity:
+        used = 0  # the other groups may lie on the other nodes
+    by_memory = groups_by_memory(_bundle(model, capacity, memory), labelled.nodes, used)
     limits = [by_nodes, *by_sum] if by_memory is None else [by_nodes, by_memory, *by_sum]
     return max(0, min(limits))
 
@@ -113,11 +116,14 @@ def refuse_beyond(
             continue
         capacity.check_gpus(entry.model)
         check_gpu_types(entry.model, entry.memory, capacity)
+        labelled = capacity.labelled(entry.model)
+        if entry.count and capacity.nodes and not labelled.nodes:
+            raise SpecError(_no_label(entry.model, capacity))
         if entry.count and not most_groups(entry.model, capacity):
             raise SpecError(_no_group(entry.model, capacity))
         bundle = _bundle(entry.model, capacity, entry.memory)
-        if entry.count and groups_by_memory(bundle, capacity.nodes) == 0:
-            raise SpecError(memory_shortage(entry.model, entry.memory, bundle, capacity.nodes))
+        if entry.count and groups_by_memory(bundle, labelled.nodes) == 0:
+            raise SpecError(memory_shortage(entry.model, entry.memory, bundle, labelled.nodes))
         others = [other for other in wanted if other is not entry]
         most = most_groups(entry.model, capacity, others, entry.memory)
         if entry.count > most:
@@ -188,6 +194,15 @@ def _needs(model: ModelSpec, capacity: ClusterCapacity) -> str:
     bundles = capacity.bundles(model)
     resources = ", ".join(f"{amount:g} {name}" for name, amount in bundles[0].items())
     return f"a group needs {len(bundles)} x ({resources}), each on one node"
+
+
+def _no_label(model: ModelSpec, capacity: ClusterCapacity) -> str:
+    labels = ", ".join(f"{name}: {value}" for name, value in model.placement.labels.items())
+    return (
+        f"model `{model.name}`: `placement.labels` {{{labels}}} fits none of the"
+        f" {len(capacity.nodes)} nodes of the cluster; change the labels, or start nodes with them"
+        " (`ray start --labels`)"
+    )
 
 
 def _no_group(model: ModelSpec, capacity: ClusterCapacity) -> str:
