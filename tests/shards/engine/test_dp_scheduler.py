@@ -15,6 +15,7 @@ from arriero.shards.errors import GroupFailed, InvalidRequest, Overloaded
 from arriero.shards.kv.limits import GroupTierLimits, TierLimits
 from arriero.shards.kv.transfers import Pool, Segment, TransferResult
 from arriero.shards.protocol.step_plan import StepResult, int32
+from support.examples import examples
 from support.fake_slice import FakeExecutor, answer
 
 from .test_scheduler import VOCAB, make_config, make_request
@@ -56,7 +57,7 @@ class Run:
         assert self.scheduler.stats.blocks_used == 0
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(
     num_dp_ranks=st.integers(1, 4),
     num_stages=st.integers(1, 2),

@@ -23,6 +23,7 @@ from arriero.shards.engine.types import EngineConfig, EngineRequest, SequenceOut
 from arriero.shards.errors import GroupFailed, InvalidRequest, Overloaded, SpecError
 from arriero.shards.kv.retention import CacheHint, Retain
 from arriero.shards.protocol.step_plan import StepResult, int32
+from support.examples import examples
 from support.fake_slice import FakeExecutor, answer
 
 VOCAB = 50
@@ -163,19 +164,19 @@ def windowed_configs(draw: st.DrawFn) -> EngineConfig:
     return replace(config, num_blocks=need + draw(st.sampled_from([0, 1, 5, 30])))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(config=configs, seed=st.integers(0, 2**32))
 def test_every_request_gets_its_own_tokens(config: EngineConfig, seed: int) -> None:
     drive(config, seed)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(config=chunked_configs(), seed=st.integers(0, 2**32))
 def test_and_does_with_a_chunk_local_pool(config: EngineConfig, seed: int) -> None:
     drive(config, seed)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(config=windowed_configs(), seed=st.integers(0, 2**32))
 def test_and_does_with_a_window(config: EngineConfig, seed: int) -> None:
     drive(config, seed)

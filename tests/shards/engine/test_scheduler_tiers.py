@@ -16,6 +16,7 @@ from arriero.shards.engine.types import EngineConfig, EngineRequest, SequenceOut
 from arriero.shards.engine.waiting import PATIENCE_S
 from arriero.shards.errors import InvalidRequest
 from arriero.shards.kv.limits import GroupTierLimits, TierLimits
+from support.examples import examples
 from support.fake_slice import answer
 from support.fake_tiers import FaultyTiers
 
@@ -100,7 +101,7 @@ def worlds(draw: st.DrawFn) -> EngineConfig:
     )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(config=worlds(), seed=st.integers(0, 2**32), faults=st.sampled_from([0.0, 0.1, 0.5]))
 def test_every_request_gets_its_own_tokens_whatever_tiers_do(
     config: EngineConfig, seed: int, faults: float

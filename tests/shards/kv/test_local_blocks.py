@@ -44,15 +44,15 @@ def local_blocks(plan: StepPlan) -> int:
 
 
 @pytest.mark.parametrize(
-    ("num_prompt", "step_tokens"), [(50_000, 100), (90_000, 64), (70_001, 999), (3, 48)]
+    ("num_prompt", "step_tokens", "num_new"),
+    [(50_000, 100, 2_000), (90_000, 64, 2_000), (70_001, 999, 2_000), (3, 48, 2_997)],
 )
 @pytest.mark.parametrize("prefix_cache", [False, True])
 def test_a_long_sequence_holds_what_the_formula_says(
-    num_prompt: int, step_tokens: int, prefix_cache: bool
+    num_prompt: int, step_tokens: int, num_new: int, prefix_cache: bool
 ) -> None:
     scheduler = Scheduler(long_config(max_batch_tokens=step_tokens, prefix_cache=prefix_cache))
-    total = LENGTH if num_prompt > 3 else 3_000
-    scheduler.add(request(num_prompt, total - num_prompt))
+    scheduler.add(request(num_prompt, num_new))
     steps = 0
     while (plan := scheduler.schedule()) is not None:
         stats = scheduler.stats
@@ -66,7 +66,7 @@ def test_a_long_sequence_holds_what_the_formula_says(
         scheduler.update(StepResult(step=plan.step, tokens=drawn))
         steps += 1
     assert not scheduler.num_live
-    assert steps >= total - num_prompt
+    assert steps >= num_new
     assert scheduler.stats.local_blocks_used == 0
 
 
@@ -86,16 +86,16 @@ def window_blocks(plan: StepPlan) -> int:
 
 
 @pytest.mark.parametrize(
-    ("num_prompt", "step_tokens"), [(50_000, 100), (90_000, 64), (70_001, 499), (3, 48)]
+    ("num_prompt", "step_tokens", "num_new"),
+    [(50_000, 100, 2_000), (90_000, 64, 2_000), (70_001, 499, 2_000), (3, 48, 2_997)],
 )
 @pytest.mark.parametrize("prefix_cache", [False, True])
 def test_a_window_bounds_what_a_long_sequence_holds(
-    num_prompt: int, step_tokens: int, prefix_cache: bool
+    num_prompt: int, step_tokens: int, num_new: int, prefix_cache: bool
 ) -> None:
     config = windowed(max_batch_tokens=step_tokens, prefix_cache=prefix_cache)
     scheduler = Scheduler(config)
-    total = LENGTH if num_prompt > 3 else 3_000
-    scheduler.add(request(num_prompt, total - num_prompt))
+    scheduler.add(request(num_prompt, num_new))
     while (plan := scheduler.schedule()) is not None:
         stats, step = scheduler.stats, int(plan.counts[0])
         assert stats.blocks_used == window_blocks(plan)
