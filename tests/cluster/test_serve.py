@@ -132,7 +132,11 @@ def test_serve_run_answers_through_serves_own_proxy(tmp_path: Path) -> None:
             ask_through_the_proxy(f"http://127.0.0.1:{port}/v1", running, tmp_path / "serve.log")
         finally:
             running.send_signal(signal.SIGINT)
-        assert running.wait(60) == 0, (tmp_path / "serve.log").read_text()
+            try:
+                code = running.wait(180)
+            finally:
+                running.kill()
+        assert code == 0, (tmp_path / "serve.log").read_text()
 
 
 def test_serve_run_refuses_wrong_arguments(tmp_path: Path) -> None:
