@@ -37,6 +37,7 @@ NUM_STREAMS, NUM_TOKENS = 16, 60
 LEAST_FINISHED = 5
 """Streams that must end while there is no head, so that a kill has streams to disturb."""
 HEAD_END_S, ADMIN_BACK_S, SERVE_S = 60.0, 240.0, 180.0
+GREEDY = {"max_tokens": 20, "temperature": 0, "ignore_eos": True}
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
@@ -143,7 +144,7 @@ def test_up_works_after_a_head_without_redis(tmp_path: Path) -> None:
         deployment = deployment_file.read(tmp_path)
         assert deployment is not None
         with Client(deployment.gateway, timeout_s=120) as client:
-            messages = list(client.generate([1, 2, 3], max_tokens=20, ignore_eos=True))
+            messages = list(client.generate([1, 2, 3], **GREEDY))
         return [token for message in messages for one in message.outputs for token in one.token_ids]
 
     took_s: dict[str, float] = {}

@@ -20,6 +20,7 @@ from machine import MODEL, ROOT, Machine, kill_session, started_machine, wait
 
 DEPLOY = ROOT / "infra" / "kubernetes" / "base" / "deploy.sh"
 DEPLOYER = "127.0.0.4"
+GREEDY = {"max_tokens": 200, "temperature": 0, "ignore_eos": True}
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
@@ -47,13 +48,13 @@ def test_groups_serve_on_without_a_head_that_has_redis(machine: Machine) -> None
 
         def answer() -> list[int]:
             tokens: list[int] = []
-            for message in client.generate([1, 2, 3], max_tokens=200, ignore_eos=True):
+            for message in client.generate([1, 2, 3], **GREEDY):
                 tokens += [token for output in message.outputs for token in output.token_ids]
             return tokens
 
         undisturbed = answer()
         tokens: list[int] = []
-        for message in client.generate([1, 2, 3], max_tokens=200, ignore_eos=True):
+        for message in client.generate([1, 2, 3], **GREEDY):
             tokens += [token for output in message.outputs for token in output.token_ids]
             if head.poll() is None and len(tokens) > 20:
                 kill_session(head.pid)  # GCS, raylet, registry, operator, Serve's controller
