@@ -66,11 +66,16 @@ class Kill:
     wrong: int
 
 
+def _name(pid: int) -> str:
+    try:
+        return psutil.Process(pid).name()
+    except psutil.NoSuchProcess:  # ended meanwhile
+        return ""
+
+
 def kill_gcs(session: int) -> None:
     """`kill -9` of the GCS of a session, and of nothing else."""
-    pids = [
-        pid for pid in local_cluster.members(session) if psutil.Process(pid).name() == "gcs_server"
-    ]
+    pids = [pid for pid in local_cluster.members(session) if _name(pid) == "gcs_server"]
     assert len(pids) == 1, pids
     os.kill(pids[0], signal.SIGKILL)
 
