@@ -229,8 +229,10 @@ class Ops(ABC):
         """Draw a token for each row. May overwrite the logits.
 
         Order: bias and allowed sets, penalties, temperature, the filters min-p, top-k and top-p,
-        then the draw: inverse CDF, in vocabulary order, of a uniform number from Philox-4x32-10
-        (Salmon 2011) with the seed as key and the position as counter.
+        then the draw: an exponential race, which is Gumbel-max in other terms. Each token has a
+        random number of its own, from Philox-4x32-10 (Salmon 2011) with the seed as key and the
+        position as counter, and from the token's id. Two models with similar likelihoods draw the
+        same token more often than by any draw with one number for all tokens.
 
         The definition, so that all backends draw the same token:
 
@@ -242,8 +244,10 @@ class Ops(ABC):
           top-p keeps weights >= the smallest weight, from the greatest down, with a sum of greater
           weights below p * (sum of the remaining weights). Tokens of equal weight are kept
           together.
-        * The draw takes the first token, by rising id, with an inclusive sum of weights above
-          min(floor(u * sum), sum - 1); u * sum in float64, u of `kernels.philox.uniform`.
+        * The draw takes the token with the least -log(u) / weight, in float64; of equal ones the
+          lowest id; never a token of weight 0. u is that of `kernels.token_noise.token_uniforms`.
+          Logarithms of different libraries differ in the last bits: the token can differ only where
+          two quotients are equal to within 1e-15.
         * A row with no finite greatest logit after the bans (all tokens banned, or NaN) gives token
           -1 with log-probability -inf: no token may be sampled.
         """

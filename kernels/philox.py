@@ -1,7 +1,8 @@
 """Philox-4x32-10, the counter-based generator of all random draws.
 
 A draw is a pure function of (seed, position): the generator has no state, so that a stream that
-resumes in another group gets the same numbers. Knows integers; knows nothing of tokens.
+resumes in another group gets the same numbers. `token_noise.py` makes a number for each token of
+the words for a row. Knows integers; knows nothing of tokens.
 
 Source: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
@@ -41,14 +42,11 @@ def philox_4x32(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
     return c0, c1, c2, c3
 
 
-def uniform(seed_R: Tensor, position_R: Tensor) -> Tensor:
-    """A float64 in [0, 1) for each (seed, position), both int64 [R].
+def row_key(seed_R: Tensor, position_R: Tensor) -> Words:
+    """Four random words of 32 bits for each (seed, position), both int64 [R].
 
-    k0, k1 are the low and high word of the seed, c0, c1 those of the position; c2 = c3 = 0. The
-    value is (r0 * 2**21 + (r1 >> 11)) * 2**-53 of the first two words r0, r1 of the result: 53
-    bits, exact.
+    k0, k1 are the low and high word of the seed, c0, c1 those of the position; c2 = c3 = 0.
     """
     zero = torch.zeros_like(position_R)
     counter = (position_R & _MASK, (position_R >> 32) & _MASK, zero, zero)
-    r0, r1, _, _ = philox_4x32(counter, (seed_R & _MASK, (seed_R >> 32) & _MASK))
-    return ((r0 << 21) | (r1 >> 11)).double() * 2.0**-53
+    return philox_4x32(counter, (seed_R & _MASK, (seed_R >> 32) & _MASK))

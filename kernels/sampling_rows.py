@@ -29,6 +29,9 @@ class SamplingRows:
         frequency_R: float32; 0 means off. Over output tokens.
         seen_RV: bool; the token occurs in the prompt or the output. Present with repetition_R.
         counts_RV: int32; occurrences in the output. Present with presence_R or frequency_R.
+        token_ids_V: int32; the id of each column of the logits, whose noise the draw takes, rising;
+            None: ids are the columns. For a draft model with a part of the target's vocabulary.
+            `Sampled.tokens_R` are columns in either case.
         bias: (row int64 [N], token int64 [N], value float32 [N]): added to the logits; a value of
             -inf bans the token.
         allowed_RV: bool; False bans the token.
@@ -48,6 +51,7 @@ class SamplingRows:
     frequency_R: Tensor | None = None
     seen_RV: Tensor | None = None
     counts_RV: Tensor | None = None
+    token_ids_V: Tensor | None = None
     bias: tuple[Tensor, Tensor, Tensor] | None = None
     allowed_RV: Tensor | None = None
     num_logprobs: int = -1

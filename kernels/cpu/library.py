@@ -18,7 +18,7 @@ from typing import Any
 
 _LOG = logging.getLogger(__name__)
 
-_ABI = 7
+_ABI = 8
 """Must equal `arriero_abi()`, so that a library of an older build is not used."""
 
 VARIANTS = ("avx512bf16", "avx512", "avx2", "portable")
@@ -155,6 +155,7 @@ class Draws(ctypes.Structure):
         ("min_p", ctypes.c_void_p),
         ("seed", ctypes.c_void_p),
         ("position", ctypes.c_void_p),
+        ("token_ids", ctypes.c_void_p),
     )
 
 

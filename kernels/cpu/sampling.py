@@ -29,7 +29,7 @@ def sample(ops: CpuOps, logits_RV: Tensor, rows: SamplingRows) -> Sampled:
     if rows.all_greedy:
         ops.call("argmax", *logits_arguments, tokens_R.data_ptr())
     else:
-        draws, _references = draws_struct(rows, x_RV.shape[0])
+        draws, _references = draws_struct(rows, *x_RV.shape)
         ops.call("sample", *logits_arguments, ctypes.addressof(draws), tokens_R.data_ptr())
     if rows.num_logprobs < 0:
         return Sampled(tokens_R=tokens_R)

@@ -268,7 +268,9 @@ def batch_struct(batch: FlatBatch, num_tokens: int, head_dim: int) -> Batch:
     )
 
 
-def draws_struct(rows: SamplingRows, num_rows: int) -> tuple[Draws, tuple[Tensor, ...]]:
+def draws_struct(
+    rows: SamplingRows, num_rows: int, num_columns: int
+) -> tuple[Draws, tuple[Tensor, ...]]:
     """The struct of sampling parameters, and the tensors that the struct points to."""
     references: list[Tensor] = []
     for name, dtype in (
@@ -285,4 +287,13 @@ def draws_struct(rows: SamplingRows, num_rows: int) -> tuple[Draws, tuple[Tensor
                 f"sample: {name} has shape {tuple(values_R.shape)} for {num_rows} rows of logits"
             )
         references.append(values_R.to("cpu", dtype).contiguous())
-    return Draws(*(values_R.data_ptr() for values_R in references)), tuple(references)
+    draws = Draws(*(values_R.data_ptr() for values_R in references))
+    if rows.token_ids_V is not None:
+        if rows.token_ids_V.shape != (num_columns,):
+            raise ValueError(
+                f"sample: token_ids_V has shape {tuple(rows.token_ids_V.shape)} for {num_columns} "
+                "columns of logits"
+            )
+        references.append(rows.token_ids_V.to("cpu", torch.int32).contiguous())
+        draws.token_ids = references[-1].data_ptr()
+    return draws, tuple(references)

@@ -14,8 +14,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from arriero.kernels.philox import uniform
+from arriero.kernels.philox import row_key
 from arriero.kernels.sampling_rows import Sampled, SamplingRows
+from arriero.kernels.token_noise import token_uniforms
 
 FRACTION_BITS = 44
 MAX_VOCAB = 1 << (62 - FRACTION_BITS)
@@ -98,11 +99,11 @@ def _draw(x_RV: Tensor, max_R: Tensor, rows: SamplingRows) -> Tensor:
     _filter_rows(weights_RV, drawable_R & (rows.top_k_R > 0), rows.top_k_R, _top_k_floor)
     _filter_rows(weights_RV, drawable_R & (rows.top_p_R < 1), rows.top_p_R, _top_p_floor)
 
-    cdf_RV = weights_RV.cumsum(-1)
-    total_R1 = cdf_RV[:, -1:]
-    u_R1 = uniform(rows.seed_R, rows.position_R)[:, None]
-    target_R1 = torch.minimum((u_R1 * total_R1.double()).long(), total_R1 - 1)
-    return torch.searchsorted(cdf_RV, target_R1, right=True)[:, 0]
+    token_V = rows.token_ids_V
+    if token_V is None:
+        token_V = torch.arange(x_RV.shape[1], device=x_RV.device)
+    uniform_RV = token_uniforms(row_key(rows.seed_R, rows.position_R), token_V)
+    return (uniform_RV.log_().neg_() / weights_RV).argmin(-1)  # weight 0: an infinite time
 
 
 def _filter_rows(

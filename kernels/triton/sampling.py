@@ -1,7 +1,7 @@
 """From logits to tokens: bias, bans, penalties, filters and the draw, as `Ops.sample` defines.
 
-Many programs take the chunks of a row's vocabulary at once. All sums are of integers, so that the
-order of summation changes no bit. Knows rows of numbers; knows nothing of text and requests.
+Many programs take the chunks of a row's vocabulary at once. Filters sum integers and the draw takes
+a minimum, so that the order changes no bit. Knows rows of numbers; knows nothing of text and requests.
 
 Shape legend: R rows, V vocabulary, C chunks of a row.
 """
@@ -15,6 +15,7 @@ import triton.language as tl
 from arriero.kernels.philox import KEY_STEPS, MULTIPLIERS, ROUNDS
 from arriero.kernels.reference.sampling import FRACTION_BITS, MAX_VOCAB, with_logprobs
 from arriero.kernels.sampling_rows import Sampled, SamplingRows
+from arriero.kernels.token_noise import FACTORS, SHIFTS
 from arriero.kernels.triton import filters
 from arriero.kernels.triton.launch import EXACT, kernel
 from arriero.kernels.triton.logit_tiles import LogitTiles, logit_tiles
@@ -24,6 +25,8 @@ _MASK = tl.constexpr(0xFFFFFFFF)
 _ROUNDS = tl.constexpr(ROUNDS)
 _M0, _M1 = (tl.constexpr(m) for m in MULTIPLIERS)
 _K0, _K1 = (tl.constexpr(k) for k in KEY_STEPS)
+_F0, _F1, _F2 = (tl.constexpr(factor) for factor in FACTORS)
+_S0, _S1, _S2, _S3 = (tl.constexpr(shift) for shift in SHIFTS)
 _NO_TOKEN = tl.constexpr(2**31 - 1)
 
 
@@ -139,30 +142,8 @@ def _weigh(
 
 
 @kernel
-def _sum_weights(
-    weights: tl.tensor,
-    floors: tl.tensor,
-    sums: tl.tensor,
-    num_rows: tl.tensor,
-    size: tl.tensor,
-    num_chunks: tl.tensor,
-    ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
-) -> None:
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    valid_row = row < num_rows
-    token = (tl.program_id(1) * CHUNK + tl.arange(0, CHUNK))[None, :]
-    row64 = row.to(tl.int64)
-    at = weights + row64[:, None] * size + token
-    weight = tl.load(at, mask=valid_row[:, None] & (token < size), other=0)
-    floor = tl.load(floors + row, mask=valid_row, other=0)
-    total = tl.sum(tl.where(weight >= floor[:, None], weight, 0), 1)
-    tl.store(sums + row64 * num_chunks + tl.program_id(1), total, mask=valid_row)
-
-
-@kernel
-def uniform(seed: tl.tensor, position: tl.tensor) -> tl.tensor:
-    """As `kernels.philox.uniform`: a float64 in [0, 1) for each seed and position, both int64."""
+def row_key(seed: tl.tensor, position: tl.tensor) -> tl.tensor:
+    """As `kernels.philox.row_key`: four uint32 for each seed and position, both int64."""
     c0, c1 = position & _MASK, (position >> 32) & _MASK
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     c2, c3 = c0 * 0, c0 * 0
@@ -177,56 +158,99 @@ def uniform(seed: tl.tensor, position: tl.tensor) -> tl.tensor:
             p0 & _MASK,
         )
         k0, k1 = (k0 + _K0) & _MASK, (k1 + _K1) & _MASK
-    return ((c0 << 21) | (c1 >> 11)).to(tl.float64) * (2.0**-53)
+    return c0.to(tl.uint32), c1.to(tl.uint32), c2.to(tl.uint32), c3.to(tl.uint32)
+
+
+@kernel
+def _mix(token: tl.tensor, first: tl.tensor, second: tl.tensor) -> tl.tensor:
+    """As `kernels.token_noise.mix`, uint32: products and sums wrap."""
+    x = token ^ first
+    x = (x ^ (x >> _S0)) * _F0
+    x = ((x ^ (x >> _S1)) + second) * _F1
+    x = (x ^ (x >> _S2)) * _F2
+    return x ^ (x >> _S3)
+
+
+@kernel
+def token_uniform(
+    token: tl.tensor, k0: tl.tensor, k1: tl.tensor, k2: tl.tensor, k3: tl.tensor
+) -> tl.tensor:
+    """As `kernels.token_noise.token_uniforms`: float64 of a token's id and its row's key, uint32."""
+    high = _mix(token, k0, k1).to(tl.int64)
+    low = _mix(token, k2, k3).to(tl.int64)
+    return ((high << 21) | (low >> 11) | 1).to(tl.float64) * (2.0**-53)
+
+
+@kernel
+def _race(
+    weights: tl.tensor,
+    floors: tl.tensor,
+    seeds: tl.tensor,
+    positions: tl.tensor,
+    token_ids: tl.tensor,
+    chunk_time: tl.tensor,
+    chunk_winner: tl.tensor,
+    num_rows: tl.tensor,
+    size: tl.tensor,
+    num_chunks: tl.tensor,
+    HAS_IDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+) -> None:
+    """The least -log(u) / weight of each chunk of a row, and its first column."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid_row = row < num_rows
+    column = (tl.program_id(1) * CHUNK + tl.arange(0, CHUNK))[None, :]
+    row64 = row.to(tl.int64)
+    at = weights + row64[:, None] * size + column
+    weight = tl.load(at, mask=valid_row[:, None] & (column < size), other=0)
+    floor = tl.load(floors + row, mask=valid_row, other=0)
+    runs = (weight > 0) & (weight >= floor[:, None])
+    token = column
+    if HAS_IDS:
+        token = tl.load(token_ids + column, mask=column < size, other=0)
+    seed = tl.load(seeds + row, mask=valid_row, other=0)
+    position = tl.load(positions + row, mask=valid_row, other=0)
+    k0, k1, k2, k3 = row_key(seed[:, None], position[:, None])
+    u = token_uniform(token.to(tl.uint32), k0, k1, k2, k3)
+    time = -tl.log(u) / tl.where(runs, weight, 1).to(tl.float64)
+    time = tl.where(runs, time, float("inf"))
+    least = tl.min(time, 1)
+    winner = tl.min(tl.where(runs & (time == least[:, None]), column, _NO_TOKEN), 1)
+    to = row64 * num_chunks + tl.program_id(1)
+    tl.store(chunk_time + to, least, mask=valid_row)
+    tl.store(chunk_winner + to, winner, mask=valid_row)
 
 
 @kernel
 def _pick(
-    weights: tl.tensor,
-    floors: tl.tensor,
-    sums: tl.tensor,
     chunk_max: tl.tensor,
     chunk_best: tl.tensor,
+    chunk_time: tl.tensor,
+    chunk_winner: tl.tensor,
     temperature: tl.tensor,
-    seeds: tl.tensor,
-    positions: tl.tensor,
     tokens: tl.tensor,
     num_rows: tl.tensor,
-    size: tl.tensor,
     num_chunks: tl.tensor,
     ALL_GREEDY: tl.constexpr,
     ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ) -> None:
+    """The token of each row from the best of its chunks; -1 where no logit is finite."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid_row = row < num_rows
-    row64 = row.to(tl.int64)
     chunk = tl.arange(0, CHUNKS)[None, :]
     valid = valid_row[:, None] & (chunk < num_chunks)
-    at = row64[:, None] * num_chunks + chunk
+    at = row.to(tl.int64)[:, None] * num_chunks + chunk
     greatest, by_chunk = _greatest(chunk_max, row, num_rows, num_chunks, CHUNKS)
     best = tl.load(chunk_best + at, mask=valid, other=_NO_TOKEN)
     token = tl.min(tl.where(by_chunk == greatest[:, None], best, _NO_TOKEN), 1)
     if not ALL_GREEDY:
         row_temperature = tl.load(temperature + row, mask=valid_row, other=0.0)
-        seed = tl.load(seeds + row, mask=valid_row, other=0)
-        position = tl.load(positions + row, mask=valid_row, other=0)
-        sums_RC = tl.load(sums + at, mask=valid, other=0)
-        cumulative = tl.cumsum(sums_RC, 1)
-        total = tl.sum(sums_RC, 1)
-        target = (uniform(seed, position) * total.to(tl.float64)).to(tl.int64)
-        target = tl.minimum(target, total - 1)
-        before = cumulative <= target[:, None]
-        drawn_chunk = tl.minimum(tl.sum(before.to(tl.int32), 1), num_chunks - 1)
-        target -= tl.sum(tl.where(before, sums_RC, 0), 1)
-        id_RV = drawn_chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-        at_RV = weights + row64[:, None] * size + id_RV
-        weight = tl.load(at_RV, mask=valid_row[:, None] & (id_RV < size), other=0)
-        floor = tl.load(floors + row, mask=valid_row, other=0)
-        weight = tl.where(weight >= floor[:, None], weight, 0)
-        passed = tl.cumsum(weight, 1) <= target[:, None]
-        drawn = drawn_chunk * CHUNK + tl.sum(passed.to(tl.int32), 1)
+        time = tl.load(chunk_time + at, mask=valid, other=float("inf"))
+        winner = tl.load(chunk_winner + at, mask=valid, other=_NO_TOKEN)
+        first = time == tl.min(time, 1)[:, None]
+        drawn = tl.min(tl.where(first, winner, _NO_TOKEN), 1)
         token = tl.where(row_temperature == 0, token, drawn)
     token = tl.where(_is_finite(greatest), token, -1)
     tl.store(tokens + row, token, mask=valid_row)
@@ -246,61 +270,71 @@ def sample(logits_RV: Tensor, rows: SamplingRows) -> Sampled:
         return Sampled(tokens_R=tokens_R)
     tiles = logit_tiles(num_rows, size)
     x_RV, chunk_max, chunk_best = _adjusted(raw_RV, rows, tiles)
-    weights_RV = floor_R = sums_RC = None
+    time_RC = winner_RC = None
     if not rows.all_greedy:
-        weights_RV = torch.empty(num_rows, size, dtype=torch.int64, device=device)
-        _weigh[tiles.grid](
-            x_RV,
-            chunk_max,
-            rows.temperature_R,
-            rows.min_p_R,
-            weights_RV,
-            num_rows,
-            size,
-            x_RV.stride(0),
-            tiles.chunks,
-            ROWS=tiles.rows,
-            CHUNK=tiles.chunk,
-            CHUNKS=tiles.chunks_power,
-            **EXACT,
-        )
-        floor_R = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        for by_mass, parameter_R in ((False, rows.top_k_R), (True, rows.top_p_R)):
-            floor_R = filters.floor(weights_RV, rows, parameter_R, by_mass, floor_R, tiles)
-        sums_RC = torch.empty(num_rows, tiles.chunks, dtype=torch.int64, device=device)
-        _sum_weights[tiles.grid](
-            weights_RV,
-            floor_R,
-            sums_RC,
-            num_rows,
-            size,
-            tiles.chunks,
-            ROWS=tiles.rows,
-            CHUNK=tiles.chunk,
-            **EXACT,
-        )
+        time_RC, winner_RC = _raced(x_RV, chunk_max, rows, tiles)
     _pick[(tiles.row_programs,)](
-        weights_RV,
-        floor_R,
-        sums_RC,
         chunk_max,
         chunk_best,
+        time_RC,
+        winner_RC,
         rows.temperature_R,
-        rows.seed_R,
-        rows.position_R,
         tokens_R,
         num_rows,
-        size,
         tiles.chunks,
         ALL_GREEDY=rows.all_greedy,
         ROWS=tiles.rows,
-        CHUNK=tiles.chunk,
         CHUNKS=tiles.chunks_power,
         **EXACT,
     )
     if rows.num_logprobs < 0:
         return Sampled(tokens_R=tokens_R)
     return with_logprobs(raw_RV, tokens_R.long(), rows.num_logprobs)
+
+
+def _raced(
+    x_RV: Tensor, chunk_max: Tensor, rows: SamplingRows, tiles: LogitTiles
+) -> tuple[Tensor, Tensor]:
+    """The least time of each chunk in the race, float64 [R, C], and its column, int32 [R, C]."""
+    device, shape = x_RV.device, (tiles.num_rows, tiles.chunks)
+    weights_RV = torch.empty(tiles.num_rows, tiles.size, dtype=torch.int64, device=device)
+    _weigh[tiles.grid](
+        x_RV,
+        chunk_max,
+        rows.temperature_R,
+        rows.min_p_R,
+        weights_RV,
+        tiles.num_rows,
+        tiles.size,
+        x_RV.stride(0),
+        tiles.chunks,
+        ROWS=tiles.rows,
+        CHUNK=tiles.chunk,
+        CHUNKS=tiles.chunks_power,
+        **EXACT,
+    )
+    floor_R = torch.zeros(tiles.num_rows, dtype=torch.int64, device=device)
+    for by_mass, parameter_R in ((False, rows.top_k_R), (True, rows.top_p_R)):
+        floor_R = filters.floor(weights_RV, rows, parameter_R, by_mass, floor_R, tiles)
+    time_RC = torch.empty(shape, dtype=torch.float64, device=device)
+    winner_RC = torch.empty(shape, dtype=torch.int32, device=device)
+    _race[tiles.grid](
+        weights_RV,
+        floor_R,
+        rows.seed_R,
+        rows.position_R,
+        rows.token_ids_V,
+        time_RC,
+        winner_RC,
+        tiles.num_rows,
+        tiles.size,
+        tiles.chunks,
+        HAS_IDS=rows.token_ids_V is not None,
+        ROWS=tiles.rows,
+        CHUNK=tiles.chunk,
+        **EXACT,
+    )
+    return time_RC, winner_RC
 
 
 def _adjusted(

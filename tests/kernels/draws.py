@@ -6,6 +6,7 @@ Nothing here is shared with the code under test.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -93,9 +94,26 @@ def philox(counter: list[int], key: list[int]) -> list[int]:
     return c
 
 
-def uniform53(seed: int, position: int) -> float:
-    words = philox([position % 2**32, position // 2**32, 0, 0], [seed % 2**32, seed // 2**32])
-    return ((words[0] << 32 | words[1]) >> 11) / 2**53
+def row_key(seed: int, position: int) -> list[int]:
+    """The four words of a row, from seed and position modulo 2**64."""
+    counter = [position % 2**32, position % 2**64 // 2**32, 0, 0]
+    return philox(counter, [seed % 2**32, seed % 2**64 // 2**32])
+
+
+def words(tokens: np.ndarray, first: int, second: int) -> np.ndarray:
+    """A word for each token: three products modulo 2**32, each after a shift by xor."""
+    x = tokens.astype(np.uint64) ^ np.uint64(first)
+    x = (x ^ x // 2**17) * 0xED5AD4BB % 2**32
+    x = ((x ^ x // 2**11) + second) % 2**32 * 0xAC4C1B51 % 2**32
+    x = (x ^ x // 2**15) * 0x31848BAB % 2**32
+    return x ^ x // 2**14
+
+
+def noise(seed: int, position: int, tokens: np.ndarray) -> np.ndarray:
+    """The number of each token in (0, 1): 52 bits of two words, and half a step."""
+    k0, k1, k2, k3 = row_key(seed, position)
+    bits = words(tokens, k0, k1) * 2**20 + words(tokens, k2, k3) // 2**12
+    return np.ldexp((2 * bits + 1).astype(np.float64), -53)
 
 
 def adjusted(logits: np.ndarray, row: Row) -> np.ndarray:
@@ -116,8 +134,9 @@ def adjusted(logits: np.ndarray, row: Row) -> np.ndarray:
     return x
 
 
-def draw(logits: np.ndarray, row: Row) -> int:
-    """The token of one row."""
+def draw(logits: np.ndarray, row: Row, ids: Sequence[int] | None = None) -> int:
+    """The column of one row; `ids`: the tokens of the columns."""
+    ids = range(len(logits)) if ids is None else ids
     x = adjusted(logits, row)
     if not np.isfinite(x.max()):
         return -1
@@ -138,11 +157,10 @@ def draw(logits: np.ndarray, row: Row) -> int:
                 break
             above, floor = above + w, w
         weights = [w if w >= floor else 0 for w in weights]
-    total = sum(weights)
-    target_weight = min(int(uniform53(row.seed, row.position) * float(total)), total - 1)
-    below = 0
-    for token, w in enumerate(weights):
-        below += w
-        if below > target_weight:
-            return token
-    raise AssertionError("the target lies under the total")
+    numbers = noise(row.seed, row.position, np.asarray(ids))
+    times = [
+        (-math.log(u) / w, column)
+        for column, (u, w) in enumerate(zip(numbers.tolist(), weights, strict=True))
+        if w
+    ]
+    return min(times)[1]

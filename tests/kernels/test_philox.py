@@ -1,13 +1,13 @@
-"""The generator against the known answers published with Random123, and the uniform's bits."""
+"""The generator against the known answers published with Random123, and the words of a row."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from arriero.kernels.philox import philox_4x32, uniform
+from arriero.kernels import philox
 
-from .draws import uniform53
+from .draws import row_key
 
 ONES = 0xFFFFFFFF
 KNOWN = [
@@ -30,21 +30,12 @@ def test_known_answers(
 
     c0, c1, c2, c3 = tensors(counter)
     k0, k1 = tensors(key)
-    for got, word in zip(philox_4x32((c0, c1, c2, c3), (k0, k1)), words, strict=True):
+    for got, word in zip(philox.philox_4x32((c0, c1, c2, c3), (k0, k1)), words, strict=True):
         assert got.tolist() == [word, word]
 
 
-def test_uniform_is_53_exact_bits_of_seed_and_position() -> None:
-    seeds = [0, 1, 2**63 - 1, 2**32, 2**32 - 1, 123456789012345678]
-    positions = [0, 1, 2**32, 131071, 7, 2**40 + 3]
-    got = uniform(torch.tensor(seeds), torch.tensor(positions)).tolist()
-    assert got == [uniform53(s, p) for s, p in zip(seeds, positions, strict=True)]
-
-
-def test_uniform_is_uniform() -> None:
-    u = uniform(torch.full((100_000,), 42), torch.arange(100_000))
-    assert u.min() >= 0 and u.max() < 1
-    counts = torch.histc(u.float(), bins=64, min=0, max=1)
-    # Chi-square with 63 degrees: mean 63, deviation 11.2.
-    assert ((counts - 1562.5) ** 2 / 1562.5).sum() < 63 + 5 * 11.2
-    assert abs(torch.corrcoef(torch.stack([u[:-1], u[1:]]))[0, 1]) < 0.02
+def test_a_rows_key_is_the_word_of_seed_and_position() -> None:
+    seeds = [0, 1, -1, 2**63 - 1, -(2**63), 2**32, 2**32 - 1, 123456789012345678]
+    positions = [0, 1, 7, 2**32, 131071, 99, 7, 2**40 + 3]
+    got = torch.stack(philox.row_key(torch.tensor(seeds), torch.tensor(positions)), -1)
+    assert got.tolist() == [row_key(s, p) for s, p in zip(seeds, positions, strict=True)]

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from arriero.kernels.ops import Ops
-from arriero.kernels.reference import sampling
 from arriero.kernels.sampling_rows import Sampled, SamplingRows
 
 from .draws import Row, adjusted, batch_of, draw
@@ -156,14 +155,69 @@ def test_never_a_filtered_token(ops: Ops) -> None:
     assert set(tokens[500:].tolist()) == {0, vocab - 1}
 
 
-def test_draws_follow_the_distribution(ops: Ops) -> None:
+@pytest.mark.parametrize("over", ["seed", "position"])
+def test_draws_follow_the_distribution(ops: Ops, over: str) -> None:
+    """Over seeds, and over the positions of one seed; likely tokens next to unlikely ones."""
     logits = torch.tensor([2.0, -1.0, 0.5, 1.9, -30.0, 0.0, 1.0])
-    rows = [Row(seed=3, position=i, temperature=1.5) for i in range(20_000)]
+    rows = [Row(seed=3, position=4, temperature=1.5)] * 20_000
+    rows = [dataclasses.replace(row, **{over: i}) for i, row in enumerate(rows)]
     tokens = ops.sample(logits.repeat(len(rows), 1), batch_of(rows, 7)).tokens_R
     counts = torch.bincount(tokens.long(), minlength=7).double()
     p = (logits.double() / 1.5).softmax(-1)
     deviation = (len(rows) * p * (1 - p)).sqrt() + 1
     assert ((counts - len(rows) * p).abs() < 4.5 * deviation).all()
+    likely = p > 1e-6
+    chi_square = float(((counts - len(rows) * p)[likely] ** 2 / (len(rows) * p)[likely]).sum())
+    assert chi_square < 20.5, "5 degrees of freedom: above in 1 of 1000"
+
+
+def test_a_draw_does_not_tell_the_next_one(ops: Ops) -> None:
+    """Pairs of draws at neighbouring positions of a seed occur as often as independent ones."""
+    rows = [Row(seed=8, position=i) for i in range(20_000)]
+    tokens = ops.sample(torch.zeros(len(rows), 8), batch_of(rows, 8)).tokens_R.long()
+    counts = torch.bincount(tokens[:-1] * 8 + tokens[1:], minlength=64).double()
+    mean = (len(rows) - 1) / 64
+    # Chi-square with 63 degrees: mean 63, deviation 11.2.
+    assert ((counts - mean) ** 2 / mean).sum() < 63 + 4.5 * 11.2
+
+
+def test_a_part_of_the_vocabulary_has_the_noise_of_its_tokens(ops: Ops) -> None:
+    """Columns with ids draw what the whole vocabulary draws with all other tokens banned."""
+    vocab, num_ids, num_rows = 3001, 700, 12
+    generator = torch.Generator().manual_seed(6)
+    ids = torch.randperm(vocab, generator=generator)[:num_ids].sort().values
+    kinds = [CLASSES[name] for name in ("greedy", "plain", "hot", "filters", "top_p", "min_p")]
+    rows = [
+        dataclasses.replace(kinds[i % len(kinds)], seed=i, position=50 + i) for i in range(num_rows)
+    ]
+    part = logits_of(num_rows, num_ids, seed=5)
+    whole = torch.full((num_rows, vocab), -torch.inf).index_copy_(1, ids, part)
+    batch = dataclasses.replace(batch_of(rows, num_ids), token_ids_V=ids.int())
+    columns = ops.sample(part.clone(), batch).tokens_R.tolist()
+    assert columns == [
+        draw(x, row, ids.tolist()) for x, row in zip(part.numpy(), rows, strict=True)
+    ]
+    drawn = ops.sample(whole, batch_of(rows, vocab)).tokens_R
+    assert drawn.tolist() == ids[columns].tolist()
+
+
+def test_like_distributions_share_most_draws(ops: Ops) -> None:
+    """A little noise on the logits changes few draws: what drafts need.
+
+    Two races share a draw in at least (1 - d) / (1 + d) of the rows, d the total variation.
+    """
+    vocab, count = 200, 2000
+    p = logits_of(1, vocab, seed=8).expand(count, -1)
+    q = p + 0.2 * logits_of(1, vocab, 1.0, seed=9)
+    rows = [Row(seed=2, position=i) for i in range(count)]
+    same = ops.sample(p.clone(), batch_of(rows, vocab)).tokens_R == (
+        ops.sample(q.clone(), batch_of(rows, vocab)).tokens_R
+    )
+    likelihoods = (x[0].double().softmax(-1) for x in (p, q))
+    distance = float(torch.stack(list(likelihoods)).diff(dim=0).abs().sum()) / 2
+    least = (1 - distance) / (1 + distance)
+    assert 0.02 < distance < 0.3
+    assert same.double().mean() > least - 4.5 * (least * (1 - least) / count) ** 0.5
 
 
 def test_a_real_vocabulary(ops: Ops) -> None:
@@ -238,16 +292,3 @@ def test_penalties_match_the_definition_of_hugging_face() -> None:
         Row(repetition=2.0, frequency=0.5, presence=0.25, prompt=(0, 1), output=(2, 2)),
     )
     assert x.tolist() == [1.0, -4.0, 0.5 - 1.0 - 0.25, 1.0]
-
-
-@pytest.mark.parametrize(("u", "token"), [(0.0, 1), (0.5 - 2**-53, 1), (0.5, 3), (1 - 2**-53, 3)])
-def test_the_ends_of_the_reference_draw(
-    monkeypatch: pytest.MonkeyPatch, u: float, token: int
-) -> None:
-    """The least and greatest uniforms, and one on the very boundary of two tokens."""
-    monkeypatch.setattr(
-        sampling, "uniform", lambda seed, position: torch.full(seed.shape, u, dtype=torch.float64)
-    )
-    logits = torch.tensor([[-torch.inf, 2.0, -torch.inf, 2.0, -torch.inf]])
-    drawn = sampling.sample(logits, batch_of([Row()], 5))
-    assert drawn.tokens_R.tolist() == [token]

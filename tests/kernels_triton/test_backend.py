@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,15 +17,17 @@ from support import triton_interpreter
 triton_interpreter.install()
 pytest.importorskip("triton")
 
+import triton.language as tl  # noqa: E402
+
 from arriero.kernels.input_transform import quantize_rows  # noqa: E402
 from arriero.kernels.kv_cache import KVCacheSpec  # noqa: E402
 from arriero.kernels.layers import AttentionStyle  # noqa: E402
-from arriero.kernels.philox import uniform  # noqa: E402
 from arriero.kernels.quantize import quantize_int4  # noqa: E402
 from arriero.kernels.reference.backend import ReferenceOps  # noqa: E402
 from arriero.kernels.select import ops_for  # noqa: E402
-from arriero.kernels.triton import float8, launch, triton_ops, tuning  # noqa: E402
+from arriero.kernels.triton import float8, launch, sampling, triton_ops, tuning  # noqa: E402
 from arriero.kernels.triton.backend import TritonOps  # noqa: E402
+from arriero.kernels.triton.launch import kernel  # noqa: E402
 from arriero.kernels.triton.norm import add_rms_norm, rms_norm  # noqa: E402
 from arriero.kernels.triton.upload import Upload  # noqa: E402
 from arriero.kernels.triton.weights import pack_quantized  # noqa: E402
@@ -154,17 +157,26 @@ def test_fp8_caches_saturate() -> None:
     assert (kv.read(0, [1])[:, :, :, :2].float() == 448).all()
 
 
-def test_the_kernels_uniform_has_the_generators_bits() -> None:
-    from kernels.draws import Row, batch_of
+@kernel
+def _store_noise(seeds: tl.tensor, positions: tl.tensor, to: tl.tensor, SIZE: tl.constexpr) -> None:
+    row, token = tl.program_id(0), tl.arange(0, SIZE)
+    k0, k1, k2, k3 = sampling.row_key(tl.load(seeds + row), tl.load(positions + row))
+    u = sampling.token_uniform((token * 16381).to(tl.uint32), k0, k1, k2, k3)
+    tl.store(to + row * SIZE + token, u)
+
+
+def test_the_kernels_noise_has_the_bits_of_the_definition() -> None:
+    from kernels.draws import noise
 
     seeds = [0, 1, -1, 2**63 - 1, -(2**63), 2**32, 123456789012345678]
     positions = [0, 2**40 + 3, 7, 1, 2**32, 131071, 99]
-    # of 2**17 equal weights the draw takes the token that u's leading 17 bits number
-    rows = [Row(seed=s, position=p) for s, p in zip(seeds, positions, strict=True)]
-    size = 1 << 17
-    tokens = triton_ops(CPU).sample(torch.zeros(len(rows), size), batch_of(rows, size)).tokens_R
-    u = uniform(torch.tensor(seeds), torch.tensor(positions))
-    assert tokens.tolist() == (u * size).long().tolist()
+    got = torch.empty(len(seeds), 16, dtype=torch.float64)
+    _store_noise[(len(seeds),)](torch.tensor(seeds), torch.tensor(positions), got, SIZE=16)
+    tokens = 16381 * np.arange(16)
+    assert got.tolist() == [
+        noise(seed, position, tokens).tolist()
+        for seed, position in zip(seeds, positions, strict=True)
+    ]
 
 
 @pytest.mark.parametrize(("columns", "group"), [(64, 32), (100, 32), (31, 31), (45, 15)])

@@ -146,8 +146,12 @@ inline double log_total(const float* x, int64_t columns, int64_t* room) {
     return double(x[best]) + std::log(sum);
 }
 
-// Philox-4x32-10 (Salmon 2011) keyed by the seed, with the position as counter: 53 bits of [0, 1).
-inline double uniform(uint64_t seed, uint64_t position) {
+// Philox-4x32-10 (Salmon 2011) keyed by the seed, with the position as counter: a row's key.
+struct RowKey {
+    uint32_t word[4];
+};
+
+inline RowKey row_key(uint64_t seed, uint64_t position) {
     uint32_t c[4] = {uint32_t(position), uint32_t(position >> 32), 0, 0};
     uint32_t k[2] = {uint32_t(seed), uint32_t(seed >> 32)};
     for (int round = 0; round < 10; ++round) {
@@ -158,7 +162,70 @@ inline double uniform(uint64_t seed, uint64_t position) {
         k[0] += 0x9E3779B9u;
         k[1] += 0xBB67AE85u;
     }
-    return double(uint64_t(c[0]) << 21 | c[1] >> 11) * 0x1p-53;
+    return {{c[0], c[1], c[2], c[3]}};
+}
+
+// A token's word, by two words of the row's key; kernels/token_noise.py says why these steps.
+inline uint32_t mix(uint32_t token, uint32_t first, uint32_t second) {
+    uint32_t x = token ^ first;
+    x = (x ^ x >> 17) * 0xED5AD4BBu;
+    x = ((x ^ x >> 11) + second) * 0xAC4C1B51u;
+    x = (x ^ x >> 15) * 0x31848BABu;
+    return x ^ x >> 14;
+}
+
+// A token's time in the race: -log(u) / weight, u an odd multiple of 2^-53.
+inline double race_time(const RowKey& key, uint32_t token, int64_t weight) {
+    const uint64_t high = mix(token, key.word[0], key.word[1]);
+    const uint32_t low = mix(token, key.word[2], key.word[3]);
+    return -std::log(double(high << 21 | low >> 11 | 1) * 0x1p-53) / double(weight);
+}
+
+// The column with the least time among those with weights of at least `floor`; of equal times the
+// lowest. `first`: a column with the greatest weight. `ids`: ids of the columns, or null.
+//
+// Nearly all tokens lose without a logarithm. As -log(u) >= 1 - u, a token can win only if
+// 1 - u <= best * weight, with `best` the least time so far. 1 - u is at least `miss` * 2^-31, where
+// `miss` has the leading 31 bits of the inverted high word; and 2^-40 of `best` covers what the
+// logarithm, the quotient and this product round.
+inline int64_t race(const int64_t* weights, int64_t columns, int64_t floor, int64_t first,
+                    const int32_t* ids, const RowKey& key) {
+    constexpr int64_t kSpan = 512;
+    constexpr double kMagic = 0x1p52;  // or a whole number below it into its low bits: the sum
+    const auto id_of = [&](int64_t i) { return uint32_t(ids ? ids[i] : i); };
+    int64_t winner = first;
+    double best = race_time(key, id_of(first), weights[first]);
+    int32_t miss[kSpan];
+    for (int64_t from = 0; from < columns; from += kSpan) {
+        const int64_t size = std::min(kSpan, columns - from);
+        const uint32_t k0 = key.word[0], k1 = key.word[1];
+        if (ids)
+            for (int64_t i = 0; i < size; ++i)
+                miss[i] = int32_t(~mix(uint32_t(ids[from + i]), k0, k1) >> 1);
+        else
+            for (int64_t i = 0; i < size; ++i)
+                miss[i] = int32_t(~mix(uint32_t(from + i), k0, k1) >> 1);
+        const auto limit = [&] { return best * (0x1p31 * (1.0 + 0x1p-40)); };
+        const auto can_win = [&](int64_t i, double bound) {
+            const int64_t weight = weights[from + i];
+            const uint64_t bits = uint64_t(weight) | std::bit_cast<uint64_t>(kMagic);
+            const double scaled = bound * (std::bit_cast<double>(bits) - kMagic);
+            return (double(miss[i]) <= scaled) & (weight >= floor);
+        };
+        const double bound = limit();
+        int64_t count = 0;
+        for (int64_t i = 0; i < size; ++i) count += can_win(i, bound) ? 1 : 0;
+        if (count == 0) continue;
+        for (int64_t i = 0; i < size; ++i) {
+            if (!can_win(i, limit())) continue;
+            const double time = race_time(key, id_of(from + i), weights[from + i]);
+            if (time < best || (time == best && from + i < winner)) {
+                best = time;
+                winner = from + i;
+            }
+        }
+    }
+    return winner;
 }
 
 // Parameters of the rows, each an array. The C struct that Python fills.
@@ -169,6 +236,7 @@ struct Draws {
     const float* min_p;        // 0: off
     const int64_t* seed;
     const int64_t* position;
+    const int32_t* token_ids;  // for each column; null: the columns are the ids
 };
 
 // One row's token. `room`: for twice as many weights as the row has columns.
@@ -183,30 +251,14 @@ inline int32_t draw(const float* x, int64_t columns, const Draws& draws, int64_t
     if (draws.top_k[row] > 0)
         floor = greatest_floor(weights, columns, floor, spare,
                                [&](Held held) { return held.count >= draws.top_k[row]; });
-    int64_t total = held_from(weights, columns, floor).sum;
     if (draws.top_p[row] < 1.0f) {
-        const double target = double(draws.top_p[row]) * double(total);
+        const double total = double(held_from(weights, columns, floor).sum);
+        const double target = double(draws.top_p[row]) * total;
         floor = greatest_floor(weights, columns, floor, spare,
                                [&](Held held) { return double(held.sum) >= target; });
-        total = held_from(weights, columns, floor).sum;
     }
-    const double u = uniform(uint64_t(draws.seed[row]), uint64_t(draws.position[row]));
-    int64_t left = std::min(int64_t(u * double(total)), total - 1);
-    constexpr int64_t kSpan = 512;  // find the span first, then the token in it
-    for (int64_t from = 0; from < columns; from += kSpan) {
-        const int64_t size = std::min(kSpan, columns - from);
-        const int64_t sum = held_from(weights + from, size, floor).sum;
-        if (left >= sum) {
-            left -= sum;
-            continue;
-        }
-        for (int64_t i = from;; ++i) {
-            if (weights[i] < floor) continue;
-            left -= weights[i];
-            if (left < 0) return int32_t(i);
-        }
-    }
-    return -1;  // not reached: the target lies under the total
+    const RowKey key = row_key(uint64_t(draws.seed[row]), uint64_t(draws.position[row]));
+    return int32_t(race(weights, columns, floor, best, draws.token_ids, key));
 }
 
 }  // namespace arriero

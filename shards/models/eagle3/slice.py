@@ -86,7 +86,7 @@ class Eagle3Slice:
         self.config, self.part, self.mesh, self.ops = config, part, mesh, ops
         self.dtype = settings.dtype
         targets = vocabulary_map(folder, config)
-        # ids rise with the rows, so that draws by inverse CDF follow the order of the target
+        # ids rise with the rows, so that of equal logits the drafts take the target's token
         self._order = None if bool((targets.diff() > 0).all()) else targets.argsort()
         self.targets = (targets if self._order is None else targets[self._order]).int()
         specs = eagle3_specs(config, stored)

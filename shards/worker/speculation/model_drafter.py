@@ -206,9 +206,11 @@ class ModelDrafter:
     def _draw(self, logits_RV: Tensor | None, slots: Int32, positions: Int32) -> Tensor:
         """Draw a token of the target for each row, int32 [R], the same on all ranks.
 
-        The draw has the noise of the target's at the same position.
+        The draw has the noise of the target's at the same position, token by token: the least time
+        of the target's race is likely the least of the network's, the more so the more alike both
+        distributions are.
         """
-        device = self._mesh.device
+        device, ids_V = self._mesh.device, self._network.token_ids_V
         if logits_RV is None:
             tokens_R = torch.empty(len(slots), dtype=torch.int32, device=device)
         else:
@@ -220,9 +222,11 @@ class ModelDrafter:
                 min_p_R=to_device(self._min_p[slots], device),
                 seed_R=to_device(self._seed[slots], device),
                 position_R=to_device(positions.astype(np.int64), device),
+                token_ids_V=ids_V,
                 all_greedy=not temperature.any(),
             )
-            own_R = self._ops.sample(logits_RV, rows).tokens_R.clamp(min=0)
-            tokens_R = self._network.target_tokens(own_R)
+            tokens_R = self._ops.sample(logits_RV, rows).tokens_R.clamp(min=0)
+            if ids_V is not None:
+                tokens_R = ids_V.index_select(0, tokens_R)
         self._mesh.share_drafts(tokens_R)
         return tokens_R

@@ -30,11 +30,14 @@ class DraftNetwork(Protocol):
         reads_target: rows need a feature of the target's activations at their position; the rows
             of a chain of drafts take the output of the row before.
         taps: activations of the target that `features` needs.
+        token_ids_V: int32, the target's id of each token of the network, rising; None where both
+            have the same tokens.
     """
 
     shift: int
     reads_target: bool
     taps: tuple[int, ...]
+    token_ids_V: Tensor | None
 
     @property
     def weights_nbytes(self) -> int:
@@ -56,15 +59,13 @@ class DraftNetwork(Protocol):
     def logits(self, y_RH: Tensor) -> Tensor | None:
         """Logits float32 [R, V] of the whole vocabulary on tp rank 0; None on other ranks."""
 
-    def target_tokens(self, tokens_R: Tensor) -> Tensor:
-        """The target's tokens, int32, for tokens of the network."""
-
 
 class ModelNetwork:
     """A smaller model of the same vocabulary."""
 
     shift, reads_target = 0, False
     taps: tuple[int, ...] = ()
+    token_ids_V: Tensor | None = None
 
     def __init__(self, model: ModelSlice, mesh: Mesh, vocab_sizes: list[int]) -> None:
         """Wrap a loaded slice; `vocab_sizes` are the rows of the head on each tp rank."""
@@ -98,15 +99,12 @@ class ModelNetwork:
         """Logits on tp rank 0."""
         return self._mesh.gather_logits(self._model.logits(y_RH), self._sizes)
 
-    def target_tokens(self, tokens_R: Tensor) -> Tensor:
-        """The same tokens."""
-        return tokens_R
-
 
 class Eagle3Network:
     """An EAGLE-3 head."""
 
     shift, reads_target = 1, True
+    token_ids_V: Tensor | None
 
     def __init__(
         self,
@@ -128,7 +126,7 @@ class Eagle3Network:
         """
         self._extra_nbytes = extra_nbytes
         self._head, self._mesh, self._sizes, self.taps = head, mesh, vocab_sizes, taps
-        self._targets = head.targets.to(mesh.device)
+        self.token_ids_V = head.targets.to(mesh.device)
 
     @property
     def weights_nbytes(self) -> int:
@@ -157,7 +155,3 @@ class Eagle3Network:
         """Logits of the draft vocabulary on tp rank 0."""
         logits_RV = self._mesh.gather_logits(self._head.logits(y_RH), self._sizes)
         return None if logits_RV is None else self._head.in_order(logits_RV)
-
-    def target_tokens(self, tokens_R: Tensor) -> Tensor:
-        """The target's tokens by `d2t`."""
-        return self._targets.index_select(0, tokens_R)
