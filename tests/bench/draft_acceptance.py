@@ -3,11 +3,10 @@
 Usage: PYTHONPATH=tests draft_acceptance.py TARGET --draft FOLDER --eagle3 FOLDER [--tokens 256]
 
 Each row of the table is a temperature and a depth of the chain, over positions whose drafts before
-were all right. `coupled` counts drafts that equal the target's draw: both draw by inverse CDF with
-the uniform number of seed and position. `rejection` is the mean of sum(min(p, q)), which standard
-rejection sampling accepts; `greedy` the mean of p(argmax q), for drafts without noise; `gumbel`
-what a target that draws by Gumbel-max would share with the draft; `hedged` counts the token that
-most likely holds the uniform number if the target's CDF is Beta-distributed around the draft's.
+were all right. `coupled` counts drafts that equal the target's draw: both draw by an exponential
+race with the same noise for each token, at the same seed and position. `rejection` is the mean of
+sum(min(p, q)), which standard rejection sampling accepts; `greedy` the mean of p(argmax q), for
+drafts without noise. The column `deviation` is that of the mean `coupled`.
 The tokens of each run are compared with a run without drafts. A head runs with its taps, and once
 with each tap one layer later, to tell the two meanings of tap ids apart.
 """
@@ -25,15 +24,12 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from arriero.kernels.philox import uniform
 from arriero.kernels.select import ops_for
 from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.models.eagle3.config import Eagle3Config
 from support.draft_loop import DraftLoop
 
-HEDGES = (8, 32, 128)
-GUMBELS = 64
-NAMES = ("coupled", "rejection", "greedy", "gumbel", *(f"hedged {a}" for a in HEDGES))
+NAMES = ("coupled", "deviation", "rejection", "greedy")
 ASKS = (
     "Explain how a bicycle works.",
     "Write a Python function that reverses a list.",
@@ -56,24 +52,21 @@ class Measured(DraftLoop):
         self.temperature = temperature
         self.sums: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         self.counts: dict[int, int] = defaultdict(int)
-        self._drafted: dict[tuple[int, int], tuple[int, Tensor]] = {}
-        self._chain: list[tuple[np.ndarray, np.ndarray, Tensor]] = []
+        self._drafted: dict[tuple[int, int], tuple[int, Tensor, int]] = {}
+        self._chain: list[tuple[np.ndarray, np.ndarray, Tensor, Tensor]] = []
         network, draw = self.drafter._network, type(self.drafter)._draw
         drafter = self.drafter
 
         def recorded(logits: Tensor, slots: np.ndarray, positions: np.ndarray) -> Tensor:
-            self._chain.append((slots, positions, logits.clone()))
-            return draw(drafter, logits, slots, positions)
+            distributions = self.distribution(logits)
+            drawn = draw(drafter, logits, slots, positions)
+            self._chain.append((slots, positions, distributions, drawn))
+            return drawn
 
         drafter._draw = recorded  # type: ignore[method-assign, assignment]
-        size = self.model_config.vocab_size
-        self._ids = network.target_tokens(torch.arange(self._draft_vocab, dtype=torch.int32)).long()
-        self._size = size
-
-    @property
-    def _draft_vocab(self) -> int:
-        head = getattr(self.drafter._network, "_head", None)
-        return self.model_config.vocab_size if head is None else head.config.draft_vocab_size
+        self._size = self.model_config.vocab_size
+        ids = network.token_ids_V
+        self._ids = torch.arange(self._size) if ids is None else ids.long()
 
     def distribution(self, logits: Tensor) -> Tensor:
         """Probabilities, float64."""
@@ -84,52 +77,25 @@ class Measured(DraftLoop):
 
     def note_drafts(self) -> None:
         """Keep the draft distributions of the last chain by slot and position."""
-        for depth, (slots, positions, logits) in enumerate(self._chain):
+        for depth, (slots, positions, distributions, drawn) in enumerate(self._chain):
             q = torch.zeros(len(slots), self._size, dtype=torch.float64)
-            q[:, self._ids] = self.distribution(logits)
-            for slot, position, row in zip(slots.tolist(), positions.tolist(), q, strict=True):
-                self._drafted[slot, position] = depth, row
+            q[:, self._ids] = distributions
+            rows = zip(slots.tolist(), positions.tolist(), q, drawn.tolist(), strict=True)
+            for slot, position, row, token in rows:
+                self._drafted[slot, position] = depth, row, token
         self._chain = []
 
     def compare(self, slot: int, position: int, logits: Tensor, token: int) -> None:
         """Compare a draw of the target with the draft for its position."""
         if (slot, position) not in self._drafted:
             return
-        depth, q = self._drafted.pop((slot, position))
+        depth, q, draft = self._drafted.pop((slot, position))
         p = self.distribution(logits)
         sums = self.sums[depth]
         self.counts[depth] += 1
+        sums["coupled"] += float(draft == token)
         sums["rejection"] += float(torch.minimum(p, q).sum())
         sums["greedy"] += float(p[q.argmax()])
-        text = self.texts[slot]
-        seed = torch.tensor([text.params.seed or 0])
-        u = uniform(seed, torch.tensor([position]))
-        sums["coupled"] += float(torch.searchsorted(q.cumsum(-1), u, right=True)[0] == token)
-        sums["gumbel"] += gumbel_agreement(p, q)
-        for strength in HEDGES:
-            sums[f"hedged {strength}"] += float(hedged(q, float(u), strength) == token)
-
-
-def gumbel_agreement(p: Tensor, q: Tensor) -> float:
-    """Share of Gumbel draws in which both distributions choose the same token."""
-    likely = (p > 1e-6) | (q > 1e-6)
-    p, q = p[likely].log(), q[likely].log()
-    generator = torch.Generator().manual_seed(len(p))
-    noise = torch.rand(GUMBELS, len(p), generator=generator, dtype=torch.float64)
-    noise = -(-noise.clamp(1e-12, 1 - 1e-12).log()).log()
-    return float(((p + noise).argmax(-1) == (q + noise).argmax(-1)).double().mean())
-
-
-def hedged(q: Tensor, u: float, strength: float) -> int:
-    """The token with the most probability that the target's CDF puts it at u."""
-    high = q.cumsum(-1)
-    low = high - q
-
-    def below(edge: Tensor) -> Tensor:
-        spread = (edge * (1 - edge) / (strength + 1)).clamp(min=1e-12).sqrt()
-        return torch.special.ndtr((u - edge) / spread)
-
-    return int((below(low) - below(high)).argmax())
 
 
 def run(loop: Measured, prompts: list[list[int]], temperature: float, tokens: int, k: int) -> Any:  # noqa: ANN401
@@ -148,7 +114,9 @@ def run(loop: Measured, prompts: list[list[int]], temperature: float, tokens: in
     rows = {}
     for depth in sorted(loop.counts):
         count = loop.counts[depth]
-        rows[depth] = {name: loop.sums[depth][name] / count for name in NAMES} | {"n": count}
+        row = {name: loop.sums[depth][name] / count for name in NAMES}
+        row["deviation"] = (row["coupled"] * (1 - row["coupled"]) / count) ** 0.5
+        rows[depth] = row | {"n": count}
     emitted = [n for text in texts for n in text.emitted]
     out = [text.tokens[text.num_prompt :][:tokens] for text in texts]
     return rows, sum(emitted) / max(1, len(emitted)), out

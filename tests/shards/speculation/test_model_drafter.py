@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from arriero.kernels.ops import Ops
 from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.config.sampling_params import SamplingParams
+from kernels.draws import Row, draw
 from support.draft_loop import DraftLoop, Text
 from support.eagle3_heads import ReferenceHead, head_settings, head_weights, write_head
 from support.models import tiny_llama
@@ -115,19 +117,30 @@ def _right(text: Text) -> list[bool]:
     return right
 
 
-@pytest.mark.parametrize("layout", ["flat", "nested"])
-@pytest.mark.parametrize("own_embedding", [False, True])
+@pytest.mark.parametrize(
+    ("layout", "own_embedding", "params"),
+    [
+        ("flat", False, GREEDY),
+        ("flat", True, GREEDY),
+        ("nested", False, GREEDY),
+        ("nested", True, GREEDY),
+        ("flat", False, SAMPLED),
+    ],
+)
 def test_a_head_follows_its_equations(
-    target: Path, tmp_path: Path, ops: Ops, layout: str, own_embedding: bool
+    target: Path, tmp_path: Path, ops: Ops, layout: str, own_embedding: bool, params: SamplingParams
 ) -> None:
-    """Greedy drafts equal those of plain torch on the target's true taps, step for step."""
+    """Drafts equal those of plain torch on the target's true taps, step for step.
+
+    Drawn ones have the noise of the target's tokens, not of the head's rows.
+    """
     settings = head_settings(layout=layout)
     weights = head_weights(settings, own_embedding=own_embedding)
     head = write_head(tmp_path / "head", settings, weights)
     loop = DraftLoop(target, "eagle3", head, ops)
     assert loop.drafter.taps == (2, LAYERS // 2, LAYERS - 3)
     texts = [
-        loop.enter(slot, [(5 * i + slot) % 128 for i in range(length)], GREEDY)
+        loop.enter(slot, [(5 * i + slot) % 128 for i in range(length)], params)
         for slot, length in enumerate((4, 37))
     ]
     for _ in range(2):
@@ -147,26 +160,36 @@ def test_a_head_follows_its_equations(
         checked = 0
         for position, drafts in text.drafted:
             if drafts:
-                wanted = _greedy_drafts(
-                    reference, weights, taps, text.tokens[:position], len(drafts)
+                wanted = _drafts(
+                    reference, weights, taps, text.tokens[:position], len(drafts), params
                 )
                 assert drafts == wanted
                 checked += 1
         assert checked > 20
 
 
-def _greedy_drafts(
+def _drafts(
     reference: ReferenceHead,
     weights: dict[str, Tensor],
     taps: list[Tensor],
     tokens: list[int],
     length: int,
+    params: SamplingParams,
 ) -> list[int]:
     features = reference.fuse([tap[: len(tokens) - 1] for tap in taps])
+    targets = torch.arange(len(weights["d2t"])) + weights["d2t"]
     drafts: list[int] = []
     for _ in range(length):
         y = reference(torch.tensor([*tokens[1:], *drafts]), features)[-1:]
-        best = int(reference.logits(y).argmax())
-        drafts.append(best + int(weights["d2t"][best]))
+        logits = np.full(128, -np.inf, np.float32)
+        logits[targets.numpy()] = reference.logits(y).float().numpy().reshape(-1)
+        row = Row(
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            seed=params.seed or 0,
+            position=len(tokens) + len(drafts),
+        )
+        drafts.append(draw(logits, row))
         features = torch.cat([features, reference.next_feature(y)])
     return drafts
