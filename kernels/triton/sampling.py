@@ -1,7 +1,8 @@
 """From logits to tokens: bias, bans, penalties, filters and the draw, as `Ops.sample` defines.
 
 Many programs take the chunks of a row's vocabulary at once. Filters sum integers and the draw takes
-a minimum, so that the order changes no bit. Knows rows of numbers; knows nothing of text and requests.
+a minimum, so that the order changes no bit. Knows rows of numbers; knows nothing of text and
+requests.
 
 Shape legend: R rows, V vocabulary, C chunks of a row.
 """
@@ -175,7 +176,7 @@ def _mix(token: tl.tensor, first: tl.tensor, second: tl.tensor) -> tl.tensor:
 def token_uniform(
     token: tl.tensor, k0: tl.tensor, k1: tl.tensor, k2: tl.tensor, k3: tl.tensor
 ) -> tl.tensor:
-    """As `kernels.token_noise.token_uniforms`: float64 of a token's id and its row's key, uint32."""
+    """As `kernels.token_noise.token_uniforms`: float64, of ids and words of keys in uint32."""
     high = _mix(token, k0, k1).to(tl.int64)
     low = _mix(token, k2, k3).to(tl.int64)
     return ((high << 21) | (low >> 11) | 1).to(tl.float64) * (2.0**-53)

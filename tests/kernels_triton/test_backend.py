@@ -27,7 +27,6 @@ from arriero.kernels.reference.backend import ReferenceOps  # noqa: E402
 from arriero.kernels.select import ops_for  # noqa: E402
 from arriero.kernels.triton import float8, launch, sampling, triton_ops, tuning  # noqa: E402
 from arriero.kernels.triton.backend import TritonOps  # noqa: E402
-from arriero.kernels.triton.launch import kernel  # noqa: E402
 from arriero.kernels.triton.norm import add_rms_norm, rms_norm  # noqa: E402
 from arriero.kernels.triton.upload import Upload  # noqa: E402
 from arriero.kernels.triton.weights import pack_quantized  # noqa: E402
@@ -157,7 +156,7 @@ def test_fp8_caches_saturate() -> None:
     assert (kv.read(0, [1])[:, :, :, :2].float() == 448).all()
 
 
-@kernel
+@launch.kernel
 def _store_noise(seeds: tl.tensor, positions: tl.tensor, to: tl.tensor, SIZE: tl.constexpr) -> None:
     row, token = tl.program_id(0), tl.arange(0, SIZE)
     k0, k1, k2, k3 = sampling.row_key(tl.load(seeds + row), tl.load(positions + row))

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from kernels.draws import Row, draw
 from torch import Tensor
 
 from arriero.kernels.ops import Ops
 from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.config.sampling_params import SamplingParams
-from kernels.draws import Row, draw
 from support.draft_loop import DraftLoop, Text
 from support.eagle3_heads import ReferenceHead, head_settings, head_weights, write_head
 from support.models import tiny_llama
