@@ -568,7 +568,12 @@ def main() -> None:
         train_head(data, teacher, settings, draft_ids, epochs, arguments.window, save)
     if arguments.only in (None, "draft"):
         draft = train_draft(
-            data, teacher, draft_ids, settings["rope_theta"], arguments.draft_epochs
+            data,
+            teacher,
+            draft_ids,
+            settings["rope_theta"],
+            arguments.draft_epochs,
+            arguments.window,
         )
         save_draft(out / "draft", draft, settings, target)
 

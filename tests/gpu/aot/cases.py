@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -223,9 +222,6 @@ def sampled(vocab: int, rows: int, greedy: bool) -> None:
         **more,
     )
     sampling.sample(empty(rows, vocab, dtype=F32), parameters)
-    if not greedy:
-        ids = empty(vocab, dtype=I32)
-        sampling.sample(empty(rows, vocab, dtype=F32), replace(parameters, token_ids_V=ids))
 
 
 SUBSET = "subset for every test run"
