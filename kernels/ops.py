@@ -105,19 +105,18 @@ class Ops(ABC):
     ) -> Linear:
         """`pack_quantized` for weights that need a transform of the inputs: a new order, rounding.
 
-        `linear` and `grouped_linear` take the result. With a bound the product is
-        y = scale_T * (q_TI Qᵀ) * scale_O + b, with q the float8 numbers of `quantize_rows` and Q
-        the stored float8 numbers. Products of two float8 numbers are exact in float32, and sums of
-        up to 2**17 products are exact in float64: `reference` sums in float64 by definition, the
-        other backends in float32.
+        `linear` and `grouped_linear` take the result. With rounded inputs the product is
+        y = scale_T * (q_TI Qᵀ) * scale_O + b, with q the levels of `InputTransform` and Q the
+        stored numbers (fp4: times the scales of their groups; scale_O are the row scales). Products
+        of two float8 numbers are exact in float32, and sums of up to 2**17 products are exact in
+        float64: `reference` sums in float64 by definition, the other backends in float32.
 
         Raises:
             ValueError, NotImplementedError: as `pack_quantized`.
         """
         plain = self.pack_quantized(weights, None)
         bias = None if bias_O is None else bias_O.to(self.device, torch.float32, copy=True)
-        if inputs.order_I is not None:
-            inputs = replace(inputs, order_I=inputs.order_I.to(self.device))
+        inputs = inputs.to(self.device)
         return replace(
             plain,
             in_features=inputs.num_inputs,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Precision = Literal["float32", "bfloat16", "float16", "fp8", "int8", "int4"]
+Precision = Literal["float32", "bfloat16", "float16", "fp8", "int8", "int4", "fp4"]
 
 PLAIN = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of a number of an unquantized matrix."""
@@ -26,7 +26,7 @@ class MatrixSize:
         out_features: rows.
         in_features: columns.
         precision: precision of the weights.
-        group_size: int4: columns that share a scale.
+        group_size: int4, fp4: columns that share a scale.
         zeros: int4: the weights have zero points.
         bias: the matrix has a bias.
     """
@@ -39,17 +39,22 @@ class MatrixSize:
     bias: bool = False
 
     @property
+    def four_bits(self) -> bool:
+        """Whether a byte holds two columns, and scales belong to groups of columns."""
+        return self.precision in ("int4", "fp4")
+
+    @property
     def byte_columns(self) -> int:
-        """Bytes of an int4 row without padding: two columns a byte."""
+        """Bytes of a four-bit row without padding: two columns a byte."""
         return -(-self.in_features // 2)
 
     @property
     def num_groups(self) -> int:
         """Scales of a row, of a quantized matrix."""
-        return -(-self.in_features // self.group_size) if self.precision == "int4" else 1
+        return -(-self.in_features // self.group_size) if self.four_bits else 1
 
     def scales_nbytes(self, rows: int) -> int:
-        """Bytes of scales and zero points of `rows` rows, padding rows included."""
+        """Bytes of the scales of groups and zero points of `rows` rows, padding rows included."""
         if self.precision in PLAIN:
             return 0
         numbers = 2 if self.precision == "int4" and self.zeros else 1

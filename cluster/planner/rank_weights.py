@@ -52,6 +52,8 @@ ON_LOAD: dict[str, Dtype] = {"int8": "int8", "fp8": "fp8-onload", "int4": "int4-
 """The planner's dtype for each value of a spec's `quantization`."""
 GROUP_SIZE = 128
 ON_LOAD_GROUP_SIZE = 32
+INPUT_SCALE_NBYTES = 4
+"""Bytes of the static scale of a matrix's inputs."""
 ORDER_ITEMSIZE = 8
 """Bytes of a sorted column's index of its input column."""
 WHOLE_ROW = 1 << 30
@@ -237,10 +239,12 @@ def _bytes_of(
         if not _is_matrix(first):
             by_kind[first.kind] += 4 * prod(first.shape) * times  # vectors stay float32
             continue
-        group, order = _group(first, part, weights), 0
+        group, beside = _group(first, part, weights), 0
+        if weights.scheme is not None and weights.scheme.input_scale:
+            beside = INPUT_SCALE_NBYTES if stack.precision == weights.precision else 0
         if stack.precision == "int4" and weights.scheme is not None and weights.scheme.act_order:
             columns, group = _sorted(first, columns, weights)
-            order = ORDER_ITEMSIZE * columns
+            beside = ORDER_ITEMSIZE * columns
         matrix = MatrixSize(
             out_features=rows,
             in_features=columns,
@@ -251,9 +255,9 @@ def _bytes_of(
         )
         packed = BACKENDS[kernels].packed_nbytes(matrix)
         by_kind[first.kind] += packed.weights * copies * times
-        scales += (packed.scales + order) * copies * times
+        scales += (packed.scales + beside) * copies * times
         if first.experts:
-            experts_total += (packed.total + order) * copies * times
+            experts_total += (packed.total + beside) * copies * times
             num_experts = copies
     expert_bytes = experts_total // num_experts if num_experts else 0
     total = sum(by_kind.values()) + scales

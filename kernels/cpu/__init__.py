@@ -35,11 +35,13 @@ class CpuBackend(Backend):
         """See `Backend.packed_nbytes`."""
         rows = _padded(matrix.out_features, _PANEL)
         row_bytes = 2 * matrix.byte_columns * PLAIN.get(matrix.precision, 1)
+        scales = matrix.scales_nbytes(rows)
         if matrix.precision == "int4":
             row_bytes = matrix.byte_columns
+        elif matrix.precision == "fp4":  # packed as bfloat16, with a scale for each row
+            row_bytes, scales = 2 * matrix.byte_columns * PLAIN["bfloat16"], rows * FLOAT
         return PackedBytes(
-            weights=rows * (row_bytes + (FLOAT if matrix.bias else 0)),
-            scales=matrix.scales_nbytes(rows),
+            weights=rows * (row_bytes + (FLOAT if matrix.bias else 0)), scales=scales
         )
 
     def kv_block_nbytes(self, block: KvBlockSize) -> int:

@@ -105,6 +105,8 @@ class CpuOps(Ops):
 
     def pack_quantized_vocab(self, weight: QuantizedWeight, first_row: int) -> Vocab:
         """Pack rows; see `Ops.pack_quantized_vocab`."""
+        if weight.kind == "fp4":
+            raise NotImplementedError("kernels='cpu': fp4 tables have no kernel; use plain tables")
         return vocab_of(pack_quantized(self.library, self._machine, [weight], None), first_row)
 
     @contextmanager

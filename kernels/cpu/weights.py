@@ -9,7 +9,7 @@ import contextlib
 import ctypes
 import mmap
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -132,7 +132,9 @@ def pack_quantized(
     bias_O: Tensor | None,
     folder: Path | None = None,
 ) -> Packed:
-    """Pack quantized matrices, stacked by rows, without a conversion; see `pack_plain`.
+    """Pack quantized matrices, stacked by rows; see `pack_plain`.
+
+    The stored numbers are kept, but fp4 becomes bfloat16 (an exact conversion) with row scales.
 
     Raises:
         ValueError: the matrices do not stack, an fp8 number is NaN, or int4 groups have odd size.
@@ -146,6 +148,8 @@ def pack_quantized(
     ):
         kinds = {(w.kind, w.group_size, w.in_features) for w in weights}
         raise ValueError(f"stacked weights differ in kind, group or columns: {kinds}")
+    if first.kind == "fp4":
+        return _pack_fp4(library, machine, weights, bias_O, folder)
     num_groups = first.scales.shape[1]
     if first.kind == "int4" and num_groups > 1 and first.group_size % 2:
         raise ValueError(f"group_size={first.group_size} is odd; the CPU kernels need even groups")
@@ -182,6 +186,20 @@ def pack_quantized(
         _pack_rows(library, machine, struct, row, levels, _QUANTIZED[w.kind])
         row += w.out_features
     return _finish(struct, tensors, mapping)
+
+
+def _pack_fp4(
+    library: Library,
+    machine: Machine,
+    weights: Sequence[QuantizedWeight],
+    bias_O: Tensor | None,
+    folder: Path | None,
+) -> Packed:
+    plain = [w.without_row_scales().to(torch.bfloat16) for w in weights]
+    packed = pack_plain(library, machine, plain, bias_O, torch.bfloat16, folder)
+    scale_1O = _columns([w.row_scales for w in weights if w.row_scales is not None])
+    packed.struct.scale = scale_1O.data_ptr()
+    return replace(packed, tensors=(*packed.tensors, scale_1O))
 
 
 def _columns(values: Sequence[Tensor]) -> Tensor:

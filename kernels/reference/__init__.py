@@ -36,12 +36,13 @@ class ReferenceBackend(Backend):
     def packed_nbytes(self, matrix: MatrixSize) -> PackedBytes:
         """See `Backend.packed_nbytes`."""
         rows = matrix.out_features
+        row_scales = FLOAT if matrix.precision == "fp4" else 0
         row_bytes = matrix.in_features * PLAIN.get(matrix.precision, 1)
-        if matrix.precision == "int4":
+        if matrix.four_bits:
             row_bytes = matrix.byte_columns
         return PackedBytes(
             weights=rows * (row_bytes + (FLOAT if matrix.bias else 0)),
-            scales=matrix.scales_nbytes(rows),
+            scales=matrix.scales_nbytes(rows) + rows * row_scales,
         )
 
     def kv_block_nbytes(self, block: KvBlockSize) -> int:

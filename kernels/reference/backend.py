@@ -63,7 +63,7 @@ class ReferenceOps(Ops):
     def linear(self, x_TI: Tensor, w: Linear) -> Tensor:
         """The product x Wᵀ + b."""
         if w.inputs is not None:
-            return linear.transformed_matmul(x_TI, w)
+            return linear.transformed_matmul(self, x_TI, w)
         return linear.matmul(x_TI, w.packed, w.bias)
 
     def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:

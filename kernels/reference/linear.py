@@ -7,14 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arriero.kernels.input_transform import quantize_rows
+from arriero.kernels.input_transform import rounded
 from arriero.kernels.packed_weights import Linear, Vocab
 from arriero.kernels.quantized_weight import QuantizedWeight, stack
+
+if TYPE_CHECKING:
+    from arriero.kernels.ops import Ops
 
 _UPCAST_ELEMENTS = 1 << 24
 """Largest number of weights in float32 at a time: a large head never exists in float32 whole."""
@@ -60,7 +64,7 @@ def pack_quantized(
     weights: Sequence[QuantizedWeight], bias_O: Tensor | None, device: torch.device
 ) -> Linear:
     """`packed` is the stacked `QuantizedWeight`."""
-    packed = _on(stack(list(weights)), device)
+    packed = stack(list(weights)).to(device)
     bias = None if bias_O is None else bias_O.to(device, torch.float32, copy=True)
     return Linear(
         out_features=packed.out_features,
@@ -73,22 +77,13 @@ def pack_quantized(
 
 def pack_quantized_vocab(weight: QuantizedWeight, first_row: int, device: torch.device) -> Vocab:
     """`packed` is the `QuantizedWeight`."""
-    packed = _on(stack([weight]), device)
+    packed = stack([weight]).to(device)
     return Vocab(
         first_row=first_row,
         num_rows=packed.out_features,
         hidden_size=packed.in_features,
         packed=packed,
         nbytes=packed.nbytes,
-    )
-
-
-def _on(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
-    return replace(
-        weight,
-        data=weight.data.to(device),
-        scales=weight.scales.to(device),
-        zeros=None if weight.zeros is None else weight.zeros.to(device),
     )
 
 
@@ -120,7 +115,7 @@ def matmul(x_TI: Tensor, weight: Tensor | QuantizedWeight, bias_O: Tensor | None
     return y_TO if bias_O is None else y_TO.add_(bias_O.to(work))
 
 
-def transformed_matmul(x_TI: Tensor, w: Linear) -> Tensor:
+def transformed_matmul(ops: Ops, x_TI: Tensor, w: Linear) -> Tensor:
     """The product for a `Linear` with `inputs`; see `Ops.pack_transformed`.
 
     Sums of rounded inputs are exact.
@@ -128,17 +123,19 @@ def transformed_matmul(x_TI: Tensor, w: Linear) -> Tensor:
     inputs, weight = w.inputs, w.packed
     assert inputs is not None and isinstance(weight, QuantizedWeight), "made by pack_transformed"
     x = x_TI if inputs.order_I is None else x_TI.index_select(1, inputs.order_I)
-    if inputs.bound is None:
+    if not inputs.rounds:
         y_TO = matmul(x, weight)
     else:
-        q_TI, scale_T1 = quantize_rows(x, inputs.bound)
+        q_TI, scale_T1 = rounded(ops, x, inputs)
         wide_TI = q_TI.double()
         step = max(1, _UPCAST_ELEMENTS // weight.in_features)
-        sums = [
-            (wide_TI @ weight.rows(row, row + step).levels().double().T).float()
-            for row in range(0, weight.out_features, step)
-        ]
-        y_TO = torch.cat(sums, dim=1).mul_(scale_T1).mul_(weight.scales[:, 0])
+        sums = []
+        for row in range(0, weight.out_features, step):
+            part = weight.rows(row, row + step)
+            w_OI = part.levels() if weight.row_scales is None else part.without_row_scales()
+            sums.append((wide_TI @ w_OI.double().T).float())
+        scales_O1 = weight.scales if weight.row_scales is None else weight.row_scales
+        y_TO = torch.cat(sums, dim=1).mul_(scale_T1).mul_(scales_O1[:, 0])
     return (y_TO if w.bias is None else y_TO.add_(w.bias)).to(x_TI.dtype)
 
 
@@ -157,7 +154,10 @@ def embed(tokens_T: Tensor, vocab: Vocab) -> Tensor:
     if isinstance(table, QuantizedWeight):
         zeros = None if table.zeros is None else table.zeros[row_T]
         data = table.data.view(torch.uint8)[row_T].view(table.data.dtype)
-        rows = replace(table, data=data, scales=table.scales[row_T], zeros=zeros)
+        row_scales = None if table.row_scales is None else table.row_scales[row_T]
+        rows = replace(
+            table, data=data, scales=table.scales[row_T], zeros=zeros, row_scales=row_scales
+        )
         x_TH = rows.dequantize().to(torch.bfloat16 if data.is_cuda else torch.float32)
     else:
         x_TH = table[row_T] if table.is_cuda else table[row_T].float()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class TritonBackend(Backend):
-    """Pads groups of int4 columns to whole bytes; a bias has the dtype of the products."""
+    """Pads groups of four-bit columns to whole bytes; a bias has the dtype of the products."""
 
     best_on = "cuda"
 
@@ -32,7 +32,7 @@ class TritonBackend(Backend):
         """See `Backend.packed_nbytes`."""
         rows = matrix.out_features
         row_bytes = matrix.in_features * PLAIN.get(matrix.precision, 1)
-        if matrix.precision == "int4":
+        if matrix.four_bits:
             row_bytes = matrix.num_groups * -(-min(matrix.group_size, matrix.in_features) // 2)
         bias = PLAIN.get(matrix.precision, PLAIN["bfloat16"]) if matrix.bias else 0
         return PackedBytes(weights=rows * (row_bytes + bias), scales=matrix.scales_nbytes(rows))

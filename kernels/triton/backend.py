@@ -86,6 +86,8 @@ class TritonOps(Ops):
     def pack_quantized_vocab(self, weight: QuantizedWeight, first_row: int) -> Vocab:
         """Keep the stored numbers; see `Ops.pack_quantized_vocab`."""
         self._check_kind(weight)
+        if weight.kind == "fp4":
+            raise NotImplementedError("kernels='triton' has no fp4 tables; use plain tables")
         return _vocab(weights.pack_quantized([weight], None, self.device, self._upload), first_row)
 
     def kv_cache(self, spec: KVCacheSpec, device: torch.device) -> KVCache:

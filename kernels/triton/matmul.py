@@ -56,6 +56,16 @@ def _load_x(
 
 
 @kernel
+def _fp4_value(code: tl.tensor) -> tl.tensor:
+    """Float32 numbers of e2m1 codes 0 .. 15."""
+    magnitude = (code & 7).to(tl.int32)
+    shift = tl.maximum(magnitude >> 1, 1) - 1
+    doubled = tl.where(magnitude < 2, magnitude, (2 + (magnitude & 1)) << shift)
+    value = doubled.to(tl.float32) * 0.5
+    return tl.where(code >= 8, -value, value)
+
+
+@kernel
 def _multiply(
     x: tl.tensor,
     row_M: tl.tensor,
@@ -81,7 +91,7 @@ def _multiply(
     valid_O = output_O < num_outputs
     output64_O = output_O.to(tl.int64)
     k = tl.arange(0, BLOCK_K)
-    if KIND == "int4":
+    if KIND == "int4" or KIND == "fp4":
         HALF: tl.constexpr = (GROUP + 1) // 2
         num_groups = (num_inputs + GROUP - 1) // GROUP
         for group in range(0, num_groups):
@@ -98,7 +108,9 @@ def _multiply(
                 x_low = _load_x(x, row_M, valid_M, low, low_K, score_M, SCORED, DOT)
                 x_high = _load_x(x, row_M, valid_M, high, high_K, score_M, SCORED, DOT)
                 q_low, q_high = both & 15, both >> 4
-                if HAS_ZEROS:
+                if KIND == "fp4":
+                    q_low, q_high = _fp4_value(q_low).to(DOT), _fp4_value(q_high).to(DOT)
+                elif HAS_ZEROS:
                     total_M += tl.sum(x_low.to(tl.float32), 1) + tl.sum(x_high.to(tl.float32), 1)
                     q_low, q_high = q_low.to(DOT), q_high.to(DOT)
                 else:
@@ -370,7 +382,7 @@ _STORAGE_TYPES: dict[torch.dtype, Any] = {
 
 def _constants(w: Packed, blocks: MatmulBlocks) -> dict[str, Any]:
     block_k = blocks.block_k
-    if w.kind == "int4":
+    if w.kind == "int4" or w.kind == "fp4":
         block_k = min(block_k, power_of_two(-(-w.group_size // 2), 16))
     return {
         "KIND": w.kind,

@@ -85,7 +85,7 @@ def matmul_blocks(
 
     Args:
         device: device of the kernel.
-        kind: dense, int8, fp8 or int4.
+        kind: dense, int8, fp8, int4 or fp4.
         out_features: rows of the weights.
         in_features: columns of the weights.
         rows: rows of the input, for the fastest choice; None for the same choice at any number of

@@ -16,7 +16,7 @@ from torch import Tensor
 from arriero.kernels.quantized_weight import QuantizedWeight, stack
 from arriero.kernels.triton.upload import Upload
 
-Kind = Literal["dense", "int8", "fp8", "int4"]
+Kind = Literal["dense", "int8", "fp8", "int4", "fp4"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,9 +25,10 @@ class Packed:
 
     Attributes:
         kind: dense, or a `QuantKind`.
-        data: dense, int8, fp8: [O, I] as stored. int4: uint8 [O, G * half], half = group_size / 2
-            rounded up: byte j of a group has column j of the group in the low four bits and column
-            half + j in the high four bits, so that kernels read both halves of the inputs in order.
+        data: dense, int8, fp8: [O, I] as stored. int4, fp4: uint8 [O, G * half], half =
+            group_size / 2 rounded up: byte j of a group has column j of the group in the low four
+            bits and column half + j in the high four bits, so that kernels read both halves of the
+            inputs in order.
         scales: float32 [O, G]; None when dense.
         zeros: float32 [O, G] for int4 with zero points, else None.
         group_size: columns that share a scale.
@@ -78,10 +79,11 @@ def pack_quantized(
     device: torch.device,
     upload: Upload,
 ) -> Packed:
-    """Stack by rows; int4 gets the byte order of `Packed`."""
+    """Stack by rows; four-bit kinds get the byte order of `Packed`."""
     whole = stack(list(weights))
     data = whole.data
-    if whole.kind == "int4":
+    scales = whole.scales if whole.row_scales is None else whole.scales * whole.row_scales
+    if whole.four_bits:
         data = _halves(whole)
     on_device = torch.empty(data.shape, dtype=data.dtype, device=device)
     upload.copy(on_device.view(torch.uint8), data.view(torch.uint8))
@@ -89,7 +91,7 @@ def pack_quantized(
         kind=whole.kind,
         data=on_device,
         in_features=whole.in_features,
-        scales=whole.scales.to(device),
+        scales=scales.to(device),
         zeros=None if whole.zeros is None else whole.zeros.to(device),
         group_size=whole.group_size,
         bias=_bias(bias_O, torch.bfloat16, device),
@@ -103,7 +105,7 @@ def _bias(bias_O: Tensor | None, dtype: torch.dtype, device: torch.device) -> Te
 
 
 def _halves(weight: QuantizedWeight) -> Tensor:
-    """Bytes of int4 in the order of `Packed`; columns past the last have level 0."""
+    """Bytes of four-bit kinds in the order of `Packed`; columns past the last have level 0."""
     rows, group = weight.data.shape[0], weight.group_size
     q_OI = torch.stack([weight.data & 15, weight.data >> 4], dim=-1).flatten(1)
     q_OI = q_OI[:, : weight.in_features]

@@ -25,6 +25,8 @@ from arriero.shards.checkpoint.wrapped_names import unwrapped
 from arriero.shards.errors import CheckpointError
 from arriero.shards.layout.parts import AnyModel
 
+_FUSED_EXPERTS = ".experts.gate_up_proj"
+
 
 class Checkpoint(TensorFolder):
     """An open model folder with plain or quantized weights.
@@ -69,6 +71,9 @@ class Checkpoint(TensorFolder):
         stored = unwrapped(find_tensors(folder, ranged), text_prefix(config))
         if scheme is not None and scheme.method == "fp8":
             stored, scheme = _fp8_names(stored, scheme)
+        if scheme is not None and scheme.method.startswith("modelopt"):
+            fused = any(name.endswith(_FUSED_EXPERTS) for name in stored)
+            scheme = replace(scheme, fused=fused)
         return cls(folder, config, stored, scheme, ranged)
 
     def check_whole(self) -> None:

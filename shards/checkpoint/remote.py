@@ -36,6 +36,7 @@ SMALL_FILES = (
     "generation_config.json",
     "quantize_config.json",
     "quant_config.json",
+    "hf_quant_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",

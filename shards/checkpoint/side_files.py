@@ -1,11 +1,15 @@
-"""Files beside config.json in which old tools describe the quantization of the weights."""
+"""Files beside config.json in which some tools describe the quantization of the weights."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-SIDE_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
-"""Old files of AutoGPTQ and AutoAWQ, and the method of each; newer ones use config.json."""
+SIDE_FILES = {
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+    "hf_quant_config.json": "modelopt",
+}
+"""Files of AutoGPTQ, AutoAWQ and ModelOpt, and the method of each; newer tools use config.json."""
 
 
 def side_file(folder: Path) -> Path | None:

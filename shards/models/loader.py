@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from types import TracebackType
 
 import torch
@@ -221,13 +222,18 @@ class Loader:
 
 
 def _shared_inputs(names: list[str], inputs: list[InputTransform | None]) -> InputTransform | None:
-    """Input change of stacked matrices, which must be equal for all of them."""
+    """Input change of stacked matrices, which must be equal for all of them.
+
+    Static scales may differ: the greatest is used, so that no input exceeds the last level.
+    """
     first = inputs[0]
     for other in inputs[1:]:
         same = (
             other is not None
             and first is not None
             and other.bound == first.bound
+            and other.levels == first.levels
+            and (other.scale is None) == (first.scale is None)
             and (other.order_I is None) == (first.order_I is None)
         )
         if same and other is not None and first is not None and other.order_I is not None:
@@ -238,4 +244,7 @@ def _shared_inputs(names: list[str], inputs: list[InputTransform | None]) -> Inp
                 f"{' and '.join(names)} are stacked to one matrix, but sort or round inputs "
                 "differently; quantize again without act-order"
             )
-    return first
+    scales = [each.scale for each in inputs if each is not None and each.scale is not None]
+    if first is None or not scales:
+        return first
+    return replace(first, scale=torch.stack(scales).amax(0))

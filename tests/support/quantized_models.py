@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from arriero.shards.checkpoint.llama_names import EMBEDDING, FINAL_NORM, HEAD, layer_tensors
 from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.model_config.dense import ModelConfig
+from support.modelopt_files import nvfp4
 from support.models import tiny_llama, tiny_weights, write_safetensors
 from support.quantized_files import awq, eight_bits, fp8, gptq, packed
 
@@ -31,6 +33,7 @@ WEIGHT_ONLY = (
     "compressed-fp8-tensor-weights",
     "int8-channel",
     "int8-tensor",
+    "modelopt-nvfp4-weights",
 )
 ROUNDING = (
     "fbgemm_fp8",
@@ -41,11 +44,23 @@ ROUNDING = (
     "fp8-channel",
 )
 
+STATIC = (
+    "modelopt-fp8",
+    "modelopt-nvfp4",
+    "compressed-fp8-tensor-static",
+    "fp8-tensor-static",
+    "int8-channel-static",
+    "int8-channel-token",
+)
+"""Forms with rounded activations whose rounding a test writes out: static scales, and W8A8."""
+
 _INPUTS = {"q": 0, "k": 0, "v": 0, "o": 1, "gate": 2, "up": 2, "down": 3}
 
 
 def quantization_config(form: str, group: int, ignored: list[str]) -> dict[str, Any]:
     """config.json's object, as the tools that make these checkpoints write it."""
+    if form.startswith("modelopt"):
+        return modelopt_config(form, ignored)
     if form == "fbgemm_fp8":
         return {
             "quant_method": "fbgemm_fp8",
@@ -55,7 +70,7 @@ def quantization_config(form: str, group: int, ignored: list[str]) -> dict[str, 
     if form.startswith("fp8"):
         return {
             "quant_method": "fp8",
-            "activation_scheme": "dynamic",
+            "activation_scheme": "static" if form.endswith("static") else "dynamic",
             "weight_block_size": None,
             "ignored_layers": ignored,
         }
@@ -90,8 +105,10 @@ def quantization_config(form: str, group: int, ignored: list[str]) -> dict[str, 
         if "tensor" in form:
             strategy = "tensor"
         weights |= {"num_bits": 8, "type": kind, "strategy": strategy}
-        if form in ROUNDING:
-            inputs = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
+        if form in ROUNDING or form.endswith("token"):
+            inputs = {"num_bits": 8, "type": kind, "strategy": "token", "dynamic": True}
+        if form.endswith("static"):
+            inputs = {"num_bits": 8, "type": kind, "strategy": "tensor", "dynamic": False}
     return {
         "quant_method": "compressed-tensors",
         "format": {"packed": "pack-quantized", "int8": "int-quantized"}.get(
@@ -102,6 +119,42 @@ def quantization_config(form: str, group: int, ignored: list[str]) -> dict[str, 
         },
         "ignore": ignored,
     }
+
+
+def modelopt_config(form: str, ignored: list[str]) -> dict[str, Any]:
+    """`quantization_config` of ModelOpt; of FP8 the content of hf_quant_config.json."""
+    producer = {"name": "modelopt", "version": "0.33.0"}
+    if form == "modelopt-fp8":
+        return {
+            "producer": producer,
+            "quantization": {
+                "quant_algo": "FP8",
+                "kv_cache_quant_algo": "FP8",
+                "exclude_modules": ignored,
+            },
+        }
+    numbers = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+    weight_only = form.endswith("weights")
+    group = {"weights": numbers, "targets": ["Linear"]}
+    return {
+        "config_groups": {
+            "group_0": group if weight_only else group | {"input_activations": numbers}
+        },
+        "ignore": ignored,
+        "quant_algo": "W4A16_NVFP4" if weight_only else "NVFP4",
+        "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
+        "producer": producer,
+        "quant_method": "modelopt",
+    }
+
+
+def input_scale(name: str, form: str) -> Tensor:
+    """The static scale of a matrix's inputs; k's is smaller than q's and v's."""
+    last = {"fp8": 448.0, "int8": 127.5, "nvfp4": 6 * 448.0}
+    size = next(value for kind, value in last.items() if kind in form)
+    word = name.rpartition(".")[2].removesuffix("_proj")
+    reach = 3.0 * (1 + 0.25 * _INPUTS[word]) * (0.75 if word == "k" else 1.0)
+    return torch.tensor(reach / size)
 
 
 def quantized_llama(
@@ -124,14 +177,26 @@ def quantized_llama(
                 continue
             made, full = _write(module, shape, form, group, len(tensors))
             # levels of random size: scale the product back to what the model was made for
-            scales = next(one for one in made if one.endswith(("scale", "scales", "scale_inv")))
+            ends = ("scale", "scales", "scale_inv", "scale_2")
+            scales = next(one for one in made if one.endswith(ends))
             factor = 2.0 ** round(float(torch.log2(1.5 / shape[1] ** 0.5 / full.std())))
             made[scales] = (made[scales].double() * factor).to(made[scales].dtype)
             tensors |= made
             means[name] = full * factor
+            if form in STATIC and not form.endswith("token"):
+                scale = input_scale(module, form)
+                means[f"{module}.input_scale"] = scale.double()
+                in_list = form.startswith("compressed") or form.startswith("int8")
+                tensors[f"{module}.input_scale"] = scale[None] if in_list else scale
+            if form.startswith("modelopt") and name.endswith(("k_proj.weight", "v_proj.weight")):
+                tensors[f"{module}.{name[-13]}_scale"] = torch.tensor(0.25)
     write_safetensors(path / "model.safetensors", tensors)
     settings = json.loads((path / "config.json").read_text())
-    settings["quantization_config"] = quantization_config(form, group, ignored)
+    described = quantization_config(form, group, ignored)
+    if form == "modelopt-fp8":
+        (path / "hf_quant_config.json").write_text(json.dumps(described))
+    else:
+        settings["quantization_config"] = described
     (path / "config.json").write_text(json.dumps(settings))
     _write_tokenizer(path / "tokenizer.json", config.vocab_size)
     return config, means
@@ -153,6 +218,14 @@ def _write(
     rows, columns = shape
     layer = int(name.split(".")[2])
     order = 10 * layer + _INPUTS[name.split(".")[-1].removesuffix("_proj")]
+    if "nvfp4" in form:
+        return nvfp4(name, rows, columns, seed)
+    if form == "modelopt-fp8":
+        scaled, full = eight_bits(
+            name, rows, columns, seed, float8=True, per_tensor=True, scale="weight_scale"
+        )
+        scaled[f"{name}.weight_scale"] = scaled[f"{name}.weight_scale"].reshape(())
+        return scaled, torch.from_numpy(full)
     if form == "awq":
         tensors, full = awq(name, rows, columns, group, seed)
     elif form.startswith("gptq"):
@@ -196,10 +269,16 @@ def _write(
     return tensors, torch.from_numpy(full)
 
 
-def dense_logits(config: ModelConfig, means: dict[str, Tensor], tokens: list[int]) -> Tensor:
+def dense_logits(
+    config: ModelConfig,
+    means: dict[str, Tensor],
+    tokens: list[int],
+    inputs: Callable[[Tensor, str], Tensor] = lambda h, name: h,
+) -> Tensor:
     """Logits [T, V] of a Llama in float64, written out: nothing here shares code with the product.
 
-    Names are the plain checkpoint's; rope by halves.
+    Names are the plain checkpoint's; rope by halves. `inputs` rounds what the matrix `name` of a
+    layer multiplies.
     """
 
     def norm(x: Tensor, name: str) -> Tensor:
@@ -219,7 +298,7 @@ def dense_logits(config: ModelConfig, means: dict[str, Tensor], tokens: list[int
         at = f"model.layers.{i}."
 
         def times(h: Tensor, name: str, at: str = at) -> Tensor:
-            return h @ means[f"{at}{name}.weight"].T
+            return inputs(h, f"{at}{name}") @ means[f"{at}{name}.weight"].T
 
         h = norm(x, at + "input_layernorm.weight")
         q = rotate(times(h, "self_attn.q_proj").view(length, -1, d))

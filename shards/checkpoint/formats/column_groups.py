@@ -44,11 +44,15 @@ def groups_of(matrix: StoredMatrix, num_columns: int) -> SliceGroups:
         CheckpointError: the cut gives groups that no kernel supports.
     """
     own = matrix.own_columns(num_columns)
-    whole_group = matrix.scheme.group_size or num_columns
+    return slice_groups(matrix.name, own, num_columns, matrix.scheme.group_size or num_columns)
+
+
+def slice_groups(name: str, own: Span, num_columns: int, whole_group: int) -> SliceGroups:
+    """As `groups_of`, for columns `own` of a matrix `name` in groups of `whole_group`."""
     size = cut_group(own, num_columns, whole_group)
     if size % 2 and size < own.size:
         raise CheckpointError(
-            f"{matrix.name}: columns {own.start}:{own.stop} cut a group of {whole_group} that "
+            f"{name}: columns {own.start}:{own.stop} cut a group of {whole_group} that "
             f"shares a scale into groups of {size}; use a tp (or tp_shares) that cuts at even "
             "columns"
         )

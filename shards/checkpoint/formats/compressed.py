@@ -1,9 +1,9 @@
 """The forms of compressed-tensors, from `quantization_config` in config.json.
 
 Supported formats: `float-quantized` (float8 with a scale for each row or matrix), `int-quantized`
-(8 bits, weights only) and `pack-quantized` (4 bits in groups, 8 bits by row; weights only). A
-missing field gets the default of the compressed-tensors library. Needs no torch; knows nothing of
-tensors.
+(8 bits) and `pack-quantized` (4 bits in groups, 8 bits by row; weights only). The 8-bit formats may
+round activations, with a scale for each token or a static scale. A missing field gets the default
+of the compressed-tensors library. Needs no torch; knows nothing of tensors.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypedDict
 
 from arriero.shards.checkpoint.formats.names import read_names
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
@@ -102,7 +102,7 @@ def _is_kv(targets: tuple[str, ...]) -> bool:
 def _form(read: Fields, group: Fields, weights: Fields) -> QuantScheme:
     inputs = group.get("input_activations")
     numbers = weights.one_of("type", ("int", "float"), "int")
-    form = _format(read, group, numbers)
+    form = _format(read, group, numbers, weights.size("num_bits", 8))
     if weights.get("dynamic") not in (None, False):
         raise weights.wrong("dynamic", weights.get("dynamic"), "false")
     if form == "float-quantized":
@@ -111,16 +111,16 @@ def _form(read: Fields, group: Fields, weights: Fields) -> QuantScheme:
         _check_symmetric(weights)
         return QuantScheme(
             method="compressed-tensors",
-            activation_bound=_activation_bound(group, inputs),
             per_tensor=_strategy(weights, ("channel", "tensor")) == "tensor",
+            **_activations(group, inputs, "float"),
         )
-    if inputs is not None:
+    if inputs is not None and form == "pack-quantized":
         raise group.wrong(
             "input_activations",
             inputs,
-            "null: integer activations (W8A8) are not supported; use a weight-only checkpoint "
-            "(W8A16, W4A16), an FP8 checkpoint, or the plain checkpoint with "
-            "`quantization: int8`",
+            "null: integer activations with packed weights (W4A8) are not supported; use a "
+            "weight-only checkpoint (W4A16, W8A16), a W8A8 or FP8 checkpoint, or the plain "
+            "checkpoint with `quantization: int8`",
         )
     if numbers != "int":
         raise weights.wrong("type", numbers, f'"int" in format {form}')
@@ -129,13 +129,17 @@ def _form(read: Fields, group: Fields, weights: Fields) -> QuantScheme:
             raise weights.wrong("num_bits", weights.get("num_bits"), "8 in format int-quantized")
         _check_symmetric(weights)
         per_tensor = _strategy(weights, ("channel", "tensor")) == "tensor"
-        return QuantScheme(method="int-quantized", per_tensor=per_tensor)
+        return QuantScheme(
+            method="int-quantized", per_tensor=per_tensor, **_activations(group, inputs, "int")
+        )
     return _packed(weights)
 
 
-def _format(read: Fields, group: Fields, numbers: str) -> str:
+def _format(read: Fields, group: Fields, numbers: str, bits: int) -> str:
     """Format of the group, else of the checkpoint, else the usual format for the numbers."""
     usual = "float-quantized" if numbers == "float" else "pack-quantized"
+    if numbers == "int" and group.get("input_activations") is not None and bits == 8:
+        usual = "int-quantized"
     format_name = group.get("format") or read.get("format") or usual
     if format_name == "naive-quantized":
         return "float-quantized" if numbers == "float" else "int-quantized"
@@ -161,30 +165,33 @@ def _check_symmetric(weights: Fields) -> None:
         raise weights.wrong("symmetric", False, f"true in this format; {_REMEDY}")
 
 
-def _activation_bound(group: Fields, inputs: Any) -> float | None:  # noqa: ANN401
-    """Bound of the float8 rounding of activations; None if activations are not rounded."""
+class _Activations(TypedDict):
+    activation_bound: float | None
+    input_scale: bool
+
+
+def _activations(group: Fields, inputs: Any, numbers: str) -> _Activations:  # noqa: ANN401
+    """The rounding of activations; `numbers` is the type of the weights, int or float."""
     if inputs is None:
-        return None
+        return {"activation_bound": None, "input_scale": False}
     if not isinstance(inputs, Mapping):
         raise group.wrong("input_activations", inputs, "an object")
-    activations = Fields(inputs, f"{group.source}, input_activations")
-    if activations.get("dynamic") is not True:
-        raise activations.wrong(
-            "dynamic",
-            activations.get("dynamic"),
-            "true: static activation scales (`input_scale`) are not supported; use a checkpoint "
-            "with dynamic scales (FP8-dynamic), or the plain checkpoint with "
-            "`quantization: fp8`",
+    read = Fields(inputs, f"{group.source}, input_activations")
+    if read.size("num_bits", 8) != 8 or read.get("type") not in (None, numbers):
+        raise read.wrong("num_bits", read.get("num_bits"), f"8, of `type` {numbers}")
+    if read.get("dynamic") not in (None, True, False):
+        raise read.wrong("dynamic", read.get("dynamic"), "true or false")
+    static = read.get("dynamic") is not True
+    known, strategy = "tensor" if static else "token", read.get("strategy")
+    if strategy not in (None, known):
+        raise read.wrong(
+            "strategy",
+            strategy,
+            f"{known} where `dynamic` is {str(not static).lower()}: other activation scales are "
+            f"not supported; {_REMEDY}",
         )
-    if activations.size("num_bits", 8) != 8 or activations.get("type") not in (None, "float"):
-        raise activations.wrong("num_bits", activations.get("num_bits"), "8, of `type` float")
-    strategy = activations.get("strategy")
-    if strategy not in (None, "token"):
-        raise activations.wrong(
-            "strategy", strategy, f"token: other activation scales are not supported; {_REMEDY}"
-        )
-    _check_symmetric(activations)
-    return math.inf
+    _check_symmetric(read)
+    return {"activation_bound": None if static else math.inf, "input_scale": static}
 
 
 def _packed(weights: Fields) -> QuantScheme:

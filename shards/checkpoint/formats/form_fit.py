@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from arriero.shards.checkpoint.tensor_folder import TensorFolder
 
 _STACKED = re.compile(r"(.*\.)(?:([qkv])|(gate|up))_proj$")
-_SCALES = (".weight_scale", ".scales")
+_SCALES = ("weight_scale", "weight_scale_2", "input_scale", ".scales")
 
 
 def form_problems(folder: TensorFolder, model: AnyModel, scheme: QuantScheme) -> list[str]:
@@ -42,7 +42,7 @@ def form_problems(folder: TensorFolder, model: AnyModel, scheme: QuantScheme) ->
         module_problems, orders[module.name] = _module_problems(folder, module, scheme)
         problems += module_problems
         sorts = orders[module.name] is not None
-        if module.kind == "head" and (sorts or scheme.activation_bound is not None):
+        if module.kind == "head" and (sorts or scheme.rounds_inputs):
             problems.append(
                 f"{module.name}: a quantized head with rounded or sorted inputs is not supported; "
                 "leave the head out when you quantize"

@@ -11,22 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor
+import torch
 
-from arriero.shards.checkpoint.formats import awq, eight_bits, gptq, packed_words
+from arriero.shards.checkpoint.formats import awq, eight_bits, gptq, nvfp4, packed_words
+from arriero.shards.checkpoint.formats.fused_experts import FusedMatrix
 from arriero.shards.checkpoint.formats.scheme import Method, QuantScheme
 from arriero.shards.checkpoint.formats.stored_matrix import StoredMatrix
 from arriero.shards.checkpoint.formats.stored_product import StoredProduct
 from arriero.shards.checkpoint.tensor_folder import TensorFolder
-from arriero.shards.errors import CheckpointError
 from arriero.shards.layout.dense import Span
 
 READERS: dict[Method, Callable[[StoredMatrix], StoredProduct]] = {
     "pack-quantized": packed_words.read,
     "awq": awq.read,
     "gptq": gptq.read,
+    "modelopt-nvfp4": nvfp4.read,
 }
-"""Readers of the forms without a tensor `weight`; `eight_bits` reads the others."""
+"""Readers of packed forms; `eight_bits` reads the others, and every plain matrix."""
 
 _NO_SCHEME = QuantScheme(method="compressed-tensors")
 """Of a folder without a scheme: rows of an eight-bit matrix have scales, inputs are unchanged."""
@@ -67,7 +68,7 @@ class ProductReader:
             columns=columns,
             pad_groups=pad_groups,
         )
-        if matrix.has("weight"):
+        if matrix.has("weight") and self._folder.dtype(f"{name}.weight") != torch.uint8:
             return eight_bits.read(matrix)
         return READERS.get(self._scheme.method, eight_bits.read)(matrix)
 
@@ -89,19 +90,23 @@ class ProductReader:
                 self.product(f"{name}up_proj", rows=columns, pad_groups=True),
                 self.product(f"{name}down_proj", columns=columns, pad_groups=True),
             )
-        gate_up_IO = self._fused_expert(fused, expert)
-        down_IO = self._fused_expert(f"{prefix}.down_proj", expert)
-        inner = gate_up_IO.shape[1] // 2
+        inner = self._folder.shape(fused)[-1] // 2
         own = columns or Span(start=0, stop=inner)
-        gate, up = (gate_up_IO[:, at + own.start : at + own.stop].t() for at in (0, inner))
-        down = down_IO[own.start : own.stop].t()
-        return StoredProduct(weight=gate), StoredProduct(weight=up), StoredProduct(weight=down)
+        gate, up = (
+            self._fused(fused, expert, rows=Span(start=at + own.start, stop=at + own.stop))
+            for at in (0, inner)
+        )
+        return gate, up, self._fused(f"{prefix}.down_proj", expert, columns=own)
 
-    def _fused_expert(self, name: str, expert: int) -> Tensor:
-        num_experts = self._folder.shape(name)[0]
-        if not 0 <= expert < num_experts:
-            raise CheckpointError(
-                f"tensor {name!r} holds {num_experts} experts, but expert {expert} is needed; "
-                "check `num_local_experts` in config.json"
-            )
-        return self._folder.rows(name, expert, expert + 1)[0]
+    def _fused(
+        self, name: str, expert: int, rows: Span | None = None, columns: Span | None = None
+    ) -> StoredProduct:
+        stored = StoredMatrix(
+            folder=self._folder,
+            scheme=self._scheme,
+            name=name,
+            rows=rows,
+            columns=columns,
+            separator="_",
+        )
+        return FusedMatrix(stored=stored, expert=expert).read()

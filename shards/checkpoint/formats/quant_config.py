@@ -1,8 +1,8 @@
 """The quantized matrices of a checkpoint and their form, from `quantization_config`.
 
 Supported forms: `fbgemm_fp8` (Meta's Llama 3.1 405B FP8), `fp8` (a scale for each matrix or row),
-compressed-tensors (see `compressed`), AWQ ("gemm" layout) and GPTQ. Needs no torch; knows nothing
-of tensors.
+compressed-tensors (see `compressed`), AWQ ("gemm" layout), GPTQ and ModelOpt (see `modelopt`).
+Needs no torch; knows nothing of tensors.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from arriero.shards.checkpoint.formats.compressed import read_compressed
+from arriero.shards.checkpoint.formats.modelopt import read_modelopt
 from arriero.shards.checkpoint.formats.names import PATTERN, check_names, read_names
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
 from arriero.shards.model_config.fields import Fields
 
-METHODS = ("fbgemm_fp8", "fp8", "compressed-tensors", "awq", "gptq")
+METHODS = ("fbgemm_fp8", "fp8", "compressed-tensors", "awq", "gptq", "modelopt")
 """Values of `quant_method`."""
 
 _UNQUANTIZED = ("modules_to_not_convert", "ignored_layers")
@@ -70,27 +71,23 @@ def scheme_of(read: Fields, default: str | None = None) -> QuantScheme | None:
         return _awq(read)
     if method == "gptq":
         return _gptq(read)
+    if method in ("modelopt", "modelopt_fp4"):
+        return read_modelopt(read)
     raise read.wrong("quant_method", method, f"one of {', '.join(METHODS)}; {_REMEDY}")
 
 
 def _fp8(read: Fields) -> QuantScheme:
-    """A scale for each matrix or row; activations are rounded row by row."""
+    """A scale for each matrix or row; activations have a scale for each row, or a static scale."""
     block = read.get("weight_block_size")
     if block is not None:
         raise read.wrong(
             "weight_block_size", block, f"null: block scales are not supported; {_REMEDY}"
         )
-    scheme = read.get("activation_scheme")
-    if scheme not in (None, "dynamic"):
-        raise read.wrong(
-            "activation_scheme",
-            scheme,
-            '"dynamic": static activation scales (`input_scale`) are not supported; use a '
-            "checkpoint with dynamic scales, or the plain checkpoint with `quantization: fp8`",
-        )
+    static = read.one_of("activation_scheme", ("dynamic", "static"), "dynamic") == "static"
     return QuantScheme(
         method="fp8",
-        activation_bound=math.inf,
+        activation_bound=None if static else math.inf,
+        input_scale=static,
         per_tensor=True,
         ignored=read_names(read, *_UNQUANTIZED),
     )

@@ -13,10 +13,20 @@ from typing import Literal
 from arriero.shards.checkpoint.formats.names import ModuleNames
 
 Method = Literal[
-    "fbgemm_fp8", "compressed-tensors", "fp8", "int-quantized", "pack-quantized", "awq", "gptq"
+    "fbgemm_fp8",
+    "compressed-tensors",
+    "fp8",
+    "int-quantized",
+    "pack-quantized",
+    "awq",
+    "gptq",
+    "modelopt-fp8",
+    "modelopt-nvfp4",
 ]
-FLOAT8 = ("fbgemm_fp8", "compressed-tensors", "fp8")
+FLOAT8 = ("fbgemm_fp8", "compressed-tensors", "fp8", "modelopt-fp8")
 """Methods that store float8 `weight` and `weight_scale`."""
+_LAYERS_ONLY = ("awq", "gptq", "fp8", "modelopt-fp8", "modelopt-nvfp4")
+"""Methods that quantize no head, router and vision tower, whether the config says so or not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +42,11 @@ class QuantScheme:
         act_order: `g_idx` (gptq) or `weight_g_idx` (pack-quantized) gives the group of each
             column; else column i is in group i // group_size.
         zero_offset: number to add to a stored zero point: 1 for gptq version 1.
-        activation_bound: float8 forms: largest absolute activation; each row of activations is
+        activation_bound: 8-bit forms: largest absolute activation; each row of activations is
             rounded to float8 with a scale of at most this / 448 (fbgemm_fp8); inf without a bound
-            (dynamic token scales); None: activations are not rounded.
+            (dynamic token scales; int-quantized rounds to int8); None: no scales by row.
+        input_scale: each matrix has an `input_scale`, the static scale of its rounded activations.
+        fused: experts of a layer are stored in fused tensors, as in plain checkpoints.
         per_tensor: 8-bit forms: a matrix has a single scale for all rows.
         ignored: matrices that are not quantized, see `ModuleNames`.
         targets: matrices that are quantized; empty for all matrices.
@@ -48,6 +60,8 @@ class QuantScheme:
     act_order: bool = False
     zero_offset: int = 0
     activation_bound: float | None = None
+    input_scale: bool = False
+    fused: bool = False
     per_tensor: bool = False
     ignored: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
@@ -55,14 +69,21 @@ class QuantScheme:
 
     def covers(self, name: str, kind: str) -> bool:
         """Whether the matrix `name` (without `.weight`) of `kind` is quantized."""
-        if self.method in ("awq", "gptq", "fp8") and kind in ("head", "vision", "router"):
+        if self.method in _LAYERS_ONLY and kind in ("head", "vision", "router"):
             return False
         ignored, targets = self._lists
         return (not targets or targets.match(name)) and not ignored.match(name)
 
     @property
-    def kind(self) -> Literal["int4", "int8", "fp8"]:
+    def rounds_inputs(self) -> bool:
+        """Whether activations are rounded."""
+        return self.activation_bound is not None or self.input_scale
+
+    @property
+    def kind(self) -> Literal["int4", "int8", "fp8", "fp4"]:
         """Number format of a quantized matrix."""
+        if self.method == "modelopt-nvfp4":
+            return "fp4"
         if self.method in FLOAT8:
             return "fp8"
         return "int8" if self.bits == 8 or self.method == "int-quantized" else "int4"

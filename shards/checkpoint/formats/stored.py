@@ -19,7 +19,7 @@ from arriero.shards.families.registry import family_of
 from arriero.shards.layout.dense import Span
 from arriero.shards.layout.parts import AnyModel, AnyPart
 
-ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "I8": 1, "I32": 4, "I64": 8}
+ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "I8": 1, "U8": 1, "I32": 4, "I64": 8}
 """Bytes of an element, by safetensors dtype."""
 FLOATS = ("BF16", "F16", "F32")
 LABELS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -91,8 +91,8 @@ def text_prefix(model: AnyModel) -> str:
 
 
 def modules_of(model: AnyModel, scheme: QuantScheme | None) -> tuple[Module, ...]:
-    """The model's matrices and vectors; experts are fused only in plain checkpoints."""
-    return _modules(model, scheme is None)
+    """The model's matrices and vectors; experts are fused in plain checkpoints and some forms."""
+    return _modules(model, scheme is None or scheme.fused)
 
 
 @lru_cache(maxsize=8)
@@ -158,29 +158,36 @@ def _column_cut(module: Module, dim: int, each: int = 1) -> tuple[DimCut, ...]:
     return () if cut is None else (DimCut(dim=dim, axis=cut.axis, per=cut.per, each=each),)
 
 
-def _fused(module: Module, dtypes: tuple[str, ...]) -> TensorSpec:
-    """All experts in one tensor [experts, in, out]."""
+def _fused(module: Module, dtypes: tuple[str, ...], each: int = 1, scale: str = "") -> TensorSpec:
+    """All experts in one tensor [experts, in, out], for scales with an end `scale` of the name."""
     rows, columns = module.shape
     cuts = [DimCut(dim=0, axis="experts")]
     if module.rows is not None:
         cuts.append(DimCut(dim=2, axis=module.rows.axis, stacked=module.stacked))
     if module.columns is not None:
-        cuts.append(DimCut(dim=1, axis=module.columns.axis))
-    return _spec(module, module.suffix, dtypes, (module.experts, columns, rows), tuple(cuts))
+        cuts.append(DimCut(dim=1, axis=module.columns.axis, each=each))
+    shape = (module.experts, columns // each, rows)
+    suffix = f"{module.suffix}{scale}"
+    return _spec(module, suffix, dtypes, shape, tuple(cuts), scale=bool(scale))
 
 
 def _quantized(module: Module, scheme: QuantScheme, plain: tuple[str, ...]) -> Iterator[TensorSpec]:
     rows, columns = module.shape
-    if module.experts:
+    if module.experts and scheme.method not in ("modelopt-fp8", "modelopt-nvfp4"):
         raise CheckpointError(
             f"{module.name}: {scheme.method} checkpoints store experts "
             "separately; use another checkpoint"
         )
-    if scheme.method in FLOAT8 or scheme.method == "int-quantized":
+    if scheme.method == "modelopt-nvfp4":
+        yield from _nvfp4(module, scheme)
+    elif module.experts:
+        yield _fused(module, ("F8_E4M3",))
+        yield _single_scale(module, "weight_scale")
+    elif scheme.method in FLOAT8 or scheme.method == "int-quantized":
         cuts = _row_cut(module, 0) + _column_cut(module, 1)
         numbers = "F8_E4M3" if scheme.method in FLOAT8 else "I8"
         yield _spec(module, ".weight", (numbers,), (rows, columns), cuts)
-        full = scheme.method in ("fbgemm_fp8", "fp8")
+        full = scheme.method in ("fbgemm_fp8", "fp8", "modelopt-fp8")
         scales = ("F32", "BF16", "F16") if full else ("BF16", "F32", "F16")
         if scheme.per_tensor:
             yield _spec(module, ".weight_scale", scales, (1,), (), scale=True)
@@ -190,8 +197,38 @@ def _quantized(module: Module, scheme: QuantScheme, plain: tuple[str, ...]) -> I
         yield from _packed(module, scheme)
     else:
         yield from _four_bits(module, scheme)
+    if scheme.input_scale:
+        yield _single_scale(module, "input_scale")
     if module.bias:
         yield _bias(module, plain)
+
+
+def _single_scale(module: Module, name: str) -> TensorSpec:
+    """A scale of a whole matrix, or of all fused experts of a layer; each rank reads it."""
+    suffix = f"_{name}" if module.experts else f".{name}"
+    return _spec(module, suffix, ("F32", "BF16", "F16"), (1,), (), scale=True)
+
+
+def _nvfp4(module: Module, scheme: QuantScheme) -> Iterator[TensorSpec]:
+    """Two columns in a byte, a float8 scale for each group of columns, a scale of the matrix."""
+    rows, columns = module.shape
+    group = scheme.group_size
+    if columns % group:
+        raise CheckpointError(
+            f"{module.name}: {columns} columns are not a multiple of {group}, which "
+            f"{scheme.method} requires; use another form"
+        )
+    if module.experts:
+        yield _fused(module, ("U8",), 2)
+        yield _fused(module, ("F8_E4M3",), group, "_weight_scale")
+    else:
+        by_row = _row_cut(module, 0)
+        cuts = by_row + _column_cut(module, 1, 2)
+        yield _spec(module, ".weight", ("U8",), (rows, columns // 2), cuts)
+        cuts = by_row + _column_cut(module, 1, group)
+        shape = (rows, columns // group)
+        yield _spec(module, ".weight_scale", ("F8_E4M3",), shape, cuts, scale=True)
+    yield _single_scale(module, "weight_scale_2")
 
 
 def _packed(module: Module, scheme: QuantScheme) -> Iterator[TensorSpec]:

@@ -343,7 +343,10 @@ def test_slices_report_what_was_planned() -> None:
         "compressed-fp8-tensor",
         "fp8-tensor",
         "int8-tensor",
+        "int8-channel-static",
         "fbgemm_fp8",
+        "modelopt-fp8",
+        "modelopt-nvfp4",
     ],
 )
 def test_a_quantized_folder_allocates_what_was_planned(

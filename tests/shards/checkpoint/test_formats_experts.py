@@ -15,11 +15,13 @@ from arriero.kernels.moe import route
 from arriero.kernels.ops import Ops
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
 from arriero.shards.checkpoint.tensor_folder import TensorFolder
+from arriero.shards.errors import CheckpointError
 from arriero.shards.layout.dense import Span
 from arriero.shards.models.loader import Loader
 from support.by_the_book import ByTheBook
+from support.modelopt_files import float8_inputs, fused, nvfp4, nvfp4_inputs
 from support.models import write_safetensors
-from support.quantized_files import awq, fp8, gptq, packed
+from support.quantized_files import awq, eight_bits, fp8, gptq, packed
 from support.slices import CPU, exact_ops
 
 EXPERTS, HIDDEN, INNER, TOKENS = 4, 32, 64, 9
@@ -36,7 +38,17 @@ FORMS = {
     "gptq-v2": QuantScheme(method="gptq", group_size=32),
     "gptq-act-order": QuantScheme(method="gptq", group_size=16, zero_offset=1, act_order=True),
     "gptq-v2-act-order": QuantScheme(method="gptq", group_size=16, act_order=True),
+    "modelopt-fp8": QuantScheme(method="modelopt-fp8", per_tensor=True, input_scale=True),
+    "modelopt-fp8-fused": QuantScheme(
+        method="modelopt-fp8", per_tensor=True, input_scale=True, fused=True
+    ),
+    "modelopt-nvfp4": QuantScheme(method="modelopt-nvfp4", group_size=16, input_scale=True),
+    "modelopt-nvfp4-fused": QuantScheme(
+        method="modelopt-nvfp4", group_size=16, input_scale=True, fused=True
+    ),
+    "nvfp4-weights-fused": QuantScheme(method="modelopt-nvfp4", group_size=16, fused=True),
 }
+ROUNDED = ("modelopt-fp8", "modelopt-fp8-fused", "modelopt-nvfp4", "modelopt-nvfp4-fused")
 
 
 def written(path: Path, form: str) -> dict[str, Tensor]:
@@ -52,6 +64,12 @@ def written(path: Path, form: str) -> dict[str, Tensor]:
                 means[module] = torch.randn(rows, columns, generator=generator).double() * 0.2
                 continue
             seed = 10 * e + at
+            if "modelopt" in form or "nvfp4" in form:
+                made, whole = modelopt(module, rows, columns, seed, form)
+                means[module] = whole
+                means |= {k: v.double() for k, v in made.items() if k.endswith("input_scale")}
+                tensors |= made
+                continue
             if form.startswith("packed"):
                 bits = 8 if "8" in form else 4
                 group = 32 if bits == 4 else columns
@@ -87,6 +105,12 @@ def written(path: Path, form: str) -> dict[str, Tensor]:
         gate_up = torch.cat([of("gate_proj"), of("up_proj")], -1).contiguous()
         tensors[f"{PREFIX}experts.gate_up_proj"] = gate_up
         tensors[f"{PREFIX}experts.down_proj"] = of("down_proj").contiguous()
+    if form.endswith("-fused"):
+        parts = {
+            name: [of_module(tensors, f"{PREFIX}experts.{e}.{name}.") for e in range(EXPERTS)]
+            for name in names
+        }
+        tensors = fused(parts, f"{PREFIX}experts")
     for name, shape in {"router": (EXPERTS, HIDDEN)}.items():
         tensors[f"{PREFIX}{name}.weight"] = torch.randn(shape, generator=generator)
     for name, shape in names.items():
@@ -95,6 +119,37 @@ def written(path: Path, form: str) -> dict[str, Tensor]:
     means |= {k.removesuffix(".weight"): v.double() for k, v in tensors.items() if "expert." in k}
     write_safetensors(path / "model.safetensors", tensors)
     return means
+
+
+def of_module(tensors: dict[str, Tensor], module: str) -> dict[str, Tensor]:
+    """The tensors of a module by suffix."""
+    return {k.removeprefix(module): v for k, v in tensors.items() if k.startswith(module)}
+
+
+def modelopt(
+    module: str, rows: int, columns: int, seed: int, form: str
+) -> tuple[dict[str, Tensor], Tensor]:
+    """A matrix of an expert; the numbers of fused tensors are the same for all experts."""
+    part = "down" if module.endswith("down_proj") else "gate_up"
+    shared = form.endswith("-fused")
+    if "nvfp4" in form:
+        tensors, whole = nvfp4(module, rows, columns, seed)
+    else:
+        made, numbers = eight_bits(
+            module, rows, columns, seed, float8=True, per_tensor=True, scale="weight_scale"
+        )
+        tensors, whole = made, torch.from_numpy(numbers)
+        tensors[f"{module}.weight_scale"] = made[f"{module}.weight_scale"].reshape(())
+    name = f"{module}.weight_scale" + ("_2" if "nvfp4" in form else "")
+    wanted = torch.tensor((2.0**-11 if "nvfp4" in form else 2.0**-9) * (1 if shared else 1.3))
+    whole = whole / tensors[name].double() * wanted.double()
+    tensors[name] = wanted
+    if form in ROUNDED:
+        reach = 3.0 if part == "gate_up" else 1.5
+        steps = 6 * 448 if "nvfp4" in form else 448
+        scale = torch.tensor(reach / steps * (1.0 if shared else 1 + 0.05 * (seed // 10)))
+        tensors[f"{module}.input_scale"] = scale
+    return tensors, whole
 
 
 def block(path: Path, form: str, ops: Ops, x: Tensor, experts: Span, inner: Span) -> Tensor:
@@ -139,15 +194,24 @@ def block(path: Path, form: str, ops: Ops, x: Tensor, experts: Span, inner: Span
     return out - ops.linear(ops.silu_mul(ops.linear(h, gate_up)), down)
 
 
-def by_the_book(path: Path, means: dict[str, Tensor], x: Tensor) -> Tensor:
-    """shared(h) + expert(score * h), float64, weights as they are and inputs unrounded."""
+def by_the_book(path: Path, means: dict[str, Tensor], x: Tensor, form: str) -> Tensor:
+    """shared(h) + expert(score * h), float64; inputs rounded where they have a static scale."""
     h = x.double() * torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + 1e-5)
     router = TensorFolder.of(path).tensor(f"{PREFIX}router.weight").double()
     chosen = route((h @ router.T).float(), 1)
 
+    def rounded(given: Tensor, module: str) -> Tensor:
+        scale = means.get(f"{module}.input_scale")
+        if scale is None:
+            return given
+        rounds = nvfp4_inputs if "nvfp4" in form else float8_inputs
+        return rounds(given, scale)
+
     def gated(given: Tensor, module: str) -> Tensor:
+        given = rounded(given, f"{module}gate_proj")
         gate, up = given @ means[f"{module}gate_proj"].T, given @ means[f"{module}up_proj"].T
-        return (gate * gate.sigmoid() * up) @ means[f"{module}down_proj"].T
+        product = rounded(gate * gate.sigmoid() * up, f"{module}down_proj")
+        return product @ means[f"{module}down_proj"].T
 
     rows = []
     for t in range(TOKENS):
@@ -166,18 +230,25 @@ LAYOUTS = {
 }
 
 
+TP3_FIRST = Span(start=0, stop=EXPERTS), Span(start=0, stop=24)
+
+
 @pytest.mark.parametrize("kernels", ["reference", "cpu"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("form", FORMS)
 def test_experts(tmp_path: Path, form: str, layout: str, kernels: str) -> None:
     means = written(tmp_path, form)
     ops = exact_ops(kernels)
+    if layout == "TP3" and form in ("modelopt-nvfp4", "modelopt-nvfp4-fused"):
+        with pytest.raises(CheckpointError, match=r"columns 0:24 cut a group of 16 inputs"):
+            block(tmp_path, form, ops, torch.ones(1, HIDDEN), *TP3_FIRST)
+        return
     x = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(5))
     parts = [
         block(tmp_path, form, ops, x, Span(start=a, stop=b), Span(start=c, stop=d))
         for a, b, c, d in LAYOUTS[layout]
     ]
-    got, want = sum(parts), by_the_book(tmp_path, means, x)
+    got, want = sum(parts), by_the_book(tmp_path, means, x, form)
     assert isinstance(got, Tensor)
     off = float((got - want).abs().max() / want.abs().max())
     if form == "compressed-fp8":  # inputs are rounded too

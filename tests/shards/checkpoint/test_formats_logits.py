@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from arriero.shards.config.group import GroupConfig
 from arriero.shards.errors import CheckpointError
+from arriero.shards.layout.families import parts_of
+from arriero.shards.model_config.dense import ModelConfig
 from support.by_the_book import ByTheBook
+from support.modelopt_files import float8_inputs, int8_inputs, nvfp4_inputs
 from support.models import tiny_llama
-from support.quantized_models import ROUNDING, WEIGHT_ONLY, dense_logits, quantized_llama
+from support.quantized_models import (
+    ROUNDING,
+    STATIC,
+    WEIGHT_ONLY,
+    dense_logits,
+    quantized_llama,
+)
 from support.slices import CPU, logits_of
 
 TOKENS = [3, 99, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32, 79, 50, 28, 84]
@@ -45,6 +56,60 @@ def test_weight_only(
     path, want = models[form]
     got = logits_of(path, TOKENS, tp=tp, pp=pp, kernels=kernels)
     assert float((got - want).abs().max()) <= 1e-5 * float(want.abs().max())
+
+
+SHORT = TOKENS[:8]
+STACKS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("o_proj",), ("down_proj",))
+_STEADY = 1e-6
+
+
+def rounding(
+    form: str, config: ModelConfig, means: dict[str, Tensor], tp: int
+) -> Callable[[Tensor, str], Tensor]:
+    """The rounding of inputs that a form defines.
+
+    Stacked matrices share the greatest of their static scales. A scale for each row is that of the
+    columns of a rank.
+    """
+    parts = [part for part in parts_of(config, GroupConfig(model_path="x", tp=tp))]
+
+    def rounded(h: Tensor, name: str) -> Tensor:
+        prefix, _, word = name.rpartition(".")
+        if form.endswith("token"):
+            sizes = [h.shape[1]]
+            if word == "o_proj":
+                sizes = [part.q_heads.size * config.head_dim for part in parts]
+            elif word == "down_proj":
+                sizes = [part.columns.size for part in parts]
+            return torch.cat([int8_inputs(piece) for piece in h.split(sizes, 1)], 1)
+        stack = next(stack for stack in STACKS if word in stack)
+        scale = torch.stack([means[f"{prefix}.{one}.input_scale"] for one in stack]).amax()
+        if "nvfp4" in form:
+            return nvfp4_inputs(h, scale)
+        return int8_inputs(h, scale) if form.startswith("int8") else float8_inputs(h, scale)
+
+    def steady(h: Tensor, name: str) -> Tensor:
+        """No input lies so near to a boundary that a sum's last bit turns its rounding."""
+        for factor in (1 - _STEADY, 1 + _STEADY):
+            off = rounded(h * factor, name) - rounded(h, name)
+            assert float(off.abs().max()) < 1e-5 * float(h.abs().max()), "take other tokens"
+        return rounded(h, name)
+
+    return steady
+
+
+@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+@pytest.mark.parametrize("tp", [1, 2, 3])
+@pytest.mark.parametrize("form", STATIC)
+def test_activations_round_as_the_form_says(
+    tmp_path: Path, form: str, tp: int, kernels: str
+) -> None:
+    config, means = quantized_llama(tmp_path, form, layers=1)
+    want = dense_logits(config, means, SHORT, rounding(form, config, means, tp))
+    got = logits_of(tmp_path, SHORT, tp=tp, kernels=kernels)
+    assert float((got - want).abs().max()) <= 1e-5 * float(want.abs().max())
+    plain = dense_logits(config, means, SHORT)
+    assert float((plain - want).norm() / plain.norm()) > 1e-3  # the rounding is there
 
 
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS)

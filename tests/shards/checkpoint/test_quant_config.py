@@ -45,6 +45,9 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 64}
 AS_GPTQ = QuantScheme(method="gptq", group_size=64, zero_offset=1)
 AS_AWQ = QuantScheme(method="awq", group_size=64)
 
+A8 = {"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token"}
+MODELOPT = {"quant_method": "modelopt"}
+
 SAME: dict[str, tuple[dict[str, Any], QuantScheme]] = {
     "actorder false": (compressed(W4 | {"actorder": False}), PACKED),
     "actorder static": (compressed(W4 | {"actorder": "static"}), PACKED),
@@ -124,6 +127,45 @@ SAME: dict[str, tuple[dict[str, Any], QuantScheme]] = {
         compressed(F8 | {"type": "int"}, format="int-quantized"),
         QuantScheme(method="int-quantized"),
     ),
+    "fp8 with static scales": (
+        {"quant_method": "fp8", "activation_scheme": "static"},
+        QuantScheme(method="fp8", input_scale=True, per_tensor=True),
+    ),
+    "FP8 with static scales": (
+        compressed(F8, TOKEN | {"dynamic": False, "strategy": "tensor"}),
+        QuantScheme(method="compressed-tensors", input_scale=True),
+    ),
+    "W8A8": (
+        compressed(F8 | {"type": "int"}, A8),
+        QuantScheme(method="int-quantized", activation_bound=math.inf),
+    ),
+    "W8A8 with static scales": (
+        compressed(
+            F8 | {"type": "int"},
+            A8 | {"dynamic": False, "strategy": "tensor"},
+            format="int-quantized",
+        ),
+        QuantScheme(method="int-quantized", input_scale=True),
+    ),
+    "ModelOpt FP8": (
+        {
+            "config_groups": {"group_0": {"weights": {"num_bits": 8}, "targets": ["Linear"]}},
+            "ignore": ["lm_head"],
+            "quant_algo": "FP8",
+            "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
+            "producer": {"name": "modelopt", "version": "0.33.0"},
+            "quant_method": "modelopt",
+        },
+        QuantScheme(method="modelopt-fp8", per_tensor=True, input_scale=True, ignored=("lm_head",)),
+    ),
+    "ModelOpt NVFP4": (
+        MODELOPT | {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": []},
+        QuantScheme(method="modelopt-nvfp4", group_size=16, input_scale=True),
+    ),
+    "ModelOpt's object of hf_quant_config.json": (
+        MODELOPT | {"producer": {}, "quantization": {"quant_algo": "w4a16_nvfp4"}},
+        QuantScheme(method="modelopt-nvfp4", group_size=16),
+    ),
     "fp8": (
         {"quant_method": "fp8", "activation_scheme": "dynamic", "ignored_layers": ["lm_head"]},
         QuantScheme(method="fp8", activation_bound=math.inf, per_tensor=True, ignored=("lm_head",)),
@@ -181,16 +223,22 @@ def test_a_kv_cache_scheme_is_told_of() -> None:
         assert "kv_cache_scheme" in note and "k_scale" in note
 
 
-A8 = {"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token"}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (compressed(W4 | {"actorder": "random"}), "`actorder`='random'"),
     (compressed(W4 | {"num_bits": 3}), "`num_bits`=3"),
     (compressed(W4 | {"num_bits": 8}), "with strategy channel"),
     (compressed(F8 | {"strategy": "block"}, TOKEN), "`strategy`='block'"),
     (compressed(F8 | {"strategy": "group"}, TOKEN), "`strategy`='group'"),
-    (compressed(F8 | {"type": "int"}, A8), "quantization: int8"),
-    (compressed(W4, A8), "integer activations .W8A8. are not supported"),
-    (compressed(F8, TOKEN | {"dynamic": False, "strategy": "tensor"}), "FP8-dynamic"),
+    (compressed(W4, A8), "integer activations with packed weights .W4A8. are not supported"),
+    (compressed(F8 | {"type": "int"}, A8 | {"symmetric": False}), "`symmetric`=False"),
+    (compressed(F8 | {"type": "int"}, TOKEN, format="int-quantized"), "of `type` int"),
+    (compressed(F8, TOKEN | {"dynamic": "local"}), "`dynamic`='local'"),
+    (compressed(F8, TOKEN | {"dynamic": False}), "tensor where `dynamic` is false"),
+    (MODELOPT, "`quant_algo`=None must be one of FP8, NVFP4, W4A16_NVFP4"),
+    (MODELOPT | {"quant_algo": "MIXED_PRECISION"}, "`quant_algo`='MIXED_PRECISION'"),
+    (MODELOPT | {"quant_algo": "NVFP4_AWQ"}, "`quant_algo`='NVFP4_AWQ'"),
+    (MODELOPT | {"quant_algo": "NVFP4", "group_size": 32}, "`group_size`=32 must be 16"),
+    (MODELOPT | {"quant_algo": "FP8", "exclude_modules": ["*a*b*c*d*e*"]}, "pattern"),
     (compressed(F8, TOKEN | {"strategy": "tensor"}), "`strategy`='tensor'"),
     (compressed(W4, format="nvfp4-pack-quantized"), "`format`='nvfp4-pack-quantized'"),
     (compressed(W4, sparsity_config={"format": "sparse-24-bitmask"}), "`sparsity_config`"),
@@ -210,7 +258,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "mixed forms are not supported",
     ),
     ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "`weight_block_size`=.128, 128."),
-    ({"quant_method": "fp8", "activation_scheme": "static"}, "with dynamic scales"),
+    ({"quant_method": "fp8", "activation_scheme": "always"}, "`activation_scheme`='always'"),
     ({"quant_method": "awq", "version": "gemv"}, "`version`='gemv'"),
     ({"quant_method": "awq", "w_bit": 8}, "`w_bit`=8"),
     ({"quant_method": "awq", "zero_point": False}, "`zero_point`"),
@@ -280,6 +328,25 @@ def test_lists_match_as_in_compressed_tensors(listed: list[str]) -> None:
     for name in NAMES:
         due = any(match.match_name(name, one) for one in listed)
         assert ours.covers(name, "mlp") is not due, name
+
+
+def test_stars_in_modelopt_names_stand_for_any_letters() -> None:
+    listed = ["lm_head", "model.layers.0*", "*.o_proj", "model.layers.1.mlp.up_proj"]
+    ours = scheme(MODELOPT | {"quant_algo": "FP8", "exclude_modules": listed})
+    plain = {name for name in NAMES if not ours.covers(name, "mlp")}
+    assert plain == {
+        "lm_head",
+        *(name for name in NAMES if ".0." in name),
+        *(name for name in NAMES if name.endswith("o_proj")),
+        "model.layers.1.mlp.up_proj",
+    }
+    assert not ours.covers("language_model.model.layers.0.self_attn.q_proj", "attention")
+    assert not ours.covers("model.layers.5.router", "router")
+
+
+def test_a_quantized_kv_cache_alone_is_plain() -> None:
+    config = MODELOPT | {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}
+    assert read_scheme({"quantization_config": config}) is None
 
 
 def test_parts_of_names_stand_for_what_is_in_them() -> None:
