@@ -36,7 +36,7 @@ def static_levels(x_TI: Tensor, scale: Tensor, levels: str) -> Tensor:
 
 
 def int8_rows(x_TI: Tensor) -> tuple[Tensor, Tensor]:
-    """Round each row to int8 with a scale for each row: dynamic token scales, as vLLM computes them.
+    """Round each row to int8 with a scale for each row: dynamic token scales, computed as in vLLM.
 
     The scale is the greatest magnitude / 127, and 1 for a row of zeros. compressed-tensors divides
     by 127.5 when it calibrates; then the greatest number lies between two levels, and the last bit
