@@ -14,8 +14,9 @@ from torch import Tensor
 from arriero.shards.checkpoint.llama_names import EMBEDDING, FINAL_NORM, HEAD, layer_tensors
 from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.model_config.dense import ModelConfig
+from arriero.shards.models.llama4.config import Llama4Config
 from support.modelopt_files import nvfp4
-from support.models import tiny_llama, tiny_weights, write_safetensors
+from support.models import tiny_llama, tiny_llama4, tiny_weights, write_safetensors
 from support.quantized_files import awq, eight_bits, fp8, gptq, packed
 
 WEIGHT_ONLY = (
@@ -200,6 +201,34 @@ def quantized_llama(
     (path / "config.json").write_text(json.dumps(settings))
     _write_tokenizer(path / "tokenizer.json", config.vocab_size)
     return config, means
+
+
+def fused_llama4(path: Path, form: str) -> Llama4Config:
+    """Write a layer of Llama 4 with the tensors that ModelOpt exports; the numbers mean little."""
+    config = tiny_llama4(path, layers=1, experts=2)
+    hidden, inner = config.hidden_size, config.intermediate_size
+    folder = TensorFolder.of(path)
+    tensors = {name: folder.tensor(name).clone() for name in folder.names}
+    ignored = [name.removesuffix(".weight") for name in tensors if "experts" not in name]
+    for name, columns, rows in (("gate_up_proj", hidden, 2 * inner), ("down_proj", inner, hidden)):
+        fused = f"model.layers.0.feed_forward.experts.{name}"
+        tensors[f"{fused}_input_scale"] = tensors[f"{fused}_weight_scale"] = torch.tensor(0.01)
+        if form == "modelopt-fp8":
+            tensors[fused] = tensors[fused].to(torch.float8_e4m3fn)
+            continue
+        tensors[f"{fused}_weight_scale_2"] = torch.tensor(0.01)
+        scales = torch.ones(2, columns // 16, rows).to(torch.float8_e4m3fn)
+        tensors[f"{fused}_weight_scale"] = scales
+        tensors[fused] = torch.ones(2, columns // 2, rows, dtype=torch.uint8)
+    write_safetensors(path / "model.safetensors", tensors)
+    described = modelopt_config(form, [*ignored, "model.layers.0.feed_forward.shared_expert*"])
+    if form == "modelopt-fp8":
+        (path / "hf_quant_config.json").write_text(json.dumps(described))
+    else:
+        settings = json.loads((path / "config.json").read_text())
+        settings["quantization_config"] = described
+        (path / "config.json").write_text(json.dumps(settings))
+    return config
 
 
 def _write_tokenizer(file: Path, vocab_size: int) -> None:

@@ -24,7 +24,8 @@ _SCHEMES = {
 }
 _IGNORED = ("exclude_modules", "ignore")
 _KV = ("kv_cache_quant_algo", "kv_cache_scheme")
-_PREFIX = "language_model."
+_PREFIXES = ("model.language_model.", "language_model.model.")
+"""Beginnings of names of a text model beside images; matched names may have either or none."""
 
 
 def read_modelopt(read: Fields) -> QuantScheme | None:
@@ -65,10 +66,18 @@ def _kv_note(field: str) -> str:
 
 def _ignored(read: Fields) -> tuple[str, ...]:
     """The matrices that are not quantized; `*` in a name stands for any letters."""
-    listed = read_names(read, *_IGNORED)
+    listed = [_text_name(name) for name in read_names(read, *_IGNORED)]
     patterns = tuple(dict.fromkeys(_patterns(name for name in listed if "*" in name)))
     check_names(read, _IGNORED[0], patterns)
     return (*(name for name in listed if "*" not in name), *patterns)
+
+
+def _text_name(name: str) -> str:
+    """The name in a text model alone; a listed name matches within longer names too."""
+    for prefix in _PREFIXES:
+        if name.startswith(prefix):
+            return f"model.{name.removeprefix(prefix)}"
+    return name.removeprefix("language_model.")
 
 
 def _patterns(wildcards: Iterable[str]) -> Iterable[str]:
@@ -79,5 +88,5 @@ def _patterns(wildcards: Iterable[str]) -> Iterable[str]:
             continue
         pattern = wildcard.replace(".", r"\.").replace("*", ".*")
         yield f"{PATTERN}{pattern}$"
-        if not wildcard.startswith(("*", _PREFIX)):
-            yield f"{PATTERN}{_PREFIX[:-1]}\\.{pattern}$"
+        if not wildcard.startswith("*"):
+            yield rf"{PATTERN}language_model\.{pattern}$"

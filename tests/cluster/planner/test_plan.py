@@ -47,7 +47,7 @@ from arriero.shards.layout.resolve import resolve
 from arriero.shards.worker.runner import Runner
 from support.models import tiny_llama, tiny_qwen3
 from support.processes import spawn_group
-from support.quantized_models import quantized_llama
+from support.quantized_models import fused_llama4, quantized_llama
 
 H100 = DEVICES["h100-80g"]
 SMOLLM2 = os.environ.get("ARRIERO_TEST_MODEL", "")
@@ -355,6 +355,17 @@ def test_a_quantized_folder_allocates_what_was_planned(
     backend(kernels)
     quantized_llama(tmp_path, form, layers=1)
     check_group(small_group(tmp_path, tp, kernels), kernels)
+
+
+@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+@pytest.mark.parametrize("form", ["modelopt-fp8", "modelopt-nvfp4"])
+def test_fused_experts_allocate_what_was_planned(
+    tmp_path: Path, form: str, kernels: Kernels
+) -> None:
+    backend(kernels)
+    fused_llama4(tmp_path, form)
+    for tp in (1, 2):
+        check_group(small_group(tmp_path, tp, kernels), kernels)
 
 
 def small_group(path: Path, tp: int, kernels: Kernels) -> GroupConfig:

@@ -52,10 +52,10 @@ def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 
 def packed(kind: str, out: int, inputs: int, group: int = 128, zeros: bool = False) -> Packed:
     """Weights [out, inputs] of any kind."""
-    if kind == "int4":
+    if kind in ("int4", "fp4"):
         scales = empty(out, inputs // group, dtype=F32)
         return Packed(
-            kind="int4",
+            kind="int4" if kind == "int4" else "fp4",
             data=empty(out, inputs // 2, dtype=torch.uint8),
             in_features=inputs,
             scales=scales,
@@ -275,6 +275,7 @@ def _matmul_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         "int4 g128 zeros": ("int4", {"zeros": True}),
         "int4 g32": ("int4", {"group": 32}),
         "int4 g32 zeros": ("int4", {"group": 32, "zeros": True}),
+        "fp4 g16": ("fp4", {"group": 16}),
     }
     for name, (kind, more) in kinds.items():
         yield f"matmul 8B gate_up {name}", partial(products, packed(kind, 28672, 4096, **more))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,8 @@ from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.checkpoint.verify import verify
 from arriero.shards.errors import CheckpointError
-from support.models import tiny_llama4, write_safetensors
-from support.quantized_models import modelopt_config, quantized_llama
+from support.models import write_safetensors
+from support.quantized_models import fused_llama4, quantized_llama
 from support.slices import logits_of
 
 AT = "model.layers.0.self_attn.q_proj"
@@ -69,31 +68,9 @@ def test_a_scale_of_inputs_is_positive_and_finite(
 @pytest.mark.parametrize("form", ["modelopt-fp8", "modelopt-nvfp4"])
 def test_fused_experts_of_llama4(tmp_path: Path, form: str) -> None:
     """Names, shapes and dtypes of the tensors that ModelOpt exports for Llama 4."""
-    config = tiny_llama4(tmp_path, layers=1, experts=2)
-    hidden, inner = config.hidden_size, config.intermediate_size
-    prefix = "model.layers.0.feed_forward.experts"
-    folder = TensorFolder.of(tmp_path)
-    tensors = {name: folder.tensor(name).clone() for name in folder.names}
-    ignored = [name.removesuffix(".weight") for name in tensors if "experts" not in name]
-    for name, columns, rows in (("gate_up_proj", hidden, 2 * inner), ("down_proj", inner, hidden)):
-        fused = f"{prefix}.{name}"
-        tensors[f"{fused}_input_scale"] = tensors[f"{fused}_weight_scale"] = torch.tensor(0.01)
-        if form == "modelopt-fp8":
-            tensors[fused] = tensors[fused].to(torch.float8_e4m3fn)
-            continue
-        tensors[f"{fused}_weight_scale_2"] = torch.tensor(0.01)
-        scales = torch.ones(2, columns // 16, rows).to(torch.float8_e4m3fn)
-        tensors[f"{fused}_weight_scale"] = scales
-        tensors[fused] = torch.ones(2, columns // 2, rows, dtype=torch.uint8)
-    write_safetensors(tmp_path / "model.safetensors", tensors)
-    described = modelopt_config(form, [*ignored, "model.layers.0.feed_forward.shared_expert*"])
-    settings = json.loads((tmp_path / "config.json").read_text())
-    if form == "modelopt-nvfp4":
-        settings["quantization_config"] = described
-        (tmp_path / "config.json").write_text(json.dumps(settings))
-    else:
-        (tmp_path / "hf_quant_config.json").write_text(json.dumps(described))
+    config = fused_llama4(tmp_path, form)
     checkpoint = Checkpoint.open(tmp_path)
     assert checkpoint.scheme is not None and checkpoint.scheme.fused
     assert checkpoint.misfits() == []
-    assert {spec.name for spec in tensor_specs(config, checkpoint.scheme)} == set(tensors)
+    specs = tensor_specs(config, checkpoint.scheme)
+    assert {spec.name for spec in specs} == set(checkpoint.names)

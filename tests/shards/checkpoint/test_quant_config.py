@@ -331,7 +331,8 @@ def test_lists_match_as_in_compressed_tensors(listed: list[str]) -> None:
 
 
 def test_stars_in_modelopt_names_stand_for_any_letters() -> None:
-    listed = ["lm_head", "model.layers.0*", "*.o_proj", "model.layers.1.mlp.up_proj"]
+    listed = ["language_model.lm_head", "model.layers.0*", "*.o_proj"]
+    listed += ["model.language_model.layers.1.mlp.up_proj"]
     ours = scheme(MODELOPT | {"quant_algo": "FP8", "exclude_modules": listed})
     plain = {name for name in NAMES if not ours.covers(name, "mlp")}
     assert plain == {
