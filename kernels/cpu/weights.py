@@ -25,6 +25,8 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The C++ numbers of plain types."""
 INT8, FP8, INT4 = 3, 4, 5
 _MAX_WHOLE_ZERO = 128
+_FP4_ROWS = 256
+"""Rows of fp4 that exist in float32 at a time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,7 +197,15 @@ def _pack_fp4(
     bias_O: Tensor | None,
     folder: Path | None,
 ) -> Packed:
-    plain = [w.without_row_scales().to(torch.bfloat16) for w in weights]
+    plain = [
+        torch.cat(
+            [
+                w.rows(row, row + _FP4_ROWS).without_row_scales().to(torch.bfloat16)
+                for row in range(0, w.out_features, _FP4_ROWS)
+            ]
+        )
+        for w in weights
+    ]
     packed = pack_plain(library, machine, plain, bias_O, torch.bfloat16, folder)
     scale_1O = _columns([w.row_scales for w in weights if w.row_scales is not None])
     packed.struct.scale = scale_1O.data_ptr()

@@ -30,6 +30,15 @@ def nvfp4(name: str, rows: int, columns: int, seed: int) -> tuple[dict[str, Tens
     return tensors, full
 
 
+def float8(name: str, rows: int, columns: int, seed: int) -> tuple[dict[str, Tensor], Tensor]:
+    """`weight` and `weight_scale`, and the matrix that they mean, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    data = (torch.randn(rows, columns, generator=generator) * 100).to(torch.float8_e4m3fn)
+    scale = torch.rand((), generator=generator) + 0.01
+    full = data.double() * scale.double()
+    return {f"{name}.weight": data, f"{name}.weight_scale": scale}, full
+
+
 def fused(parts: dict[str, list[dict[str, Tensor]]], prefix: str) -> dict[str, Tensor]:
     """Experts in two tensors, as ModelOpt exports Llama 4.
 

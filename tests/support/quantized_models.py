@@ -15,7 +15,7 @@ from arriero.shards.checkpoint.llama_names import EMBEDDING, FINAL_NORM, HEAD, l
 from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.model_config.dense import ModelConfig
 from arriero.shards.models.llama4.config import Llama4Config
-from support.modelopt_files import nvfp4
+from support.modelopt_files import float8, nvfp4
 from support.models import tiny_llama, tiny_llama4, tiny_weights, write_safetensors
 from support.quantized_files import awq, eight_bits, fp8, gptq, packed
 
@@ -250,11 +250,7 @@ def _write(
     if "nvfp4" in form:
         return nvfp4(name, rows, columns, seed)
     if form == "modelopt-fp8":
-        scaled, full = eight_bits(
-            name, rows, columns, seed, float8=True, per_tensor=True, scale="weight_scale"
-        )
-        scaled[f"{name}.weight_scale"] = scaled[f"{name}.weight_scale"].reshape(())
-        return scaled, torch.from_numpy(full)
+        return float8(name, rows, columns, seed)
     if form == "awq":
         tensors, full = awq(name, rows, columns, group, seed)
     elif form.startswith("gptq"):

@@ -19,9 +19,9 @@ from arriero.shards.errors import CheckpointError
 from arriero.shards.layout.dense import Span
 from arriero.shards.models.loader import Loader
 from support.by_the_book import ByTheBook
-from support.modelopt_files import float8_inputs, fused, nvfp4, nvfp4_inputs
+from support.modelopt_files import float8, float8_inputs, fused, nvfp4, nvfp4_inputs
 from support.models import write_safetensors
-from support.quantized_files import awq, eight_bits, fp8, gptq, packed
+from support.quantized_files import awq, fp8, gptq, packed
 from support.slices import CPU, exact_ops
 
 EXPERTS, HIDDEN, INNER, TOKENS = 4, 32, 64, 9
@@ -132,14 +132,8 @@ def modelopt(
     """A matrix of an expert; the numbers of fused tensors are the same for all experts."""
     part = "down" if module.endswith("down_proj") else "gate_up"
     shared = form.endswith("-fused")
-    if "nvfp4" in form:
-        tensors, whole = nvfp4(module, rows, columns, seed)
-    else:
-        made, numbers = eight_bits(
-            module, rows, columns, seed, float8=True, per_tensor=True, scale="weight_scale"
-        )
-        tensors, whole = made, torch.from_numpy(numbers)
-        tensors[f"{module}.weight_scale"] = made[f"{module}.weight_scale"].reshape(())
+    write = nvfp4 if "nvfp4" in form else float8
+    tensors, whole = write(module, rows, columns, seed)
     name = f"{module}.weight_scale" + ("_2" if "nvfp4" in form else "")
     wanted = torch.tensor((2.0**-11 if "nvfp4" in form else 2.0**-9) * (1 if shared else 1.3))
     whole = whole / tensors[name].double() * wanted.double()

@@ -71,7 +71,7 @@ def rounding(
     Stacked matrices share the greatest of their static scales. A scale for each row is that of the
     columns of a rank.
     """
-    parts = [part for part in parts_of(config, GroupConfig(model_path="x", tp=tp))]
+    parts = parts_of(config, GroupConfig(model_path="x", tp=tp))
 
     def rounded(h: Tensor, name: str) -> Tensor:
         prefix, _, word = name.rpartition(".")
@@ -98,15 +98,25 @@ def rounding(
     return steady
 
 
+Folder = tuple[Path, ModelConfig, dict[str, Tensor]]
+
+
+@pytest.fixture(scope="module")
+def static_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Folder]:
+    """Folder of each form, its config and what its numbers mean."""
+    folders = {form: tmp_path_factory.mktemp(form) for form in STATIC}
+    return {form: (path, *quantized_llama(path, form, layers=1)) for form, path in folders.items()}
+
+
 @pytest.mark.parametrize("kernels", ["reference", "cpu"])
 @pytest.mark.parametrize("tp", [1, 2, 3])
 @pytest.mark.parametrize("form", STATIC)
 def test_activations_round_as_the_form_says(
-    tmp_path: Path, form: str, tp: int, kernels: str
+    static_models: dict[str, Folder], form: str, tp: int, kernels: str
 ) -> None:
-    config, means = quantized_llama(tmp_path, form, layers=1)
+    path, config, means = static_models[form]
     want = dense_logits(config, means, SHORT, rounding(form, config, means, tp))
-    got = logits_of(tmp_path, SHORT, tp=tp, kernels=kernels)
+    got = logits_of(path, SHORT, tp=tp, kernels=kernels)
     assert float((got - want).abs().max()) <= 1e-5 * float(want.abs().max())
     plain = dense_logits(config, means, SHORT)
     assert float((plain - want).norm() / plain.norm()) > 1e-3  # the rounding is there
