@@ -38,8 +38,8 @@ NEVER_READ = (
     ".activation_scale",
     "._extra_state",
 )
-"""Name endings of tensors in layers without effect here: tables that the config determines, and
-scales of KV caches and activations, because both keep their own dtype."""
+"""Name endings of tensors in layers without effect here: tables that the config determines, scales
+of KV caches, which keep their own dtype, and scales of activations that the form does not round."""
 
 _NO_EFFECT_WHEN_ZERO = (".bias", ".weight_zero_point")
 _INDEX = (".g_idx", ".weight_g_idx")
