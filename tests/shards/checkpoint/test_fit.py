@@ -356,7 +356,10 @@ MUTATED: dict[str, tuple[Callable[[Path], object], str]] = {
         "g_idx' of shape [64] is missing",
     ),
     "another width of groups": (to("gptq", group_size=16), "requires"),
-    "static activations": (to("fp8-tensor", activation_scheme="static"), "with dynamic scales"),
+    "static activations": (
+        to("fp8-tensor", activation_scheme="static"),
+        "q_proj.input_scale' of shape [1] is missing",
+    ),
     "blocks": (to("fp8-tensor", weight_block_size=[16, 16]), "weight_block_size"),
     "odd groups": (to("gptq", group_size=3), "not a multiple of 3"),
 }

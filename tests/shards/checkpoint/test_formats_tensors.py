@@ -243,7 +243,7 @@ def fbgemm(ignored: object) -> dict[str, Any]:
                     "g": {
                         "targets": ["Linear"],
                         "weights": {"strategy": "tensor"},
-                        "input_activations": {},
+                        "input_activations": {"num_bits": 4},
                     }
                 },
             },
