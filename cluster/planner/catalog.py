@@ -7,7 +7,7 @@ published numbers; knows nothing of layouts.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,9 @@ class Device:
         name: as in `--gpu`.
         memory_bytes: bytes that a program can allocate.
         bandwidth: bytes per second from the device's memory.
+        matrix_rate: operations per second of bfloat16 products; 0 where no estimate is made.
+        link_rate: bytes per second to a device, from the others of the machine.
+        network_rate: bytes per second to a device, from other machines.
         fp8: the device multiplies float8.
         cuda: the GPU backend runs on the device.
         context_bytes: bytes of the driver and its libraries in each process.
@@ -36,35 +39,55 @@ class Device:
     name: str
     memory_bytes: int
     bandwidth: float
+    matrix_rate: float = 0.0
+    link_rate: float = 0.0
+    network_rate: float = 0.0
     fp8: bool = True
     cuda: bool = True
     context_bytes: int = _GIB
 
 
-def _gpu(name: str, gib: float, tb_s: float, *, fp8: bool = True) -> Device:
-    return Device(name=name, memory_bytes=int(gib * _GIB), bandwidth=tb_s * 1e12, fp8=fp8)
+def _gpu(
+    name: str, gib: float, tb_s: float, tflops: float, link_gb_s: float, *, fp8: bool = True
+) -> Device:
+    return Device(
+        name=name,
+        memory_bytes=int(gib * _GIB),
+        bandwidth=tb_s * 1e12,
+        matrix_rate=tflops * 1e12,
+        link_rate=link_gb_s * 1e9,
+        network_rate=(_SERVER_NETWORK if link_gb_s > _PCIE_GEN4 else _CARD_NETWORK) * 1e9,
+        fp8=fp8,
+    )
 
 
-# Memory that the driver gives a program, in GiB, and the data sheets' bandwidth in TB/s: NVIDIA
-# H100 SXM, H200, H20 (96 GB HBM3, 4.0), A100, B200 and GB200 (GB200 NVL72: 186 GB and 8 of each
-# GPU), L40S, A10, L4; AMD Instinct MI300X (192 GB HBM3, 5.3) and MI325X (256 GB HBM3E, 6.0). Where
-# no driver's figure is at hand (GB200, H20, MI325X), the published size less 0.5 %.
+_PCIE_GEN4 = 32
+"""GB/s of 16 lanes, each way: GPUs without links between them."""
+_SERVER_NETWORK, _CARD_NETWORK = 50, 12.5
+"""GB/s to a GPU from other machines: a port of 400 Gb/s for each GPU of a server, of 100 Gb/s for
+cards."""
+
+# Memory that the driver gives a program, in GiB, and the data sheets' bandwidth in TB/s, dense
+# bfloat16 products in TFLOPS and links between GPUs in GB/s each way: NVIDIA H100 SXM, H200, H20
+# (96 GB HBM3, 4.0), A100, B200 and GB200 (GB200 NVL72: 186 GB and 8 of each GPU), L40S, A10, L4;
+# AMD Instinct MI300X (192 GB HBM3, 5.3) and MI325X (256 GB HBM3E, 6.0). Where no driver's figure is
+# at hand (GB200, H20, MI325X), the published size less 0.5 %.
 DEVICES = {
     entry.name: entry
     for entry in (
-        _gpu("h100-80g", 79.1, 3.35),
-        _gpu("h200-141g", 139.7, 4.8),
-        _gpu("a100-40g", 39.4, 1.55, fp8=False),
-        _gpu("a100-80g", 79.1, 2.04, fp8=False),
-        _gpu("b200-192g", 178.3, 8.0),
-        _gpu("gb200-186g", 172.3, 8.0),
-        _gpu("h20-96g", 95.0, 4.0),
-        _gpu("l40s-48g", 44.4, 0.86),
-        _gpu("a10-24g", 22.1, 0.6, fp8=False),
-        _gpu("l4-24g", 22.0, 0.3),
-        _gpu("rtx4090-24g", 23.5, 1.01),
-        _gpu("mi300x-192g", 191.5, 5.3),
-        _gpu("mi325x-256g", 254.7, 6.0),
+        _gpu("h100-80g", 79.1, 3.35, 989, 450),
+        _gpu("h200-141g", 139.7, 4.8, 989, 450),
+        _gpu("a100-40g", 39.4, 1.55, 312, 300, fp8=False),
+        _gpu("a100-80g", 79.1, 2.04, 312, 300, fp8=False),
+        _gpu("b200-192g", 178.3, 8.0, 2250, 900),
+        _gpu("gb200-186g", 172.3, 8.0, 2500, 900),
+        _gpu("h20-96g", 95.0, 4.0, 148, 450),
+        _gpu("l40s-48g", 44.4, 0.86, 362, _PCIE_GEN4),
+        _gpu("a10-24g", 22.1, 0.6, 125, _PCIE_GEN4, fp8=False),
+        _gpu("l4-24g", 22.0, 0.3, 121, _PCIE_GEN4),
+        _gpu("rtx4090-24g", 23.5, 1.01, 165, _PCIE_GEN4),
+        _gpu("mi300x-192g", 191.5, 5.3, 1307, 448),
+        _gpu("mi325x-256g", 254.7, 6.0, 1307, 448),
     )
 }
 RAY_TYPES = {
@@ -115,9 +138,7 @@ def device(name: str, memory_bytes: int | None, slices: int) -> Device:
     entry = _find_gpu(name)
     if memory_bytes is None:
         return entry
-    return Device(
-        name=entry.name, memory_bytes=memory_bytes, bandwidth=entry.bandwidth, fp8=entry.fp8
-    )
+    return replace(entry, memory_bytes=memory_bytes)
 
 
 def _find_gpu(name: str) -> Device:

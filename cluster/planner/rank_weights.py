@@ -14,6 +14,7 @@ from functools import lru_cache
 from math import ceil, prod, sqrt
 from typing import Literal
 
+from arriero.cluster.planner.packed_stack import PackedStack
 from arriero.kernels.registry import BACKENDS, Kernels
 from arriero.kernels.sizes import MatrixSize, Precision
 from arriero.shards.checkpoint.formats.modules import Cut, Module, Place
@@ -226,39 +227,25 @@ def modules_weights(
     return _bytes_of(_stacked(modules, weights).items(), part, weights, kernels)
 
 
+def rank_stacks(
+    model: AnyModel, part: AnyPart, weights: Weights, kernels: Kernels
+) -> list[PackedStack]:
+    """The matrices and vectors of a part, of which `rank_weights` is the sum."""
+    return list(_packed(_rank_stacks(model, part, weights), part, weights, kernels))
+
+
 def _bytes_of(
     stacks: Iterable[tuple[_Stack, int]], part: AnyPart, weights: Weights, kernels: Kernels
 ) -> RankWeights:
     by_kind: Counter[str] = Counter()
     scales, experts_total, num_experts = 0, 0, 0
-    for stack, times in stacks:
-        first = stack.modules[0]
-        rows = sum(_share(module, part, 0) for module in stack.modules) * first.stacked
-        columns = _share(first, part, -1)
-        copies = span_of(part, "experts").size if first.experts else 1
-        if not _is_matrix(first):
-            by_kind[first.kind] += 4 * prod(first.shape) * times  # vectors stay float32
-            continue
-        group, beside = _group(first, part, weights), 0
-        if weights.scheme is not None and weights.scheme.input_scale:
-            beside = INPUT_SCALE_NBYTES if stack.precision == weights.precision else 0
-        if stack.precision == "int4" and weights.scheme is not None and weights.scheme.act_order:
-            columns, group = _sorted(first, columns, weights)
-            beside = ORDER_ITEMSIZE * columns
-        matrix = MatrixSize(
-            out_features=rows,
-            in_features=columns,
-            precision=stack.precision,
-            group_size=group,
-            zeros=weights.zeros,
-            bias=first.bias and (first.columns is None or part.tp_rank == 0),
-        )
-        packed = BACKENDS[kernels].packed_nbytes(matrix)
-        by_kind[first.kind] += packed.weights * copies * times
-        scales += (packed.scales + beside) * copies * times
-        if first.experts:
-            experts_total += (packed.total + beside) * copies * times
-            num_experts = copies
+    for stack in _packed(stacks, part, weights, kernels):
+        count = stack.copies * stack.times
+        by_kind[stack.kind] += stack.weights * count
+        scales += stack.scales * count
+        if stack.kind == "experts" and stack.columns:
+            experts_total += (stack.weights + stack.scales) * count
+            num_experts = stack.copies
     expert_bytes = experts_total // num_experts if num_experts else 0
     total = sum(by_kind.values()) + scales
     return RankWeights(
@@ -267,6 +254,49 @@ def _bytes_of(
         expert_bytes=expert_bytes,
         active_bytes=total - experts_total + expert_bytes,
     )
+
+
+def _packed(
+    stacks: Iterable[tuple[_Stack, int]], part: AnyPart, weights: Weights, kernels: Kernels
+) -> Iterator[PackedStack]:
+    for stack, times in stacks:
+        first = stack.modules[0]
+        parts = len(stack.modules) * first.stacked
+        rows = sum(_share(module, part, 0) for module in stack.modules) * first.stacked
+        columns = _share(first, part, -1)
+        copies = span_of(part, "experts").size if first.experts else 1
+        weight_bytes, scales = 4 * prod(first.shape), 0  # vectors stay float32
+        if not _is_matrix(first):
+            rows, columns = prod(first.shape), 0
+        else:
+            group, beside = _group(first, part, weights), 0
+            scheme = weights.scheme
+            if scheme is not None and scheme.input_scale and stack.precision == weights.precision:
+                beside = INPUT_SCALE_NBYTES
+            if scheme is not None and scheme.act_order and stack.precision == "int4":
+                columns, group = _sorted(first, columns, weights)
+                beside = ORDER_ITEMSIZE * columns
+            matrix = MatrixSize(
+                out_features=rows,
+                in_features=columns,
+                precision=stack.precision,
+                group_size=group,
+                zeros=weights.zeros,
+                bias=first.bias and (first.columns is None or part.tp_rank == 0),
+            )
+            packed = BACKENDS[kernels].packed_nbytes(matrix)
+            weight_bytes, scales = packed.weights, packed.scales + beside
+        yield PackedStack(
+            kind=first.kind,
+            num_modules=parts,
+            rows=rows,
+            columns=columns,
+            precision=stack.precision,
+            weights=weight_bytes,
+            scales=scales,
+            copies=copies if _is_matrix(first) else 1,
+            times=times,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,123 @@
+"""Work of the collectives of a step: sums over tp ranks, exchange of rows, hand-over of stages.
+
+As `shards/collectives/mesh.py` and `shards/collectives/expert_parallel.py` do them. Knows bytes and
+messages; knows nothing of links and time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from arriero.cluster.planner.step_model.layers import RankStep
+from arriero.cluster.planner.step_model.work import Work
+from arriero.kernels.sizes import FLOAT
+from arriero.shards.families.registry import family_of
+
+COUNT_BYTES = 4
+"""Bytes of a rank's number of rows for an expert."""
+_ORDERED_BYTES = 8
+_WIRE_BYTES = 2
+"""Bytes of a number of a row that travels to an expert: bfloat16 for bfloat16 weights."""
+
+
+def collectives(step: RankStep, per_node: int) -> Iterator[Work]:
+    """Work of all collectives of a rank.
+
+    Args:
+        step: the rank in a step.
+        per_node: ranks on a machine.
+    """
+    layout, part = step.plan.layout, step.rank.part
+    crosses = layout.stage_size > per_node
+    if layout.tp > 1:
+        sums = 2 * part.layers.size + part.first_stage  # the embedding's rows too
+        yield tp_sum(step, crosses).times(sums)
+    if step.exchanges and step.routed_layers:
+        yield _exchange(step, crosses).times(step.routed_layers)
+    if layout.pp > 1:
+        yield _hand_over(step, per_node)
+    if part.last_stage and layout.tp > 1:
+        yield _logits(step, crosses)
+
+
+def tp_sum(step: RankStep, network: bool) -> Work:
+    """A sum of all rows over the tp ranks: two ranks reduce, more gather all parts and add them."""
+    tp, size = step.plan.layout.tp, step.load.tokens * step.row
+    launches: dict[str, float] = {"aten::add_": tp - 1} if tp > 2 else {}
+    name = "all_gather" if tp > 2 else "all_reduce"
+    nbytes = (tp + 3.0 * (tp - 1)) * size if tp > 2 else 2.0 * size
+    return Work(
+        item="TP sums",
+        nbytes=nbytes,
+        launches=launches,
+        link_bytes=(tp - 1.0) * size,
+        network=network,
+        messages={name: 1},
+        captured=step.captured,
+    )
+
+
+def _exchange(step: RankStep, network: bool) -> Work:
+    """A routed layer's rows to the ranks of their experts and back.
+
+    The numbers of rows go through the host, which waits for the device. Torch's ops: slots of
+    experts (6), differences, numbers of rows and two orders to the device (3), the order of
+    returned rows, the sum with the shared expert.
+    """
+    config, layout = step.plan.model.config, step.plan.layout
+    sizes = family_of(config).experts(config)
+    assert sizes is not None, "only models with experts exchange rows"
+    own = step.load.tokens / layout.tp * sizes.top_k  # rows sent; as many come, in the mean
+    wire = own * config.hidden_size * _WIRE_BYTES
+    away = (layout.stage_size - 1) / layout.stage_size
+    counts = layout.stage_size * sizes.num_experts * COUNT_BYTES
+    launches = {"_permute": 1.0, "_pack": 2.0, "_unpack": 2.0, "_combine": 1.0}
+    launches |= {"aten::index": 2, "aten::arange": 2, "aten::remainder": 1, "aten::_to_copy": 5}
+    launches |= {"aten::sub": 1, "aten::add_": 1}
+    return Work(
+        item="EP exchange",
+        nbytes=12 * wire + counts + _ORDERED_BYTES * own,
+        launches=launches,
+        link_bytes=2 * away * wire + counts,
+        network=network,
+        messages={"all_gather": 1, "all_to_all": 2},
+        host_waits=1,
+        captured=False,
+    )
+
+
+def _hand_over(step: RankStep, per_node: int) -> Work:
+    """Activations from the stage before and to the stage after, outside of graphs."""
+    part, layout = step.rank.part, step.plan.layout
+    size = step.load.tokens * step.row
+    received, sent = not part.first_stage, not part.last_stage
+    launches: dict[str, float] = {"aten::clone": 1} if sent and step.captured else {}
+    return Work(
+        item="PP hand-over",
+        nbytes=size * (received + 3.0 * sent),
+        launches=launches,
+        link_bytes=float(size * received),
+        network=layout.world_size > per_node,
+        messages={"recv": received, "send": sent},
+        captured=False,
+    )
+
+
+def _logits(step: RankStep, network: bool) -> Work:
+    """Logits of all ranks on tp rank 0, and the drawn tokens back."""
+    tp, rows = step.plan.layout.tp, step.load.sequences
+    vocab = step.plan.model.config.vocab_size
+    own = step.rank.part.vocab.size
+    away = float(rows * (vocab - own) * FLOAT)
+    messages = {"recv": tp - 1.0}
+    if step.plan.layout.pp == 1:
+        messages["broadcast"] = 1.0
+    return Work(
+        item="logits to rank 0",
+        nbytes=away + 2.0 * rows * vocab * FLOAT,  # received, then joined
+        launches={"aten::cat": 1},
+        link_bytes=away,
+        network=network,
+        messages=messages,
+        captured=step.captured,
+    )

@@ -1,0 +1,137 @@
+"""The floor of a step and an estimate of its time.
+
+The floor of an item is the largest of three times: bytes over the memory's rate, operations over
+the matrix rate, received bytes over the link's rate. The estimate divides the floor by an
+efficiency, and adds the time of each kernel in a graph and of each message; an item outside of
+graphs takes at least the time of its launches. Knows work, devices and constants; knows nothing of
+models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from arriero.cluster.planner.catalog import Device
+from arriero.cluster.planner.step_model.account import Account
+from arriero.cluster.planner.step_model.constants import CONSTANTS, Constant
+from arriero.cluster.planner.step_model.work import ITEMS, Item, Work
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ItemTime:
+    """Work and times of an item, over all stages.
+
+    Attributes:
+        item: part of the step.
+        nbytes, operations, launches, link_bytes, messages: sums of `Work`.
+        floor_s: seconds that the device's rates allow.
+        estimate_s: estimated seconds.
+    """
+
+    item: Item
+    nbytes: float
+    operations: float
+    launches: float
+    link_bytes: float
+    messages: float
+    floor_s: float
+    estimate_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepTime:
+    """Times of a step.
+
+    Attributes:
+        items: items with work, in the order of `ITEMS`, over all stages one after the other.
+        stages_s: estimated seconds of each stage.
+        outside: launches outside of graphs.
+    """
+
+    items: tuple[ItemTime, ...]
+    stages_s: tuple[float, ...]
+    outside: float
+
+    @property
+    def floor_s(self) -> float:
+        """Floor of the step, through all stages."""
+        return sum(item.floor_s for item in self.items)
+
+    @property
+    def estimate_s(self) -> float:
+        """Estimated seconds of the step, through all stages."""
+        return sum(self.stages_s)
+
+
+def estimate(step: Account, constants: Mapping[str, Constant] = CONSTANTS) -> StepTime:
+    """Floor and estimate of a step.
+
+    Args:
+        step: the work.
+        constants: efficiencies and latencies.
+    """
+    device = step.plan.device
+    items = []
+    for name in ITEMS:
+        works = [work for work in step.works if work.item == name]
+        if works:
+            items.append(_item(name, works, device, constants))
+    return StepTime(
+        items=tuple(items),
+        stages_s=tuple(
+            sum(estimate_s(work, device, constants) for work in stage) for stage in step.stages
+        ),
+        outside=sum(work.num_launches for work in step.works if not work.captured),
+    )
+
+
+def _item(
+    name: Item, works: Sequence[Work], device: Device, constants: Mapping[str, Constant]
+) -> ItemTime:
+    return ItemTime(
+        item=name,
+        nbytes=sum(work.nbytes for work in works),
+        operations=sum(work.operations for work in works),
+        launches=sum(work.num_launches for work in works),
+        link_bytes=sum(work.link_bytes for work in works),
+        messages=sum(work.num_messages for work in works),
+        floor_s=sum(floor_s(work, device) for work in works),
+        estimate_s=sum(estimate_s(work, device, constants) for work in works),
+    )
+
+
+def floor_s(work: Work, device: Device) -> float:
+    """Seconds that the device's rates allow for a work."""
+    return max(_bounds(work, device))
+
+
+def estimate_s(work: Work, device: Device, constants: Mapping[str, Constant]) -> float:
+    """Estimated seconds of a work."""
+
+    def value(name: str) -> float:
+        return constants[name].value
+
+    memory, matrix, link = _bounds(work, device)
+    seconds = max(
+        memory / value(f"{work.kind}, memory"), matrix / value(f"{work.kind}, matrix")
+    )  # the adds after a gather wait for the gather: the link's time comes on top
+    seconds += link / value("network" if work.network else "link")
+    seconds += sum(value(name) * count for name, count in work.messages.items())
+    if work.network:
+        seconds += value("message across machines") * work.num_messages
+    seconds += value("kernel in a graph") * sum(work.launches.values())
+    if work.captured:
+        return seconds
+    launches_s = value("launch outside graphs") * work.num_launches
+    return max(seconds, launches_s) + value("wait of the host") * work.host_waits
+
+
+def _bounds(work: Work, device: Device) -> tuple[float, float, float]:
+    """Seconds by memory, by products and by the link."""
+    rate = device.network_rate if work.network else device.link_rate
+    return (
+        work.nbytes / device.bandwidth,
+        work.operations / device.matrix_rate,
+        work.link_bytes / rate,
+    )

@@ -1,0 +1,221 @@
+"""Work of a stage's layers on a rank, launch by launch as `kernels/triton/backend.py` runs them.
+
+Knows packed weights, heads and rows; collectives are in `collectives`. Knows nothing of time.
+
+Names in formulas: tokens are the rank's rows, d is the size of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from arriero.cluster.planner.group_plan import GroupPlan, RankPlan
+from arriero.cluster.planner.packed_stack import PackedStack
+from arriero.cluster.planner.step_memory import MOST_SPLITS
+from arriero.cluster.planner.step_model.products import Products
+from arriero.cluster.planner.step_model.work import Item, StepLoad, Work
+from arriero.kernels.sizes import FLOAT
+from arriero.shards.families.registry import family_of
+from arriero.shards.layout.families import local_layers
+
+SPLIT_TOKENS = 256
+"""Least keys of a split of a decode's attention; `split` of `kernels/triton/tuned.json`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankStep:
+    """A rank in a step.
+
+    Attributes:
+        plan: plan of the group.
+        rank: plan of the rank.
+        stacks: the rank's packed matrices and vectors.
+        products: products of the rank.
+        load: sequences of the step.
+        captured: the step is a CUDA graph.
+    """
+
+    plan: GroupPlan
+    rank: RankPlan
+    stacks: Sequence[PackedStack]
+    products: Products
+    load: StepLoad
+    captured: bool
+
+    @property
+    def row(self) -> int:
+        """Bytes of a token's row of activations."""
+        return self.plan.model.config.hidden_size * self.products.itemsize
+
+    @property
+    def routed_layers(self) -> int:
+        """Layers of the stage with experts."""
+        return sum(stack.times for stack in self.of("router"))
+
+    @property
+    def exchanges(self) -> bool:
+        """Rows travel to the ranks of their experts; else each rank sums its own experts."""
+        return self.plan.layout.dp > 1
+
+    def of(self, kind: str) -> list[PackedStack]:
+        """The matrices of a kind."""
+        return [stack for stack in self.stacks if stack.kind == kind and stack.columns]
+
+    def rows(
+        self, item: Item, launches: dict[str, float], nbytes: float, *, host_waits: float = 0.0
+    ) -> Work:
+        """Work of kernels that read and write rows."""
+        return Work(
+            item=item,
+            nbytes=nbytes,
+            launches=launches,
+            host_waits=host_waits,
+            captured=self.captured,
+        )
+
+
+def layers(step: RankStep) -> Iterator[Work]:
+    """Work of all layers of the stage, without collectives."""
+    yield from _attention_blocks(step)
+    yield from _norms(step)
+    yield from _gated_mlps(step, "mlp", "MLP")
+    yield from _gated_mlps(step, "shared_expert", "shared expert")
+    if step.routed_layers:
+        yield from _routers(step)
+        yield from _experts(step)
+
+
+def _attention_blocks(step: RankStep) -> Iterator[Work]:
+    tokens, captured = step.load.tokens, step.captured
+    for stack in step.of("attention"):
+        item: Item = "q, k, v product" if stack.num_modules > 1 else "o product"
+        yield step.products.linear(item, stack, tokens, captured=captured).times(stack.times)
+    num_layers = step.rank.part.layers.size
+    heads = step.rank.part.q_heads.size + 2 * step.rank.part.kv_heads.size
+    head_bytes = step.plan.model.config.head_dim * step.products.itemsize
+    rope_bytes = 2.0 * tokens * heads * head_bytes  # q, k and v are read; q and the cache written
+    yield step.rows("RoPE, cache write", {"_rope_write_kv": 1}, rope_bytes).times(num_layers)
+    yield _attention(step)
+
+
+def _attention(step: RankStep) -> Work:
+    plan, rank, load = step.plan, step.rank, step.load
+    config, part, block_size = plan.model.config, rank.part, plan.demand.block_size
+    local = local_layers(config, part)
+    full = part.layers.size - local
+    window, sinks = plan.demand.sliding_window or 0, plan.demand.attention_sinks
+    keys = _keys_read(load, 0, window, sinks)
+    local_keys = _keys_read(load, plan.chunk, 0, 0)
+    pairs, local_pairs = _pairs(load, 0, window + sinks), _pairs(load, plan.chunk, 0)
+    read = load.sequences * (keys * rank.kv_global_block + local_keys * rank.kv_local_block)
+    q = part.q_heads.size * config.head_dim
+    nbytes = read / block_size + 2.0 * load.tokens * q * step.products.itemsize * part.layers.size
+    launches: dict[str, float] = {}
+    if load.decodes or load.sequences > 1:
+        launches |= {"_decode_splits": 1, "_decode_fold": 1}
+    if load.decodes:
+        splits = full * _splits(keys) + local * _splits(local_keys)
+        heads = load.sequences * part.q_heads.size
+        nbytes += 2.0 * splits * heads * (config.head_dim + 2) * FLOAT  # written, then folded
+    else:
+        launches["_prefill"] = 1
+    return Work(
+        item="attention",
+        kind="attention",
+        nbytes=nbytes,
+        operations=4.0 * q * load.sequences * (full * pairs + local * local_pairs),
+        launches={name: count * part.layers.size for name, count in launches.items()},
+        captured=step.captured,
+    )
+
+
+def _splits(keys: int) -> int:
+    return min(MOST_SPLITS, -(-keys // SPLIT_TOKENS))
+
+
+def _keys_read(load: StepLoad, chunk: int, window: int, sinks: int) -> int:
+    """Keys of a sequence that a step reads at least once."""
+    if chunk:
+        return load.new_tokens + (load.context - load.new_tokens) % chunk
+    if window:
+        return min(load.context, load.new_tokens + window - 1 + sinks)
+    return load.context
+
+
+def _pairs(load: StepLoad, chunk: int, window: int) -> int:
+    """(query, visible key) pairs of a sequence in a step."""
+
+    def pairs_until(position: int) -> int:
+        if chunk:
+            whole, rest = divmod(position, chunk)
+            return whole * (chunk * (chunk + 1) // 2) + rest * (rest + 1) // 2
+        growing = min(position, window) if window else position
+        return growing * (growing + 1) // 2 + (position - growing) * window
+
+    return pairs_until(load.context) - pairs_until(load.context - load.new_tokens)
+
+
+def _norms(step: RankStep) -> Iterator[Work]:
+    """Two norms of a layer, each fused with the residual sum before; the last sum is alone."""
+    num_layers, tokens = step.rank.part.layers.size, step.load.tokens
+    fused = 2 * num_layers - 1  # the first norm adds nothing
+    nbytes = tokens * step.row * (4.0 * fused + 2)
+    yield step.rows("norms, residual", {"_rms_norm": 2 * num_layers}, nbytes)
+    sums = 1.0 + (step.routed_layers if step.exchanges else 0)
+    yield step.rows("norms, residual", {"aten::add_": 1}, 3.0 * tokens * step.row).times(sums)
+
+
+def _gated_mlps(step: RankStep, kind: str, item: Item) -> Iterator[Work]:
+    """Gate and up product, SwiGLU, down product."""
+    for stack in step.of(kind):
+        work = step.products.linear(item, stack, step.load.tokens, captured=step.captured)
+        yield work.times(stack.times)
+        if stack.num_modules > 1:
+            columns = stack.rows / 2
+            nbytes = 3.0 * step.load.tokens * columns * step.products.itemsize
+            yield step.rows(item, {"_silu_mul": 1}, nbytes).times(stack.times)
+
+
+def _routers(step: RankStep) -> Iterator[Work]:
+    """Logits of all experts and the choice; of ranks with the same tokens, each routes a share."""
+    tokens = step.load.tokens / (step.plan.layout.tp if step.exchanges else 1)
+    for stack in step.of("router"):
+        work = step.products.linear("router", stack, tokens, captured=step.captured)
+        yield work.times(stack.times)
+        launches: dict[str, float] = {"_route": 1}
+        if step.products.itemsize != FLOAT:
+            launches["aten::_to_copy"] = 1
+        nbytes = 3.0 * tokens * stack.rows * FLOAT
+        yield step.rows("router", launches, nbytes).times(stack.times)
+
+
+def _experts(step: RankStep) -> Iterator[Work]:
+    """Order of the rows, products of the rank's experts, sum of each token's outputs."""
+    plan, load = step.plan, step.load
+    sizes = family_of(plan.model.config).experts(plan.model.config)
+    assert sizes is not None, "only models with experts have routers"
+    stage_tokens = load.tokens * plan.layout.dp
+    parts = plan.layout.num_expert_parts
+    local = stage_tokens * sizes.top_k / parts  # expected pairs with an expert of this rank
+    pairs = local if step.exchanges else load.tokens * sizes.top_k
+    experts = step.of("experts")
+    copies = experts[0].copies
+    # The step waits for the rank with most work: a rank with at least one expert.
+    hit = max(1.0, copies * (1 - (1 - sizes.top_k / sizes.num_experts) ** stage_tokens))
+    rows = max(1.0, local)
+    for stack in experts:
+        work = step.products.grouped("experts", stack, pairs, rows, hit, step.captured)
+        yield work.times(stack.times)
+        if stack.num_modules > 1:
+            nbytes = 3.0 * pairs * (stack.rows / 2) * step.products.itemsize
+            yield step.rows("experts", {"_silu_mul": 1}, nbytes).times(stack.times)
+    if step.exchanges:
+        return  # `collectives` has the order of rows that travel
+    launches: dict[str, float] = {"_permute": 1, "_combine": 1}
+    nbytes = step.row * (rows + 2.0 * load.tokens)  # outputs, the shared expert's, the sum
+    if any(step.products.rounds(stack) for stack in experts):
+        launches |= {"aten::_to_copy": 1, "aten::clamp_": 1, "aten::index": 1, "aten::mul": 1}
+        launches["aten::_to_copy"] += step.products.itemsize != FLOAT
+        nbytes += 4.0 * pairs * step.row  # rows of tokens are gathered, then scaled
+    yield step.rows("dispatch, combine", launches, nbytes).times(step.routed_layers)

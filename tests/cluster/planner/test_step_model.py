@@ -1,0 +1,223 @@
+"""The account of a step: bytes of the planner, launches of the layers, floors and estimates."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from arriero.cluster.planner.catalog import DEVICES, find_model
+from arriero.cluster.planner.demand import KvDemand
+from arriero.cluster.planner.memory import plan_group
+from arriero.cluster.planner.rank_weights import Dtype, weights_as
+from arriero.cluster.planner.step_model import __main__ as command
+from arriero.cluster.planner.step_model.account import Account, account
+from arriero.cluster.planner.step_model.constants import CONSTANTS, MEASURED, with_bench
+from arriero.cluster.planner.step_model.ends import FILTER_PASSES
+from arriero.cluster.planner.step_model.estimate import estimate
+from arriero.cluster.planner.step_model.layers import SPLIT_TOKENS
+from arriero.cluster.planner.step_model.speed import speed
+from arriero.cluster.planner.step_model.work import Item, StepLoad
+from arriero.kernels.registry import Kernels
+from arriero.shards.config.parallel import ParallelConfig
+from arriero.shards.errors import SpecError
+
+ROOT = Path(__file__).parents[3]
+H200 = DEVICES["h200-141g"]
+
+
+def step_of(
+    name: str,
+    dtype: Dtype,
+    layout: ParallelConfig,
+    load: StepLoad,
+    kernels: Kernels = "triton",
+) -> Account:
+    model = find_model(name)
+    demand = KvDemand(context=max(load.context, 1024))
+    weights = weights_as(model.config, model.scheme, dtype)
+    return account(plan_group(model, weights, layout, demand, H200, kernels), load, 8)
+
+
+def bytes_of(step: Account, *items: Item) -> float:
+    return sum(work.nbytes for work in step.works if work.item in items)
+
+
+DECODE = StepLoad(sequences=1, context=1)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "fp8-onload", "int4"])
+@pytest.mark.parametrize("layout", [ParallelConfig(), ParallelConfig(tp=2, pp=2)])
+def test_a_dense_step_reads_the_planner_s_weights(dtype: Dtype, layout: ParallelConfig) -> None:
+    """The products of a single token read each matrix once; rows add less than a percent."""
+    step = step_of("llama-3.1-8b", dtype, layout, DECODE)
+    plan = step.plan
+    firsts = [rank for rank in plan.ranks if rank.part.tp_rank == 0]
+    weights = sum(
+        rank.weights.total - rank.weights.by_kind.get("embeddings", 0) for rank in firsts
+    )
+    products = ("q, k, v product", "o product", "MLP", "vocabulary product")
+    assert bytes_of(step, *products) == pytest.approx(weights, rel=0.01)
+
+
+def test_a_routed_step_reads_an_expert_of_each_layer() -> None:
+    step = step_of("llama-4-maverick", "bfloat16", ParallelConfig(tp=8, ep=8), DECODE)
+    rank = step.plan.ranks[0].weights
+    assert bytes_of(step, "experts") == pytest.approx(rank.expert_bytes, rel=0.01)
+    shared = rank.by_kind["shared_expert"]
+    assert bytes_of(step, "shared expert") == pytest.approx(shared, rel=0.01)
+
+
+def test_a_large_batch_reads_all_experts() -> None:
+    load = StepLoad(sequences=256, context=1024)
+    step = step_of("llama-4-scout", "bfloat16", ParallelConfig(tp=8, ep=8), load)
+    rank = step.plan.ranks[0].weights
+    assert bytes_of(step, "experts") == pytest.approx(rank.by_kind["experts"], rel=0.02)
+
+
+def test_attention_reads_the_planner_s_blocks() -> None:
+    step = step_of(
+        "llama-3.1-8b", "bfloat16", ParallelConfig(), StepLoad(sequences=4, context=8192)
+    )
+    sequence = step.plan.sequence_bytes(step.plan.ranks[0], 8192)
+    assert bytes_of(step, "attention") == pytest.approx(4 * sequence, rel=0.1)
+
+
+def test_chunked_layers_read_their_chunk() -> None:
+    """Half way into the second chunk of Scout's 36 local layers of 48."""
+    short, long = (
+        bytes_of(
+            step_of(
+                "llama-4-scout",
+                "bfloat16",
+                ParallelConfig(tp=8, ep=8),
+                StepLoad(sequences=1, context=context),
+            ),
+            "attention",
+        )
+        for context in (4096, 8192 + 4096)
+    )
+    # 12 layers read three times as many keys; in the splits too
+    assert long / short == pytest.approx((36 + 3 * 12) / 48, rel=0.05)
+
+
+def test_operations_are_two_a_weight_and_token() -> None:
+    load = StepLoad(sequences=1, new_tokens=4096, context=4096)
+    step = step_of("llama-3.1-8b", "bfloat16", ParallelConfig(), load)
+    config = find_model("llama-3.1-8b").config
+    matrices = config.num_parameters() - 2 * config.vocab_size * config.hidden_size
+    products = sum(
+        work.operations
+        for work in step.works
+        if work.item in ("q, k, v product", "o product", "MLP")
+    )
+    assert products == pytest.approx(2 * 4096 * matrices, rel=0.001)
+    attention = sum(work.operations for work in step.works if work.item == "attention")
+    assert attention == 4 * 32 * 128 * 32 * (4096 * 4097 // 2)
+
+
+def test_tp_sums_gather_the_parts_of_all_ranks() -> None:
+    """More than two ranks receive all parts and add them one by one; two reduce."""
+    load = StepLoad(sequences=64, context=1024)
+    row = 64 * 4096 * 2
+    for tp, launches in ((2, 1), (8, 8)):
+        step = step_of("llama-3.1-8b", "bfloat16", ParallelConfig(tp=tp), load)
+        sums = [work for work in step.works if work.item == "TP sums"]
+        assert sum(work.link_bytes for work in sums) == 65 * (tp - 1) * row
+        assert sum(work.num_launches for work in sums) == 65 * launches
+    assert all(work.captured for work in sums)
+
+
+def test_data_parallel_attention_runs_outside_of_graphs() -> None:
+    load = StepLoad(sequences=8, context=1024)
+    step = step_of("llama-4-maverick", "fp8", ParallelConfig(dp=8, ep=8), load)
+    assert not any(work.captured for work in step.works)
+    assert sum(work.host_waits for work in step.works) == 24
+    time = estimate(step)
+    assert time.estimate_s > time.outside * CONSTANTS["launch outside graphs"].value
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "fp8", "fp8-shipped", "int4"])
+def test_an_estimate_is_above_the_floor(dtype: Dtype) -> None:
+    for load in (DECODE, StepLoad(sequences=1, new_tokens=8192, context=8192)):
+        step = step_of("llama-4-maverick", dtype, ParallelConfig(tp=8, ep=8, pp=2), load)
+        time = estimate(step)
+        assert all(item.estimate_s > item.floor_s for item in time.items)
+        assert sum(item.estimate_s for item in time.items) == pytest.approx(time.estimate_s)
+        assert time.floor_s >= step.plan.ranks[0].weights.active_bytes / 2 / H200.bandwidth
+
+
+def test_other_backends_have_no_account() -> None:
+    with pytest.raises(SpecError, match="triton"):
+        step_of("llama-3.1-8b", "bfloat16", ParallelConfig(), DECODE, "reference")
+    step = step_of("llama-3.1-8b", "bfloat16", ParallelConfig(), DECODE)
+    assert speed(step.plan, 8) is not None
+    model = find_model("llama-3.1-8b")
+    weights = weights_as(model.config, None, "bfloat16")
+    other = plan_group(model, weights, ParallelConfig(), KvDemand(context=1024), H200, "reference")
+    assert speed(other, 8) is None
+
+
+def bench_report(**changes: object) -> dict[str, object]:
+    machine = {"bytes_per_s": 4.0e12, "flops_per_s": 7e14}
+    benches = {
+        "products by kind": {
+            "machine": machine,
+            "results": {
+                "dense, 1 rows": {"ms": 0.1, "share": 0.9},
+                "fp8, 4096 rows": {"ms": 0.1, "share": 0.5},
+            },
+        },
+        "sampling": {"skipped": "out of time"},
+    }
+    return {"dry_run": False, "benches": benches} | changes
+
+
+def test_a_report_of_the_benches_replaces_constants(tmp_path: Path) -> None:
+    file = tmp_path / "gpu-bench.json"
+    file.write_text(json.dumps(bench_report()))
+    measured = with_bench(CONSTANTS, file, H200)
+    assert measured["product, memory"].value == pytest.approx(0.9 * 4.0 / 4.8)
+    assert measured["triton product, matrix"].value == pytest.approx(0.5 * 700 / 989)
+    assert measured["product, memory"].source == "gpu-bench.json, products by kind: dense, 1 rows"
+    changed = {name for name in CONSTANTS if measured[name] != CONSTANTS[name]}
+    assert changed == {"product, memory", "triton product, matrix"}
+    for text in (json.dumps(bench_report(dry_run=True)), "[]", "nonsense"):
+        file.write_text(text)
+        with pytest.raises(SpecError, match="make gpu-bench"):
+            with_bench(CONSTANTS, file, H200)
+
+
+def test_measured_constants_exist_in_both_tables() -> None:
+    from gpu import benches, benches_formats
+
+    assert set(MEASURED) <= set(CONSTANTS)
+    names = benches.BENCHES.keys() | benches_formats.BENCHES.keys()
+    assert {bench for bench, _ in MEASURED.values()} <= names
+
+
+def test_constants_of_the_kernels() -> None:
+    pytest.importorskip("triton")
+    from arriero.kernels.reference.sampling import FRACTION_BITS
+
+    assert FILTER_PASSES == -(-(FRACTION_BITS + 1) // 5), "5 bits a pass on a GPU"
+    tuned = json.loads((ROOT / "kernels/triton/tuned.json").read_text())
+    assert tuned["default"]["attention"]["*"]["split"] == SPLIT_TOKENS
+
+
+def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--gpu", "h200", "--json"]) == 0
+    steps = json.loads(capsys.readouterr().out)["steps"]
+    assert {step["gpu"] for step in steps} == {"h200-141g"}
+    for step in steps:
+        assert sum(item["floor_s"] for item in step["items"]) == pytest.approx(step["floor_s"])
+    assert command.main(["--gpu", "abacus"]) == 2
+    assert "abacus" in capsys.readouterr().err
+
+
+def test_the_document_has_the_table_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--constants"]) == 0
+    document = (ROOT / "docs/gpu-account.md").read_text()
+    for table in capsys.readouterr().out.strip().split("\n\n"):
+        assert table in document, "copy the tables of `make gpu-account ACCOUNT=--constants`"
