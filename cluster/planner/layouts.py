@@ -18,6 +18,7 @@ from arriero.cluster.planner.demand import KvDemand
 from arriero.cluster.planner.group_plan import GroupPlan
 from arriero.cluster.planner.memory import plan_group
 from arriero.cluster.planner.rank_weights import Dtype, weights_as
+from arriero.cluster.planner.step_model.speed import Speed, speed
 from arriero.kernels.registry import Kernels
 from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.errors import SpecError
@@ -76,6 +77,7 @@ class Option:
         why_not: reason against the layout; None where the layout works.
         concurrency: sequences of the wanted context at once, all groups together.
         tokens_per_s: decode rate of all groups at that concurrency (bounded by `max_sequences`).
+        speed: estimated speed of a group; None where no estimate is made.
         note: remarks on a layout that works.
     """
 
@@ -86,6 +88,7 @@ class Option:
     why_not: str | None = None
     concurrency: int = 0
     tokens_per_s: float = 0.0
+    speed: Speed | None = None
     note: str = ""
 
 
@@ -202,6 +205,7 @@ def _option(
         plan=plan,
         concurrency=concurrency * groups,
         tokens_per_s=groups * decode_rate(plan, machines.per_node),
+        speed=speed(plan, machines.per_node),
         note=_note(plan, machines),
     )
 

@@ -128,6 +128,19 @@ def _option_json(option: Option) -> dict[str, Any]:
         "note": option.note,
         "concurrency": option.concurrency,
         "decode_tokens_per_s": round(option.tokens_per_s),
+        "estimate": _speed_json(option),
+    }
+
+
+def _speed_json(option: Option) -> dict[str, float] | None:
+    """Estimated tokens per second; None where no estimate is made."""
+    estimated = option.speed
+    if estimated is None:
+        return None
+    return {
+        "single_request_tokens_per_s": round(estimated.single, 1),
+        "full_batch_tokens_per_s": round(estimated.full * option.groups, 1),
+        "prefill_tokens_per_s": round(estimated.prefill * option.groups, 1),
     }
 
 
@@ -259,7 +272,8 @@ def _option_table(options: Sequence[Option], context: int) -> Table:
     table = Table(
         title=f"layouts, fastest first; sequences of {context:,} tokens", title_justify="left"
     )
-    for name in ("layout", "dtype", "groups", "sequences", "tokens/s", "remarks"):
+    names = ("layout", "dtype", "groups", "sequences", "tokens/s", "estimated tokens/s", "remarks")
+    for name in names:
         left = name == "remarks"
         table.add_column(name, justify="left" if left else "right", overflow="fold")
     for option in working[:MOST_WORKING]:
@@ -269,19 +283,41 @@ def _option_table(options: Sequence[Option], context: int) -> Table:
             str(option.groups),
             f"{option.concurrency:,}",
             f"{option.tokens_per_s:,.0f}",
+            _speed(option),
             option.note,
         )
     if working and failing:
         table.add_section()
     for option in failing[:MOST_REFUSED]:
-        table.add_row(str(option.layout), option.dtype, "-", "-", "-", _short_reason(option))
+        table.add_row(str(option.layout), option.dtype, "-", "-", "-", "-", _short_reason(option))
     notes = ["tokens/s of all groups: an upper bound by memory bandwidth, to compare layouts"]
-    for rows, limit, verb in ((working, MOST_WORKING, "work"), (failing, MOST_REFUSED, "do not")):
-        if len(rows) > limit:
-            notes.append(f"{len(rows) - limit} more {verb}")
-    table.caption = "; ".join(notes) + ("; --json lists all" if len(notes) > 1 else "")
+    if any(option.speed is not None for option in working[:MOST_WORKING]):
+        notes.append(
+            "estimated tokens/s: of a request alone / of full batches / of prompts; estimates by "
+            "constants that are not all measured"
+        )
+    hidden = [
+        f"{len(rows) - limit} more {verb}"
+        for rows, limit, verb in (
+            (working, MOST_WORKING, "work"),
+            (failing, MOST_REFUSED, "do not"),
+        )
+        if len(rows) > limit
+    ]
+    if hidden:
+        notes += [*hidden, "--json lists all"]
+    table.caption = "; ".join(notes)
     table.caption_justify = "left"
     return table
+
+
+def _speed(option: Option) -> str:
+    """Estimated tokens per second: of a request alone, of full batches, of prompts."""
+    estimated = option.speed
+    if estimated is None:
+        return "-"
+    of_groups = (estimated.full * option.groups, estimated.prefill * option.groups)
+    return " / ".join(f"{rate:,.0f}" for rate in (estimated.single, *of_groups))
 
 
 def _short_reason(option: Option) -> str:

@@ -50,6 +50,7 @@ CASES = (
     Case(model="llama-3.1-405b", dtype="fp8", layout=ParallelConfig(tp=8, pp=2)),
     Case(model="llama-3.1-405b", dtype="fp8", layout=ParallelConfig(tp=8)),
     Case(model="llama-4-maverick", dtype="fp8", layout=ParallelConfig(tp=8, ep=8)),
+    Case(model="llama-4-maverick", dtype="fp8", layout=ParallelConfig(tp=8, ep=1)),
     Case(model="llama-4-maverick", dtype="fp8", layout=ParallelConfig(dp=8, ep=8)),
 )
 

@@ -15,8 +15,10 @@ from typing import Any
 from arriero.cluster.planner.catalog import Device
 from arriero.shards.errors import SpecError
 
-DATABASE = "AIConfigurator 0.12.0, measured on 8 x H200"
-ASSUMED = "assumed, not measured"
+KERNELS = "TensorRT-LLM's kernels on H200, AIConfigurator 0.12.0; ours not measured"
+LIBRARY = "cuBLAS on H200, AIConfigurator 0.12.0"
+NCCL = "NCCL on 8 x H200, AIConfigurator 0.12.0"
+ASSUMED = "assumed"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,30 +45,35 @@ def _seconds(value: float, source: str) -> Constant:
 
 
 CONSTANTS: Mapping[str, Constant] = {
-    "product, memory": _share(0.8, DATABASE),
-    "product, matrix": _share(0.7, DATABASE),
+    "product, memory": _share(0.85, LIBRARY),
+    "product, matrix": _share(0.77, LIBRARY),
+    "product, kernel": _seconds(1.5e-6, LIBRARY),
     "triton product, memory": _share(0.7, ASSUMED),
     "triton product, matrix": _share(0.5, ASSUMED),
-    "attention, memory": _share(0.7, ASSUMED),
-    "attention, matrix": _share(0.4, ASSUMED),
-    "rows, memory": _share(0.8, DATABASE),
+    "triton product, kernel": _seconds(2e-6, ASSUMED),
+    "attention, memory": _share(0.55, KERNELS),
+    "attention, matrix": _share(0.45, KERNELS),
+    "attention, kernel": _seconds(8e-6, KERNELS),
+    "rows, memory": _share(0.8, KERNELS),
     "rows, matrix": _share(0.5, ASSUMED),
+    "rows, kernel": _seconds(2e-6, ASSUMED),
     "sampling, memory": _share(0.5, ASSUMED),
     "sampling, matrix": _share(0.5, ASSUMED),
-    "link": _share(0.8, DATABASE),
+    "sampling, kernel": _seconds(5e-6, ASSUMED),
+    "link": _share(0.75, NCCL),
     "network": _share(0.8, ASSUMED),
-    "kernel in a graph": _seconds(1.5e-6, ASSUMED),
     "launch outside graphs": _seconds(8e-6, ASSUMED),
     "wait of the host": _seconds(20e-6, ASSUMED),
-    "all_reduce": _seconds(10e-6, DATABASE),
-    "all_gather": _seconds(15e-6, DATABASE),
-    "all_to_all": _seconds(20e-6, DATABASE),
+    "all_reduce": _seconds(7e-6, NCCL),
+    "all_gather": _seconds(13e-6, NCCL),
+    "all_to_all": _seconds(10e-6, NCCL),
     "broadcast": _seconds(15e-6, ASSUMED),
-    "send": _seconds(10e-6, DATABASE),
-    "recv": _seconds(10e-6, DATABASE),
+    "send": _seconds(10e-6, ASSUMED),
+    "recv": _seconds(10e-6, ASSUMED),
     "message across machines": _seconds(15e-6, ASSUMED),
 }
-"""Shares of the device's data sheet; seconds of a launch and of a collective of a few bytes."""
+"""Shares of the device's data sheet; least seconds of a kernel in a graph, of a launch outside of
+graphs and of a collective of a few bytes."""
 
 MEASURED: Mapping[str, tuple[str, str]] = {
     "product, memory": ("products by kind", "dense, 1 rows"),

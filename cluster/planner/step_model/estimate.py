@@ -2,8 +2,8 @@
 
 The floor of an item is the largest of three times: bytes over the memory's rate, operations over
 the matrix rate, received bytes over the link's rate. The estimate divides the floor by an
-efficiency, and adds the time of each kernel in a graph and of each message; an item outside of
-graphs takes at least the time of its launches. Knows work, devices and constants; knows nothing of
+efficiency, and adds the least time of each kernel and of each message; an item outside of graphs
+takes at least the time of its launches. Knows work, devices and constants; knows nothing of
 models.
 """
 
@@ -120,7 +120,7 @@ def estimate_s(work: Work, device: Device, constants: Mapping[str, Constant]) ->
     seconds += sum(value(name) * count for name, count in work.messages.items())
     if work.network:
         seconds += value("message across machines") * work.num_messages
-    seconds += value("kernel in a graph") * sum(work.launches.values())
+    seconds += value(f"{work.kind}, kernel") * sum(work.launches.values())
     if work.captured:
         return seconds
     launches_s = value("launch outside graphs") * work.num_launches

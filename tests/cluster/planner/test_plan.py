@@ -602,8 +602,24 @@ def test_tables_name_ranks_and_contexts(
     monkeypatch.setenv("COLUMNS", "250")
     code, out, _ = run(capsys, "--model", "llama-4-maverick", "--dtype", "fp8-shipped", "--tp", "8")
     assert code == 0
-    for said in ("shared expert", "1,048,576", "TP8 EP8", "48.32"):
+    for said in ("shared expert", "1,048,576", "TP8 EP8", "48.32", "estimated tokens/s"):
         assert said in out
+    assert "estimates by constants that are not all measured" in out
+
+
+def test_speeds_are_estimated_for_gpus_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "--model", "llama-3.1-8b", "--tp", "2", "--json")
+    assert code == 0
+    works = [option for option in json.loads(out)["layouts"] if option["works"]]
+    for option in works:
+        estimate = option["estimate"]
+        single = estimate["single_request_tokens_per_s"]
+        assert 0 < single < estimate["full_batch_tokens_per_s"] < estimate["prefill_tokens_per_s"]
+        assert estimate["full_batch_tokens_per_s"] < option["decode_tokens_per_s"]
+    args = "--model llama-3.1-8b --gpu cpu --memory 64GiB --tp 1 --json"
+    code, out, _ = run(capsys, *args.split())
+    assert code == 0
+    assert {option["estimate"] for option in json.loads(out)["layouts"] if option["works"]} == {None}
 
 
 @pytest.mark.parametrize(

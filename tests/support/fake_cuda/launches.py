@@ -80,7 +80,7 @@ def checked_launches(ledger: Ledger) -> Iterator[None]:
 
         run()
         if ledger.recording is not None:
-            ledger.recording.append(Recorded(run))
+            ledger.recording.append(Recorded(run, name))
 
     with mock.patch.object(GridExecutor, "__call__", launch):
         yield

@@ -24,10 +24,12 @@ class Recorded:
 
     Attributes:
         run: does it again over the same memory.
+        name: of the kernel, of torch's op or of the collective.
         outputs: plain tensors that it made then, where a replay has to put what it makes.
     """
 
     run: Callable[[], Any]
+    name: str
     outputs: list[Any] = field(default_factory=list)
 
 
@@ -48,7 +50,7 @@ class Ledger:
             result's shape or value the host needs.
         events: of the host for an event or a stream, likewise; those are asked for by name.
         pageable: copies from or to memory that is not pinned.
-        captures: graphs captured, in `capture_modes`.
+        captures: graphs captured, in `capture_modes`; names of their ops are in `recordings`.
         launches: Triton kernels, by name; replayed ones too.
         binaries: Triton kernels with what each binary is compiled for; see `specialization`.
         compiles: new binaries, by name of the kernel.
@@ -66,6 +68,7 @@ class Ledger:
         self.collectives: Counter[tuple[str, tuple[int, ...]]] = Counter()
         self.captures = 0
         self.capture_modes: set[str] = set()
+        self.recordings: list[list[str]] = []
         self.free_bytes = 80 << 30
         self.capture: Capture | None = None
         self._lock = threading.Lock()
@@ -88,6 +91,7 @@ class Ledger:
             yield
         finally:
             self.capture = None
+        self.recordings.append([op.name for op in recorded])
 
     @property
     def recording(self) -> list[Recorded] | None:

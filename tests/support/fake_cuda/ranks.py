@@ -59,7 +59,9 @@ def gloo_for_nccl(ledger: Ledger) -> Iterator[None]:
             with _disable_current_modes():
                 result = collective(*args, **kwargs)
             if ledger.recording is not None:
-                ledger.recording.append(Recorded(lambda: discard(collective(*args, **kwargs))))
+                ledger.recording.append(
+                    Recorded(lambda: discard(collective(*args, **kwargs)), name)
+                )
             return result
 
         return run

@@ -135,6 +135,7 @@ class Simulation(TorchDispatchMode):
 
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any], *, device: bool) -> Any:  # noqa: ANN401
         """Run an op over the plain memory; what it makes is on the device or not."""
+        name = func.name().split(".")[0]
         plain_args, plain_kwargs = pytree.tree_map(_plain, (args, kwargs))
         if func is aten.mm.dtype:  # the CPU has none
 
@@ -143,7 +144,8 @@ class Simulation(TorchDispatchMode):
 
         with _disable_current_modes():
             out = func(*plain_args, **plain_kwargs)
-            self._record(lambda: func(*plain_args, **plain_kwargs), (plain_args, plain_kwargs), out)
+            inputs = (plain_args, plain_kwargs)
+            self._record(name, lambda: func(*plain_args, **plain_kwargs), inputs, out)
         if not device:
             return out
         given = dict(
@@ -163,13 +165,14 @@ class Simulation(TorchDispatchMode):
 
         return pytree.tree_map(wrap, out)
 
-    def _record(self, run: Callable[[], Any], inputs: Any, out: Any) -> None:  # noqa: ANN401
+    def _record(self, name: str, run: Callable[[], Any], inputs: Any, out: Any) -> None:  # noqa: ANN401
         recorded = self.ledger.recording
         if recorded is None:
             return
         held = {_address(one) for one in pytree.tree_leaves(inputs) if isinstance(one, Tensor)}
         made = [one for one in pytree.tree_leaves(out) if isinstance(one, Tensor)]
-        recorded.append(Recorded(run, [None if _address(one) in held else one for one in made]))
+        outputs = [None if _address(one) in held else one for one in made]
+        recorded.append(Recorded(run, name, outputs))
 
     def _check(self, name: str, args: Any, tensors: list[Tensor]) -> None:  # noqa: ANN401
         """What a real device refuses, and what it waits for."""
