@@ -13,11 +13,11 @@ from arriero.cluster.planner.step_model.constants import Constant
 from arriero.cluster.planner.step_model.estimate import ItemTime, StepTime
 from arriero.cluster.planner.step_model.peer_figures import PEER_MS, SOURCE
 
-_NUM_GAPS = 2
+_NUM_LARGEST = 3
 
 
 def summary(steps: Sequence[CaseStep]) -> str:
-    """A row for each step: floor, estimate, the peer's figure, launches, largest items to win."""
+    """A row for each step: floor, estimate, the peer's figure, launches, largest items."""
     columns = (
         "case",
         "GPU",
@@ -27,7 +27,7 @@ def summary(steps: Sequence[CaseStep]) -> str:
         f"{SOURCE}, ms",
         "launches",
         "outside graphs",
-        "largest items above the floor, ms",
+        "largest items: estimate (floor), ms",
     )
     rows = [
         (
@@ -40,7 +40,8 @@ def summary(steps: Sequence[CaseStep]) -> str:
             f"{_launches(step.time):,.0f}",
             f"{step.time.outside:,.0f}",
             ", ".join(
-                f"{item.item} {_ms(item.estimate_s - item.floor_s)}" for item in gaps(step.time)
+                f"{item.item} {_ms(item.estimate_s)} ({_ms(item.floor_s)})"
+                for item in largest(step.time)
             ),
         )
         for step in steps
@@ -48,10 +49,9 @@ def summary(steps: Sequence[CaseStep]) -> str:
     return _table(columns, rows, left=(0, 1, 2, 8))
 
 
-def gaps(time: StepTime) -> list[ItemTime]:
-    """The items with the largest difference of estimate and floor, the largest first."""
-    above = sorted(time.items, key=lambda item: item.floor_s - item.estimate_s)
-    return above[:_NUM_GAPS]
+def largest(time: StepTime) -> list[ItemTime]:
+    """The items with the largest estimates, the largest first."""
+    return sorted(time.items, key=lambda item: -item.estimate_s)[:_NUM_LARGEST]
 
 
 def items(step: CaseStep) -> str:

@@ -619,7 +619,9 @@ def test_speeds_are_estimated_for_gpus_alone(capsys: pytest.CaptureFixture[str])
     args = "--model llama-3.1-8b --gpu cpu --memory 64GiB --tp 1 --json"
     code, out, _ = run(capsys, *args.split())
     assert code == 0
-    assert {option["estimate"] for option in json.loads(out)["layouts"] if option["works"]} == {None}
+    assert {option["estimate"] for option in json.loads(out)["layouts"] if option["works"]} == {
+        None
+    }
 
 
 @pytest.mark.parametrize(

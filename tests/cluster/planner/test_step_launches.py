@@ -28,13 +28,11 @@ pytest.importorskip("triton")
 
 NO_KERNEL = {
     "aten::view", "aten::slice", "aten::select", "aten::unbind", "aten::expand", "aten::detach",
-    "aten::t", "aten::transpose", "aten::unsqueeze", "aten::split", "aten::alias", "aten::as_strided",
-    "aten::_unsafe_view", "aten::_reshape_alias", "aten::empty", "aten::empty_like",
-    "aten::empty_strided", "aten::new_empty", "aten::permute",
+    "aten::t", "aten::transpose", "aten::unsqueeze", "aten::split", "aten::alias", "aten::permute",
+    "aten::as_strided", "aten::_unsafe_view", "aten::_reshape_alias", "aten::empty",
+    "aten::empty_like", "aten::empty_strided", "aten::new_empty",
 }  # fmt: skip
 """Torch's ops that launch nothing: views and allocations."""
-
-
 
 
 def make(path: Path, family: str) -> None:

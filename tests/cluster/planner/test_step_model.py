@@ -54,9 +54,7 @@ def test_a_dense_step_reads_the_planner_s_weights(dtype: Dtype, layout: Parallel
     step = step_of("llama-3.1-8b", dtype, layout, DECODE)
     plan = step.plan
     firsts = [rank for rank in plan.ranks if rank.part.tp_rank == 0]
-    weights = sum(
-        rank.weights.total - rank.weights.by_kind.get("embeddings", 0) for rank in firsts
-    )
+    weights = sum(rank.weights.total - rank.weights.by_kind.get("embeddings", 0) for rank in firsts)
     products = ("q, k, v product", "o product", "MLP", "vocabulary product")
     assert bytes_of(step, *products) == pytest.approx(weights, rel=0.01)
 
