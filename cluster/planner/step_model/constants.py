@@ -85,6 +85,11 @@ MEASURED: Mapping[str, tuple[str, str]] = {
 }
 """Constants that a bench measures: its name in the report, and the name of the case."""
 
+SLICES = ("slices over a fake group", "a Maverick MoE layer at EP8, batch 1")
+"""Bench and case of eager layers over ranks that do not exist: launches take the time."""
+SLICE_LAUNCHES = 274
+"""Launches of that case: 8 layers with experts, 34 each; a copy of the rows, the last sum."""
+
 
 def with_bench(
     constants: Mapping[str, Constant], file: Path, device: Device
@@ -120,6 +125,11 @@ def with_bench(
         share = _measured_share(benches.get(bench, {}), case, name.endswith("matrix"), device)
         if share is not None:
             measured[name] = _share(share, f"{file.name}, {bench}: {case}")
+    bench, case = SLICES
+    slices = benches.get(bench, {}).get("results", {}).get(case)
+    if slices is not None:
+        seconds = slices["eager_ms"] / 1e3 / SLICE_LAUNCHES
+        measured["launch outside graphs"] = _seconds(seconds, f"{file.name}, {bench}: {case}")
     return measured
 
 

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from arriero.cluster.planner.catalog import DEVICES, find_model
 from arriero.cluster.planner.demand import KvDemand
@@ -14,6 +19,7 @@ from arriero.cluster.planner.memory import plan_group
 from arriero.cluster.planner.rank_weights import weights_as
 from arriero.cluster.planner.step_model.account import account
 from arriero.cluster.planner.step_model.work import StepLoad, launches_by_kernel
+from arriero.shards.collectives.mesh import Mesh
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.layout.resolve import resolve
@@ -90,3 +96,38 @@ def test_launches_of_a_decode_step(tmp_path: Path, family: str) -> None:
     # the interpreter takes 3 bits in a pass of a filter, in place of 5
     assert drawing.pop("_narrow") == 2 * 16 and expected.pop("_narrow") == 2 * 10
     assert +drawing == expected
+
+
+def test_launches_of_sums_and_logits_over_eight_ranks() -> None:
+    """Of rank 0 in a group whose other ranks do not exist: its own launches are what counts."""
+    model = find_model("llama-3.1-8b")
+    layout = ParallelConfig(tp=8)
+    weights = weights_as(model.config, None, "bfloat16")
+    device = DEVICES["h200-141g"]
+    plan = plan_group(model, weights, layout, KvDemand(context=32), device, "triton")
+    works = account(plan, StepLoad(sequences=2, context=32), 8).works
+    sums, logits = (
+        [w for w in works if w.item == item] for item in ("TP sums", "logits to rank 0")
+    )
+    with simulated() as simulation:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+        part: Any = SimpleNamespace(rank=0, tp_rank=0, first_stage=True, last_stage=True)
+        mesh = Mesh(part, layout, device=torch.device("cuda"))
+        mesh.watchdog.marking = False
+        x_TH = torch.zeros(2, 16, device="cuda")
+        tokens_R = torch.zeros(2, dtype=torch.int32, device="cuda")
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            mesh.reduce(x_TH)
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            mesh.gather_logits(x_TH, [16] * 8)
+            mesh.share_tokens(tokens_R)
+        mesh.leave()
+    summed, gathered = (
+        Counter(op for op in ops if op not in NO_KERNEL) for ops in simulation.recordings
+    )
+    assert summed.pop("all_gather_single", 0) + summed.pop("all_gather_into_tensor", 0) == 1
+    assert [dict(work.messages) for work in sums] == [{"all_gather": 65}]
+    assert launches_by_kernel(sums) == Counter({name: 65 * n for name, n in summed.items()})
+    (end,) = logits
+    assert dict(end.messages) == {name: gathered.pop(name) for name in ("recv", "broadcast")}
+    assert launches_by_kernel(logits) == gathered

@@ -13,7 +13,13 @@ from arriero.cluster.planner.memory import plan_group
 from arriero.cluster.planner.rank_weights import Dtype, weights_as
 from arriero.cluster.planner.step_model import __main__ as command
 from arriero.cluster.planner.step_model.account import Account, account
-from arriero.cluster.planner.step_model.constants import CONSTANTS, MEASURED, with_bench
+from arriero.cluster.planner.step_model.constants import (
+    CONSTANTS,
+    MEASURED,
+    SLICE_LAUNCHES,
+    SLICES,
+    with_bench,
+)
 from arriero.cluster.planner.step_model.ends import FILTER_PASSES
 from arriero.cluster.planner.step_model.estimate import estimate
 from arriero.cluster.planner.step_model.layers import SPLIT_TOKENS
@@ -169,6 +175,7 @@ def bench_report(**changes: object) -> dict[str, object]:
             },
         },
         "sampling": {"skipped": "out of time"},
+        SLICES[0]: {"machine": machine, "results": {SLICES[1]: {"eager_ms": 2.74}}},
     }
     return {"dry_run": False, "benches": benches} | changes
 
@@ -181,7 +188,8 @@ def test_a_report_of_the_benches_replaces_constants(tmp_path: Path) -> None:
     assert measured["triton product, matrix"].value == pytest.approx(0.5 * 700 / 989)
     assert measured["product, memory"].source == "gpu-bench.json, products by kind: dense, 1 rows"
     changed = {name for name in CONSTANTS if measured[name] != CONSTANTS[name]}
-    assert changed == {"product, memory", "triton product, matrix"}
+    assert measured["launch outside graphs"].value == pytest.approx(10e-6)
+    assert changed == {"product, memory", "triton product, matrix", "launch outside graphs"}
     for text in (json.dumps(bench_report(dry_run=True)), "[]", "nonsense"):
         file.write_text(text)
         with pytest.raises(SpecError, match="make gpu-bench"):
@@ -191,7 +199,19 @@ def test_a_report_of_the_benches_replaces_constants(tmp_path: Path) -> None:
 def test_measured_constants_exist_in_both_tables() -> None:
     assert set(MEASURED) <= set(CONSTANTS)
     sources = (ROOT / "tests/gpu/benches_formats.py").read_text()
-    assert all(f'"{bench}":' in sources for bench, _ in MEASURED.values())
+    assert all(f'"{bench}":' in sources for bench, _ in (*MEASURED.values(), SLICES))
+    assert SLICES[1].startswith("a Maverick MoE layer at EP8")
+    assert 'name="a Maverick MoE layer at EP8"' in (ROOT / "tests/gpu/shapes.py").read_text()
+
+
+def test_launches_of_the_measured_slice() -> None:
+    """Every layer of Scout has experts, as the layers of the bench."""
+    step = step_of("llama-4-scout", "bfloat16", ParallelConfig(tp=8, ep=8), DECODE)
+    ends = ("step inputs", "embedding", "vocabulary product", "logits to rank 0", "sampling")
+    launches = sum(work.num_launches for work in step.works if work.item not in ends)
+    embedding_sum, last_sum, rows_copy = 8, 1, 1
+    each = (launches - embedding_sum - last_sum) / 48
+    assert each * 8 + last_sum + rows_copy == SLICE_LAUNCHES
 
 
 def test_constants_of_the_kernels() -> None:
