@@ -17,11 +17,11 @@ from arriero.cluster.commands.plan_options import DemandOptions, MachineOptions,
 from arriero.cluster.commands.terminal import OUT
 from arriero.cluster.planner.catalog import MODELS, NamedModel, find_model
 from arriero.cluster.planner.demand import KvDemand
+from arriero.cluster.planner.drafter_bytes import read_drafter
 from arriero.cluster.planner.group_plan import GroupPlan
-from arriero.cluster.planner.kv_room import stored_as
 from arriero.cluster.planner.layouts import Machines, Option, best_of, larger_machines, rank_layouts
 from arriero.cluster.planner.memory import plan_group
-from arriero.cluster.planner.rank_weights import DTYPES, Dtype, weights_as
+from arriero.cluster.planner.rank_weights import DTYPES, Dtype, stored_as, weights_as
 from arriero.kernels.registry import BACKENDS, Kernels
 from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.errors import SpecError
@@ -262,6 +262,7 @@ def _from_model_spec(
         kv_dtype=demand.kv_dtype or spec.dtype,
     )
     config = spec.group_config("cpu" if on_cpu else "cuda")
+    demand = replace(demand, drafter=read_drafter(config, model.config))
     visible_keys(model.config, config)  # raises for a window that the model cannot have
     sets_pool = spec.kv.memory is not None or spec.kv.blocks is not None
     if sets_pool or on_cpu:

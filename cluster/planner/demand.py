@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from arriero.cluster.planner.drafter_bytes import Drafter
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KvDemand:
@@ -26,6 +28,7 @@ class KvDemand:
             may have a window.
         reserve_bytes: bytes that stay free; None takes the device's context and `RESERVE_SHARE` of
             the device's memory.
+        drafter: the model that drafts on the slices of the last stage; None for none.
     """
 
     context: int
@@ -40,3 +43,4 @@ class KvDemand:
     sliding_window: int | None = None
     attention_sinks: int = 0
     reserve_bytes: int | None = None
+    drafter: Drafter | None = None

@@ -14,14 +14,15 @@ from pathlib import Path
 
 from arriero.cluster.planner.catalog import NamedModel, cpu
 from arriero.cluster.planner.demand import KvDemand
+from arriero.cluster.planner.drafter_bytes import Drafter, read_drafter
 from arriero.cluster.planner.group_plan import GroupPlan, RankPlan
-from arriero.cluster.planner.kv_room import stored_as
 from arriero.cluster.planner.memory import plan_group
-from arriero.cluster.planner.rank_weights import weights_as
+from arriero.cluster.planner.rank_weights import stored_as, weights_as
 from arriero.cluster.spec.model import ModelSpec
 from arriero.shards.checkpoint.formats.describe import describe
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
 from arriero.shards.checkpoint.remote import is_url
+from arriero.shards.config.group import GroupConfig
 from arriero.shards.errors import ArrieroError
 from arriero.shards.families.registry import family_of
 from arriero.shards.layout.parts import AnyModel
@@ -36,8 +37,9 @@ class SliceMemory:
     """Least bytes of a slice.
 
     Attributes:
-        weights: bytes of the weights in memory.
-        kv: bytes of the KV pool beside the weights; of one block where no size is given.
+        weights: bytes of the weights in memory, a drafter's included.
+        kv: bytes of the KV pool beside the weights, a drafter's layers included; of one block where
+            no size is given.
         host: bytes of the slice's part of `kv.host`, in the memory of the node.
     """
 
@@ -75,16 +77,27 @@ def group_memory(model: ModelSpec, device: str) -> GroupMemory | None:
     """
     if is_url(model.path):
         return None
+    changed_ns = _changed_ns(model.path)
+    if changed_ns is None:
+        return None
+    drafter = model.speculation.model
+    drafter_changed_ns = None if drafter is None else _changed_ns(drafter)
+    return _group_memory(model.model_dump_json(), device, (changed_ns, drafter_changed_ns))
+
+
+def _changed_ns(folder: str) -> int | None:
+    """Time of the last change of a folder's config, in nanoseconds; None without the config."""
     try:
-        changed_ns = os.stat(Path(model.path) / "config.json").st_mtime_ns
+        return os.stat(Path(folder) / "config.json").st_mtime_ns
     except OSError:
         return None
-    return _group_memory(model.model_dump_json(), device, changed_ns)
 
 
 @lru_cache(maxsize=64)
-def _group_memory(settings: str, device: str, changed_ns: int) -> GroupMemory | None:
-    """`changed_ns` is the time of the config's last change: a new config is read again."""
+def _group_memory(
+    settings: str, device: str, changed_ns: tuple[int | None, ...]
+) -> GroupMemory | None:
+    """`changed_ns` are times of the last change of the configs: a new config is read again."""
     model = ModelSpec.model_validate_json(settings)
     try:
         numbers, scheme = describe(Path(model.path))
@@ -122,6 +135,7 @@ def _plan(
         spare_experts=config.spare_experts,
         sliding_window=config.sliding_window,
         attention_sinks=config.attention_sinks,
+        drafter=_drafter(config, numbers),
     )
     return plan_group(
         NamedModel(name=model.name, config=numbers, scheme=scheme),
@@ -133,13 +147,21 @@ def _plan(
     )
 
 
+def _drafter(config: GroupConfig, numbers: AnyModel) -> Drafter | None:
+    """The drafter; None where this machine lacks its folder: the result stays a lower bound."""
+    try:
+        return read_drafter(config, numbers)
+    except ArrieroError:
+        return None
+
+
 def _weights_in_memory(rank: RankPlan, model: ModelSpec, numbers: AnyModel) -> int:
     """Bytes of a rank's weights without the layers that `offload` leaves on disk, at least."""
-    total, layers = rank.weights.total, rank.part.layers.size
+    total, layers = rank.weights_nbytes, rank.part.layers.size
     if not model.offload.layers or not layers:
         return total
     beside = sum(rank.weights.by_kind.get(kind, 0) for kind in _BESIDE_LAYERS)
     share = min(1.0, model.offload.layers / layers)
     if family_of(numbers).experts(numbers) is not None:
         share = 1.0  # layers with experts are larger than others; the bound stays below all
-    return total - int(share * (total - beside))
+    return total - int(share * (rank.weights.total - beside))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from arriero.cluster.planner.catalog import Device, NamedModel
 from arriero.cluster.planner.demand import KvDemand
+from arriero.cluster.planner.drafter_bytes import DrafterBytes
 from arriero.cluster.planner.rank_weights import RankWeights, Weights
 from arriero.kernels.attention_mask import AttentionMaskSpec
 from arriero.kernels.registry import Kernels
@@ -33,13 +34,16 @@ class RankPlan:
         weights: weights by kind, and scales.
         kv_global_block, kv_local_block: bytes of a block over the layers that attend to the whole
             context, and over the layers that attend within a chunk (freed as chunks pass).
-        kv_pool_bytes: bytes of the KV cache.
+        drafter: bytes of the model that drafts; a block of the pool for all tokens has keys and
+            values of the drafter's layers too.
+        kv_pool_bytes: bytes of the KV cache, the drafter's layers included.
         activations, graphs, communication, spare_experts, reserve: see `memory`.
         memory_bytes: bytes of the device.
     """
 
     part: AnyPart
     weights: RankWeights
+    drafter: DrafterBytes
     kv_global_block: int
     kv_local_block: int
     kv_pool_bytes: int
@@ -51,10 +55,15 @@ class RankPlan:
     memory_bytes: int
 
     @property
+    def weights_nbytes(self) -> int:
+        """Bytes of all weights, the drafter's included, as a slice reports them."""
+        return self.weights.total + self.drafter.weights
+
+    @property
     def fixed(self) -> int:
         """Bytes of everything except the KV pool."""
         return (
-            self.weights.total
+            self.weights_nbytes
             + self.activations
             + self.graphs
             + self.communication
@@ -73,9 +82,14 @@ class RankPlan:
         return self.room - self.kv_pool_bytes
 
     @property
+    def kv_full_block(self) -> int:
+        """Bytes of a block of the pool for all tokens, the drafter's layers included."""
+        return self.kv_global_block + self.drafter.kv_block
+
+    @property
     def kv_block(self) -> int:
-        """Bytes of a block over all layers."""
-        return self.kv_global_block + self.kv_local_block
+        """Bytes of a block over all layers, the drafter's included."""
+        return self.kv_full_block + self.kv_local_block
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,11 +118,23 @@ class GroupPlan:
         """Bytes of a rank's pool that sequences can use."""
         return max(0, rank.kv_pool_bytes - self._scratch(rank))
 
+    def drafter_pool_bytes(self, rank: RankPlan) -> int:
+        """Bytes of a rank's pool in the drafter's layers."""
+        if not rank.drafter.kv_block:
+            return 0
+        if not self.chunk:
+            return rank.kv_pool_bytes // rank.kv_block * rank.drafter.kv_block
+        num_blocks = self.demand.num_blocks
+        if num_blocks is None:
+            num_blocks = 0 if self.shortfall() else self.kv_blocks()[0]
+        scratch = SCRATCH_BLOCKS if self.device.cuda else 0
+        return (num_blocks + scratch) * rank.drafter.kv_block
+
     def kv_room(self, rank: RankPlan) -> KvRoom:
         """Memory of a rank's device for the blocks that sequences use."""
         return KvRoom(
             nbytes=max(0, rank.room - self._scratch(rank)),
-            full=rank.kv_global_block,
+            full=rank.kv_full_block,
             local=rank.kv_local_block,
         )
 
@@ -147,7 +173,7 @@ class GroupPlan:
         if not self.chunk:
             return local_blocks * rank.kv_block
         blocks = -(-context // self.demand.block_size)
-        return blocks * rank.kv_global_block + local_blocks * rank.kv_local_block
+        return blocks * rank.kv_full_block + local_blocks * rank.kv_local_block
 
     def concurrency(self, context: int) -> int:
         """Number of sequences of `context` tokens for which the group's pool has room at once."""
@@ -180,9 +206,9 @@ class GroupPlan:
         for rank in self.ranks:
             pool = self.pool_bytes(rank)
             blocks = pool // rank.kv_block
-            if self.chunk and blocks > chunk_blocks and rank.kv_global_block:
-                blocks = (pool - chunk_blocks * rank.kv_local_block) // rank.kv_global_block
-            elif self.chunk and not rank.kv_global_block:
+            if self.chunk and blocks > chunk_blocks and rank.kv_full_block:
+                blocks = (pool - chunk_blocks * rank.kv_local_block) // rank.kv_full_block
+            elif self.chunk and not rank.kv_full_block:
                 continue
             blocks_by_rank.append(blocks)
         return min(blocks_by_rank) * size * self.layout.dp if blocks_by_rank else 0
@@ -196,8 +222,8 @@ class GroupPlan:
         need = self.sequence_bytes(worst, self.demand.context)
         return (
             f"rank {worst.part.rank} (stage {worst.part.stage}) is {_gb(missing_bytes)} short: "
-            f"weights {_gb(worst.weights.total)}, activations {_gb(worst.activations)}, other "
-            f"{_gb(worst.fixed - worst.weights.total - worst.activations)} and KV of one sequence "
+            f"weights {_gb(worst.weights_nbytes)}, activations {_gb(worst.activations)}, other "
+            f"{_gb(worst.fixed - worst.weights_nbytes - worst.activations)} and KV of one sequence "
             f"of {self.demand.context} tokens {_gb(need)} exceed the "
             f"{_gb(worst.memory_bytes)} of {self.device.name}"
         )

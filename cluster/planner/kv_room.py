@@ -11,9 +11,10 @@ from dataclasses import replace
 
 from arriero.cluster.planner.catalog import Device, NamedModel
 from arriero.cluster.planner.demand import KvDemand
+from arriero.cluster.planner.drafter_bytes import read_drafter
 from arriero.cluster.planner.group_plan import GroupPlan
 from arriero.cluster.planner.memory import plan_group
-from arriero.cluster.planner.rank_weights import DTYPES, ON_LOAD, Dtype, weights_as
+from arriero.cluster.planner.rank_weights import stored_as, weights_as
 from arriero.kernels.registry import BACKENDS
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
 from arriero.shards.config.group import GroupConfig
@@ -46,28 +47,13 @@ def with_kv_blocks(
     for plan, rank in ranked:
         if plan.kv_room(rank).nbytes < rank.kv_block:
             raise SpecError(
-                f"rank {rank.part.rank}: weights of {rank.weights.total} bytes and "
-                f"{rank.fixed - rank.weights.total} bytes for a step, graphs and reserve leave no "
+                f"rank {rank.part.rank}: weights of {rank.weights_nbytes} bytes and "
+                f"{rank.fixed - rank.weights_nbytes} bytes for a step, graphs and reserve leave no "
                 f"KV block of {rank.kv_block} bytes in the {rank.memory_bytes} free bytes of its "
                 "GPU; use more slices, quantize, or lower `max_batch_tokens`"
             )
     num_blocks, num_local = ranked[0][0].kv_blocks(rooms)
     return replace(config, num_blocks=num_blocks, num_local_blocks=num_local or None)
-
-
-def stored_as(dtype: str, quantization: str | None, scheme: QuantScheme | None) -> Dtype:
-    """The planner's name for the form of a group's weights in memory.
-
-    Args:
-        dtype: dtype of the group.
-        quantization: quantization of the weights on load; None for none.
-        scheme: quantization of the checkpoint; None for plain weights.
-    """
-    if quantization is not None:
-        return ON_LOAD[quantization]
-    if scheme is not None:
-        return "checkpoint"
-    return next(name for name in DTYPES if name == dtype)
 
 
 def _plan(
@@ -83,6 +69,7 @@ def _plan(
         spare_experts=config.spare_experts,
         sliding_window=config.sliding_window,
         attention_sinks=config.attention_sinks,
+        drafter=read_drafter(config, model),
     )
     # The free bytes exclude the context already; a backend itself refuses unknown precisions.
     device = Device(name="cuda", memory_bytes=free_bytes, bandwidth=1.0, context_bytes=0)

@@ -12,6 +12,7 @@ from dataclasses import fields, replace
 
 from arriero.cluster.planner.catalog import Device, NamedModel
 from arriero.cluster.planner.demand import KvDemand
+from arriero.cluster.planner.drafter_bytes import NOTHING, DrafterBytes, KvForm
 from arriero.cluster.planner.group_plan import SCRATCH_BLOCKS, GroupPlan, RankPlan
 from arriero.cluster.planner.rank_weights import RankWeights, Weights, rank_weights
 from arriero.cluster.planner.step_memory import (
@@ -75,6 +76,7 @@ def plan_group(
             config,
             part,
             weights_by_sizes[sizes],
+            _drafter(part, layout, demand, kernels),
             layout,
             demand,
             device,
@@ -105,10 +107,20 @@ def _sizes(part: AnyPart) -> tuple[object, ...]:
     return (part.layers, part.tp_rank == 0, *sizes)
 
 
+def _drafter(
+    part: AnyPart, layout: ParallelConfig, demand: KvDemand, kernels: Kernels
+) -> DrafterBytes:
+    if demand.drafter is None:
+        return NOTHING
+    form = KvForm(block_size=demand.block_size, dtype=demand.kv_dtype, kernels=kernels)
+    return demand.drafter.on_rank(part, layout, form)
+
+
 def _rank(
     config: AnyModel,
     part: AnyPart,
     weights: RankWeights,
+    drafter: DrafterBytes,
     layout: ParallelConfig,
     demand: KvDemand,
     device: Device,
@@ -131,6 +143,7 @@ def _rank(
     graphs = 0
     if device.cuda:
         activations += split_bytes(config, part, demand)
+    if device.cuda and demand.drafter is None:  # steps with a drafter run op by op
         share = min(1.0, demand.max_sequences / demand.max_batch_tokens)
         nodes = num_graphs(demand.max_sequences) * num_layers * GRAPH_BYTES_PER_LAYER
         graphs = int(activations * share) + nodes
@@ -140,6 +153,7 @@ def _rank(
     return RankPlan(
         part=part,
         weights=weights,
+        drafter=drafter,
         kv_global_block=layer_block_bytes * (num_layers - local),
         kv_local_block=layer_block_bytes * local,
         kv_pool_bytes=0,
@@ -180,10 +194,11 @@ def _pools(
     elif demand.num_blocks is not None:
         num_blocks = demand.num_blocks
     elif demand.kv_bytes is not None:
-        num_blocks = demand.kv_bytes // sum(rank.kv_block for rank in ranks)
+        # as the leader divides the bytes: over the layers of the model, without the drafter's
+        num_blocks = demand.kv_bytes // sum(rank.kv_global_block for rank in ranks)
     else:
         num_blocks = max(0, min(rank.room // rank.kv_block for rank in ranks)) - scratch
     return [
-        (num_blocks + scratch) * rank.kv_global_block + (num_local + scratch) * rank.kv_local_block
+        (num_blocks + scratch) * rank.kv_full_block + (num_local + scratch) * rank.kv_local_block
         for rank in ranks
     ]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from arriero.router.text.model_card import ModelCard
     from arriero.shards.checkpoint.reader import Checkpoint
     from arriero.shards.checkpoint.verify import Report, VerifyProgress
+    from arriero.shards.config.group import GroupConfig
     from arriero.shards.layout.parts import AnyModel
 
 MOST_PROBLEMS = 20
@@ -49,6 +50,7 @@ def check_models(models: Iterable[ModelSpec]) -> None:
 
         raise_problems(verify(Path(model.path)), model.name)
         check_adapters(model)
+        check_drafter(model)
 
 
 def check_known_sizes(models: Iterable[ModelSpec]) -> None:
@@ -81,6 +83,28 @@ def check_adapters(model: ModelSpec) -> None:
 
         numbers, _ = describe(Path(model.path))
         open_adapters(model.group_config("cpu"), numbers)
+
+
+def check_drafter(model: ModelSpec) -> None:
+    """Refuse a draft model or an EAGLE-3 head that cannot draft for the model; reads headers.
+
+    Raises:
+        CheckpointError: names the folder, the defect and the remedy.
+    """
+    speculation = model.speculation.config()
+    if not speculation.in_slices or speculation.model_path is None:
+        return
+    folder = Path(speculation.model_path)
+    if speculation.kind == "draft":
+        from arriero.shards.checkpoint.verify import verify
+
+        raise_problems(verify(folder), model.name)
+        return
+    from arriero.shards.checkpoint.tensor_folder import TensorFolder
+    from arriero.shards.models.eagle3.check import check_head
+    from arriero.shards.models.eagle3.config import Eagle3Config
+
+    check_head(TensorFolder.of(folder), Eagle3Config.from_folder(folder))
 
 
 def check_checkpoint(checkpoint: Checkpoint, model: ModelSpec) -> None:
@@ -158,10 +182,29 @@ def check_sizes(model: ModelSpec, folder: Path) -> None:
             config = replace(config, kv_bytes=MAX_DEFAULT_KV_BYTES)
         try:
             resolve(config, numbers)
+            _check_drafter_sizes(config, numbers)
         except SpecError as error:
             errors.append(error)
     if len(errors) == len(devices):
         raise SpecError(f"model `{model.name}`: {errors[0]}")
+
+
+def _check_drafter_sizes(config: GroupConfig, numbers: AnyModel) -> None:
+    """Refuse a drafter of another model, or one that the mesh cannot cut.
+
+    A drafter that this machine lacks passes: `check_drafter` comes later and refuses it.
+    """
+    from arriero.cluster.planner.drafter_bytes import KvForm, read_drafter
+    from arriero.shards.layout.families import parts_of
+
+    path = config.speculation.model_path
+    if path is None or not (Path(path) / "config.json").is_file():
+        return
+    drafter = read_drafter(config, numbers)
+    if drafter is not None:
+        kv = KvForm(block_size=config.block_size, dtype=config.dtype, kernels="reference")
+        for part in parts_of(numbers, config):
+            drafter.on_rank(part, config, kv)
 
 
 def raise_problems(report: Report, name: str = "") -> None:

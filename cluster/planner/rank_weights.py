@@ -141,6 +141,21 @@ def weights_as(model: AnyModel, scheme: QuantScheme | None, dtype: Dtype) -> Wei
     return Weights(dtype=dtype, base=dtype)
 
 
+def stored_as(dtype: str, quantization: str | None, scheme: QuantScheme | None) -> Dtype:
+    """The planner's name for the form of a group's weights in memory.
+
+    Args:
+        dtype: dtype of the group.
+        quantization: quantization of the weights on load; None for none.
+        scheme: quantization of the checkpoint; None for plain weights.
+    """
+    if quantization is not None:
+        return ON_LOAD[quantization]
+    if scheme is not None:
+        return "checkpoint"
+    return next(name for name in DTYPES if name == dtype)
+
+
 def _as_stored(model: AnyModel, scheme: QuantScheme | None) -> Weights:
     base: dict[str, Precision] = {
         "bfloat16": "bfloat16",

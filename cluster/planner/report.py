@@ -56,6 +56,7 @@ def as_json(
         "fits": why is None,
         "why_not": why,
         "weights_bytes": sum(rank.weights.total for rank in plan.ranks),
+        "drafter": _drafter_json(plan),
         "checkpoint_bytes": stored_bytes(plan.model.config, plan.weights),
         "kv_tokens": plan.pool_tokens,
         "kv_tiers": {
@@ -84,6 +85,16 @@ def as_json(
     }
 
 
+def _drafter_json(plan: GroupPlan) -> dict[str, Any] | None:
+    if plan.demand.drafter is None:
+        return None
+    return {
+        "kind": plan.demand.drafter.kind,
+        "weights_bytes": sum(rank.drafter.weights for rank in plan.ranks),
+        "kv_pool_bytes": sum(plan.drafter_pool_bytes(rank) for rank in plan.ranks),
+    }
+
+
 def _rank_json(plan: GroupPlan, rank: RankPlan) -> dict[str, Any]:
     part, size = rank.part, plan.demand.block_size
     kinds = rank.weights.by_kind
@@ -99,6 +110,8 @@ def _rank_json(plan: GroupPlan, rank: RankPlan) -> dict[str, Any]:
         "weights_bytes": rank.weights.total,
         "weights_by_kind": {kind: kinds[kind] for kind in KINDS if kind in kinds},
         "scales_bytes": rank.weights.scales,
+        "drafter_weights_bytes": rank.drafter.weights,
+        "drafter_kv_pool_bytes": plan.drafter_pool_bytes(rank),
         "kv_bytes_per_token": rank.kv_block // size,
         "kv_global_bytes_per_token": rank.kv_global_block // size,
         "kv_local_bytes_per_token": rank.kv_local_block // size,
@@ -192,6 +205,13 @@ def verdict(plan: GroupPlan, groups: int, machines: Machines) -> str:
         )
     else:
         lines.append(f"{plan.layout} does not fit; the reason is below the tables")
+    if plan.demand.drafter is not None:
+        weights = sum(rank.drafter.weights for rank in plan.ranks)
+        pool = sum(plan.drafter_pool_bytes(rank) for rank in plan.ranks)
+        lines.append(
+            f"drafter {plan.demand.drafter.kind} on the last stage: weights {_gb(weights)} GB, "
+            f"KV cache {_gb(pool)} GB of a group"
+        )
     return "\n".join(lines)
 
 
@@ -231,7 +251,11 @@ def _rank_table(plan: GroupPlan) -> Table:
     }
     sizes["scales"] = [rank.weights.scales for rank in plan.ranks]
     sizes["all weights"] = [rank.weights.total for rank in plan.ranks]
-    sizes["KV cache"] = [rank.kv_pool_bytes for rank in plan.ranks]
+    if plan.demand.drafter is not None:
+        kind = plan.demand.drafter.kind
+        sizes[f"{kind} weights"] = [rank.drafter.weights for rank in plan.ranks]
+        sizes[f"{kind} KV cache"] = [plan.drafter_pool_bytes(rank) for rank in plan.ranks]
+    sizes["KV cache"] = [rank.kv_pool_bytes - plan.drafter_pool_bytes(rank) for rank in plan.ranks]
     sizes["activations"] = [rank.activations for rank in plan.ranks]
     sizes["CUDA graphs"] = [rank.graphs for rank in plan.ranks]
     sizes["communication"] = [rank.communication for rank in plan.ranks]

@@ -18,6 +18,7 @@ from arriero.cluster.spec.deployment import AdminTlsSpec, DeploymentSpec
 from arriero.cluster.spec.fields import SpecSection
 from arriero.cluster.spec.gateway import GatewaySpec, TlsSpec
 from arriero.cluster.spec.model import ModelSpec
+from arriero.cluster.spec.speculation import SpeculationSpec
 from arriero.cluster.spec.yaml_text import Lines, parse
 from arriero.router.tenants.keys import read_keys
 from arriero.router.tls import TlsFiles
@@ -79,6 +80,7 @@ def load(path: Path | None, flags: Mapping[str, Any]) -> DeploymentSpec:
         model.model_copy(
             update={
                 "path": _model_folder(model, base, source),
+                **_absolute_drafter(model, base),
                 "adapters": tuple(
                     adapter.model_copy(update={"path": _absolute(base, adapter.path)})
                     for adapter in model.adapters
@@ -140,6 +142,15 @@ def _key_file(gateway: GatewaySpec, base: Path, source: str) -> Path | None:
 
 def _absolute(base: Path, path: Path) -> Path:
     return Path(os.path.abspath(base / path.expanduser()))
+
+
+def _absolute_drafter(model: ModelSpec, base: Path) -> dict[str, SpeculationSpec]:
+    """The changed section `speculation`, by its name; empty where no folder drafts."""
+    speculation = model.speculation
+    if speculation.model is None or is_url(speculation.model):
+        return {}
+    folder = str(_absolute(base, Path(speculation.model)))
+    return {"speculation": speculation.model_copy(update={"model": folder})}
 
 
 def _model_folder(model: ModelSpec, base: Path, source: str) -> str:

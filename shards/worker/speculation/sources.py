@@ -23,8 +23,9 @@ from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.collectives.mesh import Mesh
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.parallel import ParallelConfig
-from arriero.shards.errors import CheckpointError, SpecError
+from arriero.shards.errors import SpecError
 from arriero.shards.families.registry import family_of
+from arriero.shards.layout.draft_model import check_draft_model
 from arriero.shards.layout.families import parts_of, visible_keys
 from arriero.shards.layout.parts import AnyModel, AnyPart
 from arriero.shards.models.eagle3.config import Eagle3Config
@@ -118,15 +119,7 @@ class ModelSource:
         self._config = config
         self._checkpoint = Checkpoint.open(path)
         model = self._checkpoint.config
-        if model.vocab_size != target.vocab_size:
-            raise CheckpointError(
-                f"{path}: `vocab_size`={model.vocab_size} of the draft model, but the target has "
-                f"{target.vocab_size}; a draft model needs the target's tokens"
-            )
-        if family_of(model).experts(model) is not None:
-            raise SpecError(
-                f"{path}: a draft model with experts is not supported; use a dense model"
-            )
+        check_draft_model(model, target, path)
         self._parts = parts_of(model, alone(config))
 
     def load(self, target: Target) -> ModelDrafter:
