@@ -106,12 +106,11 @@ class Answer:
         Raises:
             Unavailable: a sample ended in an error.
         """
-        for output in outputs:
-            self._num_drafted += output.num_drafted
-            self._num_accepted += output.num_accepted
         if self.started and len(outputs) == 1:
             sample = self._samples[outputs[0].index]
             if sample.plain and _tokens_only(outputs[0]):
+                if outputs[0].num_drafted and not sample.finished:
+                    self._count_drafts(outputs[0], len(outputs[0].tokens))
                 return sample.add_plain(outputs[0].tokens)
         messages: list[pb.Output] = []
         prompt_logprobs: Sequence[TokenLogprobs] | None = None
@@ -123,8 +122,10 @@ class Answer:
             if output.prompt_logprobs is not None:
                 prompt_logprobs = output.prompt_logprobs
             sample = self._samples[output.index]
-            was_finished = sample.finished
+            was_finished, num_before = sample.finished, sample.num_tokens
             message = sample.add(output)
+            if output.num_drafted and not was_finished:
+                self._count_drafts(output, sample.num_tokens - num_before)
             if message is None:
                 continue
             if sample.finished and not was_finished:
@@ -160,6 +161,11 @@ class Answer:
             response.usage.accepted_prediction_tokens = self._num_accepted
             response.usage.rejected_prediction_tokens = self._num_drafted - self._num_accepted
         return response
+
+    def _count_drafts(self, output: SequenceOutput, num_taken: int) -> None:
+        """Count a step's drafts; right ones after a stop string are no part of the output."""
+        self._num_drafted += output.num_drafted
+        self._num_accepted += min(output.num_accepted, num_taken)
 
 
 class _Sample:

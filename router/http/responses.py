@@ -67,11 +67,17 @@ def usage(*parts: pb.Usage) -> Json:
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(part.cached_tokens for part in parts)},
     }
-    drafts = {
+    drafts = prediction_tokens(*parts)
+    return total | {"completion_tokens_details": drafts} if drafts else total
+
+
+def prediction_tokens(*parts: pb.Usage) -> dict[str, int]:
+    """Drafted tokens of calls that were right and that were wrong; empty without drafts."""
+    counts = {
         name: sum(getattr(part, name) for part in parts)
         for name in ("accepted_prediction_tokens", "rejected_prediction_tokens")
     }
-    return total | {"completion_tokens_details": drafts} if any(drafts.values()) else total
+    return counts if any(counts.values()) else {}
 
 
 def _head(kind: str, name: str, model: str) -> Json:

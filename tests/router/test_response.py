@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from tokenizers import Tokenizer
 
@@ -11,7 +13,7 @@ from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.requests import OutputOptions
 from arriero.router.response import Answer, TextDelta
 from arriero.router.text.text_model import TextModel
-from arriero.shards.engine.types import SequenceOutput
+from arriero.shards.engine.types import SequenceOutput, TokenLogprobs
 from arriero.shards.errors import Unavailable
 from support.frontdoor import FakeEngine, echo, make_card
 
@@ -78,6 +80,77 @@ def test_one_sample_may_stop_before_the_other(llama_tokenizer: Tokenizer) -> Non
     last = add(made, steps([ids[0]], index=1))
     assert made.finished
     assert last.HasField("usage")
+
+
+def in_drafts(outputs: list[SequenceOutput], size: int) -> list[SequenceOutput]:
+    """The same tokens in steps of up to `size`, of which all but the last were drafted."""
+    merged = []
+    for start in range(0, len(outputs), size):
+        step = outputs[start : start + size]
+        tokens = tuple(token for output in step for token in output.tokens)
+        rows = tuple(row for output in step for row in output.logprobs or ())
+        merged.append(
+            replace(
+                step[-1],
+                tokens=tokens,
+                logprobs=rows or None,
+                num_drafted=size + 1,
+                num_accepted=len(tokens) - 1,
+            )
+        )
+    return merged
+
+
+@pytest.mark.parametrize("include_stop", [False, True])
+@pytest.mark.parametrize("stop", ["carry packs", "s over", "packs over the mountains", "never"])
+def test_stop_strings_over_the_ends_of_drafts(
+    llama_tokenizer: Tokenizer, stop: str, include_stop: bool
+) -> None:
+    """Text, tokens and log-probabilities do not depend on how many tokens a step gives."""
+    words = "llamas carry packs over the mountains 🦙 sí"
+    ids = llama_tokenizer.encode(words, add_special_tokens=False).ids
+    singles = [
+        replace(output, logprobs=(TokenLogprobs(token=output.tokens[0], logprob=-0.5, top=()),))
+        for output in steps(ids)
+    ]
+
+    text = TextModel(make_card(llama_tokenizer, None))
+    options = OutputOptions(stop=(stop,), include_stop=include_stop)
+
+    def streamed(outputs: list[SequenceOutput]) -> tuple[object, ...]:
+        made = Answer(pb.Start(request_id="r"), 3, 1, options, text)
+        messages = [message for output in outputs if (message := made.add([output]))]
+        sent = [
+            part
+            for message in messages
+            for part in (message.to_wire() if isinstance(message, TextDelta) else message).outputs
+        ]
+        last = messages[-1]
+        assert not isinstance(last, TextDelta)
+        usage = last.usage
+        assert usage.accepted_prediction_tokens <= usage.completion_tokens
+        return (
+            "".join(part.text for part in sent),
+            [token for part in sent for token in part.token_ids],
+            [row.chosen.token_id for part in sent for row in part.logprobs],
+            (sent[-1].finish_reason, sent[-1].stop_string, usage.completion_tokens),
+        )
+
+    whole = streamed(singles)
+    if stop != "never":
+        assert whole[0] == words[: words.index(stop) + len(stop) * include_stop]
+    for size in range(2, len(ids) + 2):
+        assert streamed(in_drafts(singles, size)) == whole, f"{size} tokens in a step"
+
+
+def test_drafts_after_the_end_count_for_nothing(llama_tokenizer: Tokenizer) -> None:
+    ids = llama_tokenizer.encode("uno STOP dos", add_special_tokens=False).ids
+    made = answer(llama_tokenizer, stop=("STOP",))
+    whole = in_drafts(steps(ids), len(ids))
+    usage = add(made, whole).usage
+    assert usage.completion_tokens < len(ids)
+    assert usage.accepted_prediction_tokens == usage.completion_tokens
+    assert usage.rejected_prediction_tokens == len(ids) + 1 - usage.completion_tokens
 
 
 @pytest.mark.parametrize("include", [False, True])

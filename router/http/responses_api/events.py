@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from arriero.router.http.responses import prediction_tokens
 from arriero.router.http.responses_api.schemas import ResponsesBody
 from arriero.router.http.spelling import logprob_json
 from arriero.router.http.text_and_calls import split
@@ -237,6 +238,6 @@ def _usage(*parts: pb.Usage) -> Json:
             "cache_write_tokens": sum(part.written_tokens for part in parts),
         },
         "output_tokens": output,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": 0} | prediction_tokens(*parts),
         "total_tokens": prompt + output,
     }
