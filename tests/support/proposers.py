@@ -73,3 +73,14 @@ def sometimes(outputs: Outputs, vocab_size: int, seed: int) -> ProposerFactory:
         return Scripted(sequence, token_at)
 
     return make
+
+
+def wrong_at_every(outputs: Outputs, vocab_size: int, period: int) -> ProposerFactory:
+    """Right, except at each position that `period` divides; the drafts go on after it."""
+    right = right_token(outputs)
+
+    def token_at(sequence: EngineSequence, position: int) -> int:
+        token = right(sequence, position)
+        return (token + 1) % vocab_size if position % period == 0 else token
+
+    return lambda sequence: Scripted(sequence, token_at)

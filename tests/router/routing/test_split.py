@@ -28,8 +28,10 @@ from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.kv_tiers import TierConfig
 from arriero.shards.config.sampling_params import SamplingParams
+from arriero.shards.config.speculation import SpeculationConfig
 from arriero.shards.engine.config import engine_config
 from arriero.shards.engine.engine import Engine
+from arriero.shards.engine.speculation.proposer import ProposerFactory
 from arriero.shards.engine.types import EngineRequest, SequenceOutput
 from arriero.shards.errors import InvalidRequest
 from arriero.shards.kv.blocks import model_root
@@ -48,7 +50,16 @@ DRAWN = SamplingParams(temperature=1.0, max_tokens=9, min_tokens=3, seed=7, n=2,
 class Group:
     """A group with host memory for its blocks, over slices of its own."""
 
-    def __init__(self, name: str, folder: str, tokenizer: Tokenizer, **layout: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        folder: str,
+        tokenizer: Tokenizer,
+        *,
+        proposers: ProposerFactory | None = None,
+        speculation: SpeculationConfig | None = None,
+        **layout: int,
+    ) -> None:
         checkpoint = Checkpoint.open(folder)
         config = GroupConfig(
             model_path=folder,
@@ -59,16 +70,20 @@ class Group:
             max_sequences=4,
             max_batch_tokens=64,
             tiers=TierConfig(host_bytes=32 << 20),
+            speculation=speculation or SpeculationConfig(),
             **layout,  # type: ignore[arg-type]
         )
         config = resolve(config, checkpoint.config)
         executor = LocalExecutor(config) if config.world_size == 1 else spawn_group(config)
+        self.pids: list[int] = []
         if not isinstance(executor, LocalExecutor):
-            executor.wait_ready(60)
+            self.pids = [rank.pid for rank in executor.wait_ready(60)]
         limits = engine_config(config, checkpoint.config, checkpoint.digest)
         journal = Journal(limits.num_blocks)
         self.name = name
-        self.engine = Engine(limits, executor, self.take, on_event=journal.note)
+        self.engine = Engine(
+            limits, executor, self.take, on_event=journal.note, proposers=proposers
+        )
         card = make_card(
             tokenizer,
             None,
