@@ -1,48 +1,119 @@
-"""Speculation changes no token: 200 prompts, over layouts, sampling and kinds of drafts."""
+"""Speculation changes no token: 200 prompts, over layouts, sampling and kinds of drafts.
+
+`ARRIERO_SPEC_PROMPTS` sets another number of prompts.
+"""
 
 from __future__ import annotations
 
+import os
 import random
 from itertools import cycle, islice
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 from arriero.shards.config.group import GroupConfig
-from support.same_tokens import check, variants
+from arriero.shards.config.sampling_params import SamplingParams
+from support.eagle3_heads import random_head
+from support.groups import Group
+from support.models import tiny_llama
+from support.oracle import first_layers
+from support.same_tokens import Expected, compare, grammar_variants, variants, without_drafts
+from support.stop_strings import StopStrings
 
+from .conftest import words
+
+NUM_PROMPTS = int(os.environ.get("ARRIERO_SPEC_PROMPTS", "200"))
+NEW_TOKENS = 32
+MAVERICK = Path(__file__).parents[1] / "assets" / "tiny-maverick"
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one slice": {},
     "TP2 unequal": {"tp": 2, "tp_shares": (2, 1)},
     "PP2": {"pp": 2},
     "TP3 PP2": {"tp": 3, "pp": 2},
+    "Maverick EP2": {"dp": 2},
 }
-NUM_PROMPTS, NEW_TOKENS = 200, 32
+KINDS = {"ngram": 2, "suffix": 2, "sometimes": 2, "draft": 1, "eagle3": 1}
+"""Rounds of each kind; the second round of a kind finds warm caches."""
+
+
+class Column:
+    """The requests of a layout, their answers without drafts, and the layout's drafters."""
+
+    def __init__(self, layout: str, model: Path, drafters: dict[str, str]) -> None:
+        tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+        texts = [words(seed, 60, tokenizer) for seed in range(20)]
+        rng = random.Random(5)
+        self.prompts = [
+            # prompts that repeat themselves, so that there is something to copy
+            (prompt[:24] * rng.randint(1, 3))[: rng.randint(8, 60)]
+            for prompt in islice(cycle(texts), NUM_PROMPTS)
+        ]
+        each = variants(NEW_TOKENS) | grammar_variants(NEW_TOKENS)
+        self.params: list[SamplingParams] = list(islice(cycle(each.values()), NUM_PROMPTS))
+        chunked = {"num_local_blocks": 900} if model == MAVERICK else {}
+        self.config = GroupConfig(
+            model_path=str(model),
+            dtype="float32",
+            num_blocks=900,  # too few for all at once: sequences are pre-empted
+            max_model_len=256,
+            max_sequences=160,
+            max_batch_tokens=256,
+            **LAYOUTS[layout],
+            **chunked,
+        )
+        self.drafters = drafters
+        self.stops = StopStrings(tokenizer)
+        self.expected: Expected = without_drafts(self.config, self.prompts, self.params)
+
+
+@pytest.fixture(scope="module")
+def drafters(whole: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """By model: SmolLM2's first layers, a small random model, and heads with random weights."""
+    folder = tmp_path_factory.mktemp("drafters")
+    first_layers(Path(whole), folder / "layers", 4)
+    random_head(folder / "head", Path(whole), draft_vocab=1024)
+    tiny_llama(folder / "maverick-layers", vocab=2048)
+    random_head(folder / "maverick-head", MAVERICK, draft_vocab=256)
+    return {
+        name: {
+            "draft": str(folder / f"{prefix}layers"),
+            "eagle3": str(folder / f"{prefix}head"),
+        }
+        for name, prefix in (("SmolLM2", ""), ("Maverick", "maverick-"))
+    }
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def column(
+    request: pytest.FixtureRequest, whole: str, drafters: dict[str, dict[str, str]]
+) -> Column:
+    """Made once for all kinds."""
+    layout: str = request.param
+    if layout.startswith("Maverick"):
+        return Column(layout, MAVERICK, drafters["Maverick"])
+    return Column(layout, Path(whole), drafters["SmolLM2"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ngram", "suffix", "sometimes"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_200_prompts(
-    model_path: str,
-    prompts: list[list[int]],
-    layout: str,
-    kind: str,
-) -> None:
-    """Prompts that repeat themselves, so that there is something to copy; caches cold and warm."""
-    rng = random.Random(5)
-    chosen = [
-        (prompt[:24] * rng.randint(1, 3))[: rng.randint(8, 60)]
-        for prompt in islice(cycle(prompts), NUM_PROMPTS)
-    ]
-    params = list(islice(cycle(variants(NEW_TOKENS).values()), NUM_PROMPTS))
-    config = GroupConfig(
-        model_path=model_path,
-        dtype="float32",
-        num_blocks=900,  # too few for all at once: sequences are pre-empted
-        max_model_len=256,
-        max_sequences=160,
-        max_batch_tokens=256,
-        **LAYOUTS[layout],
+@pytest.mark.parametrize("kind", KINDS)
+def test_200_prompts(column: Column, kind: str) -> None:
+    """Tokens, log-probabilities and ends; and text with stop strings over the ends of steps."""
+
+    def check_stops(group: Group) -> None:
+        within = [column.stops.check(answer.steps) for answer in group.answers.values()]
+        if kind == "sometimes" and NUM_PROMPTS >= 100:
+            assert any(within), "no stop string ended within a step"
+
+    compare(
+        column.config,
+        column.prompts,
+        column.params,
+        kind,
+        column.expected,
+        rounds=KINDS[kind],
+        drafters=column.drafters,
+        inspect=check_stops,
     )
-    check(config, chosen, params, [kind])

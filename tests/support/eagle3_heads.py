@@ -133,6 +133,22 @@ def write_head(path: Path, settings: dict[str, Any], weights: dict[str, Tensor])
     return path
 
 
+def random_head(path: Path, target: Path, *, draft_vocab: int, seed: int = 0) -> Path:
+    """Write a head with random weights for the model in a folder, which lends its embedding."""
+    config = json.loads((target / "config.json").read_text())
+    config = config.get("text_config", config)
+    settings = head_settings(
+        vocab=config["vocab_size"],
+        draft_vocab=draft_vocab,
+        hidden=config["hidden_size"],
+        intermediate=config["hidden_size"],
+        heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"],
+        head_dim=config.get("head_dim"),
+    )
+    return write_head(path, settings, head_weights(settings, seed=seed))
+
+
 class ReferenceHead:
     """The equations of a head in plain torch, in float64, over a whole sequence at once."""
 

@@ -36,6 +36,8 @@ class Answer:
     finish_reason: str | None = None
     num_cached: int = 0
     error: str | None = None
+    steps: list[tuple[int, ...]] = field(default_factory=list, compare=False)
+    """The tokens of each output: a step with right drafts gives several."""
 
 
 class Group:
@@ -53,6 +55,7 @@ class Group:
             for out in outputs:
                 answer = self.answers.setdefault((out.request_id, out.index), Answer())
                 answer.tokens += out.tokens
+                answer.steps.append(out.tokens)
                 answer.logprobs += out.logprobs or ()
                 answer.prompt_logprobs = answer.prompt_logprobs or out.prompt_logprobs or ()
                 answer.num_cached = answer.num_cached or out.num_cached

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import pytest
 
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.config.speculation import SpeculationConfig
 from arriero.shards.engine.sequence import Sequence as EngineSequence
+from arriero.shards.engine.speculation.draft_length import StepCost
 from arriero.shards.engine.speculation.proposer import ProposerFactory
 from arriero.shards.engine.types import EngineRequest
 from support.groups import Group, running
 from support.proposers import peeking, sometimes, wrong
 
+GRAMMAR = "start: /(def [a-z]+\\(\\):\\n    return [0-9]+\\n)+/"
 SAMPLED = {"temperature": 0.8, "seed": 11}
 
 
@@ -36,6 +40,15 @@ def variants(most: int) -> dict[str, SamplingParams]:
         "stop": SamplingParams(**greedy, stop_token_ids=(10, 11, 20, 30), min_tokens=6),
         "logprobs": SamplingParams(**sampled, logprobs=3, prompt_logprobs=1, ignore_eos=True),
         "samples": SamplingParams(**sampled, n=2, ignore_eos=True),
+    }
+
+
+def grammar_variants(most: int) -> dict[str, SamplingParams]:
+    """As `variants`, with outputs that a grammar bounds."""
+    plain = variants(most)
+    return {
+        f"grammar {name}": replace(plain[name], grammar=GRAMMAR, ignore_eos=False)
+        for name in ("greedy", "top_p", "repetition")
     }
 
 
@@ -67,9 +80,16 @@ def ask(
     }
 
 
-def speculating(config: GroupConfig, kind: str, most: int = 7) -> GroupConfig:
-    name = "suffix" if kind == "suffix" else "ngram"
-    return replace(config, speculation=SpeculationConfig(kind=name, max_tokens=most))
+def speculating(
+    config: GroupConfig, kind: str, drafters: Mapping[str, str] | None = None, most: int = 7
+) -> GroupConfig:
+    """The config with drafts of a kind; `drafters` are the folders of "draft" and "eagle3"."""
+    if drafters and kind in drafters:
+        speculation = SpeculationConfig.checked(kind, most, drafters[kind])
+    else:
+        name = "suffix" if kind == "suffix" else "ngram"
+        speculation = SpeculationConfig.checked(name, most)
+    return replace(config, speculation=speculation)
 
 
 def proposers_of(kind: str, expected: Answers, vocab_size: int) -> ProposerFactory | None:
@@ -90,6 +110,66 @@ def proposers_of(kind: str, expected: Answers, vocab_size: int) -> ProposerFacto
     return by_kind.get(kind)
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What a group without drafts answers.
+
+    Attributes:
+        answers: every sample.
+        vocab_size: the model's.
+    """
+
+    answers: Answers
+    vocab_size: int
+
+
+def without_drafts(
+    config: GroupConfig, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+) -> Expected:
+    """The answers of a group that drafts nothing."""
+    with running(config) as group:
+        answers = ask(group, prompts, params)
+        vocab_size = group.engine.config.vocab_size
+    assert any(len(told.tokens) > 4 for told in answers.values())
+    return Expected(answers, vocab_size)
+
+
+def compare(
+    config: GroupConfig,
+    prompts: Sequence[Sequence[int]],
+    params: Sequence[SamplingParams],
+    kind: str,
+    expected: Expected,
+    *,
+    rounds: int = 2,
+    drafters: Mapping[str, str] | None = None,
+    inspect: Callable[[Group], None] = lambda group: None,
+) -> None:
+    """Compare a kind of drafts with none; later rounds find warm caches.
+
+    Args:
+        config: config of the group without drafts.
+        prompts, params: the requests.
+        kind: a kind of drafts, or the name of an adversary of `proposers_of`.
+        expected: result of `without_drafts`.
+        rounds: number of times that all requests are asked.
+        drafters: folders of "draft" and "eagle3".
+        inspect: further checks of the group, after all rounds.
+    """
+    factory = proposers_of(kind, expected.answers, expected.vocab_size)
+    with pytest.MonkeyPatch.context() as patch:
+        if drafters and kind in drafters:  # these drafts may save no time, and shall be made
+            patch.setattr(StepCost, "share", lambda *args: 0.0)
+        with running(speculating(config, kind, drafters), proposers=factory) as group:
+            for _ in range(rounds):
+                assert ask(group, prompts, params) == expected.answers, kind
+            counts = group.engine.stats().speculation
+            assert counts.drafted > 0, f"{kind} drafted nothing"
+            if kind == "wrong":
+                assert counts.accepted == 0
+            inspect(group)
+
+
 def check(
     config: GroupConfig,
     prompts: Sequence[Sequence[int]],
@@ -97,18 +177,9 @@ def check(
     kinds: Sequence[str],
     *,
     rounds: int = 2,
+    drafters: Mapping[str, str] | None = None,
 ) -> None:
-    """Compare each kind of drafts with none; later rounds find warm caches."""
-    with running(config) as group:
-        expected = ask(group, prompts, params)
-        vocab_size = group.engine.config.vocab_size
-    assert any(len(told.tokens) > 4 for told in expected.values())
+    """`compare` of several kinds."""
+    expected = without_drafts(config, prompts, params)
     for kind in kinds:
-        factory = proposers_of(kind, expected, vocab_size)
-        with running(speculating(config, kind), proposers=factory) as group:
-            for _ in range(rounds):
-                assert ask(group, prompts, params) == expected, kind
-            counts = group.engine.stats().speculation
-            assert counts.drafted > 0, f"{kind} drafted nothing"
-            if kind == "wrong":
-                assert counts.accepted == 0
+        compare(config, prompts, params, kind, expected, rounds=rounds, drafters=drafters)

@@ -13,12 +13,11 @@ from arriero.shards.config.speculation import SpeculationConfig
 from arriero.shards.engine.speculation.draft_length import StepCost
 from support.groups import running
 from support.models import tiny_llama
-from support.same_tokens import ask, check, variants
+from support.same_tokens import ask, check, grammar_variants, variants
 
 ASSETS = Path(__file__).parents[2] / "assets"
 MAVERICK = str(ASSETS / "tiny-maverick")
 CODE = "def area(width, height):\n    return width * height\n\n\n"
-GRAMMAR = "start: /(def [a-z]+\\(\\):\\n    return [0-9]+\\n)+/"
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +81,7 @@ def code_prompts(count: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("layout", [{}, {"dp": 2}], ids=["one slice", "EP2"])
 def test_experts_chunks_and_grammars_too(layout: dict[str, Any]) -> None:
-    params = variants(24)
-    for name in ("greedy", "top_p", "repetition"):
-        plain = params[name]
-        params[f"grammar {name}"] = replace(plain, grammar=GRAMMAR, ignore_eos=False)
+    params = variants(24) | grammar_variants(24)
     kinds = ["sometimes", "ngram"] if not layout else ["sometimes"]
     check(maverick(**layout), code_prompts(len(params)), list(params.values()), kinds)
 
