@@ -4,6 +4,10 @@ Two engines over the same weights take turns, so that other load on the machine 
 prompts are computed before the measurement, so that only decodes count.
 
     python tests/bench/speculation.py models/SmolLM2-135M-Instruct [--output 128] [--json]
+        [--llama-lookup PROGRAM --gguf FILE]
+
+With llama.cpp's `llama-lookup` and a GGUF file of the same model, the table shows what its prompt
+lookup gains on the same prompt, over its own plain decoding.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,8 @@ from arriero.cluster.engine_bench import EngineBench, params
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.config.speculation import SpeculationConfig
+
+from llama_lookup import LlamaLookup  # isort: skip
 
 Prompts = list[list[int]]
 
@@ -39,6 +45,7 @@ class Case:
         target: least ratio of speeds, with over without.
         sampling: parameters; greedy for None.
         warm: rounds before the measurement, from which the source of drafts learns.
+        text: the prompt, for llama.cpp; None where there is no peer.
     """
 
     name: str
@@ -47,6 +54,7 @@ class Case:
     target: float
     sampling: SamplingParams | None = None
     warm: int = 0
+    text: str | None = None
 
 
 PASSAGE = (
@@ -56,6 +64,7 @@ PASSAGE = (
     "pilots' notes. Ships that carry grain are inspected first, ships with timber wait, and mail "
     "boats pass at once."
 )
+COPIED = f"{PASSAGE}\n\n{PASSAGE}\n\n{PASSAGE[:60]}"
 CALL = (
     '{"tool": "read_file", "arguments": {"path": "src/app/main.py", "start_line": 1, "end_line": '
     '200}, "reason": "look at the entry point before a change"}\n'
@@ -68,7 +77,7 @@ def cases(tokenizer: Tokenizer, output: int) -> list[Case]:
         return ids
 
     def copied(round_: int) -> Prompts:
-        return [encode(f"{PASSAGE}\n\n{PASSAGE}\n\n{PASSAGE[:60]}")]
+        return [encode(COPIED)]
 
     def agent(round_: int) -> Prompts:
         return [encode(f"Task {round_}: list the calls.\n{CALL[:40]}")]
@@ -82,7 +91,7 @@ def cases(tokenizer: Tokenizer, output: int) -> list[Case]:
 
     drawn = SamplingParams(temperature=1.0, max_tokens=output, ignore_eos=True, seed=5)
     return [
-        Case("copy-heavy, one request", "ngram", copied, 2.0),
+        Case("copy-heavy, one request", "ngram", copied, 2.0, text=COPIED),
         Case("repeated outputs, one request", "suffix", agent, 2.0, warm=2),
         Case("batch of 32, nothing to copy", "ngram", unlike, 0.97, sampling=drawn),
         Case("drawn text, one request", "ngram", story, 0.97, sampling=drawn),
@@ -90,48 +99,79 @@ def cases(tokenizer: Tokenizer, output: int) -> list[Case]:
 
 
 def measure(model: Path, case: Case, output: int, rounds: int, threads: int) -> dict[str, Any]:
-    """Take turns; gives the median of the rounds' ratios and what was accepted."""
-    benches = {}
-    for kind in ("off", case.kind):
-        config = GroupConfig(
-            model_path=str(model),
-            threads=threads,
-            num_blocks=4096,
-            max_model_len=2048,
-            speculation=SpeculationConfig.checked(kind),
-        )
-        benches[kind] = EngineBench(config)
-    ratios, cpu_ratios, lengths = [], [], []
+    """Rounds of off and the kind in turns: medians of speeds and ratios, and what was accepted."""
+    benches: dict[str, EngineBench] = {}
+    turns: list[dict[str, Turn]] = []
     try:
+        for kind in ("off", case.kind):
+            benches[kind] = EngineBench(
+                GroupConfig(
+                    model_path=str(model),
+                    threads=threads,
+                    num_blocks=4096,
+                    max_model_len=2048,
+                    speculation=SpeculationConfig.checked(kind),
+                )
+            )
         for number in range(case.warm + rounds):
+            order = ("off", case.kind) if number % 2 else (case.kind, "off")
             prompts = case.prompts(number)
-            seconds: dict[str, tuple[float, float]] = {}
-            digests = set()
-            for kind in ("off", case.kind) if number % 2 else (case.kind, "off"):
-                bench = benches[kind]
-                bench.run(prompts, 1, one_token(case.sampling))
-                started_s = time.process_time()
-                figures = bench.run(prompts, output, case.sampling)
-                seconds[kind] = figures.elapsed_s, time.process_time() - started_s
-                digests.add(figures.tokens_digest)
-                if kind != "off" and number >= case.warm:
-                    lengths.append(figures.mean_accepted_length)
-            assert len(digests) == 1, f"{case.name}: other tokens with speculation"
+            turn = {kind: run_once(benches[kind], prompts, output, case.sampling) for kind in order}
+            same = turn["off"].tokens_digest == turn[case.kind].tokens_digest
+            assert same, f"{case.name}: other tokens with speculation"
             if number >= case.warm:
-                (off_s, off_cpu_s), (on_s, on_cpu_s) = seconds["off"], seconds[case.kind]
-                ratios.append(off_s / on_s)
-                cpu_ratios.append(off_cpu_s / on_cpu_s)
+                turns.append(turn)
     finally:
         for bench in benches.values():
             bench.close()
+    off, on = ([turn[kind] for turn in turns] for kind in ("off", case.kind))
+    ratio = median(
+        before.elapsed_s / after.elapsed_s for before, after in zip(off, on, strict=True)
+    )
+    cpu_ratio = median(before.cpu_s / after.cpu_s for before, after in zip(off, on, strict=True))
     return {
         "case": case.name,
         "kind": case.kind,
-        "ratio": round(statistics.median(ratios), 3),
-        "cpu_ratio": round(statistics.median(cpu_ratios), 3),
+        "off_tokens_per_s": median(turn.tokens_per_s for turn in off),
+        "tokens_per_s": median(turn.tokens_per_s for turn in on),
+        "ratio": ratio,
+        "cpu_ratio": cpu_ratio,
         "target": case.target,
-        "mean_accepted_length": round(statistics.mean(lengths), 2),
+        "reached": ratio >= case.target,
+        "mean_accepted_length": median(turn.mean_accepted_length for turn in on),
     }
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A round of one engine: seconds, CPU seconds of the process, and what it gave."""
+
+    elapsed_s: float
+    cpu_s: float
+    tokens_per_s: float
+    tokens_digest: str
+    mean_accepted_length: float
+
+
+def run_once(
+    bench: EngineBench, prompts: Prompts, output: int, sampling: SamplingParams | None
+) -> Turn:
+    """Compute the prompts, then measure the decodes."""
+    bench.run(prompts, 1, one_token(sampling))
+    started_s = time.process_time()
+    figures = bench.run(prompts, output, sampling)
+    return Turn(
+        elapsed_s=figures.elapsed_s,
+        cpu_s=time.process_time() - started_s,
+        tokens_per_s=figures.output_tok_s,
+        tokens_digest=figures.tokens_digest,
+        mean_accepted_length=figures.mean_accepted_length,
+    )
+
+
+def median(values: Iterable[float]) -> float:
+    """The median, to three decimals."""
+    return round(statistics.median(values), 3)
 
 
 def one_token(sampling: SamplingParams | None) -> SamplingParams:
@@ -148,20 +188,44 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", type=int, nargs="*", help="numbers of cases, from 0")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--llama-lookup", type=Path, help="llama.cpp's program of this name")
+    parser.add_argument("--gguf", type=Path, help="the same model for that program")
     args = parser.parse_args()
+    if (args.llama_lookup is None) != (args.gguf is None):
+        parser.error("give both --llama-lookup and --gguf, or none")
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
     chosen = cases(tokenizer, args.output)
     if args.only is not None:
         chosen = [chosen[number] for number in args.only]
     rows = [measure(args.model, case, args.output, args.rounds, args.threads) for case in chosen]
+    if args.llama_lookup is not None:
+        peer = LlamaLookup(program=args.llama_lookup, model=args.gguf, threads=args.threads)
+        for case, row in zip(chosen, rows, strict=True):
+            if case.text is not None:
+                row["llama_lookup_ratio"] = peer.ratio(case.text, args.output, args.rounds)
     if args.json:
-        print(json.dumps({"bench": "speculation", "rows": rows}))
+        print(json.dumps({"bench": "speculation", "rounds": args.rounds, "rows": rows}))
         return
+    print(table(rows, args.rounds))
+
+
+def table(rows: list[dict[str, Any]], rounds: int) -> str:
+    """A line for each case."""
+    lines = [
+        f"medians of {rounds} rounds, off and the kind in turns; tokens/s are decodes",
+        f"{'case':32} {'kind':7} {'off':>8} {'on':>8} {'ratio':>6} {'bar':>5}    "
+        f"{'CPU':>5} {'tokens a step':>13} {'llama.cpp lookup':>16}",
+    ]
     for row in rows:
-        print(
-            f"{row['case']:32} {row['kind']:7} {row['ratio']:6.2f} x (least {row['target']}), CPU "
-            f"time {row['cpu_ratio']:.2f} x, {row['mean_accepted_length']} tokens of a step"
+        reached = "ok" if row["reached"] else "--"
+        peer = row.get("llama_lookup_ratio")
+        lines.append(
+            f"{row['case']:32} {row['kind']:7} {row['off_tokens_per_s']:8.1f} "
+            f"{row['tokens_per_s']:8.1f} {row['ratio']:6.2f} {row['target']:5.2f} {reached} "
+            f"{row['cpu_ratio']:5.2f} {row['mean_accepted_length']:13.2f} "
+            f"{'' if peer is None else f'{peer:.2f}':>16}"
         )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
