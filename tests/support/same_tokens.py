@@ -142,6 +142,7 @@ def compare(
     expected: Expected,
     *,
     rounds: int = 2,
+    most: int = 7,
     drafters: Mapping[str, str] | None = None,
     inspect: Callable[[Group], None] = lambda group: None,
 ) -> None:
@@ -153,6 +154,7 @@ def compare(
         kind: a kind of drafts, or the name of an adversary of `proposers_of`.
         expected: result of `without_drafts`.
         rounds: number of times that all requests are asked.
+        most: most drafted tokens of a sequence in a step.
         drafters: folders of "draft" and "eagle3".
         inspect: further checks of the group, after all rounds.
     """
@@ -160,7 +162,7 @@ def compare(
     with pytest.MonkeyPatch.context() as patch:
         if drafters and kind in drafters:  # these drafts may save no time, and shall be made
             patch.setattr(StepCost, "share", lambda *args: 0.0)
-        with running(speculating(config, kind, drafters), proposers=factory) as group:
+        with running(speculating(config, kind, drafters, most), proposers=factory) as group:
             for _ in range(rounds):
                 assert ask(group, prompts, params) == expected.answers, kind
             counts = group.engine.stats().speculation
