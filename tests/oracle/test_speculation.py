@@ -99,6 +99,7 @@ def column(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kind", KINDS)
 def test_200_prompts(column: Column, kind: str) -> None:
     """Tokens, log-probabilities and ends; and text with stop strings over the ends of steps."""

@@ -19,6 +19,8 @@ from support.groups import Group, running
 from support.proposers import peeking, sometimes, wrong
 
 GRAMMAR = "start: /(def [a-z]+\\(\\):\\n    return [0-9]+\\n)+/"
+WAIT_S = 900.0
+"""Limit of a round; a limit of the test ends a group that stands still earlier."""
 SAMPLED = {"temperature": 0.8, "seed": 11}
 
 
@@ -70,7 +72,7 @@ def ask(
 ) -> Answers:
     """Every sample of every request, all at once."""
     names = [group.submit(p, one) for p, one in zip(prompts, params, strict=True)]
-    group.wait(names)
+    group.wait(names, timeout_s=WAIT_S)
     return {
         (number, index): Told(
             (answer := group.answers[name, index]).tokens, answer.logprobs, answer.finish_reason
