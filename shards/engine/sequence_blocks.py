@@ -33,8 +33,6 @@ from arriero.shards.protocol.step_plan import int32
 
 MAX_PINNED = 0.25
 """Largest share of a pool for pins."""
-MAX_RETAINED = 0.5
-"""Largest share of a pool for the retained prefixes of all tenants."""
 
 
 class SequenceBlocks:
@@ -81,8 +79,9 @@ class SequenceBlocks:
         self._pins: dict[str, Pin] = {}
         self._owners = 0
         self._clock = clock
-        total, share = self.pools[Pool.ALL].num_blocks, config.tiers.all.max_tenant_share
-        self.retention = Retention(int(MAX_RETAINED * total), int(share * total))
+        self.retention = Retention.of_capacity(
+            self.pools[Pool.ALL].num_blocks, config.tiers.all.max_tenant_share
+        )
         self.tiers = OffloadManager(config.tiers, self.pools, self.local, self.new_owner, on_event)
 
     @property
@@ -161,7 +160,9 @@ class SequenceBlocks:
         In the local pool the sequence gets the shared blocks only; `extend_local` adds more.
         Returns the block table of the full-attention layers.
         """
-        self._retain(self.retention.expire(self._clock()))
+        now_s = self._clock()
+        self._retain(self.retention.expire(now_s))
+        self.tiers.expire(now_s)
         self.pool.allocate(sequence.owner, self.count(sequence), shared.blocks)
         sequence.num_stored = len(shared.blocks)
         if self.local is not None:
@@ -347,10 +348,12 @@ class SequenceBlocks:
         ends = [(r.num_tokens // size or len(keys), r.seconds) for r in request.hint.retain]
         session, now_s = request.hint.session, self._clock()
         self._retain(self.retention.keep(request.tenant, session, keys, ends, now_s))
+        self.tiers.keep(request.tenant, session, keys, ends, now_s)
 
     def release(self, tenant: str, session: str) -> None:
         """Retain the blocks of a tenant's session no longer."""
         self._retain(self.retention.release(tenant, session))
+        self.tiers.release(tenant, session)
 
     def _retain(self, changes: RetentionChanges) -> None:
         for pool in self.pools.values():

@@ -164,6 +164,31 @@ class PoolOffloadManager:
         while len(self._to_save) > self._pool.num_blocks:  # the oldest were evicted already
             self._to_save.popitem(last=False)
 
+    def keep(
+        self,
+        tenant: str,
+        session: str,
+        keys: Sequence[bytes],
+        ends: Sequence[tuple[int, float]],
+        now_s: float,
+    ) -> None:
+        """Retain a chain in the tiers; blocks that a tier has evicted meanwhile are saved again.
+
+        See `Retention.keep` for the arguments.
+        """
+        self._keys.keep(tenant, session, keys, ends, now_s)
+        for depth, key in enumerate(keys):
+            if self._keys.lacks_retained(key):
+                self._to_save[key] = (tenant, depth)
+
+    def release(self, tenant: str, session: str) -> None:
+        """Retain the blocks of a tenant's session no longer."""
+        self._keys.end_session(tenant, session)
+
+    def expire(self, now_s: float) -> None:
+        """Retain the blocks whose time has passed no longer."""
+        self._keys.expire(now_s)
+
     def take_transfers(self) -> list[TransferBatch]:
         """Transfers to send to the slices now, after every plan made so far."""
         if not self.enabled:

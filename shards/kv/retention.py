@@ -5,6 +5,9 @@ send the same prefix again. The blocks of such a prefix are evicted after all ot
 never keep a request from running. A prefix counts against the share of its tenant; the prefixes
 that the tenant has not used for longest lose their protection first.
 
+The pool on the device has a `Retention`, and so has each bounded tier below: a prefix that leaves
+the device under pressure stays in a lower tier for its time, within that tier's own limits.
+
 Knows block keys, tenants, and times given by the caller; knows nothing of blocks, pools or tokens.
 """
 
@@ -16,6 +19,8 @@ from dataclasses import dataclass, field
 
 MAX_PREFIXES = 1024
 """Most prefixes of a tenant."""
+MAX_RETAINED = 0.5
+"""Largest share of a pool or a tier for the retained prefixes of all tenants."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +114,16 @@ class Retention:
         self._tenants: dict[str, _Tenant] = {}
         self._uses: Counter[bytes] = Counter()  # tenants by key
         self._next_expiry_s = float("inf")
+
+    @classmethod
+    def of_capacity(cls, num_blocks: int, max_tenant_share: float) -> Retention:
+        """The retention of a pool or a tier of `num_blocks` blocks.
+
+        Args:
+            num_blocks: most blocks of the pool or the tier.
+            max_tenant_share: largest share of the blocks for one tenant, 0 to 1.
+        """
+        return cls(int(MAX_RETAINED * num_blocks), int(max_tenant_share * num_blocks))
 
     def __len__(self) -> int:
         """Number of retained keys."""

@@ -1,5 +1,7 @@
 """Which tier below one pool has which key: host memory, disk, the shared store, a peer's memory.
 
+Each bounded tier retains the prefixes that requests named, within limits of its own.
+
 Knows keys, and the order of the tiers; knows nothing of blocks on the device and of transfers.
 """
 
@@ -11,6 +13,7 @@ from collections.abc import Sequence
 from arriero.shards.kv.blocks import CacheEvent, CacheListener
 from arriero.shards.kv.index import TierIndex
 from arriero.shards.kv.limits import PeerBlocks, TierLimits
+from arriero.shards.kv.retention import Retention, RetentionChanges
 from arriero.shards.kv.transfers import Segment, Tier, TransferResult
 
 MOST_RECOVERED = 2000
@@ -37,6 +40,10 @@ class TierKeys:
             self._index[Tier.HOST] = TierIndex(limits.host_blocks, share)
         if limits.disk_blocks:
             self._index[Tier.DISK] = TierIndex(limits.disk_blocks, share)
+        self._retention = {
+            tier: Retention.of_capacity(index.capacity, share)
+            for tier, index in self._index.items()
+        }
         self._shared: set[bytes] | None = set() if limits.shared else None
         self._dropped: list[tuple[Tier, bytes]] = []
         self._recovered: deque[tuple[Tier, bytes, bool]] = deque()
@@ -89,10 +96,21 @@ class TierKeys:
             return True
         return self._shared is not None and key not in self._shared
 
+    def lacks_retained(self, key: bytes) -> bool:
+        """Whether a tier lacks a key that it retains."""
+        return any(index.lacks_retained(key) for index in self._index.values())
+
     def first_without(self, key: bytes) -> Tier | None:
-        """The nearest tier that lacks a key."""
-        tier = next((tier for tier, index in self._index.items() if key not in index), None)
-        return Tier.SHARED if tier is None and self.lacks(Tier.SHARED, key) else tier
+        """The nearest tier that lacks a key; tiers that retain the key go before others.
+
+        Host memory may retain less of a chain than the disk. A block beyond that part, saved there,
+        could be evicted before it is written to the disk.
+        """
+        lacking = [tier for tier, index in self._index.items() if key not in index]
+        if lacking:
+            retaining = (tier for tier in lacking if self._index[tier].lacks_retained(key))
+            return next(retaining, lacking[0])
+        return Tier.SHARED if self.lacks(Tier.SHARED, key) else None
 
     def nearest_above(self, tier: Tier, key: bytes) -> tuple[Tier, int] | None:
         """The nearest bounded tier above `tier` that has a key, and the key's slot there."""
@@ -134,6 +152,29 @@ class TierKeys:
         """Note a use of these keys, in every tier that has them."""
         for index in self._index.values():
             index.touch(keys)
+
+    def keep(
+        self,
+        tenant: str,
+        session: str,
+        keys: Sequence[bytes],
+        ends: Sequence[tuple[int, float]],
+        now_s: float,
+    ) -> None:
+        """Retain a chain of keys in every bounded tier; see `Retention.keep`."""
+        self.touch(keys)
+        for tier, index in self._index.items():
+            _apply(index, self._retention[tier].keep(tenant, session, keys, ends, now_s))
+
+    def end_session(self, tenant: str, session: str) -> None:
+        """Retain the prefixes of a session no longer."""
+        for tier, index in self._index.items():
+            _apply(index, self._retention[tier].release(tenant, session))
+
+    def expire(self, now_s: float) -> None:
+        """Retain the prefixes whose time has passed no longer."""
+        for tier, index in self._index.items():
+            _apply(index, self._retention[tier].expire(now_s))
 
     def reserve(self, tier: Tier, key: bytes, tenant: str, depth: int) -> int | None:
         """A slot for a key, perhaps an evicted key's; None without room. A store has slot 0."""
@@ -248,3 +289,8 @@ class TierKeys:
                 self._dropped.append((tier, key))
                 continue
             self.commit(tier, key)
+
+
+def _apply(index: TierIndex, changes: RetentionChanges) -> None:
+    index.unretain(changes.dropped)
+    index.retain(changes.added)

@@ -113,6 +113,31 @@ class OffloadManager:
         if self._configured:
             self._each[pool].note(keys, first, tenant)
 
+    def keep(
+        self,
+        tenant: str,
+        session: str,
+        keys: Sequence[bytes],
+        ends: Sequence[tuple[int, float]],
+        now_s: float,
+    ) -> None:
+        """Evict a chain's blocks after all others, in every tier; see `Retention.keep`."""
+        if self._configured:
+            for tiers in self._each:
+                tiers.keep(tenant, session, keys, ends, now_s)
+
+    def release(self, tenant: str, session: str) -> None:
+        """Retain the blocks of a tenant's session no longer."""
+        if self._configured:
+            for tiers in self._each:
+                tiers.release(tenant, session)
+
+    def expire(self, now_s: float) -> None:
+        """Retain the blocks whose time has passed no longer."""
+        if self._configured:
+            for tiers in self._each:
+                tiers.expire(now_s)
+
     def take_transfers(self) -> list[TransferBatch]:
         """Transfers to send to the slices now, after every plan made so far."""
         if not self._configured:

@@ -9,11 +9,22 @@ from __future__ import annotations
 import random
 
 from arriero.shards.engine.types import EngineConfig
-from arriero.shards.kv.transfers import Pool, Tier, Transfer, TransferBatch, TransferResult
+from arriero.shards.kv.transfers import (
+    Pool,
+    Segment,
+    Tier,
+    Transfer,
+    TransferBatch,
+    TransferResult,
+)
 from arriero.shards.protocol import wire
 from support.fake_slice import FakeExecutor
 
 Content = list[tuple[int, int]]
+MEMORY = Segment(
+    pid=1, fd=3, name="", host="", layers=(0, 1), heads=(0, 1), block=(4, 1, 1), slots=0
+)
+"""Says that a rank has host memory; no peer reads it."""
 
 
 class FaultyTiers(FakeExecutor):
@@ -49,7 +60,9 @@ class FaultyTiers(FakeExecutor):
             for rank in range(self.ranks[pool]):
                 listed = [(key, rng.random() >= faults) for key in stored]
                 self.transfer_results.append(
-                    TransferResult(rank, pool, ready=True, stored={Tier.DISK: listed})
+                    TransferResult(
+                        rank, pool, ready=True, stored={Tier.DISK: listed}, segment=MEMORY
+                    )
                 )
 
     def transfer(self, batch: TransferBatch) -> None:
