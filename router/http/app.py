@@ -7,7 +7,7 @@ the work of a call (`Inference`) or of the form of its JSON (`request_schemas`, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from fastapi import FastAPI, Request
 from starlette.middleware.cors import CORSMiddleware
@@ -77,6 +77,18 @@ _REFUSALS: dict[int | str, str] = {
 }
 
 
+class Application(FastAPI):
+    """FastAPI that makes its schema once in a process: all applications have the same routes."""
+
+    _schema: ClassVar[dict[str, Any] | None] = None
+
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI schema."""
+        if Application._schema is None:
+            Application._schema = super().openapi()
+        return Application._schema
+
+
 def create_app(
     inference: Inference,
     response_store: ResponseStore,
@@ -86,7 +98,10 @@ def create_app(
     cors: Sequence[str] = (),
     hosted_tools: HostedTools = "ignore",
 ) -> FastAPI:
-    """The application over `inference`.
+    """The application over `inference`, with all that FastAPI would build at the first request.
+
+    A build takes up to a second of computing. On the event loop of a gateway with linked groups,
+    the heartbeats of the groups would wait for it.
 
     Args:
         inference: runs the calls.
@@ -96,7 +111,7 @@ def create_app(
         cors: origins of web pages that may call the application from a browser; "*" for any.
         hosted_tools: what happens to requests with tools that a server would run.
     """
-    app = FastAPI(
+    app = Application(
         title="arriero",
         version="1",
         description="Chat, completions, responses and tokens in the shapes of the OpenAI API, and "
@@ -135,6 +150,8 @@ def create_app(
     cache_hints.add_release(app, inference)
     _add_tokens(app, inference)
     _add_observability(app, inference)
+    app.middleware_stack = app.build_middleware_stack()
+    app.openapi()
     return app
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 
 _Rank = tuple[bool, int, int, bytes]
-"""Whether a key is retained, its last use, its depth below zero, and the key; the least goes first."""
+"""Retained or not, last use, depth below zero, and key; the least is evicted first."""
 
 
 @dataclass(slots=True)
