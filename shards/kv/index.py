@@ -14,7 +14,6 @@ import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-
 _Rank = tuple[bool, int, int, bytes]
 """Retained or not, last use, depth below zero, and key; the least is evicted first."""
 
@@ -122,6 +121,13 @@ class TierIndex:
     def lacks_retained(self, key: bytes) -> bool:
         """Whether a key is retained and not here."""
         return key in self._retained and key not in self._entries
+
+    def missing_retained(self, chain: Sequence[bytes]) -> dict[bytes, int]:
+        """Keys of a chain that are retained and not here, each with its index in the chain."""
+        entries, retained = self._entries, self._retained
+        return {
+            key: depth for depth, key in enumerate(chain) if key in retained and key not in entries
+        }
 
     def acquire(self, keys: Iterable[bytes]) -> None:
         """Protect keys from eviction, until as many calls of `release`."""

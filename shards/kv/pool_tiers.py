@@ -177,9 +177,8 @@ class PoolOffloadManager:
         See `Retention.keep` for the arguments.
         """
         self._keys.keep(tenant, session, keys, ends, now_s)
-        for depth, key in enumerate(keys):
-            if self._keys.lacks_retained(key):
-                self._to_save[key] = (tenant, depth)
+        for key, depth in self._keys.missing_retained(keys).items():
+            self._to_save[key] = (tenant, depth)
 
     def release(self, tenant: str, session: str) -> None:
         """Retain the blocks of a tenant's session no longer."""

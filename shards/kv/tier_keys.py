@@ -96,9 +96,12 @@ class TierKeys:
             return True
         return self._shared is not None and key not in self._shared
 
-    def lacks_retained(self, key: bytes) -> bool:
-        """Whether a tier lacks a key that it retains."""
-        return any(index.lacks_retained(key) for index in self._index.values())
+    def missing_retained(self, chain: Sequence[bytes]) -> dict[bytes, int]:
+        """Keys of a chain that a tier retains and lacks, each with its index in the chain."""
+        missing: dict[bytes, int] = {}
+        for index in self._index.values():
+            missing |= index.missing_retained(chain)
+        return missing
 
     def first_without(self, key: bytes) -> Tier | None:
         """The nearest tier that lacks a key; tiers that retain the key go before others.
@@ -162,7 +165,6 @@ class TierKeys:
         now_s: float,
     ) -> None:
         """Retain a chain of keys in every bounded tier; see `Retention.keep`."""
-        self.touch(keys)
         for tier, index in self._index.items():
             _apply(index, self._retention[tier].keep(tenant, session, keys, ends, now_s))
 

@@ -93,6 +93,28 @@ async def test_llama_index(llama_tokenizer: Tokenizer) -> None:
     assert told == {"call": CALL, "answer": ANSWER, "streamed": ANSWER}
 
 
+async def test_llama_stack(llama_tokenizer: Tokenizer) -> None:
+    packages = ("llama-stack==0.2.12", "llama-stack-client==0.2.12", "openai>=1.66,<2")
+    script = str(CLIENTS / "llama_stack_client.py")
+    command = [*python_with("llama-stack", *packages), script]
+    known = {"model": "tiny", "health": "OK"}
+    async with scripted(llama_tokenizer) as stack:
+        came = await run([*command, base_url(stack), "tools"])
+    assert came == {
+        **known,
+        "call": CALL,
+        "streamed_call": {"text": "", "calls": [CALL]},
+        "answer": ANSWER,
+        "streamed": {"text": ANSWER, "calls": []},
+    }
+    async with scripted(llama_tokenizer, first=REPORT) as stack:
+        came = await run([*command, base_url(stack), "form"])
+        forms = [request.params.grammar for request in stack.engine.submitted]
+    report = json.loads(REPORT)
+    assert came == {**known, "form": report, "passed_on": report}
+    assert forms[0] and not forms[1]
+
+
 async def test_the_ai_sdk(llama_tokenizer: Tokenizer) -> None:
     node = node_with("ai@6", "@ai-sdk/openai-compatible@2", "@ai-sdk/openai@3")
     script = BUILD / "node" / "ai_sdk_client.mjs"  # beside its packages, where Node looks for them
