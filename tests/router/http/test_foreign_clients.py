@@ -95,7 +95,7 @@ async def test_llama_index(llama_tokenizer: Tokenizer) -> None:
 
 async def test_llama_stack(llama_tokenizer: Tokenizer) -> None:
     packages = ("llama-stack==0.2.12", "llama-stack-client==0.2.12", "openai>=1.66,<2")
-    script = str(CLIENTS / "llama_stack_client.py")
+    script = str(CLIENTS / "llama_stack_adapter.py")
     command = [*python_with("llama-stack", *packages), script]
     known = {"model": "tiny", "health": "OK"}
     async with scripted(llama_tokenizer) as stack:

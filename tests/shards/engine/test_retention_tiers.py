@@ -167,7 +167,7 @@ class Agent:
     until_s: float = 0.0
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     limits=st.sampled_from(list(TIERS.values())),
     seed=st.integers(0, 2**32),

@@ -1,6 +1,6 @@
 """Llama Stack's adapter `remote::vllm`: models, chat plain and streamed, a tool, a JSON schema.
 
-Usage: llama_stack_client.py BASE_URL tools|form; prints what came as JSON.
+Usage: llama_stack_adapter.py BASE_URL tools|form; prints what came as JSON.
 """
 
 from __future__ import annotations
