@@ -1,7 +1,8 @@
 """Server-sent events with ids, from which a stream can be resumed.
 
 The id of an event is the answer's id and the position after the event: of each choice the number of
-tokens, with an `f` once the choice has finished: `chatcmpl-1f:17,9f`. Knows messages and positions;
+tokens, with an `f` once the choice has finished: `chatcmpl-1f:17,9f`. The last text and the finish
+reason of a choice may be two events; the id of the first has a `t`. Knows messages and positions;
 knows nothing of the JSON inside an event and of the storage of streams.
 """
 
@@ -18,15 +19,37 @@ from arriero.router.response import Message, TextDelta
 from arriero.shards.errors import InvalidRequest
 
 Json = dict[str, Any]
-_ID = re.compile(r"((?:chat)?cmpl-[0-9a-f]{1,64}):(\d{1,9}f?(?:,\d{1,9}f?){0,4095})")
+_END = b"\n\n"
+"""End of a server-sent event; JSON inside an event has no line breaks."""
+_ID = re.compile(r"((?:chat)?cmpl-[0-9a-f]{1,64}):(\d{1,9}[ft]?(?:,\d{1,9}[ft]?){0,4095})")
 
 
 @dataclass(frozen=True, order=True, slots=True)
 class ChoicePosition:
-    """Progress of one choice: number of tokens, and whether the choice has finished."""
+    """Progress of one choice.
+
+    Attributes:
+        tokens: number of tokens.
+        finished: the finish reason is sent.
+        all_text: all text is sent, and the finish reason is not.
+    """
 
     tokens: int = 0
     finished: bool = False
+    all_text: bool = False
+
+    @property
+    def given(self) -> int:
+        """Tokens after which a call goes on; the last one again for its finish reason."""
+        return max(self.tokens - self.all_text, 0)
+
+    @property
+    def before_reason(self) -> ChoicePosition:
+        """The position between the last text and the finish reason."""
+        return ChoicePosition(self.tokens, all_text=True)
+
+    def __str__(self) -> str:
+        return f"{self.tokens}{'f' if self.finished else 't' if self.all_text else ''}"
 
 
 Position = tuple[ChoicePosition, ...]
@@ -51,7 +74,7 @@ def read_id(event_id: str, num_choices: int | None = None) -> tuple[str, Positio
             "event that was received",
         )
     position = tuple(
-        ChoicePosition(int(part.removesuffix("f")), part.endswith("f"))
+        ChoicePosition(int(part.rstrip("ft")), part.endswith("f"), part.endswith("t"))
         for part in match[2].split(",")
     )
     if num_choices is not None and len(position) != num_choices:
@@ -136,7 +159,8 @@ def reaches(
     for number, message in messages:
         for sample, _, made in parts(message):
             choice = progress.add(number, sample, made)
-            if progress.position[choice] == target[choice]:
+            position = progress.position[choice]
+            if target[choice] in (position, position.before_reason if position.finished else None):
                 missing.discard(choice)
     return not missing
 
@@ -164,10 +188,15 @@ class NumberedEvents:
             choice = self._progress.add(number, sample, made)
             if not shows(part):
                 continue
-            event = self._encoder.encoded(number, part)
-            position = self._progress.position
-            if event and position[choice] > self._received[choice]:
-                events.append(b"id: " + self._event_id(position) + b"\n" + event)
+            *texts, last = self._encoder.encoded(number, part).split(_END)[:-1] or [b""]
+            after = self._progress.position
+            for event, position in (
+                *((text, after[choice].before_reason) for text in texts),
+                (last, after[choice]),
+            ):
+                if event and position > self._received[choice]:
+                    ids = (*after[:choice], position, *after[choice + 1 :])
+                    events.append(b"id: " + self._event_id(ids) + b"\n" + event + _END)
         return b"".join(events)
 
     def end(self, usages: Sequence[pb.Usage]) -> bytes:
@@ -183,5 +212,4 @@ class NumberedEvents:
         return self._encoder.whole(messages)
 
     def _event_id(self, position: Position) -> bytes:
-        counts = ",".join(f"{c.tokens}{'f' if c.finished else ''}" for c in position)
-        return f"{self._id}:{counts}".encode("ascii")
+        return f"{self._id}:{','.join(map(str, position))}".encode("ascii")

@@ -121,8 +121,12 @@ class ChatCompletion:
         return b"".join(map(event, self.events(number, message)))
 
     def events(self, number: int, message: pb.GenerateResponse) -> list[Json]:
-        """Chunks of a stream: a chunk for each sample in `message`."""
-        return [self.head | {"choices": [self._delta(output)]} for output in message.outputs]
+        """Chunks of a stream: a chunk for each sample in `message`; its finish reason apart."""
+        return [
+            self.head | {"choices": [choice]}
+            for output in message.outputs
+            for choice in _apart(self._delta(output))
+        ]
 
     def end(self, usages: Sequence[pb.Usage]) -> bytes:
         """The chunk with the usage, if wanted, and the end of the stream."""
@@ -190,6 +194,14 @@ class ChatCompletion:
             "logprobs": logprobs,
             "finish_reason": reason,
         }
+
+
+def _apart(choice: Json) -> list[Json]:
+    """The finish reason in a chunk of its own, as clients expect that read no text beside it."""
+    if not choice["delta"] or choice["finish_reason"] is None:
+        return [choice]
+    end = {"index": choice["index"], "delta": {}, "logprobs": None}
+    return [choice | {"finish_reason": None}, end | {"finish_reason": choice["finish_reason"]}]
 
 
 def _call(call_id: str, call: pb.ToolCall | ToolCall) -> Json:

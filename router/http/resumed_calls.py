@@ -71,12 +71,12 @@ async def given_tokens(
     Raises:
         ArrieroError: as `Inference.chat`.
     """
-    given = [list(tokens[: place.tokens]) for tokens, place in zip(noted, received, strict=True)]
+    given = [list(tokens[: place.given]) for tokens, place in zip(noted, received, strict=True)]
     for number, call in enumerate(calls.calls):
         choices = range(number * calls.n, (number + 1) * calls.n)
-        if all(len(given[choice]) == received[choice].tokens for choice in choices):
+        if all(len(given[choice]) == received[choice].given for choice in choices):
             continue
-        most = max(received[choice].tokens for choice in choices)
+        most = max(received[choice].given for choice in choices)
         cut = copy.deepcopy(call)
         cut.sampling.max_tokens = most
         if cut.sampling.HasField("min_tokens"):
@@ -88,8 +88,8 @@ async def given_tokens(
                 for sample, part, _ in parts(message):
                     given[choices[sample]] += token_ids(part)
         for choice in choices:
-            del given[choice][received[choice].tokens :]
-            if len(given[choice]) < received[choice].tokens:
+            del given[choice][received[choice].given :]
+            if len(given[choice]) < received[choice].given:
                 raise Unavailable("the answer cannot be resumed; send the request again")
     return given
 
