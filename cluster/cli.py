@@ -16,6 +16,7 @@ import typer
 
 from arriero.cluster.commands import (
     admin_tokens,
+    batch,
     bench,
     changes,
     deployment,
@@ -71,6 +72,7 @@ app.add_typer(models.app, name="models")
 app.add_typer(keys.app, name="keys")
 app.add_typer(admin_tokens.app, name="admin-token")
 app.add_typer(kv.app, name="kv")
+app.add_typer(batch.app, name="batch")
 app.add_typer(bench.app, name="bench")
 
 

@@ -96,6 +96,7 @@ class Gateway:
             {tenant.name: tenant.share(config.num_gateways) for tenant in config.tenants},
             None if config.keys is None else KeyFile(config.keys),
             self._room,
+            self._num_groups,
         )
         self._model_groups: Mapping[str, ModelGroups] = {}
         metrics = Metrics(
@@ -284,6 +285,9 @@ class Gateway:
     def _room(self, model: str) -> int:
         views = (view for view in self._groups.groups() if view.model == model)
         return room(views, num_gateways=self._config.num_gateways)
+
+    def _num_groups(self, model: str) -> int:
+        return sum(view.model == model for view in self._groups.groups())
 
     def _groups_changed(self) -> None:
         self._on_change()

@@ -55,6 +55,7 @@ class GrpcCall:
             traceparent=str(self.metadata.get("traceparent", "")),
             strict_schema=is_set(str(self.metadata.get("x-strict-schema", ""))),
             cache_key=str(self.metadata.get("x-prompt-cache-key", "")),
+            background=is_set(str(self.metadata.get("x-background", ""))),
         )
 
     async def name(self, request_id: str) -> None:

@@ -318,7 +318,7 @@ class Inference:
         )
         most = params.max_tokens or card.max_model_len - num_prompt
         queued = QueuedRequest(
-            tenant=caller.tenant,
+            tenant=caller.queue_tenant,
             num_prompt=num_prompt,
             max_output=most * params.n,
             num_sequences=params.n,
@@ -361,8 +361,7 @@ class Inference:
             request_id=checked.caller.request_id,
             prompt=tuple(checked.prompt),
             params=checked.params,
-            # With several tenants, the tenant's priority counts, not the caller's wish.
-            priority=checked.priority if self.admission.open else checked.caller.tenant.priority,
+            priority=self._priority(checked),
             trace=trace,
             tenant=checked.caller.tenant.name,
             cache_salt=checked.cache_salt,
@@ -378,3 +377,9 @@ class Inference:
             progress.given(index, tokens, finished=ended)
             answer.replay(index, tokens, finished=ended)
         return progress
+
+    def _priority(self, checked: CheckedRequest) -> int:
+        """Priority in the group; with several tenants, the tenant's counts, not the caller's."""
+        if checked.caller.background or not self.admission.open:
+            return checked.caller.queue_tenant.priority
+        return checked.priority

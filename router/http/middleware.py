@@ -154,6 +154,7 @@ class RequestMiddleware:
             traceparent=headers.get(b"traceparent", b"").decode("latin-1"),
             strict_schema=is_set(headers.get(b"x-strict-schema", b"").decode("latin-1")),
             cache_key=headers.get(b"x-prompt-cache-key", b"").decode("latin-1"),
+            background=is_set(headers.get(b"x-background", b"").decode("latin-1")),
         )
 
 

@@ -34,6 +34,7 @@ class Caller:
         traceparent: W3C name of the caller's span; "" for none.
         strict_schema: refuse a JSON Schema that cannot be enforced completely.
         cache_key: name of the session whose prompts share a prefix; "" for none.
+        background: the request waits for what interactive requests leave free.
     """
 
     request_id: str
@@ -42,6 +43,12 @@ class Caller:
     traceparent: str = ""
     strict_schema: bool = False
     cache_key: str = ""
+    background: bool = False
+
+    @property
+    def queue_tenant(self) -> Tenant:
+        """The tenant in whose queue the caller's requests wait."""
+        return self.tenant.in_background() if self.background else self.tenant
 
 
 def is_set(header: str) -> bool:
@@ -58,6 +65,7 @@ class AdmissionController:
             that is missing here has no limits.
         keys: keys of the callers; None admits callers without a key, as tenant `ANYONE`.
         room: by model, number of samples that its groups take from this gateway at once.
+        num_groups: by model, number of its groups.
 
     Attributes:
         budgets: tokens that the tenants have used today.
@@ -69,11 +77,13 @@ class AdmissionController:
         tenants: Mapping[str, Tenant],
         keys: KeyFile | None,
         room: Callable[[str], int],
+        num_groups: Callable[[str], int] = lambda model: 1,
     ) -> None:
         self._limits = limits
         self._tenants = dict(tenants)
         self._keys = keys
         self._room = room
+        self._num_groups = num_groups
         self.budgets = DayBudgets()
         self._policies: dict[str, AdmissionPolicy] = {}
         self._waiters: dict[QueuedRequest, asyncio.Future[None]] = {}
@@ -157,11 +167,14 @@ class AdmissionController:
         }
 
     def demand(self) -> dict[str, tuple[int, float]]:
-        """By model, number of waiting requests and the seconds to serve all of these requests."""
+        """By model, number of waiting requests and the seconds to serve all of these requests.
+
+        Background requests wait for free room and ask for no further groups.
+        """
         return {
-            model: (policy.num_waiting, policy.backlog_s)
+            model: (num_waiting, policy.backlog_s)
             for model, policy in self._policies.items()
-            if policy.num_waiting
+            if (num_waiting := policy.num_waiting_interactive)
         }
 
     def refuse_early(self, model: str, caller: Caller, priority: int) -> None:
@@ -175,11 +188,11 @@ class AdmissionController:
         Raises:
             Overloaded: `admit` would refuse any request of this caller and priority.
         """
-        self.budgets.check(caller.tenant, model)
+        tenant = caller.queue_tenant
+        self.budgets.check(tenant, model)
         policy = self._policies.get(model)
         if policy is not None:
-            now_s = time.monotonic()
-            policy.refuse_early(caller.tenant, priority, caller.deadline_s, now_s)
+            policy.refuse_early(tenant, priority, caller.deadline_s, time.monotonic())
 
     @asynccontextmanager
     async def admit(self, model: str, request: QueuedRequest) -> AsyncIterator[Admitted]:
@@ -210,9 +223,10 @@ class AdmissionController:
 
     async def _wait(self, policy: AdmissionPolicy, request: QueuedRequest) -> None:
         waiter = self._waiters[request] = asyncio.get_running_loop().create_future()
-        most_s = self._limits.max_wait_s
+        most_s = None if request.tenant.background else self._limits.max_wait_s
         if request.deadline_s is not None:
-            most_s = min(most_s, request.deadline_s - request.arrived_s)
+            left_s = request.deadline_s - request.arrived_s
+            most_s = left_s if most_s is None else min(most_s, left_s)
         try:
             async with asyncio.timeout(most_s):
                 await waiter
@@ -229,7 +243,8 @@ class AdmissionController:
 
     def _start_next(self, model: str, policy: AdmissionPolicy) -> None:
         if policy.num_waiting:
-            for request in policy.start_next(self._room(model), time.monotonic()):
+            room, num_groups = self._room(model), self._num_groups(model)
+            for request in policy.start_next(room, time.monotonic(), num_groups):
                 self._wake(request)
 
     def _wake(self, request: QueuedRequest) -> None:
@@ -265,7 +280,10 @@ class Admitted:
 
     def count_output(self, num_tokens: int, now_s: float) -> None:
         """Count output tokens."""
+        is_first = self._request.last_output_s is None
         self._policy.count_output(self._request, num_tokens, now_s)
+        if is_first:  # background requests wait for the first tokens of others
+            self._admission._start_next(self._model, self._policy)
         self._admission.budgets.charge(self._request.tenant, self._model, num_tokens)
 
     def release(self) -> None:

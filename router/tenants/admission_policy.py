@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from arriero.router.tenants.background import BackgroundPace
 from arriero.router.tenants.bucket import Bucket
 from arriero.router.tenants.fair_queue import OUTPUT_COST, PROMPT_COST, FairQueue
-from arriero.router.tenants.tenant import QueueLimits, Tenant
+from arriero.router.tenants.tenant import BACKGROUND_PRIORITY, QueueLimits, Tenant
 from arriero.shards.errors import Overloaded
 
 FIRST_GUESS_OUTPUT = 128
@@ -45,6 +46,7 @@ class QueuedRequest:
         started: the request was admitted.
         refusal: reason for a refusal while the request waited.
         ended: the request has ended.
+        last_output_s: monotonic time of the latest output; None before the first.
     """
 
     tenant: Tenant
@@ -60,6 +62,7 @@ class QueuedRequest:
     started: bool = False
     refusal: Overloaded | None = None
     ended: bool = False
+    last_output_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -93,11 +96,17 @@ class AdmissionPolicy:
         self._served = _Rate()
         self._sequences = 0
         self._mean_output = float(FIRST_GUESS_OUTPUT)
+        self._pace = BackgroundPace()
 
     @property
     def num_waiting(self) -> int:
         """Number of waiting requests."""
         return len(self._queue)
+
+    @property
+    def num_waiting_interactive(self) -> int:
+        """Number of waiting requests that are not in background."""
+        return self._queue.num_before_priority(BACKGROUND_PRIORITY)
 
     @property
     def num_sequences(self) -> int:
@@ -106,8 +115,11 @@ class AdmissionPolicy:
 
     @property
     def backlog_s(self) -> float:
-        """Seconds to serve all waiting requests at the recent rate; 0 while the rate is unknown."""
-        return self._wait_s(self._queue.cost)
+        """Seconds to serve all waiting requests at the recent rate; 0 while the rate is unknown.
+
+        Background requests do not count.
+        """
+        return self._wait_s(self._queue.cost_before_priority(BACKGROUND_PRIORITY))
 
     def waiting_by_tenant(self) -> dict[str, int]:
         """Number of waiting requests of each tenant ever seen."""
@@ -129,6 +141,8 @@ class AdmissionPolicy:
         self._check(tenant, request.num_prompt, request.cost, request.deadline_s, now_s)
         request.arrived_s = now_s
         self._queue.push(tenant, request, cost=request.cost, priority=request.priority)
+        if not tenant.background:
+            self._pace.arrived(now_s)
         if usage.requests is not None:
             usage.requests.take(1, now_s)
         if usage.tokens is not None:
@@ -139,6 +153,7 @@ class AdmissionPolicy:
         pushed_out.refusal = self._full(pushed_out.tenant, pushed_out.cost)
         self._give_back(pushed_out, now_s)
         if pushed_out is request:
+            self._note_end(request, now_s)
             raise pushed_out.refusal
         return pushed_out
 
@@ -162,16 +177,19 @@ class AdmissionPolicy:
         if full and self._queue.would_push_out(tenant, priority):
             raise self._full(tenant, least)
 
-    def start_next(self, room: int, now_s: float) -> list[QueuedRequest]:
+    def start_next(self, room: int, now_s: float, num_groups: int = 1) -> list[QueuedRequest]:
         """Take the requests that start now out of the queue.
 
         Args:
             room: samples that the model's groups take from this gateway at once, running samples
                 included. A request with more samples than that starts alone.
             now_s: monotonic time.
+            num_groups: groups of the model.
         """
 
         def may_go(name: str, request: QueuedRequest) -> bool:
+            if request.tenant.background:
+                return self._pace.may_start(room, num_groups, now_s)
             most = request.tenant.max_running
             return most is None or self._usage[name].running < most
 
@@ -184,6 +202,7 @@ class AdmissionPolicy:
             usage = self._usage[request.tenant.name]
             usage.running += 1
             self._sequences += request.num_sequences
+            self._pace.started(request.num_sequences, background=request.tenant.background)
             self._charge(request, PROMPT_COST * request.num_prompt, now_s)
             self._expect(request, OUTPUT_COST * _expected_output(request, usage))
             started.append(request)
@@ -193,6 +212,11 @@ class AdmissionPolicy:
         """Count output tokens of a running request."""
         cost = OUTPUT_COST * num_tokens
         request.num_output += num_tokens
+        if request.last_output_s is None:
+            self._pace.first_token(background=request.tenant.background)
+        else:
+            self._pace.next_token(now_s - request.last_output_s)
+        request.last_output_s = now_s
         self._charge(request, cost, now_s)
         self._expect(request, max(0.0, request.pending_cost - cost))
         tokens = self._usage[request.tenant.name].tokens
@@ -204,6 +228,7 @@ class AdmissionPolicy:
         if request.ended:
             return
         request.ended = True
+        self._note_end(request, now_s)
         if request.started:
             usage = self._usage[request.tenant.name]
             usage.running -= 1
@@ -224,6 +249,15 @@ class AdmissionPolicy:
             f"the request waited {now_s - request.arrived_s:.1f} s, the longest wait allowed, and "
             "did not start; retry later",
             self._wait_s(self._queue.cost_before(request.tenant)),
+        )
+
+    def _note_end(self, request: QueuedRequest, now_s: float) -> None:
+        self._pace.ended(
+            request.num_sequences,
+            now_s,
+            background=request.tenant.background,
+            started=request.started,
+            prompting=request.last_output_s is None,
         )
 
     def _usage_of(self, tenant: Tenant, now_s: float) -> _Usage:
@@ -260,7 +294,7 @@ class AdmissionPolicy:
                 "`max_queued`; send fewer at once",
                 self._wait_s(cost),
             )
-        if not len(self._queue):
+        if tenant.background or not len(self._queue):
             return  # the request may wait for room, but not for other requests
         wait_s = self._wait_s(self._queue.cost_before(tenant))
         if wait_s > self.limits.max_wait_s:

@@ -53,18 +53,18 @@ class DayBudgets:
         """
         limits = []
         if tenant.tokens_per_day is not None:
-            limits.append(("`tokens_per_day`", tenant.tokens_per_day, self.used(tenant.name)))
+            limits.append(("`tokens_per_day`", tenant.tokens_per_day, self.used(tenant.account)))
         most = tenant.tokens_per_day_by_model.get(model)
         if most is not None:
             field = f"`tokens_per_day_by_model.{model}`"
-            limits.append((field, most, self.used(tenant.name, model)))
+            limits.append((field, most, self.used(tenant.account, model)))
         for field, limit, used in limits:
             if used >= limit:
                 now_s = self._clock()
                 reset_s = (day_of(now_s) + 1) * _DAY_S
                 at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(reset_s))
                 raise Overloaded(
-                    f"tenant {tenant.name!r} has used {used} tokens today, and {field} is "
+                    f"tenant {tenant.account!r} has used {used} tokens today, and {field} is "
                     f"{limit}; the budget is full again at {at}, in {reset_s - now_s:.0f} s",
                     reset_s - now_s,
                 )
@@ -73,7 +73,7 @@ class DayBudgets:
         """Count tokens of a tenant with a budget."""
         if tenant.has_day_budget:
             self._turn()
-            self._new.setdefault(tenant.name, Counter())[model] += num_tokens
+            self._new.setdefault(tenant.account, Counter())[model] += num_tokens
 
     def take(self) -> tuple[int, dict[str, dict[str, int]]]:
         """The day, and what was charged since the last call, to be added to the ledger."""

@@ -63,6 +63,14 @@ class FairQueue(Generic[T]):
         """Cost of all waiting items."""
         return sum(line.cost for line in self._lines.values())
 
+    def cost_before_priority(self, priority: int) -> float:
+        """Cost of the waiting items of tenants that go before a priority."""
+        return sum(line.cost for line in self._lines.values() if line.priority < priority)
+
+    def num_before_priority(self, priority: int) -> int:
+        """Number of waiting items of tenants that go before a priority."""
+        return sum(len(line.items) for line in self._lines.values() if line.priority < priority)
+
     def push(self, tenant: Tenant, item: T, *, cost: float, priority: int = 0) -> None:
         """Add an item.
 

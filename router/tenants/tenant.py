@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 
 ANYONE = "anyone"
 """Tenant of callers without a key, at a gateway that needs no keys."""
+BACKGROUND_PRIORITY = 1_000_000
+"""Priority of background requests, behind that of every tenant."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +34,7 @@ class Tenant:
         metrics: keys of the tenant may read `/metrics`.
         private_cache: only requests of the tenant reuse the KV blocks of its prompts, so no other
             tenant can infer a prompt from the time to an answer.
+        charged_to: tenant whose budget of a day pays; "" for this tenant.
     """
 
     name: str
@@ -45,6 +48,34 @@ class Tenant:
     tokens_per_day_by_model: Mapping[str, int] = field(default_factory=dict)
     metrics: bool = False
     private_cache: bool = False
+    charged_to: str = ""
+
+    @property
+    def account(self) -> str:
+        """Name of the tenant whose budget of a day pays."""
+        return self.charged_to or self.name
+
+    @property
+    def background(self) -> bool:
+        """Whether this is the queue of a tenant's background requests."""
+        return bool(self.charged_to)
+
+    def in_background(self) -> Tenant:
+        """The tenant in the queue, for its background requests.
+
+        These wait behind the requests of all tenants and leave the tenant's other limits to its
+        interactive requests; only the budgets of a day count both.
+        """
+        return replace(
+            self,
+            name=f"{self.name}/background",  # no tenant has a name with a slash
+            priority=BACKGROUND_PRIORITY,
+            requests_per_minute=None,
+            tokens_per_minute=None,
+            max_running=None,
+            max_queued=None,
+            charged_to=self.name,
+        )
 
     @property
     def has_day_budget(self) -> bool:
