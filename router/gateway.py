@@ -22,11 +22,14 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from arriero.router import vllm_engine
+from arriero.router.batches.spool import Spool
+from arriero.router.batches.worker import BatchWorker
 from arriero.router.calls.request_notes import RequestNotes
 from arriero.router.gateway_config import GatewayConfig
 from arriero.router.grpc_calls import GrpcCall, guard, unary
 from arriero.router.grpc_options import SERVER_OPTIONS
-from arriero.router.http.app import create_app
+from arriero.router.http.app import create_app, create_local_app
+from arriero.router.http.batches_api.local_calls import LocalCalls
 from arriero.router.http.responses_api.store import Archive, ResponseStore
 from arriero.router.http.resumable_answers import ResumableAnswers
 from arriero.router.http.server import HttpServer
@@ -118,6 +121,8 @@ class Gateway:
         if kv_events is not None and config.kv_events is not None:
             self._kv_publisher = ZmqPublisher(config.kv_events, kv_events)
         self._resumable = ResumableAnswers(self.inference, archive, config.resumable_s)
+        self._spool = None if config.batches is None else Spool(config.batches)
+        self._batch_worker = None if self._spool is None else self._make_batch_worker(self._spool)
         self._server: grpc.aio.Server | None = None
         self._http: HttpServer | None = None
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # not in the stubs
@@ -174,6 +179,8 @@ class Gateway:
         self._admission.start()
         if self._otlp is not None:
             self._otlp.start()
+        if self._batch_worker is not None:
+            self._batch_worker.start()
         return port
 
     @property
@@ -196,12 +203,22 @@ class Gateway:
             max_body_bytes=self._config.max_message_bytes,
             cors=self._config.cors,
             hosted_tools=self._config.hosted_tools,
+            spool=self._spool,
         )
+
+    def _make_batch_worker(self, spool: Spool) -> BatchWorker:
+        app = create_local_app(
+            self.inference, self._responses, self._resumable, self._config.hosted_tools
+        )
+        calls = LocalCalls(app, self._admission)
+        return BatchWorker(spool, calls, max_line_bytes=self._config.max_message_bytes)
 
     async def stop(self, grace_s: float) -> None:
         """Refuse new calls, let running calls finish for `grace_s` seconds, then close."""
         self._stopping = True
         await self._update_health()
+        if self._batch_worker is not None:
+            await self._batch_worker.stop()  # another gateway goes on with the batches at once
         if self._kv_events is not None:
             self._kv_events.close()  # subscribers would stay for all of the grace
         await asyncio.gather(

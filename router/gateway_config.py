@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from arriero.router.tenants.tenant import QueueLimits, Tenant
 
 if TYPE_CHECKING:
+    from arriero.router.batches.config import BatchesConfig
     from arriero.router.http.hosted_tools import HostedTools
     from arriero.router.kv_events.zmq_publisher import KvEventsConfig
     from arriero.router.observability.otlp_metrics import OtlpMetricsConfig
@@ -59,6 +60,7 @@ class GatewayConfig:
         kv_events: sockets for the KV events of the groups; None for none.
         resumable_s: seconds for which a resumable stream over HTTP is kept without its client; 0
             keeps none.
+        batches: folder and limits of `/v1/files` and `/v1/batches`; None leaves both out.
     """
 
     address: str = "127.0.0.1:0"
@@ -82,3 +84,4 @@ class GatewayConfig:
     vllm_engine: str | None = None
     kv_events: KvEventsConfig | None = None
     resumable_s: float = RESUMABLE_S
+    batches: BatchesConfig | None = None

@@ -34,7 +34,7 @@ LIVE = (
 )
 FIXED = ("ray", "admin", "link_tls")
 _DEFAULTS = {"ray": RaySpec().model_dump(mode="json")}
-_WHOLE = ("tenants", "autoscale", "tls", "http", "request_log", "queue", "kv_events")
+_WHOLE = ("tenants", "autoscale", "tls", "http", "request_log", "queue", "kv_events", "batches")
 """Sections that are compared as a whole."""
 
 

@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from arriero.cluster.spec.fields import Count, Name, Port, Seconds, SpecSection, refuse_twice
+from arriero.cluster.spec.fields import (
+    Bytes,
+    Count,
+    EverywherePath,
+    Name,
+    Port,
+    Seconds,
+    SpecSection,
+    refuse_twice,
+)
+from arriero.router.batches.config import DAY_S, BatchesConfig
 from arriero.router.gateway_config import MAX_RESUMABLE_S, RESUMABLE_S, GatewayConfig
 from arriero.router.http.hosted_tools import HostedTools
 from arriero.router.observability.otlp_metrics import OtlpMetricsConfig
@@ -172,6 +182,27 @@ class KvEventsSpec(SpecSection):
         )
 
 
+class BatchesSpec(SpecSection):
+    """Files and batches; for the fields see `BatchesConfig`.
+
+    Attributes:
+        path: folder that all gateways reach, for several gateways; else a folder of the node.
+    """
+
+    path: EverywherePath
+    max_bytes: Bytes = 10 * 2**30
+    max_file_bytes: Bytes = 200 * 2**20
+    max_files: Count = 1000
+    max_batches: Count = 100
+    max_lines: Count = 50_000
+    in_flight: Count = 32
+    keep_s: Seconds = 30 * DAY_S
+
+    def config(self) -> BatchesConfig:
+        """Config for the router."""
+        return BatchesConfig(**dict(self))
+
+
 class GatewaySpec(SpecSection):
     """The gateways.
 
@@ -193,6 +224,7 @@ class GatewaySpec(SpecSection):
         kv_events: sockets for KV events in vLLM's form; null for none.
         resumable_s: seconds for which a resumable stream over HTTP is kept without its client; 0
             keeps none.
+        batches: files and batches; null for none.
     """
 
     host: str = "127.0.0.1"
@@ -210,6 +242,7 @@ class GatewaySpec(SpecSection):
     vllm_engine: bool | Name = False
     kv_events: KvEventsSpec | None = None
     resumable_s: Annotated[float, Field(ge=0, le=MAX_RESUMABLE_S)] = RESUMABLE_S
+    batches: BatchesSpec | None = None
 
     @model_validator(mode="after")
     def _tenants_have_keys(self) -> GatewaySpec:
@@ -262,6 +295,7 @@ class GatewaySpec(SpecSection):
             otlp_metrics=otlp,
             lost_s=self.lost_s,
             resumable_s=self.resumable_s,
+            batches=None if self.batches is None else self.batches.config(),
             wake_s=wake_s or {},
             vllm_engine=self._engine_model,
             kv_events=None if self.kv_events is None else self.kv_events.config(),

@@ -56,5 +56,3 @@ async def _whole(task: asyncio.Task[None]) -> None:
     except asyncio.CancelledError:
         await asyncio.wait({task})
         raise
-
-

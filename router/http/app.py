@@ -13,9 +13,11 @@ from fastapi import FastAPI, Request
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
+from arriero.router.batches.spool import Spool
 from arriero.router.calls.request_notes import RequestNotes
 from arriero.router.http import cache_hints, errors, responses, translate
 from arriero.router.http.answers import answer
+from arriero.router.http.batches_api.routes import add_batches
 from arriero.router.http.completion_calls import (
     CompletionCalls,
     begin,
@@ -97,6 +99,7 @@ def create_app(
     max_body_bytes: int,
     cors: Sequence[str] = (),
     hosted_tools: HostedTools = "ignore",
+    spool: Spool | None = None,
 ) -> FastAPI:
     """The application over `inference`, with all that FastAPI would build at the first request.
 
@@ -110,6 +113,7 @@ def create_app(
         max_body_bytes: most bytes of a body.
         cors: origins of web pages that may call the application from a browser; "*" for any.
         hosted_tools: what happens to requests with tools that a server would run.
+        spool: keeps files and batches; None leaves `/v1/files` and `/v1/batches` out.
     """
     app = Application(
         title="arriero",
@@ -131,7 +135,10 @@ def create_app(
     app.state.hosted_tools = hosted_tools
     errors.install(app)
     app.add_middleware(
-        RequestMiddleware, max_body_bytes=max_body_bytes, admission=inference.admission
+        RequestMiddleware,
+        max_body_bytes=max_body_bytes,
+        admission=inference.admission,
+        max_upload_bytes=0 if spool is None else spool.config.max_file_bytes,
     )
     if cors:
         # Outside of RequestMiddleware: a browser's preflight has no key, and pages may read errors.
@@ -147,11 +154,35 @@ def create_app(
     _add_generation(app, inference, resumable)
     add_messages(app, inference)
     add_responses(app, inference, response_store)
+    if spool is not None:
+        add_batches(app, spool)
     cache_hints.add_release(app, inference)
     _add_tokens(app, inference)
     _add_observability(app, inference)
     app.middleware_stack = app.build_middleware_stack()
     app.openapi()
+    return app
+
+
+def create_local_app(
+    inference: Inference,
+    response_store: ResponseStore,
+    resumable: ResumableAnswers,
+    hosted_tools: HostedTools,
+) -> FastAPI:
+    """The paths that a request of a batch may name, without middleware; for calls in the process.
+
+    Args:
+        inference: runs the calls.
+        response_store: keeps the responses of `/v1/responses`.
+        resumable: keeps the streams of completions that clients may resume.
+        hosted_tools: what happens to requests with tools that a server would run.
+    """
+    app = FastAPI(openapi_url=None)
+    app.state.hosted_tools = hosted_tools
+    errors.install(app)
+    _add_generation(app, inference, resumable)
+    add_responses(app, inference, response_store)
     return app
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from arriero.router.http import errors
+from arriero.router.http import errors, request_body
 from arriero.router.http.request_body import TooLarge, Unreadable, as_json, gather, rewritten
 from arriero.router.http.stream import OUTERMOST, ClientGone
 from arriero.router.observability.log_lines import set_request_id
@@ -40,11 +40,19 @@ class RequestMiddleware:
         app: the application.
         max_body_bytes: most bytes of a body.
         admission: finds the tenant of a caller.
+        max_upload_bytes: most bytes of a form with a file, which the application reads as it
+            comes; 0 where no path takes files.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, admission: AdmissionController) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_body_bytes: int,
+        admission: AdmissionController,
+        max_upload_bytes: int = 0,
+    ) -> None:
         self._app = app
-        self._max = max_body_bytes
+        self._max, self._max_upload = max_body_bytes, max_upload_bytes
         self._admission = admission
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,14 +87,19 @@ class RequestMiddleware:
             await send(message)
 
         length = headers.get(b"content-length", b"")
+        is_upload = bool(self._max_upload) and request_body.is_form(headers)
+        most = self._max_upload + request_body.MAX_FORM_BYTES if is_upload else self._max
         try:
             if scope["method"] == "OPTIONS":
                 await _answer(send_with_id, 204, None, (b"allow", b"GET, HEAD, POST, OPTIONS"))
                 return
             scope["state"]["caller"] = self._caller(scope, headers, request_id)
-            if length.isdigit() and int(length) > self._max:
+            if length.isdigit() and int(length) > most:
                 raise TooLarge
-            if scope["method"] == "POST":
+            if scope["method"] == "POST" and is_upload:
+                request_body.check_form(path, headers)
+                receive = request_body.bounded(receive, most)
+            elif scope["method"] == "POST":
                 receive = await self._read(scope, receive, headers)
             await self._app(scope, receive, send_with_id)
         except ClientGone:
@@ -99,7 +112,7 @@ class RequestMiddleware:
         except TooLarge as error:
             if not error.whole:
                 await _discard(receive, 2 * self._max)
-            text = f"the body has more than {self._max} bytes, the limit; send less"
+            text = f"the body has more than {most} bytes, the limit; send less"
             content = errors.body(text, "invalid_request_error", code="request_too_large")
             await _refuse(send_with_id, 413, content, scope)
         except Exception:

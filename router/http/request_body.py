@@ -13,7 +13,7 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 
-from starlette.types import Receive
+from starlette.types import Message, Receive
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -34,6 +34,10 @@ _TEXT_CODECS = re.compile(
     r"|gb\w+|big5\w*|shift_jis\w*|euc_\w+"
 )
 _BOMS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+FORM_PATH = "/v1/files"
+"""The only path that takes forms with files."""
+MAX_FORM_BYTES = 64 * 1024
+"""Bytes of a form besides its file."""
 _GZIP, _ZLIB, _RAW = 31, 15, -15  # zlib's window bits of the three framings
 
 
@@ -79,6 +83,41 @@ async def gather(receive: Receive, most: int) -> bytes | None:
         parts.append(part)
         if not message.get("more_body", False):
             return b"".join(parts)
+
+
+def is_form(headers: Mapping[bytes, bytes]) -> bool:
+    """Whether the body is a form with files."""
+    return headers.get(b"content-type", b"").lower().startswith(b"multipart/form-data")
+
+
+def check_form(path: str, headers: Mapping[bytes, bytes]) -> None:
+    """Refuse a form that the path does not take, or that any web page could send.
+
+    Raises:
+        Unreadable: the path takes no form, or the form comes from a web page without a key.
+    """
+    if path != FORM_PATH:
+        words = f"only {FORM_PATH} takes multipart/form-data; send application/json"
+        raise Unreadable(415, "content-type", words)
+    if b"origin" in headers and b"authorization" not in headers:
+        # A browser sends forms from a page of any site; a header of its own needs a preflight.
+        words = "a form from a web page needs the header `authorization`"
+        raise Unreadable(415, "content-type", words)
+
+
+def bounded(receive: Receive, most: int) -> Receive:
+    """A `receive` that raises `TooLarge` once the body has more than `most` bytes."""
+    size = 0
+
+    async def next_message() -> Message:
+        nonlocal size
+        message = await receive()
+        size += len(message.get("body", b""))
+        if size > most:
+            raise TooLarge
+        return message
+
+    return next_message
 
 
 async def as_json(body: bytes, headers: Mapping[bytes, bytes], most: int) -> bytes:

@@ -129,6 +129,10 @@ class AdmissionController:
             entry = self._keys.keys.entry(authorization)
             name, models = entry.tenant, entry.models
         model_scope.enter(models)
+        return self.named(name)
+
+    def named(self, name: str) -> Tenant:
+        """The tenant of a name, with its current limits."""
         tenant = self._tenants.get(name)
         if tenant is None:
             tenant = self._tenants[name] = Tenant(name=name)

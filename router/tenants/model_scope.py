@@ -20,6 +20,11 @@ def enter(models: Collection[str]) -> None:
     _scope.set(frozenset(models) or None)
 
 
+def models() -> tuple[str, ...]:
+    """The models that the caller may use, sorted; empty for no limit."""
+    return tuple(sorted(_scope.get() or ()))
+
+
 def allows(model: str) -> bool:
     """Whether the caller may use a model."""
     scope = _scope.get()

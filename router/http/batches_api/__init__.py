@@ -1,0 +1,1 @@
+"""Files and batches (`/v1/files`, `/v1/batches`, OpenAI's)."""
