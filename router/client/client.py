@@ -62,6 +62,7 @@ class GatewayClient(ABC, Generic[C]):
             gateway was overloaded or no group could serve; 0 for no retries.
         resume_s: seconds for which a broken stream is resumed, at each gateway in turn; 0 for no
             resumption. Needs token ids, which are sent by default.
+        background: let calls wait for what interactive requests leave free.
     """
 
     def __init__(
@@ -73,9 +74,15 @@ class GatewayClient(ABC, Generic[C]):
         api_key: str | None = None,
         resume_s: float = 0.0,
         retries: int = 0,
+        background: bool = False,
     ) -> None:
-        bearer = (("authorization", f"Bearer {api_key}"),)
-        self._metadata = () if api_key is None else bearer
+        metadata = {
+            "authorization": None if api_key is None else f"Bearer {api_key}",
+            "x-background": "1" if background else None,
+        }
+        self._metadata = tuple(
+            (name, value) for name, value in metadata.items() if value is not None
+        )
         self._discover = _discovery(address)
         self._credentials = credentials
         addresses = self._discover()

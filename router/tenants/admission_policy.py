@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from arriero.router.tenants.background import BackgroundPace
 from arriero.router.tenants.bucket import Bucket
 from arriero.router.tenants.fair_queue import OUTPUT_COST, PROMPT_COST, FairQueue
-from arriero.router.tenants.tenant import BACKGROUND_PRIORITY, QueueLimits, Tenant
+from arriero.router.tenants.tenant import QueueLimits, Tenant
+from arriero.shards.config.priorities import BACKGROUND_PRIORITY
 from arriero.shards.errors import Overloaded
 
 FIRST_GUESS_OUTPUT = 128

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from arriero.shards.config.priorities import BACKGROUND_PRIORITY
+
 ANYONE = "anyone"
 """Tenant of callers without a key, at a gateway that needs no keys."""
-BACKGROUND_PRIORITY = 1_000_000
-"""Priority of background requests, behind that of every tenant."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import insort
 
+from arriero.shards.config.priorities import BACKGROUND_CHUNK, BACKGROUND_PRIORITY
 from arriero.shards.engine.draft import Chunk
 from arriero.shards.engine.running import RunningSequences, by_rank
 from arriero.shards.engine.sequence import Sequence
@@ -55,6 +56,8 @@ class Prefills:
     def _take_chunk(self, sequence: Sequence, budget: int) -> Chunk:
         """Known tokens within the budget and the chunk-local blocks; maybe none."""
         running, slot, known = self._running, sequence.slot, len(sequence.tokens)
+        if sequence.rank[0] >= BACKGROUND_PRIORITY:
+            budget = min(budget, BACKGROUND_CHUNK)
         start = int(running.slots.scheduled[slot])
         end = self._reach(sequence, start, min(known, start + budget))
         running.extend_local(sequence, end)

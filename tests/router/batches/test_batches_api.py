@@ -101,7 +101,7 @@ async def test_a_batch_from_upload_to_results(llama_tokenizer: Tokenizer, tmp_pa
         assert body["object"] == "chat.completion" and body["usage"]["completion_tokens"] == 2
         (refused,) = await results(ask, batch.error_file_id)
         assert refused["custom_id"] == "bad" and refused["response"]["status_code"] == 400
-        assert refused["response"]["body"]["error"]["param"] == "messages"
+        assert refused["response"]["body"]["error"]["param"] == "max_tokens"
         assert {request.priority for request in stack.engine.submitted} == {1_000_000}
         facts = await ask.files.retrieve(batch.output_file_id or "")
         assert facts.purpose == "batch_output" and facts.bytes > 0
