@@ -187,20 +187,23 @@ class BatchesSpec(SpecSection):
 
     Attributes:
         path: folder that all gateways reach, for several gateways; else a folder of the node.
+        max_bytes, max_file_bytes: see `BatchesConfig`; null for its default.
+        keep_days: days for which files and ended batches are kept.
     """
 
     path: EverywherePath
-    max_bytes: Bytes = 10 * 2**30
-    max_file_bytes: Bytes = 200 * 2**20
+    max_bytes: Bytes | None = None
+    max_file_bytes: Bytes | None = None
     max_files: Count = 1000
     max_batches: Count = 100
     max_lines: Count = 50_000
     in_flight: Count = 32
-    keep_s: Seconds = 30 * DAY_S
+    keep_days: Annotated[float, Field(gt=0, le=3650)] = 30
 
     def config(self) -> BatchesConfig:
         """Config for the router."""
-        return BatchesConfig(**dict(self))
+        fields = self.model_dump(exclude={"keep_days"}, exclude_none=True)
+        return BatchesConfig(**fields, keep_s=self.keep_days * DAY_S)
 
 
 class GatewaySpec(SpecSection):

@@ -53,6 +53,8 @@ class BackgroundPace:
 
     def arrived(self, now_s: float) -> None:
         """Note an interactive request; from now on it waits for its first token."""
+        if self._is_quiet(now_s):  # a window that was right for a batch alone is too large now
+            self.window = min(self.window, FIRST_WINDOW)
         self._prompting[False] += 1
         self._last_interactive_s = now_s
 

@@ -73,7 +73,7 @@ def simulate(costs: Costs, rate: float, count: int, *, batch: bool) -> Result:
     waiting: list[Sequence] = []
     seated: list[Sequence] = []
     order = iter(range(10**9))
-    now_s, next_poll_s = 0.0, 0.0
+    now_s = 0.0
 
     def enqueue(tenant: Tenant, prompt: int, output: int, at_s: float) -> None:
         request = QueuedRequest(tenant=tenant, num_prompt=prompt, max_output=output)
@@ -117,8 +117,6 @@ def simulate(costs: Costs, rate: float, count: int, *, batch: bool) -> Result:
             now_s, prompt, output = coming.pop(0)
             enqueue(INTERACTIVE, prompt, output, now_s)
             start()
-        if end_s >= next_poll_s:
-            next_poll_s = end_s + 0.25
         now_s = end_s
         for sequence in finished:
             background = sequence.request.tenant.background
@@ -150,7 +148,5 @@ def rates() -> Iterator[tuple[Costs, float]]:
 def test_first_tokens_beside_a_batch(costs: Costs, rate: float) -> None:
     alone = simulate(costs, rate, 400, batch=False)
     beside = simulate(costs, rate, 400, batch=True)
-    print(f"{alone.p99_s:.3f} {beside.p99_s:.3f} {beside.p99_s / alone.p99_s:.2f} "
-          f"{beside.batch_tokens / beside.elapsed_s:.0f}")  # fmt: skip
     assert beside.p99_s <= 1.15 * alone.p99_s
-    assert beside.batch_tokens > 0
+    assert beside.batch_tokens / beside.elapsed_s > 10
