@@ -107,6 +107,8 @@ class RequestMiddleware:
         except ArrieroError as error:  # from `_caller`; the app answers errors of its handlers
             await errors.respond(error, scope)(scope, receive, send_with_id)
         except Unreadable as error:
+            if is_upload:  # the only refusal before the body is read
+                await _discard(receive, 2 * self._max)
             content = errors.body(str(error), "invalid_request_error", param=error.field or None)
             await _refuse(send_with_id, error.status, content, scope)
         except TooLarge as error:

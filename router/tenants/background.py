@@ -17,7 +17,7 @@ SEAT_SHARE = 0.75
 """Largest share of the seats that background requests fill together with interactive requests."""
 QUIET_S = 30.0
 """Seconds without an interactive request after which background requests may use the whole step."""
-STRETCH, QUIET_STRETCH = 1.08, 4.0
+STRETCH, QUIET_STRETCH = 1.05, 4.0
 """Largest time between two tokens, in shortest times: beside interactive requests, and alone."""
 BACKOFF = 0.7
 """Factor of the window when tokens come too slowly."""
