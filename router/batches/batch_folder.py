@@ -119,14 +119,15 @@ class BatchFolder:
     def finished(self, kind: Kind) -> Iterator[tuple[str, bytes]]:
         """The finished lines of all epochs in order, each with its `custom_id`.
 
-        A request may come twice, where an owner was taken for dead; the first line counts. A torn
-        last line of an epoch is left out.
+        A request may come twice, where an owner was taken for dead; the first line counts. Torn
+        lines, as the loss of a machine leaves them, are left out.
         """
         for path in sorted(self.path.glob(f"{kind}-*.jsonl")):
             with path.open("rb") as file:
                 for line in file:
-                    if line.endswith(b"\n"):
-                        yield json.loads(line)["custom_id"], line
+                    custom_id = _custom_id(line) if line.endswith(b"\n") else None
+                    if custom_id is not None:
+                        yield custom_id, line
 
     def num_bytes(self) -> int:
         """Bytes that the batch holds besides its tenant's files."""
@@ -176,6 +177,15 @@ def sync_folder(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _custom_id(line: bytes) -> str | None:
+    """The name of the request of a finished line; None for a torn line."""
+    try:
+        name: str = json.loads(line)["custom_id"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return name
 
 
 def _owner_name(epoch: int) -> str:

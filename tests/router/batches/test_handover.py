@@ -125,7 +125,7 @@ async def test_a_line_of_two_epochs_counts_once(tmp_path: Path) -> None:
     folder = BatchFolder(tmp_path)
     for epoch in (1, 2):
         line = f'{{"custom_id":"a","epoch":{epoch}}}\n'
-        folder.lines_path("output", epoch).write_text(line)
+        folder.lines_path("output", epoch).write_text('{"custom_id":"to\n' + line)
     assert [name for name, _ in folder.finished("output")] == ["a", "a"]
 
 
