@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from arriero.shards.config.priorities import BACKGROUND_CHUNK, BACKGROUND_PRIORITY
 from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.engine.admission import Admission
 from arriero.shards.engine.decodes import Decodes
@@ -138,3 +139,21 @@ def test_a_decode_takes_the_block_of_the_last_in_rank() -> None:
     assert slots.tolist() == [first.slot]
     assert last.slot < 0 and parts.waiting.first is last
     assert parts.running.num_preemptions == 1
+
+
+def test_background_prompts_are_cut_short_and_fill_a_step_together() -> None:
+    parts = Parts(num_blocks=128, max_model_len=128)
+    long, other = (parts.queue(100, priority=BACKGROUND_PRIORITY) for _ in range(2))
+    chunks = parts.admission.admit(80)
+    assert [(chunk.sequence, chunk.start, chunk.end) for chunk in chunks] == [
+        (long, 0, BACKGROUND_CHUNK),
+        (other, 0, BACKGROUND_CHUNK),
+    ]
+    interactive = parts.queue(60)
+    chunks = parts.admission.admit(80)
+    assert [(chunk.sequence, chunk.end) for chunk in chunks] == [(interactive, 60)]
+    chunks = parts.prefills.advance(80)
+    assert [(chunk.sequence, chunk.start, chunk.end) for chunk in chunks] == [
+        (long, BACKGROUND_CHUNK, 2 * BACKGROUND_CHUNK),
+        (other, BACKGROUND_CHUNK, 2 * BACKGROUND_CHUNK),
+    ]
