@@ -12,7 +12,8 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -187,17 +188,15 @@ class BatchRunner:
         tasks: set[asyncio.Task[None]] = set()
         stopping = asyncio.create_task(self._stopped.wait())
         try:
-            async for line in _ahead(self._read()):
-                if isinstance(line, LineError) or line.custom_id in finished:
-                    continue
-                acquiring = asyncio.create_task(free.acquire())
-                await asyncio.wait({acquiring, stopping}, return_when=asyncio.FIRST_COMPLETED)
-                if stopping.done():
-                    acquiring.cancel()
-                    return
-                task = asyncio.create_task(self._run_line(line, files, free))
-                tasks.add(task)
-                task.add_done_callback(tasks.discard)
+            async with aclosing(_ahead(self._read())) as lines:
+                async for line in lines:
+                    if isinstance(line, LineError) or line.custom_id in finished:
+                        continue
+                    if not await _acquired(free, stopping):
+                        return
+                    task = asyncio.create_task(self._run_line(line, files, free))
+                    tasks.add(task)
+                    task.add_done_callback(tasks.discard)
             while tasks and not stopping.done():
                 await asyncio.wait({*tasks, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if not stopping.done():
@@ -206,9 +205,11 @@ class BatchRunner:
             stopping.cancel()
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(stopping, *tasks, return_exceptions=True)
-            for file in files.values():
-                file.close()
+            try:
+                await asyncio.gather(stopping, *tasks, return_exceptions=True)
+            finally:  # a stop of the gateway may come during this wait
+                for file in files.values():
+                    file.close()
             if self._error is not None:
                 raise self._error
 
@@ -311,7 +312,18 @@ class BatchRunner:
         return result.id, num_lines
 
 
-async def _ahead(lines: Iterator[T]) -> AsyncIterator[T]:
+async def _acquired(free: asyncio.Semaphore, stopping: asyncio.Task[Any]) -> bool:
+    """Wait for a place; False when `stopping` ends first."""
+    acquiring = asyncio.create_task(free.acquire())
+    try:
+        await asyncio.wait({acquiring, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        if not acquiring.done():
+            acquiring.cancel()
+    return not stopping.done()
+
+
+async def _ahead(lines: Iterator[T]) -> AsyncGenerator[T]:
     """The items of an iterator that reads from the disk, without blocking the event loop."""
     while chunk := await asyncio.to_thread(lambda: list(itertools.islice(lines, _READ_AHEAD))):
         for item in chunk:
