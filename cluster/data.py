@@ -110,6 +110,8 @@ def processor(
     )
 
     def process(rows: Dataset) -> Dataset:
+        from ray.data import ActorPoolStrategy
+
         if preprocess is not None:
             rows = rows.map(preprocess)
         rows = rows.map_batches(
@@ -117,7 +119,7 @@ def processor(
             fn_constructor_args=(settings,),
             batch_size=batch_size,
             batch_format="pyarrow",
-            concurrency=concurrency,
+            compute=ActorPoolStrategy(size=concurrency),
             num_cpus=0,  # an actor waits for gateways
         )
         return rows if postprocess is None else rows.map(postprocess)
