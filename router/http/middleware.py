@@ -96,11 +96,8 @@ class RequestMiddleware:
             scope["state"]["caller"] = self._caller(scope, headers, request_id)
             if length.isdigit() and int(length) > most:
                 raise TooLarge
-            if scope["method"] == "POST" and is_upload:
-                request_body.check_form(path, headers)
-                receive = request_body.bounded(receive, most)
-            elif scope["method"] == "POST":
-                receive = await self._read(scope, receive, headers)
+            if scope["method"] == "POST":
+                receive = await self._read(scope, receive, headers, is_upload)
             await self._app(scope, receive, send_with_id)
         except ClientGone:
             log.debug("request %s: the client went away", request_id)
@@ -124,14 +121,19 @@ class RequestMiddleware:
             await _refuse(send_with_id, 500, errors.internal(request_id), scope)
 
     async def _read(
-        self, scope: Scope, receive: Receive, headers: Mapping[bytes, bytes]
+        self, scope: Scope, receive: Receive, headers: Mapping[bytes, bytes], is_upload: bool
     ) -> Receive:
         """Read the body and set the headers in `scope`; returns a `receive` for the application.
+
+        A form with a file is checked, and left to the application to read.
 
         Raises:
             TooLarge, Unreadable: as in `request_body`.
             ClientGone: the client disconnected before the end of the body.
         """
+        if is_upload:
+            request_body.check_form(scope["path"], headers)
+            return request_body.bounded(receive, self._max_upload + request_body.MAX_FORM_BYTES)
         sent = await gather(receive, self._max)
         if sent is None:
             raise ClientGone

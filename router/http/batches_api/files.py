@@ -47,7 +47,11 @@ _FORM = {
 
 def add_files(app: FastAPI, spool: Spool) -> None:
     """Add the paths to `app`."""
+    _add_upload(app, spool)
+    _add_stored(app, spool)
 
+
+def _add_upload(app: FastAPI, spool: Spool) -> None:
     @app.post(PATH, openapi_extra=_FORM)
     async def upload(request: Request) -> Json:
         """Keep a file of requests for `/v1/batches`."""
@@ -75,6 +79,8 @@ def add_files(app: FastAPI, spool: Spool) -> None:
             )
         return record.to_json()
 
+
+def _add_stored(app: FastAPI, spool: Spool) -> None:
     @app.get(PATH)
     async def files(
         request: Request,
