@@ -15,6 +15,7 @@ import sys
 import typer
 
 from arriero.cluster.commands import (
+    adapters,
     admin_tokens,
     batch,
     bench,
@@ -71,6 +72,7 @@ plan.add_to(app)
 app.add_typer(models.app, name="models")
 app.add_typer(keys.app, name="keys")
 app.add_typer(admin_tokens.app, name="admin-token")
+app.add_typer(adapters.app, name="adapters")
 app.add_typer(kv.app, name="kv")
 app.add_typer(batch.app, name="batch")
 app.add_typer(bench.app, name="bench")

@@ -16,8 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-PADDING = 16
-"""Rows of A and of B end at a multiple of this number of elements; the rest is 0."""
+from arriero.kernels.sizes import LORA_PADDING
 
 NO_ADAPTER = -1
 """Slot of a token that the base model alone computes."""
@@ -73,12 +72,6 @@ class LoraBank:
         self.rank_G[slot] = 0
 
 
-def bank_nbytes(num_slots: int, max_rank: int, ins: int, outs: int, element_bytes: int) -> int:
-    """Bytes of a bank, as `make_bank` allocates them."""
-    padded = -(-ins // PADDING) * PADDING + -(-outs // PADDING) * PADDING
-    return num_slots * (max_rank * padded * element_bytes + 4)
-
-
 def make_bank(
     num_slots: int,
     max_rank: int,
@@ -102,7 +95,7 @@ def make_bank(
     """
 
     def zeros(size: int) -> Tensor:
-        padded = -(-size // PADDING) * PADDING
+        padded = -(-size // LORA_PADDING) * LORA_PADDING
         return torch.zeros(num_slots, max_rank, padded, dtype=dtype, device=device)
 
     return LoraBank(

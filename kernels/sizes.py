@@ -99,3 +99,21 @@ class PackedBytes:
     def total(self) -> int:
         """All bytes, as in `Linear.nbytes`."""
         return self.weights + self.scales
+
+
+LORA_PADDING = 16
+"""Rows of an adapter's matrices end at a multiple of this number of elements; the rest is 0."""
+
+
+def lora_bank_nbytes(num_slots: int, max_rank: int, ins: int, outs: int, element_bytes: int) -> int:
+    """Bytes of a bank of adapters, as `lora.make_bank` allocates them.
+
+    Args:
+        num_slots: slots.
+        max_rank: largest rank of an adapter.
+        ins: inputs of the product.
+        outs: outputs of the product.
+        element_bytes: bytes of a number.
+    """
+    padded = sum(-(-size // LORA_PADDING) * LORA_PADDING for size in (ins, outs))
+    return num_slots * (max_rank * padded * element_bytes + 4)

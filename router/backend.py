@@ -47,6 +47,7 @@ class GroupView:
         peer_near: whether the peer is on the same node.
         role: the part of a request that suits the group; see `roles`.
         adapter: adapter of the group that the request asks for; None for the base model.
+        adapter_in_slot: whether the request's adapter, if any, is on the group's device now.
         home: whether the request's session has its blocks in the group.
     """
 
@@ -60,6 +61,7 @@ class GroupView:
     peer_near: bool = False
     role: str = "both"
     home: bool = False
+    adapter_in_slot: bool = True
     adapter: ServedAdapter | None = None
 
     @property

@@ -150,6 +150,10 @@ class AdminClient:
         """Run an action on the KV caches of groups; returns the contents of the caches after."""
         return list(self._call_long(self._stub.Kv, request).groups)
 
+    def adapters(self, request: pb.AdaptersRequest) -> pb.AdaptersResponse:
+        """List, add or remove adapters."""
+        return self._call_long(self._stub.Adapters, request)
+
     def _call_long(self, method: Callable[..., R], request: object) -> R:
         """A call that may take long; first checks that Admin answers at all."""
         self.events(1)

@@ -72,12 +72,16 @@ NEEDED: Mapping[str, Role] = {
     "PauseRollout": Role.OPERATE,
     "DrainNode": Role.OPERATE,
     "GetSpec": Role.VIEW,
+    "Adapters": Role.OPERATE,
     "Keys": Role.OWN,
     "Tokens": Role.OWN,
     "RotateToken": Role.OWN,
 }
 """The role that each RPC needs."""
-NEEDED_BY_ACTION: Mapping[tuple[str, str], Role] = {("Kv", "stats"): Role.VIEW}
+NEEDED_BY_ACTION: Mapping[tuple[str, str], Role] = {
+    ("Kv", "stats"): Role.VIEW,
+    ("Adapters", "list"): Role.VIEW,
+}
 """The role that an RPC needs for one value of its field `action`."""
 
 

@@ -19,6 +19,7 @@ import ray
 from google.protobuf.message import DecodeError, Message
 from pydantic import ValidationError
 
+from arriero.cluster.control.adapter_admin import AdapterAdmin
 from arriero.cluster.control.admin_guard import AdminGuard
 from arriero.cluster.control.admin_roles import check_spec
 from arriero.cluster.control.admin_rollouts import (
@@ -78,6 +79,7 @@ class AdminServer:
         view: desired models and current seats.
         changes: makes the changes.
         registry: of the cluster.
+        adapters: changes the adapters that come and go.
     """
 
     def __init__(
@@ -86,9 +88,10 @@ class AdminServer:
         view: DeploymentView,
         changes: DeploymentChanges,
         registry: ActorHandle[Registry],
+        adapters: AdapterAdmin,
     ) -> None:
         self._store, self._view, self._changes = store, view, changes
-        self._registry = registry
+        self._registry, self._adapters = registry, adapters
         self._server: grpc.aio.Server | None = None
 
     async def start(
@@ -128,6 +131,7 @@ class AdminServer:
             "PauseRollout": self._method(pb.PauseRolloutRequest, more.pause_rollout),
             "DrainNode": self._method(pb.DrainNodeRequest, more.drain_node),
             "GetSpec": self._method(pb.GetSpecRequest, more.get_spec),
+            "Adapters": self._method(pb.AdaptersRequest, self._adapters.adapters),
         }
         handlers = {
             name: grpc.unary_unary_rpc_method_handler(method) for name, method in methods.items()

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from arriero.cluster.replica.adapter_actions import WantedAdapter
 from arriero.cluster.spec.model import COUNTS
 from arriero.shards.errors import NotFound
 
@@ -83,6 +84,8 @@ class ModelState:
         deadline: of the rollout that runs; None without a deadline or without a rollout.
         rolled_back: why the last rollout was taken back without a command; "" otherwise.
         last_number: largest number of a revision that was ever current.
+        adapters: adapters that came while groups served, by name.
+        adapter_version: version of the adapter that came last.
     """
 
     count: int
@@ -92,6 +95,8 @@ class ModelState:
     deadline: Deadline | None = None
     rolled_back: str = ""
     last_number: int = 0
+    adapters: dict[str, WantedAdapter] = field(default_factory=dict)
+    adapter_version: int = 0
 
     @property
     def current(self) -> Revision:

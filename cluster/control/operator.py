@@ -16,6 +16,7 @@ import ray
 from ray.actor import ActorHandle
 
 from arriero.cluster import app
+from arriero.cluster.control.adapter_admin import AdapterAdmin
 from arriero.cluster.control.admin_roles import FIRST, AdminToken, Role
 from arriero.cluster.control.applications import Applications
 from arriero.cluster.control.audit_log import AuditLog
@@ -66,6 +67,7 @@ class Operator:
         self._placements = PlacementTracker()
         self._counts = GroupCounts()
         self._roles = RoleAssigner()
+        self._adapters = AdapterAdmin(self._store, self._registry)
         self._view = DeploymentView(self._store, self._applications, self._placements)
         self._changes = DeploymentChanges(
             self._store,
@@ -82,7 +84,9 @@ class Operator:
     async def _serve_admin(self) -> str:
         from arriero.cluster.control.admin_server import AdminServer
 
-        self._admin = AdminServer(self._store, self._view, self._changes, self._registry)
+        self._admin = AdminServer(
+            self._store, self._view, self._changes, self._registry, self._adapters
+        )
         admin = self._store.spec.admin
         tls = None if admin.tls is None else admin.tls.files()
         port = admin.port or self._store.state.admin_port
@@ -143,6 +147,7 @@ class Operator:
         snapshot = await self._registry.snapshot.remote()
         await self._autoscale(snapshot)
         await self._assign_roles(snapshot)
+        self._adapters.assign(snapshot)
         self._view.observe(snapshot)
         await self._changes.judge_rollouts(self._view, snapshot)
         desired_models = self._view.desired_models()

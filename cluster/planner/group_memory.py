@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
+from arriero.cluster.planner.adapter_bytes import adapter_bytes
 from arriero.cluster.planner.catalog import NamedModel, cpu
 from arriero.cluster.planner.demand import KvDemand
 from arriero.cluster.planner.drafter_bytes import Drafter, read_drafter
@@ -37,7 +38,7 @@ class SliceMemory:
     """Least bytes of a slice.
 
     Attributes:
-        weights: bytes of the weights in memory, a drafter's included.
+        weights: bytes of the weights in memory, with a drafter's and the slots for adapters.
         kv: bytes of the KV pool beside the weights, a drafter's layers included; of one block where
             no size is given.
         host: bytes of the slice's part of `kv.host`, in the memory of the node.
@@ -102,16 +103,18 @@ def _group_memory(
     try:
         numbers, scheme = describe(Path(model.path))
         plan = _plan(model, device, numbers, scheme)
+        config = model.group_config(device)
+        adapters = [adapter_bytes(config, numbers, rank.part) for rank in plan.ranks]
     except ArrieroError:
         return None
     host = (model.kv.host or 0) // model.mesh.num_slices
     slices = tuple(
         SliceMemory(
-            weights=_weights_in_memory(rank, model, plan.model.config),
+            weights=_weights_in_memory(rank, model, plan.model.config) + nbytes,
             kv=rank.kv_pool_bytes,
             host=host,
         )
-        for rank in plan.ranks
+        for rank, nbytes in zip(plan.ranks, adapters, strict=True)
     )
     return GroupMemory(slices=slices, scheme=scheme)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from arriero.cluster.planner.adapter_bytes import adapter_bytes
 from arriero.cluster.planner.catalog import Device, NamedModel
 from arriero.cluster.planner.demand import KvDemand
 from arriero.cluster.planner.drafter_bytes import read_drafter
@@ -19,6 +20,7 @@ from arriero.kernels.registry import BACKENDS
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.errors import SpecError
+from arriero.shards.layout.families import parts_of
 from arriero.shards.layout.parts import AnyModel
 
 
@@ -41,6 +43,9 @@ def with_kv_blocks(
     Raises:
         SpecError: a device has no room for a block; or see `plan_group`.
     """
+    parts = parts_of(model, config)
+    slots = [adapter_bytes(config, model, part) for part in parts]
+    free_bytes = [free - nbytes for free, nbytes in zip(free_bytes, slots, strict=True)]
     plans = {free: _plan(config, model, scheme, free) for free in set(free_bytes)}
     ranked = [(plans[free], plans[free].ranks[rank]) for rank, free in enumerate(free_bytes)]
     rooms = [plan.kv_room(rank) for plan, rank in ranked]

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from arriero.router.link.server import LinkServer
     from arriero.router.observability.tracing import Tracing
     from arriero.router.text.model_card import ModelCard
+    from arriero.shards.adapters.reader import AdapterReader
     from arriero.shards.checkpoint.formats.scheme import QuantScheme
     from arriero.shards.engine.engine import Engine
     from arriero.shards.engine.stats import EngineStats
@@ -102,7 +103,8 @@ class ServingGroup:
         )
         journal = Journal((limits.num_blocks + limits.tiers.num_blocks) * limits.num_dp_ranks)
         await self._start_engine(limits, journal)
-        return await self._open_link(card, journal), card.compat_key
+        reader = await asyncio.to_thread(_adapter_reader, config, model)
+        return await self._open_link(card, journal, reader), card.compat_key
 
     async def _load(
         self, model: AnyModel, scheme: QuantScheme | None, started_s: float
@@ -160,8 +162,12 @@ class ServingGroup:
         self._registration.report("first token")
         await canary.draw()
 
-    async def _open_link(self, card: ModelCard, journal: Journal) -> str:
+    async def _open_link(
+        self, card: ModelCard, journal: Journal, reader: AdapterReader | None
+    ) -> str:
         """Open the link; returns its address."""
+        from arriero.cluster.replica import adapter_actions
+        from arriero.cluster.replica.adapter_admin import AdapterAdminHandler
         from arriero.cluster.replica.kv_admin import KvAdminHandler
         from arriero.router.link.leader_rpc import PeerGroups
         from arriero.router.link.server import LinkServer
@@ -172,18 +178,33 @@ class ServingGroup:
         self._tracing = Tracing.from_config(
             "arriero-leader", None if tracing is None else tracing.config()
         )
-        self._link = LinkServer(
+        kv = KvAdminHandler(self._engine, self._canary, card)
+
+        async def answer(action: str, arguments: memoryview) -> object:
+            if action == adapter_actions.ACTION:
+                return await adapters.answer(arguments)
+            return await kv.answer(action, arguments)
+
+        link = self._link = LinkServer(
             self._engine,
             card,
             f"{node_address()}:0",
             token=self.link_token,
             tls=None if tls is None else tls.files().link_server("link_tls"),
             tracing=self._tracing,
-            kv=KvAdminHandler(self._engine, self._canary, card).answer,
+            kv=answer,
             journal=journal,
             peers=PeerGroups(None if tls is None else tls.files().link_client("link_tls")),
         )
-        return str(await self._link.start())
+        slots = self._engine.config.adapter_slots
+        adapters = AdapterAdminHandler(
+            self._engine,
+            reader,
+            has_root=slots is not None and bool(slots.root),
+            listed=card.adapters,
+            publish=link.set_adapters,
+        )
+        return str(await link.start())
 
     def stats(self) -> EngineStats:
         """The counters of the engine, which has started."""
@@ -252,3 +273,12 @@ class ServingGroup:
         await self._slices.close()
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
+
+
+def _adapter_reader(config: GroupConfig, model: AnyModel) -> AdapterReader | None:
+    """Opens adapters that come while the group serves; None in a group that takes none."""
+    from arriero.shards.adapters.adapter import open_adapters
+    from arriero.shards.adapters.reader import AdapterReader
+
+    slots = config.adapter_slots
+    return None if slots is None else AdapterReader(slots, model, open_adapters(config, model))

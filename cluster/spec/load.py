@@ -85,6 +85,9 @@ def load(path: Path | None, flags: Mapping[str, Any]) -> DeploymentSpec:
                     adapter.model_copy(update={"path": _absolute(base, adapter.path)})
                     for adapter in model.adapters
                 ),
+                "adapter_root": None
+                if model.adapter_root is None
+                else _absolute(base, model.adapter_root),
             }
         )
         for model in spec.models

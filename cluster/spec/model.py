@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from arriero.cluster.spec.adapters import AdapterSpec, check_room, slots_of
 from arriero.cluster.spec.fields import Bytes, Count, EverywherePath, Name, Seconds, SpecSection
 from arriero.cluster.spec.label_selector import label_selector
 from arriero.cluster.spec.scale_limits import ScaleLimits
@@ -165,18 +166,6 @@ class AttentionSpec(SpecSection):
         return self
 
 
-class AdapterSpec(SpecSection):
-    """A LoRA adapter of a model, in PEFT's layout.
-
-    Attributes:
-        name: model id for clients.
-        path: folder with adapter_config.json and adapter_model.safetensors, on every node.
-    """
-
-    name: Name
-    path: Path
-
-
 class OffloadSpec(SpecSection):
     """Weights that do not fit the device.
 
@@ -289,6 +278,12 @@ class ModelSpec(SpecSection):
         mesh, kv, attention, offload, limits, speculation: settings of each group.
         adapters: LoRA adapters that each group serves beside the model; a request chooses one by
             its name.
+        adapter_slots: largest number of adapters on the device at once; lets adapters come and go
+            while groups serve. None gives each adapter of the list a slot, and takes no others.
+        max_adapter_rank: largest rank of an adapter in these slots.
+        host_adapters: largest number of adapters in the host memory of a slice; None takes 4 for
+            each slot.
+        adapter_root: folder of all adapters of the model; without it only listed adapters serve.
         device: "cpu", "cuda", or "auto": cuda where the cluster has a GPU for each slice.
         kernels: backend of the operations; None takes the fastest for the device.
         batch_independent: on GPUs, makes an answer the same bit for bit in any batch, at some cost
@@ -314,6 +309,10 @@ class ModelSpec(SpecSection):
     offload: OffloadSpec = OffloadSpec()
     limits: LimitsSpec = LimitsSpec()
     adapters: tuple[AdapterSpec, ...] = ()
+    adapter_slots: Annotated[int, Field(ge=1, le=4096)] | None = None
+    max_adapter_rank: Annotated[int, Field(ge=1, le=1024)] = 64
+    host_adapters: Count | None = None
+    adapter_root: Path | None = None
     speculation: SpeculationSpec = SpeculationSpec()
     device: Literal["cpu", "cuda", "auto"] = "auto"
     kernels: str | None = None
@@ -328,6 +327,11 @@ class ModelSpec(SpecSection):
             raise ValueError(
                 f"`groups`={self.groups} is not within `autoscale`'s {scale.min} to {scale.max}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _room_for_adapters(self) -> ModelSpec:
+        check_room(self.adapter_slots, self.host_adapters, self.adapter_root)
         return self
 
     @model_validator(mode="after")
@@ -385,6 +389,9 @@ class ModelSpec(SpecSection):
             offload_folder=None if self.offload.folder is None else str(self.offload.folder),
             adapters=tuple(
                 AdapterFile(name=adapter.name, path=str(adapter.path)) for adapter in self.adapters
+            ),
+            adapter_slots=slots_of(
+                self.adapter_slots, self.max_adapter_rank, self.host_adapters, self.adapter_root
             ),
         )
 

@@ -13,6 +13,7 @@ import random
 import ssl
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from arriero.router.backend import GroupLoad
@@ -274,6 +275,8 @@ class LinkClient:
                 self._on_kv(message.batch)
             elif isinstance(message, frames.KvBlocks):
                 self._on_kv(message.snapshot)
+            elif isinstance(message, frames.Adapters):
+                self._card = replace(self.card, adapters=message.adapters)
             elif isinstance(message, frames.Refused):
                 self._on_refused(message)
             elif isinstance(message, frames.Hello):

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import msgspec
 
 from arriero.router.directory.events import Batch, Snapshot
-from arriero.router.text.model_card import ModelCard
+from arriero.router.text.model_card import ModelCard, ServedAdapter
 from arriero.shards.engine.stats import EngineStats
 from arriero.shards.engine.types import EngineRequest, SequenceOutput, TokenLogprobs
 from arriero.shards.errors import (
@@ -137,6 +137,12 @@ class Stats(msgspec.Struct, frozen=True, array_like=True, tag="stats"):
     engine: EngineStats
     draining: bool = False
     role: str = "both"
+
+
+class Adapters(msgspec.Struct, frozen=True, array_like=True, tag="adapters"):
+    """The adapters that a group serves from now on, in place of the model card's."""
+
+    adapters: tuple[ServedAdapter, ...]
 
 
 class KvChanges(msgspec.Struct, frozen=True, array_like=True, tag="kv"):
@@ -293,7 +299,7 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
         return outputs
 
 
-LeaderMessage = Step | Stats | KvChanges | KvBlocks | Refused | Hello | Bye
+LeaderMessage = Step | Stats | KvChanges | KvBlocks | Adapters | Refused | Hello | Bye
 
 
 class Action(msgspec.Struct, frozen=True, array_like=True):

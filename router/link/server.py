@@ -31,7 +31,7 @@ from arriero.router.link.leader_rpc import (
 )
 from arriero.router.observability.tracing import Tracing
 from arriero.router.roles import Role
-from arriero.router.text.model_card import ModelCard
+from arriero.router.text.model_card import ModelCard, ServedAdapter
 from arriero.shards.engine.stats import EngineStats
 from arriero.shards.engine.types import EngineRequest, SequenceOutput
 from arriero.shards.errors import ArrieroError, InvalidRequest, Unavailable, WireError
@@ -141,6 +141,12 @@ class LinkServer:
         if self._journal is not None:
             self._tasks.append(asyncio.create_task(self._send_blocks(self._journal)))
         return f"{host}:{self._server.sockets[0].getsockname()[1]}"
+
+    def set_adapters(self, adapters: tuple[ServedAdapter, ...]) -> None:
+        """Serve these adapters from now on, and tell all gateways."""
+        self._card = replace(self._card, adapters=adapters)
+        for link in self._links:
+            link.send(frames.Adapters(adapters))
 
     async def stop(self, grace_s: float) -> None:
         """Refuse new requests, let running requests finish for `grace_s` seconds, then close."""

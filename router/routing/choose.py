@@ -19,6 +19,9 @@ LOAD_WEIGHT = 0.05
 NEAR_PULL_WEIGHT, FAR_PULL_WEIGHT = 0.1, 0.3
 """Delay by a prompt token copied from another group, same node or other node, in prefill tokens."""
 
+ADAPTER_WORK = 256.0
+"""Delay by an adapter that is not on the device of the group, in prefill tokens."""
+
 LEAVE_WEIGHT = 1.0
 """Work of a session that leaves its group, by prompt token: its next requests find their blocks in
 the group that they left, or have them computed once more."""
@@ -50,7 +53,8 @@ def first_token_work(group: GroupView, num_prompt: int) -> float:
     """Work of a group before a prompt's first token, in prefill tokens.
 
     The sum of: earlier prompts, the uncached part of the prompt, blocks loaded from lower tiers or
-    copied from a peer, and decodes. Assumes that all groups of a model are equally fast.
+    copied from a peer, decodes, and an adapter that is not on the device. Assumes that all groups
+    of a model are equally fast.
     """
     load, reach = group.load, group.reach
     pulled = max(0, group.peer_reach - reach.total)
@@ -62,6 +66,7 @@ def first_token_work(group: GroupView, num_prompt: int) -> float:
         + LOAD_WEIGHT * (reach.total - reach.near)
         + pull_weight * pulled
         + DECODE_WEIGHT * decode
+        + (0.0 if group.adapter_in_slot else ADAPTER_WORK)
     )
 
 

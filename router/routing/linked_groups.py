@@ -23,6 +23,7 @@ from arriero.router.directory.prefixes import NOTHING, CacheRoot
 from arriero.router.kv_events.known_blocks import ChainPoint
 from arriero.router.kv_events.stream import KvEventStream
 from arriero.router.link.client import LinkClient
+from arriero.router.routing.adapters import serves, with_adapter
 from arriero.router.routing.linked_group import GroupAddress, LinkedGroup
 from arriero.router.routing.session_homes import SessionHomes
 from arriero.router.text.model_card import ModelCard
@@ -199,14 +200,14 @@ class LinkedGroups:
             if not known:
                 raise Unavailable("no model is served yet; try again later")
             model = known[0]
-        with_adapter = [] if model in known else self._with_adapter(model)
-        if model not in known and not with_adapter:
+        own = [] if model in known else with_adapter(self.groups(), model)
+        if model not in known and not own:
             names = [*known, *sorted(self.adapters())]
             raise NotFound(
                 f"`model`={model[:128]!r} is not served; available models: "
                 f"{', '.join(names)[:500] or 'none yet'}"
             )
-        views = with_adapter or [view for view in self.groups() if view.model == model]
+        views = own or [view for view in self.groups() if view.model == model]
         if not views:
             causes = {
                 group.cause for group in self._groups.values() if group.address.model == model
@@ -232,20 +233,7 @@ class LinkedGroups:
     def adapters(self) -> dict[str, list[GroupView]]:
         """By name, the adapters that a connected group serves, and the groups that serve each."""
         names = {adapter.name for view in self.groups() for adapter in view.card.adapters}
-        return {name: self._with_adapter(name) for name in names}
-
-    def _with_adapter(self, name: str) -> list[GroupView]:
-        """The connected groups with an adapter; of several versions, those of the newest group."""
-        views = [
-            replace(view, adapter=adapter)
-            for view in self.groups()
-            for adapter in view.card.adapters
-            if adapter.name == name
-        ]
-        if not views:
-            return []
-        newest = max(views, key=lambda view: (view.card.created, view.group_id))
-        return [view for view in views if view.adapter == newest.adapter]
+        return {name: with_adapter(self.groups(), name) for name in names}
 
     def sharing(self, model: str, text: TextModel, request: EngineRequest) -> list[GroupView]:
         """The connected groups of a model with the text model `text`, a result of `find`.
@@ -257,7 +245,7 @@ class LinkedGroups:
             for view in self.groups()
             if view.model == model
             and self._groups[view.group_id].text_key == text.key
-            and _serves(view.card, request.adapter)
+            and serves(view.card, request.adapter)
         ]
         if len(views) < 2:
             return views
@@ -267,7 +255,8 @@ class LinkedGroups:
         for view in views:
             by_group = reach[view.card.cache_root]
             own, peer = by_group.get(view.group_id, NOTHING), self._peer(view.group_id, by_group)
-            view = replace(view, reach=own)
+            in_slot = not request.adapter or request.adapter in view.stats.adapters.in_slots
+            view = replace(view, reach=own, adapter_in_slot=in_slot)
             if peer is not None:
                 near = self._groups[peer].link.card.memory == view.card.memory
                 view = replace(view, peer_reach=by_group[peer].total, peer_near=near)
@@ -387,7 +376,3 @@ class LinkedGroups:
             return
         group.prepared = True
         self._on_change()
-
-
-def _serves(card: ModelCard, adapter: str) -> bool:
-    return not adapter or any(served.digest == adapter for served in card.adapters)

@@ -22,10 +22,12 @@ class ServedAdapter:
     Attributes:
         name: model id for clients.
         digest: digest of settings and weights; equal digests give the same tokens.
+        version: counts up when an adapter of another content takes the name.
     """
 
     name: str
     digest: str
+    version: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

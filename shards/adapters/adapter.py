@@ -17,7 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from arriero.shards.adapters.bank_plan import KINDS
 from arriero.shards.adapters.peft_config import CONFIG_FILE, PeftConfig
+from arriero.shards.adapters.root import ADAPTER_FILES
 from arriero.shards.checkpoint.formats.modules import Module
 from arriero.shards.checkpoint.index import PICKLES
 from arriero.shards.checkpoint.safetensors_header import StoredTensor, read_header
@@ -28,11 +30,8 @@ from arriero.shards.families.registry import family_of
 from arriero.shards.files.json_file import read_json_object
 from arriero.shards.layout.parts import AnyModel
 
-WEIGHTS_FILE = "adapter_model.safetensors"
+WEIGHTS_FILE = ADAPTER_FILES[1]
 MAX_BYTES = 64 << 30
-KINDS = ("attention", "mlp", "shared_expert", "router", "experts")
-"""Kinds of modules that an adapter may change."""
-
 _A, _B = "lora_A", "lora_B"
 _MAX_LISTED = 3
 

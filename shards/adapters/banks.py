@@ -7,117 +7,35 @@ base model's own sum. Knows modules and parts; knows nothing of requests.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from arriero.kernels.lora import LayerLora, LoraBank, bank_nbytes, make_bank
-from arriero.shards.adapters.adapter import KINDS, Adapter, Matrices
-from arriero.shards.checkpoint.formats.modules import Cut, Module
+from arriero.kernels.lora import LayerLora, LoraBank, make_bank
+from arriero.shards.adapters.adapter import Adapter, Matrices
+from arriero.shards.adapters.bank_plan import BankPlan, plan_banks, slot_modules
+from arriero.shards.checkpoint.formats.modules import Module
+from arriero.shards.config.adapters import AdapterSlots
 from arriero.shards.layout.parts import AnyPart
-
-FIELDS = {
-    "q_proj": "qkv",
-    "k_proj": "qkv",
-    "v_proj": "qkv",
-    "o_proj": "o",
-    "gate_proj": "gate_up",
-    "up_proj": "gate_up",
-    "down_proj": "down",
-    "router": "router",
-    "experts.gate_up_proj": "experts_gate_up",
-    "experts.down_proj": "experts_down",
-}
-"""Field of `DenseLayer` or `MoELayer` that holds a module, by the end of the module's name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BankPlan:
-    """The bank of a module on a rank.
+class AdapterCut:
+    """A rank's cut of an adapter in host memory, in the dtype of the banks.
 
     Attributes:
-        module: the module.
-        field: field of the layer.
-        rows, columns: indices of the rank's outputs and inputs; None for all.
-        experts: experts of the rank, or None.
-        ins, outs: inputs and outputs of the rank.
-        first: first output column in the stacked product.
+        matrices: for each bank the matrices of its slots; None where the adapter changes nothing.
     """
 
-    module: Module
-    field: str
-    rows: tuple[int, ...] | range | None
-    columns: range | None
-    experts: range | None
-    ins: int
-    outs: int
-    first: int = 0
+    matrices: Sequence[Sequence[Matrices] | None]
 
     @property
-    def slots(self) -> int:
-        """Slots of the bank for each adapter."""
-        return 1 if self.experts is None else len(self.experts)
-
-
-def plan_banks(
-    modules: Iterable[Module], part: AnyPart, changed: Collection[str]
-) -> dict[int, list[BankPlan]]:
-    """The banks of a rank, by layer.
-
-    Args:
-        modules: modules of the model.
-        part: part of the rank.
-        changed: names of the modules that some adapter changes.
-    """
-    plans: dict[int, list[BankPlan]] = {}
-    first: dict[tuple[int, str], int] = {}
-    for module in modules:
-        layer = module.layer
-        if module.kind not in KINDS or layer is None:
-            continue
-        if not part.layers.start <= layer < part.layers.stop:
-            continue
-        plan = _plan(module, part)
-        at = first.get((layer, plan.field), 0)
-        first[layer, plan.field] = at + plan.outs
-        if module.name in changed:
-            plans.setdefault(layer, []).append(replace(plan, first=at))
-    return plans
-
-
-def _plan(module: Module, part: AnyPart) -> BankPlan:
-    end = (
-        ".".join(module.name.split(".")[-2:]) if module.experts else module.name.rpartition(".")[2]
-    )
-    outs, ins = module.shape
-    rows = _indices(module.rows, part)
-    columns = _indices(module.columns, part)
-    every: tuple[int, ...] | range | None = rows
-    if rows is not None and module.stacked > 1:
-        each = outs // module.stacked
-        every = tuple(each * i + row for i in range(module.stacked) for row in rows)
-    experts = None
-    if module.experts:
-        span = part.experts  # type: ignore[union-attr]  # only models with experts have such modules
-        experts = range(span.start, span.stop)
-    return BankPlan(
-        module=module,
-        field=FIELDS[end],
-        rows=every,
-        columns=columns,
-        experts=experts,
-        ins=ins if columns is None else len(columns),
-        outs=outs if every is None else len(every),
-    )
-
-
-def _indices(cut: Cut | None, part: AnyPart) -> range | None:
-    if cut is None:
-        return None
-    span = getattr(part, cut.axis)
-    return range(span.start * cut.per, span.stop * cut.per)
+    def nbytes(self) -> int:
+        """Bytes of all matrices."""
+        each = (matrix for bank in self.matrices if bank is not None for matrix in bank)
+        return sum(matrix.a.nbytes + matrix.b.nbytes for matrix in each)
 
 
 class AdapterBanks:
@@ -168,55 +86,85 @@ class AdapterBanks:
         """Bytes of all banks."""
         return sum(bank.nbytes for _, bank in self._banks)
 
-    def write(self, slot: int, adapter: Adapter) -> None:
-        """Put an adapter into a slot that no running step uses.
+    def cut(self, adapter: Adapter, *, pinned: bool = False) -> AdapterCut:
+        """Read the rank's cut of an adapter into host memory; safe beside a running step.
+
+        Args:
+            adapter: of at most the largest rank.
+            pinned: whether the memory is page-locked, for fast copies to a GPU.
 
         Raises:
             CheckpointError: a number of the adapter is not finite.
         """
+        matrices: list[Sequence[Matrices] | None] = []
         for plan, bank in self._banks:
-            matrices = None
-            if plan.module.name in adapter.names:
-                matrices = _cut(adapter.matrices(plan.module.name), plan)
-            for at, (a_RI, b_RO) in enumerate(_each(matrices, plan)):
+            if plan.module.name not in adapter.names:
+                matrices.append(None)
+                continue
+            whole = _cut(adapter.matrices(plan.module.name), plan)
+            dtype = bank.a_GRI.dtype
+            matrices.append([_stored(each, dtype, pinned) for each in _each(whole, plan)])
+        return AdapterCut(matrices=matrices)
+
+    def write(self, slot: int, cut: AdapterCut) -> None:
+        """Put an adapter into a slot that no running step uses."""
+        for (plan, bank), matrices in zip(self._banks, cut.matrices, strict=True):
+            for at in range(plan.slots):
                 index = slot * plan.slots + at
-                if a_RI is None or b_RO is None:
+                if matrices is None:
                     bank.clear(index)
                 else:
-                    bank.write(index, a_RI, b_RO)
+                    bank.write(index, matrices[at].a, matrices[at].b)
+
+    def clear(self, slot: int) -> None:
+        """Leave a slot empty."""
+        for plan, bank in self._banks:
+            for at in range(plan.slots):
+                bank.clear(slot * plan.slots + at)
 
 
 def load_banks(
     modules: Sequence[Module],
     part: AnyPart,
     adapters: Sequence[Adapter],
+    slots: AdapterSlots | None,
     dtype: torch.dtype,
     device: torch.device,
 ) -> AdapterBanks | None:
-    """The banks of a rank, with each adapter in its slot; None without adapters.
+    """The banks of a rank; None in a group without adapters.
 
     Args:
         modules: modules of the model.
         part: part of the rank.
-        adapters: adapters of the group, in order of their slots.
+        adapters: the listed adapters of the group.
+        slots: slots for any adapters, empty at first; None for a slot for each listed adapter, with
+            the adapter in it.
         dtype: dtype of the model's weights.
         device: device of the model.
 
     Raises:
         CheckpointError: a number of an adapter is not finite.
     """
+    listed = {name for adapter in adapters for name in adapter.names}
+    if slots is not None:
+        return AdapterBanks(
+            plan_banks(modules, part, slot_modules(modules, listed)),
+            num_slots=slots.device,
+            max_rank=slots.max_rank,
+            dtype=dtype,
+            device=device,
+        )
     if not adapters:
         return None
-    changed = {name for adapter in adapters for name in adapter.names}
     banks = AdapterBanks(
-        plan_banks(modules, part, changed),
+        plan_banks(modules, part, listed),
         num_slots=len(adapters),
         max_rank=max(adapter.rank for adapter in adapters),
         dtype=dtype,
         device=device,
     )
     for slot, adapter in enumerate(adapters):
-        banks.write(slot, adapter)
+        banks.write(slot, banks.cut(adapter))
     return banks
 
 
@@ -232,29 +180,25 @@ def _cut(whole: Matrices, plan: BankPlan) -> Matrices:
     return Matrices(a=a, b=b)
 
 
-def _each(
-    matrices: Matrices | None, plan: BankPlan
-) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+def _each(matrices: Matrices, plan: BankPlan) -> Iterator[Matrices]:
     """The matrices of each slot of a bank that an adapter fills."""
-    if matrices is None:
-        yield from [(None, None)] * plan.slots
-    elif plan.experts is None:
-        yield matrices.a, matrices.b
+    if plan.experts is None:
+        yield matrices
     else:
-        yield from zip(matrices.a, matrices.b, strict=True)
+        for a, b in zip(matrices.a, matrices.b, strict=True):
+            yield Matrices(a=a, b=b)
+
+
+def _stored(matrices: Matrices, dtype: torch.dtype, pinned: bool) -> Matrices:
+    """Copies in the dtype of a bank, which do not refer to the mapped file."""
+
+    def copy(source: Tensor) -> Tensor:
+        stored = torch.empty(source.shape, dtype=dtype, pin_memory=pinned)
+        return stored.copy_(source)
+
+    return Matrices(a=copy(matrices.a), b=copy(matrices.b))
 
 
 def bank_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of banks: bfloat16 where the weights have it, else float32."""
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-
-
-def planned_nbytes(
-    plans: dict[int, list[BankPlan]], num_slots: int, max_rank: int, element_bytes: int
-) -> int:
-    """Bytes of the banks that `AdapterBanks` allocates."""
-    return sum(
-        bank_nbytes(num_slots * plan.slots, max_rank, plan.ins, plan.outs, element_bytes)
-        for layer_plans in plans.values()
-        for plan in layer_plans
-    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from arriero.shards.config.adapters import AdapterFile
+from arriero.shards.config.adapters import AdapterFile, AdapterSlots
 from arriero.shards.config.kv_tiers import TierConfig
 from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.config.speculation import SpeculationConfig
@@ -51,7 +51,8 @@ class GroupConfig(ParallelConfig):
             keeps no more. None for the model's own attention. See `layout.visible_keys`.
         attention_sinks: first tokens that every token sees besides the window.
         changes_answers: allow a window although the model was trained without.
-        adapters: LoRA adapters of the group, each with a slot on the device.
+        adapters: listed LoRA adapters of the group; without `adapter_slots` each has its own slot.
+        adapter_slots: room for adapters that come and go; None for the listed adapters alone.
         speculation: how tokens are drafted ahead of their verification.
         max_sequences, max_batch_tokens, max_queued, prefix_cache: as in `EngineConfig`.
     """
@@ -81,6 +82,7 @@ class GroupConfig(ParallelConfig):
     attention_sinks: int = 0
     changes_answers: bool = False
     adapters: tuple[AdapterFile, ...] = ()
+    adapter_slots: AdapterSlots | None = None
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
 
     @property

@@ -1,7 +1,8 @@
 """Admission: which waiting sequences get a slot, and how much of their prompts the cache had.
 
 A sequence enters when every pool has blocks for all its known tokens, and a block to spare for each
-sequence in a slot. Strictly by rank: a sequence without room holds back all behind it.
+sequence in a slot. Strictly by rank: a sequence without room holds back all behind it. A sequence
+whose adapter is in no slot yet holds back nobody.
 
 Knows the queue, blocks and slots; knows nothing of decodes or plans.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+from arriero.shards.engine.adapter_residency import NO_ADAPTER, AdapterResidency
 from arriero.shards.engine.cache_report import TenantUse
 from arriero.shards.engine.draft import Chunk
 from arriero.shards.engine.prefills import Prefills
@@ -18,6 +20,9 @@ from arriero.shards.engine.sequence import Sequence
 from arriero.shards.engine.sequence_blocks import SequenceBlocks
 from arriero.shards.engine.shared_blocks import SharedBlocks
 from arriero.shards.engine.waiting import WaitingQueue
+
+LOOK_AHEAD = 256
+"""Sequences at the head of the queue whose adapters are loaded, and that may go first meanwhile."""
 
 
 class Admission:
@@ -28,6 +33,7 @@ class Admission:
         running: sequences in slots.
         prefills: cuts the first chunk of each admitted sequence.
         blocks: blocks of sequences.
+        adapters: adapters in slots of the device.
 
     Attributes:
         prompt_tokens: prompt tokens of all requests admitted so far.
@@ -41,9 +47,11 @@ class Admission:
         running: RunningSequences,
         prefills: Prefills,
         blocks: SequenceBlocks,
+        adapters: AdapterResidency,
     ) -> None:
         self._waiting, self._running = waiting, running
         self._prefills, self._blocks = prefills, blocks
+        self._adapters = adapters
         self._refused: tuple[int, ...] = ()  # state at the last refusal
         self.prompt_tokens = 0
         self.cached_tokens = 0
@@ -52,9 +60,20 @@ class Admission:
     def admit(self, budget: int) -> list[Chunk]:
         """Give slots to waiting sequences; their first chunks, at most `budget` tokens in all."""
         chunks: list[Chunk] = []
-        while budget > 0 and self._running.slots.num_free:
-            sequence = self._waiting.first
-            if sequence is None or not self._enter(sequence):
+        if self._adapters.has_any:
+            self._adapters.prepare(self._waiting.adapters(LOOK_AHEAD))
+        place = 0
+        while budget > 0 and self._running.slots.num_free and place < LOOK_AHEAD:
+            sequence = self._waiting.ready(place)
+            if sequence is None:
+                break
+            adapter: int | None = NO_ADAPTER
+            if sequence.adapter:
+                adapter = self._adapters.slot_for(sequence.adapter)
+            if adapter is None:  # the sequences behind may go first
+                place += 1
+                continue
+            if not self._enter(sequence, adapter):
                 break
             self._waiting.remove(sequence)
             chunk = self._prefills.begin(sequence, budget)
@@ -62,12 +81,12 @@ class Admission:
             budget -= chunk.end - chunk.start
         return chunks
 
-    def _enter(self, sequence: Sequence) -> bool:
+    def _enter(self, sequence: Sequence, adapter: int) -> bool:
         """Put a waiting sequence into a slot, if there is room."""
         shared = self._find_room(sequence)
         if shared is None:
             return False
-        num_shared = self._running.enter(sequence, shared)
+        num_shared = self._running.enter(sequence, shared, adapter)
         if not sequence.has_entered:
             self._count(sequence, min(num_shared, sequence.num_prompt))
         return True

@@ -20,10 +20,11 @@ def engine_config(config: GroupConfig, model: AnyModel, digest: str) -> EngineCo
         digest: digest of the checkpoint; the root of every block's key.
 
     Raises:
-        CheckpointError: an adapter does not fit the model.
+        CheckpointError: a listed adapter does not fit the model or the slots.
     """
     assert config.num_blocks is not None and config.max_model_len is not None, "unresolved"
     visible = visible_keys(model, config)
+    listed = open_adapters(config, model)
     return EngineConfig(
         max_model_len=config.max_model_len,
         block_size=config.block_size,
@@ -46,6 +47,9 @@ def engine_config(config: GroupConfig, model: AnyModel, digest: str) -> EngineCo
         image_token=family_of(model).image_token(model),
         cache_salt=cache_salt(config, digest),
         tiers=tier_limits(config, model),
-        adapters=tuple(adapter.digest for adapter in open_adapters(config, model)),
+        adapters=tuple(adapter.digest for adapter in listed),
+        adapter_paths=tuple(file.path for file in config.adapters),
+        adapter_slots=config.adapter_slots,
+        num_ranks=config.world_size // config.dp,
         speculation=config.speculation,
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import fields
 from functools import partial
 
@@ -19,12 +19,13 @@ from arriero.shards.engine.cache_report import CacheReport
 from arriero.shards.engine.limits import check_config
 from arriero.shards.engine.scheduler import Scheduler
 from arriero.shards.engine.speculation.proposer import ProposerFactory
-from arriero.shards.engine.stats import EngineStats, SpeculationStats
+from arriero.shards.engine.stats import AdapterStats, EngineStats, SpeculationStats
 from arriero.shards.engine.types import EngineConfig, EngineRequest, SequenceOutput
 from arriero.shards.errors import GroupFailed
 from arriero.shards.kv.blocks import CacheEvent, CacheListener
 from arriero.shards.kv.limits import PeerBlocks
 from arriero.shards.kv.transfers import Pool, TransferBatch, TransferResult
+from arriero.shards.protocol.adapters import AdapterBatch, AdapterResult
 from arriero.shards.protocol.step_plan import StepPlan, StepResult
 
 _PREFIX_WORTH = 2.0
@@ -71,13 +72,16 @@ class DataParallelScheduler:
             others = waiting - scheduler.num_waiting
             scheduler.check_load(request_id, num_pending=num_pending + others)
 
-    def enqueue(self, request: EngineRequest) -> None:
-        """Queue a checked request, at the rank of the lowest cost."""
+    def enqueue(self, request: EngineRequest) -> list[SequenceOutput]:
+        """Queue a checked request, at the rank of the lowest cost; see `Scheduler.enqueue`."""
         scheduler = self._schedulers[0]
         if len(self._schedulers) > 1:
             scheduler = min(self._schedulers, key=lambda scheduler: _cost(scheduler, request))
             self._scheduler_of[request.request_id] = scheduler
-        scheduler.enqueue(request)
+        outputs = scheduler.enqueue(request)
+        if outputs:
+            self._scheduler_of.pop(request.request_id, None)
+        return outputs
 
     def cancel(self, request_id: str) -> list[SequenceOutput]:
         """End a request now; unknown ids are ignored."""
@@ -116,6 +120,54 @@ class DataParallelScheduler:
         """Apply transfer results, maybe none."""
         for number, scheduler in enumerate(self._schedulers):
             scheduler.apply_results([r for r in results if r.dp_rank == number])
+
+    @property
+    def adapters(self) -> Container[str]:
+        """Digests of the adapters that a new request may ask for; thread-safe."""
+        return self._schedulers[0].adapters.offered
+
+    @property
+    def num_loading(self) -> int:
+        """Loads of adapters in flight or waiting."""
+        return sum(scheduler.adapters.num_loading for scheduler in self._schedulers)
+
+    def offer_adapter(self, digest: str, path: str) -> int:
+        """Serve an adapter from now on; returns the number of data-parallel ranks that load it."""
+        return sum(scheduler.adapters.offer(digest, path) for scheduler in self._schedulers)
+
+    def withdraw_adapter(self, digest: str) -> None:
+        """Accept no more requests for an adapter; live requests end as usual."""
+        for scheduler in self._schedulers:
+            scheduler.adapters.withdraw(digest)
+
+    def take_adapters(self) -> list[AdapterBatch]:
+        """Loads and drops of adapters, to be sent after all plans so far."""
+        batches = []
+        for number, scheduler in enumerate(self._schedulers):
+            batch = scheduler.adapters.take_batch()
+            if batch is not None:
+                batch.dp_rank = number
+                batches.append(batch)
+        return batches
+
+    def apply_adapters(
+        self, results: list[AdapterResult]
+    ) -> tuple[list[SequenceOutput], list[tuple[str, str]]]:
+        """Apply the ends of loads; see `Scheduler.apply_adapters`.
+
+        Returns:
+            Ends of requests; and digest and error of each load, of every data-parallel rank.
+        """
+        outputs: list[SequenceOutput] = []
+        loaded: list[tuple[str, str]] = []
+        for number, scheduler in enumerate(self._schedulers):
+            own = [result for result in results if result.dp_rank == number]
+            ends, done = scheduler.apply_adapters(own)
+            outputs += ends
+            loaded += done.items()
+        for output in outputs:
+            self._scheduler_of.pop(output.request_id, None)
+        return outputs, loaded
 
     def cache(self) -> CacheReport:
         """Contents of the KV cache by tier and tenant."""
@@ -157,7 +209,7 @@ class DataParallelScheduler:
         if len(each) == 1:
             return each[0]
         own = ("step_us", "expert_moves", "expert_imbalance", "expert_loads")
-        apart = (*own, "tiers", "speculation")
+        apart = (*own, "tiers", "speculation", "adapters")
         names = [field.name for field in fields(EngineStats) if field.name not in apart]
         total = {name: sum(getattr(stats, name) for stats in each) for name in names}
         tiers = Counter[str]()
@@ -165,7 +217,13 @@ class DataParallelScheduler:
             for stats in each:
                 tiers.update(stats.tiers)
         drafts = SpeculationStats.total(stats.speculation for stats in each)
-        apart_total = {"steps": each[0].steps, "tiers": dict(tiers), "speculation": drafts}
+        adapters = AdapterStats.total(stats.adapters for stats in each)
+        apart_total = {
+            "steps": each[0].steps,
+            "tiers": dict(tiers),
+            "speculation": drafts,
+            "adapters": adapters,
+        }
         return EngineStats(**total | apart_total)
 
     def schedule(self) -> list[StepPlan]:

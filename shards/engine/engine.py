@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from arriero.shards.engine.dp_scheduler import DataParallelScheduler
 from arriero.shards.engine.expert_balance import ExpertBalance
 from arriero.shards.engine.limits import check_request
+from arriero.shards.engine.pending_adapters import PendingAdapters
 from arriero.shards.engine.speculation.proposer import ProposerFactory
 from arriero.shards.engine.stats import EngineStats
 from arriero.shards.engine.types import (
@@ -80,6 +81,7 @@ class Engine:
             self._balance = ExpertBalance(config.experts, enabled=config.move_experts)
         self._outputs: list[SequenceOutput] = []
         self._means = _Means()
+        self._pending = PendingAdapters()
         self._thread: threading.Thread | None = None
         self._wake = threading.Condition()
         # Guarded by `_wake`:
@@ -117,7 +119,7 @@ class Engine:
             Overloaded: the queue is full.
             Unavailable: the engine has failed or was stopped.
         """
-        check_request(self.config, request)
+        check_request(self.config, request, self._scheduler.adapters)
         with self._wake:
             if self.failure is not None:
                 raise Unavailable(f"the group is lost: {self.failure}; retry on another")
@@ -155,6 +157,28 @@ class Engine:
     def release(self, tenant: str, session: str) -> None:
         """Retain the blocks of a tenant's session no longer, from the next step on."""
         self.ask(lambda scheduler: scheduler.release(tenant, session))
+
+    def add_adapter(self, digest: str, path: str) -> Future[str]:
+        """Serve an adapter from now on, once every slice has loaded its cut.
+
+        Returns:
+            Future of the error; "" after success. After an error the adapter is not served.
+        """
+        future: Future[str] = Future()
+
+        def offer(scheduler: DataParallelScheduler) -> None:
+            self._pending.add(digest, future, scheduler.offer_adapter(digest, path))
+
+        def fail(offered: Future[None]) -> None:
+            if (error := offered.exception()) is not None:
+                future.set_exception(error)
+
+        self.ask(offer).add_done_callback(fail)
+        return future
+
+    def remove_adapter(self, digest: str) -> Future[None]:
+        """Accept no more requests for an adapter; live requests end as usual."""
+        return self.ask(lambda scheduler: scheduler.withdraw_adapter(digest))
 
     def shared(self, keys: list[bytes]) -> tuple[dict[Pool, PeerBlocks], bool]:
         """Blocks of these keys that another group may copy, and whether more are being saved.
@@ -196,7 +220,11 @@ class Engine:
         scheduler = self._scheduler
         inbox = self._arrived or self._cancelled or self._calls
         return bool(
-            inbox or scheduler.num_live or scheduler.num_outstanding or scheduler.num_transfers
+            inbox
+            or scheduler.num_live
+            or scheduler.num_outstanding
+            or scheduler.num_transfers
+            or scheduler.num_loading
         )
 
     def step(self) -> bool:
@@ -207,6 +235,7 @@ class Engine:
         try:
             self._take_inbox()
             self._collect_transfers()
+            self._collect_adapters()
             self._submit_plans()
             self._collect_oldest()
             if not self._scheduler.num_outstanding:  # the slices wait: their plan goes first
@@ -220,7 +249,7 @@ class Engine:
         # Under the lock, so that an id is always in the inbox or in the scheduler.
         with self._wake:
             for request in self._arrived.values():
-                self._scheduler.enqueue(request)
+                self._outputs += self._scheduler.enqueue(request)
             self._arrived.clear()
             cancelled, self._cancelled = self._cancelled, []
             calls, self._calls = self._calls, []
@@ -242,11 +271,23 @@ class Engine:
                 self._executor.submit(plan)
         for batch in self._scheduler.take_transfers():
             self._executor.transfer(batch)
+        for changes in self._scheduler.take_adapters():
+            self._executor.change_adapters(changes)
         self._means.note("schedule", perf_counter_ns() - start_ns)
 
     def _collect_transfers(self, timeout_s: float = 0.0) -> None:
         if self.config.tiers.enabled:
             self._scheduler.apply_results(self._executor.collect_transfers(timeout_s))
+
+    def _collect_adapters(self, timeout_s: float = 0.0) -> None:
+        if not self._scheduler.num_loading:
+            return
+        results = self._executor.collect_adapters(timeout_s)
+        outputs, loaded = self._scheduler.apply_adapters(results)
+        self._outputs += outputs
+        for digest, error in loaded:
+            if self._pending.ended(digest, error):
+                self._scheduler.withdraw_adapter(digest)
 
     def _next_placement(self, balance: ExpertBalance) -> tuple[int, Int32] | None:
         balance.note(self._executor.take_loads())
@@ -256,6 +297,9 @@ class Engine:
         if not self._scheduler.num_outstanding:
             if self._scheduler.num_transfers:
                 self._collect_transfers(_TRANSFER_WAIT_S)
+                return
+            if self._scheduler.num_loading:
+                self._collect_adapters(_TRANSFER_WAIT_S)
                 return
             # Otherwise the loop would spin forever without a message.
             assert not self._scheduler.num_live, "requests are live and nothing can run"
@@ -298,6 +342,7 @@ class Engine:
         try:
             self._take_inbox()
             self._outputs += self._scheduler.fail(cause)
+            self._pending.fail(Unavailable(f"the group is lost: {cause}"))
             self._deliver()
         except Exception:  # a callback failed: there is no other way to report
             _log.exception("the last outputs could not be delivered")

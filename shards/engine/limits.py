@@ -6,12 +6,16 @@ Pure functions of their arguments, so thread-safe. Knows limits; knows no load.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Container
 
 import numpy as np
 
 from arriero.shards.engine.types import EngineConfig, EngineRequest
 from arriero.shards.errors import ContextTooLong, InvalidRequest, SpecError
 from arriero.shards.images.request import check_images
+
+WITHDRAWN = "the adapter of `model` is not on this group any more; send the request again"
+"""Text for a request whose adapter was removed."""
 
 
 def check_config(config: EngineConfig) -> None:
@@ -64,8 +68,16 @@ def _check_window(config: EngineConfig) -> None:
         )
 
 
-def check_request(config: EngineConfig, request: EngineRequest) -> None:
-    """Raise `InvalidRequest` for a request that could never run, however light the load."""
+def check_request(
+    config: EngineConfig, request: EngineRequest, adapters: Container[str] = ()
+) -> None:
+    """Raise `InvalidRequest` for a request that could never run, however light the load.
+
+    Args:
+        config: limits.
+        request: the request.
+        adapters: digests of the adapters that the group serves.
+    """
     params = request.params
     params.check(vocab_size=config.vocab_size)
     if params.seed is None:
@@ -77,10 +89,8 @@ def check_request(config: EngineConfig, request: EngineRequest) -> None:
     if not request.prompt:
         raise InvalidRequest("prompt", "`prompt` is empty; give at least one token")
     _check_tokens("prompt", request.prompt, config.vocab_size)
-    if request.adapter and request.adapter not in config.adapters:
-        raise InvalidRequest(
-            "model", "the adapter of `model` is not on this group any more; send the request again"
-        )
+    if request.adapter and request.adapter not in adapters:
+        raise InvalidRequest("model", WITHDRAWN)
     _check_tokens("prediction", request.prediction, config.vocab_size)
     check_images(request.prompt, request.images, config.image_token, config.max_images)
     _check_resumed(config, request, params.max_tokens)

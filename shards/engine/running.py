@@ -10,6 +10,7 @@ from operator import attrgetter
 
 import numpy as np
 
+from arriero.shards.engine.adapter_residency import NO_ADAPTER, AdapterResidency
 from arriero.shards.engine.decode_slots import DecodeSlots
 from arriero.shards.engine.draft import PlanDraft
 from arriero.shards.engine.sequence import Sequence
@@ -31,6 +32,7 @@ class RunningSequences:
         config: limits.
         blocks: blocks of sequences.
         waiting: where pre-empted sequences go.
+        adapters: adapters in slots of the device.
 
     Attributes:
         slots: numbers of each slot.
@@ -40,8 +42,15 @@ class RunningSequences:
         num_preemptions: sequences pre-empted so far.
     """
 
-    def __init__(self, config: EngineConfig, blocks: SequenceBlocks, waiting: WaitingQueue) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        blocks: SequenceBlocks,
+        waiting: WaitingQueue,
+        adapters: AdapterResidency,
+    ) -> None:
         self._config, self._blocks, self._waiting = config, blocks, waiting
+        self._adapters = adapters
         self.slots = SlotTable(config.max_sequences)
         self.draft = PlanDraft(config.max_sequences)
         self.decoding = DecodeSlots(config, self.slots)
@@ -57,12 +66,13 @@ class RunningSequences:
         """Sequences in slots."""
         return self._config.max_sequences - self.slots.num_free
 
-    def enter(self, sequence: Sequence, shared: SharedBlocks) -> int:
+    def enter(self, sequence: Sequence, shared: SharedBlocks, adapter: int = NO_ADAPTER) -> int:
         """Put a sequence into a free slot, with blocks for all its tokens.
 
         Args:
             sequence: sequence without a slot; the pools have room for its blocks.
             shared: existing blocks of its first tokens.
+            adapter: slot of the sequence's adapter.
 
         Returns:
             Number of tokens in the shared blocks.
@@ -72,7 +82,9 @@ class RunningSequences:
         num_shared = len(shared.blocks) * config.block_size
         capacity = blocks.count(sequence) * config.block_size
         slot = self.slots.enter(sequence, scheduled=num_shared, capacity=capacity)
-        self.draft.enter(sequence.to_new(config), table)
+        if sequence.adapter:
+            self._adapters.enter(sequence.adapter, adapter)
+        self.draft.enter(sequence.to_new(config, adapter), table)
         self._add_local(slot, blocks.indexed(shared))
         return num_shared
 
@@ -82,6 +94,8 @@ class RunningSequences:
         self.draft.free(slot)
         self.slots.leave(sequence)
         self._blocks.close(sequence)
+        if sequence.adapter:
+            self._adapters.leave(sequence.adapter)
         if slot in self.decoding:
             self.decoding.remove(slot)
         else:

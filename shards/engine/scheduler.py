@@ -27,12 +27,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from arriero.shards.engine.adapter_residency import AdapterResidency
 from arriero.shards.engine.admission import Admission
 from arriero.shards.engine.cache_report import CacheReport, report_of
 from arriero.shards.engine.completion_rate import CompletionRate
 from arriero.shards.engine.decodes import Decodes
 from arriero.shards.engine.draft import Chunk, DecodeRows, InFlight, in_flight
-from arriero.shards.engine.limits import check_config, check_request
+from arriero.shards.engine.limits import WITHDRAWN, check_config, check_request
 from arriero.shards.engine.prefills import Prefills
 from arriero.shards.engine.results import Results
 from arriero.shards.engine.running import RunningSequences
@@ -40,13 +41,14 @@ from arriero.shards.engine.sequence import LiveRequest, Sequence
 from arriero.shards.engine.sequence_blocks import SequenceBlocks
 from arriero.shards.engine.speculation.proposer import ProposerFactory
 from arriero.shards.engine.speculation.speculation import Speculation
-from arriero.shards.engine.stats import EngineStats, SpeculationStats
-from arriero.shards.engine.types import EngineConfig, EngineRequest, SequenceOutput
+from arriero.shards.engine.stats import AdapterStats, EngineStats, SpeculationStats
+from arriero.shards.engine.types import EngineConfig, EngineRequest, SequenceOutput, ends_of
 from arriero.shards.engine.waiting import WaitingQueue
 from arriero.shards.errors import GroupFailed, InvalidRequest, Overloaded
 from arriero.shards.kv.blocks import CacheListener
 from arriero.shards.kv.limits import PeerBlocks
 from arriero.shards.kv.transfers import Pool, TransferBatch, TransferResult
+from arriero.shards.protocol.adapters import AdapterResult
 from arriero.shards.protocol.step_plan import Int32, StepPlan, StepResult, int32
 
 
@@ -64,6 +66,7 @@ class Scheduler:
 
     Attributes:
         depth: most outstanding plans; at least the number of stages.
+        adapters: adapters in host memory and in slots of the device.
     """
 
     def __init__(
@@ -80,7 +83,9 @@ class Scheduler:
         self._completion_rate = CompletionRate(clock)
         self._blocks = SequenceBlocks(config, on_event, clock)
         self._waiting = WaitingQueue(self._blocks, clock)
-        self._running = RunningSequences(config, self._blocks, self._waiting)
+        listed = list(zip(config.adapters, config.adapter_paths, strict=True))
+        self.adapters = AdapterResidency(config.adapter_slots, listed, config.num_ranks)
+        self._running = RunningSequences(config, self._blocks, self._waiting, self.adapters)
         self._speculation: Speculation | None = None
         if config.speculation.enabled:
             self._speculation = Speculation(
@@ -88,7 +93,9 @@ class Scheduler:
             )
         self._decodes = Decodes(self._running, self._blocks, self._speculation)
         self._prefills = Prefills(self._running, self._blocks)
-        self._admission = Admission(self._waiting, self._running, self._prefills, self._blocks)
+        self._admission = Admission(
+            self._waiting, self._running, self._prefills, self._blocks, self.adapters
+        )
         self._results = Results(config, self._running.slots, self._blocks, self._speculation)
 
         self._requests: dict[str, LiveRequest] = {}
@@ -107,7 +114,7 @@ class Scheduler:
             InvalidRequest: the request could never run, or its id is in use.
             Overloaded: the queue is full.
         """
-        check_request(self.config, request)
+        check_request(self.config, request, self.adapters.offered)
         self.check_load(request.request_id)
         self.enqueue(request)
 
@@ -131,12 +138,19 @@ class Scheduler:
                 retry_after_s,
             )
 
-    def enqueue(self, request: EngineRequest) -> None:
-        """Queue a request that passed `check_request` and `check_load`."""
+    def enqueue(self, request: EngineRequest) -> list[SequenceOutput]:
+        """Queue a request that passed `check_request` and `check_load`.
+
+        Returns:
+            Nothing, or the end of a request whose adapter was withdrawn since the check.
+        """
+        if request.adapter and not self.adapters.begin(request.adapter):
+            return ends_of(request.request_id, range(request.params.n), "error", WITHDRAWN)
         live = LiveRequest(request, self._arrivals)
         self._arrivals += 1
         self._requests[request.request_id] = live
         self._spawn(live, 0)
+        return []
 
     def cancel(self, request_id: str) -> list[SequenceOutput]:
         """End a request now; the next plan may use its blocks. Unknown ids are ignored."""
@@ -194,6 +208,11 @@ class Scheduler:
             preemptions=self._running.num_preemptions,
             tiers=self._blocks.tiers.counts(),
             speculation=self._drafts_so_far(),
+            adapters=AdapterStats(
+                in_slots=self.adapters.in_slots,
+                entries=self.adapters.entries,
+                changes=self.adapters.changes,
+            ),
         )
 
     def _drafts_so_far(self) -> SpeculationStats:
@@ -235,6 +254,7 @@ class Scheduler:
         # One stage: the slices know the last token, which may still be in flight.
         tokens = None if self.config.num_stages == 1 else table.last_token[rows.slots]
         plan = draft.build(self._step, rows, tokens, chunks)
+        plan.adapters = self.adapters.take_changes()
         if tokens is None and not chunks and not rows.drafts and not rows.requests:
             # a prefilling sequence may have lost its slot meanwhile
             plan.same_rows = rows.slots is self._repeated and not len(plan.freed)
@@ -271,6 +291,28 @@ class Scheduler:
         for sequence in step.ended:
             self._finish(sequence)
         return step.outputs
+
+    # ---- adapters ----
+
+    def apply_adapters(
+        self, results: list[AdapterResult]
+    ) -> tuple[list[SequenceOutput], dict[str, str]]:
+        """Apply the ends of loads.
+
+        Returns:
+            Ends of the requests whose adapter cannot be loaded; and for each adapter whose load has
+            ended on all ranks the error, or "".
+        """
+        outputs: list[SequenceOutput] = []
+        loaded: dict[str, str] = {}
+        for result in results:
+            error = self.adapters.apply(result)
+            if error is not None:
+                loaded[result.digest] = error
+        for live in list(self._requests.values()) if any(loaded.values()) else ():
+            if error := loaded.get(live.request.adapter):
+                outputs += self._end(live, "error", f"the adapter of `model`: {error}")
+        return outputs, loaded
 
     # ---- tiers below the device ----
 
@@ -341,15 +383,7 @@ class Scheduler:
         self, live: LiveRequest, reason: str, error: str | None = None
     ) -> list[SequenceOutput]:
         """End all remaining samples of a request."""
-        outputs = [
-            SequenceOutput(
-                request_id=live.request.request_id,
-                index=index,
-                finish_reason=reason,
-                error=error,
-            )
-            for index in live.live
-        ]
+        outputs = ends_of(live.request.request_id, live.live, reason, error)
         for sequence in list(live.sequences.values()):
             self._finish(sequence)
         if live.live:  # samples without a sequence so far
@@ -360,4 +394,6 @@ class Scheduler:
     def _close(self, live: LiveRequest) -> None:
         self._blocks.drop_prompt(live)
         del self._requests[live.request.request_id]
+        if live.request.adapter:
+            self.adapters.end(live.request.adapter)
         self._completion_rate.note_end()

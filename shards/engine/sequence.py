@@ -141,6 +141,11 @@ class Sequence:
         )
 
     @property
+    def adapter(self) -> str:
+        """Digest of the request's adapter; "" for the base model."""
+        return self.live.request.adapter
+
+    @property
     def wants_prompt_rows(self) -> bool:
         """Whether prompt log-probabilities are requested and not sent yet."""
         requested = self.index == 0 and self.live.params.prompt_logprobs is not None
@@ -157,8 +162,13 @@ class Sequence:
         following[: len(known)] = known
         return following
 
-    def to_new(self, config: EngineConfig) -> NewSequence:
-        """The slices' description of the sequence, as it enters its slot."""
+    def to_new(self, config: EngineConfig, adapter: int) -> NewSequence:
+        """The slices' description of the sequence, as it enters its slot.
+
+        Args:
+            config: limits of the engine.
+            adapter: slot of the adapter; -1 for the base model.
+        """
         eos_token_ids, image_token = config.eos_token_ids, config.image_token
         params, images = self.live.params, self.live.request.images
         positions = int32()
@@ -179,9 +189,5 @@ class Sequence:
             images=tuple(image.data for image in images),
             image_sizes=tuple(image.num_features for image in images),
             image_positions=positions,
-            adapter=_adapter_slot(self.live.request.adapter, config),
+            adapter=adapter,
         )
-
-
-def _adapter_slot(adapter: str, config: EngineConfig) -> int:
-    return config.adapters.index(adapter) if adapter else -1

@@ -55,6 +55,31 @@ class SpeculationStats:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterStats:
+    """Adapters of an engine.
+
+    Attributes:
+        in_slots: digests of the adapters in slots of the device.
+        entries: sequences with an adapter that began to run so far.
+        changes: adapters put into slots so far.
+    """
+
+    in_slots: tuple[str, ...] = ()
+    entries: int = 0
+    changes: int = 0
+
+    @classmethod
+    def total(cls, parts: Iterable[AdapterStats]) -> AdapterStats:
+        """Over engines: all adapters in slots, and sums."""
+        every = list(parts)
+        return cls(
+            in_slots=tuple(dict.fromkeys(digest for part in every for digest in part.in_slots)),
+            entries=sum(part.entries for part in every),
+            changes=sum(part.changes for part in every),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
     """A snapshot of the engine's load.
 
@@ -62,7 +87,7 @@ class EngineStats:
     `expert_imbalance` is the largest rank load over the mean, 1 being even; `expert_moves` is the
     number of changed placements. All three need expert parallelism. `tiers` has blocks by tier
     below the device, and transfers since the start; empty without tiers. `speculation` counts
-    drafts.
+    drafts. `adapters` has the adapters in slots.
     """
 
     num_waiting: int = 0
@@ -83,3 +108,4 @@ class EngineStats:
     step_us: dict[str, float] = field(default_factory=dict)
     tiers: dict[str, int] = field(default_factory=dict)
     speculation: SpeculationStats = field(default_factory=SpeculationStats)
+    adapters: AdapterStats = AdapterStats()

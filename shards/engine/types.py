@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from arriero.kernels.attention_mask import AttentionMaskSpec
+from arriero.shards.config.adapters import AdapterSlots
 from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.config.speculation import SpeculationConfig
 from arriero.shards.images.request import RequestImage
@@ -19,6 +20,7 @@ from arriero.shards.kv.paging import SeenBlocks
 from arriero.shards.kv.retention import CacheHint
 from arriero.shards.kv.transfers import Pool, TransferBatch, TransferResult
 from arriero.shards.layout.expert_placement import ExpertPlacement
+from arriero.shards.protocol.adapters import AdapterBatch, AdapterResult
 from arriero.shards.protocol.step_plan import StepPlan, StepResult
 
 
@@ -53,7 +55,10 @@ class EngineConfig:
         max_images: most images of a request.
         cache_salt: digest of model and revision; the root of every block's key.
         tiers: KV cache tiers below the device, for each data-parallel rank.
-        adapters: digests of the group's LoRA adapters, in order of their slots.
+        adapters: digests of the group's listed LoRA adapters, in order of their slots.
+        adapter_paths: folder of each listed adapter.
+        adapter_slots: room for adapters that come and go; None for the listed adapters alone.
+        num_ranks: slices of a data-parallel rank.
         speculation: how tokens are drafted; changes no token.
     """
 
@@ -80,6 +85,9 @@ class EngineConfig:
     cache_salt: bytes = b""
     tiers: GroupTierLimits = field(default_factory=GroupTierLimits)
     adapters: tuple[str, ...] = ()
+    adapter_paths: tuple[str, ...] = ()
+    adapter_slots: AdapterSlots | None = None
+    num_ranks: int = 1
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
 
     @property
@@ -183,6 +191,16 @@ class SequenceOutput:
     num_accepted: int = 0
 
 
+def ends_of(
+    request_id: str, indices: Iterable[int], reason: str, error: str | None
+) -> list[SequenceOutput]:
+    """The last outputs of samples that end without a token; see `SequenceOutput`."""
+    return [
+        SequenceOutput(request_id=request_id, index=index, finish_reason=reason, error=error)
+        for index in indices
+    ]
+
+
 class Executor(Protocol):
     """Runs plans on the slices of the group, in order, and transfers of KV blocks beside them.
 
@@ -204,6 +222,12 @@ class Executor(Protocol):
 
     def collect_transfers(self, timeout_s: float = 0.0) -> list[TransferResult]:
         """Transfer results since the last call; waits for the first until the time limit."""
+
+    def change_adapters(self, batch: AdapterBatch) -> None:
+        """Send loads and drops of adapters; every slice makes them after the plans sent before."""
+
+    def collect_adapters(self, timeout_s: float = 0.0) -> list[AdapterResult]:
+        """Ends of loads since the last call; waits for the first until the time limit."""
 
     def close(self) -> None:
         """Stop the slices; safe to call twice."""

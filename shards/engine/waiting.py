@@ -42,10 +42,13 @@ class WaitingQueue:
     def __len__(self) -> int:
         return len(self._ready) + len(self._loading)
 
-    @property
-    def first(self) -> Sequence | None:
-        """The first sequence that can run."""
-        return self._ready[0] if self._ready else None
+    def ready(self, place: int) -> Sequence | None:
+        """The sequence at a place among those that need no blocks of a lower tier; None behind."""
+        return self._ready[place] if place < len(self._ready) else None
+
+    def adapters(self, most: int) -> list[str]:
+        """Adapters of the first `most` sequences, in order of precedence."""
+        return [sequence.adapter for sequence in self._ready[:most] if sequence.adapter]
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence by its rank."""

@@ -9,17 +9,20 @@ import contextlib
 import queue
 import threading
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from arriero.shards.collectives.expert_parallel import Loads
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.errors import GroupFailed
 from arriero.shards.kv.transfers import TransferBatch, TransferResult
+from arriero.shards.protocol.adapters import AdapterBatch, AdapterResult
 from arriero.shards.protocol.step_plan import StepPlan, StepResult
 
 if TYPE_CHECKING:
     from arriero.shards.worker.runner import Runner
 from arriero.shards.worker.step_results import Pending
+
+T = TypeVar("T")
 
 
 class LocalExecutor:
@@ -31,8 +34,13 @@ class LocalExecutor:
         self._runner: Runner | None = runner_for(config, 0)
         self._transfer_results: queue.SimpleQueue[TransferResult] = queue.SimpleQueue()
         self._runner.warm_up()
+        self._adapter_results: queue.SimpleQueue[AdapterResult] = queue.SimpleQueue()
         self._transfer_workers = self._runner.open_tiers(self._transfer_results.put)
-        self._plans: queue.SimpleQueue[StepPlan | TransferBatch | None] = queue.SimpleQueue()
+        if self._runner.adapter_store is not None:
+            self._runner.adapter_store.start(self._adapter_results.put)
+        self._plans: queue.SimpleQueue[StepPlan | TransferBatch | AdapterBatch | None] = (
+            queue.SimpleQueue()
+        )
         self._results: queue.SimpleQueue[Pending | BaseException] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="slice", daemon=True)
         self._thread.start()
@@ -62,12 +70,15 @@ class LocalExecutor:
 
     def collect_transfers(self, timeout_s: float = 0.0) -> list[TransferResult]:
         """Transfer results since the last call; waits for the first until the time limit."""
-        results: list[TransferResult] = []
-        with contextlib.suppress(queue.Empty):
-            results.append(self._transfer_results.get(timeout_s > 0, timeout_s))
-            while True:
-                results.append(self._transfer_results.get_nowait())
-        return results
+        return _take(self._transfer_results, timeout_s)
+
+    def change_adapters(self, batch: AdapterBatch) -> None:
+        """Queue loads and drops of adapters behind the plans."""
+        self._plans.put(batch)
+
+    def collect_adapters(self, timeout_s: float = 0.0) -> list[AdapterResult]:
+        """Ends of loads since the last call; waits for the first until the time limit."""
+        return _take(self._adapter_results, timeout_s)
 
     def close(self) -> None:
         """Stop the threads and give the weights back; safe to call twice."""
@@ -91,6 +102,9 @@ class LocalExecutor:
             while (plan := self._plans.get()) is not None:
                 if isinstance(plan, TransferBatch):
                     self._transfer_workers.submit(plan)
+                elif isinstance(plan, AdapterBatch):
+                    assert runner.adapter_store is not None, "the engine knows the slots"
+                    runner.adapter_store.submit(plan)
                 else:
                     # The engine's thread needs the interpreter as soon as a result is published.
                     # While another plan waits, publish when that plan's layers run without the
@@ -103,3 +117,13 @@ class LocalExecutor:
         except Exception as error:
             publish()
             self._results.put(error)
+
+
+def _take(results: queue.SimpleQueue[T], timeout_s: float) -> list[T]:
+    """All entries of a queue; waits for the first until the time limit."""
+    taken: list[T] = []
+    with contextlib.suppress(queue.Empty):
+        taken.append(results.get(timeout_s > 0, timeout_s))
+        while True:
+            taken.append(results.get_nowait())
+    return taken

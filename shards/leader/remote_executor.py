@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass, field, replace
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
@@ -29,7 +29,9 @@ from arriero.shards.kv.transfers import TransferBatch, TransferResult
 from arriero.shards.leader.health import HealthLimits
 from arriero.shards.leader.loading import Loading, LoadProgress
 from arriero.shards.leader.monitor import Monitor
+from arriero.shards.leader.visible_gpus import device_of
 from arriero.shards.protocol import wire
+from arriero.shards.protocol.adapters import AdapterBatch, AdapterResult
 from arriero.shards.protocol.failure import Evidence, FirstCause, Kind
 from arriero.shards.protocol.messages import (
     LoadedBytes,
@@ -113,6 +115,7 @@ class RemoteExecutor:
         self._loads: dict[int, Loads] = {}
         self._results: deque[bytes] = deque()
         self._transfer_results: list[TransferResult] = []
+        self._adapter_results: list[AdapterResult] = []
         self._failure: ArrieroError | None = None
         self._failure_lock = threading.Lock()
         self._stop_slices: Callable[[], None] = lambda: None
@@ -232,20 +235,38 @@ class RemoteExecutor:
         Raises:
             GroupFailed: a slice is lost; the text is the first cause.
         """
+        self._receive_beside(self._transfer_results, timeout_s)
+        results, self._transfer_results = self._transfer_results, []
+        return results
+
+    def change_adapters(self, batch: AdapterBatch) -> None:
+        """Send loads and drops of adapters to every slice of the data-parallel rank."""
+        self._send(self._ranks_of(batch.dp_rank), MessageKind.ADAPTERS, batch)
+
+    def collect_adapters(self, timeout_s: float = 0.0) -> list[AdapterResult]:
+        """Ends of loads since the last call; waits for the first until the time limit.
+
+        Raises:
+            GroupFailed: a slice is lost; the text is the first cause.
+        """
+        self._receive_beside(self._adapter_results, timeout_s)
+        results, self._adapter_results = self._adapter_results, []
+        return results
+
+    def _receive_beside(self, results: Sized, timeout_s: float) -> None:
+        """Receive until no message waits, or a step's result came; see `collect_transfers`."""
         deadline = time.monotonic() + timeout_s
         while True:
-            left = 0.0 if self._transfer_results else max(0.0, deadline - time.monotonic())
+            left = 0.0 if len(results) else max(0.0, deadline - time.monotonic())
             readable = self._socket.poll(int(left * 1000))
             if not readable:
                 if self._failure is not None:
                     raise self._failure
-                break
+                return
             packed = self._receive(0.0)
             if packed is not None:
                 self._results.append(packed)
-                break
-        results, self._transfer_results = self._transfer_results, []
-        return results
+                return
 
     def close(self) -> None:
         """Stop the slices; safe to call twice."""
@@ -289,6 +310,9 @@ class RemoteExecutor:
             return body
         if kind is MessageKind.TRANSFER_RESULT:
             self._transfer_results.append(wire.decode(body, TransferResult))
+            return None
+        if kind is MessageKind.ADAPTER_RESULT:
+            self._adapter_results.append(wire.decode(body, AdapterResult))
             return None
         rank = int.from_bytes(identity, "little")
         self._accept(rank, kind, body)
@@ -355,24 +379,6 @@ def spawn_group(
 
     executor.supervise(find_lost, stop_slices)
     return executor
-
-
-def device_of(rank: int) -> str:
-    """The GPU of a rank on this machine, among the GPUs visible to this process.
-
-    Raises:
-        GroupFailed: this process sees too few GPUs.
-    """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return str(rank)
-    devices = [name.strip() for name in visible.split(",") if name.strip()]
-    if rank >= len(devices):
-        raise GroupFailed(
-            f"slice {rank} has no GPU: CUDA_VISIBLE_DEVICES={visible!r} names {len(devices)}; "
-            "name one for each slice, or use fewer slices"
-        )
-    return devices[rank]
 
 
 def _run_child(rank: int, endpoint: LeaderEndpoint) -> None:

@@ -25,6 +25,7 @@ from arriero.shards.adapters.banks import AdapterBanks
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.collectives.expert_parallel import Loads
 from arriero.shards.collectives.mesh import Mesh
+from arriero.shards.config.adapters import AdapterSlots
 from arriero.shards.families.registry import family_of
 from arriero.shards.kv.transfers import Pool
 from arriero.shards.layout.expert_placement import ExpertPlacement
@@ -54,7 +55,8 @@ class SliceSettings:
         visible: keys that a token sees in layers without full attention.
         taps: layers whose input is kept for a model that drafts; see `Taps`.
         progress: called with loaded bytes and total bytes.
-        adapters: adapters of the group, in order of their slots.
+        adapters: listed adapters of the group, in order of their slots.
+        adapter_slots: room for adapters that come and go; None for the listed adapters alone.
     """
 
     dtype: torch.dtype
@@ -70,6 +72,7 @@ class SliceSettings:
     taps: tuple[int, ...] = ()
     progress: Progress = lambda done, total: None
     adapters: Sequence[Adapter] = ()
+    adapter_slots: AdapterSlots | None = None
 
 
 class ModelSlice(Protocol):

@@ -21,12 +21,14 @@ class MessageKind(StrEnum):
         READY: slice to leader: slice loaded; `SliceReport`.
         RESULT: slice to leader: result of a step plan; `StepResult`.
         TRANSFER_RESULT: slice to leader: result of a transfer of KV blocks; `TransferResult`.
+        ADAPTER_RESULT: slice to leader: end of an adapter's load; `AdapterResult`.
         EXPERT_LOADS: slice to leader: tokens per expert since the last message of this kind, an
             array for each layer.
         ERROR: slice to leader: error that ends the slice; `SliceFailure`.
         JOIN: leader to slice: address at which the ranks meet; `RendezvousAddress`.
         PLAN: leader to slice: step plan to run; `StepPlan`.
         TRANSFER: leader to slice: KV blocks to transfer; `TransferBatch`.
+        ADAPTERS: leader to slice: adapters to load or to drop; `AdapterBatch`.
         STOP: leader to slice: end the loop; no body.
     """
 
@@ -35,11 +37,13 @@ class MessageKind(StrEnum):
     READY = "ready"
     RESULT = "result"
     TRANSFER_RESULT = "transfer result"
+    ADAPTER_RESULT = "adapter result"
     EXPERT_LOADS = "expert loads"
     ERROR = "error"
     JOIN = "join"
     PLAN = "plan"
     TRANSFER = "transfer"
+    ADAPTERS = "adapters"
     STOP = "stop"
 
     @property

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from arriero.shards.config.sampling_params import SamplingParams
+from arriero.shards.protocol.adapters import SlotChange
 
 Int32 = npt.NDArray[np.int32]
 
@@ -87,6 +88,7 @@ class StepPlan:
         dp_rank: data-parallel rank that runs the plan; each rank has plans of its own, one a step.
         same_rows: whether the rows equal those of the rank's last plan, all decodes, each
             sequence one token further.
+        adapters: adapters that enter slots of the device before the rows run; see `adapters`.
         draft_lengths: [S] number of tokens that the slices shall draft after each row's last
             emitted token; empty for none. Needs a drafter on the slices.
     """
@@ -112,6 +114,7 @@ class StepPlan:
     dp_rank: int = 0
     same_rows: bool = False
     draft_lengths: Int32 = field(default_factory=int32)
+    adapters: list[SlotChange] = field(default_factory=list)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from arriero.shards.kv.transfer_worker import TransferWorkers
     from arriero.shards.kv.transfers import TransferResult
+    from arriero.shards.protocol.adapters import AdapterResult
     from arriero.shards.worker.runner import Runner
 from arriero.shards.worker.step_results import Pending
 
@@ -78,6 +79,8 @@ def run_slice(
             return
         gc.freeze()  # loaded objects stay: full collections need not visit them
         transfer_workers = runner.open_tiers(link.send_transfer_result, host)
+        if runner.adapter_store is not None:
+            runner.adapter_store.start(link.send_adapter_result)
         try:
             _serve(runner, link, activity, transfer_workers)
         finally:
@@ -151,6 +154,7 @@ def _serve(
 ) -> None:
     """Receive, launch, reply; a received plan is launched before the wait for an earlier result."""
     from arriero.shards.kv.transfers import TransferBatch
+    from arriero.shards.protocol.adapters import AdapterBatch
     from arriero.shards.protocol.step_plan import StepPlan
 
     launched: deque[Pending] = deque()
@@ -168,13 +172,17 @@ def _serve(
                     result = launched.popleft().wait()
             link.send(MessageKind.RESULT, result)
         activity.idle = True
-        message = link.receive_any(MessageKind.PLAN, MessageKind.TRANSFER)
+        message = link.receive_any(MessageKind.PLAN, MessageKind.TRANSFER, MessageKind.ADAPTERS)
         activity.idle = False
         if message is None:
             return
         kind, body = message
         if kind is MessageKind.TRANSFER:
             transfer_workers.submit(wire.decode(body, TransferBatch))
+            continue
+        if kind is MessageKind.ADAPTERS:
+            assert runner.adapter_store is not None, "the leader knows the slots"
+            runner.adapter_store.submit(wire.decode(body, AdapterBatch))
             continue
         pending = runner.launch(wire.decode(body, StepPlan))
         if pending is not None:
@@ -252,12 +260,17 @@ class _LeaderLink:
 
     def send_transfer_result(self, result: TransferResult) -> None:
         """Send the result of copied blocks; from any thread, before `close`."""
+        self._send_beside(MessageKind.TRANSFER_RESULT, result)
+
+    def send_adapter_result(self, result: AdapterResult) -> None:
+        """Send the end of an adapter's load; from any thread, before `close`."""
+        self._send_beside(MessageKind.ADAPTER_RESULT, result)
+
+    def _send_beside(self, kind: MessageKind, result: object) -> None:
         with self._transfer_lock:  # a second socket, since the main thread waits in the first
             if self._transfer_socket is None:
                 self._transfer_socket = self._connect(self._name + b"moved")
-            self._transfer_socket.send_multipart(
-                [MessageKind.TRANSFER_RESULT.frame, wire.encode(result)]
-            )
+            self._transfer_socket.send_multipart([kind.frame, wire.encode(result)])
 
     def progress(self, done: int, total: int) -> None:
         """Send the progress of loading, at most once per period."""

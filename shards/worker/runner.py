@@ -37,6 +37,7 @@ from arriero.shards.models.loader import Progress
 from arriero.shards.models.model_slice import SliceSettings, load_slice
 from arriero.shards.protocol.step_plan import Logprobs, StepPlan, StepResult
 from arriero.shards.protocol.verification import drawn_rows
+from arriero.shards.worker.adapter_store import store_of
 from arriero.shards.worker.grammar_masks import GrammarRows
 from arriero.shards.worker.malloc import returning_large_buffers
 from arriero.shards.worker.rope_table import Rope
@@ -99,6 +100,7 @@ class Runner:
             taps=draft_source.taps if draft_source is not None else (),
             progress=progress,
             adapters=open_adapters(config, model),
+            adapter_slots=config.adapter_slots,
         )
         self._drafts: StepDrafts | None = None
         with returning_large_buffers():
@@ -113,6 +115,9 @@ class Runner:
                     num_blocks=settings.num_blocks,
                 )
                 self._drafts = StepDrafts(draft_source.load(target), self._model.taps, self.mesh)
+        self.adapter_store = store_of(
+            config, model, settings.adapters, self._model.adapters, self.mesh.part.rank
+        )
         self._hidden_size = model.hidden_size
         self._table = self.table_type(
             max_sequences=config.max_sequences,
@@ -157,6 +162,8 @@ class Runner:
     def close(self) -> None:
         """Stop background threads; no step may follow."""
         self._table.close()
+        if self.adapter_store is not None:
+            self.adapter_store.close()
 
     def _local_table(self, config: GroupConfig, chunk: int) -> LocalTable | None:
         if not chunk:
@@ -258,12 +265,15 @@ class Runner:
         )
 
     def _apply(self, plan: StepPlan) -> None:
-        """Apply the changes of a plan to sequences and images."""
+        """Apply the changes of a plan to sequences, images and adapters."""
         self._table.apply(plan)
         if self._model.images is not None:
             self._model.images.apply(plan)
         if self._drafts is not None:
             self._drafts.drafter.apply(plan)
+        if plan.adapters:
+            assert self.adapter_store is not None, "only a group with slots changes adapters"
+            self.adapter_store.apply(plan.adapters)
 
     def _compute(
         self, plan: StepPlan, at_layers: Callable[[], None] = lambda: None

@@ -13,10 +13,10 @@ from arriero.kernels.lora import (
     AdapterRows,
     LayerLora,
     LoraBank,
-    bank_nbytes,
     make_bank,
 )
 from arriero.kernels.ops import Ops
+from arriero.kernels.sizes import lora_bank_nbytes
 
 from . import paged, test_blocks
 from .conftest import backend
@@ -186,7 +186,7 @@ def test_a_decoder_with_adapters_computes_what_merged_weights_do(ops: Ops) -> No
 def test_bytes_of_a_bank_are_as_planned() -> None:
     for ins, outs, dtype in ((72, 100, torch.float32), (7, 300, torch.bfloat16)):
         made = make_bank(3, 8, ins, outs, dtype=dtype, device=CPU)
-        assert made.nbytes == bank_nbytes(3, 8, ins, outs, dtype.itemsize)
+        assert made.nbytes == lora_bank_nbytes(3, 8, ins, outs, dtype.itemsize)
     made.write(1, torch.ones(2, 7), torch.ones(2, 300))
     made.clear(1)
     assert not made.rank_G.any()

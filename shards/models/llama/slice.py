@@ -68,7 +68,12 @@ class LlamaSlice:
             progress=settings.progress,
         )
         self.adapters = load_banks(
-            llama_modules(config), part, settings.adapters, self.dtype, mesh.device
+            llama_modules(config),
+            part,
+            settings.adapters,
+            settings.adapter_slots,
+            self.dtype,
+            mesh.device,
         )
         folder = settings.offload_folder or Path(tempfile.gettempdir())
         with loader:

@@ -87,7 +87,12 @@ class Llama4Slice:
         self.images = self._image_table(checkpoint, part)
         self._check_adapters(settings)
         self.adapters = load_banks(
-            llama4_modules(config), part, settings.adapters, self.dtype, mesh.device
+            llama4_modules(config),
+            part,
+            settings.adapters,
+            settings.adapter_slots,
+            self.dtype,
+            mesh.device,
         )
         # the loader cuts no vision tensors: each rank of the first stage holds the whole tower
         specs = tensor_specs(config, checkpoint.scheme)

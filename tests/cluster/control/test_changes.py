@@ -16,6 +16,7 @@ import yaml
 
 from arriero.cluster.control import changes as changes_module
 from arriero.cluster.control import cluster_nodes
+from arriero.cluster.control.adapter_admin import AdapterAdmin
 from arriero.cluster.control.admin_client import AdminClient
 from arriero.cluster.control.admin_roles import AdminToken, Role
 from arriero.cluster.control.admin_server import AdminServer
@@ -133,7 +134,7 @@ def deployed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:  # noqa: A
             on_change=lambda: None,
             on_count_settings=lambda model: None,
         )
-        server = AdminServer(store, view, changes, registry)  # type: ignore[arg-type]
+        server = AdminServer(store, view, changes, registry, AdapterAdmin(store, registry))  # type: ignore[arg-type]
         address = await server.start("127.0.0.1", 0, None)
         try:
             yield Deployed(store, view, registry, address, nodes, spec)

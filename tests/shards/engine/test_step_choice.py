@@ -6,6 +6,7 @@ from typing import Any
 
 from arriero.shards.config.priorities import BACKGROUND_CHUNK, BACKGROUND_PRIORITY
 from arriero.shards.config.sampling_params import SamplingParams
+from arriero.shards.engine.adapter_residency import AdapterResidency
 from arriero.shards.engine.admission import Admission
 from arriero.shards.engine.decodes import Decodes
 from arriero.shards.engine.prefills import Prefills
@@ -31,10 +32,11 @@ class Parts:
         self.config = EngineConfig(**fields | changes)
         self.blocks = SequenceBlocks(self.config, None)
         self.waiting = WaitingQueue(self.blocks, lambda: 0.0)
-        self.running = RunningSequences(self.config, self.blocks, self.waiting)
+        adapters = AdapterResidency(None, (), 1)
+        self.running = RunningSequences(self.config, self.blocks, self.waiting, adapters)
         self.decodes = Decodes(self.running, self.blocks)
         self.prefills = Prefills(self.running, self.blocks)
-        self.admission = Admission(self.waiting, self.running, self.prefills, self.blocks)
+        self.admission = Admission(self.waiting, self.running, self.prefills, self.blocks, adapters)
         self.arrivals = 0
 
     def queue(self, num_tokens: int, *, priority: int = 0, tenant: str = "") -> Sequence:
@@ -70,7 +72,7 @@ def test_admission_is_by_rank_and_within_the_budget() -> None:
     ]
     assert [chunk.final for chunk in chunks] == [True, False]
     assert parts.running.prefilling == [late] and parts.running.decoding.sequences == [early]
-    assert parts.waiting.first is None
+    assert parts.waiting.ready(0) is None
 
 
 def test_admission_leaves_a_block_for_each_running_sequence() -> None:
@@ -79,7 +81,7 @@ def test_admission_leaves_a_block_for_each_running_sequence() -> None:
     assert [chunk.sequence for chunk in parts.admission.admit(32)] == [first]
     held_back, small = parts.queue(8), parts.queue(4)
     assert parts.admission.admit(32) == [], "two blocks are left, and one must stay"
-    assert parts.waiting.first is held_back, "the sequence behind does not overtake"
+    assert parts.waiting.ready(0) is held_back, "the sequence behind does not overtake"
     parts.running.release(first)
     admitted = [chunk.sequence for chunk in parts.admission.admit(32)]
     assert admitted == [held_back, small]
@@ -137,7 +139,7 @@ def test_a_decode_takes_the_block_of_the_last_in_rank() -> None:
     assert last.slot >= 0
     slots = parts.decodes.take(0, 16).slots  # both need a block, and one is left
     assert slots.tolist() == [first.slot]
-    assert last.slot < 0 and parts.waiting.first is last
+    assert last.slot < 0 and parts.waiting.ready(0) is last
     assert parts.running.num_preemptions == 1
 
 

@@ -114,6 +114,11 @@ class AdminStub:
                 request_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.GetSpecRequest.SerializeToString,
                 response_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.GetSpecResponse.FromString,
                 _registered_method=True)
+        self.Adapters = channel.unary_unary(
+                '/arriero.v1.Admin/Adapters',
+                request_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.AdaptersRequest.SerializeToString,
+                response_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.AdaptersResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -232,6 +237,13 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Adapters(self, request, context):
+        """List, add or remove LoRA adapters while groups serve.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -314,6 +326,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.GetSpec,
                     request_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.GetSpecRequest.FromString,
                     response_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.GetSpecResponse.SerializeToString,
+            ),
+            'Adapters': grpc.unary_unary_rpc_method_handler(
+                    servicer.Adapters,
+                    request_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.AdaptersRequest.FromString,
+                    response_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.AdaptersResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -748,6 +765,33 @@ class Admin:
             '/arriero.v1.Admin/GetSpec',
             arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.GetSpecRequest.SerializeToString,
             arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.GetSpecResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Adapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/arriero.v1.Admin/Adapters',
+            arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.AdaptersRequest.SerializeToString,
+            arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_admin__pb2.AdaptersResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -73,6 +73,8 @@ class AdminStub:
     """Drain a node: its groups move to other nodes, and no group starts there. Or take that back."""
     GetSpec: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetSpecRequest, _admin_pb2.GetSpecResponse]
     """The spec as the deployment follows it now."""
+    Adapters: _grpc.UnaryUnaryMultiCallable[_admin_pb2.AdaptersRequest, _admin_pb2.AdaptersResponse]
+    """List, add or remove LoRA adapters while groups serve."""
 
 @_typing.type_check_only
 class AdminAsyncStub(AdminStub):
@@ -111,6 +113,8 @@ class AdminAsyncStub(AdminStub):
     """Drain a node: its groups move to other nodes, and no group starts there. Or take that back."""
     GetSpec: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetSpecRequest, _admin_pb2.GetSpecResponse]  # type: ignore[assignment]
     """The spec as the deployment follows it now."""
+    Adapters: _aio.UnaryUnaryMultiCallable[_admin_pb2.AdaptersRequest, _admin_pb2.AdaptersResponse]  # type: ignore[assignment]
+    """List, add or remove LoRA adapters while groups serve."""
 
 class AdminServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -242,5 +246,13 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.GetSpecResponse, _abc.Awaitable[_admin_pb2.GetSpecResponse]]:
         """The spec as the deployment follows it now."""
+
+    @_abc_1.abstractmethod
+    def Adapters(
+        self,
+        request: _admin_pb2.AdaptersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.AdaptersResponse, _abc.Awaitable[_admin_pb2.AdaptersResponse]]:
+        """List, add or remove LoRA adapters while groups serve."""
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

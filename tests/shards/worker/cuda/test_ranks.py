@@ -14,7 +14,7 @@ import pytest
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.errors import GroupFailed
-from arriero.shards.leader.remote_executor import device_of
+from arriero.shards.leader.visible_gpus import device_of
 from arriero.shards.worker.cuda.runner import HOST_WAITS
 from support.fake_cuda import simulated, simulated_slices
 from support.groups import running
