@@ -30,6 +30,7 @@ from arriero.router.grpc_calls import GrpcCall, guard, unary
 from arriero.router.grpc_options import SERVER_OPTIONS
 from arriero.router.http.app import create_app, create_local_app
 from arriero.router.http.batches_api.local_calls import LocalCalls
+from arriero.router.http.lora_adapters import ChangeAdapter
 from arriero.router.http.responses_api.store import Archive, ResponseStore
 from arriero.router.http.resumable_answers import ResumableAnswers
 from arriero.router.http.server import HttpServer
@@ -67,6 +68,7 @@ class Gateway:
         tracing: makes the spans; None for a tracing of `config`.
         archive: keeps the responses of `/v1/responses` and what resumable streams need, for all
             gateways; None keeps each gateway's in its own memory.
+        change_adapter: changes the adapters of the deployment; None refuses changes.
 
     Raises:
         SpecError: a file of keys or certificates cannot be used, or the package for
@@ -82,8 +84,9 @@ class Gateway:
         on_change: Callable[[], None] = lambda: None,
         tracing: Tracing | None = None,
         archive: Archive | None = None,
+        change_adapter: ChangeAdapter | None = None,
     ) -> None:
-        self._config = config
+        self._config, self._change_adapter = config, change_adapter
         self._responses = ResponseStore(archive)
         self._on_change = on_change
         link_tls = None if config.link_tls is None else config.link_tls.link_client("link_tls")
@@ -204,6 +207,7 @@ class Gateway:
             cors=self._config.cors,
             hosted_tools=self._config.hosted_tools,
             spool=self._spool,
+            change_adapter=self._change_adapter,
         )
 
     def _make_batch_worker(self, spool: Spool) -> BatchWorker:

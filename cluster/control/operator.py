@@ -17,6 +17,7 @@ from ray.actor import ActorHandle
 
 from arriero.cluster import app
 from arriero.cluster.control.adapter_admin import AdapterAdmin
+from arriero.cluster.control.adapter_calls import AdapterCalls
 from arriero.cluster.control.admin_roles import FIRST, AdminToken, Role
 from arriero.cluster.control.applications import Applications
 from arriero.cluster.control.audit_log import AuditLog
@@ -96,6 +97,7 @@ class Operator:
             max_bytes=log_spec.max_bytes,
             keep=log_spec.keep,
         )
+        self._adapter_calls = AdapterCalls(self._store.admin_tokens, self._adapters, audit)
         try:  # after a restart the port must stay: the command line has stored it
             return await self._admin.start(admin.host, port, tls, audit)
         except OSError:
@@ -104,6 +106,15 @@ class Operator:
     async def admin_address(self) -> str:
         """Address of Admin, which answers from now on."""
         return self._address
+
+    async def change_adapter(
+        self, authorization: str, action: str, name: str, path: str, replace: bool
+    ) -> tuple[str, str]:
+        """Change the adapters for a caller of a gateway; see `AdapterCalls.change`."""
+        from arriero.router.proto.arriero.v1 import admin_pb2 as pb
+
+        request = pb.AdaptersRequest(action=action, name=name, path=path, replace=replace)
+        return await self._adapter_calls.change(authorization, request)
 
     async def deploy(self) -> None:
         """Deploy the gateways, and let the loop start the groups.

@@ -26,6 +26,7 @@ from arriero.cluster.hosts.nodes import node_address, reachable
 from arriero.cluster.registry import registry
 from arriero.cluster.registry.history import Failure
 from arriero.cluster.registry.snapshot import GatewayEntry
+from arriero.cluster.replica.adapter_changes import change_adapter
 from arriero.cluster.replica.response_archive import RemoteArchive
 from arriero.cluster.spec.gateway import GatewaySpec, TlsSpec, TracingSpec
 from arriero.cluster.spec.live_settings import LiveSettings
@@ -87,6 +88,7 @@ class GatewayReplica:
                 self._on_lost,
                 on_change=self._on_change,
                 archive=RemoteArchive() if http is not None else None,
+                change_adapter=change_adapter,
             )
             port = await self._gateway.start()
         except (OSError, SpecError) as error:

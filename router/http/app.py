@@ -25,6 +25,7 @@ from arriero.router.http.completion_calls import (
     text_calls,
 )
 from arriero.router.http.hosted_tools import HostedTools
+from arriero.router.http.lora_adapters import ChangeAdapter, add_adapters
 from arriero.router.http.messages_api.routes import add_messages
 from arriero.router.http.middleware import RequestMiddleware, authorization
 from arriero.router.http.request_schemas import (
@@ -100,6 +101,7 @@ def create_app(
     cors: Sequence[str] = (),
     hosted_tools: HostedTools = "ignore",
     spool: Spool | None = None,
+    change_adapter: ChangeAdapter | None = None,
 ) -> FastAPI:
     """The application over `inference`, with all that FastAPI would build at the first request.
 
@@ -114,6 +116,7 @@ def create_app(
         cors: origins of web pages that may call the application from a browser; "*" for any.
         hosted_tools: what happens to requests with tools that a server would run.
         spool: keeps files and batches; None leaves `/v1/files` and `/v1/batches` out.
+        change_adapter: changes the adapters of the deployment; None refuses changes.
     """
     app = Application(
         title="arriero",
@@ -157,6 +160,7 @@ def create_app(
     if spool is not None:
         add_batches(app, spool)
     cache_hints.add_release(app, inference)
+    add_adapters(app, change_adapter)
     _add_tokens(app, inference)
     _add_observability(app, inference)
     app.middleware_stack = app.build_middleware_stack()

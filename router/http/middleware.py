@@ -15,7 +15,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from arriero.router.http import errors, request_body
+from arriero.router.http import errors, lora_adapters, request_body
 from arriero.router.http.request_body import TooLarge, Unreadable, as_json, gather, rewritten
 from arriero.router.http.stream import OUTERMOST, ClientGone
 from arriero.router.observability.log_lines import set_request_id
@@ -25,8 +25,9 @@ from arriero.shards.errors import ArrieroError, InvalidRequest
 
 log = logging.getLogger(__name__)
 
-_WITHOUT_KEY = frozenset({"/health", "/openapi.json"})
-"""Paths that need no key; `/health` tells callers without a key only whether all is well."""
+_WITHOUT_KEY = frozenset({"/health", "/openapi.json"}) | lora_adapters.PATHS
+"""Paths that need no key: `/health` tells callers without a key only whether all is well, and
+changes of adapters need an admin token instead."""
 _SLASHES = re.compile("/{2,}")
 
 
