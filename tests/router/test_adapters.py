@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,15 @@ from pathlib import Path
 import openai
 import pytest
 
+from arriero.router.backend import GroupLoad, GroupView
+from arriero.router.routing.adapters import with_adapter
+from arriero.router.routing.choose import order
+from arriero.router.tenants import model_scope
 from arriero.router.text.model_card import ModelCard, ServedAdapter
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.engine.types import EngineConfig, EngineRequest
-from arriero.shards.errors import InvalidRequest
+from arriero.shards.errors import InvalidRequest, NotFound
 from support.adapters import write_adapter
 from support.frontdoor import LLAMA3, LLAMA_SPECIALS, make_card, make_tokenizer
 from support.fronted import Front, fronted
@@ -89,3 +94,47 @@ async def test_an_adapter_that_is_not_served_is_named(front: Front) -> None:
     )
     with pytest.raises(InvalidRequest, match="adapter"):
         front.group.engine.submit(stranger)
+
+
+def test_keys_with_a_list_of_models_name_adapters_too() -> None:
+    served = ["tiny", "poet", "clerk"]
+
+    async def run() -> None:
+        model_scope.enter({"poet"})
+        assert [name for name in served if model_scope.allows(name)] == ["poet"]
+        assert model_scope.resolve("poet", served) == "poet"
+        for name in ("clerk", "tiny"):
+            with pytest.raises(NotFound, match="available models: poet"):
+                model_scope.resolve(name, served)
+
+    asyncio.run(run())
+
+
+def test_a_group_with_the_adapter_on_its_device_comes_first() -> None:
+    card = make_card(make_tokenizer(LLAMA_SPECIALS), LLAMA3)
+    without = GroupView(
+        group_id="a", model="tiny", card=card, load=GroupLoad(), adapter_in_slot=False
+    )
+    ready = replace(without, group_id="b", adapter_in_slot=True)
+    first, _ = order([without, ready], num_prompt=100, num_tokens=101)
+    assert first.group_id == "b"
+    busy = replace(ready, load=GroupLoad(outstanding_tokens=5000, prefill_tokens=5000))
+    first, _ = order([without, busy], num_prompt=100, num_tokens=101)
+    assert first.group_id == "a", "an adapter is loaded sooner than much work is done"
+
+
+def test_the_newest_content_of_a_name_counts() -> None:
+    card = make_card(make_tokenizer(LLAMA_SPECIALS), LLAMA3)
+    views = [
+        GroupView(
+            group_id=group_id,
+            model="tiny",
+            card=replace(
+                card, adapters=(ServedAdapter(name="poet", digest=digest, version=version),)
+            ),
+            load=GroupLoad(),
+        )
+        for group_id, digest, version in (("a", "new", 2), ("b", "old", 1), ("c", "new", 2))
+    ]
+    assert [view.group_id for view in with_adapter(views, "poet")] == ["a", "c"]
+    assert with_adapter(views, "clerk") == []

@@ -10,6 +10,7 @@ import openai
 
 from arriero.router.client.client import AsyncClient
 from arriero.router.gateway import Gateway, GatewayConfig, GroupAddress
+from arriero.router.http.lora_adapters import ChangeAdapter
 from arriero.router.link.server import LinkServer
 from arriero.router.text.model_card import ModelCard
 from arriero.shards.config.group import GroupConfig
@@ -26,17 +27,21 @@ class Front:
     client: AsyncClient
     ask: openai.AsyncOpenAI
     url: str
+    link: LinkServer
 
 
 @asynccontextmanager
 async def fronted(
-    config: GroupConfig, make_card: Callable[[EngineConfig], ModelCard]
+    config: GroupConfig,
+    make_card: Callable[[EngineConfig], ModelCard],
+    *,
+    change_adapter: ChangeAdapter | None = None,
 ) -> AsyncIterator[Front]:
     with running(config) as group:
         card = make_card(group.engine.config)
         link = LinkServer(group.engine, card)
         group.take = link.on_outputs  # type: ignore[method-assign]
-        gateway = Gateway(GatewayConfig(http_address="127.0.0.1:0"))
+        gateway = Gateway(GatewayConfig(http_address="127.0.0.1:0"), change_adapter=change_adapter)
         port = await gateway.start()
         await gateway.set_groups([GroupAddress(card.group, card.model, await link.start())])
         url = f"http://127.0.0.1:{gateway.http_port}"
@@ -46,7 +51,7 @@ async def fronted(
                 openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as ask,
             ):
                 await eventually_async(lambda: gateway.ready, 30)
-                yield Front(group, client, ask, url)
+                yield Front(group, client, ask, url, link)
         finally:
             await gateway.stop(0.5)
             await link.stop(0.5)
