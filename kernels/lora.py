@@ -55,16 +55,16 @@ class LoraBank:
         return self.a_GRI.nbytes + self.b_GRO.nbytes + self.rank_G.nbytes
 
     def write(self, slot: int, a_RI: Tensor, b_RO: Tensor) -> None:
-        """Put an adapter into a slot.
+        """Put an adapter into a slot, in the order of the device's work; the host does not wait.
 
         Args:
             slot: the slot; no row of a running step has it.
-            a_RI: [rank, I].
+            a_RI: [rank, I]; in page-locked memory where the bank is on a GPU, as `b_RO`.
             b_RO: [rank, O], times the scale.
         """
         rank = a_RI.shape[0]
-        self.a_GRI[slot, :rank, : self.in_features].copy_(a_RI)
-        self.b_GRO[slot, :rank, : self.out_features].copy_(b_RO)
+        self.a_GRI[slot, :rank, : self.in_features].copy_(a_RI, non_blocking=True)
+        self.b_GRO[slot, :rank, : self.out_features].copy_(b_RO, non_blocking=True)
         self.rank_G[slot] = rank
 
     def clear(self, slot: int) -> None:

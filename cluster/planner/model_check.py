@@ -72,17 +72,21 @@ def check_known_sizes(models: Iterable[ModelSpec]) -> None:
 
 
 def check_adapters(model: ModelSpec) -> None:
-    """Refuse adapters that do not fit the model; reads settings, headers and digests.
+    """Refuse adapters that do not fit the model or its slots; reads settings, headers and digests.
 
     Raises:
         CheckpointError: names the adapter, the file and the remedy.
     """
     if model.adapters:
         from arriero.shards.adapters.adapter import open_adapters
+        from arriero.shards.adapters.reader import AdapterReader
         from arriero.shards.checkpoint.formats.describe import describe
 
         numbers, _ = describe(Path(model.path))
-        open_adapters(model.group_config("cpu"), numbers)
+        config = model.group_config("cpu")
+        listed = open_adapters(config, numbers)
+        if config.adapter_slots is not None:
+            AdapterReader(config.adapter_slots, numbers, listed)
 
 
 def check_drafter(model: ModelSpec) -> None:

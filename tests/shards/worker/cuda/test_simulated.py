@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from arriero.kernels.kv_cache import KVCacheSpec
+from arriero.shards.adapters.reader import AdapterReader
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.checkpoint.tensor_folder import TensorFolder
+from arriero.shards.config.adapters import AdapterSlots
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.kv_tiers import RowType
 from arriero.shards.config.sampling_params import SamplingParams
@@ -351,6 +353,33 @@ def test_adapters_beside_the_base_model(tmp_path: Path) -> None:
         assert answers(on_cuda(config), device.clear) == expected
         assert device.launches["_lora_shrink"] and device.launches["_lora_expand"]
         assert not device.waits and not device.compiles, "a step waits or compiles"
+
+
+def test_adapters_that_change_their_slot(tmp_path: Path) -> None:
+    """Three adapters over one slot: copies in order, without a wait, an allocation or a compile."""
+    make(tmp_path / "model", "llama")
+    folders = [write_adapter(tmp_path / name, seed).path for seed, name in enumerate("abc")]
+    slots = AdapterSlots(device=1, host=4, max_rank=8)
+    config = config_of(tmp_path / "model", adapter_slots=slots, max_sequences=3)
+
+    def answers(config: GroupConfig, ready: Callable[[], None] = lambda: None) -> list[list[int]]:
+        model = Checkpoint.open(config.model_path).config
+        reader = AdapterReader(slots, model, ())
+        digests = [reader.open(folder).digest for folder in folders]
+        with running(config) as group:
+            for digest, folder in zip(digests, folders, strict=True):
+                assert group.engine.add_adapter(digest, folder).result(60) == ""
+            ready()
+            chosen = [*digests, "", *digests]
+            names = [group.submit(PROMPTS[0], GREEDY, adapter=adapter) for adapter in chosen]
+            return [answer.tokens for answer in group.wait(names)]
+
+    expected = answers(config)
+    assert expected[:3] == expected[4:] and len({tuple(tokens) for tokens in expected}) == 4
+    with simulated() as device:
+        assert answers(on_cuda(config), device.clear) == expected
+        assert not device.waits and not device.compiles, "a step waits or compiles"
+        assert not device.pageable, "an adapter comes from memory that is not page-locked"
 
 
 def test_drafts_through_the_gpus_kernels(tmp_path: Path) -> None:
