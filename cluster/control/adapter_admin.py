@@ -89,7 +89,7 @@ class AdapterAdmin:
                 continue
             if self._store.settings(entry.model).adapter_slots is None:
                 continue
-            wanted = tuple(state.adapters.values())
+            wanted = self._wanted(state)
             late = time.monotonic() >= self._retry_at.get(group_id, 0.0)
             if self._accepted.get(group_id) != wanted and late:
                 self._tasks[group_id] = asyncio.create_task(self._assign(entry, wanted))
@@ -120,7 +120,7 @@ class AdapterAdmin:
             version = state.adapter_version + 1
             adapter = WantedAdapter(name=request.name, path=request.path, version=version)
             wanted = {**state.adapters, adapter.name: adapter}
-            await self._try(model, adapter.name, state.adapters, wanted)
+            await self._try(model, adapter, self._wanted(state))
             state.adapters, state.adapter_version = wanted, version
             return await self._commit(model, adapter, f"{model}: serves {adapter.name}")
 
@@ -143,7 +143,7 @@ class AdapterAdmin:
             adapter, state.adapters = state.adapters[name], wanted
             # a group that does not answer gets the change in the operator's loop
             entries = await self._serving(model)
-            await self._send(entries, tuple(wanted.values()))
+            await self._send(entries, self._wanted(state))
             return await self._commit(model, adapter, f"{model}: no longer serves {name}")
 
     async def _commit(self, model: str, adapter: WantedAdapter, text: str) -> pb.AdaptersResponse:
@@ -154,13 +154,14 @@ class AdapterAdmin:
         return pb.AdaptersResponse(adapters=[message], text=text)
 
     async def _try(
-        self,
-        model: str,
-        name: str,
-        before: Mapping[str, WantedAdapter],
-        wanted: Mapping[str, WantedAdapter],
+        self, model: str, adapter: WantedAdapter, before: tuple[WantedAdapter, ...]
     ) -> None:
-        """Send the adapters to all groups; take the change back if a group cannot serve `name`.
+        """Add an adapter in all groups; take the change back if a group cannot serve it.
+
+        Args:
+            model: the base model.
+            adapter: the new adapter.
+            before: the adapters that all groups serve.
 
         Raises:
             InvalidRequest: a group refuses; the text has the group and the cause.
@@ -170,11 +171,14 @@ class AdapterAdmin:
             raise InvalidRequest(
                 "model", f"no group of {model!r} serves now, so that the adapter cannot be checked"
             )
-        answers = await self._send(entries, tuple(wanted.values()))
+        others = tuple(other for other in before if other.name != adapter.name)
+        answers = await self._send(entries, (*others, adapter))
         for entry, answer in zip(entries, answers, strict=True):
-            error = str(answer) if isinstance(answer, ArrieroError) else _error_of(answer, name)
+            error = (
+                str(answer) if isinstance(answer, ArrieroError) else _error_of(answer, adapter.name)
+            )
             if error:
-                await self._send(entries, tuple(before.values()))
+                await self._send(entries, before)
                 raise InvalidRequest("path", f"group {entry.group_id}: {error}")
 
     async def _send(
@@ -210,6 +214,11 @@ class AdapterAdmin:
 
     def _settings(self) -> list[ModelSpec]:
         return self._store.current_settings()
+
+    def _wanted(self, state: ModelState) -> tuple[WantedAdapter, ...]:
+        """The adapters of a model beside the spec's; a later spec may take the name of one."""
+        taken = {a.name for s in self._settings() for a in s.adapters} | {*self._store.state.models}
+        return tuple(a for a in state.adapters.values() if a.name not in taken)
 
     def _model(self, name: str) -> tuple[str, ModelSpec, ModelState]:
         """The model of a request that takes adapters while it serves.
@@ -265,6 +274,8 @@ class AdapterAdmin:
     # ---- the list ----
 
     async def _list(self, model: str) -> pb.AdaptersResponse:
+        if model:
+            self._store.state.model(model)  # an unknown name is an error
         messages = []
         for settings in self._settings():
             if model in ("", settings.name):

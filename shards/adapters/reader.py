@@ -11,7 +11,7 @@ from pathlib import Path
 
 from arriero.shards.adapters.adapter import Adapter
 from arriero.shards.adapters.bank_plan import KINDS, slot_modules
-from arriero.shards.adapters.root import check_root
+from arriero.shards.adapters.root import check_regular, check_root
 from arriero.shards.config.adapters import AdapterSlots
 from arriero.shards.errors import CheckpointError
 from arriero.shards.families.registry import family_of
@@ -48,6 +48,7 @@ class AdapterReader:
         """
         folder = Path(path)
         check_root(folder, self._slots.root)
+        check_regular(folder)
         adapter = Adapter.open(folder, self._modules)
         self._check_room(adapter)
         return adapter

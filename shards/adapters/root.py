@@ -6,6 +6,7 @@ Knows paths and the state of files; knows nothing of contents. Needs no torch.
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 from arriero.shards.adapters.peft_config import CONFIG_FILE
@@ -37,6 +38,17 @@ def check_root(path: Path, root: str) -> None:
             )
 
 
+def check_regular(path: Path) -> None:
+    """Refuse pipes and devices, whose bytes may never end; a missing file is found later.
+
+    Raises:
+        CheckpointError: names the file.
+    """
+    for file in (path / name for name in ADAPTER_FILES):
+        if file.exists() and not stat.S_ISREG(file.stat().st_mode):
+            raise CheckpointError(f"{file}: is no regular file; copy the files of the adapter")
+
+
 def signature(path: str) -> tuple[tuple[int, int, int], ...]:
     """Inode, size and time of the last change of an adapter's files; equal while unchanged.
 
@@ -47,4 +59,4 @@ def signature(path: str) -> tuple[tuple[int, int, int], ...]:
         stats = [os.stat(Path(path) / name) for name in ADAPTER_FILES]
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: the files of the adapter are unreadable: {error}") from None
-    return tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)
+    return tuple((status.st_ino, status.st_size, status.st_mtime_ns) for status in stats)

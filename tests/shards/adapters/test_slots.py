@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,25 @@ def test_four_adapters_over_two_slots_in_any_order(
     assert stats.entries == 9 and stats.changes >= 4 and len(stats.in_slots) == 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{"tp": 2}, {"pp": 2}], ids=str)
+def test_slices_in_processes_of_their_own_load_their_cuts(
+    root: Path, expected: dict[str, list[int]], mesh: dict[str, int]
+) -> None:
+    config = replace(config_of(root, slots=two_slots(root)), **mesh)  # type: ignore[arg-type]
+    with running(config) as group:
+        digests = {name: add(group, root, root / "adapters" / name) for name in NAMES} | {"": ""}
+        order = ["a", "b", "", "c", "d", "a", "d", "c"]
+        for name, answer in zip(order, ask(group, *(digests[n] for n in order)), strict=True):
+            assert answer.error is None and answer.tokens == expected[name], name
+        bad = root / "adapters" / "bad"
+        hostile(bad, "not finite")
+        with pytest.raises(CheckpointError, match="not finite"):
+            add(group, root, bad)
+        shutil.rmtree(bad)
+        assert ask(group, digests["a"])[0].tokens == expected["a"]
+
+
 def test_a_removed_adapter_is_refused_and_a_running_request_ends(
     root: Path, group: Group, expected: dict[str, list[int]]
 ) -> None:
@@ -192,6 +213,13 @@ def test_hostile_adapters_are_refused_by_name_and_the_group_serves_on(
         with pytest.raises(CheckpointError, match="outside of `adapter_root`"):
             add(group, root, Path(path))
     (root / "adapters" / "link").unlink()
+    pipe = root / "adapters" / "pipe"
+    hostile(pipe, "not finite")
+    (pipe / WEIGHTS_FILE).unlink()
+    os.mkfifo(pipe / WEIGHTS_FILE)
+    with pytest.raises(CheckpointError, match="no regular file"):
+        add(group, root, pipe)
+    shutil.rmtree(pipe)
     assert ask(group, digest, "")[0].tokens == expected["a"]
     assert group.engine.failure is None
 
