@@ -174,10 +174,7 @@ class AdapterAdmin:
         others = tuple(other for other in before if other.name != adapter.name)
         answers = await self._send(entries, (*others, adapter))
         for entry, answer in zip(entries, answers, strict=True):
-            error = (
-                str(answer) if isinstance(answer, ArrieroError) else _error_of(answer, adapter.name)
-            )
-            if error:
+            if error := _error_of(answer, adapter.name):
                 await self._send(entries, before)
                 raise InvalidRequest("path", f"group {entry.group_id}: {error}")
 
@@ -218,7 +215,8 @@ class AdapterAdmin:
     def _wanted(self, state: ModelState) -> tuple[WantedAdapter, ...]:
         """The adapters of a model beside the spec's; a later spec may take the name of one."""
         taken = {a.name for s in self._settings() for a in s.adapters} | {*self._store.state.models}
-        return tuple(a for a in state.adapters.values() if a.name not in taken)
+        adapters = [a for a in state.adapters.values() if a.name not in taken]
+        return tuple(sorted(adapters, key=lambda adapter: adapter.version))
 
     def _model(self, name: str) -> tuple[str, ModelSpec, ModelState]:
         """The model of a request that takes adapters while it serves.
@@ -321,6 +319,8 @@ def _fill(messages: Mapping[str, pb.Adapter], group_id: str, report: AdapterRepo
 
 
 def _error_of(report: AdapterReport | ArrieroError, name: str) -> str:
-    assert isinstance(report, AdapterReport), "errors are handled by the caller"
+    """Why a group does not serve an adapter; "" where it does."""
+    if isinstance(report, ArrieroError):
+        return str(report)
     errors: Iterable[str] = (adapter.error for adapter in report.adapters if adapter.name == name)
     return next(iter(errors), f"the group does not report {name!r}")

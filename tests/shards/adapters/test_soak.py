@@ -6,6 +6,7 @@ import random
 import statistics
 import threading
 import time
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -132,9 +133,15 @@ def test_200_adapters_over_8_slots(tmp_path: Path) -> None:
         weights = [1 / (place + 1) for place in range(len(digests))]
         hits: list[float] = []
         misses: list[float] = []
+        recent: OrderedDict[str, None] = OrderedDict()  # the definition: least recently used goes
         for number in range(400):
             digest = rng.choices(digests, weights)[0]
             before = set(group.engine.stats().adapters.in_slots)
+            assert before == set(recent), "the slots hold others than the most recently used"
+            recent.pop(digest, None)
+            recent[digest] = None
+            if len(recent) > slots.device:
+                recent.popitem(last=False)
             prompt = [rng.randrange(5, 390) for _ in range(20)]
             delay_s = timed.run(digest, prompt)
             if number >= 50:
@@ -145,5 +152,5 @@ def test_200_adapters_over_8_slots(tmp_path: Path) -> None:
         f"\nhit rate {share:.0%}; first token {hit_ms:.2f} ms in a slot, {miss_ms:.2f} ms else: "
         f"{miss_ms - hit_ms:.2f} ms more"
     )
-    assert share > 0.3
+    assert hits and misses
     assert threading.active_count() < 50
