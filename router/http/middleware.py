@@ -21,13 +21,12 @@ from arriero.router.http.stream import OUTERMOST, ClientGone
 from arriero.router.observability.log_lines import set_request_id
 from arriero.router.requests import read_request_id
 from arriero.router.tenants.admission_controller import AdmissionController, Caller, is_set
-from arriero.shards.errors import ArrieroError, InvalidRequest
+from arriero.shards.errors import ArrieroError, InvalidRequest, Unauthenticated
 
 log = logging.getLogger(__name__)
 
-_WITHOUT_KEY = frozenset({"/health", "/openapi.json"}) | lora_adapters.PATHS
-"""Paths that need no key: `/health` tells callers without a key only whether all is well, and
-changes of adapters need an admin token instead."""
+_WITHOUT_KEY = frozenset({"/health", "/openapi.json"})
+"""Paths that need no key; `/health` tells callers without a key only whether all is well."""
 _SLASHES = re.compile("/{2,}")
 
 
@@ -162,6 +161,14 @@ class RequestMiddleware:
         if path in _WITHOUT_KEY:
             return None
         given = authorization(scope)
+        if (
+            path in lora_adapters.PATHS
+        ):  # an admin token, which the operator checks, instead of a key
+            if not given:
+                raise Unauthenticated(
+                    "the path needs an admin token: `authorization: Bearer TOKEN`"
+                )
+            return None
         if path == "/metrics":
             self._admission.check_metrics(given)
             return None

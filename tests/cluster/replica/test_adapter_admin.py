@@ -182,5 +182,7 @@ async def test_vllms_paths_pass_the_admin_token_on(tmp_path: Path) -> None:
 
 async def test_a_gateway_of_no_deployment_refuses(tmp_path: Path) -> None:
     async with serving(tmp_path) as served, httpx.AsyncClient(base_url=served.front.url) as ask:
-        answer = await ask.post("/v1/unload_lora_adapter", json={"lora_name": "poet"})
-        assert answer.status_code == 403
+        path, body = "/v1/unload_lora_adapter", {"lora_name": "poet"}
+        assert (await ask.post(path, json=body)).status_code == 401
+        headers = {"authorization": "Bearer secret"}
+        assert (await ask.post(path, json=body, headers=headers)).status_code == 403
