@@ -161,13 +161,9 @@ class RequestMiddleware:
         if path in _WITHOUT_KEY:
             return None
         given = authorization(scope)
-        if (
-            path in lora_adapters.PATHS
-        ):  # an admin token, which the operator checks, instead of a key
+        if path in lora_adapters.PATHS:  # the operator checks the admin token
             if not given:
-                raise Unauthenticated(
-                    "the path needs an admin token: `authorization: Bearer TOKEN`"
-                )
+                raise Unauthenticated("this path needs an admin token: `Bearer TOKEN`")
             return None
         if path == "/metrics":
             self._admission.check_metrics(given)

@@ -26,6 +26,7 @@ from support.models import tiny_llama, write_safetensors
 
 PROMPT = list(range(5, 45))
 PARAMS = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, seed=0)
+TINY = Path(__file__).parents[2] / "assets" / "tiny-maverick"
 NAMES = ("a", "b", "c", "d")
 
 
@@ -230,9 +231,11 @@ def test_slots_are_counted_to_the_byte(root: Path) -> None:
     from arriero.shards.layout.resolve import resolve
     from arriero.shards.worker.select import runner_for
 
-    model = Checkpoint.open(str(root / "model")).config
     listed = AdapterFile(name="a", path=str(root / "adapters" / "a"))
-    for config in (config_of(root, listed), config_of(root, slots=two_slots(root))):
+    slotted = config_of(root, slots=two_slots(root))
+    experts = replace(slotted, model_path=str(TINY), num_local_blocks=64)
+    for config in (config_of(root, listed), slotted, experts):
+        model = Checkpoint.open(config.model_path).config
         config = resolve(config, model)
         (part,) = parts_of(model, config)
         runner = runner_for(config, 0)
