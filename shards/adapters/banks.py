@@ -31,12 +31,6 @@ class AdapterCut:
 
     matrices: Sequence[Sequence[Matrices] | None]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all matrices."""
-        each = (matrix for bank in self.matrices if bank is not None for matrix in bank)
-        return sum(matrix.a.nbytes + matrix.b.nbytes for matrix in each)
-
 
 class AdapterBanks:
     """Memory of a rank for the adapters in slots.
@@ -115,12 +109,6 @@ class AdapterBanks:
                     bank.clear(index)
                 else:
                     bank.write(index, matrices[at].a, matrices[at].b)
-
-    def clear(self, slot: int) -> None:
-        """Leave a slot empty."""
-        for plan, bank in self._banks:
-            for at in range(plan.slots):
-                bank.clear(slot * plan.slots + at)
 
 
 def load_banks(
