@@ -65,11 +65,11 @@ class LoraBank:
         rank = a_RI.shape[0]
         self.a_GRI[slot, :rank, : self.in_features].copy_(a_RI, non_blocking=True)
         self.b_GRO[slot, :rank, : self.out_features].copy_(b_RO, non_blocking=True)
-        self.rank_G[slot] = rank
+        self.rank_G[slot].fill_(rank)
 
     def clear(self, slot: int) -> None:
         """Leave the product of a slot's rows to the base model."""
-        self.rank_G[slot] = 0
+        self.rank_G[slot].fill_(0)
 
 
 def make_bank(
