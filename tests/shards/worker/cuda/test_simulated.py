@@ -364,23 +364,20 @@ def test_adapters_that_change_their_slot(tmp_path: Path) -> None:
     params = replace(GREEDY, max_tokens=2)
 
     def answers(config: GroupConfig, ready: Callable[[], None] = lambda: None) -> list[list[int]]:
-        model = Checkpoint.open(config.model_path).config
-        reader = AdapterReader(slots, model, ())
+        reader = AdapterReader(slots, Checkpoint.open(config.model_path).config, ())
         digests = [reader.open(folder).digest for folder in folders]
         with running(config) as group:
             for digest, folder in zip(digests, folders, strict=True):
                 assert group.engine.add_adapter(digest, folder).result(60) == ""
             ready()
-            chosen = [*digests, digests[0]]
-            names = [group.submit(PROMPTS[0], params, adapter=adapter) for adapter in chosen]
+            names = [group.submit(PROMPTS[0], params, adapter=d) for d in (*digests, digests[0])]
             return [answer.tokens for answer in group.wait(names)]
 
     expected = answers(config)
     assert expected[0] == expected[2] != expected[1]
     with simulated() as device:
         assert answers(on_cuda(config), device.clear) == expected
-        assert not device.waits and not device.compiles, "a step waits or compiles"
-        assert not device.pageable, "an adapter comes from memory that is not page-locked"
+        assert not device.waits and not device.compiles and not device.pageable
 
 
 def test_drafts_through_the_gpus_kernels(tmp_path: Path) -> None:
