@@ -79,7 +79,7 @@ class MoENumbers(Protocol):
 
     @property
     def num_experts(self) -> int:
-        """Routed experts of a layer."""
+        """Routed experts of a layer; 0 for a model whose layers are all dense."""
 
     @property
     def vision(self) -> VisionNumbers | None:
@@ -200,9 +200,12 @@ def partition_moe(model: MoENumbers, mesh: ParallelConfig) -> list[MoEPart]:
         columns = split(model.intermediate_size_mlp, shares, _COLUMN_MULTIPLE)
         shared = split(model.intermediate_size, shares, _COLUMN_MULTIPLE)
         vocab = split(model.vocab_size, even, _COLUMN_MULTIPLE)
-        experts = split(model.num_experts, [1.0] * mesh.num_expert_parts)
-        expert_columns = split(model.intermediate_size, [1.0] * expert_tp, _COLUMN_MULTIPLE)
-        vision_heads = [Span(start=0, stop=0)] * mesh.tp
+        none = Span(start=0, stop=0)
+        experts, expert_columns = [none] * mesh.num_expert_parts, [none] * expert_tp
+        if model.num_experts:
+            experts = split(model.num_experts, [1.0] * mesh.num_expert_parts)
+            expert_columns = split(model.intermediate_size, [1.0] * expert_tp, _COLUMN_MULTIPLE)
+        vision_heads = [none] * mesh.tp
         vision_columns = adapter_columns = vision_heads
         if model.vision is not None:
             vision_heads = split(model.vision.num_heads, even)
@@ -246,8 +249,13 @@ def _check(model: MoENumbers, mesh: ParallelConfig) -> None:
     rest = model.num_heads % mesh.tp
     if rest and mesh.tp_shares is None:
         even = max(n for n in range(1, mesh.tp) if not mesh.tp % n and not model.num_heads % n)
+        spread = ""
+        if model.num_experts:
+            spread = (
+                f" and `dp`={mesh.tp // even} (attention data-parallel, experts over all ranks)"
+            )
         raise SpecError(
             f"`tp`={mesh.tp}: attention cannot be cut evenly: {model.num_heads} query heads % "
-            f"{mesh.tp} = {rest}; use `tp`={even} and `dp`={mesh.tp // even} (attention data-"
-            "parallel, experts over all ranks), or ask for unequal slices with `tp_shares`"
+            f"{mesh.tp} = {rest}; use `tp`={even}{spread}, or ask for unequal slices with "
+            "`tp_shares`"
         )

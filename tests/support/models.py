@@ -191,7 +191,7 @@ def llama4_settings(
     experts: int = 8,
     top_k: int = 1,
     moe_step: int = 1,
-    chunk: int = 16,
+    chunk: int | None = 16,
     qk_norm: bool = True,
     floor_scale: int = 16,
     rope_scaling: Mapping[str, Any] | None = None,
@@ -199,7 +199,10 @@ def llama4_settings(
     max_positions: int = 1024,
     dtype: str = "float32",
 ) -> dict[str, Any]:
-    """config.json of a text-only Llama 4: Scout-like; with `moe_step` 2 Maverick-like."""
+    """config.json of a text-only Llama 4: Scout-like; with `moe_step` 2 Maverick-like.
+
+    With `experts` 0 and `moe_step` 0 all layers are dense, as in Llama Guard 4.
+    """
     return {
         "architectures": ["Llama4ForCausalLM"],
         "model_type": "llama4_text",
@@ -215,6 +218,7 @@ def llama4_settings(
         "num_local_experts": experts,
         "num_experts_per_tok": top_k,
         "interleave_moe_layer_step": moe_step,
+        "moe_layers": None if moe_step else [],
         "use_qk_norm": qk_norm,
         "no_rope_layers": [int((i + 1) % 4 != 0) for i in range(layers)],
         "attention_chunk_size": chunk,

@@ -91,6 +91,8 @@ class VisionConfig:
 class Llama4Config:
     """A Llama 4 model: interleaved dense and routed layers, chunked and global attention.
 
+    A model without routed layers, such as Llama Guard 4, has `num_experts`, `top_k` 0.
+
     Attributes:
         architecture: one of `LLAMA4_ARCHITECTURES`.
         vocab_size, hidden_size, num_layers, num_heads, num_kv_heads, head_dim, rms_norm_eps,
@@ -98,12 +100,13 @@ class Llama4Config:
             eos_token_ids: as in `ModelConfig`.
         intermediate_size: columns of each routed and shared expert.
         intermediate_size_mlp: columns of the MLP of a dense layer.
-        num_experts: number of routed experts of a layer.
-        top_k: number of experts for each token.
+        num_experts: number of routed experts of a layer; 0 without routed layers.
+        top_k: number of experts for each token; 0 without routed layers.
         moe_layers: layers with experts, in ascending order.
-        rope_layers: for each layer, whether the layer has RoPE and chunked attention.
+        rope_layers: for each layer, whether the layer has RoPE; such layers have chunked
+            attention if `attention_chunk_size` is above 0.
         use_qk_norm: weightless norm of q and k, on layers with RoPE.
-        attention_chunk_size: tokens of a chunk.
+        attention_chunk_size: tokens of a chunk; 0 for full attention in all layers.
         attn_temperature: whether q is scaled by position on layers without RoPE.
         floor_scale, attn_scale: parameters of this scaling.
         vision: the vision tower; None without `vision_config` or for a text-only checkpoint.
@@ -180,7 +183,9 @@ class Llama4Config:
         vocab_size = read.size("vocab_size")
         num_layers = read.size("num_hidden_layers", most=_MAX_LAYERS)
         num_heads, num_kv_heads = read_heads(read)
-        num_experts = read.size("num_local_experts", most=_MAX_EXPERTS)
+        moe_layers = _moe_layers(read, num_layers)
+        num_experts, top_k = _experts(read) if moe_layers else (0, 0)
+        rope_layers = _rope_layers(read, num_layers)
         max_positions = read.size("max_position_embeddings")
         tied = whole.flag("tie_word_embeddings") or read.flag("tie_word_embeddings")
         more = Fields(generation or {}, source.replace("config.json", "generation_config.json"))
@@ -196,11 +201,11 @@ class Llama4Config:
             num_kv_heads=num_kv_heads,
             head_dim=read.size("head_dim"),
             num_experts=num_experts,
-            top_k=read.size("num_experts_per_tok", 1, num_experts),
-            moe_layers=_moe_layers(read, num_layers),
-            rope_layers=_rope_layers(read, num_layers),
+            top_k=top_k,
+            moe_layers=moe_layers,
+            rope_layers=rope_layers,
             use_qk_norm=read.flag("use_qk_norm"),
-            attention_chunk_size=read.size("attention_chunk_size", 8192),
+            attention_chunk_size=_chunk_size(read, rope_layers),
             attn_temperature=_temperature(read),
             floor_scale=read.number("floor_scale", 8192, low=1),
             attn_scale=read.number("attn_scale", 0.1, low=0),
@@ -279,9 +284,36 @@ def _rope(read: Fields, max_positions: int) -> RopeConfig:
     return rope
 
 
+def _experts(read: Fields) -> tuple[int, int]:
+    """Routed experts of a layer, and experts for each token."""
+    num_experts = read.size("num_local_experts", most=_MAX_EXPERTS)
+    return num_experts, read.size("num_experts_per_tok", 1, num_experts)
+
+
+def _chunk_size(read: Fields, rope_layers: tuple[bool, ...]) -> int:
+    """Tokens of an attention chunk; 0 for full attention in all layers.
+
+    A null in `attention_chunk_size` (Llama Guard 4) means full attention; without the field the
+    chunk has 8192 tokens. `layer_types` of later configs may say full attention as well.
+    """
+    types = read.get("layer_types")
+    if types == ["full_attention"] * len(rope_layers):
+        return 0
+    own = ["chunked_attention" if rope else "full_attention" for rope in rope_layers]
+    if types not in (None, own):
+        raise read.wrong(
+            "layer_types", types, "full_attention for all layers, or chunked for layers with RoPE"
+        )
+    if "attention_chunk_size" in read.values and read.get("attention_chunk_size") is None:
+        return 0
+    return read.size("attention_chunk_size", 8192)
+
+
 def _moe_layers(read: Fields, num_layers: int) -> tuple[int, ...]:
     listed = read.get("moe_layers")
     if listed is None:
+        if read.optional_size("num_local_experts") == 0:
+            return ()
         step = read.size("interleave_moe_layer_step", 1)
         return tuple(range(step - 1, num_layers, step))
     whole = isinstance(listed, list) and all(type(layer) is int for layer in listed)

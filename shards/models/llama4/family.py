@@ -23,11 +23,12 @@ def _partition(model: Llama4Config, mesh: ParallelConfig) -> Sequence[MoEPart]:
 def _attention_mask(model: Llama4Config, group: GroupConfig) -> AttentionMaskSpec:
     window, sinks = group.sliding_window, group.attention_sinks
     if window is not None or sinks:
+        chunk = model.attention_chunk_size
+        chunks = f"Three layers of four see chunks of {chunk} tokens already, and the others"
         raise SpecError(
             f"`sliding_window`={window}, `attention_sinks`={sinks}: Llama 4 cannot have them. "
-            f"Three layers of four see chunks of {model.attention_chunk_size} tokens already, "
-            "and the others are without positions and carry the whole context, images "
-            "included; leave both out"
+            f"{chunks if chunk else 'Layers'} are without positions and carry the whole context, "
+            "images included; leave both out"
         )
     return AttentionMaskSpec(chunk_size=model.attention_chunk_size)
 
@@ -66,6 +67,16 @@ _SCOUT_ROPE = {
 }
 
 
+def _chunked_layers(model: Llama4Config) -> tuple[bool, ...]:
+    return model.rope_layers if model.attention_chunk_size else ()
+
+
+def _experts(model: Llama4Config) -> ExpertSizes | None:
+    if not model.num_experts:
+        return None
+    return ExpertSizes(num_experts=model.num_experts, top_k=model.top_k)
+
+
 def _sizes(experts: int, step: int, positions: int, qk_norm: bool, rope: Any) -> dict[str, Any]:  # noqa: ANN401
     return {
         "architectures": [LLAMA4_ARCHITECTURES[0]],
@@ -100,6 +111,18 @@ def _sizes(experts: int, step: int, positions: int, qk_norm: bool, rope: Any) ->
     }
 
 
+def _guard_sizes() -> dict[str, Any]:
+    """Llama Guard 4: Scout's attention and shared experts, without routed experts and chunks."""
+    sizes = _sizes(0, 0, 163_840, True, _SCOUT_ROPE)
+    sizes["text_config"] |= {
+        "intermediate_size_mlp": 8192,
+        "num_experts_per_tok": 0,
+        "moe_layers": [],
+        "attention_chunk_size": None,
+    }
+    return sizes
+
+
 FAMILY: ModelFamily[Llama4Config] = ModelFamily(
     name="Llama 4",
     architectures=LLAMA4_ARCHITECTURES,
@@ -109,14 +132,15 @@ FAMILY: ModelFamily[Llama4Config] = ModelFamily(
     attention_mask=_attention_mask,
     slice="arriero.shards.models.llama4.slice:Llama4Slice",
     text_prefix=lambda model: "" if model.vision is None else "language_model.",
-    chunked_layers=lambda model: model.rope_layers,
+    chunked_layers=_chunked_layers,
     attention_chunk=lambda model: model.attention_chunk_size,
     vision=lambda model: model.vision,
     image_token=lambda model: model.image_token,
-    experts=lambda model: ExpertSizes(num_experts=model.num_experts, top_k=model.top_k),
-    fp8_release=Fp8Release(scheme=shipped_fp8, exists=lambda model: True),
+    experts=_experts,
+    fp8_release=Fp8Release(scheme=shipped_fp8, exists=lambda model: model.num_experts > 0),
     catalog={
         "llama-4-scout": _sizes(16, 1, 10_485_760, True, _SCOUT_ROPE),
         "llama-4-maverick": _sizes(128, 2, 1_048_576, False, None),
+        "llama-guard-4-12b": _guard_sizes(),
     },
 )

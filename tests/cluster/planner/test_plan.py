@@ -45,7 +45,7 @@ from arriero.shards.errors import ArrieroError, SpecError
 from arriero.shards.layout.families import parts_of
 from arriero.shards.layout.resolve import resolve
 from arriero.shards.worker.runner import Runner
-from support.models import tiny_llama, tiny_qwen3
+from support.models import tiny_llama, tiny_llama4, tiny_qwen3
 from support.processes import spawn_group
 from support.quantized_models import fused_llama4, quantized_llama
 
@@ -122,6 +122,7 @@ def test_int4_takes_more_in_memory_than_on_disk() -> None:
         ("llama-3.2-3b", 3_212_749_824),
         ("llama-4-scout", 108_641_793_536),
         ("llama-4-maverick", 401_583_781_376),
+        ("llama-guard-4-12b", 12_001_097_216),
         ("smollm2-135m", 134_515_008),
         ("qwen3-0.6b", 596_049_920),
         ("qwen3-8b", 8_190_735_360),
@@ -448,6 +449,17 @@ def test_a_qwen3_allocates_what_was_planned(
         num_blocks=7,
     )
     check_group(config, kernels)
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)])
+def test_a_llama_4_without_experts_allocates_what_was_planned(
+    tmp_path: Path, tp: int, pp: int
+) -> None:
+    tiny_llama4(tmp_path, experts=0, moe_step=0, top_k=0, chunk=None)
+    config = GroupConfig(
+        model_path=str(tmp_path), tp=tp, pp=pp, kernels="reference", threads=1, num_blocks=7
+    )
+    check_group(config, "reference")
 
 
 def test_no_fp8_release_of_qwen3_is_known() -> None:
