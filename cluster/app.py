@@ -171,6 +171,7 @@ def leader(
         limits=spec.health.limits(),
         log_level=spec.log_level,
         log_format=spec.log_format,
+        guard=model.guard or "",
     )
     deployment = serve.deployment(
         name=f"group-{seat}",

@@ -28,6 +28,7 @@ from arriero.router.calls.request_notes import RequestNotes
 from arriero.router.gateway_config import GatewayConfig
 from arriero.router.grpc_calls import GrpcCall, guard, unary
 from arriero.router.grpc_options import SERVER_OPTIONS
+from arriero.router.guards.guards import Guards
 from arriero.router.http.app import create_app, create_local_app
 from arriero.router.http.batches_api.local_calls import LocalCalls
 from arriero.router.http.lora_adapters import ChangeAdapter
@@ -116,6 +117,7 @@ class Gateway:
         self.inference = Inference(
             self._groups, observer, admission, lost_s=config.lost_s, wake_s=config.wake_s
         )
+        self._guards = self.inference.protection = Guards(self.inference, config.guard)
         self._services = {SERVICE: self._handlers()}
         self._kv_publisher: ZmqPublisher | None = None
         if kv_events is not None and engine is not None:
@@ -208,6 +210,7 @@ class Gateway:
             hosted_tools=self._config.hosted_tools,
             spool=self._spool,
             change_adapter=self._change_adapter,
+            guards=self._guards,
         )
 
     def _make_batch_worker(self, spool: Spool) -> BatchWorker:
@@ -334,13 +337,15 @@ class Gateway:
             "ListModels": self._list_models,
             "GetModel": self._get_model,
         }
+        of_callers = {name: unary(method) for name, method in unaries.items()}
+        of_callers["Moderate"] = self._moderate
         guarded = partial(guard, self._admission)
         return {
             name: grpc.unary_stream_rpc_method_handler(guarded(method))
             for name, method in streams.items()
         } | {
-            name: grpc.unary_unary_rpc_method_handler(guarded(unary(method)))
-            for name, method in unaries.items()
+            name: grpc.unary_unary_rpc_method_handler(guarded(method))
+            for name, method in of_callers.items()
         }
 
     async def _generate(self, call: GrpcCall, raw: bytes) -> None:
@@ -363,6 +368,11 @@ class Gateway:
         request = parse(pb.ResumeRequest, raw)
         await call.name(request.request_id)
         await call.write(self.inference.resume(request, call.caller()))
+
+    async def _moderate(self, call: GrpcCall, raw: bytes) -> bytes:
+        request = parse(pb.ModerateRequest, raw)
+        await call.name(request.request_id)
+        return (await self._guards.moderate(request, call.caller())).SerializeToString()
 
     async def _tokenize(self, raw: bytes) -> Message:
         return await self.inference.tokenize(parse(pb.TokenizeRequest, raw))

@@ -61,6 +61,7 @@ class GatewayConfig:
         resumable_s: seconds for which a resumable stream over HTTP is kept without its client; 0
             keeps none.
         batches: folder and limits of `/v1/files` and `/v1/batches`; None leaves both out.
+        guard: id of the guard model of `/v1/moderations` for requests that name none; "" for none.
     """
 
     address: str = "127.0.0.1:0"
@@ -85,3 +86,4 @@ class GatewayConfig:
     kv_events: KvEventsConfig | None = None
     resumable_s: float = RESUMABLE_S
     batches: BatchesConfig | None = None
+    guard: str = ""

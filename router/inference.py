@@ -11,10 +11,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from functools import partial
-from typing import cast
+from typing import Protocol, cast
 
 from arriero.router.backend import GroupView
 from arriero.router.calls import cache_hint
@@ -51,6 +51,13 @@ _WAKE_POLL_S = 0.05
 Stream = AsyncGenerator[Message]
 
 
+class Protection(Protocol):
+    """Puts the answers of tenants with a safety policy under judgement."""
+
+    def protect(self, checked: CheckedRequest, run: Callable[[CheckedRequest], Stream]) -> Stream:
+        """The messages that may be shown; `run` gives those of a checked request."""
+
+
 class Inference:
     """The calls of `arriero.v1.Inference`, on messages.
 
@@ -61,6 +68,9 @@ class Inference:
         lost_s: seconds that a request waits for another group after the loss of its group.
         wake_s: models that have no group while idle, with the seconds that a request waits for
             the first group.
+
+    Attributes:
+        protection: of the answers; None for none.
     """
 
     def __init__(
@@ -80,6 +90,7 @@ class Inference:
         self._wake_s: Mapping[str, float] = wake_s or {}
         self._asleep: Counter[str] = Counter()
         self._resumable = ResumableStreams[Message]()
+        self.protection: Protection | None = None
 
     async def find(self, model: str) -> tuple[TextModel, list[GroupView]]:
         """As `LinkedGroups.find`, for models of the caller; waits for the group of an idle one."""
@@ -208,6 +219,7 @@ class Inference:
                 priority=request.options.priority,
                 offer=offer,
                 prompt_field="messages",
+                messages=request.messages,
                 notes=notes,
                 hint=await cache_hint.of_conversation(wanted, text, request, offer, prompt),
             )
@@ -270,8 +282,16 @@ class Inference:
         """
         return self._resumable.attach((caller.tenant.name, request.request_id), request.received)
 
+    def run(self, checked: CheckedRequest) -> Stream:
+        """The messages of a request, not under protection; iterating runs the request."""
+        return self._run(checked, self._start(checked))
+
     def _stream(self, checked: CheckedRequest) -> Stream:
-        stream = self._run(checked, self._start(checked))
+        start = self._start(checked)
+        if self.protection is None or checked.caller.tenant.safety is None:
+            stream = self._run(checked, start)
+        else:
+            stream = self.protection.protect(checked, lambda changed: self._run(changed, start))
         if not checked.options.resumable_s:
             return stream
         return self._resumable.keep(

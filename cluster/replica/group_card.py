@@ -58,6 +58,7 @@ def group_card(
         cache_root=model_root(limits.cache_salt) if limits.prefix_cache else b"",
         block_size=limits.block_size,
         memory=host_name() if config.tiers.host_bytes else "",
+        guard=settings.guard,
         image_tile=0 if vision is None else vision.image_size,
         image_features=0 if vision is None else vision.features_per_tile,
         adapters=tuple(

@@ -34,6 +34,7 @@ class GroupSettings:
         log_level, log_format: level and form of the logs of the leader and the slices.
         link_tls: TLS files of the link with gateways; None for a link without TLS.
         tracing: export of spans; None for none.
+        guard: kind of a guard model that the spec names; "" for none.
     """
 
     model: str
@@ -51,6 +52,7 @@ class GroupSettings:
     log_format: str = "text"
     link_tls: TlsSpec | None = None
     tracing: TracingSpec | None = None
+    guard: str = ""
 
     @property
     def layout(self) -> str:

@@ -170,6 +170,12 @@ class DeploymentSpec(SpecSection):
             raise ValueError(
                 "`link_tls` needs `ca`: both ends of a link check the other end's certificate"
             )
+        for guard in self.gateway.guards:
+            if guard not in names:
+                raise ValueError(
+                    f"guard {guard!r} of the gateway is no model of the spec; add it to `models`, or "
+                    f"name one of: {', '.join(names)}"
+                )
         worker = self.gateway.vllm_engine
         if worker is True and len(names) > 1:
             raise ValueError(

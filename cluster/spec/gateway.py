@@ -24,12 +24,20 @@ from arriero.cluster.spec.fields import (
 )
 from arriero.router.batches.config import DAY_S, BatchesConfig
 from arriero.router.gateway_config import MAX_RESUMABLE_S, RESUMABLE_S, GatewayConfig
+from arriero.router.guards.categories import with_names
 from arriero.router.http.hosted_tools import HostedTools
 from arriero.router.observability.otlp_metrics import OtlpMetricsConfig
 from arriero.router.observability.request_log import RequestLogConfig
 from arriero.router.observability.tracing import TracingConfig
+from arriero.router.tenants.safety import (
+    InputAction,
+    LossAction,
+    OutputAction,
+    SafetyPolicy,
+)
 from arriero.router.tenants.tenant import ANYONE, QueueLimits, Tenant
 from arriero.router.tls import TlsFiles
+from arriero.shards.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from arriero.router.kv_events.zmq_publisher import KvEventsConfig
@@ -134,6 +142,39 @@ class RequestLogSpec(SpecSection):
     prompts: bool = False
 
 
+class SafetySpec(SpecSection):
+    """What a guard checks for a tenant; for the fields see `SafetyPolicy`.
+
+    `categories` may be a list of codes of Meta's taxonomy, or a mapping from codes to texts.
+    """
+
+    guard: Name
+    input: InputAction = "off"
+    output: OutputAction = "off"
+    categories: dict[str, str] = Field(default_factory=dict)
+    window: Annotated[int, Field(ge=1, le=4096)] = 32
+    overlap: Annotated[int, Field(ge=0, le=4096)] = 64
+    on_loss: LossAction = "closed"
+    timeout_s: Seconds = 10
+
+    @field_validator("categories", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:  # noqa: ANN401
+        return dict.fromkeys(value, "") if isinstance(value, list | tuple) else value
+
+    @field_validator("categories")
+    @classmethod
+    def _known(cls, value: dict[str, str]) -> dict[str, str]:
+        try:
+            return with_names(value)
+        except InvalidRequest as error:
+            raise ValueError(str(error)) from None
+
+    def policy(self) -> SafetyPolicy:
+        """Policy for the router."""
+        return SafetyPolicy(**dict(self))
+
+
 class TenantSpec(SpecSection):
     """Limits of a tenant, over all gateways; for the fields see `Tenant`."""
 
@@ -148,6 +189,12 @@ class TenantSpec(SpecSection):
     tokens_per_day_by_model: dict[Name, Count] = Field(default_factory=dict)
     metrics: bool = False
     private_cache: bool = False
+    safety: SafetySpec | None = None
+
+    def tenant(self) -> Tenant:
+        """Tenant for the router."""
+        policy = None if self.safety is None else self.safety.policy()
+        return Tenant(**dict(self) | {"safety": policy})
 
 
 class QueueSpec(SpecSection):
@@ -228,6 +275,7 @@ class GatewaySpec(SpecSection):
         resumable_s: seconds for which a resumable stream over HTTP is kept without its client; 0
             keeps none.
         batches: files and batches; null for none.
+        guard: guard model of `/v1/moderations` for requests that name none; null for none.
     """
 
     host: str = "127.0.0.1"
@@ -246,6 +294,7 @@ class GatewaySpec(SpecSection):
     kv_events: KvEventsSpec | None = None
     resumable_s: Annotated[float, Field(ge=0, le=MAX_RESUMABLE_S)] = RESUMABLE_S
     batches: BatchesSpec | None = None
+    guard: Name | None = None
 
     @model_validator(mode="after")
     def _tenants_have_keys(self) -> GatewaySpec:
@@ -259,6 +308,13 @@ class GatewaySpec(SpecSection):
         return self
 
     @property
+    def guards(self) -> tuple[str, ...]:
+        """Names of the guard models that tenants and moderations need."""
+        names = [self.guard] if self.guard is not None else []
+        names += [tenant.safety.guard for tenant in self.tenants if tenant.safety is not None]
+        return tuple(dict.fromkeys(names))
+
+    @property
     def http_port(self) -> int:
         """Port of HTTP; 0 for any free port, or for no HTTP."""
         if self.http is None:
@@ -269,7 +325,7 @@ class GatewaySpec(SpecSection):
 
     def shares(self) -> tuple[Tenant, ...]:
         """Tenants for the router."""
-        return tuple(Tenant(**dict(tenant)) for tenant in self.tenants)
+        return tuple(tenant.tenant() for tenant in self.tenants)
 
     def config(
         self,
@@ -299,6 +355,7 @@ class GatewaySpec(SpecSection):
             lost_s=self.lost_s,
             resumable_s=self.resumable_s,
             batches=None if self.batches is None else self.batches.config(),
+            guard=self.guard or "",
             wake_s=wake_s or {},
             vllm_engine=self._engine_model,
             kv_events=None if self.kv_events is None else self.kv_events.config(),

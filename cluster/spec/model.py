@@ -284,6 +284,8 @@ class ModelSpec(SpecSection):
         host_adapters: largest number of adapters in the host memory of a slice; None takes 4 for
             each slot.
         adapter_root: folder of all adapters of the model; without it only listed adapters serve.
+        guard: kind of a guard model whose chat template is a plain one; None leaves the kind to the
+            template.
         device: "cpu", "cuda", or "auto": cuda where the cluster has a GPU for each slice.
         kernels: backend of the operations; None takes the fastest for the device.
         batch_independent: on GPUs, makes an answer the same bit for bit in any batch, at some cost
@@ -314,6 +316,7 @@ class ModelSpec(SpecSection):
     host_adapters: Count | None = None
     adapter_root: Path | None = None
     speculation: SpeculationSpec = SpeculationSpec()
+    guard: Literal["llama-guard-3", "llama-guard-4"] | None = None
     device: Literal["cpu", "cuda", "auto"] = "auto"
     kernels: str | None = None
     batch_independent: bool = False

@@ -35,6 +35,7 @@ class CheckedRequest:
         options: form of the output.
         priority: wish of the caller; lower goes first.
         offer: tools on offer; None for none.
+        messages: messages of a conversation; empty for a prompt.
         prompt_field: field of the message with the prompt, for errors.
         weights: digest of the weights that gave `received`; "" for any.
         received: tokens that the caller already has, by sample, and whether the sample ended.
@@ -51,6 +52,7 @@ class CheckedRequest:
     options: OutputOptions
     priority: int
     offer: ToolOffer | None = None
+    messages: Sequence[pb.Message] = ()
     prompt_field: str = "prompt"
     weights: str = ""
     received: Mapping[int, tuple[list[int], bool]] = field(default_factory=dict)

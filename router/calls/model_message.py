@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from arriero.router.backend import GroupView
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
+from arriero.router.text.guard_template import guard_kind
 from arriero.router.text.model_card import ModelCard
 
 
@@ -25,6 +26,7 @@ def model_message(name: str, views: Sequence[GroupView]) -> pb.Model:
         eos_token_ids=card.eos_token_ids,
         has_chat_template=card.chat_template is not None,
         reads_images=card.image_tile > 0,
+        guard=guard_kind(card.guard, card.chat_template),
         created=card.created,
         groups=[
             pb.Group(

@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from arriero.router.batches.spool import Spool
 from arriero.router.calls.request_notes import RequestNotes
+from arriero.router.guards.guards import Guards
 from arriero.router.http import cache_hints, errors, responses, translate
 from arriero.router.http.answers import answer
 from arriero.router.http.batches_api.routes import add_batches
@@ -28,6 +29,7 @@ from arriero.router.http.hosted_tools import HostedTools
 from arriero.router.http.lora_adapters import ChangeAdapter, add_adapters
 from arriero.router.http.messages_api.routes import add_messages
 from arriero.router.http.middleware import RequestMiddleware, authorization
+from arriero.router.http.moderations import add_moderations
 from arriero.router.http.request_schemas import (
     ChatBody,
     CompletionBody,
@@ -102,6 +104,7 @@ def create_app(
     hosted_tools: HostedTools = "ignore",
     spool: Spool | None = None,
     change_adapter: ChangeAdapter | None = None,
+    guards: Guards | None = None,
 ) -> FastAPI:
     """The application over `inference`, with all that FastAPI would build at the first request.
 
@@ -117,6 +120,7 @@ def create_app(
         hosted_tools: what happens to requests with tools that a server would run.
         spool: keeps files and batches; None leaves `/v1/files` and `/v1/batches` out.
         change_adapter: changes the adapters of the deployment; None refuses changes.
+        guards: answers `/v1/moderations`; None for guards without a default.
     """
     app = Application(
         title="arriero",
@@ -159,6 +163,7 @@ def create_app(
     add_responses(app, inference, response_store)
     if spool is not None:
         add_batches(app, spool)
+    add_moderations(app, guards or Guards(inference))
     cache_hints.add_release(app, inference)
     add_adapters(app, change_adapter)
     _add_tokens(app, inference)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from json.encoder import encode_basestring_ascii
 from typing import Any
 
+from arriero.router.http import safety
 from arriero.router.http.spelling import TextOffsets, logprob_json, spell, spell_unique
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.response import Message, TextDelta
@@ -54,6 +55,7 @@ _REASONS = {
     pb.FINISH_REASON_STOP: "stop",
     pb.FINISH_REASON_LENGTH: "length",
     pb.FINISH_REASON_CANCELLED: "cancelled",
+    pb.FINISH_REASON_CONTENT_FILTER: "content_filter",
 }
 
 
@@ -122,11 +124,12 @@ class ChatCompletion:
 
     def events(self, number: int, message: pb.GenerateResponse) -> list[Json]:
         """Chunks of a stream: a chunk for each sample in `message`; its finish reason apart."""
-        return [
+        chunks = [
             self.head | {"choices": [choice]}
             for output in message.outputs
             for choice in _apart(self._delta(output))
         ]
+        return safety.on_last(chunks, message)
 
     def end(self, usages: Sequence[pb.Usage]) -> bytes:
         """The chunk with the usage, if wanted, and the end of the stream."""
@@ -157,7 +160,7 @@ class ChatCompletion:
         for choice in choices.values():
             if choice["message"]["content"] is None and "tool_calls" not in choice["message"]:
                 choice["message"]["content"] = ""
-        head = self.head | {"object": "chat.completion"}
+        head = self.head | {"object": "chat.completion"} | safety.of_messages(messages)
         return head | {"choices": [choices[i] for i in sorted(choices)], "usage": counted}
 
     def _delta(self, output: pb.Output) -> Json:
@@ -277,9 +280,10 @@ class TextCompletion:
         """Chunks of a stream: a chunk for each sample in `message`."""
         if message.HasField("start"):
             self._starts[number] = message.start
-        return [
+        chunks = [
             self.head | {"choices": [self._choice(number, output)]} for output in message.outputs
         ]
+        return safety.on_last(chunks, message)
 
     def end(self, usages: Sequence[pb.Usage]) -> bytes:
         """The chunk with the usage, if wanted, and the end of the stream."""
@@ -308,7 +312,8 @@ class TextCompletion:
                     for name, values in part["logprobs"].items():
                         before["logprobs"][name] += values
         ordered = [choices[i] for i in sorted(choices)]
-        return self.head | {"choices": ordered, "usage": self._usage(counted)}
+        head = self.head | safety.of_messages(messages)
+        return head | {"choices": ordered, "usage": self._usage(counted)}
 
     def _usage(self, counted: Json) -> Json:
         if not self._prompt_only:

@@ -287,10 +287,11 @@ def _text(field: str, text: str) -> str:
 
 
 def _messages(messages: Sequence[ChatMessage]) -> list[pb.Message]:
-    return [_message(f"messages[{number}]", message) for number, message in enumerate(messages)]
+    return [message_of(f"messages[{number}]", message) for number, message in enumerate(messages)]
 
 
-def _message(where: str, message: ChatMessage) -> pb.Message:
+def message_of(where: str, message: ChatMessage) -> pb.Message:
+    """A message of a conversation; `where` names it in errors."""
     content = message.content or message.refusal or ""
     calls = [(call.id, call.function) for call in message.tool_calls or ()]
     if message.function_call is not None and not calls:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from arriero.router.tenants.safety import SafetyPolicy
 from arriero.shards.config.priorities import BACKGROUND_PRIORITY
 
 ANYONE = "anyone"
@@ -48,6 +49,7 @@ class Tenant:
     tokens_per_day_by_model: Mapping[str, int] = field(default_factory=dict)
     metrics: bool = False
     private_cache: bool = False
+    safety: SafetyPolicy | None = None
     charged_to: str = ""
 
     @property

@@ -61,6 +61,8 @@ class ModelCard:
             0 for a model that reads no images.
         warnings: a sentence for each value of the text files that is not used.
         adapters: adapters of the group.
+        guard: kind of a guard model that the spec names, such as "llama-guard-3"; "" for no name (a
+            guard's chat template tells its kind).
     """
 
     model: str
@@ -90,6 +92,7 @@ class ModelCard:
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     adapters: tuple[ServedAdapter, ...] = ()
+    guard: str = ""
 
     @property
     def compat_key(self) -> str:
@@ -137,6 +140,7 @@ class ModelCard:
         image_tile: int = 0,
         image_features: int = 0,
         adapters: tuple[ServedAdapter, ...] = (),
+        guard: str = "",
     ) -> ModelCard:
         """A card with tokenizer, templates and defaults from a checkpoint's folder.
 
@@ -176,4 +180,5 @@ class ModelCard:
             image_tile=image_tile,
             image_features=image_features,
             adapters=adapters,
+            guard=guard,
         )

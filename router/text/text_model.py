@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from arriero.router.text.agreement import check_tokens_agree
@@ -100,12 +100,13 @@ class TextModel:
         documents: Sequence[Mapping[str, Any]] = (),
         variables: Mapping[str, Any] | None = None,
         images: Sequence[PromptImage] = (),
+        rewrite: Callable[[str], str] | None = None,
     ) -> list[int]:
         """Token ids of a conversation; see `layout`."""
         size = sum(map(len, strings([*messages, *tools, *documents])))
         arguments = (
             messages, add_generation_prompt, continue_final_message, tools, documents, variables,
-            images,
+            images, rewrite,
         )  # fmt: skip
         if size <= INLINE_CHARS:
             return self.layout(*arguments)
@@ -120,6 +121,7 @@ class TextModel:
         documents: Sequence[Mapping[str, Any]] = (),
         variables: Mapping[str, Any] | None = None,
         images: Sequence[PromptImage] = (),
+        rewrite: Callable[[str], str] | None = None,
     ) -> list[int]:
         """Token ids of a conversation; only the template writes special tokens.
 
@@ -131,6 +133,7 @@ class TextModel:
             documents: documents for the answer, mappings with `title` and `text`.
             variables: further variables of the template, such as `date_string`.
             images: images of the messages' parts, in order.
+            rewrite: changes the rendered text; its own words may be special tokens.
 
         Raises:
             InvalidRequest: the template does not accept a role, a variable or the conversation.
@@ -165,6 +168,8 @@ class TextModel:
         except TemplateError as error:  # the error may quote marked text
             raise TemplateError(str(error).replace(mark, "")) from None
         chosen.check_words(template_variables, rendered, self._model)
+        if rewrite is not None:
+            rendered = rewrite(rendered)
         if continue_final_message:
             rendered = _cut_at_end(rendered, end_mark, spaces)
         ids = self.tokenizer.encode_pieces(guard.split(rendered, mark))

@@ -18,6 +18,7 @@ _REASONS = {
     pb.FINISH_REASON_STOP: "stop",
     pb.FINISH_REASON_LENGTH: "length",
     pb.FINISH_REASON_CANCELLED: "abort",
+    pb.FINISH_REASON_CONTENT_FILTER: "abort",
 }
 
 

@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from arriero.router.http import safety
 from arriero.router.http.text_and_calls import split
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.response import Message, TextDelta
@@ -46,6 +47,7 @@ class MessageEvents:
         self._in_text = False
         self._with_calls = False
         self._end: Json = {"stop_reason": "end_turn", "stop_sequence": None}
+        self._safety: Json = {}
 
     def encoded(self, number: int, message: Message) -> bytes:
         """Server-sent events of a message."""
@@ -80,7 +82,8 @@ class MessageEvents:
         for event in self._last(usages):
             if event["type"] == "content_block_stop":
                 _fill(content[-1], "".join(partial))
-        return self._message | {"content": content, "usage": self._usage(*usages)} | self._end
+        whole = self._message | {"content": content, "usage": self._usage(*usages)}
+        return whole | self._end | self._safety
 
     def _events(self, message: Message) -> Iterator[Json]:
         if isinstance(message, TextDelta):
@@ -104,6 +107,7 @@ class MessageEvents:
                     yield from self._call(part)
             if output.finish_reason:
                 self._end = self._reason(output)
+        self._safety |= safety.verdicts(message.safety)
 
     def _text(self, text: str) -> Iterator[Json]:
         if not text:
@@ -138,7 +142,8 @@ class MessageEvents:
 
     def _last(self, usages: Sequence[pb.Usage]) -> Iterator[Json]:
         yield from self._stop()
-        yield {"type": "message_delta", "delta": self._end, "usage": self._usage(*usages)}
+        delta = {"type": "message_delta", "delta": self._end, "usage": self._usage(*usages)}
+        yield delta | self._safety
         yield {"type": "message_stop"}
 
     def _usage(self, *parts: pb.Usage) -> Json:
@@ -153,6 +158,8 @@ class MessageEvents:
         }
 
     def _reason(self, output: pb.Output) -> Json:
+        if output.finish_reason == pb.FINISH_REASON_CONTENT_FILTER:
+            return {"stop_reason": "refusal", "stop_sequence": None}
         if output.finish_reason == pb.FINISH_REASON_LENGTH:
             return {"stop_reason": "max_tokens", "stop_sequence": None}
         if output.stop_string:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from arriero.router.http import safety
 from arriero.router.http.responses import prediction_tokens
 from arriero.router.http.responses_api.schemas import ResponsesBody
 from arriero.router.http.spelling import logprob_json
@@ -23,6 +24,11 @@ from arriero.router.text.detokenizer import Vocabulary
 Json = dict[str, Any]
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
+_CUTS = {
+    pb.FINISH_REASON_LENGTH: "max_output_tokens",
+    pb.FINISH_REASON_CONTENT_FILTER: "content_filter",
+}
+"""Reasons of incomplete responses."""
 
 
 class ResponseEvents:
@@ -48,7 +54,7 @@ class ResponseEvents:
         self._output: list[Json] = self.response["output"]
         self._sequence = 0
         self._text: list[str] | None = None
-        self._cut = False
+        self._cut = ""
 
     def encoded(self, number: int, message: Message) -> bytes:
         """Server-sent events of a message."""
@@ -102,7 +108,8 @@ class ResponseEvents:
                     yield from self._add_text(part)
                 else:
                     yield from self._add_call(part)
-            self._cut |= output.finish_reason == pb.FINISH_REASON_LENGTH
+            self._cut = _CUTS.get(output.finish_reason, self._cut)
+        self.response |= safety.verdicts(message.safety)
 
     def _add_text(self, text: str) -> Iterator[Json]:
         if not text:
@@ -174,7 +181,7 @@ class ResponseEvents:
         yield from self._end_text(status)
         self.response |= {"status": status, "usage": _usage(*usages)}
         if self._cut:
-            self.response["incomplete_details"] = {"reason": "max_output_tokens"}
+            self.response["incomplete_details"] = {"reason": self._cut}
         else:
             self.response["completed_at"] = int(time.time())
         yield {"type": f"response.{status}", "response": self._shown()}

@@ -85,6 +85,8 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     """max_tokens, or the end of the context."""
     FINISH_REASON_CANCELLED: _FinishReason.ValueType  # 3
     """Cancelled inside the deployment (clients see the status CANCELLED instead)."""
+    FINISH_REASON_CONTENT_FILTER: _FinishReason.ValueType  # 310
+    """A guard judged the output as unsafe; the rest of the output is not sent."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper): ...
 
@@ -96,6 +98,8 @@ FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
 """max_tokens, or the end of the context."""
 FINISH_REASON_CANCELLED: FinishReason.ValueType  # 3
 """Cancelled inside the deployment (clients see the status CANCELLED instead)."""
+FINISH_REASON_CONTENT_FILTER: FinishReason.ValueType  # 310
+"""A guard judged the output as unsafe; the rest of the output is not sent."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
@@ -1161,6 +1165,7 @@ class GenerateResponse(_message.Message):
     OUTPUTS_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     START_FIELD_NUMBER: _builtins.int
+    SAFETY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Output]:
         """At most one output for each sample."""
@@ -1173,20 +1178,64 @@ class GenerateResponse(_message.Message):
     def start(self) -> Global___Start:
         """On the first message only."""
 
+    @_builtins.property
+    def safety(self) -> _containers.RepeatedCompositeFieldContainer[Global___SafetyVerdict]:
+        """Verdicts of a guard, as the tenant's safety policy has it; on the last message only."""
+
     def __init__(
         self,
         *,
         outputs: _abc.Iterable[Global___Output] | None = ...,
         usage: Global___Usage | None = ...,
         start: Global___Start | None = ...,
+        safety: _abc.Iterable[Global___SafetyVerdict] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["start", b"start", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["outputs", b"outputs", "start", b"start", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["outputs", b"outputs", "safety", b"safety", "start", b"start", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
+
+@_typing.final
+class SafetyVerdict(_message.Message):
+    """A guard's verdict on the input or on a sample of the output."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    FLAGGED_FIELD_NUMBER: _builtins.int
+    CATEGORIES_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    subject: _builtins.str
+    """"input" or "output"."""
+    index: _builtins.int
+    """Index of the sample, for an output."""
+    flagged: _builtins.bool
+    score: _builtins.float
+    """Probability of the guard's word `unsafe`, 0 to 1."""
+    @_builtins.property
+    def categories(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Codes of the violated categories, such as "S1"."""
+
+    def __init__(
+        self,
+        *,
+        subject: _builtins.str = ...,
+        index: _builtins.int = ...,
+        flagged: _builtins.bool = ...,
+        categories: _abc.Iterable[_builtins.str] | None = ...,
+        score: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["categories", b"categories", "flagged", b"flagged", "index", b"index", "score", b"score", "subject", b"subject"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SafetyVerdict: _TypeAlias = SafetyVerdict  # noqa: Y015
 
 @_typing.final
 class Start(_message.Message):
@@ -1359,6 +1408,112 @@ class TokenizeResponse(_message.Message):
 Global___TokenizeResponse: _TypeAlias = TokenizeResponse  # noqa: Y015
 
 @_typing.final
+class ModerateRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class CategoriesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
+    CATEGORIES_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Id of a guard model. May be empty where the gateway has a default guard."""
+    request_id: _builtins.str
+    """As in GenerateRequest."""
+    @_builtins.property
+    def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModerateInput]:
+        """The conversations to judge, at least one and at most 128; the last message of each is judged."""
+
+    @_builtins.property
+    def categories(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Categories to check, as code and text: {"S1": "Violent Crimes"}; S1 to S14 may leave the text
+        empty. Empty: the guard's own categories.
+        """
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        inputs: _abc.Iterable[Global___ModerateInput] | None = ...,
+        categories: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["categories", b"categories", "inputs", b"inputs", "model", b"model", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModerateRequest: _TypeAlias = ModerateRequest  # noqa: Y015
+
+@_typing.final
+class ModerateInput(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
+        """At least one message; system messages are left out."""
+
+    def __init__(
+        self,
+        *,
+        messages: _abc.Iterable[Global___Message] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModerateInput: _TypeAlias = ModerateInput  # noqa: Y015
+
+@_typing.final
+class ModerateResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    VERDICTS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Id of the guard model."""
+    @_builtins.property
+    def verdicts(self) -> _containers.RepeatedCompositeFieldContainer[Global___SafetyVerdict]:
+        """One verdict for each input, in order."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        verdicts: _abc.Iterable[Global___SafetyVerdict] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "verdicts", b"verdicts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModerateResponse: _TypeAlias = ModerateResponse  # noqa: Y015
+
+@_typing.final
 class DetokenizeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1512,6 +1667,7 @@ class Model(_message.Message):
     GENERATION_DEFAULTS_FIELD_NUMBER: _builtins.int
     READS_IMAGES_FIELD_NUMBER: _builtins.int
     PARENT_FIELD_NUMBER: _builtins.int
+    GUARD_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     digest: _builtins.str
     """Digest of weights and revision."""
@@ -1526,6 +1682,8 @@ class Model(_message.Message):
     """Whether Chat takes images."""
     parent: _builtins.str
     """The base model of an adapter; "" for a base model."""
+    guard: _builtins.str
+    """Kind of a guard model, such as "llama-guard-3"; "" for a model that is no guard."""
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -1550,10 +1708,11 @@ class Model(_message.Message):
         generation_defaults: Global___SamplingParams | None = ...,
         reads_images: _builtins.bool = ...,
         parent: _builtins.str = ...,
+        guard: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["generation_defaults", b"generation_defaults"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "digest", b"digest", "eos_token_ids", b"eos_token_ids", "generation_defaults", b"generation_defaults", "groups", b"groups", "has_chat_template", b"has_chat_template", "id", b"id", "max_model_len", b"max_model_len", "parent", b"parent", "reads_images", b"reads_images", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "digest", b"digest", "eos_token_ids", b"eos_token_ids", "generation_defaults", b"generation_defaults", "groups", b"groups", "guard", b"guard", "has_chat_template", b"has_chat_template", "id", b"id", "max_model_len", b"max_model_len", "parent", b"parent", "reads_images", b"reads_images", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -64,6 +64,11 @@ class InferenceStub:
                 request_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.ResumeRequest.SerializeToString,
                 response_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Moderate = channel.unary_unary(
+                '/arriero.v1.Inference/Moderate',
+                request_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.ModerateRequest.SerializeToString,
+                response_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.ModerateResponse.FromString,
+                _registered_method=True)
         self.GetModel = channel.unary_unary(
                 '/arriero.v1.Inference/GetModel',
                 request_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.GetModelRequest.SerializeToString,
@@ -119,6 +124,13 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Moderate(self, request, context):
+        """Judge texts and images with a guard model.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetModel(self, request, context):
         """Facts about a model; NOT_FOUND when no connected group serves the model.
         """
@@ -158,6 +170,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Resume,
                     request_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.ResumeRequest.FromString,
                     response_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Moderate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Moderate,
+                    request_deserializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.ModerateRequest.FromString,
+                    response_serializer=arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.ModerateResponse.SerializeToString,
             ),
             'GetModel': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModel,
@@ -327,6 +344,33 @@ class Inference:
             '/arriero.v1.Inference/Resume',
             arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.ResumeRequest.SerializeToString,
             arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Moderate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/arriero.v1.Inference/Moderate',
+            arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.ModerateRequest.SerializeToString,
+            arriero_dot_router_dot_proto_dot_arriero_dot_v1_dot_inference__pb2.ModerateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -73,6 +73,8 @@ class InferenceStub:
     the offset on. NOT_FOUND when the gateway does not store the call (any more); then send the
     request again to any gateway, with the received tokens in `resumed`.
     """
+    Moderate: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ModerateRequest, _inference_pb2.ModerateResponse]
+    """Judge texts and images with a guard model."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GetModelRequest, _inference_pb2.Model]
     """Facts about a model; NOT_FOUND when no connected group serves the model."""
 
@@ -96,6 +98,8 @@ class InferenceAsyncStub(InferenceStub):
     the offset on. NOT_FOUND when the gateway does not store the call (any more); then send the
     request again to any gateway, with the received tokens in `resumed`.
     """
+    Moderate: _aio.UnaryUnaryMultiCallable[_inference_pb2.ModerateRequest, _inference_pb2.ModerateResponse]  # type: ignore[assignment]
+    """Judge texts and images with a guard model."""
     GetModel: _aio.UnaryUnaryMultiCallable[_inference_pb2.GetModelRequest, _inference_pb2.Model]  # type: ignore[assignment]
     """Facts about a model; NOT_FOUND when no connected group serves the model."""
 
@@ -152,6 +156,14 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         the offset on. NOT_FOUND when the gateway does not store the call (any more); then send the
         request again to any gateway, with the received tokens in `resumed`.
         """
+
+    @_abc_1.abstractmethod
+    def Moderate(
+        self,
+        request: _inference_pb2.ModerateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.ModerateResponse, _abc.Awaitable[_inference_pb2.ModerateResponse]]:
+        """Judge texts and images with a guard model."""
 
     @_abc_1.abstractmethod
     def GetModel(

@@ -1,0 +1,160 @@
+"""The guards of a gateway: protection of answers, and moderation of texts.
+
+Joins policies, judges and requests. Knows tenants' policies and the default guard; knows nothing of
+protocols and JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from arriero.router.calls.checked_request import CheckedRequest
+from arriero.router.guards.categories import with_names
+from arriero.router.guards.conversation import Turn, read_turns
+from arriero.router.guards.guarded_stream import GuardedStream, Shown
+from arriero.router.guards.model_guard import GuardCall, ModelGuard
+from arriero.router.guards.verdict import Verdict
+from arriero.router.inference import Inference, Stream
+from arriero.router.proto.arriero.v1 import inference_pb2 as pb
+from arriero.router.tenants import model_scope
+from arriero.router.tenants.admission_controller import Caller
+from arriero.router.tenants.safety import SafetyPolicy
+from arriero.shards.errors import InvalidRequest
+
+MAX_INPUTS = 128
+MODERATION_TIMEOUT_S = 120.0
+_FOREIGN = ("omni-moderation-", "text-moderation-")
+"""Beginnings of OpenAI's model names, which its clients send by default."""
+
+
+class Guards:
+    """The guards behind one `Inference`.
+
+    Args:
+        inference: runs the guards' requests.
+        default: id of the guard model for moderations that name none; "" for none.
+    """
+
+    def __init__(self, inference: Inference, default: str = "") -> None:
+        self._guard = ModelGuard(inference)
+        self._inference = inference
+        self._default = default
+
+    def protect(self, checked: CheckedRequest, run: Callable[[CheckedRequest], Stream]) -> Stream:
+        """The messages of a request that its tenant's policy lets through."""
+        policy = checked.caller.tenant.safety
+        if policy is None or not policy.checks:
+            return run(checked)
+        shown = Shown(
+            text=checked.options.include_text, token_ids=checked.options.include_token_ids
+        )
+        if policy.output != "off":  # the guard reads text and counts tokens
+            options = {"include_text": True, "include_token_ids": True}
+            checked = _with_options(checked, **options)
+        decode = checked.text.tokenizer.decode
+        guarded = GuardedStream(
+            policy,
+            self._judge(checked.caller, policy),
+            _turns(checked),
+            checked.params.n,
+            shown=shown,
+            longest_stop=max(map(len, checked.options.stop), default=0),
+            before={
+                index: decode(tokens, skip_special=True)
+                for index, (tokens, _) in checked.received.items()
+            },
+        )
+        return guarded.run(run(checked))
+
+    def _judge(self, caller: Caller, policy: SafetyPolicy) -> _PolicyJudge:
+        salt = caller.tenant.name if caller.tenant.private_cache else ""
+        call = GuardCall(
+            guard=policy.guard,
+            categories=policy.categories,
+            request_id=f"{caller.request_id}/guard"[:128],
+            cache_salt=salt,
+            timeout_s=policy.timeout_s,
+        )
+        return _PolicyJudge(self._guard, call)
+
+    async def moderate(self, request: pb.ModerateRequest, caller: Caller) -> pb.ModerateResponse:
+        """Verdicts on the inputs of a request.
+
+        Raises:
+            InvalidRequest: a field breaks its limit, or the model is no guard.
+            NotFound, Unavailable: the guard is not served, or gave no verdict.
+        """
+        if not 1 <= len(request.inputs) <= MAX_INPUTS:
+            raise InvalidRequest(
+                "input",
+                f"`input` has {len(request.inputs)} entries; give 1 to {MAX_INPUTS}",
+            )
+        guard = self._model(request.model)
+        categories = with_names(request.categories)
+        call = GuardCall(
+            guard=guard,
+            categories=categories,
+            request_id=f"{caller.request_id}/guard"[:128],
+            cache_salt=caller.tenant.name if caller.tenant.private_cache else "",
+            timeout_s=MODERATION_TIMEOUT_S,
+        )
+        judging = [self._guard.judge(_input(entry), call) for entry in request.inputs]
+        response = pb.ModerateResponse(model=guard)
+        for verdict in await asyncio.gather(*judging):
+            response.verdicts.append(_message(verdict))
+        return response
+
+    def _model(self, model: str) -> str:
+        foreign = model.startswith(_FOREIGN) and model not in self._inference.groups.names()
+        if self._default and (not model or foreign):
+            return self._default
+        if not model:
+            raise InvalidRequest(
+                "model",
+                "`model` is empty and the gateway has no default guard; name a guard, or set "
+                "`gateway.guard` in the spec",
+            )
+        return model_scope.resolve(model, self._inference.groups.names())
+
+
+class _PolicyJudge:
+    """A judge with the settings of a policy."""
+
+    def __init__(self, guard: ModelGuard, call: GuardCall) -> None:
+        self._guard, self._call = guard, call
+
+    async def __call__(self, turns: Sequence[Turn]) -> Verdict:
+        return await self._guard.judge(turns, self._call)
+
+
+def _with_options(checked: CheckedRequest, **changes: bool) -> CheckedRequest:
+    return replace(checked, options=replace(checked.options, **changes))
+
+
+def _turns(checked: CheckedRequest) -> tuple[Turn, ...]:
+    """The conversation of a request; a prompt counts as the user's words."""
+    turns = read_turns(checked.messages)
+    if turns:
+        return turns
+    words = checked.text.tokenizer.decode(checked.prompt, skip_special=True)
+    return (Turn(role="user", text=words),)
+
+
+def _input(entry: pb.ModerateInput) -> tuple[Turn, ...]:
+    turns = read_turns(entry.messages)
+    if not turns:
+        raise InvalidRequest(
+            "input", "an input has no message of a user or an assistant; give at least one"
+        )
+    return turns
+
+
+def _message(verdict: Verdict) -> pb.SafetyVerdict:
+    return pb.SafetyVerdict(
+        subject="input",
+        flagged=verdict.flagged,
+        categories=verdict.categories,
+        score=verdict.score,
+    )
