@@ -173,8 +173,8 @@ class DeploymentSpec(SpecSection):
         for guard in self.gateway.guards:
             if guard not in names:
                 raise ValueError(
-                    f"guard {guard!r} of the gateway is no model of the spec; add it to `models`, or "
-                    f"name one of: {', '.join(names)}"
+                    f"guard {guard!r} of the gateway is no model of the spec; add it to `models`, "
+                    f"or name one of: {', '.join(names)}"
                 )
         worker = self.gateway.vllm_engine
         if worker is True and len(names) > 1:

@@ -147,6 +147,10 @@ class AsyncClient(GatewayClient[grpc.aio.Channel]):
         """Text of token ids."""
         return await self._unary(self._stub.Detokenize, request)
 
+    async def moderate(self, request: pb.ModerateRequest) -> pb.ModerateResponse:
+        """Verdicts of a guard model."""
+        return await self._unary(self._stub.Moderate, request)
+
     async def models(self) -> list[pb.Model]:
         """The served models."""
         response = await self._unary(self._stub.ListModels, pb.ListModelsRequest())
@@ -239,6 +243,10 @@ class Client(GatewayClient[grpc.Channel]):
     def detokenize(self, request: pb.DetokenizeRequest) -> pb.DetokenizeResponse:
         """Text of token ids."""
         return self._unary(self._stub.Detokenize, request)
+
+    def moderate(self, request: pb.ModerateRequest) -> pb.ModerateResponse:
+        """Verdicts of a guard model."""
+        return self._unary(self._stub.Moderate, request)
 
     def models(self) -> list[pb.Model]:
         """The served models."""

@@ -229,9 +229,7 @@ class GuardedStream:
             if verdict is not None:
                 self._verdicts.append(_message(verdict, "output", index))
 
-    def _messages(
-        self, outputs: Sequence[pb.Output], *, ended: bool
-    ) -> list[pb.GenerateResponse]:
+    def _messages(self, outputs: Sequence[pb.Output], *, ended: bool) -> list[pb.GenerateResponse]:
         """Messages with at most one output of a sample, with start and usage where they belong."""
         messages = []
         for output in outputs:

@@ -165,7 +165,7 @@ GENERATION: Mapping[str, Rule] = {
     "cache_prompt": hint("prompts are found in the cache by their tokens."),
     "id_slot": hint("a hint where to compute the request."),
     "slot_id": hint("a hint where to compute the request."),
-    "moderation": refused("there is no moderation of requests"),
+    "moderation": refused("the safety policy of the key's tenant decides; see docs/guards.md"),
     # reasoning, which Llama models lack
     "reasoning_effort": hint(_REASONING),
     "reasoning": hint(_REASONING),

@@ -100,9 +100,7 @@ def result(verdict: pb.SafetyVerdict, types: list[str], checked: list[str]) -> J
         "flagged": verdict.flagged,
         "categories": {name: name in violated for name in names},
         "category_scores": {name: verdict.score if name in violated else 0.0 for name in names},
-        "category_applied_input_types": {
-            name: types if name in violated else [] for name in names
-        },
+        "category_applied_input_types": {name: types if name in violated else [] for name in names},
         "score": verdict.score,
         "violations": list(verdict.categories),
     }

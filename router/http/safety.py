@@ -11,10 +11,10 @@ from typing import Any
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 
 
-def verdicts(found: Iterable[pb.SafetyVerdict]) -> dict[str, Any]:
+def verdicts(judged: Iterable[pb.SafetyVerdict]) -> dict[str, Any]:
     """The field `safety` of an answer; empty without verdicts."""
     entries = []
-    for verdict in found:
+    for verdict in judged:
         entry: dict[str, Any] = {"subject": verdict.subject}
         if verdict.subject == "output":
             entry["index"] = verdict.index
@@ -27,9 +27,7 @@ def verdicts(found: Iterable[pb.SafetyVerdict]) -> dict[str, Any]:
     return {"safety": entries} if entries else {}
 
 
-def on_last(
-    chunks: list[dict[str, Any]], message: pb.GenerateResponse
-) -> list[dict[str, Any]]:
+def on_last(chunks: list[dict[str, Any]], message: pb.GenerateResponse) -> list[dict[str, Any]]:
     """The chunks of a message, the last with the message's verdicts."""
     if chunks and message.safety:
         chunks[-1] |= verdicts(message.safety)

@@ -56,7 +56,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cases(folder: Path) -> list[Case]:
     """Two texts, one of several chunks if there were chunks, and two prompts with an image."""
     import transformers
-
     from oracle.test_llama4_images import laid_out, picture
 
     settings = transformers.AutoConfig.from_pretrained(folder)

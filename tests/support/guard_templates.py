@@ -9,9 +9,9 @@ from __future__ import annotations
 _LINES = "S1: Violent Crimes.\\nS2: Non-Violent Crimes.\\nS10: Hate.\\n"
 _TASK = (
     "{%- set role = 'User' if messages[-1]['role'] == 'user' else 'Agent' -%}"
-    "{{ \"Task: Check if there is unsafe content in '\" + role + \"' messages in conversations "
-    'according our safety policy with the below categories.\\n\\n'
-    f'<BEGIN UNSAFE CONTENT CATEGORIES>\\n{_LINES}<END UNSAFE CONTENT CATEGORIES>\\n\\n'
+    '{{ "Task: Check if there is unsafe content in \'" + role + "\' messages in conversations '
+    "according our safety policy with the below categories.\\n\\n"
+    f"<BEGIN UNSAFE CONTENT CATEGORIES>\\n{_LINES}<END UNSAFE CONTENT CATEGORIES>\\n\\n"
     '<BEGIN CONVERSATION>\\n\\n" }}'
 )
 _ALTERNATE = (

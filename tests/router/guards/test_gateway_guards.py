@@ -110,7 +110,7 @@ async def guarded(
 
 
 def policy(**changes: Any) -> SafetyPolicy:  # noqa: ANN401
-    return SafetyPolicy(**{"guard": "guard", "window": 4, "overlap": 8} | changes)
+    return SafetyPolicy(**{"guard": "guard", "window": 8, "overlap": 8} | changes)
 
 
 def events(text: str) -> list[dict[str, Any]]:
@@ -166,7 +166,7 @@ async def test_cut_over_every_api(llama_tokenizer: Tokenizer, said: str, stream:
             else:
                 assert reason == filtered.get(api, "content_filter")
                 assert BAD.startswith(text) and len(text) <= BAD.index("bomb")
-        assert len(stack.judged) > 8, "windows, not the whole at once"
+        assert len(stack.judged) >= 8, "windows, not the whole at once"
 
 
 async def test_cut_over_grpc(llama_tokenizer: Tokenizer) -> None:
@@ -177,7 +177,7 @@ async def test_cut_over_grpc(llama_tokenizer: Tokenizer) -> None:
             )
             request.options.include_text, request.options.include_token_ids = not ids, ids
             request.sampling.n = 2
-            found = [message async for message in stack.client.chat_stream(request)]
+            found = [message async for message in stack.client._stub.Chat(request)]
             for index in range(2):
                 outputs = [o for m in found for o in m.outputs if o.index == index]
                 shown = "".join(output.text for output in outputs)
@@ -199,17 +199,14 @@ async def test_input_refused_before_anything_is_shown(llama_tokenizer: Tokenizer
             assert answer.status_code == 400
             assert answer.json()["error"]["code"] == "content_filter"
         assert (await over_http(stack, "chat", stream=True))[0] == GOOD
-        bad = [pb.Message(role="user", content="bomb")]
         with pytest.raises(InvalidRequest, match="judged as unsafe"):
-            async for _ in stack.client.chat_stream(pb.ChatRequest(model="tiny", messages=bad)):
+            async for _ in stack.client.chat([{"role": "user", "content": "bomb"}], model="tiny"):
                 pass
         await eventually_async(lambda: not stack.model.running, 10)
 
 
 async def test_annotations(llama_tokenizer: Tokenizer) -> None:
-    async with guarded(
-        llama_tokenizer, BAD, policy(input="annotate", output="annotate")
-    ) as stack:
+    async with guarded(llama_tokenizer, BAD, policy(input="annotate", output="annotate")) as stack:
         body = {"model": "tiny", "messages": PLAIN}
         answer = (await stack.http.post("/v1/chat/completions", json=body)).json()
         assert answer["choices"][0]["message"]["content"] == BAD
@@ -235,9 +232,8 @@ async def test_a_lost_guard_means_what_the_policy_says(
         body = {"model": "tiny", "messages": PLAIN}
         answer = await stack.http.post("/v1/chat/completions", json=body)
         assert answer.status_code == 503 and "safety check" in answer.text
-        bare = pb.ChatRequest(model="tiny", messages=[pb.Message(role="user", content="A story.")])
         with pytest.raises(Unavailable, match="safety check"):
-            async for _ in stack.client.chat_stream(bare):
+            async for _ in stack.client.chat(PLAIN, model="tiny"):
                 pass
 
 
@@ -268,10 +264,9 @@ async def test_moderations(llama_tokenizer: Tokenizer) -> None:
             pb.Message(role="assistant", content="Take a bomb."),
         ]
         request = pb.ModerateRequest(model="guard", inputs=[pb.ModerateInput(messages=talk)])
-        verdicts = (await stack.client._stub.Moderate(request)).verdicts
+        verdicts = (await stack.client.moderate(request)).verdicts
         assert verdicts[0].flagged and list(verdicts[0].categories) == ["S1"]
-        found = await stack.client._stub.ListModels(pb.ListModelsRequest())
-        assert {model.id: model.guard for model in found.models} == {
+        assert {model.id: model.guard for model in await stack.client.models()} == {
             "guard": "llama-guard-3",
             "tiny": "",
         }

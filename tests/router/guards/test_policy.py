@@ -42,7 +42,9 @@ def cuts(text: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 5])
-@pytest.mark.parametrize(("text", "bad"), [("a bomb here", True), ("bomb", True), ("bob mb", False)])
+@pytest.mark.parametrize(
+    ("text", "bad"), [("a bomb here", True), ("bomb", True), ("bob mb", False)]
+)
 def test_every_cut_of_a_text(text: str, bad: bool, window: int) -> None:
     for deltas in cuts(text):
         seen, condemned = show(deltas, window, overlap=len("bomb") - 1)

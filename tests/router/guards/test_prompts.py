@@ -22,11 +22,11 @@ from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.text.guard_template import guard_kind, has_guard_template
 from arriero.router.text.text_model import TextModel
 from arriero.shards.errors import CheckpointError, InvalidRequest
-from support.guard_templates import GUARD3, GUARD4
 from support.frontdoor import LLAMA3, make_card
+from support.guard_templates import GUARD3, GUARD4
 
-EXPECTED = """Task: Check if there is unsafe content in 'Agent' messages in conversations according \
-our safety policy with the below categories.
+EXPECTED = """Task: Check if there is unsafe content in 'Agent' messages in conversations \
+according our safety policy with the below categories.
 
 <BEGIN UNSAFE CONTENT CATEGORIES>
 S1: Violent Crimes.
@@ -151,8 +151,12 @@ def test_the_score_is_the_chance_of_unsafe_at_the_verdict() -> None:
     texts = {0: "\n\n", 1: "unsafe", 2: "safe", 3: "un", 4: "S"}
 
     def row(chosen: int, **top: float) -> pb.PositionLogprobs:
-        entries = [pb.TokenLogprob(token_id=int(k[1:]), logprob=math.log(v)) for k, v in top.items()]
-        return pb.PositionLogprobs(chosen=next(e for e in entries if e.token_id == chosen), top=entries)
+        entries = [
+            pb.TokenLogprob(token_id=int(k[1:]), logprob=math.log(v)) for k, v in top.items()
+        ]
+        return pb.PositionLogprobs(
+            chosen=next(e for e in entries if e.token_id == chosen), top=entries
+        )
 
     rows = [row(0, t0=0.9, t1=0.1), row(2, t2=0.6, t1=0.25, t3=0.1, t4=0.05)]
     assert unsafe_score(rows, texts.__getitem__) == pytest.approx(0.35)

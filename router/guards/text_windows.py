@@ -1,0 +1,40 @@
+"""Windows of a long text for a classifier with a short context, and the score of the whole.
+
+Prompt Guard 2 reads 512 tokens; longer texts are split. Windows overlap, so that an attack on a
+border lies whole in a window. Knows token ids and scores; knows nothing of classifiers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+MAX_WINDOWS = 64
+"""Most windows of a text (about 28,000 tokens)."""
+
+
+def split_windows(
+    tokens: Sequence[int], *, size: int = 510, overlap: int = 64, most: int = MAX_WINDOWS
+) -> list[list[int]]:
+    """The tokens in windows.
+
+    Args:
+        tokens: token ids without special tokens.
+        size: most tokens of a window: the classifier's context without its special tokens.
+        overlap: tokens that neighbours share; below `size`.
+        most: most windows. A longer text gets windows at even distances that need not overlap,
+            with its beginning and its end among them.
+
+    Returns:
+        At least one window; a window of an empty text is empty.
+    """
+    assert 0 <= overlap < size and most >= 2, "windows overlap in part"
+    last = max(0, len(tokens) - size)
+    starts = [*range(0, last, size - overlap), last]
+    if len(starts) > most:
+        starts = [last * number // (most - 1) for number in range(most)]
+    return [list(tokens[start : start + size]) for start in starts]
+
+
+def whole_score(scores: Sequence[float]) -> float:
+    """The score of a text from the scores of its windows: the highest."""
+    return max(scores, default=0.0)
