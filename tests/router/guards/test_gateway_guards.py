@@ -110,7 +110,7 @@ async def guarded(
 
 
 def policy(**changes: Any) -> SafetyPolicy:  # noqa: ANN401
-    return SafetyPolicy(**{"guard": "guard", "window": 8, "overlap": 8} | changes)
+    return SafetyPolicy(**{"guard": "guard", "window": 8, "overlap": 8, "timeout_s": 60.0} | changes)
 
 
 def events(text: str) -> list[dict[str, Any]]:
@@ -166,7 +166,8 @@ async def test_cut_over_every_api(llama_tokenizer: Tokenizer, said: str, stream:
             else:
                 assert reason == filtered.get(api, "content_filter")
                 assert BAD.startswith(text) and len(text) <= BAD.index("bomb")
-        assert len(stack.judged) >= 8, "windows, not the whole at once"
+        # steps that arrive together share a judgement, so only the least number is certain
+        assert len(stack.judged) >= 4 and all(said.startswith(text) for text in stack.judged)
 
 
 async def test_cut_over_grpc(llama_tokenizer: Tokenizer) -> None:
