@@ -104,8 +104,8 @@ class GuardedStream:
             needed = self._policy.input == "refuse"
             self._input = asyncio.create_task(self._ask(self._turns, needed=needed))
         try:
-            async with aclosing(stream):
-                async for message in self._after_input(stream):
+            async with aclosing(stream), aclosing(self._after_input(stream)) as messages:
+                async for message in messages:
                     for part in await self._take(message):
                         yield part
                     if self._done:

@@ -110,7 +110,9 @@ async def guarded(
 
 
 def policy(**changes: Any) -> SafetyPolicy:  # noqa: ANN401
-    return SafetyPolicy(**{"guard": "guard", "window": 8, "overlap": 8, "timeout_s": 60.0} | changes)
+    return SafetyPolicy(
+        **{"guard": "guard", "window": 8, "overlap": 8, "timeout_s": 60.0} | changes
+    )
 
 
 def events(text: str) -> list[dict[str, Any]]:
