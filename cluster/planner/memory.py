@@ -16,6 +16,7 @@ from arriero.cluster.planner.drafter_bytes import NOTHING, DrafterBytes, KvForm
 from arriero.cluster.planner.group_plan import SCRATCH_BLOCKS, GroupPlan, RankPlan
 from arriero.cluster.planner.rank_weights import RankWeights, Weights, rank_weights
 from arriero.cluster.planner.step_memory import (
+    DRAFT_ROWS,
     GRAPH_BYTES_PER_LAYER,
     activation_bytes,
     communication_bytes,
@@ -145,7 +146,9 @@ def _rank(
         activations += split_bytes(config, part, demand)
     if device.cuda and demand.drafter is None:  # steps with a drafter run op by op
         share = min(1.0, demand.max_sequences / demand.max_batch_tokens)
-        nodes = num_graphs(demand.max_sequences) * num_layers * GRAPH_BYTES_PER_LAYER
+        nodes = (
+            num_graphs(max(demand.max_sequences, DRAFT_ROWS)) * num_layers * GRAPH_BYTES_PER_LAYER
+        )
         graphs = int(activations * share) + nodes
     reserve = demand.reserve_bytes
     if reserve is None:

@@ -23,6 +23,8 @@ PAIR_BYTES = 32 << 20
 """Bytes of a communicator between two ranks for sends: NCCL gives it fewer channels."""
 MOST_SPLITS = 64
 """Splits of a context in a decode's attention on a GPU; `most_splits` of kernels/triton."""
+DRAFT_ROWS = 64
+"""Rows of the largest graph of a group with drafts and fewer sequences; `graph_rows` of CUDA."""
 _MOST_TILES = 17  # tiles of an image: 16, and the whole image
 SAMPLING_COPIES = 3
 """Copies of the sampled rows' logits at once: raw, sorted, probabilities."""

@@ -4,7 +4,7 @@ The launches of a graph are fixed, so a batch is padded to the next size, and al
 lie in tensors with fixed addresses; block tables are those of `DeviceBlockTable`. Padding rows are
 sequences of one token with one block, the scratch block, which belongs to no sequence.
 
-Knows batches and tensors; knows nothing of plans or models.
+Knows batches and tensors; knows nothing of models.
 
 Shape legend: S sequences of the bucket, B blocks of a table.
 """
@@ -21,9 +21,13 @@ import torch
 from torch import Tensor
 
 from arriero.kernels.sampling_rows import SamplingRows
+from arriero.shards.config.group import GroupConfig
 from arriero.shards.kv.paging import cache_slots
+from arriero.shards.protocol.step_plan import StepPlan
 from arriero.shards.worker.cuda.device import Device, Event, Replayable
 
+DRAFT_ROWS = 64
+"""Rows for which a group with drafts has graphs though it has fewer sequences."""
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
 
@@ -35,6 +39,13 @@ def buckets_up_to(most: int) -> tuple[int, ...]:
         last = sizes[-1]
         sizes.append(last + (8 if last < 64 else 16 if last < 256 else 64))
     return (*(size for size in sizes if size < most), most)
+
+
+def graph_rows(config: GroupConfig) -> int:
+    """Rows of the largest graph: a row for each sequence, and rows for drafted tokens."""
+    if not config.speculation.enabled:
+        return config.max_sequences
+    return max(config.max_sequences, min(config.max_batch_tokens, DRAFT_ROWS))
 
 
 _COLUMNS = (
@@ -70,6 +81,8 @@ class LocalDecode:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeBatch:
     """The inputs of a decode step on the host; arrays have [S] rows without padding.
+
+    A sequence has a row for its last token, and a row for each drafted token.
 
     Attributes:
         tokens: int32; `LAST_SAMPLED` for a token that only the device has.
@@ -271,6 +284,10 @@ class GraphRunner:
         at = bisect.bisect_left(self.buckets, count)
         assert at < len(self.buckets), f"{count} rows exceed the largest bucket, {self.buckets[-1]}"
         return self.buckets[at]
+
+    def holds(self, plan: StepPlan) -> bool:
+        """Whether there is a graph of at least as many rows as the plan has tokens."""
+        return len(plan.tokens) <= self.buckets[-1]
 
     def has(self, key: Hashable) -> bool:
         """Whether the graph of `key` is captured."""

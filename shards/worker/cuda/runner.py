@@ -1,6 +1,7 @@
 """The step of a rank on CUDA, without waits for the device; `HOST_WAITS` names the exceptions.
 
-A step of plain decodes replays a graph if the backend can be captured; other steps run op by op.
+A step of plain decodes, with drafted tokens or without, replays a graph if the backend can be
+captured; other steps run op by op.
 Sampled tokens stay on the device for later steps and are copied to the host meanwhile: `launch`
 gives a `Pending`, and the caller waits for the result after the launch of the next step.
 
@@ -30,9 +31,15 @@ from arriero.shards.models.loader import Progress
 from arriero.shards.protocol.step_plan import Int32, Logprobs, StepPlan, StepResult
 from arriero.shards.worker.cuda.capability import check_capability
 from arriero.shards.worker.cuda.device import CudaDevice, Device, Event
-from arriero.shards.worker.cuda.graphs import DecodeInputs, GraphRunner, buckets_up_to
+from arriero.shards.worker.cuda.graphs import (
+    DecodeInputs,
+    GraphRunner,
+    buckets_up_to,
+    graph_rows,
+)
 from arriero.shards.worker.cuda.rehearsal import draw_all_ways, padding_prompt, prompt_sizes
 from arriero.shards.worker.cuda.sequence_table import DeviceSequenceTable
+from arriero.shards.worker.drawn_rows import has_drafts
 from arriero.shards.worker.runner import Runner
 from arriero.shards.worker.step_results import Drawn
 
@@ -132,17 +139,17 @@ class CudaRunner(Runner):
         self._device = CudaDevice(where) if device is None else device
         self._check_memory()
         self._slots.keep_tables(config.num_blocks)
+        most = graph_rows(config)
         self._inputs = DecodeInputs(
             self._device,
             where,
-            most=config.max_sequences,
+            most=most,
             block_size=config.block_size,
             scratch_block=config.num_blocks,
             scratch_slot=self._slots.scratch_slot,
             max_local_blocks=self._slots.max_local_blocks,
             local_scratch_block=config.num_local_blocks or 0,
         )
-        most = config.max_sequences
         self._drawn_S = torch.zeros(most, dtype=torch.int32, device=where)
         # activations of a graph's rows, from the stage before and for the stage after
         shape, dtype = (most, self._hidden_size), self._activation_dtype
@@ -186,7 +193,7 @@ class CudaRunner(Runner):
         self.phase = "plan"
         self.mesh.watchdog.step = plan.step
         self._apply(plan)
-        if self._graphs is not None and self._slots.is_plain(plan):
+        if self._graphs is not None and self._graphs.holds(plan) and self._slots.is_plain(plan):
             sampled = self._decode(plan, self._graphs)
             drawn = None if sampled is None else Drawn(sampled)
         else:
@@ -204,7 +211,7 @@ class CudaRunner(Runner):
         self._slots.record_on_device(plan, tokens_R)
 
     def _decode(self, plan: StepPlan, graphs: GraphRunner) -> Sampled | None:
-        """Replay the graph for a plan of plain decodes; None on a rank that does not sample."""
+        """Replay the graph of a plain plan; None on a rank that does not sample."""
         batch = self._slots.decode_batch(plan)
         count, part = len(batch.tokens), self.mesh.part
         bucket = graphs.bucket(count)
@@ -222,6 +229,9 @@ class CudaRunner(Runner):
                 graphs.replay(key)
         if not part.last_stage:  # a copy, since the next replay may come before the send
             self.mesh.send_hidden(self._passed_SH[:count].clone())
+        elif has_drafts(plan) and (self.mesh.samples or self.mesh.pp == 1):
+            # a graph records each row as its slot's last token, in any order
+            self._record(plan, self._drawn_S[:count])
         return Sampled(tokens_R=self._drawn_S[:count]) if self.mesh.samples else None
 
     def warm_up(self) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from arriero.kernels.flat_batch import FlatBatch
 from arriero.kernels.lora import NO_ADAPTER
 from arriero.shards.config.sampling_params import SamplingParams
-from arriero.shards.protocol.step_plan import LAST_SAMPLED, Int32, NewSequence, StepPlan
+from arriero.shards.protocol.step_plan import LAST_SAMPLED, Int32, NewSequence, StepPlan, int32
 from arriero.shards.protocol.verification import drawn_rows
 from arriero.shards.worker.cuda.block_table import DeviceBlockTable
 from arriero.shards.worker.cuda.graphs import DecodeBatch, LocalDecode
@@ -108,11 +108,14 @@ class DeviceSequenceTable(SequenceTable):
         return torch.where(tokens_T == LAST_SAMPLED, last_T, tokens_T)
 
     def is_plain(self, plan: StepPlan) -> bool:
-        """Whether every sequence of the plan only decodes and samples, with usual parameters."""
+        """Whether a token is drawn after each token of the plan, with usual parameters.
+
+        These are decodes, with or without drafted tokens.
+        """
         slots = plan.slots
         if not len(slots) or plan.prompt_rows.any() or not plan.samples.all():
             return False
-        if (plan.counts != 1).any() or (self._logprobs[slots] >= 0).any():
+        if (plan.counts != plan.samples).any() or (self._logprobs[slots] >= 0).any():
             return False
         if (self._adapter[slots] != NO_ADAPTER).any():
             return False
@@ -120,8 +123,18 @@ class DeviceSequenceTable(SequenceTable):
         return not unusual or unusual.isdisjoint(slots.tolist())
 
     def decode_batch(self, plan: StepPlan) -> DecodeBatch:
-        """The inputs of a plain plan on the host."""
+        """The inputs of a plain plan on the host: a row for each token.
+
+        Tokens of the same sequence are rows with the same blocks and other positions. A layer
+        writes the keys and values of all rows before any row reads them.
+        """
         slots, positions = plan.slots, plan.starts
+        if len(plan.tokens) > len(slots):
+            counts = plan.counts
+            first = np.cumsum(counts) - counts
+            depths = np.arange(len(plan.tokens)) - np.repeat(first, counts)
+            slots = np.repeat(slots, counts)
+            positions = int32(np.repeat(positions, counts) + depths)
         blocks = int(positions.max()) // self._block_size + 1
         local = None
         if self._local is not None:

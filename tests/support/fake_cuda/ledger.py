@@ -51,6 +51,7 @@ class Ledger:
         events: of the host for an event or a stream, likewise; those are asked for by name.
         pageable: copies from or to memory that is not pinned.
         captures: graphs captured, in `capture_modes`; names of their ops are in `recordings`.
+        replays: of captured graphs.
         launches: Triton kernels, by name; replayed ones too.
         binaries: Triton kernels with what each binary is compiled for; see `specialization`.
         compiles: new binaries, by name of the kernel.
@@ -66,7 +67,7 @@ class Ledger:
         self.binaries: set[tuple[Any, ...]] = set()
         self.compiles: Counter[str] = Counter()
         self.collectives: Counter[tuple[str, tuple[int, ...]]] = Counter()
-        self.captures = 0
+        self.captures = self.replays = 0
         self.capture_modes: set[str] = set()
         self.recordings: list[list[str]] = []
         self.free_bytes = 80 << 30
@@ -78,6 +79,7 @@ class Ledger:
         for counts in (self.waits, self.events, self.pageable, self.launches, self.compiles):
             counts.clear()
         self.collectives.clear()
+        self.replays = 0
 
     @contextmanager
     def capturing(self, recorded: list[Recorded], mode: str) -> Iterator[None]:

@@ -88,6 +88,7 @@ class CUDAGraph:
         self.recorded: list[Recorded] = []
 
     def replay(self) -> None:
+        ledger().replays += 1
         with _disable_current_modes():
             for one in self.recorded:
                 made = [m for m in pytree.tree_leaves(one.run()) if isinstance(m, Tensor)]

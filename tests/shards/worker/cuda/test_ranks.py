@@ -13,12 +13,16 @@ import pytest
 
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.sampling_params import SamplingParams
+from arriero.shards.config.speculation import SpeculationConfig
+from arriero.shards.engine.speculation.draft_length import StepCost
+from arriero.shards.engine.speculation.proposer import ProposerFactory
 from arriero.shards.errors import GroupFailed
 from arriero.shards.leader.visible_gpus import device_of
 from arriero.shards.worker.cuda.runner import HOST_WAITS
 from support.fake_cuda import simulated, simulated_slices
 from support.groups import running
 from support.models import tiny_llama, tiny_llama4
+from support.proposers import sometimes
 from support.ranks import joined, ranks, tell
 
 PROMPTS = [[7, 1, 9, 4, 4, 2, 8], [1, 2, 3]]
@@ -33,18 +37,21 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "TP4": ("reference", {"tp": 4}),
     "TP2xPP2": ("triton", {"tp": 2, "pp": 2}),
     "DP2xEP2": ("triton", {"dp": 2}),
+    "PP2 drafts": ("triton", {"pp": 2}),
 }
 
 
-def tokens(config: GroupConfig) -> list[list[int]]:
-    with running(config) as group:
+def tokens(config: GroupConfig, proposers: ProposerFactory | None = None) -> list[list[int]]:
+    with running(config, proposers=proposers) as group:
         answers = group.generate(PROMPTS, PARAMS)
     assert [one.error for one in answers] == [None] * len(answers)
     return [one.tokens for one in answers]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_ranks_give_the_references_tokens(tmp_path: Path, layout: str) -> None:
+def test_ranks_give_the_references_tokens(
+    tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kernels, mesh = LAYOUTS[layout]
     if kernels == "triton":
         pytest.importorskip("triton")
@@ -67,14 +74,22 @@ def test_ranks_give_the_references_tokens(tmp_path: Path, layout: str) -> None:
         max_batch_tokens=24,
     )
     expected = tokens(config)
+    on_cuda = replace(config, device="cuda", kernels=kernels, **mesh)
+    proposers, sizes = None, 2
+    if "drafts" in layout:
+        monkeypatch.setattr(StepCost, "share", lambda *args: 0.0)  # drafts whatever a row costs
+        drafts = SpeculationConfig(kind="ngram", max_tokens=3)
+        on_cuda = replace(on_cuda, speculation=drafts, max_batch_tokens=8)
+        proposers = sometimes(lambda s: expected[int(s.request_id[1:]) - 1], 100, 5)
+        sizes = 4
     with simulated_slices(reports):
-        assert tokens(replace(config, device="cuda", kernels=kernels, **mesh)) == expected
+        assert tokens(on_cuda, proposers) == expected
     counts = [json.loads(path.read_text()) for path in sorted(reports.iterdir())]
     assert len(counts) == mesh.get("tp", 1) * mesh.get("pp", 1) * mesh.get("dp", 1)
     if kernels == "triton":
         for rank in counts:
             assert not rank["compiles"], "serving compiles nothing"
-            assert rank["captures"] == (0 if "dp" in mesh else 2 * 2), "no graph, or all at start"
+            assert rank["captures"] == (0 if "dp" in mesh else 2 * sizes), "all at start"
             assert places(rank["waits"]) <= HOST_WAITS.keys(), rank["waits"]
             assert not rank["pageable"] or "dp" in mesh, rank["pageable"]
             passes = sum(n for name, n in rank["collectives"] if name.startswith("all_gather"))

@@ -380,21 +380,28 @@ def test_adapters_that_change_their_slot(tmp_path: Path) -> None:
         assert not device.waits and not device.compiles and not device.pageable
 
 
-def test_drafts_through_the_gpus_kernels(tmp_path: Path) -> None:
-    """Rows of drafted tokens, right and wrong, through the kernels that a GPU runs."""
+def test_drafts_through_the_gpus_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of drafted tokens, right and wrong, in graphs and through the kernels of a GPU."""
     make(tmp_path, "llama")
-    config = config_of(tmp_path)
-    params = [SamplingParams(max_tokens=6, temperature=1.0, seed=4, ignore_eos=True)]
-    (expected,) = tokens(config, PROMPTS[1:2], params)
+    monkeypatch.setattr(StepCost, "share", lambda *args: 0.0)  # drafts whatever a row costs
+    config = config_of(tmp_path, max_batch_tokens=8)
+    params = [
+        SamplingParams(max_tokens=10, temperature=1.0, seed=4, ignore_eos=True),
+        SamplingParams(max_tokens=10, temperature=0, seed=0, ignore_eos=True),
+    ]
+    prompts = [PROMPTS[1][:3], PROMPTS[1][:2]]
+    expected = tokens(config, prompts, params)
     drafts = SpeculationConfig(kind="ngram", max_tokens=3)
-    with (
-        simulated(),
-        running(
-            replace(on_cuda(config), speculation=drafts),
-            proposers=sometimes(lambda sequence: expected, 100, 2),
-        ) as group,
-    ):
-        (answer,) = group.generate(PROMPTS[1:2], params)
+    factory = sometimes(lambda s: expected[int(s.request_id[1:]) - 1], 100, 5)
+    speculating = replace(on_cuda(config), speculation=drafts)
+    with simulated() as device, running(speculating, proposers=factory) as group:
+        assert device.captures == 2 * 4, "1, 2, 4 and 8 rows, greedy and drawing"
+        device.clear()
+        answers = group.generate(prompts, params)
         counts = group.engine.stats().speculation
-    assert answer.error is None and answer.tokens == expected
-    assert counts.drafted > 0
+        assert [one.error for one in answers] == [None] * len(answers)
+        assert [one.tokens for one in answers] == expected
+        assert 0 < counts.accepted < counts.drafted
+        assert device.launches["_prefill"] <= 2 * 2, "the prompts alone run op by op, in two layers"
+        assert device.replays < sum(len(one) for one in expected), "a graph draws several tokens"
+        assert not device.waits and not device.compiles and device.captures == 2 * 4
