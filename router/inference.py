@@ -381,7 +381,7 @@ class Inference:
             request_id=checked.caller.request_id,
             prompt=tuple(checked.prompt),
             params=checked.params,
-            priority=self._priority(checked),
+            priority=self.admission.priority(checked.caller, checked.priority),
             trace=trace,
             tenant=checked.caller.tenant.name,
             cache_salt=checked.cache_salt,
@@ -397,9 +397,3 @@ class Inference:
             progress.given(index, tokens, finished=ended)
             answer.replay(index, tokens, finished=ended)
         return progress
-
-    def _priority(self, checked: CheckedRequest) -> int:
-        """Priority in the group; with several tenants, the tenant's counts, not the caller's."""
-        if checked.caller.background or not self.admission.open:
-            return checked.caller.queue_tenant.priority
-        return checked.priority

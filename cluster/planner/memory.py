@@ -14,7 +14,7 @@ from arriero.cluster.planner.catalog import Device, NamedModel
 from arriero.cluster.planner.demand import KvDemand
 from arriero.cluster.planner.drafter_bytes import NOTHING, DrafterBytes, KvForm
 from arriero.cluster.planner.group_plan import SCRATCH_BLOCKS, GroupPlan, RankPlan
-from arriero.cluster.planner.rank_weights import RankWeights, Weights, rank_weights
+from arriero.cluster.planner.rank_weights import RankWeights, rank_weights
 from arriero.cluster.planner.step_memory import (
     DRAFT_ROWS,
     GRAPH_BYTES_PER_LAYER,
@@ -23,6 +23,7 @@ from arriero.cluster.planner.step_memory import (
     num_graphs,
     split_bytes,
 )
+from arriero.cluster.planner.weight_forms import Weights
 from arriero.kernels.registry import BACKENDS, Kernels
 from arriero.kernels.sizes import KV_ITEMSIZE, PLAIN, KvBlockSize
 from arriero.shards.config.group import GroupConfig

@@ -276,16 +276,13 @@ class ModelSpec(SpecSection):
             rollout is taken back. None sets no limit.
         placement: nodes for slices.
         mesh, kv, attention, offload, limits, speculation: settings of each group.
-        adapters: LoRA adapters that each group serves beside the model; a request chooses one by
-            its name.
+        adapters: LoRA adapters that each group serves beside the model; requests name one.
         adapter_slots: largest number of adapters on the device at once; lets adapters come and go
             while groups serve. None gives each adapter of the list a slot, and takes no others.
         max_adapter_rank: largest rank of an adapter in these slots.
-        host_adapters: largest number of adapters in the host memory of a slice; None takes 4 for
-            each slot.
+        host_adapters: largest number of adapters in a slice's host memory; None: 4 for each slot.
         adapter_root: folder of all adapters of the model; without it only listed adapters serve.
-        guard: kind of a guard model whose chat template is a plain one; None leaves the kind to the
-            template.
+        guard: kind of a guard model with a plain chat template; None: what the template says.
         device: "cpu", "cuda", or "auto": cuda where the cluster has a GPU for each slice.
         kernels: backend of the operations; None takes the fastest for the device.
         batch_independent: on GPUs, makes an answer the same bit for bit in any batch, at some cost

@@ -21,7 +21,7 @@ from arriero.cluster.planner.catalog import find_model
 from arriero.cluster.planner.demand import KvDemand
 from arriero.cluster.planner.layouts import Machines
 from arriero.cluster.planner.memory import GroupPlan, plan_group
-from arriero.cluster.planner.rank_weights import Dtype, weights_as
+from arriero.cluster.planner.weight_forms import Dtype, weights_as
 from arriero.shards.config.parallel import ParallelConfig
 
 HERE = Path(__file__).parent

@@ -17,6 +17,7 @@ from arriero.router.http import responses, translate
 from arriero.router.http.hosted_tools import check as check_hosted
 from arriero.router.http.request_schemas import ChatBody, CompletionBody, Sampling
 from arriero.router.http.stream import until_disconnect
+from arriero.router.http.text_completion import TextCompletion
 from arriero.router.inference import Inference, Stream
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.tenants.admission_controller import Caller
@@ -38,7 +39,7 @@ class CompletionCalls:
     """
 
     calls: Sequence[Call]
-    encoder: responses.ChatCompletion | responses.TextCompletion
+    encoder: responses.ChatCompletion | TextCompletion
     n: int
     text: TextModel
 
@@ -72,7 +73,7 @@ async def text_calls(
     """The calls of one prompt or several; arguments and errors as of `chat_calls`."""
     calls = translate.generate_requests(body)
     text, views = await until_disconnect(request, inference.find(calls[0].model))
-    encoder = responses.TextCompletion(
+    encoder = TextCompletion(
         views[0].name,
         text.tokenizer,
         n=body.n or 1,

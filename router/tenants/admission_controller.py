@@ -94,6 +94,12 @@ class AdmissionController:
         """Whether callers need no key."""
         return self._keys is None
 
+    def priority(self, caller: Caller, asked: int) -> int:
+        """Priority in a group; with several tenants, the tenant's counts, not the caller's."""
+        if caller.background or not self.open:
+            return caller.queue_tenant.priority
+        return asked
+
     @property
     def has_day_budgets(self) -> bool:
         """Whether the tokens of a tenant are limited for a day."""

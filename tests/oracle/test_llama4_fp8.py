@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from arriero.cluster.planner.rank_weights import shipped_fp8
+from arriero.cluster.planner.weight_forms import shipped_fp8
 from arriero.kernels.quantize import quantize_fp8
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.sampling_params import SamplingParams

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from arriero.cluster.planner.catalog import MODELS
-from arriero.cluster.planner.rank_weights import shipped_fp8
+from arriero.cluster.planner.weight_forms import shipped_fp8
 from arriero.shards.checkpoint.formats.describe import read_settings
 from arriero.shards.checkpoint.formats.stored import tensor_specs
 from arriero.shards.checkpoint.safetensors_header import DTYPES, make_header

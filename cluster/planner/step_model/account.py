@@ -10,12 +10,13 @@ from functools import lru_cache
 
 from arriero.cluster.planner.group_plan import GroupPlan, RankPlan
 from arriero.cluster.planner.packed_stack import PackedStack
-from arriero.cluster.planner.rank_weights import Weights, rank_stacks
+from arriero.cluster.planner.rank_weights import rank_stacks
 from arriero.cluster.planner.step_model.collectives import collectives
 from arriero.cluster.planner.step_model.ends import ends
 from arriero.cluster.planner.step_model.layers import RankStep, layers
 from arriero.cluster.planner.step_model.products import Products
 from arriero.cluster.planner.step_model.work import StepLoad, Work
+from arriero.cluster.planner.weight_forms import Weights
 from arriero.kernels.registry import Kernels
 from arriero.shards.errors import SpecError
 from arriero.shards.layout.parts import AnyModel, AnyPart

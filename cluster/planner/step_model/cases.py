@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from arriero.cluster.planner.catalog import Device, device, find_model
 from arriero.cluster.planner.demand import KvDemand
 from arriero.cluster.planner.memory import plan_group
-from arriero.cluster.planner.rank_weights import Dtype, weights_as
 from arriero.cluster.planner.step_model.account import Account, account
 from arriero.cluster.planner.step_model.constants import CONSTANTS, Constant
 from arriero.cluster.planner.step_model.estimate import StepTime, estimate
 from arriero.cluster.planner.step_model.work import StepLoad
+from arriero.cluster.planner.weight_forms import Dtype, weights_as
 from arriero.shards.config.parallel import ParallelConfig
 
 GPUS = ("h200-141g", "h100-80g")

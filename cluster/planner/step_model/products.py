@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Mapping
 
 from arriero.cluster.planner.packed_stack import PackedStack
-from arriero.cluster.planner.rank_weights import Weights
 from arriero.cluster.planner.step_model.work import Item, Kind, Work
+from arriero.cluster.planner.weight_forms import Weights
 from arriero.kernels.sizes import FLOAT, PLAIN
 
 _FLOAT8 = 1

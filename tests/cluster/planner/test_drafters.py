@@ -19,7 +19,7 @@ from arriero.cluster.planner.group_memory import group_memory
 from arriero.cluster.planner.kv_room import with_kv_blocks
 from arriero.cluster.planner.memory import plan_group
 from arriero.cluster.planner.model_check import check_models
-from arriero.cluster.planner.rank_weights import weights_as
+from arriero.cluster.planner.weight_forms import weights_as
 from arriero.cluster.spec.model import ModelSpec
 from arriero.shards.checkpoint.formats.describe import describe
 from arriero.shards.config.group import GroupConfig

@@ -28,8 +28,8 @@ from arriero.cluster.planner.demand import KvDemand
 from arriero.cluster.planner.group_plan import GroupPlan
 from arriero.cluster.planner.layouts import Machines, rank_layouts
 from arriero.cluster.planner.memory import plan_group
-from arriero.cluster.planner.rank_weights import ON_LOAD, Dtype, weights_as
 from arriero.cluster.planner.step_memory import num_graphs
+from arriero.cluster.planner.weight_forms import ON_LOAD, Dtype, weights_as
 from arriero.kernels import registry
 from arriero.kernels.kv_cache import KVCacheSpec
 from arriero.kernels.ops import Ops

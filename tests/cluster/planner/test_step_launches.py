@@ -16,9 +16,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from arriero.cluster.planner.catalog import DEVICES, find_model
 from arriero.cluster.planner.demand import KvDemand
 from arriero.cluster.planner.memory import plan_group
-from arriero.cluster.planner.rank_weights import weights_as
 from arriero.cluster.planner.step_model.account import account
 from arriero.cluster.planner.step_model.work import StepLoad, launches_by_kernel
+from arriero.cluster.planner.weight_forms import weights_as
 from arriero.shards.collectives.mesh import Mesh
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.parallel import ParallelConfig

@@ -10,7 +10,6 @@ import pytest
 from arriero.cluster.planner.catalog import DEVICES, find_model
 from arriero.cluster.planner.demand import KvDemand
 from arriero.cluster.planner.memory import plan_group
-from arriero.cluster.planner.rank_weights import Dtype, weights_as
 from arriero.cluster.planner.step_model import __main__ as command
 from arriero.cluster.planner.step_model.account import Account, account
 from arriero.cluster.planner.step_model.constants import (
@@ -25,6 +24,7 @@ from arriero.cluster.planner.step_model.estimate import estimate
 from arriero.cluster.planner.step_model.layers import SPLIT_TOKENS
 from arriero.cluster.planner.step_model.speed import speed
 from arriero.cluster.planner.step_model.work import Item, StepLoad
+from arriero.cluster.planner.weight_forms import Dtype, weights_as
 from arriero.kernels.registry import Kernels
 from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.errors import SpecError

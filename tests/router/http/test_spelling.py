@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from arriero.router.http.responses import ChatCompletion, TextCompletion
+from arriero.router.http.responses import ChatCompletion
 from arriero.router.http.spelling import TextOffsets, spell, spell_unique
+from arriero.router.http.text_completion import TextCompletion
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.requests import OutputOptions
 from arriero.router.response import Answer
