@@ -11,11 +11,12 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import ray
 
 from arriero.cluster.registry.registry import NAME, NAMESPACE
+from arriero.cluster.registry.snapshot import RegistrySnapshot
 from arriero.shards.errors import ArrieroError, InvalidRequest, Unavailable
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def processor(
         if preprocess is not None:
             rows = rows.map(preprocess)
         rows = rows.map_batches(
-            RowCaller,  # type: ignore[arg-type]  # Ray's types know no asynchronous classes
+            RowCaller,
             fn_constructor_args=(settings,),
             batch_size=batch_size,
             batch_format="pyarrow",
@@ -200,7 +201,7 @@ def deployed_gateways() -> tuple[str, ...]:
         raise Unavailable(
             "no deployment is in this Ray cluster; `arriero up` deploys, or give `address`"
         ) from None
-    snapshot = ray.get(registry.snapshot.remote())
+    snapshot = cast(RegistrySnapshot, ray.get(registry.snapshot.remote()))
     return tuple(gateway.address for gateway in snapshot.gateways)
 
 
@@ -208,7 +209,8 @@ async def _gathered(answers: AsyncIterator[pb.GenerateResponse]) -> RowAnswer:
     """The answer of a whole stream."""
     from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 
-    text, num_tokens, num_prompt, reason = "", 0, 0, 0
+    text, num_tokens, num_prompt = "", 0, 0
+    reason = pb.FINISH_REASON_UNSPECIFIED
     async for answer in answers:
         if answer.HasField("start"):
             num_prompt = answer.start.prompt_tokens or num_prompt

@@ -63,7 +63,7 @@ def fp4_levels(x_TI: Tensor) -> Tensor:
         Float32 [T, I]; each product of a number and a scale is exact in bfloat16.
     """
     columns = x_TI.shape[1]
-    x_TGC = F.pad(x_TI, (0, -columns % FP4_GROUP)).unflatten(1, (-1, FP4_GROUP))
+    x_TGC = F.pad(x_TI, (0, -columns % FP4_GROUP)).view(len(x_TI), -1, FP4_GROUP)
     scale_TG1 = (x_TGC.abs().amax(2, keepdim=True) / FP4_MAX).clamp_(max=FP8_MAX)
     scale_TG1 = scale_TG1.to(torch.float8_e4m3fn).float()
     level_TGC = _to_fp4(x_TGC / nonzero(scale_TG1)) * scale_TG1

@@ -21,7 +21,7 @@ from arriero.cluster.planner.drafter_bytes import read_drafter
 from arriero.cluster.planner.group_plan import GroupPlan
 from arriero.cluster.planner.layouts import Machines, Option, best_of, larger_machines, rank_layouts
 from arriero.cluster.planner.memory import plan_group
-from arriero.cluster.planner.rank_weights import DTYPES, Dtype, stored_as, weights_as
+from arriero.cluster.planner.weight_forms import DTYPES, Dtype, stored_as, weights_as
 from arriero.kernels.registry import BACKENDS, Kernels
 from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.errors import SpecError

@@ -6,7 +6,7 @@ scales in 16 bits and zero points in 4. Knows tensors of files; knows nothing of
 
 from __future__ import annotations
 
-from arriero.cluster.planner.rank_weights import Weights
+from arriero.cluster.planner.weight_forms import Weights
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
 from arriero.shards.checkpoint.formats.stored import modules_of, tensor_specs
 from arriero.shards.errors import CheckpointError

@@ -10,14 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from arriero.cluster.planner.rank_weights import (
-    Weights,
-    modules_weights,
-    rank_weights,
-    stored_as,
-    weights_as,
-)
+from arriero.cluster.planner.rank_weights import modules_weights, rank_weights
 from arriero.cluster.planner.tensor_names import tensor_names
+from arriero.cluster.planner.weight_forms import Weights, stored_as, weights_as
 from arriero.kernels.registry import BACKENDS, Kernels
 from arriero.kernels.sizes import KvBlockSize
 from arriero.shards.checkpoint.formats.describe import describe

@@ -18,7 +18,7 @@ from arriero.cluster.planner.demand import KvDemand
 from arriero.cluster.planner.drafter_bytes import Drafter, read_drafter
 from arriero.cluster.planner.group_plan import GroupPlan, RankPlan
 from arriero.cluster.planner.memory import plan_group
-from arriero.cluster.planner.rank_weights import stored_as, weights_as
+from arriero.cluster.planner.weight_forms import stored_as, weights_as
 from arriero.cluster.spec.model import ModelSpec
 from arriero.shards.checkpoint.formats.describe import describe
 from arriero.shards.checkpoint.formats.scheme import QuantScheme

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from arriero.cluster.planner.catalog import Device, NamedModel
 from arriero.cluster.planner.demand import KvDemand
 from arriero.cluster.planner.drafter_bytes import DrafterBytes
-from arriero.cluster.planner.rank_weights import RankWeights, Weights
+from arriero.cluster.planner.rank_weights import RankWeights
+from arriero.cluster.planner.weight_forms import Weights
 from arriero.kernels.attention_mask import AttentionMaskSpec
 from arriero.kernels.registry import Kernels
 from arriero.shards.config.group import GroupConfig

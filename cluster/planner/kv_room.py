@@ -15,7 +15,7 @@ from arriero.cluster.planner.demand import KvDemand
 from arriero.cluster.planner.drafter_bytes import read_drafter
 from arriero.cluster.planner.group_plan import GroupPlan
 from arriero.cluster.planner.memory import plan_group
-from arriero.cluster.planner.rank_weights import stored_as, weights_as
+from arriero.cluster.planner.weight_forms import stored_as, weights_as
 from arriero.kernels.registry import BACKENDS
 from arriero.shards.checkpoint.formats.scheme import QuantScheme
 from arriero.shards.config.group import GroupConfig

@@ -17,8 +17,8 @@ from arriero.cluster.planner.catalog import Device, NamedModel
 from arriero.cluster.planner.demand import KvDemand
 from arriero.cluster.planner.group_plan import GroupPlan
 from arriero.cluster.planner.memory import plan_group
-from arriero.cluster.planner.rank_weights import Dtype, weights_as
 from arriero.cluster.planner.step_model.speed import Speed, speed
+from arriero.cluster.planner.weight_forms import Dtype, weights_as
 from arriero.kernels.registry import Kernels
 from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.errors import SpecError

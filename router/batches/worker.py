@@ -13,6 +13,7 @@ import logging
 import secrets
 import time
 from dataclasses import dataclass
+from functools import partial
 
 from arriero.router.batches.batch_folder import OwnedBatch
 from arriero.router.batches.lines import MAX_LINE_BYTES
@@ -125,7 +126,10 @@ class BatchWorker:
             if claimed is not None:
                 task = asyncio.create_task(self._run(batch, claimed))
                 self._running[batch.name] = task
-                task.add_done_callback(lambda _, name=batch.name: self._running.pop(name, None))
+                task.add_done_callback(partial(self._forget, batch.name))
+
+    def _forget(self, name: str, task: asyncio.Task[None]) -> None:
+        self._running.pop(name, None)
 
     def _claimable(self) -> list[tuple[OpenBatch, OwnedBatch]]:
         """The batches without a living owner, oldest first."""

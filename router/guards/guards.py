@@ -51,8 +51,8 @@ class Guards:
             text=checked.options.include_text, token_ids=checked.options.include_token_ids
         )
         if policy.output != "off":  # the guard reads text and counts tokens
-            options = {"include_text": True, "include_token_ids": True}
-            checked = _with_options(checked, **options)
+            options = replace(checked.options, include_text=True, include_token_ids=True)
+            checked = replace(checked, options=options)
         decode = checked.text.tokenizer.decode
         guarded = GuardedStream(
             policy,
@@ -127,10 +127,6 @@ class _PolicyJudge:
 
     async def __call__(self, turns: Sequence[Turn]) -> Verdict:
         return await self._guard.judge(turns, self._call)
-
-
-def _with_options(checked: CheckedRequest, **changes: bool) -> CheckedRequest:
-    return replace(checked, options=replace(checked.options, **changes))
 
 
 def _turns(checked: CheckedRequest) -> tuple[Turn, ...]:

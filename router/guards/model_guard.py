@@ -110,7 +110,8 @@ class ModelGuard:
     async def _run(
         self, checked: CheckedRequest, text: TextModel, codes: tuple[str, ...]
     ) -> Verdict:
-        answer, rows = "", []
+        answer = ""
+        rows: list[pb.PositionLogprobs] = []
         async with aclosing(self._inference.run(checked)) as messages:
             async for message in messages:
                 if isinstance(message, TextDelta):

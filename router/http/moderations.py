@@ -77,7 +77,9 @@ def moderate_request(body: ModerationBody) -> tuple[pb.ModerateRequest, list[lis
     call = pb.ModerateRequest(model=body.model or "", categories=body.categories or {})
     types = []
     for content in contents:
-        message = message_of("input", ChatMessage(role="user", content=content))
+        message = message_of(
+            "input", ChatMessage.model_validate({"role": "user", "content": content})
+        )
         call.inputs.add(messages=[message])
         kinds = {part.WhichOneof("part") for part in message.parts} or {"text"}
         types.append(sorted(str(kind) for kind in kinds))

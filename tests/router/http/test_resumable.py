@@ -428,7 +428,8 @@ async def test_the_usual_client_reads_numbered_events(llama_tokenizer: Tokenizer
 
 
 def test_ids_are_read() -> None:
-    expected = (ChoicePosition(17), ChoicePosition(9, finished=True), ChoicePosition(4, all_text=True))
+    finished, all_text = ChoicePosition(9, finished=True), ChoicePosition(4, all_text=True)
+    expected = (ChoicePosition(17), finished, all_text)
     assert read_id("chatcmpl-1f:17,9f,4t") == ("chatcmpl-1f", expected)
     with pytest.raises(InvalidRequest, match="names 2 choices"):
         read_id("cmpl-1f:17,9f", 3)
