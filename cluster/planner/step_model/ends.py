@@ -74,7 +74,7 @@ def _sampling(step: RankStep) -> Iterator[Work]:
     nbytes = numbers * FLOAT
     if step.load.draws:
         passes = 2 * (FILTER_PASSES + 1)
-        launches |= {"_weigh": 1, "_narrow": passes, "_sum_weights": 1, "aten::zeros": 1}
+        launches |= {"_weigh": 1, "_narrow": passes, "_race": 1, "aten::zeros": 1}
         nbytes += numbers * (FLOAT + _WEIGHT_BYTES * (2 + 2 * FILTER_PASSES))
     yield Work(
         item="sampling",
