@@ -26,6 +26,7 @@ from arriero.shards.collectives.all_to_all import (
     TwoLevelExchange,
     topology,
 )
+from arriero.shards.collectives.divided_sum import divides_sum
 from arriero.shards.collectives.watchdog import Mark, Watchdog
 from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.layout.parts import AnyPart
@@ -219,15 +220,27 @@ class Mesh:
             with self.watchdog.watch("all-reduce"):
                 dist.all_reduce(x_TH, group=self._tp_group)
             return x_TH
-        shape = (self.tp * x_TH.shape[0], *x_TH.shape[1:])
-        gathered = torch.empty(shape, dtype=x_TH.dtype, device=x_TH.device)
         with self.watchdog.watch("all-reduce"):
+            if divides_sum(self.tp, len(x_TH), x_TH.shape[1] * x_TH.element_size()):
+                return self._divided_sum(x_TH)
+            gathered = x_TH.new_empty((self.tp * x_TH.shape[0], *x_TH.shape[1:]))
             all_gather(gathered, x_TH.contiguous(), self._tp_group)
-        parts = gathered.view(self.tp, *x_TH.shape)
-        total = parts[0]
-        for i in range(1, self.tp):
-            total += parts[i]
-        return total
+        return _added(gathered.view(self.tp, *x_TH.shape))
+
+    def _divided_sum(self, x_TH: Tensor) -> Tensor:
+        """The sum in two exchanges: each rank adds a part of the rows, and all gather the sums.
+
+        A rank receives 2 (tp - 1) / tp times the bytes of the rows, in place of tp - 1 times.
+        """
+        num_rows, hidden = x_TH.shape
+        rows = -(-num_rows // self.tp)
+        if rows * self.tp > num_rows:  # rows beyond the last are exchanged, and nobody reads them
+            x_TH = torch.cat([x_TH, x_TH[: rows * self.tp - num_rows]])
+        parts = x_TH.new_empty((self.tp, rows, hidden))
+        dist.all_to_all_single(parts.view(-1, hidden), x_TH.contiguous(), group=self._tp_group)
+        total = x_TH.new_empty((rows * self.tp, hidden))
+        all_gather(total, _added(parts), self._tp_group)
+        return total[:num_rows]
 
     def gather_logits(self, logits_RV: Tensor, sizes: list[int]) -> Tensor | None:
         """Join the ranks' vocabulary rows on tp rank 0: [R, sum of `sizes`]; None elsewhere."""
@@ -277,6 +290,14 @@ class Mesh:
         """Receive the activations of the last stage into `x_TH`."""
         with self.watchdog.watch("activations from the stage before"):
             dist.recv(x_TH, self.part.rank - self.stage_size)
+
+
+def _added(parts_NTH: Tensor) -> Tensor:
+    """The sum of parts in their order, in place of the first."""
+    total = parts_NTH[0]
+    for part in parts_NTH[1:]:
+        total += part
+    return total
 
 
 def all_gather(out: Tensor, x: Tensor, group: dist.ProcessGroup | None) -> None:

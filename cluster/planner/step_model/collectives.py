@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from arriero.cluster.planner.step_model.layers import RankStep
 from arriero.cluster.planner.step_model.work import Work
 from arriero.kernels.sizes import FLOAT
+from arriero.shards.collectives.divided_sum import divides_sum
 from arriero.shards.families.registry import family_of
 
 COUNT_BYTES = 4
@@ -41,18 +42,30 @@ def collectives(step: RankStep, per_node: int) -> Iterator[Work]:
 
 
 def tp_sum(step: RankStep, network: bool) -> Work:
-    """A sum of all rows over the tp ranks: two ranks reduce, more gather all parts and add them."""
+    """A sum of all rows over the tp ranks.
+
+    Two ranks reduce; more gather all parts and add them, or from some size on exchange parts of the
+    rows, add them, and gather the sums.
+    """
     tp, size = step.plan.layout.tp, step.load.tokens * step.row
     launches: dict[str, float] = {"aten::add_": tp - 1} if tp > 2 else {}
-    name = "all_gather" if tp > 2 else "all_reduce"
-    nbytes = (tp + 3.0 * (tp - 1)) * size if tp > 2 else 2.0 * size
+    nbytes, link_bytes, messages = 2.0 * size, float(size), {"all_reduce": 1.0}
+    if divides_sum(tp, step.load.tokens, step.row):
+        nbytes = (3.0 + 3.0 * (tp - 1) / tp) * size  # sent, received, added, gathered
+        link_bytes = 2.0 * (tp - 1) / tp * size
+        messages = {"all_to_all": 1.0, "all_gather": 1.0}
+        if step.load.tokens % tp:
+            launches["aten::cat"] = 1
+    elif tp > 2:
+        nbytes, link_bytes = (tp + 3.0 * (tp - 1)) * size, (tp - 1.0) * size
+        messages = {"all_gather": 1.0}
     return Work(
         item="TP sums",
         nbytes=nbytes,
         launches=launches,
-        link_bytes=(tp - 1.0) * size,
+        link_bytes=link_bytes,
         network=network,
-        messages={name: 1},
+        messages=messages,
         captured=step.captured,
     )
 

@@ -123,13 +123,12 @@ def test_operations_are_two_a_weight_and_token() -> None:
 
 
 def test_tp_sums_gather_the_parts_of_all_ranks() -> None:
-    """More than two ranks receive all parts and add them one by one; two reduce."""
-    load = StepLoad(sequences=64, context=1024)
-    row = 64 * 4096 * 2
-    for tp, launches in ((2, 1), (8, 8)):
+    """More than two ranks receive all parts, or parts of many rows, and add them; two reduce."""
+    for tp, rows, link_rows, launches in ((2, 64, 64, 1), (8, 32, 7 * 32, 8), (8, 64, 14 * 8, 9)):
+        load = StepLoad(sequences=rows, context=1024)
         step = step_of("llama-3.1-8b", "bfloat16", ParallelConfig(tp=tp), load)
         sums = [work for work in step.works if work.item == "TP sums"]
-        assert sum(work.link_bytes for work in sums) == 65 * (tp - 1) * row
+        assert sum(work.link_bytes for work in sums) == 65 * link_rows * 4096 * 2
         assert sum(work.num_launches for work in sums) == 65 * launches
     assert all(work.captured for work in sums)
 
