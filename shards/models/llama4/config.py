@@ -312,7 +312,8 @@ def _chunk_size(read: Fields, rope_layers: tuple[bool, ...]) -> int:
 def _moe_layers(read: Fields, num_layers: int) -> tuple[int, ...]:
     listed = read.get("moe_layers")
     if listed is None:
-        if read.optional_size("num_local_experts") == 0:
+        step = read.optional_size("interleave_moe_layer_step")
+        if not step and read.optional_size("num_local_experts") == 0:
             return ()
         step = read.size("interleave_moe_layer_step", 1)
         return tuple(range(step - 1, num_layers, step))
