@@ -94,12 +94,21 @@ def test_a_dry_run_tells_and_changes_nothing(served: Served) -> None:
 
 def test_a_rollout_that_is_not_ready_in_time_is_taken_back(served: Served) -> None:
     (before,) = served.groups()
-    spec = served.spec(placement={"labels": {"rack": "nowhere"}})
-    said = served.run("rollout", spec, "--deadline", "5", code=1)
-    assert "not ready within 5 s" in said and "revision 1 is current again" in said
+    spec = served.spec(kv={"memory": "24MiB"})
+    said = served.run("rollout", spec, "--deadline", "1", code=1)
+    assert "not ready within 1 s" in said and "revision 1 is current again" in said
     (after,) = served.groups()
     assert (after["id"], after["slice_pids"]) == (before["id"], before["slice_pids"])
     assert "rollback" in served.run("events")
+
+
+def test_a_rollout_to_labels_of_no_node_is_refused(served: Served) -> None:
+    (before,) = served.groups()
+    spec = served.spec(placement={"labels": {"rack": "nowhere"}})
+    said = served.run("rollout", spec, code=2)
+    assert "`placement.labels` {rack: nowhere} fits none of the 3 nodes" in said
+    (after,) = served.groups()
+    assert (after["id"], after["slice_pids"]) == (before["id"], before["slice_pids"])
 
 
 def test_models_come_and_go_by_rollout(served: Served) -> None:
