@@ -12,6 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+SMALL_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+"""Dtypes of a KV cache that plain weights do not have, by their names in settings."""
+
+
+def cache_dtype(name: str) -> torch.dtype:
+    """Dtype of a KV cache by its name in settings: "int8", "fp8", or a name of torch."""
+    dtype: torch.dtype = SMALL_DTYPES.get(name) or getattr(torch, name)
+    return dtype
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KVCacheSpec:
@@ -20,6 +29,8 @@ class KVCacheSpec:
     With dtype int8, the key and the value of each head and token have levels -127 .. 127 and a
     float32 scale, the greatest magnitude / 127; levels are rounded half to even, and a head of
     zeros has scale 0.
+
+    With dtype float8_e4m3fn, numbers beyond the greatest, 448, are stored as 448.
     """
 
     num_layers: int

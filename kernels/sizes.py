@@ -12,7 +12,7 @@ Precision = Literal["float32", "bfloat16", "float16", "fp8", "int8", "int4", "fp
 
 PLAIN = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of a number of an unquantized matrix."""
-KV_ITEMSIZE = PLAIN | {"int8": 1}
+KV_ITEMSIZE = PLAIN | {"int8": 1, "fp8": 1}
 """Bytes of a number in the KV cache."""
 FLOAT = 4
 """Bytes of a scale or a zero point: float32 in every backend."""

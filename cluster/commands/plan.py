@@ -75,7 +75,9 @@ def plan(
     dtype: Annotated[
         str | None, typer.Option(help=f"Dtype of the weights: {', '.join(DTYPES)}.")
     ] = None,
-    kv_dtype: Annotated[str | None, typer.Option(help="Dtype of the KV cache; also int8.")] = None,
+    kv_dtype: Annotated[
+        str | None, typer.Option(help="Dtype of the KV cache; also int8, fp8.")
+    ] = None,
     *,
     machine: MachineOptions,
     mesh: MeshOptions,
@@ -259,7 +261,7 @@ def _from_model_spec(
         spare_experts=spec.mesh.spare_experts,
         sliding_window=spec.attention.sliding_window,
         attention_sinks=spec.attention.attention_sinks,
-        kv_dtype=demand.kv_dtype or spec.dtype,
+        kv_dtype=demand.kv_dtype or spec.kv.dtype or spec.dtype,
     )
     config = spec.group_config("cpu" if on_cpu else "cuda")
     demand = replace(demand, drafter=read_drafter(config, model.config))

@@ -126,7 +126,7 @@ def drafter_bytes(
     drafter = read_drafter(config, target)
     if drafter is None:
         return NOTHING
-    kv = KvForm(block_size=config.block_size, dtype=config.dtype, kernels=kernels)
+    kv = KvForm(block_size=config.block_size, dtype=config.cache_dtype, kernels=kernels)
     return drafter.on_rank(part, config, kv)
 
 

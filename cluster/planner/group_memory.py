@@ -134,7 +134,7 @@ def _plan(
         block_size=config.block_size,
         num_blocks=resolved.num_blocks,
         num_local_blocks=resolved.num_local_blocks,
-        kv_dtype=config.dtype,
+        kv_dtype=config.cache_dtype,
         spare_experts=config.spare_experts,
         sliding_window=config.sliding_window,
         attention_sinks=config.attention_sinks,

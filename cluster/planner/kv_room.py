@@ -70,7 +70,7 @@ def _plan(
         max_batch_tokens=config.max_batch_tokens,
         block_size=config.block_size,
         num_local_blocks=config.num_local_blocks,
-        kv_dtype=config.dtype,
+        kv_dtype=config.cache_dtype,
         spare_experts=config.spare_experts,
         sliding_window=config.sliding_window,
         attention_sinks=config.attention_sinks,

@@ -206,7 +206,7 @@ def _check_drafter_sizes(config: GroupConfig, numbers: AnyModel) -> None:
         return
     drafter = read_drafter(config, numbers)
     if drafter is not None:
-        kv = KvForm(block_size=config.block_size, dtype=config.dtype, kernels="reference")
+        kv = KvForm(block_size=config.block_size, dtype=config.cache_dtype, kernels="reference")
         for part in parts_of(numbers, config):
             drafter.on_rank(part, config, kv)
 

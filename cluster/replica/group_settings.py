@@ -63,6 +63,7 @@ class GroupSettings:
 
     @property
     def numerics(self) -> str:
-        """Dtype, quantization and attention window as text."""
+        """Dtype, quantization, type of the KV cache and attention window as text."""
         config = self.config
-        return " ".join(filter(None, (config.dtype, config.quantization, config.window_words)))
+        words = (config.dtype, config.quantization, config.kv_words, config.window_words)
+        return " ".join(filter(None, words))

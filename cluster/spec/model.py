@@ -88,6 +88,9 @@ class KvSpec(SpecSection):
         memory: bytes of the whole group's pool ("512MiB"); None takes the memory that GPUs have
             left beside weights, graphs and a step; on CPUs 2 GiB, at most a quarter of memory.
         blocks: number of blocks, instead of `memory`.
+        dtype: "int8" holds keys and values in about half of bfloat16's bytes, with a scale for each
+            head and token; "fp8" (GPUs) in half, without scales. Answers are close to those of
+            null, the model's dtype, but not equal.
         local_blocks: blocks of the pool for layers that attend within a chunk (Llama 4);
             None divides the memory for sequences of four chunks.
         block_size: tokens in a block.
@@ -109,6 +112,7 @@ class KvSpec(SpecSection):
 
     memory: Bytes | None = None
     blocks: Count | None = None
+    dtype: Literal["int8", "fp8"] | None = None
     local_blocks: Count | None = None
     block_size: Count = 16
     prefix_cache: bool = True
@@ -261,7 +265,7 @@ class ModelSpec(SpecSection):
         path: folder with config.json, weights and tokenizer.json, on every node; or an fsspec URL
             (s3://, gs://, https://...): each node fetches into its cache the parts that its slices
             read.
-        dtype: dtype of weights and KV cache.
+        dtype: dtype of weights, and of the KV cache without `kv.dtype`.
         quantization: form of the weights after loading: int8, int4, fp8; None keeps `dtype`.
         groups: number of replica groups; with `autoscale`, the number at the start.
         autoscale: lets the number of groups follow the load; null keeps `groups`.
@@ -371,6 +375,7 @@ class ModelSpec(SpecSection):
             kernels=self.kernels,
             batch_independent=self.batch_independent,
             threads=self.threads,
+            kv_dtype=self.kv.dtype,
             block_size=self.kv.block_size,
             kv_bytes=self.kv.memory,
             num_blocks=self.kv.blocks,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from arriero.kernels.kv_cache import KVCache, KVCacheSpec
+from arriero.kernels.quantized_weight import FP8_MAX
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -71,6 +72,8 @@ class ReferenceKVCache(KVCache):
             if self._scales is not None:
                 x_TKD, scale_TK = int8_levels(x_TKD)
                 self._scales[layer, part][block_T, :, offset_T] = scale_TK
+            elif self._data.dtype == torch.float8_e4m3fn:
+                x_TKD = x_TKD.clamp(-FP8_MAX, FP8_MAX)
             self._data[layer, part][block_T, :, offset_T] = x_TKD.to(self._data.dtype)
 
     def gather(self, layer: int, blocks_SB: Tensor) -> Tensor:

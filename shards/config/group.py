@@ -22,6 +22,8 @@ class GroupConfig(ParallelConfig):
         model_path: folder with config.json, safetensors and tokenizer.json, on every node; or an
             fsspec URL of such a folder: each node fetches, once, the files that its ranks read.
         dtype: type of weights and KV cache: "float32", "bfloat16", "float16".
+        kv_dtype: type of the KV cache: "int8" (with a float32 scale for each head and token), or
+            "fp8" (e4m3 without scales; backends "triton" and "reference"); None means `dtype`.
         quantization: quantization of the weights on loading: "int8" (per row), "int4" (groups of
             32 columns, the vocabulary in int8) or "fp8" (per row); None keeps `dtype`.
             Activations, cache and norms have `dtype` in any case.
@@ -59,6 +61,7 @@ class GroupConfig(ParallelConfig):
 
     model_path: str
     dtype: str = "bfloat16"
+    kv_dtype: Literal["int8", "fp8"] | None = None
     quantization: str | None = None
     expert_wire: Literal["float32", "bfloat16", "fp8"] | None = None
     spare_experts: int = 0
@@ -84,6 +87,16 @@ class GroupConfig(ParallelConfig):
     adapters: tuple[AdapterFile, ...] = ()
     adapter_slots: AdapterSlots | None = None
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
+
+    @property
+    def cache_dtype(self) -> str:
+        """Type of the KV cache."""
+        return self.kv_dtype or self.dtype
+
+    @property
+    def kv_words(self) -> str:
+        """Text of the KV cache's type, for keys, since it changes tokens; "" for `dtype`."""
+        return "" if self.kv_dtype is None else f"kv {self.kv_dtype}"
 
     @property
     def window_words(self) -> str:

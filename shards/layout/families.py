@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from arriero.kernels.attention_mask import AttentionMaskSpec
+from arriero.kernels.sizes import KvBlockSize
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.parallel import ParallelConfig
 from arriero.shards.families.registry import family_of
@@ -37,10 +38,13 @@ def pool_layers(model: AnyModel, part: AnyPart, pool: Pool) -> tuple[int, int]:
 
 
 def kv_bytes_per_block(
-    part: AnyPart, model: AnyModel, layers: int, block_size: int, itemsize: int
+    part: AnyPart, model: AnyModel, layers: int, block_size: int, dtype: str
 ) -> int:
-    """Bytes of one KV block on one rank, for `layers` of the rank's layers."""
-    return layers * 2 * part.kv_heads.size * block_size * model.head_dim * itemsize
+    """Bytes of one KV block of `dtype` on one rank, for `layers` of the rank's layers."""
+    block = KvBlockSize(
+        kv_heads=part.kv_heads.size, head_dim=model.head_dim, block_size=block_size, dtype=dtype
+    )
+    return layers * block.nbytes(slots=block_size, value_dim=model.head_dim)
 
 
 def visible_keys(model: AnyModel, config: GroupConfig) -> AttentionMaskSpec:

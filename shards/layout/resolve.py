@@ -119,6 +119,13 @@ def _check_backend(config: GroupConfig, model: AnyModel) -> None:
             "`batch_independent`=True needs `kernels`=cpu or triton; the reference keeps it to "
             "rounding only"
         )
+    if config.kv_dtype == "fp8" and config.kernels in (None, "cpu") and config.device == "cpu":
+        raise SpecError("`kv_dtype`=fp8 has no CPU kernels; use int8, or `kernels`=reference")
+    if config.kv_dtype is not None and config.tiers.dtype is not None:
+        raise SpecError(
+            f"`tier_dtype`={config.tiers.dtype} packs blocks of the model's dtype, but "
+            f"`kv_dtype`={config.kv_dtype} has a byte for each number already; remove `tier_dtype`"
+        )
     if config.block_size < 1:
         raise SpecError(f"`block_size`={config.block_size} must be at least 1")
 
@@ -190,13 +197,12 @@ def group_block_bytes(
     config: GroupConfig, model: AnyModel, parts: Sequence[AnyPart]
 ) -> tuple[int, int]:
     """Bytes of one KV block over all ranks: in full-attention layers, in chunked layers."""
-    itemsize = ITEMSIZE[config.dtype]
     full, local = 0, 0
     for part in parts:
         num_local = local_layers(model, part)
         rest = part.layers.size - num_local
-        full += kv_bytes_per_block(part, model, rest, config.block_size, itemsize)
-        local += kv_bytes_per_block(part, model, num_local, config.block_size, itemsize)
+        full += kv_bytes_per_block(part, model, rest, config.block_size, config.cache_dtype)
+        local += kv_bytes_per_block(part, model, num_local, config.block_size, config.cache_dtype)
     return full, local
 
 
@@ -216,6 +222,8 @@ def cache_salt(config: GroupConfig, digest: str) -> bytes:
     agree to rounding, and are part of the root only with `same_layout`.
     """
     parts = [digest, config.dtype, config.quantization or ""]
+    if config.kv_words:
+        parts.append(config.kv_words)
     if config.window_words:  # keys and values of deeper layers depend on the tokens seen
         parts.append(config.window_words)
     if config.tiers.dtype is not None:

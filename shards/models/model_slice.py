@@ -41,7 +41,7 @@ class SliceSettings:
     """How a slice is loaded, and the size of its KV cache.
 
     Attributes:
-        dtype: dtype of weights and KV cache.
+        dtype: dtype of weights, and of the KV cache without `kv_dtype`.
         quantization: quantization of plain weights during loading, or None.
         num_blocks: KV blocks of layers with full attention.
         num_local_blocks: KV blocks of layers with chunked attention.
@@ -52,6 +52,7 @@ class SliceSettings:
         wire: how rows travel to experts on other ranks; None: as the weights are.
         placement: experts of each rank of a stage; None if ranks sum outputs of own experts
             instead of exchanging tokens.
+        kv_dtype: dtype of the KV cache; None means `dtype`.
         visible: keys that a token sees in layers without full attention.
         taps: layers whose input is kept for a model that drafts; see `Taps`.
         progress: called with loaded bytes and total bytes.
@@ -68,18 +69,24 @@ class SliceSettings:
     offload_folder: Path | None = None
     wire: RowFormat | None = None
     placement: ExpertPlacement | None = None
+    kv_dtype: torch.dtype | None = None
     visible: AttentionMaskSpec = FULL_ATTENTION
     taps: tuple[int, ...] = ()
     progress: Progress = lambda done, total: None
     adapters: Sequence[Adapter] = ()
     adapter_slots: AdapterSlots | None = None
 
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Dtype of the KV cache."""
+        return self.kv_dtype or self.dtype
+
 
 class ModelSlice(Protocol):
     """Weights and KV cache of a rank, and the forward pass.
 
     Attributes:
-        dtype: dtype of weights and KV cache.
+        dtype: dtype of the weights.
         images: computes image features, on first-stage ranks of multimodal models; else None.
         decoder: forward pass through the layers of the stage.
         adapters: memory of the rank for adapters; None in a group without adapters.

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arriero.kernels.kv_cache import cache_dtype
 from arriero.kernels.sampling_rows import Sampled
 from arriero.kernels.select import ops_for
 from arriero.shards.adapters.adapter import open_adapters
@@ -92,6 +93,7 @@ class Runner:
             num_blocks=config.num_blocks + self.spare_blocks,
             num_local_blocks=(config.num_local_blocks or 0) + self.spare_blocks,
             block_size=config.block_size,
+            kv_dtype=cache_dtype(config.cache_dtype),
             offload_layers=config.offload_layers,
             offload_folder=Path(config.offload_folder) if config.offload_folder else None,
             wire=config.expert_wire,

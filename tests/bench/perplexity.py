@@ -5,7 +5,8 @@ Usage: perplexity.py MODEL_DIR [--tokens 50000] [--weights bfloat16,int8,fp8,int
 int8, fp8 and int4 are quantized while they load. Of int4, parts of a name say more: "plain" rounds
 to the nearest level without search, "g64" makes groups of 64 columns, "half" rounds scales and zero
 points to float16 and "bf16" to bfloat16. A form that begins with "written-" is what `arriero models
-quantize` writes.
+quantize` writes. "kv-int8" and "kv-fp8" are bfloat16 weights with such a KV cache, fp8 on the
+reference backend.
 """
 
 from __future__ import annotations
@@ -61,6 +62,10 @@ def prepared(model: str, weights: str) -> Iterator[GroupConfig]:
     plain = GroupConfig(model_path=model, prefix_cache=False, max_model_len=2048)
     if weights == "bfloat16":
         yield plain
+    elif weights == "kv-int8":
+        yield replace(plain, kv_dtype="int8")
+    elif weights == "kv-fp8":
+        yield replace(plain, kv_dtype="fp8", kernels="reference")
     elif weights.startswith("int4-"):
         searched = loader.QUANTIZERS["int4"]
         loader.QUANTIZERS["int4"] = partial(int4, weights.split("-")[1:])

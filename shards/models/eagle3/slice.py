@@ -48,7 +48,8 @@ class Eagle3Settings:
     """How a head is loaded, and what it takes from its target.
 
     Attributes:
-        dtype: dtype of weights and KV cache.
+        dtype: dtype of the weights.
+        kv_dtype: dtype of the KV cache, the target's.
         num_blocks: KV blocks; the target's, whose block tables the head shares.
         block_size: tokens in a block.
         visible: keys that a token sees; the target's window, whose blocks are freed.
@@ -57,6 +58,7 @@ class Eagle3Settings:
     """
 
     dtype: torch.dtype
+    kv_dtype: torch.dtype
     num_blocks: int
     block_size: int
     visible: AttentionMaskSpec = FULL_ATTENTION
@@ -99,7 +101,7 @@ class Eagle3Slice:
                 num_kv_heads=part.kv_heads.size,
                 head_dim=config.layer.head_dim,
                 block_size=settings.block_size,
-                dtype=settings.dtype,
+                dtype=settings.kv_dtype,
             ),
             mesh.device,
         )

@@ -85,7 +85,7 @@ class LlamaSlice:
                 num_kv_heads=part.kv_heads.size,
                 head_dim=config.head_dim,
                 block_size=settings.block_size,
-                dtype=self.dtype,
+                dtype=settings.cache_dtype,
             ),
             mesh.device,
         )

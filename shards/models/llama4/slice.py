@@ -109,9 +109,8 @@ class Llama4Slice:
             self._load(loader, part, experts, offload_context)
         num_local = sum(layer.style.mask.chunk_size > 0 for layer in self._layers)
         num_full = len(self._layers) - num_local
-        size = settings.block_size
-        self.kv = self._kv_cache(num_full, settings.num_blocks, size, part)
-        self.local_kv = self._kv_cache(num_local, settings.num_local_blocks, size, part)
+        self.kv = self._kv_cache(num_full, settings.num_blocks, settings, part)
+        self.local_kv = self._kv_cache(num_local, settings.num_local_blocks, settings, part)
         self._experts: ExpertParallel | None = None
         if placement is not None:
             wire = settings.wire or _wire(self.dtype)
@@ -167,7 +166,7 @@ class Llama4Slice:
         return ImageTable(VisionTower(checkpoint, self.config.vision, device, dtype))
 
     def _kv_cache(
-        self, num_layers: int, num_blocks: int, block_size: int, part: MoEPart
+        self, num_layers: int, num_blocks: int, settings: SliceSettings, part: MoEPart
     ) -> KVCache | None:
         """The KV cache of `num_layers` layers; None for 0 layers."""
         if not num_layers:
@@ -177,8 +176,8 @@ class Llama4Slice:
             num_blocks=num_blocks,
             num_kv_heads=part.kv_heads.size,
             head_dim=self.config.head_dim,
-            block_size=block_size,
-            dtype=self.dtype,
+            block_size=settings.block_size,
+            dtype=settings.cache_dtype,
         )
         return self.ops.kv_cache(spec, self.mesh.device)
 

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 from arriero.kernels.attention_mask import FULL_ATTENTION, AttentionMaskSpec
+from arriero.kernels.kv_cache import cache_dtype
 from arriero.kernels.ops import Ops
 from arriero.kernels.packed_weights import Vocab
 from arriero.shards.checkpoint.formats.stored import tensor_specs
@@ -131,6 +132,7 @@ class ModelSource:
             quantization=None if checkpoint.scheme is not None else config.quantization,
             num_blocks=target.num_blocks,
             block_size=config.block_size,
+            kv_dtype=cache_dtype(config.cache_dtype),
             visible=_visible(config, target.checkpoint.config),
         )
         part = self._parts[target.part.tp_rank]
@@ -160,6 +162,7 @@ class Eagle3Source:
             lm_head = target.model.head
         settings = Eagle3Settings(
             dtype=getattr(torch, config.dtype),
+            kv_dtype=cache_dtype(config.cache_dtype),
             num_blocks=target.num_blocks,
             block_size=config.block_size,
             visible=_visible(config, target.checkpoint.config),

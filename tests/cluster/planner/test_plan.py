@@ -8,7 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -294,7 +294,7 @@ def check_group(config: GroupConfig, kernels: Kernels, *, spawn: bool = False) -
         NamedModel(name="it", config=model, scheme=scheme),
         weights_as(model, scheme, dtype),
         ParallelConfig(tp=config.tp, pp=config.pp),
-        KvDemand(context=1, kv_dtype=config.dtype, num_blocks=config.num_blocks),
+        KvDemand(context=1, kv_dtype=config.cache_dtype, num_blocks=config.num_blocks),
         cpu(1 << 36, config.world_size),
         kernels,
     )
@@ -316,6 +316,26 @@ def test_smollm2_allocates_what_was_planned(
         tp=tp,
         pp=pp,
         kernels=kernels,
+        threads=1,
+        kv_bytes=20_000_000,
+    )
+    check_group(config, kernels)
+
+
+@needs_smollm2
+@pytest.mark.parametrize(
+    ("kernels", "kv_dtype"), [("reference", "int8"), ("reference", "fp8"), ("cpu", "int8")]
+)
+def test_small_kv_caches_are_planned_to_the_byte(
+    kernels: Kernels, kv_dtype: Literal["int8", "fp8"]
+) -> None:
+    backend(kernels)
+    config = GroupConfig(
+        model_path=SMOLLM2,
+        tp=3,
+        pp=2,
+        kernels=kernels,
+        kv_dtype=kv_dtype,
         threads=1,
         kv_bytes=20_000_000,
     )

@@ -64,6 +64,7 @@ def _outputs(
         rows = embedding[part.vocab.start : part.vocab.stop]
         settings = Eagle3Settings(
             dtype=torch.float32,
+            kv_dtype=torch.float32,
             num_blocks=8,
             block_size=BLOCK,
             embedding=ops.pack_vocab(rows, part.vocab.start, torch.float32),
