@@ -214,7 +214,11 @@ class _Sample:
         return TextDelta(self._index, (), text) if text else None
 
     def add(self, output: SequenceOutput) -> pb.Output | None:
-        """The output message; None when it is empty or the sample has ended."""
+        """The output message; None when it is empty or the sample has ended.
+
+        Text ends with the last whole character: bytes that a limit cut off within a character are
+        no text, as in other gateways' answers. Token ids hold them.
+        """
         if self.finished:
             return None
         tokens = output.tokens
@@ -226,7 +230,7 @@ class _Sample:
             if output.stop_token is not None and not self._options.include_stop:
                 shown = tokens[:-1]
             if self._stop is None:
-                text = self._detokenizer.add(shown, final=reason is not None)
+                text = self._detokenizer.add(shown)
             else:
                 text, taken = self._match_stop(self._stop, shown, final=reason is not None)
                 stop_string = self._stop.stop_string
@@ -292,7 +296,7 @@ class _Sample:
             if stop.stop_string is not None:
                 return text, taken
         if final:
-            text += stop.add(self._detokenizer.add((), final=True), final=True)
+            text += stop.add("", final=True)
         return text, len(tokens)
 
 
