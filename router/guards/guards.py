@@ -92,6 +92,10 @@ class Guards:
                 f"`input` has {len(request.inputs)} entries; give 1 to {MAX_INPUTS}",
             )
         guard = self._model(request.model)
+        if guard != self._default:
+            await self._inference.find(
+                guard
+            )  # an unknown name is the caller's error, no lost guard
         categories = with_names(request.categories)
         call = GuardCall(
             guard=guard,

@@ -261,6 +261,8 @@ async def test_moderations(llama_tokenizer: Tokenizer) -> None:
         for wrong in ({"input": []}, {"input": "a", "model": "tiny"}, {"input": 3}):
             answer = await stack.http.post(path, json=wrong)
             assert answer.status_code == 400, answer.text
+        answer = await stack.http.post(path, json={"input": "a", "model": "nobody"})
+        assert answer.status_code == 404 and answer.json()["error"]["code"] == "model_not_found"
         # over gRPC: a conversation whose last message is the agent's
         talk = [
             pb.Message(role="user", content="Hello."),
