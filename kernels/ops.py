@@ -45,6 +45,7 @@ from arriero.kernels.layer_cache import layer_caches
 from arriero.kernels.layers import DenseLayer, MoELayer
 from arriero.kernels.lora import AdapterRows, LoraBank
 from arriero.kernels.moe import Permutation, Routing
+from arriero.kernels.packed_file import PackedFile
 from arriero.kernels.packed_weights import Linear, Vocab
 from arriero.kernels.quantized_weight import QuantizedWeight
 from arriero.kernels.sampling_rows import Sampled, SamplingRows
@@ -148,6 +149,19 @@ class Ops(ABC):
         raise NotImplementedError(
             f"kernels={self.name!r} keeps all weights on its device; use offload_layers=0"
         )
+
+    @property
+    def packed_build(self) -> str:
+        """What the bytes of packed weights depend on beside the weights; "" keeps no files."""
+        return ""
+
+    def packed_file(self, path: Path) -> PackedFile:
+        """Packed weights in a file, which is written if it does not exist.
+
+        Raises:
+            NotImplementedError: the backend keeps no files.
+        """
+        raise NotImplementedError(f"kernels={self.name!r} keeps no packed weights in files")
 
     @abstractmethod
     def kv_cache(self, spec: KVCacheSpec, device: torch.device) -> KVCache:

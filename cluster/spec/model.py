@@ -279,6 +279,8 @@ class ModelSpec(SpecSection):
         rollout_deadline_s: seconds within which all groups of a new revision must serve; later the
             rollout is taken back. None sets no limit.
         placement: nodes for slices.
+        packed_cache: most disk space on each node for packed weights, which a later start reads
+            in place of packing again (CPUs); None keeps none.
         mesh, kv, attention, offload, limits, speculation: settings of each group.
         adapters: LoRA adapters that each group serves beside the model; requests name one.
         adapter_slots: largest number of adapters on the device at once; lets adapters come and go
@@ -309,6 +311,7 @@ class ModelSpec(SpecSection):
     mesh: MeshSpec = MeshSpec()
     kv: KvSpec = KvSpec()
     attention: AttentionSpec = AttentionSpec()
+    packed_cache: Bytes | None = None
     offload: OffloadSpec = OffloadSpec()
     limits: LimitsSpec = LimitsSpec()
     adapters: tuple[AdapterSpec, ...] = ()
@@ -390,6 +393,7 @@ class ModelSpec(SpecSection):
             attention_sinks=self.attention.attention_sinks,
             changes_answers=self.attention.changes_answers,
             speculation=self.speculation.config(),
+            packed_cache_bytes=self.packed_cache or 0,
             offload_layers=self.offload.layers,
             offload_folder=None if self.offload.folder is None else str(self.offload.folder),
             adapters=tuple(

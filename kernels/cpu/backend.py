@@ -6,19 +6,22 @@ Knows the C function of each op; knows nothing of models. Penalties and bans are
 from __future__ import annotations
 
 import ctypes
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from arriero.kernels import input_transform
+from arriero.kernels import input_transform, quantize
 from arriero.kernels.attention_mask import FULL_ATTENTION, AttentionMaskSpec
-from arriero.kernels.cpu import lora, sampling
+from arriero.kernels.cpu import lora, sampling, weights
 from arriero.kernels.cpu.cache import CpuKVCache
 from arriero.kernels.cpu.decoder import CpuDecoder
 from arriero.kernels.cpu.library import Layer, load
+from arriero.kernels.cpu.packed_file import CpuPackedFile
 from arriero.kernels.cpu.structs import (
     add_experts,
     add_head_norms,
@@ -117,6 +120,18 @@ class CpuOps(Ops):
             yield
         finally:
             self._folder = None
+
+    @cached_property
+    def packed_build(self) -> str:
+        """See `Ops.packed_build`: the library, and the code that lays out its weights."""
+        digest = hashlib.blake2b(self.library.path.read_bytes(), digest_size=16)
+        for module in (weights, quantize):
+            digest.update(Path(str(module.__file__)).read_bytes())
+        return digest.hexdigest()
+
+    def packed_file(self, path: Path) -> CpuPackedFile:
+        """See `Ops.packed_file`."""
+        return CpuPackedFile(path)
 
     def kv_cache(self, spec: KVCacheSpec, device: torch.device) -> KVCache:
         """Allocate a paged cache of zeros."""

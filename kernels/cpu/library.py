@@ -209,7 +209,7 @@ class Library:
         Raises:
             OSError: the file does not load, or comes from a build of other sources.
         """
-        self.variant = variant
+        self.variant, self.path = variant, path
         self._dll = ctypes.CDLL(str(path))
         abi = getattr(self._dll, "arriero_abi", None)
         if abi is None or abi() != _ABI:

@@ -47,6 +47,8 @@ class GroupConfig(ParallelConfig):
             ahead of use (backend "cpu" alone). In a mixture of experts only the routed experts:
             the experts that a step needs are read, and unused experts leave memory.
         offload_folder: folder of these weights; None means the system's temporary folder.
+        packed_cache_bytes: disk space of each node for packed weights, from which a later start
+            reads (backend "cpu" alone); 0 keeps none.
         max_model_len: most tokens of a sequence; None means the model's own limit.
         tiers: KV cache tiers below the device.
         sliding_window: number of last tokens that a token sees, itself included; the KV cache
@@ -74,6 +76,7 @@ class GroupConfig(ParallelConfig):
     num_blocks: int | None = None
     offload_layers: int = 0
     offload_folder: str | None = None
+    packed_cache_bytes: int = 0
     num_local_blocks: int | None = None
     max_model_len: int | None = None
     max_sequences: int = 256

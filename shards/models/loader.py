@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import cache
 from types import TracebackType
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from arriero.kernels.input_transform import InputTransform
 from arriero.kernels.ops import Ops
+from arriero.kernels.packed_file import PackedFile
 from arriero.kernels.packed_weights import Linear, Vocab
 from arriero.kernels.quantize import in_pieces, quantize_fp8, quantize_int4, quantize_int8
 from arriero.kernels.quantized_weight import QuantizedWeight
@@ -58,6 +60,7 @@ class Loader:
         dtype: torch.dtype,
         quantization: str | None = None,
         progress: Progress = lambda done, total: None,
+        packed: PackedFile | None = None,
     ) -> None:
         """Prepare to load.
 
@@ -70,6 +73,7 @@ class Loader:
             dtype: dtype of packed plain weights.
             quantization: key of `QUANTIZERS`, only for plain weights; None keeps `dtype`.
             progress: called with packed bytes and total bytes.
+            packed: packed weights of an earlier start; None packs all.
 
         Raises:
             CheckpointError: `quantization` is set, but the weights are quantized already.
@@ -88,7 +92,9 @@ class Loader:
         self._bytes: Counter[int | None] = Counter()
         for spec in ordered:
             self._bytes[spec.layer] += bytes_read([spec], part)
+        self._kept = packed
         paged = self._total > PAGED_BYTES or folder.ranged is not None
+        paged = paged and not (packed is not None and packed.complete)
         self._pager = Pager(folder, ranges) if paged else None
         self._progress, self._done = progress, 0
         self._used = 0  # packed bytes of the current layer
@@ -111,6 +117,8 @@ class Loader:
     ) -> None:
         if self._pager is not None:
             self._pager.close()
+        if self._kept is not None:
+            self._kept.close(whole=error is None)
 
     def finished(self, layer: int | None) -> None:
         """Report a packed layer; None for all tensors outside the layers."""
@@ -134,18 +142,26 @@ class Loader:
             bias: whether each matrix has a vector `.bias`.
             keep: never quantize plain weights (routers).
         """
-        stored_parts = [self._reader.product(name, rows=span) for name, span in parts]
-        joined = None
-        if bias:
-            pieces = [self._folder.rows(f"{name}.bias", s.start, s.stop) for name, s in parts]
-            joined = torch.cat(pieces).float()
-        return self._pack([name for name, _ in parts], stored_parts, joined, keep)
+
+        def make() -> Linear:
+            stored_parts = [self._reader.product(name, rows=span) for name, span in parts]
+            joined = None
+            if bias:
+                pieces = [self._folder.rows(f"{name}.bias", s.start, s.stop) for name, s in parts]
+                joined = torch.cat(pieces).float()
+            return self._pack([name for name, _ in parts], stored_parts, joined, keep)
+
+        return self._linear(" ".join(name for name, _ in parts), make)
 
     def columns(self, name: str, columns: Span, *, bias: bool = False) -> Linear:
         """A row-parallel matrix; with `bias` the whole bias vector, which a single rank adds."""
-        vector = self._folder.tensor(f"{name}.bias").float() if bias else None
-        stored = self._reader.product(name, columns=columns)
-        return self._pack([name], [stored], vector, keep=False)
+
+        def make() -> Linear:
+            vector = self._folder.tensor(f"{name}.bias").float() if bias else None
+            stored = self._reader.product(name, columns=columns)
+            return self._pack([name], [stored], vector, keep=False)
+
+        return self._linear(name, make)
 
     def expert(
         self, prefix: str, expert: int, columns: Span | None = None
@@ -160,14 +176,34 @@ class Loader:
         Returns:
             Stacked gate and up matrices, and the down matrix.
         """
-        gate, up, down = self._reader.expert(prefix, expert, columns)
         name = f"{prefix}.{expert}"
         names = [f"{name}.gate_proj", f"{name}.up_proj"]
-        gate_up = self._pack(names, [gate, up], None, keep=False)
-        return gate_up, self._pack([f"{name}.down_proj"], [down], None, keep=False)
+
+        @cache
+        def stored() -> tuple[StoredProduct, StoredProduct, StoredProduct]:
+            return self._reader.expert(prefix, expert, columns)
+
+        return (
+            self._linear(
+                " ".join(names), lambda: self._pack(names, list(stored()[:2]), None, keep=False)
+            ),
+            self._linear(
+                f"{name}.down_proj",
+                lambda: self._pack([f"{name}.down_proj"], [stored()[2]], None, keep=False),
+            ),
+        )
 
     def vocab(self, name: str, rows: Span) -> Vocab:
         """Rows of the embedding or of the head."""
+        if self._kept is None:
+            return self._vocab(name, rows)
+        return self._kept.vocab(name, rows.start, lambda: self._vocab(name, rows))
+
+    def _linear(self, key: str, make: Callable[[], Linear]) -> Linear:
+        """The weights of an earlier start, or packed now; a rank has each matrix once."""
+        return make() if self._kept is None else self._kept.linear(key, make)
+
+    def _vocab(self, name: str, rows: Span) -> Vocab:
         stored = self._reader.product(name, rows=rows)
         if isinstance(stored.weight, QuantizedWeight):
             if stored.inputs is not None:

@@ -19,6 +19,7 @@ from arriero.kernels.expert_rows import RowFormat
 from arriero.kernels.flat_batch import FlatBatch
 from arriero.kernels.kv_cache import KVCache
 from arriero.kernels.ops import Ops
+from arriero.kernels.packed_file import PackedFile
 from arriero.kernels.packed_weights import Vocab
 from arriero.shards.adapters.adapter import Adapter
 from arriero.shards.adapters.banks import AdapterBanks
@@ -56,6 +57,7 @@ class SliceSettings:
         visible: keys that a token sees in layers without full attention.
         taps: layers whose input is kept for a model that drafts; see `Taps`.
         progress: called with loaded bytes and total bytes.
+        packed: packed weights of an earlier start; None packs all.
         adapters: listed adapters of the group, in order of their slots.
         adapter_slots: room for adapters that come and go; None for the listed adapters alone.
     """
@@ -73,6 +75,7 @@ class SliceSettings:
     visible: AttentionMaskSpec = FULL_ATTENTION
     taps: tuple[int, ...] = ()
     progress: Progress = lambda done, total: None
+    packed: PackedFile | None = None
     adapters: Sequence[Adapter] = ()
     adapter_slots: AdapterSlots | None = None
 

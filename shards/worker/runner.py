@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from arriero.kernels.kv_cache import cache_dtype
+from arriero.kernels.packed_file import PackedFile
 from arriero.kernels.sampling_rows import Sampled
 from arriero.kernels.select import ops_for
 from arriero.shards.adapters.adapter import open_adapters
+from arriero.shards.checkpoint.packed_cache import open_packed
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.collectives.expert_parallel import Loads
 from arriero.shards.collectives.mesh import Mesh
@@ -32,7 +34,7 @@ from arriero.shards.layout.families import (
     pool_layers,
     visible_keys,
 )
-from arriero.shards.layout.parts import AnyModel
+from arriero.shards.layout.parts import AnyModel, AnyPart
 from arriero.shards.layout.resolve import cache_salt, first_placement, tier_limits
 from arriero.shards.models.loader import Progress
 from arriero.shards.models.model_slice import SliceSettings, load_slice
@@ -101,6 +103,7 @@ class Runner:
             visible=visible_keys(model, config),
             taps=draft_source.taps if draft_source is not None else (),
             progress=progress,
+            packed=self._packed_file(checkpoint, part),
             adapters=open_adapters(config, model),
             adapter_slots=config.adapter_slots,
         )
@@ -143,6 +146,13 @@ class Runner:
             self.weights_nbytes += self._drafts.drafter.weights_nbytes
             self.kv_nbytes += self._drafts.drafter.kv_nbytes
         self.kernels = self._ops.name
+
+    def _packed_file(self, checkpoint: Checkpoint, part: AnyPart) -> PackedFile | None:
+        config = self._config
+        if config.offload_layers:  # these weights stay mapped from a file of their own
+            return None
+        form = f"{config.dtype} {config.quantization}"
+        return open_packed(checkpoint, part, self._ops, form, config.packed_cache_bytes)
 
     @staticmethod
     def _grammars(model_path: str, model: AnyModel) -> GrammarRows:

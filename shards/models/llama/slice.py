@@ -66,6 +66,7 @@ class LlamaSlice:
             dtype=self.dtype,
             quantization=settings.quantization,
             progress=settings.progress,
+            packed=settings.packed,
         )
         self.adapters = load_banks(
             llama_modules(config),

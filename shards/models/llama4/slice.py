@@ -105,6 +105,7 @@ class Llama4Slice:
             dtype=self.dtype,
             quantization=settings.quantization,
             progress=settings.progress,
+            packed=settings.packed,
         ) as loader:
             self._load(loader, part, experts, offload_context)
         num_local = sum(layer.style.mask.chunk_size > 0 for layer in self._layers)
