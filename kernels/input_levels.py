@@ -27,12 +27,17 @@ def static_levels(x_TI: Tensor, scale: Tensor, levels: str) -> Tensor:
         levels: int8: integers -128 .. 127. fp8: float8_e4m3fn numbers. fp4: e2m1 numbers times the
             float8 scale of their group of 16 columns, see `fp4_levels`.
     """
+    if levels == "fp8":
+        return static_float8(x_TI, scale).float()
     x_TI = x_TI.float() / scale
     if levels == "fp4":
         return fp4_levels(x_TI)
-    if levels == "int8":
-        return x_TI.round_().clamp_(-128, 127)
-    return x_TI.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float()
+    return x_TI.round_().clamp_(-128, 127)
+
+
+def static_float8(x_TI: Tensor, scale: Tensor) -> Tensor:
+    """As `static_levels` for fp8, in float8_e4m3fn."""
+    return (x_TI.float() / scale).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
 
 
 def int8_rows(x_TI: Tensor) -> tuple[Tensor, Tensor]:

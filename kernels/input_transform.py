@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from arriero.kernels.input_levels import int8_rows, static_levels
+from arriero.kernels.input_levels import int8_rows, static_float8, static_levels
 from arriero.kernels.quantized_weight import FP8_MAX, nonzero
 
 if TYPE_CHECKING:
@@ -53,6 +53,11 @@ class InputTransform:
         return self.bound is not None or self.scale is not None
 
     @property
+    def float8(self) -> bool:
+        """Whether inputs are rounded to float8."""
+        return self.rounds and self.levels == "fp8"
+
+    @property
     def nbytes(self) -> int:
         """Bytes beside the matrix."""
         tensors = (self.order_I, self.scale)
@@ -88,13 +93,25 @@ def rounded(ops: Ops, x_TI: Tensor, inputs: InputTransform) -> tuple[Tensor, Ten
     Returns:
         Levels float32 [T, I], and their scale, float32 [T, 1] or [1]: x is close to q * scale.
     """
+    if inputs.float8:
+        q_TI, scale = float8_rows(ops, x_TI, inputs)
+        return q_TI.float(), scale
     if inputs.scale is not None:
         return static_levels(x_TI, inputs.scale, inputs.levels), inputs.scale
+    assert inputs.levels == "int8", "the caller checks that inputs are rounded"
+    return int8_rows(x_TI)
+
+
+def float8_rows(ops: Ops, x_TI: Tensor, inputs: InputTransform) -> tuple[Tensor, Tensor]:
+    """Round the inputs of a product to float8.
+
+    Returns:
+        Levels float8_e4m3fn [T, I], and their scale, float32 [T, 1] or [1].
+    """
+    if inputs.scale is not None:
+        return static_float8(x_TI, inputs.scale), inputs.scale
     assert inputs.bound is not None, "the caller checks that inputs are rounded"
-    if inputs.levels == "int8":
-        return int8_rows(x_TI)
-    q_TI, scale_T1 = ops.quantize_rows(x_TI, inputs.bound)
-    return q_TI.float(), scale_T1
+    return ops.quantize_rows(x_TI, inputs.bound)
 
 
 def linear(ops: Ops, x_TI: Tensor, w: Linear) -> Tensor:

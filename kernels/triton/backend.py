@@ -15,6 +15,7 @@ from arriero.kernels import input_transform
 from arriero.kernels.attention_mask import FULL_ATTENTION, AttentionMaskSpec
 from arriero.kernels.expert_rows import RowFormat, check
 from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.input_transform import InputTransform
 from arriero.kernels.kv_cache import KVCache, KVCacheSpec
 from arriero.kernels.layer_cache import layer_caches
 from arriero.kernels.layers import DenseLayer, MoELayer
@@ -34,6 +35,7 @@ from arriero.kernels.triton import (
     norm,
     rope,
     sampling,
+    scaled_products,
     weights,
 )
 from arriero.kernels.triton.activation import silu_mul
@@ -81,6 +83,8 @@ class TritonOps(Ops):
     def pack_quantized(self, parts: Sequence[QuantizedWeight], bias_O: Tensor | None) -> Linear:
         """Stack by rows; see `Ops.pack_quantized`."""
         self._check_kind(parts[0])
+        if parts[0].kind == "fp8" and not self.batch_independent:
+            scaled_products.works_on(self.device)  # found out while weights load, not in a step
         return _linear(weights.pack_quantized(parts, bias_O, self.device, self._upload))
 
     def pack_quantized_vocab(self, weight: QuantizedWeight, first_row: int) -> Vocab:
@@ -111,9 +115,27 @@ class TritonOps(Ops):
 
     def linear(self, x_TI: Tensor, w: Linear) -> Tensor:
         """The product x Wᵀ + b."""
-        if w.inputs is not None:
-            return input_transform.linear(self, x_TI, w)
-        return self._matmul(x_TI, w.packed)
+        if w.inputs is None:
+            return self._matmul(x_TI, w.packed)
+        if self._scales_in_product(x_TI, w):
+            return self._scaled_linear(x_TI, w, w.inputs)
+        return input_transform.linear(self, x_TI, w)
+
+    def _scales_in_product(self, x_TI: Tensor, w: Linear) -> bool:
+        """Whether torch's float8 product computes this one; see `scaled_products`."""
+        if self.batch_independent or w.inputs is None or not w.inputs.float8:
+            return False
+        if x_TI.is_cuda and x_TI.dtype != torch.bfloat16:
+            return False
+        return scaled_products.takes(w.packed) and scaled_products.works_on(self.device)
+
+    def _scaled_linear(self, x_TI: Tensor, w: Linear, inputs: InputTransform) -> Tensor:
+        """The product with inputs rounded to float8, on the tensor cores' own type."""
+        if inputs.order_I is not None:
+            x_TI = x_TI.index_select(1, inputs.order_I)
+        q_TI, scale = input_transform.float8_rows(self, x_TI, inputs)
+        y_TO = scaled_products.multiply(q_TI, scale, w.packed, x_TI.dtype)
+        return y_TO if w.bias is None else y_TO.add_(w.bias)
 
     def quantize_rows(self, x_TI: Tensor, bound: float) -> tuple[Tensor, Tensor]:
         """Round rows to float8 in one pass; see `Ops.quantize_rows`."""
