@@ -20,7 +20,7 @@ from gpu.benches import Machine, Result
 from gpu.checks import Where
 from gpu.shapes import LLAMA_8B, LLAMA_405B_TP8, MAVERICK_EP8, Shape
 
-from arriero.kernels.input_transform import quantize_rows
+from arriero.kernels.input_transform import InputTransform, quantize_rows
 from arriero.kernels.quantize import quantize_fp8
 from arriero.kernels.sampling_rows import SamplingRows
 from arriero.kernels.triton.backend import TritonOps
@@ -49,17 +49,16 @@ def products(at: Where, machine: Machine) -> Result:
 
 def _rounded_inputs(at: Where, machine: Machine, weight: torch.Tensor) -> Result:
     """Products with inputs rounded to float8, as the FP8 checkpoints have them; torch's beside."""
-    ops, rows = at.ops(independent=False), 4 if at.tiny else 4096
-    packed = ops.pack_quantized([quantize_fp8(weight)], None)
-    x = at.randn(rows, weight.shape[1])
-
-    def ours() -> None:
-        q, scale = ops.quantize_rows(x, 1200.0)
-        ops.linear(q.float(), packed).mul_(scale)
-
-    taken = benches.seconds(at, ours)
-    limit = 2 * rows * weight.numel() / (2 * machine.flops_per_s)  # float8 at twice the rate
-    result: Result = {f"fp8 inputs, {rows} rows": {"ms": taken * 1e3, "share": limit / taken}}
+    ops, result = at.ops(independent=False), Result()
+    inputs = InputTransform(num_inputs=weight.shape[1], bound=1200.0)
+    linear = ops.pack_transformed([quantize_fp8(weight)], None, inputs)
+    for rows in (4,) if at.tiny else (1, 16, 64, 4096):
+        x = at.randn(rows, weight.shape[1])
+        taken = benches.seconds(at, lambda x=x: ops.linear(x, linear))
+        # float8 at twice the rate
+        flops = 2 * rows * weight.numel() / (2 * machine.flops_per_s)
+        limit = max(flops, weight.numel() / machine.bytes_per_s)
+        result[f"fp8 inputs, {rows} rows"] = {"ms": taken * 1e3, "share": limit / taken}
     if not at.tiny:
         q, scale = quantize_rows(x, 1200.0)
         w = quantize_fp8(weight)

@@ -17,7 +17,7 @@ from gpu.shapes import Shape
 
 from arriero.kernels.expert_rows import RowFormat
 from arriero.kernels.flat_batch import FlatBatch
-from arriero.kernels.input_transform import quantize_rows
+from arriero.kernels.input_transform import InputTransform, quantize_rows
 from arriero.kernels.kv_cache import KVCache
 from arriero.kernels.layers import DenseLayer
 from arriero.kernels.ops import Ops
@@ -74,6 +74,23 @@ def rows_to_float8(at: Where) -> float:
             expected, expected_scale = quantize_rows(x.cpu(), bound)
             same = torch.equal(q.cpu().view(torch.uint8), expected.view(torch.uint8))
             worst = max(worst, 0.0 if same else 1.0, error(scale.cpu(), expected_scale))
+    return worst
+
+
+def rounded_products(at: Where) -> float:
+    """Products with inputs rounded to float8, in the fast mode and in the exact one."""
+    worst = 0.0
+    rows, columns = (48, 96) if at.tiny else (6400, 4096)
+    weight = quantize_fp8(torch.randn(rows, columns) * columns**-0.5)
+    inputs = InputTransform(num_inputs=columns, bound=1200.0)
+    theirs = at.reference.pack_transformed([weight], None, inputs)
+    for independent in (False, True):
+        ops = at.ops(independent=independent)
+        ours = ops.pack_transformed([weight], None, inputs)
+        for count in (1, 17, 300):
+            x = at.randn(count, columns)
+            expected = at.reference.linear(x, theirs)
+            worst = max(worst, error(ops.linear(x, ours), expected))
     return worst
 
 
@@ -163,6 +180,7 @@ NEAR = {
     "rows between ranks": rows_between_ranks,
     "quantized vocabularies": quantized_tables,
     "logits": plain_logits,
+    "product, fp8 inputs": rounded_products,
     "rope to int8 and fp8 caches": rope_to_small_caches,
 }
 SAME = {

@@ -48,6 +48,9 @@ CONSTANTS: Mapping[str, Constant] = {
     "product, memory": _share(0.85, LIBRARY),
     "product, matrix": _share(0.77, LIBRARY),
     "product, kernel": _seconds(1.5e-6, LIBRARY),
+    "float8 product, memory": _share(0.7, ASSUMED),
+    "float8 product, matrix": _share(0.6, ASSUMED),
+    "float8 product, kernel": _seconds(2e-6, ASSUMED),
     "triton product, memory": _share(0.7, ASSUMED),
     "triton product, matrix": _share(0.5, ASSUMED),
     "triton product, kernel": _seconds(2e-6, ASSUMED),
@@ -78,6 +81,8 @@ graphs and of a collective of a few bytes."""
 MEASURED: Mapping[str, tuple[str, str]] = {
     "product, memory": ("products by kind", "dense, 1 rows"),
     "product, matrix": ("products by kind", "dense, 4096 rows"),
+    "float8 product, memory": ("products by kind", "fp8 inputs, 1 rows"),
+    "float8 product, matrix": ("products by kind", "fp8 inputs, 4096 rows"),
     "triton product, memory": ("products by kind", "fp8, 1 rows"),
     "triton product, matrix": ("products by kind", "fp8, 4096 rows"),
     "attention, memory": ("attention by cache", "Llama-3.1-8B, 64 x 4096, bfloat16"),

@@ -14,6 +14,8 @@ from arriero.cluster.planner.weight_forms import Weights
 from arriero.kernels.sizes import FLOAT, PLAIN
 
 _FLOAT8 = 1
+_UNIT = 16
+"""Sizes of matrices that torch's float8 product takes are multiples of this."""
 
 
 class Products:
@@ -40,8 +42,15 @@ class Products:
             return scheme.activation_bound is not None
         return self._weights.dtype == "fp8"
 
-    def kind(self, stack: PackedStack) -> Kind:
-        """The library's product for plain weights, else Triton's."""
+    def scaled(self, stack: PackedStack) -> bool:
+        """Whether torch's float8 product computes this one; see `triton/scaled_products.py`."""
+        whole = stack.rows % _UNIT == 0 and stack.columns % _UNIT == 0
+        return self.rounds(stack) and whole and self._weights.base == "bfloat16"
+
+    def kind(self, stack: PackedStack, *, grouped: bool = False) -> Kind:
+        """The library's product for plain weights and rounded rows, else Triton's."""
+        if not grouped and self.scaled(stack):
+            return "float8 product"
         return "product" if stack.precision in PLAIN else "triton product"
 
     def linear(
@@ -57,11 +66,22 @@ class Products:
             out: bytes of a number of the output; 0 for the activations' size.
         """
         launches: Counter[str] = Counter()
+        kind = self.kind(stack)
+        if kind == "float8 product":
+            launches.update({"_quantize_rows": 1, "aten::_scaled_mm": 1})
+            nbytes = stack.weights + stack.scales
+            nbytes += rows * stack.columns * (self.itemsize + 2 * _FLOAT8)
+            nbytes += rows * stack.rows * (out or self.itemsize)
+            return Work(
+                item=item,
+                kind=kind,
+                nbytes=nbytes,
+                operations=2.0 * rows * stack.rows * stack.columns,
+                launches=launches,
+                captured=captured,
+            )
         rounding = self._rounding(stack, rows, launches)
-        if self.kind(stack) == "product":
-            launches["aten::mm"] += 1
-        else:
-            launches["_matmul"] += 1
+        launches["aten::mm" if kind == "product" else "_matmul"] += 1
         return self._work(item, stack, rows, 1, rounding, launches, captured, out)
 
     def grouped(
@@ -100,7 +120,7 @@ class Products:
         nbytes += rows * (stack.columns * inputs + stack.rows * outputs)
         return Work(
             item=item,
-            kind=self.kind(stack),
+            kind=self.kind(stack, grouped=True),
             nbytes=nbytes,
             operations=2.0 * rows * stack.rows * stack.columns,
             launches=launches,

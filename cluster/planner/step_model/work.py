@@ -33,7 +33,7 @@ Item = Literal[
 """Parts of a step, in the order of the account."""
 ITEMS: tuple[Item, ...] = get_args(Item)
 
-Kind = Literal["product", "triton product", "attention", "rows", "sampling"]
+Kind = Literal["product", "float8 product", "triton product", "attention", "rows", "sampling"]
 """Kinds of kernels, each with efficiencies of its own; collectives have their own constants."""
 
 

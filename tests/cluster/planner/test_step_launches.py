@@ -50,11 +50,11 @@ def make(path: Path, family: str) -> None:
         quantized_llama(path, family, layers=2)
 
 
-def counted(folder: Path) -> list[Counter[str]]:
+def counted(folder: Path, dtype: str) -> list[Counter[str]]:
     """Launches of a captured decode step of a sequence: drawing, and greedy."""
     config = GroupConfig(
         model_path=str(folder),
-        dtype="float32",
+        dtype=dtype,
         device="cuda",
         kernels="triton",
         block_size=4,
@@ -74,25 +74,33 @@ def counted(folder: Path) -> list[Counter[str]]:
     return [Counter(op for op in ops if op not in NO_KERNEL) for ops in recordings]
 
 
-def accounted(folder: Path, *, draws: bool) -> Counter[str]:
+def accounted(folder: Path, dtype: str, *, draws: bool) -> Counter[str]:
     model = find_model(str(folder))
-    weights = replace(weights_as(model.config, model.scheme, "checkpoint"), base="float32")
-    demand = KvDemand(context=32, kv_dtype="float32", max_sequences=1, max_batch_tokens=2)
+    weights = replace(weights_as(model.config, model.scheme, "checkpoint"), base=dtype)
+    demand = KvDemand(context=32, kv_dtype=dtype, max_sequences=1, max_batch_tokens=2)
     device = DEVICES["h200-141g"]
     plan = plan_group(model, weights, ParallelConfig(), demand, device, "triton")
     step = account(plan, StepLoad(sequences=1, context=32, draws=draws), 8)
     return launches_by_kernel(work for work in step.works if work.captured)
 
 
-@pytest.mark.parametrize("family", ["llama", "llama4", "fbgemm_fp8"])
-def test_launches_of_a_decode_step(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("llama", "float32"),
+        ("llama4", "float32"),
+        ("fbgemm_fp8", "float32"),
+        ("fbgemm_fp8", "bfloat16"),
+    ],
+)
+def test_launches_of_a_decode_step(tmp_path: Path, family: str, dtype: str) -> None:
     make(tmp_path, family)
-    drawing, greedy = counted(tmp_path)
+    drawing, greedy = counted(tmp_path, dtype)
     for launches in (drawing, greedy):
         # the interpreter clears the outputs of experts, whose last rows nothing writes
         launches["aten::zeros"] -= launches["_grouped_matmul"]
-    assert +greedy == accounted(tmp_path, draws=False)
-    expected = accounted(tmp_path, draws=True)
+    assert +greedy == accounted(tmp_path, dtype, draws=False)
+    expected = accounted(tmp_path, dtype, draws=True)
     # the interpreter takes 3 bits in a pass of a filter, in place of 5
     assert drawing.pop("_narrow") == 2 * 16 and expected.pop("_narrow") == 2 * 10
     assert +drawing == expected
