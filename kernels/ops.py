@@ -204,6 +204,16 @@ class Ops(ABC):
         Source: Zhang and Sennrich, 2019.
         """
 
+    def add_parts(self, parts_NTH: Tensor) -> Tensor:
+        """The sum of N parts in their order, each partial sum rounded to the dtype: [T, H].
+
+        May work in place of the first part.
+        """
+        total_TH = parts_NTH[0]
+        for part_TH in parts_NTH[1:]:
+            total_TH += part_TH
+        return total_TH
+
     @abstractmethod
     def silu_mul(self, gate_up_TF2: Tensor) -> Tensor:
         """silu(first half) * second half: [T, 2F] to [T, F] (SwiGLU, Shazeer 2020)."""

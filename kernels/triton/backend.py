@@ -36,6 +36,7 @@ from arriero.kernels.triton import (
     rope,
     sampling,
     scaled_products,
+    sums,
     weights,
 )
 from arriero.kernels.triton.activation import silu_mul
@@ -144,6 +145,10 @@ class TritonOps(Ops):
     def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
         """Root-mean-square norm; see `Ops.rms_norm`."""
         return norm.rms_norm(x_TH, weight_H, eps)
+
+    def add_parts(self, parts_NTH: Tensor) -> Tensor:
+        """The sum in rank order, in one launch; see `Ops.add_parts`."""
+        return sums.add_parts(parts_NTH)
 
     def silu_mul(self, gate_up_TF2: Tensor) -> Tensor:
         """silu(first half) * second half."""

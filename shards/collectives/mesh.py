@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -61,6 +62,7 @@ class Mesh:
         mark = _Marks(device) if device.type == "cuda" and parallel.world_size > 1 else None
         self.watchdog = Watchdog(part.rank, timeout_s, self._abort, mark)
         self._timeout = timedelta(seconds=timeout_s)
+        self.add_parts: Callable[[Tensor], Tensor] = added
         self._tp_group: dist.ProcessGroup | None = None
         self._stage_group: dist.ProcessGroup | None = None
         self._exchange: Exchange | None = None
@@ -225,7 +227,7 @@ class Mesh:
                 return self._divided_sum(x_TH)
             gathered = x_TH.new_empty((self.tp * x_TH.shape[0], *x_TH.shape[1:]))
             all_gather(gathered, x_TH.contiguous(), self._tp_group)
-        return _added(gathered.view(self.tp, *x_TH.shape))
+        return self.add_parts(gathered.view(self.tp, *x_TH.shape))
 
     def _divided_sum(self, x_TH: Tensor) -> Tensor:
         """The sum in two exchanges: each rank adds a part of the rows, and all gather the sums.
@@ -239,7 +241,7 @@ class Mesh:
         parts = x_TH.new_empty((self.tp, rows, hidden))
         dist.all_to_all_single(parts.view(-1, hidden), x_TH.contiguous(), group=self._tp_group)
         total = x_TH.new_empty((rows * self.tp, hidden))
-        all_gather(total, _added(parts), self._tp_group)
+        all_gather(total, self.add_parts(parts), self._tp_group)
         return total[:num_rows]
 
     def gather_logits(self, logits_RV: Tensor, sizes: list[int]) -> Tensor | None:
@@ -292,8 +294,8 @@ class Mesh:
             dist.recv(x_TH, self.part.rank - self.stage_size)
 
 
-def _added(parts_NTH: Tensor) -> Tensor:
-    """The sum of parts in their order, in place of the first."""
+def added(parts_NTH: Tensor) -> Tensor:
+    """The sum of parts in their order, in place of the first; see `Ops.add_parts`."""
     total = parts_NTH[0]
     for part in parts_NTH[1:]:
         total += part

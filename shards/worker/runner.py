@@ -87,6 +87,7 @@ class Runner:
             config.threads,
             batch_independent=config.batch_independent,
         )
+        self.mesh.add_parts = self._ops.add_parts
         assert config.num_blocks is not None and config.max_model_len is not None, "unresolved"
         draft_source = draft_source_of(config, model)
         settings = SliceSettings(

@@ -148,6 +148,7 @@ def _slice_s(at: Where, shape: Shape, count: int) -> tuple[float, float]:
     mesh = Mesh(part, ParallelConfig(tp=8), device=at.device)
     mesh.watchdog.marking = False
     ops = TritonOps(at.device, batch_independent=False)
+    mesh.add_parts = ops.add_parts
     layers = [shapes.layer(ops, shape, at.dtype, at.device) for _ in range(shape.layers)]
     sequences = [(20 if at.tiny else 1023, 1)] * count
     kv = shapes.cache(ops, shape, sequences, at.dtype, at.device)

@@ -48,16 +48,16 @@ def tp_sum(step: RankStep, network: bool) -> Work:
     rows, add them, and gather the sums.
     """
     tp, size = step.plan.layout.tp, step.load.tokens * step.row
-    launches: dict[str, float] = {"aten::add_": tp - 1} if tp > 2 else {}
+    launches: dict[str, float] = {"_add_parts": 1} if tp > 2 else {}
     nbytes, link_bytes, messages = 2.0 * size, float(size), {"all_reduce": 1.0}
     if divides_sum(tp, step.load.tokens, step.row):
-        nbytes = (3.0 + 3.0 * (tp - 1) / tp) * size  # sent, received, added, gathered
+        nbytes = (3.0 + (tp + 1) / tp) * size  # sent, received, added, gathered
         link_bytes = 2.0 * (tp - 1) / tp * size
         messages = {"all_to_all": 1.0, "all_gather": 1.0}
         if step.load.tokens % tp:
             launches["aten::cat"] = 1
     elif tp > 2:
-        nbytes, link_bytes = (tp + 3.0 * (tp - 1)) * size, (tp - 1.0) * size
+        nbytes, link_bytes = (2 * tp + 1.0) * size, (tp - 1.0) * size
         messages = {"all_gather": 1.0}
     return Work(
         item="TP sums",

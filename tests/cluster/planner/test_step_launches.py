@@ -19,6 +19,7 @@ from arriero.cluster.planner.memory import plan_group
 from arriero.cluster.planner.step_model.account import account
 from arriero.cluster.planner.step_model.work import StepLoad, launches_by_kernel
 from arriero.cluster.planner.weight_forms import weights_as
+from arriero.kernels.triton import triton_ops
 from arriero.shards.collectives.mesh import Mesh
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.parallel import ParallelConfig
@@ -122,6 +123,7 @@ def test_launches_of_sums_and_logits_over_eight_ranks() -> None:
         part: Any = SimpleNamespace(rank=0, tp_rank=0, first_stage=True, last_stage=True)
         mesh = Mesh(part, layout, device=torch.device("cuda"))
         mesh.watchdog.marking = False
+        mesh.add_parts = triton_ops(torch.device("cuda"), batch_independent=False).add_parts
         x_TH = torch.zeros(2, 16, device="cuda")
         tokens_R = torch.zeros(2, dtype=torch.int32, device="cuda")
         with torch.cuda.graph(torch.cuda.CUDAGraph()):

@@ -124,7 +124,7 @@ def test_operations_are_two_a_weight_and_token() -> None:
 
 def test_tp_sums_gather_the_parts_of_all_ranks() -> None:
     """More than two ranks receive all parts, or parts of many rows, and add them; two reduce."""
-    for tp, rows, link_rows, launches in ((2, 64, 64, 1), (8, 32, 7 * 32, 8), (8, 64, 14 * 8, 9)):
+    for tp, rows, link_rows, launches in ((2, 64, 64, 1), (8, 32, 7 * 32, 2), (8, 64, 14 * 8, 3)):
         load = StepLoad(sequences=rows, context=1024)
         step = step_of("llama-3.1-8b", "bfloat16", ParallelConfig(tp=tp), load)
         sums = [work for work in step.works if work.item == "TP sums"]
@@ -174,7 +174,7 @@ def bench_report(**changes: object) -> dict[str, object]:
             },
         },
         "sampling": {"skipped": "out of time"},
-        SLICES[0]: {"machine": machine, "results": {SLICES[1]: {"eager_ms": 2.74}}},
+        SLICES[0]: {"machine": machine, "results": {SLICES[1]: {"eager_ms": 1.78}}},
     }
     return {"dry_run": False, "benches": benches} | changes
 
@@ -208,7 +208,7 @@ def test_launches_of_the_measured_slice() -> None:
     step = step_of("llama-4-scout", "bfloat16", ParallelConfig(tp=8, ep=8), DECODE)
     ends = ("step inputs", "embedding", "vocabulary product", "logits to rank 0", "sampling")
     launches = sum(work.num_launches for work in step.works if work.item not in ends)
-    embedding_sum, last_sum, rows_copy = 8, 1, 1
+    embedding_sum, last_sum, rows_copy = 2, 1, 1
     each = (launches - embedding_sum - last_sum) / 48
     assert each * 8 + last_sum + rows_copy == SLICE_LAUNCHES
 

@@ -171,6 +171,7 @@ def by_row(hidden: int, mlp: int) -> None:
         norm.rms_norm(x, weight, 1e-5)
         norm.add_rms_norm(x, empty(rows, hidden), weight, 1e-5)
         OPS.silu_mul(empty(rows, 2 * mlp))
+        OPS.add_parts(empty(8, rows, hidden))
         for width, bound in ((hidden, 1200.0), (mlp, 1200.0), (hidden, math.inf)):
             float8.quantize_rows(empty(rows, width), bound)
 
