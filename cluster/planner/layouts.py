@@ -169,14 +169,24 @@ def _order(option: Option) -> tuple[bool, bool, float, int, str]:
 
 
 def layouts(model: NamedModel, machines: Machines) -> Iterator[ParallelConfig]:
-    """Layouts to try: tp and dp are powers of two, and the devices suffice."""
+    """Layouts to try: tp and dp are powers of two, and the devices suffice.
+
+    Experts are dealt whole to the ranks of a stage, or each is cut over them as MLPs are: then no
+    rank waits for another's expert in a small batch.
+    """
     moe = family_of(model.config).experts(model.config) is not None
     for tp in _SIZES:
         for pp in range(1, min(_MOST_STAGES, model.config.num_layers) + 1):
             for dp in _SIZES if moe else (1,):
                 if tp * pp * dp > machines.total or (pp > 2 and machines.total % pp):
                     continue
-                yield ParallelConfig(tp=tp, pp=pp, dp=dp, ep=tp * dp if moe else None)
+                for ep in _expert_parts(tp, dp) if moe else (None,):
+                    yield ParallelConfig(tp=tp, pp=pp, dp=dp, ep=ep)
+
+
+def _expert_parts(tp: int, dp: int) -> tuple[int, ...]:
+    """Values of `ep` to try: experts of different tokens' ranks (`dp`) are not cut."""
+    return (tp * dp, 1) if dp == 1 and tp > 1 else (tp * dp,)
 
 
 def _option(

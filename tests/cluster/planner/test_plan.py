@@ -256,6 +256,7 @@ def test_ranked_layouts_all_fit_and_the_rest_say_why() -> None:
     )
     assert all(one.plan is not None and one.plan.shortfall() is None for one in works)
     assert any(one.layout == ParallelConfig(tp=8, dp=2, ep=16) for one in works)
+    assert any(one.layout == ParallelConfig(tp=8, pp=2, ep=1) for one in works)
     assert any("40 query heads % 16" in (one.why_not or "") for one in rest)
     assert all(one.why_not for one in rest)
 
