@@ -2,7 +2,8 @@
 
 A sequence enters when every pool has blocks for all its known tokens, and a block to spare for each
 sequence in a slot. Strictly by rank: a sequence without room holds back all behind it. A sequence
-whose adapter is in no slot yet holds back nobody.
+whose adapter is in no slot yet holds back nobody. An interactive sequence without room takes the
+slots and blocks of background sequences, the last in rank first.
 
 Knows the queue, blocks and slots; knows nothing of decodes or plans.
 """
@@ -57,15 +58,22 @@ class Admission:
         self.cached_tokens = 0
         self.by_tenant: dict[str, TenantUse] = defaultdict(TenantUse)
 
-    def admit(self, budget: int) -> list[Chunk]:
-        """Give slots to waiting sequences; their first chunks, at most `budget` tokens in all."""
+    def admit(self, budget: int, *, hold_background: bool = False) -> list[Chunk]:
+        """Give slots to waiting sequences; their first chunks, at most `budget` tokens in all.
+
+        With `hold_background`, background sequences have no rows in this step: those in the queue
+        stay there, and those in slots may be pre-empted.
+        """
         chunks: list[Chunk] = []
         if self._adapters.has_any:
             self._adapters.prepare(self._waiting.adapters(LOOK_AHEAD))
         place = 0
-        while budget > 0 and self._running.slots.num_free and place < LOOK_AHEAD:
+        while budget > 0 and place < LOOK_AHEAD:
             sequence = self._waiting.ready(place)
-            if sequence is None:
+            if sequence is None or (hold_background and sequence.is_background):
+                break
+            may_preempt = hold_background and self._last_background() is not None
+            if not self._running.slots.num_free and not may_preempt:
                 break
             adapter: int | None = NO_ADAPTER
             if sequence.adapter:
@@ -73,7 +81,9 @@ class Admission:
             if adapter is None:  # the sequences behind may go first
                 place += 1
                 continue
-            if not self._enter(sequence, adapter):
+            if not self._running.slots.num_free:
+                self._make_way()
+            if not self._enter(sequence, adapter, may_preempt=may_preempt):
                 break
             self._waiting.remove(sequence)
             chunk = self._prefills.begin(sequence, budget)
@@ -81,15 +91,27 @@ class Admission:
             budget -= chunk.end - chunk.start
         return chunks
 
-    def _enter(self, sequence: Sequence, adapter: int) -> bool:
+    def _enter(self, sequence: Sequence, adapter: int, *, may_preempt: bool) -> bool:
         """Put a waiting sequence into a slot, if there is room."""
-        shared = self._find_room(sequence)
-        if shared is None:
-            return False
+        while (shared := self._find_room(sequence)) is None:
+            if not (may_preempt and self._make_way()):
+                return False
         num_shared = self._running.enter(sequence, shared, adapter)
         if not sequence.has_entered:
             self._count(sequence, min(num_shared, sequence.num_prompt))
         return True
+
+    def _last_background(self) -> Sequence | None:
+        """The background sequence in a slot that is last in rank; None without any."""
+        last = self._running.last()
+        return last if last is not None and last.is_background else None
+
+    def _make_way(self) -> bool:
+        """Pre-empt the last background sequence; False if there is none."""
+        last = self._last_background()
+        if last is not None:
+            self._running.preempt(last)
+        return last is not None
 
     def _find_room(self, sequence: Sequence) -> SharedBlocks | None:
         """Existing blocks of a sequence that has room for the others; None without room."""

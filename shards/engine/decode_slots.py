@@ -52,11 +52,11 @@ class DecodeSlots:
         sequences: list[Sequence] = self._table.sequences[list(self._slots)].tolist()
         return sequences
 
-    def ready(self) -> Int32:
+    def ready(self, *, hold_background: bool = False) -> Int32:
         """Slots that may take a step; if not all fit, those that waited longest.
 
-        Returns the same array object as long as all slots are ready and no slot was added or
-        removed.
+        With `hold_background`, the slots of background sequences are left out. Returns the same
+        array object as long as all slots are ready and no slot was added or removed.
         """
         slots = self.all
         table, config = self._table, self._config
@@ -69,6 +69,8 @@ class DecodeSlots:
             ready &= scheduled < table.known[slots]
         elif drafts:
             ready &= ~table.waits[slots] | (scheduled < table.known[slots])
+        if hold_background:
+            ready &= ~table.background[slots]
         if not ready.all():
             slots = slots[ready]
         if len(slots) > most:

@@ -33,16 +33,17 @@ class Decodes:
         self._running, self._blocks = running, blocks
         self._speculation = speculation
 
-    def take(self, step: int, most: int) -> DecodeRows:
+    def take(self, step: int, most: int, *, hold_background: bool = False) -> DecodeRows:
         """Slots that decode in this step and their positions; each has a block for its token.
 
         Args:
             step: number of the step.
             most: most tokens of the step.
+            hold_background: leave background sequences out of the step.
         """
         running, table = self._running, self._running.slots
         while True:
-            slots = running.decoding.ready()
+            slots = running.decoding.ready(hold_background=hold_background)
             starts = table.scheduled[slots]
             running.pass_blocks(slots, starts)
             short = starts >= table.capacity[slots]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import insort
 
-from arriero.shards.config.priorities import BACKGROUND_CHUNK, BACKGROUND_PRIORITY
+from arriero.shards.config.priorities import BACKGROUND_CHUNK
 from arriero.shards.engine.draft import Chunk
 from arriero.shards.engine.running import RunningSequences, by_rank
 from arriero.shards.engine.sequence import Sequence
@@ -27,12 +27,17 @@ class Prefills:
     def __init__(self, running: RunningSequences, blocks: SequenceBlocks) -> None:
         self._running, self._blocks = running, blocks
 
-    def advance(self, budget: int) -> list[Chunk]:
-        """Next chunks of the prefilling sequences, by rank, with at most `budget` tokens in all."""
+    def advance(self, budget: int, *, hold_background: bool = False) -> list[Chunk]:
+        """Next chunks of the prefilling sequences, by rank, with at most `budget` tokens in all.
+
+        With `hold_background`, background sequences have none.
+        """
         running = self._running
         chunks = []
         for sequence in list(running.prefilling):
             if budget <= 0 or sequence.slot < 0:  # pre-empted by a sequence of higher precedence
+                break
+            if hold_background and sequence.is_background:
                 break
             slot = int32([sequence.slot])
             running.pass_blocks(slot, running.slots.scheduled[slot])
@@ -56,7 +61,7 @@ class Prefills:
     def _take_chunk(self, sequence: Sequence, budget: int) -> Chunk:
         """Known tokens within the budget and the chunk-local blocks; maybe none."""
         running, slot, known = self._running, sequence.slot, len(sequence.tokens)
-        if sequence.rank[0] >= BACKGROUND_PRIORITY:
+        if sequence.is_background:
             budget = min(budget, BACKGROUND_CHUNK)
         start = int(running.slots.scheduled[slot])
         end = self._reach(sequence, start, min(known, start + budget))

@@ -145,7 +145,13 @@ class RunningSequences:
         if self._blocks.num_anchors:
             self._blocks.drop_latest_prompt()
             return
-        self.preempt(max(self.decoding.sequences + self.prefilling, key=by_rank))
+        last = self.last()
+        assert last is not None, "a sequence in a slot needs the blocks"
+        self.preempt(last)
+
+    def last(self) -> Sequence | None:
+        """The sequence in a slot that is last in rank; None without any."""
+        return max(self.decoding.sequences + self.prefilling, key=by_rank, default=None)
 
     def preempt(self, victim: Sequence) -> None:
         """Send a sequence back to the queue; later it computes prompt and output again."""

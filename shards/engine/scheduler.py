@@ -1,7 +1,7 @@
 """The life of requests in the engine, a step at a time: continuous batching, sans-I/O.
 
-`Decodes`, `Prefills` and `Admission` decide the rows of each step; the scheduler makes the plan,
-keeps it until its result comes, and applies the result.
+`StepChoice` decides the rows of each step; the scheduler makes the plan, keeps it until its result
+comes, and applies the result.
 
 Plans are made ahead of results: up to `depth` plans are outstanding, and the slices run them in
 order. So a plan may use all that an earlier plan computes or frees. A result may belong to a
@@ -42,6 +42,7 @@ from arriero.shards.engine.sequence_blocks import SequenceBlocks
 from arriero.shards.engine.speculation.proposer import ProposerFactory
 from arriero.shards.engine.speculation.speculation import Speculation
 from arriero.shards.engine.stats import AdapterStats, EngineStats, SpeculationStats
+from arriero.shards.engine.step_choice import StepChoice
 from arriero.shards.engine.types import EngineConfig, EngineRequest, SequenceOutput, ends_of
 from arriero.shards.engine.waiting import WaitingQueue
 from arriero.shards.errors import GroupFailed, InvalidRequest, Overloaded
@@ -91,10 +92,17 @@ class Scheduler:
             self._speculation = Speculation(
                 config.speculation, self._running.slots, config.num_dp_ranks, proposers
             )
-        self._decodes = Decodes(self._running, self._blocks, self._speculation)
-        self._prefills = Prefills(self._running, self._blocks)
+        prefills = Prefills(self._running, self._blocks)
         self._admission = Admission(
-            self._waiting, self._running, self._prefills, self._blocks, self.adapters
+            self._waiting, self._running, prefills, self._blocks, self.adapters
+        )
+        self._choice = StepChoice(
+            config.max_batch_tokens,
+            self._running,
+            self._waiting,
+            Decodes(self._running, self._blocks, self._speculation),
+            prefills,
+            self._admission,
         )
         self._results = Results(config, self._running.slots, self._blocks, self._speculation)
 
@@ -230,10 +238,7 @@ class Scheduler:
             if self._speculation.must_wait(self._running.decoding.all):
                 return None
         self._waiting.start_loads(self._running.count)
-        rows = self._decodes.take(self._step, self.config.max_batch_tokens)
-        budget = self.config.max_batch_tokens - rows.num_tokens
-        chunks = self._prefills.advance(budget)
-        chunks += self._admission.admit(budget - sum(chunk.end - chunk.start for chunk in chunks))
+        rows, chunks = self._choice.take(self._step)
         if not len(rows.slots) and not chunks:
             return None
         return self._plan(rows, chunks)

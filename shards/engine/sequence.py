@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from arriero.shards.config.priorities import BACKGROUND_PRIORITY
 from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.engine.types import EngineConfig, EngineRequest, TokenLogprobs
 from arriero.shards.images.request import key_tokens, placeholders
@@ -123,6 +124,11 @@ class Sequence:
     prompt_rows: list[TokenLogprobs] = field(default_factory=list)
     drafting: Drafting | None = None
     drafts_off: bool = False
+
+    @property
+    def is_background(self) -> bool:
+        """Whether the sequence runs on what interactive requests leave free."""
+        return self.rank[0] >= BACKGROUND_PRIORITY
 
     @classmethod
     def of(cls, live: LiveRequest, index: int, owner: int) -> Sequence:

@@ -33,6 +33,7 @@ class SlotTable:
         last_token: last known token.
         waits: whether the next step needs all tokens known, since it is to have drafted tokens.
         last_step: last step with this slot.
+        background: whether the sequence runs on what interactive requests leave free.
     """
 
     def __init__(self, size: int) -> None:
@@ -50,6 +51,7 @@ class SlotTable:
         self.last_token = np.zeros(size, dtype=np.int32)
         self.last_step = np.zeros(size, dtype=np.int64)
         self.waits = np.zeros(size, dtype=np.bool_)
+        self.background = np.zeros(size, dtype=np.bool_)
         self._free = list(range(size - 1, -1, -1))
 
     @property
@@ -73,6 +75,7 @@ class SlotTable:
         self.passed[slot] = -1
         self.last_step[slot] = -1
         self.waits[slot] = False
+        self.background[slot] = sequence.is_background
         return slot
 
     def leave(self, sequence: Sequence) -> None:

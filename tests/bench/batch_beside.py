@@ -32,7 +32,7 @@ from arriero.shards.config.group import GroupConfig
 from arriero.shards.engine.types import EngineConfig
 from arriero.shards.kv.blocks import model_root
 from support.fronted import fronted
-from support.models import tiny_llama
+from support.tiny_chat import write_tiny_chat
 
 BAR = 1.15
 PROMPT, OUTPUT = (64, 192), (8, 32)
@@ -105,14 +105,6 @@ def p99(times_s: list[float]) -> float:
     return sorted(times_s)[int(0.99 * len(times_s))]
 
 
-def write_tiny(folder: Path, model: Path) -> None:
-    """A tiny model with the tokenizer of `model`."""
-    vocab = json.loads((model / "config.json").read_text())["vocab_size"]
-    tiny_llama(folder, vocab=vocab, max_positions=1024)
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        (folder / name).write_bytes((model / name).read_bytes())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=os.environ.get("ARRIERO_TEST_MODEL"))
@@ -124,7 +116,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if args.tiny:
-            write_tiny(Path(folder), Path(args.model))
+            write_tiny_chat(Path(folder), Path(args.model))
             args.model = folder
         ratio = asyncio.run(compare(args))
     print(json.dumps({"ratio_of_p99": round(ratio, 3), "bar": BAR}))

@@ -1,7 +1,8 @@
 """First tokens of interactive requests beside a batch, with the real policy in virtual time.
 
 A group is a cost model: a step takes a fixed time, a time for each sequence that decodes and a time
-for each prompt token; sequences go by priority, then by arrival, as the scheduler has them.
+for each prompt token; sequences go by priority, then by arrival, and background sequences wait for
+interactive prompts, as the scheduler has them.
 """
 
 from __future__ import annotations
@@ -101,10 +102,12 @@ def simulate(costs: Costs, rate: float, count: int, *, batch: bool) -> Result:
                 enqueue(INTERACTIVE, prompt, output, at_s)
             continue
         seated.sort(key=lambda sequence: sequence.order)
-        decoding = [sequence for sequence in seated if not sequence.prefill]
+        hold = any(s.prefill and not s.request.tenant.background for s in seated)
+        rows = [s for s in seated if not (hold and s.request.tenant.background)]
+        decoding = [sequence for sequence in rows if not sequence.prefill]
         budget, chunks = BUDGET - len(decoding), 0
         finished = list(decoding)
-        for sequence in seated:
+        for sequence in rows:
             if sequence.prefill and budget > 0:
                 most = BACKGROUND_CHUNK if sequence.request.tenant.background else budget
                 taken = min(budget, most, sequence.prefill)

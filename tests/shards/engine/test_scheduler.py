@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from arriero.shards.config.priorities import BACKGROUND_PRIORITY
 from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.engine.scheduler import Scheduler
 from arriero.shards.engine.sequence import sample_seed
@@ -213,7 +214,7 @@ def drive(config: EngineConfig, seed: int, proposers: ProposerFactory | None = N
                 logprobs=rng.choice([None, None, 0, 1]),
                 prompt_logprobs=rng.choice([None, None, 0, 1]),
                 presence_penalty=rng.choice([0.0, 1.0]),
-                priority=rng.choice([0, 0, 1, -1]),
+                priority=rng.choice([0, 0, 1, -1, BACKGROUND_PRIORITY]),
                 resumed=tuple(resumed),
                 cache_salt=rng.choice([b"", b"", b"tenant"]),
                 tenant=rng.choice(["", "a"]),

@@ -1,4 +1,4 @@
-"""Decodes, prefills and admission, each by itself: no scheduler, no slice, no model."""
+"""Decodes, prefills and admission, by themselves and in turn: no scheduler, slice or model."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from arriero.shards.engine.prefills import Prefills
 from arriero.shards.engine.running import RunningSequences
 from arriero.shards.engine.sequence import LiveRequest, Sequence
 from arriero.shards.engine.sequence_blocks import SequenceBlocks
+from arriero.shards.engine.step_choice import StepChoice
 from arriero.shards.engine.types import EngineConfig, EngineRequest
 from arriero.shards.engine.waiting import WaitingQueue
 
@@ -37,9 +38,19 @@ class Parts:
         self.decodes = Decodes(self.running, self.blocks)
         self.prefills = Prefills(self.running, self.blocks)
         self.admission = Admission(self.waiting, self.running, self.prefills, self.blocks, adapters)
+        self.choice = StepChoice(
+            self.config.max_batch_tokens,
+            self.running,
+            self.waiting,
+            self.decodes,
+            self.prefills,
+            self.admission,
+        )
         self.arrivals = 0
 
-    def queue(self, num_tokens: int, *, priority: int = 0, tenant: str = "") -> Sequence:
+    def queue(
+        self, num_tokens: int, *, priority: int = 0, tenant: str = "", adapter: str = ""
+    ) -> Sequence:
         """A waiting sequence with a prompt of its own."""
         self.arrivals += 1
         request = EngineRequest(
@@ -48,12 +59,20 @@ class Parts:
             params=SamplingParams(seed=1, max_tokens=16),
             priority=priority,
             tenant=tenant,
+            adapter=adapter,
         )
         live = LiveRequest(request, self.arrivals)
         sequence = Sequence.of(live, 0, self.blocks.new_owner())
         live.sequences[0] = sequence
         self.waiting.add(sequence)
         return sequence
+
+    def step(self, number: int) -> tuple[list[Sequence], list[tuple[Sequence, int, int]]]:
+        """Sequences that decode in a step, and the chunks; every decoding sequence gets a token."""
+        rows, chunks = self.choice.take(number)
+        decoding: list[Sequence] = self.running.slots.sequences[rows.slots].tolist()
+        self.sample()
+        return decoding, [(chunk.sequence, chunk.start, chunk.end) for chunk in chunks]
 
     def sample(self) -> None:
         """Every decoding sequence knows one more token."""
@@ -159,3 +178,50 @@ def test_background_prompts_are_cut_short_and_fill_a_step_together() -> None:
         (long, BACKGROUND_CHUNK, 2 * BACKGROUND_CHUNK),
         (other, BACKGROUND_CHUNK, 2 * BACKGROUND_CHUNK),
     ]
+
+
+def test_background_waits_while_an_interactive_prompt_is_computed() -> None:
+    parts = Parts(num_blocks=128, max_model_len=128)
+    batch, other = (parts.queue(20, priority=BACKGROUND_PRIORITY) for _ in range(2))
+    assert parts.step(0) == ([], [(batch, 0, 20), (other, 0, 12)])
+    interactive = parts.queue(50)
+    assert parts.step(1) == ([], [(interactive, 0, 32)])
+    assert parts.step(2) == ([], [(interactive, 32, 50)])
+    decoding, chunks = parts.step(3)
+    assert decoding == [batch, interactive] and chunks == [(other, 12, 20)]
+
+
+def test_an_interactive_prompt_takes_blocks_and_slots_of_the_batch() -> None:
+    parts = Parts(num_blocks=9, max_sequences=2, prefix_cache=False)
+    batch = [parts.queue(12, priority=BACKGROUND_PRIORITY) for _ in range(2)]
+    parts.step(0)
+    assert [sequence.slot >= 0 for sequence in batch] == [True, True]
+    interactive = parts.queue(12)
+    assert parts.step(1) == ([], [(interactive, 0, 12)]), "no slot was free"
+    assert [sequence.slot >= 0 for sequence in batch] == [True, False], "the last of the batch left"
+    long = parts.queue(16, priority=-1)
+    assert parts.step(2) == ([interactive], [(long, 0, 16)]), "neither a slot nor blocks were free"
+    assert [sequence.slot >= 0 for sequence in batch] == [False, False]
+    assert parts.waiting.ready(0) is batch[0]
+
+
+def test_a_prompt_without_room_does_not_stop_the_batch() -> None:
+    parts = Parts(num_blocks=8, prefix_cache=False)
+    interactive = parts.queue(12)
+    parts.step(0)
+    batch = parts.queue(4, priority=BACKGROUND_PRIORITY)
+    parts.step(1)
+    parts.queue(40)  # more blocks than the pool has beside the first
+    assert parts.step(2) == ([interactive], []) and batch.slot < 0, "the batch made way in vain"
+    for number in range(3, 8):
+        assert parts.step(number) == ([interactive], []), "the machine goes on"
+
+
+def test_a_prompt_whose_adapter_is_not_loaded_leaves_the_step_to_the_batch() -> None:
+    parts = Parts(max_sequences=1)
+    batch = parts.queue(4, priority=BACKGROUND_PRIORITY)
+    parts.step(0)
+    parts.queue(4, adapter="unknown")
+    for number in range(1, 4):
+        assert parts.step(number) == ([batch], [])
+    assert not parts.running.num_preemptions
