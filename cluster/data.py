@@ -8,6 +8,7 @@ Knows rows, columns and the client; knows nothing of groups and of how a request
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 RESUME_S = 120.0
 RETRIES = 1000
 """Further attempts of a row that finds no room; the time limit ends them earlier."""
+REGISTRY_S = 5.0
+"""Seconds to wait for the list of gateways."""
 _ERROR_CHARS = 2000
 
 Row = dict[str, Any]
@@ -178,7 +181,7 @@ class RowCaller:
         if self._client is None:
             ca = settings.ca
             self._client = AsyncClient(
-                settings.address or deployed_gateways,
+                settings.address or DeployedGateways(),
                 credentials=None if ca is None else _credentials(grpc, Path(ca)),
                 api_key=settings.api_key,
                 timeout_s=settings.timeout_s,
@@ -190,19 +193,41 @@ class RowCaller:
 
 
 def deployed_gateways() -> tuple[str, ...]:
-    """HOST:PORT of each gateway of the deployment in this Ray cluster.
+    """HOST:PORT of each gateway of the deployment in this Ray cluster, in random order.
+
+    A client begins with the first gateway; by the order actors spread over all gateways.
 
     Raises:
-        Unavailable: no deployment is in the cluster.
+        Unavailable: no deployment is in the cluster, or its registry gives no answer.
     """
     try:
         registry = ray.get_actor(NAME, NAMESPACE)
+        answer = ray.get(registry.snapshot.remote(), timeout=REGISTRY_S)
     except ValueError:
         raise Unavailable(
             "no deployment is in this Ray cluster; `arriero up` deploys, or give `address`"
         ) from None
-    snapshot = cast(RegistrySnapshot, ray.get(registry.snapshot.remote()))
-    return tuple(gateway.address for gateway in snapshot.gateways)
+    except (ray.exceptions.RayError, TimeoutError) as error:
+        raise Unavailable(f"the deployment's registry gives no answer: {error}") from None
+    snapshot = cast(RegistrySnapshot, answer)
+    addresses = [gateway.address for gateway in snapshot.gateways]
+    return tuple(random.sample(addresses, len(addresses)))
+
+
+class DeployedGateways:
+    """`deployed_gateways`, or the addresses known last while the registry gives no answer."""
+
+    def __init__(self) -> None:
+        self._known: tuple[str, ...] = ()
+
+    def __call__(self) -> tuple[str, ...]:
+        """HOST:PORT of each gateway; errors as of `deployed_gateways`, before any is known."""
+        try:
+            self._known = deployed_gateways() or self._known
+        except Unavailable:
+            if not self._known:
+                raise
+        return self._known
 
 
 async def _gathered(answers: AsyncIterator[pb.GenerateResponse]) -> RowAnswer:

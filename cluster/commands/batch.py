@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -68,7 +69,7 @@ def run(
         source=source,
         output=output,
         errors=errors or output.with_suffix(".errors.jsonl"),
-        urls=url or _gateways(state_dir, "http" if ca is None else "https"),
+        urls=url or partial(_gateways, state_dir, "http" if ca is None else "https"),
         api_key=api_key,
         ca=ca,
         in_flight=in_flight,

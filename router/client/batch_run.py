@@ -8,8 +8,10 @@ and HTTP; knows nothing of the command line.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
+import math
 import socket
 import ssl
 import time
@@ -31,7 +33,7 @@ from arriero.router.batches.lines import (
 )
 from arriero.router.client.batch_files import OutputFiles
 from arriero.router.client.retry import FIRST_WAIT_S, LONGEST_WAIT_S
-from arriero.shards.errors import PermissionDenied, Unauthenticated, Unavailable
+from arriero.shards.errors import ArrieroError, PermissionDenied, Unauthenticated, Unavailable
 
 _CONNECT_S = 10.0
 _KEEPALIVE = (  # a gateway whose machine is lost is noticed within a minute
@@ -42,6 +44,9 @@ _KEEPALIVE = (  # a gateway whose machine is lost is noticed within a minute
 )
 _AGAIN = frozenset({408, 429, 502, 503, 504})
 """Statuses after which a request is sent again."""
+
+_REFRESH_S = 2.0
+"""Least seconds between two questions for the gateways."""
 
 Show = Callable[[int, int], None]
 """Called with the number of finished lines and the number of lines."""
@@ -55,7 +60,8 @@ class BatchRunConfig:
         source: file of requests.
         output: file of answers.
         errors: file of errors.
-        urls: gateways, such as http://127.0.0.1:8000.
+        urls: gateways, such as http://127.0.0.1:8000; or a function that returns these, called
+            again when a gateway was lost. The function may block, and may raise ArrieroError.
         api_key: sent with each request; None for none.
         ca: file of the gateways' certificate authority; None for the system's.
         in_flight: most requests at once.
@@ -66,7 +72,7 @@ class BatchRunConfig:
     source: Path
     output: Path
     errors: Path
-    urls: Sequence[str]
+    urls: Sequence[str] | Callable[[], Sequence[str]]
     api_key: str | None = None
     ca: Path | None = None
     in_flight: int = 64
@@ -104,7 +110,8 @@ class BatchRun:
     def __init__(self, config: BatchRunConfig, show: Show = lambda done, total: None) -> None:
         self._config, self._show = config, show
         self._totals = BatchTotals()
-        self._urls = itertools.cycle(config.urls)
+        self._urls: Iterator[str] = iter(())
+        self._asked_s = -math.inf
         self._failing_since_s: float | None = None
 
     async def run(self) -> BatchTotals:
@@ -117,6 +124,8 @@ class BatchRun:
             OSError: a file cannot be opened.
         """
         config = self._config
+        urls = config.urls if isinstance(config.urls, Sequence) else config.urls()
+        self._urls = itertools.cycle(urls)
         with config.source.open("rb") as source:
             self._totals.total = sum(1 for _ in raw_lines(source, config.max_line_bytes))
         verify = True if config.ca is None else ssl.create_default_context(cafile=str(config.ca))
@@ -200,9 +209,19 @@ class BatchRun:
                 wait_s = max(pause_s, _retry_after_s(answer))
             except httpx.TransportError as error:
                 reason = f"{url}: {str(error) or type(error).__name__}"
+                await self._refresh()
             self._check_patience(reason)
             await asyncio.sleep(wait_s)
             pause_s = min(2 * pause_s, LONGEST_WAIT_S)
+
+    async def _refresh(self) -> None:
+        """Learn the gateways again: a new gateway may be at another address."""
+        discover = self._config.urls
+        if isinstance(discover, Sequence) or time.monotonic() - self._asked_s < _REFRESH_S:
+            return
+        self._asked_s = time.monotonic()
+        with contextlib.suppress(ArrieroError):  # the head may be on its way as well
+            self._urls = itertools.cycle(await asyncio.to_thread(discover))
 
     def _check_patience(self, reason: str) -> None:
         now_s = time.monotonic()
