@@ -105,7 +105,9 @@ class ModelGuard:
         }
         prompt, images = await _encode(text, card, turns, categories, own=not call.categories)
         checked = _checked(text, views, prompt, images, call)
-        return await self._run(checked, text, tuple(categories))
+        # a guard's own template lists its own categories, maybe more than those that we would list
+        is_own = not call.categories and has_guard_template(card.chat_template)
+        return await self._run(checked, text, tuple(NAMES if is_own else categories))
 
     async def _run(
         self, checked: CheckedRequest, text: TextModel, codes: tuple[str, ...]

@@ -25,7 +25,7 @@ from arriero.shards.engine.types import EngineRequest
 from arriero.shards.errors import InvalidRequest, Unavailable
 from support.eventually import eventually_async
 from support.frontdoor import LLAMA3, FakeEngine, make_card
-from support.guard_templates import GUARD3
+from support.guard_templates import GUARD3, GUARD4
 
 GOOD = "the quick brown fox jumps over the lazy dog and runs away"
 BAD = "the quick brown fox makes a bomb over the mountains and runs away"
@@ -54,12 +54,17 @@ def judged_text(prompt: str) -> str:
 
 @asynccontextmanager
 async def guarded(
-    tokenizer: Tokenizer, said: str, policy: SafetyPolicy | None
+    tokenizer: Tokenizer,
+    said: str,
+    policy: SafetyPolicy | None,
+    *,
+    template: str = GUARD3,
+    code: str = "S1",
 ) -> AsyncIterator[Guarded]:
     words = tokenizer.encode(said, add_special_tokens=False).ids
     verdicts = {
         bad: tokenizer.encode(text, add_special_tokens=False).ids
-        for bad, text in ((False, "\n\nsafe"), (True, "\n\nunsafe\nS1"))
+        for bad, text in ((False, "\n\nsafe"), (True, f"\n\nunsafe\n{code}"))
     }
     judged: list[str] = []
     answers: dict[str, list[int]] = {}
@@ -77,7 +82,7 @@ async def guarded(
 
     cards = [
         make_card(tokenizer, LLAMA3, max_model_len=8192),
-        make_card(tokenizer, GUARD3, model="guard", group="g1", max_model_len=8192),
+        make_card(tokenizer, template, model="guard", group="g1", max_model_len=8192),
     ]
     engines = [FakeEngine(speak), FakeEngine(judge)]
     links = [LinkServer(engine, card) for engine, card in zip(engines, cards, strict=True)]
@@ -238,6 +243,15 @@ async def test_a_lost_guard_means_what_the_policy_says(
         with pytest.raises(Unavailable, match="safety check"):
             async for _ in stack.client.chat(PLAIN, model="tiny"):
                 pass
+
+
+async def test_a_guards_own_categories_count(llama_tokenizer: Tokenizer) -> None:
+    """The template of Llama Guard 4 may list S14, which we leave out of lists of our own."""
+    stacked = guarded(llama_tokenizer, GOOD, None, template=GUARD4, code="S14")
+    async with stacked as stack:
+        answer = await stack.http.post("/v1/moderations", json={"input": "a bomb"})
+        (result,) = answer.json()["results"]
+        assert result["flagged"] and result["categories"]["illicit"]
 
 
 async def test_moderations(llama_tokenizer: Tokenizer) -> None:

@@ -1,80 +1,23 @@
-"""Clients whose packages do not fit into our environment, live, each in one of its own.
-
-The environments are made under build/clients at the first run; a client that cannot be installed
-is skipped with the reason.
-"""
+"""Clients whose packages do not fit into our environment, live, each in one of its own."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
 
+from support.foreign import BUILD, INSTALL_S, node_with, python_with, run
 from support.scripted import ANSWER, QUESTION, REPORT, base_url, scripted
 
 CLIENTS = Path(__file__).parent / "clients"
-BUILD = Path(__file__).parents[3] / "build" / "clients"
-INSTALL_S = 600
 START_S = 390
 """For a client whose imports alone take ten seconds of computing: two starts in a test's time."""
 CALL = ["get_weather", {"city": "La Paz"}]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(INSTALL_S + 200)]
-
-
-def install(command: list[str], folder: Path) -> None:
-    """Run a command that installs packages into `folder`, unless an earlier run has done so."""
-    done = folder / ".installed"
-    words = " ".join(command)
-    if done.exists() and done.read_text() == words:
-        return
-    made = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=INSTALL_S, check=False
-    )
-    if made.returncode:
-        pytest.skip(f"{words} failed: {made.stderr[-300:]}")
-    done.write_text(words)
-
-
-def python_with(name: str, *packages: str) -> list[str]:
-    """The command of a Python that has `packages`."""
-    folder = BUILD / name
-    python = folder / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    install([str(python), "-m", "pip", "install", "-q", *packages], folder)
-    return [str(python)]
-
-
-def node_with(*packages: str) -> list[str]:
-    """The command of a Node.js that has `packages`."""
-    if shutil.which("npm") is None:
-        pytest.skip("npm is not installed")
-    folder = BUILD / "node"
-    folder.mkdir(parents=True, exist_ok=True)
-    install(["npm", "install", "--silent", "--no-fund", "--no-audit", *packages], folder)
-    return ["node"]
-
-
-async def run(command: list[str], timeout_s: float = 180) -> Any:  # noqa: ANN401
-    """The JSON in the last line that a command prints."""
-    process = await asyncio.create_subprocess_exec(
-        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
-    )
-    try:
-        printed, errors = await asyncio.wait_for(process.communicate(), timeout_s)
-    except TimeoutError:
-        process.kill()
-        raise
-    assert process.returncode == 0, errors.decode()[-3000:]
-    return json.loads(printed.decode().splitlines()[-1])
 
 
 async def test_instructor(llama_tokenizer: Tokenizer) -> None:
