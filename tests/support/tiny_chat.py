@@ -16,16 +16,17 @@ FILES = (
 )
 
 
-def write_tiny_chat(folder: Path, model: Path, *, seed: int = 0) -> Path:
+def write_tiny_chat(folder: Path, model: Path, *, seed: int = 0, max_positions: int = 1024) -> Path:
     """Write the model; returns the folder.
 
     Args:
         folder: the new folder, or an empty one.
         model: checkpoint whose tokenizer and chat template are used.
         seed: of the weights.
+        max_positions: most tokens of a sequence.
     """
     vocab = json.loads((model / "config.json").read_text())["vocab_size"]
-    tiny_llama(folder, vocab=vocab, max_positions=1024, seed=seed)
+    tiny_llama(folder, vocab=vocab, max_positions=max_positions, seed=seed)
     for name in FILES:
         if (model / name).exists():
             (folder / name).write_bytes((model / name).read_bytes())
