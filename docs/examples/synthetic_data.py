@@ -1,8 +1,8 @@
 """Synthetic data with distilabel: two models write answers, a third model rates the answers.
 
 Usage: synthetic_data.py URL [--writers A B] [--judge C] [--rows N] [--out FILE]
-URL is the gateway's, such as http://127.0.0.1:8000/v1. Needs `pip install 'distilabel[openai]' requests`.
-Prints the number of rows and of ratings; `--out` keeps the rows as JSON lines.
+URL is the gateway's, such as http://127.0.0.1:8000/v1. Needs the packages `distilabel[openai]` and
+`requests`. Prints the number of rows and of ratings; `--out` keeps the rows as JSON lines.
 """
 
 from __future__ import annotations

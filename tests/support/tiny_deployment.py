@@ -28,6 +28,9 @@ from support.tiny_chat import write_tiny_chat
 START_S = 600.0
 """Limit for starts on machines that are busy."""
 
+HEALTH = {"timeout_s": 60, "silence_s": 60, "hang_s": 60, "start_timeout_s": START_S}
+"""Killed processes are noticed at once; a busy machine makes living processes slow."""
+
 
 @dataclass
 class TinyDeployment:
@@ -125,17 +128,24 @@ def tiny_deployment(
         for seed, name in enumerate(names)
     ]
     spec = folder / "arriero.yaml"
-    spec.write_text(yaml.safe_dump({"models": models, "gateway": gateways}))
+    spec.write_text(yaml.safe_dump({"models": models, "gateway": gateways, "health": HEALTH}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(local, "START_LIMIT_S", START_S)
         machines = Machines(head_cpus=16)
     environment = machines.environment
 
-    def run(*args: str) -> None:
-        arriero(*args, folder=folder, timeout_s=START_S, environment=environment)
+    def run(*args: str, attempts: int = 1) -> None:
+        for attempt in range(1, attempts + 1):
+            result = arriero(
+                *args, folder=folder, check=False, timeout_s=START_S, environment=environment
+            )
+            if not result.returncode:
+                return
+            assert attempt < attempts, result.stderr
 
     try:
-        run("up", str(spec), "--address", machines.address)
+        # Ray waits a minute for its own actors; on a busy machine they are there at the next try
+        run("up", str(spec), "--address", machines.address, attempts=5)
         deployment = state.read(folder)
         assert deployment is not None
         with AdminClient.of(deployment) as admin:

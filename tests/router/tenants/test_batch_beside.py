@@ -8,6 +8,7 @@ interactive prompts, as the scheduler has them.
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -18,6 +19,8 @@ from arriero.router.tenants.tenant import QueueLimits, Tenant
 from arriero.shards.config.priorities import BACKGROUND_CHUNK
 
 SEATS, ROOM, BUDGET = 32, 36, 512
+DEPTH = 2
+"""Steps that the engine plans ahead of results: a new request waits for these steps."""
 INTERACTIVE = Tenant(name="a")
 BATCH = INTERACTIVE.in_background()
 
@@ -38,8 +41,9 @@ CPU = Costs(0.015, 0.004, 0.0012)
 @dataclass
 class Sequence:
     request: QueuedRequest
-    order: tuple[int, int]
+    rank: tuple[int, int]
     prefill: int
+    unplanned: int
     left: int
     born_s: float
     first_s: float | None = None
@@ -66,77 +70,103 @@ def arrivals(rate: float, count: int) -> list[tuple[float, int, int]]:
     return requests
 
 
-def simulate(costs: Costs, rate: float, count: int, *, batch: bool) -> Result:
-    """One group for as long as interactive requests come."""
-    policy, result = AdmissionPolicy(QueueLimits(max_wait_s=1e9)), Result()
-    coming, draw = arrivals(rate, count), random.Random(11)
-    by_request: dict[int, Sequence] = {}
-    waiting: list[Sequence] = []
-    seated: list[Sequence] = []
-    order = iter(range(10**9))
-    now_s = 0.0
+class Simulation:
+    """One group for as long as interactive requests come; up to `DEPTH` steps are planned ahead."""
 
-    def enqueue(tenant: Tenant, prompt: int, output: int, at_s: float) -> None:
+    def __init__(self, costs: Costs, rate: float, count: int, *, batch: bool) -> None:
+        self.costs, self.batch = costs, batch
+        self.coming, self.draw = deque(arrivals(rate, count)), random.Random(11)
+        self.policy, self.result = AdmissionPolicy(QueueLimits(max_wait_s=1e9)), Result()
+        self.by_request: dict[int, Sequence] = {}
+        self.waiting: list[Sequence] = []
+        self.seated: list[Sequence] = []
+        self.planned: deque[tuple[list[Sequence], float]] = deque()
+        self.num_arrived, self.now_s = 0, 0.0
+
+    def run(self) -> Result:
+        while self.coming or any(not is_background(s) for s in self.by_request.values()):
+            self.refill()
+            self.plan()
+            if self.planned:
+                self.step()
+            else:
+                wait_s = self.coming[0][0] - self.now_s if self.coming else 0.25
+                self.arrive(self.now_s + min(0.25, wait_s))
+        self.result.elapsed_s = self.now_s
+        return self.result
+
+    def enqueue(self, tenant: Tenant, prompt: int, output: int) -> None:
         request = QueuedRequest(tenant=tenant, num_prompt=prompt, max_output=output)
-        policy.enqueue(request, at_s)
-        rank = (tenant.priority, next(order))
-        by_request[id(request)] = Sequence(request, rank, prompt, output, at_s)
+        self.policy.enqueue(request, self.now_s)
+        self.num_arrived += 1
+        rank = (tenant.priority, self.num_arrived)
+        sequence = Sequence(request, rank, prompt, output, output, self.now_s)
+        self.by_request[id(request)] = sequence
 
-    def refill() -> None:
-        while batch and policy.waiting_by_tenant().get(BATCH.name, 0) < 32:
-            enqueue(BATCH, draw.randint(32, 400), draw.randint(16, 100), now_s)
+    def refill(self) -> None:
+        while self.batch and self.policy.waiting_by_tenant().get(BATCH.name, 0) < 32:
+            self.enqueue(BATCH, self.draw.randint(32, 400), self.draw.randint(16, 100))
 
-    def start() -> None:
-        waiting.extend(by_request[id(request)] for request in policy.start_next(ROOM, now_s))
+    def arrive(self, until_s: float) -> None:
+        """Requests that come up to a moment; the group plans as soon as a request is there."""
+        while self.coming and self.coming[0][0] <= until_s:
+            self.now_s, prompt, output = self.coming.popleft()
+            self.enqueue(INTERACTIVE, prompt, output)
+            self.plan()
+        self.now_s = until_s
 
-    refill()
-    while coming or any(not s.request.tenant.background for s in by_request.values()):
-        start()
-        waiting.sort(key=lambda sequence: sequence.order)
-        while waiting and len(seated) < SEATS:
-            seated.append(waiting.pop(0))
-        if not seated:
-            now_s = min(now_s + 0.25, coming[0][0] if coming else now_s + 0.25)
-            while coming and coming[0][0] <= now_s:
-                at_s, prompt, output = coming.pop(0)
-                enqueue(INTERACTIVE, prompt, output, at_s)
-            continue
-        seated.sort(key=lambda sequence: sequence.order)
-        hold = any(s.prefill and not s.request.tenant.background for s in seated)
-        rows = [s for s in seated if not (hold and s.request.tenant.background)]
-        decoding = [sequence for sequence in rows if not sequence.prefill]
-        budget, chunks = BUDGET - len(decoding), 0
-        finished = list(decoding)
+    def plan(self) -> None:
+        started = self.policy.start_next(ROOM, self.now_s)
+        self.waiting += [self.by_request[id(request)] for request in started]
+        while len(self.planned) < DEPTH and (step := self.next_step()):
+            self.planned.append(step)
+
+    def next_step(self) -> tuple[list[Sequence], float] | None:
+        """The sequences that get a token in a step, and its seconds."""
+        self.waiting.sort(key=lambda sequence: sequence.rank)
+        while self.waiting and len(self.seated) < SEATS:
+            self.seated.append(self.waiting.pop(0))
+        self.seated.sort(key=lambda sequence: sequence.rank)
+        hold = any(s.prefill and not is_background(s) for s in self.seated)
+        rows = [s for s in self.seated if not (hold and is_background(s))]
+        sampled = [s for s in rows if not s.prefill and s.unplanned]
+        step_s = self.costs.step_s + self.costs.decode_s * len(sampled)
+        budget = BUDGET - len(sampled)
         for sequence in rows:
-            if sequence.prefill and budget > 0:
-                most = BACKGROUND_CHUNK if sequence.request.tenant.background else budget
-                taken = min(budget, most, sequence.prefill)
-                sequence.prefill -= taken
-                budget, chunks = budget - taken, chunks + taken
+            most = BACKGROUND_CHUNK if is_background(sequence) else budget
+            chunk = min(budget, most, sequence.prefill)
+            if chunk:
+                sequence.prefill -= chunk
+                budget -= chunk
+                step_s += self.costs.prompt_s * chunk
                 if not sequence.prefill:
-                    finished.append(sequence)
-        end_s = now_s + costs.step_s + costs.decode_s * len(decoding) + costs.prompt_s * chunks
-        while coming and coming[0][0] <= end_s:
-            now_s, prompt, output = coming.pop(0)
-            enqueue(INTERACTIVE, prompt, output, now_s)
-            start()
-        now_s = end_s
-        for sequence in finished:
-            background = sequence.request.tenant.background
-            policy.count_output(sequence.request, 1, now_s)
+                    sampled.append(sequence)
+        for sequence in sampled:
+            sequence.unplanned -= 1
+        return (sampled, step_s) if sampled or budget < BUDGET else None
+
+    def step(self) -> None:
+        """Run the oldest planned step."""
+        sampled, step_s = self.planned[0]
+        self.arrive(self.now_s + step_s)
+        self.planned.popleft()
+        for sequence in sampled:
+            request, background = sequence.request, is_background(sequence)
+            self.policy.count_output(request, 1, self.now_s)
             sequence.left -= 1
             if sequence.first_s is None:
-                sequence.first_s = now_s
+                sequence.first_s = self.now_s
                 if not background:
-                    result.first_token_s.append(now_s - sequence.born_s)
-            result.batch_tokens += background
+                    self.result.first_token_s.append(self.now_s - sequence.born_s)
+            self.result.batch_tokens += background
             if not sequence.left:
-                seated.remove(sequence)
-                del by_request[id(sequence.request)]
-                policy.release(sequence.request, now_s)
-        refill()
-    result.elapsed_s = now_s
-    return result
+                self.seated.remove(sequence)
+                del self.by_request[id(request)]
+                self.policy.release(request, self.now_s)
+
+
+def is_background(sequence: Sequence) -> bool:
+    return sequence.request.tenant.background
 
 
 def rates() -> Iterator[tuple[Costs, float]]:
@@ -149,7 +179,7 @@ def rates() -> Iterator[tuple[Costs, float]]:
 
 @pytest.mark.parametrize(("costs", "rate"), list(rates()))
 def test_first_tokens_beside_a_batch(costs: Costs, rate: float) -> None:
-    alone = simulate(costs, rate, 400, batch=False)
-    beside = simulate(costs, rate, 400, batch=True)
+    alone = Simulation(costs, rate, 400, batch=False).run()
+    beside = Simulation(costs, rate, 400, batch=True).run()
     assert beside.p99_s <= 1.15 * alone.p99_s
     assert beside.batch_tokens / beside.elapsed_s > 10
