@@ -1,4 +1,7 @@
-"""1,000 requests while commands, gateways and groups are killed: each answered exactly once."""
+"""Batches and data sets while commands, gateways and groups are killed: each answer exactly once.
+
+Each way runs on the same deployment: `arriero batch run`, `/v1/batches`, Ray Data.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from typing import Any
 import openai
 import pytest
 
+from arriero.cluster.connection import connected
 from support.eventually import eventually
 from support.tiny_deployment import TinyDeployment, tiny_deployment
 
@@ -123,7 +127,7 @@ def test_a_command_a_gateway_and_a_group_are_killed(
     assert code == 0, text
     assert names(output.read_bytes()) == expected(count)
     assert num_lines(tmp_path / "out.errors.jsonl") == 0
-    assert sorted(deployed.kills) == ["gateway", "group"]
+    assert sorted(deployed.kills) == ["gateway", "group"], "each fault came before the end"
     assert "1000 lines: " in text.splitlines()[-1]
     deployed.wait_whole()
 
@@ -205,3 +209,47 @@ def test_a_cancelled_batch_has_each_name_once(deployed: TinyDeployment) -> None:
     codes = {json.loads(line)["error"]["code"] for line in unrun.splitlines()}
     assert codes == {"batch_cancelled"}
     assert all(json.loads(line)["response"]["status_code"] == 200 for line in answers.splitlines())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_rows_while_a_group_and_a_gateway_are_killed(
+    deployed: TinyDeployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("pandas", "pyarrow"):
+        pytest.importorskip(package, reason="needs the extra arriero[data]")
+    deployed.wait_whole()
+    for name, value in deployed.environment.items():
+        monkeypatch.setenv(name, value)
+    with connected(deployed.deployment):
+        run_rows(deployed)
+
+
+def run_rows(deployed: TinyDeployment) -> None:
+    """A data set on the deployment's cluster; a group and a gateway are killed under its rows."""
+    import ray
+
+    from arriero.cluster.data import processor
+
+    def preprocess(row: dict[str, Any]) -> dict[str, Any]:
+        content = f"Name {row['id']} things."
+        return {"id": row["id"], "messages": [{"role": "user", "content": content}]}
+
+    process = processor(
+        model="tiny",
+        sampling={"max_tokens": 24, "ignore_eos": True},
+        preprocess=preprocess,
+        batch_size=20,
+        concurrency=2,
+    )
+    num_rows, num_kills = 600, len(deployed.kills)
+    rng, names, tokens = random.Random(2), Counter[int](), Counter[int]()
+    faults = {num_rows // 4: deployed.kill_group, num_rows // 2: deployed.kill_gateway}
+    for row in process(ray.data.range(num_rows)).iter_rows():
+        assert row["error"] is None, row["error"]
+        names[row["id"]] += 1
+        tokens[row["num_generated_tokens"]] += 1
+        if fault := faults.pop(names.total(), None):
+            fault(rng)
+    assert deployed.kills[num_kills:] == ["group", "gateway"]
+    assert names == Counter(range(num_rows))
+    assert tokens == {24: num_rows}, "a resumed row has no token twice"
