@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from arriero.cluster.data import ProcessorSettings, RowCaller
+from arriero.cluster import data
+from arriero.cluster.data import DeployedGateways, ProcessorSettings, RowCaller
+from arriero.shards.errors import Unavailable
 from support.frontdoor import LLAMA3, LLAMA_SPECIALS, endless, make_card, make_tokenizer, serve
 
 pyarrow = pytest.importorskip("pyarrow", reason="needs the extra arriero[data]")
@@ -42,3 +44,26 @@ async def test_a_bad_row_is_a_row_with_an_error() -> None:
     assert "either `messages` or `prompt`" in values[1]["error"]
     assert values[2]["error"].startswith("InvalidRequest: `max_tokens`")
     assert values[0]["num_input_tokens"] > 0 and values[0]["generated_text"]
+
+
+def test_rows_go_on_while_the_registry_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[tuple[str, ...] | Unavailable] = [
+        Unavailable("no deployment"),
+        ("127.0.0.1:1", "127.0.0.1:2"),
+        Unavailable("the registry gives no answer"),
+        (),
+        ("127.0.0.1:3",),
+    ]
+
+    def answer() -> tuple[str, ...]:
+        given = answers.pop(0)
+        if isinstance(given, Unavailable):
+            raise given
+        return given
+
+    monkeypatch.setattr(data, "deployed_gateways", answer)
+    gateways = DeployedGateways()
+    with pytest.raises(Unavailable, match="no deployment"):
+        gateways()
+    known = ("127.0.0.1:1", "127.0.0.1:2")
+    assert [gateways(), gateways(), gateways(), gateways()] == [known] * 3 + [("127.0.0.1:3",)]

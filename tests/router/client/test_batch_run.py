@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,11 @@ def line(name: str, **body: Any) -> bytes:  # noqa: ANN401
     return json.dumps(value).encode() + b"\n"
 
 
-def config(folder: Path, urls: list[str], **changes: Any) -> BatchRunConfig:  # noqa: ANN401
+def config(
+    folder: Path,
+    urls: list[str] | Callable[[], list[str]],
+    **changes: Any,  # noqa: ANN401
+) -> BatchRunConfig:
     values: dict[str, Any] = {"in_flight": 4, "give_up_s": 20.0}
     return BatchRunConfig(
         source=folder / "in.jsonl",
@@ -109,6 +114,30 @@ async def test_a_lost_gateway_costs_no_line(llama_tokenizer: Tokenizer, tmp_path
             while not settings.output.exists() or len(settings.output.read_bytes()) < 3000:
                 await asyncio.sleep(0.01)
         await served.kill(1)
+        totals = await run
+    assert totals == BatchTotals(total=60, answered=60)
+    assert names(settings.output) == {f"r{number}": 1 for number in range(60)}
+
+
+async def test_a_new_gateway_is_learnt(llama_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """All gateways that the run knew are gone; another is at an address of its own."""
+    (tmp_path / "in.jsonl").write_bytes(b"".join(line(f"r{number}") for number in range(60)))
+    cards = [make_card(llama_tokenizer, LLAMA3)]
+    async with serve_by(cards, endless, CONFIG, CONFIG, step_s=0.01) as served:
+        answers = iter([[url(served, 0)], Unavailable("the head is away"), [url(served, 1)]])
+
+        def discover() -> list[str]:
+            answer = next(answers)
+            if isinstance(answer, Unavailable):
+                raise answer
+            return answer
+
+        settings = config(tmp_path, discover)
+        run = asyncio.create_task(BatchRun(settings).run())
+        async with asyncio.timeout(60):
+            while not settings.output.exists() or len(settings.output.read_bytes()) < 3000:
+                await asyncio.sleep(0.01)
+        await served.kill(0)
         totals = await run
     assert totals == BatchTotals(total=60, answered=60)
     assert names(settings.output) == {f"r{number}": 1 for number in range(60)}
