@@ -45,6 +45,8 @@ _KEEPALIVE = (  # a gateway whose machine is lost is noticed within a minute
 _AGAIN = frozenset({408, 429, 502, 503, 504})
 """Statuses after which a request is sent again."""
 
+_MOST_BROKEN = 5
+"""Attempts of a request whose answer has no JSON: from a server that ends, or from a proxy."""
 _REFRESH_S = 2.0
 """Least seconds between two questions for the gateways."""
 
@@ -193,7 +195,7 @@ class BatchRun:
     async def _send(self, client: httpx.AsyncClient, line: BatchLine) -> httpx.Response:
         """The answer to a request; tries again while the gateways have no room."""
         body = json.dumps(line.body).encode()
-        pause_s = FIRST_WAIT_S
+        pause_s, num_broken = FIRST_WAIT_S, 0
         while True:
             url = next(self._urls).rstrip("/")
             wait_s = pause_s
@@ -201,7 +203,9 @@ class BatchRun:
                 answer = await client.post(
                     f"{url}{line.url}", content=body, headers={"content-type": "application/json"}
                 )
-                if answer.status_code not in _AGAIN:
+                num_broken += _is_broken(answer)
+                tries_again = _is_broken(answer) and num_broken < _MOST_BROKEN
+                if answer.status_code not in _AGAIN and not tries_again:
                     self._failing_since_s = None
                     _check_key(answer)
                     return answer
@@ -247,6 +251,11 @@ def _written(line: BatchLine, answer: httpx.Response) -> tuple[bytes, bool]:
         return error_line(line.custom_id, "invalid_answer", words), False
     request_id = answer.headers.get("x-request-id", "")
     return answer_line(line.custom_id, answer.status_code, request_id, body), answer.is_success
+
+
+def _is_broken(answer: httpx.Response) -> bool:
+    """Whether the answer is a server's failure in another form than a gateway's."""
+    return answer.is_server_error and "json" not in answer.headers.get("content-type", "")
 
 
 def _check_key(answer: httpx.Response) -> None:

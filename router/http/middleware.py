@@ -5,6 +5,7 @@ Knows ASGI; knows nothing of the meaning of requests.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import math
@@ -21,7 +22,7 @@ from arriero.router.http.stream import OUTERMOST, ClientGone
 from arriero.router.observability.log_lines import set_request_id
 from arriero.router.requests import read_request_id
 from arriero.router.tenants.admission_controller import AdmissionController, Caller, is_set
-from arriero.shards.errors import ArrieroError, InvalidRequest, Unauthenticated
+from arriero.shards.errors import ArrieroError, InvalidRequest, Unauthenticated, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +115,11 @@ class RequestMiddleware:
             text = f"the body has more than {most} bytes, the limit; send less"
             content = errors.body(text, "invalid_request_error", code="request_too_large")
             await _refuse(send_with_id, 413, content, scope)
+        except asyncio.CancelledError:  # the gateway stops, and the time of its requests is over
+            if started:
+                raise
+            stopping = Unavailable("the gateway is stopping; send the request to another gateway")
+            await errors.respond(stopping, scope)(scope, receive, send_with_id)
         except Exception:
             log.exception("request %s failed", request_id)
             if started:

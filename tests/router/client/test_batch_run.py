@@ -16,6 +16,7 @@ from arriero.router.client.batch_files import OutputFiles
 from arriero.router.client.batch_run import BatchRun, BatchRunConfig, BatchTotals
 from arriero.router.gateway import GatewayConfig
 from arriero.shards.errors import SpecError, Unavailable
+from support.eventually import eventually_async
 from support.frontdoor import LLAMA3, endless, make_card
 from support.gateways import Gateways, serve_by
 
@@ -141,6 +142,18 @@ async def test_a_new_gateway_is_learnt(llama_tokenizer: Tokenizer, tmp_path: Pat
         totals = await run
     assert totals == BatchTotals(total=60, answered=60)
     assert names(settings.output) == {f"r{number}": 1 for number in range(60)}
+
+
+async def test_a_request_that_a_stop_cuts_off_may_go_elsewhere(llama_tokenizer: Tokenizer) -> None:
+    cards = [make_card(llama_tokenizer, LLAMA3)]
+    async with serve_by(cards, endless, CONFIG, step_s=0.02) as served:
+        async with served.http(0) as http:
+            body = {"model": "tiny", "prompt": "hello", "max_tokens": 400}
+            asking = asyncio.create_task(http.post("/v1/completions", json=body))
+            await eventually_async(lambda: served.engines[0].running, 30)
+            await served.kill(0)
+            answer = await asking
+    assert answer.status_code == 503 and "stopping" in answer.json()["error"]["message"]
 
 
 async def test_without_a_gateway_the_run_ends(tmp_path: Path) -> None:
