@@ -37,6 +37,7 @@ class GatewayConfig:
         address: host and port of gRPC; port 0 picks a free port.
         http_address: host and port of HTTP; None for no HTTP.
         cors: origins of web pages that may call HTTP from a browser; "*" for any.
+        console: serve the page `/console` over HTTP.
         hosted_tools: what happens to HTTP requests with tools that a server would run.
         max_message_bytes: most bytes of a request.
         max_calls: most calls at once; further calls are refused with RESOURCE_EXHAUSTED.
@@ -67,6 +68,7 @@ class GatewayConfig:
     address: str = "127.0.0.1:0"
     http_address: str | None = None
     cors: tuple[str, ...] = ()
+    console: bool = False
     hosted_tools: HostedTools = "ignore"
     max_message_bytes: int = 32 * 1024 * 1024
     max_calls: int = 10_000

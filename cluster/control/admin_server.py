@@ -115,9 +115,9 @@ class AdminServer:
         keys_and_tokens = Credentials(self._store, self._registry)
         more = RolloutAdmin(self._store, self._changes)
         methods = {
-            "GetStatus": self._method(pb.GetStatusRequest, self._status),
-            "ListEvents": self._method(pb.ListEventsRequest, self._events),
-            "Why": self._method(pb.WhyRequest, self._why),
+            "GetStatus": self._method(pb.GetStatusRequest, self.status),
+            "ListEvents": self._method(pb.ListEventsRequest, self.events),
+            "Why": self._method(pb.WhyRequest, self.why),
             "Logs": self._method(pb.LogsRequest, self._logs),
             "Scale": self._method(pb.ScaleRequest, self._scale),
             "Drain": self._method(pb.DrainRequest, self._drain),
@@ -127,7 +127,7 @@ class AdminServer:
             "Keys": self._method(pb.KeysRequest, keys_and_tokens.keys),
             "Tokens": self._method(pb.TokensRequest, keys_and_tokens.tokens),
             "RotateToken": self._method(pb.RotateTokenRequest, self._rotate_token),
-            "Kv": self._method(pb.KvRequest, self._kv),
+            "Kv": self._method(pb.KvRequest, self.kv),
             "PauseRollout": self._method(pb.PauseRolloutRequest, more.pause_rollout),
             "DrainNode": self._method(pb.DrainNodeRequest, more.drain_node),
             "GetSpec": self._method(pb.GetSpecRequest, more.get_spec),
@@ -179,7 +179,8 @@ class AdminServer:
 
         return run
 
-    async def _status(self, request: pb.GetStatusRequest) -> pb.Status:
+    async def status(self, request: pb.GetStatusRequest) -> pb.Status:
+        """The current and the desired state."""
         snapshot = await self._registry.snapshot.remote()
         self._view.observe(snapshot)
         desired_models, seats = self._view.desired_models(), self._view.seats(snapshot)
@@ -216,13 +217,19 @@ class AdminServer:
         status.nodes.extend(node_statuses(await read_nodes(), drained, snapshot))
         return status
 
-    async def _events(self, request: pb.ListEventsRequest) -> pb.ListEventsResponse:
+    async def events(self, request: pb.ListEventsRequest) -> pb.ListEventsResponse:
+        """The latest events, oldest first."""
         events = (await self._registry.events.remote())[-request.limit :]
         return pb.ListEventsResponse(
             events=[pb.Event(at=e.at, kind=e.kind, who=e.who, text=e.text, by=e.by) for e in events]
         )
 
-    async def _why(self, request: pb.WhyRequest) -> pb.WhyResponse:
+    async def why(self, request: pb.WhyRequest) -> pb.WhyResponse:
+        """The first cause of a failure.
+
+        Raises:
+            NotFound: no failure of the name is recorded.
+        """
         failure = await self._registry.why.remote(request.name)
         if failure is None:
             raise NotFound(f"no failure of {request.name[:128]!r} is recorded")
@@ -274,7 +281,12 @@ class AdminServer:
         token = await self._changes.rotate_token(check_overlap(request.overlap_s))
         return pb.RotateTokenResponse(token=token)
 
-    async def _kv(self, request: pb.KvRequest) -> pb.KvResponse:
+    async def kv(self, request: pb.KvRequest) -> pb.KvResponse:
+        """Run an action on the KV caches of groups.
+
+        Raises:
+            InvalidRequest, NotFound: as in `check_kv` and `ask_all`, or no such group serves.
+        """
         check_kv(request)
         snapshot = await self._registry.snapshot.remote()
         name = request.name

@@ -22,6 +22,7 @@ from arriero.cluster.control.admin_roles import FIRST, AdminToken, Role
 from arriero.cluster.control.applications import Applications
 from arriero.cluster.control.audit_log import AuditLog
 from arriero.cluster.control.changes import DeploymentChanges
+from arriero.cluster.control.console_calls import ConsoleCalls
 from arriero.cluster.control.deployment_view import DeploymentView
 from arriero.cluster.control.desired_state import ModelState, Revision, SeatState
 from arriero.cluster.control.group_counts import GroupCounts
@@ -98,6 +99,7 @@ class Operator:
             keep=log_spec.keep,
         )
         self._adapter_calls = AdapterCalls(self._store.admin_tokens, self._adapters, audit)
+        self._console_calls = ConsoleCalls(self._store.admin_tokens, self._admin, audit)
         try:  # after a restart the port must stay: the command line has stored it
             return await self._admin.start(admin.host, port, tls, audit)
         except OSError:
@@ -115,6 +117,10 @@ class Operator:
 
         request = pb.AdaptersRequest(action=action, name=name, path=path, replace=replace)
         return await self._adapter_calls.change(authorization, request)
+
+    async def read_cluster(self, authorization: str) -> tuple[str, str]:
+        """The state of the cluster for the console of a gateway; see `ConsoleCalls.read`."""
+        return await self._console_calls.read(authorization)
 
     async def deploy(self) -> None:
         """Deploy the gateways, and let the loop start the groups.

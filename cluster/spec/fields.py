@@ -5,6 +5,7 @@ Knows the notation of values; knows nothing of the meaning of fields.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +50,16 @@ def parse_bytes(name: str, text: str) -> int:
     if nbytes < 1:
         raise SpecError(f"`{name}`={text!r} must be at least 1 byte")
     return int(nbytes)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a listener at `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False  # a name, which other machines may know
 
 
 def _everywhere(value: Path) -> Path:

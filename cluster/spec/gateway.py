@@ -20,6 +20,7 @@ from arriero.cluster.spec.fields import (
     Port,
     Seconds,
     SpecSection,
+    is_loopback,
     refuse_twice,
 )
 from arriero.router.batches.config import DAY_S, BatchesConfig
@@ -71,12 +72,20 @@ class HttpSpec(SpecSection):
             http://localhost:5173; "*" for all. Empty by default: browsers then refuse the calls.
         hosted_tools: "ignore" leaves tools that a server would run (web search, MCP) out of the
             prompt; "refuse" refuses requests that offer such tools.
+        console: serve the page `/console`; null serves the page where `host` is a loopback
+            address, and nowhere else.
     """
 
     host: str = "127.0.0.1"
     port: Port | None = None
     cors: tuple[str, ...] = ()
     hosted_tools: HostedTools = "ignore"
+    console: bool | None = None
+
+    @property
+    def serves_console(self) -> bool:
+        """Whether the listener serves the page `/console`."""
+        return is_loopback(self.host) if self.console is None else self.console
 
     @field_validator("cors", mode="before")
     @classmethod
@@ -341,6 +350,7 @@ class GatewaySpec(SpecSection):
             address=f"{self.host}:{self.port}",
             http_address=None if self.http is None else f"{self.http.host}:{self.http_port}",
             cors=() if self.http is None else self.http.cors,
+            console=self.http is not None and self.http.serves_console,
             hosted_tools="ignore" if self.http is None else self.http.hosted_tools,
             models=models,
             tls=None if self.tls is None else self.tls.files(),

@@ -25,6 +25,8 @@ from arriero.router.http.completion_calls import (
     chat_calls,
     text_calls,
 )
+from arriero.router.http.console.routes import ReadCluster, add_console
+from arriero.router.http.console.static_files import paths as console_paths
 from arriero.router.http.hosted_tools import HostedTools
 from arriero.router.http.lora_adapters import ChangeAdapter, add_adapters
 from arriero.router.http.messages_api.routes import add_messages
@@ -105,6 +107,8 @@ def create_app(
     spool: Spool | None = None,
     change_adapter: ChangeAdapter | None = None,
     guards: Guards | None = None,
+    console: bool = False,
+    read_cluster: ReadCluster | None = None,
 ) -> FastAPI:
     """The application over `inference`, with all that FastAPI would build at the first request.
 
@@ -121,6 +125,8 @@ def create_app(
         spool: keeps files and batches; None leaves `/v1/files` and `/v1/batches` out.
         change_adapter: changes the adapters of the deployment; None refuses changes.
         guards: answers `/v1/moderations`; None for guards without a default.
+        console: serve the page `/console`.
+        read_cluster: reads the state of the cluster for the console; None refuses reads.
     """
     app = Application(
         title="arriero",
@@ -146,6 +152,7 @@ def create_app(
         max_body_bytes=max_body_bytes,
         admission=inference.admission,
         max_upload_bytes=0 if spool is None else spool.config.max_file_bytes,
+        open_paths=console_paths() if console else frozenset(),
     )
     if cors:
         # Outside of RequestMiddleware: a browser's preflight has no key, and pages may read errors.
@@ -168,6 +175,8 @@ def create_app(
     add_adapters(app, change_adapter)
     _add_tokens(app, inference)
     _add_observability(app, inference)
+    if console:
+        add_console(app, read_cluster)
     app.middleware_stack = app.build_middleware_stack()
     app.openapi()
     return app

@@ -17,6 +17,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from arriero.router.http import errors, lora_adapters, request_body
+from arriero.router.http.console import routes as console
 from arriero.router.http.request_body import TooLarge, Unreadable, as_json, gather, rewritten
 from arriero.router.http.stream import OUTERMOST, ClientGone
 from arriero.router.observability.log_lines import set_request_id
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 
 _WITHOUT_KEY = frozenset({"/health", "/openapi.json"})
 """Paths that need no key; `/health` tells callers without a key only whether all is well."""
+_WITH_ADMIN_TOKEN = lora_adapters.PATHS | {console.CLUSTER}
+"""Paths for the holders of admin tokens."""
 _SLASHES = re.compile("/{2,}")
 
 
@@ -43,6 +46,7 @@ class RequestMiddleware:
         admission: finds the tenant of a caller.
         max_upload_bytes: most bytes of a form with a file, which the application reads as it
             comes; 0 where no path takes files.
+        open_paths: further paths that need no key.
     """
 
     def __init__(
@@ -51,10 +55,12 @@ class RequestMiddleware:
         max_body_bytes: int,
         admission: AdmissionController,
         max_upload_bytes: int = 0,
+        open_paths: frozenset[str] = frozenset(),
     ) -> None:
         self._app = app
         self._max, self._max_upload = max_body_bytes, max_upload_bytes
         self._admission = admission
+        self._without_key = _WITHOUT_KEY | open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -164,10 +170,10 @@ class RequestMiddleware:
             InvalidRequest: the header `x-request-timeout` is no valid time.
         """
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if path in _WITHOUT_KEY:
+        if path in self._without_key:
             return None
         given = authorization(scope)
-        if path in lora_adapters.PATHS:  # the operator checks the admin token
+        if path in _WITH_ADMIN_TOKEN:  # the operator checks the token
             if not given:
                 raise Unauthenticated("this path needs an admin token: `Bearer TOKEN`")
             return None
