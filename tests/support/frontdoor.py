@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from arriero.router.client.client import AsyncClient
 from arriero.router.gateway import Gateway, GatewayConfig, GroupAddress
+from arriero.router.http.console.routes import ReadCluster
 from arriero.router.link.server import LinkServer
 from arriero.router.text.model_card import ModelCard
 from arriero.shards.engine.stats import EngineStats
@@ -210,13 +211,18 @@ class Stack:
 
 @asynccontextmanager
 async def serve(
-    card: ModelCard, policy: Policy, *, step_s: float = 0.0, config: GatewayConfig | None = None
+    card: ModelCard,
+    policy: Policy,
+    *,
+    step_s: float = 0.0,
+    config: GatewayConfig | None = None,
+    read_cluster: ReadCluster | None = None,
 ) -> AsyncIterator[Stack]:
     engine = FakeEngine(policy, eos=card.eos_token_ids[0], step_s=step_s)
     link = LinkServer(engine, card)
     engine.on_outputs = link.on_outputs
     link_address = await link.start()
-    gateway = Gateway(config or GatewayConfig(lost_s=0.5))
+    gateway = Gateway(config or GatewayConfig(lost_s=0.5), read_cluster=read_cluster)
     port = await gateway.start()
     await gateway.set_groups([GroupAddress(card.group, card.model, link_address)])
     client = AsyncClient(f"127.0.0.1:{port}", timeout_s=60)

@@ -36,12 +36,14 @@ async def fronted(
     make_card: Callable[[EngineConfig], ModelCard],
     *,
     change_adapter: ChangeAdapter | None = None,
+    console: bool = False,
 ) -> AsyncIterator[Front]:
     with running(config) as group:
         card = make_card(group.engine.config)
         link = LinkServer(group.engine, card)
         group.take = link.on_outputs  # type: ignore[method-assign]
-        gateway = Gateway(GatewayConfig(http_address="127.0.0.1:0"), change_adapter=change_adapter)
+        settings = GatewayConfig(http_address="127.0.0.1:0", console=console)
+        gateway = Gateway(settings, change_adapter=change_adapter)
         port = await gateway.start()
         await gateway.set_groups([GroupAddress(card.group, card.model, await link.start())])
         url = f"http://127.0.0.1:{gateway.http_port}"

@@ -215,6 +215,20 @@ def test_pages_that_may_call(tmp_path: Path, model: Path) -> None:
     assert load(written(tmp_path, text), {}).gateway.config(("small",)).cors == ("http://a:1", "*")
 
 
+def test_the_console_is_on_loopback_alone_by_default(tmp_path: Path, model: Path) -> None:
+    def served(http: str) -> bool:
+        text = f"models: [{{name: small, path: tiny}}]\ngateway: {{http: {http}}}\n"
+        return load(written(tmp_path, text), {}).gateway.config(("small",)).console
+
+    for host in ("127.0.0.1", "127.0.0.9", "localhost", "'::1'", "'[::1]'"):
+        assert served(f"{{host: {host}}}"), host
+        assert not served(f"{{host: {host}, console: false}}"), host
+    for host in ("0.0.0.0", "'::'", "10.0.0.1", "loopback.example"):
+        assert not served(f"{{host: {host}}}"), host
+        assert served(f"{{host: {host}, console: true}}"), host
+    assert not served("null")
+
+
 def test_doors_for_other_routers(tmp_path: Path, model: Path) -> None:
     def config(gateway: str, models: str = "{name: small, path: tiny}") -> GatewayConfig:
         text = f"models: [{models}]\ngateway: {gateway}\n"

@@ -2,7 +2,7 @@
 
 import uPlot from "uplot";
 import { html, useEffect, useRef } from "./markup.js";
-import { tenths } from "./numbers.js";
+import { rounded, timeOfDay } from "./numbers.js";
 import { useStore } from "./store.js";
 import { colour, theme } from "./theme.js";
 
@@ -18,7 +18,7 @@ function options(width) {
     legend: { show: false },
     cursor: { show: false },
     scales: { y: { range: (_, __, most) => [0, Math.max(1, most * 1.1)] } },
-    axes: [axis, { ...axis, size: 56 }],
+    axes: [{ ...axis, space: 90, values: (_, times) => times.map(timeOfDay) }, { ...axis, size: 56 }],
     series: [
       {},
       { stroke: colour("--accent"), width: 2, points: { show: false } },
@@ -59,7 +59,7 @@ export function Chart({ points }) {
   useEffect(() => plot.current?.setData(columns(points)), [points]);
   const last = points.at(-1);
   const summary = last
-    ? `Now ${tenths(last.output)} output and ${tenths(last.prompt)} prompt tokens per second`
+    ? `Now ${rounded(last.output)} output and ${rounded(last.prompt)} prompt tokens per second`
     : "No rates yet";
   return html`<p class="legend"><span class="key output"></span>output
       <span class="key prompt"></span>prompts</p>

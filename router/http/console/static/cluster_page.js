@@ -6,17 +6,17 @@ import { EventList, FailureCard, NodeTable } from "./event_list.js";
 import { ExpertMap } from "./expert_map.js";
 import { GroupCard } from "./group_card.js";
 import { html } from "./markup.js";
-import { share, tenths, whole } from "./numbers.js";
+import { rounded, share, tenths, whole } from "./numbers.js";
 
 function Tile({ label, value, unit = "" }) {
-  return html`<div class="tile"><dt>${label}</dt>
-    <dd>${value}${unit && html` <small>${unit}</small>`}</dd></div>`;
+  return html`<div class="tile"><dt>${label}${unit && html` <small>${unit}</small>`}</dt>
+    <dd>${value}</dd></div>`;
 }
 
 function Tiles({ state, points }) {
   const { groups, models } = state.status;
   const last = points.at(-1);
-  const rate = (value) => (value === undefined ? "…" : tenths(value));
+  const rate = (value) => (value === undefined ? "…" : rounded(value));
   return html`<dl class="tiles">
     <${Tile} label="Output" value=${rate(last?.output)} unit="tokens/s" />
     <${Tile} label="Prompts" value=${rate(last?.prompt)} unit="tokens/s" />

@@ -1,6 +1,7 @@
 // The field for the next message, with its images and the buttons Send and Stop.
 
 import { conversation, send, stop } from "./conversation.js";
+import { Icon } from "./icons.js";
 import { ACCEPTED, filesOf, readImages } from "./images.js";
 import { html, useEffect, useLayoutEffect, useRef, useState } from "./markup.js";
 
@@ -49,7 +50,7 @@ function useDrops(take) {
 
 function Thumbnail({ image, remove }) {
   return html`<li><img src=${image.url} alt=${image.name} />
-    <button onClick=${remove} aria-label=${`Remove ${image.name}`}>×</button></li>`;
+    <button onClick=${remove} aria-label=${`Remove ${image.name}`}><${Icon} name="close" /></button></li>`;
 }
 
 export function Composer({ draft, setDraft, running }) {
@@ -91,8 +92,8 @@ export function Composer({ draft, setDraft, running }) {
       ${draft.images.map((image, index) => html`<${Thumbnail} key=${index} image=${image}
         remove=${() => remove(index)} />`)}</ul>`}
     <div class="entry">
-      <button class="quiet" onClick=${() => picker.current.click()} aria-label="Add images"
-        title="Add images">＋</button>
+      <button class="quiet round" onClick=${() => picker.current.click()} aria-label="Add images"
+        title="Add images"><${Icon} name="image" /></button>
       <input ref=${picker} type="file" accept=${ACCEPTED} multiple hidden tabindex="-1"
         aria-label="Image files" onChange=${(event) => {
           take([...event.target.files]);

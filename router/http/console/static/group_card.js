@@ -1,7 +1,7 @@
 // One group: phase, slices, load, rates, and the blocks of its KV cache by tier.
 
 import { html } from "./markup.js";
-import { compact, share, tenths, whole } from "./numbers.js";
+import { compact, rounded, share, tenths, whole } from "./numbers.js";
 
 const TIERS = { device: "device", host: "host memory", disk: "disk", shared: "store" };
 
@@ -36,7 +36,7 @@ function Fact({ label, value }) {
 }
 
 export function GroupCard({ group, rates, cache }) {
-  const rate = (name) => (rates ? tenths(rates[name]) : "…");
+  const rate = (name) => (rates ? rounded(rates[name]) : "…");
   return html`<article class="card group" aria-label=${`Group ${group.id || group.seat}`}>
     <header><h3>${group.id || group.seat}</h3>
       <span class=${`phase ${group.phase}`}>${group.phase}</span></header>

@@ -4,6 +4,7 @@ import { AccessDialog } from "./access_dialog.js";
 import { access } from "./api.js";
 import { ChatPage } from "./chat_page.js";
 import { ClusterPage } from "./cluster_page.js";
+import { Icon } from "./icons.js";
 import { html, render, useEffect, useState } from "./markup.js";
 import { useStore } from "./store.js";
 import { nextTheme, setTheme, theme } from "./theme.js";
@@ -26,11 +27,10 @@ function usePageName() {
 
 function ThemeButton() {
   const { chosen } = useStore(theme);
-  const icon = { auto: "◐", light: "☀", dark: "☾" }[chosen];
   const next = nextTheme(chosen);
-  return html`<button class="quiet" onClick=${() => setTheme(next)} title="Theme: ${chosen}"
+  return html`<button class="quiet round" onClick=${() => setTheme(next)} title="Theme: ${chosen}"
       aria-label="Theme: ${chosen}. Switch to ${next}.">
-    <span aria-hidden="true">${icon}</span></button>`;
+    <${Icon} name=${chosen} /></button>`;
 }
 
 function App() {

@@ -2,6 +2,7 @@
 
 import { answerFacts } from "./answer.js";
 import { sendToolAnswers, setToolAnswer } from "./conversation.js";
+import { Icon } from "./icons.js";
 import { toFragment } from "./markdown.js";
 import { html, useLayoutEffect, useRef, useState } from "./markup.js";
 import { TokenView } from "./token_view.js";
@@ -39,7 +40,7 @@ function ToolCalls({ message, open }) {
   return html`<div class="calls">
     ${toolCalls.map((toolCall, index) => html`<section class="call" key=${index}
         aria-label=${`Call of ${toolCall.name}`}>
-      <h3><span aria-hidden="true">⚙ </span>${toolCall.name || "…"}</h3>
+      <h3><${Icon} name="tool" /> ${toolCall.name || "…"}</h3>
       <pre tabindex="0">${indented(toolCall.arguments)}</pre>
       ${open && html`<label>Answer of the tool
         <textarea rows="2" value=${toolCall.answer} onInput=${(event) =>

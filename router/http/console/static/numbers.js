@@ -8,6 +8,9 @@ export const whole = (value) => WHOLE.format(Number(value));
 export const tenths = (value) => TENTHS.format(value);
 export const compact = (value) => COMPACT.format(Number(value));
 
+/** A rate: with tenths below 100. */
+export const rounded = (value) => (value < 100 ? tenths(value) : whole(value));
+
 /** A part of a whole in percent; "–" where there is no whole. */
 export const share = (part, total) =>
   Number(total) ? `${Math.round((100 * Number(part)) / Number(total))} %` : "–";

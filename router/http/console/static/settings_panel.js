@@ -1,5 +1,6 @@
 // System prompt and sampling settings beside the chat.
 
+import { Icon } from "./icons.js";
 import { html } from "./markup.js";
 import { NUMBERS, resetSampling, setNumber, settings, toolsProblem } from "./settings.js";
 import { useStore } from "./store.js";
@@ -21,7 +22,8 @@ export function SettingsPanel({ close }) {
   return html`<aside id="settings" class="settings" aria-label="Settings">
     <div class="bar"><h2>Settings</h2><span class="grow"></span>
       <button class="quiet" onClick=${resetSampling}>Defaults</button>
-      <button class="quiet" onClick=${close} aria-label="Close the settings">×</button></div>
+      <button class="quiet round" onClick=${close} aria-label="Close the settings">
+        <${Icon} name="close" /></button></div>
     <label>System prompt
       <textarea rows="4" value=${state.system} placeholder="You are a helpful assistant."
         onInput=${(event) => settings.set({ system: event.target.value })}></textarea></label>

@@ -1,6 +1,6 @@
 // The tokens of an answer, tinted by their probability; details of a token on hover, tap or focus.
 
-import { html, useRef, useState } from "./markup.js";
+import { html, useMemo, useRef, useState } from "./markup.js";
 
 const LEVELS = [0.9, 0.6, 0.3, 0.1];
 
@@ -12,6 +12,13 @@ const level = (logprob) => {
 };
 
 const percent = (logprob) => `${(100 * Math.exp(logprob)).toFixed(1)} %`;
+
+/** The text of each token; a token that ends inside a character has a dot in its place. */
+function textsOf(tokens) {
+  const decoder = new TextDecoder();
+  return tokens.map(({ token, bytes }) =>
+    (bytes ? decoder.decode(new Uint8Array(bytes), { stream: true }) || "·" : token));
+}
 
 const visible = (token) => token.replaceAll("\n", "⏎").replaceAll(" ", "␣") || "∅";
 
@@ -28,6 +35,7 @@ function Details({ token, place }) {
 }
 
 export function TokenView({ tokens }) {
+  const texts = useMemo(() => textsOf(tokens), [tokens]);
   const box = useRef(null);
   const [current, setCurrent] = useState(-1);
   const [place, setPlace] = useState({});
@@ -58,7 +66,7 @@ export function TokenView({ tokens }) {
       onPointerOver=${onPoint} onPointerLeave=${() => setCurrent(-1)} onClick=${onPoint}>
     ${tokens.map((token, index) => html`<span key=${index} data-index=${index}
       class=${`token level${level(token.logprob)}${index === current ? " current" : ""}`}>
-      ${token.token}</span>`)}
+      ${texts[index]}</span>`)}
     ${current >= 0 && tokens[current] && html`<${Details} token=${tokens[current]}
       place=${place} />`}
   </div>`;
