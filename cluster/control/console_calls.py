@@ -29,7 +29,10 @@ FRESH_S = 1.0
 KV_TIMEOUT_S = 3.0
 """Seconds for the leaders' reports of their KV caches; the console does without a late report."""
 NEEDED = max(
-    needed_role("GetStatus"), needed_role("ListEvents"), needed_role("Why"), needed_role("Kv", "stats")
+    needed_role("GetStatus"),
+    needed_role("ListEvents"),
+    needed_role("Why"),
+    needed_role("Kv", "stats"),
 )
 
 

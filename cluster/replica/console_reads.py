@@ -1,4 +1,4 @@
-"""A gateway's reads of the cluster's state: passed on to the operator, which checks the admin token.
+"""A gateway's reads of the cluster's state: the operator answers, and checks the admin token.
 
 Knows the operator's method; knows nothing of tokens and roles.
 """

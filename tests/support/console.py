@@ -78,7 +78,10 @@ class Watched:
 
 @asynccontextmanager
 async def open_page(
-    running: Browser, origin: str, fragment: str = "", **options: Any
+    running: Browser,
+    origin: str,
+    fragment: str = "",
+    **options: Any,  # noqa: ANN401
 ) -> AsyncIterator[Watched]:
     """The console in a context of its own.
 
@@ -106,9 +109,7 @@ async def open_page(
     page.on(
         "console",
         lambda message: (
-            watched.errors.append(message.text)
-            if message.type in ("error", "warning")
-            else None
+            watched.errors.append(message.text) if message.type in ("error", "warning") else None
         ),
     )
     try:
@@ -121,13 +122,15 @@ async def open_page(
 
 def says(tokenizer: Tokenizer, answers: Mapping[str, str], *, eos: int = 1) -> Policy:
     """A policy that answers with the text whose key stands last in the prompt; "" is any prompt."""
-    encoded = {key: tokenizer.encode(text, add_special_tokens=False).ids for key, text in answers.items()}
+    encoded = {
+        key: tokenizer.encode(text, add_special_tokens=False).ids for key, text in answers.items()
+    }
     chosen: dict[str, list[int]] = {}
 
     def policy(request: EngineRequest, index: int, position: int) -> int:
         if request.request_id not in chosen:
             prompt = tokenizer.decode(list(request.prompt))
-            key = max(encoded, key=lambda key: (prompt.rfind(key) if key else -1, len(key)))
+            key = max(encoded, key=lambda key: (prompt.rfind(key), -len(key)) if key else (-1, 1))
             chosen[request.request_id] = encoded[key]
         tokens = chosen[request.request_id]
         return tokens[position] if position < len(tokens) else eos
@@ -206,7 +209,7 @@ class MadeCluster:
 
         group = pb.GroupStatus(
             seat=f"scout-{number}", id=f"scout-{number}.{number + 1}", model="scout", revision=2,
-            phase="serving", layout="tp4 × ep4", node=f"10.0.0.{number + 6}", pid=4100,
+            phase="serving", layout="tp4 ep4", node=f"10.0.0.{number + 6}", pid=4100,
             slice_pids=range(4101, 4105), slice_nodes=[f"10.0.0.{number + 6}"] * 4,
             running=38 + number, waiting=2 * number, blocks_used=4_210 - 300 * number,
             blocks_cached=900, blocks_total=8_192, output_tokens=counted(1_812),

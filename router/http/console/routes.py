@@ -59,9 +59,7 @@ def add_console(app: FastAPI, read_cluster: ReadCluster | None) -> None:
 def _answer(request: Request, path: str) -> Response:
     file = static_files.read(path)
     if file is None:
-        raise NotFound(
-            f"the console has no file {path[:128]!r}", field="", code="unknown_url"
-        )
+        raise NotFound(f"the console has no file {path[:128]!r}", field="", code="unknown_url")
     headers = {**file.headers, "etag": file.etag}
     known = request.headers.get("if-none-match", "")
     if file.etag in (tag.strip() for tag in known.split(",")):

@@ -15,11 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from support.console import NARROW, TOKEN, WIDE, MadeCluster, browser, open_page, says
-from support.frontdoor import LLAMA_SPECIALS, make_card, make_tokenizer, serve
-
 from arriero.router import templates
 from arriero.router.gateway import GatewayConfig
+from support.console import NARROW, TOKEN, WIDE, MadeCluster, browser, open_page, says
+from support.frontdoor import LLAMA_SPECIALS, make_card, make_tokenizer, serve
 
 ANSWER = """A **KV cache** keeps the keys and values of all earlier tokens, so each step computes \
 those of *one* new token:

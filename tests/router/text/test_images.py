@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import struct
 import zlib
 from collections.abc import AsyncIterator
@@ -18,33 +17,13 @@ import pytest_asyncio
 from PIL import Image
 from tokenizers import Tokenizer
 
-from arriero.router import templates
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
-from arriero.router.text.model_card import ModelCard
-from arriero.shards.config.group import GroupConfig
-from arriero.shards.engine.types import EngineConfig
 from arriero.shards.errors import InvalidRequest
-from arriero.shards.images.layout import TOKEN_TEXTS
-from arriero.shards.models.llama4.config import Llama4Config
 from support.frontdoor import LLAMA3, LLAMA_SPECIALS, echo, make_card, make_tokenizer, serve
-from support.fronted import Front, fronted
-from support.models import llama4_weights, seeing_settings, write_safetensors
+from support.fronted import Front
+from support.seeing import picture, seeing_front, seeing_tokenizer
 
-SPECIALS = [
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|header_start|>",
-    "<|header_end|>",
-    "<|eot|>",
-    *TOKEN_TEXTS.values(),
-]
 PHOTO = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
-
-
-def picture(width: int, height: int, colour: int = 0, form: str = "PNG") -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", (width, height), (colour, 90, 200)).save(out, form)
-    return out.getvalue()
 
 
 def asked(*images: bytes, text: str = "what is this") -> list[dict[str, Any]]:
@@ -63,44 +42,12 @@ def asked_http(*urls: str, text: str = "what is this") -> Any:  # noqa: ANN401
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return make_tokenizer(SPECIALS, bos=SPECIALS[0])
+    return seeing_tokenizer()
 
 
 @pytest_asyncio.fixture
 async def served(tokenizer: Tokenizer, tmp_path: Path) -> AsyncIterator[Front]:
-    ids = {name: tokenizer.token_to_id(text) for name, text in TOKEN_TEXTS.items()}
-    settings = seeing_settings(tile=336, vocab=512, max_positions=8192, moe_step=2, qk_norm=False)
-    settings |= {
-        "image_token_index": ids["patch"],
-        "boi_token_index": ids["start"],
-        "eoi_token_index": ids["end"],
-    }
-    model = Llama4Config.from_dict(settings)
-    (tmp_path / "config.json").write_text(json.dumps(settings))
-    write_safetensors(tmp_path / "model.safetensors", llama4_weights(model, seed=5))
-    config = GroupConfig(
-        model_path=str(tmp_path),
-        dtype="float32",
-        threads=1,
-        num_blocks=1024,
-        num_local_blocks=512,
-        max_sequences=4,
-        max_model_len=4096,
-    )
-
-    def card(limits: EngineConfig) -> ModelCard:
-        assert model.vision is not None
-        return make_card(
-            tokenizer,
-            templates.read("llama4"),
-            max_model_len=limits.max_model_len,
-            vocab_size=limits.vocab_size,
-            max_sequences=limits.max_sequences,
-            image_tile=model.vision.image_size,
-            image_features=model.vision.features_per_tile,
-        )
-
-    async with fronted(config, card) as front:
+    async with seeing_front(tmp_path, tokenizer) as front:
         yield front
 
 

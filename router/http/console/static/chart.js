@@ -18,7 +18,7 @@ function options(width) {
     legend: { show: false },
     cursor: { show: false },
     scales: { y: { range: (_, __, most) => [0, Math.max(1, most * 1.1)] } },
-    axes: [{ ...axis, space: 90, values: (_, times) => times.map(timeOfDay) }, { ...axis, size: 56 }],
+    axes: [{ ...axis, space: 90, size: 32, values: (_, times) => times.map(timeOfDay) }, { ...axis, size: 56 }],
     series: [
       {},
       { stroke: colour("--accent"), width: 2, points: { show: false } },

@@ -90,8 +90,8 @@ export function ExpertMap({ groups }) {
   return html`<section class="card" aria-labelledby="experts-title">
     <div class="bar"><h2 id="experts-title">Experts</h2><span class="grow"></span>
       <${Picker} groups=${groups} group=${group} choose=${setSeat} /></div>
-    <p class="muted">A row for each layer, a column for each expert; a full colour means ${FULL}
-      times the layer's mean, or more.</p>
+    <p class="muted">A row for each layer, a column for each expert; a full colour means
+      ${" "}${FULL} times the layer's mean, or more.</p>
     <canvas ref=${canvas} class="map" style=${{ height: `${rows.length * ROW_PX}px` }} tabindex="0"
       role="img" aria-label="Map of the experts' tokens; the arrow keys go from cell to cell"
       onKeyDown=${move} onPointerMove=${point} onPointerLeave=${() => setCursor(null)}></canvas>

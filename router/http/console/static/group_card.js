@@ -1,6 +1,7 @@
 // One group: phase, slices, load, rates, and the blocks of its KV cache by tier.
 
 import { html } from "./markup.js";
+import { Meter } from "./meter.js";
 import { compact, rounded, share, tenths, whole } from "./numbers.js";
 
 const TIERS = { device: "device", host: "host memory", disk: "disk", shared: "store" };
@@ -9,8 +10,8 @@ function Tier({ tier, used, total }) {
   const label = TIERS[tier] ?? tier;
   const bounded = Number(total) > 0;
   return html`<li><span>${label}</span>
-    ${bounded ? html`<meter min="0" max=${Number(total)} value=${Number(used)}
-        aria-label=${`KV blocks in use: ${label}`}></meter>` : html`<span></span>`}
+    ${bounded ? html`<${Meter} value=${Number(used)} most=${Number(total)}
+        label=${`KV blocks in use: ${label}`} />` : html`<span></span>`}
     <span class="count">${compact(used)}${bounded && ` of ${compact(total)}`}</span></li>`;
 }
 

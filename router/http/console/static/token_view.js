@@ -1,6 +1,7 @@
 // The tokens of an answer, tinted by their probability; details of a token on hover, tap or focus.
 
 import { html, useMemo, useRef, useState } from "./markup.js";
+import { Meter } from "./meter.js";
 
 const LEVELS = [0.9, 0.6, 0.3, 0.1];
 
@@ -28,8 +29,8 @@ function Details({ token, place }) {
       <span class="muted"> log ${token.logprob.toFixed(3)}</span></p>
     <ol>${(token.top_logprobs ?? []).map((other, index) => html`<li key=${index}>
       <code>${visible(other.token)}</code>
-      <meter min="0" max="1" value=${Math.exp(other.logprob)}
-        aria-label=${`Probability of ${visible(other.token)}`}></meter>
+      <${Meter} value=${Math.exp(other.logprob)} most=${1}
+        label=${`Probability of ${visible(other.token)}`} />
       <span>${percent(other.logprob)}</span></li>`)}</ol>
   </div>`;
 }
