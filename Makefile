@@ -25,7 +25,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # a file stays with one process, since its tests share fixtures; tests/conftest.py puts long files first
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo test check unit quick all oracle chaos live soak idle fuzz sanitize gpu gpu-test gpu-bench gpu-compile \
+.PHONY: help setup demo test check unit quick all oracle chaos live console soak idle fuzz sanitize gpu gpu-test gpu-bench gpu-compile \
   gpu-account bench proto clean
 
 help:
@@ -38,6 +38,7 @@ help:
 	@echo 'make oracle  the long comparison with transformers'
 	@echo 'make chaos   kill, stop, drain, update under load: 10 minutes; ROUNDS=20 for the long form'
 	@echo 'make live    ports scanned, the head killed KILLS (10) times, the runbook walked: an hour'
+	@echo 'make console the console in a headless Chromium; needs chromium'
 	@echo 'make soak    mixed traffic for MINUTES (60): nothing may grow'
 	@echo 'make idle    CPU of an idle deployment beside bare Ray and Serve, and how long `up` takes'
 	@echo 'make fuzz    both fuzzers for FUZZ_MINUTES (10) each, overload, all examples of the engine'
@@ -97,7 +98,7 @@ quick: $(VENV)/.installed
 	  $(addprefix --ignore=tests/,$(NOT_QUICK)) -k 'not triton' $(QUICK)
 
 # one after the other, each whole: a suite that fails does not hide the next
-ALL := test oracle chaos live fuzz sanitize idle bench
+ALL := test oracle chaos live console fuzz sanitize idle bench
 
 all:
 	@failed=; for suite in $(ALL); do $(MAKE) $$suite || failed="$$failed $$suite"; done; \
@@ -117,6 +118,10 @@ chaos: $(VENV)/.installed $(MODEL)/config.json
 
 live: $(VENV)/.installed $(MODEL)/config.json
 	HEAD_KILLS=$(KILLS) $(PYTEST) tests/infra tests/cluster -m slow -s --timeout 36000
+
+console: $(VENV)/.installed
+	$(PIP) playwright -c infra/constraints.txt
+	$(PYTEST) tests/router/http/test_console_browser.py -m slow
 
 soak: $(VENV)/.installed $(MODEL)/config.json
 	$(BIN)/python tests/chaos/soak.py --minutes $(MINUTES)

@@ -23,7 +23,8 @@ WAIT_S = 5.0
 CALL_S = 15.0
 """Seconds for a gRPC call: a server that refuses does so at once, unless the machine is busy."""
 PATHS = (
-    "/", "/health", "/openapi.json", "/metrics", "/v1/models", "/api/healthz",
+    "/", "/health", "/openapi.json", "/metrics", "/v1/models", "/console",
+    "/console/cluster.json", "/api/healthz",
     "/api/gcs_healthz", "/api/local_raylet_healthz", "/api/version", "/api/jobs/",
     "/api/serve/applications/", "/api/v0/nodes", "/nodes?view=summary", "/logs", "/events",
     "/-/routes", "/-/healthz",

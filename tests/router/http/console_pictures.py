@@ -84,7 +84,7 @@ async def take(folder: Path) -> None:
                         await page.wait_for_selector(".group")
                         await page.wait_for_timeout(9000)
                         await page.screenshot(path=folder / f"cluster-{name}")
-                        await page.set_viewport_size({**size, "height": 2 * size["height"]})
+                        await page.set_viewport_size({**size, "height": 1180})
                         await page.screenshot(path=folder / f"cluster-tall-{name}")
                         print(name, watched.errors, watched.elsewhere)
 

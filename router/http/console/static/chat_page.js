@@ -49,7 +49,7 @@ function ModelPicker({ models, load }) {
 function Welcome({ useIdea, openAccess, problem, needsKey }) {
   return html`<div class="welcome">
     <img src="console/icon.svg" alt="" width="56" height="56" />
-    <h1>Ask the model</h1>
+    <h2 class="title">Ask the model</h2>
     ${problem ? html`<p role="alert" class="problem">${problem}
         ${needsKey && html` <button onClick=${openAccess}>Enter a key</button>`}</p>`
       : html`<p class="muted">Enter sends, Shift+Enter starts a line, Escape stops.
@@ -91,7 +91,8 @@ export function ChatPage({ openAccess }) {
     document.getElementById("prompt").focus();
   };
   return html`
-    <section class="talk" aria-label="Chat">
+    <section class="talk" aria-labelledby="chat-title">
+      <h1 id="chat-title" class="hidden">Chat</h1>
       <div class="bar">
         <${ModelPicker} models=${models} load=${load} />
         <span class="grow"></span>
