@@ -7,8 +7,9 @@ protocols and JSON.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
 
 from arriero.router.calls.checked_request import CheckedRequest
 from arriero.router.guards.categories import with_names
@@ -17,6 +18,7 @@ from arriero.router.guards.guarded_stream import GuardedStream, Shown
 from arriero.router.guards.model_guard import GuardCall, ModelGuard
 from arriero.router.guards.verdict import Verdict
 from arriero.router.inference import Inference, Stream
+from arriero.router.observability.guard_metrics import GuardMetrics, Outcome
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.router.tenants import model_scope
 from arriero.router.tenants.admission_controller import Caller
@@ -54,10 +56,11 @@ class Guards:
             options = replace(checked.options, include_text=True, include_token_ids=True)
             checked = replace(checked, options=options)
         decode = checked.text.tokenizer.decode
+        turns = _turns(checked)
         guarded = GuardedStream(
             policy,
-            self._judge(checked.caller, policy),
-            _turns(checked),
+            self._judge(checked.caller, policy, turns),
+            turns,
             checked.params.n,
             shown=shown,
             longest_stop=max(map(len, checked.options.stop), default=0),
@@ -68,7 +71,7 @@ class Guards:
         )
         return guarded.run(run(checked))
 
-    def _judge(self, caller: Caller, policy: SafetyPolicy) -> _PolicyJudge:
+    def _judge(self, caller: Caller, policy: SafetyPolicy, turns: Sequence[Turn]) -> _PolicyJudge:
         salt = caller.tenant.name if caller.tenant.private_cache else ""
         call = GuardCall(
             guard=policy.guard,
@@ -77,7 +80,15 @@ class Guards:
             cache_salt=salt,
             timeout_s=policy.timeout_s,
         )
-        return _PolicyJudge(self._guard, call)
+
+        def count(given: Sequence[Turn]) -> _Counted:
+            name = f"input_{policy.input}" if given is turns else f"output_{policy.output}"
+            return self._counted(caller, policy.guard, name)
+
+        return _PolicyJudge(self._guard, call, count)
+
+    def _counted(self, caller: Caller, guard: str, policy: str) -> _Counted:
+        return _Counted(self._inference.metrics.guards, caller.tenant.name, guard, policy)
 
     async def moderate(self, request: pb.ModerateRequest, caller: Caller) -> pb.ModerateResponse:
         """Verdicts on the inputs of a request.
@@ -104,7 +115,11 @@ class Guards:
             cache_salt=caller.tenant.name if caller.tenant.private_cache else "",
             timeout_s=MODERATION_TIMEOUT_S,
         )
-        judging = [self._guard.judge(_input(entry), call) for entry in request.inputs]
+        inputs = [_input(entry) for entry in request.inputs]
+        counted = None
+        if guard in self._inference.groups.names():  # a caller's invention makes no new label
+            counted = self._counted(caller, guard, "moderation")
+        judging = [_count(self._guard.judge(turns, call), counted) for turns in inputs]
         response = pb.ModerateResponse(model=guard)
         for verdict in await asyncio.gather(*judging):
             response.verdicts.append(_message(verdict))
@@ -124,13 +139,60 @@ class Guards:
 
 
 class _PolicyJudge:
-    """A judge with the settings of a policy."""
+    """A judge with the settings of a policy.
 
-    def __init__(self, guard: ModelGuard, call: GuardCall) -> None:
-        self._guard, self._call = guard, call
+    Args:
+        guard: gives verdicts.
+        call: the settings.
+        count: gives the labels under which the judgement of some turns is counted.
+    """
+
+    def __init__(
+        self, guard: ModelGuard, call: GuardCall, count: Callable[[Sequence[Turn]], _Counted]
+    ) -> None:
+        self._guard, self._call, self._count = guard, call, count
 
     async def __call__(self, turns: Sequence[Turn]) -> Verdict:
-        return await self._guard.judge(turns, self._call)
+        return await _count(self._guard.judge(turns, self._call), self._count(turns))
+
+
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    """The labels of a judgement.
+
+    Attributes:
+        metrics: count the judgement.
+        tenant, guard, policy: as in `GuardMetrics.judged`.
+    """
+
+    metrics: GuardMetrics
+    tenant: str
+    guard: str
+    policy: str
+
+
+async def _count(judging: Awaitable[Verdict], counted: _Counted | None) -> Verdict:
+    """A verdict, counted; a judgement that is cancelled counts for nothing."""
+    if counted is None:
+        return await judging
+    start_s = time.monotonic()
+    outcome: Outcome = "lost"
+    try:
+        verdict = await judging
+        outcome = "unsafe" if verdict.flagged else "safe"
+    except asyncio.CancelledError:
+        counted = None
+        raise
+    finally:
+        if counted is not None:
+            counted.metrics.judged(
+                tenant=counted.tenant,
+                guard=counted.guard,
+                policy=counted.policy,
+                outcome=outcome,
+                elapsed_s=time.monotonic() - start_s,
+            )
+    return verdict
 
 
 def _turns(checked: CheckedRequest) -> tuple[Turn, ...]:

@@ -33,6 +33,7 @@ from arriero.router.observability.group_metrics import (
     TierFamilies,
     WaitingFamilies,
 )
+from arriero.router.observability.guard_metrics import GuardMetrics
 from arriero.router.observability.model_groups import ModelGroupFamilies, ModelGroups
 from arriero.router.proto.arriero.v1 import inference_pb2 as pb
 from arriero.shards.engine.types import SequenceOutput
@@ -53,6 +54,9 @@ class Metrics:
         waiting: gives the number of waiting requests by model and tenant; called at each export.
         models: gives the ids of the models that the gateway should serve; called at each export.
         counts: gives the groups of each model in numbers; called at each export.
+
+    Attributes:
+        guards: counts judgements.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class Metrics:
         registry.register(DraftMetrics(groups))
         registry.register(WaitingFamilies(waiting))
         registry.register(GatewayApiFamilies(groups, waiting))
+        self.guards = GuardMetrics(registry)
         self._labelled: dict[tuple[str, str], _Labelled] = {}
         self._prompt = Counter(
             "arriero_prompt_tokens", "Prompt tokens.", ["model"], registry=registry

@@ -6,6 +6,7 @@ The guard condemns a conversation whose last message holds `bomb`.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -289,3 +290,40 @@ async def test_moderations(llama_tokenizer: Tokenizer) -> None:
             "guard": "llama-guard-3",
             "tiny": "",
         }
+
+
+async def test_judgements_are_counted(llama_tokenizer: Tokenizer) -> None:
+    policy = SafetyPolicy(guard="guard", input="annotate", output="cut", window=8)
+    async with guarded(llama_tokenizer, BAD, policy) as stack:
+        body = {"model": "tiny", "messages": PLAIN}
+        answer = await stack.http.post("/v1/chat/completions", json=body)
+        assert answer.json()["choices"][0]["finish_reason"] == "content_filter"
+        inputs = {"input": ["all is well", "a bomb"]}
+        assert (await stack.http.post("/v1/moderations", json=inputs)).status_code == 200
+        wrong = {"input": "x", "model": "invented"}
+        assert (await stack.http.post("/v1/moderations", json=wrong)).status_code == 404
+        text = (await stack.http.get("/metrics")).text
+        counts = {
+            (policy, verdict): float(count)
+            for policy, verdict, count in re.findall(
+                r'arriero_guard_verdicts_total\{guard="guard",policy="(\w+)",tenant="anyone",'
+                r'verdict="(\w+)"\} (\S+)',
+                text,
+            )
+        }
+        assert counts["input_annotate", "safe"] == 1
+        assert counts["output_cut", "unsafe"] == 1
+        assert counts["moderation", "safe"] == counts["moderation", "unsafe"] == 1
+        assert "invented" not in text
+        judged = re.search(r'arriero_guard_seconds_count\{guard="guard"\} (\S+)', text)
+        assert judged is not None and float(judged[1]) == sum(counts.values())
+
+
+async def test_a_guard_without_a_verdict_counts_as_lost(llama_tokenizer: Tokenizer) -> None:
+    policy = SafetyPolicy(guard="guard", input="refuse", timeout_s=0.2)
+    async with guarded(llama_tokenizer, GOOD, policy) as stack:
+        await stack.guard_link.stop(0)
+        body = {"model": "tiny", "messages": PLAIN}
+        assert (await stack.http.post("/v1/chat/completions", json=body)).status_code == 503
+        text = (await stack.http.get("/metrics")).text
+        assert 'policy="input_refuse",tenant="anyone",verdict="lost"} 1.0' in text
