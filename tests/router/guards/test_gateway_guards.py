@@ -301,7 +301,7 @@ async def test_judgements_are_counted(llama_tokenizer: Tokenizer) -> None:
         inputs = {"input": ["all is well", "a bomb"]}
         assert (await stack.http.post("/v1/moderations", json=inputs)).status_code == 200
         wrong = {"input": "x", "model": "invented"}
-        assert (await stack.http.post("/v1/moderations", json=wrong)).status_code == 404
+        assert (await stack.http.post("/v1/moderations", json=wrong)).status_code == 503
         text = (await stack.http.get("/metrics")).text
         counts = {
             (policy, verdict): float(count)
