@@ -19,6 +19,7 @@ from pathlib import Path
 
 import grpc
 import grpc.aio
+import httpx
 import openai
 import psutil
 import pytest
@@ -126,6 +127,24 @@ def test_http_beside_grpc(folder: Path) -> None:
     with urllib.request.urlopen(f"http://{deployment.http}/health") as health:
         assert json.load(health)["status"] == "ok"
     assert deployment.http in arriero("status", folder=folder).stdout
+
+
+def test_the_console_shows_the_cluster_to_admins_alone(folder: Path) -> None:
+    deployment = state.read(folder)
+    assert deployment is not None
+    with httpx.Client(base_url=f"http://{deployment.http}", timeout=60) as ask:
+        assert "arriero console" in ask.get("/console").text
+        for token in ("", "x" * 43):
+            given = {"authorization": f"Bearer {token}"}
+            assert ask.get("/console/cluster.json", headers=given).status_code == 401
+        given = {"authorization": f"Bearer {deployment.admin_token}"}
+        answer = ask.get("/console/cluster.json", headers=given)
+    assert answer.status_code == 200, answer.text
+    seen = answer.json()
+    (group,) = seen["status"]["groups"]
+    assert (group["model"], group["phase"], len(group["slice_pids"])) == ("demo", "serving", 2)
+    assert [cache["group"] for cache in seen["kv"]] == [group["id"]]
+    assert any(event["kind"] == "serving" for event in seen["events"])
 
 
 def test_chat_on_the_command_line(folder: Path) -> None:
