@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from arriero.router.http import fields
 from arriero.router.http.cache_fields import Breakpoints, CacheControl
 from arriero.router.http.fields import NOTHING, Body, Int, Rule, hint, refused
+from arriero.router.http.request_schemas import Speculation
 
 _OF_CLIENT = "a client's own record of an earlier answer."
 _CACHED = "a tool_choice is no part of the prompt."
@@ -160,4 +161,7 @@ class MessagesBody(CountBody):
     top_k: Int | None = Field(None, description="As in `/v1/chat/completions`.")
     seed: Int | None = Field(None, description="As in `/v1/chat/completions`.")
     stop_sequences: list[str] | None = Field(None, description="Strings that end the output.")
+    speculation: Speculation | None = Field(
+        None, description="As in `/v1/chat/completions`; changes no token."
+    )
     stream: bool = Field(False, description="Answer in server-sent events.")

@@ -73,6 +73,8 @@ def chat_body(body: CountBody) -> tuple[ChatBody, Conversation]:
         names = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stream")
         given |= {name: getattr(body, name) for name in names}
         given["stop"] = body.stop_sequences
+        if body.speculation is not None:
+            given["speculation"] = body.speculation.model_dump()
     return conversation.chat_body(given), conversation
 
 

@@ -15,6 +15,7 @@ from arriero.router.http import fields
 from arriero.router.http.cache_fields import SessionFields
 from arriero.router.http.fields import NOTHING, Body, Int, Rule, hint, invalid, refused
 from arriero.router.http.messages import ContentPart, ToolChoice
+from arriero.router.http.request_schemas import Speculation
 
 Json = dict[str, Any]
 
@@ -146,6 +147,9 @@ class ResponsesBody(InputBody):
     top_p: float | None = Field(None, description="As in `/v1/chat/completions`.")
     top_k: Int | None = Field(None, description="As in `/v1/chat/completions`.")
     seed: Int | None = Field(None, description="As in `/v1/chat/completions`.")
+    speculation: Speculation | None = Field(
+        None, description="As in `/v1/chat/completions`; changes no token."
+    )
     stream: bool = Field(False, description="Answer in server-sent events.")
     store: bool = Field(True, description="Keep the response for later requests, for a while.")
     background: bool = Field(False, description="Answer at once; go on without the client.")

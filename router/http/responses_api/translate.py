@@ -92,6 +92,8 @@ def chat_body(body: InputBody, earlier: Sequence[Json]) -> tuple[ChatBody, Conve
     if isinstance(body, ResponsesBody):
         given |= {name: getattr(body, name) for name in ("temperature", "top_p", "top_k", "seed")}
         given["max_tokens"] = body.max_output_tokens
+        if body.speculation is not None:
+            given["speculation"] = body.speculation.model_dump()
         if body.with_logprobs:
             given |= {"logprobs": True, "top_logprobs": body.top_logprobs}
     return conversation.chat_body(given), conversation

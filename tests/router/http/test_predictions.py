@@ -136,6 +136,26 @@ BODIES: dict[str, dict[str, Any]] = {
 }
 
 
+OTHER_BODIES: dict[str, dict[str, Any]] = {
+    "/v1/responses": {"input": "it", "max_output_tokens": NUM_TOKENS},
+    "/v1/messages": {"messages": ASK, "max_tokens": NUM_TOKENS},
+}
+
+
+@pytest.mark.parametrize("path", OTHER_BODIES)
+async def test_other_apis_choose_the_kind_of_drafts(served: Served, path: str) -> None:
+    body = OTHER_BODIES[path] | {"model": "tiny"}
+    for kind in ("off", "ngram"):
+        answer = await served.http.post(path, json=body | {"speculation": {"kind": kind}})
+        assert answer.status_code == 200, answer.text
+        assert served.engine.submitted[-1].speculation == kind
+    count = len(served.engine.submitted)
+    for wrong in ({"kind": "medusa"}, {}, {"kind": "off", "tokens": 3}, "off"):
+        answer = await served.http.post(path, json=body | {"speculation": wrong})
+        assert answer.status_code == 400 and "`speculation" in answer.text, answer.text
+    assert len(served.engine.submitted) == count
+
+
 @pytest.mark.parametrize("path", BODIES)
 async def test_a_request_turns_drafts_off(served: Served, path: str) -> None:
     more = {"speculation": {"kind": "off"}, "prediction": {"type": "content", "content": "it"}}
