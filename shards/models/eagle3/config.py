@@ -38,13 +38,18 @@ FLAT_TAP_IDS: TapIds = "leaving"
 NESTED_TAP_IDS: TapIds = "entering"
 """Meaning of explicit ids in each layout, where the settings give none.
 
-Engines differ: vLLM takes ids as entering, SGLang as leaving. The flat head of Llama 4 Maverick has
-the ids 1, 23 and 44: as leaving these are the default taps 2, 24 and 45 of a target of 48 layers,
-so its authors meant leaving. Nested heads are made with vLLM's states. The wrong meaning costs
-drafts, never tokens; `tests/bench/draft_acceptance.py` measures both for a pair of models.
+By the sources of the trainers: NVIDIA's Model-Optimizer and SpecForge keep the output of the layers
+that they name, by default 1, N / 2 - 1 and N - 4, and publish flat heads; SGLang reads ids so.
+`speculators` gives its ids to vLLM, which keeps the input of a layer, by default of 2, N / 2 and
+N - 3; its id N is the output of the last layer. Both defaults are the same three states. Therefore
+ids that name these states in either meaning mean these states: heads were converted to the other
+layout with their ids. AngelSlim's flat heads have the ids of both meanings under two names.
+The wrong meaning costs drafts, never tokens.
 """
 
 _TAPS = "eagle_aux_hidden_state_layer_ids"
+_LEAVING_TAPS = "aux_hidden_states_layer_ids"
+"""AngelSlim's name of the ids of layers whose output the head reads."""
 _NUM_TAPS = 3
 _MOST_TAPS = 16
 _MAX_CONFIG_BYTES = 10_000_000
@@ -118,7 +123,7 @@ class Eagle3Config:
             draft_vocab_size=draft_vocab_size,
             target_hidden_size=read.size("target_hidden_size", layer.hidden_size),
             tap_ids=_tap_ids(flags),
-            tap_meaning=FLAT_TAP_IDS if nested is None else NESTED_TAP_IDS,
+            tap_meaning=_tap_meaning(flags, FLAT_TAP_IDS if nested is None else NESTED_TAP_IDS),
             norm_before_residual=default if flags.get(before) is None else flags.flag(before),
             norm_before_fc=flags.flag("norm_before_fc"),
             fc_norm=flags.flag("fc_norm"),
@@ -140,16 +145,16 @@ class Eagle3Config:
 
         Args:
             num_layers: layers of the target; as a tap, the output of the last layer.
-            meaning: meaning of explicit ids; None for that of the layout. The default taps enter
-                layers 2, N / 2 and N - 3.
+            meaning: meaning of explicit ids; None for that of the layout, or for the default taps
+                where the ids name these in either meaning. The default taps enter layers 2, N / 2
+                and N - 3.
 
         Raises:
             CheckpointError: the target has no such layer.
         """
-        taps: tuple[int, ...]
-        if self.tap_ids is None:
-            taps = (2, num_layers // 2, num_layers - 3)
-        else:
+        taps: tuple[int, ...] = (2, num_layers // 2, num_layers - 3)
+        spelled = taps, tuple(tap - 1 for tap in taps)
+        if self.tap_ids is not None and (meaning is not None or self.tap_ids not in spelled):
             leaving = (meaning or self.tap_meaning) == "leaving"
             taps = tuple(i + leaving for i in self.tap_ids)
         if not all(0 <= k <= num_layers for k in taps) or len(set(taps)) < len(taps):
@@ -225,3 +230,10 @@ def _tap_ids(read: Fields) -> tuple[int, ...] | None:
     if not whole or not 1 <= len(ids) <= _MOST_TAPS:
         raise read.wrong(_TAPS, ids, f"a list of 1 to {_MOST_TAPS} numbers of layers")
     return tuple(ids)
+
+
+def _tap_meaning(flags: Fields, of_layout: TapIds) -> TapIds:
+    """Meaning of explicit ids: that of the layout, unless the head also has the other ids."""
+    ids, leaving = flags.get(_TAPS), flags.get(_LEAVING_TAPS)
+    both = isinstance(ids, list) and isinstance(leaving, list) and ids != leaving
+    return "entering" if both else of_layout

@@ -139,8 +139,29 @@ def test_taps() -> None:
     assert maverick.taps(48, "leaving") == maverick.taps(48) == (2, 24, 45)
     nested = Eagle3Config.from_dict(head_settings(layout="nested", taps=[2, 24, 45]))
     assert nested.taps(48) == (2, 24, 45)
+    others = [
+        Eagle3Config.from_dict(head_settings(layout=layout, taps=[3, 9, 20]))
+        for layout in ("flat", "nested")
+    ]
+    assert [head.taps(48) for head in others] == [(4, 10, 21), (3, 9, 20)]
     with pytest.raises(CheckpointError, match=r"\[1, 23, 44\].*target of 30 layers"):
         maverick.taps(30)
+
+
+@pytest.mark.parametrize("layout", ["flat", "nested"])
+def test_ids_of_the_default_taps_in_either_meaning(layout: str) -> None:
+    """Converted heads keep their ids: those of the defaults mean the defaults in both layouts."""
+    for ids in ([1, 23, 44], [2, 24, 45]):
+        head = Eagle3Config.from_dict(head_settings(layout=layout, taps=ids))
+        assert head.taps(48) == (2, 24, 45)
+        assert head.taps(48, "entering") == tuple(ids), "a setting goes first"
+
+
+def test_ids_of_both_meanings() -> None:
+    """AngelSlim's heads name the layers of the training beside the ids for vLLM."""
+    settings = head_settings(taps=[3, 9, 20])
+    head = Eagle3Config.from_dict(settings | {"aux_hidden_states_layer_ids": [2, 8, 19]})
+    assert head.taps(48) == (3, 9, 20)
 
 
 LLAMA_8B = head_settings(
