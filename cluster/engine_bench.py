@@ -68,10 +68,16 @@ def params(output: int) -> SamplingParams:
 
 
 class Clock:
-    """Arrival times of the tokens of each request; call `start`, then `record` at each arrival."""
+    """Arrival times of the tokens of each request; call `start`, then `record` at each arrival.
 
-    def __init__(self, requests: int, output: int) -> None:
-        self._output = output
+    Args:
+        requests: number of requests.
+        output: output tokens of each request.
+        exact: whether each request must give all of these tokens.
+    """
+
+    def __init__(self, requests: int, output: int, exact: bool = True) -> None:
+        self._output, self._exact = output, exact
         self._arrivals: list[list[float]] = [[] for _ in range(requests)]
         self._start_s = 0.0
 
@@ -87,13 +93,13 @@ class Clock:
     def figures(self) -> Figures:
         """The figures of the cell; call after the last token."""
         short = [i for i, times in enumerate(self._arrivals) if len(times) != self._output]
-        assert not short, f"requests {short} did not give {self._output} tokens"
+        assert not (self._exact and short), f"requests {short} did not give {self._output} tokens"
         elapsed_s = max(times[-1] for times in self._arrivals) - self._start_s
         first = [times[0] - self._start_s for times in self._arrivals]
         gaps = [gap for times in self._arrivals for gap in np.diff(times)]
         return Figures(
             elapsed_s=round(elapsed_s, 3),
-            output_tok_s=round(len(first) * self._output / elapsed_s, 1),
+            output_tok_s=round(sum(map(len, self._arrivals)) / elapsed_s, 1),
             ttft_ms=_percentiles(first),
             itl_ms=_percentiles(gaps),
         )
@@ -213,20 +219,39 @@ class EngineBench:
         Raises:
             GroupFailed: a request or the group failed; the text is the cause.
         """
-        clock = Clock(len(prompts), output)
+        return self.answers(prompts, output, sampling)[0]
+
+    def answers(
+        self,
+        prompts: Sequence[Sequence[int]],
+        output: int,
+        sampling: SamplingParams | None = None,
+        cache_salt: bytes = b"",
+    ) -> tuple[Figures, list[list[int]]]:
+        """As `run`, with the output tokens of each request.
+
+        With a `sampling` that does not ignore end tokens, an output may be shorter. Requests of
+        another `cache_salt` share no cache and no source of drafts.
+
+        Raises:
+            GroupFailed: a request or the group failed; the text is the cause.
+        """
+        exact = sampling is None or sampling.ignore_eos
+        clock = Clock(len(prompts), output, exact)
         tokens: list[list[int]] = [[] for _ in prompts]
         before = self._engine.stats().speculation
         clock.start()
-        for number, sequence in self._outputs(prompts, sampling or params(output)):
+        for number, sequence in self._outputs(prompts, sampling or params(output), cache_salt):
             clock.record(number, len(sequence.tokens))
             tokens[number] += sequence.tokens
         after = self._engine.stats().speculation
         drafts, accepted = after.drafts - before.drafts, after.accepted - before.accepted
-        return replace(
+        figures = replace(
             clock.figures(),
             tokens_digest=digest(tokens),
             mean_accepted_length=round(1 + accepted / drafts, 3) if drafts else 1.0,
         )
+        return figures, tokens
 
     def greedy(
         self, prompts: Sequence[Sequence[int]], output: int, banned: tuple[int, ...] = ()
@@ -246,7 +271,10 @@ class EngineBench:
         return scores
 
     def _outputs(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        cache_salt: bytes = b"",
     ) -> Iterator[tuple[int, SequenceOutput]]:
         """Submit all prompts at once; gives (number of the prompt, output) at each arrival.
 
@@ -259,7 +287,12 @@ class EngineBench:
         self._num_requests += len(prompts)
         for i, prompt in enumerate(prompts):
             self._engine.submit(
-                EngineRequest(request_id=str(first + i), prompt=tuple(prompt), params=sampling)
+                EngineRequest(
+                    request_id=str(first + i),
+                    prompt=tuple(prompt),
+                    params=sampling,
+                    cache_salt=cache_salt,
+                )
             )
         left = len(prompts)
         while left:

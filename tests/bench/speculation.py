@@ -6,6 +6,9 @@ prompts are computed before the measurement, so that only decodes count.
     python tests/bench/speculation.py models/SmolLM2-135M-Instruct [--output 128] [--json]
         [--llama-lookup PROGRAM --gguf FILE]
 
+The agents (`agent_turns.py`) answer turn after turn; their table also shows which share of the
+answers stood in earlier answers of the session, and which share in the turn's own prompt.
+
 With llama.cpp's `llama-lookup` and a GGUF file of the same model, the table shows what its prompt
 lookup gains on the same prompt, over its own plain decoding.
 """
@@ -17,8 +20,9 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +33,12 @@ from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.sampling_params import SamplingParams
 from arriero.shards.config.speculation import SpeculationConfig
 
+from agent_turns import LEARNED, Session, repeated, sessions  # isort: skip
 from llama_lookup import LlamaLookup  # isort: skip
 
 Prompts = list[list[int]]
+Row = dict[str, Any]
+AGENTS_KIND, AGENTS_TARGET = "suffix", 2.0
 
 
 @dataclass(frozen=True)
@@ -98,47 +105,119 @@ def cases(tokenizer: Tokenizer, output: int) -> list[Case]:
     ]
 
 
-def measure(model: Path, case: Case, output: int, rounds: int, threads: int) -> dict[str, Any]:
-    """Rounds of off and the kind in turns: medians of speeds and ratios, and what was accepted."""
+@contextmanager
+def engines(model: Path, kind: str, threads: int) -> Iterator[dict[str, EngineBench]]:
+    """An engine without drafts and an engine with drafts of a kind."""
     benches: dict[str, EngineBench] = {}
-    turns: list[dict[str, Turn]] = []
     try:
-        for kind in ("off", case.kind):
-            benches[kind] = EngineBench(
+        for each in ("off", kind):
+            benches[each] = EngineBench(
                 GroupConfig(
                     model_path=str(model),
                     threads=threads,
                     num_blocks=4096,
                     max_model_len=2048,
-                    speculation=SpeculationConfig.checked(kind),
+                    speculation=SpeculationConfig.checked(each),
                 )
             )
-        for number in range(case.warm + rounds):
-            order = ("off", case.kind) if number % 2 else (case.kind, "off")
-            prompts = case.prompts(number)
-            turn = {kind: run_once(benches[kind], prompts, output, case.sampling) for kind in order}
-            same = turn["off"].tokens_digest == turn[case.kind].tokens_digest
-            assert same, f"{case.name}: other tokens with speculation"
-            if number >= case.warm:
-                turns.append(turn)
+        yield benches
     finally:
         for bench in benches.values():
             bench.close()
-    off, on = ([turn[kind] for turn in turns] for kind in ("off", case.kind))
-    ratio = median(
-        before.elapsed_s / after.elapsed_s for before, after in zip(off, on, strict=True)
-    )
-    cpu_ratio = median(before.cpu_s / after.cpu_s for before, after in zip(off, on, strict=True))
+
+
+def measure(model: Path, case: Case, output: int, rounds: int, threads: int) -> Row:
+    """Rounds of off and the kind in turns: medians of speeds and ratios, and what was accepted."""
+    turns: list[dict[str, Turn]] = []
+    with engines(model, case.kind, threads) as benches:
+        for number in range(case.warm + rounds):
+            prompts = case.prompts(number)
+            turn = both(benches, number, prompts, output, case.sampling)
+            if number >= case.warm:
+                turns.append(turn)
+    return row_of(case.name, case.kind, case.target, turns)
+
+
+def both(
+    benches: dict[str, EngineBench],
+    number: int,
+    prompts: Prompts,
+    output: int,
+    sampling: SamplingParams | None,
+    salt: bytes = b"",
+) -> dict[str, Turn]:
+    """The same prompts on both engines, in an order that changes with `number`."""
+    names = list(benches)
+    order = names if number % 2 else names[::-1]
+    turn = {name: run_once(benches[name], prompts, output, sampling, salt) for name in order}
+    off, on = (turn[name].outputs for name in names)
+    assert off == on, f"other tokens with speculation for {prompts}"
+    return turn
+
+
+def row_of(name: str, kind: str, target: float, turns: list[dict[str, Turn]]) -> Row:
+    """A line of the table."""
+    off, on = ([turn[key] for turn in turns] for key in ("off", kind))
+    pairs = list(zip(off, on, strict=True))
+    ratio = median(before.elapsed_s / after.elapsed_s for before, after in pairs)
     return {
-        "case": case.name,
-        "kind": case.kind,
+        "case": name,
+        "kind": kind,
         "off_tokens_per_s": median(turn.tokens_per_s for turn in off),
         "tokens_per_s": median(turn.tokens_per_s for turn in on),
         "ratio": ratio,
-        "cpu_ratio": cpu_ratio,
-        "target": case.target,
-        "reached": ratio >= case.target,
+        "cpu_ratio": median(before.cpu_s / after.cpu_s for before, after in pairs),
+        "target": target,
+        "reached": ratio >= target,
         "mean_accepted_length": median(turn.mean_accepted_length for turn in on),
+    }
+
+
+def measure_agents(
+    model: Path, agents: list[Session], output: int, rounds: int, threads: int
+) -> list[Row]:
+    """A line for each agent, and a line for all agents together."""
+    by_agent: dict[str, list[dict[str, Turn]]] = {agent.name: [] for agent in agents}
+    shares: dict[str, list[tuple[float, float]]] = {agent.name: [] for agent in agents}
+    totals: list[dict[str, Turn]] = []
+    with engines(model, AGENTS_KIND, threads) as benches:
+        for number in range(rounds):
+            everything: list[dict[str, Turn]] = []
+            for agent in agents:
+                answered: Prompts = []
+                measured: list[dict[str, Turn]] = []
+                for at, prompt in enumerate(agent.prompts):
+                    salt = f"round {number}".encode()
+                    sampling = agent.sampling(output)
+                    turn = both(benches, number + at, [prompt], output, sampling, salt)
+                    (answer,) = turn["off"].outputs
+                    if at >= LEARNED:
+                        measured.append(turn)
+                        before = repeated(answer, answered), repeated(answer, [prompt])
+                        shares[agent.name].append(before)
+                    answered.append(answer)
+                by_agent[agent.name].append(total(measured))
+                everything += measured
+            totals.append(total(everything))
+    rows = []
+    for name, turns in by_agent.items():
+        row = row_of(f"agent {name}", AGENTS_KIND, AGENTS_TARGET, turns)
+        row["in_earlier_answers"] = median(share for share, _ in shares[name])
+        row["in_prompt"] = median(share for _, share in shares[name])
+        rows.append(row)
+    return [*rows, row_of("all agents", AGENTS_KIND, AGENTS_TARGET, totals)]
+
+
+def total(turns: list[dict[str, Turn]]) -> dict[str, Turn]:
+    """Several turns as one."""
+    return {
+        name: Turn(
+            elapsed_s=sum(turn[name].elapsed_s for turn in turns),
+            cpu_s=sum(turn[name].cpu_s for turn in turns),
+            outputs=[output for turn in turns for output in turn[name].outputs],
+            mean_accepted_length=statistics.mean(turn[name].mean_accepted_length for turn in turns),
+        )
+        for name in turns[0]
     }
 
 
@@ -148,23 +227,30 @@ class Turn:
 
     elapsed_s: float
     cpu_s: float
-    tokens_per_s: float
-    tokens_digest: str
+    outputs: Prompts
     mean_accepted_length: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Rate of the decodes."""
+        return sum(map(len, self.outputs)) / self.elapsed_s
 
 
 def run_once(
-    bench: EngineBench, prompts: Prompts, output: int, sampling: SamplingParams | None
+    bench: EngineBench,
+    prompts: Prompts,
+    output: int,
+    sampling: SamplingParams | None,
+    salt: bytes = b"",
 ) -> Turn:
     """Compute the prompts, then measure the decodes."""
-    bench.run(prompts, 1, one_token(sampling))
+    bench.answers(prompts, 1, one_token(sampling), salt)
     started_s = time.process_time()
-    figures = bench.run(prompts, output, sampling)
+    figures, outputs = bench.answers(prompts, output, sampling, salt)
     return Turn(
         elapsed_s=figures.elapsed_s,
         cpu_s=time.process_time() - started_s,
-        tokens_per_s=figures.output_tok_s,
-        tokens_digest=figures.tokens_digest,
+        outputs=outputs,
         mean_accepted_length=figures.mean_accepted_length,
     )
 
@@ -176,8 +262,7 @@ def median(values: Iterable[float]) -> float:
 
 def one_token(sampling: SamplingParams | None) -> SamplingParams:
     """Parameters of a request that computes the prompt and no more."""
-    first = params(1)
-    return first if sampling is None else SamplingParams(temperature=1.0, max_tokens=1, seed=5)
+    return params(1) if sampling is None else replace(sampling, max_tokens=1)
 
 
 def main() -> None:
@@ -187,6 +272,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", type=int, nargs="*", help="numbers of cases, from 0")
+    parser.add_argument("--no-agents", action="store_true", help="leave out the agents")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--llama-lookup", type=Path, help="llama.cpp's program of this name")
     parser.add_argument("--gguf", type=Path, help="the same model for that program")
@@ -198,9 +284,12 @@ def main() -> None:
     if args.only is not None:
         chosen = [chosen[number] for number in args.only]
     rows = [measure(args.model, case, args.output, args.rounds, args.threads) for case in chosen]
+    if not args.no_agents:
+        agents = sessions(tokenizer)
+        rows += measure_agents(args.model, agents, args.output, args.rounds, args.threads)
     if args.llama_lookup is not None:
         peer = LlamaLookup(program=args.llama_lookup, model=args.gguf, threads=args.threads)
-        for case, row in zip(chosen, rows, strict=True):
+        for case, row in zip(chosen, rows, strict=False):
             if case.text is not None:
                 row["llama_lookup_ratio"] = peer.ratio(case.text, args.output, args.rounds)
     if args.json:
@@ -209,21 +298,26 @@ def main() -> None:
     print(table(rows, args.rounds))
 
 
-def table(rows: list[dict[str, Any]], rounds: int) -> str:
+def table(rows: list[Row], rounds: int) -> str:
     """A line for each case."""
     lines = [
         f"medians of {rounds} rounds, off and the kind in turns; tokens/s are decodes",
         f"{'case':32} {'kind':7} {'off':>8} {'on':>8} {'ratio':>6} {'bar':>5}    "
-        f"{'CPU':>5} {'tokens a step':>13} {'llama.cpp lookup':>16}",
+        f"{'CPU':>5} {'tokens a step':>13} {'earlier':>7} {'prompt':>6} {'llama.cpp lookup':>16}",
     ]
     for row in rows:
         reached = "ok" if row["reached"] else "--"
-        peer = row.get("llama_lookup_ratio")
+        optional = (
+            row.get("in_earlier_answers"),
+            row.get("in_prompt"),
+            row.get("llama_lookup_ratio"),
+        )
+        earlier, prompt, peer = ("" if value is None else f"{value:.2f}" for value in optional)
         lines.append(
             f"{row['case']:32} {row['kind']:7} {row['off_tokens_per_s']:8.1f} "
             f"{row['tokens_per_s']:8.1f} {row['ratio']:6.2f} {row['target']:5.2f} {reached} "
-            f"{row['cpu_ratio']:5.2f} {row['mean_accepted_length']:13.2f} "
-            f"{'' if peer is None else f'{peer:.2f}':>16}"
+            f"{row['cpu_ratio']:5.2f} {row['mean_accepted_length']:13.2f} {earlier:>7} {prompt:>6} "
+            f"{peer:>16}"
         )
     return "\n".join(lines)
 

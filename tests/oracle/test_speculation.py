@@ -1,5 +1,8 @@
 """Speculation changes no token: 200 prompts, over layouts, sampling and kinds of drafts.
 
+One slice computes all of SmolLM2, with the trained drafters of `tests/assets/train_drafts.py` where
+these exist (`ARRIERO_DRAFTS`, by default `build/drafts`). The other layouts cut its first layers,
+which meet the same plans, draws and collectives in two fifths of the time.
 `ARRIERO_SPEC_PROMPTS` sets another number of prompts.
 """
 
@@ -7,6 +10,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -27,7 +31,12 @@ from .conftest import words
 
 NUM_PROMPTS = int(os.environ.get("ARRIERO_SPEC_PROMPTS", "200"))
 NEW_TOKENS = 24
-MAVERICK = Path(__file__).parents[1] / "assets" / "tiny-maverick"
+ROOT = Path(__file__).parents[2]
+MAVERICK = ROOT / "tests" / "assets" / "tiny-maverick"
+TRAINED = Path(os.environ.get("ARRIERO_DRAFTS", ROOT / "build" / "drafts"))
+TARGET_LAYERS, DRAFT_LAYERS = 8, 4
+"""Layers of the target in the layouts with several ranks, and of the draft model without training.
+"""
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one slice": {},
     "TP2 unequal": {"tp": 2, "tp_shares": (2, 1)},
@@ -71,31 +80,44 @@ class Column:
 
 
 @pytest.fixture(scope="module")
-def drafters(whole: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
-    """By model: SmolLM2's first layers, a small random model, and heads with random weights."""
+def models(
+    whole: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Path, dict[str, str]]]:
+    """By name: the folder of a target, and the folders of its drafters.
+
+    Without training, a draft model is SmolLM2's first layers, or a small random model for Maverick,
+    and a head has random weights.
+    """
     folder = tmp_path_factory.mktemp("drafters")
-    first_layers(Path(whole), folder / "layers", 4)
-    random_head(folder / "head", Path(whole), draft_vocab=1024)
+    layers = folder / "layers"
+    few = folder / "few"
+    first_layers(Path(whole), layers, DRAFT_LAYERS)
+    first_layers(Path(whole), few, TARGET_LAYERS)
+    shutil.copy(Path(whole) / "tokenizer.json", few)
     tiny_llama(folder / "maverick-layers", vocab=2048)
-    random_head(folder / "maverick-head", MAVERICK, draft_vocab=256)
-    return {
-        name: {
-            "draft": str(folder / f"{prefix}layers"),
-            "eagle3": str(folder / f"{prefix}head"),
-        }
-        for name, prefix in (("SmolLM2", ""), ("Maverick", "maverick-"))
+    made = {
+        "whole": (Path(whole), layers, 1024),
+        "few": (few, layers, 1024),
+        "Maverick": (MAVERICK, folder / "maverick-layers", 256),
     }
+    targets = {}
+    for name, (target, draft, draft_vocab) in made.items():
+        head = random_head(folder / f"{name}-head", target, draft_vocab=draft_vocab)
+        targets[name] = target, {"draft": str(draft), "eagle3": str(head)}
+    for kind in ("draft", "eagle3"):
+        if (TRAINED / kind / "config.json").is_file():
+            targets["whole"][1][kind] = str(TRAINED / kind)
+    return targets
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def column(
-    request: pytest.FixtureRequest, whole: str, drafters: dict[str, dict[str, str]]
+    request: pytest.FixtureRequest, models: dict[str, tuple[Path, dict[str, str]]]
 ) -> Column:
     """Made once for all kinds."""
     layout: str = request.param
-    if layout.startswith("Maverick"):
-        return Column(layout, MAVERICK, drafters["Maverick"])
-    return Column(layout, Path(whole), drafters["SmolLM2"])
+    name = "Maverick" if "Maverick" in layout else "few" if LAYOUTS[layout] else "whole"
+    return Column(layout, *models[name])
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterable
 
+from arriero.shards.engine.speculation.draft_length import Acceptance
 from arriero.shards.engine.speculation.token_index import END_OF_TEXT, TokenIndex
 
 BYTES_PER_TOKEN = 64
@@ -23,25 +24,28 @@ Tenant = tuple[str, bytes]
 
 
 class Corpus:
-    """Outputs of a tenant, one after another.
+    """Outputs of a tenant, one after another, with a separator before and after each.
 
     Args:
         max_tokens: most tokens.
 
     Attributes:
         index: index of the text; a new object after old text was dropped.
+        acceptance: how often drafts of the tenant's sequences were right.
     """
 
     def __init__(self, max_tokens: int) -> None:
         self._max_tokens = max_tokens
         self.index = TokenIndex(array("i"))
+        self.acceptance = Acceptance()
 
     def __len__(self) -> int:
         return len(self.index.tokens)
 
     def add(self, output: Iterable[int]) -> None:
         """Append an output; drops the older half of a full text."""
-        text = array("i", output)
+        text = array("i", () if len(self) else (END_OF_TEXT,))
+        text.extend(output)
         text.append(END_OF_TEXT)
         text = text[-(self._max_tokens // 2) :]
         if len(self) + len(text) > self._max_tokens:

@@ -11,6 +11,7 @@ Knows rows, times and counts; knows nothing of tokens.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence as Many
 
 _FADE = 0.97
@@ -21,8 +22,12 @@ _PRIOR_WEIGHT = 4.0
 _LEAST_SLOPE = 0.004
 _OUTLIER = 3.0
 _LEARNING = 0.12
-_STRONG, _MEDIUM = 12, 5
-"""Lengths of a match that make a proposal strong, or at least better than a chance hit."""
+_CLASSES = (2, 3, 5, 12)
+"""Lengths of a match from which a proposal is of the next class."""
+_PRIORS = (0.25, 0.35, 0.5, 0.75, 0.9)
+"""Probability of a right token in each class, before any proposal."""
+_CARRIED = 0.25
+"""Weight of a sequence's rates in those with which the next sequence of its tenant starts."""
 
 
 class StepCost:
@@ -113,22 +118,24 @@ class Acceptance:
 
     __slots__ = ("_rates",)
 
-    def __init__(self) -> None:
-        self._rates = [0.5, 0.75, 0.9]
+    def __init__(self, start: Acceptance | None = None) -> None:
+        """Start from the rates of others, or from what is usual."""
+        self._rates = list(_PRIORS if start is None else start._rates)
 
     def rate(self, matched: int) -> float:
         """Probability that the next proposed token is right."""
-        return self._rates[_class_of(matched)]
+        return self._rates[bisect_right(_CLASSES, matched)]
 
     def note(self, matched: int, right: int, wrong: int) -> None:
         """Count right tokens of a proposal, and after them 1 or 0 wrong ones."""
         for strength in range(matched, matched + right):
-            kind = _class_of(strength)
+            kind = bisect_right(_CLASSES, strength)
             self._rates[kind] += _LEARNING * (0.99 - self._rates[kind])
         if wrong:
-            kind = _class_of(matched + right)
+            kind = bisect_right(_CLASSES, matched + right)
             self._rates[kind] -= _LEARNING * (self._rates[kind] - 0.01)
 
-
-def _class_of(matched: int) -> int:
-    return 2 if matched >= _STRONG else 1 if matched >= _MEDIUM else 0
+    def learn(self, other: Acceptance) -> None:
+        """Take a part of the rates of an ended sequence."""
+        pairs = zip(self._rates, other._rates, strict=True)
+        self._rates = [own + _CARRIED * (new - own) for own, new in pairs]

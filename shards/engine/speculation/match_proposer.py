@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Sequence as Many
 
 from arriero.shards.engine.speculation.corpus import Corpus
-from arriero.shards.engine.speculation.token_index import END_OF_TEXT, LONG, TokenIndex
+from arriero.shards.engine.speculation.token_index import END_OF_TEXT, LONG, SHORT, TokenIndex
 
 _NEAR = 8
 """Tokens around a lost place in which the same text is expected to go on."""
@@ -37,7 +37,7 @@ class MatchProposer:
         prediction: Many[int] = (),
         corpus: Corpus | None = None,
     ) -> None:
-        self._tokens, self._corpus = tokens, corpus
+        self._tokens, self._num_prompt, self._corpus = tokens, num_prompt, corpus
         self._own = TokenIndex(tokens)
         self._indices = [self._own]
         self._read = len(tokens)
@@ -91,9 +91,14 @@ class MatchProposer:
         if self._lost_for:
             self._lost_for -= 1
         self._own.extend(len(self._tokens) - 1)
-        indices = self._indices if self._corpus is None else [*self._indices, self._corpus.index]
-        for index in indices:
-            at, matched = index.find(self._tokens)
+        searches = [(index, self._tokens) for index in self._indices]
+        if self._corpus is not None:
+            searches.append((self._corpus.index, self._tokens))
+            output = self._tokens[self._num_prompt : self._num_prompt + SHORT]
+            if len(output) < SHORT:  # outputs that begin alike may go on alike
+                searches.append((self._corpus.index, array("i", [END_OF_TEXT, *output])))
+        for index, text in searches:
+            at, matched = index.find(text)
             if matched > self.matched and at < len(index.tokens):
                 self._source, self._at, self.matched = index.tokens, at, matched
         if not self.matched and self._lost_for:

@@ -10,7 +10,7 @@ Knows sequences, proposals and costs; knows nothing of plans, blocks or slices.
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -40,7 +40,7 @@ class Drafting:
     """Speculation's view of a sequence."""
 
     proposer: Proposer
-    acceptance: Acceptance = field(default_factory=Acceptance)
+    acceptance: Acceptance
     expected: int = -1
     matched: int = 0
     since_draft: int = 0
@@ -177,7 +177,7 @@ class Speculation:
             if proposer is None:
                 sequence.drafts_off = True
                 return
-            drafting = sequence.drafting = Drafting(proposer)
+            drafting = sequence.drafting = Drafting(proposer, self._acceptance(sequence))
         else:
             self._learn(drafting, sequence, num_drafted, num_new)
             if self._least > _DORMANT:
@@ -209,11 +209,22 @@ class Speculation:
 
     def end(self, sequence: Sequence) -> None:
         """Keep the output of an ended sequence for later ones of its tenant."""
-        if self._config.kind == "suffix" and sequence.live.request.speculation != "off":
-            output: Many[int] = sequence.tokens[sequence.num_prompt :]
-            if output and output[-1] < 0:  # no token was left to draw
-                output = output[:-1]
-            self._corpora.add(_tenant_of(sequence), output)
+        if self._config.kind != "suffix" or sequence.live.request.speculation == "off":
+            return
+        output: Many[int] = sequence.tokens[sequence.num_prompt :]
+        if output and output[-1] < 0:  # no token was left to draw
+            output = output[:-1]
+        tenant = _tenant_of(sequence)
+        self._corpora.add(tenant, output)
+        drafting: Drafting | None = sequence.drafting
+        if drafting is not None:
+            self._corpora.of(tenant).acceptance.learn(drafting.acceptance)
+
+    def _acceptance(self, sequence: Sequence) -> Acceptance:
+        """How often a sequence's drafts may be right: as those of its tenant, with `suffix`."""
+        if self._config.kind != "suffix":
+            return Acceptance()
+        return Acceptance(self._corpora.of(_tenant_of(sequence)).acceptance)
 
 
 def _tenant_of(sequence: Sequence) -> tuple[str, bytes]:

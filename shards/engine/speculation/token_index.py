@@ -1,7 +1,8 @@
 """Where the last tokens of a text occurred before: an index of n-grams over a growing text.
 
-Old text is indexed in sorted arrays, 24 bytes a token; new text in dictionaries, until these are
-large enough to be merged. So a token costs a few dictionary operations, and a long prompt one sort.
+Old text is indexed in sorted arrays, at most 48 bytes a token; new text in dictionaries, until
+these are large enough to be merged. So a token costs a few dictionary operations, and a long prompt
+one sort for each length.
 
 Knows token ids; knows nothing of sequences.
 """
@@ -15,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 SHORT, LONG = 3, 6
-"""Lengths of the indexed n-grams."""
+LENGTHS = (LONG, SHORT, 2, 1)
+"""Lengths of the indexed n-grams, from the most telling."""
 END_OF_TEXT = 2**21 - 1
 """Separates texts: larger than every token id, and never proposed."""
 _SHIFT = 21
@@ -43,8 +45,8 @@ class TokenIndex:
     def __init__(self, tokens: array[int]) -> None:
         self.tokens = tokens
         self.size = 0
-        self._old = {length: _Sorted() for length in (SHORT, LONG)}
-        self._new: dict[int, dict[int, int]] = {SHORT: {}, LONG: {}}
+        self._old = {length: _Sorted() for length in LENGTHS}
+        self._new: dict[int, dict[int, int]] = {length: {} for length in LENGTHS}
 
     def extend(self, end: int | None = None) -> None:
         """Index the n-grams that end at or before `end`, or all."""
@@ -52,13 +54,17 @@ class TokenIndex:
         if end - self.size > _MERGE:
             self._merge(end)
             return
-        short, long = self._new[SHORT], self._new[LONG]
+        tokens = self.tokens
+        single, pair, short, long = (self._new[length] for length in (1, 2, SHORT, LONG))
         for position in range(self.size + 1, end + 1):
+            single[tokens[position - 1]] = position
+            if position >= 2:
+                pair[(tokens[position - 2] << _SHIFT) | tokens[position - 1]] = position
             if position >= SHORT:
-                key = _key(self.tokens, position)
+                key = _key(tokens, position)
                 short[key] = position
                 if position >= LONG:
-                    before = _key(self.tokens, position - SHORT)
+                    before = _key(tokens, position - SHORT)
                     long[(before * _MIX + key) & _MASK] = position
         self.size = end
         if len(short) > max(_MERGE, self._old[SHORT].size // 4):
@@ -68,32 +74,30 @@ class TokenIndex:
         for new in self._new.values():
             new.clear()
         text = np.frombuffer(self.tokens, dtype=np.int32, count=end).astype(np.uint64)
-        if end >= SHORT:
-            short = (text[:-2] << np.uint64(2 * _SHIFT)) | (text[1:-1] << np.uint64(_SHIFT))
-            short |= text[2:]
-            self._old[SHORT].set(short, SHORT)
-            if end >= LONG:
-                long = short[:-SHORT] * np.uint64(_MIX) + short[SHORT:]
-                self._old[LONG].set(long & np.uint64(_MASK), LONG)
+        pair = (text[:-1] << np.uint64(_SHIFT)) | text[1:]
+        short = (text[:-2] << np.uint64(2 * _SHIFT)) | pair[1:]
+        long = short[:-SHORT] * np.uint64(_MIX) + short[SHORT:]
+        keys = {1: text, 2: pair, SHORT: short, LONG: long & np.uint64(_MASK)}
+        for length, each in keys.items():
+            self._old[length].set(each, length)
         self.size = end
 
     def find(self, text: array[int]) -> tuple[int, int]:
         """Where the last tokens of `text` occurred: the position after them, and the match length.
 
-        A match of six tokens goes before one of three, and a later match before an earlier one.
-        (-1, 0) without a match. In this index's own text the last tokens must not be indexed yet.
+        A match of six tokens goes before one of three, two or one, and a later match before an
+        earlier one. (-1, 0) without a match. In this index's own text the last tokens must not be
+        indexed yet.
         """
         count = len(text)
-        if count < SHORT:
-            return -1, 0
-        key = _key(text, count)
-        if count >= LONG:
-            long = (_key(text, count - SHORT) * _MIX + key) & _MASK
-            position = self._lookup(LONG, long)
-            if position >= 0 and self.tokens[position - LONG : position] == text[count - LONG :]:
-                return position, self._matched(text, position, LONG)
-        position = self._lookup(SHORT, key)
-        return (position, self._matched(text, position, SHORT)) if position >= 0 else (-1, 0)
+        for length in LENGTHS:
+            if count < length:
+                continue
+            position = self._lookup(length, _key_of(text, count, length))
+            # the key of a long n-gram is a hash
+            if position >= 0 and self.tokens[position - length : position] == text[-length:]:
+                return position, self._matched(text, position, length)
+        return -1, 0
 
     def _lookup(self, length: int, key: int) -> int:
         position = self._new[length].get(key, -1)
@@ -121,6 +125,8 @@ class _Sorted:
 
     def set(self, keys: Keys, length: int) -> None:
         order = np.argsort(keys, kind="stable")
+        ordered = keys[order]
+        order = order[np.append(ordered[1:] != ordered[:-1], True)]  # the last of equal keys
         self._keys = array("Q", keys[order].tobytes())
         self._positions = array("i", (order + length).astype(np.int32).tobytes())
 
@@ -132,3 +138,12 @@ class _Sorted:
 def _key(tokens: array[int], end: int) -> int:
     """The three tokens before `end` as one number."""
     return (tokens[end - 3] << (2 * _SHIFT)) | (tokens[end - 2] << _SHIFT) | tokens[end - 1]
+
+
+def _key_of(tokens: array[int], end: int, length: int) -> int:
+    """The key of the `length` tokens before `end`."""
+    if length == LONG:
+        return (_key(tokens, end - SHORT) * _MIX + _key(tokens, end)) & _MASK
+    if length == SHORT:
+        return _key(tokens, end)
+    return (tokens[end - 2] << _SHIFT) | tokens[end - 1] if length == 2 else tokens[end - 1]

@@ -256,6 +256,9 @@ class CudaRunner(Runner):
         if self.mesh.samples:
             plain = self._inputs.sampling_rows(1, all_greedy=False)
             draw_all_ways(self._ops, plain, sum(self._vocab_sizes))
+        if self._drafts is not None:
+            sizes = prompt_sizes(self._config.max_batch_tokens)
+            self._drafts.drafter.warm_up(sizes, self._hidden_size, self._activation_dtype)
         self.phase = "loaded"
 
     def _run_padding_prompt(self, num_tokens: int) -> None:

@@ -13,9 +13,11 @@ R drawn tokens, H hidden size, K most drafted tokens of the step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from arriero.kernels.flat_batch import FlatBatch
@@ -68,6 +70,15 @@ class Drafter(Protocol):
     @property
     def kv_nbytes(self) -> int:
         """Bytes of the drafter's KV cache on this rank."""
+
+    def warm_up(self, sizes: Many[int], hidden_size: int, dtype: torch.dtype) -> None:
+        """Compile all kernels, before the first plan: rows of padding, and draws of each form.
+
+        Args:
+            sizes: numbers of rows, at least one.
+            hidden_size: hidden size of the target.
+            dtype: dtype of the target's activations.
+        """
 
     def apply(self, plan: StepPlan) -> None:
         """Apply the changes of a plan: freed slots, new sequences."""

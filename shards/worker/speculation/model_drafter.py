@@ -19,6 +19,8 @@ rows of the plan.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Many
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -71,6 +73,27 @@ class ModelDrafter:
     def kv_nbytes(self) -> int:
         """Bytes of the network's KV cache on this rank."""
         return self._network.kv_nbytes
+
+    def warm_up(self, sizes: Many[int], hidden_size: int, dtype: torch.dtype) -> None:
+        """Compile all kernels; see `Drafter`. The rows' keys and values go to the first block."""
+        device, network = self._mesh.device, self._network
+        y_TH = None
+        for size in {min(size, self._rows.num_positions) for size in sizes}:
+            slots, starts, counts = self._rows.padding(size)
+            features_TH = None
+            if network.reads_target:
+                tap_TH = torch.zeros(size, hidden_size, dtype=dtype, device=device)
+                features_TH = network.features([tap_TH] * len(network.taps))
+            tokens_T = torch.zeros(size, dtype=torch.int32, device=device)
+            y_TH = network.forward(tokens_T, features_TH, self._rows.batch(slots, starts, counts))
+        assert y_TH is not None, "at least one size"
+        slot, position = np.zeros(1, np.int32), np.zeros(1, np.int32)
+        token_R = torch.zeros(1, dtype=torch.int32, device=device)
+        batch = self._rows.batch(slot, position, np.ones(1, np.int32))
+        y_RH = network.forward(token_R, network.next_features(y_TH[:1]), batch)
+        for temperature in (1.0, 0.0):  # draws, and the greatest logit
+            self._temperature[0] = temperature
+            self._draw(network.logits(y_RH), slot, position)
 
     def apply(self, plan: StepPlan) -> None:
         """Apply the changes of a plan: freed slots, new sequences, new blocks."""

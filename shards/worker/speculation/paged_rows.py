@@ -55,6 +55,19 @@ class PagedRows:
         """Number of a slot's positions that have a block."""
         return int(self._num_blocks[slot]) * self._block_size
 
+    @property
+    def num_positions(self) -> int:
+        """Positions of all slots."""
+        return self._blocks.size * self._block_size
+
+    def padding(self, num_rows: int) -> tuple[Int32, Int32, Int32]:
+        """Slots, starts and counts of rows that fill slots from their first position on."""
+        each = self._blocks.shape[1] * self._block_size
+        num_slots = -(-num_rows // each)
+        counts = np.full(num_slots, each, np.int32)
+        counts[-1] = num_rows - (num_slots - 1) * each
+        return np.arange(num_slots, dtype=np.int32), np.zeros(num_slots, np.int32), counts
+
     def batch(self, slots: Int32, starts: Int32, counts: Int32) -> FlatBatch:
         """The batch of rows `starts` to `starts + counts` of each slot; all have blocks."""
         contexts = starts + counts

@@ -203,6 +203,22 @@ def adapted(hidden: int, outs: int, max_rank: int) -> None:
         lora.add(empty(count, outs), empty(count, hidden), [bank], rows)
 
 
+def drafted(vocab: int, rows: int) -> None:
+    """A draw of an EAGLE-3 head with `vocab` of the target's tokens, by their ids."""
+    floats, longs = empty(rows, dtype=F32), empty(rows, dtype=I64)
+    parameters = SamplingRows(
+        temperature_R=floats,
+        top_k_R=empty(rows, dtype=I32),
+        top_p_R=floats,
+        min_p_R=floats,
+        seed_R=longs,
+        position_R=longs,
+        token_ids_V=empty(vocab, dtype=I32),
+        all_greedy=False,
+    )
+    sampling.sample(empty(rows, vocab, dtype=F32), parameters)
+
+
 def sampled(vocab: int, rows: int, greedy: bool) -> None:
     """A draw with penalties, filters and bans, or the greatest logit."""
     floats, longs = empty(rows, dtype=F32), empty(rows, dtype=I64)
@@ -301,3 +317,4 @@ def _other_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         for greedy in (True, False):
             name = f"sample {vocab}{' greedy' if greedy else ''}"
             yield name, partial(sampled, vocab, 64, greedy)
+    yield "sample 32000 of a draft vocabulary", partial(drafted, 32000, 64)

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from arriero.shards.engine.speculation.corpus import BYTES_PER_TOKEN, Corpora, Corpus
 from arriero.shards.engine.speculation.draft_length import Acceptance, StepCost, choose_lengths
 from arriero.shards.engine.speculation.match_proposer import MatchProposer
-from arriero.shards.engine.speculation.token_index import LONG, SHORT, TokenIndex
+from arriero.shards.engine.speculation.token_index import LENGTHS, LONG, TokenIndex
 
 texts = st.lists(st.integers(0, 3), max_size=60)
 
 
 def longest_match(text: list[int]) -> int:
-    """Length of the longest suffix, up to six tokens, that occurs before; 0 below three."""
-    for length in (LONG, SHORT):
+    """Length of the longest suffix of an indexed length that occurs before; 0 without one."""
+    for length in LENGTHS:
         tail = text[len(text) - length :]
         for start in range(len(text) - length):
             if len(tail) == length and text[start : start + length] == tail:
@@ -102,6 +102,29 @@ def test_a_prediction_is_proposed_from_its_start() -> None:
     tokens.append(30)
     proposer.extend()
     assert proposer.propose(8) == []
+
+
+def test_outputs_that_begin_alike_go_on_alike() -> None:
+    corpora = Corpora(1 << 20)
+    tenant = ("a", b"")
+    corpora.add(tenant, [8, 1, 2, 3])
+    corpora.add(tenant, [9, 8, 5, 6])
+    tokens = array("i", [40, 41, 8])  # the prompt, and the first token of the output
+    proposer = MatchProposer(tokens, 2, (), corpora.of(tenant))
+    assert (proposer.propose(3), proposer.matched) == ([1, 2, 3], 2), "not the later 8, 5, 6"
+    assert MatchProposer(tokens, 3, (), corpora.of(tenant)).propose(3) == [5, 6]
+
+
+def test_a_sequence_starts_with_its_tenants_rates() -> None:
+    ended = Acceptance()
+    for _ in range(40):
+        ended.note(1, 1, 0)
+    tenant = Acceptance()
+    tenant.learn(ended)
+    started = Acceptance(tenant)
+    assert Acceptance().rate(1) < started.rate(1) == tenant.rate(1) < ended.rate(1)
+    started.note(1, 0, 1)
+    assert started.rate(1) < tenant.rate(1), "a copy"
 
 
 def test_tenants_do_not_share_a_corpus() -> None:

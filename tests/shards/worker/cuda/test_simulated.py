@@ -26,7 +26,7 @@ from arriero.shards.config.adapters import AdapterSlots
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.config.kv_tiers import RowType
 from arriero.shards.config.sampling_params import SamplingParams
-from arriero.shards.config.speculation import SpeculationConfig
+from arriero.shards.config.speculation import DraftKind, SpeculationConfig
 from arriero.shards.engine.speculation.draft_length import StepCost
 from arriero.shards.errors import SpecError
 from arriero.shards.kv.block_shards import BlockForm, BlockShard
@@ -37,6 +37,7 @@ from arriero.shards.worker.cuda.rehearsal import prompt_sizes
 from arriero.shards.worker.cuda.runner import CudaRunner
 from support import triton_interpreter
 from support.adapters import write_adapter
+from support.eagle3_heads import head_settings, head_weights, write_head
 from support.fake_cuda import DeviceTensor, simulated
 from support.groups import running
 from support.models import tiny_llama, tiny_llama4
@@ -140,6 +141,31 @@ def test_drafts_change_no_token(tmp_path: Path, kind: str, monkeypatch: pytest.M
     assert [one.error for one in answers] == [None] * len(answers)
     assert [one.tokens for one in answers] == [one.tokens for one in expected]
     assert 0 < counts.accepted < counts.drafted or (kind == "draft" and counts.accepted)
+
+
+@pytest.mark.parametrize("kind", [pytest.param("draft", marks=pytest.mark.slow), "eagle3"])
+def test_drafts_of_models_compile_nothing(
+    tmp_path: Path, kind: DraftKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows of a drafter and its draws, with the ids of a smaller vocabulary in a head."""
+    target, drafter = tmp_path / "target", tmp_path / "drafter"
+    tiny_llama(target, seed=3)
+    if kind == "draft":
+        tiny_llama(drafter, seed=4)
+    else:
+        settings = head_settings(draft_vocab=96, taps=[1])
+        write_head(drafter, settings, head_weights(settings))
+    config = config_of(target)
+    params = [SamplingParams(max_tokens=5, temperature=1.0, seed=4)]
+    expected = tokens(config, PROMPTS[1:2], params)
+    monkeypatch.setattr(StepCost, "share", lambda *args: 0.0)
+    drafts = SpeculationConfig(kind=kind, max_tokens=2, model_path=str(drafter))
+    with simulated() as device, running(replace(on_cuda(config), speculation=drafts)) as group:
+        device.clear()
+        (answer,) = group.generate(PROMPTS[1:2], params)
+        assert (answer.error, answer.tokens) == (None, expected[0])
+        assert group.engine.stats().speculation.drafted
+        assert not device.compiles, "serving compiles nothing"
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
