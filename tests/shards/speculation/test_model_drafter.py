@@ -11,8 +11,10 @@ from kernels.draws import Row, draw
 from torch import Tensor
 
 from arriero.kernels.ops import Ops
+from arriero.kernels.sampling_rows import Sampled, SamplingRows
 from arriero.shards.checkpoint.tensor_folder import TensorFolder
 from arriero.shards.config.sampling_params import SamplingParams
+from arriero.shards.config.speculation import DraftKind
 from support.draft_loop import DraftLoop, Text
 from support.eagle3_heads import ReferenceHead, head_settings, head_weights, write_head
 from support.models import tiny_llama
@@ -92,6 +94,34 @@ def test_drafts_are_shorter_without_blocks(target: Path, ops: Ops) -> None:
     assert len(text.drafts) == 8
     loop.step([0])
     assert all(_right(text))
+
+
+@pytest.mark.parametrize("kind", ["draft", "eagle3"])
+def test_the_warm_up_computes_and_draws_in_each_form(
+    target: Path, tmp_path: Path, kind: DraftKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of each size, and draws as in steps, of a head by the ids of its vocabulary."""
+    head = head_settings(draft_vocab=48)
+    write_head(tmp_path / "head", head, head_weights(head))
+    ops = exact_ops("reference")
+    drawn: list[tuple[bool, int | None]] = []
+    sample = ops.sample
+
+    def seen(logits_RV: Tensor, rows: SamplingRows) -> Sampled:
+        ids = rows.token_ids_V
+        drawn.append((rows.all_greedy, None if ids is None else len(ids)))
+        return sample(logits_RV, rows)
+
+    monkeypatch.setattr(ops, "sample", seen)
+    drafter = target if kind == "draft" else tmp_path / "head"
+    loop = DraftLoop(target, kind, drafter, ops, sequences=1)
+    loop.drafter.warm_up([2, 16, 1100], 64, torch.float32)  # 1100 are more than the slot has
+    assert set(drawn) == {(greedy, 48 if kind == "eagle3" else None) for greedy in (True, False)}
+    if kind == "draft":
+        text = loop.enter(0, list(range(9)), SAMPLED)
+        for _ in range(4):
+            loop.step([0], 4, ahead=4)
+        assert text.mean_emitted == 5, "what the warm-up wrote is read by nobody"
 
 
 def test_a_slot_is_used_again(target: Path, ops: Ops) -> None:
