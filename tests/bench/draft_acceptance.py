@@ -7,8 +7,8 @@ were all right. `coupled` counts drafts that equal the target's draw: both draw 
 race with the same noise for each token, at the same seed and position. `rejection` is the mean of
 sum(min(p, q)), which standard rejection sampling accepts; `greedy` the mean of p(argmax q), for
 drafts without noise. The column `deviation` is that of the mean `coupled`.
-The tokens of each run are compared with a run without drafts. A head runs with its taps, and once
-with each tap one layer later, to tell the two meanings of tap ids apart.
+The tokens of each run are compared with a run without drafts. A head runs with its taps, and with
+each tap one layer earlier and later, as the wrong meaning of explicit tap ids would take them.
 """
 
 from __future__ import annotations
@@ -161,8 +161,9 @@ def main() -> None:
         layers = json.loads((arguments.target / "config.json").read_text())["num_hidden_layers"]
         taps = head.taps(layers)
         runs.append((f"eagle3, taps {taps}", "eagle3", arguments.eagle3, taps))
-        later = tuple(tap + 1 for tap in taps)
-        runs.append((f"eagle3, taps {later}", "eagle3", arguments.eagle3, later))
+        for shift in (-1, 1):
+            moved = tuple(tap + shift for tap in taps)
+            runs.append((f"eagle3, taps {moved}", "eagle3", arguments.eagle3, moved))
     results = []
     known: dict[float, Any] = {}
     for name, kind, folder, taps_ in runs:

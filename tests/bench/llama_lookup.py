@@ -46,7 +46,8 @@ class LlamaLookup:
             RuntimeError: the program failed, or printed no rate.
         """
         command = [str(self.program), "-m", str(self.model), "-p", prompt, "-n", str(output)]
-        command += ["-t", str(self.threads), "--draft", str(drafted), "--temp", "0", "--ignore-eos"]
+        command += ["-t", str(self.threads), "--spec-draft-n-max", str(drafted)]
+        command += ["--temp", "0", "--ignore-eos"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S)
         printed = done.stdout + done.stderr
         rates = _RATE.findall(printed)
