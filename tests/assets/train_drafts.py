@@ -533,7 +533,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--target", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path.home() / ".cache/arriero/drafts")
-    parser.add_argument("--texts", type=int, default=192)
+    parser.add_argument("--texts", type=int, default=256)
     parser.add_argument("--head-epochs", type=int, default=3)
     parser.add_argument("--draft-epochs", type=int, default=5)
     parser.add_argument("--window", type=int, default=LENGTH, help="positions of a text in a step")
