@@ -14,6 +14,7 @@ _HEADERS = [
     "simd.h",
     "buffer.h",
     "matrix.h",
+    "narrow.h",
     "pairs.h",
     "pool.h",
     "product.h",

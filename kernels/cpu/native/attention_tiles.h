@@ -6,19 +6,28 @@
 #include <array>
 #include <utility>
 
+#include "narrow.h"
 #include "pairs.h"
 
 namespace arriero {
 
 // Few rows take four vectors at a time, so that enough sums run side by side.
-inline constexpr int kFewRows = kMaxRows / 2;
+#if defined(ARRIERO_AVX2)
+inline constexpr int kFewRows = 1, kSomeRows = kPanelRows;  // up to these: four vectors, two
+#else
+inline constexpr int kFewRows = kMaxRows / 2, kSomeRows = kMaxRows;
+#endif
 
 template <int32_t type, bool kRounded, int M, int V>
 constexpr Kernel score_tile() {
 #if defined(ARRIERO_BF16)
     if constexpr (kRounded) return pair_kernel<kBFloat16, M, V, 1, false, false>;
 #endif
+#if defined(ARRIERO_AVX2)
+    return narrow_kernel<type, M, V, 1, false>;
+#else
     return float_kernel<type, M, V, 1, false>;
+#endif
 }
 
 template <int32_t type, bool kRounded, int V, size_t... M>
@@ -29,16 +38,17 @@ constexpr auto score_kernels(std::index_sequence<M...>) {
 template <int32_t type, bool kRounded>
 inline Kernel score_kernel(int rows, int vectors) {
     using Many = std::make_index_sequence<kMaxRows>;
+    using Some = std::make_index_sequence<kSomeRows>;
     using Few = std::make_index_sequence<kFewRows>;
     static constexpr auto one = score_kernels<type, kRounded, 1>(Many{});
-    static constexpr auto two = score_kernels<type, kRounded, 2>(Many{});
+    static constexpr auto two = score_kernels<type, kRounded, 2>(Some{});
     static constexpr auto four = score_kernels<type, kRounded, 4>(Few{});
     return (vectors == 4 ? four.data() : vectors == 2 ? two.data() : one.data())[rows - 1];
 }
 
 // How many vectors the next tile takes, of `left` that remain, when tiles have `rows` rows or less.
 inline int tile_vectors(int rows, int left) {
-    return left >= 4 && rows <= kFewRows ? 4 : left >= 2 ? 2 : 1;
+    return left >= 4 && rows <= kFewRows ? 4 : left >= 2 && rows <= kSomeRows ? 2 : 1;
 }
 
 // M rows of weights by V vectors of values, along the groups of a split: out [M][V * 16].
@@ -67,6 +77,13 @@ void value_kernel(const ValueTile& t) {
             return set1(reinterpret_cast<const float*>(t.p + m * t.p_stride)[g * kLanes + slot]);
         };
         const int pairs = t.counts[g] / 2;
+#if defined(ARRIERO_AVX2)
+        for (int i = 0; i < pairs; ++i) {
+            auto vector = [&](int v) { return w + v * t.vector_stride + i * step; };
+            add_input<type, 0>(acc, vector, [&](int m) { return p(m, 2 * i).a; });
+            add_input<type, 1>(acc, vector, [&](int m) { return p(m, 2 * i + 1).a; });
+        }
+#else
         for (int i = 0; i < pairs; ++i) {
             F16 first[V], second[V];
 #pragma GCC unroll 4
@@ -85,6 +102,7 @@ void value_kernel(const ValueTile& t) {
                 for (int v = 0; v < V; ++v) acc[m][v] = fma(x, second[v], acc[m][v]);
             }
         }
+#endif
         if (t.counts[g] % 2) {  // the other slot of the pair was never written: leave it out
             for (int v = 0; v < V; ++v) {
                 F16 first, second;
@@ -159,9 +177,10 @@ constexpr auto value_kernels(std::index_sequence<M...>) {
 template <int32_t type, bool kRounded>
 inline ValueKernel value_kernel_for(int rows, int vectors) {
     using Many = std::make_index_sequence<kMaxRows>;
+    using Some = std::make_index_sequence<kSomeRows>;
     using Few = std::make_index_sequence<kFewRows>;
     static constexpr auto one = value_kernels<type, kRounded, 1>(Many{});
-    static constexpr auto two = value_kernels<type, kRounded, 2>(Many{});
+    static constexpr auto two = value_kernels<type, kRounded, 2>(Some{});
     static constexpr auto four = value_kernels<type, kRounded, 4>(Few{});
     return (vectors == 4 ? four.data() : vectors == 2 ? two.data() : one.data())[rows - 1];
 }

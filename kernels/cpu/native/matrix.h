@@ -27,7 +27,7 @@ inline constexpr float kInt4Zero = 8.0f;  // where a matrix has no zeros of its 
 inline constexpr int kMaxRows = 12;  // 24 accumulators, 2 weights, the broadcast, the mask
 inline constexpr int kThinRows = 4;  // up to here two panels go together, for longer chains
 #elif defined(ARRIERO_AVX2)
-inline constexpr int kMaxRows = 3;
+inline constexpr int kMaxRows = 6;  // 12 accumulators, 2 weights, the broadcast, a mask (narrow.h)
 inline constexpr int kThinRows = 1;
 #else
 inline constexpr int kMaxRows = 2;
@@ -103,6 +103,7 @@ struct Matrix {
     int32_t whole;  // every `zero` is a small whole number, so that q - zero is one too
 
     int64_t pairs() const { return ceil_div(in_features, 2); }
+    int64_t groups() const { return group ? ceil_div(in_features, group) : 0; }
     int64_t panels() const { return ceil_div(out_features, kPanel); }
     int64_t panel_bytes() const { return pairs() * 2 * vector_bytes(type); }
     int64_t columns() const { return panels() * kPanel; }
@@ -130,6 +131,9 @@ struct Tile {
     const float* zero[4];
     int64_t group_stride;  // floats from one group's scales to the next
     int64_t group_pairs;
+    bool resumes;  // the sums go on from what is in `c`
+    const float* sums;  // of each row's groups of inputs, where a kernel wants them
+    int64_t sums_stride;  // floats
     char* kept;  // where a kernel leaves the pairs of bf16 that it made of the weights
 };
 

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "buffer.h"
+#include "narrow.h"
 #include "pairs.h"
 #include "pool.h"
 
@@ -52,6 +53,7 @@ inline void store_inputs(const Rows& rows, bool rounded, int64_t row, int64_t at
 
 inline constexpr int kRowBlock = 96;  // rows of a block: its inputs stay in the second cache
 
+#if !defined(ARRIERO_AVX2)
 template <int32_t type, size_t... M>
 constexpr auto wide_floats(std::index_sequence<M...>) {
     return std::array<Kernel, sizeof...(M)>{float_kernel<type, int(M) + 1, 2, 2, true>...};
@@ -68,6 +70,7 @@ template <int32_t type, size_t... M>
 constexpr auto thin_groups(std::index_sequence<M...>) {
     return std::array<Kernel, sizeof...(M)>{group_kernel<type, int(M) + 1, 4>...};
 }
+#endif
 #if defined(ARRIERO_BF16)
 template <int32_t type, bool kGroups, int M, int V, bool KEEP>
 constexpr Kernel pair_kernel_for() {
@@ -103,6 +106,7 @@ inline Kernel pair_kernel_of(int32_t type, bool groups, bool thin, int rows) {
 }
 #endif
 
+#if !defined(ARRIERO_AVX2)
 // The kernel over float32 inputs for `rows` rows by one panel (wide) or two (thin).
 inline Kernel float_kernel_of(int32_t type, bool thin, int rows) {
     using Wide = std::make_index_sequence<kMaxRows>;
@@ -132,6 +136,7 @@ inline Kernel kernel_of(int32_t type, [[maybe_unused]] bool groups, [[maybe_unus
 #endif
     return float_kernel_of(type, thin, rows);
 }
+#endif
 
 // A thread's panel of weights as pairs of bf16, made by the first tile of a block of rows.
 inline thread_local Buffer expanded;
@@ -147,11 +152,36 @@ struct Block {
 
 inline constexpr int kBlockStride = 2 * kPanel;
 
-// Two panels by a block of rows, into c; `fetch`: the two that are multiplied next, or null.
+// The sums of each group of inputs of `rows` rows, [row][group]; null where no kernel wants them.
+inline const float* group_sums([[maybe_unused]] const Matrix& m, [[maybe_unused]] const Rows& a,
+                               [[maybe_unused]] int64_t row, [[maybe_unused]] int rows) {
+#if defined(ARRIERO_AVX2)
+    if (m.group == 0) return nullptr;
+    static thread_local Buffer room;
+    const int64_t groups = m.groups();
+    float* sums = reinterpret_cast<float*>(room.room(rows * groups * 4));
+    for (int r = 0; r < rows; ++r) {
+        const float* x = a.floats(row + r);
+        for (int64_t g = 0, from = 0; g < groups; ++g, from += m.group) {
+            const int64_t to = std::min(from + m.group, m.in_features);
+            F16 total = zero();
+            int64_t i = from;
+            for (; i + kLanes <= to; i += kLanes) total = add(total, load(x + i));
+            if (i < to) total = add(total, load_n(x + i, int(to - i)));
+            sums[r * groups + g] = reduce_add(total);
+        }
+    }
+    return sums;
+#else
+    return nullptr;
+#endif
+}
+
+// Two panels by a block of rows, into c; `fetch`: the two that are multiplied next, or null; `sums`
+// of the rows' groups.
 inline void multiply(const Matrix& m, const Rows& a, bool rounded, Block& block,
-                     const char* const (&fetch)[2]) {
+                     const char* const (&fetch)[2], [[maybe_unused]] const float* sums) {
     const int64_t pairs = m.pairs();
-    const int64_t step = 2 * vector_bytes(m.type);
     auto place = [&](Tile& t, int v, int64_t panel) {
         for (int half = 0; half < 2; ++half) {
             t.w[v + half] = m.panel(panel) + half * vector_bytes(m.type);
@@ -168,6 +198,8 @@ inline void multiply(const Matrix& m, const Rows& a, bool rounded, Block& block,
     t.c_stride = kBlockStride;
     t.group_pairs = m.group ? m.group / 2 : pairs;
     t.group_stride = m.columns();
+    t.sums = sums;
+    t.sums_stride = m.groups();
     if (block.rows <= kThinRows && block.second >= 0) {
         t.a = a.data + block.row * a.stride;
         t.c = block.c;
@@ -176,8 +208,22 @@ inline void multiply(const Matrix& m, const Rows& a, bool rounded, Block& block,
         t.fetch_second = fetch[1] ? fetch[1] : m.panel(block.second);
         place(t, 0, block.first);
         place(t, 2, block.second);
+#if defined(ARRIERO_AVX2)
+        narrow_kernel_of(m.type, 0)(t);
+    } else {
+        for (int half = 0; half < (block.second < 0 ? 1 : 2); ++half) {
+            const int64_t panel = half ? block.second : block.first;
+            const char* ahead = !half && block.second >= 0 ? m.panel(block.second) : fetch[0];
+            place(t, 0, panel);
+            t.a = a.data + block.row * a.stride;
+            t.c = block.c + half * kPanel;
+            narrow_panel(m, block.rows, ahead ? ahead : m.panel(panel), t);
+        }
+    }
+#else
         kernel_of(m.type, m.group != 0, rounded, true, block.rows)(t);
     } else {
+        const int64_t step = 2 * vector_bytes(m.type);
         const int tiles = int(ceil_div(block.rows, kMaxRows));
         const bool expands = rounded && m.type != kBFloat16;
         if (expands) t.kept = expanded.room(pairs * 2 * vector_bytes(kBFloat16));
@@ -203,6 +249,7 @@ inline void multiply(const Matrix& m, const Rows& a, bool rounded, Block& block,
             }
         }
     }
+#endif
     if (m.group == 0 && m.scale != nullptr) {
         for (int half = 0; half < (block.second < 0 ? 1 : 2); ++half) {
             const float* scale = m.scale + (half ? block.second : block.first) * kPanel;
@@ -261,10 +308,11 @@ class Product {
         const int64_t row = num_rows_ * block / row_blocks_;
         const int rows = int(num_rows_ * (block + 1) / row_blocks_ - row);
         const int64_t to = std::min(from + chunk_, steps_);
+        const float* sums = group_sums(m_, a_, row, rows);
         for (int64_t step = from; step < to; ++step) {
             const Ahead next = step + 1 < to ? panels_of(step + 1) : after;
             Block out{row, rows, first_of(step), second_of(step), c};
-            multiply(m_, a_, rounded_, out, {next.first, next.second});
+            multiply(m_, a_, rounded_, out, {next.first, next.second}, sums);
             finish(out);
         }
     }

@@ -193,21 +193,21 @@ inline F16 load_bf16(const bf16* p) { return {bf16_to_8_floats(p), bf16_to_8_flo
 inline __m128i load_8x8(const char* p) {
     return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
 }
+inline __m256 int8_to_8_floats(const char* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load_8x8(p)));
+}
 inline void expand_int8(const void* p, F16& first, F16& second) {
     const char* q = static_cast<const char*>(p);
-    auto value = [](const char* r) {
-        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load_8x8(r)));
-    };
-    first = {value(q), value(q + 8)};
-    second = {value(q + 16), value(q + 24)};
+    first = {int8_to_8_floats(q), int8_to_8_floats(q + 8)};
+    second = {int8_to_8_floats(q + 16), int8_to_8_floats(q + 24)};
 }
-inline float f16_to_float(uint16_t half);
+inline __m256 f16_to_8_floats(const char* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 inline void expand_f16(const void* p, F16& first, F16& second) {
-    const uint16_t* q = static_cast<const uint16_t*>(p);
-    float values[32];
-    for (int i = 0; i < 32; ++i) values[i] = f16_to_float(q[i]);
-    first = load(values);
-    second = load(values + 16);
+    const char* q = static_cast<const char*>(p);
+    first = {f16_to_8_floats(q), f16_to_8_floats(q + 16)};
+    second = {f16_to_8_floats(q + 32), f16_to_8_floats(q + 48)};
 }
 inline __m256 fp8_to_float(const char* p) {
     __m256i byte = _mm256_cvtepu8_epi32(load_8x8(p));
