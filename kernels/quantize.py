@@ -17,6 +17,10 @@ from torch import Tensor
 
 from arriero.kernels.quantized_weight import FP8_MAX, QuantizedWeight, nonzero, stack
 
+_MIN_HALF_SCALE = 2.0**-17
+"""From here on float16 moves the highest of 16 levels by at most 1/32 of a step."""
+_MAX_HALF_ZERO = 64
+"""Up to here float16 has a number within 1/64 of each zero point."""
 _SEARCH_STEPS = 8
 _SEARCH_ELEMENTS = 1 << 17
 """Number of weights for a search of scales at a time, small enough for the CPU cache."""
@@ -55,6 +59,7 @@ def quantize_int4(
     *,
     search: bool = True,
     importance_I: Tensor | None = None,
+    half: bool = False,
 ) -> QuantizedWeight:
     """Round each group of columns to 16 evenly spaced levels.
 
@@ -68,6 +73,8 @@ def quantize_int4(
         search: search for better levels than those of the plain range.
         importance_I: float [I], weight of each column in the squared error; with the mean square of
             each input over sample text, the error is that of the product. None for equal weights.
+        half: round scales and zero points to numbers of float16, where that moves no level by
+            more than 1/32 of a step: CPU kernels then keep both in 16 bits.
 
     Raises:
         ValueError: the group size is not positive.
@@ -86,14 +93,27 @@ def quantize_int4(
     q_OI, scale_OG, low_OG = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     q_OI = q_OI.flatten(1)[:, :num_columns]
     q_OI = F.pad(q_OI, (0, num_columns % 2))
+    zero_OG = -low_OG / scale_OG
+    rounded = _half_precision(scale_OG, zero_OG) if half else None
+    scales_OG, zeros_OG = rounded or (scale_OG, zero_OG)
     return QuantizedWeight(
         kind="int4",
         in_features=num_columns,
         data=q_OI[:, ::2] | q_OI[:, 1::2] << 4,
-        scales=scale_OG,
-        zeros=-low_OG / scale_OG,
+        scales=scales_OG,
+        zeros=zeros_OG,
         group_size=group_size,
+        half_scales=rounded is not None,
     )
+
+
+def _half_precision(scale_OG: Tensor, zero_OG: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Scales and zero points rounded to float16; None where float16 is too coarse for some."""
+    rounded_OG = scale_OG.half().float()
+    moved_OG = zero_OG * (scale_OG / rounded_OG)  # so that the lowest value stays where it is
+    fits_OG = (rounded_OG >= _MIN_HALF_SCALE) & rounded_OG.isfinite()
+    fits_OG &= moved_OG.abs() <= _MAX_HALF_ZERO
+    return (rounded_OG, moved_OG.half().float()) if bool(fits_OG.all()) else None
 
 
 def quantize_int4_whole(

@@ -47,6 +47,8 @@ class QuantizedWeight:
             so that q * scale is exact in bfloat16.
         group_size: columns that share a scale; I where a group is a row. The last group of a row
             may be shorter.
+        half_scales: int4: scales and zeros are numbers of float16, so that a backend may keep
+            them in 16 bits.
     """
 
     kind: QuantKind
@@ -56,6 +58,7 @@ class QuantizedWeight:
     zeros: Tensor | None = None
     row_scales: Tensor | None = None
     group_size: int
+    half_scales: bool = False
 
     def __post_init__(self) -> None:
         rows = self.data.shape[0]
@@ -197,6 +200,7 @@ def stack(weights: list[QuantizedWeight]) -> QuantizedWeight:
         scales=torch.cat([w.scales for w in weights]),
         zeros=zeros,
         row_scales=None if not row_scales else torch.cat(row_scales),
+        half_scales=all(w.half_scales for w in weights),
     )
 
 

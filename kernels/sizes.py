@@ -28,6 +28,7 @@ class MatrixSize:
         precision: precision of the weights.
         group_size: int4, fp4: columns that share a scale.
         zeros: int4: the weights have zero points.
+        half_scales: int4: scales and zero points are numbers of float16.
         bias: the matrix has a bias.
     """
 
@@ -36,6 +37,7 @@ class MatrixSize:
     precision: Precision
     group_size: int = 128
     zeros: bool = True
+    half_scales: bool = False
     bias: bool = False
 
     @property

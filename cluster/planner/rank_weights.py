@@ -140,6 +140,7 @@ def _packed(
                 precision=stack.precision,
                 group_size=group,
                 zeros=weights.zeros,
+                half_scales=weights.half_scales,
                 bias=first.bias and (first.columns is None or part.tp_rank == 0),
             )
             packed = BACKENDS[kernels].packed_nbytes(matrix)

@@ -59,6 +59,7 @@ class Weights:
         precision: precision of the quantized products.
         group_size: columns that share a scale in int4.
         zeros: int4 has zero points.
+        half_scales: scales and zero points of int4 are numbers of float16.
         tables: precision of the embedding and the head; None for `base`.
     """
 
@@ -68,6 +69,7 @@ class Weights:
     precision: Precision | None = None
     group_size: int = GROUP_SIZE
     zeros: bool = True
+    half_scales: bool = False
     tables: Precision | None = None
 
     def precision_of(self, module: Module) -> Precision:
@@ -119,6 +121,7 @@ def weights_as(model: AnyModel, scheme: QuantScheme | None, dtype: Dtype) -> Wei
             base="bfloat16",
             precision="int4",
             group_size=ON_LOAD_GROUP_SIZE,
+            half_scales=True,
             tables="int8",
         )
     if dtype == "fp8" or dtype == "int4":

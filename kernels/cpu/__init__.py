@@ -38,6 +38,7 @@ class CpuBackend(Backend):
         scales = matrix.scales_nbytes(rows)
         if matrix.precision == "int4":
             row_bytes = matrix.byte_columns
+            scales //= 2 if matrix.half_scales else 1
         elif matrix.precision == "fp4":  # packed as bfloat16, with a scale for each row
             row_bytes, scales = 2 * matrix.byte_columns * PLAIN["bfloat16"], rows * FLOAT
         return PackedBytes(

@@ -18,7 +18,7 @@ from typing import Any
 
 _LOG = logging.getLogger(__name__)
 
-_ABI = 8
+_ABI = 9
 """Must equal `arriero_abi()`, so that a library of an older build is not used."""
 
 VARIANTS = ("avx512bf16", "avx512", "avx2", "portable")
@@ -43,6 +43,7 @@ class Matrix(ctypes.Structure):
         ("zero", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("type", ctypes.c_int32),
+        ("scale_type", ctypes.c_int32),
         ("group", ctypes.c_int32),
         ("whole", ctypes.c_int32),
     )

@@ -160,23 +160,26 @@ def pack_quantized(
     panels = -(-out_features // PANEL)
     size = panels * pairs * PANEL * (1 if first.kind == "int4" else 2)
     data, mapping = _allocate(size, folder)
-    scale_GO = _columns([w.scales for w in weights])
-    tensors = [data, scale_GO]
+    scales = [w.scales for w in weights]
+    zeros = []
+    if any(w.zeros is not None for w in weights):
+        zeros = [
+            torch.full_like(w.scales, INT4_ZERO) if w.zeros is None else w.zeros for w in weights
+        ]
+    dtype = torch.float16 if all(w.half_scales for w in weights) else torch.float32
+    tensors = [data, _columns(scales, dtype)]
     struct = Matrix(
         out_features=out_features,
         in_features=first.in_features,
         data=data.data_ptr(),
-        scale=scale_GO.data_ptr(),
+        scale=tensors[1].data_ptr(),
         type=_QUANTIZED[first.kind],
+        scale_type=TYPES[dtype],
     )
     if first.kind == "int4":
         struct.group = first.group_size if num_groups > 1 else 2 * pairs
-        if any(w.zeros is not None for w in weights):
-            zeros = [
-                torch.full_like(w.scales, INT4_ZERO) if w.zeros is None else w.zeros
-                for w in weights
-            ]
-            tensors.append(_columns(zeros))
+        if zeros:
+            tensors.append(_columns(zeros, dtype))
             struct.zero = tensors[-1].data_ptr()
             struct.whole = all(_whole(zero) for zero in zeros)
     _set_bias(struct, tensors, bias_O)
@@ -212,13 +215,13 @@ def _pack_fp4(
     return replace(packed, tensors=(*packed.tensors, scale_1O))
 
 
-def _columns(values: Sequence[Tensor]) -> Tensor:
-    """Numbers [O, G] of stacked matrices, transposed to [G, O padded to whole panels]."""
-    value_GO = torch.cat([v.detach().to("cpu", torch.float32) for v in values]).t()
-    num_groups, out_features = value_GO.shape
-    padded = torch.zeros(num_groups, -(-out_features // PANEL) * PANEL)
-    padded[:, :out_features] = value_GO
-    return padded
+def _columns(values: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Numbers [O, G] of stacked matrices as [panels, G, columns of a panel], padded with zeros."""
+    value_OG = torch.cat([v.detach().to("cpu", torch.float32) for v in values])
+    out_features, num_groups = value_OG.shape
+    padded = torch.zeros(-(-out_features // PANEL) * PANEL, num_groups, dtype=dtype)
+    padded[:out_features] = value_OG
+    return padded.view(-1, PANEL, num_groups).transpose(1, 2).contiguous()
 
 
 def _whole(zeros: Tensor) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from types import TracebackType
 
 import torch
@@ -40,7 +40,7 @@ PAGED_BYTES = 64 << 20
 
 QUANTIZERS: dict[str, Callable[[Tensor], QuantizedWeight]] = {
     "int8": quantize_int8,
-    "int4": quantize_int4,
+    "int4": partial(quantize_int4, half=True),
     "fp8": quantize_fp8,
 }
 """Quantizer of plain weights during loading, by value of `quantization`."""

@@ -12,7 +12,6 @@ nothing of attention and of models.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import statistics
 import time
@@ -103,7 +102,7 @@ def pack(ops: CpuOps, form: str, out_features: int, in_features: int) -> Linear:
     if form == "fp8":
         return ops.pack_quantized([quantize_fp8(weight_OI)], None)
     group = int(form.removeprefix("int4-"))
-    return ops.pack_quantized([quantize_int4(weight_OI, group)], None)
+    return ops.pack_quantized([quantize_int4(weight_OI, group, search=False, half=True)], None)
 
 
 def cpu_times(run: Callable[[], None], repeats: int) -> list[float]:
@@ -186,8 +185,10 @@ def main() -> None:
     bench = Bench(arguments.repeats)
     model = MODELS[arguments.model]
     print(f"memory {bench.memory * 1e-9:.1f} GB/s, multiply {bench.multiply * 1e-9:.1f} GFLOP/s")
-    print(f"{'form':9} {'part':7} {'rows':>4} {'ms':>8} {'median':>8} {'GB/s':>6} {'GFLOP/s':>8}"
-          f" {'share':>6}")
+    print(
+        f"{'form':9} {'part':7} {'rows':>4} {'ms':>8} {'median':>8} {'GB/s':>6} {'GFLOP/s':>8}"
+        f" {'share':>6}"
+    )
     cells = []
     for form in arguments.forms.split(","):
         for part in arguments.parts.split(","):
@@ -198,8 +199,11 @@ def main() -> None:
             for rows in map(int, arguments.rows.split(",")):
                 cell = bench.cell(arguments.model, form, part, matrices, rows)
                 cells.append(cell)
-                print(f"{form:9} {part:7} {rows:4} {cell.ms:8.2f} {cell.median_ms:8.2f}"
-                      f" {cell.gb_s:6.2f} {cell.gflop_s:8.1f} {cell.share:6.2f}", flush=True)
+                print(
+                    f"{form:9} {part:7} {rows:4} {cell.ms:8.2f} {cell.median_ms:8.2f}"
+                    f" {cell.gb_s:6.2f} {cell.gflop_s:8.1f} {cell.share:6.2f}",
+                    flush=True,
+                )
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump([asdict(cell) for cell in cells], file)

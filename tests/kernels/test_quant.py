@@ -110,6 +110,25 @@ def test_a_matrix_of_sixteen_levels_comes_back() -> None:
     torch.testing.assert_close(back.dequantize(), w, rtol=1e-5, atol=1e-6)
 
 
+def test_half_scales_are_numbers_of_float16_and_cost_nothing() -> None:
+    w = randn(64, 256)
+    exact, half = quantize_int4(w, 32), quantize_int4(w, 32, half=True)
+    assert half.half_scales and half.zeros is not None and not exact.half_scales
+    for numbers in (half.scales, half.zeros):
+        assert torch.equal(numbers.half().float(), numbers)
+    errors = [(q.dequantize() - w).square().mean() for q in (exact, half)]
+    assert errors[1] < 1.001 * errors[0]
+    assert half.rows(3, 5).half_scales and stack([half, half]).half_scales
+    assert not stack([half, exact]).half_scales
+
+
+def test_scales_too_small_for_float16_stay_float32() -> None:
+    w = randn(4, 64) * 1e-6
+    kept = quantize_int4(w, 32, half=True)
+    assert not kept.half_scales
+    assert torch.equal(kept.dequantize(), quantize_int4(w, 32).dequantize())
+
+
 @pytest.mark.parametrize("kind", QUANTIZERS)
 def test_degenerate_rows(kind: str) -> None:
     w = torch.zeros(4, 96)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,6 +64,36 @@ def test_products(variant: str, kind: str) -> None:
         for rows in (2, 3, 4, 5, 7, 11, 12, 13, 24, 25, 40, 96, 97, 230):
             assert torch.equal(ops.linear(x[:rows], linear), results[0][:rows]), rows
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "kind", ["float32", "bfloat16", "float16", "int8", "fp8", "int4", "int4-half", "int4-zero-8"]
+)
+def test_products_over_blocks_of_inputs(variant: str, kind: str) -> None:
+    """Inputs that need several blocks: each row as alone, and near float64."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(97, 1050, generator=generator)
+    x = torch.randn(26, 1050, generator=generator)
+    quantized = {
+        "int8": lambda: quantize_int8(weight),
+        "fp8": lambda: quantize_fp8(weight),
+        "int4": lambda: quantize_int4(weight, 32, search=False),
+        "int4-half": lambda: quantize_int4(weight, 32, search=False, half=True),
+        "int4-zero-8": lambda: replace(quantize_int4(weight, 128, search=False), zeros=None),
+    }
+    ops = cpu(1, variant, exact=True)
+    if kind in quantized:
+        stored = quantized[kind]()
+        assert stored.half_scales == (kind == "int4-half")
+        linear, meant = ops.pack_quantized([stored], None), stored.dequantize()
+    else:
+        dtype = getattr(torch, kind)
+        linear, meant = ops.pack_linear([weight], None, dtype), weight.to(dtype)
+    alone = torch.cat([ops.linear(row[None], linear) for row in x])
+    for rows in (*range(2, 10), 13, 26):
+        assert torch.equal(ops.linear(x[:rows], linear), alone[:rows]), rows
+    torch.testing.assert_close(alone.double(), x.double() @ meant.double().t(), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

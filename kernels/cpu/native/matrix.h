@@ -88,17 +88,28 @@ inline float load_element(int32_t type, const char* p) {
     return type == kBFloat16 ? bf16_to_float(half) : f16_to_float(half);
 }
 
+// Bytes of an element of a plain type.
+inline constexpr int64_t element_size(int32_t type) { return type == kFloat32 ? 4 : 2; }
+
+// Sixteen elements of a plain type.
+inline F16 load_plain(const char* p, int32_t type) {
+    if (type == kFloat16) return load_f16(reinterpret_cast<const uint16_t*>(p));
+    if (type == kBFloat16) return load_bf16(reinterpret_cast<const bf16*>(p));
+    return load(reinterpret_cast<const float*>(p));
+}
+
 // The C struct that Python fills. int8 and fp8 have one scale a column, applied to the sums; int4
-// one a column and group of inputs, [groups][padded columns], `zero` likewise or null for 8:
-// w = (q - zero) * scale.
+// one a column and group of inputs, [panels][groups][kPanel] of `scale_type`, `zero` likewise or
+// null for 8: w = (q - zero) * scale. A panel's scales lie together: they stream as its weights do.
 struct Matrix {
     int64_t out_features;
     int64_t in_features;
     const char* data;
-    const float* scale;
-    const float* zero;
+    const char* scale;
+    const char* zero;
     const float* bias;
     int32_t type;
+    int32_t scale_type;  // of `scale` and `zero`; float32 where a scale is a column's
     int32_t group;  // int4: inputs that share a scale, an even number; else 0
     int32_t whole;  // every `zero` is a small whole number, so that q - zero is one too
 
@@ -107,6 +118,9 @@ struct Matrix {
     int64_t panels() const { return ceil_div(out_features, kPanel); }
     int64_t panel_bytes() const { return pairs() * 2 * vector_bytes(type); }
     int64_t columns() const { return panels() * kPanel; }
+    const float* column_scales() const { return reinterpret_cast<const float*>(scale); }
+    // Bytes of a group's scales.
+    int64_t scale_bytes() const { return kPanel * element_size(scale_type); }
     const char* panel(int64_t i) const { return data + i * panel_bytes(); }
     int64_t element(int64_t out, int64_t in) const {
         return out / kPanel * panel_bytes() +
@@ -127,9 +141,10 @@ struct Tile {
     // two panels: `fetch_step` is how far ahead of a pair its streams are fetched, on into these.
     const char *fetch, *fetch_second;
     int64_t fetch_step;
-    const float* scale[4];  // group-wise types: first group's
-    const float* zero[4];
-    int64_t group_stride;  // floats from one group's scales to the next
+    const char* scale[4];  // group-wise types: first group's
+    const char* zero[4];
+    int32_t scale_type;
+    int64_t group_stride;  // bytes from one group's scales to the next
     int64_t group_pairs;
     bool resumes;  // the sums go on from what is in `c`
     const float* sums;  // of each row's groups of inputs, where a kernel wants them
@@ -138,6 +153,15 @@ struct Tile {
 };
 
 using Kernel = void (*)(const Tile&);
+
+// Scales and zero points of 16 columns in a group.
+inline F16 group_scales(const Tile& t, int v, int64_t group) {
+    return load_plain(t.scale[v] + group * t.group_stride, t.scale_type);
+}
+inline F16 group_zeros(const Tile& t, int v, int64_t group) {
+    return t.zero[v] ? load_plain(t.zero[v] + group * t.group_stride, t.scale_type)
+                     : set1(kInt4Zero);
+}
 
 inline void prefetch(const char* p) { __builtin_prefetch(p, 0, 2); }
 
@@ -211,8 +235,8 @@ void group_kernel(const Tile& t) {
         F16 scale[V], zeros[V];
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
-            scale[v] = load(t.scale[v] + g * t.group_stride);
-            zeros[v] = t.zero[v] ? load(t.zero[v] + g * t.group_stride) : set1(kInt4Zero);
+            scale[v] = group_scales(t, v, g);
+            zeros[v] = group_zeros(t, v, g);
         }
         int64_t end = start + t.group_pairs < t.pairs ? start + t.group_pairs : t.pairs;
         for (int64_t p = start; p < end; ++p) {

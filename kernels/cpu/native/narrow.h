@@ -43,8 +43,8 @@ inline __m256 expand_half(const char* vector, int half) {
     }
 }
 
-// Ask for what is multiplied next. The smallest tile of a row runs at the memory's pace, and fetches
-// along its own two panels.
+// Ask for what is multiplied next. A single row runs at the memory's pace, and fetches along its own
+// two panels.
 template <int32_t type, int V>
 inline void fetch_next(const Tile& t, int64_t pair, const char*& fetch) {
     if constexpr (V == 4) {
@@ -161,8 +161,7 @@ void narrow_group_kernel(const Tile& t) {
         }
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
-            const F16 scale = load(t.scale[v] + g * t.group_stride);
-            const F16 zeros = t.zero[v] ? load(t.zero[v] + g * t.group_stride) : set1(kInt4Zero);
+            const F16 scale = group_scales(t, v, g), zeros = group_zeros(t, v, g);
 #pragma GCC unroll 8
             for (int m = 0; m < M; ++m) {
                 float* c = t.c + m * t.c_stride + v * kLanes;
@@ -174,8 +173,8 @@ void narrow_group_kernel(const Tile& t) {
     }
 }
 
-inline constexpr int kPanelRows = 3;       // up to here a tile spans a panel, above half of one
-inline constexpr int64_t kBlockBytes = 16 << 10;  // of a panel: half of the first cache
+inline constexpr int kPanelRows = 3;  // up to here a tile spans a panel, above half of one
+inline constexpr int64_t kBlockBytes = 8 << 10;  // of a panel: a quarter of the first cache
 
 template <int32_t type, int M, int V>
 constexpr Kernel narrow_kernel_for() {

@@ -76,13 +76,13 @@ void pair_group_kernel(const Tile& t) {
         F16 acc[M][V], zeros[V];
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v)
-            zeros[v] = t.zero[v] ? load(t.zero[v] + g * t.group_stride) : set1(kInt4Zero);
+            zeros[v] = group_zeros(t, v, g);
         clear<M, V>(acc);
         const int64_t end = start + t.group_pairs < t.pairs ? start + t.group_pairs : t.pairs;
         add_pairs<type, M, V, 2, true, KEEP>(t, start, end, zeros, acc);
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
-            const F16 scale = load(t.scale[v] + g * t.group_stride);
+            const F16 scale = group_scales(t, v, g);
 #pragma GCC unroll 16
             for (int m = 0; m < M; ++m) {
                 float* c = t.c + m * t.c_stride + v * kLanes;

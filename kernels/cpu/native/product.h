@@ -177,101 +177,104 @@ inline const float* group_sums([[maybe_unused]] const Matrix& m, [[maybe_unused]
 #endif
 }
 
-// Two panels by a block of rows, into c; `fetch`: the two that are multiplied next, or null; `sums`
-// of the rows' groups.
-inline void multiply(const Matrix& m, const Rows& a, bool rounded, Block& block,
-                     const char* const (&fetch)[2], [[maybe_unused]] const float* sums) {
-    const int64_t pairs = m.pairs();
-    auto place = [&](Tile& t, int v, int64_t panel) {
-        for (int half = 0; half < 2; ++half) {
-            t.w[v + half] = m.panel(panel) + half * vector_bytes(m.type);
-            if (m.group) {
-                t.scale[v + half] = m.scale + panel * kPanel + half * kLanes;
-                t.zero[v + half] =
-                    m.zero ? m.zero + panel * kPanel + half * kLanes : nullptr;
-            }
-        }
-    };
-    Tile t{};
-    t.a_stride = a.stride;
-    t.pairs = pairs;
-    t.c_stride = kBlockStride;
-    t.group_pairs = m.group ? m.group / 2 : pairs;
-    t.group_stride = m.columns();
-    t.sums = sums;
-    t.sums_stride = m.groups();
-    if (block.rows <= kThinRows && block.second >= 0) {
-        t.a = a.data + block.row * a.stride;
-        t.c = block.c;
-        t.fetch_step = 2048;
-        t.fetch = fetch[0] ? fetch[0] : m.panel(block.first);
-        t.fetch_second = fetch[1] ? fetch[1] : m.panel(block.second);
-        place(t, 0, block.first);
-        place(t, 2, block.second);
-#if defined(ARRIERO_AVX2)
-        narrow_kernel_of(m.type, 0)(t);
-    } else {
-        for (int half = 0; half < (block.second < 0 ? 1 : 2); ++half) {
-            const int64_t panel = half ? block.second : block.first;
-            const char* ahead = !half && block.second >= 0 ? m.panel(block.second) : fetch[0];
-            place(t, 0, panel);
-            t.a = a.data + block.row * a.stride;
-            t.c = block.c + half * kPanel;
-            narrow_panel(m, block.rows, ahead ? ahead : m.panel(panel), t);
+// Point vectors v and v + 1 of a tile at a panel.
+inline void place(Tile& t, const Matrix& m, int v, int64_t panel) {
+    for (int half = 0; half < 2; ++half) {
+        t.w[v + half] = m.panel(panel) + half * vector_bytes(m.type);
+        if (m.group) {
+            const int64_t at = panel * m.groups() * m.scale_bytes() + half * m.scale_bytes() / 2;
+            t.scale[v + half] = m.scale + at;
+            t.zero[v + half] = m.zero ? m.zero + at : nullptr;
         }
     }
+}
+
+// Two panels by few rows: `t` fetches along its own streams, on into `fetch`.
+inline void multiply_thin(const Matrix& m, [[maybe_unused]] bool rounded, const Block& block,
+                          const char* const (&fetch)[2], Tile& t) {
+    t.fetch_step = 2048;
+    t.fetch = fetch[0] ? fetch[0] : m.panel(block.first);
+    t.fetch_second = fetch[1] ? fetch[1] : m.panel(block.second);
+    place(t, m, 0, block.first);
+    place(t, m, 2, block.second);
+#if defined(ARRIERO_AVX2)
+    narrow_kernel_of(m.type, 0)(t);
 #else
-        kernel_of(m.type, m.group != 0, rounded, true, block.rows)(t);
-    } else {
-        const int64_t step = 2 * vector_bytes(m.type);
-        const int tiles = int(ceil_div(block.rows, kMaxRows));
-        const bool expands = rounded && m.type != kBFloat16;
-        if (expands) t.kept = expanded.room(pairs * 2 * vector_bytes(kBFloat16));
-        for (int half = 0; half < (block.second < 0 ? 1 : 2); ++half) {
-            const int64_t panel = half ? block.second : block.first;
-            const char* ahead = !half && block.second >= 0 ? m.panel(block.second) : fetch[0];
-            if (ahead == nullptr) ahead = m.panel(panel);
-            int32_t type = m.type;
-            place(t, 0, panel);
-            t.fetch_step = ceil_div(step, tiles);
-            for (int tile = 0, row = 0; tile < tiles; ++tile) {
-                const int rows = (block.rows - row) / (tiles - tile);
-                t.a = a.data + (block.row + row) * a.stride;
-                t.c = block.c + row * kBlockStride + half * kPanel;
-                t.fetch = ahead + tile * t.fetch_step * pairs;
-                kernel_of(type, m.group != 0, rounded, false, rows)(t);
-                row += rows;
-                if (expands && tile == 0) {  // the others find the panel expanded
-                    type = kBFloat16;
-                    t.w[0] = t.kept;
-                    t.w[1] = t.kept + vector_bytes(kBFloat16);
-                }
-            }
+    kernel_of(m.type, m.group != 0, rounded, true, block.rows)(t);
+#endif
+}
+
+// A panel by a block of rows, whose first is `t.a`; `ahead`: the panel that is multiplied next.
+inline void multiply_panel(const Matrix& m, [[maybe_unused]] bool rounded, int64_t panel, int rows,
+                           const char* ahead, Tile& t) {
+    place(t, m, 0, panel);
+#if defined(ARRIERO_AVX2)
+    narrow_panel(m, rows, ahead, t);
+#else
+    const int64_t step = 2 * vector_bytes(m.type);
+    const int tiles = int(ceil_div(rows, kMaxRows));
+    const bool expands = rounded && m.type != kBFloat16;
+    if (expands) t.kept = expanded.room(t.pairs * 2 * vector_bytes(kBFloat16));
+    int32_t type = m.type;
+    t.fetch_step = ceil_div(step, tiles);
+    for (int tile = 0, row = 0; tile < tiles; ++tile) {
+        const int count = (rows - row) / (tiles - tile);
+        t.fetch = ahead + tile * t.fetch_step * t.pairs;
+        kernel_of(type, m.group != 0, rounded, false, count)(t);
+        row += count;
+        t.a += count * t.a_stride;
+        t.c += count * t.c_stride;
+        if (expands && tile == 0) {  // the others find the panel expanded
+            type = kBFloat16;
+            t.w[0] = t.kept;
+            t.w[1] = t.kept + vector_bytes(kBFloat16);
         }
     }
 #endif
-    if (m.group == 0 && m.scale != nullptr) {
-        for (int half = 0; half < (block.second < 0 ? 1 : 2); ++half) {
-            const float* scale = m.scale + (half ? block.second : block.first) * kPanel;
-            F16 low = load(scale), high = load(scale + kLanes);
-            for (int row = 0; row < block.rows; ++row) {
-                float* c = block.c + row * kBlockStride + half * kPanel;
-                store(c, mul(load(c), low));
-                store(c + kLanes, mul(load(c + kLanes), high));
-            }
+}
+
+// c = f(c, a number of the column) for a block's sums.
+template <class F>
+inline void with_columns(const Block& block, const float* numbers, F&& f) {
+    for (int half = 0; half < (block.second < 0 ? 1 : 2); ++half) {
+        const float* of = numbers + (half ? block.second : block.first) * kPanel;
+        const F16 low = load(of), high = load(of + kLanes);
+        for (int row = 0; row < block.rows; ++row) {
+            float* c = block.c + row * kBlockStride + half * kPanel;
+            store(c, f(load(c), low));
+            store(c + kLanes, f(load(c + kLanes), high));
         }
     }
-    if (m.bias != nullptr) {
+}
+
+// Two panels by a block of rows, into c; `fetch`: the two that are multiplied next, or null; `sums`
+// of the rows' groups.
+inline void multiply(const Matrix& m, const Rows& a, bool rounded, Block& block,
+                     const char* const (&fetch)[2], const float* sums) {
+    Tile t{};
+    t.a = a.data + block.row * a.stride;
+    t.a_stride = a.stride;
+    t.pairs = m.pairs();
+    t.c = block.c;
+    t.c_stride = kBlockStride;
+    t.group_pairs = m.group ? m.group / 2 : m.pairs();
+    t.scale_type = m.scale_type;
+    t.group_stride = m.scale_bytes();
+    t.sums = sums;
+    t.sums_stride = m.groups();
+    if (block.rows <= kThinRows && block.second >= 0) {
+        multiply_thin(m, rounded, block, fetch, t);
+    } else {
         for (int half = 0; half < (block.second < 0 ? 1 : 2); ++half) {
-            const float* bias = m.bias + (half ? block.second : block.first) * kPanel;
-            F16 low = load(bias), high = load(bias + kLanes);
-            for (int row = 0; row < block.rows; ++row) {
-                float* c = block.c + row * kBlockStride + half * kPanel;
-                store(c, add(load(c), low));
-                store(c + kLanes, add(load(c + kLanes), high));
-            }
+            const int64_t panel = half ? block.second : block.first;
+            const char* ahead = !half && block.second >= 0 ? m.panel(block.second) : fetch[0];
+            Tile own = t;
+            own.c += half * kPanel;
+            multiply_panel(m, rounded, panel, block.rows, ahead ? ahead : m.panel(panel), own);
         }
     }
+    if (m.group == 0 && m.scale != nullptr) with_columns(block, m.column_scales(), mul);
+    if (m.bias != nullptr) with_columns(block, m.bias, add);
 }
 
 // What is multiplied next, to be fetched early: two panels, or null.

@@ -96,10 +96,8 @@ inline void expand_int8(const void* p, F16& first, F16& second) {
     first = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(q)));
     second = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(q + 1)));
 }
-inline void expand_f16(const void* p, F16& first, F16& second) {
-    const __m256i* q = static_cast<const __m256i*>(p);
-    first = _mm512_cvtph_ps(_mm256_loadu_si256(q));
-    second = _mm512_cvtph_ps(_mm256_loadu_si256(q + 1));
+inline F16 load_f16(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 // E4M3 without its NaNs (packing refuses them): sign, then exponent and mantissa moved under the
 // float's exponent, whose bias is 120 larger.
@@ -204,10 +202,9 @@ inline void expand_int8(const void* p, F16& first, F16& second) {
 inline __m256 f16_to_8_floats(const char* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-inline void expand_f16(const void* p, F16& first, F16& second) {
-    const char* q = static_cast<const char*>(p);
-    first = {f16_to_8_floats(q), f16_to_8_floats(q + 16)};
-    second = {f16_to_8_floats(q + 32), f16_to_8_floats(q + 48)};
+inline F16 load_f16(const uint16_t* p) {
+    const char* q = reinterpret_cast<const char*>(p);
+    return {f16_to_8_floats(q), f16_to_8_floats(q + 16)};
 }
 inline __m256 fp8_to_float(const char* p) {
     __m256i byte = _mm256_cvtepu8_epi32(load_8x8(p));
@@ -284,9 +281,10 @@ inline void expand_int8(const void* p, F16& first, F16& second) {
     for (int i = 0; i < kLanes; ++i) first[i] = q[i], second[i] = q[16 + i];
 }
 inline float f16_to_float(uint16_t half);
-inline void expand_f16(const void* p, F16& first, F16& second) {
-    const uint16_t* q = static_cast<const uint16_t*>(p);
-    for (int i = 0; i < kLanes; ++i) first[i] = f16_to_float(q[i]), second[i] = f16_to_float(q[16 + i]);
+inline F16 load_f16(const uint16_t* p) {
+    F16 a;
+    for (int i = 0; i < kLanes; ++i) a[i] = f16_to_float(p[i]);
+    return a;
 }
 inline float fp8_to_float(uint8_t byte) {
     return bits_to_float(uint32_t(byte & 0x80) << 24 | uint32_t(byte & 0x7f) << 20) * 0x1p120f;
@@ -301,6 +299,12 @@ inline void expand_int4(const void* p, F16& first, F16& second) {
 }
 
 #endif
+
+inline void expand_f16(const void* p, F16& first, F16& second) {
+    const uint16_t* q = static_cast<const uint16_t*>(p);
+    first = load_f16(q);
+    second = load_f16(q + kLanes);
+}
 
 inline float f16_to_float(uint16_t half) {
     uint32_t sign = uint32_t(half & 0x8000) << 16, rest = half & 0x7fff;
