@@ -213,13 +213,20 @@ class EngineBench:
         prompts: Sequence[Sequence[int]],
         output: int,
         sampling: SamplingParams | None = None,
+        adapters: Sequence[str] = (),
     ) -> Figures:
         """Generate `output` tokens for each prompt, all at once; greedily without `sampling`.
+
+        Args:
+            prompts: token ids of each prompt.
+            output: tokens of each answer.
+            sampling: parameters of all requests.
+            adapters: digest of each request's adapter, "" for the base model; empty for none.
 
         Raises:
             GroupFailed: a request or the group failed; the text is the cause.
         """
-        return self.answers(prompts, output, sampling)[0]
+        return self.answers(prompts, output, sampling, adapters=adapters)[0]
 
     def answers(
         self,
@@ -227,6 +234,7 @@ class EngineBench:
         output: int,
         sampling: SamplingParams | None = None,
         cache_salt: bytes = b"",
+        adapters: Sequence[str] = (),
     ) -> tuple[Figures, list[list[int]]]:
         """As `run`, with the output tokens of each request.
 
@@ -241,7 +249,8 @@ class EngineBench:
         tokens: list[list[int]] = [[] for _ in prompts]
         before = self._engine.stats().speculation
         clock.start()
-        for number, sequence in self._outputs(prompts, sampling or params(output), cache_salt):
+        outputs = self._outputs(prompts, sampling or params(output), cache_salt, adapters)
+        for number, sequence in outputs:
             clock.record(number, len(sequence.tokens))
             tokens[number] += sequence.tokens
         after = self._engine.stats().speculation
@@ -252,6 +261,11 @@ class EngineBench:
             mean_accepted_length=round(1 + accepted / drafts, 3) if drafts else 1.0,
         )
         return figures, tokens
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Digests of the group's listed adapters."""
+        return self._engine.config.adapters
 
     def greedy(
         self, prompts: Sequence[Sequence[int]], output: int, banned: tuple[int, ...] = ()
@@ -275,6 +289,7 @@ class EngineBench:
         prompts: Sequence[Sequence[int]],
         sampling: SamplingParams,
         cache_salt: bytes = b"",
+        adapters: Sequence[str] = (),
     ) -> Iterator[tuple[int, SequenceOutput]]:
         """Submit all prompts at once; gives (number of the prompt, output) at each arrival.
 
@@ -292,6 +307,7 @@ class EngineBench:
                     prompt=tuple(prompt),
                     params=sampling,
                     cache_salt=cache_salt,
+                    adapter=adapters[i] if adapters else "",
                 )
             )
         left = len(prompts)

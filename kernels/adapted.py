@@ -1,4 +1,4 @@
-"""Products and blocks of a layer with the adapters of the rows.
+"""Products and blocks of a layer, the embedding and the head, with the adapters of the rows.
 
 Knows the order of a layer's products; `Ops` computes each. Without adapters each function is the
 base model's definition. Shape legend: kernels/ops.py and kernels/moe.py.
@@ -6,15 +6,17 @@ base model's definition. Shape legend: kernels/ops.py and kernels/moe.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
 from arriero.kernels.layers import DenseLayer, MoELayer
-from arriero.kernels.lora import AdapterRows
+from arriero.kernels.lora import AdapterRows, EmbeddingLora, LoraBank
 from arriero.kernels.moe import Routing
 from arriero.kernels.moe import route as route_by_logits
+from arriero.kernels.packed_weights import Vocab
 
 if TYPE_CHECKING:
     from arriero.kernels.ops import Ops
@@ -43,6 +45,42 @@ def add(
     """Add the products of the rows' adapters to y, in place; see `linear`."""
     if rows is not None and layer.lora is not None and (banks := layer.lora.of(name)):
         ops.add_lora(y_TO, x_TI, banks, rows)
+
+
+def embed(
+    ops: Ops, tokens_T: Tensor, vocab: Vocab, lora: EmbeddingLora | None, rows: AdapterRows | None
+) -> Tensor:
+    """Embeddings [T, H] of this rank's rows of the table; 0 for tokens of other ranks."""
+    x_TH = ops.embed(tokens_T, vocab)
+    if rows is not None and lora is not None:
+        ops.add_lora(x_TH, lora.columns(tokens_T, rows.slot_T), (lora.bank,), rows)
+    return x_TH
+
+
+def logits(
+    ops: Ops,
+    x_RH: Tensor,
+    norm_H: Tensor,
+    eps: float,
+    vocab: Vocab,
+    banks: Sequence[LoraBank],
+    rows: AdapterRows | None,
+) -> Tensor:
+    """Logits [R, V] of this rank's rows of the head, float32.
+
+    Args:
+        ops: backend.
+        x_RH: output of the last layer.
+        norm_H: final norm.
+        eps: epsilon of the norm.
+        vocab: rows of the head.
+        banks: adapters of the head; empty for none.
+        rows: rows of `x_RH` with an adapter; None for none.
+    """
+    logits_RV = ops.logits(x_RH, norm_H, eps, vocab)
+    if rows is not None and banks:
+        ops.add_lora(logits_RV, ops.rms_norm(x_RH, norm_H, eps), banks, rows)
+    return logits_RV
 
 
 def gated_mlp(ops: Ops, h_TH: Tensor, layer: DenseLayer, rows: AdapterRows | None = None) -> Tensor:

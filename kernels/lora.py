@@ -50,6 +50,11 @@ class LoraBank:
         return self.a_GRI.shape[0]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of both matrices."""
+        return self.a_GRI.dtype
+
+    @property
     def nbytes(self) -> int:
         """Bytes of both matrices and of the ranks."""
         return self.a_GRI.nbytes + self.b_GRO.nbytes + self.rank_G.nbytes
@@ -109,6 +114,88 @@ def make_bank(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EmbeddingLora:
+    """The adapters of an embedding table: y += A[:, token] B for the rows of a slot.
+
+    A column of A, which the token chooses, takes the place of the sums x Aᵀ of a product. So the
+    product with B is that of a bank whose A is the identity.
+
+    Attributes:
+        table_GVR: A of each slot, transposed; 0 from the adapter's rank on.
+        bank: B of each slot, behind the identity.
+        first_row: first row of the table on this rank.
+    """
+
+    table_GVR: Tensor
+    bank: LoraBank
+    first_row: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the matrices."""
+        return self.table_GVR.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tables and of the bank."""
+        return self.table_GVR.nbytes + self.bank.nbytes
+
+    def write(self, slot: int, a_VR: Tensor, b_RO: Tensor) -> None:
+        """Put an adapter into a slot; see `LoraBank.write`. `a_VR` is A, transposed."""
+        rank = a_VR.shape[1]
+        self.table_GVR[slot, :, :rank].copy_(a_VR, non_blocking=True)
+        self.table_GVR[slot, :, rank:].zero_()
+        self.bank.b_GRO[slot, :rank, : self.bank.out_features].copy_(b_RO, non_blocking=True)
+        self.bank.rank_G[slot].fill_(rank)
+
+    def clear(self, slot: int) -> None:
+        """Leave the embedding of a slot's tokens to the base model."""
+        self.bank.clear(slot)
+
+    def columns(self, tokens_T: Tensor, slot_T: Tensor) -> Tensor:
+        """Columns of A of each token, float32 [T, R]; 0 for tokens of other ranks.
+
+        Args:
+            tokens_T: token ids.
+            slot_T: slot of each token; `NO_ADAPTER` for the base model.
+        """
+        num_rows = self.table_GVR.shape[1]
+        row_T = tokens_T.long() - self.first_row
+        valid_T = (row_T >= 0) & (row_T < num_rows) & (slot_T >= 0)
+        at_T = (slot_T.long() * num_rows + row_T).masked_fill(~valid_T, 0)
+        sums_TR = self.table_GVR.flatten(0, 1).index_select(0, at_T).float()
+        return sums_TR.masked_fill(~valid_T[:, None], 0.0)
+
+
+def make_embedding_lora(
+    num_slots: int,
+    max_rank: int,
+    rows: range,
+    outs: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> EmbeddingLora:
+    """Empty slots for the adapters of a table; see `make_bank`.
+
+    Args:
+        num_slots: slots.
+        max_rank: largest rank of an adapter.
+        rows: rows of the table on this rank.
+        outs: columns of the table.
+        dtype: as of `make_bank`.
+        device: device of the model.
+    """
+    bank = make_bank(num_slots, max_rank, max_rank, outs, dtype=dtype, device=device)
+    bank.a_GRI[:, :, :max_rank] = torch.eye(max_rank, dtype=dtype, device=device)
+    return EmbeddingLora(
+        table_GVR=torch.zeros(num_slots, len(rows), max_rank, dtype=dtype, device=device),
+        bank=bank,
+        first_row=rows.start,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterRows:
     """The rows of a step that have an adapter, by slot.
 
@@ -146,9 +233,21 @@ class AdapterRows:
             runs_N3=np.stack((slots_N, starts_N, stops_N), axis=1).astype(np.int32),
         )
 
-    def of_rows(self, row_R: npt.NDArray[np.int32]) -> AdapterRows | None:
-        """The adapters of some rows, in the order of `row_R`; waits for the device."""
-        return AdapterRows.of(self.slot_T.cpu().numpy()[row_R], self._copy)
+    def of_rows(
+        self,
+        row_R: npt.NDArray[np.integer],
+        to_device: Callable[[npt.NDArray[np.int32]], Tensor] | None = None,
+    ) -> AdapterRows | None:
+        """The adapters of some rows, in the order of `row_R`.
+
+        Args:
+            row_R: rows of the step.
+            to_device: as of `of`; None for a copy for which the host waits.
+        """
+        slot_T = np.full(len(self.slot_T), NO_ADAPTER, np.int32)
+        for slot, start, stop in self.runs_N3.tolist():
+            slot_T[self.order_X[start:stop]] = slot
+        return AdapterRows.of(slot_T[row_R], to_device or self._copy)
 
     def of_experts(
         self, token_X: npt.NDArray[np.int32], expert_X: npt.NDArray[np.int32], num_experts: int

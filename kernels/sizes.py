@@ -119,3 +119,19 @@ def lora_bank_nbytes(num_slots: int, max_rank: int, ins: int, outs: int, element
     """
     padded = sum(-(-size // LORA_PADDING) * LORA_PADDING for size in (ins, outs))
     return num_slots * (max_rank * padded * element_bytes + 4)
+
+
+def embedding_lora_nbytes(
+    num_slots: int, max_rank: int, num_rows: int, outs: int, element_bytes: int
+) -> int:
+    """Bytes of the adapters of a table, as `lora.make_embedding_lora` allocates them.
+
+    Args:
+        num_slots: slots.
+        max_rank: largest rank of an adapter.
+        num_rows: rows of the table on the rank.
+        outs: columns of the table.
+        element_bytes: bytes of an element.
+    """
+    table = num_slots * num_rows * max_rank * element_bytes
+    return table + lora_bank_nbytes(num_slots, max_rank, max_rank, outs, element_bytes)

@@ -1,8 +1,9 @@
 """Adapters that come and go while groups serve: Admin's changes, and the update of every group.
 
-A change is tried on all groups that serve, and stored only when each accepts it. Groups that start
-later get the stored adapters in the operator's loop. Knows the desired state and leaders; knows
-nothing of the files.
+An added adapter has two phases: all groups that serve load it, and only when each has loaded the
+same content it is stored and shown. A group that refuses leaves nothing changed anywhere. Groups
+that start later get the stored adapters in the operator's loop. Knows the desired state and
+leaders; knows nothing of the files.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class AdapterAdmin:
     async def _assign(self, entry: GroupEntry, wanted: tuple[WantedAdapter, ...]) -> None:
         group_id = entry.group_id
         try:
-            report = await self._ask(entry, wanted)
+            report = await self._ask(entry, AdapterArguments(wanted=wanted))
             errors = [f"{a.name}: {a.error}" for a in report.adapters if a.error]
         except ArrieroError as error:
             errors = [str(error)]
@@ -119,10 +120,13 @@ class AdapterAdmin:
             self._check_path(request, settings)
             version = state.adapter_version + 1
             adapter = WantedAdapter(name=request.name, path=request.path, version=version)
-            wanted = {**state.adapters, adapter.name: adapter}
-            await self._try(model, adapter, self._wanted(state))
-            state.adapters, state.adapter_version = wanted, version
-            return await self._commit(model, adapter, f"{model}: serves {adapter.name}")
+            entries = await self._prepare(model, adapter, self._wanted(state))
+            state.adapters = {**state.adapters, adapter.name: adapter}
+            state.adapter_version = version
+            response = await self._commit(model, adapter, f"{model}: serves {adapter.name}")
+            # a group that does not answer gets the change in the operator's loop
+            await self._send(entries, self._wanted(state))
+            return response
 
     async def _remove(self, request: pb.AdaptersRequest) -> pb.AdaptersResponse:
         async with self._lock:
@@ -153,30 +157,45 @@ class AdapterAdmin:
         message = pb.Adapter(name=adapter.name, model=model, path=adapter.path)
         return pb.AdaptersResponse(adapters=[message], text=text)
 
-    async def _try(
+    async def _prepare(
         self, model: str, adapter: WantedAdapter, before: tuple[WantedAdapter, ...]
-    ) -> None:
-        """Add an adapter in all groups; take the change back if a group cannot serve it.
+    ) -> list[GroupEntry]:
+        """Let all groups load an adapter that none shows yet; drop it where one cannot serve it.
 
         Args:
             model: the base model.
             adapter: the new adapter.
             before: the adapters that all groups serve.
 
+        Returns:
+            The groups.
+
         Raises:
-            InvalidRequest: a group refuses; the text has the group and the cause.
+            InvalidRequest: a group refuses, or groups have read other files; the text has the group
+                and the cause.
         """
+        # a message of the operator's loop that comes later would drop the adapter
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         entries = await self._serving(model)
         if not entries:
             raise InvalidRequest(
                 "model", f"no group of {model!r} serves now, so that the adapter cannot be checked"
             )
-        others = tuple(other for other in before if other.name != adapter.name)
-        answers = await self._send(entries, (*others, adapter))
-        for entry, answer in zip(entries, answers, strict=True):
-            if error := _error_of(answer, adapter.name):
-                await self._send(entries, before)
-                raise InvalidRequest("path", f"group {entry.group_id}: {error}")
+        answers = await asyncio.gather(
+            *(self._ask_one(entry, AdapterArguments(prepare=adapter)) for entry in entries)
+        )
+        errors = {
+            entry.group_id: error
+            for entry, answer in zip(entries, answers, strict=True)
+            if (error := _error_of(answer, adapter.name))
+        }
+        if not errors:
+            errors = _other_files(adapter.path, entries, answers)
+        if errors:
+            await self._send(entries, before)
+            group_id, error = next(iter(errors.items()))
+            raise InvalidRequest("path", f"group {group_id}: {error}")
+        return entries
 
     async def _send(
         self, entries: Sequence[GroupEntry], wanted: tuple[WantedAdapter, ...]
@@ -184,23 +203,28 @@ class AdapterAdmin:
         """Send adapters to groups; the answer or the error of each."""
 
         async def send(entry: GroupEntry) -> AdapterReport | ArrieroError:
-            try:
-                report = await self._ask(entry, wanted)
-            except ArrieroError as error:
+            answer = await self._ask_one(entry, AdapterArguments(wanted=wanted))
+            if isinstance(answer, ArrieroError) or any(a.error for a in answer.adapters):
                 self._accepted.pop(entry.group_id, None)
-                return error
-            self._accepted[entry.group_id] = wanted
-            return report
+            else:
+                self._accepted[entry.group_id] = wanted
+            return answer
 
         return list(await asyncio.gather(*map(send, entries)))
 
-    async def _ask(
-        self, entry: GroupEntry, wanted: tuple[WantedAdapter, ...] | None
-    ) -> AdapterReport:
+    async def _ask_one(
+        self, entry: GroupEntry, arguments: AdapterArguments
+    ) -> AdapterReport | ArrieroError:
+        """The answer of a group's leader, or its error."""
+        try:
+            return await self._ask(entry, arguments)
+        except ArrieroError as error:
+            return error
+
+    async def _ask(self, entry: GroupEntry, arguments: AdapterArguments) -> AdapterReport:
         tls = self._store.spec.link_tls
         context = None if tls is None else tls.files().link_client("link_tls")
         leader = entry.address, entry.link_token
-        arguments = AdapterArguments(wanted=wanted)
         return await ask_leader(leader, context, ACTION, arguments, AdapterReport, TIMEOUT_S)
 
     async def _serving(self, model: str) -> list[GroupEntry]:
@@ -293,13 +317,11 @@ class AdapterAdmin:
             messages[added.name] = pb.Adapter(name=added.name, model=model, path=added.path)
         entries = await self._serving(model) if messages else []
         answers = await asyncio.gather(
-            *(self._ask(entry, None) for entry in entries), return_exceptions=True
+            *(self._ask_one(entry, AdapterArguments()) for entry in entries)
         )
         for entry, answer in zip(entries, answers, strict=True):
             if isinstance(answer, AdapterReport):
                 _fill(messages, entry.group_id, answer)
-            elif not isinstance(answer, ArrieroError):
-                raise answer
         return list(messages.values())
 
 
@@ -324,3 +346,18 @@ def _error_of(report: AdapterReport | ArrieroError, name: str) -> str:
         return str(report)
     errors: Iterable[str] = (adapter.error for adapter in report.adapters if adapter.name == name)
     return next(iter(errors), f"the group does not report {name!r}")
+
+
+def _other_files(
+    path: str, entries: Sequence[GroupEntry], answers: Sequence[AdapterReport | ArrieroError]
+) -> dict[str, str]:
+    """By group, an error for groups whose files differ from those of the first group."""
+    digests = [
+        answer.adapters[0].digest if isinstance(answer, AdapterReport) else "" for answer in answers
+    ]
+    return {
+        entry.group_id: f"the files in {path} are not those of group {entries[0].group_id}; copy "
+        "the same files to every node"
+        for entry, digest in zip(entries, digests, strict=True)
+        if digest != digests[0]
+    }

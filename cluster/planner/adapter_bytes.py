@@ -7,7 +7,12 @@ group lists adapters: their files say which modules they change, and at which ra
 from __future__ import annotations
 
 from arriero.kernels.sizes import PLAIN
-from arriero.shards.adapters.bank_plan import plan_banks, planned_nbytes, slot_modules
+from arriero.shards.adapters.bank_plan import (
+    adapted_modules,
+    plan_banks,
+    planned_nbytes,
+    slot_modules,
+)
 from arriero.shards.config.group import GroupConfig
 from arriero.shards.families.registry import family_of
 from arriero.shards.layout.parts import AnyModel, AnyPart
@@ -30,7 +35,7 @@ def adapter_bytes(config: GroupConfig, model: AnyModel, part: AnyPart) -> int:
         adapters = open_adapters(config, model)
         listed = {name for adapter in adapters for name in adapter.names}
         max_rank = max(adapter.rank for adapter in adapters)
-    modules = tuple(family_of(model).modules(model, True))
+    modules = adapted_modules(family_of(model).modules(model, True))
     # adapters have the dtype of bfloat16 models, and float32 beside other weights
     itemsize = PLAIN["bfloat16" if config.dtype == "bfloat16" else "float32"]
     if slots is None:

@@ -31,9 +31,13 @@ class AdapterArguments:
 
     Attributes:
         wanted: all adapters beside the listed ones; others are removed. None changes nothing.
+        prepare: an adapter to be loaded by every slice, and not yet shown to gateways. The next
+            `wanted` shows the adapter, or drops it. Goes without `wanted`; the report has this
+            adapter alone.
     """
 
     wanted: tuple[WantedAdapter, ...] | None = None
+    prepare: WantedAdapter | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,8 +1,9 @@
 """The adapters of a group that come and go: opened, loaded by every slice, shown to gateways.
 
-An adapter is shown to gateways once every slice has loaded it. A removed adapter is hidden from
-gateways first; its running requests end as usual. Knows the group's own adapters; knows nothing of
-callers and of other groups.
+An adapter is shown to gateways once every slice has loaded it. So that several groups show an
+adapter together or not at all, each may *prepare* it first: load it and not show it. A removed
+adapter is hidden from gateways first; its running requests end as usual. Knows the group's own
+adapters; knows nothing of callers and of other groups.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class AdapterAdminHandler:
         self._engine, self._reader, self._has_root = engine, reader, has_root
         self._listed, self._publish = tuple(listed), publish
         self._served: dict[str, _Served] = {}
+        self._prepared: _Served | None = None
         self._lock = asyncio.Lock()
 
     async def answer(self, arguments: memoryview) -> AdapterReport:
@@ -68,16 +70,39 @@ class AdapterAdminHandler:
             InvalidRequest: the group takes no adapters while it serves.
             WireError: the arguments are of another type.
         """
-        wanted = wire.decode(arguments, AdapterArguments).wanted
-        if wanted is not None:
+        decoded = wire.decode(arguments, AdapterArguments)
+        if decoded.prepare is not None:
             async with self._lock:
-                await self._change(wanted)
+                return await self._prepare(decoded.prepare)
+        if decoded.wanted is not None:
+            async with self._lock:
+                await self._change(decoded.wanted)
+                await self._drop_prepared()
         return self._report()
 
-    async def _change(self, wanted: Sequence[WantedAdapter]) -> None:
-        if wanted and (self._reader is None or not self._has_root):
+    async def _prepare(self, adapter: WantedAdapter) -> AdapterReport:
+        """Load an adapter without showing it, in place of one that was prepared before."""
+        self._check_able()
+        await self._drop_prepared()
+        loaded = await self._add(adapter)
+        if not loaded.error:
+            self._prepared = loaded
+        entry = GroupAdapter(name=adapter.name, digest=loaded.digest, error=loaded.error)
+        return AdapterReport(adapters=(entry,))
+
+    async def _drop_prepared(self) -> None:
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None:
+            await self._release(prepared.digest)
+
+    def _check_able(self) -> None:
+        if self._reader is None or not self._has_root:
             name = "adapter_slots" if self._reader is None else "adapter_root"
             raise InvalidRequest("name", f"the model has no `{name}`; set it in the spec")
+
+    async def _change(self, wanted: Sequence[WantedAdapter]) -> None:
+        if wanted:
+            self._check_able()
         names = {adapter.name for adapter in wanted}
         for name in [name for name in self._served if name not in names]:
             removed = self._served.pop(name)
@@ -88,7 +113,10 @@ class AdapterAdminHandler:
             if before is not None and before.wanted == adapter and before.digest:
                 self._served[adapter.name] = replace(before, error="")
                 continue
-            after = await self._add(adapter)
+            if self._prepared is not None and self._prepared.wanted == adapter:
+                after = self._prepared
+            else:
+                after = await self._add(adapter)
             if after.error and before is not None and before.digest:
                 after = replace(before, error=after.error)  # the content before serves on
             self._served[adapter.name] = after
@@ -111,6 +139,7 @@ class AdapterAdminHandler:
         """Withdraw an adapter that has no name any more."""
         names = [adapter.digest for adapter in self._listed]
         names += [served.digest for served in self._served.values()]
+        names += [] if self._prepared is None else [self._prepared.digest]
         if digest and digest not in names:
             await asyncio.wrap_future(self._engine.remove_adapter(digest))
 

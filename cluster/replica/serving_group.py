@@ -281,4 +281,6 @@ def _adapter_reader(config: GroupConfig, model: AnyModel) -> AdapterReader | Non
     from arriero.shards.adapters.reader import AdapterReader
 
     slots = config.adapter_slots
-    return None if slots is None else AdapterReader(slots, model, open_adapters(config, model))
+    if slots is None:
+        return None
+    return AdapterReader(slots, model, open_adapters(config, model), config.model_path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -62,7 +63,7 @@ class GatewayApiFamilies(Collector):
         )
         lora = GaugeMetricFamily(
             "vllm:lora_requests_info",
-            "Adapters of running and waiting requests; none. The value is the time.",
+            "Slots, adapters of running and of waiting requests. The value is the time.",
             labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
         )
         counters = {
@@ -83,12 +84,26 @@ class GatewayApiFamilies(Collector):
                 config.add_metric([*labels, str(size), str(total)], 1)
             for name, count in _counts(views).items():
                 counters[name].add_metric(labels, count)
-        lora.add_metric(["0", "", ""], time.time())
+        lora.add_metric(_lora_labels(chain.from_iterable(by_model.values())), time.time())
         yield from (running, waiting, *usages, config, lora, *counters.values())
 
 
 def _gauge(name: str, text: str, *labels: str) -> GaugeMetricFamily:
     return GaugeMetricFamily(f"vllm:{name}", text, labels=[*_LABELS, *labels])
+
+
+def _lora_labels(views: Iterable[GroupView]) -> list[str]:
+    """Slots, and the names of the adapters of running and of waiting requests."""
+    slots, running, waiting = 0, set[str](), set[str]()
+    for view in views:
+        adapters = view.stats.adapters
+        slots += adapters.num_slots
+        for adapter in view.card.adapters:
+            if adapter.digest in adapters.running:
+                running.add(adapter.name)
+            if adapter.digest in adapters.waiting:
+                waiting.add(adapter.name)
+    return [str(slots), ",".join(sorted(running)), ",".join(sorted(waiting))]
 
 
 def _counts(views: Iterable[GroupView]) -> dict[str, int]:

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from arriero.shards.adapters.bank_plan import KINDS
+from arriero.shards.adapters.bank_plan import EMBEDDINGS, adapted_modules
+from arriero.shards.adapters.base_tables import check_tables, table_of
 from arriero.shards.adapters.peft_config import CONFIG_FILE, PeftConfig
 from arriero.shards.adapters.root import ADAPTER_FILES
 from arriero.shards.checkpoint.formats.modules import Module
@@ -33,6 +34,9 @@ from arriero.shards.layout.parts import AnyModel
 WEIGHTS_FILE = ADAPTER_FILES[1]
 MAX_BYTES = 64 << 30
 _A, _B = "lora_A", "lora_B"
+_EMBEDDING_HALVES = {"lora_embedding_A": _A, "lora_embedding_B": _B}
+_PREFIX = "base_model.model."
+"""What peft puts before the names of the model's modules, which its patterns match without it."""
 _MAX_LISTED = 3
 
 
@@ -41,7 +45,7 @@ class Matrices:
     """The change of one module: y += (x Aᵀ) B.
 
     Attributes:
-        a: [R, I], or [E, R, I] of fused experts.
+        a: [R, I], or [E, R, I] of fused experts. The inputs of an embedding are the tokens.
         b: [R, O], or [E, R, O]; times the scale.
     """
 
@@ -72,12 +76,14 @@ class Adapter:
     modules: Mapping[str, Module]
 
     @classmethod
-    def open(cls, path: Path, modules: Iterable[Module]) -> Adapter:
+    def open(cls, path: Path, modules: Iterable[Module], model_path: str = "") -> Adapter:
         """Read settings and headers of an adapter, and match its tensors with the model's modules.
 
         Args:
             path: folder of the adapter.
             modules: modules of the model.
+            model_path: folder of the model, whose embedding and head must be those of the file, if
+                the file has them.
 
         Raises:
             CheckpointError: a file is missing or malformed; a tensor changes no module of the
@@ -85,16 +91,18 @@ class Adapter:
         """
         config = PeftConfig.read(path)
         stored = _read_weights(path)
-        known = {module.name: module for module in modules if module.kind in KINDS}
-        by_end = {_end(name): name for name in known}
+        known = {module.name: module for module in adapted_modules(modules)}
+        by_end = {_end(name): module for name, module in known.items()}
         pairs: dict[str, dict[str, str]] = {}
-        strangers = []
+        tables, strangers = {}, []
         for name in stored:
             module, half = _split(name, by_end, config, stored)
-            if module is None:
-                strangers.append(name)
-            else:
+            if module is not None:
                 pairs.setdefault(module, {})[half] = name
+            elif (table := table_of(name, by_end)) is not None:
+                tables[table] = name
+            else:
+                strangers.append(name)
         if strangers:
             raise CheckpointError(
                 f"{path / WEIGHTS_FILE}: {_listed(strangers)} change no module of this model that "
@@ -116,6 +124,7 @@ class Adapter:
             modules={name: known[name] for name in pairs},
         )
         adapter._check_shapes()
+        check_tables(adapter.folder, tables, known, model_path)
         return adapter
 
     @cached_property
@@ -137,7 +146,7 @@ class Adapter:
                     f"{self.folder.path / WEIGHTS_FILE}: {stored!r} has numbers that are not "
                     "finite; train the adapter again"
                 )
-        scale = self.config.scale(_end(name), rank)
+        scale = self.config.scale(self._path(name), rank)
         if not module.experts:
             return Matrices(a=a, b=b.T * scale)
         # Of fused experts peft multiplies the inputs with B first: W[e] is [in, out], and
@@ -150,12 +159,22 @@ class Adapter:
         rows = self.folder.shape(self.names[name][0])[0]
         return rows // max(1, self.modules[name].experts)
 
+    def _path(self, name: str) -> str:
+        """Name of a module in the model that was trained, which patterns match."""
+        stored = self.names[name][0]
+        end = _end(name)
+        if "layers." in end:
+            before = stored.rpartition("layers.")[0]
+        else:
+            before = stored[: stored.index(f"{end}.lora_")]
+        return f"{before.removeprefix(_PREFIX)}{end}"
+
     def _check_shapes(self) -> None:
         for name, pair in self.names.items():
-            module, rank = self.modules[name], self.config.rank_of(_end(name))
+            module, rank = self.modules[name], self.config.rank_of(self._path(name))
             outs, ins = module.shape
             count = max(1, module.experts)
-            if module.experts:
+            if module.experts or module.kind == EMBEDDINGS:
                 outs, ins = ins, outs
             expected = ((rank * count, ins), (outs, rank * count))
             for stored, shape in zip(pair, expected, strict=True):
@@ -182,7 +201,7 @@ def open_adapters(config: GroupConfig, model: AnyModel) -> tuple[Adapter, ...]:
     opened = []
     for file in config.adapters:
         try:
-            opened.append(Adapter.open(Path(file.path), modules))
+            opened.append(Adapter.open(Path(file.path), modules, config.model_path))
         except CheckpointError as error:
             raise CheckpointError(f"adapter {file.name!r}: {error}") from None
     return tuple(opened)
@@ -201,22 +220,30 @@ def _read_weights(path: Path) -> dict[str, StoredTensor]:
 
 
 def _end(name: str) -> str:
-    """A module's name from its layer on, which is the same under every prefix."""
+    """A module's name from its layer on, or its last part: the same under every prefix."""
     _, marker, rest = name.rpartition("layers.")
-    return f"{marker}{rest}"
+    return f"{marker}{rest}" if marker else rest.rpartition(".")[2]
 
 
 def _split(
-    name: str, by_end: Mapping[str, str], config: PeftConfig, stored: Mapping[str, StoredTensor]
+    name: str, by_end: Mapping[str, Module], config: PeftConfig, stored: Mapping[str, StoredTensor]
 ) -> tuple[str | None, str]:
     """The model's module and the half of the pair that a tensor is of; None for no module."""
+    if "vision" in name:
+        return None, ""
+    for marker, half in _EMBEDDING_HALVES.items():
+        before, matched, _ = name.rpartition(f".{marker}")
+        module = by_end.get(_end(before))
+        if matched and module is not None and module.kind == EMBEDDINGS:
+            return module.name, half
     for half in (_A, _B):
-        before, marker, after = name.rpartition(f".{half}.")
-        if marker and after.rpartition(".")[2] == "weight" and "vision" not in before:
-            end = _end(before)
-            if end in by_end:
-                return by_end[end], half
-            return by_end.get(_expert_module(end, config, stored)), half
+        before, matched, after = name.rpartition(f".{half}.")
+        if not matched or after.rpartition(".")[2] != "weight":
+            continue
+        end = _end(before)
+        module = by_end.get(end) or by_end.get(_expert_module(end, config, stored))
+        if module is not None and module.kind != EMBEDDINGS:
+            return module.name, half
     return None, ""
 
 

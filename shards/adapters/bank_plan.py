@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
+from itertools import chain
 
-from arriero.kernels.sizes import lora_bank_nbytes
+from arriero.kernels.sizes import embedding_lora_nbytes, lora_bank_nbytes
 from arriero.shards.checkpoint.formats.modules import Cut, Module
 from arriero.shards.layout.parts import AnyPart
 
-KINDS = ("attention", "mlp", "shared_expert", "router", "experts")
+KINDS = ("attention", "mlp", "shared_expert", "router", "experts", "embeddings", "head")
 """Kinds of modules that an adapter may change."""
+EMBEDDINGS, HEAD = "embeddings", "head"
+"""The kinds of modules outside of the layers."""
 EXPERTS = "experts"
 """The kind of fused routed experts, each of which has a matrix of its own in every slot."""
 FIELDS = {
@@ -27,8 +30,10 @@ FIELDS = {
     "router": "router",
     "experts.gate_up_proj": "experts_gate_up",
     "experts.down_proj": "experts_down",
+    "embed_tokens": "embedding",
+    "lm_head": "head",
 }
-"""Field of `DenseLayer` or `MoELayer` that holds a module, by the end of the module's name."""
+"""Field of `DenseLayer`, `MoELayer` or the slice with a module, by the end of the module's name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +43,8 @@ class BankPlan:
     Attributes:
         module: the module.
         field: field of the layer.
-        rows, columns: indices of the rank's outputs and inputs; None for all.
+        rows, columns: indices of the rank's outputs and inputs; None for all. The inputs of an
+            embedding are the tokens.
         experts: experts of the rank, or None.
         ins, outs: inputs and outputs of the rank.
         first: first output column in the stacked product.
@@ -59,23 +65,41 @@ class BankPlan:
         return 1 if self.experts is None else len(self.experts)
 
 
+def adapted_modules(modules: Iterable[Module]) -> list[Module]:
+    """The modules that an adapter may change, with embedding and head apart where they are tied.
+
+    peft computes the adapter of a tied embedding where tokens are embedded, and that of a tied head
+    where logits are computed: neither changes the other.
+    """
+    changeable = [module for module in modules if module.kind in KINDS]
+    if any(module.kind == HEAD for module in changeable):
+        return changeable
+    apart = []
+    for module in changeable:
+        if module.kind == EMBEDDINGS:
+            prefix = module.name.removesuffix("model.embed_tokens")
+            head = replace(module, name=f"{prefix}lm_head", kind=HEAD, place="last", product=True)
+            apart += [replace(module, place="first"), head]
+        else:
+            apart.append(module)
+    return apart
+
+
 def plan_banks(
     modules: Iterable[Module], part: AnyPart, changed: Collection[str]
-) -> dict[int, list[BankPlan]]:
-    """The banks of a rank, by layer.
+) -> dict[int | None, list[BankPlan]]:
+    """The banks of a rank, by layer; those of embedding and head under None.
 
     Args:
-        modules: modules of the model.
+        modules: modules that an adapter may change; see `adapted_modules`.
         part: part of the rank.
         changed: names of the modules that some adapter changes.
     """
-    plans: dict[int, list[BankPlan]] = {}
-    first: dict[tuple[int, str], int] = {}
+    plans: dict[int | None, list[BankPlan]] = {}
+    first: dict[tuple[int | None, str], int] = {}
     for module in modules:
         layer = module.layer
-        if module.kind not in KINDS or layer is None:
-            continue
-        if not part.layers.start <= layer < part.layers.stop:
+        if not _is_on(module, part):
             continue
         plan = _plan(module, part)
         at = first.get((layer, plan.field), 0)
@@ -85,6 +109,13 @@ def plan_banks(
     return plans
 
 
+def _is_on(module: Module, part: AnyPart) -> bool:
+    """Whether the stage of a rank has a module."""
+    if module.layer is not None:
+        return part.layers.start <= module.layer < part.layers.stop
+    return part.first_stage if module.kind == EMBEDDINGS else part.last_stage
+
+
 def _plan(module: Module, part: AnyPart) -> BankPlan:
     end = (
         ".".join(module.name.split(".")[-2:]) if module.experts else module.name.rpartition(".")[2]
@@ -92,6 +123,8 @@ def _plan(module: Module, part: AnyPart) -> BankPlan:
     outs, ins = module.shape
     rows = _indices(module.rows, part)
     columns = _indices(module.columns, part)
+    if module.kind == EMBEDDINGS:
+        outs, ins, rows, columns = ins, outs, columns, rows
     every: tuple[int, ...] | range | None = rows
     if rows is not None and module.stacked > 1:
         each = outs // module.stacked
@@ -125,20 +158,23 @@ def slot_modules(modules: Iterable[Module], listed: Collection[str]) -> set[str]
     adapter of the group's list changes some.
 
     Args:
-        modules: modules of the model.
+        modules: modules that an adapter may change; see `adapted_modules`.
         listed: names of the modules that the adapters of the list change.
     """
-    modules = [module for module in modules if module.kind in KINDS]
+    modules = tuple(modules)
     experts = any(module.kind == EXPERTS and module.name in listed for module in modules)
     return {module.name for module in modules if experts or module.kind != EXPERTS}
 
 
 def planned_nbytes(
-    plans: dict[int, list[BankPlan]], num_slots: int, max_rank: int, element_bytes: int
+    plans: dict[int | None, list[BankPlan]], num_slots: int, max_rank: int, element_bytes: int
 ) -> int:
     """Bytes of the banks that `AdapterBanks` allocates."""
-    return sum(
-        lora_bank_nbytes(num_slots * plan.slots, max_rank, plan.ins, plan.outs, element_bytes)
-        for layer_plans in plans.values()
-        for plan in layer_plans
-    )
+    total = 0
+    for plan in chain.from_iterable(plans.values()):
+        sizes = (max_rank, plan.ins, plan.outs, element_bytes)
+        if plan.module.kind == EMBEDDINGS:
+            total += embedding_lora_nbytes(num_slots, *sizes)
+        else:
+            total += lora_bank_nbytes(num_slots * plan.slots, *sizes)
+    return total

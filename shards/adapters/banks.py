@@ -13,9 +13,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from arriero.kernels.lora import LayerLora, LoraBank, make_bank
+from arriero.kernels.lora import (
+    EmbeddingLora,
+    LayerLora,
+    LoraBank,
+    make_bank,
+    make_embedding_lora,
+)
 from arriero.shards.adapters.adapter import Adapter, Matrices
-from arriero.shards.adapters.bank_plan import BankPlan, plan_banks, slot_modules
+from arriero.shards.adapters.bank_plan import (
+    EMBEDDINGS,
+    HEAD,
+    BankPlan,
+    adapted_modules,
+    plan_banks,
+    slot_modules,
+)
 from arriero.shards.checkpoint.formats.modules import Module
 from arriero.shards.config.adapters import AdapterSlots
 from arriero.shards.layout.parts import AnyPart
@@ -26,7 +39,8 @@ class AdapterCut:
     """A rank's cut of an adapter in host memory, in the dtype of the banks.
 
     Attributes:
-        matrices: for each bank the matrices of its slots; None where the adapter changes nothing.
+        matrices: for each bank the matrices of its slots, A of the embedding transposed; None where
+            the adapter changes nothing.
     """
 
     matrices: Sequence[Sequence[Matrices] | None]
@@ -41,35 +55,45 @@ class AdapterBanks:
         max_rank: largest rank of an adapter.
         dtype: dtype of the model's weights.
         device: device of the model.
+
+    Attributes:
+        embedding: adapters of the embedding; None where no adapter changes it, or on other stages.
+        head: adapters of the head; empty where no adapter changes it, or on other stages.
     """
 
     def __init__(
         self,
-        plans: dict[int, list[BankPlan]],
+        plans: dict[int | None, list[BankPlan]],
         *,
         num_slots: int,
         max_rank: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._num_slots = num_slots
-        self._banks: list[tuple[BankPlan, LoraBank]] = []
-        self._layers: dict[int, LayerLora] = {}
+        self._banks: list[tuple[BankPlan, LoraBank | EmbeddingLora]] = []
+        self._layers: dict[int | None, LayerLora] = {}
+        self.embedding: EmbeddingLora | None = None
+        dtype = bank_dtype(dtype)
         for layer, layer_plans in plans.items():
             fields: dict[str, list[LoraBank]] = {}
             for plan in layer_plans:
+                if plan.module.kind == EMBEDDINGS:
+                    self.embedding = _make_embedding(plan, num_slots, max_rank, dtype, device)
+                    self._banks.append((plan, self.embedding))
+                    continue
                 bank = make_bank(
                     num_slots * plan.slots,
                     max_rank,
                     plan.ins,
                     plan.outs,
                     first=plan.first,
-                    dtype=bank_dtype(dtype),
+                    dtype=dtype,
                     device=device,
                 )
                 self._banks.append((plan, bank))
                 fields.setdefault(plan.field, []).append(bank)
             self._layers[layer] = LayerLora(banks=fields)
+        self.head = self._layers.pop(None, LayerLora()).of(HEAD)
 
     def layer(self, index: int) -> LayerLora | None:
         """The banks of a layer; None where no adapter changes it. `index` is global."""
@@ -96,8 +120,7 @@ class AdapterBanks:
                 matrices.append(None)
                 continue
             whole = _cut(adapter.matrices(plan.module.name), plan)
-            dtype = bank.a_GRI.dtype
-            matrices.append([_stored(each, dtype, pinned) for each in _each(whole, plan)])
+            matrices.append([_stored(each, bank.dtype, pinned) for each in _each(whole, plan)])
         return AdapterCut(matrices=matrices)
 
     def write(self, slot: int, cut: AdapterCut) -> None:
@@ -133,6 +156,7 @@ def load_banks(
     Raises:
         CheckpointError: a number of an adapter is not finite.
     """
+    modules = adapted_modules(modules)
     listed = {name for adapter in adapters for name in adapter.names}
     if slots is not None:
         return AdapterBanks(
@@ -156,6 +180,13 @@ def load_banks(
     return banks
 
 
+def _make_embedding(
+    plan: BankPlan, num_slots: int, max_rank: int, dtype: torch.dtype, device: torch.device
+) -> EmbeddingLora:
+    rows = range(plan.ins) if plan.columns is None else plan.columns
+    return make_embedding_lora(num_slots, max_rank, rows, plan.outs, dtype=dtype, device=device)
+
+
 def _cut(whole: Matrices, plan: BankPlan) -> Matrices:
     """The rank's part of a module's matrices."""
     a, b = whole.a, whole.b
@@ -165,7 +196,7 @@ def _cut(whole: Matrices, plan: BankPlan) -> Matrices:
         a = a[..., plan.columns.start : plan.columns.stop]
     if plan.rows is not None:
         b = b[..., list(plan.rows)]
-    return Matrices(a=a, b=b)
+    return Matrices(a=a.T if plan.module.kind == EMBEDDINGS else a, b=b)
 
 
 def _each(matrices: Matrices, plan: BankPlan) -> Iterator[Matrices]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from arriero.shards.adapters.adapter import Adapter
-from arriero.shards.adapters.bank_plan import KINDS, slot_modules
+from arriero.shards.adapters.bank_plan import adapted_modules, slot_modules
 from arriero.shards.adapters.root import check_regular, check_root
 from arriero.shards.config.adapters import AdapterSlots
 from arriero.shards.errors import CheckpointError
@@ -25,14 +25,21 @@ class AdapterReader:
         slots: room for adapters.
         model: config of the model.
         listed: the listed adapters, already open.
+        model_path: folder of the model; "" refuses adapters with a copy of the model's tables.
 
     Raises:
         CheckpointError: a listed adapter does not fit the slots.
     """
 
-    def __init__(self, slots: AdapterSlots, model: AnyModel, listed: Sequence[Adapter]) -> None:
-        self._slots = slots
-        self._modules = [m for m in family_of(model).modules(model, True) if m.kind in KINDS]
+    def __init__(
+        self,
+        slots: AdapterSlots,
+        model: AnyModel,
+        listed: Sequence[Adapter],
+        model_path: str = "",
+    ) -> None:
+        self._slots, self._model_path = slots, model_path
+        self._modules = adapted_modules(family_of(model).modules(model, True))
         changed = {name for adapter in listed for name in adapter.names}
         self._covered = slot_modules(self._modules, changed)
         for adapter in listed:
@@ -49,7 +56,7 @@ class AdapterReader:
         folder = Path(path)
         check_root(folder, self._slots.root)
         check_regular(folder)
-        adapter = Adapter.open(folder, self._modules)
+        adapter = Adapter.open(folder, self._modules, self._model_path)
         self._check_room(adapter)
         return adapter
 

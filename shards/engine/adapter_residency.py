@@ -17,6 +17,7 @@ from collections.abc import Container, Iterable, Sequence
 from itertools import chain
 
 from arriero.shards.config.adapters import AdapterSlots
+from arriero.shards.engine.stats import AdapterStats
 from arriero.shards.protocol.adapters import AdapterBatch, AdapterLoad, AdapterResult, SlotChange
 
 EMPTY = ""
@@ -81,9 +82,18 @@ class AdapterResidency:
         return len(self._loading) + len(self._prefetched)
 
     @property
-    def in_slots(self) -> tuple[str, ...]:
-        """Digests of the adapters in slots."""
-        return tuple(self._slot_of)
+    def stats(self) -> AdapterStats:
+        """A snapshot; thread-safe."""
+        slot_of, live = dict(self._slot_of), dict(self._live)
+        running = {digest: self._users[slot] for digest, slot in slot_of.items()}
+        return AdapterStats(
+            in_slots=tuple(slot_of),
+            num_slots=len(self._slots),
+            running=tuple(digest for digest, count in running.items() if count),
+            waiting=tuple(d for d, count in live.items() if count > running.get(d, 0)),
+            entries=self.entries,
+            changes=self.changes,
+        )
 
     def offer(self, digest: str, path: str) -> bool:
         """Serve an adapter from now on; whether it is loaded now, ahead of its first request."""

@@ -41,7 +41,7 @@ from arriero.shards.engine.sequence import LiveRequest, Sequence
 from arriero.shards.engine.sequence_blocks import SequenceBlocks
 from arriero.shards.engine.speculation.proposer import ProposerFactory
 from arriero.shards.engine.speculation.speculation import Speculation
-from arriero.shards.engine.stats import AdapterStats, EngineStats, SpeculationStats
+from arriero.shards.engine.stats import EngineStats, SpeculationStats
 from arriero.shards.engine.step_choice import StepChoice
 from arriero.shards.engine.types import EngineConfig, EngineRequest, SequenceOutput, ends_of
 from arriero.shards.engine.waiting import WaitingQueue
@@ -216,11 +216,7 @@ class Scheduler:
             preemptions=self._running.num_preemptions,
             tiers=self._blocks.tiers.counts(),
             speculation=self._drafts_so_far(),
-            adapters=AdapterStats(
-                in_slots=self.adapters.in_slots,
-                entries=self.adapters.entries,
-                changes=self.adapters.changes,
-            ),
+            adapters=self.adapters.stats,
         )
 
     def _drafts_so_far(self) -> SpeculationStats:

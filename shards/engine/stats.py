@@ -60,20 +60,33 @@ class AdapterStats:
 
     Attributes:
         in_slots: digests of the adapters in slots of the device.
+        num_slots: slots of the device.
+        running: digests of the adapters of running sequences.
+        waiting: digests of the adapters of waiting requests.
         entries: sequences with an adapter that began to run so far.
         changes: adapters put into slots so far.
     """
 
     in_slots: tuple[str, ...] = ()
+    num_slots: int = 0
+    running: tuple[str, ...] = ()
+    waiting: tuple[str, ...] = ()
     entries: int = 0
     changes: int = 0
 
     @classmethod
     def total(cls, parts: Iterable[AdapterStats]) -> AdapterStats:
-        """Over engines: all adapters in slots, and sums."""
+        """Over engines: all adapters, each once, and sums."""
         every = list(parts)
+
+        def each_once(name: str) -> tuple[str, ...]:
+            return tuple(dict.fromkeys(digest for part in every for digest in getattr(part, name)))
+
         return cls(
-            in_slots=tuple(dict.fromkeys(digest for part in every for digest in part.in_slots)),
+            in_slots=each_once("in_slots"),
+            num_slots=sum(part.num_slots for part in every),
+            running=each_once("running"),
+            waiting=each_once("waiting"),
             entries=sum(part.entries for part in every),
             changes=sum(part.changes for part in every),
         )

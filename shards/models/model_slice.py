@@ -18,6 +18,7 @@ from arriero.kernels.attention_mask import FULL_ATTENTION, AttentionMaskSpec
 from arriero.kernels.expert_rows import RowFormat
 from arriero.kernels.flat_batch import FlatBatch
 from arriero.kernels.kv_cache import KVCache
+from arriero.kernels.lora import AdapterRows
 from arriero.kernels.ops import Ops
 from arriero.kernels.packed_file import PackedFile
 from arriero.kernels.packed_weights import Vocab
@@ -127,11 +128,16 @@ class ModelSlice(Protocol):
     def take_loads(self) -> dict[int, Loads]:
         """Number of tokens routed to each expert since the last call, by layer."""
 
-    def embed(self, tokens_T: Tensor) -> Tensor:
-        """Token embeddings [T, H], on the first stage."""
+    def embed(self, tokens_T: Tensor, rows: AdapterRows | None = None) -> Tensor:
+        """Token embeddings [T, H], on the first stage; `rows`: tokens with an adapter."""
 
-    def logits(self, x_RH: Tensor) -> Tensor:
-        """Logits of this rank's vocabulary rows, float32 [R, V], on the last stage."""
+    def logits(self, x_RH: Tensor, rows: AdapterRows | None = None) -> Tensor:
+        """Logits of this rank's vocabulary rows, float32 [R, V], on the last stage.
+
+        Args:
+            x_RH: output of the last layer.
+            rows: rows of `x_RH` with an adapter.
+        """
 
 
 def load_slice(

@@ -126,7 +126,7 @@ def store_of(
         return None
     return AdapterStore(
         banks,
-        AdapterReader(config.adapter_slots, model, listed),
+        AdapterReader(config.adapter_slots, model, listed, config.model_path),
         rank=rank,
         dp_rank=config.dp_rank_of(rank),
         pinned=config.device == "cuda",

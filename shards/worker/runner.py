@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from arriero.kernels.kv_cache import cache_dtype
+from arriero.kernels.lora import AdapterRows
 from arriero.kernels.packed_file import PackedFile
 from arriero.kernels.sampling_rows import Sampled
 from arriero.kernels.select import ops_for
@@ -304,7 +305,7 @@ class Runner:
         self.phase = "layers"
         part = self.mesh.part
         if part.first_stage:
-            x_TH = self._embed(tokens_T)
+            x_TH = self._embed(tokens_T, batch.adapters)
             if self._model.images is not None:
                 self._model.images.fill(plan, x_TH)
         else:
@@ -321,25 +322,27 @@ class Runner:
             self.mesh.send_hidden(self._model.taps.send(x_TH))
             return None
         self.phase = "sample"
-        prompt_logprobs = self._prompt_logprobs(plan, x_TH)
+        prompt_logprobs = self._prompt_logprobs(plan, x_TH, batch.adapters)
         step_T = tokens_T if self._drafts is None else tokens_T.clone()
-        sampled, tokens_R = self._sample(plan, x_TH)
+        sampled, tokens_R = self._sample(plan, x_TH, batch.adapters)
         drafts = None
         if self._drafts is not None:
             self.phase = "draft"
             drafts = self._drafts.after(plan, step_T, batch, x_TH, tokens_R)
         return Drawn(sampled, prompt_logprobs, drafts) if self.mesh.samples else None
 
-    def _embed(self, tokens_T: Tensor) -> Tensor:
+    def _embed(self, tokens_T: Tensor, adapters: AdapterRows | None = None) -> Tensor:
         """Embeddings in the activations' dtype, which the next stage expects to receive."""
-        return self._model.embed(tokens_T).to(self._activation_dtype)
+        return self._model.embed(tokens_T, adapters).to(self._activation_dtype)
 
     @property
     def _activation_dtype(self) -> torch.dtype:
         on_cpu = self.mesh.device.type == "cpu"
         return torch.float32 if on_cpu else self._model.dtype
 
-    def _sample(self, plan: StepPlan, x_TH: Tensor) -> tuple[Sampled | None, Tensor | None]:
+    def _sample(
+        self, plan: StepPlan, x_TH: Tensor, adapters: AdapterRows | None
+    ) -> tuple[Sampled | None, Tensor | None]:
         """Draw the step's tokens, and send the tokens to all ranks that embed.
 
         Returns the draws, on the rank that samples, and the tokens, on ranks that know them.
@@ -352,7 +355,11 @@ class Runner:
                 return None, None
             if num_rows < len(x_TH):  # selected on the host: a device mask would need a wait
                 x_RH = x_TH.index_select(0, self._table.on_device(drawn_R))
-        logits_RV = self.mesh.gather_logits(self._model.logits(x_RH), self._vocab_sizes)
+                adapters = (
+                    None if adapters is None else adapters.of_rows(drawn_R, self._table.on_device)
+                )
+        part_RV = self._model.logits(x_RH, adapters)
+        logits_RV = self.mesh.gather_logits(part_RV, self._vocab_sizes)
         sampled = None
         if logits_RV is not None:
             sampled = self._ops.sample(logits_RV, self._table.sampling_rows(plan))
@@ -369,7 +376,9 @@ class Runner:
         """Record the drawn tokens for later steps."""
         self._table.record(plan, tokens_R.cpu().numpy())
 
-    def _prompt_logprobs(self, plan: StepPlan, x_TH: Tensor) -> Logprobs | None:
+    def _prompt_logprobs(
+        self, plan: StepPlan, x_TH: Tensor, adapters: AdapterRows | None
+    ) -> Logprobs | None:
         """Log-probabilities of the prompt tokens after the prompt rows of this step."""
         if not plan.prompt_rows.any():
             return None
@@ -379,8 +388,14 @@ class Runner:
         top = self._table.num_prompt_logprobs(plan)
         pages: list[tuple[Tensor, Tensor, Tensor]] = []
         for start in range(0, len(x_RH), PROMPT_LOGPROB_ROWS):
-            x, after = (a[start : start + PROMPT_LOGPROB_ROWS] for a in (x_RH, next_R))
-            logits_RV = self.mesh.gather_logits(self._model.logits(x), self._vocab_sizes)
+            page = slice(start, start + PROMPT_LOGPROB_ROWS)
+            x, after = x_RH[page], next_R[page]
+            rows = (
+                None
+                if adapters is None
+                else adapters.of_rows(wanted_R[page], self._table.on_device)
+            )
+            logits_RV = self.mesh.gather_logits(self._model.logits(x, rows), self._vocab_sizes)
             if logits_RV is not None:
                 logprobs_RV = logits_RV.log_softmax(dim=-1)
                 best = logprobs_RV.topk(top, dim=-1)

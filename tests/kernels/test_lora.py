@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 import torch
 
+from arriero.kernels import adapted
 from arriero.kernels.lora import (
     NO_ADAPTER,
     AdapterRows,
     LayerLora,
     LoraBank,
     make_bank,
+    make_embedding_lora,
 )
 from arriero.kernels.ops import Ops
-from arriero.kernels.sizes import lora_bank_nbytes
+from arriero.kernels.sizes import embedding_lora_nbytes, lora_bank_nbytes
 
 from . import paged, test_blocks
 from .conftest import backend
@@ -190,3 +192,57 @@ def test_bytes_of_a_bank_are_as_planned() -> None:
     made.write(1, torch.ones(2, 7), torch.ones(2, 300))
     made.clear(1)
     assert not made.rank_G.any()
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_embedding_and_head_are_those_of_changed_tables(ops: Ops, weights: torch.dtype) -> None:
+    """In two parts of the vocabulary, whose sums are the embeddings; each row as if alone."""
+    vocab, hidden, cuts = 50, 24, (range(32), range(32, 50))
+    generator = torch.Generator().manual_seed(1)
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    table_VH = numbers(vocab, hidden)
+    changes = {
+        slot: (numbers(rank, vocab), numbers(rank, hidden)) for slot, rank in ((0, 5), (2, 8))
+    }
+    tokens = torch.tensor([0, 31, 32, 49, 7, 40, 31], dtype=torch.int32)
+    slots = (0, 2, 0, 2, NO_ADAPTER, 1, NO_ADAPTER)
+    rows, total = rows_of(*slots), torch.zeros(len(slots), hidden)
+    for cut in cuts:
+        lora = make_embedding_lora(3, 8, cut, hidden, dtype=weights, device=CPU)
+        assert lora.nbytes == embedding_lora_nbytes(3, 8, len(cut), hidden, weights.itemsize)
+        lora.write(0, torch.full((len(cut), 8), 1e38), torch.ones(8, hidden))  # replaced below
+        for slot, (a_RV, b_RH) in changes.items():
+            lora.write(slot, a_RV[:, cut.start : cut.stop].T, b_RH)
+        lora.write(1, a_RV[:, cut.start : cut.stop].T, b_RH)
+        lora.clear(1)
+        packed = ops.pack_vocab(table_VH[cut.start : cut.stop], cut.start, torch.float32)
+        part = adapted.embed(ops, tokens, packed, lora, rows)
+        plain = adapted.embed(ops, tokens, packed, lora, None)
+        for row, slot in enumerate(slots):
+            alone = adapted.embed(
+                ops, tokens[row : row + 1], packed, lora, AdapterRows.of(np.array([slot], np.int32))
+            )
+            assert torch.equal(alone[0], part[row])
+            if slot in (NO_ADAPTER, 1):
+                assert torch.equal(part[row], plain[row])
+        total += part
+    for row, slot in enumerate(slots):
+        wanted = table_VH[tokens[row]].double()
+        if slot in changes:
+            a_RV, b_RH = (matrix.to(weights).double() for matrix in changes[slot])
+            wanted = wanted + a_RV[:, tokens[row]] @ b_RH
+        torch.testing.assert_close(total[row].double(), wanted, rtol=1e-5, atol=1e-4)
+
+    x, norm = numbers(3, hidden), 1 + numbers(hidden) / 10
+    head = ops.pack_vocab(table_VH, 0, torch.float32)
+    of = bank(hidden, vocab, seed=3, dtype=weights)
+    got = adapted.logits(ops, x, norm, 1e-6, head, (of,), rows_of(2, NO_ADAPTER, 0))
+    plain = ops.logits(x, norm, 1e-6, head)
+    normed = ops.rms_norm(x, norm, 1e-6).double()
+    for row, slot in ((0, 2), (2, 0)):
+        wanted = plain[row].double() + delta(of, slot) @ normed[row]
+        torch.testing.assert_close(got[row].double(), wanted, rtol=1e-4, atol=1e-4)
+    assert torch.equal(got[1], plain[1])

@@ -8,13 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from arriero.kernels.flat_batch import FlatBatch
+from arriero.kernels.lora import AdapterRows
 from arriero.kernels.ops import Ops
 from arriero.kernels.select import ops_for
+from arriero.shards.adapters.adapter import Adapter
 from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.collectives.mesh import Mesh
 from arriero.shards.config.group import GroupConfig
@@ -66,6 +69,7 @@ def logits_of(
     kernels: str = "reference",
     make_ops: Callable[[], Ops] | None = None,
     quantization: str | None = None,
+    adapter: Adapter | None = None,
 ) -> Tensor:
     """Logits [T, V] of one sequence, float32 weights and activations."""
     checkpoint = Checkpoint.open(path)
@@ -76,6 +80,7 @@ def logits_of(
     num_blocks = -(-length // BLOCK)
     positions = torch.arange(length, dtype=torch.int32)
     cos, sin = Rope(config.inv_freq(), length, CPU).at(positions)
+    rows = None if adapter is None else AdapterRows.of(np.zeros(length, np.int32))
     batch = FlatBatch(
         positions_T=positions,
         query_start_S1=torch.tensor([0, length], dtype=torch.int32),
@@ -86,6 +91,7 @@ def logits_of(
         sin_TD=sin,
         max_query=length,
         max_context=length,
+        adapters=rows,
     )
     x: Tensor | None = None
     for stage in range(pp):
@@ -105,15 +111,16 @@ def logits_of(
                     num_blocks=num_blocks,
                     block_size=BLOCK,
                     quantization=quantization,
+                    adapters=() if adapter is None else (adapter,),
                 ),
             )
             if part.first_stage:
-                out = held.embed(torch.tensor(tokens, dtype=torch.int32))
+                out = held.embed(torch.tensor(tokens, dtype=torch.int32), rows)
             else:
                 assert given is not None
                 out = given.clone()
             out = held.decoder(out, batch)
-            return held.logits(out) if part.last_stage else out
+            return held.logits(out, rows) if part.last_stage else out
 
         with ThreadPoolExecutor(tp) as pool:
             outs = list(pool.map(run, range(tp)))

@@ -20,11 +20,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from arriero.kernels import adapted
 from arriero.kernels.attention_mask import AttentionMaskSpec
 from arriero.kernels.expert_rows import RowFormat
 from arriero.kernels.flat_batch import FlatBatch
 from arriero.kernels.kv_cache import KVCache, KVCacheSpec
 from arriero.kernels.layers import AttentionStyle, DenseLayer, MoELayer
+from arriero.kernels.lora import AdapterRows
 from arriero.kernels.ops import Ops
 from arriero.kernels.packed_weights import Linear
 from arriero.shards.adapters.banks import load_banks
@@ -294,15 +296,18 @@ class Llama4Slice:
                 if isinstance(layer, MoELayer):
                     self._experts(x_TH, layer)
 
-    def embed(self, tokens_T: Tensor) -> Tensor:
-        """Token embeddings [T, H], on the first stage."""
+    def embed(self, tokens_T: Tensor, rows: AdapterRows | None = None) -> Tensor:
+        """Token embeddings [T, H], on the first stage; see `ModelSlice.embed`."""
         assert self.embedding is not None, "only the first stage embeds"
-        return self.mesh.reduce(self.ops.embed(tokens_T, self.embedding))
+        lora = None if self.adapters is None else self.adapters.embedding
+        return self.mesh.reduce(adapted.embed(self.ops, tokens_T, self.embedding, lora, rows))
 
-    def logits(self, x_RH: Tensor) -> Tensor:
-        """Logits of this rank's vocabulary rows, float32 [R, V], on the last stage."""
+    def logits(self, x_RH: Tensor, rows: AdapterRows | None = None) -> Tensor:
+        """Logits of this rank's vocabulary rows, float32 [R, V]; see `ModelSlice.logits`."""
         assert self.head is not None and self.norm_H is not None, "only the last stage has a head"
-        return self.ops.logits(x_RH, self.norm_H, self.config.rms_norm_eps, self.head)
+        banks = () if self.adapters is None else self.adapters.head
+        eps = self.config.rms_norm_eps
+        return adapted.logits(self.ops, x_RH, self.norm_H, eps, self.head, banks, rows)
 
 
 def _wire(dtype: torch.dtype) -> RowFormat:

@@ -280,6 +280,10 @@ class CudaRunner(Runner):
             x_TH = self._embed(torch.zeros_like(batch.positions_T))
         if self._model.adapters is not None:
             rows = AdapterRows.of(np.zeros(num_tokens, np.int32), self._slots.on_device)
+            if self.mesh.part.first_stage:
+                self._embed(torch.zeros_like(batch.positions_T), rows)
+            if self.mesh.part.last_stage:
+                self._model.logits(x_TH, rows)
             local = None if batch.local is None else replace(batch.local, adapters=rows)
             self._model.decoder(x_TH.clone(), replace(batch, adapters=rows, local=local))
         self._model.decoder(x_TH, batch)

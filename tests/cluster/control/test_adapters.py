@@ -30,17 +30,35 @@ from arriero.shards.protocol import wire
 
 @dataclass
 class Leader:
-    """A leader that serves what it is told, but for broken paths; gone leaders do not answer."""
+    """A leader that serves what it is told, but for broken paths; gone leaders do not answer.
+
+    `files` stands for the contents of the folders on the leader's node; `shown` has all adapters
+    that it ever showed.
+    """
 
     served: tuple[WantedAdapter, ...] = ()
     broken: set[str] = field(default_factory=set)
     gone: bool = False
+    gone_after_prepare: bool = False
+    files: str = "d"
     calls: int = 0
+    shown: set[tuple[str, int]] = field(default_factory=set)
 
     def answer(self, arguments: AdapterArguments) -> AdapterReport:
+        report = self._answer(arguments)
+        self.shown |= {(adapter.name, adapter.version) for adapter in self.served}
+        return report
+
+    def _answer(self, arguments: AdapterArguments) -> AdapterReport:
         self.calls += 1
         if self.gone:
             raise Unavailable("no answer")
+        if (a := arguments.prepare) is not None:
+            self.gone = self.gone_after_prepare
+            if a.path in self.broken:
+                return AdapterReport(adapters=(GroupAdapter(name=a.name, error="wrong shape"),))
+            entry = GroupAdapter(name=a.name, digest=f"{self.files}{a.version}")
+            return AdapterReport(adapters=(entry,))
         if arguments.wanted is not None:
             self.served = tuple(a for a in arguments.wanted if a.path not in self.broken)
         errors = [a for a in arguments.wanted or () if a.path in self.broken]
@@ -170,10 +188,29 @@ async def test_what_cannot_be_is_refused_by_name(
 async def test_a_group_that_refuses_changes_nothing_anywhere(deployment: Deployment) -> None:
     await deployment.call("add", "poet", "poet")
     deployment.leaders["b"].broken = {str(deployment.root / "bad")}
-    with pytest.raises(InvalidRequest, match=r"m-b\.1: the shape is wrong"):
+    with pytest.raises(InvalidRequest, match=r"m-b\.1: wrong shape"):
         await deployment.call("add", "bad", "bad")
-    assert [a.name for a in deployment.leaders["a"].served] == ["poet"]
+    with pytest.raises(InvalidRequest, match=r"m-b\.1: wrong shape"):
+        await deployment.call("add", "poet", "bad", replace=True)
+    deployment.leaders["b"].files = "other"
+    with pytest.raises(InvalidRequest, match=r"m-b\.1: the files in .* are not those of group m-a"):
+        await deployment.call("add", "clerk", "clerk")
+    for leader in deployment.leaders.values():
+        assert [a.name for a in leader.served] == ["poet"]
+        assert leader.shown == {("poet", 1)}, "an adapter was seen before all groups had it"
     assert list(deployment.state.models["m"].adapters) == ["poet"] and deployment.saves == 1
+
+
+async def test_a_group_that_is_lost_after_it_read_gets_the_adapter_later(
+    deployment: Deployment,
+) -> None:
+    away = deployment.leaders["b"]
+    away.gone_after_prepare = True
+    await deployment.call("add", "poet", "poet")
+    assert deployment.saves == 1 and not away.served
+    away.gone = False
+    await deployment.settle()
+    assert [a.name for a in away.served] == ["poet"]
 
 
 async def test_a_name_is_replaced_only_on_request_and_has_a_new_version(

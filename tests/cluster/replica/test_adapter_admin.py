@@ -152,6 +152,35 @@ async def test_a_refused_adapter_changes_nothing(tmp_path: Path) -> None:
         assert [adapter.error for adapter in report.adapters] == [""]
 
 
+async def test_a_prepared_adapter_is_shown_by_the_next_wish_or_dropped(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+
+        async def prepare(name: str, version: int) -> str:
+            adapter = WantedAdapter(name=name, path=str(served.root / name), version=version)
+            arguments = AdapterArguments(prepare=adapter)
+            report = await served.handler.answer(memoryview(wire.encode(arguments)))
+            (entry,) = report.adapters
+            return entry.error or entry.digest
+
+        await served.want("poet")
+        before = await served.tokens("poet")
+        clerk = await prepare("clerk", 2)
+        assert clerk in served.front.group.engine._scheduler.adapters
+        await served.want("poet")
+        assert clerk not in served.front.group.engine._scheduler.adapters, "dropped"
+        assert "clerk" not in await served.listed()
+        weights = served.root / "poet" / WEIGHTS_FILE
+        shutil.copy(served.root / "clerk" / WEIGHTS_FILE, weights)
+        await prepare("poet", 2)
+        assert await served.tokens("poet") == before, "prepared is not shown"
+        weights.write_bytes(b"no weights")  # the commit does not read again
+        report = await served.want("poet", version=2)
+        assert [adapter.error for adapter in report.adapters] == [""]
+        await asyncio.sleep(0.1)
+        assert await served.tokens("poet") != before
+        assert WEIGHTS_FILE in await prepare("poet", 3)
+
+
 async def test_vllms_paths_pass_the_admin_token_on(tmp_path: Path) -> None:
     calls: list[tuple[str, str, str, str, bool]] = []
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import Tokenizer
 
 from arriero.router.backend import GroupLoad, GroupView
 from arriero.router.observability.metrics import Metrics
-from arriero.shards.engine.stats import EngineStats
+from arriero.router.text.model_card import ServedAdapter
+from arriero.shards.engine.stats import AdapterStats, EngineStats
 from support.frontdoor import make_card
 
 
@@ -26,13 +29,19 @@ def test_numbers_are_sums_over_the_groups(llama_tokenizer: Tokenizer) -> None:
         blocks_used=10, blocks_total=40, prompt_tokens=100, cached_tokens=30, output_tokens=7,
         preemptions=1,
     )  # fmt: skip
+    names = ("legal", "poet", "idle")
+    card = replace(card, adapters=tuple(ServedAdapter(name=n, digest=f"d-{n}") for n in names))
+    adapters = (
+        AdapterStats(num_slots=2, running=("d-poet",), waiting=("d-poet", "d-withdrawn")),
+        AdapterStats(num_slots=4, in_slots=("d-idle", "d-legal"), running=("d-legal",)),
+    )
     views = [
         GroupView(
             group_id=f"g{number}",
             model="m",
             card=card,
             load=GroupLoad(num_running=3, num_waiting=number),
-            stats=stats,
+            stats=replace(stats, adapters=adapters[number]),
         )
         for number in range(2)
     ]
@@ -59,7 +68,11 @@ def test_numbers_are_sums_over_the_groups(llama_tokenizer: Tokenizer) -> None:
     ((labels, _),) = found["vllm:cache_config_info"]
     assert (labels["block_size"], labels["num_gpu_blocks"]) == ("16", "80")
     ((labels, now_s),) = found["vllm:lora_requests_info"]
-    assert labels == {"max_lora": "0", "running_lora_adapters": "", "waiting_lora_adapters": ""}
+    assert labels == {
+        "max_lora": "6",
+        "running_lora_adapters": "legal,poet",
+        "waiting_lora_adapters": "poet",
+    }
     assert now_s > 1e9
     # a model that has no group while idle shows its queue
     idle = [value for labels, value in found["vllm:num_requests_waiting"]

@@ -13,10 +13,11 @@ import torch
 from arriero.shards.adapters.adapter import WEIGHTS_FILE, Adapter
 from arriero.shards.adapters.peft_config import CONFIG_FILE, MAX_RANK, PeftConfig
 from arriero.shards.checkpoint.formats.modules import Module
+from arriero.shards.checkpoint.reader import Checkpoint
 from arriero.shards.errors import CheckpointError
 from arriero.shards.families.registry import family_of
 from arriero.shards.model_config.dense import ModelConfig
-from support.models import write_safetensors
+from support.models import tiny_llama, write_safetensors
 
 MODEL = ModelConfig.from_dict(
     {
@@ -173,7 +174,9 @@ def test_tensors_that_do_not_fit_the_model_are_refused(tmp_path: Path) -> None:
         ({f"{PREFIX}.lora_A.weight": a, f"{PREFIX}.lora_B.weight": b[:-1]}, "has shape"),
         (pair(PREFIX, 4) | pair(PREFIX.replace("layers.0", "layers.99"), 4), "change no module"),
         (pair(PREFIX.replace("q_proj", "w_proj"), 4), "change no module"),
-        (pair(PREFIX, 4) | {"base_model.model.lm_head.lora_A.weight": a}, "change no module"),
+        (pair(PREFIX, 4) | {"base_model.model.model.norm.lora_A.weight": a}, "change no module"),
+        (pair(PREFIX, 4) | {"base_model.model.lm_head.lora_A.weight": a}, "only one of"),
+        (pair("base_model.model.lm_head", 4), "has shape"),
         (pair("vision_model.model.layers.0.self_attn.q_proj", 4), "change no module"),
         (pair(PREFIX, 4) | {f"{PREFIX}.lora_magnitude_vector": b[:, 0]}, "change no module"),
         ({name: t.to(torch.int32) for name, t in pair(PREFIX, 4).items()}, "of dtype"),
@@ -198,3 +201,73 @@ def test_changed_weights_have_another_digest(tmp_path: Path) -> None:
     changed = Adapter.open(write(tmp_path, tensors), modules())
     scaled = Adapter.open(write(tmp_path, lora_alpha=9), modules())
     assert len({first.digest, changed.digest, scaled.digest}) == 3
+
+
+def embedding(rank: int = 4, vocab: int = 128) -> dict[str, torch.Tensor]:
+    prefix = "base_model.model.model.embed_tokens"
+    return {
+        f"{prefix}.lora_embedding_A": torch.randn(rank, vocab),
+        f"{prefix}.lora_embedding_B": torch.randn(64, rank),
+    }
+
+
+def tied_model(folder: Path) -> tuple[Path, list[Module]]:
+    tiny_llama(folder, vocab=128, tied=True)
+    config = Checkpoint.open(folder).config
+    return folder, list(family_of(config).modules(config, True))
+
+
+def test_tables_have_adapters_apart_also_where_they_are_tied(tmp_path: Path) -> None:
+    """As peft writes them: with the base's tables, and A of an embedding first."""
+    model, known = tied_model(tmp_path / "model")
+    table = Checkpoint.open(model).tensor("model.embed_tokens.weight")
+    head = "base_model.model.lm_head"
+    tensors = embedding(rank=6) | {
+        "base_model.model.model.embed_tokens.base_layer.weight": table.clone(),
+        f"{head}.base_layer.weight": table.to(torch.bfloat16),
+        f"{head}.lora_A.weight": torch.randn(4, 64),
+        f"{head}.lora_B.weight": torch.randn(128, 4),
+    }
+    write(tmp_path / "a", tensors, rank_pattern={"model.embed_tokens": 6})
+    adapter = Adapter.open(tmp_path / "a", known, str(model))
+    assert list(adapter.names) == ["lm_head", "model.embed_tokens"]
+    matrices = adapter.matrices("model.embed_tokens")
+    b = tensors["base_model.model.model.embed_tokens.lora_embedding_B"]
+    assert matrices.a.shape == (6, 128)
+    torch.testing.assert_close(matrices.b, b.T * (8 / 6))
+    assert adapter.matrices("lm_head").b.shape == (4, 128)
+
+
+def test_tables_of_another_model_are_refused(tmp_path: Path) -> None:
+    model, known = tied_model(tmp_path / "model")
+    name = "base_model.model.model.embed_tokens.base_layer.weight"
+    table = Checkpoint.open(model).tensor("model.embed_tokens.weight").clone()
+    write(tmp_path / "a", embedding() | {name: table})
+    Adapter.open(tmp_path / "a", known, str(model))
+    with pytest.raises(CheckpointError, match="save_embedding_layers=False"):
+        Adapter.open(tmp_path / "a", known)
+    for other, words in (
+        (table + 0.25, "differs from the model's table"),
+        (table[1:], "has shape"),
+    ):
+        write(tmp_path / "a", embedding() | {name: other})
+        with pytest.raises(CheckpointError, match=words):
+            Adapter.open(tmp_path / "a", known, str(model))
+    for wrong in (embedding(vocab=129), embedding(rank=5)):
+        write(tmp_path / "a", wrong)
+        with pytest.raises(CheckpointError, match="at rank 4 needs"):
+            Adapter.open(tmp_path / "a", known, str(model))
+    prefix = "base_model.model.model.embed_tokens"
+    as_product = {f"{prefix}.lora_A.weight": torch.ones(4, 64)}
+    as_product |= {f"{prefix}.lora_B.weight": torch.ones(128, 4)}
+    write(tmp_path / "a", as_product)
+    with pytest.raises(CheckpointError, match="change no module"):
+        Adapter.open(tmp_path / "a", known, str(model))
+
+
+def test_patterns_match_the_whole_name_of_a_module_too(tmp_path: Path) -> None:
+    whole = "model.layers.0.self_attn.q_proj"
+    write(tmp_path, pair(PREFIX, 2), rank_pattern={whole: 2}, alpha_pattern={f"^{whole}": 5})
+    adapter = Adapter.open(tmp_path, modules())
+    b = pair(PREFIX, 2)[f"{PREFIX}.lora_B.weight"]
+    torch.testing.assert_close(adapter.matrices(whole).b, b.T * 2.5)

@@ -362,7 +362,7 @@ def test_tier_copies_go_through_pinned_memory(row_type: RowType | None) -> None:
 def test_adapters_beside_the_base_model(tmp_path: Path) -> None:
     """A batch of two adapters and the base model; the steps with an adapter run eagerly."""
     make(tmp_path / "model", "llama")
-    files = tuple(write_adapter(tmp_path / name, seed) for seed, name in enumerate("ab"))
+    files = tuple(write_adapter(tmp_path / n, s, tables=128 * s) for s, n in enumerate("ab"))
     config = config_of(tmp_path / "model", adapters=files, max_sequences=3)
 
     def answers(config: GroupConfig, ready: Callable[[], None] = lambda: None) -> list[list[int]]:
@@ -385,7 +385,8 @@ def test_adapters_beside_the_base_model(tmp_path: Path) -> None:
 def test_adapters_that_change_their_slot(tmp_path: Path) -> None:
     """Two adapters over one slot: copies in order, without a wait, an allocation or a compile."""
     make(tmp_path / "model", "llama")
-    folders = [write_adapter(tmp_path / name, seed).path for seed, name in enumerate("ab")]
+    files = [write_adapter(tmp_path / n, s, tables=128 * s) for s, n in enumerate("ab")]
+    folders = [file.path for file in files]
     slots = AdapterSlots(device=1, host=4, max_rank=8)
     config = config_of(tmp_path / "model", adapter_slots=slots, max_sequences=3)
     params = replace(GREEDY, max_tokens=2)
