@@ -332,7 +332,7 @@ class CpuOps(Ops):
     ) -> Tensor:
         """See `Ops.attention_block`."""
         check_cache(layer, kv)
-        if not can_fuse(layer) or batch.adapters is not None:
+        if not can_fuse(layer):
             return super().attention_block(x_TH, layer, kv, kv_layer, batch)
         struct, _references = layer_struct(layer)
         struct.index = kv_layer
@@ -342,10 +342,10 @@ class CpuOps(Ops):
         self, x_TH: Tensor, layer: DenseLayer, adapters: AdapterRows | None = None
     ) -> Tensor:
         """See `Ops.mlp_block`."""
-        if not can_fuse(layer) or adapters is not None:
+        if not can_fuse(layer):
             return super().mlp_block(x_TH, layer, adapters)
         struct, _references = mlp_struct(layer)
-        return self.run_mlp(struct, layer, x_TH)
+        return self.run_mlp(struct, layer, x_TH, adapters)
 
     def moe_block(
         self, x_TH: Tensor, layer: MoELayer, adapters: AdapterRows | None = None
@@ -396,8 +396,11 @@ class CpuOps(Ops):
         )
         return part_TH
 
-    def run_mlp(self, struct: Layer, layer: DenseLayer, x_TH: Tensor) -> Tensor:
-        """`mlp_block`, or `moe_block`, with a struct of the layer."""
+    def run_mlp(
+        self, struct: Layer, layer: DenseLayer, x_TH: Tensor, adapters: AdapterRows | None = None
+    ) -> Tensor:
+        """`mlp_block`, or `moe_block` without adapters, with a struct of the layer."""
+        rows = None if adapters is None else lora.rows_struct(adapters, x_TH.shape[0])
         x_TH = float_rows("mlp_block", x_TH, layer.gate_up.in_features).contiguous()
         part_TH = torch.empty(x_TH.shape[0], layer.down.out_features)
         self.call(
@@ -406,6 +409,7 @@ class CpuOps(Ops):
             x_TH.shape[0],
             x_TH.data_ptr(),
             part_TH.data_ptr(),
+            None if rows is None else ctypes.addressof(rows),
         )
         return part_TH
 

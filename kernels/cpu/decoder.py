@@ -81,6 +81,7 @@ class CpuDecoder:
         )
         self._mappings = [mappings_of(layer) for layer in self._layers]
         self._in_one_call = reduce is None and all_fused and not any(self._mappings)
+        self._any_experts = any(isinstance(layer, MoELayer) for layer in self._layers)
         addresses = {cache.local: cache_of(cache.kv).address for cache in self._caches}
         self._kv, self._local_kv = addresses.get(False), addresses.get(True)
 
@@ -94,7 +95,8 @@ class CpuDecoder:
         if not self._layers:
             return x_TH
         x_TH = float_rows("decoder", x_TH, self._layers[0].qkv.in_features).contiguous()
-        if not self._in_one_call or batch.adapters is not None:
+        in_blocks = batch.adapters is not None and self._any_experts
+        if in_blocks or not self._in_one_call:
             return self._run_blocks(x_TH, batch)
         num_tokens, head_dim = x_TH.shape[0], self._layers[0].head_dim
         c_batch = batch_struct(batch, num_tokens, head_dim)
@@ -130,7 +132,7 @@ class CpuDecoder:
             self._read_ahead(i + 1)
             self._tap(i, x_TH)
             struct, layer_batch = self._structs[i], cache.batch(batch)
-            if can_fuse(layer) and adapters is None:
+            if can_fuse(layer):
                 part = ops.run_attention(struct, layer, x_TH, cache_of(cache.kv), layer_batch)
             else:
                 part = ops.attention_block(x_TH, layer, cache.kv, cache.index, layer_batch)
@@ -139,10 +141,12 @@ class CpuDecoder:
                 part = self._experts(x_TH, layer, adapters)
             elif isinstance(layer, MoELayer) and (adapters or not self._routes_here(layer)):
                 part = ops.moe_block(x_TH, layer, adapters)
-            elif adapters or not can_fuse(layer):
+            elif isinstance(layer, MoELayer):
+                part = ops.run_mlp(struct, layer, x_TH)
+            elif not can_fuse(layer):
                 part = ops.mlp_block(x_TH, layer, adapters)
             else:
-                part = ops.run_mlp(struct, layer, x_TH)
+                part = ops.run_mlp(struct, layer, x_TH, adapters)
             x_TH += part if reduce is None else reduce(part)
             for mapping in self._mappings[i]:
                 mapping.release()

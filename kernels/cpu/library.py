@@ -83,7 +83,9 @@ class Batch(ctypes.Structure):
         ("sin", ctypes.c_void_p),
         ("cos_stride", ctypes.c_int64),
         ("sin_stride", ctypes.c_int64),
+        ("adapters", ctypes.c_void_p),
     )
+    rows: LoraRows | None = None  # what `adapters` points to, kept alive with the struct
 
 
 class AttentionMask(ctypes.Structure):
@@ -122,6 +124,7 @@ class Layer(ctypes.Structure):
         ("gate_up", Matrix),
         ("down", Matrix),
         ("experts", ctypes.c_void_p),
+        ("lora", ctypes.c_void_p),
         ("num_q_heads", ctypes.c_int32),
         ("num_kv_heads", ctypes.c_int32),
         ("head_dim", ctypes.c_int32),
@@ -176,13 +179,37 @@ class Lora(ctypes.Structure):
     )
 
 
+class LoraRows(ctypes.Structure):
+    """`struct LoraRows` of native/lora.h."""
+
+    _fields_ = (
+        ("order", ctypes.c_void_p),
+        ("runs", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("num_ordered", ctypes.c_int64),
+        ("num_runs", ctypes.c_int64),
+    )
+
+
+class LoraParts(ctypes.Structure):
+    """`struct LoraParts` of native/lora.h."""
+
+    _fields_ = (("parts", ctypes.c_void_p), ("count", ctypes.c_int64))
+
+
+class LayerLora(ctypes.Structure):
+    """`struct LayerLora` of native/lora.h."""
+
+    _fields_ = (("qkv", LoraParts), ("o", LoraParts), ("gate_up", LoraParts), ("down", LoraParts))
+
+
 _P, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "pack": (_P, _P, _I64, _P, _I64, _I64, _I64, _I32),
     "embed": (_P, _P, _I64, _P, _I64, _P),
     "linear": (_P, _P, _P, _I64, _I64, _P),
-    "lora": (_P, _P, _I64, _P, _I64, _I64, _P, _I64, _P, _I64, _P, _I64),
+    "lora": (_P, _P, _I64, _P, _I64, _I64, _P, _I64, _P),
     "logits": (_P, _P, _P, _F32, _P, _I64, _I64, _P),
     "rms_norm": (_P, _P, _I64, _I64, _I64, _P, _F32, _P),
     "silu_mul": (_P, _P, _I64, _I64, _I64, _P),
@@ -191,7 +218,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "paged_attention": (_P, _P, _I64, _I32, _F32, _P, _P, _I64, _P, _P),
     "decoder": (_P, _P, _I64, _P, _P, _P, _P, _P),
     "attention_block": (_P, _P, _P, _P, _P, _P),
-    "mlp_block": (_P, _P, _I64, _P, _P),
+    "mlp_block": (_P, _P, _I64, _P, _P, _P),
     "cache_copy": (_P, _I64, _P, _I64, _P, _I32),
     "argmax": (_P, _P, _I64, _I64, _I64, _P),
     "sample": (_P, _P, _I64, _I64, _I64, _P, _P),

@@ -15,6 +15,7 @@ from arriero.kernels.attention_mask import AttentionMaskSpec
 from arriero.kernels.cpu import library
 from arriero.kernels.cpu.cache import CpuKVCache
 from arriero.kernels.cpu.library import Batch, Draws, Experts, Layer, Style
+from arriero.kernels.cpu.lora import layer_lora, rows_struct
 from arriero.kernels.cpu.offload import MappedBytes
 from arriero.kernels.cpu.weights import Packed
 from arriero.kernels.flat_batch import FlatBatch
@@ -131,7 +132,10 @@ def mlp_struct(layer: DenseLayer) -> tuple[Layer, References]:
     struct.mlp_norm = norm_H.data_ptr()
     struct.gate_up = packed_of(layer.gate_up.packed).struct
     struct.down = packed_of(layer.down.packed).struct
-    return struct, (norm_H,)
+    lora = layer_lora(layer)
+    if lora is not None:
+        struct.lora = ctypes.addressof(lora[0])
+    return struct, (norm_H, lora)
 
 
 def add_head_norms(struct: Layer, layer: DenseLayer) -> References:
@@ -229,7 +233,10 @@ def vocab_of(packed: Packed, first_row: int) -> Vocab:
 
 
 def batch_struct(batch: FlatBatch, num_tokens: int, head_dim: int) -> Batch:
-    """The struct of a batch; the batch must outlive the call that uses the struct."""
+    """The struct of a batch; the batch must outlive the call that uses the struct.
+
+    The struct of the batch's adapters lives as long as the struct itself.
+    """
     num_seqs = batch.context_S.shape[0]
     shapes = (
         ("positions_T", batch.positions_T, (num_tokens,)),
@@ -251,7 +258,8 @@ def batch_struct(batch: FlatBatch, num_tokens: int, head_dim: int) -> Batch:
                 f"batch.{name}: {str(tensor.dtype)[6:]} {tuple(tensor.shape)} with strides "
                 f"{tensor.stride()}; expected {str(dtype)[6:]} {shape} with unit stride"
             )
-    return Batch(
+    adapters = None if batch.adapters is None else rows_struct(batch.adapters, num_tokens)
+    struct = Batch(
         tokens=num_tokens,
         sequences=num_seqs,
         positions=batch.positions_T.data_ptr(),
@@ -265,7 +273,10 @@ def batch_struct(batch: FlatBatch, num_tokens: int, head_dim: int) -> Batch:
         sin=batch.sin_TD.data_ptr(),
         cos_stride=batch.cos_TD.stride(0),
         sin_stride=batch.sin_TD.stride(0),
+        adapters=None if adapters is None else ctypes.addressof(adapters),
     )
+    struct.rows = adapters
+    return struct
 
 
 def draws_struct(

@@ -59,6 +59,8 @@ inline char* value_element(const Cache& kv, char* head, int offset, int i) {
            element_offset(kv.type, i % kLanes, offset % 2);
 }
 
+struct LoraRows;
+
 // The C struct that Python fills.
 struct Batch {
     int64_t tokens, sequences;
@@ -72,6 +74,7 @@ struct Batch {
     const float* cos;
     const float* sin;
     int64_t cos_stride, sin_stride;
+    const LoraRows* adapters;  // or null
 };
 
 struct Heads {

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "attention_plan.h"
+#include "lora.h"
 
 namespace arriero {
 
@@ -62,6 +63,27 @@ inline void check(const Batch& batch, const Cache& kv, const Visible& visible) {
     within("query_start", batch.sequences, batch.query_start[batch.sequences], batch.tokens,
            batch.tokens);
     for (int64_t t = 0; t < batch.tokens; ++t) within("slots", t, batch.slots[t], 0, slots - 1);
+}
+
+// Every slot, rank and column of a product's adapters.
+inline void check(const LoraParts& parts, const LoraRows& rows, int64_t num_rows, int64_t outs) {
+    for (int64_t part = 0; part < parts.count; ++part) {
+        const Lora& lora = parts.parts[part];
+        within("max_rank", part, lora.max_rank, parts.parts[0].max_rank, parts.parts[0].max_rank);
+        within("first", part, lora.first, 0, outs - lora.out_features);
+        for (int64_t slot = 0; slot < lora.slots; ++slot)
+            within("ranks", slot, lora.ranks[slot], 0, lora.max_rank);
+        for (int64_t run = 0; run < rows.num_runs; ++run)
+            within("slot", run, rows.runs[run].slot, 0, lora.slots - 1);
+        for (int64_t row = 0; row < num_rows; ++row)
+            within("slots", row, rows.slots[row], -1, lora.slots - 1);
+    }
+    for (int64_t run = 0; run < rows.num_runs; ++run) {
+        within("start", run, rows.runs[run].start, 0, rows.num_ordered);
+        within("stop", run, rows.runs[run].stop, rows.runs[run].start, rows.num_ordered);
+    }
+    for (int64_t at = 0; at < rows.num_ordered; ++at)
+        within("order", at, rows.order[at], 0, num_rows - 1);
 }
 
 }  // namespace arriero

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "attention.h"
+#include "lora.h"
 
 namespace arriero {
 
@@ -17,6 +18,7 @@ struct Layer {
     const float* mlp_norm;
     Matrix qkv, o, gate_up, down;  // the last two are the shared expert's where there are experts
     const Experts* experts;        // or null
+    const LayerLora* lora;         // or null
     int32_t num_q_heads, num_kv_heads, head_dim;
     float scale;
     float eps;
@@ -58,6 +60,7 @@ struct Machine {
     Pool pool;
     bool exact;  // bf16 matrices take float32 inputs: slower, closer
     Buffer normed, qkv, mixed, hidden, partials;
+    Buffer adapted;  // sums of adapters
     Buffer logits, scaled, gated, shared, routed, routes;  // of layers with experts
     std::vector<AttentionScratch> scratch;
     std::vector<Buffer> own;  // each thread's rows, when all threads compute all of them
@@ -116,6 +119,13 @@ inline void put_block(const Block& block, float* out, int64_t out_stride, int64_
     }
 }
 
+// The adapters of a layer's product for the rows of a batch.
+inline LoraCall lora_of(Machine& machine, const Layer& layer, LoraParts LayerLora::*product,
+                        const LoraRows* rows, int64_t tokens) {
+    const LoraParts parts = layer.lora == nullptr ? LoraParts{} : layer.lora->*product;
+    return {parts, rows, tokens, reinterpret_cast<float*>(machine.adapted.room(0))};
+}
+
 // Attention half of a layer: adds to `x`, or writes the partial sum to `part` when that is given.
 inline void attention_block(Machine& machine, Worker& worker, const Layer& layer, const Cache& kv,
                             const Batch& batch, const AttentionPlan& plan, float* x, float* part) {
@@ -125,8 +135,13 @@ inline void attention_block(Machine& machine, Worker& worker, const Layer& layer
     float* qkv = reinterpret_cast<float*>(machine.qkv.room(0));
     Rows normed = norm_rows(machine, worker, x, hidden, tokens, layer.attn_norm, layer.eps,
                             layer.qkv, machine.normed.room(0));
-    product(worker, layer.qkv, normed, rounds_inputs(layer.qkv, machine.exact), tokens, false,
-            [&](const Block& b) { put_block<false>(b, qkv, width, heads.width()); });
+    const bool rounded_qkv = rounds_inputs(layer.qkv, machine.exact);
+    const LoraCall qkv_lora = lora_of(machine, layer, &LayerLora::qkv, batch.adapters, tokens);
+    qkv_lora.shrink_rows(worker, normed, rounded_qkv);
+    product(worker, layer.qkv, normed, rounded_qkv, tokens, false, [&](const Block& b) {
+        qkv_lora.add(b);
+        put_block<false>(b, qkv, width, heads.width());
+    });
     share_rows(worker, tokens, [&](int64_t t) {
         rope_write(batch, t, heads, layer.style, qkv + t * width, kv, layer.index);
     });
@@ -136,7 +151,10 @@ inline void attention_block(Machine& machine, Worker& worker, const Layer& layer
                              qkv, width, mixed, rounded, machine.exact,
                              reinterpret_cast<float*>(machine.partials.room(0))};
     attention(worker, plan, call, machine.scratch[worker.thread]);
+    const LoraCall o_lora = lora_of(machine, layer, &LayerLora::o, batch.adapters, tokens);
+    o_lora.shrink_rows(worker, mixed, rounded);
     product(worker, layer.o, mixed, rounded, tokens, false, [&](const Block& b) {
+        o_lora.add(b);
         if (part != nullptr)
             put_block<false>(b, part, hidden, layer.o.out_features);
         else
@@ -189,18 +207,27 @@ struct GatedSums {
 };
 
 // MLP half of a layer.
-inline void mlp_block(Machine& machine, Worker& worker, const Layer& layer, int64_t tokens,
-                      float* x, float* part) {
+inline void mlp_block(Machine& machine, Worker& worker, const Layer& layer,
+                      const LoraRows* adapters, int64_t tokens, float* x, float* part) {
     const int64_t hidden = layer.gate_up.in_features;
     const bool rounded = rounds_inputs(layer.down, machine.exact);
     const Rows mixed{machine.hidden.room(0), row_stride(layer.down.in_features)};
     Rows normed = norm_rows(machine, worker, x, hidden, tokens, layer.mlp_norm, layer.eps,
                             layer.gate_up, machine.normed.room(0));
     const GatedSums gated{machine, layer.gate_up, mixed, rounded};
-    product(worker, layer.gate_up, normed, rounds_inputs(layer.gate_up, machine.exact), tokens,
-            gated.paired(), [&](const Block& b) { gated.put(b, 0); });
+    const bool rounded_up = rounds_inputs(layer.gate_up, machine.exact);
+    const LoraCall up_lora = lora_of(machine, layer, &LayerLora::gate_up, adapters, tokens);
+    up_lora.shrink_rows(worker, normed, rounded_up);
+    product(worker, layer.gate_up, normed, rounded_up, tokens, gated.paired(),
+            [&](const Block& b) {
+                up_lora.add(b);
+                gated.put(b, 0);
+            });
     gated.finish(worker, tokens);
+    const LoraCall down_lora = lora_of(machine, layer, &LayerLora::down, adapters, tokens);
+    down_lora.shrink_rows(worker, mixed, rounded);
     product(worker, layer.down, mixed, rounded, tokens, false, [&](const Block& b) {
+        down_lora.add(b);
         if (part != nullptr)
             put_block<false>(b, part, hidden, layer.down.out_features);
         else
@@ -234,6 +261,13 @@ inline void make_mlp_room(Machine& machine, const Layer& layer, int64_t tokens) 
     make_gated_room(machine, machine.hidden, layer.down.in_features, tokens);
 }
 
-inline constexpr int kLayerPhases = 16;  // at least the `share` calls of one layer
+// And the sums of the adapters of each product in turn.
+inline void make_lora_room(Machine& machine, const Layer& layer, int64_t tokens) {
+    if (layer.lora == nullptr) return;
+    for (auto product : {&LayerLora::qkv, &LayerLora::o, &LayerLora::gate_up, &LayerLora::down})
+        machine.adapted.room(LoraCall::room(layer.lora->*product, tokens));
+}
+
+inline constexpr int kLayerPhases = 20;  // at least the `share` calls of one layer
 
 }  // namespace arriero

@@ -1,12 +1,16 @@
 // Low-rank adapters: y += (x Aᵀ) B for rows of several adapters at once.
 //
-// Knows slots, ranks and rows; knows nothing of layers.
+// Knows slots, ranks and rows; knows nothing of layers. The sums x Aᵀ are a phase of their own;
+// their products with B are added to the blocks of sums of the base's product while these are in
+// the first cache, or to finished rows of y.
 //
 // Same tokens: each row sums alone, in an order that depends on its adapter's rank and on the sizes
 // of the product, and never on the other rows.
 #pragma once
 
-#include "decoder.h"
+#include <cmath>
+
+#include "product.h"
 
 namespace arriero {
 
@@ -29,66 +33,60 @@ struct LoraRun {
     int32_t slot, start, stop;
 };
 
-struct LoraCall {
-    const Lora* parts;
-    int64_t num_parts;
-    const float* x;
-    int64_t x_stride;
-    float* y;
-    int64_t y_stride;
-    const int32_t* order;
+// The rows of a batch that have an adapter. The C struct that Python fills.
+struct LoraRows {
+    const int32_t* order;  // rows, by slot and then by row
     const LoraRun* runs;
-    int64_t num_runs;
-    float* sums;  // [parts][rows of order][max_rank]
-    int64_t num_ordered;
+    const int32_t* slots;  // slot of each row of the batch, or -1
+    int64_t num_ordered, num_runs;
+};
 
-    float* sums_of(int64_t part, int64_t at) const {
-        return sums + (part * num_ordered + at) * parts[part].max_rank;
-    }
+// The adapters of a product, one for each stacked matrix; the C struct that Python fills.
+struct LoraParts {
+    const Lora* parts;
+    int64_t count;
+};
+
+// And those of the products of a layer.
+struct LayerLora {
+    LoraParts qkv, o, gate_up, down;
 };
 
 inline F16 load_weights(const float* p) { return load(p); }
 inline F16 load_weights(const bf16* p) { return load_bf16(p); }
+inline F16 load_some(const float* p, int n) { return load_n(p, n); }
+inline F16 load_some(const bf16* p, int n) {
+    bf16 values[kLanes] = {};
+    std::memcpy(values, p, size_t(n) * sizeof(bf16));
+    return load_bf16(values);
+}
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) { return bf16_to_float(x); }
 
-inline constexpr int kRanksAtOnce = 4;  // independent chains of sums
+inline constexpr int64_t kRanksAtOnce = 4;    // ranks of an item
 inline constexpr int64_t kLoraColumns = 256;  // columns of y in an item
 
-// N sums of products of a row of x with rows of A.
-template <int N, class Element>
-inline void shrink(const Element* a, int64_t a_stride, const float* x, int64_t size, float* to) {
-    F16 sums[N];
-    for (int n = 0; n < N; ++n) sums[n] = zero();
-    const int64_t whole = size / kLanes * kLanes;
-    for (int64_t i = 0; i < whole; i += kLanes) {
-        const F16 v = load(x + i);
-        for (int n = 0; n < N; ++n) sums[n] = fma(v, load_weights(a + n * a_stride + i), sums[n]);
-    }
-    if (whole < size) {
-        const F16 v = load_n(x + whole, int(size - whole));
-        for (int n = 0; n < N; ++n)
-            sums[n] = fma(v, load_weights(a + n * a_stride + whole), sums[n]);
-    }
-    for (int n = 0; n < N; ++n) to[n] = reduce_add(sums[n]);
-}
-
-// The sums of ranks [rank, rank + N) for all rows of a run.
-template <class Element>
-inline void shrink_run(const LoraCall& call, int64_t part, const LoraRun& run, int64_t rank) {
-    const Lora& lora = call.parts[part];
-    const int64_t stride = lora.a_stride();
-    const Element* a = reinterpret_cast<const Element*>(lora.a) +
-                       (run.slot * lora.max_rank + rank) * stride;
-    const int64_t left = lora.ranks[run.slot] - rank;
-    for (int64_t at = run.start; at < run.stop; ++at) {
-        const float* x = call.x + call.order[at] * call.x_stride;
-        float* to = call.sums_of(part, at) + rank;
-        switch (left) {
-            case 1: shrink<1>(a, stride, x, lora.in_features, to); break;
-            case 2: shrink<2>(a, stride, x, lora.in_features, to); break;
-            case 3: shrink<3>(a, stride, x, lora.in_features, to); break;
-            default: shrink<kRanksAtOnce>(a, stride, x, lora.in_features, to);
+// Sums of products of M rows of x with N rows of A, each in a chain of its own.
+template <int M, int N, class Input, class Element>
+inline void shrink(const Element* a, int64_t a_stride, const Input* const (&x)[2], int64_t size,
+                   float* const (&to)[2]) {
+    F16 sums[M][N];
+    for (int m = 0; m < M; ++m)
+        for (int n = 0; n < N; ++n) sums[m][n] = zero();
+    auto add = [&](int64_t i, int count) {
+        F16 v[M];
+        for (int m = 0; m < M; ++m)
+            v[m] = count == kLanes ? load_weights(x[m] + i) : load_some(x[m] + i, count);
+        for (int n = 0; n < N; ++n) {
+            const F16 w = load_weights(a + n * a_stride + i);
+            for (int m = 0; m < M; ++m) sums[m][n] = fma(v[m], w, sums[m][n]);
         }
-    }
+    };
+    const int64_t whole = size / kLanes * kLanes;
+    for (int64_t i = 0; i < whole; i += kLanes) add(i, kLanes);
+    if (whole < size) add(whole, int(size - whole));
+    for (int m = 0; m < M; ++m)
+        for (int n = 0; n < N; ++n) to[m][n] = reduce_add(sums[m][n]);
 }
 
 // Add `V` vectors of a row's product with B to y; `n` columns of the last vector.
@@ -105,63 +103,174 @@ inline void expand(const Element* b, int64_t b_stride, int64_t rank, const float
     for (int v = 0; v < V; ++v) store_n(y + v * kLanes, to[v], v + 1 < V ? kLanes : n);
 }
 
-// Add columns [column, column + kLoraColumns) of a run's products with B to y.
-template <class Element>
-inline void expand_run(const LoraCall& call, int64_t part, const LoraRun& run, int64_t column) {
-    constexpr int kVectors = 4;
-    const Lora& lora = call.parts[part];
-    const int64_t stride = lora.b_stride(), rank = lora.ranks[run.slot];
-    const Element* b = reinterpret_cast<const Element*>(lora.b) + run.slot * lora.max_rank * stride;
-    const int64_t stop = std::min(column + kLoraColumns, lora.out_features);
-    for (int64_t at = run.start; at < run.stop; ++at) {
-        const float* sums = call.sums_of(part, at);
-        float* y = call.y + call.order[at] * call.y_stride + lora.first;
-        int64_t o = column;
-        for (; o + kVectors * kLanes <= stop; o += kVectors * kLanes)
-            expand<kVectors>(b + o, stride, rank, sums, y + o, kLanes);
-        for (; o < stop; o += kLanes)
-            expand<1>(b + o, stride, rank, sums, y + o, int(std::min<int64_t>(kLanes, stop - o)));
+// A product's adapters for the rows of a batch.
+class LoraCall {
+  public:
+    // `sums`: room for [parts][num_rows][max_rank]. Without `rows` or parts nothing is added.
+    LoraCall(LoraParts parts, const LoraRows* rows, int64_t num_rows, float* sums)
+        : parts_(parts), rows_(parts.count ? rows : nullptr), num_rows_(num_rows), sums_(sums) {}
+
+    static int64_t room(const LoraParts& parts, int64_t num_rows) {
+        return parts.count ? parts.count * num_rows * parts.parts[0].max_rank * 4 : 0;
     }
-}
 
-// The work of one phase: an item for each (part, run, step), with a step every `each` of `size`.
-template <class Size, class F>
-inline void share_runs(Worker& worker, const LoraCall& call, int64_t each, Size&& size, F&& f) {
-    struct Item {
-        int64_t part, run, step;
-    };
-    std::vector<Item> items;
-    for (int64_t part = 0; part < call.num_parts; ++part)
-        for (int64_t run = 0; run < call.num_runs; ++run)
-            for (int64_t step = 0; step < size(call.parts[part], call.runs[run]); step += each)
-                items.push_back({part, run, step});
-    worker.share(int(items.size()), [&](int i, int) {
-        const Item& item = items[size_t(i)];
-        f(item.part, call.runs[item.run], item.step);
-    });
-}
-
-inline void add_lora(Worker& worker, const LoraCall& call) {
-    share_runs(
-        worker, call, kRanksAtOnce,
-        [](const Lora& lora, const LoraRun& run) { return int64_t(lora.ranks[run.slot]); },
-        [&](int64_t part, const LoraRun& run, int64_t rank) {
-            if (call.parts[part].type == kBFloat16)
-                shrink_run<bf16>(call, part, run, rank);
-            else
-                shrink_run<float>(call, part, run, rank);
+    // The sums of the inputs with A: a phase, before `add` or `add_to`.
+    void shrink_rows(Worker& worker, const Rows& x, bool rounded) const {
+        if (rows_ == nullptr) return;
+        share(worker, kRanksAtOnce, [](const Lora& lora, const LoraRun& run) {
+            return int64_t(lora.ranks[run.slot]);
+        }, [&](int64_t part, const LoraRun& run, int64_t rank) {
+            with_types(part, rounded, [&](auto input, auto element) {
+                shrink_run<decltype(input), decltype(element)>(part, run, rank, x);
+            });
         });
-    share_runs(
-        worker, call, kLoraColumns,
-        [](const Lora& lora, const LoraRun& run) {
+    }
+
+    // Add the products with B to a block of the base's sums.
+    void add(const Block& block) const {
+        if (rows_ == nullptr) return;
+        for (int64_t part = 0; part < parts_.count; ++part)
+            for (int half = 0; half < (block.second < 0 ? 1 : 2); ++half) {
+                if (parts_.parts[part].type == kBFloat16)
+                    add_panel<bf16>(part, block, half);
+                else
+                    add_panel<float>(part, block, half);
+            }
+    }
+
+    // Add the products with B to rows of y: a phase.
+    void add_to(Worker& worker, float* y, int64_t y_stride) const {
+        if (rows_ == nullptr) return;
+        share(worker, kLoraColumns, [](const Lora& lora, const LoraRun& run) {
             return lora.ranks[run.slot] ? lora.out_features : int64_t(0);
-        },
-        [&](int64_t part, const LoraRun& run, int64_t column) {
-            if (call.parts[part].type == kBFloat16)
-                expand_run<bf16>(call, part, run, column);
+        }, [&](int64_t part, const LoraRun& run, int64_t column) {
+            if (parts_.parts[part].type == kBFloat16)
+                expand_run<bf16>(part, run, column, y, y_stride);
             else
-                expand_run<float>(call, part, run, column);
+                expand_run<float>(part, run, column, y, y_stride);
         });
-}
+    }
+
+  private:
+    float* sums_of(int64_t part, int64_t row) const {
+        return sums_ + (part * num_rows_ + row) * parts_.parts[part].max_rank;
+    }
+
+    template <class F>
+    void with_types(int64_t part, bool rounded, F&& f) const {
+        const bool halves = parts_.parts[part].type == kBFloat16;
+        if (rounded)
+            halves ? f(bf16{}, bf16{}) : f(bf16{}, float{});
+        else
+            halves ? f(float{}, bf16{}) : f(float{}, float{});
+    }
+
+    // The sums of ranks [rank, rank + kRanksAtOnce) for all rows of a run, two rows at a time.
+    template <class Input, class Element>
+    void shrink_run(int64_t part, const LoraRun& run, int64_t rank, const Rows& x) const {
+        const Lora& lora = parts_.parts[part];
+        const int64_t stride = lora.a_stride();
+        const Element* a = reinterpret_cast<const Element*>(lora.a) +
+                           run.slot * lora.max_rank * stride;
+        const int64_t stop = std::min<int64_t>(rank + kRanksAtOnce, lora.ranks[run.slot]);
+        for (int64_t at = run.start; at < run.stop; at += 2) {
+            const Input* inputs[2];
+            float* to[2];
+            for (int m = 0; m < 2; ++m) {
+                const int64_t row = rows_->order[std::min<int64_t>(at + m, run.stop - 1)];
+                inputs[m] = reinterpret_cast<const Input*>(x.data + row * x.stride);
+                to[m] = sums_of(part, row);
+            }
+            for (int64_t r = rank; r < stop; r += 2) {
+                float* const sums[2] = {to[0] + r, to[1] + r};
+                const Element* rows = a + r * stride;
+                const bool one_row = at + 1 == run.stop, one_rank = r + 1 == stop;
+                if (one_row && one_rank)
+                    shrink<1, 1>(rows, stride, inputs, lora.in_features, sums);
+                else if (one_row)
+                    shrink<1, 2>(rows, stride, inputs, lora.in_features, sums);
+                else if (one_rank)
+                    shrink<2, 1>(rows, stride, inputs, lora.in_features, sums);
+                else
+                    shrink<2, 2>(rows, stride, inputs, lora.in_features, sums);
+            }
+        }
+    }
+
+    // Add to one panel of a block. A panel may hold columns of several stacked matrices.
+    template <class Element>
+    void add_panel(int64_t part, const Block& block, int half) const {
+        const Lora& lora = parts_.parts[part];
+        const int64_t column = (half ? block.second : block.first) * kPanel;
+        const int64_t low = std::max(column, lora.first);
+        const int n = int(std::min(column + kPanel, lora.first + lora.out_features) - low);
+        if (n <= 0) return;
+        const int64_t stride = lora.b_stride(), from = low - lora.first;
+        for (int row = 0; row < block.rows; ++row) {
+            const int32_t slot = rows_->slots[block.row + row];
+            const int64_t rank = slot < 0 ? 0 : lora.ranks[slot];
+            if (rank == 0) continue;
+            const Element* b = reinterpret_cast<const Element*>(lora.b) +
+                               slot * lora.max_rank * stride + from;
+            const float* sums = sums_of(part, block.row + row);
+            float* c = block.c + row * kBlockStride + half * kPanel + (low - column);
+            if (from % kLanes) {  // a whole vector of B could end beyond its memory
+                for (int64_t j = 0; j < rank; ++j)
+                    for (int i = 0; i < n; ++i)
+                        c[i] = std::fma(sums[j], to_float(b[j * stride + i]), c[i]);
+            } else if (n > kLanes) {
+                expand<2>(b, stride, rank, sums, c, n - kLanes);
+            } else {
+                expand<1>(b, stride, rank, sums, c, n);
+            }
+        }
+    }
+
+    // Add columns [column, column + kLoraColumns) of a run's products with B to y.
+    template <class Element>
+    void expand_run(int64_t part, const LoraRun& run, int64_t column, float* y,
+                    int64_t y_stride) const {
+        constexpr int kVectors = 4;
+        const Lora& lora = parts_.parts[part];
+        const int64_t stride = lora.b_stride(), rank = lora.ranks[run.slot];
+        const Element* b = reinterpret_cast<const Element*>(lora.b) +
+                           run.slot * lora.max_rank * stride;
+        const int64_t stop = std::min(column + kLoraColumns, lora.out_features);
+        for (int64_t at = run.start; at < run.stop; ++at) {
+            const int64_t row = rows_->order[at];
+            const float* sums = sums_of(part, row);
+            float* to = y + row * y_stride + lora.first;
+            int64_t o = column;
+            for (; o + kVectors * kLanes <= stop; o += kVectors * kLanes)
+                expand<kVectors>(b + o, stride, rank, sums, to + o, kLanes);
+            for (; o < stop; o += kLanes)
+                expand<1>(b + o, stride, rank, sums, to + o,
+                          int(std::min<int64_t>(kLanes, stop - o)));
+        }
+    }
+
+    // The work of a phase: an item for each (part, run, step), with a step every `each` of `size`.
+    template <class Size, class F>
+    void share(Worker& worker, int64_t each, Size&& size, F&& f) const {
+        struct Item {
+            int64_t part, run, step;
+        };
+        std::vector<Item> items;
+        for (int64_t part = 0; part < parts_.count; ++part)
+            for (int64_t run = 0; run < rows_->num_runs; ++run)
+                for (int64_t step = 0; step < size(parts_.parts[part], rows_->runs[run]);
+                     step += each)
+                    items.push_back({part, run, step});
+        worker.share(int(items.size()), [&](int i, int) {
+            const Item& item = items[size_t(i)];
+            f(item.part, rows_->runs[item.run], item.step);
+        });
+    }
+
+    LoraParts parts_;
+    const LoraRows* rows_;
+    int64_t num_rows_;
+    float* sums_;
+};
 
 }  // namespace arriero

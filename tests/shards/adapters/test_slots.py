@@ -77,7 +77,8 @@ def group(root: Path) -> Iterator[Group]:
 
 
 def reader(root: Path, slots: AdapterSlots) -> AdapterReader:
-    return AdapterReader(slots, Checkpoint.open(str(root / "model")).config, ())
+    path = str(root / "model")
+    return AdapterReader(slots, Checkpoint.open(path).config, (), path)
 
 
 def add(group: Group, root: Path, folder: Path) -> str:
@@ -195,6 +196,14 @@ def hostile(folder: Path, kind: str) -> str:
         (folder / "adapter_model.bin").write_bytes(b"\x80\x04")
         return "pickle"
     tensors = {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}
+    prefix = "base_model.model.model.embed_tokens"
+    tables = 401 if kind == "another vocabulary" else 400
+    if kind in ("another vocabulary", "another base model"):
+        tensors[f"{prefix}.lora_embedding_A"] = torch.ones(4, tables)
+        tensors[f"{prefix}.lora_embedding_B"] = torch.ones(64, 4)
+    if kind == "another base model":
+        tensors[f"{prefix}.base_layer.weight"] = torch.ones(400, 64)
+        text = "differs from the model's table"
     write_safetensors(folder / WEIGHTS_FILE, tensors)
     return text
 
@@ -203,7 +212,8 @@ def test_hostile_adapters_are_refused_by_name_and_the_group_serves_on(
     root: Path, group: Group, expected: dict[str, list[int]]
 ) -> None:
     digest = add(group, root, root / "adapters" / "a")
-    for kind in ("wrong shape", "not finite", "10,000 ranks", "above the slots", "pickle"):
+    kinds = ("wrong shape", "not finite", "10,000 ranks", "above the slots", "pickle")
+    for kind in (*kinds, "another vocabulary", "another base model"):
         folder = root / "adapters" / f"bad {kind}"
         text = hostile(folder, kind)
         with pytest.raises(CheckpointError, match=text):
