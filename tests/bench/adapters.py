@@ -197,7 +197,7 @@ def main() -> None:
         "dtype": args.dtype,
         "quantization": args.quantization,
         "threads": args.threads,
-        "max_model_len": args.prompt + args.output + 16,
+        "max_model_len": max(64, args.prompt + args.output + 16),
     }
     with tempfile.TemporaryDirectory() as folder:
         files = write_adapters(args.model, Path(folder))

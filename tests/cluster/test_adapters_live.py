@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import yaml
+from chaos.machines import Machines
 
 from arriero.cluster import deployment_file as state
+from arriero.cluster.hosts import local_cluster as local
 from arriero.router.client.client import Client
 from arriero.shards.adapters.adapter import WEIGHTS_FILE
 from arriero.shards.errors import NotFound
@@ -35,13 +37,16 @@ class Served:
 
     folder: Path
     gateway: str
+    environment: dict[str, str]
 
     @property
     def root(self) -> Path:
         return self.folder / "adapters"
 
     def run(self, *args: str, code: int = 0) -> str:
-        ended = arriero(*args, folder=self.folder, check=False, timeout_s=300)
+        ended = arriero(
+            *args, folder=self.folder, check=False, environment=self.environment, timeout_s=300
+        )
         assert ended.returncode == code, ended.stdout + ended.stderr
         return ended.stdout + ended.stderr
 
@@ -77,15 +82,21 @@ def two_groups(folder: Path) -> Iterator[Served]:
         "adapter_root": str(folder / "adapters"),
     }
     spec = folder / "arriero.yaml"
-    text = {"models": [model], "gateway": {"port": 0, "http": None}, "ray": {"num_cpus": 8}}
-    spec.write_text(yaml.safe_dump(text))
+    spec.write_text(yaml.safe_dump({"models": [model], "gateway": {"port": 0, "http": None}}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local, "START_LIMIT_S", 300.0)  # on machines that are busy
+        machines = Machines()
     try:
-        arriero("up", str(spec), folder=folder, timeout_s=500)
+        for _ in range(2):
+            machines.add(3)
+        up = ("up", str(spec), "--address", machines.address)
+        arriero(*up, folder=folder, environment=machines.environment, timeout_s=500)
         deployment = state.read(folder)
         assert deployment is not None
-        yield Served(folder, deployment.gateway)
+        yield Served(folder, deployment.gateway, machines.environment)
+        arriero("down", folder=folder, environment=machines.environment)
     finally:
-        arriero("down", folder=folder)
+        machines.close()
 
 
 @dataclass
